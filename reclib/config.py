@@ -1,0 +1,211 @@
+"""What a run is made of, as frozen and validated values.
+
+Every configuration is a pydantic dataclass of primitives that refuses unknown names, wrong types and
+impossible values. Model sizes are data (`SIZES`), not code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+
+Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
+CompileMode = Literal["off", "default", "reduce-overhead", "max-autotune"]
+GpuLabel = Literal["auto", "cpu", "t4", "l4", "v100", "a100", "h100"]
+
+GPU_LABELS: tuple[str, ...] = get_args(GpuLabel)
+PAD = 0  # item id of padding; real items are 1..num_items, MASK is num_items + 1
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+
+STRICT = ConfigDict(extra="forbid", strict=True)
+T = TypeVar("T")
+
+
+class InputError(ValueError):
+    """Something that the user gave is wrong: told in one line, without a traceback."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ModelConfig:
+    """One BERT4Rec encoder with its item tables (Sun et al., CIKM 2019, section 3)."""
+
+    num_items: Positive  # catalogue size, special tokens apart
+    hidden_dim: Positive = 64  # D
+    num_layers: Positive = 2
+    num_heads: Positive = 2  # divides hidden_dim
+    ffn_factor: Positive = 4  # inner width of the feed-forward part, in units of hidden_dim
+    max_len: Positive = 200  # L, positions per packed row and longest history
+    dropout: Probability = 0.1  # on embeddings and on both residual branches
+    attention_dropout: Probability = 0.0  # on attention probabilities; above 0 it rules out fused attention
+    norm: Literal["pre", "post"] = "pre"
+    embedding_norm: bool = False  # LayerNorm right after the embedding
+    final_norm: bool = True  # LayerNorm after the last layer
+    positions: Literal["learned", "sinusoidal"] = "learned"
+    position_origin: Literal["first", "last"] = "first"  # count from the first item or back from the last
+    head: Literal["linear", "mlp"] = "linear"  # mlp: Linear-GELU-LayerNorm-Dropout before the output table
+    tied: bool = True  # the output table is the input table
+    output_bias: bool = True
+    output_mask_row: bool = True  # whether an untied output table has a row for MASK
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ModelConfig:
+        if self.hidden_dim % self.num_heads:
+            raise ValueError(
+                f"hidden_dim={self.hidden_dim} must be divisible by num_heads={self.num_heads}"
+            )
+        if self.positions == "sinusoidal" and self.hidden_dim % 2:
+            raise ValueError(f"sinusoidal positions need an even hidden_dim, got {self.hidden_dim}")
+        return self
+
+    @property
+    def mask_id(self) -> int:
+        """Id of MASK."""
+        return self.num_items + 1
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the input table: items, PAD and MASK."""
+        return self.num_items + 2
+
+    @property
+    def output_rows(self) -> int:
+        """Rows of the output table."""
+        return self.num_items + 1 + int(self.tied or self.output_mask_row)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DataConfig:
+    """Which interactions, and how they are filtered."""
+
+    dataset: str = "ml-100k"  # "ml-100k" or "synthetic"
+    min_user: Positive = 5  # k-core: interactions that a user must have
+    min_item: Positive = 5  # k-core: interactions that an item must have
+    synthetic_users: Positive = 300
+    synthetic_items: Positive = 200
+    synthetic_mean_len: PositiveFloat = 30.0  # interactions per user
+    synthetic_seed: NonNegative = 0
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrainConfig:
+    """One training run: objective, batches, optimiser, precision, stopping."""
+
+    seed: NonNegative = 0
+    # objective
+    objective: Literal["cloze", "seed_focal"] = "cloze"  # seed_focal: the seed study's, for comparison
+    mask_prob: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2  # share of positions that are targets
+    last_item_share: Share = 0.15  # share of samples whose only target is the last item
+    window: Literal["last", "random"] = "last"  # which max_len items of a longer history
+    # batches
+    batch_size: Positive = 64  # sequences per optimiser step
+    micro_batch_size: Positive | None = None  # sequences per forward pass; None: batch_size
+    layout: Literal["packed", "padded"] = "packed"
+    head_rows: Literal["targets", "all"] = "targets"  # positions that reach the output layer
+    loss: Literal["auto", "plain", "chunked"] = "auto"  # auto: chunked where the logits are large
+    bucket_steps: Positive = 16  # rows and targets are rounded up to this many sizes per octave
+    # optimiser
+    optimizer: Literal["fused", "loop"] = "fused"  # loop: one tensor at a time, torch's default on CPU
+    learning_rate: PositiveFloat = 1e-3
+    weight_decay: NonNegativeFloat = 0.01
+    lr_warmup_steps: NonNegative = 100  # optimiser steps of linear warm-up
+    lr_final_share: Share = 0.0  # share of the learning rate that the cosine ends at
+    clip_norm: PositiveFloat | None = 1.0  # global gradient norm; None: no clipping
+    # length and stopping
+    epochs: Positive = 100  # passes over the users; the cosine ends with the last
+    max_steps: Positive | None = None  # stop earlier; the cosine then ends here
+    eval_every: Positive = 5  # epochs between evaluations on validation
+    patience: NonNegative = 0  # evaluations without a better NDCG@10 before stopping; 0: never
+    checkpoint_every: Positive = 1  # epochs between checkpoints
+    # device
+    precision: Precision = "auto"
+    compile_mode: CompileMode = "off"
+
+    @model_validator(mode="after")
+    def _micro_batch_fits(self) -> TrainConfig:
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size={self.batch_size} must be a multiple of "
+                f"micro_batch_size={self.micro_batch_size}"
+            )
+        if self.layout == "packed" and self.objective == "seed_focal":
+            raise ValueError("objective='seed_focal' scores padded rows: it needs layout='padded'")
+        return self
+
+
+_SEED = {"positions": "sinusoidal", "norm": "post", "embedding_norm": True, "tied": False}
+_SEED |= {"max_len": 50, "dropout": 0.25}
+_CPU = {"norm": "pre", "positions": "learned", "tied": True}
+
+# Named sizes. "num_items" is the catalogue that the name's parameter count belongs to; a run on another
+# catalogue overrides it. 5m to 430m are those of the seed study, counted in its audit.
+SIZES: dict[str, dict[str, Any]] = {
+    "nano": _CPU | {"hidden_dim": 32, "num_layers": 1, "num_heads": 1, "num_items": 1349},
+    "tiny": _CPU | {"hidden_dim": 64, "num_layers": 2, "num_heads": 2, "num_items": 1349},
+    "small": _CPU | {"hidden_dim": 128, "num_layers": 2, "num_heads": 4, "num_items": 1349},
+    "5m": {
+        "hidden_dim": 128,
+        "num_layers": 2,
+        "num_heads": 4,
+        "max_len": 50,
+        "positions": "learned",
+        "norm": "pre",
+        "tied": False,
+        "output_mask_row": False,
+        "num_items": 18_345,
+    },
+    "85m": _SEED | {"hidden_dim": 256, "num_layers": 4, "num_heads": 4, "num_items": 159_748},
+    "130m": _SEED
+    | {"hidden_dim": 384, "num_layers": 4, "num_heads": 6, "num_items": 159_748, "head": "mlp"},
+    "430m": _SEED
+    | {"hidden_dim": 1024, "num_layers": 8, "num_heads": 16, "num_items": 159_748, "head": "mlp"},
+}
+
+
+def model_config(size: str, **overrides: Any) -> ModelConfig:
+    """Return the configuration of a named size; `overrides` replace single fields."""
+    if size not in SIZES:
+        raise InputError(f"unknown size {size!r}{_nearest(size, SIZES)}; allowed: {', '.join(SIZES)}")
+    return validated(ModelConfig, SIZES[size] | overrides)
+
+
+def validated(kind: type[T], values: Mapping[str, Any]) -> T:
+    """Build the dataclass `kind` from `values`; raise `InputError` that names the parameter otherwise."""
+    try:
+        return TypeAdapter(kind).validate_python(dict(values))
+    except ValidationError as error:
+        names = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+        raise InputError("; ".join(_sentence(e, names) for e in error.errors())) from None
+
+
+def changed(config: T, **values: Any) -> T:
+    """Return a copy of `config` with some fields replaced, validated again."""
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}  # type: ignore[arg-type]
+    return validated(type(config), fields | values)
+
+
+def _nearest(name: str, allowed: Any) -> str:
+    close = difflib.get_close_matches(name, list(allowed), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _sentence(error: Any, names: list[str]) -> str:
+    where = ".".join(str(part) for part in error["loc"]) or "configuration"
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"unknown parameter {where!r}{_nearest(where, names)}; allowed: {', '.join(names)}"
+    if error["type"] == "missing":
+        return f"parameter {where!r} is missing"
+    said = error["msg"].removeprefix("Value error, ")
+    if where == "configuration":
+        return said
+    return f"parameter {where!r} is {error['input']!r}: {said[:1].lower()}{said[1:]}"

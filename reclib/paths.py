@@ -1,0 +1,61 @@
+"""Where things are, whatever the working directory.
+
+Papermill runs a kernel in the caller's folder, nbval and JupyterLab in the notebook's, so no path in this
+project is relative to the working directory: all come from here.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def root() -> Path:
+    """Return the project's root: `RECLIB_ROOT` if set, else the folder that holds the package."""
+    given = os.environ.get("RECLIB_ROOT")
+    return Path(given).resolve() if given else Path(__file__).resolve().parent.parent
+
+
+def notebooks() -> Path:
+    """Return the folder of the notebooks."""
+    return root() / "notebooks"
+
+
+def params() -> Path:
+    """Return the folder of profile and device parameter files."""
+    return root() / "params"
+
+
+def figures() -> Path:
+    """Return the folder that `collect` fills from the records."""
+    return root() / "figures"
+
+
+def data() -> Path:
+    """Return the cache of raw and prepared data (git-ignored): `RECLIB_DATA` if set."""
+    return Path(os.environ.get("RECLIB_DATA") or root() / ".data").resolve()
+
+
+def runs() -> Path:
+    """Return the folder of checkpoints (git-ignored): `RECLIB_RUNS` if set."""
+    return Path(os.environ.get("RECLIB_RUNS") or root() / "runs").resolve()
+
+
+def stamps() -> Path:
+    """Return the folder of this checkout's stamps of finished notebooks (git-ignored)."""
+    return root() / ".stamps"
+
+
+def executed() -> Path:
+    """Return the root of the records.
+
+    `RECLIB_RECORDS` if set; under pytest (nbval included) a temporary folder, so that no test run writes
+    into the committed records; else `executed/`.
+    """
+    given = os.environ.get("RECLIB_RECORDS")
+    if given:
+        return Path(given).resolve()
+    if "PYTEST_VERSION" in os.environ:  # set by pytest for its whole run, inherited by kernels
+        return Path(tempfile.gettempdir()) / "reclib-test-records"
+    return root() / "executed"
