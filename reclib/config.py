@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
@@ -182,7 +182,7 @@ def model_config(size: str, **overrides: Any) -> ModelConfig:
 def validated(kind: type[T], values: Mapping[str, Any]) -> T:
     """Build the dataclass `kind` from `values`; raise `InputError` that names the parameter otherwise."""
     try:
-        return TypeAdapter(kind).validate_python(dict(values))
+        return kind(**values)
     except ValidationError as error:
         names = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
         raise InputError("; ".join(_sentence(e, names) for e in error.errors())) from None

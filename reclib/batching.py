@@ -1,0 +1,297 @@
+"""From histories to batches: windows, cloze masks and packed rows, vectorised and reproducible.
+
+A step's samples are drawn before they are laid out, from a generator seeded by (seed, stream, epoch, step).
+So the same step has the same targets in packed or padded rows, in one piece or in micro-batches, and a resumed
+run needs no generator state. Packing is first-fit decreasing, done for all steps of an epoch at once.
+
+Shapes: S steps, B sequences of a step, T items of a step, R rows, L = max_len, Q queries of a row, M targets.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reclib.config import PAD, ModelConfig, TrainConfig
+from reclib.data import Histories
+
+IGNORE = -100  # target of a slot that only fills a bucket
+ORDER, SAMPLE = 0, 1  # streams of random numbers
+
+T = TypeVar("T")
+
+
+class Samples(NamedTuple):
+    """Sequences cut to at most L items, one after another, with their targets marked."""
+
+    tokens: np.ndarray  # int32 (T,) item ids
+    lengths: np.ndarray  # int64 (B,)
+    is_target: np.ndarray  # bool (T,)
+
+
+class Batch(NamedTuple):
+    """Rows for the encoder and where in them the targets are."""
+
+    items: Tensor  # (R, L) ids, MASK where a target stands, PAD in unused places
+    segment_ids: Tensor  # (R, L) number of the sequence, 0 in unused places
+    positions: Tensor  # (R, L) row of the position table
+    query_index: Tensor  # (R, Q) places in each row that hold targets, filled up with place 0
+    target_slots: Tensor  # (M,) where the targets are in the flattened (R, Q) queries
+    target_places: Tensor  # (M,) where they are in the flattened (R, L) rows
+    targets: Tensor  # (M,) item ids; IGNORE in slots that only fill the bucket
+    num_targets: int
+    num_tokens: int  # real items, MASK included
+    num_sequences: int
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on `device`, copied without waiting where memory is pinned."""
+        if device.type == "cpu":
+            return self
+        moved = (x.pin_memory().to(device, non_blocking=True) for x in self[:7])
+        return Batch(*moved, *self[7:])
+
+
+def bucket(n: int, steps: int) -> int:
+    """Round n up to one of `steps` sizes per octave, so that shapes repeat at a bounded waste."""
+    size = 1 << max(0, n.bit_length() - steps.bit_length())
+    return -(-n // size) * size
+
+
+def generator(*key: int) -> np.random.Generator:
+    """Return the generator of a key such as (seed, stream, epoch, step)."""
+    return np.random.default_rng(key)
+
+
+def cut(histories: Histories, users: np.ndarray, max_len: int, offset: np.ndarray | None) -> Samples:
+    """Return the histories of `users`, at most `max_len` items each and no targets yet.
+
+    `offset` (B,) in [0, 1) places the window inside a longer history; None takes the last items.
+    """
+    starts, ends = histories.starts[users], histories.ends[users]
+    lengths = np.minimum(ends - starts, max_len)
+    slack = ends - starts - lengths
+    shift = slack if offset is None else np.minimum((offset * (slack + 1)).astype(np.int64), slack)
+    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    tokens = histories.items[np.repeat(starts + shift, lengths) + within]
+    return Samples(tokens, lengths, np.zeros(len(tokens), dtype=bool))
+
+
+def mask_cloze(
+    samples: Samples, mask_prob: float, last_item_share: float, rng: np.random.Generator
+) -> Samples:
+    """Mark cloze targets: each item with `mask_prob`, at least one a sequence.
+
+    A share of the sequences has the last item as its only target, which is the condition at inference.
+    """
+    lengths = samples.lengths
+    ends = np.cumsum(lengths)
+    sequence = np.repeat(np.arange(len(lengths)), lengths)
+    last_only = rng.random(len(lengths)) < last_item_share
+    is_target = (rng.random(len(samples.tokens)) < mask_prob) & ~last_only[sequence]
+    spare = ends - lengths + (rng.random(len(lengths)) * lengths).astype(np.int64)
+    empty = np.bincount(sequence[is_target], minlength=len(lengths)) == 0
+    forced = np.where(last_only, ends - 1, spare)[empty & (lengths > 0)]
+    is_target[forced] = True
+    return samples._replace(is_target=is_target)
+
+
+def first_fit_decreasing(lengths: np.ndarray, max_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pack the sequences of many steps at once; return row and place in the row of each.
+
+    `lengths` (S, B) with 0 where a step has no further sequence; both results are (S, B). The loop runs over
+    the B ranks by length; all steps move together.
+    """
+    S, B = lengths.shape
+    order = np.argsort(-lengths, axis=1, kind="stable")
+    # Of the rows that first fit opens, at most one is half empty: this many suffice.
+    num_rows = min(B, int(2 * lengths.sum(axis=1).max(initial=0) // max_len) + 1)
+    free = np.full((S, num_rows), max_len, dtype=np.int64)
+    rows, places = np.zeros_like(lengths), np.zeros_like(lengths)
+    step = np.arange(S)
+    for rank in range(B):
+        chosen = order[:, rank]
+        length = lengths[step, chosen]
+        row = (free >= length[:, None]).argmax(axis=1)
+        rows[step, chosen], places[step, chosen] = row, max_len - free[step, row]
+        free[step, row] -= length
+    return rows, places
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What turns samples into a batch."""
+
+    max_len: int
+    mask_id: int
+    position_origin: str  # "first" or "last"
+    packed: bool
+    bucket_steps: int
+
+    @classmethod
+    def of(cls, model: ModelConfig, train: TrainConfig) -> Layout:
+        """Return the layout that the two configurations ask for."""
+        packed = train.layout == "packed"
+        return cls(model.max_len, model.mask_id, model.position_origin, packed, train.bucket_steps)
+
+    def place(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return row and place (S, B) of every sequence; unpacked, each has a row of its own."""
+        if self.packed:
+            return first_fit_decreasing(lengths, self.max_len)
+        return np.broadcast_to(np.arange(lengths.shape[1]), lengths.shape), np.zeros_like(lengths)
+
+    def batch(self, samples: Samples, rows: np.ndarray, places: np.ndarray) -> Batch:
+        """Lay samples out in rows (B,) at places (B,)."""
+        tokens, lengths, is_target = samples
+        L = self.max_len
+        num_rows = int(rows.max(initial=0)) + 1
+        num_rows = bucket(num_rows, self.bucket_steps) if self.packed else num_rows
+        sequence = np.repeat(np.arange(len(lengths)), lengths)
+        within = np.arange(len(tokens)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        flat = rows[sequence] * L + places[sequence] + within  # (T,) place in the flattened rows
+        from_last = self.position_origin == "last"
+
+        items = np.full(num_rows * L, PAD, dtype=np.int64)
+        segments = np.zeros(num_rows * L, dtype=np.int32)
+        positions = np.zeros(num_rows * L, dtype=np.int64)
+        items[flat] = np.where(is_target, self.mask_id, tokens)
+        segments[flat] = sequence + 1
+        positions[flat] = lengths[sequence] - 1 - within if from_last else within
+
+        found, targets = flat[is_target], tokens[is_target].astype(np.int64)
+        index = self._queries(found, targets, num_rows)
+        shaped = (torch.from_numpy(x.reshape(num_rows, L)) for x in (items, segments, positions))
+        return Batch(*shaped, *index, len(found), len(tokens), len(lengths))
+
+    def _queries(
+        self, found: np.ndarray, targets: np.ndarray, num_rows: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Sort targets by place and give each row the same number Q of query slots."""
+        order = np.argsort(found, kind="stable")
+        found, targets = found[order], targets[order]
+        row = found // self.max_len
+        per_row = np.bincount(row, minlength=num_rows)
+        Q = min(bucket(int(per_row.max(initial=1)), self.bucket_steps), self.max_len)
+        rank = np.arange(len(found)) - (np.cumsum(per_row) - per_row)[row]
+        query_index = np.zeros((num_rows, Q), dtype=np.int64)
+        query_index[row, rank] = found % self.max_len
+        spare = bucket(len(found), self.bucket_steps) - len(found)
+        fill = ((0, spare),)
+        return (
+            torch.from_numpy(query_index),
+            torch.from_numpy(np.pad(row * Q + rank, fill)),
+            torch.from_numpy(np.pad(found, fill)),
+            torch.from_numpy(np.pad(targets, fill, constant_values=IGNORE)),
+        )
+
+
+class Epoch:
+    """The steps of one pass over the users; `step(i)` gives the micro-batches of step i, always the same."""
+
+    def __init__(
+        self, histories: Histories, model: ModelConfig, train: TrainConfig, epoch: int
+    ) -> None:
+        self.histories, self.model, self.train, self.epoch = histories, model, train, epoch
+        self.layout = Layout.of(model, train)
+        users = np.flatnonzero(histories.ends > histories.starts)
+        self.users = generator(train.seed, ORDER, epoch).permutation(users)
+        self.num_steps = -(-len(users) // train.batch_size)
+        micro = train.micro_batch_size or train.batch_size
+        self.micros = train.batch_size // micro
+        lengths = np.zeros(self.num_steps * train.batch_size, dtype=np.int64)
+        spans = histories.ends[self.users] - histories.starts[self.users]
+        lengths[: len(users)] = np.minimum(spans, model.max_len)
+        rows, places = self.layout.place(lengths.reshape(-1, micro))
+        self.rows, self.places = (x.reshape(-1, train.batch_size) for x in (rows, places))
+
+    def samples(self, step: int) -> Samples:
+        """Draw the windows and targets of a step."""
+        train = self.train
+        users = self.users[step * train.batch_size : (step + 1) * train.batch_size]
+        rng = generator(train.seed, SAMPLE, self.epoch, step)
+        offset = rng.random(len(users)) if train.window == "random" else None
+        chosen = cut(self.histories, users, self.model.max_len, offset)
+        return mask_cloze(chosen, train.mask_prob, train.last_item_share, rng)
+
+    def step(self, step: int) -> list[Batch]:
+        """Return the micro-batches of a step."""
+        samples = self.samples(step)
+        size = self.train.batch_size // self.micros
+        ends = np.concatenate(([0], np.cumsum(samples.lengths)))
+        batches = []
+        for first in range(0, len(samples.lengths), size):
+            part = slice(first, min(first + size, len(samples.lengths)))
+            items = slice(ends[part.start], ends[part.stop])
+            piece = Samples(samples.tokens[items], samples.lengths[part], samples.is_target[items])
+            rows, places = self.rows[step, part], self.places[step, part]
+            batches.append(self.layout.batch(piece, rows, places))
+        return batches
+
+
+def next_item_batches(
+    histories: Histories, layout: Layout, users: np.ndarray, batch_size: int
+) -> Iterator[tuple[np.ndarray, Batch]]:
+    """Yield (users, batch) for prediction: each history's last L - 1 items, then MASK.
+
+    Users are taken by length, so that rows fill up; every target is the MASK and its id is unknown here
+    (IGNORE). The target slots are in the order of the users that are yielded with them.
+    """
+    spans = np.minimum((histories.ends - histories.starts)[users], layout.max_len - 1)
+    users = users[np.argsort(-spans, kind="stable")]
+    for first in range(0, len(users), batch_size):
+        chosen = users[first : first + batch_size]
+        seen = cut(histories, chosen, layout.max_len - 1, None)
+        lengths = seen.lengths + 1
+        ends = np.cumsum(lengths)
+        tokens = np.full(ends[-1], layout.mask_id, dtype=np.int64)
+        is_target = np.zeros(ends[-1], dtype=bool)
+        is_target[ends - 1] = True
+        tokens[~is_target] = seen.tokens
+        rows, places = layout.place(lengths[None])
+        batch = layout.batch(Samples(tokens, lengths, is_target), rows[0], places[0])
+        by_place = np.argsort(rows[0] * layout.max_len + places[0], kind="stable")
+        yield chosen[by_place], batch
+
+
+def prefetch(source: Iterable[T], depth: int = 2) -> Iterator[T]:
+    """Yield from `source`, prepared by a thread up to `depth` ahead; its errors are raised here."""
+    ready: queue.Queue = queue.Queue(maxsize=depth)
+    stop = threading.Event()
+    end = object()
+
+    def offer(item: object) -> None:
+        while not stop.is_set():
+            try:
+                return ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for item in source:
+                offer((item, None))
+                if stop.is_set():
+                    return
+            offer((end, None))
+        except BaseException as error:  # handed over, to be raised by the consumer
+            offer((end, error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            if item is end:
+                return
+            yield item
+    finally:
+        stop.set()
+        thread.join()

@@ -1,0 +1,235 @@
+"""BERT4Rec: item and position embeddings, a bidirectional encoder, an output layer over the catalogue.
+
+Reference: Sun et al., "BERT4Rec", CIKM 2019, section 3. What is unusual:
+
+- rows may hold several sequences one after another ("packed", Krell et al. 2021, arXiv 2107.02027): attention
+  stays inside a segment and positions restart with each;
+- the encoder and the output layer are called apart, so that only target positions need reach the latter;
+- the output table is a weight to be multiplied by whoever computes the loss or the ranks;
+- there is no dropout on attention probabilities unless asked for: it rules out fused attention.
+
+Shapes: R rows, L positions in a row, D hidden_dim, H heads, V rows of the output table, M target positions.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reclib.config import PAD, SIZES, ModelConfig, model_config
+
+
+def attention_bias(segment_ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what is added to the attention scores so that segments never see each other.
+
+    `segment_ids` (R, L) numbers the sequences of a row from 1; 0 is padding, whose positions see only each
+    other, which keeps their softmax finite. Returns (R, 1, L, L) of 0 and -inf.
+    """
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]  # (R, L, L)
+    bias = torch.zeros(same.shape, dtype=dtype, device=same.device)
+    return bias.masked_fill_(~same, float("-inf")).unsqueeze(1)
+
+
+def sinusoidal_positions(max_len: int, hidden_dim: int) -> Tensor:
+    """Return the fixed position table (L, D) of Vaswani et al. 2017, section 3.5."""
+    rate = torch.exp(torch.arange(0, hidden_dim, 2) * (-math.log(10_000.0) / hidden_dim))
+    angle = torch.arange(max_len)[:, None] * rate  # (L, D/2)
+    return torch.stack((angle.sin(), angle.cos()), dim=-1).reshape(max_len, hidden_dim)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention inside segments."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.dropout = config.attention_dropout
+        self.qkv = nn.Linear(config.hidden_dim, 3 * config.hidden_dim)
+        self.out = nn.Linear(config.hidden_dim, config.hidden_dim)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        """Return (R, L, D) for x (R, L, D) and the attention bias (R, 1, L, L)."""
+        R, L, D = x.shape
+        q, k, v = self.qkv(x).view(R, L, 3, self.num_heads, D // self.num_heads).unbind(2)
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2),  # (R, H, L, D/H)
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=bias,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.out(y.transpose(1, 2).reshape(R, L, D))
+
+
+class FeedForward(nn.Module):
+    """Linear, GELU, Linear with an inner width of `ffn_factor` hidden_dim."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        inner = config.ffn_factor * config.hidden_dim
+        self.up = nn.Linear(config.hidden_dim, inner)
+        self.down = nn.Linear(inner, config.hidden_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (R, L, D) for x (R, L, D)."""
+        return self.down(F.gelu(self.up(x)))
+
+
+class Block(nn.Module):
+    """One encoder layer, with LayerNorm before ("pre") or after ("post") each residual branch."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.pre_norm = config.norm == "pre"
+        self.attention = SelfAttention(config)
+        self.ffn = FeedForward(config)
+        self.attention_norm = nn.LayerNorm(config.hidden_dim)
+        self.ffn_norm = nn.LayerNorm(config.hidden_dim)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        """Return (R, L, D) for x (R, L, D) and the attention bias (R, 1, L, L)."""
+        if self.pre_norm:
+            x = x + self.dropout(self.attention(self.attention_norm(x), bias))
+            return x + self.dropout(self.ffn(self.ffn_norm(x)))
+        x = self.attention_norm(x + self.dropout(self.attention(x, bias)))
+        return self.ffn_norm(x + self.dropout(self.ffn(x)))
+
+
+class HeadTransform(nn.Module):
+    """What stands between encoder and output table in the "mlp" head: Linear, GELU, LayerNorm, Dropout."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.linear = nn.Linear(config.hidden_dim, config.hidden_dim)
+        self.norm = nn.LayerNorm(config.hidden_dim)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (..., D) for x (..., D)."""
+        return self.dropout(self.norm(F.gelu(self.linear(x))))
+
+
+class Bert4Rec(nn.Module):
+    """The masked-item transformer. Item ids: PAD 0, items 1..num_items, MASK num_items + 1."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        D = config.hidden_dim
+        self.item_table = nn.Embedding(config.vocab_size, D, padding_idx=PAD)
+        if config.positions == "learned":
+            self.position_table = nn.Parameter(torch.empty(config.max_len, D))
+        else:
+            self.register_buffer("position_table", sinusoidal_positions(config.max_len, D), False)
+        self.embedding_norm = nn.LayerNorm(D) if config.embedding_norm else nn.Identity()
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.final_norm = nn.LayerNorm(D) if config.final_norm else nn.Identity()
+        self.transform = HeadTransform(config) if config.head == "mlp" else nn.Identity()
+        self.output_weight = (
+            self.item_table.weight if config.tied else nn.Parameter(torch.empty(config.output_rows, D))
+        )
+        self.output_bias = (
+            nn.Parameter(torch.empty(config.output_rows)) if config.output_bias else None
+        )
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw weights from N(0, 0.02), as BERT does; biases and the PAD row are zero."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.02)
+            elif "norm" in name and name.endswith("weight"):
+                parameter.fill_(1.0)
+            else:
+                parameter.zero_()
+        self.item_table.weight[PAD].zero_()
+
+    def encode(self, items: Tensor, segment_ids: Tensor, positions: Tensor) -> Tensor:
+        """Return the hidden states (R, L, D) of rows of item ids.
+
+        `items`, `segment_ids` and `positions` are (R, L) integers: ids with MASK where the model may not look,
+        the number of the sequence inside its row (0: padding), and the row of the position table.
+        """
+        x = self.item_table(items) + F.embedding(positions, self.position_table)
+        x = self.dropout(self.embedding_norm(x))
+        bias = attention_bias(segment_ids, x.dtype)
+        for block in self.blocks:
+            x = block(x, bias)
+        return self.final_norm(x)
+
+    def head_input(self, hidden: Tensor) -> Tensor:
+        """Return (M, D): what is multiplied by the output table, for hidden states (M, D)."""
+        return self.transform(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the scores (M, V) of every row of the output table for hidden states (M, D)."""
+        return F.linear(self.head_input(hidden), self.output_weight, self.output_bias)
+
+    def table_parameters(self) -> int:
+        """Count the parameters that grow with the catalogue: item tables and output bias."""
+        tables = {id(p): p.numel() for p in (self.item_table.weight, self.output_weight)}
+        return sum(tables.values()) + (0 if self.output_bias is None else self.output_bias.numel())
+
+
+def count_parameters(config: ModelConfig) -> dict[str, int]:
+    """Count by instantiation on the meta device: total, item tables, non-embedding.
+
+    Learned positions count as neither table nor encoder and are listed apart.
+    """
+    with torch.device("meta"):
+        model = Bert4Rec(config)
+    total = sum(p.numel() for p in model.parameters())
+    tables = model.table_parameters()
+    positions = config.max_len * config.hidden_dim if config.positions == "learned" else 0
+    return {
+        "total": total,
+        "item_tables": tables,
+        "positions": positions,
+        "non_embedding": total - tables - positions,
+    }
+
+
+def closed_formula(config: ModelConfig) -> int:
+    """Return the parameter count by arithmetic: tables, positions, layers, norms, head."""
+    D, f = config.hidden_dim, config.ffn_factor
+    layer = (4 * D * D + 4 * D) + (2 * f * D * D + f * D + D) + 4 * D
+    total = config.vocab_size * D + config.num_layers * layer
+    total += config.max_len * D if config.positions == "learned" else 0
+    total += 2 * D * (int(config.embedding_norm) + int(config.final_norm))
+    total += (D * D + D + 2 * D) if config.head == "mlp" else 0
+    total += 0 if config.tied else config.output_rows * D
+    return total + (config.output_rows if config.output_bias else 0)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print every named size with its parameter counts."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments not in ([], ["--json"]):
+        print("usage: python -m reclib.model [--json]", file=sys.stderr)
+        return 2
+    counts = {
+        size: {"num_items": SIZES[size]["num_items"]} | count_parameters(model_config(size))
+        for size in SIZES
+    }
+    if arguments:
+        print(json.dumps(counts, indent=2))
+        return 0
+    print(f"{'size':>6} {'items':>8} {'total':>12} {'item tables':>12} {'non-embedding':>14}")
+    for size, row in counts.items():
+        print(
+            f"{size:>6} {row['num_items']:>8,} {row['total']:>12,} {row['item_tables']:>12,} "
+            f"{row['non_embedding']:>14,}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
