@@ -1,0 +1,227 @@
+"""The parameters of each notebook: from its cell, through profiles, to a validated value.
+
+A notebook states its parameters in one cell tagged `parameters`, which papermill may override, and
+makes a frozen dataclass of them in the next: `p = params.read("02_baseline", globals())`.
+
+To add a notebook: a dataclass in `NOTEBOOKS`, and a section in `params/smoke.yaml` that equals its
+parameters cell (the other profiles state only what differs from smoke).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+
+import yaml
+from pydantic import AfterValidator, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+from reclib import injected, paths
+from reclib.config import (
+    SIZES,
+    STRICT,
+    CompileMode,
+    GpuLabel,
+    InputError,
+    NonNegative,
+    Positive,
+    PositiveFloat,
+    Precision,
+    Probability,
+    Share,
+    validated,
+)
+
+PROFILES = ("smoke", "quick", "full")
+# Who runs it, where and how often is not how much work one run is: a profile's name ignores these.
+_NOT_WORK = frozenset({"gpu", "seed", "seeds", "wandb_mode"})
+
+T = TypeVar("T")
+
+
+def _known_size(name: str) -> str:
+    if name not in SIZES:
+        raise ValueError(f"unknown size{_nearest(name, SIZES)}; allowed: {', '.join(SIZES)}")
+    return name
+
+
+def _distinct(seeds: list[int]) -> list[int]:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError("a seed is listed twice")
+    return seeds
+
+
+Name = Annotated[str, Field(min_length=1)]
+Size = Annotated[str, AfterValidator(_known_size)]
+Seeds = Annotated[list[NonNegative], Field(min_length=1), AfterValidator(_distinct)]
+WandbMode = Literal["disabled", "offline", "online"]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DataPrep:
+    """Parameters of `01_data_prep`."""
+
+    gpu: GpuLabel  # device label, a claim to be checked; auto: what is here
+    dataset: Name  # name of a data set that `reclib.data` knows
+    min_user: Positive  # k-core: interactions that a user must have
+    min_item: Positive  # k-core: interactions that an item must have
+    seed: NonNegative  # of the users shown as examples
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Baseline:
+    """Parameters of `02_baseline`."""
+
+    gpu: GpuLabel  # device label, a claim to be checked; auto: what is here
+    dataset: Name  # name of a data set that `reclib.data` knows
+    size: Size  # named model size, one of `config.SIZES`
+    seeds: Seeds  # one training run each
+    epochs: Positive  # passes over the users
+    batch_size: Positive  # sequences per optimiser step
+    micro_batch_size: Positive | None  # sequences per forward pass; None: from the device file
+    learning_rate: PositiveFloat  # peak of the schedule
+    dropout: Probability  # 0 <= dropout < 1
+    mask_prob: Annotated[float, Field(gt=0.0, lt=1.0)]  # share of positions that are cloze targets
+    last_item_share: Share  # share of samples whose only target is the last item
+    max_len: Positive  # positions per packed row and longest history
+    eval_every: Positive  # epochs between evaluations on validation
+    patience: NonNegative  # evaluations without a better NDCG@10 before stopping; 0: never
+    precision: Precision | None  # None: from the device file
+    compile_mode: CompileMode | None  # None: from the device file
+    remove_seen: bool  # whether items of the history are left out of the ranking
+    bootstrap_samples: Positive  # resamples of the users behind each confidence interval
+    wandb_mode: WandbMode  # disabled: nothing; offline: files only; online: needs a login
+
+    @model_validator(mode="after")
+    def _micro_batch_fits(self) -> Baseline:
+        _divides(self.batch_size, self.micro_batch_size)
+        return self
+
+
+def _divides(batch_size: int, micro_batch_size: int | None) -> None:
+    if micro_batch_size is not None and batch_size % micro_batch_size:
+        raise ValueError(
+            f"batch_size={batch_size} must be a multiple of micro_batch_size={micro_batch_size}"
+        )
+
+
+NOTEBOOKS: dict[str, type] = {"01_data_prep": DataPrep, "02_baseline": Baseline}
+
+
+def kind(notebook: str) -> type:
+    """Return the dataclass of a notebook's parameters; `InputError` for an unknown notebook."""
+    if notebook not in NOTEBOOKS:
+        close = _nearest(notebook, NOTEBOOKS)
+        raise InputError(f"unknown notebook {notebook!r}{close}; known: {', '.join(NOTEBOOKS)}")
+    return NOTEBOOKS[notebook]
+
+
+def names(notebook: str) -> list[str]:
+    """Return the names of a notebook's parameters, in order."""
+    return [field.name for field in dataclasses.fields(kind(notebook))]
+
+
+def read(notebook: str, namespace: Mapping[str, Any]) -> Any:
+    """Build a notebook's parameters from its global names: `read("02_baseline", globals())`.
+
+    A name that is no parameter, a wrong type and an impossible value are an `InputError`.
+    """
+    known = names(notebook)
+    given = {name: namespace[name] for name in known if name in namespace}
+    return build(notebook, given | injected.strangers(namespace, known))
+
+
+def build(notebook: str, values: Mapping[str, Any]) -> Any:
+    """Validate `values` into the notebook's dataclass; undone misspellings are printed."""
+    fields = get_type_hints(kind(notebook), include_extras=True)
+    converted = {}
+    for name, value in values.items():
+        converted[name] = injected.respelt(value, fields[name]) if name in fields else value
+        if converted[name] is not value:
+            print(f"converted: {name}={value!r} -> {converted[name]!r}")
+    return validated(kind(notebook), converted)
+
+
+def fill(p: T, label: str) -> T:
+    """Return `p` with what is None filled from `params/gpu/<label>.yaml`, if there is one.
+
+    `label` is that of the device that is really there. A value that was given is never replaced.
+    """
+    file = paths.params() / "gpu" / f"{label}.yaml"
+    if not file.is_file():
+        print(f"no device file for {label!r}: what depends on the device keeps its general default")
+        return p
+    own = values(p)
+    device = _mapping(file)
+    return validated(type(p), {k: device.get(k) if v is None else v for k, v in own.items()})
+
+
+def values(p: Any) -> dict[str, Any]:
+    """Return parameters as a dict of plain values."""
+    return dataclasses.asdict(p)
+
+
+def profile(notebook: str, name: str) -> dict[str, Any]:
+    """Return a notebook's parameters in a profile: smoke's, with the profile's own on top."""
+    if name not in PROFILES:
+        raise InputError(
+            f"unknown profile {name!r}{_nearest(name, PROFILES)}; allowed: {', '.join(PROFILES)}"
+        )
+    smoke = _section("smoke", notebook)
+    if not smoke:
+        raise InputError(f"params/smoke.yaml has no section {notebook!r}")
+    return smoke | _section(name, notebook)
+
+
+def profile_of(notebook: str, p: Any) -> str:
+    """Return the profile whose work `p` is, or "custom": found by comparing, so it cannot lie.
+
+    Ignored are the device label, the seeds, the tracker, and what the device file decides.
+    """
+    given = values(p)
+    from_device = device_names()
+    for name in PROFILES:
+        section = profile(notebook, name)
+        if all(
+            given[key] == value
+            for key, value in section.items()
+            if key not in _NOT_WORK and not (value is None and key in from_device)
+        ):
+            return name
+    return "custom"
+
+
+def device_names() -> frozenset[str]:
+    """Return the names of the parameters that any `params/gpu/*.yaml` decides."""
+    files = sorted((paths.params() / "gpu").glob("*.yaml"))
+    return frozenset(name for file in files for name in _mapping(file))
+
+
+def _section(profile_name: str, notebook: str) -> dict[str, Any]:
+    file = paths.params() / f"{profile_name}.yaml"
+    section = _mapping(file).get(notebook) or {}
+    if not isinstance(section, dict):
+        raise InputError(f"{file.name}: section {notebook!r} must be a mapping of parameters")
+    return section
+
+
+def _mapping(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{file} is missing") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise InputError(f"{file}{line}: not valid YAML") from None
+    if content is not None and not isinstance(content, dict):
+        raise InputError(f"{file}: must be a mapping")
+    return content or {}
+
+
+def _nearest(name: str, allowed: Any) -> str:
+    close = difflib.get_close_matches(name, list(allowed), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

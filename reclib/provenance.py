@@ -1,0 +1,84 @@
+"""Where a number comes from: code, commit, versions; and nothing about who ran it where."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import platform
+import re
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from reclib import paths
+
+_PACKAGES = ("torch", "numpy", "pandas", "plotly")
+_FOLDERS = re.compile(r"(?<![\w.:/\\])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'\"]+[/\\])+")
+
+
+def code_hash(notebook: str) -> str:
+    """Return 16 hexadecimal digits over `reclib/*.py` and the code cells of a notebook."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    source = paths.notebooks() / f"{notebook}.ipynb"
+    if source.is_file():
+        for cell in json.loads(source.read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] == "code":
+                digest.update("".join(cell["source"]).encode() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def git_state() -> dict[str, Any] | None:
+    """Return the commit and whether the code differs from it; None outside a git checkout."""
+    root = Path(__file__).resolve().parent.parent
+    commit = _git(root, "rev-parse", "HEAD")
+    if not commit:
+        return None
+    code = ("reclib", "notebooks", "params", "pyproject.toml")  # records change with every run
+    changed = _git(root, "status", "--porcelain", "--", *code)
+    return {"commit": commit, "dirty": None if changed is None else bool(changed)}
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=30
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of Python and of the packages that numbers and figures depend on."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def plain(value: Any) -> Any:
+    """Return `value` as JSON holds it, without the folders of paths: they name people and hosts.
+
+    Numpy scalars and one-element tensors become numbers; what JSON cannot hold is a `ValueError`.
+    """
+    if isinstance(value, str | Path):
+        return _FOLDERS.sub("", str(value))
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain(dataclasses.asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if hasattr(value, "item"):  # a numpy scalar or a tensor of one element
+        return plain(value.item())
+    raise ValueError(f"cannot record a {type(value).__name__}: {value!r}")

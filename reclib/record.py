@@ -1,0 +1,259 @@
+"""What a run found, kept so that figures can be built from it and nobody has to take it on trust.
+
+`Run.result` does two things. It displays a small bundle with the deterministic part (what the
+notebook tests compare), and it appends one line with everything to
+`executed/<label>/results.jsonl`: metrics in full, timings, parameters, device, versions, code and
+commit. The label is that of the device that was really there, whatever was claimed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from reclib import params as parameters
+from reclib import paths
+from reclib.config import InputError
+from reclib.provenance import code_hash, git_state, plain, versions
+
+SCHEMA = 1
+MIME = "application/vnd.reclib.result+json"
+Kind = Literal["measured", "predicted"]
+
+_CARD = (
+    "name",
+    "type",
+    "capability",
+    "memory_bytes",
+    "torch",
+    "cuda",
+    "driver",
+    "threads",
+    "label",
+)
+_KEY = ("notebook", "kind", "label", "name", "params_hash", "seed")
+
+
+class Run:
+    """One execution of one notebook on one device: `result` records what it finds."""
+
+    def __init__(
+        self,
+        notebook: str,
+        p: Any,
+        device: Mapping[str, Any],
+        data: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Take the notebook's parameters, the device's card, the data's name and fingerprint.
+
+        `p` is the dataclass from `params.read`; `device` has at least the keys that
+        `hardware.device_card` returns; `data` has `name` and `fingerprint`.
+        """
+        missing = [key for key in _CARD if key not in device]
+        if missing:
+            raise ValueError(f"device card lacks {', '.join(missing)}")
+        self.notebook = notebook
+        self.params = plain(parameters.values(p))
+        self.label = str(device["label"])
+        self._deterministic = self._without(parameters.device_names() | {"gpu", "wandb_mode"})
+        self._provenance = {
+            "schema": SCHEMA,
+            "notebook": notebook,
+            "label": self.label,
+            "claimed": self.params.get("gpu"),
+            "profile": parameters.profile_of(notebook, p),
+            "device": plain({key: device[key] for key in _CARD}),
+            "data": None if data is None else plain(dict(data)),
+            "code": code_hash(notebook),
+            "git": git_state(),
+            "versions": versions(),
+        }
+
+    def result(
+        self,
+        name: str,
+        metrics: Mapping[str, Any],
+        *,
+        params: Mapping[str, Any] | None = None,
+        timings: Mapping[str, Any] | None = None,
+        series: Mapping[str, Sequence[Any]] | None = None,
+        seed: int | None = None,
+        kind: Kind = "measured",
+    ) -> dict[str, Any]:
+        """Display and append one result; return the record.
+
+        `metrics` must be the same in every run on one machine (the notebook tests compare them to
+        3 digits); what depends on the clock goes into `timings`. `params` are this result's own,
+        beside those of the run. Metrics and timings must be finite numbers or None (not measured);
+        a value of a series that is not finite (a loss that diverged) is stored as null.
+        """
+        own = plain(dict(params or {}))
+        if seed is not None and not isinstance(seed, int):
+            raise ValueError(f"seed of {name!r} must be a whole number, got {seed!r}")
+        if kind not in ("measured", "predicted"):
+            raise ValueError(f"kind of {name!r} must be measured or predicted, got {kind!r}")
+        numbers = _finite(name, metrics)
+        record = self._provenance | {
+            "name": name,
+            "kind": kind,
+            "seed": seed,
+            "metrics": numbers,
+            "timings": _finite(name, timings or {}),
+            "series": {
+                key: [_or_null(v) for v in values] for key, values in (series or {}).items()
+            },
+            "params": self.params,
+            "own_params": own,
+            "params_hash": params_hash(self._identity(seed) | {"own": own}),
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        _append(paths.executed() / self.label / "results.jsonl", record)
+        _display(self.notebook, name, self._deterministic | own, numbers, seed)
+        return record
+
+    def _identity(self, seed: int | None) -> dict[str, Any]:
+        # A result of one seed is the same result whichever other seeds the run had.
+        return self._without(
+            {"gpu", "wandb_mode"} | ({"seed", "seeds"} if seed is not None else set())
+        )
+
+    def _without(self, names: Iterable[str]) -> dict[str, Any]:
+        left_out = set(names)
+        return {key: value for key, value in self.params.items() if key not in left_out}
+
+
+def params_hash(params: Mapping[str, Any]) -> str:
+    """Return 16 hexadecimal digits that identify a set of parameters, whatever their order."""
+    text = json.dumps(plain(dict(params)), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read(root: Path) -> list[dict[str, Any]]:
+    """Return all records under `root/*/results.jsonl`, in order of folder and line.
+
+    A last line that a killed run left unfinished is skipped and reported on standard error;
+    anything else that is no record, or lies in another device's folder, is an `InputError`.
+    """
+    found = []
+    for file in sorted(root.glob("*/results.jsonl")):
+        lines = file.read_text(encoding="utf-8").split("\n")
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                found.append(_checked(json.loads(line), file, number))
+            except json.JSONDecodeError:
+                where = f"{file.parent.name}/{file.name}:{number}"
+                if number < len(lines):  # the last element is what follows the last newline
+                    raise InputError(f"{where}: not a record (broken JSON)") from None
+                print(f"{where}: unfinished line skipped", file=sys.stderr)
+    return found
+
+
+def latest(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the newest record of each notebook, kind, label, name, parameters and seed."""
+    newest: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for record in records:
+        key = tuple(record[part] for part in _KEY)
+        if key not in newest or record["time"] >= newest[key]["time"]:
+            newest[key] = record
+    return list(newest.values())
+
+
+def _checked(record: Any, file: Path, number: int) -> dict[str, Any]:
+    where = f"{file.parent.name}/{file.name}:{number}"
+    if not isinstance(record, dict) or any(key not in record for key in (*_KEY, "schema", "time")):
+        raise InputError(f"{where}: not a record (a key is missing)")
+    if record["schema"] != SCHEMA:
+        raise InputError(f"{where}: schema {record['schema']!r}, this version reads {SCHEMA}")
+    if record["label"] != file.parent.name:
+        raise InputError(f"{where}: a record of {record['label']!r} in another device's folder")
+    return record
+
+
+def _append(file: Path, record: Mapping[str, Any]) -> None:
+    """Append one line in one write, whole or not at all."""
+    import fcntl  # POSIX only; reading records works everywhere
+
+    text = json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    line = text.encode() + b"\n"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        end = _end_of_records(descriptor)
+        try:
+            written = os.write(descriptor, line)
+            if written < len(line):
+                raise OSError(f"{file.name}: only {written} of {len(line)} bytes could be written")
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, end)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _end_of_records(descriptor: int) -> int:
+    """Cut off what a killed writer left after the last newline; return the file's length."""
+    content = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+    end = content.rfind(b"\n") + 1
+    if end == len(content):
+        return end
+    try:
+        json.loads(content[end:])
+    except ValueError:
+        os.ftruncate(descriptor, end)
+        return end
+    return len(content) + os.write(descriptor, b"\n")  # whole: only an editor dropped the newline
+
+
+def _display(
+    notebook: str,
+    name: str,
+    params: Mapping[str, Any],
+    metrics: Mapping[str, float | int | None],
+    seed: int | None,
+) -> None:
+    """Show the deterministic part, where there is a notebook to show it in."""
+    try:
+        from IPython import get_ipython
+        from IPython.display import display
+    except ImportError:  # a script on a machine without Jupyter
+        return
+    if get_ipython() is None:
+        return
+    rounded = {key: _three_digits(value) for key, value in metrics.items()}
+    bundle: dict[str, Any] = {"name": name, "params": dict(params), "metrics": rounded}
+    text = "  ".join(f"{key}={value}" for key, value in rounded.items())
+    if seed is not None:
+        bundle["seed"] = seed
+        name = f"{name} (seed {seed})"
+    display({MIME: bundle, "text/plain": f"{notebook} / {name}: {text}"}, raw=True)
+
+
+def _three_digits(value: float | int | None) -> float | int | None:
+    return float(f"{value:.3g}") if isinstance(value, float) else value
+
+
+def _finite(name: str, numbers: Mapping[str, Any]) -> dict[str, float | int | None]:
+    result = {}
+    for key, given in numbers.items():
+        value = plain(given)
+        if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
+            raise ValueError(f"{key} of result {name!r} is {given!r}: not a finite number")
+        result[key] = value
+    return result
+
+
+def _or_null(given: Any) -> Any:
+    value = plain(given)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
