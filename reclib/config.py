@@ -88,7 +88,7 @@ class ModelConfig:
 class DataConfig:
     """Which interactions, and how they are filtered."""
 
-    dataset: str = "ml-100k"  # "ml-100k" or "synthetic"
+    dataset: str = "ml-100k"  # "ml-100k", "synthetic", or a file as in `sources.source`
     min_user: Positive = 5  # k-core: interactions that a user must have
     min_item: Positive = 5  # k-core: interactions that an item must have
     synthetic_users: Positive = 300
