@@ -11,6 +11,7 @@ Reference: Harper and Konstan, The MovieLens Datasets, ACM TiiS 5(4), 2015.
 from __future__ import annotations
 
 import hashlib
+import http.client
 import importlib.util
 import os
 import shutil
@@ -44,6 +45,15 @@ RECBOLE = ("ml-100k.inter", "ml-100k.item")
 MAX_MEMBER_BYTES = 16 << 20  # of a zip member that is read; the largest real one has 2 MB
 PIP_SECONDS = 180  # a stalled index must not hold a study up for longer
 HTTP_SECONDS = 30  # without a byte arriving
+# What a way may fail with and the next be tried; InputError is a ValueError, as is a malformed
+# address.
+FAILURES = (
+    ValueError,
+    OSError,
+    http.client.HTTPException,
+    subprocess.SubprocessError,
+    zipfile.BadZipFile,
+)
 
 
 class Files(NamedTuple):
@@ -103,7 +113,7 @@ def files() -> Files:
         try:
             way(fresh)
             _put_in_place(fresh)
-        except (InputError, OSError, subprocess.SubprocessError, zipfile.BadZipFile) as error:
+        except FAILURES as error:
             tried.append(f"{name}: {' '.join(str(error).split())}")
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
@@ -111,8 +121,7 @@ def files() -> Files:
     if found:
         return found
     raise InputError(
-        f"ml-100k could not be had ({'; '.join(tried)}); "
-        f"fetch {url()} by hand and put it at {archive()}"
+        f"ml-100k could not be had ({'; '.join(tried)}); fetch {url()} by hand and put it at {archive()}"
     )
 
 
@@ -126,15 +135,11 @@ def _put_in_place(fresh: Path) -> None:
     for path in fresh.iterdir():
         _verify(path)
     try:
-        fresh.rename(
-            folder()
-        )  # atomic; fails where another process has put a full folder meanwhile
+        fresh.rename(folder())  # atomic; fails where another process has put a full folder meanwhile
     except OSError:
         if present() is None:  # an empty or foreign folder: fill it, one atomic rename per file
             folder().mkdir(exist_ok=True)
-            for path in sorted(
-                fresh.iterdir(), reverse=True
-            ):  # titles first: interactions make it count
+            for path in sorted(fresh.iterdir(), reverse=True):  # titles first: interactions make it count
                 path.rename(folder() / path.name)
 
 
@@ -160,9 +165,7 @@ def _from_recbole_wheel(into: Path) -> None:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
         command += ["--disable-pip-version-check", "--retries", "1", "--only-binary", ":all:"]
         command += ["--dest", tmp, "recbole==1.2.1"]
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=PIP_SECONDS, check=False
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_SECONDS, check=False)
         wheels = list(Path(tmp).glob("*.whl"))
         if done.returncode or not wheels:
             said = [line for line in done.stderr.splitlines() if line.strip()]

@@ -56,8 +56,7 @@ def source(config: DataConfig) -> Source:
     close = difflib.get_close_matches(name, list(SOURCES), n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     raise InputError(
-        f"parameter 'dataset' is {name!r}{hint}: expected one of {known}, or a file, "
-        f"and {path} is none"
+        f"parameter 'dataset' is {name!r}{hint}: expected one of {known}, or a file, and {path} is none"
     )
 
 
@@ -126,25 +125,21 @@ def read_four_columns(path: Path) -> pd.DataFrame:
 def read_item_titles(path: Path) -> dict[str, str]:
     """Read titles from RecBole's `.item` (UTF-8, TAB) or GroupLens' `u.item` (Latin-1, `|`)."""
     if path.suffix == ".item" and path.name != "u.item":
-        names = [
-            field.split(":")[0] for field in _text(path).split("\n", 1)[0].rstrip("\r").split("\t")
-        ]
+        names = [field.split(":")[0] for field in _text(path).split("\n", 1)[0].rstrip("\r").split("\t")]
         if "item_id" not in names or "movie_title" not in names:
             return {}
         table = _table(path, names, header_lines=1)
-        # RecBole writes what it does not know as "unkonwn", and the year apart from the title
+        # RecBole has "unkonwn" for GroupLens' "unknown", and the year apart from the title
         titles = table["movie_title"].replace("unkonwn", "unknown")
         if "release_year" in names:
-            dated = table["release_year"].str.fullmatch(r"\d{4}")
-            titles = titles.where(~dated, titles + " (" + table["release_year"] + ")")
+            year = table["release_year"]
+            titles = titles.where(year.isin(["", "unkonwn"]), titles + " (" + year + ")")
         return dict(zip(table["item_id"], titles, strict=True))
     lines = path.read_text(encoding="latin-1").splitlines()
     fields = [line.split("|", 2) for line in lines]
     short = next((n for n, field in enumerate(fields, 1) if len(field) < 3), None)
     if short:
-        raise InputError(
-            f"{path.name}, line {short}: expected '|'-separated item, title, date, ..."
-        )
+        raise InputError(f"{path.name}, line {short}: expected '|'-separated item, title, date, ...")
     return {field[0]: field[1].strip() for field in fields}
 
 
@@ -191,9 +186,7 @@ def _text(path: Path) -> str:
 
 def _table(path: Path, names: list[str], *, header_lines: int) -> pd.DataFrame:
     """Split into columns of text; any line with another number of fields is an error."""
-    lines = pd.Series(_text(path).split("\n")[header_lines:-1], dtype="object").str.removesuffix(
-        "\r"
-    )
+    lines = pd.Series(_text(path).split("\n")[header_lines:-1], dtype="object").str.removesuffix("\r")
     if lines.empty:
         raise InputError(f"{path.name} has a header and nothing below it")
     fields = lines.str.count("\t").to_numpy() + 1
@@ -203,12 +196,8 @@ def _table(path: Path, names: list[str], *, header_lines: int) -> pd.DataFrame:
             f"{path.name}, line {row + 1 + header_lines}: {fields[row]} fields, expected "
             f"{len(names)} separated by TAB ({', '.join(names)}); the line is {lines[row][:80]!r}"
         )
-    cells = "\t".join(lines).split(
-        "\t"
-    )  # every line has the same number: one flat list is the table
-    return pd.DataFrame(
-        {name: cells[i :: len(names)] for i, name in enumerate(names)}, dtype="object"
-    )
+    cells = "\t".join(lines).split("\t")  # every line has the same number: one flat list is the table
+    return pd.DataFrame({name: cells[i :: len(names)] for i, name in enumerate(names)}, dtype="object")
 
 
 def _typed(path: Path, table: pd.DataFrame, header_lines: int) -> pd.DataFrame:
@@ -224,7 +213,6 @@ def _typed(path: Path, table: pd.DataFrame, header_lines: int) -> pd.DataFrame:
         if bad.any():
             row = int(np.argmax(bad))
             raise InputError(
-                f"{path.name}, line {row + 1 + header_lines}: {name} is {column[row]!r}, "
-                f"expected {expected}"
+                f"{path.name}, line {row + 1 + header_lines}: {name} is {column[row]!r}, expected {expected}"
             )
     return pd.DataFrame(typed)

@@ -1,0 +1,550 @@
+import gzip
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reclib import data, ml100k, paths, sources
+from reclib.config import DataConfig, InputError
+
+SHARED = paths.root().parent / "shared" / "data" / "ml-100k"
+
+# the default dataset, pinned: a change here is a change of rules and needs another RULES_VERSION
+FINGERPRINT = "11351b1d3c74ba8a"
+TEST_TARGETS = "3729284302d521e8ab1021106a5ce349d4277fdfd1f77d9ad0f5a1a621976d7d"
+
+
+@pytest.fixture(scope="session")
+def raw_files():
+    """The real files, kept in the project's own cache so that they are fetched once."""
+    try:
+        return ml100k.files()
+    except InputError as error:
+        pytest.skip(f"ml-100k is neither cached nor reachable: {error}")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache of its own."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("RECLIB_DATA", str(folder))
+    return folder
+
+
+@pytest.fixture
+def ml_100k(raw_files, cache):
+    """The real files in place in an empty cache."""
+    ml100k.folder().mkdir(parents=True)
+    for path in raw_files[:2]:
+        (ml100k.folder() / path.name).write_bytes(path.read_bytes())
+    return ml100k.folder()
+
+
+def own_file(folder: Path, rows, name: str = "mine.tsv") -> str:
+    path = folder / name
+    path.write_text("".join("\t".join(map(str, row)) + "\n" for row in rows))
+    return str(path)
+
+
+def keys_of(dataset: data.Dataset, user: int) -> list[str]:
+    a, b = dataset.offsets[user : user + 2]
+    return dataset.item_keys[dataset.items[a:b]].tolist()
+
+
+def test_counts_of_real_ml_100k(ml_100k):
+    dataset = data.prepare(DataConfig())
+    assert (dataset.num_users, dataset.num_items, dataset.num_interactions) == (943, 1349, 99_287)
+    steps = {s["step"]: s for s in dataset.manifest["steps"]}
+    assert steps["source"] == {
+        "step": "source",
+        "users": 943,
+        "items": 1682,
+        "interactions": 100_000,
+    }
+    held_out = steps["valid"]["interactions"] + steps["test"]["interactions"]
+    assert steps["train"]["interactions"] + held_out == 99_287
+    assert dataset.manifest["test_targets_sha256"] == TEST_TARGETS
+    assert dataset.fingerprint == FINGERPRINT
+    assert dataset.title(1) == "Toy Story (1995)"
+    assert all(key in dataset.titles for key in dataset.item_keys[1:].tolist())
+
+
+def test_official_files_give_the_same_dataset(ml_100k, monkeypatch, tmp_path):
+    if not SHARED.is_dir():
+        pytest.skip(f"no copy of the official files at {SHARED}")
+    from_recbole = data.prepare(DataConfig())
+    monkeypatch.setenv("RECLIB_DATA", str(tmp_path / "official"))
+    ml100k.folder().mkdir(parents=True)
+    for name in ml100k.OFFICIAL:
+        text = gzip.decompress((SHARED / f"{name}.gz").read_bytes())
+        (ml100k.folder() / name).write_bytes(text)
+    official = data.prepare(DataConfig())
+    assert official.manifest["source"]["file"] == "u.data"
+    assert official.fingerprint == from_recbole.fingerprint
+    assert official.titles == from_recbole.titles
+    assert np.array_equal(official.items, from_recbole.items)
+
+
+INTERACTIONS = st.lists(
+    st.tuples(st.integers(0, 6), st.integers(0, 6), st.integers(0, 5)), min_size=1, max_size=60
+)
+
+
+def brute_core(rows, min_user, min_item):
+    while True:
+        users, items = Counter(r[0] for r in rows), Counter(r[1] for r in rows)
+        left = [r for r in rows if users[r[0]] >= min_user and items[r[1]] >= min_item]
+        if len(left) == len(rows):
+            return left
+        rows = left
+
+
+@given(rows=INTERACTIONS, min_user=st.integers(1, 5), min_item=st.integers(1, 5))
+def test_k_core_is_the_fixed_point(rows, min_user, min_item):
+    user, item, _ = (np.array(column) for column in zip(*rows, strict=True))
+    keep, passes = data.k_core(user, item, min_user, min_item)
+    kept = [row for row, stays in zip(rows, keep, strict=True) if stays]
+    assert kept == brute_core(rows, min_user, min_item)
+    assert passes == sorted(passes, reverse=True)
+    assert (passes[-1] if passes else len(rows)) == len(kept)
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=INTERACTIONS, min_user=st.integers(1, 4), min_item=st.integers(1, 3))
+def test_preparation_equals_a_plain_one(tmp_path_factory, rows, min_user, min_item):
+    folder = tmp_path_factory.mktemp("plain")
+    lines = [(f"u{u}", 10**i, 3, t) for u, i, t in rows]  # keys of several lengths
+    core = brute_core(rows, min_user, min_item)
+    config = DataConfig(dataset=own_file(folder, lines), min_user=min_user, min_item=min_item)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RECLIB_DATA", str(folder / "cache"))
+        if not core:
+            with pytest.raises(InputError, match="nothing of dataset 'mine' is left"):
+                data.prepare(config)
+            return
+        dataset = data.prepare(config)
+    users = sorted({u for u, _, _ in core})
+    assert dataset.user_keys.tolist() == [f"u{u}" for u in users]
+    assert dataset.item_keys.tolist() == ["", *(str(10**i) for i in sorted({r[1] for r in core}))]
+    for number, user in enumerate(users):
+        mine = sorted((r for r in core if r[0] == user), key=lambda r: r[2])  # sorted() is stable
+        assert keys_of(dataset, number) == [str(10**i) for _, i, _ in mine]
+
+
+def test_ties_keep_the_row_order(cache, tmp_path):
+    rows = [("a", item, 1, 7) for item in (5, 3, 9, 1)] + [("a", 8, 1, 6)]
+    config = DataConfig(dataset=own_file(tmp_path, rows), min_user=1, min_item=1)
+    dataset = data.prepare(config)
+    assert keys_of(dataset, 0) == ["8", "5", "3", "9", "1"]
+    assert dataset.manifest["ties"] == {"interactions": 4, "test_targets": 1}
+
+
+def test_ties_are_counted_within_a_user_only(cache, tmp_path):
+    rows = [("a", 1, 1, 1), ("a", 2, 1, 2), ("a", 3, 1, 3), ("b", 1, 1, 3), ("b", 2, 1, 4)]
+    config = DataConfig(dataset=own_file(tmp_path, rows), min_user=1, min_item=1)
+    assert data.prepare(config).manifest["ties"] == {"interactions": 0, "test_targets": 0}
+
+
+def test_leave_one_out_leaks_nothing(ml_100k):
+    dataset = data.prepare(DataConfig())
+    train = data.train_histories(dataset)
+    valid, test = (data.evaluation(dataset, part) for part in ("valid", "test"))
+    assert np.array_equal(train.starts, valid.histories.starts)
+    assert np.array_equal(train.ends, valid.histories.ends)  # validation sees what training saw
+    assert np.array_equal(test.histories.ends, valid.histories.ends + 1)  # test: one item more
+    assert np.array_equal(dataset.items[valid.histories.ends], valid.targets)
+    assert np.array_equal(dataset.items[test.histories.ends], test.targets)
+    assert np.array_equal(test.histories.ends + 1, dataset.offsets[1:])
+    for user in range(dataset.num_users):  # no item twice in ml-100k: no target in a history
+        seen = dataset.items[train.starts[user] : train.ends[user]]
+        assert not np.isin([valid.targets[user], test.targets[user]], seen).any()
+    assert dataset.items.min() == 1
+    assert dataset.items.max() == dataset.num_items
+
+
+def test_short_histories_train_and_are_not_evaluated(cache, tmp_path):
+    rows = [("one", 1, 1, 1), ("two", 1, 1, 1), ("two", 2, 1, 2)]
+    rows += [("three", item, 1, item) for item in (1, 2, 3)]
+    dataset = data.prepare(DataConfig(dataset=own_file(tmp_path, rows), min_user=1, min_item=1))
+    train = data.train_histories(dataset)
+    assert dict(zip(dataset.user_keys.tolist(), train.ends - train.starts, strict=True)) == {
+        "one": 1,
+        "two": 2,
+        "three": 1,
+    }
+    test = data.evaluation(dataset, "test")
+    assert dataset.user_keys[data.evaluated_users(dataset)].tolist() == ["three"]
+    assert dataset.item_keys[test.targets].tolist() == ["3"]
+    assert len(test.targets) == len(test.histories.starts) == 1
+    with pytest.raises(InputError, match="expected 'valid' or 'test'"):
+        data.evaluation(dataset, "train")
+
+
+def contents(dataset: data.Dataset):
+    arrays = [getattr(dataset, name).tolist() for name in data.ARRAYS]
+    return arrays, dataset.titles, dataset.manifest, dataset.name
+
+
+SYNTHETIC = DataConfig(dataset="synthetic")
+
+
+def test_cache_hit_equals_fresh_and_is_a_hit(cache, monkeypatch):
+    fresh = data.prepare(SYNTHETIC)
+    monkeypatch.setattr(data, "_build", lambda *_: pytest.fail("prepared again"))
+    assert contents(data.prepare(SYNTHETIC)) == contents(fresh)
+    with pytest.raises(ValueError, match="read-only"):
+        fresh.items[0] = 1
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda f: (f / "items.npy").write_bytes((f / "items.npy").read_bytes()[:-4]),
+        lambda f: (f / "items.npy").write_bytes((f / "items.npy").read_bytes()[:-1] + b"\1"),
+        lambda f: (f / "manifest.json").write_text((f / "manifest.json").read_text().replace("300", "301")),
+        lambda f: (f / "titles.json").unlink(),
+        lambda f: (f / "seal.json").write_text("{"),
+        lambda f: [path.unlink() for path in f.iterdir()],
+    ],
+    ids=["truncated", "byte", "manifest", "missing", "seal", "emptied"],
+)
+def test_damaged_cache_is_rebuilt(cache, damage):
+    fresh = contents(data.prepare(SYNTHETIC))
+    (folder,) = (cache / "prepared").iterdir()
+    damage(folder)
+    assert contents(data.prepare(SYNTHETIC)) == fresh
+    assert sorted((cache / "prepared").iterdir()) == [folder]
+    assert json.loads((folder / "manifest.json").read_text()) == fresh[2]
+
+
+def test_cache_tells_configurations_and_contents_apart(cache, tmp_path):
+    rows = [(u, i, 1, u * i) for u in range(8) for i in range(8)]
+    path = own_file(tmp_path, rows)
+    first = data.prepare(DataConfig(dataset=path))
+    own_file(tmp_path, [*rows, (0, 8, 1, 99)])
+    assert data.prepare(DataConfig(dataset=path, min_item=1)).num_items == first.num_items + 1
+    assert data.prepare(DataConfig(dataset=path)).num_items == first.num_items
+    assert len(list((cache / "prepared").iterdir())) == 3
+
+
+def test_failed_write_leaves_nothing(cache, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        data.prepare(SYNTHETIC)
+    assert list((cache / "prepared").iterdir()) == []
+
+
+INTER = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("u.data", "1\t2\t3\t4\n1\t3\tx\t5\n", "u.data, line 2: rating is 'x', expected a number"),
+        ("u.data", "1\t2\t3\tnan\n", "u.data, line 1: timestamp is 'nan', expected a number"),
+        ("u.data", "1\t2\t3\t4\n1\t3\t5\n", "u.data, line 2: 3 fields, expected 4"),
+        ("u.data", "1\t2\t3\t4\n\n1\t3\t5\t6\n", "u.data, line 2: 1 fields, expected 4"),
+        ("u.data", "1\t2\t3\t4\t5\n", "u.data, line 1: 5 fields, expected 4"),
+        ("u.data", "1\t\t3\t4\n", "u.data, line 1: item is '', expected an id"),
+        ("u.data", "1\t2\t3\t4\n1\t2\t3\t99", "u.data, line 2: the file stops without a line end"),
+        ("u.data", "", "u.data is empty"),
+        ("x.inter", INTER, "x.inter has a header and nothing below it"),
+        ("x.inter", INTER + "1\t2\tx\t4\n", "x.inter, line 2: rating is 'x', expected a number"),
+        ("x.inter", "1\t2\t3\t4\n", "x.inter, line 1: header is '1\\\\t2\\\\t3\\\\t4', expected"),
+        ("x.inter", INTER + "1\t2\t3\t4\n", "nothing of dataset 'x' is left by the k-core"),
+    ],
+)
+def test_malformed_files_are_told_by_line(cache, tmp_path, name, text, said):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(InputError, match=said) as error:
+        data.prepare(DataConfig(dataset=str(path)))
+    assert "\n" not in str(error.value)
+    assert not cache.exists()
+
+
+def test_bytes_that_are_not_text_are_told_by_line(cache, tmp_path):
+    path = tmp_path / "u.data"
+    path.write_bytes(b"1\t2\t3\t4\n1\t\xff\t3\t4\n")
+    with pytest.raises(InputError, match="line 2: byte 0xff is not UTF-8"):
+        data.prepare(DataConfig(dataset=str(path)))
+
+
+def test_own_inter_file_with_columns_in_another_order(cache, tmp_path):
+    rows = [("timestamp:float", "item_id:token", "x:float", "user_id:token")]
+    rows += [(9 - i, f"i{i}", 0.5, "me") for i in range(4)]
+    config = DataConfig(dataset=own_file(tmp_path, rows, "own.inter"), min_user=1, min_item=1)
+    (tmp_path / "own.item").write_text("item_id:token\tmovie_title:token_seq\ni3\tLast of all\n")
+    dataset = data.prepare(config)
+    assert keys_of(dataset, 0) == ["i3", "i2", "i1", "i0"]
+    assert [dataset.title(item) for item in (4, 1)] == ["Last of all", "i0"]
+
+
+def test_unknown_dataset_names_what_is_allowed(cache):
+    with pytest.raises(InputError, match=r"'ml-10k' \(did you mean 'ml-100k'\?\): expected one of"):
+        data.prepare(DataConfig(dataset="ml-10k"))
+
+
+def test_relative_path_counts_from_the_root(cache, tmp_path, monkeypatch):
+    own_file(tmp_path, [("a", i, 1, i) for i in range(4)])
+    monkeypatch.setenv("RECLIB_ROOT", str(tmp_path))
+    dataset = data.prepare(DataConfig(dataset="mine.tsv", min_user=1, min_item=1))
+    assert dataset.manifest["source"]["file"] == "mine.tsv"
+    assert str(tmp_path) not in json.dumps(dataset.manifest)
+
+
+def test_truncated_ml_100k_is_refused_even_when_prepared(ml_100k):
+    data.prepare(DataConfig())
+    path = next(p for p in ml_100k.iterdir() if p.name in ("ml-100k.inter", "u.data"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=rf"{path.name} is truncated or altered: .* lines of 100,0"):
+        data.prepare(DataConfig())
+    assert path.read_bytes() == whole[: len(whole) // 2]  # the user's file is left alone
+
+
+@pytest.fixture
+def small(monkeypatch, cache):
+    """Stand in for the real files with small ones: {name: content}, and the zip that holds them."""
+    contents = {
+        "u.data": b"".join(b"%d\t%d\t3\t%d\n" % (u, i, i) for u in range(6) for i in range(6)),
+        "u.item": "".join(f"{i}|Caf\u00e9 {i}|x\n" for i in range(6)).encode("latin-1"),
+    }
+    zipped = cache.parent / "served" / "ml-100k.zip"
+    zipped.parent.mkdir()
+    with zipfile.ZipFile(zipped, "w") as archive:
+        for name, content in contents.items():
+            archive.writestr(f"ml-100k/{name}", content)
+        archive.writestr("../evil", b"written outside")
+    for name, content in {**contents, "ml-100k.zip": zipped.read_bytes()}.items():
+        monkeypatch.setitem(ml100k.SHA256, name, hashlib.sha256(content).hexdigest())
+    monkeypatch.setenv("PIP_NO_INDEX", "1")  # pip fails at once, without network
+    monkeypatch.setenv("PIP_FIND_LINKS", str(cache.parent / "served"))
+    monkeypatch.setattr(ml100k.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    return zipped
+
+
+@pytest.fixture
+def server(small, monkeypatch):
+    """A local mirror that serves `server.reply(handler)`; by default the small archive."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.server.reply(self)
+
+        def log_message(self, *_):
+            pass
+
+    def archive(handler, content=None, length=None):
+        content = small.read_bytes() if content is None else content
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(length or len(content)))
+        handler.end_headers()
+        handler.wfile.write(content)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.reply = server.archive = archive
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("RECLIB_MIRROR", f"http://127.0.0.1:{server.server_port}/mirror")
+        yield server
+        server.shutdown()
+
+
+def test_official_download(server, cache):
+    dataset = data.prepare(DataConfig())
+    assert (dataset.num_users, dataset.num_items) == (6, 6)
+    assert dataset.title(1) == "Café 0"
+    assert dataset.manifest["source"]["origin"] == "GroupLens"
+    server.reply = lambda handler: pytest.fail("downloaded twice")
+    for path in ml100k.folder().iterdir():
+        path.unlink()
+    assert ml100k.files().interactions.exists()  # from the archive that was kept
+    assert sorted(p.name for p in (cache / "raw").iterdir()) == ["ml-100k", "ml-100k.zip"]
+    assert not (cache.parent / "evil").exists()
+    assert not (cache / "evil").exists()
+
+
+@pytest.mark.parametrize(
+    ("reply", "said"),
+    [
+        (lambda s, h: s.archive(h, b"PK not what was asked for"), "is truncated or altered"),
+        (lambda s, h: s.archive(h, b"PK" * 500, length=5000), "is truncated or altered"),
+        (lambda s, h: h.send_error(404), "404"),
+        (lambda s, h: h.wfile.write(b"no protocol at all\r\n\r\n"), "no protocol"),
+        (lambda s, h: None, "ml-100k.zip: "),
+    ],
+    ids=["checksum", "truncated", "404", "garbage", "hang-up"],
+)
+def test_failed_download_is_one_clear_error(server, cache, reply, said):
+    server.reply = lambda handler: reply(server, handler)
+    with pytest.raises(InputError, match=said) as error:
+        data.prepare(DataConfig())
+    told = str(error.value)
+    assert "\n" not in told
+    for way in ("installed recbole: not installed", "pip download recbole==1.2.1: ", "/mirror/"):
+        assert way in told
+    assert f"put it at {cache / 'raw' / 'ml-100k.zip'}" in told
+    assert list((cache / "raw").iterdir()) == []  # nothing half-written
+    assert not (cache / "prepared").exists()
+
+
+def test_offline_is_not_tried(server, monkeypatch):
+    server.reply = lambda handler: pytest.fail("asked although offline")
+    monkeypatch.setenv("RECLIB_OFFLINE", "1")
+    with pytest.raises(InputError, match="RECLIB_OFFLINE is set") as error:
+        data.prepare(DataConfig())
+    assert str(error.value).count("RECLIB_OFFLINE is set") == 2  # pip and the mirror
+
+
+def test_archive_put_there_by_hand(small, cache, monkeypatch):
+    monkeypatch.setenv("RECLIB_OFFLINE", "1")
+    ml100k.archive().parent.mkdir(parents=True)
+    ml100k.archive().write_bytes(small.read_bytes())
+    assert data.prepare(DataConfig()).num_users == 6
+
+
+def test_one_file_of_two_is_told(small, cache):
+    ml100k.folder().mkdir(parents=True)
+    (ml100k.folder() / "u.data").write_bytes(zipfile.ZipFile(small).read("ml-100k/u.data"))
+    with pytest.raises(InputError, match=r"u\.item is missing beside u\.data and u\.item"):
+        data.prepare(DataConfig())
+
+
+def test_archive_without_the_file(small, cache, monkeypatch):
+    with zipfile.ZipFile(small, "w") as archive:
+        archive.writestr("ml-100k/u.item", b"")
+    monkeypatch.setitem(ml100k.SHA256, "ml-100k.zip", hashlib.sha256(small.read_bytes()).hexdigest())
+    ml100k.archive().parent.mkdir(parents=True)
+    ml100k.archive().write_bytes(small.read_bytes())
+    monkeypatch.setenv("RECLIB_OFFLINE", "1")
+    with pytest.raises(InputError, match=r"holds no ml-100k/u\.data"):
+        data.prepare(DataConfig())
+
+
+PREPARE = """
+import sys
+from reclib import data
+from reclib.config import DataConfig
+print(data.prepare(DataConfig(**{config})).fingerprint, "recbole" in sys.modules)
+"""
+
+
+def python(config: dict, **env: str) -> subprocess.Popen:
+    code = PREPARE.replace("{config}", repr(config))
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(paths.root())} | env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def test_installed_recbole_is_read_and_never_imported(raw_files, cache, tmp_path):
+    if raw_files.origin != "RecBole":
+        pytest.skip("the cached files came from GroupLens, not from RecBole")
+    package = tmp_path / "site" / "recbole"
+    (package / "dataset_example" / "ml-100k").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    for path in raw_files[:2]:
+        (package / "dataset_example" / "ml-100k" / path.name).write_bytes(path.read_bytes())
+    search = os.pathsep.join([str(paths.root()), str(package.parent)])
+    process = python({}, PYTHONPATH=search, RECLIB_OFFLINE="1")
+    out, err = process.communicate()
+    assert out.split() == [FINGERPRINT, "False"], err
+
+
+def test_two_processes_prepare_at_once(small, cache):
+    """Both start on an empty cache with the archive in place; both end with the same dataset."""
+    config = {"dataset": "synthetic", "synthetic_users": 3000}
+    processes = [python(config) for _ in range(2)]
+    results = [process.communicate() for process in processes]
+    assert results[0][0].split()[1] == "False", results[0][1]
+    assert results[0][0] == results[1][0], results
+    assert len(list((cache / "prepared").iterdir())) == 1
+
+
+def test_two_fetches_at_once(server, cache):
+    """A rival finishes between our look and our rename: its files stay, ours are dropped."""
+    rival = []
+
+    def reply(handler):
+        if not rival:
+            rival.append(True)
+            ml100k.files()  # the rival's whole fetch, while ours waits for its answer
+        server.archive(handler)
+
+    server.reply = reply
+    assert ml100k.files().interactions.exists()
+    assert sorted(p.name for p in (cache / "raw").iterdir()) == ["ml-100k", "ml-100k.zip"]
+    assert sorted(p.name for p in ml100k.folder().iterdir()) == ["u.data", "u.item"]
+
+
+def test_synthetic_is_seeded():
+    first, again = (data.synthetic_dataset(200, 100, 12.0, seed=3) for _ in range(2))
+    other = data.synthetic_dataset(200, 100, 12.0, seed=4)
+    assert contents(first) == contents(again)
+    assert first.fingerprint == again.fingerprint != other.fingerprint
+
+
+def test_synthetic_shape():
+    dataset = data.synthetic_dataset(2000, 300, 20.0, seed=0)
+    assert (dataset.num_users, dataset.num_items) == (2000, 300)
+    assert dataset.lengths.min() >= 5
+    assert dataset.lengths.mean() == pytest.approx(20.0, rel=0.05)
+    user = np.repeat(np.arange(2000), dataset.lengths)
+    pairs = user.astype(np.int64) * 301 + dataset.items
+    assert np.unique(pairs).size == pairs.size  # no user meets an item twice
+    counts = np.sort(np.bincount(dataset.items, minlength=301)[1:])[::-1]
+    assert counts[:30].sum() > 0.4 * counts.sum()  # a tenth of the items has most of the interactions
+
+
+def test_synthetic_transitions_can_be_learned():
+    dataset = data.synthetic_dataset(3000, 200, 20.0, seed=1)
+    train, test = data.train_histories(dataset), data.evaluation(dataset, "test")
+    inside = np.ones(dataset.num_interactions - 1, dtype=bool)
+    inside[train.ends - 1] = inside[train.ends] = False  # into and out of the held-out items
+    inside[dataset.offsets[1:-1] - 1] = False  # from one user to the next
+    pairs = np.zeros((201, 201))
+    np.add.at(pairs, (dataset.items[:-1][inside], dataset.items[1:][inside]), 1)
+    best = np.argsort(-pairs, axis=1)[:, :5]
+    last = dataset.items[test.histories.ends - 1]
+    by_transition = (best[last] == test.targets[:, None]).any(axis=1).mean()
+    popular = np.argsort(-pairs.sum(axis=0))[:5]
+    by_popularity = np.isin(test.targets, popular).mean()
+    assert by_transition > 0.4
+    assert by_transition > 3 * by_popularity
+
+
+@pytest.mark.parametrize(
+    ("users", "items", "mean_len", "said"),
+    [(10, 100, 4.0, "mean length is 4.0, expected at least 5"), (10, 9, 6.0, "9 synthetic items")],
+)
+def test_impossible_synthetic_sizes(users, items, mean_len, said):
+    with pytest.raises(InputError, match=said):
+        data.synthetic_dataset(users, items, mean_len, seed=0)
+
+
+def test_recbole_spelling_of_unknown(tmp_path):
+    path = tmp_path / "ml-100k.item"
+    path.write_text(
+        "item_id:token\tmovie_title:token_seq\trelease_year:token\n"
+        "1\tToy Story\t1995\n267\tunkonwn\tunkonwn\n1412\tLand (1995)\tV\n"
+    )
+    titles = {"1": "Toy Story (1995)", "267": "unknown", "1412": "Land (1995) (V)"}
+    assert sources.read_item_titles(path) == titles
