@@ -1,8 +1,8 @@
 """From histories to batches: windows, cloze masks and packed rows, vectorised and reproducible.
 
 A step's samples are drawn before they are laid out, from a generator seeded by (seed, stream, epoch, step).
-So the same step has the same targets in packed or padded rows, in one piece or in micro-batches, and a resumed
-run needs no generator state. Packing is first-fit decreasing, done for all steps of an epoch at once.
+So the same step has the same targets in packed or padded rows, in one piece or in micro-batches, and a
+resumed run needs no generator state. Packing is first-fit decreasing, for all steps of an epoch at once.
 
 Shapes: S steps, B sequences of a step, T items of a step, R rows, L = max_len, Q queries of a row, M targets.
 """
@@ -194,9 +194,7 @@ class Layout:
 class Epoch:
     """The steps of one pass over the users; `step(i)` gives the micro-batches of step i, always the same."""
 
-    def __init__(
-        self, histories: Histories, model: ModelConfig, train: TrainConfig, epoch: int
-    ) -> None:
+    def __init__(self, histories: Histories, model: ModelConfig, train: TrainConfig, epoch: int) -> None:
         self.histories, self.model, self.train, self.epoch = histories, model, train, epoch
         self.layout = Layout.of(model, train)
         users = np.flatnonzero(histories.ends > histories.starts)

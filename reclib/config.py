@@ -61,9 +61,7 @@ class ModelConfig:
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:
         if self.hidden_dim % self.num_heads:
-            raise ValueError(
-                f"hidden_dim={self.hidden_dim} must be divisible by num_heads={self.num_heads}"
-            )
+            raise ValueError(f"hidden_dim={self.hidden_dim} must be divisible by num_heads={self.num_heads}")
         if self.positions == "sinusoidal" and self.hidden_dim % 2:
             raise ValueError(f"sinusoidal positions need an even hidden_dim, got {self.hidden_dim}")
         return self
@@ -112,7 +110,7 @@ class TrainConfig:
     micro_batch_size: Positive | None = None  # sequences per forward pass; None: batch_size
     layout: Literal["packed", "padded"] = "packed"
     head_rows: Literal["targets", "all"] = "targets"  # positions that reach the output layer
-    loss: Literal["auto", "plain", "chunked"] = "auto"  # auto: chunked where the logits are large
+    loss: Literal["auto", "plain", "chunked", "inplace"] = "auto"  # see `objective`
     bucket_steps: Positive = 16  # rows and targets are rounded up to this many sizes per octave
     # optimiser
     optimizer: Literal["fused", "loop"] = "fused"  # loop: one tensor at a time, torch's default on CPU
@@ -135,8 +133,7 @@ class TrainConfig:
     def _micro_batch_fits(self) -> TrainConfig:
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(
-                f"batch_size={self.batch_size} must be a multiple of "
-                f"micro_batch_size={self.micro_batch_size}"
+                f"batch_size={self.batch_size} must be a multiple of micro_batch_size={self.micro_batch_size}"
             )
         if self.layout == "packed" and self.objective == "seed_focal":
             raise ValueError("objective='seed_focal' scores padded rows: it needs layout='padded'")
@@ -165,8 +162,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_items": 18_345,
     },
     "85m": _SEED | {"hidden_dim": 256, "num_layers": 4, "num_heads": 4, "num_items": 159_748},
-    "130m": _SEED
-    | {"hidden_dim": 384, "num_layers": 4, "num_heads": 6, "num_items": 159_748, "head": "mlp"},
+    "130m": _SEED | {"hidden_dim": 384, "num_layers": 4, "num_heads": 6, "num_items": 159_748, "head": "mlp"},
     "430m": _SEED
     | {"hidden_dim": 1024, "num_layers": 8, "num_heads": 16, "num_items": 159_748, "head": "mlp"},
 }

@@ -35,6 +35,12 @@ def attention_bias(segment_ids: Tensor, dtype: torch.dtype) -> Tensor:
     return bias.masked_fill_(~same, float("-inf")).unsqueeze(1)
 
 
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Return the places `index` (R, Q) of each row of x (R, L, D) as (R, Q, D)."""
+    first = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
+    return F.embedding(index + first, x.flatten(0, 1))  # its backward is faster than gather's
+
+
 def sinusoidal_positions(max_len: int, hidden_dim: int) -> Tensor:
     """Return the fixed position table (L, D) of Vaswani et al. 2017, section 3.5."""
     rate = torch.exp(torch.arange(0, hidden_dim, 2) * (-math.log(10_000.0) / hidden_dim))
@@ -52,18 +58,26 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_dim, 3 * config.hidden_dim)
         self.out = nn.Linear(config.hidden_dim, config.hidden_dim)
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """Return (R, L, D) for x (R, L, D) and the attention bias (R, 1, L, L)."""
-        R, L, D = x.shape
-        q, k, v = self.qkv(x).view(R, L, 3, self.num_heads, D // self.num_heads).unbind(2)
+    def forward(self, x: Tensor, bias: Tensor, queries: Tensor | None = None) -> Tensor:
+        """Return (R, L, D) for x (R, L, D) and the attention bias (R, 1, L, L).
+
+        With `queries` (R, Q, D) they alone ask, bias is (R, 1, Q, L) and the result (R, Q, D).
+        """
+        D = x.shape[-1]
+        if queries is None:
+            q, k, v = (self._split(part) for part in self.qkv(x).chunk(3, dim=-1))
+        else:
+            weight, shift = self.qkv.weight, self.qkv.bias
+            q = self._split(F.linear(queries, weight[:D], shift[:D]))
+            k, v = (self._split(y) for y in F.linear(x, weight[D:], shift[D:]).chunk(2, dim=-1))
         y = F.scaled_dot_product_attention(
-            q.transpose(1, 2),  # (R, H, L, D/H)
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=bias,
-            dropout_p=self.dropout if self.training else 0.0,
+            q, k, v, attn_mask=bias, dropout_p=self.dropout if self.training else 0.0
         )
-        return self.out(y.transpose(1, 2).reshape(R, L, D))
+        return self.out(y.transpose(1, 2).flatten(2))
+
+    def _split(self, x: Tensor) -> Tensor:
+        """Split (R, L, D) into heads (R, H, L, D/H)."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 class FeedForward(nn.Module):
@@ -92,12 +106,20 @@ class Block(nn.Module):
         self.ffn_norm = nn.LayerNorm(config.hidden_dim)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """Return (R, L, D) for x (R, L, D) and the attention bias (R, 1, L, L)."""
+    def forward(self, x: Tensor, bias: Tensor, query_index: Tensor | None = None) -> Tensor:
+        """Return (R, L, D) for x (R, L, D) and the attention bias (R, 1, L, L).
+
+        With `query_index` (R, Q) only those places go on: bias is (R, 1, Q, L), the result (R, Q, D).
+        """
+        seen = self.attention_norm(x) if self.pre_norm else x
+        asking = None
+        if query_index is not None:
+            x = take(x, query_index)
+            asking = self.attention_norm(x) if self.pre_norm else x
+        x = x + self.dropout(self.attention(seen, bias, asking))
         if self.pre_norm:
-            x = x + self.dropout(self.attention(self.attention_norm(x), bias))
             return x + self.dropout(self.ffn(self.ffn_norm(x)))
-        x = self.attention_norm(x + self.dropout(self.attention(x, bias)))
+        x = self.attention_norm(x)
         return self.ffn_norm(x + self.dropout(self.ffn(x)))
 
 
@@ -135,9 +157,7 @@ class Bert4Rec(nn.Module):
         self.output_weight = (
             self.item_table.weight if config.tied else nn.Parameter(torch.empty(config.output_rows, D))
         )
-        self.output_bias = (
-            nn.Parameter(torch.empty(config.output_rows)) if config.output_bias else None
-        )
+        self.output_bias = nn.Parameter(torch.empty(config.output_rows)) if config.output_bias else None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -152,18 +172,32 @@ class Bert4Rec(nn.Module):
                 parameter.zero_()
         self.item_table.weight[PAD].zero_()
 
-    def encode(self, items: Tensor, segment_ids: Tensor, positions: Tensor) -> Tensor:
+    def encode(
+        self,
+        items: Tensor,
+        segment_ids: Tensor,
+        positions: Tensor,
+        query_index: Tensor | None = None,
+    ) -> Tensor:
         """Return the hidden states (R, L, D) of rows of item ids.
 
-        `items`, `segment_ids` and `positions` are (R, L) integers: ids with MASK where the model may not look,
-        the number of the sequence inside its row (0: padding), and the row of the position table.
+        `items`, `segment_ids` and `positions` are (R, L) integers: ids with MASK where the model may not
+        look, the number of the sequence inside its row (0: padding), the row of the position table.
+
+        With `query_index` (R, Q) only the states at those places are wanted, (R, Q, D): the last layer then
+        computes keys and values everywhere and all else at those places. The values are the same.
         """
         x = self.item_table(items) + F.embedding(positions, self.position_table)
         x = self.dropout(self.embedding_norm(x))
         bias = attention_bias(segment_ids, x.dtype)
-        for block in self.blocks:
+        if query_index is None:
+            for block in self.blocks:
+                x = block(x, bias)
+            return self.final_norm(x)
+        for block in self.blocks[:-1]:
             x = block(x, bias)
-        return self.final_norm(x)
+        row_bias = bias.gather(2, query_index[:, None, :, None].expand(-1, -1, -1, bias.shape[-1]))
+        return self.final_norm(self.blocks[-1](x, row_bias, query_index))
 
     def head_input(self, hidden: Tensor) -> Tensor:
         """Return (M, D): what is multiplied by the output table, for hidden states (M, D)."""
@@ -216,8 +250,7 @@ def main(argv: list[str] | None = None) -> int:
         print("usage: python -m reclib.model [--json]", file=sys.stderr)
         return 2
     counts = {
-        size: {"num_items": SIZES[size]["num_items"]} | count_parameters(model_config(size))
-        for size in SIZES
+        size: {"num_items": SIZES[size]["num_items"]} | count_parameters(model_config(size)) for size in SIZES
     }
     if arguments:
         print(json.dumps(counts, indent=2))
