@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 def _known_size(name: str) -> str:
     if name not in SIZES:
-        raise ValueError(f"unknown size{_nearest(name, SIZES)}; allowed: {', '.join(SIZES)}")
+        raise ValueError(f"unknown size{nearest(name, SIZES)}; allowed: {', '.join(SIZES)}")
     return name
 
 
@@ -103,9 +103,7 @@ class Baseline:
 
 def _divides(batch_size: int, micro_batch_size: int | None) -> None:
     if micro_batch_size is not None and batch_size % micro_batch_size:
-        raise ValueError(
-            f"batch_size={batch_size} must be a multiple of micro_batch_size={micro_batch_size}"
-        )
+        raise ValueError(f"batch_size={batch_size} must be a multiple of micro_batch_size={micro_batch_size}")
 
 
 NOTEBOOKS: dict[str, type] = {"01_data_prep": DataPrep, "02_baseline": Baseline}
@@ -114,7 +112,7 @@ NOTEBOOKS: dict[str, type] = {"01_data_prep": DataPrep, "02_baseline": Baseline}
 def kind(notebook: str) -> type:
     """Return the dataclass of a notebook's parameters; `InputError` for an unknown notebook."""
     if notebook not in NOTEBOOKS:
-        close = _nearest(notebook, NOTEBOOKS)
+        close = nearest(notebook, NOTEBOOKS)
         raise InputError(f"unknown notebook {notebook!r}{close}; known: {', '.join(NOTEBOOKS)}")
     return NOTEBOOKS[notebook]
 
@@ -167,9 +165,7 @@ def values(p: Any) -> dict[str, Any]:
 def profile(notebook: str, name: str) -> dict[str, Any]:
     """Return a notebook's parameters in a profile: smoke's, with the profile's own on top."""
     if name not in PROFILES:
-        raise InputError(
-            f"unknown profile {name!r}{_nearest(name, PROFILES)}; allowed: {', '.join(PROFILES)}"
-        )
+        raise InputError(f"unknown profile {name!r}{nearest(name, PROFILES)}; allowed: {', '.join(PROFILES)}")
     smoke = _section("smoke", notebook)
     if not smoke:
         raise InputError(f"params/smoke.yaml has no section {notebook!r}")
@@ -222,6 +218,7 @@ def _mapping(file: Path) -> dict[str, Any]:
     return content or {}
 
 
-def _nearest(name: str, allowed: Any) -> str:
+def nearest(name: str, allowed: Any) -> str:
+    """Return "(did you mean ...?)" for the nearest of the `allowed` names, or nothing."""
     close = difflib.get_close_matches(name, list(allowed), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -28,7 +28,7 @@ SCHEMA = 1
 MIME = "application/vnd.reclib.result+json"
 Kind = Literal["measured", "predicted"]
 
-_CARD = (
+CARD = (
     "name",
     "type",
     "capability",
@@ -57,7 +57,7 @@ class Run:
         `p` is the dataclass from `params.read`; `device` has at least the keys that
         `hardware.device_card` returns; `data` has `name` and `fingerprint`.
         """
-        missing = [key for key in _CARD if key not in device]
+        missing = [key for key in CARD if key not in device]
         if missing:
             raise ValueError(f"device card lacks {', '.join(missing)}")
         self.notebook = notebook
@@ -70,7 +70,7 @@ class Run:
             "label": self.label,
             "claimed": self.params.get("gpu"),
             "profile": parameters.profile_of(notebook, p),
-            "device": plain({key: device[key] for key in _CARD}),
+            "device": plain({key: device[key] for key in CARD}),
             "data": None if data is None else plain(dict(data)),
             "code": code_hash(notebook),
             "git": git_state(),
@@ -107,9 +107,7 @@ class Run:
             "seed": seed,
             "metrics": numbers,
             "timings": _finite(name, timings or {}),
-            "series": {
-                key: [_or_null(v) for v in values] for key, values in (series or {}).items()
-            },
+            "series": {key: [_or_null(v) for v in values] for key, values in (series or {}).items()},
             "params": self.params,
             "own_params": own,
             "params_hash": params_hash(self._identity(seed) | {"own": own}),
@@ -121,9 +119,7 @@ class Run:
 
     def _identity(self, seed: int | None) -> dict[str, Any]:
         # A result of one seed is the same result whichever other seeds the run had.
-        return self._without(
-            {"gpu", "wandb_mode"} | ({"seed", "seeds"} if seed is not None else set())
-        )
+        return self._without({"gpu", "wandb_mode"} | ({"seed", "seeds"} if seed is not None else set()))
 
     def _without(self, names: Iterable[str]) -> dict[str, Any]:
         left_out = set(names)

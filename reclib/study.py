@@ -1,0 +1,243 @@
+"""The study from the command line: run its notebooks, see where it stands, rebuild its figures.
+
+    python -m reclib.study run 02 --profile quick       one notebook
+    python -m reclib.study run-all --profile quick      all, then the figures
+    python -m reclib.study status                       what is done here, and what is recorded
+    python -m reclib.study collect                      figures from the records alone
+    python -m reclib.study params 02 --profile full     parameters as YAML, for `papermill -f`
+
+Everything is checked before a kernel starts. Work that this checkout has finished is skipped by a stamp
+that git ignores (parameters, code, versions, output): committed records never cause a skip.
+Exit codes: 0 done, 1 a notebook failed, 2 wrong input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from reclib import params, paths, record, runner
+from reclib.config import GPU_LABELS, InputError
+from reclib.job import Job
+
+
+def present() -> list[str]:
+    """Return the names of the notebooks that are here and can run in batch, in order."""
+    files = sorted(paths.notebooks().glob("[0-9][0-9]_*.ipynb"))
+    return [file.stem for file in files if file.stem in params.NOTEBOOKS]
+
+
+def find(given: str) -> str:
+    """Return the notebook that `given` names: `02`, `02_baseline` or the path of the file."""
+    here = present()
+    wanted = Path(given).name.removesuffix(".ipynb")
+    found = [name for name in here if name == wanted or name.split("_")[0] == wanted]
+    if not found:
+        near = params.nearest(wanted, here)
+        raise InputError(f"unknown notebook {given!r}{near}; here: {', '.join(here) or 'none'}")
+    return found[0]
+
+
+def plan(
+    notebook: str, profile: str, gpu: str | None = None, overrides: Mapping[str, Any] | None = None
+) -> Job:
+    """Resolve and check all that one run depends on; raise `InputError` before anything is touched."""
+    given = dict(overrides or {})
+    if gpu is not None:
+        given = {"gpu": gpu} | given
+    checked = params.build(notebook, params.profile(notebook, profile) | given)
+    runner.check_cell(paths.notebooks() / f"{notebook}.ipynb", params.names(notebook))
+    return Job(notebook, params.values(checked), device_label(checked.gpu))
+
+
+def device_label(claimed: str) -> str:
+    """Return the label of the device that a run with the label `claimed` uses here."""
+    from reclib import hardware  # imports torch, which nothing else here needs
+
+    device = hardware.resolve(claimed)
+    if not device.is_claimed:
+        print(
+            f"gpu: {claimed} was asked for, {device.card.name} is here: "
+            f"what is measured is recorded under {device.label!r}"
+        )
+    return device.label
+
+
+def run(job: Job, *, force: bool = False, cell_seconds: int | None = None) -> bool:
+    """Execute a job unless this checkout has finished it; return whether it ran."""
+    if not force and job.is_finished():
+        print(f"{job.notebook} ({job.label}): finished before, skipped; --force runs it again")
+        return False
+    print(f"{job.notebook} ({job.label}): running", flush=True)
+    identity = job.identity()  # before: what is edited during the run was not run
+    began = time.perf_counter()
+    job.stamp.unlink(missing_ok=True)
+    runner.execute(
+        paths.notebooks() / f"{job.notebook}.ipynb",
+        job.output,
+        job.values,
+        cell_seconds=cell_seconds,
+        tell=lambda line: print(line, flush=True),
+    )
+    job.finish(identity)
+    print(f"{job.notebook} ({job.label}): done in {time.perf_counter() - began:.0f} s")
+    return True
+
+
+def collect() -> list[Path]:
+    """Rebuild the figures from the newest record of everything; return the files written."""
+    from reclib import figures
+
+    return figures.build(record.latest(record.read(paths.executed())), paths.figures())
+
+
+def status() -> list[tuple[str, str, str, int]]:
+    """Return (notebook, label, state, number of records) for each notebook and device with anything.
+
+    States: done (by this checkout, with this code), stale (code or parameters files changed since),
+    recorded (an executed notebook that this checkout did not make), failed, missing.
+    """
+    records = record.read(paths.executed())
+    folders = {file.parent.name for file in paths.executed().glob("*/*.ipynb")}
+    labels = folders | {entry["label"] for entry in records} or {"cpu"}
+    return [
+        (
+            notebook,
+            label,
+            _state(notebook, label),
+            sum(e["notebook"] == notebook and e["label"] == label for e in records),
+        )
+        for notebook in present()
+        for label in sorted(labels)
+    ]
+
+
+def _state(notebook: str, label: str) -> str:
+    job = Job.last(notebook, label)
+    if runner.failed_path(job.output).is_file():
+        return "failed"
+    if not job.output.is_file():
+        return "missing"
+    if not job.stamp.is_file():
+        return "recorded"
+    return "done" if job.is_finished() else "stale"
+
+
+def _run_command(given: argparse.Namespace) -> int:
+    everything = given.command == "run-all"
+    names = present() if everything else [find(name) for name in given.notebook]
+    if not names:
+        raise InputError(f"no notebooks in {paths.notebooks()}")
+    overrides = {name: _typed(value) for name, value in given.p or []}
+    jobs = [plan(name, given.profile, given.gpu, overrides) for name in names]
+    failures = 0
+    for job in jobs:
+        try:
+            run(job, force=given.force, cell_seconds=given.timeout)
+        except runner.NotebookFailed as failure:
+            print(failure, file=sys.stderr)
+            failures += 1
+    if everything:
+        _collect_command(given)
+    return 1 if failures else 0
+
+
+def _collect_command(given: argparse.Namespace) -> int:
+    written = collect()
+    print(f"{len(written)} files in {paths.figures().name}/, start with index.html")
+    return 0
+
+
+def _status_command(given: argparse.Namespace) -> int:
+    print(f"{'notebook':<24}{'device':<8}{'state':<10}{'records':>7}")
+    for notebook, label, state, count in status():
+        print(f"{notebook:<24}{label:<8}{state:<10}{count:>7}")
+    return 0
+
+
+def _params_command(given: argparse.Namespace) -> int:
+    notebook = find(given.notebook)
+    values = params.profile(notebook, given.profile)
+    values |= {"gpu": given.gpu} if given.gpu else {}
+    checked = params.build(notebook, values)
+    if checked.gpu != "auto":  # auto is for the machine that runs it to decide
+        checked = params.fill(checked, checked.gpu)
+    print(yaml.safe_dump(params.values(checked), sort_keys=False, default_flow_style=None), end="")
+    return 0
+
+
+def _typed(text: str) -> Any:
+    """Read a value as papermill's own `-p` does; `params.build` sees to the rest."""
+    words: dict[str, Any] = {"True": True, "False": False, "None": None}
+    if text in words:
+        return words[text]
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _seconds(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="reclib.study",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    common = _Parser(add_help=False)
+    common.add_argument("--profile", default="quick", help=f"one of {', '.join(params.PROFILES)}")
+    common.add_argument("--gpu", help=f"device label, a claim: one of {', '.join(GPU_LABELS)}")
+    for name, text in (("run", "run notebooks"), ("run-all", "run all notebooks, then collect")):
+        command = commands.add_parser(name, help=text, parents=[common])
+        if name == "run":
+            command.add_argument("notebook", nargs="+", help="for example 02")
+            command.add_argument("-p", nargs=2, action="append", metavar=("NAME", "VALUE"), help="override")
+        command.add_argument("--force", action="store_true", help="run what is finished as well")
+        command.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="longest for a cell")
+        command.set_defaults(act=_run_command, p=None)
+    commands.add_parser("status", help="where it stands").set_defaults(act=_status_command)
+    commands.add_parser("collect", help="rebuild figures/").set_defaults(act=_collect_command)
+    command = commands.add_parser("params", help="print parameters as YAML", parents=[common])
+    command.add_argument("notebook", help="for example 02")
+    command.set_defaults(act=_params_command)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    given = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the kernel ends with us
+    try:
+        return given.act(given)
+    except InputError as error:
+        print(f"{error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

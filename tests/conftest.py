@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A whole notebook in the form that the study's own have, small enough to run in a second or two.
+_CODE = """\
+from reclib import params, record
+p = params.read("02_baseline", globals())
+p = params.fill(p, "cpu")
+card = dict.fromkeys(record.CARD) | {"label": "cpu", "name": "test"}
+run = record.Run("02_baseline", p, card, {"name": "none", "fingerprint": "0"})"""
+RESULT = 'run.result("answer", {"hr_10": 0.123456 + p.epochs}, seed=0)'
+
+
+def make_notebook(file: Path, defaults: dict[str, object], cells: list[str]) -> None:
+    """Write a notebook with a parameters cell of `defaults` and code `cells`."""
+    new = nbformat.v4
+    lines = [f"{name} = {value!r}  # a parameter" for name, value in defaults.items()]
+    parameters = new.new_code_cell("\n".join(lines), metadata={"tags": ["parameters"]})
+    title = new.new_markdown_cell("# A question")
+    notebook = new.new_notebook(
+        cells=[title, parameters, *(new.new_code_cell(cell) for cell in cells)],
+        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
+    )
+    for number, cell in enumerate(notebook.cells):
+        cell["id"] = f"cell-{number}"
+    nbformat.write(notebook, file)
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project root of its own: the real parameter files and a small `02_baseline`."""
+    shutil.copytree(ROOT / "params", tmp_path / "params")
+    (tmp_path / "notebooks").mkdir()
+    defaults = yaml.safe_load((ROOT / "params/smoke.yaml").read_text())["02_baseline"]
+    make_notebook(tmp_path / "notebooks/02_baseline.ipynb", defaults, [_CODE, RESULT])
+    monkeypatch.setenv("RECLIB_ROOT", str(tmp_path))
+    monkeypatch.setenv("RECLIB_RECORDS", str(tmp_path / "executed"))
+    return tmp_path
+
+
+@pytest.fixture
+def set_cells(project: Path) -> Callable[..., None]:
+    """Replace the cells after the parameters and the set-up of the project's `02_baseline`."""
+
+    def replace(*cells: str) -> None:
+        file = project / "notebooks/02_baseline.ipynb"
+        defaults = yaml.safe_load((project / "params/smoke.yaml").read_text())["02_baseline"]
+        make_notebook(file, defaults, [_CODE, *cells])
+
+    return replace
+
+
+@pytest.fixture
+def study(project: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `python -m reclib.study` as a user does, in a process of its own."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "reclib.study", *arguments],
+            cwd=project,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    return run
