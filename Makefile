@@ -1,0 +1,52 @@
+# make study    run the study on real data (profile quick), then build figures/
+# make test     lint, types, tests, and the notebooks against their committed outputs
+# make lint     ruff and mypy alone
+# make lab      JupyterLab on this machine
+# make figures  rebuild figures/ from the records alone
+#
+# Each target first makes .venv if it is missing or pyproject.toml has changed. PYTHON=python3.12 chooses
+# the interpreter. For a smaller torch without CUDA, or the CUDA 12.6 build that a V100 needs:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help install study test lint lab figures
+
+PYTHON ?= python3
+PROFILE ?= quick
+BIN := .venv/bin
+INSTALLED := .venv/.installed-$(shell cksum < pyproject.toml | cut -d' ' -f1)
+TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
+
+help:
+	@sed -n 's/^# \{0,1\}//; 1,/^$$/p' Makefile | sed '/^$$/q'
+
+install: $(INSTALLED)
+
+$(INSTALLED):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "reclib needs Python 3.11 or later; PYTHON=/path/to/python3.11 make ... chooses one" >&2; \
+	  exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet "$(TORCH)"  # first and alone: a failure here is torch's build
+	$(BIN)/python -m pip install --quiet --editable '.[study,test]'
+	@rm -f .venv/.installed-*
+	@touch $@
+
+study: $(INSTALLED)
+	$(BIN)/python -m reclib.study run-all --profile $(PROFILE)
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+lab: $(INSTALLED)
+	$(BIN)/jupyter lab --ip 127.0.0.1 notebooks
+
+figures: $(INSTALLED)
+	$(BIN)/python -m reclib.study collect
