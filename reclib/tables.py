@@ -1,0 +1,88 @@
+"""Records as tables, and which of many records belong into one figure."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+Record = Mapping[str, Any]
+
+# The more work, the more it says: of several profiles a figure shows the last of these that there
+# is.
+PROFILES = ("smoke", "custom", "quick", "full")
+_NOT_WORK = ("gpu", "seed", "seeds", "wandb_mode")  # parameters that do not make it another run
+
+
+def table(records: Iterable[Record]) -> pd.DataFrame:
+    """Return one row per point of the records' series (one per record where there is none).
+
+    Columns: those of the series, every metric, what the result's own parameters say (such as
+    `model`), and kind, label, profile, dataset and seed.
+    """
+    parts = []
+    for record in records:
+        about = {key: record.get(key) for key in ("kind", "label", "profile", "seed")}
+        about["dataset"] = (record.get("data") or {}).get("name")
+        columns = {**(record.get("own_params") or {}), **record["metrics"], **about}
+        series = record.get("series") or {}
+        rows = pd.DataFrame({k: v for k, v in series.items() if k not in about} or {"_": [0]})
+        parts.append(rows.assign(**{k: v for k, v in columns.items() if k not in rows}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def caption(records: Sequence[Record]) -> str:
+    """Say in one line what the numbers are, and that a smoke run is no result."""
+    first = records[0]
+    parts = [str((first.get("data") or {}).get("name") or "")]
+    parts += sorted({f"{record['kind']} on {record['label']}" for record in records})
+    seeds = {record["seed"] for record in records if record.get("seed") is not None}
+    parts += [f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}"] if seeds else []
+    smoke = any(record["profile"] == "smoke" for record in records)
+    parts.append("<b>smoke run, not a result</b>" if smoke else f"profile {first['profile']}")
+    return " · ".join(part for part in parts if part)
+
+
+def groups(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
+    """Split into what one figure each is made of: (dataset, label) -> records of one run's work.
+
+    Where several are there, the profile with the most work counts, and in it the newest parameters;
+    all seeds of those stay together.
+    """
+    found: dict[tuple[str, str], list[Record]] = defaultdict(list)
+    for record in records:
+        found[str((record.get("data") or {}).get("name")), record["label"]].append(record)
+    return {key: _one_work(found[key]) for key in sorted(found)}
+
+
+def _one_work(records: list[Record]) -> list[Record]:
+    newest = max(records, key=lambda r: (PROFILES.index(r["profile"]), r["time"], _work(r)))
+    same = [r for r in records if _work(r) == _work(newest) and r["profile"] == newest["profile"]]
+    return sorted(same, key=lambda r: (json.dumps(r.get("own_params")), r.get("seed") or 0, r["time"]))
+
+
+def _work(record: Record) -> str:
+    params = record.get("params") or {}
+    return json.dumps({k: v for k, v in params.items() if k not in _NOT_WORK}, sort_keys=True)
+
+
+def best_work(records: Iterable[Record]) -> list[Record]:
+    """Return, of each result, dataset and label, the records that its figure shows."""
+    named: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        named[record["name"]].append(record)
+    return [r for some in named.values() for group in groups(some).values() for r in group]
+
+
+def rank_bins(ranks: np.ndarray) -> dict[str, list[int]]:
+    """Count ranks (from 1) in bins that end at 1, 2, 5, 10, 20, 50, ...: the series of a histogram."""
+    last = int(np.max(ranks))
+    ends = [d * 10**p for p in range(len(str(last)) + 1) for d in (1, 2, 5)]
+    ends = ends[: int(np.searchsorted(ends, last)) + 1]
+    lows = [1, *(end + 1 for end in ends[:-1])]
+    users, _ = np.histogram(ranks, [*lows, ends[-1] + 1])
+    return {"rank_low": lows, "rank_high": ends, "users": users.tolist()}
