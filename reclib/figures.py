@@ -275,7 +275,9 @@ def learning_curves(rows: pd.DataFrame) -> go.Figure:
     figure.update_xaxes(title_text="epoch (passes over the users)", rangemode="tozero")
     figure.update_yaxes(title_text="cross-entropy per target (nats)", row=1, col=1)
     figure.update_yaxes(title_text="NDCG@10, full ranking", rangemode="tozero", row=1, col=2)
-    return figure.update_layout(title_text=f"NDCG@10 on validation is best after {best['epoch']:.0f} epochs")
+    return figure.update_layout(
+        showlegend=len(runs) > 1, title_text=f"NDCG@10 on validation is best after {best['epoch']:.0f} epochs"
+    )
 
 
 def metric_comparison(rows: pd.DataFrame) -> go.Figure:
@@ -347,7 +349,7 @@ def write(figure: go.Figure, name: str, out_dir: Path) -> Path:
     """Write `<name>.html` beside one shared `plotly.min.js`; the same figure gives the same bytes."""
     out_dir.mkdir(parents=True, exist_ok=True)
     html = figure.to_html(include_plotlyjs="directory", div_id=name, config=_CONFIG)
-    head = f"<head>{page.GENERATOR}<title>{name.replace('_', ' ')}</title>"
+    head = f"<head>{page.GENERATOR}<title>{escape(name)}</title><style>body {{margin: 0}}</style>"
     _replace(out_dir / "plotly.min.js", get_plotlyjs())
     return _replace(out_dir / f"{name}.html", html.replace("<head>", head, 1))
 
