@@ -1,0 +1,274 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from reclib import params, provenance, record
+from reclib.config import InputError
+
+CARD = dict.fromkeys(record.CARD) | {"label": "cpu", "name": "Some CPU", "threads": 2}
+
+
+@pytest.fixture
+def root(project: Path) -> Path:
+    return project / "executed"
+
+
+def make_run(label: str = "cpu", **changes: object) -> record.Run:
+    p = params.build("02_baseline", params.profile("02_baseline", "smoke") | changes)
+    data = {"name": "ml-100k", "fingerprint": "f00"}
+    return record.Run("02_baseline", p, CARD | {"label": label}, data)
+
+
+def lines(root: Path, label: str = "cpu") -> list[dict]:
+    return [json.loads(line) for line in (root / label / "results.jsonl").read_text().splitlines()]
+
+
+def test_a_record_holds_what_is_needed_to_believe_it(root):
+    make_run().result(
+        "bert4rec",
+        {"hr_10": 0.123456789, "users": 943},
+        params={"head": "plain"},
+        timings={"train_seconds": 3.5},
+        series={"loss": [2.0, float("nan")]},
+        seed=7,
+    )
+    (entry,) = lines(root)
+    assert entry["metrics"] == {"hr_10": 0.123456789, "users": 943}
+    assert entry["timings"] == {"train_seconds": 3.5}
+    assert entry["series"] == {"loss": [2.0, None]}
+    assert (entry["kind"], entry["seed"], entry["profile"]) == ("measured", 7, "smoke")
+    assert entry["device"]["name"] == "Some CPU"
+    assert entry["data"] == {"name": "ml-100k", "fingerprint": "f00"}
+    assert entry["params"]["epochs"] == 3
+    assert entry["own_params"] == {"head": "plain"}
+    assert entry["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert len(entry["code"]) == len(entry["params_hash"]) == 16
+    assert entry["time"].endswith("+00:00")
+    assert record.read(root) == [entry]
+
+
+def test_the_label_is_the_one_of_the_device_whatever_is_claimed(root):
+    make_run(label="cpu", gpu="h100").result("x", {"a": 1})
+    (entry,) = lines(root)
+    assert (entry["label"], entry["claimed"]) == ("cpu", "h100")
+    assert not (root / "h100").exists()
+
+
+def test_numpy_numbers_are_numbers(root):
+    make_run().result("x", {"a": np.float32(0.5), "n": np.int64(3), "none": None})
+    assert lines(root)[0]["metrics"] == {"a": 0.5, "n": 3, "none": None}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), np.float64("nan"), "0.5", [1.0]])
+def test_what_is_no_finite_number_is_no_metric(root, bad):
+    run = make_run()
+    with pytest.raises(ValueError, match="hr_10 of result 'x'"):
+        run.result("x", {"hr_10": bad})
+    assert not root.exists() or not list(root.rglob("*.jsonl"))
+
+
+def test_a_kind_that_does_not_exist_and_a_card_that_lacks_something_are_refused(root):
+    with pytest.raises(ValueError, match="measured or predicted"):
+        make_run().result("x", {"a": 1}, kind="guessed")  # type: ignore[arg-type]
+    p = params.build("02_baseline", params.profile("02_baseline", "smoke"))
+    with pytest.raises(ValueError, match="device card lacks name"):
+        record.Run("02_baseline", p, {key: 0 for key in record.CARD if key != "name"})
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("/home/ada/data/ratings.csv", "ratings.csv"),
+        ("C:\\Users\\ada\\ratings.csv", "ratings.csv"),
+        ("~/data/ratings.csv is short", "ratings.csv is short"),
+        ("no file '/home/ada/x.csv'", "no file 'x.csv'"),
+        ("3 tokens/s and/or https://grouplens.org/a/b", "3 tokens/s and/or https://grouplens.org/a/b"),
+        ("ml-100k", "ml-100k"),
+    ],
+)
+def test_folders_of_paths_do_not_get_into_records(text, kept):
+    assert provenance.plain({"a": [text]}) == {"a": [kept]}
+
+
+def test_a_path_given_as_data_set_is_recorded_by_its_name(root):
+    make_run(dataset="/home/ada/ratings.csv").result("x", {"a": 1})
+    assert "ada" not in (root / "cpu/results.jsonl").read_text()
+    assert lines(root)[0]["params"]["dataset"] == "ratings.csv"
+
+
+def test_an_unfinished_last_line_is_skipped_and_the_next_writer_removes_it(root, capsys):
+    make_run().result("x", {"a": 1})
+    file = root / "cpu/results.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(whole + whole[: len(whole) // 2])
+    assert len(record.read(root)) == 1
+    assert "cpu/results.jsonl:2: unfinished line skipped" in capsys.readouterr().err
+    make_run().result("y", {"a": 2})
+    assert [entry["name"] for entry in record.read(root)] == ["x", "y"]
+
+
+def test_a_whole_last_line_without_its_newline_is_kept(root):
+    make_run().result("x", {"a": 1})
+    file = root / "cpu/results.jsonl"
+    file.write_bytes(file.read_bytes().rstrip(b"\n"))
+    make_run().result("y", {"a": 2})
+    assert [entry["name"] for entry in record.read(root)] == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"schema": 1, "na', "cpu/results.jsonl:2: not a record (broken JSON)"),
+        ('{"schema": 1}', "cpu/results.jsonl:2: not a record (a key is missing)"),
+        ("[1]", "cpu/results.jsonl:2: not a record"),
+    ],
+)
+def test_any_other_broken_line_is_named(root, line, said):
+    make_run().result("x", {"a": 1})
+    file = root / "cpu/results.jsonl"
+    good = file.read_text()
+    file.write_text(good + line + "\n" + good)
+    with pytest.raises(InputError) as error:
+        record.read(root)
+    assert said in str(error.value)
+
+
+def test_a_record_in_another_devices_folder_or_of_another_schema_is_refused(root):
+    make_run().result("x", {"a": 1})
+    text = (root / "cpu/results.jsonl").read_text()
+    (root / "a100").mkdir()
+    (root / "a100/results.jsonl").write_text(text)
+    with pytest.raises(InputError, match=r"a100/results.jsonl:1: a record of 'cpu'"):
+        record.read(root)
+    (root / "a100/results.jsonl").write_text(text.replace('"schema":1', '"schema":2'))
+    with pytest.raises(InputError, match="schema 2"):
+        record.read(root)
+
+
+def test_latest_keeps_the_newest_of_each(root):
+    run = make_run(seeds=[0, 1])
+    run.result("x", {"a": 1.0}, seed=0)
+    run.result("x", {"a": 2.0}, seed=1)
+    run.result("x", {"a": 3.0}, seed=0, params={"k": 1})
+    make_run(gpu="l4", seeds=[0]).result("x", {"a": 4.0}, seed=0)  # the same work as the first
+    make_run(epochs=9).result("x", {"a": 5.0}, seed=0)
+    run.result("x", {"a": 6.0}, seed=0, kind="predicted")
+    values = sorted(entry["metrics"]["a"] for entry in record.latest(record.read(root)))
+    assert values == [2.0, 3.0, 4.0, 5.0, 6.0]
+
+
+def test_latest_goes_by_time_not_by_order():
+    old = dict.fromkeys(("notebook", "kind", "label", "name", "params_hash", "seed"), "s")
+    new = old | {"time": "2026-01-02T00:00:00+00:00"}
+    old |= {"time": "2026-01-01T00:00:00+00:00"}
+    assert record.latest([new, old]) == [new]
+
+
+def test_the_hash_of_parameters_ignores_their_order_and_nothing_else():
+    assert record.params_hash({"a": 1, "b": [2]}) == record.params_hash({"b": [2], "a": 1})
+    assert record.params_hash({"a": 1}) != record.params_hash({"a": 2})
+    assert record.params_hash({"a": 1}) != record.params_hash({"b": 1})
+
+
+def test_the_hash_of_code_follows_code_cells_and_not_text_or_outputs(project: Path):
+    file = project / "notebooks/02_baseline.ipynb"
+    before = record.code_hash("02_baseline")
+    content = json.loads(file.read_text())
+    content["cells"][0]["source"] = ["# Another title"]
+    content["cells"][1]["execution_count"] = 9
+    file.write_text(json.dumps(content))
+    assert record.code_hash("02_baseline") == before
+    content["cells"][-1]["source"] = ["pass"]
+    file.write_text(json.dumps(content))
+    assert record.code_hash("02_baseline") != before
+
+
+def test_the_git_state_is_the_commit_or_nothing(tmp_path, monkeypatch):
+    package = tmp_path / "reclib"
+    package.mkdir()
+    monkeypatch.setattr(provenance, "__file__", str(package / "provenance.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert provenance.git_state() is None
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    (package / "a.py").write_text("1")
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-qm", "a"], check=True)
+    (tmp_path / "executed").write_text("records change with every run")
+    state = provenance.git_state()
+    assert state is not None
+    assert len(state["commit"]) == 40
+    assert state["dirty"] is False
+    (package / "a.py").write_text("2")
+    assert provenance.git_state() == state | {"dirty": True}
+
+
+_WRITER = """
+import resource, sys
+from test_record import make_run
+run = make_run()
+limit = int(sys.argv[2])
+if limit:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+try:
+    for number in range(int(sys.argv[1])):
+        run.result(f"r{number}", {"a": number}, series={"long": [number] * 3000})
+except OSError as error:
+    sys.exit(f"could not write: {error}")
+"""
+
+
+def _writer(number: int, limit: int = 0) -> subprocess.Popen[str]:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return subprocess.Popen(
+        [sys.executable, "-c", _WRITER, str(number), str(limit)],
+        env=os.environ | {"PYTHONPATH": path},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_writers_at_the_same_time_do_not_mix_their_lines(root):
+    writers = [_writer(20) for _ in range(3)]
+    assert [writer.wait(60) for writer in writers] == [0, 0, 0]
+    entries = record.read(root)
+    assert len(entries) == 60
+    assert all(len(set(e["series"]["long"])) == 1 for e in entries)
+
+
+def test_a_full_disk_leaves_whole_lines_only(root):
+    writer = _writer(40, limit=50_000)
+    assert writer.wait(60) == 1
+    assert "could not write" in writer.communicate()[1]
+    content = (root / "cpu/results.jsonl").read_bytes()
+    assert content.endswith(b"\n")
+    assert 1 <= len(record.read(root)) < 40
+
+
+def test_without_a_notebook_nothing_is_displayed(root, capsys):
+    make_run().result("x", {"a": 1})
+    assert capsys.readouterr().out == ""
+
+
+def test_the_bundle_holds_name_parameters_and_rounded_metrics(monkeypatch):
+    IPython = pytest.importorskip("IPython")
+    shown = []
+    monkeypatch.setattr(IPython, "get_ipython", lambda: object())
+    monkeypatch.setattr("IPython.display.display", lambda data, raw: shown.append((data, raw)))
+    record._display("02_baseline", "x", {"epochs": 3}, {"hr": 0.123456, "n": 99_287}, None)
+    ((data, raw),) = shown
+    assert raw is True
+    assert data[record.MIME] == {
+        "name": "x",
+        "params": {"epochs": 3},
+        "metrics": {"hr": 0.123, "n": 99_287},
+    }
+    assert data["text/plain"] == "02_baseline / x: hr=0.123  n=99287"

@@ -1,0 +1,314 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from conftest import RESULT, ROOT
+
+from reclib import params, record, runner, study
+
+pytest.importorskip("papermill")
+
+
+def run(*arguments: str) -> int:
+    return study.main(["run", "02", "--profile", "smoke", *arguments])
+
+
+def written(project: Path) -> list[str]:
+    """Everything in the project that was not there at the start."""
+    return sorted(
+        str(file.relative_to(project))
+        for file in project.rglob("*")
+        if file.is_file() and file.relative_to(project).parts[0] not in ("params", "notebooks")
+    )
+
+
+DONE = [".stamps/cpu-02_baseline.json", "executed/cpu/02_baseline.ipynb", "executed/cpu/results.jsonl"]
+
+
+def test_a_run_leaves_notebook_record_and_stamp(project: Path, capsys):
+    assert run("-p", "epochs", "5", "--gpu", "cpu") == 0
+    assert written(project) == DONE
+    told = capsys.readouterr().out
+    assert len(re.findall(r"cell \d/4 +\d+\.\d s  A question", told)) == 4
+    (entry,) = record.read(project / "executed")
+    assert entry["metrics"]["hr_10"] == pytest.approx(5.123456)
+    assert (entry["profile"], entry["label"]) == ("custom", "cpu")
+    text = (project / DONE[1]).read_text()
+    for private in (str(project), str(ROOT), str(Path.home()) + "/", '"papermill":', '"widgets":'):
+        assert private not in text
+    notebook = nbformat.reads(text, 4)
+    nbformat.validate(notebook)
+    bundle = notebook.cells[-1].outputs[0].data[record.MIME]
+    assert bundle["metrics"] == {"hr_10": 5.12}
+    assert not {"gpu", "precision", "wandb_mode"} & set(bundle["params"])
+
+
+def test_finished_work_is_skipped_until_something_changes(project: Path, set_cells, capsys):
+    def ran(*arguments: str) -> bool:
+        assert run(*arguments) == 0
+        return "skipped" not in capsys.readouterr().out
+
+    assert ran()
+    assert not ran()
+    assert ran("--force")
+    assert ran("-p", "epochs", "4")
+    assert not ran("-p", "epochs", "4")
+    (project / "executed/cpu/02_baseline.ipynb").unlink()
+    assert ran("-p", "epochs", "4")
+    set_cells("answer = 1", RESULT)
+    assert ran("-p", "epochs", "4")
+    (project / ".stamps/cpu-02_baseline.json").unlink()  # as in a fresh clone: records are there
+    assert ran("-p", "epochs", "4")
+    device = project / "params/gpu/cpu.yaml"
+    device.write_text(device.read_text().replace("fp32\n", "bf16\n", 1))
+    assert ran("-p", "epochs", "4")
+    assert len(record.read(project / "executed")) == 7
+
+
+def test_plain_papermill_works_from_the_root_and_from_the_notebooks(project: Path):
+    (project / "executed/cpu").mkdir(parents=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for folder, up in ((".", ""), ("notebooks", "../")):
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "papermill", f"{up}notebooks/02_baseline.ipynb"),
+                *(f"{up}executed/cpu/02_baseline.ipynb", "-p", "gpu", "cpu"),
+                *("-p", "remove_seen", "false"),
+            ],
+            cwd=project / folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "converted: remove_seen='false' -> False" in (project / DONE[1]).read_text()
+    entries = record.read(project / "executed")
+    assert [entry["params"]["remove_seen"] for entry in entries] == [False, False]
+
+
+def test_a_misspelt_parameter_fails_in_plain_papermill_too(project: Path):
+    (project / "executed/cpu").mkdir(parents=True)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "papermill", "notebooks/02_baseline.ipynb"),
+            *("executed/cpu/02_baseline.ipynb", "-p", "epcohs", "4"),
+        ],
+        cwd=project,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "unknown parameter 'epcohs' (did you mean 'epochs'?)" in done.stderr
+    assert not (project / "executed/cpu/results.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "09"], "unknown notebook '09'"),
+        (["run", "02_baselnie"], "did you mean '02_baseline'?"),
+        (["run", "02", "--gpu", "rtx"], "parameter 'gpu' is 'rtx'"),
+        (["run", "02", "-p", "batch_szie", "4"], "did you mean 'batch_size'?"),
+        (["run", "02", "-p", "batch_size", "-4"], "parameter 'batch_size' is -4"),
+        (["run", "02", "-p", "epochs", "1e3"], "parameter 'epochs' is 1000.0"),
+        (["run", "02", "--profile", "huge"], "unknown profile 'huge'"),
+        (["params", "02", "--gpu", "rtx"], "parameter 'gpu' is 'rtx'"),
+    ],
+)
+def test_wrong_input_is_told_in_one_line_before_a_kernel_starts(project: Path, capsys, arguments, said):
+    assert study.main(arguments) == 2
+    told = capsys.readouterr()
+    assert said in told.err
+    assert told.err.count("\n") == 1
+    assert told.out == ""
+    assert written(project) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["walk"], "invalid choice: 'walk'"),
+        (["run", "02", "--timeout", "0"], "'0' is not a positive whole number"),
+        (["run", "02", "-p", "epochs"], "expected 2 arguments"),
+        (["run", "02", "--bogus"], "--bogus"),
+    ],
+)
+def test_a_wrong_command_line_is_told_in_one_line(project: Path, capsys, arguments, said):
+    with pytest.raises(SystemExit) as stop:
+        study.main(arguments)
+    assert stop.value.code == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert told.count("\n") == 1
+
+
+def test_a_notebook_whose_cell_disagrees_with_its_dataclass_is_refused(project: Path, capsys):
+    file = project / "notebooks/02_baseline.ipynb"
+    notebook = nbformat.read(file, 4)
+    notebook.cells[1].source = notebook.cells[1].source.replace("epochs =", "epoch =")
+    nbformat.write(notebook, file)
+    assert run() == 2
+    assert "its parameters cell lacks 'epochs'" in capsys.readouterr().err
+    notebook.cells[1].metadata.clear()
+    nbformat.write(notebook, file)
+    assert run() == 2
+    assert "no cell tagged 'parameters'" in capsys.readouterr().err
+    assert written(project) == []
+
+
+def test_a_failed_notebook_is_kept_as_failed_and_told_in_one_line(project: Path, set_cells, capsys):
+    assert run() == 0
+    good = (project / DONE[1]).read_bytes()
+    capsys.readouterr()
+    set_cells("1 / 0", RESULT)
+    assert run() == 1
+    assert capsys.readouterr().err == ("02_baseline failed in cell 4: ZeroDivisionError: division by zero\n")
+    failed = "executed/cpu/02_baseline.failed.ipynb"
+    assert written(project) == [failed, *DONE[1:]]
+    assert "ZeroDivisionError" in (project / failed).read_text()
+    assert (project / DONE[1]).read_bytes() == good
+    assert len(record.read(project / "executed")) == 1
+    assert study.status() == [("02_baseline", "cpu", "failed", 1)]
+    set_cells(RESULT)
+    assert run() == 0
+    assert written(project) == DONE
+    assert study.status() == [("02_baseline", "cpu", "done", 2)]
+
+
+@pytest.mark.parametrize(
+    ("cell", "said"),
+    [
+        ("import os; os._exit(9)", "DeadKernelError"),
+        ("import time; time.sleep(60)", "CellTimeoutError"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
+    ],
+)
+def test_a_dead_kernel_and_a_cell_over_its_time_fail_as_well(project: Path, set_cells, capsys, cell, said):
+    set_cells(cell)
+    assert run("--timeout", "3") == 1
+    told = capsys.readouterr().err
+    assert f"02_baseline failed in cell 4: {said}" in told
+    assert (project / "executed/cpu/02_baseline.failed.ipynb").is_file()
+    assert not (project / DONE[0]).exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_no_kernel(project: Path, set_cells, number):
+    set_cells("import os, pathlib, time\npathlib.Path('pid').write_text(str(os.getpid()))\ntime.sleep(99)")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "reclib.study", "run", "02", "--profile", "smoke"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    told = project / "notebooks/pid"
+    _until(lambda: told.exists() and told.read_text() != "", 60)
+    process.send_signal(number)
+    assert process.wait(30) == 130
+    assert process.stderr is not None
+    assert process.stderr.read().strip().splitlines()[-1] == "interrupted"
+    _until(lambda: not _alive(int(told.read_text())), 10)
+    assert not (project / DONE[1]).exists()
+
+
+def _until(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def test_a_claimed_device_that_is_not_here_is_said(project: Path, capsys, monkeypatch):
+    hardware = pytest.importorskip("reclib.hardware")
+    here = hardware.Card(type="cpu", name="Some CPU", label="cpu")
+    monkeypatch.setattr(hardware, "probe", lambda: here)
+    assert study.device_label("l4") == "cpu"
+    assert "l4 was asked for, Some CPU is here" in capsys.readouterr().out
+    assert study.device_label("auto") == "cpu"
+    assert capsys.readouterr().out == ""
+
+
+def test_status_tells_done_stale_recorded_and_missing(project: Path, set_cells, capsys):
+    assert study.status() == [("02_baseline", "cpu", "missing", 0)]
+    assert run() == 0
+    assert study.status() == [("02_baseline", "cpu", "done", 1)]
+    set_cells("changed = 1", RESULT)
+    assert study.status() == [("02_baseline", "cpu", "stale", 1)]
+    (project / DONE[0]).unlink()
+    capsys.readouterr()
+    assert study.main(["status"]) == 0
+    assert capsys.readouterr().out.split()[-4:] == ["02_baseline", "cpu", "recorded", "1"]
+
+
+def test_run_all_runs_what_is_here_and_collects_also_after_a_failure(
+    project: Path, set_cells, monkeypatch, capsys
+):
+    collected = []
+    monkeypatch.setattr(study, "collect", lambda: collected.append(1) or [])
+    assert study.main(["run-all", "--profile", "smoke"]) == 0
+    set_cells("raise ValueError('no')")
+    assert study.main(["run-all", "--profile", "smoke"]) == 1
+    assert "02_baseline failed in cell 4: ValueError: no" in capsys.readouterr().err
+    assert collected == [1, 1]
+
+
+def test_collect_hands_the_newest_records_to_the_figures(project: Path, monkeypatch):
+    figures = pytest.importorskip("reclib.figures")
+    got: list = []
+    monkeypatch.setattr(figures, "build", lambda records, folder: got.append((records, folder)) or [])
+    assert run() == 0
+    assert run("--force") == 0
+    assert study.main(["collect"]) == 0
+    ((records, folder),) = got
+    assert len(records) == 1
+    assert folder == project / "figures"
+
+
+def test_params_prints_yaml_that_papermill_takes(project: Path, capsys):
+    assert study.main(["params", "02", "--profile", "full", "--gpu", "h100"]) == 0
+    values = yaml.safe_load(capsys.readouterr().out)
+    p = params.build("02_baseline", values)
+    assert (p.gpu, p.compile_mode) == ("h100", "default")
+    assert params.profile_of("02_baseline", p) == "full"
+
+
+def test_normalising_drops_what_says_nothing_and_keeps_the_rest(tmp_path: Path):
+    new = nbformat.v4
+    cell = new.new_code_cell("1", metadata={"tags": ["parameters"], "papermill": {"a": "/home/x"}})
+    banner = new.new_markdown_cell("error", metadata={"tags": ["papermill-error-cell-tag"]})
+    cell.execution_count = 3
+    cell.outputs = [new.new_output("stream", text="kept")]
+    widgets = {"application/vnd.jupyter.widget-state+json": {"state": {}, "version_major": 2}}
+    notebook = new.new_notebook(
+        cells=[banner, cell],
+        metadata={"papermill": {"input_path": "/home/x"}, "widgets": widgets, "reclib": {"a": 1}},
+    )
+    file = tmp_path / "a.ipynb"
+    nbformat.write(notebook, file)
+    runner.normalise(file)
+    after = json.loads(file.read_text())
+    assert after["metadata"] == {"reclib": {"a": 1}}
+    (kept,) = after["cells"]
+    assert kept["metadata"] == {"tags": ["parameters"]}
+    assert (kept["execution_count"], kept["outputs"][0]["text"]) == (3, ["kept"])
+    assert [file.name for file in tmp_path.iterdir()] == ["a.ipynb"]
