@@ -35,16 +35,12 @@ class Dataset:
     """Prepared histories, ready to be split. Arrays are read-only."""
 
     name: str
-    items: (
-        np.ndarray
-    )  # int32 (num_interactions,): item ids, users one after another, each in time order
+    items: np.ndarray  # int32 (num_interactions,): item ids, users one after another, each in time order
     offsets: np.ndarray  # int64 (num_users + 1,)
     item_keys: np.ndarray  # str (num_items + 1,): raw id of each item id; [0] is ""
     user_keys: np.ndarray  # str (num_users,)
     titles: dict[str, str]  # item key -> title, empty where the source has none
-    manifest: dict[
-        str, Any
-    ]  # source, rules, counts at each step, ties, hash of test targets, fingerprint
+    manifest: dict[str, Any]  # source, rules, counts at each step, ties, hash of test targets, fingerprint
 
     def __post_init__(self) -> None:
         for name in ARRAYS:
@@ -117,9 +113,7 @@ def prepare(config: DataConfig) -> Dataset:
 def train_histories(dataset: Dataset) -> Histories:
     """Return all but each user's held-out interactions; too short a history is whole."""
     starts, ends = dataset.offsets[:-1], dataset.offsets[1:]
-    return Histories(
-        dataset.items, starts, np.where(ends - starts > HELD_OUT, ends - HELD_OUT, ends)
-    )
+    return Histories(dataset.items, starts, np.where(ends - starts > HELD_OUT, ends - HELD_OUT, ends))
 
 
 def evaluated_users(dataset: Dataset) -> np.ndarray:
@@ -155,9 +149,7 @@ def synthetic_dataset(num_users: int, num_items: int, mean_len: float, seed: int
     return _dataset("synthetic", made.items, made.offsets, item_keys, keys, {}, about)
 
 
-def k_core(
-    user: np.ndarray, item: np.ndarray, min_user: int, min_item: int
-) -> tuple[np.ndarray, list[int]]:
+def k_core(user: np.ndarray, item: np.ndarray, min_user: int, min_item: int) -> tuple[np.ndarray, list[int]]:
     """Return the mask of the (min_user, min_item)-core, and how many interactions each pass left.
 
     `user` and `item` are dense codes from 0, int (num_interactions,). The last pass is the one that
@@ -234,11 +226,7 @@ def _dataset(
     ]
     manifest = {
         "name": name,
-        "rules": {
-            "version": RULES_VERSION,
-            "order": "user, timestamp, row",
-            "split": "leave-one-out",
-        },
+        "rules": {"version": RULES_VERSION, "order": "user, timestamp, row", "split": "leave-one-out"},
         **about,
         "steps": steps,
         "test_targets_sha256": _hash(*pairs.ravel().tolist()),

@@ -1,9 +1,7 @@
 """Figures of the study: pure functions from a table of records to a `go.Figure`, and the way to files.
 
-A figure knows nothing but records, so all of them are rebuilt offline and without torch. To add
-one: a function from table to figure, and a line in `FIGURES`. Colours are those of Okabe and Ito,
-which people with any colour vision can tell apart; predictions are hatched or dashed wherever they
-occur.
+A figure knows nothing but records, so all of them are rebuilt offline and without torch. To add one:
+a function from table to figure, and a line in `FIGURES`.
 """
 
 from __future__ import annotations
@@ -24,47 +22,10 @@ from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
 from reclib import page, tables
+from reclib.look import BLUE, DECADES, HEIGHT, INK, MUTED, ORANGE, PALETTE, TEMPLATE, bar, line, marker
 from reclib.tables import Record
 
-BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#AA5C8F"
-PALETTE = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9")
-INK, MUTED, GRID = "#222222", "#5F6368", "#E6E8EB"
-FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-
-_AXIS = {
-    "gridcolor": GRID,
-    "linecolor": MUTED,
-    "zeroline": False,
-    "ticks": "outside",
-    "tickcolor": GRID,
-    "automargin": True,
-    "title": {"standoff": 10, "font": {"size": 13, "color": MUTED}},
-}
-_DECADES = {"type": "log", "dtick": "D2", "tickformat": ",d"}  # ticks at 1, 2 and 5
-TEMPLATE = go.layout.Template(
-    layout={
-        "colorway": PALETTE,
-        "font": {"family": FONT, "size": 13, "color": INK},
-        "title": {
-            "font": {"size": 17},
-            "subtitle": {"font": {"size": 12, "color": MUTED}},
-            "x": 0.02,
-            "xanchor": "left",
-            "y": 0.96,
-            "yanchor": "top",
-        },
-        "paper_bgcolor": "white",
-        "plot_bgcolor": "white",
-        "height": 400,
-        "margin": {"l": 70, "r": 30, "t": 95, "b": 60},
-        "legend": {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"},
-        "hoverlabel": {"font": {"family": FONT}},
-        "bargap": 0.25,
-        "xaxis": _AXIS,
-        "yaxis": _AXIS,
-    }
-)
-
+_NO_MARGIN = "<style>body { margin: 0 }</style>"  # so that a frame of the figure's height fits
 _CONFIG = {
     "displaylogo": False,
     "responsive": True,
@@ -86,27 +47,6 @@ def show(name: str, *records: Record) -> go.Figure:
     """Return the figure `name` of `FIGURES` for these records, captioned."""
     figure = next(spec for spec in FIGURES if spec.name == name).make(tables.table(records))
     return figure.update_layout(title_subtitle_text=tables.caption(records))
-
-
-def line(kind: str, color: str) -> dict[str, Any]:
-    """Return the style of a line: solid where measured, dashed where predicted."""
-    return {"color": color, "width": 2, "dash": "solid" if kind == "measured" else "dash"}
-
-
-def marker(kind: str, color: str) -> dict[str, Any]:
-    """Return the style of a marker: filled where measured, hollow where predicted."""
-    return {
-        "color": color,
-        "size": 10,
-        "symbol": "circle" if kind == "measured" else "circle-open",
-        "line": {"color": color, "width": 2},
-    }
-
-
-def bar(kind: str, color: str) -> dict[str, Any]:
-    """Return the style of a bar: filled where measured, hatched where predicted."""
-    shape = "" if kind == "measured" else "/"
-    return {"color": color, "pattern": {"shape": shape, "fillmode": "replace", "solidity": 0.3}}
 
 
 def preparation(rows: pd.DataFrame) -> go.Figure:
@@ -168,7 +108,7 @@ def sequence_lengths(rows: pd.DataFrame) -> go.Figure:
             xshift=-6 if side == "left" else 6,
             font={"color": ORANGE},
         )
-    figure.update_xaxes(title_text="interactions of a user (log scale)", **_DECADES)
+    figure.update_xaxes(title_text="interactions of a user (log scale)", **DECADES)
     figure.update_yaxes(title_text="users")
     return figure.update_layout(
         title_text=f"Half of the users have at most {median:,.0f} interactions, "
@@ -205,7 +145,7 @@ def item_popularity(rows: pd.DataFrame) -> go.Figure:
         x=0.62, y=0.5, text="all items equal", showarrow=False, font={"color": MUTED}, row=1, col=2
     )
     for update in (figure.update_xaxes, figure.update_yaxes):
-        update(row=1, col=1, **_DECADES)
+        update(row=1, col=1, **DECADES)
         update(tickformat=".0%", range=[0, 1], row=1, col=2)
     figure.update_xaxes(title_text="popularity rank (log scale)", row=1, col=1)
     figure.update_yaxes(title_text="interactions (log scale)", row=1, col=1)
@@ -284,8 +224,7 @@ def metric_comparison(rows: pd.DataFrame) -> go.Figure:
     """HR@10, NDCG@10 and MRR by model: mean over users with its interval, and each seed apart."""
     metrics = {"hr@10": "HR@10", "ndcg@10": "NDCG@10", "mrr": "MRR"}
     shown = {key: name for key, name in metrics.items() if key in rows and rows[key].notna().any()}
-    key = next(iter(shown))
-    models = rows.groupby("model")[key].max().sort_values(ascending=False).index
+    models = rows.groupby("model")["hr@10"].max().sort_values(ascending=False).index
     figure = _panels(list(shown.values()), shared_yaxes=True, spacing=0.06)
     colors = dict(zip(models, PALETTE, strict=False))
     for column, (metric, title) in enumerate(shown.items(), 1):
@@ -310,9 +249,9 @@ def metric_comparison(rows: pd.DataFrame) -> go.Figure:
     figure.update_yaxes(
         range=[len(models) - 0.4, -0.6], categoryorder="array", categoryarray=models, ticks=""
     )
-    best = _best(rows[rows["seed"].isna()] if rows["seed"].isna().any() else rows, key)
+    best = _best(rows[rows["seed"].isna()] if rows["seed"].isna().any() else rows, "hr@10")
     return figure.update_layout(
-        title_text=f"{best['model']} has the target among its ten first for {best[key]:.1%} of users"
+        title_text=f"{best['model']} has the target among its ten first for {best['hr@10']:.1%} of users"
     )
 
 
@@ -349,7 +288,7 @@ def write(figure: go.Figure, name: str, out_dir: Path) -> Path:
     """Write `<name>.html` beside one shared `plotly.min.js`; the same figure gives the same bytes."""
     out_dir.mkdir(parents=True, exist_ok=True)
     html = figure.to_html(include_plotlyjs="directory", div_id=name, config=_CONFIG)
-    head = f"<head>{page.GENERATOR}<title>{escape(name)}</title><style>body {{margin: 0}}</style>"
+    head = f"<head>{page.GENERATOR}<title>{escape(name)}</title>{_NO_MARGIN}"
     _replace(out_dir / "plotly.min.js", get_plotlyjs())
     return _replace(out_dir / f"{name}.html", html.replace("<head>", head, 1))
 
@@ -366,7 +305,7 @@ def build(records: Sequence[Record], out_dir: Path) -> list[Path]:
             name = re.sub(r"[^\w.-]+", "-", f"{spec.name}_{dataset}_{label}")
             figure = show(spec.name, *some)
             files.append(write(figure, name, out_dir))
-            height = figure.layout.height or TEMPLATE.layout.height
+            height = figure.layout.height or HEIGHT
             cards.append(page.Card(spec.notebook, name, figure.layout.title.text, height, some))
     out_dir.mkdir(parents=True, exist_ok=True)
     files.append(_replace(out_dir / "index.html", page.index(cards, records)))

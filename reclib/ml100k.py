@@ -47,13 +47,7 @@ PIP_SECONDS = 180  # a stalled index must not hold a study up for longer
 HTTP_SECONDS = 30  # without a byte arriving
 # What a way may fail with and the next be tried; InputError is a ValueError, as is a malformed
 # address.
-FAILURES = (
-    ValueError,
-    OSError,
-    http.client.HTTPException,
-    subprocess.SubprocessError,
-    zipfile.BadZipFile,
-)
+FAILURES = (ValueError, OSError, http.client.HTTPException, subprocess.SubprocessError, zipfile.BadZipFile)
 
 
 class Files(NamedTuple):
@@ -178,10 +172,7 @@ def _from_grouplens(into: Path) -> None:
     handle, name = tempfile.mkstemp(suffix=".partial", prefix="ml-100k.zip.", dir=archive().parent)
     partial = Path(name)
     try:
-        with (
-            os.fdopen(handle, "wb") as out,
-            urllib.request.urlopen(url(), timeout=HTTP_SECONDS) as reply,
-        ):
+        with os.fdopen(handle, "wb") as out, urllib.request.urlopen(url(), timeout=HTTP_SECONDS) as reply:
             shutil.copyfileobj(reply, out)
         _verify(partial, "ml-100k.zip")
         _extract(partial, "ml-100k/", OFFICIAL, into)

@@ -29,9 +29,7 @@ class Histories(NamedTuple):
     offsets: np.ndarray  # int64 (num_users + 1,)
 
 
-def lengths(
-    users: int, mean_len: float, longest: int, generator: np.random.Generator
-) -> np.ndarray:
+def lengths(users: int, mean_len: float, longest: int, generator: np.random.Generator) -> np.ndarray:
     """Return int64 (users,) interactions per user: geometric from `MIN_LEN`, cut at `longest`."""
     extra = generator.geometric(1.0 / (mean_len - MIN_LEN + 1.0), users) - 1
     return np.minimum(MIN_LEN + extra, longest).astype(np.int64)
@@ -45,9 +43,7 @@ def generate(*, users: int, items: int, mean_len: float, seed: int) -> Histories
     that.
     """
     if mean_len < MIN_LEN:
-        raise InputError(
-            f"mean length is {mean_len}, expected at least {MIN_LEN} interactions per user"
-        )
+        raise InputError(f"mean length is {mean_len}, expected at least {MIN_LEN} interactions per user")
     if items < 2 * MIN_LEN or items < mean_len:
         raise InputError(
             f"{items} synthetic items are too few for a mean length of {mean_len}: expected at "
