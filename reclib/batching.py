@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -54,8 +54,12 @@ class Batch(NamedTuple):
         """Return the batch on `device`, copied without waiting where memory is pinned."""
         if device.type == "cpu":
             return self
-        moved = (x.pin_memory().to(device, non_blocking=True) for x in self[:7])
-        return Batch(*moved, *self[7:])
+        tensors: dict[str, Any] = {
+            name: value.pin_memory().to(device, non_blocking=True)
+            for name, value in self._asdict().items()
+            if isinstance(value, Tensor)
+        }
+        return self._replace(**tensors)
 
 
 def bucket(n: int, steps: int) -> int:
@@ -166,8 +170,16 @@ class Layout:
 
         found, targets = flat[is_target], tokens[is_target].astype(np.int64)
         index = self._queries(found, targets, num_rows)
-        shaped = (torch.from_numpy(x.reshape(num_rows, L)) for x in (items, segments, positions))
-        return Batch(*shaped, *index, len(found), len(tokens), len(lengths))
+        shape = (num_rows, L)
+        return Batch(
+            torch.from_numpy(items).view(shape),
+            torch.from_numpy(segments).view(shape),
+            torch.from_numpy(positions).view(shape),
+            *index,
+            num_targets=len(found),
+            num_tokens=len(tokens),
+            num_sequences=len(lengths),
+        )
 
     def _queries(
         self, found: np.ndarray, targets: np.ndarray, num_rows: int
@@ -257,7 +269,7 @@ def next_item_batches(
         yield chosen[by_place], batch
 
 
-def prefetch(source: Iterable[T], depth: int = 2) -> Iterator[T]:
+def prefetch(source: Iterable[T], depth: int = 2) -> Generator[T, None, None]:
     """Yield from `source`, prepared by a thread up to `depth` ahead; its errors are raised here."""
     ready: queue.Queue = queue.Queue(maxsize=depth)
     stop = threading.Event()

@@ -124,7 +124,7 @@ class TrainConfig:
     max_steps: Positive | None = None  # stop earlier; the cosine then ends here
     eval_every: Positive = 5  # epochs between evaluations on validation
     patience: NonNegative = 0  # evaluations without a better NDCG@10 before stopping; 0: never
-    checkpoint_every: Positive = 1  # epochs between checkpoints
+    checkpoint_seconds: NonNegativeFloat = 60.0  # between checkpoints; 0: after every step
     # device
     precision: Precision = "auto"
     compile_mode: CompileMode = "off"

@@ -6,8 +6,10 @@ Decisions are pure functions of a `Card`, so that they can be tested for devices
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import resource
+import shutil
 import sys
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -171,6 +173,11 @@ def compile_choice(mode: str, card: Card, has_compiler: bool) -> tuple[str, str]
             "no C++ compiler found: eager instead; install g++ or clang, or set compile_mode=off",
         )
     return mode, "asked for"
+
+
+def has_compiler() -> bool:
+    """Return whether a C++ compiler is on the path, which `torch.compile` needs on a CPU."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++", "g++"))
 
 
 def device_card(device: Device) -> dict[str, Any]:

@@ -19,6 +19,7 @@ Shapes: M targets, D hidden_dim, V rows of the output table, I real items.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -159,24 +160,34 @@ def focal_mean(logits: Tensor, labels: Tensor) -> Tensor:
     return ((1 - torch.exp(-entropy)) * entropy).mean()
 
 
-def batch_loss(model: Bert4Rec, batch: Batch, config: TrainConfig, denominator: float) -> Tensor:
-    """Return a micro-batch's part of the step's loss: its sum divided by the step's number of targets."""
+def batch_loss(
+    model: Bert4Rec,
+    batch: Batch,
+    config: TrainConfig,
+    denominator: float,
+    encode: Callable[..., Tensor] | None = None,
+) -> Tensor:
+    """Return a micro-batch's part of the step's loss: its sum divided by the step's number of targets.
+
+    `encode` stands in for `model.encode`, compiled for instance.
+    """
+    encode = encode or model.encode
     num_items = model.config.num_items
     rows = (batch.items, batch.segment_ids, batch.positions)
     if config.objective == "seed_focal":
         labels = batch.items.flatten().clone()
         real = batch.targets != IGNORE
         labels[batch.target_places[real]] = batch.targets[real]
-        logits = model.logits(model.encode(*rows))
+        logits = model.logits(encode(*rows))
         share = batch.num_tokens / denominator  # of the step's positions that this loss is a mean over
         return focal_mean(logits, labels.view_as(batch.items)) * share
     if config.head_rows == "all":
-        hidden = model.encode(*rows).flatten(0, 1)  # (R * L, D)
+        hidden = encode(*rows).flatten(0, 1)  # (R * L, D)
         targets = torch.full_like(batch.items.flatten(), IGNORE)
         real = batch.targets != IGNORE
         targets[batch.target_places[real]] = batch.targets[real]
     else:
-        hidden = model.encode(*rows, batch.query_index).flatten(0, 1)[batch.target_slots]  # (M, D)
+        hidden = encode(*rows, batch.query_index).flatten(0, 1)[batch.target_slots]  # (M, D)
         targets = batch.targets
     how = route(config.loss, hidden.device.type, len(targets), num_items)
     total = cross_entropy_sum(

@@ -1,0 +1,166 @@
+"""A whole training run: the loop, evaluation on validation, early stop, checkpoints, the best weights.
+
+Every choice is made on validation; the test split is scored by whoever asks for it, once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from reclib import checkpoint, metrics
+from reclib.config import InputError, ModelConfig, TrainConfig
+from reclib.data import Dataset, Evaluation, evaluation, train_histories
+from reclib.hardware import Device
+from reclib.model import Bert4Rec
+from reclib.trainer import StepStats, Trainer, load_unique, refuse_other, unique_tensors
+
+SELECT = "ndcg@10"  # the metric on validation by which the best epoch is chosen
+
+
+@dataclass
+class Options:
+    """How a run is watched; nothing here changes its result."""
+
+    remove_seen: bool = True  # leave what a user has had out of the ranking on validation
+    progress_bar: bool = False
+    on_step: Callable[[StepStats], None] | None = None
+    on_evaluation: Callable[[dict[str, float]], None] | None = None
+
+
+def rank_targets(trainer: Trainer, part: Evaluation, remove_seen: bool, top_k: int = 0) -> metrics.Ranking:
+    """Rank the targets of `part` with the trainer's model, in its precision."""
+    with trainer.autocast():
+        scores = metrics.model_scores(trainer.model, part, trainer.where)
+        return metrics.rank(scores, part, remove_seen, top_k)
+
+
+def fit(
+    model: ModelConfig,
+    dataset: Dataset,
+    config: TrainConfig,
+    device: Device,
+    folder: Path | None = None,
+    options: Options | None = None,
+) -> Trainer:
+    """Train a new model and return its trainer, with the weights that were best on validation.
+
+    With a `folder` the run is checkpointed there; called again it goes on where it was, or returns at once if
+    it was finished. Raises `InputError` when training diverges, when a checkpoint cannot be written, is
+    damaged or is of another run.
+    """
+    options = options or Options()
+    torch.manual_seed(config.seed)  # weights and dropout; batches have generators of their own
+    trainer = Trainer(Bert4Rec(model), train_histories(dataset), config, device, dataset.fingerprint)
+    if folder is not None:
+        trainer.resume(folder)
+    best: dict[str, Tensor] = {}
+    if not trainer.progress.done:
+        best = _train(trainer, evaluation(dataset, "valid"), folder, options)
+    if not best and folder is not None:
+        best, state = checkpoint.load(folder / "best")
+        refuse_other(state["identity"], trainer.identity(), folder)
+    load_unique(trainer.model, best)
+    return trainer
+
+
+def _train(trainer: Trainer, valid: Evaluation, folder: Path | None, options: Options) -> dict[str, Tensor]:
+    """Run the loop to its end or the early stop; return the best weights found on this call, if any."""
+    progress, config = trainer.progress, trainer.config
+    best: dict[str, Tensor] = {}
+    saved_at = time.monotonic()
+    pending: list[StepStats] = []  # their losses are read late, since reading waits for the device
+    bar = tqdm(
+        total=trainer.total_steps,
+        initial=progress.step,
+        unit="step",
+        mininterval=1.0,
+        leave=False,
+        disable=not options.progress_bar,
+    )
+    with bar:
+        for stats in trainer.steps():
+            bar.update()
+            pending.append(stats)
+            if options.on_step is not None:
+                options.on_step(stats)
+            last = stats.step == trainer.total_steps
+            epoch_done = stats.step % trainer.steps_per_epoch == 0
+            due = last or (epoch_done and (stats.epoch + 1) % config.eval_every == 0)
+            if due:
+                _absorb(trainer, pending)
+                row = _evaluate(trainer, valid, stats.learning_rate, options)
+                if row[SELECT] > progress.best_value:
+                    progress.best_value, progress.best_epoch = row[SELECT], stats.epoch
+                    progress.stale_evaluations = 0
+                    best = {k: v.clone() for k, v in unique_tensors(trainer.model).items()}
+                    if folder is not None:
+                        state = {"identity": trainer.identity(), "validation": row}
+                        checkpoint.save(folder, "best", best, state)
+                else:
+                    progress.stale_evaluations += 1
+                stop = bool(config.patience) and progress.stale_evaluations >= config.patience
+                progress.done = last or stop
+                bar.set_postfix(loss=f"{row['train_loss']:.3f}", ndcg10=f"{row[SELECT]:.4f}")
+            if folder is not None and (due or time.monotonic() - saved_at >= config.checkpoint_seconds):
+                _absorb(trainer, pending)
+                trainer.save(folder)
+                saved_at = time.monotonic()
+            if progress.done:
+                break
+    return best
+
+
+def _absorb(trainer: Trainer, pending: list[StepStats]) -> None:
+    """Add the losses of `pending` steps to the run's sums, and forget the steps."""
+    trainer.progress.loss_sum += sum(stats.loss * stats.num_targets for stats in pending)
+    trainer.progress.loss_targets += sum(stats.num_targets for stats in pending)
+    pending.clear()
+
+
+def _evaluate(
+    trainer: Trainer, valid: Evaluation, learning_rate: float, options: Options
+) -> dict[str, float]:
+    """Score validation and add a row to the history."""
+    progress = trainer.progress
+    started = time.perf_counter()
+    ranking = rank_targets(trainer, valid, options.remove_seen)
+    trainer.model.train()
+    row = {
+        "step": progress.step,
+        "epoch": progress.step / trainer.steps_per_epoch,
+        "train_loss": progress.loss_sum / progress.loss_targets,
+        "learning_rate": learning_rate,
+        "train_seconds": progress.train_seconds,
+        "tokens": progress.tokens,
+        **metrics.summary(ranking.ranks),
+        "eval_seconds": time.perf_counter() - started,
+    }
+    progress.loss_sum, progress.loss_targets = 0.0, 0
+    progress.history.append(row)
+    if options.on_evaluation is not None:
+        options.on_evaluation(row)
+    return row
+
+
+def save_model(trainer: Trainer, folder: Path, about: dict[str, Any]) -> Path:
+    """Write weights and configuration under `folder`, to be loaded by `load_model`."""
+    state = {"model": asdict(trainer.model.config), **about}
+    return checkpoint.save(folder.parent, folder.name, unique_tensors(trainer.model), state)
+
+
+def load_model(folder: Path) -> Bert4Rec:
+    """Read a model that `save_model` wrote; raise `InputError` if it is damaged."""
+    tensors, state = checkpoint.load(folder)
+    if "model" not in state:
+        raise InputError(f"{folder.name} holds a training state, not a saved model")
+    model = Bert4Rec(ModelConfig(**state["model"]))
+    load_unique(model, tensors)
+    return model.eval()

@@ -1,0 +1,305 @@
+"""The training loop: one, visible, used by notebooks, benchmarks and tuning alike.
+
+`Trainer.steps()` yields one `StepStats` per optimiser step; `fit` drives it. Precision and compilation wrap
+the model here and do not enter it.
+
+A run killed at any moment goes on from its last checkpoint to the same bits on a CPU: batches depend on
+(seed, epoch, step) alone, and a checkpoint holds weights, optimiser, scaler and the generator of dropout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reclib import checkpoint, hardware
+from reclib.batching import Batch, Epoch, prefetch
+from reclib.config import InputError, TrainConfig
+from reclib.data import Histories
+from reclib.hardware import Device
+from reclib.model import Bert4Rec
+from reclib.objective import batch_loss
+
+CHECK_EVERY = 20  # steps between looks at the loss on CUDA, where each look waits for the device
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one optimiser step did. Reading `loss` or `grad_norm` waits for the device."""
+
+    step: int  # from 1
+    epoch: int  # from 0
+    learning_rate: float
+    loss_tensor: Tensor
+    norm_tensor: Tensor | None
+    num_sequences: int
+    num_tokens: int  # real items
+    num_targets: int
+    row_tokens: int  # places in the rows, used or not
+    target_slots: int  # places in the head, used or not
+    fetch_seconds: float  # waiting for the batch
+    skipped: bool  # fp16 overflow: the scaler left the weights as they were
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy over the step's targets, nats."""
+        return float(self.loss_tensor)
+
+    @property
+    def grad_norm(self) -> float | None:
+        """Global gradient norm before clipping; None without clipping."""
+        return None if self.norm_tensor is None else float(self.norm_tensor)
+
+
+@dataclass
+class Progress:
+    """What a run has reached; saved with every checkpoint."""
+
+    step: int = 0
+    skipped_steps: int = 0
+    train_seconds: float = 0.0
+    tokens: int = 0
+    loss_sum: float = 0.0  # since the last evaluation, over targets
+    loss_targets: int = 0
+    best_value: float = -math.inf
+    best_epoch: int = -1
+    stale_evaluations: int = 0
+    done: bool = False
+    history: list[dict[str, float]] = field(default_factory=list)  # one row per evaluation
+
+
+def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
+    """Return the rate of step 1..total_steps: linear warm-up, then a cosine to `lr_final_share`."""
+    warmup = min(config.lr_warmup_steps, total_steps)
+    if step <= warmup:
+        return config.learning_rate * step / warmup
+    share = (step - warmup) / max(1, total_steps - warmup)
+    low = config.lr_final_share
+    return config.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """Return AdamW over the trainable parameters; biases and norms are not decayed."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    fused = config.optimizer == "fused"
+    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused, foreach=False)
+
+
+def clip_gradients(parameters: Sequence[Tensor], max_norm: float) -> Tensor:
+    """Scale gradients to a global norm of at most `max_norm`; return the norm before.
+
+    On a CPU nothing is multiplied when the norm is small enough: that pass costs as much as the norm.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    if norm.device.type != "cpu" or not norm <= max_norm:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+class Trainer:
+    """A model, its optimiser and where they stand in a run."""
+
+    def __init__(
+        self, model: Bert4Rec, histories: Histories, config: TrainConfig, device: Device, fingerprint: str
+    ) -> None:
+        self.model, self.histories, self.config, self.device = model, histories, config, device
+        self.where = device.torch_device
+        self.precision = hardware.choose_precision(config.precision, device.card)
+        hardware.set_matmul_precision(self.precision)
+        self.kept_memory = self.where.type == "cpu" and hardware.keep_freed_memory()
+        self.compile_mode, self.compile_reason = hardware.compile_choice(
+            config.compile_mode, device.card, hardware.has_compiler()
+        )
+        model.to(self.where)
+        self.encode: Callable[..., Tensor] = model.encode
+        if self.compile_mode != "off":
+            self.encode = torch.compile(model.encode, mode=self.compile_mode, dynamic=True)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = make_optimizer(model, config)
+        self.scaler = torch.amp.GradScaler(self.where.type, enabled=self.precision.needs_scaler)
+        self.progress = Progress()
+        self.fingerprint = fingerprint
+        users = int((histories.ends > histories.starts).sum())
+        self.steps_per_epoch = -(-users // config.batch_size)
+        planned = self.steps_per_epoch * config.epochs
+        self.total_steps = planned if config.max_steps is None else min(planned, config.max_steps)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Return the context that forward passes run in."""
+        dtype = self.precision.autocast_dtype
+        return torch.autocast(self.where.type, dtype=dtype, enabled=dtype is not None)
+
+    def batches(self) -> Iterator[tuple[int, list[Batch]]]:
+        """Yield (epoch, micro-batches) of every step that is left."""
+        step = self.progress.step
+        while step < self.total_steps:
+            epoch, first = divmod(step, self.steps_per_epoch)
+            plan = Epoch(self.histories, self.model.config, self.config, epoch)
+            for i in range(first, min(plan.num_steps, first + self.total_steps - step)):
+                yield epoch, plan.step(i)
+            step = (epoch + 1) * self.steps_per_epoch
+
+    def steps(self) -> Iterator[StepStats]:
+        """Train to the end of the schedule, yielding after every optimiser step."""
+        self.model.train()
+        source = prefetch(self.batches())
+        with contextlib.closing(source):
+            clock = time.perf_counter()
+            for epoch, micros in source:
+                fetch_seconds = time.perf_counter() - clock
+                stats = self._step(epoch, micros, fetch_seconds)
+                self.progress.train_seconds += time.perf_counter() - clock
+                yield stats
+                clock = time.perf_counter()
+
+    def _step(self, epoch: int, micros: list[Batch], fetch_seconds: float) -> StepStats:
+        """Forward, backward, unscale and clip, step, schedule."""
+        self.progress.step += 1
+        step, config = self.progress.step, self.config
+        rate = learning_rate(step, self.total_steps, config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        num_targets = sum(batch.num_targets for batch in micros)
+        num_tokens = sum(batch.num_tokens for batch in micros)
+        denominator = num_tokens if config.objective == "seed_focal" else num_targets
+
+        total = torch.zeros((), device=self.where)
+        self.optimizer.zero_grad(set_to_none=True)
+        for micro in micros:
+            batch = micro.to(self.where)
+            with self.autocast():
+                loss = batch_loss(self.model, batch, config, denominator, self.encode)
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+
+        self.scaler.unscale_(self.optimizer)
+        norm = None
+        if config.clip_norm is not None:
+            norm = clip_gradients(self.parameters, config.clip_norm)
+        self._check_finite(step, total, norm)
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        skipped = self.scaler.is_enabled() and self.scaler.get_scale() < scale
+        self.progress.skipped_steps += int(skipped)
+        self.progress.tokens += num_tokens
+        return StepStats(
+            step=step,
+            epoch=epoch,
+            learning_rate=rate,
+            loss_tensor=total,
+            norm_tensor=norm,
+            num_sequences=sum(batch.num_sequences for batch in micros),
+            num_tokens=num_tokens,
+            num_targets=num_targets,
+            row_tokens=sum(batch.items.numel() for batch in micros),
+            target_slots=sum(batch.targets.numel() for batch in micros),
+            fetch_seconds=fetch_seconds,
+            skipped=skipped,
+        )
+
+    def _check_finite(self, step: int, loss: Tensor, norm: Tensor | None) -> None:
+        """Stop on a loss or norm that is not finite, before it reaches the weights.
+
+        With fp16 a norm that overflows is the scaler's business, and so is a loss while it still can shrink
+        its scale.
+        """
+        if self.where.type == "cuda" and step % CHECK_EVERY:
+            return
+        wrong = {} if bool(loss.isfinite()) else {"loss": float(loss)}
+        if norm is not None and not bool(norm.isfinite()):
+            wrong["gradient norm"] = float(norm)
+        if wrong and not (self.scaler.is_enabled() and self.scaler.get_scale() > 1):
+            said = ", ".join(f"{name} {value}" for name, value in wrong.items())
+            raise InputError(
+                f"training diverged at step {step}: {said} in {self.precision.name}; the last checkpoint is "
+                "kept: lower learning_rate or clip_norm, or train in fp32"
+            )
+
+    # -- checkpoints ---------------------------------------------------------------------------------------
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a checkpoint must agree on to be continued."""
+        train = asdict(self.config)
+        train.pop("checkpoint_seconds")
+        return {"model": asdict(self.model.config), "train": train, "data": self.fingerprint}
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint of the present step and drop all but the newest two."""
+        tensors = {f"model.{k}": v for k, v in unique_tensors(self.model).items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
+        tensors["random.cpu"] = torch.get_rng_state()
+        if self.where.type == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state(self.where)
+        state = {"identity": self.identity(), "progress": asdict(self.progress)}
+        state["scaler"] = self.scaler.state_dict()
+        checkpoint.save(folder, f"step-{self.progress.step}", tensors, state)
+        checkpoint.prune(folder)
+
+    def resume(self, folder: Path) -> bool:
+        """Go on from the newest checkpoint in `folder`; return whether there was one.
+
+        Raises `InputError` if it is damaged or belongs to another configuration or dataset.
+        """
+        found = checkpoint.latest(folder)
+        if found is None:
+            return False
+        tensors, state = checkpoint.load(found)
+        refuse_other(state["identity"], self.identity(), folder)
+        load_unique(self.model, {k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+        optimizer = self.optimizer.state_dict()
+        optimizer["state"] = {}
+        for key, value in tensors.items():
+            if key.startswith("optimizer."):
+                _, index, name = key.split(".")
+                optimizer["state"].setdefault(int(index), {})[name] = value
+        self.optimizer.load_state_dict(optimizer)
+        self.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**state["progress"])
+        torch.set_rng_state(tensors["random.cpu"])
+        if "random.cuda" in tensors and self.where.type == "cuda":
+            torch.cuda.set_rng_state(tensors["random.cuda"], self.where)
+        return True
+
+
+def unique_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Return the state with tied tensors once, as safetensors wants it."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def load_unique(model: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Copy the tensors of `unique_tensors` into a model of the same configuration."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[name])
+
+
+def refuse_other(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
+    """Raise `InputError` naming what differs between a checkpoint's identity and this run's."""
+    differs = [
+        f"{part}.{key} is {old.get(key)!r} there and {new.get(key)!r} here"
+        for part in ("model", "train")
+        for old, new in [(found[part], wanted[part])]
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+    if found["data"] != wanted["data"]:
+        differs.append(f"the dataset is {found['data'][:12]} there and {wanted['data'][:12]} here")
+    if differs:
+        raise InputError(
+            f"the checkpoint in {folder.name} is of another run: {'; '.join(differs)}; use another folder"
+        )

@@ -1,0 +1,59 @@
+"""Small histories and models that the engine's tests share."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from reclib.batching import Epoch
+from reclib.config import ModelConfig, TrainConfig
+from reclib.data import Histories
+from reclib.model import Bert4Rec
+from reclib.objective import batch_loss
+
+NUM_ITEMS = 37
+
+
+def histories(lengths: list[int], seed: int = 0, num_items: int = NUM_ITEMS) -> Histories:
+    """Random histories of the given lengths."""
+    ends = np.cumsum(lengths)
+    items = np.random.default_rng(seed).integers(1, num_items + 1, int(ends[-1])).astype(np.int32)
+    return Histories(items, ends - np.asarray(lengths), ends)
+
+
+def small_model(**changes: object) -> ModelConfig:
+    """A model of a few thousand parameters without dropout."""
+    base = {"hidden_dim": 16, "num_heads": 2, "num_layers": 2, "max_len": 12, "dropout": 0.0}
+    return ModelConfig(num_items=NUM_ITEMS, **(base | changes))
+
+
+def loss_and_gradients(
+    model: ModelConfig, train: TrainConfig, data: Histories, dtype: torch.dtype = torch.float32
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of the first step of a freshly drawn model."""
+    torch.manual_seed(1)
+    module = Bert4Rec(model).to(dtype)
+    with torch.no_grad():  # biases start at zero, where mistakes in their use do not show
+        for parameter in module.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    micros = Epoch(data, model, train, 0).step(0)
+    targets = sum(batch.num_targets for batch in micros)
+    total = 0.0
+    for batch in micros:
+        loss = batch_loss(module, batch, train, targets)
+        loss.backward()
+        total += loss.item()
+    return total, {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+
+
+def worst_difference(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    """Largest norm of a difference, per tensor, over max(its norm, 1e-3 of the global norm).
+
+    The key bias has a zero gradient in theory, hence the floor.
+    """
+    assert found.keys() == wanted.keys()
+    whole = torch.stack([g.norm() for g in wanted.values()]).norm()
+    return max(
+        float((found[name] - g).norm() / torch.maximum(g.norm(), 1e-3 * whole))
+        for name, g in wanted.items()
+    )

@@ -1,0 +1,189 @@
+"""Masks, packing, reproducibility and prefetching."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from engine import NUM_ITEMS, histories, small_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reclib.batching import (
+    IGNORE,
+    Epoch,
+    Layout,
+    Samples,
+    bucket,
+    cut,
+    first_fit_decreasing,
+    generator,
+    mask_cloze,
+    next_item_batches,
+    prefetch,
+)
+from reclib.config import PAD, TrainConfig
+
+lengths_of_steps = st.lists(
+    st.lists(st.integers(0, 12), min_size=5, max_size=5), min_size=1, max_size=4
+)
+
+
+@given(lengths_of_steps)
+def test_packing_keeps_every_sequence_inside_one_row_and_overlaps_none(lengths):
+    lengths = np.array(lengths)
+    rows, places = first_fit_decreasing(lengths, 12)
+    for step in range(len(lengths)):
+        used = np.zeros((6, 12), dtype=int)
+        for length, row, place in zip(lengths[step], rows[step], places[step], strict=True):
+            assert place + length <= 12
+            used[row, place : place + length] += 1
+        assert used.max(initial=0) <= 1
+        assert used.sum() == lengths[step].sum()
+
+
+def test_packing_fills_rows_of_electronics_lengths_almost_completely():
+    lengths = np.minimum(5 + generator(0).geometric(1 / 5.4, (20, 128)) - 1, 50)
+    rows, _ = first_fit_decreasing(lengths, 50)
+    used = lengths.sum() / (50 * (rows.max(axis=1) + 1).sum())
+    assert used > 0.95  # rounding up to whole rows of 50 alone costs 2 %
+
+
+@given(st.integers(1, 100_000), st.sampled_from([4, 16]))
+def test_buckets_waste_at_most_their_share_and_are_few(n, steps):
+    assert n <= bucket(n, steps) <= n * (1 + 2 / steps) + 1
+    assert bucket(bucket(n, steps), steps) == bucket(n, steps)
+
+
+def test_buckets_per_octave():
+    assert len({bucket(n, 16) for n in range(1025, 2049)}) <= 16
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=9), st.floats(0, 1), st.integers(0, 99))
+def test_every_sequence_has_a_target_and_last_only_samples_have_just_the_last(lengths, share, seed):
+    samples = cut(histories(lengths), np.arange(len(lengths)), 12, None)
+    marked = mask_cloze(samples, 0.3, share, generator(seed)).is_target
+    per_sequence = np.split(marked, np.cumsum(samples.lengths)[:-1])
+    assert all(part.any() for part in per_sequence)
+    only_last = mask_cloze(samples, 0.3, 1.0, generator(seed)).is_target
+    for part in np.split(only_last, np.cumsum(samples.lengths)[:-1]):
+        assert part.sum() == 1
+        assert part[-1]
+
+
+def test_masked_share_in_the_limit():
+    samples = cut(histories([100] * 400), np.arange(400), 100, None)
+    share = mask_cloze(samples, 0.2, 0.0, generator(0)).is_target.mean()
+    assert share == pytest.approx(0.2, abs=0.006)  # three standard errors of 40,000 draws
+    only = mask_cloze(samples, 0.2, 0.25, generator(0)).is_target.reshape(400, 100)
+    assert (only.sum(1) == 1).mean() == pytest.approx(0.25, abs=0.065)
+
+
+def test_windows_are_the_last_items_or_anywhere_inside():
+    data = histories([30])
+    assert (cut(data, np.array([0]), 12, None).tokens == data.items[18:]).all()
+    first = cut(data, np.array([0]), 12, np.array([0.0])).tokens
+    final = cut(data, np.array([0]), 12, np.array([0.999999])).tokens
+    assert (first == data.items[:12]).all()
+    assert (final == data.items[18:]).all()
+
+
+@pytest.mark.parametrize("origin", ["first", "last"])
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_a_batch_holds_its_samples_and_nothing_else(origin, layout):
+    lengths = [3, 12, 5, 20, 2, 7]
+    model = small_model(position_origin=origin)
+    epoch = Epoch(histories(lengths), model, TrainConfig(batch_size=6, layout=layout), 0)
+    samples = epoch.samples(0)
+    (batch,) = epoch.step(0)
+    restored = batch.items.clone().flatten()
+    real = batch.targets != IGNORE
+    assert (restored[batch.target_places[real]] == model.mask_id).all()
+    restored[batch.target_places[real]] = batch.targets[real]
+    segments = batch.segment_ids.flatten()
+    ends = np.cumsum(samples.lengths)
+    for number, (end, length) in enumerate(zip(ends, samples.lengths, strict=True), start=1):
+        places = (segments == number).nonzero().flatten()
+        assert (restored[places].numpy() == samples.tokens[end - length : end]).all()
+        assert len({int(p) // model.max_len for p in places}) == 1
+        counted = batch.positions.flatten()[places].tolist()
+        assert counted == list(range(length)) if origin == "first" else list(range(length))[::-1]
+    assert (restored[segments == 0] == PAD).all()
+    assert batch.num_tokens == len(samples.tokens) == int((segments > 0).sum())
+    assert batch.num_targets == int(real.sum()) == int(samples.is_target.sum())
+    by_query = batch.query_index + torch.arange(len(batch.items))[:, None] * model.max_len
+    assert (by_query.flatten()[batch.target_slots[real]] == batch.target_places[real]).all()
+
+
+def test_nothing_is_dropped_over_an_epoch_with_a_ragged_last_batch():
+    data = histories([4, 9, 1, 30, 6, 2, 12])
+    epoch = Epoch(data, small_model(), TrainConfig(batch_size=3), 4)
+    assert epoch.num_steps == 3
+    batches = [batch for i in range(3) for batch in epoch.step(i)]
+    assert sum(b.num_sequences for b in batches) == 7
+    assert sum(b.num_tokens for b in batches) == 4 + 9 + 1 + 12 + 6 + 2 + 12
+
+
+def test_steps_are_reproducible_and_epochs_differ():
+    data, model, train = histories([9] * 20), small_model(), TrainConfig(batch_size=8)
+    again = Epoch(data, model, train, 3).step(1)[0]
+    same = Epoch(data, model, train, 3).step(1)[0]
+    other = Epoch(data, model, train, 2).step(1)[0]
+    assert torch.equal(again.items, same.items)
+    assert not torch.equal(again.items, other.items)
+
+
+def test_micro_batches_hold_the_targets_of_the_whole_step():
+    data, model = histories([9, 4, 12, 7, 3, 8, 5, 6]), small_model()
+    (whole,) = Epoch(data, model, TrainConfig(batch_size=8), 0).step(0)
+    parts = Epoch(data, model, TrainConfig(batch_size=8, micro_batch_size=2), 0).step(0)
+    assert len(parts) == 4
+
+    def targets(batches):
+        return sorted(t for b in batches for t in b.targets.tolist() if t != IGNORE)
+
+    assert targets(parts) == targets([whole])
+
+
+def test_prediction_batches_end_each_history_with_mask():
+    data = histories([3, 30, 1, 11])
+    layout = Layout(12, NUM_ITEMS + 1, "first", True, 16)
+    seen = {}
+    for users, batch in next_item_batches(data, layout, np.arange(4), 3):
+        for slot, user in enumerate(users):
+            place = int(batch.target_places[slot])
+            segment = batch.segment_ids.flatten()[place]
+            places = (batch.segment_ids.flatten() == segment).nonzero().flatten()
+            assert places[-1] == place
+            seen[int(user)] = batch.items.flatten()[places].tolist()
+    for user in range(4):
+        history = data.items[data.starts[user] : data.ends[user]][-11:].tolist()
+        assert seen[user] == [*history, NUM_ITEMS + 1]
+
+
+def test_prefetch_yields_in_order_and_hands_over_errors():
+    assert list(prefetch(iter(range(50)), depth=3)) == list(range(50))
+
+    def broken():
+        yield 1
+        raise ValueError("from the thread")
+
+    source = prefetch(broken())
+    assert next(source) == 1
+    with pytest.raises(ValueError, match="from the thread"):
+        next(source)
+
+
+def test_prefetch_stops_its_thread_when_left_early():
+    source = prefetch(iter(range(10**9)))
+    assert next(source) == 0
+    source.close()  # joins the thread: a hang here would be the failure
+
+
+def test_samples_of_no_targets_make_no_batch_error():
+    layout = Layout(12, NUM_ITEMS + 1, "first", True, 16)
+    samples = Samples(np.array([3, 4]), np.array([2]), np.array([False, True]))
+    batch = layout.batch(samples, np.array([0]), np.array([0]))
+    assert batch.num_targets == 1
+    assert batch.items[0, :2].tolist() == [3, NUM_ITEMS + 1]

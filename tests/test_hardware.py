@@ -1,0 +1,146 @@
+"""Device decisions, driven with devices that are not there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from reclib import hardware
+from reclib.config import GPU_LABELS, InputError
+from reclib.hardware import Card
+
+NAMES = {
+    "Tesla T4": "t4",
+    "NVIDIA L4": "l4",
+    "NVIDIA L40": "other",
+    "NVIDIA L40S": "other",
+    "Tesla V100-SXM2-16GB": "v100",
+    "Tesla V100-PCIE-32GB": "v100",
+    "NVIDIA A100-SXM4-40GB": "a100",
+    "NVIDIA A100 80GB PCIe": "a100",
+    "NVIDIA A10G": "other",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H100 NVL": "h100",
+    "NVIDIA H200": "other",
+}
+
+
+def cuda(capability: tuple[int, int], name: str = "NVIDIA X", arch: str = "") -> Card:
+    return Card(
+        type="cuda",
+        name=name,
+        label=hardware.label_of(name),
+        capability=capability,
+        memory_bytes=24 * 2**30,
+        arch_list=tuple(arch.split()) or (f"sm_{capability[0]}{capability[1]}",),
+    )
+
+
+CPU = Card(type="cpu", name="some CPU", label="cpu", threads=2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_label_of_device_names(name):
+    assert hardware.label_of(name) == NAMES[name]
+    assert NAMES[name] in (*GPU_LABELS, "other")
+
+
+@pytest.mark.parametrize(
+    ("card", "name"),
+    [
+        (cuda((6, 1)), "fp32"),
+        (cuda((7, 0)), "fp16"),
+        (cuda((7, 5)), "fp16"),
+        (cuda((8, 0)), "bf16"),
+        (cuda((8, 9)), "bf16"),
+        (cuda((9, 0)), "bf16"),
+        (CPU, "fp32"),
+    ],
+)
+def test_auto_precision_goes_by_capability_and_gives_its_reason(card, name):
+    choice = hardware.choose_precision("auto", card)
+    assert choice.name == name
+    assert choice.reason.startswith("auto: ")
+    assert choice.needs_scaler == (name == "fp16")
+
+
+@pytest.mark.parametrize("asked", ["bf16", "tf32"])
+def test_precision_that_the_units_lack_is_refused(asked):
+    with pytest.raises(InputError, match=r"needs capability 8\.0"):
+        hardware.choose_precision(asked, cuda((7, 0), "Tesla V100-SXM2-16GB"))
+
+
+def test_tf32_on_a_cpu_is_refused_and_the_rest_is_not():
+    with pytest.raises(InputError, match="not on a CPU"):
+        hardware.choose_precision("tf32", CPU)
+    assert hardware.choose_precision("bf16", CPU).autocast_dtype == torch.bfloat16
+    assert hardware.choose_precision("fp16", CPU).autocast_dtype == torch.float16
+    assert hardware.choose_precision("fp32", CPU).autocast_dtype is None
+
+
+def test_tf32_sets_the_products_and_anything_else_resets_them():
+    try:
+        hardware.set_matmul_precision(hardware.choose_precision("tf32", cuda((8, 0))))
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        hardware.set_matmul_precision(hardware.choose_precision("fp32", CPU))
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch", "runs"),
+    [
+        ((7, 0), "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120", False),
+        ((7, 0), "sm_50 sm_60 sm_70 sm_75 sm_80 sm_86 sm_90", True),
+        ((8, 9), "sm_75 sm_80 sm_86 sm_90", True),  # binary code runs on later minors
+        ((8, 0), "sm_86", False),
+        ((12, 0), "sm_80 compute_90", True),  # PTX is compiled for what comes later
+    ],
+)
+def test_a_build_without_kernels_for_the_device_is_refused(capability, arch, runs):
+    card = cuda(capability, "Tesla V100-SXM2-16GB", arch)
+    if runs:
+        hardware.check_build(card)
+        return
+    with pytest.raises(InputError, match=r"no kernels for Tesla V100.*cu126"):
+        hardware.check_build(card)
+
+
+def test_a_claimed_gpu_that_is_not_there_is_no_claim():
+    device = hardware.resolve("l4", CPU)
+    assert (device.label, device.claimed, device.is_claimed) == ("cpu", "l4", False)
+    there = hardware.resolve("l4", cuda((8, 9), "NVIDIA L4"))
+    assert (there.label, there.is_claimed) == ("l4", True)
+    assert hardware.resolve("auto", CPU).is_claimed
+    assert hardware.resolve("cpu", cuda((8, 9), "NVIDIA L4")).label == "cpu"
+
+
+def test_unknown_label_is_refused():
+    with pytest.raises(InputError, match="unknown gpu label 'l40'; allowed: auto, cpu, t4"):
+        hardware.resolve("l40")
+
+
+def test_card_of_a_record_has_versions_and_no_host():
+    card = hardware.device_card(hardware.resolve("cpu"))
+    assert card["torch"] == torch.__version__
+    assert card["label"] == "cpu"
+    assert set(card) == {
+        "type", "name", "label", "capability", "memory_bytes", "threads", "claimed", "torch", "cuda", "driver",
+    }  # fmt: skip
+
+
+def test_compile_mode_that_does_not_apply_is_off_with_its_reason():
+    assert hardware.compile_choice("off", CPU, True) == ("off", "asked for")
+    assert hardware.compile_choice("default", CPU, True)[0] == "default"
+    assert "not applicable" in hardware.compile_choice("reduce-overhead", CPU, True)[1]
+    assert "no C++ compiler" in hardware.compile_choice("default", CPU, False)[1]
+    assert hardware.compile_choice("reduce-overhead", cuda((8, 0)), False)[0] == "reduce-overhead"
+
+
+def test_peak_memory_sees_an_allocation():
+    where = torch.device("cpu")
+    hardware.reset_peak_memory(where)
+    before = hardware.peak_memory_bytes(where)
+    block = torch.ones(64 * 2**20 // 4)
+    assert hardware.peak_memory_bytes(where) - before > 50 * 2**20
+    del block

@@ -1,0 +1,123 @@
+"""Parameter counts, packing inside the encoder, and what must not leak."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from engine import NUM_ITEMS, small_model
+
+from reclib.config import SIZES, InputError, changed, model_config
+from reclib.model import Bert4Rec, attention_bias, closed_formula, count_parameters, main
+
+EXACT = {"5m": 5_118_250, "85m": 85_111_814, "130m": 130_095_750, "430m": 429_153_286}
+
+
+@pytest.mark.parametrize("size", EXACT)
+def test_named_sizes_have_exactly_the_published_number_of_parameters(size):
+    assert count_parameters(model_config(size))["total"] == EXACT[size]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("output_bias", [True, False])
+def test_closed_formula_agrees_with_instantiation(size, tied, output_bias):
+    config = model_config(size, tied=tied, output_bias=output_bias)
+    counted = count_parameters(config)
+    assert closed_formula(config) == counted["total"]
+    assert counted["item_tables"] + counted["positions"] + counted["non_embedding"] == counted["total"]
+
+
+def test_tables_and_encoder_of_the_audit():
+    counted = {size: count_parameters(model_config(size)) for size in EXACT}
+    assert counted["5m"]["item_tables"] == 4_715_050
+    assert counted["5m"]["non_embedding"] == 396_800
+    assert counted["85m"]["non_embedding"] == 3_160_064
+    assert counted["130m"]["non_embedding"] == 7_248_000
+    assert counted["430m"]["non_embedding"] == 101_825_536
+
+
+def test_command_prints_every_size_as_json():
+    out = subprocess.run(
+        [sys.executable, "-m", "reclib.model", "--json"], capture_output=True, text=True, check=True
+    )
+    printed = json.loads(out.stdout)
+    assert printed.keys() == SIZES.keys()
+    assert {size: printed[size]["total"] for size in EXACT} == EXACT
+
+
+def test_command_refuses_unknown_arguments(capsys):
+    assert main(["--jsn"]) == 2
+    assert "usage" in capsys.readouterr().err
+
+
+def test_unknown_size_is_named_with_what_is_allowed():
+    with pytest.raises(InputError, match=r"unknown size '85M' \(did you mean '85m'\?\); allowed: nano"):
+        model_config("85M")
+
+
+def test_size_that_does_not_divide_by_its_heads_is_refused():
+    with pytest.raises(InputError, match="hidden_dim=66 must be divisible by num_heads=4"):
+        model_config("small", hidden_dim=66)
+
+
+def rows(length: int = 12) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One row with segments of 5 and 4 places and 3 unused ones."""
+    items = torch.randint(1, NUM_ITEMS + 1, (1, length))
+    segments = torch.tensor([[1] * 5 + [2] * 4 + [0] * 3])
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 0, 0]])
+    return items, segments, positions
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_segments_and_padding_do_not_reach_each_other(norm, num_layers):
+    torch.manual_seed(0)
+    model = Bert4Rec(small_model(norm=norm, num_layers=num_layers)).eval()
+    items, segments, positions = rows()
+    with torch.no_grad():
+        before = model.encode(items, segments, positions)
+        other = items.clone()
+        other[0, 5:] = 1 + other[0, 5:] % NUM_ITEMS
+        after = model.encode(other, segments, positions)
+    assert torch.equal(before[0, :5], after[0, :5])
+    assert not torch.allclose(before[0, 5:9], after[0, 5:9])
+    assert before.isfinite().all()
+
+
+def test_a_segment_alone_gives_the_same_states_as_in_a_packed_row():
+    torch.manual_seed(0)
+    model = Bert4Rec(small_model()).double().eval()
+    items, segments, positions = rows()
+    with torch.no_grad():
+        packed = model.encode(items, segments, positions)
+        alone = model.encode(items[:, 5:9], segments[:, 5:9], positions[:, 5:9])
+    torch.testing.assert_close(packed[:, 5:9], alone)
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_states_at_queries_equal_those_of_the_whole_row(norm):
+    torch.manual_seed(0)
+    model = Bert4Rec(small_model(norm=norm)).double()
+    items, segments, positions = rows()
+    queries = torch.tensor([[7, 0, 3, 3]])
+    whole = model.encode(items, segments, positions)
+    some = model.encode(items, segments, positions, queries)
+    torch.testing.assert_close(some, whole[:, queries[0]])
+
+
+def test_attention_bias_is_zero_inside_a_segment_and_minus_infinity_outside():
+    bias = attention_bias(torch.tensor([[1, 1, 2, 0]]), torch.float32)
+    seen = (bias[0, 0] == 0).int().tolist()
+    assert seen == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+    assert bias[0, 0][bias[0, 0] != 0].isneginf().all()
+
+
+def test_tied_tables_are_one_tensor():
+    model = Bert4Rec(small_model())
+    assert model.output_weight is model.item_table.weight
+    untied = Bert4Rec(changed(small_model(), tied=False))
+    assert untied.output_weight is not untied.item_table.weight
