@@ -54,7 +54,7 @@ def preparation(rows: pd.DataFrame) -> go.Figure:
     names = {"source": "source", "k-core": "k-core", "train": "training"}
     names |= {"valid": "validation targets", "test": "test targets"}
     first, core = (rows[rows["step"] == step].iloc[0] for step in ("source", "k-core"))
-    figure = _panels(["interactions", "users", "items"], shared_yaxes=True, spacing=0.06)
+    figure = _panels(3, shared_yaxes=True, spacing=0.06)
     for column, counted in enumerate(["interactions", "users", "items"], 1):
         figure.add_bar(
             x=rows[counted],
@@ -118,7 +118,7 @@ def sequence_lengths(rows: pd.DataFrame) -> go.Figure:
 
 def item_popularity(rows: pd.DataFrame) -> go.Figure:
     """Interactions by popularity rank, and the share that the most popular items hold."""
-    figure = _panels(["interactions by popularity rank", "share held by the top items"])
+    figure = _panels(2)
     figure.add_scatter(
         x=rows["rank"],
         y=rows["interactions"],
@@ -182,7 +182,7 @@ def tied_timestamps(rows: pd.DataFrame) -> go.Figure:
 
 def learning_curves(rows: pd.DataFrame) -> go.Figure:
     """Training loss and validation NDCG@10 by epoch, one line per seed."""
-    figure = _panels(["training loss", "NDCG@10 on validation"], spacing=0.1)
+    figure = _panels(2, spacing=0.1)
     best = _best(rows, "valid_ndcg@10")
     runs = rows.groupby(["kind", "seed"], sort=True, dropna=False)
     for number, ((kind, seed), run) in enumerate(runs):
@@ -225,7 +225,7 @@ def metric_comparison(rows: pd.DataFrame) -> go.Figure:
     metrics = {"hr@10": "HR@10", "ndcg@10": "NDCG@10", "mrr": "MRR"}
     shown = {key: name for key, name in metrics.items() if key in rows and rows[key].notna().any()}
     models = rows.groupby("model")["hr@10"].max().sort_values(ascending=False).index
-    figure = _panels(list(shown.values()), shared_yaxes=True, spacing=0.06)
+    figure = _panels(len(shown), shared_yaxes=True, spacing=0.06)
     colors = dict(zip(models, PALETTE, strict=False))
     for column, (metric, title) in enumerate(shown.items(), 1):
         known = rows[rows[metric].notna()]
@@ -246,6 +246,12 @@ def metric_comparison(rows: pd.DataFrame) -> go.Figure:
             )
         axis_title = f"{title} (mean over users, full ranking)"
         figure.update_xaxes(title_text=axis_title, rangemode="tozero", row=1, col=column)
+    figure.add_annotation(
+        text="bar: 95 % interval over users, tick: one seed",
+        **{"xref": "paper", "x": 1, "xanchor": "right", "yref": "paper", "y": 1.1},
+        showarrow=False,
+        font={"color": MUTED, "size": 12},
+    )
     figure.update_yaxes(
         range=[len(models) - 0.4, -0.6], categoryorder="array", categoryarray=models, ticks=""
     )
@@ -315,8 +321,8 @@ def build(records: Sequence[Record], out_dir: Path) -> list[Path]:
     return files
 
 
-def _panels(titles: list[str], *, shared_yaxes: bool = False, spacing: float = 0.14) -> go.Figure:
-    figure = make_subplots(cols=len(titles), shared_yaxes=shared_yaxes, horizontal_spacing=spacing)
+def _panels(count: int, *, shared_yaxes: bool = False, spacing: float = 0.14) -> go.Figure:
+    figure = make_subplots(cols=count, shared_yaxes=shared_yaxes, horizontal_spacing=spacing)
     return figure.update_layout(template=TEMPLATE, showlegend=False)
 
 
