@@ -1,0 +1,306 @@
+import json
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+
+from reclib import data, describe, figures, look, page, paths, tables
+from reclib.data import synthetic_dataset
+
+
+def a_record(notebook, name, metrics, series=None, **changes):
+    record = {
+        "notebook": notebook,
+        "name": name,
+        "kind": "measured",
+        "profile": "quick",
+        "label": "cpu",
+        "metrics": metrics,
+        "timings": {},
+        "params": {"epochs": 10, "seed": 0},
+        "own_params": {},
+        "series": series or {},
+        "device": {"name": "A processor"},
+        "seed": None,
+        "data": {"name": "ml-100k", "fingerprint": "abcd"},
+        "time": "2026-01-02T03:04:05+00:00",
+    }
+    assert changes.keys() <= record.keys()
+    return record | changes
+
+
+def described(dataset):
+    made = {
+        "preparation": describe.steps,
+        "sequence_lengths": describe.lengths,
+        "item_popularity": describe.popularity,
+        "tied_timestamps": describe.ties,
+    }
+    return {name: make(dataset) for name, make in made.items()}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RECLIB_DATA", str(tmp_path_factory.mktemp("cache")))
+        config = data.DataConfig(dataset="synthetic", synthetic_items=150, min_item=20)
+        return data.prepare(config)
+
+
+CURVE = {
+    "epoch": [1, 2, 3, 4],
+    "train_loss": [7.0, 6.0, 5.5, 5.4],
+    "valid_ndcg@10": [None, 0.05, None, 0.07],
+}
+
+
+@pytest.fixture
+def records(dataset):
+    found = [
+        a_record("01_data_prep", name, made.metrics, made.series) for name, made in described(dataset).items()
+    ]
+    for seed in (0, 1):
+        found.append(a_record("02_baseline", "learning_curve", {}, CURVE, seed=seed))
+    for model, hr in (("BERT4Rec", 0.2), ("popularity", 0.1)):
+        own = {"own_params": {"model": model}}
+        interval = {"hr@10": hr, "hr@10_low": hr - 0.02, "hr@10_high": hr + 0.01}
+        found.append(a_record("02_baseline", "test_metrics", interval, **own))
+        ranks = np.arange(1, 60)
+        found.append(a_record("02_baseline", "rank_histogram", {}, tables.rank_bins(ranks), **own))
+    own = {"model": "BERT4Rec"}
+    found.append(a_record("02_baseline", "test_metrics", {"hr@10": 0.25}, seed=0, own_params=own))
+    return found
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_build_writes_every_figure_and_a_rebuild_changes_no_byte(records, tmp_path):
+    files = figures.build(records, tmp_path)
+    names = {f"{spec.name}_ml-100k_cpu.html" for spec in figures.FIGURES}
+    assert {path.name for path in files} == names | {"index.html"}
+    assert {path.name for path in tmp_path.iterdir()} == names | {"index.html", "plotly.min.js"}
+    before, times = content(tmp_path), {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+    figures.build(json.loads(json.dumps(records)), tmp_path)
+    assert content(tmp_path) == before
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == times  # nor touches a file
+    figures.build(list(reversed(records)), tmp_path / "reversed")
+    assert content(tmp_path / "reversed") == before  # nor does the order of records
+
+
+def test_another_process_writes_the_same_bytes(records, tmp_path):
+    figures.build(records, tmp_path / "here")
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    code = (
+        "import json, sys; from pathlib import Path; from reclib import figures; "
+        "figures.build(json.loads(Path('records.json').read_text()), Path('there'));"
+        "print('torch' in sys.modules)"
+    )
+    env = os.environ | {"PYTHONPATH": str(paths.root()), "PYTHONHASHSEED": "7"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+    assert content(tmp_path / "there") == content(tmp_path / "here")
+
+
+class Addresses(HTMLParser):
+    """Every address that a page loads or links, and every tag that is left open."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.found, self.open = [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.found += [value for name, value in attrs if name in ("src", "href")]
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.found += [value for name, value in attrs if name in ("src", "href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_pages_are_whole_and_load_nothing_from_elsewhere(records, tmp_path):
+    for path in figures.build(records, tmp_path):
+        parsed = Addresses(path.read_text(encoding="utf-8"))
+        assert parsed.open == [], path.name
+        for address in parsed.found:
+            assert address.startswith("#") or (tmp_path / address).is_file(), address
+    index = (tmp_path / "index.html").read_text()
+    assert "http" not in index
+    assert "prefers-color-scheme: dark" in index
+
+
+def test_index_states_question_answer_and_origin(records, tmp_path):
+    records[-1]["device"] = {"name": "<i>Odd & named</i>"}
+    figures.build(records, tmp_path)
+    index = (tmp_path / "index.html").read_text()
+    assert "What exactly is being predicted?" in index
+    assert "HR@10: BERT4Rec 0.200 [0.180, 0.210], popularity 0.100 [0.080, 0.110]." in index
+    assert "Measured on A processor (cpu), profile quick, data ml-100k abcd, 2026-01-02." in index
+    assert "&lt;i&gt;Odd &amp; named&lt;/i&gt;" in index
+    assert "smoke run" not in index
+
+
+def test_smoke_runs_are_called_that_everywhere(records, tmp_path):
+    smoke = [record | {"profile": "smoke"} for record in records]
+    for path in figures.build(smoke, tmp_path):
+        assert "smoke run, not a result" in path.read_text(), path.name
+    assert (tmp_path / "index.html").read_text().count("smoke run, not a result") == 7
+    assert "smoke run" in figures.show("preparation", smoke[0]).layout.title.subtitle.text
+    assert "smoke run" not in figures.show("preparation", records[0]).layout.title.subtitle.text
+
+
+def test_figures_without_records_are_removed_and_other_files_stay(records, tmp_path):
+    figures.build(records, tmp_path)
+    (tmp_path / "mine.html").write_text("<p>by hand</p>")
+    figures.build(records[:1], tmp_path)
+    left = {"preparation_ml-100k_cpu.html", "index.html", "plotly.min.js", "mine.html"}
+    assert {path.name for path in tmp_path.iterdir()} == left
+
+
+def test_without_records_there_is_still_an_index(tmp_path):
+    (file,) = figures.build([], tmp_path)
+    assert "no records yet" in file.read_text()
+
+
+def test_records_that_no_figure_knows_are_left_alone(tmp_path):
+    files = figures.build([a_record("06_hardware", "price", {"usd": 1.0})], tmp_path)
+    assert [path.name for path in files] == ["index.html"]
+
+
+def test_odd_dataset_names_make_plain_file_names(records, tmp_path):
+    odd = records[0] | {"data": {"name": 'a "b"/../c', "fingerprint": "0"}}
+    names = sorted(path.name for path in figures.build([odd], tmp_path / "out"))
+    assert names == ["index.html", "preparation_a-b-..-c_cpu.html"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_profile_with_most_work_is_shown_and_its_newest_parameters():
+    def curve(profile, time, epochs, seed):
+        params = {"epochs": epochs, "seeds": [seed], "gpu": "auto"}
+        return a_record(
+            "02_baseline", "learning_curve", {}, profile=profile, time=time, params=params, seed=seed
+        )
+
+    smoke = curve("smoke", "2026-01-09", 1, 0)
+    old = curve("quick", "2026-01-01", 50, 0)
+    new = [curve("quick", f"2026-01-0{day}", 100, seed) for day, seed in ((2, 1), (3, 0))]
+    other = curve("smoke", "2026-01-01", 1, 0) | {"label": "l4"}
+    groups = tables.groups([smoke, *new, other, old])
+    assert groups == {("ml-100k", "cpu"): [new[1], new[0]], ("ml-100k", "l4"): [other]}
+
+
+def test_table_has_a_row_per_point_with_what_it_belongs_to(records):
+    curves = [record for record in records if record["name"] == "learning_curve"]
+    rows = tables.table(curves)
+    assert len(rows) == 8
+    assert rows["seed"].tolist() == [0] * 4 + [1] * 4
+    assert rows["train_loss"].tolist() == CURVE["train_loss"] * 2
+    metrics = tables.table([r for r in records if r["name"] == "test_metrics"])
+    assert metrics["model"].tolist() == ["BERT4Rec", "popularity", "BERT4Rec"]
+    assert metrics["hr@10"].tolist() == [0.2, 0.1, 0.25]
+
+
+def test_predictions_look_different_in_every_figure(records):
+    for spec in figures.FIGURES:
+        mine = [r for r in records if (r["notebook"], r["name"]) == (spec.notebook, spec.needs)]
+        looks = []
+        for kind in ("measured", "predicted"):
+            drawn = figures.show(spec.name, *(record | {"kind": kind} for record in mine))
+            traces = drawn.to_plotly_json()["data"]
+            looks.append([(t.get("marker"), t.get("line")) for t in traces])
+            assert f"{kind} on cpu" in drawn.layout.title.subtitle.text
+        assert str(looks[0]) != str(looks[1]), spec.name
+    assert look.line("predicted", "red")["dash"] == "dash"
+    assert look.bar("predicted", "red")["pattern"]["shape"] == "/"
+    assert look.marker("predicted", "red")["symbol"] == "circle-open"
+
+
+def values(figure: go.Figure, axis: str) -> list[list]:
+    return [list(trace[axis]) for trace in figure.data]
+
+
+def test_titles_state_what_the_records_say(records, dataset):
+    titles = {}
+    for spec in figures.FIGURES:
+        mine = [r for r in records if (r["notebook"], r["name"]) == (spec.notebook, spec.needs)]
+        figure = figures.show(spec.name, *mine)
+        titles[spec.name] = figure.layout.title.text
+        for axis in [*figure.select_xaxes(), *figure.select_yaxes()]:
+            is_categories = axis.ticks == "" or axis.autorange == "reversed" or axis.matches
+            assert axis.title.text or is_categories, f"{spec.name}: an axis without a title"
+    steps = dataset.manifest["steps"]
+    lost = steps[0]["items"] - steps[1]["items"]
+    assert lost > 0
+    assert f"drops {lost} of {steps[0]['items']} items" in titles["preparation"]
+    assert titles["learning_curves"] == "NDCG@10 on validation is best after 4 epochs"
+    assert titles["metric_comparison"].startswith("BERT4Rec has the target")  # by its mean, 0.2
+    assert titles["metric_comparison"].endswith("for 20.0% of users")
+
+
+def test_every_user_is_in_the_length_histogram(records):
+    lengths = next(record for record in records if record["name"] == "sequence_lengths")
+    (counts,) = values(figures.show("sequence_lengths", lengths), "y")
+    assert sum(counts) == sum(lengths["series"]["users"])
+
+
+def test_one_length_for_all_users_can_be_drawn():
+    metrics = {"median_length": 7.0, "mean_length": 7.0, "max_length": 7}
+    record = a_record("01_data_prep", "sequence_lengths", metrics, {"length": [7], "users": [3]})
+    assert values(figures.show("sequence_lengths", record), "y") == [[3]]
+
+
+def test_rank_bins_count_every_rank():
+    ranks = np.array([1, 1, 2, 3, 5, 6, 10, 11, 1349])
+    bins = pd.DataFrame(tables.rank_bins(ranks))
+    assert bins["users"].sum() == ranks.size
+    assert bins.iloc[:4].values.tolist() == [[1, 1, 2], [2, 2, 1], [3, 5, 2], [6, 10, 2]]
+    assert bins.iloc[-1].tolist() == [1001, 2000, 1]
+    assert tables.rank_bins(np.array([1]))["users"] == [1]
+
+
+def test_descriptions_agree_with_the_dataset(dataset):
+    made = described(dataset)
+    assert sum(made["sequence_lengths"].series["users"]) == dataset.num_users
+    assert made["sequence_lengths"].metrics["mean_length"] == pytest.approx(dataset.lengths.mean())
+    popularity = made["item_popularity"]
+    counts = np.bincount(dataset.items, minlength=dataset.num_items + 1)[1:]
+    assert popularity.metrics["most_popular"] == counts.max()
+    differences = np.abs(counts[:, None] - counts[None, :]).mean()  # Gini by its definition
+    assert popularity.metrics["gini"] == pytest.approx(differences / (2 * counts.mean()))
+    assert popularity.series["interaction_share"][-1] == pytest.approx(1.0)
+    assert popularity.series["rank"] == sorted(set(popularity.series["rank"]))
+
+
+def test_history_says_what_each_interaction_is_for():
+    dataset = synthetic_dataset(50, 100, 10.0, seed=0)
+    users = describe.example_users(dataset, seed=3)
+    assert users == describe.example_users(dataset, seed=3)
+    assert len(set(users)) == 3
+    shown = describe.history(dataset, users[0], last=4)
+    assert shown["used for"].tolist() == ["training"] * 2 + ["validation target", "test target"]
+    assert shown["item"].tolist()[-1] == data.evaluation(dataset, "test").targets[users[0]]
+    assert shown["position"].tolist()[-1] == dataset.lengths[users[0]]
+
+
+def test_every_chapter_has_a_figure_and_every_figure_a_chapter():
+    assert {spec.notebook for spec in figures.FIGURES} == set(page.CHAPTERS)
+    assert len({spec.name for spec in figures.FIGURES}) == len(figures.FIGURES)
+
+
+def test_a_figure_file_has_a_fixed_id(tmp_path):
+    file = figures.write(go.Figure(), "empty", tmp_path)
+    assert re.search(r'<div id="empty"', file.read_text())
+    assert (tmp_path / "plotly.min.js").stat().st_size > 1_000_000
