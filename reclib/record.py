@@ -42,6 +42,13 @@ CARD = (
 _KEY = ("notebook", "kind", "label", "name", "params_hash", "seed")
 
 
+class Record(dict[str, Any]):
+    """One record. As the last value of a cell it shows nothing: its provenance is no output."""
+
+    def _ipython_display_(self) -> None:
+        pass
+
+
 class Run:
     """One execution of one notebook on one device: `result` records what it finds."""
 
@@ -87,7 +94,7 @@ class Run:
         series: Mapping[str, Sequence[Any]] | None = None,
         seed: int | None = None,
         kind: Kind = "measured",
-    ) -> dict[str, Any]:
+    ) -> Record:
         """Display and append one result; return the record.
 
         `metrics` must be the same in every run on one machine (the notebook tests compare them to
@@ -101,7 +108,8 @@ class Run:
         if kind not in ("measured", "predicted"):
             raise ValueError(f"kind of {name!r} must be measured or predicted, got {kind!r}")
         numbers = _finite(name, metrics)
-        record = self._provenance | {
+        record = Record(self._provenance)
+        record |= {
             "name": name,
             "kind": kind,
             "seed": seed,

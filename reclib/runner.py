@@ -54,12 +54,14 @@ def execute(
     values: Mapping[str, Any],
     *,
     cell_seconds: int | None = None,
+    records: Path | None = None,
     tell: Tell = print,
 ) -> None:
     """Run `notebook` with the parameters `values` and leave it at `output`.
 
-    `cell_seconds` is the longest that a cell may take; None: as long as it needs. Raises
-    `NotebookFailed`; the kernel is gone when this returns, whichever way.
+    `cell_seconds` is the longest that a cell may take; None: as long as it needs. `records` is where
+    results go instead of the study's own folder. Raises `NotebookFailed`; the kernel is gone when
+    this returns, whichever way.
     """
     import papermill
     from papermill.exceptions import PapermillExecutionError
@@ -82,6 +84,7 @@ def execute(
             cwd=str(notebook.parent),
             execution_timeout=cell_seconds,
             runtime_folder=runtime,
+            records=records,
         )
     except PapermillExecutionError as error:
         said = f"{error.ename}: {error.evalue}".strip().splitlines()[0]
@@ -106,6 +109,8 @@ def normalise(notebook: Path) -> None:
     for cell in content.cells:
         for key in ("papermill", "execution"):
             cell.metadata.pop(key, None)
+        if not cell.metadata.get("tags", True):  # papermill adds an empty list to every cell
+            del cell.metadata["tags"]
     partial = notebook.with_suffix(".partial")
     nbformat.write(content, partial)
     os.replace(partial, notebook)
@@ -165,17 +170,18 @@ def _register(progress: _Progress) -> None:
                 log=logging.getLogger("papermill"),
                 config=config,
             )
-            client.execute(env=_environment())
+            client.execute(env=_environment(options["records"]))
 
     papermill_engines.register("reclib", ReclibEngine)
 
 
-def _environment() -> dict[str, str]:
-    """Return the kernel's environment: the same root and the same code as ours, wherever it starts."""
+def _environment(records: Path | None) -> dict[str, str]:
+    """Return the kernel's environment: our root and our code, wherever it starts."""
     code = str(Path(__file__).resolve().parent.parent)
     inherited = os.environ.get("PYTHONPATH")
     return os.environ | {
         "RECLIB_ROOT": str(paths.root()),
+        "RECLIB_RECORDS": str(records or paths.executed()),
         "PYTHONPATH": os.pathsep.join([code, *([inherited] if inherited else [])]),
         "WANDB_SILENT": "true",
     }

@@ -5,6 +5,7 @@
     python -m reclib.study status                       what is done here, and what is recorded
     python -m reclib.study collect                      figures from the records alone
     python -m reclib.study params 02 --profile full     parameters as YAML, for `papermill -f`
+    python -m reclib.study refresh 02                   new stored outputs for a changed notebook
 
 Everything is checked before a kernel starts. Work that this checkout has finished is skipped by a stamp
 that git ignores (parameters, code, versions, output): committed records never cause a skip.
@@ -14,8 +15,11 @@ Exit codes: 0 done, 1 a notebook failed, 2 wrong input, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -91,6 +95,22 @@ def run(job: Job, *, force: bool = False, cell_seconds: int | None = None) -> bo
     return True
 
 
+def refresh(notebook: str) -> None:
+    """Run a notebook with its defaults and store the outputs in it: what its tests compare with.
+
+    Its records go to a temporary folder; a notebook that fails is left as it was.
+    """
+    file = paths.notebooks() / f"{notebook}.ipynb"
+    runner.check_cell(file, params.names(notebook))
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / file.name
+        runner.execute(file, output, {}, records=Path(folder) / "records")
+        partial = file.with_suffix(".partial")
+        shutil.copyfile(output, partial)
+        os.replace(partial, file)
+    print(f"{notebook}: outputs stored")
+
+
 def collect() -> list[Path]:
     """Rebuild the figures from the newest record of everything; return the files written."""
     from reclib import figures
@@ -147,6 +167,16 @@ def _run_command(given: argparse.Namespace) -> int:
     if everything:
         _collect_command(given)
     return 1 if failures else 0
+
+
+def _refresh_command(given: argparse.Namespace) -> int:
+    for name in [find(name) for name in given.notebook]:
+        try:
+            refresh(name)
+        except runner.NotebookFailed as failure:
+            print(failure, file=sys.stderr)
+            return 1
+    return 0
 
 
 def _collect_command(given: argparse.Namespace) -> int:
@@ -222,6 +252,9 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("params", help="print parameters as YAML", parents=[common])
     command.add_argument("notebook", help="for example 02")
     command.set_defaults(act=_params_command)
+    command = commands.add_parser("refresh", help="store new outputs in a notebook")
+    command.add_argument("notebook", nargs="+", help="for example 02")
+    command.set_defaults(act=_refresh_command)
     return parser
 
 

@@ -284,6 +284,16 @@ def test_collect_hands_the_newest_records_to_the_figures(project: Path, monkeypa
     assert folder == project / "figures"
 
 
+def test_refreshing_a_notebook_that_fails_leaves_it_as_it_was(project: Path, set_cells, capsys):
+    set_cells("1 / 0")
+    file = project / "notebooks/02_baseline.ipynb"
+    before = file.read_bytes()
+    assert study.main(["refresh", "02"]) == 1
+    assert "failed in cell 3: ZeroDivisionError" in capsys.readouterr().err
+    assert file.read_bytes() == before
+    assert list(file.parent.iterdir()) == [file]
+
+
 def test_params_prints_yaml_that_papermill_takes(project: Path, capsys):
     assert study.main(["params", "02", "--profile", "full", "--gpu", "h100"]) == 0
     values = yaml.safe_load(capsys.readouterr().out)

@@ -1,0 +1,235 @@
+"""The notebooks as they are committed: their form, and whether running them again gives the same.
+
+The only place that knows nbval.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import getpass
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from conftest import ROOT
+
+from reclib import params, record
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+EXECUTED = sorted((ROOT / "executed").glob("*/[0-9][0-9]_*.ipynb"))
+SMOKE = yaml.safe_load((ROOT / "params/smoke.yaml").read_text())
+MAX_CELL_LINES = 15
+
+each_notebook = pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+
+
+def tagged(notebook: nbformat.NotebookNode, tag: str) -> list[nbformat.NotebookNode]:
+    return [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
+
+
+def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def bundles(notebook: nbformat.NotebookNode) -> Iterator[nbformat.NotebookNode]:
+    """Yield the result bundles that a notebook displays."""
+    for cell in code_cells(notebook):
+        for output in cell.outputs:
+            if record.MIME in output.get("data", {}):
+                yield output.data
+
+
+def lane(files: list[Path], records: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    """Run notebooks with nbval against the outputs that are stored in them."""
+    environment = os.environ | {
+        "RECLIB_RECORDS": str(records),
+        "RECLIB_ROOT": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONWARNINGS": "ignore",
+    }
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+            *("--nbval", "--nbval-current-env", "--nbval-cell-timeout", "120"),
+            *("--nbval-sanitize-with", str(ROOT / "tests/nbval_sanitize.cfg")),
+            *(f"--rootdir={files[0].parent}", "-c", os.devnull),
+            *map(str, [*more, *files]),
+        ],
+        cwd=files[0].parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+@each_notebook
+def test_the_form_of_a_notebook(file: Path):
+    notebook = nbformat.read(file, 4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert not {"papermill", "widgets"} & set(notebook.metadata)
+    assert len(tagged(notebook, "parameters")) == 1
+    assert not tagged(notebook, "injected-parameters")
+    for cell in code_cells(notebook):
+        lines = cell.source.splitlines()
+        assert len(lines) <= MAX_CELL_LINES, f"{len(lines)} lines: {lines[0]}"
+        assert not {"papermill", "execution"} & set(cell.metadata), lines[0]
+        assert not [line for line in lines if line.startswith(("class ", "async def "))]
+    assert notebook.cells[0].cell_type == "markdown"
+    assert notebook.cells[0].source.startswith("# ")
+
+
+@each_notebook
+def test_a_notebook_is_committed_with_the_outputs_of_one_clean_run(file: Path):
+    cells = [cell for cell in code_cells(nbformat.read(file, 4)) if cell.source.strip()]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+
+
+@each_notebook
+def test_defaults_are_the_smoke_profile(file: Path):
+    (cell,) = tagged(nbformat.read(file, 4), "parameters")
+    defaults = {}
+    for statement in ast.parse(cell.source).body:
+        assert isinstance(statement, ast.AnnAssign), ast.unparse(statement)
+        assert isinstance(statement.target, ast.Name)
+        assert statement.value is not None
+        defaults[statement.target.id] = ast.literal_eval(statement.value)
+    assert list(defaults) == params.names(file.stem)
+    assert defaults == SMOKE[file.stem]
+    assert all("  # " in line for line in cell.source.splitlines()), "each line says what it is"
+
+
+@each_notebook
+@pytest.mark.parametrize("profile", params.PROFILES)
+def test_every_profile_is_valid_for_the_notebook(file: Path, profile: str):
+    p = params.build(file.stem, params.profile(file.stem, profile))
+    assert list(params.values(p)) == params.names(file.stem)
+
+
+@pytest.mark.parametrize("file", [*NOTEBOOKS, *EXECUTED], ids=lambda file: f"{file.parent.name}-{file.stem}")
+def test_a_committed_notebook_tells_nothing_about_who_ran_it(file: Path):
+    content = json.loads(file.read_text())
+    del content["nbformat"]
+    text = json.dumps(content)
+    for private in private_words():
+        assert not re.search(rf"(?<![\w-]){re.escape(private)}(?![\w-])", text), private
+    folders = re.findall(r"(?<![\w.:/<])/(?:home|root|Users|tmp|work|mnt|content)/[\w.-]+", text)
+    assert not folders, folders
+
+
+def private_words() -> list[str]:
+    # "root" and "vm" are words as well; a name that says something is longer.
+    names = [getpass.getuser(), socket.gethostname(), str(Path.home()), str(ROOT)]
+    return [name for name in names if len(name) > 4]
+
+
+@pytest.mark.slow
+@each_notebook
+def test_a_notebook_gives_again_what_is_stored_in_it(file: Path, tmp_path: Path):
+    done = lane([file], tmp_path)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    stored = {(b[record.MIME]["name"], b[record.MIME].get("seed")) for b in stored_bundles(file)}
+    fresh = {(entry["name"], entry["seed"]) for entry in record.read(tmp_path)}
+    assert fresh == stored, "what is recorded and what is displayed differ"
+    assert stored, "the notebook displays no result"
+
+
+def stored_bundles(file: Path) -> list[nbformat.NotebookNode]:
+    return list(bundles(nbformat.read(file, 4)))
+
+
+@pytest.mark.slow
+@each_notebook
+def test_a_notebook_with_another_metric_stored_goes_red(file: Path, tmp_path: Path):
+    check_that_an_altered_metric_is_seen(file, tmp_path)
+
+
+def check_that_an_altered_metric_is_seen(file: Path, folder: Path) -> None:
+    """Alter the first metric stored in a copy and see the lane stop there, and nowhere else."""
+    notebook = nbformat.read(file, 4)
+    bundle = next(b[record.MIME] for b in bundles(notebook) if b[record.MIME]["metrics"])
+    name, value = next((k, v) for k, v in bundle["metrics"].items() if v)
+    bundle["metrics"][name] = value * 1.5 if isinstance(value, float) else value + 1
+    altered = folder / file.name
+    nbformat.write(notebook, altered)
+    done = lane([altered], folder / "records", "-x")
+    assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-2000:]
+    assert record.MIME in done.stdout
+    assert repr(bundle["metrics"][name]) in done.stdout
+    assert "1 failed" in done.stdout.splitlines()[-1]
+
+
+@pytest.fixture
+def executed(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small notebook of the study's form with its outputs stored."""
+    from reclib import study
+
+    assert study.main(["refresh", "02"]) == 0
+    file = project / "notebooks/02_baseline.ipynb"
+    assert [file.name for file in file.parent.iterdir()] == ["02_baseline.ipynb"]
+    assert not (project / "executed").exists()
+    return file
+
+
+def test_the_lane_is_green_on_its_own_outputs_and_red_on_others(executed: Path, tmp_path: Path):
+    done = lane([executed], tmp_path / "records")
+    assert done.returncode == 0, done.stdout
+    assert len(record.read(tmp_path / "records")) == 1
+    (tmp_path / "altered").mkdir()
+    check_that_an_altered_metric_is_seen(executed, tmp_path / "altered")
+
+
+def test_the_lane_is_red_on_a_cell_that_fails(executed: Path, tmp_path: Path):
+    notebook = nbformat.read(executed, 4)
+    notebook.cells[-1].source = "1 / 0"
+    nbformat.write(notebook, executed)
+    assert lane([executed], tmp_path / "records").returncode == 1
+
+
+def test_the_sanitiser_hides_what_differs_between_good_runs_and_nothing_else():
+    from configparser import RawConfigParser
+
+    parser = RawConfigParser()
+    parser.read(ROOT / "tests/nbval_sanitize.cfg")
+    rules = [(parser[name]["regex"], parser[name]["replace"]) for name in parser.sections()]
+
+    def clean(text: str) -> str:
+        for pattern, replacement in rules:
+            text = re.sub(pattern, replacement, text)
+        return text
+
+    assert clean("took 12.5 s at 1,234.5 tokens/s") == clean("took 3 s at 99 tokens/s")
+    assert clean("at 2026-01-02T03:04:05+00:00") == clean("at 2027-11-12 13:14:15.5Z")
+    assert clean("<object at 0x7f00aabbccdd>") == clean("<object at 0x7f00aabb0000>")
+    assert clean("read /home/a/b.csv") == clean("read /tmp/c/d.csv")
+    for text in ("HR@10=0.123  NDCG@10=0.061", "943 users, 1,349 items", "3 sequences", "p=0.05"):
+        assert clean(text) == text
+    assert clean("0.123") != clean("0.124")
+
+
+def test_the_runners_and_the_hooks_normaliser_agree(executed: Path, tmp_path: Path):
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    entry = next(hook["entry"] for hook in hooks if hook["id"] == "normalise-notebooks")
+    keys = entry.split("--extra-keys")[1].strip().strip('"')
+    dirty = copy.deepcopy(nbformat.read(executed, 4))
+    dirty.metadata["papermill"] = {"input_path": "/home/x"}
+    dirty.cells[1].metadata["execution"] = {"iopub.status.busy": "2026"}
+    target = tmp_path / "dirty.ipynb"
+    nbformat.write(dirty, target)
+    tool = shutil.which("nbstripout", path=str(Path(sys.executable).parent))
+    assert tool is not None
+    flags = entry.split("--extra-keys")[0].split()[1:]
+    subprocess.run([tool, *flags, "--extra-keys", keys, str(target)], check=True)
+    assert json.loads(target.read_text()) == json.loads(executed.read_text())
