@@ -5,6 +5,9 @@ Every choice is made on validation; the test split is scored by whoever asks for
 
 from __future__ import annotations
 
+import argparse
+import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -12,13 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from reclib import checkpoint, metrics
-from reclib.config import InputError, ModelConfig, TrainConfig
-from reclib.data import Dataset, Evaluation, evaluation, train_histories
-from reclib.hardware import Device
+from reclib.config import (
+    SIZES,
+    DataConfig,
+    InputError,
+    ModelConfig,
+    TrainConfig,
+    model_config,
+    validated,
+)
+from reclib.data import Dataset, Evaluation, evaluation, prepare, train_histories
+from reclib.hardware import Device, resolve
 from reclib.model import Bert4Rec
 from reclib.trainer import StepStats, Trainer, load_unique, refuse_other, unique_tensors
 
@@ -164,3 +176,42 @@ def load_model(folder: Path) -> Bert4Rec:
     model = Bert4Rec(ModelConfig(**state["model"]))
     load_unique(model, tensors)
     return model.eval()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train from the command line; print validation's best as one JSON line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m reclib.fit",
+        description="Train one model; the same command goes on where a killed run was.",
+    )
+    parser.add_argument("--dataset", default="ml-100k", help="ml-100k, synthetic or a file (ml-100k)")
+    parser.add_argument("--size", default="tiny", help=f"one of {', '.join(SIZES)} (tiny)")
+    parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints")
+    parser.add_argument("--gpu", default="auto", help="auto, cpu or a gpu label (auto)")
+    parser.add_argument(
+        "-p",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="a field of TrainConfig, or model.<field of ModelConfig>",
+    )
+    given = parser.parse_args(argv)
+    values = {name: yaml.safe_load(value) for name, value in given.p}
+    shape = {k.removeprefix("model."): v for k, v in values.items() if k.startswith("model.")}
+    try:
+        config = validated(TrainConfig, {k: v for k, v in values.items() if "." not in k})
+        device = resolve(given.gpu)
+        dataset = prepare(validated(DataConfig, {"dataset": given.dataset}))
+        model = model_config(given.size, **({"num_items": dataset.num_items} | shape))
+        trainer = fit(model, dataset, config, device, given.out, Options(progress_bar=True))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    progress = trainer.progress
+    print(json.dumps({SELECT: progress.best_value, "epoch": progress.best_epoch, "step": progress.step}))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

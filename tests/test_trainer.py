@@ -1,0 +1,292 @@
+"""The loop: resume to the same bits, accumulation, precision, divergence, early stop."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from engine import histories, small_model
+
+from reclib import checkpoint, data, hardware
+from reclib.config import InputError, TrainConfig, changed
+from reclib.fit import Options, fit, load_model, save_model
+from reclib.model import Bert4Rec
+from reclib.trainer import Trainer, clip_gradients, learning_rate, unique_tensors
+
+CPU = hardware.resolve("cpu")
+SHORT = TrainConfig(
+    epochs=4, batch_size=8, eval_every=2, lr_warmup_steps=2, checkpoint_seconds=0.0, learning_rate=1e-2
+)
+
+
+@pytest.fixture(scope="module")
+def dataset() -> data.Dataset:
+    return data.synthetic_dataset(num_users=60, num_items=40, mean_len=9.0, seed=0)
+
+
+def model_for(dataset: data.Dataset, **changes: object):
+    return changed(small_model(dropout=0.2), num_items=dataset.num_items, **changes)
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in unique_tensors(trainer.model).items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def run_steps(config: TrainConfig, model=None, steps: int = 3) -> tuple[Trainer, list]:
+    torch.manual_seed(0)
+    given = histories([9, 4, 12, 7, 3, 8, 5, 6] * 4)
+    trainer = Trainer(Bert4Rec(model or small_model()), given, config, CPU, "x")
+    stats = []
+    for step in trainer.steps():
+        stats.append(step)
+        if step.step == steps:
+            break
+    return trainer, stats
+
+
+def test_one_batch_is_learnt_by_heart():
+    given = histories([6, 7, 8, 5])
+    config = TrainConfig(batch_size=4, epochs=150, learning_rate=1e-2, lr_warmup_steps=5, mask_prob=0.3)
+    torch.manual_seed(0)
+    trainer = Trainer(Bert4Rec(small_model(hidden_dim=32)), given, config, CPU, "x")
+    losses = [stats.loss for stats in trainer.steps()]
+    assert losses[0] > 3.0
+    assert np.mean(losses[-20:]) < 0.7
+
+
+@pytest.mark.parametrize("micro", [2, 4])
+def test_micro_batches_equal_one_batch(micro):
+    whole, first = run_steps(changed(SHORT, batch_size=16))
+    parts, second = run_steps(changed(SHORT, batch_size=16, micro_batch_size=micro))
+    for one, other in zip(first, second, strict=True):
+        assert other.loss == pytest.approx(one.loss, rel=1e-5)
+        assert other.num_targets == one.num_targets
+    for name, tensor in weights(whole).items():
+        torch.testing.assert_close(weights(parts)[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_fused_and_looped_optimiser_agree():
+    fused, _ = run_steps(SHORT)
+    looped, _ = run_steps(changed(SHORT, optimizer="loop"))
+    for name, tensor in weights(fused).items():
+        # Adam divides rounding noise by itself where the true gradient is zero, as the key bias's is.
+        torch.testing.assert_close(weights(looped)[name], tensor, rtol=1e-4, atol=1e-4)
+
+
+def test_warm_up_rises_and_cosine_ends_at_its_share():
+    config = TrainConfig(learning_rate=0.1, lr_warmup_steps=4, lr_final_share=0.1)
+    rates = [learning_rate(step, 20, config) for step in range(1, 21)]
+    assert rates[:4] == pytest.approx([0.025, 0.05, 0.075, 0.1])
+    assert rates[-1] == pytest.approx(0.01)
+    assert all(a > b for a, b in itertools.pairwise(rates[3:]))
+
+
+@pytest.mark.parametrize("scale", [0.01, 100.0])
+def test_clipping_equals_torchs(scale):
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(5, 3)) for _ in range(2)]
+    for p in parameters:
+        p.grad = scale * torch.randn_like(p)
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in parameters]
+    for twin, p in zip(twins, parameters, strict=True):
+        twin.grad = p.grad.clone()
+    norm = clip_gradients(parameters, 1.0)
+    assert norm == torch.nn.utils.clip_grad_norm_(twins, 1.0)
+    for twin, p in zip(twins, parameters, strict=True):
+        torch.testing.assert_close(p.grad, twin.grad)
+
+
+def test_bf16_follows_fp32():
+    _, full = run_steps(SHORT, steps=8)
+    trainer, low = run_steps(changed(SHORT, precision="bf16"), steps=8)
+    assert trainer.precision.name == "bf16"
+    assert [s.loss for s in low] == pytest.approx([s.loss for s in full], rel=0.02)
+    assert [s.loss for s in low] != [s.loss for s in full]
+
+
+def test_fp16_overflow_is_skipped_and_counted_then_training_goes_on():
+    torch.manual_seed(0)
+    config = changed(SHORT, precision="fp16", epochs=6)
+    trainer = Trainer(Bert4Rec(small_model()), histories([9] * 32), config, CPU, "x")
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)  # overflows until it has shrunk
+    before = weights(trainer)
+    steps = trainer.steps()
+    first = next(steps)
+    assert first.skipped
+    assert same(weights(trainer), before)
+    rest = list(steps)
+    assert trainer.progress.skipped_steps == sum(s.skipped for s in (first, *rest))
+    assert not rest[-1].skipped
+    assert not same(weights(trainer), before)
+    assert all(v.isfinite().all() for v in weights(trainer).values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_divergence_stops_with_a_clear_error_and_keeps_the_last_checkpoint(dataset, tmp_path, precision):
+    def poison(stats):
+        if stats.step == 5:
+            with torch.no_grad():
+                trainers[0].model.item_table.weight[1:] = float("inf")
+
+    trainers: list[Trainer] = []
+    steps = Trainer.steps
+
+    def watched(self):
+        trainers.append(self)
+        return steps(self)
+
+    config = changed(SHORT, precision=precision)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "steps", watched)
+        patch.setattr(
+            Trainer, "save", lambda self, folder: None if self.progress.step > 4 else save(self, folder)
+        )
+        with pytest.raises(InputError, match=rf"diverged at step 6: loss nan.* in {precision}"):
+            fit(model_for(dataset), dataset, config, CPU, tmp_path, Options(on_step=poison))
+    kept = checkpoint.latest(tmp_path)
+    assert kept.name == "step-4"
+    tensors, _ = checkpoint.load(kept)
+    assert all(v.isfinite().all() for k, v in tensors.items() if k.startswith("model."))
+
+
+save = Trainer.save
+
+
+def test_the_best_weights_on_validation_are_returned_and_early_stop_counts(dataset):
+    config = changed(SHORT, epochs=40, eval_every=1, patience=3, learning_rate=0.05)
+    trainer = fit(model_for(dataset), dataset, config, CPU)
+    values = [row["ndcg@10"] for row in trainer.progress.history]
+    best = int(np.argmax(values))
+    assert trainer.progress.best_epoch == best
+    assert len(values) == best + 1 + 3
+    assert len(values) < 40
+
+
+def test_a_stopped_run_continues_to_the_same_bits(dataset, tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop_at(step):
+        def on_step(stats):
+            if stats.step == step:
+                raise Stop
+
+        return on_step
+
+    model = model_for(dataset)
+    whole = fit(model, dataset, SHORT, CPU, tmp_path / "whole")
+    for step in (3, 11, 17, 25):  # inside epochs, right before and after evaluations
+        with pytest.raises(Stop):
+            fit(model, dataset, SHORT, CPU, tmp_path / "parts", Options(on_step=stop_at(step)))
+    parts = fit(model, dataset, SHORT, CPU, tmp_path / "parts")
+    assert same(weights(parts), weights(whole))
+    clock = {"train_seconds", "eval_seconds"}
+    for one, other in zip(whole.progress.history, parts.progress.history, strict=True):
+        assert {k: v for k, v in one.items() if k not in clock} == {
+            k: v for k, v in other.items() if k not in clock
+        }
+
+
+def test_a_finished_run_is_not_trained_again(dataset, tmp_path):
+    first = fit(model_for(dataset), dataset, SHORT, CPU, tmp_path)
+    again = fit(
+        model_for(dataset), dataset, SHORT, CPU, tmp_path, Options(on_step=lambda s: pytest.fail("trained"))
+    )
+    assert same(weights(first), weights(again))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda m, t: (m, changed(t, seed=1)), "train.seed is 0 there and 1 here"),
+        (lambda m, t: (changed(m, num_layers=1), t), "model.num_layers is 2 there and 1 here"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(dataset, tmp_path, change, said):
+    fit(model_for(dataset), dataset, changed(SHORT, epochs=1), CPU, tmp_path)
+    model, train = change(model_for(dataset), changed(SHORT, epochs=1))
+    with pytest.raises(InputError, match=said):
+        fit(model, dataset, train, CPU, tmp_path)
+
+
+def test_saved_model_is_loaded_with_the_same_outputs(dataset, tmp_path):
+    trainer = fit(model_for(dataset), dataset, changed(SHORT, epochs=1), CPU)
+    loaded = load_model(save_model(trainer, tmp_path / "model", {}))
+    trainer.model.eval()
+    items = torch.tensor([[1, 2, 3, dataset.num_items + 1]])
+    rows = (items, torch.ones_like(items), torch.arange(4)[None])
+    assert torch.equal(loaded.encode(*rows), trainer.model.encode(*rows))
+
+
+COMMAND = [
+    sys.executable, "-m", "reclib.fit", "--dataset", "synthetic", "--size", "nano", "--gpu", "cpu",
+    "-p", "epochs", "6", "-p", "batch_size", "16", "-p", "checkpoint_seconds", "0", "-p", "eval_every", "2",
+    "-p", "lr_warmup_steps", "5",
+]  # fmt: skip
+
+
+def start(out: Path, cache: Path) -> subprocess.Popen:
+    environment = os.environ | {"RECLIB_DATA": str(cache)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*COMMAND, "--out", str(out)], env=environment, **pipes)
+
+
+@pytest.mark.slow
+def test_a_run_killed_by_sigkill_ends_with_the_same_bits(tmp_path):
+    cache = tmp_path / "cache"
+    whole = start(tmp_path / "whole", cache)
+    out, err = whole.communicate(timeout=120)
+    assert whole.returncode == 0, err
+    assert json.loads(out)["step"] == 114
+
+    parts = tmp_path / "parts"
+    for target in (7, 40, 80):
+        process = start(parts, cache)
+        deadline = time.monotonic() + 120
+        while (found := checkpoint.latest(parts)) is None or int(found.name[5:]) < target:
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    last = start(parts, cache)
+    again, err = last.communicate(timeout=120)
+    assert last.returncode == 0, err
+    assert json.loads(again) == json.loads(out)
+    for name in ("best", "step-114"):
+        one, _ = checkpoint.load(tmp_path / "whole" / name)
+        other, _ = checkpoint.load(parts / name)
+        assert same(one, other)
+
+
+def test_command_line_names_what_is_wrong_and_writes_nothing(tmp_path):
+    command = [sys.executable, "-m", "reclib.fit", "--out", str(tmp_path / "x"), "-p", "batch_size", "-4"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: parameter 'batch_size' is -4: input should be greater than 0"
+    assert not (tmp_path / "x").exists()
+
+
+def test_command_line_refuses_a_corrupt_checkpoint(tmp_path):
+    process = start(tmp_path / "run", tmp_path / "cache")
+    process.communicate(timeout=120)
+    tensors = checkpoint.latest(tmp_path / "run") / checkpoint.TENSORS
+    tensors.write_bytes(tensors.read_bytes()[:100])
+    again = start(tmp_path / "run", tmp_path / "cache")
+    _, err = again.communicate(timeout=120)
+    assert again.returncode == 2
+    assert err.strip().splitlines()[-1].startswith("error: damaged checkpoint: ")
