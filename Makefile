@@ -13,6 +13,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .PHONY: help install study test lint lab figures
 
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PYTHON ?= python3
 PROFILE ?= quick
 BIN := .venv/bin
