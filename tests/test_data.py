@@ -1,6 +1,7 @@
 import gzip
 import hashlib
 import http.server
+import importlib.machinery
 import json
 import os
 import subprocess
@@ -434,6 +435,52 @@ def test_archive_without_the_file(small, cache, monkeypatch):
     monkeypatch.setenv("RECLIB_OFFLINE", "1")
     with pytest.raises(InputError, match=r"holds no ml-100k/u\.data"):
         data.prepare(DataConfig())
+
+
+@pytest.fixture
+def wheel(small, monkeypatch):
+    """A wheel of recbole 1.2.1 where pip finds it without network; yields what its files should be."""
+    contents = {
+        "ml-100k.inter": INTER.encode() + zipfile.ZipFile(small).read("ml-100k/u.data"),
+        "ml-100k.item": b"item_id:token\tmovie_title:token_seq\n0\tFrom the wheel\n",
+    }
+    about = "Metadata-Version: 2.1\nName: recbole\nVersion: 1.2.1\n"
+    tags = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    with zipfile.ZipFile(small.parent / "recbole-1.2.1-py3-none-any.whl", "w") as archive:
+        archive.writestr("recbole-1.2.1.dist-info/METADATA", about)
+        archive.writestr("recbole-1.2.1.dist-info/WHEEL", tags)
+        archive.writestr("recbole-1.2.1.dist-info/RECORD", "")
+        for name, content in contents.items():
+            archive.writestr(f"recbole/dataset_example/ml-100k/{name}", content)
+    for name, content in contents.items():
+        monkeypatch.setitem(ml100k.SHA256, name, hashlib.sha256(content).hexdigest())
+    monkeypatch.setenv("RECLIB_MIRROR", "http://127.0.0.1:9/nobody")
+    return contents
+
+
+def test_wheel_by_pip(wheel, cache):
+    dataset = data.prepare(DataConfig())
+    assert dataset.manifest["source"]["file"] == "ml-100k.inter"
+    assert dataset.title(1) == "From the wheel"
+    assert [path.name for path in (cache / "raw").iterdir()] == ["ml-100k"]
+
+
+@pytest.mark.parametrize("way", ["wheel", "installed"])
+def test_altered_files_are_never_put_in_place(wheel, cache, monkeypatch, tmp_path, way):
+    expected = {"wheel": "pip download recbole==1.2.1: ", "installed": "installed recbole: "}[way]
+    if way == "installed":
+        folder = tmp_path / "dataset_example" / "ml-100k"
+        folder.mkdir(parents=True)
+        for name, content in wheel.items():
+            (folder / name).write_bytes(content)
+        spec = importlib.machinery.ModuleSpec("recbole", None, is_package=True)
+        spec.submodule_search_locations = [str(tmp_path)]
+        monkeypatch.setattr(ml100k.importlib.util, "find_spec", lambda name: spec)
+        monkeypatch.setenv("RECLIB_OFFLINE", "1")
+    monkeypatch.setitem(ml100k.SHA256, "ml-100k.inter", "0" * 64)  # another file was expected
+    with pytest.raises(InputError, match=rf"{expected}\S*ml-100k.inter is truncated or altered"):
+        data.prepare(DataConfig())
+    assert list((cache / "raw").iterdir()) == []
 
 
 PREPARE = """
