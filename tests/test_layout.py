@@ -13,7 +13,7 @@ from conftest import ROOT
 ORDER = [
     *("paths", "config", "injected", "params", "provenance", "hardware"),
     *("cache", "synthetic", "ml100k", "sources", "data", "describe", "batching"),
-    *("model", "objective", "metrics", "checkpoint", "trainer", "fit", "benchmark"),
+    *("model", "objective", "metrics", "checkpoint", "trainer", "fit", "experiment", "benchmark"),
     *("tracker", "record", "tables", "look", "page", "figures", "runner", "job", "study"),
 ]
 # Each of these is known to one module, so that replacing it touches one file.

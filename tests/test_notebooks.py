@@ -25,6 +25,13 @@ from conftest import ROOT
 
 from reclib import params, record
 
+# Stored outputs were made with the widest instructions of somebody's CPU. The lane runs with narrower ones,
+# which round differently in the last bits: an output that depends on them is no reference for anyone.
+OTHER_CPU = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+}
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 EXECUTED = sorted((ROOT / "executed").glob("*/[0-9][0-9]_*.ipynb"))
 SMOKE = yaml.safe_load((ROOT / "params/smoke.yaml").read_text())
@@ -51,7 +58,7 @@ def bundles(notebook: nbformat.NotebookNode) -> Iterator[nbformat.NotebookNode]:
 
 def lane(files: list[Path], records: Path, *more: str) -> subprocess.CompletedProcess[str]:
     """Run notebooks with nbval against the outputs that are stored in them."""
-    environment = os.environ | {
+    environment = {**os.environ, **OTHER_CPU} | {
         "RECLIB_RECORDS": str(records),
         "RECLIB_ROOT": str(ROOT),
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
@@ -140,14 +147,13 @@ def private_words() -> list[str]:
 def test_a_notebook_gives_again_what_is_stored_in_it(file: Path, tmp_path: Path):
     done = lane([file], tmp_path)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    stored = {(b[record.MIME]["name"], b[record.MIME].get("seed")) for b in stored_bundles(file)}
-    fresh = {(entry["name"], entry["seed"]) for entry in record.read(tmp_path)}
-    assert fresh == stored, "what is recorded and what is displayed differ"
+    stored = [data[record.MIME] for data in bundles(nbformat.read(file, 4))]
+    fresh = record.read(tmp_path)
     assert stored, "the notebook displays no result"
-
-
-def stored_bundles(file: Path) -> list[nbformat.NotebookNode]:
-    return list(bundles(nbformat.read(file, 4)))
+    assert [bundle["name"] for bundle in stored] == [entry["name"] for entry in fresh]
+    for bundle, entry in zip(stored, fresh, strict=True):
+        assert entry["profile"] == "smoke"
+        assert entry["metrics"] == pytest.approx(bundle["metrics"], rel=0.01), bundle["name"]
 
 
 @pytest.mark.slow
