@@ -122,7 +122,7 @@ def status() -> list[tuple[str, str, str, int]]:
     """Return (notebook, label, state, number of records) for each notebook and device with anything.
 
     States: done (by this checkout, with this code), stale (code or parameters files changed since),
-    recorded (an executed notebook that this checkout did not make), failed, missing.
+    recorded (an executed notebook that this checkout did not make), failed (or not through), missing.
     """
     records = record.read(paths.executed())
     folders = {file.parent.name for file in paths.executed().glob("*/*.ipynb")}
@@ -266,6 +266,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"{error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(f"{error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -284,6 +284,14 @@ def test_collect_hands_the_newest_records_to_the_figures(project: Path, monkeypa
     assert folder == project / "figures"
 
 
+def test_a_folder_that_cannot_be_made_is_told_in_one_line(project: Path, capsys):
+    (project / "executed").write_text("a file is in the way")
+    assert run() == 1
+    told = capsys.readouterr().err
+    assert str(project / "executed") in told
+    assert told.count("\n") == 1
+
+
 def test_refreshing_a_notebook_that_fails_leaves_it_as_it_was(project: Path, set_cells, capsys):
     set_cells("1 / 0")
     file = project / "notebooks/02_baseline.ipynb"
