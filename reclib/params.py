@@ -175,11 +175,12 @@ def profile(notebook: str, name: str) -> dict[str, Any]:
 def profile_of(notebook: str, p: Any) -> str:
     """Return the profile whose work `p` is, or "custom": found by comparing, so it cannot lie.
 
+    Where profiles ask for the same work it is the largest of them: there is nothing left out to warn of.
     Ignored are the device label, the seeds, the tracker, and what the device file decides.
     """
     given = values(p)
     from_device = device_names()
-    for name in PROFILES:
+    for name in reversed(PROFILES):
         section = profile(notebook, name)
         if all(
             given[key] == value

@@ -100,7 +100,8 @@ class Run:
         `metrics` must be the same in every run on one machine (the notebook tests compare them to
         3 digits); what depends on the clock goes into `timings`. `params` are this result's own,
         beside those of the run. Metrics and timings must be finite numbers or None (not measured);
-        a value of a series that is not finite (a loss that diverged) is stored as null.
+        a value of a series that is not finite (a loss that diverged) is stored as null. The record
+        counts the earlier ones of the same configuration: so often was the test split scored before.
         """
         own = plain(dict(params or {}))
         if seed is not None and not isinstance(seed, int):
@@ -121,7 +122,9 @@ class Run:
             "params_hash": params_hash(self._identity(seed) | {"own": own}),
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        _append(paths.executed() / self.label / "results.jsonl", record)
+        file = paths.executed() / self.label / "results.jsonl"
+        record["earlier"] = _times_recorded(file, record)
+        _append(file, record)
         _display(self.notebook, name, self._deterministic | own, numbers, seed)
         return record
 
@@ -170,6 +173,16 @@ def latest(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         if key not in newest or record["time"] >= newest[key]["time"]:
             newest[key] = record
     return list(newest.values())
+
+
+def _times_recorded(file: Path, record: Mapping[str, Any]) -> int:
+    """Count the records of the same result, with the same parameters, that are in the file already."""
+    if not file.is_file():
+        return 0
+    there = (line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("{"))
+    needle = f'"params_hash":"{record["params_hash"]}"'
+    same = (json.loads(line) for line in there if needle in line and line.endswith("}"))
+    return sum(all(one.get(key) == record[key] for key in _KEY) for one in same)
 
 
 def _checked(record: Any, file: Path, number: int) -> dict[str, Any]:

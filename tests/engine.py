@@ -54,6 +54,5 @@ def worst_difference(found: dict[str, torch.Tensor], wanted: dict[str, torch.Ten
     assert found.keys() == wanted.keys()
     whole = torch.stack([g.norm() for g in wanted.values()]).norm()
     return max(
-        float((found[name] - g).norm() / torch.maximum(g.norm(), 1e-3 * whole))
-        for name, g in wanted.items()
+        float((found[name] - g).norm() / torch.maximum(g.norm(), 1e-3 * whole)) for name, g in wanted.items()
     )

@@ -24,9 +24,7 @@ from reclib.batching import (
 )
 from reclib.config import PAD, TrainConfig
 
-lengths_of_steps = st.lists(
-    st.lists(st.integers(0, 12), min_size=5, max_size=5), min_size=1, max_size=4
-)
+lengths_of_steps = st.lists(st.lists(st.integers(0, 12), min_size=5, max_size=5), min_size=1, max_size=4)
 
 
 @given(lengths_of_steps)

@@ -272,3 +272,10 @@ def test_the_bundle_holds_name_parameters_and_rounded_metrics(monkeypatch):
         "metrics": {"hr": 0.123, "n": 99_287},
     }
     assert data["text/plain"] == "02_baseline / x: hr=0.123  n=99287"
+
+
+def test_a_record_counts_the_earlier_ones_of_its_configuration(root):
+    run = make_run()
+    counted = [run.result("test_metrics", {"hr@10": 0.1}, seed=seed)["earlier"] for seed in (0, 0, 1, 0)]
+    assert counted == [0, 1, 0, 2]
+    assert run.result("test_metrics", {"hr@10": 0.1}, params={"model": "x"}, seed=0)["earlier"] == 0
