@@ -13,8 +13,9 @@ from conftest import ROOT
 ORDER = [
     *("paths", "config", "injected", "params", "provenance", "tracker", "hardware"),
     *("cache", "synthetic", "ml100k", "sources", "data", "describe", "batching"),
-    *("model", "objective", "metrics", "checkpoint", "trainer", "fit", "experiment", "benchmark"),
-    *("record", "tables", "look", "page", "figures", "runner", "job", "study"),
+    *("sinks", "model", "objective", "metrics", "checkpoint", "trainer", "fit", "experiment"),
+    *("flops", "measurement", "benchmark", "profiling", "bound", "ladder", "speed"),
+    *("record", "tables", "look", "page", "speed_figures", "figures", "runner", "job", "study"),
 ]
 # Each of these is known to one module, so that replacing it touches one file.
 ONE_OWNER = {"papermill": "runner", "plotly": "figures", "wandb": "tracker", "ipywidgets": None}

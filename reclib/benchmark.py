@@ -1,0 +1,213 @@
+"""Timing the training loop: the one of `trainer`, stepped from outside and never re-written here.
+
+What is timed is a whole step: fetch, forward, backward, clip, optimiser, with the device synchronised at both
+ends. Warm-up is left out and counted, compile time stands apart, variants are interleaved (A B A B), and
+a rate is believed only beside an independent clock over a whole epoch. Running out of memory is a result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from reclib import flops, hardware, metrics
+from reclib.batching import Batch, Epoch
+from reclib.data import Evaluation, Histories
+from reclib.flops import Flops
+from reclib.measurement import Measurement
+from reclib.trainer import StepStats, Trainer
+
+RECOMPILE_LIMIT = 256  # compiled variants of one process share `encode`, and torch stops at 8
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory ran out, on CUDA or in torch's allocator on a CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+class _Clock:
+    """A trainer's loop, advanced a step at a time."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.found = Measurement(compiled=trainer.compile_mode != "off")
+        self.loop = trainer.steps()
+
+    def warm_up(self, steps: int) -> None:
+        began = time.perf_counter()
+        for _ in range(steps):
+            self._next()
+        self.found.warmup_steps += steps
+        self.found.warmup_seconds += time.perf_counter() - began
+
+    def round(self, steps: int) -> None:
+        """Time `steps` steps and take the peak of memory in them."""
+        where = self.trainer.where
+        hardware.set_matmul_precision(
+            self.trainer.precision
+        )  # one switch for the process: the last one rules
+        hardware.synchronize(where)
+        hardware.reset_peak_memory(where)
+        others = torch.cuda.memory_allocated(where) - state_bytes(self.trainer) if where.type == "cuda" else 0
+        for _ in range(steps):
+            began = time.perf_counter()
+            stats = self._next()
+            self.found.add(stats, time.perf_counter() - began)
+        peak = hardware.peak_memory_bytes(where) - others
+        self.found.peak_memory_bytes = max(peak, self.found.peak_memory_bytes or 0)
+        if where.type == "cuda":
+            self.found.reserved_bytes = torch.cuda.max_memory_reserved(where)
+
+    def _next(self) -> StepStats:
+        try:
+            stats = next(self.loop)
+        except StopIteration:
+            raise ValueError(f"the schedule ended at step {self.trainer.total_steps}: raise epochs") from None
+        hardware.synchronize(self.trainer.where)
+        self.found.losses.append(stats.loss)
+        return stats
+
+    def stop(self, error: BaseException) -> None:
+        """Turn an error of memory into the result and let go of what was held; raise any other."""
+        if not is_out_of_memory(error):
+            raise error
+        self.found = Measurement("oom", str(error).splitlines()[0])
+        self.trainer.optimizer.zero_grad(set_to_none=True)
+        self.trainer.optimizer.state.clear()
+        if self.trainer.where.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def measure(trainer: Trainer, steps: int, warmup: int) -> Measurement:
+    """Time `steps` steps of a trainer after `warmup` others."""
+    return interleave({"": trainer}, steps, warmup, 1)[""]
+
+
+def interleave(
+    trainers: Mapping[str, Trainer], steps: int, warmup: int, repeats: int
+) -> dict[str, Measurement]:
+    """Time several trainers in turns, `repeats` rounds of `steps` steps each (A B A B).
+
+    All of them stay in memory. On CUDA a variant's peak leaves out what the others hold.
+    """
+    clocks = {name: _Clock(trainer) for name, trainer in trainers.items()}
+    with contextlib.ExitStack() as stack:
+        if any(clock.found.compiled for clock in clocks.values()):
+            stack.enter_context(many_compiled())
+        for clock in clocks.values():
+            stack.enter_context(contextlib.closing(clock.loop))  # type: ignore[type-var]
+        for number in range(repeats + 1):
+            for clock in clocks.values():
+                if clock.found.status != "ok":
+                    continue
+                try:
+                    if number == 0:
+                        hardware.set_matmul_precision(clock.trainer.precision)
+                        clock.warm_up(warmup)
+                    else:
+                        clock.round(steps)
+                except (RuntimeError, MemoryError) as error:
+                    clock.stop(error)
+    return {name: clock.found for name, clock in clocks.items()}
+
+
+@contextlib.contextmanager
+def many_compiled() -> Iterator[None]:
+    """Let many variants be compiled in one process, and fail rather than fall back to eager in silence."""
+    import torch._dynamo  # heavy, and of use only where something is compiled
+
+    limits: dict[str, Any] = {
+        "recompile_limit": RECOMPILE_LIMIT,
+        "accumulated_recompile_limit": 4 * RECOMPILE_LIMIT,
+    }
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, **limits):
+        yield
+
+
+def state_bytes(trainer: Trainer) -> int:
+    """Return the bytes of weights, gradients and the optimiser's state."""
+    tensors: list[torch.Tensor] = list(trainer.model.parameters())
+    tensors += [p.grad for p in tensors if p.grad is not None]
+    states = trainer.optimizer.state.values()
+    tensors += [x for state in states for x in state.values() if isinstance(x, torch.Tensor)]
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+class EpochClock(NamedTuple):
+    """One whole epoch by the wall clock."""
+
+    seconds: float
+    sequences: int  # counted by the dataset, not by the loop
+
+    @property
+    def sequences_per_second(self) -> float:
+        """The epoch's rate."""
+        return self.sequences / self.seconds
+
+
+def epoch_clock(trainer: Trainer) -> EpochClock:
+    """Time one epoch from its first batch to its last, with nothing but the loop inside.
+
+    The trainer must stand at the start of an epoch. Nothing is synchronised between steps.
+    """
+    if trainer.progress.step % trainer.steps_per_epoch:
+        raise ValueError(
+            f"step {trainer.progress.step} is inside an epoch of {trainer.steps_per_epoch} steps"
+        )
+    sequences = int((trainer.histories.ends > trainer.histories.starts).sum())
+    hardware.set_matmul_precision(trainer.precision)
+    hardware.synchronize(trainer.where)
+    began = time.perf_counter()
+    with contextlib.closing(trainer.steps()) as loop:  # type: ignore[type-var]
+        done = sum(1 for _ in itertools.islice(loop, trainer.steps_per_epoch))
+        hardware.synchronize(trainer.where)
+        seconds = time.perf_counter() - began
+    if done < trainer.steps_per_epoch:
+        raise ValueError(f"the schedule ended after {done} of {trainer.steps_per_epoch} steps: raise epochs")
+    return EpochClock(seconds, sequences)
+
+
+def step_batches(trainer: Trainer, step: int) -> list[Batch]:
+    """Return the micro-batches of optimiser step 1, 2, ...: the loop's own, drawn again."""
+    epoch, within = divmod(step - 1, trainer.steps_per_epoch)
+    return Epoch(trainer.histories, trainer.model.config, trainer.config, epoch).step(within)
+
+
+def step_flops(trainer: Trainer, step: int) -> tuple[Flops, Flops]:
+    """Return the FLOPs that a step executes, and those that the masked-item objective needs for it."""
+    model, batches = trainer.model.config, step_batches(trainer, step)
+    done = flops.total([flops.executed(model, trainer.config, batch) for batch in batches])
+    return done, flops.total([flops.needed(model, batch) for batch in batches])
+
+
+class Latency(NamedTuple):
+    """Time of one request, seconds."""
+
+    p50: float
+    p99: float
+    requests: int
+
+
+def latency(trainer: Trainer, histories: Histories, requests: int, warmup: int = 3) -> Latency:
+    """Time requests one at a time: a history in, the ten best items that are not in it out."""
+    seconds = []
+    for number in range(warmup + requests):
+        user = slice(number % len(histories.starts), number % len(histories.starts) + 1)
+        one = Histories(histories.items, histories.starts[user], histories.ends[user])
+        asked = Evaluation(one, histories.items[one.starts])  # ranked beside, at no cost that shows
+        hardware.synchronize(trainer.where)
+        began = time.perf_counter()
+        with trainer.autocast():
+            scores = metrics.model_scores(trainer.model, asked, trainer.where)
+            metrics.rank(scores, asked, remove_seen=True, top_k=10)
+        seconds.append(time.perf_counter() - began)
+    low, high = np.percentile(seconds[warmup:], [50, 99])
+    return Latency(float(low), float(high), requests)

@@ -1,0 +1,113 @@
+"""Training FLOPs of a step, counted from its shapes, and what share of a device's peak they are.
+
+A product of (m, k) and (k, n) is 2 m k n. Backward costs twice forward, since each product has two gradients.
+Norms, softmax, embeddings and the optimiser are left out, as is the custom. Two counts are kept apart: what
+was executed (rows and slots as they are laid out, padding included) and what the objective needs (real items and
+targets alone).
+
+Shapes: R rows, L positions, Q queries of a row, M places in the head, D hidden_dim, F inner width, N layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from reclib.batching import Batch
+from reclib.config import ModelConfig, TrainConfig
+
+BACKWARD = 2  # times the forward pass
+
+# Dense peak FLOP/s by device label and precision, from the makers' data sheets: half of the figure "with
+# sparsity". V100 and H100 are the SXM boards; a pair that is not here has no MFU.
+PEAK_FLOPS: dict[str, dict[str, float]] = {
+    "t4": {"fp32": 8.1e12, "fp16": 65e12},
+    "l4": {"fp32": 30.3e12, "tf32": 60e12, "bf16": 121e12, "fp16": 121e12},
+    "v100": {"fp32": 15.7e12, "fp16": 125e12},
+    "a100": {"fp32": 19.5e12, "tf32": 156e12, "bf16": 312e12, "fp16": 312e12},
+    "h100": {"fp32": 67e12, "tf32": 494e12, "bf16": 989e12, "fp16": 989e12},
+}
+
+
+class Flops(NamedTuple):
+    """Floating-point operations of training, by part."""
+
+    encoder: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        """Both parts."""
+        return self.encoder + self.head
+
+    def __add__(self, other: object) -> Flops:
+        """Add part by part."""
+        if not isinstance(other, Flops):
+            return NotImplemented
+        return Flops(self.encoder + other.encoder, self.head + other.head)
+
+
+def layer_linear(model: ModelConfig, keys: int, queries: int) -> int:
+    """Return forward FLOPs of one layer's linear maps for `keys` positions, of which `queries` go on."""
+    D, F = model.hidden_dim, model.ffn_factor * model.hidden_dim
+    return 2 * keys * D * 2 * D + 2 * queries * D * D * 2 + 2 * queries * D * F * 2
+
+
+def encoder_forward(model: ModelConfig, rows: int, queries: int | None) -> int:
+    """Return forward FLOPs of the encoder on (R, L) rows; `queries` is Q, None: every position goes on."""
+    places = rows * model.max_len
+
+    def layer(asking: int) -> int:
+        return layer_linear(model, places, asking) + 4 * asking * model.max_len * model.hidden_dim
+
+    last = layer(places if queries is None else rows * queries)
+    return (model.num_layers - 1) * layer(places) + last
+
+
+def head_forward(model: ModelConfig, slots: int, table_rows: int) -> int:
+    """Return forward FLOPs of the head at `slots` places over `table_rows` of the output table."""
+    D = model.hidden_dim
+    transform = 2 * slots * D * D if model.head == "mlp" else 0
+    return transform + 2 * slots * D * table_rows
+
+
+def executed(model: ModelConfig, train: TrainConfig, batch: Batch) -> Flops:
+    """Count one training pass over `batch` as it is laid out, padding included."""
+    rows, L = batch.items.shape
+    focal = train.objective == "seed_focal"
+    everywhere = focal or train.head_rows == "all"
+    queries = None if everywhere else int(batch.query_index.shape[1])
+    slots = rows * L if everywhere else len(batch.targets)
+    table_rows = model.output_rows if focal else model.num_items
+    forward = Flops(encoder_forward(model, rows, queries), head_forward(model, slots, table_rows))
+    return Flops(*((1 + BACKWARD) * part for part in forward))
+
+
+def needed(model: ModelConfig, batch: Batch) -> Flops:
+    """Count what the masked-item objective needs for `batch`: real items in the encoder, targets in the head.
+
+    Attention is counted inside each segment alone.
+    """
+    segments = batch.segment_ids.numpy(force=True).astype(np.int64)
+    by_row = segments + np.arange(len(segments))[:, None] * (int(segments.max(initial=0)) + 1)
+    lengths = np.bincount(by_row[segments > 0])
+    squares = int((lengths**2).sum())
+    D, tokens, targets = model.hidden_dim, batch.num_tokens, batch.num_targets
+    full = layer_linear(model, tokens, tokens) + 4 * squares * D
+    target_rows = by_row.reshape(-1)[batch.target_places[:targets].numpy(force=True)]
+    last = layer_linear(model, tokens, targets) + 4 * int(lengths[target_rows].sum()) * D
+    forward = Flops((model.num_layers - 1) * full + last, head_forward(model, targets, model.num_items))
+    return Flops(*((1 + BACKWARD) * part for part in forward))
+
+
+def total(parts: Sequence[Flops]) -> Flops:
+    """Add up the counts of several micro-batches or steps."""
+    return Flops(sum(part.encoder for part in parts), sum(part.head for part in parts))
+
+
+def mfu(flops: float, seconds: float, label: str, precision: str) -> float | None:
+    """Return FLOP/s over the device's dense peak; None on a CPU and wherever the peak is not known."""
+    peak = PEAK_FLOPS.get(label, {}).get(precision)
+    return None if peak is None else flops / seconds / peak
