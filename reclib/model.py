@@ -17,11 +17,13 @@ import json
 import math
 import sys
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reclib.config import PAD, SIZES, ModelConfig, model_config
+from reclib.sinks import Lookup, sink_of
 
 
 def attention_bias(segment_ids: Tensor, dtype: torch.dtype) -> Tensor:
@@ -46,6 +48,44 @@ def sinusoidal_positions(max_len: int, hidden_dim: int) -> Tensor:
     rate = torch.exp(torch.arange(0, hidden_dim, 2) * (-math.log(10_000.0) / hidden_dim))
     angle = torch.arange(max_len)[:, None] * rate  # (L, D/2)
     return torch.stack((angle.sin(), angle.cos()), dim=-1).reshape(max_len, hidden_dim)
+
+
+class Dropout(nn.Module):
+    """Dropout whose random bits cost little on a CPU, where torch draws them one by one.
+
+    Sixteen bits decide on each element: p is rounded to 1/65536, and the scale is that of the rounded p, so
+    the expectation is exact. Off the CPU it is torch's own.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x with a share p of its elements zero and the others scaled by 1 / (1 - p)."""
+        if not self.training or self.p == 0:
+            return x
+        return x * dropout_factor(x.detach(), self.p) if x.device.type == "cpu" else F.dropout(x, self.p)
+
+
+@torch.library.custom_op("reclib::dropout_factor", mutates_args=(), device_types="cpu")
+def dropout_factor(x: Tensor, p: float) -> Tensor:
+    """Return a tensor like x of 0, with probability p, and 1 / (1 - p).
+
+    The bits come from a generator that is seeded from torch's at each call, so that torch's seed and state
+    still decide everything. An operator of its own, so that a compiler takes it as it is.
+    """
+    levels = 1 << 16
+    dropped = round(p * levels)
+    seed = int(torch.empty((), dtype=torch.int64).random_())
+    bits = np.random.SFC64(seed).random_raw(-(-x.numel() // 4)).view(np.int16)[: x.numel()]
+    keep = torch.from_numpy(bits).view(x.shape) >= dropped - levels // 2
+    return keep.to(x.dtype).mul_(levels / (levels - dropped))
+
+
+@dropout_factor.register_fake
+def _(x: Tensor, p: float) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 class SelfAttention(nn.Module):
@@ -104,7 +144,7 @@ class Block(nn.Module):
         self.ffn = FeedForward(config)
         self.attention_norm = nn.LayerNorm(config.hidden_dim)
         self.ffn_norm = nn.LayerNorm(config.hidden_dim)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, bias: Tensor, query_index: Tensor | None = None) -> Tensor:
         """Return (R, L, D) for x (R, L, D) and the attention bias (R, 1, L, L).
@@ -130,7 +170,7 @@ class HeadTransform(nn.Module):
         super().__init__()
         self.linear = nn.Linear(config.hidden_dim, config.hidden_dim)
         self.norm = nn.LayerNorm(config.hidden_dim)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., D) for x (..., D)."""
@@ -150,7 +190,7 @@ class Bert4Rec(nn.Module):
         else:
             self.register_buffer("position_table", sinusoidal_positions(config.max_len, D), False)
         self.embedding_norm = nn.LayerNorm(D) if config.embedding_norm else nn.Identity()
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.final_norm = nn.LayerNorm(D) if config.final_norm else nn.Identity()
         self.transform = HeadTransform(config) if config.head == "mlp" else nn.Identity()
@@ -172,6 +212,13 @@ class Bert4Rec(nn.Module):
                 parameter.zero_()
         self.item_table.weight[PAD].zero_()
 
+    def look_up(self, items: Tensor) -> Tensor:
+        """Return the item vectors (..., D) of ids (...)."""
+        sink = sink_of(self.item_table.weight)
+        if sink is None or not torch.is_grad_enabled():
+            return self.item_table(items)
+        return Lookup.apply(self.item_table.weight, items, sink, PAD)
+
     def encode(
         self,
         items: Tensor,
@@ -187,7 +234,7 @@ class Bert4Rec(nn.Module):
         With `query_index` (R, Q) only the states at those places are wanted, (R, Q, D): the last layer then
         computes keys and values everywhere and all else at those places. The values are the same.
         """
-        x = self.item_table(items) + F.embedding(positions, self.position_table)
+        x = self.look_up(items) + F.embedding(positions, self.position_table)
         x = self.dropout(self.embedding_norm(x))
         bias = attention_bias(segment_ids, x.dtype)
         if query_index is None:

@@ -29,6 +29,7 @@ from torch import Tensor
 from reclib.batching import IGNORE, Batch
 from reclib.config import PAD, TrainConfig
 from reclib.model import Bert4Rec
+from reclib.sinks import sink_of
 
 Route = Literal["plain", "chunked", "inplace"]
 LARGE_LOGITS_BYTES = 512 * 2**20  # above this, off the CPU, the logits are never held whole
@@ -87,6 +88,21 @@ def cross_entropy_sum(
     return loss.float() if dtype not in FULL else loss
 
 
+_spare: list[Tensor] = []  # the buffer of the last step: asking the kernel for new pages takes longer
+
+
+def _take_buffer(like: Tensor, size: int) -> Tensor:
+    """Return an uninitialised vector of at least `size`: the spare one where it fits.
+
+    Whoever takes it owns it until backward gives it back; a second use before that gets another.
+    """
+    if _spare:
+        found = _spare.pop()
+        if found.numel() >= size and (found.dtype, found.device) == (like.dtype, like.device):
+            return found
+    return like.new_empty(size + size // 8)  # the number of targets varies a little
+
+
 class InplaceCrossEntropy(torch.autograd.Function):
     """Sum of cross-entropies whose logits, probabilities and gradient share one buffer (M, I)."""
 
@@ -100,7 +116,9 @@ class InplaceCrossEntropy(torch.autograd.Function):
         num_items: int,
     ) -> Tensor:
         """Return the sum; what is kept for backward is the gradient of the logits."""
-        scores = torch.mm(hidden, weight[1 : num_items + 1].t())  # (M, I)
+        ctx.buffer = _take_buffer(hidden, len(targets) * num_items)
+        scores = ctx.buffer[: len(targets) * num_items].view(len(targets), num_items)  # (M, I)
+        torch.mm(hidden, weight[1 : num_items + 1].t(), out=scores)
         wide = scores.dtype if scores.dtype in FULL else torch.float32
         shift = None if bias is None else bias[1 : num_items + 1].to(wide)
         kept = (targets != IGNORE).to(wide)
@@ -115,6 +133,7 @@ class InplaceCrossEntropy(torch.autograd.Function):
                 scores[part] = block
         ctx.save_for_backward(hidden, weight, scores)
         ctx.num_items, ctx.bias_dtype = num_items, None if bias is None else bias.dtype
+        ctx.sink = sink_of(weight)
         return losses.sum()
 
     @staticmethod
@@ -125,15 +144,19 @@ class InplaceCrossEntropy(torch.autograd.Function):
         d_hidden = d_weight = d_bias = None
         if ctx.needs_input_grad[0]:
             d_hidden = torch.mm(slope, weight[1:last]).mul_(scale)
-        if ctx.needs_input_grad[1]:
+        scaled = (hidden * scale).to(slope.dtype)
+        if ctx.sink is not None:
+            ctx.sink.overwrite((slope.t(), scaled), slice(1, last))
+        elif ctx.needs_input_grad[1]:
             d_weight = torch.empty_like(weight)
             d_weight[PAD].zero_()
             d_weight[last:].zero_()
-            torch.mm(slope.t(), (hidden * scale).to(slope.dtype), out=d_weight[1:last])
+            torch.mm(slope.t(), scaled, out=d_weight[1:last])
         if ctx.needs_input_grad[2]:
             ones = scale.to(slope.dtype).expand(len(slope)).contiguous()
             d_bias = torch.zeros(len(weight), dtype=ctx.bias_dtype, device=weight.device)
             d_bias[1:last] = torch.mv(slope.t(), ones)
+        _spare[:] = [ctx.buffer]
         return d_hidden, d_weight, d_bias, None, None
 
 

@@ -27,6 +27,7 @@ from reclib.data import Histories
 from reclib.hardware import Device
 from reclib.model import Bert4Rec
 from reclib.objective import batch_loss
+from reclib.sinks import attach, sink_of
 
 CHECK_EVERY = 20  # steps between looks at the loss on CUDA, where each look waits for the device
 
@@ -97,14 +98,23 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.A
     return torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused, foreach=False)
 
 
-def clip_gradients(parameters: Sequence[Tensor], max_norm: float) -> Tensor:
+def clip_gradients(
+    parameters: Sequence[Tensor],
+    max_norm: float,
+    divide_later: torch.optim.Optimizer | None = None,
+) -> Tensor:
     """Scale gradients to a global norm of at most `max_norm`; return the norm before.
 
-    On a CPU nothing is multiplied when the norm is small enough: that pass costs as much as the norm.
+    `divide_later` is a fused optimiser that is to divide them as it reads them, as it does for a gradient
+    scaler: on a CPU a pass of its own over the gradients costs as much as their norm.
     """
-    grads = [p.grad for p in parameters if p.grad is not None]
+    grads = [
+        p.grad if (sink := sink_of(p)) is None else sink.for_norm() for p in parameters if p.grad is not None
+    ]
     norm = torch.nn.utils.get_total_norm(grads)
-    if norm.device.type != "cpu" or not norm <= max_norm:
+    if divide_later is not None:
+        divide_later.grad_scale = (norm / max_norm).clamp_min(1.0)  # type: ignore[attr-defined]
+    else:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
 
@@ -128,6 +138,7 @@ class Trainer:
         if self.compile_mode != "off":
             self.encode = torch.compile(model.encode, mode=self.compile_mode, dynamic=True)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.sunk = attach(self._tables()) if self._can_sink() else []
         self.optimizer = make_optimizer(model, config)
         self.scaler = torch.amp.GradScaler(self.where.type, enabled=self.precision.needs_scaler)
         self.progress = Progress()
@@ -177,7 +188,7 @@ class Trainer:
         denominator = num_tokens if config.objective == "seed_focal" else num_targets
 
         total = torch.zeros((), device=self.where)
-        self.optimizer.zero_grad(set_to_none=True)
+        self._clear_gradients()
         for micro in micros:
             batch = micro.to(self.where)
             with self.autocast():
@@ -185,10 +196,13 @@ class Trainer:
             self.scaler.scale(loss).backward()
             total += loss.detach()
 
+        for parameter in self.sunk:
+            parameter.grad = parameter.sink.finish()
         self.scaler.unscale_(self.optimizer)
         norm = None
         if config.clip_norm is not None:
-            norm = clip_gradients(self.parameters, config.clip_norm)
+            own_pass = self.scaler.is_enabled() or config.optimizer != "fused"
+            norm = clip_gradients(self.parameters, config.clip_norm, None if own_pass else self.optimizer)
         self._check_finite(step, total, norm)
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
@@ -210,6 +224,24 @@ class Trainer:
             fetch_seconds=fetch_seconds,
             skipped=skipped,
         )
+
+    def _can_sink(self) -> bool:
+        """Whether the tables' gradients can have one place each: eager, full precision, on a CPU."""
+        config = self.config
+        plain = config.objective == "cloze" and config.head_rows == "targets"
+        eager = self.where.type == "cpu" and self.compile_mode == "off"
+        full = self.precision.autocast_dtype is None
+        return plain and eager and full and config.loss in ("auto", "inplace")
+
+    def _tables(self) -> list[torch.nn.Parameter]:
+        tables = (self.model.item_table.weight, self.model.output_weight)
+        return [p for p in {id(t): t for t in tables}.values() if p.requires_grad]
+
+    def _clear_gradients(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+        for parameter in self.sunk:
+            parameter.sink.start()
 
     def _check_finite(self, step: int, loss: Tensor, norm: Tensor | None) -> None:
         """Stop on a loss or norm that is not finite, before it reaches the weights.

@@ -11,7 +11,7 @@ import torch
 from engine import NUM_ITEMS, small_model
 
 from reclib.config import SIZES, InputError, changed, model_config
-from reclib.model import Bert4Rec, attention_bias, closed_formula, count_parameters, main
+from reclib.model import Bert4Rec, Dropout, attention_bias, closed_formula, count_parameters, main
 
 EXACT = {"5m": 5_118_250, "85m": 85_111_814, "130m": 130_095_750, "430m": 429_153_286}
 
@@ -121,3 +121,28 @@ def test_tied_tables_are_one_tensor():
     assert model.output_weight is model.item_table.weight
     untied = Bert4Rec(changed(small_model(), tied=False))
     assert untied.output_weight is not untied.item_table.weight
+
+
+def test_dropout_zeroes_its_share_and_keeps_the_expectation():
+    torch.manual_seed(0)
+    drop = Dropout(0.1).train()
+    y = drop(torch.ones(1000, 1003))
+    assert float((y == 0).float().mean()) == pytest.approx(0.1, abs=0.001)  # three standard errors
+    assert float(y.mean()) == pytest.approx(1.0, abs=0.001)
+    assert y.unique().numel() == 2
+    columns = (y == 0).float().mean(0)
+    assert float(columns.std()) == pytest.approx((0.1 * 0.9 / 1000) ** 0.5, rel=0.1)  # no pattern in it
+
+
+def test_dropout_is_decided_by_torchs_seed_and_passes_the_gradient_it_kept():
+    x = torch.ones(7, 5, requires_grad=True)
+    drop = Dropout(0.4)
+    torch.manual_seed(3)
+    one, two = drop(x), drop(x)
+    torch.manual_seed(3)
+    again = drop(x)
+    assert torch.equal(one, again)
+    assert not torch.equal(one, two)
+    (gradient,) = torch.autograd.grad(one.sum(), x)
+    assert torch.equal(gradient, one.detach())
+    assert drop.eval()(x) is x

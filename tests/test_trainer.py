@@ -109,6 +109,22 @@ def test_clipping_equals_torchs(scale):
         torch.testing.assert_close(p.grad, twin.grad)
 
 
+@pytest.mark.parametrize("max_norm", [0.01, 100.0])
+def test_a_fused_optimiser_that_divides_takes_the_step_of_clipped_gradients(max_norm):
+    torch.manual_seed(0)
+    results = []
+    values, gradients = torch.randn(3, 40), torch.randn(3, 40)
+    for later in (True, False):
+        parameter = torch.nn.Parameter(values.clone())
+        optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=True)
+        for _ in range(3):
+            parameter.grad = gradients.clone()
+            clip_gradients([parameter], max_norm, optimizer if later else None)
+            optimizer.step()
+        results.append(parameter.detach())
+    torch.testing.assert_close(results[0], results[1])
+
+
 def test_bf16_follows_fp32():
     _, full = run_steps(SHORT, steps=8)
     trainer, low = run_steps(changed(SHORT, precision="bf16"), steps=8)
@@ -290,3 +306,31 @@ def test_command_line_refuses_a_corrupt_checkpoint(tmp_path):
     _, err = again.communicate(timeout=120)
     assert again.returncode == 2
     assert err.strip().splitlines()[-1].startswith("error: damaged checkpoint: ")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("micro", [None, 4])
+def test_sinks_give_the_gradients_of_autograd(tied, micro, monkeypatch):
+    config = changed(SHORT, batch_size=8, micro_batch_size=micro)
+    model = small_model(tied=tied, max_len=5)  # short windows: rows of the table come and go between steps
+    _, plain = run_steps(config, model, steps=1)
+    reference, wanted = run_steps(config, model, steps=6)
+    monkeypatch.setattr("reclib.sinks.SMALLEST_BYTES", 0)
+    trainer, found = run_steps(config, model, steps=6)
+    assert len(trainer.sunk) == (1 if tied else 2)
+    assert not reference.sunk
+    assert [s.loss for s in found] == pytest.approx([s.loss for s in wanted], rel=1e-5)
+    assert [s.grad_norm for s in found] == pytest.approx([s.grad_norm for s in wanted], rel=1e-5)
+    assert plain[0].loss == wanted[0].loss
+    for one, other in zip(trainer.parameters, reference.parameters, strict=True):
+        if one.dim() > 1:
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_evaluation_does_not_reach_the_sinks(dataset, monkeypatch):
+    monkeypatch.setattr("reclib.sinks.SMALLEST_BYTES", 0)
+    with_sinks = fit(model_for(dataset), dataset, SHORT, CPU)
+    monkeypatch.setattr("reclib.sinks.SMALLEST_BYTES", 2**40)
+    without = fit(model_for(dataset), dataset, SHORT, CPU)
+    for one, other in zip(with_sinks.progress.history, without.progress.history, strict=True):
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
