@@ -8,8 +8,8 @@ Every variant runs in a process of its own, because peak memory and the allocato
 process; rounds go A B C A B C. The last line is one JSON object.
 
 Shapes: `electronics` is 160,000 items, mean length 9.4, max_len 50, hidden 256, 4 layers, batch 128,
-untied tables; `ml` is MovieLens 100K, hidden 64, 2 layers, max_len 200, batch 64. Full softmax, mask probability 0.2,
-dropout 0.1, fp32. The model's dropout and cloze targets are drawn anew for each step, as in training.
+untied tables; `ml` is MovieLens 100K, hidden 64, 2 layers, max_len 200, batch 64. Full softmax, mask
+probability 0.2, dropout 0.1, fp32, cloze targets drawn anew for each step.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A product of (m, k) and (k, n) is 2 m k n. Backward costs twice forward, since each product has two gradients.
 Norms, softmax, embeddings and the optimiser are left out, as is the custom. Two counts are kept apart: what
-was executed (rows and slots as they are laid out, padding included) and what the objective needs (real items and
+was executed (rows and slots as laid out, padding included) and what the objective needs (real items and
 targets alone).
 
 Shapes: R rows, L positions, Q queries of a row, M places in the head, D hidden_dim, F inner width, N layers.
