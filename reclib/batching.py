@@ -12,7 +12,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -249,8 +249,8 @@ def next_item_batches(
 ) -> Iterator[tuple[np.ndarray, Batch]]:
     """Yield (users, batch) for prediction: each history's last L - 1 items, then MASK.
 
-    Users are taken by length, so that rows fill up; every target is the MASK and its id is unknown here
-    (IGNORE). The target slots are in the order of the users that are yielded with them.
+    Users are taken by length, and rows are as long as the longest of a batch, so that attention is not paid for
+    over longer ones. The target slots are in the order of the users that are yielded with them.
     """
     spans = np.minimum((histories.ends - histories.starts)[users], layout.max_len - 1)
     users = users[np.argsort(-spans, kind="stable")]
@@ -263,9 +263,10 @@ def next_item_batches(
         is_target = np.zeros(ends[-1], dtype=bool)
         is_target[ends - 1] = True
         tokens[~is_target] = seen.tokens
-        rows, places = layout.place(lengths[None])
-        batch = layout.batch(Samples(tokens, lengths, is_target), rows[0], places[0])
-        by_place = np.argsort(rows[0] * layout.max_len + places[0], kind="stable")
+        fitting = replace(layout, max_len=min(-(-int(lengths[0]) // 16) * 16, layout.max_len))
+        rows, places = fitting.place(lengths[None])
+        batch = fitting.batch(Samples(tokens, lengths, is_target), rows[0], places[0])
+        by_place = np.argsort(rows[0] * fitting.max_len + places[0], kind="stable")
         yield chosen[by_place], batch
 
 

@@ -128,9 +128,7 @@ def with_intervals(
     return found
 
 
-def difference(
-    one: dict[str, np.ndarray], other: dict[str, np.ndarray], name: str, samples: int
-) -> Interval:
+def difference(one: dict[str, np.ndarray], other: dict[str, np.ndarray], name: str, samples: int) -> Interval:
     """Return the paired difference of a metric, one minus other, with its 95 % interval over users."""
     return metrics.bootstrap(one[name] - other[name], samples)
 

@@ -32,9 +32,9 @@ def attention_bias(segment_ids: Tensor, dtype: torch.dtype) -> Tensor:
     `segment_ids` (R, L) numbers the sequences of a row from 1; 0 is padding, whose positions see only each
     other, which keeps their softmax finite. Returns (R, 1, L, L) of 0 and -inf.
     """
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]  # (R, L, L)
-    bias = torch.zeros(same.shape, dtype=dtype, device=same.device)
-    return bias.masked_fill_(~same, float("-inf")).unsqueeze(1)
+    apart = segment_ids[:, :, None] != segment_ids[:, None, :]  # (R, L, L)
+    bias = torch.zeros(apart.shape, dtype=dtype, device=apart.device)
+    return bias.masked_fill_(apart, float("-inf")).unsqueeze(1)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

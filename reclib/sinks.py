@@ -1,10 +1,10 @@
 """Gradients of large tables, written where they stay.
 
-Autograd allocates a new gradient for every step. For an item table that is hundreds of megabytes, which a C
-library gives back to the kernel and takes again zeroed page by page, or keeps and fragments: 40 ms and more for
-164 MB on two cores, several times in a step. A sink is the same gradient in one tensor for the whole run:
-the output layer overwrites it, the lookup adds to it, and of a table that is only looked up just the rows of the
-last step are cleared. Values are the same.
+Autograd allocates a new gradient for every step. For an item table that is hundreds of megabytes, which a
+C library gives back to the kernel and takes again zeroed page by page, or keeps and fragments: 40 ms and more
+for 164 MB on two cores, several times in a step. A sink is the same gradient in one tensor for the whole run:
+the output layer overwrites it, the lookup adds to it, and of a table that is only looked up just the rows of
+the last step are cleared. Values are the same.
 
 Used on a CPU in full precision; elsewhere autograd's way stands.
 """
@@ -97,9 +97,19 @@ def sink_of(parameter: Tensor) -> Sink | None:
     return getattr(parameter, "sink", None)
 
 
-def attach(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-    """Give each large parameter a sink; return those."""
-    large = [p for p in parameters if p.numel() * p.element_size() >= SMALLEST_BYTES]
-    for parameter in large:
-        parameter.sink = Sink(parameter)  # type: ignore[attr-defined]
-    return large
+def detach(parameters: list[nn.Parameter]) -> None:
+    """Take the sinks of an earlier run away: from now on autograd has the gradients."""
+    for parameter in parameters:
+        if sink_of(parameter) is not None:
+            del parameter.sink  # type: ignore[attr-defined]
+
+
+def attach(parameters: list[nn.Parameter]) -> list[tuple[nn.Parameter, Sink]]:
+    """Give each large parameter a sink; return those with theirs."""
+    sunk = []
+    for parameter in parameters:
+        if parameter.numel() * parameter.element_size() >= SMALLEST_BYTES:
+            sink = Sink(parameter)
+            parameter.sink = sink  # type: ignore[attr-defined]
+            sunk.append((parameter, sink))
+    return sunk

@@ -27,7 +27,7 @@ from reclib.data import Histories
 from reclib.hardware import Device
 from reclib.model import Bert4Rec
 from reclib.objective import batch_loss
-from reclib.sinks import attach, sink_of
+from reclib.sinks import attach, detach, sink_of
 
 CHECK_EVERY = 20  # steps between looks at the loss on CUDA, where each look waits for the device
 
@@ -138,6 +138,7 @@ class Trainer:
         if self.compile_mode != "off":
             self.encode = torch.compile(model.encode, mode=self.compile_mode, dynamic=True)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        detach(self.parameters)
         self.sunk = attach(self._tables()) if self._can_sink() else []
         self.optimizer = make_optimizer(model, config)
         self.scaler = torch.amp.GradScaler(self.where.type, enabled=self.precision.needs_scaler)
@@ -196,8 +197,8 @@ class Trainer:
             self.scaler.scale(loss).backward()
             total += loss.detach()
 
-        for parameter in self.sunk:
-            parameter.grad = parameter.sink.finish()
+        for parameter, sink in self.sunk:
+            parameter.grad = sink.finish()
         self.scaler.unscale_(self.optimizer)
         norm = None
         if config.clip_norm is not None:
@@ -234,14 +235,14 @@ class Trainer:
         return plain and eager and full and config.loss in ("auto", "inplace")
 
     def _tables(self) -> list[torch.nn.Parameter]:
-        tables = (self.model.item_table.weight, self.model.output_weight)
-        return [p for p in {id(t): t for t in tables}.values() if p.requires_grad]
+        tables = {id(p) for p in (self.model.item_table.weight, self.model.output_weight)}
+        return [p for p in self.parameters if id(p) in tables]
 
     def _clear_gradients(self) -> None:
         for parameter in self.parameters:
             parameter.grad = None
-        for parameter in self.sunk:
-            parameter.sink.start()
+        for _, sink in self.sunk:
+            sink.start()
 
     def _check_finite(self, step: int, loss: Tensor, norm: Tensor | None) -> None:
         """Stop on a loss or norm that is not finite, before it reaches the weights.

@@ -61,6 +61,15 @@ def test_best_of_a_wide_catalogue_equals_a_full_sort(items):
     assert all(len(set(row.tolist())) == 10 for row in found)
 
 
+@given(st.data(), st.integers(1, 20), st.integers(1, 30))
+def test_counting_equals_comparing_one_by_one(data, users, items):
+    rows = [data.draw(st.lists(score, min_size=items, max_size=items)) for _ in range(users)]
+    threshold = data.draw(st.lists(score, min_size=users, max_size=users))
+    found = metrics.count_at_least(torch.tensor(rows), torch.tensor(threshold)[:, None])
+    wanted = [sum(s >= t for s in row) for row, t in zip(rows, threshold, strict=True)]
+    assert found.tolist() == wanted
+
+
 def test_a_target_that_was_seen_before_stays_a_candidate():
     scores = torch.tensor([[3.0, 2.0, 1.0]])
     seen = (torch.tensor([0, 0]), torch.tensor([1, 2]))
@@ -106,7 +115,8 @@ def test_model_scores_are_streamed_and_equal_one_user_at_a_time(tied, monkeypatc
     torch.manual_seed(0)
     model = Bert4Rec(small_model(tied=tied))
     part = evaluation_of([3, 30, 1, 11, 5, 5, 8])
-    pieces = list(metrics.model_scores(model, part, torch.device("cpu"), batch_size=5))
+    streamed = metrics.model_scores(model, part, torch.device("cpu"), batch_size=5)
+    pieces = [(users, scores.clone()) for users, scores in streamed]
     assert max(len(scores) for _, scores in pieces) <= 3
     assert sorted(np.concatenate([users for users, _ in pieces])) == list(range(7))
     for users, scores in pieces:

@@ -327,6 +327,16 @@ def test_sinks_give_the_gradients_of_autograd(tied, micro, monkeypatch):
             torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-5)
 
 
+def test_sinks_of_an_earlier_run_are_gone_in_the_next(monkeypatch):
+    monkeypatch.setattr("reclib.sinks.SMALLEST_BYTES", 0)
+    first, _ = run_steps(SHORT, steps=2)
+    config = changed(SHORT, optimizer="loop", loss="plain")
+    again = Trainer(first.model, histories([9, 4, 12]), config, CPU, "x")
+    assert not again.sunk
+    next(again.steps())
+    assert first.model.item_table.weight.grad.abs().sum() > 0
+
+
 def test_evaluation_does_not_reach_the_sinks(dataset, monkeypatch):
     monkeypatch.setattr("reclib.sinks.SMALLEST_BYTES", 0)
     with_sinks = fit(model_for(dataset), dataset, SHORT, CPU)
