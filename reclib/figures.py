@@ -21,7 +21,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
-from reclib import page, tables
+from reclib import page, speed_figures, tables
 from reclib.look import BLUE, DECADES, HEIGHT, INK, MUTED, ORANGE, PALETTE, TEMPLATE, bar, line, marker
 from reclib.tables import Record
 
@@ -287,6 +287,7 @@ FIGURES: list[Spec] = [
     Spec("learning_curves", "02_baseline", "learning_curve", learning_curves),
     Spec("metric_comparison", "02_baseline", "test_metrics", metric_comparison),
     Spec("rank_histogram", "02_baseline", "rank_histogram", rank_histogram),
+    *(Spec(make.__name__, "04_amp_compile", needs, make) for needs, make in speed_figures.FIGURES),
 ]
 
 

@@ -6,7 +6,7 @@ Plain numbers, no device: `benchmark` fills them in.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -130,3 +130,23 @@ def break_even_steps(compile_seconds: float, eager_step: float, compiled_step: f
     """Return after how many steps compiling has paid for itself; None: never."""
     saved = eager_step - compiled_step
     return math.ceil(compile_seconds / saved) if saved > 0 else None
+
+
+def merged(parts: list[Measurement]) -> Measurement:
+    """Return several rounds of one variant as one; a round that failed is the result.
+
+    Compile time and the first losses are those of the first round, before caches were warm.
+    """
+    failed = next((part for part in parts if part.status != "ok"), None)
+    if failed is not None:
+        return failed
+    first = parts[0]
+    whole = replace(first, step_seconds=[], fetch_seconds=[])
+    for part in parts:
+        whole.step_seconds += part.step_seconds
+        whole.fetch_seconds += part.fetch_seconds
+    for name in ("sequences", "tokens", "targets", "row_tokens", "target_slots"):
+        setattr(whole, name, sum(getattr(part, name) for part in parts))
+    peaks = [part.peak_memory_bytes for part in parts if part.peak_memory_bytes is not None]
+    whole.peak_memory_bytes = max(peaks, default=None)
+    return whole

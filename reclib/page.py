@@ -60,11 +60,29 @@ def _baseline_answer(found: dict[str, list[Record]]) -> str:
     return "HR@10: " + ", ".join(said.values()) if said else ""
 
 
+def _speed_answer(found: dict[str, list[Record]]) -> str:
+    rungs = [r for r in found.get("ladder", []) if r["timings"].get("step_seconds")]
+    lines = []
+    if len(rungs) > 1:
+        first = max(rungs, key=lambda r: -r["own_params"]["rung"])
+        best = min(rungs, key=lambda r: r["timings"]["step_seconds"])
+        factor = first["timings"]["step_seconds"] / best["timings"]["step_seconds"]
+        name = best["own_params"]["name"]
+        lines.append(f"from the {first['own_params']['name']} to {name} a step is {factor:.1f} times faster")
+    for record in found.get("step", []):
+        asked, took = record["own_params"], record["timings"]
+        if took.get("sequences_per_second") and asked["compile_mode"] == "off":
+            rate = took["sequences_per_second"]
+            lines.append(f"{asked['precision']} at batch {asked['batch_size']}: {rate:,.0f} sequences/s")
+    return "; ".join(lines)
+
+
 CHAPTERS: dict[str, Chapter] = {
     "01_data_prep": Chapter("The data", "What exactly is being predicted?", _data_answer),
     "02_baseline": Chapter(
         "The baseline", "Does BERT4Rec beat popularity, and by how much?", _baseline_answer
     ),
+    "04_amp_compile": Chapter("Speed", "What do AMP and torch.compile give, and to whom?", _speed_answer),
 }
 
 _STYLE = """

@@ -48,10 +48,11 @@ def _known_size(name: str) -> str:
     return name
 
 
-def _distinct(seeds: list[int]) -> list[int]:
-    if len(set(seeds)) < len(seeds):
-        raise ValueError("a seed is listed twice")
-    return seeds
+def _distinct(values: list[T]) -> list[T]:
+    for value in values:
+        if values.count(value) > 1:
+            raise ValueError(f"{value!r} is listed twice")
+    return values
 
 
 Name = Annotated[str, Field(min_length=1)]
@@ -101,12 +102,35 @@ class Baseline:
         return self
 
 
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class AmpCompile:
+    """Parameters of `04_amp_compile`."""
+
+    gpu: GpuLabel  # device label, a claim to be checked; auto: what is here
+    dataset: Name  # a data set that `reclib.data` knows, or "synthetic" of the two sizes below
+    synthetic_items: Positive  # catalogue of the synthetic histories
+    synthetic_mean_len: PositiveFloat  # interactions per user of the synthetic histories
+    size: Size  # named model size, one of `config.SIZES`
+    max_len: Positive  # positions per packed row and longest history
+    precisions: Annotated[list[Precision], Field(min_length=1), AfterValidator(_distinct)]
+    compile_modes: Annotated[list[CompileMode], Field(min_length=1), AfterValidator(_distinct)]
+    batch_sizes: Annotated[list[Positive], Field(min_length=1), AfterValidator(_distinct)]
+    steps: Positive  # timed steps of a variant in a round
+    warmup_steps: Positive  # steps of a variant before the first timed one
+    repeats: Positive  # rounds, in which the variants take turns
+    seed: NonNegative  # of weights, masks and order
+
+
 def _divides(batch_size: int, micro_batch_size: int | None) -> None:
     if micro_batch_size is not None and batch_size % micro_batch_size:
         raise ValueError(f"batch_size={batch_size} must be a multiple of micro_batch_size={micro_batch_size}")
 
 
-NOTEBOOKS: dict[str, type] = {"01_data_prep": DataPrep, "02_baseline": Baseline}
+NOTEBOOKS: dict[str, type] = {
+    "01_data_prep": DataPrep,
+    "02_baseline": Baseline,
+    "04_amp_compile": AmpCompile,
+}
 
 
 def kind(notebook: str) -> type:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +20,25 @@ from reclib.benchmark import state_bytes, step_batches
 from reclib.objective import batch_loss
 from reclib.trainer import Trainer
 
+_CHATTER = ("USDT:", "CPUAllocator.cpp")
 _SHORT = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@contextlib.contextmanager
+def _without_chatter() -> Iterator[None]:
+    """Keep what the profiler's C++ says of itself off standard error; everything else comes through."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile("w+b") as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            lines = file.read().decode(errors="replace").splitlines(keepends=True)
+            sys.stderr.write("".join(x for x in lines if not any(word in x for word in _CHATTER)))
 
 
 class Operator(NamedTuple):
@@ -39,7 +61,7 @@ def operators(trainer: Trainer, steps: int, top: int, trace: Path | None = None)
         for _ in range(2):
             next(loop)
         hardware.synchronize(trainer.where)
-        with profile(activities=activities) as profiler:
+        with _without_chatter(), profile(activities=activities) as profiler:
             for _ in range(steps):
                 next(loop)
             hardware.synchronize(trainer.where)
@@ -102,7 +124,8 @@ def peak_tensor_bytes(trainer: Trainer) -> int:
         next(loop)
         held = state_bytes(trainer)
         hardware.synchronize(trainer.where)
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        activities = [ProfilerActivity.CPU]
+        with _without_chatter(), profile(activities=activities, profile_memory=True) as profiler:
             next(loop)
             hardware.synchronize(trainer.where)
     kineto = profiler.profiler.kineto_results

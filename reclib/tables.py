@@ -21,14 +21,15 @@ _NOT_WORK = ("gpu", "seed", "seeds", "wandb_mode")  # parameters that do not mak
 def table(records: Iterable[Record]) -> pd.DataFrame:
     """Return one row per point of the records' series (one per record where there is none).
 
-    Columns: those of the series, every metric, what the result's own parameters say (such as
-    `model`), and kind, label, profile, dataset and seed.
+    Columns: those of the series, every metric and timing, what the result's own parameters say (such
+    as `model`), and kind, label, profile, dataset and seed.
     """
     parts = []
     for record in records:
         about = {key: record.get(key) for key in ("kind", "label", "profile", "seed")}
         about["dataset"] = (record.get("data") or {}).get("name")
-        columns = {**(record.get("own_params") or {}), **record["metrics"], **about}
+        timed = record.get("timings") or {}
+        columns = {**timed, **(record.get("own_params") or {}), **record["metrics"], **about}
         series = record.get("series") or {}
         rows = pd.DataFrame({k: v for k, v in series.items() if k not in about} or {"_": [0]})
         parts.append(rows.assign(**{k: v for k, v in columns.items() if k not in rows}))
@@ -40,11 +41,18 @@ def caption(records: Sequence[Record]) -> str:
     first = records[0]
     parts = [str((first.get("data") or {}).get("name") or "")]
     parts += sorted({f"{record['kind']} on {record['label']}" for record in records})
+    absent = sorted({str(record["claimed"]) for record in records if _is_claim_unmet(record)})
+    parts += [f"<b>{label} was asked for and is not here</b>" for label in absent]
     seeds = {record["seed"] for record in records if record.get("seed") is not None}
     parts += [f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}"] if seeds else []
     smoke = any(record["profile"] == "smoke" for record in records)
     parts.append("<b>smoke run, not a result</b>" if smoke else f"profile {first['profile']}")
     return " · ".join(part for part in parts if part)
+
+
+def _is_claim_unmet(record: Record) -> bool:
+    claimed = record.get("claimed") or "auto"
+    return record["kind"] == "measured" and claimed not in ("auto", record["label"])
 
 
 def groups(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
