@@ -1,0 +1,384 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from engine import histories, small_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from reclib import benchmark, bound, flops, hardware, params, profiling, speed
+from reclib.config import InputError, TrainConfig, changed
+from reclib.ladder import CHANGES, ladder
+from reclib.measurement import Measurement, break_even_steps, merged, published_rate
+from reclib.model import Bert4Rec
+from reclib.trainer import StepStats, Trainer
+
+LENGTHS = [3, 9, 12, 5, 7, 2, 30, 11, 4, 6, 8]  # 11 users: steps of 4 leave a ragged last one of 3
+CPU = hardware.resolve("cpu")
+
+
+def a_trainer(model=None, lengths=LENGTHS, **changes) -> Trainer:
+    torch.manual_seed(0)
+    config = TrainConfig(**({"batch_size": 4, "epochs": 50} | changes))
+    return Trainer(Bert4Rec(model or small_model()), histories(lengths), config, CPU, "test")
+
+
+def stats(**counts: float) -> StepStats:
+    zero = torch.zeros(())
+    base = {"num_sequences": 4, "num_tokens": 30, "num_targets": 6, "row_tokens": 40, "target_slots": 8}
+    return StepStats(1, 0, 1e-3, zero, None, **(base | {"fetch_seconds": 0.1} | counts), skipped=False)
+
+
+# -- what a measurement says --------------------------------------------------------------------------------
+
+
+def test_rates_are_what_the_median_step_does():
+    found = Measurement(warmup_steps=2, warmup_seconds=7.0, compiled=True)
+    for seconds in (1.0, 2.0, 9.0):
+        found.add(stats(), seconds)
+    assert found.median_seconds == 2.0
+    assert (found.sequences_per_second, found.tokens_per_second, found.targets_per_second) == (2.0, 15.0, 3.0)
+    assert found.fill == 0.75
+    assert found.fetch_share == pytest.approx(0.3 / 12)
+    assert found.compile_seconds == 3.0  # 7 s of warm-up less two median steps
+    assert replace(found, compiled=False).compile_seconds == 0.0
+    assert Measurement("oom", "no room").timings() == {}
+
+
+def test_merged_rounds_keep_every_step_and_a_failure():
+    parts = [Measurement(warmup_seconds=n, peak_memory_bytes=10 * n) for n in (3, 2)]
+    for part, seconds in zip(parts, (1.0, 3.0), strict=True):
+        part.add(stats(), seconds)
+    whole = merged(parts)
+    assert whole.step_seconds == [1.0, 3.0]
+    assert (whole.sequences, whole.peak_memory_bytes, whole.warmup_seconds) == (8, 30, 3)
+    assert parts[0].step_seconds == [1.0]  # rounds stay as they were
+    assert merged([parts[0], Measurement("oom", "x")]).status == "oom"
+
+
+@pytest.mark.parametrize(
+    ("steady", "epoch", "expected"),
+    [
+        (100.0, 96.0, (100.0, "steady")),
+        (100.0, 95.0, (95.0, "epoch")),  # 5.3 % too high
+        (100.0, 106.0, (106.0, "epoch")),  # and too low counts as well
+        (11_630.68, 2429.0, (2429.0, "epoch")),
+    ],
+)
+def test_the_epochs_rate_is_published_where_the_two_disagree(steady, epoch, expected):
+    assert published_rate(steady, epoch) == expected
+
+
+def test_break_even():
+    assert break_even_steps(10.0, 0.5, 0.25) == 40
+    assert break_even_steps(10.1, 0.5, 0.25) == 41
+    assert break_even_steps(10.0, 0.5, 0.5) is None
+    assert break_even_steps(0.0, 0.5, 0.6) is None
+
+
+# -- timing the loop ----------------------------------------------------------------------------------------
+
+
+def test_interleaved_variants_take_the_same_steps_as_alone_and_leave_the_warm_up_out():
+    found = benchmark.interleave({"a": a_trainer(), "b": a_trainer(layout="padded")}, 3, 2, 2)
+    alone = benchmark.measure(a_trainer(), 6, 2)
+    one, other = found["a"], found["b"]
+    assert one.losses == alone.losses
+    assert len(one.losses) == 8
+    assert one.counts() == alone.counts()
+    assert (one.warmup_steps, len(one.step_seconds), len(one.fetch_seconds)) == (2, 6, 6)
+    batches = [benchmark.step_batches(a_trainer(), step) for step in range(3, 9)]
+    assert one.sequences == sum(batch.num_sequences for step in batches for batch in step) == 22
+    assert one.targets == other.targets
+    assert one.row_tokens < other.row_tokens
+    assert min(one.step_seconds) > 0
+
+
+def test_variants_take_turns(monkeypatch):
+    order = []
+    round_of = benchmark._Clock.round
+
+    def noted(clock, steps):
+        order.append(clock.trainer.config.layout)
+        round_of(clock, steps)
+
+    monkeypatch.setattr(benchmark._Clock, "round", noted)
+    benchmark.interleave({"a": a_trainer(), "b": a_trainer(layout="padded")}, 1, 1, 3)
+    assert order == ["packed", "padded"] * 3
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory.\nmore"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you"),
+        MemoryError("Unable to allocate"),
+    ],
+)
+def test_running_out_of_memory_is_a_row_and_the_others_go_on(monkeypatch, error):
+    broken = a_trainer()
+
+    def step(*_):
+        raise error
+
+    monkeypatch.setattr(broken, "_step", step)
+    found = benchmark.interleave({"broken": broken, "whole": a_trainer()}, 2, 1, 1)
+    assert found["broken"].status == "oom"
+    assert found["broken"].reason == str(error).splitlines()[0]
+    assert found["whole"].status == "ok"
+    assert len(found["whole"].step_seconds) == 2
+
+
+def test_any_other_error_is_an_error(monkeypatch):
+    broken = a_trainer()
+    monkeypatch.setattr(broken, "_step", lambda *_: (_ for _ in ()).throw(RuntimeError("shapes differ")))
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        benchmark.measure(broken, 1, 1)
+
+
+def test_the_allocators_own_error_is_recognised():
+    with pytest.raises((RuntimeError, MemoryError)) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert benchmark.is_out_of_memory(caught.value)
+
+
+def test_an_epoch_is_clocked_whole_and_counted_by_the_dataset(monkeypatch):
+    trainer = a_trainer()
+    clock = benchmark.epoch_clock(trainer)
+    assert clock.sequences == len(LENGTHS)
+    assert trainer.progress.step == trainer.steps_per_epoch == 3
+    assert clock.sequences_per_second == clock.sequences / clock.seconds
+    next(loop := trainer.steps())
+    loop.close()
+    with pytest.raises(ValueError, match="inside an epoch"):
+        benchmark.epoch_clock(trainer)
+
+
+def test_a_schedule_that_ends_is_said():
+    with pytest.raises(ValueError, match="raise epochs"):
+        benchmark.measure(a_trainer(epochs=1), 5, 1)
+
+
+def test_latency_is_of_single_requests():
+    found = benchmark.latency(a_trainer(), histories(LENGTHS), requests=5, warmup=1)
+    assert found.requests == 5
+    assert 0 < found.p50 <= found.p99
+
+
+# -- FLOPs --------------------------------------------------------------------------------------------------
+
+VARIANTS = [
+    {},
+    {"layout": "padded"},
+    {"layout": "padded", "head_rows": "all", "loss": "plain"},
+    {"layout": "padded", "head_rows": "all", "loss": "plain", "objective": "seed_focal"},
+    {"loss": "plain", "micro_batch_size": 2},
+]
+
+
+@pytest.mark.parametrize("train", VARIANTS, ids=str)
+@pytest.mark.parametrize("shape", [{}, {"tied": False, "head": "mlp", "num_layers": 1}], ids=str)
+def test_flops_of_a_step_are_those_that_torch_counts(train, shape):
+    trainer = a_trainer(small_model(**shape), **train)
+    counted, _ = benchmark.step_flops(trainer, 1)
+    loop = trainer.steps()
+    # The plain attention shows its products to the counter; the fused one for CPUs is unknown to it.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        next(loop)
+    loop.close()
+    assert counter.get_total_flops() == counted.total
+
+
+def test_needed_flops_leave_padding_out():
+    packed, padded = a_trainer(), a_trainer(layout="padded")
+    assert benchmark.step_flops(packed, 1)[1] == benchmark.step_flops(padded, 1)[1]
+    for trainer in (packed, padded):
+        done, needed = benchmark.step_flops(trainer, 1)
+        assert needed.encoder < done.encoder
+        assert needed.head <= done.head
+    # One full row whose every position goes on: then nothing is left out.
+    model = small_model(num_layers=1)
+    (batch,) = benchmark.step_batches(a_trainer(model, [12, 12], batch_size=2, mask_prob=0.999), 1)
+    assert batch.num_targets >= 12
+    exact = flops.needed(model, batch)
+    assert exact.head == 3 * 2 * batch.num_targets * model.hidden_dim * model.num_items
+
+
+def test_mfu_is_known_only_where_the_peak_is():
+    assert flops.mfu(156e12, 1.0, "a100", "bf16") == 0.5
+    assert flops.mfu(1.0, 1.0, "cpu", "fp32") is None
+    assert flops.mfu(1.0, 1.0, "other", "fp16") is None
+    assert flops.mfu(1.0, 1.0, "t4", "bf16") is None
+    assert set(flops.PEAK_FLOPS) == set(hardware.DEVICE_NAMES)
+
+
+# -- profile, memory, bound ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["plain", "chunked", "inplace"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_heads_product_runs_in_the_chosen_precision(loss, precision):
+    assert profiling.head_dtype(a_trainer(loss=loss, precision=precision)) == precision
+
+
+def test_a_head_that_stays_in_fp32_under_autocast_is_seen(monkeypatch):
+    from reclib import objective
+
+    monkeypatch.setattr(objective, "compute_dtype", lambda hidden: torch.float32)
+    assert profiling.head_dtype(a_trainer(loss="chunked", precision="bf16")) == "fp32"
+
+
+def test_operators_add_up_and_the_trace_is_written(tmp_path: Path, capfd):
+    rows = profiling.operators(a_trainer(), steps=2, top=5, trace=tmp_path / "trace.json")
+    assert sum(row.share for row in rows) == pytest.approx(1.0)
+    assert len(rows) == 6
+    assert rows[-1].name == "all others"
+    assert [row.seconds for row in rows[:5]] == sorted((row.seconds for row in rows[:5]), reverse=True)
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert {"aten::mm", "aten::addmm"} & {event.get("name") for event in events}
+    assert "USDT" not in capfd.readouterr().err
+
+
+def test_peak_of_tensors_holds_the_logits_where_all_are_made():
+    trainer = a_trainer(layout="padded", head_rows="all", loss="plain")
+    next(loop := trainer.steps())
+    loop.close()
+    state = benchmark.state_bytes(trainer)
+    parameters = sum(p.numel() for p in trainer.parameters)
+    assert 3 * 4 * parameters <= state <= 4 * 4 * parameters + 4096
+    lean = profiling.peak_tensor_bytes(a_trainer())
+    logits = 4 * 4 * 12 * 37  # bytes, rows, positions, items
+    assert profiling.peak_tensor_bytes(trainer) >= lean + logits / 2
+    assert lean > state
+
+
+def test_the_bound_is_made_of_its_parts():
+    model = small_model(tied=False)
+    (batch,) = benchmark.step_batches(a_trainer(model), 1)
+    found = bound.gemm_bound(model, batch, torch.device("cpu"), repeats=1)
+    assert found.seconds == pytest.approx(sum(part.seconds for part in found.components))
+    products = [part for part in found.components if part.unit == "FLOP/s"]
+    work = sum(part.seconds * (part.rate or 0.0) for part in products)
+    assert work == pytest.approx(flops.needed(model, batch).total)
+    moved = bound.bytes_moved(model, batch.num_targets, 1000, 4)
+    assert moved["clear the input table's gradient"] == 4 * model.vocab_size * model.hidden_dim
+    assert bound.bytes_moved(changed(model, tied=True), 1, 1000, 4)["clear the input table's gradient"] == 0
+
+
+# -- the ladder ---------------------------------------------------------------------------------------------
+
+
+def test_every_rung_changes_one_field_and_the_last_is_ours():
+    model, train = small_model(tied=False), TrainConfig(batch_size=4, precision="fp32")
+    rungs = ladder(model, train)
+    assert len(rungs) == len(CHANGES) + 1
+    for below, above in pairwise(rungs):
+        one, other = vars(below.model) | vars(below.train), vars(above.model) | vars(above.train)
+        differs = [key for key in one if not key.startswith("_") and one[key] != other[key]]
+        assert differs == [above.change.split("=")[0]]
+    assert rungs[-1].model == model
+    assert rungs[-1].train == train
+
+
+def test_rungs_of_one_objective_have_one_loss():
+    rungs = ladder(small_model(tied=False), TrainConfig(batch_size=4, epochs=50))
+    curves = [benchmark.measure(a_rung(rung), 2, 1).losses for rung in rungs]
+    for curve in curves[3:]:  # from the first without dropout on attention
+        np.testing.assert_allclose(curve, curves[2], rtol=1e-4)
+    assert abs(curves[0][0] / curves[1][0] - 1) > 1e-3  # another objective
+
+
+def a_rung(rung) -> Trainer:
+    torch.manual_seed(0)
+    return Trainer(Bert4Rec(rung.model), histories(LENGTHS), rung.train, CPU, "test")
+
+
+# -- compiling ----------------------------------------------------------------------------------------------
+
+
+def test_without_a_compiler_it_is_eager_and_recorded_as_such(monkeypatch):
+    monkeypatch.setattr(hardware, "has_compiler", lambda: False)
+    trainer = a_trainer(compile_mode="default")
+    assert trainer.compile_mode == "off"
+    found = benchmark.measure(trainer, 1, 1)
+    row = speed.Row({"precision": "fp32", "compile_mode": "default", "batch_size": 4}, found)
+    speed._describe(row, trainer, 2)
+    assert row.own_params()["ran_compile_mode"] == "off"
+    assert "no C++ compiler" in row.own_params()["reason"]
+    assert found.compile_seconds == 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hardware.has_compiler(), reason="no C++ compiler")
+def test_compiled_equals_eager_and_nothing_is_compiled_again_over_a_ragged_epoch():
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    lengths = [int(n) for n in np.random.default_rng(0).integers(2, 30, 91)]  # 91 = 11 steps of 8 and 3 more
+    compiled, eager = (
+        a_trainer(small_model(max_len=24), lengths, batch_size=8, compile_mode=mode)
+        for mode in ("default", "off")
+    )
+    warm = benchmark.measure(compiled, 6, 6)
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    benchmark_rest = benchmark.measure(compiled, 12 * 2, 0)  # two more epochs, each with its ragged last step
+    assert counters["stats"]["unique_graphs"] == graphs, counters["recompiles"]
+    losses = warm.losses + benchmark_rest.losses
+    np.testing.assert_allclose(losses, benchmark.measure(eager, 36, 0).losses, rtol=2e-4)
+    assert warm.compile_seconds > 0
+
+
+# -- the notebook's experiment ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def p() -> params.AmpCompile:
+    smoke = params.profile("04_amp_compile", "smoke")
+    small = {"dataset": "synthetic", "synthetic_items": 60, "steps": 2, "warmup_steps": 1, "max_len": 12}
+    return params.build("04_amp_compile", smoke | small)
+
+
+def test_what_does_not_apply_is_a_row_with_its_reason(p):
+    rows = speed.grid(p, speed.dataset_of(p), CPU)
+    status = {(row.asked["precision"], row.asked["compile_mode"]): row.found.status for row in rows}
+    assert status == {
+        ("fp32", "off"): "ok",
+        ("bf16", "off"): "ok",
+        ("tf32", "off"): "not applicable",
+        **{(name, "reduce-overhead"): "not applicable" for name in p.precisions},
+    }
+    for row in rows:
+        assert bool(row.found.reason) == (row.found.status != "ok")
+        assert bool(row.timings) == (row.found.status == "ok")
+    assert {row.asked["head_dtype"] for row in rows if row.found.status == "ok"} == {"fp32", "bf16"}
+    curves = speed.losses(rows)
+    np.testing.assert_allclose(curves["bf16"], curves["fp32"], rtol=0.01)
+
+
+def test_what_found_no_room_beside_the_others_is_tried_alone(p, monkeypatch):
+    interleave = benchmark.interleave
+    tried = []
+
+    def full(trainers, *rest):
+        if len(trainers) > 1:
+            return {name: Measurement("oom", "full") for name in trainers}
+        tried.append(list(trainers))
+        return interleave(trainers, *rest)
+
+    monkeypatch.setattr(benchmark, "interleave", full)
+    rows = speed.grid(p, speed.dataset_of(p), CPU)
+    assert [row.found.status for row in rows].count("ok") == len(tried) == 2
+    assert all(row.timings for row in rows if row.found.status == "ok")
+
+
+def test_a_precision_listed_twice_is_refused():
+    smoke = params.profile("04_amp_compile", "smoke")
+    with pytest.raises(InputError, match="'bf16' is listed twice"):
+        params.build("04_amp_compile", smoke | {"precisions": ["bf16", "bf16"]})
