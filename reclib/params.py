@@ -58,6 +58,9 @@ def _distinct(values: list[T]) -> list[T]:
 Name = Annotated[str, Field(min_length=1)]
 Size = Annotated[str, AfterValidator(_known_size)]
 Seeds = Annotated[list[NonNegative], Field(min_length=1), AfterValidator(_distinct)]
+Precisions = Annotated[list[Precision], Field(min_length=1), AfterValidator(_distinct)]
+CompileModes = Annotated[list[CompileMode], Field(min_length=1), AfterValidator(_distinct)]
+BatchSizes = Annotated[list[Positive], Field(min_length=1), AfterValidator(_distinct)]
 WandbMode = Literal["disabled", "offline", "online"]
 
 
@@ -107,14 +110,15 @@ class AmpCompile:
     """Parameters of `04_amp_compile`."""
 
     gpu: GpuLabel  # device label, a claim to be checked; auto: what is here
-    dataset: Name  # a data set that `reclib.data` knows, or "synthetic" of the two sizes below
+    dataset: Name  # a data set that `reclib.data` knows, or "synthetic" of the sizes below
+    synthetic_users: Positive  # synthetic histories
     synthetic_items: Positive  # catalogue of the synthetic histories
     synthetic_mean_len: PositiveFloat  # interactions per user of the synthetic histories
     size: Size  # named model size, one of `config.SIZES`
     max_len: Positive  # positions per packed row and longest history
-    precisions: Annotated[list[Precision], Field(min_length=1), AfterValidator(_distinct)]
-    compile_modes: Annotated[list[CompileMode], Field(min_length=1), AfterValidator(_distinct)]
-    batch_sizes: Annotated[list[Positive], Field(min_length=1), AfterValidator(_distinct)]
+    precisions: Precisions  # fp32, tf32, bf16, fp16 or auto, each once
+    compile_modes: CompileModes  # off, default, reduce-overhead or max-autotune, each once
+    batch_sizes: BatchSizes  # sequences per optimiser step, each once
     steps: Positive  # timed steps of a variant in a round
     warmup_steps: Positive  # steps of a variant before the first timed one
     repeats: Positive  # rounds, in which the variants take turns

@@ -24,7 +24,6 @@ from reclib.model import Bert4Rec
 from reclib.params import AmpCompile
 from reclib.trainer import Trainer
 
-SYNTHETIC_USERS = 20_000
 EPOCHS = 100_000  # the schedule never ends while it is timed
 
 
@@ -49,7 +48,7 @@ class Row:
 def dataset_of(p: AmpCompile) -> Dataset:
     """Return the histories that the parameters ask for."""
     if p.dataset == "synthetic":
-        return data.synthetic_dataset(SYNTHETIC_USERS, p.synthetic_items, p.synthetic_mean_len, p.seed)
+        return data.synthetic_dataset(p.synthetic_users, p.synthetic_items, p.synthetic_mean_len, p.seed)
     return data.prepare(DataConfig(dataset=p.dataset))
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from engine import histories, small_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from reclib import benchmark, bound, flops, hardware, params, profiling, speed
+from reclib import benchmark, bound, flops, hardware, params, profiling, record, runner, speed
 from reclib.config import InputError, TrainConfig, changed
 from reclib.ladder import CHANGES, ladder
 from reclib.measurement import Measurement, break_even_steps, merged, published_rate
@@ -341,7 +342,8 @@ def test_compiled_equals_eager_and_nothing_is_compiled_again_over_a_ragged_epoch
 @pytest.fixture
 def p() -> params.AmpCompile:
     smoke = params.profile("04_amp_compile", "smoke")
-    small = {"dataset": "synthetic", "synthetic_items": 60, "steps": 2, "warmup_steps": 1, "max_len": 12}
+    small = {"dataset": "synthetic", "synthetic_users": 100, "synthetic_items": 60}
+    small |= {"steps": 2, "warmup_steps": 1, "max_len": 12}
     return params.build("04_amp_compile", smoke | small)
 
 
@@ -382,3 +384,26 @@ def test_a_precision_listed_twice_is_refused():
     smoke = params.profile("04_amp_compile", "smoke")
     with pytest.raises(InputError, match="'bf16' is listed twice"):
         params.build("04_amp_compile", smoke | {"precisions": ["bf16", "bf16"]})
+
+
+@pytest.mark.slow
+def test_a_claimed_gpu_that_is_not_there_is_told_and_never_recorded_as_measured(tmp_path, monkeypatch):
+    """The whole notebook, as papermill runs it with `-p gpu l4`, at less than smoke size."""
+    if hardware.probe().label == "l4":
+        pytest.skip("this machine has an L4")
+    monkeypatch.setenv("RECLIB_RECORDS", str(tmp_path / "executed"))
+    given = {"gpu": "l4", "dataset": "synthetic", "steps": 1, "warmup_steps": 1, "repeats": 1}
+    given |= {"synthetic_users": 100, "synthetic_items": 60}
+    output = tmp_path / "04.ipynb"
+    runner.execute(ROOT / "notebooks/04_amp_compile.ipynb", output, given, records=tmp_path / "executed")
+    found = record.read(tmp_path / "executed")
+    here = hardware.probe().label
+    assert {entry["label"] for entry in found} == {here}
+    assert {entry["claimed"] for entry in found} == {"l4"}
+    assert {entry["device"]["label"] for entry in found} == {here}
+    assert {"work", "ladder", "step", "loss_curve", "operators", "epoch_clock"} == {e["name"] for e in found}
+    text = output.read_text()
+    assert f"Measured on {here}" in text
+    assert "l4 was asked for and is not here: nothing below was measured on one." in text
+    figures_shown = text.count("<b>l4 was asked for and is not here</b>")
+    assert figures_shown >= 6

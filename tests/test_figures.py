@@ -11,7 +11,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
-from reclib import data, describe, figures, look, page, paths, tables
+from reclib import data, describe, figures, look, page, paths, speed_figures, tables
 from reclib.data import synthetic_dataset
 
 
@@ -76,6 +76,44 @@ def records(dataset):
         found.append(a_record("02_baseline", "rank_histogram", {}, tables.rank_bins(ranks), **own))
     own = {"model": "BERT4Rec"}
     found.append(a_record("02_baseline", "test_metrics", {"hr@10": 0.25}, seed=0, own_params=own))
+    return found + speed_records()
+
+
+def speed_records():
+    """Two variants that ran, one that does not apply, one without room; three rungs; operators; losses."""
+    found = []
+    for precision, mode, status, seconds in (
+        ("fp32", "off", "ok", 0.020),
+        ("fp32", "default", "ok", 0.016),
+        ("bf16", "off", "oom", None),
+        ("tf32", "off", "not applicable", None),
+    ):
+        own = {"precision": precision, "compile_mode": mode, "batch_size": 64, "status": status}
+        timings = {}
+        if seconds is not None:
+            own["ran_compile_mode"] = mode
+            timings = {
+                "step_seconds": seconds,
+                "step_seconds_low": 0.9 * seconds,
+                "step_seconds_high": 1.2 * seconds,
+                "sequences_per_second": 64 / seconds,
+                "peak_tensor_bytes": 5 * 2**20,
+                "compile_seconds": 0.0 if mode == "off" else 8.0,
+                "break_even_steps": None if mode == "off" else 2000,
+            }
+        found.append(a_record("04_amp_compile", "step", {}, own_params=own, timings=timings))
+    for rung, (name, seconds) in enumerate((("seed study's step", 0.5), ("packed", 0.02), ("AMP", 0.04))):
+        own = {"rung": rung, "name": name, "change": f"field={rung}", "status": "ok"}
+        found.append(
+            a_record("04_amp_compile", "ladder", {}, own_params=own, timings={"step_seconds": seconds})
+        )
+    series = {"operator": ["mm", "all others"], "calls": [3.0, 9.0], "seconds": [0.01, 0.03]}
+    series["share"] = [0.25, 0.75]
+    found.append(a_record("04_amp_compile", "operators", {}, series))
+    for number, name in enumerate(("fp32", "bf16")):
+        own = {"precision": name, "number": number}
+        losses = {"step": [1, 2], "loss": [7.0, 6.0 + 0.06 * number]}
+        found.append(a_record("04_amp_compile", "loss_curve", {}, losses, own_params=own))
     return found
 
 
@@ -157,7 +195,7 @@ def test_smoke_runs_are_called_that_everywhere(records, tmp_path):
     smoke = [record | {"profile": "smoke"} for record in records]
     for path in figures.build(smoke, tmp_path):
         assert "smoke run, not a result" in path.read_text(), path.name
-    assert (tmp_path / "index.html").read_text().count("smoke run, not a result") == 7
+    assert (tmp_path / "index.html").read_text().count("smoke run, not a result") == len(figures.FIGURES)
     assert "smoke run" in figures.show("preparation", smoke[0]).layout.title.subtitle.text
     assert "smoke run" not in figures.show("preparation", records[0]).layout.title.subtitle.text
 
@@ -248,6 +286,63 @@ def test_titles_state_what_the_records_say(records, dataset):
     assert titles["learning_curves"] == "NDCG@10 on validation is best after 4 epochs"
     assert titles["metric_comparison"].startswith("BERT4Rec has the target")  # by its mean, 0.2
     assert titles["metric_comparison"].endswith("for 20.0% of users")
+    assert titles["step_time"] == "Fastest: fp32, default, batch 64 with 4,000 sequences/s"
+    assert titles["step_ladder"] == "From the seed study's step to “packed” a step is 25.0 times faster"
+    assert titles["operators"] == "mm takes 25% of a step's own time"
+    assert titles["compile_cost"] == "Compiling costs 8 s and has paid after 2,000 steps"
+    assert titles["loss_parity"] == "Losses of fp32, bf16 differ by at most 1.00%"
+    assert titles["published_rates"] == "The seed study's rates are up to 9.3 times what its epochs took"
+
+
+def test_the_ladder_hangs_each_rung_from_the_one_above():
+    figure = figures.show("step_ladder", *(r for r in speed_records() if r["name"] == "ladder"))
+    bars = {
+        name: (base, base + x)
+        for trace in figure.data
+        for name, base, x in zip(trace.y, trace.base, trace.x, strict=True)
+    }
+    assert bars["packed"] == pytest.approx((500.0, 20.0))  # ms
+    assert bars["AMP"] == pytest.approx((20.0, 40.0))
+    assert bars["seed study's step"][1] == pytest.approx(500.0)
+
+
+def test_what_did_not_run_is_said_in_the_figure_and_has_no_mark():
+    records = [r for r in speed_records() if r["name"] == "step"]
+    figure = figures.show("step_time", *records)
+    said = [annotation.text for annotation in figure.layout.annotations]
+    assert sorted(said) == ["not applicable", "out of memory"]
+    assert sum(len(trace.x) for trace in figure.data if trace.type == "scatter") == 2
+    nothing = [r for r in records if not r["timings"]]
+    for name in ("step_time", "compile_cost", "published_rates"):
+        assert figures.show(name, *nothing).layout.title.text
+    assert figures.show("step_time", *nothing).layout.title.text == "No variant could be timed"
+
+
+def test_lines_of_compile_cost_cross_where_it_has_paid():
+    figure = figures.show("compile_cost", *(r for r in speed_records() if r["name"] == "step"))
+    compiled, eager = (np.array(trace.y) for trace in figure.data)
+    steps = np.array(figure.data[0].x)
+    assert {trace.name for trace in figure.data} == {"eager", "compiled, default"}
+    assert steps[np.argmin(abs(compiled - eager))] == pytest.approx(2000, rel=0.05)
+
+
+def test_an_unmet_claim_stands_in_the_caption():
+    (record, *_) = speed_records()
+    unmet = tables.caption([record | {"claimed": "l4"}])
+    assert "measured on cpu" in unmet
+    assert "l4 was asked for and is not here" in unmet
+    for claimed in ("auto", "cpu", None):
+        assert "asked for" not in tables.caption([record | {"claimed": claimed}])
+
+
+def test_the_published_reference_agrees_with_itself():
+    published = speed_figures.reference()
+    ratios = [
+        run["claimed_per_second"] * run["epoch_seconds"] / run["sequences"] for run in published["throughput"]
+    ]
+    assert min(ratios) == pytest.approx(3.52, abs=0.01)
+    assert max(ratios) == pytest.approx(9.31, abs=0.01)
+    assert all(step["wrong"] for step in published["steps"])
 
 
 def test_every_user_is_in_the_length_histogram(records):
