@@ -40,8 +40,24 @@ class _Clock:
         self.trainer = trainer
         self.found = Measurement(compiled=trainer.compile_mode != "off")
         self.loop = trainer.steps()
+        self.random: list[torch.Tensor] = []  # state of torch's generators between rounds
+
+    @contextlib.contextmanager
+    def own_randomness(self) -> Iterator[None]:
+        """Draw dropout from this variant's own stream: the others' turns must not change its masks."""
+        cuda = [self.trainer.where] if self.trainer.where.type == "cuda" else []
+        with torch.random.fork_rng(cuda):
+            if self.random:
+                torch.set_rng_state(self.random[0])
+                for device, state in zip(cuda, self.random[1:], strict=True):
+                    torch.cuda.set_rng_state(state, device)
+            else:
+                torch.manual_seed(self.trainer.config.seed)
+            yield
+            self.random = [torch.get_rng_state(), *(torch.cuda.get_rng_state(x) for x in cuda)]
 
     def warm_up(self, steps: int) -> None:
+        hardware.set_matmul_precision(self.trainer.precision)
         began = time.perf_counter()
         for _ in range(steps):
             self._next()
@@ -109,11 +125,8 @@ def interleave(
                 if clock.found.status != "ok":
                     continue
                 try:
-                    if number == 0:
-                        hardware.set_matmul_precision(clock.trainer.precision)
-                        clock.warm_up(warmup)
-                    else:
-                        clock.round(steps)
+                    with clock.own_randomness():
+                        clock.warm_up(warmup) if number == 0 else clock.round(steps)
                 except (RuntimeError, MemoryError) as error:
                     clock.stop(error)
     return {name: clock.found for name, clock in clocks.items()}
