@@ -13,7 +13,7 @@ import yaml
 from plotly.subplots import make_subplots
 
 from reclib import paths
-from reclib.look import BLUE, GREEN, HEIGHT, MUTED, ORANGE, PALETTE, TEMPLATE, bar, line, marker
+from reclib.look import BLUE, DECADES, GREEN, HEIGHT, MUTED, ORANGE, PALETTE, TEMPLATE, bar, line, marker
 
 ROW_HEIGHT = 34  # pixels of a row of a categorical axis
 
@@ -83,7 +83,7 @@ def step_ladder(rows: pd.DataFrame) -> go.Figure:
     colors = np.where(before.isna(), MUTED, np.where(after <= before, GREEN, ORANGE))
     start = float(after.min()) / 2  # a logarithmic axis has no zero to stand on
     base = before.fillna(start)
-    factor = (before / after).map(lambda x: "" if np.isnan(x) else f"{x:.2f} times")
+    factor = (before / after).map(lambda x: "" if np.isnan(x) else f"{x:.2f} times the speed")
     for kind in timed["kind"].unique():
         mine = timed["kind"] == kind
         for color in dict.fromkeys(colors[mine]):
@@ -93,18 +93,17 @@ def step_ladder(rows: pd.DataFrame) -> go.Figure:
                 x=(after - base)[chosen],
                 y=timed["name"][chosen],
                 orientation="h",
-                text=[
-                    f"{ms:,.4g} ms  {said}" for ms, said in zip(after[chosen], factor[chosen], strict=True)
-                ],
-                textposition="outside",
-                cliponaxis=False,
                 customdata=np.stack([after[chosen], timed["change"][chosen].fillna("")], 1),
                 hovertemplate="%{y}: %{customdata[0]:.3g} ms (%{customdata[1]})<extra></extra>",
                 marker=bar(str(kind), str(color)),
             )
+    ends = np.maximum(base, after)  # on the right of each bar: on the left stand the names
+    for name, ms, said, end in zip(timed["name"], after, factor, ends, strict=True):
+        text = f"{ms:,.4g} ms  {said}"
+        figure.add_annotation(x=np.log10(end), y=name, text=text, xanchor="left", showarrow=False)
     figure.update_xaxes(
         title_text="median step (ms, log scale); green: shorter, orange: longer than the rung above",
-        type="log",
+        **DECADES | {"tickformat": None},
         range=[np.log10(start), np.log10(float(after.max()) * 3)],
     )
     figure.update_yaxes(categoryorder="array", categoryarray=list(timed["name"])[::-1], ticks="")
