@@ -249,8 +249,8 @@ def next_item_batches(
 ) -> Iterator[tuple[np.ndarray, Batch]]:
     """Yield (users, batch) for prediction: each history's last L - 1 items, then MASK.
 
-    Users are taken by length, and rows are as long as the longest of a batch, so that attention is not paid for
-    over longer ones. The target slots are in the order of the users that are yielded with them.
+    Users are taken by length, and rows are as long as the longest of a batch: attention over more is wasted.
+    The target slots are in the order of the users that are yielded with them.
     """
     spans = np.minimum((histories.ends - histories.starts)[users], layout.max_len - 1)
     users = users[np.argsort(-spans, kind="stable")]
