@@ -25,9 +25,11 @@ import torch
 import torch.nn.functional as F
 from engine import configs, dataset_of
 
-from reclib import data, hardware, metrics
+from reclib import benchmark, data, hardware, metrics
+from reclib.config import changed
 from reclib.data import Evaluation, Histories
 from reclib.model import Bert4Rec
+from reclib.trainer import Trainer
 
 ITEMS, HIDDEN, TOP_K = 160_000, 256, 10
 
@@ -109,6 +111,22 @@ def end_to_end(shape: str, users: int, rounds: int) -> dict[str, Any]:
     return {f"{shape}_end_to_end_users_per_second": rate}
 
 
+def requests(shape: str, precision: str, count: int) -> dict[str, Any]:
+    """Serve one history at a time: the ten best items that are not in it."""
+    dataset = dataset_of(shape)
+    model, train = configs(shape, dataset.num_items)
+    torch.manual_seed(0)
+    histories = data.train_histories(dataset)
+    device = hardware.resolve("cpu")
+    trainer = Trainer(Bert4Rec(model), histories, changed(train, precision=precision), device, "latency")
+    found = benchmark.latency(trainer, data.evaluation(dataset, "test").histories, count)
+    low, high = found.p50, found.p99
+    print(
+        f"  {shape:<14}{precision:<6}p50 {low * 1e3:7.2f} ms   p99 {high * 1e3:7.2f} ms   of {count} requests"
+    )
+    return {f"{shape}_{precision}_p50_seconds": low, f"{shape}_{precision}_p99_seconds": high}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -125,6 +143,10 @@ def main() -> None:
     print("from histories to ranks and top 10")
     for shape in ("ml", "electronics"):
         result |= end_to_end(shape, users, rounds)
+    print("one request: history in, ten items out")
+    for shape in ("ml", "electronics"):
+        for precision in ("fp32", "bf16"):
+            result |= requests(shape, precision, 20 if given.quick else 200)
     print(json.dumps(result))
 
 

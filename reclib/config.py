@@ -135,6 +135,8 @@ class TrainConfig:
             raise ValueError(
                 f"batch_size={self.batch_size} must be a multiple of micro_batch_size={self.micro_batch_size}"
             )
+        if self.head_rows == "all" and self.loss not in ("auto", "plain"):
+            raise ValueError(f"head_rows='all' holds all logits: it needs loss='plain', not {self.loss!r}")
         if self.layout == "packed" and self.objective == "seed_focal":
             raise ValueError("objective='seed_focal' scores padded rows: it needs layout='padded'")
         return self

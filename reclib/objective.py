@@ -61,31 +61,41 @@ def cross_entropy_sum(
     in autocast's type where that is on: both sides are cast here, since `F.linear_cross_entropy` is outside
     autocast and would run in fp32 in silence. The softmax and the loss are in fp32.
     """
+    if how == "plain":
+        return _sum_over_targets(plain_logits(hidden, weight, bias, num_items), targets)
     dtype = compute_dtype(hidden)
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     if how == "inplace":
         return InplaceCrossEntropy.apply(hidden, weight, bias, targets, num_items)
     rows = weight[1 : num_items + 1]
     shift = None if bias is None else bias[1 : num_items + 1]
-    labels = torch.where(targets == IGNORE, IGNORE, targets - 1)
-    if how == "plain":
-        logits = F.linear(hidden, rows)
-        logits = logits.float() if dtype not in FULL else logits
-        logits = logits if shift is None else logits + shift
-        return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
     # The automatic chunking makes one-row chunks when classes far outnumber rows: the size is explicit.
     chunk = max(16, LARGE_LOGITS_BYTES // (8 * num_items))
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=min(chunk, len(targets)))
     loss = F.linear_cross_entropy(
         hidden,
         rows,
-        labels,
+        torch.where(targets == IGNORE, IGNORE, targets - 1),
         linear_bias=None if shift is None else shift.to(dtype),
         ignore_index=IGNORE,
         reduction="sum",
         options=options,
     )
     return loss.float() if dtype not in FULL else loss
+
+
+def plain_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, num_items: int) -> Tensor:
+    """Return the scores (M, I) of all real items, in fp32 at least."""
+    dtype = compute_dtype(hidden)
+    shift = None if bias is None else bias[1 : num_items + 1].to(dtype)
+    logits = F.linear(hidden.to(dtype), weight[1 : num_items + 1].to(dtype), shift)
+    return logits if dtype in FULL else logits.float()
+
+
+def _sum_over_targets(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the sum of the cross-entropies of logits (M, I) at targets (M,), fillers left out."""
+    labels = torch.where(targets == IGNORE, IGNORE, targets - 1)
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
 
 
 _spare: list[Tensor] = []  # the buffer of the last step: asking the kernel for new pages takes longer
@@ -204,16 +214,11 @@ def batch_loss(
         logits = model.logits(encode(*rows))
         share = batch.num_tokens / denominator  # of the step's positions that this loss is a mean over
         return focal_mean(logits, labels.view_as(batch.items)) * share
-    if config.head_rows == "all":
-        hidden = encode(*rows).flatten(0, 1)  # (R * L, D)
-        targets = torch.full_like(batch.items.flatten(), IGNORE)
-        real = batch.targets != IGNORE
-        targets[batch.target_places[real]] = batch.targets[real]
-    else:
-        hidden = encode(*rows, batch.query_index).flatten(0, 1)[batch.target_slots]  # (M, D)
-        targets = batch.targets
-    how = route(config.loss, hidden.device.type, len(targets), num_items)
-    total = cross_entropy_sum(
-        model.head_input(hidden), model.output_weight, model.output_bias, targets, num_items, how
-    )
-    return total / denominator
+    table = (model.output_weight, model.output_bias)
+    if config.head_rows == "all":  # logits everywhere, of which those at the targets are used
+        everywhere = model.head_input(encode(*rows).flatten(0, 1))  # (R * L, D)
+        chosen = plain_logits(everywhere, *table, num_items)[batch.target_places]  # (M, I)
+        return _sum_over_targets(chosen, batch.targets) / denominator
+    hidden = model.head_input(encode(*rows, batch.query_index).flatten(0, 1)[batch.target_slots])  # (M, D)
+    how = route(config.loss, hidden.device.type, len(batch.targets), num_items)
+    return cross_entropy_sum(hidden, *table, batch.targets, num_items, how) / denominator

@@ -67,6 +67,8 @@ class Run:
         missing = [key for key in CARD if key not in device]
         if missing:
             raise ValueError(f"device card lacks {', '.join(missing)}")
+        if device["type"] == "cuda":
+            _demand_self_check(device)
         self.notebook = notebook
         self.params = plain(parameters.values(p))
         self.label = str(device["label"])
@@ -135,6 +137,19 @@ class Run:
     def _without(self, names: Iterable[str]) -> dict[str, Any]:
         left_out = set(names)
         return {key: value for key, value in self.params.items() if key not in left_out}
+
+
+def _demand_self_check(device: Mapping[str, Any]) -> None:
+    """Refuse to record measurements of a GPU that has not passed its self-check with this torch."""
+    file = paths.executed() / str(device["label"]) / "selfcheck.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    checked = found.get("device", {})
+    same = all(checked.get(key) == plain(device[key]) for key in ("name", "torch", "cuda"))
+    if not (found.get("passed") and same):
+        raise InputError(
+            f"no passed self-check of {device['name']} with torch {device['torch']} in "
+            f"{device['label']}/selfcheck.json: run `python -m reclib.hardware check` once, then again"
+        )
 
 
 def params_hash(params: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ ORDER = [
     *("paths", "config", "injected", "params", "provenance", "tracker", "hardware"),
     *("cache", "synthetic", "ml100k", "sources", "data", "describe", "batching"),
     *("sinks", "model", "objective", "metrics", "checkpoint", "trainer", "fit", "experiment"),
-    *("flops", "measurement", "benchmark", "profiling", "bound", "ladder", "speed"),
+    *("flops", "measurement", "benchmark", "profiling", "bound", "ladder", "speed", "selfcheck"),
     *("record", "tables", "look", "page", "speed_figures", "figures", "runner", "job", "study"),
 ]
 # Each of these is known to one module, or to one family, so that replacing it touches few files.
