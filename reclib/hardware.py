@@ -227,8 +227,8 @@ def keep_freed_memory() -> bool:
     """Ask glibc to keep what is freed, so that each step reuses its buffers; return whether it did.
 
     By default glibc gives blocks over some megabytes back to the kernel and takes them again zeroed, page by
-    page. Blocks of 32 MiB and more still come from the kernel: kept, they would fragment the heap, and those of
-    a step stay allocated anyway (see `sinks`). No effect on other C libraries.
+    page. Blocks of 32 MiB and more still come from the kernel: kept, they would fragment the heap; those of a
+    step stay allocated anyway (see `sinks`). No effect on other C libraries.
     """
     if sys.platform != "linux":
         return False
