@@ -213,7 +213,9 @@ def batch_loss(
         labels[batch.target_places[real]] = batch.targets[real]
         logits = model.logits(encode(*rows))
         share = batch.num_tokens / denominator  # of the step's positions that this loss is a mean over
-        return focal_mean(logits, labels.view_as(batch.items)) * share
+        loss = focal_mean(logits, labels.view_as(batch.items)) * share
+        loss.held = logits  # type: ignore[attr-defined]  # as the original does, through backward
+        return loss
     table = (model.output_weight, model.output_bias)
     if config.head_rows == "all":  # logits everywhere, of which those at the targets are used
         everywhere = model.head_input(encode(*rows).flatten(0, 1))  # (R * L, D)
