@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -81,7 +80,7 @@ def run_folder(notebook: str, model: ModelConfig, train: TrainConfig, fingerprin
 
 
 def train_seed(notebook: str, p: Baseline, dataset: Dataset, device: Device, seed: int) -> Trained:
-    """Train one seed, or go on with a run that was killed; the checkpoints of other code are dropped."""
+    """Train one seed, or go on with a run of the same code, configuration and data that was killed."""
     model, train = model_of(p, dataset), train_of(p, seed)
     folder = run_folder(notebook, model, train, dataset.fingerprint)
     about = {"model": asdict(model), "train": asdict(train), "data": dataset.fingerprint}
@@ -91,11 +90,6 @@ def train_seed(notebook: str, p: Baseline, dataset: Dataset, device: Device, see
             on_evaluation=lambda row: track.log(row, int(row["step"])),
         )
         return Trained(seed, fit(model, dataset, train, device, folder, options))
-
-
-def forget(notebook: str) -> None:
-    """Delete the checkpoints of a notebook's runs."""
-    shutil.rmtree(paths.runs() / notebook, ignore_errors=True)
 
 
 def score_test(trained: Sequence[Trained], dataset: Dataset, remove_seen: bool) -> list[Ranking]:

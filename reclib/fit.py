@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -131,9 +132,18 @@ def _train(trainer: Trainer, valid: Evaluation, folder: Path | None, options: Op
 
 
 def _absorb(trainer: Trainer, pending: list[StepStats]) -> None:
-    """Add the losses of `pending` steps to the run's sums, and forget the steps."""
-    trainer.progress.loss_sum += sum(stats.loss * stats.num_targets for stats in pending)
-    trainer.progress.loss_targets += sum(stats.num_targets for stats in pending)
+    """Add the losses of `pending` steps to the run's sums, and forget the steps.
+
+    On CUDA the loop looks at a loss only now and then: here all are seen, before anything is saved.
+    """
+    for stats in pending:
+        if stats.skipped:
+            continue
+        values = {"loss": stats.loss, "gradient norm": stats.grad_norm}
+        if wrong := {k: v for k, v in values.items() if v is not None and not math.isfinite(v)}:
+            raise trainer.diverged(stats.step, wrong)
+        trainer.progress.loss_sum += stats.loss * stats.num_targets
+        trainer.progress.loss_targets += stats.num_targets
     pending.clear()
 
 

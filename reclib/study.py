@@ -83,6 +83,8 @@ def run(job: Job, *, force: bool = False, cell_seconds: int | None = None) -> bo
     identity = job.identity()  # before: what is edited during the run was not run
     began = time.perf_counter()
     job.stamp.unlink(missing_ok=True)
+    if force:  # a finished training run would only be loaded
+        shutil.rmtree(paths.runs() / job.notebook, ignore_errors=True)
     runner.execute(
         paths.notebooks() / f"{job.notebook}.ipynb",
         job.output,

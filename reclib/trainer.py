@@ -256,11 +256,15 @@ class Trainer:
         if norm is not None and not bool(norm.isfinite()):
             wrong["gradient norm"] = float(norm)
         if wrong and not (self.scaler.is_enabled() and self.scaler.get_scale() > 1):
-            said = ", ".join(f"{name} {value}" for name, value in wrong.items())
-            raise InputError(
-                f"training diverged at step {step}: {said} in {self.precision.name}; the last checkpoint is "
-                "kept: lower learning_rate or clip_norm, or train in fp32"
-            )
+            raise self.diverged(step, wrong)
+
+    def diverged(self, step: int, wrong: dict[str, float]) -> InputError:
+        """Return the error that says at which step what was not finite."""
+        said = ", ".join(f"{name} {value}" for name, value in wrong.items())
+        return InputError(
+            f"training diverged at step {step}: {said} in {self.precision.name}; the last checkpoint is "
+            "kept: lower learning_rate or clip_norm, or train in fp32"
+        )
 
     # -- checkpoints ---------------------------------------------------------------------------------------
 

@@ -179,7 +179,7 @@ def test_prefetch_stops_its_thread_when_left_early():
     source.close()  # joins the thread: a hang here would be the failure
 
 
-def test_samples_of_no_targets_make_no_batch_error():
+def test_one_sequence_makes_one_row_with_its_target_masked():
     layout = Layout(12, NUM_ITEMS + 1, "first", True, 16)
     samples = Samples(np.array([3, 4]), np.array([2]), np.array([False, True]))
     batch = layout.batch(samples, np.array([0]), np.array([0]))

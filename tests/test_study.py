@@ -330,3 +330,14 @@ def test_normalising_drops_what_says_nothing_and_keeps_the_rest(tmp_path: Path):
     assert kept["metadata"] == {"tags": ["parameters"]}
     assert (kept["execution_count"], kept["outputs"][0]["text"]) == (3, ["kept"])
     assert [file.name for file in tmp_path.iterdir()] == ["a.ipynb"]
+
+
+def test_force_trains_again_instead_of_loading_what_was_trained(project: Path):
+    kept = project / "runs/02_baseline/key/step-9"
+    kept.mkdir(parents=True)
+    (project / "runs/01_data_prep").mkdir()
+    assert run() == 0
+    assert kept.is_dir()
+    assert run("--force") == 0
+    assert not kept.exists()
+    assert (project / "runs/01_data_prep").is_dir()

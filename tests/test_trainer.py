@@ -181,6 +181,22 @@ def test_divergence_stops_with_a_clear_error_and_keeps_the_last_checkpoint(datas
 save = Trainer.save
 
 
+def test_a_divergence_that_the_loop_did_not_look_at_is_not_saved(dataset, tmp_path, monkeypatch):
+    def poison(stats):
+        if stats.step == 5:
+            with torch.no_grad():
+                trainers[0].model.item_table.weight[1:] = float("inf")
+
+    trainers: list[Trainer] = []
+    steps = Trainer.steps
+    monkeypatch.setattr(Trainer, "steps", lambda self: trainers.append(self) or steps(self))
+    monkeypatch.setattr(Trainer, "_check_finite", lambda *_: None)  # as between two looks on CUDA
+    config = changed(SHORT, checkpoint_seconds=0.0)
+    with pytest.raises(InputError, match="diverged at step 6: loss nan"):
+        fit(model_for(dataset), dataset, config, CPU, tmp_path, Options(on_step=poison))
+    assert checkpoint.latest(tmp_path).name == "step-5"
+
+
 def test_the_best_weights_on_validation_are_returned_and_early_stop_counts(dataset):
     config = changed(SHORT, epochs=40, eval_every=1, patience=3, learning_rate=0.05)
     trainer = fit(model_for(dataset), dataset, config, CPU)
