@@ -3,7 +3,7 @@
 The first rung re-creates that study's step: focal cross-entropy over every position that is not padding, rows
 padded to their full length, logits at all of them, dropout on attention, an optimiser that takes one tensor
 at a time. Every other rung changes a single field of the configuration, so that what it gives is its own.
-Which positions are masked is drawn as in ours on every rung: it moves that loss a little and the cost not at all.
+Which positions are masked is drawn as in ours on every rung; the cost does not depend on it.
 """
 
 from __future__ import annotations
