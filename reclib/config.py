@@ -84,11 +84,18 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DataConfig:
-    """Which interactions, and how they are filtered."""
+    """Which interactions, how they are read, and how they are filtered."""
 
-    dataset: str = "ml-100k"  # "ml-100k", "synthetic", or a file as in `sources.source`
+    dataset: str = "ml-100k"  # a name, a file, or a prepared folder: see `sources.source`
+    format: str = "auto"  # a name of `formats.FORMATS`; auto: detected, or an error that names the choices
+    columns: dict[str, str] | None = None  # own CSV or Parquet: user, item, time, rating -> column name
     min_user: Positive = 5  # k-core: interactions that a user must have
     min_item: Positive = 5  # k-core: interactions that an item must have
+    core: Literal["fixed_point", "single_pass"] = "fixed_point"  # single_pass: the seed study's filter
+    duplicates: Literal["keep", "exact", "first", "last"] = "keep"  # repeated (user, item) pairs
+    strict: bool = False  # stop at the first bad line instead of counting it
+    max_rejected_share: Share = 0.01  # share of bad lines above which reading stops
+    memory_limit_mb: Positive = 512  # of the database that prepares the data
     synthetic_users: Positive = 300
     synthetic_items: Positive = 200
     synthetic_mean_len: PositiveFloat = 30.0  # interactions per user
