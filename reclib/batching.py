@@ -1,4 +1,4 @@
-"""From histories to batches: windows, cloze masks and packed rows, vectorised and reproducible.
+"""From samples to batches: packed rows and where in them the targets are, vectorised and reproducible.
 
 A step's samples are drawn before they are laid out, from a generator seeded by (seed, stream, epoch, step).
 So the same step has the same targets in packed or padded rows, in one piece or in micro-batches, and a
@@ -21,19 +21,12 @@ from torch import Tensor
 
 from reclib.config import PAD, ModelConfig, TrainConfig
 from reclib.data import Histories
+from reclib.samples import Samples, cut, mask_cloze, negative_shares, next_items
 
 IGNORE = -100  # target of a slot that only fills a bucket
-ORDER, SAMPLE = 0, 1  # streams of random numbers
+ORDER, SAMPLE, NEGATIVES = 0, 1, 2  # streams of random numbers
 
 T = TypeVar("T")
-
-
-class Samples(NamedTuple):
-    """Sequences cut to at most L items, one after another, with their targets marked."""
-
-    tokens: np.ndarray  # int32 (T,) item ids
-    lengths: np.ndarray  # int64 (B,)
-    is_target: np.ndarray  # bool (T,)
 
 
 class Batch(NamedTuple):
@@ -49,6 +42,8 @@ class Batch(NamedTuple):
     num_targets: int
     num_tokens: int  # real items, MASK included
     num_sequences: int
+    negatives: Tensor | None = None  # (K,) item ids of a sampled loss
+    negative_probs: Tensor | None = None  # (K,) how likely one draw was to give each
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on `device`, copied without waiting where memory is pinned."""
@@ -71,39 +66,6 @@ def bucket(n: int, steps: int) -> int:
 def generator(*key: int) -> np.random.Generator:
     """Return the generator of a key such as (seed, stream, epoch, step)."""
     return np.random.default_rng(key)
-
-
-def cut(histories: Histories, users: np.ndarray, max_len: int, offset: np.ndarray | None) -> Samples:
-    """Return the histories of `users`, at most `max_len` items each and no targets yet.
-
-    `offset` (B,) in [0, 1) places the window inside a longer history; None takes the last items.
-    """
-    starts, ends = histories.starts[users], histories.ends[users]
-    lengths = np.minimum(ends - starts, max_len)
-    slack = ends - starts - lengths
-    shift = slack if offset is None else np.minimum((offset * (slack + 1)).astype(np.int64), slack)
-    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    tokens = histories.items[np.repeat(starts + shift, lengths) + within]
-    return Samples(tokens, lengths, np.zeros(len(tokens), dtype=bool))
-
-
-def mask_cloze(
-    samples: Samples, mask_prob: float, last_item_share: float, rng: np.random.Generator
-) -> Samples:
-    """Mark cloze targets: each item with `mask_prob`, at least one a sequence.
-
-    A share of the sequences has the last item as its only target, which is the condition at inference.
-    """
-    lengths = samples.lengths
-    ends = np.cumsum(lengths)
-    sequence = np.repeat(np.arange(len(lengths)), lengths)
-    last_only = rng.random(len(lengths)) < last_item_share
-    is_target = (rng.random(len(samples.tokens)) < mask_prob) & ~last_only[sequence]
-    spare = ends - lengths + (rng.random(len(lengths)) * lengths).astype(np.int64)
-    empty = np.bincount(sequence[is_target], minlength=len(lengths)) == 0
-    forced = np.where(last_only, ends - 1, spare)[empty & (lengths > 0)]
-    is_target[forced] = True
-    return samples._replace(is_target=is_target)
 
 
 def first_fit_decreasing(lengths: np.ndarray, max_len: int) -> tuple[np.ndarray, np.ndarray]:
@@ -137,12 +99,14 @@ class Layout:
     position_origin: str  # "first" or "last"
     packed: bool
     bucket_steps: int
+    causal: bool = False  # targets stay visible: they are other items than those at their places
 
     @classmethod
     def of(cls, model: ModelConfig, train: TrainConfig) -> Layout:
         """Return the layout that the two configurations ask for."""
         packed = train.layout == "packed"
-        return cls(model.max_len, model.mask_id, model.position_origin, packed, train.bucket_steps)
+        shape = (model.max_len, model.mask_id, model.position_origin, packed, train.bucket_steps)
+        return cls(*shape, causal=model.causal)
 
     def place(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return row and place (S, B) of every sequence; unpacked, each has a row of its own."""
@@ -152,7 +116,7 @@ class Layout:
 
     def batch(self, samples: Samples, rows: np.ndarray, places: np.ndarray) -> Batch:
         """Lay samples out in rows (B,) at places (B,)."""
-        tokens, lengths, is_target = samples
+        tokens, lengths, is_target, labels = samples
         L = self.max_len
         num_rows = int(rows.max(initial=0)) + 1
         num_rows = bucket(num_rows, self.bucket_steps) if self.packed else num_rows
@@ -164,11 +128,11 @@ class Layout:
         items = np.full(num_rows * L, PAD, dtype=np.int64)
         segments = np.zeros(num_rows * L, dtype=np.int32)
         positions = np.zeros(num_rows * L, dtype=np.int64)
-        items[flat] = np.where(is_target, self.mask_id, tokens)
+        items[flat] = tokens if self.causal else np.where(is_target, self.mask_id, tokens)
         segments[flat] = sequence + 1
         positions[flat] = lengths[sequence] - 1 - within if from_last else within
 
-        found, targets = flat[is_target], tokens[is_target].astype(np.int64)
+        found, targets = flat[is_target], labels[is_target].astype(np.int64)
         index = self._queries(found, targets, num_rows)
         shape = (num_rows, L)
         return Batch(
@@ -209,16 +173,19 @@ class Epoch:
     def __init__(self, histories: Histories, model: ModelConfig, train: TrainConfig, epoch: int) -> None:
         self.histories, self.model, self.train, self.epoch = histories, model, train, epoch
         self.layout = Layout.of(model, train)
-        users = np.flatnonzero(histories.ends > histories.starts)
+        self.extra = int(model.causal)  # items of a window beyond its inputs: the last one's target
+        users = np.flatnonzero(histories.ends - histories.starts > self.extra)
         self.users = generator(train.seed, ORDER, epoch).permutation(users)
         self.num_steps = -(-len(users) // train.batch_size)
         micro = train.micro_batch_size or train.batch_size
         self.micros = train.batch_size // micro
         lengths = np.zeros(self.num_steps * train.batch_size, dtype=np.int64)
-        spans = histories.ends[self.users] - histories.starts[self.users]
+        spans = histories.ends[self.users] - histories.starts[self.users] - self.extra
         lengths[: len(users)] = np.minimum(spans, model.max_len)
         rows, places = self.layout.place(lengths.reshape(-1, micro))
         self.rows, self.places = (x.reshape(-1, train.batch_size) for x in (rows, places))
+
+        self.shares = negative_shares(histories, model.num_items, train) if train.sampled else None
 
     def samples(self, step: int) -> Samples:
         """Draw the windows and targets of a step."""
@@ -226,21 +193,33 @@ class Epoch:
         users = self.users[step * train.batch_size : (step + 1) * train.batch_size]
         rng = generator(train.seed, SAMPLE, self.epoch, step)
         offset = rng.random(len(users)) if train.window == "random" else None
-        chosen = cut(self.histories, users, self.model.max_len, offset)
+        chosen = cut(self.histories, users, self.model.max_len + self.extra, offset)
+        if self.model.causal:
+            return next_items(chosen)
         return mask_cloze(chosen, train.mask_prob, train.last_item_share, rng)
+
+    def negatives(self, step: int) -> dict[str, Tensor]:
+        """Draw the negatives of a sampled loss, one set for all targets of a step, with their odds."""
+        if self.shares is None:
+            return {}
+        rng = generator(self.train.seed, NEGATIVES, self.epoch, step)
+        drawn = rng.choice(len(self.shares), self.train.num_negatives, p=self.shares)
+        odds = torch.from_numpy(self.shares[drawn].astype(np.float32))
+        return {"negatives": torch.from_numpy(drawn), "negative_probs": odds}
 
     def step(self, step: int) -> list[Batch]:
         """Return the micro-batches of a step."""
-        samples = self.samples(step)
+        samples, negatives = self.samples(step), self.negatives(step)
         size = self.train.batch_size // self.micros
         ends = np.concatenate(([0], np.cumsum(samples.lengths)))
         batches = []
         for first in range(0, len(samples.lengths), size):
             part = slice(first, min(first + size, len(samples.lengths)))
             items = slice(ends[part.start], ends[part.stop])
-            piece = Samples(samples.tokens[items], samples.lengths[part], samples.is_target[items])
+            tokens, lengths, is_target, labels = samples
+            piece = Samples(tokens[items], lengths[part], is_target[items], labels[items])
             rows, places = self.rows[step, part], self.places[step, part]
-            batches.append(self.layout.batch(piece, rows, places))
+            batches.append(self.layout.batch(piece, rows, places)._replace(**negatives))
         return batches
 
 
@@ -249,23 +228,26 @@ def next_item_batches(
 ) -> Iterator[tuple[np.ndarray, Batch]]:
     """Yield (users, batch) for prediction: each history's last L - 1 items, then MASK.
 
-    Users are taken by length, and rows are as long as the longest of a batch: attention over more is wasted.
-    The target slots are in the order of the users that are yielded with them.
+    The causal twin is asked at the last of L items, and at MASK alone after an empty history. Users are taken
+    by length, and rows are as long as the longest of a batch: attention over more is wasted. The target slots
+    are in the order of the users that are yielded with them.
     """
-    spans = np.minimum((histories.ends - histories.starts)[users], layout.max_len - 1)
+    most = layout.max_len - int(not layout.causal)
+    spans = np.minimum((histories.ends - histories.starts)[users], most)
     users = users[np.argsort(-spans, kind="stable")]
     for first in range(0, len(users), batch_size):
         chosen = users[first : first + batch_size]
-        seen = cut(histories, chosen, layout.max_len - 1, None)
-        lengths = seen.lengths + 1
+        seen = cut(histories, chosen, most, None)
+        lengths = np.maximum(seen.lengths, 1) if layout.causal else seen.lengths + 1
         ends = np.cumsum(lengths)
         tokens = np.full(ends[-1], layout.mask_id, dtype=np.int64)
         is_target = np.zeros(ends[-1], dtype=bool)
         is_target[ends - 1] = True
-        tokens[~is_target] = seen.tokens
+        within = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
+        tokens[within < np.repeat(seen.lengths, lengths)] = seen.tokens
         fitting = replace(layout, max_len=min(-(-int(lengths[0]) // 16) * 16, layout.max_len))
         rows, places = fitting.place(lengths[None])
-        batch = fitting.batch(Samples(tokens, lengths, is_target), rows[0], places[0])
+        batch = fitting.batch(Samples(tokens, lengths, is_target, tokens), rows[0], places[0])
         by_place = np.argsort(rows[0] * fitting.max_len + places[0], kind="stable")
         yield chosen[by_place], batch
 

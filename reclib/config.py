@@ -15,6 +15,8 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
+Objective = Literal["cloze", "next_item", "seed_focal"]
+Loss = Literal["auto", "plain", "chunked", "inplace", "sampled_softmax", "gbce"]
 CompileMode = Literal["off", "default", "reduce-overhead", "max-autotune"]
 GpuLabel = Literal["auto", "cpu", "t4", "l4", "v100", "a100", "h100"]
 
@@ -57,6 +59,7 @@ class ModelConfig:
     tied: bool = True  # the output table is the input table
     output_bias: bool = True
     output_mask_row: bool = True  # whether an untied output table has a row for MASK
+    causal: bool = False  # a position sees itself and what is before it: the causal twin (SASRec)
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:
@@ -108,7 +111,7 @@ class TrainConfig:
 
     seed: NonNegative = 0
     # objective
-    objective: Literal["cloze", "seed_focal"] = "cloze"  # seed_focal: the seed study's, for comparison
+    objective: Objective = "cloze"  # next_item: the causal twin's; seed_focal: the seed study's
     mask_prob: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2  # share of positions that are targets
     last_item_share: Share = 0.15  # share of samples whose only target is the last item
     window: Literal["last", "random"] = "last"  # which max_len items of a longer history
@@ -117,7 +120,11 @@ class TrainConfig:
     micro_batch_size: Positive | None = None  # sequences per forward pass; None: batch_size
     layout: Literal["packed", "padded"] = "packed"
     head_rows: Literal["targets", "all"] = "targets"  # positions that reach the output layer
-    loss: Literal["auto", "plain", "chunked", "inplace"] = "auto"  # see `objective`
+    loss: Loss = "auto"  # routes to the full cross-entropy, or a sampled loss; see `objective`
+    num_negatives: Positive = 256  # of a sampled loss, shared by the targets of a step
+    negatives: Literal["uniform", "popularity"] = "uniform"  # what they are drawn from
+    logq: bool = True  # sampled_softmax: correct each negative for how likely it was drawn
+    gbce_t: Share = 0.75  # gbce: calibration; 0 is plain binary cross-entropy
     bucket_steps: Positive = 16  # rows and targets are rounded up to this many sizes per octave
     # optimiser
     optimizer: Literal["fused", "loop"] = "fused"  # loop: one tensor at a time, torch's default on CPU
@@ -144,9 +151,16 @@ class TrainConfig:
             )
         if self.head_rows == "all" and self.loss not in ("auto", "plain"):
             raise ValueError(f"head_rows='all' holds all logits: it needs loss='plain', not {self.loss!r}")
+        if self.objective == "seed_focal" and self.sampled:
+            raise ValueError(f"objective='seed_focal' is over all items: it knows no loss={self.loss!r}")
         if self.layout == "packed" and self.objective == "seed_focal":
             raise ValueError("objective='seed_focal' scores padded rows: it needs layout='padded'")
         return self
+
+    @property
+    def sampled(self) -> bool:
+        """Whether the loss looks at sampled items instead of the catalogue."""
+        return self.loss in ("sampled_softmax", "gbce")
 
 
 _SEED = {"positions": "sinusoidal", "norm": "post", "embedding_norm": True, "tied": False}

@@ -213,7 +213,8 @@ def main(argv: list[str] | None = None) -> int:
         config = validated(TrainConfig, {k: v for k, v in values.items() if "." not in k})
         device = resolve(given.gpu)
         dataset = prepare(validated(DataConfig, {"dataset": given.dataset}))
-        model = model_config(given.size, **({"num_items": dataset.num_items} | shape))
+        shape = {"num_items": dataset.num_items, "causal": config.objective == "next_item"} | shape
+        model = model_config(given.size, **shape)
         trainer = fit(model, dataset, config, device, given.out, Options(progress_bar=True))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

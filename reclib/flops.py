@@ -78,9 +78,11 @@ def executed(model: ModelConfig, train: TrainConfig, batch: Batch) -> Flops:
     rows, L = batch.items.shape
     focal = train.objective == "seed_focal"
     everywhere = focal or train.head_rows == "all"
-    queries = None if everywhere else int(batch.query_index.shape[1])
+    queries = None if everywhere or model.causal else int(batch.query_index.shape[1])
     slots = rows * L if everywhere else len(batch.targets)
     table_rows = model.output_rows if focal else model.num_items
+    if train.sampled:
+        table_rows = train.num_negatives  # the product with each target's own row is left out
     forward = Flops(encoder_forward(model, rows, queries), head_forward(model, slots, table_rows))
     return Flops(*((1 + BACKWARD) * part for part in forward))
 

@@ -22,6 +22,7 @@ from reclib.batching import Layout, next_item_batches
 from reclib.config import ModelConfig
 from reclib.data import Evaluation, Histories
 from reclib.model import Bert4Rec
+from reclib.samples import item_counts
 
 SCORE_BYTES = 64 * 2**20  # scores held at a time
 ROWS_IN_CACHE = 8  # users counted at a time on a CPU
@@ -137,10 +138,7 @@ def constant_scores(values: np.ndarray, evaluation: Evaluation) -> Scores:
 
 def popularity(histories: Histories, num_items: int) -> np.ndarray:
     """Return how often each item 1..num_items occurs in the histories, as scores (I,)."""
-    lengths = histories.ends - histories.starts
-    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    items = histories.items[np.repeat(histories.starts, lengths) + within]
-    return np.bincount(items, minlength=num_items + 1)[1:].astype(np.float32)
+    return item_counts(histories, num_items)[1:].astype(np.float32)
 
 
 @torch.no_grad()
@@ -153,13 +151,13 @@ def model_scores(
 ) -> Scores:
     """Yield a model's scores of all real items after each history; puts the model in eval mode.
 
-    A history longer than max_len - 1 is cut to its last items. Runs in autocast's precision where that is on;
-    scores are fp32, in a buffer that the next ones overwrite.
+    A history longer than max_len - 1 (max_len for the causal twin) is cut to its last items. Runs in
+    autocast's precision where that is on; scores are fp32, in a buffer that the next ones overwrite.
     """
     was_training = model.training
     model.eval()
     config: ModelConfig = model.config
-    layout = Layout(config.max_len, config.mask_id, config.position_origin, True, 16)
+    layout = Layout(config.max_len, config.mask_id, config.position_origin, True, 16, config.causal)
     weight = model.output_weight[1 : config.num_items + 1]
     bias = None if model.output_bias is None else model.output_bias[1 : config.num_items + 1]
     size = max(1, SCORE_BYTES // (4 * config.num_items))

@@ -6,7 +6,9 @@ Reference: Sun et al., "BERT4Rec", CIKM 2019, section 3. What is unusual:
   stays inside a segment and positions restart with each;
 - the encoder and the output layer are called apart, so that only target positions need reach the latter;
 - the output table is a weight to be multiplied by whoever computes the loss or the ranks;
-- there is no dropout on attention probabilities unless asked for: it rules out fused attention.
+- there is no dropout on attention probabilities unless asked for: it rules out fused attention;
+- with `causal` attention it is the twin that predicts the next item (SASRec, Kang and McAuley, ICDM 2018, with full
+  cross-entropy): nothing else differs.
 
 Shapes: R rows, L positions in a row, D hidden_dim, H heads, V rows of the output table, M target positions.
 """
@@ -26,13 +28,17 @@ from reclib.config import PAD, SIZES, ModelConfig, model_config
 from reclib.sinks import Lookup, sink_of
 
 
-def attention_bias(segment_ids: Tensor, dtype: torch.dtype) -> Tensor:
+def attention_bias(segment_ids: Tensor, dtype: torch.dtype, causal: bool = False) -> Tensor:
     """Return what is added to the attention scores so that segments never see each other.
 
     `segment_ids` (R, L) numbers the sequences of a row from 1; 0 is padding, whose positions see only each
-    other, which keeps their softmax finite. Returns (R, 1, L, L) of 0 and -inf.
+    other, which keeps their softmax finite. `causal` hides what is later as well. Returns (R, 1, L, L) of 0
+    and -inf.
     """
     apart = segment_ids[:, :, None] != segment_ids[:, None, :]  # (R, L, L)
+    if causal:
+        place = torch.arange(segment_ids.shape[1], device=segment_ids.device)
+        apart |= place[:, None] < place[None, :]
     bias = torch.zeros(apart.shape, dtype=dtype, device=apart.device)
     return bias.masked_fill_(apart, float("-inf")).unsqueeze(1)
 
@@ -236,7 +242,7 @@ class Bert4Rec(nn.Module):
         """
         x = self.look_up(items) + F.embedding(positions, self.position_table)
         x = self.dropout(self.embedding_norm(x))
-        bias = attention_bias(segment_ids, x.dtype)
+        bias = attention_bias(segment_ids, x.dtype, self.config.causal)
         if query_index is None:
             for block in self.blocks:
                 x = block(x, bias)

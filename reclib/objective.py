@@ -8,6 +8,8 @@ Three routes to the same number and the same gradients:
   they are in cache; the three matrix products stay whole. On a CPU it costs the products and little more,
   and a third of the memory of `plain`.
 
+Two losses over sampled items stand beside them, for catalogues whose scores do not fit (see `sampled`).
+
 Only real items compete: the rows of PAD and MASK get no probability and no gradient. The loss is in fp32
 whatever the products' precision, and is a sum divided by the number of targets of the whole step.
 
@@ -29,6 +31,7 @@ from torch import Tensor
 from reclib.batching import IGNORE, Batch
 from reclib.config import PAD, TrainConfig
 from reclib.model import Bert4Rec
+from reclib.sampled import sampled_sum
 from reclib.sinks import sink_of
 
 Route = Literal["plain", "chunked", "inplace"]
@@ -221,6 +224,12 @@ def batch_loss(
         everywhere = model.head_input(encode(*rows).flatten(0, 1))  # (R * L, D)
         chosen = plain_logits(everywhere, *table, num_items)[batch.target_places]  # (M, I)
         return _sum_over_targets(chosen, batch.targets) / denominator
-    hidden = model.head_input(encode(*rows, batch.query_index).flatten(0, 1)[batch.target_slots])  # (M, D)
+    if model.config.causal:  # nearly every place is a target: nothing is saved by asking for some
+        states = encode(*rows).flatten(0, 1)[batch.target_places]
+    else:
+        states = encode(*rows, batch.query_index).flatten(0, 1)[batch.target_slots]
+    hidden = model.head_input(states)  # (M, D)
+    if config.sampled:
+        return sampled_sum(hidden, *table, batch, num_items, config) / denominator
     how = route(config.loss, hidden.device.type, len(batch.targets), num_items)
     return cross_entropy_sum(hidden, *table, batch.targets, num_items, how) / denominator

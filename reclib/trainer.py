@@ -125,6 +125,11 @@ class Trainer:
     def __init__(
         self, model: Bert4Rec, histories: Histories, config: TrainConfig, device: Device, fingerprint: str
     ) -> None:
+        if model.config.causal != (config.objective == "next_item"):
+            raise InputError(
+                f"objective={config.objective!r} does not go with causal={model.config.causal}: "
+                "a causal model is trained with objective='next_item', and no other is"
+            )
         self.model, self.histories, self.config, self.device = model, histories, config, device
         self.where = device.torch_device
         self.precision = hardware.choose_precision(config.precision, device.card)
@@ -144,7 +149,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.where.type, enabled=self.precision.needs_scaler)
         self.progress = Progress()
         self.fingerprint = fingerprint
-        users = int((histories.ends > histories.starts).sum())
+        users = int((histories.ends - histories.starts > int(model.config.causal)).sum())
         self.steps_per_epoch = -(-users // config.batch_size)
         planned = self.steps_per_epoch * config.epochs
         self.total_steps = planned if config.max_steps is None else min(planned, config.max_steps)
@@ -229,7 +234,7 @@ class Trainer:
     def _can_sink(self) -> bool:
         """Whether the tables' gradients can have one place each: eager, full precision, on a CPU."""
         config = self.config
-        plain = config.objective == "cloze" and config.head_rows == "targets"
+        plain = config.objective != "seed_focal" and config.head_rows == "targets"
         eager = self.where.type == "cpu" and self.compile_mode == "off"
         full = self.precision.autocast_dtype is None
         return plain and eager and full and config.loss in ("auto", "inplace")

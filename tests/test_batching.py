@@ -13,16 +13,15 @@ from reclib.batching import (
     IGNORE,
     Epoch,
     Layout,
-    Samples,
     bucket,
-    cut,
     first_fit_decreasing,
     generator,
-    mask_cloze,
     next_item_batches,
     prefetch,
 )
 from reclib.config import PAD, TrainConfig
+from reclib.data import Histories
+from reclib.samples import Samples, cut, mask_cloze, negative_shares, next_items
 
 lengths_of_steps = st.lists(st.lists(st.integers(0, 12), min_size=5, max_size=5), min_size=1, max_size=4)
 
@@ -181,7 +180,67 @@ def test_prefetch_stops_its_thread_when_left_early():
 
 def test_one_sequence_makes_one_row_with_its_target_masked():
     layout = Layout(12, NUM_ITEMS + 1, "first", True, 16)
-    samples = Samples(np.array([3, 4]), np.array([2]), np.array([False, True]))
+    items = np.array([3, 4])
+    samples = Samples(items, np.array([2]), np.array([False, True]), items)
     batch = layout.batch(samples, np.array([0]), np.array([0]))
     assert batch.num_targets == 1
     assert batch.items[0, :2].tolist() == [3, NUM_ITEMS + 1]
+
+
+CAUSAL = TrainConfig(objective="next_item", batch_size=4)
+
+
+def test_the_causal_twin_predicts_every_next_item_from_visible_items():
+    data = histories([1, 2, 7, 30], seed=3)
+    model = small_model(causal=True)
+    (batch,) = Epoch(data, model, CAUSAL, 0).step(0)
+    assert batch.num_sequences == 3  # one item alone has no next
+    assert batch.num_targets == batch.num_tokens == 1 + 6 + model.max_len
+    assert not (batch.items == model.mask_id).any()
+    real = batch.targets != IGNORE
+    shown = batch.items.flatten()[batch.target_places[real]]
+    pairs = set(zip(shown.tolist(), batch.targets[real].tolist(), strict=True))
+    follows = {
+        pair
+        for first, last in zip(data.starts, data.ends, strict=True)
+        for pair in zip(
+            data.items[first : last - 1].tolist(), data.items[first + 1 : last].tolist(), strict=True
+        )
+    }
+    assert pairs <= follows
+
+
+def test_next_items_of_each_sequence_apart():
+    items = np.array([1, 2, 3, 4, 5, 6])
+    found = next_items(Samples(items, np.array([3, 1, 2, 0]), np.zeros(6, dtype=bool), items))
+    assert found.tokens.tolist() == [1, 2, 5]
+    assert found.labels.tolist() == [2, 3, 6]
+    assert found.lengths.tolist() == [2, 0, 1, 0]
+    assert found.is_target.all()
+
+
+def test_prediction_batches_of_the_causal_twin_ask_at_the_last_item():
+    model = small_model(causal=True)
+    data = histories([5, 30, 1], seed=5)
+    empty = Histories(data.items, np.append(data.starts, 3), np.append(data.ends, 3))
+    ((users, batch),) = next_item_batches(empty, Layout.of(model, CAUSAL), np.arange(4), 8)
+    asked = batch.items.flatten()[batch.target_places[: batch.num_targets]]
+    wanted = {u: int(data.items[data.ends[u] - 1]) for u in range(3)} | {3: model.mask_id}
+    assert dict(zip(users.tolist(), asked.tolist(), strict=True)) == wanted
+    longest = int(batch.segment_ids.flatten().bincount()[1:].max())
+    assert longest == model.max_len  # a masked model has one place less
+
+
+def test_negatives_follow_the_shares_and_repeat_with_the_step():
+    data = Histories(np.array([1, 1, 1, 2], dtype=np.int32), np.array([0]), np.array([4]))
+    popular = TrainConfig(batch_size=1, loss="sampled_softmax", negatives="popularity", num_negatives=4000)
+    assert negative_shares(data, 3, popular).tolist() == [0.0, 0.75, 0.25, 0.0]
+    epoch = Epoch(data, small_model(), popular, 0)
+    drawn = epoch.negatives(0)
+    assert np.isclose((drawn["negatives"] == 1).float().mean(), 0.75, atol=0.03)
+    assert (drawn["negative_probs"][drawn["negatives"] == 2] == 0.25).all()
+    assert (epoch.negatives(0)["negatives"] == drawn["negatives"]).all()
+    assert (epoch.negatives(1)["negatives"] != drawn["negatives"]).any()
+    uniform = negative_shares(data, 3, TrainConfig(loss="gbce"))
+    assert uniform[PAD] == 0
+    assert np.allclose(uniform[1:], 1 / 3)

@@ -146,3 +146,19 @@ def test_dropout_is_decided_by_torchs_seed_and_passes_the_gradient_it_kept():
     (gradient,) = torch.autograd.grad(one.sum(), x)
     assert torch.equal(gradient, one.detach())
     assert drop.eval()(x) is x
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_the_causal_twin_does_not_see_what_is_later(norm):
+    torch.manual_seed(0)
+    config = small_model(causal=True, norm=norm, num_layers=3)
+    model = Bert4Rec(config).eval()
+    items = torch.randint(1, NUM_ITEMS, (1, 12))
+    segments = torch.tensor([[1] * 5 + [2] * 7])
+    positions = torch.tensor([[*range(5), *range(7)]])
+    with torch.no_grad():
+        before = model.encode(items, segments, positions)
+        items[0, 7] = items[0, 7] % NUM_ITEMS + 1
+        after = model.encode(items, segments, positions)
+    changed = (before - after).abs().amax(-1)[0] > 0
+    assert changed.tolist() == [False] * 7 + [True] * 5  # itself and the later ones of its segment

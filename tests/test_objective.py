@@ -31,16 +31,17 @@ LIMIT = {torch.float32: 1e-5, torch.float64: 1e-10}
     origin=st.sampled_from(["first", "last"]),
     loss=st.sampled_from(["chunked", "inplace", "plain"]),
     micro=st.sampled_from([None, 4]),
+    causal=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
 def test_packed_gathered_chunked_equals_plain_padded(
-    lengths, mask_prob, seed, layers, tied, norm, head, bias, origin, loss, micro, dtype
+    lengths, mask_prob, seed, layers, tied, norm, head, bias, origin, loss, micro, causal, dtype
 ):
-    model = small_model(
-        num_layers=layers, tied=tied, norm=norm, head=head, output_bias=bias, position_origin=origin
-    )
-    data = histories(lengths, seed)
-    plain = TrainConfig(batch_size=12, mask_prob=mask_prob, seed=seed, **PLAIN)
+    shape = {"num_layers": layers, "tied": tied, "norm": norm, "head": head, "output_bias": bias}
+    model = small_model(**shape, position_origin=origin, causal=causal)
+    data = histories([*lengths, 2], seed)  # one history at least has a next item
+    objective = "next_item" if causal else "cloze"
+    plain = TrainConfig(batch_size=12, mask_prob=mask_prob, seed=seed, objective=objective, **PLAIN)
     fast = changed(plain, layout="packed", head_rows="targets", loss=loss, micro_batch_size=micro)
     wanted, wanted_gradients = loss_and_gradients(model, plain, data, dtype)
     found, found_gradients = loss_and_gradients(model, fast, data, dtype)

@@ -360,3 +360,35 @@ def test_evaluation_does_not_reach_the_sinks(dataset, monkeypatch):
     without = fit(model_for(dataset), dataset, SHORT, CPU)
     for one, other in zip(with_sinks.progress.history, without.progress.history, strict=True):
         assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
+
+
+def test_the_causal_twin_learns_the_next_item_and_resumes_to_the_same_bits(dataset, tmp_path):
+    model = model_for(dataset, causal=True)
+    config = changed(SHORT, objective="next_item")
+    whole = fit(model, dataset, config, CPU)
+    assert whole.progress.history[-1]["train_loss"] < whole.progress.history[0]["train_loss"]
+
+    class Stop(Exception):
+        pass
+
+    def stop_at_five(stats):
+        if stats.step == 5:
+            raise Stop
+
+    with pytest.raises(Stop):
+        fit(model, dataset, config, CPU, tmp_path / "run", Options(on_step=stop_at_five))
+    assert same(weights(fit(model, dataset, config, CPU, tmp_path / "run")), weights(whole))
+
+
+@pytest.mark.parametrize(("causal", "objective"), [(True, "cloze"), (False, "next_item")])
+def test_objective_and_attention_must_agree(dataset, causal, objective):
+    model = model_for(dataset, causal=causal)
+    with pytest.raises(InputError, match=f"objective='{objective}' does not go with causal={causal}"):
+        fit(model, dataset, changed(SHORT, objective=objective), CPU)
+
+
+@pytest.mark.parametrize("loss", ["sampled_softmax", "gbce"])
+def test_sampled_losses_train(dataset, loss):
+    trainer = fit(model_for(dataset), dataset, changed(SHORT, loss=loss, num_negatives=16), CPU)
+    first, last = trainer.progress.history[0], trainer.progress.history[-1]
+    assert last["train_loss"] < first["train_loss"]
