@@ -198,7 +198,7 @@ class Epoch:
             return next_items(chosen)
         return mask_cloze(chosen, train.mask_prob, train.last_item_share, rng)
 
-    def negatives(self, step: int) -> dict[str, Tensor]:
+    def negatives(self, step: int) -> dict[str, Any]:
         """Draw the negatives of a sampled loss, one set for all targets of a step, with their odds."""
         if self.shares is None:
             return {}
