@@ -11,20 +11,16 @@ Reference: Harper and Konstan, The MovieLens Datasets, ACM TiiS 5(4), 2015.
 from __future__ import annotations
 
 import hashlib
-import http.client
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
-import urllib.request
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from reclib import paths
+from reclib import fetch, paths
 from reclib.config import InputError
 
 # sha256 of u.data. The .inter file's own hash below pins the same rows in the same order under a
@@ -36,7 +32,6 @@ SHA256 = {
     "u.item": "553841ebc7de3a0fd0d6b62a204ea30c1e651aacfb2814c7a6584ac52f2c5701",
     "ml-100k.inter": "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff",
     "ml-100k.item": "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532",
-    "ml-100k.zip": "50d2a982c66986937beb9ffb3aa76efe955bf3d5c6b761f4e3a7cd717c6a3229",
 }
 LINES = {"u.data": 100_000, "u.item": 1_682, "ml-100k.inter": 100_001, "ml-100k.item": 1_683}
 OFFICIAL = ("u.data", "u.item")
@@ -44,10 +39,7 @@ RECBOLE = ("ml-100k.inter", "ml-100k.item")
 
 MAX_MEMBER_BYTES = 16 << 20  # of a zip member that is read; the largest real one has 2 MB
 PIP_SECONDS = 180  # a stalled index must not hold a study up for longer
-HTTP_SECONDS = 30  # without a byte arriving
-# What a way may fail with and the next be tried; InputError is a ValueError, as is a malformed
-# address.
-FAILURES = (ValueError, OSError, http.client.HTTPException, subprocess.SubprocessError, zipfile.BadZipFile)
+FAILURES = (*fetch.FAILURES, subprocess.SubprocessError)  # of one way; then the next is tried
 
 
 class Files(NamedTuple):
@@ -65,7 +57,7 @@ def folder() -> Path:
 
 def archive() -> Path:
     """Return where a downloaded `ml-100k.zip` is kept, or may be put by hand."""
-    return paths.data() / "raw" / "ml-100k.zip"
+    return paths.data() / "raw" / official().file
 
 
 def present() -> Files | None:
@@ -96,33 +88,30 @@ def files() -> Files:
         (f"archive {archive()}", _from_archive),
         ("installed recbole", _from_installed_recbole),
         ("pip download recbole==1.2.1", _from_recbole_wheel),
-        (url(), _from_grouplens),
+        (fetch.address(official()), _from_grouplens),
     ]
     for name, way in ways:
         found = present()  # a process beside this one may have been faster
         if found:
             return found
-        folder().parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(prefix="ml-100k.", suffix=".partial", dir=folder().parent))
         try:
-            way(fresh)
-            _put_in_place(fresh)
+            with fetch.partial_folder(folder()) as fresh:
+                way(fresh)
+                _put_in_place(fresh)
         except FAILURES as error:
-            tried.append(f"{name}: {' '.join(str(error).split())}")
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
+            tried.append(f"{name}: {fetch.one_line(error)}")
     found = present()
     if found:
         return found
     raise InputError(
-        f"ml-100k could not be had ({'; '.join(tried)}); fetch {url()} by hand and put it at {archive()}"
+        f"ml-100k could not be had ({'; '.join(tried)}); fetch {fetch.address(official())} by hand "
+        f"and put it at {archive()}"
     )
 
 
-def url() -> str:
-    """Return the address of the official archive, on `RECLIB_MIRROR` if that is set."""
-    base = os.environ.get("RECLIB_MIRROR") or "https://files.grouplens.org/datasets/movielens"
-    return f"{base.rstrip('/')}/ml-100k.zip"
+def official() -> fetch.Download:
+    """Return where GroupLens has its archive, and its checksum."""
+    return fetch.known("ml-100k")
 
 
 def _put_in_place(fresh: Path) -> None:
@@ -140,8 +129,8 @@ def _put_in_place(fresh: Path) -> None:
 def _from_archive(into: Path) -> None:
     if not archive().exists():
         raise InputError("not there")
-    _verify(archive())
-    _extract(archive(), "ml-100k/", OFFICIAL, into)
+    fetch.check(archive(), official().checksum)
+    fetch.unpack(archive(), official().members, into, MAX_MEMBER_BYTES)
 
 
 def _from_installed_recbole(into: Path) -> None:
@@ -154,7 +143,7 @@ def _from_installed_recbole(into: Path) -> None:
 
 
 def _from_recbole_wheel(into: Path) -> None:
-    _refuse_offline()
+    fetch.refuse_offline()
     with tempfile.TemporaryDirectory() as tmp:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
         command += ["--disable-pip-version-check", "--retries", "1", "--only-binary", ":all:"]
@@ -164,51 +153,24 @@ def _from_recbole_wheel(into: Path) -> None:
         if done.returncode or not wheels:
             said = [line for line in done.stderr.splitlines() if line.strip()]
             raise InputError(said[-1] if said else f"pip ended with code {done.returncode}")
-        _extract(wheels[0], "recbole/dataset_example/ml-100k/", RECBOLE, into)
+        members = tuple(f"recbole/dataset_example/ml-100k/{name}" for name in RECBOLE)
+        fetch.unpack(wheels[0], members, into, MAX_MEMBER_BYTES)
 
 
 def _from_grouplens(into: Path) -> None:
-    _refuse_offline()
-    handle, name = tempfile.mkstemp(suffix=".partial", prefix="ml-100k.zip.", dir=archive().parent)
-    partial = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as out, urllib.request.urlopen(url(), timeout=HTTP_SECONDS) as reply:
-            shutil.copyfileobj(reply, out)
-        _verify(partial, "ml-100k.zip")
-        _extract(partial, "ml-100k/", OFFICIAL, into)
-        partial.replace(archive())
-    finally:
-        partial.unlink(missing_ok=True)
+    fetch.receive(official(), archive())
+    _from_archive(into)
 
 
-def _refuse_offline() -> None:
-    if os.environ.get("RECLIB_OFFLINE", "").lower() not in ("", "0", "false"):
-        raise InputError("not tried, RECLIB_OFFLINE is set")
-
-
-def _extract(zipped: Path, prefix: str, names: tuple[str, ...], into: Path) -> None:
-    """Read exactly the named members: no path of the archive's own choosing is ever written to."""
-    with zipfile.ZipFile(zipped) as archive_file:
-        for name in names:
-            try:
-                member = archive_file.getinfo(prefix + name)
-            except KeyError:
-                raise InputError(f"{zipped.name} holds no {prefix}{name}") from None
-            if member.file_size > MAX_MEMBER_BYTES:
-                raise InputError(f"{zipped.name}: {prefix}{name} has {member.file_size:,} bytes")
-            (into / name).write_bytes(archive_file.read(member))
-
-
-def _verify(path: Path, name: str | None = None) -> None:
-    name = name or path.name
+def _verify(path: Path) -> None:
+    name = path.name
     content = path.read_bytes()
     found = hashlib.sha256(content).hexdigest()
     if found == SHA256[name]:
         return
-    size = f"{len(content):,} bytes"
-    if name in LINES:
-        lines = content.count(b"\n")
-        size = f"{lines:,} lines of {LINES[name]:,} expected" if lines != LINES[name] else size
+    lines = content.count(b"\n")
+    short = lines != LINES[name]
+    size = f"{lines:,} lines of {LINES[name]:,} expected" if short else f"{len(content):,} bytes"
     raise InputError(
         f"{path} is truncated or altered: {size}, sha256 {found[:16]}…, expected "
         f"{SHA256[name][:16]}…; delete it to have it fetched again"
