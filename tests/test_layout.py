@@ -13,9 +13,10 @@ from conftest import ROOT
 ORDER = [
     *("paths", "config", "injected", "params", "provenance", "tracker", "hardware"),
     *("cache", "synthetic", "fetch", "ml100k", "sources", "data", "describe", "samples", "batching"),
-    *("sinks", "model", "sampled", "objective", "metrics", "checkpoint", "trainer", "fit", "experiment"),
+    *("sinks", "model", "sampled", "objective", "metrics", "baselines", "statistics", "protocols"),
+    *("checkpoint", "trainer", "fit", "experiment"),
     *("flops", "measurement", "benchmark", "profiling", "bound", "ladder", "speed", "selfcheck"),
-    *("record", "tables", "look", "page", "speed_figures", "figures", "runner", "job", "study"),
+    *("record", "grid", "tables", "look", "page", "speed_figures", "figures", "runner", "job", "study"),
 ]
 # Each of these is known to one module, or to one family, so that replacing it touches few files.
 ONE_OWNER: dict[str, set[str]] = {

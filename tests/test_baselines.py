@@ -1,0 +1,212 @@
+"""Each baseline against a brute-force or textbook computation on tiny data."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from engine import histories as random_histories
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reclib import baselines, metrics
+from reclib.config import InputError
+from reclib.data import Evaluation, Histories
+
+NUM_ITEMS = 6
+ROWS = st.lists(st.lists(st.integers(1, NUM_ITEMS), min_size=0, max_size=8), min_size=1, max_size=8).filter(
+    any
+)
+
+
+def of_rows(rows: list[list[int]]) -> Histories:
+    """Histories of the given items, with an item between rows that belongs to nobody."""
+    items, starts, ends = [NUM_ITEMS], [], []
+    for row in rows:
+        starts.append(len(items))
+        items += row
+        ends.append(len(items))
+        items.append(NUM_ITEMS)
+    return Histories(np.array(items, dtype=np.int32), np.array(starts), np.array(ends))
+
+
+def evaluated(histories: Histories) -> Evaluation:
+    return Evaluation(histories, np.ones(len(histories.starts), dtype=np.int32))
+
+
+def all_scores(recommender: baselines.Recommender, histories: Histories) -> np.ndarray:
+    parts = list(recommender.scores(evaluated(histories)))
+    users = np.concatenate([users for users, _ in parts])
+    return np.concatenate([scores.numpy() for _, scores in parts])[np.argsort(users)]
+
+
+@given(rows=ROWS, last=st.integers(1, 9))
+@settings(deadline=None)
+def test_recent_popularity_counts_the_last_items_of_each_history(rows, last):
+    found = baselines.fit_recent(of_rows(rows), NUM_ITEMS, last).values
+    kept = [item for row in rows for item in row[-last:]]
+    assert found.tolist() == [kept.count(item) for item in range(1, NUM_ITEMS + 1)]
+
+
+def test_popularity_in_time_counts_the_last_share_of_the_time_range():
+    histories = Histories(np.array([1, 2, 3, 2, 6], dtype=np.int32), np.array([0, 2]), np.array([2, 4]))
+    times = np.array([0, 90, 89, 100, 500])  # the last belongs to no training history
+    found = baselines.fit_recent_in_time(histories, NUM_ITEMS, times, share=0.1).values
+    assert found.tolist() == [0, 2, 0, 0, 0, 0]
+    with pytest.raises(InputError, match="needs timestamps"):
+        baselines.fit_recent_in_time(histories, NUM_ITEMS, None)
+
+
+@given(rows=ROWS, smoothing=st.sampled_from([0.5, 1.0, 10.0]))
+@settings(deadline=None)
+def test_markov_is_smoothed_transition_shares(rows, smoothing):
+    histories = of_rows(rows)
+    found = all_scores(baselines.fit_markov(histories, NUM_ITEMS, smoothing), histories)
+    pairs = [pair for row in rows for pair in itertools.pairwise(row)]
+    flat = [item for row in rows for item in row]
+    for row, scores in zip(rows, found, strict=True):
+        for item in range(1, NUM_ITEMS + 1):
+            share = flat.count(item) / len(flat)
+            count = pairs.count((row[-1], item)) if row else 0
+            total = sum(first == row[-1] for first, _ in pairs) if row else 0
+            wanted = (count + smoothing * share) / (total + smoothing)
+            assert scores[item - 1] == pytest.approx(wanted, rel=1e-5)
+
+
+@given(rows=ROWS, neighbours=st.integers(1, 6), shrink=st.sampled_from([0.0, 1.0, 7.5]))
+@settings(deadline=None)
+def test_item_knn_is_the_shrunk_cosine_of_the_nearest_neighbours(rows, neighbours, shrink):
+    histories = of_rows(rows)
+    found = all_scores(baselines.fit_item_knn(histories, NUM_ITEMS, neighbours, shrink), histories)
+    who = {item: {u for u, row in enumerate(rows) if item in row} for item in range(1, NUM_ITEMS + 1)}
+    near = {}
+    for one in who:
+        similar = {
+            other: len(who[one] & who[other]) / (np.sqrt(len(who[one]) * len(who[other])) + shrink)
+            for other in who
+            if other != one and who[one] & who[other]
+        }
+        # sorted is stable: of equal ones the lower id stays first
+        near[one] = dict(sorted(similar.items(), key=lambda pair: -round(pair[1], 12))[:neighbours])
+    for row, scores in zip(rows, found, strict=True):
+        for item in who:
+            wanted = sum(near[one].get(item, 0.0) for one in set(row))
+            assert scores[item - 1] == pytest.approx(wanted, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("block_bytes", [1, 2**20])
+def test_item_knn_does_not_depend_on_its_blocks(block_bytes, monkeypatch):
+    histories = random_histories([12, 30, 7, 25, 18], num_items=20)
+    wanted = baselines.fit_item_knn(histories, 20, 3, 2.0).weights.toarray()
+    monkeypatch.setattr(baselines, "BLOCK_BYTES", block_bytes)
+    assert (baselines.fit_item_knn(histories, 20, 3, 2.0).weights.toarray() == wanted).all()
+    assert wanted.any()
+
+
+def test_ease_reaches_the_minimum_column_by_column():
+    """Each column is a ridge regression of an item on all others: its gradient vanishes off the diagonal."""
+    histories = random_histories([4, 6, 3, 7, 5, 4, 8, 6], num_items=9)
+    X = baselines.interaction_matrix(histories, 9).toarray().astype(np.float64)
+    regularisation = 2.5
+    weights = baselines.fit_ease(histories, 9, regularisation).weights
+    assert (np.diag(weights) == 0).all()
+    for item in range(9):
+        others = np.delete(np.arange(9), item)
+        A = X[:, others].T @ X[:, others] + regularisation * np.eye(8)
+        wanted = np.linalg.solve(A, X[:, others].T @ X[:, item])
+        np.testing.assert_allclose(weights[others, item], wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("block_bytes", [1, 300, 2**20])
+def test_ease_scores_are_histories_times_weights_in_any_blocks(block_bytes, monkeypatch):
+    monkeypatch.setattr(baselines, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(metrics, "SCORE_BYTES", 2 * 4 * 9)  # two users at a time
+    histories = random_histories([4, 6, 3, 7, 5], num_items=9)
+    fitted = baselines.fit_ease(histories, 9, 2.0)
+    X = baselines.interaction_matrix(histories, 9).toarray()
+    gram = X.astype(np.float64).T @ X + 2.0 * np.eye(9)
+    inverse = np.linalg.inv(gram)
+    wanted = np.eye(9) - inverse / np.diag(inverse)
+    np.testing.assert_allclose(fitted.weights, wanted, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(all_scores(fitted, histories), X @ wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_ease_refuses_a_catalogue_beyond_its_memory():
+    histories = random_histories([4, 6])
+    with pytest.raises(InputError, match=r"160,000 items needs 286\.1 GiB.*'memory_bytes' allows 4\.0 GiB"):
+        baselines.fit_ease(histories, 160_000)
+
+
+@pytest.mark.parametrize("name", sorted(baselines.families()))
+def test_users_come_in_blocks_and_each_once(name, monkeypatch):
+    monkeypatch.setattr(metrics, "SCORE_BYTES", 3 * 4 * NUM_ITEMS)
+    histories = of_rows([[1, 2, 3], [], [4], [5, 6], [6], [2, 2], [3, 1]])
+    fitted = baselines.families()[name].fit(histories, NUM_ITEMS)
+    parts = list(fitted.scores(evaluated(histories)))
+    assert [len(users) for users, _ in parts] == [3, 3, 1]
+    assert np.concatenate([users for users, _ in parts]).tolist() == list(range(7))
+    for users, scores in parts:
+        assert scores.shape == (len(users), NUM_ITEMS)
+        assert scores.isfinite().all()
+
+
+def test_nothing_is_fitted_to_the_items_after_training():
+    rows = [[1, 2, 3], [4, 5, 6], [2, 3, 4]]
+    whole = of_rows(rows)
+    training = whole._replace(ends=whole.ends - 1)
+    other = whole._replace(items=whole.items.copy())
+    other.items[whole.ends - 1] = 1
+    for name, family in baselines.families().items():
+        one, two = (family.fit(h, NUM_ITEMS) for h in (training, training._replace(items=other.items)))
+        assert (all_scores(one, training) == all_scores(two, training)).all(), name
+
+
+def test_repeated_interactions_count_once_in_the_matrix():
+    matrix = baselines.interaction_matrix(of_rows([[2, 2, 5], []]), NUM_ITEMS).toarray()
+    assert matrix.tolist() == [[0, 1, 0, 0, 1, 0], [0] * 6]
+
+
+def test_validation_chooses_and_keeps_what_it_saw():
+    rows = [[1, 2, 3]] * 6 + [[4, 5, 3]] * 2
+    histories = of_rows(rows)
+    valid = Evaluation(of_rows([[1], [4]]), np.array([2, 5], dtype=np.int32))
+    family = baselines.Family(baselines.fit_markov, {"smoothing": (1e6, 1.0, 2.0)})
+    choice = baselines.choose(family, histories, NUM_ITEMS, valid)
+    assert choice.chosen == {"smoothing": 1.0}  # as good as 2.0, and before it
+    assert [row["smoothing"] for row in choice.tried] == [1e6, 1.0, 2.0]
+    best = metrics.summary(metrics.rank(choice.recommender.scores(valid), valid, True).ranks)
+    assert best["ndcg@10"] == choice.tried[1]["ndcg@10"] > choice.tried[0]["ndcg@10"]
+    with pytest.raises(InputError, match="'metric' is 'hr@11': expected one of hr@1"):
+        baselines.choose(family, histories, NUM_ITEMS, valid, metric="hr@11")
+
+
+def test_a_family_without_hyperparameters_is_fitted_once():
+    histories = of_rows([[1, 2], [2, 3]])
+    choice = baselines.choose(baselines.families()["popularity"], histories, NUM_ITEMS, evaluated(histories))
+    assert choice.chosen == {}
+    assert len(choice.tried) == 1
+
+
+def test_popularity_by_time_is_offered_where_there_are_times():
+    histories = of_rows([[1, 2], [2, 3]])
+    times = np.arange(len(histories.items))
+    assert "recent_popularity_in_time" not in baselines.families()
+    family = baselines.families(times)["recent_popularity_in_time"]
+    assert family.fit(histories, NUM_ITEMS, share=1.0).values.sum() == 4
+
+
+@pytest.mark.parametrize(
+    ("fit", "given"),
+    [
+        (baselines.fit_recent, {"last": 0}),
+        (baselines.fit_markov, {"smoothing": 0.0}),
+        (baselines.fit_item_knn, {"neighbours": 0}),
+        (baselines.fit_item_knn, {"shrink": -1.0}),
+        (baselines.fit_ease, {"regularisation": 0.0}),
+    ],
+)
+def test_impossible_hyperparameters_are_refused_by_name(fit, given):
+    ((name, value),) = given.items()
+    with pytest.raises(InputError, match=f"parameter '{name}' is {value}"):
+        fit(of_rows([[1, 2]]), NUM_ITEMS, **given)
