@@ -1,0 +1,582 @@
+"""Downloads against a server on this machine; every archive and every file is made here."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gzip
+import hashlib
+import http.server
+import io
+import json
+import os
+import stat
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reclib import fetch, ml100k
+from reclib.config import InputError
+
+RATINGS = b"1::10::5::978300760\n" * 500
+MOVIES = b"10::A film (1995)::Drama\n"
+REVIEWS = gzip.compress(b'{"reviewerID": "A", "asin": "B", "overall": 5.0, "unixReviewTime": 1}\n' * 400)
+
+
+def zip_of(members: dict[str, bytes]) -> bytes:
+    held = io.BytesIO()
+    with zipfile.ZipFile(held, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return held.getvalue()
+
+
+FILMS = zip_of({"films/movies.dat": MOVIES, "films/ratings.dat": RATINGS, "films/README": b"terms"})
+
+
+class Server:
+    """A server whose answer a test replaces; it counts what it was asked for."""
+
+    def __init__(self) -> None:
+        self.files = {"/films.zip": FILMS, "/Gadgets_5.json.gz": REVIEWS, "/Gadgets.csv": b"A,B,5.0,1\n" * 9}
+        self.asked: list[str] = []
+        self.reply = self.whole
+        server = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                server.asked.append(self.path)
+                server.reply(self)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.base = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+
+    def head(self, handler: http.server.BaseHTTPRequestHandler, length: int, **headers: str) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(length))
+        for name, value in headers.items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.end_headers()
+
+    def whole(self, handler: http.server.BaseHTTPRequestHandler, **headers: str) -> None:
+        content = self.files.get(handler.path)
+        if content is None:
+            handler.send_error(404)
+            return
+        self.head(handler, len(content), **headers)
+        handler.wfile.write(content)
+
+
+@pytest.fixture
+def server():
+    running = Server()
+    yield running
+    running.http.shutdown()
+    running.http.server_close()
+
+
+@pytest.fixture
+def raw(server, tmp_path, monkeypatch) -> Path:
+    """An empty data folder and a list of three small datasets; returns where raw files will be."""
+    for name in ("RECLIB_MIRROR", "RECLIB_OFFLINE", "http_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("RECLIB_ROOT", str(tmp_path))
+    monkeypatch.setenv("RECLIB_DATA", str(tmp_path / "data"))
+    terms = {"licence": "For research; do not pass it on.", "citation": "A. Nobody, 2020", "format": "ml-1m"}
+    write_list(
+        tmp_path,
+        {
+            "films": {
+                "address": f"{server.base}/films.zip",
+                "checksum": f"sha256:{hashlib.sha256(FILMS).hexdigest()}",
+                "bytes": len(FILMS),
+                "members": ["films/ratings.dat", "films/movies.dat"],
+                "counts": {"interactions": 500},
+                **terms,
+            },
+            "gadgets": {
+                "address": f"{server.base}/Gadgets_5.json.gz",
+                "checksum": None,
+                "bytes": None,
+                "counts": {"interactions": 400},
+                **terms,
+            },
+            "gadgets-ratings": {
+                "address": f"{server.base}/Gadgets.csv",
+                "checksum": None,
+                "bytes": None,
+                "counts": {"interactions": 9},
+                **terms,
+            },
+        },
+    )
+    return tmp_path / "data" / "raw"
+
+
+def write_list(root: Path, entries: dict[str, dict]) -> None:
+    (root / "params").mkdir(exist_ok=True)
+    (root / "params" / "datasets.yaml").write_text(yaml.safe_dump(entries, sort_keys=False))
+
+
+def change_list(root: Path, name: str, **values: object) -> None:
+    file = root / "params" / "datasets.yaml"
+    entries = yaml.safe_load(file.read_text())
+    entries[name] |= values
+    write_list(root, entries)
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if not p.is_dir())
+
+
+def test_a_zip_is_unpacked_and_its_terms_are_told(raw, server, capsys):
+    path = fetch.fetch("films")
+    assert path == raw / "films" / "ratings.dat"
+    assert path.read_bytes() == RATINGS
+    assert files_in(raw) == ["films.zip", "films/movies.dat", "films/ratings.dat", "films/received.json"]
+    said = capsys.readouterr()
+    assert "do not pass it on" in said.err
+    assert "A. Nobody" in said.err
+    assert said.out == ""
+    assert "it/s" not in said.err  # no progress bar where there is no terminal
+    assert "B/s" not in said.err
+
+
+def test_what_is_there_is_not_fetched_again(raw, server):
+    first = fetch.fetch("films")
+    assert fetch.fetch("films") == first
+    assert server.asked == ["/films.zip"]
+    first.unlink()
+    assert fetch.fetch("films").read_bytes() == RATINGS  # from the archive that was kept
+    assert server.asked == ["/films.zip"]
+
+
+def test_what_was_received_is_recorded(raw, server):
+    path = fetch.fetch("gadgets")
+    assert path.read_bytes() == REVIEWS
+    assert json.loads((raw / "gadgets" / "received.json").read_text()) == {
+        "address": f"{server.base}/Gadgets_5.json.gz",
+        "files": {
+            "Gadgets_5.json.gz": {"bytes": len(REVIEWS), "sha256": hashlib.sha256(REVIEWS).hexdigest()}
+        },
+    }
+    assert path.stat().st_mode & stat.S_IRGRP  # a data folder may be shared
+
+
+def test_a_folder_of_the_users_choice(raw, tmp_path):
+    path = fetch.fetch("gadgets-ratings", tmp_path / "mine")
+    assert path == tmp_path / "mine" / "gadgets-ratings" / "Gadgets.csv"
+    assert fetch.fetched("gadgets-ratings", tmp_path / "mine") == path
+    assert fetch.fetched("gadgets-ratings") is None
+    assert not raw.exists()
+
+
+def test_a_file_that_changed_since_is_told_and_kept(raw, server):
+    path = fetch.fetch("gadgets")
+    path.write_bytes(REVIEWS[:-1] + b"x")  # same length
+    assert fetch.fetched("gadgets") == path  # size alone: no content is read
+    with pytest.raises(InputError, match=r"Gadgets_5\.json\.gz is truncated or altered"):
+        fetch.fetch("gadgets")
+    path.write_bytes(REVIEWS[:-9])
+    for ask in (fetch.fetched, fetch.fetch):
+        with pytest.raises(
+            InputError, match=f"has {len(REVIEWS) - 9:,} bytes, {len(REVIEWS):,} were received"
+        ):
+            ask("gadgets")
+    assert path.read_bytes() == REVIEWS[:-9]
+    assert len(server.asked) == 1
+
+
+def test_a_file_put_there_by_hand_is_taken(raw, server):
+    (raw / "gadgets").mkdir(parents=True)
+    by_hand = raw / "gadgets" / "Gadgets_5.json.gz"
+    by_hand.write_bytes(b"anything")
+    assert fetch.fetch("gadgets") == fetch.fetched("gadgets") == by_hand
+    (raw / "films.zip").write_bytes(FILMS)
+    assert fetch.fetch("films").read_bytes() == RATINGS
+    assert server.asked == []
+
+
+def test_an_altered_archive_put_there_by_hand_is_not_unpacked(raw, server):
+    raw.mkdir(parents=True)
+    (raw / "films.zip").write_bytes(zip_of({"films/ratings.dat": b"other", "films/movies.dat": b""}))
+    with pytest.raises(InputError, match=r"films\.zip is truncated or altered"):
+        fetch.fetch("films")
+    assert files_in(raw) == ["films.zip"]
+
+
+def cut(server, handler):
+    server.head(handler, 5 * len(FILMS))
+    handler.wfile.write(FILMS[: len(FILMS) // 2])
+
+
+def cut_chunks(server, handler):
+    handler.protocol_version = "HTTP/1.1"
+    handler.send_response(200)
+    handler.send_header("Transfer-Encoding", "chunked")
+    handler.end_headers()
+    handler.wfile.write(b"40\r\n" + REVIEWS[:64] + b"\r\n")
+    handler.close_connection = True
+
+
+def half_without_length(server, handler):
+    handler.send_response(200)
+    handler.end_headers()
+    handler.wfile.write(REVIEWS[: len(REVIEWS) // 2])
+
+
+def page(server, handler):
+    content = b"<html>Please log in</html>"
+    server.head(handler, len(content))
+    handler.wfile.write(content)
+
+
+def altered(server, handler):
+    server.head(handler, len(FILMS))
+    handler.wfile.write(FILMS[:60] + b"??" + FILMS[62:])
+
+
+def missing(server, handler):
+    handler.send_error(404)
+
+
+def hang_up(server, handler):
+    pass
+
+
+def circle(server, handler):
+    handler.send_response(302)
+    handler.send_header("Location", handler.path)
+    handler.send_header("Content-Length", "0")
+    handler.end_headers()
+
+
+@pytest.mark.parametrize(
+    ("name", "reply", "said"),
+    [
+        ("films", cut, "the connection broke off"),
+        ("gadgets", cut, "the connection broke off"),
+        ("gadgets", cut_chunks, "the connection broke off"),
+        ("gadgets", half_without_length, "ended before"),
+        ("films", altered, "is truncated or altered"),
+        ("films", page, "truncated or altered"),
+        ("gadgets", page, r"no \.gz file: it begins with b'<html>Please"),
+        ("films", missing, "404"),
+        ("films", hang_up, "without response"),
+        ("gadgets", circle, "redirects"),
+    ],
+)
+def test_a_failed_download_is_one_clear_error_and_leaves_nothing(raw, server, name, reply, said):
+    server.reply = lambda handler: reply(server, handler)
+    with pytest.raises(InputError, match=said) as error:
+        fetch.fetch(name)
+    told = str(error.value)
+    assert "\n" not in told
+    entry = fetch.known(name)
+    target = raw / ("films.zip" if name == "films" else "gadgets/Gadgets_5.json.gz")
+    assert entry.address in told
+    assert f"put a whole {entry.file} at {target}" in told
+    assert files_in(raw) == []
+    assert fetch.fetched(name) is None
+    server.reply = server.whole
+    assert fetch.fetch(name).is_file()  # a later try is not hindered
+
+
+def test_a_slow_server_is_waited_for(raw, server):
+    def slow(handler):
+        server.head(handler, len(FILMS))
+        for start in range(0, len(FILMS), 200):
+            handler.wfile.write(FILMS[start : start + 200])
+            time.sleep(0.05)
+
+    server.reply = slow
+    assert fetch.fetch("films").read_bytes() == RATINGS
+
+
+def test_a_silent_server_is_not_waited_for_endlessly(raw, server, monkeypatch):
+    monkeypatch.setattr(fetch, "TIMEOUT_SECONDS", 0.2)
+    go_on = threading.Event()
+
+    def silent(handler):
+        server.head(handler, len(FILMS))
+        handler.wfile.write(FILMS[:100])
+        go_on.wait(10)
+
+    server.reply = silent
+    with pytest.raises(InputError, match="timed out"):
+        fetch.fetch("films")
+    go_on.set()
+    assert files_in(raw) == []
+
+
+def test_a_redirect_is_followed(raw, server):
+    def redirect(handler):
+        if handler.path.startswith("/elsewhere"):
+            handler.path = handler.path.removeprefix("/elsewhere")
+            server.whole(handler)
+            return
+        handler.send_response(302)
+        handler.send_header("Location", f"/elsewhere{handler.path}")
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    server.reply = redirect
+    assert fetch.fetch("gadgets").read_bytes() == REVIEWS
+    assert server.asked == ["/Gadgets_5.json.gz", "/elsewhere/Gadgets_5.json.gz"]
+
+
+def test_a_gz_file_is_kept_as_it_is_where_the_server_calls_it_an_encoding(raw, server):
+    server.reply = lambda handler: server.whole(handler, Content_Encoding="gzip")
+    assert fetch.fetch("gadgets").read_bytes() == REVIEWS
+
+
+def test_no_server_at_all(raw, tmp_path):
+    change_list(tmp_path, "films", address="http://127.0.0.1:9/films.zip")
+    with pytest.raises(InputError, match=r"127\.0\.0\.1:9/films\.zip: .*refused.* put a whole films\.zip at"):
+        fetch.fetch("films")
+    assert files_in(raw) == []
+
+
+def test_offline_nothing_is_asked_for(raw, server, monkeypatch):
+    monkeypatch.setenv("RECLIB_OFFLINE", "1")
+    with pytest.raises(InputError, match="RECLIB_OFFLINE is set"):
+        fetch.fetch("films")
+    assert server.asked == []
+
+
+def test_a_mirror_may_be_an_address_or_a_folder(raw, server, tmp_path, monkeypatch):
+    server.files = {f"/mirror{path}": content for path, content in server.files.items()}
+    monkeypatch.setenv("RECLIB_MIRROR", f"{server.base}/mirror/")
+    assert fetch.fetch("gadgets").read_bytes() == REVIEWS
+    assert server.asked == ["/mirror/Gadgets_5.json.gz"]
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "films.zip").write_bytes(FILMS)
+    monkeypatch.setenv("RECLIB_MIRROR", str(tmp_path / "disk"))
+    monkeypatch.setenv("RECLIB_OFFLINE", "1")  # a folder needs no connection
+    assert fetch.fetch("films").read_bytes() == RATINGS
+    (tmp_path / "disk" / "Gadgets.csv").write_bytes(b"")
+    with pytest.raises(InputError, match="what arrived"):
+        fetch.fetch("gadgets-ratings")
+    (tmp_path / "disk" / "Gadgets.csv").unlink()
+    with pytest.raises(InputError, match="No such file"):
+        fetch.fetch("gadgets-ratings")
+
+
+@pytest.mark.parametrize("where", ["../evil", "films/../../evil", "/tmp/reclib-evil", "..\\evil", "C:\\evil"])
+def test_names_that_leave_the_folder_are_not_written(raw, server, tmp_path, where):
+    members = {"films/ratings.dat": RATINGS, "films/movies.dat": MOVIES, where: b"written outside"}
+    server.files["/films.zip"] = zip_of(members)
+    checksum = hashlib.sha256(server.files["/films.zip"]).hexdigest()
+    change_list(tmp_path, "films", checksum=f"sha256:{checksum}")
+    fetch.fetch("films")
+    assert files_in(raw) == ["films.zip", "films/movies.dat", "films/ratings.dat", "films/received.json"]
+    assert not [p for p in tmp_path.rglob("*evil*")]
+    assert not Path("/tmp/reclib-evil").exists()
+
+
+@settings(max_examples=60, deadline=None)
+@given(names=st.lists(st.text("./\\ab:~", min_size=1, max_size=12), min_size=1, max_size=5, unique=True))
+def test_no_member_is_written_outside_the_folder(tmp_path_factory, names):
+    outside = tmp_path_factory.mktemp("outside")
+    inside = outside / "inside"
+    inside.mkdir()
+    (outside / "x.zip").write_bytes(zip_of(dict.fromkeys(names, b"content")))
+    with zipfile.ZipFile(outside / "x.zip") as archive:
+        held = archive.namelist()
+    for name in held:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(inside)
+            with contextlib.suppress(*fetch.FAILURES):
+                fetch.unpack(outside / "x.zip", (name,), inside)
+    assert sorted(p.name for p in outside.iterdir()) == ["inside", "x.zip"]
+
+
+def special_zip(kind: str, path: Path) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        if kind == "link":
+            member = zipfile.ZipInfo("a/b")
+            member.external_attr = (stat.S_IFLNK | 0o777) << 16
+            archive.writestr(member, "/etc/passwd")
+        elif kind == "large":
+            archive.writestr("a/b", bytes(2000))
+        else:
+            archive.writestr("a/c", b"")
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("link", "a/b is a symbolic link"),
+        ("large", "a/b has 2,000 bytes, more than 1,999"),
+        ("absent", "holds no a/b"),
+    ],
+)
+def test_members_that_are_refused(tmp_path, kind, said):
+    special_zip(kind, tmp_path / "x.zip")
+    (tmp_path / "into").mkdir()
+    with pytest.raises(InputError, match=said):
+        fetch.unpack(tmp_path / "x.zip", ("a/b",), tmp_path / "into", max_bytes=1999)
+    assert files_in(tmp_path / "into") == []
+
+
+def test_a_member_that_holds_more_than_it_declares_is_not_unpacked(tmp_path):
+    special_zip("large", tmp_path / "x.zip")
+    small = (100).to_bytes(4, "little")  # the size in the central directory, 24 bytes into its entry
+    content = (tmp_path / "x.zip").read_bytes()
+    at = content.index(b"PK\x01\x02") + 24
+    (tmp_path / "x.zip").write_bytes(content[:at] + small + content[at + 4 :])
+    with pytest.raises(zipfile.BadZipFile):
+        fetch.unpack(tmp_path / "x.zip", ("a/b",), tmp_path)
+    assert (tmp_path / "b").stat().st_size <= 100
+
+
+def test_a_broken_archive_leaves_nothing_of_its_content(raw, server, tmp_path):
+    broken = FILMS.replace(FILMS[60:70], b"\0" * 10)
+    server.files["/films.zip"] = broken
+    change_list(tmp_path, "films", checksum=f"sha256:{hashlib.sha256(broken).hexdigest()}")
+    with pytest.raises(InputError, match="films could not be fetched"):
+        fetch.fetch("films")
+    assert files_in(raw) == ["films.zip"]
+
+
+def test_a_full_disk_leaves_nothing(raw, server, monkeypatch):
+    usage = fetch.shutil.disk_usage(Path.cwd())
+    monkeypatch.setattr(fetch.shutil, "disk_usage", lambda _: usage._replace(free=10))
+    with pytest.raises(InputError, match=r"it needs 0\.0 MB, .* has 0\.0 MB free"):
+        fetch.fetch("films")
+    assert server.asked == []
+    assert files_in(raw) == []
+
+
+LIMITED = """
+import resource, sys
+from reclib import fetch
+from reclib.config import InputError
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+try:
+    fetch.fetch("gadgets-ratings")
+except InputError as error:
+    print(error)
+"""
+
+
+def python(code: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def test_a_disk_that_fills_up_on_the_way_leaves_nothing(raw, server):
+    server.files["/Gadgets.csv"] = b"A,B,5.0,1\n" * 5000
+    out, err = python(LIMITED).communicate(timeout=60)
+    assert "File too large" in out, err  # what the system says at this process's limit
+    assert files_in(raw) == []
+
+
+def test_two_processes_at_once(raw, server):
+    both = threading.Barrier(2, timeout=30)
+
+    def together(handler):
+        both.wait()  # neither is answered before both have asked
+        server.whole(handler)
+
+    server.reply = together
+    code = "from reclib import fetch; print(fetch.fetch('films'))"
+    processes = [python(code) for _ in range(2)]
+    results = [process.communicate(timeout=60) for process in processes]
+    assert [out.strip() for out, _ in results] == [str(raw / "films" / "ratings.dat")] * 2, results
+    assert files_in(raw) == ["films.zip", "films/movies.dat", "films/ratings.dat", "films/received.json"]
+    assert fetch.fetch("films").read_bytes() == RATINGS
+
+
+def test_no_permission(raw, server):
+    if os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    raw.mkdir(parents=True)
+    raw.chmod(0o500)
+    with pytest.raises(InputError, match="Permission denied"):
+        fetch.fetch("films")
+
+
+def test_a_folder_where_the_file_is_due(raw, server):
+    (raw / "gadgets" / "Gadgets_5.json.gz" / "x").mkdir(parents=True)
+    with pytest.raises(InputError, match="directory"):
+        fetch.fetch("gadgets")
+    assert fetch.fetched("gadgets") is None
+
+
+def test_unknown_names(raw):
+    for ask in (fetch.fetch, fetch.fetched, fetch.not_fetched):
+        with pytest.raises(InputError, match=r"'film' \(did you mean 'films'\?\); there are films, gadgets,"):
+            ask("film")
+
+
+def test_the_error_of_a_caller_that_finds_it_missing(raw):
+    assert "python -m reclib.data fetch films'" in str(fetch.not_fetched("films"))
+
+
+def command(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    fetch.add_arguments(parser)
+    return fetch.run(parser.parse_args(arguments))
+
+
+def test_command_line(raw, tmp_path, capsys):
+    assert command("gadgets") == 0
+    assert capsys.readouterr().out == f"{raw / 'gadgets' / 'Gadgets_5.json.gz'}\n"
+    assert command("gadgets", "--folder", str(tmp_path / "other")) == 0
+    capsys.readouterr()
+    assert command("--list") == 0
+    shown = capsys.readouterr().out
+    assert [line.split()[0] for line in shown.splitlines()[::2]] == ["films", "gadgets", "gadgets-ratings"]
+    assert shown.splitlines()[2].endswith("  fetched")
+    assert shown.splitlines()[0].endswith("  not fetched")
+    assert "size unknown" in shown
+    assert shown.count("do not pass it on") == 3
+    with pytest.raises(InputError, match="which dataset"):
+        command()
+
+
+def test_the_list_is_complete(monkeypatch):
+    monkeypatch.delenv("RECLIB_ROOT", raising=False)
+    entries = fetch.catalogue()
+    assert {"ml-100k", "ml-1m", "ml-20m", "ml-25m", "ml-latest-small"} <= set(entries)
+    files = [entry.file for entry in entries.values()]
+    assert len(set(files)) == len(files)  # a mirror holds them side by side
+    for name, entry in entries.items():
+        assert entry.address.startswith(("https://", "http://")), name
+        assert entry.counts["interactions"] > 0, name
+        assert set(entry.counts) <= {"interactions", "users", "items"}, name
+        assert len(entry.licence) > 40, name
+        assert "20" in entry.citation, name
+        if entry.checksum:
+            algorithm, digest = entry.checksum.split(":")
+            assert len(digest) == {"sha256": 64, "md5": 32}[algorithm], name
+        assert bool(entry.members) == (entry.file.endswith(".zip")), name
+        assert bool(entry.checksum) == name.startswith("ml-"), name
+    assert entries["ml-100k"].to_read == ml100k.OFFICIAL[0]
+
+
+def test_a_wrong_entry_is_told(raw, tmp_path):
+    change_list(tmp_path, "films", sha256="x")
+    with pytest.raises(InputError, match="unknown parameter 'sha256'"):
+        fetch.catalogue()
