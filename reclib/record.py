@@ -126,7 +126,7 @@ class Run:
         }
         file = paths.executed() / self.label / "results.jsonl"
         record["earlier"] = _times_recorded(file, record)
-        _append(file, record)
+        append(file, record)
         _display(self.notebook, name, self._deterministic | own, numbers, seed)
         return record
 
@@ -211,7 +211,7 @@ def _checked(record: Any, file: Path, number: int) -> dict[str, Any]:
     return record
 
 
-def _append(file: Path, record: Mapping[str, Any]) -> None:
+def append(file: Path, record: Mapping[str, Any]) -> None:
     """Append one line in one write, whole or not at all."""
     import fcntl  # POSIX only; reading records works everywhere
 

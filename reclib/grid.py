@@ -1,0 +1,303 @@
+"""Grids of training runs: arms times seeds of one experiment file, each trained once, whoever asks.
+
+An experiment is `params/grids/<name>.yaml`: a dataset, a recipe, and arms that change some of its fields. A
+run is known by its configuration and data, so a grid that is stopped loses at most one checkpoint interval,
+and several processes may work on one grid: each takes a run that nobody holds.
+
+Training looks at validation only. The arms that the file calls final are scored on the test split, by
+`assessment`, from the weights that validation chose; every scoring is a record, so they can be counted.
+
+    python -m reclib.grid run ml-1m        # train what is not trained yet
+    python -m reclib.grid status ml-1m
+
+Records are lines of `executed/<label>/grids/<name>.jsonl`; the ranks of every user lie beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from reclib import paths, record
+from reclib.config import (
+    DataConfig,
+    InputError,
+    ModelConfig,
+    TrainConfig,
+    changed,
+    model_config,
+    validated,
+)
+from reclib.data import Dataset, evaluation, prepare
+from reclib.fit import Options, fit, rank_targets
+from reclib.hardware import Device, device_card, resolve
+from reclib.provenance import git_state, plain, versions
+from reclib.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One configuration of a grid."""
+
+    name: str
+    model: dict[str, Any]  # fields of ModelConfig, the catalogue apart
+    train: dict[str, Any]  # fields of TrainConfig, the seed apart
+    seeds: tuple[int, ...]
+    final: bool  # scored on the test split
+
+
+@dataclass(frozen=True)
+class Grid:
+    """An experiment file, read."""
+
+    name: str
+    about: str
+    data: DataConfig
+    size: str
+    arms: tuple[Arm, ...]
+
+
+def read(name: str) -> Grid:
+    """Read `params/grids/<name>.yaml`; raise `InputError` for what it may not say."""
+    file = paths.params() / "grids" / f"{name}.yaml"
+    if not file.is_file():
+        known = ", ".join(sorted(path.stem for path in file.parent.glob("*.yaml")))
+        raise InputError(f"unknown grid {name!r}; known: {known}")
+    given = yaml.safe_load(file.read_text(encoding="utf-8"))
+    allowed = {"about", "data", "size", "seeds", "model", "train", "arms"}
+    for key in given.keys() ^ allowed:
+        raise InputError(f"{file.name}: {'unknown' if key in given else 'missing'} key {key!r}")
+    arms = tuple(_arm(file, given, arm, own or {}) for arm, own in given["arms"].items())
+    grid = Grid(name, given["about"], validated(DataConfig, given["data"]), given["size"], arms)
+    for arm in arms:  # a mistake in the last arm is told before the first is trained
+        _configs(grid, arm, num_items=10, seed=0)
+    return grid
+
+
+def _arm(file: Path, given: Mapping[str, Any], name: str, own: Mapping[str, Any]) -> Arm:
+    for key in own.keys() - {"model", "train", "seeds", "final"}:
+        raise InputError(
+            f"{file.name}, arm {name!r}: unknown key {key!r}; allowed: final, model, seeds, train"
+        )
+    return Arm(
+        name,
+        given["model"] | own.get("model", {}),
+        given["train"] | own.get("train", {}),
+        tuple(own.get("seeds", given["seeds"])),
+        bool(own.get("final", False)),
+    )
+
+
+def _configs(grid: Grid, arm: Arm, num_items: int, seed: int) -> tuple[ModelConfig, TrainConfig]:
+    try:
+        train = validated(TrainConfig, arm.train | {"seed": seed})
+        shape = {"num_items": num_items, "causal": train.objective == "next_item"} | arm.model
+        return model_config(grid.size, **shape), train
+    except InputError as error:
+        raise InputError(f"{grid.name}.yaml, arm {arm.name!r}: {error}") from None
+
+
+class Work:
+    """A grid on one dataset and device: its runs, and where they lie."""
+
+    def __init__(self, grid: Grid, dataset: Dataset, device: Device) -> None:
+        self.grid, self.dataset, self.device = grid, dataset, device
+        self.file = paths.executed() / device.label / "grids" / f"{grid.name}.jsonl"
+
+    def runs(self) -> list[tuple[Arm, int]]:
+        """Return all (arm, seed), the first seed of every arm first."""
+        pairs = [(arm, seed) for arm in self.grid.arms for seed in arm.seeds]
+        return sorted(pairs, key=lambda pair: pair[0].seeds.index(pair[1]))
+
+    def configs(self, arm: Arm, seed: int) -> tuple[ModelConfig, TrainConfig]:
+        """Return the configurations of a run."""
+        return _configs(self.grid, arm, self.dataset.num_items, seed)
+
+    def key(self, arm: Arm, seed: int) -> str:
+        """Return what identifies a run: its configuration and data, not its name or the code."""
+        model, train = self.configs(arm, seed)
+        return record.params_hash({"model": model, "train": train, "data": self.dataset.fingerprint})
+
+    def folder(self, arm: Arm, seed: int) -> Path:
+        """Return the folder of a run's checkpoints."""
+        return paths.runs() / "grids" / self.key(arm, seed)
+
+    def rows(self, step: str) -> list[dict[str, Any]]:
+        """Return the records of a step (train or score) on this dataset, oldest first."""
+        return [row for row in read_rows(self.file) if row["step"] == step]
+
+    def done(self, step: str, arm: Arm, seed: int) -> bool:
+        """Whether a run has a record of this step."""
+        key = self.key(arm, seed)
+        return any(row["key"] == key for row in self.rows(step))
+
+    def train(self, arm: Arm, seed: int, options: Options) -> Trainer:
+        """Train a run, or go on with it, or load it; return its trainer with the best weights."""
+        model, train = self.configs(arm, seed)
+        return fit(model, self.dataset, train, self.device, self.folder(arm, seed), options)
+
+    def write(self, step: str, arm: Arm, seed: int, found: Mapping[str, Any]) -> None:
+        """Append a record: what was found, of which configuration, by what and on what."""
+        model, train = self.configs(arm, seed)
+        row = {
+            "grid": self.grid.name,
+            "step": step,
+            "arm": arm.name,
+            "seed": seed,
+            "key": self.key(arm, seed),
+            "model": asdict(model),
+            "train": asdict(train),
+            "data": {
+                "name": self.dataset.name,
+                "fingerprint": self.dataset.fingerprint,
+                "users": self.dataset.num_users,
+                "items": self.dataset.num_items,
+                "interactions": self.dataset.num_interactions,
+                "test_targets": self.dataset.manifest["test_targets_sha256"],
+            },
+            "device": {key: device_card(self.device)[key] for key in record.CARD},
+            "git": git_state(),
+            "versions": versions(),
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            **found,
+        }
+        record.append(self.file, plain(row))
+
+
+def trained_row(trainer: Trainer) -> dict[str, Any]:
+    """Return what a training found: validation at its best, the curve, the cost."""
+    progress = trainer.progress
+    best = max(progress.history, key=lambda row: row["ndcg@10"])
+    curve = ("epoch", "train_seconds", "tokens", "train_loss", "hr@10", "ndcg@10")
+    return {
+        "valid": {name: best[name] for name in ("epoch", "hr@10", "ndcg@10", "mrr")},
+        "epochs": progress.history[-1]["epoch"],
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "train_seconds": progress.train_seconds,
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "table_parameters": trainer.model.table_parameters(),
+        "curve": {name: [float(f"{row[name]:.5g}") for row in progress.history] for name in curve},
+    }
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """Return the records of one grid file; a last line that is not whole yet is left out."""
+    if not file.is_file():
+        return []
+    lines = file.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def save_ranks(file: Path, ranks: Mapping[str, np.ndarray]) -> None:
+    """Write the ranks of every user, by name, in place of what an earlier run wrote."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    fresh = file.with_suffix(".partial.npz")
+    small = {name: values.astype(np.int32) for name, values in ranks.items()}
+    np.savez_compressed(fresh, **small)  # type: ignore[arg-type]  # numpy's stub knows no **arrays
+    fresh.replace(file)
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[bool]:
+    """Hold a run's folder against other processes; yield whether that was possible."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def run(work: Work, chosen: Sequence[tuple[Arm, int]], options: Options) -> int:
+    """Train the chosen runs that have no record; return how many were trained here.
+
+    A run that another process holds is passed over: whoever holds it finishes it.
+    """
+    trained = 0
+    for arm, seed in chosen:
+        with held(work.folder(arm, seed)) as mine:
+            if not mine or work.done("train", arm, seed):
+                continue
+            print(f"{work.grid.name}: {arm.name}, seed {seed}", flush=True)
+            trainer = work.train(arm, seed, options)
+            ranking = rank_targets(trainer, evaluation(work.dataset, "valid"), options.remove_seen)
+            ranks_file = work.file.with_suffix("") / f"{work.key(arm, seed)}-valid.npz"
+            save_ranks(ranks_file, {"valid": ranking.ranks})
+            row = trained_row(trainer)
+            work.write("train", arm, seed, row)
+            print(f"  validation {row['valid']}, {row['train_seconds']:.0f} s", flush=True)
+            trained += 1
+    return trained
+
+
+def status(work: Work, chosen: Sequence[tuple[Arm, int]]) -> list[str]:
+    """Return one line for each run: not begun, under way or trained, and how often it was scored."""
+    lines = []
+    for arm, seed in chosen:
+        key = work.key(arm, seed)
+        found = [row for row in work.rows("train") if row["key"] == key]
+        said = "not begun"
+        if found:
+            best = found[-1]["valid"]
+            said = f"trained: validation HR@10 {best['hr@10']:.4f}, NDCG@10 {best['ndcg@10']:.4f}"
+        elif any(work.folder(arm, seed).glob("step-*")):
+            said = "under way"
+        times = sum(row["key"] == key for row in work.rows("score"))
+        lines.append(f"{arm.name:24} seed {seed}  {said}" + (f"; scored {times} time(s)" if times else ""))
+    return lines
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run, score or describe a grid."""
+    parser = argparse.ArgumentParser(prog="python -m reclib.grid", description=__doc__.split("\n")[0])
+    parser.add_argument("action", choices=("run", "status"))
+    parser.add_argument("name", help="an experiment file of params/grids, without .yaml")
+    parser.add_argument("--dataset", help="another place of the same data: a file or a prepared folder")
+    parser.add_argument("--arms", help="some arms only, separated by commas")
+    parser.add_argument("--seeds", help="some seeds only, separated by commas")
+    parser.add_argument("--gpu", default="auto", help="auto, cpu or a gpu label (auto)")
+    given = parser.parse_args(argv)
+    try:
+        grid = read(given.name)
+        config = changed(grid.data, dataset=given.dataset) if given.dataset else grid.data
+        work = Work(grid, prepare(config), resolve(given.gpu))
+        chosen = choose(work, given.arms, given.seeds)
+        if given.action == "run":
+            run(work, chosen, Options(progress_bar=sys.stderr.isatty()))
+        print("\n".join(status(work, chosen)))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def choose(work: Work, arms: str | None, seeds: str | None) -> list[tuple[Arm, int]]:
+    """Return the runs of the named arms and seeds; raise `InputError` for a name that is none."""
+    names = [arm.name for arm in work.grid.arms]
+    wanted = arms.split(",") if arms else names
+    for name in wanted:
+        if name not in names:
+            raise InputError(f"unknown arm {name!r} of grid {work.grid.name!r}; known: {', '.join(names)}")
+    if seeds and not all(seed.isdecimal() for seed in seeds.split(",")):
+        raise InputError(f"--seeds is {seeds!r}: expected whole numbers separated by commas")
+    numbers = {int(seed) for seed in seeds.split(",")} if seeds else None
+    pairs = [(arm, seed) for arm, seed in work.runs() if arm.name in wanted]
+    return [(arm, seed) for arm, seed in pairs if numbers is None or seed in numbers]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,157 @@
+"""Grids: what an experiment file may say, each run once, stop and go on, two processes on one grid."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from reclib import data, grid, paths
+from reclib.config import InputError
+from reclib.fit import Options
+from reclib.hardware import resolve
+
+FILE = {
+    "about": "a test",
+    "data": {
+        "dataset": "synthetic",
+        "synthetic_users": 40,
+        "synthetic_items": 30,
+        "min_user": 1,
+        "min_item": 1,
+    },
+    "size": "nano",
+    "seeds": [0, 1],
+    "model": {"max_len": 20},
+    "train": {"epochs": 2, "batch_size": 8, "eval_every": 1, "checkpoint_seconds": 0},
+    "arms": {
+        "base": {"final": True},
+        "twin": {"train": {"objective": "next_item"}, "seeds": [0]},
+    },
+}
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch) -> Path:
+    for name in ("RECLIB_ROOT", "RECLIB_DATA", "RECLIB_RUNS", "RECLIB_RECORDS"):
+        monkeypatch.setenv(name, str(tmp_path / name.lower()))
+    return tmp_path
+
+
+def write(root: Path, **changes: object) -> None:
+    file = root / "reclib_root" / "params" / "grids" / "trial.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(FILE | changes))
+
+
+def work() -> grid.Work:
+    found = grid.read("trial")
+    return grid.Work(found, data.prepare(found.data), resolve("cpu"))
+
+
+def test_every_run_is_trained_once_and_recorded_with_what_it_was(root):
+    write(root)
+    first = work()
+    assert grid.run(first, first.runs(), Options()) == 3
+    assert grid.run(work(), work().runs(), Options()) == 0
+    rows = work().rows("train")
+    assert sorted((row["arm"], row["seed"]) for row in rows) == [("base", 0), ("base", 1), ("twin", 0)]
+    twin = next(row for row in rows if row["arm"] == "twin")
+    assert twin["model"]["causal"]
+    assert twin["train"]["objective"] == "next_item"
+    assert twin["valid"]["ndcg@10"] == pytest.approx(max(twin["curve"]["ndcg@10"]), rel=1e-4)
+    ranks = np.load(first.file.with_suffix("") / f"{twin['key']}-valid.npz")["valid"]
+    assert len(ranks) == twin["data"]["users"]
+    assert float((ranks <= 10).mean()) == pytest.approx(twin["valid"]["hr@10"])
+
+
+def test_the_name_of_an_arm_does_not_make_it_another_run(root):
+    write(root)
+    assert grid.run(work(), work().runs(), Options()) == 3
+    write(root, arms={"renamed": {}, "longer": {"train": {"epochs": 3}}})
+    assert grid.run(work(), work().runs(), Options()) == 2  # both seeds of the longer arm
+
+
+def test_a_stopped_grid_goes_on_within_the_run(root):
+    write(root, arms={"base": {}}, seeds=[0])
+
+    class Stop(Exception):
+        pass
+
+    def stop_at_seven(stats):
+        if stats.step == 7:
+            raise Stop
+
+    with pytest.raises(Stop):
+        grid.run(work(), work().runs(), Options(on_step=stop_at_seven))
+    assert work().rows("train") == []
+    assert "under way" in grid.status(work(), work().runs())[0]
+    steps: list[int] = []
+    assert grid.run(work(), work().runs(), Options(on_step=lambda stats: steps.append(stats.step))) == 1
+    assert steps[0] == 7  # the seventh was not in a checkpoint yet
+    assert "trained: validation HR@10" in grid.status(work(), work().runs())[0]
+
+
+def _run_all() -> None:
+    here = work()
+    grid.run(here, here.runs(), Options())
+
+
+def test_two_processes_share_a_grid(root):
+    write(root)
+    data.prepare(grid.read("trial").data)
+    context = multiprocessing.get_context("spawn")
+    both = [context.Process(target=_run_all) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(120)
+    assert [process.exitcode for process in both] == [0, 0]
+    rows = work().rows("train")
+    assert sorted((row["arm"], row["seed"]) for row in rows) == [("base", 0), ("base", 1), ("twin", 0)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"extra": 1}, "trial.yaml: unknown key 'extra'"),
+        ({"arms": {"base": {"lr": 1}}}, "arm 'base': unknown key 'lr'; allowed: final, model, seeds, train"),
+        ({"arms": {"base": {"train": {"epoch": 1}}}}, "arm 'base': unknown parameter 'epoch'"),
+        ({"model": {"hidden_dim": 7, "num_heads": 2}}, "hidden_dim=7 must be divisible by num_heads=2"),
+    ],
+)
+def test_what_a_file_may_not_say_is_told_before_anything_is_trained(root, changes, said):
+    write(root, **changes)
+    with pytest.raises(InputError, match=r"trial\.yaml") as caught:
+        grid.read("trial")
+    assert said in str(caught.value)
+
+
+def test_unknown_grids_arms_and_seeds_are_named(root, capsys):
+    write(root)
+    assert grid.main(["run", "tiral"]) == 2
+    assert "unknown grid 'tiral'; known: trial" in capsys.readouterr().err
+    assert grid.main(["status", "trial", "--arms", "bse"]) == 2
+    assert "unknown arm 'bse' of grid 'trial'; known: base, twin" in capsys.readouterr().err
+    assert grid.main(["status", "trial", "--seeds", "x"]) == 2
+    assert "--seeds is 'x'" in capsys.readouterr().err
+
+
+def test_an_unfinished_last_line_is_no_record(root):
+    write(root)
+    file = paths.executed() / "cpu" / "grids" / "trial.jsonl"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({"step": "train"}) + "\n" + '{"step": "tr')
+    assert grid.read_rows(file) == [{"step": "train"}]
+
+
+def test_the_files_of_the_project_can_be_read():
+    names = [file.stem for file in (paths.params() / "grids").glob("*.yaml")]
+    assert names
+    for name in names:
+        found = grid.read(name)
+        assert any(arm.final for arm in found.arms)
