@@ -22,6 +22,8 @@ import numpy as np
 SHAPES = {
     "electronics": {"hidden": 256, "layers": 4, "heads": 4, "max_len": 50, "batch_size": 128},
     "ml": {"hidden": 64, "layers": 2, "heads": 2, "max_len": 200, "batch_size": 64},
+    # RecTools' and RePlay's defaults, but for the length.
+    "default": {"hidden": 256, "layers": 2, "heads": 4, "max_len": 200, "batch_size": 128},
 }
 
 # Reported with every figure: threads and the allocator's settings change the step by tens of
@@ -38,7 +40,9 @@ ENVIRONMENT = (
 )
 
 
-def parse_args(description: str, losses: tuple[str, ...]) -> argparse.Namespace:
+def parse_args(
+    description: str, losses: tuple[str, ...], models: tuple[str, ...] = ("bert4rec",)
+) -> argparse.Namespace:
     """Read the command line and make sure that the thread count holds from the first import."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--shape", choices=sorted(SHAPES), required=True)
@@ -52,19 +56,24 @@ def parse_args(description: str, losses: tuple[str, ...]) -> argparse.Namespace:
     parser.add_argument("--mask-prob", type=float, default=0.2)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--batch-size", type=int, help="another than the shape's")
+    for name in ("hidden", "layers", "heads", "max-len", "batch-size"):
+        parser.add_argument(f"--{name}", type=int, help="another than the shape's")
     parser.add_argument("--eval-batch-size", type=int, default=256)
     parser.add_argument("--topk", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fit", action="store_true", help="train to the end and recommend")
+    parser.add_argument("--model", choices=models, default=models[0])
     parser.add_argument("--epochs", type=int, help="with --fit: stop after so many")
-    parser.add_argument("--minutes", type=float, help="with --fit: stop after so long")
+    parser.add_argument("--minutes", type=float, help="with --fit: stop after so much training time")
+    parser.add_argument("--valid-every", type=int, default=5, help="epochs between looks at validation")
+    parser.add_argument("--patience", type=int, default=0, help="looks without a better one; 0: never stop")
+    parser.add_argument("--marks", type=float, nargs="+", help="with --fit: look at these minutes, no test")
     parser.add_argument("--out", type=Path, help="with --fit: npz of recommendations per user")
     args = parser.parse_args()
-    if args.fit and (args.epochs is None and args.minutes is None):
-        parser.error("--fit needs --epochs or --minutes")
+    if args.fit and (args.epochs is None and args.minutes is None and not args.marks):
+        parser.error("--fit needs --epochs, --minutes or --marks")
     for key, value in SHAPES[args.shape].items():
-        if key != "batch_size" or args.batch_size is None:
+        if getattr(args, key) is None:
             setattr(args, key, value)
     args.data = args.data.resolve()
     args.out = args.out.resolve() if args.out else None
@@ -228,25 +237,30 @@ def measured(args: argparse.Namespace, clock: StepClock) -> dict[str, Any]:
     return result
 
 
-def accuracy(data: Data, top: np.ndarray) -> dict[str, float]:
-    """HR and NDCG of the recommendations over all users with a test item; a miss counts 0."""
-    if data.test is None:
+def accuracy(top: np.ndarray, targets: np.ndarray | None) -> dict[str, float]:
+    """HR and NDCG of the recommendations over all users with a target (0: none); a miss counts 0."""
+    if targets is None:
         return {}
-    users = data.test > 0
+    users = targets > 0
     k = top.shape[1]
-    hits = top[users] == data.test[users, None]
+    hits = top[users] == targets[users, None]
     gains = hits / np.log2(np.arange(2, k + 2))
     return {
         f"hr@{k}": float(hits.any(axis=1).mean()),
         f"ndcg@{k}": float(gains.sum(axis=1).mean()),
-        "test_users": int(users.sum()),
+        "users": int(users.sum()),
     }
 
 
-def write_recommendations(path: Path, top: np.ndarray) -> None:
-    """``top``: one row per user of the data file, best first, the file's item ids, 0 for none."""
+def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write the arrays of a fit, whole or not at all.
+
+    ``top`` holds one row per user of the data file, best first, the file's item ids, 0 for none.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(path, users=np.arange(len(top)), top=top.astype(np.int32))
+    partial = path.with_suffix(".partial.npz")
+    np.savez_compressed(partial, **arrays)
+    partial.rename(path)
 
 
 def report(args: argparse.Namespace, *, package: str, **fields: Any) -> None:
@@ -258,7 +272,7 @@ def report(args: argparse.Namespace, *, package: str, **fields: Any) -> None:
             {
                 "version": metadata.version(package),
                 "torch": torch.__version__,
-                "model": "BERT4Rec",
+                "model": args.model,
                 "shape": args.shape,
                 "loss": args.loss,
                 "dropout": args.dropout,

@@ -13,17 +13,16 @@ import torch
 from peer_common import (
     Data,
     StepClock,
-    accuracy,
     load,
     measured,
     parse_args,
     process_memory,
     report,
-    write_recommendations,
 )
 from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
 from recbole.utils import get_model, get_trainer, init_seed
+from selection import Selection, outcome
 
 NOTES = [
     "int(mask_prob * max_len) target slots per row, empty ones run through the head too",
@@ -47,10 +46,11 @@ def write_files(folder: Path, args, data: Data) -> None:
     """
     header = "user_id:token\titem_id_list:token_seq\titem_id:token\n"
     train = data.sequences()
-    history = data.sequences(with_valid=args.fit)
+    # Nothing is timed on the validation rows, and one is enough where nothing is selected by them.
+    valid, history = (train, data.sequences(with_valid=True)) if args.fit else (train[:1], train)
     target = np.ones(data.num_users, dtype=int) if data.test is None else data.test
     folder.mkdir()
-    for name, sequences in (("train", train), ("valid", history[:1]), ("test", history)):
+    for name, sequences in (("train", train), ("valid", valid), ("test", history)):
         with open(folder / f"peer.{name}.inter", "w", encoding="ascii") as file:
             file.write(header)
             for user, sequence in enumerate(sequences):
@@ -67,16 +67,17 @@ class TimedLoader:
     Asking for the next batch is the moment at which the step before it is done.
     """
 
-    def __init__(self, loader, clock: StepClock, steps: int | None, deadline: float | None):
+    def __init__(self, loader, clock: StepClock, steps: int | None, model):
         self.loader = loader
         self.clock = clock
         self.steps = steps
-        self.deadline = deadline
+        self.model = model
+        self.selection: Selection | None = None  # of a fit
         self.last_loss = torch.tensor(float("nan"))
 
     def finished(self) -> bool:
         out_of_steps = self.steps is not None and len(self.clock.seconds) >= self.steps
-        return out_of_steps or (self.deadline is not None and time.monotonic() > self.deadline)
+        return out_of_steps or (self.selection is not None and self.selection.stop)
 
     def __iter__(self) -> Iterator:
         self.clock.open()
@@ -84,6 +85,8 @@ class TimedLoader:
             self.clock.fetched()
             yield batch
             self.clock.close(batch, self.last_loss)
+            if self.selection is not None and self.selection.step_done():
+                self.model.train()
             if self.finished():
                 return
 
@@ -152,26 +155,34 @@ def run(args, data: Data, scratch: Path) -> dict:
     )
     init_seed(config["seed"], config["reproducibility"])
     dataset = create_dataset(config)
-    train_data, _, test_data = data_preparation(config, dataset)
+    train_data, valid_data, test_data = data_preparation(config, dataset)
     model = get_model(config["model"])(config, train_data.dataset).to(config["device"])
     trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
 
     rss_before = process_memory("VmRSS")
     steps = None if args.fit else args.warmup + args.steps
-    deadline = time.monotonic() + 60 * args.minutes if args.fit and args.minutes else None
-    loader = TimedLoader(train_data, StepClock(count), steps, deadline)
+    loader = TimedLoader(train_data, StepClock(count), steps, model)
 
     def loss_func(batch):
         loss = model.calculate_loss(batch)
         loader.last_loss = loss.detach()
         return loss
 
-    start = time.perf_counter()
+    if args.fit:
+
+        def look(with_valid: bool) -> np.ndarray:
+            return recommend(args, data, dataset, model, with_valid, test_data if with_valid else valid_data)
+
+        selection = loader.selection = Selection(args, data, look, model.state_dict)
+        selection.start(len(train_data))
     epochs = 0
     while not loader.finished() and (not args.fit or args.epochs is None or epochs < args.epochs):
         trainer._train_epoch(loader, epochs, loss_func=loss_func)
         epochs += 1
-    fit_seconds = time.perf_counter() - start
+        if args.fit:
+            selection.epoch_done(epochs)
+    if args.fit:
+        selection.finish()
     notes = list(NOTES)
     if args.fit:
         notes.append("ft_ratio 0.5, its default: half of the batches mask the last item alone")
@@ -187,7 +198,10 @@ def run(args, data: Data, scratch: Path) -> dict:
         "notes": notes,
     }
 
-    if args.eval:
+    if args.fit:
+        fields |= {"epochs": epochs, "steps": len(loader.clock.seconds)}
+        fields |= outcome(args, data, model, selection)
+    elif args.eval:
         start = time.perf_counter()
         trainer.evaluate(test_data, load_best_model=False)
         seconds = time.perf_counter() - start
@@ -196,20 +210,11 @@ def run(args, data: Data, scratch: Path) -> dict:
             "eval_seconds": seconds,
             "peak_rss_bytes_with_eval": process_memory("VmHWM"),
         }
-    if args.fit:
-        top = recommend(args, data, dataset, model, test_data)
-        fields |= {
-            "fit_seconds": fit_seconds,
-            "epochs": epochs,
-            "steps": len(loader.clock.seconds),
-        } | accuracy(data, top)
-        if args.out:
-            write_recommendations(args.out, top)
     return fields
 
 
 @torch.no_grad()
-def recommend(args, data: Data, dataset, model, test_data) -> np.ndarray:
+def recommend(args, data: Data, dataset, model, with_valid: bool, rows) -> np.ndarray:
     """The model's scores with seen items removed, which RecBole does not do by itself here."""
     model.eval()
     # RecBole numbers items in the order in which it reads them.
@@ -217,10 +222,10 @@ def recommend(args, data: Data, dataset, model, test_data) -> np.ndarray:
     inside = np.zeros(data.num_items + 1, dtype=np.int64)
     inside[outside] = np.arange(1, dataset.item_num)
     outside = np.insert(outside, 0, 0)
-    history = data.sequences(with_valid=True)
+    history = data.sequences(with_valid)
     top = np.zeros((data.num_users, args.topk), dtype=np.int32)
     row = 0
-    for interaction, *_ in test_data:
+    for interaction, *_ in rows:
         scores = model.full_sort_predict(interaction).view(len(interaction), -1)
         scores[:, 0] = -np.inf
         for i in range(len(interaction)):

@@ -1,39 +1,40 @@
-"""RecTools BERT4RecModel: its training step, its recommend(), and its fit on the shared data."""
+"""RecTools BERT4RecModel and SASRecModel: training step, recommend(), and fit on the shared data."""
 
 import time
-from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from peer_common import (
     Data,
-    accuracy,
     lightning_clock,
     load,
     measured,
     parse_args,
     process_memory,
     report,
-    write_recommendations,
 )
 from pytorch_lightning import Callback, Trainer, seed_everything
 from rectools import Columns
 from rectools.dataset import Dataset, Interactions
-from rectools.models import BERT4RecModel
+from rectools.models import BERT4RecModel, SASRecModel
 from rectools.models.nn.transformers.bert4rec import BERT4RecDataPreparator
+from selection import Selection, lightning_selection, outcome
 
 LOSSES = {
     "full": ("softmax", "full softmax"),
     "sampled": ("sampled_softmax", "sampled softmax"),
 }
+BERT4REC_NOTES = [
+    "BERT's 80/10/10 replacement of targets, not always [MASK]",
+]
 NOTES = [
     "logits of every position of every row, padding included; targets are selected in the loss",
     "padded to max_len on the left",
     "tied tables, no output bias, no transform before the head",
     "dropout on attention probabilities too (one rate for the whole model)",
     "dropout on the whole item table, every row of the catalogue, at every step",
-    "BERT's 80/10/10 replacement of targets, not always [MASK]",
     "torch.optim.Adam with betas (0.9, 0.98), not fused, no weight decay",
     "evaluation: recommend() for all users, seen items filtered, from pandas to pandas",
 ]
@@ -85,24 +86,13 @@ def count(batch) -> tuple[int, int, int]:
     return len(batch["x"]), (batch["x"] != 0).sum(), (batch["y"] != 0).sum()
 
 
-def main() -> None:
-    args = parse_args(__doc__, losses=tuple(LOSSES))
-    torch.set_num_threads(args.threads)
-    seed_everything(args.seed)
-    data = load(args.data)
-    train = interactions(data.sequences())
-    # A real fit is left as a user would run it: items that were never seen cannot be recommended.
-    extra = [] if args.fit else extra_users(args, data)
-    if extra:
-        train = pd.concat([train, interactions(extra, data.num_users)], ignore_index=True)
-    limits = (
-        {
-            "max_epochs": args.epochs or -1,
-            "max_time": timedelta(minutes=args.minutes) if args.minutes else None,
-        }
-        if args.fit
-        else {"max_epochs": -1, "max_steps": args.warmup + args.steps}
-    )
+def make_model(args, data: Data, callbacks: list[Callback]):
+    """The model with a trainer whose only additions are the clock and, in a fit, the selection.
+
+    A timed model has the whole catalogue; a real fit is left as a user would run it: items that no
+    training sequence holds cannot be recommended.
+    """
+    steps = -1 if args.fit else args.warmup + args.steps
 
     def trainer() -> Trainer:
         return Trainer(
@@ -112,72 +102,98 @@ def main() -> None:
             enable_progress_bar=False,
             enable_model_summary=False,
             enable_checkpointing=False,
-            callbacks=[lightning_clock(Callback, count)],
-            **limits,
+            callbacks=[lightning_clock(Callback, count), *callbacks],
+            max_epochs=(args.epochs or -1) if args.fit else -1,
+            max_steps=steps,
         )
 
-    loss, loss_name = LOSSES[args.loss]
-    model = BERT4RecModel(
-        n_blocks=args.layers,
-        n_heads=args.heads,
-        n_factors=args.hidden,
-        dropout_rate=args.dropout,
-        mask_prob=args.mask_prob,
-        session_max_len=args.max_len,
-        batch_size=args.batch_size,
-        recommend_batch_size=args.eval_batch_size,
-        loss=loss,
-        n_negatives=args.negatives,
-        lr=args.lr,
-        recommend_torch_device="cpu",
-        get_trainer_func=trainer,
-        data_preparator_type=WholeCatalogue,
-        data_preparator_kwargs={"first_extra_user": data.num_users},
-    )
-    start = time.perf_counter()
-    model.fit(Dataset.construct(train))
-    fit_seconds = time.perf_counter() - start
-    # The model trains with a copy of the trainer and of its callbacks.
-    callback = next(c for c in model.fit_trainer.callbacks if hasattr(c, "clock"))
-    fields = measured(args, callback.clock) | {
-        "rss_before_training_bytes": callback.rss_before,
-        "peak_rss_bytes": process_memory("VmHWM"),
-        "parameters": sum(p.numel() for p in model.torch_model.parameters()),
-        "catalogue": model.data_preparator.item_id_map.size - 2,
-        "eval_users_per_second": None,
+    given: dict[str, Any] = {
+        "n_blocks": args.layers,
+        "n_heads": args.heads,
+        "n_factors": args.hidden,
+        "dropout_rate": args.dropout,
+        "session_max_len": args.max_len,
+        "batch_size": args.batch_size,
+        "recommend_batch_size": args.eval_batch_size,
+        "loss": LOSSES[args.loss][0],
+        "n_negatives": args.negatives,
+        "lr": args.lr,
+        "recommend_torch_device": "cpu",
+        "get_trainer_func": trainer,
     }
+    if args.model == "sasrec":
+        return SASRecModel(**given)
+    if not args.fit:
+        given["data_preparator_type"] = WholeCatalogue
+        given["data_preparator_kwargs"] = {"first_extra_user": data.num_users}
+    return BERT4RecModel(mask_prob=args.mask_prob, **given)
 
-    if args.eval or args.fit:
-        sequences = data.sequences(with_valid=args.fit)
-        history = interactions(sequences)
+
+def recommend(args, model, dataset: Dataset, num_users: int) -> np.ndarray:
+    """Top items of every user by the library's own call, int32 (users, k); 0 where it has none."""
+    users = np.arange(num_users)
+    rows = model.recommend(users, dataset, k=args.topk, filter_viewed=True, on_unsupported_targets="ignore")
+    top = np.zeros((num_users, args.topk), dtype=np.int32)
+    top[rows[Columns.User].to_numpy(), rows[Columns.Rank].to_numpy() - 1] = rows[Columns.Item].to_numpy()
+    return top
+
+
+def fit(args, data: Data) -> tuple[Any, dict[str, Any]]:
+    """Train to the end with looks at validation; then recommend once with the best weights."""
+    histories = [Dataset.construct(interactions(data.sequences(with_valid))) for with_valid in (False, True)]
+    callbacks: list[Callback] = []
+    model = make_model(args, data, callbacks)
+
+    def look(with_valid: bool) -> np.ndarray:
+        fitted, model.is_fitted = model.is_fitted, True  # it refuses to recommend before fit() has returned
+        top = recommend(args, model, histories[with_valid], data.num_users)
+        model.is_fitted = fitted
+        return top
+
+    selection = Selection(args, data, look, lambda: model.torch_model.state_dict())
+    callbacks.append(lightning_selection(Callback, selection))
+    model._init_trainer()  # with the callback that needs the model
+    model.fit(histories[False])
+    took = {"epochs": model.fit_trainer.current_epoch, "steps": model.fit_trainer.global_step}
+    return model, took | outcome(args, data, model.torch_model, selection)
+
+
+def main() -> None:
+    args = parse_args(__doc__, losses=tuple(LOSSES), models=("bert4rec", "sasrec"))
+    torch.set_num_threads(args.threads)
+    seed_everything(args.seed)
+    data = load(args.data)
+    extra = [] if args.fit else extra_users(args, data)
+    fields: dict[str, Any] = {"eval_users_per_second": None}
+    if args.fit:
+        model, found = fit(args, data)
+        fields |= found
+    else:
+        history = interactions(data.sequences())
         if extra:
             history = pd.concat([history, interactions(extra, data.num_users)], ignore_index=True)
         dataset = Dataset.construct(history)
-        users = np.arange(data.num_users)
+        model = make_model(args, data, [])
+        model.fit(dataset)
+    # The model trains with a copy of the trainer and of its callbacks.
+    callback = next(c for c in model.fit_trainer.callbacks if hasattr(c, "clock"))
+    fields |= measured(args, callback.clock) | {
+        "rss_before_training_bytes": callback.rss_before,
+        "peak_rss_bytes": process_memory("VmHWM"),
+        "parameters": sum(p.numel() for p in model.torch_model.parameters()),
+        "catalogue": len(model.data_preparator.get_known_item_ids()),
+    }
+    if args.eval and not args.fit:
         start = time.perf_counter()
-        rows = model.recommend(
-            users, dataset, k=args.topk, filter_viewed=True, on_unsupported_targets="ignore"
-        )
+        recommend(args, model, dataset, data.num_users)
         seconds = time.perf_counter() - start
         fields |= {
-            "eval_users_per_second": len(users) / seconds,
+            "eval_users_per_second": data.num_users / seconds,
             "eval_seconds": seconds,
             "peak_rss_bytes_with_eval": process_memory("VmHWM"),
         }
-        if args.fit:
-            top = np.zeros((data.num_users, args.topk), dtype=np.int32)
-            top[rows[Columns.User].to_numpy(), rows[Columns.Rank].to_numpy() - 1] = rows[
-                Columns.Item
-            ].to_numpy()
-            fields |= {
-                "fit_seconds": fit_seconds,
-                "epochs": model.fit_trainer.current_epoch,
-                "steps": model.fit_trainer.global_step,
-            } | accuracy(data, top)
-            if args.out:
-                write_recommendations(args.out, top)
 
-    notes = list(NOTES)
+    notes = NOTES + (BERT4REC_NOTES if args.model == "bert4rec" else [])
     if extra:
         notes.append(f"{len(extra)} users were added to declare the catalogue, then dropped")
     if args.loss == "sampled":
@@ -186,7 +202,7 @@ def main() -> None:
         args,
         package="rectools",
         peer="RecTools",
-        loss=loss_name,
+        loss=LOSSES[args.loss][1],
         tied=True,
         notes=notes,
         **fields,

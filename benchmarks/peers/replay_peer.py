@@ -2,21 +2,19 @@
 
 import time
 import warnings
-from datetime import timedelta
 
 import lightning
 import numpy as np
 import pandas as pd
 import torch
 from peer_common import (
-    accuracy,
+    Data,
     lightning_clock,
     load,
     measured,
     parse_args,
     process_memory,
     report,
-    write_recommendations,
 )
 from replay.data import FeatureHint, FeatureSource, FeatureType
 from replay.data.nn import (
@@ -32,6 +30,7 @@ from replay.models.nn.sequential.bert4rec import (
 )
 from replay.models.nn.sequential.callbacks import PandasPredictionCallback
 from replay.models.nn.sequential.postprocessors import RemoveSeenItems
+from selection import Selection, lightning_selection, outcome
 from torch.utils.data import DataLoader
 
 LOSSES = {
@@ -82,6 +81,69 @@ def count(batch) -> tuple[int, int, int]:
     return len(real), real.sum(), (real & ~batch["token_mask"]).sum()
 
 
+QUIET = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+}
+
+
+def make_model(args, schema: TensorSchema) -> Bert4Rec:
+    return Bert4Rec(
+        schema,
+        block_count=args.layers,
+        head_count=args.heads,
+        hidden_size=args.hidden,
+        max_seq_len=args.max_len,
+        dropout_rate=args.dropout,
+        loss_type=LOSSES[args.loss][0],
+        loss_sample_count=args.negatives if args.loss == "sampled" else None,
+        **optimizer(args.lr),
+    )
+
+
+def recommend(args, model: Bert4Rec, history: PandasSequentialDataset, num_users: int) -> np.ndarray:
+    """Top items of every user by the library's own call, int32 (users, k)."""
+    predictions = PandasPredictionCallback(
+        top_k=args.topk,
+        query_column="user_id",
+        item_column="item_id",
+        rating_column="score",
+        postprocessors=[RemoveSeenItems(history)],
+    )
+    lightning.Trainer(callbacks=[predictions], **QUIET).predict(
+        model,
+        DataLoader(
+            Bert4RecPredictionDataset(history, max_sequence_length=args.max_len),
+            batch_size=args.eval_batch_size,
+        ),
+        # Or Lightning would keep the scores of every user over the whole catalogue.
+        return_predictions=False,
+    )
+    rows = predictions.get_result()
+    users = rows["user_id"].to_numpy(dtype=np.int64).reshape(-1, args.topk)[:, 0]
+    top = np.zeros((num_users, args.topk), dtype=np.int32)
+    top[users] = rows["item_id"].to_numpy(dtype=np.int64).reshape(-1, args.topk) + 1
+    return top
+
+
+def select(args, data: Data, model: Bert4Rec) -> Selection:
+    """Looks at validation with a twin of the model, whose own trainer is busy training."""
+    histories = [
+        dataset(data.sequences(with_valid), data.num_items, args.hidden) for with_valid in (False, True)
+    ]
+    twin = make_model(args, histories[0].schema)
+
+    def look(with_valid: bool) -> np.ndarray:
+        twin.load_state_dict(model.state_dict())
+        return recommend(args, twin, histories[with_valid], data.num_users)
+
+    return Selection(args, data, look, model.state_dict)
+
+
 def main() -> None:
     args = parse_args(__doc__, losses=tuple(LOSSES))
     torch.set_num_threads(args.threads)
@@ -89,44 +151,21 @@ def main() -> None:
     lightning.seed_everything(args.seed)
     data = load(args.data)
     train = dataset(data.sequences(), data.num_items, args.hidden)
-    loss, loss_name = LOSSES[args.loss]
-    model = Bert4Rec(
-        train.schema,
-        block_count=args.layers,
-        head_count=args.heads,
-        hidden_size=args.hidden,
-        max_seq_len=args.max_len,
-        dropout_rate=args.dropout,
-        loss_type=loss,
-        loss_sample_count=args.negatives if args.loss == "sampled" else None,
-        **optimizer(args.lr),
-    )
+    model = make_model(args, train.schema)
     loader = DataLoader(
         Bert4RecTrainingDataset(train, max_sequence_length=args.max_len, mask_prob=args.mask_prob),
         batch_size=args.batch_size,
         shuffle=True,
     )
-    limits = (
-        {
-            "max_epochs": args.epochs or -1,
-            "max_time": timedelta(minutes=args.minutes) if args.minutes else None,
-        }
-        if args.fit
-        else {"max_epochs": -1, "max_steps": args.warmup + args.steps}
-    )
-    quiet = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-    }
     callback = lightning_clock(lightning.Callback, count)
-    trainer = lightning.Trainer(callbacks=[callback], **quiet, **limits)
-    start = time.perf_counter()
+    if args.fit:
+        selection = select(args, data, model)
+        callbacks = [callback, lightning_selection(lightning.Callback, selection)]
+        trainer = lightning.Trainer(callbacks=callbacks, max_epochs=args.epochs or -1, **QUIET)
+    else:
+        steps = args.warmup + args.steps
+        trainer = lightning.Trainer(callbacks=[callback], max_epochs=-1, max_steps=steps, **QUIET)
     trainer.fit(model, loader)
-    fit_seconds = time.perf_counter() - start
     fields = measured(args, callback.clock) | {
         "rss_before_training_bytes": callback.rss_before,
         "peak_rss_bytes": process_memory("VmHWM"),
@@ -134,50 +173,23 @@ def main() -> None:
         "catalogue": data.num_items,
         "eval_users_per_second": None,
     }
-
-    if args.eval or args.fit:
-        history = dataset(data.sequences(with_valid=args.fit), data.num_items, args.hidden)
+    if args.fit:
+        fields |= {"epochs": trainer.current_epoch, "steps": trainer.global_step}
+        fields |= outcome(args, data, model, selection)
+    elif args.eval:
         start = time.perf_counter()
-        predictions = PandasPredictionCallback(
-            top_k=args.topk,
-            query_column="user_id",
-            item_column="item_id",
-            rating_column="score",
-            postprocessors=[RemoveSeenItems(history)],
-        )
-        lightning.Trainer(callbacks=[predictions], **quiet).predict(
-            model,
-            DataLoader(
-                Bert4RecPredictionDataset(history, max_sequence_length=args.max_len),
-                batch_size=args.eval_batch_size,
-            ),
-            # Or Lightning would keep the scores of every user over the whole catalogue.
-            return_predictions=False,
-        )
-        rows = predictions.get_result()
+        recommend(args, model, train, data.num_users)
         seconds = time.perf_counter() - start
         fields |= {
             "eval_users_per_second": data.num_users / seconds,
             "eval_seconds": seconds,
             "peak_rss_bytes_with_eval": process_memory("VmHWM"),
         }
-        if args.fit:
-            users = rows["user_id"].to_numpy(dtype=np.int64).reshape(-1, args.topk)[:, 0]
-            top = np.zeros((data.num_users, args.topk), dtype=np.int32)
-            top[users] = rows["item_id"].to_numpy(dtype=np.int64).reshape(-1, args.topk) + 1
-            fields |= {
-                "fit_seconds": fit_seconds,
-                "epochs": trainer.current_epoch,
-                "steps": trainer.global_step,
-            } | accuracy(data, top)
-            if args.out:
-                write_recommendations(args.out, top)
-
     report(
         args,
         package="replay-rec",
         peer="RePlay",
-        loss=loss_name,
+        loss=LOSSES[args.loss][1],
         tied=False,
         notes=[*NOTES, LOSS_NOTES[args.loss]],
         **fields,

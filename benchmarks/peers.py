@@ -1,0 +1,219 @@
+"""Accuracy of this project's models and of other libraries', on the same file and in the same harness.
+
+    python benchmarks/peers.py --dataset ml-100k --peer rectools --model bert4rec --epochs 300 --out DIR
+    python benchmarks/peers.py --dataset ml-100k --peer reclib -p last_item_share 0.5 --epochs 300 --out DIR
+    python benchmarks/peers.py --dataset FILE --peer replay --curve 1 2 5 10 20 --out DIR
+    python benchmarks/peers.py --dataset ml-100k --out DIR --table
+
+A peer (rectools, recbole, replay) trains in its own environment (`peers/setup.sh`) on an npz of training
+sequences, chooses its epoch on validation, and recommends ten items to each user, once, with the validation
+item in the history and seen items removed. What it recommended is scored here, by this project's metrics.
+`--curve` looks at validation after so many minutes of training and leaves the test targets alone.
+
+A result is `NAME.npz` (values per user, for paired intervals) and `NAME.json`; a finished one is not run
+again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import yaml
+from ours import configs_of, run_ours
+from scoring import OURS, save, score, table, targets_seen, write_sequences
+
+from reclib import paths
+from reclib.config import DataConfig, InputError, validated
+from reclib.data import Dataset, evaluation, prepare
+
+HERE = Path(__file__).resolve().parent
+# What each library's own model class or configuration file starts from, at the versions of peers/setup.sh.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "rectools": {"hidden": 256, "layers": 2, "heads": 4, "dropout": 0.2, "mask-prob": 0.15},
+    "replay": {"hidden": 256, "layers": 2, "heads": 4, "dropout": 0.1, "mask-prob": 0.15},
+    "recbole": {"hidden": 64, "layers": 2, "heads": 2, "dropout": 0.2, "mask-prob": 0.2},
+}
+BATCH_SIZE = 128  # sequences; RecTools' default, and RePlay and RecBole leave it to the user at this size
+MODELS = {"rectools": ("bert4rec", "sasrec"), "replay": ("bert4rec",), "recbole": ("bert4rec",)}
+# glibc gives large blocks back at once by default, which slows steps with all logits by tens of percent.
+# Ours sets this itself; a peer gets it from here unless the caller's environment says otherwise.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
+MARKS = [1.0, 2.0, 5.0, 10.0, 20.0]  # minutes of training
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run of one model with one seed, and where its result goes."""
+
+    identity: dict[str, Any]  # plain JSON: everything that changes the result
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """File name without ending."""
+        one = self.identity
+        parts = [one["dataset"], one["peer"], one["model"], f"h{one['hidden']}", f"seed{one['seed']}"]
+        return "-".join([*parts, "curve"] if one["marks"] else parts)
+
+    def path(self, suffix: str) -> Path:
+        """Path of the result's file with this ending."""
+        return self.folder / f"{self.name}{suffix}"
+
+    def finished(self) -> bool:
+        """Whether the result is there; raises `InputError` if it is one of other settings."""
+        try:
+            found = json.loads(self.path(".json").read_text())["identity"]
+        except FileNotFoundError:
+            return False
+        wanted = json.loads(json.dumps(self.identity))
+        if found != wanted:
+            keys = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
+            said = "; ".join(f"{k} is {found.get(k)!r} there and {wanted.get(k)!r} here" for k in keys)
+            raise InputError(f"{self.path('.json').name} is of other settings: {said}; use another --out")
+        return True
+
+
+def run_peer(task: Task, dataset: Dataset, environments: Path) -> tuple[dict[str, np.ndarray], dict]:
+    """Run a peer in its own environment; return values per user and what it reported."""
+    one = task.identity
+    python = environments / one["peer"] / "bin" / "python"
+    if not python.is_file():
+        raise InputError(f"no {one['peer']} environment in {environments}: run benchmarks/peers/setup.sh")
+    data, out, log = task.path(".data.npz"), task.path(".raw.npz"), task.path(".log")
+    write_sequences(dataset, data)
+    script = HERE / "peers" / f"{one['peer']}_peer.py"
+    words = [python, script, "--fit", "--shape", "default", "--data", data, "--out", out]
+    for name, value in one["settings"].items():
+        words += [f"--{name}", value]
+    for name in ("model", "seed", "threads", "hidden", "epochs", "minutes", "valid-every", "patience"):
+        words += [f"--{name}", one[name]] if one[name] is not None else []
+    words += ["--marks", *one["marks"]] if one["marks"] else []
+    threads = {name: str(one["threads"]) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    variables = ALLOCATOR | dict(os.environ) | threads
+    with log.open("w") as file:
+        done = subprocess.run([str(word) for word in words], env=variables, stdout=file, stderr=file)
+    if done.returncode or not out.is_file():
+        tail = " / ".join(log.read_text().splitlines()[-2:])
+        raise InputError(f"{task.name}: the peer ended with status {done.returncode}, see {log}: {tail}")
+    said = [line for line in log.read_text().splitlines() if line.startswith("{")][-1]
+    with np.load(out) as file:
+        values = score({name: file[name] for name in file.files}, dataset, out.name)
+    for path in (data, out):
+        path.unlink()
+    return values, json.loads(said)
+
+
+def run(task: Task, dataset: Dataset, environments: Path) -> bool:
+    """Run the task unless its result is there; return whether it was run."""
+    if task.finished():
+        print(f"{task.name}: finished before, {task.path('.json').name}", flush=True)
+        return False
+    task.folder.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    if task.identity["peer"] == OURS:
+        values, about = run_ours(task.identity, dataset, task.path(".checkpoints"))
+    else:
+        values, about = run_peer(task, dataset, environments)
+    means = {
+        k: v.mean(axis=-1).tolist() for k, v in values.items() if k.startswith(("test_", "valid_", "mark_"))
+    }
+    means.pop("mark_minutes", None)
+    seen = {part: targets_seen(evaluation(dataset, part)) for part in ("valid", "test")}
+    record = {"identity": task.identity, "users": len(values["users"]), "targets_seen": seen, **means}
+    record |= {"wall_seconds": time.perf_counter() - began, "reported": about}
+    save(task.path(".npz"), values)
+    partial = task.path(".json.partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    partial.rename(task.path(".json"))  # last, so that a result that is there is whole
+    print(json.dumps({"name": task.name, **means}), flush=True)
+    return True
+
+
+def tasks_of(given: argparse.Namespace, dataset: Dataset) -> list[Task]:
+    """Return one task for each seed; raise `InputError` for what the peer does not have."""
+    values = {name: yaml.safe_load(value) for name, value in given.p}
+    if given.peer == OURS:
+        model = {k.removeprefix("model."): v for k, v in values.items() if k.startswith("model.")}
+        train = {k: v for k, v in values.items() if not k.startswith("model.")}
+        train |= {"eval_every": given.valid_every, "patience": given.patience}
+        train |= {"epochs": given.epochs} if given.epochs else {}
+        model |= {"max_len": given.max_len} if given.max_len else {}
+        settings: dict[str, Any] = {"size": given.size, "model": model, "train": train}
+        hidden = configs_of({"settings": settings, "seed": 0}, dataset.num_items)[0].hidden_dim
+    else:
+        if given.model not in MODELS[given.peer]:
+            allowed = ", ".join(MODELS[given.peer])
+            raise InputError(f"parameter 'model' is {given.model!r}: {given.peer} has {allowed}")
+        settings = DEFAULTS[given.peer] | {"batch-size": BATCH_SIZE, "max-len": given.max_len or 200}
+        settings |= values
+        hidden = given.hidden or settings.pop("hidden")
+        settings.pop("hidden", None)
+    limits = ("epochs", "minutes", "valid_every", "patience", "threads", "model", "peer")
+    identity = {name.replace("_", "-"): getattr(given, name) for name in limits}
+    identity |= {"dataset": dataset.name, "fingerprint": dataset.fingerprint, "marks": given.curve}
+    identity |= {"hidden": hidden, "settings": settings}
+    return [Task(identity | {"seed": seed}, given.out.resolve()) for seed in given.seeds]
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("--dataset", default="ml-100k", help="what reclib.data.prepare knows: a name or a file")
+    add("--min-user", type=int, default=5)
+    add("--min-item", type=int, default=5)
+    add("--peer", choices=[*MODELS, OURS], default="rectools")
+    add("--model", default="bert4rec", help="rectools: bert4rec or sasrec; reclib: a label of your own")
+    add("--epochs", type=int, help="at most so many")
+    add("--minutes", type=float, help="peers: at most so much training time")
+    add("--valid-every", type=int, default=5, help="epochs between looks at validation")
+    add("--patience", type=int, default=10, help="looks without a better NDCG@10 before stopping; 0: never")
+    add("--seeds", type=int, nargs="+", default=[0])
+    add("--threads", type=int, default=1)
+    add("--hidden", type=int, help="peers: another hidden size than the library's own")
+    add("--max-len", type=int, help="longest history (peers: 200)")
+    add("--size", default="tiny", help="reclib: one of its named sizes")
+    told = "reclib: a field of TrainConfig, or model.<field>; a peer: an argument of its script"
+    add("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help=told)
+    add("--curve", type=float, nargs="*", help="look at validation after so many minutes (1 2 5 10 20)")
+    add("--environments", type=Path, default=paths.root() / ".peers", help="folder that setup.sh filled")
+    add("--out", type=Path, required=True, help="folder of results")
+    add("--table", action="store_true", help="only print what is in the folder")
+    given = parser.parse_args(argv)
+    given.curve = given.curve or MARKS if given.curve is not None else None
+    if given.peer != OURS and not (given.epochs or given.minutes or given.curve or given.table):
+        parser.error("a peer needs --epochs, --minutes or --curve")
+    return given
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run what is not there yet, or print the table."""
+    given = arguments(argv)
+    asked = {"dataset": given.dataset, "min_user": given.min_user, "min_item": given.min_item}
+    try:
+        dataset = prepare(validated(DataConfig, asked))
+        if given.table:
+            print("\n".join(table(given.out, dataset.fingerprint)))
+            return 0
+        for task in tasks_of(given, dataset):
+            run(task, dataset, given.environments)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

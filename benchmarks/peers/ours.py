@@ -1,0 +1,79 @@
+"""Our side of the comparison: one run by `reclib.fit`, or a curve over training time."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scoring import NAMES, values_of
+
+from reclib.config import ModelConfig, TrainConfig, model_config, validated
+from reclib.data import Dataset, Evaluation, evaluated_users, evaluation, train_histories
+from reclib.fit import SELECT, Options, fit, rank_targets
+from reclib.hardware import resolve
+from reclib.model import Bert4Rec
+from reclib.trainer import Trainer
+
+LOOKS = ("epoch", "train_seconds", "hr@10", "ndcg@10")
+
+
+def configs_of(identity: dict[str, Any], num_items: int) -> tuple[ModelConfig, TrainConfig]:
+    """Return the configurations of one run; raise `InputError` for a parameter that is not one."""
+    settings = identity["settings"]
+    model = model_config(settings["size"], **({"num_items": num_items} | settings["model"]))
+    return model, validated(TrainConfig, settings["train"] | {"seed": identity["seed"]})
+
+
+def run_ours(
+    identity: dict[str, Any], dataset: Dataset, checkpoints: Path
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Train our model and return values per user and what the run took."""
+    torch.set_num_threads(identity["threads"])
+    model, train = configs_of(identity, dataset.num_items)
+    device, valid = resolve("cpu"), evaluation(dataset, "valid")
+    about: dict[str, Any] = {"torch": torch.__version__, "model": asdict(model), "train": asdict(train)}
+    values: dict[str, np.ndarray] = {"users": evaluated_users(dataset)}
+    if identity["marks"]:
+        torch.manual_seed(train.seed)
+        histories = train_histories(dataset)
+        trainer = Trainer(Bert4Rec(model), histories, train, device, dataset.fingerprint)
+        values |= curve(trainer, valid, identity["marks"])
+    else:
+        trainer = fit(model, dataset, train, device, checkpoints, Options(on_evaluation=_say))
+        history = trainer.progress.history
+        values |= {f"look_{name}": np.array([row[name] for row in history]) for name in LOOKS}
+        about["best"] = max(history, key=lambda row: row[SELECT])
+        for prefix, part in (("valid", valid), ("test", evaluation(dataset, "test"))):
+            values |= values_of(rank_targets(trainer, part, True).ranks, prefix)
+    progress = trainer.progress
+    about |= {"train_seconds": progress.train_seconds, "steps": progress.step}
+    return values, about | {"epochs": progress.step / trainer.steps_per_epoch}
+
+
+def curve(trainer: Trainer, valid: Evaluation, minutes: list[float]) -> dict[str, np.ndarray]:
+    """Train until the last mark, or to the end of the schedule, and rank validation at each mark reached.
+
+    Training time is the trainer's own: steps with their batches, without the looks at validation.
+    """
+    ranks: list[np.ndarray] = []
+    looks: list[tuple[float, float]] = []
+    for _ in trainer.steps():
+        while len(ranks) < len(minutes) and trainer.progress.train_seconds >= 60 * minutes[len(ranks)]:
+            ranks.append(rank_targets(trainer, valid, True).ranks)
+            trainer.model.train()
+            spent = trainer.progress.train_seconds
+            looks.append((trainer.progress.step / trainer.steps_per_epoch, spent))
+        if len(ranks) == len(minutes):
+            break
+    values = values_of(np.array(ranks).reshape(len(ranks), len(valid.targets)), "mark")
+    epochs, seconds = np.array(looks).reshape(-1, 2).T
+    means = {f"look_{name}": values[f"mark_{name}"].mean(axis=1) for name in NAMES}
+    found = {"mark_minutes": np.array(minutes[: len(ranks)]), "look_epoch": epochs}
+    return values | means | found | {"look_train_seconds": seconds}
+
+
+def _say(row: dict[str, float]) -> None:
+    print("validation: " + "  ".join(f"{name} {row[name]:.4f}" for name in LOOKS), flush=True)
