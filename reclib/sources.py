@@ -1,32 +1,35 @@
-"""Where interactions come from: one table of sources, each giving a frame in one form.
+"""Where interactions come from: a name, a file of any format, or a prepared folder.
 
-A source knows its identity before it reads anything, so that a prepared cache is found without
-parsing. Files are checked to the last field: what is wrong is told in one line with file, line
-number and value.
+A source knows its identity before it reads anything, so that a prepared dataset is found without
+parsing: the same identity means the same interactions in the same order.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import functools
 import hashlib
-from collections.abc import Callable
+import json
+import os
+import tempfile
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import duckdb
 import numpy as np
 import pandas as pd
 
-from reclib import ml100k, paths, synthetic
+from reclib import ml100k, paths, sequences, synthetic, titles
 from reclib.config import DataConfig, InputError
+from reclib.formats import FORMATS, Format, named
+from reclib.rawfile import checked
+from reclib.reading import COLUMNS, Ingested, Progress, ingest
 
-
-class Interactions(NamedTuple):
-    """What a reader gives: one row per interaction, in the source's own order."""
-
-    frame: pd.DataFrame  # columns user, item (raw ids), timestamp (number), where known rating
-    titles: dict[str, str]  # raw item id -> title
-    provenance: dict[str, Any]  # plain JSON: file, its sha256, origin
+MANIFEST = "manifest.json"
+HASH_KEPT_BYTES = 64 << 20  # the hash of a larger file is kept in the data folder
 
 
 @dataclass(frozen=True)
@@ -35,23 +38,23 @@ class Source:
 
     name: str
     identity: str  # the same identity means the same rows in the same order
-    read: Callable[[], Interactions]
+    fill: Callable[[duckdb.DuckDBPyConnection, Progress | None], Ingested]  # creates the table `raw`
 
 
 def source(config: DataConfig) -> Source:
     """Return the source that `config.dataset` names: an entry of `SOURCES`, or a file.
 
-    A file is a RecBole `.inter` file (TAB-separated under a header such as `user_id:token`), or,
-    with any other ending, four TAB-separated columns without a header: user, item, rating,
-    timestamp (as in u.data). A relative path counts from the project's root, since tools differ in
-    their working directory.
+    The file's format is `config.format` (see `formats`). A relative path counts from the project's
+    root, since tools differ in their working directory. For a prepared folder see `prepared_folder`.
     """
     name = config.dataset
     if name in SOURCES:
         return SOURCES[name](config)
-    path = (paths.root() / Path(name).expanduser()).resolve()
-    if path.is_file():
-        return file_source(path)
+    path = _path(config)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder without {MANIFEST}, expected a file or a prepared dataset")
+    if path.exists():
+        return file_source(path, config)
     known = ", ".join(SOURCES)
     close = difflib.get_close_matches(name, list(SOURCES), n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
@@ -60,17 +63,45 @@ def source(config: DataConfig) -> Source:
     )
 
 
+def prepared_folder(config: DataConfig) -> Path | None:
+    """Return the folder that `config.dataset` names if it holds a prepared dataset, else None."""
+    if config.dataset in SOURCES:
+        return None
+    path = _path(config)
+    return path if (path / MANIFEST).is_file() else None
+
+
 def ml_100k_source(config: DataConfig) -> Source:
     """Return MovieLens 100K: files in place are verified now, missing ones fetched when read."""
     ml100k.present()
-    return Source("ml-100k", ml100k.IDENTITY, _read_ml_100k)
+    return Source("ml-100k", ml100k.IDENTITY, _fill_ml_100k)
 
 
-def file_source(path: Path) -> Source:
-    """Return the user's own file as a source, identified by its content."""
-    sha256 = _sha256(path)
-    provenance = {"origin": "file", "file": path.name, "sha256": sha256}
-    return Source(path.stem, f"{path.suffix}:{sha256}", lambda: _read_file(path, provenance))
+def file_source(path: Path, config: DataConfig) -> Source:
+    """Return the user's own file as a source, identified by its content and by how it is read."""
+    format = named(config.format, checked(path), config.columns)
+    beside = [other for other in (sequences.twin(path), titles.beside(path)) if other is not None]
+    hashes = [_sha256(one) for one in (path, *beside)]
+    columns = sorted((config.columns or {}).items())
+    # strict and max_rejected_share only decide whether reading ends in an error, not what it gives
+    identity = json.dumps([format.name, columns, hashes])
+
+    def fill(con: duckdb.DuckDBPyConnection, progress: Progress | None = None) -> Ingested:
+        read = ingest(
+            con,
+            path,
+            format,
+            columns=config.columns,
+            strict=config.strict,
+            max_rejected_share=config.max_rejected_share,
+            progress=progress,
+        )
+        if read.provenance["sha256"] != hashes[0]:
+            raise InputError(f"{path.name} changed while it was read; prepare it again")
+        read.provenance["origin"] = "file"
+        return read
+
+    return Source(_stem(path), identity, fill)
 
 
 def synthetic_source(config: DataConfig) -> Source:
@@ -81,138 +112,80 @@ def synthetic_source(config: DataConfig) -> Source:
         "mean_len": config.synthetic_mean_len,
         "seed": config.synthetic_seed,
     }
-
-    def read() -> Interactions:
-        made = synthetic.generate(**asked)
-        lengths = np.diff(made.offsets)
-        users = np.repeat(np.arange(lengths.size), lengths)
-        seconds = 60 * (np.arange(made.items.size) - np.repeat(made.offsets[:-1], lengths))
-        frame = pd.DataFrame({"user": users, "item": made.items, "timestamp": seconds})
-        return Interactions(frame, {}, {"origin": "synthetic", **asked})
-
     described = " ".join(f"{key}={value}" for key, value in asked.items())
-    return Source("synthetic", f"synthetic-{synthetic.VERSION} {described}", read)
+    return Source(
+        "synthetic",
+        f"synthetic-{synthetic.VERSION} {described}",
+        functools.partial(_fill_synthetic, asked),
+    )
 
 
-# Name -> what makes the source from the configuration. A reader for another format is one more line
-# here.
+# Name -> what makes the source from the configuration.
 SOURCES: dict[str, Callable[[DataConfig], Source]] = {
     "ml-100k": ml_100k_source,
     "synthetic": synthetic_source,
 }
 
 
-def read_inter(path: Path) -> pd.DataFrame:
-    """Read a RecBole `.inter` file: TAB-separated, header of `name:type`, columns in any order."""
-    first = _text(path).split("\n", 1)[0].rstrip("\r")
-    names = [field.split(":")[0] for field in first.split("\t")]
-    missing = [name for name in ("user_id", "item_id", "timestamp") if name not in names]
-    if missing:
-        raise InputError(
-            f"{path.name}, line 1: header is {first[:80]!r}, expected TAB-separated columns "
-            f"that include {', '.join(missing)}"
-        )
-    table = _table(path, names, header_lines=1)
-    columns = {"user_id": "user", "item_id": "item", "rating": "rating", "timestamp": "timestamp"}
-    return _typed(path, table[[n for n in names if n in columns]].rename(columns=columns), 1)
-
-
-def read_four_columns(path: Path) -> pd.DataFrame:
-    """Read TAB-separated user, item, rating, timestamp without a header (MovieLens `u.data`)."""
-    return _typed(path, _table(path, ["user", "item", "rating", "timestamp"], header_lines=0), 0)
-
-
-def read_item_titles(path: Path) -> dict[str, str]:
-    """Read titles from RecBole's `.item` (UTF-8, TAB) or GroupLens' `u.item` (Latin-1, `|`)."""
-    if path.suffix == ".item" and path.name != "u.item":
-        names = [field.split(":")[0] for field in _text(path).split("\n", 1)[0].rstrip("\r").split("\t")]
-        if "item_id" not in names or "movie_title" not in names:
-            return {}
-        table = _table(path, names, header_lines=1)
-        # RecBole has "unkonwn" for GroupLens' "unknown", and the year apart from the title
-        titles = table["movie_title"].replace("unkonwn", "unknown")
-        if "release_year" in names:
-            year = table["release_year"]
-            titles = titles.where(year.isin(["", "unkonwn"]), titles + " (" + year + ")")
-        return dict(zip(table["item_id"], titles, strict=True))
-    lines = path.read_text(encoding="latin-1").splitlines()
-    fields = [line.split("|", 2) for line in lines]
-    short = next((n for n, field in enumerate(fields, 1) if len(field) < 3), None)
-    if short:
-        raise InputError(f"{path.name}, line {short}: expected '|'-separated item, title, date, ...")
-    return {field[0]: field[1].strip() for field in fields}
-
-
-def _read_ml_100k() -> Interactions:
+def _fill_ml_100k(con: duckdb.DuckDBPyConnection, progress: Progress | None = None) -> Ingested:
     got = ml100k.files()
-    read = read_inter if got.interactions.suffix == ".inter" else read_four_columns
-    provenance = {
-        "origin": got.origin,
-        "file": got.interactions.name,
-        "sha256": ml100k.SHA256[got.interactions.name],
-    }
-    return Interactions(read(got.interactions), read_item_titles(got.items), provenance)
+    format: Format = FORMATS["inter" if got.interactions.suffix == ".inter" else "ml-100k"]
+    read = ingest(con, got.interactions, format, strict=True, progress=progress)
+    read.provenance["origin"] = got.origin
+    return read
 
 
-def _read_file(path: Path, provenance: dict[str, Any]) -> Interactions:
-    frame = read_inter(path) if path.suffix == ".inter" else read_four_columns(path)
-    beside = path.with_suffix(".item")
-    titles = read_item_titles(beside) if beside.is_file() and beside != path else {}
-    return Interactions(frame, titles, provenance)
+def _fill_synthetic(
+    asked: dict[str, Any], con: duckdb.DuckDBPyConnection, progress: Progress | None = None
+) -> Ingested:
+    made = synthetic.generate(**asked)
+    lengths = np.diff(made.offsets)
+    seconds = 60 * (np.arange(made.items.size) - np.repeat(made.offsets[:-1], lengths))
+    users = np.repeat(np.arange(lengths.size), lengths)
+    frame = pd.DataFrame({"user": users, "item": made.items, "time": seconds})
+    con.execute(f"CREATE OR REPLACE TABLE raw({COLUMNS})")
+    con.register("generated", frame)
+    con.execute("""INSERT INTO raw
+        SELECT row_number() OVER () - 1, CAST("user" AS VARCHAR), CAST(item AS VARCHAR), NULL, time
+        FROM generated""")
+    con.unregister("generated")
+    return Ingested("s", {"origin": "synthetic", **asked}, made.items.size, {}, [], _no_titles)
+
+
+def _no_titles(items: Collection[str]) -> dict[str, str]:
+    return {}
+
+
+def _path(config: DataConfig) -> Path:
+    return (paths.root() / Path(config.dataset).expanduser()).resolve()
+
+
+def _stem(path: Path) -> str:
+    """Return the name without its endings; TiCoSeRec's and other dots inside it stay."""
+    return Path(path.name.removesuffix(".gz")).stem
 
 
 def _sha256(path: Path) -> str:
+    """Return the hash of a file; that of a large one is kept, by path, size and time of change."""
+    stat = checked(path).stat()
+    state = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    kept = paths.data() / "hashes" / hashlib.sha256(state.encode()).hexdigest()[:32]
+    large = stat.st_size >= HASH_KEPT_BYTES
+    if large:
+        with contextlib.suppress(OSError):
+            return kept.read_text()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if large:
+        _keep(kept, found)
+    return found
 
 
-def _text(path: Path) -> str:
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        bad = error.object[error.start]
-        raise InputError(f"{path.name}, line {line}: byte {bad:#04x} is not UTF-8 text") from None
-    if not text.strip():
-        raise InputError(f"{path.name} is empty, expected one interaction per line")
-    if not text.endswith("\n"):
-        line = text.count("\n") + 1
-        raise InputError(
-            f"{path.name}, line {line}: the file stops without a line end, so it may be cut short; "
-            "expected a line end after the last line"
-        )
-    return text
-
-
-def _table(path: Path, names: list[str], *, header_lines: int) -> pd.DataFrame:
-    """Split into columns of text; any line with another number of fields is an error."""
-    lines = pd.Series(_text(path).split("\n")[header_lines:-1], dtype="object").str.removesuffix("\r")
-    if lines.empty:
-        raise InputError(f"{path.name} has a header and nothing below it")
-    fields = lines.str.count("\t").to_numpy() + 1
-    if (fields != len(names)).any():
-        row = int(np.argmax(fields != len(names)))
-        raise InputError(
-            f"{path.name}, line {row + 1 + header_lines}: {fields[row]} fields, expected "
-            f"{len(names)} separated by TAB ({', '.join(names)}); the line is {lines[row][:80]!r}"
-        )
-    cells = "\t".join(lines).split("\t")  # every line has the same number: one flat list is the table
-    return pd.DataFrame({name: cells[i :: len(names)] for i, name in enumerate(names)}, dtype="object")
-
-
-def _typed(path: Path, table: pd.DataFrame, header_lines: int) -> pd.DataFrame:
-    """Check and convert columns: ids are not empty, rating and timestamp are finite numbers."""
-    typed: dict[str, pd.Series] = {}
-    for name in table.columns:
-        column = table[name]
-        if name in ("user", "item"):
-            bad, expected, typed[name] = (column == "").to_numpy(), "an id", column
-        else:
-            numbers = pd.to_numeric(column, errors="coerce")
-            bad, expected, typed[name] = ~np.isfinite(numbers.to_numpy(float)), "a number", numbers
-        if bad.any():
-            row = int(np.argmax(bad))
-            raise InputError(
-                f"{path.name}, line {row + 1 + header_lines}: {name} is {column[row]!r}, expected {expected}"
-            )
-    return pd.DataFrame(typed)
+def _keep(file: Path, text: str) -> None:
+    """Write a small file, whole or not at all; a full disk only means hashing again."""
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=file.parent)
+        with os.fdopen(handle, "w") as out:
+            out.write(text)
+        Path(name).replace(file)

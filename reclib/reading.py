@@ -1,0 +1,349 @@
+"""Reads a file of any format into the table `raw` of a DuckDB connection, out of core.
+
+Text is taken in blocks. DuckDB reads a whole block of separated fields, msgspec decodes a whole block of
+JSON lines; a block that holds anything wrong goes through `rows` line by line instead, which says what
+is wrong and where. So a clean file passes through no Python loop, and every message is exact.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import msgspec
+
+from reclib import parquet, rows, sequences, titles
+from reclib.config import InputError
+from reclib.formats import FOUR, PARQUET_MAGIC, Format, named
+from reclib.rawfile import Block, RawFile, checked
+from reclib.rejects import Rejects
+from reclib.rows import BadLine, Layout, Row
+
+COLUMNS = 'row BIGINT, "user" VARCHAR, item VARCHAR, rating DOUBLE, time BIGINT'
+# What a block is written as when Python has read it: no quoting, since ids hold neither TAB nor line end.
+PLAIN = Layout("\t", FOUR, {what: n for n, what in enumerate(FOUR)}, None, "order", rating_may_be_empty=True)
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+Progress = Callable[[int, int], None]  # bytes of the file done, and in all
+
+
+@dataclass(frozen=True)
+class Ingested:
+    """What was read into `raw`, for the manifest."""
+
+    time_unit: str  # s, ms, or order: then time is the position in the user's history
+    provenance: dict[str, Any]  # plain JSON: file, its sha256, bytes, format
+    lines_read: int  # without a header; rows of a Parquet file
+    rejected: dict[str, int]  # reason -> lines
+    rejected_examples: list[dict[str, Any]]  # {"line": number, "reason": ..., "text": its beginning}
+    titles: Callable[[Collection[str]], dict[str, str]]  # reads the titles of these items when called
+
+
+def ingest(
+    con: duckdb.DuckDBPyConnection,
+    path: Path,
+    format: Format | None = None,
+    *,
+    columns: dict[str, str] | None = None,
+    strict: bool = False,
+    max_rejected_share: float = 0.01,
+    progress: Progress | None = None,
+) -> Ingested:
+    """Create the table raw(row, "user", item, rating, time) from a file.
+
+    `row` counts the valid interactions in the file's order from 0; `rating` is NULL where unknown;
+    `time` is in the unit that the result names. `format` None is detected. Raises `InputError` for
+    what cannot be read, at the first bad line if `strict`, else where more than `max_rejected_share`
+    of the lines are bad; the table is then not to be used.
+    """
+    format = format or named("auto", path, columns)
+    con.execute(f"CREATE OR REPLACE TABLE raw({COLUMNS})")
+    rejects = Rejects(path.name, strict, max_rejected_share)
+    with checked(path).open("rb") as file:
+        is_parquet = file.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC
+    if is_parquet and format.kind != "table":
+        raise InputError(f"{path.name} is a Parquet file, expected format='table', not {format.name!r}")
+    if is_parquet:
+        unit, provenance = parquet.read(con, path, columns, rejects, progress)
+    else:
+        unit, provenance = _read_text(con, path, format, columns, rejects, progress)
+    rejects.finish()
+    if unit == "order":
+        _number_positions(con)
+    about = {"file": path.name, "bytes": path.stat().st_size, "format": format.name, **provenance}
+    side = titles.beside(path)
+    if side is not None:
+        about["titles"] = side.name
+    return Ingested(
+        unit,
+        about,
+        rejects.lines,
+        dict(rejects.counts),
+        rejects.examples,
+        lambda items: {} if side is None else titles.read(side, items),
+    )
+
+
+def _read_text(
+    con: duckdb.DuckDBPyConnection,
+    path: Path,
+    format: Format,
+    columns: dict[str, str] | None,
+    rejects: Rejects,
+    progress: Progress | None,
+) -> tuple[str, dict[str, Any]]:
+    """Read blocks of lines; return the time unit and what was learned about the file."""
+    file = RawFile(path, quoted=format.kind == "table")
+    reader: _Fields | _Json | _Sequences | None = None
+    with tempfile.TemporaryDirectory(dir=_scratch(con)) as folder:
+        table = _Table(con, Path(folder) / "block")
+        for block in file.blocks():
+            if not block.data.endswith(b"\n") and format.line_end:
+                raise InputError(
+                    f"{path.name}, line {block.first_line + block.data.count(bytes([10]))}: the file stops "
+                    "without a line end, so it may be cut short; expected a line end after the last line"
+                )
+            block = _utf8(block, format.encoding)
+            if reader is None:
+                reader = _reader(path, format, columns, block, table, rejects)
+            reader.take(block)
+            if progress is not None:
+                progress(file.bytes_read, file.size)
+    if reader is None:
+        raise InputError(f"{path.name} is empty, expected one interaction per line")
+    unit, about = reader.finish()
+    return unit, {"sha256": file.sha256, **about}
+
+
+def _scratch(con: duckdb.DuckDBPyConnection) -> str | None:
+    """Return the connection's own temporary folder, None (the system's) where it has none yet."""
+    found = con.execute("SELECT current_setting('temp_directory')").fetchone()
+    return found[0] if found and found[0] and Path(found[0]).is_dir() else None
+
+
+def _utf8(block: Block, encoding: str) -> Block:
+    data = block.data
+    if block.first_line == 1:
+        data = data.removeprefix(BYTE_ORDER_MARK)
+    if encoding != "utf-8" and not data.isascii():
+        data = data.decode(encoding).encode()
+    return Block(block.first_line, data)
+
+
+def _reader(
+    path: Path,
+    format: Format,
+    columns: dict[str, str] | None,
+    block: Block,
+    table: _Table,
+    rejects: Rejects,
+) -> _Fields | _Json | _Sequences:
+    start = block.data[: 1 << 20].decode("utf-8", "replace").splitlines()
+    if not any(line.strip() for line in start):
+        raise InputError(f"{path.name} is empty, expected one interaction per line")
+    if format.kind == "json":
+        return _Json(format, table, rejects)
+    if format.kind == "sequences":
+        return _Sequences(path, table, rejects)
+    return _Fields(rows.layout(path, format, columns, start[:1000]), table, rejects)
+
+
+class _Table:
+    """Appends blocks to `raw`."""
+
+    def __init__(self, con: duckdb.DuckDBPyConnection, file: Path) -> None:
+        self.con = con
+        self.file = file
+        self.rows = 0
+
+    def append(self, layout: Layout, data: bytes, expected: int | None) -> bool:
+        """Append the rows that `data` holds, all or none; return whether all were valid.
+
+        `expected` is their number where it is known. Not caught: a full disk, too little memory.
+        """
+        self.file.write_bytes(data)
+        self.con.execute("BEGIN")
+        try:
+            query = f"INSERT INTO raw {_select(layout, self.file, self.rows)}"
+            (count,) = self.con.execute(query).fetchone() or (0,)
+        except (duckdb.InvalidInputException, duckdb.ConversionException):
+            self.con.execute("ROLLBACK")
+            return False
+        if expected is not None and count != expected:
+            self.con.execute("ROLLBACK")
+            return False
+        self.con.execute("COMMIT")
+        self.rows += count
+        return True
+
+    def append_rows(self, valid: list[str]) -> None:
+        """Append lines of TAB-separated user, item, rating, time that are known to be valid."""
+        if valid and not self.append(PLAIN, "".join(valid).encode(), len(valid)):
+            raise RuntimeError(f"{len(valid)} valid lines were not accepted by the database")
+
+
+def _select(layout: Layout, file: Path, rows_before: int) -> str:
+    """Return the query that reads a block; a row that is not valid makes it fail."""
+    types = dict.fromkeys(range(len(layout.names)), "VARCHAR")
+    for what, position in layout.position.items():
+        if what == "rating" or (what == "time" and layout.time_unit != "date"):
+            types[position] = "DOUBLE"
+    columns = ", ".join(f"'c{position}': '{kind}'" for position, kind in types.items())
+    name = {what: f"c{position}" for what, position in layout.position.items()}
+    user, item, rating = name["user"], name["item"], name.get("rating", "NULL")
+    valid = [f"{user} <> ''", f"{item} <> ''"]
+    if "rating" in name:
+        empty = f" OR {rating} IS NULL" if layout.rating_may_be_empty else ""
+        valid.append(f"(isfinite({rating}){empty})")
+    time = name.get("time", "0")
+    if layout.time_unit == "date":
+        time = f"epoch(try_cast({time} AS TIMESTAMP))"
+    if "time" in name and layout.time_unit != "order":
+        per_second = rows.PER_SECOND.get(layout.time_unit, 1)  # a date is in seconds by now
+        first, last = rows.FIRST_SECOND * per_second, rows.LAST_SECOND * per_second
+        valid.append(f"{time} >= {first} AND {time} < {last}")
+    quote = '"' if layout.quoted else ""
+    return f"""
+        SELECT {rows_before} + row_number() OVER () - 1,
+            CASE WHEN coalesce({" AND ".join(valid)}, false) THEN {user} ELSE error('not valid') END,
+            {item}, {rating}, CAST(floor({time}) AS BIGINT)
+        FROM read_csv({parquet.quoted(str(file))}, columns = {{{columns}}}, header = false,
+            delim = {parquet.quoted(layout.separator)}, quote = '{quote}', escape = '{quote}',
+            auto_detect = false, parallel = false)"""
+
+
+def _plain(row: Row) -> str:
+    rating = "" if row.rating is None else row.rating
+    return f"{row.user}\t{row.item}\t{rating}\t{row.time}\n"
+
+
+def _sift(found: Iterable[tuple[int, str, Row | BadLine]], rejects: Rejects) -> Iterator[str]:
+    """Yield the valid ones as lines for `append_rows`; count the others."""
+    for line, text, row in found:
+        if isinstance(row, BadLine):
+            rejects.add(line, row.reason, row.detail, text)
+        else:
+            yield _plain(row)
+
+
+def _line_count(data: bytes) -> int | None:
+    """Return the number of lines; None where blank lines, NUL or other bytes need a closer look."""
+    if b"\n\n" in data or b"\n\r\n" in data or data.startswith((b"\n", b"\r\n")) or b"\0" in data:
+        return None
+    if not data.isascii():
+        try:
+            data.decode()
+        except UnicodeDecodeError:
+            return None
+    return data.count(b"\n") + (not data.endswith(b"\n"))
+
+
+class _Fields:
+    """Lines of separated fields."""
+
+    def __init__(self, layout: Layout, table: _Table, rejects: Rejects) -> None:
+        self.layout = layout
+        self.table = table
+        self.rejects = rejects
+
+    def take(self, block: Block) -> None:
+        data = block.data
+        if block.first_line == 1 and self.layout.header is not None:
+            data = data.partition(b"\n")[2]
+        count = _line_count(data) if data else 0
+        spans_lines = self.layout.quoted and b'"' in data  # a quoted field may hold line ends
+        before = self.table.rows
+        if count is not None and (
+            not count or self.table.append(self.layout, data, None if spans_lines else count)
+        ):
+            self.rejects.seen(self.table.rows - before, valid=self.table.rows - before)
+            return
+        text = block.data.decode("utf-8", "surrogateescape")
+        found = list(rows.field_rows(self.layout, text, block.first_line))
+        valid = list(_sift(found, self.rejects))
+        self.table.append_rows(valid)
+        self.rejects.seen(len(found), valid=len(valid))
+
+    def finish(self) -> tuple[str, dict[str, Any]]:
+        return ("s" if self.layout.time_unit == "date" else self.layout.time_unit), {}
+
+
+class _Json:
+    """JSON lines of reviews."""
+
+    def __init__(self, format: Format, table: _Table, rejects: Rejects) -> None:
+        self.unit = format.time_unit
+        self.decoder = rows.json_decoder(format)
+        self.layout = replace(PLAIN, time_unit=self.unit)
+        self.table = table
+        self.rejects = rejects
+
+    def take(self, block: Block) -> None:
+        if self._whole(block.data):
+            return
+        text = block.data.decode("utf-8", "surrogateescape")
+        found = list(rows.json_rows(self.decoder, self.unit, text, block.first_line))
+        valid = list(_sift(found, self.rejects))
+        self.table.append_rows(valid)
+        self.rejects.seen(len(found), valid=len(valid))
+
+    def _whole(self, data: bytes) -> bool:
+        """Take the block at once; return False, with nothing taken, if any line is not valid."""
+        count = _line_count(data)
+        if count is None:
+            return False
+        try:
+            read = self.decoder.decode_lines(data)
+        except (msgspec.DecodeError, msgspec.ValidationError):
+            return False
+        text = "".join(
+            [f"{r.user}\t{r.item}\t{'' if r.rating is None else r.rating}\t{r.time}\n" for r in read]
+        )
+        if len(read) != count or text.count("\n") != count or text.count("\t") != 3 * count:
+            return False
+        if not self.table.append(self.layout, text.encode(), count):
+            return False
+        self.rejects.seen(count, valid=count)
+        return True
+
+    def finish(self) -> tuple[str, dict[str, Any]]:
+        return self.unit, {}
+
+
+class _Sequences:
+    """One user a line, with the twin file of times where there is one."""
+
+    def __init__(self, path: Path, table: _Table, rejects: Rejects) -> None:
+        self.histories = sequences.Histories(path)
+        self.table = table
+        self.rejects = rejects
+
+    def take(self, block: Block) -> None:
+        text = block.data.decode("utf-8", "surrogateescape")
+        valid: list[str] = []
+        users = 0
+        for line, whole, history in self.histories.read(text, block.first_line):
+            if isinstance(history, BadLine):
+                self.rejects.add(line, history.reason, history.detail, whole)
+                continue
+            users += 1
+            valid += map(_plain, history)
+        self.table.append_rows(valid)
+        self.rejects.seen(text.count("\n"), valid=users)
+
+    def finish(self) -> tuple[str, dict[str, Any]]:
+        return self.histories.finish()
+
+
+def _number_positions(con: duckdb.DuckDBPyConnection) -> None:
+    """Set time to the position in the user's history, from 0."""
+    con.execute("ALTER TABLE raw RENAME TO unnumbered")
+    con.execute(f"CREATE TABLE raw({COLUMNS})")
+    con.execute("""INSERT INTO raw
+        SELECT row, "user", item, rating, row_number() OVER (PARTITION BY "user" ORDER BY row) - 1
+        FROM unnumbered ORDER BY row""")
+    con.execute("DROP TABLE unnumbered")
