@@ -2,12 +2,11 @@
 
     python benchmarks/data.py [--full] [--rounds N] [--json] [--reviews N ...] [--folder DIR]
 
-Writes JSON lines shaped like Amazon Electronics 2018 5-core (same fields, about 600 bytes a line, whole days,
-long-tailed users and items, each with at least five reviews), gzip-compressed: 0.4 and 1.6 million reviews,
-with --full 6.7 million as the real file has. Each action then runs in processes of its own, all of a size in
-turns: `json.loads` of every line into a list and pandas (smallest size only, its memory grows with the file),
-`gzip -dc`, our reading into the database, the whole `python -m reclib.data prepare`, and the loading of what
-that wrote, up to the first batch of training. Peak memory is that of a process and its children together.
+Writes files shaped like Amazon Electronics 2018 5-core (see `reviews.py`) of 0.4 and 1.6 million reviews,
+with --full also of 6.7 million as the real one has. Each action then runs in processes of its own, all of a
+size in turns: `json.loads` of every line into a list and pandas (at the smallest size: its memory grows with
+the file), `gzip -dc`, our reading into the database, the whole `python -m reclib.data prepare`, and the
+loading of what that wrote, up to the first batch. Peak memory is that of a process and its children together.
 
 Targets: preparing 5 times as fast as the list at 0.4 million; reading within 2.5 times `gzip -dc`; peak below
 1 GB; time linear in the reviews; loading within 2 s and 100 MB. Linux only: it reads /proc. --json prints
@@ -35,102 +34,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+GENERATOR = ROOT / "benchmarks" / "reviews.py"
 
 SIZES, FULL_SIZE = (400_000, 1_600_000), 6_700_000
-LIST_UP_TO = 500_000  # reviews; at 1.6 million the list of dicts needs more than 5 GB
-REVIEWS_PER_USER, REVIEWS_PER_ITEM = 9.25, 42.1  # of the real file: 6,739,590 / 728,719 / 160,052
-FIRST_DAY, DAYS = 11_000, 6_800  # since 1970: February 2000 to September 2018
-LINE = (
-    b'{"overall": %d.0, %b"verified": %b, "reviewTime": "%b", "reviewerID": "%b", "asin": "%b", %b'
-    b'"reviewerName": %b, "reviewText": %b, "summary": %b, "unixReviewTime": %d}\n'
-)
+LIST_UP_TO = 500_000  # reviews: beyond, the list of dicts needs many gigabytes
 POLL_SECONDS = 0.01
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 MB = 1e6
-
-# ---- the generator ----------------------------------------------------------------------------------
-
-
-def letters(numbers: Any, width: int, prefix: str) -> list[bytes]:
-    """Return distinct keys of capital letters and digits, such as A3CIUOJXQ5VDQ2, in no order."""
-    digits = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    step, keys = 0x9E3779B97F4A7C15 % 36**width, []
-    while step % 2 == 0 or step % 3 == 0:  # no factor in common with 36: a permutation
-        step += 1
-    for number in numbers:
-        value, text = number * step % 36**width, ""
-        for _ in range(width):
-            value, digit = divmod(value, 36)
-            text += digits[digit]
-        keys.append((prefix + text).encode())
-    return keys
-
-
-def texts(rng: Any, count: int, mean_words: float) -> list[bytes]:
-    """Return `count` JSON strings of made-up words with Zipf's frequencies; some hold what JSON escapes."""
-    import numpy as np
-
-    syllables = [c + v + e for c in "bcdfglmnprstvw" for v in "aeiou" for e in ("", "n", "r", "st")]
-    picked = rng.integers(0, len(syllables), (20_000, 3))
-    parts = rng.integers(1, 4, 20_000)
-    words = [
-        "".join(syllables[s] for s in row[:n]) for row, n in zip(picked.tolist(), parts.tolist(), strict=True)
-    ]
-    weight = 1 / np.arange(1, len(words) + 1)
-    edges = np.cumsum(weight / weight.sum())
-    lengths = np.maximum(1, rng.lognormal(np.log(mean_words) - 0.5, 1.0, count)).astype(int)
-    drawn = np.searchsorted(edges, rng.random(lengths.sum())).clip(max=len(words) - 1).tolist()
-    made, at = [], 0
-    for number, length in enumerate(lengths.tolist()):
-        text = " ".join(words[w] for w in drawn[at : at + length]).capitalize() + "."
-        at += length
-        if number % 7 == 0:
-            text = text.replace(" b", '\n\n"B', 1).replace("co", "c\u00f6", 1)
-        made.append(json.dumps(text).encode())
-    return made
-
-
-def shares(rng: Any, groups: int, total: int) -> Any:
-    """Return int64 (groups,) that add up to `total`, long-tailed, none below five."""
-    weight = 1 / (rng.permutation(groups) + groups / 50) ** 0.9
-    return 5 + rng.multinomial(total - 5 * groups, weight / weight.sum())
-
-
-def generate(path: Path, reviews: int) -> None:
-    """Write `reviews` lines, grouped by item as in the real file."""
-    import numpy as np
-
-    rng = np.random.default_rng(reviews)
-    users, items = (max(1, int(reviews / per)) for per in (REVIEWS_PER_USER, REVIEWS_PER_ITEM))
-    user_keys, item_keys = letters(range(users), 13, "A"), letters(range(items), 8, "B0")
-    user = np.repeat(np.arange(users, dtype=np.int32), shares(rng, users, reviews))
-    rng.shuffle(user)
-    item = np.repeat(np.arange(items, dtype=np.int32), shares(rng, items, reviews))
-    body, title = texts(rng, 20_000, 45.0), texts(rng, 5_000, 4.0)
-    names = [
-        json.dumps(f"{a}. {b}").encode() for a in "ABCDEFGHIJKLM" for b in ("Reader", "Smith", "k\u00f6")
-    ]
-    days = [time.gmtime(86_400 * day) for day in range(FIRST_DAY, FIRST_DAY + DAYS)]
-    dates = [f"{d.tm_mon:02d} {d.tm_mday}, {d.tm_year}".encode() for d in days]
-    votes = [b""] * 17 + [b'"vote": "2", ', b'"vote": "14", ', b'"vote": "1,204", ']
-    styles = [b"", b'"style": {"Color:": " Black"}, ', b'"style": {"Size:": " 7.0 oz", "Color:": " Red"}, ']
-    pools = (votes, (b"true", b"false"), styles, names, body, title)
-    with gzip.open(path, "wb", compresslevel=4) as out:
-        for start in range(0, reviews, 100_000):
-            part = slice(start, min(start + 100_000, reviews))
-            count = part.stop - part.start
-            day = rng.integers(0, DAYS, count)
-            fields = [[pool[n] for n in rng.integers(0, len(pool), count).tolist()] for pool in pools]
-            vote, verified, style, name, text, summary = fields
-            stars = rng.integers(1, 6, count).tolist()
-            date, seconds = [dates[d] for d in day.tolist()], (86_400 * (FIRST_DAY + day)).tolist()
-            who, what = (
-                [user_keys[u] for u in user[part].tolist()],
-                [item_keys[i] for i in item[part].tolist()],
-            )
-            columns = (stars, vote, verified, date, who, what, style, name, text, summary, seconds)
-            out.write(b"".join(map(LINE.__mod__, zip(*columns, strict=True))))
-
 
 # ---- what is measured, each in a process of its own --------------------------------------------------
 
@@ -283,7 +193,7 @@ def at_size(reviews: int, rounds: int, folder: Path, say: Callable[[str], None])
     """Generate a file of `reviews` and measure all actions on it in turns."""
     path = folder / f"reviews_{reviews}_5.json.gz"
     began = time.perf_counter()
-    subprocess.run([sys.executable, __file__, "--generate", str(path), str(reviews)], check=True)
+    subprocess.run([sys.executable, str(GENERATOR), str(path), str(reviews)], check=True)
     seconds = time.perf_counter() - began
     size = path.stat().st_size
     say(f"\n{reviews:,} reviews: {size / MB:,.0f} MB compressed, written in {seconds:.0f} s")
@@ -359,12 +269,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="for the files, emptied at the end (default: temporary)")
     parser.add_argument("--json", action="store_true", help="print one object with all figures")
-    parser.add_argument("--generate", nargs=2, metavar=("FILE", "N"), help="only write a file of N reviews")
     parser.add_argument("--action", nargs=3, help=argparse.SUPPRESS)  # what the measuring process starts
     given = parser.parse_args()
-    if given.generate:
-        generate(Path(given.generate[0]), int(given.generate[1]))
-        return
     if given.action:
         name, path, folder = given.action
         print(json.dumps(ACTIONS[name](Path(path), Path(folder))))
