@@ -24,7 +24,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reclib import fetch, ml100k
+from reclib import fetch, formats, ml100k
 from reclib.config import InputError
 
 RATINGS = b"1::10::5::978300760\n" * 500
@@ -566,6 +566,7 @@ def test_the_list_is_complete(monkeypatch):
         assert entry.address.startswith(("https://", "http://")), name
         assert entry.counts["interactions"] > 0, name
         assert set(entry.counts) <= {"interactions", "users", "items"}, name
+        assert entry.format in formats.FORMATS, name
         assert len(entry.licence) > 40, name
         assert "20" in entry.citation, name
         if entry.checksum:
