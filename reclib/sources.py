@@ -14,7 +14,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ import duckdb
 import numpy as np
 import pandas as pd
 
-from reclib import ml100k, paths, sequences, synthetic, titles
-from reclib.config import DataConfig, InputError
+from reclib import fetch, ml100k, paths, sequences, synthetic, titles
+from reclib.config import DataConfig, InputError, changed
 from reclib.formats import FORMATS, Format, named
 from reclib.rawfile import checked
 from reclib.reading import COLUMNS, Ingested, Progress, ingest
@@ -42,7 +42,7 @@ class Source:
 
 
 def source(config: DataConfig) -> Source:
-    """Return the source that `config.dataset` names: an entry of `SOURCES`, or a file.
+    """Return the source that `config.dataset` names: an entry of `SOURCES`, a file, or what was fetched.
 
     The file's format is `config.format` (see `formats`). A relative path counts from the project's
     root, since tools differ in their working directory. For a prepared folder see `prepared_folder`.
@@ -51,12 +51,15 @@ def source(config: DataConfig) -> Source:
     if name in SOURCES:
         return SOURCES[name](config)
     path = _path(config)
+    if not path.exists() and name in fetch.catalogue():
+        return fetched_source(name, config)
     if path.is_dir():
         raise InputError(f"{path} is a folder without {MANIFEST}, expected a file or a prepared dataset")
     if path.exists():
         return file_source(path, config)
-    known = ", ".join(SOURCES)
-    close = difflib.get_close_matches(name, list(SOURCES), n=1)
+    names = list(SOURCES | fetch.catalogue())
+    known = ", ".join(names)
+    close = difflib.get_close_matches(name, names, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     raise InputError(
         f"parameter 'dataset' is {name!r}{hint}: expected one of {known}, or a file, and {path} is none"
@@ -102,6 +105,23 @@ def file_source(path: Path, config: DataConfig) -> Source:
         return read
 
     return Source(_stem(path), identity, fill)
+
+
+def fetched_source(name: str, config: DataConfig) -> Source:
+    """Return a public dataset that was fetched (see `fetch`); nothing is downloaded here."""
+    path = fetch.fetched(name)
+    if path is None:
+        raise fetch.not_fetched(name)
+    entry = fetch.known(name)
+    format = entry.format if config.format == "auto" else config.format
+    file = file_source(path, changed(config, format=format))
+
+    def fill(con: duckdb.DuckDBPyConnection, progress: Progress | None = None) -> Ingested:
+        read = file.fill(con, progress)
+        read.provenance.update(origin=entry.address, published_counts=entry.counts)
+        return read
+
+    return replace(file, name=name, fill=fill)
 
 
 def synthetic_source(config: DataConfig) -> Source:

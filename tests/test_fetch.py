@@ -18,14 +18,15 @@ import time
 import zipfile
 from pathlib import Path
 
+import duckdb
 import pytest
 import yaml
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reclib import fetch, formats, ml100k
-from reclib.config import InputError
+from reclib import fetch, formats, ml100k, sources
+from reclib.config import DataConfig, InputError
 
 RATINGS = b"1::10::5::978300760\n" * 500
 MOVIES = b"10::A film (1995)::Drama\n"
@@ -532,6 +533,23 @@ def test_unknown_names(raw):
 
 def test_the_error_of_a_caller_that_finds_it_missing(raw):
     assert "python -m reclib.data fetch films'" in str(fetch.not_fetched("films"))
+
+
+def test_a_fetched_dataset_is_a_source_by_its_name(raw):
+    config = DataConfig(dataset="films", min_user=1, min_item=1)
+    with pytest.raises(InputError, match=r"python -m reclib\.data fetch films"):
+        sources.source(config)
+    fetch.fetch("films")
+    source = sources.source(config)
+    assert source.name == "films"
+    with duckdb.connect() as con:
+        read = source.fill(con, None)
+        assert con.execute("select count(*), min(item) from raw").fetchall() == [(500, "10")]
+    assert read.titles(["10"]) == {"10": "A film (1995)"}
+    assert read.provenance["published_counts"] == {"interactions": 500}
+    assert read.provenance["origin"] == fetch.known("films").address
+    with pytest.raises(InputError, match=r"'filmz' \(did you mean 'films'\?\)"):
+        sources.source(DataConfig(dataset="filmz"))
 
 
 def command(*arguments: str) -> int:
