@@ -43,7 +43,7 @@ def read(
     for why, lines, first_row, text in bad:
         rejects.add(first_row + 1, why, f"{why} ({text[:80]})", text, lines)
     valid = count - sum(lines for _, lines, *_ in bad)
-    rejects.seen(count, valid=valid)
+    rejects.block_done(valid)
     con.execute(
         f"""INSERT INTO raw SELECT row_number() OVER () - 1, {checks["values"]}
         FROM {source} WHERE ({reason}) IS NULL"""
@@ -81,8 +81,8 @@ def _time(con: duckdb.DuckDBPyConnection, source: str, column: str, kind: str) -
     name = _name(column)
     if kind.startswith(("TIMESTAMP", "DATE")):
         return "s", f"epoch({name})"
-    first = con.execute(f"SELECT {name} FROM {source} WHERE {name} IS NOT NULL LIMIT 1").fetchone()
-    unit = rows.unit_of(str(first[0])) if first else "s"
+    first = con.execute(f"SELECT {name} FROM {source} WHERE {name} IS NOT NULL LIMIT 1000").fetchall()
+    unit = rows.unit_of([str(value) for (value,) in first])
     if unit == "date":
         return "s", f"epoch(try_cast({name} AS TIMESTAMP))"
     return unit, f"try_cast({name} AS DOUBLE)"

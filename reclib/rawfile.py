@@ -22,7 +22,8 @@ _DAMAGED: tuple[type[Exception], ...] = (zlib.error,)
 with contextlib.suppress(ImportError):  # unzips faster, with the same interface and the same result
     from isal import isal_zlib
 
-    _unzipper, _DAMAGED = isal_zlib.decompressobj, (zlib.error, isal_zlib.error)
+    _unzipper = isal_zlib.decompressobj
+    _DAMAGED = (zlib.error, isal_zlib.error)  # type: ignore[assignment]
 
 GZIP_MAGIC = b"\x1f\x8b"
 GZIP_WINDOW = 31  # of `decompressobj`: gzip with its header and checksum
@@ -75,7 +76,9 @@ class RawFile:
             end = self._last_line_end(joined)
             if not end and length > MAX_LINE_BYTES:
                 mebibytes = length >> 20
-                raise InputError(f"{self.path.name}, line {line}: no line end in {mebibytes} MiB of text")
+                raise InputError(
+                    f"{self.path.name}, line {line}: no line end outside of quotes in {mebibytes} MiB"
+                )
             if end:
                 yield Block(line, joined[:end])
                 line += joined.count(b"\n", 0, end)
@@ -87,8 +90,11 @@ class RawFile:
     def _last_line_end(self, text: bytes) -> int:
         """Return where to cut: 0 if there is no line end outside of quotes."""
         end = text.rfind(b"\n") + 1
-        while self._quoted and end and text.count(b'"', 0, end) % 2:
-            end = text.rfind(b"\n", 0, end - 1) + 1
+        quotes = text.count(b'"', 0, end) if self._quoted else 0
+        while end and quotes % 2:
+            earlier = text.rfind(b"\n", 0, end - 1) + 1
+            quotes -= text.count(b'"', earlier, end)
+            end = earlier
         return end
 
     def _text(self) -> Iterator[bytes]:

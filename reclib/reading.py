@@ -231,8 +231,12 @@ def _sift(found: Iterable[tuple[int, str, Row | BadLine]], rejects: Rejects) -> 
 
 
 def _line_count(data: bytes) -> int | None:
-    """Return the number of lines; None where blank lines, NUL or other bytes need a closer look."""
-    if b"\n\n" in data or b"\n\r\n" in data or data.startswith((b"\n", b"\r\n")) or b"\0" in data:
+    """Return the number of lines; None where NUL or bytes that are not UTF-8 need a closer look.
+
+    Blank lines show themselves later: readers of whole blocks pass over them, so that the number of
+    rows is another.
+    """
+    if b"\0" in data:
         return None
     if not data.isascii():
         try:
@@ -260,13 +264,13 @@ class _Fields:
         if count is not None and (
             not count or self.table.append(self.layout, data, None if spans_lines else count)
         ):
-            self.rejects.seen(self.table.rows - before, valid=self.table.rows - before)
+            self.rejects.block_done(self.table.rows - before)
             return
         text = block.data.decode("utf-8", "surrogateescape")
-        found = list(rows.field_rows(self.layout, text, block.first_line))
+        found = rows.field_rows(self.layout, text, block.first_line, self.rejects.name)
         valid = list(_sift(found, self.rejects))
         self.table.append_rows(valid)
-        self.rejects.seen(len(found), valid=len(valid))
+        self.rejects.block_done(len(valid))
 
     def finish(self) -> tuple[str, dict[str, Any]]:
         return ("s" if self.layout.time_unit == "date" else self.layout.time_unit), {}
@@ -286,10 +290,10 @@ class _Json:
         if self._whole(block.data):
             return
         text = block.data.decode("utf-8", "surrogateescape")
-        found = list(rows.json_rows(self.decoder, self.unit, text, block.first_line))
+        found = rows.json_rows(self.decoder, self.unit, text, block.first_line)
         valid = list(_sift(found, self.rejects))
         self.table.append_rows(valid)
-        self.rejects.seen(len(found), valid=len(valid))
+        self.rejects.block_done(len(valid))
 
     def _whole(self, data: bytes) -> bool:
         """Take the block at once; return False, with nothing taken, if any line is not valid."""
@@ -307,7 +311,7 @@ class _Json:
             return False
         if not self.table.append(self.layout, text.encode(), count):
             return False
-        self.rejects.seen(count, valid=count)
+        self.rejects.block_done(count)
         return True
 
     def finish(self) -> tuple[str, dict[str, Any]]:
@@ -333,7 +337,7 @@ class _Sequences:
             users += 1
             valid += map(_plain, history)
         self.table.append_rows(valid)
-        self.rejects.seen(text.count("\n"), valid=users)
+        self.rejects.block_done(users)
 
     def finish(self) -> tuple[str, dict[str, Any]]:
         return self.histories.finish()

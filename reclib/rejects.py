@@ -18,10 +18,14 @@ class Rejects:
         self.name = name  # of the file
         self.strict = strict
         self.max_share = max_share
-        self.lines = 0  # read, rejected ones included
-        self.valid = 0
+        self.valid = 0  # lines
         self.counts: Counter[str] = Counter()
         self.examples: list[dict[str, Any]] = []
+
+    @property
+    def lines(self) -> int:
+        """Lines read, rejected ones included."""
+        return self.valid + self.counts.total()
 
     def add(self, line: int, reason: str, detail: str, text: str, count: int = 1) -> None:
         """Count a bad line (or `count` alike, of which it is the first); stop here if strict."""
@@ -32,9 +36,8 @@ class Rejects:
             shown = text[:TEXT_LENGTH].encode("utf-8", "backslashreplace").decode()
             self.examples.append({"line": line, "reason": detail, "text": shown})
 
-    def seen(self, lines: int, *, valid: int) -> None:
-        """Count the lines of a block; stop where the file's first lines hold nothing valid at all."""
-        self.lines += lines
+    def block_done(self, valid: int) -> None:
+        """Count the valid lines of a block; stop where the file's first block holds none at all."""
         self.valid += valid
         if not self.valid and self.counts:
             self._stop()

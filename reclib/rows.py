@@ -11,6 +11,7 @@ import datetime
 import io
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +107,7 @@ def _table_layout(path: Path, columns: dict[str, str] | None, lines: list[str]) 
     unit = "order"
     if "time" in position:
         values = [row[position["time"]] for row in body if len(row) == len(names)]
-        unit = unit_of(next((value for value in values if value.strip()), "0"))
+        unit = unit_of([value for value in values if value.strip()])
     return Layout(separator, tuple(names), position, header, unit, True, True)
 
 
@@ -134,19 +135,24 @@ def choose_columns(path: Path, names: list[str], columns: dict[str, str] | None)
     return chosen
 
 
-def unit_of(text: str) -> str:
-    """Return the unit in which a time lies within the allowed range: s, ms, or date for other text."""
-    if not is_number(text):
-        return "date"
-    return "ms" if float(text) >= FIRST_SECOND * PER_SECOND["ms"] else "s"
+def unit_of(values: list[str]) -> str:
+    """Return the unit that most of these times are in: s, ms, or date for text that is no number."""
+    units = Counter(
+        "date" if not is_number(value) else "ms" if float(value) >= FIRST_SECOND * PER_SECOND["ms"] else "s"
+        for value in values
+    )
+    return units.most_common(1)[0][0] if units else "s"
 
 
-def field_rows(layout: Layout, text: str, first_line: int) -> Iterator[tuple[int, str, Row | BadLine]]:
+def field_rows(
+    layout: Layout, text: str, first_line: int, name: str
+) -> Iterator[tuple[int, str, Row | BadLine]]:
     """Yield (line, its text, interaction or what is wrong) for a block of separated fields.
 
-    `text` was decoded with surrogate escapes, so that bytes that are not UTF-8 are found here.
+    `text` was decoded with surrogate escapes, so that bytes that are not UTF-8 are found here. Raises
+    `InputError` for a quote that is never closed: it would hide all lines below it.
     """
-    for line, fields, whole in _split(layout, text, first_line):
+    for line, fields, whole in _split(layout, text, first_line, name):
         if line == 1 and layout.header is not None:
             continue
         try:
@@ -155,16 +161,26 @@ def field_rows(layout: Layout, text: str, first_line: int) -> Iterator[tuple[int
             yield line, whole, bad
 
 
-def _split(layout: Layout, text: str, first_line: int) -> Iterator[tuple[int, list[str], str]]:
+def _split(layout: Layout, text: str, first_line: int, name: str) -> Iterator[tuple[int, list[str], str]]:
     if not layout.quoted:
         for number, line in enumerate(text.removesuffix("\n").split("\n"), first_line):
             line = line.removesuffix("\r")
             yield number, line.split(layout.separator), line
         return
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=layout.separator)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=layout.separator, strict=True)
     done = 0
-    for fields in reader:
-        yield first_line + done, fields or [""], layout.separator.join(fields)
+    while True:
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if "unexpected end of data" in str(error):
+                detail = "a double quote that opens here is never closed"
+                raise InputError(f"{name}, line {first_line + done}: {detail}") from None
+            fields = [f"({error})"]
+        if fields:  # a blank line in a file made by hand is no mistake
+            yield first_line + done, fields, layout.separator.join(fields)
         done = reader.line_num
 
 
@@ -252,14 +268,14 @@ def _number(what: str, value: str | float) -> float:
 class _Amazon(msgspec.Struct, gc=False):
     user: str = msgspec.field(name="reviewerID")
     item: str = msgspec.field(name="asin")
-    time: float = msgspec.field(name="unixReviewTime")
+    time: int | float = msgspec.field(name="unixReviewTime")
     rating: float | None = msgspec.field(name="overall", default=None)
 
 
 class _Amazon2023(msgspec.Struct, gc=False):
     user: str = msgspec.field(name="user_id")
     item: str = msgspec.field(name="parent_asin")
-    time: float = msgspec.field(name="timestamp")
+    time: int | float = msgspec.field(name="timestamp")
     rating: float | None = None
 
 
