@@ -1,8 +1,9 @@
-"""Folders of arrays and JSON documents on disk that are either whole or not there.
+"""Folders on disk that are either whole or not there.
 
 An entry is written beside its place and renamed, so that no reader and no crash ever sees half of
-it. A seal of content hashes inside it tells an altered or damaged entry, which then counts as
-absent.
+it. A seal inside it holds what the entry was made from (its key) and size and sha256 of each file.
+An entry whose files differ in size, or small ones in content, counts as absent; large files are
+hashed on demand only (`damage`), since they are memory-mapped and need not be read to be used.
 """
 
 from __future__ import annotations
@@ -12,56 +13,82 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 SEAL = "seal.json"
+HASHED_ALWAYS = 4 << 20  # bytes; a file up to this size is hashed whenever its entry is looked up
 
 
-class Entry(NamedTuple):
-    """What an entry holds, by name."""
+@contextlib.contextmanager
+def writing(folder: Path, key: str) -> Iterator[Path]:
+    """Yield a folder to fill; without an exception it becomes the entry `folder` made from `key`.
 
-    arrays: dict[str, np.ndarray]
-    documents: dict[str, Any]  # plain JSON
-
-
-def store(folder: Path, arrays: Mapping[str, np.ndarray], documents: Mapping[str, Any]) -> None:
-    """Write the entry `folder`, in place of one that is there.
-
-    Where processes race, one of the entries stays, whole: those with the same key hold the same
-    content.
+    It takes the place of an entry that is there. Where processes race for one key, the first whole
+    entry stays.
     """
     with _fresh_folder(folder) as fresh:
-        for name, array in arrays.items():
-            np.save(fresh / f"{name}.npy", array, allow_pickle=False)
-        for name, document in documents.items():
-            text = json.dumps(document, indent=1, ensure_ascii=False)
-            (fresh / f"{name}.json").write_text(text + "\n", encoding="utf-8")
-        (fresh / SEAL).write_text(json.dumps(_hashes(fresh), indent=1) + "\n")
+        yield fresh
+        files = {path.name: _about(path) for path in sorted(fresh.iterdir())}
+        write_json(fresh / SEAL, {"key": key, "files": files})
         fresh.chmod(0o755)  # mkdtemp gives 0o700, and a cache may be shared
+        if holds(folder, key):
+            return
         with _fresh_folder(folder) as old, contextlib.suppress(FileNotFoundError):
             folder.rename(old / folder.name)
         try:
             fresh.rename(folder)
         except OSError:
-            if load(folder) is None:  # not a faster process's entry, then: a real failure
+            if not holds(folder, key):  # not a faster process's entry, then: a real failure
                 raise
 
 
-def load(folder: Path) -> Entry | None:
-    """Return the entry, None unless every file is there with the content that was written."""
-    try:
-        if json.loads((folder / SEAL).read_text()) != _hashes(folder):
-            return None
-        arrays = {p.stem: np.load(p, allow_pickle=False) for p in folder.glob("*.npy")}
-        documents = {p.stem: json.loads(p.read_text("utf-8")) for p in folder.glob("*.json")}
-    except (OSError, ValueError):
-        return None
-    del documents[Path(SEAL).stem]
-    return Entry(arrays, documents)
+def holds(folder: Path, key: str | None = None) -> bool:
+    """Whether the whole entry is there, and was made from `key` where one is given."""
+    seal = _seal(folder)
+    if seal is None or key not in (None, seal["key"]):
+        return False
+    return not _differing(folder, seal["files"], HASHED_ALWAYS)
+
+
+def damage(folder: Path) -> list[str]:
+    """Return what differs from what was written, in words, after reading every byte of it."""
+    seal = _seal(folder)
+    if seal is None:
+        return [f"{SEAL} is missing or unreadable"]
+    return _differing(folder, seal["files"])
+
+
+def write_array(path: Path, dtype: Any, length: int, pieces: Iterable[np.ndarray]) -> None:
+    """Write a one-dimensional `.npy` file piece by piece.
+
+    Not through a memory map: on a full disk that ends the process instead of raising `OSError`.
+    """
+    written = 0
+    dtype = np.dtype(dtype).newbyteorder("<")
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for piece in pieces:
+            file.write(np.ascontiguousarray(piece, dtype).tobytes())
+            written += piece.size
+    if written != length:
+        raise RuntimeError(f"{path.name}: {written:,} values written, {length:,} announced")
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write a document of plain JSON, for people as well."""
+    path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def scratch(parent: Path) -> Iterator[Path]:
+    """Yield a new folder below `parent` for temporary files, gone on leaving."""
+    with _fresh_folder(parent / "scratch") as fresh:
+        yield fresh
 
 
 @contextlib.contextmanager
@@ -75,6 +102,29 @@ def _fresh_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def _hashes(folder: Path) -> dict[str, str]:
-    names = sorted(path.name for path in folder.iterdir() if path.name != SEAL)
-    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+def _seal(folder: Path) -> dict[str, Any] | None:
+    try:
+        seal = json.loads((folder / SEAL).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return seal if isinstance(seal, dict) and {"key", "files"} <= seal.keys() else None
+
+
+def _differing(folder: Path, files: dict[str, Any], hashed_up_to: float = float("inf")) -> list[str]:
+    found = []
+    for name, expected in files.items():
+        path = folder / name
+        try:
+            size = path.stat().st_size
+            if size != expected["bytes"]:
+                found.append(f"{name} has {size:,} bytes, expected {expected['bytes']:,}")
+            elif size <= hashed_up_to and _about(path) != expected:
+                found.append(f"{name} is altered: its sha256 differs")
+        except OSError as error:
+            found.append(f"{name}: {error.strerror or error}")
+    return found
+
+
+def _about(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

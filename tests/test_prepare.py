@@ -1,0 +1,320 @@
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reclib import cache, dataset, paths, prepare
+from reclib.config import DataConfig, InputError
+from reclib.reading import Ingested
+from reclib.sources import Source
+
+COLUMNS = ("user", "item", "rating", "time")
+INTERACTIONS = st.lists(
+    st.tuples(st.integers(0, 6), st.integers(0, 6), st.integers(0, 5)), min_size=1, max_size=60
+)
+# lengths, character orders and code points beyond the first plane all decide the order of ids
+KEYS = st.text(alphabet="aZ9-_é\u4e00\U0001f600", min_size=1, max_size=3)
+
+
+@pytest.fixture(autouse=True)
+def data_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "data"
+    monkeypatch.setenv("RECLIB_DATA", str(folder))
+    return folder
+
+
+def source(rows, time_unit="s", titles=None, name="made") -> Source:
+    """A source whose `raw` is the given (user, item, rating, time) rows."""
+
+    def fill(con: duckdb.DuckDBPyConnection, progress):
+        progress(1, 2)
+        frame = pd.DataFrame(rows, columns=list(COLUMNS))
+        frame.insert(0, "row", range(len(rows)))
+        con.register("frame", frame)
+        con.execute(
+            'create table raw as select row::bigint as row, "user"::varchar as "user", '
+            "item::varchar as item, rating::double as rating, time::bigint as time from frame"
+        )
+        con.unregister("frame")
+        return Ingested(
+            time_unit=time_unit,
+            provenance={"origin": "file", "file": "made.tsv", "sha256": "0" * 64},
+            lines_read=len(rows) + 1,
+            rejected={"field missing": 1},
+            rejected_examples=[{"line": 3, "reason": "field missing", "text": "x"}],
+            titles=lambda keys: {k: t for k, t in (titles or {}).items() if k in keys},
+        )
+
+    return Source(name, "made", fill)
+
+
+def prepared(folder: Path, rows, *, time_unit="s", titles=None, **config) -> dataset.Dataset:
+    config = {"min_user": 1, "min_item": 1} | config
+    prepare.build(source(rows, time_unit, titles), DataConfig(**config), folder, "key")
+    return dataset.load(folder)
+
+
+def histories_of(found: dataset.Dataset) -> dict[str, list[str]]:
+    bounds = zip(found.offsets[:-1], found.offsets[1:], strict=True)
+    return {
+        user: found.item_keys[found.items[a:b]].tolist()
+        for user, (a, b) in zip(found.user_keys, bounds, strict=True)
+    }
+
+
+def deduplicated(rows, rule):
+    """Plainly: rows are (user, item, rating, time) in the source's order."""
+    groups: dict[tuple, list[int]] = {}
+    for number, (user, item, _, time) in enumerate(rows):
+        groups.setdefault((user, item, time) if rule == "exact" else (user, item), []).append(number)
+    if rule == "keep":
+        return list(rows)
+    pick = max if rule == "last" else min
+    stay = {pick(group, key=lambda n: (rows[n][3], n)) for group in groups.values()}
+    return [row for number, row in enumerate(rows) if number in stay]
+
+
+def core_of(rows, min_user, min_item, passes=1000):
+    for _ in range(passes):
+        users, items = Counter(r[0] for r in rows), Counter(r[1] for r in rows)
+        left = [r for r in rows if users[r[0]] >= min_user and items[r[1]] >= min_item]
+        if len(left) == len(rows):
+            break
+        rows = left
+    return rows
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.lists(
+        st.tuples(KEYS, KEYS, st.none() | st.just(3.5), st.integers(0, 4)), min_size=1, max_size=40
+    ),
+    minimum=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    rule=st.sampled_from(["keep", "exact", "first", "last"]),
+    core=st.sampled_from(["fixed_point", "single_pass"]),
+)
+def test_preparation_equals_a_plain_one(tmp_path_factory, rows, minimum, rule, core):
+    folder = tmp_path_factory.mktemp("plain") / "out"
+    expected = core_of(deduplicated(rows, rule), *minimum, passes=1 if core == "single_pass" else 1000)
+    config = {"min_user": minimum[0], "min_item": minimum[1], "duplicates": rule, "core": core}
+    if not expected:
+        with pytest.raises(InputError, match="nothing of dataset 'made' is left by the k-core"):
+            prepared(folder, rows, **config)
+        assert not folder.exists()
+        return
+    found = prepared(folder, rows, **config)
+    order = lambda key: (len(key), key)  # noqa: E731
+    users = sorted({row[0] for row in expected}, key=order)
+    assert found.user_keys.tolist() == users
+    assert found.item_keys.tolist() == ["", *sorted({row[1] for row in expected}, key=order)]
+    assert found.items.dtype == np.int32
+    mine = {u: sorted((r for r in expected if r[0] == u), key=lambda r: r[3]) for u in users}  # stable
+    assert histories_of(found) == {user: [row[1] for row in rows] for user, rows in mine.items()}
+    times = [row[3] for rows in mine.values() for row in rows]
+    assert found.times.tolist() == times
+    table = duckdb.sql(f"select * from '{folder}/interactions.parquet'").fetchall()
+    assert table == [(*row, n) for rows in mine.values() for n, row in enumerate(rows)]
+
+
+@given(rows=INTERACTIONS, min_user=st.integers(1, 5), min_item=st.integers(1, 5))
+@settings(max_examples=60, deadline=None)
+def test_k_core_is_the_fixed_point(tmp_path_factory, rows, min_user, min_item):
+    pairs = tmp_path_factory.mktemp("core") / "pairs"
+    np.array([row[:2] for row in rows], dtype=np.int32).tofile(pairs)
+    config = DataConfig(min_user=min_user, min_item=min_item)
+    core = prepare.k_core(pairs, {"users": 7, "items": 8}, config)
+    kept = [row for row in rows if core.users[row[0]] and core.items[row[1]]]
+    assert kept == core_of(rows, min_user, min_item)
+    assert core.passes == sorted(set(core.passes), reverse=True)
+    assert (core.passes[-1] if core.passes else len(rows)) == len(kept)
+
+
+def test_k_core_reads_and_writes_in_pieces(tmp_path, monkeypatch):
+    generator = np.random.default_rng(0)
+    rows = np.stack([generator.integers(0, 40, 300), generator.integers(0, 60, 300)], 1).astype(np.int32)
+    config = DataConfig(min_user=6, min_item=6)
+    found = []
+    for piece in (7, 1000):
+        monkeypatch.setattr(prepare, "PAIRS", piece)
+        rows.tofile(tmp_path / "pairs")
+        found.append(prepare.k_core(tmp_path / "pairs", {"users": 40, "items": 60}, config))
+    assert len(found[1].passes) > 2
+    assert found[0].passes == found[1].passes
+    assert np.array_equal(found[0].users, found[1].users)
+    assert np.array_equal(found[0].items, found[1].items)
+
+
+def test_single_pass_counts_once(tmp_path):
+    # user b falls below 2 only when item 3 is gone: the single pass keeps what it leaves of b
+    rows = [("a", 1, 1, 1), ("a", 2, 1, 2), ("b", 1, 1, 1), ("b", 3, 1, 2), ("c", 2, 1, 1), ("c", 1, 1, 2)]
+    single = prepared(tmp_path / "single", rows, min_user=2, min_item=2, core="single_pass")
+    fixed = prepared(tmp_path / "fixed", rows, min_user=2, min_item=2)
+    assert histories_of(single) == {"a": ["1", "2"], "b": ["1"], "c": ["2", "1"]}
+    assert histories_of(fixed) == {"a": ["1", "2"], "c": ["2", "1"]}
+    assert single.manifest["core"] == {"min_user": 2, "min_item": 2, "rule": "single_pass", "passes": [5]}
+    assert fixed.manifest["core"]["passes"] == [5, 4]
+
+
+def test_manifest_says_what_happened(tmp_path):
+    rows = [("u", item, 3, time) for item, time in ((1, 5), (2, 6), (2, 6), (3, 6), (4, 7))]
+    found = prepared(tmp_path / "out", rows, duplicates="exact", titles={"2": "Two", "9": "Not here"})
+    told = found.manifest
+    steps = [tuple(step.values()) for step in told["steps"]]
+    assert steps == [
+        ("source", 1, 4, 5),
+        ("de-duplicated", 1, 4, 4),
+        ("k-core", 1, 4, 4),
+        ("train", 1, 4, 2),
+        ("valid", 1, 4, 1),
+        ("test", 1, 4, 1),
+    ]
+    assert told["source"] == {"origin": "file", "file": "made.tsv", "sha256": "0" * 64}
+    assert told["reading"]["lines"] == 6
+    assert told["reading"]["rejected"] == {"field missing": 1}
+    assert told["reading"]["rejected_examples"][0]["line"] == 3
+    assert told["ties"] == {"interactions": 2, "test_targets": 0}
+    assert told["time_unit"] == "s"
+    assert (dict(found.titles), found.title(2), found.title(1)) == ({"2": "Two"}, "Two", "1")
+
+
+def test_order_without_times(tmp_path):
+    rows = [("u", 5, None, 0), ("u", 3, None, 1), ("v", 3, None, 0), ("u", 4, None, 2)]
+    found = prepared(tmp_path / "out", rows, time_unit="order")
+    assert histories_of(found) == {"u": ["5", "3", "4"], "v": ["3"]}
+    assert found.times is None
+    assert not (tmp_path / "out" / "times.npy").exists()
+    assert found.manifest["time_unit"] == "order"
+    times = duckdb.sql(f"select distinct time from '{tmp_path}/out/interactions.parquet'").fetchall()
+    assert times == [(None,)]
+
+
+@pytest.mark.parametrize("key", ["k" * 257, "nul\0inside"])
+def test_impossible_ids_are_refused(tmp_path, key):
+    with pytest.raises(InputError, match=r"item id .* expected at most 256 bytes") as error:
+        prepared(tmp_path / "out", [("u", key, 1, 1)])
+    assert "\n" not in str(error.value)
+
+
+def test_failure_in_the_middle_leaves_nothing(tmp_path, data_folder, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prepare, "_write_table", full)
+    with pytest.raises(OSError, match="No space left"):
+        prepared(tmp_path / "out", [("u", i, 1, i) for i in range(4)])
+    assert [path for path in tmp_path.rglob("*") if path != data_folder] == []
+
+
+def test_memory_limit_that_is_too_low_is_told(tmp_path):
+    rows = [(f"user {n}", f"item {n}", 1, n) for n in range(60_000)]
+    with pytest.raises(InputError, match="'memory_limit_mb' is 1, too low") as error:
+        prepared(tmp_path / "out", rows, memory_limit_mb=1)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("megabytes", [1, 3, 6])
+def test_full_disk_leaves_nothing(tmp_path, data_folder, megabytes):
+    """The database, its spilled rows and the output are all on a disk that is too small for them."""
+    point = tmp_path / "disk"
+    point.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(point)]
+    if os.name != "posix" or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root on Linux")
+    try:
+        rows = [(f"user {n // 5}", f"item {n % 7000} {n % 11}", 1, n) for n in range(100_000)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RECLIB_DATA", str(point / "data"))
+            with pytest.raises(OSError) as error:  # noqa: PT011  # the system's and the database's words
+                prepared(point / "data" / "prepared" / "out", rows)
+        assert "\n" not in str(error.value)
+        assert [path for path in point.rglob("*") if path.is_file()] == []
+        # and with room the same command works
+        assert prepared(tmp_path / "out", rows).num_interactions == 100_000
+    finally:
+        subprocess.run(["umount", str(point)], check=True)
+
+
+LIKE_ELECTRONICS = """
+import json, resource, sys
+from pathlib import Path
+from types import SimpleNamespace
+from reclib import prepare
+from reclib.config import DataConfig
+from reclib.reading import Ingested
+
+def fill(con, progress):
+    con.execute(
+        "create table raw as select range as row, 'A' || md5('u' || range % {users}) as \\"user\\", "
+        "'B' || hash(range * 31) % {items} as item, 5.0 as rating, "
+        "(946684800 + hash(range) % 500000000)::bigint as time from range({rows})"
+    )
+    return Ingested("s", dict(), {rows}, dict(), [], lambda keys: dict())
+
+made = SimpleNamespace(name="made", identity="", fill=fill)
+prepare.build(made, DataConfig(memory_limit_mb={limit}), Path(sys.argv[1]), "key")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path):
+    """Four times the rows may take a little more than the database's limit, not four times the memory."""
+    peaks = []
+    for rows in (100_000, 400_000):
+        code = LIKE_ELECTRONICS.format(rows=rows, users=rows // 8, items=rows // 40, limit=128)
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / str(rows))],
+            env=os.environ | {"PYTHONPATH": str(paths.root())},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout))
+    assert peaks[1] < peaks[0] + 128
+
+
+LOAD = """
+import sys
+from pathlib import Path
+from reclib import data
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+
+before = resident()
+loaded = data.load(Path(sys.argv[1]))
+print(loaded.num_interactions, resident() - before)
+"""
+
+
+def test_loading_reads_no_array(tmp_path):
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("needs /proc")
+    out = tmp_path / "out"
+    prepare.build(source([("u", i, 1, i) for i in range(5)]), DataConfig(min_item=1), out, "key")
+    big = 8 << 20  # interactions: 32 and 64 MB
+    cache.write_array(out / "items.npy", np.int32, big, [np.ones(big, np.int32)])
+    cache.write_array(out / "times.npy", np.int64, big, [np.arange(big)])
+    seal = json.loads((out / cache.SEAL).read_text())
+    for name in ("items.npy", "times.npy"):
+        seal["files"][name]["bytes"] = (out / name).stat().st_size
+    cache.write_json(out / cache.SEAL, seal)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, str(out)],
+        env=os.environ | {"PYTHONPATH": str(paths.root())},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    interactions, added = map(float, done.stdout.split())
+    assert interactions == big
+    assert added < 20  # MB, of 96 on disk
