@@ -595,6 +595,17 @@ def test_the_list_is_complete(monkeypatch):
     assert entries["ml-100k"].to_read == ml100k.OFFICIAL[0]
 
 
+def test_ml_100k_is_fetched_to_where_its_own_module_looks(tmp_path, monkeypatch):
+    monkeypatch.setenv("RECLIB_DATA", str(tmp_path))
+    monkeypatch.setenv("RECLIB_OFFLINE", "1")
+    with pytest.raises(InputError) as error:
+        fetch.fetch("ml-100k")
+    assert str(error.value).endswith(f"put a whole ml-100k.zip at {ml100k.archive()}")
+    ml100k.folder().mkdir(parents=True)
+    (ml100k.folder() / "u.data").write_bytes(b"")
+    assert fetch.fetched("ml-100k") == ml100k.folder() / "u.data"
+
+
 def test_a_wrong_entry_is_told(raw, tmp_path):
     change_list(tmp_path, "films", sha256="x")
     with pytest.raises(InputError, match="unknown parameter 'sha256'"):
