@@ -223,6 +223,10 @@ def _report(dataset: Dataset) -> list[str]:
         lines.append(f"{row['step']:<16}{row['users']:>14,}{row['items']:>14,}{row['interactions']:>16,}")
     core = manifest["core"]
     lines.append(f"k-core ({core['rule']}): {len(core['passes'])} passes")
+    for what, published in manifest["source"].get("published_counts", {}).items():
+        found = manifest["steps"][0][what]
+        agrees = "as published" if found == published else f"but {published:,} are published"
+        lines.append(f"{what} of the source: {found:,}, {agrees}")
     for reason, count in manifest["reading"]["rejected"].items():
         lines.append(f"rejected, {reason}: {count:,} of {manifest['reading']['lines']:,} lines")
     return lines

@@ -25,7 +25,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reclib import fetch, formats, ml100k, sources
+from reclib import data, fetch, formats, ml100k, sources
 from reclib.config import DataConfig, InputError
 
 RATINGS = b"1::10::5::978300760\n" * 500
@@ -550,6 +550,19 @@ def test_a_fetched_dataset_is_a_source_by_its_name(raw):
     assert read.provenance["origin"] == fetch.known("films").address
     with pytest.raises(InputError, match=r"'filmz' \(did you mean 'films'\?\)"):
         sources.source(DataConfig(dataset="filmz"))
+
+
+def test_published_counts_are_compared_with_what_was_read(raw, tmp_path, capsys):
+    change_list(tmp_path, "films", counts={"interactions": 500, "users": 2})
+    fetch.fetch("films")
+    assert data.main(["prepare", "films", "--min-user", "1", "--min-item", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "interactions of the source: 500, as published" in shown
+    assert "users of the source: 1, but 2 are published" in shown
+    assert data.main(["fetch", "films"]) == 0
+    assert capsys.readouterr().out == f"{raw / 'films' / 'ratings.dat'}\n"
+    assert data.main(["fetch", "nothing"]) == 2
+    assert "no dataset is called 'nothing'" in capsys.readouterr().err
 
 
 def command(*arguments: str) -> int:
