@@ -40,12 +40,22 @@ from reclib.data import Dataset, evaluation, prepare
 
 HERE = Path(__file__).resolve().parent
 # What each library's own model class or configuration file starts from, at the versions of peers/setup.sh.
+# RePlay's loss is CE_restricted: the values of its default, without the logits that it throws away.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "rectools": {"hidden": 256, "layers": 2, "heads": 4, "dropout": 0.2, "mask-prob": 0.15},
-    "replay": {"hidden": 256, "layers": 2, "heads": 4, "dropout": 0.1, "mask-prob": 0.15},
+    "replay": {
+        "hidden": 256,
+        "layers": 2,
+        "heads": 4,
+        "dropout": 0.1,
+        "mask-prob": 0.15,
+        "loss": "restricted",
+    },
     "recbole": {"hidden": 64, "layers": 2, "heads": 2, "dropout": 0.2, "mask-prob": 0.2},
 }
-BATCH_SIZE = 128  # sequences; RecTools' default, and RePlay and RecBole leave it to the user at this size
+BATCH_SIZE = (
+    128  # sequences: RecTools' default; RePlay leaves it to the caller, RecBole's 2048 is for prefixes
+)
 MODELS = {"rectools": ("bert4rec", "sasrec"), "replay": ("bert4rec",), "recbole": ("bert4rec",)}
 # glibc gives large blocks back at once by default, which slows steps with all logits by tens of percent.
 # Ours sets this itself; a peer gets it from here unless the caller's environment says otherwise.
@@ -126,10 +136,8 @@ def run(task: Task, dataset: Dataset, environments: Path) -> bool:
         values, about = run_ours(task.identity, dataset, task.path(".checkpoints"))
     else:
         values, about = run_peer(task, dataset, environments)
-    means = {
-        k: v.mean(axis=-1).tolist() for k, v in values.items() if k.startswith(("test_", "valid_", "mark_"))
-    }
-    means.pop("mark_minutes", None)
+    scored = [name for name in values if name.startswith(("valid_", "test_", "mark_")) and "@" in name]
+    means = {name: values[name].mean(axis=-1).tolist() for name in scored}
     seen = {part: targets_seen(evaluation(dataset, part)) for part in ("valid", "test")}
     record = {"identity": task.identity, "users": len(values["users"]), "targets_seen": seen, **means}
     record |= {"wall_seconds": time.perf_counter() - began, "reported": about}
