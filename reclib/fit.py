@@ -6,6 +6,7 @@ Every choice is made on validation; the test split is scored by whoever asks for
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import sys
@@ -30,9 +31,10 @@ from reclib.config import (
     model_config,
     validated,
 )
-from reclib.data import Dataset, Evaluation, evaluation, prepare, train_histories
+from reclib.data import Dataset, Evaluation, prepare
 from reclib.hardware import Device, resolve
 from reclib.model import Bert4Rec
+from reclib.splits import Split, leave_one_out
 from reclib.trainer import StepStats, Trainer, load_unique, refuse_other, unique_tensors
 
 SELECT = "ndcg@10"  # the metric on validation by which the best epoch is chosen
@@ -62,26 +64,36 @@ def fit(
     device: Device,
     folder: Path | None = None,
     options: Options | None = None,
+    split: Split | None = None,
 ) -> Trainer:
     """Train a new model and return its trainer, with the weights that were best on validation.
 
-    With a `folder` the run is checkpointed there; called again it goes on where it was, or returns at once if
-    it was finished. Raises `InputError` when training diverges, when a checkpoint cannot be written, is
-    damaged or is of another run.
+    `split` says what trains and what validates; None is leave-one-out. With a `folder` the run is
+    checkpointed there; called again it goes on where it was, or returns at once if it was finished. Raises
+    `InputError` when training diverges, when a checkpoint cannot be written, is damaged or is of another run.
     """
     options = options or Options()
     torch.manual_seed(config.seed)  # weights and dropout; batches have generators of their own
-    trainer = Trainer(Bert4Rec(model), train_histories(dataset), config, device, dataset.fingerprint)
+    split = split or leave_one_out(dataset)
+    trainer = Trainer(Bert4Rec(model), split.train, config, device, data_identity(dataset, split))
     if folder is not None:
         trainer.resume(folder)
     best: dict[str, Tensor] = {}
     if not trainer.progress.done:
-        best = _train(trainer, evaluation(dataset, "valid"), folder, options)
+        best = _train(trainer, split.valid, folder, options)
     if not best and folder is not None:
         best, state = checkpoint.load(folder / "best")
         refuse_other(state["identity"], trainer.identity(), folder)
     load_unique(trainer.model, best)
     return trainer
+
+
+def data_identity(dataset: Dataset, split: Split) -> str:
+    """Return what identifies the data of a run: the dataset, and how it is split unless by leave-one-out."""
+    if split.name == "leave-one-out":
+        return dataset.fingerprint
+    rule = hashlib.sha256(json.dumps(split.about, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return f"{dataset.fingerprint} {split.name} {rule}"
 
 
 def _train(trainer: Trainer, valid: Evaluation, folder: Path | None, options: Options) -> dict[str, Tensor]:

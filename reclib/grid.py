@@ -20,7 +20,7 @@ import contextlib
 import fcntl
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,6 +30,7 @@ import numpy as np
 import yaml
 
 from reclib import paths, record
+from reclib.assessment import Result
 from reclib.config import (
     DataConfig,
     InputError,
@@ -39,11 +40,19 @@ from reclib.config import (
     model_config,
     validated,
 )
-from reclib.data import Dataset, evaluation, prepare
-from reclib.fit import Options, fit, rank_targets
+from reclib.data import Dataset, prepare
+from reclib.experiment import Trained
+from reclib.fit import Options, data_identity, fit, rank_targets
 from reclib.hardware import Device, device_card, resolve
-from reclib.provenance import git_state, plain, versions
+from reclib.provenance import code_hash, git_state, plain, versions
+from reclib.splits import Split, global_time, leave_one_out, random_users
 from reclib.trainer import Trainer
+
+SPLITS: dict[str, Callable[[Dataset], Split]] = {
+    "leave_one_out": leave_one_out,
+    "global_time": global_time,
+    "random_users": random_users,
+}
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,7 @@ class Arm:
     name: str
     model: dict[str, Any]  # fields of ModelConfig, the catalogue apart
     train: dict[str, Any]  # fields of TrainConfig, the seed apart
+    split: str  # a name of SPLITS
     seeds: tuple[int, ...]
     final: bool  # scored on the test split
 
@@ -63,6 +73,7 @@ class Grid:
 
     name: str
     about: str
+    notebook: str  # that draws it
     data: DataConfig
     size: str
     arms: tuple[Arm, ...]
@@ -75,25 +86,30 @@ def read(name: str) -> Grid:
         known = ", ".join(sorted(path.stem for path in file.parent.glob("*.yaml")))
         raise InputError(f"unknown grid {name!r}; known: {known}")
     given = yaml.safe_load(file.read_text(encoding="utf-8"))
-    allowed = {"about", "data", "size", "seeds", "model", "train", "arms"}
+    allowed = {"about", "notebook", "data", "size", "seeds", "model", "train", "arms"}
     for key in given.keys() ^ allowed:
         raise InputError(f"{file.name}: {'unknown' if key in given else 'missing'} key {key!r}")
     arms = tuple(_arm(file, given, arm, own or {}) for arm, own in given["arms"].items())
-    grid = Grid(name, given["about"], validated(DataConfig, given["data"]), given["size"], arms)
+    data = validated(DataConfig, given["data"])
+    grid = Grid(name, given["about"], given["notebook"], data, given["size"], arms)
     for arm in arms:  # a mistake in the last arm is told before the first is trained
         _configs(grid, arm, num_items=10, seed=0)
     return grid
 
 
 def _arm(file: Path, given: Mapping[str, Any], name: str, own: Mapping[str, Any]) -> Arm:
-    for key in own.keys() - {"model", "train", "seeds", "final"}:
-        raise InputError(
-            f"{file.name}, arm {name!r}: unknown key {key!r}; allowed: final, model, seeds, train"
-        )
+    allowed = ("final", "model", "seeds", "split", "train")
+    for key in own.keys() - set(allowed):
+        raise InputError(f"{file.name}, arm {name!r}: unknown key {key!r}; allowed: {', '.join(allowed)}")
+    split = own.get("split", "leave_one_out")
+    if split not in SPLITS:
+        known = ", ".join(SPLITS)
+        raise InputError(f"{file.name}, arm {name!r}: unknown split {split!r}; allowed: {known}")
     return Arm(
         name,
         given["model"] | own.get("model", {}),
         given["train"] | own.get("train", {}),
+        split,
         tuple(own.get("seeds", given["seeds"])),
         bool(own.get("final", False)),
     )
@@ -127,69 +143,71 @@ class Work:
     def key(self, arm: Arm, seed: int) -> str:
         """Return what identifies a run: its configuration and data, not its name or the code."""
         model, train = self.configs(arm, seed)
-        return record.params_hash({"model": model, "train": train, "data": self.dataset.fingerprint})
+        data = data_identity(self.dataset, self.split(arm))
+        return record.params_hash({"model": model, "train": train, "data": data})
+
+    def split(self, arm: Arm) -> Split:
+        """Return how an arm's data are divided."""
+        return SPLITS[arm.split](self.dataset)
 
     def folder(self, arm: Arm, seed: int) -> Path:
         """Return the folder of a run's checkpoints."""
         return paths.runs() / "grids" / self.key(arm, seed)
 
-    def rows(self, step: str) -> list[dict[str, Any]]:
-        """Return the records of a step (train or score) on this dataset, oldest first."""
-        return [row for row in read_rows(self.file) if row["step"] == step]
+    def ranks_file(self, arm: Arm, seed: int) -> Path:
+        """Return the file of every user's ranks."""
+        return self.file.with_suffix("") / f"{self.key(arm, seed)}.npz"
 
-    def done(self, step: str, arm: Arm, seed: int) -> bool:
-        """Whether a run has a record of this step."""
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """Return the records of this name, oldest first."""
+        return [row for row in read_rows(self.file) if row["name"] == name]
+
+    def trained(self, arm: Arm, seed: int) -> bool:
+        """Whether a run has a record of its training."""
         key = self.key(arm, seed)
-        return any(row["key"] == key for row in self.rows(step))
+        return any(row["params_hash"] == key for row in self.rows("learning_curve"))
 
     def train(self, arm: Arm, seed: int, options: Options) -> Trainer:
         """Train a run, or go on with it, or load it; return its trainer with the best weights."""
         model, train = self.configs(arm, seed)
-        return fit(model, self.dataset, train, self.device, self.folder(arm, seed), options)
+        split = self.split(arm)
+        return fit(model, self.dataset, train, self.device, self.folder(arm, seed), options, split)
 
-    def write(self, step: str, arm: Arm, seed: int, found: Mapping[str, Any]) -> None:
-        """Append a record: what was found, of which configuration, by what and on what."""
-        model, train = self.configs(arm, seed)
+    def write(self, key: str, found: Result, params: Mapping[str, Any], timings: Mapping[str, float]) -> None:
+        """Append a record, in the form of `record.Run.result`, with the grid's name as its profile."""
+        card = device_card(self.device)
+        earlier = sum(row["params_hash"] == key for row in self.rows(found.name))
         row = {
-            "grid": self.grid.name,
-            "step": step,
-            "arm": arm.name,
-            "seed": seed,
-            "key": self.key(arm, seed),
-            "model": asdict(model),
-            "train": asdict(train),
+            "schema": record.SCHEMA,
+            "notebook": self.grid.notebook,
+            "name": found.name,
+            "kind": "measured",
+            "label": self.device.label,
+            "claimed": None,
+            "profile": "grid",
+            "seed": found.seed,
+            "device": {key: card[key] for key in record.CARD},
             "data": {
-                "name": self.dataset.name,
+                "name": self.grid.name,
                 "fingerprint": self.dataset.fingerprint,
                 "users": self.dataset.num_users,
                 "items": self.dataset.num_items,
                 "interactions": self.dataset.num_interactions,
-                "test_targets": self.dataset.manifest["test_targets_sha256"],
+                "test_targets_sha256": self.dataset.manifest["test_targets_sha256"],
             },
-            "device": {key: device_card(self.device)[key] for key in record.CARD},
+            "metrics": found.metrics,
+            "timings": dict(timings),
+            "series": found.series,
+            "params": {"grid": self.grid.name, **params},
+            "own_params": found.params,
+            "params_hash": key,
+            "earlier": earlier,
+            "code": code_hash(self.grid.notebook),
             "git": git_state(),
             "versions": versions(),
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            **found,
         }
         record.append(self.file, plain(row))
-
-
-def trained_row(trainer: Trainer) -> dict[str, Any]:
-    """Return what a training found: validation at its best, the curve, the cost."""
-    progress = trainer.progress
-    best = max(progress.history, key=lambda row: row["ndcg@10"])
-    curve = ("epoch", "train_seconds", "tokens", "train_loss", "hr@10", "ndcg@10")
-    return {
-        "valid": {name: best[name] for name in ("epoch", "hr@10", "ndcg@10", "mrr")},
-        "epochs": progress.history[-1]["epoch"],
-        "steps": progress.step,
-        "tokens": progress.tokens,
-        "train_seconds": progress.train_seconds,
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
-        "table_parameters": trainer.model.table_parameters(),
-        "curve": {name: [float(f"{row[name]:.5g}") for row in progress.history] for name in curve},
-    }
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
@@ -230,16 +248,17 @@ def run(work: Work, chosen: Sequence[tuple[Arm, int]], options: Options) -> int:
     trained = 0
     for arm, seed in chosen:
         with held(work.folder(arm, seed)) as mine:
-            if not mine or work.done("train", arm, seed):
+            if not mine or work.trained(arm, seed):
                 continue
             print(f"{work.grid.name}: {arm.name}, seed {seed}", flush=True)
-            trainer = work.train(arm, seed, options)
-            ranking = rank_targets(trainer, evaluation(work.dataset, "valid"), options.remove_seen)
-            ranks_file = work.file.with_suffix("") / f"{work.key(arm, seed)}-valid.npz"
-            save_ranks(ranks_file, {"valid": ranking.ranks})
-            row = trained_row(trainer)
-            work.write("train", arm, seed, row)
-            print(f"  validation {row['valid']}, {row['train_seconds']:.0f} s", flush=True)
+            one = Trained(seed, work.train(arm, seed, options))
+            valid = rank_targets(one.trainer, work.split(arm).valid, options.remove_seen)
+            save_ranks(work.ranks_file(arm, seed), {"valid": valid.ranks})
+            model, train = work.configs(arm, seed)
+            said = {"model": asdict(model), "train": asdict(train), "split": arm.split}
+            found = Result("learning_curve", one.best(), {"model": arm.name}, one.curve(), seed)
+            work.write(work.key(arm, seed), found, said, one.timings())
+            print(f"  {one.best()}, {one.timings()['train_seconds']:.0f} s", flush=True)
             trained += 1
     return trained
 
@@ -249,15 +268,14 @@ def status(work: Work, chosen: Sequence[tuple[Arm, int]]) -> list[str]:
     lines = []
     for arm, seed in chosen:
         key = work.key(arm, seed)
-        found = [row for row in work.rows("train") if row["key"] == key]
+        found = [row for row in work.rows("learning_curve") if row["params_hash"] == key]
         said = "not begun"
         if found:
-            best = found[-1]["valid"]
-            said = f"trained: validation HR@10 {best['hr@10']:.4f}, NDCG@10 {best['ndcg@10']:.4f}"
+            best = found[-1]["metrics"]
+            said = f"trained: validation HR@10 {best['valid_hr@10']:.4f}, NDCG@10 {best['valid_ndcg@10']:.4f}"
         elif any(work.folder(arm, seed).glob("step-*")):
             said = "under way"
-        times = sum(row["key"] == key for row in work.rows("score"))
-        lines.append(f"{arm.name:24} seed {seed}  {said}" + (f"; scored {times} time(s)" if times else ""))
+        lines.append(f"{arm.name:24} seed {seed}  {said}")
     return lines
 
 

@@ -65,12 +65,16 @@ def mean(outcome: Outcome, metric: str = "hr@10") -> float:
 
 
 def interval(outcome: Outcome, metric: str = "hr@10", samples: int = 2000, seed: int = 0) -> Interval:
-    """Return a metric's mean with its 95 % interval over resampled users.
+    """Return a metric's mean with its 95 % interval over resampled users."""
+    return interval_over_users(_values(outcome, metric), outcome.users, samples, seed)
+
+
+def interval_over_users(values: np.ndarray, users: np.ndarray, samples: int, seed: int = 0) -> Interval:
+    """Return the mean of `values` (rows,), which belong to `users` (rows,), with its 95 % interval.
 
     Masked positions of one user are not independent: users are drawn with all of theirs.
     """
-    values = _values(outcome, metric)
-    _, user = np.unique(outcome.users, return_inverse=True)
+    _, user = np.unique(users, return_inverse=True)
     counts = np.bincount(user).astype(np.float64)
     if (counts == 1).all():
         return metrics.bootstrap(values, samples, seed)

@@ -15,8 +15,10 @@ from reclib.config import InputError
 from reclib.fit import Options
 from reclib.hardware import resolve
 
+PLACES = ("RECLIB_ROOT", "RECLIB_DATA", "RECLIB_RUNS", "RECLIB_RECORDS")
 FILE = {
     "about": "a test",
+    "notebook": "02_baseline",
     "data": {
         "dataset": "synthetic",
         "synthetic_users": 40,
@@ -37,7 +39,7 @@ FILE = {
 
 @pytest.fixture
 def root(tmp_path, monkeypatch) -> Path:
-    for name in ("RECLIB_ROOT", "RECLIB_DATA", "RECLIB_RUNS", "RECLIB_RECORDS"):
+    for name in PLACES:
         monkeypatch.setenv(name, str(tmp_path / name.lower()))
     return tmp_path
 
@@ -45,7 +47,7 @@ def root(tmp_path, monkeypatch) -> Path:
 def write(root: Path, **changes: object) -> None:
     file = root / "reclib_root" / "params" / "grids" / "trial.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump(FILE | changes))
+    file.write_text(yaml.safe_dump(FILE | changes, sort_keys=False))
 
 
 def work() -> grid.Work:
@@ -53,20 +55,24 @@ def work() -> grid.Work:
     return grid.Work(found, data.prepare(found.data), resolve("cpu"))
 
 
+def names(rows: list[dict]) -> list[tuple[str, int]]:
+    return sorted((row["own_params"]["model"], row["seed"]) for row in rows)
+
+
 def test_every_run_is_trained_once_and_recorded_with_what_it_was(root):
     write(root)
     first = work()
     assert grid.run(first, first.runs(), Options()) == 3
     assert grid.run(work(), work().runs(), Options()) == 0
-    rows = work().rows("train")
-    assert sorted((row["arm"], row["seed"]) for row in rows) == [("base", 0), ("base", 1), ("twin", 0)]
-    twin = next(row for row in rows if row["arm"] == "twin")
-    assert twin["model"]["causal"]
-    assert twin["train"]["objective"] == "next_item"
-    assert twin["valid"]["ndcg@10"] == pytest.approx(max(twin["curve"]["ndcg@10"]), rel=1e-4)
-    ranks = np.load(first.file.with_suffix("") / f"{twin['key']}-valid.npz")["valid"]
+    rows = work().rows("learning_curve")
+    assert names(rows) == [("base", 0), ("base", 1), ("twin", 0)]
+    twin = next(row for row in rows if row["own_params"]["model"] == "twin")
+    assert twin["params"]["model"]["causal"]
+    assert twin["params"]["train"]["objective"] == "next_item"
+    assert twin["metrics"]["valid_ndcg@10"] == max(twin["series"]["valid_ndcg@10"])
+    ranks = np.load(first.file.with_suffix("") / f"{twin['params_hash']}.npz")["valid"]
     assert len(ranks) == twin["data"]["users"]
-    assert float((ranks <= 10).mean()) == pytest.approx(twin["valid"]["hr@10"])
+    assert float((ranks <= 10).mean()) == pytest.approx(twin["metrics"]["valid_hr@10"])
 
 
 def test_the_name_of_an_arm_does_not_make_it_another_run(root):
@@ -88,7 +94,7 @@ def test_a_stopped_grid_goes_on_within_the_run(root):
 
     with pytest.raises(Stop):
         grid.run(work(), work().runs(), Options(on_step=stop_at_seven))
-    assert work().rows("train") == []
+    assert work().rows("learning_curve") == []
     assert "under way" in grid.status(work(), work().runs())[0]
     steps: list[int] = []
     assert grid.run(work(), work().runs(), Options(on_step=lambda stats: steps.append(stats.step))) == 1
@@ -111,15 +117,19 @@ def test_two_processes_share_a_grid(root):
     for process in both:
         process.join(120)
     assert [process.exitcode for process in both] == [0, 0]
-    rows = work().rows("train")
-    assert sorted((row["arm"], row["seed"]) for row in rows) == [("base", 0), ("base", 1), ("twin", 0)]
+    rows = work().rows("learning_curve")
+    assert names(rows) == [("base", 0), ("base", 1), ("twin", 0)]
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"arms": {"base": {"split": "random"}}}, "arm 'base': unknown split 'random'"),
         ({"extra": 1}, "trial.yaml: unknown key 'extra'"),
-        ({"arms": {"base": {"lr": 1}}}, "arm 'base': unknown key 'lr'; allowed: final, model, seeds, train"),
+        (
+            {"arms": {"base": {"lr": 1}}},
+            "arm 'base': unknown key 'lr'; allowed: final, model, seeds, split, train",
+        ),
         ({"arms": {"base": {"train": {"epoch": 1}}}}, "arm 'base': unknown parameter 'epoch'"),
         ({"model": {"hidden_dim": 7, "num_heads": 2}}, "hidden_dim=7 must be divisible by num_heads=2"),
     ],
@@ -145,8 +155,8 @@ def test_an_unfinished_last_line_is_no_record(root):
     write(root)
     file = paths.executed() / "cpu" / "grids" / "trial.jsonl"
     file.parent.mkdir(parents=True)
-    file.write_text(json.dumps({"step": "train"}) + "\n" + '{"step": "tr')
-    assert grid.read_rows(file) == [{"step": "train"}]
+    file.write_text(json.dumps({"name": "x"}) + "\n" + '{"name": "y')
+    assert grid.read_rows(file) == [{"name": "x"}]
 
 
 def test_the_files_of_the_project_can_be_read():

@@ -17,9 +17,9 @@ ORDER = [
     *("dataset", "prepare", "splits", "data"),
     *("describe", "samples", "batching"),
     *("sinks", "model", "sampled", "objective", "metrics", "baselines", "statistics", "protocols"),
-    *("checkpoint", "trainer", "fit", "experiment"),
+    *("checkpoint", "trainer", "fit", "experiment", "assessment"),
     *("flops", "measurement", "benchmark", "profiling", "bound", "ladder", "speed", "selfcheck"),
-    *("record", "grid", "tables", "look", "page", "speed_figures", "figures", "runner", "job", "study"),
+    *("record", "grid", "scoring", "tables", "look", "page", "speed_figures", "figures", "runner", "job", "study"),
 ]
 # Each of these is known to one module, or to one family, so that replacing it touches few files.
 ONE_OWNER: dict[str, set[str]] = {

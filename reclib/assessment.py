@@ -1,0 +1,267 @@
+"""What is said of models on the test split, from one look at it: accuracy, comparisons, protocols, controls.
+
+`assess` asks a scorer for the ranks of the test targets in every way at once; the functions below it turn
+the ranks of several models into results that a notebook or a grid records. A model is trained several times
+(seeds) or deterministic; its users' metrics are averaged over the seeds before anything else.
+
+Shapes: U users, k recommendations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from reclib import baselines, metrics, protocols, statistics
+from reclib.data import Dataset, Evaluation, train_histories
+from reclib.metrics import Interval
+from reclib.protocols import Outcome, Scorer
+from reclib.splits import Split, sample_candidates
+from reclib.trainer import Trainer
+
+TOP_K = 10
+NEGATIVES = 100  # of the protocols that rank among samples
+MAIN = "leave-one-out, seen removed"  # the protocol of every table unless it says otherwise
+KEPT = "leave-one-out, seen kept"
+HEADLINE = ("hr@10", "ndcg@10", "mrr")
+COMPARED = ("hr@10", "ndcg@10")
+
+
+class Result(NamedTuple):
+    """One result, as `record.Run.result` and `grid` take it."""
+
+    name: str
+    metrics: dict[str, Any]
+    params: dict[str, Any]
+    series: dict[str, list[Any]]
+    seed: int | None = None
+
+
+class Assessed(NamedTuple):
+    """One trained model, or one baseline, on the test split."""
+
+    outcomes: dict[str, Outcome]  # by protocol
+    shuffled: np.ndarray  # int64 (U,) ranks when histories come in random order
+    shuffled_but_last: np.ndarray  # the same, their last item in place
+    top: np.ndarray  # int64 (U, k) item ids, best first
+
+    @property
+    def ranks(self) -> np.ndarray:
+        """Ranks (U,) under the main protocol."""
+        return self.outcomes[MAIN].ranks
+
+
+@dataclass
+class Model:
+    """A model by name: one assessment for each seed, or one without seed."""
+
+    name: str
+    runs: list[Assessed]
+    seeds: list[int] = field(default_factory=list)  # empty: deterministic
+
+    def per_seed(self, metric: str) -> np.ndarray:
+        """Return a metric's values (S, U), by seed and user."""
+        return np.stack([metrics.per_user(run.ranks)[metric] for run in self.runs])
+
+    def per_user(self, metric: str) -> np.ndarray:
+        """Return a metric's values (U,), averaged over the seeds."""
+        return self.per_seed(metric).mean(axis=0)
+
+
+class Conditions(NamedTuple):
+    """A test split with all that protocols and controls need, drawn once for all models."""
+
+    evaluation: Evaluation
+    candidates: dict[str, np.ndarray]
+    shuffled: Evaluation
+    shuffled_but_last: Evaluation
+
+
+def draw(dataset: Dataset, evaluation: Evaluation, seed: int = 0) -> Conditions:
+    """Draw negatives and random orders for an evaluation of the dataset."""
+    count = min(NEGATIVES, dataset.num_items - int(dataset.lengths.max()))
+    drawn: dict[str, np.ndarray] = {}
+    if count > TOP_K:  # a catalogue that a user has nearly all of leaves nothing to draw from
+        drawn["uniform"] = sample_candidates(dataset, evaluation, count, "uniform", seed)
+        drawn["popularity"] = sample_candidates(dataset, evaluation, count, "popularity", seed)
+    orders = [statistics.shuffled(evaluation, seed, keep) for keep in (0, 1)]
+    return Conditions(evaluation, drawn, *orders)
+
+
+def assess(score: Scorer, test: Conditions) -> Assessed:
+    """Rank the test targets by a scorer in every way."""
+    found = protocols.side_by_side(score, test.evaluation, test.candidates)
+    ranking = metrics.rank(score(test.evaluation), test.evaluation, True, TOP_K)
+    assert ranking.top is not None
+    shuffled, but_last = (
+        metrics.rank(score(one), one, True).ranks for one in (test.shuffled, test.shuffled_but_last)
+    )
+    return Assessed({one.protocol: one for one in found}, shuffled, but_last, ranking.top)
+
+
+def assess_trained(trainer: Trainer, test: Conditions) -> Assessed:
+    """Rank the test targets by a trained model in its precision, a masked one also as the seed study does."""
+    with trainer.autocast():
+        found = assess(lambda part: metrics.model_scores(trainer.model, part, trainer.where), test)
+        if not trainer.model.config.causal:
+            masked = protocols.masked_positions(trainer.model, test.evaluation, trainer.where)
+            found.outcomes[masked.protocol] = masked
+    return found
+
+
+def assess_baselines(split: Split, dataset: Dataset, test: Conditions) -> tuple[list[Model], dict[str, Any]]:
+    """Fit every baseline, its hyperparameters chosen on validation; return them assessed, and the choices."""
+    models, chosen = [], {}
+    for name, family in baselines.families(dataset.times).items():
+        choice = baselines.choose(family, split.train, dataset.num_items, split.valid)
+        models.append(Model(name, [assess(choice.recommender.scores, test)]))
+        chosen[name] = choice.chosen
+    return models, chosen
+
+
+def other_split(score: Scorer, split: Split, samples: int, model: str, seed: int | None = None) -> Result:
+    """Return HR@10 and NDCG@10 of a model that was trained under another split than leave-one-out."""
+    outcome = protocols.under_split(score, split)
+    intervals = {metric: protocols.interval(outcome, metric, samples) for metric in COMPARED}
+    about = {"model": model, "protocol": outcome.protocol, "label": outcome.label}
+    return Result("protocol", flat(intervals), about | {"comparable": outcome.comparable}, {}, seed)
+
+
+def headline(models: Sequence[Model], samples: int) -> list[Result]:
+    """Return every model's mean over users with its interval, and the mean of each seed apart."""
+    found = []
+    for model in models:
+        values = {name: model.per_seed(name) for name in HEADLINE}
+        intervals = {name: metrics.bootstrap(rows.mean(axis=0), samples) for name, rows in values.items()}
+        found.append(Result("test_metrics", flat(intervals), {"model": model.name}, {}))
+        for place, seed in enumerate(model.seeds):
+            means = {name: float(rows[place].mean()) for name, rows in values.items()}
+            found.append(Result("test_metrics", means, {"model": model.name}, {}, seed))
+    return found
+
+
+def comparisons(models: Sequence[Model], reference: str, samples: int) -> list[Result]:
+    """Compare every model with the reference, paired by user and corrected for the number of comparisons."""
+    deterministic = [model.name for model in models if not model.seeds]
+    found = []
+    for metric in COMPARED:
+        values = {model.name: model.per_seed(metric) for model in models}
+        for one in statistics.compare(values, reference, deterministic, samples):
+            numbers = flat({"difference": one.difference}) | {
+                "p": one.p_value,
+                "adjusted_p": one.adjusted_p,
+                "detectable": one.detectable,
+                "seeds": one.seeds[0],
+                "reference_seeds": one.seeds[1],
+            }
+            about = {"model": one.name, "against": reference, "metric": metric}
+            found.append(Result("comparison", numbers, about, {}))
+    return found
+
+
+def claim(row: Mapping[str, Any]) -> str:
+    """Return what a comparison's numbers allow to say (see `statistics.Comparison.claim`)."""
+    interval = Interval(row["difference"], row["difference_low"], row["difference_high"])
+    seeds = int(row["seeds"]), int(row["reference_seeds"])
+    return statistics.Comparison("", "", interval, row["p"], row["adjusted_p"], 0.0, seeds, (0.0, 0.0)).claim
+
+
+def protocol_results(models: Sequence[Model], samples: int) -> list[Result]:
+    """Return HR@10 and NDCG@10 of each model under each protocol, averaged over seeds."""
+    found = []
+    for model in models:
+        for name, first in model.runs[0].outcomes.items():
+            runs = [run.outcomes[name] for run in model.runs]
+            intervals = {metric: _over_seeds(runs, metric, samples) for metric in COMPARED}
+            said = {"protocol": name, "label": first.label, "comparable": first.comparable}
+            found.append(Result("protocol", flat(intervals), {"model": model.name} | said, {}))
+    return found
+
+
+def _over_seeds(runs: Sequence[Outcome], metric: str, samples: int) -> Interval:
+    """Return a metric's mean over seeds; its interval is over users, each with the mean of all seeds.
+
+    Masked positions are the same for every seed, so that ranks can be averaged place by place there too.
+    """
+    if len(runs) == 1:
+        return protocols.interval(runs[0], metric, samples)
+    values = np.mean([metrics.per_user(run.ranks)[metric] for run in runs], axis=0)
+    return protocols.interval_over_users(values, runs[0].users, samples)
+
+
+def shuffle_control(models: Sequence[Model], samples: int) -> list[Result]:
+    """Return NDCG@10 in the true order and in random ones, and the paired loss with its interval."""
+    found = []
+    for model in models:
+        true = model.per_user("ndcg@10")
+        rows: dict[str, Any] = {"ndcg@10": float(true.mean())}
+        for name in ("shuffled", "shuffled_but_last"):
+            ranks = [metrics.ndcg(getattr(run, name), 10) for run in model.runs]
+            values = np.mean(ranks, axis=0)
+            change = metrics.bootstrap(values - true, samples)
+            rows |= {name: float(values.mean())} | flat({f"{name}_change": change})
+        found.append(Result("shuffle_control", rows, {"model": model.name}, {}))
+    return found
+
+
+def groups(models: Sequence[Model], dataset: Dataset, evaluation: Evaluation, samples: int) -> list[Result]:
+    """Return HR@10 of users by the length of their history, and by how popular their target is."""
+    counts = metrics.popularity(train_histories(dataset), dataset.num_items)
+    divisions = {
+        "history": statistics.by_history_length(evaluation.histories),
+        "popularity": statistics.by_item_popularity(evaluation.targets, counts),
+    }
+    found = []
+    for model in models:
+        values = model.per_user("hr@10")
+        for by, division in divisions.items():
+            parts = [one for one in statistics.in_groups(values, division, samples) if one.interval]
+            series: dict[str, list[Any]] = {
+                "group": [one.label for one in parts],
+                "users": [one.users for one in parts],
+            }
+            for place, name in enumerate(("hr@10", "hr@10_low", "hr@10_high")):
+                series[name] = [float(one.interval[place]) for one in parts if one.interval]
+            found.append(Result("groups", {"groups": len(parts)}, {"model": model.name, "by": by}, series))
+    return found
+
+
+def beyond_accuracy(models: Sequence[Model], dataset: Dataset) -> list[Result]:
+    """Return how much of the catalogue is recommended, how unequally, and how popular it is."""
+    counts = metrics.popularity(train_histories(dataset), dataset.num_items)
+    found = []
+    for model in models:
+        tops = [run.top for run in model.runs]
+        rows = {
+            "coverage": [statistics.coverage(top, dataset.num_items) for top in tops],
+            "gini": [statistics.gini(top, dataset.num_items) for top in tops],
+            "popularity_percentile": [statistics.popularity_percentile(top, counts).mean() for top in tops],
+        }
+        means = {name: float(np.mean(values)) for name, values in rows.items()}
+        found.append(Result("beyond_accuracy", means, {"model": model.name, "k": TOP_K}, {}))
+    return found
+
+
+def everything(
+    models: Sequence[Model], dataset: Dataset, evaluation: Evaluation, reference: str, samples: int
+) -> list[Result]:
+    """Return all results of models that were assessed on one test split."""
+    return [
+        *headline(models, samples),
+        *comparisons(models, reference, samples),
+        *protocol_results(models, samples),
+        *shuffle_control(models, samples),
+        *groups(models, dataset, evaluation, samples),
+        *beyond_accuracy(models, dataset),
+    ]
+
+
+def flat(intervals: Mapping[str, Interval]) -> dict[str, float]:
+    """Return means and ends of intervals as `<name>`, `<name>_low`, `<name>_high`."""
+    found: dict[str, float] = {}
+    for name, interval in intervals.items():
+        found |= {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
+    return found

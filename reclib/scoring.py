@@ -1,0 +1,119 @@
+"""Scores a grid's final arms on the test split, beside the baselines, and records all that follows from it.
+
+    python -m reclib.scoring ml-1m
+
+Nothing is chosen here: arms are final by the grid's file, epochs and the baselines' hyperparameters by
+validation. Every call is counted in the records (`earlier`), since a test split that is looked at often is a
+validation split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from reclib import assessment, grid, metrics, record
+from reclib.assessment import Conditions, Model, Result
+from reclib.config import InputError, changed
+from reclib.data import prepare
+from reclib.fit import Options
+from reclib.grid import Arm, Work
+from reclib.hardware import resolve
+from reclib.splits import leave_one_out
+
+SAMPLES = 2000  # bootstrap resamples of the users
+MAIN_SPLIT = "leave_one_out"
+
+
+def final_arms(work: Work) -> list[Arm]:
+    """Return the arms to be scored; raise `InputError` where one of their runs is not trained yet."""
+    final = [arm for arm in work.grid.arms if arm.final]
+    missing = [f"{a.name} seed {s}" for a in final for s in a.seeds if not work.trained(a, s)]
+    if missing or not final:
+        said = f"not trained yet: {', '.join(missing)}" if missing else "it has no final arm"
+        raise InputError(f"grid {work.grid.name!r} cannot be scored: {said}")
+    return final
+
+
+def assess_arm(work: Work, arm: Arm, test: Conditions) -> Model:
+    """Load an arm's runs and rank the test targets by each."""
+    runs = []
+    for seed in arm.seeds:
+        print(f"  {arm.name}, seed {seed}", flush=True)
+        one = assessment.assess_trained(work.train(arm, seed, Options()), test)
+        file = work.ranks_file(arm, seed)
+        kept = dict(np.load(file)) if file.is_file() else {}
+        names = {outcome.protocol: outcome.ranks for outcome in one.outcomes.values()}
+        grid.save_ranks(file, kept | {"test": one.ranks, "test kept": names[assessment.KEPT]})
+        runs.append(one)
+    return Model(arm.name, runs, list(arm.seeds))
+
+
+def score(work: Work) -> list[Result]:
+    """Score the final arms and the baselines under leave-one-out, and arms of other splits under theirs."""
+    final = final_arms(work)
+    split = leave_one_out(work.dataset)
+    test = assessment.draw(work.dataset, split.test)
+    models, chosen = assessment.assess_baselines(split, work.dataset, test)
+    models += [assess_arm(work, arm, test) for arm in final if arm.split == MAIN_SPLIT]
+    reference = next(arm.name for arm in final if arm.split == MAIN_SPLIT)
+    found = assessment.everything(models, work.dataset, split.test, reference, SAMPLES)
+    for arm in final:
+        if arm.split != MAIN_SPLIT:
+            found += [_under_its_split(work, arm, seed) for seed in arm.seeds]
+    keys = {f"{arm.name} seed {seed}": work.key(arm, seed) for arm in final for seed in arm.seeds}
+    said: dict[str, Any] = {"runs": keys, "baselines": chosen, "bootstrap_samples": SAMPLES}
+    said["arms"] = {arm.name: _said(work, arm) for arm in final}
+    key = record.params_hash({"scored": keys, "data": work.dataset.fingerprint})
+    for result in found:
+        work.write(
+            record.params_hash({"of": key, "own": result.params, "seed": result.seed}), result, said, {}
+        )
+    return found
+
+
+def _said(work: Work, arm: Arm) -> dict[str, Any]:
+    model, train = work.configs(arm, arm.seeds[0])
+    return {"model": asdict(model), "train": asdict(train), "split": arm.split, "seeds": list(arm.seeds)}
+
+
+def _under_its_split(work: Work, arm: Arm, seed: int) -> Result:
+    trainer = work.train(arm, seed, Options())
+    with trainer.autocast():
+        return assessment.other_split(
+            lambda part: metrics.model_scores(trainer.model, part, trainer.where),
+            work.split(arm),
+            SAMPLES,
+            arm.name,
+            seed,
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Score a grid and print its table."""
+    parser = argparse.ArgumentParser(prog="python -m reclib.scoring", description=__doc__.split("\n")[0])
+    parser.add_argument("name", help="an experiment file of params/grids, without .yaml")
+    parser.add_argument("--dataset", help="another place of the same data: a file or a prepared folder")
+    parser.add_argument("--gpu", default="auto", help="auto, cpu or a gpu label (auto)")
+    given = parser.parse_args(argv)
+    try:
+        chosen = grid.read(given.name)
+        config = changed(chosen.data, dataset=given.dataset) if given.dataset else chosen.data
+        found = score(Work(chosen, prepare(config), resolve(given.gpu)))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for result in found:
+        if result.name == "test_metrics":
+            numbers = "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
+            seed = "" if result.seed is None else f" seed {result.seed}"
+            print(f"{result.params['model']}{seed}: {numbers}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

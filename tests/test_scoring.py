@@ -1,0 +1,104 @@
+"""Scoring a grid: what is recorded, from which weights, how often, and what cannot be scored."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from test_grid import FILE, PLACES, work, write
+
+from reclib import assessment, grid, metrics, scoring
+from reclib.config import InputError
+from reclib.fit import Options
+
+ARMS = {
+    "bert4rec": {"final": True},
+    "twin": {"train": {"objective": "next_item"}, "final": True},
+    "past": {"split": "global_time", "final": True, "seeds": [0]},
+    "wide": {"model": {"hidden_dim": 64}, "seeds": [0]},
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scored")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in PLACES:
+            patch.setenv(name, str(folder / name.lower()))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def scored(place):
+    write(place, arms=ARMS)
+    here = work()
+    grid.run(here, here.runs(), Options())
+    return scoring.score(here)
+
+
+def test_a_grid_is_scored_with_baselines_controls_and_protocols(scored):
+    here = work()
+    rows = here.rows("test_metrics")
+    means = {row["own_params"]["model"]: row["metrics"] for row in rows if row["seed"] is None}
+    assert {"bert4rec", "twin", "popularity", "markov", "item_knn", "ease"} <= means.keys()
+    assert "wide" not in means
+    assert all(one["ndcg@10_low"] <= one["ndcg@10"] <= one["ndcg@10_high"] for one in means.values())
+    arm = next(arm for arm in here.grid.arms if arm.name == "bert4rec")
+    files = [np.load(here.ranks_file(arm, seed)) for seed in arm.seeds]
+    hits = np.mean([metrics.hit(file["test"], 10) for file in files], axis=0)
+    assert means["bert4rec"]["hr@10"] == pytest.approx(hits.mean())
+    assert all(file.files == ["valid", "test", "test kept"] for file in files)
+    seeds = {row["seed"] for row in rows if row["own_params"]["model"] == "bert4rec"}
+    assert seeds == {None, 0, 1}
+
+
+def test_comparisons_are_paired_corrected_and_need_three_seeds(scored):
+    rows = [result for result in scored if result.name == "comparison"]
+    assert {row.params["against"] for row in rows} == {"bert4rec"}
+    assert all(row.metrics["adjusted_p"] >= row.metrics["p"] for row in rows)
+    twin = next(row for row in rows if row.params["model"] == "twin" and row.params["metric"] == "hr@10")
+    assert assessment.claim(twin.metrics) == "too few seeds"
+    low, high = twin.metrics["difference_low"], twin.metrics["difference_high"]
+    assert low <= twin.metrics["difference"] <= high
+
+
+def test_protocols_are_labelled_and_sampled_ones_are_not_comparable(scored):
+    rows = [result for result in scored if result.name == "protocol"]
+    by_name = {(row.params["model"], row.params["protocol"]): row for row in rows}
+    sampled = [row for row in rows if "sampled, not comparable" in row.params["label"]]
+    assert sampled
+    assert not any(row.params["comparable"] for row in sampled)
+    assert by_name["past", "global time, seen removed"].params["comparable"]
+    assert ("bert4rec", "seed study's") in by_name
+    assert ("twin", "seed study's") not in by_name  # it cannot look at both sides
+
+
+def test_the_shuffle_control_moves_what_uses_order_and_nothing_else(scored):
+    rows = {row.params["model"]: row.metrics for row in scored if row.name == "shuffle_control"}
+    assert rows["ease"]["shuffled"] == rows["ease"]["ndcg@10"]  # blind to order
+    assert rows["markov"]["shuffled"] != rows["markov"]["ndcg@10"]
+    assert rows["markov"]["shuffled_but_last"] == rows["markov"]["ndcg@10"]  # looks at the last item only
+
+
+def test_groups_hold_every_user_once(scored):
+    users = work().dataset.num_users
+    rows = [row for row in scored if row.name == "groups" and row.params["model"] == "bert4rec"]
+    assert {row.params["by"] for row in rows} == {"history", "popularity"}
+    assert all(sum(row.series["users"]) == users for row in rows)
+    assert FILE["data"]["synthetic_users"] == users
+
+
+def test_every_scoring_is_counted(scored):
+    scoring.score(work())
+    counts = [row["earlier"] for row in work().rows("test_metrics")]
+    assert sorted(set(counts)) == [0, 1]
+
+
+def test_what_is_not_trained_cannot_be_scored(tmp_path, monkeypatch):
+    for name in PLACES:
+        monkeypatch.setenv(name, str(tmp_path / name.lower()))
+    write(tmp_path, arms=ARMS)
+    with pytest.raises(InputError, match="not trained yet: bert4rec seed 0, bert4rec seed 1, twin seed 0"):
+        scoring.score(work())
+    write(tmp_path, arms={"bert4rec": {}})
+    with pytest.raises(InputError, match="it has no final arm"):
+        scoring.score(work())
