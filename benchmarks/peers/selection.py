@@ -45,6 +45,8 @@ class Selection:
         self.eval_seconds = 0.0
         self.startup_seconds: float | None = None
         self._spent = 0.0
+        self._cpu_spent = 0.0
+        self._cpu_since = 0.0
         self._running_since: float | None = None
         self._stale = 0
         self._steps = 0
@@ -55,7 +57,7 @@ class Selection:
         """Training begins: everything before this was start-up."""
         self._steps_per_epoch = steps_per_epoch
         self.startup_seconds = process_age()
-        self._running_since = time.perf_counter()
+        self._go_on()
 
     @property
     def seconds(self) -> float:
@@ -96,11 +98,24 @@ class Selection:
 
     def finish(self) -> None:
         """Training is over; the clock stands still."""
-        self._spent, self._running_since = self.seconds, None
+        self._pause()
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Processor time of training up to the latest pause; below `seconds` where others had the cores."""
+        return self._cpu_spent
+
+    def _go_on(self) -> None:
+        self._running_since, self._cpu_since = time.perf_counter(), time.process_time()
+
+    def _pause(self) -> None:
+        if self._running_since is not None:
+            self._spent, self._running_since = self.seconds, None
+            self._cpu_spent += time.process_time() - self._cpu_since
 
     def _look(self) -> np.ndarray:
         """Recommend on the validation condition, off the clock, with the random state left as it was."""
-        self._spent, self._running_since = self.seconds, None
+        self._pause()
         began = time.perf_counter()
         states = random.getstate(), np.random.get_state(), torch.get_rng_state()
         top = self.recommend(False)
@@ -112,6 +127,7 @@ class Selection:
             {
                 "epoch": self._steps / self._steps_per_epoch,
                 "train_seconds": self._spent,
+                "cpu_seconds": self._cpu_spent,
                 "hr@10": figures["hr@10"],
                 "ndcg@10": figures["ndcg@10"],
             }
@@ -120,7 +136,7 @@ class Selection:
         print(f"validation: {said}", flush=True)
         self._steps_seen = self._steps
         self.eval_seconds += time.perf_counter() - began
-        self._running_since = time.perf_counter()
+        self._go_on()
         return top
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -177,6 +193,7 @@ def outcome(
         write_arrays(args.out, arrays)
     return found | {
         "train_seconds": selection.seconds,
+        "cpu_seconds": selection.cpu_seconds,
         "startup_seconds": selection.startup_seconds,
         "validation_seconds": selection.eval_seconds,
         "best": selection.best_row,
