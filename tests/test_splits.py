@@ -1,0 +1,288 @@
+import dataclasses
+import gzip
+
+import numpy as np
+import pytest
+from hypothesis import given, reject, settings
+from hypothesis import strategies as st
+
+from reclib import data, paths, prepare, splits
+from reclib.config import DataConfig, InputError
+from reclib.dataset import Dataset, Keys
+
+SHARED = paths.root().parent / "shared" / "data" / "ml-100k" / "u.data.gz"
+NUM_ITEMS = 12
+
+
+def made(histories: list[list[tuple[int, int]]], num_items: int = NUM_ITEMS) -> Dataset:
+    """A dataset of each user's (item, time) interactions."""
+    histories = [sorted(history, key=lambda event: event[1]) for history in histories]
+    flat = [event for history in histories for event in history]
+    items, times = (np.array([event[n] for event in flat]) for n in (0, 1))
+    return Dataset(
+        name="made",
+        items=items.astype(np.int32),
+        offsets=np.cumsum([0, *map(len, histories)]),
+        item_keys=Keys.of(["", *map(str, range(1, num_items + 1))]),
+        user_keys=Keys.of([f"u{n}" for n in range(len(histories))]),
+        titles={},
+        manifest={"fingerprint": "made", "time_unit": "s"},
+        times=times.astype(np.int64),
+    )
+
+
+EVENT = st.tuples(st.integers(1, NUM_ITEMS), st.integers(0, 30))
+HISTORIES = st.lists(st.lists(EVENT, min_size=1, max_size=9), min_size=2, max_size=12)
+
+
+def spans(rows) -> list[range]:
+    return [range(a, b) for a, b in zip(rows.starts.tolist(), rows.ends.tolist(), strict=True)]
+
+
+def trained(split: splits.Split) -> set[int]:
+    """Positions in the arrays that a training history holds."""
+    return {position for span in spans(split.train) for position in span}
+
+
+def check_rows(dataset: Dataset, split: splits.Split) -> None:
+    """What holds for every split: histories begin where a user begins and end right before the target."""
+    for part in (split.valid, split.test):
+        users = splits.row_users(dataset, part.histories)
+        assert np.array_equal(part.histories.starts, dataset.offsets[users])
+        assert (part.histories.ends < dataset.offsets[users + 1]).all()
+        assert np.array_equal(part.targets, dataset.items[part.histories.ends])
+        assert np.unique(users).size == users.size  # one row per user
+    assert len({*spans(split.train)}) == len(split.train.starts)
+
+
+@settings(max_examples=60, deadline=None)
+@given(histories=HISTORIES)
+def test_leave_one_out_trains_on_no_target_and_nothing_after_it(histories):
+    dataset = made(histories)
+    split = splits.leave_one_out(dataset)
+    check_rows(dataset, split)
+    seen = trained(split)
+    for part in (split.valid, split.test):
+        for start, target in zip(part.histories.starts, part.histories.ends, strict=True):
+            user = int(np.searchsorted(dataset.offsets, start, side="right"))
+            assert not seen & set(range(target, dataset.offsets[user]))
+    assert split.about["train_interactions"] == len(seen)
+    assert split.about["evaluated_users"] + split.about["left_out_short_histories"] == dataset.num_users
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    histories=HISTORIES,
+    shares=st.tuples(st.floats(0.05, 0.45), st.floats(0.05, 0.45)),
+    target=st.sampled_from(["first", "last", "random"]),
+)
+def test_global_time_trains_only_before_the_point(histories, shares, target):
+    dataset = made(histories)
+    try:
+        split = splits.global_time(dataset, *shares, target=target)
+    except InputError:  # told apart in the next test
+        reject()
+    check_rows(dataset, split)
+    points = split.about["time_points"]
+    seen = trained(split)
+    # exactly what lies before the validation point trains: nothing later, nothing at it, and all of it
+    assert seen == set(np.flatnonzero(dataset.times < points["valid"]).tolist())
+    known = {int(dataset.items[position]) for position in seen}
+    windows = {"valid": (points["valid"], points["test"]), "test": (points["test"], 31)}
+    for name, (begin, end) in windows.items():
+        rows = getattr(split, name)
+        users = splits.row_users(dataset, rows.histories)
+        told = split.about[name]
+        inside = (dataset.times >= begin) & (dataset.times < end)
+        assert told["interactions"] == inside.sum()
+        for user, at in zip(users, rows.histories.ends, strict=True):
+            assert inside[at]
+            mine = np.flatnonzero(inside[dataset.offsets[user] : dataset.offsets[user + 1]])
+            first, last = mine[[0, -1]] + dataset.offsets[user]
+            assert {"first": at == first, "last": at == last, "random": first <= at <= last}[target]
+        active = {
+            user for user in range(dataset.num_users) if inside[slice(*dataset.offsets[user:][:2])].any()
+        }
+        assert told["left_out_without_history"] == len(active) - users.size
+        trains = {int(user) for user in splits.row_users(dataset, split.train)}
+        assert told["rows_of_unseen_users"] == sum(user not in trains for user in users.tolist())
+        assert told["rows_with_unseen_target"] == sum(item not in known for item in rows.targets.tolist())
+    assert split.about["items_unseen_in_training"] == NUM_ITEMS - len(known)
+    assert split.about["users_unseen_in_training"] == dataset.num_users - len(split.train.starts)
+
+
+@pytest.mark.parametrize("times", [[5] * 20, [5] * 19 + [6], [1] + [5] * 19])
+def test_time_points_that_leave_a_part_empty(times):
+    with pytest.raises(InputError, match="leave a part empty"):
+        splits.global_time(made([[(1 + n % 5, time) for n, time in enumerate(times)]]))
+
+
+def test_ties_at_the_time_point_do_not_train():
+    # of 13 interactions the validation point falls on the second of the three at time 7
+    times = [1, 2, 3, 4, 5, 6, 7, 7, 7, 9]
+    dataset = made([[(1 + n % 5, time) for n, time in enumerate(times)], [(3, 1), (4, 2), (5, 12)]])
+    split = splits.global_time(dataset, 0.2, 0.12)
+    assert split.about["time_points"]["valid"] == 7
+    assert dataset.times[sorted(trained(split))].max() == 6
+    assert split.valid.histories.ends.tolist() == [6]
+
+
+def test_global_time_of_real_interactions(tmp_path, monkeypatch):
+    if not SHARED.is_file():
+        pytest.skip("no copy of ml-100k's u.data")
+    monkeypatch.setenv("RECLIB_DATA", str(tmp_path / "data"))
+    file = tmp_path / "u.data"
+    file.write_bytes(gzip.decompress(SHARED.read_bytes()))
+    dataset = data.prepare(DataConfig(dataset=str(file)))
+    split = splits.global_time(dataset)
+    assert dataset.times[sorted(trained(split))].max() < split.about["time_points"]["valid"]
+    told = split.about
+    parts = told["train_interactions"] + told["valid"]["interactions"] + told["test"]["interactions"]
+    assert parts == dataset.num_interactions == 99_287
+    assert told["valid"]["interactions"] == pytest.approx(9_929, abs=50)
+
+
+def test_random_target_is_seeded():
+    histories = [[(1 + (u + t) % NUM_ITEMS, t) for t in range(30)] for u in range(40)]
+    ends = [
+        splits.global_time(made(histories), target="random", seed=s).test.histories.ends for s in (1, 1, 2)
+    ]
+    assert np.array_equal(ends[0], ends[1])
+    assert not np.array_equal(ends[0], ends[2])
+
+
+def test_global_time_needs_times():
+    dataset = dataclasses.replace(made([[(1, 1), (2, 2)]]), times=None)
+    with pytest.raises(InputError, match="no times"):
+        splits.global_time(dataset)
+
+
+@pytest.mark.parametrize("shares", [(0.0, 0.1), (0.6, 0.4), (-0.1, 0.2)])
+def test_impossible_shares(shares):
+    with pytest.raises(InputError, match="expected both above 0"):
+        splits.global_time(made([[(1, 1), (2, 2)]]), *shares)
+
+
+@settings(max_examples=60, deadline=None)
+@given(histories=HISTORIES, seed=st.integers(0, 5))
+def test_random_users_are_disjoint(histories, seed):
+    dataset = made(histories)
+    split = splits.random_users(dataset, (0.5, 0.25, 0.25), seed)
+    check_rows(dataset, split)
+    groups = [splits.row_users(dataset, rows) for rows in (split.train, split.valid[0], split.test[0])]
+    assert np.unique(np.concatenate(groups)).size == sum(group.size for group in groups)
+    assert np.array_equal(split.train.ends, dataset.offsets[groups[0] + 1])  # whole histories
+    for part, users in zip((split.valid, split.test), groups[1:], strict=True):
+        assert np.array_equal(part.histories.ends, dataset.offsets[users + 1] - 1)  # the last item
+    left_out = sum(split.about[part]["left_out_without_history"] for part in ("valid", "test"))
+    assert sum(group.size for group in groups) + left_out == dataset.num_users
+    assert "seed study" in split.name
+
+
+def test_random_users_follow_shares_and_seed():
+    dataset = made([[(1, 1), (2, 2)]] * 1000)
+    first, again, other = (splits.random_users(dataset, seed=seed) for seed in (0, 0, 1))
+    sizes = [len(part) for part in (first.train.starts, first.valid.targets, first.test.targets)]
+    assert sizes == [800, 100, 100]
+    assert np.array_equal(first.test.histories.starts, again.test.histories.starts)
+    assert not np.array_equal(first.test.histories.starts, other.test.histories.starts)
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.5), (0.5, 0.4, 0.2), (0.0, 0.5, 0.5), (1.2, -0.1, -0.1)])
+def test_impossible_shares_of_users(shares):
+    with pytest.raises(InputError, match="shares are"):
+        splits.random_users(made([[(1, 1), (2, 2)]] * 4), shares)
+
+
+@settings(max_examples=80, deadline=None)
+@given(histories=HISTORIES, how=st.sampled_from(["uniform", "popularity"]), count=st.integers(1, 6))
+def test_negatives_were_never_had(histories, how, count):
+    dataset = made(histories)
+    rows = splits.random_users(dataset, (0.4, 0.3, 0.3)).test
+    met = set(dataset.items.tolist()) if how == "popularity" else set(range(1, NUM_ITEMS + 1))
+    users = splits.row_users(dataset, rows.histories)
+    had = [set(dataset.items[dataset.offsets[u] : dataset.offsets[u + 1]].tolist()) for u in users]
+    if any(len(met - mine) < count for mine in had):
+        with pytest.raises(InputError, match="fewer than the"):
+            splits.sample_candidates(dataset, rows, count, how)
+        return
+    drawn = splits.sample_candidates(dataset, rows, count, how, seed=1)
+    assert drawn.shape == (len(rows.targets), count)
+    assert drawn.dtype == np.int32
+    for negatives, mine, target in zip(drawn.tolist(), had, rows.targets, strict=True):
+        assert len(set(negatives)) == count
+        assert set(negatives) <= met - mine
+        assert target not in negatives
+
+
+@pytest.mark.parametrize("rounds", [30, 1], ids=["rejection", "over the catalogue"])
+def test_negatives_by_popularity(rounds, monkeypatch):
+    monkeypatch.setattr(splits, "ROUNDS", rounds)
+    size = 5000
+    popular = [[(item, time) for time in range(item)] for item in range(3, 7)]  # item n is met n times
+    dataset = made([[(1, 1), (2, 2)]] * size + popular, num_items=6)
+    histories = splits.Histories(dataset.items, dataset.offsets[:size], dataset.offsets[1 : size + 1] - 1)
+    rows = splits.Evaluation(histories, np.full(size, 2, np.int32))
+    drawn = splits.sample_candidates(dataset, rows, 1, "popularity", seed=3)
+    found = np.bincount(drawn[:, 0], minlength=7) / size
+    assert found[3:] == pytest.approx(np.arange(3, 7) / 18, abs=0.025)
+
+
+def test_uniform_negatives_are_uniform():
+    dataset = made([[(1, 1), (2, 2)]] * 20_000)
+    rows = splits.random_users(dataset, (0.0001, 0.0, 0.9999)).test
+    drawn = splits.sample_candidates(dataset, rows, 4)
+    found = np.bincount(drawn.ravel(), minlength=NUM_ITEMS + 1)[3:] / drawn.size
+    assert found == pytest.approx(np.full(10, 0.1), abs=0.005)
+
+
+def test_negatives_do_not_depend_on_how_many_rows_are_drawn_together(monkeypatch):
+    dataset = data.synthetic_dataset(300, 60, 8.0, seed=0)
+    split = splits.leave_one_out(dataset)
+    monkeypatch.setattr(splits, "ROWS", 64)
+    drawn = splits.sample_candidates(dataset, split.test, 20)
+    for user, negatives in enumerate(drawn):
+        mine = dataset.items[dataset.offsets[user] : dataset.offsets[user + 1]]
+        assert not np.isin(negatives, mine).any()
+        assert np.unique(negatives).size == 20
+
+
+@pytest.fixture
+def candidates(tmp_path):
+    dataset = data.synthetic_dataset(50, 60, 8.0, seed=0)
+    split = splits.leave_one_out(dataset)
+    path = tmp_path / "candidates.npz"
+    return dataset, split, path, splits.write_candidates(path, dataset, split, "test", count=10, seed=4)
+
+
+def test_candidate_file_is_read_as_it_was_written(candidates, tmp_path):
+    dataset, split, path, written = candidates
+    read = splits.read_candidates(path, dataset, split.test)
+    assert np.array_equal(read.items, written.items)
+    assert read.about == written.about
+    assert read.about["label"] == "10 sampled negatives, uniform"
+    assert (read.about["split"], read.about["part"], read.about["seed"]) == ("leave-one-out", "test", 4)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_candidate_file_of_something_else_is_refused(candidates):
+    dataset, split, path, _ = candidates
+    other = data.synthetic_dataset(50, 60, 8.0, seed=1)
+    with pytest.raises(InputError, match="belongs to another dataset"):
+        splits.read_candidates(path, other, splits.leave_one_out(other).test)
+    with pytest.raises(InputError, match="belongs to another evaluation"):
+        splits.read_candidates(path, dataset, split.valid)
+
+
+@pytest.mark.parametrize("keep", [0, 100, -30])
+def test_broken_candidate_file_is_told(candidates, keep):
+    dataset, split, path, _ = candidates
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(InputError, match="is no candidate file") as error:
+        splits.read_candidates(path, dataset, split.test)
+    assert "\n" not in str(error.value)
+
+
+def test_rules_version_is_told_in_the_manifest():
+    dataset = data.synthetic_dataset(50, 60, 8.0, seed=0)
+    assert dataset.manifest["rules"]["version"] == prepare.RULES_VERSION
