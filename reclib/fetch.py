@@ -38,6 +38,7 @@ from pydantic.dataclasses import dataclass
 from reclib import paths
 from reclib.config import STRICT, InputError, Positive, validated
 
+LIST = "datasets.yaml"
 RECEIVED = "received.json"
 BLOCK_BYTES = 1 << 20  # read, hashed or unpacked at a time
 TIMEOUT_SECONDS = 30  # without a byte arriving
@@ -73,8 +74,11 @@ class Download:
 
 
 def catalogue() -> dict[str, Download]:
-    """Return the datasets of `params/datasets.yaml`, by name."""
-    entries = yaml.safe_load((paths.params() / "datasets.yaml").read_text(encoding="utf-8"))
+    """Return the datasets of `params/datasets.yaml`, by name; a root without one has the package's."""
+    file = paths.params() / LIST
+    if not file.is_file():
+        file = Path(__file__).resolve().parent.parent / "params" / LIST
+    entries = yaml.safe_load(file.read_text(encoding="utf-8"))
     return {
         name: validated(Download, values | {"name": name, "members": tuple(values.get("members", ()))})
         for name, values in entries.items()

@@ -587,8 +587,8 @@ def test_command_line(raw, tmp_path, capsys):
         command()
 
 
-def test_the_list_is_complete(monkeypatch):
-    monkeypatch.delenv("RECLIB_ROOT", raising=False)
+def test_the_list_is_complete(monkeypatch, tmp_path):
+    monkeypatch.setenv("RECLIB_ROOT", str(tmp_path))  # where there is none
     entries = fetch.catalogue()
     assert {"ml-100k", "ml-1m", "ml-20m", "ml-25m", "ml-latest-small"} <= set(entries)
     files = [entry.file for entry in entries.values()]
