@@ -11,6 +11,7 @@ import duckdb
 
 from reclib import rows
 from reclib.config import InputError
+from reclib.rawtable import quoted, seconds
 from reclib.rejects import Rejects
 
 
@@ -84,7 +85,7 @@ def _time(con: duckdb.DuckDBPyConnection, source: str, column: str, kind: str) -
     first = con.execute(f"SELECT {name} FROM {source} WHERE {name} IS NOT NULL LIMIT 1000").fetchall()
     unit = rows.unit_of([str(value) for (value,) in first])
     if unit == "date":
-        return "s", f"epoch(try_cast({name} AS TIMESTAMP))"
+        return "s", seconds(name)
     return unit, f"try_cast({name} AS DOUBLE)"
 
 
@@ -95,8 +96,3 @@ def _within(time: str, unit: str) -> str:
 
 def _name(column: str) -> str:
     return '"' + column.replace('"', '""') + '"'
-
-
-def quoted(text: str) -> str:
-    """Return a text as a literal of SQL."""
-    return "'" + text.replace("'", "''") + "'"

@@ -18,14 +18,12 @@ import msgspec
 
 from reclib import parquet, rows, sequences, titles
 from reclib.config import InputError
-from reclib.formats import FOUR, PARQUET_MAGIC, Format, named
+from reclib.formats import PARQUET_MAGIC, Format, named
 from reclib.rawfile import Block, RawFile, checked
+from reclib.rawtable import COLUMNS, PLAIN, RawTable, plain
 from reclib.rejects import Rejects
 from reclib.rows import BadLine, Layout, Row
 
-COLUMNS = 'row BIGINT, "user" VARCHAR, item VARCHAR, rating DOUBLE, time BIGINT'
-# What a block is written as when Python has read it: no quoting, since ids hold neither TAB nor line end.
-PLAIN = Layout("\t", FOUR, {what: n for n, what in enumerate(FOUR)}, None, "order", rating_may_be_empty=True)
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 Progress = Callable[[int, int], None]  # bytes of the file done, and in all
@@ -100,7 +98,7 @@ def _read_text(
     file = RawFile(path, quoted=format.kind == "table")
     reader: _Fields | _Json | _Sequences | None = None
     with tempfile.TemporaryDirectory(dir=_scratch(con)) as folder:
-        table = _Table(con, Path(folder) / "block")
+        table = RawTable(con, Path(folder) / "block")
         for block in file.blocks():
             if not block.data.endswith(b"\n") and format.line_end:
                 raise InputError(
@@ -139,7 +137,7 @@ def _reader(
     format: Format,
     columns: dict[str, str] | None,
     block: Block,
-    table: _Table,
+    table: RawTable,
     rejects: Rejects,
 ) -> _Fields | _Json | _Sequences:
     start = block.data[: 1 << 20].decode("utf-8", "replace").splitlines()
@@ -152,82 +150,13 @@ def _reader(
     return _Fields(rows.layout(path, format, columns, start[:1000]), table, rejects)
 
 
-class _Table:
-    """Appends blocks to `raw`."""
-
-    def __init__(self, con: duckdb.DuckDBPyConnection, file: Path) -> None:
-        self.con = con
-        self.file = file
-        self.rows = 0
-
-    def append(self, layout: Layout, data: bytes, expected: int | None) -> bool:
-        """Append the rows that `data` holds, all or none; return whether all were valid.
-
-        `expected` is their number where it is known. Not caught: a full disk, too little memory.
-        """
-        self.file.write_bytes(data)
-        self.con.execute("BEGIN")
-        try:
-            query = f"INSERT INTO raw {_select(layout, self.file, self.rows)}"
-            (count,) = self.con.execute(query).fetchone() or (0,)
-        except (duckdb.InvalidInputException, duckdb.ConversionException):
-            self.con.execute("ROLLBACK")
-            return False
-        if expected is not None and count != expected:
-            self.con.execute("ROLLBACK")
-            return False
-        self.con.execute("COMMIT")
-        self.rows += count
-        return True
-
-    def append_rows(self, valid: list[str]) -> None:
-        """Append lines of TAB-separated user, item, rating, time that are known to be valid."""
-        if valid and not self.append(PLAIN, "".join(valid).encode(), len(valid)):
-            raise RuntimeError(f"{len(valid)} valid lines were not accepted by the database")
-
-
-def _select(layout: Layout, file: Path, rows_before: int) -> str:
-    """Return the query that reads a block; a row that is not valid makes it fail."""
-    types = dict.fromkeys(range(len(layout.names)), "VARCHAR")
-    for what, position in layout.position.items():
-        if what == "rating" or (what == "time" and layout.time_unit != "date"):
-            types[position] = "DOUBLE"
-    columns = ", ".join(f"'c{position}': '{kind}'" for position, kind in types.items())
-    name = {what: f"c{position}" for what, position in layout.position.items()}
-    user, item, rating = name["user"], name["item"], name.get("rating", "NULL")
-    valid = [f"{user} <> ''", f"{item} <> ''"]
-    if "rating" in name:
-        empty = f" OR {rating} IS NULL" if layout.rating_may_be_empty else ""
-        valid.append(f"(isfinite({rating}){empty})")
-    time = name.get("time", "0")
-    if layout.time_unit == "date":
-        time = f"epoch(try_cast({time} AS TIMESTAMP))"
-    if "time" in name and layout.time_unit != "order":
-        per_second = rows.PER_SECOND.get(layout.time_unit, 1)  # a date is in seconds by now
-        first, last = rows.FIRST_SECOND * per_second, rows.LAST_SECOND * per_second
-        valid.append(f"{time} >= {first} AND {time} < {last}")
-    quote = '"' if layout.quoted else ""
-    return f"""
-        SELECT {rows_before} + row_number() OVER () - 1,
-            CASE WHEN coalesce({" AND ".join(valid)}, false) THEN {user} ELSE error('not valid') END,
-            {item}, {rating}, CAST(floor({time}) AS BIGINT)
-        FROM read_csv({parquet.quoted(str(file))}, columns = {{{columns}}}, header = false,
-            delim = {parquet.quoted(layout.separator)}, quote = '{quote}', escape = '{quote}',
-            auto_detect = false, parallel = false)"""
-
-
-def _plain(row: Row) -> str:
-    rating = "" if row.rating is None else row.rating
-    return f"{row.user}\t{row.item}\t{rating}\t{row.time}\n"
-
-
 def _sift(found: Iterable[tuple[int, str, Row | BadLine]], rejects: Rejects) -> Iterator[str]:
     """Yield the valid ones as lines for `append_rows`; count the others."""
     for line, text, row in found:
         if isinstance(row, BadLine):
             rejects.add(line, row.reason, row.detail, text)
         else:
-            yield _plain(row)
+            yield plain(row)
 
 
 def _line_count(data: bytes) -> int | None:
@@ -249,7 +178,7 @@ def _line_count(data: bytes) -> int | None:
 class _Fields:
     """Lines of separated fields."""
 
-    def __init__(self, layout: Layout, table: _Table, rejects: Rejects) -> None:
+    def __init__(self, layout: Layout, table: RawTable, rejects: Rejects) -> None:
         self.layout = layout
         self.table = table
         self.rejects = rejects
@@ -258,12 +187,8 @@ class _Fields:
         data = block.data
         if block.first_line == 1 and self.layout.header is not None:
             data = data.partition(b"\n")[2]
-        count = _line_count(data) if data else 0
-        spans_lines = self.layout.quoted and b'"' in data  # a quoted field may hold line ends
         before = self.table.rows
-        if count is not None and (
-            not count or self.table.append(self.layout, data, None if spans_lines else count)
-        ):
+        if not data or self._whole(data):
             self.rejects.block_done(self.table.rows - before)
             return
         text = block.data.decode("utf-8", "surrogateescape")
@@ -272,6 +197,17 @@ class _Fields:
         self.table.append_rows(valid)
         self.rejects.block_done(len(valid))
 
+    def _whole(self, data: bytes) -> bool:
+        """Take the block at once; return False, with nothing taken, if any line is not valid."""
+        count = _line_count(data)
+        if count is None:
+            return False
+        if self.layout.quoted and b'"' in data:
+            if data.count(b'"') % 2:  # the database would pass over what an open quote swallows
+                return False
+            count = None  # a quoted field may hold line ends
+        return self.table.append(self.layout, data, count)
+
     def finish(self) -> tuple[str, dict[str, Any]]:
         return ("s" if self.layout.time_unit == "date" else self.layout.time_unit), {}
 
@@ -279,7 +215,7 @@ class _Fields:
 class _Json:
     """JSON lines of reviews."""
 
-    def __init__(self, format: Format, table: _Table, rejects: Rejects) -> None:
+    def __init__(self, format: Format, table: RawTable, rejects: Rejects) -> None:
         self.unit = format.time_unit
         self.decoder = rows.json_decoder(format)
         self.layout = replace(PLAIN, time_unit=self.unit)
@@ -321,7 +257,7 @@ class _Json:
 class _Sequences:
     """One user a line, with the twin file of times where there is one."""
 
-    def __init__(self, path: Path, table: _Table, rejects: Rejects) -> None:
+    def __init__(self, path: Path, table: RawTable, rejects: Rejects) -> None:
         self.histories = sequences.Histories(path)
         self.table = table
         self.rejects = rejects
@@ -335,7 +271,7 @@ class _Sequences:
                 self.rejects.add(line, history.reason, history.detail, whole)
                 continue
             users += 1
-            valid += map(_plain, history)
+            valid += map(plain, history)
         self.table.append_rows(valid)
         self.rejects.block_done(users)
 

@@ -26,7 +26,8 @@ from reclib import fetch, ml100k, paths, sequences, synthetic, titles
 from reclib.config import DataConfig, InputError, changed
 from reclib.formats import FORMATS, Format, named
 from reclib.rawfile import checked
-from reclib.reading import COLUMNS, Ingested, Progress, ingest
+from reclib.rawtable import COLUMNS
+from reclib.reading import Ingested, Progress, ingest
 
 MANIFEST = "manifest.json"
 HASH_KEPT_BYTES = 64 << 20  # the hash of a larger file is kept in the data folder

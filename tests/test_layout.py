@@ -13,8 +13,8 @@ from conftest import ROOT
 ORDER = [
     *("paths", "config", "injected", "params", "provenance", "tracker", "hardware"),
     *("cache", "synthetic", "fetch", "ml100k"),
-    *("rawfile", "formats", "rows", "rejects", "sequences", "parquet", "titles", "reading", "sources"),
-    *("dataset", "prepare", "splits", "data"),
+    *("rawfile", "formats", "rows", "rejects", "rawtable", "sequences", "parquet", "titles"),
+    *("reading", "sources", "dataset", "prepare", "splits", "data"),
     *("describe", "samples", "batching"),
     *("sinks", "model", "sampled", "objective", "metrics", "baselines", "statistics", "protocols"),
     *("checkpoint", "trainer", "fit", "experiment", "assessment"),
