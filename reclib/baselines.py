@@ -163,15 +163,29 @@ def fit_item_knn(histories: Histories, num_items: int, neighbours: int = 100, sh
         row, column = common.coords
         other = block[row] != column
         row, column, count = row[other], column[other], common.data[other]
-        near = count / (norms[block[row]] * norms[column] + shrink)
-        order = np.lexsort((column, -near, row))
-        row, column, near = row[order], column[order], near[order]
+        near = (count / (norms[block[row]] * norms[column] + shrink)).astype(np.float32)
+        row, column, near = _by_nearness(row, column, near, num_items)
         per_row = np.bincount(row, minlength=len(block))
         rank = np.arange(len(row)) - np.repeat(np.cumsum(per_row) - per_row, per_row)
         first = rank < neighbours
-        entries = (near[first].astype(np.float32), (row[first], column[first]))
+        entries = (near[first], (row[first], column[first]))
         kept.append(sparse.coo_array(entries, shape=(len(block), num_items)).tocsr())
     return Linear(sparse.vstack(kept, format="csr"))
+
+
+def _by_nearness(
+    row: np.ndarray, column: np.ndarray, near: np.ndarray, num_items: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sort entries by row, then falling similarity (float32, positive), then column.
+
+    An entry becomes one integer, since plain numbers sort many times faster than three keys: positive floats
+    are ordered as their bits, and a block's rows x columns leave room for these 31.
+    """
+    falling = 2**31 - 1 - near.view(np.int32).astype(np.int64)
+    key = np.sort((row.astype(np.int64) * 2**31 + falling) * num_items + column)
+    rest, column = np.divmod(key, num_items)
+    row, falling = np.divmod(rest, 2**31)
+    return row, column, (2**31 - 1 - falling).astype(np.int32).view(np.float32)
 
 
 def fit_ease(
@@ -232,10 +246,9 @@ def families(times: np.ndarray | None = None) -> dict[str, Family]:
     found = {
         "popularity": Family(fit_popularity, {}),
         "recent_popularity": Family(fit_recent, {"last": (1, 2, 5, 10, 20, 50)}),
-        "markov": Family(fit_markov, {"smoothing": (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)}),
-        "item_knn": Family(
-            fit_item_knn, {"neighbours": (10, 30, 100, 300), "shrink": (0.0, 10.0, 30.0, 100.0)}
-        ),
+        # Below a hundred or so, popularity only orders what the transitions leave equal.
+        "markov": Family(fit_markov, {"smoothing": (1.0, 100.0, 300.0, 1000.0, 3000.0, 10_000.0)}),
+        "item_knn": Family(fit_item_knn, {"neighbours": (5, 10, 30, 100, 300), "shrink": (0.0, 10.0, 100.0)}),
         "ease": Family(fit_ease, {"regularisation": (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)}),
     }
     if times is not None:
@@ -250,6 +263,7 @@ class Choice(NamedTuple):
     chosen: dict[str, Any]  # the hyperparameters; empty where the family has none
     tried: list[dict[str, Any]]  # one row for each combination: hyperparameters and validation metrics
     recommender: Recommender  # fitted with the chosen ones
+    at_edge: list[str]  # hyperparameters chosen at an end of their grid: a better value may lie outside
 
 
 def choose(
@@ -278,7 +292,8 @@ def choose(
         tried.append(given | found)
     if best is None:
         raise InputError("a grid has a hyperparameter without values: give at least one")
-    return Choice(best[0], tried, best[1])
+    at_edge = [name for name, values in family.grid.items() if best[0][name] in (min(values), max(values))]
+    return Choice(best[0], tried, best[1], at_edge)
 
 
 def interaction_matrix(

@@ -12,7 +12,7 @@ Shapes: B users at a time, I items, N candidates, P masked positions, V rows of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,26 +27,13 @@ from reclib.data import Evaluation, Histories
 from reclib.metrics import Interval, Scores
 from reclib.model import Bert4Rec
 from reclib.samples import Samples, cut
+from reclib.splits import Split
 
 NOT_COMPARABLE = "sampled, not comparable"
 SEED_LABEL = "all masked positions: the seed study's metric, not next-item prediction, not comparable"
 
 # A trained model: `metrics.model_scores` with all else given, or a baseline's `scores`.
 Scorer = Callable[[Evaluation], Scores]
-
-
-class Split(Protocol):
-    """What is needed of a split (see `splits`): its name and its test part."""
-
-    @property
-    def name(self) -> str:
-        """Its name, as labels give it."""
-        ...
-
-    @property
-    def test(self) -> Evaluation:
-        """Histories and targets of the test users."""
-        ...
 
 
 class Outcome(NamedTuple):

@@ -104,6 +104,19 @@ def test_item_knn_does_not_depend_on_its_blocks(block_bytes, monkeypatch):
     assert wanted.any()
 
 
+@pytest.mark.parametrize("num_items", [30, 160_000])
+def test_entries_are_sorted_by_row_nearness_and_id(num_items):
+    rng = np.random.default_rng(0)
+    rows = 2**24 // num_items  # as many as a block of this catalogue has
+    row, column = rng.integers(rows - 3, rows, 500), rng.integers(num_items - 20, num_items, 500)
+    near = rng.choice(np.array([1e-8, 0.25, 0.5, 1.0], dtype=np.float32), 500)
+    order = np.lexsort((column, -near, row))
+    for found, entries in zip(
+        baselines._by_nearness(row, column, near, num_items), (row, column, near), strict=True
+    ):
+        assert (found == entries[order]).all()
+
+
 def test_ease_reaches_the_minimum_column_by_column():
     """Each column is a ridge regression of an item on all others: its gradient vanishes off the diagonal."""
     histories = random_histories([4, 6, 3, 7, 5, 4, 8, 6], num_items=9)
@@ -175,6 +188,7 @@ def test_validation_chooses_and_keeps_what_it_saw():
     choice = baselines.choose(family, histories, NUM_ITEMS, valid)
     assert choice.chosen == {"smoothing": 1.0}  # as good as 2.0, and before it
     assert [row["smoothing"] for row in choice.tried] == [1e6, 1.0, 2.0]
+    assert choice.at_edge == ["smoothing"]
     best = metrics.summary(metrics.rank(choice.recommender.scores(valid), valid, True).ranks)
     assert best["ndcg@10"] == choice.tried[1]["ndcg@10"] > choice.tried[0]["ndcg@10"]
     with pytest.raises(InputError, match="'metric' is 'hr@11': expected one of hr@1"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 import pytest
 import torch
@@ -13,9 +11,11 @@ from hypothesis import strategies as st
 
 from reclib import metrics, protocols
 from reclib.config import InputError
-from reclib.data import Evaluation, Histories
+from reclib.data import Evaluation, Histories, synthetic_dataset, train_histories
+from reclib.data import evaluation as evaluation_part
 from reclib.metrics import Scores
 from reclib.model import Bert4Rec
+from reclib.splits import Split, sample_candidates
 
 CPU = torch.device("cpu")
 
@@ -172,7 +172,7 @@ def brute_force_seed_metric(model: Bert4Rec, part: Evaluation, masked: list[np.n
 
 def test_masked_positions_equal_one_window_at_a_time(monkeypatch):
     torch.manual_seed(0)
-    model = Bert4Rec(small_model()).train()
+    model = Bert4Rec(small_model(dropout=0.3)).train()  # whose scores would be random were it not set to eval
     part = evaluation_of([3, 30, 0, 11, 5, 5, 8])
     drawn: list[np.ndarray] = []
     windows = protocols._windows
@@ -186,13 +186,13 @@ def test_masked_positions_equal_one_window_at_a_time(monkeypatch):
     monkeypatch.setattr(protocols, "_windows", watched)
     monkeypatch.setattr(metrics, "SCORE_BYTES", 4 * 4 * 39)  # four positions at a time
     found = protocols.masked_positions(model, part, CPU, mask_prob=0.4, seed=2, batch_size=3)
-    wanted = brute_force_seed_metric(model, part, drawn)
+    assert model.training
+    wanted = brute_force_seed_metric(model.eval(), part, drawn)
     assert len(wanted) > 12
     for user in range(7):
         ours = sorted(found.ranks[found.users == user].tolist())
         assert ours == sorted(rank for (u, _), rank in wanted.items() if u == user)
         assert drawn[user][-1]  # the last item, which is the target, is always masked
-    assert model.training
 
 
 def test_masks_follow_the_rule_of_the_seed_study():
@@ -236,13 +236,11 @@ def test_histories_go_on_to_their_target(lengths):
 
 
 def test_a_model_is_scored_under_the_split_it_was_trained_under():
-    class Given(NamedTuple):
-        name: str
-        test: Evaluation
-
     part = evaluation_of([3, 4, 5, 6])
     scores = torch.randn(4, NUM_ITEMS, generator=torch.Generator().manual_seed(0))
-    outcome = protocols.under_split(fixed(scores), Given("global time", part), remove_seen=False)
+    outcome = protocols.under_split(
+        fixed(scores), Split("global time", part.histories, part, part, {}), remove_seen=False
+    )
     assert outcome.label == "global time, full ranking, seen items kept"
     assert outcome.comparable
     assert outcome.ranks.tolist() == metrics.rank(fixed(scores)(part), part, False).ranks.tolist()
@@ -292,3 +290,28 @@ def test_candidates_of_another_evaluation_are_refused(rows, message):
 def test_an_unknown_metric_is_refused_by_name():
     with pytest.raises(InputError, match="'metric' is 'recall@10'"):
         protocols.mean(outcome_of([1], [0]), "recall@10")
+
+
+def test_negatives_of_the_splits_give_the_hit_rate_of_the_closed_form():
+    dataset = synthetic_dataset(num_users=400, num_items=300, mean_len=12.0, seed=0)
+    part = evaluation_part(dataset, "test")
+    counts = metrics.popularity(train_histories(dataset), dataset.num_items)
+    negatives = {"uniform": [sample_candidates(dataset, part, 50, "uniform", seed) for seed in range(4)]}
+    negatives["popularity"] = [sample_candidates(dataset, part, 50, "popularity", 0)]
+
+    def score(evaluation: Evaluation) -> Scores:
+        return metrics.constant_scores(counts, evaluation)
+
+    drawn: dict[str, list[float]] = {"uniform": [], "popularity": []}
+    for how, several in negatives.items():
+        for items in several:
+            found = by_name(protocols.side_by_side(score, part, {how: items}))
+            drawn[how].append(protocols.mean(found[f"leave-one-out, 50 {how}"]))
+    full = found["leave-one-out, seen removed"]
+    had = [{*history(part, u), int(t)} for u, t in enumerate(part.targets)]
+    pool = np.array([dataset.num_items - len(items) for items in had])
+    expected = protocols.expected_sampled_hit(full.ranks, pool, 50)
+    noise = np.sqrt((expected * (1 - expected)).sum() / 4) / len(expected)
+    assert np.mean(drawn["uniform"]) == pytest.approx(expected.mean(), abs=4 * noise)
+    # popular negatives are the rivals that popularity ranks high: the same scores look worse
+    assert protocols.mean(full) < np.mean(drawn["popularity"]) < np.mean(drawn["uniform"])

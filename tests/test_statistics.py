@@ -43,6 +43,12 @@ def test_sign_flip_never_says_zero_and_is_one_without_a_difference():
     assert statistics.sign_flip(np.zeros(500)) == 1.0
 
 
+def test_users_without_a_difference_change_no_p_value():
+    values = np.array([0.4, 0.1, -0.2, 0.3, 0.5, 0.2])
+    wanted = statistics.sign_flip(values)
+    assert statistics.sign_flip(np.concatenate((values, np.zeros(1000)))) == wanted
+
+
 def test_sign_flip_rejects_a_true_null_as_often_as_its_level():
     rng = np.random.default_rng(5)
     p_values = [statistics.sign_flip(rng.normal(0, 1, 40), samples=199, seed=i) for i in range(400)]
