@@ -173,7 +173,9 @@ class Work:
         split = self.split(arm)
         return fit(model, self.dataset, train, self.device, self.folder(arm, seed), options, split)
 
-    def write(self, key: str, found: Result, params: Mapping[str, Any], timings: Mapping[str, float]) -> None:
+    def write(
+        self, key: str, found: Result, configuration: Mapping[str, Any], timings: Mapping[str, float]
+    ) -> None:
         """Append a record, in the form of `record.Run.result`, with the grid's name as its profile."""
         card = device_card(self.device)
         earlier = sum(row["params_hash"] == key for row in self.rows(found.name))
@@ -198,8 +200,9 @@ class Work:
             "metrics": found.metrics,
             "timings": dict(timings),
             "series": found.series,
-            "params": {"grid": self.grid.name, **params},
+            "params": {"grid": self.grid.name},
             "own_params": found.params,
+            "configuration": dict(configuration),
             "params_hash": key,
             "earlier": earlier,
             "code": code_hash(self.grid.notebook),

@@ -159,21 +159,21 @@ def params_hash(params: Mapping[str, Any]) -> str:
 
 
 def read(root: Path) -> list[dict[str, Any]]:
-    """Return all records under `root/*/results.jsonl`, in order of folder and line.
+    """Return all records under `root/*/results.jsonl` and `root/*/grids/*.jsonl`, by folder and line.
 
     A last line that a killed run left unfinished is skipped and reported on standard error;
     anything else that is no record, or lies in another device's folder, is an `InputError`.
     """
     found = []
-    for file in sorted(root.glob("*/results.jsonl")):
+    for file in sorted([*root.glob("*/results.jsonl"), *root.glob("*/grids/*.jsonl")]):
         lines = file.read_text(encoding="utf-8").split("\n")
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                found.append(_checked(json.loads(line), file, number))
+                found.append(_checked(json.loads(line), file.relative_to(root), number))
             except json.JSONDecodeError:
-                where = f"{file.parent.name}/{file.name}:{number}"
+                where = f"{file.relative_to(root)}:{number}"
                 if number < len(lines):  # the last element is what follows the last newline
                     raise InputError(f"{where}: not a record (broken JSON)") from None
                 print(f"{where}: unfinished line skipped", file=sys.stderr)
@@ -201,12 +201,12 @@ def _times_recorded(file: Path, record: Mapping[str, Any]) -> int:
 
 
 def _checked(record: Any, file: Path, number: int) -> dict[str, Any]:
-    where = f"{file.parent.name}/{file.name}:{number}"
+    where = f"{file}:{number}"
     if not isinstance(record, dict) or any(key not in record for key in (*_KEY, "schema", "time")):
         raise InputError(f"{where}: not a record (a key is missing)")
     if record["schema"] != SCHEMA:
         raise InputError(f"{where}: schema {record['schema']!r}, this version reads {SCHEMA}")
-    if record["label"] != file.parent.name:
+    if record["label"] != file.parts[0]:
         raise InputError(f"{where}: a record of {record['label']!r} in another device's folder")
     return record
 

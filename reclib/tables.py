@@ -14,7 +14,7 @@ Record = Mapping[str, Any]
 
 # The more work, the more it says: of several profiles a figure shows the last of these that there
 # is.
-PROFILES = ("smoke", "custom", "quick", "full")
+PROFILES = ("smoke", "custom", "quick", "full", "grid")
 _NOT_WORK = ("gpu", "seed", "seeds", "wandb_mode")  # parameters that do not make it another run
 
 

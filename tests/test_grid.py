@@ -67,8 +67,8 @@ def test_every_run_is_trained_once_and_recorded_with_what_it_was(root):
     rows = work().rows("learning_curve")
     assert names(rows) == [("base", 0), ("base", 1), ("twin", 0)]
     twin = next(row for row in rows if row["own_params"]["model"] == "twin")
-    assert twin["params"]["model"]["causal"]
-    assert twin["params"]["train"]["objective"] == "next_item"
+    assert twin["configuration"]["model"]["causal"]
+    assert twin["configuration"]["train"]["objective"] == "next_item"
     assert twin["metrics"]["valid_ndcg@10"] == max(twin["series"]["valid_ndcg@10"])
     ranks = np.load(first.file.with_suffix("") / f"{twin['params_hash']}.npz")["valid"]
     assert len(ranks) == twin["data"]["users"]
