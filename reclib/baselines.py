@@ -33,7 +33,7 @@ from reclib.config import InputError
 from reclib.data import Evaluation, Histories
 from reclib.metrics import Scores
 
-BLOCK_BYTES = 64 * 2**20  # of similarities that are made at a time
+BLOCK_BYTES = 16 * 2**20  # of similarities that are made at a time
 EASE_BYTES = 4 * 2**30  # memory that EASE may take unless told otherwise
 
 

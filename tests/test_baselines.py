@@ -107,7 +107,7 @@ def test_item_knn_does_not_depend_on_its_blocks(block_bytes, monkeypatch):
 @pytest.mark.parametrize("num_items", [30, 160_000])
 def test_entries_are_sorted_by_row_nearness_and_id(num_items):
     rng = np.random.default_rng(0)
-    rows = 2**24 // num_items  # as many as a block of this catalogue has
+    rows = 2**24 // num_items  # four times as many as a block of this catalogue has
     row, column = rng.integers(rows - 3, rows, 500), rng.integers(num_items - 20, num_items, 500)
     near = rng.choice(np.array([1e-8, 0.25, 0.5, 1.0], dtype=np.float32), 500)
     order = np.lexsort((column, -near, row))

@@ -246,3 +246,10 @@ def test_trap_weak_order_shows_in_the_shuffle_control():
         assert hit_rate(model, statistics.shuffled(part, 0, keep_last=1)) == hit_rate(model, part)
     assert fall["cycle"] > 0.8
     assert abs(fall["independent"]) < 0.06
+
+
+def test_the_standard_module_of_the_same_name_stays_itself():
+    import statistics as standard
+
+    assert standard is not statistics
+    assert standard.fmean([1, 2]) == 1.5
