@@ -58,6 +58,9 @@ class Keys:
         for start in range(0, self.size, CHUNK):
             yield from self[start : start + CHUNK].tolist()
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self[:], dtype)
+
     def tolist(self) -> list[str]:
         """Return all keys."""
         return list(self)

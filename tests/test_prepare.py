@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reclib import cache, dataset, paths, prepare
+from reclib import cache, data, dataset, paths, prepare
 from reclib.config import DataConfig, InputError
 from reclib.reading import Ingested
 from reclib.sources import Source
@@ -123,6 +123,38 @@ def test_preparation_equals_a_plain_one(tmp_path_factory, rows, minimum, rule, c
     assert found.times.tolist() == times
     table = duckdb.sql(f"select * from '{folder}/interactions.parquet'").fetchall()
     assert table == [(*row, n) for rows in mine.values() for n, row in enumerate(rows)]
+
+
+def test_keys_are_decoded_on_access():
+    keys = dataset.Keys.of(["", "é", "long key", "\U0001f600"])
+    assert (len(keys), keys[1], keys[np.int64(3)]) == (4, "é", "\U0001f600")
+    assert keys[1:3].tolist() == ["é", "long key"]
+    assert keys[np.array([3, 0])].tolist() == ["\U0001f600", ""]
+    assert np.asarray(keys).tolist() == keys.tolist() == list(keys)
+
+
+SHARED = paths.root().parent / "shared" / "data"
+PUBLISHED = {  # users, items, interactions of the 5-core sets, and what a 5-core leaves of MovieLens
+    "amazon-beauty-2014-5core/Beauty_s3rec.txt.gz": (22_363, 12_101, 198_502),
+    "amazon-sports-2014-5core/Sports_item_org_rank.txt.gz": (35_598, 18_357, 296_337),
+    "amazon-toys-2014-5core/Toys_and_Games_s3rec.txt.gz": (19_412, 11_924, 167_597),
+    "amazon-home-2014-5core/Home_item_org_rank.txt.gz": (66_519, 28_237, 551_682),
+    "ml-1m/sequences_diffurec_full.txt.gz": (6_040, 3_706, 1_000_209),
+    "ml-100k/u.data.gz": (943, 1_682, 100_000),
+}
+
+
+@pytest.mark.parametrize(("name", "counts"), PUBLISHED.items(), ids=[n.split("/")[0] for n in PUBLISHED])
+def test_counts_are_the_published_ones(name, counts):
+    if not (SHARED / name).is_file():
+        pytest.skip(f"no copy of {name}")
+    found = data.prepare(DataConfig(dataset=str(SHARED / name)))
+    assert tuple(found.manifest["steps"][0].values()) == ("source", *counts)
+    if "5core" in name:
+        assert found.manifest["core"]["passes"] == []  # a fixed point
+        assert (found.num_users, found.num_items, found.num_interactions) == counts
+    assert np.bincount(found.items)[1:].min() >= 5
+    assert found.lengths.min() >= 5
 
 
 @given(rows=INTERACTIONS, min_user=st.integers(1, 5), min_item=st.integers(1, 5))

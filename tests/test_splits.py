@@ -1,5 +1,6 @@
 import dataclasses
 import gzip
+import json
 
 import numpy as np
 import pytest
@@ -53,6 +54,7 @@ def check_rows(dataset: Dataset, split: splits.Split) -> None:
         assert np.array_equal(part.targets, dataset.items[part.histories.ends])
         assert np.unique(users).size == users.size  # one row per user
     assert len({*spans(split.train)}) == len(split.train.starts)
+    assert json.loads(json.dumps(split.about)) == split.about
 
 
 @settings(max_examples=60, deadline=None)
