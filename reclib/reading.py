@@ -24,6 +24,7 @@ from reclib.rawtable import COLUMNS, PLAIN, RawTable, plain
 from reclib.rejects import Rejects
 from reclib.rows import BadLine, Layout, Row
 
+ROWS_HELD = 100_000  # of sequences, before they are appended
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 Progress = Callable[[int, int], None]  # bytes of the file done, and in all
@@ -70,7 +71,7 @@ def ingest(
     else:
         unit, provenance = _read_text(con, path, format, columns, rejects, progress)
     rejects.finish()
-    if unit == "order":
+    if unit == "order" and format.kind != "sequences":  # those come with their positions
         _number_positions(con)
     about = {"file": path.name, "bytes": path.stat().st_size, "format": format.name, **provenance}
     side = titles.beside(path)
@@ -272,6 +273,9 @@ class _Sequences:
                 continue
             users += 1
             valid += map(plain, history)
+            if len(valid) >= ROWS_HELD:
+                self.table.append_rows(valid)
+                valid = []
         self.table.append_rows(valid)
         self.rejects.block_done(users)
 
