@@ -171,7 +171,7 @@ class StepClock:
 def lightning_clock(base: type, count: Callable[[Any], tuple[int, int, int]]) -> Any:
     """A Lightning callback that carries a StepClock; ``base`` is the Callback class in use."""
 
-    class StepClockCallback(base):  # type: ignore[misc, valid-type]
+    class StepClockCallback(base):
         def __init__(self) -> None:
             super().__init__()
             self.clock = StepClock(count)
@@ -259,7 +259,7 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial.npz")
-    np.savez_compressed(partial, **arrays)
+    np.savez_compressed(partial, allow_pickle=False, **arrays)
     partial.rename(path)
 
 

@@ -30,13 +30,17 @@ NOTES = [
     "padded on the right, to the longest row of the data (see padded_length)",
     "one row per user (its benchmark files), as the other sides, not one per prefix",
     "tied tables with an output bias; a linear layer, GELU and LayerNorm before the head",
-    "no dropout on attention probabilities (settable here; its default is 0.2)",
     "a negative item is drawn for every target and then not used by this loss",
     "torch.optim.Adam, not fused, no weight decay; loss.item() and a NaN check at every step",
     "evaluation: Trainer.evaluate, ranks and metrics at 10; for sequential models it does NOT "
     "remove seen items",
     "at prediction time the oldest item of every history is cut off, short ones included",
 ]
+FIT_NOTES = [
+    "ft_ratio 0.5, its default: half of the batches mask the last item alone",
+    "dropout of 0.2 on attention probabilities, its default",
+]
+TIMING_NOTES = ["no dropout on attention probabilities (settable here; its default is 0.2)"]
 
 
 def write_files(folder: Path, args, data: Data) -> None:
@@ -111,48 +115,74 @@ def main() -> None:
     report(args, package="recbole", peer="RecBole", tied=True, **fields)
 
 
+def settings(args, scratch: Path) -> dict:
+    return {
+        "data_path": str(scratch),
+        "benchmark_filename": ["train", "valid", "test"],
+        "alias_of_item_id": ["item_id_list"],
+        "load_col": {"inter": ["user_id", "item_id_list", "item_id"], "item": ["item_id"]},
+        "MAX_ITEM_LIST_LENGTH": args.max_len,
+        "n_layers": args.layers,
+        "n_heads": args.heads,
+        "hidden_size": args.hidden,
+        "inner_size": 4 * args.hidden,
+        "hidden_dropout_prob": args.dropout,
+        "attn_dropout_prob": 0.2 if args.fit else 0.0,
+        "mask_ratio": args.mask_prob,
+        # Its default makes half of the batches mask the last item alone: one target a row.
+        # The timing keeps to the objective of the other sides, a fit to the default.
+        "ft_ratio": 0.5 if args.fit else 0.0,
+        "loss_type": "CE",
+        "train_neg_sample_args": None,
+        "train_batch_size": args.batch_size,
+        "eval_batch_size": args.eval_batch_size,
+        "eval_args": {
+            "split": {"LS": "valid_and_test"},
+            "order": "TO",
+            "mode": "full",
+            "group_by": "user",
+        },
+        "metrics": ["Hit", "NDCG"],
+        "topk": [args.topk],
+        "valid_metric": f"NDCG@{args.topk}",
+        "learning_rate": args.lr,
+        "seed": args.seed,
+        "use_gpu": False,
+        "worker": 0,
+        "show_progress": False,
+        "state": "ERROR",
+    }
+
+
+def train(args, data: Data, loader: TimedLoader, trainer, look) -> tuple[int, Selection | None]:
+    """Train through RecBole's own loop; return the epochs begun and, of a fit, its selection.
+
+    The timing keeps to its steps; a fit ends where its selection says.
+    """
+    selection = None
+    if args.fit:
+        selection = loader.selection = Selection(args, data, look, loader.model.state_dict)
+        selection.start(len(loader.loader))
+
+    def loss_func(batch):
+        loss = loader.model.calculate_loss(batch)
+        loader.last_loss = loss.detach()
+        return loss
+
+    epochs = 0
+    while not loader.finished() and (not args.fit or args.epochs is None or epochs < args.epochs):
+        trainer._train_epoch(loader, epochs, loss_func=loss_func)
+        epochs += 1
+        if selection is not None:
+            selection.epoch_done(epochs)
+    if selection is not None:
+        selection.finish()
+    return epochs, selection
+
+
 def run(args, data: Data, scratch: Path) -> dict:
     write_files(scratch / "peer", args, data)
-    config = Config(
-        model="BERT4Rec",
-        dataset="peer",
-        config_dict={
-            "data_path": str(scratch),
-            "benchmark_filename": ["train", "valid", "test"],
-            "alias_of_item_id": ["item_id_list"],
-            "load_col": {"inter": ["user_id", "item_id_list", "item_id"], "item": ["item_id"]},
-            "MAX_ITEM_LIST_LENGTH": args.max_len,
-            "n_layers": args.layers,
-            "n_heads": args.heads,
-            "hidden_size": args.hidden,
-            "inner_size": 4 * args.hidden,
-            "hidden_dropout_prob": args.dropout,
-            "attn_dropout_prob": 0.0,
-            "mask_ratio": args.mask_prob,
-            # Its default makes half of the batches mask the last item alone: one target a row.
-            # The timing keeps to the objective of the other sides, a fit to the default.
-            "ft_ratio": 0.5 if args.fit else 0.0,
-            "loss_type": "CE",
-            "train_neg_sample_args": None,
-            "train_batch_size": args.batch_size,
-            "eval_batch_size": args.eval_batch_size,
-            "eval_args": {
-                "split": {"LS": "valid_and_test"},
-                "order": "TO",
-                "mode": "full",
-                "group_by": "user",
-            },
-            "metrics": ["Hit", "NDCG"],
-            "topk": [args.topk],
-            "valid_metric": f"NDCG@{args.topk}",
-            "learning_rate": args.lr,
-            "seed": args.seed,
-            "use_gpu": False,
-            "worker": 0,
-            "show_progress": False,
-            "state": "ERROR",
-        },
-    )
+    config = Config(model="BERT4Rec", dataset="peer", config_dict=settings(args, scratch))
     init_seed(config["seed"], config["reproducibility"])
     dataset = create_dataset(config)
     train_data, valid_data, test_data = data_preparation(config, dataset)
@@ -163,29 +193,11 @@ def run(args, data: Data, scratch: Path) -> dict:
     steps = None if args.fit else args.warmup + args.steps
     loader = TimedLoader(train_data, StepClock(count), steps, model)
 
-    def loss_func(batch):
-        loss = model.calculate_loss(batch)
-        loader.last_loss = loss.detach()
-        return loss
+    def look(with_valid: bool) -> np.ndarray:
+        return recommend(args, data, dataset, model, with_valid, test_data if with_valid else valid_data)
 
-    if args.fit:
-
-        def look(with_valid: bool) -> np.ndarray:
-            return recommend(args, data, dataset, model, with_valid, test_data if with_valid else valid_data)
-
-        selection = loader.selection = Selection(args, data, look, model.state_dict)
-        selection.start(len(train_data))
-    epochs = 0
-    while not loader.finished() and (not args.fit or args.epochs is None or epochs < args.epochs):
-        trainer._train_epoch(loader, epochs, loss_func=loss_func)
-        epochs += 1
-        if args.fit:
-            selection.epoch_done(epochs)
-    if args.fit:
-        selection.finish()
-    notes = list(NOTES)
-    if args.fit:
-        notes.append("ft_ratio 0.5, its default: half of the batches mask the last item alone")
+    epochs, selection = train(args, data, loader, trainer, look)
+    notes = NOTES + (FIT_NOTES if args.fit else TIMING_NOTES)
     fields = measured(args, loader.clock) | {
         "loss": "full softmax",
         "rss_before_training_bytes": rss_before,
@@ -198,7 +210,7 @@ def run(args, data: Data, scratch: Path) -> dict:
         "notes": notes,
     }
 
-    if args.fit:
+    if selection is not None:
         fields |= {"epochs": epochs, "steps": len(loader.clock.seconds)}
         fields |= outcome(args, data, model, selection)
     elif args.eval:

@@ -153,7 +153,7 @@ class Selection:
 def lightning_selection(base: type, selection: Selection) -> Any:
     """A Lightning callback that drives `selection`; ``base`` is the Callback class in use."""
 
-    class SelectionCallback(base):  # type: ignore[misc, valid-type]
+    class SelectionCallback(base):
         def __deepcopy__(self, memo: dict) -> "SelectionCallback":
             return self  # RecTools copies its trainer; the selection must stay the one
 
@@ -186,6 +186,7 @@ def outcome(
     arrays = selection.arrays()
     found: dict[str, Any] = {}
     if not args.marks:
+        assert selection.best is not None  # a fit ends with a look at validation
         model.load_state_dict(selection.best)
         arrays["top"] = selection.recommend(True)
         found = accuracy(arrays["top"], data.test)
