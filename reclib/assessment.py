@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from reclib import baselines, metrics, protocols, statistics
+from reclib import baselines, claims, metrics, protocols, statistics
+from reclib.claims import Claim
 from reclib.data import Dataset, Evaluation, train_histories
 from reclib.metrics import Interval
 from reclib.protocols import Outcome, Scorer
@@ -122,9 +123,12 @@ def assess_baselines(split: Split, dataset: Dataset, test: Conditions) -> tuple[
     return models, chosen
 
 
-def other_split(score: Scorer, split: Split, samples: int, model: str, seed: int | None = None) -> Result:
+def other_split(trainer: Trainer, split: Split, samples: int, model: str, seed: int | None = None) -> Result:
     """Return HR@10 and NDCG@10 of a model that was trained under another split than leave-one-out."""
-    outcome = protocols.under_split(score, split)
+    with trainer.autocast():
+        outcome = protocols.under_split(
+            lambda part: metrics.model_scores(trainer.model, part, trainer.where), split
+        )
     intervals = {metric: protocols.interval(outcome, metric, samples) for metric in COMPARED}
     about = {"model": model, "protocol": outcome.protocol, "label": outcome.label}
     return Result("protocol", flat(intervals), about | {"comparable": outcome.comparable}, {}, seed)
@@ -162,11 +166,9 @@ def comparisons(models: Sequence[Model], reference: str, samples: int) -> list[R
     return found
 
 
-def claim(row: Mapping[str, Any]) -> str:
-    """Return what a comparison's numbers allow to say (see `statistics.Comparison.claim`)."""
-    interval = Interval(row["difference"], row["difference_low"], row["difference_high"])
-    seeds = int(row["seeds"]), int(row["reference_seeds"])
-    return statistics.Comparison("", "", interval, row["p"], row["adjusted_p"], 0.0, seeds, (0.0, 0.0)).claim
+def claim(row: Mapping[str, Any]) -> Claim:
+    """Return what a comparison's numbers allow to say."""
+    return claims.claim(row["difference"], row["adjusted_p"], (row["seeds"], row["reference_seeds"]))
 
 
 def protocol_results(models: Sequence[Model], samples: int) -> list[Result]:

@@ -2,7 +2,7 @@
 
 The unit is the user: each user's metric is averaged over the seeds first, and intervals, p-values and
 detectable differences are over users. What the seeds add is shown apart, as the range of their means, and a
-trained model with fewer than `MIN_SEEDS` of them carries no claim.
+trained model with fewer than `claims.MIN_SEEDS` of them carries no claim.
 
 Shapes: S seeds, U users, I items, k recommendations.
 """
@@ -11,18 +11,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
 
-from reclib import metrics
+from reclib import claims, metrics
+from reclib.claims import ALPHA, Claim
 from reclib.config import InputError
 from reclib.data import Evaluation, Histories
 from reclib.metrics import Interval
 
-MIN_SEEDS = 3  # of a trained model, before a difference from it is claimed
-ALPHA = 0.05  # level of tests and of the detectable difference
 BLOCK_BYTES = 32 * 2**20  # of sign draws held at a time
 
 
@@ -39,13 +38,9 @@ class Comparison(NamedTuple):
     seed_range: tuple[float, float]  # lowest and highest mean of this model over its seeds
 
     @property
-    def claim(self) -> Literal["better", "worse", "not separated", "too few seeds"]:
+    def claim(self) -> Claim:
         """What may be said; a difference counts from an adjusted p-value below 5 %."""
-        if any(0 < seeds < MIN_SEEDS for seeds in self.seeds):
-            return "too few seeds"
-        if self.adjusted_p >= ALPHA:
-            return "not separated"
-        return "better" if self.difference.mean > 0 else "worse"
+        return claims.claim(self.difference.mean, self.adjusted_p, self.seeds)
 
 
 def compare(
