@@ -98,7 +98,7 @@ def detect(path: Path) -> Format:
         )
     first = lines[0].removeprefix("\ufeff")
     if first.startswith("{"):
-        return _json(path, lines)
+        return _json(path, [first, *lines[1:]])
     if name.endswith(".inter") or ":token" in first:
         return FORMATS["inter"]
     if "::" in first:

@@ -145,15 +145,17 @@ def checked(path: Path) -> Path:
         raise InputError(f"{path} is a folder, expected a file")
     try:
         with path.open("rb") as file:
-            empty = not file.read(1)
+            start = file.read(2)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist, expected a file") from None
     except PermissionError:
         raise InputError(f"{path} cannot be read: no permission") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    if empty:
+    if not start:
         raise InputError(f"{path.name} is empty, expected one interaction per line")
+    if start in (b"\xff\xfe", b"\xfe\xff"):
+        raise InputError(f"{path.name} is UTF-16 text, expected UTF-8: save it as UTF-8")
     return path
 
 

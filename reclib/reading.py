@@ -144,6 +144,8 @@ def _reader(
     start = block.data[: 1 << 20].decode("utf-8", "replace").splitlines()
     if not any(line.strip() for line in start):
         raise InputError(f"{path.name} is empty, expected one interaction per line")
+    if b"\n" not in block.data and b"\r" in block.data:
+        raise InputError(f"{path.name}: lines end with CR alone, expected LF or CRLF")
     if format.kind == "json":
         return _Json(format, table, rejects)
     if format.kind == "sequences":

@@ -21,6 +21,7 @@ import msgspec
 
 from reclib.config import InputError
 from reclib.formats import Format, is_number, separator_of
+from reclib.rawfile import MAX_LINE_BYTES
 
 # 1990-01-01 to 2100-01-01: no interaction of a public dataset lies outside. The two units cannot be mixed
 # up, since a time within the range in one lies outside in the other.
@@ -95,6 +96,7 @@ def _table_layout(path: Path, columns: dict[str, str] | None, lines: list[str]) 
     separator = separator_of(lines[0])
     if separator not in lines[0]:
         raise InputError(f"{path.name}, line 1: no comma, TAB, semicolon or bar in {lines[0][:80]!r}")
+    csv.field_size_limit(MAX_LINE_BYTES)  # a field may hold a whole review
     rows = list(csv.reader(lines, delimiter=separator))
     by_position = bool(columns) and all(
         column.isdigit() and column not in rows[0] for column in (columns or {}).values()

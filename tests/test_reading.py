@@ -410,6 +410,25 @@ def test_a_quote_that_is_never_closed_hides_nothing(tmp_path):
         read(written(tmp_path, text))
 
 
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (f"user,item,time\ra,b,{SECOND}\r".encode(), "file: lines end with CR alone, expected LF or CRLF"),
+        (f"user,item,time\na,b,{SECOND}\n".encode("utf-16"), "file is UTF-16 text, expected UTF-8"),
+    ],
+)
+def test_text_of_other_systems_is_told(tmp_path, data, said):
+    with pytest.raises(InputError, match=said):
+        read(written(tmp_path, data))
+
+
+def test_a_long_field_and_a_byte_order_mark(tmp_path):
+    text = f'user,item,time,review\na,b,{SECOND},"{"x" * 3_000_000}"\n'
+    assert read(written(tmp_path, text), strict=True)[0] == [(0, "a", "b", None, SECOND)]
+    text = "\ufeff" + CONTENTS["amazon-2023-json"]
+    assert read(written(tmp_path, text), strict=True)[0] == EXPECTED["amazon-2023-json"]
+
+
 def test_line_numbers_count_line_ends_inside_quotes(tmp_path, monkeypatch):
     small_blocks(monkeypatch, 40)
     text = "user,item,time,note\n" + f'me,a,{SECOND},"one\ntwo"\n' * 3 + f"me,,{SECOND},x\n"
