@@ -104,13 +104,9 @@ def assess(score: Scorer, test: Conditions) -> Assessed:
 
 
 def assess_trained(trainer: Trainer, test: Conditions) -> Assessed:
-    """Rank the test targets by a trained model in its precision, a masked one also as the seed study does."""
+    """Rank the test targets by a trained model, in its precision."""
     with trainer.autocast():
-        found = assess(lambda part: metrics.model_scores(trainer.model, part, trainer.where), test)
-        if not trainer.model.config.causal:
-            masked = protocols.masked_positions(trainer.model, test.evaluation, trainer.where)
-            found.outcomes[masked.protocol] = masked
-    return found
+        return assess(lambda part: metrics.model_scores(trainer.model, part, trainer.where), test)
 
 
 def assess_baselines(split: Split, dataset: Dataset, test: Conditions) -> tuple[list[Model], dict[str, Any]]:
@@ -123,15 +119,27 @@ def assess_baselines(split: Split, dataset: Dataset, test: Conditions) -> tuple[
     return models, chosen
 
 
-def other_split(trainer: Trainer, split: Split, samples: int, model: str, seed: int | None = None) -> Result:
-    """Return HR@10 and NDCG@10 of a model that was trained under another split than leave-one-out."""
+def other_split(
+    trainer: Trainer, split: Split, samples: int, model: str, seed: int | None = None
+) -> list[Result]:
+    """Return HR@10 and NDCG@10 of a model that was trained under another split than leave-one-out.
+
+    Where users were divided at random, a masked model is also evaluated as the seed study does.
+    """
     with trainer.autocast():
-        outcome = protocols.under_split(
-            lambda part: metrics.model_scores(trainer.model, part, trainer.where), split
-        )
-    intervals = {metric: protocols.interval(outcome, metric, samples) for metric in COMPARED}
-    about = {"model": model, "protocol": outcome.protocol, "label": outcome.label}
-    return Result("protocol", flat(intervals), about | {"comparable": outcome.comparable}, {}, seed)
+        found = [
+            protocols.under_split(
+                lambda part: metrics.model_scores(trainer.model, part, trainer.where), split
+            )
+        ]
+        if split.about.get("shares") and not trainer.model.config.causal:
+            found.append(protocols.masked_positions(trainer.model, split.test, trainer.where))
+    results = []
+    for one in found:
+        numbers = flat({metric: protocols.interval(one, metric, samples) for metric in COMPARED})
+        about = {"model": model, "protocol": one.protocol, "label": one.label}
+        results.append(Result("protocol", numbers, about | {"comparable": one.comparable}, {}, seed))
+    return results
 
 
 def headline(models: Sequence[Model], samples: int) -> list[Result]:

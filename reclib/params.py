@@ -26,6 +26,7 @@ from reclib.config import (
     CompileMode,
     GpuLabel,
     InputError,
+    Loss,
     NonNegative,
     Positive,
     PositiveFloat,
@@ -61,6 +62,8 @@ Seeds = Annotated[list[NonNegative], Field(min_length=1), AfterValidator(_distin
 Precisions = Annotated[list[Precision], Field(min_length=1), AfterValidator(_distinct)]
 CompileModes = Annotated[list[CompileMode], Field(min_length=1), AfterValidator(_distinct)]
 BatchSizes = Annotated[list[Positive], Field(min_length=1), AfterValidator(_distinct)]
+Models = Annotated[list[Literal["bert4rec", "causal"]], Field(min_length=1), AfterValidator(_distinct)]
+OtherSplits = Annotated[list[Literal["global_time", "random_users"]], AfterValidator(_distinct)]
 WandbMode = Literal["disabled", "offline", "online"]
 
 
@@ -81,6 +84,10 @@ class Baseline:
 
     gpu: GpuLabel  # device label, a claim to be checked; auto: what is here
     dataset: Name  # name of a data set that `reclib.data` knows
+    min_user: Positive  # k-core: interactions that a user must have
+    min_item: Positive  # k-core: interactions that an item must have
+    models: Models  # bert4rec, causal (the twin that predicts the next item)
+    other_splits: OtherSplits  # further trainings of the first model: global_time, random_users
     size: Size  # named model size, one of `config.SIZES`
     seeds: Seeds  # one training run each
     epochs: Positive  # passes over the users
@@ -90,12 +97,16 @@ class Baseline:
     dropout: Probability  # 0 <= dropout < 1
     mask_prob: Annotated[float, Field(gt=0.0, lt=1.0)]  # share of positions that are cloze targets
     last_item_share: Share  # share of samples whose only target is the last item
+    window: Literal["last", "random"]  # which max_len items of a longer history train
     max_len: Positive  # positions per packed row and longest history
+    norm: Literal["pre", "post"]  # LayerNorm before or after each residual branch
+    tied: bool  # the output table is the input table
+    output_bias: bool  # a learned bias for each item
+    loss: Loss  # full cross-entropy (auto, plain, chunked, inplace) or sampled_softmax or gbce
     eval_every: Positive  # epochs between evaluations on validation
     patience: NonNegative  # evaluations without a better NDCG@10 before stopping; 0: never
     precision: Precision | None  # None: from the device file
     compile_mode: CompileMode | None  # None: from the device file
-    remove_seen: bool  # whether items of the history are left out of the ranking
     bootstrap_samples: Positive  # resamples of the users behind each confidence interval
     wandb_mode: WandbMode  # disabled: nothing; offline: files only; online: needs a login
 

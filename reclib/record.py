@@ -190,6 +190,11 @@ def latest(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(newest.values())
 
 
+def committed() -> list[dict[str, Any]]:
+    """Return the newest records of the grids that lie in the repository, wherever this run records."""
+    return latest(row for row in read(paths.root() / "executed") if row["profile"] == "grid")
+
+
 def _times_recorded(file: Path, record: Mapping[str, Any]) -> int:
     """Count the records of the same result, with the same parameters, that are in the file already."""
     if not file.is_file():

@@ -1,6 +1,7 @@
 """Scores a grid's final arms on the test split, beside the baselines, and records all that follows from it.
 
     python -m reclib.scoring ml-1m
+    python -m reclib.scoring ablations-ml-100k --validation    # all arms against the first; test unseen
 
 Nothing is chosen here: arms are final by the grid's file, epochs and the baselines' hyperparameters by
 validation. Every call is counted in the records (`earlier`), since a test split that is looked at often is a
@@ -64,7 +65,7 @@ def score(work: Work) -> list[Result]:
     found = assessment.everything(models, work.dataset, split.test, reference, SAMPLES)
     for arm in final:
         if arm.split != MAIN_SPLIT:
-            found += [_under_its_split(work, arm, seed) for seed in arm.seeds]
+            found += [one for seed in arm.seeds for one in _under_its_split(work, arm, seed)]
     keys = {f"{arm.name} seed {seed}": work.key(arm, seed) for arm in final for seed in arm.seeds}
     said: dict[str, Any] = {"runs": keys, "baselines": chosen, "bootstrap_samples": SAMPLES}
     said["arms"] = {arm.name: _said(work, arm) for arm in final}
@@ -76,21 +77,48 @@ def score(work: Work) -> list[Result]:
     return found
 
 
+def validation_differences(work: Work) -> list[Result]:
+    """Compare every arm with the first on validation: paired by user, averaged over the seeds both have."""
+    base = work.grid.arms[0]
+    found = []
+    for arm in work.grid.arms[1:]:
+        both = [s for s in arm.seeds if s in base.seeds and work.trained(arm, s) and work.trained(base, s)]
+        if arm.split != base.split or not both:
+            continue
+        values = {one.name: np.stack([_validation(work, one, seed) for seed in both]) for one in (arm, base)}
+        by_seed = values[arm.name].mean(axis=1) - values[base.name].mean(axis=1)
+        paired = values[arm.name].mean(axis=0) - values[base.name].mean(axis=0)
+        numbers = assessment.flat({"difference": metrics.bootstrap(paired, SAMPLES)})
+        numbers |= {"value": float(values[arm.name].mean()), "base": float(values[base.name].mean())}
+        numbers |= {"seeds": len(both), "seed_low": float(by_seed.min()), "seed_high": float(by_seed.max())}
+        about = {"model": arm.name, "against": base.name, "metric": "ndcg@10"}
+        found.append(Result("validation_difference", numbers, about, {}))
+    return found
+
+
+def compare(work: Work) -> list[Result]:
+    """Record the comparisons on validation of the arms that are trained."""
+    found = validation_differences(work)
+    for result in found:
+        key = record.params_hash({"compared": result.params, "data": work.dataset.fingerprint})
+        work.write(key, result, {}, {})
+    return found
+
+
+def _validation(work: Work, arm: Arm, seed: int) -> np.ndarray:
+    with np.load(work.ranks_file(arm, seed)) as file:
+        return metrics.ndcg(file["valid"], 10)
+
+
 def _said(work: Work, arm: Arm) -> dict[str, Any]:
     model, train = work.configs(arm, arm.seeds[0])
     return {"model": asdict(model), "train": asdict(train), "split": arm.split, "seeds": list(arm.seeds)}
 
 
-def _under_its_split(work: Work, arm: Arm, seed: int) -> Result:
+def _under_its_split(work: Work, arm: Arm, seed: int) -> list[Result]:
     trainer = work.train(arm, seed, Options())
-    with trainer.autocast():
-        return assessment.other_split(
-            lambda part: metrics.model_scores(trainer.model, part, trainer.where),
-            work.split(arm),
-            SAMPLES,
-            arm.name,
-            seed,
-        )
+    name = arm.name.split(",")[0]  # "causal, global time" is the causal model: the protocol says the rest
+    return assessment.other_split(trainer, work.split(arm), SAMPLES, name, seed)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -98,17 +126,21 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m reclib.scoring", description=__doc__.split("\n")[0])
     parser.add_argument("name", help="an experiment file of params/grids, without .yaml")
     parser.add_argument("--dataset", help="another place of the same data: a file or a prepared folder")
+    parser.add_argument(
+        "--validation", action="store_true", help="compare all arms with the first on validation, test unseen"
+    )
     parser.add_argument("--gpu", default="auto", help="auto, cpu or a gpu label (auto)")
     given = parser.parse_args(argv)
     try:
         chosen = grid.read(given.name)
         config = changed(chosen.data, dataset=given.dataset) if given.dataset else chosen.data
-        found = score(Work(chosen, prepare(config), resolve(given.gpu)))
+        work = Work(chosen, prepare(config), resolve(given.gpu))
+        found = compare(work) if given.validation else score(work)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for result in found:
-        if result.name == "test_metrics":
+        if result.name in ("test_metrics", "validation_difference"):
             numbers = "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
             seed = "" if result.seed is None else f" seed {result.seed}"
             print(f"{result.params['model']}{seed}: {numbers}")

@@ -36,6 +36,27 @@ def table(records: Iterable[Record]) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
+def accuracy(records: Iterable[Record]) -> pd.DataFrame:
+    """Return one row for each grid and model: test metrics with intervals, seeds, device and day."""
+    scored = [r for r in records if r["name"] == "test_metrics"]
+    rows = []
+    for one in scored:
+        if one.get("seed") is not None:
+            continue
+        model, data = one["own_params"]["model"], one["data"]["name"]
+        mine = [r for r in scored if r["own_params"]["model"] == model and r["data"]["name"] == data]
+        m = one["metrics"]
+        interval = {
+            name.upper(): f"{m[name]:.4f} ({m[f'{name}_low']:.4f} to {m[f'{name}_high']:.4f})"
+            for name in ("hr@10", "ndcg@10")
+        }
+        seeds = sum(r.get("seed") is not None for r in mine)
+        about = {"data": data, "model": model, "seeds": seeds or None, "device": one["label"]}
+        rows.append((data, -m["hr@10"], about | interval | {"day": one["time"][:10]}))
+    frame = pd.DataFrame([row for *_, row in sorted(rows, key=lambda row: row[:2])])
+    return frame.set_index(["data", "model"]) if rows else frame
+
+
 def caption(records: Sequence[Record]) -> str:
     """Say in one line what the numbers are, and that a smoke run is no result."""
     first = records[0]

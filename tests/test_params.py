@@ -65,8 +65,8 @@ def test_every_parameter_says_in_its_line_what_it_is():
         ({"batch_size": "1e3"}, "parameter 'batch_size' is '1e3'"),
         ({"gpu": "rtx"}, "'a100' or 'h100'"),
         ({"precision": "fp8"}, "'fp16'"),
-        ({"remove_seen": "no"}, "parameter 'remove_seen' is 'no'"),
-        ({"remove_seen": 1}, "parameter 'remove_seen' is 1"),
+        ({"tied": "no"}, "parameter 'tied' is 'no'"),
+        ({"tied": 1}, "parameter 'tied' is 1"),
         ({"size": "tinny"}, "did you mean 'tiny'?"),
         ({"seeds": []}, "at least 1"),
         ({"seeds": [3, 3]}, "listed twice"),
@@ -95,8 +95,8 @@ def test_a_missing_parameter_is_named():
 @pytest.mark.parametrize(
     ("name", "given", "meant"),
     [
-        ("remove_seen", "false", False),
-        ("remove_seen", "true", True),
+        ("tied", "false", False),
+        ("tied", "true", True),
         ("precision", "null", None),
         ("micro_batch_size", "none", None),
         ("learning_rate", "1e-3", 0.001),

@@ -13,7 +13,8 @@ from reclib.fit import Options
 ARMS = {
     "bert4rec": {"final": True},
     "twin": {"train": {"objective": "next_item"}, "final": True},
-    "past": {"split": "global_time", "final": True, "seeds": [0]},
+    "bert4rec, past": {"split": "global_time", "final": True, "seeds": [0]},
+    "bert4rec, users": {"split": "random_users", "final": True, "seeds": [0]},
     "wide": {"model": {"hidden_dim": 64}, "seeds": [0]},
 }
 
@@ -67,9 +68,10 @@ def test_protocols_are_labelled_and_sampled_ones_are_not_comparable(scored):
     sampled = [row for row in rows if "sampled, not comparable" in row.params["label"]]
     assert sampled
     assert not any(row.params["comparable"] for row in sampled)
-    assert by_name["past", "global time, seen removed"].params["comparable"]
+    assert by_name["bert4rec", "global time, seen removed"].params["comparable"]
     assert ("bert4rec", "seed study's") in by_name
-    assert ("twin", "seed study's") not in by_name  # it cannot look at both sides
+    assert not by_name["bert4rec", "seed study's"].params["comparable"]
+    assert ("bert4rec", "random users (the seed study's), seen removed") in by_name
 
 
 def test_the_shuffle_control_moves_what_uses_order_and_nothing_else(scored):
@@ -85,6 +87,16 @@ def test_groups_hold_every_user_once(scored):
     assert {row.params["by"] for row in rows} == {"history", "popularity"}
     assert all(sum(row.series["users"]) == users for row in rows)
     assert FILE["data"]["synthetic_users"] == users
+
+
+def test_arms_are_compared_on_validation_by_user_over_the_seeds_both_have(scored):
+    rows = {result.params["model"]: result.metrics for result in scoring.compare(work())}
+    assert rows.keys() == {"twin", "wide"}  # another split is another question
+    assert (rows["twin"]["seeds"], rows["wide"]["seeds"]) == (2, 1)
+    one = rows["twin"]
+    assert one["difference"] == pytest.approx(one["value"] - one["base"])
+    assert one["seed_low"] <= one["difference"] <= one["seed_high"]
+    assert one["difference_low"] <= one["difference"] <= one["difference_high"]
 
 
 def test_every_scoring_is_counted(scored):

@@ -84,7 +84,7 @@ def test_plain_papermill_works_from_the_root_and_from_the_notebooks(project: Pat
             [
                 *(sys.executable, "-m", "papermill", f"{up}notebooks/02_baseline.ipynb"),
                 *(f"{up}executed/cpu/02_baseline.ipynb", "-p", "gpu", "cpu"),
-                *("-p", "remove_seen", "false"),
+                *("-p", "tied", "false"),
             ],
             cwd=project / folder,
             env=environment,
@@ -92,9 +92,9 @@ def test_plain_papermill_works_from_the_root_and_from_the_notebooks(project: Pat
             text=True,
         )
         assert done.returncode == 0, done.stderr
-        assert "converted: remove_seen='false' -> False" in (project / DONE[1]).read_text()
+        assert "converted: tied='false' -> False" in (project / DONE[1]).read_text()
     entries = record.read(project / "executed")
-    assert [entry["params"]["remove_seen"] for entry in entries] == [False, False]
+    assert [entry["params"]["tied"] for entry in entries] == [False, False]
 
 
 def test_a_misspelt_parameter_fails_in_plain_papermill_too(project: Path):
