@@ -6,6 +6,7 @@ free. Memory does not grow with the file.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import gzip
 import hashlib
@@ -30,6 +31,7 @@ GZIP_WINDOW = 31  # of `decompressobj`: gzip with its header and checksum
 BLOCK_BYTES = 8 << 20  # of text in one block
 PIECE_BYTES = 1 << 20  # of the file, read at once
 MAX_LINE_BYTES = 64 << 20  # a longer one means that the file is not text of lines
+UTF8_PIECE = 1 << 16  # bytes checked at a time
 SAMPLE_BYTES = 256 << 10  # of the file, looked at to detect its format
 
 
@@ -190,3 +192,29 @@ def lines(path: Path, encoding: str = "utf-8") -> Iterator[str]:
                 yield line.rstrip("\r\n")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{path.name} is cut short or damaged ({error}); fetch it again") from None
+
+
+def line_count(data: bytes) -> int | None:
+    """Return the number of lines; None where NUL or bytes that are not UTF-8 need a closer look.
+
+    Blank lines show themselves later: readers of whole blocks pass over them, so that the number of
+    rows is another.
+    """
+    if b"\0" in data:
+        return None
+    if not (data.isascii() or _is_utf8(data)):
+        return None
+    return data.count(b"\n") + (not data.endswith(b"\n"))
+
+
+def _is_utf8(data: bytes) -> bool:
+    """Return whether all of it is UTF-8; decoded piece by piece, so that what is made stays in cache."""
+    view, start = memoryview(data), 0
+    while start < len(data):
+        piece = view[start : start + UTF8_PIECE]
+        try:
+            _, taken = codecs.utf_8_decode(piece, "strict", start + len(piece) == len(data))
+        except UnicodeDecodeError:
+            return False
+        start += taken
+    return True

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ import msgspec
 from reclib import parquet, rows, sequences, titles
 from reclib.config import InputError
 from reclib.formats import PARQUET_MAGIC, Format, named
-from reclib.rawfile import Block, RawFile, checked
+from reclib.rawfile import Block, RawFile, checked, line_count
 from reclib.rawtable import COLUMNS, PLAIN, RawTable, plain
 from reclib.rejects import Rejects
 from reclib.rows import BadLine, Layout, Row
 
 ROWS_HELD = 100_000  # of sequences, before they are appended
+APPENDED_BLOCKS = 4  # of JSON lines at a time: each append costs the database a plan and a commit
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 Progress = Callable[[int, int], None]  # bytes of the file done, and in all
@@ -100,22 +102,31 @@ def _read_text(
     reader: _Fields | _Json | _Sequences | None = None
     with tempfile.TemporaryDirectory(dir=_scratch(con)) as folder:
         table = RawTable(con, Path(folder) / "block")
-        for block in file.blocks():
-            if not block.data.endswith(b"\n") and format.line_end:
-                raise InputError(
-                    f"{path.name}, line {block.first_line + block.data.count(bytes([10]))}: the file stops "
-                    "without a line end, so it may be cut short; expected a line end after the last line"
-                )
-            block = _utf8(block, format.encoding)
+        try:
+            for block in file.blocks():
+                _demand_line_end(path, block, format)
+                block = _utf8(block, format.encoding)
+                if reader is None:
+                    reader = _reader(path, format, columns, block, table, rejects)
+                reader.take(block)
+                if progress is not None:
+                    progress(file.bytes_read, file.size)
             if reader is None:
-                reader = _reader(path, format, columns, block, table, rejects)
-            reader.take(block)
-            if progress is not None:
-                progress(file.bytes_read, file.size)
-    if reader is None:
-        raise InputError(f"{path.name} is empty, expected one interaction per line")
-    unit, about = reader.finish()
+                raise InputError(f"{path.name} is empty, expected one interaction per line")
+            unit, about = reader.finish()
+        finally:
+            if isinstance(reader, _Json):
+                reader.close()
     return unit, {"sha256": file.sha256, **about}
+
+
+def _demand_line_end(path: Path, block: Block, format: Format) -> None:
+    if format.line_end and not block.data.endswith(b"\n"):
+        line = block.first_line + block.data.count(b"\n")
+        raise InputError(
+            f"{path.name}, line {line}: the file stops without a line end, so it may be cut short; "
+            "expected a line end after the last line"
+        )
 
 
 def _scratch(con: duckdb.DuckDBPyConnection) -> str | None:
@@ -162,22 +173,6 @@ def _sift(found: Iterable[tuple[int, str, Row | BadLine]], rejects: Rejects) -> 
             yield plain(row)
 
 
-def _line_count(data: bytes) -> int | None:
-    """Return the number of lines; None where NUL or bytes that are not UTF-8 need a closer look.
-
-    Blank lines show themselves later: readers of whole blocks pass over them, so that the number of
-    rows is another.
-    """
-    if b"\0" in data:
-        return None
-    if not data.isascii():
-        try:
-            data.decode()
-        except UnicodeDecodeError:
-            return None
-    return data.count(b"\n") + (not data.endswith(b"\n"))
-
-
 class _Fields:
     """Lines of separated fields."""
 
@@ -202,7 +197,7 @@ class _Fields:
 
     def _whole(self, data: bytes) -> bool:
         """Take the block at once; return False, with nothing taken, if any line is not valid."""
-        count = _line_count(data)
+        count = line_count(data)
         if count is None:
             return False
         if self.layout.quoted and b'"' in data:
@@ -216,7 +211,10 @@ class _Fields:
 
 
 class _Json:
-    """JSON lines of reviews."""
+    """JSON lines of reviews.
+
+    A thread appends some blocks while the next are decoded: the database leaves Python's lock free.
+    """
 
     def __init__(self, format: Format, table: RawTable, rejects: Rejects) -> None:
         self.unit = format.time_unit
@@ -224,37 +222,71 @@ class _Json:
         self.layout = replace(PLAIN, time_unit=self.unit)
         self.table = table
         self.rejects = rejects
+        self.appender = ThreadPoolExecutor(1, thread_name_prefix="append")
+        self.held: list[tuple[Block, str, int]] = []  # decoded: block, its lines for the table, their number
+        self.appending: tuple[list[Block], int, Future[bool]] | None = None
 
     def take(self, block: Block) -> None:
-        if self._whole(block.data):
+        decoded = self._decoded(block.data)
+        if decoded is not None:
+            self.held.append((block, *decoded))
+        if decoded is None or len(self.held) == APPENDED_BLOCKS:
+            self._append()
+        if decoded is None:
+            self._settle()
+            self._line_by_line(block)
+
+    def _append(self) -> None:
+        """Hand over what is held, once the append before has ended."""
+        self._settle()
+        if self.held:
+            blocks, texts, counts = zip(*self.held, strict=True)
+            self.held = []
+            text, count = "".join(texts).encode(), sum(counts)
+            accepted = self.appender.submit(self.table.append, self.layout, text, count)
+            self.appending = (list(blocks), count, accepted)
+
+    def _decoded(self, data: bytes) -> tuple[str, int] | None:
+        """Return the block as lines for the table and their number; None if any line is not valid."""
+        count = line_count(data)
+        if count is None:
+            return None
+        try:
+            read = self.decoder.decode_lines(data)
+        except (msgspec.DecodeError, msgspec.ValidationError):
+            return None
+        text = "".join(
+            [f"{r.user}\t{r.item}\t{'' if r.rating is None else r.rating}\t{r.time}\n" for r in read]
+        )
+        whole = len(read) == count == text.count("\n") and text.count("\t") == 3 * count
+        return (text, count) if whole else None
+
+    def _settle(self) -> None:
+        """Wait for the append under way; take its blocks line by line if the database did not accept them."""
+        if self.appending is None:
             return
+        blocks, count, accepted = self.appending
+        self.appending = None
+        if accepted.result():
+            self.rejects.block_done(count)
+            return
+        for block in blocks:
+            self._line_by_line(block)
+
+    def _line_by_line(self, block: Block) -> None:
         text = block.data.decode("utf-8", "surrogateescape")
         found = rows.json_rows(self.decoder, self.unit, text, block.first_line)
         valid = list(_sift(found, self.rejects))
         self.table.append_rows(valid)
         self.rejects.block_done(len(valid))
 
-    def _whole(self, data: bytes) -> bool:
-        """Take the block at once; return False, with nothing taken, if any line is not valid."""
-        count = _line_count(data)
-        if count is None:
-            return False
-        try:
-            read = self.decoder.decode_lines(data)
-        except (msgspec.DecodeError, msgspec.ValidationError):
-            return False
-        text = "".join(
-            [f"{r.user}\t{r.item}\t{'' if r.rating is None else r.rating}\t{r.time}\n" for r in read]
-        )
-        if len(read) != count or text.count("\n") != count or text.count("\t") != 3 * count:
-            return False
-        if not self.table.append(self.layout, text.encode(), count):
-            return False
-        self.rejects.block_done(count)
-        return True
-
     def finish(self) -> tuple[str, dict[str, Any]]:
+        self._append()
+        self._settle()
         return self.unit, {}
+
+    def close(self) -> None:
+        self.appender.shutdown()
 
 
 class _Sequences:

@@ -178,7 +178,7 @@ def test_blocks_and_single_lines_give_the_same_rows(tmp_path_factory, rows, whol
     with pytest.MonkeyPatch.context() as patch:
         small_blocks(patch)
         if not whole:
-            patch.setattr(reading, "_line_count", lambda data: None)
+            patch.setattr(reading, "line_count", lambda data: None)
         found, got = read(written(folder, text), format, columns, strict=True)
     # a byte-order mark at the start of a file is not part of the first id
     first = rows[0][0].removeprefix("\ufeff") if kind == "ml-100k" else rows[0][0]
