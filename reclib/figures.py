@@ -13,19 +13,37 @@ from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
-from plotly.subplots import make_subplots
 
-from reclib import page, speed_figures, tables
-from reclib.look import BLUE, DECADES, HEIGHT, INK, MUTED, ORANGE, PALETTE, TEMPLATE, bar, line, marker
+from reclib import accuracy_figures, control_figures, page, speed_figures, tables
+from reclib.accuracy_figures import panels
+from reclib.look import BLUE, DECADES, HEIGHT, MUTED, ORANGE, PALETTE, TEMPLATE, bar, line
 from reclib.tables import Record
 
-_NO_MARGIN = "<style>body { margin: 0 }</style>"  # so that a frame of the figure's height fits
+_STYLE = (  # no margin, so that a frame of the figure's height fits; no buttons over a title on a phone
+    "<style>body { margin: 0 } @media (hover: none) { .modebar-container { display: none } }</style>"
+)
+# On a narrow screen titles are broken into lines that fit (7 and 6 pixels a letter), and plots move down.
+_NARROW = """
+const plot = document.getElementById("{plot_id}"), title = plot.layout.title;
+if (title && title.text && plot.clientWidth < 640) {
+  const broken = (text, letters) => text.split("<br>").map(part => part.split(" ").reduce((lines, word) => {
+    const last = lines.length - 1;
+    const fits = last >= 0 && lines[last].length + word.length < letters;
+    return fits ? [...lines.slice(0, last), lines[last] + " " + word] : [...lines, word];
+  }, []).join("<br>")).join("<br>");
+  const text = broken(title.text, plot.clientWidth / 8), under = (title.subtitle || {}).text || "";
+  const said = broken(under, plot.clientWidth / 6.3);
+  const more = 20 * (text.split("<br>").length - title.text.split("<br>").length)
+    + 15 * (said.split("<br>").length - under.split("<br>").length);
+  Plotly.relayout(plot, {"title.text": text, "title.subtitle.text": said, "title.font.size": 15,
+    "margin.t": plot._fullLayout.margin.t + more});
+}
+"""
 _CONFIG = {
     "displaylogo": False,
     "responsive": True,
@@ -46,7 +64,8 @@ class Spec:
 def show(name: str, *records: Record) -> go.Figure:
     """Return the figure `name` of `FIGURES` for these records, captioned."""
     figure = next(spec for spec in FIGURES if spec.name == name).make(tables.table(records))
-    return figure.update_layout(title_subtitle_text=tables.caption(records))
+    said = [tables.caption(records), figure.layout.title.subtitle.text]
+    return figure.update_layout(title_subtitle_text="<br>".join(text for text in said if text))
 
 
 def preparation(rows: pd.DataFrame) -> go.Figure:
@@ -54,7 +73,7 @@ def preparation(rows: pd.DataFrame) -> go.Figure:
     names = {"source": "source", "k-core": "k-core", "train": "training"}
     names |= {"valid": "validation targets", "test": "test targets"}
     first, core = (rows[rows["step"] == step].iloc[0] for step in ("source", "k-core"))
-    figure = _panels(3, shared_yaxes=True, spacing=0.06)
+    figure = panels(3, shared_yaxes=True, spacing=0.06)
     for column, counted in enumerate(["interactions", "users", "items"], 1):
         figure.add_bar(
             x=rows[counted],
@@ -118,7 +137,7 @@ def sequence_lengths(rows: pd.DataFrame) -> go.Figure:
 
 def item_popularity(rows: pd.DataFrame) -> go.Figure:
     """Interactions by popularity rank, and the share that the most popular items hold."""
-    figure = _panels(2)
+    figure = panels(2)
     figure.add_scatter(
         x=rows["rank"],
         y=rows["interactions"],
@@ -180,113 +199,13 @@ def tied_timestamps(rows: pd.DataFrame) -> go.Figure:
     )
 
 
-def learning_curves(rows: pd.DataFrame) -> go.Figure:
-    """Training loss and validation NDCG@10 by epoch, one line per seed."""
-    figure = _panels(2, spacing=0.1)
-    best = _best(rows, "valid_ndcg@10")
-    runs = rows.groupby(["kind", "seed"], sort=True, dropna=False)
-    for number, ((kind, seed), run) in enumerate(runs):
-        color = PALETTE[number % len(PALETTE)]
-        for column, measured in enumerate(["train_loss", "valid_ndcg@10"], 1):
-            points = run.dropna(subset=[measured])
-            figure.add_scatter(
-                x=points["epoch"],
-                y=points[measured],
-                mode="lines+markers" if len(points) < 40 else "lines",
-                line=line(str(kind), color),
-                marker={"size": 5},
-                name=f"seed {seed}",
-                legendgroup=f"{kind} {seed}",
-                showlegend=column == 1 and len(runs) > 1,
-                hovertemplate="epoch %{x}: %{y:.4f}<extra></extra>",
-                row=1,
-                col=column,
-            )
-    figure.add_annotation(
-        x=best["epoch"],
-        y=best["valid_ndcg@10"],
-        text=f"best {best['valid_ndcg@10']:.4f}",
-        bgcolor="white",
-        ax=-20,
-        ay=50,
-        row=1,
-        col=2,
-    )
-    figure.update_xaxes(title_text="epoch (passes over the users)", rangemode="tozero")
-    figure.update_yaxes(title_text="cross-entropy per target (nats)", row=1, col=1)
-    figure.update_yaxes(title_text="NDCG@10, full ranking", rangemode="tozero", row=1, col=2)
-    return figure.update_layout(
-        showlegend=len(runs) > 1, title_text=f"NDCG@10 on validation is best after {best['epoch']:.0f} epochs"
-    )
-
-
-def metric_comparison(rows: pd.DataFrame) -> go.Figure:
-    """HR@10, NDCG@10 and MRR by model: mean over users with its interval, and each seed apart."""
-    metrics = {"hr@10": "HR@10", "ndcg@10": "NDCG@10", "mrr": "MRR"}
-    shown = {key: name for key, name in metrics.items() if key in rows and rows[key].notna().any()}
-    models = rows.groupby("model")["hr@10"].max().sort_values(ascending=False).index
-    figure = _panels(len(shown), shared_yaxes=True, spacing=0.06)
-    colors = dict(zip(models, PALETTE, strict=False))
-    for column, (metric, title) in enumerate(shown.items(), 1):
-        known = rows[rows[metric].notna()]
-        has_interval = known.get(f"{metric}_low", pd.Series(np.nan, known.index)).notna()
-        one_seed = {"symbol": "line-ns", "size": 14, "line": {"color": INK, "width": 1.5}}
-        for (model, kind, whole), some in known.groupby(["model", "kind", has_interval]):
-            color = colors.get(model, MUTED)
-            is_mean = whole or some["seed"].isna().all()
-            figure.add_scatter(
-                x=some[metric],
-                y=some["model"],
-                mode="markers",
-                marker=marker(str(kind), color) if is_mean else one_seed,
-                error_x=_interval(some, metric, color) if whole else None,
-                hovertemplate="%{y}: %{x:.4f}<extra></extra>",
-                row=1,
-                col=column,
-            )
-        axis_title = f"{title} (mean over users, full ranking)"
-        figure.update_xaxes(title_text=axis_title, rangemode="tozero", row=1, col=column)
-    figure.add_annotation(
-        text="bar: 95 % interval over users, tick: one seed",
-        **{"xref": "paper", "x": 1, "xanchor": "right", "yref": "paper", "y": 1.1},
-        showarrow=False,
-        font={"color": MUTED, "size": 12},
-    )
-    figure.update_yaxes(
-        range=[len(models) - 0.4, -0.6], categoryorder="array", categoryarray=models, ticks=""
-    )
-    best = _best(rows[rows["seed"].isna()] if rows["seed"].isna().any() else rows, "hr@10")
-    return figure.update_layout(
-        title_text=f"{best['model']} has the target among its ten first for {best['hr@10']:.1%} of users"
-    )
-
-
-def rank_histogram(rows: pd.DataFrame) -> go.Figure:
-    """Share of users by the rank of their target, by model."""
-    figure = go.Figure(layout={"template": TEMPLATE})
-    for number, ((model, kind), mine) in enumerate(rows.groupby(["model", "kind"], sort=False)):
-        low, high = mine["rank_low"], mine["rank_high"]
-        spans = [str(a) if a == b else f"{a}–{b}" for a, b in zip(low, high, strict=True)]
-        figure.add_bar(
-            x=spans,
-            y=mine["users"] / mine["users"].sum(),
-            name=model if kind == "measured" else f"{model}, predicted",
-            marker=bar(str(kind), PALETTE[number % len(PALETTE)]),
-            hovertemplate="rank %{x}: %{y:.1%} of users<extra></extra>",
-        )
-    figure.update_xaxes(title_text="rank of the target among all items", type="category")
-    figure.update_yaxes(title_text="share of users", tickformat=".0%")
-    return figure.update_layout(showlegend=True, title_text="Where do the models rank the target?")
-
-
+_BASELINE = [*accuracy_figures.FIGURES, *control_figures.FIGURES]
 FIGURES: list[Spec] = [
     Spec("preparation", "01_data_prep", "preparation", preparation),
     Spec("sequence_lengths", "01_data_prep", "sequence_lengths", sequence_lengths),
     Spec("item_popularity", "01_data_prep", "item_popularity", item_popularity),
     Spec("tied_timestamps", "01_data_prep", "tied_timestamps", tied_timestamps),
-    Spec("learning_curves", "02_baseline", "learning_curve", learning_curves),
-    Spec("metric_comparison", "02_baseline", "test_metrics", metric_comparison),
-    Spec("rank_histogram", "02_baseline", "rank_histogram", rank_histogram),
+    *(Spec(make.__name__, "02_baseline", needs, make) for needs, make in _BASELINE),
     *(Spec(make.__name__, "04_amp_compile", needs, make) for needs, make in speed_figures.FIGURES),
 ]
 
@@ -294,8 +213,8 @@ FIGURES: list[Spec] = [
 def write(figure: go.Figure, name: str, out_dir: Path) -> Path:
     """Write `<name>.html` beside one shared `plotly.min.js`; the same figure gives the same bytes."""
     out_dir.mkdir(parents=True, exist_ok=True)
-    html = figure.to_html(include_plotlyjs="directory", div_id=name, config=_CONFIG)
-    head = f"<head>{page.GENERATOR}<title>{escape(name)}</title>{_NO_MARGIN}"
+    html = figure.to_html(include_plotlyjs="directory", div_id=name, config=_CONFIG, post_script=_NARROW)
+    head = f"<head>{page.GENERATOR}<title>{escape(name)}</title>{_STYLE}"
     _replace(out_dir / "plotly.min.js", get_plotlyjs())
     return _replace(out_dir / f"{name}.html", html.replace("<head>", head, 1))
 
@@ -309,6 +228,8 @@ def build(records: Sequence[Record], out_dir: Path) -> list[Path]:
     for spec in FIGURES:
         mine = [r for r in records if (r["notebook"], r["name"]) == (spec.notebook, spec.needs)]
         for (dataset, label), some in tables.groups(mine).items():
+            if tables.is_ablation(dataset) and spec.needs == "learning_curve":
+                continue  # arms by the dozen are compared in the figure of differences
             name = re.sub(r"[^\w.-]+", "-", f"{spec.name}_{dataset}_{label}")
             figure = show(spec.name, *some)
             files.append(write(figure, name, out_dir))
@@ -320,21 +241,6 @@ def build(records: Sequence[Record], out_dir: Path) -> list[Path]:
         if page.GENERATOR in path.read_text(encoding="utf-8"):
             path.unlink()
     return files
-
-
-def _panels(count: int, *, shared_yaxes: bool = False, spacing: float = 0.14) -> go.Figure:
-    figure = make_subplots(cols=count, shared_yaxes=shared_yaxes, horizontal_spacing=spacing)
-    return figure.update_layout(template=TEMPLATE, showlegend=False)
-
-
-def _best(rows: pd.DataFrame, metric: str) -> pd.Series:
-    return rows.sort_values(metric, na_position="first").iloc[-1]
-
-
-def _interval(rows: pd.DataFrame, metric: str, color: str) -> dict[str, Any]:
-    above = rows[f"{metric}_high"] - rows[metric]
-    below = rows[metric] - rows[f"{metric}_low"]
-    return {"array": above, "arrayminus": below, "symmetric": False, "color": color, "width": 6}
 
 
 def _replace(path: Path, text: str) -> Path:

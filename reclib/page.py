@@ -5,11 +5,11 @@ Plain HTML and CSS in one file, readable without network, light or dark as the r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from reclib.tables import Record, best_work
+from reclib.tables import Record, best_work, model_name, profile
 
 GENERATOR = '<meta name="generator" content="reclib.figures">'
 
@@ -49,15 +49,28 @@ def _data_answer(found: dict[str, list[Record]]) -> str:
 
 
 def _baseline_answer(found: dict[str, list[Record]]) -> str:
-    said = {}
+    """Return a sentence for each dataset: HR@10 of the models with intervals, best first."""
+    scored: dict[str, dict[str, Record]] = {}
     for record in found.get("test_metrics", []):
-        m, model = record["metrics"], (record.get("own_params") or {}).get("model")
-        if model and "hr@10" in m and (model not in said or "hr@10_low" in m):
-            interval = ""
-            if m.get("hr@10_low") is not None:
-                interval = f" [{m['hr@10_low']:.3f}, {m['hr@10_high']:.3f}]"
-            said[model] = f"{model} {m['hr@10']:.3f}{interval}"
-    return "HR@10: " + ", ".join(said.values()) if said else ""
+        model = (record.get("own_params") or {}).get("model")
+        if model is None or "hr@10" not in record["metrics"]:
+            continue
+        models = scored.setdefault(f"{_dataset(record)} ({record['label']})", {})
+        if model not in models or record.get("seed") is None:
+            models[model] = record
+    sentences = []
+    for place, models in scored.items():
+        best_first = sorted(models.items(), key=lambda item: -item[1]["metrics"]["hr@10"])
+        said = ", ".join(_with_interval(model, record["metrics"]) for model, record in best_first)
+        sentences.append(f"HR@10 on {place}: {said}")
+    return ". ".join(sentences)
+
+
+def _with_interval(model: str, metrics: Mapping[str, float]) -> str:
+    said = f"{model_name(model)} {metrics['hr@10']:.3f}"
+    if metrics.get("hr@10_low") is None:
+        return said
+    return f"{said} [{metrics['hr@10_low']:.3f}, {metrics['hr@10_high']:.3f}]"
 
 
 def _speed_answer(found: dict[str, list[Record]]) -> str:
@@ -79,9 +92,7 @@ def _speed_answer(found: dict[str, list[Record]]) -> str:
 
 CHAPTERS: dict[str, Chapter] = {
     "01_data_prep": Chapter("The data", "What exactly is being predicted?", _data_answer),
-    "02_baseline": Chapter(
-        "The baseline", "Does BERT4Rec beat popularity, and by how much?", _baseline_answer
-    ),
+    "02_baseline": Chapter("The baseline", "Is BERT4Rec any good, and against what?", _baseline_answer),
     "04_amp_compile": Chapter("Speed", "What do AMP and torch.compile give, and to whom?", _speed_answer),
 }
 
@@ -124,7 +135,8 @@ def index(cards: Sequence[Card], records: Sequence[Record]) -> str:
         f"<title>How far and how cheaply can BERT4Rec be scaled?</title>\n<style>{_STYLE}</style>\n"
         "</head>\n<body>\n<h1>How far and how cheaply can BERT4Rec be scaled?</h1>\n"
         '<p class="muted">Every figure is built from recorded runs alone. Filled marks and solid '
-        "lines are measured; hollow, hatched and dashed ones are predicted.</p>\n"
+        "lines are measured; hollow, hatched and dashed ones are predicted, unless a figure says otherwise."
+        "</p>\n"
         f"<nav>{links}</nav>\n{body}</body>\n</html>\n"
     )
 
@@ -157,10 +169,11 @@ def _origin(records: Sequence[Record]) -> str:
     kinds = " and ".join(sorted({record["kind"] for record in records})).capitalize()
     devices = ", ".join(sorted({record["device"]["name"] for record in records}))
     prints = sorted({str((record.get("data") or {}).get("fingerprint")) for record in records})
-    profiles = sorted({record["profile"] for record in records})
-    smoke = '<span class="smoke">smoke run, not a result</span> ' if "smoke" in profiles else ""
+    names = {record["profile"] for record in records}
+    profiles = sorted(profile(name) for name in names)
+    smoke = '<span class="smoke">smoke run, not a result</span> ' if "smoke" in names else ""
     return (
-        f"{smoke}{kinds} on {escape(devices)} ({escape(records[0]['label'])}), profile "
+        f"{smoke}{kinds} on {escape(devices)} ({escape(records[0]['label'])}), "
         f"{' and '.join(profiles)}, data {escape(_dataset(records[0]))} {', '.join(prints)}, "
         f"{max(record['time'] for record in records)[:10]}."
     )

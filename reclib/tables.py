@@ -15,6 +15,19 @@ Record = Mapping[str, Any]
 # The more work, the more it says: of several profiles a figure shows the last of these that there
 # is.
 PROFILES = ("smoke", "custom", "quick", "full", "grid")
+# How models are called in figures; what is not here goes by its own name.
+MODEL_NAMES = {
+    "bert4rec": "BERT4Rec",
+    "causal": "causal twin",
+    "popularity": "popularity",
+    "recent_popularity": "recent popularity",
+    "recent_popularity_in_time": "popularity by time",
+    "markov": "Markov chain",
+    "item_knn": "ItemKNN",
+    "ease": "EASE",
+}
+BASELINES = tuple(MODEL_NAMES)[2:]  # deterministic, without gradient descent
+_ABLATIONS = "ablations-"  # how the data name of a grid begins whose arms are compared, not scored
 _NOT_WORK = ("gpu", "seed", "seeds", "wandb_mode")  # parameters that do not make it another run
 
 
@@ -57,6 +70,21 @@ def accuracy(records: Iterable[Record]) -> pd.DataFrame:
     return frame.set_index(["data", "model"]) if rows else frame
 
 
+def model_name(model: str) -> str:
+    """Return a model's name for people."""
+    return MODEL_NAMES.get(model, model.replace("_", " "))
+
+
+def is_ablation(dataset: str) -> bool:
+    """Return whether records under this data name are of an ablation grid."""
+    return dataset.startswith(_ABLATIONS)
+
+
+def profile(name: str) -> str:
+    """Say how much work a profile is; a grid has none of the notebooks' profiles."""
+    return "long runs, committed" if name == "grid" else f"profile {name}"
+
+
 def caption(records: Sequence[Record]) -> str:
     """Say in one line what the numbers are, and that a smoke run is no result."""
     first = records[0]
@@ -67,7 +95,7 @@ def caption(records: Sequence[Record]) -> str:
     seeds = {record["seed"] for record in records if record.get("seed") is not None}
     parts += [f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}"] if seeds else []
     smoke = any(record["profile"] == "smoke" for record in records)
-    parts.append("<b>smoke run, not a result</b>" if smoke else f"profile {first['profile']}")
+    parts.append("<b>smoke run, not a result</b>" if smoke else profile(first["profile"]))
     return " · ".join(part for part in parts if part)
 
 
@@ -80,7 +108,7 @@ def groups(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
     """Split into what one figure each is made of: (dataset, label) -> records of one run's work.
 
     Where several are there, the profile with the most work counts, and in it the newest parameters;
-    all seeds of those stay together.
+    all seeds of those stay together. Of a result that was recorded again the newest counts.
     """
     found: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in records:
@@ -91,7 +119,15 @@ def groups(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
 def _one_work(records: list[Record]) -> list[Record]:
     newest = max(records, key=lambda r: (PROFILES.index(r["profile"]), r["time"], _work(r)))
     same = [r for r in records if _work(r) == _work(newest) and r["profile"] == newest["profile"]]
-    return sorted(same, key=lambda r: (json.dumps(r.get("own_params")), r.get("seed") or 0, r["time"]))
+    by_time = sorted(same, key=lambda r: (r["time"], json.dumps(r, sort_keys=True, default=str)))
+    last = {_own(record): record for record in by_time}  # of equal ones the newest
+    return [last[key] for key in sorted(last)]
+
+
+def _own(record: Record) -> tuple[str, float]:
+    """Return what tells the results of one run apart; the mean over seeds, without one, stands first."""
+    seed = record.get("seed")
+    return json.dumps(record.get("own_params"), sort_keys=True), -1 if seed is None else seed
 
 
 def _work(record: Record) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
+from accuracy_records import EVERY
 
 from reclib import data, describe, figures, look, page, paths, speed_figures, tables
 from reclib.data import synthetic_dataset
@@ -76,7 +77,15 @@ def records(dataset):
         found.append(a_record("02_baseline", "rank_histogram", {}, tables.rank_bins(ranks), **own))
     own = {"model": "BERT4Rec"}
     found.append(a_record("02_baseline", "test_metrics", {"hr@10": 0.25}, seed=0, own_params=own))
-    return found + speed_records()
+    return found + accuracy_records() + speed_records()
+
+
+def accuracy_records():
+    """What the figures of accuracy need beside the records above; see test_accuracy_figures."""
+    made = [record for make in EVERY.values() for record in make()]
+    here = {"profile": "quick", "data": {"name": "ml-100k", "fingerprint": "abcd"}}
+    above = ("learning_curve", "test_metrics", "rank_histogram")
+    return [record | here for record in made if record["name"] not in above]
 
 
 def speed_records():
@@ -185,7 +194,7 @@ def test_index_states_question_answer_and_origin(records, tmp_path):
     figures.build(records, tmp_path)
     index = (tmp_path / "index.html").read_text()
     assert "What exactly is being predicted?" in index
-    assert "HR@10: BERT4Rec 0.200 [0.180, 0.210], popularity 0.100 [0.080, 0.110]." in index
+    assert "HR@10 on ml-100k (cpu): BERT4Rec 0.200 [0.180, 0.210], popularity 0.100 [0.080, 0.110]." in index
     assert "Measured on A processor (cpu), profile quick, data ml-100k abcd, 2026-01-02." in index
     assert "&lt;i&gt;Odd &amp; named&lt;/i&gt;" in index
     assert "smoke run" not in index

@@ -1,0 +1,329 @@
+import copy
+import itertools
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+from accuracy_records import (
+    ARMS,
+    EVERY,
+    MODELS,
+    TRAINED,
+    arms,
+    beyond,
+    comparisons,
+    curves,
+    groups,
+    protocols,
+    races,
+    scores,
+    shuffle_controls,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reclib import accuracy_figures, claims, figures, look, page, speed_figures, tables
+
+GREY = look.MUTED
+
+
+def shown(name: str, records: list[dict]) -> go.Figure:
+    return figures.show(name, *records)
+
+
+def title(name: str, records: list[dict]) -> str:
+    return shown(name, records).layout.title.text
+
+
+def words(figure: go.Figure) -> list[str]:
+    return [annotation.text for annotation in figure.layout.annotations]
+
+
+def colors(figure: go.Figure) -> dict[str, set[str]]:
+    """Return the colours of the marks of each named row."""
+    found: dict[str, set[str]] = {}
+    for trace in figure.data:
+        if trace.type == "scatter" and "lines" not in (trace.mode or "") and trace.marker.symbol != "line-ns":
+            for name in trace.y:
+                found.setdefault(name, set()).add(trace.marker.color)
+    return found
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_figure_does_not_change_its_records_and_does_not_depend_on_their_order(name):
+    records = EVERY[name]()
+    before = copy.deepcopy(records)
+    drawn = shown(name, records)
+    assert records == before
+    ordered = next(iter(tables.groups(records).values()))
+    other = next(iter(tables.groups(reversed(records)).values()))
+    assert shown(name, ordered).to_json() == shown(name, other).to_json()
+    assert drawn.layout.title.subtitle.text.startswith(records[0]["data"]["name"])
+    assert "long runs, committed" in drawn.layout.title.subtitle.text
+    assert drawn.layout.title.text[0] == drawn.layout.title.text[0].upper()
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_one_model_alone_can_be_drawn(name):
+    records = EVERY[name]()
+    first = [one for one in records if one["own_params"]["model"] == records[0]["own_params"]["model"]]
+    assert shown(name, first).layout.title.text
+
+
+def test_learning_curves_name_the_best_model_by_its_mean_over_seeds():
+    assert title("learning_curves", curves()) == (
+        "Causal twin is best on validation: NDCG@10 0.151, mean of 3 seeds"
+    )
+    lucky = curves()
+    lucky[0]["series"]["valid_ndcg@10"][-1] = 0.17  # one seed of the other model above all others,
+    lucky[1]["series"]["valid_ndcg@10"] = [0.1] * 12  # and one far below
+    assert title("learning_curves", lucky).startswith("Causal twin")
+    figure = shown("learning_curves", curves())
+    assert len(figure.data) == 2 * len(TRAINED) * 3
+    assert words(figure) == ["BERT4Rec", "causal twin"]
+    assert {trace.line.color for trace in figure.data} == {look.BLUE, look.ORANGE}
+
+
+def test_only_the_best_of_many_models_have_a_colour_and_a_name():
+    many = [f"arm {letter}" for letter in "abcdef"]
+    figure = shown("learning_curves", curves(many, seeds=(0,)))
+    assert sorted(words(figure)) == many[2:]  # made-up values rise with the place
+    by_color = [trace.line.color for trace in figure.data]
+    assert by_color.count(GREY) == 2 * 2
+    assert len(set(by_color)) == 1 + accuracy_figures.MOST_COLORS
+
+
+def test_models_are_sorted_by_hit_rate_and_baselines_are_grey():
+    figure = shown("metric_comparison", scores())
+    order = [tables.model_name(name) for name in sorted(MODELS, key=MODELS.get, reverse=True)]
+    assert list(figure.layout.yaxis.categoryarray) == order
+    found = colors(figure)
+    assert found.pop("BERT4Rec") == {look.BLUE}
+    assert found.pop("causal twin") == {look.ORANGE}
+    assert all(marks == {GREY} for marks in found.values())
+    assert figure.layout.title.text == "Causal twin has the target among its ten first for 33.0% of users"
+
+
+def test_every_comparison_says_what_may_be_claimed():
+    figure = shown("comparison", comparisons())
+    said = {a.y: a.text for a in figure.layout.annotations if a.xref == "x"}
+    expected = {tables.model_name(name): "worse" for name in MODELS if name != "bert4rec"}
+    assert said == expected | {"causal twin": "not separated"}
+    assert figure.layout.title.text == "Against BERT4Rec, HR@10 of 6 models: 5 worse, 1 not separated"
+    few = comparisons(reference_seeds=1)
+    assert title("comparison", few) == "Against BERT4Rec, HR@10 of 6 models: 6 too few seeds"
+    better = comparisons(difference=0.05, difference_low=0.04, difference_high=0.06, adjusted_p=0.001)
+    assert title("comparison", better).endswith("6 better")
+
+
+def test_the_band_around_zero_is_the_detectable_difference():
+    figure = shown("comparison", comparisons())
+    bands = [trace for trace in figure.data if trace.type == "bar"]
+    assert [set(np.round(trace.x, 6)) for trace in bands] == [
+        {0.044},
+        {0.022},
+    ]  # twice 0.022, and half of that
+    for trace in bands:
+        assert np.allclose(np.asarray(trace.base), -np.asarray(trace.x) / 2)
+
+
+def test_words_stand_clear_of_every_interval():
+    figure = shown("comparison", comparisons())
+    for axis, records in (("x", comparisons()[:6]), ("x2", comparisons()[6:])):
+        ends = [one["metrics"]["difference_high"] for one in records]
+        placed = [a.x for a in figure.layout.annotations if a.xref == axis and a.text]
+        assert len(placed) == 6
+        assert min(placed) > max(ends)
+
+
+def test_open_marks_are_those_that_cannot_be_compared():
+    figure = shown("protocols", protocols())
+    drawn = [trace for trace in figure.data if trace.customdata is not None and trace.y[0] < 7]
+    names = figure.layout.yaxis.ticktext
+    for trace in drawn:
+        for y in trace.y:
+            sampled = any(word in names[round(y)] for word in ("100", "seed study's"))
+            assert (trace.marker.symbol == "diamond-open") == sampled
+    assert "bar: 95 % interval" in figure.layout.title.subtitle.text
+
+
+def test_the_protocol_title_takes_one_training_only():
+    # BERT4Rec's lowest value here is that of a global time split, which is another training.
+    only = [one for one in protocols() if one["own_params"]["model"] == "bert4rec"]
+    assert title("protocols", only) == "The protocol alone moves HR@10 of BERT4Rec from 0.25 to 0.74"
+
+
+def test_trainings_of_other_splits_are_averaged_over_their_seeds():
+    figure = shown("protocols", protocols())
+    place = [name.replace("<br>", " ") for name in figure.layout.yaxis.ticktext].index(
+        "global time, seen removed"
+    )
+    found = [
+        x for t in figure.data if t.hovertemplate for x, y in zip(t.x, t.y, strict=True) if round(y) == place
+    ]
+    assert found == pytest.approx([0.06])  # of 0.05, 0.06 and 0.07
+
+
+def test_published_hit_rates_stand_apart_as_what_they_are():
+    figure = shown("protocols", protocols())
+    (trace,) = [trace for trace in figure.data if trace.marker.symbol == "square-open"]
+    published = [run["hr_at_10"] for run in speed_figures.reference()["accuracy"]]
+    assert list(trace.x) == published
+    assert sorted(published) == [0.0621, 0.0745, 0.0818, 0.0855, 0.0858, 0.091]
+    assert "no artefact in its repository" in trace.hovertemplate
+    names = figure.layout.yaxis.ticktext
+    assert set(trace.y) == {len(names) - 1}
+    assert names[-1] == "seed study,<br>published"
+    assert trace.marker.color == GREY
+
+
+def test_order_matters_only_where_the_interval_says_so():
+    assert title("shuffle_control", shuffle_controls()) == (
+        "Order matters for 3 of 7 models, most for Markov chain: shuffled it loses 70%"
+    )
+    unsure = shuffle_controls()
+    for one in unsure:
+        one["metrics"]["shuffled_change_high"] = 0.001
+    assert title("shuffle_control", unsure).startswith("Order matters for none")
+    figure = shown("shuffle_control", shuffle_controls())
+    lines = {trace.y[0]: list(trace.x) for trace in figure.data if trace.mode == "lines+markers"}
+    assert lines["Markov chain"] == pytest.approx([0.105, 0.105 * (1 - 0.7 / 3), 0.105 * 0.3])
+
+
+def test_groups_say_their_users_and_show_intervals_of_the_named_models_only():
+    figure = shown("groups", groups())
+    assert figure.layout.yaxis.ticktext[0] == "below 10<br>900 users"
+    assert figure.layout.yaxis2.ticktext[0] == "0% to 20%<br>900 users"
+    assert figure.layout.yaxis2.ticktext[-1] == "not in training<br>140 users"
+    with_intervals = [trace for trace in figure.data if trace.error_x.array is not None]
+    assert {trace.line.color for trace in with_intervals} == {look.BLUE, look.ORANGE, GREY}
+    assert len(with_intervals) == 2 * 3  # two trained models and the best baseline, in two panels
+    assert [trace.name for trace in figure.data if trace.showlegend is not False] == [
+        *("BERT4Rec", "causal twin", "EASE"),
+    ]
+    assert figure.layout.title.text == "Causal twin finds 53% of the most popular targets, 5% of the rarest"
+
+
+def test_beyond_accuracy_names_the_ends_of_coverage():
+    assert title("beyond_accuracy", beyond()) == "Causal twin recommends 66% of the catalogue, popularity 8%"
+
+
+def test_arms_are_sorted_and_coloured_by_their_interval():
+    figure = shown("ablation", arms())
+    order = [name.replace("<br>", " ") for name in figure.layout.yaxis.categoryarray]
+    assert order == sorted(ARMS, key=ARMS.get, reverse=True)
+    by_name = {name.replace("<br>", " "): marks for name, marks in colors(figure).items()}
+    assert by_name["twice the width"] == {look.GREEN}
+    assert by_name["untied tables"] == {look.ORANGE}
+    assert by_name["last window only"] == {GREY}  # its interval holds zero
+    assert figure.layout.title.text == "Of 6 changes to “base”, 2 raise NDCG@10, 3 lower it"
+    assert "0: base, NDCG@10 0.1000" in figure.layout.title.subtitle.text
+
+
+def test_arms_with_too_few_seeds_carry_no_claim():
+    figure = shown("ablation", arms(seeds=claims.MIN_SEEDS - 1))
+    assert set.union(*colors(figure).values()) == {GREY}
+    assert figure.layout.title.text.endswith("0 raise NDCG@10, 0 lower it")
+
+
+def test_an_arm_that_collapses_does_not_press_the_others_together():
+    figure = shown("ablation", arms())
+    low, high = figure.layout.xaxis.range
+    assert words(figure) == ["◂ −0.0500"]
+    for name, difference in ARMS.items():
+        assert (low < difference < high) == (difference != -0.05), name
+    others = [one for one in arms() if one["metrics"]["difference"] > -0.05]
+    assert shown("ablation", others).layout.xaxis.range is None
+
+
+def test_the_fastest_learner_is_said_to_lead_only_where_it_does():
+    assert (
+        title("equal_time", races()) == "BERT4Rec (ours) leads at every time: in the end 0.160 against 0.130"
+    )
+    late = races()
+    late[0]["series"]["ndcg@10"][0] = 0.0
+    assert title("equal_time", late).startswith("BERT4Rec (ours) leads after 20 minutes:")
+    assert sorted(words(shown("equal_time", races()))) == sorted(
+        one["own_params"]["model"] for one in races()
+    )
+
+
+@given(st.dictionaries(st.sampled_from("abcdefg"), st.floats(0, 1), min_size=2), st.floats(0.1, 1))
+def test_names_at_line_ends_never_overlap_and_keep_their_order(ends, top):
+    figure = go.Figure()
+    heights = pd.Series(ends)
+    accuracy_figures.label_ends(figure, heights * 0, heights, dict.fromkeys(ends, "red"), top)
+    placed = {a.text: a.y for a in figure.layout.annotations}
+    for one, other in itertools.pairwise(sorted(placed, key=placed.get)):
+        assert placed[other] - placed[one] >= 0.999 * accuracy_figures.GAP * top
+        assert ends[one] <= ends[other]
+
+
+def test_names_and_colours_are_the_same_in_every_figure():
+    assert tables.model_name("item_knn") == "ItemKNN"
+    assert tables.model_name("bert4rec_last") == "bert4rec last"
+    assert set(tables.BASELINES) == set(tables.MODEL_NAMES) - {"bert4rec", "causal"}
+    names = [tables.model_name(name) for name in (*tables.MODEL_NAMES, "an arm", "another arm")]
+    found = accuracy_figures.model_colors(names)
+    assert {found[tables.model_name(name)] for name in tables.BASELINES} == {GREY}
+    colored = [color for color in found.values() if color != GREY]
+    assert len(set(colored)) == len(colored) == 4
+    assert accuracy_figures.model_colors(reversed(names)) == found
+
+
+def test_rows_without_a_model_are_of_bert4rec():
+    old = [one | {"own_params": {}} for one in curves(seeds=(0,))[:1]]
+    assert title("learning_curves", old) == "NDCG@10 on validation is best after 60 epochs"
+
+
+def test_a_grid_of_ablations_has_no_learning_curves(tmp_path):
+    data = {"name": "ablations-made-up", "fingerprint": "abcd"}
+    grid = [one | {"data": data} for one in curves()]
+    files = figures.build([*grid, *arms(), *curves()], tmp_path)
+    assert sorted(path.name for path in files) == [
+        "ablation_ablations-made-up_cpu.html",
+        "index.html",
+        "learning_curves_made-up_cpu.html",
+    ]
+
+
+def test_a_result_that_was_recorded_again_counts_once():
+    again = [one | {"time": "2026-02-01", "metrics": one["metrics"] | {"mrr": 0.5}} for one in scores()]
+    (kept,) = tables.groups([*again, *scores()]).values()
+    assert len(kept) == len(scores())
+    assert {one["time"] for one in kept} == {"2026-02-01"}
+
+
+def test_the_index_answers_with_every_model_of_every_dataset():
+    beauty = {"name": "beauty", "fingerprint": "0"}
+    found = {"test_metrics": [*scores(), *(one | {"data": beauty} for one in scores()[:1])]}
+    answer = page.CHAPTERS["02_baseline"].answer(found)
+    first, second = answer.split(". ")
+    assert first.startswith("HR@10 on made-up (cpu): causal twin 0.330 [0.319, 0.341], BERT4Rec 0.310 [")
+    assert first.endswith("popularity 0.040 [0.029, 0.051]")
+    assert second == "HR@10 on beauty (cpu): BERT4Rec 0.310 [0.299, 0.321]"
+    assert page.CHAPTERS["02_baseline"].answer({}) == ""
+    assert page.CHAPTERS["02_baseline"].question == "Is BERT4Rec any good, and against what?"
+
+
+def test_grids_are_called_long_runs(tmp_path):
+    figures.build(scores(), tmp_path)
+    index = (tmp_path / "index.html").read_text()
+    assert "long runs, committed, data made-up" in index
+    assert "profile grid" not in index
+
+
+@pytest.mark.parametrize(
+    ("difference", "p", "seeds", "claim"),
+    [
+        (0.1, 0.049, (3, 0), "better"),
+        (-0.1, 0.049, (0, 3), "worse"),
+        (0.1, 0.05, (3, 3), "not separated"),
+        (0.1, 0.001, (2, 3), "too few seeds"),
+        (0.1, 0.001, (3, 1), "too few seeds"),
+        (0.1, 0.001, (0, 0), "better"),
+    ],
+)
+def test_what_may_be_claimed(difference, p, seeds, claim):
+    assert claims.claim(difference, p, seeds) == claim
