@@ -1,13 +1,9 @@
-"""Figures of accuracy: pure functions from a table of records to a `go.Figure`, as in `figures`.
-
-Trained models have a colour each, the same in every figure; baselines without gradient descent are grey.
-"""
+"""Figures of accuracy: pure functions from a table of records to a `go.Figure`, as in `figures`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from textwrap import wrap
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,17 +11,23 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from reclib import claims
-from reclib.look import BLUE, DECADES, GREEN, HEIGHT, INK, MUTED, ORANGE, PALETTE, TEMPLATE, line, marker
-from reclib.tables import BASELINES, model_name
+from reclib.look import DECADES, GREEN, INK, MUTED, ORANGE, TEMPLATE, line, marker
+from reclib.marks import (
+    categories,
+    extreme,
+    interval,
+    label_ends,
+    model_colors,
+    named,
+    note,
+    panels,
+    sentence,
+)
+from reclib.tables import model_name
 
-ROW_HEIGHT = 38  # pixels of a row of a categorical axis
 MOST_COLORS = 4  # lines of a figure that can be told apart; all others are grey
 FAR = 5  # medians of all differences, below which an arm stands at the edge of the axis
-NOTE = 100  # letters of a line under the title
-GAP = 0.075  # between names at line ends, in shares of the highest value
-LETTER = 7.5  # pixels of a letter of a name at a line's end
 _BAND = "rgba(95,99,104,0.16)"  # of what lies behind the marks
-_FIXED = {"BERT4Rec": BLUE, "BERT4Rec (ours)": BLUE, "causal twin": ORANGE}
 _UNSAID = ("not separated", "too few seeds")
 _SAID = {"better": GREEN, "worse": ORANGE}  # colour of a claim; of all others: grey
 _TITLES = {"hr@10": "HR@10", "ndcg@10": "NDCG@10", "mrr": "MRR"}
@@ -221,7 +223,7 @@ def ablation(rows: pd.DataFrame) -> go.Figure:
     base, value = model_name(rows["against"].iloc[0]), rows["base"].iloc[0]
     figure.update_xaxes(title_text="change of NDCG@10", tickformat="+.3~f", nticks=7)
     figure.add_vline(0, line={"color": INK, "width": 1})
-    categories(figure, list(rows["model"]), 36)
+    categories(figure, list(rows["model"]), 40)
     _far_off(figure, rows)
     note(
         figure,
@@ -252,78 +254,6 @@ def _far_off(figure: go.Figure, rows: pd.DataFrame) -> None:
             showarrow=False,
             font={"color": ORANGE},
         )
-
-
-def named(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows with models named for people; rows that name none are of BERT4Rec."""
-    models = rows["model"] if "model" in rows else pd.Series("bert4rec", rows.index)
-    return rows.assign(model=models.fillna("bert4rec").map(model_name))
-
-
-def model_colors(models: Iterable[str]) -> dict[Any, str]:
-    """Return a colour for each model, grey for baselines; BERT4Rec and its twin keep theirs everywhere."""
-    grey = {model_name(name) for name in BASELINES}
-    left = [color for color in PALETTE if color not in _FIXED.values()]
-    found: dict[Any, str] = {}
-    for name in sorted(set(models)):
-        free = [color for color in left if color not in found.values()] or left
-        found[name] = MUTED if name in grey else _FIXED.get(name, free[0])
-    return found
-
-
-def panels(count: int, *, shared_yaxes: bool = False, spacing: float = 0.14) -> go.Figure:
-    """Return an empty figure of panels side by side, without legend."""
-    figure = make_subplots(cols=count, shared_yaxes=shared_yaxes, horizontal_spacing=spacing)
-    return figure.update_layout(template=TEMPLATE, showlegend=False)
-
-
-def extreme(rows: pd.DataFrame, metric: str) -> pd.Series:
-    """Return the row with the highest value."""
-    return rows.sort_values(metric, na_position="first").iloc[-1]
-
-
-def interval(rows: pd.DataFrame, metric: str, color: str) -> dict[str, Any]:
-    """Return the style and lengths of the bars of a 95 % interval."""
-    above = rows[f"{metric}_high"] - rows[metric]
-    below = rows[metric] - rows[f"{metric}_low"]
-    return {"array": above, "arrayminus": below, "symmetric": False, "color": color, "width": 6}
-
-
-def categories(figure: go.Figure, names: list[str], row_height: int = ROW_HEIGHT) -> None:
-    """Put named rows on the y axis, the first on top, and make the figure as high as they need."""
-    figure.update_yaxes(
-        range=[len(names) - 0.4, -0.6], categoryorder="array", categoryarray=names, ticks="", type="category"
-    )
-    figure.update_layout(height=max(HEIGHT - 60, 190 + row_height * len(names)))
-
-
-def note(figure: go.Figure, text: str) -> None:
-    """Say under the title how marks are to be read; the caption stands before it."""
-    lines = wrap(text, NOTE)
-    figure.update_layout(title_subtitle_text="<br>".join(lines), margin={"t": 95 + 15 * len(lines)})
-
-
-def sentence(text: str) -> str:
-    """Return a title with a capital letter in front, as models' names do not have one."""
-    return text[:1].upper() + text[1:]
-
-
-def label_ends(
-    figure: go.Figure, x: pd.Series, y: pd.Series, colors: Mapping[Any, str], top: float, panel: int = 1
-) -> None:
-    """Name the lines at their right ends, in their colours, names moved apart where ends are close."""
-    places = y.sort_values()
-    for before, name in zip(places.index, places.index[1:], strict=False):
-        places[name] = max(places[name], places[before] + GAP * top)
-    for name in places.index:
-        figure.add_annotation(
-            **{"x": x[name], "y": places[name], "xanchor": "left", "xshift": 8},
-            **{"xref": f"x{panel}" if panel > 1 else "x", "yref": f"y{panel}" if panel > 1 else "y"},
-            text=name,
-            showarrow=False,
-            font={"color": colors[name]},
-        )
-    figure.update_layout(margin={"r": 20 + LETTER * max(map(len, places.index))})
 
 
 def _behind(figure: go.Figure, base: pd.Series, width: pd.Series, names: pd.Series, panel: int = 0) -> None:

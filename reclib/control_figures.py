@@ -14,7 +14,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from reclib.accuracy_figures import (
+from reclib.look import INK, MUTED, TEMPLATE, bar, line, marker
+from reclib.marks import (
     categories,
     extreme,
     interval,
@@ -24,7 +25,6 @@ from reclib.accuracy_figures import (
     panels,
     sentence,
 )
-from reclib.look import INK, MUTED, TEMPLATE, bar, line, marker
 from reclib.speed_figures import reference
 from reclib.tables import BASELINES, model_name
 
@@ -35,10 +35,11 @@ _ORDERS = {  # metric, symbol and name of each order of the histories
     "shuffled_but_last": ("diamond", "shuffled but for the last item"),
     "shuffled": ("x", "shuffled"),
 }
+_BELOW = {"x": 0, "xanchor": "left", "yref": "container", "y": 0.005, "yanchor": "bottom"}  # a legend
 _BEYOND = {
-    "coverage": "share of catalogue recommended",
-    "gini": "Gini of recommendations",
-    "popularity_percentile": "popularity percentile",
+    "coverage": "coverage",
+    "gini": "Gini",
+    "popularity_percentile": "popularity",
 }
 
 
@@ -138,8 +139,7 @@ def _legend(figure: go.Figure, colors: dict[Any, str]) -> None:
     figure.update_traces(showlegend=False)
     for name, color in colors.items():
         figure.add_scatter(x=[None], y=[None], mode="markers", marker={"color": color, "size": 9}, name=name)
-    place = {"x": 0, "xanchor": "left", "yref": "container", "y": 0.005, "yanchor": "bottom"}
-    figure.update_layout(showlegend=True, legend=place, margin={"b": 95})
+    figure.update_layout(showlegend=True, legend=_BELOW, margin={"b": 95})
 
 
 def shuffle_control(rows: pd.DataFrame) -> go.Figure:
@@ -164,8 +164,10 @@ def shuffle_control(rows: pd.DataFrame) -> go.Figure:
     for symbol, name in _ORDERS.values():
         look = {"symbol": symbol, "size": 9, "color": INK}
         figure.add_scatter(x=[None], y=[None], mode="markers", marker=look, name=name)
+    figure.update_layout(showlegend=True, legend=_BELOW, margin={"b": 95})
+    note(figure, "means over users, full ranking; only the order of histories at test differs")
     categories(figure, list(rows["model"]))
-    figure.update_xaxes(title_text="NDCG@10 (mean over users, full ranking)", rangemode="tozero")
+    figure.update_xaxes(title_text="NDCG@10", rangemode="tozero")
     falls = rows[rows["shuffled_change_high"] < 0]
     title = "Order matters for none of the models: no loss from shuffling is separated from zero"
     if len(falls):
@@ -175,7 +177,7 @@ def shuffle_control(rows: pd.DataFrame) -> go.Figure:
             f"Order matters for {len(falls)} of {len(rows)} models, most for {most['model']}: "
             f"shuffled it loses {most['share']:.0%}"
         )
-    return figure.update_layout(showlegend=True, title_text=title)
+    return figure.update_layout(title_text=title)
 
 
 def _symbol(order: str, kind: str) -> str:
@@ -270,12 +272,14 @@ def beyond_accuracy(rows: pd.DataFrame) -> go.Figure:
                 row=1,
                 col=column,
             )
-        figure.update_xaxes(
-            title_text="<br>".join(wrap(title, 18)), range=[-0.03, 1.03], nticks=4, row=1, col=column
-        )
+        figure.update_xaxes(title_text=title, range=[-0.05, 1.05], nticks=4, row=1, col=column)
     categories(figure, list(rows["model"]), 30)
     k = int(rows["k"].iloc[0])
-    note(figure, f"of the {k} items recommended to each user; Gini: 0 all items alike, 1 all on few")
+    note(
+        figure,
+        f"of the {k} items recommended to each user; coverage: share of the catalogue recommended to "
+        "anybody; Gini: 0 all items alike, 1 all on few; popularity: mean percentile among the items",
+    )
     most, least = extreme(rows, "coverage"), extreme(rows.assign(coverage=-rows["coverage"]), "coverage")
     return figure.update_layout(
         title_text=sentence(

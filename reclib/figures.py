@@ -20,14 +20,14 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from reclib import accuracy_figures, control_figures, page, speed_figures, tables
-from reclib.accuracy_figures import panels
 from reclib.look import BLUE, DECADES, HEIGHT, MUTED, ORANGE, PALETTE, TEMPLATE, bar, line
+from reclib.marks import panels
 from reclib.tables import Record
 
 _STYLE = (  # no margin, so that a frame of the figure's height fits; no buttons over a title on a phone
     "<style>body { margin: 0 } @media (hover: none) { .modebar-container { display: none } }</style>"
 )
-# On a narrow screen titles are broken into lines that fit (7 and 6 pixels a letter), and plots move down.
+# On a narrow screen titles are broken into lines that fit, by pixels a letter, and plots move down.
 _NARROW = """
 const plot = document.getElementById("{plot_id}"), title = plot.layout.title;
 if (title && title.text && plot.clientWidth < 640) {
@@ -36,7 +36,7 @@ if (title && title.text && plot.clientWidth < 640) {
     const fits = last >= 0 && lines[last].length + word.length < letters;
     return fits ? [...lines.slice(0, last), lines[last] + " " + word] : [...lines, word];
   }, []).join("<br>")).join("<br>");
-  const text = broken(title.text, plot.clientWidth / 8), under = (title.subtitle || {}).text || "";
+  const text = broken(title.text, plot.clientWidth / 8.5), under = (title.subtitle || {}).text || "";
   const said = broken(under, plot.clientWidth / 6.3);
   const more = 20 * (text.split("<br>").length - title.text.split("<br>").length)
     + 15 * (said.split("<br>").length - under.split("<br>").length);

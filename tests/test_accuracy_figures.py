@@ -23,7 +23,7 @@ from accuracy_records import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reclib import accuracy_figures, claims, figures, look, page, speed_figures, tables
+from reclib import accuracy_figures, claims, figures, look, marks, page, speed_figures, tables
 
 GREY = look.MUTED
 
@@ -101,7 +101,7 @@ def test_models_are_sorted_by_hit_rate_and_baselines_are_grey():
     found = colors(figure)
     assert found.pop("BERT4Rec") == {look.BLUE}
     assert found.pop("causal twin") == {look.ORANGE}
-    assert all(marks == {GREY} for marks in found.values())
+    assert all(drawn == {GREY} for drawn in found.values())
     assert figure.layout.title.text == "Causal twin has the target among its ten first for 33.0% of users"
 
 
@@ -213,7 +213,7 @@ def test_arms_are_sorted_and_coloured_by_their_interval():
     figure = shown("ablation", arms())
     order = [name.replace("<br>", " ") for name in figure.layout.yaxis.categoryarray]
     assert order == sorted(ARMS, key=ARMS.get, reverse=True)
-    by_name = {name.replace("<br>", " "): marks for name, marks in colors(figure).items()}
+    by_name = {name.replace("<br>", " "): drawn for name, drawn in colors(figure).items()}
     assert by_name["twice the width"] == {look.GREEN}
     assert by_name["untied tables"] == {look.ORANGE}
     assert by_name["last window only"] == {GREY}  # its interval holds zero
@@ -253,10 +253,10 @@ def test_the_fastest_learner_is_said_to_lead_only_where_it_does():
 def test_names_at_line_ends_never_overlap_and_keep_their_order(ends, top):
     figure = go.Figure()
     heights = pd.Series(ends)
-    accuracy_figures.label_ends(figure, heights * 0, heights, dict.fromkeys(ends, "red"), top)
+    marks.label_ends(figure, heights * 0, heights, dict.fromkeys(ends, "red"), top)
     placed = {a.text: a.y for a in figure.layout.annotations}
     for one, other in itertools.pairwise(sorted(placed, key=placed.get)):
-        assert placed[other] - placed[one] >= 0.999 * accuracy_figures.GAP * top
+        assert placed[other] - placed[one] >= 0.999 * marks.GAP * top
         assert ends[one] <= ends[other]
 
 
@@ -265,11 +265,11 @@ def test_names_and_colours_are_the_same_in_every_figure():
     assert tables.model_name("bert4rec_last") == "bert4rec last"
     assert set(tables.BASELINES) == set(tables.MODEL_NAMES) - {"bert4rec", "causal"}
     names = [tables.model_name(name) for name in (*tables.MODEL_NAMES, "an arm", "another arm")]
-    found = accuracy_figures.model_colors(names)
+    found = marks.model_colors(names)
     assert {found[tables.model_name(name)] for name in tables.BASELINES} == {GREY}
     colored = [color for color in found.values() if color != GREY]
     assert len(set(colored)) == len(colored) == 4
-    assert accuracy_figures.model_colors(reversed(names)) == found
+    assert marks.model_colors(reversed(names)) == found
 
 
 def test_rows_without_a_model_are_of_bert4rec():

@@ -19,13 +19,13 @@ ORDER = [
     *("sinks", "model", "sampled", "objective", "metrics", "baselines", "statistics", "protocols"),
     *("checkpoint", "trainer", "fit", "experiment", "assessment"),
     *("flops", "measurement", "benchmark", "profiling", "bound", "ladder", "speed", "selfcheck"),
-    *("record", "grid", "scoring", "tables", "look", "page", "speed_figures"),
+    *("record", "grid", "scoring", "tables", "look", "page", "marks", "speed_figures"),
     *("accuracy_figures", "control_figures", "figures", "runner", "job", "study"),
 ]
 # Each of these is known to one module, or to one family, so that replacing it touches few files.
 ONE_OWNER: dict[str, set[str]] = {
     "papermill": {"runner"},
-    "plotly": {"figures", "speed_figures", "accuracy_figures", "control_figures"},
+    "plotly": {"figures", "marks", "speed_figures", "accuracy_figures", "control_figures"},
     "wandb": {"tracker"},
     "ipywidgets": set(),
 }
