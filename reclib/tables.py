@@ -64,7 +64,7 @@ def accuracy(records: Iterable[Record]) -> pd.DataFrame:
             for name in ("hr@10", "ndcg@10")
         }
         seeds = sum(r.get("seed") is not None for r in mine)
-        about = {"data": data, "model": model, "seeds": seeds or None, "device": one["label"]}
+        about = {"data": data, "model": model_name(model), "seeds": seeds or None, "device": one["label"]}
         rows.append((data, -m["hr@10"], about | interval | {"day": one["time"][:10]}))
     frame = pd.DataFrame([row for *_, row in sorted(rows, key=lambda row: row[:2])])
     return frame.set_index(["data", "model"]) if rows else frame

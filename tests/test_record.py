@@ -47,7 +47,7 @@ def test_a_record_holds_what_is_needed_to_believe_it(root):
     assert (entry["kind"], entry["seed"], entry["profile"]) == ("measured", 7, "smoke")
     assert entry["device"]["name"] == "Some CPU"
     assert entry["data"] == {"name": "ml-100k", "fingerprint": "f00"}
-    assert entry["params"]["epochs"] == 3
+    assert entry["params"]["epochs"] == 2
     assert entry["own_params"] == {"head": "plain"}
     assert entry["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert len(entry["code"]) == len(entry["params_hash"]) == 16
