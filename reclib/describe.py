@@ -1,15 +1,27 @@
-"""What a prepared dataset looks like, as records can hold it: metrics and columns of numbers."""
+"""What a prepared dataset looks like, as records can hold it: metrics and columns of numbers.
+
+Everything is counted from the memory-mapped arrays, in portions, so that a dataset of tens of millions
+of interactions needs no more memory than one of thousands, but for some numbers per user and per item.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from reclib.data import Dataset, evaluated_users
+from reclib import splits
+from reclib.config import InputError
+from reclib.data import Dataset, Histories, evaluated_users
+from reclib.splits import Split
 
 CURVE_POINTS = 300  # of a curve that is stored; a catalogue may have hundreds of thousands of items
+TIME_BINS = 60  # of equal width, from the first interaction to the last
+PORTION = 1 << 20  # interactions looked at together
+LONG_RUN = 10  # tied interactions at the end of a history; longer runs are counted with this one
 
 
 class Described(NamedTuple):
@@ -66,6 +78,35 @@ def popularity(dataset: Dataset) -> Described:
     return Described(metrics, series)
 
 
+def repeats(dataset: Dataset) -> Described:
+    """Share of interactions with an item that the user had before, and of targets that are such.
+
+    An exact duplicate has the same user, item and time as an earlier row. What the rule `duplicates`
+    removed is not counted.
+    """
+    again = np.zeros(dataset.num_interactions, dtype=bool)
+    exact = 0
+    for begin, end, users in _portions(dataset):
+        pairs = users * (dataset.num_items + 1) + dataset.items[begin:end]
+        order = np.argsort(pairs, kind="stable")  # equal pairs stay in the order of time
+        same = pairs[order][1:] == pairs[order][:-1]
+        again[begin + order[1:][same]] = True
+        if dataset.times is not None:
+            times = dataset.times[begin:end][order]
+            exact += int((same & (times[1:] == times[:-1])).sum())
+    in_a_row = dataset.items[1:] == dataset.items[:-1]
+    in_a_row[dataset.offsets[1:-1] - 1] = False  # neighbours of two different users
+    targets = again[dataset.offsets[evaluated_users(dataset) + 1] - 1]
+    metrics = {"repeat_share": float(again.mean()), "in_a_row_share": in_a_row.sum() / again.size}
+    what = ["interactions with an item that the user had before", "of the same item twice in a row"]
+    if dataset.times is not None:
+        metrics["exact_duplicate_share"] = exact / again.size
+        what.append("in the same second too: exact duplicates")
+    metrics["repeat_target_share"] = float(targets.mean()) if targets.size else 0.0
+    what.append("test targets that the user had before")
+    return Described(metrics, {"what": what, "share": list(metrics.values())})
+
+
 def ties(dataset: Dataset) -> Described:
     """Share of what is ordered by the tie rule alone, since timestamps are equal."""
     tied = dataset.manifest["ties"]
@@ -77,6 +118,96 @@ def ties(dataset: Dataset) -> Described:
     what = ["interactions in a second with another of the same user"]
     what += ["test targets that could change places with the item before"]
     return Described(metrics, {"what": what, "share": list(metrics.values())})
+
+
+def last_items(dataset: Dataset) -> Described:
+    """Count evaluated users by how many different items share the last timestamp of their history.
+
+    With one, the test target is certain; with more, the tie rule chooses it. Runs of more than
+    `LONG_RUN` are counted as `LONG_RUN`. Raises `InputError` for a dataset without times.
+    """
+    times = _times(dataset)
+    candidates = np.ones(dataset.num_users, dtype=np.int64)
+    for begin, end, users in _portions(dataset):
+        last = times[dataset.offsets[users + 1] - 1]
+        tied = times[begin:end] == last
+        pairs = users[tied] * (dataset.num_items + 1) + dataset.items[begin:end][tied]
+        owner, count = np.unique(np.unique(pairs) // (dataset.num_items + 1), return_counts=True)
+        candidates[owner] = count
+    candidates = candidates[evaluated_users(dataset)]
+    runs, users = np.unique(np.minimum(candidates, LONG_RUN), return_counts=True)
+    metrics = {
+        "last_item_by_tie_rule_share": float((candidates > 1).mean()) if candidates.size else 0.0,
+        "most_candidates": int(candidates.max(initial=1)),
+    }
+    return Described(metrics, {"candidates": runs.tolist(), "users": users.tolist()})
+
+
+def over_time(dataset: Dataset, found: Mapping[str, Split]) -> Described:
+    """Count interactions, and users and items met for the first time, in equal spans of time.
+
+    Metrics hold the time points of the global split in seconds where `found` has one. Raises
+    `InputError` for a dataset without times.
+    """
+    times = _times(dataset)
+    first_met = np.full(dataset.num_items + 1, np.iinfo(np.int64).max)
+    for begin in range(0, times.size, PORTION):
+        part = slice(begin, begin + PORTION)
+        np.minimum.at(first_met, dataset.items[part], times[part])
+    joined = times[dataset.offsets[:-1]]
+    edges = np.linspace(joined.min(), times[dataset.offsets[1:] - 1].max(), TIME_BINS + 1)
+    counted = sum(
+        np.histogram(times[begin : begin + PORTION], edges)[0] for begin in range(0, times.size, PORTION)
+    )
+    per_second = _per_second(dataset)
+    metrics: dict[str, float | int] = {"days": float((edges[-1] - edges[0]) / per_second / 86_400)}
+    if "global_time" in found:
+        for part, point in found["global_time"].about["time_points"].items():
+            metrics[f"{part}_from"] = point // per_second
+    series = {
+        "start": [date_text(dataset, edge) for edge in edges[:-1]],
+        "interactions": np.asarray(counted).tolist(),
+        "new_users": np.histogram(joined, edges)[0].tolist(),
+        "new_items": np.histogram(first_met[1:], edges)[0].tolist(),
+    }
+    return Described(metrics, series)
+
+
+def divisions(dataset: Dataset, seed: int) -> dict[str, Split]:
+    """Divide the dataset by every rule of `splits`; without times there is no global time split."""
+    found = {"leave_one_out": splits.leave_one_out(dataset)}
+    try:
+        found["global_time"] = splits.global_time(dataset, seed=seed)
+    except InputError as error:
+        print(f"no global time split: {error}")
+    return found | {"random_users": splits.random_users(dataset, seed=seed)}
+
+
+def cold(dataset: Dataset, found: Mapping[str, Split]) -> Described:
+    """Share of the rows of each split whose target, or whose user, training has never seen."""
+    metrics: dict[str, float | int] = {}
+    names = ("split", "part", "rows", "unseen_item_share", "unseen_user_share")
+    series: dict[str, list[Any]] = {name: [] for name in names}
+    for name, split in found.items():
+        known = _items_met(dataset, split.train)
+        trained = np.zeros(dataset.num_users, dtype=bool)
+        trained[splits.row_users(dataset, split.train)] = True
+        metrics[f"{name}_items_unseen_share"] = float(1 - known[1:].mean())
+        for part in ("valid", "test"):
+            rows = getattr(split, part)
+            users = splits.row_users(dataset, rows.histories)
+            shares = [
+                float((~seen).mean()) if seen.size else 0.0 for seen in (known[rows.targets], trained[users])
+            ]
+            for column, value in zip(names, (split.name, part, users.size, *shares), strict=True):
+                series[column].append(value)
+        metrics[f"{name}_unseen_item_share"], metrics[f"{name}_unseen_user_share"] = shares
+    return Described(metrics, series)
+
+
+def date_text(dataset: Dataset, time: float) -> str:
+    """Return a time of the dataset as a date in UTC, to the minute."""
+    return datetime.fromtimestamp(float(time) / _per_second(dataset), UTC).strftime("%Y-%m-%d %H:%M")
 
 
 def example_users(dataset: Dataset, seed: int, count: int = 3) -> list[int]:
@@ -100,3 +231,38 @@ def history(dataset: Dataset, user: int, last: int = 8) -> pd.DataFrame:
             "used for": ["training"] * (len(items) - len(held_out)) + held_out,
         }
     )
+
+
+def _portions(dataset: Dataset) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Yield (begin, end, users): whole histories of about `PORTION` interactions, and whose each is."""
+    first = 0
+    while first < dataset.num_users:
+        after = np.searchsorted(dataset.offsets, dataset.offsets[first] + PORTION, side="right") - 1
+        after = max(first + 1, min(int(after), dataset.num_users))
+        lengths = dataset.lengths[first:after]
+        yield (
+            int(dataset.offsets[first]),
+            int(dataset.offsets[after]),
+            np.repeat(np.arange(first, after), lengths),
+        )
+        first = after
+
+
+def _items_met(dataset: Dataset, histories: Histories) -> np.ndarray:
+    """Return bool (num_items + 1,): whether an item stands in any of the histories."""
+    change = np.bincount(histories.starts, minlength=dataset.num_interactions + 1)
+    change -= np.bincount(histories.ends, minlength=dataset.num_interactions + 1)
+    inside = np.cumsum(change)[:-1] > 0
+    known = np.zeros(dataset.num_items + 1, dtype=bool)
+    known[dataset.items[inside]] = True
+    return known
+
+
+def _times(dataset: Dataset) -> np.ndarray:
+    if dataset.times is None:
+        raise InputError(f"dataset {dataset.name!r} has the order of interactions but no times")
+    return dataset.times
+
+
+def _per_second(dataset: Dataset) -> int:
+    return 1000 if dataset.manifest["time_unit"] == "ms" else 1

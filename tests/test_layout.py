@@ -15,7 +15,7 @@ ORDER = [
     *("cache", "synthetic", "fetch", "ml100k"),
     *("rawfile", "formats", "rows", "rejects", "rawtable", "sequences", "parquet", "titles"),
     *("reading", "sources", "dataset", "prepare", "splits", "data"),
-    *("describe", "samples", "batching", "claims"),
+    *("describe", "datasheet", "samples", "batching", "claims"),
     *("sinks", "model", "sampled", "objective", "metrics", "baselines", "statistics", "protocols"),
     *("checkpoint", "trainer", "fit", "experiment", "assessment"),
     *("flops", "measurement", "benchmark", "profiling", "bound", "ladder", "speed", "selfcheck"),
