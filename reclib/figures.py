@@ -11,17 +11,14 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from reclib import accuracy_figures, control_figures, page, speed_figures, tables
-from reclib.look import BLUE, DECADES, HEIGHT, MUTED, ORANGE, PALETTE, TEMPLATE, bar, line
-from reclib.marks import panels
+from reclib import accuracy_figures, control_figures, data_figures, page, speed_figures, tables
+from reclib.look import HEIGHT
 from reclib.tables import Record
 
 _STYLE = (  # no margin, so that a frame of the figure's height fits; no buttons over a title on a phone
@@ -68,143 +65,9 @@ def show(name: str, *records: Record) -> go.Figure:
     return figure.update_layout(title_subtitle_text="<br>".join(text for text in said if text))
 
 
-def preparation(rows: pd.DataFrame) -> go.Figure:
-    """Interactions, users and items after each step of the preparation."""
-    names = {"source": "source", "k-core": "k-core", "train": "training"}
-    names |= {"valid": "validation targets", "test": "test targets"}
-    first, core = (rows[rows["step"] == step].iloc[0] for step in ("source", "k-core"))
-    figure = panels(3, shared_yaxes=True, spacing=0.06)
-    for column, counted in enumerate(["interactions", "users", "items"], 1):
-        figure.add_bar(
-            x=rows[counted],
-            y=rows["step"].map(names),
-            orientation="h",
-            text=rows[counted].map("{:,}".format),
-            textposition="auto",
-            cliponaxis=False,
-            hovertemplate="%{y}: %{x:,} " + counted + "<extra></extra>",
-            marker=bar(rows["kind"].iloc[0], PALETTE[column - 1]),
-            row=1,
-            col=column,
-        )
-        figure.update_xaxes(title_text=counted, rangemode="tozero", nticks=4, row=1, col=column)
-    figure.update_yaxes(autorange="reversed")
-    kept = core["interactions"] / first["interactions"]
-    lost = first["items"] - core["items"]
-    return figure.update_layout(
-        title_text=f"The k-core keeps {kept:.1%} of interactions and drops {lost:,} of "
-        f"{first['items']:,} items"
-    )
-
-
-def sequence_lengths(rows: pd.DataFrame) -> go.Figure:
-    """How many users have how many interactions, on a logarithmic scale."""
-    low, high = rows["length"].min(), rows["length"].max()
-    edges = np.unique(np.round(np.geomspace(low, high + 1, 25)).astype(int))
-    counts, _ = np.histogram(rows["length"], edges, weights=rows["users"])
-    spans = [f"{a} to {b - 1}" for a, b in pairwise(edges)]
-    figure = go.Figure(
-        go.Bar(
-            x=np.sqrt(edges[:-1] * edges[1:]),
-            y=counts,
-            width=np.diff(edges) * 0.92,
-            customdata=spans,
-            hovertemplate="%{customdata} interactions: %{y} users<extra></extra>",
-            marker=bar(rows["kind"].iloc[0], BLUE),
-        ),
-        layout={"template": TEMPLATE},
-    )
-    median, mean = rows["median_length"].iloc[0], rows["mean_length"].iloc[0]
-    for value, name, side in ((median, "median", "left"), (mean, "mean", "right")):
-        figure.add_vline(value, line={"color": ORANGE, "width": 2, "dash": "dot"})
-        figure.add_annotation(
-            x=np.log10(value),
-            y=1,
-            yref="paper",
-            text=f"{name} {value:,.0f}",
-            showarrow=False,
-            xanchor="right" if side == "left" else "left",
-            xshift=-6 if side == "left" else 6,
-            font={"color": ORANGE},
-        )
-    figure.update_xaxes(title_text="interactions of a user (log scale)", **DECADES)
-    figure.update_yaxes(title_text="users")
-    return figure.update_layout(
-        title_text=f"Half of the users have at most {median:,.0f} interactions, "
-        f"one has {rows['max_length'].iloc[0]:,}"
-    )
-
-
-def item_popularity(rows: pd.DataFrame) -> go.Figure:
-    """Interactions by popularity rank, and the share that the most popular items hold."""
-    figure = panels(2)
-    figure.add_scatter(
-        x=rows["rank"],
-        y=rows["interactions"],
-        mode="lines",
-        line=line(rows["kind"].iloc[0], BLUE),
-        hovertemplate="rank %{x:,}: %{y:,} interactions<extra></extra>",
-        row=1,
-        col=1,
-    )
-    figure.add_scatter(
-        x=[0.0, *rows["item_share"]],
-        y=[0.0, *rows["interaction_share"]],
-        mode="lines",
-        line=line(rows["kind"].iloc[0], BLUE),
-        fill="tozeroy",
-        fillcolor="rgba(0,114,178,0.10)",
-        hovertemplate="top %{x:.1%} of items: %{y:.1%}<extra></extra>",
-        row=1,
-        col=2,
-    )
-    equal = {"color": MUTED, "width": 1, "dash": "dot"}
-    figure.add_scatter(x=[0, 1], y=[0, 1], mode="lines", line=equal, hoverinfo="skip", row=1, col=2)
-    figure.add_annotation(
-        x=0.62, y=0.5, text="all items equal", showarrow=False, font={"color": MUTED}, row=1, col=2
-    )
-    for update in (figure.update_xaxes, figure.update_yaxes):
-        update(row=1, col=1, **DECADES)
-        update(tickformat=".0%", range=[0, 1], row=1, col=2)
-    figure.update_xaxes(title_text="popularity rank (log scale)", row=1, col=1)
-    figure.update_yaxes(title_text="interactions (log scale)", row=1, col=1)
-    figure.update_xaxes(title_text="share of items, most popular first", row=1, col=2)
-    figure.update_yaxes(title_text="share of interactions", row=1, col=2)
-    tenth, gini = rows["top_tenth_share"].iloc[0], rows["gini"].iloc[0]
-    return figure.update_layout(
-        title_text=f"A tenth of the items holds {tenth:.0%} of the interactions (Gini {gini:.2f})"
-    )
-
-
-def tied_timestamps(rows: pd.DataFrame) -> go.Figure:
-    """What is ordered by the tie rule alone."""
-    figure = go.Figure(
-        go.Bar(
-            x=rows["share"],
-            y=rows["what"].str.wrap(34).str.replace("\n", "<br>"),
-            orientation="h",
-            text=rows["share"].map("{:.1%}".format),
-            textposition="auto",
-            hovertemplate="%{x:.1%}<extra></extra>",
-            marker=bar(rows["kind"].iloc[0], BLUE),
-        ),
-        layout={"template": TEMPLATE},
-    )
-    figure.update_xaxes(title_text="share", tickformat=".0%", range=[0, 1])
-    figure.update_yaxes(autorange="reversed", ticks="")
-    share = rows["tied_test_target_share"].iloc[0]
-    return figure.update_layout(
-        height=280,
-        title_text=f"For {share:.0%} of the users the order of rows in the file decides the test target",
-    )
-
-
 _BASELINE = [*accuracy_figures.FIGURES, *control_figures.FIGURES]
 FIGURES: list[Spec] = [
-    Spec("preparation", "01_data_prep", "preparation", preparation),
-    Spec("sequence_lengths", "01_data_prep", "sequence_lengths", sequence_lengths),
-    Spec("item_popularity", "01_data_prep", "item_popularity", item_popularity),
-    Spec("tied_timestamps", "01_data_prep", "tied_timestamps", tied_timestamps),
+    *(Spec(make.__name__, "01_data_prep", needs, make) for needs, make in data_figures.FIGURES),
     *(Spec(make.__name__, "02_baseline", needs, make) for needs, make in _BASELINE),
     *(Spec(make.__name__, "04_amp_compile", needs, make) for needs, make in speed_figures.FIGURES),
 ]

@@ -40,11 +40,15 @@ def a_record(notebook, name, metrics, series=None, **changes):
 def described(dataset):
     made = {
         "preparation": describe.steps,
+        "repeats": describe.repeats,
         "sequence_lengths": describe.lengths,
         "item_popularity": describe.popularity,
         "tied_timestamps": describe.ties,
+        "last_items": describe.last_items,
     }
-    return {name: make(dataset) for name, make in made.items()}
+    found = describe.divisions(dataset, seed=0)
+    of_splits = {"over_time": describe.over_time(dataset, found), "cold": describe.cold(dataset, found)}
+    return {name: make(dataset) for name, make in made.items()} | of_splits
 
 
 @pytest.fixture(scope="module")

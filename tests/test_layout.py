@@ -20,12 +20,12 @@ ORDER = [
     *("checkpoint", "trainer", "fit", "experiment", "assessment"),
     *("flops", "measurement", "benchmark", "profiling", "bound", "ladder", "speed", "selfcheck"),
     *("record", "grid", "scoring", "tables", "look", "page", "marks", "speed_figures"),
-    *("accuracy_figures", "control_figures", "figures", "runner", "job", "study"),
+    *("accuracy_figures", "control_figures", "data_figures", "figures", "runner", "job", "study"),
 ]
 # Each of these is known to one module, or to one family, so that replacing it touches few files.
 ONE_OWNER: dict[str, set[str]] = {
     "papermill": {"runner"},
-    "plotly": {"figures", "marks", "speed_figures", "accuracy_figures", "control_figures"},
+    "plotly": {"figures", "marks", "speed_figures", "accuracy_figures", "control_figures", "data_figures"},
     "wandb": {"tracker"},
     "ipywidgets": set(),
 }
