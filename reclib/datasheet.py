@@ -32,7 +32,7 @@ def reading(dataset: Dataset) -> pd.DataFrame:
     shown["duplicates"] = manifest["rules"]["duplicates"]
     passes = len(core["passes"])
     shown["k-core"] = f"{core['min_user']} per user, {core['min_item']} per item, {core['rule']}"
-    shown["k-core passes"] = f"{passes} removed something" if passes else "nothing was to be removed"
+    shown["k-core passes"] = f"{passes}" if passes else "none: it was a k-core already"
     shown["fingerprint"] = dataset.fingerprint
     return pd.DataFrame({"": shown})
 
@@ -56,7 +56,7 @@ def counts(dataset: Dataset) -> pd.DataFrame:
     known = published(dataset)
     if known:
         rows.insert(1, {"step": "published", **known})
-    return pd.DataFrame(rows).set_index("step").astype("Int64")
+    return pd.DataFrame(rows).set_index("step").map(_readable)
 
 
 def published(dataset: Dataset) -> dict[str, int]:
@@ -86,7 +86,7 @@ def cores(dataset: Dataset, config: DataConfig) -> pd.DataFrame:
             rows[other] = _core(data.prepare(changed(config, core=other)))
         except InputError as error:
             rows[other] = {"passes": str(error)}
-    return pd.DataFrame(rows).T
+    return pd.DataFrame(rows).T.map(_readable)
 
 
 def about_splits(dataset: Dataset, found: Mapping[str, Split]) -> pd.DataFrame:
@@ -127,10 +127,11 @@ def _core(dataset: Dataset) -> dict[str, Any]:
     row["users below min_user"] = int((dataset.lengths < core["min_user"]).sum())
     row["items below min_item"] = int((per_item < core["min_item"]).sum())
     left = [f"{count:,}" for count in core["passes"]]
-    return row | {"passes": " → ".join(left) or "nothing was to be removed"}
+    return row | {"passes": " → ".join(left) or "none: it was a k-core already"}
 
 
 def _readable(value: Any) -> Any:
+    """Return whole numbers with their thousands marked, what is missing as nothing."""
     if isinstance(value, int | np.integer) or (isinstance(value, float) and value.is_integer()):
         return f"{int(value):,}"
     return "" if isinstance(value, float) and np.isnan(value) else value

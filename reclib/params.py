@@ -24,6 +24,7 @@ from reclib.config import (
     SIZES,
     STRICT,
     CompileMode,
+    DataConfig,
     GpuLabel,
     InputError,
     Loss,
@@ -56,7 +57,14 @@ def _distinct(values: list[T]) -> list[T]:
     return values
 
 
+def _pairs(text: str) -> str:
+    if text and any(len(pair.split("=")) != 2 for pair in text.split(",")):
+        raise ValueError("expected pairs of name and column: user=A,item=B,time=C")
+    return text
+
+
 Name = Annotated[str, Field(min_length=1)]
+Columns = Annotated[str, AfterValidator(_pairs)]  # written as on the command line
 Size = Annotated[str, AfterValidator(_known_size)]
 Seeds = Annotated[list[NonNegative], Field(min_length=1), AfterValidator(_distinct)]
 Precisions = Annotated[list[Precision], Field(min_length=1), AfterValidator(_distinct)]
@@ -72,10 +80,23 @@ class DataPrep:
     """Parameters of `01_data_prep`."""
 
     gpu: GpuLabel  # device label, a claim to be checked; auto: what is here
-    dataset: Name  # name of a data set that `reclib.data` knows
+    dataset: Name  # a name that `reclib.data` knows, a file, or a prepared folder
+    format: Name  # of a file, a name of `formats.FORMATS`; auto: detected, never guessed
+    columns: Columns  # of an own table, user=A,item=B,time=C; empty: by its header
     min_user: Positive  # k-core: interactions that a user must have
     min_item: Positive  # k-core: interactions that an item must have
-    seed: NonNegative  # of the users shown as examples
+    core: Literal["fixed_point", "single_pass"]  # k-core until nothing changes, or the seed study's pass
+    duplicates: Literal["keep", "exact", "first", "last"]  # which of repeated (user, item) pairs stay
+    strict: bool  # stop at the first bad line instead of counting it
+    max_rejected_share: Share  # share of bad lines above which reading stops
+    memory_limit_mb: Positive  # of the database that prepares the data
+    seed: NonNegative  # of the users shown as examples, and of the splits that draw
+
+    def data_config(self) -> DataConfig:
+        """Return which interactions are asked for, and how they are read and filtered."""
+        asked = {name: value for name, value in values(self).items() if name not in ("gpu", "seed")}
+        columns = dict(pair.split("=", 1) for pair in self.columns.split(",") if pair)
+        return validated(DataConfig, asked | {"columns": columns or None})
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
