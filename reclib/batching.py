@@ -21,10 +21,10 @@ from torch import Tensor
 
 from reclib.config import PAD, ModelConfig, TrainConfig
 from reclib.data import Histories
-from reclib.samples import Samples, cut, mask_cloze, negative_shares, next_items
+from reclib.samples import Samples, cut, mask_cloze, negative_shares, next_items, prefixes
 
 IGNORE = -100  # target of a slot that only fills a bucket
-ORDER, SAMPLE, NEGATIVES = 0, 1, 2  # streams of random numbers
+ORDER, SAMPLE, NEGATIVES, PREFIX = 0, 1, 2, 3  # streams of random numbers
 
 T = TypeVar("T")
 
@@ -171,7 +171,11 @@ class Epoch:
     """The steps of one pass over the users; `step(i)` gives the micro-batches of step i, always the same."""
 
     def __init__(self, histories: Histories, model: ModelConfig, train: TrainConfig, epoch: int) -> None:
-        self.histories, self.model, self.train, self.epoch = histories, model, train, epoch
+        self.model, self.train, self.epoch = model, train, epoch
+        self.shares = negative_shares(histories, model.num_items, train) if train.sampled else None
+        if train.prefix_share:
+            histories = prefixes(histories, train.prefix_share, generator(train.seed, PREFIX, epoch))
+        self.histories = histories
         self.layout = Layout.of(model, train)
         self.extra = int(model.causal)  # items of a window beyond its inputs: the last one's target
         users = np.flatnonzero(histories.ends - histories.starts > self.extra)

@@ -114,6 +114,7 @@ class TrainConfig:
     objective: Objective = "cloze"  # next_item: the causal twin's; seed_focal: the seed study's
     mask_prob: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2  # share of positions that are targets
     last_item_share: Share = 0.15  # share of samples whose only target is the last item
+    prefix_share: Share = 0.0  # share of samples that end at a random place of the history
     window: Literal["last", "random"] = "last"  # which max_len items of a longer history
     # batches
     batch_size: Positive = 64  # sequences per optimiser step

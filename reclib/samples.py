@@ -36,6 +36,19 @@ def cut(histories: Histories, users: np.ndarray, max_len: int, offset: np.ndarra
     return Samples(tokens, lengths, np.zeros(len(tokens), dtype=bool), tokens)
 
 
+def prefixes(histories: Histories, share: float, rng: np.random.Generator) -> Histories:
+    """Return histories of which a share, drawn at random, ends at a random place, after two items or more.
+
+    A model that sees whole histories alone knows what comes after the last item of none: prefixes are what
+    histories looked like earlier, and with the last item masked they are prediction at that time.
+    """
+    lengths = histories.ends - histories.starts
+    cut_here = rng.random(len(lengths)) < share
+    shorter = 2 + (rng.random(len(lengths)) * (lengths - 1)).astype(np.int64)  # 2 .. length
+    kept = np.where(cut_here & (lengths > 2), np.minimum(shorter, lengths), lengths)
+    return histories._replace(ends=histories.starts + kept)
+
+
 def mask_cloze(
     samples: Samples, mask_prob: float, last_item_share: float, rng: np.random.Generator
 ) -> Samples:

@@ -21,7 +21,7 @@ from reclib.batching import (
 )
 from reclib.config import PAD, TrainConfig
 from reclib.data import Histories
-from reclib.samples import Samples, cut, mask_cloze, negative_shares, next_items
+from reclib.samples import Samples, cut, mask_cloze, negative_shares, next_items, prefixes
 
 lengths_of_steps = st.lists(st.lists(st.integers(0, 12), min_size=5, max_size=5), min_size=1, max_size=4)
 
@@ -244,3 +244,28 @@ def test_negatives_follow_the_shares_and_repeat_with_the_step():
     uniform = negative_shares(data, 3, TrainConfig(loss="gbce"))
     assert uniform[PAD] == 0
     assert np.allclose(uniform[1:], 1 / 3)
+
+
+def test_prefixes_end_anywhere_after_two_items_and_leave_the_others():
+    data = histories([1, 2, 3, 40] * 500)
+    lengths = data.ends - data.starts
+    found = prefixes(data, 0.5, generator(0))
+    kept = found.ends - found.starts
+    assert (found.starts == data.starts).all()
+    assert (kept[lengths <= 2] == lengths[lengths <= 2]).all()
+    long = kept[lengths == 40]
+    assert long.min() == 2
+    assert long.max() == 40
+    assert 0.4 < (long < 40).mean() < 0.6
+    assert abs(long[long < 40].mean() - 20.5) < 1.5
+    assert (prefixes(data, 0.0, generator(0)).ends == data.ends).all()
+
+
+def test_an_epoch_of_prefixes_predicts_items_from_what_was_before_them():
+    data = histories([30] * 64)
+    config = TrainConfig(batch_size=64, prefix_share=1.0, last_item_share=1.0)
+    first, second = (Epoch(data, small_model(), config, epoch).samples(0) for epoch in (0, 1))
+    assert first.is_target.sum() == 64
+    targets = first.tokens[first.is_target]
+    assert (targets != data.items[data.ends - 1][:64]).mean() > 0.5
+    assert first.lengths.tolist() != second.lengths.tolist()
