@@ -125,7 +125,7 @@ def _train(trainer: Trainer, valid: Evaluation, folder: Path | None, options: Op
                 if row[SELECT] > progress.best_value:
                     progress.best_value, progress.best_epoch = row[SELECT], stats.epoch
                     progress.stale_evaluations = 0
-                    best = {k: v.clone() for k, v in unique_tensors(trainer.model).items()}
+                    best = {k: v.clone() for k, v in unique_tensors(trainer.model, frozen=False).items()}
                     if folder is not None:
                         state = {"identity": trainer.identity(), "validation": row}
                         checkpoint.save(folder, "best", best, state)

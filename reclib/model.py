@@ -7,8 +7,8 @@ Reference: Sun et al., "BERT4Rec", CIKM 2019, section 3. What is unusual:
 - the encoder and the output layer are called apart, so that only target positions need reach the latter;
 - the output table is a weight to be multiplied by whoever computes the loss or the ranks;
 - there is no dropout on attention probabilities unless asked for: it rules out fused attention;
-- with `causal` attention it is the twin that predicts the next item (SASRec, Kang and McAuley, ICDM 2018, with full
-  cross-entropy): nothing else differs.
+- with `causal` attention it is the twin that predicts the next item (SASRec, Kang and McAuley, ICDM 2018, with
+  full cross-entropy): nothing else differs.
 
 Shapes: R rows, L positions in a row, D hidden_dim, H heads, V rows of the output table, M target positions.
 """
@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -94,6 +95,18 @@ def _(x: Tensor, p: float) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
+def part_of(linear: nn.Module, x: Tensor, part: slice) -> Tensor:
+    """Return the outputs `part` of a linear map of x (..., D), and compute only those where it can be cut.
+
+    A plain layer is cut by its weights. Whatever stands in its place is never bypassed: it is asked by its
+    own method `part`, or else computes everything.
+    """
+    if type(linear) is nn.Linear:
+        return F.linear(x, linear.weight[part], linear.bias[part])
+    own: Callable[[Tensor, slice], Tensor] | None = getattr(linear, "part", None)
+    return linear(x)[..., part] if own is None else own(x, part)
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention inside segments."""
 
@@ -113,9 +126,8 @@ class SelfAttention(nn.Module):
         if queries is None:
             q, k, v = (self._split(part) for part in self.qkv(x).chunk(3, dim=-1))
         else:
-            weight, shift = self.qkv.weight, self.qkv.bias
-            q = self._split(F.linear(queries, weight[:D], shift[:D]))
-            k, v = (self._split(y) for y in F.linear(x, weight[D:], shift[D:]).chunk(2, dim=-1))
+            q = self._split(part_of(self.qkv, queries, slice(0, D)))
+            k, v = (self._split(y) for y in part_of(self.qkv, x, slice(D, 3 * D)).chunk(2, dim=-1))
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=bias, dropout_p=self.dropout if self.training else 0.0
         )

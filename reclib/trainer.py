@@ -281,7 +281,7 @@ class Trainer:
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint of the present step and drop all but the newest two."""
-        tensors = {f"model.{k}": v for k, v in unique_tensors(self.model).items()}
+        tensors = {f"model.{k}": v for k, v in unique_tensors(self.model, frozen=False).items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
         tensors["random.cpu"] = torch.get_rng_state()
@@ -318,16 +318,17 @@ class Trainer:
         return True
 
 
-def unique_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Return the state with tied tensors once, as safetensors wants it."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+def unique_tensors(model: torch.nn.Module, frozen: bool = True) -> dict[str, Tensor]:
+    """Return the state with tied tensors once, as safetensors wants it, with or without frozen ones."""
+    return {name: p.detach() for name, p in model.named_parameters() if frozen or p.requires_grad}
 
 
 def load_unique(model: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
     """Copy the tensors of `unique_tensors` into a model of the same configuration."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(tensors[name])
+            if parameter.requires_grad or name in tensors:
+                parameter.copy_(tensors[name])
 
 
 def refuse_other(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
