@@ -117,7 +117,7 @@ def _said(work: Work, arm: Arm) -> dict[str, Any]:
 
 def _under_its_split(work: Work, arm: Arm, seed: int) -> list[Result]:
     trainer = work.train(arm, seed, Options())
-    name = arm.name.split(",")[0]  # "causal, global time" is the causal model: the protocol says the rest
+    name = arm.name.split(" (")[0]  # "causal (global time)" is the causal model: the protocol says the rest
     return assessment.other_split(trainer, work.split(arm), SAMPLES, name, seed)
 
 

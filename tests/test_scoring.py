@@ -13,8 +13,8 @@ from reclib.fit import Options
 ARMS = {
     "bert4rec": {"final": True},
     "twin": {"train": {"objective": "next_item"}, "final": True},
-    "bert4rec, past": {"split": "global_time", "final": True, "seeds": [0]},
-    "bert4rec, users": {"split": "random_users", "final": True, "seeds": [0]},
+    "bert4rec (past)": {"split": "global_time", "final": True, "seeds": [0]},
+    "bert4rec (users)": {"split": "random_users", "final": True, "seeds": [0]},
     "wide": {"model": {"hidden_dim": 64}, "seeds": [0]},
 }
 
