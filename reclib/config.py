@@ -174,6 +174,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "nano": _CPU | {"hidden_dim": 32, "num_layers": 1, "num_heads": 1, "num_items": 1349},
     "tiny": _CPU | {"hidden_dim": 64, "num_layers": 2, "num_heads": 2, "num_items": 1349},
     "small": _CPU | {"hidden_dim": 128, "num_layers": 2, "num_heads": 4, "num_items": 1349},
+    "medium": _CPU | {"hidden_dim": 256, "num_layers": 2, "num_heads": 4, "num_items": 1349},
     "5m": {
         "hidden_dim": 128,
         "num_layers": 2,
