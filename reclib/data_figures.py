@@ -11,6 +11,7 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 from reclib.look import BLUE, DECADES, GREEN, INK, MUTED, ORANGE, PALETTE, TEMPLATE, bar, line
 from reclib.marks import panels
@@ -39,10 +40,10 @@ def preparation(rows: pd.DataFrame) -> go.Figure:
     figure.update_yaxes(autorange="reversed")
     kept = core["interactions"] / first["interactions"]
     lost = first["items"] - core["items"]
-    return figure.update_layout(
-        title_text=f"The k-core keeps {kept:.1%} of interactions and drops {lost:,} of "
-        f"{first['items']:,} items"
-    )
+    title = f"The k-core keeps {kept:.1%} of interactions and drops {lost:,} of {first['items']:,} items"
+    if kept == 1:
+        title = f"Nothing was removed: all {core['interactions']:,} interactions are in the k-core"
+    return figure.update_layout(title_text=title)
 
 
 def sequence_lengths(rows: pd.DataFrame) -> go.Figure:
@@ -127,8 +128,7 @@ def item_popularity(rows: pd.DataFrame) -> go.Figure:
 def tied_timestamps(rows: pd.DataFrame) -> go.Figure:
     """What is ordered by the tie rule alone."""
     share = rows["tied_test_target_share"].iloc[0]
-    title = f"For {share:.0%} of the users the order of rows in the file decides the test target"
-    return _shares(rows, title)
+    return _shares(rows, f"For {share:.0%} of the users the last two interactions have the same timestamp")
 
 
 def repeats(rows: pd.DataFrame) -> go.Figure:
@@ -146,14 +146,14 @@ def _shares(rows: pd.DataFrame, title: str) -> go.Figure:
             y=rows["what"].str.wrap(34).str.replace("\n", "<br>"),
             orientation="h",
             text=rows["share"].map("{:.1%}".format),
-            textposition="auto",
+            textposition="outside",
             cliponaxis=False,
             hovertemplate="%{x:.2%}<extra></extra>",
             marker=bar(rows["kind"].iloc[0], BLUE),
         ),
         layout={"template": TEMPLATE},
     )
-    figure.update_xaxes(title_text="share", tickformat=".0%", range=[0, 1])
+    figure.update_xaxes(title_text="share", tickformat=".0%", range=[0, 1.1])
     figure.update_yaxes(autorange="reversed", ticks="")
     return figure.update_layout(height=180 + 50 * len(rows), title_text=title)
 
@@ -185,70 +185,53 @@ def last_items(rows: pd.DataFrame) -> go.Figure:
 
 def interactions_over_time(rows: pd.DataFrame) -> go.Figure:
     """When interactions happened, and when users and items came."""
-    figure = panels(2)
+    figure = make_subplots(rows=2, shared_xaxes=True, vertical_spacing=0.07)
     figure.add_bar(
         x=rows["start"],
         y=rows["interactions"],
         hovertemplate="from %{x}: %{y:,} interactions<extra></extra>",
         marker=bar(rows["kind"].iloc[0], BLUE),
+        showlegend=False,
         row=1,
         col=1,
     )
-    for name, color, place in (("users", ORANGE, "top left"), ("items", GREEN, "bottom right")):
-        met = rows[f"new_{name}"].cumsum() / rows[f"new_{name}"].sum()
+    for name, color in (("users", ORANGE), ("items", GREEN)):
         figure.add_scatter(
             x=rows["start"],
-            y=met,
+            y=rows[f"new_{name}"].cumsum() / rows[f"new_{name}"].sum(),
             mode="lines",
             line=line(rows["kind"].iloc[0], color),
+            name=f"{name} met so far",
             hovertemplate="by the end of the span from %{x}: %{y:.1%} of " + name + "<extra></extra>",
-            row=1,
-            col=2,
-        )
-        middle = int((met >= 0.5).to_numpy().argmax())
-        figure.add_annotation(
-            x=rows["start"].iloc[middle],
-            y=met.iloc[middle],
-            text=name,
-            showarrow=False,
-            font={"color": color},
-            xanchor="right" if place == "top left" else "left",
-            xshift=-8 if place == "top left" else 8,
-            row=1,
-            col=2,
+            row=2,
+            col=1,
         )
     _mark_time_points(figure, rows)
     figure.update_yaxes(title_text="interactions", row=1, col=1)
-    figure.update_yaxes(title_text="share met by then", tickformat=".0%", range=[0, 1.02], row=1, col=2)
-    figure.update_xaxes(title_text="time (UTC)", nticks=6)
-    return figure.update_layout(title_text=_when(rows))
+    figure.update_yaxes(title_text="share of all", tickformat=".0%", range=[0, 1.02], row=2, col=1)
+    figure.update_xaxes(title_text="time (UTC)", nticks=5, tickangle=0, row=2, col=1)
+    legend = {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.2, "yanchor": "top"}
+    return figure.update_layout(template=TEMPLATE, height=520, legend=legend, title_text=_when(rows))
 
 
 def _mark_time_points(figure: go.Figure, rows: pd.DataFrame) -> None:
-    for part, side in (("valid", "right"), ("test", "left")):
+    """Draw where validation and test of the global time split begin."""
+    for part, name, side in (("valid", "validation", "right"), ("test", "test", "left")):
         if f"{part}_from" not in rows:
             continue
         point = pd.Timestamp(rows[f"{part}_from"].iloc[0], unit="s")
-        for column in (1, 2):
-            figure.add_vline(point, line={"color": INK, "width": 1, "dash": "dot"}, row=1, col=column)
-        figure.add_annotation(
-            x=point,
-            y=1.0,
-            yref="y domain",
-            yanchor="bottom",
-            xanchor=side,
-            text={"valid": "validation", "test": "test"}[part],
-            showarrow=False,
-            font={"color": INK, "size": 12},
-            row=1,
-            col=1,
-        )
+        for row in (1, 2):
+            figure.add_vline(point, line={"color": INK, "width": 1, "dash": "dot"}, row=row, col=1)
+        at = {"x": point, "y": 1.0, "yref": "y domain", "yanchor": "bottom", "xanchor": side}
+        font = {"color": INK, "size": 12}
+        figure.add_annotation(at, text=name, showarrow=False, font=font, row=1, col=1)
 
 
 def _when(rows: pd.DataFrame) -> str:
     days, per_bin = rows["days"].iloc[0], rows["interactions"]
     busiest = per_bin.max() / per_bin.sum()
-    span = f"{days / 365.25:,.1f} years" if days > 730 else f"{days:,.0f} days"
+    span = f"{24 * days:,.1f} hours" if days < 2 else f"{days:,.0f} days"
+    span = f"{days / 365.25:,.1f} years" if days > 730 else span
     return f"{span} of interactions; the busiest of {len(rows)} spans has {busiest:.1%} of them"
 
 
@@ -278,7 +261,7 @@ def cold_start(rows: pd.DataFrame) -> go.Figure:
     worst = int(rows["unseen_item_share"].argmax())
     share, split = rows["unseen_item_share"].iloc[worst], rows["split"].iloc[worst]
     return figure.update_layout(
-        title_text=f"At most {share:.1%} of test targets are new to training ({split})"
+        title_text=f"Up to {share:.1%} of test targets are items that training never saw ({split})"
         if share
         else "No split asks for an item that training never saw"
     )

@@ -101,7 +101,7 @@ def repeats(dataset: Dataset) -> Described:
     what = ["interactions with an item that the user had before", "of the same item twice in a row"]
     if dataset.times is not None:
         metrics["exact_duplicate_share"] = exact / again.size
-        what.append("in the same second too: exact duplicates")
+        what.append("with the same timestamp too: exact duplicates")
     metrics["repeat_target_share"] = float(targets.mean()) if targets.size else 0.0
     what.append("test targets that the user had before")
     return Described(metrics, {"what": what, "share": list(metrics.values())})
@@ -115,7 +115,7 @@ def ties(dataset: Dataset) -> Described:
         "tied_interaction_share": tied["interactions"] / dataset.num_interactions,
         "tied_test_target_share": tied["test_targets"] / max(users, 1),
     }
-    what = ["interactions in a second with another of the same user"]
+    what = ["interactions with the timestamp of another of the same user"]
     what += ["test targets that could change places with the item before"]
     return Described(metrics, {"what": what, "share": list(metrics.values())})
 
