@@ -154,7 +154,7 @@ def test_the_name_of_a_profile_is_found_by_comparing():
     assert name("02_baseline", build()) == "smoke"
     assert name("02_baseline", build(gpu="h100", seeds=[4, 5], wandb_mode="offline")) == "smoke"
     assert name("02_baseline", build(precision="bf16", compile_mode="default")) == "smoke"
-    for change in ({"epochs": 2}, {"learning_rate": 0.002}, {"dataset": "synthetic"}):
+    for change in ({"epochs": 5}, {"learning_rate": 0.002}, {"dataset": "synthetic"}):
         assert name("02_baseline", build(**change)) == "custom"
     quick = params.build("02_baseline", params.profile("02_baseline", "quick"))
     assert name("02_baseline", quick) == "quick"
