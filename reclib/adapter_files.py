@@ -99,26 +99,47 @@ def load_adapter(
     plain LoRA or, unless `any_base`, does not say of what base it is.
     """
     found = read_adapter(folder)
-    adapted = model if isinstance(model, AdaptedModel) else AdaptedModel(model)
+    if isinstance(model, AdaptedModel):
+        _put(model, found, folder, name, any_base, causal_model)
+        return model
+    adapted = AdaptedModel(model)
+    try:
+        _put(adapted, found, folder, name, any_base, causal_model)
+    except InputError:
+        adapted.unload()  # the model is as it was given
+        raise
+    return adapted
+
+
+def _put(
+    adapted: AdaptedModel,
+    found: AdapterFile,
+    folder: Path,
+    name: str,
+    any_base: bool,
+    causal_model: Bert4Rec | None,
+) -> None:
+    """Add what a file holds as the adapter `name`, or nothing."""
     _refuse_other_base(found, adapted, folder, any_base)
     if found.reader_sha256 is not None and causal_model is not None:
-        from_model = base_hash(causal_model)
-        if from_model != found.reader_sha256:
+        given = base_hash(causal_model)
+        if given != found.reader_sha256:
             raise InputError(
                 f"{folder / CONFIG}: the gate reads the causal model {found.reader_sha256[:12]}, and the "
-                f"one given is {from_model[:12]}"
+                f"one given is {given[:12]}"
             )
+    before = adapted.active
     adapted.add(name, found.config, causal_model)
     wanted = _tensors(adapted, name)
     try:
         _refuse_other_shapes(found.tensors, wanted, folder)
     except InputError:
         adapted.delete(name)
+        adapted.use(before)
         raise
     with torch.no_grad():
         for key, tensor in wanted.items():
             tensor.copy_(found.tensors[key])
-    return adapted
 
 
 def read_adapter(folder: Path) -> AdapterFile:
@@ -137,7 +158,7 @@ def read_adapter(folder: Path) -> AdapterFile:
     if wrong or not tensors:
         raise InputError(f"{folder / TENSORS}: key {wrong[0] if wrong else None!r}; expected {PREFIX}...")
     plain = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
-    digest = said.get("base_model_name_or_path") or ""
+    digest = str(said.get("base_model_name_or_path"))
     base = digest.removeprefix(BASE) if digest.startswith(BASE) else None
     if said["peft_type"] in OWN_TYPES.values():
         own = said.get(OWN)
@@ -160,10 +181,10 @@ def _plain_lora(said: dict[str, Any], tensors: dict[str, Tensor], folder: Path) 
             raise InputError(f"{folder / CONFIG}: {field}={said[field]!r}; allowed: {allowed[0]!r}")
     try:
         values = {"rank": said["r"], "alpha": float(said["lora_alpha"])}
+        values |= {"dropout": float(said.get("lora_dropout") or 0.0)}
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"damaged adapter: {folder / CONFIG}: {error!r}") from None
     values |= {"kind": "rslora" if said.get("use_rslora") else "lora"}
-    values |= {"dropout": float(said.get("lora_dropout") or 0.0)}
     paths = dict.fromkeys(key.rsplit(".lora_", 1)[0] for key in tensors)
     return validated(AdapterConfig, values | {"targets": tuple(paths)})
 

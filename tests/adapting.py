@@ -1,0 +1,68 @@
+"""Adapted small models that the tests of adapters share."""
+
+from __future__ import annotations
+
+import torch
+from engine import histories, small_model
+
+from reclib.batching import Batch, Epoch
+from reclib.config import TrainConfig
+from reclib.ilora import AdaptedModel
+from reclib.lowrank import AdapterConfig
+from reclib.model import Bert4Rec
+
+KINDS = ("lora", "rslora", "gated", "ilora")
+EVERYTHING = ("qkv", "attention_out", "ffn_up", "ffn_down", "head", "item_table")
+UNTIED = {"tied": False, "head": "mlp"}
+
+
+def base(seed: int = 0, **changes: object) -> Bert4Rec:
+    """A small model whose biases are not zero."""
+    torch.manual_seed(seed)
+    model = Bert4Rec(small_model(**changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def stir(adapted: AdaptedModel, seed: int = 1) -> AdaptedModel:
+    """Move every adapter and gate away from where it starts, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in (*adapted.parameters(),):
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return adapted
+
+
+def adapted(kind: str = "ilora", model: Bert4Rec | None = None, **changes: object) -> AdaptedModel:
+    """A small model with a stirred adapter."""
+    found = AdaptedModel(base(**UNTIED) if model is None else model)
+    found.add("default", AdapterConfig(kind=kind, **({"rank": 8, "alpha": 16.0} | changes)))
+    return stir(found).eval()
+
+
+def batch(lengths: tuple[int, ...] = (9, 4, 12, 7, 3, 8, 5, 6), **changes: object) -> Batch:
+    """The first batch of some histories."""
+    train = TrainConfig(batch_size=len(lengths), **({"mask_prob": 0.3} | changes))
+    model = small_model()
+    return Epoch(histories(list(lengths)), model, train, 0).step(0)[0]
+
+
+def rows_of(one: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return one.items, one.segment_ids, one.positions
+
+
+@torch.no_grad()
+def scores(model: Bert4Rec | AdaptedModel, one: Batch) -> torch.Tensor:
+    """Scores (M, V) at the targets, by way of the queries, as training and evaluation go."""
+    states = model.encode(*rows_of(one), one.query_index).flatten(0, 1)[one.target_slots[: one.num_targets]]
+    return model.logits(states)
+
+
+@torch.no_grad()
+def scores_everywhere(model: Bert4Rec | AdaptedModel, one: Batch) -> torch.Tensor:
+    """The same scores by way of the states of all places."""
+    states = model.encode(*rows_of(one)).flatten(0, 1)[one.target_places[: one.num_targets]]
+    return model.logits(states)
