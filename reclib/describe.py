@@ -1,7 +1,7 @@
 """What a prepared dataset looks like, as records can hold it: metrics and columns of numbers.
 
-Everything is counted from the memory-mapped arrays, in portions, so that a dataset of tens of millions
-of interactions needs no more memory than one of thousands, but for some numbers per user and per item.
+Everything is counted from the memory-mapped arrays, in portions: beside these it takes a few bytes per
+interaction and some numbers per user and per item.
 """
 
 from __future__ import annotations
@@ -249,12 +249,17 @@ def _portions(dataset: Dataset) -> Iterator[tuple[int, int, np.ndarray]]:
 
 
 def _items_met(dataset: Dataset, histories: Histories) -> np.ndarray:
-    """Return bool (num_items + 1,): whether an item stands in any of the histories."""
-    change = np.bincount(histories.starts, minlength=dataset.num_interactions + 1)
-    change -= np.bincount(histories.ends, minlength=dataset.num_interactions + 1)
-    inside = np.cumsum(change)[:-1] > 0
+    """Return bool (num_items + 1,): whether an item stands in any of the histories, which are in order."""
+    starts, ends = histories.starts, histories.ends
     known = np.zeros(dataset.num_items + 1, dtype=bool)
-    known[dataset.items[inside]] = True
+    for begin in range(0, dataset.num_interactions, PORTION):
+        end = min(begin + PORTION, dataset.num_interactions)
+        rows = slice(np.searchsorted(ends, begin, side="right"), np.searchsorted(starts, end))
+        size = end - begin + 1
+        opened = np.bincount(np.maximum(starts[rows], begin) - begin, minlength=size)
+        closed = np.bincount(np.minimum(ends[rows], end) - begin, minlength=size)
+        inside = np.cumsum(opened - closed)[:-1] > 0
+        known[dataset.items[begin:end][inside]] = True
     return known
 
 

@@ -102,11 +102,13 @@ def test_long_runs_are_counted_together_but_the_longest_is_told():
 
 
 @settings(deadline=None, max_examples=40)
-@given(histories)
-def test_what_training_never_saw_is_that_of_a_loop(given_histories):
+@given(histories, st.integers(1, 20))
+def test_what_training_never_saw_is_that_of_a_loop(given_histories, portion):
     dataset = dataset_of(given_histories)
     found = {"leave_one_out": splits.leave_one_out(dataset), "random_users": splits.random_users(dataset)}
-    made = describe.cold(dataset, found)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(describe, "PORTION", portion)
+        made = describe.cold(dataset, found)
     rows = 0
     for name, split in found.items():
         train = split.train
