@@ -40,7 +40,7 @@ def reading(dataset: Dataset) -> pd.DataFrame:
 def rejected(dataset: Dataset) -> pd.DataFrame:
     """Tabulate the lines that were no valid interactions, by reason; empty where all were valid."""
     found, lines = dataset.manifest["reading"]["rejected"], dataset.manifest["reading"]["lines"]
-    rows = [(reason, count, f"{count / lines:.3%}") for reason, count in found.items()]
+    rows = [(reason, count, f"{100 * count / lines:.2g}%") for reason, count in found.items()]
     return pd.DataFrame(rows, columns=["rejected because", "lines", "share"]).set_index("rejected because")
 
 

@@ -171,7 +171,7 @@ def test_the_sheet_tells_what_was_read_and_rejected(prepared):
     assert len(sheet["sha256"]) == 64
     rejected = datasheet.rejected(dataset)
     assert rejected["lines"].tolist() == [1]
-    assert rejected["share"].tolist() == ["5.000%"]
+    assert rejected["share"].tolist() == ["5%"]
     assert datasheet.rejected_examples(dataset).loc[21, "text"] == "u0,i0,-5"
     assert datasheet.counts(dataset).loc["source", "interactions"] == "19"
     assert datasheet.published(dataset) == {}
