@@ -267,11 +267,17 @@ class AdaptedTable(AdaptedLayer):
         self.adapters[name] = LowRank(width, rows, config)
 
     def widened(self) -> Tensor:
-        """Return (V, D + r): the table and B, where an adapter is active, else the table."""
+        """Return (V, D + r): the table and B, where an adapter is active, else the table.
+
+        The loss on a CPU in full precision leaves the product of the first D columns' gradient out; other
+        routes compute it, and autograd drops it.
+        """
         adapter = self.present_adapter
         if adapter is None:
             return self.table
-        return torch.cat((self.table, adapter.lora_B.weight.to(self.table.dtype)), 1)
+        both = torch.cat((self.table, adapter.lora_B.weight.to(self.table.dtype)), 1)
+        both.frozen_columns = self.table.shape[1]  # type: ignore[attr-defined]
+        return both
 
     def widen(self, x: Tensor) -> Tensor:
         """Return x (M, D) and f A x beside it, (M, D + r), where an adapter is active, else x."""

@@ -147,6 +147,7 @@ class InplaceCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, scores)
         ctx.num_items, ctx.bias_dtype = num_items, None if bias is None else bias.dtype
         ctx.sink = sink_of(weight)
+        ctx.frozen_columns = getattr(weight, "frozen_columns", 0)  # the first ones, without a gradient
         return losses.sum()
 
     @staticmethod
@@ -164,7 +165,8 @@ class InplaceCrossEntropy(torch.autograd.Function):
             d_weight = torch.empty_like(weight)
             d_weight[PAD].zero_()
             d_weight[last:].zero_()
-            torch.mm(slope.t(), scaled, out=d_weight[1:last])
+            first = ctx.frozen_columns
+            torch.mm(slope.t(), scaled[:, first:], out=d_weight[1:last, first:])
         if ctx.needs_input_grad[2]:
             ones = scale.to(slope.dtype).expand(len(slope)).contiguous()
             d_bias = torch.zeros(len(weight), dtype=ctx.bias_dtype, device=weight.device)

@@ -349,6 +349,23 @@ def test_frozen_layers_have_no_weight_gradient_product():
     assert frozen <= 2 * forward + 3 * adapters
 
 
+@pytest.mark.parametrize("kind", ["lora", "ilora"])
+def test_an_adapted_output_table_has_no_product_for_the_frozen_part(kind):
+    """And its gradients are those of the plain route, which does not know of frozen columns."""
+    found = adapted(kind, targets=("head",), rank=4, num_experts=2).train()
+    one, gradients, products = batch(), [], []
+    for loss in ("inplace", "plain"):
+        found.zero_grad()
+        with FlopCounterMode(display=False) as counter:
+            batch_loss(found, one, changed(TRAIN, loss=loss), one.num_targets).backward()
+        products.append(counter.get_total_flops())
+        gradients.append({n: p.grad.clone() for n, p in found.named_parameters() if p.grad is not None})
+    for name, gradient in gradients[1].items():
+        torch.testing.assert_close(gradients[0][name], gradient, rtol=1e-4, atol=1e-6)
+    frozen_part = 2 * len(one.targets) * found.config.num_items * found.config.hidden_dim
+    assert products[1] - products[0] >= frozen_part
+
+
 def test_freezing_takes_gradients_and_sinks_away():
     torch.manual_seed(0)
     model = Bert4Rec(changed(small_model(**UNTIED), num_items=200_000))
