@@ -6,8 +6,8 @@
 
 The shape is `electronics` of `engine.py` (160,000 items, hidden 256, 4 layers, batch 128, untied tables),
 fp32, after some steps of full training as the base. Adapters: all encoder matrices, rank 8, 4 experts, gate
-on the mean of the visible items' embeddings, its time included. Steps are timed in turns in one process, on the
-same batches, and a ratio is the geometric mean over pairs of steps with its 95 % bootstrap interval. Peak
+on the mean of the visible items' embeddings, its time included. Steps are timed in turns in one process, on
+the same batches, and a ratio is the geometric mean over pairs of steps with its 95 % bootstrap interval. Peak
 memory is taken in a process for each variant, beyond what is resident once the base is loaded. The last line
 is one JSON object.
 """
