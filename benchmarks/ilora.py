@@ -182,9 +182,9 @@ def measure_memory(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
 # -- size ----------------------------------------------------------------------------------------------------
 
 
-def shares(tiny: bool) -> dict[str, Any]:
-    """Return the trained share of the parameters at 130M, by arithmetic on the meta device's shapes."""
-    model = Bert4Rec(model_config("nano" if tiny else "130m"))
+def shares() -> dict[str, Any]:
+    """Return the trained share of the parameters at 130M, with the encoder alone and with the head."""
+    model = Bert4Rec(model_config("130m"))
     adapted = AdaptedModel(model)
     adapted.add("encoder", adapter("ilora"))
     counts = adapted.counts()
@@ -223,7 +223,7 @@ def main() -> None:
         folder = given.base or Path(place) / "base"
         if given.base is None:
             train_base(given, folder)
-        result = measure_memory(given, folder) | time_steps(given, folder) | shares(given.tiny)
+        result = measure_memory(given, folder) | time_steps(given, folder) | ({} if given.tiny else shares())
     print(json.dumps(about | result))
 
 
