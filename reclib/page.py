@@ -42,8 +42,8 @@ def _data_answer(found: dict[str, list[Record]]) -> str:
             f"{_dataset(record)}: {m['users']:,} users, {m['items']:,} items and "
             f"{m['interactions']:,} interactions are left of {m['source_interactions']:,}"
         )
-    for record in found.get("tied_timestamps", []):
-        share = record["metrics"]["tied_test_target_share"]
+    for record in found.get("last_items", []):
+        share = record["metrics"]["last_item_by_tie_rule_share"]
         lines.append(f"for {share:.0%} of the users only the order of rows decides the test target")
     return "; ".join(lines)
 

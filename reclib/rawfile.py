@@ -1,6 +1,6 @@
 """A raw text file as blocks of whole lines: unzipped, hashed and never taken for whole when cut.
 
-Blocks are read and unzipped in a thread of their own, one ahead, since unzipping leaves Python's lock
+Blocks are read and unzipped in a thread of their own, some ahead, since unzipping leaves Python's lock
 free. Memory does not grow with the file.
 """
 
@@ -11,6 +11,7 @@ import contextlib
 import gzip
 import hashlib
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +30,7 @@ with contextlib.suppress(ImportError):  # unzips faster, with the same interface
 GZIP_MAGIC = b"\x1f\x8b"
 GZIP_WINDOW = 31  # of `decompressobj`: gzip with its header and checksum
 BLOCK_BYTES = 8 << 20  # of text in one block
+BLOCKS_AHEAD = 6  # read while others are taken
 PIECE_BYTES = 1 << 20  # of the file, read at once
 MAX_LINE_BYTES = 64 << 20  # a longer one means that the file is not text of lines
 UTF8_PIECE = 1 << 16  # bytes checked at a time
@@ -43,27 +45,31 @@ class Block(NamedTuple):
 
 
 class RawFile:
-    """One pass over a raw file; `sha256` and `bytes_read` are of the file as it lies, at the end."""
+    """One pass over a raw file; `sha256` and `bytes_read` are of the file as it lies, at the end.
 
-    def __init__(self, path: Path, *, quoted: bool = False) -> None:
+    A hash that is known already is not computed again; whoever gives it sees to it that the file is the same.
+    """
+
+    def __init__(self, path: Path, *, quoted: bool = False, sha256: str | None = None) -> None:
         self.path = path
         self.size = checked(path).stat().st_size
         self.bytes_read = 0
+        self._known = sha256
         self._digest = hashlib.sha256()
         self._quoted = quoted  # whether a line end inside double quotes belongs to a field
 
     @property
     def sha256(self) -> str:
         """Hexadecimal hash of the bytes read so far: of the file once all blocks were taken."""
-        return self._digest.hexdigest()
+        return self._known or self._digest.hexdigest()
 
     def blocks(self) -> Iterator[Block]:
         """Yield the file; raise `InputError` where it is a gzip file that is cut short or damaged."""
         cut = self._cut()
         with ThreadPoolExecutor(1, thread_name_prefix="read") as ahead:
-            coming = ahead.submit(next, cut, None)
-            while (block := coming.result()) is not None:
-                coming = ahead.submit(next, cut, None)
+            coming = deque(ahead.submit(next, cut, None) for _ in range(BLOCKS_AHEAD))
+            while (block := coming.popleft().result()) is not None:
+                coming.append(ahead.submit(next, cut, None))
                 yield block
 
     def _cut(self) -> Iterator[Block]:
@@ -107,7 +113,8 @@ class RawFile:
 
     def _pieces(self, piece: bytes, file: BinaryIO) -> Iterator[bytes]:
         while piece:
-            self._digest.update(piece)
+            if self._known is None:
+                self._digest.update(piece)
             self.bytes_read += len(piece)
             yield piece
             piece = file.read(PIECE_BYTES)

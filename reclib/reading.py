@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from reclib.rejects import Rejects
 from reclib.rows import BadLine, Layout, Row
 
 ROWS_HELD = 100_000  # of sequences, before they are appended
-APPENDED_BLOCKS = 4  # of JSON lines at a time: each append costs the database a plan and a commit
+APPENDED_BLOCKS = 4  # of JSON lines at a time
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 Progress = Callable[[int, int], None]  # bytes of the file done, and in all
@@ -53,11 +52,13 @@ def ingest(
     strict: bool = False,
     max_rejected_share: float = 0.01,
     progress: Progress | None = None,
+    sha256: str | None = None,
 ) -> Ingested:
     """Create the table raw(row, "user", item, rating, time) from a file.
 
     `row` counts the valid interactions in the file's order from 0; `rating` is NULL where unknown;
-    `time` is in the unit that the result names. `format` None is detected. Raises `InputError` for
+    `time` is in the unit that the result names. `format` None is detected. `sha256` is the file's hash
+    where it is known: then it is not computed again. Raises `InputError` for
     what cannot be read, at the first bad line if `strict`, else where more than `max_rejected_share`
     of the lines are bad; the table is then not to be used.
     """
@@ -71,7 +72,7 @@ def ingest(
     if is_parquet:
         unit, provenance = parquet.read(con, path, columns, rejects, progress)
     else:
-        unit, provenance = _read_text(con, path, format, columns, rejects, progress)
+        unit, provenance = _read_text(con, path, format, columns, rejects, progress, sha256)
     rejects.finish()
     if unit == "order" and format.kind != "sequences":  # those come with their positions
         _number_positions(con)
@@ -96,27 +97,24 @@ def _read_text(
     columns: dict[str, str] | None,
     rejects: Rejects,
     progress: Progress | None,
+    sha256: str | None,
 ) -> tuple[str, dict[str, Any]]:
     """Read blocks of lines; return the time unit and what was learned about the file."""
-    file = RawFile(path, quoted=format.kind == "table")
+    file = RawFile(path, quoted=format.kind == "table", sha256=sha256)
     reader: _Fields | _Json | _Sequences | None = None
     with tempfile.TemporaryDirectory(dir=_scratch(con)) as folder:
         table = RawTable(con, Path(folder) / "block")
-        try:
-            for block in file.blocks():
-                _demand_line_end(path, block, format)
-                block = _utf8(block, format.encoding)
-                if reader is None:
-                    reader = _reader(path, format, columns, block, table, rejects)
-                reader.take(block)
-                if progress is not None:
-                    progress(file.bytes_read, file.size)
+        for block in file.blocks():
+            _demand_line_end(path, block, format)
+            block = _utf8(block, format.encoding)
             if reader is None:
-                raise InputError(f"{path.name} is empty, expected one interaction per line")
-            unit, about = reader.finish()
-        finally:
-            if isinstance(reader, _Json):
-                reader.close()
+                reader = _reader(path, format, columns, block, table, rejects)
+            reader.take(block)
+            if progress is not None:
+                progress(file.bytes_read, file.size)
+        if reader is None:
+            raise InputError(f"{path.name} is empty, expected one interaction per line")
+        unit, about = reader.finish()
     return unit, {"sha256": file.sha256, **about}
 
 
@@ -211,10 +209,7 @@ class _Fields:
 
 
 class _Json:
-    """JSON lines of reviews.
-
-    A thread appends some blocks while the next are decoded: the database leaves Python's lock free.
-    """
+    """JSON lines of reviews; appended some blocks at once, since each append costs a plan and a commit."""
 
     def __init__(self, format: Format, table: RawTable, rejects: Rejects) -> None:
         self.unit = format.time_unit
@@ -222,9 +217,7 @@ class _Json:
         self.layout = replace(PLAIN, time_unit=self.unit)
         self.table = table
         self.rejects = rejects
-        self.appender = ThreadPoolExecutor(1, thread_name_prefix="append")
         self.held: list[tuple[Block, str, int]] = []  # decoded: block, its lines for the table, their number
-        self.appending: tuple[list[Block], int, Future[bool]] | None = None
 
     def take(self, block: Block) -> None:
         decoded = self._decoded(block.data)
@@ -233,18 +226,7 @@ class _Json:
         if decoded is None or len(self.held) == APPENDED_BLOCKS:
             self._append()
         if decoded is None:
-            self._settle()
             self._line_by_line(block)
-
-    def _append(self) -> None:
-        """Hand over what is held, once the append before has ended."""
-        self._settle()
-        if self.held:
-            blocks, texts, counts = zip(*self.held, strict=True)
-            self.held = []
-            text, count = "".join(texts).encode(), sum(counts)
-            accepted = self.appender.submit(self.table.append, self.layout, text, count)
-            self.appending = (list(blocks), count, accepted)
 
     def _decoded(self, data: bytes) -> tuple[str, int] | None:
         """Return the block as lines for the table and their number; None if any line is not valid."""
@@ -261,14 +243,14 @@ class _Json:
         whole = len(read) == count == text.count("\n") and text.count("\t") == 3 * count
         return (text, count) if whole else None
 
-    def _settle(self) -> None:
-        """Wait for the append under way; take its blocks line by line if the database did not accept them."""
-        if self.appending is None:
+    def _append(self) -> None:
+        """Append what is held; line by line if the database does not accept it."""
+        if not self.held:
             return
-        blocks, count, accepted = self.appending
-        self.appending = None
-        if accepted.result():
-            self.rejects.block_done(count)
+        blocks, texts, counts = zip(*self.held, strict=True)
+        self.held = []
+        if self.table.append(self.layout, "".join(texts).encode(), sum(counts)):
+            self.rejects.block_done(sum(counts))
             return
         for block in blocks:
             self._line_by_line(block)
@@ -282,11 +264,7 @@ class _Json:
 
     def finish(self) -> tuple[str, dict[str, Any]]:
         self._append()
-        self._settle()
         return self.unit, {}
-
-    def close(self) -> None:
-        self.appender.shutdown()
 
 
 class _Sequences:

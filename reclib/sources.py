@@ -84,6 +84,7 @@ def ml_100k_source(config: DataConfig) -> Source:
 def file_source(path: Path, config: DataConfig) -> Source:
     """Return the user's own file as a source, identified by its content and by how it is read."""
     format = named(config.format, checked(path), config.columns)
+    state = _state(path)
     beside = [other for other in (sequences.twin(path), titles.beside(path)) if other is not None]
     hashes = [_sha256(one) for one in (path, *beside)]
     columns = sorted((config.columns or {}).items())
@@ -99,8 +100,9 @@ def file_source(path: Path, config: DataConfig) -> Source:
             strict=config.strict,
             max_rejected_share=config.max_rejected_share,
             progress=progress,
+            sha256=hashes[0],
         )
-        if read.provenance["sha256"] != hashes[0]:
+        if _state(path) != state:
             raise InputError(f"{path.name} changed while it was read; prepare it again")
         read.provenance["origin"] = "file"
         return read
@@ -188,10 +190,8 @@ def _stem(path: Path) -> str:
 
 def _sha256(path: Path) -> str:
     """Return the hash of a file; that of a large one is kept, by path, size and time of change."""
-    stat = checked(path).stat()
-    state = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-    kept = paths.data() / "hashes" / hashlib.sha256(state.encode()).hexdigest()[:32]
-    large = stat.st_size >= HASH_KEPT_BYTES
+    kept = paths.data() / "hashes" / hashlib.sha256(_state(path).encode()).hexdigest()[:32]
+    large = path.stat().st_size >= HASH_KEPT_BYTES
     if large:
         with contextlib.suppress(OSError):
             return kept.read_text()
@@ -200,6 +200,12 @@ def _sha256(path: Path) -> str:
     if large:
         _keep(kept, found)
     return found
+
+
+def _state(path: Path) -> str:
+    """Return what changes whenever the file does: its place, size and time of change."""
+    stat = checked(path).stat()
+    return f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
 
 
 def _keep(file: Path, text: str) -> None:
