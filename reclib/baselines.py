@@ -120,7 +120,7 @@ def fit_recent_in_time(
     if times is None:
         raise InputError("popularity by time needs timestamps, and the dataset has an order only: use 'last'")
     _require("share", share, 0 < share <= 1, "a share of the time range above 0 and at most 1")
-    places = _places(histories)
+    places = histories.places()
     stamps = np.asarray(times)[places].astype(np.float64)
     since = stamps.max() - share * np.ptp(stamps)
     items = histories.items[places[stamps >= since]]
@@ -134,7 +134,7 @@ def fit_markov(histories: Histories, num_items: int, smoothing: float = 10.0) ->
     that was seen less often than that leans on popularity more than on its own transitions.
     """
     _require("smoothing", smoothing, smoothing > 0, "above 0")
-    places = _places(histories)
+    places = histories.places()
     followed = np.ones(len(places), dtype=bool)
     lengths = histories.ends - histories.starts
     followed[np.cumsum(lengths)[lengths > 0] - 1] = False  # nothing follows the last item of a history
@@ -302,21 +302,13 @@ def interaction_matrix(
     """Return who had what, as float32 (rows, I) of 0 and 1; repeated interactions count once."""
     users = np.arange(len(histories.starts)) if users is None else users
     chosen = Histories(histories.items, histories.starts[users], histories.ends[users])
-    lengths = chosen.ends - chosen.starts
-    columns = chosen.items[_places(chosen)] - 1
-    indptr = np.concatenate(([0], np.cumsum(lengths)))
+    columns = chosen.items[chosen.places()] - 1
+    indptr = np.concatenate(([0], np.cumsum(chosen.lengths)))
     ones = np.ones(len(columns), dtype=np.float32)
     matrix = sparse.csr_array((ones, columns, indptr), shape=(len(users), num_items))
     matrix.sum_duplicates()
     matrix.data[:] = 1.0
     return matrix
-
-
-def _places(histories: Histories) -> np.ndarray:
-    """Return where in `histories.items` every interaction stands, row after row."""
-    lengths = histories.ends - histories.starts
-    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    return np.repeat(histories.starts, lengths) + within
 
 
 def _blocks(rows: int, columns: int, limit_bytes: int | None = None) -> Iterator[np.ndarray]:

@@ -142,6 +142,17 @@ class Histories(NamedTuple):
     starts: np.ndarray  # int64 (rows,)
     ends: np.ndarray  # int64 (rows,)
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 (rows,): interactions of each row."""
+        return self.ends - self.starts
+
+    def places(self) -> np.ndarray:
+        """Return int64 (sum of lengths,): where in `items` every interaction stands, row after row."""
+        lengths = self.lengths
+        within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        return np.repeat(self.starts, lengths) + within
+
 
 class Evaluation(NamedTuple):
     """What is known of each evaluated user, and the one item to be found."""

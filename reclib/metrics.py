@@ -119,10 +119,9 @@ def rank(scores: Scores, evaluation: Evaluation, remove_seen: bool, top_k: int =
 
 def seen_items(histories: Histories, users: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return (row, item id) of everything in the histories of `users`, rows in their order."""
-    starts, lengths = histories.starts[users], (histories.ends - histories.starts)[users]
-    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    items = histories.items[np.repeat(starts, lengths) + within].astype(np.int64)
-    rows = np.repeat(np.arange(len(users)), lengths)
+    chosen = Histories(histories.items, histories.starts[users], histories.ends[users])
+    items = histories.items[chosen.places()].astype(np.int64)
+    rows = np.repeat(np.arange(len(users)), chosen.lengths)
     return torch.from_numpy(rows).to(device), torch.from_numpy(items).to(device)
 
 

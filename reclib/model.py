@@ -7,8 +7,8 @@ Reference: Sun et al., "BERT4Rec", CIKM 2019, section 3. What is unusual:
 - the encoder and the output layer are called apart, so that only target positions need reach the latter;
 - the output table is a weight to be multiplied by whoever computes the loss or the ranks;
 - there is no dropout on attention probabilities unless asked for: it rules out fused attention;
-- with `causal` attention it is the twin that predicts the next item (SASRec, Kang and McAuley, ICDM 2018, with
-  full cross-entropy): nothing else differs.
+- with `causal` attention it is the twin that predicts the next item (SASRec, Kang and McAuley, ICDM 2018,
+  with full cross-entropy): nothing else differs.
 
 Shapes: R rows, L positions in a row, D hidden_dim, H heads, V rows of the output table, M target positions.
 """

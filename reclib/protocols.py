@@ -238,13 +238,12 @@ def seed_mask_probability(lengths: np.ndarray, mask_prob: float) -> np.ndarray:
 def with_target(evaluation: Evaluation) -> Histories:
     """Return histories, copied, that go on to their target."""
     old = evaluation.histories
-    lengths = old.ends - old.starts
+    lengths = old.lengths
     ends = np.cumsum(lengths + 1)
     items = np.empty(ends[-1], dtype=old.items.dtype)
     last = np.zeros(len(items), dtype=bool)
     last[ends - 1] = True
-    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    items[~last] = old.items[np.repeat(old.starts, lengths) + within]
+    items[~last] = old.items[old.places()]
     items[last] = evaluation.targets
     return Histories(items, ends - lengths - 1, ends)
 

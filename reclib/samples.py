@@ -31,8 +31,8 @@ def cut(histories: Histories, users: np.ndarray, max_len: int, offset: np.ndarra
     lengths = np.minimum(ends - starts, max_len)
     slack = ends - starts - lengths
     shift = slack if offset is None else np.minimum((offset * (slack + 1)).astype(np.int64), slack)
-    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    tokens = histories.items[np.repeat(starts + shift, lengths) + within]
+    windows = Histories(histories.items, starts + shift, starts + shift + lengths)
+    tokens = histories.items[windows.places()]
     return Samples(tokens, lengths, np.zeros(len(tokens), dtype=bool), tokens)
 
 
@@ -80,10 +80,7 @@ def next_items(samples: Samples) -> Samples:
 
 def item_counts(histories: Histories, num_items: int) -> np.ndarray:
     """Return how often each item occurs in the histories, int64 (I + 1,); [0] is PAD's, zero."""
-    lengths = histories.ends - histories.starts
-    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    items = histories.items[np.repeat(histories.starts, lengths) + within]
-    return np.bincount(items, minlength=num_items + 1)
+    return np.bincount(histories.items[histories.places()], minlength=num_items + 1)
 
 
 def negative_shares(histories: Histories, num_items: int, train: TrainConfig) -> np.ndarray:

@@ -240,11 +240,11 @@ def shuffled(evaluation: Evaluation, seed: int, keep_last: int = 0) -> Evaluatio
     if keep_last < 0:
         raise InputError(f"parameter 'keep_last' is {keep_last}: expected 0 or more interactions")
     histories = evaluation.histories
-    lengths = histories.ends - histories.starts
+    lengths = histories.lengths
     ends = np.cumsum(lengths)
     row = np.repeat(np.arange(len(lengths)), lengths)
     within = np.arange(len(row)) - np.repeat(ends - lengths, lengths)
-    items = histories.items[histories.starts[row] + within]
+    items = histories.items[histories.places()]
     key = np.random.default_rng(seed).random(len(row))
     kept = within >= lengths[row] - keep_last
     key[kept] = 1.0 + within[kept]  # after all others, in their order
