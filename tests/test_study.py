@@ -212,6 +212,7 @@ def test_an_interrupt_leaves_no_kernel(project: Path, set_cells, number):
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=_hear_interrupts,
     )
     told = project / "notebooks/pid"
     _until(lambda: told.exists() and told.read_text() != "", 60)
@@ -221,6 +222,11 @@ def test_an_interrupt_leaves_no_kernel(project: Path, set_cells, number):
     assert process.stderr.read().strip().splitlines()[-1] == "interrupted"
     _until(lambda: not _alive(int(told.read_text())), 10)
     assert not (project / DONE[1]).exists()
+
+
+def _hear_interrupts() -> None:
+    """A shell starts background jobs with SIGINT ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _until(condition: Callable[[], bool], seconds: float) -> None:
