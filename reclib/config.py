@@ -196,7 +196,7 @@ SIZES: dict[str, dict[str, Any]] = {
 def model_config(size: str, **overrides: Any) -> ModelConfig:
     """Return the configuration of a named size; `overrides` replace single fields."""
     if size not in SIZES:
-        raise InputError(f"unknown size {size!r}{_nearest(size, SIZES)}; allowed: {', '.join(SIZES)}")
+        raise InputError(f"unknown size {size!r}{nearest(size, SIZES)}; allowed: {', '.join(SIZES)}")
     return validated(ModelConfig, SIZES[size] | overrides)
 
 
@@ -215,7 +215,8 @@ def changed(config: T, **values: Any) -> T:
     return validated(type(config), fields | values)
 
 
-def _nearest(name: str, allowed: Any) -> str:
+def nearest(name: str, allowed: Any) -> str:
+    """Return "(did you mean ...?)" for the nearest of the `allowed` names, or nothing."""
     close = difflib.get_close_matches(name, list(allowed), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
@@ -223,7 +224,7 @@ def _nearest(name: str, allowed: Any) -> str:
 def _sentence(error: Any, names: list[str]) -> str:
     where = ".".join(str(part) for part in error["loc"]) or "configuration"
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"unknown parameter {where!r}{_nearest(where, names)}; allowed: {', '.join(names)}"
+        return f"unknown parameter {where!r}{nearest(where, names)}; allowed: {', '.join(names)}"
     if error["type"] == "missing":
         return f"parameter {where!r} is missing"
     said = error["msg"].removeprefix("Value error, ")

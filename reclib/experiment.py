@@ -13,7 +13,7 @@ from reclib.config import ModelConfig, TrainConfig, model_config, validated
 from reclib.data import Dataset
 from reclib.fit import SELECT, Options, data_identity, fit
 from reclib.hardware import Device
-from reclib.params import Baseline
+from reclib.notebook_params import Baseline
 from reclib.splits import Split
 from reclib.trainer import Trainer
 

@@ -21,7 +21,7 @@ from reclib.hardware import Device
 from reclib.ladder import Rung, ladder
 from reclib.measurement import Measurement, break_even_steps, merged
 from reclib.model import Bert4Rec
-from reclib.params import AmpCompile
+from reclib.notebook_params import AmpCompile
 from reclib.trainer import Trainer
 
 EPOCHS = 100_000  # the schedule never ends while it is timed

@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 import yaml
 
 from reclib import params, paths, record, runner
-from reclib.config import GPU_LABELS, InputError
+from reclib.config import GPU_LABELS, InputError, nearest
 from reclib.job import Job
 
 
@@ -44,7 +44,7 @@ def find(given: str) -> str:
     wanted = Path(given).name.removesuffix(".ipynb")
     found = [name for name in here if name == wanted or name.split("_")[0] == wanted]
     if not found:
-        near = params.nearest(wanted, here)
+        near = nearest(wanted, here)
         raise InputError(f"unknown notebook {given!r}{near}; here: {', '.join(here) or 'none'}")
     return found[0]
 

@@ -18,6 +18,7 @@ from reclib.config import InputError, TrainConfig, changed
 from reclib.ladder import CHANGES, ladder
 from reclib.measurement import Measurement, break_even_steps, merged, published_rate
 from reclib.model import Bert4Rec
+from reclib.notebook_params import AmpCompile
 from reclib.trainer import StepStats, Trainer
 
 LENGTHS = [3, 9, 12, 5, 7, 2, 30, 11, 4, 6, 8]  # 11 users: steps of 4 leave a ragged last one of 3
@@ -342,7 +343,7 @@ def test_compiled_equals_eager_and_nothing_is_compiled_again_over_a_ragged_epoch
 
 
 @pytest.fixture
-def p() -> params.AmpCompile:
+def p() -> AmpCompile:
     smoke = params.profile("04_amp_compile", "smoke")
     small = {"dataset": "synthetic", "synthetic_users": 100, "synthetic_items": 60}
     small |= {"steps": 2, "warmup_steps": 1, "max_len": 12}

@@ -11,7 +11,7 @@ from conftest import ROOT
 
 # From the ground up: a module imports only those before it. A new module takes its place here.
 ORDER = [
-    *("paths", "config", "injected", "params", "provenance", "tracker", "hardware"),
+    *("paths", "config", "injected", "notebook_params", "params", "provenance", "tracker", "hardware"),
     *("cache", "synthetic", "fetch", "ml100k"),
     *("rawfile", "formats", "rows", "rejects", "rawtable", "sequences", "parquet", "titles"),
     *("reading", "sources", "dataset", "prepare", "splits", "data"),

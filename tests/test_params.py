@@ -7,14 +7,15 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from reclib import injected, params
+from reclib import injected, notebook_params, params
 from reclib.config import GPU_LABELS, InputError
+from reclib.notebook_params import Baseline
 
 DEVICES = [label for label in GPU_LABELS if label != "auto"]
 SMOKE = params.profile("02_baseline", "smoke")
 
 
-def build(**changes: object) -> params.Baseline:
+def build(**changes: object) -> Baseline:
     return params.build("02_baseline", SMOKE | changes)
 
 
@@ -47,7 +48,7 @@ def test_the_parameter_files_hold_nothing_that_is_not_used():
 
 
 def test_every_parameter_says_in_its_line_what_it_is():
-    source = Path(params.__file__).read_text().splitlines()
+    source = Path(notebook_params.__file__).read_text().splitlines()
     for kind in params.NOTEBOOKS.values():
         for field in dataclasses.fields(kind):
             lines = [line for line in source if line.startswith(f"    {field.name}: ")]

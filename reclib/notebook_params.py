@@ -1,0 +1,159 @@
+"""What each notebook may be asked: one frozen dataclass of validated parameters for each.
+
+`params` reads them from a notebook's cell and from the profiles. To add a notebook: a dataclass in
+`NOTEBOOKS`, and a section in `params/smoke.yaml` that equals its parameters cell (the other profiles state
+only what differs from smoke).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import AfterValidator, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+from reclib.config import (
+    SIZES,
+    STRICT,
+    CompileMode,
+    DataConfig,
+    GpuLabel,
+    Loss,
+    NonNegative,
+    Positive,
+    PositiveFloat,
+    Precision,
+    Probability,
+    Share,
+    nearest,
+    validated,
+)
+
+T = TypeVar("T")
+
+
+def _known_size(name: str) -> str:
+    if name not in SIZES:
+        raise ValueError(f"unknown size{nearest(name, SIZES)}; allowed: {', '.join(SIZES)}")
+    return name
+
+
+def _distinct(values: list[T]) -> list[T]:
+    for value in values:
+        if values.count(value) > 1:
+            raise ValueError(f"{value!r} is listed twice")
+    return values
+
+
+def _pairs(text: str) -> str:
+    if text and any(len(pair.split("=")) != 2 for pair in text.split(",")):
+        raise ValueError("expected pairs of name and column: user=A,item=B,time=C")
+    return text
+
+
+Name = Annotated[str, Field(min_length=1)]
+Columns = Annotated[str, AfterValidator(_pairs)]  # written as on the command line
+Size = Annotated[str, AfterValidator(_known_size)]
+Seeds = Annotated[list[NonNegative], Field(min_length=1), AfterValidator(_distinct)]
+Precisions = Annotated[list[Precision], Field(min_length=1), AfterValidator(_distinct)]
+CompileModes = Annotated[list[CompileMode], Field(min_length=1), AfterValidator(_distinct)]
+BatchSizes = Annotated[list[Positive], Field(min_length=1), AfterValidator(_distinct)]
+Models = Annotated[list[Literal["bert4rec", "causal"]], Field(min_length=1), AfterValidator(_distinct)]
+OtherSplits = Annotated[list[Literal["global_time", "random_users"]], AfterValidator(_distinct)]
+WandbMode = Literal["disabled", "offline", "online"]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DataPrep:
+    """Parameters of `01_data_prep`."""
+
+    gpu: GpuLabel  # device label, a claim to be checked; auto: what is here
+    dataset: Name  # a name that `reclib.data` knows, a file, or a prepared folder
+    format: Name  # of a file, a name of `formats.FORMATS`; auto: detected, never guessed
+    columns: Columns  # of an own table, user=A,item=B,time=C; empty: by its header
+    min_user: Positive  # k-core: interactions that a user must have
+    min_item: Positive  # k-core: interactions that an item must have
+    core: Literal["fixed_point", "single_pass"]  # k-core until nothing changes, or the seed study's pass
+    duplicates: Literal["keep", "exact", "first", "last"]  # which of repeated (user, item) pairs stay
+    strict: bool  # stop at the first bad line instead of counting it
+    max_rejected_share: Share  # share of bad lines above which reading stops
+    memory_limit_mb: Positive  # of the database that prepares the data
+    seed: NonNegative  # of the users shown as examples, and of the splits that draw
+
+    def data_config(self) -> DataConfig:
+        """Return which interactions are asked for, and how they are read and filtered."""
+        asked = dataclasses.asdict(self)
+        del asked["gpu"], asked["seed"]
+        columns = dict(pair.split("=", 1) for pair in self.columns.split(",") if pair)
+        return validated(DataConfig, asked | {"columns": columns or None})
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Baseline:
+    """Parameters of `02_baseline`."""
+
+    gpu: GpuLabel  # device label, a claim to be checked; auto: what is here
+    dataset: Name  # name of a data set that `reclib.data` knows
+    min_user: Positive  # k-core: interactions that a user must have
+    min_item: Positive  # k-core: interactions that an item must have
+    models: Models  # bert4rec, causal (the twin that predicts the next item)
+    other_splits: OtherSplits  # further trainings of the first model: global_time, random_users
+    size: Size  # named model size, one of `config.SIZES`
+    seeds: Seeds  # one training run each
+    epochs: Positive  # passes over the users
+    batch_size: Positive  # sequences per optimiser step
+    micro_batch_size: Positive | None  # sequences per forward pass; None: from the device file
+    learning_rate: PositiveFloat  # peak of the schedule
+    dropout: Probability  # 0 <= dropout < 1
+    mask_prob: Annotated[float, Field(gt=0.0, lt=1.0)]  # share of positions that are cloze targets
+    last_item_share: Share  # share of samples whose only target is the last item
+    window: Literal["last", "random"]  # which max_len items of a longer history train
+    max_len: Positive  # positions per packed row and longest history
+    norm: Literal["pre", "post"]  # LayerNorm before or after each residual branch
+    tied: bool  # the output table is the input table
+    output_bias: bool  # a learned bias for each item
+    loss: Loss  # full cross-entropy (auto, plain, chunked, inplace) or sampled_softmax or gbce
+    eval_every: Positive  # epochs between evaluations on validation
+    patience: NonNegative  # evaluations without a better NDCG@10 before stopping; 0: never
+    precision: Precision | None  # None: from the device file
+    compile_mode: CompileMode | None  # None: from the device file
+    bootstrap_samples: Positive  # resamples of the users behind each confidence interval
+    wandb_mode: WandbMode  # disabled: nothing; offline: files only; online: needs a login
+
+    @model_validator(mode="after")
+    def _micro_batch_fits(self) -> Baseline:
+        _divides(self.batch_size, self.micro_batch_size)
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class AmpCompile:
+    """Parameters of `04_amp_compile`."""
+
+    gpu: GpuLabel  # device label, a claim to be checked; auto: what is here
+    dataset: Name  # a data set that `reclib.data` knows, or "synthetic" of the sizes below
+    synthetic_users: Positive  # synthetic histories
+    synthetic_items: Positive  # catalogue of the synthetic histories
+    synthetic_mean_len: PositiveFloat  # interactions per user of the synthetic histories
+    size: Size  # named model size, one of `config.SIZES`
+    max_len: Positive  # positions per packed row and longest history
+    precisions: Precisions  # fp32, tf32, bf16, fp16 or auto, each once
+    compile_modes: CompileModes  # off, default, reduce-overhead or max-autotune, each once
+    batch_sizes: BatchSizes  # sequences per optimiser step, each once
+    steps: Positive  # timed steps of a variant in a round
+    warmup_steps: Positive  # steps of a variant before the first timed one
+    repeats: Positive  # rounds, in which the variants take turns
+    seed: NonNegative  # of weights, masks and order
+
+
+def _divides(batch_size: int, micro_batch_size: int | None) -> None:
+    if micro_batch_size is not None and batch_size % micro_batch_size:
+        raise ValueError(f"batch_size={batch_size} must be a multiple of micro_batch_size={micro_batch_size}")
+
+
+NOTEBOOKS: dict[str, type] = {
+    "01_data_prep": DataPrep,
+    "02_baseline": Baseline,
+    "04_amp_compile": AmpCompile,
+}
