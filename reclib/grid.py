@@ -225,7 +225,10 @@ def save_ranks(file: Path, ranks: Mapping[str, np.ndarray]) -> None:
     """Write the ranks of every user, by name, in place of what an earlier run wrote."""
     file.parent.mkdir(parents=True, exist_ok=True)
     fresh = file.with_suffix(".partial.npz")
-    small = {name: values.astype(np.int32) for name, values in ranks.items()}
+    small = {
+        name: values.astype(np.int32) if values.dtype.kind == "i" else values
+        for name, values in ranks.items()
+    }
     np.savez_compressed(fresh, **small)  # type: ignore[arg-type]  # numpy's stub knows no **arrays
     fresh.replace(file)
 

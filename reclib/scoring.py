@@ -5,29 +5,34 @@
 
 Nothing is chosen here: arms are final by the grid's file, epochs and the baselines' hyperparameters by
 validation. Every call is counted in the records (`earlier`), since a test split that is looked at often is a
-validation split.
+validation split. What a run showed on the test split is kept beside its validation ranks: a run that is
+trained later or elsewhere joins without the others' weights, and none looks at the test split twice.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from reclib import assessment, grid, metrics, record
-from reclib.assessment import Conditions, Model, Result
+from reclib.assessment import Assessed, Conditions, Model, Result
 from reclib.config import InputError, changed
 from reclib.data import prepare
 from reclib.fit import Options
 from reclib.grid import Arm, Work
 from reclib.hardware import resolve
-from reclib.splits import leave_one_out
+from reclib.protocols import Outcome
+from reclib.splits import Split, leave_one_out
 
 SAMPLES = 2000  # bootstrap resamples of the users
 MAIN_SPLIT = "leave_one_out"
+# Names of arrays that files had before there were others; a protocol's own name is used for the rest.
+NAMES = {assessment.MAIN: "test", assessment.KEPT: "test kept"}
 
 
 def final_arms(work: Work) -> list[Arm]:
@@ -41,17 +46,40 @@ def final_arms(work: Work) -> list[Arm]:
 
 
 def assess_arm(work: Work, arm: Arm, test: Conditions) -> Model:
-    """Load an arm's runs and rank the test targets by each."""
-    runs = []
-    for seed in arm.seeds:
-        print(f"  {arm.name}, seed {seed}", flush=True)
-        one = assessment.assess_trained(work.train(arm, seed, Options()), test)
-        file = work.ranks_file(arm, seed)
-        kept = dict(np.load(file)) if file.is_file() else {}
-        names = {outcome.protocol: outcome.ranks for outcome in one.outcomes.values()}
-        grid.save_ranks(file, kept | {"test": one.ranks, "test kept": names[assessment.KEPT]})
-        runs.append(one)
-    return Model(arm.name, runs, list(arm.seeds))
+    """Return what an arm's runs showed on the test split; a run that has not been asked yet is."""
+    return Model(arm.name, [assess_run(work, arm, seed, test) for seed in arm.seeds], list(arm.seeds))
+
+
+def assess_run(work: Work, arm: Arm, seed: int, test: Conditions) -> Assessed:
+    """Return what a run showed on the test split: from its file, or by ranking the targets now."""
+    file = work.ranks_file(arm, seed)
+    kept = dict(np.load(file)) if file.is_file() else {}
+    if "test" in kept:
+        return unpacked(kept)
+    print(f"  {arm.name}, seed {seed}", flush=True)
+    one = assessment.assess_trained(work.train(arm, seed, Options()), test)
+    grid.save_ranks(file, kept | packed(one))
+    return one
+
+
+def packed(one: Assessed) -> dict[str, np.ndarray]:
+    """Return a run's assessment as named arrays; `unpacked` reads them."""
+    arrays = {NAMES.get(name, f"test {name}"): outcome.ranks for name, outcome in one.outcomes.items()}
+    labels = [[o.protocol, o.label, str(int(o.comparable))] for o in one.outcomes.values()]
+    controls = {"test shuffled": one.shuffled, "test shuffled but last": one.shuffled_but_last}
+    return arrays | controls | {"test top": one.top, "test protocols": np.array(labels)}
+
+
+def unpacked(arrays: Mapping[str, np.ndarray]) -> Assessed:
+    """Return the assessment that `packed` wrote; files of before it hold the ranks of two protocols alone."""
+    both = [[assessment.MAIN, assessment.MAIN, "1"], [assessment.KEPT, assessment.KEPT, "1"]]
+    outcomes = {}
+    for name, label, comparable in arrays.get("test protocols", both):
+        ranks = arrays[NAMES.get(name, f"test {name}")]
+        outcomes[name] = Outcome(name, label, comparable == "1", ranks, np.arange(len(ranks)))
+    nothing = np.zeros((0,), np.int64)
+    controls = (arrays.get(f"test {name}", nothing) for name in ("shuffled", "shuffled but last", "top"))
+    return Assessed(outcomes, *controls)
 
 
 def score(work: Work) -> list[Result]:
@@ -62,7 +90,7 @@ def score(work: Work) -> list[Result]:
     models, chosen = assessment.assess_baselines(split, work.dataset, test)
     models += [assess_arm(work, arm, test) for arm in final if arm.split == MAIN_SPLIT]
     reference = next(arm.name for arm in final if arm.split == MAIN_SPLIT)
-    found = assessment.everything(models, work.dataset, split.test, reference, SAMPLES)
+    found = _said_of(models, work, split, reference)
     for arm in final:
         if arm.split != MAIN_SPLIT:
             found += [one for seed in arm.seeds for one in _under_its_split(work, arm, seed)]
@@ -75,6 +103,18 @@ def score(work: Work) -> list[Result]:
             record.params_hash({"of": key, "own": result.params, "seed": result.seed}), result, said, {}
         )
     return found
+
+
+def _said_of(models: Sequence[Model], work: Work, split: Split, reference: str) -> list[Result]:
+    """Return all results, or without protocols and controls where a run's file does not hold them."""
+    partial = [m.name for m in models if not all(len(run.top) for run in m.runs)]
+    if not partial:
+        return assessment.everything(models, work.dataset, split.test, reference, SAMPLES)
+    print(f"ranks alone are kept of {', '.join(partial)}: accuracy and comparisons only")
+    return [
+        *assessment.headline(models, SAMPLES),
+        *assessment.comparisons(models, reference, SAMPLES),
+    ]
 
 
 def validation_differences(work: Work) -> list[Result]:

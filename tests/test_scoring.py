@@ -47,7 +47,9 @@ def test_a_grid_is_scored_with_baselines_controls_and_protocols(scored):
     files = [np.load(here.ranks_file(arm, seed)) for seed in arm.seeds]
     hits = np.mean([metrics.hit(file["test"], 10) for file in files], axis=0)
     assert means["bert4rec"]["hr@10"] == pytest.approx(hits.mean())
-    assert all(file.files == ["valid", "test", "test kept"] for file in files)
+    assert all(
+        {"valid", "test", "test kept", "test shuffled", "test top"} < set(file.files) for file in files
+    )
     seeds = {row["seed"] for row in rows if row["own_params"]["model"] == "bert4rec"}
     assert seeds == {None, 0, 1}
 
@@ -103,6 +105,47 @@ def test_every_scoring_is_counted(scored):
     scoring.score(work())
     counts = [row["earlier"] for row in work().rows("test_metrics")]
     assert sorted(set(counts)) == [0, 1]
+
+
+def test_what_a_run_showed_on_the_test_split_is_kept_and_read_again(scored, monkeypatch):
+    here = work()
+    arm = here.grid.arms[0]
+    conditions = assessment.draw(here.dataset, scoring.leave_one_out(here.dataset).test)
+    with np.load(here.ranks_file(arm, 0)) as file:
+        kept = dict(file)
+    again = assessment.assess_trained(here.train(arm, 0, Options()), conditions)
+    fresh = scoring.unpacked(kept)
+    assert fresh.outcomes.keys() == again.outcomes.keys()
+    for name, outcome in again.outcomes.items():
+        assert fresh.outcomes[name][:3] == outcome[:3]
+        assert np.array_equal(fresh.outcomes[name].ranks, outcome.ranks)
+    for field in ("shuffled", "shuffled_but_last", "top"):
+        assert np.array_equal(getattr(fresh, field), getattr(again, field))
+
+    monkeypatch.setattr(
+        assessment, "assess_trained", lambda *_: pytest.fail("looked at the test split again")
+    )
+    one = scoring.assess_run(here, arm, 0, conditions)
+    assert np.array_equal(one.ranks, again.ranks)
+
+
+def test_runs_of_which_ranks_alone_are_kept_have_accuracy_and_comparisons(scored, capsys):
+    here = work()
+    arm = here.grid.arms[0]
+    file = here.ranks_file(arm, 0)
+    with np.load(file) as whole:
+        kept = dict(whole)
+    try:
+        grid.save_ranks(file, {name: kept[name] for name in ("valid", "test", "test kept")})
+        found = scoring.score(here)
+    finally:
+        grid.save_ranks(file, kept)
+    main = [result for result in found if result.params.get("protocol") is None]
+    assert {result.name for result in main} == {"test_metrics", "comparison"}
+    assert "ranks alone are kept of bert4rec" in capsys.readouterr().out
+    means = {r.params["model"]: r.metrics for r in found if r.name == "test_metrics" and r.seed is None}
+    before = {r.params["model"]: r.metrics for r in scored if r.name == "test_metrics" and r.seed is None}
+    assert means["bert4rec"] == before["bert4rec"]
 
 
 def test_what_is_not_trained_cannot_be_scored(tmp_path, monkeypatch):
