@@ -4,6 +4,7 @@
     python benchmarks/peers.py --dataset ml-100k --peer reclib -p last_item_share 0.5 --epochs 300 --out DIR
     python benchmarks/peers.py --dataset FILE --peer replay --curve 1 2 5 10 20 --out DIR
     python benchmarks/peers.py --dataset ml-100k --out DIR --table
+    python benchmarks/peers.py --out DIR --record ml-100k    # beside a scored grid, into its records
 
 A peer (rectools, recbole, replay) trains in its own environment (`peers/setup.sh`) on an npz of training
 sequences, chooses its epoch on validation, and recommends ten items to each user, once, with the validation
@@ -32,11 +33,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import yaml
 from ours import configs_of, run_ours
+from recorded import write
 from scoring import OURS, save, score, table, targets_seen, write_sequences
 
-from reclib import paths
-from reclib.config import DataConfig, InputError, validated
+from reclib import grid, paths
+from reclib.config import DataConfig, InputError, changed, validated
 from reclib.data import Dataset, evaluation, prepare
+from reclib.hardware import resolve
 
 HERE = Path(__file__).resolve().parent
 # What each library's own model class or configuration file starts from, at the versions of peers/setup.sh.
@@ -199,11 +202,27 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--environments", type=Path, default=paths.root() / ".peers", help="folder that setup.sh filled")
     add("--out", type=Path, required=True, help="folder of results")
     add("--table", action="store_true", help="only print what is in the folder")
+    add("--record", metavar="GRID", help="only compare what is there with a scored grid, and record it")
     given = parser.parse_args(argv)
     given.curve = given.curve or MARKS if given.curve is not None else None
-    if given.peer != OURS and not (given.epochs or given.minutes or given.curve or given.table):
+    if given.peer != OURS and not (
+        given.epochs or given.minutes or given.curve or given.table or given.record
+    ):
         parser.error("a peer needs --epochs, --minutes or --curve")
     return given
+
+
+def recorded(given: argparse.Namespace) -> list[str]:
+    """Record the folder's results beside a grid's, on the grid's data; return a line for each difference."""
+    chosen = grid.read(given.record)
+    elsewhere = given.dataset != chosen.data.dataset and Path(given.dataset).exists()
+    data = changed(chosen.data, dataset=given.dataset) if elsewhere else chosen.data
+    lines = []
+    for one in write(given.out, grid.Work(chosen, prepare(data), resolve("cpu"))):
+        numbers = "  ".join(f"{name} {value:.4f}" for name, value in one.metrics.items())
+        against = f" minus {one.params['against']}, {one.params['metric']}" if "against" in one.params else ""
+        lines.append(f"{one.params['model']}{against}: {numbers}")
+    return lines
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -211,6 +230,9 @@ def main(argv: list[str] | None = None) -> int:
     given = arguments(argv)
     asked = {"dataset": given.dataset, "min_user": given.min_user, "min_item": given.min_item}
     try:
+        if given.record:
+            print("\n".join(recorded(given)))
+            return 0
         dataset = prepare(validated(DataConfig, asked))
         if given.table:
             print("\n".join(table(given.out, dataset.fingerprint)))

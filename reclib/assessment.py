@@ -162,16 +162,20 @@ def comparisons(models: Sequence[Model], reference: str, samples: int) -> list[R
     for metric in COMPARED:
         values = {model.name: model.per_seed(metric) for model in models}
         for one in statistics.compare(values, reference, deterministic, samples):
-            numbers = flat({"difference": one.difference}) | {
-                "p": one.p_value,
-                "adjusted_p": one.adjusted_p,
-                "detectable": one.detectable,
-                "seeds": one.seeds[0],
-                "reference_seeds": one.seeds[1],
-            }
-            about = {"model": one.name, "against": reference, "metric": metric}
-            found.append(Result("comparison", numbers, about, {}))
+            found.append(compared(one, metric))
     return found
+
+
+def compared(one: statistics.Comparison, metric: str, name: str = "comparison") -> Result:
+    """Return one comparison as a result."""
+    numbers = flat({"difference": one.difference}) | {
+        "p": one.p_value,
+        "adjusted_p": one.adjusted_p,
+        "detectable": one.detectable,
+        "seeds": one.seeds[0],
+        "reference_seeds": one.seeds[1],
+    }
+    return Result(name, numbers, {"model": one.name, "against": one.reference, "metric": metric}, {})
 
 
 def claim(row: Mapping[str, Any]) -> Claim:

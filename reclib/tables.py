@@ -70,6 +70,26 @@ def accuracy(records: Iterable[Record]) -> pd.DataFrame:
     return frame.set_index(["data", "model"]) if rows else frame
 
 
+def peers(records: Iterable[Record]) -> pd.DataFrame:
+    """Return one row for each peer library's model and metric: its difference from ours, paired by user."""
+    rows = []
+    for one in (r for r in records if r["name"] == "peer_comparison"):
+        own, m = one["own_params"], one["metrics"]
+        rows.append(
+            {
+                "data": one["data"]["name"],
+                "model": own["model"],
+                "minus": model_name(own["against"]),
+                "metric": own["metric"].upper(),
+                "difference": f"{m['difference']:+.4f} ({m['difference_low']:+.4f} to {m['difference_high']:+.4f})",
+                "seeds": f"{m['seeds']} and {m['reference_seeds']}",
+                "adjusted p": round(m["adjusted_p"], 4),
+                "could have seen": round(m["detectable"], 4),
+            }
+        )
+    return pd.DataFrame(rows).set_index(["data", "model"]) if rows else pd.DataFrame()
+
+
 def model_name(model: str) -> str:
     """Return a model's name for people."""
     return MODEL_NAMES.get(model, model.replace("_", " "))

@@ -12,10 +12,13 @@ import torch
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_grid import PLACES, work, write
 
-from reclib import metrics
+from reclib import grid, metrics, tables
+from reclib import scoring as grid_scoring
 from reclib.config import InputError, TrainConfig, model_config
 from reclib.data import Evaluation, Histories, evaluated_users, evaluation, synthetic_dataset, train_histories
+from reclib.fit import Options
 from reclib.hardware import resolve
 from reclib.model import Bert4Rec
 from reclib.trainer import Trainer
@@ -246,6 +249,35 @@ def test_the_table_pairs_ours_with_a_peer_user_by_user(environments, capsys):
     interval = metrics.bootstrap(mine - theirs)
     assert f"{theirs.mean():.4f} (" in line
     assert f"minus it {interval.mean:.4f} ({interval.low:.4f} to {interval.high:.4f})" in line
+
+
+def test_peers_join_the_records_of_a_scored_grid(environments, monkeypatch, capsys):
+    root = environments.parent
+    for name in PLACES:
+        monkeypatch.setenv(name, str(root / name.lower()))
+    write(root, seeds=[0, 1], arms={"bert4rec": {"final": True}})
+    here = work()
+    grid.run(here, here.runs(), Options())
+    monkeypatch.setattr(peers, "prepare", lambda _: here.dataset)  # of fewer users than the name says
+    assert peers_main(environments, "--seeds", "0")[0] == 0
+    assert peers_main(environments, "--record", here.grid.name)[0] == 2
+    assert "bert4rec is not scored yet: python -m reclib.scoring" in capsys.readouterr().err
+
+    grid_scoring.score(here)
+    status, out = peers_main(environments, "--record", here.grid.name)
+    assert status == 0
+    rows = here.rows("peer_comparison")
+    assert {row["own_params"]["metric"] for row in rows} == {"hr@10", "ndcg@10"}
+    theirs = np.load(next(out.glob("*.npz")))["test_hr@10"]
+    arm = here.grid.arms[0]
+    hits = np.mean([metrics.hit(np.load(here.ranks_file(arm, s))["test"], 10) for s in arm.seeds], axis=0)
+    row = next(row for row in rows if row["own_params"]["metric"] == "hr@10")
+    assert row["metrics"]["difference"] == pytest.approx((theirs - hits).mean())
+    assert (row["metrics"]["seeds"], row["metrics"]["reference_seeds"]) == (1, 2)
+    table = tables.peers(here.rows("peer_comparison"))
+    assert list(table["minus"]) == ["BERT4Rec", "BERT4Rec"]
+    names = {r["own_params"]["model"] for r in here.rows("test_metrics")}
+    assert "RecTools BERT4Rec (hidden 256)" in names
 
 
 class Clock:
