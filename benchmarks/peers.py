@@ -205,9 +205,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--record", metavar="GRID", help="only compare what is there with a scored grid, and record it")
     given = parser.parse_args(argv)
     given.curve = given.curve or MARKS if given.curve is not None else None
-    if given.peer != OURS and not (
-        given.epochs or given.minutes or given.curve or given.table or given.record
-    ):
+    idle = given.table or given.record
+    if given.peer != OURS and not (given.epochs or given.minutes or given.curve or idle):
         parser.error("a peer needs --epochs, --minutes or --curve")
     return given
 

@@ -75,13 +75,14 @@ def peers(records: Iterable[Record]) -> pd.DataFrame:
     rows = []
     for one in (r for r in records if r["name"] == "peer_comparison"):
         own, m = one["own_params"], one["metrics"]
+        low, high = m["difference_low"], m["difference_high"]
         rows.append(
             {
                 "data": one["data"]["name"],
                 "model": own["model"],
                 "minus": model_name(own["against"]),
                 "metric": own["metric"].upper(),
-                "difference": f"{m['difference']:+.4f} ({m['difference_low']:+.4f} to {m['difference_high']:+.4f})",
+                "difference": f"{m['difference']:+.4f} ({low:+.4f} to {high:+.4f})",
                 "seeds": f"{m['seeds']} and {m['reference_seeds']}",
                 "adjusted p": round(m["adjusted_p"], 4),
                 "could have seen": round(m["detectable"], 4),

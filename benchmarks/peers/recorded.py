@@ -38,11 +38,12 @@ def ours(work: Work) -> dict[str, dict[str, np.ndarray]]:
     return found
 
 
-def results_of(
-    folder: Path, fingerprint: str
-) -> dict[str, list[tuple[dict[str, Any], dict[str, np.ndarray]]]]:
-    """Return each peer's finished runs on this data, curves apart: (what its JSON says, values per user)."""
-    found: dict[str, list[tuple[dict[str, Any], dict[str, np.ndarray]]]] = defaultdict(list)
+Run = tuple[dict[str, Any], dict[str, np.ndarray]]  # what a peer's JSON says, and its values per user
+
+
+def results_of(folder: Path, fingerprint: str) -> dict[str, list[Run]]:
+    """Return each peer's finished runs on this data, curves apart."""
+    found: dict[str, list[Run]] = defaultdict(list)
     for path in sorted(folder.glob("*.json")):
         said = json.loads(path.read_text())
         one = said["identity"]
@@ -53,7 +54,7 @@ def results_of(
 
 
 def peer_results(folder: Path, work: Work) -> list[Result]:
-    """Return every peer's test metrics, and each difference, the peer minus ours, corrected for their number."""
+    """Return every peer's test metrics, and its difference from ours, corrected for their number."""
     mine, peers = ours(work), results_of(folder, work.dataset.fingerprint)
     if not peers:
         raise InputError(f"{folder}: no finished peer on this data (fingerprint {work.dataset.fingerprint})")
