@@ -21,12 +21,14 @@ ORDER = [
     *("checkpoint", "trainer", "fit", "experiment", "assessment"),
     *("flops", "measurement", "benchmark", "profiling", "bound", "ladder", "speed", "selfcheck"),
     *("record", "grid", "scoring", "tables", "look", "page", "marks", "speed_figures"),
-    *("accuracy_figures", "control_figures", "data_figures", "figures", "runner", "job", "study"),
+    *("accuracy_figures", "control_figures", "data_figures"),
+    *("explore", "explore_figures"),
+    *("figures", "runner", "job", "study"),
 ]
 # Each of these is known to one module, or to one family, so that replacing it touches few files.
 ONE_OWNER: dict[str, set[str]] = {
     "papermill": {"runner"},
-    "plotly": {"figures", "marks", "speed_figures", "accuracy_figures", "control_figures", "data_figures"},
+    "plotly": {"figures", "marks", *(name for name in ORDER if name.endswith("_figures"))},
     "wandb": {"tracker"},
     "ipywidgets": set(),
 }
