@@ -25,7 +25,6 @@ from torch import Tensor
 from reclib.adapters import OUTPUT, base_hash
 from reclib.config import InputError, validated
 from reclib.ilora import AdaptedModel
-from reclib.instance import State
 from reclib.lowrank import AdapterConfig
 from reclib.model import Bert4Rec
 
@@ -206,7 +205,7 @@ def _peft_config(adapted: AdaptedModel, name: str) -> dict[str, Any]:
         plain = {field: allowed[0] for field, allowed in PLAIN.items() if field in ("bias", "fan_in_fan_out")}
         return said | plain | {"peft_type": "LORA", "use_rslora": config.kind == "rslora", "task_type": None}
     own: dict[str, Any] = {"config": asdict(config)}
-    reader = _reader(adapted, name)
+    reader = adapted.reader(name)
     own["reader_sha256"] = None if reader is None else base_hash(reader)
     return said | {OWN: own}
 
@@ -222,14 +221,6 @@ def _tensors(adapted: AdaptedModel, name: str) -> dict[str, Tensor]:
         gate: Any = adapted.gates[name]
         found[GATE] = gate.linear.weight.detach()
     return found
-
-
-def _reader(adapted: AdaptedModel, name: str) -> Bert4Rec | None:
-    """Return the causal model that an adapter's representation reads, if it reads one."""
-    if name not in adapted.representations:
-        return None
-    states = [m for m in adapted.representations[name].modules() if isinstance(m, State)]
-    return states[0].reader if states else None
 
 
 def _refuse_other_base(found: AdapterFile, adapted: AdaptedModel, folder: Path, any_base: bool) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from reclib.config import InputError
 from reclib.gate import Gate, GateSpread, refuse_other_catalogue, representation_of
-from reclib.instance import Constant, State, frozen_twin
+from reclib.instance import Constant, OtherSegment, State, frozen_twin
 from reclib.lowrank import AdaptedEmbedding, AdaptedLayer, AdaptedLinear, AdaptedTable, AdapterConfig
 from reclib.model import Bert4Rec
 from reclib.sinks import detach
@@ -187,6 +187,14 @@ class Adapters(nn.Module):
         gate = sum(p.numel() for p in self.gates.parameters() if p.requires_grad)
         base = sum(p.numel() for p in self.twin.parameters())
         return trained | {"gate": gate, "base": base}
+
+    def reader(self, name: str) -> Bert4Rec | None:
+        """Return the other model that an adapter's gate reads its representation from, if there is one."""
+        if name not in self.representations:
+            return None
+        found: Any = self.representations[name]
+        found = found.of if isinstance(found, OtherSegment) else found
+        return found.reader if isinstance(found, State) else None
 
     def _layer(self, path: str) -> Any:
         """Return the layer at a path, put around what is there if it is not yet."""

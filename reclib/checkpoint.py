@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -91,6 +92,36 @@ def prune(folder: Path, keep: int = 2) -> None:
     )
     for path in [*found[:-keep], *folder.glob("*.partial"), *folder.glob("*.old")]:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def unique_tensors(model: torch.nn.Module, frozen: bool = True) -> dict[str, Tensor]:
+    """Return the state with tied tensors once, as safetensors wants it, with or without frozen ones."""
+    return {name: p.detach() for name, p in model.named_parameters() if frozen or p.requires_grad}
+
+
+def load_unique(model: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Copy the tensors of `unique_tensors` into a model of the same configuration."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad or name in tensors:
+                parameter.copy_(tensors[name])
+
+
+def refuse_other(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
+    """Raise `InputError` naming what differs between a checkpoint's identity and this run's."""
+    differs = [
+        f"{part}.{key} is {old.get(key)!r} there and {new.get(key)!r} here"
+        for part in ("model", "train", "origin")
+        for old, new in [(found.get(part, {}), wanted.get(part, {}))]
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+    if found["data"] != wanted["data"]:
+        differs.append(f"the dataset is {found['data'][:12]} there and {wanted['data'][:12]} here")
+    if differs:
+        raise InputError(
+            f"the checkpoint in {folder.name} is of another run: {'; '.join(differs)}; use another folder"
+        )
 
 
 def _shown(path: Path) -> str:

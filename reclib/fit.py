@@ -22,6 +22,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from reclib import checkpoint, metrics
+from reclib.adapters import base_hash
+from reclib.checkpoint import load_unique, refuse_other, unique_tensors
 from reclib.config import (
     SIZES,
     DataConfig,
@@ -33,9 +35,10 @@ from reclib.config import (
 )
 from reclib.data import Dataset, Evaluation, prepare
 from reclib.hardware import Device, resolve
+from reclib.ilora import AdaptedModel
 from reclib.model import Bert4Rec
 from reclib.splits import Split, leave_one_out
-from reclib.trainer import StepStats, Trainer, load_unique, refuse_other, unique_tensors
+from reclib.trainer import StepStats, Trainer
 
 SELECT = "ndcg@10"  # the metric on validation by which the best epoch is chosen
 
@@ -72,10 +75,51 @@ def fit(
     checkpointed there; called again it goes on where it was, or returns at once if it was finished. Raises
     `InputError` when training diverges, when a checkpoint cannot be written, is damaged or is of another run.
     """
-    options = options or Options()
     torch.manual_seed(config.seed)  # weights and dropout; batches have generators of their own
     split = split or leave_one_out(dataset)
     trainer = Trainer(Bert4Rec(model), split.train, config, device, data_identity(dataset, split))
+    return _carried_through(trainer, split, folder, options or Options())
+
+
+def fine_tune(
+    model: Bert4Rec | AdaptedModel,
+    dataset: Dataset,
+    config: TrainConfig,
+    device: Device,
+    folder: Path | None = None,
+    options: Options | None = None,
+    split: Split | None = None,
+) -> Trainer:
+    """Train a model that is there further, whole, in part or by its active adapter; otherwise as `fit`.
+
+    What is trained is what requires a gradient, and checkpoints hold that alone: of an adapted model the
+    adapter and its gate. They belong to the weights that it starts from and to the adapter's settings.
+    """
+    origin = origin_of(model)
+    torch.manual_seed(config.seed)
+    split = split or leave_one_out(dataset)
+    trainer = Trainer(model, split.train, config, device, data_identity(dataset, split), origin)
+    return _carried_through(trainer, split, folder, options or Options())
+
+
+def origin_of(model: Bert4Rec | AdaptedModel) -> dict[str, Any]:
+    """Return what a further training starts from: a hash of the base, and what of it or around it trains."""
+    if isinstance(model, AdaptedModel):
+        if model.active is None:
+            raise InputError("the adapted model has no active adapter: there is nothing to train")
+        settings = asdict(model.configs[model.active])
+        settings["targets"] = list(settings["targets"])  # as JSON gives it back
+        reader = model.reader(model.active)
+        read = None if reader is None else base_hash(reader)
+        return {"base_sha256": model.base_sha256, "adapter": settings, "reader_sha256": read}
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not trained:
+        raise InputError("all parameters of the model are frozen: there is nothing to train")
+    return {"base_sha256": base_hash(model), "trained": trained}
+
+
+def _carried_through(trainer: Trainer, split: Split, folder: Path | None, options: Options) -> Trainer:
+    """Train to the end from the newest checkpoint, if there is one, and load the best weights."""
     if folder is not None:
         trainer.resume(folder)
     best: dict[str, Tensor] = {}

@@ -58,6 +58,7 @@ class AdapterConfig:
     temperature: PositiveFloat = 1.0  # the gate is softmax(W z / temperature)
     control: Control = "none"  # `ilora` with something taken away: see `adapters.Adapters.add`
     gate_seed: NonNegative = 0  # of the weights that control='fixed_gate' draws once
+    gate_learning_rate: PositiveFloat = 1.0  # of the gate, in units of the adapter's; 0.3 in the paper's code
     gate_init: Annotated[float, Field(ge=0.0)] = 1.0  # times torch's initial weights; 0: uniform at first
 
     @model_validator(mode="after")
@@ -147,8 +148,10 @@ class LowRank(LowRankFactor):
 
     def added_to(self, y: Tensor, x: Tensor, part: slice) -> Tensor:
         """Return y (..., outputs in `part`) plus the adapter's answer to x (..., in)."""
-        weight = self.lora_B.weight[part]
-        return torch.addmm(y.flatten(0, -2), self.inner(x).flatten(0, -2), weight.t()).view(y.shape)
+        # Laid out as (r, out), its gradient is the product of two wide matrices: as (out, r) it took up to
+        # seven times as long on a CPU, and the way back through B twice as long.
+        weight = self.lora_B.weight[part].t().contiguous()
+        return torch.addmm(y.flatten(0, -2), self.inner(x).flatten(0, -2), weight).view(y.shape)
 
     @torch.no_grad()
     def delta(self, factor: float | Tensor) -> Tensor:
@@ -269,8 +272,7 @@ class AdaptedTable(AdaptedLayer):
     def widened(self) -> Tensor:
         """Return (V, D + r): the table and B, where an adapter is active, else the table.
 
-        The loss on a CPU in full precision leaves the product of the first D columns' gradient out; other
-        routes compute it, and autograd drops it.
+        The full cross-entropy leaves the product of the first D columns' gradient out (`objective`).
         """
         adapter = self.present_adapter
         if adapter is None:

@@ -22,7 +22,7 @@ Shapes: M targets, D hidden_dim, V rows of the output table, I real items.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,14 +30,18 @@ from torch import Tensor
 
 from reclib.batching import IGNORE, Batch
 from reclib.config import PAD, TrainConfig
+from reclib.cross_entropy import (
+    FULL,
+    ChunkedCrossEntropy,
+    InplaceCrossEntropy,
+    PartlyFrozenProduct,
+    frozen_columns,
+)
 from reclib.model import Bert4Rec
 from reclib.sampled import sampled_sum
-from reclib.sinks import sink_of
 
 Route = Literal["plain", "chunked", "inplace"]
 LARGE_LOGITS_BYTES = 512 * 2**20  # above this, off the CPU, the logits are never held whole
-BLOCK_BYTES = 8 * 2**20  # logits handled at a time on the in-place route: they stay in the last cache level
-FULL = (torch.float32, torch.float64)
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
@@ -67,14 +71,17 @@ def cross_entropy_sum(
     if how == "plain":
         return _sum_over_targets(plain_logits(hidden, weight, bias, num_items), targets)
     dtype = compute_dtype(hidden)
+    frozen = frozen_columns(weight)  # asked before a cast, which makes another tensor
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     if how == "inplace":
-        return InplaceCrossEntropy.apply(hidden, weight, bias, targets, num_items)
+        return InplaceCrossEntropy.apply(hidden, weight, bias, targets, num_items, frozen)
+    # The automatic chunking makes one-row chunks when classes far outnumber rows: the size is explicit.
+    chunk = min(max(16, LARGE_LOGITS_BYTES // (8 * num_items)), len(targets))
+    if frozen:
+        return ChunkedCrossEntropy.apply(hidden, weight, bias, targets, num_items, frozen, chunk)
     rows = weight[1 : num_items + 1]
     shift = None if bias is None else bias[1 : num_items + 1]
-    # The automatic chunking makes one-row chunks when classes far outnumber rows: the size is explicit.
-    chunk = max(16, LARGE_LOGITS_BYTES // (8 * num_items))
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=min(chunk, len(targets)))
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk)
     loss = F.linear_cross_entropy(
         hidden,
         rows,
@@ -91,7 +98,10 @@ def plain_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, num_items:
     """Return the scores (M, I) of all real items, in fp32 at least."""
     dtype = compute_dtype(hidden)
     shift = None if bias is None else bias[1 : num_items + 1].to(dtype)
-    logits = F.linear(hidden.to(dtype), weight[1 : num_items + 1].to(dtype), shift)
+    if frozen := frozen_columns(weight):
+        logits = PartlyFrozenProduct.apply(hidden.to(dtype), weight.to(dtype), shift, num_items, frozen)
+    else:
+        logits = F.linear(hidden.to(dtype), weight[1 : num_items + 1].to(dtype), shift)
     return logits if dtype in FULL else logits.float()
 
 
@@ -99,92 +109,6 @@ def _sum_over_targets(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the sum of the cross-entropies of logits (M, I) at targets (M,), fillers left out."""
     labels = torch.where(targets == IGNORE, IGNORE, targets - 1)
     return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
-
-
-_spare: list[Tensor] = []  # the buffer of the last step: asking the kernel for new pages takes longer
-
-
-def _take_buffer(like: Tensor, size: int) -> Tensor:
-    """Return an uninitialised vector of at least `size`: the spare one where it fits.
-
-    Whoever takes it owns it until backward gives it back; a second use before that gets another.
-    """
-    if _spare:
-        found = _spare.pop()
-        if found.numel() >= size and (found.dtype, found.device) == (like.dtype, like.device):
-            return found
-    return like.new_empty(size + size // 8)  # the number of targets varies a little
-
-
-class InplaceCrossEntropy(torch.autograd.Function):
-    """Sum of cross-entropies whose logits, probabilities and gradient share one buffer (M, I)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        num_items: int,
-    ) -> Tensor:
-        """Return the sum; what is kept for backward is the gradient of the logits."""
-        ctx.buffer = _take_buffer(hidden, len(targets) * num_items)
-        scores = ctx.buffer[: len(targets) * num_items].view(len(targets), num_items)  # (M, I)
-        torch.mm(hidden, weight[1 : num_items + 1].t(), out=scores)
-        wide = scores.dtype if scores.dtype in FULL else torch.float32
-        shift = None if bias is None else bias[1 : num_items + 1].to(wide)
-        kept = (targets != IGNORE).to(wide)
-        column = (targets - 1).clamp_min(0)[:, None]  # (M, 1)
-        losses = torch.empty(len(targets), dtype=wide, device=hidden.device)
-        size = max(1, BLOCK_BYTES // (wide.itemsize * num_items))
-        for first in range(0, len(targets), size):
-            part = slice(first, first + size)
-            block = scores[part].to(wide)  # the buffer itself where the products are in full precision
-            losses[part] = _to_gradient(block, shift, column[part], kept[part])
-            if block.dtype != scores.dtype:
-                scores[part] = block
-        ctx.save_for_backward(hidden, weight, scores)
-        ctx.num_items, ctx.bias_dtype = num_items, None if bias is None else bias.dtype
-        ctx.sink = sink_of(weight)
-        ctx.frozen_columns = getattr(weight, "frozen_columns", 0)  # the first ones, without a gradient
-        return losses.sum()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of hidden, weight and bias."""
-        hidden, weight, slope = ctx.saved_tensors
-        scale, last = grads[0], ctx.num_items + 1
-        d_hidden = d_weight = d_bias = None
-        if ctx.needs_input_grad[0]:
-            d_hidden = torch.mm(slope, weight[1:last]).mul_(scale)
-        scaled = (hidden * scale).to(slope.dtype)
-        if ctx.sink is not None:
-            ctx.sink.overwrite((slope.t(), scaled), slice(1, last))
-        elif ctx.needs_input_grad[1]:
-            d_weight = torch.empty_like(weight)
-            d_weight[PAD].zero_()
-            d_weight[last:].zero_()
-            first = ctx.frozen_columns
-            torch.mm(slope.t(), scaled[:, first:], out=d_weight[1:last, first:])
-        if ctx.needs_input_grad[2]:
-            ones = scale.to(slope.dtype).expand(len(slope)).contiguous()
-            d_bias = torch.zeros(len(weight), dtype=ctx.bias_dtype, device=weight.device)
-            d_bias[1:last] = torch.mv(slope.t(), ones)
-        _spare[:] = [ctx.buffer]
-        return d_hidden, d_weight, d_bias, None, None
-
-
-def _to_gradient(block: Tensor, shift: Tensor | None, column: Tensor, kept: Tensor) -> Tensor:
-    """Turn a block of logits into their gradient, in place; return its losses."""
-    if shift is not None:
-        block += shift
-    torch.log_softmax(block, -1, out=block)
-    losses = -block.gather(1, column).squeeze(1) * kept
-    block.exp_().scatter_add_(1, column, block.new_full(column.shape, -1.0))
-    if not bool(kept.all()):
-        block *= kept[:, None]
-    return losses
 
 
 def focal_mean(logits: Tensor, labels: Tensor) -> Tensor:

@@ -22,9 +22,11 @@ from torch import Tensor
 
 from reclib import checkpoint, hardware
 from reclib.batching import Batch, Epoch, prefetch
+from reclib.checkpoint import load_unique, refuse_other, unique_tensors
 from reclib.config import InputError, TrainConfig
 from reclib.data import Histories
 from reclib.hardware import Device
+from reclib.ilora import AdaptedModel
 from reclib.model import Bert4Rec
 from reclib.objective import batch_loss
 from reclib.sinks import attach, detach, sink_of
@@ -88,12 +90,20 @@ def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
 
 
 def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Return AdamW over the trainable parameters; biases and norms are not decayed."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+    """Return AdamW over the trainable parameters; biases and norms are not decayed.
+
+    The gate of an adapted model has a group of its own, with a share of the rate that its adapter states.
+    """
+    trained = {id(p): p for p in model.parameters() if p.requires_grad}
+    adapted = model if isinstance(model, AdaptedModel) else None
+    gates = [trained.pop(id(p)) for p in adapted.gates.parameters() if p.requires_grad] if adapted else []
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained.values() if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained.values() if p.dim() <= 1], "weight_decay": 0.0},
     ]
+    if adapted and adapted.active and gates:
+        share = adapted.configs[adapted.active].gate_learning_rate
+        groups.append({"params": gates, "weight_decay": config.weight_decay, "rate_share": share})
     fused = config.optimizer == "fused"
     return torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused, foreach=False)
 
@@ -123,14 +133,22 @@ class Trainer:
     """A model, its optimiser and where they stand in a run."""
 
     def __init__(
-        self, model: Bert4Rec, histories: Histories, config: TrainConfig, device: Device, fingerprint: str
+        self,
+        model: Bert4Rec | AdaptedModel,
+        histories: Histories,
+        config: TrainConfig,
+        device: Device,
+        fingerprint: str,
+        origin: dict[str, Any] | None = None,
     ) -> None:
+        """Take what is trained, on what and where; `origin` says what weights it starts from, if not new."""
         if model.config.causal != (config.objective == "next_item"):
             raise InputError(
                 f"objective={config.objective!r} does not go with causal={model.config.causal}: "
                 "a causal model is trained with objective='next_item', and no other is"
             )
-        self.model, self.histories, self.config, self.device = model, histories, config, device
+        self.model: Any = model  # of either kind: an adapted model has what is asked of a plain one
+        self.histories, self.config, self.device = histories, config, device
         self.where = device.torch_device
         self.precision = hardware.choose_precision(config.precision, device.card)
         hardware.set_matmul_precision(self.precision)
@@ -148,7 +166,7 @@ class Trainer:
         self.optimizer = make_optimizer(model, config)
         self.scaler = torch.amp.GradScaler(self.where.type, enabled=self.precision.needs_scaler)
         self.progress = Progress()
-        self.fingerprint = fingerprint
+        self.fingerprint, self.origin = fingerprint, origin
         users = int((histories.ends - histories.starts > int(model.config.causal)).sum())
         self.steps_per_epoch = -(-users // config.batch_size)
         planned = self.steps_per_epoch * config.epochs
@@ -188,7 +206,7 @@ class Trainer:
         step, config = self.progress.step, self.config
         rate = learning_rate(step, self.total_steps, config)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("rate_share", 1.0)
         num_targets = sum(batch.num_targets for batch in micros)
         num_tokens = sum(batch.num_tokens for batch in micros)
         denominator = num_tokens if config.objective == "seed_focal" else num_targets
@@ -277,7 +295,8 @@ class Trainer:
         """Return what a checkpoint must agree on to be continued."""
         train = asdict(self.config)
         train.pop("checkpoint_seconds")
-        return {"model": asdict(self.model.config), "train": train, "data": self.fingerprint}
+        said = {"model": asdict(self.model.config), "train": train, "data": self.fingerprint}
+        return said if self.origin is None else said | {"origin": self.origin}
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint of the present step and drop all but the newest two."""
@@ -316,33 +335,3 @@ class Trainer:
         if "random.cuda" in tensors and self.where.type == "cuda":
             torch.cuda.set_rng_state(tensors["random.cuda"], self.where)
         return True
-
-
-def unique_tensors(model: torch.nn.Module, frozen: bool = True) -> dict[str, Tensor]:
-    """Return the state with tied tensors once, as safetensors wants it, with or without frozen ones."""
-    return {name: p.detach() for name, p in model.named_parameters() if frozen or p.requires_grad}
-
-
-def load_unique(model: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copy the tensors of `unique_tensors` into a model of the same configuration."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad or name in tensors:
-                parameter.copy_(tensors[name])
-
-
-def refuse_other(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
-    """Raise `InputError` naming what differs between a checkpoint's identity and this run's."""
-    differs = [
-        f"{part}.{key} is {old.get(key)!r} there and {new.get(key)!r} here"
-        for part in ("model", "train")
-        for old, new in [(found[part], wanted[part])]
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
-    if found["data"] != wanted["data"]:
-        differs.append(f"the dataset is {found['data'][:12]} there and {wanted['data'][:12]} here")
-    if differs:
-        raise InputError(
-            f"the checkpoint in {folder.name} is of another run: {'; '.join(differs)}; use another folder"
-        )

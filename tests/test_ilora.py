@@ -23,10 +23,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from reclib import checkpoint, hardware
+from reclib import checkpoint, hardware, objective
 from reclib.adapters import base_hash
 from reclib.batching import Batch
 from reclib.config import InputError, ModelConfig, TrainConfig, changed, validated
+from reclib.cross_entropy import frozen_columns
 from reclib.data import Evaluation
 from reclib.ilora import AdaptedModel
 from reclib.lowrank import AdapterConfig, LowRank, present
@@ -350,20 +351,42 @@ def test_frozen_layers_have_no_weight_gradient_product():
 
 
 @pytest.mark.parametrize("kind", ["lora", "ilora"])
-def test_an_adapted_output_table_has_no_product_for_the_frozen_part(kind):
-    """And its gradients are those of the plain route, which does not know of frozen columns."""
-    found = adapted(kind, targets=("head",), rank=4, num_experts=2).train()
-    one, gradients, products = batch(), [], []
-    for loss in ("inplace", "plain"):
+@pytest.mark.parametrize("loss", ["inplace", "plain", "chunked"])
+@pytest.mark.parametrize("output_bias", [True, False])
+def test_an_adapted_output_table_has_no_product_for_the_frozen_part(kind, loss, output_bias, monkeypatch):
+    """And its gradients are those of autograd's own product, which knows nothing of frozen columns."""
+    model = base(**UNTIED, output_bias=output_bias)
+    found = adapted(kind, model, targets=("head",), rank=4, num_experts=2).train()
+    if output_bias:
+        model.output_bias.requires_grad_(True)
+    one, gradients, products = batch(tuple(LENGTHS * 4)), [], []
+    monkeypatch.setattr(objective, "LARGE_LOGITS_BYTES", 1)  # several chunks
+    assert len(one.targets) > 16
+    for route, known in ((loss, frozen_columns), ("plain", lambda weight: 0)):
+        monkeypatch.setattr(objective, "frozen_columns", known)
         found.zero_grad()
         with FlopCounterMode(display=False) as counter:
-            batch_loss(found, one, changed(TRAIN, loss=loss), one.num_targets).backward()
+            (3 * batch_loss(found, one, changed(TRAIN, loss=route), one.num_targets)).backward()
         products.append(counter.get_total_flops())
         gradients.append({n: p.grad.clone() for n, p in found.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[1].items():
         torch.testing.assert_close(gradients[0][name], gradient, rtol=1e-4, atol=1e-6)
     frozen_part = 2 * len(one.targets) * found.config.num_items * found.config.hidden_dim
     assert products[1] - products[0] >= frozen_part
+
+
+@pytest.mark.parametrize("loss", ["inplace", "plain", "chunked"])
+def test_the_frozen_part_is_left_out_in_16_bit_as_well(loss):
+    found, one = adapted("ilora", targets=("head",)).train(), batch()
+    products = []
+    for dtype in (torch.float32, torch.bfloat16):
+        with FlopCounterMode(display=False) as counter:
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
+                value = batch_loss(found, one, changed(TRAIN, loss=loss), one.num_targets)
+            value.backward()
+        products.append(counter.get_total_flops())
+    assert products[0] == products[1]
 
 
 def test_freezing_takes_gradients_and_sinks_away():

@@ -8,11 +8,12 @@ from engine import histories, loss_and_gradients, small_model, worst_difference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reclib import objective
+from reclib import cross_entropy
 from reclib.batching import IGNORE, Epoch
 from reclib.config import TrainConfig, changed
+from reclib.cross_entropy import InplaceCrossEntropy
 from reclib.model import Bert4Rec
-from reclib.objective import InplaceCrossEntropy, batch_loss, cross_entropy_sum, route
+from reclib.objective import batch_loss, cross_entropy_sum, route
 
 PLAIN = {"layout": "padded", "head_rows": "all", "loss": "plain"}
 LIMIT = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -77,7 +78,7 @@ def test_routes_agree_with_torch_and_skip_fillers(how):
 
 
 def test_inplace_route_by_numerical_differentiation_and_in_small_blocks(monkeypatch):
-    monkeypatch.setattr(objective, "BLOCK_BYTES", 1)  # one row at a time
+    monkeypatch.setattr(cross_entropy, "BLOCK_BYTES", 1)  # one row at a time
     torch.manual_seed(0)
     arguments = (
         torch.randn(5, 4, dtype=torch.float64, requires_grad=True),

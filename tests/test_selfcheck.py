@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from reclib import hardware, objective, profiling, record, selfcheck
+from reclib import cross_entropy, hardware, profiling, record, selfcheck
 from reclib.config import InputError
 from reclib.params import build, profile
 
@@ -37,8 +37,8 @@ def test_a_wrong_gradient_fails_exactness(monkeypatch):
         block *= 1.001
         return losses
 
-    true = objective._to_gradient
-    monkeypatch.setattr(objective, "_to_gradient", shifted)
+    true = cross_entropy._to_gradient
+    monkeypatch.setattr(cross_entropy, "_to_gradient", shifted)
     assert not selfcheck.exactness(CPU).passed
 
 

@@ -17,10 +17,11 @@ import torch
 from engine import histories, small_model
 
 from reclib import checkpoint, data, hardware
+from reclib.checkpoint import unique_tensors
 from reclib.config import InputError, TrainConfig, changed
 from reclib.fit import Options, fit, load_model, save_model
 from reclib.model import Bert4Rec
-from reclib.trainer import Trainer, clip_gradients, learning_rate, unique_tensors
+from reclib.trainer import Trainer, clip_gradients, learning_rate
 
 CPU = hardware.resolve("cpu")
 SHORT = TrainConfig(
