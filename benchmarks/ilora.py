@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import subprocess
 import sys
 import tempfile
@@ -27,18 +26,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
 import torch
 from engine import configs, dataset_of, resident_bytes
 
-from reclib import benchmark, hardware, metrics
+from reclib import benchmark, hardware
 from reclib.config import ModelConfig, TrainConfig, changed, model_config
 from reclib.data import Dataset, Histories, synthetic_dataset
 from reclib.fit import load_model, save_model
 from reclib.ilora import AdaptedModel
 from reclib.instance import frozen_twin
 from reclib.lowrank import ENCODER, AdapterConfig
-from reclib.measurement import Measurement
 from reclib.model import Bert4Rec
 from reclib.trainer import Trainer
 
@@ -93,13 +90,6 @@ def variant(base: Bert4Rec, kind: str, compiled: bool, tiny: bool) -> Trainer:
 # -- time ----------------------------------------------------------------------------------------------------
 
 
-def ratio(above: Measurement, below: Measurement) -> dict[str, float]:
-    """Return the geometric mean of the ratios of paired steps, and its 95 % interval."""
-    paired = np.log(above.step_seconds) - np.log(below.step_seconds)
-    found = metrics.bootstrap(paired)
-    return {"mean": math.exp(found.mean), "low": math.exp(found.low), "high": math.exp(found.high)}
-
-
 def time_steps(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     frozen = load_model(folder)
     trained = copy.deepcopy(frozen).requires_grad_(True)
@@ -135,10 +125,10 @@ def time_steps(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for key, (above, below) in pairs.items():
         if above not in found:
             continue
-        values = ratio(found[above], found[below])
-        interval = f"{values['low']:.3f}-{values['high']:.3f}"
-        print(f"{key:<32}{values['mean']:>8.3f}{interval:>18}")
-        result |= {key: values["mean"], f"{key}_low": values["low"], f"{key}_high": values["high"]}
+        mean, low, high = benchmark.paired_ratio(found[above], found[below])
+        interval = f"{low:.3f}-{high:.3f}"
+        print(f"{key:<32}{mean:>8.3f}{interval:>18}")
+        result |= {key: mean, f"{key}_low": low, f"{key}_high": high}
     return result
 
 

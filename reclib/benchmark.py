@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from reclib.batching import Batch, Epoch
 from reclib.data import Evaluation, Histories
 from reclib.flops import Flops
 from reclib.measurement import Measurement
+from reclib.metrics import Interval
 from reclib.trainer import StepStats, Trainer
 
 RECOMPILE_LIMIT = 256  # compiled variants of one process share `encode`, and torch stops at 8
@@ -130,6 +132,15 @@ def interleave(
                 except (RuntimeError, MemoryError) as error:
                     clock.stop(error)
     return {name: clock.found for name, clock in clocks.items()}
+
+
+def paired_ratio(above: Measurement, below: Measurement) -> Interval:
+    """Return how many times as long a step of `above` takes, from steps that were timed in turns.
+
+    The geometric mean of the ratios of paired steps, which are of the same batches, with its 95 % interval.
+    """
+    found = metrics.bootstrap(np.log(above.step_seconds) - np.log(below.step_seconds))
+    return Interval(*(math.exp(value) for value in found))
 
 
 @contextlib.contextmanager
