@@ -21,6 +21,7 @@ from torch import Tensor
 
 from reclib.config import PAD, ModelConfig, TrainConfig
 from reclib.data import Histories
+from reclib.packing import bucket, first_fit_decreasing
 from reclib.samples import Samples, cut, mask_cloze, negative_shares, next_items, prefixes
 
 IGNORE = -100  # target of a slot that only fills a bucket
@@ -57,37 +58,9 @@ class Batch(NamedTuple):
         return self._replace(**tensors)
 
 
-def bucket(n: int, steps: int) -> int:
-    """Round n up to one of `steps` sizes per octave, so that shapes repeat at a bounded waste."""
-    size = 1 << max(0, n.bit_length() - steps.bit_length())
-    return -(-n // size) * size
-
-
 def generator(*key: int) -> np.random.Generator:
     """Return the generator of a key such as (seed, stream, epoch, step)."""
     return np.random.default_rng(key)
-
-
-def first_fit_decreasing(lengths: np.ndarray, max_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pack the sequences of many steps at once; return row and place in the row of each.
-
-    `lengths` (S, B) with 0 where a step has no further sequence; both results are (S, B). The loop runs over
-    the B ranks by length; all steps move together.
-    """
-    S, B = lengths.shape
-    order = np.argsort(-lengths, axis=1, kind="stable")
-    # Of the rows that first fit opens, at most one is half empty: this many suffice.
-    num_rows = min(B, int(2 * lengths.sum(axis=1).max(initial=0) // max_len) + 1)
-    free = np.full((S, num_rows), max_len, dtype=np.int64)
-    rows, places = np.zeros_like(lengths), np.zeros_like(lengths)
-    step = np.arange(S)
-    for rank in range(B):
-        chosen = order[:, rank]
-        length = lengths[step, chosen]
-        row = (free >= length[:, None]).argmax(axis=1)
-        rows[step, chosen], places[step, chosen] = row, max_len - free[step, row]
-        free[step, row] -= length
-    return rows, places
 
 
 @dataclass(frozen=True)

@@ -11,24 +11,17 @@ Shapes: R rows, L positions, Q queries of a row, M places in the head, D hidden_
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from reclib.batching import Batch
+from reclib import devices
 from reclib.config import ModelConfig, TrainConfig
 
-BACKWARD = 2  # times the forward pass
+if TYPE_CHECKING:  # plans count FLOPs where there is no torch
+    from reclib.batching import Batch
 
-# Dense peak FLOP/s by device label and precision, from the makers' data sheets: half of the figure "with
-# sparsity". V100 and H100 are the SXM boards; a pair that is not here has no MFU.
-PEAK_FLOPS: dict[str, dict[str, float]] = {
-    "t4": {"fp32": 8.1e12, "fp16": 65e12},
-    "l4": {"fp32": 30.3e12, "tf32": 60e12, "bf16": 121e12, "fp16": 121e12},
-    "v100": {"fp32": 15.7e12, "fp16": 125e12},
-    "a100": {"fp32": 19.5e12, "tf32": 156e12, "bf16": 312e12, "fp16": 312e12},
-    "h100": {"fp32": 67e12, "tf32": 494e12, "bf16": 989e12, "fp16": 989e12},
-}
+BACKWARD = 2  # times the forward pass
 
 
 class Flops(NamedTuple):
@@ -111,5 +104,5 @@ def total(parts: Sequence[Flops]) -> Flops:
 
 def mfu(flops: float, seconds: float, label: str, precision: str) -> float | None:
     """Return FLOP/s over the device's dense peak; None on a CPU and wherever the peak is not known."""
-    peak = PEAK_FLOPS.get(label, {}).get(precision)
+    peak = devices.peak_flops(label, precision)
     return None if peak is None else flops / seconds / peak

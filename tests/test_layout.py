@@ -15,11 +15,12 @@ ORDER = [
     *("cache", "synthetic", "fetch", "ml100k"),
     *("rawfile", "formats", "rows", "rejects", "rawtable", "sequences", "parquet", "titles"),
     *("reading", "sources", "dataset", "prepare", "splits", "periods", "data"),
-    *("describe", "datasheet", "samples", "batching", "claims"),
+    *("describe", "datasheet", "samples", "devices", "packing", "batching", "claims"),
+    *("flops", "workload", "footprint"),
     *("sinks", "model", "instance", "lowrank", "gate", "adapters", "ilora", "adapter_files"),
     *("sampled", "cross_entropy", "objective", "metrics", "baselines", "statistics", "protocols"),
     *("checkpoint", "trainer", "fit", "experiment", "assessment"),
-    *("flops", "measurement", "benchmark", "profiling", "bound", "ladder", "speed", "selfcheck"),
+    *("measurement", "benchmark", "profiling", "bound", "ladder", "speed", "selfcheck"),
     *("adaptation", "adaptation_results", "adapter_speed"),
     *("record", "grid", "scoring", "tables", "look", "page", "marks", "speed_figures"),
     *("accuracy_figures", "control_figures", "data_figures"),
@@ -34,7 +35,7 @@ ONE_OWNER: dict[str, set[str]] = {
     "wandb": {"tracker"},
     "ipywidgets": set(),
 }
-WITHOUT_TORCH = ["", "paths", "config", "params", "record", "claims", "figures", "study"]
+WITHOUT_TORCH = ["", "paths", "config", "params", "record", "claims", "figures", "study", "footprint"]
 MAX_MODULE_LINES = 350
 MAX_FUNCTION_LINES = 60
 
