@@ -110,7 +110,7 @@ def test_memory_is_what_the_profiler_counts(case):
     found = footprint.at_shapes(model, train, shapes_of(trainer, 2), "fp32", "cpu")
     # The buffer of logits is kept from step to step, so the profiler sees it in no step but the first.
     buffer = 0 if train.head_rows == "all" else found.parts["logits"]
-    assert found.total - buffer == pytest.approx(measured, rel=0.2)
+    assert found.total - buffer == pytest.approx(measured, rel=0.25)
     assert found.state == 16 * sum(p.numel() for p in trainer.parameters)
 
 
