@@ -192,11 +192,23 @@ SIZES: dict[str, dict[str, Any]] = {
     | {"hidden_dim": 1024, "num_layers": 8, "num_heads": 16, "num_items": 159_748, "head": "mlp"},
 }
 
+# The family of the scaling experiment, `w<width>d<depth>`: heads of 32, tied tables as wide as the encoder.
+# Width changes tables and encoder together; depth changes the encoder and leaves the tables as they are.
+WIDTHS, DEPTHS = (32, 64, 96, 128, 192, 256, 384), (1, 2, 4, 8)
+SIZES |= {
+    f"w{width}d{depth}": _CPU
+    | {"hidden_dim": width, "num_layers": depth, "num_heads": width // 32, "num_items": 3416}
+    for width in WIDTHS
+    for depth in DEPTHS
+}
+_FIRST = f"w{WIDTHS[0]}d{DEPTHS[0]}"
+SIZE_NAMES = ", ".join([*list(SIZES)[: list(SIZES).index(_FIRST)], f"{_FIRST} to {list(SIZES)[-1]}"])
+
 
 def model_config(size: str, **overrides: Any) -> ModelConfig:
     """Return the configuration of a named size; `overrides` replace single fields."""
     if size not in SIZES:
-        raise InputError(f"unknown size {size!r}{nearest(size, SIZES)}; allowed: {', '.join(SIZES)}")
+        raise InputError(f"unknown size {size!r}{nearest(size, SIZES)}; allowed: {SIZE_NAMES}")
     return validated(ModelConfig, SIZES[size] | overrides)
 
 

@@ -31,12 +31,27 @@ class Trained:
         """Return the columns of the learning curve, one value per evaluation."""
         rows = self.trainer.progress.history
         names = {"epoch": "epoch", "train_loss": "train_loss", f"valid_{SELECT}": SELECT, "tokens": "tokens"}
+        if all("valid_loss" in row for row in rows):  # not in a run begun before the loss was evaluated
+            names["valid_loss"] = "valid_loss"
         return {name: [row[key] for row in rows] for name, key in names.items()}
 
     def best(self) -> dict[str, float]:
         """Return validation at the chosen epoch."""
         row = max(self.trainer.progress.history, key=lambda row: row[SELECT])
         return {f"valid_{name}": row[name] for name in ("hr@10", "ndcg@10")} | {"epoch": row["epoch"]}
+
+    def losses(self) -> dict[str, float]:
+        """Return the lowest loss on validation and the last, in nats; nothing where it was not evaluated.
+
+        The lowest is what a run stopped early would have: a law of size is about that one. `late_drop` is
+        what the last fifth of the training took off it: a run with much of it is undertrained.
+        """
+        values = self.curve().get("valid_loss")
+        if not values:
+            return {}
+        before = min(values[: max(1, len(values) * 4 // 5)])
+        lowest = min(values)
+        return {"lowest_valid_loss": lowest, "last_valid_loss": values[-1], "late_drop": before - lowest}
 
     def timings(self) -> dict[str, float]:
         """Return what the run took."""

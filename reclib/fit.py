@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from torch import Tensor
@@ -25,7 +26,7 @@ from reclib import checkpoint, metrics
 from reclib.adapters import base_hash
 from reclib.checkpoint import load_unique, refuse_other, unique_tensors
 from reclib.config import (
-    SIZES,
+    SIZE_NAMES,
     DataConfig,
     InputError,
     ModelConfig,
@@ -53,11 +54,13 @@ class Options:
     on_evaluation: Callable[[dict[str, float]], None] | None = None
 
 
-def rank_targets(trainer: Trainer, part: Evaluation, remove_seen: bool, top_k: int = 0) -> metrics.Ranking:
+def rank_targets(
+    trainer: Trainer, part: Evaluation, remove_seen: bool, top_k: int = 0, with_losses: bool = False
+) -> metrics.Ranking:
     """Rank the targets of `part` with the trainer's model, in its precision."""
     with trainer.autocast():
         scores = metrics.model_scores(trainer.model, part, trainer.where)
-        return metrics.rank(scores, part, remove_seen, top_k)
+        return metrics.rank(scores, part, remove_seen, top_k, with_losses)
 
 
 def fit(
@@ -209,7 +212,8 @@ def _evaluate(
     """Score validation and add a row to the history."""
     progress = trainer.progress
     started = time.perf_counter()
-    ranking = rank_targets(trainer, valid, options.remove_seen)
+    ranking = rank_targets(trainer, valid, options.remove_seen, with_losses=True)
+    assert ranking.losses is not None
     trainer.model.train()
     row = {
         "step": progress.step,
@@ -218,6 +222,7 @@ def _evaluate(
         "learning_rate": learning_rate,
         "train_seconds": progress.train_seconds,
         "tokens": progress.tokens,
+        "valid_loss": float(ranking.losses.mean(dtype=np.float64)),
         **metrics.summary(ranking.ranks),
         "eval_seconds": time.perf_counter() - started,
     }
@@ -251,7 +256,7 @@ def main(argv: list[str] | None = None) -> int:
         description="Train one model; the same command goes on where a killed run was.",
     )
     parser.add_argument("--dataset", default="ml-100k", help="ml-100k, synthetic or a file (ml-100k)")
-    parser.add_argument("--size", default="tiny", help=f"one of {', '.join(SIZES)} (tiny)")
+    parser.add_argument("--size", default="tiny", help=f"one of {SIZE_NAMES} (tiny)")
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints")
     parser.add_argument("--gpu", default="auto", help="auto, cpu or a gpu label (auto)")
     parser.add_argument(

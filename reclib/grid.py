@@ -7,6 +7,9 @@ and several processes may work on one grid: each takes a run that nobody holds.
 Training looks at validation only. The arms that the file calls final are scored on the test split, by
 `assessment`, from the weights that validation chose; every scoring is a record, so they can be counted.
 
+A file may bar one arm until a prediction of it is recorded (`scaling`): the record of that arm then carries
+the prediction's hash.
+
     python -m reclib.grid run ml-1m        # train what is not trained yet
     python -m reclib.grid status ml-1m
 
@@ -20,108 +23,26 @@ import contextlib
 import fcntl
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from reclib import paths, record
 from reclib.assessment import Result
-from reclib.config import (
-    DataConfig,
-    InputError,
-    ModelConfig,
-    TrainConfig,
-    changed,
-    model_config,
-    validated,
-)
+from reclib.config import InputError, ModelConfig, TrainConfig, changed
+from reclib.counts import counted
 from reclib.data import Dataset, prepare
 from reclib.experiment import Trained
 from reclib.fit import Options, data_identity, fit, rank_targets
+from reclib.gridfile import SPLITS, Arm, Grid, configs, read
 from reclib.hardware import Device, device_card, resolve
 from reclib.provenance import code_hash, git_state, plain, versions
-from reclib.splits import Split, global_time, leave_one_out, random_users
+from reclib.splits import Split
 from reclib.trainer import Trainer
-
-SPLITS: dict[str, Callable[[Dataset], Split]] = {
-    "leave_one_out": leave_one_out,
-    "global_time": global_time,
-    "random_users": random_users,
-}
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One configuration of a grid."""
-
-    name: str
-    model: dict[str, Any]  # fields of ModelConfig, the catalogue apart
-    train: dict[str, Any]  # fields of TrainConfig, the seed apart
-    split: str  # a name of SPLITS
-    seeds: tuple[int, ...]
-    final: bool  # scored on the test split
-
-
-@dataclass(frozen=True)
-class Grid:
-    """An experiment file, read."""
-
-    name: str
-    about: str
-    notebook: str  # that draws it
-    data: DataConfig
-    size: str
-    arms: tuple[Arm, ...]
-
-
-def read(name: str) -> Grid:
-    """Read `params/grids/<name>.yaml`; raise `InputError` for what it may not say."""
-    file = paths.params() / "grids" / f"{name}.yaml"
-    if not file.is_file():
-        known = ", ".join(sorted(path.stem for path in file.parent.glob("*.yaml")))
-        raise InputError(f"unknown grid {name!r}; known: {known}")
-    given = yaml.safe_load(file.read_text(encoding="utf-8"))
-    allowed = {"about", "notebook", "data", "size", "seeds", "model", "train", "arms"}
-    for key in given.keys() ^ allowed:
-        raise InputError(f"{file.name}: {'unknown' if key in given else 'missing'} key {key!r}")
-    arms = tuple(_arm(file, given, arm, own or {}) for arm, own in given["arms"].items())
-    data = validated(DataConfig, given["data"])
-    grid = Grid(name, given["about"], given["notebook"], data, given["size"], arms)
-    for arm in arms:  # a mistake in the last arm is told before the first is trained
-        _configs(grid, arm, num_items=10, seed=0)
-    return grid
-
-
-def _arm(file: Path, given: Mapping[str, Any], name: str, own: Mapping[str, Any]) -> Arm:
-    allowed = ("final", "model", "seeds", "split", "train")
-    for key in own.keys() - set(allowed):
-        raise InputError(f"{file.name}, arm {name!r}: unknown key {key!r}; allowed: {', '.join(allowed)}")
-    split = own.get("split", "leave_one_out")
-    if split not in SPLITS:
-        known = ", ".join(SPLITS)
-        raise InputError(f"{file.name}, arm {name!r}: unknown split {split!r}; allowed: {known}")
-    return Arm(
-        name,
-        given["model"] | own.get("model", {}),
-        given["train"] | own.get("train", {}),
-        split,
-        tuple(own.get("seeds", given["seeds"])),
-        bool(own.get("final", False)),
-    )
-
-
-def _configs(grid: Grid, arm: Arm, num_items: int, seed: int) -> tuple[ModelConfig, TrainConfig]:
-    try:
-        train = validated(TrainConfig, arm.train | {"seed": seed})
-        shape = {"num_items": num_items, "causal": train.objective == "next_item"} | arm.model
-        return model_config(grid.size, **shape), train
-    except InputError as error:
-        raise InputError(f"{grid.name}.yaml, arm {arm.name!r}: {error}") from None
 
 
 class Work:
@@ -138,7 +59,7 @@ class Work:
 
     def configs(self, arm: Arm, seed: int) -> tuple[ModelConfig, TrainConfig]:
         """Return the configurations of a run."""
-        return _configs(self.grid, arm, self.dataset.num_items, seed)
+        return configs(self.grid, arm, self.dataset.num_items, seed)
 
     def key(self, arm: Arm, seed: int) -> str:
         """Return what identifies a run: its configuration and data, not its name or the code."""
@@ -167,6 +88,24 @@ class Work:
         key = self.key(arm, seed)
         return any(row["params_hash"] == key for row in self.rows("learning_curve"))
 
+    def prediction(self, arm: Arm) -> str | None:
+        """Return the hash of the newest prediction of an arm as it is configured now, None without one."""
+        asked = self.configuration(arm)
+        mine = [row for row in self.rows("prediction") if row["own_params"]["of"] == arm.name]
+        same = [row for row in mine if row["configuration"]["target"] == asked]
+        return same[-1]["params_hash"] if same else None
+
+    def configuration(self, arm: Arm) -> dict[str, Any]:
+        """Return what an arm is, whatever the seed, with the data's fingerprint."""
+        model, train = self.configs(arm, 0)
+        without = {key: value for key, value in asdict(train).items() if key != "seed"}
+        return {"model": asdict(model), "train": without, "data": self.dataset.fingerprint}
+
+    def barred(self, arm: Arm) -> bool:
+        """Whether an arm may not start yet: the file wants it predicted, and it is not."""
+        predicts = self.grid.predicts
+        return predicts is not None and arm.name == predicts.of and self.prediction(arm) is None
+
     def train(self, arm: Arm, seed: int, options: Options) -> Trainer:
         """Train a run, or go on with it, or load it; return its trainer with the best weights."""
         model, train = self.configs(arm, seed)
@@ -183,7 +122,7 @@ class Work:
             "schema": record.SCHEMA,
             "notebook": self.grid.notebook,
             "name": found.name,
-            "kind": "measured",
+            "kind": "predicted" if found.name == "prediction" else "measured",
             "label": self.device.label,
             "claimed": None,
             "profile": "grid",
@@ -253,6 +192,9 @@ def run(work: Work, chosen: Sequence[tuple[Arm, int]], options: Options) -> int:
     """
     trained = 0
     for arm, seed in chosen:
+        if work.barred(arm):
+            print(f"{work.grid.name}: {arm.name}, seed {seed}: barred until it is predicted", flush=True)
+            continue
         with held(work.folder(arm, seed)) as mine:
             if not mine or work.trained(arm, seed):
                 continue
@@ -262,7 +204,9 @@ def run(work: Work, chosen: Sequence[tuple[Arm, int]], options: Options) -> int:
             save_ranks(work.ranks_file(arm, seed), {"valid": valid.ranks})
             model, train = work.configs(arm, seed)
             said = {"model": asdict(model), "train": asdict(train), "split": arm.split}
-            found = Result("learning_curve", one.best(), {"model": arm.name}, one.curve(), seed)
+            said |= {"prediction": known} if (known := work.prediction(arm)) else {}
+            numbers = one.best() | one.losses() | counted(one.trainer)
+            found = Result("learning_curve", numbers, {"model": arm.name}, one.curve(), seed)
             work.write(work.key(arm, seed), found, said, one.timings())
             print(f"  {one.best()}, {one.timings()['train_seconds']:.0f} s", flush=True)
             trained += 1
@@ -281,6 +225,8 @@ def status(work: Work, chosen: Sequence[tuple[Arm, int]]) -> list[str]:
             said = f"trained: validation HR@10 {best['valid_hr@10']:.4f}, NDCG@10 {best['valid_ndcg@10']:.4f}"
         elif any(work.folder(arm, seed).glob("step-*")):
             said = "under way"
+        elif work.barred(arm):
+            said = f"barred: not predicted yet (python -m reclib.scaling predict {work.grid.name})"
         lines.append(f"{arm.name:24} seed {seed}  {said}")
     return lines
 

@@ -37,6 +37,7 @@ class Ranking(NamedTuple):
 
     ranks: np.ndarray  # int64 (U,) in the evaluation's order: 1 is best
     top: np.ndarray | None  # int64 (U, k) item ids, best first
+    losses: np.ndarray | None = None  # float32 (U,) cross-entropy of each target, in nats
 
 
 class Interval(NamedTuple):
@@ -102,11 +103,20 @@ def best(scores: Tensor, k: int) -> Tensor:
     return columns.gather(1, values.topk(k).indices)
 
 
-def rank(scores: Scores, evaluation: Evaluation, remove_seen: bool, top_k: int = 0) -> Ranking:
-    """Rank every user's target among the scores that `scores` yields."""
-    users, ranks, tops = [], [], []
+def rank(
+    scores: Scores, evaluation: Evaluation, remove_seen: bool, top_k: int = 0, with_losses: bool = False
+) -> Ranking:
+    """Rank every user's target among the scores that `scores` yields.
+
+    `with_losses` adds each target's cross-entropy in nats, with the softmax over all items, seen ones too:
+    what training minimises, at the position that is predicted. It means something for logits only.
+    """
+    users, ranks, tops, losses = [], [], [], []
     for chosen, values in scores:
         targets = torch.as_tensor(evaluation.targets[chosen].astype(np.int64), device=values.device)
+        if with_losses:  # before the scores are overwritten
+            own = values.gather(1, (targets - 1)[:, None]).squeeze(1)
+            losses.append(values.logsumexp(1) - own)
         seen = seen_items(evaluation.histories, chosen, values.device) if remove_seen else None
         got, top = rank_scores(values, targets, seen, top_k)
         users.append(chosen)
@@ -114,7 +124,8 @@ def rank(scores: Scores, evaluation: Evaluation, remove_seen: bool, top_k: int =
         tops.append(top)
     order = np.argsort(np.concatenate(users), kind="stable")
     best_items = torch.cat(tops).cpu().numpy()[order] if top_k else None  # type: ignore[arg-type]
-    return Ranking(torch.cat(ranks).cpu().numpy()[order], best_items)
+    nats = torch.cat(losses).cpu().numpy()[order] if with_losses else None
+    return Ranking(torch.cat(ranks).cpu().numpy()[order], best_items, nats)
 
 
 def seen_items(histories: Histories, users: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from reclib.config import (
+    SIZE_NAMES,
     SIZES,
     STRICT,
     CompileMode,
@@ -35,7 +36,7 @@ T = TypeVar("T")
 
 def _known_size(name: str) -> str:
     if name not in SIZES:
-        raise ValueError(f"unknown size{nearest(name, SIZES)}; allowed: {', '.join(SIZES)}")
+        raise ValueError(f"unknown size{nearest(name, SIZES)}; allowed: {SIZE_NAMES}")
     return name
 
 

@@ -128,7 +128,7 @@ def test_two_processes_share_a_grid(root):
         ({"extra": 1}, "trial.yaml: unknown key 'extra'"),
         (
             {"arms": {"base": {"lr": 1}}},
-            "arm 'base': unknown key 'lr'; allowed: final, model, seeds, split, train",
+            "arm 'base': unknown key 'lr'; allowed: final, model, seeds, size, split, train",
         ),
         ({"arms": {"base": {"train": {"epoch": 1}}}}, "arm 'base': unknown parameter 'epoch'"),
         ({"model": {"hidden_dim": 7, "num_heads": 2}}, "hidden_dim=7 must be divisible by num_heads=2"),
