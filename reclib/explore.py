@@ -42,6 +42,9 @@ COLORS = (
     "protocol",
     "seed",
 )
+# Axes to begin with: what is sought, against what it costs.
+_UPWARDS = ("ndcg@10", "valid_ndcg@10", "sequences_per_second", "difference", "coverage")
+_ACROSS = ("non_embedding", "parameters", "hr@10", "peak_memory_bytes", "train_seconds", "gini")
 _ENDS = ("_low", "_high")  # of intervals: drawn as bars, no axes of their own
 
 
@@ -130,12 +133,15 @@ def colors(rows: pd.DataFrame) -> list[str]:
 def first_selection(records: Sequence[Record], result: str) -> Selection:
     """Return a choice of axes to begin with; raise `InputError` where a result has fewer than two numbers."""
     rows = frame(records, result)
-    axes, tints = numbers(rows), colors(rows)
+    axes = numbers(rows)
+    tints = sorted(colors(rows), key=lambda name: rows[name].nunique() < 2)  # what tells rows apart first
     if len(axes) < 2:
         raise InputError(
             f"{result!r} has {len(axes)} numbers that differ between its records: nothing to draw"
         )
-    return Selection(result, axes[0], axes[1], tints[0])
+    y = next((name for name in _UPWARDS if name in axes), axes[1])
+    x = next((name for name in [*_ACROSS, *axes] if name in axes and name != y), axes[0])
+    return Selection(result, x, y, tints[0])
 
 
 def chosen(records: Iterable[Record], selection: Selection) -> pd.DataFrame:

@@ -85,7 +85,7 @@ def test_intervals_are_bars_and_no_axes():
         for v in (0.1, 0.2)
     ]
     selection = explore.first_selection(rows, "test_metrics")
-    assert (selection.x, selection.y) == ("hr@10", "mrr")
+    assert (selection.x, selection.y) == ("hr@10", "mrr")  # the first that there are
     turned = explore.Selection("test_metrics", "mrr", "hr@10")
     (trace,) = explore_figures.scatter(explore.chosen(rows, turned), turned).data
     assert list(trace.error_y.array) == pytest.approx([0.02, 0.02])

@@ -25,7 +25,7 @@ ORDER = [
     *("record", "counts", "gridfile", "grid", "scoring", "law", "scaling"),
     *("tables", "look", "page", "marks", "speed_figures"),
     *("accuracy_figures", "control_figures", "data_figures"),
-    *("explore", "explore_figures"),
+    *("explore", "explore_figures", "widgets"),
     "adapter_figures",
     *("figures", "runner", "job", "study"),
 ]
@@ -34,7 +34,7 @@ ONE_OWNER: dict[str, set[str]] = {
     "papermill": {"runner"},
     "plotly": {"figures", "marks", *(name for name in ORDER if name.endswith("_figures"))},
     "wandb": {"tracker"},
-    "ipywidgets": set(),
+    "ipywidgets": {"widgets"},
 }
 WITHOUT_TORCH = ["", "paths", "config", "params", "record", "claims", "figures", "study", "footprint"]
 MAX_MODULE_LINES = 350
