@@ -148,6 +148,28 @@ class AmpCompile:
     seed: NonNegative  # of weights, masks and order
 
 
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Audit:
+    """Parameters of `08_audit`."""
+
+    gpu: GpuLabel  # device label, a claim to be checked; auto: what is here
+    dataset: Name  # name of a data set that `reclib.data` knows
+    min_user: Positive  # k-core: interactions that a user must have
+    min_item: Positive  # k-core: interactions that an item must have
+    size: Size  # named model size, one of `config.SIZES`
+    seeds: Seeds  # one training of each loss for each
+    epochs: Positive  # passes over the users
+    batch_size: Positive  # sequences per optimiser step
+    learning_rate: PositiveFloat  # peak of the schedule
+    dropout: Probability  # 0 <= dropout < 1
+    mask_prob: Annotated[float, Field(gt=0.0, lt=1.0)]  # share of positions that are masked
+    last_item_share: Share  # share of samples that mask the last item alone
+    max_len: Positive  # positions per row and longest history
+    eval_every: Positive  # epochs between evaluations on validation
+    mask_draws: Annotated[int, Field(ge=2)]  # evaluations of one model with masks drawn anew
+    bootstrap_samples: Positive  # resamples of the users behind each confidence interval
+
+
 def _divides(batch_size: int, micro_batch_size: int | None) -> None:
     if micro_batch_size is not None and batch_size % micro_batch_size:
         raise ValueError(f"batch_size={batch_size} must be a multiple of micro_batch_size={micro_batch_size}")
@@ -157,4 +179,5 @@ NOTEBOOKS: dict[str, type] = {
     "01_data_prep": DataPrep,
     "02_baseline": Baseline,
     "04_amp_compile": AmpCompile,
+    "08_audit": Audit,
 }

@@ -22,6 +22,7 @@ ORDER = [
     *("checkpoint", "trainer", "fit", "experiment", "assessment"),
     *("measurement", "benchmark", "profiling", "bound", "ladder", "speed", "selfcheck"),
     *("adaptation", "adaptation_results", "adapter_speed"),
+    *("audit", "bypass", "recreation", "verdicts"),
     *("record", "counts", "gridfile", "grid", "scoring", "law", "scaling"),
     *("tables", "look", "page", "marks", "speed_figures"),
     *("accuracy_figures", "control_figures", "data_figures"),
