@@ -1,0 +1,220 @@
+"""What is published says nothing about who ran it where, and nothing that comes from outside is unpickled."""
+
+from __future__ import annotations
+
+import ast
+import getpass
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+FOLDERS = ("notebooks", "executed", "figures", "params")
+# Folders of people and of machines, wherever a path begins; addresses of pages are none.
+PLACES = re.compile(r"(?<![\w.:/<\\-])/(?:home|root|Users|tmp|work|mnt|content|var|private)/[\w.-]+")
+SECRETS = re.compile(
+    r"\b(?:ghp|gho|github_pat|hf|glpat|xox[bp])_?[A-Za-z0-9_-]{20,}|\bsk-[A-Za-z0-9_-]{20,}|\bAKIA[0-9A-Z]{16}\b"
+    r"|(?i:api[_-]?key|access[_-]?token|password)[\"']?\s*[:=]\s*[\"'][^\"']{8,}|[?&]token=[0-9a-f]{16,}"
+)
+ENVIRONMENT = re.compile(
+    r"\b(?:LS_COLORS|SSH_CONNECTION|XDG_[A-Z_]+|OLDPWD|HOSTNAME|LOGNAME|WANDB_API_KEY)\b"
+)
+PLANTED = {  # what may be in somebody's environment and must stay there
+    "WANDB_API_KEY": "c0ffee" * 6 + "feed",
+    "HF_TOKEN": "hf_" + "PlantedTokenOfNobody" * 2,
+    "PLANTED_VARIABLE": "a-value-that-only-an-environment-dump-would-hold",
+}
+# One small run of all that writes: a checkpoint, weights, a record with a path, an offline run of wandb.
+WRITER = """
+import sys
+from pathlib import Path
+from reclib import fit, params, record, tracker
+from reclib.config import ModelConfig, TrainConfig
+from reclib.data import synthetic_dataset
+from reclib.hardware import device_card, resolve
+
+out, dataset, device = Path(sys.argv[1]), synthetic_dataset(30, 20, 8.0, seed=0), resolve("cpu")
+model = ModelConfig(num_items=dataset.num_items, hidden_dim=8, num_layers=1, num_heads=1, max_len=16)
+with tracker.start("offline", "02_baseline", "clean", {"epochs": 1}) as track:
+    options = fit.Options(on_evaluation=lambda row: track.log(row, int(row["step"])))
+    trainer = fit.fit(model, dataset, TrainConfig(epochs=1, eval_every=1), device, out / "run", options)
+fit.save_model(trainer, out / "weights", {"data": "synthetic"})
+p = params.build("02_baseline", params.profile("02_baseline", "smoke") | {"dataset": str(out / "mine.csv")})
+run = record.Run("02_baseline", p, device_card(device), {"name": "mine", "fingerprint": "0"})
+run.result("answer", {"hr@10": 0.1}, params={"file": str(out / "mine.csv")})
+"""
+
+
+def private_words() -> list[str]:
+    """Return names of this machine and its user that are no words of the language."""
+    names = {getpass.getuser(), socket.gethostname(), str(Path.home()), str(ROOT)}
+    return [name for name in names if len(name) > 4]
+
+
+def committed() -> list[Path]:
+    """Return the files under the published folders that git knows, or all where there is no git."""
+    done = subprocess.run(["git", "ls-files", "-z", *FOLDERS], cwd=ROOT, capture_output=True, text=True)
+    names = done.stdout.split("\0") if done.returncode == 0 else []
+    found = [ROOT / name for name in names if name and (ROOT / name).is_file()]
+    return found or [file for folder in FOLDERS for file in (ROOT / folder).rglob("*") if file.is_file()]
+
+
+def texts(file: Path) -> Iterator[str]:
+    """Yield a file's content as text, that of the members of an archive one by one."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            for name in archive.namelist():
+                yield name
+                yield archive.read(name).decode("latin-1")
+    else:
+        yield file.read_bytes().decode("utf-8", errors="replace")
+
+
+def findings(text: str, private: list[str]) -> list[str]:
+    """Return what in a text should not be there."""
+    found = [match[0] for rule in (PLACES, SECRETS, ENVIRONMENT) for match in rule.finditer(text)]
+    return found + [word for word in private if re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", text)]
+
+
+def test_committed_notebooks_records_and_figures_tell_nothing_about_who_ran_them():
+    files = [
+        file for file in committed() if file.name != "plotly.min.js"
+    ]  # a library's, with its own strings
+    assert len(files) > 30
+    private = private_words()
+    wrong = {
+        str(file.relative_to(ROOT)): found[:3]
+        for file in files
+        if (found := [one for text in texts(file) for one in findings(text, private)])
+    }
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'read "/home/somebody/data.csv"',
+        "saved to /tmp/abc/x",
+        "/root/.netrc",
+        "File /Users/jo/a.py",
+        "WANDB_API_KEY=1",
+        "hf_" + "a" * 30,
+        "ghp_" + "b" * 36,
+        '"api_key": "abcdefghijkl"',
+        "http://127.0.0.1:8888/lab?token=" + "0" * 48,
+        "ran on some-host-name today",
+    ],
+)
+def test_the_search_finds_what_it_is_for(text):
+    assert findings(text, ["some-host-name"])
+
+
+def test_the_search_lets_ordinary_text_pass():
+    ordinary = (
+        "see https://github.com/home/x, notebooks/02_baseline.ipynb, 1/2, a commit 0123456789abcdef, </div>"
+    )
+    assert findings(ordinary, []) == []
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    """A folder with all that a run writes, made with secrets in its environment."""
+    folder = tmp_path_factory.mktemp("private-place")
+    (folder / "root" / "notebooks").mkdir(parents=True)
+    (folder / "root" / "params").symlink_to(ROOT / "params")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
+    environment = kept | PLANTED | {
+        "RECLIB_ROOT": str(folder / "root"),
+        "RECLIB_RECORDS": str(folder / "records"),
+        "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    command = [sys.executable, "-c", WRITER, str(folder / "out")]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.slow
+def test_secrets_of_the_environment_are_in_nothing_that_is_written(written):
+    files = [file for file in written.rglob("*") if file.is_file() and "params" not in file.parts]
+    kinds = {file.suffix for file in files}
+    assert {".safetensors", ".json", ".jsonl", ".wandb"} <= kinds, kinds
+    for file in files:
+        content = file.read_bytes()
+        for name, value in PLANTED.items():
+            assert value.encode() not in content, f"{name} in {file.relative_to(written)}"
+
+
+@pytest.mark.slow
+def test_checkpoints_and_records_tell_nothing_about_who_wrote_them(written):
+    private = [*private_words(), written.name, str(written)]
+    published = [*(written / "out").rglob("*"), *(written / "records").rglob("*")]
+    files = [file for file in published if file.is_file()]
+    assert len(files) >= 5
+    for file in files:
+        assert not findings(file.read_bytes().decode("latin-1"), private), file.relative_to(written)
+    (line,) = (written / "records/cpu/results.jsonl").read_text().splitlines()
+    assert json.loads(line)["own_params"]["file"] == "mine.csv"
+
+
+def unpickles(source: str) -> list[str]:
+    """Return the places of a source that could run code out of a file."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [a.name for a in node.names if a.name.split(".")[0] in UNSAFE]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in UNSAFE:
+            found.append(str(node.module))
+        elif isinstance(node, ast.Call):
+            name, asked = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
+            wrong = name.endswith("read_pickle") or asked.get("allow_pickle", "False") != "False"
+            wrong |= name == "torch.load" and asked.get("weights_only") != "True"
+            wrong |= name in ("yaml.load", "yaml.unsafe_load", "yaml.full_load", "eval", "exec")
+            found += [ast.unparse(node)] if wrong else []
+    return found
+
+
+UNSAFE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+
+
+def test_nothing_unpickles_a_file():
+    sources = [*(ROOT / "reclib").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    wrong = {file.name: found for file in sources if (found := unpickles(file.read_text(encoding="utf-8")))}
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from joblib import load",
+        "torch.load(f)",
+        "torch.load(f, weights_only=False)",
+        "np.load(f, allow_pickle=True)",
+        "pd.read_pickle(f)",
+        "yaml.load(f)",
+    ],
+)
+def test_the_search_for_unpickling_finds_it(source):
+    assert unpickles(source)
+    assert not unpickles(
+        "torch.load(f, weights_only=True); np.load(f, allow_pickle=False); yaml.safe_load(f)"
+    )
+
+
+def test_jupyterlab_is_started_on_loopback_and_keeps_its_token():
+    said = (ROOT / "Makefile").read_text() + (ROOT / "README.md").read_text()
+    started = [line for line in said.splitlines() if re.search(r"jupyter[ -](?:lab|notebook)\b", line)]
+    assert any("--ip 127.0.0.1" in line for line in started)
+    assert not re.findall(
+        r"0\.0\.0\.0|--(?:ip|ServerApp\.ip)[ =]\*|token *= *['\"]{2}|disable_check_xsrf", said
+    )
+    assert not re.findall(r"(?:IdentityProvider|ServerApp|NotebookApp)\.(?:token|password) *=", said)
