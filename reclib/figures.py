@@ -17,7 +17,15 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from reclib import accuracy_figures, control_figures, data_figures, page, speed_figures, tables
+from reclib import (
+    accuracy_figures,
+    adapter_figures,
+    control_figures,
+    data_figures,
+    page,
+    speed_figures,
+    tables,
+)
 from reclib.look import HEIGHT
 from reclib.tables import Record
 
@@ -70,6 +78,7 @@ FIGURES: list[Spec] = [
     *(Spec(make.__name__, "01_data_prep", needs, make) for needs, make in data_figures.FIGURES),
     *(Spec(make.__name__, "02_baseline", needs, make) for needs, make in _BASELINE),
     *(Spec(make.__name__, "04_amp_compile", needs, make) for needs, make in speed_figures.FIGURES),
+    *(Spec(make.__name__, "05_ilora", needs, make) for needs, make in adapter_figures.FIGURES),
 ]
 
 

@@ -148,6 +148,81 @@ class AmpCompile:
     seed: NonNegative  # of weights, masks and order
 
 
+Arms = Annotated[
+    list[
+        Literal[
+            "none",
+            "full",
+            "lora",
+            "ilora",
+            "gated",
+            "head",
+            "bias",
+            "shuffled_user",
+            "noise",
+            "fixed_gate",
+            "static_gate",
+        ]
+    ],
+    Field(min_length=2),
+    AfterValidator(_distinct),
+]
+Tasks = Annotated[list[Literal["next_period", "segment"]], Field(min_length=1), AfterValidator(_distinct)]
+Rates = Annotated[list[PositiveFloat], Field(min_length=1), AfterValidator(_distinct)]
+Inside = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ILora:
+    """Parameters of `05_ilora`."""
+
+    gpu: GpuLabel  # device label, a claim to be checked; auto: what is here
+    dataset: Name  # name of a data set that `reclib.data` knows, with times
+    min_user: Positive  # k-core: interactions that a user must have
+    min_item: Positive  # k-core: interactions that an item must have
+    past_share: Inside  # of the interactions, in time order: what a base learns from
+    adaptation_share: Inside  # the next ones: what it is adapted to
+    valid_share: Inside  # the next ones: what everything is chosen on; the rest is the test
+    targets_per_user: Positive  # random targets of a user in a window
+    tasks: Tasks  # next_period: all its users; segment: those far from popular items
+    segment_share: Inside  # of the adaptation's users that are the segment
+    arms: Arms  # of `adaptation`; none, ilora always
+    size: Size  # named model size, one of `config.SIZES`
+    max_len: Positive  # positions per packed row and longest history
+    dropout: Probability  # 0 <= dropout < 1, of base and adaptation
+    seeds: Seeds  # each trains a base of its own and adapts it by every arm
+    base_epochs: Positive  # passes over the past
+    base_learning_rate: PositiveFloat  # peak of the base's schedule
+    epochs: Positive  # passes of every arm over the adaptation's histories
+    learning_rates: Rates  # peaks of an arm's schedule; the first seed's validation chooses
+    batch_size: Positive  # sequences per optimiser step
+    mask_prob: Inside  # share of positions that are cloze targets
+    last_item_share: Share  # share of samples whose only target is the last item
+    evaluations: Positive  # on validation in a run, evenly spread; the best epoch counts
+    rank: Positive  # r of every adapter
+    alpha: PositiveFloat  # lora's factor is alpha / rank
+    num_experts: Positive  # K of ilora; divides rank
+    adapter_dropout: Probability  # on an adapter's input
+    representation: Literal["mean_embedding", "base_state"]  # what the gate looks at
+    temperature: PositiveFloat  # of the gate's softmax
+    gate_learning_rate: PositiveFloat  # of the gate, in units of the adapter's
+    precisions: Precisions  # of timed steps, of fp32, tf32, bf16, fp16, auto; other arms: the first
+    compile_modes: CompileModes  # of timed steps of ilora; other arms: the first
+    rounds: Positive  # timed steps of each variant, which take turns
+    warmup_steps: Positive  # steps of a variant before the first timed one
+    bootstrap_samples: Positive  # resamples of the users behind each confidence interval
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> ILora:
+        if self.rank % self.num_experts:
+            raise ValueError(f"rank={self.rank} must be divisible by num_experts={self.num_experts}")
+        if missing := {"none", "ilora"} - set(self.arms):
+            raise ValueError(f"arms lacks {', '.join(sorted(missing))}: all others are compared with them")
+        if self.past_share + self.adaptation_share + self.valid_share >= 1:
+            raise ValueError("past_share, adaptation_share and valid_share leave nothing for the test")
+        return self
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Audit:
     """Parameters of `08_audit`."""
@@ -179,5 +254,6 @@ NOTEBOOKS: dict[str, type] = {
     "01_data_prep": DataPrep,
     "02_baseline": Baseline,
     "04_amp_compile": AmpCompile,
+    "05_ilora": ILora,
     "08_audit": Audit,
 }

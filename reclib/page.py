@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import get_args
 
-from reclib.tables import Record, best_work, model_name, profile
+from reclib import claims
+from reclib.tables import ARM_NAMES, TASK_NAMES, Record, best_work, model_name, profile
 
 GENERATOR = '<meta name="generator" content="reclib.figures">'
 
@@ -90,10 +92,34 @@ def _speed_answer(found: dict[str, list[Record]]) -> str:
     return "; ".join(lines)
 
 
+def _adapter_answer(found: dict[str, list[Record]]) -> str:
+    """Return what iLoRA's step costs, and for each task the arms that differ from iLoRA."""
+    lines = []
+    for record in found.get("adapter_step", []):
+        asked, took = record["own_params"], record["timings"]
+        if asked["model"] == "ilora" and asked["compile_mode"] == "off" and took.get("over_full"):
+            said = (
+                f"{took['over_lora']:.2f} times LoRA's and {took['over_full']:.2f} times full fine-tuning's"
+            )
+            lines.append(f"a step of iLoRA in {asked['precision']} takes {said}")
+    for task, name in TASK_NAMES.items():
+        rows = [r for r in found.get("gate_comparison", []) if r["own_params"]["task"] == task]
+        rows = [r for r in rows if r["own_params"]["metric"] == "ndcg@10"]
+        by_claim: dict[str, list[str]] = {word: [] for word in get_args(claims.Claim)}
+        for record in rows:
+            m = record["metrics"]
+            word = claims.claim(m["difference"], m["adjusted_p"], (m["seeds"], m["reference_seeds"]))
+            by_claim[word].append(ARM_NAMES[record["own_params"]["model"]])
+        parts = [f"{word}: {', '.join(arms)}" for word, arms in by_claim.items() if arms]
+        lines += [f"{name}, NDCG@10 against iLoRA: {'; '.join(parts)}"] if parts else []
+    return ". ".join(lines)
+
+
 CHAPTERS: dict[str, Chapter] = {
     "01_data_prep": Chapter("The data", "What exactly is being predicted?", _data_answer),
     "02_baseline": Chapter("The baseline", "Is BERT4Rec any good, and against what?", _baseline_answer),
     "04_amp_compile": Chapter("Speed", "What do AMP and torch.compile give, and to whom?", _speed_answer),
+    "05_ilora": Chapter("Adapters", "Does a gate on the user's history earn its place?", _adapter_answer),
 }
 
 _STYLE = """

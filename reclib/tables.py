@@ -26,6 +26,21 @@ MODEL_NAMES = {
     "item_knn": "ItemKNN",
     "ease": "EASE",
 }
+# Arms of notebook 05, and what a base is adapted to.
+ARM_NAMES = {
+    "none": "no adaptation",
+    "full": "full fine-tuning",
+    "lora": "LoRA",
+    "ilora": "iLoRA",
+    "gated": "gated LoRA (the seed's)",
+    "head": "head only (LoRA)",
+    "bias": "output bias only",
+    "shuffled_user": "iLoRA, another user's gate",
+    "noise": "iLoRA, noise gate",
+    "fixed_gate": "iLoRA, random fixed gate",
+    "static_gate": "iLoRA, one learned gate",
+}
+TASK_NAMES = {"next_period": "next period", "segment": "segment of users"}
 BASELINES = tuple(MODEL_NAMES)[2:]  # deterministic, without gradient descent
 _ABLATIONS = "ablations-"  # how the data name of a grid begins whose arms are compared, not scored
 _NOT_WORK = ("gpu", "seed", "seeds", "wandb_mode")  # parameters that do not make it another run
