@@ -1,0 +1,211 @@
+"""Arms start from the same base, see the same batches, and are what they are called."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from test_periods import dataset  # noqa: F401  # a fixture
+
+from reclib import adaptation, adaptation_results, adapter_speed, data, hardware, params, periods
+from reclib.batching import Epoch
+from reclib.config import InputError, TrainConfig
+from reclib.ilora import AdaptedModel
+from reclib.model import Bert4Rec
+from reclib.notebook_params import ILora
+
+CPU = hardware.resolve("cpu")
+ARMS = params.profile("05_ilora", "quick")["arms"]
+SMALL = {"arms": ARMS, "past_share": 0.5, "size": "nano", "max_len": 16, "batch_size": 32, "epochs": 2}
+
+
+def asked(**changes: object) -> ILora:
+    return params.build("05_ilora", params.profile("05_ilora", "smoke") | SMALL | changes)
+
+
+@pytest.fixture(scope="module")
+def experiment(dataset, tmp_path_factory):  # noqa: F811
+    """One seed's bases, adapted by every arm, at two learning rates."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("RECLIB_RUNS", str(tmp_path_factory.mktemp("runs")))
+    p = asked(seeds=[0, 1], learning_rates=[3e-3, 1e-2], tasks=["next_period", "segment"])
+    whole, tasks = adaptation.tasks_of(p, dataset)
+    bases = {seed: adaptation.train_base(p, dataset, whole, CPU, seed) for seed in p.seeds}
+    runs = adaptation.adapt(p, bases, dataset, tasks[0], CPU)
+    yield p, whole, tasks, bases, runs
+    patch.undo()
+
+
+def test_all_arms_are_trained_on_equal_tokens(experiment):
+    p, _, _, _, runs = experiment
+    tokens = {run.arm: run.tokens for run in runs if run.seed == 0}
+    assert tokens.pop("none") == 0
+    assert len(set(tokens.values())) == 1
+    assert tokens["lora"] > 0
+    assert [(run.arm, run.seed) for run in runs] == [(arm, seed) for arm in p.arms for seed in p.seeds]
+
+
+def test_arms_see_the_same_batches(experiment):
+    runs = experiment[-1]
+    trainers = [run.trainer for run in runs if run.seed == 1 and run.arm != "none"]
+    first = Epoch(trainers[0].histories, trainers[0].model.config, trainers[0].config, 0).step(0)[0]
+    for trainer in trainers[1:]:
+        other = Epoch(trainer.histories, trainer.model.config, trainer.config, 0).step(0)[0]
+        assert torch.equal(first.items, other.items)
+        assert torch.equal(first.targets, other.targets)
+
+
+def test_the_base_stays_and_only_full_moves_it(experiment):
+    _, _, _, bases, runs = experiment
+    base = dict(bases[0].model.named_parameters())
+    for run in (one for one in runs if one.seed == 0 and one.arm != "none"):
+        if isinstance(run.trainer.model, AdaptedModel):
+            found = dict(run.trainer.model.twin.named_parameters())
+            assert all(torch.equal(found[name], base[name]) for name in base), run.arm
+        else:
+            found = dict(run.trainer.model.named_parameters())
+            moved = {name for name in base if not torch.equal(found[name], base[name])}
+            assert moved == ({"output_bias"} if run.arm == "bias" else set(base)), run.arm
+
+
+def test_arms_are_what_they_are_called(experiment, dataset):  # noqa: F811
+    p, _, _, _, runs = experiment
+    of = {run.arm: run for run in runs if run.seed == 1}
+    counted = adaptation.counts(p, dataset)
+    assert {arm: of[arm].trained for arm in p.arms} == {arm: counted[arm] for arm in p.arms}
+    for arm in adaptation.CONTROLS:
+        config = of[arm].trainer.model.configs[arm]
+        assert (config.kind, config.control) == ("ilora", arm)
+    assert of["head"].trainer.model.configs["head"].targets == ("head",)
+    assert of["gated"].trainer.model.configs["gated"].kind == "gated"
+    assert of["fixed_gate"].trained == of["lora"].trained < of["ilora"].trained
+    assert of["none"].saved_bytes == 0 < of["lora"].saved_bytes < of["full"].saved_bytes
+
+
+def test_the_first_seeds_validation_chooses_the_rate_of_all(experiment, dataset):  # noqa: F811
+    """Runs are loaded here: each is trained once, whoever asks."""
+    p, _, tasks, bases, runs = experiment
+    for arm in ("full", "ilora", "head"):
+        first, second = (run for run in runs if run.arm == arm)
+        tried = [
+            adaptation.train_arm(p, arm, bases[0].model, dataset, tasks[0], CPU, 0, rate)[0].progress
+            for rate in p.learning_rates
+        ]
+        values = [progress.best_value for progress in tried]
+        assert first.valid == max(values)
+        assert first.learning_rate == second.learning_rate == p.learning_rates[int(np.argmax(values))]
+
+
+def test_new_items_start_from_their_neighbours(dataset):  # noqa: F811
+    whole = periods.divide(dataset, (0.5, 0.25, 0.1), 4)
+    new = 7
+    known = whole.known.copy()
+    known[new] = False
+    whole = whole._replace(known=known)
+    torch.manual_seed(0)
+    config = adaptation.model_config("nano", num_items=dataset.num_items, max_len=16)
+    model = Bert4Rec(config)
+    torch.nn.init.normal_(model.output_bias)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    beside = periods.neighbours(whole.adaptation.train, known)[new]
+    assert adaptation.start_new_items(model, whole) >= 1
+    for name in ("items.weight", "output_bias"):
+        table = dict(model.named_parameters())[name]
+        torch.testing.assert_close(table[new], before[name][beside].mean(0))
+        kept = [item for item in range(dataset.num_items + 2) if item > dataset.num_items or known[item]]
+        assert torch.equal(table[kept], before[name][kept])
+
+
+def test_results_average_over_targets_then_seeds(experiment, dataset):  # noqa: F811
+    _, _, tasks, _, runs = experiment
+    found = adaptation_results.accuracy(dataset, tasks[0], runs, 200)
+    mean = next(r for r in found if r.seed is None and r.params["model"] == "ilora")
+    seeds = [r for r in found if r.seed is not None and r.params["model"] == "ilora"]
+    assert mean.metrics["ndcg@10"] == pytest.approx(np.mean([r.metrics["ndcg@10"] for r in seeds]))
+    assert mean.metrics["ndcg@10_low"] <= mean.metrics["ndcg@10"] <= mean.metrics["ndcg@10_high"]
+    full = next(r for r in found if r.seed is None and r.params["model"] == "full")
+    assert full.metrics["trained_share"] == 1
+    compared = adaptation_results.comparisons(dataset, tasks[0], runs, "ilora", "gate_comparison", 200)
+    one = next(r for r in compared if r.params["model"] == "lora" and r.params["metric"] == "ndcg@10")
+    lora = next(r for r in found if r.seed is None and r.params["model"] == "lora")
+    expected = lora.metrics["ndcg@10"] - mean.metrics["ndcg@10"]
+    assert one.metrics["difference"] == pytest.approx(expected)
+    assert one.metrics["seeds"] == 2
+
+
+def test_gates_are_those_that_the_ranking_uses(experiment, dataset):  # noqa: F811
+    p, whole, tasks, _, runs = experiment
+    run = next(run for run in runs if run.arm == "ilora")
+    weights = adaptation_results.expert_weights(run.trainer, tasks[0].split.test)
+    assert weights.shape == (len(tasks[0].split.test.targets), p.num_experts)
+    np.testing.assert_allclose(weights.sum(axis=1), 1, atol=1e-5)
+    rows = tasks[0].split.test
+    alone = data.Evaluation(
+        data.Histories(rows.histories.items, rows.histories.starts[5:6], rows.histories.ends[5:6]),
+        rows.targets[5:6],
+    )
+    found = adaptation_results.expert_weights(run.trainer, alone)
+    np.testing.assert_allclose(found[0], weights[5], atol=1e-5)
+    lora = next(run for run in runs if run.arm == "lora")
+    gates = adaptation_results.gates_of(dataset, whole, tasks[0], run, lora)
+    results = adaptation_results.gate_results(tasks[0], gates, 0)
+    assert results[0].metrics["users"] == len(gates.weights)
+    pairs = [r for r in results if r.name == "gate_correlation"]
+    assert 0 < len(pairs) <= 4 * p.num_experts
+    assert all(abs(r.metrics["spearman"]) <= 1 and 0 <= r.metrics["adjusted_p"] <= 1 for r in pairs)
+
+
+def test_a_static_gate_has_no_correlation(experiment, dataset):  # noqa: F811
+    _, whole, tasks, _, runs = experiment
+    run = next(run for run in runs if run.arm == "static_gate")
+    gates = adaptation_results.gates_of(dataset, whole, tasks[0], run, None)
+    assert gates.weights.std(axis=0).max() < 1e-6
+    constant = gates._replace(weights=np.full_like(gates.weights, 0.25))
+    with pytest.warns(Warning, match="constant"):
+        results = adaptation_results.gate_results(tasks[0], constant, 0)
+    assert [r.name for r in results] == ["gates"]
+
+
+def test_steps_are_timed_in_every_mode_that_there_is(experiment, dataset):  # noqa: F811
+    _, _, _, bases, _ = experiment
+    p = asked(arms=["none", "full", "lora", "ilora"], rounds=3, precisions=["fp32", "bf16"])
+    rows = adapter_speed.grid(p, bases[0].model, dataset, CPU)
+    status = {(r.asked["model"], r.asked["precision"], r.asked["compile_mode"]): r.found.status for r in rows}
+    assert status.pop(("ilora", "fp32", "reduce-overhead")) == "not applicable"
+    assert status.pop(("ilora", "bf16", "reduce-overhead")) == "not applicable"
+    assert set(status.values()) == {"ok"}
+    assert len(status) == 4
+    by = {(r.asked["model"], r.asked["precision"]): r for r in rows if r.found.status == "ok"}
+    assert "over_full" not in by["full", "fp32"].timings
+    assert by["ilora", "bf16"].timings["over_ilora"] > 0
+    one = by["ilora", "fp32"].timings
+    assert one["over_lora_low"] <= one["over_lora"] <= one["over_lora_high"]
+    assert by["ilora", "fp32"].counted["trained"] < by["full", "fp32"].counted["trained"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rank": 6}, "rank=6 must be divisible by num_experts=4"),
+        ({"arms": ["full", "lora"]}, "arms lacks ilora, none"),
+        ({"valid_share": 0.3}, "leave nothing for the test"),
+        ({"arms": ["none", "ilora", "adalora"]}, "'adalora'"),
+        ({"tasks": []}, "at least 1"),
+    ],
+)
+def test_parameters_that_do_not_go_together_are_told(changes, said):
+    with pytest.raises(InputError) as error:
+        asked(**changes)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_base_and_arms_differ_in_length_and_rate_only(experiment):
+    p, whole, tasks, _, _ = experiment
+    base = adaptation.train_of(p, whole.base, 0, p.base_epochs, p.base_learning_rate)
+    arm = adaptation.train_of(p, tasks[0].split, 0, p.epochs, p.learning_rates[0])
+    names = [field.name for field in dataclasses.fields(TrainConfig)]
+    differ = {name for name in names if getattr(base, name) != getattr(arm, name)}
+    assert differ <= {"epochs", "learning_rate", "lr_warmup_steps", "eval_every"}

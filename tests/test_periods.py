@@ -1,0 +1,132 @@
+"""Time in parts: nothing that trains is later than what judges, and rows are what they say."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from reclib import data, periods
+from reclib.config import InputError
+from reclib.data import Dataset
+from reclib.splits import row_users
+
+SHARES = (0.5, 0.25, 0.1)
+
+
+@pytest.fixture(scope="module")
+def dataset() -> Dataset:
+    """Synthetic histories whose times are spread, so that users live in different parts."""
+    found = data.synthetic_dataset(120, 60, 20.0, 0)
+    generator = np.random.default_rng(1)
+    times = np.empty(found.num_interactions, dtype=np.int64)
+    for user in range(found.num_users):
+        part = slice(found.offsets[user], found.offsets[user + 1])
+        start, length = generator.integers(0, 900), generator.integers(50, 600)
+        times[part] = np.sort(start + generator.integers(0, length, part.stop - part.start))
+    return dataclasses.replace(found, times=times)
+
+
+@pytest.fixture(scope="module")
+def whole(dataset) -> periods.Periods:
+    return periods.divide(dataset, SHARES, 4)
+
+
+def test_nothing_that_trains_is_later_than_what_judges(dataset, whole):
+    first, second, third = whole.about["points"]
+    times = dataset.times
+    adaptation = whole.adaptation
+    assert times[whole.base.train.places()].max() < first
+    assert times[whole.base.valid.histories.ends].max() < first
+    trained = times[adaptation.train.places()]
+    assert first <= trained.min()
+    assert trained.max() < second
+    valid, test = (times[rows.histories.ends] for rows in (adaptation.valid, adaptation.test))
+    assert second <= valid.min()
+    assert valid.max() < third <= test.min()
+
+
+def test_parts_have_their_shares_and_counts_add_up(dataset, whole):
+    counts = np.array(list(whole.about["interactions"].values()))
+    assert counts.sum() == dataset.num_interactions
+    np.testing.assert_allclose(counts / counts.sum(), [*SHARES, 0.15], atol=0.02)
+
+
+def test_a_target_follows_all_that_its_user_did_before(dataset, whole):
+    for rows in (whole.adaptation.valid, whole.adaptation.test):
+        users = row_users(dataset, rows.histories)
+        assert (rows.histories.starts == dataset.offsets[users]).all()
+        assert (rows.histories.ends < dataset.offsets[users + 1]).all()
+        assert (rows.targets == dataset.items[rows.histories.ends]).all()
+        assert (rows.histories.lengths > 0).all()
+        assert np.bincount(users).max() == 4
+        assert len(np.unique(rows.histories.ends)) == len(rows.targets)
+
+
+def test_targets_are_drawn_by_seed_and_all_can_be_drawn(dataset, whole):
+    again = periods.divide(dataset, SHARES, 4).adaptation.test
+    other = periods.divide(dataset, SHARES, 4, seed=1).adaptation.test
+    assert (again.histories.ends == whole.adaptation.test.histories.ends).all()
+    assert not np.array_equal(other.histories.ends, again.histories.ends)
+    every = periods.divide(dataset, SHARES, 10_000).adaptation.test
+    wanted = np.flatnonzero(dataset.times >= whole.about["points"][2])
+    wanted = wanted[~np.isin(wanted, dataset.offsets[:-1])]  # a first interaction has no history
+    np.testing.assert_array_equal(every.histories.ends, wanted)
+
+
+def test_a_metric_is_averaged_over_a_users_targets(dataset, whole):
+    rows = whole.adaptation.test
+    users = row_users(dataset, rows.histories)
+    values = np.random.default_rng(0).random((2, len(users)))
+    found = periods.by_user(dataset, rows, values)
+    for place, user in enumerate(np.unique(users)):
+        np.testing.assert_allclose(found[:, place], values[:, users == user].mean(axis=1))
+    np.testing.assert_allclose(periods.by_user(dataset, rows, values[1]), found[1])
+
+
+def test_the_segment_is_told_from_histories_alone(dataset, whole):
+    found = periods.segment(dataset, whole, 0.3)
+    assert len(found.train.starts) == pytest.approx(0.3 * len(whole.adaptation.train.starts), abs=1.5)
+    ranks = periods.popularity_ranks(whole.base.train, dataset.num_items)
+    threshold = found.about["threshold"]
+    assert set(found.test.histories.ends) < set(whole.adaptation.test.histories.ends)
+    for histories in (found.train, found.valid.histories, found.test.histories):
+        assert periods.mean_rank(histories, ranks).min() >= threshold
+    left = set(whole.adaptation.test.histories.ends) - set(found.test.histories.ends)
+    chosen = np.isin(whole.adaptation.test.histories.ends, list(left))
+    items, starts, ends = whole.adaptation.test.histories
+    others = data.Histories(items, starts[chosen], ends[chosen])
+    assert periods.mean_rank(others, ranks).max() < threshold
+
+
+def test_popularity_ranks_by_hand():
+    histories = data.Histories(
+        np.array([3, 3, 1, 3, 1, 2], dtype=np.int32), np.array([0, 3]), np.array([3, 6])
+    )
+    np.testing.assert_allclose(periods.popularity_ranks(histories, 4), [0, 1 / 3, 2 / 3, 0, 1])
+    ranks = np.array([0, 0.5, 1.0, 0.0, 0.25])
+    np.testing.assert_allclose(periods.mean_rank(histories, ranks), [0.5 / 3, 1.5 / 3])
+
+
+def test_neighbours_by_hand():
+    items = np.array([1, 5, 2, 5, 1, 6, 6, 3], dtype=np.int32)
+    histories = data.Histories(items, np.array([0, 3, 5]), np.array([3, 5, 8]))
+    known = np.array([False, True, True, True, True, False, False])
+    found = periods.neighbours(histories, known)
+    assert {item: sorted(beside.tolist()) for item, beside in found.items()} == {5: [1, 1, 2], 6: [3]}
+
+
+@pytest.mark.parametrize(
+    ("shares", "said"),
+    [((0.5, 0.3, 0.2), "sum is below 1"), ((0.0, 0.3, 0.2), "above 0"), ((0.0001, 0.3, 0.2), "part empty")],
+)
+def test_shares_that_leave_nothing_are_told(dataset, shares, said):
+    with pytest.raises(InputError, match=said):
+        periods.divide(dataset, shares, 4)
+
+
+def test_a_dataset_without_times_is_told():
+    found = dataclasses.replace(data.synthetic_dataset(20, 30, 8.0, 0), times=None)
+    with pytest.raises(InputError, match="has no times"):
+        periods.divide(found, SHARES, 4)
