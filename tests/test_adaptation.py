@@ -111,7 +111,7 @@ def test_new_items_start_from_their_neighbours(dataset):  # noqa: F811
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     beside = periods.neighbours(whole.adaptation.train, known)[new]
     assert adaptation.start_new_items(model, whole) >= 1
-    for name in ("items.weight", "output_bias"):
+    for name in ("output_weight", "output_bias"):
         table = dict(model.named_parameters())[name]
         torch.testing.assert_close(table[new], before[name][beside].mean(0))
         kept = [item for item in range(dataset.num_items + 2) if item > dataset.num_items or known[item]]

@@ -6,6 +6,7 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import adapter_records
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
@@ -81,7 +82,7 @@ def records(dataset):
         found.append(a_record("02_baseline", "rank_histogram", {}, tables.rank_bins(ranks), **own))
     own = {"model": "BERT4Rec"}
     found.append(a_record("02_baseline", "test_metrics", {"hr@10": 0.25}, seed=0, own_params=own))
-    return found + accuracy_records() + speed_records()
+    return found + accuracy_records() + adapter_records.everything() + speed_records()
 
 
 def accuracy_records():

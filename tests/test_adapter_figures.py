@@ -1,0 +1,88 @@
+"""Figures of adapters: what is drawn is what the records say."""
+
+from __future__ import annotations
+
+import pytest
+from adapter_records import ARMS, accuracy, comparisons, correlations, gates, steps
+
+from reclib import adapter_figures, figures, page, tables
+from reclib.tables import ARM_NAMES
+
+
+def test_every_arm_but_the_controls_has_its_mark_and_the_base_is_a_line():
+    figure = figures.show("accuracy_by_share", *accuracy())
+    drawn = [trace.name for trace in figure.data if trace.showlegend]
+    controls = {ARM_NAMES[arm] for arm in adapter_figures.CONTROLS}
+    assert drawn == [ARM_NAMES[arm] for arm in ARMS[1:] if ARM_NAMES[arm] not in controls]
+    bias = next(trace for trace in figure.data if trace.name == ARM_NAMES["bias"])
+    assert bias.x[0] == pytest.approx(100 * 0.01 * ARMS.index("bias"))
+    assert bias.y[0] == pytest.approx(0.05 + 0.001 * ARMS.index("bias"))
+    assert [shape.y0 for shape in figure.layout.shapes] == [0.05, 0.05]  # one in each panel
+    assert ARM_NAMES["bias"] in figure.layout.title.text
+
+
+def test_claims_are_coloured_and_counted():
+    figure = figures.show("gate_comparison", *comparisons("gate_comparison", "ilora"))
+    title = figure.layout.title.text
+    assert title == "Against iLoRA, next period: of 10 arms 3 better, 4 worse, 3 not separated"
+    color = {name: t.marker.color for t in figure.data if t.type == "scatter" for name in t.y}
+    assert len(color) == 10
+    worse, better, unsaid = (color[ARM_NAMES[arm]] for arm in ("none", "full", "lora"))
+    assert (worse, better, unsaid) == (
+        adapter_figures.ORANGE, adapter_figures.GREEN, adapter_figures.MUTED
+    )  # fmt: skip
+
+
+def test_too_few_seeds_claim_nothing():
+    figure = figures.show("adaptation_gain", *comparisons("adaptation_gain", "none", seeds=1))
+    assert "10 too few seeds" in figure.layout.title.text
+    assert {t.marker.color for t in figure.data if t.type == "scatter"} == {adapter_figures.MUTED}
+
+
+def test_costs_stand_in_order_and_what_did_not_run_says_so():
+    figure = figures.show("adapter_cost", *steps())
+    assert list(figure.layout.yaxis.categoryarray) == [
+        "full fine-tuning, fp32, eager",
+        "iLoRA, fp32, eager",
+        "iLoRA, fp32, reduce-overhead",
+        "iLoRA, bf16, default",
+    ]
+    assert [note.text for note in figure.layout.annotations] == ["not applicable"]
+    times = {name: x for t in figure.data if t.type == "scatter" for name, x in zip(t.y, t.x, strict=True)}
+    assert times["iLoRA, fp32, eager"] == pytest.approx(20)
+    assert "1.25 times LoRA's (1.20 to 1.50), 0.80 times" in figure.layout.title.text
+
+
+def test_the_menu_changes_what_gates_are_drawn_against():
+    figure = figures.show("gate_by_user", *gates(), *gates("segment"))
+    assert [len(trace.x) for trace in figure.data] == [3, 3]  # one task
+    buttons = figure.layout.updatemenus[0].buttons
+    assert [button.label for button in buttons] == ["items in the history", "NDCG@10 minus that of lora"]
+    assert list(figure.data[0].x) == [3.0, 9.0, 5.0]
+    assert buttons[1].args[0]["x"] == [[0.0, 0.1, -0.1]] * 2
+
+
+def test_correlations_are_starred_where_they_hold():
+    figure = figures.show("gate_correlations", *correlations())
+    drawn = [(trace.name, trace.x[0], trace.text[0]) for trace in figure.data]
+    assert drawn == [("expert 1", -0.9, "*"), ("expert 2", 0.3, "")]
+    assert "expert 1 and items in the history, -0.90" in figure.layout.title.text
+
+
+def test_the_page_answers_from_the_records():
+    found = {"adapter_step": steps(), "gate_comparison": comparisons("gate_comparison", "ilora")}
+    answer = page.CHAPTERS["05_ilora"].answer(found)
+    assert "a step of iLoRA in fp32 takes 1.25 times LoRA's and 0.80 times full fine-tuning's" in answer
+    assert "better: full fine-tuning" in answer
+    assert "not separated: LoRA" in answer
+    assert page.CHAPTERS["05_ilora"].answer({}) == ""
+
+
+def test_every_arm_has_a_name():
+    from typing import get_args
+
+    from reclib.notebook_params import Arms, Tasks
+
+    for kind, names in ((Arms, ARM_NAMES), (Tasks, tables.TASK_NAMES)):
+        (choice,) = get_args(get_args(kind)[0])
+        assert set(get_args(choice)) == set(names)
