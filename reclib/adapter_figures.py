@@ -238,14 +238,14 @@ def gate_correlations(rows: pd.DataFrame) -> go.Figure:
     """Spearman's correlation of each expert's weight with what is known of the user."""
     rows = rows[rows["task"] == rows["task"].iloc[0]]
     figure = go.Figure(layout={"template": TEMPLATE})
-    for (kind, expert), some in rows.groupby(["kind", "expert"]):
+    for number, ((kind, expert), some) in enumerate(rows.groupby(["kind", "expert"])):
         figure.add_scatter(
             x=some["spearman"],
             y=some["feature"],
             mode="markers+text",
             text=np.where(some["adjusted_p"] < claims.ALPHA, "*", ""),
             textposition="top center",
-            marker=marker(str(kind), PALETTE[(int(expert) - 1) % len(PALETTE)]),
+            marker=marker(str(kind), PALETTE[number % len(PALETTE)]),
             name=f"expert {expert}",
             customdata=some["adjusted_p"],
             hovertemplate="%{y}: %{x:+.3f}, adjusted p %{customdata:.3f}",
