@@ -20,7 +20,7 @@ ORDER = [
     *("sinks", "model", "instance", "lowrank", "gate", "adapters", "ilora", "adapter_files"),
     *("sampled", "cross_entropy", "objective", "metrics", "baselines", "statistics", "protocols"),
     *("checkpoint", "trainer", "fit", "experiment", "assessment"),
-    *("measurement", "benchmark", "profiling", "bound", "ladder", "speed", "selfcheck"),
+    *("measurement", "benchmark", "profiling", "bound", "microbench", "ladder", "speed", "selfcheck"),
     *("adaptation", "adaptation_results", "adapter_speed"),
     *("audit", "bypass", "recreation", "verdicts"),
     *("record", "counts", "gridfile", "grid", "scoring", "law", "scaling"),
