@@ -1,9 +1,9 @@
 """The planner against measurements of this machine: rows that it was fitted on, and rows that it was not.
 
-    python benchmarks/planner.py rates       the machine's rates, for one and for two threads: a minute or two
+    python benchmarks/planner.py rates       the machine's rates, for one and two threads: a minute or two
     python benchmarks/planner.py fitted      measures the rows that the achievable shares are fitted on
-    python benchmarks/planner.py fit         fits the shares; rates, shares and errors go to params/calibration.yaml
-    python benchmarks/planner.py predict     predictions of the held-out rows with a hash: to be committed first
+    python benchmarks/planner.py fit         fits the shares; they go to params/calibration.yaml
+    python benchmarks/planner.py predict     predicts the held-out rows, with a hash: to be committed first
     python benchmarks/planner.py held-out    measures those rows
     python benchmarks/planner.py             the error tables, fitted and held-out rows apart
 
@@ -27,6 +27,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 NOTEBOOK = "06_hardware"
+SPINS = (
+    "10000"  # of a waiting OpenMP thread, as the Makefile has it: a neighbour then costs time, not minutes
+)
 USERS = 6000  # synthetic histories
 SHORT, ML = {"mean_len": 9.4, "max_len": 50}, {"mean_len": 100.0, "max_len": 200, "users": 1000}
 REAL = (
@@ -133,7 +136,7 @@ def measure(given: dict[str, Any]) -> dict[str, Any]:
 def child(command: str, threads: int, payload: Any) -> Any:
     """Run one of this file's commands in a process with so many threads; return what it prints."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
-    environment.pop("GOMP_SPINCOUNT", None)
+    environment["GOMP_SPINCOUNT"] = SPINS
     done = subprocess.run(
         [sys.executable, __file__, command, "--payload", json.dumps(payload)],
         env=environment,
