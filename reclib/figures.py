@@ -22,6 +22,7 @@ from reclib import (
     adapter_figures,
     control_figures,
     data_figures,
+    hardware_figures,
     page,
     speed_figures,
     tables,
@@ -64,6 +65,7 @@ class Spec:
     notebook: str
     needs: str  # name of the records that it is made of
     make: Callable[[pd.DataFrame], go.Figure]
+    across: bool = False  # one figure of all devices, instead of one for each
 
 
 def show(name: str, *records: Record) -> go.Figure:
@@ -79,6 +81,7 @@ FIGURES: list[Spec] = [
     *(Spec(make.__name__, "02_baseline", needs, make) for needs, make in _BASELINE),
     *(Spec(make.__name__, "04_amp_compile", needs, make) for needs, make in speed_figures.FIGURES),
     *(Spec(make.__name__, "05_ilora", needs, make) for needs, make in adapter_figures.FIGURES),
+    *(Spec(make.__name__, "06_hardware", needs, make, True) for needs, make in hardware_figures.FIGURES),
 ]
 
 
@@ -99,7 +102,7 @@ def build(records: Sequence[Record], out_dir: Path) -> list[Path]:
     cards, files = [], []
     for spec in FIGURES:
         mine = [r for r in records if (r["notebook"], r["name"]) == (spec.notebook, spec.needs)]
-        for (dataset, label), some in tables.groups(mine).items():
+        for (dataset, label), some in _groups(spec, mine).items():
             if tables.is_ablation(dataset) and spec.needs == "learning_curve":
                 continue  # arms by the dozen are compared in the figure of differences
             name = re.sub(r"[^\w.-]+", "-", f"{spec.name}_{dataset}_{label}")
@@ -113,6 +116,19 @@ def build(records: Sequence[Record], out_dir: Path) -> list[Path]:
         if page.GENERATOR in path.read_text(encoding="utf-8"):
             path.unlink()
     return files
+
+
+def _groups(spec: Spec, records: list[Record]) -> dict[tuple[str, str], list[Record]]:
+    """Return what one figure each is made of: of one dataset and device, or of all devices together."""
+    found = tables.groups(records)
+    if not spec.across:
+        return found
+    together: dict[tuple[str, str], list[Record]] = {}
+    for dataset in dict.fromkeys(name for name, _ in found):
+        labels = [label for name, label in found if name == dataset]
+        whose = labels[0] if len(labels) == 1 else "devices"
+        together[dataset, whose] = [record for label in labels for record in found[dataset, label]]
+    return together
 
 
 def _replace(path: Path, text: str) -> Path:

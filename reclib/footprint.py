@@ -32,6 +32,17 @@ class Footprint:
     """Bytes at the peak of a step, by part."""
 
     parts: Mapping[str, int]
+    held: int = 0  # by all layers as backward begins
+    layer: int = 0  # by the first one as backward ends
+
+    def resident(self, heap: Mapping[str, float]) -> int:
+        """Return what a CPU's process holds for them, libraries apart.
+
+        Its C library keeps what was freed and does not fill every gap: `heap` says how many times what layers
+        hold, and what one layer passes on, stay resident (measured; see params/calibration.yaml).
+        """
+        fixed = self.total - self.parts["activations"]
+        return int(fixed + heap["held"] * self.held + heap["layer"] * self.layer)
 
     @property
     def total(self) -> int:
@@ -82,7 +93,8 @@ def at_shapes(
         "logits": _logits(model, train, one, width, device_type),
         "16-bit weights": HALF * P if width == HALF else 0,
     }
-    return Footprint({name: int(size) for name, size in parts.items()})
+    whole = {name: int(size) for name, size in parts.items()}
+    return Footprint(whole, int(held), int(first))
 
 
 def activations(model: ModelConfig, train: TrainConfig, one: Shapes, width: int) -> tuple[float, float]:

@@ -224,6 +224,25 @@ class ILora:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class Hardware:
+    """Parameters of `06_hardware`."""
+
+    gpu: GpuLabel  # device label, a claim to be checked; auto: what is here
+    devices: Annotated[list[Name], Field(min_length=1), AfterValidator(_distinct)]  # that plans are made for
+    sizes: Annotated[list[Size], Field(min_length=1), AfterValidator(_distinct)]  # that plans are made for
+    measured_sizes: Annotated[list[Size], AfterValidator(_distinct)]  # that are timed here
+    batch_size: Positive  # sequences per optimiser step
+    max_len: Positive  # positions per packed row and longest history
+    mean_len: Annotated[float, Field(ge=5.0)]  # interactions per user
+    epoch_users: Positive  # histories of an epoch, for its time and cost
+    users: Positive  # synthetic histories of what is timed here
+    prices: list[Name]  # device=price of an hour, in any currency; none: no cost
+    steps: Positive  # timed steps of a size
+    warmup_steps: Positive  # steps before the first timed one
+    seed: NonNegative  # of weights, masks and order
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Audit:
     """Parameters of `08_audit`."""
 
@@ -255,5 +274,6 @@ NOTEBOOKS: dict[str, type] = {
     "02_baseline": Baseline,
     "04_amp_compile": AmpCompile,
     "05_ilora": ILora,
+    "06_hardware": Hardware,
     "08_audit": Audit,
 }

@@ -86,7 +86,8 @@ def _speed_answer(found: dict[str, list[Record]]) -> str:
         lines.append(f"from the {first['own_params']['name']} to {name} a step is {factor:.1f} times faster")
     for record in found.get("step", []):
         asked, took = record["own_params"], record["timings"]
-        if took.get("sequences_per_second") and asked["compile_mode"] == "off":
+        eager = asked["compile_mode"] == "off" and record["kind"] == "measured"
+        if took.get("sequences_per_second") and eager:
             rate = took["sequences_per_second"]
             lines.append(f"{asked['precision']} at batch {asked['batch_size']}: {rate:,.0f} sequences/s")
     return "; ".join(lines)
@@ -115,11 +116,24 @@ def _adapter_answer(found: dict[str, list[Record]]) -> str:
     return ". ".join(lines)
 
 
+def _device_answer(found: dict[str, list[Record]]) -> str:
+    steps = found.get("hardware_step", [])
+    planned = {r["own_params"]["device"] for r in steps if r["own_params"].get("basis") == "unvalidated"}
+    timed = {r["own_params"]["device"] for r in steps if r["kind"] == "measured"}
+    if not steps:
+        return ""
+    return (
+        f"Measured on {', '.join(sorted(timed)) or 'no device'}; predicted, and unvalidated, for "
+        f"{len(planned)} GPUs from their data sheets."
+    )
+
+
 CHAPTERS: dict[str, Chapter] = {
     "01_data_prep": Chapter("The data", "What exactly is being predicted?", _data_answer),
     "02_baseline": Chapter("The baseline", "Is BERT4Rec any good, and against what?", _baseline_answer),
     "04_amp_compile": Chapter("Speed", "What do AMP and torch.compile give, and to whom?", _speed_answer),
     "05_ilora": Chapter("Adapters", "Does a gate on the user's history earn its place?", _adapter_answer),
+    "06_hardware": Chapter("Devices", "Which device for which size, and what would it cost?", _device_answer),
 }
 
 _STYLE = """

@@ -96,6 +96,7 @@ class Run:
         series: Mapping[str, Sequence[Any]] | None = None,
         seed: int | None = None,
         kind: Kind = "measured",
+        device: Mapping[str, Any] | None = None,
     ) -> Record:
         """Display and append one result; return the record.
 
@@ -104,12 +105,16 @@ class Run:
         beside those of the run. Metrics and timings must be finite numbers or None (not measured);
         a value of a series that is not finite (a loss that diverged) is stored as null. The record
         counts the earlier ones of the same configuration: so often was the test split scored before.
+
+        `device` is the card of one that is not here: only a prediction has one, and lies in its folder.
         """
         own = plain(dict(params or {}))
         if seed is not None and not isinstance(seed, int):
             raise ValueError(f"seed of {name!r} must be a whole number, got {seed!r}")
         if kind not in ("measured", "predicted"):
             raise ValueError(f"kind of {name!r} must be measured or predicted, got {kind!r}")
+        if device is not None and kind != "predicted":
+            raise ValueError(f"{name!r} is {kind} on {device['label']}, which is not here")
         numbers = _finite(name, metrics)
         record = Record(self._provenance)
         record |= {
@@ -124,7 +129,9 @@ class Run:
             "params_hash": params_hash(self._identity(seed) | {"own": own}),
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        file = paths.executed() / self.label / "results.jsonl"
+        if device is not None:
+            record |= {"label": device["label"], "device": plain({key: device.get(key) for key in CARD})}
+        file = paths.executed() / record["label"] / "results.jsonl"
         record["earlier"] = _times_recorded(file, record)
         append(file, record)
         _display(self.notebook, name, self._deterministic | own, numbers, seed)

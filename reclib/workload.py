@@ -22,6 +22,7 @@ from reclib.packing import bucket, first_fit_decreasing
 from reclib.samples import cut, mask_cloze, next_items
 
 DRAWS = 24  # batches whose shapes are drawn
+LARGEST = 1024  # sequences that are laid out; a larger batch is so many times as much
 FP32 = 4  # bytes
 HALF = 2  # bytes of bf16 and fp16
 
@@ -47,10 +48,11 @@ def draw(model: ModelConfig, train: TrainConfig, lengths: np.ndarray, seed: int 
         raise InputError("history lengths: expected one or more, each of at least 1 (2 for a causal model)")
     rng = np.random.default_rng(seed)
     micro = train.micro_batch_size or train.batch_size
-    again = len(lengths) < micro
-    return np.array(
-        [_one(model, train, rng.choice(lengths, micro, replace=again), rng) for _ in range(DRAWS)]
-    )
+    drawn = min(micro, LARGEST)
+    again = len(lengths) < drawn
+    shapes = [_one(model, train, rng.choice(lengths, drawn, replace=again), rng) for _ in range(DRAWS)]
+    times = micro / drawn
+    return np.array(shapes) * [times, 1, times, times, times]
 
 
 def _one(

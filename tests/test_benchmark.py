@@ -399,10 +399,16 @@ def test_a_claimed_gpu_that_is_not_there_is_told_and_never_recorded_as_measured(
     given |= {"synthetic_users": 100, "synthetic_items": 60}
     output = tmp_path / "04.ipynb"
     runner.execute(ROOT / "notebooks/04_amp_compile.ipynb", output, given, records=tmp_path / "executed")
-    found = record.read(tmp_path / "executed")
+    everything = record.read(tmp_path / "executed")
     here = hardware.probe().label
-    assert {entry["label"] for entry in found} == {here}
-    assert {entry["claimed"] for entry in found} == {"l4"}
+    assert {entry["label"] for entry in everything} == {here, "l4"}
+    assert {entry["claimed"] for entry in everything} == {"l4"}
+    planned = [entry for entry in everything if entry["label"] == "l4"]
+    assert {entry["kind"] for entry in planned} == {"predicted"}
+    assert {entry["own_params"]["basis"] for entry in planned} == {"unvalidated"}
+    assert {entry["own_params"]["precision"] for entry in planned} == {"fp32", "tf32", "bf16"}
+    found = [entry for entry in everything if entry["label"] == here]
+    assert {entry["kind"] for entry in found} == {"measured"}
     assert {entry["device"]["label"] for entry in found} == {here}
     assert {"work", "ladder", "step", "loss_curve", "operators", "epoch_clock"} == {e["name"] for e in found}
     text = output.read_text()

@@ -82,7 +82,7 @@ def records(dataset):
         found.append(a_record("02_baseline", "rank_histogram", {}, tables.rank_bins(ranks), **own))
     own = {"model": "BERT4Rec"}
     found.append(a_record("02_baseline", "test_metrics", {"hr@10": 0.25}, seed=0, own_params=own))
-    return found + accuracy_records() + adapter_records.everything() + speed_records()
+    return found + accuracy_records() + adapter_records.everything() + speed_records() + hardware_records()
 
 
 def accuracy_records():
@@ -128,6 +128,22 @@ def speed_records():
         own = {"precision": name, "number": number}
         losses = {"step": [1, 2], "loss": [7.0, 6.0 + 0.06 * number]}
         found.append(a_record("04_amp_compile", "loss_curve", {}, losses, own_params=own))
+    return found
+
+
+def hardware_records():
+    """One size on two devices of this machine, and what two techniques give."""
+    found = []
+    for device, seconds in (("cpu1", 0.5), ("cpu2", 0.3)):
+        own = {"size": "85m", "device": device, "rule": "closed", "precision": "fp32", "basis": "measured"}
+        rate = 128 / seconds
+        timings = {"step_seconds": seconds, "sequences_per_second": rate, "peak_memory_bytes": 3 * 2**30}
+        timings |= {"sequences_per_second_low": 0.8 * rate, "sequences_per_second_high": 1.2 * rate}
+        work = {"flops": 10**11, "bytes_moved": 10**10}
+        found.append(a_record("06_hardware", "hardware_step", work, own_params=own, timings=timings))
+    for technique, speedup in (("packed rows", 1.5), ("gather before the head", 9.0)):
+        own = {"size": "85m", "device": "cpu1", "technique": technique, "basis": "validated"}
+        found.append(a_record("06_hardware", "technique", {}, own_params=own, timings={"speedup": speedup}))
     return found
 
 

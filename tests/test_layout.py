@@ -16,15 +16,16 @@ ORDER = [
     *("rawfile", "formats", "rows", "rejects", "rawtable", "sequences", "parquet", "titles"),
     *("reading", "sources", "dataset", "prepare", "splits", "periods", "data"),
     *("describe", "datasheet", "samples", "devices", "packing", "batching", "claims"),
-    *("flops", "workload", "footprint"),
+    *("flops", "workload", "footprint", "steptime", "planner"),
     *("sinks", "model", "instance", "lowrank", "gate", "adapters", "ilora", "adapter_files"),
     *("sampled", "cross_entropy", "objective", "metrics", "baselines", "statistics", "protocols"),
     *("checkpoint", "trainer", "fit", "experiment", "assessment"),
-    *("measurement", "benchmark", "profiling", "bound", "microbench", "ladder", "speed", "selfcheck"),
+    *("measurement", "benchmark", "profiling", "bound", "microbench"),
+    *("ladder", "speed", "comparison", "selfcheck"),
     *("adaptation", "adaptation_results", "adapter_speed"),
     *("audit", "bypass", "recreation", "verdicts"),
     *("record", "counts", "gridfile", "grid", "scoring", "law", "scaling"),
-    *("tables", "look", "page", "marks", "speed_figures"),
+    *("tables", "look", "page", "marks", "speed_figures", "hardware_figures"),
     *("accuracy_figures", "control_figures", "data_figures"),
     *("explore", "explore_figures", "widgets"),
     "adapter_figures",
@@ -37,7 +38,7 @@ ONE_OWNER: dict[str, set[str]] = {
     "wandb": {"tracker"},
     "ipywidgets": {"widgets"},
 }
-WITHOUT_TORCH = ["", "paths", "config", "params", "record", "claims", "figures", "study", "footprint"]
+WITHOUT_TORCH = ["", "paths", "config", "params", "record", "claims", "figures", "study", "planner"]
 MAX_MODULE_LINES = 350
 MAX_FUNCTION_LINES = 60
 

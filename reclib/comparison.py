@@ -1,0 +1,261 @@
+"""The same training step on many devices: measured here, recorded elsewhere, predicted, or published.
+
+Each is a row that says which of these it is; nothing measured and nothing predicted share a row. A row is
+closed where all devices do the same (fp32, eager), open where each takes what suits it (its own precision).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from reclib import benchmark, data, devices, paths, planner, steptime
+from reclib.config import InputError, ModelConfig, TrainConfig, model_config
+from reclib.data import Dataset
+from reclib.hardware import Device
+from reclib.model import Bert4Rec
+from reclib.notebook_params import AmpCompile, Hardware
+from reclib.planner import Plan
+from reclib.trainer import Trainer
+
+EPOCHS = 100_000  # the schedule never ends while it is timed
+
+
+@dataclass(frozen=True)
+class Row:
+    """One size on one device."""
+
+    own_params: dict[str, Any]  # size, device, precision, rule (closed or open), basis
+    metrics: dict[str, Any]  # what any run of it counts
+    timings: dict[str, Any]
+    card: dict[str, Any] | None = None  # of a device that is not here
+
+
+def model_of(p: Hardware, size: str) -> ModelConfig:
+    """Return a size on its own catalogue, with the notebook's rows."""
+    return model_config(size, max_len=p.max_len)
+
+
+def train_of(p: Hardware, precision: str, **changes: Any) -> TrainConfig:
+    """Return the notebook's training configuration in a precision."""
+    return TrainConfig(seed=p.seed, batch_size=p.batch_size, epochs=EPOCHS, precision=precision, **changes)
+
+
+def prices(p: Hardware) -> dict[str, float]:
+    """Return the price per hour by device, from "device=price"; raise `InputError` for anything else."""
+    found = {}
+    for pair in p.prices:
+        label, _, price = pair.partition("=")
+        try:
+            found[label] = float(price)
+        except ValueError:
+            raise InputError(f"prices: {pair!r} is no device=price, such as l4=0.7") from None
+        if found[label] < 0:
+            raise InputError(f"prices: {pair!r}: a price is at least 0")
+    return found
+
+
+def price_of(p: Hardware, label: str) -> float | None:
+    """Return a device's price; a board's is its own or that of the label it belongs to."""
+    given = prices(p)
+    return given.get(label, given.get(label.partition("-")[0]))
+
+
+# -- measured here -------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Let torch use so many threads: a CPU with one and one with two are two devices."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def here(p: Hardware, device: Device) -> list[str]:
+    """Return the devices of this machine: a GPU, or the CPU with one and with all threads."""
+    if device.torch_device.type == "cuda":
+        return [device.label]
+    return [f"cpu{number}" for number in sorted({1, torch.get_num_threads()})]
+
+
+def measured(p: Hardware, device: Device) -> list[Row]:
+    """Time a step of each size in `measured_sizes` on each device of this machine, closed and open."""
+    rows = []
+    for size in p.measured_sizes:
+        model = model_of(p, size)
+        mean_len = min(p.mean_len, model.num_items / 4)
+        histories = data.synthetic_dataset(p.users, model.num_items, mean_len, p.seed)
+        for label in here(p, device):
+            number = int(label[3:]) if label.startswith("cpu") else torch.get_num_threads()
+            with threads(number):
+                rows += [_timed(p, size, rule, label, histories, device) for rule in _rules(device)]
+    return rows
+
+
+def _rules(device: Device) -> list[str]:
+    return ["closed"] if device.torch_device.type == "cpu" else ["closed", "open"]
+
+
+def _timed(p: Hardware, size: str, rule: str, label: str, dataset: Any, device: Device) -> Row:
+    train = train_of(p, "fp32" if rule == "closed" else "auto")
+    torch.manual_seed(p.seed)
+    model = Bert4Rec(model_of(p, size))
+    trainer = Trainer(model, data.train_histories(dataset), train, device, dataset.fingerprint)
+    found = benchmark.measure(trainer, p.steps, p.warmup_steps)
+    done, _ = benchmark.step_flops(trainer, p.warmup_steps + 1)
+    own = {"size": size, "device": label, "rule": rule, "basis": "measured"}
+    own |= {"precision": trainer.precision.name, "batch_size": p.batch_size, "status": found.status}
+    own |= {"threads": torch.get_num_threads() if label.startswith("cpu") else None}
+    rate = found.sequences_per_second if found.status == "ok" else None
+    epoch = {"epoch_seconds": p.epoch_users / rate if rate else None}
+    if rate and (price := price_of(p, label)) is not None:
+        epoch["cost_per_epoch"] = p.epoch_users / rate / 3600 * price
+    counted = {"parameters": sum(x.numel() for x in trainer.parameters), "flops": done.total}
+    return Row(own, counted, found.timings() | epoch)
+
+
+# -- predicted -----------------------------------------------------------------------------------------------
+
+
+def predicted(p: Hardware) -> list[Row]:
+    """Return the plan of each of `sizes` for each of `devices`, closed and open."""
+    lengths = planner.typical_lengths(p.mean_len)
+    rows = []
+    for size in p.sizes:
+        model = model_of(p, size)
+        for label in p.devices:
+            for board in boards(label):
+                for rule in ("closed", "open"):
+                    if rule == "open" and isinstance(board, steptime.Cpu):
+                        continue  # fp32 is what suits it
+                    train = train_of(p, "fp32" if rule == "closed" else "auto")
+                    found = planner.plan(
+                        board, model, train, lengths, p.epoch_users, price_of(p, board.label)
+                    )
+                    rows.append(row_of(found, size, rule, p.batch_size))
+    return rows
+
+
+def boards(label: str) -> Sequence[devices.Board | steptime.Cpu]:
+    """Return the devices that a label stands for: measured CPUs, boards of the catalogue."""
+    return [steptime.cpu(label)] if label.startswith("cpu") else devices.boards(label)
+
+
+def row_of(found: Plan, size: str, rule: str, batch_size: int) -> Row:
+    """Return a plan as a row."""
+    own = {"size": size, "device": found.device, "rule": rule, "basis": found.basis}
+    own |= {"precision": found.precision, "batch_size": batch_size, "status": "ok"}
+    if found.fits is False:
+        own |= {"status": "does not fit"}
+    numbers = found.numbers()
+    names = ("flops", "bytes_moved", "peak_memory_bytes", "largest_batch", "fits")
+    counted = {name: numbers.pop(name) for name in names}
+    return Row(own, counted, numbers, card_of(found))
+
+
+def card_of(found: Plan) -> dict[str, Any]:
+    """Return what a record says of a device that is not here."""
+    cpu = found.device.startswith("cpu")
+    card = {"name": f"{found.name} (by its data sheet)", "type": "cuda", "label": found.device}
+    if cpu:
+        return card | {"name": found.name, "type": "cpu", "label": "cpu", "threads": int(found.device[3:])}
+    capability = devices.catalogue()[found.device].capability
+    return card | {"memory_bytes": found.memory_bytes, "capability": list(capability)}
+
+
+# -- what a technique gives ----------------------------------------------------------------------------------
+
+TECHNIQUES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "gather before the head": ({"layout": "padded", "head_rows": "all"}, {"layout": "padded"}),
+    "packed rows": ({"layout": "padded"}, {}),
+    "AMP": ({"precision": "fp32"}, {"precision": "auto"}),
+}
+
+
+def gains(p: Hardware) -> list[Row]:
+    """Return how many times faster each technique makes a step of each size, predicted for each device."""
+    lengths = planner.typical_lengths(p.mean_len)
+    rows = []
+    for size in p.sizes:
+        model = model_of(p, size)
+        for label in p.devices:
+            for board in boards(label):
+                for name, sides in TECHNIQUES.items():
+                    if name == "AMP" and isinstance(board, steptime.Cpu):
+                        continue
+                    without, with_it = (
+                        planner.plan(board, model, train_of(p, **({"precision": "auto"} | side)), lengths)
+                        for side in sides
+                    )
+                    own = {"size": size, "device": board.label, "technique": name, "basis": with_it.basis}
+                    ratio = {"speedup": without.step.seconds / with_it.step.seconds}
+                    rows.append(Row(own, {}, ratio, card_of(with_it)))
+    return rows
+
+
+def fits_which(p: Hardware) -> list[dict[str, Any]]:
+    """Return, for each size, the cheapest way on: which devices hold it, the fastest and the smallest."""
+    lengths = planner.typical_lengths(p.mean_len)
+    found = []
+    for size in p.sizes:
+        plans = [
+            planner.plan(board, model_of(p, size), train_of(p, "auto"), lengths, p.epoch_users)
+            for label in p.devices
+            for board in boards(label)
+        ]
+        gpus = [one for one in plans if one.fits]
+        fastest = min(gpus, key=lambda one: one.step.seconds, default=None)
+        smallest = min(gpus, key=lambda one: one.memory_bytes or np.inf, default=None)
+        found.append(
+            {
+                "size": size,
+                "fits on": ", ".join(one.device for one in gpus) or "none",
+                "smallest": None if smallest is None else smallest.device,
+                "its epoch (s)": None if smallest is None else round(smallest.epoch.seconds, 1),
+                "fastest": None if fastest is None else fastest.device,
+                "epoch (s)": None if fastest is None else round(fastest.epoch.seconds, 1),
+                "range (s)": None
+                if fastest is None
+                else f"{fastest.epoch.low:.1f} to {fastest.epoch.high:.1f}",
+            }
+        )
+    return found
+
+
+def environment(card: dict[str, Any]) -> dict[str, Any]:
+    """Return what builds of torch a comparison mixes: this one's, and what each device needs."""
+    needs = {board.label: board.build or "any" for board in devices.catalogue().values()}
+    return {"torch": card["torch"], "cuda": card["cuda"], "needs": needs}
+
+
+def claimed(p: AmpCompile, dataset: Dataset) -> list[Row]:
+    """Return the plans of notebook 04's eager steps for the device that was asked for and is not here."""
+    histories = data.train_histories(dataset)
+    lengths = histories.ends - histories.starts
+    model = model_config(p.size, num_items=dataset.num_items, max_len=p.max_len)
+    rows = []
+    for board in devices.boards(p.gpu):
+        for precision in p.precisions:
+            if precision != "auto" and precision not in board.peaks:
+                continue
+            for size in p.batch_sizes:
+                train = TrainConfig(seed=p.seed, batch_size=size, precision=precision)
+                found = row_of(planner.plan(board, model, train, lengths), p.size, "open", size)
+                ran = {"compile_mode": "off", "ran_compile_mode": "off", "ran_precision": precision}
+                rows.append(replace(found, own_params=found.own_params | {"precision": precision} | ran))
+    return rows
+
+
+def committed_root() -> Path:
+    """Return where the records of the repository lie, wherever this run records."""
+    return paths.root() / "executed"

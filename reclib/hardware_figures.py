@@ -1,0 +1,228 @@
+"""Figures of devices side by side: measured solid, predicted hatched, published by others outlined."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from reclib import devices
+from reclib.devices import GIB
+from reclib.look import BLUE, GREEN, MUTED, ORANGE, PALETTE, TEMPLATE, bar, marker
+from reclib.speed_figures import reference
+
+ROW_HEIGHT = 26  # pixels of a device
+OUTLINED = {"color": "rgba(0,0,0,0)", "line": {"color": ORANGE, "width": 2}}
+SIZES = ("nano", "tiny", "small", "medium", "5m", "85m", "130m", "430m")
+_PUBLISHED = {"85 M": "85m", "130 M": "130m", "429 M": "430m"}  # by its wall clock, from the slides
+
+
+def device_order(rows: pd.DataFrame) -> list[str]:
+    """Return the devices that rows are of: CPUs first, then the catalogue's, as it lists them."""
+    there = set(rows["device"])
+    cpus = sorted(name for name in there if str(name).startswith("cpu"))
+    known = [name for name in devices.catalogue() if name in there]
+    return cpus + known + sorted(there - set(cpus) - set(known))
+
+
+def throughput(rows: pd.DataFrame) -> go.Figure:
+    """Sequences/s of each size on each device, with the range of each prediction."""
+    rows = closed_or_measured(rows)
+    figure, sizes, order = _panels(rows)
+    for column, size in enumerate(sizes, 1):
+        mine = rows[rows["size"] == size]
+        for kind, part in mine.groupby("kind"):
+            figure.add_bar(
+                x=part["sequences_per_second"],
+                y=part["device"],
+                orientation="h",
+                marker=bar(str(kind), BLUE if kind == "measured" else MUTED),
+                error_x=_range(part) if kind == "predicted" else None,
+                customdata=part["precision"],
+                hovertemplate=f"%{{y}}: %{{x:,.0f}} sequences/s, %{{customdata}}, {kind}<extra></extra>",
+                offsetgroup=str(kind),
+                row=1,
+                col=column,
+            )
+        for name, rate in _published(size):
+            figure.add_bar(
+                x=[rate],
+                y=["published"],
+                orientation="h",
+                marker=OUTLINED,
+                hovertemplate=f"seed study, {name}, A100, its wall clock: %{{x:,.0f}}/s<extra></extra>",
+                row=1,
+                col=column,
+            )
+    figure.update_xaxes(type="log", title_text="sequences/s")
+    best = rows[rows["kind"] == "measured"]
+    title = "Predicted rates by device: nothing was measured here"
+    if len(best):
+        title = f"Measured on {', '.join(sorted(set(best['device'])))}, predicted for everything else"
+    return _finish(figure, [*order, "published"], title)
+
+
+def memory_by_size(rows: pd.DataFrame) -> go.Figure:
+    """Peak memory of each size, and what each device has."""
+    rows = closed_or_measured(rows)
+    figure, sizes, order = _panels(rows)
+    for column, size in enumerate(sizes, 1):
+        mine = rows[rows["size"] == size]
+        for kind, part in mine.groupby("kind"):
+            figure.add_bar(
+                x=part["peak_memory_bytes"] / GIB,
+                y=part["device"],
+                orientation="h",
+                marker=bar(str(kind), BLUE if kind == "measured" else MUTED),
+                hovertemplate=f"%{{y}}: %{{x:.2f}} GiB, {kind}<extra></extra>",
+                offsetgroup=str(kind),
+                row=1,
+                col=column,
+            )
+        has = [name for name in order if name in devices.catalogue()]
+        figure.add_scatter(
+            x=[devices.catalogue()[name].memory_bytes / GIB for name in has],
+            y=has,
+            mode="markers",
+            marker={"symbol": "line-ns", "size": 14, "line": {"width": 2, "color": ORANGE}},
+            hovertemplate="%{y} has %{x:.0f} GiB<extra></extra>",
+            row=1,
+            col=column,
+        )
+    figure.update_xaxes(type="log", title_text="GiB at the peak; line: what it has")
+    return _finish(figure, order, "Which size fits where: bars left of the line fit")
+
+
+def roofline(rows: pd.DataFrame) -> go.Figure:
+    """FLOP/s over FLOPs per byte moved: each device's roof, and the steps under it."""
+    figure = go.Figure(layout={"template": TEMPLATE})
+    rows = rows[rows["rule"].eq("open") | rows["device"].astype(str).str.startswith("cpu")]
+    rows = rows[rows["bytes_moved"].notna()] if "bytes_moved" in rows else rows.iloc[:0]
+    x = np.logspace(-1, 4, 60)
+    for number, name in enumerate(n for n in device_order(rows) if n in devices.catalogue()):
+        board, color = devices.catalogue()[name], PALETTE[number % len(PALETTE)]
+        peak = board.peaks[board.precision()]
+        roof = np.minimum(peak, board.bandwidth * x)
+        style = {"color": color, "width": 1.5, "dash": "dot" if number >= len(PALETTE) else "solid"}
+        figure.add_scatter(x=x, y=roof, mode="lines", line=style, name=name, hoverinfo="skip")
+        mine = rows[rows["device"] == name]
+        figure.add_scatter(
+            x=mine["flops"] / mine["bytes_moved"],
+            y=mine["flops"] / mine["step_seconds"],
+            mode="markers",
+            marker=marker("predicted", color),
+            customdata=mine["size"],
+            hovertemplate=f"{name}, %{{customdata}}: %{{y:.2s}}FLOP/s, predicted<extra></extra>",
+            showlegend=False,
+        )
+    for name in sorted(set(rows["device"]) - set(devices.catalogue())):
+        mine = rows[rows["device"] == name]
+        for kind, part in mine.groupby("kind"):
+            figure.add_scatter(
+                x=part["flops"] / part["bytes_moved"],
+                y=part["flops"] / part["step_seconds"],
+                mode="markers",
+                marker=marker(str(kind), MUTED),
+                name=f"{name}, {kind}",
+                customdata=part["size"],
+                hovertemplate=f"{name}, %{{customdata}}: %{{y:.2s}}FLOP/s, {kind}<extra></extra>",
+            )
+    figure.update_xaxes(type="log", title_text="FLOPs per byte moved through main memory")
+    figure.update_yaxes(type="log", title_text="FLOP/s (roof: data sheet)", exponentformat="SI")
+    title = "A training step is bound by memory on most devices, by the host for small sizes"
+    return figure.update_layout(height=520, showlegend=True, title_text=_roof_title(rows) or title)
+
+
+def _roof_title(rows: pd.DataFrame) -> str:
+    boards = rows[rows["device"].isin(list(devices.catalogue()))]
+    if boards.empty:
+        return ""
+    ridge = boards["device"].map(lambda name: _ridge(devices.catalogue()[name]))
+    left = (boards["flops"] / boards["bytes_moved"] < ridge).sum()
+    return f"{left} of {len(boards)} predicted steps are left of the ridge: memory, not products, bounds them"
+
+
+def _ridge(board: devices.Board) -> float:
+    return board.peaks[board.precision()] / board.bandwidth
+
+
+def technique_gains(rows: pd.DataFrame) -> go.Figure:
+    """How many times faster each technique makes a step, by device and size; all predicted."""
+    names = list(dict.fromkeys(rows["technique"]))
+    sizes = [size for size in SIZES if size in set(rows["size"])]
+    order = device_order(rows)
+    figure = make_subplots(
+        cols=len(names), shared_yaxes=True, subplot_titles=names, horizontal_spacing=0.04
+    ).update_layout(template=TEMPLATE)
+    for column, name in enumerate(names, 1):
+        for number, size in enumerate(sizes):
+            part = rows[(rows["technique"] == name) & (rows["size"] == size)]
+            figure.add_scatter(
+                x=part["speedup"],
+                y=part["device"],
+                mode="markers",
+                marker=marker(str(rows["kind"].iloc[0]), PALETTE[number % len(PALETTE)]),
+                name=size,
+                legendgroup=size,
+                showlegend=column == 1,
+                hovertemplate=f"%{{y}}, {size}: %{{x:.2f}} times<extra></extra>",
+                row=1,
+                col=column,
+            )
+        figure.add_vline(x=1, line={"color": MUTED, "width": 1}, row=1, col=column)
+    figure.update_xaxes(title_text="times the speed without it")
+    best = rows.loc[rows["speedup"].idxmax()]
+    title = f"{best['technique']}: up to {best['speedup']:.1f} times the speed, predicted ({best['device']})"
+    figure = _finish(figure, order, title)
+    return figure.update_layout(showlegend=True, legend={"y": -0.3, "yanchor": "top"}, margin={"b": 120})
+
+
+def closed_or_measured(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per size, device and kind: each device with what suits it, CPUs in fp32."""
+    rule = rows["rule"] if "rule" in rows else pd.Series("closed", rows.index)
+    cpu = rows["device"].astype(str).str.startswith("cpu")
+    chosen = rows[(rule.fillna("closed") == "open") | cpu]
+    return chosen.drop_duplicates(["size", "device", "kind"], keep="last")
+
+
+def _panels(rows: pd.DataFrame) -> tuple[go.Figure, list[str], list[str]]:
+    sizes = [size for size in SIZES if size in set(rows["size"])]
+    figure = make_subplots(
+        cols=max(1, len(sizes)), shared_yaxes=True, subplot_titles=sizes, horizontal_spacing=0.03
+    )
+    return figure.update_layout(template=TEMPLATE, showlegend=False), sizes, device_order(rows)
+
+
+def _range(part: pd.DataFrame) -> dict[str, Any]:
+    rate = part["sequences_per_second"]
+    high, low = part["sequences_per_second_high"] - rate, rate - part["sequences_per_second_low"]
+    return {"symmetric": False, "array": high, "arrayminus": low, "color": GREEN, "thickness": 1.5}
+
+
+def _published(size: str) -> list[tuple[str, float]]:
+    """Return what others published of a size: sequences of an epoch over its time."""
+    runs = reference()["throughput"]
+    return [
+        (run["name"], run["sequences"] / run["epoch_seconds"])
+        for run in runs
+        if _PUBLISHED.get(run["name"]) == size and run["source"] == "slides"
+    ]
+
+
+def _finish(figure: go.Figure, order: list[str], title: str) -> go.Figure:
+    figure.update_yaxes(categoryorder="array", categoryarray=order[::-1], ticks="", type="category")
+    height = 190 + ROW_HEIGHT * len(order)
+    return figure.update_layout(height=height, title_text=title, margin={"t": 120}, bargap=0.2)
+
+
+# The name of the records that each is made of, and the figure.
+FIGURES: list[tuple[str, Callable[[pd.DataFrame], go.Figure]]] = [
+    ("hardware_step", throughput),
+    ("hardware_step", memory_by_size),
+    ("hardware_step", roofline),
+    ("technique", technique_gains),
+]

@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from engine import histories
+from test_footprint import CASES, CPU, shapes_of, small_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from reclib import comparison, devices, params, planner, record, steptime, workload
+from reclib.config import InputError, TrainConfig, changed, model_config
+from reclib.model import Bert4Rec
+from reclib.trainer import Trainer
+
+LENGTHS = planner.typical_lengths()
+MODEL, TRAIN = model_config("85m"), TrainConfig(batch_size=512)
+RATES = {
+    "head fp32": {32: 1e11, 1024: 2e11},
+    "product fp32": {32: 1e11, 1024: 1e11},
+    "attention": {50: 1e9, 200: 4e9},
+    **dict.fromkeys(("gelu", "dropout", "norm", "add", "softmax", "lookup", "update"), 1e9),
+    "norm of gradients": 1e9,
+    "operator": 1e-6,
+}
+ERROR = {"of": "held-out", "rows": 10, "time_median": 0.1, "time_worst": 0.5, "memory_median": 0.05}
+SHARES = dict.fromkeys(steptime.GROUPS, 1.0)
+
+
+def a_cpu(**changes) -> steptime.Cpu:
+    given = {"label": "cpu1", "name": "test", "rates": RATES, "shares": SHARES, "process_bytes": 10**8}
+    given |= {"heap": {"held": 1.0, "layer": 1.0}}
+    return steptime.Cpu(**(given | {"error": ERROR} | changes))
+
+
+# -- parts and seconds ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_flops_of_the_parts_are_those_that_torch_counts(case):
+    changes, recipe = CASES[case]
+    model = small_model(**changes)
+    train = TrainConfig(batch_size=32, epochs=9, precision="fp32", **recipe)
+    torch.manual_seed(0)
+    some = histories([9] * 64, num_items=model.num_items)
+    trainer = Trainer(Bert4Rec(model), some, train, CPU, "test")
+    parts = workload.step_parts(model, train, shapes_of(trainer, 1))
+    loop = trainer.steps()
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        next(loop)
+    loop.close()
+    assert counter.get_total_flops() == pytest.approx(sum(part.flops for part in parts), rel=1e-9)
+
+
+def test_rates_are_interpolated_between_shapes_and_held_beyond_them():
+    rates = {50: 1e9, 200: 4e9}
+    assert steptime.interpolated(rates, 100) == pytest.approx(2e9)
+    assert steptime.interpolated(rates, 10) == pytest.approx(1e9)
+    assert steptime.interpolated(rates, 999) == pytest.approx(4e9)
+
+
+def test_shares_scale_their_group_and_no_other():
+    slower = SHARES | {"attention": 3.0}
+    one = planner.plan(a_cpu(), MODEL, TRAIN, LENGTHS).step.parts
+    other = planner.plan(a_cpu(shares=slower), MODEL, TRAIN, LENGTHS).step.parts
+    assert other["attention"] == pytest.approx(3 * one["attention"])
+    assert {k: v for k, v in other.items() if k != "attention"} == {
+        k: v for k, v in one.items() if k != "attention"
+    }
+
+
+def test_a_measured_cpu_has_the_band_of_its_held_out_rows():
+    found = planner.plan(a_cpu(), MODEL, TRAIN, LENGTHS)
+    assert found.basis == "validated"
+    assert found.step.high == pytest.approx(1.5 * found.step.seconds)
+    assert found.step.low == pytest.approx(found.step.seconds / 1.5)
+
+
+def test_a_gpu_has_a_range_and_is_unvalidated():
+    for board in devices.catalogue().values():
+        found = planner.plan(board, MODEL, TRAIN, LENGTHS)
+        assert found.basis == "unvalidated"
+        assert found.step.low < found.step.seconds < found.step.high
+        assert found.precision == ("fp16" if board.capability < (8, 0) else "bf16")
+
+
+def test_a_step_takes_no_less_than_the_data_sheet_allows():
+    board = devices.catalogue()["l4"]
+    found = planner.plan(board, MODEL, TRAIN, LENGTHS)
+    assert found.step.low > sum(found.flops.values()) / board.peaks["bf16"]
+    assert found.step.low > found.bytes_moved / board.bandwidth * 0.5
+
+
+def test_a_small_step_waits_for_the_host_and_a_large_one_does_not():
+    board = devices.catalogue()["h100"]
+    small = planner.plan(board, model_config("nano"), TrainConfig(batch_size=32), LENGTHS)
+    large = planner.plan(board, model_config("430m"), TrainConfig(batch_size=4096), LENGTHS)
+    waiting = "waiting for the host"
+    assert small.step.parts[waiting] > 0.5 * small.step.seconds
+    assert large.step.parts[waiting] == 0
+
+
+def test_packing_and_gathering_make_the_planned_step_shorter():
+    board = devices.catalogue()["a100-40"]
+    padded = changed(TRAIN, layout="padded")
+    everywhere = changed(padded, head_rows="all")
+    steps = [planner.plan(board, MODEL, t, LENGTHS).step.seconds for t in (TRAIN, padded, everywhere)]
+    assert steps[0] < steps[1] < steps[2] / 3
+
+
+# -- plans ---------------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_and_its_cost_follow_from_the_step():
+    (found,) = planner.plans("l4", MODEL, TRAIN, LENGTHS, users=51_200, price=3.6)
+    numbers = found.numbers()
+    assert numbers["epoch_seconds"] == pytest.approx(100 * numbers["step_seconds"])
+    assert numbers["cost_per_epoch"] == pytest.approx(numbers["epoch_seconds"] / 1000)
+
+
+def test_a_label_of_two_boards_gives_two_plans_that_differ_in_memory():
+    small, large = planner.plans("a100", MODEL, TRAIN, LENGTHS)
+    assert (small.device, large.device) == ("a100-40", "a100-80")
+    assert small.largest_batch < large.largest_batch
+
+
+@pytest.mark.parametrize(
+    ("label", "precision", "said"),
+    [("gtx970", "auto", "unknown device"), ("t4", "bf16", "no units"), ("cpu77", "auto", "no rates of")],
+)
+def test_what_cannot_be_planned_is_told(label, precision, said):
+    with pytest.raises(InputError, match=said):
+        planner.plans(label, MODEL, changed(TRAIN, precision=precision), LENGTHS)
+
+
+def test_only_fp32_was_calibrated_on_a_cpu():
+    with pytest.raises(InputError, match="only fp32"):
+        planner.plan(a_cpu(), MODEL, changed(TRAIN, precision="bf16"), LENGTHS)
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    whole = [sys.executable, "-m", "reclib.planner", *arguments]
+    return subprocess.run(whole, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def test_the_command_line_prints_a_prediction_and_says_so():
+    done = command("--size", "430m", "--gpu", "l4", "--json")
+    found = json.loads(done.stdout)
+    assert done.returncode == 0
+    assert (found["kind"], found["basis"], found["fits"]) == ("predicted", "unvalidated", 1)
+    assert found["memory"]["weights"] == 4 * 429_153_286
+    spoken = command("--size", "430m", "--gpu", "l4", "--price", "0.7").stdout
+    assert "predicted, unvalidated" in spoken
+    assert "cost" in spoken
+
+
+def test_the_command_line_says_what_does_not_fit_and_what_makes_no_sense():
+    full = command("--size", "430m", "--gpu", "t4", "--batch-size", "65536")
+    assert full.returncode == 1
+    assert "DOES NOT FIT" in full.stdout
+    for wrong in (["--size", "431m"], ["--mean-len", "2"], ["--price", "-1"], ["--gpu", "gtx970"]):
+        done = command("--size", "85m", "--gpu", "l4", *wrong)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), wrong
+        assert done.stderr.startswith("error: ")
+
+
+# -- what was calibrated -------------------------------------------------------------------------------------
+
+
+def test_committed_predictions_are_older_than_their_measurements():
+    folder = ROOT / "executed/cpu/grids"
+    before = json.loads((folder / "planner-predictions.json").read_text())
+    lines = [json.loads(line) for line in (folder / "planner.jsonl").read_text().splitlines()]
+    held_out = [r for r in lines if r["name"] == "planner_row" and r["own_params"]["set"] == "held-out"]
+    assert len(held_out) >= 10
+    assert all(row["time"] > before["time"] for row in held_out)
+    sizes = {row["own_params"]["size"] for row in held_out}
+    assert {"130m", "430m"} <= sizes
+    assert {row["own_params"]["threads"] for row in held_out} == {1, 2}
+
+
+def test_measured_cpus_are_two_devices_with_their_errors():
+    assert set(steptime.cpus()) >= {"cpu1", "cpu2"}
+    for cpu in steptime.cpus().values():
+        assert cpu.error["of"] == "held-out"
+        assert cpu.error["rows"] >= 10
+        assert set(cpu.shares) == set(steptime.GROUPS)
+
+
+# -- records -------------------------------------------------------------------------------------------------
+
+
+def hardware_params(**changes):
+    return params.build("06_hardware", params.profile("06_hardware", "smoke") | changes)
+
+
+def test_prices_are_pairs_of_device_and_number():
+    p = hardware_params(prices=["l4=0.7", "a100-80=3"])
+    assert comparison.price_of(p, "l4") == 0.7
+    assert comparison.price_of(p, "a100-40") is None
+    with pytest.raises(InputError, match="no device=price"):
+        comparison.prices(hardware_params(prices=["l4"]))
+
+
+def test_predictions_lie_in_the_folder_of_their_device_and_are_never_measured(tmp_path, monkeypatch):
+    monkeypatch.setenv("RECLIB_RECORDS", str(tmp_path))
+    p = hardware_params(gpu="l4", devices=["l4", "v100"], sizes=["5m"])
+    card = dict.fromkeys(record.CARD) | {"label": "cpu", "type": "cpu", "name": "test"}
+    run = record.Run("06_hardware", p, card)
+    for row in comparison.predicted(p):
+        run.result(
+            "hardware_step",
+            row.metrics,
+            params=row.own_params,
+            timings=row.timings,
+            kind="predicted",
+            device=row.card,
+        )
+    found = record.read(tmp_path)
+    assert {r["label"] for r in found} == {"l4", "v100-16", "v100-32"}
+    assert {r["kind"] for r in found} == {"predicted"}
+    assert all("data sheet" in r["device"]["name"] for r in found)
+    with pytest.raises(ValueError, match="not here"):
+        run.result("hardware_step", {}, device={"label": "l4"})
+
+
+def test_no_committed_record_of_a_gpu_without_a_self_check_is_measured():
+    for one in record.read(ROOT / "executed"):
+        if one["label"] != "cpu" and not (ROOT / "executed" / one["label"] / "selfcheck.json").is_file():
+            assert one["kind"] == "predicted", (one["label"], one["name"])
+        if one["kind"] == "predicted":
+            assert one["own_params"].get("basis") in ("validated", "unvalidated")
+
+
+def test_gains_are_ratios_of_two_plans():
+    p = hardware_params(devices=["l4"], sizes=["85m"])
+    found = {row.own_params["technique"]: row.timings["speedup"] for row in comparison.gains(p)}
+    assert set(found) == set(comparison.TECHNIQUES)
+    assert found["gather before the head"] > found["packed rows"] > 1
+    assert np.isfinite(list(found.values())).all()
