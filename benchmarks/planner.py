@@ -240,7 +240,7 @@ def run_rows(kind: str) -> None:
 
 
 def title(given: dict[str, Any]) -> str:
-    changes = "".join(f", {name} {value}" for name, value in given["model"].items())
+    changes = "".join(f", {name} {value}" for name, value in sorted(given["model"].items()))
     return f"{given['size']}, batch {given['batch_size']}, {given['threads']} thread(s){changes}"
 
 

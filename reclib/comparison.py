@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from reclib import benchmark, data, devices, paths, planner, steptime
-from reclib.config import InputError, ModelConfig, TrainConfig, model_config
+from reclib.config import InputError, ModelConfig, TrainConfig, model_config, validated
 from reclib.data import Dataset
 from reclib.hardware import Device
 from reclib.model import Bert4Rec
@@ -44,7 +44,8 @@ def model_of(p: Hardware, size: str) -> ModelConfig:
 
 def train_of(p: Hardware, precision: str, **changes: Any) -> TrainConfig:
     """Return the notebook's training configuration in a precision."""
-    return TrainConfig(seed=p.seed, batch_size=p.batch_size, epochs=EPOCHS, precision=precision, **changes)
+    given = {"seed": p.seed, "batch_size": p.batch_size, "epochs": EPOCHS, "precision": precision}
+    return validated(TrainConfig, given | changes)
 
 
 def prices(p: Hardware) -> dict[str, float]:
@@ -113,7 +114,7 @@ def _timed(p: Hardware, size: str, rule: str, label: str, dataset: Any, device: 
     trainer = Trainer(model, data.train_histories(dataset), train, device, dataset.fingerprint)
     found = benchmark.measure(trainer, p.steps, p.warmup_steps)
     done, _ = benchmark.step_flops(trainer, p.warmup_steps + 1)
-    own = {"size": size, "device": label, "rule": rule, "basis": "measured"}
+    own: dict[str, Any] = {"size": size, "device": label, "rule": rule, "basis": "measured"}
     own |= {"precision": trainer.precision.name, "batch_size": p.batch_size, "status": found.status}
     own |= {"threads": torch.get_num_threads() if label.startswith("cpu") else None}
     rate = found.sequences_per_second if found.status == "ok" else None
@@ -153,7 +154,7 @@ def boards(label: str) -> Sequence[devices.Board | steptime.Cpu]:
 
 def row_of(found: Plan, size: str, rule: str, batch_size: int) -> Row:
     """Return a plan as a row."""
-    own = {"size": size, "device": found.device, "rule": rule, "basis": found.basis}
+    own: dict[str, Any] = {"size": size, "device": found.device, "rule": rule, "basis": found.basis}
     own |= {"precision": found.precision, "batch_size": batch_size, "status": "ok"}
     if found.fits is False:
         own |= {"status": "does not fit"}

@@ -175,7 +175,7 @@ def technique_gains(rows: pd.DataFrame) -> go.Figure:
             )
         figure.add_vline(x=1, line={"color": MUTED, "width": 1}, row=1, col=column)
     figure.update_xaxes(title_text="times the speed without it")
-    best = rows.loc[rows["speedup"].idxmax()]
+    best = rows.iloc[int(rows["speedup"].argmax())]
     title = f"{best['technique']}: up to {best['speedup']:.1f} times the speed, predicted ({best['device']})"
     figure = _finish(figure, order, title)
     return figure.update_layout(showlegend=True, legend={"y": -0.3, "yanchor": "top"}, margin={"b": 120})
