@@ -147,7 +147,7 @@ def largest_batch(
     memory_bytes: int,
     precision: str = "fp32",
     device_type: str = "cuda",
-    most: int = 1 << 16,
+    most: int = 1 << 20,
 ) -> int:
     """Return the largest batch, of the powers of two, that fits in one pass; 0: not even one sequence."""
     room, fits, size = usable(memory_bytes, device_type), 0, 1
