@@ -133,8 +133,11 @@ def roofline(rows: pd.DataFrame) -> go.Figure:
             )
     figure.update_xaxes(type="log", title_text="FLOPs per byte moved through main memory")
     figure.update_yaxes(type="log", title_text="FLOP/s (roof: data sheet)", exponentformat="SI")
-    title = "A training step is bound by memory on most devices, by the host for small sizes"
-    return figure.update_layout(height=520, showlegend=True, title_text=_roof_title(rows) or title)
+    legend = {"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"}
+    title = (
+        _roof_title(rows) or "Steps measured here, under no roof: no device of the catalogue is among them"
+    )
+    return figure.update_layout(height=520, showlegend=True, legend=legend, title_text=title)
 
 
 def _roof_title(rows: pd.DataFrame) -> str:
@@ -143,7 +146,7 @@ def _roof_title(rows: pd.DataFrame) -> str:
         return ""
     ridge = boards["device"].map(lambda name: _ridge(devices.catalogue()[name]))
     left = (boards["flops"] / boards["bytes_moved"] < ridge).sum()
-    return f"{left} of {len(boards)} predicted steps are left of the ridge: memory, not products, bounds them"
+    return f"{left} of {len(boards)} predicted steps lie left of the ridge: bandwidth limits them first"
 
 
 def _ridge(board: devices.Board) -> float:

@@ -125,7 +125,12 @@ def caption(records: Sequence[Record]) -> str:
     """Say in one line what the numbers are, and that a smoke run is no result."""
     first = records[0]
     parts = [str((first.get("data") or {}).get("name") or "")]
-    parts += sorted({f"{record['kind']} on {record['label']}" for record in records})
+    on = {
+        kind: sorted({r["label"] for r in records if r["kind"] == kind}) for kind in ("measured", "predicted")
+    }
+    for kind, labels in on.items():
+        parts += [f"{kind} on {label}" for label in labels] if len(labels) < 4 else []
+        parts += [f"{kind} on {len(labels)} devices"] if len(labels) >= 4 else []
     absent = sorted({str(record["claimed"]) for record in records if _is_claim_unmet(record)})
     parts += [f"<b>{label} was asked for and is not here</b>" for label in absent]
     seeds = {record["seed"] for record in records if record.get("seed") is not None}
