@@ -24,6 +24,7 @@ from reclib import (
     data_figures,
     hardware_figures,
     page,
+    scaling_figures,
     speed_figures,
     tables,
 )
@@ -79,6 +80,7 @@ _BASELINE = [*accuracy_figures.FIGURES, *control_figures.FIGURES]
 FIGURES: list[Spec] = [
     *(Spec(make.__name__, "01_data_prep", needs, make) for needs, make in data_figures.FIGURES),
     *(Spec(make.__name__, "02_baseline", needs, make) for needs, make in _BASELINE),
+    *(Spec(make.__name__, "03_scaling", needs, make) for needs, make in scaling_figures.FIGURES),
     *(Spec(make.__name__, "04_amp_compile", needs, make) for needs, make in speed_figures.FIGURES),
     *(Spec(make.__name__, "05_ilora", needs, make) for needs, make in adapter_figures.FIGURES),
     *(Spec(make.__name__, "06_hardware", needs, make, True) for needs, make in hardware_figures.FIGURES),

@@ -59,6 +59,7 @@ Size = Annotated[str, AfterValidator(_known_size)]
 Seeds = Annotated[list[NonNegative], Field(min_length=1), AfterValidator(_distinct)]
 Precisions = Annotated[list[Precision], Field(min_length=1), AfterValidator(_distinct)]
 CompileModes = Annotated[list[CompileMode], Field(min_length=1), AfterValidator(_distinct)]
+Sizes = Annotated[list[Size], Field(min_length=1), AfterValidator(_distinct)]
 BatchSizes = Annotated[list[Positive], Field(min_length=1), AfterValidator(_distinct)]
 Models = Annotated[list[Literal["bert4rec", "causal"]], Field(min_length=1), AfterValidator(_distinct)]
 OtherSplits = Annotated[list[Literal["global_time", "random_users"]], AfterValidator(_distinct)]
@@ -124,6 +125,36 @@ class Baseline:
 
     @model_validator(mode="after")
     def _micro_batch_fits(self) -> Baseline:
+        _divides(self.batch_size, self.micro_batch_size)
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Scaling:
+    """Parameters of `03_scaling`."""
+
+    gpu: GpuLabel  # device label, a claim to be checked; auto: what is here
+    dataset: Name  # a name that `reclib.data` knows, a file, or a prepared folder
+    min_user: Positive  # k-core: interactions that a user must have
+    min_item: Positive  # k-core: interactions that an item must have
+    sizes: Sizes  # trained here, one run for each seed
+    seeds: Seeds  # of each size
+    epochs: Positive  # passes over the users, the same for every size: fixed data and tokens
+    batch_size: Positive  # sequences per optimiser step
+    micro_batch_size: Positive | None  # sequences per forward pass; None: from the device file
+    base_rate: PositiveFloat  # peak learning rate at a width of 128; others by the rule of `scaling`
+    dropout: Probability  # 0 <= dropout < 1, the same for every size
+    mask_prob: Annotated[float, Field(gt=0.0, lt=1.0)]  # share of positions that are cloze targets
+    last_item_share: Share  # share of samples whose only target is the last item
+    max_len: Positive  # positions per packed row and longest history
+    eval_every: Positive  # epochs between evaluations on validation
+    tuned: bool  # take what `tune` chose for a size on this dataset, where it did
+    precision: Precision | None  # None: from the device file
+    compile_mode: CompileMode | None  # None: from the device file
+    wandb_mode: WandbMode  # disabled: nothing; offline: files only; online: needs a login
+
+    @model_validator(mode="after")
+    def _micro_batch_fits(self) -> Scaling:
         _divides(self.batch_size, self.micro_batch_size)
         return self
 
@@ -272,6 +303,7 @@ def _divides(batch_size: int, micro_batch_size: int | None) -> None:
 NOTEBOOKS: dict[str, type] = {
     "01_data_prep": DataPrep,
     "02_baseline": Baseline,
+    "03_scaling": Scaling,
     "04_amp_compile": AmpCompile,
     "05_ilora": ILora,
     "06_hardware": Hardware,

@@ -42,6 +42,14 @@ def runs() -> Path:
     return Path(os.environ.get("RECLIB_RUNS") or root() / "runs").resolve()
 
 
+def models() -> Path:
+    """Return the folder of models that are kept (git-ignored): `RECLIB_MODELS`, if set."""
+    given = os.environ.get("RECLIB_MODELS")
+    if not given and "PYTEST_VERSION" in os.environ:
+        return Path(tempfile.gettempdir()) / "reclib-test-models"
+    return Path(given or root() / "models").resolve()
+
+
 def stamps() -> Path:
     """Return the folder of this checkout's stamps of finished notebooks (git-ignored)."""
     return root() / ".stamps"

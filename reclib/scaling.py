@@ -32,14 +32,14 @@ from reclib.hardware import resolve
 BASE_WIDTH, BASE_RATE = 128, 1e-3  # where the rule is anchored: the recipe of the grid `ml-1m`
 
 
-def learning_rate(width: int) -> float:
+def learning_rate(width: int, base: float = BASE_RATE) -> float:
     """Return the peak learning rate of a width by the rule of this study, to two digits.
 
     It falls with the square root of the width: halfway, on a logarithmic scale, between a constant rate and
     the 1/width that muP gives to hidden matrices under Adam (Yang et al. 2022, arXiv 2203.03466, table 3).
     The item tables, most of the parameters here, keep a constant rate there, and one rate serves both here.
     """
-    return float(f"{BASE_RATE * (BASE_WIDTH / width) ** 0.5:.1e}")
+    return float(f"{base * (BASE_WIDTH / width) ** 0.5:.1e}")
 
 
 def arm_named(work: Work, name: str) -> Arm:

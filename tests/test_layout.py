@@ -19,14 +19,15 @@ ORDER = [
     *("flops", "workload", "footprint", "steptime", "planner"),
     *("sinks", "model", "instance", "lowrank", "gate", "adapters", "ilora", "adapter_files"),
     *("sampled", "cross_entropy", "objective", "metrics", "baselines", "statistics", "protocols"),
-    *("checkpoint", "trainer", "fit", "experiment", "assessment"),
+    *("checkpoint", "trainer", "fit", "kept", "experiment", "assessment"),
     *("measurement", "benchmark", "profiling", "bound", "microbench"),
     *("ladder", "speed", "comparison", "selfcheck"),
     *("adaptation", "adaptation_results", "adapter_speed"),
     *("audit", "bypass", "recreation", "verdicts"),
-    *("record", "counts", "gridfile", "grid", "scoring", "law", "scaling"),
+    *("record", "counts", "gridfile", "grid", "scoring"),
+    *("law", "scaling", "scaling_tables", "tuned", "tuning", "tune", "sized"),
     *("tables", "look", "page", "marks", "speed_figures", "hardware_figures"),
-    *("accuracy_figures", "control_figures", "data_figures"),
+    *("accuracy_figures", "control_figures", "data_figures", "scaling_figures"),
     *("explore", "explore_figures", "widgets"),
     "adapter_figures",
     *("figures", "runner", "job", "study"),
@@ -37,6 +38,7 @@ ONE_OWNER: dict[str, set[str]] = {
     "plotly": {"figures", "marks", *(name for name in ORDER if name.endswith("_figures"))},
     "wandb": {"tracker"},
     "ipywidgets": {"widgets"},
+    "optuna": {"tune"},
 }
 WITHOUT_TORCH = ["", "paths", "config", "params", "record", "claims", "figures", "study", "planner"]
 MAX_MODULE_LINES = 350

@@ -1,0 +1,84 @@
+"""From the parameters of notebook 03 to its training runs: one recipe and many sizes."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from typing import Any
+
+from reclib import footprint, hardware, tracker, tuned
+from reclib.config import ModelConfig, TrainConfig, changed, model_config, validated
+from reclib.counts import counted
+from reclib.data import Dataset
+from reclib.experiment import Trained, run_folder
+from reclib.fit import Options, data_identity, fit
+from reclib.footprint import Footprint
+from reclib.hardware import Device
+from reclib.notebook_params import Scaling
+from reclib.scaling import learning_rate
+from reclib.splits import Split
+
+NOTEBOOK = "03_scaling"
+
+
+def recipe(p: Scaling, size: str, seed: int) -> TrainConfig:
+    """Return a size's training configuration, its learning rate by the rule; nothing tuned."""
+    shared = ("epochs", "batch_size", "micro_batch_size", "mask_prob", "last_item_share", "eval_every")
+    given: dict[str, Any] = {name: getattr(p, name) for name in shared} | {"window": "random", "seed": seed}
+    given |= {"precision": p.precision or "auto", "compile_mode": p.compile_mode or "off"}
+    given["learning_rate"] = learning_rate(model_config(size).hidden_dim, p.base_rate)
+    return validated(TrainConfig, given)
+
+
+def configs(p: Scaling, dataset: Dataset, size: str, seed: int) -> tuple[ModelConfig, TrainConfig]:
+    """Return a size's configurations: the recipe, and what was tuned for these data on top.
+
+    Raises `InputError` where the tuned settings are of other data.
+    """
+    shape: dict[str, Any] = {"max_len": p.max_len, "dropout": p.dropout, "num_items": dataset.num_items}
+    train = recipe(p, size, seed)
+    chosen = tuned.read(size, dataset.name, dataset.fingerprint) if p.tuned else None
+    if chosen is not None:
+        # Tokens and device stay the notebook's, so that sizes can be compared.
+        length = {"epochs", "eval_every", "batch_size", "precision"}
+        train = changed(train, **{k: v for k, v in chosen.train.items() if k not in length})
+        shape |= chosen.model
+    return model_config(size, **shape), train
+
+
+def memory_bytes(device: Device) -> int:
+    """Return the memory of the device: the GPU's, or the machine's."""
+    if device.card.memory_bytes:
+        return device.card.memory_bytes
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def demand_fit(
+    p: Scaling, dataset: Dataset, split: Split, device: Device, size: str, room: int | None = None
+) -> Footprint:
+    """Return the estimated peak of a size's training; raise `InputError` that says what to change.
+
+    `room` is the memory in bytes, None: what the device has. Nothing is allocated.
+    """
+    model, train = configs(p, dataset, size, p.seeds[0])
+    precision = hardware.choose_precision(train.precision, device.card).name
+    lengths = split.train.ends - split.train.starts
+    room = memory_bytes(device) if room is None else room
+    return footprint.require_fit(model, train, lengths, room, precision, device.torch_device.type)
+
+
+def train(p: Scaling, dataset: Dataset, split: Split, device: Device, size: str, seed: int) -> Trained:
+    """Train one seed of a size, or go on with a run of the same code and data."""
+    demand_fit(p, dataset, split, device, size)
+    model, config = configs(p, dataset, size, seed)
+    data = data_identity(dataset, split)
+    folder = run_folder(NOTEBOOK, model, config, data)
+    about = {"model": asdict(model), "train": asdict(config), "data": data}
+    with tracker.start(p.wandb_mode, NOTEBOOK, f"{device.label}-{size}-seed{seed}", about) as track:
+        options = Options(on_evaluation=lambda row: track.log(row, int(row["step"])))
+        return Trained(seed, fit(model, dataset, config, device, folder, options, split))
+
+
+def numbers(one: Trained) -> dict[str, float]:
+    """Return what a run is recorded with: accuracy, loss, parameters by kind, tokens and FLOPs."""
+    return one.best() | one.losses() | counted(one.trainer)

@@ -1,0 +1,236 @@
+"""Tuning: a budget that is kept whoever dies, two processes on one study, settings kept to their data."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from reclib import data, record, tune, tuned, tuning
+from reclib.config import InputError
+from reclib.fit import Options
+from reclib.hardware import resolve
+
+PLACES = ("RECLIB_ROOT", "RECLIB_DATA", "RECLIB_RUNS", "RECLIB_RECORDS")
+DATA = {
+    "dataset": "synthetic",
+    "synthetic_users": 40,
+    "synthetic_items": 30,
+    "min_user": 1,
+    "min_item": 1,
+}
+FILE = {
+    "about": "a test",
+    "data": DATA,
+    "size": "nano",
+    "seed": 0,
+    "trials": 7,
+    "minutes": 10,
+    "seeds": [0, 1],
+    "model": {"max_len": 20},
+    "train": {"epochs": 4, "batch_size": 8, "eval_every": 1, "checkpoint_seconds": 0},
+    "space": {
+        "learning_rate": {"low": 1e-5, "high": 0.1, "log": True},
+        "model.dropout": {"low": 0.0, "high": 0.5},
+        "last_item_share": {"choices": [0.0, 0.5]},
+    },
+}
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch) -> Path:
+    for name in PLACES:
+        monkeypatch.setenv(name, str(tmp_path / name.lower()))
+    return tmp_path
+
+
+def write(**changes: object) -> None:
+    file = Path(os.environ["RECLIB_ROOT"]) / "params" / "tuning" / "trial.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(FILE | changes, sort_keys=False))
+
+
+def study() -> tune.Study:
+    plan = tuning.read("trial")
+    return tune.Study(plan, data.prepare(plan.data), resolve("cpu"))
+
+
+def states(found: tune.Study) -> Counter[str]:
+    return Counter(trial.state.name for trial in found.trials())
+
+
+def records(found: tune.Study) -> list[dict]:
+    return record.latest(found.work().rows("trial"))
+
+
+def test_a_study_runs_to_its_budget_once_and_its_choice_is_picked_up(root, capsys):
+    write()
+    assert tune.main(["run", "trial", "--wandb", "disabled"]) == 0
+    assert "written: nano-synthetic.yaml" in capsys.readouterr().out
+    found = study()
+    assert len(found.finished()) == 7
+    assert len(records(found)) == 7
+    assert tune.run(found, Options(), "disabled") == 0
+    best = found.best()
+    chosen = tuned.read("nano", found.dataset.name, found.dataset.fingerprint)
+    assert chosen is not None
+    assert chosen.train["learning_rate"] == best.params["learning_rate"]
+    assert chosen.model["dropout"] == best.params["model.dropout"]
+    assert chosen.chosen_by["trials"] == 7
+    curve = next(r for r in records(found) if r["own_params"]["trial"] == best.number)
+    assert max(curve["series"]["valid_ndcg@10"]) == best.value
+    assert (found.trial_folder(best.params) / "best").is_dir()
+
+
+def test_a_trial_behind_the_median_is_pruned_and_counts(root):
+    write(trials=5, space={"learning_rate": {"low": 1e-9, "high": 0.1, "log": True}})
+    found = study()
+    for rate in (0.02, 0.021, 0.022, 0.023, 1e-9):
+        found.open(0).enqueue_trial({"learning_rate": rate})
+    tune.run(found, Options(), "disabled")
+    assert states(found) == {"COMPLETE": 4, "PRUNED": 1}
+    pruned = next(row for row in records(found) if row["own_params"]["state"] == "pruned")
+    assert pruned["own_params"]["learning_rate"] == 1e-9
+    assert len(pruned["series"]["epoch"]) < 4
+
+
+def test_the_same_seed_draws_the_same_trials(root, monkeypatch):
+    write(trials=6)
+    drawn = []
+    for place in ("a", "b"):
+        monkeypatch.setenv("RECLIB_RUNS", str(root / place))
+        found = study()
+        tune.run(found, Options(), "disabled")
+        drawn.append([(t.params, t.value) for t in found.trials()])
+    assert drawn[0] == drawn[1]
+
+
+def test_sigkill_loses_and_doubles_no_trial(root):
+    """The killed trial is told as failed, run again with its settings, and goes on from its checkpoint."""
+    write(trials=3, train=FILE["train"] | {"epochs": 400, "eval_every": 2})
+    data.prepare(tuning.read("trial").data)
+    command = [sys.executable, "-m", "reclib.tune", "run", "trial", "--wandb", "disabled"]
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    found = study()
+    deadline = time.monotonic() + 60
+    while not list(found.folder.glob("*/step-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert states(found) == {"RUNNING": 1}
+    (dead,) = found.trials()
+    write(trials=3, train=FILE["train"] | {"epochs": 400, "eval_every": 2}, about="the same study")
+    steps: list[int] = []
+    again = study()
+    assert again.key == found.key
+    assert again.one(Options(on_step=lambda stats: steps.append(stats.step)))
+    assert steps[0] > 1, "it went on from the checkpoint"
+    while again.one(Options()):
+        pass
+    assert states(again)["FAIL"] == 1
+    assert len(again.finished()) == 3
+    assert sum(states(again).values()) == 4, "the killed one, and three that count"
+    repeated = [t for t in again.trials() if t.user_attrs.get("again") == dead.number]
+    assert [t.params for t in repeated] == [dead.params]
+    assert len(records(again)) == 3
+
+
+def _run_study() -> None:
+    tune.run(study(), Options(), "disabled")
+
+
+def test_two_processes_share_a_study(root):
+    write()
+    data.prepare(tuning.read("trial").data)
+    context = multiprocessing.get_context("spawn")
+    both = [context.Process(target=_run_study) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(200)
+    assert [process.exitcode for process in both] == [0, 0]
+    found = study()
+    assert len(found.finished()) == 7
+    assert sum(states(found).values()) == 7
+    assert len({str(t.params) for t in found.trials()}) == 7
+    assert len(records(found)) == 7
+
+
+def test_a_trial_that_somebody_holds_is_left_to_them(root):
+    write(trials=2)
+    found = study()
+    _, trial = found.claim()
+    with tune.held(found.folder / f"trial-{trial.number}"):
+        assert found.one(Options())
+        assert states(found)["RUNNING"] == 1
+        assert not found.one(Options()), "one is done and one is somebody's: that is the budget"
+    assert found.one(Options())
+    assert len(found.finished()) == 2
+
+
+def test_a_trial_that_diverges_counts_and_is_not_tried_again(root):
+    write(trials=1, space={"learning_rate": {"choices": [1e30]}}, train=FILE["train"] | {"clip_norm": None})
+    found = study()
+    assert found.one(Options())
+    assert not found.one(Options())
+    assert "diverged" in found.finished()[0].user_attrs
+    with pytest.raises(InputError, match="no trial that ran to its end"):
+        found.choose()
+
+
+def test_settings_of_another_dataset_are_refused(root):
+    write(trials=1)
+    found = study()
+    tune.run(found, Options(), "disabled")
+    file = found.choose()
+    with pytest.raises(InputError, match=r"nano-synthetic\.yaml: tuned on synthetic .* tune anew"):
+        tuned.read("nano", found.dataset.name, "0" * 64)
+    assert tuned.read("tiny", found.dataset.name, found.dataset.fingerprint) is None
+    file.write_text("size: nano\n")
+    with pytest.raises(InputError, match="key 'dataset' is missing"):
+        tuned.read("nano", found.dataset.name, found.dataset.fingerprint)
+
+
+def test_default_and_tuned_are_compared_on_the_same_users(root):
+    write(trials=2)
+    found = study()
+    with pytest.raises(InputError, match="nothing is tuned yet"):
+        tune.compare(found, Options())
+    tune.run(found, Options(), "disabled")
+    found.choose()
+    results = {one.name: one for one in tune.compare(study(), Options()) if one.params["model"] == "tuned"}
+    assert results["validation_difference"].metrics["seeds"] == 2
+    assert results["comparison"].params["against"] == "default"
+    assert results["comparison"].metrics["difference_low"] <= results["comparison"].metrics["difference"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"trails": 3}, "unknown key 'trails'"),
+        ({"space": {"learning_rate": {"low": 1}}}, "space of 'learning_rate': expected low and high"),
+        ({"space": {"learnin_rate": {"low": 1.0, "high": 2.0}}}, "unknown parameter 'learnin_rate'"),
+        ({"model": {"hidden_dim": 7, "num_heads": 2}}, "hidden_dim=7 must be divisible by num_heads=2"),
+    ],
+)
+def test_what_a_tuning_file_may_not_say(root, changes, said):
+    write(**changes)
+    with pytest.raises(InputError, match=r"trial\.yaml") as caught:
+        tuning.read("trial")
+    assert said in str(caught.value)
+
+
+def test_the_files_of_the_project_can_be_read():
+    names = [file.stem for file in (ROOT / "params" / "tuning").glob("*.yaml")]
+    assert names
+    for name in names:
+        assert tuning.read(name).trials > 0
