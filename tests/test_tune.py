@@ -15,7 +15,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from reclib import data, record, tune, tuned, tuning
+from reclib import checkpoint, data, record, tune, tuned, tuning
 from reclib.config import InputError
 from reclib.fit import Options
 from reclib.hardware import resolve
@@ -114,21 +114,26 @@ def test_the_same_seed_draws_the_same_trials(root, monkeypatch):
     assert drawn[0] == drawn[1]
 
 
+def checkpoint_of(found: tune.Study) -> int:
+    newest = [checkpoint.latest(folder) for folder in found.folder.glob("*/")]
+    return max((int(path.name.removeprefix("step-")) for path in newest if path), default=0)
+
+
 def test_sigkill_loses_and_doubles_no_trial(root):
     """The killed trial is told as failed, run again with its settings, and goes on from its checkpoint."""
-    write(trials=3, train=FILE["train"] | {"epochs": 400, "eval_every": 2})
+    write(trials=3, train=FILE["train"] | {"epochs": 30, "eval_every": 2})
     data.prepare(tuning.read("trial").data)
     command = [sys.executable, "-m", "reclib.tune", "run", "trial", "--wandb", "disabled"]
     process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
     found = study()
     deadline = time.monotonic() + 60
-    while not list(found.folder.glob("*/step-*")) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    while checkpoint_of(found) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert states(found) == {"RUNNING": 1}
     (dead,) = found.trials()
-    write(trials=3, train=FILE["train"] | {"epochs": 400, "eval_every": 2}, about="the same study")
+    write(trials=3, train=FILE["train"] | {"epochs": 30, "eval_every": 2}, about="the same study")
     steps: list[int] = []
     again = study()
     assert again.key == found.key
