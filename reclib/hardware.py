@@ -6,6 +6,7 @@ Decisions are pure functions of a `Card`, so that they can be tested for devices
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import platform
 import resource
@@ -21,6 +22,8 @@ from reclib.config import GPU_LABELS, InputError
 
 # What a CUDA device calls itself, by label. "H100 NVL" and "H100 PCIe" are H100s too.
 DEVICE_NAMES = {"t4": "T4", "l4": "L4", "v100": "V100", "a100": "A100", "h100": "H100"}
+# The CPU with a stated number of threads: devices of their own, with records of their own.
+CPU_THREADS = {"cpu1": 1, "cpu2": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,16 +86,41 @@ def resolve(claimed: str = "auto", card: Card | None = None) -> Device:
     """Return the device to use for the gpu label `claimed`.
 
     A label is a claim: a run on another device goes on there, and everything measured carries that device.
-    "cpu" is a choice and is always honoured. Raises `InputError` for an unknown label and for a GPU that this
-    torch build has no kernels for.
+    "cpu" is a choice and is always honoured, and so is "cpu1" or "cpu2" where there are as many cores: torch
+    then computes with that many threads from here on. Raises `InputError` for an unknown label and for a GPU
+    that this torch build has no kernels for.
     """
     if claimed not in GPU_LABELS:
         raise InputError(f"unknown gpu label {claimed!r}; allowed: {', '.join(GPU_LABELS)}")
+    if claimed == "cpu" or claimed in CPU_THREADS:
+        card = cpu_card(claimed, usable_cores(), torch.get_num_threads())
+        if claimed in CPU_THREADS and card.label == claimed:
+            torch.set_num_threads(CPU_THREADS[claimed])
     card = probe() if card is None else card
-    if claimed == "cpu" and card.type != "cpu":
-        card = Card(type="cpu", name=_cpu_name(), label="cpu", threads=torch.get_num_threads())
     check_build(card)
     return Device(torch.device(card.type), card, claimed)
+
+
+def cpu_card(claimed: str, cores: int, threads: int) -> Card:
+    """Describe the CPU as it is used under the label `claimed`: with its threads if the cores are there."""
+    asked = CPU_THREADS.get(claimed)
+    if asked is None or asked > cores:
+        return Card(type="cpu", name=_cpu_name(), label="cpu", threads=threads)
+    return Card(type="cpu", name=_cpu_name(), label=claimed, threads=asked)
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may run on."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def visible_gpus() -> list[tuple[str, str]]:
+    """Return (what to set CUDA_VISIBLE_DEVICES to, label) of each GPU that this process may use."""
+    count = torch.cuda.device_count()
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(i) for i in range(count)] if given is None else given.split(",")
+    return [(names[i].strip(), label_of(torch.cuda.get_device_name(i))) for i in range(count)]
 
 
 def check_build(card: Card) -> None:
@@ -250,12 +278,15 @@ def _cpu_name() -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Describe the device; `check` runs the self-check, which lies above this module."""
+    """Describe the device; list the GPUs; `check` runs the self-check, which lies above this module."""
     if arguments[:1] == ["check"]:
         command = [sys.executable, "-m", "reclib.selfcheck", *arguments[1:]]
         return subprocess.run(command).returncode
+    if arguments == ["visible"]:
+        print(json.dumps(visible_gpus()))
+        return 0
     if arguments:
-        print("usage: python -m reclib.hardware [check [gpu label]]", file=sys.stderr)
+        print("usage: python -m reclib.hardware [visible | check [gpu label]]", file=sys.stderr)
         return 2
     for name, value in device_card(resolve()).items():
         print(f"{name:<14}{value}")

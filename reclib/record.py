@@ -9,6 +9,7 @@ commit. The label is that of the device that was really there, whatever was clai
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -166,24 +167,46 @@ def params_hash(params: Mapping[str, Any]) -> str:
 
 
 def read(root: Path) -> list[dict[str, Any]]:
-    """Return all records under `root/*/results.jsonl` and `root/*/grids/*.jsonl`, by folder and line.
+    """Return all records of a root's devices and grids, each once, by folder and line.
 
-    A last line that a killed run left unfinished is skipped and reported on standard error;
-    anything else that is no record, or lies in another device's folder, is an `InputError`.
+    They are in `<label>/results.jsonl` and `<label>/grids/*.jsonl`, and one folder deeper where another
+    machine's folder was copied into the label's. A record that is there twice counts once. A last line
+    that a killed run left unfinished is skipped and reported on standard error; anything else that is no
+    record, or lies in another device's folder, is an `InputError`.
     """
+    found: dict[str, dict[str, Any]] = {}
+    for file in files(root):
+        for one in read_file(file, root):
+            found.setdefault(digest(one), one)
+    return list(found.values())
+
+
+def files(root: Path) -> list[Path]:
+    """Return the files of records under a root."""
+    patterns = ("results.jsonl", "grids/*.jsonl")
+    return sorted(file for depth in ("*", "*/*") for p in patterns for file in root.glob(f"{depth}/{p}"))
+
+
+def digest(record: Mapping[str, Any]) -> str:
+    """Return the hash by which a record is known wherever it is copied."""
+    text = json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_file(file: Path, root: Path) -> list[dict[str, Any]]:
+    """Return the records of one file under `root`, checked as `read` says."""
     found = []
-    for file in sorted([*root.glob("*/results.jsonl"), *root.glob("*/grids/*.jsonl")]):
-        lines = file.read_text(encoding="utf-8").split("\n")
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                found.append(_checked(json.loads(line), file.relative_to(root), number))
-            except json.JSONDecodeError:
-                where = f"{file.relative_to(root)}:{number}"
-                if number < len(lines):  # the last element is what follows the last newline
-                    raise InputError(f"{where}: not a record (broken JSON)") from None
-                print(f"{where}: unfinished line skipped", file=sys.stderr)
+    lines = file.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            found.append(_checked(json.loads(line), file.relative_to(root), number))
+        except json.JSONDecodeError:
+            where = f"{file.relative_to(root)}:{number}"
+            if number < len(lines):  # the last element is what follows the last newline
+                raise InputError(f"{where}: not a record (broken JSON)") from None
+            print(f"{where}: unfinished line skipped", file=sys.stderr)
     return found
 
 
@@ -237,7 +260,8 @@ def append(file: Path, record: Mapping[str, Any]) -> None:
         try:
             written = os.write(descriptor, line)
             if written < len(line):
-                raise OSError(f"{file.name}: only {written} of {len(line)} bytes could be written")
+                said = f"No space left: only {written} of {len(line)} bytes could be written"
+                raise OSError(errno.ENOSPC, said, file.name)
         except OSError:
             with contextlib.suppress(OSError):
                 os.ftruncate(descriptor, end)

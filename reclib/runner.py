@@ -7,16 +7,19 @@ dropped, so that a diff shows results.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
+import signal
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from reclib import paths
+from reclib import diagnosis, paths
 from reclib.config import InputError
 
 _ERROR_MARKER = "papermill-error-cell-tag"  # of the banner cells that papermill inserts
@@ -64,12 +67,14 @@ def execute(
     this returns, whichever way.
     """
     import papermill
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     working = failed_path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     progress = _Progress(tell)
     _register(progress)
+    kills = diagnosis.memory_kills()
     # A short folder of its own: the sockets' path has room for about 100 characters.
     runtime = tempfile.mkdtemp(prefix="reclib-", dir="/tmp" if os.path.isdir("/tmp") else None)
     try:
@@ -86,16 +91,37 @@ def execute(
             runtime_folder=runtime,
             records=records,
         )
+        normalise(working)
+        os.replace(working, output)
     except PapermillExecutionError as error:
         said = f"{error.ename}: {error.evalue}".strip().splitlines()[0]
-        raise NotebookFailed(f"{notebook.stem} failed in cell {error.exec_count}: {said}") from None
-    except (TimeoutError, RuntimeError) as error:  # a cell over its time; a kernel that died
+        raise _failed(notebook, error.exec_count, said + diagnosis.of_error(said)) from None
+    except DeadKernelError:
+        code = progress.end_kernel()
+        said = f"DeadKernelError: {diagnosis.of_death(code, diagnosis.memory_kills() - kills)}"
+        raise _failed(notebook, progress.cell, said) from None
+    except (TimeoutError, RuntimeError) as error:  # a cell over its time, a kernel that does not start
         said = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        raise NotebookFailed(f"{notebook.stem} failed in cell {progress.cell}: {said}") from None
+        raise _failed(notebook, progress.cell, said + diagnosis.of_error(said)) from None
+    except OSError as error:
+        if not diagnosis.is_full_disk(error):
+            raise
+        raise _failed(notebook, progress.cell, _put_away(working, error)) from None
     finally:
+        progress.end_kernel()
         shutil.rmtree(runtime, ignore_errors=True)
-    normalise(working)
-    os.replace(working, output)
+
+
+def _put_away(working: Path, error: OSError) -> str:
+    """Delete a notebook that the disk had no room for, and say so: a part of one is of no use."""
+    for half in (working, working.with_suffix(".partial")):
+        half.unlink(missing_ok=True)
+    said = f"[Errno {error.errno}] {error.strerror}, writing {working.name}"
+    return said + diagnosis.of_error(said)
+
+
+def _failed(notebook: Path, cell: int, said: str) -> NotebookFailed:
+    return NotebookFailed(f"{notebook.stem} failed in cell {cell}: {said}")
 
 
 def normalise(notebook: Path) -> None:
@@ -123,6 +149,7 @@ class _Progress:
         self.cell = 0  # code cells begun
         self._tell = tell
         self._title = ""
+        self._kernel: subprocess.Popen | None = None
 
     def watch(self, manager: Any) -> None:
         """Follow the cells of papermill's execution manager."""
@@ -147,12 +174,29 @@ class _Progress:
 
         manager.cell_start, manager.cell_complete = cell_start, cell_complete
 
+    def hold(self, kernel: subprocess.Popen) -> None:
+        """Remember the kernel's process, to see to its end."""
+        self._kernel = kernel
+
+    def end_kernel(self) -> int | None:
+        """End the kernel and what it started, if they are still there; return its exit code."""
+        if self._kernel is None:
+            return None
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._kernel.pid, signal.SIGKILL)  # a kernel leads a session of its own
+        return self._kernel.wait()
+
 
 def _register(progress: _Progress) -> None:
     """Give papermill an engine that reports to `progress` and starts kernels as we need them."""
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import Engine, papermill_engines
     from traitlets.config import Config
+
+    class Client(PapermillNotebookClient):
+        def start_new_kernel(self, **options: Any) -> None:
+            super().start_new_kernel(**options)
+            progress.hold(self.km.provisioner.process)
 
     class ReclibEngine(Engine):
         @classmethod
@@ -162,7 +206,7 @@ def _register(progress: _Progress) -> None:
             config = Config({"KernelManager": {"transport": "ipc"}})
             runtime = Path(options["runtime_folder"])
             config.KernelManager.connection_file = str(runtime / "kernel.json")
-            client = PapermillNotebookClient(
+            client = Client(
                 nb_man,
                 kernel_name=kernel_name,
                 timeout=options["execution_timeout"],

@@ -2,6 +2,8 @@
 
     python -m reclib.study run 02 --profile quick       one notebook
     python -m reclib.study run-all --profile quick      all, then the figures
+    python -m reclib.study run-all --gpus all           all on every visible GPU (or --gpus cpu1,cpu2)
+    python -m reclib.study merge other/executed         records of another machine join those here
     python -m reclib.study status                       what is done here, and what is recorded
     python -m reclib.study collect                      figures from the records alone
     python -m reclib.study params 02 --profile full     parameters as YAML, for `papermill -f`
@@ -27,7 +29,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from reclib import params, paths, record, runner
+from reclib import lifeline, matrix, merging, params, paths, record, runner, turns
 from reclib.config import GPU_LABELS, InputError, nearest
 from reclib.job import Job
 
@@ -76,25 +78,30 @@ def device_label(claimed: str) -> str:
 
 def run(job: Job, *, force: bool = False, cell_seconds: int | None = None) -> bool:
     """Execute a job unless this checkout has finished it; return whether it ran."""
-    if not force and job.is_finished():
-        print(f"{job.notebook} ({job.label}): finished before, skipped; --force runs it again")
-        return False
-    print(f"{job.notebook} ({job.label}): running", flush=True)
+
+    def tell(line: str) -> None:
+        print(line, flush=True)
+
+    with turns.job(job.label, job.notebook, tell):
+        if not force and job.is_finished():
+            tell(f"{job.notebook} ({job.label}): finished before, skipped; --force runs it again")
+            return False
+        with turns.device(job.label, tell):
+            _execute(job, force, cell_seconds, tell)
+    return True
+
+
+def _execute(job: Job, force: bool, cell_seconds: int | None, tell: runner.Tell) -> None:
+    tell(f"{job.notebook} ({job.label}): running")
     identity = job.identity()  # before: what is edited during the run was not run
     began = time.perf_counter()
     job.stamp.unlink(missing_ok=True)
     if force:  # a finished training run would only be loaded
         shutil.rmtree(paths.runs() / job.notebook, ignore_errors=True)
-    runner.execute(
-        paths.notebooks() / f"{job.notebook}.ipynb",
-        job.output,
-        job.values,
-        cell_seconds=cell_seconds,
-        tell=lambda line: print(line, flush=True),
-    )
+    source = paths.notebooks() / f"{job.notebook}.ipynb"
+    runner.execute(source, job.output, job.values, cell_seconds=cell_seconds, tell=tell)
     job.finish(identity)
-    print(f"{job.notebook} ({job.label}): done in {time.perf_counter() - began:.0f} s")
-    return True
+    tell(f"{job.notebook} ({job.label}): done in {time.perf_counter() - began:.0f} s")
 
 
 def refresh(notebook: str) -> None:
@@ -117,13 +124,14 @@ def collect() -> list[Path]:
     """Rebuild the figures from the newest record of everything; return the files written."""
     from reclib import figures
 
-    return figures.build(record.latest(record.read(paths.executed())), paths.figures())
+    with turns.figures():
+        return figures.build(record.latest(record.read(paths.executed())), paths.figures())
 
 
 def status() -> list[tuple[str, str, str, int]]:
     """Return (notebook, label, state, number of records) for each notebook and device with anything.
 
-    States: done (by this checkout, with this code), stale (code or parameters files changed since),
+    States: running, done (by this checkout, with this code), stale (code or parameters files changed since),
     recorded (an executed notebook that this checkout did not make), failed (or not through), missing.
     """
     records = record.read(paths.executed())
@@ -142,6 +150,8 @@ def status() -> list[tuple[str, str, str, int]]:
 
 
 def _state(notebook: str, label: str) -> str:
+    if turns.under_way(label, notebook):
+        return "running"
     job = Job.last(notebook, label)
     if runner.failed_path(job.output).is_file():
         return "failed"
@@ -157,6 +167,8 @@ def _run_command(given: argparse.Namespace) -> int:
     names = present() if everything else [find(name) for name in given.notebook]
     if not names:
         raise InputError(f"no notebooks in {paths.notebooks()}")
+    if everything and given.gpus:
+        return _matrix_command(given, names)
     overrides = {name: _typed(value) for name, value in given.p or []}
     jobs = [plan(name, given.profile, given.gpu, overrides) for name in names]
     failures = 0
@@ -169,6 +181,41 @@ def _run_command(given: argparse.Namespace) -> int:
     if everything:
         _collect_command(given)
     return 1 if failures else 0
+
+
+def _matrix_command(given: argparse.Namespace, names: Sequence[str]) -> int:
+    """Run all notebooks on several devices, then collect; say how each cell of the matrix ended."""
+    if given.gpu:
+        raise InputError("--gpu names one device and --gpus several: give one of them")
+    wants_gpus = set(given.gpus.split(",")) - set(matrix.CPU_LABELS)
+    devices = matrix.slots(given.gpus, matrix.visible_gpus() if wants_gpus else [])
+    for name in names:  # a wrong parameters file stops here, not in every process
+        for slot in devices:
+            gpu = slot.label if slot.label in GPU_LABELS else "auto"
+            params.build(name, params.profile(name, given.profile) | {"gpu": gpu})
+
+    def command(notebook: str, label: str) -> list[str]:
+        gpu = label if label in GPU_LABELS else "auto"
+        base = [sys.executable, "-m", "reclib.study", "run", notebook, "--gpu", gpu]
+        base += ["--profile", given.profile]
+        return [*base, *(["--force"] if given.force else []), *_if_given("--timeout", given.timeout)]
+
+    ended = matrix.Matrix(names, devices, command).run()
+    for (notebook, label), said in sorted(ended.items()):
+        print(f"{notebook:<24}{label:<8}{said}", file=sys.stdout if said == "done" else sys.stderr)
+    _collect_command(given)
+    return 0 if set(ended.values()) <= {"done"} else 1
+
+
+def _if_given(option: str, value: int | None) -> list[str]:
+    return [] if value is None else [option, str(value)]
+
+
+def _merge_command(given: argparse.Namespace) -> int:
+    for folder in given.folder:
+        new, known, files = merging.merge(folder, paths.executed())
+        print(f"{folder.name}: {new} new records, {known} known before, {files} files copied")
+    return 0
 
 
 def _refresh_command(given: argparse.Namespace) -> int:
@@ -246,11 +293,16 @@ def _parser() -> argparse.ArgumentParser:
         if name == "run":
             command.add_argument("notebook", nargs="+", help="for example 02")
             command.add_argument("-p", nargs=2, action="append", metavar=("NAME", "VALUE"), help="override")
+        else:
+            command.add_argument("--gpus", help="devices that share the work: all, or labels: cpu1,cpu2")
         command.add_argument("--force", action="store_true", help="run what is finished as well")
         command.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="longest for a cell")
         command.set_defaults(act=_run_command, p=None)
     commands.add_parser("status", help="where it stands").set_defaults(act=_status_command)
     commands.add_parser("collect", help="rebuild figures/").set_defaults(act=_collect_command)
+    command = commands.add_parser("merge", help="take the records of other machines' folders")
+    command.add_argument("folder", nargs="+", type=Path, help="for example other/executed")
+    command.set_defaults(act=_merge_command)
     command = commands.add_parser("params", help="print parameters as YAML", parents=[common])
     command.add_argument("notebook", help="for example 02")
     command.set_defaults(act=_params_command)
@@ -278,4 +330,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the kernel ends with us
+    lifeline.hold()
     sys.exit(main())

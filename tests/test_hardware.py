@@ -116,7 +116,7 @@ def test_a_claimed_gpu_that_is_not_there_is_no_claim():
 
 
 def test_unknown_label_is_refused():
-    with pytest.raises(InputError, match="unknown gpu label 'l40'; allowed: auto, cpu, t4"):
+    with pytest.raises(InputError, match="unknown gpu label 'l40'; allowed: auto, cpu, cpu1, cpu2, t4"):
         hardware.resolve("l40")
 
 

@@ -11,7 +11,8 @@ from conftest import ROOT
 
 # From the ground up: a module imports only those before it. A new module takes its place here.
 ORDER = [
-    *("paths", "config", "injected", "notebook_params", "params", "provenance", "tracker", "hardware"),
+    *("paths", "config", "lifeline", "turns"),
+    *("injected", "notebook_params", "params", "provenance", "tracker", "hardware"),
     *("cache", "synthetic", "fetch", "ml100k"),
     *("rawfile", "formats", "rows", "rejects", "rawtable", "sequences", "parquet", "titles"),
     *("reading", "sources", "dataset", "prepare", "splits", "periods", "data"),
@@ -24,13 +25,13 @@ ORDER = [
     *("ladder", "speed", "comparison", "selfcheck"),
     *("adaptation", "adaptation_results", "adapter_speed"),
     *("audit", "bypass", "recreation", "verdicts"),
-    *("record", "counts", "gridfile", "grid", "scoring"),
+    *("record", "merging", "counts", "gridfile", "grid", "scoring"),
     *("law", "scaling", "scaling_tables", "tuned", "tuning", "tune", "sized"),
     *("tables", "look", "page", "marks", "speed_figures", "hardware_figures"),
     *("accuracy_figures", "control_figures", "data_figures", "scaling_figures"),
     *("explore", "explore_figures", "widgets"),
     "adapter_figures",
-    *("figures", "runner", "job", "study"),
+    *("figures", "diagnosis", "runner", "job", "matrix", "study"),
 ]
 # Each of these is known to one module, or to one family, so that replacing it touches few files.
 ONE_OWNER: dict[str, set[str]] = {

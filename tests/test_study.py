@@ -25,11 +25,13 @@ def run(*arguments: str) -> int:
 
 
 def written(project: Path) -> list[str]:
-    """Everything in the project that was not there at the start."""
+    """Everything in the project that was not there at the start, locks apart: they stay, empty."""
     return sorted(
         str(file.relative_to(project))
         for file in project.rglob("*")
-        if file.is_file() and file.relative_to(project).parts[0] not in ("params", "notebooks")
+        if file.is_file()
+        and file.suffix != ".lock"
+        and file.relative_to(project).parts[0] not in ("params", "notebooks")
     )
 
 
