@@ -120,7 +120,7 @@ def test_two_devices_of_one_cpu_run_one_after_another_and_each_has_its_threads(p
             (),
             "killed by SIGKILL: the same command runs it again",
         ),
-        ("import time; time.sleep(60)", ("--timeout", "3"), "it took longer than --timeout allows"),
+        ("import time; time.sleep(200)", ("--timeout", "25"), "it took longer than --timeout allows"),
     ],
     ids=["crash", "kernel killed", "process killed", "timeout"],
 )
