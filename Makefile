@@ -3,6 +3,7 @@
 # make lint     ruff and mypy alone
 # make lab      JupyterLab on this machine
 # make figures  rebuild figures/ from the records alone
+# make pictures PNGs of the main figures, from the same records (needs Chromium or Chrome)
 #
 # Each target first makes .venv if it is missing or pyproject.toml has changed. PYTHON=python3.12 chooses
 # the interpreter. For a smaller torch without CUDA, or the CUDA 12.6 build that a V100 needs:
@@ -11,7 +12,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install study test lint lab figures
+.PHONY: help install study test lint lab figures pictures
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # A compute thread that waits gives its core away soon (GNU OpenMP's default is to spin for milliseconds): whatever
@@ -54,3 +55,6 @@ lab: $(INSTALLED)
 
 figures: $(INSTALLED)
 	$(BIN)/python -m reclib.study collect
+
+pictures: $(INSTALLED)
+	$(BIN)/python -m reclib.pictures

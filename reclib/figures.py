@@ -24,6 +24,7 @@ from reclib import (
     data_figures,
     hardware_figures,
     page,
+    paths,
     scaling_figures,
     speed_figures,
     tables,
@@ -32,7 +33,10 @@ from reclib.look import HEIGHT
 from reclib.tables import Record
 
 _STYLE = (  # no margin, so that a frame of the figure's height fits; no buttons over a title on a phone
-    "<style>body { margin: 0 } @media (hover: none) { .modebar-container { display: none } }</style>"
+    "<style>body { margin: 0 } @media (hover: none) { .modebar-container { display: none } } "
+    # In the dark lightness is turned round and hues stay, so that every contrast is kept as it was chosen.
+    "@media (prefers-color-scheme: dark) { body { background: #191919 } "
+    ".plotly-graph-div { filter: invert(.9) hue-rotate(180deg) } }</style>"
 )
 # On a narrow screen titles are broken into lines that fit, by pixels a letter, and plots move down.
 _NARROW = """
@@ -99,7 +103,8 @@ def write(figure: go.Figure, name: str, out_dir: Path) -> Path:
 def build(records: Sequence[Record], out_dir: Path) -> list[Path]:
     """Rebuild every figure that there are records for, and `index.html`; return the files.
 
-    Figures of an earlier build that these records do not give are removed.
+    The page has a section for every notebook of the project. Figures of an earlier build that these records
+    do not give are removed.
     """
     cards, files = [], []
     for spec in FIGURES:
@@ -111,9 +116,10 @@ def build(records: Sequence[Record], out_dir: Path) -> list[Path]:
             figure = show(spec.name, *some)
             files.append(write(figure, name, out_dir))
             height = figure.layout.height or HEIGHT
-            cards.append(page.Card(spec.notebook, name, figure.layout.title.text, height, some))
+            cards.append(page.Card(spec.notebook, name, figure.layout.title.text, height, some, spec.name))
     out_dir.mkdir(parents=True, exist_ok=True)
-    files.append(_replace(out_dir / "index.html", page.index(cards, records)))
+    asked = page.questions(paths.notebooks())
+    files.append(_replace(out_dir / "index.html", page.index(cards, records, asked)))
     for path in set(out_dir.glob("*.html")) - set(files):
         if page.GENERATOR in path.read_text(encoding="utf-8"):
             path.unlink()

@@ -13,7 +13,8 @@ import plotly.graph_objects as go
 import pytest
 from accuracy_records import EVERY
 
-from reclib import data, describe, figures, look, page, paths, speed_figures, tables
+from reclib import answers, data, describe, figures, look, page, paths, speed_figures, tables
+from reclib.config import InputError
 from reclib.data import synthetic_dataset
 
 
@@ -216,7 +217,9 @@ def test_index_states_question_answer_and_origin(records, tmp_path):
     index = (tmp_path / "index.html").read_text()
     assert "What exactly is being predicted?" in index
     assert "HR@10 on ml-100k (cpu): BERT4Rec 0.200 [0.180, 0.210], popularity 0.100 [0.080, 0.110]." in index
-    assert "Measured on A processor (cpu), profile quick, data ml-100k abcd, 2026-01-02." in index
+    assert "a step is 25.0 times faster (cpu)." in index
+    assert "fp32 eager on ml-100k at batch 64: 3,200 sequences/s; as multiples of it: fp32 compiled " in index
+    assert "Measured on A processor (cpu), profile quick, data ml-100k abcd, <time>2026-01-02</time>." in index
     assert "&lt;i&gt;Odd &amp; named&lt;/i&gt;" in index
     assert "smoke run" not in index
 
@@ -225,7 +228,8 @@ def test_smoke_runs_are_called_that_everywhere(records, tmp_path):
     smoke = [record | {"profile": "smoke"} for record in records]
     for path in figures.build(smoke, tmp_path):
         assert "smoke run, not a result" in path.read_text(), path.name
-    assert (tmp_path / "index.html").read_text().count("smoke run, not a result") == len(figures.FIGURES)
+    said = (tmp_path / "index.html").read_text().count("smoke run, not a result")
+    assert said == len(figures.FIGURES) + len(answers.CHAPTERS)  # beside every answer too
     assert "smoke run" in figures.show("preparation", smoke[0]).layout.title.subtitle.text
     assert "smoke run" not in figures.show("preparation", records[0]).layout.title.subtitle.text
 
@@ -420,9 +424,71 @@ def test_history_says_what_each_interaction_is_for():
     assert shown["position"].tolist()[-1] == dataset.lengths[users[0]]
 
 
-def test_every_chapter_has_a_figure_and_every_figure_a_chapter():
-    assert {spec.notebook for spec in figures.FIGURES} == set(page.CHAPTERS)
+def test_every_figure_has_a_chapter_and_no_two_have_one_name():
+    assert {spec.notebook for spec in figures.FIGURES} <= set(answers.CHAPTERS)
     assert len({spec.name for spec in figures.FIGURES}) == len(figures.FIGURES)
+
+
+def test_the_answer_of_a_comparison_says_no_more_than_its_claims():
+    def scored(model, hr):
+        metrics = {"hr@10": hr, "hr@10_low": hr - 0.01, "hr@10_high": hr + 0.01}
+        return a_record("02_baseline", "test_metrics", metrics, own_params={"model": model})
+
+    def compared(model, difference, adjusted_p, seeds):
+        metrics = {"difference": difference, "adjusted_p": adjusted_p, "seeds": seeds, "reference_seeds": 3}
+        own = {"model": model, "against": "bert4rec", "metric": "hr@10"}
+        return a_record("02_baseline", "comparison", metrics, own_params=own)
+
+    found = {
+        "test_metrics": [scored("bert4rec", 0.2), scored("ease", 0.15), scored("causal", 0.21)],
+        "comparison": [compared("ease", -0.05, 0.01, 0), compared("causal", 0.01, 0.3, 3)],
+    }
+    assert answers.CHAPTERS["02_baseline"].answer(found) == (
+        "HR@10 on ml-100k (cpu): BERT4Rec 0.200 [0.190, 0.210]. Over 3 seeds, against BERT4Rec, corrected: "
+        "worse: EASE 0.150; not separated: causal twin 0.210."
+    )
+    found["comparison"][0] = compared("ease", -0.05, 0.01, 1)
+    assert "too few seeds: EASE 0.150" in answers.CHAPTERS["02_baseline"].answer(found)
+
+
+def test_a_chapter_without_records_answers_nothing():
+    assert {chapter.answer({}) for chapter in answers.CHAPTERS.values()} == {""}
+
+
+def test_a_notebook_without_records_says_how_to_run_it(tmp_path, monkeypatch):
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    text = "# 02 Is it <good>?\n\nA **bold** word, `code` and\n[a link](x.ipynb).\n\nMore."
+    cell = {"cell_type": "markdown", "source": text.splitlines(keepends=True)}
+    for name in ("02_baseline", "07_explore"):
+        (folder / f"{name}.ipynb").write_text(json.dumps({"cells": [cell]}))
+    monkeypatch.setenv("RECLIB_ROOT", str(tmp_path))
+    (file,) = figures.build([], tmp_path / "out")
+    html = file.read_text()
+    assert "Is it &lt;good&gt;?</h2>" in html
+    assert "A <strong>bold</strong> word, <code>code</code> and a link.</p>" in html
+    assert "More." not in html
+    assert "<code>python -m reclib.study run 02 --profile quick</code>" in html
+    assert "<code>make lab</code>, then <code>07_explore.ipynb</code>" in html
+    assert Addresses(html).open == []
+
+
+def test_a_damaged_notebook_is_named(tmp_path):
+    (tmp_path / "02_baseline.ipynb").write_text('{"cells": ')
+    with pytest.raises(InputError, match=r"^02_baseline\.ipynb: not a notebook"):
+        page.questions(tmp_path)
+
+
+def test_a_new_notebook_needs_no_change_of_the_page(tmp_path, monkeypatch, records):
+    """Its records, figures and question stand there under its heading, without a chapter."""
+    spec = figures.FIGURES[0]
+    own = figures.Spec("new_figure", "09_new", spec.needs, spec.make)
+    monkeypatch.setattr(figures, "FIGURES", [own])
+    record = next(r for r in records if r["name"] == spec.needs) | {"notebook": "09_new"}
+    figures.build([record], tmp_path)
+    html = (tmp_path / "index.html").read_text()
+    assert '<section id="09_new">' in html
+    assert '<iframe src="new_figure_ml-100k_cpu.html"' in html
 
 
 def test_a_figure_file_has_a_fixed_id(tmp_path):

@@ -27,11 +27,11 @@ ORDER = [
     *("audit", "bypass", "recreation", "verdicts"),
     *("record", "merging", "counts", "gridfile", "grid", "scoring"),
     *("law", "scaling", "scaling_tables", "tuned", "tuning", "tune", "sized"),
-    *("tables", "look", "page", "marks", "speed_figures", "hardware_figures"),
+    *("tables", "look", "answers", "page", "marks", "speed_figures", "hardware_figures"),
     *("accuracy_figures", "control_figures", "data_figures", "scaling_figures"),
     *("explore", "explore_figures", "widgets"),
     "adapter_figures",
-    *("figures", "diagnosis", "runner", "job", "matrix", "study"),
+    *("figures", "pictures", "diagnosis", "runner", "job", "matrix", "study"),
 ]
 # Each of these is known to one module, or to one family, so that replacing it touches few files.
 ONE_OWNER: dict[str, set[str]] = {

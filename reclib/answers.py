@@ -1,0 +1,178 @@
+"""What the records of each notebook answer to its question, in a sentence or two, with the measured numbers.
+
+Pure functions from records to text. To add a notebook: a function, and a line in `CHAPTERS`; its question
+and its first paragraph are read from the notebook itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from reclib.claims import Claim, claim
+from reclib.tables import ARM_NAMES, TASK_NAMES, Record, model_name
+
+Found = Mapping[str, Sequence[Record]]  # by name of the result, those of the work that its figure shows
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """A notebook's place on the page: its short title, its answer, and the figure that shows most of it."""
+
+    title: str
+    answer: Callable[[Found], str]  # "" where the records say nothing
+    lead: str = ""  # name of a figure; "" for the first
+
+
+def _data_answer(found: Found) -> str:
+    said = []
+    for record in found.get("preparation", []):
+        m = record["metrics"]
+        said.append(
+            f"{_dataset(record)} keeps {m['interactions']:,} of {m['source_interactions']:,} interactions, "
+            f"of {m['users']:,} users and {m['items']:,} items."
+        )
+    for record in found.get("last_items", []):
+        share = record["metrics"]["last_item_by_tie_rule_share"]
+        said.append(
+            f"On {_dataset(record)} {share:.0%} of the users have several items with the last timestamp: "
+            "there only the order of rows decides the test target."
+        )
+    return " ".join(said)
+
+
+def _baseline_answer(found: Found) -> str:
+    """Return for each dataset and device: HR@10 of BERT4Rec, and which models are better or worse."""
+    scored: dict[tuple[str, str], dict[str, Record]] = {}
+    for record in found.get("test_metrics", []):
+        model = (record.get("own_params") or {}).get("model")
+        if model is None or "hr@10" not in record["metrics"]:
+            continue
+        models = scored.setdefault(_place(record), {})
+        if model not in models or record.get("seed") is None:  # the mean over seeds has none
+            models[model] = record
+    sentences = []
+    for place, models in scored.items():
+        best_first = sorted(models, key=lambda name: -models[name]["metrics"]["hr@10"])
+        compared = [r for r in found.get("comparison", []) if _place(r) == place]
+        against, said = _compared(compared, models)
+        named = [against] if against else best_first
+        numbers = ", ".join(_with_interval(name, models[name]["metrics"]) for name in named)
+        sentences.append(f"HR@10 on {place[0]} ({place[1]}): {numbers}.{said}")
+    return " ".join(sentences)
+
+
+def _compared(records: Sequence[Record], models: Mapping[str, Record]) -> tuple[str, str]:
+    """Return the model that the others are compared with by HR@10, and what is claimed of each of them."""
+    by_claim: dict[str, list[str]] = {word: [] for word in get_args(Claim)}
+    against = seeds = ""
+    for record in records:
+        own, m = record["own_params"], record["metrics"]
+        if own["metric"] != "hr@10" or own["model"] not in models or own["against"] not in models:
+            continue
+        against = own["against"]
+        seeds = f"{m['reference_seeds']:.0f} seed" + "s" * (m["reference_seeds"] != 1)
+        word = claim(m["difference"], m["adjusted_p"], (m["seeds"], m["reference_seeds"]))
+        by_claim[word].append(own["model"])
+    parts = []
+    for word, names in by_claim.items():
+        rated = [(name, models[name]["metrics"]["hr@10"]) for name in names]
+        rated.sort(key=lambda pair: -pair[1])
+        if rated:
+            parts.append(f"{word}: {', '.join(f'{model_name(n)} {value:.3f}' for n, value in rated)}")
+    said = f" Over {seeds}, against {model_name(against)}, corrected: {'; '.join(parts)}." if parts else ""
+    return against, said
+
+
+def _with_interval(model: str, metrics: Mapping[str, Any]) -> str:
+    said = f"{model_name(model)} {metrics['hr@10']:.3f}"
+    if metrics.get("hr@10_low") is None:
+        return said
+    return f"{said} [{metrics['hr@10_low']:.3f}, {metrics['hr@10_high']:.3f}]"
+
+
+def _speed_answer(found: Found) -> str:
+    """Return for each dataset and device what less work gives, and what precision and compiling do."""
+    return " ".join(
+        said
+        for place in dict.fromkeys(_place(r) for name in ("ladder", "step") for r in found.get(name, []))
+        for said in (
+            _of_ladder([r for r in found.get("ladder", []) if _place(r) == place]),
+            _of_steps([r for r in found.get("step", []) if _place(r) == place], place),
+        )
+        if said
+    )
+
+
+def _of_ladder(records: Sequence[Record]) -> str:
+    rungs = [r for r in records if r["timings"].get("step_seconds")]
+    if len(rungs) < 2:
+        return ""
+    first = min(rungs, key=lambda r: r["own_params"]["rung"])
+    best = min(rungs, key=lambda r: r["timings"]["step_seconds"])
+    factor = first["timings"]["step_seconds"] / best["timings"]["step_seconds"]
+    names = (first["own_params"]["name"], best["own_params"]["name"])
+    return f"From the {names[0]} to “{names[1]}” a step is {factor:.1f} times faster ({_place(first)[1]})."
+
+
+def _of_steps(records: Sequence[Record], place: tuple[str, str]) -> str:
+    """Return the rate in fp32, eager, and of every other precision and compile mode as a multiple of it."""
+    rates: dict[int, dict[tuple[str, str], float]] = {}
+    for record in records:
+        own, rate = record["own_params"], record["timings"].get("sequences_per_second")
+        if rate and record["kind"] == "measured":
+            rates.setdefault(own["batch_size"], {})[own["precision"], own["compile_mode"]] = rate
+    plain = ("fp32", "off")
+    batches = [batch for batch in sorted(rates) if plain in rates[batch]]
+    if not batches:
+        return ""
+    of_batch = rates[batches[-1]]
+    others = {key: rate / of_batch[plain] for key, rate in of_batch.items() if key != plain}
+    named = {
+        precision if mode == "off" else f"{precision} compiled ({mode})": share
+        for (precision, mode), share in others.items()
+    }
+    said = ", ".join(f"{name} {share:.2f}" for name, share in sorted(named.items(), key=lambda kv: -kv[1]))
+    start = f"fp32 eager on {place[0]} at batch {batches[-1]}: {of_batch[plain]:,.0f} sequences/s"
+    return f"{start}; as multiples of it: {said}." if said else f"{start}."
+
+
+def _adapter_answer(found: Found) -> str:
+    """Return what iLoRA's step costs, and for each task the arms that differ from iLoRA."""
+    said = []
+    for record in found.get("adapter_step", []):
+        asked, took = record["own_params"], record["timings"]
+        if asked["model"] == "ilora" and asked["compile_mode"] == "off" and took.get("over_full"):
+            said.append(
+                f"A step of iLoRA in {asked['precision']} takes {took['over_lora']:.2f} times LoRA's and "
+                f"{took['over_full']:.2f} times full fine-tuning's ({record['label']})."
+            )
+    for task, name in TASK_NAMES.items():
+        rows = [r for r in found.get("gate_comparison", []) if r["own_params"]["task"] == task]
+        by_claim: dict[str, list[str]] = {word: [] for word in get_args(Claim)}
+        for record in (r for r in rows if r["own_params"]["metric"] == "ndcg@10"):
+            m = record["metrics"]
+            claimed = claim(m["difference"], m["adjusted_p"], (m["seeds"], m["reference_seeds"]))
+            by_claim[claimed].append(ARM_NAMES[record["own_params"]["model"]])
+        parts = [f"{word}: {', '.join(arms)}" for word, arms in by_claim.items() if arms]
+        if parts:
+            start = name[:1].upper() + name[1:]
+            said.append(f"{start}, NDCG@10 against iLoRA, corrected: {'; '.join(parts)}.")
+    return " ".join(said)
+
+
+def _place(record: Record) -> tuple[str, str]:
+    return _dataset(record), str(record["label"])
+
+
+def _dataset(record: Record) -> str:
+    return str((record.get("data") or {}).get("name"))
+
+
+CHAPTERS: dict[str, Chapter] = {
+    "01_data_prep": Chapter("The data", _data_answer, "last_items"),
+    "02_baseline": Chapter("The baseline", _baseline_answer, "comparison"),
+    "04_amp_compile": Chapter("Speed", _speed_answer, "step_ladder"),
+    "05_ilora": Chapter("Adapters", _adapter_answer, "gate_comparison"),
+}
