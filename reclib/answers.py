@@ -73,8 +73,8 @@ def _compared(records: Sequence[Record], models: Mapping[str, Record]) -> tuple[
             continue
         against = own["against"]
         seeds = f"{m['reference_seeds']:.0f} seed" + "s" * (m["reference_seeds"] != 1)
-        word = claim(m["difference"], m["adjusted_p"], (m["seeds"], m["reference_seeds"]))
-        by_claim[word].append(own["model"])
+        claimed = claim(m["difference"], m["adjusted_p"], (m["seeds"], m["reference_seeds"]))
+        by_claim[claimed].append(own["model"])
     parts = []
     for word, names in by_claim.items():
         rated = [(name, models[name]["metrics"]["hr@10"]) for name in names]
@@ -162,6 +162,14 @@ def _adapter_answer(found: Found) -> str:
     return " ".join(said)
 
 
+def _audit_answer(found: Found) -> str:
+    return " ".join(
+        f"Of {sum(tally.values())} published claims that arithmetic can check: "
+        f"{', '.join(f'{verdict} {count}' for verdict, count in sorted(tally.items()))}."
+        for tally in (record["metrics"] for record in found.get("audit_verdicts", []))
+    )
+
+
 def _place(record: Record) -> tuple[str, str]:
     return _dataset(record), str(record["label"])
 
@@ -175,4 +183,5 @@ CHAPTERS: dict[str, Chapter] = {
     "02_baseline": Chapter("The baseline", _baseline_answer, "comparison"),
     "04_amp_compile": Chapter("Speed", _speed_answer, "step_ladder"),
     "05_ilora": Chapter("Adapters", _adapter_answer, "gate_comparison"),
+    "08_audit": Chapter("Audit", _audit_answer),
 }

@@ -219,7 +219,9 @@ def test_index_states_question_answer_and_origin(records, tmp_path):
     assert "HR@10 on ml-100k (cpu): BERT4Rec 0.200 [0.180, 0.210], popularity 0.100 [0.080, 0.110]." in index
     assert "a step is 25.0 times faster (cpu)." in index
     assert "fp32 eager on ml-100k at batch 64: 3,200 sequences/s; as multiples of it: fp32 compiled " in index
-    assert "Measured on A processor (cpu), profile quick, data ml-100k abcd, <time>2026-01-02</time>." in index
+    assert (
+        "Measured on A processor (cpu), profile quick, data ml-100k abcd, <time>2026-01-02</time>." in index
+    )
     assert "&lt;i&gt;Odd &amp; named&lt;/i&gt;" in index
     assert "smoke run" not in index
 
@@ -229,7 +231,8 @@ def test_smoke_runs_are_called_that_everywhere(records, tmp_path):
     for path in figures.build(smoke, tmp_path):
         assert "smoke run, not a result" in path.read_text(), path.name
     said = (tmp_path / "index.html").read_text().count("smoke run, not a result")
-    assert said == len(figures.FIGURES) + len(answers.CHAPTERS)  # beside every answer too
+    answered = {spec.notebook for spec in figures.FIGURES}
+    assert said == len(figures.FIGURES) + len(answered)  # beside every answer too
     assert "smoke run" in figures.show("preparation", smoke[0]).layout.title.subtitle.text
     assert "smoke run" not in figures.show("preparation", records[0]).layout.title.subtitle.text
 
@@ -449,6 +452,13 @@ def test_the_answer_of_a_comparison_says_no_more_than_its_claims():
     )
     found["comparison"][0] = compared("ease", -0.05, 0.01, 1)
     assert "too few seeds: EASE 0.150" in answers.CHAPTERS["02_baseline"].answer(found)
+
+
+def test_the_audit_counts_its_verdicts():
+    tally = a_record("08_audit", "audit_verdicts", {"holds": 2, "contradicted": 5})
+    assert answers.CHAPTERS["08_audit"].answer({"audit_verdicts": [tally]}) == (
+        "Of 7 published claims that arithmetic can check: contradicted 5, holds 2."
+    )
 
 
 def test_a_chapter_without_records_answers_nothing():
