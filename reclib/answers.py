@@ -162,6 +162,18 @@ def _adapter_answer(found: Found) -> str:
     return " ".join(said)
 
 
+def _device_answer(found: Found) -> str:
+    steps = found.get("hardware_step", [])
+    if not steps:
+        return ""
+    planned = {r["own_params"]["device"] for r in steps if r["own_params"].get("basis") == "unvalidated"}
+    timed = {r["own_params"]["device"] for r in steps if r["kind"] == "measured"}
+    return (
+        f"Measured on {', '.join(sorted(timed)) or 'no device'}; predicted, and unvalidated, for "
+        f"{len(planned)} GPUs from their data sheets."
+    )
+
+
 def _audit_answer(found: Found) -> str:
     return " ".join(
         f"Of {sum(tally.values())} published claims that arithmetic can check: "
@@ -183,5 +195,6 @@ CHAPTERS: dict[str, Chapter] = {
     "02_baseline": Chapter("The baseline", _baseline_answer, "comparison"),
     "04_amp_compile": Chapter("Speed", _speed_answer, "step_ladder"),
     "05_ilora": Chapter("Adapters", _adapter_answer, "gate_comparison"),
+    "06_hardware": Chapter("Devices", _device_answer),
     "08_audit": Chapter("Audit", _audit_answer),
 }
