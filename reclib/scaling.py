@@ -54,11 +54,11 @@ def losses_of(work: Work, arm: Arm) -> dict[int, dict[str, Any]]:
     return {keys[row["params_hash"]]: row for row in rows if "lowest_valid_loss" in row["metrics"]}
 
 
-def predict(work: Work) -> Result:
+def predict(work: Work, early: bool = False) -> Result:
     """Predict the barred arm's validation loss from the others, and record it.
 
-    Seeds that are trained are used, and counted in the record. Raises `InputError` where the file predicts
-    nothing, a source has no run yet, or the predicted size has begun.
+    `early` takes the seeds that are trained so far, one of each size at least; the record counts them. Raises
+    `InputError` where the file predicts nothing, a run is missing, or the predicted size has begun.
     """
     asked = work.grid.predicts
     if asked is None:
@@ -72,6 +72,12 @@ def predict(work: Work) -> Result:
     rows = {name: losses_of(work, arm_named(work, name)) for name in asked.sources}
     if missing := [name for name, found in rows.items() if not found]:
         raise InputError(f"grid {work.grid.name!r}: not trained yet: {', '.join(missing)}")
+    arms = {name: arm_named(work, name) for name in asked.sources}
+    lacking = [f"{n} seed {s}" for n, arm in arms.items() for s in arm.seeds if s not in rows[n]]
+    if lacking and not early:
+        raise InputError(
+            f"grid {work.grid.name!r}: not trained yet: {', '.join(lacking)}; --early predicts without them"
+        )
     by_size = seeds_by_size(row for found in rows.values() for row in found.values())
     size = _non_embedding(work, target)
     try:
@@ -166,6 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("action", choices=("predict", "report"))
     parser.add_argument("name", help="an experiment file of params/grids, without .yaml")
     parser.add_argument("--dataset", help="another place of the same data: a file or a prepared folder")
+    parser.add_argument("--early", action="store_true", help="predict though seeds are missing")
     parser.add_argument("--gpu", default="auto", help="auto, cpu or a gpu label (auto)")
     given = parser.parse_args(argv)
     try:
@@ -173,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
         config = changed(grid.data, dataset=given.dataset) if given.dataset else grid.data
         work = Work(grid, prepare(config), resolve(given.gpu))
         if given.action == "predict":
-            predict(work)
+            predict(work, given.early)
         print("\n".join(report(work)))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -63,3 +63,28 @@ def _of_the_law(outcome: Mapping[str, Any]) -> list[str]:
         return [*said, f"  {own['of']} is not measured yet; its record will carry {one['params_hash']}."]
     error = f"error {outcome['error']:+.3f} nats ({outcome['relative_error']:+.1%})"
     return [*said, f"  Measured {outcome['measured']:.3f} over {outcome['seeds']} seed(s): {error}."]
+
+
+def real_steps(records: Iterable[Record]) -> pd.DataFrame:
+    """Return one row for each named size at its true catalogue: step, rate, peak, and peak by its floor.
+
+    The floor is 16 bytes per parameter (weights, gradients and AdamW's two moments in fp32); the peak is
+    what the process holds beyond the interpreter and its libraries. Empty without records.
+    """
+    rows = []
+    for one in sorted(records, key=lambda one: one["metrics"]["parameters"]):
+        own, took, count = one["own_params"], one["timings"], one["metrics"]["parameters"]
+        held = took["peak_memory_bytes"] - took["process_bytes"]
+        rows.append(
+            {
+                "size": own["size"],
+                "parameters": count,
+                "threads": own["threads"],
+                "batch": own["batch_size"],
+                "step s": round(took["step_seconds"], 3),
+                "tokens/s": round(took["tokens_per_second"]),
+                "peak GB": round(took["peak_memory_bytes"] / 1e9, 2),
+                "held over 16 bytes per parameter": round(held / (16 * count), 2),
+            }
+        )
+    return pd.DataFrame(rows).set_index("size") if rows else pd.DataFrame()

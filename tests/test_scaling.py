@@ -179,6 +179,15 @@ def test_the_largest_starts_only_after_its_prediction_and_carries_its_hash(root,
     assert "measured" in capsys.readouterr().out
 
 
+def test_a_prediction_without_all_seeds_is_made_on_request_only(root):
+    write(root)
+    here = work()
+    grid.run(here, [pair for pair in here.runs() if pair[1] == 0], Options())
+    with pytest.raises(InputError, match=r"not trained yet: w32d1 seed 1.*--early predicts without them"):
+        scaling.predict(work())
+    assert scaling.predict(work(), early=True).params["seeds"] == 1
+
+
 def test_a_prediction_is_of_one_configuration(root):
     write(root)
     run_all()
