@@ -160,7 +160,7 @@ def row_of(found: Plan, size: str, rule: str, batch_size: int) -> Row:
         own |= {"status": "does not fit"}
     numbers = found.numbers()
     names = ("flops", "bytes_moved", "peak_memory_bytes", "largest_batch", "fits")
-    counted = {name: numbers.pop(name) for name in names}
+    counted = {name: value for name in names if (value := numbers.pop(name)) is not None}
     return Row(own, counted, numbers, card_of(found))
 
 
