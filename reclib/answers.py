@@ -162,6 +162,27 @@ def _adapter_answer(found: Found) -> str:
     return " ".join(said)
 
 
+def _scaling_answer(found: Found) -> str:
+    """Return what the newest law of each dataset predicted, and what came, for runs that carry its hash."""
+    newest = {_place(r): r for r in sorted(found.get("prediction", []), key=lambda r: str(r["time"]))}
+    said = []
+    for place, law in newest.items():
+        m, of = law["metrics"], law["own_params"]["of"]
+        came = [
+            r["metrics"]["lowest_valid_loss"]
+            for r in found.get("learning_curve", [])
+            if _place(r) == place and (r.get("configuration") or {}).get("prediction") == law["params_hash"]
+        ]
+        measured = (
+            f"{sum(came) / len(came):.3f} measured over {len(came)} seeds" if came else "not measured yet"
+        )
+        said.append(
+            f"On {place[0]} a law fitted to smaller sizes predicts a validation loss of "
+            f"{m['predicted']:.3f} nats for {of}; {measured}."
+        )
+    return " ".join(said)
+
+
 def _device_answer(found: Found) -> str:
     steps = found.get("hardware_step", [])
     if not steps:
@@ -193,6 +214,7 @@ def _dataset(record: Record) -> str:
 CHAPTERS: dict[str, Chapter] = {
     "01_data_prep": Chapter("The data", _data_answer, "last_items"),
     "02_baseline": Chapter("The baseline", _baseline_answer, "comparison"),
+    "03_scaling": Chapter("Scaling", _scaling_answer, "scaling_curve"),
     "04_amp_compile": Chapter("Speed", _speed_answer, "step_ladder"),
     "05_ilora": Chapter("Adapters", _adapter_answer, "gate_comparison"),
     "06_hardware": Chapter("Devices", _device_answer),

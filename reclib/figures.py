@@ -71,6 +71,7 @@ class Spec:
     needs: str  # name of the records that it is made of
     make: Callable[[pd.DataFrame], go.Figure]
     across: bool = False  # one figure of all devices, instead of one for each
+    beside: str = ""  # name of further records that are drawn with those of the same data and device
 
 
 def show(name: str, *records: Record) -> go.Figure:
@@ -84,7 +85,12 @@ _BASELINE = [*accuracy_figures.FIGURES, *control_figures.FIGURES]
 FIGURES: list[Spec] = [
     *(Spec(make.__name__, "01_data_prep", needs, make) for needs, make in data_figures.FIGURES),
     *(Spec(make.__name__, "02_baseline", needs, make) for needs, make in _BASELINE),
-    *(Spec(make.__name__, "03_scaling", needs, make) for needs, make in scaling_figures.FIGURES),
+    *(
+        Spec(
+            make.__name__, "03_scaling", needs, make, beside="prediction" if needs == "learning_curve" else ""
+        )
+        for needs, make in scaling_figures.FIGURES
+    ),
     *(Spec(make.__name__, "04_amp_compile", needs, make) for needs, make in speed_figures.FIGURES),
     *(Spec(make.__name__, "05_ilora", needs, make) for needs, make in adapter_figures.FIGURES),
     *(Spec(make.__name__, "06_hardware", needs, make, True) for needs, make in hardware_figures.FIGURES),
@@ -113,7 +119,8 @@ def build(records: Sequence[Record], out_dir: Path) -> list[Path]:
             if tables.is_ablation(dataset) and spec.needs == "learning_curve":
                 continue  # arms by the dozen are compared in the figure of differences
             name = re.sub(r"[^\w.-]+", "-", f"{spec.name}_{dataset}_{label}")
-            figure = show(spec.name, *some)
+            further = [r for r in records if (r["notebook"], r["name"]) == (spec.notebook, spec.beside)]
+            figure = show(spec.name, *some, *tables.groups(further).get((dataset, label), []))
             files.append(write(figure, name, out_dir))
             height = figure.layout.height or HEIGHT
             cards.append(page.Card(spec.notebook, name, figure.layout.title.text, height, some, spec.name))

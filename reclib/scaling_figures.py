@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from reclib.look import BLUE, GREEN, HEIGHT, INK, MUTED, ORANGE, PURPLE, TEMPLATE, line, marker
+from reclib.look import BLUE, GREEN, HEIGHT, INK, MUTED, ORANGE, PURPLE, TEMPLATE, bar, line, marker
 from reclib.marks import note, panels
 
 LOSS = "lowest_valid_loss"
@@ -32,9 +32,10 @@ def scaling_curve(rows: pd.DataFrame) -> go.Figure:
     """Validation loss against non-embedding parameters and training FLOPs, the law and what it predicted."""
     runs = one_per_run(rows)
     figure = panels(2, shared_yaxes=True, spacing=0.06).update_layout(showlegend=True, height=HEIGHT + 60)
-    for (sweep, profile), part in runs.groupby(["sweep", "profile"], sort=False):
+    for (sweep, profile, kind), part in runs.groupby(["sweep", "profile", "kind"], sort=False):
         committed = profile == "grid"
-        look = marker("measured", COLORS[str(sweep)]) | {"symbol": "circle" if committed else "diamond"}
+        look = marker(str(kind), COLORS[str(sweep)])
+        look["symbol"] = look["symbol"] if committed else look["symbol"].replace("circle", "diamond")
         name = f"{sweep}, {'committed' if committed else 'this run'}"
         for column, x in enumerate(("non_embedding", "training_flops"), 1):
             figure.add_scatter(
@@ -105,17 +106,17 @@ def _add_prediction(figure: go.Figure, rows: pd.DataFrame, runs: pd.DataFrame) -
 def tuning_history(rows: pd.DataFrame) -> go.Figure:
     """Value of each trial, whole or pruned, and the best so far."""
     trials = rows.drop_duplicates("trial").sort_values("trial")
-    value = "valid_ndcg@10"
+    value, kind = "valid_ndcg@10", str(rows["kind"].iloc[0])
     figure = go.Figure(layout={"template": TEMPLATE})
     for state, color in (("complete", BLUE), ("pruned", MUTED)):
         part = trials[trials["state"] == state]
         figure.add_scatter(
-            x=part["trial"], y=part[value], mode="markers", marker=marker("measured", color), name=state
+            x=part["trial"], y=part[value], mode="markers", marker=marker(kind, color), name=state
         )
     whole = trials[trials["state"] == "complete"]
     best = whole[value].cummax()
     figure.add_scatter(
-        x=whole["trial"], y=best, mode="lines", line=line("measured", ORANGE) | {"shape": "hv"}, name="best"
+        x=whole["trial"], y=best, mode="lines", line=line(kind, ORANGE) | {"shape": "hv"}, name="best"
     )
     figure.update_xaxes(title_text="trial")
     figure.update_yaxes(title_text="NDCG@10 on validation")
@@ -158,8 +159,11 @@ def tuning_importance(rows: pd.DataFrame) -> go.Figure:
     figure = go.Figure(layout={"template": TEMPLATE})
     if rows.empty:
         return figure.update_layout(title_text="Too few whole trials to say what mattered", height=220)
-    figure.add_bar(x=rows["share"], y=rows["field"], orientation="h", marker={"color": BLUE})
+    figure.add_bar(
+        x=rows["share"], y=rows["field"], orientation="h", marker=bar(str(rows["kind"].iloc[0]), BLUE)
+    )
     figure.update_xaxes(title_text="importance (share)", rangemode="tozero")
+    figure.update_yaxes(title_text="field")
     top = rows.iloc[-1]
     return figure.update_layout(title_text=f"{top['field']} has {top['share']:.0%} of the importance")
 

@@ -302,9 +302,8 @@ def test_the_index_answers_with_every_model_of_every_dataset():
     first, second = answer.split(". ")
     assert first.startswith("HR@10 on made-up (cpu): causal twin 0.330 [0.319, 0.341], BERT4Rec 0.310 [")
     assert first.endswith("popularity 0.040 [0.029, 0.051]")
-    assert second == "HR@10 on beauty (cpu): BERT4Rec 0.310 [0.299, 0.321]"
+    assert second == "HR@10 on beauty (cpu): BERT4Rec 0.310 [0.299, 0.321]."
     assert page.CHAPTERS["02_baseline"].answer({}) == ""
-    assert page.CHAPTERS["02_baseline"].question == "Is BERT4Rec any good, and against what?"
 
 
 def test_grids_are_called_long_runs(tmp_path):

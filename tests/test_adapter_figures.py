@@ -72,7 +72,7 @@ def test_correlations_are_starred_where_they_hold():
 def test_the_page_answers_from_the_records():
     found = {"adapter_step": steps(), "gate_comparison": comparisons("gate_comparison", "ilora")}
     answer = page.CHAPTERS["05_ilora"].answer(found)
-    assert "a step of iLoRA in fp32 takes 1.25 times LoRA's and 0.80 times full fine-tuning's" in answer
+    assert "A step of iLoRA in fp32 takes 1.25 times LoRA's and 0.80 times full fine-tuning's" in answer
     assert "better: full fine-tuning" in answer
     assert "not separated: LoRA" in answer
     assert page.CHAPTERS["05_ilora"].answer({}) == ""

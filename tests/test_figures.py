@@ -83,7 +83,8 @@ def records(dataset):
         found.append(a_record("02_baseline", "rank_histogram", {}, tables.rank_bins(ranks), **own))
     own = {"model": "BERT4Rec"}
     found.append(a_record("02_baseline", "test_metrics", {"hr@10": 0.25}, seed=0, own_params=own))
-    return found + accuracy_records() + adapter_records.everything() + speed_records() + hardware_records()
+    others = accuracy_records() + adapter_records.everything() + speed_records() + hardware_records()
+    return found + others + scaling_records()
 
 
 def accuracy_records():
@@ -130,6 +131,24 @@ def speed_records():
         losses = {"step": [1, 2], "loss": [7.0, 6.0 + 0.06 * number]}
         found.append(a_record("04_amp_compile", "loss_curve", {}, losses, own_params=own))
     return found
+
+
+def scaling_records():
+    """Runs of two widths, what a law fitted to them predicts of a third, and the trials of a tuning."""
+    found = []
+    for model, size, loss in (("w32d2", 25_000, 6.4), ("w64d2", 100_000, 6.3)):
+        numbers = {"non_embedding": size, "item_tables": 10 * size, "training_flops": 6e6 * size}
+        numbers |= {"trained_tokens": 10**6, "lowest_valid_loss": loss, "valid_ndcg@10": 0.07}
+        found.append(a_record("03_scaling", "learning_curve", numbers, own_params={"model": model}))
+    law = {"floor": 5.6, "factor": 3.4, "exponent": 0.14, "predicted": 6.0, "low": 5.9, "high": 6.1}
+    own = {"of": "w384d2", "size": 3_500_000, "seeds": 3}
+    found.append(a_record("03_scaling", "prediction", law, own_params=own) | {"params_hash": "1"})
+    for trial, (rate, value) in enumerate(((1e-4, 0.1), (1e-2, 0.2))):
+        own = {"trial": trial, "state": "complete"}
+        numbers = {"learning_rate": rate, "valid_ndcg@10": value}
+        found.append(a_record("03_scaling", "trial", numbers, own_params=own))
+    shares = {"field": ["learning_rate", "dropout"], "share": [0.8, 0.2]}
+    return [*found, a_record("03_scaling", "tuning", {}, shares)]
 
 
 def hardware_records():
@@ -278,7 +297,7 @@ def test_the_profile_with_most_work_is_shown_and_its_newest_parameters():
 
 
 def test_table_has_a_row_per_point_with_what_it_belongs_to(records):
-    curves = [record for record in records if record["name"] == "learning_curve"]
+    curves = [r for r in records if (r["notebook"], r["name"]) == ("02_baseline", "learning_curve")]
     rows = tables.table(curves)
     assert len(rows) == 8
     assert rows["seed"].tolist() == [0] * 4 + [1] * 4
@@ -290,6 +309,8 @@ def test_table_has_a_row_per_point_with_what_it_belongs_to(records):
 
 def test_predictions_look_different_in_every_figure(records):
     for spec in figures.FIGURES:
+        if spec.name == "tuning_parallel":
+            continue  # lines coloured by value; a trial is never a prediction
         mine = [r for r in records if (r["notebook"], r["name"]) == (spec.notebook, spec.needs)]
         looks = []
         for kind in ("measured", "predicted"):
@@ -315,6 +336,7 @@ def test_titles_state_what_the_records_say(records, dataset):
         titles[spec.name] = figure.layout.title.text
         for axis in [*figure.select_xaxes(), *figure.select_yaxes()]:
             is_categories = axis.ticks == "" or axis.autorange == "reversed" or axis.matches
+            is_categories = is_categories or figure.data[0].type == "parcoords"  # has axes of its own
             assert axis.title.text or is_categories, f"{spec.name}: an axis without a title"
     steps = dataset.manifest["steps"]
     lost = steps[0]["items"] - steps[1]["items"]
