@@ -96,6 +96,17 @@ summary:focus-visible, a:focus-visible { outline: 2px solid var(--accent); outli
   h2 { font-size: 1.25rem; margin-top: 2.6rem; } figure { margin: 0 -.5rem 1.2rem; } }
 """
 
+# A folded frame has no size, and browsers load it all the same: its figure would be drawn into nothing.
+_UNFOLD = """
+for (const part of document.querySelectorAll("details"))
+  part.addEventListener("toggle", () => {
+    for (const frame of part.querySelectorAll("iframe[data-src]")) {
+      frame.src = frame.dataset.src;
+      frame.removeAttribute("data-src");
+    }
+  });
+"""
+
 
 def index(cards: Sequence[Card], records: Sequence[Record], asked: Mapping[str, Question]) -> str:
     """Return the page as HTML: a section per notebook, in reading order.
@@ -119,7 +130,7 @@ def index(cards: Sequence[Card], records: Sequence[Record], asked: Mapping[str, 
         '<p class="muted">Every number and every figure is built from recorded runs alone. Filled marks and '
         "solid lines are measured; hollow, hatched and dashed ones are predicted, unless a figure says "
         f'otherwise.</p>\n<nav aria-label="Questions">\n<ol>\n{links}</ol>\n</nav>\n'
-        f"<main>\n{body}</main>\n</body>\n</html>\n"
+        f"<main>\n{body}</main>\n<script>{_UNFOLD}</script>\n</body>\n</html>\n"
     )
 
 
@@ -149,14 +160,15 @@ def _figures(cards: Sequence[Card], lead: str) -> str:
     if not others:
         return first
     count = f"{len(others)} more figure" + "s" * (len(others) > 1)
-    rest = "".join(_figure(card) for card in others)
+    rest = "".join(_figure(card, source="data-src") for card in others)
     return f"{first}<details>\n<summary>{count}</summary>\n{rest}</details>\n"
 
 
-def _figure(card: Card) -> str:
+def _figure(card: Card, source: str = "src") -> str:
+    """Return a frame with a figure; with `data-src` it is loaded by `_UNFOLD`."""
     address = f"{card.name}.html"
     return (
-        f'<figure>\n<iframe src="{address}" title="{escape(card.title)}" height="{card.height}" '
+        f'<figure>\n<iframe {source}="{address}" title="{escape(card.title)}" height="{card.height}" '
         f'loading="lazy"></iframe>\n<figcaption>{_origin(card.records)} '
         f'<a href="{address}">Open alone</a></figcaption>\n</figure>\n'
     )

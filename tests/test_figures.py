@@ -208,12 +208,12 @@ class Addresses(HTMLParser):
         self.feed(html)
 
     def handle_starttag(self, tag, attrs):
-        self.found += [value for name, value in attrs if name in ("src", "href")]
+        self.found += [value for name, value in attrs if name in ("src", "data-src", "href")]
         if tag != "meta":
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
-        self.found += [value for name, value in attrs if name in ("src", "href")]
+        self.found += [value for name, value in attrs if name in ("src", "data-src", "href")]
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
