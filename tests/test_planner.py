@@ -233,7 +233,7 @@ def test_no_committed_record_of_a_gpu_without_a_self_check_is_measured():
     for one in record.read(ROOT / "executed"):
         if one["label"] != "cpu" and not (ROOT / "executed" / one["label"] / "selfcheck.json").is_file():
             assert one["kind"] == "predicted", (one["label"], one["name"])
-        if one["kind"] == "predicted":
+        if one["kind"] == "predicted" and one["notebook"] != "03_scaling":  # of a loss, not of a device
             assert one["own_params"].get("basis") in ("validated", "unvalidated")
 
 
