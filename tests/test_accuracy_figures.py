@@ -23,7 +23,7 @@ from accuracy_records import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reclib import accuracy_figures, claims, figures, look, marks, page, speed_figures, tables
+from reclib import accuracy_figures, claims, figures, look, marks, page, paths, speed_figures, tables
 
 GREY = look.MUTED
 
@@ -304,6 +304,8 @@ def test_the_index_answers_with_every_model_of_every_dataset():
     assert first.endswith("popularity 0.040 [0.029, 0.051]")
     assert second == "HR@10 on beauty (cpu): BERT4Rec 0.310 [0.299, 0.321]."
     assert page.CHAPTERS["02_baseline"].answer({}) == ""
+    asked = page.questions(paths.notebooks())["02_baseline"]
+    assert asked.heading == "Is BERT4Rec any good, and against what?"
 
 
 def test_grids_are_called_long_runs(tmp_path):
