@@ -9,6 +9,7 @@ import duckdb
 from reclib.formats import FOUR
 from reclib.rows import FIRST_SECOND, LAST_SECOND, PER_SECOND, Layout, Row
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 COLUMNS = 'row BIGINT, "user" VARCHAR, item VARCHAR, rating DOUBLE, time BIGINT'
 # What a block is written as when Python has read it: no quoting, since ids hold neither TAB nor line end.
 PLAIN = Layout("\t", FOUR, {what: n for n, what in enumerate(FOUR)}, None, "order", rating_may_be_empty=True)
@@ -27,7 +28,9 @@ class RawTable:
 
         `expected` is their number where it is known. Not caught: a full disk, too little memory.
         """
-        self.file.write_bytes(data)
+        # The database takes a byte-order mark off the start of each file that it reads; in a block it is an id's.
+        marked = data.startswith(BYTE_ORDER_MARK)
+        self.file.write_bytes(BYTE_ORDER_MARK + data if marked else data)
         self.con.execute("BEGIN")
         try:
             query = f"INSERT INTO raw {_select(layout, self.file, self.rows)}"

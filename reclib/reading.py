@@ -20,13 +20,12 @@ from reclib import parquet, rows, sequences, titles
 from reclib.config import InputError
 from reclib.formats import PARQUET_MAGIC, Format, named
 from reclib.rawfile import Block, RawFile, checked, line_count
-from reclib.rawtable import COLUMNS, PLAIN, RawTable, plain
+from reclib.rawtable import BYTE_ORDER_MARK, COLUMNS, PLAIN, RawTable, plain
 from reclib.rejects import Rejects
 from reclib.rows import BadLine, Layout, Row
 
 ROWS_HELD = 100_000  # of sequences, before they are appended
 APPENDED_BLOCKS = 4  # of JSON lines at a time
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 Progress = Callable[[int, int], None]  # bytes of the file done, and in all
 

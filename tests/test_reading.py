@@ -189,6 +189,20 @@ def test_blocks_and_single_lines_give_the_same_rows(tmp_path_factory, rows, whol
         assert got.lines_read == len(rows)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_byte_order_mark_at_the_start_of_a_block_belongs_to_the_id(tmp_path, whole):
+    """The database would take it off each block; only the one at the start of a file is none of the id's."""
+    ids = [f"u{n}" if n % 2 else "\ufeff" if n % 4 else f"\ufeffu{n}" for n in range(1, 41)]
+    text = "".join(f"{user}\ti\t1\t{SECOND}\n" for user in ids)
+    with pytest.MonkeyPatch.context() as patch:
+        for size in (24, 32, 64):  # whichever lines begin a block
+            small_blocks(patch, size)
+            if not whole:
+                patch.setattr(reading, "line_count", lambda data: None)
+            found, _ = read(written(tmp_path, text), "ml-100k", strict=True)
+            assert [row[1] for row in found] == ids
+
+
 def good_lines(format: str, count: int) -> list[str]:
     if format == "amazon-2018-json":
         review = {"asin": "B00005N7P0", "overall": 5.0, "unixReviewTime": SECOND}
