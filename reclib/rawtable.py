@@ -28,7 +28,7 @@ class RawTable:
 
         `expected` is their number where it is known. Not caught: a full disk, too little memory.
         """
-        # The database takes a byte-order mark off the start of each file that it reads; in a block it is an id's.
+        # The database takes a byte-order mark off the start of each file that it reads: here it is an id's.
         marked = data.startswith(BYTE_ORDER_MARK)
         self.file.write_bytes(BYTE_ORDER_MARK + data if marked else data)
         self.con.execute("BEGIN")
