@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import platform
 import resource
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from reclib import provenance
 from reclib.config import GPU_LABELS, InputError
 
 # What a CUDA device calls itself, by label. "H100 NVL" and "H100 PCIe" are H100s too.
@@ -79,7 +79,7 @@ def probe() -> Card:
             memory_bytes=properties.total_memory,
             arch_list=tuple(torch.cuda.get_arch_list()),
         )
-    return Card(type="cpu", name=_cpu_name(), label="cpu", threads=torch.get_num_threads())
+    return Card(type="cpu", name=provenance.cpu_name(), label="cpu", threads=torch.get_num_threads())
 
 
 def resolve(claimed: str = "auto", card: Card | None = None) -> Device:
@@ -105,8 +105,8 @@ def cpu_card(claimed: str, cores: int, threads: int) -> Card:
     """Describe the CPU as it is used under the label `claimed`: with its threads if the cores are there."""
     asked = CPU_THREADS.get(claimed)
     if asked is None or asked > cores:
-        return Card(type="cpu", name=_cpu_name(), label="cpu", threads=threads)
-    return Card(type="cpu", name=_cpu_name(), label=claimed, threads=asked)
+        return Card(type="cpu", name=provenance.cpu_name(), label="cpu", threads=threads)
+    return Card(type="cpu", name=provenance.cpu_name(), label=claimed, threads=asked)
 
 
 def usable_cores() -> int:
@@ -266,15 +266,6 @@ def keep_freed_memory() -> bool:
         return False
     m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
     return bool(mallopt(m_mmap_threshold, 32 * 2**20)) and bool(mallopt(m_trim_threshold, 2**31 - 1))
-
-
-def _cpu_name() -> str:
-    if sys.platform == "linux":
-        with open("/proc/cpuinfo") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def main(arguments: list[str]) -> int:

@@ -132,7 +132,8 @@ def plan(
         precision = _cpu_precision(train.precision)
         parts = workload.step_parts(model, train, shapes)
         step = steptime.on_cpu(parts, model, device)
-        basis, process, room, kind, largest = "validated", device.process_bytes, None, "cpu", None
+        basis = "unvalidated" if device.stands_among else "validated"
+        process, room, kind, largest = device.process_bytes, None, "cpu", None
     else:
         precision = device.precision(train.precision)
         width = workload.HALF if precision in ("bf16", "fp16") else workload.FP32

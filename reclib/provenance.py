@@ -9,6 +9,7 @@ import json
 import platform
 import re
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,29 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
     return found
+
+
+def cpu_name() -> str:
+    """Return what this machine's CPU calls itself; several generations may share a name."""
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+def cpu_model() -> str:
+    """Return a short name that tells generations apart, such as `Intel Xeon 6/207` (family and model)."""
+    found = _cpuinfo()
+    words = re.sub(r"\((R|TM)\)|@.*", "", cpu_name()).split()
+    short = " ".join(word for word in words if word not in ("Processor", "CPU"))
+    numbers = [found[name] for name in ("cpu family", "model") if name in found]
+    return f"{short} {'/'.join(numbers)}".strip()
+
+
+def _cpuinfo() -> dict[str, str]:
+    """Return what Linux says of the first core; nothing elsewhere."""
+    if sys.platform != "linux":
+        return {}
+    first = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
+    pairs = (line.partition(":")[::2] for line in first.splitlines())
+    return {name.strip(): value.strip() for name, value in pairs}
 
 
 def plain(value: Any) -> Any:

@@ -1,7 +1,8 @@
 """Seconds of a training step from its parts: on a CPU by measured rates, on a GPU by its data sheet.
 
 For a CPU of `params/calibration.yaml` each part is divided by the rate that the machine reached in a
-microbenchmark, and five shares, one for each group of parts, were fitted on measured steps.
+microbenchmark, and five shares, one for each group of parts, were fitted on measured steps. `cpu2` is two
+threads of the CPU that is here; where that was not measured, another stands in and the range is that of all.
 
 For a GPU each part is a roofline: the longer of its products at a share of the peak and its bytes at a share
 of the bandwidth. The step is their sum, and no shorter than what the host needs to start its operators. Those
@@ -12,13 +13,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import yaml
 
-from reclib import paths
+from reclib import paths, provenance
 from reclib.config import InputError, ModelConfig
 from reclib.devices import Board
 from reclib.workload import Part
@@ -38,13 +39,20 @@ _GROUP = {
 class Cpu:
     """A CPU with some threads, as measured."""
 
-    label: str
+    label: str  # threads and CPU: "cpu2 AMD EPYC"
     name: str
     rates: Mapping[str, Any]
     shares: Mapping[str, float]  # of each group's time by rates alone; below 1: faster than there
     heap: Mapping[str, float]  # how many times what layers hold stays resident
     process_bytes: int  # of interpreter and libraries
     error: Mapping[str, Any]  # of held-out rows: median and worst, time and memory
+    shares_of: str = ""  # another CPU that shares and heap were fitted on; "": this one
+    stands_among: tuple[Cpu, ...] = ()  # the CPUs measured, where none of them is the one asked for
+
+    @property
+    def threads(self) -> int:
+        """Threads that compute."""
+        return int(self.label.partition(" ")[0].removeprefix("cpu"))
 
 
 @dataclass(frozen=True)
@@ -64,8 +72,13 @@ def _read(name: str) -> dict[str, Any]:
 
 @functools.cache
 def cpus() -> dict[str, Cpu]:
-    """Return the CPUs that were measured, by label: cpu1 and cpu2 are one and two threads."""
-    return {label: Cpu(label=label, **given) for label, given in _read("calibration.yaml").items()}
+    """Return the CPUs that were measured, by label: `cpu2 AMD EPYC` is that one with two threads."""
+    found = {}
+    for model, devices in _read("calibration.yaml").items():
+        for threads, given in devices.items():
+            label = f"{threads} {model}"
+            found[label] = Cpu(label=label, **given)
+    return found
 
 
 @functools.cache
@@ -104,11 +117,16 @@ def _cpu_seconds(part: Part, model: ModelConfig, rates: Mapping[str, Any]) -> fl
 
 
 def on_cpu(parts: Sequence[Part], model: ModelConfig, cpu: Cpu) -> Estimate:
-    """Return the step on a measured CPU; the range is the worst error of rows held out."""
+    """Return the step on a measured CPU; the range is the worst error of rows held out.
+
+    Where it stands in for one that was not measured, the range holds those of all that were.
+    """
     groups = cpu_groups(parts, model, cpu.rates)
     seconds = {name: cpu.shares[name] * groups[name] for name in GROUPS}
     whole, worst = sum(seconds.values()), cpu.error["time_worst"]
-    return Estimate(whole, whole / (1 + worst), whole * (1 + worst), seconds)
+    among = [on_cpu(parts, model, one) for one in cpu.stands_among]
+    low = min([whole / (1 + worst), *(one.low for one in among)])
+    return Estimate(whole, low, max([whole * (1 + worst), *(one.high for one in among)]), seconds)
 
 
 def on_board(parts: Sequence[Part], board: Board, precision: str) -> Estimate:
@@ -133,9 +151,26 @@ def _roofline(
     return device, 1e-6 * share["operator_us"] * sum(part.operators for part in parts)
 
 
+def with_threads(threads: str) -> list[Cpu]:
+    """Return every measured CPU with so many threads: cpu1, cpu2."""
+    return [one for label, one in cpus().items() if label.partition(" ")[0] == threads]
+
+
 def cpu(label: str) -> Cpu:
-    """Return a measured CPU; raise `InputError` for one that is not."""
-    if label not in cpus():
+    """Return a measured CPU by its label, or by threads alone (`cpu2`) the one that is here.
+
+    Where the CPU that is here was not measured, another stands in: its name says so, and its range is that of
+    all that were. Raises `InputError` where nothing was measured with so many threads.
+    """
+    if label in cpus():
+        return cpus()[label]
+    here = provenance.cpu_model()
+    for model in (here, here.rpartition(" ")[0]):  # of the first one calibrated only the name is known
+        if f"{label} {model}" in cpus():
+            return cpus()[f"{label} {model}"]
+    others = with_threads(label)
+    if not others:
         known = ", ".join(cpus()) or "none: run benchmarks/planner.py"
         raise InputError(f"no rates of {label!r} in params/calibration.yaml; measured: {known}")
-    return cpus()[label]
+    name = f"{here}, which was not calibrated: {others[0].name} stands in"
+    return replace(others[0], label=label, name=name, stands_among=tuple(others))
