@@ -4,7 +4,7 @@
     python benchmarks/planner.py fitted      measures the rows that the achievable shares are fitted on
     python benchmarks/planner.py fit         fits the shares; they go to params/calibration.yaml
     python benchmarks/planner.py adopt "AMD EPYC"    instead of both: the shares that another CPU's rows gave
-    python benchmarks/planner.py predict     predicts rows not measured here, with a hash: to be committed first
+    python benchmarks/planner.py predict     predicts rows not yet measured here: to be committed first
     python benchmarks/planner.py held-out    measures those rows
     python benchmarks/planner.py             the error tables by CPU, fitted and held-out rows apart
 
@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 from planner_rows import (  # noqa: E402
     SETS,
+    adapter_of,
     asked,
     configs,
     cpu_of,
@@ -49,7 +50,7 @@ from planner_rows import (  # noqa: E402
 )
 
 RIDGE = 0.02  # pull of each share towards 1, in squared relative errors: five shares, few rows
-MODEL = ("workload", "footprint", "steptime", "flops")  # modules that predict
+MODEL = ("workload", "footprint", "steptime", "flops", "adapter_plan")  # modules that predict
 Device = dict[str, Any]  # of params/calibration.yaml
 
 
@@ -118,12 +119,14 @@ def groups_of(given: dict[str, Any], rates: Mapping[str, Any]) -> tuple[Any, Any
     """Return a row's seconds by group at the machine's rates alone, and its footprint."""
     from reclib import data, footprint, steptime, workload
 
-    model, train = configs(given)
+    (model, train), adapter, precision = configs(given), adapter_of(given), given.get("precision", "fp32")
     histories = data.train_histories(dataset(given, model.num_items))
     lengths = histories.ends - histories.starts
-    parts = workload.step_parts(model, train, workload.mean_shapes(model, train, lengths))
-    groups = steptime.cpu_groups(parts, model, rates)
-    return groups, footprint.memory(model, train, lengths, "fp32", "cpu")
+    shapes = workload.mean_shapes(model, train, lengths)
+    width = workload.HALF if precision == "bf16" else workload.FP32
+    parts = workload.step_parts(model, train, shapes, width, adapter)
+    groups = steptime.cpu_groups(parts, model, rates, precision)
+    return groups, footprint.memory(model, train, lengths, precision, "cpu", adapter)
 
 
 def fitted_devices(cpu: str) -> dict[str, Device]:
@@ -188,7 +191,7 @@ def write_error(cpu: str) -> None:
     """Put the errors of a CPU's rows that no fit of its shares has seen into the calibration."""
     mine = calibration()[cpu]
     adopted = any("shares_of" in one for one in mine.values())
-    found = [e for kind in (SETS if adopted else ("held-out",)) for e in errors(kind, cpu)]
+    found = [e for kind in (("fitted", "held-out") if adopted else ("held-out",)) for e in errors(kind, cpu)]
     if found:
         calibrate(cpu, {name: one | {"error": error_of(found, "held-out")} for name, one in mine.items()})
 

@@ -1,4 +1,4 @@
-"""The rows that the planner is fitted on and tried on: what is trained, how it is measured, where it is recorded.
+"""Rows that the planner is fitted on and tried on: what is trained, how it is measured, where it is kept.
 
 Each row runs in a process of its own, since peak memory belongs to a process; what is recorded is the median
 step. A row during which other processes took more than `DISTURBED` of the cores is thrown away.
@@ -74,7 +74,17 @@ HELD_OUT = [
     row("430m", 2, 128, SHORT),
     row("430m", 1, 64, SHORT),
 ]
-SETS = {"fitted": FITTED, "held-out": HELD_OUT}
+ADAPTED = [
+    row("85m", 2, 128, SHORT) | {"adapter": "lora"},
+    row("85m", 2, 128, SHORT) | {"adapter": "ilora"},
+    row("85m", 1, 64, SHORT) | {"adapter": "ilora"},
+    row("medium", 2, 64, ML) | {"adapter": "ilora"},
+]
+BF16 = [
+    row("85m", 2, 128, SHORT) | {"precision": "bf16"},
+    row("medium", 1, 64, ML) | {"precision": "bf16"},
+]
+SETS = {"fitted": FITTED, "held-out": HELD_OUT, "adapted": ADAPTED, "bf16": BF16}
 
 
 def configs(given: dict[str, Any]) -> tuple[Any, Any]:
@@ -82,7 +92,15 @@ def configs(given: dict[str, Any]) -> tuple[Any, Any]:
     from reclib.config import TrainConfig, model_config
 
     model = model_config(given["size"], **({"max_len": given["max_len"]} | given["model"]))
-    return model, TrainConfig(batch_size=given["batch_size"], epochs=100_000, precision="fp32")
+    precision = given.get("precision", "fp32")
+    return model, TrainConfig(batch_size=given["batch_size"], epochs=100_000, precision=precision)
+
+
+def adapter_of(given: dict[str, Any]) -> Any:
+    """Return the adapter of a row as the planner has it; None where the whole model is trained."""
+    from reclib.adapter_plan import AdapterPlan
+
+    return AdapterPlan(kind=given["adapter"]) if "adapter" in given else None
 
 
 def dataset(given: dict[str, Any], num_items: int) -> Any:
@@ -112,19 +130,35 @@ def measure(given: dict[str, Any]) -> dict[str, Any]:
     before = hardware.peak_memory_bytes(device.torch_device)
     torch.manual_seed(0)
     histories = data.train_histories(prepared)
-    trainer = Trainer(Bert4Rec(model), histories, train, device, prepared.fingerprint)
-    parameters = sum(p.numel() for p in trainer.parameters)
+    trained = adapted(Bert4Rec(model), given)
+    trainer = Trainer(trained, histories, train, device, prepared.fingerprint)
+    parameters = sum(p.numel() for p in trained.parameters())
     steps = 24 if parameters < 3e6 else 12 if parameters < 50e6 else 5 if parameters < 200e6 else 3
     found = benchmark.measure(trainer, steps, 3 if parameters < 50e6 else 2)
-    done, needed = benchmark.step_flops(trainer, 3)
+    counts = found.counts() | {"parameters": parameters}
+    if "adapter" in given:
+        counts["trained_parameters"] = sum(p.numel() for p in trainer.parameters)
+    else:  # what is counted there is training of all weights
+        done, needed = benchmark.step_flops(trainer, 3)
+        counts |= {"encoder_flops": done.encoder, "head_flops": done.head, "needed_flops": needed.total}
     return {
         "card": hardware.device_card(device),
         "data": {"name": "synthetic", "fingerprint": prepared.fingerprint},
-        "counts": found.counts()
-        | {"parameters": parameters, "encoder_flops": done.encoder, "head_flops": done.head}
-        | {"needed_flops": needed.total},
+        "counts": counts,
         "timings": found.timings() | {"process_bytes": before},
     }
+
+
+def adapted(model: Any, given: dict[str, Any]) -> Any:
+    """Return what a row trains: the model, or an adapter on it."""
+    from reclib.ilora import AdaptedModel
+    from reclib.lowrank import AdapterConfig
+
+    if (plan := adapter_of(given)) is None:
+        return model
+    found = AdaptedModel(model)
+    found.add("planned", AdapterConfig(kind=plan.kind, rank=plan.rank, num_experts=plan.num_experts))
+    return found
 
 
 def microbench(threads: int) -> dict[str, Any]:

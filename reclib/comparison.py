@@ -148,8 +148,13 @@ def predicted(p: Hardware) -> list[Row]:
 
 
 def boards(label: str) -> Sequence[devices.Board | steptime.Cpu]:
-    """Return the devices that a label stands for: measured CPUs, boards of the catalogue."""
-    return [steptime.cpu(label)] if label.startswith("cpu") else devices.boards(label)
+    """Return the devices that a label stands for: boards of the catalogue, and of cpu2 every CPU measured.
+
+    Which CPU is here makes no difference: plans are the same wherever a notebook runs.
+    """
+    if not label.startswith("cpu"):
+        return devices.boards(label)
+    return steptime.with_threads(label) or [steptime.cpu(label)]
 
 
 def row_of(found: Plan, size: str, rule: str, batch_size: int) -> Row:
@@ -169,7 +174,8 @@ def card_of(found: Plan) -> dict[str, Any]:
     cpu = found.device.startswith("cpu")
     card = {"name": f"{found.name} (by its data sheet)", "type": "cuda", "label": found.device}
     if cpu:
-        return card | {"name": found.name, "type": "cpu", "label": "cpu", "threads": int(found.device[3:])}
+        threads = steptime.cpu(found.device).threads
+        return card | {"name": found.name, "type": "cpu", "label": "cpu", "threads": threads}
     capability = devices.catalogue()[found.device].capability
     return card | {"memory_bytes": found.memory_bytes, "capability": list(capability)}
 

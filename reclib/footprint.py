@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from reclib import adapter_plan
+from reclib.adapter_plan import AdapterPlan
 from reclib.config import InputError, ModelConfig, TrainConfig, changed
 from reclib.devices import GIB
 from reclib.workload import FP32, HALF, Shapes, everywhere, largest_shapes, parameters
@@ -61,21 +63,30 @@ def memory(
     lengths: np.ndarray,
     precision: str = "fp32",
     device_type: str = "cuda",
+    adapter: AdapterPlan | None = None,
 ) -> Footprint:
     """Return what tensors take at the peak of a step, in bytes.
 
     `lengths` (users,) are interactions of the histories trained on; `precision` is fp32, tf32, bf16 or fp16;
-    `device_type` "cpu" or "cuda". Interpreter and libraries are not in it.
+    `device_type` "cpu" or "cuda". With `adapter` the model is frozen and only that is trained. Interpreter
+    and libraries are not in it.
     """
     one = largest_shapes(model, train, lengths)
-    return at_shapes(model, train, one, precision, device_type)
+    return at_shapes(model, train, one, precision, device_type, adapter)
 
 
 def at_shapes(
-    model: ModelConfig, train: TrainConfig, one: Shapes, precision: str, device_type: str
+    model: ModelConfig,
+    train: TrainConfig,
+    one: Shapes,
+    precision: str,
+    device_type: str,
+    adapter: AdapterPlan | None = None,
 ) -> Footprint:
     """Return what tensors take at the peak of a step whose micro-batches have the shapes `one`."""
     width = HALF if precision in ("bf16", "fp16") else FP32
+    if adapter is not None:
+        return _frozen(model, train, one, width, device_type, adapter)
     count = parameters(model)
     P = sum(count.values())
     table = FP32 * count["input_table"]
@@ -92,6 +103,30 @@ def at_shapes(
         "activations": max(held - late, end),
         "logits": _logits(model, train, one, width, device_type),
         "16-bit weights": HALF * P if width == HALF else 0,
+    }
+    whole = {name: int(size) for name, size in parts.items()}
+    return Footprint(whole, int(held), int(first))
+
+
+def _frozen(
+    model: ModelConfig, train: TrainConfig, one: Shapes, width: int, device_type: str, adapter: AdapterPlan
+) -> Footprint:
+    """Return the footprint of a frozen model: only the adapters have gradients and moments.
+
+    Its matrices are held in the type that products run in, and are cast no more (`Adapters.hold_frozen`).
+    """
+    P, trained = sum(parameters(model).values()), adapter_plan.trained_parameters(model, adapter)
+    places = one.rows * model.max_len
+    last = places if everywhere(train) or model.causal else one.rows * one.queries
+    held, first = activations(model, train, one, width)
+    held += adapter_plan.adapter_bytes(model, adapter, places, last, width)
+    parts = {
+        "weights": width * P + FP32 * trained,
+        "gradients": FP32 * trained,
+        "optimizer": 2 * FP32 * trained,
+        "activations": max(held, first),
+        "logits": _logits(model, train, one, width, device_type),
+        "16-bit weights": HALF * trained if width == HALF else 0,
     }
     whole = {name: int(size) for name, size in parts.items()}
     return Footprint(whole, int(held), int(first))
@@ -148,12 +183,13 @@ def largest_batch(
     precision: str = "fp32",
     device_type: str = "cuda",
     most: int = 1 << 20,
+    adapter: AdapterPlan | None = None,
 ) -> int:
     """Return the largest batch, of the powers of two, that fits in one pass; 0: not even one sequence."""
     room, fits, size = usable(memory_bytes, device_type), 0, 1
     while size <= most:
         one = changed(train, batch_size=size, micro_batch_size=None)
-        if memory(model, one, lengths, precision, device_type).total > room:
+        if memory(model, one, lengths, precision, device_type, adapter).total > room:
             break
         fits, size = size, 2 * size
     return fits

@@ -31,6 +31,7 @@ _GROUP = {
     "attention": "attention",
     "update": "memory",
     "norm of gradients": "memory",
+    "clear": "memory",
     "lookup": "memory",
 }
 
@@ -94,37 +95,40 @@ def interpolated(by_shape: Mapping[Any, float], at: float) -> float:
     return float(np.exp(np.interp(np.log(at), *logs)))
 
 
-def cpu_groups(parts: Sequence[Part], model: ModelConfig, rates: Mapping[str, Any]) -> dict[str, float]:
-    """Return the seconds of a step in fp32 by group of parts, at the machine's rates alone."""
+def cpu_groups(
+    parts: Sequence[Part], model: ModelConfig, rates: Mapping[str, Any], precision: str = "fp32"
+) -> dict[str, float]:
+    """Return the seconds of a step in fp32 or bf16 by group of parts, at the machine's rates alone."""
     found = dict.fromkeys(GROUPS, 0.0)
     for part in parts:
-        found[_GROUP.get(part.kind, "passes")] += _cpu_seconds(part, model, rates)
+        found[_GROUP.get(part.kind, "passes")] += _cpu_seconds(part, model, rates, precision)
         found["operators"] += part.operators * rates["operator"]
     return found
 
 
-def _cpu_seconds(part: Part, model: ModelConfig, rates: Mapping[str, Any]) -> float:
+def _cpu_seconds(part: Part, model: ModelConfig, rates: Mapping[str, Any], precision: str) -> float:
     if part.kind == "product":
         wide = part.name.startswith("head") and 4 * part.shape[1] * part.shape[2] > CACHE_BYTES
-        return part.flops / interpolated(rates["head fp32" if wide else "product fp32"], part.shape[1])
+        by_width = rates[f"{'head' if wide else 'product'} {precision}"]
+        return part.flops / interpolated(by_width, part.shape[1])
     if part.kind == "attention":
         return part.elements / interpolated(rates["attention"], model.max_len)
-    if part.kind == "clear":  # sinks clear the rows that were touched and no others
-        return 0.0
+    if part.kind == "clear":  # in fp32 sinks clear the rows that were touched and no others
+        return 0.0 if precision == "fp32" else part.bytes / rates["bandwidth"]
     if part.kind == "logits":  # three passes through memory where the loss has no buffer of its own
         return 3 * part.elements / rates["softmax"]
     return part.elements / rates[part.kind]
 
 
-def on_cpu(parts: Sequence[Part], model: ModelConfig, cpu: Cpu) -> Estimate:
+def on_cpu(parts: Sequence[Part], model: ModelConfig, cpu: Cpu, precision: str = "fp32") -> Estimate:
     """Return the step on a measured CPU; the range is the worst error of rows held out.
 
     Where it stands in for one that was not measured, the range holds those of all that were.
     """
-    groups = cpu_groups(parts, model, cpu.rates)
+    groups = cpu_groups(parts, model, cpu.rates, precision)
     seconds = {name: cpu.shares[name] * groups[name] for name in GROUPS}
     whole, worst = sum(seconds.values()), cpu.error["time_worst"]
-    among = [on_cpu(parts, model, one) for one in cpu.stands_among]
+    among = [on_cpu(parts, model, one, precision) for one in cpu.stands_among]
     low = min([whole / (1 + worst), *(one.low for one in among)])
     return Estimate(whole, low, max([whole * (1 + worst), *(one.high for one in among)]), seconds)
 

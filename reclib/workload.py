@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from reclib import flops
+from reclib import adapter_plan, flops
+from reclib.adapter_plan import AdapterPlan
 from reclib.config import InputError, ModelConfig, TrainConfig
 from reclib.data import Histories
 from reclib.packing import bucket, first_fit_decreasing
@@ -138,19 +139,26 @@ def everywhere(train: TrainConfig) -> bool:
     return train.objective == "seed_focal" or train.head_rows == "all"
 
 
-def step_parts(model: ModelConfig, train: TrainConfig, one: Shapes, width: int = FP32) -> list[Part]:
+def step_parts(
+    model: ModelConfig,
+    train: TrainConfig,
+    one: Shapes,
+    width: int = FP32,
+    adapter: AdapterPlan | None = None,
+) -> list[Part]:
     """Return the parts of an optimiser step whose micro-batches have the shapes `one`.
 
-    `width` is the bytes of a number in products and activations (2 under autocast to 16 bits).
+    `width` is the bytes of a number in products and activations (2 under autocast to 16 bits). With `adapter`
+    the model is frozen and only that is trained.
     """
     micros = train.batch_size // (train.micro_batch_size or train.batch_size)
-    once = _encoder_parts(model, train, one, width) + _head_parts(model, train, one, width)
+    once = _encoder_parts(model, train, one, width, adapter) + _head_parts(model, train, one, width, adapter)
     scaled = [
         Part(p.name, p.kind, micros * p.flops, micros * p.bytes, micros * p.elements, micros * p.operators,
              p.shape)
         for p in once
     ]  # fmt: skip
-    return scaled + _update_parts(model, train, width)
+    return scaled + _update_parts(model, train, width, adapter)
 
 
 def _last_places(model: ModelConfig, train: TrainConfig, one: Shapes) -> float:
@@ -158,7 +166,9 @@ def _last_places(model: ModelConfig, train: TrainConfig, one: Shapes) -> float:
     return one.rows * (model.max_len if everywhere(train) or model.causal else one.queries)
 
 
-def _encoder_parts(model: ModelConfig, train: TrainConfig, one: Shapes, width: int) -> list[Part]:
+def _encoder_parts(
+    model: ModelConfig, train: TrainConfig, one: Shapes, width: int, adapter: AdapterPlan | None
+) -> list[Part]:
     D, F, L, N = model.hidden_dim, model.ffn_factor * model.hidden_dim, model.max_len, model.num_layers
     T, G = one.rows * L, _last_places(model, train, one)
     full, both = 1 + flops.BACKWARD, N - 1  # layers that compute everything
@@ -171,47 +181,72 @@ def _encoder_parts(model: ModelConfig, train: TrainConfig, one: Shapes, width: i
     dropped = (2 * asked + T) * D if model.dropout else 0.0
     weighted = asked * L * model.num_heads  # attention probabilities, which fused kernels never store
     stored = weighted if model.attention_dropout else 0.0
+    maps, passes, looked_up = full * linear, full, T * D
+    if adapter is not None:  # no gradient of weights, none of the table that is looked up
+        maps, passes, looked_up = adapter_plan.frozen_linear(model, T, G), 2, T * D / 2
     return [
-        Part("encoder: linear maps", "product", full * linear, full * width * (moved + weights), 0.0,
-             N * 4 * 4, (T, D, F)),
+        Part("encoder: linear maps", "product", maps, passes * width * (moved + weights), 0.0,
+             N * 4 * (4 if adapter is None else 2), (T, D, F)),
         Part("encoder: attention", "attention", full * 4 * asked * L * D,
              full * width * (2 * both * T + T + G) * 2 * D + 8 * FP32 * stored, asked * L * D, N * 12),
         Part("GELU", "gelu", 0.0, 5 * width * asked * F, asked * F, N * 2),
         Part("dropout", "dropout", 0.0, 8 * width * dropped, dropped, (2 * N + 1) * 4),
         Part("LayerNorm", "norm", 0.0, 5 * FP32 * norms * D, norms * D, 2 * (2 * N + 2)),
         Part("residuals", "add", 0.0, 6 * width * (2 * asked + T) * D, (2 * asked + T) * D, N * 6),
-        Part("look up items", "lookup", 0.0, 4 * FP32 * T * D, T * D, 12),
+        Part("look up items", "lookup", 0.0, 4 * FP32 * looked_up, looked_up, 12),
+        *([] if adapter is None else _adapter_parts(model, adapter, T, G, width)),
     ]  # fmt: skip
 
 
-def _head_parts(model: ModelConfig, train: TrainConfig, one: Shapes, width: int) -> list[Part]:
+def _adapter_parts(model: ModelConfig, adapter: AdapterPlan, T: float, G: float, width: int) -> list[Part]:
+    """Return the adapters' own parts: so narrow that passes over what they read and add to take the time."""
+    elements = adapter_plan.adapter_elements(model, T, G)
+    gate = adapter_plan.gate_products(model, adapter, T)
+    products = adapter_plan.adapter_products(model, adapter, T, G) - gate
+    found = [
+        Part("adapters", "add", products, 4 * width * elements, elements, 14 * (4 * model.num_layers + 1))
+    ]
+    if adapter.kind == "ilora":
+        seen = T * (3 * model.max_len + 2 * model.hidden_dim)
+        found.append(Part("gate", "add", gate, 2 * FP32 * seen, seen, 60))
+    return found
+
+
+def _head_parts(
+    model: ModelConfig, train: TrainConfig, one: Shapes, width: int, adapter: AdapterPlan | None
+) -> list[Part]:
     D = model.hidden_dim
     focal = train.objective == "seed_focal"
     items = model.output_rows if focal else model.num_items
     scored = one.rows * model.max_len if everywhere(train) else one.slots
     if train.sampled:
         items = train.num_negatives + 1
-    work = (1 + flops.BACKWARD) * flops.head_forward(model, 1, items) * scored
+    passes_of = 1 + flops.BACKWARD if adapter is None else 2  # a frozen table has no gradient
+    work = passes_of * flops.head_forward(model, 1, items) * scored
     logits = scored * items
     # In place: product writes, log-softmax, exponential and subtraction in cache, two products read.
     # Elsewhere logits are widened to fp32, read for the loss, and their gradient written and read.
     passes = 6 * FP32 if width == FP32 else 4 * width + 5 * FP32
     inplace = train.loss in ("auto", "inplace") and not everywhere(train)
     return [
-        Part("head: products", "product", work, 3 * width * (items * D + scored * D + logits), 0.0, 8,
+        Part("head: products", "product", work, passes_of * width * (items * D + scored * D + logits), 0.0, 8,
              (scored, D, items)),
         Part("head: softmax and loss", "softmax" if inplace else "logits", 0.0,
              passes * logits * (1 if inplace else 2), logits, 20),
     ]  # fmt: skip
 
 
-def _update_parts(model: ModelConfig, train: TrainConfig, width: int) -> list[Part]:
+def _update_parts(
+    model: ModelConfig, train: TrainConfig, width: int, adapter: AdapterPlan | None
+) -> list[Part]:
     count = parameters(model)
     P = sum(count.values())
     table = 0 if model.tied else count["input_table"]
     tensors = 16 * model.num_layers + 6
+    if adapter is not None:  # frozen matrices are held in the type that products run in: no cast each step
+        P, table, tensors = adapter_plan.trained_parameters(model, adapter), 0, 8 * model.num_layers + 1
     loop = train.optimizer == "loop"
-    casts = (FP32 + HALF) * P if width == HALF else 0  # weights to 16 bits, once a step
+    casts = 2 * (FP32 + HALF) * P if width == HALF else 0  # weights to 16 bits and gradients back
     return [
         Part("AdamW", "update", 0.0, 28 * P * (3 if loop else 1), P, 12 * tensors if loop else 4),
         Part("gradient norm", "norm of gradients", 0.0, FP32 * (P - table), P - table, tensors + 6),

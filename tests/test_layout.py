@@ -17,7 +17,7 @@ ORDER = [
     *("rawfile", "formats", "rows", "rejects", "rawtable", "sequences", "parquet", "titles"),
     *("reading", "sources", "dataset", "prepare", "splits", "periods", "data"),
     *("describe", "datasheet", "samples", "devices", "packing", "batching", "claims"),
-    *("flops", "workload", "footprint", "steptime", "planner"),
+    *("flops", "adapter_plan", "workload", "footprint", "steptime", "planner"),
     *("sinks", "model", "instance", "lowrank", "gate", "adapters", "ilora", "adapter_files"),
     *("sampled", "cross_entropy", "objective", "metrics", "baselines", "statistics", "protocols"),
     *("checkpoint", "trainer", "fit", "kept", "experiment", "assessment"),

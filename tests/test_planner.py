@@ -13,7 +13,7 @@ from test_footprint import CASES, CPU, shapes_of, small_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from reclib import comparison, devices, params, planner, record, steptime, workload
+from reclib import comparison, devices, params, planner, provenance, record, steptime, workload
 from reclib.config import InputError, TrainConfig, changed, model_config
 from reclib.model import Bert4Rec
 from reclib.trainer import Trainer
@@ -172,24 +172,55 @@ def test_the_command_line_says_what_does_not_fit_and_what_makes_no_sense():
 # -- what was calibrated -------------------------------------------------------------------------------------
 
 
-def test_committed_predictions_are_older_than_their_measurements():
+@pytest.mark.parametrize(
+    ("predictions", "cpu"), [("amd-epyc", "AMD EPYC"), ("intel-xeon-6-207", "Intel Xeon 6/207")]
+)
+def test_committed_predictions_are_older_than_their_measurements(predictions, cpu):
     folder = ROOT / "executed/cpu/grids"
-    before = json.loads((folder / "planner-predictions.json").read_text())
+    before = json.loads((folder / f"planner-predictions-{predictions}.json").read_text())
+    times = {title_of(one): one.get("time", before.get("time")) for one in before["rows"]}
     lines = [json.loads(line) for line in (folder / "planner.jsonl").read_text().splitlines()]
-    held_out = [r for r in lines if r["name"] == "planner_row" and r["own_params"]["set"] == "held-out"]
+    rows = [r for r in lines if r["name"] == "planner_row"]
+    mine = [r for r in rows if r["own_params"].get("cpu", r["device"]["name"]) == cpu]
+    held_out = [r for r in mine if r["own_params"]["set"] == "held-out"]
     assert len(held_out) >= 10
-    assert all(row["time"] > before["time"] for row in held_out)
-    sizes = {row["own_params"]["size"] for row in held_out}
-    assert {"5m", "85m", "130m"} <= sizes
+    assert all(row["time"] > times[title_of(row["own_params"])] for row in held_out)
+    assert {"5m", "85m", "130m"} <= {row["own_params"]["size"] for row in held_out}
     assert {row["own_params"]["threads"] for row in held_out} == {1, 2}
 
 
-def test_measured_cpus_are_two_devices_with_their_errors():
-    assert set(steptime.cpus()) >= {"cpu1", "cpu2"}
-    for cpu in steptime.cpus().values():
-        assert cpu.error["of"] == "held-out"
-        assert cpu.error["rows"] >= 10
-        assert set(cpu.shares) == set(steptime.GROUPS)
+def title_of(row: dict) -> str:
+    names = ("size", "threads", "batch_size", "mean_len", "max_len", "model", "adapter", "precision")
+    return json.dumps({name: row[name] for name in names if name in row}, sort_keys=True)
+
+
+def test_measured_cpus_are_two_devices_each_with_their_errors():
+    for model in ("AMD EPYC", "Intel Xeon 6/207"):
+        for threads in (1, 2):
+            cpu = steptime.cpus()[f"cpu{threads} {model}"]
+            assert cpu.threads == threads
+            assert cpu.error["of"] == "held-out"
+            assert cpu.error["rows"] >= 10
+            assert set(cpu.shares) == set(steptime.GROUPS)
+
+
+def test_a_cpu_label_is_the_cpu_that_is_here(monkeypatch):
+    monkeypatch.setattr(provenance, "cpu_model", lambda: "Intel Xeon 6/207")
+    assert steptime.cpu("cpu2").label == "cpu2 Intel Xeon 6/207"
+    monkeypatch.setattr(provenance, "cpu_model", lambda: "AMD EPYC 25/17")  # the first rows say the name only
+    assert steptime.cpu("cpu1").label == "cpu1 AMD EPYC"
+
+
+def test_another_cpu_stands_in_for_one_that_was_not_calibrated_and_it_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(provenance, "cpu_model", lambda: "Pentium 5/1")
+    found = planner.plan(steptime.cpu("cpu2"), MODEL, TRAIN, LENGTHS)
+    assert found.basis == "unvalidated"
+    assert "Pentium 5/1, which was not calibrated" in found.name
+    each = [planner.plan(one, MODEL, TRAIN, LENGTHS).step for one in steptime.with_threads("cpu2")]
+    assert found.step.low == min(one.low for one in each)
+    assert found.step.high == max(one.high for one in each)
+    assert planner.main(["--size", "85m", "--gpu", "cpu2"]) == 0
+    assert "not calibrated" in capsys.readouterr().out
 
 
 # -- records -------------------------------------------------------------------------------------------------
