@@ -10,6 +10,9 @@ users. The arms see the same batches, so their tokens are equal by construction:
 - `shuffled_user`, `noise`, `fixed_gate`, `static_gate`: `ilora` with something taken away (`adapters`). What
   they reach as well cannot be owed to the user's instance.
 
+What a gate looks at is `p.representation`. `causal_state`, the paper's, is read from a causal model of the
+base's size that `train_reader` trains on the same past.
+
 Items that the past has not would stand where they were drawn, pushed away as wrong answers. Before any arm
 starts, each gets the mean of its known neighbours in the adaptation period (`start_new_items`).
 """
@@ -19,7 +22,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +31,7 @@ import numpy as np
 import torch
 
 from reclib import checkpoint, metrics, paths, periods, provenance
-from reclib.config import TrainConfig, model_config, validated
+from reclib.config import ModelConfig, TrainConfig, changed, model_config, validated
 from reclib.data import Dataset, Histories
 from reclib.experiment import run_folder
 from reclib.fit import data_identity, fine_tune, fit, origin_of, rank_targets
@@ -102,14 +105,35 @@ def train_of(p: ILora, split: Split, seed: int, epochs: int, learning_rate: floa
     )
 
 
+def shape_of(p: ILora, dataset: Dataset, causal: bool = False) -> ModelConfig:
+    """Return the base's configuration, or that of its causal twin."""
+    given: dict[str, Any] = {"max_len": p.max_len, "dropout": p.dropout, "causal": causal}
+    return model_config(p.size, num_items=dataset.num_items, **given)
+
+
 def train_base(p: ILora, dataset: Dataset, whole: Periods, device: Device, seed: int) -> Trainer:
     """Train a base on the past, or load it; its items without a past start from their neighbours."""
-    model = model_config(p.size, num_items=dataset.num_items, max_len=p.max_len, dropout=p.dropout)
+    model = shape_of(p, dataset)
     train = train_of(p, whole.base, seed, p.base_epochs, p.base_learning_rate)
     folder = run_folder(NOTEBOOK, model, train, data_identity(dataset, whole.base))
     trainer = fit(model, dataset, train, device, folder, split=whole.base)
     start_new_items(trainer.model, whole)
     return trainer
+
+
+def train_reader(p: ILora, dataset: Dataset, whole: Periods, device: Device, seed: int) -> Bert4Rec | None:
+    """Train the causal model that representation='causal_state' reads, or load it; None for the others.
+
+    It is as large as the base and learns from the same past as long; its new items start as the base's do.
+    """
+    if p.representation != "causal_state":
+        return None
+    train = train_of(p, whole.base, seed, p.base_epochs, p.base_learning_rate)
+    train = changed(train, objective="next_item")
+    folder = run_folder(NOTEBOOK, shape_of(p, dataset, True), train, data_identity(dataset, whole.base))
+    trainer = fit(shape_of(p, dataset, True), dataset, train, device, folder, split=whole.base)
+    start_new_items(trainer.model, whole)
+    return trainer.model
 
 
 @torch.no_grad()
@@ -140,8 +164,13 @@ def adapter_of(p: ILora, arm: str, seed: int) -> AdapterConfig:
     return validated(AdapterConfig, given)
 
 
-def model_of(p: ILora, arm: str, base: Bert4Rec, seed: int) -> Bert4Rec | AdaptedModel:
-    """Return what an arm trains: a copy of the base, whole, in part, or frozen with a new adapter."""
+def model_of(
+    p: ILora, arm: str, base: Bert4Rec, seed: int, reader: Bert4Rec | None = None
+) -> Bert4Rec | AdaptedModel:
+    """Return what an arm trains: a copy of the base, whole, in part, or frozen with a new adapter.
+
+    `reader` is what `train_reader` returned.
+    """
     model = copy.deepcopy(base)
     if arm in ("none", "full", "bias"):
         model.requires_grad_(arm == "full")
@@ -151,26 +180,34 @@ def model_of(p: ILora, arm: str, base: Bert4Rec, seed: int) -> Bert4Rec | Adapte
         return model
     adapted = AdaptedModel(model)
     torch.manual_seed(seed)  # of A, and of the gate
-    adapted.add(arm, adapter_of(p, arm, seed))
+    adapted.add(arm, adapter_of(p, arm, seed), reader)
     return adapted
 
 
 def counts(p: ILora, dataset: Dataset) -> dict[str, int]:
     """Return how many parameters every arm trains, and the base's."""
-    model = model_config(p.size, num_items=dataset.num_items, max_len=p.max_len, dropout=p.dropout)
-    base = Bert4Rec(model)
+    base = Bert4Rec(shape_of(p, dataset))
+    reader = Bert4Rec(shape_of(p, dataset, True)) if p.representation == "causal_state" else None
     found = {"base": sum(parameter.numel() for parameter in base.parameters())}
     for arm in p.arms:
-        one = model_of(p, arm, base, 0)
+        one = model_of(p, arm, base, 0, reader)
         found[arm] = sum(q.numel() for q in one.parameters() if q.requires_grad)
     return found
 
 
 def train_arm(
-    p: ILora, arm: str, base: Bert4Rec, dataset: Dataset, task: Task, device: Device, seed: int, rate: float
+    p: ILora,
+    arm: str,
+    base: Bert4Rec,
+    dataset: Dataset,
+    task: Task,
+    device: Device,
+    seed: int,
+    rate: float,
+    reader: Bert4Rec | None = None,
 ) -> tuple[Trainer, Path]:
     """Train one arm at one rate, or go on with it, or load it; return its trainer and its folder."""
-    model = model_of(p, arm, base, seed)
+    model = model_of(p, arm, base, seed, reader)
     train = train_of(p, task.split, seed, p.epochs, rate)
     parts = [origin_of(model), asdict(model.config), asdict(train), data_identity(dataset, task.split)]
     said = json.dumps([*parts, provenance.code_hash(NOTEBOOK)], sort_keys=True)
@@ -187,12 +224,13 @@ def run_arm(
     device: Device,
     seed: int,
     rates: Sequence[float],
+    reader: Bert4Rec | None = None,
 ) -> Run:
     """Train an arm at each of the rates, keep the one that is best on validation, and rank the test once."""
     if arm == "none":
         valid = metrics.summary(rank_targets(base, task.split.valid, True).ranks)["ndcg@10"]
         return Run(arm, seed, None, base, valid, rank_targets(base, task.split.test, True).ranks, 0, 0, 0)
-    tried = [train_arm(p, arm, base.model, dataset, task, device, seed, rate) for rate in rates]
+    tried = [train_arm(p, arm, base.model, dataset, task, device, seed, rate, reader) for rate in rates]
     trainer, folder = max(tried, key=lambda one: one[0].progress.best_value)
     return Run(
         arm,
@@ -207,13 +245,23 @@ def run_arm(
     )
 
 
-def adapt(p: ILora, bases: dict[int, Trainer], dataset: Dataset, task: Task, device: Device) -> list[Run]:
-    """Adapt every seed's base by every arm; the first seed's validation chooses each arm's learning rate."""
+def adapt(
+    p: ILora,
+    bases: Mapping[int, Trainer],
+    dataset: Dataset,
+    task: Task,
+    device: Device,
+    readers: Mapping[int, Bert4Rec | None] | None = None,
+) -> list[Run]:
+    """Adapt every seed's base by every arm; the first seed's validation chooses each arm's learning rate.
+
+    `readers` holds by seed what `train_reader` returned.
+    """
     found: list[Run] = []
     for arm in p.arms:
         rates: Sequence[float] = p.learning_rates
         for seed, base in bases.items():
-            run = run_arm(p, arm, base, dataset, task, device, seed, rates)
+            run = run_arm(p, arm, base, dataset, task, device, seed, rates, (readers or {}).get(seed))
             found.append(run)
             rates = rates if run.learning_rate is None else [run.learning_rate]
     return found

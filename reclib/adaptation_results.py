@@ -42,13 +42,12 @@ def accuracy(dataset: Dataset, task: Task, runs: Sequence[Run], samples: int) ->
         mine = [run for run in runs if run.arm == arm]
         intervals = {name: metrics.bootstrap(values[name][arm].mean(axis=0), samples) for name in COMPARED}
         hits = np.mean([metrics.hit(run.ranks, 10) for run in mine], axis=0)
-        base = sum(p.numel() for p in mine[0].trainer.model.parameters()) - _beside(mine[0])
         said: dict[str, Any] = flat(intervals) | {
             "hr@10_known": float(hits[task.known].mean()),
             "hr@10_new": float(hits[~task.known].mean()) if (~task.known).any() else None,
             "users": values["hr@10"][arm].shape[1],
             "trained": mine[0].trained,
-            "trained_share": mine[0].trained / base,
+            "trained_share": mine[0].trained / _base_size(mine[0].trainer),
             "saved_bytes": mine[0].saved_bytes,
             "tokens": mine[0].tokens,
             "seeds": len(mine),
@@ -62,9 +61,11 @@ def accuracy(dataset: Dataset, task: Task, runs: Sequence[Run], samples: int) ->
     return found
 
 
-def _beside(run: Run) -> int:
-    """Return how many parameters stand beside the base's."""
-    return run.trained if isinstance(run.trainer.model, AdaptedModel) else 0
+def _base_size(trainer: Trainer) -> int:
+    """Return how many parameters the base has, adapters and what a gate reads apart."""
+    model: Any = trainer.model
+    base = model.twin if isinstance(model, AdaptedModel) else model
+    return sum(parameter.numel() for parameter in base.parameters())
 
 
 def comparisons(

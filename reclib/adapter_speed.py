@@ -37,9 +37,14 @@ def variants(p: ILora) -> list[dict[str, str]]:
 
 
 def trainer_of(
-    p: ILora, asked: dict[str, str], base: Bert4Rec, histories: Histories, device: Device
+    p: ILora,
+    asked: dict[str, str],
+    base: Bert4Rec,
+    histories: Histories,
+    device: Device,
+    reader: Bert4Rec | None = None,
 ) -> Trainer:
-    """Return a trainer of one variant, on a copy of the base."""
+    """Return a trainer of one variant, on a copy of the base; `reader` is of `adaptation.train_reader`."""
     train = TrainConfig(
         seed=p.seeds[0],
         epochs=EPOCHS,
@@ -50,14 +55,16 @@ def trainer_of(
         precision=asked["precision"],  # type: ignore[arg-type]  # a name of `Precision`, validated
         compile_mode=asked["compile_mode"],  # type: ignore[arg-type]
     )
-    model = model_of(p, asked["model"], base, p.seeds[0])
+    model = model_of(p, asked["model"], base, p.seeds[0], reader)
     chosen = hardware.choose_precision(train.precision, device.card)
     if isinstance(model, AdaptedModel) and chosen.autocast_dtype is not None:
         model.hold_frozen(chosen.autocast_dtype)
     return Trainer(model, histories, train, device, "timed")
 
 
-def grid(p: ILora, base: Bert4Rec, dataset: Dataset, device: Device) -> list[Row]:
+def grid(
+    p: ILora, base: Bert4Rec, dataset: Dataset, device: Device, reader: Bert4Rec | None = None
+) -> list[Row]:
     """Time all variants in turns; what cannot run on the device is a row that says why."""
     histories = Histories(dataset.items, dataset.offsets[:-1], dataset.offsets[1:])
     rows: list[Row] = []
@@ -66,7 +73,7 @@ def grid(p: ILora, base: Bert4Rec, dataset: Dataset, device: Device) -> list[Row
         reason = inapplicable(asked["precision"], asked["compile_mode"], device)
         rows.append(Row(dict(asked), Measurement("not applicable", reason)))
         if not reason:
-            trainers[str(len(rows) - 1)] = trainer_of(p, asked, base, histories, device)
+            trainers[str(len(rows) - 1)] = trainer_of(p, asked, base, histories, device, reader)
     found = benchmark.interleave(trainers, 1, p.warmup_steps, p.rounds)
     for number, one in found.items():
         row, trainer = rows[int(number)], trainers[number]

@@ -139,27 +139,44 @@ def _of_steps(records: Sequence[Record], place: tuple[str, str]) -> str:
 
 
 def _adapter_answer(found: Found) -> str:
-    """Return what iLoRA's step costs, and for each task the arms that differ from iLoRA."""
+    """Return for each dataset and device what iLoRA's step costs, and by task which arms differ."""
+    names = ("adapter_step", "gate_comparison")
+    places = dict.fromkeys(_place(record) for name in names for record in found.get(name, []))
+    return " ".join(
+        said
+        for place in places
+        for said in (
+            *_adapter_steps([r for r in found.get("adapter_step", []) if _place(r) == place]),
+            *_gate_claims([r for r in found.get("gate_comparison", []) if _place(r) == place]),
+        )
+    )
+
+
+def _adapter_steps(records: Sequence[Record]) -> list[str]:
+    return [
+        f"A step of iLoRA in {record['own_params']['precision']} takes {record['timings']['over_lora']:.2f} "
+        f"times LoRA's and {record['timings']['over_full']:.2f} times full fine-tuning's, on "
+        f"{_dataset(record)} ({record['label']})."
+        for record in records
+        if (record["own_params"]["model"], record["own_params"]["compile_mode"]) == ("ilora", "off")
+        and record["timings"].get("over_full")
+    ]
+
+
+def _gate_claims(records: Sequence[Record]) -> list[str]:
     said = []
-    for record in found.get("adapter_step", []):
-        asked, took = record["own_params"], record["timings"]
-        if asked["model"] == "ilora" and asked["compile_mode"] == "off" and took.get("over_full"):
-            said.append(
-                f"A step of iLoRA in {asked['precision']} takes {took['over_lora']:.2f} times LoRA's and "
-                f"{took['over_full']:.2f} times full fine-tuning's ({record['label']})."
-            )
     for task, name in TASK_NAMES.items():
-        rows = [r for r in found.get("gate_comparison", []) if r["own_params"]["task"] == task]
         by_claim: dict[str, list[str]] = {word: [] for word in get_args(Claim)}
+        rows = [r for r in records if r["own_params"]["task"] == task]
         for record in (r for r in rows if r["own_params"]["metric"] == "ndcg@10"):
             m = record["metrics"]
             claimed = claim(m["difference"], m["adjusted_p"], (m["seeds"], m["reference_seeds"]))
             by_claim[claimed].append(ARM_NAMES[record["own_params"]["model"]])
         parts = [f"{word}: {', '.join(arms)}" for word, arms in by_claim.items() if arms]
         if parts:
-            start = name[:1].upper() + name[1:]
+            start = f"{name[:1].upper()}{name[1:]} of {_dataset(rows[0])}"
             said.append(f"{start}, NDCG@10 against iLoRA, corrected: {'; '.join(parts)}.")
-    return " ".join(said)
+    return said
 
 
 def _scaling_answer(found: Found) -> str:

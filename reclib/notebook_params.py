@@ -234,7 +234,7 @@ class ILora:
     alpha: PositiveFloat  # lora's factor is alpha / rank
     num_experts: Positive  # K of ilora; divides rank
     adapter_dropout: Probability  # on an adapter's input
-    representation: Literal["mean_embedding", "base_state"]  # what the gate looks at
+    representation: Literal["mean_embedding", "base_state", "causal_state"]  # what the gate looks at
     temperature: PositiveFloat  # of the gate's softmax
     gate_learning_rate: PositiveFloat  # of the gate, in units of the adapter's
     precisions: Precisions  # of timed steps, of fp32, tf32, bf16, fp16, auto; other arms: the first

@@ -88,6 +88,11 @@ def profile(notebook: str, name: str) -> dict[str, Any]:
     return smoke | _section(name, notebook)
 
 
+def from_file(file: Path) -> dict[str, Any]:
+    """Return the parameters that a YAML file states, such as `papermill -f` takes."""
+    return _mapping(file)
+
+
 def profile_of(notebook: str, p: Any) -> str:
     """Return the profile whose work `p` is, or "custom": found by comparing, so it cannot lie.
 

@@ -1,6 +1,7 @@
 """The study from the command line: run its notebooks, see where it stands, rebuild its figures.
 
     python -m reclib.study run 02 --profile quick       one notebook
+    python -m reclib.study run 05 -f params/adaptation-beauty.yaml    one as a file states it
     python -m reclib.study run-all --profile quick      all, then the figures
     python -m reclib.study run-all --gpus all           all on every visible GPU (or --gpus cpu1,cpu2)
     python -m reclib.study merge other/executed         records of another machine join those here
@@ -169,7 +170,8 @@ def _run_command(given: argparse.Namespace) -> int:
         raise InputError(f"no notebooks in {paths.notebooks()}")
     if everything and given.gpus:
         return _matrix_command(given, names)
-    overrides = {name: _typed(value) for name, value in given.p or []}
+    overrides = {} if everything or given.f is None else params.from_file(given.f)
+    overrides |= {name: _typed(value) for name, value in given.p or []}
     jobs = [plan(name, given.profile, given.gpu, overrides) for name in names]
     failures = 0
     for job in jobs:
@@ -292,6 +294,7 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, parents=[common])
         if name == "run":
             command.add_argument("notebook", nargs="+", help="for example 02")
+            command.add_argument("-f", type=Path, metavar="FILE", help="parameters as YAML, on the profile's")
             command.add_argument("-p", nargs=2, action="append", metavar=("NAME", "VALUE"), help="override")
         else:
             command.add_argument("--gpus", help="devices that share the work: all, or labels: cpu1,cpu2")

@@ -10,6 +10,7 @@ import torch
 from test_periods import dataset  # noqa: F401  # a fixture
 
 from reclib import adaptation, adaptation_results, adapter_speed, data, hardware, params, periods
+from reclib.adapters import base_hash
 from reclib.batching import Epoch
 from reclib.config import InputError, TrainConfig
 from reclib.ilora import AdaptedModel
@@ -166,6 +167,26 @@ def test_a_static_gate_has_no_correlation(experiment, dataset):  # noqa: F811
     with pytest.warns(Warning, match="constant"):
         results = adaptation_results.gate_results(tasks[0], constant, 0)
     assert [r.name for r in results] == ["gates"]
+
+
+def test_the_gate_may_read_a_causal_model_of_the_same_past(experiment, dataset):  # noqa: F811
+    _, whole, tasks, bases, _ = experiment
+    p = asked(representation="causal_state", arms=["none", "lora", "ilora", "static_gate"], seeds=[1])
+    readers = {1: adaptation.train_reader(p, dataset, whole, CPU, 1)}
+    assert readers[1].config.causal
+    assert adaptation.train_reader(asked(), dataset, whole, CPU, 1) is None
+    counted = adaptation.counts(p, dataset)
+    runs = adaptation.adapt(p, {1: bases[1]}, dataset, tasks[0], CPU, readers)
+    of = {run.arm: run for run in runs}
+    model = of["ilora"].trainer.model
+    assert base_hash(model.reader("ilora")) == base_hash(readers[1])
+    assert of["static_gate"].trainer.model.reader("static_gate") is None
+    assert of["ilora"].tokens == of["lora"].tokens
+    results = adaptation_results.accuracy(dataset, tasks[0], runs, 50)
+    shares = {r.params["model"]: r.metrics["trained_share"] for r in results if r.seed is None}
+    assert shares["ilora"] == pytest.approx(counted["ilora"] / counted["base"])  # the reader is no part of it
+    rows = adapter_speed.grid(p, bases[1].model, dataset, CPU, readers[1])
+    assert {row.found.status for row in rows if row.asked["compile_mode"] == "off"} == {"ok"}
 
 
 def test_steps_are_timed_in_every_mode_that_there_is(experiment, dataset):  # noqa: F811

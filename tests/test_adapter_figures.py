@@ -78,6 +78,16 @@ def test_the_page_answers_from_the_records():
     assert page.CHAPTERS["05_ilora"].answer({}) == ""
 
 
+def test_the_page_answers_for_each_dataset_apart():
+    other = {"data": {"name": "beauty", "fingerprint": "0"}}
+    found = {"gate_comparison": comparisons("gate_comparison", "ilora")}
+    found["gate_comparison"] += [one | other for one in comparisons("gate_comparison", "ilora", seeds=1)]
+    answer = page.CHAPTERS["05_ilora"].answer(found)
+    first, second = answer.split("Next period of ")[1:]
+    assert first.startswith("ml-100k, NDCG@10 against iLoRA, corrected: better: ")
+    assert second.startswith("beauty, NDCG@10 against iLoRA, corrected: too few seeds: ")
+
+
 def test_every_arm_has_a_name():
     from typing import get_args
 

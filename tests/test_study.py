@@ -56,6 +56,18 @@ def test_a_run_leaves_notebook_record_and_stamp(project: Path, capsys):
     assert not {"gpu", "precision", "wandb_mode"} & set(bundle["params"])
 
 
+def test_a_file_of_parameters_stands_between_the_profile_and_the_command_line(project: Path, capsys):
+    file = project / "params/mine.yaml"
+    file.write_text("epochs: 7\nbatch_size: 32\n")
+    assert run("-f", str(file), "-p", "epochs", "5") == 0
+    (entry,) = record.read(project / "executed")
+    assert (entry["params"]["epochs"], entry["params"]["batch_size"]) == (5, 32)
+    assert entry["params"]["size"] == params.profile("02_baseline", "smoke")["size"]
+    file.write_text("epcohs: 7\n")
+    assert run("-f", str(file)) == 2
+    assert "unknown parameter 'epcohs'" in capsys.readouterr().err
+
+
 def test_finished_work_is_skipped_until_something_changes(project: Path, set_cells, capsys):
     def ran(*arguments: str) -> bool:
         assert run(*arguments) == 0
