@@ -47,6 +47,13 @@ def test_the_parameter_files_hold_nothing_that_is_not_used():
     assert {file.stem for file in (ROOT / "params/gpu").glob("*.yaml")} == set(DEVICES)
 
 
+def test_an_experiment_of_its_own_states_every_parameter():
+    file = ROOT / "params/adaptation-beauty.yaml"
+    stated = params.from_file(file)
+    assert list(stated) == params.names("05_ilora")
+    assert params.profile_of("05_ilora", params.build("05_ilora", stated)) == "custom"
+
+
 def test_every_parameter_says_in_its_line_what_it_is():
     source = Path(notebook_params.__file__).read_text().splitlines()
     for kind in params.NOTEBOOKS.values():
