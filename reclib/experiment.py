@@ -10,6 +10,7 @@ from typing import Any
 
 from reclib import paths, provenance, tracker
 from reclib.config import ModelConfig, TrainConfig, model_config, validated
+from reclib.curves import Curves
 from reclib.data import Dataset
 from reclib.fit import SELECT, Options, data_identity, fit
 from reclib.hardware import Device
@@ -99,6 +100,7 @@ def train_seed(
     folder = run_folder(notebook, model, train, data)
     about = {"model": asdict(model), "train": asdict(train), "data": data}
     title = f"{notebook}-{device.label}-{name}-{split.name.split()[0]}-seed{seed}"
-    with tracker.start(p.wandb_mode, notebook, title, about) as track:
-        options = Options(on_evaluation=lambda row: track.log(row, int(row["step"])))
+    with tracker.start(p.tracker, notebook, title, about) as track:
+        curves = Curves(track, device)
+        options = Options(on_step=curves.step, on_evaluation=curves.evaluation)
         return Trained(seed, fit(model, dataset, train, device, folder, options, split))

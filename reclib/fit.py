@@ -22,7 +22,7 @@ import yaml
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from reclib import checkpoint, metrics
+from reclib import checkpoint, metrics, tracker
 from reclib.adapters import base_hash
 from reclib.checkpoint import load_unique, refuse_other, unique_tensors
 from reclib.config import (
@@ -34,6 +34,7 @@ from reclib.config import (
     model_config,
     validated,
 )
+from reclib.curves import Curves
 from reclib.data import Dataset, Evaluation, prepare
 from reclib.hardware import Device, resolve
 from reclib.ilora import AdaptedModel
@@ -259,6 +260,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", default="tiny", help=f"one of {SIZE_NAMES} (tiny)")
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints")
     parser.add_argument("--gpu", default="auto", help="auto, cpu or a gpu label (auto)")
+    trackers = ", ".join(tracker.TRACKERS)
+    parser.add_argument("--tracker", default="none", help=f"curves under runs/: {trackers} (none)")
     parser.add_argument(
         "-p",
         nargs=2,
@@ -276,7 +279,11 @@ def main(argv: list[str] | None = None) -> int:
         dataset = prepare(validated(DataConfig, {"dataset": given.dataset}))
         shape = {"num_items": dataset.num_items, "causal": config.objective == "next_item"} | shape
         model = model_config(given.size, **shape)
-        trainer = fit(model, dataset, config, device, given.out, Options(progress_bar=True))
+        about = {"model": asdict(model), "train": asdict(config)}
+        with tracker.start(given.tracker, "fit", given.out.name, about) as track:
+            curves = Curves(track, device)
+            options = Options(True, sys.stderr.isatty(), curves.step, curves.evaluation)
+            trainer = fit(model, dataset, config, device, given.out, options)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -63,7 +63,7 @@ Sizes = Annotated[list[Size], Field(min_length=1), AfterValidator(_distinct)]
 BatchSizes = Annotated[list[Positive], Field(min_length=1), AfterValidator(_distinct)]
 Models = Annotated[list[Literal["bert4rec", "causal"]], Field(min_length=1), AfterValidator(_distinct)]
 OtherSplits = Annotated[list[Literal["global_time", "random_users"]], AfterValidator(_distinct)]
-WandbMode = Literal["disabled", "offline", "online"]
+Tracker = Literal["none", "wandb-offline", "wandb-online", "tensorboard"]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -121,7 +121,7 @@ class Baseline:
     precision: Precision | None  # None: from the device file
     compile_mode: CompileMode | None  # None: from the device file
     bootstrap_samples: Positive  # resamples of the users behind each confidence interval
-    wandb_mode: WandbMode  # disabled: nothing; offline: files only; online: needs a login
+    tracker: Tracker  # curves: none, files of wandb, wandb itself (needs a login), files of TensorBoard
 
     @model_validator(mode="after")
     def _micro_batch_fits(self) -> Baseline:
@@ -151,7 +151,7 @@ class Scaling:
     tuned: bool  # take what `tune` chose for a size on this dataset, where it did
     precision: Precision | None  # None: from the device file
     compile_mode: CompileMode | None  # None: from the device file
-    wandb_mode: WandbMode  # disabled: nothing; offline: files only; online: needs a login
+    tracker: Tracker  # curves: none, files of wandb, wandb itself (needs a login), files of TensorBoard
 
     @model_validator(mode="after")
     def _micro_batch_fits(self) -> Scaling:

@@ -73,7 +73,7 @@ class Run:
         self.notebook = notebook
         self.params = plain(parameters.values(p))
         self.label = str(device["label"])
-        self._deterministic = self._without(parameters.device_names() | {"gpu", "wandb_mode"})
+        self._deterministic = self._without(parameters.device_names() | {"gpu", "tracker"})
         self._provenance = {
             "schema": SCHEMA,
             "notebook": notebook,
@@ -140,7 +140,7 @@ class Run:
 
     def _identity(self, seed: int | None) -> dict[str, Any]:
         # A result of one seed is the same result whichever other seeds the run had.
-        return self._without({"gpu", "wandb_mode"} | ({"seed", "seeds"} if seed is not None else set()))
+        return self._without({"gpu", "tracker"} | ({"seed", "seeds"} if seed is not None else set()))
 
     def _without(self, names: Iterable[str]) -> dict[str, Any]:
         left_out = set(names)

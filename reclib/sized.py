@@ -9,6 +9,7 @@ from typing import Any
 from reclib import footprint, hardware, tracker, tuned
 from reclib.config import ModelConfig, TrainConfig, changed, model_config, validated
 from reclib.counts import counted
+from reclib.curves import Curves
 from reclib.data import Dataset
 from reclib.experiment import Trained, run_folder
 from reclib.fit import Options, data_identity, fit
@@ -74,8 +75,9 @@ def train(p: Scaling, dataset: Dataset, split: Split, device: Device, size: str,
     data = data_identity(dataset, split)
     folder = run_folder(NOTEBOOK, model, config, data)
     about = {"model": asdict(model), "train": asdict(config), "data": data}
-    with tracker.start(p.wandb_mode, NOTEBOOK, f"{device.label}-{size}-seed{seed}", about) as track:
-        options = Options(on_evaluation=lambda row: track.log(row, int(row["step"])))
+    with tracker.start(p.tracker, NOTEBOOK, f"{device.label}-{size}-seed{seed}", about) as track:
+        curves = Curves(track, device)
+        options = Options(on_step=curves.step, on_evaluation=curves.evaluation)
         return Trained(seed, fit(model, dataset, config, device, folder, options, split))
 
 

@@ -43,7 +43,8 @@ ARM_NAMES = {
 TASK_NAMES = {"next_period": "next period", "segment": "segment of users"}
 BASELINES = tuple(MODEL_NAMES)[2:]  # deterministic, without gradient descent
 _ABLATIONS = ("ablations-", "tuning-")  # how the data name of a grid begins whose arms are compared
-_NOT_WORK = ("gpu", "seed", "seeds", "wandb_mode")  # parameters that do not make it another run
+# Parameters that do not make it another run; wandb_mode is what tracker was called in older records.
+_NOT_WORK = ("gpu", "seed", "seeds", "tracker", "wandb_mode")
 
 
 def table(records: Iterable[Record]) -> pd.DataFrame:

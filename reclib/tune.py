@@ -31,12 +31,14 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from reclib import grid, paths, record, scoring, tracker, tuned
 from reclib.assessment import Result
 from reclib.config import InputError, changed
+from reclib.curves import Curves
 from reclib.data import Dataset, prepare
 from reclib.experiment import Trained
 from reclib.fit import SELECT, Options, fit
 from reclib.grid import Arm, Grid, Work, held
 from reclib.hardware import Device, resolve
 from reclib.provenance import code_hash, git_state, versions
+from reclib.trainer import StepStats
 from reclib.tuning import Plan, configs, read, settings
 
 NOTEBOOK = "03_scaling"
@@ -130,7 +132,7 @@ class Study:
                 drawn[field] = trial.suggest_float(field, low, high, log=log)
         return drawn
 
-    def one(self, options: Options, wandb_mode: str = "disabled") -> bool:
+    def one(self, options: Options, watched_by: str = "none") -> bool:
         """Run the next trial; return whether there was one."""
         with contextlib.ExitStack() as stack:
             with locked(self.folder / "study.lock"):
@@ -141,18 +143,18 @@ class Study:
                 assert stack.enter_context(held(self.folder / f"trial-{trial.number}"))
             drawn = self.draw(trial)
             name = f"{self.plan.name}-trial{trial.number}"
-            with tracker.start(wandb_mode, "tune", name, drawn) as track:
-                self._run(study, trial, drawn, options, track)
+            with tracker.start(watched_by, "tune", name, drawn) as track:
+                self._run(study, trial, drawn, options, Curves(track, self.device))
         return True
 
     def _run(
-        self, study: optuna.Study, trial: Trial, drawn: dict[str, Any], options: Options, track: Any
+        self, study: optuna.Study, trial: Trial, drawn: dict[str, Any], options: Options, curves: Curves
     ) -> None:
         model, train = configs(self.plan, self.dataset.num_items, drawn)
         rows: list[Mapping[str, float]] = []
 
         def watch(row: dict[str, float]) -> None:
-            track.log(row, int(row["step"]))
+            curves.evaluation(row)
             rows.append(row)
             with warnings.catch_warnings():  # of an epoch that the killed process had reported already
                 warnings.simplefilter("ignore", UserWarning)
@@ -160,7 +162,12 @@ class Study:
             if trial.should_prune():
                 raise optuna.TrialPruned
 
-        watched = replace(options, on_evaluation=watch)
+        def step(stats: StepStats) -> None:
+            curves.step(stats)
+            if options.on_step is not None:
+                options.on_step(stats)
+
+        watched = replace(options, on_step=step, on_evaluation=watch)
         began = time.perf_counter()
         try:
             trainer = fit(model, self.dataset, train, self.device, self.trial_folder(drawn), watched)
@@ -245,10 +252,10 @@ def locked(file: Path) -> Iterator[None]:
         yield
 
 
-def run(study: Study, options: Options, wandb_mode: str = "offline") -> int:
+def run(study: Study, options: Options, watched_by: str = "none") -> int:
     """Run trials until the study's budget or this call's minutes are used; return how many ran here."""
     began, count = time.monotonic(), 0
-    while time.monotonic() - began < 60 * study.plan.minutes and study.one(options, wandb_mode):
+    while time.monotonic() - began < 60 * study.plan.minutes and study.one(options, watched_by):
         count += 1
         print(f"{study.plan.name}: {len(study.finished())} of {study.plan.trials} trials", flush=True)
     return count
@@ -271,7 +278,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dataset", help="another place of the same data: a file or a prepared folder")
     parser.add_argument("--trials", type=int, help="another budget than the file's, in trials")
     parser.add_argument("--minutes", type=float, help="another budget than the file's, in minutes")
-    parser.add_argument("--wandb", default="offline", help="disabled, offline or online (offline)")
+    trackers = ", ".join(tracker.TRACKERS)
+    parser.add_argument("--tracker", default="none", help=f"curves of the trials: {trackers} (none)")
     parser.add_argument("--gpu", default="auto", help="auto, cpu or a gpu label (auto)")
     given = parser.parse_args(argv)
     try:
@@ -285,7 +293,7 @@ def main(argv: list[str] | None = None) -> int:
                 if one.name in ("validation_difference", "comparison"):
                     print(one.params, one.metrics)
             return 0
-        run(study, options, given.wandb)
+        run(study, options, given.tracker)
         best = study.best()
         print(f"best: trial {best.number}, validation {SELECT} {best.value:.4f}, {best.params}")
         print(f"written: {study.choose().name}")

@@ -32,20 +32,24 @@ PLANTED = {  # what may be in somebody's environment and must stay there
     "HF_TOKEN": "hf_" + "PlantedTokenOfNobody" * 2,
     "PLANTED_VARIABLE": "a-value-that-only-an-environment-dump-would-hold",
 }
-# One small run of all that writes: a checkpoint, weights, a record with a path, an offline run of wandb.
+# One small run of all that writes: a checkpoint, weights, a record with a path, curves of both trackers.
 WRITER = """
 import sys
 from pathlib import Path
 from reclib import fit, params, record, tracker
 from reclib.config import ModelConfig, TrainConfig
+from reclib.curves import Curves
 from reclib.data import synthetic_dataset
 from reclib.hardware import device_card, resolve
 
 out, dataset, device = Path(sys.argv[1]), synthetic_dataset(30, 20, 8.0, seed=0), resolve("cpu")
 model = ModelConfig(num_items=dataset.num_items, hidden_dim=8, num_layers=1, num_heads=1, max_len=16)
-with tracker.start("offline", "02_baseline", "clean", {"epochs": 1}) as track:
-    options = fit.Options(on_evaluation=lambda row: track.log(row, int(row["step"])))
-    trainer = fit.fit(model, dataset, TrainConfig(epochs=1, eval_every=1), device, out / "run", options)
+config = TrainConfig(epochs=1, eval_every=1)
+for name in ("wandb-offline", "tensorboard"):
+    with tracker.start(name, "02_baseline", "clean", {"epochs": 1}) as track:
+        curves = Curves(track, device)
+        options = fit.Options(on_step=curves.step, on_evaluation=curves.evaluation)
+        trainer = fit.fit(model, dataset, config, device, out / name, options)
 fit.save_model(trainer, out / "weights", {"data": "synthetic"})
 p = params.build("02_baseline", params.profile("02_baseline", "smoke") | {"dataset": str(out / "mine.csv")})
 run = record.Run("02_baseline", p, device_card(device), {"name": "mine", "fingerprint": "0"})
@@ -147,6 +151,7 @@ def test_secrets_of_the_environment_are_in_nothing_that_is_written(written):
     files = [file for file in written.rglob("*") if file.is_file() and "params" not in file.parts]
     kinds = {file.suffix for file in files}
     assert {".safetensors", ".json", ".jsonl", ".wandb"} <= kinds, kinds
+    assert [file for file in files if file.name.startswith("events.out.tfevents")]
     for file in files:
         content = file.read_bytes()
         for name, value in PLANTED.items():
@@ -156,11 +161,13 @@ def test_secrets_of_the_environment_are_in_nothing_that_is_written(written):
 @pytest.mark.slow
 def test_checkpoints_and_records_tell_nothing_about_who_wrote_them(written):
     private = [*private_words(), written.name, str(written)]
-    published = [*(written / "out").rglob("*"), *(written / "records").rglob("*")]
+    events = (written / "root/runs").rglob("events*")
+    published = [*(written / "out").rglob("*"), *(written / "records").rglob("*"), *events]
     files = [file for file in published if file.is_file()]
     assert len(files) >= 5
     for file in files:
-        assert not findings(file.read_bytes().decode("latin-1"), private), file.relative_to(written)
+        said = file.name + file.read_bytes().decode("latin-1")
+        assert not findings(said, private), file.relative_to(written)
     (line,) = (written / "records/cpu/results.jsonl").read_text().splitlines()
     assert json.loads(line)["own_params"]["file"] == "mine.csv"
 

@@ -20,7 +20,7 @@ ORDER = [
     *("flops", "adapter_plan", "workload", "footprint", "steptime", "planner"),
     *("sinks", "model", "instance", "lowrank", "gate", "adapters", "ilora", "adapter_files"),
     *("sampled", "cross_entropy", "objective", "metrics", "baselines", "statistics", "protocols"),
-    *("checkpoint", "trainer", "fit", "kept", "experiment", "assessment"),
+    *("checkpoint", "trainer", "curves", "fit", "kept", "experiment", "assessment"),
     *("measurement", "benchmark", "profiling", "bound", "microbench"),
     *("ladder", "speed", "comparison", "selfcheck"),
     *("adaptation", "adaptation_results", "adapter_speed"),
@@ -38,6 +38,7 @@ ONE_OWNER: dict[str, set[str]] = {
     "papermill": {"runner"},
     "plotly": {"figures", "marks", *(name for name in ORDER if name.endswith("_figures"))},
     "wandb": {"tracker"},
+    "tensorboard": {"tracker"},
     "ipywidgets": {"widgets"},
     "optuna": {"tune"},
 }

@@ -32,7 +32,7 @@ def _largest_equal(notebook: str, profile: str) -> str:
     # A notebook whose profiles ask for the same work has the name of the largest.
     def work(name: str) -> dict[str, object]:
         values = params.profile(notebook, name)
-        return {key: values[key] for key in values if key not in ("wandb_mode", "seeds")}
+        return {key: values[key] for key in values if key not in ("tracker", "seeds")}
 
     return [name for name in params.PROFILES if work(name) == work(profile)][-1]
 
@@ -83,7 +83,7 @@ def test_every_parameter_says_in_its_line_what_it_is():
         ({"learning_rate": float("inf")}, "parameter 'learning_rate' is inf"),
         ({"mask_prob": 1.0}, "less than 1"),
         ({"micro_batch_size": 5}, "multiple of micro_batch_size=5"),
-        ({"wandb_mode": "on"}, "'online'"),
+        ({"tracker": "wandb"}, "'wandb-online'"),
     ],
 )
 def test_wrong_values_are_told_in_one_line_that_names_the_parameter(changes, said):
@@ -160,7 +160,7 @@ def test_a_device_without_a_file_is_said(capsys):
 def test_the_name_of_a_profile_is_found_by_comparing():
     name = params.profile_of
     assert name("02_baseline", build()) == "smoke"
-    assert name("02_baseline", build(gpu="h100", seeds=[4, 5], wandb_mode="offline")) == "smoke"
+    assert name("02_baseline", build(gpu="h100", seeds=[4, 5], tracker="tensorboard")) == "smoke"
     assert name("02_baseline", build(precision="bf16", compile_mode="default")) == "smoke"
     for change in ({"epochs": 5}, {"learning_rate": 0.002}, {"dataset": "synthetic"}):
         assert name("02_baseline", build(**change)) == "custom"

@@ -99,8 +99,8 @@ def test_folders_of_paths_do_not_get_into_records(text, kept):
 
 
 def test_a_path_given_as_data_set_is_recorded_by_its_name(root):
-    make_run(dataset="/home/ada/ratings.csv").result("x", {"a": 1})
-    assert "ada" not in (root / "cpu/results.jsonl").read_text()
+    make_run(dataset="/home/lovelace/ratings.csv").result("x", {"a": 1})
+    assert "lovelace" not in (root / "cpu/results.jsonl").read_text()
     assert lines(root)[0]["params"]["dataset"] == "ratings.csv"
 
 

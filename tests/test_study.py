@@ -53,7 +53,7 @@ def test_a_run_leaves_notebook_record_and_stamp(project: Path, capsys):
     nbformat.validate(notebook)
     bundle = notebook.cells[-1].outputs[0].data[record.MIME]
     assert bundle["metrics"] == {"hr_10": 5.12}
-    assert not {"gpu", "precision", "wandb_mode"} & set(bundle["params"])
+    assert not {"gpu", "precision", "tracker"} & set(bundle["params"])
 
 
 def test_a_file_of_parameters_stands_between_the_profile_and_the_command_line(project: Path, capsys):

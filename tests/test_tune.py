@@ -74,12 +74,12 @@ def records(found: tune.Study) -> list[dict]:
 
 def test_a_study_runs_to_its_budget_once_and_its_choice_is_picked_up(root, capsys):
     write()
-    assert tune.main(["run", "trial", "--wandb", "disabled"]) == 0
+    assert tune.main(["run", "trial", "--tracker", "none"]) == 0
     assert "written: nano-synthetic.yaml" in capsys.readouterr().out
     found = study()
     assert len(found.finished()) == 7
     assert len(records(found)) == 7
-    assert tune.run(found, Options(), "disabled") == 0
+    assert tune.run(found, Options(), "none") == 0
     best = found.best()
     chosen = tuned.read("nano", found.dataset.name, found.dataset.fingerprint)
     assert chosen is not None
@@ -96,7 +96,7 @@ def test_a_trial_behind_the_median_is_pruned_and_counts(root):
     found = study()
     for rate in (0.02, 0.021, 0.022, 0.023, 1e-9):
         found.open(0).enqueue_trial({"learning_rate": rate})
-    tune.run(found, Options(), "disabled")
+    tune.run(found, Options(), "none")
     assert states(found) == {"COMPLETE": 4, "PRUNED": 1}
     pruned = next(row for row in records(found) if row["own_params"]["state"] == "pruned")
     assert pruned["own_params"]["learning_rate"] == 1e-9
@@ -109,7 +109,7 @@ def test_the_same_seed_draws_the_same_trials(root, monkeypatch):
     for place in ("a", "b"):
         monkeypatch.setenv("RECLIB_RUNS", str(root / place))
         found = study()
-        tune.run(found, Options(), "disabled")
+        tune.run(found, Options(), "none")
         drawn.append([(t.params, t.value) for t in found.trials()])
     assert drawn[0] == drawn[1]
 
@@ -123,7 +123,7 @@ def test_sigkill_loses_and_doubles_no_trial(root):
     """The killed trial is told as failed, run again with its settings, and goes on from its checkpoint."""
     write(trials=3, train=FILE["train"] | {"epochs": 30, "eval_every": 2})
     data.prepare(tuning.read("trial").data)
-    command = [sys.executable, "-m", "reclib.tune", "run", "trial", "--wandb", "disabled"]
+    command = [sys.executable, "-m", "reclib.tune", "run", "trial", "--tracker", "none"]
     process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
     found = study()
     deadline = time.monotonic() + 60
@@ -150,7 +150,7 @@ def test_sigkill_loses_and_doubles_no_trial(root):
 
 
 def _run_study() -> None:
-    tune.run(study(), Options(), "disabled")
+    tune.run(study(), Options(), "none")
 
 
 def test_two_processes_share_a_study(root):
@@ -195,7 +195,7 @@ def test_a_trial_that_diverges_counts_and_is_not_tried_again(root):
 def test_settings_of_another_dataset_are_refused(root):
     write(trials=1)
     found = study()
-    tune.run(found, Options(), "disabled")
+    tune.run(found, Options(), "none")
     file = found.choose()
     with pytest.raises(InputError, match=r"nano-synthetic\.yaml: tuned on synthetic .* tune anew"):
         tuned.read("nano", found.dataset.name, "0" * 64)
@@ -210,7 +210,7 @@ def test_default_and_tuned_are_compared_on_the_same_users(root):
     found = study()
     with pytest.raises(InputError, match="nothing is tuned yet"):
         tune.compare(found, Options())
-    tune.run(found, Options(), "disabled")
+    tune.run(found, Options(), "none")
     found.choose()
     results = {one.name: one for one in tune.compare(study(), Options()) if one.params["model"] == "tuned"}
     assert results["validation_difference"].metrics["seeds"] == 2
