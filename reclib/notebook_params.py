@@ -215,8 +215,8 @@ class ILora:
     adaptation_share: Inside  # the next ones: what it is adapted to
     valid_share: Inside  # the next ones: what everything is chosen on; the rest is the test
     targets_per_user: Positive  # random targets of a user in a window
-    tasks: Tasks  # next_period: all its users; segment: those far from popular items
-    segment_share: Inside  # of the adaptation's users that are the segment
+    tasks: Tasks  # next_period: all its users; segment: past far from popular items
+    segment_share: Inside  # of the adaptation's users with a past that are it
     arms: Arms  # of `adaptation`; none, ilora always
     size: Size  # named model size, one of `config.SIZES`
     max_len: Positive  # positions per packed row and longest history

@@ -8,7 +8,7 @@ and is chosen in the third. Users give several targets in a window, each with th
 few users still say something; a metric is averaged over a user's targets before anything else.
 
 A segment restricts adaptation and judgement to some users: here those whose taste is far from the
-most popular items, told from their history alone. Items that the past has not are told apart by
+most popular items, told from their past alone. Items that the past has not are told apart by
 `known_targets`, and `neighbours` gives what they can start from.
 
 Shapes: I real items, rows of an evaluation.
@@ -72,24 +72,29 @@ def divide(
 
 
 def segment(dataset: Dataset, periods: Periods, share: float = 1 / 3) -> Split:
-    """Return the adaptation of the users whose history is the farthest from popular items.
+    """Return the adaptation of the users whose past is the farthest from popular items.
 
-    A history's distance is the mean popularity rank of its items in the past; the threshold is that above
-    which `share` of the adaptation's users lie. Users of the windows are told by the history before the
-    target: what is to be found decides nothing.
+    A user's distance is the mean popularity rank of its items in the past; the threshold is that above which
+    `share` of the adaptation's users lie, those without a past left out. What comes after the past decides
+    nothing: users chosen by what is then trained on would teach an adapter that choice.
     """
-    ranks = popularity_ranks(periods.base.train, dataset.num_items)
     whole = periods.adaptation
-    train = mean_rank(whole.train, ranks)
-    threshold = float(np.quantile(train, 1 - share))
+    distance = _past_ranks(dataset, periods)
+    train = distance[row_users(dataset, whole.train)]
+    if not (train >= 0).any():
+        raise InputError(
+            f"dataset {dataset.name!r}: nobody of the adaptation has a past: there is no segment"
+        )
+    threshold = float(np.quantile(train[train >= 0], 1 - share))
     chosen = train >= threshold
     histories = Histories(whole.train.items, whole.train.starts[chosen], whole.train.ends[chosen])
     valid, test = (
-        _rows(one, mean_rank(one.histories, ranks) >= threshold) for one in (whole.valid, whole.test)
+        _rows(one, distance[row_users(dataset, one.histories)] >= threshold)
+        for one in (whole.valid, whole.test)
     )
     if not (len(valid.targets) and len(test.targets)):
         raise InputError(f"share is {share}: a window has no user of the segment; take a larger one")
-    about = periods.about | {"segment": "far from popular items", "share": share, "threshold": threshold}
+    about = periods.about | {"segment": "past far from popular items", "share": share, "threshold": threshold}
     return Split("user segment", histories, valid, test, about)
 
 
@@ -108,6 +113,15 @@ def mean_rank(histories: Histories, ranks: np.ndarray) -> np.ndarray:
     row = np.repeat(np.arange(len(lengths)), lengths)
     sums = np.bincount(row, ranks[histories.items[histories.places()]], minlength=len(lengths))
     return sums / np.maximum(lengths, 1)
+
+
+def _past_ranks(dataset: Dataset, periods: Periods) -> np.ndarray:
+    """Return float64 (users,): the mean popularity rank of each user's past; -1 without one."""
+    assert dataset.times is not None
+    starts = dataset.offsets[:-1]
+    lengths = np.add.reduceat(dataset.times < periods.about["points"][0], starts, dtype=np.int64)
+    ranks = popularity_ranks(periods.base.train, dataset.num_items)
+    return np.where(lengths > 0, mean_rank(Histories(dataset.items, starts, starts + lengths), ranks), -1.0)
 
 
 def by_user(dataset: Dataset, rows: Evaluation, values: np.ndarray) -> np.ndarray:

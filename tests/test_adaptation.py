@@ -31,7 +31,7 @@ def experiment(dataset, tmp_path_factory):  # noqa: F811
     """One seed's bases, adapted by every arm, at two learning rates."""
     patch = pytest.MonkeyPatch()
     patch.setenv("RECLIB_RUNS", str(tmp_path_factory.mktemp("runs")))
-    p = asked(seeds=[0, 1], learning_rates=[3e-3, 1e-2], tasks=["next_period", "segment"])
+    p = asked(seeds=[0, 1], learning_rates=[3e-3, 1e-2], tasks=["next_period", "segment"], segment_share=0.6)
     whole, tasks = adaptation.tasks_of(p, dataset)
     bases = {seed: adaptation.train_base(p, dataset, whole, CPU, seed) for seed in p.seeds}
     runs = adaptation.adapt(p, bases, dataset, tasks[0], CPU)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from reclib.data import Dataset
 from reclib.splits import row_users
 
 SHARES = (0.5, 0.25, 0.1)
+SEGMENT = 0.6  # few of these users live long enough to have a past and a test window
 
 
 @pytest.fixture(scope="module")
@@ -85,19 +87,36 @@ def test_a_metric_is_averaged_over_a_users_targets(dataset, whole):
     np.testing.assert_allclose(periods.by_user(dataset, rows, values[1]), found[1])
 
 
-def test_the_segment_is_told_from_histories_alone(dataset, whole):
-    found = periods.segment(dataset, whole, 0.3)
-    assert len(found.train.starts) == pytest.approx(0.3 * len(whole.adaptation.train.starts), abs=1.5)
+def test_the_segment_is_told_from_the_past_alone(dataset, whole):
+    found = periods.segment(dataset, whole, SEGMENT)
     ranks = periods.popularity_ranks(whole.base.train, dataset.num_items)
+    distance = {}
+    for user, (start, end) in enumerate(itertools.pairwise(dataset.offsets)):
+        past = [
+            ranks[dataset.items[i]] for i in range(start, end) if dataset.times[i] < whole.about["points"][0]
+        ]
+        distance[user] = np.mean(past) if past else -1
     threshold = found.about["threshold"]
-    assert set(found.test.histories.ends) < set(whole.adaptation.test.histories.ends)
-    for histories in (found.train, found.valid.histories, found.test.histories):
-        assert periods.mean_rank(histories, ranks).min() >= threshold
-    left = set(whole.adaptation.test.histories.ends) - set(found.test.histories.ends)
-    chosen = np.isin(whole.adaptation.test.histories.ends, list(left))
-    items, starts, ends = whole.adaptation.test.histories
-    others = data.Histories(items, starts[chosen], ends[chosen])
-    assert periods.mean_rank(others, ranks).max() < threshold
+    for part, all_of_it in (
+        (found.train, whole.adaptation.train),
+        (found.valid.histories, whole.adaptation.valid.histories),
+        (found.test.histories, whole.adaptation.test.histories),
+    ):
+        users = row_users(dataset, all_of_it)
+        wanted = [end for user, end in zip(users, all_of_it.ends, strict=True) if distance[user] >= threshold]
+        assert part.ends.tolist() == wanted
+        assert 0 < len(wanted) < len(users)
+    have_a_past = sum(distance[user] >= 0 for user in row_users(dataset, whole.adaptation.train))
+    assert len(found.train.starts) == pytest.approx(SEGMENT * have_a_past, abs=1.5)
+
+
+def test_the_segment_does_not_depend_on_what_is_trained_on(dataset, whole):
+    later = dataset.times >= whole.about["points"][0]
+    items = dataset.items.copy()
+    items[later] = 1 + (items[later] + 3) % dataset.num_items
+    other = dataclasses.replace(dataset, items=items)
+    again = periods.segment(other, periods.divide(other, SHARES, 4), SEGMENT)
+    assert again.train.starts.tolist() == periods.segment(dataset, whole, SEGMENT).train.starts.tolist()
 
 
 def test_popularity_ranks_by_hand():
