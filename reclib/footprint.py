@@ -214,11 +214,11 @@ def require_fit(
     sized = ", ".join(f"{name} {size / GIB:.2f}" for name, size in found.parts.items() if size)
     raise InputError(
         f"this does not fit: estimated {found.total / GIB:.2f} GiB ({sized}) of {room / GIB:.2f} usable; "
-        + _knobs(model, train, lengths, memory_bytes, precision, device_type)
+        + ways_to_fit(model, train, lengths, memory_bytes, precision, device_type)
     )
 
 
-def _knobs(
+def ways_to_fit(
     model: ModelConfig,
     train: TrainConfig,
     lengths: np.ndarray,
@@ -226,7 +226,7 @@ def _knobs(
     precision: str,
     device_type: str,
 ) -> str:
-    """Say which changes, each alone, make it fit."""
+    """Say which changes of a training of all weights, each alone, make it fit."""
     room = usable(memory_bytes, device_type)
     said = []
     micro = largest_batch(model, train, lengths, memory_bytes, precision, device_type, train.batch_size)

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from reclib import comparison, devices, params, planner, provenance, record, steptime, workload
+from reclib.adapter_plan import AdapterPlan
 from reclib.config import InputError, TrainConfig, changed, model_config
 from reclib.model import Bert4Rec
 from reclib.trainer import Trainer
@@ -138,9 +139,20 @@ def test_what_cannot_be_planned_is_told(label, precision, said):
         planner.plans(label, MODEL, changed(TRAIN, precision=precision), LENGTHS)
 
 
-def test_only_fp32_was_calibrated_on_a_cpu():
-    with pytest.raises(InputError, match="only fp32"):
-        planner.plan(a_cpu(), MODEL, changed(TRAIN, precision="bf16"), LENGTHS)
+def test_a_cpu_has_no_units_for_what_was_not_calibrated():
+    with pytest.raises(InputError, match="not calibrated"):
+        planner.plan(a_cpu(), MODEL, changed(TRAIN, precision="fp16"), LENGTHS)
+
+
+@pytest.mark.parametrize("label", ["l4", "cpu2 AMD EPYC"])
+def test_an_adapter_costs_less_than_training_everything_and_is_no_validated_plan(label):
+    adapter = AdapterPlan(kind="ilora", rank=8)
+    (full,) = planner.plans(label, MODEL, TRAIN, LENGTHS)
+    (narrow,) = planner.plans(label, MODEL, TRAIN, LENGTHS, adapter=adapter)
+    assert narrow.step.seconds < full.step.seconds
+    assert narrow.peak_bytes < full.peak_bytes
+    assert narrow.footprint.parts["optimizer"] == 8 * 132_096
+    assert narrow.basis == "unvalidated"
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -159,11 +171,32 @@ def test_the_command_line_prints_a_prediction_and_says_so():
     assert "cost" in spoken
 
 
+def test_the_command_line_plans_adapters_other_catalogues_and_losses_on_several_devices(capsys):
+    def plans(*arguments: str) -> list[dict]:
+        planner.main(["--size", "85m", "--json", *arguments])
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    small, large = plans("--gpu", "l4,h100", "--adapter", "ilora", "--rank", "8")
+    assert (small["device"], large["device"], small["adapter"]) == ("l4", "h100", "ilora")
+    (untied,) = plans("--gpu", "h100", "--items", "10000000")
+    (tied,) = plans("--gpu", "h100", "--items", "10000000", "--tied", "--loss", "sampled_softmax")
+    assert (untied["fits"], tied["fits"]) == (0, 1)
+    assert tied["memory"]["weights"] < 0.51 * untied["memory"]["weights"]
+    assert tied["flops"] < 0.01 * untied["flops"]
+
+
 def test_the_command_line_says_what_does_not_fit_and_what_makes_no_sense():
     full = command("--size", "430m", "--gpu", "t4", "--batch-size", "65536")
     assert full.returncode == 1
     assert "DOES NOT FIT" in full.stdout
-    for wrong in (["--size", "431m"], ["--mean-len", "2"], ["--price", "-1"], ["--gpu", "gtx970"]):
+    assert "micro_batch_size=" in full.stdout
+    for wrong in (
+        ["--size", "431m"],
+        ["--mean-len", "2"],
+        ["--price", "-1"],
+        ["--gpu", "gtx970"],
+        ["--rank", "8"],
+    ):
         done = command("--size", "85m", "--gpu", "l4", *wrong)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), wrong
         assert done.stderr.startswith("error: ")
