@@ -111,8 +111,15 @@ def calibrate(cpu: str, found: dict[str, Device]) -> None:
 
     text = calibration_file().read_text(encoding="utf-8")
     head = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
-    whole = calibration() | {cpu: found}
-    calibration_file().write_text(head + yaml.safe_dump(whole, sort_keys=False), encoding="utf-8")
+    whole = json.loads(json.dumps(calibration() | {cpu: found}))  # no anchors where devices share a band
+    calibration_file().write_text(head + yaml.safe_dump(numbered(whole), sort_keys=False), encoding="utf-8")
+
+
+def numbered(tree: Any) -> Any:
+    """Return nested dicts whose keys are numbers where their text is one, as shapes after JSON are."""
+    if not isinstance(tree, dict):
+        return tree
+    return {int(k) if k.isdecimal() else k: numbered(value) for k, value in tree.items()}
 
 
 def groups_of(given: dict[str, Any], rates: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -188,12 +195,18 @@ def error_of(found: list[dict[str, Any]], of: str) -> dict[str, Any]:
 
 
 def write_error(cpu: str) -> None:
-    """Put the errors of a CPU's rows that no fit of its shares has seen into the calibration."""
+    """Put the errors of a CPU's rows that no fit of its shares has seen into the calibration.
+
+    Rows with an adapter and rows in bf16 have an error of their own.
+    """
     mine = calibration()[cpu]
     adopted = any("shares_of" in one for one in mine.values())
     found = [e for kind in (("fitted", "held-out") if adopted else ("held-out",)) for e in errors(kind, cpu)]
-    if found:
-        calibrate(cpu, {name: one | {"error": error_of(found, "held-out")} for name, one in mine.items()})
+    band = error_of(found, "held-out") if found else next(iter(mine.values()))["error"]
+    for kind in ("adapted", "bf16"):
+        if rows := errors(kind, cpu):
+            band[kind] = error_of(rows, "held-out")
+    calibrate(cpu, {name: one | {"error": band} for name, one in mine.items()})
 
 
 # -- predictions ---------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from reclib import flops, hardware, metrics
+from reclib import energy, flops, hardware, metrics
 from reclib.batching import Batch, Epoch
 from reclib.data import Evaluation, Histories
 from reclib.flops import Flops
@@ -75,10 +75,14 @@ class _Clock:
         hardware.synchronize(where)
         hardware.reset_peak_memory(where)
         others = torch.cuda.memory_allocated(where) - state_bytes(self.trainer) if where.type == "cuda" else 0
+        meter, whole = energy.Meter(where), time.perf_counter()
         for _ in range(steps):
             began = time.perf_counter()
             stats = self._next()
             self.found.add(stats, time.perf_counter() - began)
+        used, first = meter.joules(time.perf_counter() - whole), len(self.found.step_seconds) == steps
+        told = used is not None and (first or self.found.joules is not None)
+        self.found.joules = (self.found.joules or 0.0) + (used or 0.0) if told else None
         peak = hardware.peak_memory_bytes(where) - others
         self.found.peak_memory_bytes = max(peak, self.found.peak_memory_bytes or 0)
         if where.type == "cuda":

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from reclib import benchmark, data, devices, paths, planner, steptime
+from reclib import benchmark, data, devices, paths, planner, steptime, workload
+from reclib.adapter_plan import AdapterPlan
 from reclib.config import InputError, ModelConfig, TrainConfig, model_config, validated
 from reclib.data import Dataset
 from reclib.hardware import Device
@@ -122,7 +122,16 @@ def _timed(p: Hardware, size: str, rule: str, label: str, dataset: Any, device: 
     if rate and (price := price_of(p, label)) is not None:
         epoch["cost_per_epoch"] = p.epoch_users / rate / 3600 * price
     counted = {"parameters": sum(x.numel() for x in trainer.parameters), "flops": done.total}
+    counted["bytes_moved"] = _bytes_moved(trainer)
     return Row(own, counted, found.timings() | epoch)
+
+
+def _bytes_moved(trainer: Trainer) -> int:
+    """Return the bytes that a step moves by the planner's count, since nothing measures them."""
+    model, train, histories = trainer.model.config, trainer.config, trainer.histories
+    shapes = workload.mean_shapes(model, train, histories.ends - histories.starts)
+    width = workload.FP32 if trainer.precision.autocast_dtype is None else workload.HALF
+    return int(sum(part.bytes for part in workload.step_parts(model, train, shapes, width)))
 
 
 # -- predicted -----------------------------------------------------------------------------------------------
@@ -186,7 +195,9 @@ TECHNIQUES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gather before the head": ({"layout": "padded", "head_rows": "all"}, {"layout": "padded"}),
     "packed rows": ({"layout": "padded"}, {}),
     "AMP": ({"precision": "fp32"}, {"precision": "auto"}),
+    "iLoRA": ({}, {}),  # against training all weights: the same step with `ILORA`
 }
+ILORA = AdapterPlan(kind="ilora", rank=8, num_experts=4)
 
 
 def gains(p: Hardware) -> list[Row]:
@@ -200,9 +211,11 @@ def gains(p: Hardware) -> list[Row]:
                 for name, sides in TECHNIQUES.items():
                     if name == "AMP" and isinstance(board, steptime.Cpu):
                         continue
+                    adapters = (None, ILORA) if name == "iLoRA" else (None, None)
+                    trains = [train_of(p, **({"precision": "auto"} | side)) for side in sides]
                     without, with_it = (
-                        planner.plan(board, model, train_of(p, **({"precision": "auto"} | side)), lengths)
-                        for side in sides
+                        planner.plan(board, model, train, lengths, adapter=adapter)
+                        for train, adapter in zip(trains, adapters, strict=True)
                     )
                     own = {"size": size, "device": board.label, "technique": name, "basis": with_it.basis}
                     ratio = {"speedup": without.step.seconds / with_it.step.seconds}
@@ -211,38 +224,53 @@ def gains(p: Hardware) -> list[Row]:
 
 
 def fits_which(p: Hardware) -> list[dict[str, Any]]:
-    """Return, for each size, the cheapest way on: which devices hold it, the fastest and the smallest."""
+    """Return, for each size, which GPU to take: those that hold it, the smallest and the fastest of them.
+
+    A GPU that holds the state but not the batch counts as one that does not fit. The cheapest is named where
+    `prices` name two or more of those that fit.
+    """
     lengths = planner.typical_lengths(p.mean_len)
     found = []
     for size in p.sizes:
         plans = [
-            planner.plan(board, model_of(p, size), train_of(p, "auto"), lengths, p.epoch_users)
+            planner.plan(
+                board,
+                model_of(p, size),
+                train_of(p, "auto"),
+                lengths,
+                p.epoch_users,
+                price_of(p, board.label),
+            )
             for label in p.devices
-            for board in boards(label)
+            if not label.startswith("cpu")
+            for board in devices.boards(label)
         ]
-        gpus = [one for one in plans if one.fits]
-        fastest = min(gpus, key=lambda one: one.step.seconds, default=None)
-        smallest = min(gpus, key=lambda one: one.memory_bytes or np.inf, default=None)
-        found.append(
-            {
-                "size": size,
-                "fits on": ", ".join(one.device for one in gpus) or "none",
-                "smallest": None if smallest is None else smallest.device,
-                "its epoch (s)": None if smallest is None else round(smallest.epoch.seconds, 1),
-                "fastest": None if fastest is None else fastest.device,
-                "epoch (s)": None if fastest is None else round(fastest.epoch.seconds, 1),
-                "range (s)": None
-                if fastest is None
-                else f"{fastest.epoch.low:.1f} to {fastest.epoch.high:.1f}",
-            }
-        )
+        fitting = [one for one in plans if one.fits]
+        row = {"size": size, "does not fit on": ", ".join(one.device for one in plans if not one.fits) or "-"}
+        if fitting:
+            row |= _choice(
+                "smallest", min(fitting, key=lambda one: (one.memory_bytes or 0, one.step.seconds))
+            )
+            row |= _choice("fastest", min(fitting, key=lambda one: one.step.seconds))
+        costs = {one.device: cost for one in fitting if (cost := one.cost(one.epoch.seconds)) is not None}
+        if len(costs) > 1:
+            cheapest = min(costs, key=lambda device: costs[device])
+            row |= {"cheapest": cheapest, "its cost of an epoch": f"{costs[cheapest]:.4f}"}
+        found.append(row)
     return found
 
 
-def environment(card: dict[str, Any]) -> dict[str, Any]:
-    """Return what builds of torch a comparison mixes: this one's, and what each device needs."""
-    needs = {board.label: board.build or "any" for board in devices.catalogue().values()}
-    return {"torch": card["torch"], "cuda": card["cuda"], "needs": needs}
+def _choice(name: str, one: Plan) -> dict[str, str]:
+    return {
+        name: one.device,
+        f"{name}: epoch (s)": f"{one.epoch.low:,.0f} to {one.epoch.high:,.0f}",
+        f"{name}: GiB": f"{one.peak_bytes / devices.GIB:.1f} of {(one.memory_bytes or 0) / devices.GIB:.0f}",
+    }
+
+
+def builds() -> dict[str, str]:
+    """Return the boards that need a torch build of their own, and which."""
+    return {board.label: board.build for board in devices.catalogue().values() if board.build}
 
 
 def claimed(p: AmpCompile, dataset: Dataset) -> list[Row]:

@@ -213,6 +213,7 @@ def device_card(device: Device) -> dict[str, Any]:
     """Return what a record says of the device: card, torch, CUDA and driver versions."""
     card = asdict(device.card) | {"claimed": device.claimed}
     card.pop("arch_list")
+    card["cpu_model"] = provenance.cpu_model() if device.card.type == "cpu" else None
     card |= {"torch": torch.__version__, "cuda": torch.version.cuda, "driver": None}
     if device.card.type == "cuda":
         driver = getattr(torch.cuda, "driver_version", None)

@@ -10,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from reclib import devices
+from reclib import devices, steptime
 from reclib.devices import GIB
 from reclib.look import BLUE, GREEN, MUTED, ORANGE, PALETTE, TEMPLATE, bar, marker
 from reclib.speed_figures import reference
@@ -29,9 +29,20 @@ def device_order(rows: pd.DataFrame) -> list[str]:
     return cpus + known + sorted(there - set(cpus) - set(known))
 
 
+def named(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return rows whose CPUs have a name: cpu2 of one machine is not cpu2 of another."""
+    device = rows["device"].astype(str)
+    bare = device.str.fullmatch(r"cpu\d*")
+    if "cpu" not in rows or not bare.any():
+        return rows
+    return rows.assign(
+        device=device.where(~bare, device + " " + rows["cpu"].fillna("").astype(str)).str.strip()
+    )
+
+
 def throughput(rows: pd.DataFrame) -> go.Figure:
     """Sequences/s of each size on each device, with the range of each prediction."""
-    rows = closed_or_measured(rows)
+    rows = closed_or_measured(named(rows))
     figure, sizes, order = _panels(rows)
     for column, size in enumerate(sizes, 1):
         mine = rows[rows["size"] == size]
@@ -68,7 +79,7 @@ def throughput(rows: pd.DataFrame) -> go.Figure:
 
 def memory_by_size(rows: pd.DataFrame) -> go.Figure:
     """Peak memory of each size, and what each device has."""
-    rows = closed_or_measured(rows)
+    rows = closed_or_measured(named(rows))
     figure, sizes, order = _panels(rows)
     for column, size in enumerate(sizes, 1):
         mine = rows[rows["size"] == size]
@@ -100,44 +111,47 @@ def memory_by_size(rows: pd.DataFrame) -> go.Figure:
 def roofline(rows: pd.DataFrame) -> go.Figure:
     """FLOP/s over FLOPs per byte moved: each device's roof, and the steps under it."""
     figure = go.Figure(layout={"template": TEMPLATE})
-    rows = rows[rows["rule"].eq("open") | rows["device"].astype(str).str.startswith("cpu")]
+    rows = named(rows)
+    rows = rows[rows["rule"].fillna("closed").eq("open") | rows["device"].astype(str).str.startswith("cpu")]
     rows = rows[rows["bytes_moved"].notna()] if "bytes_moved" in rows else rows.iloc[:0]
-    x = np.logspace(-1, 4, 60)
-    for number, name in enumerate(n for n in device_order(rows) if n in devices.catalogue()):
-        board, color = devices.catalogue()[name], PALETTE[number % len(PALETTE)]
-        peak = board.peaks[board.precision()]
-        roof = np.minimum(peak, board.bandwidth * x)
-        style = {"color": color, "width": 1.5, "dash": "dot" if number >= len(PALETTE) else "solid"}
-        figure.add_scatter(x=x, y=roof, mode="lines", line=style, name=name, hoverinfo="skip")
+    for number, name in enumerate(device_order(rows)):
+        color, measured = PALETTE[number % len(PALETTE)], name in steptime.cpus()
         mine = rows[rows["device"] == name]
-        figure.add_scatter(
-            x=mine["flops"] / mine["bytes_moved"],
-            y=mine["flops"] / mine["step_seconds"],
-            mode="markers",
-            marker=marker("predicted", color),
-            customdata=mine["size"],
-            hovertemplate=f"{name}, %{{customdata}}: %{{y:.2s}}FLOP/s, predicted<extra></extra>",
-            showlegend=False,
-        )
-    for name in sorted(set(rows["device"]) - set(devices.catalogue())):
-        mine = rows[rows["device"] == name]
+        if (roof := roof_of(name)) is not None:
+            x = np.logspace(-1, 4, 60)
+            dash = "solid" if measured else "dot" if number >= len(PALETTE) else "dash"
+            style = {"color": color, "width": 1.5, "dash": dash}
+            y = np.minimum(roof[0], roof[1] * x)
+            figure.add_scatter(x=x, y=y, mode="lines", line=style, name=name, hoverinfo="skip")
         for kind, part in mine.groupby("kind"):
             figure.add_scatter(
                 x=part["flops"] / part["bytes_moved"],
                 y=part["flops"] / part["step_seconds"],
                 mode="markers",
-                marker=marker(str(kind), MUTED),
+                marker=marker(str(kind), color),
                 name=f"{name}, {kind}",
                 customdata=part["size"],
                 hovertemplate=f"{name}, %{{customdata}}: %{{y:.2s}}FLOP/s, {kind}<extra></extra>",
+                showlegend=roof is None,
             )
     figure.update_xaxes(type="log", title_text="FLOPs per byte moved through main memory")
-    figure.update_yaxes(type="log", title_text="FLOP/s (roof: data sheet)", exponentformat="SI")
+    figure.update_yaxes(
+        type="log", title_text="FLOP/s (roof: data sheet; of CPUs measured)", exponentformat="SI"
+    )
     legend = {"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"}
     title = (
         _roof_title(rows) or "Steps measured here, under no roof: no device of the catalogue is among them"
     )
     return figure.update_layout(height=520, showlegend=True, legend=legend, title_text=title)
+
+
+def roof_of(name: str) -> tuple[float, float] | None:
+    """Return a device's FLOP/s at most and its bytes/s: by its data sheet, of a CPU as measured."""
+    if name in steptime.cpus():
+        rates = steptime.cpus()[name].rates
+        return max(rates["product fp32"].values()), rates["bandwidth"]
+    board = devices.catalogue().get(name)
+    return None if board is None else (board.peaks[board.precision()], board.bandwidth)
 
 
 def _roof_title(rows: pd.DataFrame) -> str:
@@ -154,7 +168,8 @@ def _ridge(board: devices.Board) -> float:
 
 
 def technique_gains(rows: pd.DataFrame) -> go.Figure:
-    """How many times faster each technique makes a step, by device and size; all predicted."""
+    """How many times faster each technique makes a step, by device and size, measured and predicted."""
+    rows = named(rows)
     names = list(dict.fromkeys(rows["technique"]))
     sizes = [size for size in SIZES if size in set(rows["size"])]
     order = device_order(rows)
@@ -163,25 +178,34 @@ def technique_gains(rows: pd.DataFrame) -> go.Figure:
     ).update_layout(template=TEMPLATE)
     for column, name in enumerate(names, 1):
         for number, size in enumerate(sizes):
-            part = rows[(rows["technique"] == name) & (rows["size"] == size)]
-            figure.add_scatter(
-                x=part["speedup"],
-                y=part["device"],
-                mode="markers",
-                marker=marker(str(rows["kind"].iloc[0]), PALETTE[number % len(PALETTE)]),
-                name=size,
-                legendgroup=size,
-                showlegend=column == 1,
-                hovertemplate=f"%{{y}}, {size}: %{{x:.2f}} times<extra></extra>",
-                row=1,
-                col=column,
-            )
+            for kind in ("measured", "predicted"):
+                of = (rows["technique"] == name) & (rows["size"] == size) & (rows["kind"] == kind)
+                part = rows[of]
+                figure.add_scatter(
+                    x=part["speedup"],
+                    y=part["device"],
+                    mode="markers",
+                    marker=marker(kind, PALETTE[number % len(PALETTE)]),
+                    name=size,
+                    legendgroup=size,
+                    showlegend=column == 1 and kind == _kinds(rows, size)[0],
+                    hovertemplate=f"%{{y}}, {size}: %{{x:.2f}} times, {kind}<extra></extra>",
+                    row=1,
+                    col=column,
+                )
         figure.add_vline(x=1, line={"color": MUTED, "width": 1}, row=1, col=column)
     figure.update_xaxes(title_text="times the speed without it")
     best = rows.iloc[int(rows["speedup"].argmax())]
-    title = f"{best['technique']}: up to {best['speedup']:.1f} times the speed, predicted ({best['device']})"
+    title = (
+        f"{best['technique']}: up to {best['speedup']:.1f} times the speed, {best['kind']} ({best['device']})"
+    )
     figure = _finish(figure, order, title)
     return figure.update_layout(showlegend=True, legend={"y": -0.3, "yanchor": "top"}, margin={"b": 120})
+
+
+def _kinds(rows: pd.DataFrame, size: str) -> list[str]:
+    """Return the kinds of records of a size, measured before predicted."""
+    return sorted(set(rows.loc[rows["size"] == size, "kind"]))
 
 
 def closed_or_measured(rows: pd.DataFrame) -> pd.DataFrame:

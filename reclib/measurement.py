@@ -36,6 +36,7 @@ class Measurement:
     target_slots: int = 0  # places in the head, used or not
     peak_memory_bytes: int | None = None  # CUDA: allocated for this variant; CPU: resident in the process
     reserved_bytes: int | None = None  # CUDA only
+    joules: float | None = None  # of the timed steps, where the device reports it
 
     def add(self, stats: StepStats, seconds: float) -> None:
         """Count one timed step."""
@@ -111,6 +112,7 @@ class Measurement:
             "compile_seconds": self.compile_seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
             "reserved_bytes": self.reserved_bytes,
+            "joules_per_sequence": None if self.joules is None else self.joules / self.sequences,
         }
 
     def counts(self) -> dict[str, int]:
@@ -149,4 +151,6 @@ def merged(parts: list[Measurement]) -> Measurement:
         setattr(whole, name, sum(getattr(part, name) for part in parts))
     peaks = [part.peak_memory_bytes for part in parts if part.peak_memory_bytes is not None]
     whole.peak_memory_bytes = max(peaks, default=None)
+    joules = [part.joules for part in parts if part.joules is not None]
+    whole.joules = sum(joules) if len(joules) == len(parts) else None
     return whole

@@ -31,6 +31,7 @@ from reclib.steptime import Cpu, Estimate
 
 __all__ = ["Plan", "memory", "plan", "plans", "require_fit", "typical_lengths"]
 ELECTRONICS = {"users": 582_942, "mean_len": 9.25}  # the seed study's training sequences; its dataset's mean
+ENOUGH = 4  # held-out rows of a kind of run from which its plans count as validated
 HELD_BACK = 2  # last interactions, for validation and test
 
 
@@ -142,9 +143,9 @@ def plan(
     width = workload.HALF if precision in ("bf16", "fp16") else workload.FP32
     parts = workload.step_parts(model, train, shapes, width, adapter)
     if isinstance(device, Cpu):
-        step = steptime.on_cpu(parts, model, device, precision)
-        tried = adapter is None and precision == "fp32" and not device.stands_among
-        basis = "validated" if tried else "unvalidated"
+        step = steptime.on_cpu(parts, model, device, precision, adapter is not None)
+        tried = device.band(adapter is not None, precision)["rows"]
+        basis = "validated" if tried >= ENOUGH and not device.stands_among else "unvalidated"
         process, room, kind, largest = device.process_bytes, None, "cpu", None
     else:
         step = steptime.on_board(parts, device, precision)
@@ -218,7 +219,7 @@ def _range(found: Plan) -> str:
         return "assumed efficiency"
     if found.basis == "validated":
         return "worst error of held-out rows"
-    return "worst error of held-out rows, of which none was such a run"
+    return "worst error of held-out rows, too few of which were such a run"
 
 
 class _Parser(argparse.ArgumentParser):

@@ -73,10 +73,14 @@ def cpu_name() -> str:
 def cpu_model() -> str:
     """Return a short name that tells generations apart, such as `Intel Xeon 6/207` (family and model)."""
     found = _cpuinfo()
-    words = re.sub(r"\((R|TM)\)|@.*", "", cpu_name()).split()
-    short = " ".join(word for word in words if word not in ("Processor", "CPU"))
     numbers = [found[name] for name in ("cpu family", "model") if name in found]
-    return f"{short} {'/'.join(numbers)}".strip()
+    return f"{short_cpu(cpu_name())} {'/'.join(numbers)}".strip()
+
+
+def short_cpu(name: str) -> str:
+    """Return a CPU's name without marks and words that say nothing."""
+    words = re.sub(r"\((R|TM)\)|@.*", "", name).split()
+    return " ".join(word for word in words if word not in ("Processor", "CPU"))
 
 
 def _cpuinfo() -> dict[str, str]:

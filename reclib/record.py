@@ -31,6 +31,7 @@ Kind = Literal["measured", "predicted"]
 
 CARD = (
     "name",
+    "cpu_model",  # tells generations of one name apart; None on a GPU
     "type",
     "capability",
     "memory_bytes",

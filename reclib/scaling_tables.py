@@ -7,6 +7,8 @@ from typing import Any
 
 import pandas as pd
 
+from reclib import gathered
+
 Record = Mapping[str, Any]
 LATE = 0.01  # nats off the lowest loss in the last fifth of the training: above it a run is undertrained
 
@@ -79,7 +81,7 @@ def real_steps(records: Iterable[Record]) -> pd.DataFrame:
             {
                 "size": own["size"],
                 "parameters": count,
-                "threads": own["threads"],
+                "device": gathered.device_of(one),
                 "batch": own["batch_size"],
                 "step s": round(took["step_seconds"], 3),
                 "tokens/s": round(took["tokens_per_second"]),

@@ -50,6 +50,11 @@ class Cpu:
     shares_of: str = ""  # another CPU that shares and heap were fitted on; "": this one
     stands_among: tuple[Cpu, ...] = ()  # the CPUs measured, where none of them is the one asked for
 
+    def band(self, adapted: bool = False, precision: str = "fp32") -> Mapping[str, Any]:
+        """Return the error of held-out rows of this kind of run; of training all weights where none was."""
+        kind = "adapted" if adapted else precision
+        return self.error if kind == "fp32" else self.error.get(kind, {**self.error, "rows": 0})
+
     @property
     def threads(self) -> int:
         """Threads that compute."""
@@ -120,15 +125,17 @@ def _cpu_seconds(part: Part, model: ModelConfig, rates: Mapping[str, Any], preci
     return part.elements / rates[part.kind]
 
 
-def on_cpu(parts: Sequence[Part], model: ModelConfig, cpu: Cpu, precision: str = "fp32") -> Estimate:
+def on_cpu(
+    parts: Sequence[Part], model: ModelConfig, cpu: Cpu, precision: str = "fp32", adapted: bool = False
+) -> Estimate:
     """Return the step on a measured CPU; the range is the worst error of rows held out.
 
     Where it stands in for one that was not measured, the range holds those of all that were.
     """
     groups = cpu_groups(parts, model, cpu.rates, precision)
     seconds = {name: cpu.shares[name] * groups[name] for name in GROUPS}
-    whole, worst = sum(seconds.values()), cpu.error["time_worst"]
-    among = [on_cpu(parts, model, one, precision) for one in cpu.stands_among]
+    whole, worst = sum(seconds.values()), cpu.band(adapted, precision)["time_worst"]
+    among = [on_cpu(parts, model, one, precision, adapted) for one in cpu.stands_among]
     low = min([whole / (1 + worst), *(one.low for one in among)])
     return Estimate(whole, low, max([whole * (1 + worst), *(one.high for one in among)]), seconds)
 

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from reclib import gathered
+
 Record = Mapping[str, Any]
 
 # The more work, the more it says: of several profiles a figure shows the last of these that there
@@ -57,6 +59,8 @@ def table(records: Iterable[Record]) -> pd.DataFrame:
     for record in records:
         about = {key: record.get(key) for key in ("kind", "label", "profile", "seed")}
         about["dataset"] = (record.get("data") or {}).get("name")
+        if "device" in (record.get("own_params") or {}):  # cpu2 of which CPU?
+            about["cpu"] = gathered.cpu_of(record)
         timed = record.get("timings") or {}
         columns = {**timed, **(record.get("own_params") or {}), **record["metrics"], **about}
         series = record.get("series") or {}

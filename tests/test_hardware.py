@@ -125,7 +125,7 @@ def test_card_of_a_record_has_versions_and_no_host():
     assert card["torch"] == torch.__version__
     assert card["label"] == "cpu"
     described = {"type", "name", "label", "capability", "memory_bytes", "threads"}
-    assert set(card) == described | {"claimed", "torch", "cuda", "driver"}
+    assert set(card) == described | {"claimed", "cpu_model", "torch", "cuda", "driver"}
 
 
 def test_compile_mode_that_does_not_apply_is_off_with_its_reason():

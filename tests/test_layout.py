@@ -12,7 +12,7 @@ from conftest import ROOT
 # From the ground up: a module imports only those before it. A new module takes its place here.
 ORDER = [
     *("paths", "config", "lifeline", "turns"),
-    *("injected", "notebook_params", "params", "provenance", "tracker", "hardware"),
+    *("injected", "notebook_params", "params", "provenance", "tracker", "hardware", "energy"),
     *("cache", "synthetic", "fetch", "ml100k"),
     *("rawfile", "formats", "rows", "rejects", "rawtable", "sequences", "parquet", "titles"),
     *("reading", "sources", "dataset", "prepare", "splits", "periods", "data"),
@@ -25,7 +25,7 @@ ORDER = [
     *("ladder", "speed", "comparison", "selfcheck"),
     *("adaptation", "adaptation_results", "adapter_speed"),
     *("audit", "bypass", "recreation", "verdicts"),
-    *("record", "merging", "counts", "gridfile", "grid", "scoring"),
+    *("record", "gathered", "merging", "counts", "gridfile", "grid", "scoring"),
     *("law", "scaling", "scaling_tables", "tuned", "tuning", "tune", "sized"),
     *("tables", "look", "answers", "page", "marks", "speed_figures", "hardware_figures"),
     *("accuracy_figures", "control_figures", "data_figures", "scaling_figures"),

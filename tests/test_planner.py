@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -235,6 +236,22 @@ def test_measured_cpus_are_two_devices_each_with_their_errors():
             assert cpu.error["of"] == "held-out"
             assert cpu.error["rows"] >= 10
             assert set(cpu.shares) == set(steptime.GROUPS)
+
+
+def test_a_kind_of_run_is_validated_by_rows_of_its_own():
+    few, enough = {"rows": 2, "time_worst": 0.3}, {"rows": 4, "time_worst": 0.2}
+    cpu = a_cpu(error=ERROR | {"adapted": enough, "bf16": few})
+    rates = RATES | {
+        "product bf16": RATES["product fp32"],
+        "head bf16": RATES["head fp32"],
+        "bandwidth": 1e10,
+    }
+    cpu = replace(cpu, rates=rates)
+    adapted = planner.plan(cpu, MODEL, TRAIN, LENGTHS, adapter=AdapterPlan())
+    half = planner.plan(cpu, MODEL, changed(TRAIN, precision="bf16"), LENGTHS)
+    assert (adapted.basis, half.basis) == ("validated", "unvalidated")
+    assert adapted.step.high == pytest.approx(1.2 * adapted.step.seconds)
+    assert half.step.high == pytest.approx(1.3 * half.step.seconds)
 
 
 def test_a_cpu_label_is_the_cpu_that_is_here(monkeypatch):
