@@ -171,28 +171,27 @@ def technique_gains(rows: pd.DataFrame) -> go.Figure:
     """How many times faster each technique makes a step, by device and size, measured and predicted."""
     rows = named(rows)
     names = list(dict.fromkeys(rows["technique"]))
+    rows = rows[rows["size"].isin(SIZES)]
     sizes = [size for size in SIZES if size in set(rows["size"])]
     order = device_order(rows)
     figure = make_subplots(
         cols=len(names), shared_yaxes=True, subplot_titles=names, horizontal_spacing=0.04
     ).update_layout(template=TEMPLATE)
     for column, name in enumerate(names, 1):
-        for number, size in enumerate(sizes):
-            for kind in ("measured", "predicted"):
-                of = (rows["technique"] == name) & (rows["size"] == size) & (rows["kind"] == kind)
-                part = rows[of]
-                figure.add_scatter(
-                    x=part["speedup"],
-                    y=part["device"],
-                    mode="markers",
-                    marker=marker(kind, PALETTE[number % len(PALETTE)]),
-                    name=size,
-                    legendgroup=size,
-                    showlegend=column == 1 and kind == _kinds(rows, size)[0],
-                    hovertemplate=f"%{{y}}, {size}: %{{x:.2f}} times, {kind}<extra></extra>",
-                    row=1,
-                    col=column,
-                )
+        for (size, kind), part in rows[rows["technique"] == name].groupby(["size", "kind"]):
+            known = {trace.name for trace in figure.data}
+            figure.add_scatter(
+                x=part["speedup"],
+                y=part["device"],
+                mode="markers",
+                marker=marker(str(kind), PALETTE[sizes.index(size) % len(PALETTE)]),
+                name=size,
+                legendgroup=size,
+                showlegend=size not in known,
+                hovertemplate=f"%{{y}}, {size}: %{{x:.2f}} times, {kind}<extra></extra>",
+                row=1,
+                col=column,
+            )
         figure.add_vline(x=1, line={"color": MUTED, "width": 1}, row=1, col=column)
     figure.update_xaxes(title_text="times the speed without it")
     best = rows.iloc[int(rows["speedup"].argmax())]
@@ -201,11 +200,6 @@ def technique_gains(rows: pd.DataFrame) -> go.Figure:
     )
     figure = _finish(figure, order, title)
     return figure.update_layout(showlegend=True, legend={"y": -0.3, "yanchor": "top"}, margin={"b": 120})
-
-
-def _kinds(rows: pd.DataFrame, size: str) -> list[str]:
-    """Return the kinds of records of a size, measured before predicted."""
-    return sorted(set(rows.loc[rows["size"] == size, "kind"]))
 
 
 def closed_or_measured(rows: pd.DataFrame) -> pd.DataFrame:

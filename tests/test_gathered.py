@@ -56,8 +56,8 @@ def test_a_step_without_bytes_gets_those_of_its_plan():
 
 
 def test_measured_gains_are_ratios_within_one_run():
-    def of(name, seconds, **own):
-        return step(seconds=seconds, notebook="04_amp_compile", name=name, own_params=own)
+    def of(what, seconds, **own):
+        return step(seconds=seconds, notebook="04_amp_compile", name=what, own_params=own)
 
     rungs = [("masked", 4.0), ("gather before the head", 2.0), ("packed rows", 1.0), ("fused AdamW", 0.9)]
     records = [of("ladder", s, rung=number, name=name) for number, (name, s) in enumerate(rungs)]
