@@ -3,12 +3,14 @@
 A step's samples are drawn before they are laid out, from a generator seeded by (seed, stream, epoch, step).
 So the same step has the same targets in packed or padded rows, in one piece or in micro-batches, and a
 resumed run needs no generator state. Packing is first-fit decreasing, for all steps of an epoch at once.
+Of several processes that train together each draws the whole step and lays out its own micro-batches.
 
 Shapes: S steps, B sequences of a step, T items of a step, R rows, L = max_len, Q queries of a row, M targets.
 """
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 from collections.abc import Generator, Iterable, Iterator
@@ -56,6 +58,14 @@ class Batch(NamedTuple):
             if isinstance(value, Tensor)
         }
         return self._replace(**tensors)
+
+
+class Totals(NamedTuple):
+    """What a whole step holds, over its micro-batches and over all processes that train together."""
+
+    num_targets: int
+    num_tokens: int  # real items, MASK included
+    num_sequences: int
 
 
 def generator(*key: int) -> np.random.Generator:
@@ -141,9 +151,21 @@ class Layout:
 
 
 class Epoch:
-    """The steps of one pass over the users; `step(i)` gives the micro-batches of step i, always the same."""
+    """The steps of one pass over the users; `step(i)` gives the micro-batches of step i, always the same.
 
-    def __init__(self, histories: Histories, model: ModelConfig, train: TrainConfig, epoch: int) -> None:
+    Of `ranks` processes, which divide `batch_size`, this is number `rank`: of the micro-batches of a step it
+    has every `ranks`-th, which at the end of an epoch may be none.
+    """
+
+    def __init__(
+        self,
+        histories: Histories,
+        model: ModelConfig,
+        train: TrainConfig,
+        epoch: int,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
         self.model, self.train, self.epoch = model, train, epoch
         self.shares = negative_shares(histories, model.num_items, train) if train.sampled else None
         if train.prefix_share:
@@ -154,8 +176,9 @@ class Epoch:
         users = np.flatnonzero(histories.ends - histories.starts > self.extra)
         self.users = generator(train.seed, ORDER, epoch).permutation(users)
         self.num_steps = -(-len(users) // train.batch_size)
-        micro = train.micro_batch_size or train.batch_size
-        self.micros = train.batch_size // micro
+        self.rank, self.ranks = rank, ranks
+        micro = math.gcd(train.micro_batch_size or train.batch_size, train.batch_size // ranks)
+        self.micro_batch_size = micro
         lengths = np.zeros(self.num_steps * train.batch_size, dtype=np.int64)
         spans = histories.ends[self.users] - histories.starts[self.users] - self.extra
         lengths[: len(users)] = np.minimum(spans, model.max_len)
@@ -186,18 +209,23 @@ class Epoch:
 
     def step(self, step: int) -> list[Batch]:
         """Return the micro-batches of a step."""
+        return self.counted(step)[0]
+
+    def counted(self, step: int) -> tuple[list[Batch], Totals]:
+        """Return the micro-batches of a step that are this process's, and what all of them hold."""
         samples, negatives = self.samples(step), self.negatives(step)
-        size = self.train.batch_size // self.micros
+        size = self.micro_batch_size
         ends = np.concatenate(([0], np.cumsum(samples.lengths)))
         batches = []
-        for first in range(0, len(samples.lengths), size):
+        for first in range(0, len(samples.lengths), size)[self.rank :: self.ranks]:
             part = slice(first, min(first + size, len(samples.lengths)))
             items = slice(ends[part.start], ends[part.stop])
             tokens, lengths, is_target, labels = samples
             piece = Samples(tokens[items], lengths[part], is_target[items], labels[items])
             rows, places = self.rows[step, part], self.places[step, part]
             batches.append(self.layout.batch(piece, rows, places)._replace(**negatives))
-        return batches
+        whole = Totals(int(samples.is_target.sum()), len(samples.tokens), len(samples.lengths))
+        return batches, whole
 
 
 def next_item_batches(

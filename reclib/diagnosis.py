@@ -1,4 +1,4 @@
-"""Why a notebook did not get through, and what its owner can do about it."""
+"""Why a notebook or a process did not get through, and what its owner can do about it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _COUNTERS = (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat"))
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MEMORY = re.compile(r"MemoryError|OutOfMemoryError|out of memory|can't allocate memory", re.IGNORECASE)
 _LESS_MEMORY = "lower batch_size or micro_batch_size, or choose a smaller size"
-_AGAIN = "the same command goes on from the last checkpoint"
+AGAIN = "the same command goes on from the last checkpoint"
 
 
 def memory_kills(files: tuple[Path, ...] = _COUNTERS) -> int:
@@ -23,18 +23,18 @@ def memory_kills(files: tuple[Path, ...] = _COUNTERS) -> int:
     return 0
 
 
-def of_death(code: int | None, kills: int) -> str:
-    """Say what ended a kernel: its exit code (minus the signal), and memory kills while it ran."""
+def of_death(code: int | None, kills: int, who: str = "its kernel") -> str:
+    """Say what ended a process: its exit code (minus the signal), and memory kills while it ran."""
     if code == -signal.SIGKILL and kills:
-        return f"its kernel was killed, and the system killed a process for memory: {_LESS_MEMORY}; {_AGAIN}"
+        return f"{who} was killed, and the system killed a process for memory: {_LESS_MEMORY}; {AGAIN}"
     if code == -signal.SIGKILL:
         return (
-            "its kernel was killed by SIGKILL, by somebody or for memory (`dmesg` tells): if for memory, "
-            f"{_LESS_MEMORY}; {_AGAIN}"
+            f"{who} was killed by SIGKILL, by somebody or for memory (`dmesg` tells): if for memory, "
+            f"{_LESS_MEMORY}; {AGAIN}"
         )
     if code is not None and code < 0:
-        return f"its kernel died of {signal.Signals(-code).name}; {_AGAIN}"
-    return f"its kernel ended with exit code {code}; {_AGAIN}"
+        return f"{who} died of {signal.Signals(-code).name}; {AGAIN}"
+    return f"{who} ended with exit code {code}; {AGAIN}"
 
 
 def of_error(said: str) -> str:
@@ -42,9 +42,9 @@ def of_error(said: str) -> str:
     if _MEMORY.search(said):
         return f"; out of memory: {_LESS_MEMORY}"
     if any(re.search(rf"\[Errno {number}\]", said) for number in _DISK) or "No space left" in said:
-        return f"; the disk is full or a limit is reached: free some space, {_AGAIN}"
+        return f"; the disk is full or a limit is reached: free some space, {AGAIN}"
     if "CellTimeoutError" in said:
-        return f"; it took longer than --timeout allows: {_AGAIN}"
+        return f"; it took longer than --timeout allows: {AGAIN}"
     return ""
 
 

@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from reclib import paths, provenance, tracker
-from reclib.config import ModelConfig, TrainConfig, model_config, validated
+from reclib import launch, paths, provenance, runfile, tracker
+from reclib.config import DataConfig, ModelConfig, TrainConfig, model_config, validated
 from reclib.curves import Curves
 from reclib.data import Dataset
-from reclib.fit import SELECT, Options, data_identity, fit
+from reclib.fit import SELECT, Options, data_identity, fit, is_finished
 from reclib.hardware import Device
-from reclib.notebook_params import Baseline
+from reclib.notebook_params import Baseline, Scaling
+from reclib.runfile import Setup
 from reclib.splits import Split
 from reclib.trainer import Trainer
 
@@ -54,6 +55,13 @@ class Trained:
         lowest = min(values)
         return {"lowest_valid_loss": lowest, "last_valid_loss": values[-1], "late_drop": before - lowest}
 
+    def together(self) -> dict[str, Any]:
+        """Return how many processes trained it and what joined them; nothing where it was one."""
+        progress = self.trainer.progress
+        if progress.processes == 1:
+            return {}
+        return {"processes": progress.processes, "backend": progress.backend}
+
     def timings(self) -> dict[str, float]:
         """Return what the run took."""
         progress = self.trainer.progress
@@ -83,9 +91,10 @@ def train_of(p: Baseline, seed: int, objective: str = "cloze") -> TrainConfig:
     return validated(TrainConfig, given)
 
 
-def run_folder(notebook: str, model: ModelConfig, train: TrainConfig, data: str) -> Path:
-    """Return the folder of a run's checkpoints; another configuration, data or code has another."""
-    parts = [asdict(model), asdict(train), data, provenance.code_hash(notebook)]
+def run_folder(notebook: str, model: ModelConfig, train: TrainConfig, data: str, nproc: int = 1) -> Path:
+    """Return the folder of a run's checkpoints; another configuration, data, code or `nproc` has another."""
+    parts: list[Any] = [asdict(model), asdict(train), data, provenance.code_hash(notebook)]
+    parts += [nproc] if nproc > 1 else []
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
     return paths.runs() / notebook / key
 
@@ -96,11 +105,37 @@ def train_seed(
     """Train one seed of a model of `OBJECTIVES`, or go on with a run of the same code and data."""
     objective = OBJECTIVES[name]
     model, train = model_of(p, dataset, objective), train_of(p, seed, objective)
-    data = data_identity(dataset, split)
-    folder = run_folder(notebook, model, train, data)
-    about = {"model": asdict(model), "train": asdict(train), "data": data}
     title = f"{notebook}-{device.label}-{name}-{split.name.split()[0]}-seed{seed}"
+    return carried_out(notebook, p, dataset, split, device, model, train, title)
+
+
+def carried_out(
+    notebook: str,
+    p: Baseline | Scaling,
+    dataset: Dataset,
+    split: Split,
+    device: Device,
+    model: ModelConfig,
+    train: TrainConfig,
+    title: str,
+) -> Trained:
+    """Train a model as a notebook's parameters say: here, or by several processes beside the notebook.
+
+    Those leave a finished run in the folder of checkpoints, and that is read back. Raises `InputError` with
+    what they said where they failed.
+    """
+    data = data_identity(dataset, split)
+    folder = run_folder(notebook, model, train, data, p.nproc)
+    about = {"model": asdict(model), "train": asdict(train), "data": data}
+    if p.nproc > 1:
+        if not is_finished(folder):
+            given = DataConfig(dataset=p.dataset, min_user=p.min_user, min_item=p.min_item)
+            setup = Setup(given, train, None, asdict(model), split.name, data, notebook, title)
+            runfile.write(folder / "run.json", setup)
+            words = ["--run", str(folder / "run.json"), "--out", str(folder)]
+            launch.apart([*words, "--gpu", p.gpu, "--tracker", p.tracker], p.nproc)
+        return Trained(train.seed, fit(model, dataset, train, device, folder, split=split))
     with tracker.start(p.tracker, notebook, title, about) as track:
         curves = Curves(track, device)
         options = Options(on_step=curves.step, on_evaluation=curves.evaluation)
-        return Trained(seed, fit(model, dataset, train, device, folder, options, split))
+        return Trained(train.seed, fit(model, dataset, train, device, folder, options, split))

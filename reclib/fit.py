@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import json
 import math
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -22,23 +23,16 @@ import yaml
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from reclib import checkpoint, metrics, tracker
+from reclib import checkpoint, diagnosis, distributed, launch, lifeline, metrics, runfile, tracker
 from reclib.adapters import base_hash
 from reclib.checkpoint import load_unique, refuse_other, unique_tensors
-from reclib.config import (
-    SIZE_NAMES,
-    DataConfig,
-    InputError,
-    ModelConfig,
-    TrainConfig,
-    model_config,
-    validated,
-)
+from reclib.config import SIZE_NAMES, InputError, ModelConfig, TrainConfig
 from reclib.curves import Curves
 from reclib.data import Dataset, Evaluation, prepare
 from reclib.hardware import Device, resolve
 from reclib.ilora import AdaptedModel
 from reclib.model import Bert4Rec
+from reclib.runfile import Setup
 from reclib.splits import Split, leave_one_out
 from reclib.trainer import StepStats, Trainer
 
@@ -58,10 +52,14 @@ class Options:
 def rank_targets(
     trainer: Trainer, part: Evaluation, remove_seen: bool, top_k: int = 0, with_losses: bool = False
 ) -> metrics.Ranking:
-    """Rank the targets of `part` with the trainer's model, in its precision."""
-    with trainer.autocast():
-        scores = metrics.model_scores(trainer.model, part, trainer.where)
-        return metrics.rank(scores, part, remove_seen, top_k, with_losses)
+    """Rank the targets of `part` with the trainer's model, in its precision, each process its users."""
+
+    def rank(part: Evaluation) -> metrics.Ranking:
+        with trainer.autocast():
+            scores = metrics.model_scores(trainer.model, part, trainer.where)
+            return metrics.rank(scores, part, remove_seen, top_k, with_losses)
+
+    return trainer.ranks.ranking(part, rank)
 
 
 def fit(
@@ -83,6 +81,28 @@ def fit(
     split = split or leave_one_out(dataset)
     trainer = Trainer(Bert4Rec(model), split.train, config, device, data_identity(dataset, split))
     return _carried_through(trainer, split, folder, options or Options())
+
+
+def fit_setup(setup: Setup, claimed: str, folder: Path, kind: str = "none") -> Trainer:
+    """Train what a setup says on the device of a gpu label, beside other processes or alone; see `fit`.
+
+    `kind` is the tracker that gets the curves, of several processes from the first one.
+    """
+    device = resolve(claimed)
+    distributed.divide_threads(device.label)
+    dataset = prepare(setup.data)
+    split = runfile.SPLITS[setup.split](dataset)
+    model, found = setup.model(dataset.num_items), data_identity(dataset, split)
+    if setup.identity not in (None, found):
+        raise InputError(f"the data of the run are {found}, not {setup.identity}")
+    about = {"model": asdict(model), "train": asdict(setup.train)}
+    first = distributed.ranks().first
+    with tracker.start(kind if first else "none", setup.group, setup.title or folder.name, about) as track:
+        curves = Curves(track, device)
+        options = Options(True, sys.stderr.isatty(), curves.step, curves.evaluation)
+        if not first:
+            options = Options()
+        return fit(model, dataset, setup.train, device, folder, options, split)
 
 
 def fine_tune(
@@ -126,6 +146,7 @@ def _carried_through(trainer: Trainer, split: Split, folder: Path | None, option
     """Train to the end from the newest checkpoint, if there is one, and load the best weights."""
     if folder is not None:
         trainer.resume(folder)
+        trainer.ranks.demand_same(trainer.progress.step, folder)
     best: dict[str, Tensor] = {}
     if not trainer.progress.done:
         best = _train(trainer, split.valid, folder, options)
@@ -134,6 +155,17 @@ def _carried_through(trainer: Trainer, split: Split, folder: Path | None, option
         refuse_other(state["identity"], trainer.identity(), folder)
     load_unique(trainer.model, best)
     return trainer
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run in a folder got through, as far as its newest checkpoint says."""
+    found = checkpoint.latest(folder)
+    try:
+        return found is not None and bool(
+            json.loads((found / checkpoint.STATE).read_text())["progress"]["done"]
+        )
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def data_identity(dataset: Dataset, split: Split) -> str:
@@ -145,8 +177,12 @@ def data_identity(dataset: Dataset, split: Split) -> str:
 
 
 def _train(trainer: Trainer, valid: Evaluation, folder: Path | None, options: Options) -> dict[str, Tensor]:
-    """Run the loop to its end or the early stop; return the best weights found on this call, if any."""
+    """Run the loop to its end or the early stop; return the best weights found on this call, if any.
+
+    Of several processes the first one writes and shows; what is decided by validation is decided by its row.
+    """
     progress, config = trainer.progress, trainer.config
+    folder = folder if trainer.ranks.first else None
     best: dict[str, Tensor] = {}
     saved_at = time.monotonic()
     pending: list[StepStats] = []  # their losses are read late, since reading waits for the device
@@ -156,7 +192,7 @@ def _train(trainer: Trainer, valid: Evaluation, folder: Path | None, options: Op
         unit="step",
         mininterval=1.0,
         leave=False,
-        disable=not options.progress_bar,
+        disable=not (options.progress_bar and trainer.ranks.first),
     )
     with bar:
         for stats in trainer.steps():
@@ -227,6 +263,7 @@ def _evaluate(
         **metrics.summary(ranking.ranks),
         "eval_seconds": time.perf_counter() - started,
     }
+    row = trainer.ranks.of_first(row)
     progress.loss_sum, progress.loss_targets = 0.0, 0
     progress.history.append(row)
     if options.on_evaluation is not None:
@@ -252,6 +289,35 @@ def load_model(folder: Path) -> Bert4Rec:
 
 def main(argv: list[str] | None = None) -> int:
     """Train from the command line; print validation's best as one JSON line."""
+    lifeline.hold()
+    arguments = sys.argv[1:] if argv is None else argv
+    given = _parser().parse_args(arguments)
+    values = {name: yaml.safe_load(value) for name, value in given.p}
+    try:
+        if given.run:
+            setup = runfile.read(given.run)
+        else:
+            setup = runfile.of_options(given.dataset, given.size, values)
+        if given.nproc != 1 and not distributed.in_run():
+            distributed.place(given.nproc, given.gpu)
+            prepare(setup.data)  # once, and its errors are told once
+            return launch.run(arguments, given.nproc, given.gpu)
+        with distributed.joined(given.gpu):
+            trainer = fit_setup(setup, given.gpu, given.out, given.tracker)
+    except InputError as error:
+        launch.report(error)
+        return launch.leave(2)
+    except KeyboardInterrupt:
+        if not distributed.in_run():  # otherwise said once, by the one that started this process
+            print(f"interrupted; {diagnosis.AGAIN}", file=sys.stderr)
+        return launch.leave(128 + signal.SIGINT)
+    progress = trainer.progress
+    if trainer.ranks.first:
+        print(json.dumps({SELECT: progress.best_value, "epoch": progress.best_epoch, "step": progress.step}))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m reclib.fit",
         description="Train one model; the same command goes on where a killed run was.",
@@ -270,26 +336,11 @@ def main(argv: list[str] | None = None) -> int:
         metavar=("NAME", "VALUE"),
         help="a field of TrainConfig, or model.<field of ModelConfig>",
     )
-    given = parser.parse_args(argv)
-    values = {name: yaml.safe_load(value) for name, value in given.p}
-    shape = {k.removeprefix("model."): v for k, v in values.items() if k.startswith("model.")}
-    try:
-        config = validated(TrainConfig, {k: v for k, v in values.items() if "." not in k})
-        device = resolve(given.gpu)
-        dataset = prepare(validated(DataConfig, {"dataset": given.dataset}))
-        shape = {"num_items": dataset.num_items, "causal": config.objective == "next_item"} | shape
-        model = model_config(given.size, **shape)
-        about = {"model": asdict(model), "train": asdict(config)}
-        with tracker.start(given.tracker, "fit", given.out.name, about) as track:
-            curves = Curves(track, device)
-            options = Options(True, sys.stderr.isatty(), curves.step, curves.evaluation)
-            trainer = fit(model, dataset, config, device, given.out, options)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    progress = trainer.progress
-    print(json.dumps({SELECT: progress.best_value, "epoch": progress.best_epoch, "step": progress.step}))
-    return 0
+    parser.add_argument("--run", type=Path, help="a run file of a notebook, instead of dataset, size and -p")
+    parser.add_argument(
+        "--nproc", type=int, default=1, help="processes of this machine that train together (1)"
+    )
+    return parser
 
 
 if __name__ == "__main__":

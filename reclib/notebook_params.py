@@ -121,6 +121,7 @@ class Baseline:
     precision: Precision | None  # None: from the device file
     compile_mode: CompileMode | None  # None: from the device file
     bootstrap_samples: Positive  # resamples of the users behind each confidence interval
+    nproc: Positive  # processes that train each model together; 1: the notebook itself
     tracker: Tracker  # curves: none, files of wandb, wandb itself (needs a login), files of TensorBoard
 
     @model_validator(mode="after")
@@ -151,6 +152,7 @@ class Scaling:
     tuned: bool  # take what `tune` chose for a size on this dataset, where it did
     precision: Precision | None  # None: from the device file
     compile_mode: CompileMode | None  # None: from the device file
+    nproc: Positive  # processes that train each model together; 1: the notebook itself
     tracker: Tracker  # curves: none, files of wandb, wandb itself (needs a login), files of TensorBoard
 
     @model_validator(mode="after")

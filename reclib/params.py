@@ -20,7 +20,7 @@ from reclib.notebook_params import NOTEBOOKS
 
 PROFILES = ("smoke", "quick", "full")
 # Who runs it, where and how often is not how much work one run is: a profile's name ignores these.
-_NOT_WORK = frozenset({"gpu", "seed", "seeds", "tracker"})
+_NOT_WORK = frozenset({"gpu", "seed", "seeds", "nproc", "tracker"})
 
 T = TypeVar("T")
 

@@ -145,6 +145,8 @@ class Run:
 
     def _without(self, names: Iterable[str]) -> dict[str, Any]:
         left_out = set(names)
+        if self.params.get("nproc") == 1:  # as every result was found before there was a choice
+            left_out.add("nproc")
         return {key: value for key, value in self.params.items() if key not in left_out}
 
 

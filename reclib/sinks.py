@@ -60,6 +60,10 @@ class Sink:
             self.fresh = False
         return self.grad
 
+    def mix(self) -> None:
+        """Say that other processes' gradients are added to it: any row may hold something."""
+        self.dense, self.rows = True, []
+
     def for_norm(self) -> Tensor:
         """Return what the gradient's norm can be computed from: the rows that are not zero."""
         whole = self.finish()

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
 from typing import Any
 
-from reclib import footprint, hardware, tracker, tuned
+from reclib import footprint, hardware, tuned
 from reclib.config import ModelConfig, TrainConfig, changed, model_config, validated
 from reclib.counts import counted
-from reclib.curves import Curves
 from reclib.data import Dataset
-from reclib.experiment import Trained, run_folder
-from reclib.fit import Options, data_identity, fit
+from reclib.experiment import Trained, carried_out
 from reclib.footprint import Footprint
 from reclib.hardware import Device
 from reclib.notebook_params import Scaling
@@ -72,13 +69,8 @@ def train(p: Scaling, dataset: Dataset, split: Split, device: Device, size: str,
     """Train one seed of a size, or go on with a run of the same code and data."""
     demand_fit(p, dataset, split, device, size)
     model, config = configs(p, dataset, size, seed)
-    data = data_identity(dataset, split)
-    folder = run_folder(NOTEBOOK, model, config, data)
-    about = {"model": asdict(model), "train": asdict(config), "data": data}
-    with tracker.start(p.tracker, NOTEBOOK, f"{device.label}-{size}-seed{seed}", about) as track:
-        curves = Curves(track, device)
-        options = Options(on_step=curves.step, on_evaluation=curves.evaluation)
-        return Trained(seed, fit(model, dataset, config, device, folder, options, split))
+    title = f"{device.label}-{size}-seed{seed}"
+    return carried_out(NOTEBOOK, p, dataset, split, device, model, config, title)
 
 
 def numbers(one: Trained) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """The training loop: one, visible, used by notebooks, benchmarks and tuning alike.
 
-`Trainer.steps()` yields one `StepStats` per optimiser step; `fit` drives it. Precision and compilation wrap
-the model here and do not enter it.
+`Trainer.steps()` yields one `StepStats` per optimiser step; `fit` drives it. Precision, compilation and other
+processes that train along (`distributed`) wrap the model here and do not enter it.
 
 A run killed at any moment goes on from its last checkpoint to the same bits on a CPU: batches depend on
 (seed, epoch, step) alone, and a checkpoint holds weights, optimiser, scaler and the generator of dropout.
@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reclib import checkpoint, hardware
-from reclib.batching import Batch, Epoch, prefetch
+from reclib import checkpoint, distributed, hardware
+from reclib.batching import Batch, Epoch, Totals, prefetch
 from reclib.checkpoint import load_unique, refuse_other, unique_tensors
 from reclib.config import InputError, TrainConfig
 from reclib.data import Histories
@@ -46,8 +46,8 @@ class StepStats:
     num_sequences: int
     num_tokens: int  # real items
     num_targets: int
-    row_tokens: int  # places in the rows, used or not
-    target_slots: int  # places in the head, used or not
+    row_tokens: int  # places in this process's rows, used or not
+    target_slots: int  # places in its head, used or not
     fetch_seconds: float  # waiting for the batch
     skipped: bool  # fp16 overflow: the scaler left the weights as they were
 
@@ -66,6 +66,8 @@ class StepStats:
 class Progress:
     """What a run has reached; saved with every checkpoint."""
 
+    processes: int = 1  # that train together
+    backend: str = ""  # that joins them: gloo or nccl
     step: int = 0
     skipped_steps: int = 0
     train_seconds: float = 0.0
@@ -157,6 +159,9 @@ class Trainer:
             config.compile_mode, device.card, hardware.has_compiler()
         )
         model.to(self.where)
+        self.ranks = distributed.ranks()
+        self.ranks.start(model, config)
+        self.used: list[bool] = []  # which parameters get a gradient; known after a step of several processes
         self.encode: Callable[..., Tensor] = model.encode
         if self.compile_mode != "off":
             self.encode = torch.compile(model.encode, mode=self.compile_mode, dynamic=True)
@@ -165,7 +170,7 @@ class Trainer:
         self.sunk = attach(self._tables()) if self._can_sink() else []
         self.optimizer = make_optimizer(model, config)
         self.scaler = torch.amp.GradScaler(self.where.type, enabled=self.precision.needs_scaler)
-        self.progress = Progress()
+        self.progress = Progress(self.ranks.count, self.ranks.backend)
         self.fingerprint, self.origin = fingerprint, origin
         users = int((histories.ends - histories.starts > int(model.config.causal)).sum())
         self.steps_per_epoch = -(-users // config.batch_size)
@@ -177,14 +182,15 @@ class Trainer:
         dtype = self.precision.autocast_dtype
         return torch.autocast(self.where.type, dtype=dtype, enabled=dtype is not None)
 
-    def batches(self) -> Iterator[tuple[int, list[Batch]]]:
-        """Yield (epoch, micro-batches) of every step that is left."""
+    def batches(self) -> Iterator[tuple[int, list[Batch], Totals]]:
+        """Yield (epoch, this process's micro-batches, the whole step's totals) of every step left."""
         step = self.progress.step
         while step < self.total_steps:
             epoch, first = divmod(step, self.steps_per_epoch)
-            plan = Epoch(self.histories, self.model.config, self.config, epoch)
+            mine = (self.ranks.rank, self.ranks.count)
+            plan = Epoch(self.histories, self.model.config, self.config, epoch, *mine)
             for i in range(first, min(plan.num_steps, first + self.total_steps - step)):
-                yield epoch, plan.step(i)
+                yield epoch, *plan.counted(i)
             step = (epoch + 1) * self.steps_per_epoch
 
     def steps(self) -> Iterator[StepStats]:
@@ -193,23 +199,22 @@ class Trainer:
         source = prefetch(self.batches())
         with contextlib.closing(source):
             clock = time.perf_counter()
-            for epoch, micros in source:
+            for epoch, micros, whole in source:
                 fetch_seconds = time.perf_counter() - clock
-                stats = self._step(epoch, micros, fetch_seconds)
+                stats = self._step(epoch, micros, whole, fetch_seconds)
                 self.progress.train_seconds += time.perf_counter() - clock
                 yield stats
                 clock = time.perf_counter()
 
-    def _step(self, epoch: int, micros: list[Batch], fetch_seconds: float) -> StepStats:
-        """Forward, backward, unscale and clip, step, schedule."""
+    def _step(self, epoch: int, micros: list[Batch], whole: Totals, fetch_seconds: float) -> StepStats:
+        """Forward, backward, sum over processes, unscale and clip, step, schedule."""
         self.progress.step += 1
         step, config = self.progress.step, self.config
         rate = learning_rate(step, self.total_steps, config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("rate_share", 1.0)
-        num_targets = sum(batch.num_targets for batch in micros)
-        num_tokens = sum(batch.num_tokens for batch in micros)
-        denominator = num_tokens if config.objective == "seed_focal" else num_targets
+        denominator = whole.num_tokens if config.objective == "seed_focal" else whole.num_targets
+        self.ranks.seed_step(config.seed, step)
 
         total = torch.zeros((), device=self.where)
         self._clear_gradients()
@@ -222,6 +227,7 @@ class Trainer:
 
         for parameter, sink in self.sunk:
             parameter.grad = sink.finish()
+        self.ranks.sum_gradients(self.parameters, total, self.used)
         self.scaler.unscale_(self.optimizer)
         norm = None
         if config.clip_norm is not None:
@@ -233,16 +239,16 @@ class Trainer:
         self.scaler.update()
         skipped = self.scaler.is_enabled() and self.scaler.get_scale() < scale
         self.progress.skipped_steps += int(skipped)
-        self.progress.tokens += num_tokens
+        self.progress.tokens += whole.num_tokens
         return StepStats(
             step=step,
             epoch=epoch,
             learning_rate=rate,
             loss_tensor=total,
             norm_tensor=norm,
-            num_sequences=sum(batch.num_sequences for batch in micros),
-            num_tokens=num_tokens,
-            num_targets=num_targets,
+            num_sequences=whole.num_sequences,
+            num_tokens=whole.num_tokens,
+            num_targets=whole.num_targets,
             row_tokens=sum(batch.items.numel() for batch in micros),
             target_slots=sum(batch.targets.numel() for batch in micros),
             fetch_seconds=fetch_seconds,
@@ -314,13 +320,17 @@ class Trainer:
     def resume(self, folder: Path) -> bool:
         """Go on from the newest checkpoint in `folder`; return whether there was one.
 
-        Raises `InputError` if it is damaged or belongs to another configuration or dataset.
+        Raises `InputError` if it is damaged or belongs to another configuration, dataset or, unless it is
+        finished, number of processes: sums of gradients and dropout would not be what they were.
         """
         found = checkpoint.latest(folder)
         if found is None:
             return False
         tensors, state = checkpoint.load(found)
         refuse_other(state["identity"], self.identity(), folder)
+        progress = Progress(**state["progress"])
+        if not progress.done:
+            distributed.refuse_other_count(progress.processes, self.ranks.count, folder)
         load_unique(self.model, {k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
         optimizer = self.optimizer.state_dict()
         optimizer["state"] = {}
@@ -330,7 +340,7 @@ class Trainer:
                 optimizer["state"].setdefault(int(index), {})[name] = value
         self.optimizer.load_state_dict(optimizer)
         self.scaler.load_state_dict(state["scaler"])
-        self.progress = Progress(**state["progress"])
+        self.progress = progress
         torch.set_rng_state(tensors["random.cpu"])
         if "random.cuda" in tensors and self.where.type == "cuda":
             torch.cuda.set_rng_state(tensors["random.cuda"], self.where)

@@ -11,7 +11,7 @@ from conftest import ROOT
 
 # From the ground up: a module imports only those before it. A new module takes its place here.
 ORDER = [
-    *("paths", "config", "lifeline", "turns"),
+    *("paths", "config", "lifeline", "diagnosis", "turns"),
     *("injected", "notebook_params", "params", "provenance", "tracker", "hardware", "energy"),
     *("cache", "synthetic", "fetch", "ml100k"),
     *("rawfile", "formats", "rows", "rejects", "rawtable", "sequences", "parquet", "titles"),
@@ -20,7 +20,8 @@ ORDER = [
     *("flops", "adapter_plan", "workload", "footprint", "steptime", "planner"),
     *("sinks", "model", "instance", "lowrank", "gate", "adapters", "ilora", "adapter_files"),
     *("sampled", "cross_entropy", "objective", "metrics", "baselines", "statistics", "protocols"),
-    *("checkpoint", "trainer", "curves", "fit", "kept", "experiment", "assessment"),
+    *("checkpoint", "distributed", "launch", "runfile", "trainer", "curves", "fit", "kept"),
+    *("experiment", "assessment"),
     *("measurement", "benchmark", "profiling", "bound", "microbench"),
     *("ladder", "speed", "comparison", "selfcheck"),
     *("adaptation", "adaptation_results", "adapter_speed"),
@@ -31,7 +32,7 @@ ORDER = [
     *("accuracy_figures", "control_figures", "data_figures", "scaling_figures"),
     *("explore", "explore_figures", "widgets"),
     "adapter_figures",
-    *("figures", "pictures", "diagnosis", "runner", "job", "matrix", "study"),
+    *("figures", "pictures", "runner", "job", "matrix", "study"),
 ]
 # Each of these is known to one module, or to one family, so that replacing it touches few files.
 ONE_OWNER: dict[str, set[str]] = {

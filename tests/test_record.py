@@ -55,6 +55,16 @@ def test_a_record_holds_what_is_needed_to_believe_it(root):
     assert record.read(root) == [entry]
 
 
+def test_the_number_of_processes_tells_results_apart_only_where_it_is_not_one(root):
+    for changes in ({}, {"nproc": 2}):
+        make_run(**changes).result("x", {"a": 1}, seed=0)
+    one, two = lines(root)
+    assert one["params_hash"] != two["params_hash"]
+    assert (one["params"]["nproc"], two["params"]["nproc"], two["profile"]) == (1, 2, "smoke")
+    before = {k: v for k, v in one["params"].items() if k not in ("gpu", "wandb_mode", "seeds", "nproc")}
+    assert one["params_hash"] == record.params_hash(before | {"own": {}})  # as it was without a choice
+
+
 def test_the_label_is_the_one_of_the_device_whatever_is_claimed(root):
     make_run(label="cpu", gpu="h100").result("x", {"a": 1})
     (entry,) = lines(root)

@@ -1,0 +1,131 @@
+"""What several processes do together in the tests, and one alone for comparison.
+
+`torchrun --standalone --nproc-per-node 2 tests/ranks.py FOLDER` runs all cases and leaves what each saw.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from adapting import adapted
+from engine import histories, small_model
+from safetensors.torch import save_file
+
+from reclib import data, distributed, hardware, runfile, sinks
+from reclib.checkpoint import unique_tensors
+from reclib.config import TrainConfig, changed
+from reclib.fit import fit, fit_setup, rank_targets
+from reclib.model import Bert4Rec
+from reclib.trainer import Trainer
+
+# 27 histories in steps of 8: the last step holds 3, so that of two processes the second has nothing to do.
+LENGTHS = [9, 4, 12, 7, 3, 8, 5, 6, 2] * 3
+STEPS = 8  # two epochs
+TRAIN = TrainConfig(batch_size=8, epochs=2, lr_warmup_steps=2, learning_rate=1e-2, last_item_share=0.5)
+PADDED = {"layout": "padded", "objective": "seed_focal", "loss": "plain"}
+
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # fields of TrainConfig and of ModelConfig
+    "plain": ({}, {}),
+    "micro": ({"micro_batch_size": 2}, {}),
+    "uneven-micro": ({"batch_size": 12, "micro_batch_size": 4}, {}),
+    "clipped": ({"clip_norm": 0.05, "optimizer": "loop"}, {}),
+    "unclipped": ({"clip_norm": None}, {"tied": False}),
+    "untied": ({}, {"tied": False, "head": "mlp"}),
+    "bf16": ({"precision": "bf16"}, {}),
+    "sampled": ({"loss": "gbce", "num_negatives": 8}, {}),
+    "causal": ({"objective": "next_item"}, {"causal": True}),
+    "seed-focal": (PADDED, {"tied": False}),
+    "sinks": ({"micro_batch_size": 2}, {}),
+    "sinks-untied": ({}, {"tied": False}),
+    "adapter": ({}, {}),
+    "overflow": ({"precision": "fp16"}, {}),
+}
+COMMAND = {
+    "epochs": 4,
+    "batch_size": 16,
+    "checkpoint_seconds": 0.0,
+    "eval_every": 2,
+    "lr_warmup_steps": 5,
+    "micro_batch_size": 4,
+}
+
+
+def trained(case: str) -> tuple[Trainer, dict[str, Any]]:
+    """Train the steps of a case; return the trainer and what was seen."""
+    train, shape = CASES[case]
+    torch.manual_seed(0)
+    model = adapted() if case == "adapter" else Bert4Rec(small_model(**shape))
+    kept = sinks.SMALLEST_BYTES, distributed.ALONE_BYTES
+    if case.startswith("sinks"):
+        sinks.SMALLEST_BYTES, distributed.ALONE_BYTES = 0, 0
+    try:
+        trainer = Trainer(model, histories(LENGTHS), changed(TRAIN, **train), hardware.resolve("cpu"), "x")
+        if case == "overflow":
+            trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+            model.final_norm.weight.register_hook(overflowing(trainer))
+        stats = [one for one, _ in zip(trainer.steps(), range(STEPS), strict=False)]
+    finally:
+        sinks.SMALLEST_BYTES, distributed.ALONE_BYTES = kept
+    saw = {
+        "loss": [one.loss for one in stats],
+        "norm": [one.grad_norm for one in stats],
+        "skipped": [one.skipped for one in stats],
+        "targets": [one.num_targets for one in stats],
+        "sequences": [one.num_sequences for one in stats],
+        "places": [one.row_tokens for one in stats],
+        "sunk": len(trainer.sunk),
+        "scale": trainer.scaler.get_scale(),
+    }
+    return trainer, saw
+
+
+def overflowing(trainer: Trainer) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Make one gradient infinite in step 3, in the last process alone."""
+
+    def hook(gradient: torch.Tensor) -> torch.Tensor:
+        last = trainer.ranks.rank == trainer.ranks.count - 1
+        return gradient * float("inf") if last and trainer.progress.step == 3 else gradient
+
+    return hook
+
+
+def validated(folder: Path | None) -> Trainer:
+    """Train with validation until it stops early."""
+    dataset = data.synthetic_dataset(num_users=61, num_items=40, mean_len=9.0, seed=0)
+    train = changed(TRAIN, epochs=30, eval_every=1, patience=1, learning_rate=3e-3)
+    model = changed(small_model(), num_items=dataset.num_items)
+    return fit(model, dataset, train, hardware.resolve("cpu"), folder)
+
+
+def setup() -> runfile.Setup:
+    """Return what the tests of the command line train."""
+    return runfile.of_options("synthetic", "nano", COMMAND)
+
+
+def main(folder: Path) -> None:
+    with distributed.joined("cpu"):
+        rank = distributed.ranks().rank
+        for case in CASES:
+            trainer, saw = trained(case)
+            (folder / f"{case}-{rank}.json").write_text(json.dumps(saw))
+            save_file(unique_tensors(trainer.model), folder / f"{case}-{rank}.safetensors")
+        trainer = validated(folder / "validated")
+        (folder / f"history-{rank}.json").write_text(json.dumps(trainer.progress.history))
+        dataset = data.synthetic_dataset(num_users=61, num_items=40, mean_len=9.0, seed=0)
+        part = data.evaluation(dataset, "valid")
+        found = rank_targets(trainer, part, True, with_losses=True)
+        arrays = {"ranks": torch.from_numpy(found.ranks), "losses": torch.from_numpy(found.losses)}
+        save_file(arrays, folder / f"ranking-{rank}.safetensors")
+        few = part.histories._replace(starts=part.histories.starts[:1], ends=part.histories.ends[:1])
+        one = rank_targets(trainer, data.Evaluation(few, part.targets[:1]), True)
+        assert one.ranks.tolist() == found.ranks[:1].tolist()  # the other process has no user of its own
+        fit_setup(setup(), "cpu", folder / "whole")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

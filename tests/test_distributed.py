@@ -1,0 +1,392 @@
+"""Several processes that train one model: the same gradients, bits, decisions and files; and how they end."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ranks
+import torch
+from conftest import ROOT
+from engine import histories, small_model
+from safetensors.torch import load_file
+
+from reclib import checkpoint, data, distributed, experiment, hardware, launch, params, runfile, splits
+from reclib.batching import Epoch
+from reclib.checkpoint import unique_tensors
+from reclib.config import DataConfig, InputError, TrainConfig, changed
+from reclib.distributed import Placement, Ranks, placement
+from reclib.fit import data_identity, fit_setup, is_finished, rank_targets
+from reclib.launch import Failure, said
+from reclib.trainer import Trainer
+
+LIMIT = 150  # seconds that a process may take on a busy machine; nothing here waits for ever
+GNU = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+
+
+# -- decisions, with devices that are not there ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "given"),
+    [
+        ((2, "cpu", 0, 8), Placement("gloo", 4)),
+        ((3, "cpu", 0, 8), Placement("gloo", 2)),
+        ((4, "cpu", 0, 2), Placement("gloo", 1)),
+        ((2, "cpu", 4, 8), Placement("gloo", 4)),  # the CPU was asked for
+        ((2, "cpu2", 0, 2), Placement("gloo", 1)),
+        ((4, "gpu", 4, 16), Placement("nccl", 4)),
+        ((2, "gpu", 8, 1), Placement("nccl", 1)),
+        ((1, "gpu", 1, 16), Placement("nccl", 16)),
+    ],
+)
+def test_processes_are_joined_by_what_their_devices_have_and_divide_the_threads(asked, given):
+    assert placement(*asked) == given
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ((4, "gpu", 2, 16), "nproc=4, but 2 GPUs are visible: each process needs one of its own"),
+        ((2, "gpu", 1, 16), "nproc=2, but 1 GPU is visible: each process needs one of its own"),
+        ((2, "cpu1", 0, 1), "nproc=2, but cpu1 is the CPU with 1 thread: use gpu=cpu"),
+        ((0, "cpu", 0, 2), "nproc=0: at least one process trains"),
+    ],
+)
+def test_too_many_processes_are_refused_with_a_sentence(asked, message):
+    with pytest.raises(InputError, match=message):
+        placement(*asked)
+
+
+def test_what_ended_a_run_is_the_signal_then_the_error_and_never_the_contact_lost_by_it():
+    lost, own = "lost-contact: connection closed", "training diverged at step 3"
+    killed = Failure(1, -signal.SIGKILL, "")
+    assert said([Failure(0, 2, lost), killed], 2).startswith("rank 1 of 2 was killed by SIGKILL")
+    ended = Failure(0, -signal.SIGTERM, "")  # by the launcher, after the other one
+    assert said([ended, killed], 2).startswith("rank 1 of 2 was killed by SIGKILL")
+    assert said([ended, Failure(1, 2, own)], 2) == f"rank 1 of 2: {own}"
+    assert said([Failure(1, 2, lost), ended], 2).startswith("rank 0 of 2 died of SIGTERM")
+    assert "for memory" in said([killed], 2, kills=1)
+    assert said([Failure(0, 2, lost), Failure(2, 2, own)], 4) == f"rank 2 of 4: {own}"
+    assert said([Failure(0, 2, own), Failure(1, 2, own)], 2) == f"rank 0 of 2: {own}"
+    assert said([Failure(0, 2, lost)], 2) == "rank 0 of 2: connection closed"
+    assert said([Failure(1, 1, "")], 2).startswith("rank 1 of 2 ended with exit code 1")
+    assert "SIGSEGV" in said([Failure(1, -signal.SIGSEGV, "")], 2)
+
+
+# -- the parts of a step -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("micro", [None, 2, 8])
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_the_parts_of_all_processes_are_the_step_whatever_their_number(count, micro, layout):
+    train = TrainConfig(batch_size=8, micro_batch_size=micro, layout=layout)
+    given = histories(ranks.LENGTHS)
+    whole = Epoch(given, small_model(), changed(train, micro_batch_size=None), 0)
+    parts = [Epoch(given, small_model(), train, 0, rank, count) for rank in range(count)]
+    for step in range(whole.num_steps):
+        (batch,) = whole.step(step)
+        found = [part.counted(step) for part in parts]
+        micros = [one for mine, _ in found for one in mine]
+        targets = torch.cat([one.targets[: one.num_targets] for one in micros])
+        assert sorted(targets.tolist()) == sorted(batch.targets[: batch.num_targets].tolist())
+        said_by_all = {totals for _, totals in found}
+        assert said_by_all == {(batch.num_targets, batch.num_tokens, batch.num_sequences)}
+        assert max(one.num_sequences for one in micros) <= min(micro or 8, 8 // count)
+    if count == 2:  # three sequences are left
+        assert len(parts[1].step(3)) == {None: 0, 2: 1, 8: 0}[micro]
+
+
+def test_each_process_and_step_has_its_own_dropout():
+    drawn = set()
+    for rank, step in [(0, 1), (1, 1), (0, 2), (1, 2)]:
+        Ranks(rank, 2, "gloo").seed_step(7, step)
+        drawn.add(float(torch.rand(())))
+    assert len(drawn) == 4
+    state = torch.get_rng_state()
+    Ranks().seed_step(7, 1)  # alone: the generator is left as it is
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_batch_that_cannot_be_divided_is_refused():
+    with pytest.raises(
+        InputError, match="batch_size=8 is divided among 3 processes: it must be a multiple of 3"
+    ):
+        Ranks(0, 3, "gloo").start(torch.nn.Linear(2, 2), TrainConfig(batch_size=8))
+
+
+def test_a_run_file_gives_back_the_run_and_refuses_what_is_none(tmp_path):
+    setup = ranks.setup()
+    runfile.write(tmp_path / "run.json", setup)
+    assert runfile.read(tmp_path / "run.json") == setup
+    (tmp_path / "run.json").write_text('{"data": {}}')
+    with pytest.raises(InputError, match=r"run.json is no run file"):
+        runfile.read(tmp_path / "run.json")
+    with pytest.raises(InputError, match=r"cannot read the run file none.json"):
+        runfile.read(tmp_path / "none.json")
+    dataset = data.synthetic_dataset(num_users=61, num_items=40, mean_len=9.0, seed=0)
+    draw = np.random.default_rng(0)
+    times = np.concatenate([np.sort(draw.integers(0, 1000, n)) for n in dataset.lengths])
+    timed = dataclasses.replace(dataset, times=times)
+    for name, split in runfile.SPLITS.items():
+        assert split(timed).name == name
+
+
+# -- two processes beside one ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, cache) -> Path:
+    """The folder in which two processes, started by torchrun itself, left what they saw."""
+    folder = tmp_path_factory.mktemp("two")
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "tests/ranks.py"]
+    done = subprocess.run(
+        [sys.executable, *command, str(folder)],
+        cwd=ROOT,
+        env=os.environ | GNU | {"RECLIB_DATA": str(cache)},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ranks.CASES)
+def test_two_processes_take_the_steps_of_one(two, case):
+    alone, wanted = ranks.trained(case)
+    first, second = (json.loads((two / f"{case}-{rank}.json").read_text()) for rank in (0, 1))
+    same = {key: value for key, value in first.items() if key != "places"}
+    assert same == {key: value for key, value in second.items() if key != "places"}
+    halves = ("micro", "uneven-micro", "sinks")  # their micro-batches of two divide the last three histories
+    assert (0 in second["places"]) == (case not in halves)  # otherwise a process had nothing to do
+    for key in ("targets", "sequences", "skipped", "sunk", "scale"):
+        assert first[key] == wanted[key]
+    loose = case in ("bf16", "overflow")
+    for key in ("loss", "norm"):
+        found = [-1.0 if x is None else x for x in first[key]]
+        expected = [-1.0 if x is None else x for x in wanted[key]]
+        for part, near in (
+            (slice(0, 4), 2e-5),
+            (slice(4, None), 1e-3),
+        ):  # the first epoch, and what grew of it
+            assert found[part] == pytest.approx(expected[part], rel=0.02 if loose else near, nan_ok=True)
+    weights = [load_file(two / f"{case}-{rank}.safetensors") for rank in (0, 1)]
+    for name, tensor in unique_tensors(alone.model).items():
+        assert torch.equal(weights[0][name], weights[1][name]), name
+        if not loose:  # Adam divides rounding noise by itself where the true gradient is zero
+            torch.testing.assert_close(weights[0][name], tensor, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_an_overflow_in_one_process_is_skipped_by_both(two):
+    saw = [json.loads((two / f"overflow-{rank}.json").read_text()) for rank in (0, 1)]
+    assert saw[0]["skipped"] == saw[1]["skipped"] == [step == 3 for step in range(1, ranks.STEPS + 1)]
+    assert saw[0]["scale"] == saw[1]["scale"]
+
+
+@pytest.mark.slow
+def test_validation_and_the_early_stop_are_those_of_one_process(two):
+    alone = ranks.validated(None).progress.history
+    clock = {"train_seconds", "eval_seconds"}
+    first, second = (json.loads((two / f"history-{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    assert len(first) == len(alone) < 30
+    for one, other in zip(first, alone, strict=True):
+        assert one.keys() == other.keys()
+        for name in one.keys() - clock:
+            assert one[name] == pytest.approx(other[name], rel=1e-3), name
+    state = json.loads((checkpoint.latest(two / "validated") / checkpoint.STATE).read_text())
+    assert (state["progress"]["processes"], state["progress"]["backend"]) == (2, "gloo")
+
+
+@pytest.mark.slow
+def test_each_user_has_the_rank_that_one_process_gives(two):
+    dataset = data.synthetic_dataset(num_users=61, num_items=40, mean_len=9.0, seed=0)
+    found = [load_file(two / f"ranking-{rank}.safetensors") for rank in (0, 1)]
+    alone = ranks.validated(two / "validated")  # finished: loads the best weights
+    ranking = rank_targets(alone, splits.leave_one_out(dataset).valid, True, with_losses=True)
+    for one in found:
+        assert np.array_equal(one["ranks"].numpy(), ranking.ranks)
+        np.testing.assert_allclose(one["losses"].numpy(), ranking.losses, rtol=1e-5)
+
+
+# -- the command line: killed, interrupted, resumed --------------------------------------------------------
+
+
+def command(out: Path, processes: int = 2) -> list[str]:
+    values = [word for name, value in ranks.COMMAND.items() for word in ("-p", name, str(value))]
+    words = [
+        "-m",
+        "reclib.fit",
+        "--dataset",
+        "synthetic",
+        "--size",
+        "nano",
+        "--gpu",
+        "cpu",
+        "--out",
+        str(out),
+    ]
+    return [sys.executable, *words, "--nproc", str(processes), *values]
+
+
+def start(out: Path, cache: Path) -> subprocess.Popen:
+    environment = os.environ | GNU | {"RECLIB_DATA": str(cache)}
+    return subprocess.Popen(
+        command(out), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def workers(process: subprocess.Popen) -> dict[int, int]:
+    """Return the pid of each rank that a launcher has started."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            environment = dict(
+                pair.split("=", 1) for pair in (folder / "environ").read_text().split("\0") if "=" in pair
+            )
+            if parent == process.pid and "RANK" in environment:
+                found[int(environment["RANK"])] = int(folder.name)
+    return found
+
+
+def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> dict[int, int]:
+    deadline = time.monotonic() + LIMIT
+    while (found := checkpoint.latest(out)) is None or int(found.name[5:]) < step:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return workers(process)
+
+
+def gone(pids: list[int]) -> bool:
+    """Whether the processes end within some seconds."""
+    deadline = time.monotonic() + 30
+    while alive := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
+        if time.monotonic() > deadline:
+            print("alive:", alive)
+            return False
+        time.sleep(0.05)
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_a_killed_rank_ends_the_job_and_the_same_command_goes_on_to_the_same_bits(two, cache, tmp_path):
+    out = tmp_path / "run"
+    process = start(out, cache)
+    pids = wait_for_step(process, out, 5)
+    os.kill(pids[1], signal.SIGKILL)
+    _, told = process.communicate(timeout=LIMIT)
+    assert process.returncode == 2
+    lines = [line for line in told.replace("\r", "\n").splitlines() if "step/s" not in line and line.strip()]
+    assert len(lines) == 1
+    assert lines[0].startswith("error: rank 1 of 2 was killed")
+    assert lines[0].endswith("the same command goes on from the last checkpoint")
+    assert gone(list(pids.values()))
+    reached = int(checkpoint.latest(out).name[5:])
+    assert reached < 76
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RECLIB_DATA", str(cache))
+        with pytest.raises(InputError, match="begun by 2 processes, and here is 1: go on with nproc=2"):
+            fit_setup(ranks.setup(), "cpu", out)
+
+    process = start(out, cache)
+    pids = wait_for_step(process, out, reached + 10)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=LIMIT)
+    assert process.returncode == 128 + signal.SIGINT
+    assert told.replace("\r", "\n").splitlines()[-1].startswith("SIGINT: all 2 processes ended")
+    assert gone(list(pids.values()))
+    assert not is_finished(out)
+
+    process = start(out, cache)
+    printed, told = process.communicate(timeout=LIMIT)
+    assert process.returncode == 0, told
+    assert json.loads(printed)["step"] == 76
+    for name in ("best", "step-76"):
+        one, _ = checkpoint.load(two / "whole" / name)
+        other, _ = checkpoint.load(out / name)
+        assert all(torch.equal(one[key], other[key]) for key in one if not key.startswith("random."))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_processes_end_with_a_launcher_that_is_killed(cache, tmp_path):
+    process = start(tmp_path / "run", cache)
+    pids = wait_for_step(process, tmp_path / "run", 2)
+    process.kill()
+    process.communicate()
+    assert gone(list(pids.values()))
+
+
+def test_a_finished_run_of_two_processes_is_read_by_one(two, cache, monkeypatch):
+    monkeypatch.setenv("RECLIB_DATA", str(cache))
+    monkeypatch.setattr(Trainer, "steps", lambda self: pytest.fail("trained"))
+    trainer = fit_setup(ranks.setup(), "cpu", two / "whole")
+    assert (trainer.progress.processes, trainer.progress.backend) == (2, "gloo")
+
+
+# -- from a notebook's parameters --------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_notebook_lets_processes_beside_it_train_and_reads_the_result_back(tmp_path, monkeypatch, cache):
+    monkeypatch.setenv("RECLIB_ROOT", str(tmp_path))
+    monkeypatch.setenv("RECLIB_DATA", str(cache))
+    for name, value in GNU.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "params").symlink_to(ROOT / "params")
+    changes = {"dataset": "synthetic", "size": "nano", "epochs": 1, "nproc": 2, "gpu": "cpu", "dropout": 0.0}
+    changes |= {"precision": "fp32", "compile_mode": "off", "max_len": 50}
+    p = params.build("02_baseline", params.profile("02_baseline", "smoke") | changes)
+    dataset = data.prepare(DataConfig(dataset="synthetic", min_user=p.min_user, min_item=p.min_item))
+    split = splits.random_users(dataset)
+    given = ("02_baseline", p, dataset, split, hardware.resolve("cpu"), "bert4rec", 0)
+    one = experiment.train_seed(*given)
+    assert one.together() == {"processes": 2, "backend": "gloo"}
+    assert one.trainer.identity()["data"] == data_identity(dataset, split)
+    monkeypatch.setattr(launch, "apart", lambda *_: pytest.fail("started again"))
+    again = experiment.train_seed(*given)
+    assert again.best() == one.best()
+    single = (given[0], params.build("02_baseline", params.values(p) | {"nproc": 1}), *given[2:])
+    alone = experiment.train_seed(*single)
+    assert alone.together() == {}
+    assert one.curve()["train_loss"] == pytest.approx(alone.curve()["train_loss"], rel=1e-4)
+
+
+def test_a_notebook_is_told_why_they_failed(tmp_path, monkeypatch):
+    for name, value in GNU.items():
+        monkeypatch.setenv(name, value)
+    runfile.write(tmp_path / "run.json", ranks.setup())
+    words = ["--run", str(tmp_path / "run.json"), "--out", str(tmp_path / "out"), "--gpu", "cpu1"]
+    with pytest.raises(
+        InputError, match="training in 2 processes failed: nproc=2, but cpu1 is the CPU with 1"
+    ):
+        launch.apart(words, 2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_alone_nothing_is_joined():
+    assert distributed.ranks() == Ranks()
+    with distributed.joined("cpu"):
+        assert not torch.distributed.is_initialized()
