@@ -16,10 +16,11 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from reclib import cache, fetch, paths, sources, splits, synthetic
 from reclib import prepare as preparation
+from reclib.command import Parser, exit_code
 from reclib.config import DataConfig, InputError, validated
 from reclib.dataset import (
     Dataset,
@@ -116,16 +117,9 @@ def _refuse_foreign(folder: Path) -> None:
         raise InputError(f"{folder} exists and is no prepared dataset: give a new folder")
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(prog="reclib.data", description=__doc__, formatter_class=raw)
+    parser = Parser(prog="python -m reclib.data", description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("prepare", help="make a dataset of a file or a name")
     command.set_defaults(act=_prepare_command)
@@ -135,20 +129,27 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, metavar="DIR", help="folder to write (default: the data folder)")
     command.add_argument("--format", default=default.format, help="of the file (default: auto)")
     command.add_argument("--columns", type=_columns, metavar="user=A,item=B,time=C", help="of an own table")
-    for name in ("min_user", "min_item"):
-        command.add_argument(_option(name), type=int, default=getattr(default, name), metavar="N")
-    for name in ("core", "duplicates"):
-        allowed = get_args(kinds[name])
-        command.add_argument(_option(name), choices=allowed, default=getattr(default, name))
+    for name, text in (
+        ("min_user", "interactions that a user must have"),
+        ("min_item", "interactions that an item must have"),
+    ):
+        given = getattr(default, name)
+        command.add_argument(_option(name), type=int, default=given, metavar="N", help=f"{text} ({given})")
+    for name, text in (("core", "how the two are applied"), ("duplicates", "what stays of repeated rows")):
+        allowed, given = get_args(kinds[name]), getattr(default, name)
+        command.add_argument(_option(name), choices=allowed, default=given, help=f"{text} ({given})")
     command.add_argument("--strict", action="store_true", help="stop at the first bad line")
-    command.add_argument("--max-rejected-share", type=float, default=default.max_rejected_share, metavar="X")
-    command.add_argument("--memory-mb", type=int, default=default.memory_limit_mb, metavar="N")
+    share, memory = default.max_rejected_share, default.memory_limit_mb
+    text = f"bad lines at which it stops, a share of all ({share:g})"
+    command.add_argument("--max-rejected-share", type=float, default=share, metavar="X", help=text)
+    text = f"megabytes that the database may take ({memory})"
+    command.add_argument("--memory-mb", type=int, default=memory, metavar="N", help=text)
     for name, act, text in (
         ("show", _show_command, "print counts and splits of a prepared folder"),
         ("verify", _verify_command, "read every byte of a prepared folder and compare"),
     ):
         command = commands.add_parser(name, help=text)
-        command.add_argument("folder", type=Path)
+        command.add_argument("folder", type=Path, help="what `prepare` wrote")
         command.set_defaults(act=act)
     command = commands.add_parser("fetch", help="download a dataset by name, or list them")
     fetch.add_arguments(command)
@@ -238,6 +239,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     try:
         return given.act(given)
+    except BrokenPipeError:
+        raise
     except (InputError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -248,4 +251,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # temporary files are removed then, too
-    sys.exit(main())
+    raise SystemExit(exit_code(main))

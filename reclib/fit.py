@@ -5,7 +5,6 @@ Every choice is made on validation; the test split is scored by whoever asks for
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
@@ -26,6 +25,7 @@ from tqdm.auto import tqdm
 from reclib import checkpoint, diagnosis, distributed, launch, lifeline, metrics, runfile, tracker
 from reclib.adapters import base_hash
 from reclib.checkpoint import load_unique, refuse_other, unique_tensors
+from reclib.command import Parser, exit_code
 from reclib.config import SIZE_NAMES, InputError, ModelConfig, TrainConfig
 from reclib.curves import Curves
 from reclib.data import Dataset, Evaluation, prepare
@@ -291,8 +291,12 @@ def main(argv: list[str] | None = None) -> int:
     """Train from the command line; print validation's best as one JSON line."""
     lifeline.hold()
     arguments = sys.argv[1:] if argv is None else argv
-    given = _parser().parse_args(arguments)
-    values = {name: yaml.safe_load(value) for name, value in given.p}
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    try:
+        values = {name: yaml.safe_load(value) for name, value in given.p}
+    except yaml.YAMLError:
+        parser.error(f"-p {' '.join(' '.join(pair) for pair in given.p)}: a value is not valid YAML")
     try:
         if given.run:
             setup = runfile.read(given.run)
@@ -317,8 +321,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m reclib.fit",
         description="Train one model; the same command goes on where a killed run was.",
     )
@@ -337,11 +341,9 @@ def _parser() -> argparse.ArgumentParser:
         help="a field of TrainConfig, or model.<field of ModelConfig>",
     )
     parser.add_argument("--run", type=Path, help="a run file of a notebook, instead of dataset, size and -p")
-    parser.add_argument(
-        "--nproc", type=int, default=1, help="processes of this machine that train together (1)"
-    )
+    parser.add_argument("--nproc", type=int, default=1, help="processes here that train together (1)")
     return parser
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(exit_code(main))

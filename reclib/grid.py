@@ -18,7 +18,6 @@ Records are lines of `executed/<label>/grids/<name>.jsonl`; the ranks of every u
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import fcntl
 import json
@@ -33,6 +32,7 @@ import numpy as np
 
 from reclib import paths, record
 from reclib.assessment import Result
+from reclib.command import Parser, exit_code
 from reclib.config import InputError, ModelConfig, TrainConfig, changed
 from reclib.counts import counted
 from reclib.data import Dataset, prepare
@@ -233,7 +233,7 @@ def status(work: Work, chosen: Sequence[tuple[Arm, int]]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run, score or describe a grid."""
-    parser = argparse.ArgumentParser(prog="python -m reclib.grid", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m reclib.grid", description=__doc__.split("\n")[0])
     parser.add_argument("action", choices=("run", "status"))
     parser.add_argument("name", help="an experiment file of params/grids, without .yaml")
     parser.add_argument("--dataset", help="another place of the same data: a file or a prepared folder")
@@ -266,8 +266,11 @@ def choose(work: Work, arms: str | None, seeds: str | None) -> list[tuple[Arm, i
         raise InputError(f"--seeds is {seeds!r}: expected whole numbers separated by commas")
     numbers = {int(seed) for seed in seeds.split(",")} if seeds else None
     pairs = [(arm, seed) for arm, seed in work.runs() if arm.name in wanted]
+    here = sorted({seed for _, seed in pairs})
+    if numbers and not numbers <= set(here):
+        raise InputError(f"--seeds is {seeds!r}; seeds of these arms: {', '.join(map(str, here))}")
     return [(arm, seed) for arm, seed in pairs if numbers is None or seed in numbers]
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(exit_code(main))

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from reclib import provenance
+from reclib.command import Parser, exit_code
 from reclib.config import GPU_LABELS, InputError
 
 # What a CUDA device calls itself, by label. "H100 NVL" and "H100 PCIe" are H100s too.
@@ -269,21 +270,23 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(m_mmap_threshold, 32 * 2**20)) and bool(mallopt(m_trim_threshold, 2**31 - 1))
 
 
-def main(arguments: list[str]) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Describe the device; list the GPUs; `check` runs the self-check, which lies above this module."""
+    arguments = sys.argv[1:] if argv is None else argv
     if arguments[:1] == ["check"]:
         command = [sys.executable, "-m", "reclib.selfcheck", *arguments[1:]]
         return subprocess.run(command).returncode
-    if arguments == ["visible"]:
+    parser = Parser(prog="python -m reclib.hardware", description="What this machine computes on, in full.")
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", help="none: describe the device")
+    actions.add_parser("visible", help="the GPUs that this process sees, as JSON")
+    actions.add_parser("check", help="the self-check that a GPU needs once, before its first record")
+    if parser.parse_args(arguments).action == "visible":
         print(json.dumps(visible_gpus()))
         return 0
-    if arguments:
-        print("usage: python -m reclib.hardware [visible | check [gpu label]]", file=sys.stderr)
-        return 2
     for name, value in device_card(resolve()).items():
         print(f"{name:<14}{value}")
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(exit_code(main))

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -25,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from reclib.command import Parser, exit_code
 from reclib.config import PAD, SIZES, ModelConfig, model_config
 from reclib.sinks import Lookup, sink_of
 
@@ -310,14 +310,13 @@ def closed_formula(config: ModelConfig) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Print every named size with its parameter counts."""
-    arguments = sys.argv[1:] if argv is None else argv
-    if arguments not in ([], ["--json"]):
-        print("usage: python -m reclib.model [--json]", file=sys.stderr)
-        return 2
+    parser = Parser(prog="python -m reclib.model", description="Every named size, its parameters counted.")
+    parser.add_argument("--json", action="store_true", help="as JSON, with more kinds of parameters")
+    given = parser.parse_args(argv)
     counts = {
         size: {"num_items": SIZES[size]["num_items"]} | count_parameters(model_config(size)) for size in SIZES
     }
-    if arguments:
+    if given.json:
         print(json.dumps(counts, indent=2))
         return 0
     print(f"{'size':>6} {'items':>8} {'total':>12} {'item tables':>12} {'non-embedding':>14}")
@@ -330,4 +329,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(exit_code(main))

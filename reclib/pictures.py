@@ -20,6 +20,7 @@ from pathlib import Path
 
 from reclib import figures, paths, record
 from reclib.answers import CHAPTERS
+from reclib.command import Parser, exit_code
 from reclib.config import InputError
 from reclib.look import HEIGHT
 from reclib.tables import Record, groups
@@ -124,8 +125,10 @@ def _said(files: Iterable[Path]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 2 where there is no browser."""
-    parser = argparse.ArgumentParser(
-        prog="reclib.pictures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        prog="python -m reclib.pictures",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (figures/)")
     given = parser.parse_args(arguments)
@@ -139,4 +142,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(exit_code(main))

@@ -18,12 +18,13 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from reclib import devices, footprint, steptime, synthetic, workload
 from reclib.adapter_plan import AdapterPlan
+from reclib.command import Parser, exit_code
 from reclib.config import SIZES, InputError, ModelConfig, TrainConfig, model_config, validated
 from reclib.devices import GIB, Board
 from reclib.footprint import Footprint, memory, require_fit
@@ -222,17 +223,10 @@ def _range(found: Plan) -> str:
     return "worst error of held-out rows, too few of which were such a run"
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def _parser() -> argparse.ArgumentParser:
     about, _, rest = (__doc__ or "").partition("\n\n")
     examples, _, more = rest.partition("\n\n")
-    parser = _Parser(
+    parser = Parser(
         prog="python -m reclib.planner",
         usage="%(prog)s --size SIZE --gpu GPU [what, on what, how]",
         description=f"{about}\n\n{more.strip()}",
@@ -332,4 +326,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(exit_code(main))

@@ -14,7 +14,6 @@ Learning rates follow one rule, with a check on two sizes (`learning_rate`).
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -24,6 +23,7 @@ import numpy as np
 
 from reclib import law, record
 from reclib.assessment import Result
+from reclib.command import Parser, exit_code
 from reclib.config import InputError, changed
 from reclib.data import prepare
 from reclib.grid import Arm, Work, read
@@ -168,7 +168,7 @@ def work_rows(work: Work) -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Predict, or compare the prediction with what came."""
-    parser = argparse.ArgumentParser(prog="python -m reclib.scaling", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m reclib.scaling", description=__doc__.split("\n")[0])
     parser.add_argument("action", choices=("predict", "report"))
     parser.add_argument("name", help="an experiment file of params/grids, without .yaml")
     parser.add_argument("--dataset", help="another place of the same data: a file or a prepared folder")
@@ -189,4 +189,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(exit_code(main))

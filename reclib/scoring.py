@@ -11,7 +11,6 @@ trained later or elsewhere joins without the others' weights, and none looks at 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -21,6 +20,7 @@ import numpy as np
 
 from reclib import assessment, grid, metrics, record
 from reclib.assessment import Assessed, Conditions, Model, Result
+from reclib.command import Parser, exit_code
 from reclib.config import InputError, changed
 from reclib.data import prepare
 from reclib.fit import Options
@@ -163,7 +163,7 @@ def _under_its_split(work: Work, arm: Arm, seed: int) -> list[Result]:
 
 def main(argv: list[str] | None = None) -> int:
     """Score a grid and print its table."""
-    parser = argparse.ArgumentParser(prog="python -m reclib.scoring", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m reclib.scoring", description=__doc__.split("\n")[0])
     parser.add_argument("name", help="an experiment file of params/grids, without .yaml")
     parser.add_argument("--dataset", help="another place of the same data: a file or a prepared folder")
     parser.add_argument(
@@ -188,4 +188,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(exit_code(main))

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ import torch
 from reclib import hardware, paths, profiling, provenance
 from reclib.batching import Epoch
 from reclib.benchmark import measure
+from reclib.command import Parser, exit_code
 from reclib.config import InputError, ModelConfig, TrainConfig, changed
 from reclib.data import Histories
 from reclib.hardware import Device
@@ -176,13 +177,13 @@ def write(device: Device, found: list[Check]) -> str:
     return f"{device.label}/{FILE}"
 
 
-def main(arguments: list[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Check a device (the one that is there, or "cpu") and print the answers; 0 if all passed."""
-    if len(arguments) > 1:
-        print("usage: python -m reclib.hardware check [gpu label]", file=sys.stderr)
-        return 2
+    parser = Parser(prog="python -m reclib.hardware check", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("gpu", nargs="?", default="auto", help="auto, cpu or a gpu label (auto)")
+    given = parser.parse_args(argv)
     try:
-        device = hardware.resolve(arguments[0] if arguments else "auto")
+        device = hardware.resolve(given.gpu)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -195,4 +196,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(exit_code(main))

@@ -26,11 +26,12 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
 from reclib import lifeline, matrix, merging, params, paths, record, runner, turns
+from reclib.command import Parser, exit_code
 from reclib.config import GPU_LABELS, InputError, nearest
 from reclib.job import Job
 
@@ -273,21 +274,14 @@ def _seconds(text: str) -> int:
     return int(text)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="reclib.study",
+    parser = Parser(
+        prog="python -m reclib.study",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    common = _Parser(add_help=False)
+    common = Parser(add_help=False)
     common.add_argument("--profile", default="quick", help=f"one of {', '.join(params.PROFILES)}")
     common.add_argument("--gpu", help=f"device label, a claim: one of {', '.join(GPU_LABELS)}")
     for name, text in (("run", "run notebooks"), ("run-all", "run all notebooks, then collect")):
@@ -323,6 +317,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"{error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        raise
     except OSError as error:  # a full disk, a folder that may not be written
         print(f"{error}", file=sys.stderr)
         return 1
@@ -334,4 +330,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the kernel ends with us
     lifeline.hold()
-    sys.exit(main())
+    raise SystemExit(exit_code(main))

@@ -13,7 +13,6 @@ checkpoint. Unlike a heartbeat that takes no waiting, and a process that is only
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import fcntl
 import sys
@@ -30,6 +29,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from reclib import grid, paths, record, scoring, tracker, tuned
 from reclib.assessment import Result
+from reclib.command import Parser, exit_code
 from reclib.config import InputError, changed
 from reclib.curves import Curves
 from reclib.data import Dataset, prepare
@@ -272,7 +272,7 @@ def compare(study: Study, options: Options) -> list[Result]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a study, or compare what it chose with the default."""
-    parser = argparse.ArgumentParser(prog="python -m reclib.tune", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m reclib.tune", description=__doc__.split("\n")[0])
     parser.add_argument("action", choices=("run", "compare"))
     parser.add_argument("name", help="a file of params/tuning, without .yaml")
     parser.add_argument("--dataset", help="another place of the same data: a file or a prepared folder")
@@ -304,4 +304,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(exit_code(main))

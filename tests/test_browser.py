@@ -9,36 +9,24 @@ from __future__ import annotations
 import contextlib
 import functools
 import http.server
-import os
-import shutil
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from chromium import CHROMIUM, NO_CHROMIUM, started
 from conftest import ROOT
 
-CHROMIUM = os.environ.get("RECLIB_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 WAIT = 120_000  # milliseconds: a loaded machine of two cores takes most of a minute for a page of figures
 TRACES = ".main-svg .trace, .main-svg .point"
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        CHROMIUM is None, reason="no Chromium: install Debian's chromium, or name one in RECLIB_CHROMIUM"
-    ),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)]
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with sync_api.sync_playwright() as playwright:
-        # Without a sandbox, since containers run as root have none; nothing but our own pages is opened.
-        options = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
-        yield started
-        started.close()
+    with started() as chromium:
+        yield chromium
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from conftest import ROOT
 
 # From the ground up: a module imports only those before it. A new module takes its place here.
 ORDER = [
-    *("paths", "config", "lifeline", "diagnosis", "turns"),
+    *("paths", "config", "command", "lifeline", "diagnosis", "turns"),
     *("injected", "notebook_params", "params", "provenance", "tracker", "hardware", "energy"),
     *("cache", "synthetic", "fetch", "ml100k"),
     *("rawfile", "formats", "rows", "rejects", "rawtable", "sequences", "parquet", "titles"),

@@ -50,8 +50,10 @@ def test_command_prints_every_size_as_json():
 
 
 def test_command_refuses_unknown_arguments(capsys):
-    assert main(["--jsn"]) == 2
-    assert "usage" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        main(["--jsno"])
+    assert ended.value.code == 2
+    assert "unrecognized arguments: --jsno" in capsys.readouterr().err
 
 
 def test_unknown_size_is_named_with_what_is_allowed():

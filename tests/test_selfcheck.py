@@ -84,5 +84,7 @@ def test_rows_of_a_gpu_are_recorded_only_beside_a_passed_check(root, state):
 def test_the_command_is_found_under_hardware(capfd):
     assert hardware.main(["check", "l40"]) == 2
     assert "unknown gpu label 'l40'" in capfd.readouterr().err
-    assert hardware.main(["chekc"]) == 2
+    with pytest.raises(SystemExit):
+        hardware.main(["chekc"])
+    assert "invalid choice: 'chekc'" in capfd.readouterr().err
     assert hardware.main([]) == 0

@@ -1,0 +1,210 @@
+"""The notebooks as a person has them: in JupyterLab, in a browser, with every cell run.
+
+A server of the project's environment on loopback with its token, on a copy of the notebooks, two pages at a
+time. Skipped where there is no Chromium; `-m "not slow"` leaves it out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from chromium import CHROMIUM, NO_CHROMIUM, started
+from conftest import ROOT
+
+NOTEBOOKS = [file.stem for file in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))]
+AT_ONCE = 2
+LIMIT = 600  # seconds for one notebook on a loaded machine of two cores; an idle one takes 10 to 40
+PLOTLY = "application/vnd.plotly.v1+json"
+WIDGET = "application/vnd.jupyter.widget-view+json"
+WITHOUT_FIGURES = {"08_audit"}  # tables and verdicts
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)]
+
+# The open notebook, asked of JupyterLab itself: cells out of sight are not in the page.
+STATE = """() => {
+  const panel = window.jupyterapp && window.jupyterapp.shell.currentWidget;
+  if (!panel || !panel.content || !panel.content.model) return null;
+  const session = panel.sessionContext.session;
+  const cells = panel.content.widgets.map(cell => {
+    const model = cell.model, outputs = [];
+    const count = model.outputs ? model.outputs.length : 0;
+    for (let i = 0; i < count; i++) outputs.push(model.outputs.get(i).toJSON());
+    return {
+      code: model.type === "code",
+      done: model.executionCount > 0 && model.executionState !== "running",
+      kinds: outputs.flatMap(one => Object.keys(one.data || {})),
+      errors: outputs.filter(one => one.output_type === "error").map(one => one.ename + ": " + one.evalue),
+    };
+  });
+  return {kernel: session && session.kernel ? session.kernel.status : "none", cells};
+}"""
+SCROLL = "index => window.jupyterapp.shell.currentWidget.content.scrollToItem(index, 'start')"
+CELL = "window.jupyterapp.shell.currentWidget.content.widgets[index].node"
+DRAWN = f"index => {CELL}.querySelectorAll('.main-svg .trace, .main-svg .point, .main-svg .hm').length > 0"
+SAID = f"index => [...{CELL}.querySelectorAll('.widget-output')].map(one => one.innerText).join()"
+FOCUSED = "one => one === document.activeElement"
+CONTROLS = "select, input:not([type=hidden]), textarea, button, [role=slider]"
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A JupyterLab on a copy of the notebooks; yields its address, with the token."""
+    place = tmp_path_factory.mktemp("lab")
+    shutil.copytree(
+        ROOT / "notebooks", place / "notebooks", ignore=shutil.ignore_patterns(".ipynb_checkpoints")
+    )
+    for file in (place / "notebooks").glob("*.ipynb"):
+        notebook = nbformat.read(file, 4)
+        for cell in notebook.cells:
+            cell.update({"outputs": [], "execution_count": None} if cell.cell_type == "code" else {})
+        nbformat.write(notebook, file)
+    own = {f"JUPYTER_{name}_DIR": str(place / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
+    own |= {
+        "RECLIB_ROOT": str(ROOT),
+        "RECLIB_RECORDS": str(place / "records"),
+        "RECLIB_RUNS": str(place / "runs"),
+    }
+    own |= {"PYTHONPATH": str(ROOT), "HOME": str(place)}
+    own |= {"RECLIB_DATA": os.environ.get("RECLIB_DATA", str(ROOT / ".data"))}
+    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--ip", "127.0.0.1", "--port", "0"]
+    command += ["--allow-root", "--expose-app-in-browser", "--LabApp.news_url=None", "notebooks"]
+    with (place / "server.log").open("w") as log:
+        server = subprocess.Popen(command, cwd=place, env=os.environ | own, stdout=log, stderr=log)
+        try:
+            yield _address(place, server)
+        finally:
+            server.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                server.wait(20)
+            server.kill()
+
+
+def _address(place: Path, server: subprocess.Popen) -> str:
+    end = time.monotonic() + 120
+    while time.monotonic() < end and server.poll() is None:
+        for file in (place / "runtime").glob("jpserver-*.json"):
+            with contextlib.suppress(json.JSONDecodeError):
+                said = json.loads(file.read_text())
+                assert said["hostname"] == "127.0.0.1"
+                assert len(said["token"]) >= 32
+                return f"{said['url']}lab/workspaces/{{name}}/tree/{{name}}.ipynb?reset&token={said['token']}"
+        time.sleep(0.2)
+    raise AssertionError((place / "server.log").read_text()[-3000:])
+
+
+class Page:
+    """One notebook in one tab."""
+
+    def __init__(self, browser: Any, address: str, name: str) -> None:
+        self.name, self.said, self.begun = name, list[str](), time.monotonic()
+        self.context = browser.new_context(viewport={"width": 1280, "height": 1000})
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(120_000)
+        self.page.on("console", lambda said: self.said.append(said.text) if said.type == "error" else None)
+        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.goto(address.format(name=name), wait_until="domcontentloaded")
+        self.page.wait_for_function(f"() => (({STATE})() || {{}}).kernel === 'idle'")
+        self.page.get_by_role("menuitem", name="Run", exact=True).click()
+        self.page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+
+    def state(self) -> dict[str, Any]:
+        """Return what JupyterLab says of the kernel and each cell."""
+        return self.page.evaluate(STATE)
+
+    def ended(self) -> bool:
+        """Whether all cells ran, one failed, or it takes too long."""
+        if time.monotonic() - self.begun > LIMIT:
+            return True
+        state = self.state()
+        cells = [cell for cell in state["cells"] if cell["code"]]
+        through = all(cell["done"] for cell in cells) or any(cell["errors"] for cell in cells)
+        return through and state["kernel"] == "idle"
+
+    def look(self) -> dict[str, Any]:
+        """Scroll through what it shows; return what failed and what was found, and close the tab."""
+        cells = self.state()["cells"]
+        found: dict[str, Any] = {
+            "errors": [error for cell in cells for error in cell["errors"]],
+            "not run": [i for i, cell in enumerate(cells) if cell["code"] and not cell["done"]],
+            "figures": [i for i, cell in enumerate(cells) if PLOTLY in cell["kinds"]],
+            "widgets": [i for i, cell in enumerate(cells) if WIDGET in cell["kinds"]],
+        }
+        for i in found["figures"]:
+            self.page.evaluate(SCROLL, i)
+            self.page.wait_for_function(DRAWN, arg=i)
+        found["out of reach"] = [i for i in found["widgets"] if not self._all_controls_are_reached(i)]
+        found["without effect"] = [i for i in found["widgets"] if not self._slider_moves_a_number(i)]
+        found["console"] = self.said
+        self.context.close()
+        return found
+
+    def _cell(self, index: int) -> Any:
+        """Bring a cell into sight and return it."""
+        self.page.evaluate(SCROLL, index)
+        return self.page.locator(f".jp-Cell[data-windowed-list-index='{index}'] .jp-OutputArea").first
+
+    def _slider_moves_a_number(self, index: int) -> bool:
+        slider = self._cell(index).locator("[role=slider]").first
+        if not slider.count():
+            return True
+        before = self.page.evaluate(SAID, index)
+        slider.focus()
+        for key in ("ArrowRight", "ArrowLeft", "ArrowLeft"):  # one of them is not at the end of the scale
+            self.page.keyboard.press(key)
+            with contextlib.suppress(Exception):
+                changed = f"([index, before]) => ({SAID})(index) !== before"
+                self.page.wait_for_function(changed, arg=[index, before], timeout=30_000)
+                return True
+        return False
+
+    def _all_controls_are_reached(self, index: int) -> bool:
+        controls = self._cell(index).locator(CONTROLS).filter(visible=True)
+        count = controls.count()
+        if not count:
+            return True
+        controls.first.focus()
+        reached = set()
+        for _ in range(2 * count + 10):
+            reached |= {i for i in range(count) if controls.nth(i).evaluate(FOCUSED)}
+            self.page.keyboard.press("Tab")
+        return len(reached) == count
+
+
+@pytest.fixture(scope="module")
+def seen(lab: str, request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
+    """What every notebook that is asked for showed, run to its end, two at a time, the longest first."""
+    asked = {item.callspec.params["name"] for item in request.session.items if item.path == request.path}
+    left = sorted(asked, key=lambda name: (ROOT / f"notebooks/{name}.ipynb").stat().st_size)
+    running: list[Page] = []
+    found = {}
+    with started() as browser:
+        while left or running:
+            while left and len(running) < AT_ONCE:
+                running.append(Page(browser, lab, left.pop()))
+            for page in [page for page in running if page.ended()]:
+                running.remove(page)
+                found[page.name] = page.look()
+            time.sleep(0.2)
+    return found
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_runs_in_jupyterlab_and_shows_what_it_should(name, seen):
+    found = seen[name]
+    assert found["errors"] == []
+    assert found["not run"] == []
+    assert found["figures"] or name in WITHOUT_FIGURES
+    assert found["out of reach"] == [], "controls that Tab does not come to"
+    assert found["without effect"] == [], "sliders that change nothing"
+    assert found["console"] == []
