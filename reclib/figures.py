@@ -20,6 +20,7 @@ from plotly.offline import get_plotlyjs
 from reclib import (
     accuracy_figures,
     adapter_figures,
+    audit_figures,
     control_figures,
     data_figures,
     hardware_figures,
@@ -94,6 +95,7 @@ FIGURES: list[Spec] = [
     *(Spec(make.__name__, "04_amp_compile", needs, make) for needs, make in speed_figures.FIGURES),
     *(Spec(make.__name__, "05_ilora", needs, make) for needs, make in adapter_figures.FIGURES),
     *(Spec(make.__name__, "06_hardware", needs, make, True) for needs, make in hardware_figures.FIGURES),
+    *(Spec(make.__name__, "08_audit", needs, make) for needs, make in audit_figures.FIGURES),
 ]
 
 

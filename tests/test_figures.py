@@ -83,8 +83,23 @@ def records(dataset):
         found.append(a_record("02_baseline", "rank_histogram", {}, tables.rank_bins(ranks), **own))
     own = {"model": "BERT4Rec"}
     found.append(a_record("02_baseline", "test_metrics", {"hr@10": 0.25}, seed=0, own_params=own))
+    tally = a_record("08_audit", "audit_verdicts", {"holds": 2, "contradicted": 5})
     others = accuracy_records() + adapter_records.everything() + speed_records() + hardware_records()
-    return found + others + scaling_records()
+    return found + others + scaling_records() + audit_records() + [tally]
+
+
+def audit_records():
+    """A rate that the epoch time rules out, and one that it allows."""
+    rates = {"85 M": (2.5, 400.0), "T4": (1.0, 90.0)}
+    return [
+        a_record(
+            "08_audit",
+            "audit_rates",
+            {"ratio": ratio, "by_clock_per_second": allowed},
+            own_params={"model": name},
+        )
+        for name, (ratio, allowed) in rates.items()
+    ]
 
 
 def accuracy_records():
@@ -305,6 +320,16 @@ def test_table_has_a_row_per_point_with_what_it_belongs_to(records):
     metrics = tables.table([r for r in records if r["name"] == "test_metrics"])
     assert metrics["model"].tolist() == ["BERT4Rec", "popularity", "BERT4Rec"]
     assert metrics["hr@10"].tolist() == [0.2, 0.1, 0.25]
+
+
+def test_a_claimed_rate_stands_beside_what_its_epoch_allows():
+    drawn = figures.show("claimed_rates", *audit_records())
+    title = "1 of 2 claimed rates are more than the epoch time allows, by up to 2.5 times"
+    assert drawn.layout.title.text == title
+    allowed, claimed = (trace for trace in drawn.data if trace.mode == "markers")
+    assert list(allowed.x) == [400, 90]
+    assert list(claimed.x) == [1000, 90]
+    assert [said.text for said in drawn.layout.annotations] == ["2.5 times", "1.0 times"]
 
 
 def test_predictions_look_different_in_every_figure(records):

@@ -27,7 +27,6 @@ AT_ONCE = 2
 LIMIT = 600  # seconds for one notebook on a loaded machine of two cores; an idle one takes 10 to 40
 PLOTLY = "application/vnd.plotly.v1+json"
 WIDGET = "application/vnd.jupyter.widget-view+json"
-WITHOUT_FIGURES = {"08_audit"}  # tables and verdicts
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)]
 
@@ -204,7 +203,7 @@ def test_a_notebook_runs_in_jupyterlab_and_shows_what_it_should(name, seen):
     found = seen[name]
     assert found["errors"] == []
     assert found["not run"] == []
-    assert found["figures"] or name in WITHOUT_FIGURES
+    assert found["figures"]
     assert found["out of reach"] == [], "controls that Tab does not come to"
     assert found["without effect"] == [], "sliders that change nothing"
     assert found["console"] == []

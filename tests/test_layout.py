@@ -31,7 +31,7 @@ ORDER = [
     *("tables", "look", "answers", "page", "marks", "speed_figures", "hardware_figures"),
     *("accuracy_figures", "control_figures", "data_figures", "scaling_figures"),
     *("explore", "explore_figures", "widgets"),
-    "adapter_figures",
+    *("adapter_figures", "audit_figures"),
     *("figures", "pictures", "runner", "job", "matrix", "study"),
 ]
 # Each of these is known to one module, or to one family, so that replacing it touches few files.
