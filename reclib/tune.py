@@ -4,7 +4,8 @@
     python -m reclib.tune compare tiny-ml-100k         # default against tuned: seeds, then the test split
 
 A study is `params/tuning/<name>.yaml`: data, size, recipe, space, budget. A trial is one run of `fit` with
-some fields drawn; its value is the best NDCG@10 on validation, and one behind the median is pruned.
+some fields drawn; its value is the best NDCG@10 on validation, and one behind the median is pruned. The first
+trial is the recipe as it stands, where the space holds it, so that what is chosen was never behind it.
 
 Whoever runs a trial holds a lock on its folder. A trial that is running while nobody holds it belonged to a
 process that was killed: it is told as failed and enqueued again with the same settings, and goes on from its
@@ -39,7 +40,7 @@ from reclib.grid import Arm, Grid, Work, held
 from reclib.hardware import Device, resolve
 from reclib.provenance import code_hash, git_state, versions
 from reclib.trainer import StepStats
-from reclib.tuning import Plan, configs, read, settings
+from reclib.tuning import Plan, configs, default, read, settings
 
 NOTEBOOK = "03_scaling"
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -101,6 +102,8 @@ class Study:
         if len(self.finished()) + len(running) >= self.plan.trials:
             return None
         study = self.open(len(trials))
+        if not trials and (recipe := default(self.plan)):
+            study.enqueue_trial(recipe)
         return study, study.ask()
 
     def _is_held(self, trial: FrozenTrial) -> bool:

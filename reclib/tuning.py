@@ -68,3 +68,17 @@ def configs(plan: Plan, num_items: int, drawn: Mapping[str, Any]) -> tuple[Model
     train = validated(TrainConfig, chosen.train | {"seed": plan.seed})
     shape = {"num_items": num_items, "causal": train.objective == "next_item"} | chosen.model
     return model_config(plan.size, **shape), train
+
+
+def default(plan: Plan) -> dict[str, Any]:
+    """Return the recipe's own values of the fields of the space; empty where the space leaves one out."""
+    model, train = configs(plan, 10, {})
+    values = {
+        field: getattr(model, field.removeprefix("model.")) if "." in field else getattr(train, field)
+        for field in plan.space
+    }
+    return values if all(_within(plan.space[field], value) for field, value in values.items()) else {}
+
+
+def _within(space: Mapping[str, Any], value: Any) -> bool:
+    return value in space["choices"] if "choices" in space else space["low"] <= value <= space["high"]

@@ -182,6 +182,16 @@ def test_a_trial_that_somebody_holds_is_left_to_them(root):
     assert len(found.finished()) == 2
 
 
+def test_the_first_trial_is_the_recipe_as_it_stands(root):
+    write(
+        space={"learning_rate": {"low": 1e-5, "high": 0.1, "log": True}, "model.dropout": {"choices": [0.1]}}
+    )
+    _, trial = study().claim()
+    assert study().draw(trial) == {"learning_rate": 1e-3, "model.dropout": 0.1}
+    write(space={"learning_rate": {"low": 0.01, "high": 0.1}})
+    assert tuning.default(tuning.read("trial")) == {}, "outside the space"
+
+
 def test_a_trial_that_diverges_counts_and_is_not_tried_again(root):
     write(trials=1, space={"learning_rate": {"choices": [1e30]}}, train=FILE["train"] | {"clip_norm": None})
     found = study()
@@ -238,4 +248,7 @@ def test_the_files_of_the_project_can_be_read():
     names = [file.stem for file in (ROOT / "params" / "tuning").glob("*.yaml")]
     assert names
     for name in names:
-        assert tuning.read(name).trials > 0
+        plan = tuning.read(name)
+        assert plan.trials > 0
+        recipe = tuning.configs(plan, 10, {})
+        assert tuning.configs(plan, 10, tuning.default(plan)) == recipe, "the first trial is the recipe"
