@@ -29,6 +29,7 @@ from reclib import (
     scaling_figures,
     speed_figures,
     tables,
+    tuning_figures,
 )
 from reclib.look import HEIGHT
 from reclib.tables import Record
@@ -73,6 +74,7 @@ class Spec:
     make: Callable[[pd.DataFrame], go.Figure]
     across: bool = False  # one figure of all devices, instead of one for each
     beside: str = ""  # name of further records that are drawn with those of the same data and device
+    of: str = ""  # how the names of the data begin that it is drawn of, where it is not of all
 
 
 def show(name: str, *records: Record) -> go.Figure:
@@ -87,11 +89,10 @@ FIGURES: list[Spec] = [
     *(Spec(make.__name__, "01_data_prep", needs, make) for needs, make in data_figures.FIGURES),
     *(Spec(make.__name__, "02_baseline", needs, make) for needs, make in _BASELINE),
     *(
-        Spec(
-            make.__name__, "03_scaling", needs, make, beside="prediction" if needs == "learning_curve" else ""
-        )
-        for needs, make in scaling_figures.FIGURES
+        Spec(make.__name__, "03_scaling", needs, make, beside="prediction", of=of)
+        for needs, make, of in scaling_figures.FIGURES
     ),
+    *(Spec(make.__name__, "03_scaling", needs, make) for needs, make in tuning_figures.FIGURES),
     *(Spec(make.__name__, "04_amp_compile", needs, make) for needs, make in speed_figures.FIGURES),
     *(Spec(make.__name__, "05_ilora", needs, make) for needs, make in adapter_figures.FIGURES),
     *(Spec(make.__name__, "06_hardware", needs, make, True) for needs, make in hardware_figures.FIGURES),
@@ -120,6 +121,8 @@ def build(records: Sequence[Record], out_dir: Path) -> list[Path]:
         for (dataset, label), some in _groups(spec, mine).items():
             if tables.is_ablation(dataset) and spec.needs == "learning_curve":
                 continue  # arms by the dozen are compared in the figure of differences
+            if not dataset.startswith(spec.of):
+                continue
             name = re.sub(r"[^\w.-]+", "-", f"{spec.name}_{dataset}_{label}")
             further = [r for r in records if (r["notebook"], r["name"]) == (spec.notebook, spec.beside)]
             figure = show(spec.name, *some, *tables.groups(further).get((dataset, label), []))

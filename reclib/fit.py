@@ -30,6 +30,7 @@ from reclib.config import SIZE_NAMES, InputError, ModelConfig, TrainConfig
 from reclib.curves import Curves
 from reclib.data import Dataset, Evaluation, prepare
 from reclib.hardware import Device, resolve
+from reclib.headroom import demand_room
 from reclib.ilora import AdaptedModel
 from reclib.model import Bert4Rec
 from reclib.runfile import Setup
@@ -75,10 +76,12 @@ def fit(
 
     `split` says what trains and what validates; None is leave-one-out. With a `folder` the run is
     checkpointed there; called again it goes on where it was, or returns at once if it was finished. Raises
-    `InputError` when training diverges, when a checkpoint cannot be written, is damaged or is of another run.
+    `InputError` when it would not fit into memory, before anything is allocated, when training diverges, when
+    a checkpoint cannot be written, is damaged or is of another run.
     """
-    torch.manual_seed(config.seed)  # weights and dropout; batches have generators of their own
     split = split or leave_one_out(dataset)
+    demand_room(model, config, split.train, device, processes=distributed.ranks().count)
+    torch.manual_seed(config.seed)  # weights and dropout; batches have generators of their own
     trainer = Trainer(Bert4Rec(model), split.train, config, device, data_identity(dataset, split))
     return _carried_through(trainer, split, folder, options or Options())
 

@@ -10,8 +10,10 @@ Letters as in `workload`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -26,6 +28,8 @@ SPARE = 1.125  # of the logits' buffer: what is asked for beyond the first batch
 LARGE_LOGITS_BYTES = 512 * 2**20  # above this CUDA's logits are chunked (as in `objective`)
 CONTEXT_BYTES = 700 * 2**20  # of CUDA's context and libraries, outside torch's count; assumed
 SMALLEST_SINK = 8 * 2**20  # bytes of a table whose gradient stays where it is, on a CPU (as in `sinks`)
+# Where Linux says what a container may take of the machine's memory: control groups of version 2 and 1.
+LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 USABLE = 0.95  # of a device's memory: the rest is lost to fragments; assumed
 
 
@@ -168,6 +172,15 @@ def _logits(model: ModelConfig, train: TrainConfig, one: Shapes, width: int, dev
     if train.loss == "plain" or FP32 * elements <= LARGE_LOGITS_BYTES:
         return plain
     return LARGE_LOGITS_BYTES + width * model.num_items * model.hidden_dim
+
+
+def machine_bytes() -> int:
+    """Return the memory of this machine, or what its container may take of it."""
+    found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for file in LIMITS:
+        text = file.read_text().strip() if file.is_file() else ""
+        found = min(found, int(text)) if text.isdecimal() else found
+    return found
 
 
 def usable(memory_bytes: int, device_type: str) -> int:

@@ -88,3 +88,24 @@ def predict(by_size: Mapping[float, Sequence[float]], size: float, samples: int 
         others = [float(fit(np.delete(sizes, i), np.delete(means, i))(size)) for i in range(len(sizes))]
         found["without_low"], found["without_high"] = min(others), max(others)
     return found
+
+
+def naive(sizes: Any, losses: Any, size: float) -> dict[str, float]:
+    """Return what to hold a law against: the largest size's loss again, and a straight line in log N.
+
+    `sizes` and `losses` are (S,), smallest first.
+    """
+    slope, start = np.polyfit(np.log(np.asarray(sizes, dtype=np.float64)), losses, 1)
+    return {"last": float(losses[-1]), "line": float(start + slope * np.log(size))}
+
+
+def band(by_size: Mapping[float, Sequence[float]], sizes: Any, samples: int = SAMPLES) -> np.ndarray | None:
+    """Return the 95 % band (2, S) of the law at `sizes`, over resampled seeds; None where it has none.
+
+    At the predicted size it is `low` and `high` of `predict`.
+    """
+    measured = sorted(by_size)
+    if len(measured) < MIN_SIZES or max(len(seeds) for seeds in by_size.values()) < 2:
+        return None
+    laws = fit(measured, resampled([by_size[one] for one in measured], samples))
+    return np.percentile(laws(sizes), (2.5, 97.5), axis=0)

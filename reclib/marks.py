@@ -40,9 +40,23 @@ def model_colors(models: Iterable[str]) -> dict[Any, str]:
     return found
 
 
-def panels(count: int, *, shared_yaxes: bool = False, spacing: float = 0.14) -> go.Figure:
-    """Return an empty figure of panels side by side, without legend."""
-    figure = make_subplots(cols=count, shared_yaxes=shared_yaxes, horizontal_spacing=spacing)
+def panels(
+    count: int,
+    *,
+    rows: int = 1,
+    shared_yaxes: bool = False,
+    shared_xaxes: bool = False,
+    spacing: float = 0.14,
+) -> go.Figure:
+    """Return an empty figure of panels side by side, in one row or several, without legend."""
+    figure = make_subplots(
+        rows=rows,
+        cols=count,
+        shared_yaxes=shared_yaxes,
+        shared_xaxes=shared_xaxes,
+        horizontal_spacing=spacing,
+        vertical_spacing=0.08,
+    )
     return figure.update_layout(template=TEMPLATE, showlegend=False)
 
 

@@ -119,28 +119,31 @@ def seeds_by_size(rows: Iterable[Mapping[str, Any]]) -> dict[float, list[float]]
 def outcome(rows: Iterable[Mapping[str, Any]], name: str) -> dict[str, Any]:
     """Return a grid's newest prediction beside what was measured, from its records alone.
 
-    Keys: `prediction` (the record or None), `measured` (mean loss over seeds or None), `seeds`, `error`
-    (predicted minus measured, nats) and `relative_error`. A run counts only if it carries the hash of that
+    Keys: `prediction` (the record or None), `measured` (mean loss over seeds or None), `seeds`, `first` (when
+    the first of them was recorded), `error` (predicted minus measured, nats), `relative_error`, and `naive`:
+    what the same points say without a law (`law.naive`). A run counts only if it carries the hash of that
     prediction.
     """
     mine = [row for row in rows if (row.get("data") or {}).get("name") == name]
     predictions = sorted((row for row in mine if row["name"] == "prediction"), key=lambda row: row["time"])
-    found: dict[str, Any] = dict.fromkeys(("prediction", "measured", "seeds", "error", "relative_error"))
+    found: dict[str, Any] = dict.fromkeys(
+        ("prediction", "measured", "seeds", "first", "error", "relative_error", "naive")
+    )
     if not predictions:
         return found
     curves = [row for row in mine if row["name"] == "learning_curve"]
     carried = {row["configuration"].get("prediction") for row in curves}
     held = [row for row in predictions if row["params_hash"] in carried] or predictions
     one = found["prediction"] = held[-1]
-    values = [
-        row["metrics"]["lowest_valid_loss"]
-        for row in curves
-        if row["configuration"].get("prediction") == one["params_hash"]
-    ]
-    if values:
-        measured = float(np.mean(values))
+    points = one["series"]
+    if len(points.get("loss", ())) > 1:
+        found["naive"] = law.naive(points["non_embedding"], points["loss"], one["own_params"]["size"])
+    runs = [row for row in curves if row["configuration"].get("prediction") == one["params_hash"]]
+    if runs:
+        measured = float(np.mean([row["metrics"]["lowest_valid_loss"] for row in runs]))
         gap = one["metrics"]["predicted"] - measured
-        found |= {"measured": measured, "seeds": len(values), "error": gap, "relative_error": gap / measured}
+        found |= {"measured": measured, "seeds": len(runs), "first": min(row["time"] for row in runs)}
+        found |= {"error": gap, "relative_error": gap / measured}
     return found
 
 

@@ -1,177 +1,293 @@
-"""Figures of scaling and tuning: pure functions from a table of records to a `go.Figure`, as in `figures`."""
+"""Figures of scaling: pure functions from a table of records to a `go.Figure`, as in `figures`.
+
+Committed runs are circles, one for each seed; the notebook's own are diamonds. What a run's arm varies is in
+its name, as the files of `params/grids` give it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from reclib.look import BLUE, GREEN, HEIGHT, INK, MUTED, ORANGE, PURPLE, TEMPLATE, bar, line, marker
+from reclib import law
+from reclib.look import BLUE, GREEN, HEIGHT, INK, MUTED, ORANGE, PURPLE, line, marker
 from reclib.marks import note, panels
 
 LOSS = "lowest_valid_loss"
+SIZE, FLOPS = "non_embedding", "training_flops"
+ACCURACY = {"valid_ndcg@10": "NDCG@10", "valid_hr@10": "HR@10"}
 COLORS = {"width": BLUE, "depth": ORANGE, "untied tables": GREEN, "other learning rate": PURPLE}
+COLORS |= {"tuned settings": GREEN}
+RATES = {"half rate": 0.5, "": 1.0, "twice rate": 2.0}
+SHADE = "rgba(34, 34, 34, 0.10)"
 
 
 def one_per_run(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return one row for each run, with its sweep: width at two layers, depth, untied, other rate."""
+    """Return one row for each run, with its sweep: width at two layers, depth, untied, other rate.
+
+    Accuracy is that of the best epoch, by NDCG@10, as for the weights that a run keeps.
+    """
     curves = rows[rows[LOSS].notna()] if LOSS in rows else rows.iloc[:0]
-    runs = curves.drop_duplicates(["profile", "dataset", "model", "seed"]).copy()
+    key = ["profile", "dataset", "model", "seed"]
+    best = {
+        name: curves.groupby(key, dropna=False)[name].transform("max") for name in ACCURACY if name in curves
+    }
+    runs = curves.assign(**best).drop_duplicates(key).copy()
     names = runs["model"].astype(str)
     runs["sweep"] = np.select(
-        [names.str.contains("untied"), names.str.contains("rate"), names.str.fullmatch(r"w\d+d2")],
-        ["untied tables", "other learning rate", "width"],
+        [names.str.endswith(end) for end in ("untied", "rate", "(tuned)")] + [names.str.fullmatch(r"w\d+d2")],
+        ["untied tables", "other learning rate", "tuned settings", "width"],
         np.where(names.str.fullmatch(r"w\d+d\d+"), "depth", "width"),
     )
     return runs
 
 
 def scaling_curve(rows: pd.DataFrame) -> go.Figure:
-    """Validation loss against non-embedding parameters and training FLOPs, the law and what it predicted."""
+    """Validation loss by width against parameters and FLOPs; the law, its band and what it predicted."""
     runs = one_per_run(rows)
-    figure = panels(2, shared_yaxes=True, spacing=0.06).update_layout(showlegend=True, height=HEIGHT + 60)
-    for (sweep, profile, kind), part in runs.groupby(["sweep", "profile", "kind"], sort=False):
-        committed = profile == "grid"
-        look = marker(str(kind), COLORS[str(sweep)])
-        look["symbol"] = look["symbol"] if committed else look["symbol"].replace("circle", "diamond")
-        name = f"{sweep}, {'committed' if committed else 'this run'}"
-        for column, x in enumerate(("non_embedding", "training_flops"), 1):
-            figure.add_scatter(
-                x=part[x],
-                y=part[LOSS],
-                mode="markers",
-                marker=look,
-                name=name,
-                legendgroup=name,
-                showlegend=column == 1,
-                customdata=part[["model", "seed"]].astype(str),
-                hovertemplate="%{customdata[0]}, seed %{customdata[1]}: %{y:.4f} nats<extra></extra>",
-                row=1,
-                col=column,
-            )
-    title = _add_prediction(figure, rows, runs)
-    figure.update_xaxes(type="log", title_text="non-embedding parameters", row=1, col=1)
-    figure.update_xaxes(type="log", title_text="training FLOPs", row=1, col=2)
+    figure = panels(2, shared_yaxes=True, spacing=0.06).update_layout(showlegend=True, height=HEIGHT + 80)
+    said = _predicted(rows)
+    if said is not None:
+        _add_law(figure, said, runs)
+    shown = runs[(runs["sweep"] == "width") | (_own(runs) & runs["sweep"].isin(["depth", "tuned settings"]))]
+    for column, x in enumerate((SIZE, FLOPS), 1):
+        _add_runs(figure, shown, x, LOSS, row=1, col=column)
+    if said is not None:
+        _add_prediction(figure, said)
+    _name_sizes(figure, shown)
+    _sizes_and_flops(figure, row=1)
     figure.update_yaxes(title_text="lowest validation loss (nats)", row=1, col=1)
-    note(
-        figure,
-        "Each mark is one seed; dashed and hollow: the law and its prediction, recorded before.",
+    text = "Circles: committed runs, one for each seed; the line joins their means."
+    text = "" if _own(runs).all() else text
+    text += " Diamonds: this notebook's own runs." if _own(runs).any() else ""
+    if said is not None:
+        text += " Dashed and hollow: the law of the smaller sizes and its prediction, recorded before."
+        text += " Band: 95 % over resampled seeds."
+    note(figure, text.strip())
+    return _legend_below(figure.update_layout(title_text=_curve_title(said, runs)))
+
+
+def scaling_accuracy(rows: pd.DataFrame) -> go.Figure:
+    """NDCG@10 and HR@10 on validation against parameters and FLOPs, by width and by depth."""
+    runs = one_per_run(rows)
+    runs = runs[runs["sweep"].isin(["width", "depth", "tuned settings"])]
+    there = [name for name in ACCURACY if name in runs and runs[name].notna().any()]
+    figure = panels(2, rows=max(1, len(there)), shared_yaxes=True, shared_xaxes=True, spacing=0.06)
+    for row, metric in enumerate(there, 1):
+        for column, x in enumerate((SIZE, FLOPS), 1):
+            _add_runs(figure, runs, x, metric, row=row, col=column, legend=row == 1)
+        figure.update_yaxes(title_text=f"{ACCURACY[metric]} on validation", row=row, col=1)
+    _sizes_and_flops(figure, row=max(1, len(there)))
+    figure.update_xaxes(type="log")
+    note(figure, "Lines join the means over seeds of committed runs; at the epoch that has the best NDCG@10.")
+    title = "No run is recorded yet"
+    if there:
+        means = runs.groupby("model")[there[0]].mean()
+        span = f"{means.min():.3f} to {means.max():.3f}"
+        title = f"{ACCURACY[there[0]]} on validation: {span}, best with {means.idxmax()}"
+    figure.update_layout(title_text=title, showlegend=True, height=HEIGHT + 220)
+    return _legend_below(figure)
+
+
+def scaling_sweeps(rows: pd.DataFrame) -> go.Figure:
+    """What else was varied: depth against width, a second table against none, the learning rate's rule.
+
+    There is a panel for each that has runs; the note names those that have none yet.
+    """
+    runs = one_per_run(rows)
+    runs = runs[~_own(runs)]
+    kinds = {"depth": _sweep_lines, "untied tables": _untied_lines, "other learning rate": _rate_lines}
+    there = ["depth", *(kind for kind in list(kinds)[1:] if (runs["sweep"] == kind).any())]
+    figure = panels(len(there), spacing=0.09).update_layout(height=HEIGHT + 60, showlegend=True)
+    gains = [gain for place, kind in enumerate(there, 1) if (gain := kinds[kind](figure, runs, place))]
+    figure.update_yaxes(title_text="lowest validation loss (nats)", row=1, col=1)
+    text = "Means over seeds, bars to the lowest and the highest; rates over the seeds that all three have."
+    if absent := [kind for kind in kinds if not (runs["sweep"] == kind).any()]:
+        text += f" Not trained yet: {', '.join(absent)}."
+    note(figure, text)
+    title = "; ".join(gains) or "Only the width is varied so far"
+    return _legend_below(figure.update_layout(title_text=title[:1].upper() + title[1:]))
+
+
+# -- parts ---------------------------------------------------------------------------------------------------
+
+
+def _own(runs: pd.DataFrame) -> pd.Series:
+    """Return which runs are a notebook's own and not of a committed grid."""
+    return runs["profile"] != "grid"
+
+
+def _add_runs(
+    figure: go.Figure, runs: pd.DataFrame, x: str, y: str, row: int, col: int, legend: bool = True
+) -> None:
+    """Draw one mark for each run, and a line through the committed means."""
+    for (own, sweep), part in runs.assign(own=_own(runs)).groupby(["own", "sweep"], sort=False):
+        color, kind = COLORS[str(sweep)], str(part["kind"].iloc[0])
+        look = marker(kind, color) | {"size": 9}
+        millions = part["trained_tokens"].max() / 1e6
+        name = f"{sweep}, {'this run' if own else 'committed'} ({millions:.1f} M tokens)"
+        if own:
+            look |= {"symbol": "diamond", "color": "white", "size": 11}
+        else:
+            look |= {"opacity": 0.55}
+            means = part.groupby("model").agg({x: "mean", y: "mean"}).sort_values(x)
+            joined = line(kind, color) | {"width": 1.5}
+            figure.add_scatter(
+                x=means[x], y=means[y], mode="lines", line=joined, legendgroup=name, showlegend=False,
+                hoverinfo="skip", row=row, col=col,
+            )  # fmt: skip
+        said = part[["model", "seed"]].astype(str)
+        hover = "%{customdata[0]}, seed %{customdata[1]}: %{y:.4f}<extra></extra>"
+        figure.add_scatter(
+            x=part[x], y=part[y], mode="markers", marker=look, name=name, legendgroup=name,
+            showlegend=legend and col == 1, customdata=said, hovertemplate=hover, row=row, col=col,
+        )  # fmt: skip
+
+
+def _predicted(rows: pd.DataFrame) -> pd.Series | None:
+    if "predicted" not in rows or not rows["predicted"].notna().any():
+        return None
+    return rows[rows["predicted"].notna()].iloc[-1]
+
+
+def _add_law(figure: go.Figure, said: pd.Series, runs: pd.DataFrame) -> None:
+    """Draw the law and, where seeds allow one, the band of what it was fitted to."""
+    fitted = runs[(runs["sweep"] == "width") & ~_own(runs) & (runs["model"] != said["of"])]
+    smallest = min(fitted[SIZE].min(), said["size"]) if len(fitted) else said["size"] / 100
+    sizes = np.geomspace(smallest, said["size"], 60)
+    by_size = {float(size): list(part[LOSS]) for size, part in fitted.groupby(SIZE)}
+    ends = law.band(by_size, sizes)
+    if ends is not None:
+        figure.add_scatter(
+            x=[*sizes, *sizes[::-1]], y=[*ends[0], *ends[1][::-1]], fill="toself", fillcolor=SHADE,
+            line={"width": 0}, name="95 % band", hoverinfo="skip", row=1, col=1,
+        )  # fmt: skip
+    values = law.Law(said["floor"], said["factor"], said["exponent"])(sizes)
+    figure.add_scatter(
+        x=sizes,
+        y=values,
+        mode="lines",
+        line=line("predicted", INK),
+        name="law",
+        hoverinfo="skip",
+        row=1,
+        col=1,
     )
-    return figure.update_layout(title_text=title, legend={"y": -0.25, "yanchor": "top"}, margin={"b": 130})
 
 
-def _add_prediction(figure: go.Figure, rows: pd.DataFrame, runs: pd.DataFrame) -> str:
-    if "predicted" in rows and rows["predicted"].notna().any():
-        one = rows[rows["predicted"].notna()].iloc[-1]
-        smallest = min(runs["non_embedding"].min(), one["size"]) if len(runs) else one["size"] / 100
-        sizes = np.geomspace(smallest, one["size"], 60)
-        figure.add_scatter(
-            x=sizes,
-            y=one["floor"] + one["factor"] * sizes ** -one["exponent"],
-            mode="lines",
-            line=line("predicted", INK),
-            name="law",
-            hoverinfo="skip",
-            row=1,
-            col=1,
-        )
-        band = {}
-        if pd.notna(one.get("low")):
-            up, down = one["high"] - one["predicted"], one["predicted"] - one["low"]
-            band = {"error_y": {"array": [up], "arrayminus": [down], "color": INK}}
-        figure.add_scatter(
-            x=[one["size"]],
-            y=[one["predicted"]],
-            mode="markers",
-            marker=marker("predicted", INK),
-            name=f"prediction of {one['of']}",
-            hovertemplate="predicted %{y:.4f} nats<extra></extra>",
-            row=1,
-            col=1,
-            **band,
-        )
-        found = runs[(runs["model"] == one["of"]) & (runs["profile"] == "grid")][LOSS]
+def _add_prediction(figure: go.Figure, said: pd.Series) -> None:
+    bar: dict[str, Any] = {}
+    if pd.notna(said.get("low")):
+        up, down = said["high"] - said["predicted"], said["predicted"] - said["low"]
+        bar = {"error_y": {"array": [up], "arrayminus": [down], "color": INK}}
+    figure.add_scatter(
+        x=[said["size"]], y=[said["predicted"]], mode="markers", marker=marker("predicted", INK),
+        name=f"prediction of {said['of']}", hovertemplate="predicted %{y:.4f} nats<extra></extra>",
+        row=1, col=1, **bar,
+    )  # fmt: skip
+
+
+def _curve_title(said: pd.Series | None, runs: pd.DataFrame) -> str:
+    if said is not None:
+        found = runs[(runs["model"] == said["of"]) & ~_own(runs)][LOSS]
         if len(found):
-            gap = one["predicted"] / found.mean() - 1
-            return f"The law missed the loss of the largest size by {gap:+.1%}"
-        return f"The law predicts {one['predicted']:.3f} nats for {one['of']}, which is not measured yet"
+            gap = said["predicted"] / found.mean() - 1
+            return f"The law missed the loss of the largest size, {said['of']}, by {gap:+.1%}"
+        return f"The law predicts {said['predicted']:.3f} nats for {said['of']}, which is not measured yet"
     if runs.empty:
         return "No run is recorded yet"
     means = runs.groupby("model")[LOSS].mean()
     return f"Lowest validation loss: {means.min():.3f} nats, with {means.idxmin()}"
 
 
-def tuning_history(rows: pd.DataFrame) -> go.Figure:
-    """Value of each trial, whole or pruned, and the best so far."""
-    trials = rows.drop_duplicates("trial").sort_values("trial")
-    value, kind = "valid_ndcg@10", str(rows["kind"].iloc[0])
-    figure = go.Figure(layout={"template": TEMPLATE})
-    for state, color in (("complete", BLUE), ("pruned", MUTED)):
-        part = trials[trials["state"] == state]
-        figure.add_scatter(
-            x=part["trial"], y=part[value], mode="markers", marker=marker(kind, color), name=state
-        )
-    whole = trials[trials["state"] == "complete"]
-    best = whole[value].cummax()
+def _name_sizes(figure: go.Figure, runs: pd.DataFrame) -> None:
+    """Write the sizes' names under their lowest marks, in the first panel; of committed ones if there are."""
+    named = runs if _own(runs).all() else runs[~_own(runs)]
+    low = named.sort_values(LOSS).drop_duplicates("model")
+    for _, one in low.iterrows():
+        figure.add_annotation(
+            x=np.log10(one[SIZE]), y=one[LOSS], text=one["model"], showarrow=False, yshift=-15,
+            font={"size": 11, "color": MUTED}, row=1, col=1,
+        )  # fmt: skip
+
+
+def _sizes_and_flops(figure: go.Figure, row: int) -> None:
+    figure.update_xaxes(type="log", dtick="D2", title_text="non-embedding parameters", row=row, col=1)
+    figure.update_xaxes(type="log", dtick="D2", title_text="training FLOPs", row=row, col=2)
+
+
+def _legend_below(figure: go.Figure) -> go.Figure:
+    legend = {"x": 0, "xanchor": "left", "y": -90 / (figure.layout.height - 200), "yanchor": "top"}
+    return figure.update_layout(legend=legend, margin={"b": 130})
+
+
+def _means(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return each arm's mean loss, with its lowest and highest seed."""
+    parts = runs.groupby("model")
+    table = parts[LOSS].agg(["mean", "min", "max"])
+    return table.assign(**{SIZE: parts[SIZE].first()}).sort_values(SIZE)
+
+
+def _add_means(figure: go.Figure, x: Any, table: pd.DataFrame, name: str, color: str, col: int) -> None:
+    spread = {"array": table["max"] - table["mean"], "arrayminus": table["mean"] - table["min"]}
     figure.add_scatter(
-        x=whole["trial"], y=best, mode="lines", line=line(kind, ORANGE) | {"shape": "hv"}, name="best"
-    )
-    figure.update_xaxes(title_text="trial")
-    figure.update_yaxes(title_text="NDCG@10 on validation")
-    said = f"{len(trials)} trials, {int((trials['state'] == 'pruned').sum())} pruned"
-    return figure.update_layout(
-        showlegend=True, title_text=f"{said}; the best has NDCG@10 {whole[value].max():.4f}"
-    )
+        x=x, y=table["mean"], mode="lines+markers", name=name, line=line("measured", color),
+        marker=marker("measured", color), error_y=spread | {"color": color, "width": 4},
+        customdata=table.index, hovertemplate="%{customdata}: %{y:.4f} nats<extra></extra>", row=1, col=col,
+    )  # fmt: skip
 
 
-def tuning_parallel(rows: pd.DataFrame) -> go.Figure:
-    """Parallel coordinates: what each whole trial drew, coloured by its value."""
-    trials = rows.drop_duplicates("trial")
-    trials = trials[trials["state"] == "complete"]
-    fixed = {"trial", "state", "kind", "label", "profile", "seed", "dataset", "trial_seconds", "epoch"}
-    drawn = [
-        str(name) for name in trials if name not in fixed and not str(name).startswith(("valid_", "train_"))
-    ]
-    drawn = [name for name in drawn if name not in ("tokens", "_") and trials[name].notna().all()]
-    axes = []
-    for name in [*drawn, "valid_ndcg@10"]:
-        values = trials[name].astype(float)
-        spans = values.min() > 0 and values.max() / values.min() > 10
-        shown = np.log10(values) if spans else values
-        axes.append({"label": f"log10 {name}" if spans else name, "values": shown})
-    value = trials["valid_ndcg@10"]
-    scale = [[0, "#DDE8F0"], [1, BLUE]]
-    figure = go.Figure(
-        go.Parcoords(dimensions=axes, line={"color": value, "colorscale": scale, "showscale": False}),
-        layout={"template": TEMPLATE},
-    )
-    best = trials.iloc[int(value.to_numpy().argmax())]
-    said = ", ".join(f"{name} {best[name]:.3g}" for name in drawn)
-    note(figure, f"Best: {said}")
-    return figure.update_layout(title_text="What the trials drew; darker is better", margin={"t": 150})
+def _sweep_lines(figure: go.Figure, runs: pd.DataFrame, col: int) -> str:
+    """Draw width and depth; return what depth gave, empty where it is not varied."""
+    width = _means(runs[runs["sweep"] == "width"])
+    deep = _means(runs[runs["sweep"] == "depth"])
+    _add_means(figure, width[SIZE], width, "width at two layers", COLORS["width"], col)
+    figure.update_xaxes(type="log", dtick="D2", title_text="non-embedding parameters", row=1, col=col)
+    if deep.empty:
+        return ""
+    base = f"{deep.index[0].split('d')[0]}d2"
+    joined = pd.concat([deep, width[width.index == base]]).sort_values(SIZE)
+    _add_means(figure, joined[SIZE], joined, f"depth at {base.removesuffix('d2')}", COLORS["depth"], col)
+    gain = joined["mean"].iloc[-1] - joined["mean"].iloc[0]
+    return f"depth, {joined.index[0]} to {joined.index[-1]}: {gain:+.3f} nats"
 
 
-def tuning_importance(rows: pd.DataFrame) -> go.Figure:
-    """Share of the value's variance that each field explains among the trials (PED-ANOVA)."""
-    rows = rows[rows["share"].notna()].sort_values("share") if "share" in rows else rows.iloc[:0]
-    figure = go.Figure(layout={"template": TEMPLATE})
-    if rows.empty:
-        return figure.update_layout(title_text="Too few whole trials to say what mattered", height=220)
-    figure.add_bar(
-        x=rows["share"], y=rows["field"], orientation="h", marker=bar(str(rows["kind"].iloc[0]), BLUE)
-    )
-    figure.update_xaxes(title_text="importance (share)", rangemode="tozero")
-    figure.update_yaxes(title_text="field")
-    top = rows.iloc[-1]
-    return figure.update_layout(title_text=f"{top['field']} has {top['share']:.0%} of the importance")
+def _untied_lines(figure: go.Figure, runs: pd.DataFrame, col: int) -> str:
+    """Draw tied beside untied; return what a second table gave."""
+    untied = _means(runs[runs["sweep"] == "untied tables"])
+    names = [name.removesuffix(" untied") for name in untied.index]
+    tied = _means(runs[runs["model"].isin(names)])
+    figure.update_xaxes(title_text="size", type="category", row=1, col=col)
+    _add_means(figure, list(tied.index), tied, "one table (tied)", COLORS["width"], col)
+    _add_means(figure, names, untied, "two tables (untied)", COLORS["untied tables"], col)
+    change = (untied.set_axis(names)["mean"] - tied["mean"]).dropna()
+    gains = ", ".join(f"{gain:+.3f} at {name}" for name, gain in change.items())
+    return f"a second table: {gains}" if gains else ""
 
 
-# The name of the records that each is made of, and the figure.
-FIGURES: list[tuple[str, Callable[[pd.DataFrame], go.Figure]]] = [
-    ("learning_curve", scaling_curve),
-    ("trial", tuning_history),
-    ("trial", tuning_parallel),
-    ("tuning", tuning_importance),
+def _rate_lines(figure: go.Figure, runs: pd.DataFrame, col: int) -> str:
+    """Draw the loss at half the rule's rate, the rule's and twice."""
+    other = runs[runs["sweep"] == "other learning rate"]["model"]
+    bases = sorted({name.rsplit(" ", 2)[0] for name in other}, key=lambda name: int(name[1:].split("d")[0]))
+    ticks = {"type": "log", "tickvals": list(RATES.values()), "ticktext": ["half", "rule", "twice"]}
+    figure.update_xaxes(title_text="learning rate over the rule's", **ticks, row=1, col=col)
+    for place, base in enumerate(bases):
+        names = {f"{base} {end}".strip(): factor for end, factor in RATES.items()}
+        mine = runs[runs["model"].isin(names)]
+        shared = set.intersection(*(set(part["seed"]) for _, part in mine.groupby("model")))
+        table = _means(mine[mine["seed"].isin(shared)])
+        table = table.assign(factor=[names[name] for name in table.index]).sort_values("factor")
+        _add_means(figure, table["factor"], table, f"rates at {base}", (PURPLE, MUTED)[place % 2], col)
+    return ""
+
+
+# The name of the records that each is made of, the figure, and how the names of its data begin on the page.
+FIGURES: list[tuple[str, Callable[[pd.DataFrame], go.Figure], str]] = [
+    ("learning_curve", scaling_curve, ""),
+    ("learning_curve", scaling_accuracy, ""),
+    ("learning_curve", scaling_sweeps, "scaling-"),
 ]

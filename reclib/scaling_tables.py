@@ -1,47 +1,152 @@
-"""What the records of a scaling grid say, as a table and as sentences; right with few runs and with all."""
+"""What the records of a scaling grid say, as tables and as sentences; right with few runs and with all."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
-from reclib import gathered
+from reclib import gathered, gridfile
+from reclib.config import InputError, ModelConfig
+from reclib.workload import parameters
 
 Record = Mapping[str, Any]
 LATE = 0.01  # nats off the lowest loss in the last fifth of the training: above it a run is undertrained
+STATE_BYTES = 16  # of a parameter: weight, gradient and AdamW's two moments in fp32
+RATES = {"half rate": "half", "twice rate": "twice"}  # how the arms that check the rule end
 
 
 def by_arm(rows: Sequence[Record]) -> pd.DataFrame:
-    """Return one row for each arm: its size, the seeds' mean loss and range, NDCG@10, tokens and FLOPs."""
-    frame = pd.DataFrame([{"arm": r["own_params"]["model"], "seed": r["seed"]} | r["metrics"] for r in rows])
+    """Return one row for each arm: its size, the seeds' mean loss and range, accuracy, tokens, TFLOP, hours.
+
+    `state MiB` is what weights, gradients and moments take; `hours` are wall-clock of all its seeds together.
+    """
+    frame = pd.DataFrame(
+        [
+            {"arm": r["own_params"]["model"], "seed": r["seed"], "state": _state_bytes(r)}
+            | r["metrics"]
+            | r["timings"]
+            for r in rows
+        ]
+    )
     parts = frame.groupby("arm", sort=False)
-    counted = ["item_tables", "non_embedding", "trained_tokens", "training_flops", "late_drop"]
-    table = parts[counted].mean()
+    table = parts[["item_tables", "non_embedding", "trained_tokens"]].mean().round().astype(int)
     table.insert(0, "seeds", parts["seed"].nunique())
+    table["TFLOP"], table["late_drop"] = parts["training_flops"].mean() / 1e12, parts["late_drop"].mean()
+    table["state MiB"] = (parts["state"].first() / 2**20).round(1)
+    took = ["train_seconds", "eval_seconds"]
+    table["hours"] = (parts[took].sum().sum(axis=1) / 3600).round(2) if {*took} <= {*frame} else None
     loss = parts["lowest_valid_loss"]
     table["loss"], table["loss_low"], table["loss_high"] = loss.mean(), loss.min(), loss.max()
-    table["ndcg@10"] = parts["valid_ndcg@10"].mean()
+    for metric in ("ndcg@10", "hr@10"):
+        if f"valid_{metric}" in frame:
+            one = parts[f"valid_{metric}"]
+            table[metric], table[f"{metric}_low"], table[f"{metric}_high"] = one.mean(), one.min(), one.max()
     return table.sort_values(["non_embedding", "item_tables"], kind="stable")
 
 
+def _state_bytes(row: Record) -> float | None:
+    """Return what weights, gradients and moments of a run's model take; None where its shape is not told."""
+    shape = row.get("configuration", {}).get("model")
+    return STATE_BYTES * sum(parameters(ModelConfig(**shape)).values()) if shape else None
+
+
+def sweep(arm: str) -> str:
+    """Return which sweep an arm belongs to: width at two layers, depth, untied tables or other rates."""
+    if arm.endswith(" untied"):
+        return "untied tables"
+    if any(arm.endswith(f" {end}") for end in RATES):
+        return "other learning rate"
+    return "width" if arm.endswith("d2") else "depth"
+
+
+def missing(rows: Sequence[Record], name: str) -> list[str]:
+    """Return the arms of a grid's file that lack seeds, each with how many are there: `arm (1 of 3)`.
+
+    Empty where the file is not here.
+    """
+    try:
+        arms = gridfile.read(name).arms
+    except InputError:
+        return []
+    there = {(r["own_params"]["model"], r["seed"]) for r in rows}
+    counts = {arm.name: sum((arm.name, seed) in there for seed in arm.seeds) for arm in arms}
+    return [f"{a.name} ({counts[a.name]} of {len(a.seeds)})" for a in arms if counts[a.name] < len(a.seeds)]
+
+
+def rate_check(rows: Sequence[Record]) -> pd.DataFrame:
+    """Return one row for each arm whose rule was checked: its loss with half the rate, the rule's and twice.
+
+    Losses are means over the seeds that all of them have; `range` is that of the rule's own seeds, and
+    `lost` what the rule gives away to the best of the three, in nats.
+    """
+    losses: dict[str, dict[int, float]] = {}
+    for row in rows:
+        losses.setdefault(row["own_params"]["model"], {})[row["seed"]] = row["metrics"]["lowest_valid_loss"]
+    found = []
+    for arm, own in losses.items():
+        arms = {short: losses.get(f"{arm} {end}", {}) for end, short in RATES.items()}
+        shared = sorted(set(own).intersection(*arms.values()))
+        if not shared:
+            continue
+        mean = {short: sum(one[s] for s in shared) / len(shared) for short, one in arms.items()}
+        mean["rule"] = sum(own[s] for s in shared) / len(shared)
+        spread = max(own.values()) - min(own.values())
+        row = {"arm": arm, "seeds": len(shared), "half": mean["half"], "rule": mean["rule"]}
+        row |= {"twice": mean["twice"], "lost": mean["rule"] - min(mean.values()), "range": spread}
+        found.append(row)
+    return pd.DataFrame(found).set_index("arm") if found else pd.DataFrame()
+
+
+def predictions(outcomes: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """Return one row for each grid with a prediction: what was said when, and what came, by which records."""
+    found = {}
+    for name, one in outcomes.items():
+        if one["prediction"] is None:
+            continue
+        said, m = one["prediction"], one["prediction"]["metrics"]
+        found[name] = {
+            "size": said["own_params"]["of"],
+            "predicted": round(m["predicted"], 4),
+            "band": _band(m),
+            "hash": said["params_hash"],
+            "recorded": said["time"],
+            "measured": None if one["measured"] is None else round(one["measured"], 4),
+            "runs that carry the hash": one["seeds"] or 0,
+            "first of them": one["first"],
+            "error": None if one["error"] is None else f"{one['error']:+.4f} ({one['relative_error']:+.2%})",
+        }
+    return pd.DataFrame(found).T
+
+
+def _band(m: Mapping[str, Any]) -> str:
+    return "none: one seed" if m["low"] is None else f"{m['low']:.3f} to {m['high']:.3f}"
+
+
 def findings(rows: Sequence[Record], outcome: Mapping[str, Any], name: str) -> list[str]:
-    """Return sentences on a grid: the law, its prediction and error, what is undertrained or missing."""
+    """Return sentences on a grid: the law and its error, what does not scale, is undertrained or missing."""
     if not rows:
         return [f"- {name}: no run is committed yet."]
     table = by_arm(rows)
     best = str(table["loss"].idxmin())
+    hours = table["hours"].sum()
     said = [
         f"- {name}: {len(rows)} runs of {len(table)} configurations, {int(table['trained_tokens'].max()):,} "
-        f"tokens each at most; lowest mean loss {table['loss'].min():.3f} nats, with {best} "
-        f"({int(table['non_embedding'][best]):,} of {int(table['non_embedding'].max()):,} at most)."
+        f"tokens each at most, {hours:.1f} hours of a machine that did other work beside it; lowest mean "
+        f"loss {table['loss'].min():.3f} nats, with {best} ({int(table['non_embedding'][best]):,} of "
+        f"{int(table['non_embedding'].max()):,} non-embedding parameters at most)."
     ]
+    said += _of_the_law(outcome)
+    said += [f"  {line}" for line in [*_of_width(table), *_of_depth_and_tables(table), *_of_rates(rows)]]
     late = table.index[table["late_drop"] > LATE]
     said.append(f"  Undertrained (over {LATE} nats fell in the last fifth): {', '.join(late) or 'none'}.")
-    few = [f"{arm} ({int(count)})" for arm, count in table["seeds"].items() if count < 3]
+    few = [f"{arm} ({int(n)})" for arm, n in table["seeds"].items() if n < 3 and "rate" not in str(arm)]
     said.append(f"  Fewer than three seeds: {', '.join(few) or 'none'}.")
-    return said + _of_the_law(outcome)
+    if absent := missing(rows, name):
+        said.append(f"  Not trained yet, of the file: {', '.join(absent)}.")
+    return said
 
 
 def _of_the_law(outcome: Mapping[str, Any]) -> list[str]:
@@ -56,6 +161,11 @@ def _of_the_law(outcome: Mapping[str, Any]) -> list[str]:
         f"  Law {m['floor']:.3f} + {m['factor']:.3g} N^-{m['exponent']:.3f}; it predicts "
         f"{m['predicted']:.3f} nats for {own['of']} ({own['size']:,} non-embedding parameters; {band})."
     ]
+    if m.get("exponent_low") is not None:
+        said.append(
+            f"  The exponent itself is known to {m['exponent_low']:.2f} to {m['exponent_high']:.2f} only: "
+            "the law says where the next size lands, not where the loss ends."
+        )
     if m["without_low"] is not None:
         said.append(
             f"  Without any one size it says {m['without_low']:.3f} to {m['without_high']:.3f}: "
@@ -64,7 +174,73 @@ def _of_the_law(outcome: Mapping[str, Any]) -> list[str]:
     if outcome["measured"] is None:
         return [*said, f"  {own['of']} is not measured yet; its record will carry {one['params_hash']}."]
     error = f"error {outcome['error']:+.3f} nats ({outcome['relative_error']:+.1%})"
-    return [*said, f"  Measured {outcome['measured']:.3f} over {outcome['seeds']} seed(s): {error}."]
+    place = ""
+    if m["low"] is not None:
+        place = ", inside the band" if m["low"] <= outcome["measured"] <= m["high"] else ", outside the band"
+    said.append(f"  Measured {outcome['measured']:.3f} over {outcome['seeds']} seed(s): {error}{place}.")
+    if naive := outcome.get("naive"):
+        said.append(
+            "  The same points without a law: no gain over the last of them misses by "
+            f"{naive['last'] - outcome['measured']:+.3f} nats, a straight line in log N by "
+            f"{naive['line'] - outcome['measured']:+.3f}."
+        )
+    return said
+
+
+def _of_width(table: pd.DataFrame) -> list[str]:
+    """Say what each step in width took off the loss, and where the seeds' ranges do not part."""
+    arms = [str(arm) for arm in table.index if sweep(str(arm)) == "width"]
+    steps, same = [], {metric: [] for metric in ("loss", "ndcg@10", "hr@10") if metric in table}
+    for small, large in itertools.pairwise(arms):
+        a, b = table.loc[small], table.loc[large]
+        times = b["non_embedding"] / a["non_embedding"]
+        steps.append(f"{small} to {large} ({times:.1f} times N) {b['loss'] - a['loss']:+.3f}")
+        for metric, found in same.items():
+            if not _parted(a, b, metric):
+                found.append(f"{small} and {large}")
+    if not steps:
+        return []
+    said = [f"{name.upper() if '@' in name else name}: {', '.join(m) or 'none'}" for name, m in same.items()]
+    return [
+        f"Width, nats: {'; '.join(steps)}.",
+        f"Neighbours whose seeds' ranges overlap, so that the step is not told apart: {'; '.join(said)}.",
+    ]
+
+
+def _of_depth_and_tables(table: pd.DataFrame) -> list[str]:
+    """Say what depth at fixed tables and a second table gave, against the arm that they vary."""
+    said = []
+    for arm in map(str, table.index):
+        kind = sweep(arm)
+        base = arm.removesuffix(" untied") if kind == "untied tables" else f"{arm.split('d')[0]}d2"
+        if kind not in ("depth", "untied tables") or base not in table.index:
+            continue
+        a, b = table.loc[base], table.loc[arm]
+        parted = "" if _parted(a, b, "loss") else ", ranges of seeds overlap"
+        ranked = f", NDCG@10 {b['ndcg@10'] - a['ndcg@10']:+.4f}" if "ndcg@10" in table else ""
+        said.append(f"{arm} against {base}: {b['loss'] - a['loss']:+.3f} nats{ranked}{parted}.")
+    return said
+
+
+def _of_rates(rows: Sequence[Record]) -> list[str]:
+    """Say whether the rule for the learning rate held where it was checked."""
+    said = []
+    for arm, one in rate_check(rows).iterrows():
+        best = min(("half", "rule", "twice"), key=lambda name: one[name])
+        held = "the rule's is the best of the three" if best == "rule" else f"{best} of it is better by"
+        lost = "" if best == "rule" else f" {one['lost']:.3f} nats"
+        said.append(
+            f"Learning rate at {arm}, {int(one['seeds'])} seed(s): half {one['half']:.3f}, rule "
+            f"{one['rule']:.3f}, twice {one['twice']:.3f} nats; {held}{lost} "
+            f"(the rule's seeds lie {one['range']:.3f} apart)."
+        )
+    return said
+
+
+def _parted(a: pd.Series, b: pd.Series, metric: str) -> bool:
+    """Whether the ranges over seeds of two arms do not overlap; with one seed each a range is a point."""
+    low, high = f"{metric}_low", f"{metric}_high"
+    return bool(a[high] < b[low] or b[high] < a[low])
 
 
 def real_steps(records: Iterable[Record]) -> pd.DataFrame:
@@ -83,10 +259,24 @@ def real_steps(records: Iterable[Record]) -> pd.DataFrame:
                 "parameters": count,
                 "device": gathered.device_of(one),
                 "batch": own["batch_size"],
+                "steps": one["metrics"].get("timed_steps"),
                 "step s": round(took["step_seconds"], 3),
                 "tokens/s": round(took["tokens_per_second"]),
                 "peak GB": round(took["peak_memory_bytes"] / 1e9, 2),
-                "held over 16 bytes per parameter": round(held / (16 * count), 2),
+                "16 bytes per parameter, GB": round(STATE_BYTES * count / 1e9, 2),
+                "held over 16 bytes per parameter": round(held / (STATE_BYTES * count), 2),
             }
         )
     return pd.DataFrame(rows).set_index("size") if rows else pd.DataFrame()
+
+
+def size_findings(steps: pd.DataFrame, named: Collection[str]) -> list[str]:
+    """Return a sentence on the steps of real sizes (the table of `real_steps`), and on those not measured."""
+    floor = "held over 16 bytes per parameter"
+    parts = [
+        f"{size} {one['step s']:.2f} s, {one['peak GB']:.1f} GB at the peak, {one[floor]:.2f} times its floor"
+        for size, one in steps.iterrows()
+    ]
+    absent = [name for name in named if name not in steps.index]
+    last = f" Not measured yet: {', '.join(absent)}." if absent else ""
+    return [f"- Steps of the named sizes at their own catalogues: {'; '.join(parts) or 'none'}.{last}"]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
-from reclib import footprint, hardware, tuned
+from reclib import tuned
 from reclib.config import ModelConfig, TrainConfig, changed, model_config, validated
 from reclib.counts import counted
 from reclib.data import Dataset
 from reclib.experiment import Trained, carried_out
 from reclib.footprint import Footprint
 from reclib.hardware import Device
+from reclib.headroom import demand_room
 from reclib.notebook_params import Scaling
 from reclib.scaling import learning_rate
 from reclib.splits import Split
@@ -35,7 +35,7 @@ def configs(p: Scaling, dataset: Dataset, size: str, seed: int) -> tuple[ModelCo
     """
     shape: dict[str, Any] = {"max_len": p.max_len, "dropout": p.dropout, "num_items": dataset.num_items}
     train = recipe(p, size, seed)
-    chosen = tuned.read(size, dataset.name, dataset.fingerprint) if p.tuned else None
+    chosen = _chosen(p, dataset, size)
     if chosen is not None:
         # Tokens and device stay the notebook's, so that sizes can be compared.
         length = {"epochs", "eval_every", "batch_size", "precision"}
@@ -44,11 +44,8 @@ def configs(p: Scaling, dataset: Dataset, size: str, seed: int) -> tuple[ModelCo
     return model_config(size, **shape), train
 
 
-def memory_bytes(device: Device) -> int:
-    """Return the memory of the device: the GPU's, or the machine's."""
-    if device.card.memory_bytes:
-        return device.card.memory_bytes
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def _chosen(p: Scaling, dataset: Dataset, size: str) -> tuned.Tuned | None:
+    return tuned.read(size, dataset.name, dataset.fingerprint) if p.tuned else None
 
 
 def demand_fit(
@@ -59,18 +56,34 @@ def demand_fit(
     `room` is the memory in bytes, None: what the device has. Nothing is allocated.
     """
     model, train = configs(p, dataset, size, p.seeds[0])
-    precision = hardware.choose_precision(train.precision, device.card).name
-    lengths = split.train.ends - split.train.starts
-    room = memory_bytes(device) if room is None else room
-    return footprint.require_fit(model, train, lengths, room, precision, device.torch_device.type)
+    return demand_room(model, train, split.train, device, room)
 
 
 def train(p: Scaling, dataset: Dataset, split: Split, device: Device, size: str, seed: int) -> Trained:
     """Train one seed of a size, or go on with a run of the same code and data."""
-    demand_fit(p, dataset, split, device, size)
     model, config = configs(p, dataset, size, seed)
     title = f"{device.label}-{size}-seed{seed}"
     return carried_out(NOTEBOOK, p, dataset, split, device, model, config, title)
+
+
+def title(p: Scaling, dataset: Dataset, size: str) -> str:
+    """Return what a size is called in records and figures: its name, and whether its settings are tuned."""
+    return size if _chosen(p, dataset, size) is None else f"{size} (tuned)"
+
+
+def settings(p: Scaling, dataset: Dataset) -> list[dict[str, Any]]:
+    """Return, for each size, the settings that tuning could have changed, and where they are from."""
+    rows = []
+    for size in p.sizes:
+        model, train = configs(p, dataset, size, p.seeds[0])
+        chosen = _chosen(p, dataset, size)
+        row = {"size": size, "from": "the rule and this notebook's parameters"}
+        if chosen is not None:
+            by = chosen.chosen_by
+            row["from"] = f"{by['study']}, trial {by['trial']} of {by['trials']}, {by['time'][:10]}"
+        row |= {name: getattr(train, name) for name in ("learning_rate", "weight_decay", "mask_prob")}
+        rows.append(row | {"last_item_share": train.last_item_share, "dropout": model.dropout})
+    return rows
 
 
 def numbers(one: Trained) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Runs of notebook 03: what fits, what was tuned for these data, models that are kept, and their figures."""
+"""Runs of notebook 03: what fits, what was tuned for these data, and models that are kept."""
 
 from __future__ import annotations
 
@@ -6,24 +6,20 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 from conftest import ROOT
 
 from reclib import (
     data,
+    fit,
     footprint,
     kept,
     params,
     paths,
-    scaling,
-    scaling_figures,
-    scaling_tables,
     sized,
-    tables,
     tuned,
 )
-from reclib.config import DataConfig, InputError, model_config
+from reclib.config import DataConfig, InputError, TrainConfig, model_config
 from reclib.hardware import resolve
 from reclib.splits import leave_one_out
 from reclib.tuned import Tuned
@@ -57,6 +53,23 @@ def test_a_catalogue_that_memory_does_not_allow_is_refused_before_anything_is_al
     assert "hidden_dim" in str(caught.value) or "smaller size" in str(caught.value)
 
 
+def test_training_itself_refuses_what_does_not_fit_before_it_makes_a_model(dataset, monkeypatch):
+    monkeypatch.setattr(footprint, "machine_bytes", lambda: GIB)
+    monkeypatch.setattr(fit, "Bert4Rec", lambda config: pytest.fail("a model was made"))
+    model = model_config("430m", num_items=dataset.num_items, max_len=20)
+    with pytest.raises(InputError, match=r"this does not fit: estimated .* of 0\.95 usable; .*"):
+        fit.fit(model, dataset, TrainConfig(batch_size=8), resolve("cpu"))
+
+
+def test_a_container_s_limit_counts_where_it_is_below_the_machine_s(tmp_path, monkeypatch):
+    whole = footprint.machine_bytes()
+    file = tmp_path / "memory.max"
+    monkeypatch.setattr(footprint, "LIMITS", (file, tmp_path / "none"))
+    for said, wanted in ((str(GIB), GIB), ("max", None), (str(2**62), None)):
+        file.write_text(said + "\n")
+        assert footprint.machine_bytes() == (wanted or max(whole, footprint.machine_bytes()))
+
+
 def test_an_l4_trains_the_largest_named_size_at_the_full_profile():
     p = params.build("03_scaling", params.profile("03_scaling", "full"))
     model = model_config("430m")
@@ -71,7 +84,8 @@ def test_an_l4_trains_the_largest_named_size_at_the_full_profile():
 
 def test_tuned_settings_are_taken_for_their_size_and_data_only(dataset, root, monkeypatch):
     monkeypatch.setattr(paths, "params", lambda: root / "params")
-    chosen = Tuned({"dropout": 0.33}, {"mask_prob": 0.55, "epochs": 99}, {})
+    by = {"study": "a-study", "trial": 3, "trials": 9, "time": "2026-01-01T00:00:00"}
+    chosen = Tuned({"dropout": 0.33}, {"mask_prob": 0.55, "epochs": 99}, by)
     tuned.write("w32d1", dataset.name, dataset.fingerprint, chosen)
     monkeypatch.undo()
     p = asked()
@@ -82,6 +96,10 @@ def test_tuned_settings_are_taken_for_their_size_and_data_only(dataset, root, mo
     model, train = sized.configs(replace(p, tuned=True), dataset, "w32d1", 0)
     assert (model.dropout, train.mask_prob, train.epochs) == (0.33, 0.55, 1)
     assert sized.configs(replace(p, tuned=True), dataset, "w32d2", 0)[0].dropout == p.dropout
+    assert sized.title(p, dataset, "w32d1") == "w32d1"
+    assert sized.title(replace(p, tuned=True), dataset, "w32d1") == "w32d1 (tuned)"
+    (row,) = sized.settings(replace(p, tuned=True), dataset)
+    assert (row["mask_prob"], row["from"]) == (0.55, "a-study, trial 3 of 9, 2026-01-01")
     tuned.write("w32d1", dataset.name, "0" * 64, chosen)
     with pytest.raises(InputError, match="tune anew"):
         sized.configs(replace(p, tuned=True), dataset, "w32d1", 0)
@@ -127,100 +145,6 @@ def test_what_a_kept_model_refuses(dataset):
     (folder / "config.json").unlink()
     with pytest.raises(InputError, match="damaged model m"):
         kept.load("m")
-
-
-# -- tables and figures --------------------------------------------------------------------------------------
-
-
-def curve(model: str, seed: int, size: int, loss: float, prediction: str | None = None) -> dict:
-    metrics = {
-        "non_embedding": size,
-        "item_tables": 100,
-        "training_flops": 6.0 * size,
-        "trained_tokens": 10,
-        "lowest_valid_loss": loss,
-        "late_drop": 0.02 if seed else 0.0,
-        "valid_ndcg@10": 0.1,
-    }
-    return {
-        "name": "learning_curve",
-        "data": {"name": "scaling-x"},
-        "own_params": {"model": model},
-        "metrics": metrics,
-        "series": {"epoch": [1, 2]},
-        "timings": {},
-        "seed": seed,
-        "kind": "measured",
-        "label": "cpu",
-        "profile": "grid",
-        "time": "2026-01-01",
-        "configuration": {"prediction": prediction} if prediction else {},
-    }
-
-
-def prediction() -> dict:
-    numbers = {"floor": 5.0, "factor": 30.0, "exponent": 0.3, "predicted": 5.5, "low": None, "high": None}
-    numbers |= {"without_low": 5.4, "without_high": 5.6}
-    one = curve("none", 0, 1, 1.0)
-    own = {"of": "w384d2", "size": 4000, "seeds": 1}
-    return one | {
-        "name": "prediction",
-        "metrics": numbers,
-        "own_params": own,
-        "params_hash": "abc",
-        "kind": "predicted",
-    }
-
-
-ROWS = [curve("w32d2", s, 1000, 6.0 + s / 10) for s in (0, 1)] + [curve("w64d4", 0, 2000, 5.8)]
-LARGEST = curve("w384d2", 0, 4000, 5.0, "abc")
-
-
-def test_findings_read_right_with_nothing_with_few_and_with_all():
-    none = scaling.outcome([], "scaling-x")
-    assert scaling_tables.findings([], none, "scaling-x") == ["- scaling-x: no run is committed yet."]
-    few = "\n".join(scaling_tables.findings(ROWS, scaling.outcome(ROWS, "scaling-x"), "scaling-x"))
-    assert "No law yet" in few
-    assert "Fewer than three seeds: w32d2 (2), w64d4 (1)" in few
-    barred = scaling.outcome([*ROWS, prediction()], "scaling-x")
-    assert "w384d2 is not measured yet" in "\n".join(scaling_tables.findings(ROWS, barred, "scaling-x"))
-    whole = [*ROWS, LARGEST]
-    found = scaling.outcome([*whole, prediction()], "scaling-x")
-    assert found["error"] == pytest.approx(0.5)
-    assert "error +0.500 nats (+10.0%)" in "\n".join(scaling_tables.findings(whole, found, "scaling-x"))
-
-
-def test_a_run_without_the_predictions_hash_does_not_count_as_predicted():
-    stranger = curve("w384d2", 0, 4000, 5.0)
-    assert scaling.outcome([*ROWS, stranger, prediction()], "scaling-x")["measured"] is None
-
-
-def test_the_figure_shows_every_seed_and_hollow_what_is_predicted():
-    figure = scaling_figures.scaling_curve(tables.table([*ROWS, LARGEST, prediction()]))
-    marks = {trace.name: trace for trace in figure.data if trace.xaxis in (None, "x")}
-    assert sorted(marks["width, committed"].y) == [5.0, 6.0, 6.1]
-    assert list(marks["depth, committed"].y) == [5.8]
-    assert marks["prediction of w384d2"].marker.symbol == "circle-open"
-    assert "+10.0%" in figure.layout.title.text
-    assert marks["law"].line.dash == "dash"
-
-
-def test_the_figures_of_tuning_tell_whole_from_pruned():
-    rows = pd.DataFrame(
-        {
-            "trial": [0, 1, 2],
-            "state": ["complete", "pruned", "complete"],
-            "valid_ndcg@10": [0.1, 0.05, 0.2],
-            "learning_rate": [1e-4, 1e-1, 1e-2],
-            "kind": "measured",
-        }
-    )
-    history = scaling_figures.tuning_history(rows)
-    assert {trace.name: len(trace.x) for trace in history.data} == {"complete": 2, "pruned": 1, "best": 2}
-    parallel = scaling_figures.tuning_parallel(rows)
-    assert [axis.label for axis in parallel.data[0].dimensions] == ["log10 learning_rate", "valid_ndcg@10"]
-    shares = pd.DataFrame({"field": ["a", "b"], "share": [0.2, 0.8], "kind": "measured"})
-    assert "b has 80%" in scaling_figures.tuning_importance(shares).layout.title.text
 
 
 def test_the_full_profile_names_the_four_sizes_and_its_data_are_known():

@@ -1,0 +1,265 @@
+"""What is said and drawn of a scaling grid and a tuning: with nothing, with few runs, and with all."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import pandas as pd
+import pytest
+
+from reclib import law, scaling, scaling_figures, scaling_tables, tables, tuning_figures, tuning_tables
+from reclib.config import model_config
+from reclib.model import closed_formula
+
+SMALL = {"num_items": 30, "max_len": 20}
+SHAPE = asdict(model_config("w32d2", **SMALL))
+WIDTHS = {32: 25_472, 64: 100_096, 96: 223_872, 128: 396_800}
+WIDTH_NAMES = [f"w{width}d2" for width in WIDTHS]
+
+
+def curve(model: str, seed: int, size: int, loss: float, prediction: str | None = None) -> dict:
+    metrics = {
+        "non_embedding": size,
+        "item_tables": 100,
+        "training_flops": 6.0 * size,
+        "trained_tokens": 10,
+        "lowest_valid_loss": loss,
+        "late_drop": 0.02 if seed else 0.0,
+        "valid_ndcg@10": 0.1 + size / 1e5,
+        "valid_hr@10": 0.2,
+    }
+    return {
+        "name": "learning_curve",
+        "data": {"name": "scaling-x"},
+        "own_params": {"model": model},
+        "metrics": metrics,
+        "series": {"epoch": [1, 2], "valid_ndcg@10": [0.05, 0.1 + size / 1e5]},
+        "timings": {"train_seconds": 1800.0, "eval_seconds": 0.0},
+        "earlier": 0,
+        "seed": seed,
+        "kind": "measured",
+        "label": "cpu",
+        "profile": "grid",
+        "time": "2026-01-01",
+        "configuration": {"model": SHAPE} | ({"prediction": prediction} if prediction else {}),
+    }
+
+
+def prediction() -> dict:
+    numbers = {"floor": 5.0, "factor": 30.0, "exponent": 0.3, "predicted": 5.5, "low": None, "high": None}
+    numbers |= {"without_low": 5.4, "without_high": 5.6}
+    one = curve("none", 0, 1, 1.0)
+    own = {"of": "w384d2", "size": 4000, "seeds": 1}
+    return one | {
+        "name": "prediction",
+        "metrics": numbers,
+        "own_params": own,
+        "params_hash": "abc",
+        "kind": "predicted",
+    }
+
+
+ROWS = [curve("w32d2", s, 1000, 6.0 + s / 10) for s in (0, 1)] + [curve("w64d4", 0, 2000, 5.8)]
+LARGEST = curve("w384d2", 0, 4000, 5.0, "abc")
+
+
+def test_findings_read_right_with_nothing_with_few_and_with_all():
+    none = scaling.outcome([], "scaling-x")
+    assert scaling_tables.findings([], none, "scaling-x") == ["- scaling-x: no run is committed yet."]
+    few = "\n".join(scaling_tables.findings(ROWS, scaling.outcome(ROWS, "scaling-x"), "scaling-x"))
+    assert "No law yet" in few
+    assert "Fewer than three seeds: w32d2 (2), w64d4 (1)" in few
+    barred = scaling.outcome([*ROWS, prediction()], "scaling-x")
+    assert "w384d2 is not measured yet" in "\n".join(scaling_tables.findings(ROWS, barred, "scaling-x"))
+    whole = [*ROWS, LARGEST]
+    found = scaling.outcome([*whole, prediction()], "scaling-x")
+    assert found["error"] == pytest.approx(0.5)
+    assert "error +0.500 nats (+10.0%)" in "\n".join(scaling_tables.findings(whole, found, "scaling-x"))
+
+
+def test_a_run_without_the_predictions_hash_does_not_count_as_predicted():
+    stranger = curve("w384d2", 0, 4000, 5.0)
+    assert scaling.outcome([*ROWS, stranger, prediction()], "scaling-x")["measured"] is None
+
+
+GRID = [
+    *(
+        curve(f"w{w}d2", s, n, float(law.Law(5, 30, 0.3)(n)) + s / 50)
+        for w, n in WIDTHS.items()
+        for s in (0, 1, 2)
+    ),
+    *(
+        curve(f"w64d{d}", s, n, loss + s / 100)
+        for d, n, loss in ((1, 5e4, 6.2), (8, 4e5, 6.3))
+        for s in (0, 1, 2)
+    ),
+    *(curve("w32d2 untied", s, 25_472, 6.5 + s / 100) for s in (0, 1, 2)),
+    curve("w32d2 half rate", 0, 25_472, 7.0),
+    curve("w32d2 twice rate", 0, 25_472, 6.4),
+]
+
+
+def test_findings_say_what_scales_what_does_not_and_whether_the_rule_held():
+    said = "\n".join(scaling_tables.findings(GRID, scaling.outcome(GRID, "scaling-x"), "scaling-x"))
+    assert "23 runs of 9 configurations" in said
+    assert "11.5 hours" in said
+    assert "w32d2 to w64d2 (3.9 times N) -0.481" in said
+    assert "not told apart: loss: none; NDCG@10: none; HR@10: w32d2 and w64d2, w64d2 and w96d2" in said
+    assert "w64d8 against w64d2: +0.342 nats" in said
+    assert "w32d2 untied against w32d2: +0.060 nats" in said
+    assert "twice of it is better by 0.030 nats (the rule's seeds lie 0.040 apart)" in said
+    assert "Fewer than three seeds: none" in said, "rates are checked with one"
+
+
+def test_what_a_law_is_held_against_and_how_sure_its_exponent_is():
+    one = prediction()
+    one["series"] = {"non_embedding": [1000, 2000], "loss": [6.0, 5.5]}
+    one["metrics"] |= {"low": 4.9, "high": 5.6, "exponent_low": 0.1, "exponent_high": 0.9}
+    found = scaling.outcome([LARGEST, one], "scaling-x")
+    assert found["naive"] == pytest.approx({"last": 5.5, "line": 5.0})
+    said = "\n".join(scaling_tables.findings([LARGEST], found, "scaling-x"))
+    assert "misses by +0.500 nats, a straight line in log N by +0.000" in said
+    assert "known to 0.10 to 0.90 only" in said
+    assert "error +0.500 nats (+10.0%), inside the band" in said
+    table = scaling_tables.predictions({"scaling-x": found, "scaling-y": scaling.outcome([], "scaling-y")})
+    assert list(table.index) == ["scaling-x"]
+    assert table.loc["scaling-x", ["hash", "runs that carry the hash"]].tolist() == ["abc", 1]
+
+
+def test_a_table_of_arms_has_state_hours_and_the_range_of_seeds():
+    row = scaling_tables.by_arm(GRID).loc["w32d2"]
+    assert row["state MiB"] == round(16 * closed_formula(model_config("w32d2", **SMALL)) / 2**20, 1)
+    assert row["hours"] == 1.5
+    assert (row["seeds"], row["loss_high"] - row["loss_low"]) == (3, pytest.approx(0.04))
+
+
+def test_what_a_committed_grid_lacks_is_named():
+    there = [curve("w32d2", seed, 25_472, 6.0) for seed in (0, 1, 2)] + [curve("w64d2", 1, 100_096, 6.0)]
+    absent = scaling_tables.missing(there, "scaling-ml-100k")
+    assert "w64d2 (1 of 3)" in absent
+    assert "w32d2 half rate (0 of 1)" in absent
+    assert not any(one.startswith("w32d2 (") for one in absent)
+    assert scaling_tables.missing(there, "scaling-x") == []
+
+
+def marks_of(figure) -> dict:
+    return {
+        trace.name: trace for trace in figure.data if trace.xaxis in (None, "x") and trace.mode == "markers"
+    }
+
+
+def text_under(figure) -> str:
+    return figure.layout.title.subtitle.text.replace("<br>", " ")
+
+
+def test_the_curve_shows_every_seed_hollow_what_is_predicted_and_this_run_apart():
+    own = curve("w32d2", 0, 1000, 6.5) | {"profile": "quick", "data": {"name": "x"}}
+    figure = scaling_figures.scaling_curve(tables.table([*ROWS, LARGEST, own, prediction()]))
+    marks = marks_of(figure)
+    assert sorted(marks["width, committed (0.0 M tokens)"].y) == [5.0, 6.0, 6.1]
+    assert list(marks["width, this run (0.0 M tokens)"].y) == [6.5]
+    assert marks["width, this run (0.0 M tokens)"].marker.symbol == "diamond"
+    assert not any("depth" in name for name in marks), "depth has a figure of its own"
+    assert marks["prediction of w384d2"].marker.symbol == "circle-open"
+    assert "+10.0%" in figure.layout.title.text
+    dashed = next(trace for trace in figure.data if trace.name == "law")
+    assert dashed.line.dash == "dash"
+
+
+def test_the_band_ends_where_the_prediction_s_interval_does():
+    seeds = scaling.seeds_by_size(r for r in GRID if r["own_params"]["model"] in WIDTH_NAMES)
+    numbers = law.predict(seeds, 3.5e6)
+    one = prediction() | {"metrics": numbers}
+    one["own_params"] = {"of": "w384d2", "size": 3_500_000, "seeds": 3}
+    figure = scaling_figures.scaling_curve(tables.table([*GRID, one]))
+    band = next(trace for trace in figure.data if trace.name == "95 % band")
+    half = len(band.y) // 2
+    assert (band.y[half - 1], band.y[half]) == pytest.approx((numbers["low"], numbers["high"]))
+
+
+def test_accuracy_is_that_of_the_best_epoch_against_parameters_and_flops():
+    figure = scaling_figures.scaling_accuracy(tables.table(ROWS))
+    titles = [axis.title.text for axis in figure.select_xaxes() if axis.title.text]
+    assert titles == ["non-embedding parameters", "training FLOPs"]
+    assert list(marks_of(figure)["width, committed (0.0 M tokens)"].y) == pytest.approx([0.11, 0.11])
+    assert "best with w64d4" in figure.layout.title.text
+
+
+def test_the_sweeps_have_a_panel_for_what_is_trained_and_name_what_is_not():
+    few = scaling_figures.scaling_sweeps(tables.table(ROWS[:2]))
+    assert few.layout.title.text == "Only the width is varied so far"
+    assert "Not trained yet: depth, untied tables, other learning rate" in text_under(few)
+    whole = scaling_figures.scaling_sweeps(tables.table(GRID))
+    assert "Depth, w64d1 to w64d8: +0.100 nats; a second table: +0.060" in whole.layout.title.text
+    assert "Not trained" not in text_under(whole)
+    rates = next(trace for trace in whole.data if trace.name == "rates at w32d2")
+    assert list(rates.x) == [0.5, 1.0, 2.0]
+    assert list(rates.y) == pytest.approx([7.0, 6.430, 6.4], abs=1e-3)
+
+
+def test_the_figures_of_tuning_tell_whole_from_pruned():
+    rows = pd.DataFrame(
+        {
+            "trial": [0, 1, 2],
+            "state": ["complete", "pruned", "complete"],
+            "valid_ndcg@10": [0.1, 0.05, 0.2],
+            "learning_rate": [1e-4, 1e-1, 1e-2],
+            "kind": "measured",
+        }
+    )
+    history = tuning_figures.tuning_history(rows)
+    assert {trace.name: len(trace.x) for trace in history.data} == {"complete": 2, "pruned": 1, "best": 2}
+    parallel = tuning_figures.tuning_parallel(rows)
+    assert [axis.label for axis in parallel.data[0].dimensions] == ["log10 learning_rate", "valid_ndcg@10"]
+    shares = pd.DataFrame({"field": ["a", "b"], "share": [0.2, 0.8], "kind": "measured"})
+    assert "b has 80%" in tuning_figures.tuning_importance(shares).layout.title.text
+
+
+def compared(name: str, **metrics: float) -> dict:
+    numbers = {"difference": 0.004, "difference_low": -0.001, "difference_high": 0.009, "seeds": 3} | metrics
+    own = {"model": "tuned", "against": "default", "metric": "ndcg@10"}
+    return curve("none", 0, 1, 1.0) | {"name": name, "metrics": numbers, "own_params": own} | TUNING
+
+
+TUNING = {"data": {"name": "tuning-x"}, "profile": "grid"}
+
+
+def test_what_is_said_of_tuning_with_nothing_with_trials_and_with_a_comparison():
+    assert tuning_tables.findings([], "tuning-x") == ["- tuning-x: no trial is committed yet."]
+    trials = [
+        curve("none", 0, 1, 1.0) | {"name": "trial", "own_params": {"trial": n, "state": state}} | TUNING
+        for n, state in enumerate(("complete", "pruned"))
+    ]
+    chosen = curve("none", 0, 1, 1.0) | {"name": "tuning", "metrics": {"valid_ndcg@10": 0.2}} | TUNING
+    chosen |= {"own_params": {"study": "x", "trial": 0, "dropout": 0.1}}
+    chosen |= {"series": {"field": ["dropout", "mask_prob"], "share": [0.9, 0.1]}}
+    few = "\n".join(tuning_tables.findings([*trials, chosen], "tuning-x"))
+    assert (
+        "2 trials, 1 of them pruned. The best, trial 0, has NDCG@10 0.2000 on validation: dropout 0.1" in few
+    )
+    assert "dropout (90%)" in few
+    assert "Not compared with the default yet" in few
+    both = [
+        compared("validation_difference", base=0.1, value=0.104, seed_low=0.001, seed_high=0.006),
+        compared("comparison", reference_seeds=3, adjusted_p=0.2, detectable=0.01),
+    ]
+    said = "\n".join(tuning_tables.findings([*trials, chosen, *both], "tuning-x"))
+    assert "default 0.1000, tuned 0.1040, +0.0040 (-0.0010 to +0.0090)" in said
+    assert "adjusted p 0.200: not separated (it could have seen 0.010; scored 0 times before)" in said
+    table = tuning_tables.tuned_against_default([*both, *trials])
+    assert table["split"].tolist() == ["test", "validation"]
+    assert table["claim"].tolist()[0] == "not separated"
+
+
+def test_steps_of_real_sizes_stand_beside_their_floor_and_the_missing_are_named():
+    one = {"own_params": {"size": "85m", "threads": 2, "batch_size": 128}, "metrics": {"parameters": 10**8}}
+    one["timings"] = {"step_seconds": 0.6, "tokens_per_second": 1500, "peak_memory_bytes": 2.4e9}
+    one["timings"] |= {"process_bytes": 0.4e9}
+    table = scaling_tables.real_steps([one])
+    assert table.loc["85m", "held over 16 bytes per parameter"] == 1.25
+    (said,) = scaling_tables.size_findings(table, ["85m", "430m"])
+    assert "85m 0.60 s, 2.4 GB at the peak, 1.25 times its floor. Not measured yet: 430m." in said
+    assert (
+        "none. Not measured yet: 430m"
+        in scaling_tables.size_findings(scaling_tables.real_steps([]), ["430m"])[0]
+    )
