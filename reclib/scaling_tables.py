@@ -15,13 +15,15 @@ from reclib.workload import parameters
 Record = Mapping[str, Any]
 LATE = 0.01  # nats off the lowest loss in the last fifth of the training: above it a run is undertrained
 STATE_BYTES = 16  # of a parameter: weight, gradient and AdamW's two moments in fp32
+FLOOR = "held over 16 bytes per parameter"
 RATES = {"half rate": "half", "twice rate": "twice"}  # how the arms that check the rule end
 
 
 def by_arm(rows: Sequence[Record]) -> pd.DataFrame:
     """Return one row for each arm: its size, the seeds' mean loss and range, accuracy, tokens, TFLOP, hours.
 
-    `state MiB` is what weights, gradients and moments take; `hours` are wall-clock of all its seeds together.
+    `risen` is how far the loss lay above its lowest at the end, in nats. `state MiB` is what weights,
+    gradients and moments take; `hours` are wall-clock of all its seeds together.
     """
     frame = pd.DataFrame(
         [
@@ -35,6 +37,7 @@ def by_arm(rows: Sequence[Record]) -> pd.DataFrame:
     table = parts[["item_tables", "non_embedding", "trained_tokens"]].mean().round().astype(int)
     table.insert(0, "seeds", parts["seed"].nunique())
     table["TFLOP"], table["late_drop"] = parts["training_flops"].mean() / 1e12, parts["late_drop"].mean()
+    table["risen"] = (frame["last_valid_loss"] - frame["lowest_valid_loss"]).groupby(frame["arm"]).mean()
     table["state MiB"] = (parts["state"].first() / 2**20).round(1)
     took = ["train_seconds", "eval_seconds"]
     table["hours"] = (parts[took].sum().sum(axis=1) / 3600).round(2) if {*took} <= {*frame} else None
@@ -142,6 +145,8 @@ def findings(rows: Sequence[Record], outcome: Mapping[str, Any], name: str) -> l
     said += [f"  {line}" for line in [*_of_width(table), *_of_depth_and_tables(table), *_of_rates(rows)]]
     late = table.index[table["late_drop"] > LATE]
     said.append(f"  Undertrained (over {LATE} nats fell in the last fifth): {', '.join(late) or 'none'}.")
+    risen = [f"{arm} ({up:+.3f})" for arm, up in table["risen"].items() if up > LATE]
+    said.append(f"  Loss risen again at the end, in nats above its lowest: {', '.join(risen) or 'none'}.")
     few = [f"{arm} ({int(n)})" for arm, n in table["seeds"].items() if n < 3 and "rate" not in str(arm)]
     said.append(f"  Fewer than three seeds: {', '.join(few) or 'none'}.")
     if absent := missing(rows, name):
@@ -157,15 +162,20 @@ def _of_the_law(outcome: Mapping[str, Any]) -> list[str]:
     band = "no band, since no size had two seeds"
     if m["low"] is not None:
         band = f"{m['low']:.3f} to {m['high']:.3f} over resampled seeds"
-    said = [
-        f"  Law {m['floor']:.3f} + {m['factor']:.3g} N^-{m['exponent']:.3f}; it predicts "
-        f"{m['predicted']:.3f} nats for {own['of']} ({own['size']:,} non-embedding parameters; {band})."
-    ]
-    if m.get("exponent_low") is not None:
-        said.append(
-            f"  The exponent itself is known to {m['exponent_low']:.2f} to {m['exponent_high']:.2f} only: "
-            "the law says where the next size lands, not where the loss ends."
-        )
+    target = f"{own['of']} ({own['size']:,} non-embedding parameters; {band})"
+    if m["factor"] < 1e-9:
+        said = [
+            f"  No power of the size: the loss does not fall. {m['predicted']:.3f} nats predicted for "
+            f"{target}."
+        ]
+    else:
+        formula = f"{m['floor']:.3f} + {m['factor']:.3g} N^-{m['exponent']:.3f}"
+        said = [f"  Law {formula}; it predicts {m['predicted']:.3f} nats for {target}."]
+        if m.get("exponent_low") is not None:
+            said.append(
+                f"  The exponent itself is known to {m['exponent_low']:.2f} to {m['exponent_high']:.2f} "
+                "only: the law says where the next size lands, not where the loss ends."
+            )
     if m["without_low"] is not None:
         said.append(
             f"  Without any one size it says {m['without_low']:.3f} to {m['without_high']:.3f}: "
@@ -190,20 +200,27 @@ def _of_the_law(outcome: Mapping[str, Any]) -> list[str]:
 def _of_width(table: pd.DataFrame) -> list[str]:
     """Say what each step in width took off the loss, and where the seeds' ranges do not part."""
     arms = [str(arm) for arm in table.index if sweep(str(arm)) == "width"]
-    steps, same = [], {metric: [] for metric in ("loss", "ndcg@10", "hr@10") if metric in table}
+    steps: dict[str, list[str]] = {metric: [] for metric in ("loss", "ndcg@10", "hr@10") if metric in table}
+    same: dict[str, list[str]] = {metric: [] for metric in steps}
+    against = []
     for small, large in itertools.pairwise(arms):
         a, b = table.loc[small], table.loc[large]
-        times = b["non_embedding"] / a["non_embedding"]
-        steps.append(f"{small} to {large} ({times:.1f} times N) {b['loss'] - a['loss']:+.3f}")
-        for metric, found in same.items():
+        both = f"{small} and {large}"
+        for metric in steps:
+            steps[metric].append(f"{b[metric] - a[metric]:+.4f}")
             if not _parted(a, b, metric):
-                found.append(f"{small} and {large}")
-    if not steps:
+                same[metric].append(both)
+        if "ndcg@10" in steps and (b["loss"] - a["loss"]) * (b["ndcg@10"] - a["ndcg@10"]) > 0:
+            against.append(both)
+    if len(arms) < 2:
         return []
-    said = [f"{name.upper() if '@' in name else name}: {', '.join(m) or 'none'}" for name, m in same.items()]
+    names = {metric: metric.upper() if "@" in metric else f"{metric} (nats)" for metric in steps}
+    overlap = [f"{names[metric]}: {', '.join(found) or 'none'}" for metric, found in same.items()]
+    changes = [f"{names[metric]} {', '.join(found)}" for metric, found in steps.items()]
     return [
-        f"Width, nats: {'; '.join(steps)}.",
-        f"Neighbours whose seeds' ranges overlap, so that the step is not told apart: {'; '.join(said)}.",
+        f"Width, {' to '.join(arms)}, step by step: {'; '.join(changes)}.",
+        f"Neighbours whose seeds' ranges overlap, so that the step is not told apart: {'; '.join(overlap)}.",
+        f"Neighbours of which the one with the lower loss ranks worse: {', '.join(against) or 'none'}.",
     ]
 
 
@@ -264,19 +281,23 @@ def real_steps(records: Iterable[Record]) -> pd.DataFrame:
                 "tokens/s": round(took["tokens_per_second"]),
                 "peak GB": round(took["peak_memory_bytes"] / 1e9, 2),
                 "16 bytes per parameter, GB": round(STATE_BYTES * count / 1e9, 2),
-                "held over 16 bytes per parameter": round(held / (STATE_BYTES * count), 2),
+                FLOOR: round(held / (STATE_BYTES * count), 2),
             }
         )
     return pd.DataFrame(rows).set_index("size") if rows else pd.DataFrame()
 
 
 def size_findings(steps: pd.DataFrame, named: Collection[str]) -> list[str]:
-    """Return a sentence on the steps of real sizes (the table of `real_steps`), and on those not measured."""
-    floor = "held over 16 bytes per parameter"
-    parts = [
-        f"{size} {one['step s']:.2f} s, {one['peak GB']:.1f} GB at the peak, {one[floor]:.2f} times its floor"
-        for size, one in steps.iterrows()
-    ]
-    absent = [name for name in named if name not in steps.index]
-    last = f" Not measured yet: {', '.join(absent)}." if absent else ""
-    return [f"- Steps of the named sizes at their own catalogues: {'; '.join(parts) or 'none'}.{last}"]
+    """Return a sentence for each device of the table of `real_steps`, and on the sizes that it lacks."""
+    said = [] if len(steps) else [f"- Steps of the named sizes: not measured yet: {', '.join(named)}."]
+    for device, part in steps.groupby("device") if len(steps) else ():
+        shown = [
+            f"{size} {one['step s']:.2f} s, {one['peak GB']:.1f} GB at peak, {one[FLOOR]:.2f} times its floor"
+            for size, one in part.iterrows()
+        ]
+        absent = [name for name in named if name not in part.index]
+        last = f" Not measured there: {', '.join(absent)}." if absent else ""
+        said.append(
+            f"- Steps of the named sizes at their own catalogues, {device}: {'; '.join(shown)}.{last}"
+        )
+    return said

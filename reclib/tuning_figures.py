@@ -11,11 +11,19 @@ import plotly.graph_objects as go
 from reclib.look import BLUE, MUTED, ORANGE, TEMPLATE, bar, line, marker
 from reclib.marks import note
 
+VALUE = "valid_ndcg@10"
+ON_LOG = ("learning_rate", "weight_decay")  # fields that are shown by their logarithm
+
+
+def per_trial(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return one row for each trial, by number; its value is that of its best epoch."""
+    best = rows.groupby("trial")[VALUE].transform("max")
+    return rows.assign(**{VALUE: best}).drop_duplicates("trial").sort_values("trial")
+
 
 def tuning_history(rows: pd.DataFrame) -> go.Figure:
     """Value of each trial, whole or pruned, and the best so far."""
-    trials = rows.drop_duplicates("trial").sort_values("trial")
-    value, kind = "valid_ndcg@10", str(rows["kind"].iloc[0])
+    trials, value, kind = per_trial(rows), VALUE, str(rows["kind"].iloc[0])
     figure = go.Figure(layout={"template": TEMPLATE})
     for state, color in (("complete", BLUE), ("pruned", MUTED)):
         part = trials[trials["state"] == state]
@@ -37,7 +45,7 @@ def tuning_history(rows: pd.DataFrame) -> go.Figure:
 
 def tuning_parallel(rows: pd.DataFrame) -> go.Figure:
     """Parallel coordinates: what each whole trial drew, coloured by its value."""
-    trials = rows.drop_duplicates("trial")
+    trials = per_trial(rows)
     trials = trials[trials["state"] == "complete"]
     fixed = {"trial", "state", "kind", "label", "profile", "seed", "dataset", "trial_seconds", "epoch"}
     drawn = [
@@ -45,21 +53,23 @@ def tuning_parallel(rows: pd.DataFrame) -> go.Figure:
     ]
     drawn = [name for name in drawn if name not in ("tokens", "_") and trials[name].notna().all()]
     axes = []
-    for name in [*drawn, "valid_ndcg@10"]:
-        values = trials[name].astype(float)
-        spans = values.min() > 0 and values.max() / values.min() > 10
-        shown = np.log10(values) if spans else values
-        axes.append({"label": f"log10 {name}" if spans else name, "values": shown})
-    value = trials["valid_ndcg@10"]
-    scale = [[0, "#DDE8F0"], [1, BLUE]]
+    for name in [*drawn, VALUE]:
+        label, values = name.removeprefix("model."), trials[name].astype(float)
+        shown = np.log10(values) if name in ON_LOG else values
+        axes.append({"label": f"log10 {label}" if name in ON_LOG else label, "values": shown})
+    axes[-1]["label"] = "NDCG@10"
+    value = trials[VALUE]
+    scale = [[0, "#C3D7E6"], [0.6, BLUE], [1, "#00304D"]]
     figure = go.Figure(
         go.Parcoords(dimensions=axes, line={"color": value, "colorscale": scale, "showscale": False}),
         layout={"template": TEMPLATE},
     )
     best = trials.iloc[int(value.to_numpy().argmax())]
-    said = ", ".join(f"{name} {best[name]:.3g}" for name in drawn)
-    note(figure, f"Best: {said}")
-    return figure.update_layout(title_text="What the trials drew; darker is better", margin={"t": 150})
+    said = ", ".join(f"{name.removeprefix('model.')} {best[name]:.3g}" for name in drawn)
+    note(figure, f"NDCG@10 on validation. The best, {value.max():.4f}: {said}")
+    return figure.update_layout(
+        title_text="What the trials drew; darker is better", margin={"t": 150, "r": 60}
+    )
 
 
 def tuning_importance(rows: pd.DataFrame) -> go.Figure:

@@ -74,5 +74,30 @@ def findings(records: Sequence[Record], study: str) -> list[str]:
     return said
 
 
+def beside_sizes(records: Sequence[Record], study: str) -> list[str]:
+    """Return a sentence that sets a study's tuned settings against the widths of a grid on the same data.
+
+    Both in mean NDCG@10 on validation over seeds. Empty where one of them is missing.
+    """
+    tuned = [r for r in records if r["data"]["name"] == study and r["name"] == "validation_difference"]
+    if not tuned:
+        return []
+    value, data = tuned[-1]["metrics"]["value"], tuned[-1]["data"]["fingerprint"]
+    curves = [r for r in records if r["name"] == "learning_curve" and r["data"]["fingerprint"] == data]
+    grid: dict[str, list[float]] = {}
+    for row in (r for r in curves if r["data"]["name"].startswith("scaling-")):
+        name = str(row["own_params"]["model"])
+        if " " not in name:  # arms of the recipe itself
+            grid.setdefault(name, []).append(row["metrics"]["valid_ndcg@10"])
+    means = {name: sum(values) / len(values) for name, values in grid.items()}
+    above = [f"{name} ({mean:.4f})" for name, mean in means.items() if mean >= value]
+    if not means:
+        return []
+    return [
+        f"  Of {len(means)} sizes trained by one recipe on the same data, those that rank validation as well "
+        f"as the tuned settings do ({value:.4f}): {', '.join(above) or 'none'}."
+    ]
+
+
 def _interval(m: Mapping[str, float]) -> str:
     return f"{m['difference']:+.4f} ({m['difference_low']:+.4f} to {m['difference_high']:+.4f})"

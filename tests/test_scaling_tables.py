@@ -24,6 +24,7 @@ def curve(model: str, seed: int, size: int, loss: float, prediction: str | None 
         "training_flops": 6.0 * size,
         "trained_tokens": 10,
         "lowest_valid_loss": loss,
+        "last_valid_loss": loss + (0.05 if model == "w64d8" else 0.0),
         "late_drop": 0.02 if seed else 0.0,
         "valid_ndcg@10": 0.1 + size / 1e5,
         "valid_hr@10": 0.2,
@@ -103,11 +104,13 @@ def test_findings_say_what_scales_what_does_not_and_whether_the_rule_held():
     said = "\n".join(scaling_tables.findings(GRID, scaling.outcome(GRID, "scaling-x"), "scaling-x"))
     assert "23 runs of 9 configurations" in said
     assert "11.5 hours" in said
-    assert "w32d2 to w64d2 (3.9 times N) -0.481" in said
-    assert "not told apart: loss: none; NDCG@10: none; HR@10: w32d2 and w64d2, w64d2 and w96d2" in said
+    assert "Width, w32d2 to w64d2 to w96d2 to w128d2, step by step: loss (nats) -0.4815, -0.2035" in said
+    assert "not told apart: loss (nats): none; NDCG@10: none; HR@10: w32d2 and w64d2, w64d2 and w96d2" in said
     assert "w64d8 against w64d2: +0.342 nats" in said
     assert "w32d2 untied against w32d2: +0.060 nats" in said
     assert "twice of it is better by 0.030 nats (the rule's seeds lie 0.040 apart)" in said
+    assert "the one with the lower loss ranks worse: none" in said
+    assert "Loss risen again at the end, in nats above its lowest: w64d8 (+0.050)" in said
     assert "Fewer than three seeds: none" in said, "rates are checked with one"
 
 
@@ -124,6 +127,15 @@ def test_what_a_law_is_held_against_and_how_sure_its_exponent_is():
     table = scaling_tables.predictions({"scaling-x": found, "scaling-y": scaling.outcome([], "scaling-y")})
     assert list(table.index) == ["scaling-x"]
     assert table.loc["scaling-x", ["hash", "runs that carry the hash"]].tolist() == ["abc", 1]
+
+
+def test_a_loss_that_does_not_fall_with_size_is_no_law_though_ranking_may_improve():
+    flat = [curve("w32d2", s, 1000, 8.0) for s in (0, 1)] + [curve("w64d2", s, 4000, 8.1) for s in (0, 1)]
+    one = prediction()
+    one["metrics"] |= {"factor": 0.0, "floor": 8.05, "predicted": 8.05}
+    said = "\n".join(scaling_tables.findings(flat, scaling.outcome([*flat, one], "scaling-x"), "scaling-x"))
+    assert "No power of the size: the loss does not fall. 8.050 nats predicted for w384d2" in said
+    assert "the one with the lower loss ranks worse: w32d2 and w64d2" in said
 
 
 def test_a_table_of_arms_has_state_hours_and_the_range_of_seeds():
@@ -197,20 +209,23 @@ def test_the_sweeps_have_a_panel_for_what_is_trained_and_name_what_is_not():
     assert list(rates.y) == pytest.approx([7.0, 6.430, 6.4], abs=1e-3)
 
 
-def test_the_figures_of_tuning_tell_whole_from_pruned():
-    rows = pd.DataFrame(
-        {
-            "trial": [0, 1, 2],
-            "state": ["complete", "pruned", "complete"],
-            "valid_ndcg@10": [0.1, 0.05, 0.2],
-            "learning_rate": [1e-4, 1e-1, 1e-2],
-            "kind": "measured",
-        }
-    )
+def test_the_figures_of_tuning_tell_whole_from_pruned_and_take_the_best_epoch():
+    trials = []
+    for number, (state, curve_of, rate) in enumerate(
+        (("complete", [0.05, 0.1, 0.09], 1e-4), ("pruned", [0.05], 1e-1), ("complete", [0.02, 0.2], 1e-2))
+    ):
+        one = curve("none", 0, 1, 1.0) | {"name": "trial", "metrics": {"valid_ndcg@10": max(curve_of)}}
+        one |= {"own_params": {"trial": number, "state": state, "learning_rate": rate, "model.dropout": 0.1}}
+        series = {"epoch": list(range(len(curve_of))), "valid_ndcg@10": curve_of}
+        trials.append(one | {"series": series, "timings": {}})
+    rows = tables.table(trials)
     history = tuning_figures.tuning_history(rows)
-    assert {trace.name: len(trace.x) for trace in history.data} == {"complete": 2, "pruned": 1, "best": 2}
+    found = {trace.name: list(trace.y) for trace in history.data}
+    assert found == {"complete": [0.1, 0.2], "pruned": [0.05], "best": [0.1, 0.2]}
+    assert "3 trials, 1 pruned; the best has NDCG@10 0.2000" in history.layout.title.text
     parallel = tuning_figures.tuning_parallel(rows)
-    assert [axis.label for axis in parallel.data[0].dimensions] == ["log10 learning_rate", "valid_ndcg@10"]
+    axes = {axis.label: list(axis["values"]) for axis in parallel.data[0].dimensions}
+    assert axes == {"log10 learning_rate": [-4.0, -2.0], "dropout": [0.1, 0.1], "NDCG@10": [0.1, 0.2]}
     shares = pd.DataFrame({"field": ["a", "b"], "share": [0.2, 0.8], "kind": "measured"})
     assert "b has 80%" in tuning_figures.tuning_importance(shares).layout.title.text
 
@@ -251,15 +266,27 @@ def test_what_is_said_of_tuning_with_nothing_with_trials_and_with_a_comparison()
     assert table["claim"].tolist()[0] == "not separated"
 
 
+def test_tuned_settings_are_set_against_the_sizes_of_the_same_data():
+    both = compared("validation_difference", value=0.35) | {"data": {"name": "tuning-x", "fingerprint": "f"}}
+    same = {"data": {"name": "scaling-x", "fingerprint": "f"}}
+    grid = [row | same for row in GRID if row["own_params"]["model"] in ("w32d2", "w64d2", "w32d2 untied")]
+    (said,) = tuning_tables.beside_sizes([*grid, both], "tuning-x")
+    assert "Of 2 sizes" in said
+    assert "as well as the tuned settings do (0.3500): w32d2 (0.3547), w64d2 (1.1010)." in said
+    assert tuning_tables.beside_sizes([both], "tuning-x") == []
+    assert tuning_tables.beside_sizes(grid, "tuning-x") == []
+
+
 def test_steps_of_real_sizes_stand_beside_their_floor_and_the_missing_are_named():
-    one = {"own_params": {"size": "85m", "threads": 2, "batch_size": 128}, "metrics": {"parameters": 10**8}}
+    one = {"own_params": {"size": "85m", "threads": 2, "batch_size": 128, "device": "cpu2"}, "label": "cpu"}
+    one |= {"metrics": {"parameters": 10**8}, "device": {"type": "cpu", "name": "AMD EPYC"}}
     one["timings"] = {"step_seconds": 0.6, "tokens_per_second": 1500, "peak_memory_bytes": 2.4e9}
     one["timings"] |= {"process_bytes": 0.4e9}
     table = scaling_tables.real_steps([one])
     assert table.loc["85m", "held over 16 bytes per parameter"] == 1.25
     (said,) = scaling_tables.size_findings(table, ["85m", "430m"])
-    assert "85m 0.60 s, 2.4 GB at the peak, 1.25 times its floor. Not measured yet: 430m." in said
     assert (
-        "none. Not measured yet: 430m"
-        in scaling_tables.size_findings(scaling_tables.real_steps([]), ["430m"])[0]
+        "cpu2 AMD EPYC: 85m 0.60 s, 2.4 GB at peak, 1.25 times its floor. Not measured there: 430m." in said
     )
+    (said,) = scaling_tables.size_findings(scaling_tables.real_steps([]), ["430m"])
+    assert "not measured yet: 430m" in said
