@@ -131,7 +131,7 @@ def _add_runs(
         millions = part["trained_tokens"].max() / 1e6
         name = f"{sweep}, {'this run' if own else 'committed'} ({millions:.1f} M tokens)"
         if own:
-            look |= {"symbol": "diamond", "color": "white", "size": 11}
+            look |= {"symbol": look["symbol"].replace("circle", "diamond"), "size": 11}
         else:
             look |= {"opacity": 0.55}
             means = part.groupby("model").agg({x: "mean", y: "mean"}).sort_values(x)
@@ -229,14 +229,15 @@ def _means(runs: pd.DataFrame) -> pd.DataFrame:
     """Return each arm's mean loss, with its lowest and highest seed."""
     parts = runs.groupby("model")
     table = parts[LOSS].agg(["mean", "min", "max"])
-    return table.assign(**{SIZE: parts[SIZE].first()}).sort_values(SIZE)
+    return table.assign(**{SIZE: parts[SIZE].first(), "kind": parts["kind"].first()}).sort_values(SIZE)
 
 
 def _add_means(figure: go.Figure, x: Any, table: pd.DataFrame, name: str, color: str, col: int) -> None:
+    kind = str(table["kind"].iloc[0]) if len(table) else "measured"
     spread = {"array": table["max"] - table["mean"], "arrayminus": table["mean"] - table["min"]}
     figure.add_scatter(
-        x=x, y=table["mean"], mode="lines+markers", name=name, line=line("measured", color),
-        marker=marker("measured", color), error_y=spread | {"color": color, "width": 4},
+        x=x, y=table["mean"], mode="lines+markers", name=name, line=line(kind, color),
+        marker=marker(kind, color), error_y=spread | {"color": color, "width": 4},
         customdata=table.index, hovertemplate="%{customdata}: %{y:.4f} nats<extra></extra>", row=1, col=col,
     )  # fmt: skip
 

@@ -254,7 +254,7 @@ def _of_rates(rows: Sequence[Record]) -> list[str]:
     return said
 
 
-def _parted(a: pd.Series, b: pd.Series, metric: str) -> bool:
+def _parted(a: Any, b: Any, metric: str) -> bool:
     """Whether the ranges over seeds of two arms do not overlap; with one seed each a range is a point."""
     low, high = f"{metric}_low", f"{metric}_high"
     return bool(a[high] < b[low] or b[high] < a[low])
