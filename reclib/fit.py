@@ -74,13 +74,11 @@ def fit(
 ) -> Trainer:
     """Train a new model and return its trainer, with the weights that were best on validation.
 
-    `split` says what trains and what validates; None is leave-one-out. With a `folder` the run is
-    checkpointed there; called again it goes on where it was, or returns at once if it was finished. Raises
-    `InputError` when it would not fit into memory, before anything is allocated, when training diverges, when
-    a checkpoint cannot be written, is damaged or is of another run.
+    `split` None is leave-one-out. With a `folder` the run is checkpointed there and goes on from there. Raises
+    `InputError` when it would not fit, diverges, or a checkpoint is not written, damaged or of another run.
     """
     split = split or leave_one_out(dataset)
-    demand_room(model, config, split.train, device, processes=distributed.ranks().count)
+    demand_room(model, config, split.train, device, None, distributed.ranks().count)
     torch.manual_seed(config.seed)  # weights and dropout; batches have generators of their own
     trainer = Trainer(Bert4Rec(model), split.train, config, device, data_identity(dataset, split))
     return _carried_through(trainer, split, folder, options or Options())

@@ -17,10 +17,10 @@ def demand_room(
     room: int | None = None,
     processes: int = 1,
 ) -> Footprint:
-    """Return the estimated peak of a training; raise `InputError` that says what to change if it is too high.
+    """Return the estimated peak of a training; raise `InputError` that says what to change.
 
-    `room` is the memory in bytes, None: what the device has. Of several processes, which divide a batch, it is
-    one's. Nothing is allocated.
+    `room` is the memory in bytes, None: what the device has. Of several `processes`, which divide a batch, it
+    is one's. Nothing is allocated.
     """
     kind, lengths = device.torch_device.type, histories.ends - histories.starts
     lengths = lengths[lengths > int(model.causal)]  # the others train nothing

@@ -336,7 +336,7 @@ def test_a_claimed_rate_stands_beside_what_its_epoch_allows():
 
 
 def test_predictions_look_different_in_every_figure(records):
-    for spec in figures.FIGURES:
+    for spec in DRAWN:
         if spec.name == "tuning_parallel":
             continue  # lines coloured by value; a trial is never a prediction
         mine = [r for r in records if (r["notebook"], r["name"]) == (spec.notebook, spec.needs)]
