@@ -75,7 +75,7 @@ def fit(
     """Train a new model and return its trainer, with the weights that were best on validation.
 
     `split` None is leave-one-out. With a `folder` the run is checkpointed there and goes on from there. Raises
-    `InputError` when it would not fit, diverges, or a checkpoint is not written, damaged or of another run.
+    `InputError` where it would not fit or diverges, or a checkpoint is damaged or of another run.
     """
     split = split or leave_one_out(dataset)
     demand_room(model, config, split.train, device, None, distributed.ranks().count)
