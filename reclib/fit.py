@@ -74,7 +74,7 @@ def fit(
 ) -> Trainer:
     """Train a new model and return its trainer, with the weights that were best on validation.
 
-    `split` None is leave-one-out. With a `folder` the run is checkpointed there and goes on from there. Raises
+    `split` None is leave-one-out. With a `folder` the run is checkpointed there and goes on there. Raises
     `InputError` where it would not fit or diverges, or a checkpoint is damaged or of another run.
     """
     split = split or leave_one_out(dataset)
