@@ -251,7 +251,7 @@ def fits_which(p: Hardware) -> list[dict[str, Any]]:
             row |= _choice(
                 "smallest", min(fitting, key=lambda one: (one.memory_bytes or 0, one.step.seconds))
             )
-            row |= _choice("fastest", min(fitting, key=lambda one: one.step.seconds))
+            row |= _choice("fastest", min(fitting, key=lambda one: (one.step.seconds, one.memory_bytes or 0)))
         costs = {one.device: cost for one in fitting if (cost := one.cost(one.epoch.seconds)) is not None}
         if len(costs) > 1:
             cheapest = min(costs, key=lambda device: costs[device])
@@ -265,6 +265,8 @@ def _choice(name: str, one: Plan) -> dict[str, str]:
         name: one.device,
         f"{name}: epoch (s)": f"{one.epoch.low:,.0f} to {one.epoch.high:,.0f}",
         f"{name}: GiB": f"{one.peak_bytes / devices.GIB:.1f} of {(one.memory_bytes or 0) / devices.GIB:.0f}",
+        f"{name}: largest batch": f"{one.largest_batch:,}",
+        f"{name}: mostly": max(one.step.parts, key=lambda part: one.step.parts[part]),
     }
 
 

@@ -13,6 +13,7 @@ from plotly.subplots import make_subplots
 from reclib import devices, steptime
 from reclib.devices import GIB
 from reclib.look import BLUE, GREEN, MUTED, ORANGE, PALETTE, TEMPLATE, bar, marker
+from reclib.marks import sentence
 from reclib.speed_figures import reference
 
 ROW_HEIGHT = 26  # pixels of a device
@@ -69,7 +70,7 @@ def throughput(rows: pd.DataFrame) -> go.Figure:
                 row=1,
                 col=column,
             )
-    figure.update_xaxes(type="log", title_text="sequences/s")
+    _same_decades(figure, rows["sequences_per_second"], "sequences/s")
     best = rows[rows["kind"] == "measured"]
     title = "Predicted rates by device: nothing was measured here"
     if len(best):
@@ -104,8 +105,8 @@ def memory_by_size(rows: pd.DataFrame) -> go.Figure:
             row=1,
             col=column,
         )
-    figure.update_xaxes(type="log", title_text="GiB at the peak; line: what it has")
-    return _finish(figure, order, "Which size fits where: bars left of the line fit")
+    _same_decades(figure, pd.Series([0.3, 150.0]), "GiB")
+    return _finish(figure, order, "Peak memory: a bar that ends left of the device's line fits")
 
 
 def roofline(rows: pd.DataFrame) -> go.Figure:
@@ -118,7 +119,7 @@ def roofline(rows: pd.DataFrame) -> go.Figure:
         color, measured = PALETTE[number % len(PALETTE)], name in steptime.cpus()
         mine = rows[rows["device"] == name]
         if (roof := roof_of(name)) is not None:
-            x = np.logspace(-1, 4, 60)
+            x = np.logspace(0, 4, 60)
             dash = "solid" if measured else "dot" if number >= len(PALETTE) else "dash"
             style = {"color": color, "width": 1.5, "dash": dash}
             y = np.minimum(roof[0], roof[1] * x)
@@ -134,9 +135,11 @@ def roofline(rows: pd.DataFrame) -> go.Figure:
                 hovertemplate=f"{name}, %{{customdata}}: %{{y:.2s}}FLOP/s, {kind}<extra></extra>",
                 showlegend=roof is None,
             )
-    figure.update_xaxes(type="log", title_text="FLOPs per byte moved through main memory")
+    figure.update_xaxes(
+        type="log", title_text="FLOPs per byte moved through main memory", range=[0.3, 3.3], dtick=1
+    )
     figure.update_yaxes(
-        type="log", title_text="FLOP/s (roof: data sheet; of CPUs measured)", exponentformat="SI"
+        type="log", title_text="FLOP/s (roof: data sheet; of CPUs measured)", exponentformat="SI", dtick=1
     )
     legend = {"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"}
     title = (
@@ -178,7 +181,9 @@ def technique_gains(rows: pd.DataFrame) -> go.Figure:
         cols=len(names), shared_yaxes=True, subplot_titles=names, horizontal_spacing=0.04
     ).update_layout(template=TEMPLATE)
     for column, name in enumerate(names, 1):
-        for (size, kind), part in rows[rows["technique"] == name].groupby(["size", "kind"]):
+        mine = rows[rows["technique"] == name]
+        grouped = sorted(mine.groupby(["size", "kind"]), key=lambda one: (sizes.index(one[0][0]), one[0][1]))
+        for (size, kind), part in grouped:
             known = {trace.name for trace in figure.data}
             figure.add_scatter(
                 x=part["speedup"],
@@ -193,13 +198,16 @@ def technique_gains(rows: pd.DataFrame) -> go.Figure:
                 col=column,
             )
         figure.add_vline(x=1, line={"color": MUTED, "width": 1}, row=1, col=column)
-    figure.update_xaxes(title_text="times the speed without it")
+        figure.update_xaxes(range=[0, 1.1 * max(1.5, mine["speedup"].max())], row=1, col=column)
+    figure.update_xaxes(title_text="times as fast")
     best = rows.iloc[int(rows["speedup"].argmax())]
     title = (
         f"{best['technique']}: up to {best['speedup']:.1f} times the speed, {best['kind']} ({best['device']})"
     )
+    title = sentence(title)
     figure = _finish(figure, order, title)
-    return figure.update_layout(showlegend=True, legend={"y": -0.3, "yanchor": "top"}, margin={"b": 120})
+    legend = {"y": -0.3, "yanchor": "top", "traceorder": "normal"}
+    return figure.update_layout(showlegend=True, legend=legend, margin={"b": 120})
 
 
 def closed_or_measured(rows: pd.DataFrame) -> pd.DataFrame:
@@ -216,6 +224,12 @@ def _panels(rows: pd.DataFrame) -> tuple[go.Figure, list[str], list[str]]:
         cols=max(1, len(sizes)), shared_yaxes=True, subplot_titles=sizes, horizontal_spacing=0.03
     )
     return figure.update_layout(template=TEMPLATE, showlegend=False), sizes, device_order(rows)
+
+
+def _same_decades(figure: go.Figure, values: pd.Series, title: str) -> None:
+    """Give all panels one logarithmic axis, so that bars can be compared across them."""
+    low, high = np.floor(np.log10(values.min())), np.log10(values.max()) + 0.4
+    figure.update_xaxes(type="log", title_text=title, range=[low, high], dtick=1, exponentformat="SI")
 
 
 def _range(part: pd.DataFrame) -> dict[str, Any]:
