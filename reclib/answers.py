@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from reclib import gathered, steptime
 from reclib.claims import Claim, claim
 from reclib.tables import ARM_NAMES, TASK_NAMES, Record, model_name
 
@@ -204,12 +205,38 @@ def _device_answer(found: Found) -> str:
     steps = found.get("hardware_step", [])
     if not steps:
         return ""
-    planned = {r["own_params"]["device"] for r in steps if r["own_params"].get("basis") == "unvalidated"}
-    timed = {r["own_params"]["device"] for r in steps if r["kind"] == "measured"}
-    return (
+    planned = [r for r in steps if r["own_params"].get("basis") == "unvalidated"]
+    boards = {r["own_params"]["device"] for r in planned}
+    timed = {gathered.device_of(r) for r in steps if r["kind"] == "measured"}
+    said = [
         f"Measured on {', '.join(sorted(timed)) or 'no device'}; predicted, and unvalidated, for "
-        f"{len(planned)} GPUs from their data sheets."
-    )
+        f"{len(boards)} GPUs from their data sheets."
+    ]
+    own = [r for r in planned if r["own_params"].get("rule") == "open" and r["own_params"]["status"] == "ok"]
+    if own:
+        size = max(own, key=lambda r: r["metrics"]["flops"])["own_params"]["size"]
+        mine = [r for r in own if r["own_params"]["size"] == size]
+        ranked = sorted(mine, key=lambda r: r["timings"]["epoch_seconds"])
+        ends = [_epoch(one) for one in (ranked[0], ranked[-1])]
+        said.append(f"An epoch of {size} takes {ends[0]}, the fastest, and {ends[1]}, the slowest.")
+    return " ".join([*said, *_planner_errors()])
+
+
+def _epoch(record: Record) -> str:
+    low, high = (record["timings"][f"epoch_seconds_{end}"] for end in ("low", "high"))
+    return f"{low:,.0f} to {high:,.0f} s on {record['own_params']['device']}"
+
+
+def _planner_errors() -> list[str]:
+    """Say how far plans were off on the CPUs where they were tried; of each CPU one sentence."""
+    found = {}
+    for cpu in steptime.cpus().values():
+        error = cpu.error
+        found[cpu.name] = (
+            f"On {error['rows']} runs on {cpu.name} that it had not seen the planner was off by "
+            f"{error['time_median']:.0%} in time and {error['memory_median']:.0%} in memory (median)."
+        )
+    return list(found.values())
 
 
 def _audit_answer(found: Found) -> str:

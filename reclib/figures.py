@@ -23,6 +23,7 @@ from reclib import (
     audit_figures,
     control_figures,
     data_figures,
+    gathered,
     hardware_figures,
     page,
     paths,
@@ -84,6 +85,7 @@ def show(name: str, *records: Record) -> go.Figure:
     return figure.update_layout(title_subtitle_text="<br>".join(text for text in said if text))
 
 
+_LONG = {"hardware_step": "real_size_step"}  # sizes at their true catalogue, each in its own process
 _BASELINE = [*accuracy_figures.FIGURES, *control_figures.FIGURES]
 FIGURES: list[Spec] = [
     *(Spec(make.__name__, "01_data_prep", needs, make) for needs, make in data_figures.FIGURES),
@@ -95,7 +97,10 @@ FIGURES: list[Spec] = [
     *(Spec(make.__name__, "03_scaling", needs, make) for needs, make in tuning_figures.FIGURES),
     *(Spec(make.__name__, "04_amp_compile", needs, make) for needs, make in speed_figures.FIGURES),
     *(Spec(make.__name__, "05_ilora", needs, make) for needs, make in adapter_figures.FIGURES),
-    *(Spec(make.__name__, "06_hardware", needs, make, True) for needs, make in hardware_figures.FIGURES),
+    *(
+        Spec(make.__name__, "06_hardware", needs, make, True, _LONG.get(needs, ""))
+        for needs, make in hardware_figures.FIGURES
+    ),
     *(Spec(make.__name__, "08_audit", needs, make) for needs, make in audit_figures.FIGURES),
 ]
 
@@ -125,7 +130,10 @@ def build(records: Sequence[Record], out_dir: Path) -> list[Path]:
                 continue
             name = re.sub(r"[^\w.-]+", "-", f"{spec.name}_{dataset}_{label}")
             further = [r for r in records if (r["notebook"], r["name"]) == (spec.notebook, spec.beside)]
-            figure = show(spec.name, *some, *tables.groups(further).get((dataset, label), []))
+            besides = tables.groups(further).get((dataset, label), [])
+            if spec.across:  # long measurements of whatever device, with the work that they did
+                besides = [gathered.placed(gathered.with_work(r)) for r in further]
+            figure = show(spec.name, *some, *besides)
             files.append(write(figure, name, out_dir))
             height = figure.layout.height or HEIGHT
             cards.append(page.Card(spec.notebook, name, figure.layout.title.text, height, some, spec.name))
