@@ -6,6 +6,7 @@ a function from table to figure, and a line in `FIGURES`.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -132,7 +133,8 @@ def build(records: Sequence[Record], out_dir: Path) -> list[Path]:
             further = [r for r in records if (r["notebook"], r["name"]) == (spec.notebook, spec.beside)]
             besides = tables.groups(further).get((dataset, label), [])
             if spec.across:  # long measurements of whatever device, with the work that they did
-                besides = [gathered.placed(gathered.with_work(r)) for r in further]
+                whole = [gathered.placed(gathered.with_work(r)) for r in further]
+                besides = sorted(whole, key=lambda r: json.dumps(r["own_params"], sort_keys=True))
             figure = show(spec.name, *some, *besides)
             files.append(write(figure, name, out_dir))
             height = figure.layout.height or HEIGHT

@@ -179,6 +179,15 @@ def hardware_records():
         timings |= {"sequences_per_second_low": 0.8 * rate, "sequences_per_second_high": 1.2 * rate}
         work = {"flops": 10**11, "bytes_moved": 10**10}
         found.append(a_record("06_hardware", "hardware_step", work, own_params=own, timings=timings))
+    for device in ("cpu1", "cpu2"):  # a long measurement, drawn beside them
+        own = {"size": "85m", "device": device, "cpu": "Some CPU 1/2", "batch_size": 128, "max_len": 50}
+        timings = {"step_seconds": 0.4, "sequences_per_second": 320.0, "peak_memory_bytes": 2**31}
+        work = {"encoder_flops": 10**10, "head_flops": 10**11}
+        found.append(
+            a_record(
+                "06_hardware", "real_size_step", work, own_params=own | {"mean_len": 9.4}, timings=timings
+            )
+        )
     for technique, speedup in (("packed rows", 1.5), ("gather before the head", 9.0)):
         own = {"size": "85m", "device": "cpu1", "technique": technique, "basis": "validated"}
         found.append(a_record("06_hardware", "technique", {}, own_params=own, timings={"speedup": speedup}))
