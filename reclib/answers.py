@@ -207,7 +207,8 @@ def _device_answer(found: Found) -> str:
         return ""
     planned = [r for r in steps if r["own_params"].get("basis") == "unvalidated"]
     boards = {r["own_params"]["device"] for r in planned}
-    timed = {gathered.device_of(r) for r in steps if r["kind"] == "measured"}
+    long = found.get("real_size_step", [])
+    timed = {gathered.device_of(r) for r in [*steps, *long] if r["kind"] == "measured"}
     said = [
         f"Measured on {', '.join(sorted(timed)) or 'no device'}; predicted, and unvalidated, for "
         f"{len(boards)} GPUs from their data sheets."

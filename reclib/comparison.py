@@ -18,7 +18,7 @@ from reclib import benchmark, data, devices, paths, planner, steptime, workload
 from reclib.adapter_plan import AdapterPlan
 from reclib.config import InputError, ModelConfig, TrainConfig, model_config, validated
 from reclib.data import Dataset
-from reclib.hardware import Device
+from reclib.hardware import CPU_THREADS, Device, usable_cores
 from reclib.model import Bert4Rec
 from reclib.notebook_params import AmpCompile, Hardware
 from reclib.planner import Plan
@@ -83,10 +83,14 @@ def threads(number: int) -> Iterator[None]:
 
 
 def here(p: Hardware, device: Device) -> list[str]:
-    """Return the devices of this machine: a GPU, or the CPU with one and with all threads."""
-    if device.torch_device.type == "cuda":
+    """Return the devices of this machine: a GPU, or the CPU with one and with two threads.
+
+    A run under the label of one of these two is of that one alone.
+    """
+    if device.torch_device.type == "cuda" or device.label in CPU_THREADS:
         return [device.label]
-    return [f"cpu{number}" for number in sorted({1, torch.get_num_threads()})]
+    cores = usable_cores()
+    return [label for label, number in CPU_THREADS.items() if number <= cores]
 
 
 def measured(p: Hardware, device: Device) -> list[Row]:

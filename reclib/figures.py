@@ -138,7 +138,8 @@ def build(records: Sequence[Record], out_dir: Path) -> list[Path]:
             figure = show(spec.name, *some, *besides)
             files.append(write(figure, name, out_dir))
             height = figure.layout.height or HEIGHT
-            cards.append(page.Card(spec.notebook, name, figure.layout.title.text, height, some, spec.name))
+            shown = [*some, *besides] if spec.across else some
+            cards.append(page.Card(spec.notebook, name, figure.layout.title.text, height, shown, spec.name))
     out_dir.mkdir(parents=True, exist_ok=True)
     asked = page.questions(paths.notebooks())
     files.append(_replace(out_dir / "index.html", page.index(cards, records, asked)))

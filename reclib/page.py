@@ -18,6 +18,7 @@ from reclib.config import InputError
 from reclib.notebook_params import NOTEBOOKS
 from reclib.tables import Record, best_work, profile
 
+FEW = 4  # devices, or versions of the data, that a caption names
 GENERATOR = '<meta name="generator" content="reclib.figures">'
 
 
@@ -176,17 +177,32 @@ def _figure(card: Card, source: str = "src") -> str:
 
 def _origin(records: Sequence[Record]) -> str:
     """Say on what the numbers were made: device, profile, data, day; a smoke run stands out."""
-    kinds = " and ".join(_distinct(record["kind"] for record in records)).capitalize()
-    devices = ", ".join(_distinct(f"{r['device']['name']} ({r['label']})" for r in records))
-    sources = [record.get("data") or {} for record in records]
-    data = ", ".join(_distinct(f"{s.get('name')} {s.get('fingerprint')}" for s in sources if s))
+    where = "; ".join(
+        f"{kind} on {_counted((_device(r) for r in records if r['kind'] == kind), 'devices')}"
+        for kind in _distinct(record["kind"] for record in records)
+    )
+    versions: dict[str, list[str]] = {}
+    for source in (record.get("data") for record in records):
+        if source:
+            versions.setdefault(str(source.get("name")), []).append(str(source.get("fingerprint")))
+    data = ", ".join(f"{name} {_counted(versions[name], 'versions')}" for name in sorted(versions)) or "none"
     names = {record["profile"] for record in records}
     profiles = sorted(profile(name) for name in names)
     smoke = '<span class="smoke">smoke run, not a result</span> ' if "smoke" in names else ""
     return (
-        f"{smoke}{kinds} on {escape(devices)}, {' and '.join(profiles)}, data {escape(data or 'none')}, "
+        f"{smoke}{escape(where[:1].upper() + where[1:])}, {' and '.join(profiles)}, data {escape(data)}, "
         f"<time>{max(record['time'] for record in records)[:10]}</time>."
     )
+
+
+def _device(record: Record) -> str:
+    return f"{record['device']['name']} ({record['label']})"
+
+
+def _counted(texts: Iterable[str], what: str) -> str:
+    """Return texts, each once, where they are few, else how many of `what` there are."""
+    found = _distinct(texts)
+    return ", ".join(found) if len(found) <= FEW else f"{len(found)} {what}"
 
 
 def _distinct(texts: Iterable[str]) -> list[str]:
