@@ -16,6 +16,7 @@ from reclib.marks import categories, extreme, interval, note, panels
 from reclib.tables import ARM_NAMES, TASK_NAMES
 
 CONTROLS = ("shuffled_user", "noise", "fixed_gate", "static_gate")
+DRAWN_USERS = 500  # in a figure of single users: more overlap, and make a notebook of megabytes
 _MODES = list(get_args(CompileMode))
 _SAID = {"better": GREEN, "worse": ORANGE}  # colour of a claim; of all others: grey
 _BAND = "rgba(95,99,104,0.16)"
@@ -195,6 +196,9 @@ def gate_by_user(rows: pd.DataFrame) -> go.Figure:
     rows = rows[rows["task"] == task]
     experts = [str(name) for name in rows if str(name).startswith("expert ")]
     features = _features(rows)
+    spread = max(float(rows[expert].std()) for expert in experts)  # of all users, drawn or not
+    users = len(rows)
+    rows = rows.sample(min(users, DRAWN_USERS), random_state=0).sort_index()
     figure = go.Figure(layout={"template": TEMPLATE})
     for number, expert in enumerate(experts):
         figure.add_scatter(
@@ -217,8 +221,8 @@ def gate_by_user(rows: pd.DataFrame) -> go.Figure:
     ]
     figure.update_xaxes(title_text=features[0])
     figure.update_yaxes(title_text="weight of the expert")
-    note(figure, "one mark a user and expert, one seed; dotted: all experts alike, which is plain LoRA")
-    spread = max(float(rows[expert].std()) for expert in experts)
+    drawn = f"{len(rows):,} of {users:,} users drawn by chance, " if users > len(rows) else ""
+    note(figure, f"{drawn}a mark a user and expert, one seed; dotted: all experts alike, as plain LoRA")
     where = TASK_NAMES[str(task)]
     return figure.update_layout(
         height=480,

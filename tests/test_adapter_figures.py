@@ -53,6 +53,16 @@ def test_costs_stand_in_order_and_what_did_not_run_says_so():
     assert "1.25 times LoRA's (1.20 to 1.50), 0.80 times" in figure.layout.title.text
 
 
+def test_of_many_users_some_are_drawn_and_the_figure_says_so(monkeypatch):
+    monkeypatch.setattr(adapter_figures, "DRAWN_USERS", 2)
+    figure = figures.show("gate_by_user", *gates())
+    assert [len(trace.x) for trace in figure.data] == [2, 2]
+    assert all(len(button.args[0]["x"][0]) == 2 for button in figure.layout.updatemenus[0].buttons)
+    assert "2 of 3 users" in figure.layout.title.subtitle.text
+    whole = figures.show("gate_by_user", *gates(), *gates("segment"))
+    assert figure.layout.title.text == whole.layout.title.text  # the spread is that of all users
+
+
 def test_the_menu_changes_what_gates_are_drawn_against():
     figure = figures.show("gate_by_user", *gates(), *gates("segment"))
     assert [len(trace.x) for trace in figure.data] == [3, 3]  # one task
