@@ -240,6 +240,22 @@ def _planner_errors() -> list[str]:
     return list(found.values())
 
 
+def _explore_answer(found: Found) -> str:
+    """Return where the run that was asked for fits, and the fastest GPU for it."""
+    gpus = [r for r in found.get("plan", []) if r["metrics"].get("fits") is not None]
+    fit = [r for r in gpus if r["metrics"]["fits"]]
+    if not gpus:
+        return ""
+    own = gpus[0]["own_params"]
+    said = f"{own['size']} at a batch of {own['batch_size']:,} fits on {len(fit)} of {len(gpus)} GPUs"
+    if not fit:
+        return f"{said} (predicted, unvalidated)."
+    best = min(fit, key=lambda r: r["timings"]["epoch_seconds"])
+    low, high = (best["timings"][f"epoch_seconds_{end}"] for end in ("low", "high"))
+    where = best["own_params"]["device"]
+    return f"{said}; fastest is {where}, an epoch in {low:,.3g} to {high:,.3g} s (predicted, unvalidated)."
+
+
 def _audit_answer(found: Found) -> str:
     return " ".join(
         f"Of {sum(tally.values())} published claims that arithmetic can check: "
@@ -263,5 +279,6 @@ CHAPTERS: dict[str, Chapter] = {
     "04_amp_compile": Chapter("Speed", _speed_answer, "step_ladder"),
     "05_ilora": Chapter("Adapters", _adapter_answer, "gate_comparison"),
     "06_hardware": Chapter("Devices", _device_answer),
+    "07_explore": Chapter("Explorer", _explore_answer),
     "08_audit": Chapter("Audit", _audit_answer),
 }

@@ -1,12 +1,13 @@
-"""Figures of notebook 07: any number of the records against any other."""
+"""Figures of notebook 07: any number of the records against any other, and the gate of one history."""
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
 from reclib import explore, look, marks
-from reclib.look import MUTED, PALETTE, TEMPLATE
+from reclib.look import BLUE, INK, MUTED, PALETTE, TEMPLATE
 
 # Baselines share a grey: their marks differ instead.
 _SYMBOLS = ("square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star", "pentagon")
@@ -48,6 +49,36 @@ def scatter(rows: pd.DataFrame, selection: explore.Selection) -> go.Figure:
     return figure.update_layout(
         legend={"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"}
     )
+
+
+def gate(weights: np.ndarray, usual: np.ndarray) -> go.Figure:
+    """Return the weights (K,) of a history's experts, over those (N, K) of many: their middle 90 %."""
+    names = [f"expert {number + 1}<br>{weight:.2f}" for number, weight in enumerate(weights)]
+    low, middle, high = np.quantile(usual, (0.05, 0.5, 0.95), axis=0)
+    figure = go.Figure(layout={"template": TEMPLATE})
+    figure.add_bar(
+        x=names,
+        y=weights.tolist(),
+        marker={"color": BLUE},
+        name="this history",
+        hovertemplate="this history: %{y:.3f}<extra></extra>",
+    )
+    figure.add_scatter(
+        x=names,
+        y=middle.tolist(),
+        mode="markers",
+        name=f"{len(usual)} histories: median, middle 90 %",
+        marker={"symbol": "line-ew", "size": 22, "line": {"width": 2, "color": INK}},
+        error_y={"array": high - middle, "arrayminus": middle - low, "symmetric": False, "color": INK},
+        hovertemplate="median: %{y:.3f}<extra></extra>",
+    )
+    uniform = 1 / len(weights)
+    figure.add_hline(y=uniform, line={"color": MUTED, "width": 1, "dash": "dot"})
+    strongest = int(np.argmax(weights))
+    title = f"iLoRA's gate: expert {strongest + 1} has {weights[strongest]:.0%} of the weight"
+    figure.update_yaxes(title_text="weight", range=[0, 1])
+    said = "Dotted: all alike, which would be plain LoRA"
+    return figure.update_layout(title_text=title, title_subtitle_text=said, height=320, bargap=0.5)
 
 
 def spoken(column: str) -> str:

@@ -28,6 +28,7 @@ from reclib import (
     hardware_figures,
     page,
     paths,
+    quote_figures,
     scaling_figures,
     speed_figures,
     tables,
@@ -102,6 +103,7 @@ FIGURES: list[Spec] = [
         Spec(make.__name__, "06_hardware", needs, make, True, _LONG.get(needs, ""))
         for needs, make in hardware_figures.FIGURES
     ),
+    *(Spec(make.__name__, "07_explore", needs, make, True) for needs, make in quote_figures.FIGURES),
     *(Spec(make.__name__, "08_audit", needs, make) for needs, make in audit_figures.FIGURES),
 ]
 

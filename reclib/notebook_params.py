@@ -22,6 +22,7 @@ from reclib.config import (
     GpuLabel,
     Loss,
     NonNegative,
+    NonNegativeFloat,
     Positive,
     PositiveFloat,
     Precision,
@@ -181,25 +182,9 @@ class AmpCompile:
     seed: NonNegative  # of weights, masks and order
 
 
-Arms = Annotated[
-    list[
-        Literal[
-            "none",
-            "full",
-            "lora",
-            "ilora",
-            "gated",
-            "head",
-            "bias",
-            "shuffled_user",
-            "noise",
-            "fixed_gate",
-            "static_gate",
-        ]
-    ],
-    Field(min_length=2),
-    AfterValidator(_distinct),
-]
+Adapted = Literal["none", "full", "lora", "ilora", "gated", "head", "bias"]
+Controls = Literal["shuffled_user", "noise", "fixed_gate", "static_gate"]
+Arms = Annotated[list[Adapted | Controls], Field(min_length=2), AfterValidator(_distinct)]
 Tasks = Annotated[list[Literal["next_period", "segment"]], Field(min_length=1), AfterValidator(_distinct)]
 Rates = Annotated[list[PositiveFloat], Field(min_length=1), AfterValidator(_distinct)]
 Inside = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -276,6 +261,55 @@ class Hardware:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class Explore:
+    """Parameters of `07_explore`: with what its three panels begin."""
+
+    gpu: GpuLabel  # device label, a claim to be checked; auto: what is here
+    plan_device: Name  # what would it cost: a device of params/devices.yaml, or a CPU that was measured
+    plan_size: Size  # named model size, one of `config.SIZES`
+    plan_items: Positive | None  # catalogue; None: the size's own
+    plan_mean_len: Annotated[float, Field(ge=5.0)]  # interactions per user
+    plan_max_len: Positive  # positions per packed row and longest history
+    plan_batch_size: Positive  # sequences per optimiser step
+    plan_precision: Precision  # auto: what suits the device
+    plan_adapter: Literal["none", "lora", "rslora", "gated", "ilora"]  # none: all weights are trained
+    plan_rank: Positive  # of that adapter
+    plan_tied: bool  # the output table is the input table
+    plan_users: Positive  # histories of an epoch
+    plan_price: NonNegativeFloat | None  # of an hour of the device, in any currency; None: no cost
+    result: Name  # results: which kind of records, by name
+    x: Name  # the number that goes across
+    y: Name  # the number that goes upwards
+    color: Name  # what colours tell apart
+    labels: list[Name]  # device labels; none: all
+    dataset: Name  # recommend: a data set that `reclib.data` knows, with times
+    min_user: Positive  # k-core: interactions that a user must have
+    min_item: Positive  # k-core: interactions that an item must have
+    kept_model: Name  # a folder of models/; auto: the newest of this dataset, else none; none: train
+    size: Size  # of the base that is trained where none is kept
+    max_len: Positive  # positions per packed row and longest history of that base
+    dropout: Probability  # of base and adapters, on embeddings and residual branches
+    epochs: Positive  # passes of that base over the past
+    learning_rate: PositiveFloat  # peak of its schedule
+    batch_size: Positive  # sequences per optimiser step
+    adapter_epochs: Positive  # passes of an adapter over what came after the past
+    adapter_learning_rate: PositiveFloat  # peak of an adapter's schedule
+    rank: Positive  # r of both adapters
+    num_experts: Positive  # K of ilora; divides rank
+    seed: NonNegative  # of weights, masks and order
+    user: str  # raw id of the user to begin with; empty: the first that there is
+    history: list[Name]  # raw ids of items, oldest first, in place of the user's; none: the user's
+    history_items: Positive  # last items of a user's history to begin with
+    top_k: Positive  # recommendations of a list
+
+    @model_validator(mode="after")
+    def _experts_divide(self) -> Explore:
+        if self.rank % self.num_experts:
+            raise ValueError(f"rank={self.rank} must be divisible by num_experts={self.num_experts}")
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Audit:
     """Parameters of `08_audit`."""
 
@@ -309,5 +343,6 @@ NOTEBOOKS: dict[str, type] = {
     "04_amp_compile": AmpCompile,
     "05_ilora": ILora,
     "06_hardware": Hardware,
+    "07_explore": Explore,
     "08_audit": Audit,
 }

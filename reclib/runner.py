@@ -23,6 +23,7 @@ from reclib import diagnosis, paths
 from reclib.config import InputError
 
 _ERROR_MARKER = "papermill-error-cell-tag"  # of the banner cells that papermill inserts
+_WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 Tell = Callable[[str], None]
 
 
@@ -137,6 +138,8 @@ def normalise(notebook: Path) -> None:
             cell.metadata.pop(key, None)
         if not cell.metadata.get("tags", True):  # papermill adds an empty list to every cell
             del cell.metadata["tags"]
+        for output in cell.get("outputs", []):  # without its state a widget's view is an error to look at
+            output.get("data", {}).pop(_WIDGET_VIEW, None)
     partial = notebook.with_suffix(".partial")
     nbformat.write(content, partial)
     os.replace(partial, notebook)

@@ -81,7 +81,7 @@ def _laid_out(model: ModelConfig, train: TrainConfig, some: list[Samples]) -> li
     row_of = np.broadcast_to(np.arange(lengths.shape[1]), lengths.shape)
     if packed:
         row_of = first_fit_decreasing(lengths, L)[0]
-    shapes = []
+    shapes: list[tuple[int, ...]] = []
     for samples, row in zip(some, row_of, strict=True):
         rows = int(row.max()) + 1
         per_row = np.bincount(np.repeat(row, samples.lengths)[samples.is_target], minlength=rows)

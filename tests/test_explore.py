@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import yaml
 
@@ -125,3 +126,14 @@ def test_a_selection_can_be_handed_on_as_parameters():
     selection = explore.Selection("step", "batch_size", "step_seconds", "kind", ("l4",))
     given = yaml.safe_load(explore.as_parameters(selection))
     assert explore.Selection(**given | {"labels": tuple(given["labels"])}) == selection
+
+
+def test_the_gate_of_a_history_stands_over_what_is_usual():
+    usual = np.array([[0.1, 0.2, 0.7]] * 50 + [[0.3, 0.3, 0.4]] * 50)
+    figure = explore_figures.gate(np.array([0.2, 0.5, 0.3]), usual)
+    bars, medians = figure.data
+    assert list(bars.y) == [0.2, 0.5, 0.3]
+    assert list(medians.y) == pytest.approx([0.2, 0.25, 0.55])
+    assert list(medians.error_y.array) == pytest.approx([0.1, 0.05, 0.15])
+    assert "expert 2 has 50% of the weight" in figure.layout.title.text
+    assert figure.layout.shapes[0].y0 == pytest.approx(1 / 3)

@@ -88,7 +88,7 @@ def records(dataset):
     found.append(a_record("02_baseline", "test_metrics", {"hr@10": 0.25}, seed=0, own_params=own))
     tally = a_record("08_audit", "audit_verdicts", {"holds": 2, "contradicted": 5})
     others = accuracy_records() + adapter_records.everything() + speed_records() + hardware_records()
-    return found + others + scaling_records() + audit_records() + [tally]
+    return found + others + scaling_records() + audit_records() + plan_records() + [tally]
 
 
 def audit_records():
@@ -191,6 +191,20 @@ def hardware_records():
     for technique, speedup in (("packed rows", 1.5), ("gather before the head", 9.0)):
         own = {"size": "85m", "device": "cpu1", "technique": technique, "basis": "validated"}
         found.append(a_record("06_hardware", "technique", {}, own_params=own, timings={"speedup": speedup}))
+    return found
+
+
+def plan_records():
+    """One run on a GPU of the catalogue and on a CPU, each with the parts of its peak."""
+    found = []
+    for device, basis, seconds in (("l4", "unvalidated", 50.0), ("cpu1", "validated", 4000.0)):
+        own = {"size": "85m", "batch_size": 512, "device": device, "precision": "fp32", "basis": basis}
+        times = {"": seconds, "_low": 0.8 * seconds, "_high": 1.3 * seconds}
+        timings = {f"epoch_seconds{end}": value for end, value in times.items()}
+        fits = {"fits": 1} if device == "l4" else {}
+        series = {"part": ["weights", "activations"], "bytes": [2**30, 2**31]}
+        record = a_record("07_explore", "plan", fits, series, own_params=own | {"status": "ok"})
+        found.append(record | {"timings": timings})
     return found
 
 
@@ -529,7 +543,7 @@ def test_a_notebook_without_records_says_how_to_run_it(tmp_path, monkeypatch):
     folder.mkdir()
     text = "# 02 Is it <good>?\n\nA **bold** word, `code` and\n[a link](x.ipynb).\n\nMore."
     cell = {"cell_type": "markdown", "source": text.splitlines(keepends=True)}
-    for name in ("02_baseline", "07_explore"):
+    for name in ("02_baseline", "09_sketches"):
         (folder / f"{name}.ipynb").write_text(json.dumps({"cells": [cell]}))
     monkeypatch.setenv("RECLIB_ROOT", str(tmp_path))
     (file,) = figures.build([], tmp_path / "out")
@@ -538,7 +552,7 @@ def test_a_notebook_without_records_says_how_to_run_it(tmp_path, monkeypatch):
     assert "A <strong>bold</strong> word, <code>code</code> and a link.</p>" in html
     assert "More." not in html
     assert "<code>python -m reclib.study run 02 --profile quick</code>" in html
-    assert "<code>make lab</code>, then <code>07_explore.ipynb</code>" in html
+    assert "<code>make lab</code>, then <code>09_sketches.ipynb</code>" in html
     assert Addresses(html).open == []
 
 

@@ -17,20 +17,20 @@ ORDER = [
     *("rawfile", "formats", "rows", "rejects", "rawtable", "sequences", "parquet", "titles"),
     *("reading", "sources", "dataset", "prepare", "splits", "periods", "data"),
     *("describe", "datasheet", "samples", "devices", "packing", "batching", "claims"),
-    *("flops", "adapter_plan", "workload", "footprint", "headroom", "steptime", "planner"),
+    *("flops", "adapter_plan", "workload", "footprint", "headroom", "steptime", "planner", "quote"),
     *("sinks", "model", "instance", "lowrank", "gate", "adapters", "ilora", "adapter_files"),
     *("sampled", "cross_entropy", "objective", "metrics", "baselines", "statistics", "protocols"),
     *("checkpoint", "distributed", "launch", "runfile", "trainer", "curves", "fit", "kept"),
     *("experiment", "assessment"),
     *("measurement", "benchmark", "profiling", "bound", "microbench"),
     *("ladder", "speed", "comparison", "selfcheck"),
-    *("adaptation", "adaptation_results", "adapter_speed"),
+    *("adaptation", "adaptation_results", "adapter_speed", "recommend"),
     *("audit", "bypass", "recreation", "verdicts"),
     *("record", "gathered", "merging", "counts", "gridfile", "grid", "scoring"),
     *("law", "scaling", "scaling_tables", "tuned", "tuning", "tuning_tables", "tune", "sized"),
     *("tables", "look", "answers", "page", "marks", "speed_figures", "hardware_figures"),
     *("accuracy_figures", "control_figures", "data_figures", "scaling_figures", "tuning_figures"),
-    *("explore", "explore_figures", "widgets"),
+    *("explore", "explore_figures", "quote_figures", "widgets"),
     *("adapter_figures", "audit_figures"),
     *("figures", "pictures", "runner", "job", "matrix", "study"),
 ]
@@ -43,7 +43,7 @@ ONE_OWNER: dict[str, set[str]] = {
     "ipywidgets": {"widgets"},
     "optuna": {"tune"},
 }
-WITHOUT_TORCH = ["", "paths", "config", "params", "record", "claims", "figures", "study", "planner"]
+WITHOUT_TORCH = ["", "paths", "config", "params", "record", "claims", "figures", "study", "planner", "quote"]
 MAX_MODULE_LINES = 350
 MAX_FUNCTION_LINES = 60
 

@@ -1,0 +1,28 @@
+"""A small base with its adapters, trained once, that the tests of recommendations and of widgets share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from reclib import hardware, params, recommend
+from reclib.dataset import Dataset
+from reclib.notebook_params import Explore
+from reclib.recommend import Lineup
+
+CPU = hardware.resolve("cpu")
+SMALL = {"max_len": 16, "batch_size": 32, "epochs": 6, "adapter_epochs": 4, "history_items": 6, "top_k": 5}
+
+
+def asked(**changes: object) -> Explore:
+    return params.build("07_explore", params.profile("07_explore", "smoke") | SMALL | changes)
+
+
+def trained(dataset: Dataset, folder: Path) -> Iterator[Lineup]:
+    """Yield a lineup; its runs and kept models are in `folder` as long as it is used."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RECLIB_RUNS", str(folder / "runs"))
+        patch.setenv("RECLIB_MODELS", str(folder / "models"))
+        yield recommend.lineup(asked(), dataset, CPU)
