@@ -184,7 +184,7 @@ class AmpCompile:
 
 Adapted = Literal["none", "full", "lora", "ilora", "gated", "head", "bias"]
 Controls = Literal["shuffled_user", "noise", "fixed_gate", "static_gate"]
-Arms = Annotated[list[Adapted | Controls], Field(min_length=2), AfterValidator(_distinct)]
+Arms = Annotated[list[Literal[Adapted, Controls]], Field(min_length=2), AfterValidator(_distinct)]
 Tasks = Annotated[list[Literal["next_period", "segment"]], Field(min_length=1), AfterValidator(_distinct)]
 Rates = Annotated[list[PositiveFloat], Field(min_length=1), AfterValidator(_distinct)]
 Inside = Annotated[float, Field(gt=0.0, lt=1.0)]
