@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -124,24 +124,13 @@ def build(records: Sequence[Record], out_dir: Path) -> list[Path]:
     do not give are removed.
     """
     cards, files = [], []
-    for spec in FIGURES:
-        mine = [r for r in records if (r["notebook"], r["name"]) == (spec.notebook, spec.needs)]
-        for (dataset, label), some in _groups(spec, mine).items():
-            if tables.is_ablation(dataset) and spec.needs == "learning_curve":
-                continue  # arms by the dozen are compared in the figure of differences
-            if not dataset.startswith(spec.of):
-                continue
-            name = re.sub(r"[^\w.-]+", "-", f"{spec.name}_{dataset}_{label}")
-            further = [r for r in records if (r["notebook"], r["name"]) == (spec.notebook, spec.beside)]
-            besides = tables.groups(further).get((dataset, label), [])
-            if spec.across:  # long measurements of whatever device, with the work that they did
-                whole = [gathered.placed(gathered.with_work(r)) for r in further]
-                besides = sorted(whole, key=lambda r: json.dumps(r["own_params"], sort_keys=True))
-            figure = show(spec.name, *some, *besides)
-            files.append(write(figure, name, out_dir))
-            height = figure.layout.height or HEIGHT
-            shown = [*some, *besides] if spec.across else some
-            cards.append(page.Card(spec.notebook, name, figure.layout.title.text, height, shown, spec.name))
+    for spec, dataset, label, some, besides in drawings(records):
+        name = re.sub(r"[^\w.-]+", "-", f"{spec.name}_{dataset}_{label}")
+        figure = show(spec.name, *some, *besides)
+        files.append(write(figure, name, out_dir))
+        height = figure.layout.height or HEIGHT
+        shown = [*some, *besides] if spec.across else some
+        cards.append(page.Card(spec.notebook, name, figure.layout.title.text, height, shown, spec.name))
     out_dir.mkdir(parents=True, exist_ok=True)
     asked = page.questions(paths.notebooks())
     files.append(_replace(out_dir / "index.html", page.index(cards, records, asked)))
@@ -149,6 +138,25 @@ def build(records: Sequence[Record], out_dir: Path) -> list[Path]:
         if page.GENERATOR in path.read_text(encoding="utf-8"):
             path.unlink()
     return files
+
+
+def drawings(
+    records: Sequence[Record],
+) -> Iterator[tuple[Spec, str, str, list[Record], list[Record]]]:
+    """Yield every figure that there are records for: spec, dataset, label, its records, and those beside."""
+    for spec in FIGURES:
+        mine = [r for r in records if (r["notebook"], r["name"]) == (spec.notebook, spec.needs)]
+        further = [r for r in records if (r["notebook"], r["name"]) == (spec.notebook, spec.beside)]
+        for (dataset, label), some in _groups(spec, mine).items():
+            if tables.is_ablation(dataset) and spec.needs == "learning_curve":
+                continue  # arms by the dozen are compared in the figure of differences
+            if not dataset.startswith(spec.of):
+                continue
+            besides = tables.groups(further).get((dataset, label), [])
+            if spec.across:  # long measurements of whatever device, with the work that they did
+                whole = [gathered.placed(gathered.with_work(r)) for r in further]
+                besides = sorted(whole, key=lambda r: json.dumps(r["own_params"], sort_keys=True))
+            yield spec, dataset, label, some, besides
 
 
 def _groups(spec: Spec, records: list[Record]) -> dict[tuple[str, str], list[Record]]:

@@ -23,7 +23,7 @@ from reclib.answers import CHAPTERS
 from reclib.command import Parser, exit_code
 from reclib.config import InputError
 from reclib.look import HEIGHT
-from reclib.tables import Record, groups
+from reclib.tables import PROFILES, Record
 
 WIDTH = 1000  # pixels
 README = "step_ladder"  # the figure at the top of the README, readme.png
@@ -48,18 +48,18 @@ def browser() -> str:
 def main_figures(records: Sequence[Record]) -> dict[str, list[Record]]:
     """Return the figure to draw for each notebook that has records: its file's name, and its records.
 
-    Of several datasets or devices it is the one with the most recent record.
+    Of several datasets or devices it is the one of the most work: a long run before one at quick, then the
+    most recent.
     """
-    found = {}
-    for notebook, chapter in sorted(CHAPTERS.items()):
-        specs = [spec for spec in figures.FIGURES if spec.notebook == notebook]
-        spec = next((spec for spec in specs if spec.name == chapter.lead), None)
-        if spec is None:
+    found: dict[str, tuple[tuple[int, str], list[Record]]] = {}
+    leads = {(notebook, chapter.lead) for notebook, chapter in CHAPTERS.items()}
+    for spec, _, _, some, besides in figures.drawings(records):
+        if (spec.notebook, spec.name) not in leads:
             continue
-        mine = [r for r in records if (r["notebook"], r["name"]) == (notebook, spec.needs)]
-        if mine:
-            found[spec.name] = max(groups(mine).values(), key=lambda some: max(r["time"] for r in some))
-    return found
+        rank = max((PROFILES.index(r["profile"]), r["time"]) for r in some)
+        if spec.name not in found or rank > found[spec.name][0]:
+            found[spec.name] = rank, [*some, *besides]
+    return {name: some for name, (_, some) in found.items()}
 
 
 def file_name(figure: str) -> str:

@@ -74,3 +74,10 @@ def test_of_several_devices_the_newest_record_is_drawn():
     new = a_record("01_data_prep", "last_items", own["metrics"], time="2026-01-02")
     assert pictures.main_figures([new, old]) == {"last_items": [new]}
     assert pictures.main_figures([]) == {}
+
+
+def test_a_long_run_is_drawn_before_a_newer_one_at_quick():
+    share = {"last_item_by_tie_rule_share": 0.5}
+    long = a_record("01_data_prep", "last_items", share, profile="grid", time="2026-01-01")
+    quick = a_record("01_data_prep", "last_items", share, label="l4", time="2026-01-02")
+    assert pictures.main_figures([quick, long]) == {"last_items": [long]}
