@@ -43,6 +43,9 @@ STATE = """() => {
       code: model.type === "code",
       done: model.executionCount > 0 && model.executionState !== "running",
       kinds: outputs.flatMap(one => Object.keys(one.data || {})),
+      // A figure of nothing says so in its title and has no mark.
+      marks: outputs.flatMap(one => ((one.data || {})["application/vnd.plotly.v1+json"] || {data: []}).data)
+        .some(trace => !trace.x || (trace.x.bdata || trace.x).length > 0),
       errors: outputs.filter(one => one.output_type === "error").map(one => one.ename + ": " + one.evalue),
     };
   });
@@ -50,7 +53,9 @@ STATE = """() => {
 }"""
 SCROLL = "index => window.jupyterapp.shell.currentWidget.content.scrollToItem(index, 'start')"
 CELL = "window.jupyterapp.shell.currentWidget.content.widgets[index].node"
-DRAWN = f"index => {CELL}.querySelectorAll('.main-svg .trace, .main-svg .point, .main-svg .hm').length > 0"
+# Marks of a figure: of axes, of heat maps, and of parallel coordinates, which are no traces of an axis.
+MARKS = ", ".join(f".main-svg {mark}" for mark in (".trace", ".point", ".hm", ".parcoords .axis"))
+DRAWN = f"index => {CELL}.querySelectorAll('{MARKS}').length > 0"
 SAID = f"index => [...{CELL}.querySelectorAll('.widget-output')].map(one => one.innerText).join()"
 CONTROLS = "select, input:not([type=hidden]), textarea, button, [role=slider]"
 
@@ -135,17 +140,22 @@ class Page:
         found: dict[str, Any] = {
             "errors": [error for cell in cells for error in cell["errors"]],
             "not run": [i for i, cell in enumerate(cells) if cell["code"] and not cell["done"]],
-            "figures": [i for i, cell in enumerate(cells) if PLOTLY in cell["kinds"]],
+            "figures": [i for i, cell in enumerate(cells) if PLOTLY in cell["kinds"] and cell["marks"]],
             "widgets": [i for i, cell in enumerate(cells) if WIDGET in cell["kinds"]],
         }
-        for i in found["figures"]:
-            self.page.evaluate(SCROLL, i)
-            self.page.wait_for_function(DRAWN, arg=i)
+        found["not drawn"] = [i for i in found["figures"] if not self._is_drawn(i)]
         found["out of reach"] = [i for i in found["widgets"] if not self._all_controls_are_reached(i)]
         found["without effect"] = [i for i in found["widgets"] if not self._slider_moves_a_number(i)]
         found["console"] = self.said
         self.context.close()
         return found
+
+    def _is_drawn(self, index: int) -> bool:
+        self.page.evaluate(SCROLL, index)
+        with contextlib.suppress(Exception):  # it says which cell, and the other notebooks are still seen
+            self.page.wait_for_function(DRAWN, arg=index, timeout=60_000)
+            return True
+        return False
 
     def _cell(self, index: int) -> Any:
         """Bring a cell into sight and return it."""
@@ -207,6 +217,7 @@ def test_a_notebook_runs_in_jupyterlab_and_shows_what_it_should(name, seen):
     assert found["errors"] == []
     assert found["not run"] == []
     assert found["figures"]
+    assert found["not drawn"] == [], "figures without a mark"
     assert found["out of reach"] == [], "controls that Tab does not come to"
     assert found["without effect"] == [], "sliders that change nothing"
     assert found["console"] == []
