@@ -111,6 +111,26 @@ def peers(records: Iterable[Record]) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index(["data", "model"]) if rows else pd.DataFrame()
 
 
+def equal_time(records: Iterable[Record]) -> pd.DataFrame:
+    """Return one row for each peer and time of training: its validation NDCG@10 minus ours, paired by user."""
+    rows = []
+    for one in (r for r in records if r["name"] == "equal_time_comparison"):
+        own, m = one["own_params"], one["metrics"]
+        low, high = m["difference_low"], m["difference_high"]
+        rows.append(
+            {
+                "data": one["data"]["name"],
+                "model": own["model"],
+                "minutes": own["minutes"],
+                "minus ours": f"{m['difference']:+.4f} ({low:+.4f} to {high:+.4f})",
+                "adjusted p": round(m["adjusted_p"], 4),
+                "could have seen": round(m["detectable"], 4),
+            }
+        )
+    keys = ["data", "model", "minutes"]
+    return pd.DataFrame(rows).set_index(keys).sort_index() if rows else pd.DataFrame()
+
+
 def model_name(model: str) -> str:
     """Return a model's name for people."""
     return MODEL_NAMES.get(model, model.replace("_", " "))

@@ -150,7 +150,9 @@ def lists(hits, targets):
 arrays = {"look_epoch": np.array([1.0])}
 if "--marks" in given:
     arrays |= {"mark_top": np.stack([lists(3, data["valid"]), lists(9, data["valid"])])}
-    arrays |= {"mark_minutes": np.array([1.0, 2.0])}
+    first = sys.argv.index("--marks") + 1
+    arrays |= {"mark_minutes": np.array([float(word) for word in sys.argv[first : first + 2]])}
+    arrays |= {"look_epoch": np.array([1.0, 2.0])}
 else:
     arrays |= {"valid_top": lists(20, data["valid"]), "top": lists(5, data["test"])}
 if given["--seed"] == "13":
@@ -160,7 +162,7 @@ counter = pathlib.Path(given["--out"]).parent / "runs.txt"
 with counter.open("a") as file:
     file.write(given["--seed"] + "\\n")
 print("a line before")
-print(json.dumps({"version": "0", "heads": given["--heads"]}))
+print(json.dumps({"version": "0", "heads": given["--heads"], "startup_seconds": 3.5}))
 """
 
 
@@ -193,7 +195,7 @@ def test_a_peer_is_run_scored_per_user_and_not_run_again(environments, capsys):
     assert result["test_hr@10"].sum() == 5
     assert result["valid_hr@10"].sum() == 20
     assert record["test_ndcg@10"] == pytest.approx(5 * gain / users)
-    assert record["reported"] == {"version": "0", "heads": "4"}
+    assert record["reported"] == {"version": "0", "heads": "4", "startup_seconds": 3.5}
     assert (out / "runs.txt").read_text() == "0\n1\n"
     assert not list(out.glob("*.raw.npz"))
 
@@ -278,6 +280,35 @@ def test_peers_join_the_records_of_a_scored_grid(environments, monkeypatch, caps
     assert list(table["minus"]) == ["BERT4Rec", "BERT4Rec"]
     names = {r["own_params"]["model"] for r in here.rows("test_metrics")}
     assert "RecTools BERT4Rec (hidden 256)" in names
+
+
+def test_curves_join_the_records_of_a_grid_that_is_not_scored(environments, monkeypatch):
+    root = environments.parent
+    for name in PLACES:
+        monkeypatch.setenv(name, str(root / name.lower()))
+    write(root, arms={"bert4rec": {"final": True}})
+    here = work()
+    monkeypatch.setattr(peers, "prepare", lambda _: here.dataset)
+    marks = ["0.00001", "0.00002"]
+    assert peers_main(environments, "--curve", *marks)[0] == 0
+    ours_too = ["--peer", "reclib", "--size", "nano", "--max-len", "8", "--valid-every", "1"]
+    assert peers_main(environments, *ours_too, "--curve", *marks)[0] == 0
+    status, out = peers_main(environments, "--record", here.grid.name)
+    assert status == 0
+
+    curves = {row["own_params"]["model"]: row for row in here.rows("equal_time")}
+    assert set(curves) == {"BERT4Rec (ours)", "RecTools BERT4Rec"}
+    assert all(row["metrics"]["startup_seconds"] > 0 for row in curves.values())
+    values = {
+        name: np.load(next(out.glob(f"*-{name}-*curve.npz")))["mark_ndcg@10"] for name in ("reclib", "rectools")
+    }
+    assert curves["BERT4Rec (ours)"]["series"]["ndcg@10"] == pytest.approx(values["reclib"].mean(axis=1))
+    rows = here.rows("equal_time_comparison")
+    assert [row["own_params"]["minutes"] for row in rows] == [float(mark) for mark in marks]
+    gaps = (values["rectools"] - values["reclib"]).mean(axis=1)
+    assert [row["metrics"]["difference"] for row in rows] == pytest.approx(gaps)
+    assert tables.equal_time(rows).shape == (2, 3)
+    assert here.rows("test_metrics") == []
 
 
 class Clock:

@@ -38,27 +38,68 @@ def ours(work: Work) -> dict[str, dict[str, np.ndarray]]:
     return found
 
 
-Run = tuple[dict[str, Any], dict[str, np.ndarray]]  # what a peer's JSON says, and its values per user
+Run = tuple[dict[str, Any], dict[str, np.ndarray]]  # what a run's JSON says, and its values per user
+MINE = "BERT4Rec (ours)"
 
 
-def results_of(folder: Path, fingerprint: str) -> dict[str, list[Run]]:
-    """Return each peer's finished runs on this data, curves apart."""
+def results_of(folder: Path, fingerprint: str, curves: bool = False) -> dict[str, list[Run]]:
+    """Return the finished runs on this data by name: each peer's, or the curves, with ours among them."""
     found: dict[str, list[Run]] = defaultdict(list)
     for path in sorted(folder.glob("*.json")):
         said = json.loads(path.read_text())
         one = said["identity"]
-        if one["fingerprint"] == fingerprint and not one["marks"] and one["peer"] != OURS:
-            name = f"{DISPLAY[one['peer'], one['model']]} (hidden {one['hidden']})"
-            found[name].append((said, dict(np.load(path.with_suffix(".npz")))))
+        if one["fingerprint"] != fingerprint or bool(one["marks"]) != curves:
+            continue
+        if one["peer"] == OURS and not curves:
+            continue  # the grid's own models stand for ours
+        name = MINE if one["peer"] == OURS else DISPLAY[one["peer"], one["model"]]
+        name = name if curves else f"{name} (hidden {one['hidden']})"
+        found[name].append((said, dict(np.load(path.with_suffix(".npz")))))
     return found
+
+
+def curve_results(folder: Path, work: Work) -> list[Result]:
+    """Return validation after equal training time: each curve, and each peer minus ours at each mark.
+
+    All differences are corrected together, for all peers and marks.
+    """
+    curves = results_of(folder, work.dataset.fingerprint, curves=True)
+    found = [_curve(name, runs) for name, runs in curves.items()]
+    if MINE not in curves or len(curves) < 2:
+        return found
+    mine = np.stack([arrays["mark_ndcg@10"] for _, arrays in curves[MINE]])
+    minutes = curves[MINE][0][1]["mark_minutes"]
+    gaps: dict[str, np.ndarray] = {}
+    for name, runs in curves.items():
+        theirs = np.stack([arrays["mark_ndcg@10"] for _, arrays in runs])
+        for place, minute in enumerate(minutes[: theirs.shape[1]]):
+            if name != MINE:
+                gaps[f"{name}|{minute:g}"] = theirs[:, place] - mine[:, place].mean(axis=0)
+    for one in statistics.compare({MINE: np.zeros((len(mine), mine.shape[-1]))} | gaps, MINE, (), scoring.SAMPLES):
+        name, minute = one.name.split("|")
+        result = assessment.compared(one._replace(name=name), "ndcg@10", "equal_time_comparison")
+        found.append(result._replace(params=result.params | {"minutes": float(minute)}))
+    return found
+
+
+def _curve(name: str, runs: list[Run]) -> Result:
+    """Return one curve: the mean over its seeds, with intervals over users, and what starting up took."""
+    per_user = np.mean([arrays["mark_ndcg@10"] for _, arrays in runs], axis=0)
+    ends = [metrics.bootstrap(row, scoring.SAMPLES) for row in per_user]
+    series = {"minutes": runs[0][1]["mark_minutes"].tolist(), "ndcg@10": [end.mean for end in ends]}
+    series |= {"ndcg@10_low": [end.low for end in ends], "ndcg@10_high": [end.high for end in ends]}
+    series |= {"epoch": np.mean([arrays["look_epoch"] for _, arrays in runs], axis=0).tolist()}
+    startup = float(np.mean([said["reported"]["startup_seconds"] for said, _ in runs]))
+    numbers = {"startup_seconds": startup, "seeds": float(len(runs))}
+    return Result("equal_time", numbers, {"model": name, "run": _settings(runs[0][0])}, series)
 
 
 def peer_results(folder: Path, work: Work) -> list[Result]:
     """Return every peer's test metrics, and its difference from ours, corrected for their number."""
-    mine, peers = ours(work), results_of(folder, work.dataset.fingerprint)
+    peers = results_of(folder, work.dataset.fingerprint)
     if not peers:
         raise InputError(f"{folder}: no finished peer on this data (fingerprint {work.dataset.fingerprint})")
-    found = []
+    mine, found = ours(work), []
     for peer, runs in peers.items():
         values = {name: np.stack([arrays[f"test_{name}"] for _, arrays in runs]) for name in NAMES}
         means = {name: metrics.bootstrap(rows.mean(axis=0), scoring.SAMPLES) for name, rows in values.items()}
@@ -83,8 +124,13 @@ def _settings(said: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(folder: Path, work: Work) -> list[Result]:
-    """Append the peers' results to the grid's records and return them."""
-    found = peer_results(folder, work)
+    """Append the peers' results to the grid's records and return them.
+
+    Curves need no scored grid: they are of validation alone.
+    """
+    found = curve_results(folder, work)
+    if not found or results_of(folder, work.dataset.fingerprint):
+        found += peer_results(folder, work)
     for result in found:
         identity = {"peer": result.params, "seed": result.seed, "data": work.dataset.fingerprint}
         work.write(record.params_hash(identity), result, {}, {})
