@@ -167,7 +167,6 @@ class Epoch:
         ranks: int = 1,
     ) -> None:
         self.model, self.train, self.epoch = model, train, epoch
-        self.shares = negative_shares(histories, model.num_items, train) if train.sampled else None
         if train.prefix_share:
             histories = prefixes(histories, train.prefix_share, generator(train.seed, PREFIX, epoch))
         self.histories = histories

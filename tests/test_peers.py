@@ -300,7 +300,8 @@ def test_curves_join_the_records_of_a_grid_that_is_not_scored(environments, monk
     assert set(curves) == {"BERT4Rec (ours)", "RecTools BERT4Rec"}
     assert all(row["metrics"]["startup_seconds"] > 0 for row in curves.values())
     values = {
-        name: np.load(next(out.glob(f"*-{name}-*curve.npz")))["mark_ndcg@10"] for name in ("reclib", "rectools")
+        name: np.load(next(out.glob(f"*-{name}-*curve.npz")))["mark_ndcg@10"]
+        for name in ("reclib", "rectools")
     }
     assert curves["BERT4Rec (ours)"]["series"]["ndcg@10"] == pytest.approx(values["reclib"].mean(axis=1))
     rows = here.rows("equal_time_comparison")

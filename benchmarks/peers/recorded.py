@@ -75,7 +75,9 @@ def curve_results(folder: Path, work: Work) -> list[Result]:
         for place, minute in enumerate(minutes[: theirs.shape[1]]):
             if name != MINE:
                 gaps[f"{name}|{minute:g}"] = theirs[:, place] - mine[:, place].mean(axis=0)
-    for one in statistics.compare({MINE: np.zeros((len(mine), mine.shape[-1]))} | gaps, MINE, (), scoring.SAMPLES):
+    for one in statistics.compare(
+        {MINE: np.zeros((len(mine), mine.shape[-1]))} | gaps, MINE, (), scoring.SAMPLES
+    ):
         name, minute = one.name.split("|")
         result = assessment.compared(one._replace(name=name), "ndcg@10", "equal_time_comparison")
         found.append(result._replace(params=result.params | {"minutes": float(minute)}))
