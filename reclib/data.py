@@ -212,7 +212,8 @@ def _show_command(given: argparse.Namespace) -> int:
 def _verify_command(given: argparse.Namespace) -> int:
     if not (given.folder / cache.SEAL).exists():
         raise InputError(
-            f"{given.folder} is no prepared dataset ({cache.SEAL} is missing): expected a folder that `prepare` wrote to its end"
+            f"{given.folder} is no prepared dataset ({cache.SEAL} is missing): expected a folder that "
+            "`prepare` wrote to its end"
         )
     found = cache.damage(given.folder)
     if found:

@@ -2,6 +2,7 @@
 
     python -m reclib.scoring ml-1m
     python -m reclib.scoring ablations-ml-100k --validation    # all arms against the first; test unseen
+    python -m reclib.scoring ml-1m --keep    # keep what the runs so far show on test, and show nothing of it
 
 Nothing is chosen here: arms are final by the grid's file, epochs and the baselines' hyperparameters by
 validation. Every call is counted in the records (`earlier`), since a test split that is looked at often is a
@@ -60,6 +61,20 @@ def assess_run(work: Work, arm: Arm, seed: int, test: Conditions) -> Assessed:
     one = assessment.assess_trained(work.train(arm, seed, Options()), test)
     grid.save_ranks(file, kept | packed(one))
     return one
+
+
+def keep(work: Work) -> list[str]:
+    """Keep what the trained runs of the final arms show on the test split, before all of them are trained.
+
+    For machines that go away, weights and all: nothing of it is shown or recorded until `score` has every
+    run, so no choice can rest on it. Returns the runs that are kept.
+    """
+    test = assessment.draw(work.dataset, leave_one_out(work.dataset).test)
+    final = [arm for arm in work.grid.arms if arm.final and arm.split == MAIN_SPLIT]
+    trained = [(arm, seed) for arm in final for seed in arm.seeds if work.trained(arm, seed)]
+    for arm, seed in trained:
+        assess_run(work, arm, seed, test)
+    return [f"{arm.name} seed {seed}" for arm, seed in trained]
 
 
 def packed(one: Assessed) -> dict[str, np.ndarray]:
@@ -169,12 +184,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--validation", action="store_true", help="compare all arms with the first on validation, test unseen"
     )
+    parser.add_argument(
+        "--keep", action="store_true", help="only keep what the runs so far show on the test split, unseen"
+    )
     parser.add_argument("--gpu", default="auto", help="auto, cpu or a gpu label (auto)")
     given = parser.parse_args(argv)
     try:
         chosen = grid.read(given.name)
         config = changed(chosen.data, dataset=given.dataset) if given.dataset else chosen.data
         work = Work(chosen, prepare(config), resolve(given.gpu))
+        if given.keep:
+            print("kept:", ", ".join(keep(work)) or "no run is trained yet")
+            return 0
         found = compare(work) if given.validation else score(work)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

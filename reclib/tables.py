@@ -112,7 +112,7 @@ def peers(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def equal_time(records: Iterable[Record]) -> pd.DataFrame:
-    """Return one row for each peer and time of training: its validation NDCG@10 minus ours, paired by user."""
+    """Return one row for each peer and time of training: its validation NDCG@10 minus ours by user."""
     rows = []
     for one in (r for r in records if r["name"] == "equal_time_comparison"):
         own, m = one["own_params"], one["metrics"]

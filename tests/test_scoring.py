@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 from test_grid import FILE, PLACES, work, write
@@ -157,3 +159,23 @@ def test_what_is_not_trained_cannot_be_scored(tmp_path, monkeypatch):
     write(tmp_path, arms={"bert4rec": {}})
     with pytest.raises(InputError, match="it has no final arm"):
         scoring.score(work())
+
+
+def test_runs_so_far_keep_what_they_show_and_a_later_scoring_needs_no_weights(tmp_path, monkeypatch, capsys):
+    for name in PLACES:
+        monkeypatch.setenv(name, str(tmp_path / name.lower()))
+    write(tmp_path, arms={"base": {"final": True}})
+    here = work()
+    arm = here.grid.arms[0]
+    grid.run(here, [(arm, 0)], Options())
+    capsys.readouterr()
+    assert scoring.main(["trial", "--keep"]) == 0
+    said = capsys.readouterr().out
+    assert said.splitlines()[-1] == "kept: base seed 0"
+    assert "@10" not in said
+    assert not here.rows("test_metrics")
+
+    shutil.rmtree(here.folder(arm, 0))  # the machine that trained seed 0 is gone
+    grid.run(here, [(arm, 1)], Options())
+    assert [r.seed for r in scoring.score(here) if r.name == "test_metrics" and r.seed is not None] == [0, 1]
+    assert not here.folder(arm, 0).exists()
