@@ -231,6 +231,9 @@ def ablation(rows: pd.DataFrame) -> go.Figure:
         "number of arms; band: range over seeds; grey: not separated, or fewer than "
         f"{claims.MIN_SEEDS} seeds",
     )
+    if not enough.any():
+        said = f"{len(rows)} changes to “{base}”, of fewer seeds than a claim needs"
+        return figure.update_layout(title_text=said)
     counts = f"{helps.sum()} raise NDCG@10, {hurts.sum()} lower it"
     return figure.update_layout(title_text=f"Of {len(rows)} changes to “{base}”, {counts}")
 
@@ -252,6 +255,7 @@ def _far_off(figure: go.Figure, rows: pd.DataFrame) -> None:
             **{"x": low - 3 * room, "y": name, "xanchor": "left", "xshift": 4},
             text=said,
             showarrow=False,
+            bgcolor="white",
             font={"color": ORANGE},
         )
 

@@ -224,7 +224,7 @@ def test_arms_are_sorted_and_coloured_by_their_interval():
 def test_arms_with_too_few_seeds_carry_no_claim():
     figure = shown("ablation", arms(seeds=claims.MIN_SEEDS - 1))
     assert set.union(*colors(figure).values()) == {GREY}
-    assert figure.layout.title.text.endswith("0 raise NDCG@10, 0 lower it")
+    assert figure.layout.title.text == "6 changes to “base”, of fewer seeds than a claim needs"
 
 
 def test_an_arm_that_collapses_does_not_press_the_others_together():
