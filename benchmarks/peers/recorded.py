@@ -67,30 +67,37 @@ def curve_results(folder: Path, work: Work) -> list[Result]:
     found = [_curve(name, runs) for name, runs in curves.items()]
     if MINE not in curves or len(curves) < 2:
         return found
-    mine = np.stack([arrays["mark_ndcg@10"] for _, arrays in curves[MINE]])
-    minutes = curves[MINE][0][1]["mark_minutes"]
-    gaps: dict[str, np.ndarray] = {}
+    mine = _by_minute(curves.pop(MINE))
+    gaps, of = {}, {}
     for name, runs in curves.items():
-        theirs = np.stack([arrays["mark_ndcg@10"] for _, arrays in runs])
-        for place, minute in enumerate(minutes[: theirs.shape[1]]):
-            if name != MINE:
-                gaps[f"{name}|{minute:g}"] = theirs[:, place] - mine[:, place].mean(axis=0)
-    for one in statistics.compare(
-        {MINE: np.zeros((len(mine), mine.shape[-1]))} | gaps, MINE, (), scoring.SAMPLES
-    ):
-        name, minute = one.name.split("|")
+        for minute, theirs in _by_minute(runs).items():
+            if minute in mine:
+                key = f"{name} after {minute:g}"
+                gaps[key], of[key] = theirs - mine[minute].mean(axis=0), (name, minute)
+    ours = np.zeros_like(next(iter(mine.values())))  # each gap is against ours at its own mark
+    for one in statistics.compare({MINE: ours} | gaps, MINE, (), scoring.SAMPLES):
+        name, minute = of[one.name]
         result = assessment.compared(one._replace(name=name), "ndcg@10", "equal_time_comparison")
-        found.append(result._replace(params=result.params | {"minutes": float(minute)}))
+        found.append(result._replace(params=result.params | {"minutes": minute}))
     return found
+
+
+def _by_minute(runs: list[Run]) -> dict[float, np.ndarray]:
+    """Return NDCG@10 per seed and user (S, U) at each mark that every seed reached."""
+    found = [
+        dict(zip(arrays["mark_minutes"].tolist(), arrays["mark_ndcg@10"], strict=True)) for _, arrays in runs
+    ]
+    everywhere = [minute for minute in found[0] if all(minute in one for one in found)]
+    return {minute: np.stack([one[minute] for one in found]) for minute in everywhere}
 
 
 def _curve(name: str, runs: list[Run]) -> Result:
     """Return one curve: the mean over its seeds, with intervals over users, and what starting up took."""
-    per_user = np.mean([arrays["mark_ndcg@10"] for _, arrays in runs], axis=0)
-    ends = [metrics.bootstrap(row, scoring.SAMPLES) for row in per_user]
-    series = {"minutes": runs[0][1]["mark_minutes"].tolist(), "ndcg@10": [end.mean for end in ends]}
+    reached = _by_minute(runs)
+    ends = [metrics.bootstrap(values.mean(axis=0), scoring.SAMPLES) for values in reached.values()]
+    epochs = np.mean([arrays["look_epoch"][: len(reached)] for _, arrays in runs], axis=0)
+    series = {"minutes": list(reached), "ndcg@10": [end.mean for end in ends], "epoch": epochs.tolist()}
     series |= {"ndcg@10_low": [end.low for end in ends], "ndcg@10_high": [end.high for end in ends]}
-    series |= {"epoch": np.mean([arrays["look_epoch"] for _, arrays in runs], axis=0).tolist()}
     startup = float(np.mean([said["reported"]["startup_seconds"] for said, _ in runs]))
     numbers = {"startup_seconds": startup, "seeds": float(len(runs))}
     return Result("equal_time", numbers, {"model": name, "run": _settings(runs[0][0])}, series)
