@@ -62,6 +62,12 @@ def damage(folder: Path) -> list[str]:
     return _differing(folder, seal["files"])
 
 
+def remedy(folder: Path) -> str:
+    """Return what to do about `damage`: a folder without a seal may be anything and is not to be deleted."""
+    sealed = (folder / SEAL).exists()
+    return "delete it and prepare it again" if sealed else "expected a folder that `prepare` wrote to its end"
+
+
 def write_array(path: Path, dtype: Any, length: int, pieces: Iterable[np.ndarray]) -> None:
     """Write a one-dimensional `.npy` file piece by piece.
 

@@ -210,14 +210,9 @@ def _show_command(given: argparse.Namespace) -> int:
 
 
 def _verify_command(given: argparse.Namespace) -> int:
-    if not (given.folder / cache.SEAL).exists():
-        raise InputError(
-            f"{given.folder} is no prepared dataset ({cache.SEAL} is missing): expected a folder that "
-            "`prepare` wrote to its end"
-        )
     found = cache.damage(given.folder)
     if found:
-        raise InputError(f"{given.folder}: {'; '.join(found)}; delete it and prepare it again")
+        raise InputError(f"{given.folder}: {'; '.join(found)}; {cache.remedy(given.folder)}")
     print(f"{given.folder}: every file is as it was written; fingerprint {load(given.folder).fingerprint}")
     return 0
 

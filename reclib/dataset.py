@@ -166,7 +166,7 @@ def load(folder: Path) -> Dataset:
     if not cache.holds(folder):
         found = cache.damage(folder)
         said = found[0] if found else "it was being replaced"
-        raise InputError(f"{folder} is no whole prepared dataset ({said}); delete it and prepare it again")
+        raise InputError(f"{folder} is no whole prepared dataset ({said}); {cache.remedy(folder)}")
     return opened(folder, json.loads((folder / "manifest.json").read_text("utf-8")))
 
 

@@ -644,10 +644,12 @@ def test_verify_finds_one_altered_byte_of_a_large_file(out, capsys, monkeypatch)
 
 def test_a_folder_that_was_never_a_dataset_is_not_to_be_deleted(tmp_path, capsys):
     (tmp_path / "letters.txt").write_text("dear")
-    code, _, said = run(capsys, "verify", tmp_path)
-    assert code == 2
-    assert "is no prepared dataset (seal.json is missing)" in said
-    assert "delete" not in said
+    for command in ("verify", "show"):
+        code, _, said = run(capsys, command, tmp_path)
+        assert code == 2
+        assert "seal.json is missing" in said
+        assert "expected a folder that `prepare` wrote" in said
+        assert "delete" not in said
 
 
 def test_prepared_folder_that_lost_a_file_is_told(out, capsys):
