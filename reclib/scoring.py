@@ -181,10 +181,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m reclib.scoring", description=__doc__.split("\n")[0])
     parser.add_argument("name", help="an experiment file of params/grids, without .yaml")
     parser.add_argument("--dataset", help="another place of the same data: a file or a prepared folder")
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--validation", action="store_true", help="compare all arms with the first on validation, test unseen"
     )
-    parser.add_argument(
+    instead.add_argument(
         "--keep", action="store_true", help="only keep what the runs so far show on the test split, unseen"
     )
     parser.add_argument("--gpu", default="auto", help="auto, cpu or a gpu label (auto)")

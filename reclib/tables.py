@@ -95,19 +95,15 @@ def peers(records: Iterable[Record]) -> pd.DataFrame:
     rows = []
     for one in (r for r in records if r["name"] == "peer_comparison"):
         own, m = one["own_params"], one["metrics"]
-        low, high = m["difference_low"], m["difference_high"]
-        rows.append(
-            {
-                "data": one["data"]["name"],
-                "model": own["model"],
-                "minus": model_name(own["against"]),
-                "metric": own["metric"].upper(),
-                "difference": f"{m['difference']:+.4f} ({low:+.4f} to {high:+.4f})",
-                "seeds": f"{m['seeds']} and {m['reference_seeds']}",
-                "adjusted p": round(m["adjusted_p"], 4),
-                "could have seen": round(m["detectable"], 4),
-            }
-        )
+        about = {
+            "data": one["data"]["name"],
+            "model": own["model"],
+            "minus": model_name(own["against"]),
+            "metric": own["metric"].upper(),
+            "difference": _gap(m),
+            "seeds": f"{m['seeds']} and {m['reference_seeds']}",
+        }
+        rows.append(about | _sureness(m))
     return pd.DataFrame(rows).set_index(["data", "model"]) if rows else pd.DataFrame()
 
 
@@ -115,20 +111,21 @@ def equal_time(records: Iterable[Record]) -> pd.DataFrame:
     """Return one row for each peer and time of training: its validation NDCG@10 minus ours by user."""
     rows = []
     for one in (r for r in records if r["name"] == "equal_time_comparison"):
-        own, m = one["own_params"], one["metrics"]
-        low, high = m["difference_low"], m["difference_high"]
-        rows.append(
-            {
-                "data": one["data"]["name"],
-                "model": own["model"],
-                "minutes": own["minutes"],
-                "minus ours": f"{m['difference']:+.4f} ({low:+.4f} to {high:+.4f})",
-                "adjusted p": round(m["adjusted_p"], 4),
-                "could have seen": round(m["detectable"], 4),
-            }
-        )
+        own = one["own_params"]
+        about = {"data": one["data"]["name"], "model": own["model"], "minutes": own["minutes"]}
+        rows.append(about | {"minus ours": _gap(one["metrics"])} | _sureness(one["metrics"]))
     keys = ["data", "model", "minutes"]
     return pd.DataFrame(rows).set_index(keys).sort_index() if rows else pd.DataFrame()
+
+
+def _gap(m: Mapping[str, Any]) -> str:
+    """Return a difference with its interval, signed."""
+    return f"{m['difference']:+.4f} ({m['difference_low']:+.4f} to {m['difference_high']:+.4f})"
+
+
+def _sureness(m: Mapping[str, Any]) -> dict[str, float]:
+    """Return how sure a comparison is: its corrected p-value, and the difference that it could have seen."""
+    return {"adjusted p": round(m["adjusted_p"], 4), "could have seen": round(m["detectable"], 4)}
 
 
 def model_name(model: str) -> str:
