@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -70,40 +70,44 @@ def table(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def accuracy(records: Iterable[Record]) -> pd.DataFrame:
-    """Return one row for each grid and model: test metrics with intervals, seeds, device and day."""
-    scored = [r for r in records if r["name"] == "test_metrics"]
+    """Return one row for each grid and model: test metrics with intervals, seeds, device and day.
+
+    Of models that were scored again, with more seeds say, the newest scoring counts.
+    """
     rows = []
-    for one in scored:
-        if one.get("seed") is not None:
-            continue
-        model, data = one["own_params"]["model"], one["data"]["name"]
-        mine = [r for r in scored if r["own_params"]["model"] == model and r["data"]["name"] == data]
-        m = one["metrics"]
-        interval = {
-            name.upper(): f"{m[name]:.4f} ({m[f'{name}_low']:.4f} to {m[f'{name}_high']:.4f})"
-            for name in ("hr@10", "ndcg@10")
-        }
-        seeds = sum(r.get("seed") is not None for r in mine)
-        about = {"data": data, "model": model_name(model), "seeds": seeds or None, "device": one["label"]}
-        rows.append((data, -m["hr@10"], about | interval | {"day": one["time"][:10]}))
+    for (data, label), scored in groups(r for r in records if r["name"] == "test_metrics").items():
+        runs = Counter(r["own_params"]["model"] for r in scored if r["seed"] is not None)
+        for one in (r for r in scored if r["seed"] is None):
+            model, m = one["own_params"]["model"], one["metrics"]
+            interval = {
+                name.upper(): f"{m[name]:.4f} ({m[f'{name}_low']:.4f} to {m[f'{name}_high']:.4f})"
+                for name in ("hr@10", "ndcg@10")
+            }
+            seeds = str(runs[model] or "")  # what is deterministic has none
+            about = {"data": data, "model": model_name(model), "seeds": seeds, "device": label}
+            rows.append((data, -m["hr@10"], about | interval | {"day": one["time"][:10]}))
     frame = pd.DataFrame([row for *_, row in sorted(rows, key=lambda row: row[:2])])
     return frame.set_index(["data", "model"]) if rows else frame
 
 
-def peers(records: Iterable[Record]) -> pd.DataFrame:
-    """Return one row for each peer library's model and metric: its difference from ours, paired by user."""
+def differences(records: Iterable[Record], name: str) -> pd.DataFrame:
+    """Return one row for each model and metric of these comparisons: its difference, paired by user.
+
+    `name` is that of the records: `comparison` within a grid, `peer_comparison` with other libraries.
+    """
     rows = []
-    for one in (r for r in records if r["name"] == "peer_comparison"):
-        own, m = one["own_params"], one["metrics"]
-        about = {
-            "data": one["data"]["name"],
-            "model": own["model"],
-            "minus": model_name(own["against"]),
-            "metric": own["metric"].upper(),
-            "difference": _gap(m),
-            "seeds": f"{m['seeds']} and {m['reference_seeds']}",
-        }
-        rows.append(about | _sureness(m))
+    for (data, _), compared in groups(r for r in records if r["name"] == name).items():
+        for one in compared:
+            own, m = one["own_params"], one["metrics"]
+            about = {
+                "data": data,
+                "model": model_name(own["model"]),
+                "minus": model_name(own["against"]),
+                "metric": own["metric"].upper(),
+                "difference": _gap(m),
+                "seeds": f"{m['seeds'] or 'no'} and {m['reference_seeds']}",
+            }
+            rows.append(about | _sureness(m))
     return pd.DataFrame(rows).set_index(["data", "model"]) if rows else pd.DataFrame()
 
 

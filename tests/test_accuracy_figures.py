@@ -295,6 +295,25 @@ def test_a_result_that_was_recorded_again_counts_once():
     assert {one["time"] for one in kept} == {"2026-02-01"}
 
 
+def test_the_table_shows_the_newest_scoring_with_its_seeds():
+    ended = {"mrr": 0.5, "hr@10": 0.5, "hr@10_low": 0.4, "hr@10_high": 0.6}
+    with_more_seeds = [one | {"seed": 3} for one in scores() if one["seed"] == 0]
+    again = [one | {"time": "2026-02-01", "metrics": one["metrics"] | ended} for one in scores()]
+    table = tables.accuracy([*scores(), *again, *with_more_seeds])
+    assert len(table) == len(MODELS)
+    assert set(table["HR@10"]) == {"0.5000 (0.4000 to 0.6000)"}
+    assert table.loc[("made-up", "BERT4Rec"), "seeds"] == "4"
+    assert table.loc[("made-up", "EASE"), "seeds"] == ""
+
+
+def test_differences_are_tabled_with_their_corrections():
+    table = tables.differences([*comparisons(), *scores()], "comparison")
+    assert len(table) == 2 * (len(MODELS) - 1)
+    row = table.loc[("made-up", "EASE")].iloc[0]
+    assert list(row) == ["BERT4Rec", "HR@10", "-0.0700 (-0.0850 to -0.0550)", "no and 3", 0.001, 0.022]
+    assert tables.differences(scores(), "peer_comparison").empty
+
+
 def test_the_index_answers_with_every_model_of_every_dataset():
     beauty = {"name": "beauty", "fingerprint": "0"}
     found = {"test_metrics": [*scores(), *(one | {"data": beauty} for one in scores()[:1])]}

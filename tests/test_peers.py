@@ -276,7 +276,7 @@ def test_peers_join_the_records_of_a_scored_grid(environments, monkeypatch, caps
     row = next(row for row in rows if row["own_params"]["metric"] == "hr@10")
     assert row["metrics"]["difference"] == pytest.approx((theirs - hits).mean())
     assert (row["metrics"]["seeds"], row["metrics"]["reference_seeds"]) == (1, 2)
-    table = tables.peers(here.rows("peer_comparison"))
+    table = tables.differences(here.rows("peer_comparison"), "peer_comparison")
     assert list(table["minus"]) == ["BERT4Rec", "BERT4Rec"]
     names = {r["own_params"]["model"] for r in here.rows("test_metrics")}
     assert "RecTools BERT4Rec (hidden 256)" in names
