@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -143,3 +146,16 @@ def test_peak_memory_sees_an_allocation():
     block = torch.ones(64 * 2**20 // 4)
     assert hardware.peak_memory_bytes(where) - before > 50 * 2**20
     del block
+
+
+def test_on_a_cpu_denormal_numbers_are_zero_in_every_thread():
+    code = """
+import torch
+from reclib import hardware
+torch.set_num_threads(2)
+hardware.resolve("cpu")
+small = torch.full((4_000_000,), 1e-20)  # large enough for both threads
+print(int((small * small).count_nonzero()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "0\n"
