@@ -116,8 +116,8 @@ def cpu_card(claimed: str, cores: int, threads: int) -> Card:
 def flush_denormals() -> bool:
     """Treat numbers below 1.2e-38 as zero from here on; return whether this processor can.
 
-    Once attention is sharp, most of its probabilities and their gradients are that small, and a processor
-    computes with such numbers many times slower: a step of training took 1.7 times as long with them.
+    Once attention is sharp, some per cent of its probabilities are that small, and a processor computes with
+    such numbers many times slower: a step of training took 1.7 times as long with them (FINDINGS.md).
     The setting belongs to a thread and is passed on to those that it starts, so this comes before the first
     parallel operation.
     """
