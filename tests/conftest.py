@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +37,12 @@ def make_notebook(file: Path, defaults: dict[str, object], cells: list[str]) -> 
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{number}"
     nbformat.write(notebook, file)
+
+
+@pytest.fixture(autouse=True)
+def denormals() -> None:
+    """Start with denormal numbers: what resolved a CPU before flushes them in this thread from there on."""
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture

@@ -225,7 +225,10 @@ def test_the_learning_rates_of_the_committed_grids_follow_the_rule():
     files = sorted((paths.params() / "grids").glob("scaling-*.yaml"))
     assert files
     for file in files:
-        for arm in grid.read(file.stem).arms:
+        arms = grid.read(file.stem).arms
+        base = next(arm.train["learning_rate"] for arm in arms if arm.name == "w128d2")
+        assert base == scaling.BASE_RATE * (2 if file.stem == "scaling-ml-1m" else 1)  # by trials
+        for arm in arms:
             width = SIZES[arm.size]["hidden_dim"]
             factor = {"half": 0.5, "twice": 2.0}.get(arm.name.split()[-2] if "rate" in arm.name else "", 1.0)
-            assert arm.train["learning_rate"] == pytest.approx(factor * scaling.learning_rate(width))
+            assert arm.train["learning_rate"] == pytest.approx(factor * scaling.learning_rate(width, base))
