@@ -18,7 +18,7 @@ from reclib import grid, metrics, tables
 from reclib import scoring as grid_scoring
 from reclib.config import InputError, TrainConfig, model_config
 from reclib.data import Evaluation, Histories, evaluated_users, evaluation, synthetic_dataset, train_histories
-from reclib.fit import Options
+from reclib.fit import Options, rank_targets
 from reclib.hardware import resolve
 from reclib.model import Bert4Rec
 from reclib.trainer import Trainer
@@ -415,7 +415,7 @@ def trainer_of(dataset) -> Trainer:
     return Trainer(Bert4Rec(model), train_histories(dataset), config, device, dataset.fingerprint)
 
 
-def test_our_curve_does_not_change_training_and_ends_at_the_last_mark():
+def test_our_curve_does_not_change_training_and_ends_with_the_last_mark_or_the_schedule():
     dataset = synthetic_dataset(24, 30, 8.0, seed=1)
     valid = evaluation(dataset, "valid")
     plain = trainer_of(dataset)
@@ -423,9 +423,12 @@ def test_our_curve_does_not_change_training_and_ends_at_the_last_mark():
         pass
     watched = trainer_of(dataset)
     found = ours.curve(watched, valid, [0.0, 1e9])
-    assert found["mark_minutes"].tolist() == [0.0]  # the schedule ended long before the second mark
-    assert found["mark_ndcg@10"].shape == (1, len(evaluated_users(dataset)))
-    assert found["look_train_seconds"][0] < watched.progress.train_seconds
+    assert found["mark_minutes"].tolist() == [0.0, 1e9]
+    assert found["mark_ndcg@10"].shape == (2, len(evaluated_users(dataset)))
+    first, last = found["look_train_seconds"]
+    assert first < last == watched.progress.train_seconds  # the schedule ended long before the second mark
+    final = rank_targets(plain, valid, True).ranks
+    assert found["mark_ndcg@10"][1].tolist() == metrics.ndcg(final, 10).tolist()
     for one, other in zip(plain.model.parameters(), watched.model.parameters(), strict=True):
         assert torch.equal(one, other)
     cut = trainer_of(dataset)

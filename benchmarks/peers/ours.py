@@ -56,24 +56,32 @@ def run_ours(
 
 
 def curve(trainer: Trainer, valid: Evaluation, minutes: list[float]) -> dict[str, np.ndarray]:
-    """Train until the last mark, or to the end of the schedule, and rank validation at each mark reached.
+    """Train until the last mark, or to the end of the schedule, and rank validation at each mark.
 
-    Training time is the trainer's own: steps with their batches, without the looks at validation.
+    Training time is the trainer's own: steps with their batches, without the looks at validation. What a
+    schedule that ends before a mark has reached stands for the marks that are left: there is no more by then.
     """
     ranks: list[np.ndarray] = []
     looks: list[tuple[float, float]] = []
+
+    def look(count: int) -> None:
+        found = rank_targets(trainer, valid, True).ranks
+        trainer.model.train()
+        at = (trainer.progress.step / trainer.steps_per_epoch, trainer.progress.train_seconds)
+        ranks.extend([found] * count)
+        looks.extend([at] * count)
+
     for _ in trainer.steps():
         while len(ranks) < len(minutes) and trainer.progress.train_seconds >= 60 * minutes[len(ranks)]:
-            ranks.append(rank_targets(trainer, valid, True).ranks)
-            trainer.model.train()
-            spent = trainer.progress.train_seconds
-            looks.append((trainer.progress.step / trainer.steps_per_epoch, spent))
+            look(1)
         if len(ranks) == len(minutes):
             break
-    values = values_of(np.array(ranks).reshape(len(ranks), len(valid.targets)), "mark")
-    epochs, seconds = np.array(looks).reshape(-1, 2).T
+    if left := len(minutes) - len(ranks):
+        look(left)
+    values = values_of(np.array(ranks), "mark")
+    epochs, seconds = np.array(looks).T
     means = {f"look_{name}": values[f"mark_{name}"].mean(axis=1) for name in NAMES}
-    found = {"mark_minutes": np.array(minutes[: len(ranks)]), "look_epoch": epochs}
+    found = {"mark_minutes": np.array(minutes), "look_epoch": epochs}
     return values | means | found | {"look_train_seconds": seconds}
 
 
