@@ -164,4 +164,4 @@ def test_the_files_of_the_project_can_be_read():
     assert names
     for name in names:
         found = grid.read(name)
-        assert name.startswith("ablations") or any(arm.final for arm in found.arms)
+        assert name.startswith(("ablations", "trials")) or any(arm.final for arm in found.arms)
