@@ -297,7 +297,7 @@ def test_curves_join_the_records_of_a_grid_that_is_not_scored(environments, monk
     assert status == 0
 
     curves = {row["own_params"]["model"]: row for row in here.rows("equal_time")}
-    assert set(curves) == {"BERT4Rec (ours)", "RecTools BERT4Rec"}
+    assert set(curves) == {"BERT4Rec (ours)", "RecTools BERT4Rec (hidden 256)"}
     assert all(row["metrics"]["startup_seconds"] > 0 for row in curves.values())
     values = {
         name: np.load(next(out.glob(f"*-{name}-*curve.npz")))["mark_ndcg@10"]
@@ -309,7 +309,7 @@ def test_curves_join_the_records_of_a_grid_that_is_not_scored(environments, monk
     gap = (values["rectools"][0] - values["reclib"][1]).mean()
     assert [row["metrics"]["difference"] for row in rows] == [pytest.approx(gap)]
     assert tables.equal_time(rows).shape == (1, 3)
-    assert curves["RecTools BERT4Rec"]["series"]["minutes"] == [0.00002, 5.0]
+    assert curves["RecTools BERT4Rec (hidden 256)"]["series"]["minutes"] == [0.00002, 5.0]
     assert here.rows("test_metrics") == []
 
 

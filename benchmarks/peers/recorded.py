@@ -52,8 +52,8 @@ def results_of(folder: Path, fingerprint: str, curves: bool = False) -> dict[str
             continue
         if one["peer"] == OURS and not curves:
             continue  # the grid's own models stand for ours
-        name = MINE if one["peer"] == OURS else DISPLAY[one["peer"], one["model"]]
-        name = name if curves else f"{name} (hidden {one['hidden']})"
+        theirs = one["peer"] != OURS
+        name = f"{DISPLAY[one['peer'], one['model']]} (hidden {one['hidden']})" if theirs else MINE
         found[name].append((said, dict(np.load(path.with_suffix(".npz")))))
     return found
 
