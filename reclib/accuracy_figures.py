@@ -185,10 +185,10 @@ def equal_time(rows: pd.DataFrame) -> go.Figure:
     label_ends(figure, np.log10(last["minutes"]), last["ndcg@10"], colors, rows["ndcg@10"].max())
     figure.update_xaxes(title_text="minutes of training (log scale)", **DECADES | {"tickformat": ",.3~g"})
     figure.update_yaxes(title_text="NDCG@10 on validation, full ranking", rangemode="tozero")
-    table = rows.pivot_table(index="minutes", columns="model", values="ndcg@10").dropna()
-    if table.shape[1] < 2 or table.empty:
+    table = rows.pivot_table(index="minutes", columns="model", values="ndcg@10").dropna(thresh=2)
+    if table.empty:
         return figure.update_layout(title_text=f"NDCG@10 of {last.index[0]}: {last['ndcg@10'].iloc[0]:.3f}")
-    end = table.iloc[-1].sort_values(ascending=False)
+    end = table.iloc[-1].dropna().sort_values(ascending=False)
     always = (table.idxmax(axis=1) == end.index[0]).all()
     where = "at every time" if always else f"after {table.index[-1]:.3g} minutes"
     return figure.update_layout(
