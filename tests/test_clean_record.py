@@ -21,7 +21,7 @@ FOLDERS = ("notebooks", "executed", "figures", "params")
 # Folders of people and of machines, wherever a path begins; addresses of pages are none.
 PLACES = re.compile(r"(?<![\w.:/<\\-])/(?:home|root|Users|tmp|work|mnt|content|var|private)/[\w.-]+")
 SECRETS = re.compile(
-    r"\b(?:ghp|gho|github_pat|hf|glpat|xox[bp])_?[A-Za-z0-9_-]{20,}|\bsk-[A-Za-z0-9_-]{20,}|\bAKIA[0-9A-Z]{16}\b"
+    r"\b(?:ghp|gho|github_pat|hf|glpat|xox[bp])[_-][A-Za-z0-9_-]{20,}|\bsk-[A-Za-z0-9_-]{20,}|\bAKIA[0-9A-Z]{16}\b"
     r"|(?i:api[_-]?key|access[_-]?token|password)[\"']?\s*[:=]\s*[\"'][^\"']{8,}|[?&]token=[0-9a-f]{16,}"
 )
 ENVIRONMENT = re.compile(
