@@ -112,6 +112,11 @@ def test_committed_notebooks_records_and_figures_tell_nothing_about_who_ran_them
         "WANDB_API_KEY=1",
         "hf_" + "a" * 30,
         "ghp_" + "b" * 36,
+        "gho_" + "b" * 36,
+        "github_pat_" + "b" * 30,
+        "glpat-" + "b" * 20,
+        "xoxb-" + "1" * 20,
+        "xoxp-" + "1" * 20,
         '"api_key": "abcdefghijkl"',
         "http://127.0.0.1:8888/lab?token=" + "0" * 48,
         "ran on some-host-name today",
@@ -126,6 +131,8 @@ def test_the_search_lets_ordinary_text_pass():
         "see https://github.com/home/x, notebooks/02_baseline.ipynb, 1/2, a commit 0123456789abcdef, </div>"
     )
     assert findings(ordinary, []) == []
+    numbers = "/hfFUDFHabZFEIVQDTm0WwAJhVAA7j77"  # base64 from a figure: a token has a separator
+    assert findings(numbers, []) == []
 
 
 @pytest.fixture(scope="module")
