@@ -96,11 +96,10 @@ def resolve(claimed: str = "auto", card: Card | None = None) -> Device:
         raise InputError(f"unknown gpu label {claimed!r}; allowed: {', '.join(GPU_LABELS)}")
     if claimed == "cpu" or claimed in CPU_THREADS:
         card = cpu_card(claimed, usable_cores(), torch.get_num_threads())
-        if claimed in CPU_THREADS and card.label == claimed:
-            torch.set_num_threads(CPU_THREADS[claimed])
     card = probe() if card is None else card
     check_build(card)
     if card.type == "cpu":
+        fix_threads(CPU_THREADS.get(card.label, torch.get_num_threads()))
         flush_denormals()
     return Device(torch.device(card.type), card, claimed)
 
@@ -111,6 +110,15 @@ def cpu_card(claimed: str, cores: int, threads: int) -> Card:
     if asked is None or asked > cores:
         return Card(type="cpu", name=provenance.cpu_name(), label="cpu", threads=threads)
     return Card(type="cpu", name=provenance.cpu_name(), label=claimed, threads=asked)
+
+
+def fix_threads(number: int) -> None:
+    """Compute with `number` threads in every call from here on.
+
+    Said explicitly even where torch has that many: until then MKL may take fewer for a call as it sees fit (its
+    MKL_DYNAMIC), and a matrix product over another number of threads rounds otherwise (FINDINGS.md).
+    """
+    torch.set_num_threads(number)
 
 
 def flush_denormals() -> bool:

@@ -159,3 +159,24 @@ print(int((small * small).count_nonzero()))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "0\n"
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this torch computes without MKL")
+def test_on_a_cpu_matrix_products_keep_their_number_of_threads():
+    code = """
+import sys
+import torch
+from reclib import hardware
+if sys.argv[1] == "resolved":
+    hardware.resolve("cpu")
+square = torch.ones(512, 512)
+with torch.backends.mkl.verbose(torch.backends.mkl.VERBOSE_ON):
+    square @ square
+"""
+    told = {}
+    for how in ("bare", "resolved"):
+        command = [sys.executable, "-c", code, how]
+        told[how] = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    if "Dyn:1" not in told["bare"]:
+        pytest.skip("MKL's choice of threads is already off, or it does not tell")
+    assert "Dyn:0" in told["resolved"]
