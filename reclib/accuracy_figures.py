@@ -183,17 +183,21 @@ def equal_time(rows: pd.DataFrame) -> go.Figure:
             hovertemplate=f"{model}, %{{x:.3g}} min: %{{y:.4f}}<extra></extra>",
         )
     label_ends(figure, np.log10(last["minutes"]), last["ndcg@10"], colors, rows["ndcg@10"].max())
-    figure.update_xaxes(title_text="minutes of training (log scale)", **DECADES | {"tickformat": ",.3~g"})
+    first, end = np.log10([rows["minutes"].min(), rows["minutes"].max()])
+    figure.update_xaxes(  # ranged by hand: else the names at the ends widen it
+        **{"title_text": "minutes of training (log scale)", "range": [first - 0.08, end + 0.04]},
+        **DECADES | {"tickformat": ",.3~g"},
+    )
     figure.update_yaxes(title_text="NDCG@10 on validation, full ranking", rangemode="tozero")
     table = rows.pivot_table(index="minutes", columns="model", values="ndcg@10").dropna(thresh=2)
     if table.empty:
         return figure.update_layout(title_text=f"NDCG@10 of {last.index[0]}: {last['ndcg@10'].iloc[0]:.3f}")
-    end = table.iloc[-1].dropna().sort_values(ascending=False)
-    always = (table.idxmax(axis=1) == end.index[0]).all()
+    final = table.iloc[-1].dropna().sort_values(ascending=False)
+    always = (table.idxmax(axis=1) == final.index[0]).all()
     where = "at every time" if always else f"after {table.index[-1]:.3g} minutes"
     return figure.update_layout(
         title_text=sentence(
-            f"{end.index[0]} leads {where}: in the end {end.iloc[0]:.3f} against {end.iloc[1]:.3f}"
+            f"{final.index[0]} leads {where}: in the end {final.iloc[0]:.3f} against {final.iloc[1]:.3f}"
         )
     )
 

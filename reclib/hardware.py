@@ -115,8 +115,8 @@ def cpu_card(claimed: str, cores: int, threads: int) -> Card:
 def fix_threads(number: int) -> None:
     """Compute with `number` threads in every call from here on.
 
-    Said explicitly even where torch has that many: until then MKL may take fewer for a call as it sees fit (its
-    MKL_DYNAMIC), and a matrix product over another number of threads rounds otherwise (FINDINGS.md).
+    Said explicitly even where torch has that many: until then MKL may take fewer for a call as it sees fit
+    (its MKL_DYNAMIC), and a matrix product over another number of threads rounds otherwise (FINDINGS.md).
     """
     torch.set_num_threads(number)
 

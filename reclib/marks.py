@@ -19,6 +19,7 @@ from reclib.tables import BASELINES, model_name
 ROW_HEIGHT = 38  # pixels of a row of a categorical axis
 NOTE = 100  # letters of a line under the title
 GAP = 0.075  # between names at line ends, in shares of the highest value
+NARROW = 18  # letters of a line of a name above its line's end
 LETTER = 7.5  # pixels of a letter of a name at a line's end
 _FIXED = {"BERT4Rec": BLUE, "BERT4Rec (ours)": BLUE, "causal twin": ORANGE}
 
@@ -94,15 +95,23 @@ def sentence(text: str) -> str:
 def label_ends(
     figure: go.Figure, x: pd.Series, y: pd.Series, colors: Mapping[Any, str], top: float, panel: int = 1
 ) -> None:
-    """Name the lines at their right ends, in their colours, names moved apart where ends are close."""
+    """Name the lines at their right ends, in their colours, names moved apart where ends are close.
+
+    A line that ends before the others has its name above its end, where the lines beside it go on below.
+    """
     places = y.sort_values()
+    gap = GAP * top * (1 if panel == 1 else 1.3)  # a panel of two is lower than a figure of one
     for before, name in zip(places.index, places.index[1:], strict=False):
-        places[name] = max(places[name], places[before] + GAP * top)
+        places[name] = max(places[name], places[before] + gap)
     for name in places.index:
+        short = x[name] < x.max()
+        above = {"xanchor": "right", "yanchor": "bottom", "yshift": 8}
+        side = above if short else {"xanchor": "left", "xshift": 8}
         figure.add_annotation(
-            **{"x": x[name], "y": places[name], "xanchor": "left", "xshift": 8},
+            **{"x": x[name], "y": places[name]} | side,
             **{"xref": f"x{panel}" if panel > 1 else "x", "yref": f"y{panel}" if panel > 1 else "y"},
-            text=name,
+            text="<br>".join(wrap(name, NARROW)) if short else name,
+            align="right" if short else "left",
             showarrow=False,
             font={"color": colors[name]},
         )
