@@ -19,6 +19,7 @@ Records are lines of `executed/<label>/grids/<name>.jsonl`; the ranks of every u
 from __future__ import annotations
 
 import contextlib
+import csv
 import fcntl
 import json
 import sys
@@ -237,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("action", choices=("run", "status"))
     parser.add_argument("name", help="an experiment file of params/grids, without .yaml")
     parser.add_argument("--dataset", help="another place of the same data: a file or a prepared folder")
-    parser.add_argument("--arms", help="some arms only, separated by commas")
+    parser.add_argument("--arms", help="some arms only, separated by commas; quote a name that has one")
     parser.add_argument("--seeds", help="some seeds only, separated by commas")
     parser.add_argument("--gpu", default="auto", help="auto, cpu or a gpu label (auto)")
     given = parser.parse_args(argv)
@@ -255,10 +256,15 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def named_arms(said: str, names: Sequence[str]) -> list[str]:
+    """Return the names in a list with commas; a name that has a comma stands alone, or in double quotes."""
+    return [said] if said in names else next(csv.reader([said], skipinitialspace=True))
+
+
 def choose(work: Work, arms: str | None, seeds: str | None) -> list[tuple[Arm, int]]:
     """Return the runs of the named arms and seeds; raise `InputError` for a name that is none."""
     names = [arm.name for arm in work.grid.arms]
-    wanted = arms.split(",") if arms else names
+    wanted = named_arms(arms, names) if arms else names
     for name in wanted:
         if name not in names:
             raise InputError(f"unknown arm {name!r} of grid {work.grid.name!r}; known: {', '.join(names)}")

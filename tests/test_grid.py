@@ -141,6 +141,12 @@ def test_what_a_file_may_not_say_is_told_before_anything_is_trained(root, change
     assert said in str(caught.value)
 
 
+def test_an_arm_whose_name_has_a_comma_is_chosen_alone_or_quoted():
+    names = ["base", "gBCE, 128 negatives", "two"]
+    assert grid.named_arms("gBCE, 128 negatives", names) == ["gBCE, 128 negatives"]
+    assert grid.named_arms('base, "gBCE, 128 negatives",two', names) == names
+
+
 def test_unknown_grids_arms_and_seeds_are_named(root, capsys):
     write(root)
     assert grid.main(["run", "tiral"]) == 2
