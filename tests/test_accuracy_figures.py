@@ -252,6 +252,16 @@ def test_the_fastest_learner_is_said_to_lead_only_where_it_does():
     )
 
 
+def test_a_line_that_ends_early_has_its_name_above_its_end():
+    figure = go.Figure()
+    ends = pd.Series({"whole": 20.0, "one that was stopped early": 10.0})
+    marks.label_ends(figure, ends, ends / 100, dict.fromkeys(ends.index, "red"), 0.2)
+    placed = {a.text.replace("<br>", " "): a for a in figure.layout.annotations}
+    assert (placed["whole"].xanchor, placed["whole"].x) == ("left", 20)
+    early = placed["one that was stopped early"]
+    assert (early.xanchor, early.yanchor, early.x, early.y) == ("right", "bottom", 10, 0.1)
+
+
 @given(st.dictionaries(st.sampled_from("abcdefg"), st.floats(0, 1), min_size=2), st.floats(0.1, 1))
 def test_names_at_line_ends_never_overlap_and_keep_their_order(ends, top):
     figure = go.Figure()
