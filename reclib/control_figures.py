@@ -219,7 +219,8 @@ def groups(rows: pd.DataFrame) -> go.Figure:
     figure.update_layout(height=300 + 46 * height)
     leader = max(shown, key=lambda name: means[name])
     part = rows[(rows["by"] == "popularity") & (rows["model"] == leader)]
-    first, last = part["hr@10"].iloc[0], part["hr@10"].iloc[-1]
+    met = part[part["group"].map(_short) != "not in training"]  # no model can find what it never met
+    first, last = met["hr@10"].iloc[0], met["hr@10"].iloc[-1]
     return figure.update_layout(
         title_text=sentence(
             f"{leader} finds {first:.0%} of the most popular targets, {last:.0%} of the rarest"

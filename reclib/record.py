@@ -214,10 +214,13 @@ def read_file(file: Path, root: Path) -> list[dict[str, Any]]:
 
 
 def latest(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the newest record of each notebook, kind, label, name, parameters and seed."""
+    """Return the newest record of each notebook, kind, label, name, parameters, seed, and data or grid.
+
+    Two grids can hold one and the same run: each keeps its record, since each is drawn by itself.
+    """
     newest: dict[tuple[Any, ...], dict[str, Any]] = {}
     for record in records:
-        key = tuple(record[part] for part in _KEY)
+        key = (*(record[part] for part in _KEY), (record.get("data") or {}).get("name"))
         if key not in newest or record["time"] >= newest[key]["time"]:
             newest[key] = record
     return list(newest.values())

@@ -202,7 +202,7 @@ def test_groups_say_their_users_and_show_intervals_of_the_named_models_only():
     assert [trace.name for trace in figure.data if trace.showlegend is not False] == [
         *("BERT4Rec", "causal twin", "EASE"),
     ]
-    assert figure.layout.title.text == "Causal twin finds 53% of the most popular targets, 5% of the rarest"
+    assert figure.layout.title.text == "Causal twin finds 53% of the most popular targets, 9% of the rarest"
 
 
 def test_beyond_accuracy_names_the_ends_of_coverage():

@@ -175,6 +175,14 @@ def test_latest_keeps_the_newest_of_each(root):
     assert values == [2.0, 3.0, 4.0, 5.0, 6.0]
 
 
+def test_a_run_that_two_grids_hold_keeps_a_record_in_each():
+    of_one = {"time": "2026-01-01T00:00:00+00:00", "data": {"name": "trials"}}
+    of_one |= dict.fromkeys(("notebook", "kind", "label", "name", "params_hash", "seed"), "s")
+    of_other = of_one | {"time": "2026-01-02T00:00:00+00:00", "data": {"name": "headline"}}
+    again = of_other | {"time": "2026-01-03T00:00:00+00:00"}
+    assert record.latest([of_one, of_other, again]) == [of_one, again]
+
+
 def test_latest_goes_by_time_not_by_order():
     old = dict.fromkeys(("notebook", "kind", "label", "name", "params_hash", "seed"), "s")
     new = old | {"time": "2026-01-02T00:00:00+00:00"}
