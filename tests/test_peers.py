@@ -282,6 +282,21 @@ def test_peers_join_the_records_of_a_scored_grid(environments, monkeypatch, caps
     assert "RecTools BERT4Rec (hidden 256)" in names
 
 
+def test_a_peer_with_a_sampled_loss_says_so_in_its_name(environments, monkeypatch):
+    root = environments.parent
+    for name in PLACES:
+        monkeypatch.setenv(name, str(root / name.lower()))
+    write(root, arms={"bert4rec": {"final": True}})
+    here = work()
+    monkeypatch.setattr(peers, "prepare", lambda _: here.dataset)
+    sampled = ["-p", "loss", "sampled", "-p", "negatives", "8"]
+    assert peers_main(environments, *sampled, "--curve", "0.00001", "0.00002")[0] == 0
+    assert peers_main(environments, "--record", here.grid.name)[0] == 0
+    (row,) = here.rows("equal_time")
+    assert row["own_params"]["model"] == "RecTools BERT4Rec (hidden 256, 8 negatives)"
+    assert row["own_params"]["run"]["minutes"] is None
+
+
 def test_curves_join_the_records_of_a_grid_that_is_not_scored(environments, monkeypatch):
     root = environments.parent
     for name in PLACES:

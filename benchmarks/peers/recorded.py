@@ -52,10 +52,16 @@ def results_of(folder: Path, fingerprint: str, curves: bool = False) -> dict[str
             continue
         if one["peer"] == OURS and not curves:
             continue  # the grid's own models stand for ours
-        theirs = one["peer"] != OURS
-        name = f"{DISPLAY[one['peer'], one['model']]} (hidden {one['hidden']})" if theirs else MINE
+        name = _named(one) if one["peer"] != OURS else MINE
         found[name].append((said, dict(np.load(path.with_suffix(".npz")))))
     return found
+
+
+def _named(one: dict[str, Any]) -> str:
+    """Return a peer's name with what it was given in place of its own defaults."""
+    sampled = one["settings"].get("loss") == "sampled"
+    loss = f", {one['settings']['negatives']} negatives" if sampled else ""
+    return f"{DISPLAY[one['peer'], one['model']]} (hidden {one['hidden']}{loss})"
 
 
 def curve_results(folder: Path, work: Work) -> list[Result]:
@@ -128,7 +134,7 @@ def peer_results(folder: Path, work: Work) -> list[Result]:
 def _settings(said: dict[str, Any]) -> dict[str, Any]:
     """Return what a reader needs to run the peer again, and what it took."""
     one = said["identity"]
-    kept = {name: one[name] for name in ("settings", "epochs", "patience", "threads", "hidden")}
+    kept = {name: one[name] for name in ("settings", "epochs", "minutes", "patience", "threads", "hidden")}
     return kept | {"version": said["reported"].get("version"), "wall_seconds": said["wall_seconds"]}
 
 
