@@ -20,6 +20,7 @@ from pathlib import Path
 
 from reclib import figures, paths, record
 from reclib.answers import CHAPTERS
+from reclib.claims import MIN_SEEDS
 from reclib.command import Parser, exit_code
 from reclib.config import InputError
 from reclib.look import HEIGHT
@@ -48,18 +49,24 @@ def browser() -> str:
 def main_figures(records: Sequence[Record]) -> dict[str, list[Record]]:
     """Return the figure to draw for each notebook that has records: its file's name, and its records.
 
-    Of several datasets or devices it is the one of the most work: a long run before one at quick, then the
-    most recent.
+    Of several datasets or devices it is the one of the most work: a long run before one at quick, then one
+    with seeds enough for a claim, then the most recent.
     """
-    found: dict[str, tuple[tuple[int, str], list[Record]]] = {}
+    found: dict[str, tuple[tuple[int, bool, str], list[Record]]] = {}
     leads = {(notebook, chapter.lead) for notebook, chapter in CHAPTERS.items()}
     for spec, _, _, some, besides in figures.drawings(records):
         if (spec.notebook, spec.name) not in leads:
             continue
-        rank = max((PROFILES.index(r["profile"]), r["time"]) for r in some)
+        rank = max((PROFILES.index(r["profile"]), _may_claim(r), r["time"]) for r in some)
         if spec.name not in found or rank > found[spec.name][0]:
             found[spec.name] = rank, [*some, *besides]
     return {name: some for name, (_, some) in found.items()}
+
+
+def _may_claim(row: Record) -> bool:
+    """Whether a record that compares has seeds enough to say more than that it has too few."""
+    counts = (row["metrics"].get(name, 0) for name in ("seeds", "reference_seeds"))
+    return not any(0 < count < MIN_SEEDS for count in counts)
 
 
 def file_name(figure: str) -> str:

@@ -76,6 +76,20 @@ def test_of_several_devices_the_newest_record_is_drawn():
     assert pictures.main_figures([]) == {}
 
 
+def test_enough_seeds_for_a_claim_are_drawn_before_a_newer_run_with_one():
+    numbers = {"difference": 0.1, "difference_low": 0.05, "difference_high": 0.15, "adjusted_p": 0.01}
+    own = {"model": "causal", "against": "bert4rec", "metric": "hr@10"}
+    enough, one, unequal = (
+        a_record("02_baseline", "comparison", numbers | seeds, own_params=own, label=label, time=time)
+        for label, time, seeds in (
+            ("cpu", "2026-01-01", {"seeds": 3, "reference_seeds": 3}),
+            ("l4", "2026-01-02", {"seeds": 1, "reference_seeds": 1}),
+            ("t4", "2026-01-03", {"seeds": 3, "reference_seeds": 2}),
+        )
+    )
+    assert pictures.main_figures([one, enough, unequal]) == {"comparison": [enough]}
+
+
 def test_a_long_run_is_drawn_before_a_newer_one_at_quick():
     share = {"last_item_by_tie_rule_share": 0.5}
     long = a_record("01_data_prep", "last_items", share, profile="grid", time="2026-01-01")
