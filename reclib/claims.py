@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Literal
 
 Claim = Literal["better", "worse", "not separated", "too few seeds"]
@@ -17,8 +17,13 @@ def claim(difference: float, adjusted_p: float, seeds: Collection[int]) -> Claim
     `adjusted_p` is corrected for the number of comparisons; `seeds` are those of both models, 0 where a model
     is deterministic.
     """
-    if any(0 < count < MIN_SEEDS for count in seeds):
+    if not enough(seeds):
         return "too few seeds"
     if adjusted_p >= ALPHA:
         return "not separated"
     return "better" if difference > 0 else "worse"
+
+
+def enough(seeds: Iterable[float]) -> bool:
+    """Whether these numbers of seeds, 0 where a model is deterministic, allow a claim."""
+    return not any(0 < count < MIN_SEEDS for count in seeds)

@@ -18,9 +18,8 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from reclib import figures, paths, record
+from reclib import claims, figures, paths, record
 from reclib.answers import CHAPTERS
-from reclib.claims import MIN_SEEDS
 from reclib.command import Parser, exit_code
 from reclib.config import InputError
 from reclib.look import HEIGHT
@@ -65,8 +64,7 @@ def main_figures(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 def _may_claim(row: Record) -> bool:
     """Whether a record that compares has seeds enough to say more than that it has too few."""
-    counts = (row["metrics"].get(name, 0) for name in ("seeds", "reference_seeds"))
-    return not any(0 < count < MIN_SEEDS for count in counts)
+    return claims.enough(row["metrics"].get(name, 0) for name in ("seeds", "reference_seeds"))
 
 
 def file_name(figure: str) -> str:
