@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
-from reclib import gathered, gridfile
+from reclib import claims, gathered, gridfile
 from reclib.config import InputError, ModelConfig
 from reclib.workload import parameters
 
@@ -142,7 +143,8 @@ def findings(rows: Sequence[Record], outcome: Mapping[str, Any], name: str) -> l
         f"{int(table['non_embedding'].max()):,} non-embedding parameters at most)."
     ]
     said += _of_the_law(outcome)
-    said += [f"  {line}" for line in [*_of_width(table), *_of_depth_and_tables(table), *_of_rates(rows)]]
+    parts = [_of_width(table), _of_depth_and_tables(table), _of_rates(rows), _of_purchase(table)]
+    said += [f"  {line}" for line in itertools.chain(*parts)]
     late = table.index[table["late_drop"] > LATE]
     said.append(f"  Undertrained (over {LATE} nats fell in the last fifth): {', '.join(late) or 'none'}.")
     risen = [f"{arm} ({up:+.3f})" for arm, up in table["risen"].items() if up > LATE]
@@ -252,6 +254,35 @@ def _of_rates(rows: Sequence[Record]) -> list[str]:
             f"(the rule's seeds lie {one['range']:.3f} apart)."
         )
     return said
+
+
+def _of_purchase(table: pd.DataFrame) -> list[str]:
+    """Say which arm ranks best, which is the cheapest not told apart from it, and what FLOPs of width bought.
+
+    Arms with too few seeds for a claim, and those of other rates, are left out.
+    """
+    kept = [arm for arm in table.index if sweep(str(arm)) != "other learning rate"]
+    kept = [arm for arm in kept if claims.enough([table["seeds"][arm]])]
+    if len(kept) < 2 or "ndcg@10" not in table:
+        return []
+    there = table.loc[kept].sort_values("TFLOP", kind="stable")
+    best = str(there["ndcg@10"].idxmax())
+    top = there.loc[best]
+    cheap = next(str(arm) for arm, one in there.iterrows() if not _parted(one, top, "ndcg@10"))
+    said = f"What to buy, by NDCG@10 on validation: {best} ranks best ({top['ndcg@10']:.4f}); "
+    if cheap == best:
+        said += "no cheaper one has a seed that reaches its worst."
+    else:
+        one = there.loc[cheap]
+        share = one["TFLOP"] / top["TFLOP"]
+        said += f"the cheapest not told apart is {cheap} ({one['ndcg@10']:.4f}), at {share:.0%} of its FLOPs."
+    widths = there[[sweep(str(arm)) == "width" for arm in there.index]]
+    if len(widths) > 1:
+        first, last = widths.iloc[0], widths.iloc[-1]
+        gain = (last["ndcg@10"] - first["ndcg@10"]) / math.log2(last["TFLOP"] / first["TFLOP"])
+        span = f"From {widths.index[0]} to {widths.index[-1]}"
+        said += f" {span} a doubling of training FLOPs is worth {gain:+.4f}."
+    return [said]
 
 
 def _parted(a: Any, b: Any, metric: str) -> bool:

@@ -114,6 +114,31 @@ def test_findings_say_what_scales_what_does_not_and_whether_the_rule_held():
     assert "Fewer than three seeds: none" in said, "rates are checked with one"
 
 
+def ranked(model: str, flops: float, *scores: float) -> list[dict]:
+    rows = [curve(model, seed, 1000, 6.0) for seed in range(len(scores))]
+    for row, score in zip(rows, scores, strict=True):
+        row["metrics"] |= {"valid_ndcg@10": score, "training_flops": flops}
+    return rows
+
+
+def test_what_to_buy_is_the_cheapest_not_told_apart_from_the_best_of_those_with_enough_seeds():
+    small, middle = ranked("w32d2", 1e12, 0.10, 0.11, 0.12), ranked("w64d2", 2e12, 0.20, 0.21, 0.25)
+    large, few = ranked("w96d2", 4e12, 0.24, 0.26, 0.28), ranked("w128d2", 8e12, 0.9)
+    rate = ranked("w32d2 twice rate", 1e12, 0.8, 0.8, 0.8)
+
+    def bought(*rows: dict) -> str:
+        said = scaling_tables.findings(rows, scaling.outcome([], "scaling-x"), "scaling-x")
+        return next((line for line in said if "What to buy" in line), "")
+
+    said = bought(*small, *middle, *large, *few, *rate)
+    assert "w96d2 ranks best (0.2600); the cheapest not told apart is w64d2 (0.2200), at 50% of its" in said
+    assert "From w32d2 to w96d2 a doubling of training FLOPs is worth +0.0750" in said
+    assert "w64d2 ranks best (0.2200); no cheaper one has a seed that reaches its worst" in bought(
+        *small, *middle
+    )
+    assert not bought(*small, *few), "one arm with enough seeds leaves nothing to choose"
+
+
 def test_what_a_law_is_held_against_and_how_sure_its_exponent_is():
     one = prediction()
     one["series"] = {"non_embedding": [1000, 2000], "loss": [6.0, 5.5]}
