@@ -6,8 +6,8 @@ its name, as the files of `params/grids` give it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -18,8 +18,10 @@ from reclib.look import BLUE, GREEN, HEIGHT, INK, MUTED, ORANGE, PURPLE, line, m
 from reclib.marks import note, panels
 
 LOSS = "lowest_valid_loss"
+RANKED = "valid_ndcg@10"
+TITLES = {LOSS: "lowest validation loss (nats)", RANKED: "NDCG@10 on validation"}
 SIZE, FLOPS = "non_embedding", "training_flops"
-ACCURACY = {"valid_ndcg@10": "NDCG@10", "valid_hr@10": "HR@10"}
+ACCURACY = {RANKED: "NDCG@10", "valid_hr@10": "HR@10"}
 COLORS = {"width": BLUE, "depth": ORANGE, "untied tables": GREEN, "other learning rate": PURPLE}
 COLORS |= {"tuned settings": GREEN}
 RATES = {"half rate": 0.5, "": 1.0, "twice rate": 2.0}
@@ -60,7 +62,7 @@ def scaling_curve(rows: pd.DataFrame) -> go.Figure:
         _add_prediction(figure, said)
     _name_sizes(figure, shown)
     _sizes_and_flops(figure, row=1)
-    figure.update_yaxes(title_text="lowest validation loss (nats)", row=1, col=1)
+    figure.update_yaxes(title_text=TITLES[LOSS], row=1, col=1)
     text = "Circles: committed runs, one for each seed; the line joins their means."
     text = "" if _own(runs).all() else text
     text += " Diamonds: this notebook's own runs." if _own(runs).any() else ""
@@ -96,21 +98,35 @@ def scaling_accuracy(rows: pd.DataFrame) -> go.Figure:
 def scaling_sweeps(rows: pd.DataFrame) -> go.Figure:
     """What else was varied: depth against width, a second table against none, the learning rate's rule.
 
-    There is a panel for each that has runs; the note names those that have none yet.
+    The lowest validation loss above, NDCG@10 below where runs have it: the two need not agree. There is a
+    panel for each sweep that has runs; the note names those that have none yet.
     """
     runs = one_per_run(rows)
     runs = runs[~_own(runs)]
     kinds = {"depth": _sweep_lines, "untied tables": _untied_lines, "other learning rate": _rate_lines}
     there = ["depth", *(kind for kind in list(kinds)[1:] if (runs["sweep"] == kind).any())]
-    figure = panels(len(there), spacing=0.09).update_layout(height=HEIGHT + 60, showlegend=True)
-    gains = [gain for place, kind in enumerate(there, 1) if (gain := kinds[kind](figure, runs, place))]
-    figure.update_yaxes(title_text="lowest validation loss (nats)", row=1, col=1)
+    ranked = RANKED in runs and runs[RANKED].notna().any()
+    measures = [LOSS, RANKED] if ranked else [LOSS]
+    figure = panels(len(there), rows=len(measures), spacing=0.09)
+    figure.update_layout(height=HEIGHT + 60 + 240 * (len(measures) - 1), showlegend=True)
+    gains = {}
+    for row, one in enumerate(measures, 1):
+        figure.update_yaxes(title_text=TITLES[one], row=row, col=1)
+        drawn = [kinds[kind](figure, runs, Panel(row, col, one)) for col, kind in enumerate(there, 1)]
+        gains[one] = "; ".join(filter(None, drawn))
+    if ranked:
+        figure.update_xaxes(title_text=None, row=1)  # the row below has the same
     text = "Means over seeds, bars to the lowest and the highest; rates over the seeds that all three have."
+    if ranked and gains[LOSS]:
+        text = f"Loss above, in nats: {gains[LOSS]}. {text}"
     if absent := [kind for kind in kinds if not (runs["sweep"] == kind).any()]:
         text += f" Not trained yet: {', '.join(absent)}."
     note(figure, text)
-    title = "; ".join(gains) or "Only the width is varied so far"
-    return _legend_below(figure.update_layout(title_text=title[:1].upper() + title[1:]))
+    title = gains[measures[-1]]
+    title = (
+        f"{'NDCG@10' if ranked else 'Loss (nats)'}: {title}" if title else "Only the width is varied so far"
+    )
+    return _legend_below(figure.update_layout(title_text=title))
 
 
 # -- parts ---------------------------------------------------------------------------------------------------
@@ -225,64 +241,81 @@ def _legend_below(figure: go.Figure) -> go.Figure:
     return figure.update_layout(legend=legend, margin={"b": 130})
 
 
-def _means(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return each arm's mean loss, with its lowest and highest seed."""
+class Panel(NamedTuple):
+    """A panel of the sweeps, and the measure that it shows."""
+
+    row: int
+    col: int
+    measure: str
+
+    def gain(self, values: Sequence[float]) -> str:
+        """Return differences of the measure as a text: nats to three digits, accuracy to four."""
+        return ", ".join(f"{one:+.3f}" if self.measure == LOSS else f"{one:+.4f}" for one in values)
+
+
+def _means(runs: pd.DataFrame, measure: str) -> pd.DataFrame:
+    """Return each arm's mean of a measure, with its lowest and highest seed, by size."""
     parts = runs.groupby("model")
-    table = parts[LOSS].agg(["mean", "min", "max"])
+    table = parts[measure].agg(["mean", "min", "max"])
     return table.assign(**{SIZE: parts[SIZE].first(), "kind": parts["kind"].first()}).sort_values(SIZE)
 
 
-def _add_means(figure: go.Figure, x: Any, table: pd.DataFrame, name: str, color: str, col: int) -> None:
+def _add_means(figure: go.Figure, x: Any, table: pd.DataFrame, name: str, color: str, panel: Panel) -> None:
     kind = str(table["kind"].iloc[0]) if len(table) else "measured"
     spread = {"array": table["max"] - table["mean"], "arrayminus": table["mean"] - table["min"]}
+    unit = " nats" if panel.measure == LOSS else ""
     figure.add_scatter(
         x=x, y=table["mean"], mode="lines+markers", name=name, line=line(kind, color),
-        marker=marker(kind, color), error_y=spread | {"color": color, "width": 4},
-        customdata=table.index, hovertemplate="%{customdata}: %{y:.4f} nats<extra></extra>", row=1, col=col,
+        marker=marker(kind, color), error_y=spread | {"color": color, "width": 4}, legendgroup=name,
+        showlegend=panel.row == 1, customdata=table.index,
+        hovertemplate=f"%{{customdata}}: %{{y:.4f}}{unit}<extra></extra>", row=panel.row, col=panel.col,
     )  # fmt: skip
 
 
-def _sweep_lines(figure: go.Figure, runs: pd.DataFrame, col: int) -> str:
+def _sweep_lines(figure: go.Figure, runs: pd.DataFrame, panel: Panel) -> str:
     """Draw width and depth; return what depth gave, empty where it is not varied."""
-    width = _means(runs[runs["sweep"] == "width"])
-    deep = _means(runs[runs["sweep"] == "depth"])
-    _add_means(figure, width[SIZE], width, "width at two layers", COLORS["width"], col)
-    figure.update_xaxes(type="log", dtick="D2", title_text="non-embedding parameters", row=1, col=col)
+    width = _means(runs[runs["sweep"] == "width"], panel.measure)
+    deep = _means(runs[runs["sweep"] == "depth"], panel.measure)
+    _add_means(figure, width[SIZE], width, "width at two layers", COLORS["width"], panel)
+    axis = {"type": "log", "dtick": "D2", "title_text": "non-embedding parameters"}
+    figure.update_xaxes(**axis, row=panel.row, col=panel.col)
     if deep.empty:
         return ""
     base = f"{deep.index[0].split('d')[0]}d2"
     joined = pd.concat([deep, width[width.index == base]]).sort_values(SIZE)
-    _add_means(figure, joined[SIZE], joined, f"depth at {base.removesuffix('d2')}", COLORS["depth"], col)
-    gain = joined["mean"].iloc[-1] - joined["mean"].iloc[0]
-    return f"depth, {joined.index[0]} to {joined.index[-1]}: {gain:+.3f} nats"
+    _add_means(figure, joined[SIZE], joined, f"depth at {base.removesuffix('d2')}", COLORS["depth"], panel)
+    gain = panel.gain([joined["mean"].iloc[-1] - joined["mean"].iloc[0]])
+    return f"depth, {joined.index[0]} to {joined.index[-1]}, {gain}"
 
 
-def _untied_lines(figure: go.Figure, runs: pd.DataFrame, col: int) -> str:
+def _untied_lines(figure: go.Figure, runs: pd.DataFrame, panel: Panel) -> str:
     """Draw tied beside untied; return what a second table gave."""
-    untied = _means(runs[runs["sweep"] == "untied tables"])
+    untied = _means(runs[runs["sweep"] == "untied tables"], panel.measure)
     names = [name.removesuffix(" untied") for name in untied.index]
-    tied = _means(runs[runs["model"].isin(names)])
-    figure.update_xaxes(title_text="size", type="category", row=1, col=col)
-    _add_means(figure, list(tied.index), tied, "one table (tied)", COLORS["width"], col)
-    _add_means(figure, names, untied, "two tables (untied)", COLORS["untied tables"], col)
+    tied = _means(runs[runs["model"].isin(names)], panel.measure)
+    figure.update_xaxes(title_text="size", type="category", row=panel.row, col=panel.col)
+    _add_means(figure, list(tied.index), tied, "one table (tied)", COLORS["width"], panel)
+    _add_means(figure, names, untied, "two tables (untied)", COLORS["untied tables"], panel)
     change = (untied.set_axis(names)["mean"] - tied["mean"]).dropna()
-    gains = ", ".join(f"{gain:+.3f} at {name}" for name, gain in change.items())
-    return f"a second table: {gains}" if gains else ""
+    if change.empty:
+        return ""
+    return f"a second table at {' and '.join(change.index)}, {panel.gain(list(change))}"
 
 
-def _rate_lines(figure: go.Figure, runs: pd.DataFrame, col: int) -> str:
-    """Draw the loss at half the rule's rate, the rule's and twice."""
+def _rate_lines(figure: go.Figure, runs: pd.DataFrame, panel: Panel) -> str:
+    """Draw the measure at half the rule's rate, the rule's and twice."""
     other = runs[runs["sweep"] == "other learning rate"]["model"]
     bases = sorted({name.rsplit(" ", 2)[0] for name in other}, key=lambda name: int(name[1:].split("d")[0]))
     ticks = {"type": "log", "tickvals": list(RATES.values()), "ticktext": ["half", "rule", "twice"]}
-    figure.update_xaxes(title_text="learning rate over the rule's", **ticks, row=1, col=col)
+    figure.update_xaxes(title_text="learning rate over the rule's", **ticks, row=panel.row, col=panel.col)
     for place, base in enumerate(bases):
         names = {f"{base} {end}".strip(): factor for end, factor in RATES.items()}
         mine = runs[runs["model"].isin(names)]
         shared = set.intersection(*(set(part["seed"]) for _, part in mine.groupby("model")))
-        table = _means(mine[mine["seed"].isin(shared)])
+        table = _means(mine[mine["seed"].isin(shared)], panel.measure)
         table = table.assign(factor=[names[name] for name in table.index]).sort_values("factor")
-        _add_means(figure, table["factor"], table, f"rates at {base}", (PURPLE, MUTED)[place % 2], col)
+        color = (PURPLE, MUTED)[place % 2]
+        _add_means(figure, table["factor"], table, f"rates at {base}", color, panel)
     return ""
 
 

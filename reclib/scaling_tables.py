@@ -17,7 +17,7 @@ Record = Mapping[str, Any]
 LATE = 0.01  # nats off the lowest loss in the last fifth of the training: above it a run is undertrained
 STATE_BYTES = 16  # of a parameter: weight, gradient and AdamW's two moments in fp32
 FLOOR = "held over 16 bytes per parameter"
-RATES = {"half rate": "half", "twice rate": "twice"}  # how the arms that check the rule end
+RATES = {"half": " half rate", "rule": "", "twice": " twice rate"}  # how the arms that check the rule end
 
 
 def by_arm(rows: Sequence[Record]) -> pd.DataFrame:
@@ -61,7 +61,7 @@ def sweep(arm: str) -> str:
     """Return which sweep an arm belongs to: width at two layers, depth, untied tables or other rates."""
     if arm.endswith(" untied"):
         return "untied tables"
-    if any(arm.endswith(f" {end}") for end in RATES):
+    if any(end and arm.endswith(end) for end in RATES.values()):
         return "other learning rate"
     return "width" if arm.endswith("d2") else "depth"
 
@@ -81,25 +81,29 @@ def missing(rows: Sequence[Record], name: str) -> list[str]:
 
 
 def rate_check(rows: Sequence[Record]) -> pd.DataFrame:
-    """Return one row for each arm whose rule was checked: its loss with half the rate, the rule's and twice.
+    """Return one row for each arm whose rule was checked: loss and NDCG@10 at half, once and twice the rate.
 
-    Losses are means over the seeds that all of them have; `range` is that of the rule's own seeds, and
+    All are means over the seeds that all of them have; `range` is that of the rule's own seeds, and
     `lost` what the rule gives away to the best of the three, in nats.
     """
     losses: dict[str, dict[int, float]] = {}
+    ranked: dict[str, dict[int, float]] = {}
     for row in rows:
-        losses.setdefault(row["own_params"]["model"], {})[row["seed"]] = row["metrics"]["lowest_valid_loss"]
+        arm, seed, m = row["own_params"]["model"], row["seed"], row["metrics"]
+        losses.setdefault(arm, {})[seed] = m["lowest_valid_loss"]
+        ranked.setdefault(arm, {})[seed] = m.get("valid_ndcg@10", math.nan)
     found = []
     for arm, own in losses.items():
-        arms = {short: losses.get(f"{arm} {end}", {}) for end, short in RATES.items()}
-        shared = sorted(set(own).intersection(*arms.values()))
+        arms = {short: arm + end for short, end in RATES.items()}
+        shared = sorted(set.intersection(*(set(losses.get(name, {})) for name in arms.values())))
         if not shared:
             continue
-        mean = {short: sum(one[s] for s in shared) / len(shared) for short, one in arms.items()}
-        mean["rule"] = sum(own[s] for s in shared) / len(shared)
+        mean = {short: sum(losses[name][s] for s in shared) / len(shared) for short, name in arms.items()}
         spread = max(own.values()) - min(own.values())
-        row = {"arm": arm, "seeds": len(shared), "half": mean["half"], "rule": mean["rule"]}
-        row |= {"twice": mean["twice"], "lost": mean["rule"] - min(mean.values()), "range": spread}
+        row = {"arm": arm, "seeds": len(shared)} | mean
+        row |= {"lost": mean["rule"] - min(mean.values()), "range": spread}
+        for short, name in arms.items():
+            row[f"ndcg@10 {short}"] = sum(ranked[name][s] for s in shared) / len(shared)
         found.append(row)
     return pd.DataFrame(found).set_index("arm") if found else pd.DataFrame()
 
@@ -245,7 +249,7 @@ def _of_rates(rows: Sequence[Record]) -> list[str]:
     """Say whether the rule for the learning rate held where it was checked."""
     said = []
     for arm, one in rate_check(rows).iterrows():
-        best = min(("half", "rule", "twice"), key=lambda name: one[name])
+        best = min(RATES, key=lambda name: one[name])
         held = "the rule's is the best of the three" if best == "rule" else f"{best} of it is better by"
         lost = "" if best == "rule" else f" {one['lost']:.3f} nats"
         said.append(
@@ -253,6 +257,12 @@ def _of_rates(rows: Sequence[Record]) -> list[str]:
             f"{one['rule']:.3f}, twice {one['twice']:.3f} nats; {held}{lost} "
             f"(the rule's seeds lie {one['range']:.3f} apart)."
         )
+        ranked = [one[f"ndcg@10 {name}"] for name in RATES]
+        if not any(map(math.isnan, ranked)):
+            top = list(RATES)[ranked.index(max(ranked))]
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in zip(RATES, ranked, strict=True))
+            agreed = "as the loss says" if top == best else f"the loss says {best}"
+            said[-1] += f" NDCG@10 {shown}: highest with {top}, {agreed}."
     return said
 
 

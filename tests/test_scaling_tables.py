@@ -109,6 +109,7 @@ def test_findings_say_what_scales_what_does_not_and_whether_the_rule_held():
     assert "w64d8 against w64d2: +0.342 nats" in said
     assert "w32d2 untied against w32d2: +0.060 nats" in said
     assert "twice of it is better by 0.030 nats (the rule's seeds lie 0.040 apart)" in said
+    assert "half 0.3547, rule 0.3547, twice 0.3547: highest with half, the loss says twice" in said
     assert "the one with the lower loss ranks worse: none" in said
     assert "Loss risen again at the end, in nats above its lowest: w64d8 (+0.050)" in said
     assert "Fewer than three seeds: none" in said, "rates are checked with one"
@@ -227,11 +228,16 @@ def test_the_sweeps_have_a_panel_for_what_is_trained_and_name_what_is_not():
     assert few.layout.title.text == "Only the width is varied so far"
     assert "Not trained yet: depth, untied tables, other learning rate" in text_under(few)
     whole = scaling_figures.scaling_sweeps(tables.table(GRID))
-    assert "Depth, w64d1 to w64d8: +0.100 nats; a second table: +0.060" in whole.layout.title.text
+    ranked = "NDCG@10: depth, w64d1 to w64d8, +3.5000; a second table at w32d2, +0.0000"
+    assert whole.layout.title.text == ranked
+    assert "nats: depth, w64d1 to w64d8, +0.100; a second table at w32d2, +0.060" in text_under(whole)
     assert "Not trained" not in text_under(whole)
     rates = next(trace for trace in whole.data if trace.name == "rates at w32d2")
     assert list(rates.x) == [0.5, 1.0, 2.0]
     assert list(rates.y) == pytest.approx([7.0, 6.430, 6.4], abs=1e-3)
+    below = [trace for trace in whole.data if trace.name == "rates at w32d2"][1]
+    assert list(below.y) == pytest.approx([0.35472] * 3), "the row below shows NDCG@10"
+    assert not below.showlegend
 
 
 def test_the_figures_of_tuning_tell_whole_from_pruned_and_take_the_best_epoch():
