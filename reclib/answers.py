@@ -186,19 +186,34 @@ def _scaling_answer(found: Found) -> str:
     said = []
     for place, law in newest.items():
         m, of = law["metrics"], law["own_params"]["of"]
-        came = [
-            r["metrics"]["lowest_valid_loss"]
-            for r in found.get("learning_curve", [])
-            if _place(r) == place and (r.get("configuration") or {}).get("prediction") == law["params_hash"]
-        ]
-        measured = (
-            f"{sum(came) / len(came):.3f} measured over {len(came)} seeds" if came else "not measured yet"
-        )
+        curves = [r for r in found.get("learning_curve", []) if _place(r) == place]
+        came = [r for r in curves if (r.get("configuration") or {}).get("prediction") == law["params_hash"]]
+        measured = "not measured yet"
+        if came:
+            seeds = f"{len(came)} seed" + "s" * (len(came) != 1)
+            measured = f"{_mean(came, 'lowest_valid_loss'):.3f} measured over {seeds}"
         said.append(
             f"On {place[0]} a law fitted to smaller sizes predicts a validation loss of "
-            f"{m['predicted']:.3f} nats for {of}; {measured}."
+            f"{m['predicted']:.3f} nats for {of}; {measured}{_gained(curves, came)}."
         )
     return " ".join(said)
+
+
+def _mean(records: Sequence[Record], metric: str) -> float:
+    return sum(r["metrics"][metric] for r in records) / len(records)
+
+
+def _gained(curves: Sequence[Record], largest: Sequence[Record]) -> str:
+    """Return what lists of the largest size are worth beside those of the smallest, to end a sentence."""
+    metric = "valid_ndcg@10"
+    ranked = [r for r in curves if metric in r["metrics"]]
+    if not ranked or not all(metric in r["metrics"] for r in largest) or not largest:
+        return ""
+    least = min(r["metrics"]["non_embedding"] for r in ranked)
+    name = next(r["own_params"]["model"] for r in ranked if r["metrics"]["non_embedding"] == least)
+    smallest = [r for r in ranked if r["own_params"]["model"] == name]
+    ends = f"{_mean(smallest, metric):.3f} for {name}, {_mean(largest, metric):.3f} for the largest"
+    return f"; NDCG@10 on validation is {ends}"
 
 
 def _device_answer(found: Found) -> str:

@@ -538,6 +538,20 @@ def test_a_chapter_without_records_answers_nothing():
     assert {chapter.answer({}) for chapter in answers.CHAPTERS.values()} == {""}
 
 
+def test_the_answer_of_scaling_tells_the_law_and_what_the_lists_gained():
+    found = {
+        name: [r for r in scaling_records() if r["name"] == name] for name in ("prediction", "learning_curve")
+    }
+    answer = answers.CHAPTERS["03_scaling"].answer
+    assert answer(found).endswith("a validation loss of 6.000 nats for w384d2; not measured yet.")
+    own, numbers = {"model": "w384d2"}, {"non_embedding": 3_500_000, "lowest_valid_loss": 6.05}
+    largest = a_record("03_scaling", "learning_curve", numbers | {"valid_ndcg@10": 0.09}, own_params=own)
+    found["learning_curve"].append(largest | {"configuration": {"prediction": "1"}})
+    assert answer(found).endswith(
+        "6.050 measured over 1 seed; NDCG@10 on validation is 0.070 for w32d2, 0.090 for the largest."
+    )
+
+
 def test_a_notebook_without_records_says_how_to_run_it(tmp_path, monkeypatch):
     folder = tmp_path / "notebooks"
     folder.mkdir()
