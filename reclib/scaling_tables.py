@@ -279,7 +279,8 @@ def _of_purchase(table: pd.DataFrame) -> list[str]:
     best = str(there["ndcg@10"].idxmax())
     top = there.loc[best]
     cheap = next(str(arm) for arm, one in there.iterrows() if not _parted(one, top, "ndcg@10"))
-    said = f"What to buy, by NDCG@10 on validation: {best} ranks best ({top['ndcg@10']:.4f}); "
+    said = f"What to buy, by NDCG@10 on validation, of those with {claims.MIN_SEEDS} seeds: "
+    said += f"{best} ranks best ({top['ndcg@10']:.4f}); "
     if cheap == best:
         said += "no cheaper one has a seed that reaches its worst."
     else:
