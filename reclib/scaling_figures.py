@@ -69,7 +69,7 @@ def scaling_curve(rows: pd.DataFrame) -> go.Figure:
     if said is not None:
         text += " Dashed and hollow: the law of the smaller sizes and its prediction, recorded before."
         text += " Band: 95 % over resampled seeds."
-    note(figure, text.strip())
+    note(figure, text.strip() + _fewer_seeds(shown))
     return _legend_below(figure.update_layout(title_text=_curve_title(said, runs)))
 
 
@@ -84,8 +84,9 @@ def scaling_accuracy(rows: pd.DataFrame) -> go.Figure:
             _add_runs(figure, runs, x, metric, row=row, col=column, legend=row == 1)
         figure.update_yaxes(title_text=f"{ACCURACY[metric]} on validation", row=row, col=1)
     _sizes_and_flops(figure, row=max(1, len(there)))
-    figure.update_xaxes(type="log")
-    note(figure, "Lines join the means over seeds of committed runs; at the epoch that has the best NDCG@10.")
+    figure.update_xaxes(type="log", dtick="D2")
+    text = "Lines join the means over seeds of committed runs; at the epoch that has the best NDCG@10."
+    note(figure, text + _fewer_seeds(runs))
     title = "No run is recorded yet"
     if there:
         means = runs.groupby("model")[there[0]].mean()
@@ -135,6 +136,13 @@ def scaling_sweeps(rows: pd.DataFrame) -> go.Figure:
 def _own(runs: pd.DataFrame) -> pd.Series:
     """Return which runs are a notebook's own and not of a committed grid."""
     return runs["profile"] != "grid"
+
+
+def _fewer_seeds(runs: pd.DataFrame) -> str:
+    """Return which committed sizes have fewer seeds than the others, as a sentence with a space before it."""
+    counts = runs[~_own(runs)].groupby("model", sort=False)["seed"].nunique()
+    few = [f"{model} ({count})" for model, count in counts.items() if count < counts.max()]
+    return f" Fewer seeds: {', '.join(few)}." if few else ""
 
 
 def _add_runs(

@@ -193,6 +193,7 @@ def text_under(figure) -> str:
 def test_the_curve_shows_every_seed_hollow_what_is_predicted_and_this_run_apart():
     own = curve("w32d2", 0, 1000, 6.5) | {"profile": "quick", "data": {"name": "x"}}
     figure = scaling_figures.scaling_curve(tables.table([*ROWS, LARGEST, own, prediction()]))
+    assert text_under(figure).endswith("Fewer seeds: w384d2 (1).")
     marks = marks_of(figure)
     assert sorted(marks["width, committed (0.0 M tokens)"].y) == [5.0, 6.0, 6.1]
     assert list(marks["width, this run (0.0 M tokens)"].y) == [6.5]
