@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from reclib import gathered, steptime
+from reclib import gathered, scaling_tables, steptime
 from reclib.claims import Claim, claim
 from reclib.tables import ARM_NAMES, TASK_NAMES, Record, model_name
 
@@ -204,9 +204,10 @@ def _mean(records: Sequence[Record], metric: str) -> float:
 
 
 def _gained(curves: Sequence[Record], largest: Sequence[Record]) -> str:
-    """Return what lists of the largest size are worth beside those of the smallest, to end a sentence."""
+    """Return what lists of the largest size are worth beside those of the narrowest, to end a sentence."""
     metric = "valid_ndcg@10"
-    ranked = [r for r in curves if metric in r["metrics"]]
+    wide = [r for r in curves if scaling_tables.sweep(r["own_params"]["model"]) == "width"]
+    ranked = [r for r in wide if metric in r["metrics"]]
     if not ranked or not all(metric in r["metrics"] for r in largest) or not largest:
         return ""
     least = min(r["metrics"]["non_embedding"] for r in ranked)

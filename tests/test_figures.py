@@ -546,7 +546,9 @@ def test_the_answer_of_scaling_tells_the_law_and_what_the_lists_gained():
     assert answer(found).endswith("a validation loss of 6.000 nats for w384d2; not measured yet.")
     own, numbers = {"model": "w384d2"}, {"non_embedding": 3_500_000, "lowest_valid_loss": 6.05}
     largest = a_record("03_scaling", "learning_curve", numbers | {"valid_ndcg@10": 0.09}, own_params=own)
-    found["learning_curve"].append(largest | {"configuration": {"prediction": "1"}})
+    numbers |= {"non_embedding": 25_000, "valid_ndcg@10": 0.01}
+    other = a_record("03_scaling", "learning_curve", numbers, own_params={"model": "w32d2 half rate"})
+    found["learning_curve"][:0] = [other, largest | {"configuration": {"prediction": "1"}}]
     assert answer(found).endswith(
         "6.050 measured over 1 seed; NDCG@10 on validation is 0.070 for w32d2, 0.090 for the largest."
     )
