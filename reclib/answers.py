@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from reclib import gathered, scaling_tables, steptime
+from reclib import gathered, steptime
 from reclib.claims import Claim, claim
+from reclib.sweeps import sweep_of
 from reclib.tables import ARM_NAMES, TASK_NAMES, Record, model_name
 
 Found = Mapping[str, Sequence[Record]]  # by name of the result, those of the work that its figure shows
@@ -206,7 +207,7 @@ def _mean(records: Sequence[Record], metric: str) -> float:
 def _gained(curves: Sequence[Record], largest: Sequence[Record]) -> str:
     """Return what lists of the largest size are worth beside those of the narrowest, to end a sentence."""
     metric = "valid_ndcg@10"
-    wide = [r for r in curves if scaling_tables.sweep(r["own_params"]["model"]) == "width"]
+    wide = [r for r in curves if sweep_of(r["own_params"]["model"]) == "width"]
     ranked = [r for r in wide if metric in r["metrics"]]
     if not ranked or not all(metric in r["metrics"] for r in largest) or not largest:
         return ""

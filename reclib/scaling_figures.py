@@ -16,6 +16,7 @@ import plotly.graph_objects as go
 from reclib import law
 from reclib.look import BLUE, GREEN, HEIGHT, INK, MUTED, ORANGE, PURPLE, line, marker
 from reclib.marks import note, panels
+from reclib.sweeps import RATES, sweep_of
 
 LOSS = "lowest_valid_loss"
 RANKED = "valid_ndcg@10"
@@ -24,7 +25,7 @@ SIZE, FLOPS = "non_embedding", "training_flops"
 ACCURACY = {RANKED: "NDCG@10", "valid_hr@10": "HR@10"}
 COLORS = {"width": BLUE, "depth": ORANGE, "untied tables": GREEN, "other learning rate": PURPLE}
 COLORS |= {"tuned settings": GREEN}
-RATES = {"half rate": 0.5, "": 1.0, "twice rate": 2.0}
+FACTORS = {"half": 0.5, "rule": 1.0, "twice": 2.0}  # of the rate that the rule gives
 SHADE = "rgba(34, 34, 34, 0.10)"
 
 
@@ -39,12 +40,7 @@ def one_per_run(rows: pd.DataFrame) -> pd.DataFrame:
         name: curves.groupby(key, dropna=False)[name].transform("max") for name in ACCURACY if name in curves
     }
     runs = curves.assign(**best).drop_duplicates(key).copy()
-    names = runs["model"].astype(str)
-    runs["sweep"] = np.select(
-        [names.str.endswith(end) for end in ("untied", "rate", "(tuned)")] + [names.str.fullmatch(r"w\d+d2")],
-        ["untied tables", "other learning rate", "tuned settings", "width"],
-        np.where(names.str.fullmatch(r"w\d+d\d+"), "depth", "width"),
-    )
+    runs["sweep"] = runs["model"].astype(str).map(sweep_of)
     return runs
 
 
@@ -314,10 +310,10 @@ def _rate_lines(figure: go.Figure, runs: pd.DataFrame, panel: Panel) -> str:
     """Draw the measure at half the rule's rate, the rule's and twice."""
     other = runs[runs["sweep"] == "other learning rate"]["model"]
     bases = sorted({name.rsplit(" ", 2)[0] for name in other}, key=lambda name: int(name[1:].split("d")[0]))
-    ticks = {"type": "log", "tickvals": list(RATES.values()), "ticktext": ["half", "rule", "twice"]}
+    ticks = {"type": "log", "tickvals": list(FACTORS.values()), "ticktext": list(FACTORS)}
     figure.update_xaxes(title_text="learning rate over the rule's", **ticks, row=panel.row, col=panel.col)
     for place, base in enumerate(bases):
-        names = {f"{base} {end}".strip(): factor for end, factor in RATES.items()}
+        names = {base + end: FACTORS[short] for short, end in RATES.items()}
         mine = runs[runs["model"].isin(names)]
         shared = set.intersection(*(set(part["seed"]) for _, part in mine.groupby("model")))
         table = _means(mine[mine["seed"].isin(shared)], panel.measure)

@@ -11,13 +11,13 @@ import pandas as pd
 
 from reclib import claims, gathered, gridfile
 from reclib.config import InputError, ModelConfig
+from reclib.sweeps import RATES, sweep_of
 from reclib.workload import parameters
 
 Record = Mapping[str, Any]
 LATE = 0.01  # nats off the lowest loss in the last fifth of the training: above it a run is undertrained
 STATE_BYTES = 16  # of a parameter: weight, gradient and AdamW's two moments in fp32
 FLOOR = "held over 16 bytes per parameter"
-RATES = {"half": " half rate", "rule": "", "twice": " twice rate"}  # how the arms that check the rule end
 
 
 def by_arm(rows: Sequence[Record]) -> pd.DataFrame:
@@ -55,15 +55,6 @@ def _state_bytes(row: Record) -> float | None:
     """Return what weights, gradients and moments of a run's model take; None where its shape is not told."""
     shape = row.get("configuration", {}).get("model")
     return STATE_BYTES * sum(parameters(ModelConfig(**shape)).values()) if shape else None
-
-
-def sweep(arm: str) -> str:
-    """Return which sweep an arm belongs to: width at two layers, depth, untied tables or other rates."""
-    if arm.endswith(" untied"):
-        return "untied tables"
-    if any(end and arm.endswith(end) for end in RATES.values()):
-        return "other learning rate"
-    return "width" if arm.endswith("d2") else "depth"
 
 
 def missing(rows: Sequence[Record], name: str) -> list[str]:
@@ -205,7 +196,7 @@ def _of_the_law(outcome: Mapping[str, Any]) -> list[str]:
 
 def _of_width(table: pd.DataFrame) -> list[str]:
     """Say what each step in width took off the loss, and where the seeds' ranges do not part."""
-    arms = [str(arm) for arm in table.index if sweep(str(arm)) == "width"]
+    arms = [str(arm) for arm in table.index if sweep_of(str(arm)) == "width"]
     steps: dict[str, list[str]] = {metric: [] for metric in ("loss", "ndcg@10", "hr@10") if metric in table}
     same: dict[str, list[str]] = {metric: [] for metric in steps}
     against = []
@@ -234,7 +225,7 @@ def _of_depth_and_tables(table: pd.DataFrame) -> list[str]:
     """Say what depth at fixed tables and a second table gave, against the arm that they vary."""
     said = []
     for arm in map(str, table.index):
-        kind = sweep(arm)
+        kind = sweep_of(arm)
         base = arm.removesuffix(" untied") if kind == "untied tables" else f"{arm.split('d')[0]}d2"
         if kind not in ("depth", "untied tables") or base not in table.index:
             continue
@@ -271,7 +262,7 @@ def _of_purchase(table: pd.DataFrame) -> list[str]:
 
     Arms with too few seeds for a claim, and those of other rates, are left out.
     """
-    kept = [arm for arm in table.index if sweep(str(arm)) != "other learning rate"]
+    kept = [arm for arm in table.index if sweep_of(str(arm)) != "other learning rate"]
     kept = [arm for arm in kept if claims.enough([table["seeds"][arm]])]
     if len(kept) < 2 or "ndcg@10" not in table:
         return []
@@ -287,7 +278,7 @@ def _of_purchase(table: pd.DataFrame) -> list[str]:
         one = there.loc[cheap]
         share = one["TFLOP"] / top["TFLOP"]
         said += f"the cheapest not told apart is {cheap} ({one['ndcg@10']:.4f}), at {share:.0%} of its FLOPs."
-    widths = there[[sweep(str(arm)) == "width" for arm in there.index]]
+    widths = there[[sweep_of(str(arm)) == "width" for arm in there.index]]
     if len(widths) > 1:
         first, last = widths.iloc[0], widths.iloc[-1]
         gain = (last["ndcg@10"] - first["ndcg@10"]) / math.log2(last["TFLOP"] / first["TFLOP"])

@@ -27,7 +27,7 @@ ORDER = [
     *("adaptation", "adaptation_results", "adapter_speed", "recommend"),
     *("audit", "bypass", "recreation", "verdicts"),
     *("record", "gathered", "merging", "counts", "gridfile", "grid", "scoring"),
-    *("law", "scaling", "scaling_tables", "tuned", "tuning", "tuning_tables", "tune", "sized"),
+    *("law", "sweeps", "scaling", "scaling_tables", "tuned", "tuning", "tuning_tables", "tune", "sized"),
     *("tables", "look", "answers", "page", "marks", "speed_figures", "hardware_figures"),
     *("accuracy_figures", "control_figures", "data_figures", "scaling_figures", "tuning_figures"),
     *("explore", "explore_figures", "quote_figures", "widgets"),

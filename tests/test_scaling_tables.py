@@ -10,6 +10,7 @@ import pytest
 from reclib import law, scaling, scaling_figures, scaling_tables, tables, tuning_figures, tuning_tables
 from reclib.config import model_config
 from reclib.model import closed_formula
+from reclib.sweeps import sweep_of
 
 SMALL = {"num_items": 30, "max_len": 20}
 SHAPE = asdict(model_config("w32d2", **SMALL))
@@ -113,6 +114,12 @@ def test_findings_say_what_scales_what_does_not_and_whether_the_rule_held():
     assert "the one with the lower loss ranks worse: none" in said
     assert "Loss risen again at the end, in nats above its lowest: w64d8 (+0.050)" in said
     assert "Fewer than three seeds: none" in said, "rates are checked with one"
+
+
+def test_every_kind_of_arm_has_its_sweep():
+    arms = ["w64d2", "w64d8", "w12d12", "tiny", "tiny (tuned)", "w32d2 untied", "w32d2 half rate"]
+    kinds = ["width", "depth", "depth", "width", "tuned settings", "untied tables", "other learning rate"]
+    assert [sweep_of(arm) for arm in arms] == kinds
 
 
 def ranked(model: str, flops: float, *scores: float) -> list[dict]:
