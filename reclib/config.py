@@ -18,7 +18,7 @@ Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 Objective = Literal["cloze", "next_item", "seed_focal"]
 Loss = Literal["auto", "plain", "chunked", "inplace", "sampled_softmax", "gbce"]
 CompileMode = Literal["off", "default", "reduce-overhead", "max-autotune"]
-GpuLabel = Literal["auto", "cpu", "cpu1", "cpu2", "t4", "l4", "v100", "a100", "h100"]
+GpuLabel = Literal["auto", "cpu", "cpu1", "cpu2", "t4", "l4", "v100", "a100", "h100", "h200"]
 
 GPU_LABELS: tuple[str, ...] = get_args(GpuLabel)
 PAD = 0  # item id of padding; real items are 1..num_items, MASK is num_items + 1

@@ -199,6 +199,6 @@ def _to_gradient(block: Tensor, shift: Tensor | None, column: Tensor, kept: Tens
     torch.log_softmax(block, -1, out=block)
     losses = -block.gather(1, column).squeeze(1) * kept
     block.exp_().scatter_add_(1, column, block.new_full(column.shape, -1.0))
-    if not bool(kept.all()):
+    if block.device.type != "cpu" or not bool(kept.all()):  # to ask would wait for a GPU
         block *= kept[:, None]
     return losses

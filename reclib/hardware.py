@@ -22,7 +22,7 @@ from reclib.command import Parser, exit_code
 from reclib.config import GPU_LABELS, InputError
 
 # What a CUDA device calls itself, by label. "H100 NVL" and "H100 PCIe" are H100s too.
-DEVICE_NAMES = {"t4": "T4", "l4": "L4", "v100": "V100", "a100": "A100", "h100": "H100"}
+DEVICE_NAMES = {"t4": "T4", "l4": "L4", "v100": "V100", "a100": "A100", "h100": "H100", "h200": "H200"}
 # The CPU with a stated number of threads: devices of their own, with records of their own.
 CPU_THREADS = {"cpu1": 1, "cpu2": 2}
 
@@ -101,6 +101,8 @@ def resolve(claimed: str = "auto", card: Card | None = None) -> Device:
     if card.type == "cpu":
         fix_threads(CPU_THREADS.get(card.label, torch.get_num_threads()))
         flush_denormals()
+    else:
+        steady_attention()
     return Device(torch.device(card.type), card, claimed)
 
 
@@ -130,6 +132,14 @@ def flush_denormals() -> bool:
     parallel operation.
     """
     return bool(torch.set_flush_denormal(True))
+
+
+def steady_attention() -> None:
+    """Leave cuDNN's attention out from here on: it plans anew, tens of milliseconds, for every shape of rows.
+
+    From torch 2.9 on it comes first on capability 9 and 10; the shapes of packed rows change step by step.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def usable_cores() -> int:
@@ -239,9 +249,20 @@ def device_card(device: Device) -> dict[str, Any]:
     card["cpu_model"] = provenance.cpu_model() if device.card.type == "cpu" else None
     card |= {"torch": torch.__version__, "cuda": torch.version.cuda, "driver": None}
     if device.card.type == "cuda":
-        driver = getattr(torch.cuda, "driver_version", None)
-        card["driver"] = driver() if callable(driver) else None
+        card["driver"] = driver_version()
     return card
+
+
+def driver_version() -> str | None:
+    """Return the version of NVIDIA's driver as its library says it; None where there is none."""
+    try:
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    text = ctypes.create_string_buffer(96)
+    if library.nvmlInit_v2() or library.nvmlSystemGetDriverVersion(text, len(text)):
+        return None
+    return text.value.decode()
 
 
 def synchronize(device: torch.device) -> None:

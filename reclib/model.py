@@ -40,7 +40,11 @@ def attention_bias(segment_ids: Tensor, dtype: torch.dtype, causal: bool = False
     if causal:
         place = torch.arange(segment_ids.shape[1], device=segment_ids.device)
         apart |= place[:, None] < place[None, :]
-    bias = torch.zeros(apart.shape, dtype=dtype, device=apart.device)
+    kind, width = apart.device.type, apart.shape[2]
+    if kind != "cpu":  # made once in the type of the products, its rows where fused kernels want them
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+        width = -(-width // 8) * 8
+    bias = torch.zeros(*apart.shape[:2], width, dtype=dtype, device=apart.device)[..., : apart.shape[2]]
     return bias.masked_fill_(apart, float("-inf")).unsqueeze(1)
 
 

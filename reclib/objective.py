@@ -3,7 +3,8 @@
 Three routes to the same number and the same gradients:
 
 - `plain`: logits, then `F.cross_entropy`; the reference.
-- `chunked`: torch's `F.linear_cross_entropy` with an explicit chunk of targets, for logits too large to hold.
+- `chunked`: logits for some targets at a time, for logits too large to hold; torch's own
+  `F.linear_cross_entropy` does the same, from 2.13 on alone.
 - `inplace`: one buffer of logits that becomes probabilities and then the gradient, a few rows at a time while
   they are in cache; the three matrix products stay whole. On a CPU it costs the products and little more,
   and a third of the memory of `plain`.
@@ -65,7 +66,7 @@ def cross_entropy_sum(
     """Return the sum over targets of the cross-entropy over items 1..num_items.
 
     `hidden` (M, D), `weight` (V, D), `bias` (V,) or None, `targets` (M,) item ids or IGNORE. The products run
-    in autocast's type where that is on: both sides are cast here, since `F.linear_cross_entropy` is outside
+    in autocast's type where that is on: both sides are cast here, since a product with `out=` is outside
     autocast and would run in fp32 in silence. The softmax and the loss are in fp32.
     """
     if how == "plain":
@@ -75,23 +76,8 @@ def cross_entropy_sum(
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     if how == "inplace":
         return InplaceCrossEntropy.apply(hidden, weight, bias, targets, num_items, frozen)
-    # The automatic chunking makes one-row chunks when classes far outnumber rows: the size is explicit.
     chunk = min(max(16, LARGE_LOGITS_BYTES // (8 * num_items)), len(targets))
-    if frozen:
-        return ChunkedCrossEntropy.apply(hidden, weight, bias, targets, num_items, frozen, chunk)
-    rows = weight[1 : num_items + 1]
-    shift = None if bias is None else bias[1 : num_items + 1]
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk)
-    loss = F.linear_cross_entropy(
-        hidden,
-        rows,
-        torch.where(targets == IGNORE, IGNORE, targets - 1),
-        linear_bias=None if shift is None else shift.to(dtype),
-        ignore_index=IGNORE,
-        reduction="sum",
-        options=options,
-    )
-    return loss.float() if dtype not in FULL else loss
+    return ChunkedCrossEntropy.apply(hidden, weight, bias, targets, num_items, frozen, chunk)
 
 
 def plain_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, num_items: int) -> Tensor:

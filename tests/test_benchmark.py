@@ -235,7 +235,7 @@ def test_a_head_that_stays_in_fp32_under_autocast_is_seen(monkeypatch):
     from reclib import objective
 
     monkeypatch.setattr(objective, "compute_dtype", lambda hidden: torch.float32)
-    assert profiling.head_dtype(a_trainer(loss="chunked", precision="bf16")) == "fp32"
+    assert profiling.head_dtype(a_trainer(loss="inplace", precision="bf16")) == "fp32"
 
 
 def test_operators_add_up_and_the_trace_is_written(tmp_path: Path, capfd):

@@ -24,7 +24,7 @@ NAMES = {
     "NVIDIA A10G": "other",
     "NVIDIA H100 80GB HBM3": "h100",
     "NVIDIA H100 NVL": "h100",
-    "NVIDIA H200": "other",
+    "NVIDIA H200": "h200",
 }
 
 

@@ -71,7 +71,7 @@ def test_every_parameter_says_in_its_line_what_it_is():
         ({"batch_size": 64.0}, "parameter 'batch_size' is 64.0"),
         ({"batch_size": True}, "parameter 'batch_size' is True"),
         ({"batch_size": "1e3"}, "parameter 'batch_size' is '1e3'"),
-        ({"gpu": "rtx"}, "'a100' or 'h100'"),
+        ({"gpu": "rtx"}, "'h100' or 'h200'"),
         ({"precision": "fp8"}, "'fp16'"),
         ({"tied": "no"}, "parameter 'tied' is 'no'"),
         ({"tied": 1}, "parameter 'tied' is 1"),
