@@ -77,7 +77,7 @@ def catalogue() -> dict[str, Download]:
     """Return the datasets of `params/datasets.yaml`, by name; a root without one has the package's."""
     file = paths.params() / LIST
     if not file.is_file():
-        file = Path(__file__).resolve().parent.parent / "params" / LIST
+        file = paths.CHECKOUT / "params" / LIST
     entries = yaml.safe_load(file.read_text(encoding="utf-8"))
     return {
         name: validated(Download, values | {"name": name, "members": tuple(values.get("members", ()))})

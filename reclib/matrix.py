@@ -149,7 +149,7 @@ def outcome(code: int, last: str) -> str:
 
 def _environment() -> dict[str, str]:
     """Return an environment in which children import this code, wherever they start."""
-    code = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    code = str(paths.CHECKOUT)
     inherited = os.environ.get("PYTHONPATH")
     return os.environ | {
         "PYTHONPATH": os.pathsep.join([code, *([inherited] if inherited else [])]),

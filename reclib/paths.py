@@ -10,11 +10,14 @@ import os
 import tempfile
 from pathlib import Path
 
+PACKAGE = Path(__file__).resolve().parent  # the code; the only place that asks where it lies
+CHECKOUT = PACKAGE.parent
+
 
 def root() -> Path:
     """Return the project's root: `RECLIB_ROOT` if set, else the folder that holds the package."""
     given = os.environ.get("RECLIB_ROOT")
-    return Path(given).resolve() if given else Path(__file__).resolve().parent.parent
+    return Path(given).resolve() if given else CHECKOUT
 
 
 def notebooks() -> Path:

@@ -21,10 +21,11 @@ _FOLDERS = re.compile(r"(?<![\w.:/\\])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'\"]+[/\\])
 
 
 def code_hash(notebook: str) -> str:
-    """Return 16 hexadecimal digits over `reclib/*.py` and the code cells of a notebook."""
+    """Return 16 hexadecimal digits over the package, folders within it too, and a notebook's code cells."""
     digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    files = {file.relative_to(paths.PACKAGE).as_posix(): file for file in paths.PACKAGE.rglob("*.py")}
+    for name in sorted(files):
+        digest.update(name.encode() + b"\0" + files[name].read_bytes() + b"\0")
     source = paths.notebooks() / f"{notebook}.ipynb"
     if source.is_file():
         for cell in json.loads(source.read_text(encoding="utf-8"))["cells"]:
@@ -35,7 +36,7 @@ def code_hash(notebook: str) -> str:
 
 def git_state() -> dict[str, Any] | None:
     """Return the commit and whether the code differs from it; None outside a git checkout."""
-    root = Path(__file__).resolve().parent.parent
+    root = paths.CHECKOUT
     commit = _git(root, "rev-parse", "HEAD")
     if not commit:
         return None

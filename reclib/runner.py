@@ -224,7 +224,7 @@ def _register(progress: _Progress) -> None:
 
 def _environment(records: Path | None) -> dict[str, str]:
     """Return the kernel's environment: our root and our code, wherever it starts."""
-    code = str(Path(__file__).resolve().parent.parent)
+    code = str(paths.CHECKOUT)
     inherited = os.environ.get("PYTHONPATH")
     return os.environ | {
         "RECLIB_ROOT": str(paths.root()),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from reclib import params, provenance, record
+from reclib import params, paths, provenance, record
 from reclib.config import InputError
 
 CARD = dict.fromkeys(record.CARD) | {"label": "cpu", "name": "Some CPU", "threads": 2}
@@ -209,10 +209,23 @@ def test_the_hash_of_code_follows_code_cells_and_not_text_or_outputs(project: Pa
     assert record.code_hash("02_baseline") != before
 
 
+def test_the_code_hash_covers_every_folder_of_the_package(tmp_path, monkeypatch):
+    (tmp_path / "room").mkdir()
+    (tmp_path / "top.py").write_text("1")
+    (tmp_path / "room" / "inner.py").write_text("1")
+    monkeypatch.setattr(paths, "PACKAGE", tmp_path)
+    hashes = [record.code_hash("02_baseline")]
+    (tmp_path / "room" / "inner.py").write_text("2")
+    hashes.append(record.code_hash("02_baseline"))
+    (tmp_path / "room" / "inner.py").rename(tmp_path / "inner.py")
+    hashes.append(record.code_hash("02_baseline"))
+    assert len(set(hashes)) == 3
+
+
 def test_the_git_state_is_the_commit_or_nothing(tmp_path, monkeypatch):
     package = tmp_path / "reclib"
     package.mkdir()
-    monkeypatch.setattr(provenance, "__file__", str(package / "provenance.py"))
+    monkeypatch.setattr(paths, "CHECKOUT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert provenance.git_state() is None
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
