@@ -63,7 +63,7 @@ def lane(file: Path, records: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
-            *("--nbval", "--nbval-current-env", "--nbval-cell-timeout", "120"),
+            *("--nbval", "--nbval-current-env", "--nbval-cell-timeout", "300"),
             *("--nbval-sanitize-with", str(ROOT / "tests/nbval_sanitize.cfg")),
             *(f"--rootdir={file.parent}", "-c", os.devnull),
             str(file),
