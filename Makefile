@@ -1,5 +1,6 @@
 # make study    run the study on real data (profile quick), then build figures/
-# make test     lint, types, tests, and the notebooks against their committed outputs
+# make test     lint, types, unit tests, and the notebooks against their committed outputs: some minutes
+# make test-all what takes longer too: several processes, killed runs, compilers, JupyterLab in a browser
 # make lint     ruff and mypy alone
 # make lab      JupyterLab on this machine
 # make figures  rebuild figures/ from the records alone
@@ -12,7 +13,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install study test lint lab figures pictures
+.PHONY: help install study test test-all lint unit notebooks lab figures pictures
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # A compute thread that waits gives its core away soon (GNU OpenMP's default is to spin for milliseconds): whatever
@@ -42,8 +43,18 @@ $(INSTALLED):
 study: $(INSTALLED)
 	$(BIN)/python -m reclib.study run-all --profile $(PROFILE)
 
-test: lint
-	$(BIN)/python -m pytest
+# Two at a time, for two cores; from make 4 on, what each prints comes when it ends.
+test: $(INSTALLED)
+	$(MAKE) --no-print-directory --jobs=2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) lint unit notebooks
+
+test-all: test
+	$(BIN)/python -m pytest -m slow
+
+unit: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow" --ignore tests/test_notebooks.py
+
+notebooks: $(INSTALLED)
+	$(BIN)/python -m pytest tests/test_notebooks.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

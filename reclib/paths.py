@@ -7,7 +7,6 @@ project is relative to the working directory: all come from here.
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent  # the code; the only place that asks where it lies
@@ -47,10 +46,7 @@ def runs() -> Path:
 
 def models() -> Path:
     """Return the folder of models that are kept (git-ignored): `RECLIB_MODELS`, if set."""
-    given = os.environ.get("RECLIB_MODELS")
-    if not given and "PYTEST_VERSION" in os.environ:
-        return Path(tempfile.gettempdir()) / "reclib-test-models"
-    return Path(given or root() / "models").resolve()
+    return Path(os.environ.get("RECLIB_MODELS") or root() / "models").resolve()
 
 
 def stamps() -> Path:
@@ -59,14 +55,5 @@ def stamps() -> Path:
 
 
 def executed() -> Path:
-    """Return the root of the records.
-
-    `RECLIB_RECORDS` if set; under pytest (nbval included) a temporary folder, so that no test run writes
-    into the committed records; else `executed/`.
-    """
-    given = os.environ.get("RECLIB_RECORDS")
-    if given:
-        return Path(given).resolve()
-    if "PYTEST_VERSION" in os.environ:  # set by pytest for its whole run, inherited by kernels
-        return Path(tempfile.gettempdir()) / "reclib-test-records"
-    return root() / "executed"
+    """Return the root of the records: `RECLIB_RECORDS` if set, else `executed/`."""
+    return Path(os.environ.get("RECLIB_RECORDS") or root() / "executed").resolve()

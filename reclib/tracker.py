@@ -145,7 +145,7 @@ class TensorBoard:
 
 
 def used(asked: str) -> str:
-    """Return the tracker that is used: none under tests, else `asked`.
+    """Return the tracker that is used: `asked`, unless the environment says otherwise.
 
     `WANDB_MODE`, where it is set, decides between offline, online and none for those who asked for wandb.
     Raises `InputError` for an unknown tracker or mode.
@@ -154,8 +154,6 @@ def used(asked: str) -> str:
         raise InputError(
             f"unknown tracker {asked!r}{nearest(asked, TRACKERS)}; allowed: {', '.join(TRACKERS)}"
         )
-    if "PYTEST_VERSION" in os.environ:
-        return "none"
     mode = os.environ.get("WANDB_MODE")
     if mode and asked.startswith("wandb"):
         if mode not in _WANDB_MODES:

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,14 @@ import torch
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
+# No test writes into the committed records, keeps models beside them or sends curves anywhere, not even where
+# it forgets to name a folder of its own. Kernels and other processes inherit this.
+for _name, _value in {
+    "RECLIB_RECORDS": str(Path(tempfile.gettempdir()) / "reclib-test-records"),
+    "RECLIB_MODELS": str(Path(tempfile.gettempdir()) / "reclib-test-models"),
+    "WANDB_MODE": "disabled",
+}.items():
+    os.environ.setdefault(_name, _value)
 
 # A whole notebook in the form that the study's own have, small enough to run in a second or two.
 _CODE = """\

@@ -21,7 +21,7 @@ def asked(**changes: object) -> Explore:
 
 
 def trained(dataset: Dataset, folder: Path) -> Iterator[Lineup]:
-    """Yield a lineup; its runs and kept models are in `folder` as long as it is used."""
+    """Yield a lineup; its runs and kept models are in `folder`, where the next to ask finds them trained."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RECLIB_RUNS", str(folder / "runs"))
         patch.setenv("RECLIB_MODELS", str(folder / "models"))

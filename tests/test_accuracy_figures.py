@@ -50,25 +50,21 @@ def colors(figure: go.Figure) -> dict[str, set[str]]:
     return found
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_a_figure_does_not_change_its_records_and_does_not_depend_on_their_order(name):
-    records = EVERY[name]()
-    before = copy.deepcopy(records)
-    drawn = shown(name, records)
-    assert records == before
-    ordered = next(iter(tables.groups(records).values()))
-    other = next(iter(tables.groups(reversed(records)).values()))
-    assert shown(name, ordered).to_json() == shown(name, other).to_json()
-    assert drawn.layout.title.subtitle.text.startswith(records[0]["data"]["name"])
-    assert "long runs, committed" in drawn.layout.title.subtitle.text
-    assert drawn.layout.title.text[0] == drawn.layout.title.text[0].upper()
-
-
-@pytest.mark.parametrize("name", EVERY)
-def test_one_model_alone_can_be_drawn(name):
-    records = EVERY[name]()
-    first = [one for one in records if one["own_params"]["model"] == records[0]["own_params"]["model"]]
-    assert shown(name, first).layout.title.text
+def test_a_figure_does_not_change_its_records_and_does_not_depend_on_their_order():
+    for name in EVERY:
+        records = EVERY[name]()
+        before = copy.deepcopy(records)
+        drawn = shown(name, records)
+        assert records == before
+        ordered = next(iter(tables.groups(records).values()))
+        other = next(iter(tables.groups(reversed(records)).values()))
+        assert shown(name, ordered).to_json() == shown(name, other).to_json()
+        assert drawn.layout.title.subtitle.text.startswith(records[0]["data"]["name"])
+        assert "long runs, committed" in drawn.layout.title.subtitle.text
+        assert drawn.layout.title.text[0] == drawn.layout.title.text[0].upper()
+        model = records[0]["own_params"]["model"]
+        alone = [record for record in records if record["own_params"]["model"] == model]
+        assert shown(name, alone).layout.title.text  # one model alone can be drawn
 
 
 def test_learning_curves_name_the_best_model_by_its_mean_over_seeds():
@@ -347,16 +343,13 @@ def test_grids_are_called_long_runs(tmp_path):
     assert "profile grid" not in index
 
 
-@pytest.mark.parametrize(
-    ("difference", "p", "seeds", "claim"),
-    [
+def test_what_may_be_claimed():
+    for difference, p, seeds, claim in [
         (0.1, 0.049, (3, 0), "better"),
         (-0.1, 0.049, (0, 3), "worse"),
         (0.1, 0.05, (3, 3), "not separated"),
         (0.1, 0.001, (2, 3), "too few seeds"),
         (0.1, 0.001, (3, 1), "too few seeds"),
         (0.1, 0.001, (0, 0), "better"),
-    ],
-)
-def test_what_may_be_claimed(difference, p, seeds, claim):
-    assert claims.claim(difference, p, seeds) == claim
+    ]:
+        assert claims.claim(difference, p, seeds) == claim

@@ -44,40 +44,40 @@ def adapted_trainer(
     return Trainer(adapted, some, train, CPU, "test")
 
 
-@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.kind)
-@pytest.mark.parametrize("case", CASES)
-def test_flops_of_the_parts_are_those_that_torch_counts_on_the_adapted_model(case, plan):
-    changes, recipe = CASES[case]
-    model = small_model(**changes)
-    train = TrainConfig(batch_size=32, epochs=9, precision="fp32", **recipe)
-    trainer = adapted_trainer(model, train, plan, [9] * 64)
-    parts = workload.step_parts(model, train, shapes_of(trainer, 1), adapter=plan)
-    loop = trainer.steps()
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        next(loop)
-    loop.close()
-    assert counter.get_total_flops() == pytest.approx(sum(part.flops for part in parts), rel=1e-9)
+def test_flops_of_the_parts_are_those_that_torch_counts_on_the_adapted_model():
+    for plan in PLANS:
+        for case in CASES:
+            changes, recipe = CASES[case]
+            model = small_model(**changes)
+            train = TrainConfig(batch_size=32, epochs=9, precision="fp32", **recipe)
+            trainer = adapted_trainer(model, train, plan, [9] * 64)
+            parts = workload.step_parts(model, train, shapes_of(trainer, 1), adapter=plan)
+            loop = trainer.steps()
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                next(loop)
+            loop.close()
+            assert counter.get_total_flops() == pytest.approx(sum(part.flops for part in parts), rel=1e-9)
 
 
-@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.kind)
-def test_trained_parameters_are_those_of_the_adapted_model(plan):
-    model = small_model(num_layers=3, head="mlp")
-    trainer = adapted_trainer(model, TrainConfig(batch_size=8), plan, [9] * 8)
-    assert adapter_plan.trained_parameters(model, plan) == sum(p.numel() for p in trainer.parameters)
+def test_trained_parameters_are_those_of_the_adapted_model():
+    for plan in PLANS:
+        model = small_model(num_layers=3, head="mlp")
+        trainer = adapted_trainer(model, TrainConfig(batch_size=8), plan, [9] * 8)
+        assert adapter_plan.trained_parameters(model, plan) == sum(p.numel() for p in trainer.parameters)
 
 
-@pytest.mark.parametrize("plan", PLANS[::2], ids=lambda plan: plan.kind)
-def test_memory_is_what_the_profiler_counts(plan):
-    model = small_model(hidden_dim=128, num_items=3000, num_layers=3, tied=False, max_len=50)
-    train = TrainConfig(batch_size=128, epochs=99, precision="fp32")
-    trainer = adapted_trainer(model, train, plan, np.random.default_rng(0).integers(3, 17, 512))
-    measured = profiling.peak_tensor_bytes(trainer)
-    found = footprint.at_shapes(model, train, shapes_of(trainer, 2), "fp32", "cpu", plan)
-    buffer = found.parts["logits"]  # kept from step to step: seen in no step but the first
-    assert found.total - buffer == pytest.approx(measured, rel=0.25)
-    weights = 4 * sum(p.numel() for p in trainer.model.parameters())
-    assert found.parts["weights"] == weights
-    assert found.state - weights == 12 * sum(p.numel() for p in trainer.parameters)
+def test_memory_is_what_the_profiler_counts():
+    for plan in PLANS[::2]:
+        model = small_model(hidden_dim=128, num_items=3000, num_layers=3, tied=False, max_len=50)
+        train = TrainConfig(batch_size=128, epochs=99, precision="fp32")
+        trainer = adapted_trainer(model, train, plan, np.random.default_rng(0).integers(3, 17, 512))
+        measured = profiling.peak_tensor_bytes(trainer)
+        found = footprint.at_shapes(model, train, shapes_of(trainer, 2), "fp32", "cpu", plan)
+        buffer = found.parts["logits"]  # kept from step to step: seen in no step but the first
+        assert found.total - buffer == pytest.approx(measured, rel=0.25)
+        weights = 4 * sum(p.numel() for p in trainer.model.parameters())
+        assert found.parts["weights"] == weights
+        assert found.state - weights == 12 * sum(p.numel() for p in trainer.parameters)
 
 
 def test_a_frozen_step_saves_the_gradients_of_weights_and_the_update():

@@ -57,21 +57,18 @@ def test_solving_without_a_rounded_count_is_refused():
         audit.solve_rows(MODELS[:1])
 
 
-@pytest.mark.parametrize(
-    ("name", "total", "tables", "encoder", "share", "tied_millions"),
-    [
+def test_parameters_and_where_they_are():
+    for name, total, tables, encoder, share, tied_millions in [
         ("5 M", 5_118_250, 4_715_050, 396_800, 0.078, 2.77),
         ("85 M", 85_111_814, 81_951_750, 3_160_064, 0.037, 44.2),
         ("130 M", 130_095_750, 122_847_750, 7_248_000, 0.056, 68.8),
         ("429 M", 429_153_286, 327_327_750, 101_825_536, 0.237, 265.6),
-    ],
-)
-def test_parameters_and_where_they_are(name, total, tables, encoder, share, tied_millions):
-    row = by_name(audit.parameter_table(MODELS))[name]
-    assert row["agrees"]
-    assert (row["counted"], row["item_tables"], row["non_embedding"]) == (total, tables, encoder)
-    assert row["non_embedding_share"] == pytest.approx(share, abs=5e-4)
-    assert row["if_tied"] / 1e6 == pytest.approx(tied_millions, abs=0.05)
+    ]:
+        row = by_name(audit.parameter_table(MODELS))[name]
+        assert row["agrees"]
+        assert (row["counted"], row["item_tables"], row["non_embedding"]) == (total, tables, encoder)
+        assert row["non_embedding_share"] == pytest.approx(share, abs=5e-4)
+        assert row["if_tied"] / 1e6 == pytest.approx(tied_millions, abs=0.05)
 
 
 def test_the_closed_form_is_the_models_own_count():
@@ -87,9 +84,8 @@ def test_the_profilers_multiplications():
     assert found / 1e6 == pytest.approx(profile["addmm_mflop"], abs=5e-4)
 
 
-@pytest.mark.parametrize(
-    ("name", "in_epoch_millions", "ratio", "by_clock", "share_of_peak"),
-    [
+def test_rates_against_epoch_times():
+    for name, in_epoch_millions, ratio, by_clock, share_of_peak in [
         ("85 M", 2.95, 5.06, 3886, 0.83),
         ("130 M", 2.79, 4.79, 2429, 0.77),
         ("429 M", 2.05, 3.52, 1080, 0.97),
@@ -97,18 +93,18 @@ def test_the_profilers_multiplications():
         ("130 M, AMP, compile", 5.43, 9.31, 1429, 0.88),
         ("130 M, AMP, compile, iLoRA", 5.12, 8.78, 1230, 0.714),
         ("5 M", 3.45, 0.19, 17511, None),
-    ],
-)
-def test_rates_against_epoch_times(name, in_epoch_millions, ratio, by_clock, share_of_peak):
-    flops = {m["name"]: audit.padded_flops(model_config(m["size"]))[0] for m in MODELS[1:]}
-    row = by_name(audit.rates([*PUBLISHED["throughput"], PUBLISHED["throughput_t4"]], flops))[name]
-    assert row["claimed_in_epoch"] / 1e6 == pytest.approx(in_epoch_millions, abs=0.006)
-    assert row["ratio"] == pytest.approx(ratio, abs=0.005)
-    assert row["by_clock_per_second"] == pytest.approx(by_clock, abs=0.6)
-    if share_of_peak is None:
-        assert row["claimed_flops_per_second"] is None
-    else:
-        assert row["claimed_flops_per_second"] / audit.TENSOR_PEAK == pytest.approx(share_of_peak, abs=0.006)
+    ]:
+        flops = {m["name"]: audit.padded_flops(model_config(m["size"]))[0] for m in MODELS[1:]}
+        row = by_name(audit.rates([*PUBLISHED["throughput"], PUBLISHED["throughput_t4"]], flops))[name]
+        assert row["claimed_in_epoch"] / 1e6 == pytest.approx(in_epoch_millions, abs=0.006)
+        assert row["ratio"] == pytest.approx(ratio, abs=0.005)
+        assert row["by_clock_per_second"] == pytest.approx(by_clock, abs=0.6)
+        if share_of_peak is None:
+            assert row["claimed_flops_per_second"] is None
+        else:
+            assert row["claimed_flops_per_second"] / audit.TENSOR_PEAK == pytest.approx(
+                share_of_peak, abs=0.006
+            )
 
 
 def test_the_counts_of_its_log_and_data():
@@ -164,16 +160,17 @@ def test_calls_of_linear_maps_are_those_of_dead_adapters():
     assert bypass.counted_linear_calls(3) == audit.linear_calls(3, out_proj_runs=False) == 30
 
 
-@pytest.mark.parametrize(
-    ("name", "padded", "needed", "factor", "head"),
-    [("85 M", 13.24, 0.72, 18, 0.93), ("130 M", 20.6, 1.22, 17, 0.90), ("429 M", 79.8, 7.8, 10, 0.62)],
-)
-def test_what_a_padded_step_computes_and_what_is_needed(name, padded, needed, factor, head):
-    row = by_name(audit.headroom(MODELS, MEAN_LEN, audit.mean_targets(0.15, MEAN_LEN)))[name]
-    assert row["padded_flops"] / 1e9 == pytest.approx(padded, abs=0.05)
-    assert row["needed_flops"] / 1e9 == pytest.approx(needed, abs=0.01)
-    assert round(row["factor"]) == factor
-    assert row["head_share"] == pytest.approx(head, abs=0.006)
+def test_what_a_padded_step_computes_and_what_is_needed():
+    for name, padded, needed, factor, head in [
+        ("85 M", 13.24, 0.72, 18, 0.93),
+        ("130 M", 20.6, 1.22, 17, 0.90),
+        ("429 M", 79.8, 7.8, 10, 0.62),
+    ]:
+        row = by_name(audit.headroom(MODELS, MEAN_LEN, audit.mean_targets(0.15, MEAN_LEN)))[name]
+        assert row["padded_flops"] / 1e9 == pytest.approx(padded, abs=0.05)
+        assert row["needed_flops"] / 1e9 == pytest.approx(needed, abs=0.01)
+        assert round(row["factor"]) == factor
+        assert row["head_share"] == pytest.approx(head, abs=0.006)
 
 
 def test_adapters_of_the_attentions_output_are_dead_in_torch():

@@ -210,17 +210,14 @@ def test_popularity_by_time_is_offered_where_there_are_times():
     assert family.fit(histories, NUM_ITEMS, share=1.0).values.sum() == 4
 
 
-@pytest.mark.parametrize(
-    ("fit", "given"),
-    [
+def test_impossible_hyperparameters_are_refused_by_name():
+    for fit, values in [
         (baselines.fit_recent, {"last": 0}),
         (baselines.fit_markov, {"smoothing": 0.0}),
         (baselines.fit_item_knn, {"neighbours": 0}),
         (baselines.fit_item_knn, {"shrink": -1.0}),
         (baselines.fit_ease, {"regularisation": 0.0}),
-    ],
-)
-def test_impossible_hyperparameters_are_refused_by_name(fit, given):
-    ((name, value),) = given.items()
-    with pytest.raises(InputError, match=f"parameter '{name}' is {value}"):
-        fit(of_rows([[1, 2]]), NUM_ITEMS, **given)
+    ]:
+        ((name, value),) = values.items()
+        with pytest.raises(InputError, match=f"parameter '{name}' is {value}"):
+            fit(of_rows([[1, 2]]), NUM_ITEMS, **values)

@@ -64,17 +64,14 @@ def test_merged_rounds_keep_every_step_and_a_failure():
     assert merged([parts[0], Measurement("oom", "x")]).status == "oom"
 
 
-@pytest.mark.parametrize(
-    ("steady", "epoch", "expected"),
-    [
+def test_the_epochs_rate_is_published_where_the_two_disagree():
+    for steady, epoch, expected in [
         (100.0, 96.0, (100.0, "steady")),
         (100.0, 95.0, (95.0, "epoch")),  # 5.3 % too high
         (100.0, 106.0, (106.0, "epoch")),  # and too low counts as well
         (11_630.68, 2429.0, (2429.0, "epoch")),
-    ],
-)
-def test_the_epochs_rate_is_published_where_the_two_disagree(steady, epoch, expected):
-    assert published_rate(steady, epoch) == expected
+    ]:
+        assert published_rate(steady, epoch) == expected
 
 
 def test_break_even():
@@ -186,17 +183,17 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("train", VARIANTS, ids=str)
-@pytest.mark.parametrize("shape", [{}, {"tied": False, "head": "mlp", "num_layers": 1}], ids=str)
-def test_flops_of_a_step_are_those_that_torch_counts(train, shape):
-    trainer = a_trainer(small_model(**shape), **train)
-    counted, _ = benchmark.step_flops(trainer, 1)
-    loop = trainer.steps()
-    # The plain attention shows its products to the counter; the fused one for CPUs is unknown to it.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        next(loop)
-    loop.close()
-    assert counter.get_total_flops() == counted.total
+def test_flops_of_a_step_are_those_that_torch_counts():
+    for train in VARIANTS:
+        for shape in [{}, {"tied": False, "head": "mlp", "num_layers": 1}]:
+            trainer = a_trainer(small_model(**shape), **train)
+            counted, _ = benchmark.step_flops(trainer, 1)
+            loop = trainer.steps()
+            # The plain attention shows its products to the counter; the fused one for CPUs is unknown to it.
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                next(loop)
+            loop.close()
+            assert counter.get_total_flops() == counted.total
 
 
 def test_needed_flops_leave_padding_out():
@@ -225,10 +222,10 @@ def test_mfu_is_known_only_where_the_peak_is():
 # -- profile, memory, bound ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", ["plain", "chunked", "inplace"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_the_heads_product_runs_in_the_chosen_precision(loss, precision):
-    assert profiling.head_dtype(a_trainer(loss=loss, precision=precision)) == precision
+def test_the_heads_product_runs_in_the_chosen_precision():
+    for loss in ["plain", "chunked", "inplace"]:
+        for precision in ["fp32", "bf16", "fp16"]:
+            assert profiling.head_dtype(a_trainer(loss=loss, precision=precision)) == precision
 
 
 def test_a_head_that_stays_in_fp32_under_autocast_is_seen(monkeypatch):

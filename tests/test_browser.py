@@ -1,7 +1,6 @@
 """What people open, opened as they do: the page of figures in headless Chromium.
 
-Skipped where there is no Chromium: RECLIB_CHROMIUM names one, else it is looked for on PATH. `-m "not slow"`
-leaves these tests out.
+Skipped where there is no Chromium: RECLIB_CHROMIUM names one, else it is looked for on PATH.
 """
 
 from __future__ import annotations

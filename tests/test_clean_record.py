@@ -102,9 +102,8 @@ def test_committed_notebooks_records_and_figures_tell_nothing_about_who_ran_them
     assert not wrong
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
+def test_the_search_finds_what_it_is_for():
+    for text in [
         'read "/home/somebody/data.csv"',
         "saved to /tmp/abc/x",
         str(Path("/", "root", ".netrc")),
@@ -120,10 +119,8 @@ def test_committed_notebooks_records_and_figures_tell_nothing_about_who_ran_them
         '"api_key": "abcdefghijkl"',
         "http://127.0.0.1:8888/lab?token=" + "0" * 48,
         "ran on some-host-name today",
-    ],
-)
-def test_the_search_finds_what_it_is_for(text):
-    assert findings(text, ["some-host-name"])
+    ]:
+        assert findings(text, ["some-host-name"])
 
 
 def test_the_search_lets_ordinary_text_pass():
@@ -141,7 +138,7 @@ def written(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("private-place")
     (folder / "root" / "notebooks").mkdir(parents=True)
     (folder / "root" / "params").symlink_to(ROOT / "params")
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
+    kept = {k: v for k, v in os.environ.items() if k != "WANDB_MODE"}
     environment = kept | PLANTED | {
         "RECLIB_ROOT": str(folder / "root"),
         "RECLIB_RECORDS": str(folder / "records"),
@@ -205,9 +202,8 @@ def test_nothing_unpickles_a_file():
     assert not wrong
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
+def test_the_search_for_unpickling_finds_it():
+    for source in [
         "import pickle",
         "from joblib import load",
         "torch.load(f)",
@@ -215,13 +211,11 @@ def test_nothing_unpickles_a_file():
         "np.load(f, allow_pickle=True)",
         "pd.read_pickle(f)",
         "yaml.load(f)",
-    ],
-)
-def test_the_search_for_unpickling_finds_it(source):
-    assert unpickles(source)
-    assert not unpickles(
-        "torch.load(f, weights_only=True); np.load(f, allow_pickle=False); yaml.safe_load(f)"
-    )
+    ]:
+        assert unpickles(source)
+        assert not unpickles(
+            "torch.load(f, weights_only=True); np.load(f, allow_pickle=False); yaml.safe_load(f)"
+        )
 
 
 def test_jupyterlab_is_started_on_loopback_and_keeps_its_token():

@@ -36,9 +36,8 @@ GNU = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROO
 # -- decisions, with devices that are not there ------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("asked", "given"),
-    [
+def test_processes_are_joined_by_what_their_devices_have_and_divide_the_threads():
+    for asked, given in [
         ((2, "cpu", 0, 8), Placement("gloo", 4)),
         ((3, "cpu", 0, 8), Placement("gloo", 2)),
         ((4, "cpu", 0, 2), Placement("gloo", 1)),
@@ -47,24 +46,19 @@ GNU = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROO
         ((4, "gpu", 4, 16), Placement("nccl", 4)),
         ((2, "gpu", 8, 1), Placement("nccl", 1)),
         ((1, "gpu", 1, 16), Placement("nccl", 16)),
-    ],
-)
-def test_processes_are_joined_by_what_their_devices_have_and_divide_the_threads(asked, given):
-    assert placement(*asked) == given
+    ]:
+        assert placement(*asked) == given
 
 
-@pytest.mark.parametrize(
-    ("asked", "message"),
-    [
+def test_too_many_processes_are_refused_with_a_sentence():
+    for asked, message in [
         ((4, "gpu", 2, 16), "nproc=4, but 2 GPUs are visible: each process needs one of its own"),
         ((2, "gpu", 1, 16), "nproc=2, but 1 GPU is visible: each process needs one of its own"),
         ((2, "cpu1", 0, 1), "nproc=2, but cpu1 is the CPU with 1 thread: use gpu=cpu"),
         ((0, "cpu", 0, 2), "nproc=0: at least one process trains"),
-    ],
-)
-def test_too_many_processes_are_refused_with_a_sentence(asked, message):
-    with pytest.raises(InputError, match=message):
-        placement(*asked)
+    ]:
+        with pytest.raises(InputError, match=message):
+            placement(*asked)
 
 
 def test_what_ended_a_run_is_the_signal_then_the_error_and_never_the_contact_lost_by_it():
@@ -86,25 +80,25 @@ def test_what_ended_a_run_is_the_signal_then_the_error_and_never_the_contact_los
 # -- the parts of a step -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [1, 2, 4])
-@pytest.mark.parametrize("micro", [None, 2, 8])
-@pytest.mark.parametrize("layout", ["packed", "padded"])
-def test_the_parts_of_all_processes_are_the_step_whatever_their_number(count, micro, layout):
-    train = TrainConfig(batch_size=8, micro_batch_size=micro, layout=layout)
-    given = histories(ranks.LENGTHS)
-    whole = Epoch(given, small_model(), changed(train, micro_batch_size=None), 0)
-    parts = [Epoch(given, small_model(), train, 0, rank, count) for rank in range(count)]
-    for step in range(whole.num_steps):
-        (batch,) = whole.step(step)
-        found = [part.counted(step) for part in parts]
-        micros = [one for mine, _ in found for one in mine]
-        targets = torch.cat([one.targets[: one.num_targets] for one in micros])
-        assert sorted(targets.tolist()) == sorted(batch.targets[: batch.num_targets].tolist())
-        said_by_all = {totals for _, totals in found}
-        assert said_by_all == {(batch.num_targets, batch.num_tokens, batch.num_sequences)}
-        assert max(one.num_sequences for one in micros) <= min(micro or 8, 8 // count)
-    if count == 2:  # three sequences are left
-        assert len(parts[1].step(3)) == {None: 0, 2: 1, 8: 0}[micro]
+def test_the_parts_of_all_processes_are_the_step_whatever_their_number():
+    for count in [1, 2, 4]:
+        for micro in [None, 2, 8]:
+            for layout in ["packed", "padded"]:
+                train = TrainConfig(batch_size=8, micro_batch_size=micro, layout=layout)
+                given = histories(ranks.LENGTHS)
+                whole = Epoch(given, small_model(), changed(train, micro_batch_size=None), 0)
+                parts = [Epoch(given, small_model(), train, 0, rank, count) for rank in range(count)]
+                for step in range(whole.num_steps):
+                    (batch,) = whole.step(step)
+                    found = [part.counted(step) for part in parts]
+                    micros = [one for mine, _ in found for one in mine]
+                    targets = torch.cat([one.targets[: one.num_targets] for one in micros])
+                    assert sorted(targets.tolist()) == sorted(batch.targets[: batch.num_targets].tolist())
+                    said_by_all = {totals for _, totals in found}
+                    assert said_by_all == {(batch.num_targets, batch.num_tokens, batch.num_sequences)}
+                    assert max(one.num_sequences for one in micros) <= min(micro or 8, 8 // count)
+                if count == 2:  # three sequences are left
+                    assert len(parts[1].step(3)) == {None: 0, 2: 1, 8: 0}[micro]
 
 
 def test_each_process_and_step_has_its_own_dropout():
@@ -338,6 +332,7 @@ def test_processes_end_with_a_launcher_that_is_killed(cache, tmp_path):
     assert gone(list(pids.values()))
 
 
+@pytest.mark.slow
 def test_a_finished_run_of_two_processes_is_read_by_one(two, cache, monkeypatch):
     monkeypatch.setenv("RECLIB_DATA", str(cache))
     monkeypatch.setattr(Trainer, "steps", lambda self: pytest.fail("trained"))

@@ -83,4 +83,4 @@ def test_hooks_normalise_notebooks_as_the_runner_does_and_need_no_network():
 def test_continuous_integration_runs_what_a_person_runs():
     script = ROOT / ".ci/run"
     assert os.access(script, os.X_OK)
-    assert script.read_text().splitlines()[-1] == "make test"
+    assert script.read_text().splitlines()[-1] == "make test test-all"

@@ -99,9 +99,8 @@ def test_devices_can_be_left_out():
     assert explore.chosen(ROWS, selection)["label"].tolist() == ["l4"]
 
 
-@pytest.mark.parametrize(
-    ("selection", "said"),
-    [
+def test_what_cannot_be_drawn_is_refused_with_what_can():
+    for selection, said in [
         (explore.Selection("stp", "a", "b"), "no record of 'stp' .did you mean 'step'?"),
         (explore.Selection("step", "batch_siz", "step_seconds"), "x='batch_siz' .did you mean 'batch_size'?"),
         (explore.Selection("step", "batch_size", "label"), "y='label'"),
@@ -110,11 +109,9 @@ def test_devices_can_be_left_out():
             explore.Selection("step", "batch_size", "step_seconds", "kind", ("a100",)),
             "labels: 'a100' has no record of 'step'; there are: cpu, l4",
         ),
-    ],
-)
-def test_what_cannot_be_drawn_is_refused_with_what_can(selection, said):
-    with pytest.raises(InputError, match=said):
-        explore.chosen(ROWS, selection)
+    ]:
+        with pytest.raises(InputError, match=said):
+            explore.chosen(ROWS, selection)
 
 
 def test_a_result_with_one_number_has_nothing_to_draw():

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -71,7 +72,7 @@ CURVE = {
 DRAWN = [spec for spec in figures.FIGURES if "ml-100k".startswith(spec.of)]  # the others are of grids alone
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def records(dataset):
     found = [
         a_record("01_data_prep", name, made.metrics, made.series) for name, made in described(dataset).items()
@@ -87,6 +88,7 @@ def records(dataset):
     own = {"model": "BERT4Rec"}
     found.append(a_record("02_baseline", "test_metrics", {"hr@10": 0.25}, seed=0, own_params=own))
     tally = a_record("08_audit", "audit_verdicts", {"holds": 2, "contradicted": 5})
+    tally["device"] = {"name": "<i>Odd & named</i>"}
     others = accuracy_records() + adapter_records.everything() + speed_records() + hardware_records()
     return found + others + scaling_records() + audit_records() + plan_records() + [tally]
 
@@ -212,22 +214,26 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_build_writes_every_figure_and_a_rebuild_changes_no_byte(records, tmp_path):
-    files = figures.build(records, tmp_path)
+@pytest.fixture(scope="module")
+def built(records, tmp_path_factory) -> Path:
+    """The folder of all figures, drawn once."""
+    folder = tmp_path_factory.mktemp("figures")
+    files = figures.build(records, folder)
+    assert {*files} == {file for file in folder.iterdir() if file.name != "plotly.min.js"}
+    return folder
+
+
+def test_build_writes_every_figure_and_a_rebuild_changes_no_byte(records, built):
     names = {f"{spec.name}_ml-100k_cpu.html" for spec in DRAWN}
-    assert {path.name for path in files} == names | {"index.html"}
-    assert {path.name for path in tmp_path.iterdir()} == names | {"index.html", "plotly.min.js"}
-    before, times = content(tmp_path), {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
-    figures.build(json.loads(json.dumps(records)), tmp_path)
-    assert content(tmp_path) == before
-    assert {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == times  # nor touches a file
-    figures.build(list(reversed(records)), tmp_path / "reversed")
-    assert content(tmp_path / "reversed") == before  # nor does the order of records
+    assert {path.name for path in built.iterdir()} == names | {"index.html", "plotly.min.js"}
+    before, times = content(built), {p: p.stat().st_mtime_ns for p in built.iterdir()}
+    figures.build(json.loads(json.dumps(records)), built)
+    assert content(built) == before
+    assert {p: p.stat().st_mtime_ns for p in built.iterdir()} == times  # nor touches a file
 
 
-def test_another_process_writes_the_same_bytes(records, tmp_path):
-    figures.build(records, tmp_path / "here")
-    (tmp_path / "records.json").write_text(json.dumps(records))
+def test_another_process_writes_the_same_bytes_from_records_in_another_order(records, built, tmp_path):
+    (tmp_path / "records.json").write_text(json.dumps(list(reversed(records))))
     code = (
         "import json, sys; from pathlib import Path; from reclib import figures; "
         "figures.build(json.loads(Path('records.json').read_text()), Path('there'));"
@@ -237,7 +243,7 @@ def test_another_process_writes_the_same_bytes(records, tmp_path):
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
-    assert content(tmp_path / "there") == content(tmp_path / "here")
+    assert content(tmp_path / "there") == content(built)
 
 
 class Addresses(HTMLParser):
@@ -260,21 +266,19 @@ class Addresses(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_pages_are_whole_and_load_nothing_from_elsewhere(records, tmp_path):
-    for path in figures.build(records, tmp_path):
+def test_pages_are_whole_and_load_nothing_from_elsewhere(built):
+    for path in built.glob("*.html"):
         parsed = Addresses(path.read_text(encoding="utf-8"))
         assert parsed.open == [], path.name
         for address in parsed.found:
-            assert address.startswith("#") or (tmp_path / address).is_file(), address
-    index = (tmp_path / "index.html").read_text()
+            assert address.startswith("#") or (built / address).is_file(), address
+    index = (built / "index.html").read_text()
     assert "http" not in index
     assert "prefers-color-scheme: dark" in index
 
 
-def test_index_states_question_answer_and_origin(records, tmp_path):
-    records[-1]["device"] = {"name": "<i>Odd & named</i>"}
-    figures.build(records, tmp_path)
-    index = (tmp_path / "index.html").read_text()
+def test_index_states_question_answer_and_origin(built):
+    index = (built / "index.html").read_text()
     assert "What exactly is being predicted?" in index
     assert "HR@10 on ml-100k (cpu): BERT4Rec 0.200 [0.180, 0.210], popularity 0.100 [0.080, 0.110]." in index
     assert "a step is 25.0 times faster (cpu)." in index
@@ -297,8 +301,8 @@ def test_smoke_runs_are_called_that_everywhere(records, tmp_path):
     assert "smoke run" not in figures.show("preparation", records[0]).layout.title.subtitle.text
 
 
-def test_figures_without_records_are_removed_and_other_files_stay(records, tmp_path):
-    figures.build(records, tmp_path)
+def test_figures_without_records_are_removed_and_other_files_stay(records, built, tmp_path):
+    shutil.copytree(built, tmp_path, dirs_exist_ok=True)
     (tmp_path / "mine.html").write_text("<p>by hand</p>")
     figures.build(records[:1], tmp_path)
     left = {"preparation_ml-100k_cpu.html", "index.html", "plotly.min.js", "mine.html"}

@@ -53,24 +53,25 @@ def shapes_of(trainer: Trainer, step: int) -> Shapes:
     return Shapes(*places, batch.num_targets, batch.num_tokens, batch.num_sequences)
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_parameters_are_those_of_the_model(size):
-    model = model_config(size)
-    assert sum(workload.parameters(model).values()) == count_parameters(model)["total"]
+def test_parameters_are_those_of_the_model():
+    for size in SIZES:
+        model = model_config(size)
+        assert sum(workload.parameters(model).values()) == count_parameters(model)["total"]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_flops_of_the_parts_are_those_that_the_step_executes(case):
-    changes, recipe = CASES[case]
-    model, train = small_model(**changes), TrainConfig(batch_size=64, epochs=9, **recipe)
-    trainer = trainer_of(model, train, [9] * 128)
-    done, _ = benchmark.step_flops(trainer, 1)
-    parts = workload.step_parts(model, train, shapes_of(trainer, 1))
-    counted = {
-        end: sum(p.flops for p in parts if p.name.startswith(end)) for end in ("encoder", "head: products")
-    }
-    assert counted["encoder"] == pytest.approx(done.encoder)
-    assert counted["head: products"] == pytest.approx(done.head)
+def test_flops_of_the_parts_are_those_that_the_step_executes():
+    for case in CASES:
+        changes, recipe = CASES[case]
+        model, train = small_model(**changes), TrainConfig(batch_size=64, epochs=9, **recipe)
+        trainer = trainer_of(model, train, [9] * 128)
+        done, _ = benchmark.step_flops(trainer, 1)
+        parts = workload.step_parts(model, train, shapes_of(trainer, 1))
+        counted = {
+            end: sum(p.flops for p in parts if p.name.startswith(end))
+            for end in ("encoder", "head: products")
+        }
+        assert counted["encoder"] == pytest.approx(done.encoder)
+        assert counted["head: products"] == pytest.approx(done.head)
 
 
 def test_micro_batches_multiply_passes_but_not_the_update():
@@ -83,14 +84,14 @@ def test_micro_batches_multiply_passes_but_not_the_update():
     assert split["AdamW"] == whole["AdamW"]
 
 
-@pytest.mark.parametrize("recipe", [{}, {"layout": "padded"}, {"last_item_share": 0.0, "mask_prob": 0.4}])
-def test_drawn_shapes_are_those_of_the_loop(recipe):
-    lengths = np.random.default_rng(1).geometric(0.15, 2000) + 2
-    model, train = small_model(max_len=20), TrainConfig(batch_size=64, epochs=9, **recipe)
-    trainer = trainer_of(model, train, lengths)
-    real = np.mean([shapes_of(trainer, step)[:5] for step in range(1, 25)], axis=0)
-    drawn = workload.mean_shapes(model, train, lengths)
-    assert drawn[:5] == pytest.approx(tuple(real), rel=0.06)
+def test_drawn_shapes_are_those_of_the_loop():
+    for recipe in [{}, {"layout": "padded"}, {"last_item_share": 0.0, "mask_prob": 0.4}]:
+        lengths = np.random.default_rng(1).geometric(0.15, 2000) + 2
+        model, train = small_model(max_len=20), TrainConfig(batch_size=64, epochs=9, **recipe)
+        trainer = trainer_of(model, train, lengths)
+        real = np.mean([shapes_of(trainer, step)[:5] for step in range(1, 25)], axis=0)
+        drawn = workload.mean_shapes(model, train, lengths)
+        assert drawn[:5] == pytest.approx(tuple(real), rel=0.06)
 
 
 def test_a_sampled_loss_costs_its_negatives_and_not_the_catalogue():
@@ -100,18 +101,18 @@ def test_a_sampled_loss_costs_its_negatives_and_not_the_catalogue():
     assert head.flops == 3 * flops.head_forward(model, 20, 257)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_memory_is_what_the_profiler_counts(case):
-    changes, recipe = CASES[case]
-    model = small_model(**changes)
-    train = TrainConfig(batch_size=128, epochs=99, precision="fp32", **recipe)
-    trainer = trainer_of(model, train, np.random.default_rng(0).integers(3, 17, 512))
-    measured = profiling.peak_tensor_bytes(trainer)
-    found = footprint.at_shapes(model, train, shapes_of(trainer, 2), "fp32", "cpu")
-    # The buffer of logits is kept from step to step, so the profiler sees it in no step but the first.
-    buffer = 0 if train.head_rows == "all" else found.parts["logits"]
-    assert found.total - buffer == pytest.approx(measured, rel=0.25)
-    assert found.state == 16 * sum(p.numel() for p in trainer.parameters)
+def test_memory_is_what_the_profiler_counts():
+    for case in CASES:
+        changes, recipe = CASES[case]
+        model = small_model(**changes)
+        train = TrainConfig(batch_size=128, epochs=99, precision="fp32", **recipe)
+        trainer = trainer_of(model, train, np.random.default_rng(0).integers(3, 17, 512))
+        measured = profiling.peak_tensor_bytes(trainer)
+        found = footprint.at_shapes(model, train, shapes_of(trainer, 2), "fp32", "cpu")
+        # The buffer of logits is kept from step to step, so the profiler sees it in no step but the first.
+        buffer = 0 if train.head_rows == "all" else found.parts["logits"]
+        assert found.total - buffer == pytest.approx(measured, rel=0.25)
+        assert found.state == 16 * sum(p.numel() for p in trainer.parameters)
 
 
 def test_memory_grows_with_the_batch_and_with_nothing_else_where_there_is_no_batch():
@@ -151,10 +152,10 @@ def test_what_cannot_fit_by_any_one_knob_is_said_so():
         footprint.require_fit(model_config("430m"), TrainConfig(), ELECTRONICS, 2 * devices.GIB)
 
 
-@pytest.mark.parametrize("lengths", [[], [0, 5]])
-def test_lengths_that_cannot_be_trained_on_are_refused(lengths):
-    with pytest.raises(InputError, match="history lengths"):
-        footprint.memory(small_model(), TrainConfig(), np.array(lengths, dtype=int))
+def test_lengths_that_cannot_be_trained_on_are_refused():
+    for lengths in [[], [0, 5]]:
+        with pytest.raises(InputError, match="history lengths"):
+            footprint.memory(small_model(), TrainConfig(), np.array(lengths, dtype=int))
 
 
 def test_a_label_of_several_boards_has_only_what_they_share():

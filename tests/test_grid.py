@@ -121,9 +121,8 @@ def test_two_processes_share_a_grid(root):
     assert names(rows) == [("base", 0), ("base", 1), ("twin", 0)]
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
+def test_what_a_file_may_not_say_is_told_before_anything_is_trained(root):
+    for changes, said in [
         ({"arms": {"base": {"split": "random"}}}, "arm 'base': unknown split 'random'"),
         ({"extra": 1}, "trial.yaml: unknown key 'extra'"),
         (
@@ -132,13 +131,11 @@ def test_two_processes_share_a_grid(root):
         ),
         ({"arms": {"base": {"train": {"epoch": 1}}}}, "arm 'base': unknown parameter 'epoch'"),
         ({"model": {"hidden_dim": 7, "num_heads": 2}}, "hidden_dim=7 must be divisible by num_heads=2"),
-    ],
-)
-def test_what_a_file_may_not_say_is_told_before_anything_is_trained(root, changes, said):
-    write(root, **changes)
-    with pytest.raises(InputError, match=r"trial\.yaml") as caught:
-        grid.read("trial")
-    assert said in str(caught.value)
+    ]:
+        write(root, **changes)
+        with pytest.raises(InputError, match=r"trial\.yaml") as caught:
+            grid.read("trial")
+        assert said in str(caught.value)
 
 
 def test_an_arm_whose_name_has_a_comma_is_chosen_alone_or_quoted():

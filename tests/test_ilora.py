@@ -49,48 +49,46 @@ def loss_of(model: AdaptedModel | Bert4Rec, one: Batch) -> torch.Tensor:
 # -- nothing is bypassed -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "shape", [UNTIED, {"norm": "post", "positions": "sinusoidal"}], ids=["untied", "tied"]
-)
-def test_a_new_adapter_changes_nothing(kind, shape):
-    model, one = base(**shape), batch()
-    before = scores(model, one)
-    found = AdaptedModel(model)
-    found.add("new", AdapterConfig(kind=kind, targets=EVERYTHING))
-    torch.testing.assert_close(scores(found, one), before, rtol=0, atol=1e-6)
+def test_a_new_adapter_changes_nothing():
+    for kind in KINDS:
+        for shape in [UNTIED, {"norm": "post", "positions": "sinusoidal"}]:
+            model, one = base(**shape), batch()
+            before = scores(model, one)
+            found = AdaptedModel(model)
+            found.add("new", AdapterConfig(kind=kind, targets=EVERYTHING))
+            torch.testing.assert_close(scores(found, one), before, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("training", [True, False])
-def test_every_adapter_changes_the_output_in_train_and_in_eval(kind, training):
-    found = adapted(kind, targets=EVERYTHING).train(training)
-    one = batch()
-    before, everywhere = scores(found, one), scores_everywhere(found, one)
-    torch.testing.assert_close(before, everywhere, rtol=1e-4, atol=1e-5)
-    assert len(found.layers()) == 4 * 2 + 3
-    names = [name for name, p in found.named_parameters() if p.requires_grad]
-    assert len(names) == 11 * 2 + {"gated": 11, "ilora": 1}.get(kind, 0)
-    for name in names:
-        parameter = found.get_parameter(name)
-        with torch.no_grad():
-            kept = parameter.clone()
-            parameter.add_(0.1 * torch.randn(kept.shape, generator=torch.Generator().manual_seed(3)))
-            for way, wanted in ((scores, before), (scores_everywhere, everywhere)):
-                assert float((way(found, one) - wanted).abs().max()) > 1e-5, name
-            parameter.copy_(kept)
-    assert torch.equal(scores(found, one), before)
+def test_every_adapter_changes_the_output_in_train_and_in_eval():
+    for kind in KINDS:
+        for training in [True, False]:
+            found = adapted(kind, targets=EVERYTHING).train(training)
+            one = batch()
+            before, everywhere = scores(found, one), scores_everywhere(found, one)
+            torch.testing.assert_close(before, everywhere, rtol=1e-4, atol=1e-5)
+            assert len(found.layers()) == 4 * 2 + 3
+            names = [name for name, p in found.named_parameters() if p.requires_grad]
+            assert len(names) == 11 * 2 + {"gated": 11, "ilora": 1}.get(kind, 0)
+            for name in names:
+                parameter = found.get_parameter(name)
+                with torch.no_grad():
+                    kept = parameter.clone()
+                    parameter.add_(0.1 * torch.randn(kept.shape, generator=torch.Generator().manual_seed(3)))
+                    for way, wanted in ((scores, before), (scores_everywhere, everywhere)):
+                        assert float((way(found, one) - wanted).abs().max()) > 1e-5, name
+                    parameter.copy_(kept)
+            assert torch.equal(scores(found, one), before)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_adapter_and_the_gate_have_a_gradient_and_nothing_else_has(kind):
-    found = adapted(kind, targets=EVERYTHING).train()
-    loss_of(found, batch()).backward()
-    for name, parameter in found.named_parameters():
-        if parameter.requires_grad:
-            assert float(parameter.grad.abs().max()) > 0, name
-        else:
-            assert parameter.grad is None, name
+def test_every_adapter_and_the_gate_have_a_gradient_and_nothing_else_has():
+    for kind in KINDS:
+        found = adapted(kind, targets=EVERYTHING).train()
+        loss_of(found, batch()).backward()
+        for name, parameter in found.named_parameters():
+            if parameter.requires_grad:
+                assert float(parameter.grad.abs().max()) > 0, name
+            else:
+                assert parameter.grad is None, name
 
 
 def test_the_keys_queries_and_values_of_the_last_layer_are_adapted_where_queries_ask():
@@ -163,17 +161,18 @@ def test_rslora_and_gated_are_lora_of_another_factor():
     torch.testing.assert_close(scores(halved, one), scores(plain, one), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("control", ["none", "noise", "fixed_gate", "static_gate"])
-def test_packed_equals_padded(control):
-    found = adapted("ilora", targets=EVERYTHING, control=control)
+def test_packed_equals_padded():
     packed, padded = batch(), batch(layout="padded")
     assert packed.items.shape[0] < padded.items.shape[0]
-
-    def by_target(one: Batch) -> torch.Tensor:
-        segment = one.segment_ids.flatten()[one.target_places[: one.num_targets]]
-        return scores(found, one)[segment.argsort(stable=True)]
-
-    torch.testing.assert_close(by_target(packed), by_target(padded), rtol=1e-4, atol=1e-5)
+    for control in ["none", "noise", "fixed_gate", "static_gate"]:
+        found = adapted("ilora", targets=EVERYTHING, control=control)
+        by_target = [
+            scores(found, one)[
+                one.segment_ids.flatten()[one.target_places[: one.num_targets]].argsort(stable=True)
+            ]
+            for one in (packed, padded)
+        ]
+        torch.testing.assert_close(*by_target, rtol=1e-4, atol=1e-5)
 
 
 def test_the_gate_is_the_segments_own():
@@ -198,20 +197,20 @@ def test_as_many_queries_as_places_are_not_taken_for_places():
         torch.testing.assert_close(states.flip(1), found.encode(*rows_of(one)), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("representation", ["base_state", "causal_state"])
-def test_a_gate_on_states_is_trained_while_they_stay_as_they_are(representation):
-    reader = base(seed=7, causal=True)
-    found = AdaptedModel(base(**UNTIED))
-    found.add("x", AdapterConfig(kind="ilora", representation=representation), reader)
-    stir(found).train()
-    before = found.expert_weights(*rows_of(batch())).detach()
-    loss_of(found, batch()).backward()
-    assert float(found.gates["x"].linear.weight.grad.abs().max()) > 0
-    assert all(p.grad is None for p in (*found.twin.parameters(), *reader.parameters()))
-    for name, parameter in found.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter)
-    assert torch.equal(found.expert_weights(*rows_of(batch())), before)
+def test_a_gate_on_states_is_trained_while_they_stay_as_they_are():
+    for representation in ["base_state", "causal_state"]:
+        reader = base(seed=7, causal=True)
+        found = AdaptedModel(base(**UNTIED))
+        found.add("x", AdapterConfig(kind="ilora", representation=representation), reader)
+        stir(found).train()
+        before = found.expert_weights(*rows_of(batch())).detach()
+        loss_of(found, batch()).backward()
+        assert float(found.gates["x"].linear.weight.grad.abs().max()) > 0
+        assert all(p.grad is None for p in (*found.twin.parameters(), *reader.parameters()))
+        for name, parameter in found.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter)
+        assert torch.equal(found.expert_weights(*rows_of(batch())), before)
 
 
 def test_dropout_leaves_the_frozen_state_alone():
@@ -350,43 +349,45 @@ def test_frozen_layers_have_no_weight_gradient_product():
     assert frozen <= 2 * forward + 3 * adapters
 
 
-@pytest.mark.parametrize("kind", ["lora", "ilora"])
-@pytest.mark.parametrize("loss", ["inplace", "plain", "chunked"])
-@pytest.mark.parametrize("output_bias", [True, False])
-def test_an_adapted_output_table_has_no_product_for_the_frozen_part(kind, loss, output_bias, monkeypatch):
+def test_an_adapted_output_table_has_no_product_for_the_frozen_part(monkeypatch):
     """And its gradients are those of autograd's own product, which knows nothing of frozen columns."""
-    model = base(**UNTIED, output_bias=output_bias)
-    found = adapted(kind, model, targets=("head",), rank=4, num_experts=2).train()
-    if output_bias:
-        model.output_bias.requires_grad_(True)
-    one, gradients, products = batch(tuple(LENGTHS * 4)), [], []
-    monkeypatch.setattr(objective, "LARGE_LOGITS_BYTES", 1)  # several chunks
-    assert len(one.targets) > 16
-    for route, known in ((loss, frozen_columns), ("plain", lambda weight: 0)):
-        monkeypatch.setattr(objective, "frozen_columns", known)
-        found.zero_grad()
-        with FlopCounterMode(display=False) as counter:
-            (3 * batch_loss(found, one, changed(TRAIN, loss=route), one.num_targets)).backward()
-        products.append(counter.get_total_flops())
-        gradients.append({n: p.grad.clone() for n, p in found.named_parameters() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys()
-    for name, gradient in gradients[1].items():
-        torch.testing.assert_close(gradients[0][name], gradient, rtol=1e-4, atol=1e-6)
-    frozen_part = 2 * len(one.targets) * found.config.num_items * found.config.hidden_dim
-    assert products[1] - products[0] >= frozen_part
+    for kind in ["lora", "ilora"]:
+        for loss in ["inplace", "plain", "chunked"]:
+            for output_bias in [True, False]:
+                model = base(**UNTIED, output_bias=output_bias)
+                found = adapted(kind, model, targets=("head",), rank=4, num_experts=2).train()
+                if output_bias:
+                    model.output_bias.requires_grad_(True)
+                one, gradients, products = batch(tuple(LENGTHS * 4)), [], []
+                monkeypatch.setattr(objective, "LARGE_LOGITS_BYTES", 1)  # several chunks
+                assert len(one.targets) > 16
+                for route, known in ((loss, frozen_columns), ("plain", lambda weight: 0)):
+                    monkeypatch.setattr(objective, "frozen_columns", known)
+                    found.zero_grad()
+                    with FlopCounterMode(display=False) as counter:
+                        (3 * batch_loss(found, one, changed(TRAIN, loss=route), one.num_targets)).backward()
+                    products.append(counter.get_total_flops())
+                    gradients.append(
+                        {n: p.grad.clone() for n, p in found.named_parameters() if p.grad is not None}
+                    )
+                assert gradients[0].keys() == gradients[1].keys()
+                for name, gradient in gradients[1].items():
+                    torch.testing.assert_close(gradients[0][name], gradient, rtol=1e-4, atol=1e-6)
+                frozen_part = 2 * len(one.targets) * found.config.num_items * found.config.hidden_dim
+                assert products[1] - products[0] >= frozen_part
 
 
-@pytest.mark.parametrize("loss", ["inplace", "plain", "chunked"])
-def test_the_frozen_part_is_left_out_in_16_bit_as_well(loss):
-    found, one = adapted("ilora", targets=("head",)).train(), batch()
-    products = []
-    for dtype in (torch.float32, torch.bfloat16):
-        with FlopCounterMode(display=False) as counter:
-            with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
-                value = batch_loss(found, one, changed(TRAIN, loss=loss), one.num_targets)
-            value.backward()
-        products.append(counter.get_total_flops())
-    assert products[0] == products[1]
+def test_the_frozen_part_is_left_out_in_16_bit_as_well():
+    for loss in ["inplace", "plain", "chunked"]:
+        found, one = adapted("ilora", targets=("head",)).train(), batch()
+        products = []
+        for dtype in (torch.float32, torch.bfloat16):
+            with FlopCounterMode(display=False) as counter:
+                with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
+                    value = batch_loss(found, one, changed(TRAIN, loss=loss), one.num_targets)
+                value.backward()
+            products.append(counter.get_total_flops())
+        assert products[0] == products[1]
 
 
 def test_freezing_takes_gradients_and_sinks_away():
@@ -462,21 +463,21 @@ def test_several_adapters_on_one_base_chosen_per_batch():
     assert torch.equal(scores(found, one), answers["july"])
 
 
-@pytest.mark.parametrize("kind", ["lora", "rslora", "gated"])
-def test_merged_equals_unmerged_and_comes_apart_to_the_same_bits(kind):
-    found, one = adapted(kind, targets=EVERYTHING), batch()
-    before, bits = scores(found, one), base_hash(found.twin)
-    assert found.merge() is None
-    assert base_hash(found.twin) != bits
-    torch.testing.assert_close(scores(found, one), before, rtol=1e-4, atol=1e-4)
-    found.unmerge()
-    assert base_hash(found.twin) == bits == found.base_sha256
-    assert torch.equal(scores(found, one), before)
-    plain = found.merge_and_unload()
-    assert type(plain) is Bert4Rec
-    assert plain.state_dict().keys() == base(**UNTIED).state_dict().keys()
-    assert all(p.requires_grad for p in plain.parameters())
-    torch.testing.assert_close(scores(plain, one), before, rtol=1e-4, atol=1e-4)
+def test_merged_equals_unmerged_and_comes_apart_to_the_same_bits():
+    for kind in ["lora", "rslora", "gated"]:
+        found, one = adapted(kind, targets=EVERYTHING), batch()
+        before, bits = scores(found, one), base_hash(found.twin)
+        assert found.merge() is None
+        assert base_hash(found.twin) != bits
+        torch.testing.assert_close(scores(found, one), before, rtol=1e-4, atol=1e-4)
+        found.unmerge()
+        assert base_hash(found.twin) == bits == found.base_sha256
+        assert torch.equal(scores(found, one), before)
+        plain = found.merge_and_unload()
+        assert type(plain) is Bert4Rec
+        assert plain.state_dict().keys() == base(**UNTIED).state_dict().keys()
+        assert all(p.requires_grad for p in plain.parameters())
+        torch.testing.assert_close(scores(plain, one), before, rtol=1e-4, atol=1e-4)
 
 
 def test_unloading_gives_the_base_back():
@@ -527,25 +528,24 @@ def test_controls_take_something_away():
 # -- bad input -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("given_", "said"),
-    [
+def test_a_configuration_that_cannot_be_is_told():
+    for given_, said in [
         ({"kind": "ilora", "rank": 6}, "rank=6 must be divisible by num_experts=4"),
         ({"kind": "dora"}, "'kind' is 'dora'"),
         ({"targets": ()}, "targets is empty"),
         ({"control": "noise"}, "control='noise' is one of kind='ilora', not of 'lora'"),
         ({"r": 8}, "unknown parameter 'r'"),
-    ],
-)
-def test_a_configuration_that_cannot_be_is_told(given_, said):
-    with pytest.raises(InputError, match=said):
-        validated(AdapterConfig, given_)
+    ]:
+        with pytest.raises(InputError, match=said):
+            validated(AdapterConfig, given_)
 
 
-@pytest.mark.parametrize("target", ["qvk", "blocks.7.ffn.up", "norm"])
-def test_a_target_that_matches_no_module_is_told(target):
-    with pytest.raises(InputError, match=rf"target '{target}' matches no module of this model; allowed: qkv"):
-        AdaptedModel(base()).add("x", AdapterConfig(targets=(target,)))
+def test_a_target_that_matches_no_module_is_told():
+    for target in ["qvk", "blocks.7.ffn.up", "norm"]:
+        with pytest.raises(
+            InputError, match=rf"target '{target}' matches no module of this model; allowed: qkv"
+        ):
+            AdaptedModel(base()).add("x", AdapterConfig(targets=(target,)))
 
 
 def test_other_mistakes_are_told():

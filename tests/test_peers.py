@@ -118,18 +118,15 @@ def test_a_miss_is_a_miss_in_a_catalogue_smaller_than_the_list():
     assert metrics.hit(scoring.ranks_in(top, PART, 6, "x"), 10).tolist() == [0, 1]
 
 
-@pytest.mark.parametrize(
-    ("top", "said"),
-    [
+def test_lists_that_break_the_rules_are_refused():
+    for top, said in [
         ([[4, 2, 6], [5, 1, 2]], "x: row 0 recommends item 2, seen by its user"),
         ([[4, 5, 6], [5, 1, 5]], "x: row 1 recommends an item twice"),
         ([[4, 5, 6], [5, 1, 51]], "x: item ids from 1 to 51, allowed: 0 to 50"),
         ([[4, 5, 6]], "x: 1 rows of recommendations for 2 users"),
-    ],
-)
-def test_lists_that_break_the_rules_are_refused(top, said):
-    with pytest.raises(InputError, match=said):
-        scoring.ranks_in(np.array(top), PART, 50, "x")
+    ]:
+        with pytest.raises(InputError, match=said):
+            scoring.ranks_in(np.array(top), PART, 50, "x")
 
 
 def test_targets_that_their_user_has_had_are_counted():
@@ -222,19 +219,16 @@ def test_a_peer_that_fails_leaves_no_result_and_is_run_again(environments, capsy
     assert not list(out.glob("*.json"))
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
+def test_what_a_peer_does_not_have_is_told_in_one_line(environments, capsys):
+    for words, said in [
         (["--peer", "replay"], "no replay environment in"),
         (["--peer", "replay", "--model", "sasrec"], "'model' is 'sasrec': replay has bert4rec"),
         (["--peer", "reclib", "-p", "learning_rat", "1"], "did you mean 'learning_rate'"),
-    ],
-)
-def test_what_a_peer_does_not_have_is_told_in_one_line(environments, capsys, words, said):
-    assert peers_main(environments, *words)[0] == 2
-    err = capsys.readouterr().err
-    assert said in err
-    assert err.count("\n") == 1
+    ]:
+        assert peers_main(environments, *words)[0] == 2
+        err = capsys.readouterr().err
+        assert said in err
+        assert err.count("\n") == 1
 
 
 def test_the_table_pairs_ours_with_a_peer_user_by_user(environments, capsys):

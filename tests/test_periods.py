@@ -136,13 +136,14 @@ def test_neighbours_by_hand():
     assert {item: sorted(beside.tolist()) for item, beside in found.items()} == {5: [1, 1, 2], 6: [3]}
 
 
-@pytest.mark.parametrize(
-    ("shares", "said"),
-    [((0.5, 0.3, 0.2), "sum is below 1"), ((0.0, 0.3, 0.2), "above 0"), ((0.0001, 0.3, 0.2), "part empty")],
-)
-def test_shares_that_leave_nothing_are_told(dataset, shares, said):
-    with pytest.raises(InputError, match=said):
-        periods.divide(dataset, shares, 4)
+def test_shares_that_leave_nothing_are_told(dataset):
+    for shares, said in [
+        ((0.5, 0.3, 0.2), "sum is below 1"),
+        ((0.0, 0.3, 0.2), "above 0"),
+        ((0.0001, 0.3, 0.2), "part empty"),
+    ]:
+        with pytest.raises(InputError, match=said):
+            periods.divide(dataset, shares, 4)
 
 
 def test_a_dataset_without_times_is_told():

@@ -271,20 +271,17 @@ def test_intervals_draw_users_with_all_of_their_positions():
     assert protocols.interval(outcome_of([50, 50, 50], [0, 0, 1])) == (0.0, 0.0, 0.0)
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
+def test_candidates_of_another_evaluation_are_refused():
+    for rows, message in [
         ([[1, 2]], r"shape \(1, 2\): expected \(2, count\)"),
         ([[1, 2], [3, 4]], "candidates of row 1 hold its target"),
         ([[0, 2], [3, 5]], "hold the item 0"),
-    ],
-)
-def test_candidates_of_another_evaluation_are_refused(rows, message):
-    part = evaluation_of([2, 2])._replace(targets=np.array([9, 4], dtype=np.int32))
-    with pytest.raises(InputError, match=message):
-        protocols.side_by_side(
-            fixed(torch.zeros(2, NUM_ITEMS)), part, {"uniform": np.array(rows, dtype=np.int32)}
-        )
+    ]:
+        part = evaluation_of([2, 2])._replace(targets=np.array([9, 4], dtype=np.int32))
+        with pytest.raises(InputError, match=message):
+            protocols.side_by_side(
+                fixed(torch.zeros(2, NUM_ITEMS)), part, {"uniform": np.array(rows, dtype=np.int32)}
+            )
 
 
 def test_an_unknown_metric_is_refused_by_name():

@@ -17,7 +17,7 @@ from reclib.trainer import Trainer
 
 @pytest.fixture(scope="module")
 def lineup(dataset, tmp_path_factory):  # noqa: F811
-    yield from trained(dataset, tmp_path_factory.mktemp("lineup"))
+    yield from trained(dataset, tmp_path_factory.getbasetemp() / "lineup")
 
 
 @pytest.fixture

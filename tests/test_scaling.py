@@ -12,7 +12,7 @@ from reclib import batching, counts, data, grid, law, metrics, paths, scaling
 from reclib.config import DEPTHS, SIZES, WIDTHS, InputError, TrainConfig, model_config
 from reclib.fit import Options, rank_targets
 from reclib.hardware import resolve
-from reclib.model import closed_formula, count_parameters
+from reclib.model import count_parameters
 from reclib.splits import leave_one_out
 
 PLACES = ("RECLIB_ROOT", "RECLIB_DATA", "RECLIB_RUNS", "RECLIB_RECORDS")
@@ -69,29 +69,27 @@ def test_depth_leaves_the_tables_alone_and_width_does_not():
         assert [row["non_embedding"] for row in found] == [
             depth * (12 * width**2 + 13 * width) + 2 * width for depth in DEPTHS
         ]
-    for size in SIZES:
-        assert count_parameters(model_config(size))["total"] == closed_formula(model_config(size))
 
 
-@pytest.mark.parametrize("size", ["w32d1", "w64d4", "130m"])
-def test_counted_flops_are_those_of_the_closed_formula(size):
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(2, 21, 40)
-    ends = np.cumsum(lengths)
-    histories = data.Histories(rng.integers(1, 31, ends[-1]).astype(np.int32), ends - lengths, ends)
-    model = model_config(size, num_items=30, max_len=20)
-    train = TrainConfig(batch_size=8)
-    tokens = targets = squares = keys = 0
-    epoch = batching.Epoch(histories, model, train, 0)
-    for step in range(epoch.num_steps):
-        samples = epoch.samples(step)
-        tokens += int(samples.lengths.sum())
-        squares += int((samples.lengths.astype(np.int64) ** 2).sum())
-        of_token = np.repeat(samples.lengths, samples.lengths)
-        targets += int(samples.is_target.sum())
-        keys += int(of_token[samples.is_target].sum())
-    wanted = counts.closed_flops(model, tokens, targets, squares, keys)
-    assert counts.epoch_flops(model, train, histories).total == wanted
+def test_counted_flops_are_those_of_the_closed_formula():
+    for size in ["w32d1", "w64d4", "130m"]:
+        rng = np.random.default_rng(0)
+        lengths = rng.integers(2, 21, 40)
+        ends = np.cumsum(lengths)
+        histories = data.Histories(rng.integers(1, 31, ends[-1]).astype(np.int32), ends - lengths, ends)
+        model = model_config(size, num_items=30, max_len=20)
+        train = TrainConfig(batch_size=8)
+        tokens = targets = squares = keys = 0
+        epoch = batching.Epoch(histories, model, train, 0)
+        for step in range(epoch.num_steps):
+            samples = epoch.samples(step)
+            tokens += int(samples.lengths.sum())
+            squares += int((samples.lengths.astype(np.int64) ** 2).sum())
+            of_token = np.repeat(samples.lengths, samples.lengths)
+            targets += int(samples.is_target.sum())
+            keys += int(of_token[samples.is_target].sum())
+        wanted = counts.closed_flops(model, tokens, targets, squares, keys)
+        assert counts.epoch_flops(model, train, histories).total == wanted
 
 
 def test_the_loss_on_validation_is_the_cross_entropy_over_all_items(root):
@@ -112,13 +110,13 @@ def test_the_loss_on_validation_is_the_cross_entropy_over_all_items(root):
 # -- the law -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("known", [(5.0, 30.0, 0.3), (0.0, 12.0, 0.08), (6.5, 4000.0, 0.9)])
-def test_a_law_that_is_there_is_found_and_extrapolated(known):
-    sizes = np.array([25e3, 1e5, 2.2e5, 4e5, 9e5])
-    true = law.Law(*known)
-    found = law.fit(sizes, true(sizes))
-    assert found.exponent == pytest.approx(known[2], rel=0.02)
-    assert float(found(4e6)) == pytest.approx(float(true(4e6)), abs=0.01)
+def test_a_law_that_is_there_is_found_and_extrapolated():
+    for known in [(5.0, 30.0, 0.3), (0.0, 12.0, 0.08), (6.5, 4000.0, 0.9)]:
+        sizes = np.array([25e3, 1e5, 2.2e5, 4e5, 9e5])
+        true = law.Law(*known)
+        found = law.fit(sizes, true(sizes))
+        assert found.exponent == pytest.approx(known[2], rel=0.02)
+        assert float(found(4e6)) == pytest.approx(float(true(4e6)), abs=0.01)
 
 
 def test_a_fit_of_many_is_the_fit_of_each():
@@ -197,19 +195,16 @@ def test_a_prediction_is_of_one_configuration(root):
     assert run_all() == 0
 
 
-@pytest.mark.parametrize(
-    ("predicts", "said"),
-    [
+def test_what_a_file_may_not_say_of_predictions(root):
+    for predicts, said in [
         ({"of": "largest"}, "expected an arm `of`, a list of arms `from`"),
         ({"of": "lagest", "from": SMALL}, "names 'lagest', which is no arm"),
         ({"of": "largest", "from": ["largest"]}, "predicts 'largest' from itself"),
-    ],
-)
-def test_what_a_file_may_not_say_of_predictions(root, predicts, said):
-    write(root, predicts=predicts)
-    with pytest.raises(InputError, match=r"trial\.yaml") as caught:
-        grid.read("trial")
-    assert said in str(caught.value)
+    ]:
+        write(root, predicts=predicts)
+        with pytest.raises(InputError, match=r"trial\.yaml") as caught:
+            grid.read("trial")
+        assert said in str(caught.value)
 
 
 def test_a_size_that_does_not_divide_by_its_heads_is_refused(root, capsys):

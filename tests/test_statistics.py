@@ -124,18 +124,15 @@ def test_many_comparisons_are_corrected():
     assert any(one.adjusted_p > one.p_value for one in found)
 
 
-@pytest.mark.parametrize(
-    ("values", "reference", "deterministic", "message"),
-    [
+def test_what_cannot_be_paired_is_refused():
+    for values, reference, deterministic, message in [
         ({"a": np.zeros((1, 3))}, "b", [], "no model 'b': expected one of a"),
         ({"a": np.zeros((1, 3)), "b": np.zeros((1, 4))}, "a", [], "expected \\(seeds, 3 users\\)"),
         ({"a": np.zeros((1, 3)), "b": np.zeros(3)}, "a", [], "shape \\(3,\\)"),
         ({"a": np.zeros((2, 3)), "b": np.zeros((1, 3))}, "b", ["a"], "'a' is said to be deterministic"),
-    ],
-)
-def test_what_cannot_be_paired_is_refused(values, reference, deterministic, message):
-    with pytest.raises(InputError, match=message):
-        statistics.compare(values, reference, deterministic)
+    ]:
+        with pytest.raises(InputError, match=message):
+            statistics.compare(values, reference, deterministic)
 
 
 def test_groups_by_history_length():

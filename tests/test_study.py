@@ -128,9 +128,8 @@ def test_a_misspelt_parameter_fails_in_plain_papermill_too(project: Path):
     assert not (project / "executed/cpu/results.jsonl").exists()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
+def test_wrong_input_is_told_in_one_line_before_a_kernel_starts(project: Path, capsys):
+    for arguments, said in [
         (["run", "09"], "unknown notebook '09'"),
         (["run", "02_baselnie"], "did you mean '02_baseline'?"),
         (["run", "02", "--gpu", "rtx"], "parameter 'gpu' is 'rtx'"),
@@ -139,33 +138,28 @@ def test_a_misspelt_parameter_fails_in_plain_papermill_too(project: Path):
         (["run", "02", "-p", "epochs", "1e3"], "parameter 'epochs' is 1000.0"),
         (["run", "02", "--profile", "huge"], "unknown profile 'huge'"),
         (["params", "02", "--gpu", "rtx"], "parameter 'gpu' is 'rtx'"),
-    ],
-)
-def test_wrong_input_is_told_in_one_line_before_a_kernel_starts(project: Path, capsys, arguments, said):
-    assert study.main(arguments) == 2
-    told = capsys.readouterr()
-    assert said in told.err
-    assert told.err.count("\n") == 1
-    assert told.out == ""
-    assert written(project) == []
+    ]:
+        assert study.main(arguments) == 2
+        told = capsys.readouterr()
+        assert said in told.err
+        assert told.err.count("\n") == 1
+        assert told.out == ""
+        assert written(project) == []
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
+def test_a_wrong_command_line_is_told_in_one_line(project: Path, capsys):
+    for arguments, said in [
         (["walk"], "invalid choice: 'walk'"),
         (["run", "02", "--timeout", "0"], "'0' is not a positive whole number"),
         (["run", "02", "-p", "epochs"], "expected 2 arguments"),
         (["run", "02", "--bogus"], "--bogus"),
-    ],
-)
-def test_a_wrong_command_line_is_told_in_one_line(project: Path, capsys, arguments, said):
-    with pytest.raises(SystemExit) as stop:
-        study.main(arguments)
-    assert stop.value.code == 2
-    told = capsys.readouterr().err
-    assert said in told
-    assert told.count("\n") == 1
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            study.main(arguments)
+        assert stop.value.code == 2
+        told = capsys.readouterr().err
+        assert said in told
+        assert told.count("\n") == 1
 
 
 def test_a_notebook_whose_cell_disagrees_with_its_dataclass_is_refused(project: Path, capsys):

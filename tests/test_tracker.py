@@ -11,7 +11,6 @@ from conftest import ROOT
 from reclib import tracker
 from reclib.config import InputError
 
-# A process of its own: under pytest tracking is off, whatever is asked for.
 _SCRIPT = """
 import socket
 import sys
@@ -30,8 +29,7 @@ print("wandb" in sys.modules, "tensorboard" in sys.modules)
 
 
 def script(tmp_path: Path, asked: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    hidden = ("PYTEST_", "WANDB_")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(hidden)}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
     environment |= {"USER": "somebody", "LOGNAME": "somebody"}
     environment |= {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "RECLIB_RUNS": str(tmp_path / "runs")}
     return subprocess.run(
@@ -91,7 +89,6 @@ def test_tensorboard_reads_what_was_written_and_nothing_names_the_machine(tmp_pa
 
 
 def test_a_run_that_goes_on_in_tensorboard_takes_the_place_of_what_was_killed(tmp_path, monkeypatch):
-    monkeypatch.delenv("PYTEST_VERSION")
     monkeypatch.setenv("RECLIB_RUNS", str(tmp_path))
     for steps in ((1, 2, 3), (2, 3, 4)):  # killed after 3, its checkpoint was of 1
         with tracker.start("tensorboard", "02_baseline", "seed-0", {}) as run:
@@ -102,7 +99,6 @@ def test_a_run_that_goes_on_in_tensorboard_takes_the_place_of_what_was_killed(tm
 
 
 def test_tensorboard_writes_no_file_for_a_run_that_logs_nothing(tmp_path, monkeypatch):
-    monkeypatch.delenv("PYTEST_VERSION")
     monkeypatch.setenv("RECLIB_RUNS", str(tmp_path))
     with tracker.start("tensorboard", "02_baseline", "loaded", {}):
         pass
@@ -110,7 +106,6 @@ def test_tensorboard_writes_no_file_for_a_run_that_logs_nothing(tmp_path, monkey
 
 
 def test_tensorboard_without_its_package_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.delenv("PYTEST_VERSION")
     monkeypatch.setitem(sys.modules, "tensorboard.compat.proto", None)
     with (
         pytest.raises(InputError, match="pip install tensorboard"),
@@ -126,10 +121,10 @@ def test_wandbs_variable_decides_for_those_who_asked_for_wandb(tmp_path):
     assert done.stderr.strip() == "WANDB_MODE is 'sometimes'; allowed: disabled, offline, online"
 
 
-def test_tests_never_track(monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "online")
+def test_the_tracker_that_is_used(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
     assert tracker.used("wandb-online") == "none"
-    monkeypatch.delenv("PYTEST_VERSION")
+    monkeypatch.setenv("WANDB_MODE", "online")
     assert tracker.used("wandb-offline") == "wandb-online"
     assert tracker.used("tensorboard") == "tensorboard"
     with pytest.raises(InputError, match=r"unknown tracker 'tensorbord' \(did you mean 'tensorboard'\?\)"):

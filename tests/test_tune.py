@@ -228,20 +228,17 @@ def test_default_and_tuned_are_compared_on_the_same_users(root):
     assert results["comparison"].metrics["difference_low"] <= results["comparison"].metrics["difference"]
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
+def test_what_a_tuning_file_may_not_say(root):
+    for changes, said in [
         ({"trails": 3}, "unknown key 'trails'"),
         ({"space": {"learning_rate": {"low": 1}}}, "space of 'learning_rate': expected low and high"),
         ({"space": {"learnin_rate": {"low": 1.0, "high": 2.0}}}, "unknown parameter 'learnin_rate'"),
         ({"model": {"hidden_dim": 7, "num_heads": 2}}, "hidden_dim=7 must be divisible by num_heads=2"),
-    ],
-)
-def test_what_a_tuning_file_may_not_say(root, changes, said):
-    write(**changes)
-    with pytest.raises(InputError, match=r"trial\.yaml") as caught:
-        tuning.read("trial")
-    assert said in str(caught.value)
+    ]:
+        write(**changes)
+        with pytest.raises(InputError, match=r"trial\.yaml") as caught:
+            tuning.read("trial")
+        assert said in str(caught.value)
 
 
 def test_the_files_of_the_project_can_be_read():

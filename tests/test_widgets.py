@@ -139,7 +139,7 @@ def test_another_result_has_axes_of_its_own_and_a_wrong_choice_is_told():
 
 @pytest.fixture(scope="module")
 def lineup(dataset, tmp_path_factory):  # noqa: F811
-    yield from trained(dataset, tmp_path_factory.mktemp("lineup"))
+    yield from trained(dataset, tmp_path_factory.getbasetemp() / "lineup")
 
 
 @pytest.fixture
