@@ -170,10 +170,11 @@ def check_build(card: Card) -> None:
             kind == "compute" and built <= (major, minor)
         ):
             return
+    release = torch.__version__.partition("+")[0]
     raise InputError(
         f"torch {torch.__version__} has no kernels for {card.name} (capability {major}.{minor}): built "
         f"for {', '.join(card.arch_list) or 'no GPU'}. For a V100 install the CUDA 12.6 build: "
-        "pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cu126"
+        f"pip install torch=={release} --index-url https://download.pytorch.org/whl/cu126"
     )
 
 
