@@ -370,11 +370,11 @@ def test_what_found_no_room_beside_the_others_is_tried_alone(p, monkeypatch):
     interleave = benchmark.interleave
     tried = []
 
-    def full(trainers, *rest):
+    def full(trainers, *rest, **more):
         if len(trainers) > 1:
             return {name: Measurement("oom", "full") for name in trainers}
         tried.append(list(trainers))
-        return interleave(trainers, *rest)
+        return interleave(trainers, *rest, **more)
 
     monkeypatch.setattr(benchmark, "interleave", full)
     rows = speed.grid(p, speed.dataset_of(p), CPU)
