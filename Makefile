@@ -7,7 +7,7 @@
 # make pictures PNGs of the main figures, from the same records (needs Chromium or Chrome)
 #
 # Each target first makes .venv if it is missing or pyproject.toml has changed. PYTHON=python3.12 chooses
-# the interpreter. For a smaller torch without CUDA, or the CUDA 12.6 build that a V100 needs:
+# the interpreter, TORCH=torch==2.11.0 another torch of the allowed range. For a smaller torch without CUDA, or the CUDA 12.6 build that a V100 needs:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test
 
 SHELL := bash
@@ -22,8 +22,9 @@ export GOMP_SPINCOUNT ?= 10000
 PYTHON ?= python3
 PROFILE ?= quick
 BIN := .venv/bin
-INSTALLED := .venv/.installed-$(shell cksum < pyproject.toml | cut -d' ' -f1)
-TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
+# The torch that is installed here, of the range that pyproject.toml allows.
+TORCH := torch==2.13.0
+INSTALLED := .venv/.installed-$(shell (echo '$(TORCH)'; cat pyproject.toml) | cksum | cut -d' ' -f1)
 
 help:
 	@sed -n 's/^# \{0,1\}//; 1,/^$$/p' Makefile | sed '/^$$/q'

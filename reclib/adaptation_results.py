@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy import stats
 
 from reclib import metrics, periods, statistics
 from reclib.adaptation import Run, Task
@@ -136,6 +135,8 @@ def gates_of(dataset: Dataset, whole: Periods, task: Task, run: Run, beside: Run
 
 def gate_results(task: Task, found: Gates, seed: int) -> list[Result]:
     """Return the gates by user, and Spearman's correlation of every expert with every feature (Holm)."""
+    from scipy import stats
+
     experts = found.weights.shape[1]
     series: dict[str, list[Any]] = {f"expert {k + 1}": found.weights[:, k].tolist() for k in range(experts)}
     series |= {name: values.tolist() for name, values in found.features.items()}

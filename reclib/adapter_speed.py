@@ -1,8 +1,8 @@
 """What a step with adapters costs: time in turns, tensors at the peak, and what is saved.
 
-All variants train the same base on the same batches, a step of each in turn, so that their ratios are of
-pairs. `ilora` is timed in every precision and compile mode; the others in the first of each. Frozen matrices
-are held in the precision that products run in, so that no step casts them.
+All variants train the same base on the same batches, on a CPU a step of each in turn, so that their ratios
+are of pairs. `ilora` is timed in every precision and compile mode; the others in the first of each. Frozen
+matrices are held in the precision that products run in, so that no step casts them.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def grid(
         rows.append(Row(dict(asked), Measurement("not applicable", reason)))
         if not reason:
             trainers[str(len(rows) - 1)] = trainer_of(p, asked, base, histories, device, reader)
-    found = benchmark.interleave(trainers, 1, p.warmup_steps, p.rounds)
+    # A GPU computes a step while the next is launched: there turns of one step would time the launches.
+    turn = p.rounds if device.torch_device.type == "cuda" else 1
+    found = benchmark.interleave(trainers, turn, p.warmup_steps, p.rounds // turn)
     for number, one in found.items():
         row, trainer = rows[int(number)], trainers[number]
         row.found = one

@@ -14,8 +14,6 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
-from scipy import stats
-
 from reclib.claims import ALPHA
 from reclib.config import InputError, ModelConfig, model_config
 from reclib.flops import BACKWARD, encoder_forward, head_forward, layer_linear
@@ -203,6 +201,8 @@ def separation(first: float, second: float, count: int) -> Separation:
     Independence is the only assumption that published rates allow. The same users stand behind both: pairing
     could make the test sharper; counting several predictions of one user as independent makes it too sharp.
     """
+    from scipy import stats
+
     if not (0 < first < 1 and 0 < second < 1 and count > 1):
         raise InputError(
             f"shares {first} and {second} over {count}: expected shares inside (0, 1), count above 1"

@@ -1,8 +1,10 @@
 """Timing the training loop: the one of `trainer`, stepped from outside and never re-written here.
 
-What is timed is a whole step: fetch, forward, backward, clip, optimiser, with the device synchronised at both
-ends. Warm-up is left out and counted, compile time stands apart, variants are interleaved (A B A B), and
-a rate is believed only beside an independent clock over a whole epoch. Running out of memory is a result.
+What is timed is a whole step: fetch, forward, backward, clip, optimiser. On a CPU the clock is read
+around each step. On CUDA an event is recorded after each step and all are read at the end of a round:
+the host launches the next step while the device computes, as in training. Warm-up is left out and
+counted, compile time stands apart, variants are interleaved (A B A B), and a rate is believed only
+beside an independent clock over a whole epoch. Running out of memory is a result.
 """
 
 from __future__ import annotations
@@ -11,8 +13,8 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +28,9 @@ from reclib.metrics import Interval
 from reclib.trainer import StepStats, Trainer
 
 RECOMPILE_LIMIT = 256  # compiled variants of one process share `encode`, and torch stops at 8
+ENERGY_SECONDS = 2.5  # of the steps whose energy a GPU's counter tells, somewhat above `energy.SHORTEST`
+
+T = TypeVar("T")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -35,11 +40,30 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
+def timed_by_events(step: Callable[[], T], steps: int, new_event: Callable[[], Any]) -> list[tuple[T, float]]:
+    """Take `steps` steps and return what each gave with its seconds, waiting for the device only at the end.
+
+    `new_event` makes a timing event (`record`, `synchronize`, `elapsed_time` in ms) on the stream of the
+    steps. A step lasts from the end of the one before to its own: the device's time or the host's,
+    whichever is longer.
+    """
+    events = [new_event() for _ in range(steps + 1)]
+    events[0].record()
+    given = []
+    for event in events[1:]:
+        given.append(step())
+        event.record()
+    events[-1].synchronize()
+    spans = [before.elapsed_time(after) / 1e3 for before, after in itertools.pairwise(events)]
+    return list(zip(given, spans, strict=True))
+
+
 class _Clock:
     """A trainer's loop, advanced a step at a time."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, alone: bool = True) -> None:
         self.trainer = trainer
+        self.alone = alone  # nothing else that is timed is in memory
         self.found = Measurement(compiled=trainer.compile_mode != "off")
         self.loop = trainer.steps()
         self.random: list[torch.Tensor] = []  # state of torch's generators between rounds
@@ -76,26 +100,48 @@ class _Clock:
         hardware.reset_peak_memory(where)
         others = torch.cuda.memory_allocated(where) - state_bytes(self.trainer) if where.type == "cuda" else 0
         meter, whole = energy.Meter(where), time.perf_counter()
-        for _ in range(steps):
-            began = time.perf_counter()
-            stats = self._next()
-            self.found.add(stats, time.perf_counter() - began)
+        if where.type == "cuda":
+            timed = timed_by_events(self._launch, steps, lambda: torch.cuda.Event(enable_timing=True))
+            self.found.losses += [stats.loss for stats, _ in timed]
+            for stats, seconds in timed:
+                self.found.add(stats, seconds)
+        else:
+            for _ in range(steps):
+                began = time.perf_counter()
+                stats = self._next()
+                self.found.add(stats, time.perf_counter() - began)
         used, first = meter.joules(time.perf_counter() - whole), len(self.found.step_seconds) == steps
         told = used is not None and (first or self.found.joules is not None)
         self.found.joules = (self.found.joules or 0.0) + (used or 0.0) if told else None
         peak = hardware.peak_memory_bytes(where) - others
         self.found.peak_memory_bytes = max(peak, self.found.peak_memory_bytes or 0)
-        if where.type == "cuda":
+        if where.type == "cuda" and self.alone:
             self.found.reserved_bytes = torch.cuda.max_memory_reserved(where)
 
+    def energy(self) -> None:
+        """Take further steps, `ENERGY_SECONDS` of them, for the energy of a step; they are not timed."""
+        where, sequences = self.trainer.where, 0
+        hardware.set_matmul_precision(self.trainer.precision)
+        hardware.synchronize(where)
+        meter, began = energy.Meter(where), time.perf_counter()
+        for _ in range(math.ceil(ENERGY_SECONDS / self.found.median_seconds)):
+            sequences += self._launch().num_sequences
+        hardware.synchronize(where)
+        self.found.joules = meter.joules(time.perf_counter() - began)
+        self.found.energy_sequences = sequences
+
     def _next(self) -> StepStats:
-        try:
-            stats = next(self.loop)
-        except StopIteration:
-            raise ValueError(f"the schedule ended at step {self.trainer.total_steps}: raise epochs") from None
+        stats = self._launch()
         hardware.synchronize(self.trainer.where)
         self.found.losses.append(stats.loss)
         return stats
+
+    def _launch(self) -> StepStats:
+        """Take a step and do not wait for the device."""
+        try:
+            return next(self.loop)
+        except StopIteration:
+            raise ValueError(f"the schedule ended at step {self.trainer.total_steps}: raise epochs") from None
 
     def stop(self, error: BaseException) -> None:
         """Turn an error of memory into the result and let go of what was held; raise any other."""
@@ -108,31 +154,42 @@ class _Clock:
             torch.cuda.empty_cache()
 
 
-def measure(trainer: Trainer, steps: int, warmup: int) -> Measurement:
+def measure(trainer: Trainer, steps: int, warmup: int, *, gpu_energy: bool = False) -> Measurement:
     """Time `steps` steps of a trainer after `warmup` others."""
-    return interleave({"": trainer}, steps, warmup, 1)[""]
+    return interleave({"": trainer}, steps, warmup, 1, gpu_energy=gpu_energy)[""]
 
 
 def interleave(
-    trainers: Mapping[str, Trainer], steps: int, warmup: int, repeats: int
+    trainers: Mapping[str, Trainer], steps: int, warmup: int, repeats: int, *, gpu_energy: bool = False
 ) -> dict[str, Measurement]:
     """Time several trainers in turns, `repeats` rounds of `steps` steps each (A B A B).
 
-    All of them stay in memory. On CUDA a variant's peak leaves out what the others hold.
+    All of them stay in memory. On CUDA a variant's peak leaves out what the others hold, reserved memory is
+    told of one alone, and `gpu_energy` adds steps of each variant, as many as the GPU's energy counter
+    needs.
     """
-    clocks = {name: _Clock(trainer) for name, trainer in trainers.items()}
+    clocks = {name: _Clock(trainer, len(trainers) == 1) for name, trainer in trainers.items()}
+    on_cuda = any(trainer.where.type == "cuda" for trainer in trainers.values())
+    if on_cuda:
+        torch.cuda.empty_cache()  # what is reserved is then of these
+    last = repeats + 1 + int(gpu_energy and on_cuda)
     with contextlib.ExitStack() as stack:
         if any(clock.found.compiled for clock in clocks.values()):
             stack.enter_context(many_compiled())
         for clock in clocks.values():
             stack.enter_context(contextlib.closing(clock.loop))  # type: ignore[type-var]
-        for number in range(repeats + 1):
+        for number in range(last):
             for clock in clocks.values():
                 if clock.found.status != "ok":
                     continue
                 try:
                     with clock.own_randomness():
-                        clock.warm_up(warmup) if number == 0 else clock.round(steps)
+                        if number == 0:
+                            clock.warm_up(warmup)
+                        elif number <= repeats:
+                            clock.round(steps)
+                        else:
+                            clock.energy()
                 except (RuntimeError, MemoryError) as error:
                     clock.stop(error)
     return {name: clock.found for name, clock in clocks.items()}

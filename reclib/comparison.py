@@ -114,9 +114,10 @@ def _rules(device: Device) -> list[str]:
 def _timed(p: Hardware, size: str, rule: str, label: str, dataset: Any, device: Device) -> Row:
     train = train_of(p, "fp32" if rule == "closed" else "auto")
     torch.manual_seed(p.seed)
-    model = Bert4Rec(model_of(p, size))
+    with device.torch_device:  # drawing a large table on the host takes seconds
+        model = Bert4Rec(model_of(p, size))
     trainer = Trainer(model, data.train_histories(dataset), train, device, dataset.fingerprint)
-    found = benchmark.measure(trainer, p.steps, p.warmup_steps)
+    found = benchmark.measure(trainer, p.steps, p.warmup_steps, gpu_energy=True)
     done, _ = benchmark.step_flops(trainer, p.warmup_steps + 1)
     own: dict[str, Any] = {"size": size, "device": label, "rule": rule, "basis": "measured"}
     own |= {"precision": trainer.precision.name, "batch_size": p.batch_size, "status": found.status}

@@ -18,7 +18,11 @@ Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 Objective = Literal["cloze", "next_item", "seed_focal"]
 Loss = Literal["auto", "plain", "chunked", "inplace", "sampled_softmax", "gbce"]
 CompileMode = Literal["off", "default", "reduce-overhead", "max-autotune"]
-GpuLabel = Literal["auto", "cpu", "cpu1", "cpu2", "t4", "l4", "v100", "a100", "h100", "h200"]
+# What may be claimed: every board of params/devices.yaml, and the family of boards that differ in memory.
+_Cpu = Literal["cpu", "cpu1", "cpu2"]
+_Old = Literal["t4", "v100", "v100-16", "v100-32"]
+_New = Literal["l4", "a10g", "a100", "a100-40", "a100-80", "h100", "h200", "rtx4090"]
+GpuLabel = Literal["auto", _Cpu, _Old, _New]
 
 GPU_LABELS: tuple[str, ...] = get_args(GpuLabel)
 PAD = 0  # item id of padding; real items are 1..num_items, MASK is num_items + 1

@@ -71,6 +71,12 @@ def boards(label: str) -> list[Board]:
     return found
 
 
+def of_memory(family: str, memory_bytes: int) -> Board | None:
+    """Return the board of a family with the memory nearest to this; None for a family that is not known."""
+    found = [board for name, board in catalogue().items() if name.partition("-")[0] == family]
+    return min(found, key=lambda board: abs(board.memory_bytes - memory_bytes), default=None)
+
+
 def peak_flops(label: str, precision: str) -> float | None:
     """Return the dense peak of a label; None for a CPU and for whatever is not in the catalogue."""
     try:

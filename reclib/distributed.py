@@ -101,8 +101,11 @@ def joined(claimed: str) -> Iterator[None]:
     where = place(int(os.environ["LOCAL_WORLD_SIZE"]), claimed)
     if where.backend == "nccl":  # before anything looks at a device: the first look takes memory of it
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    else:
+        device = None
     with _reached():
-        dist.init_process_group(where.backend)
+        dist.init_process_group(where.backend, device_id=device)  # NCCL else guesses it by the global rank
     yield
     dist.destroy_process_group()  # after an error the process ends without waiting for the others
 

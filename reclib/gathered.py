@@ -17,6 +17,8 @@ from reclib import devices, planner, provenance, workload
 from reclib.config import TrainConfig, model_config
 
 Record = Mapping[str, Any]
+# The more work, the more it says: of several profiles the last of these counts.
+PROFILES = ("smoke", "custom", "quick", "lease", "full", "grid")
 STEPS = ("hardware_step", "real_size_step")  # names of records of a step of one size on one device
 CLIMBED = ("gather before the head", "packed rows")  # rungs of the ladder that a plan knows as techniques
 _LENGTHS = ("users", "mean_len")
@@ -41,9 +43,8 @@ def device_of(record: Record) -> str:
     if device.get("type", "cpu") == "cpu":
         threads = said if said[3:].isdecimal() else f"cpu{device.get('threads') or ''}"
         return said if " " in said else f"{threads} {cpu_of(record)}"
-    boards = [board for name, board in devices.catalogue().items() if name.partition("-")[0] == said]
-    memory = device.get("memory_bytes") or 0
-    return min(boards, key=lambda board: abs(board.memory_bytes - memory)).label if boards else said
+    board = devices.of_memory(said, device.get("memory_bytes") or 0)
+    return said if board is None else board.label
 
 
 def placed(record: Record) -> dict[str, Any]:
@@ -60,10 +61,9 @@ def steps(fresh: Iterable[Record], recorded: Iterable[Record]) -> list[dict[str,
     Recorded smoke runs are left out; of the others the longest profile counts, and in it the newest.
     """
     of_steps = [r for r in recorded if r["name"] in STEPS and r["kind"] == "measured"]
-    order = ("custom", "quick", "full", "grid")
     ranked = sorted(
-        (r for r in of_steps if r["profile"] in order),
-        key=lambda r: (order.index(r["profile"]), str(r["time"])),
+        (r for r in of_steps if r["profile"] != "smoke"),
+        key=lambda r: (PROFILES.index(r["profile"]), str(r["time"])),
         reverse=True,
     )
     found: dict[tuple[Any, ...], dict[str, Any]] = {}

@@ -6,6 +6,7 @@ Decisions are pure functions of a `Card`, so that they can be tested for devices
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import os
 import resource
@@ -17,14 +18,14 @@ from typing import Any
 
 import torch
 
-from reclib import provenance
+from reclib import devices, provenance
 from reclib.command import Parser, exit_code
 from reclib.config import GPU_LABELS, InputError
 
-# What a CUDA device calls itself, by label. "H100 NVL" and "H100 PCIe" are H100s too.
-DEVICE_NAMES = {"t4": "T4", "l4": "L4", "v100": "V100", "a100": "A100", "h100": "H100", "h200": "H200"}
 # The CPU with a stated number of threads: devices of their own, with records of their own.
 CPU_THREADS = {"cpu1": 1, "cpu2": 2}
+# Words of a CUDA device's name that say it is less than the board: a part of one, or another chip.
+OTHER_CHIPS = {"mig", "laptop", "d"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,16 +57,23 @@ class Device:
     @property
     def is_claimed(self) -> bool:
         """Whether what was asked for is what is there ("auto" takes what is there)."""
-        return self.claimed in ("auto", self.label)
+        if self.claimed in ("auto", self.label):
+            return True
+        board = devices.of_memory(self.label, self.card.memory_bytes or 0)
+        return board is not None and self.claimed == board.label
 
 
 def label_of(name: str) -> str:
-    """Return the gpu label of a CUDA device name: whole words only, so that L40 is no L4."""
-    words = name.replace("-", " ").split()
-    for label, word in DEVICE_NAMES.items():
-        if word in words:
-            return label
-    return "other"
+    """Return the family of boards that a CUDA device belongs to by its name, else "other".
+
+    Whole words, so that L40 is no L4, or two in a row (RTX 4090). "H100 NVL" and "H100 PCIe" are H100s too.
+    """
+    words = name.lower().replace("-", " ").split()
+    if OTHER_CHIPS & set(words):
+        return "other"
+    named = {*words, *map("".join, itertools.pairwise(words))}
+    families = (label.partition("-")[0] for label in devices.catalogue())
+    return next((family for family in families if family in named), "other")
 
 
 def probe() -> Card:
@@ -170,10 +178,11 @@ def check_build(card: Card) -> None:
             kind == "compute" and built <= (major, minor)
         ):
             return
+    release = torch.__version__.partition("+")[0]
     raise InputError(
         f"torch {torch.__version__} has no kernels for {card.name} (capability {major}.{minor}): built "
         f"for {', '.join(card.arch_list) or 'no GPU'}. For a V100 install the CUDA 12.6 build: "
-        "pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cu126"
+        f"pip install torch=={release} --index-url https://download.pytorch.org/whl/cu126"
     )
 
 

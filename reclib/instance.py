@@ -128,6 +128,8 @@ class State(Representation):
     def __init__(self, reader: Bert4Rec | None = None) -> None:
         super().__init__()
         self.reader = None if reader is None else frozen_twin(reader)
+        # No decorator: that imports torch._dynamo with this module, which takes as long as torch itself.
+        self.uncompiled = torch.compiler.disable(State.states)
         self.kept: dict[bytes, Tensor] = {}
         self.kept_bytes = 0
 
@@ -140,10 +142,13 @@ class State(Representation):
         self.training = mode
         return self
 
-    @torch.compiler.disable
-    @torch.no_grad()
     def forward(self, base: Bert4Rec, rows: Rows) -> Tensor:
         """Return z (R, L, D), from what is kept where the same rows were seen in `eval()` before."""
+        return self.uncompiled(self, base, rows)
+
+    @torch.no_grad()
+    def states(self, base: Bert4Rec, rows: Rows) -> Tensor:
+        """Return what `forward` does: never compiled, since sizes follow the data and a cache is kept."""
         model = self.reader or base
         if base.config.causal:
             return model.encode(*rows).float()

@@ -36,7 +36,8 @@ class Measurement:
     target_slots: int = 0  # places in the head, used or not
     peak_memory_bytes: int | None = None  # CUDA: allocated for this variant; CPU: resident in the process
     reserved_bytes: int | None = None  # CUDA only
-    joules: float | None = None  # of the timed steps, where the device reports it
+    joules: float | None = None  # where the device reports it
+    energy_sequences: int = 0  # of the steps that they were used for; 0: of the timed steps
 
     def add(self, stats: StepStats, seconds: float) -> None:
         """Count one timed step."""
@@ -95,6 +96,11 @@ class Measurement:
             return 0.0
         return max(0.0, self.warmup_seconds - self.warmup_steps * self.median_seconds)
 
+    @property
+    def joules_per_sequence(self) -> float | None:
+        """Energy of a sequence; None where it is not reported."""
+        return None if self.joules is None else self.joules / (self.energy_sequences or self.sequences)
+
     def timings(self) -> dict[str, float | int | None]:
         """Return what depends on the clock, for a record; empty unless `status` is "ok"."""
         if self.status != "ok":
@@ -112,7 +118,7 @@ class Measurement:
             "compile_seconds": self.compile_seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
             "reserved_bytes": self.reserved_bytes,
-            "joules_per_sequence": None if self.joules is None else self.joules / self.sequences,
+            "joules_per_sequence": self.joules_per_sequence,
         }
 
     def counts(self) -> dict[str, int]:
@@ -147,7 +153,7 @@ def merged(parts: list[Measurement]) -> Measurement:
     for part in parts:
         whole.step_seconds += part.step_seconds
         whole.fetch_seconds += part.fetch_seconds
-    for name in ("sequences", "tokens", "targets", "row_tokens", "target_slots"):
+    for name in ("sequences", "tokens", "targets", "row_tokens", "target_slots", "energy_sequences"):
         setattr(whole, name, sum(getattr(part, name) for part in parts))
     peaks = [part.peak_memory_bytes for part in parts if part.peak_memory_bytes is not None]
     whole.peak_memory_bytes = max(peaks, default=None)

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 
 from reclib.batching import Layout, next_item_batches
@@ -222,6 +221,8 @@ def bootstrap(values: np.ndarray, samples: int = 2000, seed: int = 0) -> Interva
     values = np.asarray(values, dtype=np.float64)
     if np.ptp(values) == 0:
         return Interval(float(values.mean()), float(values.mean()), float(values.mean()))
+    from scipy import stats  # here: takes longer to import than torch
+
     found = stats.bootstrap(
         (values,), np.mean, n_resamples=samples, batch=100, method="percentile", rng=seed
     ).confidence_interval

@@ -7,7 +7,9 @@ may be asked is in `notebook_params`.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -18,7 +20,7 @@ from reclib import injected, paths
 from reclib.config import InputError, nearest, validated
 from reclib.notebook_params import NOTEBOOKS
 
-PROFILES = ("smoke", "quick", "full")
+PROFILES = ("smoke", "quick", "lease", "full")  # the more work, the later
 # Who runs it, where and how often is not how much work one run is: a profile's name ignores these.
 _NOT_WORK = frozenset({"gpu", "seed", "seeds", "nproc", "tracker"})
 
@@ -80,8 +82,7 @@ def values(p: Any) -> dict[str, Any]:
 
 def profile(notebook: str, name: str) -> dict[str, Any]:
     """Return a notebook's parameters in a profile: smoke's, with the profile's own on top."""
-    if name not in PROFILES:
-        raise InputError(f"unknown profile {name!r}{nearest(name, PROFILES)}; allowed: {', '.join(PROFILES)}")
+    known_profile(name)
     smoke = _section("smoke", notebook)
     if not smoke:
         raise InputError(f"params/smoke.yaml has no section {notebook!r}")
@@ -96,12 +97,15 @@ def from_file(file: Path) -> dict[str, Any]:
 def profile_of(notebook: str, p: Any) -> str:
     """Return the profile whose work `p` is, or "custom": found by comparing, so it cannot lie.
 
-    Where profiles ask for the same work it is the largest of them: there is nothing left out to warn of.
+    Where profiles ask for the same work it is the largest of them: there is nothing left out to warn of. A
+    profile counts only for the notebooks that it has a section of.
     Ignored are the device label, the seeds, the tracker, and what the device file decides.
     """
     given = values(p)
     from_device = device_names()
     for name in reversed(PROFILES):
+        if notebook not in stated(name):
+            continue
         section = profile(notebook, name)
         if all(
             given[key] == value
@@ -110,6 +114,18 @@ def profile_of(notebook: str, p: Any) -> str:
         ):
             return name
     return "custom"
+
+
+def known_profile(name: str) -> str:
+    """Return the name of a profile as it is; `InputError` for one that there is not."""
+    if name not in PROFILES:
+        raise InputError(f"unknown profile {name!r}{nearest(name, PROFILES)}; allowed: {', '.join(PROFILES)}")
+    return name
+
+
+def stated(profile_name: str) -> list[str]:
+    """Return the notebooks that a profile has a section of; the others run in it as in smoke."""
+    return list(_mapping(paths.params() / f"{profile_name}.yaml"))
 
 
 def device_names() -> frozenset[str]:
@@ -128,7 +144,8 @@ def _section(profile_name: str, notebook: str) -> dict[str, Any]:
 
 def _mapping(file: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        state = file.stat()
+        content = _parsed(file, state.st_mtime_ns, state.st_size)
     except FileNotFoundError:
         raise InputError(f"{file} is missing") from None
     except yaml.YAMLError as error:
@@ -137,4 +154,10 @@ def _mapping(file: Path) -> dict[str, Any]:
         raise InputError(f"{file}{line}: not valid YAML") from None
     if content is not None and not isinstance(content, dict):
         raise InputError(f"{file}: must be a mapping")
-    return content or {}
+    return copy.deepcopy(content) or {}
+
+
+@functools.lru_cache(maxsize=64)
+def _parsed(file: Path, changed_ns: int, size: int) -> Any:
+    """Return what a YAML file holds, parsed once for each state that it was in; not to be changed."""
+    return yaml.safe_load(file.read_text(encoding="utf-8"))

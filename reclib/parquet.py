@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import duckdb
+from typing import TYPE_CHECKING, Any
 
 from reclib import rows
 from reclib.config import InputError
 from reclib.rawtable import quoted, seconds
 from reclib.rejects import Rejects
+
+if TYPE_CHECKING:
+    import duckdb
 
 
 def read(
@@ -23,6 +24,8 @@ def read(
     progress: Callable[[int, int], None] | None,
 ) -> tuple[str, dict[str, Any]]:
     """Append the valid rows of a Parquet file to `raw`; return the time unit and the file's hash."""
+    import duckdb
+
     with path.open("rb") as file:
         about = {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
     source = f"read_parquet({quoted(str(path))}, file_row_number = true)"

@@ -18,9 +18,8 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import duckdb
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
@@ -28,6 +27,9 @@ from tqdm import tqdm
 from reclib import cache, dataset, paths, sources
 from reclib.config import DataConfig, InputError
 from reclib.reading import Ingested
+
+if TYPE_CHECKING:
+    import duckdb
 
 RULES_VERSION = 2
 ORDER_BY = "user, timestamp, row"
@@ -144,6 +146,8 @@ def _blocks(pairs: Path) -> Iterator[np.ndarray]:
 @contextlib.contextmanager
 def _database(work: Path, config: DataConfig) -> Iterator[duckdb.DuckDBPyConnection]:
     """Yield a database in the folder `work`; its errors become errors of ours."""
+    import duckdb  # here: what trains on prepared data needs no database
+
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     settings: dict[str, Any] = {
         "memory_limit": f"{config.memory_limit_mb}MB",

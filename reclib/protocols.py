@@ -17,7 +17,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import stats
 from torch import Tensor
 
 from reclib import metrics
@@ -68,6 +67,8 @@ def interval_over_users(values: np.ndarray, users: np.ndarray, samples: int, see
     sums = np.bincount(user, values)
     if np.ptp(values) == 0:
         return Interval(float(values[0]), float(values[0]), float(values[0]))
+    from scipy import stats
+
     found = stats.bootstrap(
         (sums, counts),
         lambda total, number, axis=-1: total.sum(axis) / number.sum(axis),
@@ -159,6 +160,8 @@ def expected_sampled_hit(ranks: np.ndarray, pool: np.ndarray | int, count: int, 
     target and what the user has had. Of them rank - 1 stand before the target, so the number drawn is
     hypergeometric, and there is a hit when it is below k. `ranks` are those with seen items removed.
     """
+    from scipy import stats
+
     return stats.hypergeom.cdf(k - 1, pool, np.asarray(ranks) - 1, count)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-
-import duckdb
+from typing import TYPE_CHECKING
 
 from reclib.formats import FOUR
 from reclib.rows import FIRST_SECOND, LAST_SECOND, PER_SECOND, Layout, Row
+
+if TYPE_CHECKING:
+    import duckdb
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 COLUMNS = 'row BIGINT, "user" VARCHAR, item VARCHAR, rating DOUBLE, time BIGINT'
@@ -28,6 +30,8 @@ class RawTable:
 
         `expected` is their number where it is known. Not caught: a full disk, too little memory.
         """
+        import duckdb
+
         # The database takes a byte-order mark off the start of each file that it reads: here it is an id's.
         marked = data.startswith(BYTE_ORDER_MARK)
         self.file.write_bytes(BYTE_ORDER_MARK + data if marked else data)

@@ -11,9 +11,8 @@ import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import duckdb
 import msgspec
 
 from reclib import parquet, rows, sequences, titles
@@ -23,6 +22,9 @@ from reclib.rawfile import Block, RawFile, checked, line_count
 from reclib.rawtable import BYTE_ORDER_MARK, COLUMNS, PLAIN, RawTable, plain
 from reclib.rejects import Rejects
 from reclib.rows import BadLine, Layout, Row
+
+if TYPE_CHECKING:
+    import duckdb
 
 ROWS_HELD = 100_000  # of sequences, before they are appended
 APPENDED_BLOCKS = 4  # of JSON lines at a time

@@ -16,9 +16,8 @@ import tempfile
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import duckdb
 import numpy as np
 import pandas as pd
 
@@ -28,6 +27,9 @@ from reclib.formats import FORMATS, Format, named
 from reclib.rawfile import checked
 from reclib.rawtable import COLUMNS
 from reclib.reading import Ingested, Progress, ingest
+
+if TYPE_CHECKING:
+    import duckdb
 
 MANIFEST = "manifest.json"
 HASH_KEPT_BYTES = 64 << 20  # the hash of a larger file is kept in the data folder

@@ -63,10 +63,12 @@ def train_of(p: AmpCompile, **changes: Any) -> TrainConfig:
 
 
 def trainer_of(model: ModelConfig, train: TrainConfig, dataset: Dataset, device: Device) -> Trainer:
-    """Return a trainer of freshly drawn weights, the same for the same seed."""
+    """Return a trainer of weights drawn on the device, the same for the same seed on the same device."""
     torch.manual_seed(train.seed)
     histories = data.train_histories(dataset)
-    return Trainer(Bert4Rec(model), histories, train, device, dataset.fingerprint)
+    with device.torch_device:  # drawing a large table on the host takes seconds
+        drawn = Bert4Rec(model)
+    return Trainer(drawn, histories, train, device, dataset.fingerprint)
 
 
 def inapplicable(precision: str, compile_mode: str, device: Device) -> str:
@@ -114,7 +116,9 @@ def _one_batch_size(p: AmpCompile, dataset: Dataset, device: Device, batch_size:
             if not reason:
                 with contextlib.suppress(torch.OutOfMemoryError):  # no room beside the others: tried alone
                     trainers[str(len(rows) - 1)] = trainer_of(model, train_of(p, **asked), dataset, device)
-    for number, found in benchmark.interleave(trainers, p.steps, p.warmup_steps, p.repeats).items():
+    for number, found in benchmark.interleave(
+        trainers, p.steps, p.warmup_steps, p.repeats, gpu_energy=True
+    ).items():
         rows[int(number)].found = found
         _describe(rows[int(number)], trainers[number], p.warmup_steps + 1)
     trainers.clear()

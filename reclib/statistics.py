@@ -14,7 +14,6 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
 from reclib import claims, metrics
 from reclib.claims import ALPHA, Claim
@@ -144,6 +143,8 @@ def detectable_difference(differences: np.ndarray, power: float = 0.8, alpha: fl
     """
     if len(differences) < 2:
         raise InputError(f"{len(differences)} users have no spread: expected 2 or more")
+    from scipy import stats
+
     z = stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(power)
     return float(z * np.std(differences, ddof=1) / np.sqrt(len(differences)))
 
@@ -226,6 +227,8 @@ def popularity_percentile(top: np.ndarray, counts: np.ndarray) -> np.ndarray:
     0 is the item with the fewest training interactions, 1 the one with the most; equal counts share the mean.
     An even choice from the catalogue has an expectation of 0.5.
     """
+    from scipy import stats
+
     percentile = (stats.rankdata(counts) - 1) / max(len(counts) - 1, 1)
     return percentile[top - 1].mean(axis=1)
 

@@ -169,6 +169,9 @@ def _run_command(given: argparse.Namespace) -> int:
     names = present() if everything else [find(name) for name in given.notebook]
     if not names:
         raise InputError(f"no notebooks in {paths.notebooks()}")
+    if everything:
+        stated = params.stated(params.known_profile(given.profile))
+        names = [name for name in names if name in stated]
     if everything and given.gpus:
         return _matrix_command(given, names)
     overrides = {} if everything or given.f is None else params.from_file(given.f)

@@ -11,12 +11,10 @@ import numpy as np
 import pandas as pd
 
 from reclib import gathered
+from reclib.gathered import PROFILES
 
 Record = Mapping[str, Any]
 
-# The more work, the more it says: of several profiles a figure shows the last of these that there
-# is.
-PROFILES = ("smoke", "custom", "quick", "full", "grid")
 # How models are called in figures; what is not here goes by its own name.
 MODEL_NAMES = {
     "bert4rec": "BERT4Rec",
@@ -168,19 +166,31 @@ def caption(records: Sequence[Record]) -> str:
 
 def _is_claim_unmet(record: Record) -> bool:
     claimed = record.get("claimed") or "auto"
-    return record["kind"] == "measured" and claimed not in ("auto", record["label"])
+    if record["kind"] != "measured" or claimed in ("auto", record["label"]):
+        return False
+    return "-" not in claimed or claimed != gathered.device_of(record)
 
 
 def groups(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
     """Split into what one figure each is made of: (dataset, label) -> records of one run's work.
 
     Where several are there, the profile with the most work counts, and in it the newest parameters;
-    all seeds of those stay together. Of a result that was recorded again the newest counts.
+    all seeds of those stay together. Of a result that was recorded again the newest counts. What is measured
+    is chosen apart from what is predicted: no plan, of however much work, hides a measurement.
     """
     found: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in records:
         found[str((record.get("data") or {}).get("name")), record["label"]].append(record)
-    return {key: _one_work(found[key]) for key in sorted(found)}
+    return {key: _shown(found[key]) for key in sorted(found)}
+
+
+def _shown(records: list[Record]) -> list[Record]:
+    """Return the records of the best work, those measured first where plans are of another."""
+    whole = _one_work(records)
+    measured = [r for r in records if r["kind"] == "measured"]
+    if not measured or any(r["kind"] == "measured" for r in whole):
+        return whole
+    return _one_work(measured) + whole
 
 
 def _one_work(records: list[Record]) -> list[Record]:

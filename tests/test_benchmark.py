@@ -13,7 +13,7 @@ from engine import histories, small_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from reclib import benchmark, bound, devices, flops, hardware, params, profiling, record, runner, speed
+from reclib import benchmark, bound, comparison, flops, hardware, params, profiling, record, runner, speed
 from reclib.config import InputError, TrainConfig, changed
 from reclib.ladder import CHANGES, ladder
 from reclib.measurement import Measurement, break_even_steps, merged, published_rate
@@ -216,7 +216,6 @@ def test_mfu_is_known_only_where_the_peak_is():
     assert flops.mfu(1.0, 1.0, "cpu", "fp32") is None
     assert flops.mfu(1.0, 1.0, "other", "fp16") is None
     assert flops.mfu(1.0, 1.0, "t4", "bf16") is None
-    assert all(devices.boards(label) for label in hardware.DEVICE_NAMES)
 
 
 # -- profile, memory, bound ---------------------------------------------------------------------------------
@@ -368,11 +367,11 @@ def test_what_found_no_room_beside_the_others_is_tried_alone(p, monkeypatch):
     interleave = benchmark.interleave
     tried = []
 
-    def full(trainers, *rest):
+    def full(trainers, *rest, **more):
         if len(trainers) > 1:
             return {name: Measurement("oom", "full") for name in trainers}
         tried.append(list(trainers))
-        return interleave(trainers, *rest)
+        return interleave(trainers, *rest, **more)
 
     monkeypatch.setattr(benchmark, "interleave", full)
     rows = speed.grid(p, speed.dataset_of(p), CPU)
@@ -413,3 +412,78 @@ def test_a_claimed_gpu_that_is_not_there_is_told_and_never_recorded_as_measured(
     assert "l4 was asked for and is not here: nothing below was measured on one." in text
     figures_shown = text.count("<b>l4 was asked for and is not here</b>")
     assert figures_shown >= 6
+
+
+# -- on a GPU ------------------------------------------------------------------------------------------------
+
+
+class FakeEvent:
+    """An event of a device that takes 5 ms for each step, and is asked nothing before it is waited for."""
+
+    launched = 0
+    waited_for = -1
+
+    def record(self) -> None:
+        self.place = FakeEvent.launched
+
+    def synchronize(self) -> None:
+        FakeEvent.waited_for = self.place
+
+    def elapsed_time(self, later: FakeEvent) -> float:
+        assert later.place <= FakeEvent.waited_for, "read before the device was waited for"
+        return 5.0 * (later.place - self.place)
+
+
+def test_steps_timed_by_events_are_all_launched_before_the_first_wait(monkeypatch):
+    monkeypatch.setattr(FakeEvent, "launched", 0)
+
+    def step() -> int:
+        assert FakeEvent.waited_for == -1
+        FakeEvent.launched += 1
+        return FakeEvent.launched
+
+    monkeypatch.setattr(FakeEvent, "waited_for", -1)
+    timed = benchmark.timed_by_events(step, 3, FakeEvent)
+    assert timed == [(1, 0.005), (2, 0.005), (3, 0.005)]
+    assert FakeEvent.waited_for == 3
+
+
+def test_energy_is_of_steps_that_last_long_enough_and_are_not_among_the_timed(monkeypatch):
+    class Meter:
+        def __init__(self, device):
+            self.since = clock.found.energy_sequences
+
+        def joules(self, seconds):
+            return 12.0
+
+    clock = benchmark._Clock(a_trainer())
+    clock.warm_up(1)
+    clock.round(4)
+    before = clock.found.timings()
+    assert before["joules_per_sequence"] is None
+    clock.found.step_seconds = [0.5] * 4  # 5 steps are 2.5 s
+    monkeypatch.setattr(benchmark.energy, "Meter", Meter)
+    clock.energy()
+    batches = [batch for step in range(6, 11) for batch in benchmark.step_batches(a_trainer(), step)]
+    assert clock.found.energy_sequences == sum(batch.num_sequences for batch in batches)
+    assert clock.found.timings()["joules_per_sequence"] == 12.0 / clock.found.energy_sequences
+    assert (len(clock.found.step_seconds), len(clock.found.losses)) == (4, 5)
+    whole = merged([clock.found, clock.found])
+    assert whole.joules_per_sequence == clock.found.joules_per_sequence
+
+
+def test_weights_of_what_is_timed_are_drawn_on_the_device(p, monkeypatch):
+    class Drawn(Exception):
+        pass
+
+    def model(config):
+        raise Drawn(torch.get_default_device())
+
+    there = replace(CPU, torch_device=torch.device("meta"))
+    monkeypatch.setattr(speed, "Bert4Rec", model)
+    monkeypatch.setattr(comparison, "Bert4Rec", model)
+    with pytest.raises(Drawn, match="meta"):
+        speed.work(p, speed.dataset_of(p), there)
+    hardware_p = params.build("06_hardware", params.profile("06_hardware", "smoke"))
+    with pytest.raises(Drawn, match="meta"):
+        comparison.measured(hardware_p, there)

@@ -341,6 +341,20 @@ def test_the_profile_with_most_work_is_shown_and_its_newest_parameters():
     assert groups == {("ml-100k", "cpu"): [new[1], new[0]], ("ml-100k", "l4"): [other]}
 
 
+def test_a_plan_of_more_work_does_not_hide_what_was_measured():
+    def step(kind, profile, steps):
+        own = {"size": "85m", "kind": kind}
+        record = a_record("06_hardware", "hardware_step", {}, profile=profile, params={"steps": steps})
+        return record | {"label": "h100", "kind": kind, "own_params": own}
+
+    plan, measured = step("predicted", "quick", 12), step("measured", "custom", 7)
+    older = step("measured", "smoke", 4)
+    (shown,) = tables.groups([plan, older, measured]).values()
+    assert shown == [measured, plan]
+    (both,) = tables.groups([plan, measured, step("measured", "full", 30)]).values()
+    assert both == [step("measured", "full", 30)]
+
+
 def test_table_has_a_row_per_point_with_what_it_belongs_to(records):
     curves = [r for r in records if (r["notebook"], r["name"]) == ("02_baseline", "learning_curve")]
     rows = tables.table(curves)

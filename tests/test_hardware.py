@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
-from reclib import hardware
+from reclib import devices, hardware
 from reclib.config import GPU_LABELS, InputError
 from reclib.hardware import Card
 
@@ -22,7 +23,12 @@ NAMES = {
     "Tesla V100-PCIE-32GB": "v100",
     "NVIDIA A100-SXM4-40GB": "a100",
     "NVIDIA A100 80GB PCIe": "a100",
-    "NVIDIA A10G": "other",
+    "NVIDIA A10G": "a10g",
+    "NVIDIA A10": "other",
+    "NVIDIA GeForce RTX 4090": "rtx4090",
+    "NVIDIA GeForce RTX 4090 D": "other",
+    "NVIDIA GeForce RTX 4090 Laptop GPU": "other",
+    "NVIDIA H100 80GB HBM3 MIG 1g.10gb": "other",
     "NVIDIA H100 80GB HBM3": "h100",
     "NVIDIA H100 NVL": "h100",
     "NVIDIA H200": "h200",
@@ -109,6 +115,31 @@ def test_a_claimed_gpu_that_is_not_there_is_no_claim():
     assert (there.label, there.is_claimed) == ("l4", True)
     assert hardware.resolve("auto", CPU).is_claimed
     assert hardware.resolve("cpu", cuda((8, 9), "NVIDIA L4")).label == "cpu"
+
+
+def test_every_board_of_the_catalogue_can_be_claimed_and_is_told_by_its_memory():
+    known = devices.catalogue()
+    families = {label.partition("-")[0] for label in known}
+    assert {label for label in GPU_LABELS if not label.startswith(("auto", "cpu"))} == set(known) | families
+    for label, board in known.items():
+        card = replace(cuda(board.capability, board.name), memory_bytes=int(0.98 * board.memory_bytes))
+        for claim in GPU_LABELS:
+            device = hardware.resolve(claim, card)
+            right = claim.startswith("cpu") or claim in ("auto", label, label.partition("-")[0])
+            assert device.is_claimed == right, (claim, label)
+
+
+def test_on_cuda_attention_is_not_left_to_cudnn():
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        hardware.resolve("cpu")
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+        hardware.resolve("h100", cuda((9, 0), "NVIDIA H100 80GB HBM3"))
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.mem_efficient_sdp_enabled()  # which takes the masks of packed rows
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def test_unknown_label_is_refused():

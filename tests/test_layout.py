@@ -11,11 +11,11 @@ from conftest import ROOT
 # From the ground up: a module imports only those before it. A new module takes its place here.
 ORDER = [
     *("paths", "config", "command", "lifeline", "diagnosis", "turns"),
-    *("injected", "notebook_params", "params", "provenance", "tracker", "hardware", "energy"),
+    *("injected", "notebook_params", "params", "provenance", "tracker", "devices", "hardware", "energy"),
     *("cache", "synthetic", "fetch", "ml100k"),
     *("rawfile", "formats", "rows", "rejects", "rawtable", "sequences", "parquet", "titles"),
     *("reading", "sources", "dataset", "prepare", "splits", "periods", "data"),
-    *("describe", "datasheet", "samples", "devices", "packing", "batching", "claims"),
+    *("describe", "datasheet", "samples", "packing", "batching", "claims"),
     *("flops", "adapter_plan", "workload", "footprint", "headroom", "steptime", "planner", "quote"),
     *("sinks", "model", "instance", "lowrank", "gate", "adapters", "ilora", "adapter_files"),
     *("sampled", "cross_entropy", "objective", "metrics", "baselines", "statistics", "protocols"),

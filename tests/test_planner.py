@@ -14,7 +14,18 @@ from test_footprint import CASES, CPU, shapes_of, small_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from reclib import comparison, devices, params, planner, provenance, record, steptime, workload
+from reclib import (
+    benchmark,
+    comparison,
+    devices,
+    ladder,
+    params,
+    planner,
+    provenance,
+    record,
+    steptime,
+    workload,
+)
 from reclib.adapter_plan import AdapterPlan
 from reclib.config import InputError, TrainConfig, changed, model_config
 from reclib.model import Bert4Rec
@@ -325,3 +336,46 @@ def test_gains_are_ratios_of_two_plans():
     assert set(found) == set(comparison.TECHNIQUES)
     assert found["gather before the head"] > found["packed rows"] > 1
     assert np.isfinite(list(found.values())).all()
+
+
+def test_each_notebook_of_the_lease_ends_in_three_minutes_on_an_h100_by_its_slowest_plan():
+    h100 = devices.catalogue()["h100"]
+    energy = benchmark.ENERGY_SECONDS
+
+    def step(model, train, mean_len, adapter=None):
+        lengths = planner.typical_lengths(mean_len)
+        return planner.plan(h100, model, train, lengths, adapter=adapter).step.high
+
+    p = params.build("06_hardware", params.profile("06_hardware", "lease"))
+    pairs = [(comparison.model_of(p, size), rule) for size in p.measured_sizes for rule in ("fp32", "auto")]
+    steps = p.warmup_steps + p.steps
+    sizes = sum(
+        steps * step(model, comparison.train_of(p, rule), p.mean_len) + energy for model, rule in pairs
+    )
+
+    p = params.build("04_amp_compile", params.profile("04_amp_compile", "lease"))
+    model = model_config(p.size, num_items=p.synthetic_items, max_len=p.max_len)
+    assert set(p.compile_modes) == {"off"}  # no plan knows how long compiling takes
+    timed = p.warmup_steps + p.repeats * p.steps
+    amp = sum(
+        timed * step(model, TrainConfig(precision=precision, batch_size=size), p.synthetic_mean_len) + energy
+        for precision in p.precisions
+        for size in p.batch_sizes
+    )
+    first = TrainConfig(batch_size=p.batch_sizes[0], precision="fp32")
+    rungs = ladder.ladder(model, first, (("AMP", "precision", "bf16"),))
+    of_rung = p.repeats * (p.warmup_steps + p.steps)
+    amp += sum(of_rung * step(rung.model, rung.train, p.synthetic_mean_len) for rung in rungs)
+    amp += 2 * p.synthetic_users / p.batch_sizes[0] * step(model, first, p.synthetic_mean_len)  # epochs
+
+    p = params.build("05_ilora", params.profile("05_ilora", "lease"))
+    model = model_config(p.size, num_items=1349, max_len=p.max_len)
+    train = TrainConfig(batch_size=p.batch_size, precision="fp32")
+    base, adapted = step(model, train, 50), step(model, train, 50, comparison.ILORA)
+    per_epoch = -(-943 // p.batch_size)  # MovieLens 100K: of all users, where fewer have a past
+    runs = len(p.tasks) * (len(p.arms) - 1) * (len(p.learning_rates) + len(p.seeds) - 1)
+    arms = len(p.seeds) * p.base_epochs * per_epoch * base + runs * p.epochs * per_epoch * adapted
+    arms += (4 + len(p.precisions)) * (p.warmup_steps + p.rounds) * adapted
+
+    seconds = {"04": amp, "05": arms, "06": sizes}  # params/lease.yaml states them
+    assert {name: round(value) for name, value in seconds.items()} == {"04": 43, "05": 35, "06": 31}
