@@ -57,7 +57,7 @@ def test_the_target_cannot_reach_the_gate(form):
     a_visible_one[np.flatnonzero(~samples.is_target)[0]] = other[np.flatnonzero(~samples.is_target)[0]]
 
     def z(tokens):
-        laid = plan.layout.batch(samples._replace(tokens=tokens), plan.rows[0], plan.places[0])
+        laid = plan.layout.batch(samples._replace(tokens=tokens), *plan.placed(0))
         assert len(laid.items) < laid.num_sequences
         return form.train()(base(**UNTIED), Rows(*rows_of(laid)))
 
