@@ -29,6 +29,7 @@ from reclib.samples import Samples, cut, mask_cloze, negative_shares, next_items
 IGNORE = -100  # target of a slot that only fills a bucket
 ORDER, SAMPLE, NEGATIVES, PREFIX = 0, 1, 2, 3  # streams of random numbers
 STEPS_PACKED = 64  # at once: about as fast as a whole epoch, and its first batch waits for these alone
+AHEAD = 16  # batches: as many as a fast GPU uses up while the next steps are packed
 CPU = torch.device("cpu")
 ALIGNED = 4  # places: every tensor in a staging buffer starts at a multiple of 16 bytes
 
@@ -311,7 +312,7 @@ def next_item_batches(
         yield chosen[by_place], batch
 
 
-def prefetch(source: Iterable[T], depth: int = 8) -> Generator[T, None, None]:
+def prefetch(source: Iterable[T], depth: int = AHEAD) -> Generator[T, None, None]:
     """Yield from `source`, prepared by a thread up to `depth` ahead; its errors are raised here."""
     ready: queue.Queue = queue.Queue(maxsize=depth)
     stop = threading.Event()

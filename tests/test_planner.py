@@ -14,7 +14,7 @@ from test_footprint import CASES, CPU, shapes_of, small_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from reclib import comparison, devices, params, planner, provenance, record, steptime, workload
+from reclib import comparison, devices, footprint, params, planner, provenance, record, steptime, workload
 from reclib.adapter_plan import AdapterPlan
 from reclib.config import InputError, TrainConfig, changed, model_config
 from reclib.model import Bert4Rec
@@ -167,6 +167,8 @@ def test_the_command_line_prints_a_prediction_and_says_so():
     assert done.returncode == 0
     assert (found["kind"], found["basis"], found["fits"]) == ("predicted", "unvalidated", 1)
     assert found["memory"]["weights"] == 4 * 429_153_286
+    each = sum(found["memory"].values()) + footprint.CONTEXT_BYTES
+    assert found["side_by_side"] == int(footprint.USABLE * 24 * 2**30) // each >= 1
     spoken = command("--size", "430m", "--gpu", "l4", "--price", "0.7").stdout
     assert "predicted, unvalidated" in spoken
     assert "cost" in spoken
