@@ -2,7 +2,7 @@
 
 A step's samples are drawn before they are laid out, from a generator seeded by (seed, stream, epoch, step).
 So the same step has the same targets in packed or padded rows, in one piece or in micro-batches, and a
-resumed run needs no generator state. Packing is first-fit decreasing, for all steps of an epoch at once.
+resumed run needs no generator state. Packing is first-fit decreasing, for `STEPS_PACKED` steps at once.
 Of several processes that train together each draws the whole step and lays out its own micro-batches.
 
 Shapes: S steps, B sequences of a step, T items of a step, R rows, L = max_len, Q queries of a row, M targets.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import queue
 import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -28,6 +28,10 @@ from reclib.samples import Samples, cut, mask_cloze, negative_shares, next_items
 
 IGNORE = -100  # target of a slot that only fills a bucket
 ORDER, SAMPLE, NEGATIVES, PREFIX = 0, 1, 2, 3  # streams of random numbers
+STEPS_PACKED = 64  # at once: about as fast as a whole epoch, and its first batch waits for these alone
+AHEAD = 16  # batches: as many as a fast GPU uses up while the next steps are packed
+CPU = torch.device("cpu")
+ALIGNED = 4  # places: every tensor in a staging buffer starts at a multiple of 16 bytes
 
 T = TypeVar("T")
 
@@ -47,17 +51,57 @@ class Batch(NamedTuple):
     num_sequences: int
     negatives: Tensor | None = None  # (K,) item ids of a sampled loss
     negative_probs: Tensor | None = None  # (K,) how likely one draw was to give each
+    buffer: Tensor | None = None  # int32: the tensors above in one piece, as `staged` leaves them for `to`
 
-    def to(self, device: torch.device) -> Batch:
-        """Return the batch on `device`, copied without waiting where memory is pinned."""
+    def staged(self, device: torch.device) -> Batch:
+        """Return the batch ready for one copy to `device`: the work of the thread that prepares batches."""
         if device.type == "cpu":
             return self
-        tensors: dict[str, Any] = {
-            name: value.pin_memory().to(device, non_blocking=True)
-            for name, value in self._asdict().items()
-            if isinstance(value, Tensor)
-        }
-        return self._replace(**tensors)
+        return self._replace(buffer=stage(list(self._tensors().values()), device))
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on `device`, in one copy that nobody waits for."""
+        if device.type == "cpu":
+            return self
+        parts = self._tensors()
+        sent: dict[str, Any] = dict(zip(parts, send(list(parts.values()), device, self.buffer), strict=True))
+        return self._replace(**sent, buffer=None)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by name, without the buffer."""
+        fields = self._replace(buffer=None)._asdict()
+        return {name: value for name, value in fields.items() if isinstance(value, Tensor)}
+
+
+def stage(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return int32, int64 (below 2^31) and fp32 tensors in one int32 buffer, pinned for a CUDA device."""
+    sizes = [-(-tensor.numel() // ALIGNED) * ALIGNED for tensor in tensors]
+    buffer = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
+    for tensor, part in zip(tensors, buffer.split(sizes), strict=True):
+        bits = tensor.view(torch.int32) if tensor.is_floating_point() else tensor
+        part[: tensor.numel()].copy_(bits.flatten())
+    return buffer
+
+
+def unstage(buffer: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Return the tensors in a buffer that `stage` made of such as `like`, as views of it and of its int64."""
+    wide, first, views = buffer.long(), 0, []
+    for tensor in like:
+        source = wide if tensor.dtype == torch.int64 else buffer.view(tensor.dtype)
+        views.append(source[first : first + tensor.numel()].view(tensor.shape))
+        first += -(-tensor.numel() // ALIGNED) * ALIGNED
+    return views
+
+
+def send(tensors: Sequence[Tensor], device: torch.device, buffer: Tensor | None = None) -> list[Tensor]:
+    """Return CPU tensors on `device`, of the types that they had, in one copy of what `stage` makes of them.
+
+    The copy is half as wide as int64 would be, and the device widens all of it in one operation.
+    """
+    if device.type == "cpu":
+        return list(tensors)
+    buffer = stage(tensors, device) if buffer is None else buffer
+    return unstage(buffer.to(device, non_blocking=True), tensors)
 
 
 class Totals(NamedTuple):
@@ -178,12 +222,7 @@ class Epoch:
         self.rank, self.ranks = rank, ranks
         micro = math.gcd(train.micro_batch_size or train.batch_size, train.batch_size // ranks)
         self.micro_batch_size = micro
-        lengths = np.zeros(self.num_steps * train.batch_size, dtype=np.int64)
-        spans = histories.ends[self.users] - histories.starts[self.users] - self.extra
-        lengths[: len(users)] = np.minimum(spans, model.max_len)
-        rows, places = self.layout.place(lengths.reshape(-1, micro))
-        self.rows, self.places = (x.reshape(-1, train.batch_size) for x in (rows, places))
-
+        self._packed: tuple[int, np.ndarray, np.ndarray] | None = None  # first step of a block, rows, places
         self.shares = negative_shares(histories, model.num_items, train) if train.sampled else None
 
     def samples(self, step: int) -> Samples:
@@ -206,14 +245,31 @@ class Epoch:
         odds = torch.from_numpy(self.shares[drawn].astype(np.float32))
         return {"negatives": torch.from_numpy(drawn), "negative_probs": odds}
 
+    def placed(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return row and place (B,) of a step's sequences, B = batch_size also in a shorter last step.
+
+        A block of steps is packed when one of them is first asked for.
+        """
+        first = step // STEPS_PACKED * STEPS_PACKED
+        if self._packed is None or self._packed[0] != first:
+            size = self.train.batch_size
+            users = self.users[first * size : (first + STEPS_PACKED) * size]
+            lengths = np.zeros(-(-len(users) // size) * size, dtype=np.int64)
+            spans = self.histories.ends[users] - self.histories.starts[users] - self.extra
+            lengths[: len(users)] = np.minimum(spans, self.model.max_len)
+            rows, places = self.layout.place(lengths.reshape(-1, self.micro_batch_size))
+            self._packed = first, rows.reshape(-1, size), places.reshape(-1, size)
+        _, rows, places = self._packed
+        return rows[step - first], places[step - first]
+
     def step(self, step: int) -> list[Batch]:
         """Return the micro-batches of a step."""
         return self.counted(step)[0]
 
-    def counted(self, step: int) -> tuple[list[Batch], Totals]:
-        """Return the micro-batches of a step that are this process's, and what all of them hold."""
+    def counted(self, step: int, device: torch.device = CPU) -> tuple[list[Batch], Totals]:
+        """Return this process's micro-batches of a step, staged for `device`, and the whole step's totals."""
         samples, negatives = self.samples(step), self.negatives(step)
-        size = self.micro_batch_size
+        size, (rows, places) = self.micro_batch_size, self.placed(step)
         ends = np.concatenate(([0], np.cumsum(samples.lengths)))
         batches = []
         for first in range(0, len(samples.lengths), size)[self.rank :: self.ranks]:
@@ -221,15 +277,15 @@ class Epoch:
             items = slice(ends[part.start], ends[part.stop])
             tokens, lengths, is_target, labels = samples
             piece = Samples(tokens[items], lengths[part], is_target[items], labels[items])
-            rows, places = self.rows[step, part], self.places[step, part]
-            batches.append(self.layout.batch(piece, rows, places)._replace(**negatives))
+            batch = self.layout.batch(piece, rows[part], places[part])._replace(**negatives)
+            batches.append(batch.staged(device))
         whole = Totals(int(samples.is_target.sum()), len(samples.tokens), len(samples.lengths))
         return batches, whole
 
 
 def next_item_batches(
     histories: Histories, layout: Layout, users: np.ndarray, batch_size: int
-) -> Iterator[tuple[np.ndarray, Batch]]:
+) -> Generator[tuple[np.ndarray, Batch], None, None]:
     """Yield (users, batch) for prediction: each history's last L - 1 items, then MASK.
 
     The causal twin is asked at the last of L items, and at MASK alone after an empty history. Users are taken
@@ -256,7 +312,7 @@ def next_item_batches(
         yield chosen[by_place], batch
 
 
-def prefetch(source: Iterable[T], depth: int = 2) -> Generator[T, None, None]:
+def prefetch(source: Iterable[T], depth: int = AHEAD) -> Generator[T, None, None]:
     """Yield from `source`, prepared by a thread up to `depth` ahead; its errors are raised here."""
     ready: queue.Queue = queue.Queue(maxsize=depth)
     stop = threading.Event()

@@ -11,7 +11,7 @@ Letters as in `workload`.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -186,6 +186,20 @@ def machine_bytes() -> int:
 def usable(memory_bytes: int, device_type: str) -> int:
     """Return how much of a device's memory training's tensors can take."""
     return int(USABLE * memory_bytes) - (CONTEXT_BYTES if device_type == "cuda" else 0)
+
+
+def side_by_side(totals: Iterable[int], memory_bytes: int, device_type: str) -> int:
+    """Return how many trainings, taken in the order of their `totals` of bytes, fit on a device at once.
+
+    Each is a process of its own, on CUDA with a context of its own.
+    """
+    room, count = int(USABLE * memory_bytes), 0
+    for total in totals:
+        room -= total + (CONTEXT_BYTES if device_type == "cuda" else 0)
+        if room < 0:
+            break
+        count += 1
+    return count
 
 
 def largest_batch(

@@ -11,13 +11,18 @@ A file may bar one arm until a prediction of it is recorded (`scaling`): the rec
 the prediction's hash.
 
     python -m reclib.grid run ml-1m        # train what is not trained yet
+    python -m reclib.grid run ml-1m --parallel 3    # three runs at a time on one device
     python -m reclib.grid status ml-1m
+
+Runs side by side fill a large GPU that waits for the launches of one small model. Each is a process of its
+own: their kernels take turns on the GPU, and overlap under NVIDIA's MPS. On a CPU they divide its threads.
 
 Records are lines of `executed/<label>/grids/<name>.jsonl`; the ranks of every user lie beside them.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import csv
 import fcntl
@@ -30,17 +35,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from reclib import paths, record
+from reclib import diagnosis, footprint, launch, lifeline, paths, record
 from reclib.assessment import Result
 from reclib.command import Parser, exit_code
 from reclib.config import InputError, ModelConfig, TrainConfig, changed
 from reclib.counts import counted
 from reclib.data import Dataset, prepare
+from reclib.devices import GIB
 from reclib.experiment import Trained
 from reclib.fit import Options, data_identity, fit, rank_targets
 from reclib.gridfile import SPLITS, Arm, Grid, configs, read
 from reclib.hardware import Device, device_card, resolve
+from reclib.headroom import demand_room, device_bytes
 from reclib.provenance import code_hash, git_state, plain, versions
 from reclib.splits import Split
 from reclib.trainer import Trainer
@@ -186,10 +194,11 @@ def held(folder: Path) -> Iterator[bool]:
         yield True
 
 
-def run(work: Work, chosen: Sequence[tuple[Arm, int]], options: Options) -> int:
+def run(work: Work, chosen: Sequence[tuple[Arm, int]], options: Options, parallel: int = 1) -> int:
     """Train the chosen runs that have no record; return how many were trained here.
 
-    A run that another process holds is passed over: whoever holds it finishes it.
+    A run that another process holds is passed over: whoever holds it finishes it. A record says of how many
+    runs side by side it is one (`parallel`): its seconds are not those of a run alone.
     """
     trained = 0
     for arm, seed in chosen:
@@ -204,14 +213,54 @@ def run(work: Work, chosen: Sequence[tuple[Arm, int]], options: Options) -> int:
             valid = rank_targets(one.trainer, work.split(arm).valid, options.remove_seen)
             save_ranks(work.ranks_file(arm, seed), {"valid": valid.ranks})
             model, train = work.configs(arm, seed)
-            said = {"model": asdict(model), "train": asdict(train), "split": arm.split}
+            said: dict[str, Any] = {"model": asdict(model), "train": asdict(train), "split": arm.split}
             said |= {"prediction": known} if (known := work.prediction(arm)) else {}
+            said |= {"parallel": parallel} if parallel > 1 else {}
             numbers = one.best() | one.losses() | counted(one.trainer)
             found = Result("learning_curve", numbers, {"model": arm.name}, one.curve(), seed)
             work.write(work.key(arm, seed), found, said, one.timings())
             print(f"  {one.best()}, {one.timings()['train_seconds']:.0f} s", flush=True)
             trained += 1
     return trained
+
+
+def demand_parallel(work: Work, chosen: Sequence[tuple[Arm, int]], parallel: int) -> int:
+    """Return how many processes have a run to take, `parallel` at most.
+
+    Raises `InputError` where so many of the largest runs do not fit into the device's memory at once.
+    """
+    if parallel < 1:
+        raise InputError(f"--parallel is {parallel}: expected at least 1")
+    left = [(arm, seed) for arm, seed in chosen if not (work.barred(arm) or work.trained(arm, seed))]
+    processes = min(parallel, len(left))
+    if processes > 1:
+        totals = [
+            demand_room(*work.configs(arm, seed), work.split(arm).train, work.device).total
+            for arm, seed in left
+        ]
+        largest = sorted(totals, reverse=True)[:processes]
+        room, kind = device_bytes(work.device), work.device.torch_device.type
+        fit = footprint.side_by_side(largest, room, kind)
+        if fit < processes:
+            raise InputError(
+                f"--parallel {parallel}: {fit} of these runs fit side by side into {room / GIB:.1f} GiB; the "
+                f"largest {processes} take {sum(largest) / GIB:.1f} GiB"
+            )
+    return processes
+
+
+def run_parallel(arguments: Sequence[str], processes: int) -> int:
+    """Run `python -m reclib.grid ARGUMENTS` in several processes that share its runs; return an exit code."""
+    kills = diagnosis.memory_kills()
+    threads = max(1, torch.get_num_threads() // processes)
+    codes = launch.side_by_side(["reclib.grid", *arguments, "--worker"], processes, threads)
+    for number, code in enumerate(codes, 1):
+        if code:  # what it could say itself is said
+            who = f"process {number} of {processes}"
+            print(
+                f"error: {diagnosis.of_death(code, diagnosis.memory_kills() - kills, who)}", file=sys.stderr
+            )
+    return 2 if any(codes) else 0
 
 
 def status(work: Work, chosen: Sequence[tuple[Arm, int]]) -> list[str]:
@@ -234,6 +283,8 @@ def status(work: Work, chosen: Sequence[tuple[Arm, int]]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run, score or describe a grid."""
+    lifeline.hold()
+    arguments = sys.argv[1:] if argv is None else argv
     parser = Parser(prog="python -m reclib.grid", description=__doc__.split("\n")[0])
     parser.add_argument("action", choices=("run", "status"))
     parser.add_argument("name", help="an experiment file of params/grids, without .yaml")
@@ -241,19 +292,29 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arms", help="some arms only, separated by commas; quote a name that has one")
     parser.add_argument("--seeds", help="some seeds only, separated by commas")
     parser.add_argument("--gpu", default="auto", help="auto, cpu or a gpu label (auto)")
-    given = parser.parse_args(argv)
+    parser.add_argument("--parallel", type=int, default=1, metavar="N", help="runs side by side (1)")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # one of several processes
+    given = parser.parse_args(arguments)
     try:
         grid = read(given.name)
         config = changed(grid.data, dataset=given.dataset) if given.dataset else grid.data
         work = Work(grid, prepare(config), resolve(given.gpu))
         chosen = choose(work, given.arms, given.seeds)
+        code = 0
+        if given.worker:
+            run(work, chosen, Options(), given.parallel)
+            return 0
         if given.action == "run":
-            run(work, chosen, Options(progress_bar=sys.stderr.isatty()))
+            processes = demand_parallel(work, chosen, given.parallel)
+            if processes > 1:
+                code = run_parallel(arguments, processes)
+            else:
+                run(work, chosen, Options(progress_bar=sys.stderr.isatty()))
         print("\n".join(status(work, chosen)))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    return code
 
 
 def named_arms(said: str, names: Sequence[str]) -> list[str]:

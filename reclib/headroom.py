@@ -9,6 +9,11 @@ from reclib.footprint import Footprint
 from reclib.hardware import Device, choose_precision
 
 
+def device_bytes(device: Device) -> int:
+    """Return the memory of a device in bytes, for a CPU what the machine or its container has."""
+    return device.card.memory_bytes or footprint.machine_bytes()
+
+
 def demand_room(
     model: ModelConfig,
     config: TrainConfig,
@@ -25,7 +30,7 @@ def demand_room(
     kind, lengths = device.torch_device.type, histories.ends - histories.starts
     lengths = lengths[lengths > int(model.causal)]  # the others train nothing
     if room is None:
-        room = device.card.memory_bytes or footprint.machine_bytes()
+        room = device_bytes(device)
     precision = choose_precision(config.precision, device.card).name
     if processes > 1 and config.micro_batch_size is None:
         config = changed(config, micro_batch_size=max(1, config.batch_size // processes))

@@ -2,8 +2,9 @@
 
 `run` is torchrun's own engine on one machine, asked which process failed and why; `torchrun -m reclib.fit`
 itself does as well, and says it in its own words. `apart` starts such a command from a notebook: no kernel
-ever joins other processes. Whoever starts processes ends them: on an error, on Ctrl-C, and, as they look for
-it (`lifeline`), when it is killed itself.
+ever joins other processes. `side_by_side` starts processes that each train models of their own. Whoever
+starts processes ends them: on an error, on Ctrl-C, and, as they look for it (`lifeline`), when it is killed
+itself.
 """
 
 from __future__ import annotations
@@ -134,6 +135,35 @@ def report(error: InputError) -> None:
         print(f"error: {error}", file=sys.stderr)
 
 
+def _end(processes: Sequence[subprocess.Popen]) -> None:
+    """Interrupt processes, and kill what has not put its things away in time."""
+    for process in processes:
+        process.send_signal(signal.SIGINT)
+    until = time.monotonic() + lifeline.PATIENCE
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, until - time.monotonic()))
+        process.kill()
+
+
+def side_by_side(arguments: Sequence[str], processes: int, threads: int) -> list[int]:
+    """Run `python -m ARGUMENTS` in several processes that are not joined; return their exit codes.
+
+    Each has so many CPU `threads` unless its gpu label states them. Interrupted, this interrupts them and
+    waits until they have ended.
+    """
+    environment = lifeline.start_with() | {"OMP_NUM_THREADS": str(threads)}
+    started: list[subprocess.Popen] = []
+    try:
+        for _ in range(processes):
+            command = [sys.executable, "-m", *arguments]
+            started.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL))
+        return [process.wait() for process in started]
+    except BaseException:
+        _end(started)
+        raise
+
+
 def apart(arguments: Sequence[str], processes: int) -> None:
     """Run `python -m reclib.fit --nproc PROCESSES ARGUMENTS` and wait for it.
 
@@ -146,10 +176,7 @@ def apart(arguments: Sequence[str], processes: int) -> None:
     try:
         _, told = process.communicate()
     except BaseException:
-        process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(lifeline.PATIENCE)
-        process.kill()
+        _end([process])
         raise
     if process.returncode:
         lines = told.strip().splitlines() or [f"it ended with exit code {process.returncode}"]

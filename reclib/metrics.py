@@ -1,29 +1,34 @@
 """Full ranking of every real item, and what is read off the ranks.
 
-Scores are made and ranked a few users at a time: memory is bounded by `SCORE_BYTES`, never users x items.
-Ties are pessimistic (an item that scores the same stands before the target), a target whose score is NaN
-ranks last, and PAD and MASK are never candidates. Metrics keep one value per user, so that models can be
-compared by a paired bootstrap over users.
+Scores are made and ranked a few users at a time: memory is bounded (`pass_sizes`), never users x items. They
+are fp32 sums whatever the precision of the encoder: rounded to 16 bits, many would be equal. Ties are
+pessimistic (an item that scores the same stands before the target), a target whose score is NaN ranks last,
+and PAD and MASK are never candidates. Metrics keep one value per user, so that models can be compared by a
+paired bootstrap over users.
 
 Shapes: B users at a time, I real items, k recommendations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Generator, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from reclib.batching import Layout, next_item_batches
+from reclib.batching import CPU, Batch, Layout, next_item_batches, prefetch, send
 from reclib.config import ModelConfig
 from reclib.data import Evaluation, Histories
 from reclib.model import Bert4Rec
 from reclib.samples import item_counts
 
 SCORE_BYTES = 64 * 2**20  # scores held at a time
+USERS = 256  # encoded at a time
+LARGE_SCORE_BYTES, MANY_USERS = 2**30, 4096  # the same at most on a GPU, where small pieces wait for launches
+SHARE = 32  # scores, and what the encoder holds, take at most this part of a GPU's memory each
 ROWS_IN_CACHE = 8  # users counted at a time on a CPU
 BLOCK = 64  # items whose maximum is taken first when the best k are sought
 KS = (1, 5, 10, 20)
@@ -112,12 +117,13 @@ def rank(
     """
     users, ranks, tops, losses = [], [], [], []
     for chosen, values in scores:
-        targets = torch.as_tensor(evaluation.targets[chosen].astype(np.int64), device=values.device)
+        asked = [torch.from_numpy(evaluation.targets[chosen].astype(np.int64))]
+        asked += seen_items(evaluation.histories, chosen, CPU) if remove_seen else ()
+        targets, *seen = send(asked, values.device)
         if with_losses:  # before the scores are overwritten
             own = values.gather(1, (targets - 1)[:, None]).squeeze(1)
             losses.append(values.logsumexp(1) - own)
-        seen = seen_items(evaluation.histories, chosen, values.device) if remove_seen else None
-        got, top = rank_scores(values, targets, seen, top_k)
+        got, top = rank_scores(values, targets, (seen[0], seen[1]) if remove_seen else None, top_k)
         users.append(chosen)
         ranks.append(got)
         tops.append(top)
@@ -132,7 +138,8 @@ def seen_items(histories: Histories, users: np.ndarray, device: torch.device) ->
     chosen = Histories(histories.items, histories.starts[users], histories.ends[users])
     items = histories.items[chosen.places()].astype(np.int64)
     rows = np.repeat(np.arange(len(users)), chosen.lengths)
-    return torch.from_numpy(rows).to(device), torch.from_numpy(items).to(device)
+    sent = send((torch.from_numpy(rows), torch.from_numpy(items)), device)
+    return sent[0], sent[1]
 
 
 def constant_scores(values: np.ndarray, evaluation: Evaluation) -> Scores:
@@ -150,18 +157,42 @@ def popularity(histories: Histories, num_items: int) -> np.ndarray:
     return item_counts(histories, num_items)[1:].astype(np.float32)
 
 
+def pass_sizes(config: ModelConfig, memory_bytes: int | None) -> tuple[int, int]:
+    """Return how many users are encoded at a time and how many bytes of scores are held.
+
+    `memory_bytes` is a GPU's memory; None: a CPU, where small pieces stay in its caches.
+    """
+    if memory_bytes is None:
+        return USERS, SCORE_BYTES
+    share = memory_bytes // SHARE
+    # A layer in fp32: its input, two norms, q, k, v, what attention gives, a sum, and the inner width.
+    user_bytes = 4 * config.max_len * config.hidden_dim * (8 + config.ffn_factor)
+    users = min(MANY_USERS, max(USERS, share // user_bytes))
+    return users, min(LARGE_SCORE_BYTES, max(SCORE_BYTES, share))
+
+
+def score_product(hidden: Tensor, table: Tensor, out: Tensor) -> Tensor:
+    """Return the product of states (B, D) with an item table (I, D), as fp32 sums in `out` (B, I).
+
+    A 16-bit table, on CUDA only, is multiplied in 16 bits; its scores are not rounded to them.
+    """
+    wide = {} if table.dtype == torch.float32 else {"out_dtype": torch.float32}
+    return torch.mm(hidden.to(table.dtype), table.t(), out=out, **wide)
+
+
 @torch.no_grad()
 def model_scores(
     model: Bert4Rec,
     evaluation: Evaluation,
     device: torch.device,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     encode: Callable[..., Tensor] | None = None,
 ) -> Scores:
     """Yield a model's scores of all real items after each history; puts the model in eval mode.
 
-    A history longer than max_len - 1 (max_len for the causal twin) is cut to its last items. Runs in
-    autocast's precision where that is on; scores are fp32, in a buffer that the next ones overwrite.
+    A history longer than max_len - 1 (max_len for the causal twin) is cut to its last items. The encoder runs
+    in autocast's precision where that is on; scores are fp32, in a buffer that the next ones overwrite.
+    `batch_size` users are encoded at a time, None: as many as suit the device (`pass_sizes`).
     """
     was_training = model.training
     model.eval()
@@ -169,21 +200,29 @@ def model_scores(
     layout = Layout(config.max_len, config.mask_id, config.position_origin, True, 16, config.causal)
     weight = model.output_weight[1 : config.num_items + 1]
     bias = None if model.output_bias is None else model.output_bias[1 : config.num_items + 1]
-    size = max(1, SCORE_BYTES // (4 * config.num_items))
+    cuda = device.type == "cuda"
+    memory_bytes = torch.cuda.get_device_properties(device).total_memory if cuda else None
+    most_users, score_bytes = pass_sizes(config, memory_bytes)
+    most_users, size = batch_size or most_users, max(1, score_bytes // (4 * config.num_items))
+    half = cuda and torch.is_autocast_enabled(device.type)
+    table = weight.to(torch.get_autocast_dtype(device.type) if half else torch.float32)  # once for all users
     users = np.arange(len(evaluation.targets))
-    buffer = weight.new_empty(min(size, batch_size, len(users)), config.num_items)
-    for chosen, batch in next_item_batches(evaluation.histories, layout, users, batch_size):
-        moved = batch.to(device)
-        rows = (moved.items, moved.segment_ids, moved.positions, moved.query_index)
-        hidden = (encode or model.encode)(*rows).flatten(0, 1)[moved.target_slots[: len(chosen)]]
-        hidden = model.head_input(hidden)
-        for first in range(0, len(chosen), size):
-            part = hidden[first : first + size]
-            if torch.is_autocast_enabled(device.type):
-                scores = torch.nn.functional.linear(part, weight).float()
-            else:
-                scores = torch.mm(part, weight.t(), out=buffer[: len(part)])
-            yield chosen[first : first + size], scores if bias is None else scores.add_(bias)
+    buffer = torch.empty(min(size, most_users, len(users)), config.num_items, device=device)
+    batches: Generator[tuple[np.ndarray, Batch], None, None] = next_item_batches(
+        evaluation.histories, layout, users, most_users
+    )
+    if cuda and len(users) > most_users:
+        batches = prefetch((chosen, batch.staged(device)) for chosen, batch in batches)
+    with contextlib.closing(batches):
+        for chosen, batch in batches:
+            moved = batch.to(device)
+            rows = (moved.items, moved.segment_ids, moved.positions, moved.query_index)
+            hidden = (encode or model.encode)(*rows).flatten(0, 1)[moved.target_slots[: len(chosen)]]
+            hidden = model.head_input(hidden)
+            for first in range(0, len(chosen), size):
+                part = hidden[first : first + size]
+                scores = score_product(part, table, buffer[: len(part)])
+                yield chosen[first : first + size], scores if bias is None else scores.add_(bias)
     model.train(was_training)
 
 

@@ -26,13 +26,14 @@ def first_fit_decreasing(lengths: np.ndarray, max_len: int) -> tuple[np.ndarray,
     order = np.argsort(-lengths, axis=1, kind="stable")
     # Of the rows that first fit opens, at most one is half empty: this many suffice.
     num_rows = min(B, int(2 * lengths.sum(axis=1).max(initial=0) // max_len) + 1)
-    free = np.full((S, num_rows), max_len, dtype=np.int64)
+    small = np.int16 if max_len <= np.iinfo(np.int16).max else np.int64  # `free` is read once a rank
+    free = np.full((S, num_rows), max_len, dtype=small)
     rows, places = np.zeros_like(lengths), np.zeros_like(lengths)
     step = np.arange(S)
     for rank in range(B):
         chosen = order[:, rank]
         length = lengths[step, chosen]
-        row = (free >= length[:, None]).argmax(axis=1)
+        row = (free >= length[:, None].astype(small)).argmax(axis=1)
         rows[step, chosen], places[step, chosen] = row, max_len - free[step, row]
-        free[step, row] -= length
+        free[step, row] -= length.astype(small)
     return rows, places

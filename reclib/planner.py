@@ -13,6 +13,7 @@ torch and no GPU.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import sys
@@ -63,6 +64,13 @@ class Plan:
         if self.memory_bytes is None:
             return None
         return self.footprint.total <= footprint.usable(self.memory_bytes, "cuda")
+
+    @property
+    def side_by_side(self) -> int | None:
+        """How many such trainings fit on the device at once, each a process of its own."""
+        if self.memory_bytes is None:
+            return None
+        return footprint.side_by_side(itertools.repeat(self.footprint.total), self.memory_bytes, "cuda")
 
     @property
     def epoch(self) -> Estimate:
@@ -200,7 +208,8 @@ def report(found: Plan) -> list[str]:
     if found.memory_bytes is not None:
         said = "fits" if found.fits else "DOES NOT FIT"
         lines.append(
-            f"  {said} into {found.memory_bytes / GIB:.0f} GiB; largest batch {found.largest_batch:,}"
+            f"  {said} into {found.memory_bytes / GIB:.0f} GiB; largest batch {found.largest_batch:,}; "
+            f"{found.side_by_side} such runs at once"
         )
         lines += [f"  {found.ways}"] if found.ways else []
     if found.price is not None:
@@ -321,6 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         about = {"kind": "predicted", "basis": one.basis, "size": given.size, "device": one.device}
         about |= {"precision": one.precision, "batch_size": given.batch_size, "adapter": given.adapter}
         whole: dict[str, Any] = about | one.numbers() | {"memory": dict(one.footprint.parts)}
+        whole |= {"side_by_side": one.side_by_side}
         print(json.dumps(whole) if given.json else "\n".join(report(one)))
     return 1 if any(one.fits is False for one in found) else 0
 

@@ -190,7 +190,7 @@ class Trainer:
             mine = (self.ranks.rank, self.ranks.count)
             plan = Epoch(self.histories, self.model.config, self.config, epoch, *mine)
             for i in range(first, min(plan.num_steps, first + self.total_steps - step)):
-                yield epoch, *plan.counted(i)
+                yield epoch, *plan.counted(i, self.where)
             step = (epoch + 1) * self.steps_per_epoch
 
     def steps(self) -> Iterator[StepStats]:

@@ -8,7 +8,10 @@ import torch
 from engine import NUM_ITEMS, histories, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from reclib import batching
 from reclib.batching import (
     IGNORE,
     Epoch,
@@ -18,6 +21,8 @@ from reclib.batching import (
     generator,
     next_item_batches,
     prefetch,
+    stage,
+    unstage,
 )
 from reclib.config import PAD, TrainConfig
 from reclib.data import Histories
@@ -141,6 +146,58 @@ def test_micro_batches_hold_the_targets_of_the_whole_step():
         return sorted(t for b in batches for t in b.targets.tolist() if t != IGNORE)
 
     assert targets(parts) == targets([whole])
+
+
+def test_steps_packed_in_blocks_have_the_bits_of_an_epoch_packed_at_once(monkeypatch):
+    data = histories([*range(1, 31), *range(30, 0, -1)])
+    for train in (TrainConfig(batch_size=8), TrainConfig(batch_size=8, micro_batch_size=2, layout="padded")):
+        monkeypatch.setattr(batching, "STEPS_PACKED", 10**6)
+        whole = Epoch(data, small_model(), train, 0)
+        wanted = [whole.step(i) for i in range(whole.num_steps)]
+        monkeypatch.setattr(batching, "STEPS_PACKED", 3)
+        blocks = Epoch(data, small_model(), train, 0)
+        for i in (7, 0, 1, 2, 3, 6, 5, 4):  # the last step is not full, nor is its block
+            for one, other in zip(blocks.step(i), wanted[i], strict=True):
+                for name, value in one._tensors().items():
+                    assert torch.equal(value, getattr(other, name)), (i, name)
+
+
+class Operations(TorchDispatchMode):
+    """Notes each operation with what it was given by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, dict]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append((func.overloadpacket.__name__, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_batch_goes_to_a_device_in_one_pinned_copy_and_is_the_same_there():
+    sampled = TrainConfig(batch_size=6, loss="sampled_softmax", num_negatives=5)
+    for train in (TrainConfig(batch_size=6), sampled):
+        (batch,) = Epoch(histories([3, 12, 5, 20, 2, 7]), small_model(), train, 0).step(0)
+        parts = list(batch._tensors().values())
+        assert len(parts) == (9 if train.sampled else 7)
+        for one, other in zip(parts, unstage(stage(parts, batching.CPU), parts), strict=True):
+            assert one.dtype == other.dtype
+            assert torch.equal(one, other)
+            assert other.storage_offset() * other.element_size() % 16 == 0
+        for ready in (batch, batch.staged(torch.device("meta"))):
+            with Operations() as operations:
+                moved = ready.to(torch.device("meta"))
+            copies = [given for name, given in operations.seen if given.get("device") == torch.device("meta")]
+            assert len(copies) == 1
+            assert copies[0]["non_blocking"]
+            for name, value in batch._tensors().items():
+                there = getattr(moved, name)
+                assert (there.shape, there.dtype, there.device.type) == (value.shape, value.dtype, "meta")
+            assert moved.buffer is None
+        with FakeTensorMode() as mode, Operations() as operations:
+            stage([mode.from_tensor(part) for part in parts], torch.device("cuda"))
+        assert ("empty", True) in [(name, given.get("pin_memory")) for name, given in operations.seen]
+    assert batch.staged(batching.CPU) is batch.to(batching.CPU) is batch
 
 
 def test_prediction_batches_end_each_history_with_mask():

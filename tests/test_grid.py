@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
-from reclib import data, grid, paths
+from reclib import checkpoint, data, footprint, grid, paths
 from reclib.config import InputError
 from reclib.fit import Options
-from reclib.hardware import resolve
+from reclib.hardware import Card, Device, resolve
 
 PLACES = ("RECLIB_ROOT", "RECLIB_DATA", "RECLIB_RUNS", "RECLIB_RECORDS")
 FILE = {
@@ -119,6 +124,79 @@ def test_two_processes_share_a_grid(root):
     assert [process.exitcode for process in both] == [0, 0]
     rows = work().rows("learning_curve")
     assert names(rows) == [("base", 0), ("base", 1), ("twin", 0)]
+
+
+def test_runs_side_by_side_have_the_bits_of_runs_one_after_the_other(tmp_path, monkeypatch):
+    threads, found = torch.get_num_threads(), []
+    for parallel in (2, 1):
+        for name in PLACES:
+            monkeypatch.setenv(name, str(tmp_path / str(parallel) / name.lower()))
+        write(tmp_path / str(parallel))
+        assert grid.main(["run", "trial", "--gpu", "cpu1", "--parallel", str(parallel)]) == 0
+        here = grid.Work(grid.read("trial"), data.prepare(grid.read("trial").data), resolve("cpu1"))
+        rows = sorted(here.rows("learning_curve"), key=lambda row: row["params_hash"])
+        assert names(rows) == [("base", 0), ("base", 1), ("twin", 0)]
+        assert {row["configuration"].get("parallel") for row in rows} == ({2} if parallel == 2 else {None})
+        weights = [checkpoint.load(here.folder(*pair) / "best")[0] for pair in here.runs()]
+        found.append(([(row["params_hash"], row["metrics"]) for row in rows], weights))
+    torch.set_num_threads(threads)
+    (beside, others), (alone, wanted) = found
+    assert beside == alone
+    for one, other in zip(others, wanted, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_how_many_runs_fit_side_by_side_is_told_before_any_starts(root):
+    write(root)
+    here = work()
+    card = Card(type="cuda", name="a card of 2 GiB", label="other", capability=(8, 0), memory_bytes=2 * 2**30)
+    here.device = Device(torch.device("cuda"), card, "other")
+    assert grid.demand_parallel(here, here.runs(), 2) == 2
+    assert grid.demand_parallel(here, here.runs()[:1], 9) == 1
+    with pytest.raises(InputError, match=r"--parallel 3: 2 of these runs fit side by side into 2\.0 GiB"):
+        grid.demand_parallel(here, here.runs(), 3)
+    with pytest.raises(InputError, match="--parallel is 0: expected at least 1"):
+        grid.demand_parallel(here, here.runs(), 0)
+    assert footprint.side_by_side([5, 1], 0, "cpu") == 0
+    assert footprint.side_by_side([50, 40, 5], 100, "cpu") == 3
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        found += [int(folder.name)] if parent == process.pid else []
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_killed_processes_are_told_and_leave_nobody_behind(root):
+    write(root, train=FILE["train"] | {"epochs": 100_000, "patience": 0, "eval_every": 100})
+    command = [sys.executable, "-m", "reclib.grid", "run", "trial", "--gpu", "cpu1", "--parallel", "2"]
+
+    def started(begun: int) -> tuple[subprocess.Popen, list[int]]:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(begun):  # a line as each takes a run
+            assert "trial: " in process.stdout.readline()
+        return process, children(process)
+
+    process, pids = started(2)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    out, told = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert told.count("was killed by SIGKILL") == len(pids) == 2
+    assert "base                     seed 1" in out
+
+    process, pids = started(2)
+    process.kill()
+    assert len(pids) == 2
+    process.communicate(timeout=60)  # waits until both are gone too: they hold its pipes
 
 
 def test_what_a_file_may_not_say_is_told_before_anything_is_trained(root):

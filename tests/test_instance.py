@@ -56,7 +56,7 @@ def test_the_target_cannot_reach_the_gate():
     a_visible_one[np.flatnonzero(~samples.is_target)[0]] = other[np.flatnonzero(~samples.is_target)[0]]
     rows = []
     for tokens in (samples.tokens, targets, a_visible_one):
-        laid = plan.layout.batch(samples._replace(tokens=tokens), plan.rows[0], plan.places[0])
+        laid = plan.layout.batch(samples._replace(tokens=tokens), *plan.placed(0))
         assert len(laid.items) < laid.num_sequences
         rows.append(Rows(*rows_of(laid)))
     for form in representations():

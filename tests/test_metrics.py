@@ -9,8 +9,11 @@ import torch
 from engine import NUM_ITEMS, histories, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reclib import metrics
+from reclib.batching import CPU
+from reclib.config import changed, model_config
 from reclib.data import Evaluation
 from reclib.model import Bert4Rec
 
@@ -129,6 +132,50 @@ def test_model_scores_are_streamed_and_equal_one_user_at_a_time(tied, monkeypatc
                 state = model.encode(items, ones, torch.arange(items.shape[1])[None])[0, -1:]
                 wanted = model.logits(state)[0, 1 : NUM_ITEMS + 1]
             torch.testing.assert_close(row, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_scores_in_16_bit_precision_are_not_rounded_into_ties(monkeypatch):
+    torch.manual_seed(0)
+    model = Bert4Rec(changed(small_model(), num_items=3000))
+    part = evaluation_of([3, 30, 1, 11, 5])
+    calls, score_product = [], metrics.score_product
+
+    def product(hidden, table, out):
+        calls.append((hidden.clone(), table))
+        return score_product(hidden, table, out)
+
+    monkeypatch.setattr(metrics, "score_product", product)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = torch.cat([values.clone() for _, values in metrics.model_scores(model, part, CPU)])
+    ((hidden, table),) = calls
+    exact = torch.nn.functional.linear(
+        hidden.float(), *(x[1:3001] for x in (model.output_weight, model.output_bias))
+    )
+
+    def distinct(values):
+        return [len(row.unique()) for row in values]
+
+    assert scores.dtype == torch.float32
+    assert distinct(scores) == distinct(exact)
+    assert max(distinct(exact.bfloat16())) < 2000  # what a product in bf16 would leave of 3000
+    # On CUDA 16-bit states and tables are multiplied, and only their sums stay fp32.
+    halves = torch.mm(hidden.bfloat16().float(), table.bfloat16().float().t())
+    assert min(distinct(halves)) >= min(distinct(exact)) * 0.99
+    with FakeTensorMode():
+        states = torch.empty(5, 16, device="cuda", dtype=torch.float32)
+        half = torch.empty(3000, 16, device="cuda", dtype=torch.bfloat16)
+        out = torch.empty(5, 3000, device="cuda")
+        assert score_product(states, half, out).dtype == torch.float32
+
+
+def test_passes_follow_the_memory_of_a_gpu_and_stay_as_they_were_on_a_cpu():
+    seed = model_config("85m")
+    assert metrics.pass_sizes(seed, None) == (256, 64 * 2**20)
+    assert metrics.pass_sizes(seed, 80 * 2**30) == (4096, 2**30)
+    sizes = [metrics.pass_sizes(model_config("430m"), gib * 2**30) for gib in (1, 16, 24, 80, 141)]
+    assert sizes == sorted(sizes)
+    assert sizes[0] == (256, 64 * 2**20)
+    assert sizes[1][1] == 2**29
 
 
 def test_scoring_leaves_the_model_in_the_mode_it_was_in():

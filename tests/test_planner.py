@@ -18,6 +18,7 @@ from reclib import (
     benchmark,
     comparison,
     devices,
+    footprint,
     ladder,
     params,
     planner,
@@ -179,6 +180,8 @@ def test_the_command_line_prints_a_prediction_and_says_so():
     assert done.returncode == 0
     assert (found["kind"], found["basis"], found["fits"]) == ("predicted", "unvalidated", 1)
     assert found["memory"]["weights"] == 4 * 429_153_286
+    each = sum(found["memory"].values()) + footprint.CONTEXT_BYTES
+    assert found["side_by_side"] == int(footprint.USABLE * 24 * 2**30) // each >= 1
     spoken = command("--size", "430m", "--gpu", "l4", "--price", "0.7").stdout
     assert "predicted, unvalidated" in spoken
     assert "cost" in spoken
