@@ -169,12 +169,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             part = slice(first, first + chunk)
             block = F.linear(hidden[part], rows).to(wide)  # (chunk, I)
             real = kept[part]
-            total += _to_gradient(block, shift, column[part]) @ real
+            total += (_to_gradient(block, shift, column[part]) * real).sum()
             slope, own = block.to(hidden.dtype), real.to(hidden.dtype)[:, None]
             d_hidden[part] = (slope @ rows) * own
             d_rows += slope.t() @ (hidden[part, frozen:] * own)
             if d_shift is not None:
-                d_shift += real @ block
+                d_shift += torch.mv(block.t(), real)
         ctx.save_for_backward(d_hidden, d_rows, d_shift, weight)
         ctx.last, ctx.frozen, ctx.bias = num_items + 1, frozen, bias
         return total
