@@ -7,6 +7,8 @@ Reference: Sun et al., "BERT4Rec", CIKM 2019, section 3. What is unusual:
 - the encoder and the output layer are called apart, so that only target positions need reach the latter;
 - the output table is a weight to be multiplied by whoever computes the loss or the ranks;
 - there is no dropout on attention probabilities unless asked for: it rules out fused attention;
+- attention is over rows with a mask: torch's `varlen_attn` would need neither, but has no kernel for a CPU to
+  test it on, and the number of segments, which a batch does not hand out, would be a wait for the GPU;
 - with `causal` attention it is the twin that predicts the next item (SASRec, Kang and McAuley, ICDM 2018,
   with full cross-entropy): nothing else differs.
 
