@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from reclib import checkpoint, metrics, paths, periods, provenance
-from reclib.config import ModelConfig, TrainConfig, changed, model_config, validated
+from reclib.config import ModelConfig, TrainConfig, as_dict, changed, model_config, validated
 from reclib.data import Dataset, Histories
 from reclib.experiment import run_folder
 from reclib.fit import data_identity, fine_tune, fit, origin_of, rank_targets
@@ -209,7 +209,7 @@ def train_arm(
     """Train one arm at one rate, or go on with it, or load it; return its trainer and its folder."""
     model = model_of(p, arm, base, seed, reader)
     train = train_of(p, task.split, seed, p.epochs, rate)
-    parts = [origin_of(model), asdict(model.config), asdict(train), data_identity(dataset, task.split)]
+    parts = [origin_of(model), asdict(model.config), as_dict(train), data_identity(dataset, task.split)]
     said = json.dumps([*parts, provenance.code_hash(NOTEBOOK)], sort_keys=True)
     folder = paths.runs() / NOTEBOOK / hashlib.sha256(said.encode()).hexdigest()[:16]
     return fine_tune(model, dataset, train, device, folder, split=task.split), folder

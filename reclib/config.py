@@ -16,8 +16,8 @@ from pydantic.dataclasses import dataclass
 
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 Objective = Literal["cloze", "next_item", "seed_focal"]
-Loss = Literal["auto", "plain", "chunked", "inplace", "sampled_softmax", "gbce"]
-CompileMode = Literal["off", "default", "reduce-overhead", "max-autotune"]
+Loss = Literal["auto", "plain", "fused", "chunked", "inplace", "sampled_softmax", "gbce"]
+CompileMode = Literal["off", "default", "reduce-overhead", "max-autotune", "graph"]
 # What may be claimed: every board of params/devices.yaml, and the family of boards that differ in memory.
 _Cpu = Literal["cpu", "cpu1", "cpu2"]
 _Old = Literal["t4", "v100", "v100-16", "v100-32"]
@@ -34,6 +34,7 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
+LATER = ("head_multiple", "half_copies")  # fields that came after the first records: see `as_dict`
 STRICT = ConfigDict(extra="forbid", strict=True)
 T = TypeVar("T")
 
@@ -130,7 +131,8 @@ class TrainConfig:
     negatives: Literal["uniform", "popularity"] = "uniform"  # what they are drawn from
     logq: bool = True  # sampled_softmax: correct each negative for how likely it was drawn
     gbce_t: Share = 0.75  # gbce: calibration; 0 is plain binary cross-entropy
-    bucket_steps: Positive = 16  # rows and targets are rounded up to this many sizes per octave
+    head_multiple: Positive = 1  # scored rows of the output table are filled up to a multiple of this
+    bucket_steps: Positive = 16  # sizes per octave of rows and targets; fewer (4) for compile_mode=graph
     # optimiser
     optimizer: Literal["fused", "loop"] = "fused"  # loop: one tensor at a time, torch's default on CPU
     learning_rate: PositiveFloat = 1e-3
@@ -146,7 +148,8 @@ class TrainConfig:
     checkpoint_seconds: NonNegativeFloat = 60.0  # between checkpoints; 0: after every step
     # device
     precision: Precision = "auto"
-    compile_mode: CompileMode = "off"
+    half_copies: bool = False  # in bf16 and fp16, cast all weights by one call a step; no effect elsewhere
+    compile_mode: CompileMode = "off"  # graph: whole steps as CUDA graphs, off CUDA no effect; see `trainer`
 
     @model_validator(mode="after")
     def _micro_batch_fits(self) -> TrainConfig:
@@ -229,6 +232,16 @@ def changed(config: T, **values: Any) -> T:
     """Return a copy of `config` with some fields replaced, validated again."""
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}  # type: ignore[arg-type]
     return validated(type(config), fields | values)
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """Return a dataclass as it is recorded and hashed.
+
+    Fields that `LATER` names are left out at their defaults: the hashes of runs from before they were there
+    stay what they were.
+    """
+    later = {f.name: f.default for f in dataclasses.fields(config) if f.name in LATER}
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in later or v != later[k]}
 
 
 def nearest(name: str, allowed: Any) -> str:

@@ -105,31 +105,32 @@ class InplaceCrossEntropy(torch.autograd.Function):
         for first in range(0, len(targets), size):
             part = slice(first, first + size)
             block = scores[part].to(wide)  # the buffer itself where the products are in full precision
-            losses[part] = _to_gradient(block, shift, column[part], kept[part])
+            losses[part] = _to_gradient(block, shift, column[part])
             if block.dtype != scores.dtype:
                 scores[part] = block
-        ctx.save_for_backward(hidden, weight, scores)
+        ctx.save_for_backward(hidden, weight, scores, kept.to(scores.dtype))
         ctx.num_items, ctx.bias_dtype = num_items, None if bias is None else bias.dtype
         ctx.sink = sink_of(weight)
         ctx.frozen = frozen  # columns, the first ones, without a gradient
-        return losses.sum()
+        return (losses * kept).sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of hidden, weight and bias."""
-        hidden, weight, slope = ctx.saved_tensors
+        hidden, weight, slope, kept = ctx.saved_tensors
         scale, last = grads[0], ctx.num_items + 1
         d_hidden = d_weight = d_bias = None
         if ctx.needs_input_grad[0]:
-            d_hidden = torch.mm(slope, weight[1:last]).mul_(scale)
-        scaled = (hidden * scale).to(slope.dtype)
+            d_hidden = torch.mm(slope, weight[1:last]).mul_(scale).mul_(kept[:, None])
+        # Fillers are left out here, (M, D), and not in the slope, (M, I): that would be a pass over it all.
+        scaled = (hidden * scale).to(slope.dtype) * kept[:, None]
         if ctx.sink is not None:
             ctx.sink.overwrite((slope.t(), scaled), slice(1, last))
         elif ctx.needs_input_grad[1]:
             d_weight = _empty_but(weight, last, ctx.frozen)
             torch.mm(slope.t(), scaled[:, ctx.frozen :], out=d_weight[1:last, ctx.frozen :])
         if ctx.needs_input_grad[2]:
-            ones = scale.to(slope.dtype).expand(len(slope)).contiguous()
+            ones = scale.to(slope.dtype) * kept
             d_bias = torch.zeros(len(weight), dtype=ctx.bias_dtype, device=weight.device)
             d_bias[1:last] = torch.mv(slope.t(), ones)
         _spare[:] = [ctx.buffer]
@@ -167,12 +168,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         for first in range(0, len(targets), chunk):
             part = slice(first, first + chunk)
             block = F.linear(hidden[part], rows).to(wide)  # (chunk, I)
-            total += _to_gradient(block, shift, column[part], kept[part]).sum()
-            slope = block.to(hidden.dtype)
-            d_hidden[part] = slope @ rows
-            d_rows += slope.t() @ hidden[part, frozen:]
+            real = kept[part]
+            total += (_to_gradient(block, shift, column[part]) * real).sum()
+            slope, own = block.to(hidden.dtype), real.to(hidden.dtype)[:, None]
+            d_hidden[part] = (slope @ rows) * own
+            d_rows += slope.t() @ (hidden[part, frozen:] * own)
             if d_shift is not None:
-                d_shift += block.sum(0)
+                d_shift += torch.mv(block.t(), real)
         ctx.save_for_backward(d_hidden, d_rows, d_shift, weight)
         ctx.last, ctx.frozen, ctx.bias = num_items + 1, frozen, bias
         return total
@@ -192,13 +194,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return own, d_weight, d_bias, None, None, None, None
 
 
-def _to_gradient(block: Tensor, shift: Tensor | None, column: Tensor, kept: Tensor) -> Tensor:
-    """Turn a block of logits into their gradient, in place; return its losses."""
+def _to_gradient(block: Tensor, shift: Tensor | None, column: Tensor) -> Tensor:
+    """Turn a block of logits into their gradient, in place; return its losses. Fillers are the caller's."""
     if shift is not None:
         block += shift
     torch.log_softmax(block, -1, out=block)
-    losses = -block.gather(1, column).squeeze(1) * kept
+    losses = -block.gather(1, column).squeeze(1)
     block.exp_().scatter_add_(1, column, block.new_full(column.shape, -1.0))
-    if block.device.type != "cpu" or not bool(kept.all()):  # to ask would wait for a GPU
-        block *= kept[:, None]
     return losses

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from reclib import launch, paths, provenance, runfile, tracker
-from reclib.config import DataConfig, ModelConfig, TrainConfig, model_config, validated
+from reclib.config import DataConfig, ModelConfig, TrainConfig, as_dict, model_config, validated
 from reclib.curves import Curves
 from reclib.data import Dataset
 from reclib.fit import SELECT, Options, data_identity, fit, is_finished
@@ -93,7 +93,7 @@ def train_of(p: Baseline, seed: int, objective: str = "cloze") -> TrainConfig:
 
 def run_folder(notebook: str, model: ModelConfig, train: TrainConfig, data: str, nproc: int = 1) -> Path:
     """Return the folder of a run's checkpoints; another configuration, data, code or `nproc` has another."""
-    parts: list[Any] = [asdict(model), asdict(train), data, provenance.code_hash(notebook)]
+    parts: list[Any] = [asdict(model), as_dict(train), data, provenance.code_hash(notebook)]
     parts += [nproc] if nproc > 1 else []
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
     return paths.runs() / notebook / key

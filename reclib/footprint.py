@@ -25,7 +25,9 @@ from reclib.workload import FP32, HALF, Shapes, everywhere, largest_shapes, para
 
 STATE = ("weights", "gradients", "optimizer")
 SPARE = 1.125  # of the logits' buffer: what is asked for beyond the first batch's need
-LARGE_LOGITS_BYTES = 512 * 2**20  # above this CUDA's logits are chunked (as in `objective`)
+LARGE_LOGITS_BYTES = (
+    512 * 2**20
+)  # of logits that are not made in chunks on any CUDA device; see `logits_limit`
 CONTEXT_BYTES = 700 * 2**20  # of CUDA's context and libraries, outside torch's count; assumed
 SMALLEST_SINK = 8 * 2**20  # bytes of a table whose gradient stays where it is, on a CPU (as in `sinks`)
 # Where Linux says what a container may take of the machine's memory: control groups of version 2 and 1.
@@ -68,15 +70,25 @@ def memory(
     precision: str = "fp32",
     device_type: str = "cuda",
     adapter: AdapterPlan | None = None,
+    memory_bytes: int | None = None,
 ) -> Footprint:
     """Return what tensors take at the peak of a step, in bytes.
 
     `lengths` (users,) are interactions of the histories trained on; `precision` is fp32, tf32, bf16 or fp16;
-    `device_type` "cpu" or "cuda". With `adapter` the model is frozen and only that is trained. Interpreter
-    and libraries are not in it.
+    `device_type` "cpu" or "cuda", with `memory_bytes` in all, which the route of the loss goes by. With
+    `adapter` the model is frozen and only that is trained. Interpreter and libraries are not in it.
     """
     one = largest_shapes(model, train, lengths)
-    return at_shapes(model, train, one, precision, device_type, adapter)
+    return at_shapes(model, train, one, precision, device_type, adapter, memory_bytes)
+
+
+def logits_limit(memory_bytes: int | None) -> int:
+    """Return how many bytes of fp32 logits a CUDA device with so much memory holds whole: a sixteenth of it.
+
+    Above it they are made in chunks. Chunks read the output table again each time, so that a large card is
+    spared them at the batches that it is bought for; 512 MiB at least, and where the memory is not known.
+    """
+    return max(LARGE_LOGITS_BYTES, (memory_bytes or 0) // 16)
 
 
 def at_shapes(
@@ -86,11 +98,12 @@ def at_shapes(
     precision: str,
     device_type: str,
     adapter: AdapterPlan | None = None,
+    memory_bytes: int | None = None,
 ) -> Footprint:
     """Return what tensors take at the peak of a step whose micro-batches have the shapes `one`."""
     width = HALF if precision in ("bf16", "fp16") else FP32
     if adapter is not None:
-        return _frozen(model, train, one, width, device_type, adapter)
+        return _frozen(model, train, one, width, device_type, adapter, memory_bytes)
     count = parameters(model)
     P = sum(count.values())
     table = FP32 * count["input_table"]
@@ -105,7 +118,7 @@ def at_shapes(
         "gradients": FP32 * P,
         "optimizer": 2 * FP32 * P,
         "activations": max(held - late, end),
-        "logits": _logits(model, train, one, width, device_type),
+        "logits": _logits(model, train, one, width, device_type, memory_bytes),
         "16-bit weights": HALF * P if width == HALF else 0,
     }
     whole = {name: int(size) for name, size in parts.items()}
@@ -113,7 +126,13 @@ def at_shapes(
 
 
 def _frozen(
-    model: ModelConfig, train: TrainConfig, one: Shapes, width: int, device_type: str, adapter: AdapterPlan
+    model: ModelConfig,
+    train: TrainConfig,
+    one: Shapes,
+    width: int,
+    device_type: str,
+    adapter: AdapterPlan,
+    memory_bytes: int | None,
 ) -> Footprint:
     """Return the footprint of a frozen model: only the adapters have gradients and moments.
 
@@ -129,7 +148,7 @@ def _frozen(
         "gradients": FP32 * trained,
         "optimizer": 2 * FP32 * trained,
         "activations": max(held, first),
-        "logits": _logits(model, train, one, width, device_type),
+        "logits": _logits(model, train, one, width, device_type, memory_bytes),
         "16-bit weights": HALF * trained if width == HALF else 0,
     }
     whole = {name: int(size) for name, size in parts.items()}
@@ -157,7 +176,14 @@ def activations(model: ModelConfig, train: TrainConfig, one: Shapes, width: int)
     return width * (kept + head + passing) + fixed, width * first + fixed
 
 
-def _logits(model: ModelConfig, train: TrainConfig, one: Shapes, width: int, device_type: str) -> float:
+def _logits(
+    model: ModelConfig,
+    train: TrainConfig,
+    one: Shapes,
+    width: int,
+    device_type: str,
+    memory_bytes: int | None,
+) -> float:
     if train.sampled:
         return 4 * FP32 * one.slots * (train.num_negatives + 1)
     if everywhere(train):
@@ -169,9 +195,10 @@ def _logits(model: ModelConfig, train: TrainConfig, one: Shapes, width: int, dev
     if device_type == "cpu" and train.loss in ("auto", "inplace"):
         return width * elements
     plain = elements * (FP32 * 3 if width == FP32 else 2 * HALF + 3 * FP32)
-    if train.loss == "plain" or FP32 * elements <= LARGE_LOGITS_BYTES:
+    held = train.loss == "auto" and FP32 * elements <= logits_limit(memory_bytes)
+    if train.loss in ("plain", "fused") or held:
         return plain
-    return LARGE_LOGITS_BYTES + width * model.num_items * model.hidden_dim
+    return min(plain, LARGE_LOGITS_BYTES + width * model.num_items * model.hidden_dim)
 
 
 def machine_bytes() -> int:
@@ -216,7 +243,7 @@ def largest_batch(
     room, fits, size = usable(memory_bytes, device_type), 0, 1
     while size <= most:
         one = changed(train, batch_size=size, micro_batch_size=None)
-        if memory(model, one, lengths, precision, device_type, adapter).total > room:
+        if memory(model, one, lengths, precision, device_type, adapter, memory_bytes).total > room:
             break
         fits, size = size, 2 * size
     return fits
@@ -234,7 +261,7 @@ def require_fit(
 
     To be called before anything is allocated.
     """
-    found = memory(model, train, lengths, precision, device_type)
+    found = memory(model, train, lengths, precision, device_type, memory_bytes=memory_bytes)
     room = usable(memory_bytes, device_type)
     if found.total <= room:
         return found
@@ -266,7 +293,8 @@ def ways_to_fit(
     tried[f"hidden_dim={model.hidden_dim // 2}"] = (_narrower(model), train)
     for name, (smaller, recipe) in tried.items():
         same = (smaller, recipe) == (model, train)
-        if not same and memory(smaller, recipe, lengths, precision, device_type).total <= room:
+        needed = memory(smaller, recipe, lengths, precision, device_type, memory_bytes=memory_bytes).total
+        if not same and needed <= room:
             said.append(name)
     if not said:
         return (

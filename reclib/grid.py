@@ -40,7 +40,7 @@ import torch
 from reclib import diagnosis, footprint, launch, lifeline, paths, record
 from reclib.assessment import Result
 from reclib.command import Parser, exit_code
-from reclib.config import InputError, ModelConfig, TrainConfig, changed
+from reclib.config import InputError, ModelConfig, TrainConfig, as_dict, changed
 from reclib.counts import counted
 from reclib.data import Dataset, prepare
 from reclib.devices import GIB
@@ -107,7 +107,7 @@ class Work:
     def configuration(self, arm: Arm) -> dict[str, Any]:
         """Return what an arm is, whatever the seed, with the data's fingerprint."""
         model, train = self.configs(arm, 0)
-        without = {key: value for key, value in asdict(train).items() if key != "seed"}
+        without = {key: value for key, value in as_dict(train).items() if key != "seed"}
         return {"model": asdict(model), "train": without, "data": self.dataset.fingerprint}
 
     def barred(self, arm: Arm) -> bool:

@@ -236,8 +236,8 @@ def compile_choice(mode: str, card: Card, has_compiler: bool) -> tuple[str, str]
     """Return the compile mode that is used and why, for the mode asked for."""
     if mode == "off":
         return "off", "asked for"
-    if card.type == "cpu" and mode == "reduce-overhead":
-        return "off", "not applicable: reduce-overhead is CUDA graphs, and this is a CPU"
+    if card.type == "cpu" and mode in ("reduce-overhead", "graph"):
+        return "off", f"not applicable: {mode} is CUDA graphs, and this is a CPU"
     if card.type == "cpu" and not has_compiler:
         return (
             "off",

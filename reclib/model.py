@@ -7,6 +7,8 @@ Reference: Sun et al., "BERT4Rec", CIKM 2019, section 3. What is unusual:
 - the encoder and the output layer are called apart, so that only target positions need reach the latter;
 - the output table is a weight to be multiplied by whoever computes the loss or the ranks;
 - there is no dropout on attention probabilities unless asked for: it rules out fused attention;
+- attention is over rows with a mask: torch's `varlen_attn` would need neither, but has no kernel for a CPU to
+  test it on, and the number of segments, which a batch does not hand out, would be a wait for the GPU;
 - with `causal` attention it is the twin that predicts the next item (SASRec, Kang and McAuley, ICDM 2018,
   with full cross-entropy): nothing else differs.
 
@@ -29,17 +31,21 @@ from reclib.config import PAD, SIZES, ModelConfig, model_config
 from reclib.sinks import Lookup, sink_of
 
 
-def attention_bias(segment_ids: Tensor, dtype: torch.dtype, causal: bool = False) -> Tensor:
+def attention_bias(
+    segment_ids: Tensor, dtype: torch.dtype, causal: bool = False, query_index: Tensor | None = None
+) -> Tensor:
     """Return what is added to the attention scores so that segments never see each other.
 
     `segment_ids` (R, L) numbers the sequences of a row from 1; 0 is padding, whose positions see only each
     other, which keeps their softmax finite. `causal` hides what is later as well. Returns (R, 1, L, L) of 0
-    and -inf.
+    and -inf, or (R, 1, Q, L) where only the places `query_index` (R, Q) ask.
     """
-    apart = segment_ids[:, :, None] != segment_ids[:, None, :]  # (R, L, L)
+    own = segment_ids if query_index is None else segment_ids.gather(1, query_index)
+    apart = own[:, :, None] != segment_ids[:, None, :]  # (R, L or Q, L)
     if causal:
         place = torch.arange(segment_ids.shape[1], device=segment_ids.device)
-        apart |= place[:, None] < place[None, :]
+        asking = place if query_index is None else query_index
+        apart |= asking[..., None] < place
     kind, width = apart.device.type, apart.shape[2]
     if kind != "cpu":  # made once in the type of the products, its rows where fused kernels want them
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
@@ -265,7 +271,7 @@ class Bert4Rec(nn.Module):
             return self.final_norm(x)
         for block in self.blocks[:-1]:
             x = block(x, bias)
-        row_bias = bias.gather(2, query_index[:, None, :, None].expand(-1, -1, -1, bias.shape[-1]))
+        row_bias = attention_bias(segment_ids, x.dtype, self.config.causal, query_index)
         return self.final_norm(self.blocks[-1](x, row_bias, query_index))
 
     def head_input(self, hidden: Tensor) -> Tensor:

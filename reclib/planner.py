@@ -160,7 +160,7 @@ def plan(
         step = steptime.on_board(parts, device, precision)
         basis, process, room, kind = "unvalidated", footprint.CONTEXT_BYTES, device.memory_bytes, "cuda"
         largest = footprint.largest_batch(model, train, lengths, room, precision, adapter=adapter)
-    found = memory(model, train, lengths, precision, kind, adapter)
+    found = memory(model, train, lengths, precision, kind, adapter, room)
     tensors = found.resident(device.heap) if isinstance(device, Cpu) else found.total
     ways = ""
     if room is not None and found.total > footprint.usable(room, kind) and adapter is None:

@@ -111,7 +111,9 @@ def head_dtype(trainer: Trainer) -> str:
     seen = _Products((config.num_items, config.output_rows))
     # The encoder stays out of the mode: only what `batch_loss` does after it has the catalogue's width.
     with torch.no_grad(), trainer.autocast(), seen:
-        batch_loss(trainer.model, batch, trainer.config, batch.num_targets, trainer.model.encode)
+        batch_loss(
+            trainer.model, batch, trainer.config, batch.num_targets, trainer.model.encode, trainer.route
+        )
     return " and ".join(sorted(_SHORT.get(dtype, str(dtype)) for dtype in seen.found)) or "unknown"
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from reclib import paths
+from reclib.config import as_dict
 
 _PACKAGES = ("torch", "numpy", "pandas", "plotly")
 _FOLDERS = re.compile(r"(?<![\w.:/\\])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'\"]+[/\\])+")
@@ -103,7 +104,7 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float):
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return plain(dataclasses.asdict(value))
+        return plain(as_dict(value))
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,7 +1,9 @@
 """The training loop: one, visible, used by notebooks, benchmarks and tuning alike.
 
-`Trainer.steps()` yields one `StepStats` per optimiser step; `fit` drives it. Precision, compilation and other
-processes that train along (`distributed`) wrap the model here and do not enter it.
+`Trainer.steps()` yields one `StepStats` per optimiser step; `fit` drives it. Precision, compilation and
+other processes that train along (`distributed`) wrap the model here and do not enter it. So do two ways to
+start fewer operators on a GPU: 16-bit copies of the weights (`HalfCopies`), and whole steps as CUDA graphs
+(`StepGraphs`). Neither has run on a GPU yet; that they give equal results is tested on a CPU.
 
 A run killed at any moment goes on from its last checkpoint to the same bits on a CPU: batches depend on
 (seed, epoch, step) alone, and a checkpoint holds weights, optimiser, scaler and the generator of dropout.
@@ -12,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,23 +22,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reclib import checkpoint, distributed, hardware
+from reclib import checkpoint, distributed, hardware, objective, workload
 from reclib.batching import Batch, Epoch, Totals, prefetch
 from reclib.checkpoint import load_unique, refuse_other, unique_tensors
-from reclib.config import InputError, TrainConfig
+from reclib.config import InputError, ModelConfig, TrainConfig, as_dict
 from reclib.data import Histories
 from reclib.hardware import Device
 from reclib.ilora import AdaptedModel
 from reclib.model import Bert4Rec
-from reclib.objective import batch_loss
+from reclib.objective import Route, batch_loss
 from reclib.sinks import attach, detach, sink_of
 
 CHECK_EVERY = 20  # steps between looks at the loss on CUDA, where each look waits for the device
+MOST_GRAPHS = 64  # shapes of batches of which a run keeps a CUDA graph; steps of others run as they are
+Compute = Callable[
+    [Batch, Tensor], tuple[Tensor, Tensor | None]
+]  # (batch, targets of the step) -> loss, norm
 
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one optimiser step did. Reading `loss` or `grad_norm` waits for the device."""
+    """What one optimiser step did. Reading `loss`, `grad_norm` or `skipped` waits for the device."""
 
     step: int  # from 1
     epoch: int  # from 0
@@ -49,7 +55,12 @@ class StepStats:
     row_tokens: int  # places in this process's rows, used or not
     target_slots: int  # places in its head, used or not
     fetch_seconds: float  # waiting for the batch
-    skipped: bool  # fp16 overflow: the scaler left the weights as they were
+    skip_tensor: Tensor | None = None  # of fp16
+
+    @property
+    def skipped(self) -> bool:
+        """Whether fp16 overflowed, and the scaler left the weights as they were."""
+        return self.skip_tensor is not None and bool(self.skip_tensor)
 
     @property
     def loss(self) -> float:
@@ -131,6 +142,163 @@ def clip_gradients(
     return norm
 
 
+class HalfCopies:
+    """16-bit copies of the weights that products read, all made by one call at the start of a step.
+
+    Under autocast each product casts its own weights, on the way back as well: on a GPU so many small
+    operators that starting them takes longer than running them. The copies stand in the weights' places while
+    a loss is computed. Their gradients are added to those of the weights, which stay in fp32, as do
+    embeddings, positions, norms and the output bias. The values are those of autocast.
+    """
+
+    def __init__(self, model: Bert4Rec, dtype: torch.dtype) -> None:
+        layers = [layer for layer in model.modules() if type(layer) is torch.nn.Linear]
+        names: list[tuple[torch.nn.Module, str]] = [(model, "output_weight")]
+        names += [(layer, name) for layer in layers for name in ("weight", "bias")]
+        self.places = [place for place in names if getattr(*place).requires_grad]
+        self.weights: list[Tensor] = [getattr(*place) for place in self.places]
+        self.copies: list[Tensor] = [
+            torch.nn.Parameter(torch.empty_like(w, dtype=dtype)) for w in self.weights
+        ]
+
+    @torch.no_grad()
+    def make(self) -> None:
+        """Copy the weights as they are now."""
+        torch._foreach_copy_(self.copies, self.weights)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Let the model compute with the copies inside."""
+        self._put(self.copies)
+        try:
+            yield
+        finally:
+            self._put(self.weights)
+
+    @torch.no_grad()
+    def give_gradients(self) -> None:
+        """Add the gradients of the copies to those of the weights, and clear them."""
+        pairs = [(w, c.grad) for w, c in zip(self.weights, self.copies, strict=True) if c.grad is not None]
+        fresh = [(w, grad) for w, grad in pairs if w.grad is None]
+        for weight, grad in pairs:
+            if weight.grad is not None:  # of a tied table that is looked up too, or of an earlier micro-batch
+                weight.grad += grad
+        for weight, _ in fresh:
+            weight.grad = torch.empty_like(weight)
+        if fresh:
+            torch._foreach_copy_([w.grad for w, _ in fresh], [grad for _, grad in fresh])  # type: ignore[misc]
+        for copy in self.copies:
+            copy.grad = None
+
+    def _put(self, tensors: Sequence[Tensor]) -> None:
+        for (layer, name), tensor in zip(self.places, tensors, strict=True):
+            layer._parameters[name] = tensor  # type: ignore[assignment]
+
+
+def captured(compute: Callable[[], Any], pool: Any) -> Callable[[], Any]:
+    """Record what `compute` asks of the GPU as a CUDA graph; return what runs it and gives its results."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        results = compute()
+
+    def replay() -> Any:
+        graph.replay()
+        return results
+
+    return replay
+
+
+class StepGraphs:
+    """Optimiser steps as CUDA graphs: one start for all operators of a step, instead of some hundreds.
+
+    A graph fits one shape of a batch. The first batch of a shape is computed operator by operator, which also
+    readies kernels and the optimiser's state; the second is captured; from then on batches are copied to
+    where the graph reads. Graphs share one pool of memory, since only one runs at a time and nothing in it
+    outlives a step. Few shapes that repeat need few `bucket_steps`.
+    """
+
+    def __init__(self, compute: Compute, where: torch.device, capture: Callable[..., Any] = captured) -> None:
+        self.compute, self.where, self.capture = compute, where, capture
+        self.graphs: dict[tuple[Any, ...], tuple[list[Tensor], Callable[[], Any]] | None] = {}
+        self.pool = torch.cuda.graph_pool_handle() if where.type == "cuda" else None
+
+    def run(self, batch: Batch, targets: float) -> tuple[Tensor, Tensor | None]:
+        """Do the step of a batch that is not on the device yet; return loss and norm."""
+        batch = batch.to(self.where)
+        given = [value for value in batch if isinstance(value, Tensor)]
+        given.append(torch.full((), float(targets), device=self.where))
+        key = tuple(value.shape for value in given)
+        if key not in self.graphs and len(self.graphs) < MOST_GRAPHS:
+            self.graphs[key] = None
+            return self.compute(batch, given[-1])
+        if key not in self.graphs:
+            return self.compute(batch, given[-1])
+        if self.graphs[key] is None:
+            self.graphs[key] = self._recorded(batch, given)
+        read, replay = self.graphs[key]  # type: ignore[misc]
+        for place, value in zip(read, given, strict=True):
+            place.copy_(value)
+        loss, norm = replay()
+        return loss.clone(), None if norm is None else norm.clone()  # the next graph overwrites them
+
+    def _recorded(self, batch: Batch, given: list[Tensor]) -> tuple[list[Tensor], Callable[[], Any]]:
+        read = [value.clone() for value in given]
+        names = [name for name, value in batch._asdict().items() if isinstance(value, Tensor)]
+        tensors: dict[str, Any] = dict(zip(names, read, strict=False))  # the last one is no part of it
+        fixed = batch._replace(**tensors)
+        return read, self.capture(lambda: self.compute(fixed, read[-1]), self.pool)
+
+
+def refuse_graphs(config: TrainConfig, precision: str, processes: int, adapted: bool) -> None:
+    """Raise `InputError` where a whole step cannot be one CUDA graph: something is decided outside of it."""
+    wrong = {
+        "precision=fp16, whose scaler may skip a step": precision == "fp16",
+        "optimizer='loop'": config.optimizer != "fused",
+        "objective='seed_focal'": config.objective == "seed_focal",
+        "micro-batches": config.micro_batch_size not in (None, config.batch_size),
+        f"{processes} processes": processes > 1,
+        "an adapted model": adapted,
+    }
+    if found := " and no ".join(name for name, there in wrong.items() if there):
+        raise InputError(f"compile_mode='graph' captures a whole step, and knows no {found}")
+
+
+def chosen_route(
+    config: TrainConfig, model: ModelConfig, histories: Histories, card: hardware.Card, compiled: bool
+) -> Route:
+    """Return the route of a run's loss on a card, by its largest batch.
+
+    `compiled` says whether the encoder is: with loss=auto the loss then is as well. Where there is no
+    compiler, `fused` is `plain`.
+    """
+    slots = 0.0
+    if config.loss == "auto" and card.type == "cuda":
+        lengths = histories.ends - histories.starts
+        slots = workload.largest_shapes(model, config, lengths[lengths > int(model.causal)]).slots
+    how = objective.route(config.loss, card.type, int(slots), model.num_items, card.memory_bytes)
+    if config.loss == "auto" and how == "plain" and compiled:
+        return "fused"
+    no_compiler = hardware.compile_choice("default", card, hardware.has_compiler())[0] == "off"
+    return "plain" if how == "fused" and no_compiler else how
+
+
+def compiled_encode(encode: Callable[..., Tensor], mode: str) -> Callable[..., Tensor]:
+    """Return `encode` compiled for any number of rows and queries; all other sizes are constants."""
+    inner = torch.compile(encode, mode=mode)
+
+    def call(
+        items: Tensor, segment_ids: Tensor, positions: Tensor, query_index: Tensor | None = None
+    ) -> Tensor:
+        rows = (items, segment_ids, positions)
+        for tensor in rows:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        if query_index is not None:
+            torch._dynamo.maybe_mark_dynamic(query_index, (0, 1))
+        return inner(*rows, query_index)
+
+    return call
+
+
 class Trainer:
     """A model, its optimiser and where they stand in a run."""
 
@@ -162,13 +330,27 @@ class Trainer:
         self.ranks = distributed.ranks()
         self.ranks.start(model, config)
         self.used: list[bool] = []  # which parameters get a gradient; known after a step of several processes
+        graph, compiled = self.compile_mode == "graph", self.compile_mode not in ("off", "graph")
+        adapted = isinstance(model, AdaptedModel)
+        if graph:
+            refuse_graphs(config, self.precision.name, self.ranks.count, adapted)
+        if config.half_copies and adapted:
+            raise InputError("half_copies=True is for a model that is trained whole, not for an adapted one")
         self.encode: Callable[..., Tensor] = model.encode
-        if self.compile_mode != "off":
-            self.encode = torch.compile(model.encode, mode=self.compile_mode, dynamic=True)
+        if compiled:
+            self.encode = compiled_encode(model.encode, self.compile_mode)
+        self.route = chosen_route(config, model.config, histories, device.card, compiled)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         detach(self.parameters)
         self.sunk = attach(self._tables()) if self._can_sink() else []
         self.optimizer = make_optimizer(model, config)
+        dtype = self.precision.autocast_dtype
+        self.copies = HalfCopies(model, dtype) if config.half_copies and dtype else None  # type: ignore
+        self.graphs = StepGraphs(self._whole_step, self.where) if graph else None
+        for group in self.optimizer.param_groups if graph else ():
+            group["lr"] = torch.tensor(config.learning_rate, device=self.where)  # read by the graph
+            group["capturable"] = True
+        self.skips = torch.zeros((), dtype=torch.int64, device=self.where)  # not in `progress` yet
         self.scaler = torch.amp.GradScaler(self.where.type, enabled=self.precision.needs_scaler)
         self.progress = Progress(self.ranks.count, self.ranks.backend)
         self.fingerprint, self.origin = fingerprint, origin
@@ -205,6 +387,7 @@ class Trainer:
                 self.progress.train_seconds += time.perf_counter() - clock
                 yield stats
                 clock = time.perf_counter()
+        self._count_skips()
 
     def _step(self, epoch: int, micros: list[Batch], whole: Totals, fetch_seconds: float) -> StepStats:
         """Forward, backward, sum over processes, unscale and clip, step, schedule."""
@@ -212,33 +395,24 @@ class Trainer:
         step, config = self.progress.step, self.config
         rate = learning_rate(step, self.total_steps, config)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * group.get("rate_share", 1.0)
+            own = rate * group.get("rate_share", 1.0)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(own)
+            else:
+                group["lr"] = own
         denominator = whole.num_tokens if config.objective == "seed_focal" else whole.num_targets
         self.ranks.seed_step(config.seed, step)
 
-        total = torch.zeros((), device=self.where)
-        self._clear_gradients()
-        for micro in micros:
-            batch = micro.to(self.where)
-            with self.autocast():
-                loss = batch_loss(self.model, batch, config, denominator, self.encode)
-            self.scaler.scale(loss).backward()
-            total += loss.detach()
-
-        for parameter, sink in self.sunk:
-            parameter.grad = sink.finish()
-        self.ranks.sum_gradients(self.parameters, total, self.used)
-        self.scaler.unscale_(self.optimizer)
-        norm = None
-        if config.clip_norm is not None:
-            own_pass = self.scaler.is_enabled() or config.optimizer != "fused"
-            norm = clip_gradients(self.parameters, config.clip_norm, None if own_pass else self.optimizer)
-        self._check_finite(step, total, norm)
-        scale = self.scaler.get_scale()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        skipped = self.scaler.is_enabled() and self.scaler.get_scale() < scale
-        self.progress.skipped_steps += int(skipped)
+        skipped = None
+        if self.graphs is not None:
+            total, norm = self.graphs.run(micros[0], denominator)
+            self._check_finite(step, total, norm)
+        else:
+            total, norm = self._gradients((micro.to(self.where) for micro in micros), denominator)
+            self._check_finite(step, total, norm)
+            skipped = self._update()
+        if self.where.type == "cpu" or step % CHECK_EVERY == 0:
+            self._count_skips()
         self.progress.tokens += whole.num_tokens
         return StepStats(
             step=step,
@@ -252,8 +426,60 @@ class Trainer:
             row_tokens=sum(batch.items.numel() for batch in micros),
             target_slots=sum(batch.targets.numel() for batch in micros),
             fetch_seconds=fetch_seconds,
-            skipped=skipped,
+            skip_tensor=skipped,
         )
+
+    def _gradients(
+        self, batches: Iterable[Batch], denominator: float | Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute the step's gradients, summed over processes and clipped; return its loss and their norm."""
+        config = self.config
+        total = torch.zeros((), device=self.where)
+        self._clear_gradients()
+        if self.copies:
+            self.copies.make()
+        for batch in batches:
+            with self.autocast(), self.copies.in_place() if self.copies else contextlib.nullcontext():
+                loss = batch_loss(self.model, batch, config, denominator, self.encode, self.route)
+            self.scaler.scale(loss).backward()
+            if self.copies:
+                self.copies.give_gradients()
+            total += loss.detach()
+
+        for parameter, sink in self.sunk:
+            parameter.grad = sink.finish()
+        self.ranks.sum_gradients(self.parameters, total, self.used)
+        self.scaler.unscale_(self.optimizer)
+        norm = None
+        if config.clip_norm is not None:
+            own_pass = self.scaler.is_enabled() or config.optimizer != "fused"
+            norm = clip_gradients(self.parameters, config.clip_norm, None if own_pass else self.optimizer)
+        return total, norm
+
+    def _update(self) -> Tensor | None:
+        """Take the optimiser's step, which with fp16 may be skipped; return whether it was, on the device."""
+        if not self.scaler.is_enabled():
+            self.optimizer.step()
+            return None
+        assert self.scaler._scale is not None
+        before = self.scaler._scale.clone()  # `get_scale` would wait for the device
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        skipped = self.scaler._scale < before
+        self.skips += skipped.squeeze()
+        return skipped
+
+    def _whole_step(self, batch: Batch, denominator: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Do all that the device does in a step of one batch."""
+        found = self._gradients([batch], denominator)
+        self.optimizer.step()
+        return found
+
+    def _count_skips(self) -> None:
+        """Add the steps skipped since the last look to the progress; waits for the device."""
+        if self.scaler.is_enabled():
+            self.progress.skipped_steps += int(self.skips)
+            self.skips.zero_()
 
     def _can_sink(self) -> bool:
         """Whether the tables' gradients can have one place each: eager, full precision, on a CPU."""
@@ -299,13 +525,14 @@ class Trainer:
 
     def identity(self) -> dict[str, Any]:
         """Return what a checkpoint must agree on to be continued."""
-        train = asdict(self.config)
+        train = as_dict(self.config)
         train.pop("checkpoint_seconds")
         said = {"model": asdict(self.model.config), "train": train, "data": self.fingerprint}
         return said if self.origin is None else said | {"origin": self.origin}
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint of the present step and drop all but the newest two."""
+        self._count_skips()
         tensors = {f"model.{k}": v for k, v in unique_tensors(self.model, frozen=False).items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}

@@ -34,7 +34,7 @@ def a_trainer(model=None, lengths=LENGTHS, **changes) -> Trainer:
 def stats(**counts: float) -> StepStats:
     zero = torch.zeros(())
     base = {"num_sequences": 4, "num_tokens": 30, "num_targets": 6, "row_tokens": 40, "target_slots": 8}
-    return StepStats(1, 0, 1e-3, zero, None, **(base | {"fetch_seconds": 0.1} | counts), skipped=False)
+    return StepStats(1, 0, 1e-3, zero, None, **(base | {"fetch_seconds": 0.1} | counts))
 
 
 # -- what a measurement says --------------------------------------------------------------------------------

@@ -5,11 +5,13 @@ import dataclasses
 import pytest
 
 from reclib.config import (
+    LATER,
     SIZES,
     DataConfig,
     InputError,
     ModelConfig,
     TrainConfig,
+    as_dict,
     changed,
     model_config,
     validated,
@@ -62,3 +64,11 @@ def test_a_copy_is_validated_again():
         changed(config, batch_size=0)
     with pytest.raises(InputError, match="unknown parameter 'batch'"):
         changed(config, batch=3)
+
+
+def test_fields_that_came_later_are_recorded_where_they_are_not_at_their_default():
+    names = {f.name for f in dataclasses.fields(TrainConfig)}
+    assert set(LATER) < names
+    assert as_dict(TrainConfig()).keys() == names - set(LATER)
+    assert as_dict(TrainConfig(half_copies=True))["half_copies"] is True
+    assert as_dict(model_config("nano")) == dataclasses.asdict(model_config("nano"))

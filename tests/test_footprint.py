@@ -174,3 +174,22 @@ def test_no_board_has_bf16_below_capability_8():
         assert board.source
     with pytest.raises(InputError, match="no units"):
         devices.catalogue()["t4"].precision("bf16")
+
+
+def test_logits_are_held_whole_up_to_a_share_of_the_cards_memory():
+    assert [footprint.logits_limit(m) >> 20 for m in (None, 4 << 30, 8 << 30, 80 << 30)] == [
+        512,
+        512,
+        512,
+        5120,
+    ]
+    model, train = model_config("85m"), TrainConfig(batch_size=2048)
+    parts = {
+        loss: footprint.memory(
+            model, changed(train, loss=loss), ELECTRONICS, "bf16", memory_bytes=memory
+        ).parts["logits"]
+        for loss, memory in (("plain", None), ("chunked", 80 << 30))
+    }
+    for memory, wanted in ((None, "chunked"), (16 << 30, "chunked"), (80 << 30, "plain")):
+        found = footprint.memory(model, train, ELECTRONICS, "bf16", memory_bytes=memory)
+        assert found.parts["logits"] == parts[wanted]

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import ROOT
 
-from reclib import checkpoint, data, footprint, grid, paths
-from reclib.config import InputError
+from reclib import checkpoint, data, footprint, grid, paths, record
+from reclib.config import InputError, ModelConfig, TrainConfig
 from reclib.fit import Options
 from reclib.hardware import Card, Device, resolve
 
@@ -246,3 +247,17 @@ def test_the_files_of_the_project_can_be_read():
     for name in names:
         found = grid.read(name)
         assert name.startswith(("ablations", "trials")) or any(arm.final for arm in found.arms)
+
+
+def test_committed_runs_are_known_by_the_hash_of_their_configuration():
+    """Otherwise they would be trained again: a new field must leave the hash of earlier runs as it was."""
+    checked = 0
+    for file in sorted((ROOT / "executed" / "cpu" / "grids").glob("*.jsonl")):
+        for row in grid.read_rows(file):
+            said = row.get("configuration", {})
+            if row["name"] == "learning_curve" and said.get("split") == "leave_one_out":
+                model, train = ModelConfig(**said["model"]), TrainConfig(**said["train"])
+                identity = {"model": model, "train": train, "data": row["data"]["fingerprint"]}
+                assert record.params_hash(identity) == row["params_hash"], (file.name, row["own_params"])
+                checked += 1
+    assert checked > 20

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from engine import NUM_ITEMS, small_model
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reclib.config import SIZES, InputError, changed, model_config
 from reclib.model import Bert4Rec, Dropout, attention_bias, closed_formula, count_parameters, main
@@ -110,6 +111,19 @@ def test_attention_bias_is_zero_inside_a_segment_and_minus_infinity_outside():
     seen = (bias[0, 0] == 0).int().tolist()
     assert seen == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
     assert bias[0, 0][bias[0, 0] != 0].isneginf().all()
+
+
+def test_the_mask_of_queries_is_part_of_the_whole_and_on_cuda_in_the_products_type():
+    segments, queries = torch.tensor([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 0, 0]]), torch.tensor([[4, 0], [3, 5]])
+    for causal in (False, True):
+        whole = attention_bias(segments, torch.float32, causal)
+        some = attention_bias(segments, torch.float32, causal, queries)
+        assert torch.equal(some, whole.gather(2, queries[:, None, :, None].expand(-1, -1, -1, 6)))
+    with FakeTensorMode(), torch.autocast("cuda", torch.bfloat16), torch.device("cuda"):
+        rows, asked = torch.zeros(3, 50, dtype=torch.int32), torch.zeros(3, 7, dtype=torch.int64)
+        for mask in (attention_bias(rows, torch.float32), attention_bias(rows, torch.float32, True, asked)):
+            assert mask.dtype == torch.bfloat16
+            assert mask.stride()[2:] == (56, 1)  # rows 16 bytes apart or a multiple of it
 
 
 def test_tied_tables_are_one_tensor():

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from functools import partial
+
 import pytest
 import torch
 from engine import histories, loss_and_gradients, small_model, worst_difference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from reclib import cross_entropy
+from reclib import cross_entropy, objective
 from reclib.batching import IGNORE, Epoch
 from reclib.config import TrainConfig, changed
 from reclib.cross_entropy import InplaceCrossEntropy
 from reclib.model import Bert4Rec
 from reclib.objective import batch_loss, cross_entropy_sum, route
+from reclib.trainer import HalfCopies, clip_gradients
 
 PLAIN = {"layout": "padded", "head_rows": "all", "loss": "plain"}
 LIMIT = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -32,11 +37,12 @@ LIMIT = {torch.float32: 1e-5, torch.float64: 1e-10}
     origin=st.sampled_from(["first", "last"]),
     loss=st.sampled_from(["chunked", "inplace", "plain"]),
     micro=st.sampled_from([None, 4]),
+    multiple=st.sampled_from([1, 64]),
     causal=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
 def test_packed_gathered_chunked_equals_plain_padded(
-    lengths, mask_prob, seed, layers, tied, norm, head, bias, origin, loss, micro, causal, dtype
+    lengths, mask_prob, seed, layers, tied, norm, head, bias, origin, loss, micro, multiple, causal, dtype
 ):
     shape = {"num_layers": layers, "tied": tied, "norm": norm, "head": head, "output_bias": bias}
     model = small_model(**shape, position_origin=origin, causal=causal)
@@ -44,6 +50,7 @@ def test_packed_gathered_chunked_equals_plain_padded(
     objective = "next_item" if causal else "cloze"
     plain = TrainConfig(batch_size=12, mask_prob=mask_prob, seed=seed, objective=objective, **PLAIN)
     fast = changed(plain, layout="packed", head_rows="targets", loss=loss, micro_batch_size=micro)
+    fast = changed(fast, head_multiple=multiple)
     wanted, wanted_gradients = loss_and_gradients(model, plain, data, dtype)
     found, found_gradients = loss_and_gradients(model, fast, data, dtype)
     assert found == pytest.approx(wanted, rel=LIMIT[dtype])
@@ -120,6 +127,80 @@ def test_route_by_device_and_size():
     assert route("auto", "cuda", 240, 160_000) == "plain"
     assert route("auto", "cuda", 4096, 160_000) == "chunked"
     assert route("plain", "cuda", 10**6, 10**6) == "plain"
+    for memory, most in ((None, 840), (8 * 2**30, 840), (80 * 10**9, 7824)):  # targets of 159,748 items
+        assert route("auto", "cuda", most, 159_748, memory) == "plain"
+        assert route("auto", "cuda", most + 1, 159_748, memory) == "chunked"
+
+
+def test_the_fused_route_is_the_plain_one_compiled(monkeypatch):
+    """With one compilation for all numbers of targets; without a C++ compiler, hence the tracing backend."""
+    monkeypatch.setattr(objective.torch, "compile", partial(torch.compile, backend="aot_eager"))
+    objective._compiled_sum.cache_clear()
+    model, train = small_model(tied=False), TrainConfig(batch_size=4, loss="plain")
+    for lengths in ([9, 5, 12, 7], [3, 4], [12, 11, 12, 12]):
+        data = histories(lengths)
+        wanted, gradients = loss_and_gradients(model, train, data)
+        found, own = loss_and_gradients(model, changed(train, loss="fused", head_multiple=64), data)
+        assert found == pytest.approx(wanted, rel=1e-5)
+        assert worst_difference(own, gradients) < 1e-5
+    objective._compiled_sum.cache_clear()
+
+
+class Asked(TorchDispatchMode):
+    """Notes the names of the operators that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_loss_waits_for_the_device(monkeypatch):
+    """Forward, backward and clipping ask no tensor for its value: one without values refuses to tell it.
+
+    A tensor on the meta device takes the ways that a GPU's takes, since it is not on a CPU; fake CUDA tensors
+    need a build of torch for CUDA as soon as gradients are asked for.
+    """
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)  # which knows no device meta
+    for read in (bool, torch.Tensor.item, torch.nonzero):
+        with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+            read(torch.ones((), device="meta"))
+    model = small_model(hidden_dim=64, num_layers=3, dropout=0.1, tied=False)
+    base = TrainConfig(batch_size=8, num_negatives=8, mask_prob=0.3, bucket_steps=1)
+    for loss in ("plain", "chunked", "inplace", "sampled_softmax", "gbce"):
+        (real,) = Epoch(histories([9, 5, 12, 7, 3, 8, 4, 6]), model, changed(base, loss=loss), 0).step(0)
+        assert (real.targets == IGNORE).any()
+        there = {k: v.to("meta") for k, v in real._asdict().items() if isinstance(v, torch.Tensor)}
+        for dtype in (torch.float32, torch.bfloat16):
+            for multiple in (1, 64):
+                train = changed(base, loss=loss, head_multiple=multiple)
+                with torch.device("meta"):
+                    module = Bert4Rec(model).to(dtype)
+                    parameters = list(module.parameters())
+                    optimizer = torch.optim.AdamW(parameters, fused=False)
+                    batch_loss(module, real._replace(**there), train, torch.full((), 9.0)).backward()
+                    clip_gradients(parameters, 1.0, optimizer)
+                assert all(p.grad.shape == p.shape for p in parameters)
+
+
+def test_copies_of_the_weights_save_their_casts():
+    model, train = small_model(num_layers=3, tied=False), TrainConfig(batch_size=8, loss="plain")
+    (batch,) = Epoch(histories([9, 5, 12, 7]), model, train, 0).step(0)
+    counts = []
+    for copies in (False, True):
+        module = Bert4Rec(model)
+        own = HalfCopies(module, torch.bfloat16)
+        with Asked() as asked:
+            own.make()
+            with torch.autocast("cpu", torch.bfloat16), own.in_place() if copies else nullcontext():
+                loss = batch_loss(module, batch, train, 9.0)
+            loss.backward()
+            own.give_gradients()
+        counts.append(asked.names.count("_to_copy"))
+    assert counts[0] - counts[1] >= 2 * (3 * 8 + 1)  # of each weight and bias, on both ways
 
 
 def test_seed_objective_is_focal_over_every_real_position():

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,17 @@ from engine import histories, small_model
 
 from reclib import checkpoint, data, hardware
 from reclib.checkpoint import unique_tensors
-from reclib.config import InputError, TrainConfig, changed
+from reclib.config import InputError, TrainConfig, changed, model_config
 from reclib.fit import Options, fit, load_model, save_model
 from reclib.model import Bert4Rec
-from reclib.trainer import Trainer, clip_gradients, learning_rate
+from reclib.trainer import (
+    StepGraphs,
+    Trainer,
+    chosen_route,
+    clip_gradients,
+    learning_rate,
+    refuse_graphs,
+)
 
 CPU = hardware.resolve("cpu")
 SHORT = TrainConfig(
@@ -134,6 +142,87 @@ def test_bf16_follows_fp32():
     assert [s.loss for s in low] != [s.loss for s in full]
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_copies_of_the_weights_are_autocast(precision):
+    """The same losses to the bit and the same weights but for the rounding of summed gradients."""
+    for shape in ({}, {"tied": False, "head": "mlp"}):
+        config = changed(SHORT, precision=precision, micro_batch_size=4)
+        cast, wanted = run_steps(config, small_model(**shape))
+        copied, found = run_steps(changed(config, half_copies=True), small_model(**shape))
+        assert [s.loss for s in found] == pytest.approx([s.loss for s in wanted], rel=1e-4)
+        assert found[0].loss == wanted[0].loss
+        assert [s.grad_norm for s in found] == pytest.approx([s.grad_norm for s in wanted], rel=2e-3)
+        for one, other in zip(copied.parameters, cast.parameters, strict=True):
+            assert one.dtype == one.grad.dtype == torch.float32
+            torch.testing.assert_close(one.grad, other.grad, rtol=0.05, atol=2e-3)
+        assert (
+            copied.model.blocks[0].ffn.up.weight
+            is dict(copied.model.named_parameters())["blocks.0.ffn.up.weight"]
+        )
+    full, _ = run_steps(SHORT)
+    inert, _ = run_steps(changed(SHORT, half_copies=True))  # fp32: nothing is cast
+    assert same(weights(inert), weights(full))
+
+
+def test_steps_as_graphs_are_the_same_steps(monkeypatch):
+    """A graph reads where the first batch of its shape lay, and is given the next one there."""
+    captures, replays = [], []
+
+    def capture(compute, pool):
+        captures.append(compute)
+
+        def replay():
+            replays.append(compute)
+            return compute()
+
+        return replay
+
+    monkeypatch.setattr("reclib.hardware.compile_choice", lambda mode, *_: (mode, "asked for"))
+    config = changed(SHORT, epochs=8, bucket_steps=1)
+    plain, wanted = run_steps(config, steps=24)
+    monkeypatch.setattr("reclib.trainer.StepGraphs", partial(StepGraphs, capture=capture))
+    graph, found = run_steps(changed(config, compile_mode="graph"), steps=24)
+    assert [s.loss for s in found] == pytest.approx([s.loss for s in wanted], rel=1e-4)
+    assert [s.grad_norm for s in found] == pytest.approx([s.grad_norm for s in wanted], rel=1e-3)
+    assert 0 < len(captures) < len(replays) < 24
+    assert len({s.loss for s in found}) == 24  # kept apart from what the next replay writes
+    for name, tensor in weights(plain).items():
+        torch.testing.assert_close(weights(graph)[name], tensor, rtol=1e-3, atol=1e-3)
+
+
+def test_what_cannot_be_captured_is_refused_and_on_a_cpu_graphs_are_off():
+    ours = changed(SHORT, compile_mode="graph")
+    refuse_graphs(ours, "bf16", 1, False)
+    for config, precision, processes, adapted, said in (
+        (ours, "fp16", 1, False, "no precision=fp16"),
+        (changed(ours, optimizer="loop"), "bf16", 1, False, "no optimizer='loop'"),
+        (changed(ours, micro_batch_size=4), "bf16", 2, False, "no micro-batches and no 2 processes"),
+        (ours, "bf16", 1, True, "no an adapted model"),
+    ):
+        with pytest.raises(InputError, match=said):
+            refuse_graphs(config, precision, processes, adapted)
+    trainer, _ = run_steps(ours, steps=1)
+    assert (trainer.compile_mode, trainer.graphs) == ("off", None)
+    assert trainer.compile_reason.startswith("not applicable: graph")
+
+
+def test_a_run_has_one_route_by_its_largest_batch_and_the_card():
+    h100 = hardware.Card(type="cuda", name="H100", label="h100", capability=(9, 0), memory_bytes=80 * 10**9)
+    t4 = hardware.Card(type="cuda", name="T4", label="t4", capability=(7, 5), memory_bytes=15 * 10**9)
+    model, long = model_config("85m"), histories([9] * 6000, num_items=100)
+    for card, size, compiled, wanted in (
+        (h100, 512, False, "plain"),
+        (h100, 512, True, "fused"),
+        (h100, 5120, True, "chunked"),
+        (t4, 512, False, "plain"),
+        (t4, 1024, False, "chunked"),
+        (CPU.card, 512, True, "inplace"),
+    ):
+        assert chosen_route(TrainConfig(batch_size=size), model, long, card, compiled) == wanted
+    asked = TrainConfig(batch_size=5120, loss="plain")
+    assert chosen_route(asked, model, long, h100, True) == "plain"  # what is asked for is not fused either
+
+
 def test_fp16_overflow_is_skipped_and_counted_then_training_goes_on():
     torch.manual_seed(0)
     config = changed(SHORT, precision="fp16", epochs=6)
@@ -149,6 +238,22 @@ def test_fp16_overflow_is_skipped_and_counted_then_training_goes_on():
     assert not rest[-1].skipped
     assert not same(weights(trainer), before)
     assert all(v.isfinite().all() for v in weights(trainer).values())
+
+
+def test_skips_are_counted_on_the_device_and_read_now_and_then(monkeypatch):
+    """As on CUDA, where each reading waits: the progress has them at every look and when it is saved."""
+    torch.manual_seed(0)
+    config = changed(SHORT, precision="fp16", epochs=6)
+    trainer = Trainer(Bert4Rec(small_model()), histories([9] * 32), config, CPU, "x")
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+    count, looks = Trainer._count_skips, []
+    monkeypatch.setattr(Trainer, "_count_skips", lambda self: looks.append(self.progress.step))
+    stats = list(trainer.steps())
+    assert trainer.progress.skipped_steps == 0
+    count(trainer)
+    count(trainer)
+    assert trainer.progress.skipped_steps == sum(s.skipped for s in stats) > 0
+    assert looks[-1] == len(stats)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
