@@ -66,7 +66,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rows of the head a multiple of 64": {"head_multiple": 64},
     "16-bit copies once a step": {"half_copies": True},
     "one CUDA graph a step": {"compile_mode": "graph", "bucket_steps": 4},
-    "all four": {"loss": "fused", "head_multiple": 64, "half_copies": True, "compile_mode": "graph"},
+    "all four": {
+        "loss": "fused",
+        "head_multiple": 64,
+        "half_copies": True,
+        "compile_mode": "graph",
+        "bucket_steps": 4,
+    },
     "loss plain": {"loss": "plain"},
     "loss chunked": {"loss": "chunked"},
     "buckets of 4 steps": {"bucket_steps": 4},
@@ -260,7 +266,12 @@ def variant_rows(b: Bench) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]
             try:
                 yield name, amp_row(b, amp(b), "variants", batch_size=batch, **changes), plain
             except InputError as error:
-                b.raw("variant", variant=name, batch_size=batch, status=f"not in this version: {error}")
+                b.raw(
+                    "variant",
+                    variant=name,
+                    batch_size=batch,
+                    status=f"not in this version: {error}",
+                )
 
 
 def adapter_rows(b: Bench) -> list[dict[str, Any] | None]:
@@ -437,22 +448,19 @@ def variants(b: Bench) -> None:
 
 
 def probe(b: Bench) -> None:
-    """Single operations that decide what to change: attention, the head, losses, update, copies."""
+    """Operations that a trace does not tell apart: attention by backend, the head, batches."""
     import torch
     import torch.nn.functional as F
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from reclib import objective
     from reclib.batching import Epoch
     from reclib.data import train_histories
     from reclib.model import attention_bias
 
-    def normal(*shape: int, **more: Any) -> Any:
-        return torch.randn(*shape, device=where, **more)
-
     where, half = b.device.torch_device, torch.bfloat16
+    normal = functools.partial(torch.randn, device=where, dtype=half)
     for shape in ((4, 2, 16, 16),) if b.tiny else ((76, 4, 50, 64), (64, 4, 200, 64), (76, 16, 50, 64)):
-        q, k, v = normal(3, *shape, dtype=half, requires_grad=True).unbind()
+        q, k, v = normal(3, *shape, requires_grad=True).unbind()
         bias = attention_bias((torch.arange(shape[2], device=where) // 8 + 1).expand(shape[0], -1), half)
 
         def attend(q: Any = q, k: Any = k, v: Any = v, bias: Any = bias) -> None:
@@ -461,37 +469,13 @@ def probe(b: Bench) -> None:
         for backend in ("EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"):
             with sdpa_kernel(getattr(SDPBackend, backend)):
                 b.time("attention", attend, shape=shape, backend=backend)
-    for targets in (16,) if b.tiny else (240, 928):
-        for items in (500, 512) if b.tiny else (159_748, 159_752, 159_808):
-            h, table, slope = (
-                normal(*size, dtype=half) for size in ((targets, 256), (items, 256), (targets, items))
-            )
-            about = {"targets": targets, "items": items}
-            b.time("head: scores", lambda h=h, table=table: h @ table.t(), **about)
-            b.time("head: to hidden", lambda s=slope, table=table: s @ table, **about)
-            b.time("head: to table", lambda s=slope, h=h: s.t() @ h, **about)
-        items = 500 if b.tiny else 159_748
-        h, weight = normal(targets, 256, requires_grad=True), normal(items + 2, 256, requires_grad=True)
-        bias = torch.zeros(items + 2, device=where, requires_grad=True)
-        wanted = torch.randint(1, items, (targets,), device=where)
-        for route in ("plain", "chunked", "inplace"):
-
-            def loss(
-                h: Any = h, w: Any = weight, at: Any = wanted, bias: Any = bias, how: str = route
-            ) -> None:
-                with torch.autocast(where.type, dtype=half):
-                    objective.cross_entropy_sum(h, w, bias, at, len(w) - 2, how).backward()
-
-            b.time("loss", loss, targets=targets, items=items, route=route)
+    for m in (16,) if b.tiny else (240, 928):
+        for n in (500, 512) if b.tiny else (159_748, 159_752, 159_808):
+            h, table, slope = normal(m, 256), normal(n, 256), normal(m, n)
+            b.time("head: scores", lambda h=h, table=table: h @ table.t(), targets=m, items=n)
+            b.time("head: to hidden", lambda s=slope, table=table: s @ table, targets=m, items=n)
+            b.time("head: to table", lambda s=slope, h=h: s.t() @ h, targets=m, items=n)
     row = amp_row(b, amp(b, batch_sizes=[512]), "")
-    trainer = trainer_of(b, row)
-    for one in trainer.parameters:
-        one.grad = torch.randn_like(one)
-    count = sum(one.numel() for one in trainer.parameters)
-    b.time("AdamW", torch.optim.AdamW(trainer.parameters, fused=True).step, bytes=28 * count)
-    grads = [one.grad for one in trainer.parameters]
-    b.time("norm of gradients", lambda: torch.nn.utils.get_total_norm(grads), bytes=4 * count)
-    b.time("16-bit copies", lambda: [one.detach().to(half) for one in trainer.parameters], bytes=6 * count)
     model, train = configs(row)
     plan = Epoch(train_histories(dataset(row, model.num_items)), model, train, 0)
     b.time("make a batch", lambda: plan.step(0))
