@@ -3,6 +3,7 @@
 # make test-all what takes longer too: several processes, killed runs, compilers, JupyterLab in a browser
 # make lint     ruff and mypy alone
 # make lab      JupyterLab on this machine
+# make gpu      add your GPU's row in ten minutes: self-check, timings, records, figures, a folder to send us
 # make figures  rebuild figures/ from the records alone
 # make pictures PNGs of the main figures, from the same records (needs Chromium or Chrome)
 #
@@ -13,7 +14,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install study test test-all lint unit notebooks lab figures pictures
+.PHONY: help install study test test-all lint unit notebooks lab gpu figures pictures
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # A compute thread that waits gives its core away soon (GNU OpenMP's default is to spin for milliseconds): whatever
@@ -64,6 +65,12 @@ lint: $(INSTALLED)
 
 lab: $(INSTALLED)
 	$(BIN)/jupyter lab --ip 127.0.0.1 notebooks
+
+gpu: $(INSTALLED)
+	@$(BIN)/python benchmarks/gpu.py --out gpu-row || [ $$? = 1 ]  # 1: a stage failed, the others count
+	@$(BIN)/python -m reclib.study merge gpu-row/executed
+	@$(BIN)/python -m reclib.study collect
+	@echo "The records are in executed/, figures/index.html shows them. Please send us the folder gpu-row/."
 
 figures: $(INSTALLED)
 	$(BIN)/python -m reclib.study collect

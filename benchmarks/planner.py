@@ -1,16 +1,19 @@
-"""The planner against measurements of CPUs: rows that it was fitted on, and rows that it was not.
+"""The planner against measurements of CPUs and GPUs: rows that it was fitted on, and rows that it was not.
 
     python benchmarks/planner.py rates       this machine's rates, for one and two threads: a minute or two
     python benchmarks/planner.py fitted      measures the rows that the achievable shares are fitted on
     python benchmarks/planner.py fit         fits the shares; they go to params/calibration.yaml
     python benchmarks/planner.py adopt "AMD EPYC"    instead of both: the shares that another CPU's rows gave
     python benchmarks/planner.py predict     predicts rows not yet measured here: to be committed first
+    python benchmarks/planner.py predict h100    the rows of `gpu.py` on a GPU: before its first run
     python benchmarks/planner.py held-out    measures those rows
-    python benchmarks/planner.py             the error tables by CPU, fitted and held-out rows apart
+    python benchmarks/planner.py             the error tables by device, fitted and held-out rows apart
 
 One and two threads are two devices, cpu1 and cpu2. Each row runs in a process of its own, since peak memory
 belongs to a process; what is shown is the median step. Histories are synthetic, over catalogues of the true
-size. Records go to `executed/cpu/grids/planner.jsonl` and say which CPU they are of.
+size. Records go to `executed/cpu/grids/planner.jsonl` and say which CPU they are of; those of a GPU lie in
+its own folder, and its plans are of the data sheet. Once it was measured, its shares are refitted on half
+of the rows, chosen by their hash, and judged on the others.
 """
 
 from __future__ import annotations
@@ -35,14 +38,15 @@ from planner_rows import (  # noqa: E402
     asked,
     configs,
     cpu_of,
-    dataset,
     file,
     here,
     key_of,
+    lengths_of,
     measure,
     measured,
     microbench,
     named,
+    on_gpu,
     run_rows,
     title,
     undisturbed,
@@ -124,16 +128,22 @@ def numbered(tree: Any) -> Any:
 
 def groups_of(given: dict[str, Any], rates: Mapping[str, Any]) -> tuple[Any, Any]:
     """Return a row's seconds by group at the machine's rates alone, and its footprint."""
-    from reclib import data, footprint, steptime, workload
+    from reclib import steptime
+
+    parts, size = parts_of(given, "cpu")
+    return steptime.cpu_groups(parts, configs(given)[0], rates, given.get("precision", "fp32")), size
+
+
+def parts_of(given: dict[str, Any], device_type: str) -> tuple[Any, Any]:
+    """Return the parts of a row's step, and its footprint."""
+    from reclib import footprint, workload
 
     (model, train), adapter, precision = configs(given), adapter_of(given), given.get("precision", "fp32")
-    histories = data.train_histories(dataset(given, model.num_items))
-    lengths = histories.ends - histories.starts
+    lengths = lengths_of(given, model.num_items)
     shapes = workload.mean_shapes(model, train, lengths)
-    width = workload.HALF if precision == "bf16" else workload.FP32
+    width = workload.HALF if precision in ("bf16", "fp16") else workload.FP32
     parts = workload.step_parts(model, train, shapes, width, adapter)
-    groups = steptime.cpu_groups(parts, model, rates, precision)
-    return groups, footprint.memory(model, train, lengths, precision, "cpu", adapter)
+    return parts, footprint.memory(model, train, lengths, precision, device_type, adapter)
 
 
 def fitted_devices(cpu: str) -> dict[str, Device]:
@@ -225,12 +235,30 @@ def forecast(given: dict[str, Any], devices: Mapping[str, Device]) -> dict[str, 
     }
 
 
-def predictions_file(cpu: str) -> Path:
-    return file().with_name(f"planner-predictions-{re.sub(r'[^a-z0-9]+', '-', cpu.lower())}.json")
+def on_board(given: dict[str, Any], label: str, share: Mapping[str, float] | None = None) -> dict[str, float]:
+    """Return the planner's step time and peak of tensors of a row on a GPU, with its shares or given ones."""
+    from reclib import devices, steptime
+
+    board = devices.catalogue()[label]
+    parts, size = parts_of(given, "cuda")
+    if share is None:
+        step = steptime.on_board(parts, board, given["precision"])
+        seconds = {"step_seconds": step.seconds, "step_seconds_low": step.low, "step_seconds_high": step.high}
+    else:
+        seconds = {"step_seconds": steptime.roofline(parts, board, given["precision"], share)}
+    return seconds | {"peak_memory_bytes": size.total}
+
+
+def predictions_file(device: str) -> Path:
+    """Return the file of the predictions for a CPU, or for a GPU in its own folder."""
+    from reclib import devices
+
+    name = f"planner-predictions-{re.sub(r'[^a-z0-9]+', '-', device.lower())}.json"
+    return file(device if device in devices.catalogue() else "cpu").with_name(name)
 
 
 def predictions(cpu: str) -> dict[str, dict[str, Any]]:
-    """Return the rows of a CPU that were predicted before they were measured, by row."""
+    """Return the rows of a device that were predicted before they were measured, by row."""
     if not predictions_file(cpu).is_file():
         return {}
     rows = json.loads(predictions_file(cpu).read_text(encoding="utf-8"))["rows"]
@@ -238,27 +266,107 @@ def predictions(cpu: str) -> dict[str, dict[str, Any]]:
     return {key_of({k: v for k, v in one.items() if k not in about}): one for one in rows}
 
 
-def predict() -> None:
-    """Predict each row that this CPU has neither measured nor a prediction of.
+def predict(gpu: str | None) -> None:
+    """Predict each row that this CPU, or a GPU, has neither measured nor a prediction of.
 
-    Each has a hash of the calibration and of the modules that predict. A CPU that has its own shares has no
-    prediction of the rows that they were fitted on.
+    Each has a hash of the calibration (of a GPU: of data sheets and assumed shares) and of the modules that
+    predict. A CPU that has its own shares has no prediction of the rows that they were fitted on.
     """
-    cpu, before = here(), predictions(here())
-    used = [calibration_file(), *(ROOT / "reclib" / f"{name}.py" for name in MODEL)]
+    device = gpu or here()
+    before, params = predictions(device), ROOT / "params"
+    used = [params / "devices.yaml", params / "efficiency.yaml"] if gpu else [calibration_file()]
+    used += [ROOT / "reclib" / f"{name}.py" for name in MODEL]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in used)).hexdigest()
     about = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "sha256_of_the_model": digest}
-    devices = calibration()[cpu]
-    for kind, rows in SETS.items():
-        run = {key_of(asked(r["own_params"])) for r in measured(kind, cpu)}
-        for one in rows:
-            if key_of(one) in run or key_of(one) in before:
-                continue
-            said = forecast(one, devices)
-            before[key_of(one)] = one | {"predicted": said} | about
-            print(f"{kind:9} {title(one):58} {said['step_seconds']:9.4f} s")
-    whole = {"cpu": cpu, "rows": list(before.values())}
-    predictions_file(cpu).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    if gpu:
+        rows, run = gpu_rows(gpu), {key_of(asked(r["own_params"])) for r in on_gpu(gpu)}
+    else:
+        rows = [one for kind in SETS.values() for one in kind]
+        run = {key_of(asked(r["own_params"])) for kind in SETS for r in measured(kind, device)}
+    for one in rows:
+        if key_of(one) in run or key_of(one) in before:
+            continue
+        said = on_board(one, gpu) if gpu else forecast(one, calibration()[device])
+        before[key_of(one)] = one | {"predicted": said} | about
+        print(f"{title(one):100} {said['step_seconds']:9.5f} s {said['peak_memory_bytes'] / 2**30:7.2f} GiB")
+    predictions_file(device).parent.mkdir(parents=True, exist_ok=True)
+    whole = {"device" if gpu else "cpu": device, "rows": list(before.values())}
+    predictions_file(device).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+
+
+def gpu_rows(label: str) -> list[dict[str, Any]]:
+    """Return the rows that `gpu.py` times on a GPU of the catalogue, as if it were here."""
+    import gpu
+    import torch
+
+    from reclib import devices
+    from reclib.hardware import Card, Device
+
+    board = devices.catalogue()[label]
+    card = Card(
+        type="cuda",
+        name=board.name,
+        label=label,
+        capability=board.capability,
+        memory_bytes=board.memory_bytes,
+    )
+    return gpu.rows(Device(torch.device("cuda"), card, label))
+
+
+def gpu_errors(
+    label: str, rows: Iterable[dict[str, Any]], share: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """Return predicted over measured, for time and memory, of measured rows of a GPU.
+
+    A row takes the prediction that was written down before it was run; where there is none, and with the
+    shares `share`, it is what the planner says now.
+    """
+    before, found = {} if share else predictions(label), []
+    for one in rows:
+        given, timings = asked(one["own_params"]), one["timings"]
+        written = before.get(key_of(given))
+        said = written["predicted"] if written else on_board(given, label, share)
+        ratios = {"time": said["step_seconds"] / timings["step_seconds"]}
+        ratios["memory"] = said["peak_memory_bytes"] / timings["peak_memory_bytes"]
+        found.append(
+            {"row": given, "measured": timings, "predicted": said, "written": bool(written)} | ratios
+        )
+    return found
+
+
+def halves(rows: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return rows to fit on and rows to judge by: the hash of what a row is decides."""
+    sides: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
+    for one in rows:
+        digest = hashlib.sha256(key_of(asked(one["own_params"])).encode()).digest()
+        sides[digest[0] % 2].append(one)
+    return sides
+
+
+def refitted(label: str, rows: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Return the shares of a GPU's data sheet, and of the host, that rows give: least squares of logs."""
+    import numpy as np
+    from scipy.optimize import least_squares
+
+    from reclib import devices, steptime
+
+    board, names = devices.catalogue()[label], ("products", "bandwidth", "operator_us")
+    parts = [(parts_of(asked(r["own_params"]), "cuda")[0], r["own_params"]["precision"]) for r in rows]
+    took = [r["timings"]["step_seconds"] for r in rows]
+
+    def gaps(logs: Any) -> Any:
+        share = dict(zip(names, np.exp(logs), strict=True))
+        return [
+            np.log(steptime.roofline(one, board, name, share) / t)
+            for (one, name), t in zip(parts, took, strict=True)
+        ]
+
+    starts = [
+        np.log([steptime.efficiency()[at][name] for name in names]) for at in ("slow", "likely", "fast")
+    ]
+    tries = [least_squares(gaps, start, diff_step=1e-3) for start in starts]  # a host that waits has no slope
+    found = min(tries, key=lambda one: one.cost)
+    return {name: round(float(value), 3) for name, value in zip(names, np.exp(found.x), strict=True)}
 
 
 def errors(kind: str, cpu: str, refitted: Mapping[str, Device] | None = None) -> list[dict[str, Any]]:
@@ -301,7 +409,26 @@ def tables() -> None:
             print(f"-- {cpu}, shares refitted on its own fitted rows: {again['cpu2']['shares']}\n")
             print_table("fitted rows, the refit saw them", errors("fitted", cpu, again))
             print_table("held-out rows, the refit did not see them", errors("held-out", cpu, again))
+    gpu_tables()
     seed_check()
+
+
+def gpu_tables() -> None:
+    """Print the errors of every GPU that was measured: as predicted, and with shares refitted on half."""
+    from reclib import devices
+
+    for label in devices.catalogue():
+        rows = on_gpu(label)
+        if not rows:
+            continue
+        print_table(f"{label}: as predicted before it was run, by its data sheet", gpu_errors(label, rows))
+        known, new = halves(rows)
+        if len(known) < 6 or len(new) < 6:
+            print(f"-- {label}: {len(rows)} rows are too few to refit its shares on half of them\n")
+            continue
+        share = refitted(label, known)
+        print(f"-- {label}, shares refitted on {len(known)} rows: {share}\n")
+        print_table(f"{label}: rows that the refit did not see", gpu_errors(label, new, share))
 
 
 def print_table(name: str, found: Iterable[dict[str, Any]]) -> None:
@@ -316,10 +443,15 @@ def print_table(name: str, found: Iterable[dict[str, Any]]) -> None:
         s, t = e["predicted"], e["measured"]
         numbers = f"{s['step_seconds']:12.4f}{t['step_seconds']:12.4f}{e['time'] - 1:12.1%}"
         numbers += f"{s['peak_memory_bytes'] / 2**20:12.0f}{t['peak_memory_bytes'] / 2**20:12.0f}"
-        print(f"{title(e['row']):60}{numbers}{e['memory'] - 1:12.1%}{e['tensors'] - 1:12.1%}")
-    for what in ("time", "memory", "tensors"):
-        gaps = [abs(e[what] - 1) for e in rows]
-        print(f"  {what}: median absolute error {median(gaps):.1%}, worst {max(gaps):.1%}, {len(gaps)} rows")
+        numbers += f"{e['memory'] - 1:12.1%}" + (f"{e['tensors'] - 1:12.1%}" if "tensors" in e else "")
+        print(f"{title(e['row']):60}{numbers}")
+    for what in [name for name in ("time", "memory", "tensors") if name in rows[0]]:
+        signed = [e[what] - 1 for e in rows]
+        gaps = [abs(gap) for gap in signed]
+        print(
+            f"  {what}: median absolute error {median(gaps):.1%}, worst {max(gaps):.1%}, {len(gaps)} rows;"
+            f" median error {median(signed):+.1%}"
+        )
     print()
 
 
@@ -345,16 +477,24 @@ def seed_check() -> None:
 
 
 def main() -> int:
+    from reclib import devices
+
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    actions = {"rates": rates, "fit": fit, "predict": predict, "tables": tables}
-    commands = (*actions, "adopt", *SETS, "measure", "microbench")
+    actions = {"rates": rates, "fit": fit, "tables": tables}
+    commands = (*actions, "predict", "adopt", *SETS, "measure", "microbench")
     parser.add_argument("command", nargs="?", default="tables", choices=commands)
-    parser.add_argument("other", nargs="?", help="adopt: the CPU whose shares are taken")
+    parser.add_argument(
+        "other", nargs="?", help="adopt: the CPU whose shares are taken; predict: a GPU's label"
+    )
     parser.add_argument("--minutes", type=float, default=600.0, help="no row is started after so many")
     parser.add_argument("--payload", type=json.loads, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.command in ("measure", "microbench"):
         print(json.dumps({"measure": measure, "microbench": microbench}[given.command](given.payload)))
+    elif given.command == "predict":
+        if given.other and given.other not in devices.catalogue():
+            parser.error(f"predict: expected one of {', '.join(devices.catalogue())}")
+        predict(given.other)
     elif given.command == "adopt":
         if given.other not in calibration():
             parser.error(f"adopt: expected one of {', '.join(calibration())}")

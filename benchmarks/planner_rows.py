@@ -6,12 +6,14 @@ step. A row during which other processes took more than `DISTURBED` of the cores
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import resource
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -89,11 +91,35 @@ SETS = {"fitted": FITTED, "held-out": HELD_OUT, "adapted": ADAPTED, "bf16": BF16
 
 def configs(given: dict[str, Any]) -> tuple[Any, Any]:
     """Return the configurations of a row."""
-    from reclib.config import TrainConfig, model_config
+    from reclib.config import TrainConfig, model_config, validated
 
     model = model_config(given["size"], **({"max_len": given["max_len"]} | given["model"]))
-    precision = given.get("precision", "fp32")
-    return model, TrainConfig(batch_size=given["batch_size"], epochs=100_000, precision=precision)
+    train = {
+        "batch_size": given["batch_size"],
+        "epochs": 100_000,
+        "precision": given.get("precision", "fp32"),
+    }
+    return model, validated(TrainConfig, train | given.get("train", {}))
+
+
+def described(stage: str, size: str, model: Any, train: Any, users: int) -> dict[str, Any]:
+    """Return the row of a step on a GPU: what a size's model and the defaults of training differ in."""
+    from dataclasses import asdict
+
+    from reclib.config import TrainConfig, model_config
+
+    usual = asdict(model_config(size, max_len=model.max_len)), asdict(TrainConfig())
+    changes = [
+        {name: value for name, value in asdict(given).items() if value != default[name]}
+        for given, default in zip((model, train), usual, strict=True)
+    ]
+    own = {
+        name: value for name, value in changes[1].items() if name not in ("batch_size", "epochs", "precision")
+    }
+    mean_len = min(SHORT["mean_len"], model.num_items / 4)
+    whole = {"stage": stage, "size": size, "batch_size": train.batch_size, "precision": train.precision}
+    whole |= {"users": users, "mean_len": mean_len, "max_len": model.max_len}
+    return whole | {"model": changes[0], "train": own}
 
 
 def adapter_of(given: dict[str, Any]) -> Any:
@@ -103,11 +129,29 @@ def adapter_of(given: dict[str, Any]) -> Any:
     return AdapterPlan(kind=given["adapter"]) if "adapter" in given else None
 
 
-def dataset(given: dict[str, Any], num_items: int) -> Any:
-    """Return the synthetic histories of a row."""
+def lengths_of(given: dict[str, Any], num_items: int) -> Any:
+    """Return the lengths of the histories that a row trains on: all but the last two items, or whole ones."""
+    import numpy as np
+
     from reclib import data
 
-    return data.synthetic_dataset(given["users"], num_items, given["mean_len"], 0)
+    prepared = dataset(given, num_items)
+    if given.get("histories") == "whole":
+        return np.diff(prepared.offsets)
+    histories = data.train_histories(prepared)
+    return histories.ends - histories.starts
+
+
+@functools.cache
+def synthetic(users: int, num_items: int, mean_len: float) -> Any:
+    from reclib import data
+
+    return data.synthetic_dataset(users, num_items, mean_len, 0)
+
+
+def dataset(given: dict[str, Any], num_items: int) -> Any:
+    """Return the synthetic histories of a row."""
+    return synthetic(given["users"], num_items, given["mean_len"])
 
 
 # -- one row, in a process of its own ------------------------------------------------------------------------
@@ -217,13 +261,13 @@ def child(command: str, threads: int, payload: Any) -> Any:
 # -- records -------------------------------------------------------------------------------------------------
 
 
-def file() -> Path:
-    """Return the file of the records."""
-    return ROOT / "executed" / "cpu" / "grids" / "planner.jsonl"
+def file(label: str = "cpu", root: Path = ROOT / "executed") -> Path:
+    """Return the file of a device's records."""
+    return root / label / "grids" / "planner.jsonl"
 
 
-def write(name: str, found: dict[str, Any], own: dict[str, Any]) -> None:
-    """Append a record of what a child found."""
+def write(name: str, found: Mapping[str, Any], own: dict[str, Any], root: Path = ROOT / "executed") -> None:
+    """Append a record of what was found, beside those of its device."""
     from reclib import provenance, record
 
     line = {
@@ -231,7 +275,7 @@ def write(name: str, found: dict[str, Any], own: dict[str, Any]) -> None:
         "notebook": NOTEBOOK,
         "name": name,
         "kind": "measured",
-        "label": "cpu",
+        "label": found["card"]["label"],
         "claimed": None,
         "profile": "grid",
         "seed": None,
@@ -249,7 +293,7 @@ def write(name: str, found: dict[str, Any], own: dict[str, Any]) -> None:
         "versions": provenance.versions(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    record.append(file(), provenance.plain(line))
+    record.append(file(line["label"], root), provenance.plain(line))
 
 
 def here() -> str:
@@ -264,17 +308,22 @@ def cpu_of(one: dict[str, Any]) -> str:
     return one["own_params"].get("cpu", one["device"]["name"])
 
 
-def named(name: str) -> list[dict[str, Any]]:
+def named(name: str, label: str = "cpu") -> list[dict[str, Any]]:
     """Return the records of a name."""
     from reclib.grid import read_rows
 
-    return [r for r in read_rows(file()) if r["name"] == name]
+    return [r for r in read_rows(file(label)) if r["name"] == name]
 
 
 def measured(kind: str, cpu: str) -> list[dict[str, Any]]:
     """Return the newest record of each row of a set on a CPU."""
     rows = [r for r in named("planner_row") if r["own_params"]["set"] == kind and cpu_of(r) == cpu]
     return list({r["params_hash"]: r for r in rows}.values())
+
+
+def on_gpu(label: str) -> list[dict[str, Any]]:
+    """Return the newest record of each row that was measured on a GPU."""
+    return list({r["params_hash"]: r for r in named("planner_row", label)}.values())
 
 
 def asked(own: dict[str, Any]) -> dict[str, Any]:
@@ -312,7 +361,10 @@ def run_rows(kind: str, minutes: float) -> None:
 def title(given: dict[str, Any]) -> str:
     """Return a row in words."""
     changes = "".join(f", {name} {value}" for name, value in sorted(given["model"].items()))
+    changes += "".join(f", {name} {value}" for name, value in sorted(given.get("train", {}).items()))
     extra = "".join(f", {given[name]}" for name in ("adapter", "precision") if name in given)
+    if "threads" not in given:
+        return f"{given['stage']}: {given['size']}, batch {given['batch_size']}{changes}{extra}"
     return f"{given['size']}, batch {given['batch_size']}, {given['threads']} thread(s){changes}{extra}"
 
 

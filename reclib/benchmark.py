@@ -64,7 +64,7 @@ class _Clock:
     def __init__(self, trainer: Trainer, alone: bool = True) -> None:
         self.trainer = trainer
         self.alone = alone  # nothing else that is timed is in memory
-        self.found = Measurement(compiled=trainer.compile_mode != "off")
+        self.found = Measurement(compiled=trainer.compiles)
         self.loop = trainer.steps()
         self.random: list[torch.Tensor] = []  # state of torch's generators between rounds
 

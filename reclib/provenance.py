@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import subprocess
@@ -36,11 +37,15 @@ def code_hash(notebook: str) -> str:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Return the commit and whether the code differs from it; None outside a git checkout."""
+    """Return the commit and whether the code differs from it; None outside a git checkout.
+
+    A checkout that was copied without its .git has the commit that `RECLIB_COMMIT` states, if it does.
+    """
     root = paths.CHECKOUT
     commit = _git(root, "rev-parse", "HEAD")
     if not commit:
-        return None
+        stated = os.environ.get("RECLIB_COMMIT")
+        return {"commit": stated, "dirty": None} if stated else None
     code = ("reclib", "notebooks", "params", "pyproject.toml")  # records change with every run
     changed = _git(root, "status", "--porcelain", "--", *code)
     return {"commit": commit, "dirty": None if changed is None else bool(changed)}

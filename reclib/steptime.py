@@ -150,6 +150,12 @@ def on_board(parts: Sequence[Part], board: Board, precision: str) -> Estimate:
     return Estimate(likely, fast, slow, device | {"waiting for the host": waiting})
 
 
+def roofline(parts: Sequence[Part], board: Board, precision: str, share: Mapping[str, float]) -> float:
+    """Return the seconds of a step on a GPU at given shares of its data sheet."""
+    device, host = _roofline(parts, board.peaks[precision], board, share)
+    return max(sum(device.values()), host)
+
+
 def _roofline(
     parts: Sequence[Part], peak: float, board: Board, share: Mapping[str, float]
 ) -> tuple[dict[str, float], float]:

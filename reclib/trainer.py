@@ -340,6 +340,7 @@ class Trainer:
         if compiled:
             self.encode = compiled_encode(model.encode, self.compile_mode)
         self.route = chosen_route(config, model.config, histories, device.card, compiled)
+        self.compiles = compiled or self.route == "fused"  # whether torch.compile makes any part of a step
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         detach(self.parameters)
         self.sunk = attach(self._tables()) if self._can_sink() else []

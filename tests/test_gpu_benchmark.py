@@ -1,0 +1,115 @@
+"""`benchmarks/gpu.py`: stages that cannot harm each other, valid records, committed predictions."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import planner  # noqa: E402
+import planner_rows  # noqa: E402
+
+from reclib import record, steptime  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+# Stages that end in every way that one can, with a whole one after each.
+BAD_STAGES = """
+import os, signal, sys
+import gpu
+
+def raises(b):
+    raise ValueError("what a stage says")
+
+def absent(b):
+    raise gpu.AbsentError("no such thing here")
+
+gpu.STAGES |= {
+    "raises": (raises, 9), "absent": (absent, 9), "hangs": (lambda b: signal.pause(), 0.25),
+    "killed": (lambda b: os.kill(os.getpid(), signal.SIGSEGV), 9), "exits": (lambda b: os._exit(3), 9),
+}
+sys.exit(gpu.main(sys.argv[1:]))
+"""
+
+
+def test_a_stage_that_fails_hangs_or_is_killed_leaves_the_next_one_whole(tmp_path):
+    names = ["env", "raises", "absent", "hangs", "killed", "exits", "sizes", "batches"]
+    command = [sys.executable, "-c", BAD_STAGES, "--device", "cpu", "--tiny", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "--stages", ",".join(names)], cwd=ROOT / "benchmarks", capture_output=True, text=True
+    )
+    assert done.returncode == 1, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "stages.jsonl").read_text().splitlines()]
+    assert [row["stage"] for row in rows] == names
+    assert [row["state"] for row in rows] == [
+        "ok",
+        "failed: ValueError: what a stage says",
+        "absent: no such thing here",
+        "out of time after 1 s",
+        "killed by SIGSEGV",
+        "ended with exit code 3",
+        "ok",
+        "ok",
+    ]
+    records = record.read(tmp_path / "executed")  # checks each
+    assert {one["name"] for one in records} == {"hardware_step", "planner_row"}
+    raw = [json.loads(line) for line in (tmp_path / "raw.jsonl").read_text().splitlines()]
+    assert {"environment", "product", "copy", "row", "epoch"} <= {line["what"] for line in raw}
+    steps = [one for one in records if one["name"] == "planner_row"]
+    assert {one["own_params"]["set"] for one in steps} == {"sizes", "batches"}
+    for one in steps:
+        model, train = planner_rows.configs(planner_rows.asked(one["own_params"]))
+        assert model.hidden_dim == 32
+        assert (train.batch_size, train.precision) == (one["own_params"]["batch_size"], "fp32")
+        assert one["timings"]["step_seconds"] > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_in_one_line(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--out", str(tmp_path / "row")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("no GPU that torch can use is here")
+    assert not (tmp_path / "row").exists()
+
+
+def test_every_step_that_a_gpu_will_time_has_a_committed_prediction():
+    for label in ("h100", "h200"):
+        written = planner.predictions(label)
+        missing = [row for row in planner.gpu_rows(label) if planner_rows.key_of(row) not in written]
+        assert not missing, f"python benchmarks/planner.py predict {label}"
+        for one in written.values():
+            assert len(one["sha256_of_the_model"]) == 64
+            said = one["predicted"]
+            assert 0 < said["step_seconds_low"] <= said["step_seconds"] <= said["step_seconds_high"]
+            assert said["peak_memory_bytes"] > 0
+
+
+def test_shares_of_a_gpu_are_fitted_on_one_half_and_judged_on_the_other():
+    true = {"products": 0.31, "bandwidth": 0.62, "operator_us": 15.0}
+    every = [one for one in planner.predictions("h100").values() if one["stage"] in ("batches", "sizes")]
+    about = ("predicted", "time", "sha256_of_the_model")
+    rows = [{key: value for key, value in one.items() if key not in about} for one in every]
+    measured = []
+    for row in rows:
+        said = planner.on_board(row, "h100", true)
+        timings = {"step_seconds": said["step_seconds"], "peak_memory_bytes": said["peak_memory_bytes"]}
+        measured.append({"own_params": row | {"set": row["stage"], "device": "h100"}, "timings": timings})
+    known, new = planner.halves(measured)
+    assert planner.halves(measured[::-1])[0] == known[::-1]
+    assert min(len(known), len(new)) >= 6
+    off = planner.gpu_errors("h100", new)
+    assert max(abs(math.log(one["time"])) for one in off) > 0.1
+    assert all(one["written"] for one in off)
+    share = planner.refitted("h100", known)
+    assert share == pytest.approx(true, rel=0.02)
+    again = planner.gpu_errors("h100", new, share)
+    assert max(abs(math.log(one["time"])) for one in again) < 0.02
+    assert not any(one["written"] for one in again)
+    assert steptime.efficiency()["likely"]["products"] != true["products"]
