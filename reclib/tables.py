@@ -95,7 +95,8 @@ def accuracy(records: Iterable[Record], all_records: Iterable[Record] | None = N
             seeds = str(runs[model] or "")  # what is deterministic has none
             about = {"data": data, "model": model_name(model), "seeds": seeds, "device": label}
             arm = ((one.get("configuration") or {}).get("arms") or {}).get(model)
-            where = (one["data"].get("fingerprint"), "leave-one-out", arm and family(arm["model"], model))
+            of = family(arm["model"], model) if arm else ""
+            where = (str(one["data"].get("fingerprint")), "leave-one-out", of)
             about["configurations scored"] = str(looked.get(where, "")) if arm else ""
             rows.append((data, -m["hr@10"], about | interval | {"day": one["time"][:10]}))
     frame = pd.DataFrame([row for *_, row in sorted(rows, key=lambda row: row[:2])])
