@@ -210,7 +210,13 @@ def ablation(rows: pd.DataFrame) -> go.Figure:
     width = rows["seed_high"] - rows["seed_low"]
     _behind(figure, rows["seed_low"], width, rows["model"])
     enough = rows["seeds"] >= claims.MIN_SEEDS
-    helps, hurts = enough & (rows["difference_low"] > 0), enough & (rows["difference_high"] < 0)
+    corrected = "adjusted_p" in rows and bool(rows["adjusted_p"].notna().all())
+    sure = (
+        rows["adjusted_p"] < claims.ALPHA
+        if corrected
+        else (rows["difference_low"] > 0) | (rows["difference_high"] < 0)
+    )
+    helps, hurts = enough & sure & (rows["difference"] > 0), enough & sure & (rows["difference"] < 0)
     effect = np.select([helps, hurts], ["better", "worse"], "not separated")
     for (kind, said), some in rows.groupby(["kind", effect]):
         color = _SAID.get(str(said), MUTED)
@@ -220,9 +226,11 @@ def ablation(rows: pd.DataFrame) -> go.Figure:
             mode="markers",
             marker=marker(str(kind), color),
             error_x=interval(some, "difference", color),
-            customdata=some[["value", "seeds"]],
+            customdata=some.reindex(columns=["value", "seeds", "adjusted_p"]),
             hovertemplate="%{y}: %{x:+.4f}<br>NDCG@10 %{customdata[0]:.4f}, "
-            "%{customdata[1]:.0f} seeds<extra></extra>",
+            "%{customdata[1]:.0f} seeds"
+            + (", adjusted p %{customdata[2]:.3f}" if corrected else "")
+            + "<extra></extra>",
         )
     base, value = model_name(rows["against"].iloc[0]), rows["base"].iloc[0]
     figure.update_xaxes(title_text="change of NDCG@10", tickformat="+.3~f", nticks=7)
@@ -231,9 +239,13 @@ def ablation(rows: pd.DataFrame) -> go.Figure:
     _far_off(figure, rows)
     note(
         figure,
-        f"0: {base}, NDCG@10 {value:.4f} on validation; bar: 95 % interval over users, not corrected for the "
-        "number of arms; band: range over seeds; grey: not separated, or fewer than "
-        f"{claims.MIN_SEEDS} seeds",
+        f"0: {base}, NDCG@10 {value:.4f} on validation; bar: 95 % interval over users"
+        + (
+            " and seeds; colour: p below .05 corrected for all arms (Holm)"
+            if corrected
+            else ", not corrected for the number of arms"
+        )
+        + f"; band: range over seeds; grey: not separated, or fewer than {claims.MIN_SEEDS} seeds",
     )
     if not enough.any():
         said = f"{len(rows)} changes to “{base}”, of fewer seeds than a claim needs"

@@ -14,17 +14,47 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from reclib import metrics, periods, statistics
+from reclib import assessment, baselines, metrics, periods, statistics
 from reclib.adaptation import Run, Task
 from reclib.assessment import COMPARED, Result, flat
 from reclib.batching import Layout, next_item_batches
-from reclib.data import Dataset, Evaluation
+from reclib.data import Dataset, Evaluation, Histories
 from reclib.ilora import AdaptedModel
 from reclib.periods import Periods
 from reclib.trainer import Trainer
 
 
-def per_user(dataset: Dataset, task: Task, runs: Sequence[Run], metric: str) -> dict[str, np.ndarray]:
+class Counted(NamedTuple):
+    """A count without training beside the arms, which are `Run`s: what adapting has to beat."""
+
+    arm: str
+    valid: float  # NDCG@10 on validation, over targets
+    ranks: np.ndarray  # int64 (rows of the test,)
+    tokens: int  # interactions that were counted
+    seed: int | None = None  # deterministic
+    learning_rate: float | None = None
+    trained: int = 0
+    saved_bytes: int | None = None
+
+
+def pairwise_counts(dataset: Dataset, whole: Periods, task: Task) -> Counted:
+    """Count item pairs in past and adaptation period together, hyperparameters chosen on validation."""
+    assert dataset.times is not None
+    starts = dataset.offsets[:-1]
+    before = np.add.reduceat(dataset.times < whole.about["points"][1], starts, dtype=np.int64)
+    histories = Histories(dataset.items, starts, starts + before)
+    family = baselines.families()["pairwise_counts"]
+    choice = baselines.choose(family, histories, dataset.num_items, task.split.valid)
+    valid, test = (
+        metrics.rank(choice.recommender.scores(part), part, True).ranks
+        for part in (task.split.valid, task.split.test)
+    )
+    return Counted("pairwise_counts", float(metrics.ndcg(valid, 10).mean()), test, int(before.sum()))
+
+
+def per_user(
+    dataset: Dataset, task: Task, runs: Sequence[Run | Counted], metric: str
+) -> dict[str, np.ndarray]:
     """Return a metric of every arm by seed and user (S, U), targets of a user averaged."""
     found: dict[str, list[np.ndarray]] = {}
     for run in runs:
@@ -33,10 +63,11 @@ def per_user(dataset: Dataset, task: Task, runs: Sequence[Run], metric: str) -> 
     return {arm: np.stack(rows) for arm, rows in found.items()}
 
 
-def accuracy(dataset: Dataset, task: Task, runs: Sequence[Run], samples: int) -> list[Result]:
+def accuracy(dataset: Dataset, task: Task, runs: Sequence[Run | Counted], samples: int) -> list[Result]:
     """Return every arm's means over users with intervals, each seed's apart, and new items' targets apart."""
     values = {metric: per_user(dataset, task, runs, metric) for metric in COMPARED}
     found = []
+    base = next(_base_size(run.trainer) for run in runs if isinstance(run, Run))
     for arm in dict.fromkeys(run.arm for run in runs):
         mine = [run for run in runs if run.arm == arm]
         intervals = {name: metrics.bootstrap(values[name][arm].mean(axis=0), samples) for name in COMPARED}
@@ -46,14 +77,16 @@ def accuracy(dataset: Dataset, task: Task, runs: Sequence[Run], samples: int) ->
             "hr@10_new": float(hits[~task.known].mean()) if (~task.known).any() else None,
             "users": values["hr@10"][arm].shape[1],
             "trained": mine[0].trained,
-            "trained_share": mine[0].trained / _base_size(mine[0].trainer),
+            "trained_share": mine[0].trained / base,
             "saved_bytes": mine[0].saved_bytes,
             "tokens": mine[0].tokens,
-            "seeds": len(mine),
+            "seeds": sum(run.seed is not None for run in mine),
         }
         about = {"task": task.name, "model": arm, "learning_rate": mine[0].learning_rate}
         found.append(Result("adaptation", said, about, {}))
         for row, run in enumerate(mine):
+            if run.seed is None:
+                continue
             one = {name: float(values[name][arm][row].mean()) for name in COMPARED}
             one |= {"valid_ndcg@10": run.valid}
             found.append(Result("adaptation", one, {"task": task.name, "model": arm}, {}, run.seed))
@@ -68,22 +101,16 @@ def _base_size(trainer: Trainer) -> int:
 
 
 def comparisons(
-    dataset: Dataset, task: Task, runs: Sequence[Run], reference: str, name: str, samples: int
+    dataset: Dataset, task: Task, runs: Sequence[Run | Counted], reference: str, name: str
 ) -> list[Result]:
     """Compare all arms with `reference` on both metrics, corrected for their number; records are `name`."""
     found = []
     for metric in COMPARED:
         values = per_user(dataset, task, runs, metric)
-        for one in statistics.compare(values, reference, (), samples):
-            numbers = flat({"difference": one.difference}) | {
-                "p": one.p_value,
-                "adjusted_p": one.adjusted_p,
-                "detectable": one.detectable,
-                "seeds": one.seeds[0],
-                "reference_seeds": one.seeds[1],
-            }
-            about = {"task": task.name, "model": one.name, "against": reference, "metric": metric}
-            found.append(Result(name, numbers, about, {}))
+        deterministic = {run.arm for run in runs if run.seed is None}
+        for one in statistics.compare(values, reference, deterministic):
+            result = assessment.compared(one, metric, name)
+            found.append(result._replace(params={"task": task.name} | result.params))
     return found
 
 

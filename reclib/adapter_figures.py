@@ -34,7 +34,9 @@ def accuracy_by_share(rows: pd.DataFrame) -> go.Figure:
     for column, task in enumerate(tasks, 1):
         mine = means[means["task_name"] == task]
         place = {"row": 1, "col": column}
-        for (kind, model), some in mine[mine["model"] != "none"].groupby(["kind", "model"], sort=False):
+        for (kind, model), some in mine[~mine["model"].isin(("none", "pairwise_counts"))].groupby(
+            ["kind", "model"], sort=False
+        ):
             color = _color(str(model))
             figure.add_scatter(
                 x=100 * some["trained_share"],
@@ -52,6 +54,8 @@ def accuracy_by_share(rows: pd.DataFrame) -> go.Figure:
             )
         base = mine[mine["model"] == "none"].iloc[0]
         figure.add_hline(base["ndcg@10"], line={"color": INK, "width": 1, "dash": "dot"}, **place)
+        for value in mine.loc[mine["model"] == "pairwise_counts", "ndcg@10"]:  # trains nothing: no share
+            figure.add_hline(value, line={"color": MUTED, "width": 1.5, "dash": "dash"}, **place)
         figure.update_xaxes(
             title_text=f"{task}: trained share (%, log scale)", type="log", dtick=1, tickformat="~g", **place
         )
@@ -59,7 +63,8 @@ def accuracy_by_share(rows: pd.DataFrame) -> go.Figure:
     first = means[means["task_name"] == tasks[0]]
     best = extreme(first, "ndcg@10")
     base = first[first["model"] == "none"].iloc[0]
-    note(figure, "dotted: no adaptation; bar: 95 % interval over users, each the mean over seeds")
+    counted = "; dashed: pairwise counts" if (means["model"] == "pairwise_counts").any() else ""
+    note(figure, f"dotted: no adaptation{counted}; bar: 95 % interval over users, each the mean over seeds")
     return figure.update_layout(
         showlegend=True,
         legend={"x": 1.02, "y": 1, "xanchor": "left", "yanchor": "top", "orientation": "v"},

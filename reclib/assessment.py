@@ -116,6 +116,9 @@ def assess_baselines(split: Split, dataset: Dataset, test: Conditions) -> tuple[
         choice = baselines.choose(family, split.train, dataset.num_items, split.valid)
         models.append(Model(name, [assess(choice.recommender.scores, test)]))
         chosen[name] = choice.chosen
+        if family.refitted:  # the same hyperparameters, and every item before the test target
+            again = family.fit(split.test.histories, dataset.num_items, **choice.chosen)
+            models.append(Model(f"{name}_with_validation", [assess(again.scores, test)]))
     return models, chosen
 
 
@@ -155,13 +158,25 @@ def headline(models: Sequence[Model], samples: int) -> list[Result]:
     return found
 
 
-def comparisons(models: Sequence[Model], reference: str, samples: int) -> list[Result]:
-    """Compare every model with the reference, paired by user and corrected for the number of comparisons."""
+def comparisons(
+    models: Sequence[Model], reference: str, left_out: Mapping[str, Sequence[int]] | None = None
+) -> list[Result]:
+    """Compare every model with the reference, paired by user and corrected for the number of comparisons.
+
+    `left_out` names, by model, seeds that chose its recipe and so do not judge it.
+    """
     deterministic = [model.name for model in models if not model.seeds]
     found = []
     for metric in COMPARED:
-        values = {model.name: model.per_seed(metric) for model in models}
-        for one in statistics.compare(values, reference, deterministic, samples):
+        values = {}
+        for model in models:
+            out = set((left_out or {}).get(model.name, ()))
+            rows = [place for place, seed in enumerate(model.seeds or [-1]) if seed not in out]
+            if rows:
+                values[model.name] = model.per_seed(metric)[rows]
+        if reference not in values:
+            return []
+        for one in statistics.compare(values, reference, deterministic):
             found.append(compared(one, metric))
     return found
 
@@ -174,6 +189,7 @@ def compared(one: statistics.Comparison, metric: str, name: str = "comparison") 
         "detectable": one.detectable,
         "seeds": one.seeds[0],
         "reference_seeds": one.seeds[1],
+        "degrees_of_freedom": one.degrees,
     }
     return Result(name, numbers, {"model": one.name, "against": one.reference, "metric": metric}, {})
 
@@ -222,23 +238,28 @@ def shuffle_control(models: Sequence[Model], samples: int) -> list[Result]:
 
 
 def groups(models: Sequence[Model], dataset: Dataset, evaluation: Evaluation, samples: int) -> list[Result]:
-    """Return HR@10 of users by the length of their history, and by how popular their target is."""
+    """Return HR@10 and NDCG@10 of users by history length, by how popular their target is, and by its time.
+
+    By time where the dataset has times: a target at the same time stamp as the item before it (the same day,
+    where times are whole days) is often a part of one order, and its place in it may be the file's alone.
+    """
     counts = metrics.popularity(train_histories(dataset), dataset.num_items)
     divisions = {
         "history": statistics.by_history_length(evaluation.histories),
         "popularity": statistics.by_item_popularity(evaluation.targets, counts),
     }
+    if dataset.times is not None:
+        divisions["time"] = statistics.by_time_before(evaluation.histories, dataset.times)
     found = []
     for model in models:
-        values = model.per_user("hr@10")
         for by, division in divisions.items():
-            parts = [one for one in statistics.in_groups(values, division, samples) if one.interval]
-            series: dict[str, list[Any]] = {
-                "group": [one.label for one in parts],
-                "users": [one.users for one in parts],
-            }
-            for place, name in enumerate(("hr@10", "hr@10_low", "hr@10_high")):
-                series[name] = [float(one.interval[place]) for one in parts if one.interval]
+            series: dict[str, list[Any]] = {}
+            for metric in COMPARED:
+                values = model.per_user(metric)
+                parts = [one for one in statistics.in_groups(values, division, samples) if one.interval]
+                series |= {"group": [one.label for one in parts], "users": [one.users for one in parts]}
+                for place, end in enumerate(("", "_low", "_high")):
+                    series[f"{metric}{end}"] = [float(one.interval[place]) for one in parts if one.interval]
             found.append(Result("groups", {"groups": len(parts)}, {"model": model.name, "by": by}, series))
     return found
 
@@ -260,12 +281,17 @@ def beyond_accuracy(models: Sequence[Model], dataset: Dataset) -> list[Result]:
 
 
 def everything(
-    models: Sequence[Model], dataset: Dataset, evaluation: Evaluation, reference: str, samples: int
+    models: Sequence[Model],
+    dataset: Dataset,
+    evaluation: Evaluation,
+    reference: str,
+    samples: int,
+    left_out: Mapping[str, Sequence[int]] | None = None,
 ) -> list[Result]:
-    """Return all results of models that were assessed on one test split."""
+    """Return all results of models that were assessed on one test split; `left_out` as in `comparisons`."""
     return [
         *headline(models, samples),
-        *comparisons(models, reference, samples),
+        *comparisons(models, reference, left_out),
         *protocol_results(models, samples),
         *shuffle_control(models, samples),
         *groups(models, dataset, evaluation, samples),

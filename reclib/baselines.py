@@ -9,6 +9,10 @@ histories; nothing is fitted to it.
 - markov: first-order transition shares from the last item, smoothed towards popularity.
 - item_knn: cosine similarity with shrinkage; blind to order (Deshpande and Karypis, TOIS 2004).
 - ease: a linear item-to-item model in closed form; blind to order (Steck, WWW 2019, arXiv 1905.03375).
+- pairwise_counts: how often two items stand near each other, summed over a history's last items, newer ones
+  with more weight (sequential rules; Ludewig and Jannach, UMUAI 2018, arXiv 1803.09587). It is also fitted
+  with the validation items, as `pairwise_counts_with_validation`: the hyperparameters stay those that
+  validation chose, so that nothing else differs. Only the first trains on what the models train on.
 
 They are written on scipy, since `implicit` has neither EASE nor a cosine with shrinkage and `lenskit` would
 replace pandas 3 by 2 and bring twenty packages.
@@ -21,7 +25,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -35,6 +39,7 @@ from reclib.metrics import Scores
 
 BLOCK_BYTES = 16 * 2**20  # of similarities that are made at a time
 EASE_BYTES = 4 * 2**30  # memory that EASE may take unless told otherwise
+PAIRS = 2**22  # of items that are counted at a time
 
 
 class Recommender(Protocol):
@@ -91,6 +96,46 @@ class Linear:
             found = interaction_matrix(evaluation.histories, num_items, users) @ self.weights
             dense = found.toarray() if sparse.issparse(found) else found
             yield users, torch.from_numpy(np.ascontiguousarray(dense, dtype=np.float32))
+
+
+@dataclass(frozen=True)
+class PairwiseCounts:
+    """Scores that are the sum, over the last items of a history, of those items' rows of scaled pair counts.
+
+    The item that stands `age` places before the last one has the weight decay^age. A count is divided by
+    (its row's sum)^row_power and (its column's sum)^column_power.
+    """
+
+    forward: sparse.csr_array  # float32 (I, I): how often column follows row, by 1 / distance
+    backward: float  # weight of a pair in the other direction, in units of the forward one
+    row_power: float
+    column_power: float
+    decay: float
+    last: int  # items of a history that count
+
+    @functools.cached_property
+    def weights(self) -> sparse.csr_array:
+        """The scaled counts, float32 (I, I)."""
+        counts = (self.forward + np.float32(self.backward) * self.forward.T.tocsr()).tocsr()
+        rows, columns = (
+            np.maximum(counts.sum(axis=axis, dtype=np.float64), 1e-9) ** -power
+            for axis, power in ((1, self.row_power), (0, self.column_power))
+        )
+        scale = np.repeat(rows, np.diff(counts.indptr)) * columns[counts.indices]
+        counts.data = (counts.data * scale).astype(np.float32)
+        return counts
+
+    def scores(self, evaluation: Evaluation) -> Scores:
+        """Yield (users, scores (B, I)); an empty history scores 0 everywhere."""
+        items, starts, ends = evaluation.histories
+        num_items = self.forward.shape[0]
+        for users in _blocks(len(evaluation.targets), num_items):
+            recent = Histories(items, np.maximum(starts[users], ends[users] - self.last), ends[users])
+            indptr = np.concatenate(([0], np.cumsum(recent.lengths)))
+            age = np.repeat(indptr[1:], recent.lengths) - 1 - np.arange(indptr[-1])
+            entries = ((self.decay**age).astype(np.float32), items[recent.places()] - 1, indptr)
+            found = sparse.csr_array(entries, shape=(len(users), num_items)) @ self.weights
+            yield users, torch.from_numpy(found.toarray())
 
 
 def fit_popularity(histories: Histories, num_items: int) -> Constant:
@@ -234,11 +279,62 @@ def _symmetric(lower: np.ndarray) -> np.ndarray:
     return whole
 
 
+def fit_pairwise_counts(
+    histories: Histories,
+    num_items: int,
+    window: int = 10,
+    backward: float = 0.5,
+    row_power: float = 0.5,
+    column_power: float = 0.3,
+    decay: float = 0.8,
+    last: int = 20,
+) -> PairwiseCounts:
+    """Count every pair of items at most `window` places apart in the training histories, by 1 / distance.
+
+    `backward` is the weight of a pair whose second item predicts the first. Memory is bounded by the pairs of
+    items that occur and by `PAIRS`.
+    """
+    _require("window", window, window >= 1, "at least 1 place")
+    _require("backward", backward, backward >= 0, "0 or above")
+    _require("decay", decay, 0 < decay <= 1, "above 0 and at most 1")
+    _require("last", last, last >= 1, "at least 1 interaction")
+    items = histories.items[histories.places()] - 1
+    row = np.repeat(np.arange(len(histories.starts)), histories.lengths)
+    shape = (num_items, num_items)
+    counts = sparse.csr_array(shape, dtype=np.float32)
+    size = max(1, PAIRS // window)
+    for start in range(0, len(items), size):
+        parts = []
+        for distance in range(1, window + 1):
+            first = np.arange(start, min(start + size, len(items) - distance))
+            first = first[row[first] == row[first + distance]]
+            weight = np.full(len(first), 1 / distance, dtype=np.float32)
+            parts.append((weight, items[first], items[first + distance]))
+        weight, one, other = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        counts = counts + sparse.coo_array((weight, (one, other)), shape=shape).tocsr()
+    return PairwiseCounts(
+        counts, float(backward), float(row_power), float(column_power), float(decay), int(last)
+    )
+
+
 class Family(NamedTuple):
     """A kind of baseline and the hyperparameters among which validation chooses."""
 
     fit: Callable[..., Recommender]  # (histories, num_items, **hyperparameters)
     grid: Mapping[str, Sequence[Any]]
+    at_scoring: Sequence[str] = ()  # hyperparameters that need no other fit: fields of the recommender
+    by_turns: bool = False  # one hyperparameter after another instead of every combination
+    valid_users: int | None = None  # validation users, drawn once, on whom the choice rests; None: all
+    refitted: bool = False  # also fitted with the validation items
+
+
+PAIRWISE_GRID: dict[str, Sequence[Any]] = {
+    "window": (10, 50),
+    "backward": (0.5, 0.0, 0.2, 1.0),
+    "row_power": (0.5, 0.0, 1.0),
+    "column_power": (0.3, 0.0, 0.5, 0.7),
+    "decay": (0.8, 0.3, 0.5, 0.95),
+}
 
 
 def families(times: np.ndarray | None = None) -> dict[str, Family]:
@@ -250,6 +346,9 @@ def families(times: np.ndarray | None = None) -> dict[str, Family]:
         "markov": Family(fit_markov, {"smoothing": (1.0, 100.0, 300.0, 1000.0, 3000.0, 10_000.0)}),
         "item_knn": Family(fit_item_knn, {"neighbours": (2, 5, 10, 30, 100), "shrink": (0.0, 10.0, 100.0)}),
         "ease": Family(fit_ease, {"regularisation": (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)}),
+        "pairwise_counts": Family(
+            fit_pairwise_counts, PAIRWISE_GRID, tuple(PAIRWISE_GRID)[1:], True, 10_000, True
+        ),
     }
     if times is not None:
         by_time = functools.partial(fit_recent_in_time, times=times)
@@ -274,24 +373,48 @@ def choose(
     remove_seen: bool = True,
     metric: str = "ndcg@10",
 ) -> Choice:
-    """Fit every combination of the family's grid on `histories` and keep the best on validation.
+    """Fit the combinations of the family's grid on `histories` and keep the best on validation.
 
-    Of equal ones the first stays. One fitted recommender is held beside the best. The test split is never
-    looked at.
+    Of equal ones the first stays. A grid that is searched by turns starts from the first value of each
+    hyperparameter and takes the best of one after another, twice. The test split is never looked at.
     """
+    if not all(family.grid.values()):
+        raise InputError("a grid has a hyperparameter without values: give at least one")
+    if family.valid_users is not None and family.valid_users < len(valid.targets):
+        drawn = np.random.default_rng(0).choice(len(valid.targets), family.valid_users, replace=False)
+        items, starts, ends = valid.histories
+        valid = Evaluation(Histories(items, starts[drawn], ends[drawn]), valid.targets[drawn])
     tried: list[dict[str, Any]] = []
     best: tuple[dict[str, Any], Recommender] | None = None
-    for values in itertools.product(*family.grid.values()):
-        given = dict(zip(family.grid, values, strict=True))
-        fitted = family.fit(histories, num_items, **given)
+    fits: dict[tuple[Any, ...], Any] = {}  # of a family whose other hyperparameters need no other fit
+
+    def measure(given: dict[str, Any]) -> None:
+        nonlocal best
+        if any(row.items() >= given.items() for row in tried):
+            return
+        key = tuple(value for name, value in given.items() if name not in family.at_scoring)
+        later = {name: given[name] for name in family.at_scoring}
+        fitted = replace(fits[key], **later) if key in fits else family.fit(histories, num_items, **given)
+        if later:
+            fits.setdefault(key, fitted)
         found = metrics.summary(metrics.rank(fitted.scores(valid), valid, remove_seen).ranks)
         if metric not in found:
             raise InputError(f"parameter 'metric' is {metric!r}: expected one of {', '.join(found)}")
         if best is None or found[metric] > max(row[metric] for row in tried):
             best = (given, fitted)
         tried.append(given | found)
-    if best is None:
-        raise InputError("a grid has a hyperparameter without values: give at least one")
+
+    if family.by_turns:
+        measure({name: values[0] for name, values in family.grid.items()})
+        for name, values in [*family.grid.items()] * 2:
+            assert best is not None
+            around = best[0]
+            for value in values:
+                measure(around | {name: value})
+    else:
+        for values in itertools.product(*family.grid.values()):
+            measure(dict(zip(family.grid, values, strict=True)))
+    assert best is not None
     at_edge = [name for name, values in family.grid.items() if best[0][name] in (min(values), max(values))]
     return Choice(best[0], tried, best[1], at_edge)
 

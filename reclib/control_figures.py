@@ -190,17 +190,18 @@ def _change(row: pd.Series, order: str) -> str:
 
 
 def groups(rows: pd.DataFrame) -> go.Figure:
-    """HR@10 of users by the length of their history, and by how popular their target is."""
+    """HR@10 of users by history length, by how popular their target is and, with times, by its time."""
     rows = named(rows)
     means = rows.groupby("model")["hr@10"].mean()
     trained = [name for name in means.index if name not in _BASELINES]
     shown = [*trained, *means.drop(trained).sort_values().index[-1:]]  # with the best baseline
     colors = model_colors(means.index)
-    figure = make_subplots(rows=2, vertical_spacing=0.16)
+    titles = {"history": "by length of the history", "popularity": "by popularity of the target"}
+    titles |= {"time": "by time of the target"} if (rows["by"] == "time").any() else {}
+    figure = make_subplots(rows=len(titles), vertical_spacing=0.16 if len(titles) == 2 else 0.12)
     figure.update_layout(template=TEMPLATE)
     height = 0
-    titles = ("by length of the history", "by popularity of the target")
-    for panel, (by, title) in enumerate(zip(("history", "popularity"), titles, strict=True), 1):
+    for panel, (by, title) in enumerate(titles.items(), 1):
         mine = rows[rows["by"] == by]
         order = list(dict.fromkeys(mine["group"]))
         height += len(order)
@@ -216,7 +217,7 @@ def groups(rows: pd.DataFrame) -> go.Figure:
         "interval over users; thin grey lines: other baselines (names on hover)",
     )
     _legend(figure, {name: colors[name] for name in shown})
-    figure.update_layout(height=300 + 46 * height)
+    figure.update_layout(height=100 + 100 * len(titles) + 46 * height)
     leader = max(shown, key=lambda name: means[name])
     part = rows[(rows["by"] == "popularity") & (rows["model"] == leader)]
     met = part[part["group"].map(_short) != "not in training"]  # no model can find what it never met

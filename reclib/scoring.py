@@ -3,11 +3,15 @@
     python -m reclib.scoring ml-1m
     python -m reclib.scoring ablations-ml-100k --validation    # all arms against the first; test unseen
     python -m reclib.scoring ml-1m --keep    # keep what the runs so far show on test, and show nothing of it
+    python -m reclib.scoring ml-1m --from-ranks    # anew without weights: with new baselines, say
 
 Nothing is chosen here: arms are final by the grid's file, epochs and the baselines' hyperparameters by
-validation. Every call is counted in the records (`earlier`), since a test split that is looked at often is a
-validation split. What a run showed on the test split is kept beside its validation ranks: a run that is
-trained later or elsewhere joins without the others' weights, and none looks at the test split twice.
+validation. Every call is counted in the records (`earlier`), and so are the configurations of a model family
+that were scored before on the same data and split (`looks`), since a test split that is looked at often is a
+validation split. A seed whose run another grid had among the candidates for a recipe has chosen that recipe:
+it stays in the means, and is left out of the comparisons. What a run showed on the test split is kept beside
+its validation ranks: a run that is trained later or elsewhere joins without the others' weights, and none
+looks at the test split twice.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from reclib import assessment, grid, metrics, record
+from reclib import assessment, grid, metrics, paths, record, statistics, tables
 from reclib.assessment import Assessed, Conditions, Model, Result
 from reclib.command import Parser, exit_code
 from reclib.config import InputError, changed
@@ -97,21 +101,35 @@ def unpacked(arrays: Mapping[str, np.ndarray]) -> Assessed:
     return Assessed(outcomes, *controls)
 
 
-def score(work: Work) -> list[Result]:
-    """Score the final arms and the baselines under leave-one-out, and arms of other splits under theirs."""
+def score(work: Work, from_ranks: bool = False) -> list[Result]:
+    """Score the final arms and the baselines under leave-one-out, and arms of other splits under theirs.
+
+    `from_ranks` takes all of the first from the kept ranks and leaves the others as they are recorded.
+    """
     final = final_arms(work)
+    if from_ranks:
+        final = [arm for arm in final if arm.split == MAIN_SPLIT]
+        missing = [f"{a.name} seed {s}" for a in final for s in a.seeds if not _is_kept(work, a, s)]
+        if missing:
+            raise InputError(
+                f"no ranks on the test split are kept of {', '.join(missing)}: leave --from-ranks"
+            )
     split = leave_one_out(work.dataset)
     test = assessment.draw(work.dataset, split.test)
     models, chosen = assessment.assess_baselines(split, work.dataset, test)
     models += [assess_arm(work, arm, test) for arm in final if arm.split == MAIN_SPLIT]
     reference = next(arm.name for arm in final if arm.split == MAIN_SPLIT)
-    found = _said_of(models, work, split, reference)
+    out = choosing_seeds(work, final)
+    if out:
+        print("left out of the comparisons, since they chose the recipe:", out)
+    found = _said_of(models, work, split, reference, out)
     for arm in final:
         if arm.split != MAIN_SPLIT:
             found += [one for seed in arm.seeds for one in _under_its_split(work, arm, seed)]
     keys = {f"{arm.name} seed {seed}": work.key(arm, seed) for arm in final for seed in arm.seeds}
     said: dict[str, Any] = {"runs": keys, "baselines": chosen, "bootstrap_samples": SAMPLES}
     said["arms"] = {arm.name: _said(work, arm) for arm in final}
+    said |= {"looks": looks_before(work, final), "seeds_left_out": out}
     key = record.params_hash({"scored": keys, "data": work.dataset.fingerprint})
     for result in found:
         work.write(
@@ -120,34 +138,71 @@ def score(work: Work) -> list[Result]:
     return found
 
 
-def _said_of(models: Sequence[Model], work: Work, split: Split, reference: str) -> list[Result]:
+def _is_kept(work: Work, arm: Arm, seed: int) -> bool:
+    file = work.ranks_file(arm, seed)
+    if not file.is_file():
+        return False
+    with np.load(file) as kept:
+        return "test" in kept.files
+
+
+def choosing_seeds(work: Work, arms: Sequence[Arm]) -> dict[str, list[int]]:
+    """Return, by arm, the seeds whose very run a recipe was chosen from, as the committed records have it.
+
+    These are runs that a grid of trials, ablations or tuning has a learning curve of as well.
+    """
+    rows = [r for r in record.committed() if r["name"] == "learning_curve"]
+    keys = {
+        r["params_hash"]
+        for r in rows
+        if tables.chooses(r["data"]["name"]) and r["data"]["name"] != work.grid.name
+    }
+    found = {arm.name: [seed for seed in arm.seeds if work.key(arm, seed) in keys] for arm in arms}
+    return {name: seeds for name, seeds in found.items() if seeds}
+
+
+def looks_before(work: Work, arms: Sequence[Arm]) -> dict[str, int]:
+    """Return, by family of the arms, how many of its configurations the records show on this test split."""
+    counts = tables.looks(record.read(paths.root() / "executed"))
+    families = {tables.family(asdict(work.configs(arm, arm.seeds[0])[0]), arm.name) for arm in arms}
+    where = (work.dataset.fingerprint, "leave-one-out")
+    return {family: counts.get((*where, family), 0) for family in sorted(families)}
+
+
+def _said_of(
+    models: Sequence[Model], work: Work, split: Split, reference: str, out: Mapping[str, Sequence[int]]
+) -> list[Result]:
     """Return all results, or without protocols and controls where a run's file does not hold them."""
     partial = [m.name for m in models if not all(len(run.top) for run in m.runs)]
     if not partial:
-        return assessment.everything(models, work.dataset, split.test, reference, SAMPLES)
+        return assessment.everything(models, work.dataset, split.test, reference, SAMPLES, out)
     print(f"ranks alone are kept of {', '.join(partial)}: accuracy and comparisons only")
     return [
         *assessment.headline(models, SAMPLES),
-        *assessment.comparisons(models, reference, SAMPLES),
+        *assessment.comparisons(models, reference, out),
     ]
 
 
 def validation_differences(work: Work) -> list[Result]:
-    """Compare every arm with the first on validation: paired by user, averaged over the seeds both have."""
+    """Compare every arm with the first on validation: paired by user, corrected for the number of arms.
+
+    The band of seeds is the range of this arm's means, each minus the base's mean over its seeds.
+    """
     base = work.grid.arms[0]
+    values = {}
+    for arm in work.grid.arms:
+        trained = [seed for seed in arm.seeds if work.trained(arm, seed)]
+        if arm.split == base.split and trained:
+            values[arm.name] = np.stack([_validation(work, arm, seed) for seed in trained])
+    if base.name not in values:
+        return []
+    mean = float(values[base.name].mean())
     found = []
-    for arm in work.grid.arms[1:]:
-        both = [s for s in arm.seeds if s in base.seeds and work.trained(arm, s) and work.trained(base, s)]
-        if arm.split != base.split or not both:
-            continue
-        values = {one.name: np.stack([_validation(work, one, seed) for seed in both]) for one in (arm, base)}
-        by_seed = values[arm.name].mean(axis=1) - values[base.name].mean(axis=1)
-        paired = values[arm.name].mean(axis=0) - values[base.name].mean(axis=0)
-        numbers = assessment.flat({"difference": metrics.bootstrap(paired, SAMPLES)})
-        numbers |= {"value": float(values[arm.name].mean()), "base": float(values[base.name].mean())}
-        numbers |= {"seeds": len(both), "seed_low": float(by_seed.min()), "seed_high": float(by_seed.max())}
-        about = {"model": arm.name, "against": base.name, "metric": "ndcg@10"}
-        found.append(Result("validation_difference", numbers, about, {}))
+    for one in statistics.compare(values, base.name):
+        result = assessment.compared(one, "ndcg@10", "validation_difference")
+        low, high = (end - mean for end in one.seed_range)
+        numbers = {"value": mean + one.difference.mean, "base": mean, "seed_low": low, "seed_high": high}
+        found.append(result._replace(metrics=dict(result.metrics) | numbers))
     return found
 
 
@@ -188,6 +243,9 @@ def main(argv: list[str] | None = None) -> int:
     instead.add_argument(
         "--keep", action="store_true", help="only keep what the runs so far show on the test split, unseen"
     )
+    instead.add_argument(
+        "--from-ranks", action="store_true", help="score from the kept ranks: no weights, other splits left"
+    )
     parser.add_argument("--gpu", default="auto", help="auto, cpu or a gpu label (auto)")
     given = parser.parse_args(argv)
     try:
@@ -197,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
         if given.keep:
             print("kept:", ", ".join(keep(work)) or "no run is trained yet")
             return 0
-        found = compare(work) if given.validation else score(work)
+        found = compare(work) if given.validation else score(work, given.from_ranks)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -25,6 +25,8 @@ MODEL_NAMES = {
     "markov": "Markov chain",
     "item_knn": "ItemKNN",
     "ease": "EASE",
+    "pairwise_counts": "pairwise counts",
+    "pairwise_counts_with_validation": "pairwise counts + validation item",
 }
 # Arms of notebook 05, and what a base is adapted to.
 ARM_NAMES = {
@@ -39,10 +41,14 @@ ARM_NAMES = {
     "noise": "iLoRA, noise gate",
     "fixed_gate": "iLoRA, random fixed gate",
     "static_gate": "iLoRA, one learned gate",
+    "pairwise_counts": "pairwise counts",
 }
 TASK_NAMES = {"next_period": "next period", "segment": "segment of users"}
 BASELINES = tuple(MODEL_NAMES)[2:]  # deterministic, without gradient descent
 _ABLATIONS = ("ablations-", "tuning-")  # how the data name of a grid begins whose arms are compared
+# Parameters of notebook 02 that make another configuration of a model.
+_RECIPE: tuple[str, ...] = ("size", "epochs", "batch_size", "learning_rate", "dropout", "mask_prob", "window")
+_RECIPE += ("last_item_share", "max_len", "norm", "tied", "output_bias", "loss")
 # Parameters that do not make it another run; wandb_mode is what tracker was called in older records.
 _NOT_WORK = ("gpu", "seed", "seeds", "tracker", "wandb_mode")
 
@@ -67,12 +73,15 @@ def table(records: Iterable[Record]) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def accuracy(records: Iterable[Record]) -> pd.DataFrame:
+def accuracy(records: Iterable[Record], all_records: Iterable[Record] | None = None) -> pd.DataFrame:
     """Return one row for each grid and model: test metrics with intervals, seeds, device and day.
 
-    Of models that were scored again, with more seeds say, the newest scoring counts.
+    *configurations scored* is how many of the model's family the records show on the same test split: a split
+    that was looked at often is a validation split. They are counted in `all_records`, notebooks among them,
+    where given. Of models that were scored again, with more seeds say, the newest scoring counts.
     """
-    rows = []
+    rows, records = [], list(records)
+    looked = looks(records if all_records is None else all_records)
     for (data, label), scored in groups(r for r in records if r["name"] == "test_metrics").items():
         runs = Counter(r["own_params"]["model"] for r in scored if r["seed"] is not None)
         for one in (r for r in scored if r["seed"] is None):
@@ -83,6 +92,10 @@ def accuracy(records: Iterable[Record]) -> pd.DataFrame:
             }
             seeds = str(runs[model] or "")  # what is deterministic has none
             about = {"data": data, "model": model_name(model), "seeds": seeds, "device": label}
+            arm = ((one.get("configuration") or {}).get("arms") or {}).get(model)
+            of = family(arm["model"], model) if arm else ""
+            where = (str(one["data"].get("fingerprint")), "leave-one-out", of)
+            about["configurations scored"] = str(looked.get(where, "")) if arm else ""
             rows.append((data, -m["hr@10"], about | interval | {"day": one["time"][:10]}))
     frame = pd.DataFrame([row for *_, row in sorted(rows, key=lambda row: row[:2])])
     return frame.set_index(["data", "model"]) if rows else frame
@@ -133,6 +146,52 @@ def _sureness(m: Mapping[str, Any]) -> dict[str, float]:
 def model_name(model: str) -> str:
     """Return a model's name for people."""
     return MODEL_NAMES.get(model, model.replace("_", " "))
+
+
+def chooses(dataset: str) -> bool:
+    """Return whether records under this data name are of a grid that recipes are chosen from."""
+    return dataset.startswith((*_ABLATIONS, "trials-"))
+
+
+def family(model: Mapping[str, Any], name: str) -> str:
+    """Return the family of a model by its configuration, or by its name where that says nothing."""
+    causal = model["causal"] if "causal" in model else name.startswith("causal")
+    return "causal" if causal else "bert4rec"
+
+
+def looks(records: Iterable[Record]) -> dict[tuple[str, str, str], int]:
+    """Count the configurations whose accuracy on a test split is recorded, by data, split and model family.
+
+    The key is (fingerprint, split, family). A recipe that is changed counts again; its seeds, and scoring it
+    again, do not. Baselines are no family: validation chooses them anew each time.
+    """
+    seen: dict[tuple[str, str, str], set[str]] = defaultdict(set)
+    for one in records:
+        own, data = one["own_params"], one.get("data") or {}
+        split = "leave-one-out" if one["name"] == "test_metrics" else own.get("protocol", "").split(",")[0]
+        name = str(own.get("model"))
+        if (
+            one["name"] not in ("test_metrics", "protocol")
+            or name in BASELINES
+            or one["notebook"] != "02_baseline"
+        ):
+            continue
+        if one["name"] == "protocol" and (split in ("leave-one-out", "seed study's") or one["seed"] is None):
+            continue  # another way to rank the same test
+        said = one.get("configuration") or {}
+        arms = said.get("arms") or {}
+        arm = arms.get(name)
+        if said and arm is None:
+            continue  # another library's, or of an arm that stands under another name
+        if arm is None:  # of a notebook: what it ran with
+            params = one.get("params") or {}
+            what: Any = {key: params.get(key) for key in _RECIPE}
+        else:
+            train = {key: value for key, value in arm["train"].items() if key != "seed"}
+            what = [arm["model"], train]
+        key = (str(data.get("fingerprint")), split, family((arm or {}).get("model") or {}, name))
+        seen[key].add(json.dumps([name if arm is None else "", what], sort_keys=True))
+    return {key: len(some) for key, some in seen.items()}
 
 
 def is_ablation(dataset: str) -> bool:

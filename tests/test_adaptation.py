@@ -128,7 +128,7 @@ def test_results_average_over_targets_then_seeds(experiment, dataset):  # noqa: 
     assert mean.metrics["ndcg@10_low"] <= mean.metrics["ndcg@10"] <= mean.metrics["ndcg@10_high"]
     full = next(r for r in found if r.seed is None and r.params["model"] == "full")
     assert full.metrics["trained_share"] == 1
-    compared = adaptation_results.comparisons(dataset, tasks[0], runs, "ilora", "gate_comparison", 200)
+    compared = adaptation_results.comparisons(dataset, tasks[0], runs, "ilora", "gate_comparison")
     one = next(r for r in compared if r.params["model"] == "lora" and r.params["metric"] == "ndcg@10")
     lora = next(r for r in found if r.seed is None and r.params["model"] == "lora")
     expected = lora.metrics["ndcg@10"] - mean.metrics["ndcg@10"]

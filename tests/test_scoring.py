@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import numpy as np
 import pytest
 from test_grid import FILE, PLACES, work, write
 
-from reclib import assessment, grid, metrics, scoring
+from reclib import assessment, grid, metrics, scoring, tables
 from reclib.config import InputError
 from reclib.fit import Options
 
@@ -88,8 +89,18 @@ def test_the_shuffle_control_moves_what_uses_order_and_nothing_else(scored):
 def test_groups_hold_every_user_once(scored):
     users = work().dataset.num_users
     rows = [row for row in scored if row.name == "groups" and row.params["model"] == "bert4rec"]
-    assert {row.params["by"] for row in rows} == {"history", "popularity"}
+    assert {row.params["by"] for row in rows} == {"history", "popularity", "time"}
     assert all(sum(row.series["users"]) == users for row in rows)
+    time = next(row.series for row in rows if row.params["by"] == "time")
+    assert set(time["group"]) <= {"same time as the item before", "later"}
+    whole = next(
+        r.metrics
+        for r in scored
+        if r.name == "test_metrics" and r.params["model"] == "bert4rec" and r.seed is None
+    )
+    for metric in ("hr@10", "ndcg@10"):
+        mean = np.average(time[metric], weights=time["users"])
+        assert mean == pytest.approx(whole[metric])
     assert FILE["data"]["synthetic_users"] == users
 
 
@@ -101,12 +112,52 @@ def test_arms_are_compared_on_validation_by_user_over_the_seeds_both_have(scored
     assert one["difference"] == pytest.approx(one["value"] - one["base"])
     assert one["seed_low"] <= one["difference"] <= one["seed_high"]
     assert one["difference_low"] <= one["difference"] <= one["difference_high"]
+    assert all(row["p"] <= row["adjusted_p"] <= 1 for row in rows.values())  # Holm over the arms
 
 
 def test_every_scoring_is_counted(scored):
     scoring.score(work())
     counts = [row["earlier"] for row in work().rows("test_metrics")]
     assert sorted(set(counts)) == [0, 1]
+
+
+def test_kept_ranks_alone_give_the_same_again_and_count_as_the_same_configuration(scored, monkeypatch):
+    """Baselines join a grid whose weights are gone; a changed recipe is another look, a scoring is none."""
+    here = work()
+    monkeypatch.setattr(grid.Work, "train", lambda *_: pytest.fail("asked for weights"))
+    again = scoring.score(here, from_ranks=True)
+    means = {(r.params["model"], r.seed): r.metrics for r in again if r.name == "test_metrics"}
+    assert means == {(r.params["model"], r.seed): r.metrics for r in scored if r.name == "test_metrics"}
+    assert "pairwise_counts_with_validation" in {model for model, _ in means}
+    rows = here.rows("test_metrics") + here.rows("protocol")
+    counts = tables.looks(rows)
+    where = here.dataset.fingerprint
+    assert counts[where, "leave-one-out", "bert4rec"] == counts[where, "leave-one-out", "causal"] == 1
+    wider = json.loads(json.dumps(rows))
+    for row in wider:
+        row["configuration"]["arms"]["bert4rec"]["model"]["hidden_dim"] *= 2
+    assert tables.looks(rows + wider)[where, "leave-one-out", "bert4rec"] == 2
+    first = here.grid.arms[0]
+    with np.load(here.ranks_file(first, 1)) as file:
+        kept = dict(file)
+    grid.save_ranks(here.ranks_file(first, 1), {"valid": kept["valid"]})
+    try:
+        with pytest.raises(InputError, match="no ranks on the test split are kept of bert4rec seed 1"):
+            scoring.score(here, from_ranks=True)
+    finally:
+        grid.save_ranks(here.ranks_file(first, 1), kept)
+
+
+def test_a_seed_that_chose_the_recipe_does_not_judge_it(scored, monkeypatch):
+    here = work()
+    arm = here.grid.arms[0]
+    trial = {"name": "learning_curve", "params_hash": here.key(arm, 1), "data": {"name": "trials-x"}}
+    other = {"name": "learning_curve", "params_hash": here.key(arm, 0), "data": {"name": "scaling-x"}}
+    monkeypatch.setattr(scoring.record, "committed", lambda: [trial, other])
+    assert scoring.choosing_seeds(here, scoring.final_arms(here)) == {"bert4rec": [1]}
+    found = scoring.score(here, from_ranks=True)
+    seeds = {r.metrics["reference_seeds"] for r in found if r.name == "comparison"}
+    assert seeds == {1}
 
 
 def test_what_a_run_showed_on_the_test_split_is_kept_and_read_again(scored, monkeypatch):

@@ -81,7 +81,7 @@ def curve_results(folder: Path, work: Work) -> list[Result]:
                 key = f"{name} after {minute:g}"
                 gaps[key], of[key] = theirs - mine[minute].mean(axis=0), (name, minute)
     ours = np.zeros_like(next(iter(mine.values())))  # each gap is against ours at its own mark
-    for one in statistics.compare({MINE: ours} | gaps, MINE, (), scoring.SAMPLES):
+    for one in statistics.compare({MINE: ours} | gaps, MINE):
         name, minute = of[one.name]
         result = assessment.compared(one._replace(name=name), "ndcg@10", "equal_time_comparison")
         found.append(result._replace(params=result.params | {"minutes": minute}))
@@ -126,7 +126,7 @@ def peer_results(folder: Path, work: Work) -> list[Result]:
     for name in NAMES:
         theirs = {peer: np.stack([a[f"test_{name}"] for _, a in runs]) for peer, runs in peers.items()}
         for arm, values in mine[name].items():
-            for one in statistics.compare(theirs | {arm: values}, arm, (), scoring.SAMPLES):
+            for one in statistics.compare(theirs | {arm: values}, arm):
                 found.append(assessment.compared(one, name, "peer_comparison"))
     return found
 
