@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +35,7 @@ ORDER_BY = "user, timestamp, row"
 SPLIT = "leave-one-out"
 
 MAX_KEY_BYTES = 256  # of a raw id: keys are stored at the width of the longest
+MAX_MB = 1 << 40  # of memory: more is no limit either
 MB_PER_THREAD = 128  # a database thread needs about this much to sort and join without failing
 VECTORS = 50  # fetched at a time, of 2,048 rows each
 PAIRS = 1 << 20  # (user, item) pairs read at a time
@@ -146,15 +148,25 @@ def _database(work: Path, config: DataConfig) -> Iterator[duckdb.DuckDBPyConnect
     """Yield a database in the folder `work`; its errors become errors of ours."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     settings: dict[str, Any] = {
-        "memory_limit": f"{config.memory_limit_mb}MB",
+        "memory_limit": f"{min(config.memory_limit_mb, MAX_MB)}MB",
         "threads": max(1, min(available, config.memory_limit_mb // MB_PER_THREAD)),
         "temp_directory": str(work / "spilled"),
         "autoinstall_known_extensions": False,  # reading a file never asks the network
     }
     try:
-        with duckdb.connect(str(work / "rows.duckdb"), config=settings) as con:
-            con.execute("set enable_progress_bar = false")  # ours is shown
-            yield con
+        # a path without "?", which the database takes for the start of options
+        with tempfile.TemporaryDirectory() as links:
+            home = Path(links) / "work"
+            home.symlink_to(work.resolve())
+            with duckdb.connect(str(home / "rows.duckdb"), config=settings) as con:
+                con.execute("set enable_progress_bar = false")  # ours is shown
+                yield con
+    except duckdb.InterruptException:
+        raise KeyboardInterrupt from None
+    except RuntimeError as error:  # what the database makes of an interrupt at work
+        if "interrupt" in str(error).lower():
+            raise KeyboardInterrupt from None
+        raise
     except duckdb.OutOfMemoryException as error:
         raise InputError(
             f"parameter 'memory_limit_mb' is {config.memory_limit_mb}, too low for this dataset: "
