@@ -9,7 +9,6 @@ hashed on demand only (`damage`), since they are memory-mapped and need not be r
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import glob
 import hashlib
 import json
@@ -125,6 +124,8 @@ def fresh_folder(folder: Path) -> Iterator[Path]:
 
 def _locked(folder: Path) -> int | None:
     """Return the open folder, locked; None where another process holds it or has removed it."""
+    import fcntl  # POSIX only; reading a prepared folder works everywhere
+
     try:
         opened = os.open(folder, os.O_RDONLY)
     except OSError:

@@ -206,14 +206,14 @@ def sample(path: Path) -> list[str]:
             data += piece
     if not data.strip():
         raise InputError(f"{path.name} is empty, expected one interaction per line")
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or data[:200].count(b"\0") > len(data[:200]) // 4:
-        raise InputError(f"{path.name} is UTF-16 text, expected UTF-8: save it as UTF-8")
     inside = {GZIP_MAGIC: "another gzip file", PARQUET_MAGIC: "a Parquet file", **PACKED}
     kind = next((kind for magic, kind in inside.items() if data.startswith(magic)), None)
     if kind is None and data[257:262] == b"ustar":
         kind = "a tar archive"
     if kind is not None:
         raise InputError(f"{path.name} holds {kind}: unpack it and give the file inside")
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or data[:200].count(b"\0") > len(data[:200]) // 4:
+        raise InputError(f"{path.name} is UTF-16 text, expected UTF-8: save it as UTF-8")
     if b"\n" not in data and b"\r" in data:
         raise InputError(f"{path.name}: lines end with CR alone, expected LF or CRLF")
     lines = data.decode("utf-8", "replace").replace("\r\n", "\n").split("\n")
@@ -337,7 +337,7 @@ def _json(path: Path, lines: list[str]) -> Format:
 
 def _fields(path: Path, lines: list[str], first: str) -> Format:
     separator = separator_of(first)
-    header = next(csv.reader([first], delimiter=separator))
+    header = [field.strip('"') for field in first.split(separator)]
     if separator == ",":
         if header[:4] == [name for _, name in _MOVIELENS]:
             return FORMATS["movielens-csv"]

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -154,13 +153,11 @@ def _database(work: Path, config: DataConfig) -> Iterator[duckdb.DuckDBPyConnect
         "autoinstall_known_extensions": False,  # reading a file never asks the network
     }
     try:
-        # a path without "?", which the database takes for the start of options
-        with tempfile.TemporaryDirectory() as links:
-            home = Path(links) / "work"
-            home.symlink_to(work.resolve())
-            with duckdb.connect(str(home / "rows.duckdb"), config=settings) as con:
-                con.execute("set enable_progress_bar = false")  # ours is shown
-                yield con
+        # In a path, the database takes "?" for the start of options; one in memory spills to `work` as well.
+        place = ":memory:" if "?" in str(work) else str(work / "rows.duckdb")
+        with duckdb.connect(place, config=settings) as con:
+            con.execute("set enable_progress_bar = false")  # ours is shown
+            yield con
     except duckdb.InterruptException:
         raise KeyboardInterrupt from None
     except RuntimeError as error:  # what the database makes of an interrupt at work

@@ -243,7 +243,7 @@ def _checked(source: str, *, order: bool, header: tuple[str, str] | None = None)
     stamp = f"p.y || '-' || p.mo || '-' || p.d || ' ' || if(p.h = '', '00:00:00', {clock})"
     zone = "(CAST('0' || p.zh AS INT) * 60 + CAST('0' || p.zm AS INT))"
     date = f"""CASE WHEN {zone} < 960 AND CAST('0' || p.zm AS INT) < 60 THEN
-        epoch_us(try_cast({stamp} AS TIMESTAMP)) - if(p.sign = '-', -1, 1) * {zone} * 60000000 END"""
+        epoch_us(try_cast({stamp} AS TIMESTAMP)) - if(p.sign = '-', -1, 1) * {zone} * 60000000::BIGINT END"""
     again = ""
     if header is not None:
         same = f'"user" = {_text(header[0])} AND item = {_text(header[1])}'
@@ -371,17 +371,21 @@ def _table_layout(path: Path, columns: dict[str, str] | None, lines: list[str]) 
     if separator not in lines[0]:
         raise InputError(f"{path.name}, line 1: no comma, TAB, semicolon or bar in {lines[0][:80]!r}")
     csv.field_size_limit(sys.maxsize)  # lines are bounded, and a field may hold a whole review
-    rows = list(csv.reader([line + "\n" for line in lines], delimiter=separator))
+    try:
+        first = next(csv.reader((line + "\n" for line in lines), delimiter=separator))
+    except csv.Error:
+        raise InputError(f"{path.name}, line 1: a carriage return within {lines[0][:80]!r}") from None
     given = [column for column in (columns or {}).values() if not column.startswith("#")]
     by_position = bool(given) and all(column.isdecimal() for column in given)
-    names = [str(n + 1) for n in range(len(rows[0]))] if by_position else rows[0]
-    values = {name: [row[n] for row in rows[1:] if len(row) == len(names)] for n, name in enumerate(names)}
+    names = [str(n + 1) for n in range(len(first))] if by_position else first
+    rows = [[field.strip('"') for field in line.split(separator)] for line in lines[1:]]
+    values = {name: [row[n] for row in rows if len(row) == len(names)] for n, name in enumerate(names)}
     chosen = choose_columns(path, names, columns, values)
     position = {what: names.index(name) for what, name in chosen.items() if not name.startswith("#")}
-    headed = not by_position or formats.is_header(rows[0])
+    headed = not by_position or formats.is_header(first)
     if by_position and "time" in position:  # a time in the first row tells that it is no header
-        headed = not is_time(rows[0][position["time"]]) and any(map(is_time, values[chosen["time"]]))
-    header = tuple(rows[0]) if headed else None
+        headed = not is_time(first[position["time"]]) and any(map(is_time, values[chosen["time"]]))
+    header = tuple(first) if headed else None
     return Layout(separator, tuple(names), position, header, "time" not in position, quoted=True)
 
 
@@ -668,7 +672,7 @@ def _json(blocks: Iterator[Block], names: dict[str, str]) -> Iterator[Batch]:
             number += 1
             try:
                 row = decode(line)
-            except msgspec.DecodeError as error:
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 if line.strip():  # a blank line is no mistake
                     batch.bad.append(_bad_json(number, line, error))
                 continue
@@ -687,7 +691,7 @@ def _json(blocks: Iterator[Block], names: dict[str, str]) -> Iterator[Batch]:
         yield batch
 
 
-def _bad_json(number: int, line: bytes, error: msgspec.DecodeError) -> Bad:
+def _bad_json(number: int, line: bytes, error: Exception) -> Bad:
     text = line.decode("utf-8", "surrogateescape")
     wrong = _not_utf8(number, text)
     if wrong is not None:
@@ -824,9 +828,9 @@ def _read_parquet(table: _Table, path: Path, columns: dict[str, str] | None) -> 
             numbered = f"SELECT row_number() OVER () AS line, {values} FROM {renamed}"
             size = table.con.execute(f"SELECT count(*) FROM {source}").fetchone()
             table.take(f"SELECT *, line - 1 AS row FROM ({numbered})", size[0] if size else 0, Batch())
-        except duckdb.OutOfMemoryException:
+        except (duckdb.OutOfMemoryException, duckdb.InterruptException):
             raise
-        except (duckdb.InvalidInputException, duckdb.ConversionException, duckdb.IOException) as error:
+        except duckdb.Error as error:
             line = str(error).splitlines()[0].replace(str(link), path.name)
             if "space left" in line:
                 raise
