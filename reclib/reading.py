@@ -51,7 +51,16 @@ _DATE = (
 )
 _PARTS = ["y", "mo", "d", "h", "mi", "s", "f", "half", "sign", "zh", "zm"]
 # Types of a Parquet file, by their beginning.
-_NUMBERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "UTINYINT", "USMALLINT", "UINTEGER")
+_NUMBERS: tuple[str, ...] = (
+    "TINYINT",
+    "SMALLINT",
+    "INTEGER",
+    "BIGINT",
+    "HUGEINT",
+    "UTINYINT",
+    "USMALLINT",
+    "UINTEGER",
+)
 _NUMBERS += ("UBIGINT", "UHUGEINT", "FLOAT", "DOUBLE", "DECIMAL", "VARCHAR", "ENUM")
 _IDS = (*_NUMBERS, "UUID")
 # Reason -> what of a row is wrong, and what was expected.
@@ -172,7 +181,7 @@ class Bad(NamedTuple):
     reason: str  # what is counted
     detail: str  # what is told
     text: str
-    count: int = 1
+    lines: int = 1
 
 
 class _Rejects:
@@ -314,7 +323,7 @@ class _Table:
 
 def _explained(line: int, reason: str, row: dict[str, Any], count: int) -> Bad:
     what, expected = _EXPECTED[reason]
-    shown = ", ".join(str(row[name]) for name in FOUR if row[name] is not None)
+    shown = ",".join(str(row[name]) for name in FOUR if row.get(name) is not None)
     name = {"time": "timestamp"}.get(what, what)
     return Bad(line, reason, f"{name} is {str(row[what] or '')[:80]!r}, expected {expected}", shown, count)
 
@@ -667,7 +676,8 @@ def _json(blocks: Iterator[Block], names: dict[str, str]) -> Iterator[Batch]:
     has = {what for what, *_ in fields}
     for block in blocks:
         other_bytes = _decoded(block.data)[1]
-        batch, read, number = Batch(), [], block.first_line - 1
+        batch, number = Batch(), block.first_line - 1
+        read: list[Any] = []
         for line in block.data.split(b"\n"):
             number += 1
             try:

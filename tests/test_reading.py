@@ -62,105 +62,214 @@ MANY = "".join(f"u{n},i,{T}\n" for n in range(99))
 FAULTS = {
     # quoting
     "a mark inside a field": (
-        f'{UITX}u,a,{T}, "Great\nu,b,{T + 1},x\nu,c,{T + 2},5"\nu,d,{T + 3},y\n', None, {"u": "a b c d"}, {},
+        f'{UITX}u,a,{T}, "Great\nu,b,{T + 1},x\nu,c,{T + 2},5"\nu,d,{T + 3},y\n',
+        None,
+        {"u": "a b c d"},
+        {},
     ),
     "a mark in a field of a TSV": (
-        f'{UITX}u,a,{T},x "Great\nu,b,{T + 1},x\nu,c,{T + 2},5"\n'.replace(",", "\t"), None, {"u": "a b c"}, {},
+        f'{UITX}u,a,{T},x "Great\nu,b,{T + 1},x\nu,c,{T + 2},5"\n'.replace(",", "\t"),
+        None,
+        {"u": "a b c"},
+        {},
     ),
     "a mark that opens and is closed below": (
-        f'{UITX}u,a,{T},"Great\nu,b,{T + 1},x\nu,c,{T + 2},5"\nu,d,{T + 3},y\n', None,
-        {"u": "b c d"}, {"quotation mark never closed": 1},
+        f'{UITX}u,a,{T},"Great\nu,b,{T + 1},x\nu,c,{T + 2},5"\nu,d,{T + 3},y\n',
+        None,
+        {"u": "b c d"},
+        {"quotation mark never closed": 1},
     ),
     "the same in a TSV": (
-        f'{UITX}u,a,{T},"Great\nu,b,{T + 1},x\nu,c,{T + 2},5"\n'.replace(",", "\t"), None,
-        {"u": "b c"}, {"quotation mark never closed": 1},
+        f'{UITX}u,a,{T},"Great\nu,b,{T + 1},x\nu,c,{T + 2},5"\n'.replace(",", "\t"),
+        None,
+        {"u": "b c"},
+        {"quotation mark never closed": 1},
     ),
     "a TSV in row order": (
-        'user\titem\nu\t"a\nu\tb\nu\tc"\nu\td\n', "time=#row", {"u": 'b c" d'}, {"quotation mark never closed": 1},
+        'user\titem\nu\t"a\nu\tb\nu\tc"\nu\td\n',
+        "time=#row",
+        {"u": 'b c" d'},
+        {"quotation mark never closed": 1},
     ),
     "a mark that is never closed": (
-        f'{UIT}u,a,{T}\nu,"b,{T}\nx\n', None, {"u": "a"}, {"quotation mark never closed": 2},
+        f'{UIT}u,a,{T}\nu,"b,{T}\nx\n',
+        None,
+        {"u": "a"},
+        {"quotation mark never closed": 2},
     ),
     "quoted fields": (
-        f'{UITX}"u","a,""b""",{T + 1},"one\ntwo\n, three"\n"u","c"d,"{T}",""\n', None, {"u": 'cd a,"b"'}, {},
+        f'{UITX}"u","a,""b""",{T + 1},"one\ntwo\n, three"\n"u","c"d,"{T}",""\n',
+        None,
+        {"u": 'cd a,"b"'},
+        {},
     ),
     "an id over two lines": (
-        f'{UIT}u,"a\nb",{T}\nu,c,{T}\n', None, {"u": "c"}, {"item with a line break or TAB": 1},
+        f'{UIT}u,"a\nb",{T}\nu,c,{T}\n',
+        None,
+        {"u": "c"},
+        {"item with a line break or TAB": 1},
     ),
     "marks in a published CSV": (
-        f'userId,movieId,rating,timestamp\n"1","2","4.0","{T}"\n', None, {"1": "2"}, {},
+        f'userId,movieId,rating,timestamp\n"1","2","4.0","{T}"\n',
+        None,
+        {"1": "2"},
+        {},
     ),
     "too many fields over two lines": (
-        f'{UITX}u,a,{T},"x\ny",z\nu,b,{T},x\n', None, {"u": "b"}, {"number of fields": 2},
+        f'{UITX}u,a,{T},"x\ny",z\nu,b,{T},x\n',
+        None,
+        {"u": "b"},
+        {"number of fields": 2},
     ),
     "a carriage return": (f"{UIT}u,a,{T}\nu,b\rc,{T}\n", None, {"u": "a"}, {"carriage return": 1}),
     # time
     "offsets": (
         f"{UIT}u,b,2020-03-01 04:59:00-01\nu,c,2020-03-01 06:00:00+00\nu,a,2020-03-01 10:00:00+05\n"
         "u,d,2020-03-01T11:30:00+0530\nu,e,2020-03-01T06:00:00.000001Z\nu,f,2020-03-01 06:00:00.000002 UTC\n",
-        None, {"u": "a b c d e f"}, {},
+        None,
+        {"u": "a b c d e f"},
+        {},
     ),
     "AM and PM": (
         f"{UIT}u,c,2020-03-01 10:00:00 PM\nu,b,2020-03-01 11:00:00 AM\nu,a,2020-03-01 12:00:00 AM\n"
-        "u,d,2020-03-01 13:00:00 PM\n", None, {"u": "a b c"}, {"timestamp not a number or date": 1},
+        "u,d,2020-03-01 13:00:00 PM\n",
+        None,
+        {"u": "a b c"},
+        {"timestamp not a number or date": 1},
     ),
     "fractions": (f"{UIT}u,b,{T}.9\nu,a,{T}.1\nu,c,{T}.900001\n", None, {"u": "a b c"}, {}),
     "fractions of dates": (
-        f"{UIT}u,b,2020-03-01 10:00:00.9\nu,a,2020-03-01 10:00:00.1\nu,c,2020-03-01 10:00:01\n", None,
-        {"u": "a b c"}, {},
+        f"{UIT}u,b,2020-03-01 10:00:00.9\nu,a,2020-03-01 10:00:00.1\nu,c,2020-03-01 10:00:01\n",
+        None,
+        {"u": "a b c"},
+        {},
     ),
     "zones that are no offset": (
         f"{UIT}u,a,2020-03-01 10:00:00 EST\nu,b,2020-03-01 10:00:00 Europe/Paris\nu,c,2020-03-01\n"
-        "u,d,2020-03-01 10:00:00+99\n", None, {"u": "c"}, {"timestamp not a number or date": 3},
+        "u,d,2020-03-01 10:00:00+99\n",
+        None,
+        {"u": "c"},
+        {"timestamp not a number or date": 3},
     ),
-    "dates of one digit": (f"{UIT}u,c,2020-3-10\nu,b,2020-3-1\nu,a,2020/02/28 1:00\n", None, {"u": "a b c"}, {}),
+    "dates of one digit": (
+        f"{UIT}u,c,2020-3-10\nu,b,2020-3-1\nu,a,2020/02/28 1:00\n",
+        None,
+        {"u": "a b c"},
+        {},
+    ),
     "no dates": (
-        f"{UIT}u,a,2020-13-01\nu,b,2020-02-30\nu,c,\nu,d,nan\nu,e,5\nu,f,{T}\n", None, {"u": "f"},
+        f"{UIT}u,a,2020-13-01\nu,b,2020-02-30\nu,c,\nu,d,nan\nu,e,5\nu,f,{T}\n",
+        None,
+        {"u": "f"},
         {"timestamp not a number or date": 3, "timestamp missing": 1, "timestamp out of range": 1},
     ),
-    "units": (f"{UIT}u,b,{T + 1}000\nu,c,{T + 2}\nu,a,{T}000000\nu,d,{T + 3}000000000\n", None, {"u": "a b c d"}, {}),
+    "units": (
+        f"{UIT}u,b,{T + 1}000\nu,c,{T + 2}\nu,a,{T}000000\nu,d,{T + 3}000000000\n",
+        None,
+        {"u": "a b c d"},
+        {},
+    ),
     "JSON": (
-        f'{{"user": "u", "item": "c", "time": {T}.9}}\n\n{{"user": "u", "item": 5, "time": "2020-01-01T01:00:00+01"}}\n'
+        f'{{"user": "u", "item": "c", "time": {T}.9}}\n\n'
+        f'{{"user": "u", "item": 5, "time": "2020-01-01T01:00:00+01"}}\n'
         f'{{"user": "u", "item": "b", "time": "{T}.1"}}\n{{"user": "u", "item": null, "time": {T}}}\n'
         f'{{"user": "u", "item": [1], "time": {T}}}\n{{"user": "u", "time": {T}}}\n{{"user": "u"\n',
-        None, {"u": "5 b c"}, {"field of another type": 2, "field missing": 1, "not JSON": 1},
+        None,
+        {"u": "5 b c"},
+        {"field of another type": 2, "field missing": 1, "not JSON": 1},
     ),
     "JSON by columns": (
-        '{"who": 1, "what": "b"}\n{"who": 1, "what": "a"}\n', "user=who,item=what,time=#row", {"1": "b a"}, {},
+        '{"who": 1, "what": "b"}\n{"who": 1, "what": "a"}\n',
+        "user=who,item=what,time=#row",
+        {"1": "b a"},
+        {},
     ),
     # columns
-    "positions of a headerless table": ("2,1\n2,3\n1,3\n1,1\n", "user=1,item=2,time=#row", {"1": "3 1", "2": "1 3"}, {}),
-    "positions that the first row holds": (f"1,1193,5,{T}\n1,7,4,{T + 1}\n", "user=1,item=2,time=4", {"1": "1193 7"}, {}),
+    "positions of a headerless table": (
+        "2,1\n2,3\n1,3\n1,1\n",
+        "user=1,item=2,time=#row",
+        {"1": "3 1", "2": "1 3"},
+        {},
+    ),
+    "positions that the first row holds": (
+        f"1,1193,5,{T}\n1,7,4,{T + 1}\n",
+        "user=1,item=2,time=4",
+        {"1": "1193 7"},
+        {},
+    ),
     "positions below a header": (f"{UIT}u,a,{T}\n", "user=1,item=2,time=3", {"u": "a"}, {}),
     "positions below an unclear header": (f"x,y,z\nu,a,{T}\n", "user=1,item=2,time=3", {"u": "a"}, {}),
     "positions of a TSV": (f"a\tu\t5\t{T}\n", "user=2,item=1,time=4", {"u": "a"}, {}),
-    "a headerless TSV": (f"7\t12\t5\t{T}\n7\t13\t5\t{T}\n", None, "does not show which column is the user's", {}),
-    "a comment above dates": ("# made by hand\n" + "".join(f"u,a,2020-01-01 10:0{n}:00\n" for n in range(5)), None, "remove lines above the table", {}),
+    "a headerless TSV": (
+        f"7\t12\t5\t{T}\n7\t13\t5\t{T}\n",
+        None,
+        "does not show which column is the user's",
+        {},
+    ),
+    "a comment above dates": (
+        "# made by hand\n" + "".join(f"u,a,2020-01-01 10:0{n}:00\n" for n in range(5)),
+        None,
+        "remove lines above the table",
+        {},
+    ),
     "two columns of one name": (f"user,item,item,time\nu,a,b,{T}\n", None, "item may be item or item", {}),
     "words as ratings": (f"user,item,time,rating\nu,a,{T},good\n", None, {"u": "a"}, {}),
-    "some words as ratings": (f"user,item,time,rating\nu,a,{T},good\nu,b,{T},4\n", None, {"u": "b"}, {"rating not a number": 1}),
-    "ratings left out": (f"user,item,time,rating\nu,a,{T},good\nu,b,{T},4\n", "rating=#none", {"u": "a b"}, {}),
+    "some words as ratings": (
+        f"user,item,time,rating\nu,a,{T},good\nu,b,{T},4\n",
+        None,
+        {"u": "b"},
+        {"rating not a number": 1},
+    ),
+    "ratings left out": (
+        f"user,item,time,rating\nu,a,{T},good\nu,b,{T},4\n",
+        "rating=#none",
+        {"u": "a b"},
+        {},
+    ),
     "missing ids": (f"{UIT},a,{T}\nu,,{T}\nu,b,{T}\n", None, {"u": "b"}, {"user empty": 1, "item empty": 1}),
     "blank lines": (f"{UIT}\nu,a,{T}\n\r\nu,b,{T}\n\n", None, {"u": "a b"}, {}),
     "a header line again": (f"{UIT}u,a,{T}\n{UIT}", None, {"u": "a"}, {"header line again": 1}),
     "bytes that are not UTF-8": (f"{UIT}u,\udcff,{T}\nu,b,{T}\n", None, {"u": "b"}, {"not UTF-8": 1}),
     # what cannot be read
-    "a JSON array": ('[{"user": "u", "item": "a"}]\n', None, "a JSON array, expected one JSON object a line", {}),
+    "a JSON array": (
+        '[{"user": "u", "item": "a"}]\n',
+        None,
+        "a JSON array, expected one JSON object a line",
+        {},
+    ),
     "JSON over lines": ('{\n "user": "u"\n}\n', None, "expected one whole JSON object a line", {}),
-    "JSON without ids": ('{"asin": "1", "price": 3}\n', None, "no column is clearly the user.*columns found: asin", {}),
+    "JSON without ids": (
+        '{"asin": "1", "price": 3}\n',
+        None,
+        "no column is clearly the user.*columns found: asin",
+        {},
+    ),
     "UTF-16": (f"{UIT}a,b,{T}\n".encode("utf-16"), None, "UTF-16 text, expected UTF-8", {}),
     "UTF-16 without a mark": (f"{UIT}a,b,{T}\n".encode("utf-16-le"), None, "UTF-16 text, expected UTF-8", {}),
     "xz": (b"\xfd7zXZ\0" + b"x" * 40, None, "compressed by xz: unpack it", {}),
     "zstd": (b"\x28\xb5\x2f\xfd" + b"x" * 40, None, "compressed by zstd: unpack it", {}),
     "Parquet inside gzip": (gzip.compress(b"PAR1" + b"x" * 40), None, "holds a Parquet file: unpack it", {}),
     "gzip inside gzip": (gzip.compress(gzip.compress(b"x")), None, "holds another gzip file: unpack it", {}),
-    "an empty member first": (gzip.compress(b"") + gzip.compress(f"{UIT}u,a,{T}\n".encode()), None, {"u": "a"}, {}),
-    "a very long line": (gzip.compress(UIT.encode() + b"x" * (40 << 20)), None, "line 2: longer than 16,777,216 bytes", {}),
+    "an empty member first": (
+        gzip.compress(b"") + gzip.compress(f"{UIT}u,a,{T}\n".encode()),
+        None,
+        {"u": "a"},
+        {},
+    ),
+    "a very long line": (
+        gzip.compress(UIT.encode() + b"x" * (40 << 20)),
+        None,
+        "line 2: longer than 16,777,216 bytes",
+        {},
+    ),
     "a quoted field without end": (
-        f'{UIT}u,a,"' + ("x" * 999 + "\n") * 30_000, None, "line 2: a quotation mark .* not closed within 16,777,216", {},
+        f'{UIT}u,a,"' + ("x" * 999 + "\n") * 30_000,
+        None,
+        "line 2: a quotation mark .* not closed within 16,777,216",
+        {},
     ),
     "lines that end with CR": (f"{UIT}a,b,{T}\n".replace("\n", "\r"), None, "lines end with CR alone", {}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -222,27 +331,56 @@ def test_a_parquet_path_is_a_name(tmp_path):
 
 
 PARQUET = [
-    (f"SELECT 'u' AS user, i::DOUBLE AS item, {T} + i AS time FROM (VALUES (1), ('nan'::DOUBLE), (NULL), (2)) t(i)",
-     {"u": "1.0 2.0"}, {"item empty": 2}),
-    (f"SELECT 'u' AS user, i AS item, {T} AS time, 7 AS file_row_number FROM (VALUES ('a'), ('')) t(i)",
-     {"u": "a"}, {"item empty": 1}),
-    ("SELECT 'u' AS user, i AS item, t AS time FROM (VALUES ('b', '2020-03-01T04:59:00-01:00'), "
-     "('c', '2020-03-01T06:00:00.5+00:00'), ('a', '2020-03-01T10:00:00+05:00'), ('x', '')) t(i, t)",
-     {"u": "a b c"}, {"timestamp missing": 1}),
-    (f"SELECT 1 AS user, i AS item, {T} + t AS time FROM (VALUES ('b', 0.9), ('a', 0.1), ('c', NULL)) t(i, t)",
-     {"1": "a b"}, {"timestamp missing": 1}),
-    ("SELECT 1 AS user, i AS item, t::TIMESTAMP AS time FROM (VALUES ('b', '2020-01-01 00:00:00.9'), "
-     "('a', '2020-01-01 00:00:00.1'), ('c', NULL), ('d', '1900-01-01')) t(i, t)",
-     {"1": "a b"}, {"timestamp missing": 1, "timestamp out of range": 1}),
-    ("SELECT 1 AS user, i AS item, t::TIMESTAMPTZ AS time FROM (VALUES ('b', '2020-01-01 01:00:00+00'), "
-     "('a', '2020-01-01 01:00:00+01')) t(i, t)", {"1": "a b"}, {}),
+    (
+        f"SELECT 'u' AS user, i::DOUBLE AS item, {T} + i AS time "
+        "FROM (VALUES (1), ('nan'::DOUBLE), (NULL), (2)) t(i)",
+        {"u": "1.0 2.0"},
+        {"item empty": 2},
+    ),
+    (
+        f"SELECT 'u' AS user, i AS item, {T} AS time, 7 AS file_row_number FROM (VALUES ('a'), ('')) t(i)",
+        {"u": "a"},
+        {"item empty": 1},
+    ),
+    (
+        "SELECT 'u' AS user, i AS item, t AS time FROM (VALUES ('b', '2020-03-01T04:59:00-01:00'), "
+        "('c', '2020-03-01T06:00:00.5+00:00'), ('a', '2020-03-01T10:00:00+05:00'), ('x', '')) t(i, t)",
+        {"u": "a b c"},
+        {"timestamp missing": 1},
+    ),
+    (
+        f"SELECT 1 AS user, i AS item, {T} + t AS time "
+        "FROM (VALUES ('b', 0.9), ('a', 0.1), ('c', NULL)) t(i, t)",
+        {"1": "a b"},
+        {"timestamp missing": 1},
+    ),
+    (
+        "SELECT 1 AS user, i AS item, t::TIMESTAMP AS time FROM (VALUES ('b', '2020-01-01 00:00:00.9'), "
+        "('a', '2020-01-01 00:00:00.1'), ('c', NULL), ('d', '1900-01-01')) t(i, t)",
+        {"1": "a b"},
+        {"timestamp missing": 1, "timestamp out of range": 1},
+    ),
+    (
+        "SELECT 1 AS user, i AS item, t::TIMESTAMPTZ AS time FROM (VALUES ('b', '2020-01-01 01:00:00+00'), "
+        "('a', '2020-01-01 01:00:00+01')) t(i, t)",
+        {"1": "a b"},
+        {},
+    ),
     ("SELECT 1 AS user, 'b' AS item, DATE '2020-01-01' AS time", {"1": "b"}, {}),
     (f"SELECT [1] AS user, 'a' AS item, {T} AS time", r"column 'user' for user is of type INTEGER\[\]", {}),
     (f"SELECT 1 AS user, {{'a': 1}} AS item, {T} AS time", r"column 'item' for item is of type STRUCT", {}),
     (f"SELECT 'a'::BLOB AS user, 'a' AS item, {T} AS time", "column 'user' for user is of type BLOB", {}),
-    (f"SELECT 1 AS user, 'a' AS item, [{T}] AS time", r"column 'time' for time is of type INTEGER\[\], expected", {}),
-    ("SELECT 1 AS who, 'a' AS item, {'user': 1} AS s, 1 AS time", "no column is clearly the user.*found: who, item, s, time", {}),
-]  # fmt: skip
+    (
+        f"SELECT 1 AS user, 'a' AS item, [{T}] AS time",
+        r"column 'time' for time is of type INTEGER\[\], expected",
+        {},
+    ),
+    (
+        "SELECT 1 AS who, 'a' AS item, {'user': 1} AS s, 1 AS time",
+        "no column is clearly the user.*found: who, item, s, time",
+        {},
+    ),
+]
 
 
 def test_one_reading_of_parquet(tmp_path):
@@ -368,8 +506,14 @@ BAD = {"csv": "only one field", "tsv": "only one field", "jsonl": '{"user": "u",
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-@given(rows=ROWS, kind=st.sampled_from(["csv", "tsv", "jsonl", "parquet"]), piece=st.sampled_from([5, 50, 5000]),
-       dates=st.booleans(), bad=st.sets(st.integers(0, 24)), quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]))  # fmt: skip
+@given(
+    rows=ROWS,
+    kind=st.sampled_from(["csv", "tsv", "jsonl", "parquet"]),
+    piece=st.sampled_from([5, 50, 5000]),
+    dates=st.booleans(),
+    bad=st.sets(st.integers(0, 24)),
+    quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
+)
 def test_random_tables_give_what_pandas_reads(tmp_path_factory, rows, kind, piece, dates, bad, quoting):
     folder = tmp_path_factory.mktemp("rows")
     table = pd.DataFrame(rows, columns=["user", "item", "note", "rating", "time"])
@@ -664,8 +808,8 @@ def test_a_gzip_file_of_several_members_and_padding(tmp_path, monkeypatch, unzip
 
 
 def test_empty_files_and_headers_alone(tmp_path):
-    for data in (b"", b"\n \n", gzip.compress(b"")):
-        path = written(tmp_path, data, "none.txt")
+    for content in (b"", b"\n \n", gzip.compress(b"")):
+        path = written(tmp_path, content, "none.txt")
         for format in ("auto", ML, J18, "user-per-line"):
             with pytest.raises(InputError, match=r"none.txt is empty"):
                 read(path, format)

@@ -35,6 +35,7 @@ def test_where_titles_lie(tmp_path, data, side):
     [
         ("u.item", "1|Café (1995)|x\n2|Other|y\n".encode("latin-1"), "Café (1995)"),
         ("movies.dat", "1::Café (1995)::Drama\n2::Other::x\n".encode("latin-1"), "Café (1995)"),
+        ("movies.dat", "1::Café (1995)::Drama\n2::Amélie::x\n".encode(), "Café (1995)"),
         (
             "movies.csv",
             'movieId,title,genres\r\n1,"Café, The (1995)",x\r\n2,O,y\r\n'.encode(),
