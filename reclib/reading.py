@@ -253,6 +253,7 @@ def _checked(source: str, *, order: bool, header: tuple[str, str] | None = None)
     zone = "(CAST('0' || p.zh AS INT) * 60 + CAST('0' || p.zm AS INT))"
     date = f"""CASE WHEN {zone} < 960 AND CAST('0' || p.zm AS INT) < 60 THEN
         epoch_us(try_cast({stamp} AS TIMESTAMP)) - if(p.sign = '-', -1, 1) * {zone} * 60000000::BIGINT END"""
+    broken = " OR ".join(f"contains({{0}}, chr({ord(sign)}))" for sign in "\t\r\n\0")
     again = ""
     if header is not None:
         same = f'"user" = {_text(header[0])} AND item = {_text(header[1])}'
@@ -267,9 +268,9 @@ def _checked(source: str, *, order: bool, header: tuple[str, str] | None = None)
             WHEN coalesce("user", '') = '' THEN 'user empty'
             WHEN coalesce(item, '') = '' THEN 'item empty'
             {again}
-            WHEN regexp_matches("user", '[\\t\\r\\n\\x00]') THEN 'user with a line break or TAB'
-            WHEN regexp_matches(item, '[\\t\\r\\n\\x00]') THEN 'item with a line break or TAB'
-            WHEN trim(rating) <> '' AND NOT coalesce(isfinite(stars), false) THEN 'rating not a number'
+            WHEN {broken.format('"user"')} THEN 'user with a line break or TAB'
+            WHEN {broken.format("item")} THEN 'item with a line break or TAB'
+            WHEN (stars IS NULL OR NOT isfinite(stars)) AND trim(rating) <> '' THEN 'rating not a number'
             {"" if order else bad_time} END AS reason
         FROM (SELECT * EXCLUDE (us, p), CASE
                 WHEN us IS NOT NULL THEN us WHEN p IS NULL THEN CASE {numbers} END
@@ -546,8 +547,19 @@ def _fields(blocks: Iterator[Block], layout: Layout, encoding: str, file: RawFil
                     f"here is not closed within {file.max_line_bytes:,} bytes"
                 )
         else:
-            numbers = list(range(first, first + len(lines)))
-            rows, held = [line.split(layout.separator) for line in lines], []
+            numbers, held = list(range(first, first + len(lines))), []
+            if not other_bytes and {line.count(layout.separator) for line in lines} == {width - 1}:
+                # one list for all fields: a list for each line keeps the garbage collector busy
+                cut = [text for line in lines for text in line.split(layout.separator)]
+                batch.lines = numbers[headed:]
+                for what in FOUR:
+                    column = cut[position[what] + width * headed :: width] if what in position else None
+                    setattr(batch, what, column or [None] * len(batch.lines))
+                headed = False
+                yield batch
+                block = following
+                continue
+            rows = [line.split(layout.separator) for line in lines]
         if other_bytes or set(map(len, rows)) != {width}:
             numbers, rows = _sifted(numbers, rows, layout, batch.bad)
         if headed and rows:

@@ -599,7 +599,7 @@ def test_other_options_replace_the_prepared_folder(out, tmp_path, capsys):
     given = (tmp_path / "u.data", "--out", out, "--min-user", 4, "--min-item", 1)
     assert run(capsys, "prepare", *given)[0] == 0
     assert data.load(out).manifest["core"]["min_user"] == 4
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "u.data", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "out", "u.data"]
 
 
 def test_nothing_of_the_users_is_replaced(out, tmp_path, capsys):
