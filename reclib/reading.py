@@ -11,9 +11,11 @@ Times are kept to the microsecond. A number is seconds, milliseconds, microsecon
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import itertools
+import operator
 import re
 import sys
 import tempfile
@@ -688,10 +690,13 @@ def _json(blocks: Iterator[Block], names: dict[str, str]) -> Iterator[Batch]:
     has = {what for what, *_ in fields}
     for block in blocks:
         other_bytes = _decoded(block.data)[1]
-        batch, number = Batch(), block.first_line - 1
-        read: list[Any] = []
-        for line in block.data.split(b"\n"):
-            number += 1
+        batch, read = Batch(), list[Any]()
+        lines = block.data.removesuffix(b"\n").split(b"\n")
+        if not other_bytes:
+            with contextlib.suppress(msgspec.DecodeError):  # then line by line, by the same decoder
+                read = list(map(decode, lines))
+                batch.lines = list(range(block.first_line, block.first_line + len(lines)))
+        for number, line in enumerate(lines if not read else [], block.first_line):
             try:
                 row = decode(line)
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -706,9 +711,8 @@ def _json(blocks: Iterator[Block], names: dict[str, str]) -> Iterator[Batch]:
         batch.user = [str(row.user) for row in read]
         batch.item = [str(row.item) for row in read]
         for what in ("rating", "time"):
-            column = (
-                [None if (v := getattr(row, what)) is None else str(v) for row in read] if what in has else []
-            )
+            values = map(operator.attrgetter(what), read) if what in has else ()
+            column = [None if value is None else str(value) for value in values]
             setattr(batch, what, column or [None] * len(read))
         yield batch
 
