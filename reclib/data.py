@@ -40,6 +40,7 @@ from reclib.dataset import (
     ties,
     train_histories,
 )
+from reclib.reading import READING_VERSION
 
 __all__ = [
     "DataConfig",
@@ -110,7 +111,7 @@ def synthetic_dataset(num_users: int, num_items: int, mean_len: float, seed: int
 def _key(source: sources.Source, config: DataConfig) -> str:
     """Return what tells prepared folders apart: the source's rows and all that decides what is kept."""
     rules = [config.min_user, config.min_item, config.core, config.duplicates]
-    reading = [config.strict, config.max_rejected_share]
+    reading = [READING_VERSION, config.strict, config.max_rejected_share]
     told = [preparation.RULES_VERSION, source.name, source.identity, rules, reading]
     return content_hash(*map(str, told))[:16]
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     import duckdb
 
 COLUMNS = 'row BIGINT, "user" VARCHAR, item VARCHAR, rating DOUBLE, time BIGINT'
+READING_VERSION = 2  # raise whenever the same file would give other interactions or another order
 ROW_ORDER = "#row"  # as the column of time: the rows are in time order
 NO_RATING = "#none"  # as the column of ratings: leave it out
 ROWS_HELD = 100_000  # before they are appended
@@ -553,10 +554,10 @@ def _fields(blocks: Iterator[Block], layout: Layout, encoding: str, file: RawFil
             if not other_bytes and {line.count(layout.separator) for line in lines} == {width - 1}:
                 # one list for all fields: a list for each line keeps the garbage collector busy
                 cut = [text for line in lines for text in line.split(layout.separator)]
-                batch.lines = numbers[headed:]
+                batch.lines = numbers[int(headed) :]
                 for what in FOUR:
-                    column = cut[position[what] + width * headed :: width] if what in position else None
-                    setattr(batch, what, column or [None] * len(batch.lines))
+                    values = cut[position[what] + width * int(headed) :: width] if what in position else []
+                    setattr(batch, what, values or [None] * len(batch.lines))
                 headed = False
                 yield batch
                 block = following
