@@ -9,8 +9,10 @@ hashed on demand only (`damage`), since they are memory-mapped and need not be r
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -30,14 +32,14 @@ def writing(folder: Path, key: str) -> Iterator[Path]:
     It takes the place of an entry that is there. Where processes race for one key, the first whole
     entry stays.
     """
-    with _fresh_folder(folder) as fresh:
+    with fresh_folder(folder) as fresh:
         yield fresh
         files = {path.name: _about(path) for path in sorted(fresh.iterdir())}
         write_json(fresh / SEAL, {"key": key, "files": files})
         fresh.chmod(0o755)  # mkdtemp gives 0o700, and a cache may be shared
         if holds(folder, key):
             return
-        with _fresh_folder(folder) as old, contextlib.suppress(FileNotFoundError):
+        with fresh_folder(folder) as old, contextlib.suppress(FileNotFoundError):
             folder.rename(old / folder.name)
         try:
             fresh.rename(folder)
@@ -93,19 +95,47 @@ def write_json(path: Path, document: Any) -> None:
 @contextlib.contextmanager
 def scratch(parent: Path) -> Iterator[Path]:
     """Yield a new folder below `parent` for temporary files, gone on leaving."""
-    with _fresh_folder(parent / "scratch") as fresh:
+    with fresh_folder(parent / "scratch") as fresh:
         yield fresh
 
 
 @contextlib.contextmanager
-def _fresh_folder(folder: Path) -> Iterator[Path]:
-    """Yield a new folder beside `folder`, gone on leaving unless it was renamed."""
+def fresh_folder(folder: Path) -> Iterator[Path]:
+    """Yield a new folder beside `folder`, gone on leaving unless it was renamed.
+
+    Its owner holds a lock on it, which ends with the process: folders whose owner is gone, killed say, are
+    removed here.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".partial", dir=folder.parent))
+    for left in folder.parent.glob(f"{glob.escape(folder.name)}.*.partial"):
+        if (lock := _locked(left)) is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(lock)
+    lock = None
+    while lock is None:  # another process may remove it before it is locked
+        fresh = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".partial", dir=folder.parent))
+        lock = _locked(fresh)
     try:
         yield fresh
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+        os.close(lock)
+
+
+def _locked(folder: Path) -> int | None:
+    """Return the open folder, locked; None where another process holds it or has removed it."""
+    import fcntl  # POSIX only; reading a prepared folder works everywhere
+
+    try:
+        opened = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    with contextlib.suppress(OSError):
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if folder.exists():
+            return opened
+    os.close(opened)
+    return None
 
 
 def _seal(folder: Path) -> dict[str, Any] | None:

@@ -12,11 +12,16 @@ splits in `splits`.
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
+
+if __name__ == "__main__":  # while the modules below are imported, there is nothing to clean up
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(os.write(2, b"interrupted\n") and 130))
 
 from reclib import cache, fetch, paths, sources, splits, synthetic
 from reclib import prepare as preparation
@@ -35,6 +40,7 @@ from reclib.dataset import (
     ties,
     train_histories,
 )
+from reclib.reading import READING_VERSION
 
 __all__ = [
     "DataConfig",
@@ -105,7 +111,7 @@ def synthetic_dataset(num_users: int, num_items: int, mean_len: float, seed: int
 def _key(source: sources.Source, config: DataConfig) -> str:
     """Return what tells prepared folders apart: the source's rows and all that decides what is kept."""
     rules = [config.min_user, config.min_item, config.core, config.duplicates]
-    reading = [config.strict, config.max_rejected_share]
+    reading = [READING_VERSION, config.strict, config.max_rejected_share]
     told = [preparation.RULES_VERSION, source.name, source.identity, rules, reading]
     return content_hash(*map(str, told))[:16]
 
@@ -199,10 +205,13 @@ def _prepare_command(given: argparse.Namespace) -> int:
 def _show_command(given: argparse.Namespace) -> int:
     dataset = load(given.folder)
     print("\n".join(_report(dataset)))
-    found = [splits.leave_one_out(dataset)]
-    if dataset.times is not None:
-        found.append(splits.global_time(dataset))
-    for split in found:
+    kinds = [splits.leave_one_out] + ([splits.global_time] if dataset.times is not None else [])
+    for kind in kinds:
+        try:
+            split = kind(dataset)
+        except InputError as error:  # all times may coincide, say
+            print(f"{kind.__name__}: {error}")
+            continue
         print(f"{split.name}:")
         for name, value in split.about.items():
             print(f"  {name}: {value}")
@@ -250,5 +259,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # temporary files are removed then, too
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)  # temporary files are removed then, too
     raise SystemExit(exit_code(main))

@@ -270,4 +270,4 @@ def _times(dataset: Dataset) -> np.ndarray:
 
 
 def _per_second(dataset: Dataset) -> int:
-    return 1000 if dataset.manifest["time_unit"] == "ms" else 1
+    return {"ms": 1000, "us": 1_000_000}.get(dataset.manifest["time_unit"], 1)

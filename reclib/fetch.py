@@ -23,11 +23,8 @@ import os
 import shutil
 import stat
 import sys
-import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -35,7 +32,7 @@ from typing import Any
 import yaml
 from pydantic.dataclasses import dataclass
 
-from reclib import paths
+from reclib import cache, paths
 from reclib.config import STRICT, InputError, Positive, validated
 
 LIST = "datasets.yaml"
@@ -162,7 +159,7 @@ def receive(entry: Download, target: Path) -> None:
     remote = "://" in where
     if remote:
         refuse_offline()
-    with partial_folder(target) as fresh:
+    with cache.fresh_folder(target) as fresh:
         free = shutil.disk_usage(fresh).free
         if entry.bytes and entry.bytes > free:
             raise InputError(
@@ -217,17 +214,6 @@ def check(path: Path, checksum: str | None) -> None:
             f"{path.name} is truncated or altered: {path.stat().st_size:,} bytes, {algorithm} {found[:16]}…, "
             f"expected {expected[:16]}…; delete it, if it is still there, to have it fetched again"
         )
-
-
-@contextmanager
-def partial_folder(target: Path) -> Iterator[Path]:
-    """Yield a new folder beside `target`, gone on leaving: what is whole is renamed out of it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".partial", dir=target.parent))
-    try:
-        yield fresh
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def refuse_offline() -> None:
@@ -303,7 +289,7 @@ def _check_kind(path: Path, *, whole: bool) -> None:
 
 
 def _unpack(entry: Download, archive: Path, home: Path) -> None:
-    with partial_folder(home) as fresh:
+    with cache.fresh_folder(home) as fresh:
         unpack(archive, entry.members, fresh)
         files = [fresh / PurePosixPath(name).name for name in entry.members]
         home.mkdir(exist_ok=True)

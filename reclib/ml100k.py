@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from reclib import fetch, paths
+from reclib import cache, fetch, paths
 from reclib.config import InputError
 
 # sha256 of u.data. The .inter file's own hash below pins the same rows in the same order under a
@@ -95,7 +95,7 @@ def files() -> Files:
         if found:
             return found
         try:
-            with fetch.partial_folder(folder()) as fresh:
+            with cache.fresh_folder(folder()) as fresh:
                 way(fresh)
                 _put_in_place(fresh)
         except FAILURES as error:

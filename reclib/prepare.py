@@ -36,6 +36,7 @@ ORDER_BY = "user, timestamp, row"
 SPLIT = "leave-one-out"
 
 MAX_KEY_BYTES = 256  # of a raw id: keys are stored at the width of the longest
+MAX_MB = 1 << 40  # of memory: more is no limit either
 MB_PER_THREAD = 128  # a database thread needs about this much to sort and join without failing
 VECTORS = 50  # fetched at a time, of 2,048 rows each
 PAIRS = 1 << 20  # (user, item) pairs read at a time
@@ -150,15 +151,23 @@ def _database(work: Path, config: DataConfig) -> Iterator[duckdb.DuckDBPyConnect
 
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     settings: dict[str, Any] = {
-        "memory_limit": f"{config.memory_limit_mb}MB",
+        "memory_limit": f"{min(config.memory_limit_mb, MAX_MB)}MB",
         "threads": max(1, min(available, config.memory_limit_mb // MB_PER_THREAD)),
         "temp_directory": str(work / "spilled"),
         "autoinstall_known_extensions": False,  # reading a file never asks the network
     }
     try:
-        with duckdb.connect(str(work / "rows.duckdb"), config=settings) as con:
+        # In a path, the database takes "?" for the start of options; one in memory spills to `work` as well.
+        place = ":memory:" if "?" in str(work) else str(work / "rows.duckdb")
+        with duckdb.connect(place, config=settings) as con:
             con.execute("set enable_progress_bar = false")  # ours is shown
             yield con
+    except duckdb.InterruptException:
+        raise KeyboardInterrupt from None
+    except RuntimeError as error:  # what the database makes of an interrupt at work
+        if "interrupt" in str(error).lower():
+            raise KeyboardInterrupt from None
+        raise
     except duckdb.OutOfMemoryException as error:
         raise InputError(
             f"parameter 'memory_limit_mb' is {config.memory_limit_mb}, too low for this dataset: "

@@ -21,12 +21,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from reclib import fetch, ml100k, paths, sequences, synthetic, titles
+from reclib import fetch, ml100k, paths, synthetic
 from reclib.config import DataConfig, InputError, changed
-from reclib.formats import FORMATS, Format, named
-from reclib.rawfile import checked
-from reclib.rawtable import COLUMNS
-from reclib.reading import Ingested, Progress, ingest
+from reclib.formats import FORMATS, Format, checked, named, titles_beside
+from reclib.reading import COLUMNS, Ingested, Progress, ingest, printable, twin
 
 if TYPE_CHECKING:
     import duckdb
@@ -87,7 +85,7 @@ def file_source(path: Path, config: DataConfig) -> Source:
     """Return the user's own file as a source, identified by its content and by how it is read."""
     format = named(config.format, checked(path), config.columns)
     state = _state(path)
-    beside = [other for other in (sequences.twin(path), titles.beside(path)) if other is not None]
+    beside = [other for other in (twin(path), titles_beside(path)) if other is not None]
     hashes = [_sha256(one) for one in (path, *beside)]
     columns = sorted((config.columns or {}).items())
     # strict and max_rejected_share only decide whether reading ends in an error, not what it gives
@@ -187,7 +185,7 @@ def _path(config: DataConfig) -> Path:
 
 def _stem(path: Path) -> str:
     """Return the name without its endings; TiCoSeRec's and other dots inside it stay."""
-    return Path(path.name.removesuffix(".gz")).stem
+    return printable(Path(path.name.removesuffix(".gz")).stem)
 
 
 def _sha256(path: Path) -> str:
@@ -207,7 +205,7 @@ def _sha256(path: Path) -> str:
 def _state(path: Path) -> str:
     """Return what changes whenever the file does: its place, size and time of change."""
     stat = checked(path).stat()
-    return f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    return f"{os.fsencode(path.resolve())!r} {stat.st_size} {stat.st_mtime_ns}"
 
 
 def _keep(file: Path, text: str) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reclib import data, ml100k, paths, titles
+from reclib import data, ml100k, paths
 from reclib import prepare as preparation
 from reclib.config import DataConfig, InputError
 from reclib.dataset import ARRAYS
@@ -54,7 +54,7 @@ def ml_100k(raw_files, cache):
     return ml100k.folder()
 
 
-def own_file(folder: Path, rows, name: str = "mine.data") -> str:
+def own_file(folder: Path, rows, name: str = "u.data") -> str:
     """Write (user, item, rating, seconds since `START`) rows, or fields as they are."""
     path = folder / name
     rows = [(*row[:3], START + row[3]) if isinstance(row[-1], int) else row for row in rows]
@@ -257,8 +257,8 @@ def test_relative_path_counts_from_the_root(cache, tmp_path, monkeypatch):
     own_file(tmp_path, [("a", i, 1, i) for i in range(4)])
     shutil.copytree(paths.params(), tmp_path / "params")
     monkeypatch.setenv("RECLIB_ROOT", str(tmp_path))
-    dataset = data.prepare(DataConfig(dataset="mine.data", min_user=1, min_item=1))
-    assert dataset.manifest["source"]["file"] == "mine.data"
+    dataset = data.prepare(DataConfig(dataset="u.data", min_user=1, min_item=1))
+    assert dataset.manifest["source"]["file"] == "u.data"
     assert str(tmp_path) not in json.dumps(dataset.manifest)
 
 
@@ -548,16 +548,6 @@ def test_impossible_synthetic_sizes(users, items, mean_len, said):
         data.synthetic_dataset(users, items, mean_len, seed=0)
 
 
-def test_recbole_spelling_of_unknown(tmp_path):
-    path = tmp_path / "ml-100k.item"
-    path.write_text(
-        "item_id:token\tmovie_title:token_seq\trelease_year:token\n"
-        "1\tToy Story\t1995\n267\tunkonwn\tunkonwn\n1412\tLand (1995)\tV\n"
-    )
-    expected = {"1": "Toy Story (1995)", "267": "unknown", "1412": "Land (1995) (V)"}
-    assert titles.read(path, expected.keys()) == expected
-
-
 def command(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "reclib.data", *map(str, arguments)],
@@ -600,23 +590,23 @@ def run(capsys, *arguments: object) -> tuple[int, str, str]:
 
 def test_command_again_does_nothing_again(out, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(preparation, "build", lambda *_: pytest.fail("prepared again"))
-    given = (tmp_path / "mine.data", "--out", out, "--min-user", 1, "--min-item", 1)
+    given = (tmp_path / "u.data", "--out", out, "--min-user", 1, "--min-item", 1)
     code, said, _ = run(capsys, "prepare", *given)
     assert (code, said.splitlines()[-1]) == (0, str(out / "manifest.json"))
 
 
 def test_other_options_replace_the_prepared_folder(out, tmp_path, capsys):
-    given = (tmp_path / "mine.data", "--out", out, "--min-user", 4, "--min-item", 1)
+    given = (tmp_path / "u.data", "--out", out, "--min-user", 4, "--min-item", 1)
     assert run(capsys, "prepare", *given)[0] == 0
     assert data.load(out).manifest["core"]["min_user"] == 4
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "mine.data", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "out", "u.data"]
 
 
 def test_nothing_of_the_users_is_replaced(out, tmp_path, capsys):
     folder = tmp_path / "thesis"
     folder.mkdir()
     (folder / "chapter.txt").write_text("years of work")
-    code, _, said = run(capsys, "prepare", tmp_path / "mine.data", "--out", folder, "--min-item", 1)
+    code, _, said = run(capsys, "prepare", tmp_path / "u.data", "--out", folder, "--min-item", 1)
     assert (code, said.count("\n")) == (2, 1)
     assert "is no prepared dataset: give a new folder" in said
     assert (folder / "chapter.txt").read_text() == "years of work"

@@ -1,5 +1,3 @@
-import gzip
-
 import pytest
 
 from reclib import formats, paths
@@ -34,15 +32,6 @@ def test_every_format_has_an_example_here():
     assert set(CONTENTS) == set(formats.FORMATS)
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gz"])
-@pytest.mark.parametrize("name", CONTENTS)
-def test_formats_are_told_by_content(tmp_path, name, packed):
-    path = tmp_path / ("file.gz" if packed else "file")
-    data = CONTENTS[name].encode()
-    path.write_bytes(gzip.compress(data) if packed else data)
-    assert formats.named("auto", path).name == name
-
-
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -58,9 +47,8 @@ def test_formats_are_told_by_content(tmp_path, name, packed):
         ("1 5\n2 6\n3 5\n", "every line has two fields and no user has two lines.*give format"),
         ("1 5 6\n1 7 8\n", "format was not recognised .line 1: '1 5 6'"),
         ("alone\n", "format was not recognised"),
-        ('{"asin": "1", "price": 3}\n', "JSON fields are asin, price, expected user_id and parent_asin"),
         ("{'asin': '1'}\n", "line 1: a Python dictionary, expected JSON"),
-        ("1\t2\t1400457600\n", "3 fields, expected 4 .*user=1,item=2,time=3"),
+        ("1\t2\t1400457600\n", "does not show which column is the user's.*user=1,item=2,time=3"),
         ("", "is empty"),
         ("\n\n", "is empty"),
     ],
@@ -110,9 +98,8 @@ REAL = {
 }
 
 
-@pytest.mark.parametrize("name", REAL)
-def test_real_files_are_recognised(name):
-    path = SAMPLES / name
-    if not path.is_file():
-        pytest.skip(f"no sample of a real file at {path}")
-    assert formats.detect(path).name == REAL[name]
+def test_real_files_are_recognised():
+    paths = {SAMPLES / name: kind for name, kind in REAL.items() if (SAMPLES / name).is_file()}
+    if not paths:
+        pytest.skip(f"no samples of real files in {SAMPLES}")
+    assert {path: formats.detect(path).name for path in paths} == paths

@@ -1,113 +1,59 @@
+"""Three rules of the layout: imports run downwards, in no circle, and what needs no torch imports none."""
+
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
+from graphlib import TopologicalSorter
 
 from conftest import ROOT
 
-# From the ground up: a module imports only those before it. A new module takes its place here.
-ORDER = [
-    *("paths", "config", "command", "lifeline", "diagnosis", "turns"),
-    *("injected", "notebook_params", "params", "provenance", "tracker", "devices", "hardware", "energy"),
-    *("cache", "synthetic", "fetch", "ml100k"),
-    *("rawfile", "formats", "rows", "rejects", "rawtable", "sequences", "parquet", "titles"),
-    *("reading", "sources", "dataset", "prepare", "splits", "periods", "data"),
-    *("describe", "datasheet", "samples", "packing", "batching", "claims"),
-    *("flops", "adapter_plan", "workload", "footprint", "headroom", "steptime", "planner", "quote"),
-    *("sinks", "model", "instance", "lowrank", "gate", "adapters", "ilora", "adapter_files"),
-    *("sampled", "cross_entropy", "objective", "metrics", "baselines", "statistics", "protocols"),
-    *("checkpoint", "distributed", "launch", "runfile", "trainer", "curves", "fit", "kept"),
-    *("experiment", "assessment"),
-    *("measurement", "benchmark", "profiling", "bound", "microbench"),
-    *("ladder", "speed", "comparison", "selfcheck"),
-    *("adaptation", "adaptation_results", "adapter_speed", "recommend"),
-    *("audit", "bypass", "recreation", "verdicts"),
-    *("record", "gathered", "merging", "counts", "gridfile", "grid", "scoring"),
-    *("law", "sweeps", "scaling", "scaling_tables", "tuned", "tuning", "tuning_tables", "tune", "sized"),
-    *("tables", "look", "answers", "page", "marks", "speed_figures", "hardware_figures"),
-    *("accuracy_figures", "control_figures", "data_figures", "scaling_figures", "tuning_figures"),
-    *("explore", "explore_figures", "quote_figures", "widgets"),
-    *("adapter_figures", "audit_figures"),
-    *("figures", "pictures", "runner", "job", "matrix", "study"),
-]
-# Each of these is known to one module, or to one family, so that replacing it touches few files.
-ONE_OWNER: dict[str, set[str]] = {
-    "papermill": {"runner"},
-    "plotly": {"figures", "marks", *(name for name in ORDER if name.endswith("_figures"))},
-    "wandb": {"tracker"},
-    "tensorboard": {"tracker"},
-    "ipywidgets": {"widgets"},
-    "optuna": {"tune"},
+# From the ground up. A room imports only rooms before it; the library ends with `train`.
+ROOMS = ["config", "system", "hardware", "data", "model", "evaluate", "cost", "train"]
+ROOMS += ["parameters", "records", "runner", "report", "experiments", "cli"]
+WITHOUT_TORCH = ("config", "system", "cost", "parameters", "records", "report")
+
+PACKAGE = ROOT / "reclib"
+FILES = {
+    file.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): file
+    for file in PACKAGE.rglob("*.py")
+    if file.name not in ("__init__.py", "__main__.py")
 }
-WITHOUT_TORCH = ["paths", "config", "params", "record", "claims", "figures", "study", "planner", "quote"]
-
-MODULES = sorted(file.stem for file in (ROOT / "reclib").glob("*.py") if file.stem != "__init__")
 
 
-def tree(module: str) -> ast.Module:
-    return ast.parse((ROOT / "reclib" / f"{module}.py").read_text())
-
-
-def imported(module: str) -> Iterator[str]:
-    """Yield the full names of all that a module imports, wherever in it."""
-    for node in ast.walk(tree(module)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
+def imported(module: str, at_import: bool = False) -> Iterator[str]:
+    """Yield the modules of reclib that a module imports; with `at_import` only those at its top level."""
+    tree = ast.parse(FILES[module].read_text(encoding="utf-8"))
+    for node in tree.body if at_import else ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module}: relative import in line {node.lineno}"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            for alias in node.names:
+                names = [f"{node.module}.{alias.name}", str(node.module)]
+                yield from (n[7:] for n in names if n.startswith("reclib.") and n[7:] in FILES)
 
 
-def test_a_module_imports_only_modules_below_it():
-    for module in MODULES:
-        assert module in ORDER, f"reclib/{module}.py: give it a place in ORDER, in tests/test_layout.py"
-        below = ORDER[: ORDER.index(module)]
-        for name in imported(module):
-            parts = name.split(".")
-            if parts[0] == "reclib" and len(parts) > 1:
-                assert parts[1] in below, f"{module} imports {parts[1]}, which is not below it"
+def room(module: str) -> str:
+    return module.split(".")[0]
 
 
-def test_some_packages_are_imported_in_one_module_only():
-    for module in MODULES:
-        for package in {name.split(".")[0] for name in imported(module)} & set(ONE_OWNER):
-            assert module in ONE_OWNER[package], f"{module} imports {package}"
+def test_imports_run_downwards_between_rooms():
+    for module in FILES:
+        assert room(module) in ROOMS, f"{module}: its room needs a place in ROOMS"
+        for other in imported(module):
+            assert ROOMS.index(room(other)) <= ROOMS.index(room(module)), (
+                f"{module} imports {other}, above it"
+            )
 
 
-def test_figures_can_be_rebuilt_where_there_is_no_torch():
-    # One after another in one process: the first that brings one of the packages along is named.
-    code = (
-        "import importlib, sys\n"
-        "for name in sys.argv[1:]:\n"
-        "    importlib.import_module(name)\n"
-        "    print(*({'torch', 'papermill', 'wandb'} & set(sys.modules)) or [name])"
-    )
-    names = [f"reclib.{module}" for module in WITHOUT_TORCH]
-    command = [sys.executable, "-c", code, *names]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == names
+def test_imports_run_in_no_circle():
+    graph = {module: set(imported(module)) - {module} for module in FILES}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
-def test_no_module_has_a_name_that_says_nothing():
-    assert not {"utils", "helpers", "common", "base", "misc"} & set(MODULES)
-
-
-def test_output_folders_wait_for_plain_papermill():
-    from reclib.config import GPU_LABELS
-
-    for label in GPU_LABELS:
-        if label != "auto":
-            assert (ROOT / "executed" / label / ".gitkeep").is_file(), label
-
-
-def test_no_committed_text_names_a_folder_of_somebodys_machine():
-    names = (ROOT / folder for folder in ("reclib", "tests", "benchmarks", "params", "notebooks"))
-    files = [f for folder in names for f in folder.rglob("*") if f.suffix in (".py", ".yaml", ".ipynb")]
-    private = [str(ROOT) + "/", str(Path.home()) + "/"]
-    assert len(files) > 20
-    for file in files:
-        text = file.read_text(encoding="utf-8")
-        assert not [path for path in private if path in text and path != "/"], file
+def test_figures_and_plans_need_no_torch():
+    modules = [f"reclib.{m}" for m in FILES if room(m) in WITHOUT_TORCH]
+    code = f"import importlib, sys; [importlib.import_module(m) for m in {modules}]; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

@@ -4,7 +4,7 @@ import json
 import pytest
 from test_formats import SAMPLES
 
-from reclib import titles
+from reclib import formats
 from reclib.config import InputError
 
 
@@ -25,9 +25,9 @@ from reclib.config import InputError
 def test_where_titles_lie(tmp_path, data, side):
     (tmp_path / data).touch()
     (tmp_path / "meta_Other.json").touch()
-    assert titles.beside(tmp_path / data) is None
+    assert formats.titles_beside(tmp_path / data) is None
     (tmp_path / side).touch()
-    assert titles.beside(tmp_path / data) == tmp_path / side
+    assert formats.titles_beside(tmp_path / data) == tmp_path / side
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,7 @@ def test_where_titles_lie(tmp_path, data, side):
     [
         ("u.item", "1|Café (1995)|x\n2|Other|y\n".encode("latin-1"), "Café (1995)"),
         ("movies.dat", "1::Café (1995)::Drama\n2::Other::x\n".encode("latin-1"), "Café (1995)"),
+        ("movies.dat", "1::Café (1995)::Drama\n2::Amélie::x\n".encode(), "Café (1995)"),
         (
             "movies.csv",
             'movieId,title,genres\r\n1,"Café, The (1995)",x\r\n2,O,y\r\n'.encode(),
@@ -53,15 +54,15 @@ def test_where_titles_lie(tmp_path, data, side):
 def test_titles_of_the_items_that_are_asked_for(tmp_path, name, data, expected):
     for path, content in ((tmp_path / name, data), (tmp_path / f"{name}.gz", gzip.compress(data))):
         path.write_bytes(content)
-        assert titles.read(path, ["1", "9"]) == {"1": expected}
-        assert titles.read(path, set()) == {}
+        assert formats.read_titles(path, ["1", "9"]) == {"1": expected}
+        assert formats.read_titles(path, set()) == {}
 
 
 def test_a_short_line_is_told(tmp_path):
     path = tmp_path / "u.item"
     path.write_text("1|Toy Story|x\n2|Golden\n")
     with pytest.raises(InputError, match=r"u\.item, line 2: expected '\|'-separated item, title"):
-        titles.read(path, ["1"])
+        formats.read_titles(path, ["1"])
 
 
 def test_recbole_spelling_of_unknown(tmp_path):
@@ -71,7 +72,7 @@ def test_recbole_spelling_of_unknown(tmp_path):
         "1\tToy Story\t1995\n267\tunkonwn\tunkonwn\n1412\tLand (1995)\tV\n"
     )
     expected = {"1": "Toy Story (1995)", "267": "unknown", "1412": "Land (1995) (V)"}
-    assert titles.read(path, set(expected)) == expected
+    assert formats.read_titles(path, set(expected)) == expected
 
 
 @pytest.mark.parametrize(
@@ -86,6 +87,6 @@ def test_real_titles(name, items, title):
     path = SAMPLES / name
     if not path.is_file():
         pytest.skip(f"no sample of a real file at {path}")
-    found = titles.read(path, {str(n) for n in range(200_000)})
+    found = formats.read_titles(path, {str(n) for n in range(200_000)})
     assert len(found) == items
     assert found["1"] == title
