@@ -76,8 +76,8 @@ def tasks_of(p: ILora, dataset: Dataset) -> tuple[Periods, list[Task]]:
     whole = periods.divide(dataset, shares, p.targets_per_user)
     found = {"next_period": lambda: whole.adaptation}
     found["segment"] = lambda: periods.segment(dataset, whole, p.segment_share)
-    splits = {name: found[name]() for name in p.tasks}
-    return whole, [Task(name, one, periods.known_targets(whole, one.test)) for name, one in splits.items()]
+    tasks = {name: found[name]() for name in p.tasks}
+    return whole, [Task(name, one, periods.known_targets(whole, one.test)) for name, one in tasks.items()]
 
 
 def steps_of(histories: Histories, batch_size: int) -> int:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Literal
 
 from pydantic import model_validator
-from pydantic.dataclasses import dataclass
+from pydantic import dataclasses as validated
 
 from reclib import flops
 from reclib.config import STRICT, ModelConfig, Positive
@@ -23,7 +23,7 @@ from reclib.config import STRICT, ModelConfig, Positive
 MATRICES = 4  # of a layer that have an adapter: keys, queries and values in one, what follows them, up, down
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@validated.dataclass(frozen=True, kw_only=True, config=STRICT)
 class AdapterPlan:
     """An adapter on all encoder matrices of a frozen model."""
 

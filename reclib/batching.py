@@ -30,7 +30,6 @@ IGNORE = -100  # target of a slot that only fills a bucket
 ORDER, SAMPLE, NEGATIVES, PREFIX = 0, 1, 2, 3  # streams of random numbers
 STEPS_PACKED = 64  # at once: about as fast as a whole epoch, and its first batch waits for these alone
 AHEAD = 16  # batches: as many as a fast GPU uses up while the next steps are packed
-CPU = torch.device("cpu")
 ALIGNED = 4  # places: every tensor in a staging buffer starts at a multiple of 16 bytes
 
 T = TypeVar("T")
@@ -266,7 +265,7 @@ class Epoch:
         """Return the micro-batches of a step."""
         return self.counted(step)[0]
 
-    def counted(self, step: int, device: torch.device = CPU) -> tuple[list[Batch], Totals]:
+    def counted(self, step: int, device: torch.device | None = None) -> tuple[list[Batch], Totals]:
         """Return this process's micro-batches of a step, staged for `device`, and the whole step's totals."""
         samples, negatives = self.samples(step), self.negatives(step)
         size, (rows, places) = self.micro_batch_size, self.placed(step)
@@ -278,7 +277,7 @@ class Epoch:
             tokens, lengths, is_target, labels = samples
             piece = Samples(tokens[items], lengths[part], is_target[items], labels[items])
             batch = self.layout.batch(piece, rows[part], places[part])._replace(**negatives)
-            batches.append(batch.staged(device))
+            batches.append(batch if device is None else batch.staged(device))
         whole = Totals(int(samples.is_target.sum()), len(samples.tokens), len(samples.lengths))
         return batches, whole
 

@@ -51,7 +51,6 @@ __all__ = [
     "evaluation",
     "folder_of",
     "load",
-    "main",
     "prepare",
     "synthetic_dataset",
     "train_histories",
@@ -80,13 +79,13 @@ def folder_of(config: DataConfig, out: Path | None = None) -> Path:
         if out is not None:
             raise InputError(f"{given} is prepared already: give the file that it was made from")
         return given
-    source = sources.source(config)
-    key = _key(source, config)
-    folder = out or paths.data() / "prepared" / f"{source.name}-{key}"
+    origin = sources.source(config)
+    key = _key(origin, config)
+    folder = out or paths.data() / "prepared" / f"{origin.name}-{key}"
     if out is not None:
         _refuse_foreign(out)
     if not cache.holds(folder, key):
-        preparation.build(source, config, folder, key)
+        preparation.build(origin, config, folder, key)
     return folder
 
 

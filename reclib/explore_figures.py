@@ -22,10 +22,10 @@ def scatter(rows: pd.DataFrame, selection: explore.Selection) -> go.Figure:
     for place, (name, part) in enumerate(groups.items()):
         tint = tints.get(name, PALETTE[place % len(PALETTE)])
         for kind, points in part.groupby("kind", sort=True):
-            style = look.marker(str(kind), tint)
+            mark = look.marker(str(kind), tint)
             if tint == MUTED:
                 shape = _SYMBOLS[place % len(_SYMBOLS)]
-                style["symbol"] = shape if kind == "measured" else f"{shape}-open"
+                mark["symbol"] = shape if kind == "measured" else f"{shape}-open"
             error = None
             if f"{selection.y}_low" in points and points[f"{selection.y}_low"].notna().all():
                 error = marks.interval(points, selection.y, tint)
@@ -34,7 +34,7 @@ def scatter(rows: pd.DataFrame, selection: explore.Selection) -> go.Figure:
                 y=points[selection.y],
                 name=name if kind == "measured" else f"{name}, {kind}",
                 mode="markers",
-                marker=style,
+                marker=mark,
                 error_y=error,
                 text=points.apply(explore.origin, axis=1),
                 hovertemplate="%{x}, %{y}<br>%{text}<extra></extra>",

@@ -24,12 +24,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from reclib import metrics, paths
-from reclib.config import InputError, ModelConfig, validated
+from reclib.config import InputError, ModelConfig, TrainConfig, validated
 from reclib.data import Dataset, Evaluation
 from reclib.dataset import Histories
 from reclib.model import Bert4Rec
-from reclib.provenance import git_state, plain, versions
-from reclib.trainer import Trainer, load_unique, unique_tensors
+from reclib.checkpoint import load_unique, unique_tensors
+from reclib.provenance import plain
 
 WEIGHTS, CONFIG, MANIFEST = "model.safetensors", "config.json", "manifest.json"
 
@@ -71,24 +71,27 @@ class Recommender:
         return [Recommendation(self.keys[i - 1], self.titles[i - 1]) for i in top[0]]
 
 
-def save(trainer: Trainer, dataset: Dataset, name: str, about: Mapping[str, Any]) -> Path:
-    """Write a trained model under `models/<name>`, in place of an earlier one, whole or not at all."""
+def save(
+    model: Bert4Rec, train: TrainConfig, dataset: Dataset, name: str, about: Mapping[str, Any]
+) -> Path:
+    """Write a trained model under `models/<name>`, in place of an earlier one, whole or not at all.
+
+    `about` goes into its manifest: metrics, code version, whatever tells where the model comes from.
+    """
     folder = paths.models() / name
     partial = folder.with_name(f"{name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    tensors = {key: value.cpu().contiguous() for key, value in unique_tensors(trainer.model).items()}
+    tensors = {key: value.cpu().contiguous() for key, value in unique_tensors(model).items()}
     save_file(tensors, partial / WEIGHTS)
-    _write(partial / CONFIG, asdict(trainer.model.config))
+    _write(partial / CONFIG, asdict(model.config))
     manifest = {
         "sha256": _sha256(partial / WEIGHTS),
         "data": {"name": dataset.name, "fingerprint": dataset.fingerprint},
         "items": dataset.item_keys.tolist()[1:],
         "titles": [dataset.title(item) for item in range(1, dataset.num_items + 1)],
-        "train": asdict(trainer.config),
+        "train": asdict(train),
         "about": dict(about),
-        "git": git_state(),
-        "versions": versions(),
     }
     _write(partial / MANIFEST, manifest)
     shutil.rmtree(folder, ignore_errors=True)

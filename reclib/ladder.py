@@ -52,10 +52,10 @@ def ladder(model: ModelConfig, train: TrainConfig, more: tuple[tuple[str, str, A
     model, train = changed(model, **SEED_MODEL), changed(train, **SEED_TRAIN)
     rungs = [Rung("seed study's step", "", model, train)]
     in_model = {field.name for field in dataclasses.fields(model)}
-    for name, field, value in (*CHANGES, *more):
-        if field in in_model:
-            model = changed(model, **{field: value})
+    for name, key, value in (*CHANGES, *more):
+        if key in in_model:
+            model = changed(model, **{key: value})
         else:
-            train = changed(train, **{field: value})
-        rungs.append(Rung(name, f"{field}={value}", model, train))
+            train = changed(train, **{key: value})
+        rungs.append(Rung(name, f"{key}={value}", model, train))
     return rungs

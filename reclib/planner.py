@@ -31,7 +31,6 @@ from reclib.devices import GIB, Board
 from reclib.footprint import Footprint, memory, require_fit
 from reclib.steptime import Cpu, Estimate
 
-__all__ = ["Plan", "memory", "plan", "plans", "require_fit", "typical_lengths"]
 ELECTRONICS = {"users": 582_942, "mean_len": 9.25}  # the seed study's training sequences; its dataset's mean
 ENOUGH = 4  # held-out rows of a kind of run from which its plans count as validated
 HELD_BACK = 2  # last interactions, for validation and test

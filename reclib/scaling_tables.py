@@ -124,8 +124,10 @@ def _band(m: Mapping[str, Any]) -> str:
     return "none: one seed" if m["low"] is None else f"{m['low']:.3f} to {m['high']:.3f}"
 
 
-def findings(rows: Sequence[Record], outcome: Mapping[str, Any], name: str) -> list[str]:
-    """Return sentences on a grid: the law and its error, what does not scale, is undertrained or missing."""
+def findings(
+    rows: Sequence[Record], outcome: Mapping[str, Any], name: str, absent: Sequence[str] = ()
+) -> list[str]:
+    """Return sentences on a grid: the law and its error, what does not scale, is undertrained or `absent`."""
     if not rows:
         return [f"- {name}: no run is committed yet."]
     table = by_arm(rows)
@@ -146,7 +148,7 @@ def findings(rows: Sequence[Record], outcome: Mapping[str, Any], name: str) -> l
     said.append(f"  Loss risen again at the end, in nats above its lowest: {', '.join(risen) or 'none'}.")
     few = [f"{arm} ({int(n)})" for arm, n in table["seeds"].items() if n < 3 and "rate" not in str(arm)]
     said.append(f"  Fewer than three seeds: {', '.join(few) or 'none'}.")
-    if absent := missing(rows, name):
+    if absent:
         said.append(f"  Not trained yet, of the file: {', '.join(absent)}.")
     return said
 

@@ -136,15 +136,15 @@ def status() -> list[tuple[str, str, str, int]]:
     States: running, done (by this checkout, with this code), stale (code or parameters files changed since),
     recorded (an executed notebook that this checkout did not make), failed (or not through), missing.
     """
-    records = record.read(paths.executed())
+    rows = record.read(paths.executed())
     folders = {file.parent.name for file in paths.executed().glob("*/*.ipynb")}
-    labels = folders | {entry["label"] for entry in records} or {"cpu"}
+    labels = folders | {row["label"] for row in rows} or {"cpu"}
     return [
         (
             notebook,
             label,
             _state(notebook, label),
-            sum(e["notebook"] == notebook and e["label"] == label for e in records),
+            sum(row["notebook"] == notebook and row["label"] == label for row in rows),
         )
         for notebook in present()
         for label in sorted(labels)

@@ -287,5 +287,5 @@ class Recommend(Panel):
         lineup, user, history = self._lineup, self.user.value, self.history
         target = recommend.next_item(lineup, user, history)
         table = recommend.side_by_side(lineup, history, self._k, self.before, target)
-        gate = explore_figures.gate(recommend.gate(lineup, history), lineup.gates)
-        return [table, gate, _parameters(recommend.as_parameters(lineup, user, history))]
+        gates = explore_figures.gate(recommend.gate(lineup, history), lineup.gates)
+        return [table, gates, _parameters(recommend.as_parameters(lineup, user, history))]

@@ -14,6 +14,7 @@ import torch
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "peers")]  # tests import them as modules
 # No test writes into the committed records, keeps models beside them or sends curves anywhere, not even where
 # it forgets to name a folder of its own. Kernels and other processes inherit this.
 for _name, _value in {

@@ -180,7 +180,7 @@ def test_a_batch_goes_to_a_device_in_one_pinned_copy_and_is_the_same_there():
         (batch,) = Epoch(histories([3, 12, 5, 20, 2, 7]), small_model(), train, 0).step(0)
         parts = list(batch._tensors().values())
         assert len(parts) == (9 if train.sampled else 7)
-        for one, other in zip(parts, unstage(stage(parts, batching.CPU), parts), strict=True):
+        for one, other in zip(parts, unstage(stage(parts, torch.device("cpu")), parts), strict=True):
             assert one.dtype == other.dtype
             assert torch.equal(one, other)
             assert other.storage_offset() * other.element_size() % 16 == 0
@@ -197,7 +197,7 @@ def test_a_batch_goes_to_a_device_in_one_pinned_copy_and_is_the_same_there():
         with FakeTensorMode() as mode, Operations() as operations:
             stage([mode.from_tensor(part) for part in parts], torch.device("cuda"))
         assert ("empty", True) in [(name, given.get("pin_memory")) for name, given in operations.seen]
-    assert batch.staged(batching.CPU) is batch.to(batching.CPU) is batch
+    assert batch.staged(torch.device("cpu")) is batch.to(torch.device("cpu")) is batch
 
 
 def test_prediction_batches_end_each_history_with_mask():

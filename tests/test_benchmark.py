@@ -264,8 +264,8 @@ def test_the_bound_is_made_of_its_parts():
     found = bound.gemm_bound(model, batch, torch.device("cpu"), repeats=1)
     assert found.seconds == pytest.approx(sum(part.seconds for part in found.components))
     products = [part for part in found.components if part.unit == "FLOP/s"]
-    work = sum(part.seconds * (part.rate or 0.0) for part in products)
-    assert work == pytest.approx(flops.needed(model, batch).total)
+    flop = sum(part.seconds * (part.rate or 0.0) for part in products)
+    assert flop == pytest.approx(flops.needed(model, batch).total)
     moved = bound.bytes_moved(model, batch.num_targets, 1000, 4)
     assert moved["clear the input table's gradient"] == 4 * model.vocab_size * model.hidden_dim
     assert bound.bytes_moved(changed(model, tied=True), 1, 1000, 4)["clear the input table's gradient"] == 0

@@ -540,10 +540,10 @@ def test_a_fetched_dataset_is_a_source_by_its_name(raw):
     with pytest.raises(InputError, match=r"python -m reclib\.data fetch films"):
         sources.source(config)
     fetch.fetch("films")
-    source = sources.source(config)
-    assert source.name == "films"
+    films = sources.source(config)
+    assert films.name == "films"
     with duckdb.connect() as con:
-        read = source.fill(con, None)
+        read = films.fill(con, None)
         assert con.execute("select count(*), min(item) from raw").fetchall() == [(500, "10")]
     assert read.titles(["10"]) == {"10": "A film (1995)"}
     assert read.provenance["published_counts"] == {"interactions": 500}

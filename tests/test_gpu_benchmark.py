@@ -6,16 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import planner
+import planner_rows
 import pytest
 import torch
 
+from reclib import record, steptime
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import planner  # noqa: E402
-import planner_rows  # noqa: E402
-
-from reclib import record, steptime  # noqa: E402
 
 pytestmark = pytest.mark.slow
 

@@ -108,7 +108,7 @@ def test_tuned_settings_are_taken_for_their_size_and_data_only(dataset, root, mo
 def test_a_kept_model_recommends_what_the_trained_one_does(dataset):
     p = asked()
     one = sized.train(p, dataset, leave_one_out(dataset), resolve("cpu"), "w32d1", 0)
-    kept.save(one.trainer, dataset, "w32d1-synthetic", one.best())
+    kept.save(one.trainer.model, one.trainer.config, dataset, "w32d1-synthetic", one.best())
     files = {file.name for file in (paths.models() / "w32d1-synthetic").iterdir()}
     assert files == {"model.safetensors", "config.json", "manifest.json"}
     model = kept.load("w32d1-synthetic")
@@ -133,7 +133,7 @@ def test_what_a_kept_model_refuses(dataset):
     with pytest.raises(InputError, match=r"no model 'x' is kept; here: none"):
         kept.load("x")
     one = sized.train(asked(), dataset, leave_one_out(dataset), resolve("cpu"), "w32d1", 0)
-    folder = kept.save(one.trainer, dataset, "m", {})
+    folder = kept.save(one.trainer.model, one.trainer.config, dataset, "m", {})
     with pytest.raises(InputError, match="the history is empty"):
         kept.load("m").recommend([])
     with pytest.raises(InputError, match="unknown item 'nothing'"):
