@@ -43,7 +43,7 @@ $(INSTALLED):
 	@touch $@
 
 study: $(INSTALLED)
-	$(BIN)/python -m reclib.study run-all --profile $(PROFILE)
+	$(BIN)/python -m reclib run-all --profile $(PROFILE)
 
 # Two at a time, for two cores; from make 4 on, what each prints comes when it ends.
 test: $(INSTALLED)
@@ -68,12 +68,12 @@ lab: $(INSTALLED)
 
 gpu: $(INSTALLED)
 	@$(BIN)/python benchmarks/gpu.py --out gpu-row || [ $$? = 1 ]  # 1: a stage failed, the others count
-	@$(BIN)/python -m reclib.study merge gpu-row/executed
-	@$(BIN)/python -m reclib.study collect
+	@$(BIN)/python -m reclib merge gpu-row/executed
+	@$(BIN)/python -m reclib collect
 	@echo "The records are in executed/, figures/index.html shows them. Please send us the folder gpu-row/."
 
 figures: $(INSTALLED)
-	$(BIN)/python -m reclib.study collect
+	$(BIN)/python -m reclib collect
 
 pictures: $(INSTALLED)
-	$(BIN)/python -m reclib.pictures
+	$(BIN)/python -m reclib pictures

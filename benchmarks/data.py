@@ -5,7 +5,7 @@
 Writes files shaped like Amazon Electronics 2018 5-core (see `reviews.py`) of 0.4 and 1.6 million reviews,
 with --full also of 6.7 million as the real one has. Each action then runs in processes of its own, all of a
 size in turns: `json.loads` of every line into a list and pandas (at the smallest size: its memory grows with
-the file), `gzip -dc`, our reading into the database, the whole `python -m reclib.data prepare`, and the
+the file), `gzip -dc`, our reading into the database, the whole `python -m reclib data prepare`, and the
 loading of what that wrote, up to the first batch. Peak memory is that of a process and its children together.
 
 Targets: preparing 5 times as fast as the list at 0.4 million; reading within 2.5 times `gzip -dc`; peak below
@@ -60,26 +60,26 @@ def list_of_dicts(path: Path, folder: Path) -> dict[str, Any]:
 def reading(path: Path, folder: Path) -> dict[str, Any]:
     import duckdb
 
-    from reclib import sources
     from reclib.config import DataConfig
+    from reclib.data.prepare import source
 
     config = DataConfig(dataset=str(path))
     settings: dict[str, Any] = {"memory_limit": f"{config.memory_limit_mb}MB"}
     began = time.perf_counter()
     with duckdb.connect(str(folder / "rows.duckdb"), config=settings) as con:
         con.execute("set enable_progress_bar = false")
-        sources.source(config).fill(con, None)
+        source(config).fill(con, None)
         seconds = time.perf_counter() - began
         found = con.execute("select count(*) from raw").fetchone()
     return {"inside": seconds, "rows": found[0] if found else 0}
 
 
 def preparation(path: Path, folder: Path) -> dict[str, Any]:
-    from reclib import data
+    from reclib.data.prepare import data_main
 
     began = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
-        code = data.main(["prepare", str(path), "--out", str(folder / "prepared")])
+        code = data_main(["prepare", str(path), "--out", str(folder / "prepared")])
     if code:
         sys.exit(code)
     return {"inside": time.perf_counter() - began, "rows": None}
@@ -91,15 +91,16 @@ def resident_bytes() -> int:
 
 def loading(path: Path, folder: Path) -> dict[str, Any]:
     """Load a prepared folder; seconds and added memory until the trainer could ask for its first batch."""
-    from reclib import batching, data
     from reclib.config import TrainConfig, model_config
+    from reclib.data import batches
+    from reclib.data.prepare import load, train_histories
 
     before, began = resident_bytes(), time.perf_counter()
-    dataset = data.load(path)
-    histories = data.train_histories(dataset)
+    dataset = load(path)
+    histories = train_histories(dataset)
     loaded, added = time.perf_counter() - began, resident_bytes() - before
     model = model_config("tiny", num_items=dataset.num_items, max_len=50)
-    epoch = batching.Epoch(histories, model, TrainConfig(), epoch=0)
+    epoch = batches.Epoch(histories, model, TrainConfig(), epoch=0)
     epoch.step(0)
     first = time.perf_counter() - began
     return {

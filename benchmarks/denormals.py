@@ -26,10 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from reclib.config import DataConfig, TrainConfig, model_config
-from reclib.data import prepare, train_histories
+from reclib.data.dataset import train_histories
+from reclib.data.prepare import prepare
 from reclib.hardware import resolve
-from reclib.model import Bert4Rec
-from reclib.trainer import Trainer
+from reclib.model.bert4rec import Bert4Rec
+from reclib.train.trainer import Trainer
 
 
 def trainer(factor: float) -> Trainer:

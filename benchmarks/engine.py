@@ -41,14 +41,10 @@ SLOW_STEPS = 2  # of the variants whose step takes seconds
 
 
 def dataset_of(shape: str) -> Any:
-    from reclib import data
     from reclib.config import DataConfig
+    from reclib.data.prepare import prepare, synthetic_dataset
 
-    return (
-        data.synthetic_dataset(20_000, 160_000, 9.4, 0)
-        if shape == "electronics"
-        else data.prepare(DataConfig())
-    )
+    return synthetic_dataset(20_000, 160_000, 9.4, 0) if shape == "electronics" else prepare(DataConfig())
 
 
 def configs(shape: str, num_items: int) -> tuple[Any, Any]:
@@ -64,7 +60,7 @@ def configs(shape: str, num_items: int) -> tuple[Any, Any]:
 
 def variants(shape: str) -> list[str]:
     """Names of the variants: rungs of the ladder by number, the seed step at two allocator settings, ours."""
-    from reclib.ladder import CHANGES
+    from reclib.experiments.speed import CHANGES
 
     rungs = [f"rung {n}" for n in range(1, len(CHANGES))]
     return [
@@ -86,26 +82,29 @@ def resident_bytes() -> int:
 def child(given: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from reclib import benchmark, data, hardware, ladder
-    from reclib.batching import Epoch
+    from reclib import hardware
     from reclib.config import changed
-    from reclib.fit import rank_targets
-    from reclib.model import Bert4Rec
-    from reclib.trainer import Trainer
+    from reclib.data.batches import Epoch
+    from reclib.data.prepare import Histories, evaluation
+    from reclib.experiments import speed
+    from reclib.model.bert4rec import Bert4Rec
+    from reclib.train import timing
+    from reclib.train.fit import rank_targets
+    from reclib.train.trainer import Trainer
 
     torch.set_num_threads(given.threads)
     if given.child.startswith(HUGE):
         hardware.keep_freed_memory = lambda: False  # kept, buffers of gigabytes fragment the heap
     dataset = dataset_of(given.shape)
-    histories = data.Histories(dataset.items, dataset.offsets[:-1], dataset.offsets[1:])
+    histories = Histories(dataset.items, dataset.offsets[:-1], dataset.offsets[1:])
     model, train = configs(given.shape, dataset.num_items)
-    rungs = ladder.ladder(model, train)
+    rungs = speed.ladder(model, train)
     number = {"seed": 0, "rung": int(given.child[5:]) if given.child.startswith("rung") else 0}.get(
         given.child.split()[0].strip(","), len(rungs) - 1
     )
     rung = rungs[number]
     if given.child == "compiled":
-        rung = ladder.Rung(
+        rung = speed.Rung(
             "compiled", "compile_mode=default", rung.model, changed(rung.train, compile_mode="default")
         )
 
@@ -115,7 +114,7 @@ def child(given: argparse.Namespace) -> dict[str, Any]:
     before = resident_bytes()
     torch.manual_seed(0)
     trainer = Trainer(Bert4Rec(rung.model), histories, rung.train, device, dataset.fingerprint)
-    found = benchmark.interleave({"": trainer}, given.steps, given.warmup, 1)[""]
+    found = timing.interleave({"": trainer}, given.steps, given.warmup, 1)[""]
     parameters = sum(p.numel() for p in trainer.parameters)
     plan = Epoch(histories, rung.model, rung.train, 0)
     began = time.perf_counter()
@@ -139,7 +138,7 @@ def child(given: argparse.Namespace) -> dict[str, Any]:
         "floor_bytes": FLOOR * parameters,
     }
     if given.evaluate:
-        part = data.evaluation(dataset, "test")
+        part = evaluation(dataset, "test")
         rank_targets(trainer, part, True, 10)
         began = time.perf_counter()
         rank_targets(trainer, part, True, 10)
@@ -149,15 +148,17 @@ def child(given: argparse.Namespace) -> dict[str, Any]:
 
 def child_bound(given: argparse.Namespace) -> dict[str, Any]:
     """Measure the bound over several batches' targets, so that it stands for the mean step."""
+    import bound
     import torch
 
-    from reclib import bound, data, hardware
-    from reclib.batching import Epoch
+    from reclib import hardware
+    from reclib.data.batches import Epoch
+    from reclib.data.prepare import Histories
 
     torch.set_num_threads(given.threads)
     hardware.keep_freed_memory()
     dataset = dataset_of(given.shape)
-    histories = data.Histories(dataset.items, dataset.offsets[:-1], dataset.offsets[1:])
+    histories = Histories(dataset.items, dataset.offsets[:-1], dataset.offsets[1:])
     model, train = configs(given.shape, dataset.num_items)
     plan = Epoch(histories, model, train, 0)
     batches = [plan.step(i)[0] for i in range(min(plan.num_steps, 12))]

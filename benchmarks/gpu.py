@@ -7,7 +7,7 @@
 Each stage is a process of its own with a time limit: one that raises, hangs or is killed is a row with its
 reason, and the next one runs whole. Results are written at once to the folder `--out`: `executed/` has the
 records, once the self-check has passed, `raw.jsonl` every number with or without a record, `stages.jsonl` a
-row for each stage, `log.txt` what they printed. `python -m reclib.study merge gpu-row/executed` takes the
+row for each stage, `log.txt` what they printed. `python -m reclib merge gpu-row/executed` takes the
 records into a checkout; `python benchmarks/planner.py` compares them with the predictions made before.
 
 A GPU machine without network (Python 3.12 with torch, pandas and scipy): the first command is for a machine
@@ -110,11 +110,12 @@ class Bench:
 
     def raw(self, what: str, /, **values: Any) -> None:
         """Print and keep one result, whether or not it may be a record."""
-        from reclib import provenance, record
+        from reclib import records as reclib_records
+        from reclib import system
 
-        line = provenance.plain({"stage": self.stage, "what": what, **values})
+        line = system.plain({"stage": self.stage, "what": what, **values})
         print(json.dumps(line), flush=True)
-        record.append(self.out / "raw.jsonl", line)
+        reclib_records.append(self.out / "raw.jsonl", line)
 
     def time(self, what: str, action: Callable[[], object], /, **about: Any) -> None:
         """Time an operation; one that raises is a line with its error."""
@@ -129,9 +130,11 @@ class Bench:
 
     def params(self, notebook: str, small: Mapping[str, Any], **full: Any) -> Any:
         """Return a notebook's parameters: its smallest profile, the stage's, the tiny run's."""
-        from reclib import params
+        from reclib import parameters
 
-        return params.build(notebook, params.profile(notebook, "smoke") | full | (small if self.tiny else {}))
+        return parameters.build(
+            notebook, parameters.profile(notebook, "smoke") | full | (small if self.tiny else {})
+        )
 
     def free(self) -> None:
         import torch
@@ -145,7 +148,8 @@ class Records:
     """Results of one kind of notebook: to raw.jsonl, and to the records where there may be any."""
 
     def __init__(self, b: Bench, notebook: str, p: Any, name: str, fingerprint: str) -> None:
-        from reclib import hardware, record
+        from reclib import hardware
+        from reclib import records as reclib_records
         from reclib.config import InputError
 
         self.b, self.run = b, None
@@ -154,7 +158,7 @@ class Records:
             "data": {"name": name, "fingerprint": fingerprint},
         }
         try:
-            self.run = record.Run(notebook, p, self.about["card"], self.about["data"])
+            self.run = reclib_records.Run(notebook, p, self.about["card"], self.about["data"])
         except InputError as error:  # no passed self-check
             b.raw("no records", reason=str(error))
 
@@ -218,8 +222,8 @@ def adapter_params(b: Bench) -> Any:
 
 def amp_row(b: Bench, p: Any, stage: str, users: int = 0, **train: Any) -> dict[str, Any]:
     """Return the row of a step with these changes of the training; `InputError` for what is not known."""
-    from reclib import speed
     from reclib.config import TrainConfig, validated
+    from reclib.experiments import speed
 
     model = speed.model_of(p, dataset({"users": 300, "mean_len": 9.4}, p.synthetic_items))
     default = {"batch_size": p.batch_sizes[0], "precision": "bf16" if b.cuda else "fp32"}
@@ -229,7 +233,7 @@ def amp_row(b: Bench, p: Any, stage: str, users: int = 0, **train: Any) -> dict[
 
 
 def size_rows(b: Bench) -> list[dict[str, Any]]:
-    from reclib import comparison
+    from reclib.experiments import comparison
 
     p, names = size_params(b), ("fp32", "bf16") if b.cuda else ("fp32",)
     shapes = [(size, comparison.model_of(p, size), name) for size in p.measured_sizes for name in names]
@@ -239,7 +243,7 @@ def size_rows(b: Bench) -> list[dict[str, Any]]:
 
 
 def ladder_rows(b: Bench, size: str) -> list[dict[str, Any]]:
-    from reclib import speed
+    from reclib.experiments import speed
 
     p = ladder_params(b, size)
     rungs = speed.rungs_of(p, speed.dataset_of(p), b.device)
@@ -276,14 +280,14 @@ def variant_rows(b: Bench) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]
 
 def adapter_rows(b: Bench) -> list[dict[str, Any] | None]:
     """Return the rows of the adapters' stage in its order; None for what the planner has no plan of."""
-    from reclib import adaptation, adapter_speed
     from reclib.config import TrainConfig
+    from reclib.experiments import adaptation, speed
 
     p, users, items = adapter_params(b), b.shape["synthetic_users"], b.shape["synthetic_items"]
     model = adaptation.shape_of(p, dataset({"users": 300, "mean_len": 9.4}, items))
     shared = {"batch_size": p.batch_size, "mask_prob": p.mask_prob, "last_item_share": p.last_item_share}
     rows = []
-    for asked in adapter_speed.variants(p):
+    for asked in speed.variants(p):
         train = TrainConfig(precision=asked["precision"], compile_mode=asked["compile_mode"], **shared)
         row = described("adapters", p.size, model, train, users) | {"histories": "whole"}
         row |= {} if asked["model"] == "full" else {"adapter": asked["model"]}
@@ -301,7 +305,7 @@ def rows(device: Any) -> list[dict[str, Any]]:
 
 
 def trainer_of(b: Bench, row: dict[str, Any]) -> Any:
-    from reclib import speed
+    from reclib.experiments import speed
 
     model, train = configs(row)
     return speed.trainer_of(model, train, dataset(row, model.num_items), b.device)
@@ -314,15 +318,17 @@ def environment(b: Bench) -> None:
     """Versions, clocks, the ceilings of products and copies, and whether energy can be read."""
     import torch
 
-    from reclib import energy, hardware, provenance
+    from reclib import hardware
+    from reclib import records as reclib_records
+    from reclib.train import timing
 
     where, size = b.device.torch_device, 256 if b.tiny else 8192
-    about = hardware.device_card(b.device) | {"versions": provenance.versions()}
+    about = hardware.device_card(b.device) | {"versions": reclib_records.versions()}
     if shutil.which("nvidia-smi"):
         asked = "--query-gpu=power.limit,power.draw,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu"
         done = subprocess.run(["nvidia-smi", asked, "--format=csv"], capture_output=True, text=True)
         about["clocks"] = done.stdout
-    about |= {"cores": hardware.usable_cores(), "energy": energy.Meter(where).read is not None}
+    about |= {"cores": hardware.usable_cores(), "energy": timing.Meter(where).read is not None}
     b.raw("environment", **about)
     for name, dtype in (("bf16", torch.bfloat16), ("tf32", torch.float32), ("fp32", torch.float32)):
         torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
@@ -337,16 +343,16 @@ def check(b: Bench) -> None:
     """The project's self-check, whose file lets a GPU have records; then gradients in bf16 beside fp32."""
     import torch
 
-    from reclib import selfcheck
     from reclib.config import changed
+    from reclib.experiments import comparison
 
-    found = selfcheck.check(b.device)
+    found = comparison.check(b.device)
     for one in found:
         b.raw("check", **one._asdict())
-    selfcheck.write(b.device, found)
-    _, exact = selfcheck.gradients(b.device, changed(selfcheck.FAST, **selfcheck.PLAIN))
+    comparison.write(b.device, found)
+    _, exact = comparison.gradients(b.device, changed(comparison.FAST, **comparison.PLAIN))
     with torch.autocast(b.device.torch_device.type, dtype=torch.bfloat16):
-        _, half = selfcheck.gradients(b.device, selfcheck.FAST)
+        _, half = comparison.gradients(b.device, comparison.FAST)
     whole = torch.stack([g.norm() for g in exact.values()]).norm()
     gaps = [(half[n] - g).norm() / torch.maximum(g.norm(), 1e-3 * whole) for n, g in exact.items()]
     b.raw("gradients in bf16", finite=bool(torch.stack(gaps).isfinite().all()), gap=str(float(max(gaps))))
@@ -356,11 +362,12 @@ def check(b: Bench) -> None:
 
 def sizes(b: Bench) -> None:
     """Notebook 06's steps: the named sizes at batch 128, in fp32 and in what suits the device."""
-    from reclib import comparison, record
+    from reclib import records as reclib_records
     from reclib.config import changed
+    from reclib.experiments import comparison
 
     p, planned = size_params(b), {(row["size"], row["precision"]): row for row in size_rows(b)}
-    about = record.params_hash({"mean_len": p.mean_len, "seed": p.seed})
+    about = reclib_records.params_hash({"mean_len": p.mean_len, "seed": p.seed})
     records = Records(b, "06_hardware", p, "synthetic", about)
     for size in p.measured_sizes:
         for one in comparison.measured(changed(p, measured_sizes=[size]), b.device):
@@ -373,18 +380,18 @@ def sizes(b: Bench) -> None:
 
 def ladder(b: Bench, size: str) -> None:
     """Notebook 04's ladder: from the seed study's step to ours, with mixed precision on top."""
-    from reclib import speed
+    from reclib.experiments import speed
 
     p = ladder_params(b, size)
     prepared = speed.dataset_of(p)
     records = Records(b, "04_amp_compile", p, f"synthetic {p.size}", prepared.fingerprint)
-    records.result("work", speed.work(p, prepared, b.device))
+    records.result("work", speed.work_rows(p, prepared, b.device))
     records.rows("ladder", speed.climb(p, prepared, b.device), ladder_rows(b, size))
 
 
 def precisions(b: Bench) -> None:
     """Notebook 04's eager steps in each precision, their losses, and the independent clock over an epoch."""
-    from reclib import speed
+    from reclib.experiments import speed
 
     p = precision_params(b)
     prepared = speed.dataset_of(p)
@@ -404,22 +411,20 @@ def precisions(b: Bench) -> None:
 
 def batches(b: Bench) -> None:
     """Rate, free-running rate and memory by batch and precision, towards what the card holds."""
-    from reclib import benchmark
+    from reclib.train import timing
 
     records = Records(b, "06_hardware", size_params(b), "synthetic", "by row")
     for row in batch_rows(b):
         short = row["batch_size"] > 8192 or row["size"] == "430m"
         try:
-            found = benchmark.measure(
-                trainer_of(b, row), *((2, 1) if b.tiny else (5, 2) if short else (40, 10))
-            )
+            found = timing.measure(trainer_of(b, row), *((2, 1) if b.tiny else (5, 2) if short else (40, 10)))
             records.step(row, found.counts(), found.timings(), found.status)
             if not short:
                 trainer = trainer_of(b, row)
-                clocks = [benchmark.epoch_clock(trainer) for _ in range(2)]  # the first one warms up
+                clocks = [timing.epoch_clock(trainer) for _ in range(2)]  # the first one warms up
                 b.raw("epoch", row=row, sequences_per_second=clocks[1].sequences_per_second)
         except (RuntimeError, MemoryError) as error:
-            if not benchmark.is_out_of_memory(error):
+            if not timing.is_out_of_memory(error):
                 raise
             records.step(row, {}, {}, f"oom {first_line(error)}")
         trainer = None
@@ -428,7 +433,7 @@ def batches(b: Bench) -> None:
 
 def variants(b: Bench) -> None:
     """Each change of the engine beside the plain step, in turns on the same batches."""
-    from reclib import benchmark
+    from reclib.train import timing
 
     records = Records(b, "06_hardware", size_params(b), "synthetic", "by row")
     for name, row, plain in variant_rows(b):
@@ -436,10 +441,10 @@ def variants(b: Bench) -> None:
         trainers = {}
         try:
             trainers |= {"plain": trainer_of(b, plain), name: trainer_of(b, row)}
-            found = benchmark.interleave(trainers, *((1, 1, 2) if b.tiny else (20, 15, 3)))
+            found = timing.interleave(trainers, *((1, 1, 2) if b.tiny else (20, 15, 3)))
             records.step(row, found[name].counts(), found[name].timings(), found[name].status)
             if name != "plain":
-                ratio = benchmark.paired_ratio(found["plain"], found[name])._asdict()
+                ratio = timing.paired_ratio(found["plain"], found[name])._asdict()
                 b.raw("variant", **about, status=trainers[name].compile_reason, speedup=ratio)
         except Exception as error:  # a compiler's, most likely: the other variants are of use
             b.raw("variant", **about, status=first_line(error))
@@ -453,9 +458,9 @@ def probe(b: Bench) -> None:
     import torch.nn.functional as F
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from reclib.batching import Epoch
-    from reclib.data import train_histories
-    from reclib.model import attention_bias
+    from reclib.data.batches import Epoch
+    from reclib.data.dataset import train_histories
+    from reclib.model.bert4rec import attention_bias
 
     where, half = b.device.torch_device, torch.bfloat16
     normal = functools.partial(torch.randn, device=where, dtype=half)
@@ -485,14 +490,14 @@ def probe(b: Bench) -> None:
 
 def trace(b: Bench) -> None:
     """Where a step's time goes by kernel, and how busy the device is; a Chrome trace comes along."""
-    from reclib import benchmark, profiling
+    from reclib.train import timing
 
     p = amp(b, precisions=["bf16"], compile_modes=["off"], batch_sizes=[512], steps=3)
     for precision, batch in (("bf16", 16),) if b.tiny else (("bf16", 512), ("bf16", 128), ("fp32", 512)):
         trainer = trainer_of(b, amp_row(b, p, "trace", precision=precision, batch_size=batch))
         records = Records(b, "04_amp_compile", p, f"synthetic {p.size}", trainer.fingerprint)
-        step = benchmark.measure(trainer, *((2, 1) if b.tiny else (30, 10))).median_seconds
-        found = profiling.operators(trainer, p.steps, 16, b.out / f"trace-{precision}-{batch}.json.gz")
+        step = timing.measure(trainer, *((2, 1) if b.tiny else (30, 10))).median_seconds
+        found = timing.operators(trainer, p.steps, 16, b.out / f"trace-{precision}-{batch}.json.gz")
         series = {name: [getattr(one, name) for one in found] for name in ("calls", "seconds", "share")}
         series["operator"] = [one.name[:160] for one in found]
         own = {"precision": precision, "batch_size": batch}
@@ -503,18 +508,19 @@ def trace(b: Bench) -> None:
 
 def ranking(b: Bench) -> None:
     """Users/s ranked over the whole catalogue, and one request at a time."""
-    from reclib import benchmark, data
-    from reclib.fit import rank_targets
+    from reclib.data.prepare import evaluation
+    from reclib.train import timing
+    from reclib.train.fit import rank_targets
 
     for precision in ("bf16", "fp32") if b.cuda else ("fp32",):
         row = amp_row(b, amp(b, batch_sizes=[512]), "ranking", precision=precision)
         trainer = trainer_of(b, row)
-        part = data.evaluation(dataset(row, trainer.model.config.num_items), "test")
+        part = evaluation(dataset(row, trainer.model.config.num_items), "test")
         for _ in range(2):  # the first one warms up
             began = time.perf_counter()
             rank_targets(trainer, part, True, 10)  # ends with ranks on the host
             rate = len(part.targets) / (time.perf_counter() - began)
-        one = benchmark.latency(trainer, part.histories, 5 if b.tiny else 200)
+        one = timing.latency(trainer, part.histories, 5 if b.tiny else 200)
         b.raw("ranking", precision=precision, users_per_second=rate, **one._asdict())
 
 
@@ -522,25 +528,26 @@ def training(b: Bench) -> None:
     """A training by the recipe of params/grids/beauty.yaml, on `--data` or synthetic histories."""
     import torch
 
-    from reclib import data, experiment
     from reclib.config import DataConfig
-    from reclib.fit import rank_targets
-    from reclib.metrics import summary
-    from reclib.splits import leave_one_out
+    from reclib.data.prepare import prepare, synthetic_dataset
+    from reclib.data.splits import leave_one_out
+    from reclib.evaluate.metrics import summary
+    from reclib.experiments import baseline
+    from reclib.train.fit import rank_targets
 
     full = {"models": ["bert4rec"], "other_splits": [], "size": "w192d2", "seeds": [0], "epochs": 60}
     full |= {"batch_size": 128, "dropout": 0.4, "max_len": 50, "mask_prob": 0.4, "last_item_share": 0.25}
     full |= {"eval_every": 5, "patience": 0, "learning_rate": 1e-3, "tracker": "none"}
     if b.data:
-        prepared = data.prepare(DataConfig(dataset=str(b.data)))
+        prepared = prepare(DataConfig(dataset=str(b.data)))
     else:
-        prepared = data.synthetic_dataset(*((300, 500) if b.tiny else (22_363, 12_101)), 8.9, 0)
+        prepared = synthetic_dataset(*((300, 500) if b.tiny else (22_363, 12_101)), 8.9, 0)
     split = leave_one_out(prepared)
     for precision in ("bf16", "fp32") if b.cuda else ("fp32",):
         small = {"size": "nano", "epochs": 2, "eval_every": 1}
         p = b.params("02_baseline", small, dataset=prepared.name, precision=precision, **full)
         records = Records(b, "02_baseline", p, prepared.name, prepared.fingerprint)
-        one = experiment.train_seed("02_baseline", p, prepared, split, b.device, "bert4rec", 0)
+        one = baseline.train_seed("02_baseline", p, prepared, split, b.device, "bert4rec", 0)
         about = {"series": one.curve(), "timings": one.timings(), "seed": 0}
         records.result("learning_curve", one.best(), params={"model": "bert4rec"}, **about)
         for name in ("fp32", "bf16"):  # rounded scores tie, and ties count against the target
@@ -555,28 +562,28 @@ def adapters(b: Bench) -> None:
     """Notebook 05's steps: full fine-tuning, LoRA, gated LoRA, the head alone, iLoRA; eager and compiled."""
     import torch
 
-    from reclib import adaptation, adapter_speed
-    from reclib.model import Bert4Rec
+    from reclib.experiments import adaptation, speed
+    from reclib.model.bert4rec import Bert4Rec
 
     p, (users, items, mean_len) = adapter_params(b), b.shape.values()
     prepared = dataset({"users": users, "mean_len": mean_len}, items)
     records = Records(b, "05_ilora", p, f"synthetic {p.size}", prepared.fingerprint)
     torch.manual_seed(0)
     base = Bert4Rec(adaptation.shape_of(p, prepared))
-    records.rows("adapter_step", adapter_speed.grid(p, base, prepared, b.device), adapter_rows(b))
+    records.rows("adapter_step", speed.adapter_grid(p, base, prepared, b.device), adapter_rows(b))
 
 
 def notebook(b: Bench, number: str) -> None:
     """A notebook at the profile for a lent GPU, through papermill."""
-    from reclib import lifeline
+    from reclib import system
 
     for name in ("papermill", "ipykernel"):
         if importlib.util.find_spec(name) is None:
             raise AbsentError(f"{name} is not installed: no notebook can run")
     words = ["run", number, "--force", "--profile", "smoke" if b.tiny else "lease"]
     words += ["--gpu", "cpu"] if b.kind == "cpu" else []
-    command = [sys.executable, "-m", "reclib.study", *words]
-    done = subprocess.run(command, cwd=ROOT, env=lifeline.start_with(), capture_output=True, text=True)
+    command = [sys.executable, "-m", "reclib", *words]
+    done = subprocess.run(command, cwd=ROOT, env=system.start_with(), capture_output=True, text=True)
     print(done.stdout, done.stderr, flush=True)
     if done.returncode:
         raise RuntimeError((done.stderr.strip() or done.stdout.strip()).splitlines()[-1][:300])
@@ -702,7 +709,9 @@ def main(argv: list[str] | None = None) -> int:
     if given.device == "auto" and no_gpu():
         print("no GPU that torch can use is here; --device cpu --tiny tries the script", file=sys.stderr)
         return 2
-    from reclib import adapter_speed, comparison, experiment, selfcheck  # noqa: F401  (once, for all stages)
+    from reclib.experiments import (
+        speed,  # noqa: F401  (once, for all stages)
+    )
 
     b = Bench(given)
     shutil.rmtree(b.out / "runs", ignore_errors=True)  # a finished training would only be loaded

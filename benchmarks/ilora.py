@@ -29,15 +29,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from engine import configs, dataset_of, resident_bytes
 
-from reclib import benchmark, hardware
-from reclib.config import ModelConfig, TrainConfig, changed, model_config
-from reclib.data import Dataset, Histories, synthetic_dataset
-from reclib.fit import load_model, save_model
-from reclib.ilora import AdaptedModel
-from reclib.instance import frozen_twin
-from reclib.lowrank import ENCODER, AdapterConfig
-from reclib.model import Bert4Rec
-from reclib.trainer import Trainer
+from reclib import hardware
+from reclib.config import ENCODER, AdapterConfig, ModelConfig, TrainConfig, changed, model_config
+from reclib.data.dataset import Dataset, Histories
+from reclib.data.prepare import synthetic_dataset
+from reclib.model.bert4rec import Bert4Rec
+from reclib.model.ilora import AdaptedModel, frozen_twin
+from reclib.train import timing
+from reclib.train.fit import load_model, save_model
+from reclib.train.trainer import Trainer
 
 RANK, EXPERTS = 8, 4
 KINDS = ("full", "lora", "ilora")
@@ -100,7 +100,7 @@ def time_steps(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         name: variant(trained if kind == "full" else frozen, kind, compiled, given.tiny)
         for name, (kind, compiled) in names.items()
     }
-    found = benchmark.interleave(trainers, 1, WARMUP, given.pairs)
+    found = timing.interleave(trainers, 1, WARMUP, given.pairs)
     lost = {name: m.reason for name, m in found.items() if m.status != "ok"}
     if lost:
         raise SystemExit(f"error: no pairs: {lost}")
@@ -125,7 +125,7 @@ def time_steps(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for key, (above, below) in pairs.items():
         if above not in found:
             continue
-        mean, low, high = benchmark.paired_ratio(found[above], found[below])
+        mean, low, high = timing.paired_ratio(found[above], found[below])
         interval = f"{low:.3f}-{high:.3f}"
         print(f"{key:<32}{mean:>8.3f}{interval:>18}")
         result |= {key: mean, f"{key}_low": low, f"{key}_high": high}
@@ -144,7 +144,7 @@ def child_memory(given: argparse.Namespace) -> dict[str, Any]:
     loaded = resident_bytes()
     hardware.reset_peak_memory(where)
     trainer = variant(base, given.child, False, given.tiny)
-    benchmark.measure(trainer, 3, 2)
+    timing.measure(trainer, 3, 2)
     weights = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
     added = hardware.peak_memory_bytes(where) - loaded
     return {"added_bytes": added, "weight_bytes": weights}

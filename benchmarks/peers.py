@@ -36,9 +36,11 @@ from ours import configs_of, run_ours
 from recorded import write
 from scoring import OURS, save, score, table, targets_seen, write_sequences
 
-from reclib import grid, paths
+from reclib import system
 from reclib.config import DataConfig, InputError, changed, validated
-from reclib.data import Dataset, evaluation, prepare
+from reclib.data.dataset import Dataset, evaluation
+from reclib.data.prepare import prepare
+from reclib.experiments import grids
 from reclib.hardware import resolve
 
 HERE = Path(__file__).resolve().parent
@@ -199,7 +201,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     told = "reclib: a field of TrainConfig, or model.<field>; a peer: an argument of its script"
     add("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help=told)
     add("--curve", type=float, nargs="*", help="look at validation after so many minutes (1 2 5 10 20)")
-    add("--environments", type=Path, default=paths.root() / ".peers", help="folder that setup.sh filled")
+    add("--environments", type=Path, default=system.root() / ".peers", help="folder that setup.sh filled")
     add("--out", type=Path, required=True, help="folder of results")
     add("--table", action="store_true", help="only print what is in the folder")
     add("--record", metavar="GRID", help="only compare what is there with a scored grid, and record it")
@@ -213,11 +215,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def recorded(given: argparse.Namespace) -> list[str]:
     """Record the folder's results beside a grid's, on the grid's data; return a line for each difference."""
-    chosen = grid.read(given.record)
+    chosen = grids.read_grid(given.record)
     elsewhere = given.dataset != chosen.data.dataset and Path(given.dataset).exists()
     data = changed(chosen.data, dataset=given.dataset) if elsewhere else chosen.data
     lines = []
-    for one in write(given.out, grid.Work(chosen, prepare(data), resolve("cpu"))):
+    for one in write(given.out, grids.Work(chosen, prepare(data), resolve("cpu"))):
         numbers = "  ".join(f"{name} {value:.4f}" for name, value in one.metrics.items())
         against = f" minus {one.params['against']}, {one.params['metric']}" if "against" in one.params else ""
         lines.append(f"{one.params['model']}{against}: {numbers}")

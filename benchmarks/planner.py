@@ -128,22 +128,22 @@ def numbered(tree: Any) -> Any:
 
 def groups_of(given: dict[str, Any], rates: Mapping[str, Any]) -> tuple[Any, Any]:
     """Return a row's seconds by group at the machine's rates alone, and its footprint."""
-    from reclib import steptime
+    from reclib.cost import planner
 
     parts, size = parts_of(given, "cpu")
-    return steptime.cpu_groups(parts, configs(given)[0], rates, given.get("precision", "fp32")), size
+    return planner.cpu_groups(parts, configs(given)[0], rates, given.get("precision", "fp32")), size
 
 
 def parts_of(given: dict[str, Any], device_type: str) -> tuple[Any, Any]:
     """Return the parts of a row's step, and its footprint."""
-    from reclib import footprint, workload
+    from reclib.cost import work
 
     (model, train), adapter, precision = configs(given), adapter_of(given), given.get("precision", "fp32")
     lengths = lengths_of(given, model.num_items)
-    shapes = workload.mean_shapes(model, train, lengths)
-    width = workload.HALF if precision in ("bf16", "fp16") else workload.FP32
-    parts = workload.step_parts(model, train, shapes, width, adapter)
-    return parts, footprint.memory(model, train, lengths, precision, device_type, adapter)
+    shapes = work.mean_shapes(model, train, lengths)
+    width = work.HALF if precision in ("bf16", "fp16") else work.FP32
+    parts = work.step_parts(model, train, shapes, width, adapter)
+    return parts, work.training_memory(model, train, lengths, precision, device_type, adapter)
 
 
 def fitted_devices(cpu: str) -> dict[str, Device]:
@@ -151,7 +151,7 @@ def fitted_devices(cpu: str) -> dict[str, Device]:
     import numpy as np
     from scipy.optimize import nnls
 
-    from reclib.steptime import GROUPS
+    from reclib.cost.planner import GROUPS
 
     found, rows = recorded_rates(cpu), measured("fitted", cpu)
     seconds, process, heaps = [], {name: [] for name in found}, []
@@ -224,7 +224,7 @@ def write_error(cpu: str) -> None:
 
 def forecast(given: dict[str, Any], devices: Mapping[str, Device]) -> dict[str, float]:
     """Return the planner's step time and peak memory of a row on a CPU's devices."""
-    from reclib.steptime import GROUPS
+    from reclib.cost.planner import GROUPS
 
     device = devices[f"cpu{given['threads']}"]
     groups, size = groups_of(given, device["rates"])
@@ -237,24 +237,25 @@ def forecast(given: dict[str, Any], devices: Mapping[str, Device]) -> dict[str, 
 
 def on_board(given: dict[str, Any], label: str, share: Mapping[str, float] | None = None) -> dict[str, float]:
     """Return the planner's step time and peak of tensors of a row on a GPU, with its shares or given ones."""
-    from reclib import devices, steptime
+    from reclib import hardware
+    from reclib.cost import planner
 
-    board = devices.catalogue()[label]
+    board = hardware.catalogue()[label]
     parts, size = parts_of(given, "cuda")
     if share is None:
-        step = steptime.on_board(parts, board, given["precision"])
+        step = planner.on_board(parts, board, given["precision"])
         seconds = {"step_seconds": step.seconds, "step_seconds_low": step.low, "step_seconds_high": step.high}
     else:
-        seconds = {"step_seconds": steptime.roofline(parts, board, given["precision"], share)}
+        seconds = {"step_seconds": planner.roofline(parts, board, given["precision"], share)}
     return seconds | {"peak_memory_bytes": size.total}
 
 
 def predictions_file(device: str) -> Path:
     """Return the file of the predictions for a CPU, or for a GPU in its own folder."""
-    from reclib import devices
+    from reclib import hardware
 
     name = f"planner-predictions-{re.sub(r'[^a-z0-9]+', '-', device.lower())}.json"
-    return file(device if device in devices.catalogue() else "cpu").with_name(name)
+    return file(device if device in hardware.catalogue() else "cpu").with_name(name)
 
 
 def predictions(cpu: str) -> dict[str, dict[str, Any]]:
@@ -299,10 +300,10 @@ def gpu_rows(label: str) -> list[dict[str, Any]]:
     import gpu
     import torch
 
-    from reclib import devices
+    from reclib import hardware
     from reclib.hardware import Card, Device
 
-    board = devices.catalogue()[label]
+    board = hardware.catalogue()[label]
     card = Card(
         type="cuda",
         name=board.name,
@@ -348,22 +349,21 @@ def refitted(label: str, rows: Iterable[dict[str, Any]]) -> dict[str, float]:
     import numpy as np
     from scipy.optimize import least_squares
 
-    from reclib import devices, steptime
+    from reclib import hardware
+    from reclib.cost import planner
 
-    board, names = devices.catalogue()[label], ("products", "bandwidth", "operator_us")
+    board, names = hardware.catalogue()[label], ("products", "bandwidth", "operator_us")
     parts = [(parts_of(asked(r["own_params"]), "cuda")[0], r["own_params"]["precision"]) for r in rows]
     took = [r["timings"]["step_seconds"] for r in rows]
 
     def gaps(logs: Any) -> Any:
         share = dict(zip(names, np.exp(logs), strict=True))
         return [
-            np.log(steptime.roofline(one, board, name, share) / t)
+            np.log(planner.roofline(one, board, name, share) / t)
             for (one, name), t in zip(parts, took, strict=True)
         ]
 
-    starts = [
-        np.log([steptime.efficiency()[at][name] for name in names]) for at in ("slow", "likely", "fast")
-    ]
+    starts = [np.log([planner.efficiency()[at][name] for name in names]) for at in ("slow", "likely", "fast")]
     tries = [least_squares(gaps, start, diff_step=1e-3) for start in starts]  # a host that waits has no slope
     found = min(tries, key=lambda one: one.cost)
     return {name: round(float(value), 3) for name, value in zip(names, np.exp(found.x), strict=True)}
@@ -415,9 +415,9 @@ def tables() -> None:
 
 def gpu_tables() -> None:
     """Print the errors of every GPU that was measured: as predicted, and with shares refitted on half."""
-    from reclib import devices
+    from reclib import hardware
 
-    for label in devices.catalogue():
+    for label in hardware.catalogue():
         rows = on_gpu(label)
         if not rows:
             continue
@@ -457,8 +457,8 @@ def print_table(name: str, found: Iterable[dict[str, Any]]) -> None:
 
 def seed_check() -> None:
     """Compare the seed study's wall clock on an A100 with the plan of its step: for consistency only."""
-    from reclib import planner
     from reclib.config import TrainConfig, model_config
+    from reclib.cost import planner
 
     rates = {"85m": 3886, "130m": 2429, "430m": 1080}  # sequences/s: an epoch's sequences over its time
     lengths = planner.typical_lengths()
@@ -477,7 +477,7 @@ def seed_check() -> None:
 
 
 def main() -> int:
-    from reclib import devices
+    from reclib import hardware
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     actions = {"rates": rates, "fit": fit, "tables": tables}
@@ -492,8 +492,8 @@ def main() -> int:
     if given.command in ("measure", "microbench"):
         print(json.dumps({"measure": measure, "microbench": microbench}[given.command](given.payload)))
     elif given.command == "predict":
-        if given.other and given.other not in devices.catalogue():
-            parser.error(f"predict: expected one of {', '.join(devices.catalogue())}")
+        if given.other and given.other not in hardware.catalogue():
+            parser.error(f"predict: expected one of {', '.join(hardware.catalogue())}")
         predict(given.other)
     elif given.command == "adopt":
         if given.other not in calibration():

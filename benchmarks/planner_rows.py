@@ -124,7 +124,7 @@ def described(stage: str, size: str, model: Any, train: Any, users: int) -> dict
 
 def adapter_of(given: dict[str, Any]) -> Any:
     """Return the adapter of a row as the planner has it; None where the whole model is trained."""
-    from reclib.adapter_plan import AdapterPlan
+    from reclib.cost.work import AdapterPlan
 
     return AdapterPlan(kind=given["adapter"]) if "adapter" in given else None
 
@@ -133,20 +133,20 @@ def lengths_of(given: dict[str, Any], num_items: int) -> Any:
     """Return the lengths of the histories that a row trains on: all but the last two items, or whole ones."""
     import numpy as np
 
-    from reclib import data
+    from reclib.data.prepare import train_histories
 
     prepared = dataset(given, num_items)
     if given.get("histories") == "whole":
         return np.diff(prepared.offsets)
-    histories = data.train_histories(prepared)
+    histories = train_histories(prepared)
     return histories.ends - histories.starts
 
 
 @functools.cache
 def synthetic(users: int, num_items: int, mean_len: float) -> Any:
-    from reclib import data
+    from reclib.data.prepare import synthetic_dataset
 
-    return data.synthetic_dataset(users, num_items, mean_len, 0)
+    return synthetic_dataset(users, num_items, mean_len, 0)
 
 
 def dataset(given: dict[str, Any], num_items: int) -> Any:
@@ -161,9 +161,11 @@ def measure(given: dict[str, Any]) -> dict[str, Any]:
     """Train some steps and return step time, memory, and what was counted."""
     import torch
 
-    from reclib import benchmark, data, hardware
-    from reclib.model import Bert4Rec
-    from reclib.trainer import Trainer
+    from reclib import hardware
+    from reclib.data.prepare import train_histories
+    from reclib.model.bert4rec import Bert4Rec
+    from reclib.train import timing
+    from reclib.train.trainer import Trainer
 
     torch.set_num_threads(given["threads"])
     model, train = configs(given)
@@ -173,17 +175,17 @@ def measure(given: dict[str, Any]) -> dict[str, Any]:
     hardware.reset_peak_memory(device.torch_device)
     before = hardware.peak_memory_bytes(device.torch_device)
     torch.manual_seed(0)
-    histories = data.train_histories(prepared)
+    histories = train_histories(prepared)
     trained = adapted(Bert4Rec(model), given)
     trainer = Trainer(trained, histories, train, device, prepared.fingerprint)
     parameters = sum(p.numel() for p in trained.parameters())
     steps = 24 if parameters < 3e6 else 12 if parameters < 50e6 else 5 if parameters < 200e6 else 3
-    found = benchmark.measure(trainer, steps, 3 if parameters < 50e6 else 2)
+    found = timing.measure(trainer, steps, 3 if parameters < 50e6 else 2)
     counts = found.counts() | {"parameters": parameters}
     if "adapter" in given:
         counts["trained_parameters"] = sum(p.numel() for p in trainer.parameters)
     else:  # what is counted there is training of all weights
-        done, needed = benchmark.step_flops(trainer, 3)
+        done, needed = timing.step_flops(trainer, 3)
         counts |= {"encoder_flops": done.encoder, "head_flops": done.head, "needed_flops": needed.total}
     return {
         "card": hardware.device_card(device),
@@ -195,8 +197,8 @@ def measure(given: dict[str, Any]) -> dict[str, Any]:
 
 def adapted(model: Any, given: dict[str, Any]) -> Any:
     """Return what a row trains: the model, or an adapter on it."""
-    from reclib.ilora import AdaptedModel
-    from reclib.lowrank import AdapterConfig
+    from reclib.config import AdapterConfig
+    from reclib.model.ilora import AdaptedModel
 
     if (plan := adapter_of(given)) is None:
         return model
@@ -208,9 +210,10 @@ def adapted(model: Any, given: dict[str, Any]) -> Any:
 def microbench(threads: int) -> dict[str, Any]:
     """Return the rates of so many threads, and what a process holds before it has a model."""
     import torch
+    from microbench import rates as measure_rates
 
-    from reclib import benchmark, data, hardware, trainer  # noqa: F401  (what a training process has loaded)
-    from reclib.microbench import rates as measure_rates
+    from reclib import hardware
+    from reclib.train import trainer as reclib_trainer  # noqa: F401  (what a training process has loaded)
 
     torch.set_num_threads(threads)
     device = hardware.resolve("cpu")
@@ -268,10 +271,11 @@ def file(label: str = "cpu", root: Path = ROOT / "executed") -> Path:
 
 def write(name: str, found: Mapping[str, Any], own: dict[str, Any], root: Path = ROOT / "executed") -> None:
     """Append a record of what was found, beside those of its device."""
-    from reclib import provenance, record
+    from reclib import records
+    from reclib import system as reclib_system
 
     line = {
-        "schema": record.SCHEMA,
+        "schema": records.SCHEMA,
         "notebook": NOTEBOOK,
         "name": name,
         "kind": "measured",
@@ -279,28 +283,28 @@ def write(name: str, found: Mapping[str, Any], own: dict[str, Any], root: Path =
         "claimed": None,
         "profile": "grid",
         "seed": None,
-        "device": {key: found["card"][key] for key in record.CARD},
+        "device": {key: found["card"][key] for key in records.CARD},
         "data": found["data"],
         "metrics": found["counts"],
         "timings": found["timings"],
         "series": {},
         "params": {"grid": "planner"},
         "own_params": own,
-        "params_hash": record.params_hash(own | {"name": name}),
+        "params_hash": records.params_hash(own | {"name": name}),
         "earlier": 0,
-        "code": provenance.code_hash(NOTEBOOK),
-        "git": provenance.git_state(),
-        "versions": provenance.versions(),
+        "code": records.code_hash(NOTEBOOK),
+        "git": records.git_state(),
+        "versions": records.versions(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    record.append(file(line["label"], root), provenance.plain(line))
+    records.append(file(line["label"], root), reclib_system.plain(line))
 
 
 def here() -> str:
     """Return the CPU that is here."""
-    from reclib import provenance
+    from reclib import hardware
 
-    return provenance.cpu_model()
+    return hardware.cpu_model()
 
 
 def cpu_of(one: dict[str, Any]) -> str:
@@ -310,7 +314,7 @@ def cpu_of(one: dict[str, Any]) -> str:
 
 def named(name: str, label: str = "cpu") -> list[dict[str, Any]]:
     """Return the records of a name."""
-    from reclib.grid import read_rows
+    from reclib.experiments.grids import read_rows
 
     return [r for r in read_rows(file(label)) if r["name"] == name]
 

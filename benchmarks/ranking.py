@@ -25,11 +25,14 @@ import torch
 import torch.nn.functional as F
 from engine import configs, dataset_of
 
-from reclib import benchmark, data, hardware, metrics
+from reclib import hardware
 from reclib.config import changed
-from reclib.data import Evaluation, Histories
-from reclib.model import Bert4Rec
-from reclib.trainer import Trainer
+from reclib.data.dataset import Evaluation, Histories
+from reclib.data.prepare import evaluation, synthetic_dataset, train_histories
+from reclib.evaluate import metrics
+from reclib.model.bert4rec import Bert4Rec
+from reclib.train import timing
+from reclib.train.trainer import Trainer
 
 ITEMS, HIDDEN, TOP_K = 160_000, 256, 10
 
@@ -53,7 +56,7 @@ def in_turns(actions: dict[str, Callable[[], object]], rounds: int) -> dict[str,
 
 @torch.no_grad()
 def from_hidden_states(users: int, rounds: int) -> dict[str, Any]:
-    part = some_users(data.evaluation(data.synthetic_dataset(users, ITEMS, 9.4, 0), "test"), users)
+    part = some_users(evaluation(synthetic_dataset(users, ITEMS, 9.4, 0), "test"), users)
     users = len(part.targets)
     torch.manual_seed(0)
     hidden, weight = torch.randn(users, HIDDEN), 0.02 * torch.randn(ITEMS, HIDDEN)
@@ -95,7 +98,7 @@ def from_hidden_states(users: int, rounds: int) -> dict[str, Any]:
 
 def end_to_end(shape: str, users: int, rounds: int) -> dict[str, Any]:
     dataset = dataset_of(shape)
-    part = some_users(data.evaluation(dataset, "test"), users)
+    part = some_users(evaluation(dataset, "test"), users)
     torch.manual_seed(0)
     model = Bert4Rec(configs(shape, dataset.num_items)[0])
     where = torch.device("cpu")
@@ -116,10 +119,10 @@ def requests(shape: str, precision: str, count: int) -> dict[str, Any]:
     dataset = dataset_of(shape)
     model, train = configs(shape, dataset.num_items)
     torch.manual_seed(0)
-    histories = data.train_histories(dataset)
+    histories = train_histories(dataset)
     device = hardware.resolve("cpu")
     trainer = Trainer(Bert4Rec(model), histories, changed(train, precision=precision), device, "latency")
-    found = benchmark.latency(trainer, data.evaluation(dataset, "test").histories, count)
+    found = timing.latency(trainer, evaluation(dataset, "test").histories, count)
     low, high = found.p50, found.p99
     print(
         f"  {shape:<14}{precision:<6}p50 {low * 1e3:7.2f} ms   p99 {high * 1e3:7.2f} ms   of {count} requests"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -15,27 +16,42 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
+
 Objective = Literal["cloze", "next_item", "seed_focal"]
+
 Loss = Literal["auto", "plain", "fused", "chunked", "inplace", "sampled_softmax", "gbce"]
+
 CompileMode = Literal["off", "default", "reduce-overhead", "max-autotune", "graph"]
+
 # What may be claimed: every board of params/devices.yaml, and the family of boards that differ in memory.
 _Cpu = Literal["cpu", "cpu1", "cpu2"]
+
 _Old = Literal["t4", "v100", "v100-16", "v100-32"]
+
 _New = Literal["l4", "a10g", "a100", "a100-40", "a100-80", "h100", "h200", "rtx4090"]
+
 GpuLabel = Literal["auto", _Cpu, _Old, _New]
 
 GPU_LABELS: tuple[str, ...] = get_args(GpuLabel)
+
 PAD = 0  # item id of padding; real items are 1..num_items, MASK is num_items + 1
 
 Positive = Annotated[int, Field(gt=0)]
+
 NonNegative = Annotated[int, Field(ge=0)]
+
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+
 NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 LATER = ("head_multiple", "half_copies")  # fields that came after the first records: see `as_dict`
+
 STRICT = ConfigDict(extra="forbid", strict=True)
+
 T = TypeVar("T")
 
 
@@ -94,7 +110,7 @@ class ModelConfig:
 class DataConfig:
     """Which interactions, how they are read, and how they are filtered."""
 
-    dataset: str = "ml-100k"  # a name, a file, or a prepared folder: see `sources.source`
+    dataset: str = "ml-100k"  # a name, a file, or a prepared folder: see `prepare.source`
     format: str = "auto"  # a name of `formats.FORMATS`; auto: detected, or an error that names the choices
     columns: dict[str, str] | None = None  # own CSV or Parquet: user, item, time, rating -> column name
     min_user: Positive = 5  # k-core: interactions that a user must have
@@ -126,7 +142,7 @@ class TrainConfig:
     micro_batch_size: Positive | None = None  # sequences per forward pass; None: batch_size
     layout: Literal["packed", "padded"] = "packed"
     head_rows: Literal["targets", "all"] = "targets"  # positions that reach the output layer
-    loss: Loss = "auto"  # routes to the full cross-entropy, or a sampled loss; see `objective`
+    loss: Loss = "auto"  # routes to the full cross-entropy, or a sampled loss; see `losses`
     num_negatives: Positive = 256  # of a sampled loss, shared by the targets of a step
     negatives: Literal["uniform", "popularity"] = "uniform"  # what they are drawn from
     logq: bool = True  # sampled_softmax: correct each negative for how likely it was drawn
@@ -172,7 +188,9 @@ class TrainConfig:
 
 
 _SEED = {"positions": "sinusoidal", "norm": "post", "embedding_norm": True, "tied": False}
+
 _SEED |= {"max_len": 50, "dropout": 0.25}
+
 _CPU = {"norm": "pre", "positions": "learned", "tied": True}
 
 # Named sizes. "num_items" is the catalogue that the name's parameter count belongs to; a run on another
@@ -202,13 +220,16 @@ SIZES: dict[str, dict[str, Any]] = {
 # The family of the scaling experiment, `w<width>d<depth>`: heads of 32, tied tables as wide as the encoder.
 # Width changes tables and encoder together; depth changes the encoder and leaves the tables as they are.
 WIDTHS, DEPTHS = (32, 64, 96, 128, 192, 256, 384), (1, 2, 4, 8)
+
 SIZES |= {
     f"w{width}d{depth}": _CPU
     | {"hidden_dim": width, "num_layers": depth, "num_heads": width // 32, "num_items": 3416}
     for width in WIDTHS
     for depth in DEPTHS
 }
+
 _FIRST = f"w{WIDTHS[0]}d{DEPTHS[0]}"
+
 SIZE_NAMES = ", ".join([*list(SIZES)[: list(SIZES).index(_FIRST)], f"{_FIRST} to {list(SIZES)[-1]}"])
 
 
@@ -260,3 +281,47 @@ def _sentence(error: Any, names: list[str]) -> str:
     if where == "configuration":
         return said
     return f"parameter {where!r} is {error['input']!r}: {said[:1].lower()}{said[1:]}"
+
+
+Kind = Literal["lora", "rslora", "ilora", "gated"]
+
+RepresentationName = Literal["mean_embedding", "base_state", "causal_state"]
+
+Control = Literal["none", "shuffled_user", "noise", "fixed_gate", "static_gate"]
+
+ENCODER = ("qkv", "attention_out", "ffn_up", "ffn_down")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class AdapterConfig:
+    """One adapter: its kind, its size, and what of the model it adapts."""
+
+    kind: Kind = "lora"
+    rank: Positive = 8  # r
+    alpha: PositiveFloat = 8.0  # lora: the factor is alpha / rank
+    dropout: Probability = 0.0  # on the adapter's input
+    targets: tuple[str, ...] = ENCODER  # names of `ilora.TARGETS`, or paths of single modules
+    num_experts: Positive = 4  # K, of `ilora`; divides rank
+    representation: RepresentationName = "mean_embedding"  # what the gate of `ilora` looks at
+    temperature: PositiveFloat = 1.0  # the gate is softmax(W z / temperature)
+    control: Control = "none"  # `ilora` with something taken away: see `ilora.Adapters.add`
+    gate_seed: NonNegative = 0  # of the weights that control='fixed_gate' draws once
+    gate_learning_rate: PositiveFloat = 1.0  # of the gate, in units of the adapter's; 0.3 in the paper's code
+    gate_init: Annotated[float, Field(ge=0.0)] = 1.0  # times torch's initial weights; 0: uniform at first
+
+    @model_validator(mode="after")
+    def _experts_divide(self) -> AdapterConfig:
+        if not self.targets:
+            raise ValueError("targets is empty: an adapter needs at least one")
+        if self.kind == "ilora" and self.rank % self.num_experts:
+            raise ValueError(f"rank={self.rank} must be divisible by num_experts={self.num_experts}")
+        if self.kind != "ilora" and self.control != "none":
+            raise ValueError(f"control={self.control!r} is one of kind='ilora', not of {self.kind!r}")
+        return self
+
+    @property
+    def scaling(self) -> float:
+        """What A x is multiplied by, before a gate: alpha / r, alpha / sqrt(r) or alpha K / r."""
+        if self.kind == "rslora":
+            return self.alpha / math.sqrt(self.rank)
+        return self.alpha * (self.num_experts if self.kind == "ilora" else 1) / self.rank

@@ -6,24 +6,30 @@ Decisions are pure functions of a `Card`, so that they can be tested for devices
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import json
 import os
+import platform
+import re
 import resource
 import shutil
-import subprocess
 import sys
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
+import yaml
 
-from reclib import devices, provenance
-from reclib.command import Parser, exit_code
-from reclib.config import GPU_LABELS, InputError
+from reclib import system
+from reclib.config import GPU_LABELS, InputError, nearest
+from reclib.system import Parser
 
 # The CPU with a stated number of threads: devices of their own, with records of their own.
 CPU_THREADS = {"cpu1": 1, "cpu2": 2}
+
 # Words of a CUDA device's name that say it is less than the board: a part of one, or another chip.
 OTHER_CHIPS = {"mig", "laptop", "d"}
 
@@ -59,7 +65,7 @@ class Device:
         """Whether what was asked for is what is there ("auto" takes what is there)."""
         if self.claimed in ("auto", self.label):
             return True
-        board = devices.of_memory(self.label, self.card.memory_bytes or 0)
+        board = of_memory(self.label, self.card.memory_bytes or 0)
         return board is not None and self.claimed == board.label
 
 
@@ -72,12 +78,14 @@ def label_of(name: str) -> str:
     if OTHER_CHIPS & set(words):
         return "other"
     named = {*words, *map("".join, itertools.pairwise(words))}
-    families = (label.partition("-")[0] for label in devices.catalogue())
+    families = (label.partition("-")[0] for label in catalogue())
     return next((family for family in families if family in named), "other")
 
 
 def probe() -> Card:
     """Describe the device that is there: the first CUDA device, else the CPU."""
+    import torch
+
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         return Card(
@@ -88,7 +96,7 @@ def probe() -> Card:
             memory_bytes=properties.total_memory,
             arch_list=tuple(torch.cuda.get_arch_list()),
         )
-    return Card(type="cpu", name=provenance.cpu_name(), label="cpu", threads=torch.get_num_threads())
+    return Card(type="cpu", name=cpu_name(), label="cpu", threads=torch.get_num_threads())
 
 
 def resolve(claimed: str = "auto", card: Card | None = None) -> Device:
@@ -100,6 +108,8 @@ def resolve(claimed: str = "auto", card: Card | None = None) -> Device:
     zero (`flush_denormals`). Raises `InputError` for an unknown label and for a GPU that this torch build has
     no kernels for.
     """
+    import torch
+
     if claimed not in GPU_LABELS:
         raise InputError(f"unknown gpu label {claimed!r}; allowed: {', '.join(GPU_LABELS)}")
     if claimed == "cpu" or claimed in CPU_THREADS:
@@ -118,8 +128,8 @@ def cpu_card(claimed: str, cores: int, threads: int) -> Card:
     """Describe the CPU as it is used under the label `claimed`: with its threads if the cores are there."""
     asked = CPU_THREADS.get(claimed)
     if asked is None or asked > cores:
-        return Card(type="cpu", name=provenance.cpu_name(), label="cpu", threads=threads)
-    return Card(type="cpu", name=provenance.cpu_name(), label=claimed, threads=asked)
+        return Card(type="cpu", name=cpu_name(), label="cpu", threads=threads)
+    return Card(type="cpu", name=cpu_name(), label=claimed, threads=asked)
 
 
 def fix_threads(number: int) -> None:
@@ -128,6 +138,8 @@ def fix_threads(number: int) -> None:
     Said explicitly even where torch has that many: until then MKL may take fewer for a call as it sees fit
     (its MKL_DYNAMIC), and a matrix product over another number of threads rounds otherwise (FINDINGS.md).
     """
+    import torch
+
     torch.set_num_threads(number)
 
 
@@ -139,6 +151,8 @@ def flush_denormals() -> bool:
     The setting belongs to a thread and is passed on to those that it starts, so this comes before the first
     parallel operation.
     """
+    import torch
+
     return bool(torch.set_flush_denormal(True))
 
 
@@ -147,6 +161,8 @@ def steady_attention() -> None:
 
     From torch 2.9 on it comes first on capability 9 and 10; the shapes of packed rows change step by step.
     """
+    import torch
+
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
@@ -158,6 +174,8 @@ def usable_cores() -> int:
 
 def visible_gpus() -> list[tuple[str, str]]:
     """Return (what to set CUDA_VISIBLE_DEVICES to, label) of each GPU that this process may use."""
+    import torch
+
     count = torch.cuda.device_count()
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [str(i) for i in range(count)] if given is None else given.split(",")
@@ -166,6 +184,8 @@ def visible_gpus() -> list[tuple[str, str]]:
 
 def check_build(card: Card) -> None:
     """Refuse a CUDA device that this torch build holds no kernels for, and say what to install."""
+    import torch
+
     if card.type != "cuda" or card.capability is None:
         return
     major, minor = card.capability
@@ -196,6 +216,8 @@ class PrecisionChoice:
     @property
     def autocast_dtype(self) -> torch.dtype | None:
         """Type for autocast; None: no autocast."""
+        import torch
+
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.name)
 
     @property
@@ -229,6 +251,8 @@ def choose_precision(asked: str, card: Card) -> PrecisionChoice:
 
 def set_matmul_precision(choice: PrecisionChoice) -> None:
     """Let fp32 products use TF32 units if and only if that was chosen."""
+    import torch
+
     torch.set_float32_matmul_precision("high" if choice.name == "tf32" else "highest")
 
 
@@ -253,9 +277,11 @@ def has_compiler() -> bool:
 
 def device_card(device: Device) -> dict[str, Any]:
     """Return what a record says of the device: card, torch, CUDA and driver versions."""
+    import torch
+
     card = asdict(device.card) | {"claimed": device.claimed}
     card.pop("arch_list")
-    card["cpu_model"] = provenance.cpu_model() if device.card.type == "cpu" else None
+    card["cpu_model"] = cpu_model() if device.card.type == "cpu" else None
     card |= {"torch": torch.__version__, "cuda": torch.version.cuda, "driver": None}
     if device.card.type == "cuda":
         card["driver"] = driver_version()
@@ -276,12 +302,16 @@ def driver_version() -> str | None:
 
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done all that was asked of it."""
+    import torch
+
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def reset_peak_memory(device: torch.device) -> None:
     """Start a new peak where the platform can: CUDA's counters, or the kernel's on Linux."""
+    import torch
+
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
@@ -294,6 +324,8 @@ def reset_peak_memory(device: torch.device) -> None:
 
 def peak_memory_bytes(device: torch.device) -> int:
     """Return the peak of allocated memory on CUDA, of resident memory on a CPU."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "linux":
@@ -310,7 +342,7 @@ def keep_freed_memory() -> bool:
 
     By default glibc gives blocks over some megabytes back to the kernel and takes them again zeroed, page by
     page. Blocks of 32 MiB and more still come from the kernel: kept, they would fragment the heap; those of a
-    step stay allocated anyway (see `sinks`). No effect on other C libraries.
+    step stay allocated anyway (see `bert4rec`). No effect on other C libraries.
     """
     if sys.platform != "linux":
         return False
@@ -322,17 +354,12 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(m_mmap_threshold, 32 * 2**20)) and bool(mallopt(m_trim_threshold, 2**31 - 1))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Describe the device; list the GPUs; `check` runs the self-check, which lies above this module."""
-    arguments = sys.argv[1:] if argv is None else argv
-    if arguments[:1] == ["check"]:
-        command = [sys.executable, "-m", "reclib.selfcheck", *arguments[1:]]
-        return subprocess.run(command).returncode
-    parser = Parser(prog="python -m reclib.hardware", description="What this machine computes on, in full.")
+def device_main(argv: list[str] | None = None) -> int:
+    """Describe the device, or list the GPUs."""
+    parser = Parser(prog="python -m reclib device", description="What this machine computes on, in full.")
     actions = parser.add_subparsers(dest="action", metavar="ACTION", help="none: describe the device")
     actions.add_parser("visible", help="the GPUs that this process sees, as JSON")
-    actions.add_parser("check", help="the self-check that a GPU needs once, before its first record")
-    if parser.parse_args(arguments).action == "visible":
+    if parser.parse_args(argv).action == "visible":
         print(json.dumps(visible_gpus()))
         return 0
     for name, value in device_card(resolve()).items():
@@ -340,5 +367,105 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
-    raise SystemExit(exit_code(main))
+# ------------------------------------------------------------------------------------------------
+# Devices that are not here: what their makers say of them, from `params/devices.yaml`.
+#
+# A gpu label may stand for several boards ("v100" for 16 and 32 GB). Whoever needs one number of a label
+# gets it only where its boards agree: an unknown device has no peak, and so no MFU.
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Board:
+    """One device of the catalogue."""
+
+    label: str
+    name: str
+    capability: tuple[int, int]  # CUDA compute capability
+    memory_bytes: int
+    bandwidth: float  # bytes/s between processor and memory
+    power: float  # W, at most
+    peaks: dict[str, float] = field(hash=False)  # dense FLOP/s by precision
+    source: str
+    build: str = ""  # what torch build it needs, where not any
+
+    def precision(self, asked: str = "auto") -> str:
+        """Return what `asked` means here: auto is bf16 from capability 8.0, below it fp16.
+
+        Raises `InputError` for a precision that the device has no units for.
+        """
+        chosen = ("bf16" if self.capability >= (8, 0) else "fp16") if asked == "auto" else asked
+        if chosen not in self.peaks:
+            known = ", ".join(self.peaks)
+            raise InputError(f"precision {chosen!r}: {self.name} has no units for it; allowed: {known}")
+        return chosen
+
+
+@functools.cache
+def catalogue() -> dict[str, Board]:
+    """Return every device by label."""
+    file = system.params() / "devices.yaml"
+    return {label: _board(label, given) for label, given in yaml.safe_load(file.read_text("utf-8")).items()}
+
+
+def _board(label: str, given: dict[str, Any]) -> Board:
+    own = dict(given)
+    own |= {
+        "capability": tuple(own["capability"]),
+        "memory_bytes": int(own.pop("memory") * GIB),
+        "bandwidth": own["bandwidth"] * 1e9,
+        "peaks": {name: value * 1e12 for name, value in own["peaks"].items()},
+    }
+    return Board(**own, label=label)
+
+
+def boards(label: str) -> list[Board]:
+    """Return the boards that a label stands for: itself, or all that begin with it; raise `InputError`."""
+    found = [board for name, board in catalogue().items() if name == label or name.startswith(f"{label}-")]
+    if not found:
+        known = ", ".join(catalogue())
+        raise InputError(f"unknown device {label!r}{nearest(label, catalogue())}; known: {known}")
+    return found
+
+
+def of_memory(family: str, memory_bytes: int) -> Board | None:
+    """Return the board of a family with the memory nearest to this; None for a family that is not known."""
+    found = [board for name, board in catalogue().items() if name.partition("-")[0] == family]
+    return min(found, key=lambda board: abs(board.memory_bytes - memory_bytes), default=None)
+
+
+def peak_flops(label: str, precision: str) -> float | None:
+    """Return the dense peak of a label; None for a CPU and for whatever is not in the catalogue."""
+    try:
+        peaks = {board.peaks.get(precision) for board in boards(label)}
+    except InputError:
+        return None
+    return peaks.pop() if len(peaks) == 1 else None
+
+
+def cpu_name() -> str:
+    """Return what this machine's CPU calls itself; several generations may share a name."""
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+def cpu_model() -> str:
+    """Return a short name that tells generations apart, such as `Intel Xeon 6/207` (family and model)."""
+    found = _cpuinfo()
+    numbers = [found[name] for name in ("cpu family", "model") if name in found]
+    return f"{short_cpu(cpu_name())} {'/'.join(numbers)}".strip()
+
+
+def short_cpu(name: str) -> str:
+    """Return a CPU's name without marks and words that say nothing."""
+    words = re.sub(r"\((R|TM)\)|@.*", "", name).split()
+    return " ".join(word for word in words if word not in ("Processor", "CPU"))
+
+
+def _cpuinfo() -> dict[str, str]:
+    """Return what Linux says of the first core; nothing elsewhere."""
+    if sys.platform != "linux":
+        return {}
+    first = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
+    pairs = (line.partition(":")[::2] for line in first.splitlines())
+    return {name.strip(): value.strip() for name, value in pairs}

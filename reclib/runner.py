@@ -8,22 +8,30 @@ dropped, so that a diff shows results.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import logging
 import os
+import queue
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reclib import diagnosis, paths
-from reclib.config import InputError
+from reclib import parameters, records, system
+from reclib.config import GPU_LABELS, InputError
 
 _ERROR_MARKER = "papermill-error-cell-tag"  # of the banner cells that papermill inserts
+
 _WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+
 Tell = Callable[[str], None]
 
 
@@ -75,7 +83,7 @@ def execute(
     output.parent.mkdir(parents=True, exist_ok=True)
     progress = _Progress(tell)
     _register(progress)
-    kills = diagnosis.memory_kills()
+    kills = system.memory_kills()
     # A short folder of its own: the sockets' path has room for about 100 characters.
     runtime = tempfile.mkdtemp(prefix="reclib-", dir="/tmp" if os.path.isdir("/tmp") else None)
     try:
@@ -96,16 +104,16 @@ def execute(
         os.replace(working, output)
     except PapermillExecutionError as error:
         said = f"{error.ename}: {error.evalue}".strip().splitlines()[0]
-        raise _failed(notebook, error.exec_count, said + diagnosis.of_error(said)) from None
+        raise _failed(notebook, error.exec_count, said + system.of_error(said)) from None
     except DeadKernelError:
         code = progress.end_kernel()
-        said = f"DeadKernelError: {diagnosis.of_death(code, diagnosis.memory_kills() - kills)}"
+        said = f"DeadKernelError: {system.of_death(code, system.memory_kills() - kills)}"
         raise _failed(notebook, progress.cell, said) from None
     except (TimeoutError, RuntimeError) as error:  # a cell over its time, a kernel that does not start
         said = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        raise _failed(notebook, progress.cell, said + diagnosis.of_error(said)) from None
+        raise _failed(notebook, progress.cell, said + system.of_error(said)) from None
     except OSError as error:
-        if not diagnosis.is_full_disk(error):
+        if not system.is_full_disk(error):
             raise
         raise _failed(notebook, progress.cell, _put_away(working, error)) from None
     finally:
@@ -118,7 +126,7 @@ def _put_away(working: Path, error: OSError) -> str:
     for half in (working, working.with_suffix(".partial")):
         half.unlink(missing_ok=True)
     said = f"[Errno {error.errno}] {error.strerror}, writing {working.name}"
-    return said + diagnosis.of_error(said)
+    return said + system.of_error(said)
 
 
 def _failed(notebook: Path, cell: int, said: str) -> NotebookFailed:
@@ -224,11 +232,230 @@ def _register(progress: _Progress) -> None:
 
 def _environment(records: Path | None) -> dict[str, str]:
     """Return the kernel's environment: our root and our code, wherever it starts."""
-    code = str(paths.CHECKOUT)
+    code = str(system.CHECKOUT)
     inherited = os.environ.get("PYTHONPATH")
     return os.environ | {
-        "RECLIB_ROOT": str(paths.root()),
-        "RECLIB_RECORDS": str(records or paths.executed()),
+        "RECLIB_ROOT": str(system.root()),
+        "RECLIB_RECORDS": str(records or system.executed()),
         "PYTHONPATH": os.pathsep.join([code, *([inherited] if inherited else [])]),
         "WANDB_SILENT": "true",
+    }
+
+
+# ------------------------------------------------------------------------------------------------
+# One notebook to be run with given parameters on a device, and whether that is done already.
+#
+# What is done is known from a stamp that git ignores, so that only work of this checkout is skipped:
+# committed records and notebooks never cause a skip.
+
+
+@dataclass(frozen=True)
+class Job:
+    """One notebook with its parameters, on the device that is here."""
+
+    notebook: str
+    values: dict[str, Any]  # as given to the notebook; None: filled there from the device file
+    label: str  # of the device that is really here
+
+    @classmethod
+    def last(cls, notebook: str, label: str) -> Job:
+        """Return the job that this checkout finished last on a device (no values: none)."""
+        empty = cls(notebook, {}, label)
+        return cls(notebook, empty._stamped().get("values", {}), label)
+
+    @property
+    def output(self) -> Path:
+        """Where the executed notebook goes."""
+        return system.executed() / self.label / f"{self.notebook}.ipynb"
+
+    @property
+    def stamp(self) -> Path:
+        """The file that says that this checkout has finished this notebook on this device."""
+        return system.stamps() / f"{self.label}-{self.notebook}.json"
+
+    def identity(self) -> str:
+        """Return a hash of what the outcome depends on: parameters, code, versions."""
+        filled = parameters.fill(parameters.build(self.notebook, self.values), self.label)
+        parts = {
+            "params": parameters.values(filled),
+            "code": records.code_hash(self.notebook),
+            "versions": records.versions(),
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def is_finished(self) -> bool:
+        """Whether this checkout finished it with this code, and what it wrote is still there."""
+        stamp = self._stamped()
+        try:
+            return (
+                stamp.get("identity") == self.identity()
+                and self.output.is_file()
+                and stamp.get("output") == _digest(self.output)
+                and self.output.with_name("results.jsonl").is_file()
+            )
+        except InputError:  # the parameters of then are not valid now
+            return False
+
+    def finish(self, identity: str) -> None:
+        """Stamp the job as done; `identity` is what it was when it began."""
+        stamp = {"identity": identity, "output": _digest(self.output), "values": self.values}
+        self.stamp.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.stamp.with_suffix(".partial")
+        partial.write_text(json.dumps(stamp) + "\n", encoding="utf-8")
+        os.replace(partial, self.stamp)
+
+    def _stamped(self) -> dict[str, Any]:
+        try:
+            stamp = json.loads(self.stamp.read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return {}
+        return stamp if isinstance(stamp, dict) else {}
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------
+# Notebooks times devices: one process at a time for each device, and none that takes another down.
+#
+# Each cell of the matrix is a process of its own (`reclib.study run`), so a crash, a kill or a timeout
+# costs that cell alone; the same command runs what is left, since finished cells are skipped by their
+# stamps. GPUs of one label share its notebooks. The CPU comes last: its jobs are timed on the cores that
+# feed the GPUs.
+
+Command = Callable[[str, str], list[str]]  # (notebook, label) -> arguments of one cell's process
+
+CPU_LABELS = tuple(label for label in GPU_LABELS if label.startswith("cpu"))
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One device of this machine."""
+
+    label: str
+    visible: str  # CUDA_VISIBLE_DEVICES of its processes; empty: none, the CPU
+
+
+def slots(asked: str, gpus: Sequence[tuple[str, str]]) -> list[Slot]:
+    """Return the devices that `asked` names: labels separated by commas, or "all" for every visible GPU.
+
+    `gpus` is what `hardware.visible_gpus` returns. Raises `InputError` for a label that is none or not here.
+    """
+    found: list[Slot] = []
+    for label in [part.strip() for part in asked.split(",")]:
+        mine = [Slot(own, visible) for visible, own in gpus if label in (own, "all")]
+        if label in CPU_LABELS:
+            mine = [Slot(label, "")]
+        here = ", ".join([*dict.fromkeys(own for _, own in gpus), *CPU_LABELS])
+        if (label != "all" and label not in GPU_LABELS) or label == "auto":
+            raise InputError(f"--gpus is {asked!r}: {label!r} is no device label; here: {here}, or all")
+        if not mine:
+            raise InputError(f"--gpus is {asked!r}: there is no visible GPU for {label!r}; here: {here}")
+        found += mine
+    return list(dict.fromkeys(found))
+
+
+def visible_gpus() -> list[tuple[str, str]]:
+    """Ask a process of its own for the GPUs, so that this one opens none of them."""
+    done = subprocess.run(
+        [sys.executable, "-m", "reclib", "device", "visible"],
+        capture_output=True,
+        text=True,
+        env=_matrix_environment(),
+    )
+    if done.returncode:
+        raise InputError(f"cannot list the GPUs: {done.stderr.strip().splitlines()[-1]}")
+    return [(visible, label) for visible, label in json.loads(done.stdout.splitlines()[-1])]
+
+
+class Matrix:
+    """The cells of a run, and how each ended."""
+
+    def __init__(self, notebooks: Sequence[str], devices: Sequence[Slot], command: Command) -> None:
+        self.devices, self.command = devices, command
+        self.left = {slot.label: queue.SimpleQueue[str]() for slot in devices}
+        for label in self.left:
+            for notebook in notebooks:
+                self.left[label].put(notebook)
+        self.ended: dict[tuple[str, str], str] = {}  # (notebook, label) -> "done" or what went wrong
+        self.children: set[subprocess.Popen] = set()
+        self.stopping = threading.Event()
+
+    def run(self) -> dict[tuple[str, str], str]:
+        """Run every cell; on an interrupt end the processes that are under way and raise it again."""
+        gpus = [[slot] for slot in self.devices if slot.visible]
+        cpus = [slot for slot in self.devices if not slot.visible]
+        try:
+            for lanes in (gpus, [cpus] if cpus else []):
+                threads = [threading.Thread(target=self._lane, args=(lane,)) for lane in lanes]
+                for thread in threads:
+                    thread.start()
+                while any(thread.is_alive() for thread in threads):
+                    time.sleep(0.1)
+        except KeyboardInterrupt:
+            self._stop()
+            raise
+        return self.ended
+
+    def _lane(self, devices: Sequence[Slot]) -> None:
+        for slot in devices:
+            while not self.stopping.is_set():
+                try:
+                    notebook = self.left[slot.label].get_nowait()
+                except queue.Empty:
+                    break
+                self._cell(notebook, slot)
+
+    def _cell(self, notebook: str, slot: Slot) -> None:
+        environment = system.start_with() | _matrix_environment() | {"CUDA_VISIBLE_DEVICES": slot.visible}
+        child = subprocess.Popen(
+            self.command(notebook, slot.label),
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            process_group=0,  # an interrupt from the terminal reaches us alone, and we pass it on
+        )
+        self.children.add(child)
+        assert child.stdout is not None
+        last = ""
+        for line in child.stdout:
+            last = line.rstrip() or last
+            print(f"[{slot.label}] {line.rstrip()}", flush=True)
+        code = child.wait()
+        self.children.discard(child)
+        self.ended[notebook, slot.label] = outcome(code, last)
+
+    def _stop(self) -> None:
+        """End what is under way: by an interrupt, then by force."""
+        self.stopping.set()
+        for number in (signal.SIGINT, signal.SIGKILL):
+            for child in list(self.children):
+                with contextlib.suppress(ProcessLookupError):
+                    child.send_signal(number)
+            end = time.monotonic() + system.PATIENCE
+            while self.children and time.monotonic() < end:
+                time.sleep(0.1)
+
+
+def outcome(code: int, last: str) -> str:
+    """Say how a cell's process ended, from its exit code and the last line that it wrote."""
+    if code == 0:
+        return "done"
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            return f"killed by {signal.Signals(-code).name}: the same command runs it again"
+    return last or f"exit code {code}"
+
+
+def _matrix_environment() -> dict[str, str]:
+    """Return an environment in which children import this code, wherever they start."""
+    code = str(system.CHECKOUT)
+    inherited = os.environ.get("PYTHONPATH")
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join([code, *([inherited] if inherited else [])]),
+        "RECLIB_ROOT": str(system.root()),
+        "PYTHONUNBUFFERED": "1",
     }

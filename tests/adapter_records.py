@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from reclib.tables import ARM_NAMES
+from reclib.report.tables import ARM_NAMES
 
 ARMS = list(ARM_NAMES)
 BASE = {

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from engine import histories, small_model
 
-from reclib.batching import Batch, Epoch
-from reclib.config import TrainConfig
-from reclib.ilora import AdaptedModel
-from reclib.lowrank import AdapterConfig
-from reclib.model import Bert4Rec
+from reclib.config import AdapterConfig, TrainConfig
+from reclib.data.batches import Batch, Epoch
+from reclib.model.bert4rec import Bert4Rec
+from reclib.model.ilora import AdaptedModel
 
 KINDS = ("lora", "rslora", "gated", "ilora")
 EVERYTHING = ("qkv", "attention_out", "ffn_up", "ffn_down", "head", "item_table")

@@ -25,12 +25,12 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 # A whole notebook in the form that the study's own have, small enough to run in a second or two.
-_CODE = """\
-from reclib import params, record
-p = params.read("02_baseline", globals())
-p = params.fill(p, "cpu")
-card = dict.fromkeys(record.CARD) | {"label": "cpu", "name": "test"}
-run = record.Run("02_baseline", p, card, {"name": "none", "fingerprint": "0"})"""
+_CODE = """from reclib import parameters
+from reclib import records
+p = parameters.read("02_baseline", globals())
+p = parameters.fill(p, "cpu")
+card = dict.fromkeys(records.CARD) | {"label": "cpu", "name": "test"}
+run = records.Run("02_baseline", p, card, {"name": "none", "fingerprint": "0"})"""
 RESULT = 'run.result("answer", {"hr_10": 0.123456 + p.epochs}, seed=0)'
 
 
@@ -81,11 +81,11 @@ def set_cells(project: Path) -> Callable[..., None]:
 
 @pytest.fixture
 def study(project: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run `python -m reclib.study` as a user does, in a process of its own."""
+    """Run `python -m reclib` as a user does, in a process of its own."""
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "reclib.study", *arguments],
+            [sys.executable, "-m", "reclib", *arguments],
             cwd=project,
             env=os.environ | {"PYTHONPATH": str(ROOT)},
             capture_output=True,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from reclib.batching import Epoch
 from reclib.config import ModelConfig, TrainConfig
-from reclib.data import Histories
-from reclib.model import Bert4Rec
-from reclib.objective import batch_loss
+from reclib.data.batches import Epoch
+from reclib.data.dataset import Histories
+from reclib.model.bert4rec import Bert4Rec
+from reclib.train.losses import batch_loss
 
 NUM_ITEMS = 37
 

@@ -7,17 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from reclib import hardware, params, recommend
-from reclib.dataset import Dataset
-from reclib.notebook_params import Explore
-from reclib.recommend import Lineup
+from reclib import hardware, parameters
+from reclib.data.dataset import Dataset
+from reclib.experiments import explore
+from reclib.experiments.explore import Lineup
+from reclib.parameters import Explore
 
 CPU = hardware.resolve("cpu")
 SMALL = {"max_len": 16, "batch_size": 32, "epochs": 6, "adapter_epochs": 4, "history_items": 6, "top_k": 5}
 
 
 def asked(**changes: object) -> Explore:
-    return params.build("07_explore", params.profile("07_explore", "smoke") | SMALL | changes)
+    return parameters.build("07_explore", parameters.profile("07_explore", "smoke") | SMALL | changes)
 
 
 def trained(dataset: Dataset, folder: Path) -> Iterator[Lineup]:
@@ -25,4 +26,4 @@ def trained(dataset: Dataset, folder: Path) -> Iterator[Lineup]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RECLIB_RUNS", str(folder / "runs"))
         patch.setenv("RECLIB_MODELS", str(folder / "models"))
-        yield recommend.lineup(asked(), dataset, CPU)
+        yield explore.lineup(asked(), dataset, CPU)

@@ -16,12 +16,15 @@ from adapting import adapted
 from engine import histories, small_model
 from safetensors.torch import save_file
 
-from reclib import data, distributed, hardware, runfile, sinks
-from reclib.checkpoint import unique_tensors
+from reclib import hardware
 from reclib.config import TrainConfig, changed
-from reclib.fit import fit, fit_setup, rank_targets
-from reclib.model import Bert4Rec
-from reclib.trainer import Trainer
+from reclib.data.prepare import Evaluation, evaluation, synthetic_dataset
+from reclib.model import bert4rec
+from reclib.model.bert4rec import Bert4Rec
+from reclib.train import distributed
+from reclib.train.fit import Setup, fit, fit_setup, of_options, rank_targets
+from reclib.train.saving import unique_tensors
+from reclib.train.trainer import Trainer
 
 # 27 histories in steps of 8: the last step holds 3, so that of two processes the second has nothing to do.
 LENGTHS = [9, 4, 12, 7, 3, 8, 5, 6, 2] * 3
@@ -60,9 +63,9 @@ def trained(case: str) -> tuple[Trainer, dict[str, Any]]:
     train, shape = CASES[case]
     torch.manual_seed(0)
     model = adapted() if case == "adapter" else Bert4Rec(small_model(**shape))
-    kept = sinks.SMALLEST_BYTES, distributed.ALONE_BYTES
+    kept = bert4rec.SMALLEST_BYTES, distributed.ALONE_BYTES
     if case.startswith("sinks"):
-        sinks.SMALLEST_BYTES, distributed.ALONE_BYTES = 0, 0
+        bert4rec.SMALLEST_BYTES, distributed.ALONE_BYTES = 0, 0
     try:
         trainer = Trainer(model, histories(LENGTHS), changed(TRAIN, **train), hardware.resolve("cpu"), "x")
         if case == "overflow":
@@ -70,7 +73,7 @@ def trained(case: str) -> tuple[Trainer, dict[str, Any]]:
             model.final_norm.weight.register_hook(overflowing(trainer))
         stats = [one for one, _ in zip(trainer.steps(), range(STEPS), strict=False)]
     finally:
-        sinks.SMALLEST_BYTES, distributed.ALONE_BYTES = kept
+        bert4rec.SMALLEST_BYTES, distributed.ALONE_BYTES = kept
     saw = {
         "loss": [one.loss for one in stats],
         "norm": [one.grad_norm for one in stats],
@@ -96,15 +99,15 @@ def overflowing(trainer: Trainer) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def validated(folder: Path | None) -> Trainer:
     """Train with validation until it stops early."""
-    dataset = data.synthetic_dataset(num_users=61, num_items=40, mean_len=9.0, seed=0)
+    dataset = synthetic_dataset(num_users=61, num_items=40, mean_len=9.0, seed=0)
     train = changed(TRAIN, epochs=30, eval_every=1, patience=1, learning_rate=3e-3)
     model = changed(small_model(), num_items=dataset.num_items)
     return fit(model, dataset, train, hardware.resolve("cpu"), folder)
 
 
-def setup() -> runfile.Setup:
+def setup() -> Setup:
     """Return what the tests of the command line train."""
-    return runfile.of_options("synthetic", "nano", COMMAND)
+    return of_options("synthetic", "nano", COMMAND)
 
 
 def main(folder: Path) -> None:
@@ -116,13 +119,13 @@ def main(folder: Path) -> None:
             save_file(unique_tensors(trainer.model), folder / f"{case}-{rank}.safetensors")
         trainer = validated(folder / "validated")
         (folder / f"history-{rank}.json").write_text(json.dumps(trainer.progress.history))
-        dataset = data.synthetic_dataset(num_users=61, num_items=40, mean_len=9.0, seed=0)
-        part = data.evaluation(dataset, "valid")
+        dataset = synthetic_dataset(num_users=61, num_items=40, mean_len=9.0, seed=0)
+        part = evaluation(dataset, "valid")
         found = rank_targets(trainer, part, True, with_losses=True)
         arrays = {"ranks": torch.from_numpy(found.ranks), "losses": torch.from_numpy(found.losses)}
         save_file(arrays, folder / f"ranking-{rank}.safetensors")
         few = part.histories._replace(starts=part.histories.starts[:1], ends=part.histories.ends[:1])
-        one = rank_targets(trainer, data.Evaluation(few, part.targets[:1]), True)
+        one = rank_targets(trainer, Evaluation(few, part.targets[:1]), True)
         assert one.ranks.tolist() == found.ranks[:1].tolist()  # the other process has no user of its own
         fit_setup(setup(), "cpu", folder / "whole")
 

@@ -23,9 +23,12 @@ from accuracy_records import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reclib import accuracy_figures, claims, figures, look, marks, page, paths, speed_figures, tables
+from reclib import records as reclib_records
+from reclib import system
+from reclib.evaluate import statistics
+from reclib.report import accuracy_figures, figures, page, style, tables
 
-GREY = look.MUTED
+GREY = style.MUTED
 
 
 def shown(name: str, records: list[dict]) -> go.Figure:
@@ -78,7 +81,7 @@ def test_learning_curves_name_the_best_model_by_its_mean_over_seeds():
     figure = shown("learning_curves", curves())
     assert len(figure.data) == 2 * len(TRAINED) * 3
     assert words(figure) == ["BERT4Rec", "causal twin"]
-    assert {trace.line.color for trace in figure.data} == {look.BLUE, look.ORANGE}
+    assert {trace.line.color for trace in figure.data} == {style.BLUE, style.ORANGE}
 
 
 def test_only_the_best_of_many_models_have_a_colour_and_a_name():
@@ -95,8 +98,8 @@ def test_models_are_sorted_by_hit_rate_and_baselines_are_grey():
     order = [tables.model_name(name) for name in sorted(MODELS, key=MODELS.get, reverse=True)]
     assert list(figure.layout.yaxis.categoryarray) == order
     found = colors(figure)
-    assert found.pop("BERT4Rec") == {look.BLUE}
-    assert found.pop("causal twin") == {look.ORANGE}
+    assert found.pop("BERT4Rec") == {style.BLUE}
+    assert found.pop("causal twin") == {style.ORANGE}
     assert all(drawn == {GREY} for drawn in found.values())
     assert figure.layout.title.text == "Causal twin has the target among its ten first for 33.0% of users"
 
@@ -164,7 +167,7 @@ def test_trainings_of_other_splits_are_averaged_over_their_seeds():
 def test_published_hit_rates_stand_apart_as_what_they_are():
     figure = shown("protocols", protocols())
     (trace,) = [trace for trace in figure.data if trace.marker.symbol == "square-open"]
-    published = [run["hr_at_10"] for run in speed_figures.reference()["accuracy"]]
+    published = [run["hr_at_10"] for run in reclib_records.reference()["accuracy"]]
     assert list(trace.x) == published
     assert sorted(published) == [0.0621, 0.0745, 0.0818, 0.0855, 0.0858, 0.091]
     assert "no artefact in its repository" in trace.hovertemplate
@@ -193,7 +196,7 @@ def test_groups_say_their_users_and_show_intervals_of_the_named_models_only():
     assert figure.layout.yaxis2.ticktext[0] == "0% to 20%<br>900 users"
     assert figure.layout.yaxis2.ticktext[-1] == "not in training<br>140 users"
     with_intervals = [trace for trace in figure.data if trace.error_x.array is not None]
-    assert {trace.line.color for trace in with_intervals} == {look.BLUE, look.ORANGE, GREY}
+    assert {trace.line.color for trace in with_intervals} == {style.BLUE, style.ORANGE, GREY}
     assert len(with_intervals) == 2 * 3  # two trained models and the best baseline, in two panels
     assert [trace.name for trace in figure.data if trace.showlegend is not False] == [
         *("BERT4Rec", "causal twin", "EASE"),
@@ -210,15 +213,15 @@ def test_arms_are_sorted_and_coloured_by_their_interval():
     order = [name.replace("<br>", " ") for name in figure.layout.yaxis.categoryarray]
     assert order == sorted(ARMS, key=ARMS.get, reverse=True)
     by_name = {name.replace("<br>", " "): drawn for name, drawn in colors(figure).items()}
-    assert by_name["twice the width"] == {look.GREEN}
-    assert by_name["untied tables"] == {look.ORANGE}
+    assert by_name["twice the width"] == {style.GREEN}
+    assert by_name["untied tables"] == {style.ORANGE}
     assert by_name["last window only"] == {GREY}  # its interval holds zero
     assert figure.layout.title.text == "Of 6 changes to “base”, 2 raise NDCG@10, 3 lower it"
     assert "0: base, NDCG@10 0.1000" in figure.layout.title.subtitle.text
 
 
 def test_arms_with_too_few_seeds_carry_no_claim():
-    figure = shown("ablation", arms(seeds=claims.MIN_SEEDS - 1))
+    figure = shown("ablation", arms(seeds=statistics.MIN_SEEDS - 1))
     assert set.union(*colors(figure).values()) == {GREY}
     assert figure.layout.title.text == "6 changes to “base”, of fewer seeds than a claim needs"
 
@@ -251,7 +254,7 @@ def test_the_fastest_learner_is_said_to_lead_only_where_it_does():
 def test_a_line_that_ends_early_has_its_name_above_its_end():
     figure = go.Figure()
     ends = pd.Series({"whole": 20.0, "one that was stopped early": 10.0})
-    marks.label_ends(figure, ends, ends / 100, dict.fromkeys(ends.index, "red"), 0.2)
+    style.label_ends(figure, ends, ends / 100, dict.fromkeys(ends.index, "red"), 0.2)
     placed = {a.text.replace("<br>", " "): a for a in figure.layout.annotations}
     assert (placed["whole"].xanchor, placed["whole"].x) == ("left", 20)
     early = placed["one that was stopped early"]
@@ -262,10 +265,10 @@ def test_a_line_that_ends_early_has_its_name_above_its_end():
 def test_names_at_line_ends_never_overlap_and_keep_their_order(ends, top):
     figure = go.Figure()
     heights = pd.Series(ends)
-    marks.label_ends(figure, heights * 0, heights, dict.fromkeys(ends, "red"), top)
+    style.label_ends(figure, heights * 0, heights, dict.fromkeys(ends, "red"), top)
     placed = {a.text: a.y for a in figure.layout.annotations}
     for one, other in itertools.pairwise(sorted(placed, key=placed.get)):
-        assert placed[other] - placed[one] >= 0.999 * marks.GAP * top
+        assert placed[other] - placed[one] >= 0.999 * style.GAP * top
         assert ends[one] <= ends[other]
 
 
@@ -274,11 +277,11 @@ def test_names_and_colours_are_the_same_in_every_figure():
     assert tables.model_name("bert4rec_last") == "bert4rec last"
     assert set(tables.BASELINES) == set(tables.MODEL_NAMES) - {"bert4rec", "causal"}
     names = [tables.model_name(name) for name in (*tables.MODEL_NAMES, "an arm", "another arm")]
-    found = marks.model_colors(names)
+    found = style.model_colors(names)
     assert {found[tables.model_name(name)] for name in tables.BASELINES} == {GREY}
     colored = [color for color in found.values() if color != GREY]
     assert len(set(colored)) == len(colored) == 4
-    assert marks.model_colors(reversed(names)) == found
+    assert style.model_colors(reversed(names)) == found
 
 
 def test_rows_without_a_model_are_of_bert4rec():
@@ -332,7 +335,7 @@ def test_the_index_answers_with_every_model_of_every_dataset():
     assert first.endswith("popularity 0.040 [0.029, 0.051]")
     assert second == "HR@10 on beauty (cpu): BERT4Rec 0.310 [0.299, 0.321]."
     assert page.CHAPTERS["02_baseline"].answer({}) == ""
-    asked = page.questions(paths.notebooks())["02_baseline"]
+    asked = page.questions(system.notebooks())["02_baseline"]
     assert asked.heading == "Is BERT4Rec any good, and against what?"
 
 
@@ -352,4 +355,4 @@ def test_what_may_be_claimed():
         (0.1, 0.001, (3, 1), "too few seeds"),
         (0.1, 0.001, (0, 0), "better"),
     ]:
-        assert claims.claim(difference, p, seeds) == claim
+        assert statistics.claim(difference, p, seeds) == claim

@@ -9,21 +9,23 @@ import pytest
 import torch
 from test_periods import dataset  # noqa: F401  # a fixture
 
-from reclib import adaptation, adaptation_results, adapter_speed, data, hardware, params, periods
-from reclib.adapters import base_hash
-from reclib.batching import Epoch
+from reclib import hardware, parameters
 from reclib.config import InputError, TrainConfig
-from reclib.ilora import AdaptedModel
-from reclib.model import Bert4Rec
-from reclib.notebook_params import ILora
+from reclib.data import splits
+from reclib.data.batches import Epoch
+from reclib.data.prepare import Evaluation, Histories
+from reclib.experiments import adaptation, speed
+from reclib.model.bert4rec import Bert4Rec
+from reclib.model.ilora import AdaptedModel, base_hash
+from reclib.parameters import ILora
 
 CPU = hardware.resolve("cpu")
-ARMS = params.profile("05_ilora", "quick")["arms"]
+ARMS = parameters.profile("05_ilora", "quick")["arms"]
 SMALL = {"arms": ARMS, "past_share": 0.5, "size": "nano", "max_len": 16, "batch_size": 32, "epochs": 2}
 
 
 def asked(**changes: object) -> ILora:
-    return params.build("05_ilora", params.profile("05_ilora", "smoke") | SMALL | changes)
+    return parameters.build("05_ilora", parameters.profile("05_ilora", "smoke") | SMALL | changes)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +102,7 @@ def test_the_first_seeds_validation_chooses_the_rate_of_all(experiment, dataset)
 
 
 def test_new_items_start_from_their_neighbours(dataset):  # noqa: F811
-    whole = periods.divide(dataset, (0.5, 0.25, 0.1), 4)
+    whole = splits.divide(dataset, (0.5, 0.25, 0.1), 4)
     new = 7
     known = whole.known.copy()
     known[new] = False
@@ -110,7 +112,7 @@ def test_new_items_start_from_their_neighbours(dataset):  # noqa: F811
     model = Bert4Rec(config)
     torch.nn.init.normal_(model.output_bias)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    beside = periods.neighbours(whole.adaptation.train, known)[new]
+    beside = splits.neighbours(whole.adaptation.train, known)[new]
     assert adaptation.start_new_items(model, whole) >= 1
     for name in ("output_weight", "output_bias"):
         table = dict(model.named_parameters())[name]
@@ -121,14 +123,14 @@ def test_new_items_start_from_their_neighbours(dataset):  # noqa: F811
 
 def test_results_average_over_targets_then_seeds(experiment, dataset):  # noqa: F811
     _, _, tasks, _, runs = experiment
-    found = adaptation_results.accuracy(dataset, tasks[0], runs, 200)
+    found = adaptation.accuracy(dataset, tasks[0], runs, 200)
     mean = next(r for r in found if r.seed is None and r.params["model"] == "ilora")
     seeds = [r for r in found if r.seed is not None and r.params["model"] == "ilora"]
     assert mean.metrics["ndcg@10"] == pytest.approx(np.mean([r.metrics["ndcg@10"] for r in seeds]))
     assert mean.metrics["ndcg@10_low"] <= mean.metrics["ndcg@10"] <= mean.metrics["ndcg@10_high"]
     full = next(r for r in found if r.seed is None and r.params["model"] == "full")
     assert full.metrics["trained_share"] == 1
-    compared = adaptation_results.comparisons(dataset, tasks[0], runs, "ilora", "gate_comparison")
+    compared = adaptation.comparisons(dataset, tasks[0], runs, "ilora", "gate_comparison")
     one = next(r for r in compared if r.params["model"] == "lora" and r.params["metric"] == "ndcg@10")
     lora = next(r for r in found if r.seed is None and r.params["model"] == "lora")
     expected = lora.metrics["ndcg@10"] - mean.metrics["ndcg@10"]
@@ -139,19 +141,19 @@ def test_results_average_over_targets_then_seeds(experiment, dataset):  # noqa: 
 def test_gates_are_those_that_the_ranking_uses(experiment, dataset):  # noqa: F811
     p, whole, tasks, _, runs = experiment
     run = next(run for run in runs if run.arm == "ilora")
-    weights = adaptation_results.expert_weights(run.trainer, tasks[0].split.test)
+    weights = adaptation.expert_weights(run.trainer, tasks[0].split.test)
     assert weights.shape == (len(tasks[0].split.test.targets), p.num_experts)
     np.testing.assert_allclose(weights.sum(axis=1), 1, atol=1e-5)
     rows = tasks[0].split.test
-    alone = data.Evaluation(
-        data.Histories(rows.histories.items, rows.histories.starts[5:6], rows.histories.ends[5:6]),
+    alone = Evaluation(
+        Histories(rows.histories.items, rows.histories.starts[5:6], rows.histories.ends[5:6]),
         rows.targets[5:6],
     )
-    found = adaptation_results.expert_weights(run.trainer, alone)
+    found = adaptation.expert_weights(run.trainer, alone)
     np.testing.assert_allclose(found[0], weights[5], atol=1e-5)
     lora = next(run for run in runs if run.arm == "lora")
-    gates = adaptation_results.gates_of(dataset, whole, tasks[0], run, lora)
-    results = adaptation_results.gate_results(tasks[0], gates, 0)
+    gates = adaptation.gates_of(dataset, whole, tasks[0], run, lora)
+    results = adaptation.gate_results(tasks[0], gates, 0)
     assert results[0].metrics["users"] == len(gates.weights)
     pairs = [r for r in results if r.name == "gate_correlation"]
     assert 0 < len(pairs) <= 4 * p.num_experts
@@ -161,11 +163,11 @@ def test_gates_are_those_that_the_ranking_uses(experiment, dataset):  # noqa: F8
 def test_a_static_gate_has_no_correlation(experiment, dataset):  # noqa: F811
     _, whole, tasks, _, runs = experiment
     run = next(run for run in runs if run.arm == "static_gate")
-    gates = adaptation_results.gates_of(dataset, whole, tasks[0], run, None)
+    gates = adaptation.gates_of(dataset, whole, tasks[0], run, None)
     assert gates.weights.std(axis=0).max() < 1e-6
     constant = gates._replace(weights=np.full_like(gates.weights, 0.25))
     with pytest.warns(Warning, match="constant"):
-        results = adaptation_results.gate_results(tasks[0], constant, 0)
+        results = adaptation.gate_results(tasks[0], constant, 0)
     assert [r.name for r in results] == ["gates"]
 
 
@@ -182,17 +184,17 @@ def test_the_gate_may_read_a_causal_model_of_the_same_past(experiment, dataset):
     assert base_hash(model.reader("ilora")) == base_hash(readers[1])
     assert of["static_gate"].trainer.model.reader("static_gate") is None
     assert of["ilora"].tokens == of["lora"].tokens
-    results = adaptation_results.accuracy(dataset, tasks[0], runs, 50)
+    results = adaptation.accuracy(dataset, tasks[0], runs, 50)
     shares = {r.params["model"]: r.metrics["trained_share"] for r in results if r.seed is None}
     assert shares["ilora"] == pytest.approx(counted["ilora"] / counted["base"])  # the reader is no part of it
-    rows = adapter_speed.grid(p, bases[1].model, dataset, CPU, readers[1])
+    rows = speed.adapter_grid(p, bases[1].model, dataset, CPU, readers[1])
     assert {row.found.status for row in rows if row.asked["compile_mode"] == "off"} == {"ok"}
 
 
 def test_steps_are_timed_in_every_mode_that_there_is(experiment, dataset):  # noqa: F811
     _, _, _, bases, _ = experiment
     p = asked(arms=["none", "full", "lora", "ilora"], rounds=3, precisions=["fp32", "bf16"])
-    rows = adapter_speed.grid(p, bases[0].model, dataset, CPU)
+    rows = speed.adapter_grid(p, bases[0].model, dataset, CPU)
     status = {(r.asked["model"], r.asked["precision"], r.asked["compile_mode"]): r.found.status for r in rows}
     assert status.pop(("ilora", "fp32", "reduce-overhead")) == "not applicable"
     assert status.pop(("ilora", "bf16", "reduce-overhead")) == "not applicable"

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 from adapter_records import ARMS, accuracy, comparisons, correlations, gates, steps
 
-from reclib import adapter_figures, figures, page, tables
-from reclib.tables import ARM_NAMES
+from reclib.report import accuracy_figures, figures, page, tables
+from reclib.report.tables import ARM_NAMES
 
 
 def test_every_arm_but_the_controls_has_its_mark_and_the_base_is_a_line():
     figure = figures.show("accuracy_by_share", *accuracy())
     drawn = [trace.name for trace in figure.data if trace.showlegend]
-    controls = {ARM_NAMES[arm] for arm in adapter_figures.CONTROLS}
+    controls = {ARM_NAMES[arm] for arm in accuracy_figures.CONTROLS}
     assert drawn == [ARM_NAMES[arm] for arm in ARMS[1:] if ARM_NAMES[arm] not in controls]
     bias = next(trace for trace in figure.data if trace.name == ARM_NAMES["bias"])
     assert bias.x[0] == pytest.approx(100 * 0.01 * ARMS.index("bias"))
@@ -29,14 +29,14 @@ def test_claims_are_coloured_and_counted():
     assert len(color) == 10
     worse, better, unsaid = (color[ARM_NAMES[arm]] for arm in ("none", "full", "lora"))
     assert (worse, better, unsaid) == (
-        adapter_figures.ORANGE, adapter_figures.GREEN, adapter_figures.MUTED
+        accuracy_figures.ORANGE, accuracy_figures.GREEN, accuracy_figures.MUTED
     )  # fmt: skip
 
 
 def test_too_few_seeds_claim_nothing():
     figure = figures.show("adaptation_gain", *comparisons("adaptation_gain", "none", seeds=1))
     assert "10 too few seeds" in figure.layout.title.text
-    assert {t.marker.color for t in figure.data if t.type == "scatter"} == {adapter_figures.MUTED}
+    assert {t.marker.color for t in figure.data if t.type == "scatter"} == {accuracy_figures.MUTED}
 
 
 def test_costs_stand_in_order_and_what_did_not_run_says_so():
@@ -54,7 +54,7 @@ def test_costs_stand_in_order_and_what_did_not_run_says_so():
 
 
 def test_of_many_users_some_are_drawn_and_the_figure_says_so(monkeypatch):
-    monkeypatch.setattr(adapter_figures, "DRAWN_USERS", 2)
+    monkeypatch.setattr(accuracy_figures, "DRAWN_USERS", 2)
     figure = figures.show("gate_by_user", *gates())
     assert [len(trace.x) for trace in figure.data] == [2, 2]
     assert all(len(button.args[0]["x"][0]) == 2 for button in figure.layout.updatemenus[0].buttons)
@@ -101,7 +101,7 @@ def test_the_page_answers_for_each_dataset_apart():
 def test_every_arm_has_a_name():
     from typing import get_args
 
-    from reclib.notebook_params import Arms, Tasks
+    from reclib.parameters import Arms, Tasks
 
     for kind, names in ((Arms, ARM_NAMES), (Tasks, tables.TASK_NAMES)):
         (choice,) = get_args(get_args(kind)[0])

@@ -10,10 +10,9 @@ import torch
 from adapting import EVERYTHING, KINDS, UNTIED, adapted, base, batch, scores, stir
 from safetensors.torch import load_file, save_file
 
-from reclib.adapter_files import CONFIG, TENSORS, load_adapter, read_adapter, save_adapter
-from reclib.config import InputError
-from reclib.ilora import AdaptedModel
-from reclib.lowrank import ENCODER, AdapterConfig
+from reclib.config import ENCODER, AdapterConfig, InputError
+from reclib.model.ilora import AdaptedModel
+from reclib.train.saving import ADAPTER_CONFIG, ADAPTER_TENSORS, load_adapter, read_adapter, save_adapter
 
 PLAIN = (*ENCODER, "transform.linear", "item_table")  # what PEFT can adapt: modules
 
@@ -32,7 +31,7 @@ def test_an_adapter_comes_back_to_the_same_bits(tmp_path):
             read = load_adapter(base(**shape), folder, "again").eval()
             assert read.configs["again"] == written.configs["default"] or kind in ("lora", "rslora")
             assert torch.equal(scores(read, one), scores(written, one))
-            size = sum(t.numel() for t in load_file(folder / TENSORS).values())
+            size = sum(t.numel() for t in load_file(folder / ADAPTER_TENSORS).values())
             assert size == sum(
                 p.numel() for p in written.parameters() if p.requires_grad
             )  # nothing of the base
@@ -126,7 +125,7 @@ def test_another_base_is_refused(folder):
 
 
 def test_a_truncated_file_is_told_by_name(folder):
-    for name in (CONFIG, TENSORS):
+    for name in (ADAPTER_CONFIG, ADAPTER_TENSORS):
         whole = (folder / name).read_bytes()
         for share in (0.0, 0.02, 0.5, 0.99):
             (folder / name).write_bytes(whole[: int(share * len(whole))])
@@ -136,7 +135,7 @@ def test_a_truncated_file_is_told_by_name(folder):
         (folder / name).write_bytes(whole)
 
 
-@pytest.mark.parametrize("name", [CONFIG, TENSORS])
+@pytest.mark.parametrize("name", [ADAPTER_CONFIG, ADAPTER_TENSORS])
 def test_a_missing_file_is_told_by_name(folder, name):
     (folder / name).unlink()
     with pytest.raises(InputError, match=rf"{name}: No such file"):
@@ -144,7 +143,7 @@ def test_a_missing_file_is_told_by_name(folder, name):
 
 
 def test_other_tensors_are_told(folder):
-    tensors = load_file(folder / TENSORS)
+    tensors = load_file(folder / ADAPTER_TENSORS)
     first = min(tensors)
     for changed, said in (
         ({k: v for k, v in tensors.items() if k != first}, "lacks"),
@@ -152,7 +151,7 @@ def test_other_tensors_are_told(folder):
         (tensors | {first: torch.zeros(3, 3)}, r"has shape \(3, 3\), expected"),
         (tensors | {"more": torch.zeros(1)}, "key 'more'; expected base_model.model"),
     ):
-        save_file(changed, folder / TENSORS)
+        save_file(changed, folder / ADAPTER_TENSORS)
         model = AdaptedModel(base(**UNTIED))
         with pytest.raises(InputError, match=said):
             load_adapter(model, folder)
@@ -161,14 +160,14 @@ def test_other_tensors_are_told(folder):
 
 
 def test_a_wrong_configuration_is_told(folder):
-    body = json.loads((folder / CONFIG).read_text())
+    body = json.loads((folder / ADAPTER_CONFIG).read_text())
     for change, said in [
         ({"peft_type": "IA3"}, "peft_type 'IA3'; allowed: LORA"),
         ({"reclib": None}, "'reclib' holds no 'config'"),
         ({"reclib": {"config": {"kind": "ilora", "rank": 6}}}, "rank=6 must be divisible"),
         ({"reclib": {"config": {"kind": "ilora", "ranks": 6}}}, "unknown parameter 'ranks'"),
     ]:
-        (folder / CONFIG).write_text(json.dumps(body | change))
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(body | change))
         with pytest.raises(InputError, match=said):
             read_adapter(folder)
 

@@ -6,16 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from reclib import audit, bypass, params, recreation, speed_figures, verdicts
-from reclib.audit import Shape
-from reclib.batching import IGNORE
-from reclib.config import InputError, model_config
-from reclib.data import DataConfig, prepare
+from reclib import parameters, records
+from reclib.config import DataConfig, InputError, model_config
+from reclib.data.batches import IGNORE
+from reclib.data.prepare import prepare
+from reclib.experiments import audit
+from reclib.experiments.audit import Shape
 from reclib.hardware import resolve
-from reclib.model import Bert4Rec
-from reclib.objective import batch_loss
+from reclib.model.bert4rec import Bert4Rec
+from reclib.train.losses import batch_loss
 
-PUBLISHED = speed_figures.reference()
+PUBLISHED = records.reference()
 MODELS = PUBLISHED["models"]
 ROWS = 159_750
 MEAN_LEN = PUBLISHED["dataset"]["interactions"] / PUBLISHED["dataset"]["users"]
@@ -157,7 +158,7 @@ def test_trainable_parameters_of_the_adapters():
 def test_calls_of_linear_maps_are_those_of_dead_adapters():
     assert audit.linear_calls(8, out_proj_runs=False) == PUBLISHED["adapters"]["log"]["linear_calls"] == 70
     assert audit.linear_calls(8, out_proj_runs=True) == 86
-    assert bypass.counted_linear_calls(3) == audit.linear_calls(3, out_proj_runs=False) == 30
+    assert audit.counted_linear_calls(3) == audit.linear_calls(3, out_proj_runs=False) == 30
 
 
 def test_what_a_padded_step_computes_and_what_is_needed():
@@ -174,16 +175,16 @@ def test_what_a_padded_step_computes_and_what_is_needed():
 
 
 def test_adapters_of_the_attentions_output_are_dead_in_torch():
-    adapted = bypass.adapted_encoder()
-    for name, norm in bypass.gradients(adapted).items():
+    adapted = audit.adapted_encoder()
+    for name, norm in audit.gradients(adapted).items():
         assert (norm is None) == name.endswith("out_proj"), name
-    for mode in bypass.MODES:
-        assert bypass.effect(adapted, mode, "out_proj") == 0.0, mode
+    for mode in audit.MODES:
+        assert audit.effect(adapted, mode, "out_proj") == 0.0, mode
 
 
 def test_the_fast_path_drops_the_other_adapters():
-    adapted = bypass.adapted_encoder()
-    changes = {mode: bypass.effect(adapted, mode) for mode in bypass.MODES}
+    adapted = audit.adapted_encoder()
+    changes = {mode: audit.effect(adapted, mode) for mode in audit.MODES}
     assert changes["eval"] == 0.0
     assert changes["train"] > 1
     assert changes["eval, fast path off"] == pytest.approx(changes["train"], rel=1e-3)
@@ -191,15 +192,15 @@ def test_the_fast_path_drops_the_other_adapters():
 
 
 def test_looking_leaves_the_adapters_as_they_were():
-    adapted = bypass.adapted_encoder()
+    adapted = audit.adapted_encoder()
     before = {name: one.lora_B.weight.clone() for name, one in adapted.adapters().items()}
-    bypass.effects(adapted)
+    audit.effects(adapted)
     after = adapted.adapters()
     assert all(torch.equal(weight, after[name].lora_B.weight) for name, weight in before.items())
 
 
 def test_a_scalar_gate_folds_into_the_weights():
-    adapter = bypass.ScalarGateLora(nn.Linear(12, 7), rank=3, alpha=6.0)
+    adapter = audit.ScalarGateLora(nn.Linear(12, 7), rank=3, alpha=6.0)
     nn.init.normal_(adapter.lora_B.weight)
     nn.init.constant_(adapter.gate, 0.7)
     x = torch.randn(5, 12)
@@ -211,13 +212,13 @@ def test_a_scalar_gate_folds_into_the_weights():
 def small(monkeypatch, tmp_path):
     monkeypatch.setenv("RECLIB_DATA", str(tmp_path))
     dataset = prepare(DataConfig(dataset="synthetic", synthetic_users=60, synthetic_items=40))
-    p = params.build("08_audit", params.profile("08_audit", "smoke") | {"max_len": 20, "epochs": 1})
-    return p, dataset, recreation.divided(dataset, 0)
+    p = parameters.build("08_audit", parameters.profile("08_audit", "smoke") | {"max_len": 20, "epochs": 1})
+    return p, dataset, audit.divided(dataset, 0)
 
 
 def test_the_two_trainings_differ_in_the_loss_alone(small):
     p, dataset, _ = small
-    one, other = (recreation.configurations(p, dataset, name, 3) for name in recreation.OBJECTIVES)
+    one, other = (audit.configurations(p, dataset, name, 3) for name in audit.OBJECTIVES)
     assert one[0] == other[0]
     differ = {name for name in vars(one[1]) if getattr(one[1], name) != getattr(other[1], name)}
     assert differ == {"objective", "layout", "head_rows", "loss"}
@@ -225,12 +226,12 @@ def test_the_two_trainings_differ_in_the_loss_alone(small):
 
 def test_parts_of_the_loss_are_parts_of_the_loss_that_trains(small):
     p, dataset, split = small
-    model_of, config = recreation.configurations(p, dataset, "seed_focal", 0)
+    model_of, config = audit.configurations(p, dataset, "seed_focal", 0)
     torch.manual_seed(0)
     model = Bert4Rec(model_of).eval()
-    parts = recreation.loss_parts(model, split.train, config, resolve("cpu"))
+    parts = audit.loss_parts(model, split.train, config, resolve("cpu"))
     total, visible, tokens, hidden = 0.0, 0.0, 0, 0
-    for batch in recreation._batches(split.train, model_of, config):
+    for batch in audit._batches(split.train, model_of, config):
         with torch.no_grad():
             total += float(batch_loss(model, batch, config, 1.0))
             # Visible positions alone: the same loss with the hidden ones taken for padding.
@@ -251,36 +252,36 @@ def test_the_studys_metric_counts_several_positions_a_user(small, tmp_path, monk
     monkeypatch.setenv("RECLIB_ROOT", str(tmp_path))
     (tmp_path / "notebooks").mkdir()
     p, dataset, split = small
-    trainer = recreation.train("08_audit", p, dataset, split, resolve("cpu"), "cloze", 0)
-    found = [recreation.numbers(one, 50) for one in recreation.outcomes(trainer, split, p.mask_prob)]
+    trainer = audit.train("08_audit", p, dataset, split, resolve("cpu"), "cloze", 0)
+    found = [audit.numbers(one, 50) for one in audit.outcomes(trainer, split, p.mask_prob)]
     assert [one["per_user"] == 1 for one in found] == [False, False, True, True]
-    draws = recreation.redrawn(trainer, split, p.mask_prob, 4)
+    draws = audit.redrawn(trainer, split, p.mask_prob, 4)
     assert len(set(draws)) > 1
 
 
 def test_verdicts_follow_from_numbers():
     counts = audit.parameter_table(MODELS)
-    assert {check.verdict for check in verdicts.of_counts(counts)} == {"holds"}
+    assert {check.verdict for check in audit.of_counts(counts)} == {"holds"}
     wrong = [row | {"agrees": False} for row in counts]
-    assert {check.verdict for check in verdicts.of_counts(wrong)} == {"contradicted"}
+    assert {check.verdict for check in audit.of_counts(wrong)} == {"contradicted"}
     rates = audit.rates(PUBLISHED["throughput"], {})
-    assert {check.verdict for check in verdicts.of_rates(rates)} == {"contradicted"}
+    assert {check.verdict for check in audit.of_rates(rates)} == {"contradicted"}
     right = [row | {"ratio": 1.02} for row in rates]
-    assert {check.verdict for check in verdicts.of_rates(right)} == {"holds"}
-    judged = by_name([c._asdict() for c in verdicts.of_gains(PUBLISHED["gains"], PUBLISHED["cuts"])], "claim")
+    assert {check.verdict for check in audit.of_rates(right)} == {"holds"}
+    judged = by_name([c._asdict() for c in audit.of_gains(PUBLISHED["gains"], PUBLISHED["cuts"])], "claim")
     assert judged["AMP: sequences/s: about 2 times"]["verdict"] == "contradicted"
     assert judged["compile: sequences/s: +17 %"]["verdict"] == "holds"
     assert judged["compile: epoch: +17 %"]["verdict"] == "contradicted"
     assert judged["step: 75 % less"]["verdict"] == "holds in part"
-    near = verdicts.of_difference("x", audit.separation(0.0855, 0.0858, 72_869), 72_869)
-    far = verdicts.of_difference("x", audit.separation(0.0855, 0.0958, 72_869), 72_869)
+    near = audit.of_difference("x", audit.separation(0.0855, 0.0858, 72_869), 72_869)
+    far = audit.of_difference("x", audit.separation(0.0855, 0.0958, 72_869), 72_869)
     assert (near.verdict, far.verdict) == ("not supported", "holds")
 
 
 def test_verdicts_on_adapters_would_clear_adapters_that_work():
-    works = [{"mode": mode, "all": 2.0} | dict.fromkeys(bypass.PLACES, 1.0) for mode in bypass.MODES]
-    alive = {f"layers.0.{place}": 0.5 for place in bypass.PLACES}
-    assert {check.verdict for check in verdicts.of_adapters(alive, works)} == {"holds"}
-    adapted = bypass.adapted_encoder()
-    found = verdicts.of_adapters(bypass.gradients(adapted), bypass.effects(adapted))
+    works = [{"mode": mode, "all": 2.0} | dict.fromkeys(audit.PLACES, 1.0) for mode in audit.MODES]
+    alive = {f"layers.0.{place}": 0.5 for place in audit.PLACES}
+    assert {check.verdict for check in audit.of_adapters(alive, works)} == {"holds"}
+    adapted = audit.adapted_encoder()
+    found = audit.of_adapters(audit.gradients(adapted), audit.effects(adapted))
     assert [check.verdict for check in found] == ["holds in part", "contradicted"]

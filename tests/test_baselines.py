@@ -12,9 +12,10 @@ from engine import histories as random_histories
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reclib import baselines, metrics, paths
+from reclib import system
 from reclib.config import InputError
-from reclib.data import Evaluation, Histories
+from reclib.data.dataset import Evaluation, Histories
+from reclib.evaluate import baselines, metrics
 
 NUM_ITEMS = 6
 # What the independent program chose on validation.
@@ -261,7 +262,7 @@ def test_pairwise_counts_equal_a_sum_over_all_pairs(rows, window, last, backward
 def test_pairwise_counts_reach_the_figures_of_an_independent_program_on_beauty():
     """On S3-Rec's file of Beauty, with the hyperparameters that the other program chose on validation."""
     name = "shared/data/amazon-beauty-2014-5core/Beauty_s3rec.txt.gz"
-    file = next((one / name for one in (paths.root(), paths.root().parent) if (one / name).is_file()), None)
+    file = next((one / name for one in (system.root(), system.root().parent) if (one / name).is_file()), None)
     if file is None:
         pytest.skip(f"no {name} beside the project: the figures were not compared here")
     with gzip.open(file, "rt") as lines:

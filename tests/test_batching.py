@@ -11,22 +11,27 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reclib import batching
-from reclib.batching import (
+from reclib.config import PAD, TrainConfig
+from reclib.data import batches as reclib_batches
+from reclib.data.batches import (
     IGNORE,
     Epoch,
     Layout,
+    Samples,
     bucket,
+    cut,
     first_fit_decreasing,
     generator,
+    mask_cloze,
+    negative_shares,
     next_item_batches,
+    next_items,
     prefetch,
+    prefixes,
     stage,
     unstage,
 )
-from reclib.config import PAD, TrainConfig
-from reclib.data import Histories
-from reclib.samples import Samples, cut, mask_cloze, negative_shares, next_items, prefixes
+from reclib.data.dataset import Histories
 
 lengths_of_steps = st.lists(st.lists(st.integers(0, 12), min_size=5, max_size=5), min_size=1, max_size=4)
 
@@ -151,10 +156,10 @@ def test_micro_batches_hold_the_targets_of_the_whole_step():
 def test_steps_packed_in_blocks_have_the_bits_of_an_epoch_packed_at_once(monkeypatch):
     data = histories([*range(1, 31), *range(30, 0, -1)])
     for train in (TrainConfig(batch_size=8), TrainConfig(batch_size=8, micro_batch_size=2, layout="padded")):
-        monkeypatch.setattr(batching, "STEPS_PACKED", 10**6)
+        monkeypatch.setattr(reclib_batches, "STEPS_PACKED", 10**6)
         whole = Epoch(data, small_model(), train, 0)
         wanted = [whole.step(i) for i in range(whole.num_steps)]
-        monkeypatch.setattr(batching, "STEPS_PACKED", 3)
+        monkeypatch.setattr(reclib_batches, "STEPS_PACKED", 3)
         blocks = Epoch(data, small_model(), train, 0)
         for i in (7, 0, 1, 2, 3, 6, 5, 4):  # the last step is not full, nor is its block
             for one, other in zip(blocks.step(i), wanted[i], strict=True):

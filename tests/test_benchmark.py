@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import bound
 import numpy as np
 import pytest
 import torch
@@ -13,13 +14,17 @@ from engine import histories, small_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from reclib import benchmark, bound, comparison, flops, hardware, params, profiling, record, runner, speed
+from reclib import hardware, records, runner
+from reclib import parameters as reclib_parameters
 from reclib.config import InputError, TrainConfig, changed
-from reclib.ladder import CHANGES, ladder
-from reclib.measurement import Measurement, break_even_steps, merged, published_rate
-from reclib.model import Bert4Rec
-from reclib.notebook_params import AmpCompile
-from reclib.trainer import StepStats, Trainer
+from reclib.cost import work
+from reclib.experiments import comparison, speed
+from reclib.experiments.speed import CHANGES, ladder
+from reclib.model.bert4rec import Bert4Rec
+from reclib.parameters import AmpCompile
+from reclib.train import timing
+from reclib.train.timing import Measurement, break_even_steps, merged, published_rate
+from reclib.train.trainer import StepStats, Trainer
 
 LENGTHS = [3, 9, 12, 5, 7, 2, 30, 11, 4, 6, 8]  # 11 users: steps of 4 leave a ragged last one of 3
 CPU = hardware.resolve("cpu")
@@ -87,14 +92,14 @@ def test_break_even():
 def test_interleaved_variants_take_the_same_steps_as_alone_and_leave_the_warm_up_out():
     model = small_model(dropout=0.3)  # whose masks must not depend on who else takes turns
     trainers = {"a": a_trainer(model), "b": a_trainer(model, layout="padded")}
-    found = benchmark.interleave(trainers, 3, 2, 2)
-    alone = benchmark.measure(a_trainer(model), 6, 2)
+    found = timing.interleave(trainers, 3, 2, 2)
+    alone = timing.measure(a_trainer(model), 6, 2)
     one, other = found["a"], found["b"]
     assert one.losses == alone.losses
     assert len(one.losses) == 8
     assert one.counts() == alone.counts()
     assert (one.warmup_steps, len(one.step_seconds), len(one.fetch_seconds)) == (2, 6, 6)
-    batches = [benchmark.step_batches(a_trainer(), step) for step in range(3, 9)]
+    batches = [timing.step_batches(a_trainer(), step) for step in range(3, 9)]
     assert one.sequences == sum(batch.num_sequences for step in batches for batch in step) == 22
     assert one.targets == other.targets
     assert one.row_tokens < other.row_tokens
@@ -103,14 +108,14 @@ def test_interleaved_variants_take_the_same_steps_as_alone_and_leave_the_warm_up
 
 def test_variants_take_turns(monkeypatch):
     order = []
-    round_of = benchmark._Clock.round
+    round_of = timing._Clock.round
 
     def noted(clock, steps):
         order.append(clock.trainer.config.layout)
         round_of(clock, steps)
 
-    monkeypatch.setattr(benchmark._Clock, "round", noted)
-    benchmark.interleave({"a": a_trainer(), "b": a_trainer(layout="padded")}, 1, 1, 3)
+    monkeypatch.setattr(timing._Clock, "round", noted)
+    timing.interleave({"a": a_trainer(), "b": a_trainer(layout="padded")}, 1, 1, 3)
     assert order == ["packed", "padded"] * 3
 
 
@@ -129,7 +134,7 @@ def test_running_out_of_memory_is_a_row_and_the_others_go_on(monkeypatch, error)
         raise error
 
     monkeypatch.setattr(broken, "_step", step)
-    found = benchmark.interleave({"broken": broken, "whole": a_trainer()}, 2, 1, 1)
+    found = timing.interleave({"broken": broken, "whole": a_trainer()}, 2, 1, 1)
     assert found["broken"].status == "oom"
     assert found["broken"].reason == str(error).splitlines()[0]
     assert found["whole"].status == "ok"
@@ -140,34 +145,34 @@ def test_any_other_error_is_an_error(monkeypatch):
     broken = a_trainer()
     monkeypatch.setattr(broken, "_step", lambda *_: (_ for _ in ()).throw(RuntimeError("shapes differ")))
     with pytest.raises(RuntimeError, match="shapes differ"):
-        benchmark.measure(broken, 1, 1)
+        timing.measure(broken, 1, 1)
 
 
 def test_the_allocators_own_error_is_recognised():
     with pytest.raises((RuntimeError, MemoryError)) as caught:
         torch.empty(2**60, dtype=torch.uint8)
-    assert benchmark.is_out_of_memory(caught.value)
+    assert timing.is_out_of_memory(caught.value)
 
 
 def test_an_epoch_is_clocked_whole_and_counted_by_the_dataset(monkeypatch):
     trainer = a_trainer()
-    clock = benchmark.epoch_clock(trainer)
+    clock = timing.epoch_clock(trainer)
     assert clock.sequences == len(LENGTHS)
     assert trainer.progress.step == trainer.steps_per_epoch == 3
     assert clock.sequences_per_second == clock.sequences / clock.seconds
     next(loop := trainer.steps())
     loop.close()
     with pytest.raises(ValueError, match="inside an epoch"):
-        benchmark.epoch_clock(trainer)
+        timing.epoch_clock(trainer)
 
 
 def test_a_schedule_that_ends_is_said():
     with pytest.raises(ValueError, match="raise epochs"):
-        benchmark.measure(a_trainer(epochs=1), 5, 1)
+        timing.measure(a_trainer(epochs=1), 5, 1)
 
 
 def test_latency_is_of_single_requests():
-    found = benchmark.latency(a_trainer(), histories(LENGTHS), requests=5, warmup=1)
+    found = timing.latency(a_trainer(), histories(LENGTHS), requests=5, warmup=1)
     assert found.requests == 5
     assert 0 < found.p50 <= found.p99
 
@@ -187,7 +192,7 @@ def test_flops_of_a_step_are_those_that_torch_counts():
     for train in VARIANTS:
         for shape in [{}, {"tied": False, "head": "mlp", "num_layers": 1}]:
             trainer = a_trainer(small_model(**shape), **train)
-            counted, _ = benchmark.step_flops(trainer, 1)
+            counted, _ = timing.step_flops(trainer, 1)
             loop = trainer.steps()
             # The plain attention shows its products to the counter; the fused one for CPUs is unknown to it.
             with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -198,24 +203,24 @@ def test_flops_of_a_step_are_those_that_torch_counts():
 
 def test_needed_flops_leave_padding_out():
     packed, padded = a_trainer(), a_trainer(layout="padded")
-    assert benchmark.step_flops(packed, 1)[1] == benchmark.step_flops(padded, 1)[1]
+    assert timing.step_flops(packed, 1)[1] == timing.step_flops(padded, 1)[1]
     for trainer in (packed, padded):
-        done, needed = benchmark.step_flops(trainer, 1)
+        done, needed = timing.step_flops(trainer, 1)
         assert needed.encoder < done.encoder
         assert needed.head <= done.head
     # One full row whose every position goes on: then nothing is left out.
     model = small_model(num_layers=1)
-    (batch,) = benchmark.step_batches(a_trainer(model, [12, 12], batch_size=2, mask_prob=0.999), 1)
+    (batch,) = timing.step_batches(a_trainer(model, [12, 12], batch_size=2, mask_prob=0.999), 1)
     assert batch.num_targets >= 12
-    exact = flops.needed(model, batch)
+    exact = work.needed(model, batch)
     assert exact.head == 3 * 2 * batch.num_targets * model.hidden_dim * model.num_items
 
 
 def test_mfu_is_known_only_where_the_peak_is():
-    assert flops.mfu(156e12, 1.0, "a100", "bf16") == 0.5
-    assert flops.mfu(1.0, 1.0, "cpu", "fp32") is None
-    assert flops.mfu(1.0, 1.0, "other", "fp16") is None
-    assert flops.mfu(1.0, 1.0, "t4", "bf16") is None
+    assert work.mfu(156e12, 1.0, "a100", "bf16") == 0.5
+    assert work.mfu(1.0, 1.0, "cpu", "fp32") is None
+    assert work.mfu(1.0, 1.0, "other", "fp16") is None
+    assert work.mfu(1.0, 1.0, "t4", "bf16") is None
 
 
 # -- profile, memory, bound ---------------------------------------------------------------------------------
@@ -224,18 +229,18 @@ def test_mfu_is_known_only_where_the_peak_is():
 def test_the_heads_product_runs_in_the_chosen_precision():
     for loss in ["plain", "chunked", "inplace"]:
         for precision in ["fp32", "bf16", "fp16"]:
-            assert profiling.head_dtype(a_trainer(loss=loss, precision=precision)) == precision
+            assert timing.head_dtype(a_trainer(loss=loss, precision=precision)) == precision
 
 
 def test_a_head_that_stays_in_fp32_under_autocast_is_seen(monkeypatch):
-    from reclib import objective
+    from reclib.train import losses as reclib_losses
 
-    monkeypatch.setattr(objective, "compute_dtype", lambda hidden: torch.float32)
-    assert profiling.head_dtype(a_trainer(loss="inplace", precision="bf16")) == "fp32"
+    monkeypatch.setattr(reclib_losses, "compute_dtype", lambda hidden: torch.float32)
+    assert timing.head_dtype(a_trainer(loss="inplace", precision="bf16")) == "fp32"
 
 
 def test_operators_add_up_and_the_trace_is_written(tmp_path: Path, capfd):
-    rows = profiling.operators(a_trainer(), steps=2, top=5, trace=tmp_path / "trace.json")
+    rows = timing.operators(a_trainer(), steps=2, top=5, trace=tmp_path / "trace.json")
     assert sum(row.share for row in rows) == pytest.approx(1.0)
     assert len(rows) == 6
     assert rows[-1].name == "all others"
@@ -249,23 +254,23 @@ def test_peak_of_tensors_holds_the_logits_where_all_are_made():
     trainer = a_trainer(layout="padded", head_rows="all", loss="plain")
     next(loop := trainer.steps())
     loop.close()
-    state = benchmark.state_bytes(trainer)
+    state = timing.state_bytes(trainer)
     parameters = sum(p.numel() for p in trainer.parameters)
     assert 3 * 4 * parameters <= state <= 4 * 4 * parameters + 4096
-    lean = profiling.peak_tensor_bytes(a_trainer())
+    lean = timing.peak_tensor_bytes(a_trainer())
     logits = 4 * 4 * 12 * 37  # bytes, rows, positions, items
-    assert profiling.peak_tensor_bytes(trainer) >= lean + logits / 2
+    assert timing.peak_tensor_bytes(trainer) >= lean + logits / 2
     assert lean > state
 
 
 def test_the_bound_is_made_of_its_parts():
     model = small_model(tied=False)
-    (batch,) = benchmark.step_batches(a_trainer(model), 1)
+    (batch,) = timing.step_batches(a_trainer(model), 1)
     found = bound.gemm_bound(model, batch, torch.device("cpu"), repeats=1)
     assert found.seconds == pytest.approx(sum(part.seconds for part in found.components))
     products = [part for part in found.components if part.unit == "FLOP/s"]
     flop = sum(part.seconds * (part.rate or 0.0) for part in products)
-    assert flop == pytest.approx(flops.needed(model, batch).total)
+    assert flop == pytest.approx(work.needed(model, batch).total)
     moved = bound.bytes_moved(model, batch.num_targets, 1000, 4)
     assert moved["clear the input table's gradient"] == 4 * model.vocab_size * model.hidden_dim
     assert bound.bytes_moved(changed(model, tied=True), 1, 1000, 4)["clear the input table's gradient"] == 0
@@ -288,7 +293,7 @@ def test_every_rung_changes_one_field_and_the_last_is_ours():
 
 def test_rungs_of_one_objective_have_one_loss():
     rungs = ladder(small_model(tied=False), TrainConfig(batch_size=4, epochs=50))
-    curves = [benchmark.measure(a_rung(rung), 2, 1).losses for rung in rungs]
+    curves = [timing.measure(a_rung(rung), 2, 1).losses for rung in rungs]
     for curve in curves[3:]:  # from the first without dropout on attention
         np.testing.assert_allclose(curve, curves[2], rtol=1e-4)
     assert abs(curves[0][0] / curves[1][0] - 1) > 1e-3  # another objective
@@ -306,7 +311,7 @@ def test_without_a_compiler_it_is_eager_and_recorded_as_such(monkeypatch):
     monkeypatch.setattr(hardware, "has_compiler", lambda: False)
     trainer = a_trainer(compile_mode="default")
     assert trainer.compile_mode == "off"
-    found = benchmark.measure(trainer, 1, 1)
+    found = timing.measure(trainer, 1, 1)
     row = speed.Row({"precision": "fp32", "compile_mode": "default", "batch_size": 4}, found)
     speed._describe(row, trainer, 2)
     assert row.own_params()["ran_compile_mode"] == "off"
@@ -325,13 +330,13 @@ def test_compiled_equals_eager_and_nothing_is_compiled_again_over_a_ragged_epoch
         a_trainer(small_model(max_len=24), lengths, batch_size=8, compile_mode=mode)
         for mode in ("default", "off")
     )
-    warm = benchmark.measure(compiled, 6, 6)
+    warm = timing.measure(compiled, 6, 6)
     graphs = counters["stats"]["unique_graphs"]
     assert graphs > 0
-    benchmark_rest = benchmark.measure(compiled, 12 * 2, 0)  # two more epochs, each with its ragged last step
+    benchmark_rest = timing.measure(compiled, 12 * 2, 0)  # two more epochs, each with its ragged last step
     assert counters["stats"]["unique_graphs"] == graphs, counters["recompiles"]
     losses = warm.losses + benchmark_rest.losses
-    np.testing.assert_allclose(losses, benchmark.measure(eager, 36, 0).losses, rtol=2e-4)
+    np.testing.assert_allclose(losses, timing.measure(eager, 36, 0).losses, rtol=2e-4)
     assert warm.compile_seconds > 0
 
 
@@ -340,10 +345,10 @@ def test_compiled_equals_eager_and_nothing_is_compiled_again_over_a_ragged_epoch
 
 @pytest.fixture
 def p() -> AmpCompile:
-    smoke = params.profile("04_amp_compile", "smoke")
+    smoke = reclib_parameters.profile("04_amp_compile", "smoke")
     small = {"dataset": "synthetic", "synthetic_users": 100, "synthetic_items": 60}
     small |= {"steps": 2, "warmup_steps": 1, "max_len": 12}
-    return params.build("04_amp_compile", smoke | small)
+    return reclib_parameters.build("04_amp_compile", smoke | small)
 
 
 def test_what_does_not_apply_is_a_row_with_its_reason(p):
@@ -364,7 +369,7 @@ def test_what_does_not_apply_is_a_row_with_its_reason(p):
 
 
 def test_what_found_no_room_beside_the_others_is_tried_alone(p, monkeypatch):
-    interleave = benchmark.interleave
+    interleave = timing.interleave
     tried = []
 
     def full(trainers, *rest, **more):
@@ -373,16 +378,16 @@ def test_what_found_no_room_beside_the_others_is_tried_alone(p, monkeypatch):
         tried.append(list(trainers))
         return interleave(trainers, *rest, **more)
 
-    monkeypatch.setattr(benchmark, "interleave", full)
+    monkeypatch.setattr(timing, "interleave", full)
     rows = speed.grid(p, speed.dataset_of(p), CPU)
     assert [row.found.status for row in rows].count("ok") == len(tried) == 2
     assert all(row.timings for row in rows if row.found.status == "ok")
 
 
 def test_a_precision_listed_twice_is_refused():
-    smoke = params.profile("04_amp_compile", "smoke")
+    smoke = reclib_parameters.profile("04_amp_compile", "smoke")
     with pytest.raises(InputError, match="'bf16' is listed twice"):
-        params.build("04_amp_compile", smoke | {"precisions": ["bf16", "bf16"]})
+        reclib_parameters.build("04_amp_compile", smoke | {"precisions": ["bf16", "bf16"]})
 
 
 @pytest.mark.slow
@@ -395,7 +400,7 @@ def test_a_claimed_gpu_that_is_not_there_is_told_and_never_recorded_as_measured(
     given |= {"synthetic_users": 100, "synthetic_items": 60}
     output = tmp_path / "04.ipynb"
     runner.execute(ROOT / "notebooks/04_amp_compile.ipynb", output, given, records=tmp_path / "executed")
-    everything = record.read(tmp_path / "executed")
+    everything = records.read(tmp_path / "executed")
     here = hardware.probe().label
     assert {entry["label"] for entry in everything} == {here, "l4"}
     assert {entry["claimed"] for entry in everything} == {"l4"}
@@ -443,7 +448,7 @@ def test_steps_timed_by_events_are_all_launched_before_the_first_wait(monkeypatc
         return FakeEvent.launched
 
     monkeypatch.setattr(FakeEvent, "waited_for", -1)
-    timed = benchmark.timed_by_events(step, 3, FakeEvent)
+    timed = timing.timed_by_events(step, 3, FakeEvent)
     assert timed == [(1, 0.005), (2, 0.005), (3, 0.005)]
     assert FakeEvent.waited_for == 3
 
@@ -456,15 +461,15 @@ def test_energy_is_of_steps_that_last_long_enough_and_are_not_among_the_timed(mo
         def joules(self, seconds):
             return 12.0
 
-    clock = benchmark._Clock(a_trainer())
+    clock = timing._Clock(a_trainer())
     clock.warm_up(1)
     clock.round(4)
     before = clock.found.timings()
     assert before["joules_per_sequence"] is None
     clock.found.step_seconds = [0.5] * 4  # 5 steps are 2.5 s
-    monkeypatch.setattr(benchmark.energy, "Meter", Meter)
+    monkeypatch.setattr(timing, "Meter", Meter)
     clock.energy()
-    batches = [batch for step in range(6, 11) for batch in benchmark.step_batches(a_trainer(), step)]
+    batches = [batch for step in range(6, 11) for batch in timing.step_batches(a_trainer(), step)]
     assert clock.found.energy_sequences == sum(batch.num_sequences for batch in batches)
     assert clock.found.timings()["joules_per_sequence"] == 12.0 / clock.found.energy_sequences
     assert (len(clock.found.step_seconds), len(clock.found.losses)) == (4, 5)
@@ -483,7 +488,7 @@ def test_weights_of_what_is_timed_are_drawn_on_the_device(p, monkeypatch):
     monkeypatch.setattr(speed, "Bert4Rec", model)
     monkeypatch.setattr(comparison, "Bert4Rec", model)
     with pytest.raises(Drawn, match="meta"):
-        speed.work(p, speed.dataset_of(p), there)
-    hardware_p = params.build("06_hardware", params.profile("06_hardware", "smoke"))
+        speed.work_rows(p, speed.dataset_of(p), there)
+    hardware_p = reclib_parameters.build("06_hardware", reclib_parameters.profile("06_hardware", "smoke"))
     with pytest.raises(Drawn, match="meta"):
         comparison.measured(hardware_p, there)

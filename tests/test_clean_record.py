@@ -36,23 +36,26 @@ PLANTED = {  # what may be in somebody's environment and must stay there
 WRITER = """
 import sys
 from pathlib import Path
-from reclib import fit, params, record, tracker
+from reclib import parameters
+from reclib import records
+from reclib.train.fit import Options, fit, save_model, start_tracker
 from reclib.config import ModelConfig, TrainConfig
-from reclib.curves import Curves
-from reclib.data import synthetic_dataset
+from reclib.train.fit import Curves
+from reclib.data.prepare import synthetic_dataset
 from reclib.hardware import device_card, resolve
 
 out, dataset, device = Path(sys.argv[1]), synthetic_dataset(30, 20, 8.0, seed=0), resolve("cpu")
 model = ModelConfig(num_items=dataset.num_items, hidden_dim=8, num_layers=1, num_heads=1, max_len=16)
 config = TrainConfig(epochs=1, eval_every=1)
 for name in ("wandb-offline", "tensorboard"):
-    with tracker.start(name, "02_baseline", "clean", {"epochs": 1}) as track:
+    with start_tracker(name, "02_baseline", "clean", {"epochs": 1}) as track:
         curves = Curves(track, device)
-        options = fit.Options(on_step=curves.step, on_evaluation=curves.evaluation)
-        trainer = fit.fit(model, dataset, config, device, out / name, options)
-fit.save_model(trainer, out / "weights", {"data": "synthetic"})
-p = params.build("02_baseline", params.profile("02_baseline", "smoke") | {"dataset": str(out / "mine.csv")})
-run = record.Run("02_baseline", p, device_card(device), {"name": "mine", "fingerprint": "0"})
+        options = Options(on_step=curves.step, on_evaluation=curves.evaluation)
+        trainer = fit(model, dataset, config, device, out / name, options)
+save_model(trainer, out / "weights", {"data": "synthetic"})
+smoke = parameters.profile("02_baseline", "smoke")
+p = parameters.build("02_baseline", smoke | {"dataset": str(out / "mine.csv")})
+run = records.Run("02_baseline", p, device_card(device), {"name": "mine", "fingerprint": "0"})
 run.result("answer", {"hr@10": 0.1}, params={"file": str(out / "mine.csv")})
 """
 

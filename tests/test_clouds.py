@@ -9,7 +9,7 @@ import yaml
 from conftest import ROOT
 
 from reclib.config import GPU_LABELS
-from reclib.params import PROFILES
+from reclib.parameters import PROFILES
 
 TASK = yaml.safe_load((ROOT / "sky.yaml").read_text())
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from reclib import command
+from reclib import system
 
 # Every module that is a command, found by how it ends.
 COMMANDS = sorted(
@@ -63,12 +63,12 @@ def test_a_reader_that_goes_away_is_no_error():
 
 
 def test_a_command_gives_its_code_and_an_interrupt_is_told_in_a_word(capsys):
-    assert command.exit_code(lambda: 3) == 3
+    assert system.exit_code(lambda: 3) == 3
 
     def interrupted() -> int:
         raise KeyboardInterrupt
 
-    assert command.exit_code(interrupted) == 130
+    assert system.exit_code(interrupted) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
 

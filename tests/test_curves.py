@@ -4,11 +4,11 @@ import time
 
 import pytest
 
-from reclib import data, hardware
+from reclib import hardware
 from reclib.config import ModelConfig, TrainConfig
-from reclib.curves import Curves
-from reclib.fit import Options, fit
-from reclib.trainer import CHECK_EVERY
+from reclib.data.prepare import synthetic_dataset
+from reclib.train.fit import Curves, Options, fit
+from reclib.train.trainer import CHECK_EVERY
 
 CPU = hardware.resolve("cpu")
 ASKED_FOR = {  # what people look for in a tracker
@@ -34,7 +34,7 @@ class Kept:
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory):
     """A run of 4 steps an epoch, killed after its first evaluation and carried on."""
-    dataset = data.synthetic_dataset(num_users=60, num_items=40, mean_len=9.0, seed=0)
+    dataset = synthetic_dataset(num_users=60, num_items=40, mean_len=9.0, seed=0)
     model = ModelConfig(num_items=dataset.num_items, hidden_dim=8, num_layers=1, num_heads=1, max_len=16)
     config = TrainConfig(epochs=16, batch_size=16, eval_every=7, checkpoint_seconds=0.0)
     parts, folder = [Kept(), Kept()], tmp_path_factory.mktemp("run")

@@ -15,12 +15,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reclib import data, ml100k, paths
-from reclib import prepare as preparation
+from reclib import system
 from reclib.config import DataConfig, InputError
-from reclib.dataset import ARRAYS
+from reclib.data import fetch
+from reclib.data import prepare as prepare_module
+from reclib.data.dataset import ARRAYS
+from reclib.data.prepare import (
+    Dataset,
+    data_main,
+    evaluated_users,
+    evaluation,
+    folder_of,
+    load,
+    prepare,
+    synthetic_dataset,
+    train_histories,
+)
 
-SHARED = paths.root().parent / "shared" / "data" / "ml-100k"
+SHARED = system.root().parent / "shared" / "data" / "ml-100k"
 
 # the default dataset, pinned: a change here is a change of rules and needs another RULES_VERSION
 FINGERPRINT = "11351b1d3c74ba8a"
@@ -32,7 +44,7 @@ TEST_TARGETS = "3729284302d521e8ab1021106a5ce349d4277fdfd1f77d9ad0f5a1a621976d7d
 def raw_files():
     """The real files, kept in the project's own cache so that they are fetched once."""
     try:
-        return ml100k.files()
+        return fetch.files()
     except InputError as error:
         pytest.skip(f"ml-100k is neither cached nor reachable: {error}")
 
@@ -48,10 +60,10 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def ml_100k(raw_files, cache):
     """The real files in place in an empty cache."""
-    ml100k.folder().mkdir(parents=True)
+    fetch.folder().mkdir(parents=True)
     for path in raw_files[:2]:
-        (ml100k.folder() / path.name).write_bytes(path.read_bytes())
-    return ml100k.folder()
+        (fetch.folder() / path.name).write_bytes(path.read_bytes())
+    return fetch.folder()
 
 
 def own_file(folder: Path, rows, name: str = "u.data") -> str:
@@ -62,13 +74,13 @@ def own_file(folder: Path, rows, name: str = "u.data") -> str:
     return str(path)
 
 
-def keys_of(dataset: data.Dataset, user: int) -> list[str]:
+def keys_of(dataset: Dataset, user: int) -> list[str]:
     a, b = dataset.offsets[user : user + 2]
     return dataset.item_keys[dataset.items[a:b]].tolist()
 
 
 def test_counts_of_real_ml_100k(ml_100k):
-    dataset = data.prepare(DataConfig())
+    dataset = prepare(DataConfig())
     assert (dataset.num_users, dataset.num_items, dataset.num_interactions) == (943, 1349, 99_287)
     steps = {s["step"]: s for s in dataset.manifest["steps"]}
     assert steps["source"] == {
@@ -88,13 +100,13 @@ def test_counts_of_real_ml_100k(ml_100k):
 def test_official_files_give_the_same_dataset(ml_100k, monkeypatch, tmp_path):
     if not SHARED.is_dir():
         pytest.skip(f"no copy of the official files at {SHARED}")
-    from_recbole = data.prepare(DataConfig())
+    from_recbole = prepare(DataConfig())
     monkeypatch.setenv("RECLIB_DATA", str(tmp_path / "official"))
-    ml100k.folder().mkdir(parents=True)
-    for name in ml100k.OFFICIAL:
+    fetch.folder().mkdir(parents=True)
+    for name in fetch.OFFICIAL:
         text = gzip.decompress((SHARED / f"{name}.gz").read_bytes())
-        (ml100k.folder() / name).write_bytes(text)
-    official = data.prepare(DataConfig())
+        (fetch.folder() / name).write_bytes(text)
+    official = prepare(DataConfig())
     assert official.manifest["source"]["file"] == "u.data"
     assert official.fingerprint == from_recbole.fingerprint
     assert official.titles == from_recbole.titles
@@ -104,7 +116,7 @@ def test_official_files_give_the_same_dataset(ml_100k, monkeypatch, tmp_path):
 def test_ties_keep_the_row_order(cache, tmp_path):
     rows = [("a", item, 1, 7) for item in (5, 3, 9, 1)] + [("a", 8, 1, 6)]
     config = DataConfig(dataset=own_file(tmp_path, rows), min_user=1, min_item=1)
-    dataset = data.prepare(config)
+    dataset = prepare(config)
     assert keys_of(dataset, 0) == ["8", "5", "3", "9", "1"]
     assert dataset.manifest["ties"] == {"interactions": 4, "test_targets": 1}
 
@@ -112,13 +124,13 @@ def test_ties_keep_the_row_order(cache, tmp_path):
 def test_ties_are_counted_within_a_user_only(cache, tmp_path):
     rows = [("a", 1, 1, 1), ("a", 2, 1, 2), ("a", 3, 1, 3), ("b", 1, 1, 3), ("b", 2, 1, 4)]
     config = DataConfig(dataset=own_file(tmp_path, rows), min_user=1, min_item=1)
-    assert data.prepare(config).manifest["ties"] == {"interactions": 0, "test_targets": 0}
+    assert prepare(config).manifest["ties"] == {"interactions": 0, "test_targets": 0}
 
 
 def test_leave_one_out_leaks_nothing(ml_100k):
-    dataset = data.prepare(DataConfig())
-    train = data.train_histories(dataset)
-    valid, test = (data.evaluation(dataset, part) for part in ("valid", "test"))
+    dataset = prepare(DataConfig())
+    train = train_histories(dataset)
+    valid, test = (evaluation(dataset, part) for part in ("valid", "test"))
     assert np.array_equal(train.starts, valid.histories.starts)
     assert np.array_equal(train.ends, valid.histories.ends)  # validation sees what training saw
     assert np.array_equal(test.histories.ends, valid.histories.ends + 1)  # test: one item more
@@ -135,22 +147,22 @@ def test_leave_one_out_leaks_nothing(ml_100k):
 def test_short_histories_train_and_are_not_evaluated(cache, tmp_path):
     rows = [("one", 1, 1, 1), ("two", 1, 1, 1), ("two", 2, 1, 2)]
     rows += [("three", item, 1, item) for item in (1, 2, 3)]
-    dataset = data.prepare(DataConfig(dataset=own_file(tmp_path, rows), min_user=1, min_item=1))
-    train = data.train_histories(dataset)
+    dataset = prepare(DataConfig(dataset=own_file(tmp_path, rows), min_user=1, min_item=1))
+    train = train_histories(dataset)
     assert dict(zip(dataset.user_keys.tolist(), train.ends - train.starts, strict=True)) == {
         "one": 1,
         "two": 2,
         "three": 1,
     }
-    test = data.evaluation(dataset, "test")
-    assert dataset.user_keys[data.evaluated_users(dataset)].tolist() == ["three"]
+    test = evaluation(dataset, "test")
+    assert dataset.user_keys[evaluated_users(dataset)].tolist() == ["three"]
     assert dataset.item_keys[test.targets].tolist() == ["3"]
     assert len(test.targets) == len(test.histories.starts) == 1
     with pytest.raises(InputError, match="expected 'valid' or 'test'"):
-        data.evaluation(dataset, "train")
+        evaluation(dataset, "train")
 
 
-def contents(dataset: data.Dataset):
+def contents(dataset: Dataset):
     arrays = [getattr(dataset, name).tolist() for name in ARRAYS]
     return arrays, dict(dataset.titles), dataset.manifest, dataset.name
 
@@ -159,9 +171,9 @@ SYNTHETIC = DataConfig(dataset="synthetic")
 
 
 def test_cache_hit_equals_fresh_and_is_a_hit(cache, monkeypatch):
-    fresh = data.prepare(SYNTHETIC)
-    monkeypatch.setattr(preparation, "build", lambda *_: pytest.fail("prepared again"))
-    assert contents(data.prepare(SYNTHETIC)) == contents(fresh)
+    fresh = prepare(SYNTHETIC)
+    monkeypatch.setattr(prepare_module, "build", lambda *_: pytest.fail("prepared again"))
+    assert contents(prepare(SYNTHETIC)) == contents(fresh)
     with pytest.raises(ValueError, match="read-only"):
         fresh.items[0] = 1
 
@@ -179,10 +191,10 @@ def test_cache_hit_equals_fresh_and_is_a_hit(cache, monkeypatch):
     ids=["truncated", "byte", "manifest", "missing", "seal", "emptied"],
 )
 def test_damaged_cache_is_rebuilt(cache, damage):
-    fresh = contents(data.prepare(SYNTHETIC))
+    fresh = contents(prepare(SYNTHETIC))
     (folder,) = (cache / "prepared").iterdir()
     damage(folder)
-    assert contents(data.prepare(SYNTHETIC)) == fresh
+    assert contents(prepare(SYNTHETIC)) == fresh
     assert sorted((cache / "prepared").iterdir()) == [folder]
     assert json.loads((folder / "manifest.json").read_text()) == fresh[2]
 
@@ -190,10 +202,10 @@ def test_damaged_cache_is_rebuilt(cache, damage):
 def test_cache_tells_configurations_and_contents_apart(cache, tmp_path):
     rows = [(u, i, 1, u * i) for u in range(8) for i in range(8)]
     path = own_file(tmp_path, rows)
-    first = data.prepare(DataConfig(dataset=path))
+    first = prepare(DataConfig(dataset=path))
     own_file(tmp_path, [*rows, (0, 8, 1, 99)])
-    assert data.prepare(DataConfig(dataset=path, min_item=1)).num_items == first.num_items + 1
-    assert data.prepare(DataConfig(dataset=path)).num_items == first.num_items
+    assert prepare(DataConfig(dataset=path, min_item=1)).num_items == first.num_items + 1
+    assert prepare(DataConfig(dataset=path)).num_items == first.num_items
     assert len(list((cache / "prepared").iterdir())) == 3
 
 
@@ -201,9 +213,9 @@ def test_failed_write_leaves_nothing(cache, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(preparation.cache, "write_array", full)
+    monkeypatch.setattr(system, "write_array", full)
     with pytest.raises(OSError, match="No space left"):
-        data.prepare(SYNTHETIC)
+        prepare(SYNTHETIC)
     assert list((cache / "prepared").iterdir()) == []
 
 
@@ -226,7 +238,7 @@ def test_what_is_wrong_is_told_and_nothing_is_written(cache, tmp_path, name, tex
     path = tmp_path / name
     path.write_text(text)
     with pytest.raises(InputError, match=said) as error:
-        data.prepare(DataConfig(dataset=str(path), strict=True))
+        prepare(DataConfig(dataset=str(path), strict=True))
     assert "\n" not in str(error.value)
     assert not any(cache.rglob("*"))
 
@@ -235,7 +247,7 @@ def test_bytes_that_are_not_text_are_told_by_line(cache, tmp_path):
     path = tmp_path / "u.data"
     path.write_bytes(GOOD.encode() + GOOD.encode().replace(b"2", b"\xff", 1))
     with pytest.raises(InputError, match=r"line 2: .*UTF-8"):
-        data.prepare(DataConfig(dataset=str(path), strict=True))
+        prepare(DataConfig(dataset=str(path), strict=True))
 
 
 def test_own_inter_file_with_columns_in_another_order(cache, tmp_path):
@@ -243,39 +255,39 @@ def test_own_inter_file_with_columns_in_another_order(cache, tmp_path):
     rows += [(START + 9 - i, f"i{i}", 0.5, "me") for i in range(4)]
     config = DataConfig(dataset=own_file(tmp_path, rows, "own.inter"), min_user=1, min_item=1)
     (tmp_path / "own.item").write_text("item_id:token\tmovie_title:token_seq\ni3\tLast of all\n")
-    dataset = data.prepare(config)
+    dataset = prepare(config)
     assert keys_of(dataset, 0) == ["i3", "i2", "i1", "i0"]
     assert [dataset.title(item) for item in (4, 1)] == ["Last of all", "i0"]
 
 
 def test_unknown_dataset_names_what_is_allowed(cache):
     with pytest.raises(InputError, match=r"'ml-10k' \(did you mean 'ml-100k'\?\): expected one of"):
-        data.prepare(DataConfig(dataset="ml-10k"))
+        prepare(DataConfig(dataset="ml-10k"))
 
 
 def test_relative_path_counts_from_the_root(cache, tmp_path, monkeypatch):
     own_file(tmp_path, [("a", i, 1, i) for i in range(4)])
-    shutil.copytree(paths.params(), tmp_path / "params")
+    shutil.copytree(system.params(), tmp_path / "params")
     monkeypatch.setenv("RECLIB_ROOT", str(tmp_path))
-    dataset = data.prepare(DataConfig(dataset="u.data", min_user=1, min_item=1))
+    dataset = prepare(DataConfig(dataset="u.data", min_user=1, min_item=1))
     assert dataset.manifest["source"]["file"] == "u.data"
     assert str(tmp_path) not in json.dumps(dataset.manifest)
 
 
 def test_truncated_ml_100k_is_refused_even_when_prepared(ml_100k):
-    data.prepare(DataConfig())
+    prepare(DataConfig())
     path = next(p for p in ml_100k.iterdir() if p.name in ("ml-100k.inter", "u.data"))
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match=rf"{path.name} is truncated or altered: .* lines of 100,0"):
-        data.prepare(DataConfig())
+        prepare(DataConfig())
     assert path.read_bytes() == whole[: len(whole) // 2]  # the user's file is left alone
 
 
 def expect_archive(monkeypatch, zipped: Path) -> None:
     checksum = f"sha256:{hashlib.sha256(zipped.read_bytes()).hexdigest()}"
-    expected = dataclasses.replace(ml100k.official(), checksum=checksum)
-    monkeypatch.setattr(ml100k, "official", lambda: expected)
+    expected = dataclasses.replace(fetch.official(), checksum=checksum)
+    monkeypatch.setattr(fetch, "official", lambda: expected)
 
 
 @pytest.fixture
@@ -292,11 +304,11 @@ def small(monkeypatch, cache):
             archive.writestr(f"ml-100k/{name}", content)
         archive.writestr("../evil", b"written outside")
     for name, content in contents.items():
-        monkeypatch.setitem(ml100k.SHA256, name, hashlib.sha256(content).hexdigest())
+        monkeypatch.setitem(fetch.SHA256, name, hashlib.sha256(content).hexdigest())
     expect_archive(monkeypatch, zipped)
     monkeypatch.setenv("PIP_NO_INDEX", "1")  # pip fails at once, without network
     monkeypatch.setenv("PIP_FIND_LINKS", str(cache.parent / "served"))
-    monkeypatch.setattr(ml100k.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(fetch.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     return zipped
 
@@ -328,14 +340,14 @@ def server(small, monkeypatch):
 
 
 def test_official_download(server, cache):
-    dataset = data.prepare(DataConfig())
+    dataset = prepare(DataConfig())
     assert (dataset.num_users, dataset.num_items) == (6, 6)
     assert dataset.title(1) == "Café 0"
     assert dataset.manifest["source"]["origin"] == "GroupLens"
     server.reply = lambda handler: pytest.fail("downloaded twice")
-    for path in ml100k.folder().iterdir():
+    for path in fetch.folder().iterdir():
         path.unlink()
-    assert ml100k.files().interactions.exists()  # from the archive that was kept
+    assert fetch.files().interactions.exists()  # from the archive that was kept
     assert sorted(p.name for p in (cache / "raw").iterdir()) == ["ml-100k", "ml-100k.zip"]
     assert not (cache.parent / "evil").exists()
     assert not (cache / "evil").exists()
@@ -355,7 +367,7 @@ def test_official_download(server, cache):
 def test_failed_download_is_one_clear_error(server, cache, reply, said):
     server.reply = lambda handler: reply(server, handler)
     with pytest.raises(InputError, match=said) as error:
-        data.prepare(DataConfig())
+        prepare(DataConfig())
     told = str(error.value)
     assert "\n" not in told
     for way in ("installed recbole: not installed", "pip download recbole==1.2.1: ", "/mirror/"):
@@ -369,33 +381,33 @@ def test_offline_is_not_tried(server, monkeypatch):
     server.reply = lambda handler: pytest.fail("asked although offline")
     monkeypatch.setenv("RECLIB_OFFLINE", "1")
     with pytest.raises(InputError, match="RECLIB_OFFLINE is set") as error:
-        data.prepare(DataConfig())
+        prepare(DataConfig())
     assert str(error.value).count("RECLIB_OFFLINE is set") == 2  # pip and the mirror
 
 
 def test_archive_put_there_by_hand(small, cache, monkeypatch):
     monkeypatch.setenv("RECLIB_OFFLINE", "1")
-    ml100k.archive().parent.mkdir(parents=True)
-    ml100k.archive().write_bytes(small.read_bytes())
-    assert data.prepare(DataConfig()).num_users == 6
+    fetch.archive().parent.mkdir(parents=True)
+    fetch.archive().write_bytes(small.read_bytes())
+    assert prepare(DataConfig()).num_users == 6
 
 
 def test_one_file_of_two_is_told(small, cache):
-    ml100k.folder().mkdir(parents=True)
-    (ml100k.folder() / "u.data").write_bytes(zipfile.ZipFile(small).read("ml-100k/u.data"))
+    fetch.folder().mkdir(parents=True)
+    (fetch.folder() / "u.data").write_bytes(zipfile.ZipFile(small).read("ml-100k/u.data"))
     with pytest.raises(InputError, match=r"u\.item is missing beside u\.data and u\.item"):
-        data.prepare(DataConfig())
+        prepare(DataConfig())
 
 
 def test_archive_without_the_file(small, cache, monkeypatch):
     with zipfile.ZipFile(small, "w") as archive:
         archive.writestr("ml-100k/u.item", b"")
     expect_archive(monkeypatch, small)
-    ml100k.archive().parent.mkdir(parents=True)
-    ml100k.archive().write_bytes(small.read_bytes())
+    fetch.archive().parent.mkdir(parents=True)
+    fetch.archive().write_bytes(small.read_bytes())
     monkeypatch.setenv("RECLIB_OFFLINE", "1")
     with pytest.raises(InputError, match=r"holds no ml-100k/u\.data"):
-        data.prepare(DataConfig())
+        prepare(DataConfig())
 
 
 @pytest.fixture
@@ -414,13 +426,13 @@ def wheel(small, monkeypatch):
         for name, content in contents.items():
             archive.writestr(f"recbole/dataset_example/ml-100k/{name}", content)
     for name, content in contents.items():
-        monkeypatch.setitem(ml100k.SHA256, name, hashlib.sha256(content).hexdigest())
+        monkeypatch.setitem(fetch.SHA256, name, hashlib.sha256(content).hexdigest())
     monkeypatch.setenv("RECLIB_MIRROR", "http://127.0.0.1:9/nobody")
     return contents
 
 
 def test_wheel_by_pip(wheel, cache):
-    dataset = data.prepare(DataConfig())
+    dataset = prepare(DataConfig())
     assert dataset.manifest["source"]["file"] == "ml-100k.inter"
     assert dataset.title(1) == "From the wheel"
     assert [path.name for path in (cache / "raw").iterdir()] == ["ml-100k"]
@@ -436,19 +448,19 @@ def test_altered_files_are_never_put_in_place(wheel, cache, monkeypatch, tmp_pat
             (folder / name).write_bytes(content)
         spec = importlib.machinery.ModuleSpec("recbole", None, is_package=True)
         spec.submodule_search_locations = [str(tmp_path)]
-        monkeypatch.setattr(ml100k.importlib.util, "find_spec", lambda name: spec)
+        monkeypatch.setattr(fetch.importlib.util, "find_spec", lambda name: spec)
         monkeypatch.setenv("RECLIB_OFFLINE", "1")
-    monkeypatch.setitem(ml100k.SHA256, "ml-100k.inter", "0" * 64)  # another file was expected
+    monkeypatch.setitem(fetch.SHA256, "ml-100k.inter", "0" * 64)  # another file was expected
     with pytest.raises(InputError, match=rf"{expected}\S*ml-100k.inter is truncated or altered"):
-        data.prepare(DataConfig())
+        prepare(DataConfig())
     assert list((cache / "raw").iterdir()) == []
 
 
 PREPARE = """
 import sys
-from reclib import data
+from reclib.data.prepare import prepare
 from reclib.config import DataConfig
-print(data.prepare(DataConfig(**{config})).fingerprint, "recbole" in sys.modules)
+print(prepare(DataConfig(**{config})).fingerprint, "recbole" in sys.modules)
 """
 
 
@@ -456,7 +468,7 @@ def python(config: dict, **env: str) -> subprocess.Popen:
     code = PREPARE.replace("{config}", repr(config))
     return subprocess.Popen(
         [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": str(paths.root())} | env,
+        env=os.environ | {"PYTHONPATH": str(system.root())} | env,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -471,7 +483,7 @@ def test_installed_recbole_is_read_and_never_imported(raw_files, cache, tmp_path
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
     for path in raw_files[:2]:
         (package / "dataset_example" / "ml-100k" / path.name).write_bytes(path.read_bytes())
-    search = os.pathsep.join([str(paths.root()), str(package.parent)])
+    search = os.pathsep.join([str(system.root()), str(package.parent)])
     process = python({}, PYTHONPATH=search, RECLIB_OFFLINE="1")
     out, err = process.communicate()
     assert out.split() == [FINGERPRINT, "False"], err
@@ -494,24 +506,24 @@ def test_two_fetches_at_once(server, cache):
     def reply(handler):
         if not rival:
             rival.append(True)
-            ml100k.files()  # the rival's whole fetch, while ours waits for its answer
+            fetch.files()  # the rival's whole fetch, while ours waits for its answer
         server.archive(handler)
 
     server.reply = reply
-    assert ml100k.files().interactions.exists()
+    assert fetch.files().interactions.exists()
     assert sorted(p.name for p in (cache / "raw").iterdir()) == ["ml-100k", "ml-100k.zip"]
-    assert sorted(p.name for p in ml100k.folder().iterdir()) == ["u.data", "u.item"]
+    assert sorted(p.name for p in fetch.folder().iterdir()) == ["u.data", "u.item"]
 
 
 def test_synthetic_is_seeded():
-    first, again = (data.synthetic_dataset(200, 100, 12.0, seed=3) for _ in range(2))
-    other = data.synthetic_dataset(200, 100, 12.0, seed=4)
+    first, again = (synthetic_dataset(200, 100, 12.0, seed=3) for _ in range(2))
+    other = synthetic_dataset(200, 100, 12.0, seed=4)
     assert contents(first) == contents(again)
     assert first.fingerprint == again.fingerprint != other.fingerprint
 
 
 def test_synthetic_shape():
-    dataset = data.synthetic_dataset(2000, 300, 20.0, seed=0)
+    dataset = synthetic_dataset(2000, 300, 20.0, seed=0)
     assert (dataset.num_users, dataset.num_items) == (2000, 300)
     assert dataset.lengths.min() >= 5
     assert dataset.lengths.mean() == pytest.approx(20.0, rel=0.05)
@@ -523,8 +535,8 @@ def test_synthetic_shape():
 
 
 def test_synthetic_transitions_can_be_learned():
-    dataset = data.synthetic_dataset(3000, 200, 20.0, seed=1)
-    train, test = data.train_histories(dataset), data.evaluation(dataset, "test")
+    dataset = synthetic_dataset(3000, 200, 20.0, seed=1)
+    train, test = train_histories(dataset), evaluation(dataset, "test")
     inside = np.ones(dataset.num_interactions - 1, dtype=bool)
     inside[train.ends - 1] = inside[train.ends] = False  # into and out of the held-out items
     inside[dataset.offsets[1:-1] - 1] = False  # from one user to the next
@@ -545,13 +557,13 @@ def test_synthetic_transitions_can_be_learned():
 )
 def test_impossible_synthetic_sizes(users, items, mean_len, said):
     with pytest.raises(InputError, match=said):
-        data.synthetic_dataset(users, items, mean_len, seed=0)
+        synthetic_dataset(users, items, mean_len, seed=0)
 
 
 def command(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "reclib.data", *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": str(paths.root())} | env,
+        [sys.executable, "-m", "reclib", "data", *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": str(system.root())} | env,
         cwd=env.get("PWD"),
         capture_output=True,
         text=True,
@@ -570,7 +582,7 @@ def test_command_prepares_a_file_of_ones_own(cache, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # no bar where there is no terminal
     assert done.stdout.splitlines()[-1] == str(out / "manifest.json")
-    dataset = data.prepare(DataConfig(dataset=str(out)))  # a prepared folder is a dataset
+    dataset = prepare(DataConfig(dataset=str(out)))  # a prepared folder is a dataset
     assert (dataset.num_users, dataset.num_items, dataset.num_interactions) == (4, 5, 15)
     assert not cache.exists() or not any(cache.rglob("*"))
 
@@ -579,17 +591,17 @@ def test_command_prepares_a_file_of_ones_own(cache, tmp_path):
 def out(cache, tmp_path):
     """A prepared folder."""
     config = DataConfig(dataset=own_file(tmp_path, OWN), min_user=1, min_item=1)
-    return data.folder_of(config, tmp_path / "out")
+    return folder_of(config, tmp_path / "out")
 
 
 def run(capsys, *arguments: object) -> tuple[int, str, str]:
-    code = data.main(list(map(str, arguments)))
+    code = data_main(list(map(str, arguments)))
     said = capsys.readouterr()
     return code, said.out, said.err
 
 
 def test_command_again_does_nothing_again(out, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(preparation, "build", lambda *_: pytest.fail("prepared again"))
+    monkeypatch.setattr(prepare_module, "build", lambda *_: pytest.fail("prepared again"))
     given = (tmp_path / "u.data", "--out", out, "--min-user", 1, "--min-item", 1)
     code, said, _ = run(capsys, "prepare", *given)
     assert (code, said.splitlines()[-1]) == (0, str(out / "manifest.json"))
@@ -598,7 +610,7 @@ def test_command_again_does_nothing_again(out, tmp_path, capsys, monkeypatch):
 def test_other_options_replace_the_prepared_folder(out, tmp_path, capsys):
     given = (tmp_path / "u.data", "--out", out, "--min-user", 4, "--min-item", 1)
     assert run(capsys, "prepare", *given)[0] == 0
-    assert data.load(out).manifest["core"]["min_user"] == 4
+    assert load(out).manifest["core"]["min_user"] == 4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "out", "u.data"]
 
 
@@ -622,11 +634,11 @@ def test_show_prints_counts_and_splits(out, capsys):
 
 
 def test_verify_finds_one_altered_byte_of_a_large_file(out, capsys, monkeypatch):
-    monkeypatch.setattr(preparation.cache, "HASHED_ALWAYS", 0)  # as if all files were large
+    monkeypatch.setattr(system, "HASHED_ALWAYS", 0)  # as if all files were large
     assert run(capsys, "verify", out)[0] == 0
     whole = (out / "times.npy").read_bytes()
     (out / "times.npy").write_bytes(whole[:-1] + b"\1")
-    data.load(out)  # sizes and the seal are as they were: this is what `verify` is for
+    load(out)  # sizes and the seal are as they were: this is what `verify` is for
     code, _, said = run(capsys, "verify", out)
     assert (code, said.count("\n")) == (2, 1)
     assert "times.npy is altered: its sha256 differs" in said
@@ -648,7 +660,7 @@ def test_prepared_folder_that_lost_a_file_is_told(out, capsys):
     assert (code, said.count("\n")) == (2, 1)
     assert "offsets.npy" in said
     with pytest.raises(InputError, match=r"no whole prepared dataset \(offsets\.npy"):
-        data.prepare(DataConfig(dataset=str(out)))
+        prepare(DataConfig(dataset=str(out)))
 
 
 @pytest.mark.parametrize(
@@ -672,7 +684,7 @@ def test_command_tells_what_is_wrong_in_one_line(cache, capsys, arguments, said)
 
 
 def test_fingerprint_is_that_of_the_committed_records():
-    records = paths.root() / "executed" / "cpu" / "results.jsonl"
+    records = system.root() / "executed" / "cpu" / "results.jsonl"
     lines = map(json.loads, records.read_text().splitlines())
     found = {line["data"]["fingerprint"] for line in lines if line["data"]["name"] == "ml-100k"}
     assert found == {FINGERPRINT}

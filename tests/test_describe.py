@@ -7,11 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reclib import data, datasheet, describe, fetch, paths, splits
+from reclib import system
 from reclib.config import DataConfig, InputError
-from reclib.dataset import Dataset, Keys, ties
+from reclib.data import fetch, splits
+from reclib.data.dataset import Dataset, Keys, ties
+from reclib.data.prepare import folder_of, prepare, synthetic_dataset
+from reclib.experiments import data_prep
 
-RAW = paths.root().parent / "shared" / "data" / "raw-format-samples"
+RAW = system.root().parent / "shared" / "data" / "raw-format-samples"
 
 # Histories of (time, item); few items and times, so that repeats and ties are frequent.
 histories = st.lists(
@@ -61,8 +64,8 @@ def test_repeats_are_those_of_a_loop(given_histories, portion):
             seen.add(item)
         exact += sum(count - 1 for count in Counter(history).values())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(describe, "PORTION", portion)  # however the histories are cut into portions
-        found = describe.repeats(dataset).metrics
+        patch.setattr(data_prep, "PORTION", portion)  # however the histories are cut into portions
+        found = data_prep.repeats(dataset).metrics
     size = dataset.num_interactions
     assert found["repeat_share"] == pytest.approx(again / size)
     assert found["exact_duplicate_share"] == pytest.approx(exact / size)
@@ -80,8 +83,8 @@ def test_candidates_for_the_last_item_are_those_of_a_loop(given_histories, porti
         if len(history) > 2
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(describe, "PORTION", portion)
-        found = describe.last_items(dataset)
+        patch.setattr(data_prep, "PORTION", portion)
+        found = data_prep.last_items(dataset)
     assert dict(zip(found.series["candidates"], found.series["users"], strict=True)) == expected
     uncertain = sum(users for candidates, users in expected.items() if candidates > 1)
     share = uncertain / max(sum(expected.values()), 1)
@@ -90,14 +93,14 @@ def test_candidates_for_the_last_item_are_those_of_a_loop(given_histories, porti
 
 def test_two_rows_of_one_item_leave_no_doubt_about_the_last():
     dataset = dataset_of([[(0, 1), (5, 2), (5, 2)]])
-    assert describe.ties(dataset).metrics["tied_test_target_share"] == 1
-    assert describe.last_items(dataset).metrics["last_item_by_tie_rule_share"] == 0
+    assert data_prep.ties(dataset).metrics["tied_test_target_share"] == 1
+    assert data_prep.last_items(dataset).metrics["last_item_by_tie_rule_share"] == 0
 
 
 def test_long_runs_are_counted_together_but_the_longest_is_told():
     run = [(7, item) for item in range(1, 15)]
-    found = describe.last_items(dataset_of([run, run[:12], run[:3]], names=14))
-    assert found.series == {"candidates": [3, describe.LONG_RUN], "users": [1, 2]}
+    found = data_prep.last_items(dataset_of([run, run[:12], run[:3]], names=14))
+    assert found.series == {"candidates": [3, data_prep.LONG_RUN], "users": [1, 2]}
     assert found.metrics["most_candidates"] == 14
 
 
@@ -107,8 +110,8 @@ def test_what_training_never_saw_is_that_of_a_loop(given_histories, portion):
     dataset = dataset_of(given_histories)
     found = {"leave_one_out": splits.leave_one_out(dataset), "random_users": splits.random_users(dataset)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(describe, "PORTION", portion)
-        made = describe.cold(dataset, found)
+        patch.setattr(data_prep, "PORTION", portion)
+        made = data_prep.cold(dataset, found)
     rows = 0
     for name, split in found.items():
         train = split.train
@@ -131,8 +134,8 @@ def test_interactions_over_time_are_all_counted_once(unit, per_second):
         [((start + 60 * n * (u + 1)) * per_second, 1 + n % 4) for n in range(9)] for u in range(5)
     ]
     dataset = dataset_of(given_histories, unit)
-    found = describe.divisions(dataset, seed=0)
-    made = describe.over_time(dataset, found)
+    found = data_prep.divisions(dataset, seed=0)
+    made = data_prep.over_time(dataset, found)
     assert sum(made.series["interactions"]) == dataset.num_interactions
     assert (sum(made.series["new_users"]), sum(made.series["new_items"])) == (5, 4)
     assert made.series["start"][0] == "2020-09-13 12:26"  # of 1.6e9 seconds, in UTC
@@ -141,13 +144,13 @@ def test_interactions_over_time_are_all_counted_once(unit, per_second):
 
 
 def test_without_times_nothing_is_said_about_time(capsys):
-    dataset = data.synthetic_dataset(30, 20, 6.0, seed=0)
-    assert list(describe.divisions(dataset, seed=0)) == ["leave_one_out", "random_users"]
+    dataset = synthetic_dataset(30, 20, 6.0, seed=0)
+    assert list(data_prep.divisions(dataset, seed=0)) == ["leave_one_out", "random_users"]
     assert "no global time split" in capsys.readouterr().out
-    for ask in (describe.last_items, lambda one: describe.over_time(one, {})):
+    for ask in (data_prep.last_items, lambda one: data_prep.over_time(one, {})):
         with pytest.raises(InputError, match="no times"):
             ask(dataset)
-    assert "exact_duplicate_share" not in describe.repeats(dataset).metrics
+    assert "exact_duplicate_share" not in data_prep.repeats(dataset).metrics
 
 
 @pytest.fixture
@@ -160,26 +163,26 @@ def prepared(tmp_path, monkeypatch):
     text = "user,item,time\n" + "".join(f"{u},{i},{t}\n" for u, i, t in rows) + "u0,i0,-5\n"
     (tmp_path / "mine.csv").write_text(text)
     config = DataConfig(dataset=str(tmp_path / "mine.csv"), min_user=3, min_item=2, max_rejected_share=0.1)
-    return data.prepare(config), config
+    return prepare(config), config
 
 
 def test_the_sheet_tells_what_was_read_and_rejected(prepared):
     dataset, _ = prepared
-    sheet = datasheet.reading(dataset)[""]
+    sheet = data_prep.reading(dataset)[""]
     assert (sheet["file"], sheet["lines"], sheet["time unit"]) == ("mine.csv", "20", "s")
     assert sheet["k-core"] == "3 per user, 2 per item, fixed_point"
     assert len(sheet["sha256"]) == 64
-    rejected = datasheet.rejected(dataset)
+    rejected = data_prep.rejected(dataset)
     assert rejected["lines"].tolist() == [1]
     assert rejected["share"].tolist() == ["5%"]
-    assert datasheet.rejected_examples(dataset).loc[21, "text"] == "u0,i0,-5"
-    assert datasheet.counts(dataset).loc["source", "interactions"] == "19"
-    assert datasheet.published(dataset) == {}
+    assert data_prep.rejected_examples(dataset).loc[21, "text"] == "u0,i0,-5"
+    assert data_prep.counts(dataset).loc["source", "interactions"] == "19"
+    assert data_prep.published(dataset) == {}
 
 
 def test_one_pass_leaves_what_the_fixed_point_removes(prepared):
     dataset, config = prepared
-    both = datasheet.cores(dataset, config)
+    both = data_prep.cores(dataset, config)
     assert both.loc["fixed_point", "passes"] == "18 → 16"
     assert both.loc["single_pass", "passes"] == "18"
     assert both["users"].to_dict() == {"fixed_point": "4", "single_pass": "5"}
@@ -188,17 +191,17 @@ def test_one_pass_leaves_what_the_fixed_point_removes(prepared):
 
 def test_the_other_core_is_left_out_where_it_cannot_be_had(prepared, tmp_path, monkeypatch):
     dataset, config = prepared
-    folder = DataConfig(dataset=str(data.folder_of(config)))
-    assert "only what is left" in datasheet.cores(dataset, folder).loc["single_pass", "passes"]
-    monkeypatch.setattr(datasheet, "CHEAP_INTERACTIONS", 18)
-    assert "large" in datasheet.cores(dataset, config).loc["single_pass", "passes"]
+    folder = DataConfig(dataset=str(folder_of(config)))
+    assert "only what is left" in data_prep.cores(dataset, folder).loc["single_pass", "passes"]
+    monkeypatch.setattr(data_prep, "CHEAP_INTERACTIONS", 18)
+    assert "large" in data_prep.cores(dataset, config).loc["single_pass", "passes"]
 
 
 def test_splits_are_tabulated_with_dates():
     start = 1_600_000_000
     dataset = dataset_of([[(start + 3600 * (4 * n + u), 1 + n) for n in range(4)] for u in range(4)])
-    found = describe.divisions(dataset, seed=0)
-    table = datasheet.about_splits(dataset, found)
+    found = data_prep.divisions(dataset, seed=0)
+    table = data_prep.about_splits(dataset, found)
     assert table.columns.tolist() == [split.name for split in found.values()]
     assert table.loc["evaluated users", "leave-one-out"] == "4"
     assert table.loc["time points: test", "global time"] == "2020-09-14 02:26"  # 14 hours after the first
@@ -206,7 +209,7 @@ def test_splits_are_tabulated_with_dates():
 
 
 def test_downloads_are_those_of_the_list():
-    table = datasheet.downloads()
+    table = data_prep.downloads()
     assert table.index.tolist() == list(fetch.catalogue())
     assert table.loc["ml-20m", "interactions"] == "20,000,263"
     assert table["licence"].str.len().min() > 20
@@ -223,7 +226,7 @@ def test_published_counts_are_only_those_of_the_public_file():
         named = Dataset(
             "ml-100k", dataset.items, dataset.offsets, dataset.item_keys, dataset.user_keys, {}, manifest
         )
-        assert datasheet.published(named) == expected
+        assert data_prep.published(named) == expected
 
 
 def test_a_published_5_core_with_duplicates_is_no_fixed_point(tmp_path, monkeypatch):
@@ -231,8 +234,8 @@ def test_a_published_5_core_with_duplicates_is_no_fixed_point(tmp_path, monkeypa
     if not file.is_file():
         pytest.skip(f"no copy of All_Beauty_5 at {RAW}")
     monkeypatch.setenv("RECLIB_DATA", str(tmp_path))
-    dataset = data.prepare(DataConfig(dataset=str(file)))
+    dataset = prepare(DataConfig(dataset=str(file)))
     assert dataset.manifest["steps"][0]["interactions"] == 5269  # as published
     assert dataset.manifest["core"]["passes"] == [5189, 5113, 5097, 5084]
-    found = describe.repeats(dataset).metrics
+    found = data_prep.repeats(dataset).metrics
     assert found["repeat_share"] == pytest.approx(0.2207, abs=1e-3)

@@ -20,14 +20,17 @@ from conftest import ROOT
 from engine import histories, small_model
 from safetensors.torch import load_file
 
-from reclib import checkpoint, data, distributed, experiment, hardware, launch, params, runfile, splits
-from reclib.batching import Epoch
-from reclib.checkpoint import unique_tensors
+from reclib import hardware, parameters
 from reclib.config import DataConfig, InputError, TrainConfig, changed
-from reclib.distributed import Placement, Ranks, placement
-from reclib.fit import data_identity, fit_setup, is_finished, rank_targets
-from reclib.launch import Failure, said
-from reclib.trainer import Trainer
+from reclib.data import splits
+from reclib.data.batches import Epoch
+from reclib.data.prepare import prepare, synthetic_dataset
+from reclib.experiments import baseline
+from reclib.train import distributed, saving
+from reclib.train.distributed import Failure, Placement, Ranks, placement, said
+from reclib.train.fit import data_identity, fit_setup, is_finished, rank_targets, read_setup, write_setup
+from reclib.train.saving import unique_tensors
+from reclib.train.trainer import Trainer
 
 LIMIT = 150  # seconds that a process may take on a busy machine; nothing here waits for ever
 GNU = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
@@ -121,18 +124,18 @@ def test_a_batch_that_cannot_be_divided_is_refused():
 
 def test_a_run_file_gives_back_the_run_and_refuses_what_is_none(tmp_path):
     setup = ranks.setup()
-    runfile.write(tmp_path / "run.json", setup)
-    assert runfile.read(tmp_path / "run.json") == setup
+    write_setup(tmp_path / "run.json", setup)
+    assert read_setup(tmp_path / "run.json") == setup
     (tmp_path / "run.json").write_text('{"data": {}}')
     with pytest.raises(InputError, match=r"run.json is no run file"):
-        runfile.read(tmp_path / "run.json")
+        read_setup(tmp_path / "run.json")
     with pytest.raises(InputError, match=r"cannot read the run file none.json"):
-        runfile.read(tmp_path / "none.json")
-    dataset = data.synthetic_dataset(num_users=61, num_items=40, mean_len=9.0, seed=0)
+        read_setup(tmp_path / "none.json")
+    dataset = synthetic_dataset(num_users=61, num_items=40, mean_len=9.0, seed=0)
     draw = np.random.default_rng(0)
     times = np.concatenate([np.sort(draw.integers(0, 1000, n)) for n in dataset.lengths])
     timed = dataclasses.replace(dataset, times=times)
-    for name, split in runfile.SPLITS.items():
+    for name, split in splits.SPLIT_TITLES.items():
         assert split(timed).name == name
 
 
@@ -206,13 +209,13 @@ def test_validation_and_the_early_stop_are_those_of_one_process(two):
         assert one.keys() == other.keys()
         for name in one.keys() - clock:
             assert one[name] == pytest.approx(other[name], rel=1e-3), name
-    state = json.loads((checkpoint.latest(two / "validated") / checkpoint.STATE).read_text())
+    state = json.loads((saving.latest(two / "validated") / saving.STATE).read_text())
     assert (state["progress"]["processes"], state["progress"]["backend"]) == (2, "gloo")
 
 
 @pytest.mark.slow
 def test_each_user_has_the_rank_that_one_process_gives(two):
-    dataset = data.synthetic_dataset(num_users=61, num_items=40, mean_len=9.0, seed=0)
+    dataset = synthetic_dataset(num_users=61, num_items=40, mean_len=9.0, seed=0)
     found = [load_file(two / f"ranking-{rank}.safetensors") for rank in (0, 1)]
     alone = ranks.validated(two / "validated")  # finished: loads the best weights
     ranking = rank_targets(alone, splits.leave_one_out(dataset).valid, True, with_losses=True)
@@ -264,7 +267,7 @@ def workers(process: subprocess.Popen) -> dict[int, int]:
 
 def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> dict[int, int]:
     deadline = time.monotonic() + LIMIT
-    while (found := checkpoint.latest(out)) is None or int(found.name[5:]) < step:
+    while (found := saving.latest(out)) is None or int(found.name[5:]) < step:
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -296,7 +299,7 @@ def test_a_killed_rank_ends_the_job_and_the_same_command_goes_on_to_the_same_bit
     assert lines[0].startswith("error: rank 1 of 2 was killed")
     assert lines[0].endswith("the same command goes on from the last checkpoint")
     assert gone(list(pids.values()))
-    reached = int(checkpoint.latest(out).name[5:])
+    reached = int(saving.latest(out).name[5:])
     assert reached < 76
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RECLIB_DATA", str(cache))
@@ -317,8 +320,8 @@ def test_a_killed_rank_ends_the_job_and_the_same_command_goes_on_to_the_same_bit
     assert process.returncode == 0, told
     assert json.loads(printed)["step"] == 76
     for name in ("best", "step-76"):
-        one, _ = checkpoint.load(two / "whole" / name)
-        other, _ = checkpoint.load(out / name)
+        one, _ = saving.load_checkpoint(two / "whole" / name)
+        other, _ = saving.load_checkpoint(out / name)
         assert all(torch.equal(one[key], other[key]) for key in one if not key.startswith("random."))
 
 
@@ -353,18 +356,18 @@ def test_a_notebook_lets_processes_beside_it_train_and_reads_the_result_back(tmp
     (tmp_path / "params").symlink_to(ROOT / "params")
     changes = {"dataset": "synthetic", "size": "nano", "epochs": 1, "nproc": 2, "gpu": "cpu", "dropout": 0.0}
     changes |= {"precision": "fp32", "compile_mode": "off", "max_len": 50}
-    p = params.build("02_baseline", params.profile("02_baseline", "smoke") | changes)
-    dataset = data.prepare(DataConfig(dataset="synthetic", min_user=p.min_user, min_item=p.min_item))
+    p = parameters.build("02_baseline", parameters.profile("02_baseline", "smoke") | changes)
+    dataset = prepare(DataConfig(dataset="synthetic", min_user=p.min_user, min_item=p.min_item))
     split = splits.random_users(dataset)
     given = ("02_baseline", p, dataset, split, hardware.resolve("cpu"), "bert4rec", 0)
-    one = experiment.train_seed(*given)
+    one = baseline.train_seed(*given)
     assert one.together() == {"processes": 2, "backend": "gloo"}
     assert one.trainer.identity()["data"] == data_identity(dataset, split)
-    monkeypatch.setattr(launch, "apart", lambda *_: pytest.fail("started again"))
-    again = experiment.train_seed(*given)
+    monkeypatch.setattr(distributed, "apart", lambda *_: pytest.fail("started again"))
+    again = baseline.train_seed(*given)
     assert again.best() == one.best()
-    single = (given[0], params.build("02_baseline", params.values(p) | {"nproc": 1}), *given[2:])
-    alone = experiment.train_seed(*single)
+    single = (given[0], parameters.build("02_baseline", parameters.values(p) | {"nproc": 1}), *given[2:])
+    alone = baseline.train_seed(*single)
     assert alone.together() == {}
     assert one.curve()["train_loss"] == pytest.approx(alone.curve()["train_loss"], rel=1e-4)
 
@@ -372,12 +375,12 @@ def test_a_notebook_lets_processes_beside_it_train_and_reads_the_result_back(tmp
 def test_a_notebook_is_told_why_they_failed(tmp_path, monkeypatch):
     for name, value in GNU.items():
         monkeypatch.setenv(name, value)
-    runfile.write(tmp_path / "run.json", ranks.setup())
+    write_setup(tmp_path / "run.json", ranks.setup())
     words = ["--run", str(tmp_path / "run.json"), "--out", str(tmp_path / "out"), "--gpu", "cpu1"]
     with pytest.raises(
         InputError, match="training in 2 processes failed: nproc=2, but cpu1 is the CPU with 1"
     ):
-        launch.apart(words, 2)
+        distributed.apart(words, 2)
     assert not (tmp_path / "out").exists()
 
 

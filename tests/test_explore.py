@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import yaml
 
-from reclib import explore, explore_figures
 from reclib.config import InputError
+from reclib.experiments import explore
 
 
 def row(name: str = "step", **changes: object) -> dict:
@@ -60,7 +60,7 @@ def test_axes_are_numbers_that_differ():
 
 def test_a_selection_draws_every_record_once_and_tells_measured_from_predicted():
     selection = explore.Selection("step", "batch_size", "sequences_per_second", "precision")
-    figure = explore_figures.scatter(explore.chosen(ROWS, selection), selection)
+    figure = explore.scatter(explore.chosen(ROWS, selection), selection)
     points = {trace.name: (list(trace.x), trace.marker.symbol) for trace in figure.data}
     assert points == {
         "fp32": ([32], "circle"),
@@ -88,10 +88,10 @@ def test_intervals_are_bars_and_no_axes():
     selection = explore.first_selection(rows, "test_metrics")
     assert (selection.x, selection.y) == ("hr@10", "mrr")  # the first that there are
     turned = explore.Selection("test_metrics", "mrr", "hr@10")
-    (trace,) = explore_figures.scatter(explore.chosen(rows, turned), turned).data
+    (trace,) = explore.scatter(explore.chosen(rows, turned), turned).data
     assert list(trace.error_y.array) == pytest.approx([0.02, 0.02])
     assert list(trace.error_y.arrayminus) == pytest.approx([0.01, 0.01])
-    assert "HR@10" in explore_figures.scatter(explore.chosen(rows, turned), turned).layout.title.text
+    assert "HR@10" in explore.scatter(explore.chosen(rows, turned), turned).layout.title.text
 
 
 def test_devices_can_be_left_out():
@@ -121,13 +121,13 @@ def test_a_result_with_one_number_has_nothing_to_draw():
 
 def test_a_selection_can_be_handed_on_as_parameters():
     selection = explore.Selection("step", "batch_size", "step_seconds", "kind", ("l4",))
-    given = yaml.safe_load(explore.as_parameters(selection))
+    given = yaml.safe_load(explore.selection_as_parameters(selection))
     assert explore.Selection(**given | {"labels": tuple(given["labels"])}) == selection
 
 
 def test_the_gate_of_a_history_stands_over_what_is_usual():
     usual = np.array([[0.1, 0.2, 0.7]] * 50 + [[0.3, 0.3, 0.4]] * 50)
-    figure = explore_figures.gate(np.array([0.2, 0.5, 0.3]), usual)
+    figure = explore.gate_figure(np.array([0.2, 0.5, 0.3]), usual)
     bars, medians = figure.data
     assert list(bars.y) == [0.2, 0.5, 0.3]
     assert list(medians.y) == pytest.approx([0.2, 0.25, 0.55])

@@ -25,8 +25,9 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reclib import data, fetch, formats, ml100k, sources
 from reclib.config import DataConfig, InputError
+from reclib.data import fetch, formats
+from reclib.data.prepare import data_main, source
 
 RATINGS = b"1::10::5::978300760\n" * 500
 MOVIES = b"10::A film (1995)::Drama\n"
@@ -465,7 +466,7 @@ def test_a_full_disk_leaves_nothing(raw, server, monkeypatch):
 
 LIMITED = """
 import resource, sys
-from reclib import fetch
+from reclib.data import fetch
 from reclib.config import InputError
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -501,7 +502,7 @@ def test_two_processes_at_once(raw, server):
         server.whole(handler)
 
     server.reply = together
-    code = "from reclib import fetch; print(fetch.fetch('films'))"
+    code = "from reclib.data import fetch; print(fetch.fetch('films'))"
     processes = [python(code) for _ in range(2)]
     results = [process.communicate(timeout=60) for process in processes]
     assert [out.strip() for out, _ in results] == [str(raw / "films" / "ratings.dat")] * 2, results
@@ -532,15 +533,15 @@ def test_unknown_names(raw):
 
 
 def test_the_error_of_a_caller_that_finds_it_missing(raw):
-    assert "python -m reclib.data fetch films'" in str(fetch.not_fetched("films"))
+    assert "python -m reclib data fetch films'" in str(fetch.not_fetched("films"))
 
 
 def test_a_fetched_dataset_is_a_source_by_its_name(raw):
     config = DataConfig(dataset="films", min_user=1, min_item=1)
     with pytest.raises(InputError, match=r"python -m reclib\.data fetch films"):
-        sources.source(config)
+        source(config)
     fetch.fetch("films")
-    films = sources.source(config)
+    films = source(config)
     assert films.name == "films"
     with duckdb.connect() as con:
         read = films.fill(con, None)
@@ -549,19 +550,19 @@ def test_a_fetched_dataset_is_a_source_by_its_name(raw):
     assert read.provenance["published_counts"] == {"interactions": 500}
     assert read.provenance["origin"] == fetch.known("films").address
     with pytest.raises(InputError, match=r"'filmz' \(did you mean 'films'\?\)"):
-        sources.source(DataConfig(dataset="filmz"))
+        source(DataConfig(dataset="filmz"))
 
 
 def test_published_counts_are_compared_with_what_was_read(raw, tmp_path, capsys):
     change_list(tmp_path, "films", counts={"interactions": 500, "users": 2})
     fetch.fetch("films")
-    assert data.main(["prepare", "films", "--min-user", "1", "--min-item", "1"]) == 0
+    assert data_main(["prepare", "films", "--min-user", "1", "--min-item", "1"]) == 0
     shown = capsys.readouterr().out
     assert "interactions of the source: 500, as published" in shown
     assert "users of the source: 1, but 2 are published" in shown
-    assert data.main(["fetch", "films"]) == 0
+    assert data_main(["fetch", "films"]) == 0
     assert capsys.readouterr().out == f"{raw / 'films' / 'ratings.dat'}\n"
-    assert data.main(["fetch", "nothing"]) == 2
+    assert data_main(["fetch", "nothing"]) == 2
     assert "no dataset is called 'nothing'" in capsys.readouterr().err
 
 
@@ -605,7 +606,7 @@ def test_the_list_is_complete(monkeypatch, tmp_path):
             assert len(digest) == {"sha256": 64, "md5": 32}[algorithm], name
         assert bool(entry.members) == (entry.file.endswith(".zip")), name
         assert bool(entry.checksum) == name.startswith("ml-"), name
-    assert entries["ml-100k"].to_read == ml100k.OFFICIAL[0]
+    assert entries["ml-100k"].to_read == fetch.OFFICIAL[0]
 
 
 def test_ml_100k_is_fetched_to_where_its_own_module_looks(tmp_path, monkeypatch):
@@ -613,10 +614,10 @@ def test_ml_100k_is_fetched_to_where_its_own_module_looks(tmp_path, monkeypatch)
     monkeypatch.setenv("RECLIB_OFFLINE", "1")
     with pytest.raises(InputError) as error:
         fetch.fetch("ml-100k")
-    assert str(error.value).endswith(f"put a whole ml-100k.zip at {ml100k.archive()}")
-    ml100k.folder().mkdir(parents=True)
-    (ml100k.folder() / "u.data").write_bytes(b"")
-    assert fetch.fetched("ml-100k") == ml100k.folder() / "u.data"
+    assert str(error.value).endswith(f"put a whole ml-100k.zip at {fetch.archive()}")
+    fetch.folder().mkdir(parents=True)
+    (fetch.folder() / "u.data").write_bytes(b"")
+    assert fetch.fetched("ml-100k") == fetch.folder() / "u.data"
 
 
 def test_a_wrong_entry_is_told(raw, tmp_path):

@@ -14,9 +14,12 @@ import plotly.graph_objects as go
 import pytest
 from accuracy_records import EVERY
 
-from reclib import answers, data, describe, figures, look, page, paths, speed_figures, tables
+from reclib import records as reclib_records
+from reclib import system
 from reclib.config import InputError
-from reclib.data import synthetic_dataset
+from reclib.data.prepare import DataConfig, evaluation, prepare, synthetic_dataset
+from reclib.experiments import data_prep
+from reclib.report import figures, page, style, tables
 
 
 def a_record(notebook, name, metrics, series=None, **changes):
@@ -42,15 +45,15 @@ def a_record(notebook, name, metrics, series=None, **changes):
 
 def described(dataset):
     made = {
-        "preparation": describe.steps,
-        "repeats": describe.repeats,
-        "sequence_lengths": describe.lengths,
-        "item_popularity": describe.popularity,
-        "tied_timestamps": describe.ties,
-        "last_items": describe.last_items,
+        "preparation": data_prep.steps,
+        "repeats": data_prep.repeats,
+        "sequence_lengths": data_prep.lengths,
+        "item_popularity": data_prep.popularity,
+        "tied_timestamps": data_prep.ties,
+        "last_items": data_prep.last_items,
     }
-    found = describe.divisions(dataset, seed=0)
-    of_splits = {"over_time": describe.over_time(dataset, found), "cold": describe.cold(dataset, found)}
+    found = data_prep.divisions(dataset, seed=0)
+    of_splits = {"over_time": data_prep.over_time(dataset, found), "cold": data_prep.cold(dataset, found)}
     return {name: make(dataset) for name, make in made.items()} | of_splits
 
 
@@ -58,8 +61,8 @@ def described(dataset):
 def dataset(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RECLIB_DATA", str(tmp_path_factory.mktemp("cache")))
-        config = data.DataConfig(dataset="synthetic", synthetic_items=150, min_item=20)
-        return data.prepare(config)
+        config = DataConfig(dataset="synthetic", synthetic_items=150, min_item=20)
+        return prepare(config)
 
 
 CURVE = {
@@ -235,11 +238,11 @@ def test_build_writes_every_figure_and_a_rebuild_changes_no_byte(records, built)
 def test_another_process_writes_the_same_bytes_from_records_in_another_order(records, built, tmp_path):
     (tmp_path / "records.json").write_text(json.dumps(list(reversed(records))))
     code = (
-        "import json, sys; from pathlib import Path; from reclib import figures; "
+        "import json, sys; from pathlib import Path; from reclib.report import figures; "
         "figures.build(json.loads(Path('records.json').read_text()), Path('there'));"
         "print('torch' in sys.modules)"
     )
-    env = os.environ | {"PYTHONPATH": str(paths.root()), "PYTHONHASHSEED": "7"}
+    env = os.environ | {"PYTHONPATH": str(system.root()), "PYTHONHASHSEED": "7"}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
@@ -388,9 +391,9 @@ def test_predictions_look_different_in_every_figure(records):
             looks.append([(t.get("marker"), t.get("line")) for t in traces])
             assert f"{kind} on cpu" in drawn.layout.title.subtitle.text
         assert str(looks[0]) != str(looks[1]), spec.name
-    assert look.line("predicted", "red")["dash"] == "dash"
-    assert look.bar("predicted", "red")["pattern"]["shape"] == "/"
-    assert look.marker("predicted", "red")["symbol"] == "circle-open"
+    assert style.line("predicted", "red")["dash"] == "dash"
+    assert style.bar("predicted", "red")["pattern"]["shape"] == "/"
+    assert style.marker("predicted", "red")["symbol"] == "circle-open"
 
 
 def values(figure: go.Figure, axis: str) -> list[list]:
@@ -464,7 +467,7 @@ def test_an_unmet_claim_stands_in_the_caption():
 
 
 def test_the_published_reference_agrees_with_itself():
-    published = speed_figures.reference()
+    published = reclib_records.reference()
     ratios = [
         run["claimed_per_second"] * run["epoch_seconds"] / run["sequences"] for run in published["throughput"]
     ]
@@ -509,17 +512,17 @@ def test_descriptions_agree_with_the_dataset(dataset):
 
 def test_history_says_what_each_interaction_is_for():
     dataset = synthetic_dataset(50, 100, 10.0, seed=0)
-    users = describe.example_users(dataset, seed=3)
-    assert users == describe.example_users(dataset, seed=3)
+    users = data_prep.example_users(dataset, seed=3)
+    assert users == data_prep.example_users(dataset, seed=3)
     assert len(set(users)) == 3
-    shown = describe.history(dataset, users[0], last=4)
+    shown = data_prep.history(dataset, users[0], last=4)
     assert shown["used for"].tolist() == ["training"] * 2 + ["validation target", "test target"]
-    assert shown["item"].tolist()[-1] == data.evaluation(dataset, "test").targets[users[0]]
+    assert shown["item"].tolist()[-1] == evaluation(dataset, "test").targets[users[0]]
     assert shown["position"].tolist()[-1] == dataset.lengths[users[0]]
 
 
 def test_every_figure_has_a_chapter_and_no_two_have_one_name():
-    assert {spec.notebook for spec in figures.FIGURES} <= set(answers.CHAPTERS)
+    assert {spec.notebook for spec in figures.FIGURES} <= set(page.CHAPTERS)
     assert len({spec.name for spec in figures.FIGURES}) == len(figures.FIGURES)
 
 
@@ -537,30 +540,30 @@ def test_the_answer_of_a_comparison_says_no_more_than_its_claims():
         "test_metrics": [scored("bert4rec", 0.2), scored("ease", 0.15), scored("causal", 0.21)],
         "comparison": [compared("ease", -0.05, 0.01, 0), compared("causal", 0.01, 0.3, 3)],
     }
-    assert answers.CHAPTERS["02_baseline"].answer(found) == (
+    assert page.CHAPTERS["02_baseline"].answer(found) == (
         "HR@10 on ml-100k (cpu): BERT4Rec 0.200 [0.190, 0.210]. Over 3 seeds, against BERT4Rec, corrected: "
         "worse: EASE 0.150; not separated: causal twin 0.210."
     )
     found["comparison"][0] = compared("ease", -0.05, 0.01, 1)
-    assert "too few seeds: EASE 0.150" in answers.CHAPTERS["02_baseline"].answer(found)
+    assert "too few seeds: EASE 0.150" in page.CHAPTERS["02_baseline"].answer(found)
 
 
 def test_the_audit_counts_its_verdicts():
     tally = a_record("08_audit", "audit_verdicts", {"holds": 2, "contradicted": 5})
-    assert answers.CHAPTERS["08_audit"].answer({"audit_verdicts": [tally]}) == (
+    assert page.CHAPTERS["08_audit"].answer({"audit_verdicts": [tally]}) == (
         "Of 7 published claims that arithmetic can check: contradicted 5, holds 2."
     )
 
 
 def test_a_chapter_without_records_answers_nothing():
-    assert {chapter.answer({}) for chapter in answers.CHAPTERS.values()} == {""}
+    assert {chapter.answer({}) for chapter in page.CHAPTERS.values()} == {""}
 
 
 def test_the_answer_of_scaling_tells_the_law_and_what_the_lists_gained():
     found = {
         name: [r for r in scaling_records() if r["name"] == name] for name in ("prediction", "learning_curve")
     }
-    answer = answers.CHAPTERS["03_scaling"].answer
+    answer = page.CHAPTERS["03_scaling"].answer
     assert answer(found).endswith("a validation loss of 6.000 nats for w384d2; not measured yet.")
     own, numbers = {"model": "w384d2"}, {"non_embedding": 3_500_000, "lowest_valid_loss": 6.05}
     largest = a_record("03_scaling", "learning_curve", numbers | {"valid_ndcg@10": 0.09}, own_params=own)
@@ -585,7 +588,7 @@ def test_a_notebook_without_records_says_how_to_run_it(tmp_path, monkeypatch):
     assert "Is it &lt;good&gt;?</h2>" in html
     assert "A <strong>bold</strong> word, <code>code</code> and a link.</p>" in html
     assert "More." not in html
-    assert "<code>python -m reclib.study run 02 --profile quick</code>" in html
+    assert "<code>python -m reclib run 02 --profile quick</code>" in html
     assert "<code>make lab</code>, then <code>09_sketches.ipynb</code>" in html
     assert Addresses(html).open == []
 

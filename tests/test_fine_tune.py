@@ -7,17 +7,17 @@ import math
 import pytest
 import torch
 
-from reclib import checkpoint, data, hardware
-from reclib.adapters import base_hash
-from reclib.config import InputError, TrainConfig, changed, model_config
-from reclib.fit import Options, fine_tune, fit, origin_of
-from reclib.ilora import AdaptedModel
-from reclib.lowrank import AdapterConfig
-from reclib.model import Bert4Rec
-from reclib.trainer import make_optimizer
+from reclib import hardware
+from reclib.config import AdapterConfig, InputError, TrainConfig, changed, model_config
+from reclib.data.prepare import synthetic_dataset
+from reclib.model.bert4rec import Bert4Rec
+from reclib.model.ilora import AdaptedModel, base_hash
+from reclib.train import saving
+from reclib.train.fit import Options, fine_tune, fit, origin_of
+from reclib.train.trainer import make_optimizer
 
 CPU = hardware.resolve("cpu")
-DATASET = data.synthetic_dataset(40, 30, 8.0, 0)
+DATASET = synthetic_dataset(40, 30, 8.0, 0)
 TRAIN = TrainConfig(batch_size=16, epochs=4, eval_every=2, learning_rate=1e-2, lr_warmup_steps=1)
 SHAPE = model_config("nano", num_items=DATASET.num_items, max_len=12, dropout=0.1)
 
@@ -40,7 +40,7 @@ def test_checkpoints_hold_the_adapter_and_its_gate_alone(tmp_path):
     assert trained
     assert all(".adapters." in name or name.startswith("gates.") for name in trained)
     for name in ("best", f"step-{trainer.total_steps}"):
-        tensors, state = checkpoint.load(tmp_path / name)
+        tensors, state = saving.load_checkpoint(tmp_path / name)
         weights = {key for key in tensors if not key.startswith(("optimizer.", "random."))}
         assert {key.removeprefix("model.") for key in weights} == trained
         assert state["identity"]["origin"]["base_sha256"] == base_hash(base())

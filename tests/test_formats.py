@@ -1,9 +1,10 @@
 import pytest
 
-from reclib import formats, paths
+from reclib import system
 from reclib.config import InputError
+from reclib.data import formats
 
-SAMPLES = paths.root().parent / "shared" / "data"
+SAMPLES = system.root().parent / "shared" / "data"
 REVIEW = '{"reviewerID": "A2IBPI20UZIR0U", "asin": "1384719342", "overall": 5.0, "unixReviewTime": 1393545600'
 REVIEW_2023 = (
     '{"user_id": "AE", "parent_asin": "B0", "asin": "B1", "rating": 5.0, "timestamp": 1602133857705}'

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 from conftest import ROOT
 
-from reclib import gathered, record
+from reclib import records as reclib_records
+from reclib.report import tables
 
 XEON = {"name": "Intel(R) Xeon(R) Processor", "type": "cpu", "threads": 2}
 
@@ -18,19 +19,19 @@ def step(size="85m", device="cpu2", seconds=0.5, profile="quick", time="2026-01-
 
 
 def test_a_cpu_is_named_by_threads_and_generation():
-    assert gathered.device_of(step()) == "cpu2 Intel Xeon"
+    assert tables.device_of(step()) == "cpu2 Intel Xeon"
     known = step(device="cpu1") | {"device": XEON | {"cpu_model": "Intel Xeon 6/207"}}
-    assert gathered.device_of(known) == "cpu1 Intel Xeon 6/207"
-    assert gathered.device_of(gathered.placed(known)) == "cpu1 Intel Xeon 6/207"
+    assert tables.device_of(known) == "cpu1 Intel Xeon 6/207"
+    assert tables.device_of(tables.placed(known)) == "cpu1 Intel Xeon 6/207"
     by_label = step() | {"own_params": {}, "label": "cpu"}
-    assert gathered.device_of(by_label) == "cpu2 Intel Xeon"
+    assert tables.device_of(by_label) == "cpu2 Intel Xeon"
 
 
 @pytest.mark.parametrize(("memory", "board"), [(39.6, "a100-40"), (79.2, "a100-80")])
 def test_a_gpu_is_the_board_of_the_catalogue_whose_memory_it_has(memory, board):
     card = {"name": "NVIDIA A100", "type": "cuda", "memory_bytes": memory * 2**30}
-    assert gathered.device_of(step(device="a100") | {"device": card}) == board
-    assert gathered.device_of(step(device="other") | {"device": card}) == "other"
+    assert tables.device_of(step(device="a100") | {"device": card}) == board
+    assert tables.device_of(step(device="other") | {"device": card}) == "other"
 
 
 def test_fresh_steps_come_before_recorded_ones_and_smoke_runs_do_not_come():
@@ -42,17 +43,17 @@ def test_fresh_steps_come_before_recorded_ones_and_smoke_runs_do_not_come():
         step(size="130m", seconds=0.6, time="2026-01-02"),
         step(size="430m", kind="predicted"),
     ]
-    found = {r["own_params"]["size"]: r["timings"]["step_seconds"] for r in gathered.steps(fresh, recorded)}
+    found = {r["own_params"]["size"]: r["timings"]["step_seconds"] for r in tables.steps(fresh, recorded)}
     assert found == {"85m": 0.1, "130m": 0.6}
 
 
 def test_a_step_without_bytes_gets_those_of_its_plan():
-    counted = gathered.with_work(step())["metrics"]
+    counted = tables.with_work(step())["metrics"]
     assert counted["flops"] == 10**11
     assert counted["bytes_moved"] > 28 * 85_111_814  # the optimiser alone
     failed = step()
     failed["own_params"] |= {"status": "oom"}
-    assert gathered.with_work(failed) == failed
+    assert tables.with_work(failed) == failed
 
 
 def test_measured_gains_are_ratios_within_one_run():
@@ -66,7 +67,7 @@ def test_measured_gains_are_ratios_within_one_run():
         records.append(of("step", seconds, **own))
     iloras = step(notebook="05_ilora", name="adapter_step", own_params={"model": "ilora"})
     iloras["timings"] = {"step_seconds": 1.0, "over_full": 0.8}
-    found = gathered.gains([*records, iloras, step(profile="smoke", name="ladder")])
+    found = tables.gains([*records, iloras, step(profile="smoke", name="ladder")])
     speedups = {r["own_params"]["technique"]: r["timings"]["speedup"] for r in found}
     assert speedups == pytest.approx(
         {"gather before the head": 2, "packed rows": 2, "AMP": 0.5, "torch.compile": 1.25, "iLoRA": 1.25}
@@ -81,24 +82,24 @@ def test_a_point_of_accuracy_is_told_only_of_what_was_trained_and_scored():
     records = [of("learning_curve", seed, timings={"train_seconds": 100.0}) for seed in (0, 1, 2)]
     records += [of("test_metrics", seed, metrics={"ndcg@10": 0.05}) for seed in (0, 1)]
     records.append(of("test_metrics", 0, model="never timed", metrics={"ndcg@10": 0.9}))
-    (row,) = gathered.points(records, {"cpu2": 3.6})
+    (row,) = tables.points(records, {"cpu2": 3.6})
     assert (row["model"], row["seeds"], row["training (s)"]) == ("bert4rec", 2, 100.0)
     assert row["s per 0.01"] == pytest.approx(20.0)
     assert row["cost per 0.01"] == pytest.approx(0.02)
-    assert gathered.points(records, {})[0]["cost per 0.01"] is None
+    assert tables.points(records, {})[0]["cost per 0.01"] is None
 
 
 def test_mfu_is_of_boards_of_the_catalogue_alone():
     card = {"name": "NVIDIA L4", "type": "cuda", "memory_bytes": 24 * 2**30}
     on_l4 = step(device="l4", seconds=0.01) | {"device": card}
-    assert gathered.mfu_of(on_l4) == pytest.approx(1e11 / 0.01 / 30.3e12)
+    assert tables.mfu_of(on_l4) == pytest.approx(1e11 / 0.01 / 30.3e12)
     unknown = step(device="other") | {"device": card}
-    assert gathered.mfu_of(unknown) is gathered.mfu_of(step()) is None
-    assert gathered.without_roof([on_l4, unknown, step()]) == ["cpu2 Intel Xeon", "other"]
+    assert tables.mfu_of(unknown) is tables.mfu_of(step()) is None
+    assert tables.without_roof([on_l4, unknown, step()]) == ["cpu2 Intel Xeon", "other"]
 
 
 def test_committed_steps_are_gathered_with_the_cpus_they_are_of():
-    recorded = record.latest(record.read(ROOT / "executed"))
-    found = {(r["own_params"]["size"], r["own_params"]["device"]) for r in gathered.steps([], recorded)}
+    recorded = reclib_records.latest(reclib_records.read(ROOT / "executed"))
+    found = {(r["own_params"]["size"], r["own_params"]["device"]) for r in tables.steps([], recorded)}
     assert {("5m", "cpu2 AMD EPYC"), ("85m", "cpu2 AMD EPYC"), ("130m", "cpu2 AMD EPYC")} <= found
-    assert {r["own_params"]["technique"] for r in gathered.gains(recorded)} >= {"packed rows", "AMP"}
+    assert {r["own_params"]["technique"] for r in tables.gains(recorded)} >= {"packed rows", "AMP"}

@@ -11,7 +11,8 @@ import planner_rows
 import pytest
 import torch
 
-from reclib import record, steptime
+from reclib import records as reclib_records
+from reclib.cost import planner as reclib_planner
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -55,7 +56,7 @@ def test_a_stage_that_fails_hangs_or_is_killed_leaves_the_next_one_whole(tmp_pat
         "ok",
         "ok",
     ]
-    records = record.read(tmp_path / "executed")  # checks each
+    records = reclib_records.read(tmp_path / "executed")  # checks each
     assert {one["name"] for one in records} == {"hardware_step", "planner_row"}
     raw = [json.loads(line) for line in (tmp_path / "raw.jsonl").read_text().splitlines()]
     assert {"environment", "product", "copy", "row", "epoch"} <= {line["what"] for line in raw}
@@ -110,4 +111,4 @@ def test_shares_of_a_gpu_are_fitted_on_one_half_and_judged_on_the_other():
     again = planner.gpu_errors("h100", new, share)
     assert max(abs(math.log(one["time"])) for one in again) < 0.02
     assert not any(one["written"] for one in again)
-    assert steptime.efficiency()["likely"]["products"] != true["products"]
+    assert reclib_planner.efficiency()["likely"]["products"] != true["products"]

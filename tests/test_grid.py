@@ -16,10 +16,14 @@ import torch
 import yaml
 from conftest import ROOT
 
-from reclib import checkpoint, data, footprint, grid, paths, record
+from reclib import records, system
 from reclib.config import InputError, ModelConfig, TrainConfig
-from reclib.fit import Options
+from reclib.cost import work as reclib_work
+from reclib.data.prepare import prepare
+from reclib.experiments import grids
 from reclib.hardware import Card, Device, resolve
+from reclib.train import saving
+from reclib.train.fit import Options
 
 PLACES = ("RECLIB_ROOT", "RECLIB_DATA", "RECLIB_RUNS", "RECLIB_RECORDS")
 FILE = {
@@ -56,9 +60,9 @@ def write(root: Path, **changes: object) -> None:
     file.write_text(yaml.safe_dump(FILE | changes, sort_keys=False))
 
 
-def work() -> grid.Work:
-    found = grid.read("trial")
-    return grid.Work(found, data.prepare(found.data), resolve("cpu"))
+def work() -> grids.Work:
+    found = grids.read_grid("trial")
+    return grids.Work(found, prepare(found.data), resolve("cpu"))
 
 
 def names(rows: list[dict]) -> list[tuple[str, int]]:
@@ -68,8 +72,8 @@ def names(rows: list[dict]) -> list[tuple[str, int]]:
 def test_every_run_is_trained_once_and_recorded_with_what_it_was(root):
     write(root)
     first = work()
-    assert grid.run(first, first.runs(), Options()) == 3
-    assert grid.run(work(), work().runs(), Options()) == 0
+    assert grids.run_grid(first, first.runs(), Options()) == 3
+    assert grids.run_grid(work(), work().runs(), Options()) == 0
     rows = work().rows("learning_curve")
     assert names(rows) == [("base", 0), ("base", 1), ("twin", 0)]
     twin = next(row for row in rows if row["own_params"]["model"] == "twin")
@@ -83,9 +87,9 @@ def test_every_run_is_trained_once_and_recorded_with_what_it_was(root):
 
 def test_the_name_of_an_arm_does_not_make_it_another_run(root):
     write(root)
-    assert grid.run(work(), work().runs(), Options()) == 3
+    assert grids.run_grid(work(), work().runs(), Options()) == 3
     write(root, arms={"renamed": {}, "longer": {"train": {"epochs": 3}}})
-    assert grid.run(work(), work().runs(), Options()) == 2  # both seeds of the longer arm
+    assert grids.run_grid(work(), work().runs(), Options()) == 2  # both seeds of the longer arm
 
 
 def test_a_stopped_grid_goes_on_within_the_run(root):
@@ -99,23 +103,23 @@ def test_a_stopped_grid_goes_on_within_the_run(root):
             raise Stop
 
     with pytest.raises(Stop):
-        grid.run(work(), work().runs(), Options(on_step=stop_at_seven))
+        grids.run_grid(work(), work().runs(), Options(on_step=stop_at_seven))
     assert work().rows("learning_curve") == []
-    assert "under way" in grid.status(work(), work().runs())[0]
+    assert "under way" in grids.grid_status(work(), work().runs())[0]
     steps: list[int] = []
-    assert grid.run(work(), work().runs(), Options(on_step=lambda stats: steps.append(stats.step))) == 1
+    assert grids.run_grid(work(), work().runs(), Options(on_step=lambda stats: steps.append(stats.step))) == 1
     assert steps[0] == 7  # the seventh was not in a checkpoint yet
-    assert "trained: validation HR@10" in grid.status(work(), work().runs())[0]
+    assert "trained: validation HR@10" in grids.grid_status(work(), work().runs())[0]
 
 
 def _run_all() -> None:
     here = work()
-    grid.run(here, here.runs(), Options())
+    grids.run_grid(here, here.runs(), Options())
 
 
 def test_two_processes_share_a_grid(root):
     write(root)
-    data.prepare(grid.read("trial").data)
+    prepare(grids.read_grid("trial").data)
     context = multiprocessing.get_context("spawn")
     both = [context.Process(target=_run_all) for _ in range(2)]
     for process in both:
@@ -133,12 +137,12 @@ def test_runs_side_by_side_have_the_bits_of_runs_one_after_the_other(tmp_path, m
         for name in PLACES:
             monkeypatch.setenv(name, str(tmp_path / str(parallel) / name.lower()))
         write(tmp_path / str(parallel))
-        assert grid.main(["run", "trial", "--gpu", "cpu1", "--parallel", str(parallel)]) == 0
-        here = grid.Work(grid.read("trial"), data.prepare(grid.read("trial").data), resolve("cpu1"))
+        assert grids.grid_main(["run", "trial", "--gpu", "cpu1", "--parallel", str(parallel)]) == 0
+        here = grids.Work(grids.read_grid("trial"), prepare(grids.read_grid("trial").data), resolve("cpu1"))
         rows = sorted(here.rows("learning_curve"), key=lambda row: row["params_hash"])
         assert names(rows) == [("base", 0), ("base", 1), ("twin", 0)]
         assert {row["configuration"].get("parallel") for row in rows} == ({2} if parallel == 2 else {None})
-        weights = [checkpoint.load(here.folder(*pair) / "best")[0] for pair in here.runs()]
+        weights = [saving.load_checkpoint(here.folder(*pair) / "best")[0] for pair in here.runs()]
         found.append(([(row["params_hash"], row["metrics"]) for row in rows], weights))
     torch.set_num_threads(threads)
     (beside, others), (alone, wanted) = found
@@ -153,14 +157,14 @@ def test_how_many_runs_fit_side_by_side_is_told_before_any_starts(root):
     here = work()
     card = Card(type="cuda", name="a card of 2 GiB", label="other", capability=(8, 0), memory_bytes=2 * 2**30)
     here.device = Device(torch.device("cuda"), card, "other")
-    assert grid.demand_parallel(here, here.runs(), 2) == 2
-    assert grid.demand_parallel(here, here.runs()[:1], 9) == 1
+    assert grids.demand_parallel(here, here.runs(), 2) == 2
+    assert grids.demand_parallel(here, here.runs()[:1], 9) == 1
     with pytest.raises(InputError, match=r"--parallel 3: 2 of these runs fit side by side into 2\.0 GiB"):
-        grid.demand_parallel(here, here.runs(), 3)
+        grids.demand_parallel(here, here.runs(), 3)
     with pytest.raises(InputError, match="--parallel is 0: expected at least 1"):
-        grid.demand_parallel(here, here.runs(), 0)
-    assert footprint.side_by_side([5, 1], 0, "cpu") == 0
-    assert footprint.side_by_side([50, 40, 5], 100, "cpu") == 3
+        grids.demand_parallel(here, here.runs(), 0)
+    assert reclib_work.side_by_side([5, 1], 0, "cpu") == 0
+    assert reclib_work.side_by_side([50, 40, 5], 100, "cpu") == 3
 
 
 def children(process: subprocess.Popen) -> list[int]:
@@ -178,7 +182,7 @@ def children(process: subprocess.Popen) -> list[int]:
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_killed_processes_are_told_and_leave_nobody_behind(root):
     write(root, train=FILE["train"] | {"epochs": 100_000, "patience": 0, "eval_every": 100})
-    command = [sys.executable, "-m", "reclib.grid", "run", "trial", "--gpu", "cpu1", "--parallel", "2"]
+    command = [sys.executable, "-m", "reclib", "grid", "run", "trial", "--gpu", "cpu1", "--parallel", "2"]
 
     def started(begun: int) -> tuple[subprocess.Popen, list[int]]:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -213,39 +217,39 @@ def test_what_a_file_may_not_say_is_told_before_anything_is_trained(root):
     ]:
         write(root, **changes)
         with pytest.raises(InputError, match=r"trial\.yaml") as caught:
-            grid.read("trial")
+            grids.read_grid("trial")
         assert said in str(caught.value)
 
 
 def test_an_arm_whose_name_has_a_comma_is_chosen_alone_or_quoted():
     names = ["base", "gBCE, 128 negatives", "two"]
-    assert grid.named_arms("gBCE, 128 negatives", names) == ["gBCE, 128 negatives"]
-    assert grid.named_arms('base, "gBCE, 128 negatives",two', names) == names
+    assert grids.named_arms("gBCE, 128 negatives", names) == ["gBCE, 128 negatives"]
+    assert grids.named_arms('base, "gBCE, 128 negatives",two', names) == names
 
 
 def test_unknown_grids_arms_and_seeds_are_named(root, capsys):
     write(root)
-    assert grid.main(["run", "tiral"]) == 2
+    assert grids.grid_main(["run", "tiral"]) == 2
     assert "unknown grid 'tiral'; known: trial" in capsys.readouterr().err
-    assert grid.main(["status", "trial", "--arms", "bse"]) == 2
+    assert grids.grid_main(["status", "trial", "--arms", "bse"]) == 2
     assert "unknown arm 'bse' of grid 'trial'; known: base, twin" in capsys.readouterr().err
-    assert grid.main(["status", "trial", "--seeds", "x"]) == 2
+    assert grids.grid_main(["status", "trial", "--seeds", "x"]) == 2
     assert "--seeds is 'x'" in capsys.readouterr().err
 
 
 def test_an_unfinished_last_line_is_no_record(root):
     write(root)
-    file = paths.executed() / "cpu" / "grids" / "trial.jsonl"
+    file = system.executed() / "cpu" / "grids" / "trial.jsonl"
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps({"name": "x"}) + "\n" + '{"name": "y')
-    assert grid.read_rows(file) == [{"name": "x"}]
+    assert grids.read_rows(file) == [{"name": "x"}]
 
 
 def test_the_files_of_the_project_can_be_read():
-    names = [file.stem for file in (paths.params() / "grids").glob("*.yaml")]
+    names = [file.stem for file in (system.params() / "grids").glob("*.yaml")]
     assert names
     for name in names:
-        found = grid.read(name)
+        found = grids.read_grid(name)
         assert name.startswith(("ablations", "trials")) or any(arm.final for arm in found.arms)
 
 
@@ -253,11 +257,11 @@ def test_committed_runs_are_known_by_the_hash_of_their_configuration():
     """Otherwise they would be trained again: a new field must leave the hash of earlier runs as it was."""
     checked = 0
     for file in sorted((ROOT / "executed" / "cpu" / "grids").glob("*.jsonl")):
-        for row in grid.read_rows(file):
+        for row in grids.read_rows(file):
             said = row.get("configuration", {})
             if row["name"] == "learning_curve" and said.get("split") == "leave_one_out":
                 model, train = ModelConfig(**said["model"]), TrainConfig(**said["train"])
                 identity = {"model": model, "train": train, "data": row["data"]["fingerprint"]}
-                assert record.params_hash(identity) == row["params_hash"], (file.name, row["own_params"])
+                assert records.params_hash(identity) == row["params_hash"], (file.name, row["own_params"])
                 checked += 1
     assert checked > 20

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from reclib import devices, hardware
+from reclib import hardware
 from reclib.config import GPU_LABELS, InputError
 from reclib.hardware import Card
 
@@ -118,7 +118,7 @@ def test_a_claimed_gpu_that_is_not_there_is_no_claim():
 
 
 def test_every_board_of_the_catalogue_can_be_claimed_and_is_told_by_its_memory():
-    known = devices.catalogue()
+    known = hardware.catalogue()
     families = {label.partition("-")[0] for label in known}
     assert {label for label in GPU_LABELS if not label.startswith(("auto", "cpu"))} == set(known) | families
     for label, board in known.items():

@@ -23,19 +23,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from reclib import checkpoint, hardware, objective
-from reclib.adapters import base_hash
-from reclib.batching import Batch
-from reclib.config import InputError, ModelConfig, TrainConfig, changed, validated
-from reclib.cross_entropy import frozen_columns
-from reclib.data import Evaluation
-from reclib.ilora import AdaptedModel
-from reclib.lowrank import AdapterConfig, LowRank, present
-from reclib.metrics import model_scores
-from reclib.model import Bert4Rec
-from reclib.objective import batch_loss
-from reclib.sinks import attach, sink_of
-from reclib.trainer import Trainer
+from reclib import hardware
+from reclib.config import AdapterConfig, InputError, ModelConfig, TrainConfig, changed, validated
+from reclib.data.batches import Batch
+from reclib.data.dataset import Evaluation
+from reclib.evaluate.metrics import model_scores
+from reclib.model.bert4rec import Bert4Rec, attach, sink_of
+from reclib.model.ilora import AdaptedModel, base_hash
+from reclib.model.lora import LowRank, present
+from reclib.train import losses as reclib_losses
+from reclib.train import saving
+from reclib.train.losses import batch_loss, frozen_columns
+from reclib.train.trainer import Trainer
 
 CPU = hardware.resolve("cpu")
 TRAIN = TrainConfig(batch_size=8, epochs=4, mask_prob=0.3, lr_warmup_steps=1, learning_rate=1e-2)
@@ -301,7 +300,7 @@ def test_the_trainer_takes_it_as_it_is_and_goes_on_to_the_same_bits(kind, tmp_pa
     half = new()
     finish(half, 8)
     half.save(tmp_path)
-    saved, _ = checkpoint.load(tmp_path / "step-8")
+    saved, _ = saving.load_checkpoint(tmp_path / "step-8")
     kept = sum(t.numel() for k, t in saved.items() if k.startswith("model."))
     assert kept == sum(p.numel() for p in whole.parameters)
     assert len(half.optimizer.state) == len(half.parameters)
@@ -359,10 +358,10 @@ def test_an_adapted_output_table_has_no_product_for_the_frozen_part(monkeypatch)
                 if output_bias:
                     model.output_bias.requires_grad_(True)
                 one, gradients, products = batch(tuple(LENGTHS * 4)), [], []
-                monkeypatch.setattr(objective, "LARGE_LOGITS_BYTES", 1)  # several chunks
+                monkeypatch.setattr(reclib_losses, "LARGE_LOGITS_BYTES", 1)  # several chunks
                 assert len(one.targets) > 16
                 for route, known in ((loss, frozen_columns), ("plain", lambda weight: 0)):
-                    monkeypatch.setattr(objective, "frozen_columns", known)
+                    monkeypatch.setattr(reclib_losses, "frozen_columns", known)
                     found.zero_grad()
                     with FlopCounterMode(display=False) as counter:
                         (3 * batch_loss(found, one, changed(TRAIN, loss=route), one.num_targets)).backward()

@@ -10,9 +10,9 @@ from engine import NUM_ITEMS, histories, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reclib.batching import Epoch
 from reclib.config import PAD, InputError, TrainConfig
-from reclib.instance import (
+from reclib.data.batches import Epoch
+from reclib.model.ilora import (
     Constant,
     MeanEmbedding,
     Noise,

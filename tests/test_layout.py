@@ -54,6 +54,7 @@ def test_imports_run_in_no_circle():
 
 def test_figures_and_plans_need_no_torch():
     modules = [f"reclib.{m}" for m in FILES if room(m) in WITHOUT_TORCH]
-    code = f"import importlib, sys\nfor m in {modules}: importlib.import_module(m)\nprint('torch' in sys.modules)"
+    code = f"import importlib, sys\nfor m in {modules}: importlib.import_module(m)\n"
+    code += "print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

@@ -16,14 +16,13 @@ from pathlib import Path
 import pytest
 from conftest import RESULT, ROOT
 
-from reclib import diagnosis, hardware, matrix, merging, record, study, turns
+from reclib import cli, hardware, records, runner, system
 from reclib.config import InputError
 
 pytest.importorskip("papermill")
 
 # The result under the device that the run was started for: the fixture's card says cpu.
-_HERE = """\
-from reclib import hardware
+_HERE = """from reclib import hardware
 import torch
 device = hardware.resolve(p.gpu)
 here = record.Run("02_baseline", p, hardware.device_card(device), {"name": "none", "fingerprint": "0"})"""
@@ -32,12 +31,12 @@ _RESULT = 'here.result("answer", {"threads": torch.get_num_threads()})'
 
 @pytest.fixture
 def start(project: Path) -> Iterator[Callable[..., subprocess.Popen]]:
-    """Start `python -m reclib.study` in a process of its own, as a shell in the foreground does."""
+    """Start `python -m reclib` in a process of its own, as a shell in the foreground does."""
     started = []
 
     def begin(*arguments: str, **options: object) -> subprocess.Popen:
         process = subprocess.Popen(
-            [sys.executable, "-m", "reclib.study", *arguments],
+            [sys.executable, "-m", "reclib", *arguments],
             env=os.environ | {"PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -96,13 +95,13 @@ def test_two_devices_of_one_cpu_run_one_after_another_and_each_has_its_threads(p
     set_cells(_HERE, mark, _RESULT, "import time\nopen(f'../{p.gpu}.end', 'w').write(str(time.time()))")
     code, told = matrix_of(start)
     assert code == 0, told
-    rows = {row["label"]: row for row in record.read(project / "executed")}
+    rows = {row["label"]: row for row in records.read(project / "executed")}
     assert {label: row["metrics"]["threads"] for label, row in rows.items()} == {"cpu1": 1, "cpu2": 2}
     assert {label: row["device"]["threads"] for label, row in rows.items()} == {"cpu1": 1, "cpu2": 2}
     assert {label: row["claimed"] for label, row in rows.items()} == {"cpu1": "cpu1", "cpu2": "cpu2"}
     times = [float((project / name).read_text()) for name in ("cpu1", "cpu1.end", "cpu2", "cpu2.end")]
     assert times == sorted(times)
-    assert [row[1:3] for row in study.status()] == [("cpu1", "done"), ("cpu2", "done")]
+    assert [row[1:3] for row in cli.status()] == [("cpu1", "done"), ("cpu2", "done")]
     code, told = matrix_of(start)
     assert code == 0
     assert told.count("finished before, skipped") == 2
@@ -132,15 +131,15 @@ def test_a_cell_that_does_not_get_through_leaves_the_others(project, set_cells, 
         assert code == 1
         (line,) = [line for line in told.splitlines() if line.startswith("02_baseline") and "cpu1 " in line]
         assert said in line
-        assert [row["label"] for row in record.read(project / "executed")] == ["cpu2"]
-        states = {label: state for _, label, state, _ in study.status()}
+        assert [row["label"] for row in records.read(project / "executed")] == ["cpu2"]
+        states = {label: state for _, label, state, _ in cli.status()}
         assert states == {"cpu1": "failed", "cpu2": "done"}
         until(lambda: not descendants(project), 10)
     fault.unlink()
     code, told = matrix_of(start)
     assert code == 0, told
     assert "[cpu2] 02_baseline (cpu2): finished before, skipped" in told
-    assert sorted(row["label"] for row in record.read(project / "executed")) == ["cpu1", "cpu2"]
+    assert sorted(row["label"] for row in records.read(project / "executed")) == ["cpu1", "cpu2"]
 
 
 @pytest.mark.slow
@@ -163,13 +162,13 @@ def test_stopped_at_any_time_it_leaves_no_process_and_goes_on(project, set_cells
     process.send_signal(number)
     process.wait(45)
     until(lambda: not descendants(project), 30)
-    assert record.read(project / "executed") == []
-    assert not turns.under_way("cpu1", "02_baseline")
+    assert records.read(project / "executed") == []
+    assert not system.under_way("cpu1", "02_baseline")
     (project / "mended").touch()
     process = start("run-all", "--profile", "smoke", "--gpus", "cpu1")
     told, _ = process.communicate(timeout=120)
     assert process.returncode == 0, told
-    assert len(record.read(project / "executed")) == 1
+    assert len(records.read(project / "executed")) == 1
 
 
 def test_two_at_once_queue_and_the_second_finds_it_done(project, set_cells, start):
@@ -180,7 +179,7 @@ def test_two_at_once_queue_and_the_second_finds_it_done(project, set_cells, star
     )
     one = start("run-all", "--profile", "smoke")
     until((project / "begun").exists, 60)
-    assert {row[2] for row in study.status()} == {"running"}
+    assert {row[2] for row in cli.status()} == {"running"}
     two = start("run-all", "--profile", "smoke")
     assert two.stdout is not None
     said = two.stdout.readline()
@@ -189,7 +188,7 @@ def test_two_at_once_queue_and_the_second_finds_it_done(project, set_cells, star
     told = [process.communicate(timeout=120)[0] for process in (one, two)]
     assert (one.returncode, two.returncode) == (0, 0), told
     assert "finished before, skipped" in told[1]
-    assert len(record.read(project / "executed")) == 1
+    assert len(records.read(project / "executed")) == 1
 
 
 @pytest.mark.parametrize("limit", ["the record", "the notebook"])
@@ -207,7 +206,7 @@ def test_a_full_disk_names_the_cell_and_what_to_do_and_leaves_nothing_half_writt
     last = told.strip().splitlines()[-1]
     assert "02_baseline failed in cell 4" in last
     assert "the disk is full or a limit is reached: free some space" in last
-    assert record.read(project / "executed") == []
+    assert records.read(project / "executed") == []
     assert not (project / "executed/cpu/02_baseline.ipynb").exists()
     assert not list(project.rglob("*.partial"))
 
@@ -231,34 +230,34 @@ def test_a_disk_that_is_really_full(project, set_cells, start):
         assert "No space left" in told
         assert "02_baseline failed in cell 4" in told
         assert "free some space" in told
-        assert record.read(folder) == []
+        assert records.read(folder) == []
     finally:
         subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_what_ended_a_kernel_is_told_apart(tmp_path):
-    assert "the system killed a process for memory: lower batch_size" in diagnosis.of_death(-9, 1)
-    assert "by somebody or for memory" in diagnosis.of_death(-9, 0)
-    assert "SIGSEGV" in diagnosis.of_death(-11, 0)
-    assert "exit code 3" in diagnosis.of_death(3, 0)
+    assert "the system killed a process for memory: lower batch_size" in system.of_death(-9, 1)
+    assert "by somebody or for memory" in system.of_death(-9, 0)
+    assert "SIGSEGV" in system.of_death(-11, 0)
+    assert "exit code 3" in system.of_death(3, 0)
     counter = tmp_path / "memory.events"
     counter.write_text("low 0\noom 4\noom_kill 3\n")
-    assert diagnosis.memory_kills((tmp_path / "none", counter)) == 3
-    assert diagnosis.memory_kills((tmp_path / "none",)) == 0
-    assert "out of memory" in diagnosis.of_error("torch.OutOfMemoryError: CUDA out of memory. Tried")
+    assert system.memory_kills((tmp_path / "none", counter)) == 3
+    assert system.memory_kills((tmp_path / "none",)) == 0
+    assert "out of memory" in system.of_error("torch.OutOfMemoryError: CUDA out of memory. Tried")
 
 
 GPUS = [("0", "a100"), ("1", "a100"), ("GPU-7f", "l4"), ("3", "other")]
 
 
 def test_devices_by_label():
-    found = matrix.slots("all", GPUS)
+    found = runner.slots("all", GPUS)
     assert [(slot.label, slot.visible) for slot in found] == [(own, visible) for visible, own in GPUS]
-    assert [slot.visible for slot in matrix.slots("a100,cpu2", GPUS)] == ["0", "1", ""]
-    assert matrix.slots("cpu1,cpu1", []) == [matrix.Slot("cpu1", "")]
+    assert [slot.visible for slot in runner.slots("a100,cpu2", GPUS)] == ["0", "1", ""]
+    assert runner.slots("cpu1,cpu1", []) == [runner.Slot("cpu1", "")]
     for asked, said in (("v100", "no visible GPU"), ("rtx", "no device label"), ("auto", "no device label")):
         with pytest.raises(InputError, match=said):
-            matrix.slots(asked, GPUS)
+            runner.slots(asked, GPUS)
 
 
 def test_gpus_of_one_label_share_its_notebooks_and_run_at_the_same_time(tmp_path):
@@ -268,8 +267,8 @@ def test_gpus_of_one_label_share_its_notebooks_and_run_at_the_same_time(tmp_path
         f"open(os.path.join({str(tmp_path)!r}, sys.argv[1] + '-' + sys.argv[2]), 'w').write("
         "f\"{os.environ['CUDA_VISIBLE_DEVICES'] or 'cpu'} {b} {time.time()}\")"
     )
-    devices = matrix.slots("a100,l4,cpu1", GPUS)
-    cells = matrix.Matrix(["01", "02", "03"], devices, lambda n, la: [sys.executable, "-c", script, n, la])
+    devices = runner.slots("a100,l4,cpu1", GPUS)
+    cells = runner.Matrix(["01", "02", "03"], devices, lambda n, la: [sys.executable, "-c", script, n, la])
     assert set(cells.run().values()) == {"done"}
     ran = {file.name: file.read_text().split() for file in tmp_path.iterdir()}
     assert len(ran) == 9
@@ -286,7 +285,7 @@ def test_gpus_of_one_label_share_its_notebooks_and_run_at_the_same_time(tmp_path
 def test_a_gpu_and_the_cores_are_not_timed_together(project, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with (
-        turns.device("a100"),
+        system.device_lock("a100"),
         (project / ".stamps/cores.lock").open() as file,
         pytest.raises(BlockingIOError),
     ):
@@ -308,21 +307,21 @@ def test_records_of_several_machines_merge_by_copying_folders(tmp_path, capsys):
     here, there = tmp_path / "here", tmp_path / "there"
     for root, values in ((here, (1, 2)), (there, (2, 3))):
         for value in values:
-            record.append(root / "cpu/results.jsonl", a_row(value=value))
-    record.append(there / "cpu/grids/ml.jsonl", a_row(value=4))
+            records.append(root / "cpu/results.jsonl", a_row(value=value))
+    records.append(there / "cpu/grids/ml.jsonl", a_row(value=4))
     with (there / "cpu/results.jsonl").open("a") as file:
         file.write('{"half": ')
     shutil.copytree(there / "cpu", here / "cpu/other-machine")
-    assert sorted(row["value"] for row in record.read(here)) == [1, 2, 3, 4]
+    assert sorted(row["value"] for row in records.read(here)) == [1, 2, 3, 4]
     assert "other-machine/results.jsonl:3: unfinished line skipped" in capsys.readouterr().err
     shutil.rmtree(here / "cpu/other-machine")
     before = (here / "cpu/results.jsonl").read_text()
-    assert merging.merge(there, here) == (2, 1, 0)
+    assert records.merge(there, here) == (2, 1, 0)
     assert (here / "cpu/results.jsonl").read_text().startswith(before)
-    assert sorted(row["value"] for row in record.read(here)) == [1, 2, 3, 4]
-    assert merging.merge(there, here) == (0, 3, 0)
+    assert sorted(row["value"] for row in records.read(here)) == [1, 2, 3, 4]
+    assert records.merge(there, here) == (0, 3, 0)
     with pytest.raises(InputError, match="no records there"):
-        merging.merge(tmp_path / "nowhere", here)
+        records.merge(tmp_path / "nowhere", here)
     (there / "cpu/results.jsonl").write_text("broken\n" + before)
     with pytest.raises(InputError, match="broken JSON"):
-        merging.merge(there, here)
+        records.merge(there, here)

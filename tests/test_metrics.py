@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from reclib import metrics
-from reclib.batching import CPU
 from reclib.config import changed, model_config
-from reclib.data import Evaluation
-from reclib.model import Bert4Rec
+from reclib.data.batches import CPU
+from reclib.data.dataset import Evaluation
+from reclib.evaluate import metrics, statistics
+from reclib.model.bert4rec import Bert4Rec
 
 
 def brute_force_rank(scores: list[float], target: int, seen: set[int]) -> int:
@@ -208,13 +208,13 @@ def test_collapsed_scores_give_the_worst_rank_not_the_best():
 
 def test_bootstrap_interval_agrees_with_the_normal_one_and_is_reproducible():
     values = np.random.default_rng(0).normal(0.3, 1.0, 2000)
-    found = metrics.bootstrap(values, samples=2000, seed=1)
+    found = statistics.bootstrap(values, samples=2000, seed=1)
     half = 1.96 * values.std() / np.sqrt(len(values))
     assert found.mean == pytest.approx(values.mean())
     assert found.low == pytest.approx(values.mean() - half, abs=0.15 * half)
     assert found.high == pytest.approx(values.mean() + half, abs=0.15 * half)
-    assert found == metrics.bootstrap(values, samples=2000, seed=1)
+    assert found == statistics.bootstrap(values, samples=2000, seed=1)
 
 
 def test_bootstrap_of_equal_values_is_a_point():
-    assert metrics.bootstrap(np.zeros(5)) == (0.0, 0.0, 0.0)
+    assert statistics.bootstrap(np.zeros(5)) == (0.0, 0.0, 0.0)

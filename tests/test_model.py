@@ -12,7 +12,14 @@ from engine import NUM_ITEMS, small_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reclib.config import SIZES, InputError, changed, model_config
-from reclib.model import Bert4Rec, Dropout, attention_bias, closed_formula, count_parameters, main
+from reclib.model.bert4rec import (
+    Bert4Rec,
+    Dropout,
+    attention_bias,
+    closed_formula,
+    count_parameters,
+    sizes_main,
+)
 
 EXACT = {"5m": 5_118_250, "85m": 85_111_814, "130m": 130_095_750, "430m": 429_153_286}
 
@@ -37,7 +44,7 @@ def test_closed_formula_agrees_with_instantiation():
 
 def test_command_prints_every_size_as_json():
     out = subprocess.run(
-        [sys.executable, "-m", "reclib.model", "--json"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "reclib", "sizes", "--json"], capture_output=True, text=True, check=True
     )
     printed = json.loads(out.stdout)
     assert printed.keys() == SIZES.keys()
@@ -46,7 +53,7 @@ def test_command_prints_every_size_as_json():
 
 def test_command_refuses_unknown_arguments(capsys):
     with pytest.raises(SystemExit) as ended:
-        main(["--jsno"])
+        sizes_main(["--jsno"])
     assert ended.value.code == 2
     assert "unrecognized arguments: --jsno" in capsys.readouterr().err
 

@@ -21,7 +21,8 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from reclib import params, record
+from reclib import parameters
+from reclib import records as reclib_records
 
 # Stored outputs were made with the widest instructions of somebody's CPU. The lane runs with narrower ones,
 # which round differently in the last bits: an output that depends on them is no reference for anyone.
@@ -48,7 +49,7 @@ def bundles(cells: list[nbformat.NotebookNode]) -> Iterator[nbformat.NotebookNod
     """Yield the result bundles that cells display."""
     for cell in cells:
         for output in cell.outputs:
-            if record.MIME in output.get("data", {}):
+            if reclib_records.MIME in output.get("data", {}):
                 yield output.data
 
 
@@ -111,7 +112,7 @@ def test_defaults_are_the_smoke_profile():
             assert isinstance(statement.target, ast.Name)
             assert statement.value is not None
             defaults[statement.target.id] = ast.literal_eval(statement.value)
-        assert list(defaults) == params.names(file.stem)
+        assert list(defaults) == parameters.names(file.stem)
         assert defaults == SMOKE[file.stem]
         assert all("  # " in line for line in cell.source.splitlines()), "each line says what it is"
 
@@ -129,10 +130,10 @@ def test_a_notebook_gives_again_what_is_stored_in_it(file: Path, tmp_path: Path)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     # Records lie in the folders of their devices, so they are read in another order than they are shown in.
     stored = sorted(
-        (data[record.MIME] for data in bundles(code_cells(nbformat.read(file, 4)))), key=told_apart
+        (data[reclib_records.MIME] for data in bundles(code_cells(nbformat.read(file, 4)))), key=told_apart
     )
-    fresh = sorted(record.read(tmp_path), key=told_apart)
-    smoke = params.profile_of(file.stem, params.build(file.stem, SMOKE[file.stem]))
+    fresh = sorted(reclib_records.read(tmp_path), key=told_apart)
+    smoke = parameters.profile_of(file.stem, parameters.build(file.stem, SMOKE[file.stem]))
     assert stored, "the notebook displays no result"
     assert [bundle["name"] for bundle in stored] == [entry["name"] for entry in fresh]
     for bundle, entry in zip(stored, fresh, strict=True):
@@ -143,16 +144,18 @@ def test_a_notebook_gives_again_what_is_stored_in_it(file: Path, tmp_path: Path)
 def first_compared_metric(notebook: nbformat.NotebookNode) -> tuple[nbformat.NotebookNode, str]:
     """Return the first stored result that the lane compares, and the name of a metric that is not 0."""
     compared = [c for c in code_cells(notebook) if IGNORED not in c.metadata.get("tags", [])]
-    bundle = next(b[record.MIME] for b in bundles(compared) if any(b[record.MIME]["metrics"].values()))
+    bundle = next(
+        b[reclib_records.MIME] for b in bundles(compared) if any(b[reclib_records.MIME]["metrics"].values())
+    )
     return bundle, next(name for name, value in bundle["metrics"].items() if value)
 
 
 @pytest.fixture
 def executed(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A small notebook of the study's form with its outputs stored."""
-    from reclib import study
+    from reclib import cli
 
-    assert study.main(["refresh", "02"]) == 0
+    assert cli.main(["refresh", "02"]) == 0
     file = project / "notebooks/02_baseline.ipynb"
     assert [file.name for file in file.parent.iterdir()] == ["02_baseline.ipynb"]
     assert not (project / "executed").exists()
@@ -164,7 +167,7 @@ def test_the_lane_is_green_on_its_own_outputs_and_red_on_others_and_on_a_cell_th
 ):
     done = lane(executed, tmp_path / "records")
     assert done.returncode == 0, done.stdout
-    assert len(record.read(tmp_path / "records")) == 1
+    assert len(reclib_records.read(tmp_path / "records")) == 1
     notebook = nbformat.read(executed, 4)
     bundle, name = first_compared_metric(notebook)
     bundle["metrics"][name] *= 1.5
@@ -172,7 +175,7 @@ def test_the_lane_is_green_on_its_own_outputs_and_red_on_others_and_on_a_cell_th
     nbformat.write(notebook, executed)
     done = lane(executed, tmp_path / "others")
     assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-2000:]
-    assert record.MIME in done.stdout
+    assert reclib_records.MIME in done.stdout
     assert repr(bundle["metrics"][name]) in done.stdout
     assert "ZeroDivisionError" in done.stdout
     assert "2 failed" in done.stdout.splitlines()[-1]  # these and no others

@@ -12,13 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reclib import cross_entropy, objective
-from reclib.batching import IGNORE, Epoch
 from reclib.config import TrainConfig, changed
-from reclib.cross_entropy import InplaceCrossEntropy
-from reclib.model import Bert4Rec
-from reclib.objective import batch_loss, cross_entropy_sum, route
-from reclib.trainer import HalfCopies, clip_gradients
+from reclib.data.batches import IGNORE, Epoch
+from reclib.model.bert4rec import Bert4Rec
+from reclib.train import losses
+from reclib.train.losses import InplaceCrossEntropy, batch_loss, cross_entropy_sum, route
+from reclib.train.trainer import HalfCopies, clip_gradients
 
 PLAIN = {"layout": "padded", "head_rows": "all", "loss": "plain"}
 LIMIT = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -85,7 +84,7 @@ def test_routes_agree_with_torch_and_skip_fillers(how):
 
 
 def test_inplace_route_by_numerical_differentiation_and_in_small_blocks(monkeypatch):
-    monkeypatch.setattr(cross_entropy, "BLOCK_BYTES", 1)  # one row at a time
+    monkeypatch.setattr(losses, "BLOCK_BYTES", 1)  # one row at a time
     torch.manual_seed(0)
     arguments = (
         torch.randn(5, 4, dtype=torch.float64, requires_grad=True),
@@ -134,8 +133,8 @@ def test_route_by_device_and_size():
 
 def test_the_fused_route_is_the_plain_one_compiled(monkeypatch):
     """With one compilation for all numbers of targets; without a C++ compiler, hence the tracing backend."""
-    monkeypatch.setattr(objective.torch, "compile", partial(torch.compile, backend="aot_eager"))
-    objective._compiled_sum.cache_clear()
+    monkeypatch.setattr(losses.torch, "compile", partial(torch.compile, backend="aot_eager"))
+    losses._compiled_sum.cache_clear()
     model, train = small_model(tied=False), TrainConfig(batch_size=4, loss="plain")
     for lengths in ([9, 5, 12, 7], [3, 4], [12, 11, 12, 12]):
         data = histories(lengths)
@@ -143,7 +142,7 @@ def test_the_fused_route_is_the_plain_one_compiled(monkeypatch):
         found, own = loss_and_gradients(model, changed(train, loss="fused", head_multiple=64), data)
         assert found == pytest.approx(wanted, rel=1e-5)
         assert worst_difference(own, gradients) < 1e-5
-    objective._compiled_sum.cache_clear()
+    losses._compiled_sum.cache_clear()
 
 
 class Asked(TorchDispatchMode):

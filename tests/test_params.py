@@ -7,57 +7,57 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from reclib import injected, notebook_params, params
+from reclib import parameters
 from reclib.config import GPU_LABELS, InputError
-from reclib.notebook_params import Baseline
+from reclib.parameters import Baseline
 
 DEVICES = [label for label in GPU_LABELS if label != "auto" and "-" not in label]
-SMOKE = params.profile("02_baseline", "smoke")
+SMOKE = parameters.profile("02_baseline", "smoke")
 
 
 def build(**changes: object) -> Baseline:
-    return params.build("02_baseline", SMOKE | changes)
+    return parameters.build("02_baseline", SMOKE | changes)
 
 
 def test_every_profile_on_every_device_is_valid():
-    for notebook in params.NOTEBOOKS:
-        profiles = {name: params.profile(notebook, name) for name in params.PROFILES}
+    for notebook in parameters.NOTEBOOKS:
+        profiles = {name: parameters.profile(notebook, name) for name in parameters.PROFILES}
         work = {
             name: {key: values[key] for key in values if key not in ("tracker", "seeds")}
             for name, values in profiles.items()
         }
         for profile, values in profiles.items():
-            built = params.build(notebook, values)
-            assert list(params.values(built)) == params.names(notebook)
+            built = parameters.build(notebook, values)
+            assert list(parameters.values(built)) == parameters.names(notebook)
             # A notebook whose profiles ask for the same work has the name of the largest.
             equal = [name for name in profiles if work[name] == work[profile]]
-            largest = [name for name in equal if notebook in params.stated(name)][-1]
+            largest = [name for name in equal if notebook in parameters.stated(name)][-1]
             for label in DEVICES:
-                p = params.fill(built, label)
-                assert params.profile_of(notebook, p) == largest, (notebook, profile, label)
-                assert params.build(notebook, params.values(p)) == p
+                p = parameters.fill(built, label)
+                assert parameters.profile_of(notebook, p) == largest, (notebook, profile, label)
+                assert parameters.build(notebook, parameters.values(p)) == p
 
 
 def test_the_parameter_files_hold_nothing_that_is_not_used():
-    for profile in params.PROFILES:
+    for profile in parameters.PROFILES:
         sections = yaml.safe_load((ROOT / f"params/{profile}.yaml").read_text())
-        assert set(sections) <= set(params.NOTEBOOKS), profile
-    assert set(yaml.safe_load((ROOT / "params/smoke.yaml").read_text())) == set(params.NOTEBOOKS)
-    known = {name for notebook in params.NOTEBOOKS for name in params.names(notebook)}
-    assert params.device_names() <= known
+        assert set(sections) <= set(parameters.NOTEBOOKS), profile
+    assert set(yaml.safe_load((ROOT / "params/smoke.yaml").read_text())) == set(parameters.NOTEBOOKS)
+    known = {name for notebook in parameters.NOTEBOOKS for name in parameters.names(notebook)}
+    assert parameters.device_names() <= known
     assert {file.stem for file in (ROOT / "params/gpu").glob("*.yaml")} == set(DEVICES)
 
 
 def test_an_experiment_of_its_own_states_every_parameter():
     file = ROOT / "params/adaptation-beauty.yaml"
-    stated = params.from_file(file)
-    assert list(stated) == params.names("05_ilora")
-    assert params.profile_of("05_ilora", params.build("05_ilora", stated)) == "custom"
+    stated = parameters.from_file(file)
+    assert list(stated) == parameters.names("05_ilora")
+    assert parameters.profile_of("05_ilora", parameters.build("05_ilora", stated)) == "custom"
 
 
 def test_every_parameter_says_in_its_line_what_it_is():
-    source = Path(notebook_params.__file__).read_text().splitlines()
-    for kind in params.NOTEBOOKS.values():
+    source = Path(parameters.__file__).read_text().splitlines()
+    for kind in parameters.NOTEBOOKS.values():
         for field in dataclasses.fields(kind):
             lines = [line for line in source if line.startswith(f"    {field.name}: ")]
             assert lines, field.name
@@ -95,7 +95,7 @@ def test_a_missing_parameter_is_named():
     values = dict(SMOKE)
     del values["epochs"]
     with pytest.raises(InputError, match="'epochs' is missing"):
-        params.build("02_baseline", values)
+        parameters.build("02_baseline", values)
 
 
 def test_known_misspellings_are_undone_and_told(capsys):
@@ -119,61 +119,61 @@ def test_a_string_that_is_a_good_value_is_left_alone(capsys):
 
 def test_globals_of_a_script_are_all_checked():
     namespace = {"__name__": "x", "_private": 1, "np": object(), "open": open, **SMOKE}
-    assert params.read("02_baseline", namespace) == build()
+    assert parameters.read("02_baseline", namespace) == build()
     with pytest.raises(InputError, match="unknown parameter 'epcohs'"):
-        params.read("02_baseline", namespace | {"epcohs": 2})
+        parameters.read("02_baseline", namespace | {"epcohs": 2})
 
 
 def test_a_notebook_may_run_the_cell_again_after_others_left_names():
     # In is IPython's history; `best` is the result of a later cell, `epcohs` a slip in an injected cell
     cells = ["", "epochs: int = 3  # passes", "import os\nfolder = 'x'", "best = max([1, 2])"]
     namespace = {**SMOKE, "In": cells, "Out": {}, "best": 2, "folder": "x"}
-    assert params.read("02_baseline", namespace) == build()
+    assert parameters.read("02_baseline", namespace) == build()
     slip = namespace | {"In": [*cells, "# Parameters\nepcohs = 5\nepochs = float('nan')"]}
     with pytest.raises(InputError, match=r"'epcohs' \(did you mean 'epochs'\?\)"):
-        params.read("02_baseline", slip | {"epcohs": 5})
+        parameters.read("02_baseline", slip | {"epcohs": 5})
 
 
 def test_only_cells_of_plain_assignments_name_parameters():
-    assert injected.assigned_names("a = 1\nb: int = -2\nc = [0, 'x']\n# end") == ["a", "b", "c"]
+    assert parameters.assigned_names("a = 1\nb: int = -2\nc = [0, 'x']\n# end") == ["a", "b", "c"]
     for source in ("a = f()", "import os\na = 1", "%matplotlib inline", "a.b = 1", "a = b = 1"):
-        assert injected.assigned_names(source) == []
+        assert parameters.assigned_names(source) == []
 
 
 def test_the_device_file_fills_only_what_was_not_given():
-    assert params.fill(build(), "cpu").precision == "fp32"
-    assert params.fill(build(precision="bf16"), "cpu").precision == "bf16"
-    assert params.fill(build(), "t4").compile_mode == "default"
-    assert params.fill(build(), "cpu").epochs == build().epochs
+    assert parameters.fill(build(), "cpu").precision == "fp32"
+    assert parameters.fill(build(precision="bf16"), "cpu").precision == "bf16"
+    assert parameters.fill(build(), "t4").compile_mode == "default"
+    assert parameters.fill(build(), "cpu").epochs == build().epochs
 
 
 def test_a_device_without_a_file_is_said(capsys):
-    assert params.fill(build(), "other") == build()
+    assert parameters.fill(build(), "other") == build()
     assert "'other'" in capsys.readouterr().out
 
 
 def test_the_name_of_a_profile_is_found_by_comparing():
-    name = params.profile_of
+    name = parameters.profile_of
     assert name("02_baseline", build()) == "smoke"
     assert name("02_baseline", build(gpu="h100", seeds=[4, 5], tracker="tensorboard")) == "smoke"
     assert name("02_baseline", build(precision="bf16", compile_mode="default")) == "smoke"
     for change in ({"epochs": 5}, {"learning_rate": 0.002}, {"dataset": "synthetic"}):
         assert name("02_baseline", build(**change)) == "custom"
-    quick = params.build("02_baseline", params.profile("02_baseline", "quick"))
+    quick = parameters.build("02_baseline", parameters.profile("02_baseline", "quick"))
     assert name("02_baseline", quick) == "quick"
 
 
 def test_unknown_names_of_notebooks_and_profiles_are_refused():
     with pytest.raises(InputError, match="did you mean '02_baseline'"):
-        params.build("02_baselin", {})
+        parameters.build("02_baselin", {})
     with pytest.raises(InputError, match="unknown profile 'fast'; allowed: smoke, quick, lease, full"):
-        params.profile("02_baseline", "fast")
+        parameters.profile("02_baseline", "fast")
 
 
 def test_a_broken_parameter_file_is_named_with_its_line(project: Path):
     (project / "params/quick.yaml").write_text("02_baseline:\n  epochs: [1\n  x: 2\n")
     with pytest.raises(InputError, match=r"quick\.yaml, line 3"):
-        params.profile("02_baseline", "quick")
+        parameters.profile("02_baseline", "quick")
     (project / "params/quick.yaml").write_text("- 1\n")
     with pytest.raises(InputError, match=r"quick\.yaml: must be a mapping"):
-        params.profile("02_baseline", "quick")
+        parameters.profile("02_baseline", "quick")

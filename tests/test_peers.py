@@ -14,14 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_grid import PLACES, work, write
 
-from reclib import grid, metrics, tables
-from reclib import scoring as grid_scoring
 from reclib.config import InputError, TrainConfig, model_config
-from reclib.data import Evaluation, Histories, evaluated_users, evaluation, synthetic_dataset, train_histories
-from reclib.fit import Options, rank_targets
+from reclib.data.dataset import Evaluation, Histories, evaluated_users, evaluation, train_histories
+from reclib.data.prepare import synthetic_dataset
+from reclib.evaluate import metrics, statistics
+from reclib.experiments import grids
 from reclib.hardware import resolve
-from reclib.model import Bert4Rec
-from reclib.trainer import Trainer
+from reclib.model.bert4rec import Bert4Rec
+from reclib.report import tables
+from reclib.train.fit import Options, rank_targets
+from reclib.train.trainer import Trainer
 
 sys.path.insert(0, str(ROOT / "benchmarks" / "peers"))
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -242,7 +244,7 @@ def test_the_table_pairs_ours_with_a_peer_user_by_user(environments, capsys):
     assert peers_main(environments, "--table")[0] == 0
     lines = capsys.readouterr().out.splitlines()
     (line,) = [line for line in lines if line.startswith("ndcg@10  rectools")]
-    interval = metrics.bootstrap(mine - theirs)
+    interval = statistics.bootstrap(mine - theirs)
     assert f"{theirs.mean():.4f} (" in line
     assert f"minus it {interval.mean:.4f} ({interval.low:.4f} to {interval.high:.4f})" in line
 
@@ -253,13 +255,13 @@ def test_peers_join_the_records_of_a_scored_grid(environments, monkeypatch, caps
         monkeypatch.setenv(name, str(root / name.lower()))
     write(root, seeds=[0, 1], arms={"bert4rec": {"final": True}})
     here = work()
-    grid.run(here, here.runs(), Options())
+    grids.run_grid(here, here.runs(), Options())
     monkeypatch.setattr(peers, "prepare", lambda _: here.dataset)  # of fewer users than the name says
     assert peers_main(environments, "--seeds", "0")[0] == 0
     assert peers_main(environments, "--record", here.grid.name)[0] == 2
-    assert "bert4rec is not scored yet: python -m reclib.scoring" in capsys.readouterr().err
+    assert "bert4rec is not scored yet: python -m reclib score" in capsys.readouterr().err
 
-    grid_scoring.score(here)
+    grids.score(here)
     status, out = peers_main(environments, "--record", here.grid.name)
     assert status == 0
     rows = here.rows("peer_comparison")

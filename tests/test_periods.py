@@ -8,10 +8,11 @@ import itertools
 import numpy as np
 import pytest
 
-from reclib import data, periods
 from reclib.config import InputError
-from reclib.data import Dataset
-from reclib.splits import row_users
+from reclib.data import splits
+from reclib.data.dataset import Dataset
+from reclib.data.prepare import Histories, synthetic_dataset
+from reclib.data.splits import row_users
 
 SHARES = (0.5, 0.25, 0.1)
 SEGMENT = 0.6  # few of these users live long enough to have a past and a test window
@@ -20,7 +21,7 @@ SEGMENT = 0.6  # few of these users live long enough to have a past and a test w
 @pytest.fixture(scope="module")
 def dataset() -> Dataset:
     """Synthetic histories whose times are spread, so that users live in different parts."""
-    found = data.synthetic_dataset(120, 60, 20.0, 0)
+    found = synthetic_dataset(120, 60, 20.0, 0)
     generator = np.random.default_rng(1)
     times = np.empty(found.num_interactions, dtype=np.int64)
     for user in range(found.num_users):
@@ -31,8 +32,8 @@ def dataset() -> Dataset:
 
 
 @pytest.fixture(scope="module")
-def whole(dataset) -> periods.Periods:
-    return periods.divide(dataset, SHARES, 4)
+def whole(dataset) -> splits.Periods:
+    return splits.divide(dataset, SHARES, 4)
 
 
 def test_nothing_that_trains_is_later_than_what_judges(dataset, whole):
@@ -67,11 +68,11 @@ def test_a_target_follows_all_that_its_user_did_before(dataset, whole):
 
 
 def test_targets_are_drawn_by_seed_and_all_can_be_drawn(dataset, whole):
-    again = periods.divide(dataset, SHARES, 4).adaptation.test
-    other = periods.divide(dataset, SHARES, 4, seed=1).adaptation.test
+    again = splits.divide(dataset, SHARES, 4).adaptation.test
+    other = splits.divide(dataset, SHARES, 4, seed=1).adaptation.test
     assert (again.histories.ends == whole.adaptation.test.histories.ends).all()
     assert not np.array_equal(other.histories.ends, again.histories.ends)
-    every = periods.divide(dataset, SHARES, 10_000).adaptation.test
+    every = splits.divide(dataset, SHARES, 10_000).adaptation.test
     wanted = np.flatnonzero(dataset.times >= whole.about["points"][2])
     wanted = wanted[~np.isin(wanted, dataset.offsets[:-1])]  # a first interaction has no history
     np.testing.assert_array_equal(every.histories.ends, wanted)
@@ -81,15 +82,15 @@ def test_a_metric_is_averaged_over_a_users_targets(dataset, whole):
     rows = whole.adaptation.test
     users = row_users(dataset, rows.histories)
     values = np.random.default_rng(0).random((2, len(users)))
-    found = periods.by_user(dataset, rows, values)
+    found = splits.by_user(dataset, rows, values)
     for place, user in enumerate(np.unique(users)):
         np.testing.assert_allclose(found[:, place], values[:, users == user].mean(axis=1))
-    np.testing.assert_allclose(periods.by_user(dataset, rows, values[1]), found[1])
+    np.testing.assert_allclose(splits.by_user(dataset, rows, values[1]), found[1])
 
 
 def test_the_segment_is_told_from_the_past_alone(dataset, whole):
-    found = periods.segment(dataset, whole, SEGMENT)
-    ranks = periods.popularity_ranks(whole.base.train, dataset.num_items)
+    found = splits.segment(dataset, whole, SEGMENT)
+    ranks = splits.popularity_ranks(whole.base.train, dataset.num_items)
     distance = {}
     for user, (start, end) in enumerate(itertools.pairwise(dataset.offsets)):
         past = [
@@ -115,24 +116,22 @@ def test_the_segment_does_not_depend_on_what_is_trained_on(dataset, whole):
     items = dataset.items.copy()
     items[later] = 1 + (items[later] + 3) % dataset.num_items
     other = dataclasses.replace(dataset, items=items)
-    again = periods.segment(other, periods.divide(other, SHARES, 4), SEGMENT)
-    assert again.train.starts.tolist() == periods.segment(dataset, whole, SEGMENT).train.starts.tolist()
+    again = splits.segment(other, splits.divide(other, SHARES, 4), SEGMENT)
+    assert again.train.starts.tolist() == splits.segment(dataset, whole, SEGMENT).train.starts.tolist()
 
 
 def test_popularity_ranks_by_hand():
-    histories = data.Histories(
-        np.array([3, 3, 1, 3, 1, 2], dtype=np.int32), np.array([0, 3]), np.array([3, 6])
-    )
-    np.testing.assert_allclose(periods.popularity_ranks(histories, 4), [0, 1 / 3, 2 / 3, 0, 1])
+    histories = Histories(np.array([3, 3, 1, 3, 1, 2], dtype=np.int32), np.array([0, 3]), np.array([3, 6]))
+    np.testing.assert_allclose(splits.popularity_ranks(histories, 4), [0, 1 / 3, 2 / 3, 0, 1])
     ranks = np.array([0, 0.5, 1.0, 0.0, 0.25])
-    np.testing.assert_allclose(periods.mean_rank(histories, ranks), [0.5 / 3, 1.5 / 3])
+    np.testing.assert_allclose(splits.mean_rank(histories, ranks), [0.5 / 3, 1.5 / 3])
 
 
 def test_neighbours_by_hand():
     items = np.array([1, 5, 2, 5, 1, 6, 6, 3], dtype=np.int32)
-    histories = data.Histories(items, np.array([0, 3, 5]), np.array([3, 5, 8]))
+    histories = Histories(items, np.array([0, 3, 5]), np.array([3, 5, 8]))
     known = np.array([False, True, True, True, True, False, False])
-    found = periods.neighbours(histories, known)
+    found = splits.neighbours(histories, known)
     assert {item: sorted(beside.tolist()) for item, beside in found.items()} == {5: [1, 1, 2], 6: [3]}
 
 
@@ -143,10 +142,10 @@ def test_shares_that_leave_nothing_are_told(dataset):
         ((0.0001, 0.3, 0.2), "part empty"),
     ]:
         with pytest.raises(InputError, match=said):
-            periods.divide(dataset, shares, 4)
+            splits.divide(dataset, shares, 4)
 
 
 def test_a_dataset_without_times_is_told():
-    found = dataclasses.replace(data.synthetic_dataset(20, 30, 8.0, 0), times=None)
+    found = dataclasses.replace(synthetic_dataset(20, 30, 8.0, 0), times=None)
     with pytest.raises(InputError, match="has no times"):
-        periods.divide(found, SHARES, 4)
+        splits.divide(found, SHARES, 4)

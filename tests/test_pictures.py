@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from test_figures import a_record, speed_records
 
-from reclib import pictures
-from reclib.answers import CHAPTERS
 from reclib.config import InputError
-from reclib.figures import FIGURES
+from reclib.report import figures
+from reclib.report.figures import FIGURES
+from reclib.report.page import CHAPTERS
 
 needs_browser = pytest.mark.skipif(
-    not any(shutil.which(name) for name in pictures.BROWSERS), reason="no Chromium or Chrome is installed"
+    not any(shutil.which(name) for name in figures.BROWSERS), reason="no Chromium or Chrome is installed"
 )
 
 
@@ -30,10 +30,10 @@ def pixels(picture: Path) -> bytes:
 
 @needs_browser
 def test_the_ladder_is_drawn_and_is_not_blank(tmp_path):
-    (file,) = pictures.draw(speed_records(), tmp_path / "out")
+    (file,) = figures.draw(speed_records(), tmp_path / "out")
     assert file == tmp_path / "out" / "readme.png"
-    width, height = pictures.size(file)
-    assert width == pictures.WIDTH
+    width, height = figures.size(file)
+    assert width == figures.WIDTH
     assert height > 200
     assert len(set(pixels(file))) > 50  # a blank page has a handful
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["readme.png"]
@@ -42,14 +42,14 @@ def test_the_ladder_is_drawn_and_is_not_blank(tmp_path):
 def test_without_a_browser_it_says_what_to_install_and_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("RECLIB_CHROMIUM", raising=False)
-    assert pictures.main(["--out", str(tmp_path / "out")]) == 2
+    assert figures.pictures_main(["--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
     assert "no browser to draw pictures with" in said
     assert said.count("\n") == 1
     assert not (tmp_path / "out").exists()
     monkeypatch.setenv("RECLIB_CHROMIUM", "a-browser")
     with pytest.raises(InputError, match="RECLIB_CHROMIUM=a-browser: no such program"):
-        pictures.browser()
+        figures.browser()
 
 
 def test_a_browser_that_fails_is_told_in_one_line(tmp_path):
@@ -57,23 +57,23 @@ def test_a_browser_that_fails_is_told_in_one_line(tmp_path):
     browser.write_text("#!/bin/sh\necho first >&2\necho 'no display' >&2\nexit 1\n")
     browser.chmod(0o755)
     with pytest.raises(InputError, match=r"^broken could not draw page\.html: no display$"):
-        pictures.photograph(str(browser), tmp_path / "page.html", tmp_path / "page.png", 100)
+        figures.photograph(str(browser), tmp_path / "page.html", tmp_path / "page.png", 100)
 
 
 def test_every_lead_is_a_figure_of_its_notebook_and_has_a_file_of_its_own():
     leads = {chapter.lead: name for name, chapter in CHAPTERS.items() if chapter.lead}
     known = {(spec.name, spec.notebook) for spec in FIGURES}
     assert {(lead, name) for lead, name in leads.items()} <= known
-    assert len({pictures.file_name(lead) for lead in leads}) == len(leads)
-    assert pictures.README in leads
+    assert len({figures.file_name(lead) for lead in leads}) == len(leads)
+    assert figures.README in leads
 
 
 def test_of_several_devices_the_newest_record_is_drawn():
     own = {"metrics": {"last_item_by_tie_rule_share": 0.5}}
     old = a_record("01_data_prep", "last_items", own["metrics"], label="l4", time="2026-01-01")
     new = a_record("01_data_prep", "last_items", own["metrics"], time="2026-01-02")
-    assert pictures.main_figures([new, old]) == {"last_items": [new]}
-    assert pictures.main_figures([]) == {}
+    assert figures.main_figures([new, old]) == {"last_items": [new]}
+    assert figures.main_figures([]) == {}
 
 
 def test_enough_seeds_for_a_claim_are_drawn_before_a_newer_run_with_one():
@@ -87,11 +87,11 @@ def test_enough_seeds_for_a_claim_are_drawn_before_a_newer_run_with_one():
             ("t4", "2026-01-03", {"seeds": 3, "reference_seeds": 2}),
         )
     )
-    assert pictures.main_figures([one, enough, unequal]) == {"comparison": [enough]}
+    assert figures.main_figures([one, enough, unequal]) == {"comparison": [enough]}
 
 
 def test_a_long_run_is_drawn_before_a_newer_one_at_quick():
     share = {"last_item_by_tie_rule_share": 0.5}
     long = a_record("01_data_prep", "last_items", share, profile="grid", time="2026-01-01")
     quick = a_record("01_data_prep", "last_items", share, label="l4", time="2026-01-02")
-    assert pictures.main_figures([quick, long]) == {"last_items": [long]}
+    assert figures.main_figures([quick, long]) == {"last_items": [long]}

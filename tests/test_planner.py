@@ -14,23 +14,14 @@ from test_footprint import CASES, CPU, shapes_of, small_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from reclib import (
-    benchmark,
-    comparison,
-    devices,
-    footprint,
-    ladder,
-    params,
-    planner,
-    provenance,
-    record,
-    steptime,
-    workload,
-)
-from reclib.adapter_plan import AdapterPlan
+from reclib import hardware, parameters, records
 from reclib.config import InputError, TrainConfig, changed, model_config
-from reclib.model import Bert4Rec
-from reclib.trainer import Trainer
+from reclib.cost import planner, work
+from reclib.cost.work import AdapterPlan
+from reclib.experiments import comparison, speed
+from reclib.model.bert4rec import Bert4Rec
+from reclib.train import timing
+from reclib.train.trainer import Trainer
 
 LENGTHS = planner.typical_lengths()
 MODEL, TRAIN = model_config("85m"), TrainConfig(batch_size=512)
@@ -43,13 +34,13 @@ RATES = {
     "operator": 1e-6,
 }
 ERROR = {"of": "held-out", "rows": 10, "time_median": 0.1, "time_worst": 0.5, "memory_median": 0.05}
-SHARES = dict.fromkeys(steptime.GROUPS, 1.0)
+SHARES = dict.fromkeys(planner.GROUPS, 1.0)
 
 
-def a_cpu(**changes) -> steptime.Cpu:
+def a_cpu(**changes) -> planner.Cpu:
     given = {"label": "cpu1", "name": "test", "rates": RATES, "shares": SHARES, "process_bytes": 10**8}
     given |= {"heap": {"held": 1.0, "layer": 1.0}}
-    return steptime.Cpu(**(given | {"error": ERROR} | changes))
+    return planner.Cpu(**(given | {"error": ERROR} | changes))
 
 
 # -- parts and seconds ---------------------------------------------------------------------------------------
@@ -63,7 +54,7 @@ def test_flops_of_the_parts_are_those_that_torch_counts():
         torch.manual_seed(0)
         some = histories([9] * 64, num_items=model.num_items)
         trainer = Trainer(Bert4Rec(model), some, train, CPU, "test")
-        parts = workload.step_parts(model, train, shapes_of(trainer, 1))
+        parts = work.step_parts(model, train, shapes_of(trainer, 1))
         loop = trainer.steps()
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             next(loop)
@@ -73,9 +64,9 @@ def test_flops_of_the_parts_are_those_that_torch_counts():
 
 def test_rates_are_interpolated_between_shapes_and_held_beyond_them():
     rates = {50: 1e9, 200: 4e9}
-    assert steptime.interpolated(rates, 100) == pytest.approx(2e9)
-    assert steptime.interpolated(rates, 10) == pytest.approx(1e9)
-    assert steptime.interpolated(rates, 999) == pytest.approx(4e9)
+    assert planner.interpolated(rates, 100) == pytest.approx(2e9)
+    assert planner.interpolated(rates, 10) == pytest.approx(1e9)
+    assert planner.interpolated(rates, 999) == pytest.approx(4e9)
 
 
 def test_shares_scale_their_group_and_no_other():
@@ -96,7 +87,7 @@ def test_a_measured_cpu_has_the_band_of_its_held_out_rows():
 
 
 def test_a_gpu_has_a_range_and_is_unvalidated():
-    for board in devices.catalogue().values():
+    for board in hardware.catalogue().values():
         found = planner.plan(board, MODEL, TRAIN, LENGTHS)
         assert found.basis == "unvalidated"
         assert found.step.low < found.step.seconds < found.step.high
@@ -104,14 +95,14 @@ def test_a_gpu_has_a_range_and_is_unvalidated():
 
 
 def test_a_step_takes_no_less_than_the_data_sheet_allows():
-    board = devices.catalogue()["l4"]
+    board = hardware.catalogue()["l4"]
     found = planner.plan(board, MODEL, TRAIN, LENGTHS)
     assert found.step.low > sum(found.flops.values()) / board.peaks["bf16"]
     assert found.step.low > found.bytes_moved / board.bandwidth * 0.5
 
 
 def test_a_small_step_waits_for_the_host_and_a_large_one_does_not():
-    board = devices.catalogue()["h100"]
+    board = hardware.catalogue()["h100"]
     small = planner.plan(board, model_config("nano"), TrainConfig(batch_size=32), LENGTHS)
     large = planner.plan(board, model_config("430m"), TrainConfig(batch_size=4096), LENGTHS)
     waiting = "waiting for the host"
@@ -120,7 +111,7 @@ def test_a_small_step_waits_for_the_host_and_a_large_one_does_not():
 
 
 def test_packing_and_gathering_make_the_planned_step_shorter():
-    board = devices.catalogue()["a100-40"]
+    board = hardware.catalogue()["a100-40"]
     padded = changed(TRAIN, layout="padded")
     everywhere = changed(padded, head_rows="all")
     steps = [planner.plan(board, MODEL, t, LENGTHS).step.seconds for t in (TRAIN, padded, everywhere)]
@@ -170,7 +161,7 @@ def test_an_adapter_costs_less_than_training_everything_and_is_no_validated_plan
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    whole = [sys.executable, "-m", "reclib.planner", *arguments]
+    whole = [sys.executable, "-m", "reclib", "plan", *arguments]
     return subprocess.run(whole, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
@@ -180,8 +171,8 @@ def test_the_command_line_prints_a_prediction_and_says_so():
     assert done.returncode == 0
     assert (found["kind"], found["basis"], found["fits"]) == ("predicted", "unvalidated", 1)
     assert found["memory"]["weights"] == 4 * 429_153_286
-    each = sum(found["memory"].values()) + footprint.CONTEXT_BYTES
-    assert found["side_by_side"] == int(footprint.USABLE * 24 * 2**30) // each >= 1
+    each = sum(found["memory"].values()) + work.CONTEXT_BYTES
+    assert found["side_by_side"] == int(work.USABLE * 24 * 2**30) // each >= 1
     spoken = command("--size", "430m", "--gpu", "l4", "--price", "0.7").stdout
     assert "predicted, unvalidated" in spoken
     assert "cost" in spoken
@@ -189,7 +180,7 @@ def test_the_command_line_prints_a_prediction_and_says_so():
 
 def test_the_command_line_plans_adapters_other_catalogues_and_losses_on_several_devices(capsys):
     def plans(*arguments: str) -> list[dict]:
-        planner.main(["--size", "85m", "--json", *arguments])
+        planner.plan_main(["--size", "85m", "--json", *arguments])
         return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
     small, large = plans("--gpu", "l4,h100", "--adapter", "ilora", "--rank", "8")
@@ -246,11 +237,11 @@ def title_of(row: dict) -> str:
 def test_measured_cpus_are_two_devices_each_with_their_errors():
     for model in ("AMD EPYC", "Intel Xeon 6/207"):
         for threads in (1, 2):
-            cpu = steptime.cpus()[f"cpu{threads} {model}"]
+            cpu = planner.cpus()[f"cpu{threads} {model}"]
             assert cpu.threads == threads
             assert cpu.error["of"] == "held-out"
             assert cpu.error["rows"] >= 10
-            assert set(cpu.shares) == set(steptime.GROUPS)
+            assert set(cpu.shares) == set(planner.GROUPS)
 
 
 def test_a_kind_of_run_is_validated_by_rows_of_its_own():
@@ -270,21 +261,21 @@ def test_a_kind_of_run_is_validated_by_rows_of_its_own():
 
 
 def test_a_cpu_label_is_the_cpu_that_is_here(monkeypatch):
-    monkeypatch.setattr(provenance, "cpu_model", lambda: "Intel Xeon 6/207")
-    assert steptime.cpu("cpu2").label == "cpu2 Intel Xeon 6/207"
-    monkeypatch.setattr(provenance, "cpu_model", lambda: "AMD EPYC 25/17")  # the first rows say the name only
-    assert steptime.cpu("cpu1").label == "cpu1 AMD EPYC"
+    monkeypatch.setattr(hardware, "cpu_model", lambda: "Intel Xeon 6/207")
+    assert planner.cpu("cpu2").label == "cpu2 Intel Xeon 6/207"
+    monkeypatch.setattr(hardware, "cpu_model", lambda: "AMD EPYC 25/17")  # the first rows say the name only
+    assert planner.cpu("cpu1").label == "cpu1 AMD EPYC"
 
 
 def test_another_cpu_stands_in_for_one_that_was_not_calibrated_and_it_is_said(monkeypatch, capsys):
-    monkeypatch.setattr(provenance, "cpu_model", lambda: "Pentium 5/1")
-    found = planner.plan(steptime.cpu("cpu2"), MODEL, TRAIN, LENGTHS)
+    monkeypatch.setattr(hardware, "cpu_model", lambda: "Pentium 5/1")
+    found = planner.plan(planner.cpu("cpu2"), MODEL, TRAIN, LENGTHS)
     assert found.basis == "unvalidated"
     assert "Pentium 5/1, which was not calibrated" in found.name
-    each = [planner.plan(one, MODEL, TRAIN, LENGTHS).step for one in steptime.with_threads("cpu2")]
+    each = [planner.plan(one, MODEL, TRAIN, LENGTHS).step for one in planner.with_threads("cpu2")]
     assert found.step.low == min(one.low for one in each)
     assert found.step.high == max(one.high for one in each)
-    assert planner.main(["--size", "85m", "--gpu", "cpu2"]) == 0
+    assert planner.plan_main(["--size", "85m", "--gpu", "cpu2"]) == 0
     assert "not calibrated" in capsys.readouterr().out
 
 
@@ -292,7 +283,7 @@ def test_another_cpu_stands_in_for_one_that_was_not_calibrated_and_it_is_said(mo
 
 
 def hardware_params(**changes):
-    return params.build("06_hardware", params.profile("06_hardware", "smoke") | changes)
+    return parameters.build("06_hardware", parameters.profile("06_hardware", "smoke") | changes)
 
 
 def test_prices_are_pairs_of_device_and_number():
@@ -306,8 +297,8 @@ def test_prices_are_pairs_of_device_and_number():
 def test_predictions_lie_in_the_folder_of_their_device_and_are_never_measured(tmp_path, monkeypatch):
     monkeypatch.setenv("RECLIB_RECORDS", str(tmp_path))
     p = hardware_params(gpu="l4", devices=["l4", "v100"], sizes=["5m"])
-    card = dict.fromkeys(record.CARD) | {"label": "cpu", "type": "cpu", "name": "test"}
-    run = record.Run("06_hardware", p, card)
+    card = dict.fromkeys(records.CARD) | {"label": "cpu", "type": "cpu", "name": "test"}
+    run = records.Run("06_hardware", p, card)
     for row in comparison.predicted(p):
         run.result(
             "hardware_step",
@@ -317,7 +308,7 @@ def test_predictions_lie_in_the_folder_of_their_device_and_are_never_measured(tm
             kind="predicted",
             device=row.card,
         )
-    found = record.read(tmp_path)
+    found = records.read(tmp_path)
     assert {r["label"] for r in found} == {"l4", "v100-16", "v100-32"}
     assert {r["kind"] for r in found} == {"predicted"}
     assert all("data sheet" in r["device"]["name"] for r in found)
@@ -326,7 +317,7 @@ def test_predictions_lie_in_the_folder_of_their_device_and_are_never_measured(tm
 
 
 def test_no_committed_record_of_a_gpu_without_a_self_check_is_measured():
-    for one in record.read(ROOT / "executed"):
+    for one in records.read(ROOT / "executed"):
         if one["label"] != "cpu" and not (ROOT / "executed" / one["label"] / "selfcheck.json").is_file():
             assert one["kind"] == "predicted", (one["label"], one["name"])
         if one["kind"] == "predicted" and one["notebook"] != "03_scaling":  # of a loss, not of a device
@@ -342,21 +333,21 @@ def test_gains_are_ratios_of_two_plans():
 
 
 def test_each_notebook_of_the_lease_ends_in_three_minutes_on_an_h100_by_its_slowest_plan():
-    h100 = devices.catalogue()["h100"]
-    energy = benchmark.ENERGY_SECONDS
+    h100 = hardware.catalogue()["h100"]
+    energy = timing.ENERGY_SECONDS
 
     def step(model, train, mean_len, adapter=None):
         lengths = planner.typical_lengths(mean_len)
         return planner.plan(h100, model, train, lengths, adapter=adapter).step.high
 
-    p = params.build("06_hardware", params.profile("06_hardware", "lease"))
+    p = parameters.build("06_hardware", parameters.profile("06_hardware", "lease"))
     pairs = [(comparison.model_of(p, size), rule) for size in p.measured_sizes for rule in ("fp32", "auto")]
     steps = p.warmup_steps + p.steps
     sizes = sum(
         steps * step(model, comparison.train_of(p, rule), p.mean_len) + energy for model, rule in pairs
     )
 
-    p = params.build("04_amp_compile", params.profile("04_amp_compile", "lease"))
+    p = parameters.build("04_amp_compile", parameters.profile("04_amp_compile", "lease"))
     model = model_config(p.size, num_items=p.synthetic_items, max_len=p.max_len)
     assert set(p.compile_modes) == {"off"}  # no plan knows how long compiling takes
     timed = p.warmup_steps + p.repeats * p.steps
@@ -366,12 +357,12 @@ def test_each_notebook_of_the_lease_ends_in_three_minutes_on_an_h100_by_its_slow
         for size in p.batch_sizes
     )
     first = TrainConfig(batch_size=p.batch_sizes[0], precision="fp32")
-    rungs = ladder.ladder(model, first, (("AMP", "precision", "bf16"),))
+    rungs = speed.ladder(model, first, (("AMP", "precision", "bf16"),))
     of_rung = p.repeats * (p.warmup_steps + p.steps)
     amp += sum(of_rung * step(rung.model, rung.train, p.synthetic_mean_len) for rung in rungs)
     amp += 2 * p.synthetic_users / p.batch_sizes[0] * step(model, first, p.synthetic_mean_len)  # epochs
 
-    p = params.build("05_ilora", params.profile("05_ilora", "lease"))
+    p = parameters.build("05_ilora", parameters.profile("05_ilora", "lease"))
     model = model_config(p.size, num_items=1349, max_len=p.max_len)
     train = TrainConfig(batch_size=p.batch_size, precision="fp32")
     base, adapted = step(model, train, 50), step(model, train, 50, comparison.ILORA)

@@ -12,10 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reclib import cache, data, dataset, paths, prepare
+from reclib import system
 from reclib.config import DataConfig, InputError
-from reclib.reading import Ingested
-from reclib.sources import Source
+from reclib.data import dataset
+from reclib.data import prepare as prepare_module
+from reclib.data.prepare import Source, build, k_core, prepare
+from reclib.data.read import Ingested
 
 COLUMNS = ("user", "item", "rating", "time")
 INTERACTIONS = st.lists(
@@ -59,7 +61,7 @@ def source(rows, time_unit="s", titles=None, name="made") -> Source:
 
 def prepared(folder: Path, rows, *, time_unit="s", titles=None, **config) -> dataset.Dataset:
     config = {"min_user": 1, "min_item": 1} | config
-    prepare.build(source(rows, time_unit, titles), DataConfig(**config), folder, "key")
+    build(source(rows, time_unit, titles), DataConfig(**config), folder, "key")
     return dataset.load(folder)
 
 
@@ -133,7 +135,7 @@ def test_keys_are_decoded_on_access():
     assert np.asarray(keys).tolist() == keys.tolist() == list(keys)
 
 
-SHARED = paths.root().parent / "shared" / "data"
+SHARED = system.root().parent / "shared" / "data"
 PUBLISHED = {  # users, items, interactions of the 5-core sets, and what a 5-core leaves of MovieLens
     "amazon-beauty-2014-5core/Beauty_s3rec.txt.gz": (22_363, 12_101, 198_502),
     "amazon-sports-2014-5core/Sports_item_org_rank.txt.gz": (35_598, 18_357, 296_337),
@@ -148,7 +150,7 @@ PUBLISHED = {  # users, items, interactions of the 5-core sets, and what a 5-cor
 def test_counts_are_the_published_ones(name, counts):
     if not (SHARED / name).is_file():
         pytest.skip(f"no copy of {name}")
-    found = data.prepare(DataConfig(dataset=str(SHARED / name)))
+    found = prepare(DataConfig(dataset=str(SHARED / name)))
     assert tuple(found.manifest["steps"][0].values()) == ("source", *counts)
     if "5core" in name:
         assert found.manifest["core"]["passes"] == []  # a fixed point
@@ -163,7 +165,7 @@ def test_k_core_is_the_fixed_point(tmp_path_factory, rows, min_user, min_item):
     pairs = tmp_path_factory.mktemp("core") / "pairs"
     np.array([row[:2] for row in rows], dtype=np.int32).tofile(pairs)
     config = DataConfig(min_user=min_user, min_item=min_item)
-    core = prepare.k_core(pairs, {"users": 7, "items": 8}, config)
+    core = k_core(pairs, {"users": 7, "items": 8}, config)
     kept = [row for row in rows if core.users[row[0]] and core.items[row[1]]]
     assert kept == core_of(rows, min_user, min_item)
     assert core.passes == sorted(set(core.passes), reverse=True)
@@ -176,9 +178,9 @@ def test_k_core_reads_and_writes_in_pieces(tmp_path, monkeypatch):
     config = DataConfig(min_user=6, min_item=6)
     found = []
     for piece in (7, 1000):
-        monkeypatch.setattr(prepare, "PAIRS", piece)
+        monkeypatch.setattr(prepare_module, "PAIRS", piece)
         rows.tofile(tmp_path / "pairs")
-        found.append(prepare.k_core(tmp_path / "pairs", {"users": 40, "items": 60}, config))
+        found.append(k_core(tmp_path / "pairs", {"users": 40, "items": 60}, config))
     assert len(found[1].passes) > 2
     assert found[0].passes == found[1].passes
     assert np.array_equal(found[0].users, found[1].users)
@@ -240,7 +242,7 @@ def test_failure_in_the_middle_leaves_nothing(tmp_path, data_folder, monkeypatch
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prepare, "_write_table", full)
+    monkeypatch.setattr(prepare_module, "_write_table", full)
     with pytest.raises(OSError, match="No space left"):
         prepared(tmp_path / "out", [("u", i, 1, i) for i in range(4)])
     assert [path for path in tmp_path.rglob("*") if path != data_folder] == []
@@ -280,9 +282,9 @@ LIKE_ELECTRONICS = """
 import json, resource, sys
 from pathlib import Path
 from types import SimpleNamespace
-from reclib import prepare
+from reclib.data.prepare import build
 from reclib.config import DataConfig
-from reclib.reading import Ingested
+from reclib.data.read import Ingested
 
 def fill(con, progress):
     con.execute(
@@ -293,7 +295,7 @@ def fill(con, progress):
     return Ingested("s", dict(), {rows}, dict(), [], lambda keys: dict())
 
 made = SimpleNamespace(name="made", identity="", fill=fill)
-prepare.build(made, DataConfig(memory_limit_mb={limit}), Path(sys.argv[1]), "key")
+build(made, DataConfig(memory_limit_mb={limit}), Path(sys.argv[1]), "key")
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
 
@@ -305,7 +307,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
         code = LIKE_ELECTRONICS.format(rows=rows, users=rows // 8, items=rows // 40, limit=128)
         done = subprocess.run(
             [sys.executable, "-c", code, str(tmp_path / str(rows))],
-            env=os.environ | {"PYTHONPATH": str(paths.root())},
+            env=os.environ | {"PYTHONPATH": str(system.root())},
             capture_output=True,
             text=True,
         )
@@ -317,13 +319,13 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
 LOAD = """
 import sys
 from pathlib import Path
-from reclib import data
+from reclib.data.prepare import load
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
 
 before = resident()
-loaded = data.load(Path(sys.argv[1]))
+loaded = load(Path(sys.argv[1]))
 print(loaded.num_interactions, resident() - before)
 """
 
@@ -332,17 +334,17 @@ def test_loading_reads_no_array(tmp_path):
     if not Path("/proc/self/statm").exists():
         pytest.skip("needs /proc")
     out = tmp_path / "out"
-    prepare.build(source([("u", i, 1, i) for i in range(5)]), DataConfig(min_item=1), out, "key")
+    build(source([("u", i, 1, i) for i in range(5)]), DataConfig(min_item=1), out, "key")
     big = 8 << 20  # interactions: 32 and 64 MB
-    cache.write_array(out / "items.npy", np.int32, big, [np.ones(big, np.int32)])
-    cache.write_array(out / "times.npy", np.int64, big, [np.arange(big)])
-    seal = json.loads((out / cache.SEAL).read_text())
+    system.write_array(out / "items.npy", np.int32, big, [np.ones(big, np.int32)])
+    system.write_array(out / "times.npy", np.int64, big, [np.arange(big)])
+    seal = json.loads((out / system.SEAL).read_text())
     for name in ("items.npy", "times.npy"):
         seal["files"][name]["bytes"] = (out / name).stat().st_size
-    cache.write_json(out / cache.SEAL, seal)
+    system.write_json(out / system.SEAL, seal)
     done = subprocess.run(
         [sys.executable, "-c", LOAD, str(out)],
-        env=os.environ | {"PYTHONPATH": str(paths.root())},
+        env=os.environ | {"PYTHONPATH": str(system.root())},
         capture_output=True,
         text=True,
     )

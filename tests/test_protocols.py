@@ -9,18 +9,19 @@ from engine import NUM_ITEMS, histories, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reclib import metrics, protocols
 from reclib.config import InputError
-from reclib.data import Evaluation, Histories, synthetic_dataset, train_histories
-from reclib.data import evaluation as evaluation_part
-from reclib.metrics import Scores
-from reclib.model import Bert4Rec
-from reclib.splits import Split, sample_candidates
+from reclib.data.dataset import Evaluation, Histories, train_histories
+from reclib.data.dataset import evaluation as evaluation_part
+from reclib.data.prepare import synthetic_dataset
+from reclib.data.splits import Split, sample_candidates
+from reclib.evaluate import metrics, statistics
+from reclib.evaluate.metrics import Scores
+from reclib.model.bert4rec import Bert4Rec
 
 CPU = torch.device("cpu")
 
 
-def fixed(scores: torch.Tensor) -> protocols.Scorer:
+def fixed(scores: torch.Tensor) -> metrics.Scorer:
     """A model that gives these scores, a few users at a time and not in their order."""
 
     def score(evaluation: Evaluation) -> Scores:
@@ -50,7 +51,7 @@ def uniform_negatives(part: Evaluation, num_items: int, count: int, seed: int) -
     return np.array(rows, dtype=np.int32)
 
 
-def by_name(found: list[protocols.Outcome]) -> dict[str, protocols.Outcome]:
+def by_name(found: list[metrics.Outcome]) -> dict[str, metrics.Outcome]:
     return {outcome.protocol: outcome for outcome in found}
 
 
@@ -58,7 +59,7 @@ def test_each_way_to_rank_equals_its_own_computation():
     part = evaluation_of([3, 9, 1, 14, 5, 6, 2])
     scores = torch.randn(7, NUM_ITEMS, generator=torch.Generator().manual_seed(0)).round(decimals=1)
     negatives = uniform_negatives(part, NUM_ITEMS, 8, 0)
-    found = by_name(protocols.side_by_side(fixed(scores), part, {"uniform": negatives}))
+    found = by_name(metrics.side_by_side(fixed(scores), part, {"uniform": negatives}))
     for remove_seen, name in ((True, "removed"), (False, "kept")):
         wanted = metrics.rank(fixed(scores)(part), part, remove_seen).ranks
         assert found[f"leave-one-out, seen {name}"].ranks.tolist() == wanted.tolist()
@@ -72,11 +73,11 @@ def test_every_result_says_what_it_is():
     part = evaluation_of([3, 4])
     negatives = uniform_negatives(part, NUM_ITEMS, 5, 0)
     both = {"uniform": negatives, "popularity": negatives}
-    for outcome in protocols.side_by_side(fixed(torch.zeros(2, NUM_ITEMS)), part, both):
+    for outcome in metrics.side_by_side(fixed(torch.zeros(2, NUM_ITEMS)), part, both):
         assert ("sampled, not comparable" in outcome.label) == (not outcome.comparable)
         assert outcome.comparable == ("full ranking" in outcome.label)
     model = Bert4Rec(small_model())
-    assert "not comparable" in protocols.masked_positions(model, part, CPU).label
+    assert "not comparable" in metrics.masked_positions(model, part, CPU).label
 
 
 @pytest.mark.parametrize("count", [20, 100])
@@ -91,22 +92,22 @@ def test_trap_sampled_metrics_inflate_as_the_closed_form_says(count):
     drawn = []
     for seed in range(4):
         negatives = {"uniform": uniform_negatives(part, num_items, count, seed)}
-        found = by_name(protocols.side_by_side(fixed(scores), part, negatives))
-        drawn.append(protocols.mean(found[f"leave-one-out, {count} uniform"]))
+        found = by_name(metrics.side_by_side(fixed(scores), part, negatives))
+        drawn.append(metrics.mean(found[f"leave-one-out, {count} uniform"]))
     full = found["leave-one-out, seen removed"]
-    expected = protocols.expected_sampled_hit(full.ranks, pool, count)
+    expected = metrics.expected_sampled_hit(full.ranks, pool, count)
     noise = np.sqrt((expected * (1 - expected)).sum() / 4) / users
     assert np.mean(drawn) == pytest.approx(expected.mean(), abs=4 * noise)
-    assert np.mean(drawn) > protocols.mean(full) * 1.8
+    assert np.mean(drawn) > metrics.mean(full) * 1.8
 
 
 def test_the_closed_form_at_its_ends():
-    assert protocols.expected_sampled_hit(np.array([1, 10]), 300, 100).tolist() == [1.0, 1.0]
+    assert metrics.expected_sampled_hit(np.array([1, 10]), 300, 100).tolist() == [1.0, 1.0]
     ranks = np.array([11, 12, 290])
-    assert protocols.expected_sampled_hit(ranks, 300, 300).tolist() == [0.0, 0.0, 0.0]  # all are drawn
+    assert metrics.expected_sampled_hit(ranks, 300, 300).tolist() == [0.0, 0.0, 0.0]  # all are drawn
     # one rival too many only if every one of the ten before it is drawn
     wanted = 1 - np.prod([(100 - i) / (300 - i) for i in range(10)])
-    assert protocols.expected_sampled_hit(np.array([11]), 300, 100) == pytest.approx([wanted])
+    assert metrics.expected_sampled_hit(np.array([11]), 300, 100) == pytest.approx([wanted])
 
 
 def test_trap_rank_ties_are_pessimistic_under_every_protocol():
@@ -114,14 +115,14 @@ def test_trap_rank_ties_are_pessimistic_under_every_protocol():
     negatives = {"uniform": uniform_negatives(part, NUM_ITEMS, 7, 0)}
     for value in (0.0, float("nan"), float("-inf")):
         scores = torch.full((3, NUM_ITEMS), value)
-        found = by_name(protocols.side_by_side(fixed(scores), part, negatives))
+        found = by_name(metrics.side_by_side(fixed(scores), part, negatives))
         assert (found["leave-one-out, 7 uniform"].ranks == 8).all()
         assert (found["leave-one-out, seen kept"].ranks == NUM_ITEMS).all()
         assert (found["leave-one-out, seen removed"].ranks > NUM_ITEMS - 6).all()
     model = Bert4Rec(small_model())
     with torch.no_grad():
         model.output_weight.zero_()  # a collapsed model: all scores alike
-    outcome = protocols.masked_positions(model, part, CPU)
+    outcome = metrics.masked_positions(model, part, CPU)
     assert (outcome.ranks == model.config.output_rows).all()
 
 
@@ -131,7 +132,7 @@ def test_trap_seen_filter_moves_the_rank_and_both_are_reported():
         np.array([3], dtype=np.int32),
     )
     scores = torch.tensor([[5.0, 4.0, 3.0, 2.0]])
-    found = by_name(protocols.side_by_side(fixed(scores), part))
+    found = by_name(metrics.side_by_side(fixed(scores), part))
     assert found["leave-one-out, seen removed"].ranks.tolist() == [1]
     assert found["leave-one-out, seen kept"].ranks.tolist() == [3]
     assert "seen items removed" in found["leave-one-out, seen removed"].label
@@ -144,10 +145,10 @@ def test_trap_pad_and_mask_are_candidates_in_the_seed_metric_only(tied):
     part = evaluation_of([5, 6, 7])
     with torch.no_grad():  # PAD and MASK win everywhere
         model.output_bias[0] = model.output_bias[NUM_ITEMS + 1] = 100.0
-    with_special = protocols.masked_positions(model, part, CPU).ranks
-    without = protocols.masked_positions(model, part, CPU, special_tokens=False).ranks
+    with_special = metrics.masked_positions(model, part, CPU).ranks
+    without = metrics.masked_positions(model, part, CPU, special_tokens=False).ranks
     assert (with_special == without + 2).all()
-    full = by_name(protocols.side_by_side(lambda e: metrics.model_scores(model, e, CPU), part))
+    full = by_name(metrics.side_by_side(lambda e: metrics.model_scores(model, e, CPU), part))
     for outcome in full.values():
         top = metrics.rank(metrics.model_scores(model, part, CPU), part, False, top_k=NUM_ITEMS).top
         assert sorted(top[0].tolist()) == list(range(1, NUM_ITEMS + 1))
@@ -175,7 +176,7 @@ def test_masked_positions_equal_one_window_at_a_time(monkeypatch):
     model = Bert4Rec(small_model(dropout=0.3)).train()  # whose scores would be random were it not set to eval
     part = evaluation_of([3, 30, 0, 11, 5, 5, 8])
     drawn: list[np.ndarray] = []
-    windows = protocols._windows
+    windows = metrics._windows
 
     def watched(*given):
         for users, samples in windows(*given):
@@ -183,9 +184,9 @@ def test_masked_positions_equal_one_window_at_a_time(monkeypatch):
             drawn.extend(np.split(samples.is_target, ends[:-1]))
             yield users, samples
 
-    monkeypatch.setattr(protocols, "_windows", watched)
+    monkeypatch.setattr(metrics, "_windows", watched)
     monkeypatch.setattr(metrics, "SCORE_BYTES", 4 * 4 * 39)  # four positions at a time
-    found = protocols.masked_positions(model, part, CPU, mask_prob=0.4, seed=2, batch_size=3)
+    found = metrics.masked_positions(model, part, CPU, mask_prob=0.4, seed=2, batch_size=3)
     assert model.training
     wanted = brute_force_seed_metric(model.eval(), part, drawn)
     assert len(wanted) > 12
@@ -197,7 +198,7 @@ def test_masked_positions_equal_one_window_at_a_time(monkeypatch):
 
 def test_masks_follow_the_rule_of_the_seed_study():
     lengths = np.array([1, 4, 10])
-    found = protocols.seed_mask_probability(lengths, 0.15)
+    found = metrics.seed_mask_probability(lengths, 0.15)
     assert found[0] == 1.0
     assert found[1:5].tolist() == pytest.approx([0.15 * (0.8 + 0.4 * (1 - d / 4)) for d in (3, 2, 1)] + [1.0])
     assert found[5:14].min() == pytest.approx(0.15 * 0.84)
@@ -208,20 +209,20 @@ def test_masks_follow_the_rule_of_the_seed_study():
 def test_masks_are_seeded_and_as_frequent_as_said():
     part = evaluation_of([11] * 2000)
     one, same, other = (
-        [samples.is_target for _, samples in protocols._windows(part, 12, 0.15, seed, 256)]
+        [samples.is_target for _, samples in metrics._windows(part, 12, 0.15, seed, 256)]
         for seed in (0, 0, 1)
     )
     assert all((a == b).all() for a, b in zip(one, same, strict=True))
     assert any((a != b).any() for a, b in zip(one, other, strict=True))
     share = np.concatenate(one).reshape(2000, 12).mean(axis=0)
-    wanted = protocols.seed_mask_probability(np.array([12]), 0.15)
+    wanted = metrics.seed_mask_probability(np.array([12]), 0.15)
     assert share == pytest.approx(wanted, abs=4 * np.sqrt(0.17 * 0.83 / 2000))
 
 
 def test_the_seed_metric_refuses_a_causal_model():
     model = Bert4Rec(small_model(causal=True))
     with pytest.raises(InputError, match="reads both sides"):
-        protocols.masked_positions(model, evaluation_of([3]), CPU)
+        metrics.masked_positions(model, evaluation_of([3]), CPU)
 
 
 @given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=6))
@@ -229,7 +230,7 @@ def test_the_seed_metric_refuses_a_causal_model():
 def test_histories_go_on_to_their_target(lengths):
     part = evaluation_of([length + 1 for length in lengths])
     part = part._replace(histories=part.histories._replace(starts=part.histories.starts + 1))
-    joined = protocols.with_target(part)
+    joined = metrics.with_target(part)
     for user, target in enumerate(part.targets):
         found = joined.items[joined.starts[user] : joined.ends[user]].tolist()
         assert found == [*history(part, user), int(target)]
@@ -238,7 +239,7 @@ def test_histories_go_on_to_their_target(lengths):
 def test_a_model_is_scored_under_the_split_it_was_trained_under():
     part = evaluation_of([3, 4, 5, 6])
     scores = torch.randn(4, NUM_ITEMS, generator=torch.Generator().manual_seed(0))
-    outcome = protocols.under_split(
+    outcome = metrics.under_split(
         fixed(scores), Split("global time", part.histories, part, part, {}), remove_seen=False
     )
     assert outcome.label == "global time, full ranking, seen items kept"
@@ -246,29 +247,29 @@ def test_a_model_is_scored_under_the_split_it_was_trained_under():
     assert outcome.ranks.tolist() == metrics.rank(fixed(scores)(part), part, False).ranks.tolist()
 
 
-def outcome_of(ranks: list[int], users: list[int]) -> protocols.Outcome:
-    return protocols.Outcome("p", "label", True, np.array(ranks), np.array(users))
+def outcome_of(ranks: list[int], users: list[int]) -> metrics.Outcome:
+    return metrics.Outcome("p", "label", True, np.array(ranks), np.array(users))
 
 
 def test_intervals_over_users_equal_the_bootstrap():
     ranks = np.random.default_rng(0).integers(1, 30, 200)
     outcome = outcome_of(ranks.tolist(), list(range(200)))
-    wanted = metrics.bootstrap(metrics.ndcg(ranks, 10), 500, seed=4)
-    assert protocols.interval(outcome, "ndcg@10", 500, seed=4) == wanted
-    assert protocols.mean(outcome, "ndcg@10") == wanted.mean
+    wanted = statistics.bootstrap(metrics.ndcg(ranks, 10), 500, seed=4)
+    assert metrics.interval(outcome, "ndcg@10", 500, seed=4) == wanted
+    assert metrics.mean(outcome, "ndcg@10") == wanted.mean
 
 
 def test_intervals_draw_users_with_all_of_their_positions():
     """Twenty identical positions of a user say no more than one of them."""
     ranks = np.random.default_rng(0).integers(1, 30, 200)
     users = np.arange(200)
-    once = protocols.interval(outcome_of(ranks.tolist(), users.tolist()), samples=2000)
-    many = protocols.interval(
+    once = metrics.interval(outcome_of(ranks.tolist(), users.tolist()), samples=2000)
+    many = metrics.interval(
         outcome_of(np.repeat(ranks, 20).tolist(), np.repeat(users, 20).tolist()), samples=2000
     )
     assert many.mean == pytest.approx(once.mean)
     assert many.high - many.low == pytest.approx(once.high - once.low, rel=0.1)
-    assert protocols.interval(outcome_of([50, 50, 50], [0, 0, 1])) == (0.0, 0.0, 0.0)
+    assert metrics.interval(outcome_of([50, 50, 50], [0, 0, 1])) == (0.0, 0.0, 0.0)
 
 
 def test_candidates_of_another_evaluation_are_refused():
@@ -279,14 +280,14 @@ def test_candidates_of_another_evaluation_are_refused():
     ]:
         part = evaluation_of([2, 2])._replace(targets=np.array([9, 4], dtype=np.int32))
         with pytest.raises(InputError, match=message):
-            protocols.side_by_side(
+            metrics.side_by_side(
                 fixed(torch.zeros(2, NUM_ITEMS)), part, {"uniform": np.array(rows, dtype=np.int32)}
             )
 
 
 def test_an_unknown_metric_is_refused_by_name():
     with pytest.raises(InputError, match="'metric' is 'recall@10'"):
-        protocols.mean(outcome_of([1], [0]), "recall@10")
+        metrics.mean(outcome_of([1], [0]), "recall@10")
 
 
 def test_negatives_of_the_splits_give_the_hit_rate_of_the_closed_form():
@@ -302,13 +303,13 @@ def test_negatives_of_the_splits_give_the_hit_rate_of_the_closed_form():
     drawn: dict[str, list[float]] = {"uniform": [], "popularity": []}
     for how, several in negatives.items():
         for items in several:
-            found = by_name(protocols.side_by_side(score, part, {how: items}))
-            drawn[how].append(protocols.mean(found[f"leave-one-out, 50 {how}"]))
+            found = by_name(metrics.side_by_side(score, part, {how: items}))
+            drawn[how].append(metrics.mean(found[f"leave-one-out, 50 {how}"]))
     full = found["leave-one-out, seen removed"]
     had = [{*history(part, u), int(t)} for u, t in enumerate(part.targets)]
     pool = np.array([dataset.num_items - len(items) for items in had])
-    expected = protocols.expected_sampled_hit(full.ranks, pool, 50)
+    expected = metrics.expected_sampled_hit(full.ranks, pool, 50)
     noise = np.sqrt((expected * (1 - expected)).sum() / 4) / len(expected)
     assert np.mean(drawn["uniform"]) == pytest.approx(expected.mean(), abs=4 * noise)
     # popular negatives are the rivals that popularity ranks high: the same scores look worse
-    assert protocols.mean(full) < np.mean(drawn["popularity"]) < np.mean(drawn["uniform"])
+    assert metrics.mean(full) < np.mean(drawn["popularity"]) < np.mean(drawn["uniform"])

@@ -5,61 +5,67 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from reclib import devices, params, quote, quote_figures, steptime
+from reclib import hardware, parameters
 from reclib.config import InputError
-from reclib.quote import Asked
+from reclib.cost import planner
+from reclib.cost.planner import Asked
+from reclib.experiments import explore
+from reclib.report import speed_figures, style
 
-SMOKE = params.profile("07_explore", "smoke")
+SMOKE = parameters.profile("07_explore", "smoke")
 
 
 def asked(**changes: object) -> Asked:
     given = {f"plan_{name}": value for name, value in changes.items()}
-    return quote.asked(params.build("07_explore", SMOKE | given))
+    return explore.asked(parameters.build("07_explore", SMOKE | given))
 
 
 def test_parameters_are_handed_on_and_back():
     one = asked(device="a100-40", items=1000, batch_size=64, price=2.5)
-    assert quote.asked(params.build("07_explore", SMOKE | yaml.safe_load(quote.as_parameters(one)))) == one
+    assert (
+        explore.asked(parameters.build("07_explore", SMOKE | yaml.safe_load(explore.plan_as_parameters(one))))
+        == one
+    )
 
 
 def test_the_parts_of_the_peak_add_up_to_it_on_every_device():
-    found = quote.every_plan(asked())
-    assert [plan.device for plan in found] == [*steptime.cpus(), *devices.catalogue()]
+    found = planner.every_plan(asked())
+    assert [plan.device for plan in found] == [*planner.cpus(), *hardware.catalogue()]
     for plan in found:
-        parts = quote.memory_parts(plan)
+        parts = planner.memory_parts(plan)
         assert sum(parts.values()) == plan.peak_bytes
         assert min(parts.values()) > 0
-        assert parts[quote.RUN] == plan.process_bytes
+        assert parts[planner.RUN] == plan.process_bytes
 
 
 def test_a_device_without_the_precision_asked_for_has_its_own():
-    found = {plan.device: plan.precision for plan in quote.every_plan(asked(device="l4", precision="tf32"))}
-    assert (found["l4"], found["h100"], found["t4"], found[next(iter(steptime.cpus()))]) == (
+    found = {plan.device: plan.precision for plan in planner.every_plan(asked(device="l4", precision="tf32"))}
+    assert (found["l4"], found["h100"], found["t4"], found[next(iter(planner.cpus()))]) == (
         *("tf32", "tf32", "fp16", "fp32"),
     )
-    assert quote.precisions("t4") == ["auto", "fp32", "fp16"]
+    assert planner.precisions("t4") == ["auto", "fp32", "fp16"]
 
 
 def test_only_the_device_asked_for_has_a_cost():
-    costs = {plan.device: plan.numbers()["cost_per_epoch"] for plan in quote.every_plan(asked(price=3.6))}
-    (plan,) = [plan for plan in quote.every_plan(asked(price=3.6)) if plan.device == "l4"]
+    costs = {plan.device: plan.numbers()["cost_per_epoch"] for plan in planner.every_plan(asked(price=3.6))}
+    (plan,) = [plan for plan in planner.every_plan(asked(price=3.6)) if plan.device == "l4"]
     assert costs.pop("l4") == pytest.approx(plan.epoch.seconds / 1000)
     assert set(costs.values()) == {None}
 
 
 def test_the_summary_says_what_it_is_and_whether_it_fits():
-    said = quote.summary(asked(), quote.plan(asked()))
+    said = explore.summary(asked(), planner.plan_of(asked()))
     for part in ("predicted, unvalidated", "assumed efficiency", "NVIDIA L4", "bf16", ": <b>fits</b>"):
         assert part in said
-    label = next(iter(steptime.cpus()))
-    cpu = quote.summary(asked(device=label, price=None), quote.plan(asked(device=label, price=None)))
+    label = next(iter(planner.cpus()))
+    cpu = explore.summary(asked(device=label, price=None), planner.plan_of(asked(device=label, price=None)))
     for part in ("predicted, validated", "rows that no fit had seen", "resident", "no price given"):
         assert part in cpu
     full = asked(device="t4", size="430m", batch_size=65_536)
-    said = quote.summary(full, quote.plan(full))
+    said = explore.summary(full, planner.plan_of(full))
     assert "DOES NOT FIT" in said
     assert "micro_batch_size" in said  # a way on
-    adapted = quote.summary(asked(adapter="lora"), quote.plan(asked(adapter="lora")))
+    adapted = explore.summary(asked(adapter="lora"), planner.plan_of(asked(adapter="lora")))
     assert "0 of 85.1 M" not in adapted
     assert "parameters trained: lora, rank 8" in adapted
 
@@ -72,7 +78,7 @@ def test_durations_have_a_unit_that_suits_them():
         (1e4, "2.78 h"),
         (1e6, "11.6 days"),
     ]:
-        assert quote.duration(seconds) == said
+        assert style.duration(seconds) == said
 
 
 def test_what_cannot_be_planned_is_told():
@@ -82,18 +88,18 @@ def test_what_cannot_be_planned_is_told():
         ({"device": "cpu77"}, "no rates of 'cpu77'"),
     ):
         with pytest.raises(InputError, match=said):
-            quote.plan(asked(**changes))
+            planner.plan_of(asked(**changes))
 
 
 def test_figures_are_hatched_and_show_every_part_and_device():
-    one, every = quote.plan(asked()), quote.every_plan(asked())
-    figure = quote_figures.parts(one)
+    one, every = planner.plan_of(asked()), planner.every_plan(asked())
+    figure = speed_figures.parts(one)
     bars = [trace for trace in figure.data if trace.type == "bar"]
     assert {trace.marker.pattern.shape for trace in bars} == {"/"}  # predicted
-    assert sum(trace.x[0] for trace in bars[:-1]) == pytest.approx(one.peak_bytes / devices.GIB)
+    assert sum(trace.x[0] for trace in bars[:-1]) == pytest.approx(one.peak_bytes / hardware.GIB)
     assert sum(bars[-1].x) == pytest.approx(1e3 * one.step.seconds)
     assert "predicted, unvalidated" in figure.layout.title.subtitle.text
-    table = quote_figures.by_device(quote.table(asked(), every))
+    table = speed_figures.by_device(planner.table(asked(), every))
     shown = {name for trace in table.data if trace.type == "scatter" for name in trace.y}
     assert shown == {plan.device for plan in every}
     assert "fits on 10 of 10 GPUs, predicted" in table.layout.title.text
@@ -103,27 +109,29 @@ def test_figures_are_hatched_and_show_every_part_and_device():
 
 
 def test_a_table_of_plans_is_that_of_their_records(tmp_path, monkeypatch):
-    from reclib import answers, comparison, record, tables
+    from reclib import records
+    from reclib.experiments import comparison
+    from reclib.report import page, tables
 
     monkeypatch.setenv("RECLIB_RECORDS", str(tmp_path))
-    p = params.build("07_explore", SMOKE)
-    run = record.Run("07_explore", p, dict.fromkeys(record.CARD) | {"label": "cpu", "type": "cpu"})
-    one, every = asked(), quote.every_plan(asked())
+    p = parameters.build("07_explore", SMOKE)
+    run = records.Run("07_explore", p, dict.fromkeys(records.CARD) | {"label": "cpu", "type": "cpu"})
+    one, every = asked(), planner.every_plan(asked())
     for plan in every:
         run.result(
             "plan",
-            quote.counted(plan),
-            params=quote.about(one, plan),
-            timings=quote.timed(plan),
-            series=quote.series(plan),
+            planner.counted(plan),
+            params=planner.about(one, plan),
+            timings=planner.timed(plan),
+            series=planner.series(plan),
             kind="predicted",
             device=comparison.card_of(plan),
         )
-    found = tables.table(record.read(tmp_path)).sort_values(["device", "part"], ignore_index=True)
-    live = quote.table(one, every).sort_values(["device", "part"], ignore_index=True)
+    found = tables.table(records.read(tmp_path)).sort_values(["device", "part"], ignore_index=True)
+    live = planner.table(one, every).sort_values(["device", "part"], ignore_index=True)
     for column in ("device", "part", "bytes", "epoch_seconds", "status", "basis", "size"):
         assert found[column].tolist() == live[column].tolist()
-    assert {r["kind"] for r in record.read(tmp_path)} == {"predicted"}
-    said = answers.CHAPTERS["07_explore"].answer({"plan": record.read(tmp_path)})
+    assert {r["kind"] for r in records.read(tmp_path)} == {"predicted"}
+    said = page.CHAPTERS["07_explore"].answer({"plan": records.read(tmp_path)})
     assert "85m at a batch of 512 fits on 10 of 10 GPUs" in said
     assert "predicted, unvalidated" in said

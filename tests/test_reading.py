@@ -22,9 +22,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_formats import CONTENTS, SAMPLES
 
-from reclib import data, formats, reading, sources
 from reclib.config import DataConfig, InputError
-from reclib.formats import FORMATS, named
+from reclib.data import formats
+from reclib.data import prepare as prepare_module
+from reclib.data import read as reclib_read
+from reclib.data.formats import FORMATS, named
+from reclib.data.prepare import _sha256, data_main, folder_of, hashlib, prepare, prepared_folder, source
 
 T = 1577836800  # 2020-01-01
 
@@ -37,7 +40,7 @@ def own_folder(tmp_path, monkeypatch):
 def prepared(path: Path, columns=None, **config) -> tuple[dict[str, str], dict[str, int]]:
     """Return each user's items in order, and what was rejected."""
     config = {"min_user": 1, "min_item": 1, "max_rejected_share": 0.9, **config}
-    found = data.prepare(DataConfig(dataset=str(path), columns=columns, **config))
+    found = prepare(DataConfig(dataset=str(path), columns=columns, **config))
     histories = {
         user: " ".join(found.item_keys[found.items[found.offsets[n] : found.offsets[n + 1]]])
         for n, user in enumerate(found.user_keys)
@@ -303,7 +306,7 @@ def test_a_line_means_the_same_in_whatever_block_it_stands(tmp_path, monkeypatch
             before = "".join(f"v,i{n},{T + n}" + ",1" * width + "\n" for n in range(30))
             con = duckdb.connect()
             path = written(tmp_path, f"{head}\n{before}{body}")
-            bad = reading.ingest(con, path, FORMATS["table"], max_rejected_share=1.0).rejected
+            bad = reclib_read.ingest(con, path, FORMATS["table"], max_rejected_share=1.0).rejected
             query = "SELECT \"user\", string_agg(item, ' ' ORDER BY time, row) FROM raw GROUP BY ALL"
             found = dict(con.execute(query).fetchall())
             assert found.pop("v") == " ".join(f"i{n}" for n in range(30))
@@ -433,7 +436,7 @@ def test_names_and_folders_of_any_characters(tmp_path, monkeypatch):
     path = written(home, f"{UIT}u,a,{T}\n", name)
     assert prepared(path) == ({"u": "a"}, {})
     done = subprocess.run(
-        [sys.executable, "-m", "reclib.data", "prepare", path, "--min-user", "1", "--min-item", "1"],
+        [sys.executable, "-m", "reclib", "data", "prepare", path, "--min-user", "1", "--min-item", "1"],
         capture_output=True,
         text=True,
         check=False,
@@ -448,8 +451,8 @@ def test_a_memory_limit_beyond_any_machine(tmp_path):
 
 def test_show_tells_why_there_is_no_split_by_time(tmp_path, capsys):
     path = written(tmp_path, UIT + "".join(f"u{n},i{k},{T}\n" for n in range(4) for k in range(5)))
-    folder = data.folder_of(DataConfig(dataset=str(path), min_user=1, min_item=1))
-    assert data.main(["show", str(folder)]) == 0
+    folder = folder_of(DataConfig(dataset=str(path), min_user=1, min_item=1))
+    assert data_main(["show", str(folder)]) == 0
     out = capsys.readouterr().out
     assert "leave-one-out" in out
     assert "global_time: " in out
@@ -459,7 +462,7 @@ def test_show_tells_why_there_is_no_split_by_time(tmp_path, capsys):
 def test_an_interrupted_preparation_leaves_one_line_and_nothing_else(tmp_path, number):
     rows = (f"u{n % 5000},i{n % 700},{T + n}\n" for n in range(2_000_000))
     path = written(tmp_path, UIT + "".join(rows))
-    command = [sys.executable, "-m", "reclib.data", "prepare", str(path)]
+    command = [sys.executable, "-m", "reclib", "data", "prepare", str(path)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     home = tmp_path / "data"
     while not list(home.glob("scratch.*.partial/rows.duckdb")):  # it is at work
@@ -473,7 +476,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
     path = written(tmp_path, f"{UIT}u,a,{T}\n")
     home = tmp_path / "data"
     code = (
-        "import pathlib, sys, time\nfrom reclib import cache\n"
+        "import pathlib, sys, time\nfrom reclib import system\n"
         f"with cache.scratch(pathlib.Path({str(home)!r})) as folder:\n"
         "    (folder / 'big').write_text('x')\n    print(folder, flush=True)\n    time.sleep(600)\n"
     )
@@ -561,7 +564,9 @@ def test_random_tables_give_what_pandas_reads(tmp_path_factory, rows, kind, piec
         patch.setattr(formats, "PIECE_BYTES", piece)
         patch.setattr(formats, "BLOCK_BYTES", 1)
         con = duckdb.connect()
-        got = reading.ingest(con, path, named("auto", path, columns), columns=columns, max_rejected_share=1.0)
+        got = reclib_read.ingest(
+            con, path, named("auto", path, columns), columns=columns, max_rejected_share=1.0
+        )
     found = con.execute('SELECT "user", item, rating FROM raw ORDER BY time, row').fetchall()
     assert found == [(r.user, r.item, float(r.rating)) for r in expected.itertuples()]
     assert sum(got.rejected.values()) == len(rejected)
@@ -605,7 +610,7 @@ def test_damaged_files_give_an_error_of_ours_or_counted_lines(tmp_path):
         path = written(tmp_path, bytes(content), name)
         con = duckdb.connect()
         try:
-            got = reading.ingest(con, path, max_rejected_share=1.0)
+            got = reclib_read.ingest(con, path, max_rejected_share=1.0)
             outcomes["read"] += 1
             (kept,) = con.execute("SELECT count(*) FROM raw").fetchone()
             assert got.lines_read == kept + sum(got.rejected.values())
@@ -622,7 +627,7 @@ SECOND = 964_982_703  # in the year 2000
 def read(path: Path, format: str = "auto", columns=None, **options):
     """Return the rows of `raw` in their order, and what `ingest` says."""
     con = duckdb.connect()
-    got = reading.ingest(con, path, named(format, path, columns), columns=columns, **options)
+    got = reclib_read.ingest(con, path, named(format, path, columns), columns=columns, **options)
     return con.execute("SELECT * FROM raw ORDER BY row").fetchall(), got
 
 
@@ -672,7 +677,7 @@ def test_each_format_is_read(tmp_path, name, packed):
     assert got.lines_read == len(CONTENTS[name].splitlines()) - (name in HEADERS)
     assert got.provenance["format"] == name
     assert got.provenance["bytes"] == path.stat().st_size
-    assert got.provenance["sha256"] == sources._sha256(path)
+    assert got.provenance["sha256"] == _sha256(path)
     assert (got.rejected, got.rejected_examples) == ({}, [])
 
 
@@ -715,7 +720,7 @@ COUNTS = 'SELECT count(*), count(DISTINCT "user"), count(DISTINCT item) FROM raw
 def test_counts_of_real_files_are_the_published_ones(name):
     path = sample(name)
     con = duckdb.connect()
-    got = reading.ingest(con, path, strict=True)
+    got = reclib_read.ingest(con, path, strict=True)
     assert (*con.execute(COUNTS).fetchone(), got.time_unit) == REAL[name]
     assert con.execute("SELECT min(row), max(row), count(DISTINCT row) FROM raw").fetchone() == (
         0,
@@ -729,7 +734,7 @@ def test_ml_1m_without_times_is_read_in_row_order():
     with pytest.raises(InputError, match=r"no column is clearly the time.*columns found: userID, movieID"):
         read(path)
     con = duckdb.connect()
-    got = reading.ingest(con, path, FORMATS["table"], columns={"time": "#row"})
+    got = reclib_read.ingest(con, path, FORMATS["table"], columns={"time": "#row"})
     assert con.execute(COUNTS).fetchone() == (1_000_209, 6040, 3706)
     assert got.time_unit == "order"
     assert con.execute("SELECT bool_and(time >= 0), max(time) FROM raw").fetchone() == (True, 2313)
@@ -926,38 +931,38 @@ def test_a_source_is_known_by_its_content_and_by_how_it_is_read(tmp_path, monkey
     monkeypatch.setenv("RECLIB_DATA", str(tmp_path / "data"))
     path = written(tmp_path, CONTENTS["pair-per-line"])
     config = DataConfig(dataset=str(path))
-    first = sources.source(config)
+    first = source(config)
     assert first.name == "own"
-    assert sources.source(DataConfig(dataset=str(path), strict=True)).identity == first.identity
-    assert sources.source(DataConfig(dataset=str(path), format="user-per-line")).identity != first.identity
+    assert source(DataConfig(dataset=str(path), strict=True)).identity == first.identity
+    assert source(DataConfig(dataset=str(path), format="user-per-line")).identity != first.identity
     written(tmp_path, CONTENTS["pair-per-line"] + "2 9\n")
-    assert sources.source(config).identity != first.identity
+    assert source(config).identity != first.identity
     with pytest.raises(InputError, match="changed while it was read"):
         first.fill(duckdb.connect(), None)
 
 
 def test_the_hash_of_a_large_file_is_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("RECLIB_DATA", str(tmp_path / "data"))
-    monkeypatch.setattr(sources, "HASH_KEPT_BYTES", 10)
+    monkeypatch.setattr(prepare_module, "HASH_KEPT_BYTES", 10)
     path = written(tmp_path, CONTENTS[ML], "u.data")
-    identity = sources.source(DataConfig(dataset=str(path))).identity
+    identity = source(DataConfig(dataset=str(path))).identity
     (kept,) = (tmp_path / "data" / "hashes").iterdir()
-    monkeypatch.setattr(sources.hashlib, "file_digest", lambda *_: pytest.fail("hashed again"))
-    assert sources.source(DataConfig(dataset=str(path))).identity == identity
+    monkeypatch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("hashed again"))
+    assert source(DataConfig(dataset=str(path))).identity == identity
     assert kept.read_text() in identity
 
 
 def test_a_folder_is_a_dataset_only_with_a_manifest(tmp_path):
     config = DataConfig(dataset=str(tmp_path))
-    assert sources.prepared_folder(config) is None
+    assert prepared_folder(config) is None
     with pytest.raises(InputError, match=r"is a folder without manifest.json"):
-        sources.source(config)
+        source(config)
     written(tmp_path, "{}", "manifest.json")
-    assert sources.prepared_folder(config) == tmp_path
+    assert prepared_folder(config) == tmp_path
 
 
 def test_synthetic_and_ml_100k_fill_the_table(tmp_path):
     con = duckdb.connect()
-    got = sources.source(DataConfig(dataset="synthetic")).fill(con, None)
+    got = source(DataConfig(dataset="synthetic")).fill(con, None)
     assert con.execute(COUNTS).fetchone()[:2] == (got.lines_read, 300)
     assert con.execute("SELECT bool_and(time % 60 = 0), min(time) FROM raw").fetchone() == (True, 0)

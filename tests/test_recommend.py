@@ -9,10 +9,12 @@ import yaml
 from lineups import CPU, asked, trained
 from test_periods import dataset  # noqa: F401  # a fixture
 
-from reclib import kept, paths, recommend
+from reclib import system
 from reclib.config import InputError, TrainConfig
-from reclib.data import train_histories
-from reclib.trainer import Trainer
+from reclib.data.dataset import train_histories
+from reclib.experiments import explore
+from reclib.train import saving
+from reclib.train.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -22,18 +24,18 @@ def lineup(dataset, tmp_path_factory):  # noqa: F811
 
 @pytest.fixture
 def history(lineup):
-    return recommend.first_history(asked(), lineup)[1]
+    return explore.first_history(asked(), lineup)[1]
 
 
 def test_what_was_trained_says_so(lineup):
     assert "trained here for 6 epochs" in lineup.about
     assert "no result" in lineup.about
-    assert set(lineup.models) == set(recommend.ARMS)
+    assert set(lineup.models) == set(explore.ARMS)
 
 
 def test_a_list_is_that_of_the_models_scores_without_what_was_seen(lineup, history):
-    found = recommend.ranks(lineup, "base", history)
-    best = recommend.top(found, 5)
+    found = explore.ranks(lineup, "base", history)
+    best = explore.top(found, 5)
     assert not set(best) & set(history)
     assert found[best].tolist() == [1, 2, 3, 4, 5]
     assert not found[list(history)].any()
@@ -49,91 +51,91 @@ def test_a_list_is_that_of_the_models_scores_without_what_was_seen(lineup, histo
 
 
 def test_order_and_length_of_the_history_change_what_is_recommended(lineup, history):
-    whole = recommend.ranks(lineup, "base", history)
-    assert not np.array_equal(whole, recommend.ranks(lineup, "base", history[::-1]))
-    assert not np.array_equal(whole, recommend.ranks(lineup, "base", history[:-1]))
+    whole = explore.ranks(lineup, "base", history)
+    assert not np.array_equal(whole, explore.ranks(lineup, "base", history[::-1]))
+    assert not np.array_equal(whole, explore.ranks(lineup, "base", history[:-1]))
 
 
 def test_adapters_differ_from_the_base_and_from_each_other(lineup, history):
-    base, lora, ilora = (recommend.ranks(lineup, arm, history) for arm in recommend.ARMS)
+    base, lora, ilora = (explore.ranks(lineup, arm, history) for arm in explore.ARMS)
     assert not np.array_equal(base, lora)
     assert not np.array_equal(lora, ilora)
 
 
 def test_the_gate_is_of_the_history(lineup, history):
-    weights = recommend.gate(lineup, history)
+    weights = explore.gate(lineup, history)
     assert weights.sum() == pytest.approx(1)
     assert weights.shape == (4,)
-    assert not np.allclose(weights, recommend.gate(lineup, history[:2]), atol=1e-6)
+    assert not np.allclose(weights, explore.gate(lineup, history[:2]), atol=1e-6)
     assert lineup.gates.shape[1] == 4
 
 
 def test_an_empty_history_is_refused(lineup):
     with pytest.raises(InputError, match="the history is empty"):
-        recommend.ranks(lineup, "base", ())
+        explore.ranks(lineup, "base", ())
 
 
 def test_the_table_marks_what_is_new_and_where_the_base_has_it(lineup, history):
-    lists = {arm: recommend.top(recommend.ranks(lineup, arm, history), 5) for arm in recommend.ARMS}
-    said = recommend.side_by_side(lineup, history, 5)
+    lists = {arm: explore.top(explore.ranks(lineup, arm, history), 5) for arm in explore.ARMS}
+    said = explore.side_by_side(lineup, history, 5)
     assert "new" not in said
     moved = sum(a != b for arm in ("lora", "ilora") for a, b in zip(lists["base"], lists[arm], strict=True))
     assert said.count("base: ") == moved
-    earlier = {arm: recommend.top(recommend.ranks(lineup, arm, history[:1]), 5) for arm in recommend.ARMS}
+    earlier = {arm: explore.top(explore.ranks(lineup, arm, history[:1]), 5) for arm in explore.ARMS}
     fresh = sum(item not in earlier[arm] for arm, items in lists.items() for item in items)
-    assert recommend.side_by_side(lineup, history, 5, before=history[:1]).count("<b>new</b>") == fresh
+    assert explore.side_by_side(lineup, history, 5, before=history[:1]).count("<b>new</b>") == fresh
 
 
 def test_what_came_next_is_told_for_a_users_own_history_only(lineup):
     key, user = next(iter(lineup.users.items()))
-    assert recommend.next_item(lineup, key, user.history[-4:]) == user.target
-    assert recommend.next_item(lineup, key, user.history[-4:-1]) is None
-    said = recommend.side_by_side(lineup, user.history[-4:], 5, target=user.target)
-    rank = recommend.ranks(lineup, "lora", user.history[-4:])[user.target]
+    assert explore.next_item(lineup, key, user.history[-4:]) == user.target
+    assert explore.next_item(lineup, key, user.history[-4:-1]) is None
+    said = explore.side_by_side(lineup, user.history[-4:], 5, target=user.target)
+    rank = explore.ranks(lineup, "lora", user.history[-4:])[user.target]
     assert f"rank {rank:,}" in said
 
 
 def test_titles_are_found_by_all_words_the_most_frequent_first(lineup):
-    whole = recommend.search(lineup, "", most=1000)
+    whole = explore.search(lineup, "", most=1000)
     assert len(whole) == len(lineup.titles) - 1
     assert lineup.counts[whole].tolist() == sorted(lineup.counts[1:], reverse=True)
     title = lineup.titles[7]
-    assert 7 in recommend.search(lineup, title.upper())
-    assert recommend.search(lineup, "no such title") == []
+    assert 7 in explore.search(lineup, title.upper())
+    assert explore.search(lineup, "no such title") == []
 
 
 def test_histories_are_cut_and_put_in_order():
-    assert recommend.without((5, 6, 7, 8), (1, 3)) == (5, 7)
-    assert recommend.moved((5, 6, 7, 8), [1, 2], -1) == ((6, 7, 5, 8), [0, 1])
-    assert recommend.moved((5, 6, 7, 8), [1, 2], 1) == ((5, 8, 6, 7), [2, 3])
-    assert recommend.moved((5, 6, 7), [0], -1) == ((5, 6, 7), [0])
-    assert recommend.moved((5, 6, 7), [], 1) == ((5, 6, 7), [])
+    assert explore.without((5, 6, 7, 8), (1, 3)) == (5, 7)
+    assert explore.moved((5, 6, 7, 8), [1, 2], -1) == ((6, 7, 5, 8), [0, 1])
+    assert explore.moved((5, 6, 7, 8), [1, 2], 1) == ((5, 8, 6, 7), [2, 3])
+    assert explore.moved((5, 6, 7), [0], -1) == ((5, 6, 7), [0])
+    assert explore.moved((5, 6, 7), [], 1) == ((5, 6, 7), [])
 
 
 def test_a_history_is_handed_on_and_read_back(lineup, history):
     key = list(lineup.users)[1]
-    given = yaml.safe_load(recommend.as_parameters(lineup, key, history[:3]))
-    assert recommend.first_history(asked(**given), lineup) == (key, history[:3])
+    given = yaml.safe_load(explore.as_parameters(lineup, key, history[:3]))
+    assert explore.first_history(asked(**given), lineup) == (key, history[:3])
     for wrong, said in (
         ({"user": "nobody"}, "not in the last window"),
         ({"history": ["x"]}, "unknown item 'x'"),
     ):
         with pytest.raises(InputError, match=said):
-            recommend.first_history(asked(**wrong), lineup)
+            explore.first_history(asked(**wrong), lineup)
 
 
 def test_a_kept_model_is_used_where_there_is_one(lineup, dataset):  # noqa: F811
-    assert recommend.kept_model("auto", dataset) is None
+    assert explore.kept_model("auto", dataset) is None
     with pytest.raises(InputError, match="kept_model='mine': no masked model"):
-        recommend.kept_model("mine", dataset)
+        explore.kept_model("mine", dataset)
     base = lineup.models["base"]
     trainer = Trainer(base, train_histories(dataset), TrainConfig(epochs=1), CPU, dataset.fingerprint)
-    folder = kept.save(trainer, dataset, "mine", {})
+    folder = saving.save_model(trainer, dataset, "mine", {})
     try:
-        assert folder.parent == paths.models()
-        assert recommend.kept_model("auto", dataset) == "mine"
-        assert recommend.kept_model("none", dataset) is None
-        found = recommend.lineup(asked(), dataset, CPU)
+        assert folder.parent == system.models()
+        assert explore.kept_model("auto", dataset) == "mine"
+        assert explore.kept_model("none", dataset) is None
+        found = explore.lineup(asked(), dataset, CPU)
         assert "mine, kept under models/" in found.about
         assert {user.target for user in found.users.values()} == {None}  # it may have learnt them
     finally:

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from reclib import params, paths, provenance, record
+from reclib import parameters, records, system
 from reclib.config import InputError
 
-CARD = dict.fromkeys(record.CARD) | {"label": "cpu", "name": "Some CPU", "threads": 2}
+CARD = dict.fromkeys(records.CARD) | {"label": "cpu", "name": "Some CPU", "threads": 2}
 
 
 @pytest.fixture
@@ -21,10 +21,10 @@ def root(project: Path) -> Path:
     return project / "executed"
 
 
-def make_run(label: str = "cpu", **changes: object) -> record.Run:
-    p = params.build("02_baseline", params.profile("02_baseline", "smoke") | changes)
+def make_run(label: str = "cpu", **changes: object) -> records.Run:
+    p = parameters.build("02_baseline", parameters.profile("02_baseline", "smoke") | changes)
     data = {"name": "ml-100k", "fingerprint": "f00"}
-    return record.Run("02_baseline", p, CARD | {"label": label}, data)
+    return records.Run("02_baseline", p, CARD | {"label": label}, data)
 
 
 def lines(root: Path, label: str = "cpu") -> list[dict]:
@@ -52,7 +52,7 @@ def test_a_record_holds_what_is_needed_to_believe_it(root):
     assert entry["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert len(entry["code"]) == len(entry["params_hash"]) == 16
     assert entry["time"].endswith("+00:00")
-    assert record.read(root) == [entry]
+    assert records.read(root) == [entry]
 
 
 def test_the_number_of_processes_tells_results_apart_only_where_it_is_not_one(root):
@@ -62,7 +62,7 @@ def test_the_number_of_processes_tells_results_apart_only_where_it_is_not_one(ro
     assert one["params_hash"] != two["params_hash"]
     assert (one["params"]["nproc"], two["params"]["nproc"], two["profile"]) == (1, 2, "smoke")
     before = {k: v for k, v in one["params"].items() if k not in ("gpu", "tracker", "seeds", "nproc")}
-    assert one["params_hash"] == record.params_hash(before | {"own": {}})  # as it was without a choice
+    assert one["params_hash"] == records.params_hash(before | {"own": {}})  # as it was without a choice
 
 
 def test_the_label_is_the_one_of_the_device_whatever_is_claimed(root):
@@ -88,9 +88,9 @@ def test_what_is_no_finite_number_is_no_metric(root):
 def test_a_kind_that_does_not_exist_and_a_card_that_lacks_something_are_refused(root):
     with pytest.raises(ValueError, match="measured or predicted"):
         make_run().result("x", {"a": 1}, kind="guessed")  # type: ignore[arg-type]
-    p = params.build("02_baseline", params.profile("02_baseline", "smoke"))
+    p = parameters.build("02_baseline", parameters.profile("02_baseline", "smoke"))
     with pytest.raises(ValueError, match="device card lacks name"):
-        record.Run("02_baseline", p, {key: 0 for key in record.CARD if key != "name"})
+        records.Run("02_baseline", p, {key: 0 for key in records.CARD if key != "name"})
 
 
 def test_folders_of_paths_do_not_get_into_records():
@@ -102,7 +102,7 @@ def test_folders_of_paths_do_not_get_into_records():
         ("3 tokens/s and/or https://grouplens.org/a/b", "3 tokens/s and/or https://grouplens.org/a/b"),
         ("ml-100k", "ml-100k"),
     ]:
-        assert provenance.plain({"a": [text]}) == {"a": [kept]}
+        assert system.plain({"a": [text]}) == {"a": [kept]}
 
 
 def test_a_path_given_as_data_set_is_recorded_by_its_name(root):
@@ -116,10 +116,10 @@ def test_an_unfinished_last_line_is_skipped_and_the_next_writer_removes_it(root,
     file = root / "cpu/results.jsonl"
     whole = file.read_bytes()
     file.write_bytes(whole + whole[: len(whole) // 2])
-    assert len(record.read(root)) == 1
+    assert len(records.read(root)) == 1
     assert "cpu/results.jsonl:2: unfinished line skipped" in capsys.readouterr().err
     make_run().result("y", {"a": 2})
-    assert [entry["name"] for entry in record.read(root)] == ["x", "y"]
+    assert [entry["name"] for entry in records.read(root)] == ["x", "y"]
 
 
 def test_a_whole_last_line_without_its_newline_is_kept(root):
@@ -127,7 +127,7 @@ def test_a_whole_last_line_without_its_newline_is_kept(root):
     file = root / "cpu/results.jsonl"
     file.write_bytes(file.read_bytes().rstrip(b"\n"))
     make_run().result("y", {"a": 2})
-    assert [entry["name"] for entry in record.read(root)] == ["x", "y"]
+    assert [entry["name"] for entry in records.read(root)] == ["x", "y"]
 
 
 def test_any_other_broken_line_is_named(root):
@@ -141,7 +141,7 @@ def test_any_other_broken_line_is_named(root):
     ]:
         file.write_text(good + line + "\n" + good)
         with pytest.raises(InputError) as error:
-            record.read(root)
+            records.read(root)
         assert said in str(error.value)
 
 
@@ -151,10 +151,10 @@ def test_a_record_in_another_devices_folder_or_of_another_schema_is_refused(root
     (root / "a100").mkdir()
     (root / "a100/results.jsonl").write_text(text)
     with pytest.raises(InputError, match=r"a100/results.jsonl:1: a record of 'cpu'"):
-        record.read(root)
+        records.read(root)
     (root / "a100/results.jsonl").write_text(text.replace('"schema":1', '"schema":2'))
     with pytest.raises(InputError, match="schema 2"):
-        record.read(root)
+        records.read(root)
 
 
 def test_latest_keeps_the_newest_of_each(root):
@@ -165,7 +165,7 @@ def test_latest_keeps_the_newest_of_each(root):
     make_run(gpu="l4", seeds=[0]).result("x", {"a": 4.0}, seed=0)  # the same work as the first
     make_run(epochs=9).result("x", {"a": 5.0}, seed=0)
     run.result("x", {"a": 6.0}, seed=0, kind="predicted")
-    values = sorted(entry["metrics"]["a"] for entry in record.latest(record.read(root)))
+    values = sorted(entry["metrics"]["a"] for entry in records.latest(records.read(root)))
     assert values == [2.0, 3.0, 4.0, 5.0, 6.0]
 
 
@@ -174,66 +174,66 @@ def test_a_run_that_two_grids_hold_keeps_a_record_in_each():
     of_one |= dict.fromkeys(("notebook", "kind", "label", "name", "params_hash", "seed"), "s")
     of_other = of_one | {"time": "2026-01-02T00:00:00+00:00", "data": {"name": "headline"}}
     again = of_other | {"time": "2026-01-03T00:00:00+00:00"}
-    assert record.latest([of_one, of_other, again]) == [of_one, again]
+    assert records.latest([of_one, of_other, again]) == [of_one, again]
 
 
 def test_latest_goes_by_time_not_by_order():
     old = dict.fromkeys(("notebook", "kind", "label", "name", "params_hash", "seed"), "s")
     new = old | {"time": "2026-01-02T00:00:00+00:00"}
     old |= {"time": "2026-01-01T00:00:00+00:00"}
-    assert record.latest([new, old]) == [new]
+    assert records.latest([new, old]) == [new]
 
 
 def test_the_hash_of_parameters_ignores_their_order_and_nothing_else():
-    assert record.params_hash({"a": 1, "b": [2]}) == record.params_hash({"b": [2], "a": 1})
-    assert record.params_hash({"a": 1}) != record.params_hash({"a": 2})
-    assert record.params_hash({"a": 1}) != record.params_hash({"b": 1})
+    assert records.params_hash({"a": 1, "b": [2]}) == records.params_hash({"b": [2], "a": 1})
+    assert records.params_hash({"a": 1}) != records.params_hash({"a": 2})
+    assert records.params_hash({"a": 1}) != records.params_hash({"b": 1})
 
 
 def test_the_hash_of_code_follows_code_cells_and_not_text_or_outputs(project: Path):
     file = project / "notebooks/02_baseline.ipynb"
-    before = record.code_hash("02_baseline")
+    before = records.code_hash("02_baseline")
     content = json.loads(file.read_text())
     content["cells"][0]["source"] = ["# Another title"]
     content["cells"][1]["execution_count"] = 9
     file.write_text(json.dumps(content))
-    assert record.code_hash("02_baseline") == before
+    assert records.code_hash("02_baseline") == before
     content["cells"][-1]["source"] = ["pass"]
     file.write_text(json.dumps(content))
-    assert record.code_hash("02_baseline") != before
+    assert records.code_hash("02_baseline") != before
 
 
 def test_the_code_hash_covers_every_folder_of_the_package(tmp_path, monkeypatch):
     (tmp_path / "room").mkdir()
     (tmp_path / "top.py").write_text("1")
     (tmp_path / "room" / "inner.py").write_text("1")
-    monkeypatch.setattr(paths, "PACKAGE", tmp_path)
-    hashes = [record.code_hash("02_baseline")]
+    monkeypatch.setattr(system, "PACKAGE", tmp_path)
+    hashes = [records.code_hash("02_baseline")]
     (tmp_path / "room" / "inner.py").write_text("2")
-    hashes.append(record.code_hash("02_baseline"))
+    hashes.append(records.code_hash("02_baseline"))
     (tmp_path / "room" / "inner.py").rename(tmp_path / "inner.py")
-    hashes.append(record.code_hash("02_baseline"))
+    hashes.append(records.code_hash("02_baseline"))
     assert len(set(hashes)) == 3
 
 
 def test_the_git_state_is_the_commit_or_nothing(tmp_path, monkeypatch):
     package = tmp_path / "reclib"
     package.mkdir()
-    monkeypatch.setattr(paths, "CHECKOUT", tmp_path)
+    monkeypatch.setattr(system, "CHECKOUT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert provenance.git_state() is None
+    assert records.git_state() is None
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run([*git, "init", "-q"], check=True)
     (package / "a.py").write_text("1")
     subprocess.run([*git, "add", "."], check=True)
     subprocess.run([*git, "commit", "-qm", "a"], check=True)
     (tmp_path / "executed").write_text("records change with every run")
-    state = provenance.git_state()
+    state = records.git_state()
     assert state is not None
     assert len(state["commit"]) == 40
     assert state["dirty"] is False
     (package / "a.py").write_text("2")
-    assert provenance.git_state() == state | {"dirty": True}
+    assert records.git_state() == state | {"dirty": True}
 
 
 _WRITER = """
@@ -277,7 +277,7 @@ def test_a_full_disk_leaves_whole_lines_only(root):
     assert "could not write" in writer.communicate()[1]
     content = (root / "cpu/results.jsonl").read_bytes()
     assert content.endswith(b"\n")
-    assert 1 <= len(record.read(root)) < 40
+    assert 1 <= len(records.read(root)) < 40
 
 
 def test_without_a_notebook_nothing_is_displayed(root, capsys):
@@ -290,10 +290,10 @@ def test_the_bundle_holds_name_parameters_and_rounded_metrics(monkeypatch):
     shown = []
     monkeypatch.setattr(IPython, "get_ipython", lambda: object())
     monkeypatch.setattr("IPython.display.display", lambda data, raw: shown.append((data, raw)))
-    record._display("02_baseline", "x", {"epochs": 3}, {"hr": 0.123456, "n": 99_287}, None)
+    records._display("02_baseline", "x", {"epochs": 3}, {"hr": 0.123456, "n": 99_287}, None)
     ((data, raw),) = shown
     assert raw is True
-    assert data[record.MIME] == {
+    assert data[records.MIME] == {
         "name": "x",
         "params": {"epochs": 3},
         "metrics": {"hr": 0.123, "n": 99_287},

@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from engine import NUM_ITEMS, histories, small_model
 
-from reclib.batching import IGNORE, Epoch
 from reclib.config import InputError, TrainConfig, validated
-from reclib.objective import cross_entropy_sum
-from reclib.sampled import gbce, sampled_sum, softmax_losses
+from reclib.data.batches import IGNORE, Epoch
+from reclib.train.losses import cross_entropy_sum, gbce, sampled_sum, softmax_losses
 
 ITEMS = 10
 

@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 import yaml
 
-from reclib import batching, counts, data, grid, law, metrics, paths, scaling
+from reclib import system
 from reclib.config import DEPTHS, SIZES, WIDTHS, InputError, TrainConfig, model_config
-from reclib.fit import Options, rank_targets
+from reclib.data import batches
+from reclib.data.prepare import Histories, prepare
+from reclib.data.splits import leave_one_out
+from reclib.evaluate import metrics, statistics
+from reclib.experiments import baseline, grids, scaling
 from reclib.hardware import resolve
-from reclib.model import count_parameters
-from reclib.splits import leave_one_out
+from reclib.model.bert4rec import count_parameters
+from reclib.train.fit import Options, rank_targets
 
 PLACES = ("RECLIB_ROOT", "RECLIB_DATA", "RECLIB_RUNS", "RECLIB_RECORDS")
 SMALL = ["w32d1", "w32d2", "w32d4", "w64d1"]
@@ -49,14 +53,14 @@ def write(root: Path, **changes: object) -> None:
     file.write_text(yaml.safe_dump(FILE | changes, sort_keys=False))
 
 
-def work() -> grid.Work:
-    found = grid.read("trial")
-    return grid.Work(found, data.prepare(found.data), resolve("cpu"))
+def work() -> grids.Work:
+    found = grids.read_grid("trial")
+    return grids.Work(found, prepare(found.data), resolve("cpu"))
 
 
 def run_all() -> int:
     here = work()
-    return grid.run(here, here.runs(), Options())
+    return grids.run_grid(here, here.runs(), Options())
 
 
 # -- sizes and counts ----------------------------------------------------------------------------------------
@@ -76,11 +80,11 @@ def test_counted_flops_are_those_of_the_closed_formula():
         rng = np.random.default_rng(0)
         lengths = rng.integers(2, 21, 40)
         ends = np.cumsum(lengths)
-        histories = data.Histories(rng.integers(1, 31, ends[-1]).astype(np.int32), ends - lengths, ends)
+        histories = Histories(rng.integers(1, 31, ends[-1]).astype(np.int32), ends - lengths, ends)
         model = model_config(size, num_items=30, max_len=20)
         train = TrainConfig(batch_size=8)
         tokens = targets = squares = keys = 0
-        epoch = batching.Epoch(histories, model, train, 0)
+        epoch = batches.Epoch(histories, model, train, 0)
         for step in range(epoch.num_steps):
             samples = epoch.samples(step)
             tokens += int(samples.lengths.sum())
@@ -88,8 +92,8 @@ def test_counted_flops_are_those_of_the_closed_formula():
             of_token = np.repeat(samples.lengths, samples.lengths)
             targets += int(samples.is_target.sum())
             keys += int(of_token[samples.is_target].sum())
-        wanted = counts.closed_flops(model, tokens, targets, squares, keys)
-        assert counts.epoch_flops(model, train, histories).total == wanted
+        wanted = baseline.closed_flops(model, tokens, targets, squares, keys)
+        assert baseline.epoch_flops(model, train, histories).total == wanted
 
 
 def test_the_loss_on_validation_is_the_cross_entropy_over_all_items(root):
@@ -113,41 +117,41 @@ def test_the_loss_on_validation_is_the_cross_entropy_over_all_items(root):
 def test_a_law_that_is_there_is_found_and_extrapolated():
     for known in [(5.0, 30.0, 0.3), (0.0, 12.0, 0.08), (6.5, 4000.0, 0.9)]:
         sizes = np.array([25e3, 1e5, 2.2e5, 4e5, 9e5])
-        true = law.Law(*known)
-        found = law.fit(sizes, true(sizes))
+        true = statistics.Law(*known)
+        found = statistics.fit(sizes, true(sizes))
         assert found.exponent == pytest.approx(known[2], rel=0.02)
         assert float(found(4e6)) == pytest.approx(float(true(4e6)), abs=0.01)
 
 
 def test_a_fit_of_many_is_the_fit_of_each():
     sizes = np.array([1e4, 1e5, 2e5, 4e5, 8e5])
-    losses = law.Law(5.0, 30.0, 0.3)(sizes) + np.random.default_rng(0).normal(0, 0.02, (7, 5))
-    together = law.fit(sizes, losses)
+    losses = statistics.Law(5.0, 30.0, 0.3)(sizes) + np.random.default_rng(0).normal(0, 0.02, (7, 5))
+    together = statistics.fit(sizes, losses)
     for i, row in enumerate(losses):
-        assert [float(part[i]) for part in together] == pytest.approx(list(law.fit(sizes, row)))
+        assert [float(part[i]) for part in together] == pytest.approx(list(statistics.fit(sizes, row)))
 
 
 def test_losses_that_grow_with_size_have_no_exponent_to_offer():
-    found = law.fit([1e4, 1e5, 1e6, 1e7], [5.0, 5.1, 5.2, 5.3])
+    found = statistics.fit([1e4, 1e5, 1e6, 1e7], [5.0, 5.1, 5.2, 5.3])
     assert found.factor == 0
     assert float(found(1e9)) == pytest.approx(5.15)
 
 
 def test_a_prediction_has_a_band_only_where_there_are_seeds():
-    true = law.Law(5.0, 30.0, 0.3)
+    true = statistics.Law(5.0, 30.0, 0.3)
     sizes = [1e4, 1e5, 2e5, 4e5, 8e5]
     rng = np.random.default_rng(1)
-    single = law.predict({n: [float(true(n))] for n in sizes}, 4e6)
+    single = statistics.predict({n: [float(true(n))] for n in sizes}, 4e6)
     assert single["low"] is None
     assert single["without_low"] <= single["predicted"] <= single["without_high"]
-    several = law.predict({n: list(true(n) + rng.normal(0, 0.01, 3)) for n in sizes}, 4e6)
+    several = statistics.predict({n: list(true(n) + rng.normal(0, 0.01, 3)) for n in sizes}, 4e6)
     assert several["low"] < several["predicted"] < several["high"]
     assert several["low"] < float(true(4e6)) < several["high"]
 
 
 def test_too_few_sizes_are_no_law():
     with pytest.raises(ValueError, match="needs 4 sizes, there are 3"):
-        law.fit([1, 2, 3, 3], [4, 3, 2, 2])
+        statistics.fit([1, 2, 3, 3], [4, 3, 2, 2])
 
 
 # -- the prediction before the run ---------------------------------------------------------------------------
@@ -159,7 +163,7 @@ def test_the_largest_starts_only_after_its_prediction_and_carries_its_hash(root,
         scaling.predict(work())
     assert run_all() == 8
     assert "largest, seed 0: barred until it is predicted" in capsys.readouterr().out
-    assert "barred: not predicted yet" in grid.status(work(), work().runs())[4]
+    assert "barred: not predicted yet" in grids.grid_status(work(), work().runs())[4]
     result = scaling.predict(work())
     (predicted,) = work().rows("prediction")
     assert predicted["kind"] == "predicted"
@@ -173,14 +177,14 @@ def test_the_largest_starts_only_after_its_prediction_and_carries_its_hash(root,
     assert found["error"] == pytest.approx(result.metrics["predicted"] - row["metrics"]["lowest_valid_loss"])
     with pytest.raises(InputError, match=r"has begun \(seed 0\): what is known cannot be predicted"):
         scaling.predict(work())
-    assert scaling.main(["report", "trial"]) == 0
+    assert scaling.predict_main(["report", "trial"]) == 0
     assert "measured" in capsys.readouterr().out
 
 
 def test_a_prediction_without_all_seeds_is_made_on_request_only(root):
     write(root)
     here = work()
-    grid.run(here, [pair for pair in here.runs() if pair[1] == 0], Options())
+    grids.run_grid(here, [pair for pair in here.runs() if pair[1] == 0], Options())
     with pytest.raises(InputError, match=r"not trained yet: w32d1 seed 1.*--early predicts without them"):
         scaling.predict(work())
     assert scaling.predict(work(), early=True).params["seeds"] == 1
@@ -203,24 +207,24 @@ def test_what_a_file_may_not_say_of_predictions(root):
     ]:
         write(root, predicts=predicts)
         with pytest.raises(InputError, match=r"trial\.yaml") as caught:
-            grid.read("trial")
+            grids.read_grid("trial")
         assert said in str(caught.value)
 
 
 def test_a_size_that_does_not_divide_by_its_heads_is_refused(root, capsys):
     write(root, arms={"odd": {"size": "w96d2", "model": {"num_heads": 5}}} | FILE["arms"])
-    assert scaling.main(["predict", "trial"]) == 2
+    assert scaling.predict_main(["predict", "trial"]) == 2
     assert "hidden_dim=96 must be divisible by num_heads=5" in capsys.readouterr().err
     write(root, arms={"odd": {"size": "w100d2"}} | FILE["arms"])
-    assert scaling.main(["predict", "trial"]) == 2
+    assert scaling.predict_main(["predict", "trial"]) == 2
     assert "unknown size 'w100d2'" in capsys.readouterr().err
 
 
 def test_the_learning_rates_of_the_committed_grids_follow_the_rule():
-    files = sorted((paths.params() / "grids").glob("scaling-*.yaml"))
+    files = sorted((system.params() / "grids").glob("scaling-*.yaml"))
     assert files
     for file in files:
-        arms = grid.read(file.stem).arms
+        arms = grids.read_grid(file.stem).arms
         base = next(arm.train["learning_rate"] for arm in arms if arm.name == "w128d2")
         assert base == scaling.BASE_RATE * (2 if file.stem == "scaling-ml-1m" else 1)  # by trials
         for arm in arms:

@@ -7,10 +7,12 @@ from dataclasses import asdict
 import pandas as pd
 import pytest
 
-from reclib import law, scaling, scaling_figures, scaling_tables, tables, tuning_figures, tuning_tables
 from reclib.config import model_config
-from reclib.model import closed_formula
-from reclib.sweeps import sweep_of
+from reclib.evaluate import statistics
+from reclib.experiments import grids, scaling
+from reclib.model.bert4rec import closed_formula
+from reclib.report import scaling_figures, tables
+from reclib.report.tables import sweep_of
 
 SMALL = {"num_items": 30, "max_len": 20}
 SHAPE = asdict(model_config("w32d2", **SMALL))
@@ -67,16 +69,16 @@ LARGEST = curve("w384d2", 0, 4000, 5.0, "abc")
 
 def test_findings_read_right_with_nothing_with_few_and_with_all():
     none = scaling.outcome([], "scaling-x")
-    assert scaling_tables.findings([], none, "scaling-x") == ["- scaling-x: no run is committed yet."]
-    few = "\n".join(scaling_tables.findings(ROWS, scaling.outcome(ROWS, "scaling-x"), "scaling-x"))
+    assert tables.scaling_findings([], none, "scaling-x") == ["- scaling-x: no run is committed yet."]
+    few = "\n".join(tables.scaling_findings(ROWS, scaling.outcome(ROWS, "scaling-x"), "scaling-x"))
     assert "No law yet" in few
     assert "Fewer than three seeds: w32d2 (2), w64d4 (1)" in few
     barred = scaling.outcome([*ROWS, prediction()], "scaling-x")
-    assert "w384d2 is not measured yet" in "\n".join(scaling_tables.findings(ROWS, barred, "scaling-x"))
+    assert "w384d2 is not measured yet" in "\n".join(tables.scaling_findings(ROWS, barred, "scaling-x"))
     whole = [*ROWS, LARGEST]
     found = scaling.outcome([*whole, prediction()], "scaling-x")
     assert found["error"] == pytest.approx(0.5)
-    assert "error +0.500 nats (+10.0%)" in "\n".join(scaling_tables.findings(whole, found, "scaling-x"))
+    assert "error +0.500 nats (+10.0%)" in "\n".join(tables.scaling_findings(whole, found, "scaling-x"))
 
 
 def test_a_run_without_the_predictions_hash_does_not_count_as_predicted():
@@ -86,7 +88,7 @@ def test_a_run_without_the_predictions_hash_does_not_count_as_predicted():
 
 GRID = [
     *(
-        curve(f"w{w}d2", s, n, float(law.Law(5, 30, 0.3)(n)) + s / 50)
+        curve(f"w{w}d2", s, n, float(statistics.Law(5, 30, 0.3)(n)) + s / 50)
         for w, n in WIDTHS.items()
         for s in (0, 1, 2)
     ),
@@ -102,7 +104,7 @@ GRID = [
 
 
 def test_findings_say_what_scales_what_does_not_and_whether_the_rule_held():
-    said = "\n".join(scaling_tables.findings(GRID, scaling.outcome(GRID, "scaling-x"), "scaling-x"))
+    said = "\n".join(tables.scaling_findings(GRID, scaling.outcome(GRID, "scaling-x"), "scaling-x"))
     assert "23 runs of 9 configurations" in said
     assert "11.5 hours" in said
     assert "Width, w32d2 to w64d2 to w96d2 to w128d2, step by step: loss (nats) -0.4815, -0.2035" in said
@@ -135,7 +137,7 @@ def test_what_to_buy_is_the_cheapest_not_told_apart_from_the_best_of_those_with_
     rate = ranked("w32d2 twice rate", 1e12, 0.8, 0.8, 0.8)
 
     def bought(*rows: dict) -> str:
-        said = scaling_tables.findings(rows, scaling.outcome([], "scaling-x"), "scaling-x")
+        said = tables.scaling_findings(rows, scaling.outcome([], "scaling-x"), "scaling-x")
         return next((line for line in said if "What to buy" in line), "")
 
     said = bought(*small, *middle, *large, *few, *rate)
@@ -153,11 +155,11 @@ def test_what_a_law_is_held_against_and_how_sure_its_exponent_is():
     one["metrics"] |= {"low": 4.9, "high": 5.6, "exponent_low": 0.1, "exponent_high": 0.9}
     found = scaling.outcome([LARGEST, one], "scaling-x")
     assert found["naive"] == pytest.approx({"last": 5.5, "line": 5.0})
-    said = "\n".join(scaling_tables.findings([LARGEST], found, "scaling-x"))
+    said = "\n".join(tables.scaling_findings([LARGEST], found, "scaling-x"))
     assert "misses by +0.500 nats, a straight line in log N by +0.000" in said
     assert "known to 0.10 to 0.90 only" in said
     assert "error +0.500 nats (+10.0%), inside the band" in said
-    table = scaling_tables.predictions({"scaling-x": found, "scaling-y": scaling.outcome([], "scaling-y")})
+    table = tables.predictions({"scaling-x": found, "scaling-y": scaling.outcome([], "scaling-y")})
     assert list(table.index) == ["scaling-x"]
     assert table.loc["scaling-x", ["hash", "runs that carry the hash"]].tolist() == ["abc", 1]
 
@@ -166,13 +168,13 @@ def test_a_loss_that_does_not_fall_with_size_is_no_law_though_ranking_may_improv
     flat = [curve("w32d2", s, 1000, 8.0) for s in (0, 1)] + [curve("w64d2", s, 4000, 8.1) for s in (0, 1)]
     one = prediction()
     one["metrics"] |= {"factor": 0.0, "floor": 8.05, "predicted": 8.05}
-    said = "\n".join(scaling_tables.findings(flat, scaling.outcome([*flat, one], "scaling-x"), "scaling-x"))
+    said = "\n".join(tables.scaling_findings(flat, scaling.outcome([*flat, one], "scaling-x"), "scaling-x"))
     assert "No power of the size: the loss does not fall. 8.050 nats predicted for w384d2" in said
     assert "the one with the lower loss ranks worse: w32d2 and w64d2" in said
 
 
 def test_a_table_of_arms_has_state_hours_and_the_range_of_seeds():
-    row = scaling_tables.by_arm(GRID).loc["w32d2"]
+    row = tables.by_arm(GRID).loc["w32d2"]
     assert row["state MiB"] == round(16 * closed_formula(model_config("w32d2", **SMALL)) / 2**20, 1)
     assert row["hours"] == 1.5
     assert (row["seeds"], row["loss_high"] - row["loss_low"]) == (3, pytest.approx(0.04))
@@ -180,11 +182,11 @@ def test_a_table_of_arms_has_state_hours_and_the_range_of_seeds():
 
 def test_what_a_committed_grid_lacks_is_named():
     there = [curve("w32d2", seed, 25_472, 6.0) for seed in (0, 1, 2)] + [curve("w64d2", 1, 100_096, 6.0)]
-    absent = scaling_tables.missing(there, "scaling-ml-100k")
+    absent = grids.missing(there, "scaling-ml-100k")
     assert "w64d2 (1 of 3)" in absent
     assert "w32d2 half rate (0 of 1)" in absent
     assert not any(one.startswith("w32d2 (") for one in absent)
-    assert scaling_tables.missing(there, "scaling-x") == []
+    assert grids.missing(there, "scaling-x") == []
 
 
 def marks_of(figure) -> dict:
@@ -214,7 +216,7 @@ def test_the_curve_shows_every_seed_hollow_what_is_predicted_and_this_run_apart(
 
 def test_the_band_ends_where_the_prediction_s_interval_does():
     seeds = scaling.seeds_by_size(r for r in GRID if r["own_params"]["model"] in WIDTH_NAMES)
-    numbers = law.predict(seeds, 3.5e6)
+    numbers = statistics.predict(seeds, 3.5e6)
     one = prediction() | {"metrics": numbers}
     one["own_params"] = {"of": "w384d2", "size": 3_500_000, "seeds": 3}
     figure = scaling_figures.scaling_curve(tables.table([*GRID, one]))
@@ -258,15 +260,15 @@ def test_the_figures_of_tuning_tell_whole_from_pruned_and_take_the_best_epoch():
         series = {"epoch": list(range(len(curve_of))), "valid_ndcg@10": curve_of}
         trials.append(one | {"series": series, "timings": {}})
     rows = tables.table(trials)
-    history = tuning_figures.tuning_history(rows)
+    history = scaling_figures.tuning_history(rows)
     found = {trace.name: list(trace.y) for trace in history.data}
     assert found == {"complete": [0.1, 0.2], "pruned": [0.05], "best": [0.1, 0.2]}
     assert "3 trials, 1 pruned; the best has NDCG@10 0.2000" in history.layout.title.text
-    parallel = tuning_figures.tuning_parallel(rows)
+    parallel = scaling_figures.tuning_parallel(rows)
     axes = {axis.label: list(axis["values"]) for axis in parallel.data[0].dimensions}
     assert axes == {"log10 learning_rate": [-4.0, -2.0], "dropout": [0.1, 0.1], "NDCG@10": [0.1, 0.2]}
     shares = pd.DataFrame({"field": ["a", "b"], "share": [0.2, 0.8], "kind": "measured"})
-    assert "b has 80%" in tuning_figures.tuning_importance(shares).layout.title.text
+    assert "b has 80%" in scaling_figures.tuning_importance(shares).layout.title.text
 
 
 def compared(name: str, **metrics: float) -> dict:
@@ -279,7 +281,7 @@ TUNING = {"data": {"name": "tuning-x"}, "profile": "grid"}
 
 
 def test_what_is_said_of_tuning_with_nothing_with_trials_and_with_a_comparison():
-    assert tuning_tables.findings([], "tuning-x") == ["- tuning-x: no trial is committed yet."]
+    assert tables.tuning_findings([], "tuning-x") == ["- tuning-x: no trial is committed yet."]
     trials = [
         curve("none", 0, 1, 1.0) | {"name": "trial", "own_params": {"trial": n, "state": state}} | TUNING
         for n, state in enumerate(("complete", "pruned"))
@@ -287,7 +289,7 @@ def test_what_is_said_of_tuning_with_nothing_with_trials_and_with_a_comparison()
     chosen = curve("none", 0, 1, 1.0) | {"name": "tuning", "metrics": {"valid_ndcg@10": 0.2}} | TUNING
     chosen |= {"own_params": {"study": "x", "trial": 0, "dropout": 0.1}}
     chosen |= {"series": {"field": ["dropout", "mask_prob"], "share": [0.9, 0.1]}}
-    few = "\n".join(tuning_tables.findings([*trials, chosen], "tuning-x"))
+    few = "\n".join(tables.tuning_findings([*trials, chosen], "tuning-x"))
     assert (
         "2 trials, 1 of them pruned. The best, trial 0, has NDCG@10 0.2000 on validation: dropout 0.1" in few
     )
@@ -297,10 +299,10 @@ def test_what_is_said_of_tuning_with_nothing_with_trials_and_with_a_comparison()
         compared("validation_difference", base=0.1, value=0.104, seed_low=0.001, seed_high=0.006),
         compared("comparison", reference_seeds=3, adjusted_p=0.2, detectable=0.01),
     ]
-    said = "\n".join(tuning_tables.findings([*trials, chosen, *both], "tuning-x"))
+    said = "\n".join(tables.tuning_findings([*trials, chosen, *both], "tuning-x"))
     assert "default 0.1000, tuned 0.1040, +0.0040 (-0.0010 to +0.0090)" in said
     assert "adjusted p 0.200: not separated (it could have seen 0.010; scored 0 times before)" in said
-    table = tuning_tables.tuned_against_default([*both, *trials])
+    table = tables.tuned_against_default([*both, *trials])
     assert table["split"].tolist() == ["test", "validation"]
     assert table["claim"].tolist()[0] == "not separated"
 
@@ -309,11 +311,11 @@ def test_tuned_settings_are_set_against_the_sizes_of_the_same_data():
     both = compared("validation_difference", value=0.35) | {"data": {"name": "tuning-x", "fingerprint": "f"}}
     same = {"data": {"name": "scaling-x", "fingerprint": "f"}}
     grid = [row | same for row in GRID if row["own_params"]["model"] in ("w32d2", "w64d2", "w32d2 untied")]
-    (said,) = tuning_tables.beside_sizes([*grid, both], "tuning-x")
+    (said,) = tables.beside_sizes([*grid, both], "tuning-x")
     assert "Of 2 sizes" in said
     assert "as well as the tuned settings do (0.3500): w32d2 (0.3547), w64d2 (1.1010)." in said
-    assert tuning_tables.beside_sizes([both], "tuning-x") == []
-    assert tuning_tables.beside_sizes(grid, "tuning-x") == []
+    assert tables.beside_sizes([both], "tuning-x") == []
+    assert tables.beside_sizes(grid, "tuning-x") == []
 
 
 def test_steps_of_real_sizes_stand_beside_their_floor_and_the_missing_are_named():
@@ -321,11 +323,11 @@ def test_steps_of_real_sizes_stand_beside_their_floor_and_the_missing_are_named(
     one |= {"metrics": {"parameters": 10**8}, "device": {"type": "cpu", "name": "AMD EPYC"}}
     one["timings"] = {"step_seconds": 0.6, "tokens_per_second": 1500, "peak_memory_bytes": 2.4e9}
     one["timings"] |= {"process_bytes": 0.4e9}
-    table = scaling_tables.real_steps([one])
+    table = tables.real_steps([one])
     assert table.loc["85m", "held over 16 bytes per parameter"] == 1.25
-    (said,) = scaling_tables.size_findings(table, ["85m", "430m"])
+    (said,) = tables.size_findings(table, ["85m", "430m"])
     assert (
         "cpu2 AMD EPYC: 85m 0.60 s, 2.4 GB at peak, 1.25 times its floor. Not measured there: 430m." in said
     )
-    (said,) = scaling_tables.size_findings(scaling_tables.real_steps([]), ["430m"])
+    (said,) = tables.size_findings(tables.real_steps([]), ["430m"])
     assert "not measured yet: 430m" in said

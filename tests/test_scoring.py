@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 from test_grid import FILE, PLACES, work, write
 
-from reclib import assessment, grid, metrics, scoring, tables
+from reclib import records
 from reclib.config import InputError
-from reclib.fit import Options
+from reclib.evaluate import metrics
+from reclib.experiments import baseline, grids
+from reclib.report import tables
+from reclib.train.fit import Options
 
 ARMS = {
     "bert4rec": {"final": True},
@@ -35,8 +38,8 @@ def place(tmp_path_factory):
 def scored(place):
     write(place, arms=ARMS)
     here = work()
-    grid.run(here, here.runs(), Options())
-    return scoring.score(here)
+    grids.run_grid(here, here.runs(), Options())
+    return grids.score(here)
 
 
 def test_a_grid_is_scored_with_baselines_controls_and_protocols(scored):
@@ -62,7 +65,7 @@ def test_comparisons_are_paired_corrected_and_need_three_seeds(scored):
     assert {row.params["against"] for row in rows} == {"bert4rec"}
     assert all(row.metrics["adjusted_p"] >= row.metrics["p"] for row in rows)
     twin = next(row for row in rows if row.params["model"] == "twin" and row.params["metric"] == "hr@10")
-    assert assessment.claim(twin.metrics) == "too few seeds"
+    assert baseline.claim(twin.metrics) == "too few seeds"
     low, high = twin.metrics["difference_low"], twin.metrics["difference_high"]
     assert low <= twin.metrics["difference"] <= high
 
@@ -105,7 +108,7 @@ def test_groups_hold_every_user_once(scored):
 
 
 def test_arms_are_compared_on_validation_by_user_over_the_seeds_both_have(scored):
-    rows = {result.params["model"]: result.metrics for result in scoring.compare(work())}
+    rows = {result.params["model"]: result.metrics for result in grids.compare(work())}
     assert rows.keys() == {"twin", "wide"}  # another split is another question
     assert (rows["twin"]["seeds"], rows["wide"]["seeds"]) == (2, 1)
     one = rows["twin"]
@@ -116,7 +119,7 @@ def test_arms_are_compared_on_validation_by_user_over_the_seeds_both_have(scored
 
 
 def test_every_scoring_is_counted(scored):
-    scoring.score(work())
+    grids.score(work())
     counts = [row["earlier"] for row in work().rows("test_metrics")]
     assert sorted(set(counts)) == [0, 1]
 
@@ -124,8 +127,8 @@ def test_every_scoring_is_counted(scored):
 def test_kept_ranks_alone_give_the_same_again_and_count_as_the_same_configuration(scored, monkeypatch):
     """Baselines join a grid whose weights are gone; a changed recipe is another look, a scoring is none."""
     here = work()
-    monkeypatch.setattr(grid.Work, "train", lambda *_: pytest.fail("asked for weights"))
-    again = scoring.score(here, from_ranks=True)
+    monkeypatch.setattr(grids.Work, "train", lambda *_: pytest.fail("asked for weights"))
+    again = grids.score(here, from_ranks=True)
     means = {(r.params["model"], r.seed): r.metrics for r in again if r.name == "test_metrics"}
     assert means == {(r.params["model"], r.seed): r.metrics for r in scored if r.name == "test_metrics"}
     assert "pairwise_counts_with_validation" in {model for model, _ in means}
@@ -140,12 +143,12 @@ def test_kept_ranks_alone_give_the_same_again_and_count_as_the_same_configuratio
     first = here.grid.arms[0]
     with np.load(here.ranks_file(first, 1)) as file:
         kept = dict(file)
-    grid.save_ranks(here.ranks_file(first, 1), {"valid": kept["valid"]})
+    grids.save_ranks(here.ranks_file(first, 1), {"valid": kept["valid"]})
     try:
         with pytest.raises(InputError, match="no ranks on the test split are kept of bert4rec seed 1"):
-            scoring.score(here, from_ranks=True)
+            grids.score(here, from_ranks=True)
     finally:
-        grid.save_ranks(here.ranks_file(first, 1), kept)
+        grids.save_ranks(here.ranks_file(first, 1), kept)
 
 
 def test_a_seed_that_chose_the_recipe_does_not_judge_it(scored, monkeypatch):
@@ -153,9 +156,9 @@ def test_a_seed_that_chose_the_recipe_does_not_judge_it(scored, monkeypatch):
     arm = here.grid.arms[0]
     trial = {"name": "learning_curve", "params_hash": here.key(arm, 1), "data": {"name": "trials-x"}}
     other = {"name": "learning_curve", "params_hash": here.key(arm, 0), "data": {"name": "scaling-x"}}
-    monkeypatch.setattr(scoring.record, "committed", lambda: [trial, other])
-    assert scoring.choosing_seeds(here, scoring.final_arms(here)) == {"bert4rec": [1]}
-    found = scoring.score(here, from_ranks=True)
+    monkeypatch.setattr(records, "committed", lambda: [trial, other])
+    assert grids.choosing_seeds(here, grids.final_arms(here)) == {"bert4rec": [1]}
+    found = grids.score(here, from_ranks=True)
     seeds = {r.metrics["reference_seeds"] for r in found if r.name == "comparison"}
     assert seeds == {1}
 
@@ -163,11 +166,11 @@ def test_a_seed_that_chose_the_recipe_does_not_judge_it(scored, monkeypatch):
 def test_what_a_run_showed_on_the_test_split_is_kept_and_read_again(scored, monkeypatch):
     here = work()
     arm = here.grid.arms[0]
-    conditions = assessment.draw(here.dataset, scoring.leave_one_out(here.dataset).test)
+    conditions = baseline.draw(here.dataset, grids.leave_one_out(here.dataset).test)
     with np.load(here.ranks_file(arm, 0)) as file:
         kept = dict(file)
-    again = assessment.assess_trained(here.train(arm, 0, Options()), conditions)
-    fresh = scoring.unpacked(kept)
+    again = baseline.assess_trained(here.train(arm, 0, Options()), conditions)
+    fresh = grids.unpacked(kept)
     assert fresh.outcomes.keys() == again.outcomes.keys()
     for name, outcome in again.outcomes.items():
         assert fresh.outcomes[name][:3] == outcome[:3]
@@ -175,10 +178,8 @@ def test_what_a_run_showed_on_the_test_split_is_kept_and_read_again(scored, monk
     for field in ("shuffled", "shuffled_but_last", "top"):
         assert np.array_equal(getattr(fresh, field), getattr(again, field))
 
-    monkeypatch.setattr(
-        assessment, "assess_trained", lambda *_: pytest.fail("looked at the test split again")
-    )
-    one = scoring.assess_run(here, arm, 0, conditions)
+    monkeypatch.setattr(baseline, "assess_trained", lambda *_: pytest.fail("looked at the test split again"))
+    one = grids.assess_run(here, arm, 0, conditions)
     assert np.array_equal(one.ranks, again.ranks)
 
 
@@ -189,10 +190,10 @@ def test_runs_of_which_ranks_alone_are_kept_have_accuracy_and_comparisons(scored
     with np.load(file) as whole:
         kept = dict(whole)
     try:
-        grid.save_ranks(file, {name: kept[name] for name in ("valid", "test", "test kept")})
-        found = scoring.score(here)
+        grids.save_ranks(file, {name: kept[name] for name in ("valid", "test", "test kept")})
+        found = grids.score(here)
     finally:
-        grid.save_ranks(file, kept)
+        grids.save_ranks(file, kept)
     main = [result for result in found if result.params.get("protocol") is None]
     assert {result.name for result in main} == {"test_metrics", "comparison"}
     assert "ranks alone are kept of bert4rec" in capsys.readouterr().out
@@ -206,10 +207,10 @@ def test_what_is_not_trained_cannot_be_scored(tmp_path, monkeypatch):
         monkeypatch.setenv(name, str(tmp_path / name.lower()))
     write(tmp_path, arms=ARMS)
     with pytest.raises(InputError, match="not trained yet: bert4rec seed 0, bert4rec seed 1, twin seed 0"):
-        scoring.score(work())
+        grids.score(work())
     write(tmp_path, arms={"bert4rec": {}})
     with pytest.raises(InputError, match="it has no final arm"):
-        scoring.score(work())
+        grids.score(work())
 
 
 def test_runs_so_far_keep_what_they_show_and_a_later_scoring_needs_no_weights(tmp_path, monkeypatch, capsys):
@@ -218,15 +219,15 @@ def test_runs_so_far_keep_what_they_show_and_a_later_scoring_needs_no_weights(tm
     write(tmp_path, arms={"base": {"final": True}})
     here = work()
     arm = here.grid.arms[0]
-    grid.run(here, [(arm, 0)], Options())
+    grids.run_grid(here, [(arm, 0)], Options())
     capsys.readouterr()
-    assert scoring.main(["trial", "--keep"]) == 0
+    assert grids.score_main(["trial", "--keep"]) == 0
     said = capsys.readouterr().out
     assert said.splitlines()[-1] == "kept: base seed 0"
     assert "@10" not in said
     assert not here.rows("test_metrics")
 
     shutil.rmtree(here.folder(arm, 0))  # the machine that trained seed 0 is gone
-    grid.run(here, [(arm, 1)], Options())
-    assert [r.seed for r in scoring.score(here) if r.name == "test_metrics" and r.seed is not None] == [0, 1]
+    grids.run_grid(here, [(arm, 1)], Options())
+    assert [r.seed for r in grids.score(here) if r.name == "test_metrics" and r.seed is not None] == [0, 1]
     assert not here.folder(arm, 0).exists()

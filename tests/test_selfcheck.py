@@ -7,9 +7,12 @@ import json
 import pytest
 import torch
 
-from reclib import cross_entropy, hardware, profiling, record, selfcheck
+from reclib import hardware, records
 from reclib.config import InputError
-from reclib.params import build, profile
+from reclib.experiments import comparison
+from reclib.parameters import build, profile
+from reclib.train import losses as reclib_losses
+from reclib.train import timing
 
 CPU = hardware.resolve("cpu")
 
@@ -21,8 +24,8 @@ def root(tmp_path, monkeypatch):
 
 
 def test_every_check_passes_on_this_cpu_and_is_written(root, capsys):
-    assert selfcheck.main(["cpu"]) == 0
-    written = json.loads((root / "cpu" / selfcheck.FILE).read_text())
+    assert comparison.check_main(["cpu"]) == 0
+    written = json.loads((root / "cpu" / comparison.FILE).read_text())
     assert written["passed"] is True
     assert [one["name"] for one in written["checks"]] == [
         "exactness", "precision", "synchronisation", "out of memory",
@@ -37,34 +40,34 @@ def test_a_wrong_gradient_fails_exactness(monkeypatch):
         block *= 1.001
         return losses
 
-    true = cross_entropy._to_gradient
-    monkeypatch.setattr(cross_entropy, "_to_gradient", shifted)
-    assert not selfcheck.exactness(CPU).passed
+    true = reclib_losses._to_gradient
+    monkeypatch.setattr(reclib_losses, "_to_gradient", shifted)
+    assert not comparison.exactness(CPU).passed
 
 
 def test_a_head_in_another_type_fails_precision(monkeypatch):
-    monkeypatch.setattr(profiling, "head_dtype", lambda trainer: "fp32")
-    assert not selfcheck.precision(CPU).passed
+    monkeypatch.setattr(timing, "head_dtype", lambda trainer: "fp32")
+    assert not comparison.precision(CPU).passed
 
 
 def test_a_clock_that_does_not_wait_fails(monkeypatch):
     clock = iter(range(1000))
-    monkeypatch.setattr(selfcheck.time, "perf_counter", lambda: float(next(clock) ** 2))
-    assert not selfcheck.synchronisation(CPU).passed
+    monkeypatch.setattr(comparison.time, "perf_counter", lambda: float(next(clock) ** 2))
+    assert not comparison.synchronisation(CPU).passed
 
 
 def test_a_check_that_breaks_is_a_failure_with_its_reason(monkeypatch, root, capsys):
     def exactness(device):
         raise RuntimeError("no kernel image is available")
 
-    monkeypatch.setattr(selfcheck, "CHECKS", (exactness,))
-    assert selfcheck.main(["cpu"]) == 1
+    monkeypatch.setattr(comparison, "CHECKS", (exactness,))
+    assert comparison.check_main(["cpu"]) == 1
     assert "FAILED  exactness        RuntimeError: no kernel image" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("state", ["none", "failed", "other torch", "passed"])
 def test_rows_of_a_gpu_are_recorded_only_beside_a_passed_check(root, state):
-    card = dict.fromkeys(record.CARD) | {
+    card = dict.fromkeys(records.CARD) | {
         "label": "l4", "type": "cuda", "name": "NVIDIA L4", "torch": "2.13.0", "cuda": "13.0",
     }  # fmt: skip
     if state != "none":
@@ -74,17 +77,17 @@ def test_rows_of_a_gpu_are_recorded_only_beside_a_passed_check(root, state):
         (root / "l4" / "selfcheck.json").write_text(text)
     p = build("01_data_prep", profile("01_data_prep", "smoke"))
     if state == "passed":
-        assert record.Run("01_data_prep", p, card).result("x", {"y": 1})["label"] == "l4"
+        assert records.Run("01_data_prep", p, card).result("x", {"y": 1})["label"] == "l4"
         return
     with pytest.raises(InputError, match="no passed self-check of NVIDIA L4"):
-        record.Run("01_data_prep", p, card)
+        records.Run("01_data_prep", p, card)
     assert not (root / "l4" / "results.jsonl").exists()
 
 
 def test_the_command_is_found_under_hardware(capfd):
-    assert hardware.main(["check", "l40"]) == 2
+    assert hardware.device_main(["check", "l40"]) == 2
     assert "unknown gpu label 'l40'" in capfd.readouterr().err
     with pytest.raises(SystemExit):
-        hardware.main(["chekc"])
+        hardware.device_main(["chekc"])
     assert "invalid choice: 'chekc'" in capfd.readouterr().err
-    assert hardware.main([]) == 0
+    assert hardware.device_main([]) == 0

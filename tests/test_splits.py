@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
-from reclib import data, prepare, splits
 from reclib.config import DataConfig, InputError
-from reclib.dataset import Dataset, Keys
+from reclib.data import splits
+from reclib.data.dataset import Dataset, Keys
+from reclib.data.prepare import RULES_VERSION, prepare, synthetic_dataset
 
 NUM_ITEMS = 12
 
@@ -129,7 +130,7 @@ def test_ties_at_the_time_point_do_not_train():
 
 def test_global_time_of_real_interactions():
     try:
-        dataset = data.prepare(DataConfig(dataset="ml-100k"))
+        dataset = prepare(DataConfig(dataset="ml-100k"))
     except InputError as error:
         pytest.skip(f"ml-100k is neither cached nor reachable: {error}")
     split = splits.global_time(dataset)
@@ -235,7 +236,7 @@ def test_uniform_negatives_are_uniform():
 
 
 def test_negatives_do_not_depend_on_how_many_rows_are_drawn_together(monkeypatch):
-    dataset = data.synthetic_dataset(300, 60, 8.0, seed=0)
+    dataset = synthetic_dataset(300, 60, 8.0, seed=0)
     split = splits.leave_one_out(dataset)
     monkeypatch.setattr(splits, "ROWS", 64)
     drawn = splits.sample_candidates(dataset, split.test, 20)
@@ -247,7 +248,7 @@ def test_negatives_do_not_depend_on_how_many_rows_are_drawn_together(monkeypatch
 
 @pytest.fixture
 def candidates(tmp_path):
-    dataset = data.synthetic_dataset(50, 60, 8.0, seed=0)
+    dataset = synthetic_dataset(50, 60, 8.0, seed=0)
     split = splits.leave_one_out(dataset)
     path = tmp_path / "candidates.npz"
     return dataset, split, path, splits.write_candidates(path, dataset, split, "test", count=10, seed=4)
@@ -265,7 +266,7 @@ def test_candidate_file_is_read_as_it_was_written(candidates, tmp_path):
 
 def test_candidate_file_of_something_else_is_refused(candidates):
     dataset, split, path, _ = candidates
-    other = data.synthetic_dataset(50, 60, 8.0, seed=1)
+    other = synthetic_dataset(50, 60, 8.0, seed=1)
     with pytest.raises(InputError, match="belongs to another dataset"):
         splits.read_candidates(path, other, splits.leave_one_out(other).test)
     with pytest.raises(InputError, match="belongs to another evaluation"):
@@ -283,5 +284,5 @@ def test_broken_candidate_file_is_told(candidates):
 
 
 def test_rules_version_is_told_in_the_manifest():
-    dataset = data.synthetic_dataset(50, 60, 8.0, seed=0)
-    assert dataset.manifest["rules"]["version"] == prepare.RULES_VERSION
+    dataset = synthetic_dataset(50, 60, 8.0, seed=0)
+    assert dataset.manifest["rules"]["version"] == RULES_VERSION

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from reclib import baselines, metrics, statistics
 from reclib.config import InputError
-from reclib.data import Evaluation, Histories
+from reclib.data.dataset import Evaluation, Histories
+from reclib.evaluate import baselines, metrics, statistics
 
 SHARES = st.floats(0, 1)
 
@@ -170,7 +170,7 @@ def test_results_in_groups_have_counts_and_intervals():
     few, many, none = statistics.in_groups(values, groups, samples=500)
     assert (few.users, many.users, none.users) == (2, 4, 0)
     assert few.interval.mean == 0.5
-    assert many.interval == metrics.bootstrap(values[2:], 500)
+    assert many.interval == statistics.bootstrap(values[2:], 500)
     assert none.interval is None
 
 

@@ -15,13 +15,14 @@ import pytest
 import yaml
 from conftest import RESULT, ROOT
 
-from reclib import params, record, runner, study
+from reclib import cli, parameters, runner
+from reclib import records as reclib_records
 
 pytest.importorskip("papermill")
 
 
 def run(*arguments: str) -> int:
-    return study.main(["run", "02", "--profile", "smoke", *arguments])
+    return cli.main(["run", "02", "--profile", "smoke", *arguments])
 
 
 def written(project: Path) -> list[str]:
@@ -43,7 +44,7 @@ def test_a_run_leaves_notebook_record_and_stamp(project: Path, capsys):
     assert written(project) == DONE
     told = capsys.readouterr().out
     assert len(re.findall(r"cell \d/4 +\d+\.\d s  A question", told)) == 4
-    (entry,) = record.read(project / "executed")
+    (entry,) = reclib_records.read(project / "executed")
     assert entry["metrics"]["hr_10"] == pytest.approx(5.123456)
     assert (entry["profile"], entry["label"]) == ("custom", "cpu")
     text = (project / DONE[1]).read_text()
@@ -51,7 +52,7 @@ def test_a_run_leaves_notebook_record_and_stamp(project: Path, capsys):
         assert private not in text
     notebook = nbformat.reads(text, 4)
     nbformat.validate(notebook)
-    bundle = notebook.cells[-1].outputs[0].data[record.MIME]
+    bundle = notebook.cells[-1].outputs[0].data[reclib_records.MIME]
     assert bundle["metrics"] == {"hr_10": 5.12}
     assert not {"gpu", "precision", "tracker"} & set(bundle["params"])
 
@@ -60,9 +61,9 @@ def test_a_file_of_parameters_stands_between_the_profile_and_the_command_line(pr
     file = project / "params/mine.yaml"
     file.write_text("epochs: 7\nbatch_size: 32\n")
     assert run("-f", str(file), "-p", "epochs", "5") == 0
-    (entry,) = record.read(project / "executed")
+    (entry,) = reclib_records.read(project / "executed")
     assert (entry["params"]["epochs"], entry["params"]["batch_size"]) == (5, 32)
-    assert entry["params"]["size"] == params.profile("02_baseline", "smoke")["size"]
+    assert entry["params"]["size"] == parameters.profile("02_baseline", "smoke")["size"]
     file.write_text("epcohs: 7\n")
     assert run("-f", str(file)) == 2
     assert "unknown parameter 'epcohs'" in capsys.readouterr().err
@@ -87,7 +88,7 @@ def test_finished_work_is_skipped_until_something_changes(project: Path, set_cel
     device = project / "params/gpu/cpu.yaml"
     device.write_text(device.read_text().replace("fp32\n", "bf16\n", 1))
     assert ran("-p", "epochs", "4")
-    assert len(record.read(project / "executed")) == 7
+    assert len(reclib_records.read(project / "executed")) == 7
 
 
 def test_plain_papermill_works_from_the_root_and_from_the_notebooks(project: Path):
@@ -107,7 +108,7 @@ def test_plain_papermill_works_from_the_root_and_from_the_notebooks(project: Pat
         )
         assert done.returncode == 0, done.stderr
         assert "converted: tied='false' -> False" in (project / DONE[1]).read_text()
-    entries = record.read(project / "executed")
+    entries = reclib_records.read(project / "executed")
     assert [entry["params"]["tied"] for entry in entries] == [False, False]
 
 
@@ -139,7 +140,7 @@ def test_wrong_input_is_told_in_one_line_before_a_kernel_starts(project: Path, c
         (["run", "02", "--profile", "huge"], "unknown profile 'huge'"),
         (["params", "02", "--gpu", "rtx"], "parameter 'gpu' is 'rtx'"),
     ]:
-        assert study.main(arguments) == 2
+        assert cli.main(arguments) == 2
         told = capsys.readouterr()
         assert said in told.err
         assert told.err.count("\n") == 1
@@ -155,7 +156,7 @@ def test_a_wrong_command_line_is_told_in_one_line(project: Path, capsys):
         (["run", "02", "--bogus"], "--bogus"),
     ]:
         with pytest.raises(SystemExit) as stop:
-            study.main(arguments)
+            cli.main(arguments)
         assert stop.value.code == 2
         told = capsys.readouterr().err
         assert said in told
@@ -187,12 +188,12 @@ def test_a_failed_notebook_is_kept_as_failed_and_told_in_one_line(project: Path,
     assert written(project) == [failed, *DONE[1:]]
     assert "ZeroDivisionError" in (project / failed).read_text()
     assert (project / DONE[1]).read_bytes() == good
-    assert len(record.read(project / "executed")) == 1
-    assert study.status() == [("02_baseline", "cpu", "failed", 1)]
+    assert len(reclib_records.read(project / "executed")) == 1
+    assert cli.status() == [("02_baseline", "cpu", "failed", 1)]
     set_cells(RESULT)
     assert run() == 0
     assert written(project) == DONE
-    assert study.status() == [("02_baseline", "cpu", "done", 2)]
+    assert cli.status() == [("02_baseline", "cpu", "done", 2)]
 
 
 @pytest.mark.parametrize(
@@ -216,7 +217,7 @@ def test_a_dead_kernel_and_a_cell_over_its_time_fail_as_well(project: Path, set_
 def test_an_interrupt_leaves_no_kernel(project: Path, set_cells, number):
     set_cells("import os, pathlib, time\npathlib.Path('pid').write_text(str(os.getpid()))\ntime.sleep(99)")
     process = subprocess.Popen(
-        [sys.executable, "-m", "reclib.study", "run", "02", "--profile", "smoke"],
+        [sys.executable, "-m", "reclib", "run", "02", "--profile", "smoke"],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,
         text=True,
@@ -256,21 +257,21 @@ def test_a_claimed_device_that_is_not_here_is_said(project: Path, capsys, monkey
     hardware = pytest.importorskip("reclib.hardware")
     here = hardware.Card(type="cpu", name="Some CPU", label="cpu")
     monkeypatch.setattr(hardware, "probe", lambda: here)
-    assert study.device_label("l4") == "cpu"
+    assert cli.device_label("l4") == "cpu"
     assert "l4 was asked for, Some CPU is here" in capsys.readouterr().out
-    assert study.device_label("auto") == "cpu"
+    assert cli.device_label("auto") == "cpu"
     assert capsys.readouterr().out == ""
 
 
 def test_status_tells_done_stale_recorded_and_missing(project: Path, set_cells, capsys):
-    assert study.status() == [("02_baseline", "cpu", "missing", 0)]
+    assert cli.status() == [("02_baseline", "cpu", "missing", 0)]
     assert run() == 0
-    assert study.status() == [("02_baseline", "cpu", "done", 1)]
+    assert cli.status() == [("02_baseline", "cpu", "done", 1)]
     set_cells("changed = 1", RESULT)
-    assert study.status() == [("02_baseline", "cpu", "stale", 1)]
+    assert cli.status() == [("02_baseline", "cpu", "stale", 1)]
     (project / DONE[0]).unlink()
     capsys.readouterr()
-    assert study.main(["status"]) == 0
+    assert cli.main(["status"]) == 0
     assert capsys.readouterr().out.split()[-4:] == ["02_baseline", "cpu", "recorded", "1"]
 
 
@@ -278,10 +279,10 @@ def test_run_all_runs_what_is_here_and_collects_also_after_a_failure(
     project: Path, set_cells, monkeypatch, capsys
 ):
     collected = []
-    monkeypatch.setattr(study, "collect", lambda: collected.append(1) or [])
-    assert study.main(["run-all", "--profile", "smoke"]) == 0
+    monkeypatch.setattr(cli, "collect", lambda: collected.append(1) or [])
+    assert cli.main(["run-all", "--profile", "smoke"]) == 0
     set_cells("raise ValueError('no')")
-    assert study.main(["run-all", "--profile", "smoke"]) == 1
+    assert cli.main(["run-all", "--profile", "smoke"]) == 1
     assert "02_baseline failed in cell 4: ValueError: no" in capsys.readouterr().err
     assert collected == [1, 1]
 
@@ -292,7 +293,7 @@ def test_collect_hands_the_newest_records_to_the_figures(project: Path, monkeypa
     monkeypatch.setattr(figures, "build", lambda records, folder: got.append((records, folder)) or [])
     assert run() == 0
     assert run("--force") == 0
-    assert study.main(["collect"]) == 0
+    assert cli.main(["collect"]) == 0
     ((records, folder),) = got
     assert len(records) == 1
     assert folder == project / "figures"
@@ -310,18 +311,18 @@ def test_refreshing_a_notebook_that_fails_leaves_it_as_it_was(project: Path, set
     set_cells("1 / 0")
     file = project / "notebooks/02_baseline.ipynb"
     before = file.read_bytes()
-    assert study.main(["refresh", "02"]) == 1
+    assert cli.main(["refresh", "02"]) == 1
     assert "failed in cell 3: ZeroDivisionError" in capsys.readouterr().err
     assert file.read_bytes() == before
     assert list(file.parent.iterdir()) == [file]
 
 
 def test_params_prints_yaml_that_papermill_takes(project: Path, capsys):
-    assert study.main(["params", "02", "--profile", "full", "--gpu", "h100"]) == 0
+    assert cli.main(["params", "02", "--profile", "full", "--gpu", "h100"]) == 0
     values = yaml.safe_load(capsys.readouterr().out)
-    p = params.build("02_baseline", values)
+    p = parameters.build("02_baseline", values)
     assert (p.gpu, p.compile_mode) == ("h100", "default")
-    assert params.profile_of("02_baseline", p) == "full"
+    assert parameters.profile_of("02_baseline", p) == "full"
 
 
 def test_normalising_drops_what_says_nothing_and_keeps_the_rest(tmp_path: Path):

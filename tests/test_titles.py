@@ -4,8 +4,8 @@ import json
 import pytest
 from test_formats import SAMPLES
 
-from reclib import formats
 from reclib.config import InputError
+from reclib.data import formats
 
 
 @pytest.mark.parametrize(

@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from reclib import tracker
 from reclib.config import InputError
+from reclib.train.fit import start_tracker, used
 
 _SCRIPT = """
 import socket
 import sys
 socket.gethostname = lambda: "somebodys-laptop"
-from reclib import tracker
+from reclib.train.fit import start_tracker
 from reclib.config import InputError
 try:
     for seed in (0, 1):
-        with tracker.start(sys.argv[1], "02_baseline", f"seed-{seed}", {"epochs": 3}) as run:
+        with start_tracker(sys.argv[1], "02_baseline", f"seed-{seed}", {"epochs": 3}) as run:
             run.log({"train/loss": 1.5}, step=1)
             run.log({"train/loss": 1.25, "valid/hr@10": 0.5}, step=2)
 except InputError as error:
@@ -91,7 +91,7 @@ def test_tensorboard_reads_what_was_written_and_nothing_names_the_machine(tmp_pa
 def test_a_run_that_goes_on_in_tensorboard_takes_the_place_of_what_was_killed(tmp_path, monkeypatch):
     monkeypatch.setenv("RECLIB_RUNS", str(tmp_path))
     for steps in ((1, 2, 3), (2, 3, 4)):  # killed after 3, its checkpoint was of 1
-        with tracker.start("tensorboard", "02_baseline", "seed-0", {}) as run:
+        with start_tracker("tensorboard", "02_baseline", "seed-0", {}) as run:
             for step in steps:
                 run.log({"loss": float(step + len(steps) * 10)}, step)
     found = scalars(tmp_path / "tensorboard/02_baseline/seed-0")
@@ -100,7 +100,7 @@ def test_a_run_that_goes_on_in_tensorboard_takes_the_place_of_what_was_killed(tm
 
 def test_tensorboard_writes_no_file_for_a_run_that_logs_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("RECLIB_RUNS", str(tmp_path))
-    with tracker.start("tensorboard", "02_baseline", "loaded", {}):
+    with start_tracker("tensorboard", "02_baseline", "loaded", {}):
         pass
     assert list(tmp_path.iterdir()) == []
 
@@ -109,7 +109,7 @@ def test_tensorboard_without_its_package_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard.compat.proto", None)
     with (
         pytest.raises(InputError, match="pip install tensorboard"),
-        tracker.start("tensorboard", "02_baseline", "x", {}),
+        start_tracker("tensorboard", "02_baseline", "x", {}),
     ):
         pass
 
@@ -123,9 +123,9 @@ def test_wandbs_variable_decides_for_those_who_asked_for_wandb(tmp_path):
 
 def test_the_tracker_that_is_used(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert tracker.used("wandb-online") == "none"
+    assert used("wandb-online") == "none"
     monkeypatch.setenv("WANDB_MODE", "online")
-    assert tracker.used("wandb-offline") == "wandb-online"
-    assert tracker.used("tensorboard") == "tensorboard"
+    assert used("wandb-offline") == "wandb-online"
+    assert used("tensorboard") == "tensorboard"
     with pytest.raises(InputError, match=r"unknown tracker 'tensorbord' \(did you mean 'tensorboard'\?\)"):
-        tracker.used("tensorbord")
+        used("tensorbord")

@@ -17,12 +17,14 @@ import pytest
 import torch
 from engine import histories, small_model
 
-from reclib import checkpoint, data, hardware
-from reclib.checkpoint import unique_tensors
+from reclib import hardware
 from reclib.config import InputError, TrainConfig, changed, model_config
-from reclib.fit import Options, fit, load_model, save_model
-from reclib.model import Bert4Rec
-from reclib.trainer import (
+from reclib.data.prepare import Dataset, synthetic_dataset
+from reclib.model.bert4rec import Bert4Rec
+from reclib.train import saving
+from reclib.train.fit import Options, fit, load_model, save_model
+from reclib.train.saving import unique_tensors
+from reclib.train.trainer import (
     StepGraphs,
     Trainer,
     chosen_route,
@@ -38,11 +40,11 @@ SHORT = TrainConfig(
 
 
 @pytest.fixture(scope="module")
-def dataset() -> data.Dataset:
-    return data.synthetic_dataset(num_users=60, num_items=40, mean_len=9.0, seed=0)
+def dataset() -> Dataset:
+    return synthetic_dataset(num_users=60, num_items=40, mean_len=9.0, seed=0)
 
 
-def model_for(dataset: data.Dataset, **changes: object):
+def model_for(dataset: Dataset, **changes: object):
     return changed(small_model(dropout=0.2), num_items=dataset.num_items, **changes)
 
 
@@ -180,7 +182,7 @@ def test_steps_as_graphs_are_the_same_steps(monkeypatch):
     monkeypatch.setattr("reclib.hardware.compile_choice", lambda mode, *_: (mode, "asked for"))
     config = changed(SHORT, epochs=8, bucket_steps=1)
     plain, wanted = run_steps(config, steps=24)
-    monkeypatch.setattr("reclib.trainer.StepGraphs", partial(StepGraphs, capture=capture))
+    monkeypatch.setattr("reclib.train.trainer.StepGraphs", partial(StepGraphs, capture=capture))
     graph, found = run_steps(changed(config, compile_mode="graph"), steps=24)
     assert [s.loss for s in found] == pytest.approx([s.loss for s in wanted], rel=1e-4)
     assert [s.grad_norm for s in found] == pytest.approx([s.grad_norm for s in wanted], rel=1e-3)
@@ -278,9 +280,9 @@ def test_divergence_stops_with_a_clear_error_and_keeps_the_last_checkpoint(datas
         )
         with pytest.raises(InputError, match=rf"diverged at step 6: loss nan.* in {precision}"):
             fit(model_for(dataset), dataset, config, CPU, tmp_path, Options(on_step=poison))
-    kept = checkpoint.latest(tmp_path)
+    kept = saving.latest(tmp_path)
     assert kept.name == "step-4"
-    tensors, _ = checkpoint.load(kept)
+    tensors, _ = saving.load_checkpoint(kept)
     assert all(v.isfinite().all() for k, v in tensors.items() if k.startswith("model."))
 
 
@@ -300,7 +302,7 @@ def test_a_divergence_that_the_loop_did_not_look_at_is_not_saved(dataset, tmp_pa
     config = changed(SHORT, checkpoint_seconds=0.0)
     with pytest.raises(InputError, match="diverged at step 6: loss nan"):
         fit(model_for(dataset), dataset, config, CPU, tmp_path, Options(on_step=poison))
-    assert checkpoint.latest(tmp_path).name == "step-5"
+    assert saving.latest(tmp_path).name == "step-5"
 
 
 def test_the_best_weights_on_validation_are_returned_and_early_stop_counts(dataset):
@@ -370,7 +372,7 @@ def test_saved_model_is_loaded_with_the_same_outputs(dataset, tmp_path):
 
 
 COMMAND = [
-    sys.executable, "-m", "reclib.fit", "--dataset", "synthetic", "--size", "nano", "--gpu", "cpu",
+    sys.executable, "-m", "reclib", "fit", "--dataset", "synthetic", "--size", "nano", "--gpu", "cpu",
     "-p", "epochs", "6", "-p", "batch_size", "16", "-p", "checkpoint_seconds", "0", "-p", "eval_every", "2",
     "-p", "lr_warmup_steps", "5",
 ]  # fmt: skip
@@ -394,7 +396,7 @@ def test_a_run_killed_by_sigkill_ends_with_the_same_bits(tmp_path):
     for target in (7, 40, 80):
         process = start(parts, cache)
         deadline = time.monotonic() + 120
-        while (found := checkpoint.latest(parts)) is None or int(found.name[5:]) < target:
+        while (found := saving.latest(parts)) is None or int(found.name[5:]) < target:
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < deadline
             time.sleep(0.005)
@@ -406,13 +408,13 @@ def test_a_run_killed_by_sigkill_ends_with_the_same_bits(tmp_path):
     assert last.returncode == 0, err
     assert json.loads(again) == json.loads(out)
     for name in ("best", "step-114"):
-        one, _ = checkpoint.load(tmp_path / "whole" / name)
-        other, _ = checkpoint.load(parts / name)
+        one, _ = saving.load_checkpoint(tmp_path / "whole" / name)
+        other, _ = saving.load_checkpoint(parts / name)
         assert same(one, other)
 
 
 def test_command_line_names_what_is_wrong_and_writes_nothing(tmp_path):
-    command = [sys.executable, "-m", "reclib.fit", "--out", str(tmp_path / "x"), "-p", "batch_size", "-4"]
+    command = [sys.executable, "-m", "reclib", "fit", "--out", str(tmp_path / "x"), "-p", "batch_size", "-4"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.strip() == "error: parameter 'batch_size' is -4: input should be greater than 0"
@@ -422,7 +424,7 @@ def test_command_line_names_what_is_wrong_and_writes_nothing(tmp_path):
 def test_command_line_refuses_a_corrupt_checkpoint(tmp_path):
     process = start(tmp_path / "run", tmp_path / "cache")
     process.communicate(timeout=120)
-    tensors = checkpoint.latest(tmp_path / "run") / checkpoint.TENSORS
+    tensors = saving.latest(tmp_path / "run") / saving.TENSORS
     tensors.write_bytes(tensors.read_bytes()[:100])
     again = start(tmp_path / "run", tmp_path / "cache")
     _, err = again.communicate(timeout=120)
@@ -437,7 +439,7 @@ def test_sinks_give_the_gradients_of_autograd(tied, micro, monkeypatch):
     model = small_model(tied=tied, max_len=5)  # short windows: rows of the table come and go between steps
     _, plain = run_steps(config, model, steps=1)
     reference, wanted = run_steps(config, model, steps=6)
-    monkeypatch.setattr("reclib.sinks.SMALLEST_BYTES", 0)
+    monkeypatch.setattr("reclib.model.bert4rec.SMALLEST_BYTES", 0)
     trainer, found = run_steps(config, model, steps=6)
     assert len(trainer.sunk) == (1 if tied else 2)
     assert not reference.sunk
@@ -450,7 +452,7 @@ def test_sinks_give_the_gradients_of_autograd(tied, micro, monkeypatch):
 
 
 def test_sinks_of_an_earlier_run_are_gone_in_the_next(monkeypatch):
-    monkeypatch.setattr("reclib.sinks.SMALLEST_BYTES", 0)
+    monkeypatch.setattr("reclib.model.bert4rec.SMALLEST_BYTES", 0)
     first, _ = run_steps(SHORT, steps=2)
     config = changed(SHORT, optimizer="loop", loss="plain")
     again = Trainer(first.model, histories([9, 4, 12]), config, CPU, "x")
@@ -460,9 +462,9 @@ def test_sinks_of_an_earlier_run_are_gone_in_the_next(monkeypatch):
 
 
 def test_evaluation_does_not_reach_the_sinks(dataset, monkeypatch):
-    monkeypatch.setattr("reclib.sinks.SMALLEST_BYTES", 0)
+    monkeypatch.setattr("reclib.model.bert4rec.SMALLEST_BYTES", 0)
     with_sinks = fit(model_for(dataset), dataset, SHORT, CPU)
-    monkeypatch.setattr("reclib.sinks.SMALLEST_BYTES", 2**40)
+    monkeypatch.setattr("reclib.model.bert4rec.SMALLEST_BYTES", 2**40)
     without = fit(model_for(dataset), dataset, SHORT, CPU)
     for one, other in zip(with_sinks.progress.history, without.progress.history, strict=True):
         assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)

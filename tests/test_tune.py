@@ -15,10 +15,13 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from reclib import checkpoint, data, record, tune, tuned, tuning
+from reclib import records as reclib_records
 from reclib.config import InputError
-from reclib.fit import Options
+from reclib.data.prepare import prepare
+from reclib.experiments import scaling
 from reclib.hardware import resolve
+from reclib.train import saving
+from reclib.train.fit import Options
 
 PLACES = ("RECLIB_ROOT", "RECLIB_DATA", "RECLIB_RUNS", "RECLIB_RECORDS")
 DATA = {
@@ -59,29 +62,29 @@ def write(**changes: object) -> None:
     file.write_text(yaml.safe_dump(FILE | changes, sort_keys=False))
 
 
-def study() -> tune.Study:
-    plan = tuning.read("trial")
-    return tune.Study(plan, data.prepare(plan.data), resolve("cpu"))
+def study() -> scaling.Study:
+    plan = scaling.read_tuning("trial")
+    return scaling.Study(plan, prepare(plan.data), resolve("cpu"))
 
 
-def states(found: tune.Study) -> Counter[str]:
+def states(found: scaling.Study) -> Counter[str]:
     return Counter(trial.state.name for trial in found.trials())
 
 
-def records(found: tune.Study) -> list[dict]:
-    return record.latest(found.work().rows("trial"))
+def records(found: scaling.Study) -> list[dict]:
+    return reclib_records.latest(found.work().rows("trial"))
 
 
 def test_a_study_runs_to_its_budget_once_and_its_choice_is_picked_up(root, capsys):
     write()
-    assert tune.main(["run", "trial", "--tracker", "none"]) == 0
+    assert scaling.tune_main(["run", "trial", "--tracker", "none"]) == 0
     assert "written: nano-synthetic.yaml" in capsys.readouterr().out
     found = study()
     assert len(found.finished()) == 7
     assert len(records(found)) == 7
-    assert tune.run(found, Options(), "none") == 0
+    assert scaling.run(found, Options(), "none") == 0
     best = found.best()
-    chosen = tuned.read("nano", found.dataset.name, found.dataset.fingerprint)
+    chosen = scaling.read_tuned("nano", found.dataset.name, found.dataset.fingerprint)
     assert chosen is not None
     assert chosen.train["learning_rate"] == best.params["learning_rate"]
     assert chosen.model["dropout"] == best.params["model.dropout"]
@@ -96,7 +99,7 @@ def test_a_trial_behind_the_median_is_pruned_and_counts(root):
     found = study()
     for rate in (0.02, 0.021, 0.022, 0.023, 1e-9):
         found.open(0).enqueue_trial({"learning_rate": rate})
-    tune.run(found, Options(), "none")
+    scaling.run(found, Options(), "none")
     assert states(found) == {"COMPLETE": 4, "PRUNED": 1}
     pruned = next(row for row in records(found) if row["own_params"]["state"] == "pruned")
     assert pruned["own_params"]["learning_rate"] == 1e-9
@@ -109,21 +112,21 @@ def test_the_same_seed_draws_the_same_trials(root, monkeypatch):
     for place in ("a", "b"):
         monkeypatch.setenv("RECLIB_RUNS", str(root / place))
         found = study()
-        tune.run(found, Options(), "none")
+        scaling.run(found, Options(), "none")
         drawn.append([(t.params, t.value) for t in found.trials()])
     assert drawn[0] == drawn[1]
 
 
-def checkpoint_of(found: tune.Study) -> int:
-    newest = [checkpoint.latest(folder) for folder in found.folder.glob("*/")]
+def checkpoint_of(found: scaling.Study) -> int:
+    newest = [saving.latest(folder) for folder in found.folder.glob("*/")]
     return max((int(path.name.removeprefix("step-")) for path in newest if path), default=0)
 
 
 def test_sigkill_loses_and_doubles_no_trial(root):
     """The killed trial is told as failed, run again with its settings, and goes on from its checkpoint."""
     write(trials=3, train=FILE["train"] | {"epochs": 30, "eval_every": 2})
-    data.prepare(tuning.read("trial").data)
-    command = [sys.executable, "-m", "reclib.tune", "run", "trial", "--tracker", "none"]
+    prepare(scaling.read_tuning("trial").data)
+    command = [sys.executable, "-m", "reclib", "tune", "run", "trial", "--tracker", "none"]
     process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
     found = study()
     deadline = time.monotonic() + 60
@@ -150,12 +153,12 @@ def test_sigkill_loses_and_doubles_no_trial(root):
 
 
 def _run_study() -> None:
-    tune.run(study(), Options(), "none")
+    scaling.run(study(), Options(), "none")
 
 
 def test_two_processes_share_a_study(root):
     write()
-    data.prepare(tuning.read("trial").data)
+    prepare(scaling.read_tuning("trial").data)
     context = multiprocessing.get_context("spawn")
     both = [context.Process(target=_run_study) for _ in range(2)]
     for process in both:
@@ -174,7 +177,7 @@ def test_a_trial_that_somebody_holds_is_left_to_them(root):
     write(trials=2)
     found = study()
     _, trial = found.claim()
-    with tune.held(found.folder / f"trial-{trial.number}"):
+    with scaling.held(found.folder / f"trial-{trial.number}"):
         assert found.one(Options())
         assert states(found)["RUNNING"] == 1
         assert not found.one(Options()), "one is done and one is somebody's: that is the budget"
@@ -189,7 +192,7 @@ def test_the_first_trial_is_the_recipe_as_it_stands(root):
     _, trial = study().claim()
     assert study().draw(trial) == {"learning_rate": 1e-3, "model.dropout": 0.1}
     write(space={"learning_rate": {"low": 0.01, "high": 0.1}})
-    assert tuning.default(tuning.read("trial")) == {}, "outside the space"
+    assert scaling.default(scaling.read_tuning("trial")) == {}, "outside the space"
 
 
 def test_a_trial_that_diverges_counts_and_is_not_tried_again(root):
@@ -205,24 +208,24 @@ def test_a_trial_that_diverges_counts_and_is_not_tried_again(root):
 def test_settings_of_another_dataset_are_refused(root):
     write(trials=1)
     found = study()
-    tune.run(found, Options(), "none")
+    scaling.run(found, Options(), "none")
     file = found.choose()
     with pytest.raises(InputError, match=r"nano-synthetic\.yaml: tuned on synthetic .* tune anew"):
-        tuned.read("nano", found.dataset.name, "0" * 64)
-    assert tuned.read("tiny", found.dataset.name, found.dataset.fingerprint) is None
+        scaling.read_tuned("nano", found.dataset.name, "0" * 64)
+    assert scaling.read_tuned("tiny", found.dataset.name, found.dataset.fingerprint) is None
     file.write_text("size: nano\n")
     with pytest.raises(InputError, match="key 'dataset' is missing"):
-        tuned.read("nano", found.dataset.name, found.dataset.fingerprint)
+        scaling.read_tuned("nano", found.dataset.name, found.dataset.fingerprint)
 
 
 def test_default_and_tuned_are_compared_on_the_same_users(root):
     write(trials=2)
     found = study()
     with pytest.raises(InputError, match="nothing is tuned yet"):
-        tune.compare(found, Options())
-    tune.run(found, Options(), "none")
+        scaling.compare(found, Options())
+    scaling.run(found, Options(), "none")
     found.choose()
-    results = {one.name: one for one in tune.compare(study(), Options()) if one.params["model"] == "tuned"}
+    results = {one.name: one for one in scaling.compare(study(), Options()) if one.params["model"] == "tuned"}
     assert results["validation_difference"].metrics["seeds"] == 2
     assert results["comparison"].params["against"] == "default"
     assert results["comparison"].metrics["difference_low"] <= results["comparison"].metrics["difference"]
@@ -237,7 +240,7 @@ def test_what_a_tuning_file_may_not_say(root):
     ]:
         write(**changes)
         with pytest.raises(InputError, match=r"trial\.yaml") as caught:
-            tuning.read("trial")
+            scaling.read_tuning("trial")
         assert said in str(caught.value)
 
 
@@ -245,7 +248,9 @@ def test_the_files_of_the_project_can_be_read():
     names = [file.stem for file in (ROOT / "params" / "tuning").glob("*.yaml")]
     assert names
     for name in names:
-        plan = tuning.read(name)
+        plan = scaling.read_tuning(name)
         assert plan.trials > 0
-        recipe = tuning.configs(plan, 10, {})
-        assert tuning.configs(plan, 10, tuning.default(plan)) == recipe, "the first trial is the recipe"
+        recipe = scaling.tuning_configs(plan, 10, {})
+        assert scaling.tuning_configs(plan, 10, scaling.default(plan)) == recipe, (
+            "the first trial is the recipe"
+        )

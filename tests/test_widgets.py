@@ -11,12 +11,13 @@ from lineups import asked, trained
 from test_explore import ROWS
 from test_periods import dataset  # noqa: F401  # a fixture
 
-from reclib import explore, quote, recommend, steptime, widgets
+from reclib.cost import planner
+from reclib.experiments import explore
 
 PLOTLY = "application/vnd.plotly.v1+json"
 
 
-def shown(panel: widgets.Panel) -> tuple[list[str], list[dict[str, Any]]]:
+def shown(panel: explore.Panel) -> tuple[list[str], list[dict[str, Any]]]:
     """Return the texts and the figures that a panel shows."""
     data = [output["data"] for output in panel.shown.outputs]
     return [d["text/html"] for d in data if "text/html" in d], [d[PLOTLY] for d in data if PLOTLY in d]
@@ -32,17 +33,17 @@ def controls(panel: Any) -> dict[str, Any]:
     return found
 
 
-def parameters(panel: widgets.Panel) -> dict[str, Any]:
+def parameters(panel: explore.Panel) -> dict[str, Any]:
     text = html.unescape(shown(panel)[0][-1])
     return yaml.safe_load(text[text.index("<pre>") + 5 : text.index("</pre>")])
 
 
 def test_every_control_has_a_description(lineup):
-    key, history = recommend.first_history(asked(), lineup)
+    key, history = explore.first_history(asked(), lineup)
     for panel, count in (
-        (widgets.cost(quote.asked(asked())), 12),
-        (widgets.results(ROWS, explore.first_selection(ROWS, "step")), 5),
-        (widgets.Recommend(lineup, key, history, 6, 5), 9),
+        (explore.cost_panel(explore.asked(asked())), 12),
+        (explore.results_panel(ROWS, explore.first_selection(ROWS, "step")), 5),
+        (explore.Recommend(lineup, key, history, 6, 5), 9),
     ):
         assert len(controls(panel)) == count
         assert "Controls" in repr(panel)
@@ -52,7 +53,7 @@ def test_every_control_has_a_description(lineup):
 
 
 def test_a_larger_batch_takes_more_and_the_parameters_say_so():
-    panel = widgets.cost(quote.asked(asked()))
+    panel = explore.cost_panel(explore.asked(asked()))
     turned = controls(panel)
     before = shown(panel)
     turned["batch"].value = 65_536
@@ -63,7 +64,7 @@ def test_a_larger_batch_takes_more_and_the_parameters_say_so():
 
 
 def test_a_size_brings_its_catalogue_and_a_device_its_precisions():
-    panel = widgets.cost(quote.asked(asked()))
+    panel = explore.cost_panel(explore.asked(asked()))
     turned = controls(panel)
     turned["size"].value = "5m"
     assert turned["catalogue"].value == 18_345
@@ -73,12 +74,12 @@ def test_a_size_brings_its_catalogue_and_a_device_its_precisions():
     assert turned["precision"].options == ("auto", "fp32", "fp16")
     assert turned["precision"].value == "auto"
     assert "fp16" in shown(panel)[0][0]
-    turned["device"].value = next(iter(steptime.cpus()))
+    turned["device"].value = next(iter(planner.cpus()))
     assert "predicted, validated" in shown(panel)[0][0]
 
 
 def test_what_does_not_fit_and_what_costs_nothing_is_said():
-    panel = widgets.cost(quote.asked(asked(plan_size="430m", plan_device="t4")))
+    panel = explore.cost_panel(explore.asked(asked(plan_size="430m", plan_device="t4")))
     turned = controls(panel)
     turned["batch"].value = 65_536
     assert "DOES NOT FIT" in shown(panel)[0][0]
@@ -91,7 +92,7 @@ def test_what_does_not_fit_and_what_costs_nothing_is_said():
 
 
 def test_an_adapter_takes_less_memory_and_says_how_much_it_trains():
-    panel = widgets.cost(quote.asked(asked()))
+    panel = explore.cost_panel(explore.asked(asked()))
     turned = controls(panel)
     before = shown(panel)[1][0]["layout"]["title"]["text"]
     turned["adapter"].value = "ilora"
@@ -107,7 +108,7 @@ def test_an_adapter_takes_less_memory_and_says_how_much_it_trains():
 
 
 def test_another_axis_another_figure():
-    panel = widgets.results(ROWS, explore.Selection("step", "batch_size", "step_seconds", "kind"))
+    panel = explore.results_panel(ROWS, explore.Selection("step", "batch_size", "step_seconds", "kind"))
     controls(panel)["upwards"].value = "sequences_per_second"
     (figure,) = shown(panel)[1]
     assert figure["layout"]["yaxis"]["title"]["text"] == "sequences per second"
@@ -125,7 +126,7 @@ def test_another_result_has_axes_of_its_own_and_a_wrong_choice_is_told():
         ROWS[-1] | {"metrics": {"hr@10": value, "mrr": value / 2}, "own_params": {"model": model}}
         for model, value in (("ease", 0.1), ("markov", 0.2))
     ]
-    panel = widgets.results([*ROWS[:3], *scored], explore.first_selection(ROWS, "step"))
+    panel = explore.results_panel([*ROWS[:3], *scored], explore.first_selection(ROWS, "step"))
     turned = controls(panel)
     turned["devices"].value = ("l4",)
     turned["result"].value = "test_metrics"
@@ -144,8 +145,8 @@ def lineup(dataset, tmp_path_factory):  # noqa: F811
 
 @pytest.fixture
 def panel(lineup):
-    key, history = recommend.first_history(asked(), lineup)
-    return widgets.Recommend(lineup, key, history, 6, 5)
+    key, history = explore.first_history(asked(), lineup)
+    return explore.Recommend(lineup, key, history, 6, 5)
 
 
 def test_items_are_searched_added_moved_and_removed(panel, lineup):

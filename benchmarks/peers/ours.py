@@ -12,11 +12,11 @@ from scoring import NAMES, values_of
 from selection import process_age
 
 from reclib.config import ModelConfig, TrainConfig, model_config, validated
-from reclib.data import Dataset, Evaluation, evaluated_users, evaluation, train_histories
-from reclib.fit import SELECT, Options, fit, rank_targets
+from reclib.data.dataset import Dataset, Evaluation, evaluated_users, evaluation, train_histories
 from reclib.hardware import resolve
-from reclib.model import Bert4Rec
-from reclib.trainer import Trainer
+from reclib.model.bert4rec import Bert4Rec
+from reclib.train.fit import SELECT, Options, fit, rank_targets
+from reclib.train.trainer import Trainer
 
 LOOKS = ("epoch", "train_seconds", "hr@10", "ndcg@10")
 

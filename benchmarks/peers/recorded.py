@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 from scoring import NAMES, OURS
 
-from reclib import assessment, metrics, record, scoring, statistics
-from reclib.assessment import Result
+from reclib import records
 from reclib.config import InputError
-from reclib.grid import Work
+from reclib.evaluate import metrics, statistics
+from reclib.experiments import baseline, grids
+from reclib.experiments.baseline import Result
+from reclib.experiments.grids import Work
 
 DISPLAY = {
     ("rectools", "bert4rec"): "RecTools BERT4Rec",
@@ -27,12 +29,12 @@ def ours(work: Work) -> dict[str, dict[str, np.ndarray]]:
     """Return the values per seed and user (S, U) of the grid's scored arms, by metric and arm."""
     found: dict[str, dict[str, np.ndarray]] = {name: {} for name in NAMES}
     for arm in work.grid.arms:
-        if not arm.final or arm.split != scoring.MAIN_SPLIT:
+        if not arm.final or arm.split != grids.MAIN_SPLIT:
             continue
         files = [work.ranks_file(arm, seed) for seed in arm.seeds]
         ranks = [dict(np.load(file)).get("test") for file in files if file.is_file()]
         if len(ranks) < len(files) or any(one is None for one in ranks):
-            raise InputError(f"{arm.name} is not scored yet: python -m reclib.scoring {work.grid.name}")
+            raise InputError(f"{arm.name} is not scored yet: python -m reclib score {work.grid.name}")
         for name in NAMES:
             found[name][arm.name] = np.stack([metrics.per_user(one)[name] for one in ranks])
     return found
@@ -83,7 +85,7 @@ def curve_results(folder: Path, work: Work) -> list[Result]:
     ours = np.zeros_like(next(iter(mine.values())))  # each gap is against ours at its own mark
     for one in statistics.compare({MINE: ours} | gaps, MINE):
         name, minute = of[one.name]
-        result = assessment.compared(one._replace(name=name), "ndcg@10", "equal_time_comparison")
+        result = baseline.compared(one._replace(name=name), "ndcg@10", "equal_time_comparison")
         found.append(result._replace(params=result.params | {"minutes": minute}))
     return found
 
@@ -100,7 +102,7 @@ def _by_minute(runs: list[Run]) -> dict[float, np.ndarray]:
 def _curve(name: str, runs: list[Run]) -> Result:
     """Return one curve: the mean over its seeds, with intervals over users, and what starting up took."""
     reached = _by_minute(runs)
-    ends = [metrics.bootstrap(values.mean(axis=0), scoring.SAMPLES) for values in reached.values()]
+    ends = [statistics.bootstrap(values.mean(axis=0), grids.SAMPLES) for values in reached.values()]
     epochs = np.mean([arrays["look_epoch"][: len(reached)] for _, arrays in runs], axis=0)
     series = {"minutes": list(reached), "ndcg@10": [end.mean for end in ends], "epoch": epochs.tolist()}
     series |= {"ndcg@10_low": [end.low for end in ends], "ndcg@10_high": [end.high for end in ends]}
@@ -117,8 +119,10 @@ def peer_results(folder: Path, work: Work) -> list[Result]:
     mine, found = ours(work), []
     for peer, runs in peers.items():
         values = {name: np.stack([arrays[f"test_{name}"] for _, arrays in runs]) for name in NAMES}
-        means = {name: metrics.bootstrap(rows.mean(axis=0), scoring.SAMPLES) for name, rows in values.items()}
-        found.append(Result("test_metrics", assessment.flat(means), {"model": peer}, {}))
+        means = {
+            name: statistics.bootstrap(rows.mean(axis=0), grids.SAMPLES) for name, rows in values.items()
+        }
+        found.append(Result("test_metrics", baseline.flat(means), {"model": peer}, {}))
         for place, (said, _) in enumerate(runs):
             numbers = {name: float(rows[place].mean()) for name, rows in values.items()}
             seed = said["identity"]["seed"]
@@ -127,7 +131,7 @@ def peer_results(folder: Path, work: Work) -> list[Result]:
         theirs = {peer: np.stack([a[f"test_{name}"] for _, a in runs]) for peer, runs in peers.items()}
         for arm, values in mine[name].items():
             for one in statistics.compare(theirs | {arm: values}, arm):
-                found.append(assessment.compared(one, name, "peer_comparison"))
+                found.append(baseline.compared(one, name, "peer_comparison"))
     return found
 
 
@@ -148,5 +152,5 @@ def write(folder: Path, work: Work) -> list[Result]:
         found += peer_results(folder, work)
     for result in found:
         identity = {"peer": result.params, "seed": result.seed, "data": work.dataset.fingerprint}
-        work.write(record.params_hash(identity), result, {}, {})
+        work.write(records.params_hash(identity), result, {}, {})
     return found

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from reclib import metrics
 from reclib.config import InputError
-from reclib.data import Dataset, Evaluation, evaluated_users, evaluation, train_histories
+from reclib.data.dataset import Dataset, Evaluation, evaluated_users, evaluation, train_histories
+from reclib.evaluate import metrics, statistics
 
 TOP_K = 10
 NAMES = ("hr@10", "ndcg@10")
@@ -122,5 +122,5 @@ def table(folder: Path, fingerprint: str, samples: int = 2000) -> list[str]:
 
 
 def _interval(values: np.ndarray, samples: int) -> str:
-    interval = metrics.bootstrap(values, samples)
+    interval = statistics.bootstrap(values, samples)
     return f"{interval.mean:.4f} ({interval.low:.4f} to {interval.high:.4f})"

@@ -1,0 +1,5 @@
+"""`python -m reclib`: see `reclib.cli`."""
+
+from reclib.cli import entry
+
+raise SystemExit(entry())

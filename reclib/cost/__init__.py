@@ -1,0 +1,1 @@
+"""FLOPs, memory, time and price of a run, computed without torch."""

@@ -1,0 +1,1 @@
+"""Data: raw files read, prepared, split and laid out in batches."""

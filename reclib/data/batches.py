@@ -1,0 +1,486 @@
+"""From samples to batches: packed rows and where in them the targets are, vectorised and reproducible.
+
+A step's samples are drawn before they are laid out, from a generator seeded by (seed, stream, epoch, step).
+So the same step has the same targets in packed or padded rows, in one piece or in micro-batches, and a
+resumed run needs no generator state. Packing is first-fit decreasing, for `STEPS_PACKED` steps at once.
+Of several processes that train together each draws the whole step and lays out its own micro-batches.
+
+Shapes: S steps, B sequences of a step, T items of a step, R rows, L = max_len, Q queries of a row, M targets.
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+from reclib.config import PAD, ModelConfig, TrainConfig
+from reclib.data.dataset import Histories
+
+# ------------------------------------------------------------------------------------------------
+# What a model is shown and asked: windows of histories, their targets, and the negatives of a sampled loss.
+#
+# Shapes: B sequences, T items of all of them, I real items.
+
+
+class Samples(NamedTuple):
+    """Sequences cut to at most L items, one after another, with their targets marked."""
+
+    tokens: np.ndarray  # int32 (T,) item ids
+    lengths: np.ndarray  # int64 (B,)
+    is_target: np.ndarray  # bool (T,) places where something is to be predicted
+    labels: np.ndarray  # int32 (T,) what: the item itself (cloze) or the one after it
+
+
+def cut(histories: Histories, users: np.ndarray, max_len: int, offset: np.ndarray | None) -> Samples:
+    """Return the histories of `users`, at most `max_len` items each and no targets yet.
+
+    `offset` (B,) in [0, 1) places the window inside a longer history; None takes the last items.
+    """
+    starts, ends = histories.starts[users], histories.ends[users]
+    lengths = np.minimum(ends - starts, max_len)
+    slack = ends - starts - lengths
+    shift = slack if offset is None else np.minimum((offset * (slack + 1)).astype(np.int64), slack)
+    windows = Histories(histories.items, starts + shift, starts + shift + lengths)
+    tokens = histories.items[windows.places()]
+    return Samples(tokens, lengths, np.zeros(len(tokens), dtype=bool), tokens)
+
+
+def prefixes(histories: Histories, share: float, rng: np.random.Generator) -> Histories:
+    """Return histories of which a share, drawn at random, ends at a random place, after two items or more.
+
+    A model that sees whole histories alone knows what comes after the last item of none: prefixes are what
+    histories looked like earlier, and with the last item masked they are prediction at that time.
+    """
+    lengths = histories.ends - histories.starts
+    cut_here = rng.random(len(lengths)) < share
+    shorter = 2 + (rng.random(len(lengths)) * (lengths - 1)).astype(np.int64)  # 2 .. length
+    kept = np.where(cut_here & (lengths > 2), np.minimum(shorter, lengths), lengths)
+    return histories._replace(ends=histories.starts + kept)
+
+
+def mask_cloze(
+    samples: Samples, mask_prob: float, last_item_share: float, rng: np.random.Generator
+) -> Samples:
+    """Mark cloze targets: each item with `mask_prob`, at least one a sequence.
+
+    A share of the sequences has the last item as its only target, which is the condition at inference.
+    """
+    lengths = samples.lengths
+    ends = np.cumsum(lengths)
+    sequence = np.repeat(np.arange(len(lengths)), lengths)
+    last_only = rng.random(len(lengths)) < last_item_share
+    is_target = (rng.random(len(samples.tokens)) < mask_prob) & ~last_only[sequence]
+    spare = ends - lengths + (rng.random(len(lengths)) * lengths).astype(np.int64)
+    empty = np.bincount(sequence[is_target], minlength=len(lengths)) == 0
+    forced = np.where(last_only, ends - 1, spare)[empty & (lengths > 0)]
+    is_target[forced] = True
+    return samples._replace(is_target=is_target)
+
+
+def next_items(samples: Samples) -> Samples:
+    """Return every item but each sequence's last, as inputs whose targets are the items after them."""
+    lengths = samples.lengths
+    is_last = np.zeros(len(samples.tokens), dtype=bool)
+    is_last[np.cumsum(lengths)[lengths > 0] - 1] = True
+    kept = np.flatnonzero(~is_last)
+    tokens = samples.tokens
+    return Samples(tokens[kept], np.maximum(lengths - 1, 0), np.ones(len(kept), dtype=bool), tokens[kept + 1])
+
+
+def item_counts(histories: Histories, num_items: int) -> np.ndarray:
+    """Return how often each item occurs in the histories, int64 (I + 1,); [0] is PAD's, zero."""
+    return np.bincount(histories.items[histories.places()], minlength=num_items + 1)
+
+
+def negative_shares(histories: Histories, num_items: int, train: TrainConfig) -> np.ndarray:
+    """Return the probability (I + 1,) with which a draw of a sampled loss gives each item; PAD's is 0."""
+    if train.negatives == "popularity":
+        counts = item_counts(histories, num_items)
+    else:
+        counts = (np.arange(num_items + 1) != PAD).astype(np.int64)
+    return counts / counts.sum()
+
+
+# ------------------------------------------------------------------------------------------------
+# How sequences share rows: first-fit decreasing, and sizes that repeat.
+#
+# Plain numpy, so that a plan can lay out the batches of a device that is not there.
+#
+# Shapes: S steps, B sequences of a step, R rows, L = max_len.
+
+
+def bucket(n: int, steps: int) -> int:
+    """Round n up to one of `steps` sizes per octave, so that shapes repeat at a bounded waste."""
+    size = 1 << max(0, n.bit_length() - steps.bit_length())
+    return -(-n // size) * size
+
+
+def first_fit_decreasing(lengths: np.ndarray, max_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pack the sequences of many steps at once; return row and place in the row of each.
+
+    `lengths` (S, B) with 0 where a step has no further sequence; both results are (S, B). The loop runs over
+    the B ranks by length; all steps move together.
+    """
+    S, B = lengths.shape
+    order = np.argsort(-lengths, axis=1, kind="stable")
+    # Of the rows that first fit opens, at most one is half empty: this many suffice.
+    num_rows = min(B, int(2 * lengths.sum(axis=1).max(initial=0) // max_len) + 1)
+    small = np.int16 if max_len <= np.iinfo(np.int16).max else np.int64  # `free` is read once a rank
+    free = np.full((S, num_rows), max_len, dtype=small)
+    rows, places = np.zeros_like(lengths), np.zeros_like(lengths)
+    step = np.arange(S)
+    for rank in range(B):
+        chosen = order[:, rank]
+        length = lengths[step, chosen]
+        row = (free >= length[:, None].astype(small)).argmax(axis=1)
+        rows[step, chosen], places[step, chosen] = row, max_len - free[step, row]
+        free[step, row] -= length.astype(small)
+    return rows, places
+
+
+# ------------------------------------------------------------------------------------------------
+
+IGNORE = -100  # target of a slot that only fills a bucket
+
+ORDER, SAMPLE, NEGATIVES, PREFIX = 0, 1, 2, 3  # streams of random numbers
+
+STEPS_PACKED = 64  # at once: about as fast as a whole epoch, and its first batch waits for these alone
+
+AHEAD = 16  # batches: as many as a fast GPU uses up while the next steps are packed
+
+ALIGNED = 4  # places: every tensor in a staging buffer starts at a multiple of 16 bytes
+
+T = TypeVar("T")
+
+
+class Batch(NamedTuple):
+    """Rows for the encoder and where in them the targets are."""
+
+    items: Tensor  # (R, L) ids, MASK where a target stands, PAD in unused places
+    segment_ids: Tensor  # (R, L) number of the sequence, 0 in unused places
+    positions: Tensor  # (R, L) row of the position table
+    query_index: Tensor  # (R, Q) places in each row that hold targets, filled up with place 0
+    target_slots: Tensor  # (M,) where the targets are in the flattened (R, Q) queries
+    target_places: Tensor  # (M,) where they are in the flattened (R, L) rows
+    targets: Tensor  # (M,) item ids; IGNORE in slots that only fill the bucket
+    num_targets: int
+    num_tokens: int  # real items, MASK included
+    num_sequences: int
+    negatives: Tensor | None = None  # (K,) item ids of a sampled loss
+    negative_probs: Tensor | None = None  # (K,) how likely one draw was to give each
+    buffer: Tensor | None = None  # int32: the tensors above in one piece, as `staged` leaves them for `to`
+
+    def staged(self, device: torch.device) -> Batch:
+        """Return the batch ready for one copy to `device`: the work of the thread that prepares batches."""
+        if device.type == "cpu":
+            return self
+        return self._replace(buffer=stage(list(self._tensors().values()), device))
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on `device`, in one copy that nobody waits for."""
+        if device.type == "cpu":
+            return self
+        parts = self._tensors()
+        sent: dict[str, Any] = dict(zip(parts, send(list(parts.values()), device, self.buffer), strict=True))
+        return self._replace(**sent, buffer=None)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by name, without the buffer."""
+        fields = self._replace(buffer=None)._asdict()
+        return {name: value for name, value in fields.items() if isinstance(value, Tensor)}
+
+
+def stage(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return int32, int64 (below 2^31) and fp32 tensors in one int32 buffer, pinned for a CUDA device."""
+    import torch
+
+    sizes = [-(-tensor.numel() // ALIGNED) * ALIGNED for tensor in tensors]
+    buffer = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
+    for tensor, part in zip(tensors, buffer.split(sizes), strict=True):
+        bits = tensor.view(torch.int32) if tensor.is_floating_point() else tensor
+        part[: tensor.numel()].copy_(bits.flatten())
+    return buffer
+
+
+def unstage(buffer: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Return the tensors in a buffer that `stage` made of such as `like`, as views of it and of its int64."""
+    import torch
+
+    wide, first, views = buffer.long(), 0, []
+    for tensor in like:
+        source = wide if tensor.dtype == torch.int64 else buffer.view(tensor.dtype)
+        views.append(source[first : first + tensor.numel()].view(tensor.shape))
+        first += -(-tensor.numel() // ALIGNED) * ALIGNED
+    return views
+
+
+def send(tensors: Sequence[Tensor], device: torch.device, buffer: Tensor | None = None) -> list[Tensor]:
+    """Return CPU tensors on `device`, of the types that they had, in one copy of what `stage` makes of them.
+
+    The copy is half as wide as int64 would be, and the device widens all of it in one operation.
+    """
+    if device.type == "cpu":
+        return list(tensors)
+    buffer = stage(tensors, device) if buffer is None else buffer
+    return unstage(buffer.to(device, non_blocking=True), tensors)
+
+
+class Totals(NamedTuple):
+    """What a whole step holds, over its micro-batches and over all processes that train together."""
+
+    num_targets: int
+    num_tokens: int  # real items, MASK included
+    num_sequences: int
+
+
+def generator(*key: int) -> np.random.Generator:
+    """Return the generator of a key such as (seed, stream, epoch, step)."""
+    return np.random.default_rng(key)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What turns samples into a batch."""
+
+    max_len: int
+    mask_id: int
+    position_origin: str  # "first" or "last"
+    packed: bool
+    bucket_steps: int
+    causal: bool = False  # targets stay visible: they are other items than those at their places
+
+    @classmethod
+    def of(cls, model: ModelConfig, train: TrainConfig) -> Layout:
+        """Return the layout that the two configurations ask for."""
+        packed = train.layout == "packed"
+        shape = (model.max_len, model.mask_id, model.position_origin, packed, train.bucket_steps)
+        return cls(*shape, causal=model.causal)
+
+    def place(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return row and place (S, B) of every sequence; unpacked, each has a row of its own."""
+        if self.packed:
+            return first_fit_decreasing(lengths, self.max_len)
+        return np.broadcast_to(np.arange(lengths.shape[1]), lengths.shape), np.zeros_like(lengths)
+
+    def batch(self, samples: Samples, rows: np.ndarray, places: np.ndarray) -> Batch:
+        """Lay samples out in rows (B,) at places (B,)."""
+        import torch
+
+        tokens, lengths, is_target, labels = samples
+        L = self.max_len
+        num_rows = int(rows.max(initial=0)) + 1
+        num_rows = bucket(num_rows, self.bucket_steps) if self.packed else num_rows
+        sequence = np.repeat(np.arange(len(lengths)), lengths)
+        within = np.arange(len(tokens)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        flat = rows[sequence] * L + places[sequence] + within  # (T,) place in the flattened rows
+        from_last = self.position_origin == "last"
+
+        items = np.full(num_rows * L, PAD, dtype=np.int64)
+        segments = np.zeros(num_rows * L, dtype=np.int32)
+        positions = np.zeros(num_rows * L, dtype=np.int64)
+        items[flat] = tokens if self.causal else np.where(is_target, self.mask_id, tokens)
+        segments[flat] = sequence + 1
+        positions[flat] = lengths[sequence] - 1 - within if from_last else within
+
+        found, targets = flat[is_target], labels[is_target].astype(np.int64)
+        index = self._queries(found, targets, num_rows)
+        shape = (num_rows, L)
+        return Batch(
+            torch.from_numpy(items).view(shape),
+            torch.from_numpy(segments).view(shape),
+            torch.from_numpy(positions).view(shape),
+            *index,
+            num_targets=len(found),
+            num_tokens=len(tokens),
+            num_sequences=len(lengths),
+        )
+
+    def _queries(
+        self, found: np.ndarray, targets: np.ndarray, num_rows: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Sort targets by place and give each row the same number Q of query slots."""
+        import torch
+
+        order = np.argsort(found, kind="stable")
+        found, targets = found[order], targets[order]
+        row = found // self.max_len
+        per_row = np.bincount(row, minlength=num_rows)
+        Q = min(bucket(int(per_row.max(initial=1)), self.bucket_steps), self.max_len)
+        rank = np.arange(len(found)) - (np.cumsum(per_row) - per_row)[row]
+        query_index = np.zeros((num_rows, Q), dtype=np.int64)
+        query_index[row, rank] = found % self.max_len
+        spare = bucket(len(found), self.bucket_steps) - len(found)
+        fill = ((0, spare),)
+        return (
+            torch.from_numpy(query_index),
+            torch.from_numpy(np.pad(row * Q + rank, fill)),
+            torch.from_numpy(np.pad(found, fill)),
+            torch.from_numpy(np.pad(targets, fill, constant_values=IGNORE)),
+        )
+
+
+class Epoch:
+    """The steps of one pass over the users; `step(i)` gives the micro-batches of step i, always the same.
+
+    Of `ranks` processes, which divide `batch_size`, this is number `rank`: of the micro-batches of a step it
+    has every `ranks`-th, which at the end of an epoch may be none.
+    """
+
+    def __init__(
+        self,
+        histories: Histories,
+        model: ModelConfig,
+        train: TrainConfig,
+        epoch: int,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        self.model, self.train, self.epoch = model, train, epoch
+        if train.prefix_share:
+            histories = prefixes(histories, train.prefix_share, generator(train.seed, PREFIX, epoch))
+        self.histories = histories
+        self.layout = Layout.of(model, train)
+        self.extra = int(model.causal)  # items of a window beyond its inputs: the last one's target
+        users = np.flatnonzero(histories.ends - histories.starts > self.extra)
+        self.users = generator(train.seed, ORDER, epoch).permutation(users)
+        self.num_steps = -(-len(users) // train.batch_size)
+        self.rank, self.ranks = rank, ranks
+        micro = math.gcd(train.micro_batch_size or train.batch_size, train.batch_size // ranks)
+        self.micro_batch_size = micro
+        self._packed: tuple[int, np.ndarray, np.ndarray] | None = None  # first step of a block, rows, places
+        self.shares = negative_shares(histories, model.num_items, train) if train.sampled else None
+
+    def samples(self, step: int) -> Samples:
+        """Draw the windows and targets of a step."""
+        train = self.train
+        users = self.users[step * train.batch_size : (step + 1) * train.batch_size]
+        rng = generator(train.seed, SAMPLE, self.epoch, step)
+        offset = rng.random(len(users)) if train.window == "random" else None
+        chosen = cut(self.histories, users, self.model.max_len + self.extra, offset)
+        if self.model.causal:
+            return next_items(chosen)
+        return mask_cloze(chosen, train.mask_prob, train.last_item_share, rng)
+
+    def negatives(self, step: int) -> dict[str, Any]:
+        """Draw the negatives of a sampled loss, one set for all targets of a step, with their odds."""
+        import torch
+
+        if self.shares is None:
+            return {}
+        rng = generator(self.train.seed, NEGATIVES, self.epoch, step)
+        drawn = rng.choice(len(self.shares), self.train.num_negatives, p=self.shares)
+        odds = torch.from_numpy(self.shares[drawn].astype(np.float32))
+        return {"negatives": torch.from_numpy(drawn), "negative_probs": odds}
+
+    def placed(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return row and place (B,) of a step's sequences, B = batch_size also in a shorter last step.
+
+        A block of steps is packed when one of them is first asked for.
+        """
+        first = step // STEPS_PACKED * STEPS_PACKED
+        if self._packed is None or self._packed[0] != first:
+            size = self.train.batch_size
+            users = self.users[first * size : (first + STEPS_PACKED) * size]
+            lengths = np.zeros(-(-len(users) // size) * size, dtype=np.int64)
+            spans = self.histories.ends[users] - self.histories.starts[users] - self.extra
+            lengths[: len(users)] = np.minimum(spans, self.model.max_len)
+            rows, places = self.layout.place(lengths.reshape(-1, self.micro_batch_size))
+            self._packed = first, rows.reshape(-1, size), places.reshape(-1, size)
+        _, rows, places = self._packed
+        return rows[step - first], places[step - first]
+
+    def step(self, step: int) -> list[Batch]:
+        """Return the micro-batches of a step."""
+        return self.counted(step)[0]
+
+    def counted(self, step: int, device: torch.device | None = None) -> tuple[list[Batch], Totals]:
+        """Return this process's micro-batches of a step, staged for `device`, and the whole step's totals."""
+        samples, negatives = self.samples(step), self.negatives(step)
+        size, (rows, places) = self.micro_batch_size, self.placed(step)
+        ends = np.concatenate(([0], np.cumsum(samples.lengths)))
+        batches = []
+        for first in range(0, len(samples.lengths), size)[self.rank :: self.ranks]:
+            part = slice(first, min(first + size, len(samples.lengths)))
+            items = slice(ends[part.start], ends[part.stop])
+            tokens, lengths, is_target, labels = samples
+            piece = Samples(tokens[items], lengths[part], is_target[items], labels[items])
+            batch = self.layout.batch(piece, rows[part], places[part])._replace(**negatives)
+            batches.append(batch if device is None else batch.staged(device))
+        whole = Totals(int(samples.is_target.sum()), len(samples.tokens), len(samples.lengths))
+        return batches, whole
+
+
+def next_item_batches(
+    histories: Histories, layout: Layout, users: np.ndarray, batch_size: int
+) -> Generator[tuple[np.ndarray, Batch], None, None]:
+    """Yield (users, batch) for prediction: each history's last L - 1 items, then MASK.
+
+    The causal twin is asked at the last of L items, and at MASK alone after an empty history. Users are taken
+    by length, and rows are as long as the longest of a batch: attention over more is wasted. The target slots
+    are in the order of the users that are yielded with them.
+    """
+    most = layout.max_len - int(not layout.causal)
+    spans = np.minimum((histories.ends - histories.starts)[users], most)
+    users = users[np.argsort(-spans, kind="stable")]
+    for first in range(0, len(users), batch_size):
+        chosen = users[first : first + batch_size]
+        seen = cut(histories, chosen, most, None)
+        lengths = np.maximum(seen.lengths, 1) if layout.causal else seen.lengths + 1
+        ends = np.cumsum(lengths)
+        tokens = np.full(ends[-1], layout.mask_id, dtype=np.int64)
+        is_target = np.zeros(ends[-1], dtype=bool)
+        is_target[ends - 1] = True
+        within = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
+        tokens[within < np.repeat(seen.lengths, lengths)] = seen.tokens
+        fitting = replace(layout, max_len=min(-(-int(lengths[0]) // 16) * 16, layout.max_len))
+        rows, places = fitting.place(lengths[None])
+        batch = fitting.batch(Samples(tokens, lengths, is_target, tokens), rows[0], places[0])
+        by_place = np.argsort(rows[0] * fitting.max_len + places[0], kind="stable")
+        yield chosen[by_place], batch
+
+
+def prefetch(source: Iterable[T], depth: int = AHEAD) -> Generator[T, None, None]:
+    """Yield from `source`, prepared by a thread up to `depth` ahead; its errors are raised here."""
+    ready: queue.Queue = queue.Queue(maxsize=depth)
+    stop = threading.Event()
+    end = object()
+
+    def offer(item: object) -> None:
+        while not stop.is_set():
+            try:
+                return ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for item in source:
+                offer((item, None))
+                if stop.is_set():
+                    return
+            offer((end, None))
+        except BaseException as error:  # handed over, to be raised by the consumer
+            offer((end, error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            if item is end:
+                return
+            yield item
+    finally:
+        stop.set()
+        thread.join()

@@ -1,0 +1,1 @@
+"""Ranking metrics, baselines that count, and the statistics of comparisons."""

@@ -1,0 +1,448 @@
+"""Recommenders without gradient descent, in the same harness as the models: what any model has to beat.
+
+Each is fitted on training histories alone and gives `metrics.Scores` for an `Evaluation`, a block of users
+at a time. What a user has done since (the validation item at test) enters through the evaluation's
+histories; nothing is fitted to it.
+
+- popularity: how often an item occurs. `recent popularity`: among each history's last interactions, which
+  needs their order alone, or in the last share of the time range, which needs timestamps.
+- markov: first-order transition shares from the last item, smoothed towards popularity.
+- item_knn: cosine similarity with shrinkage; blind to order (Deshpande and Karypis, TOIS 2004).
+- ease: a linear item-to-item model in closed form; blind to order (Steck, WWW 2019, arXiv 1905.03375).
+- pairwise_counts: how often two items stand near each other, summed over a history's last items, newer ones
+  with more weight (sequential rules; Ludewig and Jannach, UMUAI 2018, arXiv 1803.09587). It is also fitted
+  with the validation items, as `pairwise_counts_with_validation`: the hyperparameters stay those that
+  validation chose, so that nothing else differs. Only the first trains on what the models train on.
+
+They are written on scipy, since `implicit` has neither EASE nor a cosine with shrinkage and `lenskit` would
+replace pandas 3 by 2 and bring twenty packages.
+
+Shapes: U users of the training histories, B users at a time, I items; column j is item j + 1.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from scipy import linalg, sparse
+
+from reclib.config import InputError
+from reclib.data.dataset import Evaluation, Histories
+from reclib.evaluate import metrics
+from reclib.evaluate.metrics import Scores
+
+BLOCK_BYTES = 16 * 2**20  # of similarities that are made at a time
+
+EASE_BYTES = 4 * 2**30  # memory that EASE may take unless told otherwise
+
+PAIRS = 2**22  # of items that are counted at a time
+
+
+class Recommender(Protocol):
+    """What was fitted on training histories and scores every item."""
+
+    def scores(self, evaluation: Evaluation) -> Scores:
+        """Yield (users, scores (B, I)) for all rows of the evaluation."""
+        ...
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same scores for everybody."""
+
+    values: np.ndarray  # float32 (I,)
+
+    def scores(self, evaluation: Evaluation) -> Scores:
+        """Yield (users, scores (B, I))."""
+        return metrics.constant_scores(self.values, evaluation)
+
+
+@dataclass(frozen=True)
+class Markov:
+    """Smoothed transition shares: (n_ij + a p_j) / (n_i + a) with popularity shares p and a pseudo-counts."""
+
+    transitions: sparse.csr_array  # float32 (I, I): how often column follows row
+    popularity: np.ndarray  # float64 (I,), sums to 1
+    smoothing: float  # a
+
+    def scores(self, evaluation: Evaluation) -> Scores:
+        """Yield (users, scores (B, I)) from each history's last item; popularity for an empty history."""
+        histories = evaluation.histories
+        filled = histories.ends > histories.starts
+        last = np.where(filled, histories.items[np.maximum(histories.ends, 1) - 1], 1) - 1
+        totals = self.transitions.sum(axis=1)
+        for users in _blocks(len(evaluation.targets), len(self.popularity)):
+            known = filled[users]
+            counts = self.transitions[last[users]].toarray() * known[:, None]
+            total = (totals[last[users]] * known)[:, None]
+            smoothed = (counts + self.smoothing * self.popularity) / (total + self.smoothing)
+            yield users, torch.from_numpy(smoothed.astype(np.float32))
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Scores that are the sum, over the distinct items of a history, of those items' rows of weights."""
+
+    weights: sparse.csr_array | np.ndarray  # float32 (I, I)
+
+    def scores(self, evaluation: Evaluation) -> Scores:
+        """Yield (users, scores (B, I)); an empty history scores 0 everywhere."""
+        num_items = self.weights.shape[0]
+        for users in _blocks(len(evaluation.targets), num_items):
+            found = interaction_matrix(evaluation.histories, num_items, users) @ self.weights
+            dense = found.toarray() if sparse.issparse(found) else found
+            yield users, torch.from_numpy(np.ascontiguousarray(dense, dtype=np.float32))
+
+
+@dataclass(frozen=True)
+class PairwiseCounts:
+    """Scores that are the sum, over the last items of a history, of those items' rows of scaled pair counts.
+
+    The item that stands `age` places before the last one has the weight decay^age. A count is divided by
+    (its row's sum)^row_power and (its column's sum)^column_power.
+    """
+
+    forward: sparse.csr_array  # float32 (I, I): how often column follows row, by 1 / distance
+    backward: float  # weight of a pair in the other direction, in units of the forward one
+    row_power: float
+    column_power: float
+    decay: float
+    last: int  # items of a history that count
+
+    @functools.cached_property
+    def weights(self) -> sparse.csr_array:
+        """The scaled counts, float32 (I, I)."""
+        counts = (self.forward + np.float32(self.backward) * self.forward.T.tocsr()).tocsr()
+        rows, columns = (
+            np.maximum(counts.sum(axis=axis, dtype=np.float64), 1e-9) ** -power
+            for axis, power in ((1, self.row_power), (0, self.column_power))
+        )
+        scale = np.repeat(rows, np.diff(counts.indptr)) * columns[counts.indices]
+        counts.data = (counts.data * scale).astype(np.float32)
+        return counts
+
+    def scores(self, evaluation: Evaluation) -> Scores:
+        """Yield (users, scores (B, I)); an empty history scores 0 everywhere."""
+        items, starts, ends = evaluation.histories
+        num_items = self.forward.shape[0]
+        for users in _blocks(len(evaluation.targets), num_items):
+            recent = Histories(items, np.maximum(starts[users], ends[users] - self.last), ends[users])
+            indptr = np.concatenate(([0], np.cumsum(recent.lengths)))
+            age = np.repeat(indptr[1:], recent.lengths) - 1 - np.arange(indptr[-1])
+            entries = ((self.decay**age).astype(np.float32), items[recent.places()] - 1, indptr)
+            found = sparse.csr_array(entries, shape=(len(users), num_items)) @ self.weights
+            yield users, torch.from_numpy(found.toarray())
+
+
+def fit_popularity(histories: Histories, num_items: int) -> Constant:
+    """Score items by how often they occur in the training histories."""
+    return Constant(metrics.popularity(histories, num_items))
+
+
+def fit_recent(histories: Histories, num_items: int, last: int = 5) -> Constant:
+    """Score items by how often they occur among the last `last` interactions of each training history.
+
+    It needs the order only. The last interactions of different users may be years apart.
+    """
+    _require("last", last, last >= 1, "at least 1 interaction")
+    starts = np.maximum(histories.starts, histories.ends - int(last))
+    return Constant(metrics.popularity(histories._replace(starts=starts), num_items))
+
+
+def fit_recent_in_time(
+    histories: Histories, num_items: int, times: np.ndarray | None, share: float = 0.1
+) -> Constant:
+    """Score items by how often they occur in the last `share` of the training interactions' time range.
+
+    `times` (num_interactions,) stands beside `histories.items`, in any unit. Under leave-one-out the range
+    ends with the latest training interaction of any user, so that others' future is in the counts; under a
+    global time split it is what was known at that time. Raises `InputError` where there are no times.
+    """
+    if times is None:
+        raise InputError("popularity by time needs timestamps, and the dataset has an order only: use 'last'")
+    _require("share", share, 0 < share <= 1, "a share of the time range above 0 and at most 1")
+    places = histories.places()
+    stamps = np.asarray(times)[places].astype(np.float64)
+    since = stamps.max() - share * np.ptp(stamps)
+    items = histories.items[places[stamps >= since]]
+    return Constant(np.bincount(items, minlength=num_items + 1)[1:].astype(np.float32))
+
+
+def fit_markov(histories: Histories, num_items: int, smoothing: float = 10.0) -> Markov:
+    """Count which item directly follows which in the training histories.
+
+    `smoothing` is the number of pseudo-transitions that every item is given, spread by popularity: an item
+    that was seen less often than that leans on popularity more than on its own transitions.
+    """
+    _require("smoothing", smoothing, smoothing > 0, "above 0")
+    places = histories.places()
+    followed = np.ones(len(places), dtype=bool)
+    lengths = histories.ends - histories.starts
+    followed[np.cumsum(lengths)[lengths > 0] - 1] = False  # nothing follows the last item of a history
+    first, second = histories.items[places[followed]] - 1, histories.items[places[followed] + 1] - 1
+    counts = sparse.coo_array(
+        (np.ones(len(first), dtype=np.float32), (first, second)), shape=(num_items, num_items)
+    ).tocsr()
+    popularity = metrics.popularity(histories, num_items).astype(np.float64)
+    return Markov(counts, popularity / max(popularity.sum(), 1.0), float(smoothing))
+
+
+def fit_item_knn(histories: Histories, num_items: int, neighbours: int = 100, shrink: float = 10.0) -> Linear:
+    """Keep each item's nearest neighbours by users in common: n_ij / (sqrt(n_i n_j) + shrink).
+
+    A user counts once per item. Of equally near items the lower id is nearer; an item is not its own
+    neighbour. Memory is bounded by the kept neighbours and `BLOCK_BYTES`.
+    """
+    _require("neighbours", neighbours, neighbours >= 1, "at least 1")
+    _require("shrink", shrink, shrink >= 0, "0 or above")
+    users = interaction_matrix(histories, num_items)
+    by_item = users.T.tocsr()
+    norms = np.sqrt(np.diff(by_item.indptr).astype(np.float64))
+    kept = []
+    for block in _blocks(num_items, num_items, BLOCK_BYTES):
+        common = (by_item[block] @ users).tocoo()
+        row, column = common.coords
+        other = block[row] != column
+        row, column, count = row[other], column[other], common.data[other]
+        near = (count / (norms[block[row]] * norms[column] + shrink)).astype(np.float32)
+        row, column, near = _by_nearness(row, column, near, num_items)
+        per_row = np.bincount(row, minlength=len(block))
+        rank = np.arange(len(row)) - np.repeat(np.cumsum(per_row) - per_row, per_row)
+        first = rank < neighbours
+        entries = (near[first], (row[first], column[first]))
+        kept.append(sparse.coo_array(entries, shape=(len(block), num_items)).tocsr())
+    return Linear(sparse.vstack(kept, format="csr"))
+
+
+def _by_nearness(
+    row: np.ndarray, column: np.ndarray, near: np.ndarray, num_items: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sort entries by row, then falling similarity (float32, positive), then column.
+
+    An entry becomes one integer, since plain numbers sort many times faster than three keys: positive floats
+    are ordered as their bits, and a block's rows x columns leave room for these 31.
+    """
+    falling = 2**31 - 1 - near.view(np.int32).astype(np.int64)
+    key = np.sort((row.astype(np.int64) * 2**31 + falling) * num_items + column)
+    rest, column = np.divmod(key, num_items)
+    row, falling = np.divmod(rest, 2**31)
+    return row, column, (2**31 - 1 - falling).astype(np.int32).view(np.float32)
+
+
+def fit_ease(
+    histories: Histories, num_items: int, regularisation: float = 100.0, memory_bytes: int = EASE_BYTES
+) -> Linear:
+    """Solve for the item-to-item weights, zero on the diagonal, that best rebuild every history (1905.03375).
+
+    With P the inverse of X'X + lambda I they are -P_ij / P_jj off the diagonal. A matrix of doubles becomes
+    its own inverse in place; with the result in single precision that is 12 bytes for each pair of items.
+    Raises `InputError` where this exceeds `memory_bytes`.
+    """
+    _require("regularisation", regularisation, regularisation > 0, "above 0")
+    needed = 12 * num_items**2
+    if needed > memory_bytes:
+        raise InputError(
+            f"EASE on {num_items:,} items needs {needed / 2**30:.1f} GiB, parameter 'memory_bytes' allows "
+            f"{memory_bytes / 2**30:.1f} GiB: raise it, or leave EASE out for this catalogue"
+        )
+    users = interaction_matrix(histories, num_items)
+    by_item = users.T.tocsr()
+    gram = np.empty((num_items, num_items))
+    for block in _blocks(num_items, num_items, BLOCK_BYTES):
+        gram[block[0] : block[-1] + 1] = (by_item[block] @ users).toarray()
+    gram[np.diag_indices(num_items)] += regularisation
+    # The transpose is the same symmetric matrix in the order that LAPACK can overwrite.
+    factor, failed = linalg.lapack.dpotrf(gram.T, lower=1, overwrite_a=1)
+    inverse, not_inverted = linalg.lapack.dpotri(factor, lower=1, overwrite_c=1)
+    if failed or not_inverted:
+        raise InputError(f"EASE cannot be solved with regularisation={regularisation}: raise it")
+    weights = _symmetric(inverse)
+    weights /= -np.diag(weights)  # each column by its own
+    weights[np.diag_indices(num_items)] = 0.0
+    return Linear(weights)
+
+
+def _symmetric(lower: np.ndarray) -> np.ndarray:
+    """Return, strip by strip, the symmetric float32 matrix (I, I) whose lower triangle is given."""
+    whole = np.empty(lower.shape, dtype=np.float32)
+    for block in _blocks(len(lower), 2 * len(lower), BLOCK_BYTES):
+        first, end = block[0], block[-1] + 1
+        strip = lower[first:, first:end]
+        whole[first:, first:end] = strip
+        whole[first:end, first:] = strip.T
+        corner = np.tril(strip[: len(block)])
+        whole[first:end, first:end] = corner + np.tril(corner, -1).T
+    return whole
+
+
+def fit_pairwise_counts(
+    histories: Histories,
+    num_items: int,
+    window: int = 10,
+    backward: float = 0.5,
+    row_power: float = 0.5,
+    column_power: float = 0.3,
+    decay: float = 0.8,
+    last: int = 20,
+) -> PairwiseCounts:
+    """Count every pair of items at most `window` places apart in the training histories, by 1 / distance.
+
+    `backward` is the weight of a pair whose second item predicts the first. Memory is bounded by the pairs of
+    items that occur and by `PAIRS`.
+    """
+    _require("window", window, window >= 1, "at least 1 place")
+    _require("backward", backward, backward >= 0, "0 or above")
+    _require("decay", decay, 0 < decay <= 1, "above 0 and at most 1")
+    _require("last", last, last >= 1, "at least 1 interaction")
+    items = histories.items[histories.places()] - 1
+    row = np.repeat(np.arange(len(histories.starts)), histories.lengths)
+    shape = (num_items, num_items)
+    counts = sparse.csr_array(shape, dtype=np.float32)
+    size = max(1, PAIRS // window)
+    for start in range(0, len(items), size):
+        parts = []
+        for distance in range(1, window + 1):
+            first = np.arange(start, min(start + size, len(items) - distance))
+            first = first[row[first] == row[first + distance]]
+            weight = np.full(len(first), 1 / distance, dtype=np.float32)
+            parts.append((weight, items[first], items[first + distance]))
+        weight, one, other = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        counts = counts + sparse.coo_array((weight, (one, other)), shape=shape).tocsr()
+    return PairwiseCounts(
+        counts, float(backward), float(row_power), float(column_power), float(decay), int(last)
+    )
+
+
+class Family(NamedTuple):
+    """A kind of baseline and the hyperparameters among which validation chooses."""
+
+    fit: Callable[..., Recommender]  # (histories, num_items, **hyperparameters)
+    grid: Mapping[str, Sequence[Any]]
+    at_scoring: Sequence[str] = ()  # hyperparameters that need no other fit: fields of the recommender
+    by_turns: bool = False  # one hyperparameter after another instead of every combination
+    valid_users: int | None = None  # validation users, drawn once, on whom the choice rests; None: all
+    refitted: bool = False  # also fitted with the validation items
+
+
+PAIRWISE_GRID: dict[str, Sequence[Any]] = {
+    "window": (10, 50),
+    "backward": (0.5, 0.0, 0.2, 1.0),
+    "row_power": (0.5, 0.0, 1.0),
+    "column_power": (0.3, 0.0, 0.5, 0.7),
+    "decay": (0.8, 0.3, 0.5, 0.95),
+}
+
+
+def families(times: np.ndarray | None = None) -> dict[str, Family]:
+    """Return the baselines by name; popularity by time only where `times` beside the items are known."""
+    found = {
+        "popularity": Family(fit_popularity, {}),
+        "recent_popularity": Family(fit_recent, {"last": (1, 2, 5, 10, 20, 50)}),
+        # Below a hundred or so, popularity only orders what the transitions leave equal.
+        "markov": Family(fit_markov, {"smoothing": (1.0, 100.0, 300.0, 1000.0, 3000.0, 10_000.0)}),
+        "item_knn": Family(fit_item_knn, {"neighbours": (2, 5, 10, 30, 100), "shrink": (0.0, 10.0, 100.0)}),
+        "ease": Family(fit_ease, {"regularisation": (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)}),
+        "pairwise_counts": Family(
+            fit_pairwise_counts, PAIRWISE_GRID, tuple(PAIRWISE_GRID)[1:], True, 10_000, True
+        ),
+    }
+    if times is not None:
+        by_time = functools.partial(fit_recent_in_time, times=times)
+        found["recent_popularity_in_time"] = Family(by_time, {"share": (0.003, 0.01, 0.03, 0.1, 0.3)})
+    return found
+
+
+class Choice(NamedTuple):
+    """What validation chose, and all that it saw."""
+
+    chosen: dict[str, Any]  # the hyperparameters; empty where the family has none
+    tried: list[dict[str, Any]]  # one row for each combination: hyperparameters and validation metrics
+    recommender: Recommender  # fitted with the chosen ones
+    at_edge: list[str]  # hyperparameters chosen at an end of their grid: a better value may lie outside
+
+
+def choose(
+    family: Family,
+    histories: Histories,
+    num_items: int,
+    valid: Evaluation,
+    remove_seen: bool = True,
+    metric: str = "ndcg@10",
+) -> Choice:
+    """Fit the combinations of the family's grid on `histories` and keep the best on validation.
+
+    Of equal ones the first stays. A grid that is searched by turns starts from the first value of each
+    hyperparameter and takes the best of one after another, twice. The test split is never looked at.
+    """
+    if not all(family.grid.values()):
+        raise InputError("a grid has a hyperparameter without values: give at least one")
+    if family.valid_users is not None and family.valid_users < len(valid.targets):
+        drawn = np.random.default_rng(0).choice(len(valid.targets), family.valid_users, replace=False)
+        items, starts, ends = valid.histories
+        valid = Evaluation(Histories(items, starts[drawn], ends[drawn]), valid.targets[drawn])
+    tried: list[dict[str, Any]] = []
+    best: tuple[dict[str, Any], Recommender] | None = None
+    fits: dict[tuple[Any, ...], Any] = {}  # of a family whose other hyperparameters need no other fit
+
+    def measure(given: dict[str, Any]) -> None:
+        nonlocal best
+        if any(row.items() >= given.items() for row in tried):
+            return
+        key = tuple(value for name, value in given.items() if name not in family.at_scoring)
+        later = {name: given[name] for name in family.at_scoring}
+        fitted = replace(fits[key], **later) if key in fits else family.fit(histories, num_items, **given)
+        if later:
+            fits.setdefault(key, fitted)
+        found = metrics.summary(metrics.rank(fitted.scores(valid), valid, remove_seen).ranks)
+        if metric not in found:
+            raise InputError(f"parameter 'metric' is {metric!r}: expected one of {', '.join(found)}")
+        if best is None or found[metric] > max(row[metric] for row in tried):
+            best = (given, fitted)
+        tried.append(given | found)
+
+    if family.by_turns:
+        measure({name: values[0] for name, values in family.grid.items()})
+        for name, values in [*family.grid.items()] * 2:
+            assert best is not None
+            around = best[0]
+            for value in values:
+                measure(around | {name: value})
+    else:
+        for values in itertools.product(*family.grid.values()):
+            measure(dict(zip(family.grid, values, strict=True)))
+    assert best is not None
+    at_edge = [name for name, values in family.grid.items() if best[0][name] in (min(values), max(values))]
+    return Choice(best[0], tried, best[1], at_edge)
+
+
+def interaction_matrix(
+    histories: Histories, num_items: int, users: np.ndarray | None = None
+) -> sparse.csr_array:
+    """Return who had what, as float32 (rows, I) of 0 and 1; repeated interactions count once."""
+    users = np.arange(len(histories.starts)) if users is None else users
+    chosen = Histories(histories.items, histories.starts[users], histories.ends[users])
+    columns = chosen.items[chosen.places()] - 1
+    indptr = np.concatenate(([0], np.cumsum(chosen.lengths)))
+    ones = np.ones(len(columns), dtype=np.float32)
+    matrix = sparse.csr_array((ones, columns, indptr), shape=(len(users), num_items))
+    matrix.sum_duplicates()
+    matrix.data[:] = 1.0
+    return matrix
+
+
+def _blocks(rows: int, columns: int, limit_bytes: int | None = None) -> Iterator[np.ndarray]:
+    """Yield consecutive row numbers, so many that single-precision rows of `columns` stay in the limit."""
+    size = max(1, (limit_bytes or metrics.SCORE_BYTES) // (4 * columns))
+    for first in range(0, rows, size):
+        yield np.arange(first, min(first + size, rows))
+
+
+def _require(name: str, value: float, holds: bool, allowed: str) -> None:
+    if not holds:
+        raise InputError(f"parameter {name!r} is {value!r}: expected {allowed}")

@@ -1,0 +1,1 @@
+"""What the notebooks and the long experiments run: one file for each."""

@@ -1,0 +1,1 @@
+"""The model, and the adapters that wrap it."""

@@ -1,0 +1,249 @@
+"""Low-rank adapters of single layers, which stand in the place of the layer that they adapt.
+
+    x (N, in) --- W, frozen ----------------------------------- + --- y (N, out)
+        \                                                       /
+         dropout --- A (r, in) --- (N, r) times f --- B (out, r)
+
+B starts at zero, so a new adapter changes nothing. What differs between kinds is the factor f:
+
+- `lora` (Hu et al. 2021, arXiv 2106.09685): alpha / r;
+- `rslora` (Kalajdzievski 2023, arXiv 2312.03732): alpha / sqrt(r);
+- `gated`: alpha / r times sigmoid(a) with one learned scalar a a layer. It does not look at the instance and
+  folds into B: it can represent nothing that `lora` cannot;
+- `ilora` (Kong et al., NeurIPS 2024, arXiv 2408.10159): alpha K / r times the weights g of K experts, each
+  repeated r / K times. Experts k with A_k and B_k of rank r / K are slices of A and B, so that
+
+      sum_k g_k B_k A_k x  =  B ((A x) * repeat(g, r / K)),
+
+  which costs what `lora` costs. The uniform g = 1 / K is `lora` exactly. g differs from place to place and
+  cannot pass through the model's signatures: it is present while the encoder runs, see `present`.
+
+Shapes: N places, r rank, K experts, V rows of a table.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reclib.config import AdapterConfig
+from reclib.model.bert4rec import Dropout
+
+
+class _Present(threading.local):
+    """The factors of the pass that this thread is in; none outside a pass of an `ilora` adapter."""
+
+    places: Tensor | None = None
+    queries: Tensor | None = None
+
+
+_present = _Present()
+
+
+@contextlib.contextmanager
+def present(places: Tensor, queries: Tensor | None = None) -> Iterator[None]:
+    """Let the layers run inside find their factors: (..., r) at all places, (R, Q, r) at the queries.
+
+    Each thread has its own, and a pass inside a pass gives the outer one's back.
+    """
+    before = _present.places, _present.queries
+    _present.places, _present.queries = places, queries
+    try:
+        yield
+    finally:
+        _present.places, _present.queries = before
+
+
+def present_factors(shape: torch.Size) -> Tensor:
+    """Return the factors (*shape, r) for an input with these leading dimensions."""
+    for found in (_present.places, _present.queries):
+        if found is not None and found.shape[:-1] == shape:
+            return found
+    raise RuntimeError(f"an ilora adapter was asked at {tuple(shape)} places, for which no gate is present")
+
+
+class LowRankFactor(nn.Module):
+    """The factor f of one adapted layer, by the kind of its adapter."""
+
+    def __init__(self, config: AdapterConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.lora_gate = nn.Parameter(torch.zeros(())) if config.kind == "gated" else None
+
+    def constant_factor(self) -> float | Tensor:
+        """Return f of a kind that does not look at the instance."""
+        scaling = self.config.scaling
+        return scaling if self.lora_gate is None else scaling * self.lora_gate.sigmoid()
+
+    def times_factor(self, found: Tensor) -> Tensor:
+        """Return f times A x (..., r)."""
+        if self.config.kind == "ilora":
+            return found * present_factors(found.shape[:-1]).to(found.dtype)
+        factor = self.constant_factor()
+        return found * (factor.to(found.dtype) if isinstance(factor, Tensor) else factor)
+
+
+class LowRank(LowRankFactor):
+    """A and B of one adapted layer. Names and shapes are PEFT's."""
+
+    def __init__(self, inputs: int, outputs: int, config: AdapterConfig) -> None:
+        super().__init__(config)
+        self.lora_A = nn.Linear(inputs, config.rank, bias=False)  # Kaiming-uniform, as in the paper
+        self.lora_B = nn.Linear(config.rank, outputs, bias=False)
+        nn.init.zeros_(self.lora_B.weight)
+        self.dropout = Dropout(config.dropout)
+
+    def inner(self, x: Tensor) -> Tensor:
+        """Return f A x (..., r) for x (..., in)."""
+        return self.times_factor(self.lora_A(self.dropout(x)))
+
+    def added_to(self, y: Tensor, x: Tensor, part: slice) -> Tensor:
+        """Return y (..., outputs in `part`) plus the adapter's answer to x (..., in)."""
+        # Laid out as (r, out), its gradient is the product of two wide matrices: as (out, r) it took up to
+        # seven times as long on a CPU, and the way back through B twice as long.
+        weight = self.lora_B.weight[part].t().contiguous()
+        return torch.addmm(y.flatten(0, -2), self.inner(x).flatten(0, -2), weight).view(y.shape)
+
+    @torch.no_grad()
+    def delta(self, factor: float | Tensor) -> Tensor:
+        """Return B f A (out, in) in fp32 at least, for a constant factor: a number or (r,)."""
+        scaled = self.lora_A.weight * _by_rank(factor)
+        return self.lora_B.weight @ scaled
+
+
+class LowRankTable(LowRankFactor):
+    """The same of a table of vectors: A (r, V) is looked up, and starts at zero in place of B (D, r)."""
+
+    def __init__(self, rows: int, width: int, config: AdapterConfig) -> None:
+        super().__init__(config)
+        self.lora_embedding_A = nn.Parameter(torch.zeros(config.rank, rows))
+        self.lora_embedding_B = nn.Parameter(torch.randn(width, config.rank))
+
+    def added_to(self, y: Tensor, index: Tensor) -> Tensor:
+        """Return y (..., D) plus the adapter's vectors of the rows `index` (...)."""
+        found = self.times_factor(F.embedding(index, self.lora_embedding_A.t()))
+        return y + F.linear(found, self.lora_embedding_B)
+
+    @torch.no_grad()
+    def delta(self, factor: float | Tensor) -> Tensor:
+        """Return what is added to the table (V, D) for a constant factor: a number or (r,)."""
+        scaled = self.lora_embedding_A * _by_rank(factor)
+        return (self.lora_embedding_B @ scaled).t()
+
+
+class AdaptedLayer(nn.Module):
+    """A layer and its adapters by name, of which one at most is active."""
+
+    def __init__(self, base: nn.Module | None) -> None:
+        super().__init__()
+        self.base: Any = base
+        self.adapters = nn.ModuleDict()
+        self.active: str | None = None
+        self.kept_weight: Tensor | None = None  # of the layer, while an adapter is merged into it
+
+    @property
+    def weight(self) -> Tensor:
+        """The layer's own weight."""
+        return self.base.weight
+
+    @property
+    def present_adapter(self) -> Any:
+        """The adapter that is to be added now, or None."""
+        if self.active is None or self.kept_weight is not None or self.active not in self.adapters:
+            return None
+        return self.adapters[self.active]
+
+    @torch.no_grad()
+    def merge(self, name: str, factor: float | Tensor | None) -> None:
+        """Add an adapter to the layer's weight; None stands for the adapter's own factor."""
+        adapter: Any = self.adapters[name]
+        self.kept_weight = self.weight.clone()
+        self.weight.add_(adapter.delta(adapter.constant_factor() if factor is None else factor))
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the layer's weight back, to the same bits."""
+        if self.kept_weight is not None:
+            self.weight.copy_(self.kept_weight)
+            self.kept_weight = None
+
+
+class AdaptedLinear(AdaptedLayer):
+    """A linear layer with adapters."""
+
+    def add(self, name: str, config: AdapterConfig) -> None:
+        """Add a new adapter, which changes nothing yet."""
+        self.adapters[name] = LowRank(self.base.in_features, self.base.out_features, config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (..., out) for x (..., in)."""
+        return self.part(x, slice(None))
+
+    def part(self, x: Tensor, part: slice) -> Tensor:
+        """Return the outputs `part` alone, at the cost of those."""
+        y = F.linear(x, self.base.weight[part], self.base.bias[part])
+        adapter = self.present_adapter
+        return y if adapter is None else adapter.added_to(y, x, part)
+
+
+class AdaptedEmbedding(AdaptedLayer):
+    """A table that is looked up, with adapters."""
+
+    def add(self, name: str, config: AdapterConfig) -> None:
+        """Add a new adapter, which changes nothing yet."""
+        self.adapters[name] = LowRankTable(self.base.num_embeddings, self.base.embedding_dim, config)
+
+    def forward(self, index: Tensor) -> Tensor:
+        """Return the vectors (..., D) of the rows `index` (...)."""
+        y = self.base(index)
+        adapter = self.present_adapter
+        return y if adapter is None else adapter.added_to(y, index)
+
+
+class AdaptedTable(AdaptedLayer):
+    """The output table with adapters. It is a weight for others to multiply by, so it has no forward.
+
+    h W' = h (W + B f A)^T is [h, f A h] times [W, B]^T: the adapter is r more columns of both.
+    """
+
+    def __init__(self, table: nn.Parameter) -> None:
+        super().__init__(None)
+        self.table = table
+
+    @property
+    def weight(self) -> Tensor:
+        """The table's own weight (V, D)."""
+        return self.table
+
+    def add(self, name: str, config: AdapterConfig) -> None:
+        """Add a new adapter, which changes nothing yet."""
+        rows, width = self.table.shape
+        self.adapters[name] = LowRank(width, rows, config)
+
+    def widened(self) -> Tensor:
+        """Return (V, D + r): the table and B, where an adapter is active, else the table.
+
+        The full cross-entropy leaves the product of the first D columns' gradient out (`losses`).
+        """
+        adapter = self.present_adapter
+        if adapter is None:
+            return self.table
+        both = torch.cat((self.table, adapter.lora_B.weight.to(self.table.dtype)), 1)
+        both.frozen_columns = self.table.shape[1]  # type: ignore[attr-defined]
+        return both
+
+    def widen(self, x: Tensor) -> Tensor:
+        """Return x (M, D) and f A x beside it, (M, D + r), where an adapter is active, else x."""
+        adapter = self.present_adapter
+        return x if adapter is None else torch.cat((x, adapter.inner(x).to(x.dtype)), -1)
+
+
+def _by_rank(factor: float | Tensor) -> float | Tensor:
+    """Return a factor, a number or (r,), so that it multiplies the rows of A."""
+    return factor[:, None] if isinstance(factor, Tensor) and factor.dim() == 1 else factor

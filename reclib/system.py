@@ -1,0 +1,444 @@
+"""Where things are, whatever the working directory.
+
+Papermill runs a kernel in the caller's folder, nbval and JupyterLab in the notebook's, so no path in this
+project is relative to the working directory: all come from here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import glob
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from reclib.config import as_dict
+
+PACKAGE = Path(__file__).resolve().parent  # the code; the only place that asks where it lies
+
+CHECKOUT = PACKAGE.parent
+
+
+def root() -> Path:
+    """Return the project's root: `RECLIB_ROOT` if set, else the folder that holds the package."""
+    given = os.environ.get("RECLIB_ROOT")
+    return Path(given).resolve() if given else CHECKOUT
+
+
+def notebooks() -> Path:
+    """Return the folder of the notebooks."""
+    return root() / "notebooks"
+
+
+def params() -> Path:
+    """Return the folder of profile and device parameter files."""
+    return root() / "params"
+
+
+def figures() -> Path:
+    """Return the folder that `collect` fills from the records."""
+    return root() / "figures"
+
+
+def data() -> Path:
+    """Return the cache of raw and prepared data (git-ignored): `RECLIB_DATA` if set."""
+    return Path(os.environ.get("RECLIB_DATA") or root() / ".data").resolve()
+
+
+def runs() -> Path:
+    """Return the folder of checkpoints (git-ignored): `RECLIB_RUNS` if set."""
+    return Path(os.environ.get("RECLIB_RUNS") or root() / "runs").resolve()
+
+
+def models() -> Path:
+    """Return the folder of models that are kept (git-ignored): `RECLIB_MODELS`, if set."""
+    return Path(os.environ.get("RECLIB_MODELS") or root() / "models").resolve()
+
+
+def stamps() -> Path:
+    """Return the folder of this checkout's stamps of finished notebooks (git-ignored)."""
+    return root() / ".stamps"
+
+
+def executed() -> Path:
+    """Return the root of the records: `RECLIB_RECORDS` if set, else `executed/`."""
+    return Path(os.environ.get("RECLIB_RECORDS") or root() / "executed").resolve()
+
+
+# ------------------------------------------------------------------------------------------------
+# Folders on disk that are either whole or not there.
+#
+# An entry is written beside its place and renamed, so that no reader and no crash ever sees half of
+# it. A seal inside it holds what the entry was made from (its key) and size and sha256 of each file.
+# An entry whose files differ in size, or small ones in content, counts as absent; large files are
+# hashed on demand only (`damage`), since they are memory-mapped and need not be read to be used.
+
+SEAL = "seal.json"
+
+HASHED_ALWAYS = 4 << 20  # bytes; a file up to this size is hashed whenever its entry is looked up
+
+
+@contextlib.contextmanager
+def writing(folder: Path, key: str) -> Iterator[Path]:
+    """Yield a folder to fill; without an exception it becomes the entry `folder` made from `key`.
+
+    It takes the place of an entry that is there. Where processes race for one key, the first whole
+    entry stays.
+    """
+    with fresh_folder(folder) as fresh:
+        yield fresh
+        files = {path.name: _about(path) for path in sorted(fresh.iterdir())}
+        write_json(fresh / SEAL, {"key": key, "files": files})
+        fresh.chmod(0o755)  # mkdtemp gives 0o700, and a cache may be shared
+        if holds(folder, key):
+            return
+        with fresh_folder(folder) as old, contextlib.suppress(FileNotFoundError):
+            folder.rename(old / folder.name)
+        try:
+            fresh.rename(folder)
+        except OSError:
+            if not holds(folder, key):  # not a faster process's entry, then: a real failure
+                raise
+
+
+def holds(folder: Path, key: str | None = None) -> bool:
+    """Whether the whole entry is there, and was made from `key` where one is given."""
+    seal = _seal(folder)
+    if seal is None or key not in (None, seal["key"]):
+        return False
+    return not _differing(folder, seal["files"], HASHED_ALWAYS)
+
+
+def damage(folder: Path) -> list[str]:
+    """Return what differs from what was written, in words, after reading every byte of it."""
+    seal = _seal(folder)
+    if seal is None:
+        return [f"{SEAL} is missing or unreadable"]
+    return _differing(folder, seal["files"])
+
+
+def remedy(folder: Path) -> str:
+    """Return what to do about `damage`: a folder without a seal may be anything and is not to be deleted."""
+    sealed = (folder / SEAL).exists()
+    return "delete it and prepare it again" if sealed else "expected a folder that `prepare` wrote to its end"
+
+
+def write_array(path: Path, dtype: Any, length: int, pieces: Iterable[np.ndarray]) -> None:
+    """Write a one-dimensional `.npy` file piece by piece.
+
+    Not through a memory map: on a full disk that ends the process instead of raising `OSError`.
+    """
+    written = 0
+    dtype = np.dtype(dtype).newbyteorder("<")
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for piece in pieces:
+            file.write(np.ascontiguousarray(piece, dtype).tobytes())
+            written += piece.size
+    if written != length:
+        raise RuntimeError(f"{path.name}: {written:,} values written, {length:,} announced")
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write a document of plain JSON, for people as well."""
+    path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def scratch(parent: Path) -> Iterator[Path]:
+    """Yield a new folder below `parent` for temporary files, gone on leaving."""
+    with fresh_folder(parent / "scratch") as fresh:
+        yield fresh
+
+
+@contextlib.contextmanager
+def fresh_folder(folder: Path) -> Iterator[Path]:
+    """Yield a new folder beside `folder`, gone on leaving unless it was renamed.
+
+    Its owner holds a lock on it, which ends with the process: folders whose owner is gone, killed say, are
+    removed here.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f"{glob.escape(folder.name)}.*.partial"):
+        if (lock := _locked(left)) is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(lock)
+    lock = None
+    while lock is None:  # another process may remove it before it is locked
+        fresh = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".partial", dir=folder.parent))
+        lock = _locked(fresh)
+    try:
+        yield fresh
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        os.close(lock)
+
+
+def _locked(folder: Path) -> int | None:
+    """Return the open folder, locked; None where another process holds it or has removed it."""
+    import fcntl  # POSIX only; reading a prepared folder works everywhere
+
+    try:
+        opened = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    with contextlib.suppress(OSError):
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if folder.exists():
+            return opened
+    os.close(opened)
+    return None
+
+
+def _seal(folder: Path) -> dict[str, Any] | None:
+    try:
+        seal = json.loads((folder / SEAL).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return seal if isinstance(seal, dict) and {"key", "files"} <= seal.keys() else None
+
+
+def _differing(folder: Path, files: dict[str, Any], hashed_up_to: float = float("inf")) -> list[str]:
+    found = []
+    for name, expected in files.items():
+        path = folder / name
+        try:
+            size = path.stat().st_size
+            if size != expected["bytes"]:
+                found.append(f"{name} has {size:,} bytes, expected {expected['bytes']:,}")
+            elif size <= hashed_up_to and _about(path) != expected:
+                found.append(f"{name} is altered: its sha256 differs")
+        except OSError as error:
+            found.append(f"{name}: {error.strerror or error}")
+    return found
+
+
+def _about(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+# ------------------------------------------------------------------------------------------------
+# Whose turn it is: one timed job at a time on a device, and one run of a notebook for each device.
+#
+# Locks are `flock`s on files in the folder of stamps, so the system lets go of them when a process dies,
+# however it dies. A run on the CPU, with whatever number of threads, has all cores for itself; runs on
+# different GPUs go on at the same time, as each holds its own and shares the cores that feed them.
+
+Tell = Callable[[str], None]
+
+
+@contextlib.contextmanager
+def device_lock(label: str, tell: Tell = print) -> Iterator[None]:
+    """Hold the device with this label, waiting while another run of this checkout is timed on it."""
+    on_cpu = label.startswith("cpu")
+    with _held("cores", shared=not on_cpu, tell=tell):
+        if on_cpu:
+            yield
+            return
+        which = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip() or "0"
+        with _held(f"gpu-{which}", tell=tell):
+            yield
+
+
+@contextlib.contextmanager
+def job_lock(label: str, notebook: str, tell: Tell = print) -> Iterator[None]:
+    """Hold a notebook on a device: two runs of it would write the same files."""
+    with _held(_job(label, notebook), tell=tell):
+        yield
+
+
+@contextlib.contextmanager
+def figures_lock(tell: Tell = print) -> Iterator[None]:
+    """Hold the folder of figures."""
+    with _held("figures", tell=tell):
+        yield
+
+
+def under_way(label: str, notebook: str) -> bool:
+    """Whether a run holds, or waits to hold, this notebook on this device."""
+    file = stamps() / f"{_job(label, notebook)}.lock"
+    if not file.is_file():
+        return False
+    with file.open() as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _job(label: str, notebook: str) -> str:
+    return f"{label}-{notebook}"
+
+
+@contextlib.contextmanager
+def _held(name: str, tell: Tell, shared: bool = False) -> Iterator[None]:
+    file = stamps() / (re.sub(r"[^\w.-]", "_", name) + ".lock")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    with file.open("a") as handle:  # closed in children, so that a kernel does not hold it on
+        try:
+            fcntl.flock(handle, how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            tell(f"waiting: another run of this checkout holds {name}")
+            fcntl.flock(handle, how)
+        yield
+
+
+# ------------------------------------------------------------------------------------------------
+# A process that ends with the one that started it, however that one ended.
+#
+# A killed parent cannot tell its children, so they look: `start_with` gives a child the pid of its parent,
+# and `hold` in the child interrupts it once it has another. Kernels have such a look of their own
+# (ipykernel's).
+
+_VARIABLE = "RECLIB_PARENT"
+
+PATIENCE = 20.0  # seconds that an interrupted process has to put things away
+
+
+def start_with() -> dict[str, str]:
+    """Return the environment for a child that calls `hold`."""
+    return os.environ | {_VARIABLE: str(os.getpid())}
+
+
+def hold() -> None:
+    """Interrupt this process when its parent is gone, and end it if that does not help.
+
+    Does nothing in a process that was not started by `start_with`.
+    """
+    parent = os.environ.pop(_VARIABLE, None)  # not for our own children, whose parent is another
+    if parent is not None:
+        threading.Thread(target=_look, args=(int(parent),), daemon=True, name="lifeline").start()
+
+
+def _look(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(PATIENCE)
+    os._exit(1)
+
+
+# ------------------------------------------------------------------------------------------------
+# Why a notebook or a process did not get through, and what its owner can do about it.
+
+# How the system counts what it killed for memory: this container's count, else the machine's.
+_COUNTERS = (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat"))
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+_MEMORY = re.compile(r"MemoryError|OutOfMemoryError|out of memory|can't allocate memory", re.IGNORECASE)
+
+_LESS_MEMORY = "lower batch_size or micro_batch_size, or choose a smaller size"
+
+AGAIN = "the same command goes on from the last checkpoint"
+
+
+def memory_kills(files: tuple[Path, ...] = _COUNTERS) -> int:
+    """Return how many processes the system has killed for memory so far, as far as it says."""
+    for file in files:
+        if file.is_file() and (found := re.search(r"^oom_kill (\d+)$", file.read_text(), re.MULTILINE)):
+            return int(found[1])
+    return 0
+
+
+def of_death(code: int | None, kills: int, who: str = "its kernel") -> str:
+    """Say what ended a process: its exit code (minus the signal), and memory kills while it ran."""
+    if code == -signal.SIGKILL and kills:
+        return f"{who} was killed, and the system killed a process for memory: {_LESS_MEMORY}; {AGAIN}"
+    if code == -signal.SIGKILL:
+        return (
+            f"{who} was killed by SIGKILL, by somebody or for memory (`dmesg` tells): if for memory, "
+            f"{_LESS_MEMORY}; {AGAIN}"
+        )
+    if code is not None and code < 0:
+        return f"{who} died of {signal.Signals(-code).name}; {AGAIN}"
+    return f"{who} ended with exit code {code}; {AGAIN}"
+
+
+def of_error(said: str) -> str:
+    """Return what to do about an error that a cell raised, "" where it says so itself."""
+    if _MEMORY.search(said):
+        return f"; out of memory: {_LESS_MEMORY}"
+    if any(re.search(rf"\[Errno {number}\]", said) for number in _DISK) or "No space left" in said:
+        return f"; the disk is full or a limit is reached: free some space, {AGAIN}"
+    if "CellTimeoutError" in said:
+        return f"; it took longer than --timeout allows: {AGAIN}"
+    return ""
+
+
+def is_full_disk(error: OSError) -> bool:
+    """Whether an error says that nothing more can be written."""
+    return error.errno in _DISK
+
+
+# ------------------------------------------------------------------------------------------------
+# What every command of the shell does alike: errors in one line, a quiet end where nobody reads on.
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong and where to look."""
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with exit code 2."""
+        self.exit(2, f"{self.prog}: {message} (--help tells more)\n")
+
+
+def exit_code(main: Callable[[], int]) -> int:
+    """Carry a command out; return its code: 130 interrupted, 141 where nobody reads on (`... | head`)."""
+    try:
+        try:
+            return main()
+        finally:
+            sys.stdout.flush()  # what a closed pipe refuses is refused here, and not while Python ends
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else it is told once more at the end
+        return 128 + signal.SIGPIPE
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+_FOLDERS = re.compile(r"(?<![\w.:/\\])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'\"]+[/\\])+")
+
+
+def plain(value: Any) -> Any:
+    """Return `value` as JSON holds it, without the folders of paths: they name people and hosts.
+
+    Numpy scalars and one-element tensors become numbers; what JSON cannot hold is a `ValueError`.
+    """
+    if isinstance(value, str | Path):
+        return _FOLDERS.sub("", str(value))
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain(as_dict(value))
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if hasattr(value, "item"):  # a numpy scalar or a tensor of one element
+        return plain(value.item())
+    raise ValueError(f"cannot record a {type(value).__name__}: {value!r}")

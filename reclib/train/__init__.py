@@ -1,0 +1,1 @@
+"""Training: losses, the loop, whole runs, several processes, files and timing."""

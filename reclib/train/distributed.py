@@ -1,0 +1,435 @@
+"""Several processes that train one model, each on its part of every step: data parallelism from outside.
+
+The model knows nothing of it, and neither does a batch. Of a step each process computes every n-th
+micro-batch; then the gradients of all are summed, and each clips and applies them, so that all hold the same
+bits. The loss is a sum over targets divided by the targets of the whole step, which every process knows
+beforehand as each draws the whole step: the sum of the gradients is the gradient, however unequal the parts,
+and a process whose part is empty adds zeros. In fp16 they are summed as they are scaled: what overflowed
+anywhere is not finite anywhere, so all skip the step together.
+
+**Why not `DistributedDataParallel`.** It averages over processes with equal parts, wants the loss inside
+`forward` and a backward pass of every process in every step, and starts its sums from hooks on autograd's
+accumulation, which the gradients of tables that lie in sinks never pass. Sums after the backward pass need
+none of that. What they cost is overlap: DDP would hide transfers behind what is left of the backward pass. On
+a CPU both use the same cores. On GPUs of one machine a step is longer by 2 (n - 1) / n times 4 bytes for each
+trained parameter, over the link's rate. With tied tables overlap would hide the encoder's part alone, as the
+table's gradient is complete with the last operation, the lookup's; of two tables it could hide one as well.
+
+**What is summed in a step.** 4 bytes for each trained parameter, item tables dense: with full cross-entropy
+every row has a gradient. Of the 85m that is 341 MB, of which 327 are tables. Under a sampled loss few rows
+have one, and rows could be gathered instead; that is not built, and neither are sharded tables. Tensors of a
+megabyte and more are summed where they lie, the others in one buffer together with the loss.
+
+Dropout of each process is drawn from (seed, step, process), so a checkpoint needs nothing of the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from reclib import hardware, system
+from reclib.config import InputError, TrainConfig
+from reclib.data.dataset import Evaluation, Histories
+from reclib.evaluate.metrics import Ranking
+from reclib.model.bert4rec import sink_of
+
+ALONE_BYTES = 2**20  # a gradient from this size on is summed where it lies
+
+
+class LostContact(InputError):
+    """Another process of the run is gone: what ended it is told by the one that started both."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How the processes of a run are joined, and what each may use."""
+
+    backend: str  # nccl or gloo
+    threads: int  # CPU threads of each
+
+
+def placement(processes: int, label: str, gpus: int, threads: int) -> Placement:
+    """Decide on `processes` of one machine with `gpus` visible GPUs and `threads` CPU threads for all.
+
+    `label` is cpu, cpu1 or cpu2, or anything else for GPUs. There each process has one of its own, and they
+    are joined by NCCL; on a CPU they divide the threads and are joined by gloo. Raises `InputError` for more
+    processes than GPUs, and for more than the threads that a label states.
+    """
+    if processes < 1:
+        raise InputError(f"nproc={processes}: at least one process trains")
+    on_cpu = label.startswith("cpu")
+    if not on_cpu and processes > gpus:
+        seen = f"{gpus} GPU{' is' if gpus == 1 else 's are'} visible"
+        raise InputError(f"nproc={processes}, but {seen}: each process needs one of its own")
+    stated = hardware.CPU_THREADS.get(label)
+    if stated is not None and processes > stated:
+        raise InputError(
+            f"nproc={processes}, but {label} is the CPU with {stated} thread{'s' if stated > 1 else ''}: "
+            "use gpu=cpu"
+        )
+    return Placement("gloo" if on_cpu else "nccl", max(1, threads // processes))
+
+
+def place(processes: int, claimed: str) -> Placement:
+    """Place `processes` on this machine for a gpu label; raise `InputError` where they have no place."""
+    on_cpu = claimed.startswith("cpu") or not torch.cuda.is_available()
+    threads = hardware.CPU_THREADS.get(claimed, torch.get_num_threads())
+    label = claimed if claimed.startswith("cpu") else "cpu" if on_cpu else "gpu"
+    return placement(processes, label, 0 if on_cpu else torch.cuda.device_count(), threads)
+
+
+def in_run() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+@contextlib.contextmanager
+def joined(claimed: str) -> Iterator[None]:
+    """Join the processes that torchrun started for the gpu label `claimed`; alone, do nothing."""
+    if not in_run():
+        yield
+        return
+    where = place(int(os.environ["LOCAL_WORLD_SIZE"]), claimed)
+    if where.backend == "nccl":  # before anything looks at a device: the first look takes memory of it
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    else:
+        device = None
+    with _reached():
+        dist.init_process_group(where.backend, device_id=device)  # NCCL else guesses it by the global rank
+    yield
+    dist.destroy_process_group()  # after an error the process ends without waiting for the others
+
+
+def divide_threads(label: str) -> None:
+    """Take this process's part of the CPU threads of a label that states them (cpu1, cpu2)."""
+    if in_run() and label in hardware.CPU_THREADS:
+        torch.set_num_threads(place(int(os.environ["LOCAL_WORLD_SIZE"]), label).threads)
+
+
+def refuse_other_count(there: int, here: int, folder: Path) -> None:
+    """Raise `InputError` where an unfinished run would go on with another number of processes."""
+    if there != here:
+        raise InputError(
+            f"the run in {folder.name} was begun by {there} process{'es' if there > 1 else ''}, and here "
+            f"{'are' if here > 1 else 'is'} {here}: go on with nproc={there}, or start anew in another folder"
+        )
+
+
+def ranks() -> Ranks:
+    """Return which of how many processes this is."""
+    if dist.is_available() and dist.is_initialized():
+        return Ranks(dist.get_rank(), dist.get_world_size(), dist.get_backend())
+    return Ranks()
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which process this is of those that train together; alone, its methods do nothing."""
+
+    rank: int = 0
+    count: int = 1
+    backend: str = ""
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes files and shows progress."""
+        return self.rank == 0
+
+    @property
+    def where(self) -> torch.device:
+        """Device of what is exchanged."""
+        return torch.device("cuda" if self.backend == "nccl" else "cpu")
+
+    def start(self, model: torch.nn.Module, config: TrainConfig) -> None:
+        """Give every process the first one's weights; refuse a batch that cannot be divided."""
+        if config.batch_size % self.count:
+            raise InputError(
+                f"batch_size={config.batch_size} is divided among {self.count} processes: "
+                f"it must be a multiple of {self.count}"
+            )
+        if self.count > 1:
+            with _reached(), torch.no_grad():
+                for tensor in (*model.parameters(), *model.buffers()):
+                    dist.broadcast(tensor, 0)
+
+    def demand_same(self, step: int, folder: Path) -> None:
+        """Raise `InputError` unless all processes are at the same step of a run."""
+        if self.count > 1:
+            steps = [torch.zeros(1, dtype=torch.int64, device=self.where) for _ in range(self.count)]
+            with _reached():
+                dist.all_gather(steps, torch.tensor([step], device=self.where))
+            found = [int(one) for one in steps]
+            if len(set(found)) > 1:
+                raise InputError(
+                    f"the processes found different checkpoints in {folder.name} (steps "
+                    f"{', '.join(map(str, found))}): all machines of a run need the same folder"
+                )
+
+    def seed_step(self, seed: int, step: int) -> None:
+        """Seed dropout for a step."""
+        if self.count > 1:
+            high, low = np.random.SeedSequence((seed, step, self.rank)).generate_state(2)
+            torch.manual_seed(int(high) << 32 | int(low))
+
+    def sum_gradients(self, parameters: Sequence[Tensor], loss: Tensor, used: list[bool]) -> None:
+        """Sum over all processes, in place, the gradients of a step and its loss.
+
+        `used`, filled at the first call, says which parameters get a gradient in any process: the others
+        keep None, so that the optimiser passes them over as it does in one process.
+        """
+        if self.count == 1:
+            return
+        with _reached():
+            if not used:
+                used.extend(self._used(parameters))
+            grads = []
+            for parameter, wanted in zip(parameters, used, strict=True):
+                if not wanted:
+                    continue
+                if parameter.grad is None:  # this process had nothing to do
+                    parameter.grad = torch.zeros_like(parameter)
+                if (sink := sink_of(parameter)) is not None:
+                    sink.mix()
+                grads.append(parameter.grad)
+            large = [g for g in grads if g.numel() * g.element_size() >= ALONE_BYTES]
+            small = [g for g in grads if g.numel() * g.element_size() < ALONE_BYTES]
+            flat = torch.cat([loss.reshape(1), *(g.flatten() for g in small)])
+            sums = [dist.all_reduce(tensor, async_op=True) for tensor in (*large, flat)]
+            for one in sums:
+                one.wait()
+            parts = flat[1:].split([g.numel() for g in small])
+            for grad, part in zip(small, parts, strict=True):
+                grad.copy_(part.view_as(grad))
+            loss.copy_(flat[0])
+
+    def _used(self, parameters: Sequence[Tensor]) -> list[bool]:
+        mine = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int64, device=self.where)
+        dist.all_reduce(mine, dist.ReduceOp.MAX)
+        return [bool(one) for one in mine.tolist()]
+
+    def ranking(self, part: Evaluation, rank: Callable[[Evaluation], Ranking]) -> Ranking:
+        """Rank this process's users of `part` by `rank`, and return the ranking of all users."""
+        if self.count == 1:
+            return rank(part)
+        users = np.arange(self.rank, len(part.targets), self.count)
+        asked = users if len(users) else np.zeros(1, dtype=np.int64)  # somebody's, and thrown away
+        items, starts, ends = part.histories
+        own = rank(Evaluation(Histories(items, starts[asked], ends[asked]), part.targets[asked]))
+
+        def whole(values: np.ndarray) -> np.ndarray:
+            every = np.zeros((len(part.targets), *values.shape[1:]), dtype=values.dtype)
+            every[users] = values[: len(users)]
+            moved = torch.from_numpy(every).to(self.where)
+            with _reached():
+                dist.all_reduce(moved)  # zeros everywhere but where a user was ranked
+            return moved.cpu().numpy()
+
+        top, losses = (None if values is None else whole(values) for values in (own.top, own.losses))
+        return Ranking(whole(own.ranks), top, losses)
+
+    def of_first(self, row: dict[str, float]) -> dict[str, float]:
+        """Return the first process's values: what is decided by them is decided alike."""
+        if self.count == 1:
+            return row
+        values = torch.tensor([float(v) for v in row.values()], dtype=torch.float64, device=self.where)
+        with _reached():
+            dist.broadcast(values, 0)
+        return {key: type(old)(new) for (key, old), new in zip(row.items(), values.tolist(), strict=True)}
+
+
+@contextlib.contextmanager
+def _reached() -> Iterator[None]:
+    """Turn a failure of torch's collectives into `LostContact`."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        said = (str(error) or repr(error)).splitlines()[0]
+        raise LostContact(f"lost contact with another process of the run: {said}") from error
+
+
+# ------------------------------------------------------------------------------------------------
+# Starting processes that train one model, and saying in one line how they ended.
+#
+# `run` is torchrun's own engine on one machine, asked which process failed and why; `torchrun -m
+# reclib fit` itself does as well, and says it in its own words. `apart` starts such a command from a
+# notebook: no kernel ever joins other processes. `side_by_side` starts processes that each train models of
+# their own. Whoever starts processes ends them: on an error, on Ctrl-C, and, as they look for it
+# (`system`), when it is killed itself.
+
+_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where torchrun wants to be told why a process failed
+
+_MINE = "reclib-"  # how the id of a run begins that `run` started
+
+_LOST = "lost-contact: "  # how the message of a process begins that failed because another one did
+
+
+class Failure(NamedTuple):
+    """How one process of a run ended."""
+
+    rank: int
+    code: int  # its exit code, or minus the signal that ended it
+    message: str  # what it left, or ""
+
+
+def launch(arguments: Sequence[str], processes: int, claimed: str) -> int:
+    """Run `python -m reclib fit ARGUMENTS` in several processes; return an exit code, 0 if all got through.
+
+    What ended them otherwise is one line on standard error.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    where = place(processes, claimed)
+    os.environ |= system.start_with() | {"OMP_NUM_THREADS": str(where.threads)}
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    kills = system.memory_kills()
+    with tempfile.TemporaryDirectory(prefix="reclib-", ignore_cleanup_errors=True) as logs:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=processes,
+            run_id=_MINE + uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="localhost",
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=logs),
+        )
+        try:
+            elastic_launch(config, sys.executable)("-m", "reclib", "fit", *arguments)
+        except ChildFailedError as error:
+            found = [
+                Failure(rank, one.exitcode, str(one.error_file_data["message"]) if _left(one) else "")
+                for rank, one in error.failures.items()
+            ]
+            _tell(f"error: {said(found, processes, system.memory_kills() - kills)}")
+            return 2
+        except SignalException as error:
+            name = signal.Signals(error.sigval).name
+            _tell(f"{name}: all {processes} processes ended; {system.AGAIN}")
+            return 128 + error.sigval
+    return 0
+
+
+def _tell(line: str) -> None:
+    """Write a line of its own: a process that was killed leaves its progress bar without an end."""
+    print(f"\n{line}", file=sys.stderr)
+
+
+def leave(code: int) -> int:
+    """Return the exit code; of several processes, end this one at once.
+
+    An orderly end may wait for processes that are gone, and nobody would learn that this one failed. Nothing
+    is lost by it: whatever is on disk is there whole.
+    """
+    if in_run():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _left(failure: object) -> bool:
+    return os.path.isfile(getattr(failure, "error_file", ""))
+
+
+def said(failures: Sequence[Failure], processes: int, kills: int = 0) -> str:
+    """Return one line on what ended a run of `processes`.
+
+    A signal comes before an error, and an error before what it caused elsewhere: SIGTERM, by which the others
+    are ended, and the loss of contact. `kills` is how many processes the system killed for memory meanwhile.
+    """
+
+    def weight(one: Failure) -> tuple[int, int]:
+        if one.code < 0:
+            return (2 if one.code == -signal.SIGTERM else 0), one.rank
+        return (3 if one.message.startswith(_LOST) else 1), one.rank
+
+    first = min(failures, key=weight)
+    who = f"rank {first.rank} of {processes}"
+    if first.code < 0 or not first.message:
+        return system.of_death(first.code, kills, who)
+    return f"{who}: {first.message.removeprefix(_LOST)}"
+
+
+def report(error: InputError) -> None:
+    """Say what is wrong: on standard error, and of several processes to the one that started them."""
+    message = (_LOST if isinstance(error, LostContact) else "") + str(error)
+    if file := os.environ.get(_ERROR_FILE):
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": message, "timestamp": str(int(time.time()))}))
+        if os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(_MINE):
+            return  # told there, once for all
+        print(f"error: rank {os.environ.get('RANK')}: {error}", file=sys.stderr)
+    else:
+        print(f"error: {error}", file=sys.stderr)
+
+
+def _end(processes: Sequence[subprocess.Popen]) -> None:
+    """Interrupt processes, and kill what has not put its things away in time."""
+    for process in processes:
+        process.send_signal(signal.SIGINT)
+    until = time.monotonic() + system.PATIENCE
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, until - time.monotonic()))
+        process.kill()
+
+
+def side_by_side(arguments: Sequence[str], processes: int, threads: int) -> list[int]:
+    """Run `python -m ARGUMENTS` in several processes that are not joined; return their exit codes.
+
+    Each has so many CPU `threads` unless its gpu label states them. Interrupted, this interrupts them and
+    waits until they have ended.
+    """
+    environment = system.start_with() | {"OMP_NUM_THREADS": str(threads)}
+    started: list[subprocess.Popen] = []
+    try:
+        for _ in range(processes):
+            command = [sys.executable, "-m", *arguments]
+            started.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL))
+        return [process.wait() for process in started]
+    except BaseException:
+        _end(started)
+        raise
+
+
+def apart(arguments: Sequence[str], processes: int) -> None:
+    """Run `python -m reclib fit --nproc PROCESSES ARGUMENTS` and wait for it.
+
+    Raises `InputError` with the line in which it said why it failed. Interrupted, it interrupts the command
+    and waits until that has ended its processes.
+    """
+    command = [sys.executable, "-m", "reclib", "fit", "--nproc", str(processes), *arguments]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, env=system.start_with(), text=True, **pipes)  # type: ignore[call-overload]
+    try:
+        _, told = process.communicate()
+    except BaseException:
+        _end([process])
+        raise
+    if process.returncode:
+        lines = told.strip().splitlines() or [f"it ended with exit code {process.returncode}"]
+        raise InputError(f"training in {processes} processes failed: {lines[-1].removeprefix('error: ')}")

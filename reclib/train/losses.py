@@ -1,0 +1,448 @@
+"""What a step minimises: cross-entropy over the catalogue at the target positions.
+
+Four routes to the same number and the same gradients:
+
+- `plain`: logits, then `F.cross_entropy`; the reference.
+- `fused`: the same through `torch.compile`, so that a GPU passes over the logits a few times and not a dozen.
+- `chunked`: logits for some targets at a time, for logits too large to hold; torch's own
+  `F.linear_cross_entropy` does the same, from 2.13 on alone.
+- `inplace`: one buffer of logits that becomes probabilities and then the gradient, a few rows at a time while
+  they are in cache; the three matrix products stay whole. On a CPU it costs the products and little more,
+  and a third of the memory of `plain`.
+
+Two losses over sampled items stand beside them, for catalogues whose scores do not fit (see `losses`).
+
+Only real items compete: the rows of PAD and MASK get no probability and no gradient. The loss is in fp32
+whatever the products' precision, and is a sum divided by the number of targets of the whole step.
+
+`seed_focal` re-creates the step of the study that this one started from: focal cross-entropy (Lin et al.
+2017, arXiv 1708.02002) with gamma 1 over every position that is not padding, the visible ones included.
+
+Shapes: M targets, D hidden_dim, V rows of the output table, I real items.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reclib.config import PAD, TrainConfig
+from reclib.cost.work import LARGE_LOGITS_BYTES, logits_limit
+from reclib.data.batches import IGNORE, Batch
+from reclib.model.bert4rec import Bert4Rec, sink_of
+
+# ------------------------------------------------------------------------------------------------
+# Losses over sampled items, for catalogues whose full softmax does not fit.
+#
+# The K negatives of a step are shared by its targets, so that scores are one product (M, K). A negative
+# that is the target itself is left out of that target's loss.
+#
+# - `sampled_softmax`: cross-entropy among the target and the negatives. With `logq` each negative counts
+#   1 / (K q) times, q being the probability that it was drawn (Bengio and Senecal, IEEE TNN 19(4), 2008):
+#   the
+#   sum over negatives then estimates the sum over the catalogue. Without it the loss is the naive one.
+# - `gbce`: generalised binary cross-entropy (Petrov and Macdonald, RecSys 2023, arXiv 2308.07192, section
+#   5).
+#   The positive's probability is raised to beta = 1 + t (a - 1), with a = K / (I - 1); t = 0 is plain
+#   binary
+#   cross-entropy, t = 1 is calibrated like the softmax. Negatives there are drawn for each target, here for
+#   the step.
+#
+# Both read a few rows of the output table instead of all of them; both are biased against the full softmax,
+# which stays the default wherever its logits fit.
+#
+# Shapes: M targets, K negatives, D hidden_dim, V rows of the output table, I real items.
+
+
+def sampled_sum(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch, num_items: int, config: TrainConfig
+) -> Tensor:
+    """Return the sum over targets of the sampled loss, in fp32 at least.
+
+    `hidden` (M, D), `weight` (V, D), `bias` (V,) or None; targets (M,) and negatives (K,) are the batch's.
+    """
+    assert batch.negatives is not None
+    assert batch.negative_probs is not None
+    targets, negatives = batch.targets, batch.negatives
+    kept = targets != IGNORE
+    own = F.embedding(targets.clamp_min(0), weight)  # (M, D)
+    positive = (hidden * own).sum(-1)  # (M,)
+    scores = F.linear(hidden, F.embedding(negatives, weight))  # (M, K)
+    if bias is not None:
+        positive, scores = positive + bias[targets.clamp_min(0)], scores + bias[negatives]
+    if scores.dtype in (torch.float16, torch.bfloat16):
+        positive, scores = positive.float(), scores.float()
+    clash = targets[:, None] == negatives[None, :]
+    if config.loss == "gbce":
+        losses = gbce(positive, scores, clash, num_items, config.gbce_t)
+    else:
+        shift = -torch.log(len(negatives) * batch.negative_probs) if config.logq else None
+        losses = softmax_losses(positive, scores, clash, shift)
+    return (losses * kept).sum()
+
+
+def softmax_losses(positive: Tensor, scores: Tensor, clash: Tensor, log_weight: Tensor | None) -> Tensor:
+    """Return the cross-entropies (M,) of `positive` (M,) against `scores` (M, K) with log weights (K,)."""
+    if log_weight is not None:
+        scores = scores + log_weight
+    scores = scores.masked_fill(clash, float("-inf"))
+    rivals = torch.cat((positive[:, None], scores), 1)
+    return torch.logsumexp(rivals, 1) - positive
+
+
+def gbce(positive: Tensor, scores: Tensor, clash: Tensor, num_items: int, t: float) -> Tensor:
+    """Return the generalised binary cross-entropies (M,): -(beta log s(+) + sum log(1 - s(-)))."""
+    rate = scores.shape[1] / max(1, num_items - 1)
+    beta = 1 + t * (rate - 1)  # the paper's rate (t (1 - 1/rate) + 1/rate), multiplied out
+    negative = F.softplus(scores).masked_fill(clash, 0.0).sum(1)
+    return beta * F.softplus(-positive) + negative
+
+
+# ------------------------------------------------------------------------------------------------
+# The cross-entropy over a catalogue as autograd functions that compute no more than is asked for.
+#
+# `losses` chooses among them. What they share: only real items compete, softmax and loss are in fp32 at
+# least, and of a table whose first columns are frozen (`lora.AdaptedTable.widened`) no gradient is
+# computed for those: it would cost as much as the scores and be dropped.
+#
+# Shapes: M targets, D columns of hidden states and table, V rows of the output table, I real items.
+
+BLOCK_BYTES = 8 * 2**20  # logits handled at a time on the in-place route: they stay in the last cache level
+
+FULL = (torch.float32, torch.float64)
+
+
+def frozen_columns(weight: Tensor) -> int:
+    """Return how many columns of an output table, the first ones, are frozen and need no gradient.
+
+    Of a table with adapters beside it (`lora.AdaptedTable.widened`) only the adapters' columns need one.
+    """
+    return getattr(weight, "frozen_columns", 0)
+
+
+class PartlyFrozenProduct(torch.autograd.Function):
+    """Scores (M, I) by a table whose first columns are frozen: their gradient is never computed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, shift: Tensor | None, num_items: int, frozen: int
+    ) -> Tensor:
+        """Return hidden (M, D) times the items' rows of weight (V, D), plus shift (I,)."""
+        ctx.save_for_backward(hidden, weight)
+        ctx.num_items, ctx.frozen = num_items, frozen
+        return F.linear(hidden, weight[1 : num_items + 1], shift)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of hidden, weight and shift."""
+        hidden, weight = ctx.saved_tensors
+        slope, last = grads[0], ctx.num_items + 1
+        d_hidden = slope @ weight[1:last] if ctx.needs_input_grad[0] else None
+        d_weight = None
+        if ctx.needs_input_grad[1]:
+            d_weight = _empty_but(weight, last, ctx.frozen)
+            torch.mm(slope.t(), hidden[:, ctx.frozen :], out=d_weight[1:last, ctx.frozen :])
+        return d_hidden, d_weight, slope.sum(0) if ctx.needs_input_grad[2] else None, None, None
+
+
+def _empty_but(weight: Tensor, last: int, frozen: int) -> Tensor:
+    """Return room for a table's gradient, zero in PAD's and MASK's rows; frozen columns hold nothing."""
+    room = torch.empty_like(weight)
+    room[PAD, frozen:].zero_()
+    room[last:, frozen:].zero_()
+    return room
+
+
+_spare: list[Tensor] = []  # the buffer of the last step: asking the kernel for new pages takes longer
+
+
+def _take_buffer(like: Tensor, size: int) -> Tensor:
+    """Return an uninitialised vector of at least `size`: the spare one where it fits.
+
+    Whoever takes it owns it until backward gives it back; a second use before that gets another.
+    """
+    if _spare:
+        found = _spare.pop()
+        if found.numel() >= size and (found.dtype, found.device) == (like.dtype, like.device):
+            return found
+    return like.new_empty(size + size // 8)  # the number of targets varies a little
+
+
+class InplaceCrossEntropy(torch.autograd.Function):
+    """Sum of cross-entropies whose logits, probabilities and gradient share one buffer (M, I)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        num_items: int,
+        frozen: int = 0,
+    ) -> Tensor:
+        """Return the sum; what is kept for backward is the gradient of the logits."""
+        ctx.buffer = _take_buffer(hidden, len(targets) * num_items)
+        scores = ctx.buffer[: len(targets) * num_items].view(len(targets), num_items)  # (M, I)
+        torch.mm(hidden, weight[1 : num_items + 1].t(), out=scores)
+        wide = scores.dtype if scores.dtype in FULL else torch.float32
+        shift = None if bias is None else bias[1 : num_items + 1].to(wide)
+        kept = (targets != IGNORE).to(wide)
+        column = (targets - 1).clamp_min(0)[:, None]  # (M, 1)
+        losses = torch.empty(len(targets), dtype=wide, device=hidden.device)
+        size = max(1, BLOCK_BYTES // (wide.itemsize * num_items))
+        for first in range(0, len(targets), size):
+            part = slice(first, first + size)
+            block = scores[part].to(wide)  # the buffer itself where the products are in full precision
+            losses[part] = _to_gradient(block, shift, column[part])
+            if block.dtype != scores.dtype:
+                scores[part] = block
+        ctx.save_for_backward(hidden, weight, scores, kept.to(scores.dtype))
+        ctx.num_items, ctx.bias_dtype = num_items, None if bias is None else bias.dtype
+        ctx.sink = sink_of(weight)
+        ctx.frozen = frozen  # columns, the first ones, without a gradient
+        return (losses * kept).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of hidden, weight and bias."""
+        hidden, weight, slope, kept = ctx.saved_tensors
+        scale, last = grads[0], ctx.num_items + 1
+        d_hidden = d_weight = d_bias = None
+        if ctx.needs_input_grad[0]:
+            d_hidden = torch.mm(slope, weight[1:last]).mul_(scale).mul_(kept[:, None])
+        # Fillers are left out here, (M, D), and not in the slope, (M, I): that would be a pass over it all.
+        scaled = (hidden * scale).to(slope.dtype) * kept[:, None]
+        if ctx.sink is not None:
+            ctx.sink.overwrite((slope.t(), scaled), slice(1, last))
+        elif ctx.needs_input_grad[1]:
+            d_weight = _empty_but(weight, last, ctx.frozen)
+            torch.mm(slope.t(), scaled[:, ctx.frozen :], out=d_weight[1:last, ctx.frozen :])
+        if ctx.needs_input_grad[2]:
+            ones = scale.to(slope.dtype) * kept
+            d_bias = torch.zeros(len(weight), dtype=ctx.bias_dtype, device=weight.device)
+            d_bias[1:last] = torch.mv(slope.t(), ones)
+        _spare[:] = [ctx.buffer]
+        return d_hidden, d_weight, d_bias, None, None, None
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of cross-entropies over a partly frozen table, its logits made for some targets at a time.
+
+    torch's own computes the gradient of the whole table. Gradients are made on the way forward, as there,
+    while a chunk's logits exist; those that are summed over chunks are summed in fp32 at least.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        num_items: int,
+        frozen: int,
+        chunk: int,
+    ) -> Tensor:
+        """Return the sum over targets (M,) for hidden (M, D) and weight (V, D)."""
+        rows = weight[1 : num_items + 1]
+        wide = hidden.dtype if hidden.dtype in FULL else torch.float32
+        shift = None if bias is None else bias[1 : num_items + 1].to(wide)
+        kept = (targets != IGNORE).to(wide)
+        column = (targets - 1).clamp_min(0)[:, None]  # (M, 1)
+        d_hidden = torch.empty_like(hidden)
+        d_rows = rows.new_zeros(num_items, weight.shape[1] - frozen, dtype=wide)
+        d_shift = None if bias is None else rows.new_zeros(num_items, dtype=wide)
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        for first in range(0, len(targets), chunk):
+            part = slice(first, first + chunk)
+            block = F.linear(hidden[part], rows).to(wide)  # (chunk, I)
+            real = kept[part]
+            total += (_to_gradient(block, shift, column[part]) * real).sum()
+            slope, own = block.to(hidden.dtype), real.to(hidden.dtype)[:, None]
+            d_hidden[part] = (slope @ rows) * own
+            d_rows += slope.t() @ (hidden[part, frozen:] * own)
+            if d_shift is not None:
+                d_shift += torch.mv(block.t(), real)
+        ctx.save_for_backward(d_hidden, d_rows, d_shift, weight)
+        ctx.last, ctx.frozen, ctx.bias = num_items + 1, frozen, bias
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of hidden, weight and bias."""
+        d_hidden, d_rows, d_shift, weight = ctx.saved_tensors
+        d_weight = d_bias = None
+        if ctx.needs_input_grad[1]:
+            d_weight = _empty_but(weight, ctx.last, ctx.frozen)
+            d_weight[1 : ctx.last, ctx.frozen :] = d_rows * grads[0]
+        if ctx.needs_input_grad[2]:
+            d_bias = torch.zeros_like(ctx.bias)
+            d_bias[1 : ctx.last] = d_shift * grads[0]
+        own = d_hidden * grads[0].to(d_hidden.dtype) if ctx.needs_input_grad[0] else None
+        return own, d_weight, d_bias, None, None, None, None
+
+
+def _to_gradient(block: Tensor, shift: Tensor | None, column: Tensor) -> Tensor:
+    """Turn a block of logits into their gradient, in place; return its losses. Fillers are the caller's."""
+    if shift is not None:
+        block += shift
+    torch.log_softmax(block, -1, out=block)
+    losses = -block.gather(1, column).squeeze(1)
+    block.exp_().scatter_add_(1, column, block.new_full(column.shape, -1.0))
+    return losses
+
+
+# ------------------------------------------------------------------------------------------------
+
+Route = Literal["plain", "fused", "chunked", "inplace"]
+
+
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """Return the type that matrix products run in: that of autocast where it is on, else the tensor's."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def route(
+    loss: str, device_type: str, num_targets: int, num_items: int, memory_bytes: int | None = None
+) -> Route:
+    """Choose the route for `loss` = auto | plain | fused | chunked | inplace.
+
+    On CUDA auto goes by the logits of `num_targets` and the device's `memory_bytes`. A run asks once, with
+    its largest batch: steps of one run that took different routes could not be compared.
+    """
+    if loss == "auto":
+        if device_type == "cpu":
+            return "inplace"
+        return "chunked" if 4 * num_targets * num_items > logits_limit(memory_bytes) else "plain"
+    return loss  # type: ignore[return-value]  # validated by TrainConfig
+
+
+def cross_entropy_sum(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, num_items: int, how: Route
+) -> Tensor:
+    """Return the sum over targets of the cross-entropy over items 1..num_items.
+
+    `hidden` (M, D), `weight` (V, D), `bias` (V,) or None, `targets` (M,) item ids or IGNORE. The products run
+    in autocast's type where that is on: both sides are cast here, since a product with `out=` is outside
+    autocast and would run in fp32 in silence. The softmax and the loss are in fp32.
+    """
+    if how == "fused" and not frozen_columns(weight):
+        for tensor in (hidden, targets):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)  # M alone: the catalogue stays a constant
+        return _compiled_sum()(hidden, weight, bias, targets, num_items)
+    if how in ("plain", "fused"):
+        return _plain_sum(hidden, weight, bias, targets, num_items)
+    dtype = compute_dtype(hidden)
+    frozen = frozen_columns(weight)  # asked before a cast, which makes another tensor
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if how == "inplace":
+        return InplaceCrossEntropy.apply(hidden, weight, bias, targets, num_items, frozen)
+    chunk = min(max(16, LARGE_LOGITS_BYTES // (8 * num_items)), len(targets))
+    return ChunkedCrossEntropy.apply(hidden, weight, bias, targets, num_items, frozen, chunk)
+
+
+def plain_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, num_items: int) -> Tensor:
+    """Return the scores (M, I) of all real items, in fp32 at least."""
+    dtype = compute_dtype(hidden)
+    shift = None if bias is None else bias[1 : num_items + 1].to(dtype)
+    if frozen := frozen_columns(weight):
+        logits = PartlyFrozenProduct.apply(hidden.to(dtype), weight.to(dtype), shift, num_items, frozen)
+    else:
+        logits = F.linear(hidden.to(dtype), weight[1 : num_items + 1].to(dtype), shift)
+    return logits if dtype in FULL else logits.float()
+
+
+def _plain_sum(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, num_items: int
+) -> Tensor:
+    return _sum_over_targets(plain_logits(hidden, weight, bias, num_items), targets)
+
+
+@functools.cache
+def _compiled_sum() -> Any:
+    """Return `_plain_sum` compiled, made when first asked for: the compiler takes a second to import."""
+    return torch.compile(_plain_sum)
+
+
+def filled_up(
+    weight: Tensor, bias: Tensor | None, num_items: int, multiple: int
+) -> tuple[Tensor, Tensor, int]:
+    """Return an output table whose scored rows are a multiple of `multiple`, its bias, and their number.
+
+    On tensor cores a product whose sizes are no multiple of 8 in 16 bits falls to slower kernels, and the
+    size of a catalogue is anything. The rows that are added score -inf: they get no probability and no
+    gradient, exactly, and exist in no checkpoint. The table's copy costs little beside the logits.
+    """
+    rows = -(-num_items // multiple) * multiple
+    spare = rows - num_items
+    table = weight[1 : num_items + 1].to(compute_dtype(weight))
+    own = weight.new_zeros(num_items) if bias is None else bias[1 : num_items + 1]
+    return F.pad(table, (0, 0, 1, spare)), F.pad(F.pad(own, (0, spare), value=-torch.inf), (1, 0)), rows
+
+
+def _sum_over_targets(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the sum of the cross-entropies of logits (M, I) at targets (M,), fillers left out."""
+    labels = torch.where(targets == IGNORE, IGNORE, targets - 1)
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+
+
+def focal_mean(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean focal cross-entropy, gamma 1, over positions whose label is not PAD.
+
+    `logits` (R, L, V) of every position, `labels` (R, L): the seed study's loss, special rows competing.
+    """
+    kept = labels.flatten() != PAD
+    chosen = logits.flatten(0, 1)[kept]
+    entropy = F.cross_entropy(chosen, labels.flatten()[kept], reduction="none")
+    return ((1 - torch.exp(-entropy)) * entropy).mean()
+
+
+def batch_loss(
+    model: Bert4Rec,
+    batch: Batch,
+    config: TrainConfig,
+    denominator: float | Tensor,
+    encode: Callable[..., Tensor] | None = None,
+    how: Route | None = None,
+) -> Tensor:
+    """Return a micro-batch's part of the step's loss: its sum divided by the step's number of targets.
+
+    `encode` stands in for `model.encode`, compiled for instance. `how` is the run's route of the loss; None:
+    this batch's.
+    """
+    encode = encode or model.encode
+    num_items = model.config.num_items
+    rows = (batch.items, batch.segment_ids, batch.positions)
+    if config.objective == "seed_focal":
+        labels = batch.items.flatten().clone()
+        real = batch.targets != IGNORE
+        labels[batch.target_places[real]] = batch.targets[real]
+        logits = model.logits(encode(*rows))
+        share = batch.num_tokens / denominator  # of the step's positions that this loss is a mean over
+        loss = focal_mean(logits, labels.view_as(batch.items)) * share
+        loss.held = logits  # type: ignore[attr-defined]  # as the original does, through backward
+        return loss
+    weight: Tensor = model.output_weight
+    bias: Tensor | None = model.output_bias
+    if config.head_rows == "all":  # logits everywhere, of which those at the targets are used
+        everywhere = model.head_input(encode(*rows).flatten(0, 1))  # (R * L, D)
+        chosen = plain_logits(everywhere, weight, bias, num_items)[batch.target_places]  # (M, I)
+        return _sum_over_targets(chosen, batch.targets) / denominator
+    if model.config.causal:  # nearly every place is a target: nothing is saved by asking for some
+        states = F.embedding(batch.target_places, encode(*rows).flatten(0, 1))
+    else:
+        states = F.embedding(batch.target_slots, encode(*rows, batch.query_index).flatten(0, 1))
+    hidden = model.head_input(states)  # (M, D)
+    if config.sampled:
+        return sampled_sum(hidden, weight, bias, batch, num_items, config) / denominator
+    how = how or route(config.loss, hidden.device.type, len(batch.targets), num_items)
+    if config.head_multiple > 1 and not frozen_columns(weight):
+        weight, bias, num_items = filled_up(weight, bias, num_items, config.head_multiple)
+    return cross_entropy_sum(hidden, weight, bias, batch.targets, num_items, how) / denominator

@@ -1,0 +1,578 @@
+"""The training loop: one, visible, used by notebooks, benchmarks and tuning alike.
+
+`Trainer.steps()` yields one `StepStats` per optimiser step; `fit` drives it. Precision, compilation and
+other processes that train along (`distributed`) wrap the model here and do not enter it. So do two ways to
+start fewer operators on a GPU: 16-bit copies of the weights (`HalfCopies`), and whole steps as CUDA graphs
+(`StepGraphs`). Neither has run on a GPU yet; that they give equal results is tested on a CPU.
+
+A run killed at any moment goes on from its last checkpoint to the same bits on a CPU: batches depend on
+(seed, epoch, step) alone, and a checkpoint holds weights, optimiser, scaler and the generator of dropout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reclib import hardware
+from reclib.config import InputError, ModelConfig, TrainConfig, as_dict
+from reclib.cost import work
+from reclib.data.batches import Batch, Epoch, Totals, prefetch
+from reclib.data.dataset import Histories
+from reclib.hardware import Device
+from reclib.model.bert4rec import Bert4Rec, attach, detach, sink_of
+from reclib.model.ilora import AdaptedModel
+from reclib.train import distributed, losses, saving
+from reclib.train.losses import Route, batch_loss
+from reclib.train.saving import load_unique, refuse_other, unique_tensors
+
+CHECK_EVERY = 20  # steps between looks at the loss on CUDA, where each look waits for the device
+
+MOST_GRAPHS = 64  # shapes of batches of which a run keeps a CUDA graph; steps of others run as they are
+
+Compute = Callable[
+    [Batch, Tensor], tuple[Tensor, Tensor | None]
+]  # (batch, targets of the step) -> loss, norm
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one optimiser step did. Reading `loss`, `grad_norm` or `skipped` waits for the device."""
+
+    step: int  # from 1
+    epoch: int  # from 0
+    learning_rate: float
+    loss_tensor: Tensor
+    norm_tensor: Tensor | None
+    num_sequences: int
+    num_tokens: int  # real items
+    num_targets: int
+    row_tokens: int  # places in this process's rows, used or not
+    target_slots: int  # places in its head, used or not
+    fetch_seconds: float  # waiting for the batch
+    skip_tensor: Tensor | None = None  # of fp16
+
+    @property
+    def skipped(self) -> bool:
+        """Whether fp16 overflowed, and the scaler left the weights as they were."""
+        return self.skip_tensor is not None and bool(self.skip_tensor)
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy over the step's targets, nats."""
+        return float(self.loss_tensor)
+
+    @property
+    def grad_norm(self) -> float | None:
+        """Global gradient norm before clipping; None without clipping."""
+        return None if self.norm_tensor is None else float(self.norm_tensor)
+
+
+@dataclass
+class Progress:
+    """What a run has reached; saved with every checkpoint."""
+
+    processes: int = 1  # that train together
+    backend: str = ""  # that joins them: gloo or nccl
+    step: int = 0
+    skipped_steps: int = 0
+    train_seconds: float = 0.0
+    tokens: int = 0
+    loss_sum: float = 0.0  # since the last evaluation, over targets
+    loss_targets: int = 0
+    best_value: float = -math.inf
+    best_epoch: int = -1
+    stale_evaluations: int = 0
+    done: bool = False
+    history: list[dict[str, float]] = field(default_factory=list)  # one row per evaluation
+
+
+def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
+    """Return the rate of step 1..total_steps: linear warm-up, then a cosine to `lr_final_share`."""
+    warmup = min(config.lr_warmup_steps, total_steps)
+    if step <= warmup:
+        return config.learning_rate * step / warmup
+    share = (step - warmup) / max(1, total_steps - warmup)
+    low = config.lr_final_share
+    return config.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """Return AdamW over the trainable parameters; biases and norms are not decayed.
+
+    The gate of an adapted model has a group of its own, with a share of the rate that its adapter states.
+    """
+    trained = {id(p): p for p in model.parameters() if p.requires_grad}
+    adapted = model if isinstance(model, AdaptedModel) else None
+    gates = [trained.pop(id(p)) for p in adapted.gates.parameters() if p.requires_grad] if adapted else []
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained.values() if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained.values() if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    if adapted and adapted.active and gates:
+        share = adapted.configs[adapted.active].gate_learning_rate
+        groups.append({"params": gates, "weight_decay": config.weight_decay, "rate_share": share})
+    fused = config.optimizer == "fused"
+    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused, foreach=False)
+
+
+def clip_gradients(
+    parameters: Sequence[Tensor],
+    max_norm: float,
+    divide_later: torch.optim.Optimizer | None = None,
+) -> Tensor:
+    """Scale gradients to a global norm of at most `max_norm`; return the norm before.
+
+    `divide_later` is a fused optimiser that is to divide them as it reads them, as it does for a gradient
+    scaler: on a CPU a pass of its own over the gradients costs as much as their norm.
+    """
+    grads = [
+        p.grad if (sink := sink_of(p)) is None else sink.for_norm() for p in parameters if p.grad is not None
+    ]
+    norm = torch.nn.utils.get_total_norm(grads)
+    if divide_later is not None:
+        divide_later.grad_scale = (norm / max_norm).clamp_min(1.0)  # type: ignore[attr-defined]
+    else:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+class HalfCopies:
+    """16-bit copies of the weights that products read, all made by one call at the start of a step.
+
+    Under autocast each product casts its own weights, on the way back as well: on a GPU so many small
+    operators that starting them takes longer than running them. The copies stand in the weights' places while
+    a loss is computed. Their gradients are added to those of the weights, which stay in fp32, as do
+    embeddings, positions, norms and the output bias. The values are those of autocast.
+    """
+
+    def __init__(self, model: Bert4Rec, dtype: torch.dtype) -> None:
+        layers = [layer for layer in model.modules() if type(layer) is torch.nn.Linear]
+        names: list[tuple[torch.nn.Module, str]] = [(model, "output_weight")]
+        names += [(layer, name) for layer in layers for name in ("weight", "bias")]
+        self.places = [place for place in names if getattr(*place).requires_grad]
+        self.weights: list[Tensor] = [getattr(*place) for place in self.places]
+        self.copies: list[Tensor] = [
+            torch.nn.Parameter(torch.empty_like(w, dtype=dtype)) for w in self.weights
+        ]
+
+    @torch.no_grad()
+    def make(self) -> None:
+        """Copy the weights as they are now."""
+        torch._foreach_copy_(self.copies, self.weights)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Let the model compute with the copies inside."""
+        self._put(self.copies)
+        try:
+            yield
+        finally:
+            self._put(self.weights)
+
+    @torch.no_grad()
+    def give_gradients(self) -> None:
+        """Add the gradients of the copies to those of the weights, and clear them."""
+        pairs = [(w, c.grad) for w, c in zip(self.weights, self.copies, strict=True) if c.grad is not None]
+        fresh = [(w, grad) for w, grad in pairs if w.grad is None]
+        for weight, grad in pairs:
+            if weight.grad is not None:  # of a tied table that is looked up too, or of an earlier micro-batch
+                weight.grad += grad
+        for weight, _ in fresh:
+            weight.grad = torch.empty_like(weight)
+        if fresh:
+            torch._foreach_copy_([w.grad for w, _ in fresh], [grad for _, grad in fresh])  # type: ignore[misc]
+        for copy in self.copies:
+            copy.grad = None
+
+    def _put(self, tensors: Sequence[Tensor]) -> None:
+        for (layer, name), tensor in zip(self.places, tensors, strict=True):
+            layer._parameters[name] = tensor  # type: ignore[assignment]
+
+
+def captured(compute: Callable[[], Any], pool: Any) -> Callable[[], Any]:
+    """Record what `compute` asks of the GPU as a CUDA graph; return what runs it and gives its results."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        results = compute()
+
+    def replay() -> Any:
+        graph.replay()
+        return results
+
+    return replay
+
+
+class StepGraphs:
+    """Optimiser steps as CUDA graphs: one start for all operators of a step, instead of some hundreds.
+
+    A graph fits one shape of a batch. The first batch of a shape is computed operator by operator, which also
+    readies kernels and the optimiser's state; the second is captured; from then on batches are copied to
+    where the graph reads. Graphs share one pool of memory, since only one runs at a time and nothing in it
+    outlives a step. Few shapes that repeat need few `bucket_steps`.
+    """
+
+    def __init__(self, compute: Compute, where: torch.device, capture: Callable[..., Any] = captured) -> None:
+        self.compute, self.where, self.capture = compute, where, capture
+        self.graphs: dict[tuple[Any, ...], tuple[list[Tensor], Callable[[], Any]] | None] = {}
+        self.pool = torch.cuda.graph_pool_handle() if where.type == "cuda" else None
+
+    def run(self, batch: Batch, targets: float) -> tuple[Tensor, Tensor | None]:
+        """Do the step of a batch that is not on the device yet; return loss and norm."""
+        batch = batch.to(self.where)
+        given = [value for value in batch if isinstance(value, Tensor)]
+        given.append(torch.full((), float(targets), device=self.where))
+        key = tuple(value.shape for value in given)
+        if key not in self.graphs and len(self.graphs) < MOST_GRAPHS:
+            self.graphs[key] = None
+            return self.compute(batch, given[-1])
+        if key not in self.graphs:
+            return self.compute(batch, given[-1])
+        if self.graphs[key] is None:
+            self.graphs[key] = self._recorded(batch, given)
+        read, replay = self.graphs[key]  # type: ignore[misc]
+        for place, value in zip(read, given, strict=True):
+            place.copy_(value)
+        loss, norm = replay()
+        return loss.clone(), None if norm is None else norm.clone()  # the next graph overwrites them
+
+    def _recorded(self, batch: Batch, given: list[Tensor]) -> tuple[list[Tensor], Callable[[], Any]]:
+        read = [value.clone() for value in given]
+        names = [name for name, value in batch._asdict().items() if isinstance(value, Tensor)]
+        tensors: dict[str, Any] = dict(zip(names, read, strict=False))  # the last one is no part of it
+        fixed = batch._replace(**tensors)
+        return read, self.capture(lambda: self.compute(fixed, read[-1]), self.pool)
+
+
+def refuse_graphs(config: TrainConfig, precision: str, processes: int, adapted: bool) -> None:
+    """Raise `InputError` where a whole step cannot be one CUDA graph: something is decided outside of it."""
+    wrong = {
+        "precision=fp16, whose scaler may skip a step": precision == "fp16",
+        "optimizer='loop'": config.optimizer != "fused",
+        "objective='seed_focal'": config.objective == "seed_focal",
+        "micro-batches": config.micro_batch_size not in (None, config.batch_size),
+        f"{processes} processes": processes > 1,
+        "an adapted model": adapted,
+    }
+    if found := " and no ".join(name for name, there in wrong.items() if there):
+        raise InputError(f"compile_mode='graph' captures a whole step, and knows no {found}")
+
+
+def chosen_route(
+    config: TrainConfig, model: ModelConfig, histories: Histories, card: hardware.Card, compiled: bool
+) -> Route:
+    """Return the route of a run's loss on a card, by its largest batch.
+
+    `compiled` says whether the encoder is: with loss=auto the loss then is as well. Where there is no
+    compiler, `fused` is `plain`.
+    """
+    slots = 0.0
+    if config.loss == "auto" and card.type == "cuda":
+        lengths = histories.ends - histories.starts
+        slots = work.largest_shapes(model, config, lengths[lengths > int(model.causal)]).slots
+    how = losses.route(config.loss, card.type, int(slots), model.num_items, card.memory_bytes)
+    if config.loss == "auto" and how == "plain" and compiled:
+        return "fused"
+    no_compiler = hardware.compile_choice("default", card, hardware.has_compiler())[0] == "off"
+    return "plain" if how == "fused" and no_compiler else how
+
+
+def compiled_encode(encode: Callable[..., Tensor], mode: str) -> Callable[..., Tensor]:
+    """Return `encode` compiled for any number of rows and queries; all other sizes are constants."""
+    inner = torch.compile(encode, mode=mode)
+
+    def call(
+        items: Tensor, segment_ids: Tensor, positions: Tensor, query_index: Tensor | None = None
+    ) -> Tensor:
+        rows = (items, segment_ids, positions)
+        for tensor in rows:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        if query_index is not None:
+            torch._dynamo.maybe_mark_dynamic(query_index, (0, 1))
+        return inner(*rows, query_index)
+
+    return call
+
+
+class Trainer:
+    """A model, its optimiser and where they stand in a run."""
+
+    def __init__(
+        self,
+        model: Bert4Rec | AdaptedModel,
+        histories: Histories,
+        config: TrainConfig,
+        device: Device,
+        fingerprint: str,
+        origin: dict[str, Any] | None = None,
+    ) -> None:
+        """Take what is trained, on what and where; `origin` says what weights it starts from, if not new."""
+        if model.config.causal != (config.objective == "next_item"):
+            raise InputError(
+                f"objective={config.objective!r} does not go with causal={model.config.causal}: "
+                "a causal model is trained with objective='next_item', and no other is"
+            )
+        self.model: Any = model  # of either kind: an adapted model has what is asked of a plain one
+        self.histories, self.config, self.device = histories, config, device
+        self.where = device.torch_device
+        self.precision = hardware.choose_precision(config.precision, device.card)
+        hardware.set_matmul_precision(self.precision)
+        self.kept_memory = self.where.type == "cpu" and hardware.keep_freed_memory()
+        self.compile_mode, self.compile_reason = hardware.compile_choice(
+            config.compile_mode, device.card, hardware.has_compiler()
+        )
+        model.to(self.where)
+        self.ranks = distributed.ranks()
+        self.ranks.start(model, config)
+        self.used: list[bool] = []  # which parameters get a gradient; known after a step of several processes
+        graph, compiled = self.compile_mode == "graph", self.compile_mode not in ("off", "graph")
+        adapted = isinstance(model, AdaptedModel)
+        if graph:
+            refuse_graphs(config, self.precision.name, self.ranks.count, adapted)
+        if config.half_copies and adapted:
+            raise InputError("half_copies=True is for a model that is trained whole, not for an adapted one")
+        self.encode: Callable[..., Tensor] = model.encode
+        if compiled:
+            self.encode = compiled_encode(model.encode, self.compile_mode)
+        self.route = chosen_route(config, model.config, histories, device.card, compiled)
+        self.compiles = compiled or self.route == "fused"  # whether torch.compile makes any part of a step
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        detach(self.parameters)
+        self.sunk = attach(self._tables()) if self._can_sink() else []
+        self.optimizer = make_optimizer(model, config)
+        dtype = self.precision.autocast_dtype
+        self.copies = HalfCopies(model, dtype) if config.half_copies and dtype else None  # type: ignore
+        self.graphs = StepGraphs(self._whole_step, self.where) if graph else None
+        for group in self.optimizer.param_groups if graph else ():
+            group["lr"] = torch.tensor(config.learning_rate, device=self.where)  # read by the graph
+            group["capturable"] = True
+        self.skips = torch.zeros((), dtype=torch.int64, device=self.where)  # not in `progress` yet
+        self.scaler = torch.amp.GradScaler(self.where.type, enabled=self.precision.needs_scaler)
+        self.progress = Progress(self.ranks.count, self.ranks.backend)
+        self.fingerprint, self.origin = fingerprint, origin
+        users = int((histories.ends - histories.starts > int(model.config.causal)).sum())
+        self.steps_per_epoch = -(-users // config.batch_size)
+        planned = self.steps_per_epoch * config.epochs
+        self.total_steps = planned if config.max_steps is None else min(planned, config.max_steps)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Return the context that forward passes run in."""
+        dtype = self.precision.autocast_dtype
+        return torch.autocast(self.where.type, dtype=dtype, enabled=dtype is not None)
+
+    def batches(self) -> Iterator[tuple[int, list[Batch], Totals]]:
+        """Yield (epoch, this process's micro-batches, the whole step's totals) of every step left."""
+        step = self.progress.step
+        while step < self.total_steps:
+            epoch, first = divmod(step, self.steps_per_epoch)
+            mine = (self.ranks.rank, self.ranks.count)
+            plan = Epoch(self.histories, self.model.config, self.config, epoch, *mine)
+            for i in range(first, min(plan.num_steps, first + self.total_steps - step)):
+                yield epoch, *plan.counted(i, self.where)
+            step = (epoch + 1) * self.steps_per_epoch
+
+    def steps(self) -> Iterator[StepStats]:
+        """Train to the end of the schedule, yielding after every optimiser step."""
+        self.model.train()
+        source = prefetch(self.batches())
+        with contextlib.closing(source):
+            clock = time.perf_counter()
+            for epoch, micros, whole in source:
+                fetch_seconds = time.perf_counter() - clock
+                stats = self._step(epoch, micros, whole, fetch_seconds)
+                self.progress.train_seconds += time.perf_counter() - clock
+                yield stats
+                clock = time.perf_counter()
+        self._count_skips()
+
+    def _step(self, epoch: int, micros: list[Batch], whole: Totals, fetch_seconds: float) -> StepStats:
+        """Forward, backward, sum over processes, unscale and clip, step, schedule."""
+        self.progress.step += 1
+        step, config = self.progress.step, self.config
+        rate = learning_rate(step, self.total_steps, config)
+        for group in self.optimizer.param_groups:
+            own = rate * group.get("rate_share", 1.0)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(own)
+            else:
+                group["lr"] = own
+        denominator = whole.num_tokens if config.objective == "seed_focal" else whole.num_targets
+        self.ranks.seed_step(config.seed, step)
+
+        skipped = None
+        if self.graphs is not None:
+            total, norm = self.graphs.run(micros[0], denominator)
+            self._check_finite(step, total, norm)
+        else:
+            total, norm = self._gradients((micro.to(self.where) for micro in micros), denominator)
+            self._check_finite(step, total, norm)
+            skipped = self._update()
+        if self.where.type == "cpu" or step % CHECK_EVERY == 0:
+            self._count_skips()
+        self.progress.tokens += whole.num_tokens
+        return StepStats(
+            step=step,
+            epoch=epoch,
+            learning_rate=rate,
+            loss_tensor=total,
+            norm_tensor=norm,
+            num_sequences=whole.num_sequences,
+            num_tokens=whole.num_tokens,
+            num_targets=whole.num_targets,
+            row_tokens=sum(batch.items.numel() for batch in micros),
+            target_slots=sum(batch.targets.numel() for batch in micros),
+            fetch_seconds=fetch_seconds,
+            skip_tensor=skipped,
+        )
+
+    def _gradients(
+        self, batches: Iterable[Batch], denominator: float | Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute the step's gradients, summed over processes and clipped; return its loss and their norm."""
+        config = self.config
+        total = torch.zeros((), device=self.where)
+        self._clear_gradients()
+        if self.copies:
+            self.copies.make()
+        for batch in batches:
+            with self.autocast(), self.copies.in_place() if self.copies else contextlib.nullcontext():
+                loss = batch_loss(self.model, batch, config, denominator, self.encode, self.route)
+            self.scaler.scale(loss).backward()
+            if self.copies:
+                self.copies.give_gradients()
+            total += loss.detach()
+
+        for parameter, sink in self.sunk:
+            parameter.grad = sink.finish()
+        self.ranks.sum_gradients(self.parameters, total, self.used)
+        self.scaler.unscale_(self.optimizer)
+        norm = None
+        if config.clip_norm is not None:
+            own_pass = self.scaler.is_enabled() or config.optimizer != "fused"
+            norm = clip_gradients(self.parameters, config.clip_norm, None if own_pass else self.optimizer)
+        return total, norm
+
+    def _update(self) -> Tensor | None:
+        """Take the optimiser's step, which with fp16 may be skipped; return whether it was, on the device."""
+        if not self.scaler.is_enabled():
+            self.optimizer.step()
+            return None
+        assert self.scaler._scale is not None
+        before = self.scaler._scale.clone()  # `get_scale` would wait for the device
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        skipped = self.scaler._scale < before
+        self.skips += skipped.squeeze()
+        return skipped
+
+    def _whole_step(self, batch: Batch, denominator: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Do all that the device does in a step of one batch."""
+        found = self._gradients([batch], denominator)
+        self.optimizer.step()
+        return found
+
+    def _count_skips(self) -> None:
+        """Add the steps skipped since the last look to the progress; waits for the device."""
+        if self.scaler.is_enabled():
+            self.progress.skipped_steps += int(self.skips)
+            self.skips.zero_()
+
+    def _can_sink(self) -> bool:
+        """Whether the tables' gradients can have one place each: eager, full precision, on a CPU."""
+        config = self.config
+        plain = config.objective != "seed_focal" and config.head_rows == "targets"
+        eager = self.where.type == "cpu" and self.compile_mode == "off"
+        full = self.precision.autocast_dtype is None
+        return plain and eager and full and config.loss in ("auto", "inplace")
+
+    def _tables(self) -> list[torch.nn.Parameter]:
+        tables = {id(p) for p in (self.model.item_table.weight, self.model.output_weight)}
+        return [p for p in self.parameters if id(p) in tables]
+
+    def _clear_gradients(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+        for _, sink in self.sunk:
+            sink.start()
+
+    def _check_finite(self, step: int, loss: Tensor, norm: Tensor | None) -> None:
+        """Stop on a loss or norm that is not finite, before it reaches the weights.
+
+        With fp16 a norm that overflows is the scaler's business, and so is a loss while it still can shrink
+        its scale.
+        """
+        if self.where.type == "cuda" and step % CHECK_EVERY:
+            return
+        wrong = {} if bool(loss.isfinite()) else {"loss": float(loss)}
+        if norm is not None and not bool(norm.isfinite()):
+            wrong["gradient norm"] = float(norm)
+        if wrong and not (self.scaler.is_enabled() and self.scaler.get_scale() > 1):
+            raise self.diverged(step, wrong)
+
+    def diverged(self, step: int, wrong: dict[str, float]) -> InputError:
+        """Return the error that says at which step what was not finite."""
+        said = ", ".join(f"{name} {value}" for name, value in wrong.items())
+        return InputError(
+            f"training diverged at step {step}: {said} in {self.precision.name}; the last checkpoint is "
+            "kept: lower learning_rate or clip_norm, or train in fp32"
+        )
+
+    # -- checkpoints ---------------------------------------------------------------------------------------
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a checkpoint must agree on to be continued."""
+        train = as_dict(self.config)
+        train.pop("checkpoint_seconds")
+        said = {"model": asdict(self.model.config), "train": train, "data": self.fingerprint}
+        return said if self.origin is None else said | {"origin": self.origin}
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint of the present step and drop all but the newest two."""
+        self._count_skips()
+        tensors = {f"model.{k}": v for k, v in unique_tensors(self.model, frozen=False).items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
+        tensors["random.cpu"] = torch.get_rng_state()
+        if self.where.type == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state(self.where)
+        state = {"identity": self.identity(), "progress": asdict(self.progress)}
+        state["scaler"] = self.scaler.state_dict()
+        saving.save_checkpoint(folder, f"step-{self.progress.step}", tensors, state)
+        saving.prune(folder)
+
+    def resume(self, folder: Path) -> bool:
+        """Go on from the newest checkpoint in `folder`; return whether there was one.
+
+        Raises `InputError` if it is damaged or belongs to another configuration, dataset or, unless it is
+        finished, number of processes: sums of gradients and dropout would not be what they were.
+        """
+        found = saving.latest(folder)
+        if found is None:
+            return False
+        tensors, state = saving.load_checkpoint(found)
+        refuse_other(state["identity"], self.identity(), folder)
+        progress = Progress(**state["progress"])
+        if not progress.done:
+            distributed.refuse_other_count(progress.processes, self.ranks.count, folder)
+        load_unique(self.model, {k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+        optimizer = self.optimizer.state_dict()
+        optimizer["state"] = {}
+        for key, value in tensors.items():
+            if key.startswith("optimizer."):
+                _, index, name = key.split(".")
+                optimizer["state"].setdefault(int(index), {})[name] = value
+        self.optimizer.load_state_dict(optimizer)
+        self.scaler.load_state_dict(state["scaler"])
+        self.progress = progress
+        torch.set_rng_state(tensors["random.cpu"])
+        if "random.cuda" in tensors and self.where.type == "cuda":
+            torch.cuda.set_rng_state(tensors["random.cuda"], self.where)
+        return True
