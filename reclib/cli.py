@@ -278,13 +278,32 @@ def _seconds(text: str) -> int:
     return int(text)
 
 
+# Commands of the library and of the long experiments: a function that takes the arguments, and what it does.
+# Imported when called, so that `python -m reclib status` needs no torch.
+COMMANDS = {
+    "data": ("data.prepare:data_main", "fetch, prepare and describe datasets"),
+    "fit": ("train.fit:fit_main", "train one model"),
+    "grid": ("experiments.grids:grid_main", "train the runs of an experiment file"),
+    "score": ("experiments.grids:score_main", "score the final runs of an experiment file"),
+    "predict": ("experiments.scaling:predict_main", "predict the loss of the largest size from smaller ones"),
+    "tune": ("experiments.scaling:tune_main", "search settings on validation"),
+    "plan": ("cost.planner:plan_main", "predict time, memory and price of a run"),
+    "check": ("experiments.comparison:check_main", "check that this device computes right"),
+    "device": ("hardware:device_main", "describe the device that is here"),
+    "sizes": ("model.bert4rec:sizes_main", "count the parameters of every size"),
+    "pictures": ("report.figures:pictures_main", "draw PNGs of the main figures"),
+}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m reclib",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (_, text) in COMMANDS.items():  # `entry` hands these on: they stand here for the help
+        commands.add_parser(name, help=text, add_help=False)
     common = Parser(add_help=False)
     common.add_argument("--profile", default="quick", help=f"one of {', '.join(parameters.PROFILES)}")
     common.add_argument("--gpu", help=f"device label, a claim: one of {', '.join(GPU_LABELS)}")
@@ -329,23 +348,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-
-
-# Commands of the library and of the long experiments: a function that takes the arguments, and what it does.
-# Imported when called, so that `python -m reclib status` needs no torch.
-COMMANDS = {
-    "data": ("data.prepare:data_main", "fetch, prepare and describe datasets"),
-    "fit": ("train.fit:fit_main", "train one model"),
-    "grid": ("experiments.grids:grid_main", "train the runs of an experiment file"),
-    "score": ("experiments.grids:score_main", "score the final runs of an experiment file"),
-    "predict": ("experiments.scaling:predict_main", "predict the loss of the largest size from smaller ones"),
-    "tune": ("experiments.scaling:tune_main", "search settings on validation"),
-    "plan": ("cost.planner:plan_main", "predict time, memory and price of a run"),
-    "check": ("experiments.comparison:check_main", "check that this device computes right"),
-    "device": ("hardware:device_main", "describe the device that is here"),
-    "sizes": ("model.bert4rec:sizes_main", "count the parameters of every size"),
-    "pictures": ("report.figures:pictures_main", "draw PNGs of the main figures"),
-}
 
 
 def entry(arguments: Sequence[str] | None = None) -> int:

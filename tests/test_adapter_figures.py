@@ -12,21 +12,22 @@ from reclib.report.tables import ARM_NAMES
 def test_every_arm_but_the_controls_has_its_mark_and_the_base_is_a_line():
     figure = figures.show("accuracy_by_share", *accuracy())
     drawn = [trace.name for trace in figure.data if trace.showlegend]
-    controls = {ARM_NAMES[arm] for arm in accuracy_figures.CONTROLS}
-    assert drawn == [ARM_NAMES[arm] for arm in ARMS[1:] if ARM_NAMES[arm] not in controls]
+    others = {*accuracy_figures.CONTROLS, "none", "pairwise_counts"}  # no arms, and lines
+    assert drawn == [ARM_NAMES[arm] for arm in ARMS if arm not in others]
     bias = next(trace for trace in figure.data if trace.name == ARM_NAMES["bias"])
     assert bias.x[0] == pytest.approx(100 * 0.01 * ARMS.index("bias"))
     assert bias.y[0] == pytest.approx(0.05 + 0.001 * ARMS.index("bias"))
-    assert [shape.y0 for shape in figure.layout.shapes] == [0.05, 0.05]  # one in each panel
-    assert ARM_NAMES["bias"] in figure.layout.title.text
+    lines = sorted(shape.y0 for shape in figure.layout.shapes)
+    assert lines == pytest.approx([0.05, 0.05, 0.061, 0.061])  # base and counts, one of each in each panel
+    assert ARM_NAMES["pairwise_counts"] in figure.layout.title.text  # highest of these made-up records
 
 
 def test_claims_are_coloured_and_counted():
     figure = figures.show("gate_comparison", *comparisons("gate_comparison", "ilora"))
     title = figure.layout.title.text
-    assert title == "Against iLoRA, next period: of 10 arms 3 better, 4 worse, 3 not separated"
+    assert title == "Against iLoRA, next period: of 11 arms 4 better, 4 worse, 3 not separated"
     color = {name: t.marker.color for t in figure.data if t.type == "scatter" for name in t.y}
-    assert len(color) == 10
+    assert len(color) == 11
     worse, better, unsaid = (color[ARM_NAMES[arm]] for arm in ("none", "full", "lora"))
     assert (worse, better, unsaid) == (
         accuracy_figures.ORANGE, accuracy_figures.GREEN, accuracy_figures.MUTED
@@ -35,7 +36,7 @@ def test_claims_are_coloured_and_counted():
 
 def test_too_few_seeds_claim_nothing():
     figure = figures.show("adaptation_gain", *comparisons("adaptation_gain", "none", seeds=1))
-    assert "10 too few seeds" in figure.layout.title.text
+    assert "11 too few seeds" in figure.layout.title.text
     assert {t.marker.color for t in figure.data if t.type == "scatter"} == {accuracy_figures.MUTED}
 
 
@@ -103,6 +104,7 @@ def test_every_arm_has_a_name():
 
     from reclib.parameters import Arms, Tasks
 
-    for kind, names in ((Arms, ARM_NAMES), (Tasks, tables.TASK_NAMES)):
+    arms = ARM_NAMES.keys() - {"pairwise_counts"}  # a count, which is no choice
+    for kind, names in ((Arms, arms), (Tasks, tables.TASK_NAMES)):
         (choice,) = get_args(get_args(kind)[0])
         assert set(get_args(choice)) == set(names)

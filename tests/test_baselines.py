@@ -275,7 +275,9 @@ def test_pairwise_counts_reach_the_figures_of_an_independent_program_on_beauty()
         parts = []  # that program gives a target the middle of its ties; the project the last place
         for users, scores in fitted.scores(test):
             targets = torch.from_numpy(test.targets[users].astype(np.int64))
-            last, _ = metrics.rank_scores(scores, targets, metrics.seen_items(test.histories, users, "cpu"))
+            last, _ = metrics.rank_scores(
+                scores, targets, metrics.seen_items(test.histories, users, torch.device("cpu"))
+            )
             own = scores.gather(1, (targets - 1)[:, None])
             parts.append((last + (scores > own).sum(1) + 1).numpy() / 2)
         ranks = np.concatenate(parts)

@@ -8,25 +8,16 @@ import sys
 import pytest
 from conftest import ROOT
 
-from reclib import system
+from reclib import cli, system
 
-# Every module that is a command, found by how it ends.
-COMMANDS = sorted(
-    file.stem
-    for file in (ROOT / "reclib").glob("*.py")
-    if '__name__ == "__main__"' in file.read_text(encoding="utf-8")
-)
-ACTIONS = {
-    "study": ("run", "run-all", "status", "collect", "merge", "params", "refresh"),
-    "data": ("fetch", "prepare", "show", "verify"),
-}
+STUDY = ("run", "run-all", "status", "collect", "merge", "params", "refresh")
+ACTIONS = {"data": ("fetch", "prepare", "show", "verify")}
 
 
 def shell(line: str) -> subprocess.CompletedProcess[str]:
-    """Run a line of bash, in which `reclib.NAME` is a command."""
-    line = re.sub(r"^reclib\.", f"{sys.executable} -m reclib.", line)
+    """Run a line of bash, in which `reclib` is the command."""
     return subprocess.run(
-        ["bash", "-c", f"set -o pipefail; {line}"],
+        ["bash", "-c", f"set -o pipefail; {sys.executable} -m {line}"],
         capture_output=True,
         text=True,
         timeout=120,
@@ -34,31 +25,41 @@ def shell(line: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_every_command_leaves_through_the_same_door():
-    for name in COMMANDS:
-        assert "raise SystemExit(exit_code(main))" in (ROOT / f"reclib/{name}.py").read_text(encoding="utf-8")
-
-
 def test_help_is_there_and_says_how_it_is_called(capsys, monkeypatch):
-    for name in COMMANDS:
-        main = __import__(f"reclib.{name}", fromlist=["main"]).main
-        for action in ("", *ACTIONS.get(name, ())):
-            monkeypatch.setattr(sys, "argv", [name, *filter(None, [action]), "--help"])
-            with pytest.raises(SystemExit) as ended:
-                main()
-            said = capsys.readouterr().out
-            assert ended.value.code == 0
-            assert said.startswith("usage: python -m reclib."), said[:80]
-            bare = re.findall(r"^  (-[^ ,]+(?: [^ ]+)?)\n(?! {10})", said.split("options:")[-1], re.MULTILINE)
-            assert bare == [], "options without a word of help"
+    calls = [[name] for name in STUDY]
+    calls += [
+        [name, *filter(None, [action])] for name in cli.COMMANDS for action in ("", *ACTIONS.get(name, ()))
+    ]
+    for words in calls:
+        with pytest.raises(SystemExit) as ended:
+            cli.entry([*words, "--help"])
+        text = capsys.readouterr().out
+        assert ended.value.code == 0
+        assert text.startswith(f"usage: python -m reclib {words[0]}"), text[:80]
+        bare = re.findall(r"^  (-[^ ,]+(?: [^ ]+)?)\n(?! {10})", text.split("options:")[-1], re.MULTILINE)
+        assert bare == [], "options without a word of help"
+
+
+def test_every_command_stands_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        cli.entry(["--help"])
+    text = capsys.readouterr().out
+    for name in (*STUDY, *cli.COMMANDS):
+        assert re.search(rf"^ +{name} ", text, re.MULTILINE), name
+
+
+def test_a_former_spelling_prints_the_new_one():
+    done = shell("reclib.planner --size 5m")
+    assert done.returncode != 0
+    assert done.stderr == "reclib.planner is now: python -m reclib plan\n"
 
 
 def test_a_reader_that_goes_away_is_no_error():
-    done = shell("reclib.planner --size 5m --gpu l4 | head -n 1")
+    done = shell("reclib plan --size 5m --gpu l4 | head -n 1")
     assert done.returncode in (0, 141)
     assert done.stderr == ""
     assert len(done.stdout.splitlines()) == 1
-    gone = shell("reclib.planner --size 5m --gpu l4 | true")
+    gone = shell("reclib plan --size 5m --gpu l4 | true")
     assert (gone.returncode, gone.stderr) == (141, "")
 
 
@@ -73,7 +74,7 @@ def test_a_command_gives_its_code_and_an_interrupt_is_told_in_a_word(capsys):
 
 
 def test_wrong_options_are_told_in_one_line():
-    done = shell("reclib.planner --sise 5m")
+    done = shell("reclib plan --sise 5m")
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert "--help" in done.stderr

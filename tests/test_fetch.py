@@ -538,7 +538,7 @@ def test_the_error_of_a_caller_that_finds_it_missing(raw):
 
 def test_a_fetched_dataset_is_a_source_by_its_name(raw):
     config = DataConfig(dataset="films", min_user=1, min_item=1)
-    with pytest.raises(InputError, match=r"python -m reclib\.data fetch films"):
+    with pytest.raises(InputError, match="python -m reclib data fetch films"):
         source(config)
     fetch.fetch("films")
     films = source(config)

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reclib.config import changed, model_config
-from reclib.data.batches import CPU
 from reclib.data.dataset import Evaluation
 from reclib.evaluate import metrics, statistics
 from reclib.model.bert4rec import Bert4Rec
@@ -146,7 +145,9 @@ def test_scores_in_16_bit_precision_are_not_rounded_into_ties(monkeypatch):
 
     monkeypatch.setattr(metrics, "score_product", product)
     with torch.autocast("cpu", torch.bfloat16):
-        scores = torch.cat([values.clone() for _, values in metrics.model_scores(model, part, CPU)])
+        scores = torch.cat(
+            [values.clone() for _, values in metrics.model_scores(model, part, torch.device("cpu"))]
+        )
     ((hidden, table),) = calls
     exact = torch.nn.functional.linear(
         hidden.float(), *(x[1:3001] for x in (model.output_weight, model.output_bias))

@@ -9,7 +9,6 @@ import sys
 import pytest
 import torch
 from engine import NUM_ITEMS, small_model
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reclib.config import SIZES, InputError, changed, model_config
 from reclib.model.bert4rec import (
@@ -120,17 +119,20 @@ def test_attention_bias_is_zero_inside_a_segment_and_minus_infinity_outside():
     assert bias[0, 0][bias[0, 0] != 0].isneginf().all()
 
 
-def test_the_mask_of_queries_is_part_of_the_whole_and_on_cuda_in_the_products_type():
+def test_the_mask_of_queries_is_part_of_the_whole_and_off_the_cpu_in_the_products_type(monkeypatch):
     segments, queries = torch.tensor([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 0, 0]]), torch.tensor([[4, 0], [3, 5]])
     for causal in (False, True):
         whole = attention_bias(segments, torch.float32, causal)
         some = attention_bias(segments, torch.float32, causal, queries)
         assert torch.equal(some, whole.gather(2, queries[:, None, :, None].expand(-1, -1, -1, 6)))
-    with FakeTensorMode(), torch.autocast("cuda", torch.bfloat16), torch.device("cuda"):
-        rows, asked = torch.zeros(3, 50, dtype=torch.int32), torch.zeros(3, 7, dtype=torch.int64)
-        for mask in (attention_bias(rows, torch.float32), attention_bias(rows, torch.float32, True, asked)):
-            assert mask.dtype == torch.bfloat16
-            assert mask.stride()[2:] == (56, 1)  # rows 16 bytes apart or a multiple of it
+    # On `meta` nothing is computed, and its autocast is made up: a CPU build has no CUDA to ask.
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "meta")
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
+    rows = torch.zeros(3, 50, dtype=torch.int32, device="meta")
+    asked = torch.zeros(3, 7, dtype=torch.int64, device="meta")
+    for mask in (attention_bias(rows, torch.float32), attention_bias(rows, torch.float32, True, asked)):
+        assert mask.dtype == torch.bfloat16
+        assert mask.stride()[2:] == (56, 1)  # rows 16 bytes apart or a multiple of it
 
 
 def test_tied_tables_are_one_tensor():

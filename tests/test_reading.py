@@ -477,7 +477,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
     home = tmp_path / "data"
     code = (
         "import pathlib, sys, time\nfrom reclib import system\n"
-        f"with cache.scratch(pathlib.Path({str(home)!r})) as folder:\n"
+        f"with system.scratch(pathlib.Path({str(home)!r})) as folder:\n"
         "    (folder / 'big').write_text('x')\n    print(folder, flush=True)\n    time.sleep(600)\n"
     )
     killed, alive = (

@@ -194,6 +194,8 @@ class Batch(NamedTuple):
         return self._replace(**sent, buffer=None)
 
     def _tensors(self) -> dict[str, Tensor]:
+        from torch import Tensor
+
         """Return the tensors by name, without the buffer."""
         fields = self._replace(buffer=None)._asdict()
         return {name: value for name, value in fields.items() if isinstance(value, Tensor)}

@@ -26,16 +26,18 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from scipy import linalg, sparse
 
 from reclib.config import InputError
 from reclib.data.dataset import Evaluation, Histories
 from reclib.evaluate import metrics
 from reclib.evaluate.metrics import Scores
+
+if TYPE_CHECKING:  # where it is used, scipy is imported: its import takes longer than a small fit
+    from scipy import sparse
 
 BLOCK_BYTES = 16 * 2**20  # of similarities that are made at a time
 
@@ -93,6 +95,8 @@ class Linear:
 
     def scores(self, evaluation: Evaluation) -> Scores:
         """Yield (users, scores (B, I)); an empty history scores 0 everywhere."""
+        from scipy import sparse
+
         num_items = self.weights.shape[0]
         for users in _blocks(len(evaluation.targets), num_items):
             found = interaction_matrix(evaluation.histories, num_items, users) @ self.weights
@@ -129,6 +133,8 @@ class PairwiseCounts:
 
     def scores(self, evaluation: Evaluation) -> Scores:
         """Yield (users, scores (B, I)); an empty history scores 0 everywhere."""
+        from scipy import sparse
+
         items, starts, ends = evaluation.histories
         num_items = self.forward.shape[0]
         for users in _blocks(len(evaluation.targets), num_items):
@@ -180,6 +186,8 @@ def fit_markov(histories: Histories, num_items: int, smoothing: float = 10.0) ->
     `smoothing` is the number of pseudo-transitions that every item is given, spread by popularity: an item
     that was seen less often than that leans on popularity more than on its own transitions.
     """
+    from scipy import sparse
+
     _require("smoothing", smoothing, smoothing > 0, "above 0")
     places = histories.places()
     followed = np.ones(len(places), dtype=bool)
@@ -199,6 +207,8 @@ def fit_item_knn(histories: Histories, num_items: int, neighbours: int = 100, sh
     A user counts once per item. Of equally near items the lower id is nearer; an item is not its own
     neighbour. Memory is bounded by the kept neighbours and `BLOCK_BYTES`.
     """
+    from scipy import sparse
+
     _require("neighbours", neighbours, neighbours >= 1, "at least 1")
     _require("shrink", shrink, shrink >= 0, "0 or above")
     users = interaction_matrix(histories, num_items)
@@ -244,6 +254,8 @@ def fit_ease(
     its own inverse in place; with the result in single precision that is 12 bytes for each pair of items.
     Raises `InputError` where this exceeds `memory_bytes`.
     """
+    from scipy import linalg
+
     _require("regularisation", regularisation, regularisation > 0, "above 0")
     needed = 12 * num_items**2
     if needed > memory_bytes:
@@ -296,6 +308,8 @@ def fit_pairwise_counts(
     `backward` is the weight of a pair whose second item predicts the first. Memory is bounded by the pairs of
     items that occur and by `PAIRS`.
     """
+    from scipy import sparse
+
     _require("window", window, window >= 1, "at least 1 place")
     _require("backward", backward, backward >= 0, "0 or above")
     _require("decay", decay, 0 < decay <= 1, "above 0 and at most 1")
@@ -425,6 +439,8 @@ def interaction_matrix(
     histories: Histories, num_items: int, users: np.ndarray | None = None
 ) -> sparse.csr_array:
     """Return who had what, as float32 (rows, I) of 0 and 1; repeated interactions count once."""
+    from scipy import sparse
+
     users = np.arange(len(histories.starts)) if users is None else users
     chosen = Histories(histories.items, histories.starts[users], histories.ends[users])
     columns = chosen.items[chosen.places()] - 1

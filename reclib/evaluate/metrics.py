@@ -129,7 +129,7 @@ def rank(
     users, ranks, tops, losses = [], [], [], []
     for chosen, values in scores:
         asked = [torch.from_numpy(evaluation.targets[chosen].astype(np.int64))]
-        asked += seen_items(evaluation.histories, chosen) if remove_seen else ()
+        asked += seen_items(evaluation.histories, chosen, CPU) if remove_seen else ()
         targets, *seen = send(asked, values.device)
         if with_losses:  # before the scores are overwritten
             own = values.gather(1, (targets - 1)[:, None]).squeeze(1)

@@ -190,7 +190,7 @@ def work_rows(work: Work) -> list[dict[str, Any]]:
 
 def predict_main(argv: list[str] | None = None) -> int:
     """Predict, or compare the prediction with what came."""
-    parser = Parser(prog="python -m reclib scaling", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m reclib predict", description=__doc__.split("\n")[0])
     parser.add_argument("name", help="an experiment file of params/grids, without .yaml")
     parser.add_argument("--dataset", help="another place of the same data: a file or a prepared folder")
     parser.add_argument("--report", action="store_true", help="only compare with what came")
