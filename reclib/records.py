@@ -169,7 +169,7 @@ class Run:
         """Display and append one result; return the record.
 
         `metrics` must be the same in every run on one machine (the notebook tests compare them to
-        3 digits); what depends on the clock goes into `timings`. `parameters` are this result's own,
+        3 digits); what depends on the clock goes into `timings`. `params` are this result's own,
         beside those of the run. Metrics and timings must be finite numbers or None (not measured);
         a value of a series that is not finite (a loss that diverged) is stored as null. The record
         counts the earlier ones of the same configuration: so often was the test split scored before.

@@ -444,7 +444,7 @@ def build(source: Source, config: DataConfig, folder: Path, key: str) -> None:
 def k_core(pairs: Path, counts: Mapping[str, int], config: DataConfig) -> Core:
     """Return the (min_user, min_item)-core of a file of int32 (interactions, 2) user and item codes.
 
-    `baseline` holds how many "users" and "items" there are, coded from 0. The file shrinks from pass
+    `counts` holds how many "users" and "items" there are, coded from 0. The file shrinks from pass
     to pass, so that memory is needed only for one count per user and per item.
     """
     passes: list[int] = []

@@ -212,7 +212,7 @@ def by_item_popularity(
 ) -> Groups:
     """Divide users by how popular the target is in training.
 
-    `baseline` (I,) are training interactions. Items stand by falling count, and an item belongs to the first
+    `counts` (I,) are training interactions. Items stand by falling count, and an item belongs to the first
     share of all interactions that those before it have not yet filled: the head is few items, the tail many.
     Items never met in training are a group of their own.
     """

@@ -156,7 +156,7 @@ def _bytes_moved(trainer: Trainer) -> int:
 
 
 def predicted(p: Hardware) -> list[Row]:
-    """Return the plan of each of `sizes` for each of `hardware`, closed and open."""
+    """Return the plan of each of `sizes` for each of `devices`, closed and open."""
     lengths = planner.typical_lengths(p.mean_len)
     rows = []
     for size in p.sizes:
