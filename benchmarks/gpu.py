@@ -15,7 +15,11 @@ with network. The checkout then goes over with `.wheels` in it, and the other tw
 
     python benchmarks/gpu.py --wheels .wheels --python 3.12
     python3 -m pip install --no-index --no-deps --target .site .wheels/*.whl
-    PYTHONPATH=.site python3 benchmarks/gpu.py --commit HASH
+    PYTHONPATH=$PWD/.site python3 benchmarks/gpu.py --commit HASH
+
+Where a command may take some minutes only, run it again with the same `--out` and other `--stages`: the
+self-check and the records of the first call stay valid. Where few files come back, pack the folder:
+`tar czf row.tgz --exclude=runs gpu-row`.
 
 Exit codes: 0 every stage ended well, 1 one did not, 2 wrong input or no GPU.
 """
@@ -65,6 +69,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "loss compiled": {"loss": "fused"},
     "rows of the head a multiple of 64": {"head_multiple": 64},
     "16-bit copies once a step": {"half_copies": True},
+    "loss plain": {"loss": "plain"},
+    "loss chunked": {"loss": "chunked"},
+    "buckets of 4 steps": {"bucket_steps": 4},
+    "no clipping": {"clip_norm": None},
+    # A capture that fails spoils every dropout after it in the process, so these come late.
     "one CUDA graph a step": {"compile_mode": "graph", "bucket_steps": 4},
     "all four": {
         "loss": "fused",
@@ -73,10 +82,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "compile_mode": "graph",
         "bucket_steps": 4,
     },
-    "loss plain": {"loss": "plain"},
-    "loss chunked": {"loss": "chunked"},
-    "buckets of 4 steps": {"bucket_steps": 4},
-    "no clipping": {"clip_norm": None},
     "encoder compiled": {"compile_mode": "default"},
     "encoder compiled, CUDA graphs": {"compile_mode": "reduce-overhead"},
 }
@@ -215,7 +220,7 @@ def adapter_params(b: Bench) -> Any:
     small = {"size": "nano", "rounds": 2, "warmup_steps": 1, "batch_size": 16}
     small |= {"compile_modes": ["off"], "precisions": ["fp32"]}
     full = {"size": "85m", "dropout": 0.1, "arms": ["none", "full", "lora", "ilora", "gated", "head"]}
-    full |= {"precisions": ["bf16", "fp32"], "compile_modes": ["off", "default"], "batch_size": 512}
+    full |= {"precisions": ["bf16", "fp32"], "compile_modes": ["off"], "batch_size": 512}
     full |= {"rounds": 30, "warmup_steps": 12, "learning_rates": [1e-4], "representation": "mean_embedding"}
     return b.params("05_ilora", small, mask_prob=0.2, last_item_share=0.15, **full)
 
@@ -260,11 +265,13 @@ def batch_rows(b: Bench) -> Iterator[dict[str, Any]]:
         yield amp_row(b, amp(b, size), "batches", max(300, 12 * batch), batch_size=batch, **changes)
 
 
-def variant_rows(b: Bench) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+def variant_rows(
+    b: Bench, sizes: tuple[int, ...] = (512, 128)
+) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     """Yield each variant's name, row and the plain step's row; what is not known here is a raw line."""
     from reclib.config import InputError
 
-    for batch in (16,) if b.tiny else (512, 128):
+    for batch in (16,) if b.tiny else sizes:
         plain = amp_row(b, amp(b), "variants", batch_size=batch)
         for name, changes in ({"plain": {}} | VARIANTS).items():
             try:
@@ -431,17 +438,20 @@ def batches(b: Bench) -> None:
         b.free()
 
 
-def variants(b: Bench) -> None:
+def variants(b: Bench, *sizes: int) -> None:
     """Each change of the engine beside the plain step, in turns on the same batches."""
+    import torch._dynamo
+
     from reclib.train import timing
 
     records = Records(b, "06_hardware", size_params(b), "synthetic", "by row")
-    for name, row, plain in variant_rows(b):
+    for name, row, plain in variant_rows(b, sizes):
         about = {"variant": name, "batch_size": row["batch_size"]}
         trainers = {}
         try:
             trainers |= {"plain": trainer_of(b, plain), name: trainer_of(b, row)}
-            found = timing.interleave(trainers, *((1, 1, 2) if b.tiny else (20, 15, 3)))
+            # Captures of graphs fall into a warm-up of 60 steps, which meets most shapes.
+            found = timing.interleave(trainers, *((1, 1, 2) if b.tiny else (20, 60, 3)))
             records.step(row, found[name].counts(), found[name].timings(), found[name].status)
             if name != "plain":
                 ratio = timing.paired_ratio(found["plain"], found[name])._asdict()
@@ -449,6 +459,7 @@ def variants(b: Bench) -> None:
         except Exception as error:  # a compiler's, most likely: the other variants are of use
             b.raw("variant", **about, status=first_line(error))
         trainers.clear()
+        torch._dynamo.reset()  # else the next catalogue's size would be compiled as a variable
         b.free()
 
 
@@ -595,7 +606,8 @@ STAGES: dict[str, tuple[Callable[[Bench], None], float]] = {
     "check": (check, 60),
     "sizes": (sizes, 90),
     "ladder85": (lambda b: ladder(b, "85m"), 80),
-    "variants": (variants, 170),
+    "variants": (lambda b: variants(b, 512), 170),
+    "variants128": (lambda b: variants(b, 128), 90),
     "batches": (batches, 90),
     "probe": (probe, 60),
     "trace": (trace, 45),
