@@ -10,19 +10,22 @@ from pathlib import Path
 
 import nbformat
 import pytest
-import torch
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "peers")]  # tests import them as modules
 # No test writes into the committed records, keeps models beside them or sends curves anywhere, not even where
-# it forgets to name a folder of its own. Kernels and other processes inherit this.
+# it forgets to name a folder of its own. Compute threads that wait give their core away soon, as in the Makefile: on
+# a busy machine a training step takes six times as long without. Kernels and other processes inherit all this.
 for _name, _value in {
     "RECLIB_RECORDS": str(Path(tempfile.gettempdir()) / "reclib-test-records"),
     "RECLIB_MODELS": str(Path(tempfile.gettempdir()) / "reclib-test-models"),
     "WANDB_MODE": "disabled",
+    "GOMP_SPINCOUNT": "10000",
 }.items():
     os.environ.setdefault(_name, _value)
+
+import torch  # noqa: E402  # reads GOMP_SPINCOUNT as it is loaded
 
 # A whole notebook in the form that the study's own have, small enough to run in a second or two.
 _CODE = """from reclib import parameters
