@@ -15,8 +15,8 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "peers")]  # tests import them as modules
 # No test writes into the committed records, keeps models beside them or sends curves anywhere, not even where
-# it forgets to name a folder of its own. Compute threads that wait give their core away soon, as in the Makefile: on
-# a busy machine a training step takes six times as long without. Kernels and other processes inherit all this.
+# it forgets to name a folder of its own. Compute threads that wait give their core away soon, as in the
+# Makefile: a training step takes six times as long without, where other processes run. Kernels inherit this.
 for _name, _value in {
     "RECLIB_RECORDS": str(Path(tempfile.gettempdir()) / "reclib-test-records"),
     "RECLIB_MODELS": str(Path(tempfile.gettempdir()) / "reclib-test-models"),
@@ -56,6 +56,17 @@ def make_notebook(file: Path, defaults: dict[str, object], cells: list[str]) -> 
 def denormals() -> None:
     """Start with denormal numbers: what resolved a CPU before flushes them in this thread from there on."""
     torch.set_flush_denormal(False)
+
+
+PLACES = ("RECLIB_ROOT", "RECLIB_DATA", "RECLIB_RUNS", "RECLIB_RECORDS")
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a place of its own for all that the project reads and writes."""
+    for name in PLACES:
+        monkeypatch.setenv(name, str(tmp_path / name.lower()))
+    return tmp_path
 
 
 @pytest.fixture

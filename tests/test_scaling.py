@@ -6,31 +6,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
+from test_grid import FILE as GRID
+from test_grid import work
+from test_grid import write as write_grid
 
 from reclib import system
 from reclib.config import DEPTHS, SIZES, WIDTHS, InputError, TrainConfig, model_config
 from reclib.data import batches
-from reclib.data.prepare import Histories, prepare
+from reclib.data.prepare import Histories
 from reclib.data.splits import leave_one_out
 from reclib.evaluate import metrics, statistics
 from reclib.experiments import baseline, grids, scaling
-from reclib.hardware import resolve
 from reclib.model.bert4rec import count_parameters
 from reclib.train.fit import Options, rank_targets
 
-PLACES = ("RECLIB_ROOT", "RECLIB_DATA", "RECLIB_RUNS", "RECLIB_RECORDS")
 SMALL = ["w32d1", "w32d2", "w32d4", "w64d1"]
 FILE = {
     "about": "a test",
     "notebook": "03_scaling",
-    "data": {
-        "dataset": "synthetic",
-        "synthetic_users": 40,
-        "synthetic_items": 30,
-        "min_user": 1,
-        "min_item": 1,
-    },
+    "data": GRID["data"],
     "size": "w32d1",
     "seeds": [0, 1],
     "model": {"max_len": 20},
@@ -40,27 +34,13 @@ FILE = {
 }
 
 
-@pytest.fixture
-def root(tmp_path, monkeypatch) -> Path:
-    for name in PLACES:
-        monkeypatch.setenv(name, str(tmp_path / name.lower()))
-    return tmp_path
-
-
-def write(root: Path, **changes: object) -> None:
-    file = root / "reclib_root" / "params" / "grids" / "trial.yaml"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump(FILE | changes, sort_keys=False))
-
-
-def work() -> grids.Work:
-    found = grids.read_grid("trial")
-    return grids.Work(found, prepare(found.data), resolve("cpu"))
-
-
 def run_all() -> int:
     here = work()
     return grids.run_grid(here, here.runs(), Options())
+
+
+def write(root: Path, **changes: object) -> None:
+    write_grid(root, **(FILE | changes))
 
 
 # -- sizes and counts ----------------------------------------------------------------------------------------
