@@ -252,6 +252,7 @@ def test_pairwise_counts_equal_a_sum_over_all_pairs(rows, window, last, backward
     np.testing.assert_allclose(all_scores(fitted, histories), np.array(wanted)[:, 1:], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_pairwise_counts_reach_the_figures_of_an_independent_program_on_beauty():
     """On S3-Rec's file of Beauty, with the hyperparameters that the other program chose on validation."""
     name = "shared/data/amazon-beauty-2014-5core/Beauty_s3rec.txt.gz"

@@ -49,7 +49,7 @@ def small_file(tmp_path, monkeypatch):
 
 
 def prepared(path: Path):
-    return peers.prepare(peers.DataConfig(dataset=str(path), min_user=1, min_item=1))
+    return peers.prepare(peers.DataConfig(dataset=str(path), format="ml-100k", min_user=1, min_item=1))
 
 
 def test_peers_read_what_our_side_trains_and_is_scored_on(tmp_path):
