@@ -157,7 +157,7 @@ def test_the_largest_starts_only_after_its_prediction_and_carries_its_hash(root,
     assert found["error"] == pytest.approx(result.metrics["predicted"] - row["metrics"]["lowest_valid_loss"])
     with pytest.raises(InputError, match=r"has begun \(seed 0\): what is known cannot be predicted"):
         scaling.predict(work())
-    assert scaling.predict_main(["report", "trial"]) == 0
+    assert scaling.predict_main(["trial", "--report"]) == 0
     assert "measured" in capsys.readouterr().out
 
 
@@ -193,10 +193,10 @@ def test_what_a_file_may_not_say_of_predictions(root):
 
 def test_a_size_that_does_not_divide_by_its_heads_is_refused(root, capsys):
     write(root, arms={"odd": {"size": "w96d2", "model": {"num_heads": 5}}} | FILE["arms"])
-    assert scaling.predict_main(["predict", "trial"]) == 2
+    assert scaling.predict_main(["trial"]) == 2
     assert "hidden_dim=96 must be divisible by num_heads=5" in capsys.readouterr().err
     write(root, arms={"odd": {"size": "w100d2"}} | FILE["arms"])
-    assert scaling.predict_main(["predict", "trial"]) == 2
+    assert scaling.predict_main(["trial"]) == 2
     assert "unknown size 'w100d2'" in capsys.readouterr().err
 
 
