@@ -10,19 +10,22 @@ from pathlib import Path
 
 import nbformat
 import pytest
-import torch
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "peers")]  # tests import them as modules
 # No test writes into the committed records, keeps models beside them or sends curves anywhere, not even where
-# it forgets to name a folder of its own. Kernels and other processes inherit this.
+# it forgets to name a folder of its own. Compute threads that wait give their core away soon, as in the
+# Makefile: a training step takes six times as long without, where other processes run. Kernels inherit this.
 for _name, _value in {
     "RECLIB_RECORDS": str(Path(tempfile.gettempdir()) / "reclib-test-records"),
     "RECLIB_MODELS": str(Path(tempfile.gettempdir()) / "reclib-test-models"),
     "WANDB_MODE": "disabled",
+    "GOMP_SPINCOUNT": "10000",
 }.items():
     os.environ.setdefault(_name, _value)
+
+import torch  # noqa: E402  # reads GOMP_SPINCOUNT as it is loaded
 
 # A whole notebook in the form that the study's own have, small enough to run in a second or two.
 _CODE = """from reclib import parameters
@@ -53,6 +56,17 @@ def make_notebook(file: Path, defaults: dict[str, object], cells: list[str]) -> 
 def denormals() -> None:
     """Start with denormal numbers: what resolved a CPU before flushes them in this thread from there on."""
     torch.set_flush_denormal(False)
+
+
+PLACES = ("RECLIB_ROOT", "RECLIB_DATA", "RECLIB_RUNS", "RECLIB_RECORDS")
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a place of its own for all that the project reads and writes."""
+    for name in PLACES:
+        monkeypatch.setenv(name, str(tmp_path / name.lower()))
+    return tmp_path
 
 
 @pytest.fixture

@@ -30,19 +30,13 @@ def test_energy_is_what_all_packages_counted_since_the_start(packages):
     assert meter.joules(10.0) == pytest.approx(5.5)
 
 
-def test_a_region_too_short_for_the_counter_has_no_energy(packages):
-    packages(0)
-    meter = timing.Meter(CPU)
-    packages(10**6)
-    assert meter.joules(timing.SHORTEST / 2) is None
-
-
-def test_a_counter_that_wrapped_has_no_energy(packages):
-    packages(9_000_000)
-    meter = timing.Meter(CPU)
-    packages(1_000)
-    assert meter.joules(10.0) is None
-
-
-def test_where_nothing_can_be_read_energy_is_none_and_not_zero(packages):
-    assert timing.Meter(CPU).joules(100.0) is None
+def test_what_cannot_be_read_is_none_and_not_zero(packages):
+    assert timing.Meter(CPU).joules(100.0) is None  # no counter
+    for before, after, seconds in (  # a short region, a counter that wrapped
+        (0, 10**6, timing.SHORTEST / 2),
+        (9_000_000, 1_000, 10.0),
+    ):
+        packages(before)
+        meter = timing.Meter(CPU)
+        packages(after)
+        assert meter.joules(seconds) is None

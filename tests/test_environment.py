@@ -79,21 +79,6 @@ def _make(target: str, folder=ROOT, *given: str) -> list[str]:
     return [line.strip() for line in done.stdout.splitlines()]
 
 
-def test_hooks_normalise_notebooks_as_the_runner_does_and_need_no_network():
-    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
-    assert [repository["repo"] for repository in hooks["repos"]] == ["local"]
-    entries = {hook["id"]: hook["entry"] for hook in hooks["repos"][0]["hooks"]}
-    assert {"ruff", "ruff-format", "normalise-notebooks"} <= set(entries)
-    for part in ("--keep-output", "--keep-count", "metadata.widgets", "cell.metadata.papermill"):
-        assert part in entries["normalise-notebooks"]
-
-
-def test_continuous_integration_runs_what_a_person_runs():
-    script = ROOT / ".ci/run"
-    assert os.access(script, os.X_OK)
-    assert script.read_text().splitlines()[-1] == "make test test-all"
-
-
 def test_what_trains_and_measures_needs_few_packages_and_imports_them_late():
     modules = [
         "train.fit",

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import PLACES, ROOT
 
 from reclib import records, system
 from reclib.config import InputError, ModelConfig, TrainConfig
@@ -25,7 +25,6 @@ from reclib.hardware import Card, Device, resolve
 from reclib.train import saving
 from reclib.train.fit import Options
 
-PLACES = ("RECLIB_ROOT", "RECLIB_DATA", "RECLIB_RUNS", "RECLIB_RECORDS")
 FILE = {
     "about": "a test",
     "notebook": "02_baseline",
@@ -45,13 +44,6 @@ FILE = {
         "twin": {"train": {"objective": "next_item"}, "seeds": [0]},
     },
 }
-
-
-@pytest.fixture
-def root(tmp_path, monkeypatch) -> Path:
-    for name in PLACES:
-        monkeypatch.setenv(name, str(tmp_path / name.lower()))
-    return tmp_path
 
 
 def write(root: Path, **changes: object) -> None:
@@ -117,6 +109,7 @@ def _run_all() -> None:
     grids.run_grid(here, here.runs(), Options())
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_grid(root):
     write(root)
     prepare(grids.read_grid("trial").data)
@@ -131,6 +124,7 @@ def test_two_processes_share_a_grid(root):
     assert names(rows) == [("base", 0), ("base", 1), ("twin", 0)]
 
 
+@pytest.mark.slow
 def test_runs_side_by_side_have_the_bits_of_runs_one_after_the_other(tmp_path, monkeypatch):
     threads, found = torch.get_num_threads(), []
     for parallel in (2, 1):

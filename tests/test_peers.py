@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_grid import PLACES, work, write
+from test_grid import work, write
 
 from reclib.config import InputError, TrainConfig, model_config
 from reclib.data.dataset import Evaluation, Histories, evaluated_users, evaluation, train_histories
@@ -49,7 +49,7 @@ def small_file(tmp_path, monkeypatch):
 
 
 def prepared(path: Path):
-    return peers.prepare(peers.DataConfig(dataset=str(path), min_user=1, min_item=1))
+    return peers.prepare(peers.DataConfig(dataset=str(path), format="ml-100k", min_user=1, min_item=1))
 
 
 def test_peers_read_what_our_side_trains_and_is_scored_on(tmp_path):
@@ -108,11 +108,6 @@ def test_a_list_of_ten_scores_as_the_scores_that_it_came_from(seed, users, items
 
 
 PART = part_of([[1, 2], [3]], [4, 5])
-
-
-def test_ranks_of_targets_in_given_lists():
-    top = np.array([[6, 4, 0], [1, 2, 4]])
-    assert scoring.ranks_in(top, PART, 50, "x").tolist() == [2, 50]
 
 
 def test_a_miss_is_a_miss_in_a_catalogue_smaller_than_the_list():
@@ -249,10 +244,7 @@ def test_the_table_pairs_ours_with_a_peer_user_by_user(environments, capsys):
     assert f"minus it {interval.mean:.4f} ({interval.low:.4f} to {interval.high:.4f})" in line
 
 
-def test_peers_join_the_records_of_a_scored_grid(environments, monkeypatch, capsys):
-    root = environments.parent
-    for name in PLACES:
-        monkeypatch.setenv(name, str(root / name.lower()))
+def test_peers_join_the_records_of_a_scored_grid(environments, root, monkeypatch, capsys):
     write(root, seeds=[0, 1], arms={"bert4rec": {"final": True}})
     here = work()
     grids.run_grid(here, here.runs(), Options())
@@ -278,10 +270,7 @@ def test_peers_join_the_records_of_a_scored_grid(environments, monkeypatch, caps
     assert "RecTools BERT4Rec (hidden 256)" in names
 
 
-def test_a_peer_with_a_sampled_loss_says_so_in_its_name(environments, monkeypatch):
-    root = environments.parent
-    for name in PLACES:
-        monkeypatch.setenv(name, str(root / name.lower()))
+def test_a_peer_with_a_sampled_loss_says_so_in_its_name(environments, root, monkeypatch):
     write(root, arms={"bert4rec": {"final": True}})
     here = work()
     monkeypatch.setattr(peers, "prepare", lambda _: here.dataset)
@@ -293,10 +282,7 @@ def test_a_peer_with_a_sampled_loss_says_so_in_its_name(environments, monkeypatc
     assert row["own_params"]["run"]["minutes"] is None
 
 
-def test_curves_join_the_records_of_a_grid_that_is_not_scored(environments, monkeypatch):
-    root = environments.parent
-    for name in PLACES:
-        monkeypatch.setenv(name, str(root / name.lower()))
+def test_curves_join_the_records_of_a_grid_that_is_not_scored(environments, root, monkeypatch):
     write(root, arms={"bert4rec": {"final": True}})
     here = work()
     monkeypatch.setattr(peers, "prepare", lambda _: here.dataset)

@@ -143,9 +143,5 @@ def test_shares_that_leave_nothing_are_told(dataset):
     ]:
         with pytest.raises(InputError, match=said):
             splits.divide(dataset, shares, 4)
-
-
-def test_a_dataset_without_times_is_told():
-    found = dataclasses.replace(synthetic_dataset(20, 30, 8.0, 0), times=None)
     with pytest.raises(InputError, match="has no times"):
-        splits.divide(found, SHARES, 4)
+        splits.divide(dataclasses.replace(dataset, times=None), SHARES, 4)

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -142,9 +140,6 @@ def test_what_cannot_be_planned_is_told():
     ]:
         with pytest.raises(InputError, match=said):
             planner.plans(label, MODEL, changed(TRAIN, precision=precision), LENGTHS)
-
-
-def test_a_cpu_has_no_units_for_what_was_not_calibrated():
     with pytest.raises(InputError, match="not calibrated"):
         planner.plan(a_cpu(), MODEL, changed(TRAIN, precision="fp16"), LENGTHS)
 
@@ -160,20 +155,15 @@ def test_an_adapter_costs_less_than_training_everything_and_is_no_validated_plan
         assert narrow.basis == "unvalidated"
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    whole = [sys.executable, "-m", "reclib", "plan", *arguments]
-    return subprocess.run(whole, cwd=ROOT, capture_output=True, text=True, timeout=60)
-
-
-def test_the_command_line_prints_a_prediction_and_says_so():
-    done = command("--size", "430m", "--gpu", "l4", "--json")
-    found = json.loads(done.stdout)
-    assert done.returncode == 0
+def test_the_command_line_prints_a_prediction_and_says_so(capsys):
+    assert planner.plan_main(["--size", "430m", "--gpu", "l4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
     assert (found["kind"], found["basis"], found["fits"]) == ("predicted", "unvalidated", 1)
     assert found["memory"]["weights"] == 4 * 429_153_286
     each = sum(found["memory"].values()) + work.CONTEXT_BYTES
     assert found["side_by_side"] == int(work.USABLE * 24 * 2**30) // each >= 1
-    spoken = command("--size", "430m", "--gpu", "l4", "--price", "0.7").stdout
+    assert planner.plan_main(["--size", "430m", "--gpu", "l4", "--price", "0.7"]) == 0
+    spoken = capsys.readouterr().out
     assert "predicted, unvalidated" in spoken
     assert "cost" in spoken
 
@@ -192,11 +182,11 @@ def test_the_command_line_plans_adapters_other_catalogues_and_losses_on_several_
     assert tied["flops"] < 0.01 * untied["flops"]
 
 
-def test_the_command_line_says_what_does_not_fit_and_what_makes_no_sense():
-    full = command("--size", "430m", "--gpu", "t4", "--batch-size", "65536")
-    assert full.returncode == 1
-    assert "DOES NOT FIT" in full.stdout
-    assert "micro_batch_size=" in full.stdout
+def test_the_command_line_says_what_does_not_fit_and_what_makes_no_sense(capsys):
+    assert planner.plan_main(["--size", "430m", "--gpu", "t4", "--batch-size", "65536"]) == 1
+    printed = capsys.readouterr().out
+    assert "DOES NOT FIT" in printed
+    assert "micro_batch_size=" in printed
     for wrong in (
         ["--size", "431m"],
         ["--mean-len", "2"],
@@ -204,9 +194,10 @@ def test_the_command_line_says_what_does_not_fit_and_what_makes_no_sense():
         ["--gpu", "gtx970"],
         ["--rank", "8"],
     ):
-        done = command("--size", "85m", "--gpu", "l4", *wrong)
-        assert (done.returncode, done.stderr.count("\n")) == (2, 1), wrong
-        assert done.stderr.startswith("error: ")
+        assert planner.plan_main(["--size", "85m", "--gpu", "l4", *wrong]) == 2, wrong
+        printed = capsys.readouterr().err
+        assert printed.count("\n") == 1, wrong
+        assert printed.startswith("error: ")
 
 
 # -- what was calibrated -------------------------------------------------------------------------------------

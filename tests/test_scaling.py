@@ -6,31 +6,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
+from test_grid import FILE as GRID
+from test_grid import work
+from test_grid import write as write_grid
 
 from reclib import system
 from reclib.config import DEPTHS, SIZES, WIDTHS, InputError, TrainConfig, model_config
 from reclib.data import batches
-from reclib.data.prepare import Histories, prepare
+from reclib.data.prepare import Histories
 from reclib.data.splits import leave_one_out
 from reclib.evaluate import metrics, statistics
 from reclib.experiments import baseline, grids, scaling
-from reclib.hardware import resolve
 from reclib.model.bert4rec import count_parameters
 from reclib.train.fit import Options, rank_targets
 
-PLACES = ("RECLIB_ROOT", "RECLIB_DATA", "RECLIB_RUNS", "RECLIB_RECORDS")
 SMALL = ["w32d1", "w32d2", "w32d4", "w64d1"]
 FILE = {
     "about": "a test",
     "notebook": "03_scaling",
-    "data": {
-        "dataset": "synthetic",
-        "synthetic_users": 40,
-        "synthetic_items": 30,
-        "min_user": 1,
-        "min_item": 1,
-    },
+    "data": GRID["data"],
     "size": "w32d1",
     "seeds": [0, 1],
     "model": {"max_len": 20},
@@ -40,27 +34,13 @@ FILE = {
 }
 
 
-@pytest.fixture
-def root(tmp_path, monkeypatch) -> Path:
-    for name in PLACES:
-        monkeypatch.setenv(name, str(tmp_path / name.lower()))
-    return tmp_path
-
-
-def write(root: Path, **changes: object) -> None:
-    file = root / "reclib_root" / "params" / "grids" / "trial.yaml"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump(FILE | changes, sort_keys=False))
-
-
-def work() -> grids.Work:
-    found = grids.read_grid("trial")
-    return grids.Work(found, prepare(found.data), resolve("cpu"))
-
-
 def run_all() -> int:
     here = work()
     return grids.run_grid(here, here.runs(), Options())
+
+
+def write(root: Path, **changes: object) -> None:
+    write_grid(root, **(FILE | changes))
 
 
 # -- sizes and counts ----------------------------------------------------------------------------------------
@@ -177,7 +157,7 @@ def test_the_largest_starts_only_after_its_prediction_and_carries_its_hash(root,
     assert found["error"] == pytest.approx(result.metrics["predicted"] - row["metrics"]["lowest_valid_loss"])
     with pytest.raises(InputError, match=r"has begun \(seed 0\): what is known cannot be predicted"):
         scaling.predict(work())
-    assert scaling.predict_main(["report", "trial"]) == 0
+    assert scaling.predict_main(["trial", "--report"]) == 0
     assert "measured" in capsys.readouterr().out
 
 
@@ -213,10 +193,10 @@ def test_what_a_file_may_not_say_of_predictions(root):
 
 def test_a_size_that_does_not_divide_by_its_heads_is_refused(root, capsys):
     write(root, arms={"odd": {"size": "w96d2", "model": {"num_heads": 5}}} | FILE["arms"])
-    assert scaling.predict_main(["predict", "trial"]) == 2
+    assert scaling.predict_main(["trial"]) == 2
     assert "hidden_dim=96 must be divisible by num_heads=5" in capsys.readouterr().err
     write(root, arms={"odd": {"size": "w100d2"}} | FILE["arms"])
-    assert scaling.predict_main(["predict", "trial"]) == 2
+    assert scaling.predict_main(["trial"]) == 2
     assert "unknown size 'w100d2'" in capsys.readouterr().err
 
 

@@ -7,7 +7,8 @@ import shutil
 
 import numpy as np
 import pytest
-from test_grid import FILE, PLACES, work, write
+from conftest import PLACES
+from test_grid import FILE, work, write
 
 from reclib import records
 from reclib.config import InputError
@@ -202,21 +203,17 @@ def test_runs_of_which_ranks_alone_are_kept_have_accuracy_and_comparisons(scored
     assert means["bert4rec"] == before["bert4rec"]
 
 
-def test_what_is_not_trained_cannot_be_scored(tmp_path, monkeypatch):
-    for name in PLACES:
-        monkeypatch.setenv(name, str(tmp_path / name.lower()))
-    write(tmp_path, arms=ARMS)
+def test_what_is_not_trained_cannot_be_scored(root):
+    write(root, arms=ARMS)
     with pytest.raises(InputError, match="not trained yet: bert4rec seed 0, bert4rec seed 1, twin seed 0"):
         grids.score(work())
-    write(tmp_path, arms={"bert4rec": {}})
+    write(root, arms={"bert4rec": {}})
     with pytest.raises(InputError, match="it has no final arm"):
         grids.score(work())
 
 
-def test_runs_so_far_keep_what_they_show_and_a_later_scoring_needs_no_weights(tmp_path, monkeypatch, capsys):
-    for name in PLACES:
-        monkeypatch.setenv(name, str(tmp_path / name.lower()))
-    write(tmp_path, arms={"base": {"final": True}})
+def test_runs_so_far_keep_what_they_show_and_a_later_scoring_needs_no_weights(root, capsys):
+    write(root, arms={"base": {"final": True}})
     here = work()
     arm = here.grid.arms[0]
     grids.run_grid(here, [(arm, 0)], Options())

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
 
 from reclib import parameters, system
 from reclib.config import DataConfig, InputError, TrainConfig, model_config
@@ -144,10 +143,3 @@ def test_what_a_kept_model_refuses(dataset):
     (folder / "config.json").unlink()
     with pytest.raises(InputError, match="damaged model m"):
         saving.load_model("m")
-
-
-def test_the_full_profile_names_the_four_sizes_and_its_data_are_known():
-    full = parameters.profile("03_scaling", "full")
-    assert full["sizes"] == ["5m", "85m", "130m", "430m"]
-    known = (ROOT / "params" / "datasets.yaml").read_text()
-    assert f"\n{full['dataset']}:" in known

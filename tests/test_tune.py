@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT
+from test_grid import FILE as GRID
 
 from reclib import records as reclib_records
 from reclib.config import InputError
@@ -23,17 +24,9 @@ from reclib.hardware import resolve
 from reclib.train import saving
 from reclib.train.fit import Options
 
-PLACES = ("RECLIB_ROOT", "RECLIB_DATA", "RECLIB_RUNS", "RECLIB_RECORDS")
-DATA = {
-    "dataset": "synthetic",
-    "synthetic_users": 40,
-    "synthetic_items": 30,
-    "min_user": 1,
-    "min_item": 1,
-}
 FILE = {
     "about": "a test",
-    "data": DATA,
+    "data": GRID["data"],
     "size": "nano",
     "seed": 0,
     "trials": 7,
@@ -47,13 +40,6 @@ FILE = {
         "last_item_share": {"choices": [0.0, 0.5]},
     },
 }
-
-
-@pytest.fixture
-def root(tmp_path, monkeypatch) -> Path:
-    for name in PLACES:
-        monkeypatch.setenv(name, str(tmp_path / name.lower()))
-    return tmp_path
 
 
 def write(**changes: object) -> None:
@@ -122,6 +108,7 @@ def checkpoint_of(found: scaling.Study) -> int:
     return max((int(path.name.removeprefix("step-")) for path in newest if path), default=0)
 
 
+@pytest.mark.slow
 def test_sigkill_loses_and_doubles_no_trial(root):
     """The killed trial is told as failed, run again with its settings, and goes on from its checkpoint."""
     write(trials=3, train=FILE["train"] | {"epochs": 30, "eval_every": 2})
@@ -156,6 +143,7 @@ def _run_study() -> None:
     scaling.run(study(), Options(), "none")
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_study(root):
     write()
     prepare(scaling.read_tuning("trial").data)
