@@ -35,8 +35,8 @@ def test_every_check_passes_on_this_cpu_and_is_written(root, capsys):
 
 
 def test_a_wrong_gradient_fails_exactness(monkeypatch):
-    def shifted(block, shift, column, kept):
-        losses = true(block, shift, column, kept)
+    def shifted(block, shift, column):
+        losses = true(block, shift, column)
         block *= 1.001
         return losses
 
@@ -84,8 +84,8 @@ def test_rows_of_a_gpu_are_recorded_only_beside_a_passed_check(root, state):
     assert not (root / "l4" / "results.jsonl").exists()
 
 
-def test_the_command_is_found_under_hardware(capfd):
-    assert hardware.device_main(["check", "l40"]) == 2
+def test_the_commands_refuse_what_they_do_not_know(capfd):
+    assert comparison.check_main(["l40"]) == 2
     assert "unknown gpu label 'l40'" in capfd.readouterr().err
     with pytest.raises(SystemExit):
         hardware.device_main(["chekc"])
