@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from adapter_records import ARMS, accuracy, comparisons, correlations, gates, steps
 
-from reclib.report import accuracy_figures, figures, page, tables
+from reclib.report import accuracy_figures, figures, findings, tables
 from reclib.report.tables import ARM_NAMES
 
 
@@ -80,23 +80,19 @@ def test_correlations_are_starred_where_they_hold():
     assert "expert 1 and items in the history, -0.90" in figure.layout.title.text
 
 
-def test_the_page_answers_from_the_records():
-    found = {"adapter_step": steps(), "gate_comparison": comparisons("gate_comparison", "ilora")}
-    answer = page.CHAPTERS["05_ilora"].answer(found)
-    assert "A step of iLoRA in fp32 takes 1.25 times LoRA's and 0.80 times full fine-tuning's" in answer
-    assert "better: full fine-tuning" in answer
-    assert "not separated: LoRA" in answer
-    assert page.CHAPTERS["05_ilora"].answer({}) == ""
-
-
-def test_the_page_answers_for_each_dataset_apart():
-    other = {"data": {"name": "beauty", "fingerprint": "0"}}
-    found = {"gate_comparison": comparisons("gate_comparison", "ilora")}
-    found["gate_comparison"] += [one | other for one in comparisons("gate_comparison", "ilora", seeds=1)]
-    answer = page.CHAPTERS["05_ilora"].answer(found)
-    first, second = answer.split("Next period of ")[1:]
-    assert first.startswith("ml-100k, NDCG@10 against iLoRA, corrected: better: ")
-    assert second.startswith("beauty, NDCG@10 against iLoRA, corrected: too few seeds: ")
+def test_the_findings_say_whether_the_gate_helps_and_what_it_costs():
+    records = [*steps(), *comparisons("gate_comparison", "ilora")]
+    answer, *details = findings.sentences("05_ilora", records)
+    assert answer.startswith("No, next period: LoRA and ")
+    assert "of iLoRA, where a difference of " in answer
+    said = "\n".join(details)
+    assert "A step of iLoRA in fp32, eager, takes 1.25 times that of LoRA" in said
+    assert "0.80 times that of full fine-tuning" in said
+    assert "better: full fine-tuning" in said
+    assert "not separated: LoRA" in said
+    few, *_ = findings.sentences("05_ilora", comparisons("gate_comparison", "ilora", seeds=1))
+    assert few.startswith("Not known, next period: too few seeds")
+    assert findings.sentences("05_ilora", []) == []
 
 
 def test_every_arm_has_a_name():
