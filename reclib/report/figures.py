@@ -64,26 +64,83 @@ def show(name: str, *records: Record) -> go.Figure:
     return figure.update_layout(title_subtitle_text="<br>".join(text for text in under if text))
 
 
-_LONG = {"hardware_step": "real_size_step"}  # sizes at their true catalogue, each in its own process
-
-_BASELINE = [*accuracy_figures.FIGURES, *accuracy_figures.CONTROL_FIGURES]
-
 FIGURES: list[Spec] = [
-    *(Spec(make.__name__, "01_data_prep", needs, make) for needs, make in data_figures.FIGURES),
-    *(Spec(make.__name__, "02_baseline", needs, make) for needs, make in _BASELINE),
-    *(
-        Spec(make.__name__, "03_scaling", needs, make, beside="prediction", of=of)
-        for needs, make, of in scaling_figures.FIGURES
+    Spec("preparation", "01_data_prep", "preparation", data_figures.preparation),
+    Spec("repeats", "01_data_prep", "repeats", data_figures.repeats),
+    Spec("interactions_over_time", "01_data_prep", "over_time", data_figures.interactions_over_time),
+    Spec("sequence_lengths", "01_data_prep", "sequence_lengths", data_figures.sequence_lengths),
+    Spec("item_popularity", "01_data_prep", "item_popularity", data_figures.item_popularity),
+    Spec("tied_timestamps", "01_data_prep", "tied_timestamps", data_figures.tied_timestamps),
+    Spec("last_items", "01_data_prep", "last_items", data_figures.last_items),
+    Spec("cold_start", "01_data_prep", "cold", data_figures.cold_start),
+    Spec("learning_curves", "02_baseline", "learning_curve", accuracy_figures.learning_curves),
+    Spec("metric_comparison", "02_baseline", "test_metrics", accuracy_figures.metric_comparison),
+    Spec("comparison", "02_baseline", "comparison", accuracy_figures.comparison),
+    Spec("ablation", "02_baseline", "validation_difference", accuracy_figures.ablation),
+    Spec("equal_time", "02_baseline", "equal_time", accuracy_figures.equal_time),
+    Spec("rank_histogram", "02_baseline", "rank_histogram", accuracy_figures.rank_histogram),
+    Spec("protocols", "02_baseline", "protocol", accuracy_figures.protocols),
+    Spec("shuffle_control", "02_baseline", "shuffle_control", accuracy_figures.shuffle_control),
+    Spec("groups", "02_baseline", "groups", accuracy_figures.groups),
+    Spec("beyond_accuracy", "02_baseline", "beyond_accuracy", accuracy_figures.beyond_accuracy),
+    Spec("scaling_curve", "03_scaling", "learning_curve", scaling_figures.scaling_curve, beside="prediction"),
+    Spec(
+        "scaling_accuracy",
+        "03_scaling",
+        "learning_curve",
+        scaling_figures.scaling_accuracy,
+        beside="prediction",
     ),
-    *(Spec(make.__name__, "03_scaling", needs, make) for needs, make in scaling_figures.TUNING_FIGURES),
-    *(Spec(make.__name__, "04_amp_compile", needs, make) for needs, make in speed_figures.FIGURES),
-    *(Spec(make.__name__, "05_ilora", needs, make) for needs, make in accuracy_figures.ADAPTER_FIGURES),
-    *(
-        Spec(make.__name__, "06_hardware", needs, make, True, _LONG.get(needs, ""))
-        for needs, make in speed_figures.HARDWARE_FIGURES
+    Spec(
+        "scaling_sweeps",
+        "03_scaling",
+        "learning_curve",
+        scaling_figures.scaling_sweeps,
+        beside="prediction",
+        of="scaling-",
     ),
-    *(Spec(make.__name__, "07_explore", needs, make, True) for needs, make in speed_figures.PLAN_FIGURES),
-    *(Spec(make.__name__, "08_audit", needs, make) for needs, make in speed_figures.AUDIT_FIGURES),
+    Spec("tuning_history", "03_scaling", "trial", scaling_figures.tuning_history),
+    Spec("tuning_importance", "03_scaling", "tuning", scaling_figures.tuning_importance),
+    Spec("tuning_parallel", "03_scaling", "trial", scaling_figures.tuning_parallel),
+    Spec("step_time", "04_amp_compile", "step", speed_figures.step_time),
+    Spec("step_ladder", "04_amp_compile", "ladder", speed_figures.step_ladder),
+    Spec("operators", "04_amp_compile", "operators", speed_figures.operators),
+    Spec("compile_cost", "04_amp_compile", "step", speed_figures.compile_cost),
+    Spec("loss_parity", "04_amp_compile", "loss_curve", speed_figures.loss_parity),
+    Spec("published_rates", "04_amp_compile", "step", speed_figures.published_rates),
+    Spec("accuracy_by_share", "05_ilora", "adaptation", accuracy_figures.accuracy_by_share),
+    Spec("adaptation_gain", "05_ilora", "adaptation_gain", accuracy_figures.adaptation_gain),
+    Spec("gate_comparison", "05_ilora", "gate_comparison", accuracy_figures.gate_comparison),
+    Spec("adapter_cost", "05_ilora", "adapter_step", accuracy_figures.adapter_cost),
+    Spec("gate_by_user", "05_ilora", "gates", accuracy_figures.gate_by_user),
+    Spec("gate_correlations", "05_ilora", "gate_correlation", accuracy_figures.gate_correlations),
+    Spec(
+        "throughput",
+        "06_hardware",
+        "hardware_step",
+        speed_figures.throughput,
+        across=True,
+        beside="real_size_step",
+    ),
+    Spec(
+        "memory_by_size",
+        "06_hardware",
+        "hardware_step",
+        speed_figures.memory_by_size,
+        across=True,
+        beside="real_size_step",
+    ),
+    Spec(
+        "roofline",
+        "06_hardware",
+        "hardware_step",
+        speed_figures.roofline,
+        across=True,
+        beside="real_size_step",
+    ),
+    Spec("technique_gains", "06_hardware", "technique", speed_figures.technique_gains, across=True),
+    Spec("by_device", "07_explore", "plan", speed_figures.by_device, across=True),
+    Spec("claimed_rates", "08_audit", "audit_rates", speed_figures.claimed_rates),
 ]
 
 
