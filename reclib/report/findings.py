@@ -680,7 +680,7 @@ def _adapter_steps(records: Sequence[Record]) -> list[str]:
 # -- 06 to 08 ------------------------------------------------------------------------------------------------
 
 
-def _of_devices(found: Found) -> list[str]:
+def of_devices(found: Found) -> list[str]:
     """Say of each size where it fits, the fastest GPU for it, and what an epoch costs at a stated price."""
     steps = [r for r in found.get("hardware_step", []) if r["kind"] == "predicted"]
     boards = [
@@ -715,7 +715,7 @@ def planner_errors() -> list[str]:
 
 
 def _of_devices_and_plans(found: Found) -> list[str]:
-    sentences = _of_devices(found)
+    sentences = of_devices(found)
     steps = [*found.get("hardware_step", []), *found.get("real_size_step", [])]
     timed = {tables.device_of(r) for r in steps if r["kind"] == "measured"}
     if steps:

@@ -86,6 +86,11 @@ function narrowed(plot) {
     height += Math.max(0, bottom - full.margin.b);
   }
   height += top - full.margin.t;
+  for (const axis of Object.values(full).filter(a => a && a._id && a._id[0] === "x")) {
+    const name = axisName(axis._id), under = ((layout[name] || {}).title || {}).text;
+    if (under) changes[name + ".title.text"] = broken(under, (plot.clientWidth - left - right) / 7);
+  }
+  changes["title.y"] = 1 - .04 * full.height / height;  // as far from the top as before
   return {...changes, height, "margin.t": top, "margin.b": bottom, "margin.r": right, "margin.l": left};
 }
 
