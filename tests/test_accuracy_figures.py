@@ -111,7 +111,9 @@ def test_every_comparison_says_what_may_be_claimed():
     assert said == expected | {"causal twin": "not separated"}
     assert figure.layout.title.text == "Against BERT4Rec, HR@10 of 6 models: 5 worse, 1 not separated"
     few = comparisons(reference_seeds=1)
-    assert title("comparison", few) == "Against BERT4Rec, HR@10 of 6 models: 6 too few seeds"
+    assert title("comparison", few) == (
+        "Against BERT4Rec, HR@10 of 6 models: no claim, with fewer than 3 seeds"
+    )
     better = comparisons(difference=0.05, difference_low=0.04, difference_high=0.06, adjusted_p=0.001)
     assert title("comparison", better).endswith("6 better")
 

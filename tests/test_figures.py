@@ -533,6 +533,7 @@ def test_the_answer_of_a_comparison_says_no_more_than_its_claims():
 
     def compared(model, difference, adjusted_p, seeds):
         metrics = {"difference": difference, "adjusted_p": adjusted_p, "seeds": seeds, "reference_seeds": 3}
+        metrics |= {"difference_low": difference - 0.01, "difference_high": difference + 0.01}
         own = {"model": model, "against": "bert4rec", "metric": "hr@10"}
         return a_record("02_baseline", "comparison", metrics, own_params=own)
 

@@ -646,7 +646,7 @@ def _gate_verdict(rows: Sequence[Record], task: str) -> str:
     largest = max(abs(m["difference"]) for m in rivals.values())
     seen = max(m["detectable"] for m in rivals.values())
     controls = [ARM_NAMES[arm].removeprefix("iLoRA, ") for arm in rivals if arm != "lora"]
-    names = f"LoRA and {len(controls)} controls ({', '.join(controls)})"
+    names = f"LoRA and {len(controls)} control{'s' * (len(controls) != 1)} ({', '.join(controls)})"
     if all(word == "worse" for word in claims):
         return f"Yes, {task}: iLoRA beats {names} (NDCG@10, corrected)."
     if "too few seeds" in claims:
