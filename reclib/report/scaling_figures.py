@@ -240,9 +240,8 @@ def _curve_title(said: pd.Series | None, runs: pd.DataFrame) -> str:
             if pd.notna(said.get("low")):
                 hit = said["low"] <= found.mean() <= said["high"]
                 inside = ", inside its band" if hit else ", outside its band"
-            return (
-                f"The law predicted the loss of the largest size, {said['of']}, within {abs(gap):.1%}{inside}"
-            )
+            said_of = f"The law predicted the loss of the largest size, {said['of']}"
+            return f"{said_of}, with an error of {gap:+.1%}{inside}"
         return f"The law predicts {said['predicted']:.3f} nats for {said['of']}, which is not measured yet"
     if runs.empty:
         return "No run is recorded yet"
