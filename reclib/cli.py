@@ -128,7 +128,7 @@ def collect() -> list[Path]:
     from reclib.report import figures
 
     with system.figures_lock():
-        return figures.build(records.latest(records.read(system.executed())), system.figures())
+        return figures.collect(system.executed(), system.figures())
 
 
 def status() -> list[tuple[str, str, str, int]]:

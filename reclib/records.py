@@ -235,17 +235,18 @@ def params_hash(params: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def read(root: Path) -> list[dict[str, Any]]:
+def read(root: Path, problems: list[str] | None = None) -> list[dict[str, Any]]:
     """Return all records of a root's devices and grids, each once, by folder and line.
 
     They are in `<label>/results.jsonl` and `<label>/grids/*.jsonl`, and one folder deeper where another
     machine's folder was copied into the label's. A record that is there twice counts once. A last line
     that a killed run left unfinished is skipped and reported on standard error; anything else that is no
-    record, or lies in another device's folder, is an `InputError`.
+    record, or lies in another device's folder, is an `InputError`; with a list of `problems` it is left out
+    and told there.
     """
     found: dict[str, dict[str, Any]] = {}
     for file in files(root):
-        for one in read_file(file, root):
+        for one in read_file(file, root, problems):
             found.setdefault(digest(one), one)
     return list(found.values())
 
@@ -262,21 +263,32 @@ def digest(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def read_file(file: Path, root: Path) -> list[dict[str, Any]]:
+def read_file(file: Path, root: Path, problems: list[str] | None = None) -> list[dict[str, Any]]:
     """Return the records of one file under `root`, checked as `read` says."""
     found = []
-    lines = file.read_text(encoding="utf-8").split("\n")
+    lines = file.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
+        where = f"{file.relative_to(root)}:{number}"
         try:
-            found.append(_checked(json.loads(line), file.relative_to(root), number))
-        except json.JSONDecodeError:
-            where = f"{file.relative_to(root)}:{number}"
-            if number < len(lines):  # the last element is what follows the last newline
+            try:
+                record = json.loads(line, parse_constant=_no_number)
+            except (ValueError, RecursionError) as error:
+                if number == len(lines) and isinstance(error, json.JSONDecodeError):
+                    print(f"{where}: unfinished line skipped", file=sys.stderr)  # no newline follows it
+                    continue
                 raise InputError(f"{where}: not a record (broken JSON)") from None
-            print(f"{where}: unfinished line skipped", file=sys.stderr)
+            found.append(_checked(record, file.relative_to(root), number))
+        except InputError as error:
+            if problems is None:
+                raise
+            problems.append(str(error))
     return found
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number of JSON")
 
 
 def latest(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -286,7 +298,8 @@ def latest(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     newest: dict[tuple[Any, ...], dict[str, Any]] = {}
     for record in records:
-        key = (*(record[part] for part in _KEY), (record.get("data") or {}).get("name"))
+        data = record.get("data") or {}
+        key = (*(record[part] for part in _KEY), data.get("name"), data.get("fingerprint"))
         if key not in newest or record["time"] >= newest[key]["time"]:
             newest[key] = record
     return list(newest.values())

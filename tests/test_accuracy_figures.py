@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from reclib import records as reclib_records
 from reclib import system
 from reclib.evaluate import statistics
-from reclib.report import accuracy_figures, figures, page, style, tables
+from reclib.report import accuracy_figures, figures, findings, style, tables
 
 GREY = style.MUTED
 
@@ -111,7 +111,9 @@ def test_every_comparison_says_what_may_be_claimed():
     assert said == expected | {"causal twin": "not separated"}
     assert figure.layout.title.text == "Against BERT4Rec, HR@10 of 6 models: 5 worse, 1 not separated"
     few = comparisons(reference_seeds=1)
-    assert title("comparison", few) == "Against BERT4Rec, HR@10 of 6 models: 6 too few seeds"
+    assert title("comparison", few) == (
+        "Against BERT4Rec, HR@10 of 6 models: no claim, with fewer than 3 seeds"
+    )
     better = comparisons(difference=0.05, difference_low=0.04, difference_high=0.06, adjusted_p=0.001)
     assert title("comparison", better).endswith("6 better")
 
@@ -326,16 +328,17 @@ def test_differences_are_tabled_with_their_corrections():
     assert tables.differences(scores(), "peer_comparison").empty
 
 
-def test_the_index_answers_with_every_model_of_every_dataset():
-    beauty = {"name": "beauty", "fingerprint": "0"}
-    found = {"test_metrics": [*scores(), *(one | {"data": beauty} for one in scores()[:1])]}
-    answer = page.CHAPTERS["02_baseline"].answer(found)
-    first, second = answer.split(". ")
-    assert first.startswith("HR@10 on made-up (cpu): causal twin 0.330 [0.319, 0.341], BERT4Rec 0.310 [")
-    assert first.endswith("popularity 0.040 [0.029, 0.051]")
-    assert second == "HR@10 on beauty (cpu): BERT4Rec 0.310 [0.299, 0.321]."
-    assert page.CHAPTERS["02_baseline"].answer({}) == ""
-    asked = page.questions(system.notebooks())["02_baseline"]
+def test_the_findings_name_every_model_and_the_answer_its_claims():
+    listed, *_ = findings.sentences("02_baseline", scores())
+    assert listed.startswith("HR@10 on made-up (cpu): causal twin 0.330 [0.319, 0.341], BERT4Rec 0.310 [")
+    assert "popularity 0.040 [0.029, 0.051]" in listed
+    answer, also, *_ = findings.sentences("02_baseline", [*comparisons(), *scores()])
+    assert answer.startswith(
+        "On made-up (cpu) BERT4Rec 0.310 [0.299, 0.321] (HR@10) beats every counting baseline; over 3 seeds"
+    )
+    assert also == listed
+    assert findings.sentences("02_baseline", []) == []
+    asked = figures.questions(system.notebooks())["02_baseline"]
     assert asked.heading == "Is BERT4Rec any good, and against what?"
 
 

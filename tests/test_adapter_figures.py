@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from adapter_records import ARMS, accuracy, comparisons, correlations, gates, steps
 
-from reclib.report import accuracy_figures, figures, page, tables
+from reclib.report import accuracy_figures, figures, findings, tables
 from reclib.report.tables import ARM_NAMES
 
 
@@ -25,7 +25,7 @@ def test_every_arm_but_the_controls_has_its_mark_and_the_base_is_a_line():
 def test_claims_are_coloured_and_counted():
     figure = figures.show("gate_comparison", *comparisons("gate_comparison", "ilora"))
     title = figure.layout.title.text
-    assert title == "Against iLoRA, next period: of 11 arms 4 better, 4 worse, 3 not separated"
+    assert title == "Against iLoRA, next period: of 11 arms 4 worse, 4 better, 3 not separated"
     color = {name: t.marker.color for t in figure.data if t.type == "scatter" for name in t.y}
     assert len(color) == 11
     worse, better, unsaid = (color[ARM_NAMES[arm]] for arm in ("none", "full", "lora"))
@@ -36,20 +36,20 @@ def test_claims_are_coloured_and_counted():
 
 def test_too_few_seeds_claim_nothing():
     figure = figures.show("adaptation_gain", *comparisons("adaptation_gain", "none", seeds=1))
-    assert "11 too few seeds" in figure.layout.title.text
+    assert figure.layout.title.text.endswith("of 11 arms no claim, with fewer than 3 seeds")
     assert {t.marker.color for t in figure.data if t.type == "scatter"} == {accuracy_figures.MUTED}
 
 
-def test_costs_stand_in_order_and_what_did_not_run_says_so():
+def test_costs_stand_in_order_and_what_does_not_apply_has_no_row():
     figure = figures.show("adapter_cost", *steps())
     assert list(figure.layout.yaxis.categoryarray) == [
         "full fine-tuning, fp32, eager",
         "iLoRA, fp32, eager",
-        "iLoRA, fp32, reduce-overhead",
         "iLoRA, bf16, default",
     ]
-    assert [note.text for note in figure.layout.annotations] == ["not applicable"]
-    times = {name: x for t in figure.data if t.type == "scatter" for name, x in zip(t.y, t.x, strict=True)}
+    assert not figure.layout.annotations  # what does not apply has no row
+    timed = [t for t in figure.data if t.type == "scatter" and t.xaxis == "x"]
+    times = {name: x for t in timed for name, x in zip(t.y, t.x, strict=True)}
     assert times["iLoRA, fp32, eager"] == pytest.approx(20)
     assert "1.25 times LoRA's (1.20 to 1.50), 0.80 times" in figure.layout.title.text
 
@@ -80,23 +80,22 @@ def test_correlations_are_starred_where_they_hold():
     assert "expert 1 and items in the history, -0.90" in figure.layout.title.text
 
 
-def test_the_page_answers_from_the_records():
-    found = {"adapter_step": steps(), "gate_comparison": comparisons("gate_comparison", "ilora")}
-    answer = page.CHAPTERS["05_ilora"].answer(found)
-    assert "A step of iLoRA in fp32 takes 1.25 times LoRA's and 0.80 times full fine-tuning's" in answer
-    assert "better: full fine-tuning" in answer
-    assert "not separated: LoRA" in answer
-    assert page.CHAPTERS["05_ilora"].answer({}) == ""
-
-
-def test_the_page_answers_for_each_dataset_apart():
-    other = {"data": {"name": "beauty", "fingerprint": "0"}}
-    found = {"gate_comparison": comparisons("gate_comparison", "ilora")}
-    found["gate_comparison"] += [one | other for one in comparisons("gate_comparison", "ilora", seeds=1)]
-    answer = page.CHAPTERS["05_ilora"].answer(found)
-    first, second = answer.split("Next period of ")[1:]
-    assert first.startswith("ml-100k, NDCG@10 against iLoRA, corrected: better: ")
-    assert second.startswith("beauty, NDCG@10 against iLoRA, corrected: too few seeds: ")
+def test_the_findings_say_whether_the_gate_helps_and_what_it_costs():
+    records = [*steps(), *comparisons("gate_comparison", "ilora")]
+    answer, *details = findings.sentences("05_ilora", records)
+    assert answer.startswith("Not shown, next period: against iLoRA LoRA not separated")
+    alike = [r for r in records if r["own_params"]["model"] in ("lora", "fixed_gate")]
+    no = findings.sentences("05_ilora", alike)[0]
+    assert no.startswith("No, next period: LoRA and 1 control (random fixed gate) are within ")
+    assert "of iLoRA, where a difference of " in no
+    said = "\n".join(details)
+    assert "A step of iLoRA in fp32, eager, takes 1.25 times that of LoRA" in said
+    assert "0.80 times that of full fine-tuning" in said
+    assert "better: full fine-tuning" in said
+    assert "not separated: LoRA" in said
+    few, *_ = findings.sentences("05_ilora", comparisons("gate_comparison", "ilora", seeds=1))
+    assert few.startswith("Not known, next period: too few seeds")
+    assert findings.sentences("05_ilora", []) == []
 
 
 def test_every_arm_has_a_name():

@@ -79,9 +79,9 @@ def test_the_page_of_figures_reads_from_a_server_and_by_the_keyboard(browser, se
 def test_folded_figures_are_loaded_when_they_are_unfolded_and_have_the_size_of_their_frame(browser):
     with opened(browser, viewport={"width": 390, "height": 800}) as (page, errors):
         page.goto((ROOT / "figures/index.html").as_uri(), wait_until="domcontentloaded")
-        folded = page.locator("details").first.locator("iframe").first
+        folded = page.locator("details.more").first.locator("iframe").first
         assert folded.get_attribute("src") is None
-        page.locator("summary").first.click()
+        page.locator("details.more > summary").first.click()
         folded.content_frame.locator(TRACES).first.wait_for(state="attached")
         plot = folded.content_frame.locator(".main-svg").first
         assert 300 < plot.evaluate("drawn => drawn.getBoundingClientRect().width") <= 390

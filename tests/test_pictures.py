@@ -10,7 +10,7 @@ from test_figures import a_record, speed_records
 from reclib.config import InputError
 from reclib.report import figures
 from reclib.report.figures import FIGURES
-from reclib.report.page import CHAPTERS
+from reclib.report.findings import CHAPTERS
 
 needs_browser = pytest.mark.skipif(
     not any(shutil.which(name) for name in figures.BROWSERS), reason="no Chromium or Chrome is installed"

@@ -11,7 +11,7 @@ from reclib.config import model_config
 from reclib.evaluate import statistics
 from reclib.experiments import grids, scaling
 from reclib.model.bert4rec import closed_formula
-from reclib.report import scaling_figures, tables
+from reclib.report import findings, scaling_figures, tables
 from reclib.report.tables import sweep_of
 
 SMALL = {"num_items": 30, "max_len": 20}
@@ -69,16 +69,16 @@ LARGEST = curve("w384d2", 0, 4000, 5.0, "abc")
 
 def test_findings_read_right_with_nothing_with_few_and_with_all():
     none = scaling.outcome([], "scaling-x")
-    assert tables.scaling_findings([], none, "scaling-x") == ["- scaling-x: no run is committed yet."]
-    few = "\n".join(tables.scaling_findings(ROWS, scaling.outcome(ROWS, "scaling-x"), "scaling-x"))
+    assert findings.scaling_findings([], none, "scaling-x") == ["- scaling-x: no run is committed yet."]
+    few = "\n".join(findings.scaling_findings(ROWS, scaling.outcome(ROWS, "scaling-x"), "scaling-x"))
     assert "No law yet" in few
     assert "Fewer than three seeds: w32d2 (2), w64d4 (1)" in few
     barred = scaling.outcome([*ROWS, prediction()], "scaling-x")
-    assert "w384d2 is not measured yet" in "\n".join(tables.scaling_findings(ROWS, barred, "scaling-x"))
+    assert "w384d2 is not measured yet" in "\n".join(findings.scaling_findings(ROWS, barred, "scaling-x"))
     whole = [*ROWS, LARGEST]
     found = scaling.outcome([*whole, prediction()], "scaling-x")
     assert found["error"] == pytest.approx(0.5)
-    assert "error +0.500 nats (+10.0%)" in "\n".join(tables.scaling_findings(whole, found, "scaling-x"))
+    assert "error +0.500 nats (+10.0%)" in "\n".join(findings.scaling_findings(whole, found, "scaling-x"))
 
 
 def test_a_run_without_the_predictions_hash_does_not_count_as_predicted():
@@ -104,7 +104,7 @@ GRID = [
 
 
 def test_findings_say_what_scales_what_does_not_and_whether_the_rule_held():
-    said = "\n".join(tables.scaling_findings(GRID, scaling.outcome(GRID, "scaling-x"), "scaling-x"))
+    said = "\n".join(findings.scaling_findings(GRID, scaling.outcome(GRID, "scaling-x"), "scaling-x"))
     assert "23 runs of 9 configurations" in said
     assert "11.5 hours" in said
     assert "Width, w32d2 to w64d2 to w96d2 to w128d2, step by step: loss (nats) -0.4815, -0.2035" in said
@@ -137,7 +137,7 @@ def test_what_to_buy_is_the_cheapest_not_told_apart_from_the_best_of_those_with_
     rate = ranked("w32d2 twice rate", 1e12, 0.8, 0.8, 0.8)
 
     def bought(*rows: dict) -> str:
-        said = tables.scaling_findings(rows, scaling.outcome([], "scaling-x"), "scaling-x")
+        said = findings.scaling_findings(rows, scaling.outcome([], "scaling-x"), "scaling-x")
         return next((line for line in said if "What to buy" in line), "")
 
     said = bought(*small, *middle, *large, *few, *rate)
@@ -155,7 +155,7 @@ def test_what_a_law_is_held_against_and_how_sure_its_exponent_is():
     one["metrics"] |= {"low": 4.9, "high": 5.6, "exponent_low": 0.1, "exponent_high": 0.9}
     found = scaling.outcome([LARGEST, one], "scaling-x")
     assert found["naive"] == pytest.approx({"last": 5.5, "line": 5.0})
-    said = "\n".join(tables.scaling_findings([LARGEST], found, "scaling-x"))
+    said = "\n".join(findings.scaling_findings([LARGEST], found, "scaling-x"))
     assert "misses by +0.500 nats, a straight line in log N by +0.000" in said
     assert "known to 0.10 to 0.90 only" in said
     assert "error +0.500 nats (+10.0%), inside the band" in said
@@ -168,7 +168,7 @@ def test_a_loss_that_does_not_fall_with_size_is_no_law_though_ranking_may_improv
     flat = [curve("w32d2", s, 1000, 8.0) for s in (0, 1)] + [curve("w64d2", s, 4000, 8.1) for s in (0, 1)]
     one = prediction()
     one["metrics"] |= {"factor": 0.0, "floor": 8.05, "predicted": 8.05}
-    said = "\n".join(tables.scaling_findings(flat, scaling.outcome([*flat, one], "scaling-x"), "scaling-x"))
+    said = "\n".join(findings.scaling_findings(flat, scaling.outcome([*flat, one], "scaling-x"), "scaling-x"))
     assert "No power of the size: the loss does not fall. 8.050 nats predicted for w384d2" in said
     assert "the one with the lower loss ranks worse: w32d2 and w64d2" in said
 
@@ -281,7 +281,7 @@ TUNING = {"data": {"name": "tuning-x"}, "profile": "grid"}
 
 
 def test_what_is_said_of_tuning_with_nothing_with_trials_and_with_a_comparison():
-    assert tables.tuning_findings([], "tuning-x") == ["- tuning-x: no trial is committed yet."]
+    assert findings.tuning_findings([], "tuning-x") == ["- tuning-x: no trial is committed yet."]
     trials = [
         curve("none", 0, 1, 1.0) | {"name": "trial", "own_params": {"trial": n, "state": state}} | TUNING
         for n, state in enumerate(("complete", "pruned"))
@@ -289,7 +289,7 @@ def test_what_is_said_of_tuning_with_nothing_with_trials_and_with_a_comparison()
     chosen = curve("none", 0, 1, 1.0) | {"name": "tuning", "metrics": {"valid_ndcg@10": 0.2}} | TUNING
     chosen |= {"own_params": {"study": "x", "trial": 0, "dropout": 0.1}}
     chosen |= {"series": {"field": ["dropout", "mask_prob"], "share": [0.9, 0.1]}}
-    few = "\n".join(tables.tuning_findings([*trials, chosen], "tuning-x"))
+    few = "\n".join(findings.tuning_findings([*trials, chosen], "tuning-x"))
     assert (
         "2 trials, 1 of them pruned. The best, trial 0, has NDCG@10 0.2000 on validation: dropout 0.1" in few
     )
@@ -299,7 +299,7 @@ def test_what_is_said_of_tuning_with_nothing_with_trials_and_with_a_comparison()
         compared("validation_difference", base=0.1, value=0.104, seed_low=0.001, seed_high=0.006),
         compared("comparison", reference_seeds=3, adjusted_p=0.2, detectable=0.01),
     ]
-    said = "\n".join(tables.tuning_findings([*trials, chosen, *both], "tuning-x"))
+    said = "\n".join(findings.tuning_findings([*trials, chosen, *both], "tuning-x"))
     assert "default 0.1000, tuned 0.1040, +0.0040 (-0.0010 to +0.0090)" in said
     assert "adjusted p 0.200: not separated (it could have seen 0.010; scored 0 times before)" in said
     table = tables.tuned_against_default([*both, *trials])
@@ -311,11 +311,11 @@ def test_tuned_settings_are_set_against_the_sizes_of_the_same_data():
     both = compared("validation_difference", value=0.35) | {"data": {"name": "tuning-x", "fingerprint": "f"}}
     same = {"data": {"name": "scaling-x", "fingerprint": "f"}}
     grid = [row | same for row in GRID if row["own_params"]["model"] in ("w32d2", "w64d2", "w32d2 untied")]
-    (said,) = tables.beside_sizes([*grid, both], "tuning-x")
+    (said,) = findings.beside_sizes([*grid, both], "tuning-x")
     assert "Of 2 sizes" in said
     assert "as well as the tuned settings do (0.3500): w32d2 (0.3547), w64d2 (1.1010)." in said
-    assert tables.beside_sizes([both], "tuning-x") == []
-    assert tables.beside_sizes(grid, "tuning-x") == []
+    assert findings.beside_sizes([both], "tuning-x") == []
+    assert findings.beside_sizes(grid, "tuning-x") == []
 
 
 def test_steps_of_real_sizes_stand_beside_their_floor_and_the_missing_are_named():
@@ -325,9 +325,9 @@ def test_steps_of_real_sizes_stand_beside_their_floor_and_the_missing_are_named(
     one["timings"] |= {"process_bytes": 0.4e9}
     table = tables.real_steps([one])
     assert table.loc["85m", "held over 16 bytes per parameter"] == 1.25
-    (said,) = tables.size_findings(table, ["85m", "430m"])
+    (said,) = findings.size_findings(table, ["85m", "430m"])
     assert (
         "cpu2 AMD EPYC: 85m 0.60 s, 2.4 GB at peak, 1.25 times its floor. Not measured there: 430m." in said
     )
-    (said,) = tables.size_findings(tables.real_steps([]), ["430m"])
+    (said,) = findings.size_findings(tables.real_steps([]), ["430m"])
     assert "not measured yet: 430m" in said

@@ -44,6 +44,7 @@ from reclib.experiments.grids import Arm, Grid, Work, held, read_grid
 from reclib.hardware import Device, resolve
 from reclib.parameters import Scaling
 from reclib.records import code_hash, git_state, versions
+from reclib.report.findings import outcome
 from reclib.system import Parser
 from reclib.train.fit import SELECT, TRACKERS, Curves, Options, fit, start_tracker
 from reclib.train.trainer import StepStats
@@ -133,37 +134,6 @@ def seeds_by_size(rows: Iterable[Mapping[str, Any]]) -> dict[float, list[float]]
     for row in rows:
         found[float(row["metrics"]["non_embedding"])].append(row["metrics"]["lowest_valid_loss"])
     return dict(sorted(found.items()))
-
-
-def outcome(rows: Iterable[Mapping[str, Any]], name: str) -> dict[str, Any]:
-    """Return a grid's newest prediction beside what was measured, from its records alone.
-
-    Keys: `prediction` (the record or None), `measured` (mean loss over seeds or None), `seeds`, `first` (when
-    the first of them was recorded), `error` (predicted minus measured, nats), `relative_error`, and `naive`:
-    what the same points say without a law (`statistics.naive`). A run counts only if it carries the hash of
-    that prediction.
-    """
-    mine = [row for row in rows if (row.get("data") or {}).get("name") == name]
-    predictions = sorted((row for row in mine if row["name"] == "prediction"), key=lambda row: row["time"])
-    found: dict[str, Any] = dict.fromkeys(
-        ("prediction", "measured", "seeds", "first", "error", "relative_error", "naive")
-    )
-    if not predictions:
-        return found
-    curves = [row for row in mine if row["name"] == "learning_curve"]
-    carried = {row["configuration"].get("prediction") for row in curves}
-    held = [row for row in predictions if row["params_hash"] in carried] or predictions
-    one = found["prediction"] = held[-1]
-    points = one["series"]
-    if len(points.get("loss", ())) > 1:
-        found["naive"] = statistics.naive(points["non_embedding"], points["loss"], one["own_params"]["size"])
-    runs = [row for row in curves if row["configuration"].get("prediction") == one["params_hash"]]
-    if runs:
-        measured = float(np.mean([row["metrics"]["lowest_valid_loss"] for row in runs]))
-        gap = one["metrics"]["predicted"] - measured
-        found |= {"measured": measured, "seeds": len(runs), "first": min(row["time"] for row in runs)}
-        found |= {"error": gap, "relative_error": gap / measured}
-    return found
 
 
 def report(work: Work) -> list[str]:

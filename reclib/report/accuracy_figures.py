@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from textwrap import wrap
 from typing import Any, get_args
 
@@ -15,7 +14,6 @@ from reclib.config import CompileMode, Precision
 from reclib.evaluate import statistics
 from reclib.records import reference
 from reclib.report.style import (
-    DECADES,
     GREEN,
     INK,
     MUTED,
@@ -28,22 +26,22 @@ from reclib.report.style import (
     interval,
     label_ends,
     line,
+    log_axis,
     marker,
     model_colors,
     named,
     note,
     panels,
     sentence,
+    words_beside,
 )
-from reclib.report.tables import ARM_NAMES, BASELINES, TASK_NAMES, model_name
+from reclib.report.tables import ARM_NAMES, BASELINES, CONTROLS, TASK_NAMES, model_name
 
 MOST_COLORS = 4  # lines of a figure that can be told apart; all others are grey
 
 FAR = 5  # medians of all differences, below which an arm stands at the edge of the axis
 
 _BAND = "rgba(95,99,104,0.16)"  # of what lies behind the marks
-
-_UNSAID = ("not separated", "too few seeds")
 
 _SAID = {"better": GREEN, "worse": ORANGE}  # colour of a claim; of all others: grey
 
@@ -139,10 +137,7 @@ def metric_comparison(rows: pd.DataFrame) -> go.Figure:
 def comparison(rows: pd.DataFrame) -> go.Figure:
     """Every model's paired difference from the reference, with its interval, and what may be said of it."""
     rows = named(rows).assign(reference=lambda r: r["against"].map(model_name))
-    rows["claim"] = [
-        statistics.claim(d, p, seeds)
-        for d, p, *seeds in rows[["difference", "adjusted_p", "seeds", "reference_seeds"]].to_numpy()
-    ]
+    rows["claim"] = _claims(rows)
     shown = [metric for metric in _TITLES if (rows["metric"] == metric).any()]
     first = rows[rows["metric"] == shown[0]]
     order = list(first.sort_values("difference", ascending=False)["model"])
@@ -150,21 +145,7 @@ def comparison(rows: pd.DataFrame) -> go.Figure:
     figure.update_layout(template=TEMPLATE, showlegend=False)
     for panel, metric in enumerate(shown, 1):
         mine = rows[rows["metric"] == metric]
-        _behind(figure, -mine["detectable"], 2 * mine["detectable"], mine["model"], panel)
-        for (kind, claim), some in mine.groupby(["kind", "claim"]):
-            color = _SAID.get(str(claim), MUTED)
-            figure.add_scatter(
-                x=some["difference"],
-                y=some["model"],
-                mode="markers",
-                marker=marker(str(kind), color),
-                error_x=interval(some, "difference", color),
-                customdata=some[["adjusted_p", "detectable", "claim"]],
-                hovertemplate="%{y}: %{x:+.4f}, %{customdata[2]}<br>adjusted p %{customdata[0]:.3f}, "
-                "detectable %{customdata[1]:.4f}<extra></extra>",
-                row=panel,
-                col=1,
-            )
+        _claim_marks(figure, mine, mine["model"], {"row": panel, "col": 1})
         high = max(mine["difference_high"].max(), mine["detectable"].max())
         _say(figure, mine["model"], mine["claim"], min(mine["difference_low"].min(), 0), high, panel)
         figure.update_xaxes(title_text=f"difference in {_TITLES[metric]}", nticks=7, row=panel, col=1)
@@ -175,12 +156,8 @@ def comparison(rows: pd.DataFrame) -> go.Figure:
         "paired by user; bar: 95 % interval; words: p corrected for all rows (Holm); "
         "grey band: too small for these users to show (power 80 %)",
     )
-    counts = first["claim"].value_counts()
-    said = [f"{counts[claim]} {claim}" for claim in ("worse", "better", *_UNSAID) if claim in counts]
-    reference = rows["reference"].iloc[0]
-    return figure.update_layout(
-        title_text=f"Against {reference}, {_TITLES[shown[0]]} of {len(first)} models: {', '.join(said)}"
-    )
+    start = f"Against {rows['reference'].iloc[0]}, {_TITLES[shown[0]]} of {len(first)} models"
+    return figure.update_layout(title_text=f"{start}: {_counted(first['claim'])}")
 
 
 def equal_time(rows: pd.DataFrame) -> go.Figure:
@@ -203,7 +180,7 @@ def equal_time(rows: pd.DataFrame) -> go.Figure:
     first, end = np.log10([rows["minutes"].min(), rows["minutes"].max()])
     figure.update_xaxes(  # ranged by hand: else the names at the ends widen it
         **{"title_text": "minutes of training (log scale)", "range": [first - 0.08, end + 0.04]},
-        **DECADES | {"tickformat": ",.3~g"},
+        **log_axis(rows["minutes"], most=9),
     )
     figure.update_yaxes(title_text="NDCG@10 on validation, full ranking", rangemode="tozero")
     table = rows.pivot_table(index="minutes", columns="model", values="ndcg@10").dropna(thresh=2)
@@ -293,13 +270,53 @@ def _far_off(figure: go.Figure, rows: pd.DataFrame) -> None:
         )
 
 
-def _behind(figure: go.Figure, base: pd.Series, width: pd.Series, names: pd.Series, panel: int = 0) -> None:
+def _claims(rows: pd.DataFrame) -> list[str]:
+    """Return what may be claimed of each row."""
+    numbers = rows[["difference", "adjusted_p", "seeds", "reference_seeds"]].to_numpy()
+    return [statistics.claim(difference, p, seeds) for difference, p, *seeds in numbers]
+
+
+def _counted(claims: pd.Series) -> str:
+    """Return how many rows have which claim; where all have too few seeds, that nothing is claimed."""
+    counts = claims.value_counts()
+    if set(counts.index) == {"too few seeds"}:
+        return f"no claim, with fewer than {statistics.MIN_SEEDS} seeds"
+    words = {word: word for word in ("worse", "better", "not separated")} | {
+        "too few seeds": "of too few seeds"
+    }
+    return ", ".join(f"{counts[claim]} {word}" for claim, word in words.items() if claim in counts)
+
+
+def _claim_marks(figure: go.Figure, rows: pd.DataFrame, names: pd.Series, place: dict[str, int]) -> None:
+    """Draw each row's difference with its interval, coloured by its claim, on what could not be shown."""
+    _behind(figure, -rows["detectable"], 2 * rows["detectable"], names, place)
+    for (kind, claim), some in rows.groupby(["kind", "claim"]):
+        color = _SAID.get(str(claim), MUTED)
+        figure.add_scatter(
+            x=some["difference"],
+            y=names[some.index],
+            mode="markers",
+            marker=marker(str(kind), color),
+            error_x=interval(some, "difference", color),
+            customdata=some[["adjusted_p", "detectable", "claim"]],
+            hovertemplate="%{y}: %{x:+.4f}, %{customdata[2]}<br>adjusted p %{customdata[0]:.3f}, "
+            "detectable %{customdata[1]:.4f}<extra></extra>",
+            **place,
+        )
+
+
+def _behind(
+    figure: go.Figure,
+    base: pd.Series,
+    width: pd.Series,
+    names: pd.Series,
+    place: dict[str, int] | None = None,
+) -> None:
     """Draw a grey band behind each row's marks."""
-    place = {"row": panel, "col": 1} if panel else {}
     figure.add_bar(
         **{"base": base, "x": width, "y": names, "orientation": "h", "width": 0.6, "hoverinfo": "skip"},
         marker={"color": _BAND},
-        **place,
+        **place or {},
     )
 
 
@@ -315,16 +332,6 @@ def _say(figure: go.Figure, names: pd.Series, words: pd.Series, low: float, high
             showarrow=False,
             font={"color": _SAID.get(said, MUTED)},
         )
-
-
-# The name of the records that each is made of, and the figure.
-FIGURES: list[tuple[str, Callable[[pd.DataFrame], go.Figure]]] = [
-    ("learning_curve", learning_curves),
-    ("test_metrics", metric_comparison),
-    ("comparison", comparison),
-    ("validation_difference", ablation),
-    ("equal_time", equal_time),
-]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -599,20 +606,8 @@ def beyond_accuracy(rows: pd.DataFrame) -> go.Figure:
     )
 
 
-# The name of the records that each is made of, and the figure.
-CONTROL_FIGURES: list[tuple[str, Callable[[pd.DataFrame], go.Figure]]] = [
-    ("rank_histogram", rank_histogram),
-    ("protocol", protocols),
-    ("shuffle_control", shuffle_control),
-    ("groups", groups),
-    ("beyond_accuracy", beyond_accuracy),
-]
-
-
 # ------------------------------------------------------------------------------------------------
 # Figures of adapters: pure functions from a table of records to a `go.Figure`, as in `figures`.
-
-CONTROLS = ("shuffled_user", "noise", "fixed_gate", "static_gate")
 
 DRAWN_USERS = 500  # in a figure of single users: more overlap, and make a notebook of megabytes
 
@@ -683,10 +678,7 @@ def gate_comparison(rows: pd.DataFrame) -> go.Figure:
 
 def _differences(rows: pd.DataFrame, reference: str) -> go.Figure:
     rows = _tasks(rows[rows["metric"] == "ndcg@10"])
-    rows["claim"] = [
-        statistics.claim(d, p, seeds)
-        for d, p, *seeds in rows[["difference", "adjusted_p", "seeds", "reference_seeds"]].to_numpy()
-    ]
+    rows["claim"] = _claims(rows)
     tasks = list(dict.fromkeys(rows["task_name"]))
     order = [ARM_NAMES[arm] for arm in ARM_NAMES if (rows["model"] == arm).any()]
     figure = panels(len(tasks), shared_yaxes=True, spacing=0.06)
@@ -694,26 +686,7 @@ def _differences(rows: pd.DataFrame, reference: str) -> go.Figure:
         mine = rows[rows["task_name"] == task]
         names = mine["model"].map(ARM_NAMES)
         place = {"row": 1, "col": column}
-        figure.add_bar(
-            **{"base": -mine["detectable"], "x": 2 * mine["detectable"], "y": names, "orientation": "h"},
-            width=0.6,
-            hoverinfo="skip",
-            marker={"color": _BAND},
-            **place,
-        )
-        for (kind, claim), some in mine.groupby(["kind", "claim"]):
-            color = _SAID.get(str(claim), MUTED)
-            figure.add_scatter(
-                x=some["difference"],
-                y=some["model"].map(ARM_NAMES),
-                mode="markers",
-                marker=marker(str(kind), color),
-                error_x=interval(some, "difference", color),
-                customdata=some[["adjusted_p", "detectable", "claim"]],
-                hovertemplate="%{y}: %{x:+.4f}, %{customdata[2]}<br>adjusted p %{customdata[0]:.3f}, "
-                "detectable %{customdata[1]:.4f}<extra></extra>",
-                **place,
-            )
+        _claim_marks(figure, mine, names, place)
         figure.add_vline(0, line={"color": INK, "width": 1}, **place)
         figure.update_xaxes(title_text=f"{task}: difference in NDCG@10", nticks=6, **place)
     categories(figure, order, 32)
@@ -723,14 +696,13 @@ def _differences(rows: pd.DataFrame, reference: str) -> go.Figure:
         "separated, or too few seeds; grey band: too small for these users to show (power 80 %)",
     )
     first = rows[rows["task_name"] == tasks[0]]
-    counts = first["claim"].value_counts()
-    words = ("better", "worse", "not separated", "too few seeds")
-    said = ", ".join(f"{counts[word]} {word}" for word in words if word in counts)
+    said = _counted(first["claim"])
     return figure.update_layout(title_text=f"Against {reference}, {tasks[0]}: of {len(first)} arms {said}")
 
 
 def adapter_cost(rows: pd.DataFrame) -> go.Figure:
     """Median step with quartiles, tensors at the peak, weights trained: by arm, precision, compile mode."""
+    rows = rows[rows["status"] != "not applicable"] if "status" in rows else rows
     order = {"model": list(ARM_NAMES), "precision": list(get_args(Precision)), "compile_mode": _MODES}
     rows = rows.sort_values(
         list(order), key=lambda values: values.map(order[str(values.name)].index), kind="stable"
@@ -745,35 +717,27 @@ def adapter_cost(rows: pd.DataFrame) -> go.Figure:
             y=label,
             mode="markers",
             marker=marker(str(kind), color),
-            error_x={
-                "symmetric": False,
-                "array": 1e3 * (some["step_seconds_high"] - some["step_seconds"]),
-                "arrayminus": 1e3 * (some["step_seconds"] - some["step_seconds_low"]),
-                "color": color,
-            },
+            error_x=interval(some, "step_seconds", color, 1e3),
             hovertemplate="%{y}: %{x:.2f} ms<extra></extra>",
             row=1,
             col=1,
         )
-        for column, (name, unit) in enumerate((("peak_tensor_bytes", 2**20), ("trained_bytes", 2**10)), 2):
-            figure.add_bar(
-                x=some[name] / unit,
-                y=label,
-                orientation="h",
-                marker=bar(str(kind), color),
-                hovertemplate="%{y}: %{x:,.4~g}<extra></extra>",
-                row=1,
-                col=column,
-            )
-    for name, status in zip(names[~timed], rows["status"][~timed], strict=True):
-        figure.add_annotation(
-            **{"x": 0, "y": name, "text": str(status), "xanchor": "left", "row": 1, "col": 1},
-            showarrow=False,
-            font={"color": MUTED},
+        hover = "%{y}: %{x:,.4~g}<extra></extra>"
+        figure.add_bar(
+            **{"x": some["peak_tensor_bytes"] / 2**20, "y": label, "orientation": "h", "row": 1, "col": 2},
+            marker=bar(str(kind), color),
+            hovertemplate=hover,
         )
+        figure.add_scatter(
+            **{"x": some["trained_bytes"] / 2**10, "y": label, "mode": "markers", "row": 1, "col": 3},
+            marker=marker(str(kind), color),
+            hovertemplate=hover,
+        )
+    words_beside(figure, names[~timed], rows["status"][~timed].astype(str))
     figure.update_xaxes(title_text="median step, quartiles (ms)", rangemode="tozero", row=1, col=1)
     figure.update_xaxes(title_text="tensors at the peak (MiB)", rangemode="tozero", row=1, col=2)
-    figure.update_xaxes(title_text="trained weights (KiB, log scale)", type="log", row=1, col=3)
+    figure.update_xaxes(title_text="trained weights (KiB, log scale)", row=1, col=3)
+    figure.update_xaxes(**log_axis(rows["trained_bytes"] / 2**10, most=4), row=1, col=3)
     categories(figure, list(dict.fromkeys(names)), 34)
     return figure.update_layout(title_text=_cost_title(rows[timed]))
 
@@ -878,14 +842,3 @@ def _color(model: str) -> str:
 def _variant(row: pd.Series) -> str:
     mode = "eager" if row["compile_mode"] == "off" else row["compile_mode"]
     return f"{ARM_NAMES[row['model']]}, {row['precision']}, {mode}"
-
-
-# The name of the records that each is made of, and the figure.
-ADAPTER_FIGURES: list[tuple[str, Callable[[pd.DataFrame], go.Figure]]] = [
-    ("adaptation", accuracy_by_share),
-    ("adaptation_gain", adaptation_gain),
-    ("gate_comparison", gate_comparison),
-    ("adapter_step", adapter_cost),
-    ("gates", gate_by_user),
-    ("gate_correlation", gate_correlations),
-]

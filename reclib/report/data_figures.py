@@ -5,7 +5,6 @@ Pure functions from a table of records to a `go.Figure`, as in `figures`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
@@ -13,7 +12,19 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from reclib.report.style import BLUE, DECADES, GREEN, INK, MUTED, ORANGE, PALETTE, TEMPLATE, bar, line, panels
+from reclib.report.style import (
+    BLUE,
+    GREEN,
+    INK,
+    MUTED,
+    ORANGE,
+    PALETTE,
+    TEMPLATE,
+    bar,
+    line,
+    log_axis,
+    panels,
+)
 
 
 def preparation(rows: pd.DataFrame) -> go.Figure:
@@ -75,7 +86,7 @@ def sequence_lengths(rows: pd.DataFrame) -> go.Figure:
             xshift=-6 if side == "left" else 6,
             font={"color": ORANGE},
         )
-    figure.update_xaxes(title_text="interactions of a user (log scale)", **DECADES)
+    figure.update_xaxes(title_text="interactions of a user (log scale)", **log_axis(edges, most=9))
     figure.update_yaxes(title_text="users")
     return figure.update_layout(
         title_text=f"Half of the users have at most {median:,.0f} interactions, "
@@ -111,8 +122,8 @@ def item_popularity(rows: pd.DataFrame) -> go.Figure:
     figure.add_annotation(
         x=0.62, y=0.5, text="all items equal", showarrow=False, font={"color": MUTED}, row=1, col=2
     )
-    for update in (figure.update_xaxes, figure.update_yaxes):
-        update(row=1, col=1, **DECADES)
+    for update, name in ((figure.update_xaxes, "rank"), (figure.update_yaxes, "interactions")):
+        update(row=1, col=1, **log_axis(rows[name]))
         update(tickformat=".0%", range=[0, 1], row=1, col=2)
     figure.update_xaxes(title_text="popularity rank (log scale)", row=1, col=1)
     figure.update_yaxes(title_text="interactions (log scale)", row=1, col=1)
@@ -264,15 +275,3 @@ def cold_start(rows: pd.DataFrame) -> go.Figure:
         if share
         else "No split asks for an item that training never saw"
     )
-
-
-FIGURES: list[tuple[str, Callable[[pd.DataFrame], go.Figure]]] = [  # records that it needs, and what makes it
-    ("preparation", preparation),
-    ("repeats", repeats),
-    ("over_time", interactions_over_time),
-    ("sequence_lengths", sequence_lengths),
-    ("item_popularity", item_popularity),
-    ("tied_timestamps", tied_timestamps),
-    ("last_items", last_items),
-    ("cold", cold_start),
-]

@@ -6,7 +6,7 @@ its name, as the files of `params/grids` give it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +25,7 @@ from reclib.report.style import (
     TEMPLATE,
     bar,
     line,
+    log_axis,
     marker,
     note,
     panels,
@@ -78,7 +79,7 @@ def scaling_curve(rows: pd.DataFrame) -> go.Figure:
     if said is not None:
         _add_prediction(figure, said)
     _name_sizes(figure, shown)
-    _sizes_and_flops(figure, row=1)
+    _sizes_and_flops(figure, shown, row=1)
     figure.update_yaxes(title_text=TITLES[LOSS], row=1, col=1)
     text = "Circles: committed runs, one for each seed; the line joins their means."
     text = "" if _own(runs).all() else text
@@ -100,8 +101,7 @@ def scaling_accuracy(rows: pd.DataFrame) -> go.Figure:
         for column, x in enumerate((SIZE, FLOPS), 1):
             _add_runs(figure, runs, x, metric, row=row, col=column, legend=row == 1)
         figure.update_yaxes(title_text=f"{ACCURACY[metric]} on validation", row=row, col=1)
-    _sizes_and_flops(figure, row=max(1, len(there)))
-    figure.update_xaxes(type="log", dtick="D2")
+    _sizes_and_flops(figure, runs, row=max(1, len(there)))
     text = "Lines join the means over seeds of committed runs; at the epoch that has the best NDCG@10."
     note(figure, text + _fewer_seeds(runs))
     title = "No run is recorded yet"
@@ -236,8 +236,12 @@ def _curve_title(said: pd.Series | None, runs: pd.DataFrame) -> str:
     if said is not None:
         found = runs[(runs["model"] == said["of"]) & ~_own(runs)][LOSS]
         if len(found):
-            gap = said["predicted"] / found.mean() - 1
-            return f"The law missed the loss of the largest size, {said['of']}, by {gap:+.1%}"
+            gap, inside = said["predicted"] / found.mean() - 1, ""
+            if pd.notna(said.get("low")):
+                hit = said["low"] <= found.mean() <= said["high"]
+                inside = ", inside its band" if hit else ", outside its band"
+            said_of = f"The law predicted the loss of the largest size, {said['of']}"
+            return f"{said_of}, with an error of {gap:+.1%}{inside}"
         return f"The law predicts {said['predicted']:.3f} nats for {said['of']}, which is not measured yet"
     if runs.empty:
         return "No run is recorded yet"
@@ -256,9 +260,11 @@ def _name_sizes(figure: go.Figure, runs: pd.DataFrame) -> None:
         )  # fmt: skip
 
 
-def _sizes_and_flops(figure: go.Figure, row: int) -> None:
-    figure.update_xaxes(type="log", dtick="D2", title_text="non-embedding parameters", row=row, col=1)
-    figure.update_xaxes(type="log", dtick="D2", title_text="training FLOPs", row=row, col=2)
+def _sizes_and_flops(figure: go.Figure, runs: pd.DataFrame, row: int) -> None:
+    for col, (x, title) in enumerate(((SIZE, "non-embedding parameters"), (FLOPS, "training FLOPs")), 1):
+        for each in range(1, row + 1):
+            figure.update_xaxes(**log_axis(runs[x]), row=each, col=col)
+        figure.update_xaxes(title_text=title, row=row, col=col)
 
 
 def _legend_below(figure: go.Figure) -> go.Figure:
@@ -302,8 +308,8 @@ def _sweep_lines(figure: go.Figure, runs: pd.DataFrame, panel: Panel) -> str:
     width = _means(runs[runs["sweep"] == "width"], panel.measure)
     deep = _means(runs[runs["sweep"] == "depth"], panel.measure)
     _add_means(figure, width[SIZE], width, "width at two layers", COLORS["width"], panel)
-    axis = {"type": "log", "dtick": "D2", "title_text": "non-embedding parameters"}
-    figure.update_xaxes(**axis, row=panel.row, col=panel.col)
+    axis = log_axis([*width[SIZE], *deep[SIZE]], most=4)
+    figure.update_xaxes(**axis, title_text="non-embedding parameters", row=panel.row, col=panel.col)
     if deep.empty:
         return ""
     base = f"{deep.index[0].split('d')[0]}d2"
@@ -342,14 +348,6 @@ def _rate_lines(figure: go.Figure, runs: pd.DataFrame, panel: Panel) -> str:
         color = (PURPLE, MUTED)[place % 2]
         _add_means(figure, table["factor"], table, f"rates at {base}", color, panel)
     return ""
-
-
-# The name of the records that each is made of, the figure, and how the names of its data begin on the page.
-FIGURES: list[tuple[str, Callable[[pd.DataFrame], go.Figure], str]] = [
-    ("learning_curve", scaling_curve, ""),
-    ("learning_curve", scaling_accuracy, ""),
-    ("learning_curve", scaling_sweeps, "scaling-"),
-]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -430,11 +428,3 @@ def tuning_importance(rows: pd.DataFrame) -> go.Figure:
     figure.update_yaxes(title_text="field")
     top = rows.iloc[-1]
     return figure.update_layout(title_text=f"{top['field']} has {top['share']:.0%} of the importance")
-
-
-# The name of the records that each is made of, and the figure.
-TUNING_FIGURES: list[tuple[str, Callable[[pd.DataFrame], go.Figure]]] = [
-    ("trial", tuning_history),
-    ("tuning", tuning_importance),
-    ("trial", tuning_parallel),
-]

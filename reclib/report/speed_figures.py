@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from textwrap import wrap
 from typing import Any
 
@@ -19,7 +18,6 @@ from reclib.records import reference
 from reclib.report import style
 from reclib.report.style import (
     BLUE,
-    DECADES,
     GREEN,
     HEIGHT,
     INK,
@@ -29,18 +27,20 @@ from reclib.report.style import (
     TEMPLATE,
     bar,
     categories,
+    interval,
     line,
+    log_axis,
     marker,
     note,
     sentence,
+    words_beside,
 )
-
-ROW_HEIGHT = 34  # pixels of a row of a categorical axis
 
 
 def step_time(rows: pd.DataFrame) -> go.Figure:
     """Median step with quartiles, and peak memory, by precision, compile mode and batch size."""
     rows = rows.sort_values(["batch_size", "precision", "compile_mode"], kind="stable")
+    absent, rows = rows[rows["status"] == "not applicable"], rows[rows["status"] != "not applicable"]
     names = _variant(rows)
     figure = make_subplots(cols=2, shared_yaxes=True, horizontal_spacing=0.06)
     figure.update_layout(template=TEMPLATE, showlegend=False)
@@ -53,12 +53,7 @@ def step_time(rows: pd.DataFrame) -> go.Figure:
             y=names[part.index],
             mode="markers",
             marker=marker(str(kind), color),
-            error_x={
-                "symmetric": False,
-                "array": (part["step_seconds_high"] - part["step_seconds"]) * 1e3,
-                "arrayminus": (part["step_seconds"] - part["step_seconds_low"]) * 1e3,
-                "color": color,
-            },
+            error_x=interval(part, "step_seconds", color, 1e3),
             customdata=part["sequences_per_second"],
             hovertemplate="%{y}: %{x:.2f} ms, %{customdata:,.0f} sequences/s<extra></extra>",
             row=1,
@@ -73,22 +68,17 @@ def step_time(rows: pd.DataFrame) -> go.Figure:
             row=1,
             col=2,
         )
-    for name, status in zip(names[~timed], rows["status"][~timed], strict=True):
-        said = "out of memory" if status == "oom" else str(status)
-        figure.add_annotation(
-            x=0, y=name, text=said, xanchor="left", showarrow=False, font={"color": MUTED}, row=1, col=1
-        )
+    words_beside(figure, names[~timed], rows["status"][~timed].replace("oom", "out of memory").astype(str))
     figure.update_xaxes(title_text="median step, bar: quartiles (ms)", rangemode="tozero", row=1, col=1)
     figure.update_xaxes(title_text="peak of tensors in a step (MiB)", rangemode="tozero", row=1, col=2)
-    order = list(dict.fromkeys(names))
-    figure.update_yaxes(
-        categoryorder="array", categoryarray=order, range=[len(order) - 0.5, -0.5], ticks="", type="category"
-    )
+    categories(figure, list(dict.fromkeys(names)))
+    if len(absent):
+        note(figure, f"not applicable on this device: {'; '.join(dict.fromkeys(_variant(absent)))}")
     best = _extreme(rows, "sequences_per_second") if timed.any() else None
     title = "No variant could be timed"
     if best is not None:
         title = f"Fastest: {_said(best)} with {best['sequences_per_second']:,.0f} sequences/s"
-    return figure.update_layout(height=_height(len(order)), title_text=title)
+    return figure.update_layout(title_text=title)
 
 
 def step_ladder(rows: pd.DataFrame) -> go.Figure:
@@ -123,14 +113,13 @@ def step_ladder(rows: pd.DataFrame) -> go.Figure:
         figure.add_annotation(x=np.log10(end), y=name, text=text, xanchor="left", showarrow=False)
     figure.update_xaxes(
         title_text="median step (ms, log scale); green: shorter, orange: longer than the rung above",
-        **DECADES | {"tickformat": None},
+        **log_axis([start, 3 * float(after.max())], most=9),
         range=[np.log10(start), np.log10(float(after.max()) * 3)],
     )
-    figure.update_yaxes(categoryorder="array", categoryarray=list(timed["name"])[::-1], ticks="")
+    categories(figure, list(timed["name"]))
     gain = after.iloc[0] / after.min()
     best = timed["name"].iloc[int(np.argmin(after))]
     return figure.update_layout(
-        height=_height(len(timed)),
         showlegend=False,
         barmode="overlay",
         title_text=f"From the {timed['name'][0]} to “{best}” a step is {gain:,.1f} times faster",
@@ -153,11 +142,9 @@ def operators(rows: pd.DataFrame) -> go.Figure:
         layout={"template": TEMPLATE},
     )
     figure.update_xaxes(title_text="own time per step (ms)")
-    figure.update_yaxes(autorange="reversed", ticks="")
-    named = rows[rows["operator"] != "all others"]
-    top = _extreme(named, "seconds")
+    categories(figure, list(rows["operator"]))
+    top = _extreme(rows[rows["operator"] != "all others"], "seconds")
     return figure.update_layout(
-        height=_height(len(rows)),
         title_text=f"{top['operator']} takes {top['share']:.0%} of a step's own time",
     )
 
@@ -217,8 +204,9 @@ def loss_parity(rows: pd.DataFrame) -> go.Figure:
             )
     figure.update_xaxes(title_text="optimiser step")
     figure.update_yaxes(title_text="cross-entropy per target (nats)", row=1, col=1)
-    figure.update_yaxes(title_text=f"relative difference to {names[0]}", tickformat=".2%", row=1, col=2)
-    title = f"Losses of {', '.join(names)} differ by at most {worst:.2%}"
+    figure.update_yaxes(title_text=f"relative difference to {names[0]}", tickformat=".1~e", row=1, col=2)
+    size = f"{worst:.2%}" if worst >= 1e-4 else f"{worst:.1e} of their size"
+    title = f"Losses of {', '.join(names)} differ by at most {size}"
     return figure.update_layout(
         showlegend=True, title_text=title if len(names) > 1 else f"Loss in {names[0]}"
     )
@@ -262,7 +250,8 @@ def published_rates(rows: pd.DataFrame) -> go.Figure:
         font={"color": MUTED, "size": 12},
     )
     figure.update_xaxes(
-        title_text="sequences/s (log scale); another device, size and data than here", type="log"
+        title_text="sequences/s (log scale); another device, size and data than here",
+        **log_axis([*runs["claimed_per_second"], *by_clock, *_column(timed, "sequences_per_second")], most=9),
     )
     figure.update_yaxes(autorange="reversed", ticks="")
     worst = (runs["claimed_per_second"] / by_clock).max()
@@ -275,7 +264,7 @@ def published_rates(rows: pd.DataFrame) -> go.Figure:
 
 
 def _variant(rows: pd.DataFrame) -> pd.Series:
-    return rows.apply(_said, axis=1)
+    return rows.apply(_said, axis=1) if len(rows) else pd.Series([], dtype=object)
 
 
 def _said(row: pd.Series) -> str:
@@ -297,10 +286,6 @@ def _extreme(rows: pd.DataFrame, name: str, sign: int = 1) -> pd.Series:
     return rows.iloc[int(np.nanargmax(sign * _column(rows, name).to_numpy()))]
 
 
-def _height(rows: int) -> int:
-    return max(HEIGHT - 60, 170 + ROW_HEIGHT * rows)
-
-
 def _nothing(figure: go.Figure, said: str, kind: str = "measured") -> go.Figure:
     """Return a figure that says why it is empty."""
     figure.add_scatter(x=[], y=[], line=line(kind, BLUE))
@@ -309,23 +294,10 @@ def _nothing(figure: go.Figure, said: str, kind: str = "measured") -> go.Figure:
     return figure.update_layout(height=220, title_text=said, showlegend=False)
 
 
-# The name of the records that each is made of, and the figure.
-FIGURES: list[tuple[str, Callable[[pd.DataFrame], go.Figure]]] = [
-    ("step", step_time),
-    ("ladder", step_ladder),
-    ("operators", operators),
-    ("step", compile_cost),
-    ("loss_curve", loss_parity),
-    ("step", published_rates),
-]
-
-
 # ------------------------------------------------------------------------------------------------
 # Figures of devices side by side: measured solid, predicted hatched, published by others outlined.
 
 DEVICE_ROW_HEIGHT = 26  # pixels of a device
-
-OUTLINED = {"color": "rgba(0,0,0,0)", "line": {"color": ORANGE, "width": 2}}
 
 SIZES = ("nano", "tiny", "small", "medium", "5m", "85m", "130m", "430m")
 
@@ -354,33 +326,14 @@ def named(rows: pd.DataFrame) -> pd.DataFrame:
 def throughput(rows: pd.DataFrame) -> go.Figure:
     """Sequences/s of each size on each device, with the range of each prediction."""
     rows = closed_or_measured(named(rows))
-    figure, sizes, order = _panels(rows)
-    for column, size in enumerate(sizes, 1):
-        mine = rows[rows["size"] == size]
-        for kind, part in mine.groupby("kind"):
-            figure.add_bar(
-                x=part["sequences_per_second"],
-                y=part["device"],
-                orientation="h",
-                marker=bar(str(kind), BLUE if kind == "measured" else MUTED),
-                error_x=_range(part) if kind == "predicted" else None,
-                customdata=part["precision"],
-                hovertemplate=f"%{{y}}: %{{x:,.0f}} sequences/s, %{{customdata}}, {kind}<extra></extra>",
-                offsetgroup=str(kind),
-                row=1,
-                col=column,
-            )
+    figure, order = _device_panels(rows, "sequences_per_second", 1, "sequences/s")
+    for column, size in enumerate(_sizes(rows), 1):
         for name, rate in _published(size):
-            figure.add_bar(
-                x=[rate],
-                y=["published"],
-                orientation="h",
-                marker=OUTLINED,
+            figure.add_scatter(
+                **{"x": [rate], "y": ["published"], "mode": "markers", "row": 1, "col": column},
+                marker={"symbol": "square-open", "size": 9, "color": ORANGE, "line": {"width": 2}},
                 hovertemplate=f"seed study, {name}, A100, its wall clock: %{{x:,.0f}}/s<extra></extra>",
-                row=1,
-                col=column,
             )
-    _same_decades(figure, rows["sequences_per_second"], "sequences/s")
     best = rows[rows["kind"] == "measured"]
     title = "Predicted rates by device: nothing was measured here"
     if len(best):
@@ -391,32 +344,17 @@ def throughput(rows: pd.DataFrame) -> go.Figure:
 def memory_by_size(rows: pd.DataFrame) -> go.Figure:
     """Peak memory of each size, and what each device has."""
     rows = closed_or_measured(named(rows))
-    figure, sizes, order = _panels(rows)
-    for column, size in enumerate(sizes, 1):
-        mine = rows[rows["size"] == size]
-        for kind, part in mine.groupby("kind"):
-            figure.add_bar(
-                x=part["peak_memory_bytes"] / GIB,
-                y=part["device"],
-                orientation="h",
-                marker=bar(str(kind), BLUE if kind == "measured" else MUTED),
-                hovertemplate=f"%{{y}}: %{{x:.2f}} GiB, {kind}<extra></extra>",
-                offsetgroup=str(kind),
-                row=1,
-                col=column,
-            )
-        has = [name for name in order if name in hardware.catalogue()]
+    figure, order = _device_panels(rows, "peak_memory_bytes", GIB, "GiB")
+    boards = [name for name in order if name in hardware.catalogue()]
+    has = [hardware.catalogue()[name].memory_bytes / GIB for name in boards]
+    for column, _ in enumerate(_sizes(rows), 1):
         figure.add_scatter(
-            x=[hardware.catalogue()[name].memory_bytes / GIB for name in has],
-            y=has,
-            mode="markers",
+            **{"x": has, "y": boards, "mode": "markers", "row": 1, "col": column},
             marker={"symbol": "line-ns", "size": 14, "line": {"width": 2, "color": ORANGE}},
             hovertemplate="%{y} has %{x:.0f} GiB<extra></extra>",
-            row=1,
-            col=column,
         )
-    _same_decades(figure, pd.Series([0.3, 150.0]), "GiB")
-    return _finish(figure, order, "Peak memory: a bar that ends left of the device's line fits")
+    figure.update_xaxes(**log_axis([0.3, 150], most=4), range=list(np.log10([0.3, 200])))
+    return _finish(figure, order, "Peak memory: a mark left of the device's orange line fits")
 
 
 def roofline(rows: pd.DataFrame) -> go.Figure:
@@ -485,8 +423,7 @@ def technique_gains(rows: pd.DataFrame) -> go.Figure:
     rows = named(rows)
     names = list(dict.fromkeys(rows["technique"]))
     rows = rows[rows["size"].isin(SIZES)]
-    sizes = [size for size in SIZES if size in set(rows["size"])]
-    order = device_order(rows)
+    sizes, order = _sizes(rows), device_order(rows)
     figure = make_subplots(
         cols=len(names), shared_yaxes=True, subplot_titles=names, horizontal_spacing=0.04
     ).update_layout(template=TEMPLATE)
@@ -510,9 +447,10 @@ def technique_gains(rows: pd.DataFrame) -> go.Figure:
         figure.add_vline(x=1, line={"color": MUTED, "width": 1}, row=1, col=column)
         figure.update_xaxes(range=[0, 1.1 * max(1.5, mine["speedup"].max())], row=1, col=column)
     figure.update_xaxes(title_text="times as fast")
-    best = rows.iloc[int(rows["speedup"].argmax())]
-    title = (
-        f"{best['technique']}: up to {best['speedup']:.1f} times the speed, {best['kind']} ({best['device']})"
+    best = [part.iloc[int(part["speedup"].argmax())] for _, part in rows.groupby("kind")]
+    title = "; ".join(
+        f"{row['kind']}: up to {row['speedup']:.1f} times the speed, by {row['technique']} ({row['device']})"
+        for row in best
     )
     title = sentence(title)
     figure = _finish(figure, order, title)
@@ -528,24 +466,31 @@ def closed_or_measured(rows: pd.DataFrame) -> pd.DataFrame:
     return chosen.drop_duplicates(["size", "device", "kind"], keep="last")
 
 
-def _panels(rows: pd.DataFrame) -> tuple[go.Figure, list[str], list[str]]:
-    sizes = [size for size in SIZES if size in set(rows["size"])]
+def _sizes(rows: pd.DataFrame) -> list[str]:
+    return [size for size in SIZES if size in set(rows["size"])]
+
+
+def _device_panels(rows: pd.DataFrame, metric: str, unit: float, title: str) -> tuple[go.Figure, list[str]]:
+    """Return a panel for each size with a mark for each device, on one logarithmic axis, and the devices."""
+    sizes = _sizes(rows)
     figure = make_subplots(
         cols=max(1, len(sizes)), shared_yaxes=True, subplot_titles=sizes, horizontal_spacing=0.03
-    )
-    return figure.update_layout(template=TEMPLATE, showlegend=False), sizes, device_order(rows)
-
-
-def _same_decades(figure: go.Figure, values: pd.Series, title: str) -> None:
-    """Give all panels one logarithmic axis, so that bars can be compared across them."""
-    low, high = np.floor(np.log10(values.min())), np.log10(values.max()) + 0.4
-    figure.update_xaxes(type="log", title_text=title, range=[low, high], dtick=1, exponentformat="SI")
-
-
-def _range(part: pd.DataFrame) -> dict[str, Any]:
-    rate = part["sequences_per_second"]
-    high, low = part["sequences_per_second_high"] - rate, rate - part["sequences_per_second_low"]
-    return {"symmetric": False, "array": high, "arrayminus": low, "color": GREEN, "thickness": 1.5}
+    ).update_layout(template=TEMPLATE, showlegend=False)
+    for column, size in enumerate(sizes, 1):
+        for kind, part in rows[rows["size"] == size].groupby("kind"):
+            color = BLUE if kind == "measured" else MUTED
+            ranged = kind == "predicted" and f"{metric}_low" in part
+            figure.add_scatter(
+                **{"x": part[metric] / unit, "y": part["device"], "mode": "markers", "row": 1, "col": column},
+                marker=marker(str(kind), color) | {"size": 8},
+                error_x=interval(part, metric, color, 1 / unit, width=3) if ranged else None,
+                customdata=part["precision"],
+                hovertemplate=f"%{{y}}: %{{x:,.3~g}} {title}, %{{customdata}}, {kind}<extra></extra>",
+            )
+    values = rows[metric].dropna() / unit
+    figure.update_xaxes(title_text=title, **log_axis(values, most=4))
+    figure.update_xaxes(range=[np.log10(values.min()) - 0.2, np.log10(values.max()) + 0.3])
+    return figure, device_order(rows)
 
 
 def _published(size: str) -> list[tuple[str, float]]:
@@ -559,18 +504,8 @@ def _published(size: str) -> list[tuple[str, float]]:
 
 
 def _finish(figure: go.Figure, order: list[str], title: str) -> go.Figure:
-    figure.update_yaxes(categoryorder="array", categoryarray=order[::-1], ticks="", type="category")
-    height = 190 + DEVICE_ROW_HEIGHT * len(order)
-    return figure.update_layout(height=height, title_text=title, margin={"t": 120}, bargap=0.2)
-
-
-# The name of the records that each is made of, and the figure.
-HARDWARE_FIGURES: list[tuple[str, Callable[[pd.DataFrame], go.Figure]]] = [
-    ("hardware_step", throughput),
-    ("hardware_step", memory_by_size),
-    ("hardware_step", roofline),
-    ("technique", technique_gains),
-]
+    categories(figure, order, DEVICE_ROW_HEIGHT)
+    return figure.update_layout(title_text=title, margin={"t": 120})
 
 
 # ------------------------------------------------------------------------------------------------
@@ -700,15 +635,15 @@ def by_device(rows: pd.DataFrame) -> go.Figure:
     for basis, part in one.groupby("basis"):
         _epochs(figure, part, str(basis))
     figure.update_xaxes(title_text="GiB at the peak", rangemode="tozero", row=1, col=1)
-    figure.update_xaxes(title_text="seconds of an epoch, with the range", type="log", row=1, col=2)
-    figure.update_yaxes(categoryorder="array", categoryarray=order[::-1], ticks="", type="category")
+    ends = [*one["epoch_seconds_low"], *one["epoch_seconds_high"]]
+    figure.update_xaxes(title_text="seconds of an epoch, with the range", **log_axis(ends), row=1, col=2)
+    categories(figure, order, DEVICE_ROW_HEIGHT)
     first = one.iloc[0]
     boards = one[one["device"].isin(has)]
     fit = int(boards["status"].eq("ok").sum())
     title = f"{first['size']}, batch {first['batch_size']:,}: fits on {fit} of {len(boards)} GPUs, {kind}"
     return figure.update_layout(
         barmode="stack",
-        height=180 + DEVICE_ROW_HEIGHT * len(order),
         title_text=title,
         legend=_BESIDE,
         margin={"t": 100},
@@ -725,22 +660,12 @@ def _epochs(figure: go.Figure, rows: pd.DataFrame, basis: str) -> None:
             mode="markers",
             name=f"epoch, {basis}" if fits else "epoch, if it fitted",
             marker=marker(str(part["kind"].iloc[0]), color),
-            error_x={
-                "array": part["epoch_seconds_high"] - seconds,
-                "arrayminus": seconds - part["epoch_seconds_low"],
-                "symmetric": False,
-                "color": color,
-                "thickness": 1.5,
-            },
+            error_x=interval(part, "epoch_seconds", color) | {"thickness": 1.5},
             customdata=part["precision"],
             hovertemplate="%{y}, %{customdata}: %{x:,.3g} s<extra></extra>",
             row=1,
             col=2,
         )
-
-
-# The name of the records that each is made of, and the figure.
-PLAN_FIGURES: list[tuple[str, Callable[[pd.DataFrame], go.Figure]]] = [("plan", by_device)]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -778,7 +703,10 @@ def claimed_rates(rows: pd.DataFrame) -> go.Figure:
             x=1, xref="paper", xanchor="right", y=row.model, text=said, showarrow=False, yshift=14
         )
     categories(figure, list(dict.fromkeys(rows["model"])), row_height=46)
-    figure.update_xaxes(title_text="sequences/s (log scale)", type="log", tickformat=",d", dtick="D2")
+    figure.update_xaxes(
+        title_text="sequences/s (log scale)",
+        **log_axis([*rows["claimed"], *rows["by_clock_per_second"]], most=9),
+    )
     wrong = int((rows["ratio"] > CLOSE).sum())
     title = f"{wrong} of {len(rows)} claimed rates are more than the epoch time allows"
     if wrong:
@@ -788,6 +716,3 @@ def claimed_rates(rows: pd.DataFrame) -> go.Figure:
         "arithmetic on published figures: the sequences of an epoch over its time; nothing was timed here",
     )
     return figure.update_layout(title_text=title, showlegend=True)
-
-
-AUDIT_FIGURES: list[tuple[str, Callable[[pd.DataFrame], go.Figure]]] = [("audit_rates", claimed_rates)]

@@ -5,6 +5,7 @@ Trained models have a colour each, the same in every figure; baselines without g
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from textwrap import wrap
 from typing import Any
@@ -41,7 +42,7 @@ _AXIS = {
     "title": {"standoff": 10, "font": {"size": 13, "color": MUTED}},
 }
 
-DECADES = {"type": "log", "dtick": "D2", "tickformat": ",d"}  # ticks at 1, 2 and 5
+MOST_TICKS = 6  # of a logarithmic axis: more overlap in a panel of a third of the width
 
 TEMPLATE = {
     "layout": {
@@ -66,6 +67,32 @@ TEMPLATE = {
         "yaxis": _AXIS,
     }
 }
+
+
+def log_axis(values: Iterable[float], most: int = MOST_TICKS) -> dict[str, Any]:
+    """Return a logarithmic axis over the values, with whole numbers as ticks: 50k, 100k, 200k.
+
+    Ticks are at 1, 2 and 5 of each decade, at 1 alone, or at every second decade and so on, as many as fit.
+    """
+    positive = [float(value) for value in values if value > 0]
+    if not positive:
+        return {"type": "log"}
+    low, high = min(positive), max(positive)
+    decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
+    for digits, step in (((1, 2, 5), 1), ((1, 3), 1), ((1,), 1), ((1,), 2), ((1,), 3)):
+        ticks = [d * 10.0**decade for decade in decades if decade % step == 0 for d in digits]
+        ticks = [tick for tick in ticks if low / 1.6 <= tick <= high * 1.6]
+        if len(ticks) <= most:
+            break
+    return {"type": "log", "tickvals": ticks, "ticktext": [si(tick) for tick in ticks]}
+
+
+def si(value: float) -> str:
+    """Return a number with three digits and the prefix of its thousands: 50k, 3.2M, 0.5."""
+    for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{prefix}"
+    return f"{value:.3g}"
 
 
 def line(kind: str, color: str) -> dict[str, Any]:
@@ -146,11 +173,23 @@ def extreme(rows: pd.DataFrame, metric: str) -> pd.Series:
     return rows.sort_values(metric, na_position="first").iloc[-1]
 
 
-def interval(rows: pd.DataFrame, metric: str, color: str) -> dict[str, Any]:
-    """Return the style and lengths of the bars of a 95 % interval."""
-    above = rows[f"{metric}_high"] - rows[metric]
-    below = rows[metric] - rows[f"{metric}_low"]
-    return {"array": above, "arrayminus": below, "symmetric": False, "color": color, "width": 6}
+def interval(
+    rows: pd.DataFrame, metric: str, color: str, factor: float = 1, width: int = 6
+) -> dict[str, Any]:
+    """Return the style and lengths of bars from `<metric>_low` to `<metric>_high`, in units of 1 / factor."""
+    above = factor * (rows[f"{metric}_high"] - rows[metric])
+    below = factor * (rows[metric] - rows[f"{metric}_low"])
+    return {"array": above, "arrayminus": below, "symmetric": False, "color": color, "width": width}
+
+
+def words_beside(figure: go.Figure, names: Iterable[str], words: Iterable[str], panel: int = 1) -> None:
+    """Write why a row has no mark at the start of its row."""
+    for name, word in zip(names, words, strict=True):
+        figure.add_annotation(
+            **{"x": 0, "y": name, "text": word, "xanchor": "left", "row": 1, "col": panel},
+            showarrow=False,
+            font={"color": MUTED},
+        )
 
 
 def categories(figure: go.Figure, names: list[str], row_height: int = ROW_HEIGHT) -> None:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from functools import cache
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import yaml
 
-from reclib import hardware
+from reclib import hardware, system
 from reclib.config import ModelConfig, TrainConfig, model_config
 from reclib.cost import planner, work
 from reclib.cost.work import parameters
-from reclib.evaluate import statistics
+from reclib.data import fetch
 from reclib.evaluate.statistics import claim
 
 # ------------------------------------------------------------------------------------------------
@@ -368,177 +370,6 @@ def _band(m: Mapping[str, Any]) -> str:
     return "none: one seed" if m["low"] is None else f"{m['low']:.3f} to {m['high']:.3f}"
 
 
-def scaling_findings(
-    rows: Sequence[Record], outcome: Mapping[str, Any], name: str, absent: Sequence[str] = ()
-) -> list[str]:
-    """Return sentences on a grid: the law and its error, what does not scale, is undertrained or `absent`."""
-    if not rows:
-        return [f"- {name}: no run is committed yet."]
-    table = by_arm(rows)
-    best = str(table["loss"].idxmin())
-    hours = table["hours"].sum()
-    said = [
-        f"- {name}: {len(rows)} runs of {len(table)} configurations, {int(table['trained_tokens'].max()):,} "
-        f"tokens each at most, {hours:.1f} hours of a machine that did other work beside it; lowest mean "
-        f"loss {table['loss'].min():.3f} nats, with {best} ({int(table['non_embedding'][best]):,} of "
-        f"{int(table['non_embedding'].max()):,} non-embedding parameters at most)."
-    ]
-    said += _of_the_law(outcome)
-    parts = [_of_width(table), _of_depth_and_tables(table), _of_rates(rows), _of_purchase(table)]
-    said += [f"  {line}" for line in itertools.chain(*parts)]
-    late = table.index[table["late_drop"] > LATE]
-    said.append(f"  Undertrained (over {LATE} nats fell in the last fifth): {', '.join(late) or 'none'}.")
-    risen = [f"{arm} ({up:+.3f})" for arm, up in table["risen"].items() if up > LATE]
-    said.append(f"  Loss risen again at the end, in nats above its lowest: {', '.join(risen) or 'none'}.")
-    few = [f"{arm} ({int(n)})" for arm, n in table["seeds"].items() if n < 3 and "rate" not in str(arm)]
-    said.append(f"  Fewer than three seeds: {', '.join(few) or 'none'}.")
-    if absent:
-        said.append(f"  Not trained yet, of the file: {', '.join(absent)}.")
-    return said
-
-
-def _of_the_law(outcome: Mapping[str, Any]) -> list[str]:
-    one = outcome["prediction"]
-    if one is None:
-        return ["  No law yet: its sizes are not all trained, and nothing is predicted."]
-    m, own = one["metrics"], one["own_params"]
-    band = "no band, since no size had two seeds"
-    if m["low"] is not None:
-        band = f"{m['low']:.3f} to {m['high']:.3f} over resampled seeds"
-    target = f"{own['of']} ({own['size']:,} non-embedding parameters; {band})"
-    if m["factor"] < 1e-9:
-        said = [
-            f"  No power of the size: the loss does not fall. {m['predicted']:.3f} nats predicted for "
-            f"{target}."
-        ]
-    else:
-        formula = f"{m['floor']:.3f} + {m['factor']:.3g} N^-{m['exponent']:.3f}"
-        said = [f"  Law {formula}; it predicts {m['predicted']:.3f} nats for {target}."]
-        if m.get("exponent_low") is not None:
-            said.append(
-                f"  The exponent itself is known to {m['exponent_low']:.2f} to {m['exponent_high']:.2f} "
-                "only: the law says where the next size lands, not where the loss ends."
-            )
-    if m["without_low"] is not None:
-        said.append(
-            f"  Without any one size it says {m['without_low']:.3f} to {m['without_high']:.3f}: "
-            "how far the fit hangs on a single point."
-        )
-    if outcome["measured"] is None:
-        return [*said, f"  {own['of']} is not measured yet; its record will carry {one['params_hash']}."]
-    error = f"error {outcome['error']:+.3f} nats ({outcome['relative_error']:+.1%})"
-    place = ""
-    if m["low"] is not None:
-        place = ", inside the band" if m["low"] <= outcome["measured"] <= m["high"] else ", outside the band"
-    said.append(f"  Measured {outcome['measured']:.3f} over {outcome['seeds']} seed(s): {error}{place}.")
-    if naive := outcome.get("naive"):
-        said.append(
-            "  The same points without a law: no gain over the last of them misses by "
-            f"{naive['last'] - outcome['measured']:+.3f} nats, a straight line in log N by "
-            f"{naive['line'] - outcome['measured']:+.3f}."
-        )
-    return said
-
-
-def _of_width(table: pd.DataFrame) -> list[str]:
-    """Say what each step in width took off the loss, and where the seeds' ranges do not part."""
-    arms = [str(arm) for arm in table.index if sweep_of(str(arm)) == "width"]
-    steps: dict[str, list[str]] = {metric: [] for metric in ("loss", "ndcg@10", "hr@10") if metric in table}
-    same: dict[str, list[str]] = {metric: [] for metric in steps}
-    against = []
-    for small, large in itertools.pairwise(arms):
-        a, b = table.loc[small], table.loc[large]
-        both = f"{small} and {large}"
-        for metric in steps:
-            steps[metric].append(f"{b[metric] - a[metric]:+.4f}")
-            if not _parted(a, b, metric):
-                same[metric].append(both)
-        if "ndcg@10" in steps and (b["loss"] - a["loss"]) * (b["ndcg@10"] - a["ndcg@10"]) > 0:
-            against.append(both)
-    if len(arms) < 2:
-        return []
-    names = {metric: metric.upper() if "@" in metric else f"{metric} (nats)" for metric in steps}
-    overlap = [f"{names[metric]}: {', '.join(found) or 'none'}" for metric, found in same.items()]
-    changes = [f"{names[metric]} {', '.join(found)}" for metric, found in steps.items()]
-    return [
-        f"Width, {' to '.join(arms)}, step by step: {'; '.join(changes)}.",
-        f"Neighbours whose seeds' ranges overlap, so that the step is not told apart: {'; '.join(overlap)}.",
-        f"Neighbours of which the one with the lower loss ranks worse: {', '.join(against) or 'none'}.",
-    ]
-
-
-def _of_depth_and_tables(table: pd.DataFrame) -> list[str]:
-    """Say what depth at fixed tables and a second table gave, against the arm that they vary."""
-    said = []
-    for arm in map(str, table.index):
-        kind = sweep_of(arm)
-        base = arm.removesuffix(" untied") if kind == "untied tables" else f"{arm.split('d')[0]}d2"
-        if kind not in ("depth", "untied tables") or base not in table.index:
-            continue
-        a, b = table.loc[base], table.loc[arm]
-        parted = "" if _parted(a, b, "loss") else ", ranges of seeds overlap"
-        ranked = f", NDCG@10 {b['ndcg@10'] - a['ndcg@10']:+.4f}" if "ndcg@10" in table else ""
-        said.append(f"{arm} against {base}: {b['loss'] - a['loss']:+.3f} nats{ranked}{parted}.")
-    return said
-
-
-def _of_rates(rows: Sequence[Record]) -> list[str]:
-    """Say whether the rule for the learning rate held where it was checked."""
-    said = []
-    for arm, one in rate_check(rows).iterrows():
-        best = min(RATES, key=lambda name: one[name])
-        held = "the rule's is the best of the three" if best == "rule" else f"{best} of it is better by"
-        lost = "" if best == "rule" else f" {one['lost']:.3f} nats"
-        said.append(
-            f"Learning rate at {arm}, {int(one['seeds'])} seed(s): half {one['half']:.3f}, rule "
-            f"{one['rule']:.3f}, twice {one['twice']:.3f} nats; {held}{lost} "
-            f"(the rule's seeds lie {one['range']:.3f} apart)."
-        )
-        ranked = [one[f"ndcg@10 {name}"] for name in RATES]
-        if not any(map(math.isnan, ranked)):
-            top = list(RATES)[ranked.index(max(ranked))]
-            shown = ", ".join(f"{name} {value:.4f}" for name, value in zip(RATES, ranked, strict=True))
-            agreed = "as the loss says" if top == best else f"the loss says {best}"
-            said[-1] += f" NDCG@10 {shown}: highest with {top}, {agreed}."
-    return said
-
-
-def _of_purchase(table: pd.DataFrame) -> list[str]:
-    """Say which arm ranks best, which is the cheapest not told apart from it, and what FLOPs of width bought.
-
-    Arms with too few seeds for a claim, and those of other rates, are left out.
-    """
-    kept = [arm for arm in table.index if sweep_of(str(arm)) != "other learning rate"]
-    kept = [arm for arm in kept if statistics.enough([table["seeds"][arm]])]
-    if len(kept) < 2 or "ndcg@10" not in table:
-        return []
-    there = table.loc[kept].sort_values("TFLOP", kind="stable")
-    best = str(there["ndcg@10"].idxmax())
-    top = there.loc[best]
-    cheap = next(str(arm) for arm, one in there.iterrows() if not _parted(one, top, "ndcg@10"))
-    said = f"What to buy, by NDCG@10 on validation, of those with {statistics.MIN_SEEDS} seeds: "
-    said += f"{best} ranks best ({top['ndcg@10']:.4f}); "
-    if cheap == best:
-        said += "no cheaper one has a seed that reaches its worst."
-    else:
-        one = there.loc[cheap]
-        share = one["TFLOP"] / top["TFLOP"]
-        said += f"the cheapest not told apart is {cheap} ({one['ndcg@10']:.4f}), at {share:.0%} of its FLOPs."
-    widths = there[[sweep_of(str(arm)) == "width" for arm in there.index]]
-    if len(widths) > 1:
-        first, last = widths.iloc[0], widths.iloc[-1]
-        gain = (last["ndcg@10"] - first["ndcg@10"]) / math.log2(last["TFLOP"] / first["TFLOP"])
-        span = f"From {widths.index[0]} to {widths.index[-1]}"
-        said += f" {span} a doubling of training FLOPs is worth {gain:+.4f}."
-    return [said]
-
-
-def _parted(a: Any, b: Any, metric: str) -> bool:
-    """Whether the ranges over seeds of two arms do not overlap; with one seed each a range is a point."""
-    low, high = f"{metric}_low", f"{metric}_high"
-    return bool(a[high] < b[low] or b[high] < a[low])
-
-
 def real_steps(records: Iterable[Record]) -> pd.DataFrame:
     """Return one row for each named size at its true catalogue: step, rate, peak, and peak by its floor.
 
@@ -564,22 +395,6 @@ def real_steps(records: Iterable[Record]) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows).set_index("size") if rows else pd.DataFrame()
-
-
-def size_findings(steps: pd.DataFrame, named: Collection[str]) -> list[str]:
-    """Return a sentence for each device of the table of `real_steps`, and on the sizes that it lacks."""
-    said = [] if len(steps) else [f"- Steps of the named sizes: not measured yet: {', '.join(named)}."]
-    for device, part in steps.groupby("device") if len(steps) else ():
-        shown = [
-            f"{size} {one['step s']:.2f} s, {one['peak GB']:.1f} GB at peak, {one[FLOOR]:.2f} times its floor"
-            for size, one in part.iterrows()
-        ]
-        absent = [name for name in named if name not in part.index]
-        last = f" Not measured there: {', '.join(absent)}." if absent else ""
-        said.append(
-            f"- Steps of the named sizes at their own catalogues, {device}: {'; '.join(shown)}.{last}"
-        )
-    return said
 
 
 # ------------------------------------------------------------------------------------------------
@@ -610,71 +425,6 @@ def tuned_against_default(rows: Iterable[Record]) -> pd.DataFrame:
             row["over seeds"] = f"{m['seed_low']:+.4f} to {m['seed_high']:+.4f}"
         found.append(row)
     return pd.DataFrame(found).set_index("study").sort_values("split") if found else pd.DataFrame()
-
-
-def tuning_findings(records: Sequence[Record], study: str) -> list[str]:
-    """Return sentences on a study: its trials, what it chose, what mattered, what is left anew."""
-    mine = [r for r in records if r["data"]["name"] == study]
-    trials = [r for r in mine if r["name"] == "trial"]
-    if not trials:
-        return [f"- {study}: no trial is committed yet."]
-    pruned = sum(r["own_params"]["state"] == "pruned" for r in trials)
-    said = [f"- {study}: {len(trials)} trials, {pruned} of them pruned."]
-    chosen = [r for r in mine if r["name"] == "tuning"]
-    if chosen:
-        newest = max(chosen, key=lambda r: str(r["time"]))
-        own, value = newest["own_params"], newest["metrics"]["valid_ndcg@10"]
-        drawn = ", ".join(f"{k} {v:.3g}" for k, v in own.items() if k not in ("study", "trial"))
-        said[0] += f" The best, trial {own['trial']}, has NDCG@10 {value:.4f} on validation: {drawn}."
-        shares = dict(zip(*(newest["series"].get(k, ()) for k in ("field", "share")), strict=True))
-        if shares:
-            first = max(shares, key=lambda name: shares[name])
-            said.append(f"  What mattered most among the whole trials: {first} ({shares[first]:.0%}).")
-    for one in (r for r in mine if r["name"] == "validation_difference"):
-        m = one["metrics"]
-        said.append(
-            f"  Trained anew, {m['seeds']} seeds, NDCG@10 on validation: default {m['base']:.4f}, tuned "
-            f"{m['value']:.4f}, {_interval(m)}; single seeds {m['seed_low']:+.4f} to {m['seed_high']:+.4f}."
-        )
-    for one in (r for r in mine if r["name"] == "comparison" and r["own_params"]["model"] == "tuned"):
-        m, metric = one["metrics"], one["own_params"]["metric"].upper()
-        claimed = claim(m["difference"], m["adjusted_p"], (m["seeds"], m["reference_seeds"]))
-        said.append(
-            f"  Test {metric}, tuned against default: {_interval(m)}, adjusted p {m['adjusted_p']:.3f}: "
-            f"{claimed} (it could have seen {m['detectable']:.3f}; scored {one['earlier']} times before)."
-        )
-    if not any(r["name"] == "comparison" for r in mine):
-        said.append("  Not compared with the default yet: nothing of it is a result.")
-    return said
-
-
-def beside_sizes(records: Sequence[Record], study: str) -> list[str]:
-    """Return a sentence that sets a study's tuned settings against the widths of a grid on the same data.
-
-    Both in mean NDCG@10 on validation over seeds. Empty where one of them is missing.
-    """
-    tuned = [r for r in records if r["data"]["name"] == study and r["name"] == "validation_difference"]
-    if not tuned:
-        return []
-    value, data = tuned[-1]["metrics"]["value"], tuned[-1]["data"]["fingerprint"]
-    curves = [r for r in records if r["name"] == "learning_curve" and r["data"]["fingerprint"] == data]
-    grid: dict[str, list[float]] = {}
-    for row in (r for r in curves if r["data"]["name"].startswith("scaling-")):
-        name = str(row["own_params"]["model"])
-        if " " not in name:  # arms of the recipe itself
-            grid.setdefault(name, []).append(row["metrics"]["valid_ndcg@10"])
-    means = {name: sum(values) / len(values) for name, values in grid.items()}
-    above = [f"{name} ({mean:.4f})" for name, mean in means.items() if mean >= value]
-    if not means:
-        return []
-    return [
-        f"  Of {len(means)} sizes trained by one recipe on the same data, those that rank validation as well "
-        f"as the tuned settings do ({value:.4f}): {', '.join(above) or 'none'}."
-    ]
-
-
-def _interval(m: Mapping[str, float]) -> str:
-    return f"{m['difference']:+.4f} ({m['difference_low']:+.4f} to {m['difference_high']:+.4f})"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -712,6 +462,8 @@ ARM_NAMES = {
 }
 
 TASK_NAMES = {"next_period": "next period", "segment": "segment of users"}
+
+CONTROLS = ("shuffled_user", "noise", "fixed_gate", "static_gate")  # of iLoRA
 
 BASELINES = tuple(MODEL_NAMES)[2:]  # deterministic, without gradient descent
 
@@ -788,7 +540,7 @@ def differences(records: Iterable[Record], name: str) -> pd.DataFrame:
                 "model": model_name(own["model"]),
                 "minus": model_name(own["against"]),
                 "metric": own["metric"].upper(),
-                "difference": _gap(m),
+                "difference": interval_text(m),
                 "seeds": f"{m['seeds'] or 'no'} and {m['reference_seeds']}",
             }
             rows.append(about | _sureness(m))
@@ -801,12 +553,12 @@ def equal_time(records: Iterable[Record]) -> pd.DataFrame:
     for one in (r for r in records if r["name"] == "equal_time_comparison"):
         own = one["own_params"]
         about = {"data": one["data"]["name"], "model": own["model"], "minutes": own["minutes"]}
-        rows.append(about | {"minus ours": _gap(one["metrics"])} | _sureness(one["metrics"]))
+        rows.append(about | {"minus ours": interval_text(one["metrics"])} | _sureness(one["metrics"]))
     keys = ["data", "model", "minutes"]
     return pd.DataFrame(rows).set_index(keys).sort_index() if rows else pd.DataFrame()
 
 
-def _gap(m: Mapping[str, Any]) -> str:
+def interval_text(m: Mapping[str, Any]) -> str:
     """Return a difference with its interval, signed."""
     return f"{m['difference']:+.4f} ({m['difference_low']:+.4f} to {m['difference_high']:+.4f})"
 
@@ -903,6 +655,87 @@ def _is_claim_unmet(record: Record) -> bool:
     return "-" not in claimed or claimed != device_of(record)
 
 
+def well_formed(records: Iterable[Any], problems: list[str]) -> list[Record]:
+    """Return the records that have the form that figures read; add the faults of the others to `problems`."""
+    kept: list[Record] = []
+    for record in records:
+        if (reason := _fault(record)) is None:
+            kept.append(record)
+        else:
+            about = [str(record.get(key))[:40] for key in ("notebook", "name")] if reason[:3] != "not" else []
+            problems.append(f"record {' / '.join(about)}: {reason}".replace(" :", ":"))
+    return kept
+
+
+def _fault(record: Any) -> str | None:
+    """Return what is wrong with the form of a record, None for nothing."""
+    if not isinstance(record, Mapping):
+        return "not an object"
+    for key in ("notebook", "name", "kind", "label", "profile", "time"):
+        if not isinstance(record.get(key), str):
+            return f"{key} is {str(record.get(key))[:40]!r}, not a text"
+    for key, known in (("kind", ("measured", "predicted")), ("profile", PROFILES)):
+        if record[key] not in known:
+            return f"{key} {record[key][:40]!r} is none of {', '.join(known)}"
+    try:
+        datetime.fromisoformat(record["time"])
+    except ValueError:
+        return f"time {record['time'][:40]!r} is not of ISO 8601"
+    for key in ("metrics", "device", "timings", "own_params", "params", "series", "data"):
+        value = record.get(key, "" if key in ("metrics", "device") else None)
+        if (value is not None or key in ("metrics", "device")) and not isinstance(value, Mapping):
+            return f"{key} is missing or no object"
+    for key in ("metrics", "timings"):
+        for name, value in (record.get(key) or {}).items():
+            if value is not None and (not isinstance(value, int | float) or not math.isfinite(value)):
+                return f"{key}: {name[:40]} is {str(value)[:40]!r}, not a finite number"
+    series = (record.get("series") or {}).values()
+    if any(not isinstance(values, list) for values in series) or len({*map(len, series)}) > 1:
+        return "series are not lists of one length"
+    if record.get("seed") is not None and not isinstance(record["seed"], int):
+        return f"seed is {str(record['seed'])[:40]!r}, not a whole number"
+    return None
+
+
+@cache
+def _study_names() -> frozenset[str]:
+    """Return the datasets of the study: those that can be fetched, and those that its parameters name."""
+    named = {"synthetic", *fetch.catalogue()}
+    for file in system.params().glob("*.yaml"):
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        for section in [values, *values.values()] if isinstance(values, dict) else []:
+            if isinstance(section, dict) and isinstance(section.get("dataset"), str):
+                named.add(section["dataset"])
+    return frozenset(named)
+
+
+def of_study(record: Record) -> bool:
+    """Return whether a record is of the study's data and not of a file of the user's own."""
+    dataset = (record.get("params") or {}).get("dataset")
+    return record["profile"] == "grid" or dataset is None or dataset in _study_names()
+
+
+def distinct(records: Iterable[Record]) -> list[Record]:
+    """Return records in which datasets that share a name are told apart by the start of their fingerprints.
+
+    Generated data stay `synthetic`: figures of devices set shapes of them side by side.
+    """
+    records = list(records)
+    prints: dict[str, set[str]] = defaultdict(set)
+    for record in records:
+        data = record.get("data") or {}
+        prints[str(data.get("name"))].add(str(data.get("fingerprint")))
+    shared = {name for name, of_name in prints.items() if len(of_name) > 1 and name != "synthetic"}
+    told = []
+    for record in records:
+        data = record.get("data") or {}
+        if (name := str(data.get("name"))) in shared:
+            name = f"{name} ({str(data.get('fingerprint'))[:8]})"
+            record = dict(record) | {"data": dict(data) | {"name": name}}
+        told.append(record)
+    return told
+
+
 def groups(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
     """Split into what one figure each is made of: (dataset, label) -> records of one run's work.
 
@@ -911,7 +744,7 @@ def groups(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
     is chosen apart from what is predicted: no plan, of however much work, hides a measurement.
     """
     found: dict[tuple[str, str], list[Record]] = defaultdict(list)
-    for record in records:
+    for record in distinct(records):
         found[str((record.get("data") or {}).get("name")), record["label"]].append(record)
     return {key: _shown(found[key]) for key in sorted(found)}
 
