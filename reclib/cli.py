@@ -32,7 +32,7 @@ from typing import Any
 import yaml
 
 from reclib import parameters, records, runner, system
-from reclib.config import GPU_LABELS, InputError, nearest
+from reclib.config import GPU_LABELS, InputError, nearest, typed
 from reclib.runner import Job
 from reclib.system import Parser, exit_code
 
@@ -176,7 +176,7 @@ def _run_command(given: argparse.Namespace) -> int:
     if everything and given.gpus:
         return _matrix_command(given, names)
     overrides = {} if everything or given.f is None else parameters.from_file(given.f)
-    overrides |= {name: _typed(value) for name, value in given.p or []}
+    overrides |= {name: typed(value) for name, value in given.p or []}
     jobs = [plan(name, given.profile, given.gpu, overrides) for name in names]
     failures = 0
     for job in jobs:
@@ -259,19 +259,6 @@ def _params_command(given: argparse.Namespace) -> int:
     return 0
 
 
-def _typed(text: str) -> Any:
-    """Read a value as papermill's own `-p` does; `parameters.build` sees to the rest."""
-    words: dict[str, Any] = {"True": True, "False": False, "None": None}
-    if text in words:
-        return words[text]
-    for number in (int, float):
-        try:
-            return number(text)
-        except ValueError:
-            continue
-    return text
-
-
 def _seconds(text: str) -> int:
     if not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
@@ -283,6 +270,7 @@ def _seconds(text: str) -> int:
 COMMANDS = {
     "data": ("data.prepare:data_main", "fetch, prepare and describe datasets"),
     "fit": ("train.fit:fit_main", "train one model"),
+    "recommend": ("train.saving:recommend_main", "recommend items after a history"),
     "grid": ("experiments.grids:grid_main", "train the runs of an experiment file"),
     "score": ("experiments.grids:score_main", "score the final runs of an experiment file"),
     "predict": ("experiments.scaling:predict_main", "predict the loss of the largest size from smaller ones"),

@@ -11,14 +11,12 @@ import ast
 import copy
 import dataclasses
 import functools
-import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from reclib import system
@@ -39,21 +37,14 @@ from reclib.config import (
     Probability,
     Share,
     nearest,
+    respelt,
     validated,
 )
 
 # ------------------------------------------------------------------------------------------------
-# What papermill and YAML do to parameters on their way into a notebook, found and undone.
-#
-# Papermill injects a misspelt name as happily as a right one, and `-p use_amp false` as the string
-# "false" (which is true); YAML 1.1 reads `1e-3` as a string. Only these known spellings are undone,
-# and only where the string itself would be refused.
+# Names in a notebook that are no parameters: papermill injects a misspelt name like a right one.
 
 _SHELL = frozenset({"In", "Out", "exit", "quit", "open", "get_ipython"})  # IPython's own names
-
-_SPELLINGS: dict[str, bool | None] = {"false": False, "true": True, "null": None, "none": None}
-
-_EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
 def strangers(namespace: Mapping[str, Any], known: list[str]) -> dict[str, Any]:
@@ -93,31 +84,6 @@ def _literal_assignment(statement: ast.stmt) -> str:
     if not (isinstance(value, ast.Call) and ast.unparse(value.func) == "float"):  # float('nan')
         ast.literal_eval(value)
     return name
-
-
-def respelt(value: Any, annotation: Any) -> Any:
-    """Return what a known misspelling stood for, if only that fits the type; else `value`."""
-    if not isinstance(value, str) or _accepts(annotation, value):
-        return value
-    candidate: Any = value
-    if value in _SPELLINGS:
-        candidate = _SPELLINGS[value]
-    elif _EXPONENT.fullmatch(value):
-        candidate = float(value)
-    elif value.startswith("[") and value.endswith("]"):
-        try:
-            candidate = json.loads(value)
-        except json.JSONDecodeError:
-            return value
-    return candidate if _accepts(annotation, candidate) else value
-
-
-def _accepts(annotation: Any, value: Any) -> bool:
-    try:
-        TypeAdapter(annotation).validate_python(value, strict=True)
-    except ValidationError:
-        return False
-    return True
 
 
 # ------------------------------------------------------------------------------------------------
@@ -491,13 +457,7 @@ def read(notebook: str, namespace: Mapping[str, Any]) -> Any:
 
 def build(notebook: str, values: Mapping[str, Any]) -> Any:
     """Validate `values` into the notebook's dataclass; undone misspellings are printed."""
-    fields = get_type_hints(kind(notebook), include_extras=True)
-    converted = {}
-    for name, value in values.items():
-        converted[name] = respelt(value, fields[name]) if name in fields else value
-        if converted[name] is not value:
-            print(f"converted: {name}={value!r} -> {converted[name]!r}")
-    return validated(kind(notebook), converted)
+    return validated(kind(notebook), respelt(kind(notebook), values))
 
 
 def fill(p: T, label: str) -> T:

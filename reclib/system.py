@@ -230,9 +230,14 @@ def _differing(folder: Path, files: dict[str, Any], hashed_up_to: float = float(
     return found
 
 
-def _about(path: Path) -> dict[str, Any]:
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file's content, in hexadecimal digits."""
     with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _about(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 # ------------------------------------------------------------------------------------------------
