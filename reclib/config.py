@@ -36,6 +36,8 @@ GpuLabel = Literal["auto", _Cpu, _Old, _New]
 
 GPU_LABELS: tuple[str, ...] = get_args(GpuLabel)
 
+CPU_LABELS: tuple[str, ...] = get_args(_Cpu)
+
 PAD = 0  # item id of padding; real items are 1..num_items, MASK is num_items + 1
 
 # Below 2**63: larger ones fit neither the generators of torch (seeds) nor an array's shape.
@@ -288,7 +290,7 @@ def typed(text: str) -> Any:
 def respelt(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return `values` for the dataclass `kind` with known misspellings undone; print what was converted.
 
-    A text is converted only where its field refuses it and takes what it stands for.
+    A text is converted only where its field refuses it and takes what it stands for, or where it is a list.
     """
     fields = get_type_hints(kind, include_extras=True)
     result = dict(values)
@@ -296,7 +298,8 @@ def respelt(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
         if name not in fields or not isinstance(value, str) or _accepts(fields[name], value):
             continue
         candidate = _meant(value)
-        if candidate != value and _accepts(fields[name], candidate):
+        # A list is converted even if the field refuses it, so that the message is about what is in it.
+        if candidate != value and (isinstance(candidate, list) or _accepts(fields[name], candidate)):
             result[name] = candidate
             print(f"converted: {name}={value!r} -> {candidate!r}")
     return result
@@ -361,7 +364,11 @@ Kind = Literal["lora", "rslora", "ilora", "gated"]
 
 RepresentationName = Literal["mean_embedding", "base_state", "causal_state"]
 
-Control = Literal["none", "shuffled_user", "noise", "fixed_gate", "static_gate"]
+Controls = Literal["shuffled_user", "noise", "fixed_gate", "static_gate"]
+
+CONTROLS: tuple[str, ...] = get_args(Controls)
+
+Control = Literal["none", Controls]
 
 ENCODER = ("qkv", "attention_out", "ffn_up", "ffn_down")
 

@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import AfterValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 
@@ -25,6 +24,7 @@ from reclib.config import (
     SIZES,
     STRICT,
     CompileMode,
+    Controls,
     DataConfig,
     GpuLabel,
     InputError,
@@ -249,8 +249,6 @@ class AmpCompile:
 
 
 Adapted = Literal["none", "full", "lora", "ilora", "gated", "head", "bias"]
-
-Controls = Literal["shuffled_user", "noise", "fixed_gate", "static_gate"]
 
 Arms = Annotated[list[Literal[Adapted, Controls]], Field(min_length=2), AfterValidator(_distinct)]
 
@@ -542,21 +540,14 @@ def _section(profile_name: str, notebook: str) -> dict[str, Any]:
 
 
 def _mapping(file: Path) -> dict[str, Any]:
-    try:
-        state = file.stat()
-        content = _parsed(file, state.st_mtime_ns, state.st_size)
-    except FileNotFoundError:
-        raise InputError(f"{file} is missing") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise InputError(f"{file}{line}: not valid YAML") from None
+    state = file.stat() if file.is_file() else None
+    content = _parsed(file, state and (state.st_mtime_ns, state.st_size))
     if content is not None and not isinstance(content, dict):
         raise InputError(f"{file}: must be a mapping")
     return copy.deepcopy(content) or {}
 
 
 @functools.lru_cache(maxsize=64)
-def _parsed(file: Path, changed_ns: int, size: int) -> Any:
+def _parsed(file: Path, state: tuple[int, int] | None) -> Any:
     """Return what a YAML file holds, parsed once for each state that it was in; not to be changed."""
-    return yaml.safe_load(file.read_text(encoding="utf-8"))
+    return system.read_yaml(file)

@@ -25,7 +25,7 @@ pytest.importorskip("papermill")
 _HERE = """from reclib import hardware
 import torch
 device = hardware.resolve(p.gpu)
-here = record.Run("02_baseline", p, hardware.device_card(device), {"name": "none", "fingerprint": "0"})"""
+here = records.Run("02_baseline", p, hardware.device_card(device), {"name": "none", "fingerprint": "0"})"""
 _RESULT = 'here.result("answer", {"threads": torch.get_num_threads()})'
 
 
@@ -313,7 +313,7 @@ def test_records_of_several_machines_merge_by_copying_folders(tmp_path, capsys):
         file.write('{"half": ')
     shutil.copytree(there / "cpu", here / "cpu/other-machine")
     assert sorted(row["value"] for row in records.read(here)) == [1, 2, 3, 4]
-    assert "other-machine/results.jsonl:3: unfinished line skipped" in capsys.readouterr().err
+    assert "other-machine/results.jsonl:3: unfinished line: skipped" in capsys.readouterr().err
     shutil.rmtree(here / "cpu/other-machine")
     before = (here / "cpu/results.jsonl").read_text()
     assert records.merge(there, here) == (2, 1, 0)

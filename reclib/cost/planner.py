@@ -1,9 +1,7 @@
 """What a training run would take, before anybody rents anything: time, memory, cost, and whether it fits.
 
     python -m reclib plan --size 430m --gpu l4
-    python -m reclib plan --size 85m --gpu a100 --batch-size 512 --price 2.5 --json
     python -m reclib plan --size 85m --gpu l4,h100 --adapter ilora --rank 8
-    python -m reclib plan --size 85m --gpu h100 --items 10000000 --tied --loss sampled_softmax
 
 Everything here is a prediction and says so. For a CPU that was measured it comes with the error found on rows
 that no fit had seen; for a GPU of the catalogue it is `unvalidated`, a range of assumed efficiency. Needs no
@@ -25,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 
 from reclib import hardware, system
 from reclib.config import SIZES, InputError, ModelConfig, TrainConfig, divided, model_config, validated
@@ -98,7 +95,7 @@ class Estimate:
 
 def _read(name: str) -> dict[str, Any]:
     file = system.params() / name
-    return yaml.safe_load(file.read_text("utf-8")) if file.is_file() else {}
+    return system.read_yaml(file, any_keys=True) if file.is_file() else {}
 
 
 @functools.cache
@@ -459,10 +456,10 @@ def _parser() -> argparse.ArgumentParser:
     examples, _, more = rest.partition("\n\n")
     parser = Parser(
         prog="python -m reclib plan",
-        usage="%(prog)s --size SIZE --gpu GPU [what, on what, how]",
+        usage="%(prog)s --size SIZE --gpu GPU [what, how]",
         description=f"{about}\n\n{more.strip()}",
         epilog=f"examples:\n{examples}",
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 26, 100),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 26, 110),
     )
     here = "cpu1 and cpu2 are one and two threads of this machine"
     what = parser.add_argument_group("what is trained")
@@ -478,11 +475,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--rank", type=int, metavar="R", help="of the adapter (8)")
     what.add_argument("--experts", type=int, metavar="K", help="of ilora (4)")
-    data = parser.add_argument_group("on what")
-    data.add_argument(
+    what.add_argument(
         "--users", type=int, default=ELECTRONICS["users"], metavar="N", help="of an epoch (%(default)s)"
     )
-    data.add_argument(
+    what.add_argument(
         "--mean-len",
         type=float,
         default=ELECTRONICS["mean_len"],

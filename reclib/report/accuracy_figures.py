@@ -11,7 +11,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from reclib.config import CompileMode, Precision
+from reclib.config import CONTROLS, CompileMode, Precision
 from reclib.evaluate import statistics
 from reclib.records import reference
 from reclib.report.style import (
@@ -612,7 +612,6 @@ CONTROL_FIGURES: list[tuple[str, Callable[[pd.DataFrame], go.Figure]]] = [
 # ------------------------------------------------------------------------------------------------
 # Figures of adapters: pure functions from a table of records to a `go.Figure`, as in `figures`.
 
-CONTROLS = ("shuffled_user", "noise", "fixed_gate", "static_gate")
 
 DRAWN_USERS = 500  # in a figure of single users: more overlap, and make a notebook of megabytes
 

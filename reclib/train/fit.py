@@ -101,10 +101,7 @@ def of_options(dataset: str, size: str, values: Mapping[str, Any]) -> Setup:
 
 def write_setup(file: Path, setup: Setup) -> None:
     """Write a setup in place of one that is there."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    fresh = file.with_suffix(".partial")
-    fresh.write_text(json.dumps(asdict(setup), indent=1) + "\n", encoding="utf-8")
-    fresh.replace(file)
+    system.write_json(file, asdict(setup))
 
 
 def read_setup(file: Path) -> Setup:

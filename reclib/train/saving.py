@@ -212,20 +212,16 @@ def save_adapter(adapted: AdaptedModel, folder: Path, name: str | None = None) -
     if chosen is None or chosen not in adapted.configs:
         raise InputError(f"unknown adapter {chosen!r}; there are: {', '.join(adapted.configs) or 'none'}")
     tensors = {PREFIX + key: tensor.contiguous() for key, tensor in _tensors(adapted, chosen).items()}
-    partial = folder.with_name(folder.name + ".partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file(tensors, partial / ADAPTER_TENSORS, metadata={"format": "pt"})
-        said = _peft_config(adapted, chosen)
-        (partial / ADAPTER_CONFIG).write_text(json.dumps(said, indent=2, sort_keys=True) + "\n")
-        folder.mkdir(exist_ok=True)
-        for file in (ADAPTER_TENSORS, ADAPTER_CONFIG):
-            os.replace(partial / file, folder / file)
+        with system.fresh_folder(folder) as fresh:
+            save_file(tensors, fresh / ADAPTER_TENSORS, metadata={"format": "pt"})
+            said = _peft_config(adapted, chosen)
+            (fresh / ADAPTER_CONFIG).write_text(json.dumps(said, indent=2, sort_keys=True) + "\n")
+            folder.mkdir(exist_ok=True)
+            for file in (ADAPTER_TENSORS, ADAPTER_CONFIG):
+                os.replace(fresh / file, folder / file)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write adapter {folder}: {error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
