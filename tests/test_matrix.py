@@ -299,8 +299,9 @@ def test_a_cpu_label_needs_its_cores():
 
 
 def a_row(**changes: object) -> dict:
-    keys = dict.fromkeys(("notebook", "kind", "name", "params_hash", "seed"), "x")
-    return keys | {"label": "cpu", "schema": 1, "time": "2026-01-01T00:00:00+00:00"} | changes
+    about = {"card": {"label": "cpu"}, "profile": "quick", "params": {}, "own_params": {}, "params_hash": "x"}
+    whole = records.row("02_baseline", "x", {}, **about, data=None, made_by={})
+    return whole | {"time": "2026-01-01T00:00:00+00:00"} | changes
 
 
 def test_records_of_several_machines_merge_by_copying_folders(tmp_path, capsys):
@@ -323,5 +324,5 @@ def test_records_of_several_machines_merge_by_copying_folders(tmp_path, capsys):
     with pytest.raises(InputError, match="no records there"):
         records.merge(tmp_path / "nowhere", here)
     (there / "cpu/results.jsonl").write_text("broken\n" + before)
-    with pytest.raises(InputError, match="broken JSON"):
+    with pytest.raises(InputError, match="JSON is malformed"):
         records.merge(there, here)
