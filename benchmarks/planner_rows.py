@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -272,32 +271,20 @@ def file(label: str = "cpu", root: Path = ROOT / "executed") -> Path:
 def write(name: str, found: Mapping[str, Any], own: dict[str, Any], root: Path = ROOT / "executed") -> None:
     """Append a record of what was found, beside those of its device."""
     from reclib import records
-    from reclib import system as reclib_system
 
-    line = {
-        "schema": records.SCHEMA,
-        "notebook": NOTEBOOK,
-        "name": name,
-        "kind": "measured",
-        "label": found["card"]["label"],
-        "claimed": None,
-        "profile": "grid",
-        "seed": None,
-        "device": {key: found["card"][key] for key in records.CARD},
-        "data": found["data"],
-        "metrics": found["counts"],
-        "timings": found["timings"],
-        "series": {},
-        "params": {"grid": "planner"},
-        "own_params": own,
-        "params_hash": records.params_hash(own | {"name": name}),
-        "earlier": 0,
-        "code": records.code_hash(NOTEBOOK),
-        "git": records.git_state(),
-        "versions": records.versions(),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    records.append(file(line["label"], root), reclib_system.plain(line))
+    line = records.row(
+        NOTEBOOK,
+        name,
+        found["counts"],
+        card=found["card"],
+        profile="grid",
+        params={"grid": "planner"},
+        own_params=own,
+        params_hash=records.params_hash(own | {"name": name}),
+        data=found["data"],
+        timings=found["timings"],
+    )
+    records.append(file(line["label"], root), line)
 
 
 def here() -> str:

@@ -1,25 +1,18 @@
-"""The study from the command line: run its notebooks, see where it stands, rebuild its figures.
+"""The command line: run the notebooks, see what is done, rebuild the figures; train and plan models.
 
-    python -m reclib run 02 --profile quick       one notebook
-    python -m reclib run 05 -f params/adaptation-beauty.yaml    one as a file states it
-    python -m reclib run-all --profile quick      all, then the figures
-    python -m reclib run-all --gpus all           all on every visible GPU (or --gpus cpu1,cpu2)
-    python -m reclib merge other/executed         records of another machine join those here
-    python -m reclib status                       what is done here, and what is recorded
-    python -m reclib collect                      figures from the records alone
-    python -m reclib params 02 --profile full     parameters as YAML, for `papermill -f`
-    python -m reclib refresh 02                   new stored outputs for a changed notebook
+    reclib run 02 --profile quick       one notebook (without installation: python -m reclib ...)
+    reclib run 05 -f params/adaptation-beauty.yaml    with the parameters of a file
+    reclib run-all --gpus all           all of them on every visible GPU (or --gpus cpu1,cpu2)
+    reclib params 02 --profile full     parameters as YAML, for `papermill -f`
 
-Everything is checked before a kernel starts. Work that this checkout has finished is skipped by a stamp
-that git ignores (parameters, code, versions, output): committed records never cause a skip.
-Exit codes: 0 done, 1 a notebook failed, 2 wrong input, 130 interrupted.
+All input is checked before a kernel starts. What this checkout has finished is skipped (stamps that git
+ignores). Exit codes: 0 done, 1 a notebook failed, 2 wrong input, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import shutil
 import signal
 import sys
@@ -32,7 +25,7 @@ from typing import Any
 import yaml
 
 from reclib import parameters, records, runner, system
-from reclib.config import GPU_LABELS, InputError, nearest
+from reclib.config import CPU_LABELS, GPU_LABELS, InputError, nearest, typed
 from reclib.runner import Job
 from reclib.system import Parser, exit_code
 
@@ -70,7 +63,7 @@ def device_label(claimed: str) -> str:
     """Return the label of the device that a run with the label `claimed` uses here."""
     from reclib import hardware  # imports torch, which nothing else here needs
 
-    device = hardware.resolve(claimed)
+    device = hardware.find(claimed)
     if not device.is_claimed:
         print(
             f"gpu: {claimed} was asked for, {device.card.name} is here: "
@@ -117,9 +110,8 @@ def refresh(notebook: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / file.name
         runner.execute(file, output, {}, records=Path(folder) / "records")
-        partial = file.with_suffix(".partial")
-        shutil.copyfile(output, partial)
-        os.replace(partial, file)
+        with system.replacing(file) as fresh:
+            shutil.copyfile(output, fresh)
     print(f"{notebook}: outputs stored")
 
 
@@ -176,7 +168,7 @@ def _run_command(given: argparse.Namespace) -> int:
     if everything and given.gpus:
         return _matrix_command(given, names)
     overrides = {} if everything or given.f is None else parameters.from_file(given.f)
-    overrides |= {name: _typed(value) for name, value in given.p or []}
+    overrides |= {name: typed(value) for name, value in given.p or []}
     jobs = [plan(name, given.profile, given.gpu, overrides) for name in names]
     failures = 0
     for job in jobs:
@@ -194,7 +186,7 @@ def _matrix_command(given: argparse.Namespace, names: Sequence[str]) -> int:
     """Run all notebooks on several devices, then collect; say how each cell of the matrix ended."""
     if given.gpu:
         raise InputError("--gpu names one device and --gpus several: give one of them")
-    wants_gpus = set(given.gpus.split(",")) - set(runner.CPU_LABELS)
+    wants_gpus = set(given.gpus.split(",")) - set(CPU_LABELS)
     devices = runner.slots(given.gpus, runner.visible_gpus() if wants_gpus else [])
     for name in names:  # a wrong parameters file stops here, not in every process
         for slot in devices:
@@ -259,19 +251,6 @@ def _params_command(given: argparse.Namespace) -> int:
     return 0
 
 
-def _typed(text: str) -> Any:
-    """Read a value as papermill's own `-p` does; `parameters.build` sees to the rest."""
-    words: dict[str, Any] = {"True": True, "False": False, "None": None}
-    if text in words:
-        return words[text]
-    for number in (int, float):
-        try:
-            return number(text)
-        except ValueError:
-            continue
-    return text
-
-
 def _seconds(text: str) -> int:
     if not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
@@ -283,6 +262,7 @@ def _seconds(text: str) -> int:
 COMMANDS = {
     "data": ("data.prepare:data_main", "fetch, prepare and describe datasets"),
     "fit": ("train.fit:fit_main", "train one model"),
+    "recommend": ("train.saving:recommend_main", "recommend items after a history"),
     "grid": ("experiments.grids:grid_main", "train the runs of an experiment file"),
     "score": ("experiments.grids:score_main", "score the final runs of an experiment file"),
     "predict": ("experiments.scaling:predict_main", "predict the loss of the largest size from smaller ones"),

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
+import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
@@ -34,11 +36,14 @@ GpuLabel = Literal["auto", _Cpu, _Old, _New]
 
 GPU_LABELS: tuple[str, ...] = get_args(GpuLabel)
 
+CPU_LABELS: tuple[str, ...] = get_args(_Cpu)
+
 PAD = 0  # item id of padding; real items are 1..num_items, MASK is num_items + 1
 
-Positive = Annotated[int, Field(gt=0)]
+# Below 2**63: larger ones fit neither the generators of torch (seeds) nor an array's shape.
+Positive = Annotated[int, Field(gt=0, lt=2**63)]
 
-NonNegative = Annotated[int, Field(ge=0)]
+NonNegative = Annotated[int, Field(ge=0, lt=2**63)]
 
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -240,6 +245,20 @@ def model_config(size: str, **overrides: Any) -> ModelConfig:
     return validated(ModelConfig, SIZES[size] | overrides)
 
 
+def divided(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings that are fields of ModelConfig and those of TrainConfig; refuse all others."""
+    parts: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    model, train = ({f.name for f in dataclasses.fields(kind)} for kind in (ModelConfig, TrainConfig))
+    for name, value in settings.items():
+        if name not in model | train:
+            raise InputError(
+                f"unknown setting {name!r}{nearest(name, model | train)}: no field of "
+                "ModelConfig or TrainConfig"
+            )
+        parts[name in train][name] = value
+    return parts
+
+
 def validated(kind: type[T], values: Mapping[str, Any]) -> T:
     """Build the dataclass `kind` from `values`; raise `InputError` that names the parameter otherwise."""
     try:
@@ -247,6 +266,64 @@ def validated(kind: type[T], values: Mapping[str, Any]) -> T:
     except ValidationError as error:
         names = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
         raise InputError("; ".join(_sentence(e, names) for e in error.errors())) from None
+
+
+# Spellings that papermill and YAML 1.1 take for text: `-p use_amp false`, `learning_rate: 1e-3`.
+_SPELLINGS: dict[str, bool | None] = {"false": False, "true": True, "null": None, "none": None}
+
+_EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+
+
+def typed(text: str) -> Any:
+    """Read the value of a `-p NAME VALUE` as papermill does; `respelt` does the rest."""
+    words: dict[str, Any] = {"True": True, "False": False, "None": None}
+    if text in words:
+        return words[text]
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text
+
+
+def respelt(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `values` for the dataclass `kind` with known misspellings undone; print what was converted.
+
+    A text is converted only where its field refuses it and takes what it stands for, or where it is a list.
+    """
+    fields = get_type_hints(kind, include_extras=True)
+    result = dict(values)
+    for name, value in values.items():
+        if name not in fields or not isinstance(value, str) or _accepts(fields[name], value):
+            continue
+        candidate = _meant(value)
+        # A list is converted even if the field refuses it, so that the message is about what is in it.
+        if candidate != value and (isinstance(candidate, list) or _accepts(fields[name], candidate)):
+            result[name] = candidate
+            print(f"converted: {name}={value!r} -> {candidate!r}")
+    return result
+
+
+def _meant(text: str) -> Any:
+    if text in _SPELLINGS:
+        return _SPELLINGS[text]
+    if _EXPONENT.fullmatch(text):
+        return float(text)
+    if text.startswith("["):
+        try:
+            return json.loads(text)
+        except ValueError:
+            pass
+    return text
+
+
+def _accepts(annotation: Any, value: Any) -> bool:
+    try:
+        TypeAdapter(annotation).validate_python(value, strict=True)
+    except ValidationError:
+        return False
+    return True
 
 
 def changed(config: T, **values: Any) -> T:
@@ -287,7 +364,11 @@ Kind = Literal["lora", "rslora", "ilora", "gated"]
 
 RepresentationName = Literal["mean_embedding", "base_state", "causal_state"]
 
-Control = Literal["none", "shuffled_user", "noise", "fixed_gate", "static_gate"]
+Controls = Literal["shuffled_user", "noise", "fixed_gate", "static_gate"]
+
+CONTROLS: tuple[str, ...] = get_args(Controls)
+
+Control = Literal["none", Controls]
 
 ENCODER = ("qkv", "attention_out", "ffn_up", "ffn_down")
 

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-import yaml
 
 from reclib import system
 from reclib.config import GPU_LABELS, InputError, nearest
@@ -99,14 +98,13 @@ def probe() -> Card:
     return Card(type="cpu", name=cpu_name(), label="cpu", threads=torch.get_num_threads())
 
 
-def resolve(claimed: str = "auto", card: Card | None = None) -> Device:
-    """Return the device to use for the gpu label `claimed`.
+def find(claimed: str = "auto", card: Card | None = None) -> Device:
+    """Return the device to use for the gpu label `claimed`; nothing is set.
 
     A label is a claim: a run on another device goes on there, and everything measured carries that device.
-    "cpu" is a choice and is always honoured, and so is "cpu1" or "cpu2" where there are as many cores: torch
-    then computes with that many threads from here on, and on a CPU numbers too small for full precision are
-    zero (`flush_denormals`). Raises `InputError` for an unknown label and for a GPU that this torch build has
-    no kernels for.
+    "cpu" is a choice and is always honoured, and so is "cpu1" or "cpu2" where there are as many cores. `card`
+    is the device that is there, None: the one of `probe`. Raises `InputError` for an unknown label and for a
+    GPU that this torch build has no kernels for.
     """
     import torch
 
@@ -116,12 +114,29 @@ def resolve(claimed: str = "auto", card: Card | None = None) -> Device:
         card = cpu_card(claimed, usable_cores(), torch.get_num_threads())
     card = probe() if card is None else card
     check_build(card)
-    if card.type == "cpu":
-        fix_threads(CPU_THREADS.get(card.label, torch.get_num_threads()))
+    return Device(torch.device(card.type), card, claimed)
+
+
+def apply(device: Device) -> None:
+    """Set torch up for a device, for the rest of the process.
+
+    On a CPU: the number of threads that its label states, and numbers too small for full precision are zero
+    (`flush_denormals`). On CUDA: cuDNN's attention is left out (`steady_attention`).
+    """
+    import torch
+
+    if device.card.type == "cpu":
+        fix_threads(CPU_THREADS.get(device.label, torch.get_num_threads()))
         flush_denormals()
     else:
         steady_attention()
-    return Device(torch.device(card.type), card, claimed)
+
+
+def resolve(claimed: str = "auto", card: Card | None = None) -> Device:
+    """Find the device for a gpu label and set torch up for it: `find`, then `apply`."""
+    device = find(claimed, card)
+    apply(device)
+    return device
 
 
 def cpu_card(claimed: str, cores: int, threads: int) -> Card:
@@ -362,7 +377,7 @@ def device_main(argv: list[str] | None = None) -> int:
     if parser.parse_args(argv).action == "visible":
         print(json.dumps(visible_gpus()))
         return 0
-    for name, value in device_card(resolve()).items():
+    for name, value in device_card(find()).items():
         print(f"{name:<14}{value}")
     return 0
 
@@ -406,7 +421,7 @@ class Board:
 def catalogue() -> dict[str, Board]:
     """Return every device by label."""
     file = system.params() / "devices.yaml"
-    return {label: _board(label, given) for label, given in yaml.safe_load(file.read_text("utf-8")).items()}
+    return {label: _board(label, given) for label, given in system.read_yaml(file).items()}
 
 
 def _board(label: str, given: dict[str, Any]) -> Board:

@@ -11,14 +11,11 @@ import ast
 import copy
 import dataclasses
 import functools
-import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
-from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from reclib import system
@@ -27,6 +24,7 @@ from reclib.config import (
     SIZES,
     STRICT,
     CompileMode,
+    Controls,
     DataConfig,
     GpuLabel,
     InputError,
@@ -39,21 +37,14 @@ from reclib.config import (
     Probability,
     Share,
     nearest,
+    respelt,
     validated,
 )
 
 # ------------------------------------------------------------------------------------------------
-# What papermill and YAML do to parameters on their way into a notebook, found and undone.
-#
-# Papermill injects a misspelt name as happily as a right one, and `-p use_amp false` as the string
-# "false" (which is true); YAML 1.1 reads `1e-3` as a string. Only these known spellings are undone,
-# and only where the string itself would be refused.
+# Names in a notebook that are no parameters: papermill injects a misspelt name like a right one.
 
 _SHELL = frozenset({"In", "Out", "exit", "quit", "open", "get_ipython"})  # IPython's own names
-
-_SPELLINGS: dict[str, bool | None] = {"false": False, "true": True, "null": None, "none": None}
-
-_EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
 def strangers(namespace: Mapping[str, Any], known: list[str]) -> dict[str, Any]:
@@ -93,31 +84,6 @@ def _literal_assignment(statement: ast.stmt) -> str:
     if not (isinstance(value, ast.Call) and ast.unparse(value.func) == "float"):  # float('nan')
         ast.literal_eval(value)
     return name
-
-
-def respelt(value: Any, annotation: Any) -> Any:
-    """Return what a known misspelling stood for, if only that fits the type; else `value`."""
-    if not isinstance(value, str) or _accepts(annotation, value):
-        return value
-    candidate: Any = value
-    if value in _SPELLINGS:
-        candidate = _SPELLINGS[value]
-    elif _EXPONENT.fullmatch(value):
-        candidate = float(value)
-    elif value.startswith("[") and value.endswith("]"):
-        try:
-            candidate = json.loads(value)
-        except json.JSONDecodeError:
-            return value
-    return candidate if _accepts(annotation, candidate) else value
-
-
-def _accepts(annotation: Any, value: Any) -> bool:
-    try:
-        TypeAdapter(annotation).validate_python(value, strict=True)
-    except ValidationError:
-        return False
-    return True
 
 
 # ------------------------------------------------------------------------------------------------
@@ -283,8 +249,6 @@ class AmpCompile:
 
 
 Adapted = Literal["none", "full", "lora", "ilora", "gated", "head", "bias"]
-
-Controls = Literal["shuffled_user", "noise", "fixed_gate", "static_gate"]
 
 Arms = Annotated[list[Literal[Adapted, Controls]], Field(min_length=2), AfterValidator(_distinct)]
 
@@ -491,13 +455,7 @@ def read(notebook: str, namespace: Mapping[str, Any]) -> Any:
 
 def build(notebook: str, values: Mapping[str, Any]) -> Any:
     """Validate `values` into the notebook's dataclass; undone misspellings are printed."""
-    fields = get_type_hints(kind(notebook), include_extras=True)
-    converted = {}
-    for name, value in values.items():
-        converted[name] = respelt(value, fields[name]) if name in fields else value
-        if converted[name] is not value:
-            print(f"converted: {name}={value!r} -> {converted[name]!r}")
-    return validated(kind(notebook), converted)
+    return validated(kind(notebook), respelt(kind(notebook), values))
 
 
 def fill(p: T, label: str) -> T:
@@ -582,21 +540,14 @@ def _section(profile_name: str, notebook: str) -> dict[str, Any]:
 
 
 def _mapping(file: Path) -> dict[str, Any]:
-    try:
-        state = file.stat()
-        content = _parsed(file, state.st_mtime_ns, state.st_size)
-    except FileNotFoundError:
-        raise InputError(f"{file} is missing") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise InputError(f"{file}{line}: not valid YAML") from None
+    state = file.stat() if file.is_file() else None
+    content = _parsed(file, state and (state.st_mtime_ns, state.st_size))
     if content is not None and not isinstance(content, dict):
         raise InputError(f"{file}: must be a mapping")
     return copy.deepcopy(content) or {}
 
 
 @functools.lru_cache(maxsize=64)
-def _parsed(file: Path, changed_ns: int, size: int) -> Any:
+def _parsed(file: Path, state: tuple[int, int] | None) -> Any:
     """Return what a YAML file holds, parsed once for each state that it was in; not to be changed."""
-    return yaml.safe_load(file.read_text(encoding="utf-8"))
+    return system.read_yaml(file)

@@ -22,9 +22,9 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
-import yaml
+import msgspec
 
 from reclib import parameters, system
 from reclib.config import InputError
@@ -109,6 +109,72 @@ CARD = (
 
 _KEY = ("notebook", "kind", "label", "name", "params_hash", "seed")
 
+# Of a record's profile, the more it can be trusted the later: grids are long experiments.
+PROFILES = ("smoke", "custom", *parameters.PROFILES[1:], "grid")
+
+
+def params_hash(params: Mapping[str, Any]) -> str:
+    """Return 16 hexadecimal digits that identify a set of parameters, whatever their order."""
+    text = json.dumps(plain(dict(params)), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def provenance(notebook: str) -> dict[str, Any]:
+    """Return what made a result: hashes of the code, the commit, and versions."""
+    return {"code": code_hash(notebook), "git": git_state(), "versions": versions()}
+
+
+def row(
+    notebook: str,
+    name: str,
+    metrics: Mapping[str, Any],
+    *,
+    card: Mapping[str, Any],
+    profile: str,
+    params: Mapping[str, Any],
+    own_params: Mapping[str, Any],
+    params_hash: str,
+    data: Mapping[str, Any] | None,
+    made_by: Mapping[str, Any] | None = None,
+    timings: Mapping[str, Any] | None = None,
+    series: Mapping[str, Sequence[Any]] | None = None,
+    seed: int | None = None,
+    kind: Kind = "measured",
+    claimed: str | None = None,
+    earlier: int = 0,
+    **more: Any,
+) -> dict[str, Any]:
+    """Return a record as it is appended, of the time that it is now.
+
+    `card` is the device's, whose label is the record's; `params` are those of the run, `own_params` those of
+    this result; `made_by` is the `provenance`, None: of the code as it is now; `earlier` counts the records
+    of the same configuration.
+    """
+    return plain(
+        {
+            "schema": SCHEMA,
+            "notebook": notebook,
+            "name": name,
+            "kind": kind,
+            "label": card["label"],
+            "claimed": claimed,
+            "profile": profile,
+            "seed": seed,
+            "device": {key: card.get(key) for key in CARD},
+            "data": data,
+            "metrics": metrics,
+            "timings": timings or {},
+            "series": series or {},
+            "params": params,
+            "own_params": own_params,
+            "params_hash": params_hash,
+            "earlier": earlier,
+            **(made_by or provenance(notebook)),
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            **more,
+        }
+    )
+
 
 class Record(dict[str, Any]):
     """One record. As the last value of a cell it shows nothing: its provenance is no output."""
@@ -141,18 +207,13 @@ class Run:
         self.params = plain(parameters.values(p))
         self.label = str(device["label"])
         self._deterministic = self._without(parameters.device_names() | {"gpu", "tracker"})
-        self._provenance = {
-            "schema": SCHEMA,
-            "notebook": notebook,
-            "label": self.label,
+        self._row = {
             "claimed": self.params.get("gpu"),
             "profile": parameters.profile_of(notebook, p),
-            "device": plain({key: device[key] for key in CARD}),
-            "data": None if data is None else plain(dict(data)),
-            "code": code_hash(notebook),
-            "git": git_state(),
-            "versions": versions(),
+            "data": data,
+            "made_by": provenance(notebook),
         }
+        self._card = dict(device)
 
     def result(
         self,
@@ -184,21 +245,22 @@ class Run:
         if device is not None and kind != "predicted":
             raise ValueError(f"{name!r} is {kind} on {device['label']}, which is not here")
         numbers = _finite(name, metrics)
-        record = Record(self._provenance)
-        record |= {
-            "name": name,
-            "kind": kind,
-            "seed": seed,
-            "metrics": numbers,
-            "timings": _finite(name, timings or {}),
-            "series": {key: [_or_null(v) for v in values] for key, values in (series or {}).items()},
-            "params": self.params,
-            "own_params": own,
-            "params_hash": params_hash(self._identity(seed) | {"own": own}),
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        if device is not None:
-            record |= {"label": device["label"], "device": plain({key: device.get(key) for key in CARD})}
+        record = Record(
+            row(
+                self.notebook,
+                name,
+                numbers,
+                card=self._card if device is None else device,
+                params=self.params,
+                own_params=own,
+                params_hash=params_hash(self._identity(seed) | {"own": own}),
+                timings=_finite(name, timings or {}),
+                series={key: [_or_null(v) for v in values] for key, values in (series or {}).items()},
+                seed=seed,
+                kind=kind,
+                **self._row,
+            )
+        )
         file = system.executed() / record["label"] / "results.jsonl"
         record["earlier"] = _times_recorded(file, record)
         append(file, record)
@@ -229,26 +291,19 @@ def _demand_self_check(device: Mapping[str, Any]) -> None:
         )
 
 
-def params_hash(params: Mapping[str, Any]) -> str:
-    """Return 16 hexadecimal digits that identify a set of parameters, whatever their order."""
-    text = json.dumps(plain(dict(params)), sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def read(root: Path, problems: list[str] | None = None) -> list[dict[str, Any]]:
     """Return all records of a root's devices and grids, each once, by folder and line.
 
     They are in `<label>/results.jsonl` and `<label>/grids/*.jsonl`, and one folder deeper where another
-    machine's folder was copied into the label's. A record that is there twice counts once. A last line
-    that a killed run left unfinished is skipped and reported on standard error; anything else that is no
-    record, or lies in another device's folder, is an `InputError`; with a list of `problems` it is left out
-    and told there.
+    machine's folder was copied into the label's. A record that is there twice counts once. A line that is no
+    record, or lies in another device's folder, is skipped: its fault is added to `problems`, or without such a
+    list standard error says how many and why.
     """
-    found: dict[str, dict[str, Any]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     for file in files(root):
-        for one in read_file(file, root, problems):
-            found.setdefault(digest(one), one)
-    return list(found.values())
+        for record in read_file(file, root, problems=problems):
+            rows.setdefault(digest(record), record)
+    return list(rows.values())
 
 
 def files(root: Path) -> list[Path]:
@@ -263,28 +318,32 @@ def digest(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def read_file(file: Path, root: Path, problems: list[str] | None = None) -> list[dict[str, Any]]:
-    """Return the records of one file under `root`, checked as `read` says."""
-    found = []
+def read_file(
+    file: Path, root: Path, strict: bool = False, problems: list[str] | None = None
+) -> list[dict[str, Any]]:
+    """Return the records of one file under `root`; what is none is skipped as `read` says.
+
+    With `strict` it is an `InputError`, except for a last line that a killed run left unfinished.
+    """
+    rows, faults = [], []
+    place = file.relative_to(root)
     lines = file.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        where = f"{file.relative_to(root)}:{number}"
         try:
-            try:
-                record = json.loads(line, parse_constant=_no_number)
-            except (ValueError, RecursionError) as error:
-                if number == len(lines) and isinstance(error, json.JSONDecodeError):
-                    print(f"{where}: unfinished line skipped", file=sys.stderr)  # no newline follows it
-                    continue
-                raise InputError(f"{where}: not a record (broken JSON)") from None
-            found.append(_checked(record, file.relative_to(root), number))
+            rows.append(_checked(line, place.parts[0]))
         except InputError as error:
-            if problems is None:
-                raise
-            problems.append(str(error))
-    return found
+            unfinished = number == len(lines)  # the last element is what follows the last newline
+            faults.append(f"{place}:{number}: {'unfinished line' if unfinished else error}")
+            if strict and not unfinished:
+                raise InputError(faults[-1]) from None
+    if problems is not None:
+        problems += faults
+    elif faults:
+        others = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
+        print(f"{faults[0]}{others}: skipped", file=sys.stderr)
+    return rows
 
 
 def _no_number(text: str) -> float:
@@ -320,27 +379,52 @@ def _times_recorded(file: Path, record: Mapping[str, Any]) -> int:
     return sum(all(one.get(key) == record[key] for key in _KEY) for one in same)
 
 
-def _checked(record: Any, file: Path, number: int) -> dict[str, Any]:
-    where = f"{file}:{number}"
-    if not isinstance(record, dict) or any(key not in record for key in (*_KEY, "schema", "time")):
-        raise InputError(f"{where}: not a record (a key is missing)")
+class _Form(TypedDict):
+    """What every record has; see `row`."""
+
+    schema: int
+    notebook: str
+    name: str
+    kind: Kind
+    label: str
+    profile: str
+    seed: int | None
+    device: dict[str, Any]
+    data: dict[str, Any] | None
+    metrics: dict[str, int | float | bool | None]
+    timings: dict[str, int | float | bool | None]
+    series: dict[str, list[Any]]
+    params: dict[str, Any]
+    own_params: dict[str, Any]
+    params_hash: str
+    time: str
+
+
+def _checked(line: bytes, label: str) -> dict[str, Any]:
+    """Return the record of a line in the folder `label`; raise `InputError` that says why it is none."""
+    try:
+        record = msgspec.json.decode(line)  # no NaN, no infinity, UTF-8 alone
+        msgspec.convert(record, _Form)
+        datetime.fromisoformat(record["time"])
+    except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
+        raise InputError(f"not a record ({error})") from None
     if record["schema"] != SCHEMA:
-        raise InputError(f"{where}: schema {record['schema']!r}, this version reads {SCHEMA}")
-    if record["label"] != file.parts[0]:
-        raise InputError(f"{where}: a record of {record['label']!r} in another device's folder")
+        raise InputError(f"schema {record['schema']!r}, this version reads {SCHEMA}")
+    if record["profile"] not in PROFILES:
+        raise InputError(f"not a record (unknown profile {record['profile']!r})")
+    if record["label"] != label:
+        raise InputError(f"a record of {record['label']!r} in another device's folder")
     return record
 
 
 def append(file: Path, record: Mapping[str, Any]) -> None:
     """Append one line in one write, whole or not at all."""
-    import fcntl  # POSIX only; reading records works everywhere
-
     text = json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False)
     line = text.encode() + b"\n"
     file.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        system.flock(descriptor, wait=True)
         end = _end_of_records(descriptor)
         try:
             written = os.write(descriptor, line)
@@ -424,7 +508,7 @@ def merge(source: Path, root: Path) -> tuple[int, int, int]:
     Nothing that is there changes. Returns the numbers of new records, of known ones, of files copied.
     Raises `InputError` where `source` holds no records or a broken one, before anything is written.
     """
-    theirs = [(file, read_file(file, source)) for file in files(source)]
+    theirs = [(file, read_file(file, source, strict=True)) for file in files(source)]
     if not theirs:
         raise InputError(f"{source}: no records there: expected <label>/results.jsonl in it")
     known = {digest(one) for one in read(root)}
@@ -444,10 +528,8 @@ def _copy_files(source: Path, root: Path) -> int:
         target = root / file.relative_to(source)
         wanted = file.suffix in _COPIED and not file.name.endswith(".failed.ipynb")
         if wanted and file.is_file() and not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial = target.with_name(target.name + ".partial")
-            shutil.copyfile(file, partial)
-            os.replace(partial, target)
+            with system.replacing(target) as fresh:
+                shutil.copyfile(file, fresh)
             copied += 1
     return copied
 
@@ -455,4 +537,4 @@ def _copy_files(source: Path, root: Path) -> int:
 def reference() -> dict[str, Any]:
     """Return the seed study's published figures, with their sources and what is wrong in them."""
     file = system.params() / "published" / "seed_study.yaml"
-    return yaml.safe_load(file.read_text(encoding="utf-8"))
+    return system.read_yaml(file)

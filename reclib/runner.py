@@ -1,8 +1,13 @@
-"""Executing one notebook with papermill: checked before, watched while, normalised after.
+"""Running notebooks: one by papermill (`execute`), unless it is done already (`Job`), all of them (`Matrix`).
 
-While it runs, and if it fails, the notebook is `NN_name.failed.ipynb`; only a complete run takes the
-name `NN_name.ipynb`. What papermill and widgets leave in it (absolute paths, times, widget state) is
-dropped, so that a diff shows results.
+While it runs, and if it fails, a notebook is `NN_name.failed.ipynb`; only a complete run takes the name
+`NN_name.ipynb`. What papermill and widgets leave in it (absolute paths, times, widget state) is dropped, so
+that a diff shows results.
+
+A job that is done has a stamp, which git ignores: only work of this checkout is skipped, never because of a
+committed record or notebook. In a matrix each notebook and device is a process of its own: a crash, a kill
+or a timeout costs that one alone, and the same command runs what is left. GPUs of one label share its
+notebooks. The CPU comes last: its jobs are timed on the cores that feed the GPUs.
 """
 
 from __future__ import annotations
@@ -26,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from reclib import parameters, records, system
-from reclib.config import GPU_LABELS, InputError
+from reclib.config import CPU_LABELS, GPU_LABELS, InputError
 
 _ERROR_MARKER = "papermill-error-cell-tag"  # of the banner cells that papermill inserts
 
@@ -49,13 +54,13 @@ def check_cell(notebook: Path, expected: list[str]) -> None:
     import papermill
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    found = list(papermill.inspect_notebook(str(notebook)))
-    if not found:
+    stated = list(papermill.inspect_notebook(str(notebook)))
+    if not stated:
         raise InputError(f"{notebook.name} has no cell tagged 'parameters'")
     for name in expected:
-        if name not in found:
+        if name not in stated:
             raise InputError(f"{notebook.name}: its parameters cell lacks {name!r}")
-    for name in found:
+    for name in stated:
         if name not in expected:
             raise InputError(f"{notebook.name}: {name!r} in its parameters cell is no parameter")
 
@@ -103,15 +108,15 @@ def execute(
         normalise(working)
         os.replace(working, output)
     except PapermillExecutionError as error:
-        said = f"{error.ename}: {error.evalue}".strip().splitlines()[0]
-        raise _failed(notebook, error.exec_count, said + system.of_error(said)) from None
+        reason = f"{error.ename}: {error.evalue}".strip().splitlines()[0]
+        raise _failed(notebook, error.exec_count, reason + system.of_error(reason)) from None
     except DeadKernelError:
         code = progress.end_kernel()
-        said = f"DeadKernelError: {system.of_death(code, system.memory_kills() - kills)}"
-        raise _failed(notebook, progress.cell, said) from None
+        reason = f"DeadKernelError: {system.of_death(code, system.memory_kills() - kills)}"
+        raise _failed(notebook, progress.cell, reason) from None
     except (TimeoutError, RuntimeError) as error:  # a cell over its time, a kernel that does not start
-        said = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        raise _failed(notebook, progress.cell, said + system.of_error(said)) from None
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        raise _failed(notebook, progress.cell, reason + system.of_error(reason)) from None
     except OSError as error:
         if not system.is_full_disk(error):
             raise
@@ -123,14 +128,13 @@ def execute(
 
 def _put_away(working: Path, error: OSError) -> str:
     """Delete a notebook that the disk had no room for, and say so: a part of one is of no use."""
-    for half in (working, working.with_suffix(".partial")):
-        half.unlink(missing_ok=True)
-    said = f"[Errno {error.errno}] {error.strerror}, writing {working.name}"
-    return said + system.of_error(said)
+    working.unlink(missing_ok=True)
+    reason = f"[Errno {error.errno}] {error.strerror}, writing {working.name}"
+    return reason + system.of_error(reason)
 
 
-def _failed(notebook: Path, cell: int, said: str) -> NotebookFailed:
-    return NotebookFailed(f"{notebook.stem} failed in cell {cell}: {said}")
+def _failed(notebook: Path, cell: int, reason: str) -> NotebookFailed:
+    return NotebookFailed(f"{notebook.stem} failed in cell {cell}: {reason}")
 
 
 def normalise(notebook: Path) -> None:
@@ -148,9 +152,7 @@ def normalise(notebook: Path) -> None:
             del cell.metadata["tags"]
         for output in cell.get("outputs", []):  # without its state a widget's view is an error to look at
             output.get("data", {}).pop(_WIDGET_VIEW, None)
-    partial = notebook.with_suffix(".partial")
-    nbformat.write(content, partial)
-    os.replace(partial, notebook)
+    system.write_atomically(notebook, nbformat.writes(content).rstrip("\n") + "\n")
 
 
 class _Progress:
@@ -225,28 +227,20 @@ def _register(progress: _Progress) -> None:
                 log=logging.getLogger("papermill"),
                 config=config,
             )
-            client.execute(env=_environment(options["records"]))
+            folder = str(options["records"] or system.executed())
+            client.execute(env=_environment() | {"RECLIB_RECORDS": folder, "WANDB_SILENT": "true"})
 
     papermill_engines.register("reclib", ReclibEngine)
 
 
-def _environment(records: Path | None) -> dict[str, str]:
-    """Return the kernel's environment: our root and our code, wherever it starts."""
-    code = str(system.CHECKOUT)
+def _environment() -> dict[str, str]:
+    """Return an environment in which a child uses our root and our code, wherever it starts."""
     inherited = os.environ.get("PYTHONPATH")
     return os.environ | {
         "RECLIB_ROOT": str(system.root()),
-        "RECLIB_RECORDS": str(records or system.executed()),
-        "PYTHONPATH": os.pathsep.join([code, *([inherited] if inherited else [])]),
-        "WANDB_SILENT": "true",
+        "PYTHONPATH": os.pathsep.join([str(system.CHECKOUT), *([inherited] if inherited else [])]),
+        "PYTHONUNBUFFERED": "1",
     }
-
-
-# ------------------------------------------------------------------------------------------------
-# One notebook to be run with given parameters on a device, and whether that is done already.
-#
-# What is done is known from a stamp that git ignores, so that only work of this checkout is skipped:
-# committed records and notebooks never cause a skip.
 
 
 @dataclass(frozen=True)
@@ -290,7 +284,7 @@ class Job:
             return (
                 stamp.get("identity") == self.identity()
                 and self.output.is_file()
-                and stamp.get("output") == _digest(self.output)
+                and stamp.get("output") == system.file_sha256(self.output)
                 and self.output.with_name("results.jsonl").is_file()
             )
         except InputError:  # the parameters of then are not valid now
@@ -298,11 +292,8 @@ class Job:
 
     def finish(self, identity: str) -> None:
         """Stamp the job as done; `identity` is what it was when it began."""
-        stamp = {"identity": identity, "output": _digest(self.output), "values": self.values}
-        self.stamp.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.stamp.with_suffix(".partial")
-        partial.write_text(json.dumps(stamp) + "\n", encoding="utf-8")
-        os.replace(partial, self.stamp)
+        stamp = {"identity": identity, "output": system.file_sha256(self.output), "values": self.values}
+        system.write_json(self.stamp, stamp)
 
     def _stamped(self) -> dict[str, Any]:
         try:
@@ -312,21 +303,7 @@ class Job:
         return stamp if isinstance(stamp, dict) else {}
 
 
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------
-# Notebooks times devices: one process at a time for each device, and none that takes another down.
-#
-# Each cell of the matrix is a process of its own (`reclib.study run`), so a crash, a kill or a timeout
-# costs that cell alone; the same command runs what is left, since finished cells are skipped by their
-# stamps. GPUs of one label share its notebooks. The CPU comes last: its jobs are timed on the cores that
-# feed the GPUs.
-
 Command = Callable[[str, str], list[str]]  # (notebook, label) -> arguments of one cell's process
-
-CPU_LABELS = tuple(label for label in GPU_LABELS if label.startswith("cpu"))
 
 
 @dataclass(frozen=True)
@@ -337,23 +314,23 @@ class Slot:
     visible: str  # CUDA_VISIBLE_DEVICES of its processes; empty: none, the CPU
 
 
-def slots(asked: str, gpus: Sequence[tuple[str, str]]) -> list[Slot]:
-    """Return the devices that `asked` names: labels separated by commas, or "all" for every visible GPU.
+def slots(labels: str, gpus: Sequence[tuple[str, str]]) -> list[Slot]:
+    """Return the devices that `labels` names, separated by commas; "all": every visible GPU.
 
     `gpus` is what `hardware.visible_gpus` returns. Raises `InputError` for a label that is none or not here.
     """
-    found: list[Slot] = []
-    for label in [part.strip() for part in asked.split(",")]:
-        mine = [Slot(own, visible) for visible, own in gpus if label in (own, "all")]
-        if label in CPU_LABELS:
-            mine = [Slot(label, "")]
-        here = ", ".join([*dict.fromkeys(own for _, own in gpus), *CPU_LABELS])
-        if (label != "all" and label not in GPU_LABELS) or label == "auto":
-            raise InputError(f"--gpus is {asked!r}: {label!r} is no device label; here: {here}, or all")
-        if not mine:
-            raise InputError(f"--gpus is {asked!r}: there is no visible GPU for {label!r}; here: {here}")
-        found += mine
-    return list(dict.fromkeys(found))
+    result: list[Slot] = []
+    here = ", ".join([*dict.fromkeys(label for _, label in gpus), *CPU_LABELS])
+    for wanted in [part.strip() for part in labels.split(",")]:
+        if (wanted != "all" and wanted not in GPU_LABELS) or wanted == "auto":
+            raise InputError(f"--gpus is {labels!r}: {wanted!r} is no device label; here: {here}, or all")
+        devices = [Slot(label, visible) for visible, label in gpus if wanted in (label, "all")]
+        if wanted in CPU_LABELS:
+            devices = [Slot(wanted, "")]
+        if not devices:
+            raise InputError(f"--gpus is {labels!r}: there is no visible GPU for {wanted!r}; here: {here}")
+        result += devices
+    return list(dict.fromkeys(result))
 
 
 def visible_gpus() -> list[tuple[str, str]]:
@@ -362,7 +339,7 @@ def visible_gpus() -> list[tuple[str, str]]:
         [sys.executable, "-m", "reclib", "device", "visible"],
         capture_output=True,
         text=True,
-        env=_matrix_environment(),
+        env=_environment(),
     )
     if done.returncode:
         raise InputError(f"cannot list the GPUs: {done.stderr.strip().splitlines()[-1]}")
@@ -408,7 +385,7 @@ class Matrix:
                 self._cell(notebook, slot)
 
     def _cell(self, notebook: str, slot: Slot) -> None:
-        environment = system.start_with() | _matrix_environment() | {"CUDA_VISIBLE_DEVICES": slot.visible}
+        environment = system.start_with() | _environment() | {"CUDA_VISIBLE_DEVICES": slot.visible}
         child = subprocess.Popen(
             self.command(notebook, slot.label),
             env=environment,
@@ -448,14 +425,3 @@ def outcome(code: int, last: str) -> str:
         with contextlib.suppress(ValueError):
             return f"killed by {signal.Signals(-code).name}: the same command runs it again"
     return last or f"exit code {code}"
-
-
-def _matrix_environment() -> dict[str, str]:
-    """Return an environment in which children import this code, wherever they start."""
-    code = str(system.CHECKOUT)
-    inherited = os.environ.get("PYTHONPATH")
-    return os.environ | {
-        "PYTHONPATH": os.pathsep.join([code, *([inherited] if inherited else [])]),
-        "RECLIB_ROOT": str(system.root()),
-        "PYTHONUNBUFFERED": "1",
-    }

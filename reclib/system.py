@@ -27,8 +27,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+import yaml
 
-from reclib.config import as_dict
+from reclib.config import InputError, as_dict
 
 PACKAGE = Path(__file__).resolve().parent  # the code; the only place that asks where it lies
 
@@ -156,9 +157,73 @@ def write_array(path: Path, dtype: Any, length: int, pieces: Iterable[np.ndarray
         raise RuntimeError(f"{path.name}: {written:,} values written, {length:,} announced")
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path` to write to; without an exception that file takes its place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        yield fresh
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all, in place of one that is there."""
+    with replacing(path) as fresh:
+        fresh.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
 def write_json(path: Path, document: Any) -> None:
-    """Write a document of plain JSON, for people as well."""
-    path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write a document of plain JSON, indented, whole or not at all."""
+    write_atomically(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key stands once, and is text unless `any_keys`."""
+
+    any_keys = False
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            value = self.construct_object(key, deep=True)
+            if not (isinstance(value, str) or self.any_keys):
+                problem = f"the key {value!r} is no text: put it in quotation marks"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            if value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(None, None, f"{value!r} stands twice", key.start_mark)
+            seen.add(value)
+        return super().construct_mapping(node, deep)
+
+
+class _AnyKeys(_Loader):
+    any_keys = True
+
+
+def read_yaml(file: Path, *, any_keys: bool = False) -> Any:
+    """Return what a YAML file holds; raise `InputError` with file and line where it is malformed.
+
+    A key that stands twice in a mapping is an error, and one that is no text unless `any_keys`.
+    """
+    try:
+        return yaml.load(file.read_text(encoding="utf-8"), _AnyKeys if any_keys else _Loader)
+    except FileNotFoundError:
+        raise InputError(f"{file} is missing") from None
+    except OSError as error:
+        raise InputError(f"{file}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{file}, line {line}: not UTF-8") from None
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        where = f"{file}, line {mark.line + 1}" if mark else str(file)
+        if not isinstance(error, yaml.constructor.ConstructorError):
+            problem = "not valid YAML"
+        raise InputError(f"{where}: {problem}") from None
+    except (ValueError, RecursionError) as error:  # a date or number that cannot be
+        raise InputError(f"{file}: not valid YAML: {str(error).splitlines()[0]}") from None
 
 
 @contextlib.contextmanager
@@ -193,16 +258,12 @@ def fresh_folder(folder: Path) -> Iterator[Path]:
 
 def _locked(folder: Path) -> int | None:
     """Return the open folder, locked; None where another process holds it or has removed it."""
-    import fcntl  # POSIX only; reading a prepared folder works everywhere
-
     try:
         opened = os.open(folder, os.O_RDONLY)
     except OSError:
         return None
-    with contextlib.suppress(OSError):
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if folder.exists():
-            return opened
+    if flock(opened) and folder.exists():
+        return opened
     os.close(opened)
     return None
 
@@ -230,76 +291,90 @@ def _differing(folder: Path, files: dict[str, Any], hashed_up_to: float = float(
     return found
 
 
-def _about(path: Path) -> dict[str, Any]:
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file's content, in hexadecimal digits."""
     with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _about(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 # ------------------------------------------------------------------------------------------------
-# Whose turn it is: one timed job at a time on a device, and one run of a notebook for each device.
+# File locks: one timed job at a time on a device, and one run of a notebook for each device.
 #
-# Locks are `flock`s on files in the folder of stamps, so the system lets go of them when a process dies,
-# however it dies. A run on the CPU, with whatever number of threads, has all cores for itself; runs on
-# different GPUs go on at the same time, as each holds its own and shares the cores that feed them.
+# All are `flock`s, which the system releases when a process dies, however it dies. A run on the CPU, with
+# whatever number of threads, has all cores for itself; runs on different GPUs go on at the same time, as each
+# holds its own and shares the cores that feed them.
 
 Tell = Callable[[str], None]
+
+
+def flock(handle: Any, *, shared: bool = False, wait: bool = False) -> bool:
+    """Lock an open file or folder until it is closed; return False where another process holds it."""
+    how = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
+    try:
+        fcntl.flock(handle, how)
+    except OSError:
+        if wait:
+            raise
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def locked(file: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Hold a lock file; yield whether it is held, False where another process holds it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as handle:  # closed in children, so that a kernel does not hold it on
+        yield flock(handle, wait=wait)
 
 
 @contextlib.contextmanager
 def device_lock(label: str, tell: Tell = print) -> Iterator[None]:
     """Hold the device with this label, waiting while another run of this checkout is timed on it."""
     on_cpu = label.startswith("cpu")
-    with _held("cores", shared=not on_cpu, tell=tell):
+    with _waited_for("cores", shared=not on_cpu, tell=tell):
         if on_cpu:
             yield
             return
         which = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip() or "0"
-        with _held(f"gpu-{which}", tell=tell):
+        with _waited_for(f"gpu-{which}", tell=tell):
             yield
 
 
-@contextlib.contextmanager
-def job_lock(label: str, notebook: str, tell: Tell = print) -> Iterator[None]:
+def job_lock(label: str, notebook: str, tell: Tell = print) -> contextlib.AbstractContextManager[None]:
     """Hold a notebook on a device: two runs of it would write the same files."""
-    with _held(_job(label, notebook), tell=tell):
-        yield
+    return _waited_for(f"{label}-{notebook}", tell=tell)
 
 
-@contextlib.contextmanager
-def figures_lock(tell: Tell = print) -> Iterator[None]:
+def figures_lock(tell: Tell = print) -> contextlib.AbstractContextManager[None]:
     """Hold the folder of figures."""
-    with _held("figures", tell=tell):
-        yield
+    return _waited_for("figures", tell=tell)
 
 
 def under_way(label: str, notebook: str) -> bool:
     """Whether a run holds, or waits to hold, this notebook on this device."""
-    file = stamps() / f"{_job(label, notebook)}.lock"
-    if not file.is_file():
+    try:
+        with _lock_file(f"{label}-{notebook}").open() as handle:
+            return not flock(handle, shared=True)
+    except FileNotFoundError:
         return False
-    with file.open() as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
-def _job(label: str, notebook: str) -> str:
-    return f"{label}-{notebook}"
+def _lock_file(name: str) -> Path:
+    return stamps() / (re.sub(r"[^\w.-]", "_", name) + ".lock")
 
 
 @contextlib.contextmanager
-def _held(name: str, tell: Tell, shared: bool = False) -> Iterator[None]:
-    file = stamps() / (re.sub(r"[^\w.-]", "_", name) + ".lock")
+def _waited_for(name: str, tell: Tell, shared: bool = False) -> Iterator[None]:
+    file = _lock_file(name)
     file.parent.mkdir(parents=True, exist_ok=True)
-    how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     with file.open("a") as handle:  # closed in children, so that a kernel does not hold it on
-        try:
-            fcntl.flock(handle, how | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not flock(handle, shared=shared):
             tell(f"waiting: another run of this checkout holds {name}")
-            fcntl.flock(handle, how)
+            flock(handle, shared=shared, wait=True)
         yield
 
 

@@ -25,7 +25,7 @@ pytest.importorskip("papermill")
 _HERE = """from reclib import hardware
 import torch
 device = hardware.resolve(p.gpu)
-here = record.Run("02_baseline", p, hardware.device_card(device), {"name": "none", "fingerprint": "0"})"""
+here = records.Run("02_baseline", p, hardware.device_card(device), {"name": "none", "fingerprint": "0"})"""
 _RESULT = 'here.result("answer", {"threads": torch.get_num_threads()})'
 
 
@@ -299,8 +299,9 @@ def test_a_cpu_label_needs_its_cores():
 
 
 def a_row(**changes: object) -> dict:
-    keys = dict.fromkeys(("notebook", "kind", "name", "params_hash", "seed"), "x")
-    return keys | {"label": "cpu", "schema": 1, "time": "2026-01-01T00:00:00+00:00"} | changes
+    about = {"card": {"label": "cpu"}, "profile": "quick", "params": {}, "own_params": {}, "params_hash": "x"}
+    whole = records.row("02_baseline", "x", {}, **about, data=None, made_by={})
+    return whole | {"time": "2026-01-01T00:00:00+00:00"} | changes
 
 
 def test_records_of_several_machines_merge_by_copying_folders(tmp_path, capsys):
@@ -313,7 +314,7 @@ def test_records_of_several_machines_merge_by_copying_folders(tmp_path, capsys):
         file.write('{"half": ')
     shutil.copytree(there / "cpu", here / "cpu/other-machine")
     assert sorted(row["value"] for row in records.read(here)) == [1, 2, 3, 4]
-    assert "other-machine/results.jsonl:3: unfinished line skipped" in capsys.readouterr().err
+    assert "other-machine/results.jsonl:3: unfinished line: skipped" in capsys.readouterr().err
     shutil.rmtree(here / "cpu/other-machine")
     before = (here / "cpu/results.jsonl").read_text()
     assert records.merge(there, here) == (2, 1, 0)
@@ -323,5 +324,5 @@ def test_records_of_several_machines_merge_by_copying_folders(tmp_path, capsys):
     with pytest.raises(InputError, match="no records there"):
         records.merge(tmp_path / "nowhere", here)
     (there / "cpu/results.jsonl").write_text("broken\n" + before)
-    with pytest.raises(InputError, match="broken JSON"):
+    with pytest.raises(InputError, match="JSON is malformed"):
         records.merge(there, here)

@@ -17,6 +17,7 @@ from conftest import ROOT
 from test_grid import FILE as GRID
 
 from reclib import records as reclib_records
+from reclib import system
 from reclib.config import InputError
 from reclib.data.prepare import prepare
 from reclib.experiments import scaling
@@ -165,7 +166,7 @@ def test_a_trial_that_somebody_holds_is_left_to_them(root):
     write(trials=2)
     found = study()
     _, trial = found.claim()
-    with scaling.held(found.folder / f"trial-{trial.number}"):
+    with system.locked(found.folder / f"trial-{trial.number}" / "lock"):
         assert found.one(Options())
         assert states(found)["RUNNING"] == 1
         assert not found.one(Options()), "one is done and one is somebody's: that is the budget"

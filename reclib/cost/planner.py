@@ -1,9 +1,7 @@
 """What a training run would take, before anybody rents anything: time, memory, cost, and whether it fits.
 
     python -m reclib plan --size 430m --gpu l4
-    python -m reclib plan --size 85m --gpu a100 --batch-size 512 --price 2.5 --json
     python -m reclib plan --size 85m --gpu l4,h100 --adapter ilora --rank 8
-    python -m reclib plan --size 85m --gpu h100 --items 10000000 --tied --loss sampled_softmax
 
 Everything here is a prediction and says so. For a CPU that was measured it comes with the error found on rows
 that no fit had seen; for a GPU of the catalogue it is `unvalidated`, a range of assumed efficiency. Needs no
@@ -16,6 +14,7 @@ import argparse
 import functools
 import itertools
 import json
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,10 +23,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 
 from reclib import hardware, system
-from reclib.config import SIZES, InputError, ModelConfig, TrainConfig, model_config, validated
+from reclib.config import SIZES, InputError, ModelConfig, TrainConfig, divided, model_config, validated
 from reclib.cost import work
 from reclib.cost.work import AdapterPlan, Footprint, Part, training_memory
 from reclib.data import dataset
@@ -97,7 +95,7 @@ class Estimate:
 
 def _read(name: str) -> dict[str, Any]:
     file = system.params() / name
-    return yaml.safe_load(file.read_text("utf-8")) if file.is_file() else {}
+    return system.read_yaml(file, any_keys=True) if file.is_file() else {}
 
 
 @functools.cache
@@ -383,6 +381,38 @@ def _cpu_precision(asked: str) -> str:
 # -- command line --------------------------------------------------------------------------------------------
 
 
+def plan_size(
+    size: str,
+    gpu: str,
+    *,
+    users: int = int(ELECTRONICS["users"]),
+    mean_len: float = ELECTRONICS["mean_len"],
+    price: float | None = None,
+    adapter: AdapterPlan | None = None,
+    **settings: Any,
+) -> Plan:
+    """Return the plan of training a named size on one device: `plan_size("85m", "l4", price=0.7)`.
+
+    `gpu` is a label of `params/devices.yaml`, or `cpu1` or `cpu2` for this machine; `settings` are fields of
+    ModelConfig and TrainConfig. The defaults are those of `python -m reclib plan`.
+    """
+    shape, train = divided({"batch_size": 512} | settings)
+    labels = [gpu] if gpu.startswith("cpu") else [board.label for board in hardware.boards(gpu)]
+    if len(labels) > 1:
+        raise InputError(f"{gpu!r} stands for {', '.join(labels)}: name one of them")
+    _refuse_load(users, mean_len, price)
+    configs = model_config(size, **shape), validated(TrainConfig, train)
+    return plans(labels[0], *configs, typical_lengths(mean_len), users, price, adapter)[0]
+
+
+def _refuse_load(users: int, mean_len: float, price: float | None) -> None:
+    if users < 1 or not dataset.MIN_LEN <= mean_len < math.inf:
+        low = dataset.MIN_LEN
+        raise InputError(f"users {users}, mean length {mean_len}: expected at least 1 and at least {low}")
+    if price is not None and not 0 <= price < math.inf:
+        raise InputError(f"price {price}: expected a number of at least 0")
+
+
 def report(found: Plan) -> list[str]:
     """Return the plan as lines."""
     step, epoch = found.step, found.epoch
@@ -426,10 +456,10 @@ def _parser() -> argparse.ArgumentParser:
     examples, _, more = rest.partition("\n\n")
     parser = Parser(
         prog="python -m reclib plan",
-        usage="%(prog)s --size SIZE --gpu GPU [what, on what, how]",
+        usage="%(prog)s --size SIZE --gpu GPU [what, how]",
         description=f"{about}\n\n{more.strip()}",
         epilog=f"examples:\n{examples}",
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 26, 100),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 26, 110),
     )
     here = "cpu1 and cpu2 are one and two threads of this machine"
     what = parser.add_argument_group("what is trained")
@@ -445,11 +475,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--rank", type=int, metavar="R", help="of the adapter (8)")
     what.add_argument("--experts", type=int, metavar="K", help="of ilora (4)")
-    data = parser.add_argument_group("on what")
-    data.add_argument(
+    what.add_argument(
         "--users", type=int, default=ELECTRONICS["users"], metavar="N", help="of an epoch (%(default)s)"
     )
-    data.add_argument(
+    what.add_argument(
         "--mean-len",
         type=float,
         default=ELECTRONICS["mean_len"],
@@ -494,10 +523,7 @@ def configured(given: argparse.Namespace) -> tuple[ModelConfig, TrainConfig, Ada
 def asked_for(given: argparse.Namespace) -> list[Plan]:
     """Return the plans that the command line asks for."""
     model, train, adapter = configured(given)
-    if given.users < 1 or (given.price is not None and given.price < 0):
-        raise InputError(f"--users {given.users}, --price {given.price}: expected at least 1, at least 0")
-    if given.mean_len < dataset.MIN_LEN:
-        raise InputError(f"--mean-len {given.mean_len}: expected at least {dataset.MIN_LEN}")
+    _refuse_load(given.users, given.mean_len, given.price)
     lengths = typical_lengths(given.mean_len)
     labels = list(hardware.catalogue()) if given.gpu == "all" else given.gpu.split(",")
     return [

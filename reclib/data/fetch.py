@@ -29,7 +29,6 @@ from dataclasses import field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-import yaml
 from pydantic.dataclasses import dataclass
 
 from reclib import system
@@ -96,7 +95,7 @@ def catalogue() -> dict[str, Download]:
     file = system.params() / LIST
     if not file.is_file():
         file = system.CHECKOUT / "params" / LIST
-    entries = yaml.safe_load(file.read_text(encoding="utf-8"))
+    entries = system.read_yaml(file)
     return {
         name: validated(Download, values | {"name": name, "members": tuple(values.get("members", ()))})
         for name, values in entries.items()
@@ -324,9 +323,7 @@ def _keep_record(fresh: Path, home: Path, where: str, files: list[Path]) -> None
     import pooch
 
     found = {p.name: {"bytes": p.stat().st_size, "sha256": pooch.file_hash(str(p))} for p in files}
-    draft = fresh / RECEIVED
-    draft.write_text(json.dumps({"address": where, "files": found}, indent=1) + "\n", encoding="utf-8")
-    draft.replace(home / RECEIVED)
+    system.write_json(home / RECEIVED, {"address": where, "files": found})
 
 
 def _check_record(path: Path, *, content: bool) -> None:

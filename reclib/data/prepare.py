@@ -19,7 +19,6 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -327,8 +326,7 @@ def _sha256(path: Path) -> str:
     if large:
         with contextlib.suppress(OSError):
             return kept.read_text()
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = system.file_sha256(path)
     if large:
         _keep(kept, found)
     return found
@@ -343,11 +341,7 @@ def _state(path: Path) -> str:
 def _keep(file: Path, text: str) -> None:
     """Write a small file, whole or not at all; a full disk only means hashing again."""
     with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=file.parent)
-        with os.fdopen(handle, "w") as out:
-            out.write(text)
-        Path(name).replace(file)
+        system.write_atomically(file, text)
 
 
 # ------------------------------------------------------------------------------------------------

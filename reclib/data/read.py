@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import hashlib
 import itertools
 import operator
 import re
@@ -28,6 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 import numpy as np
 
+from reclib import system
 from reclib.config import InputError
 from reclib.data import formats
 from reclib.data.formats import FOUR, OBVIOUS, Block, Format, RawFile, named, separator_of
@@ -144,8 +144,7 @@ def ingest(
     table.rejects.finish()
     unit = _number_positions(con) if table.order else _coarsest_unit(con)
     if sha256 is None:
-        with path.open("rb") as opened:
-            sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
+        sha256 = system.file_sha256(path)
     name = printable(path.name)
     about = {"file": name, "bytes": path.stat().st_size, "format": format.name, "sha256": sha256, **about}
     side = formats.titles_beside(path)

@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from reclib import system
 from reclib.config import InputError
 from reclib.data.dataset import (
     Dataset,
@@ -203,13 +204,8 @@ def write_candidates(
         "dataset": dataset.fingerprint,
         "evaluation": evaluation_fingerprint(rows),
     }
-    fresh = path.with_name(f"{path.name}.partial")
-    try:
-        with fresh.open("wb") as file:
-            np.savez(file, items=items, about=np.array(json.dumps(about)))
-        fresh.replace(path)
-    finally:
-        fresh.unlink(missing_ok=True)
+    with system.replacing(path) as fresh, fresh.open("wb") as file:
+        np.savez(file, items=items, about=np.array(json.dumps(about)))
     return Candidates(items, about)
 
 

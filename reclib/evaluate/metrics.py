@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from reclib.data.batches import (
     prefetch,
     send,
 )
-from reclib.data.dataset import Evaluation, Histories
+from reclib.data.dataset import Dataset, Evaluation, Histories, evaluation
 from reclib.data.splits import Split
 from reclib.evaluate import statistics
 from reclib.evaluate.statistics import Interval
@@ -193,7 +193,7 @@ def score_product(hidden: Tensor, table: Tensor, out: Tensor) -> Tensor:
 
 @torch.no_grad()
 def model_scores(
-    model: Bert4Rec,
+    model: Any,
     evaluation: Evaluation,
     device: torch.device,
     batch_size: int | None = None,
@@ -235,6 +235,27 @@ def model_scores(
                 scores = score_product(part, table, buffer[: len(part)])
                 yield chosen[first : first + size], scores if bias is None else scores.add_(bias)
     model.train(was_training)
+
+
+def evaluate(
+    model: Any, dataset: Dataset, part: Literal["valid", "test"] = "test", remove_seen: bool = True
+) -> dict[str, float]:
+    """Return hr@k, ndcg@k and mrr of a model by leave-one-out, each target ranked among all items.
+
+    `model` is a Bert4Rec, with or without adapters, or a `saving.Recommender`. `valid` takes the last but one
+    item of each user as the target, `test` the last; choose on `valid`. With `remove_seen` the items of a
+    user's history are no candidates. Raises `InputError` for a model of another catalogue.
+    """
+    keys = getattr(model, "keys", None)
+    model = model if isinstance(model, torch.nn.Module) else model.model
+    items = dataset.item_keys.tolist()[1:]
+    if model.config.num_items != len(items) or keys not in (None, items):
+        raise InputError(f"the model's items are not those of {dataset.name}: {len(items):,} are expected")
+    held_out = evaluation(dataset, part)
+    if not len(held_out.targets):
+        raise InputError(f"{dataset.name}: no user has three interactions, so nothing is held out")
+    scores = model_scores(model, held_out, model.output_weight.device)
+    return summary(rank(scores, held_out, remove_seen).ranks)
 
 
 def hit(ranks: np.ndarray, k: int) -> np.ndarray:

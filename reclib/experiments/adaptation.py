@@ -31,7 +31,16 @@ import numpy as np
 import torch
 
 from reclib import records, system
-from reclib.config import AdapterConfig, ModelConfig, TrainConfig, as_dict, changed, model_config, validated
+from reclib.config import (
+    CONTROLS,
+    AdapterConfig,
+    ModelConfig,
+    TrainConfig,
+    as_dict,
+    changed,
+    model_config,
+    validated,
+)
 from reclib.data import splits
 from reclib.data.batches import Layout, next_item_batches
 from reclib.data.dataset import Dataset, Evaluation, Histories
@@ -48,8 +57,6 @@ from reclib.train.fit import data_identity, fine_tune, fit, origin_of, rank_targ
 from reclib.train.trainer import Trainer
 
 NOTEBOOK = "05_ilora"
-
-CONTROLS = ("shuffled_user", "noise", "fixed_gate", "static_gate")
 
 
 class Task(NamedTuple):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,10 +33,8 @@ from reclib.parameters import AmpCompile, Hardware
 from reclib.system import Parser
 from reclib.train import timing
 from reclib.train.losses import batch_loss
-from reclib.train.timing import measure
+from reclib.train.timing import EPOCHS, measure
 from reclib.train.trainer import Trainer
-
-EPOCHS = 100_000  # the schedule never ends while it is timed
 
 
 @dataclass(frozen=True)
@@ -462,7 +459,6 @@ def check(device: Device) -> list[Check]:
 def write(device: Device, found: list[Check]) -> str:
     """Write the answers beside the records of the device; return the file's name."""
     folder = system.executed() / device.label
-    folder.mkdir(parents=True, exist_ok=True)
     body = {
         "device": system.plain(hardware.device_card(device)),
         "passed": all(one.passed for one in found),
@@ -471,9 +467,7 @@ def write(device: Device, found: list[Check]) -> str:
         "git": records.git_state(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    partial = folder / f"{FILE}.partial"
-    partial.write_text(json.dumps(body, indent=1, default=bool) + "\n")
-    os.replace(partial, folder / FILE)
+    system.write_atomically(folder / FILE, json.dumps(body, indent=1, default=bool) + "\n")
     return f"{device.label}/{FILE}"
 
 

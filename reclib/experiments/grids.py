@@ -23,20 +23,16 @@ Records are lines of `executed/<label>/grids/<name>.jsonl`; the ranks of every u
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
-import fcntl
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from reclib import records, system
 from reclib.config import (
@@ -58,10 +54,9 @@ from reclib.evaluate.metrics import Outcome
 from reclib.experiments import baseline
 from reclib.experiments.baseline import Assessed, Conditions, Model, Result, Trained, counted
 from reclib.hardware import GIB, Device, device_card, resolve
-from reclib.records import code_hash, git_state, versions
 from reclib.report import tables
 from reclib.report.tables import Record
-from reclib.system import Parser, plain
+from reclib.system import Parser
 from reclib.train import distributed
 from reclib.train.fit import Options, data_identity, fit, rank_targets
 from reclib.train.trainer import Trainer
@@ -112,7 +107,7 @@ def read_grid(name: str) -> Grid:
     if not file.is_file():
         known = ", ".join(sorted(path.stem for path in file.parent.glob("*.yaml")))
         raise InputError(f"unknown grid {name!r}; known: {known}")
-    given = yaml.safe_load(file.read_text(encoding="utf-8"))
+    given = system.read_yaml(file)
     allowed = {"about", "notebook", "data", "size", "seeds", "model", "train", "arms"}
     for key in (given.keys() - {"predicts"}) ^ allowed:
         raise InputError(f"{file.name}: {'unknown' if key in given else 'missing'} key {key!r}")
@@ -239,19 +234,16 @@ class Work:
         self, key: str, found: Result, configuration: Mapping[str, Any], timings: Mapping[str, float]
     ) -> None:
         """Append a record, in the form of `records.Run.result`, with the grid's name as its profile."""
-        card = device_card(self.device)
-        earlier = sum(row["params_hash"] == key for row in self.rows(found.name))
-        row = {
-            "schema": records.SCHEMA,
-            "notebook": self.grid.notebook,
-            "name": found.name,
-            "kind": "predicted" if found.name == "prediction" else "measured",
-            "label": self.device.label,
-            "claimed": None,
-            "profile": "grid",
-            "seed": found.seed,
-            "device": {key: card[key] for key in records.CARD},
-            "data": {
+        row = records.row(
+            self.grid.notebook,
+            found.name,
+            found.metrics,
+            card=device_card(self.device),
+            profile="grid",
+            params={"grid": self.grid.name},
+            own_params=found.params,
+            params_hash=key,
+            data={
                 "name": self.grid.name,
                 "fingerprint": self.dataset.fingerprint,
                 "users": self.dataset.num_users,
@@ -259,20 +251,14 @@ class Work:
                 "interactions": self.dataset.num_interactions,
                 "test_targets_sha256": self.dataset.manifest["test_targets_sha256"],
             },
-            "metrics": found.metrics,
-            "timings": dict(timings),
-            "series": found.series,
-            "params": {"grid": self.grid.name},
-            "own_params": found.params,
-            "configuration": dict(configuration),
-            "params_hash": key,
-            "earlier": earlier,
-            "code": code_hash(self.grid.notebook),
-            "git": git_state(),
-            "versions": versions(),
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        records.append(self.file, plain(row))
+            timings=timings,
+            series=found.series,
+            seed=found.seed,
+            kind="predicted" if found.name == "prediction" else "measured",
+            earlier=sum(row["params_hash"] == key for row in self.rows(found.name)),
+            configuration=dict(configuration),
+        )
+        records.append(self.file, row)
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
@@ -285,27 +271,12 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 
 def save_ranks(file: Path, ranks: Mapping[str, np.ndarray]) -> None:
     """Write the ranks of every user, by name, in place of what an earlier run wrote."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    fresh = file.with_suffix(".partial.npz")
     small = {
         name: values.astype(np.int32) if values.dtype.kind == "i" else values
         for name, values in ranks.items()
     }
-    np.savez_compressed(fresh, **small)  # type: ignore[arg-type]  # numpy's stub knows no **arrays
-    fresh.replace(file)
-
-
-@contextlib.contextmanager
-def held(folder: Path) -> Iterator[bool]:
-    """Hold a run's folder against other processes; yield whether that was possible."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+    with system.replacing(file) as fresh, fresh.open("wb") as out:
+        np.savez_compressed(out, **small)  # type: ignore[arg-type]  # numpy's stub knows no **arrays
 
 
 def run_grid(work: Work, chosen: Sequence[tuple[Arm, int]], options: Options, parallel: int = 1) -> int:
@@ -319,7 +290,7 @@ def run_grid(work: Work, chosen: Sequence[tuple[Arm, int]], options: Options, pa
         if work.barred(arm):
             print(f"{work.grid.name}: {arm.name}, seed {seed}: barred until it is predicted", flush=True)
             continue
-        with held(work.folder(arm, seed)) as mine:
+        with system.locked(work.folder(arm, seed) / "lock") as mine:
             if not mine or work.trained(arm, seed):
                 continue
             print(f"{work.grid.name}: {arm.name}, seed {seed}", flush=True)

@@ -15,12 +15,11 @@ Learning rates follow one rule, with a check on two sizes (`learning_rate`).
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import sys
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,7 +39,7 @@ from reclib.data.splits import Split
 from reclib.evaluate import statistics
 from reclib.experiments import grids
 from reclib.experiments.baseline import Result, Trained, carried_out, counted
-from reclib.experiments.grids import Arm, Grid, Work, held, read_grid
+from reclib.experiments.grids import Arm, Grid, Work, read_grid
 from reclib.hardware import Device, resolve
 from reclib.parameters import Scaling
 from reclib.records import code_hash, git_state, versions
@@ -210,10 +209,7 @@ def read_tuned(size: str, dataset: str, fingerprint: str) -> Tuned | None:
     file = tuned_file(size, dataset)
     if not file.is_file():
         return None
-    try:
-        given = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError:
-        raise InputError(f"{file.name}: not valid YAML") from None
+    given = system.read_yaml(file)
     missing = [key for key in KEYS if not isinstance(given, dict) or key not in given]
     if missing:
         raise InputError(f"{file.name}: key {missing[0]!r} is missing; it needs {', '.join(KEYS)}")
@@ -231,10 +227,7 @@ def write_tuned(size: str, dataset: str, fingerprint: str, chosen: Tuned) -> Pat
     """Write the settings of a study, in place of earlier ones, whole or not at all."""
     file = tuned_file(size, dataset)
     body = {"size": size, "dataset": dataset, "fingerprint": fingerprint} | chosen._asdict()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    partial.write_text(yaml.safe_dump(body, sort_keys=False), encoding="utf-8")
-    partial.replace(file)
+    system.write_atomically(file, yaml.safe_dump(body, sort_keys=False))
     return file
 
 
@@ -267,7 +260,7 @@ def read_tuning(name: str) -> TuningPlan:
     if not file.is_file():
         known = ", ".join(sorted(path.stem for path in file.parent.glob("*.yaml")))
         raise InputError(f"unknown tuning {name!r}; known: {known}")
-    given = yaml.safe_load(file.read_text(encoding="utf-8"))
+    given = system.read_yaml(file)
     allowed = set(TuningPlan.__dataclass_fields__) - {"name"}
     for key in sorted(given.keys() ^ allowed):
         raise InputError(f"{file.name}: {'unknown' if key in given else 'missing'} key {key!r}")
@@ -348,7 +341,9 @@ class Study:
         self.folder.mkdir(parents=True, exist_ok=True)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         url = f"sqlite:///{self.folder / 'study.db'}"
-        with locked(self.folder / "study.lock"):  # or two processes would make the tables at once
+        with system.locked(
+            self.folder / "study.lock", wait=True
+        ):  # or two processes would make the tables at once
             self.storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
             self.open(0)
 
@@ -397,7 +392,7 @@ class Study:
         return study, study.ask()
 
     def _is_held(self, trial: FrozenTrial) -> bool:
-        with held(self.folder / f"trial-{trial.number}") as free:
+        with system.locked(self.folder / f"trial-{trial.number}" / "lock") as free:
             return not free
 
     def _enqueue_again(self, dead: FrozenTrial) -> None:
@@ -428,12 +423,12 @@ class Study:
     def one(self, options: Options, watched_by: str = "none") -> bool:
         """Run the next trial; return whether there was one."""
         with contextlib.ExitStack() as stack:
-            with locked(self.folder / "study.lock"):
+            with system.locked(self.folder / "study.lock", wait=True):
                 claimed = self.claim()
                 if claimed is None:
                     return False
                 study, trial = claimed
-                assert stack.enter_context(held(self.folder / f"trial-{trial.number}"))
+                assert stack.enter_context(system.locked(self.folder / f"trial-{trial.number}" / "lock"))
             drawn = self.draw(trial)
             name = f"{self.plan.name}-trial{trial.number}"
             with start_tracker(watched_by, "tune", name, drawn) as track:
@@ -535,14 +530,6 @@ class Study:
         ]
         shown = Grid(f"tuning-{plan.name}", plan.about, NOTEBOOK, plan.data, tuple(arms))
         return Work(shown, self.dataset, self.device)
-
-
-@contextlib.contextmanager
-def locked(file: Path) -> Iterator[None]:
-    """Hold a file's lock, waiting for it."""
-    with file.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def run(study: Study, options: Options, watched_by: str = "none") -> int:

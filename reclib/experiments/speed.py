@@ -26,7 +26,7 @@ from reclib.model.bert4rec import Bert4Rec
 from reclib.model.ilora import AdaptedModel
 from reclib.parameters import AmpCompile, ILora
 from reclib.train import timing
-from reclib.train.timing import Measurement, break_even_steps, merged
+from reclib.train.timing import EPOCHS, Measurement, break_even_steps, merged
 from reclib.train.trainer import Trainer
 
 # ------------------------------------------------------------------------------------------------
@@ -86,8 +86,6 @@ def ladder(model: ModelConfig, train: TrainConfig, more: tuple[tuple[str, str, A
 
 
 # ------------------------------------------------------------------------------------------------
-
-EPOCHS = 100_000  # the schedule never ends while it is timed
 
 
 @dataclass

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reclib.config import PAD, AdapterConfig, InputError, ModelConfig
+from reclib.config import PAD, AdapterConfig, InputError, ModelConfig, validated
 from reclib.model.bert4rec import Bert4Rec, detach, take
 from reclib.model.lora import AdaptedEmbedding, AdaptedLayer, AdaptedLinear, AdaptedTable, present
 
@@ -708,3 +708,15 @@ class AdaptedModel(Adapters):
 
     def _with_factors(self, hidden: Tensor, factors: Tensor) -> Tensor:
         return torch.cat((hidden, factors.to(hidden.dtype)), -1) if self.head_is_adapted else hidden
+
+
+def add_ilora(model: Any, rank: int = 8, experts: int = 4, **settings: Any) -> AdaptedModel:
+    """Freeze a Bert4Rec (or the one of a `saving.Recommender`) and put an iLoRA adapter into its layers.
+
+    `experts` divides `rank`; `settings` are further fields of AdapterConfig. The adapter, "ilora", is active:
+    `reclib.fit(dataset, model=adapted)` trains it.
+    """
+    config = validated(AdapterConfig, {"kind": "ilora", "rank": rank, "num_experts": experts} | settings)
+    adapted = AdaptedModel(model if isinstance(model, Bert4Rec) else model.model)
+    adapted.add("ilora", config)
+    return adapted

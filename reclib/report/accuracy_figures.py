@@ -10,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from reclib.config import CompileMode, Precision
+from reclib.config import CONTROLS, CompileMode, Precision
 from reclib.evaluate import statistics
 from reclib.records import reference
 from reclib.report.style import (
@@ -608,6 +608,7 @@ def beyond_accuracy(rows: pd.DataFrame) -> go.Figure:
 
 # ------------------------------------------------------------------------------------------------
 # Figures of adapters: pure functions from a table of records to a `go.Figure`, as in `figures`.
+
 
 DRAWN_USERS = 500  # in a figure of single users: more overlap, and make a notebook of megabytes
 

@@ -261,9 +261,7 @@ def _groups(spec: Spec, records: list[Record]) -> dict[tuple[str, str], list[Rec
 def _replace(path: Path, text: str) -> Path:
     """Write whole or not at all, and only what differs."""
     if not path.exists() or path.read_text(encoding="utf-8") != text:
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        system.write_atomically(path, text)
     return path
 
 
@@ -560,9 +558,7 @@ def draw(rows: Sequence[Record], out_dir: Path) -> list[Path]:
             html = write(figure, name, Path(folder))
             drawn = Path(folder) / f"{name}.png"
             photograph(program, html, drawn, figure.layout.height or HEIGHT)
-            partial = out_dir / f"{file_name(name)}.partial"
-            shutil.copyfile(drawn, partial)
-            os.replace(partial, out_dir / file_name(name))
+            system.write_atomically(out_dir / file_name(name), drawn.read_bytes())
             files.append(out_dir / file_name(name))
     return files
 

@@ -22,14 +22,13 @@ from reclib.cost import planner, work
 from reclib.cost.work import parameters
 from reclib.data import fetch
 from reclib.evaluate.statistics import claim
+from reclib.records import PROFILES
 
 # ------------------------------------------------------------------------------------------------
 # Records of many devices and many days, made comparable: where each was run, what it did, what it gave.
 #
 # Functions from records to records or rows of a table; nothing here measures or draws.
 
-# The more work, the more it says: of several profiles the last of these counts.
-PROFILES = ("smoke", "custom", "quick", "lease", "full", "grid")
 
 STEPS = ("hardware_step", "real_size_step")  # names of records of a step of one size on one device
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -20,7 +21,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -31,8 +31,11 @@ from reclib.config import (
     InputError,
     ModelConfig,
     TrainConfig,
+    divided,
     model_config,
     nearest,
+    respelt,
+    typed,
     validated,
 )
 from reclib.cost.work import demand_room
@@ -46,7 +49,7 @@ from reclib.model.bert4rec import Bert4Rec
 from reclib.model.ilora import AdaptedModel, base_hash
 from reclib.system import Parser
 from reclib.train import distributed, saving
-from reclib.train.saving import load_unique, refuse_other, unique_tensors
+from reclib.train.saving import Recommender, load_unique, refuse_other, unique_tensors
 from reclib.train.trainer import CHECK_EVERY, StepStats, Trainer
 
 # ------------------------------------------------------------------------------------------------
@@ -85,22 +88,20 @@ class Setup:
 
 def of_options(dataset: str, size: str, values: Mapping[str, Any]) -> Setup:
     """Return the setup of the command line: fields of TrainConfig, and `model.<field of ModelConfig>`."""
-    train = validated(TrainConfig, {name: value for name, value in values.items() if "." not in name})
+    train = {name: value for name, value in values.items() if "." not in name}
     own = {name: value for name, value in values.items() if name.startswith("model.")}
     if strange := [name for name in values if "." in name and name not in own]:
         raise InputError(
             f"unknown parameter {strange[0]!r}: expected a field of TrainConfig or model.<field>"
         )
     shape = {name.removeprefix("model."): value for name, value in own.items()}
-    return Setup(validated(DataConfig, {"dataset": dataset}), train, size, shape)
+    config = validated(TrainConfig, respelt(TrainConfig, train))
+    return Setup(validated(DataConfig, {"dataset": dataset}), config, size, respelt(ModelConfig, shape))
 
 
 def write_setup(file: Path, setup: Setup) -> None:
     """Write a setup in place of one that is there."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    fresh = file.with_suffix(".partial")
-    fresh.write_text(json.dumps(asdict(setup), indent=1) + "\n", encoding="utf-8")
-    fresh.replace(file)
+    system.write_json(file, asdict(setup))
 
 
 def read_setup(file: Path) -> Setup:
@@ -494,6 +495,50 @@ def _carried_through(trainer: Trainer, split: Split, folder: Path | None, option
     return trainer
 
 
+def fit_recommender(
+    dataset: Dataset,
+    size: str = "tiny",
+    *,
+    model: Recommender | Bert4Rec | AdaptedModel | None = None,
+    gpu: str = "auto",
+    folder: str | Path | None = None,
+    **settings: Any,
+) -> Recommender:
+    """Train on a prepared dataset and return a model that recommends: `fit(dataset, "small", epochs=20)`.
+
+    Trains a new model of a named `size`, or `model` further, of an adapted one the active adapter alone.
+    `settings` are fields of TrainConfig and, for a new model, of ModelConfig. With a `folder` a killed run
+    goes on, and `load(folder)` opens the trained model later; for an adapter see `saving.save_adapter`.
+    """
+    shape, train = divided(settings)
+    device, place = resolve(gpu), None if folder is None else Path(folder)
+    options = Options(progress_bar=sys.stderr.isatty())
+    if model is None:
+        setup = Setup(DataConfig(), validated(TrainConfig, train), size, shape)
+        trainer = fit(setup.model(dataset.num_items), dataset, setup.train, device, place, options)
+    else:
+        if shape:
+            raise InputError(f"the model is there: {', '.join(shape)} cannot be set")
+        module = model.model if isinstance(model, Recommender) else model
+        trainer = fine_tune(module, dataset, validated(TrainConfig, train), device, place, options)
+    if place is not None and isinstance(trainer.model, Bert4Rec):
+        keep(trainer, dataset, place)
+    trainer.model.eval()
+    return Recommender.of(trainer.model, dataset, best_of(trainer))
+
+
+def best_of(trainer: Trainer) -> dict[str, Any]:
+    """Return the best value on validation, and when it was reached."""
+    progress = trainer.progress
+    return {SELECT: progress.best_value, "epoch": progress.best_epoch, "step": progress.step}
+
+
+def keep(trainer: Trainer, dataset: Dataset, folder: Path) -> Path:
+    """Write the trained model of a run into the folder of its checkpoints, for `saving.load_model`."""
+    place = folder.resolve() / saving.MODEL
+    return saving.save_model(trainer.model, trainer.config, dataset, place, best_of(trainer))
+
+
 def is_finished(folder: Path) -> bool:
     """Whether the run in a folder got through, as far as its newest checkpoint says."""
     found = saving.latest(folder)
@@ -629,10 +674,7 @@ def fit_main(argv: list[str] | None = None) -> int:
     parser = _parser()
     given = parser.parse_args(arguments)
     try:
-        values = {name: yaml.safe_load(value) for name, value in given.p}
-    except yaml.YAMLError:
-        parser.error(f"-p {' '.join(' '.join(pair) for pair in given.p)}: a value is not valid YAML")
-    try:
+        values = {name: typed(value) for name, value in given.p}
         setup = read_setup(given.run) if given.run else of_options(given.dataset, given.size, values)
         if given.nproc != 1 and not distributed.in_run():
             distributed.place(given.nproc, given.gpu)
@@ -647,9 +689,13 @@ def fit_main(argv: list[str] | None = None) -> int:
         if not distributed.in_run():  # otherwise said once, by the one that started this process
             print(f"interrupted; {system.AGAIN}", file=sys.stderr)
         return distributed.leave(128 + signal.SIGINT)
-    progress = trainer.progress
     if trainer.ranks.first:
-        print(json.dumps({SELECT: progress.best_value, "epoch": progress.best_epoch, "step": progress.step}))
+        print(json.dumps(best_of(trainer)))
+        if given.run is None:
+            dataset = prepare(setup.data)
+            keep(trainer, dataset, given.out)
+            items = " ".join(shlex.quote(str(key)) for key in dataset.item_keys[1:4])
+            print(f"next: python -m reclib recommend {shlex.quote(str(given.out))} {items}", file=sys.stderr)
     return 0
 
 

@@ -7,10 +7,12 @@ Nothing is ever unpickled.
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import functools
 import json
 import os
 import shutil
+import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from reclib import system
-from reclib.config import AdapterConfig, InputError, ModelConfig, TrainConfig, validated
+from reclib.config import AdapterConfig, InputError, ModelConfig, TrainConfig, nearest, validated
 from reclib.data.dataset import Dataset, Evaluation, Histories
 from reclib.evaluate import metrics
 from reclib.model.bert4rec import Bert4Rec
@@ -43,7 +45,7 @@ def save_checkpoint(folder: Path, name: str, tensors: dict[str, Tensor], state: 
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial / TENSORS)
-        body = state | {"sha256": _sha256(partial / TENSORS)}
+        body = state | {"sha256": system.file_sha256(partial / TENSORS)}
         (partial / STATE).write_text(json.dumps(body, indent=1) + "\n")
         for file in (partial / TENSORS, partial / STATE, partial):
             _flush(file)
@@ -75,7 +77,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"damaged checkpoint: {_shown(path / STATE)}: {_reason(error)}; {advice}") from error
     try:
-        found = _sha256(path / TENSORS)
+        found = system.file_sha256(path / TENSORS)
     except OSError as error:
         raise InputError(
             f"damaged checkpoint: {_shown(path / TENSORS)}: {_reason(error)}; {advice}"
@@ -145,11 +147,6 @@ def _reason(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) and error.strerror else str(error)) or repr(error)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _flush(path: Path) -> None:
     """Wait until a file or folder is on disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -215,20 +212,16 @@ def save_adapter(adapted: AdaptedModel, folder: Path, name: str | None = None) -
     if chosen is None or chosen not in adapted.configs:
         raise InputError(f"unknown adapter {chosen!r}; there are: {', '.join(adapted.configs) or 'none'}")
     tensors = {PREFIX + key: tensor.contiguous() for key, tensor in _tensors(adapted, chosen).items()}
-    partial = folder.with_name(folder.name + ".partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file(tensors, partial / ADAPTER_TENSORS, metadata={"format": "pt"})
-        said = _peft_config(adapted, chosen)
-        (partial / ADAPTER_CONFIG).write_text(json.dumps(said, indent=2, sort_keys=True) + "\n")
-        folder.mkdir(exist_ok=True)
-        for file in (ADAPTER_TENSORS, ADAPTER_CONFIG):
-            os.replace(partial / file, folder / file)
+        with system.fresh_folder(folder) as fresh:
+            save_file(tensors, fresh / ADAPTER_TENSORS, metadata={"format": "pt"})
+            said = _peft_config(adapted, chosen)
+            (fresh / ADAPTER_CONFIG).write_text(json.dumps(said, indent=2, sort_keys=True) + "\n")
+            folder.mkdir(exist_ok=True)
+            for file in (ADAPTER_TENSORS, ADAPTER_CONFIG):
+                os.replace(fresh / file, folder / file)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write adapter {folder}: {error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
@@ -401,8 +394,8 @@ def _refuse_other_shapes(found: dict[str, Tensor], wanted: dict[str, Tensor], fo
 # ------------------------------------------------------------------------------------------------
 # Models to keep: weights, configuration and what the ids mean, in a folder; used in three lines.
 #
-#     from reclib import kept
-#     model = kept.load("w64d2-ml-100k")
+#     from reclib import load
+#     model = load("w64d2-ml-100k")
 #     model.recommend(["50", "181", "172"])
 #
 # A folder `models/<size>-<dataset>` holds `model.safetensors`, `config.json` (fields of `ModelConfig`) and
@@ -410,6 +403,8 @@ def _refuse_other_shapes(found: dict[str, Tensor], wanted: dict[str, Tensor], fo
 # the sha256 of the weights.
 
 WEIGHTS, MODEL_CONFIG, MANIFEST = "model.safetensors", "config.json", "manifest.json"
+
+MODEL = "model"  # the folder of a finished run's model in the folder of its checkpoints
 
 
 class Recommendation(NamedTuple):
@@ -423,80 +418,133 @@ class Recommendation(NamedTuple):
 class Recommender:
     """A trained model and its catalogue."""
 
-    model: Bert4Rec
+    model: Bert4Rec | AdaptedModel
     keys: list[str]  # of items 1..num_items
     titles: list[str]
     about: dict[str, Any]
 
-    def recommend(self, history: Sequence[str], k: int = 10) -> list[Recommendation]:
-        """Return the k best items after a history of raw ids, oldest first, without those of the history.
+    @classmethod
+    def of(cls, model: Bert4Rec | AdaptedModel, dataset: Dataset, about: dict[str, Any]) -> Recommender:
+        """Return a model with the catalogue of the dataset that it was trained on."""
+        titles = [dataset.title(item) for item in range(1, dataset.num_items + 1)]
+        return cls(model, dataset.item_keys.tolist()[1:], titles, about)
 
-        Raises `InputError` for an empty history or an id that the model does not know.
+    def recommend(self, history: Sequence[str | int], k: int = 10) -> list[Recommendation]:
+        """Return the k best items after a history, oldest first, without those of the history.
+
+        An item is given by its raw id (a number stands for its digits) or by its whole title, in capitals or
+        not. Where fewer than k items are left, these are returned, with a warning. Raises `InputError` for an
+        empty history, an unknown item, a title of several items and a k below 1.
         """
-        ids = {key: number for number, key in enumerate(self.keys, 1)}
-        if not history:
+        if isinstance(history, str | bytes):
+            raise InputError(f"the history is the text {history!r}: expected a list of items")
+        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
+            raise InputError(f"k is {k!r}: expected a whole number of at least 1")
+        if not len(history):
             raise InputError("the history is empty: expected at least one item id")
-        for key in history:
-            if key not in ids:
-                raise InputError(f"unknown item {key!r}: the model knows {len(ids):,} items of its data")
-        items = np.array([ids[key] for key in history], dtype=np.int32)
+        items = np.array([self._item(given) for given in history], dtype=np.int32)
+        unseen = np.setdiff1d(np.arange(1, len(self.keys) + 1, dtype=np.int32), items)
+        if len(unseen) < k:
+            warnings.warn(f"{len(unseen)} items are not in the history: fewer than k={k}", stacklevel=2)
+        if not len(unseen):
+            return []
         known = Histories(items, np.array([0]), np.array([len(items)]))
-        unseen = next(number for number in range(1, len(ids) + 2) if number not in set(items.tolist()))
-        asked = Evaluation(known, np.array([min(unseen, len(ids))], dtype=np.int32))
-        scores = metrics.model_scores(self.model, asked, torch.device("cpu"))
-        top = metrics.rank(scores, asked, remove_seen=True, top_k=k).top
+        evaluation = Evaluation(known, unseen[:1])  # ranking wants a target; it is not looked at
+        scores = metrics.model_scores(self.model, evaluation, self.model.output_weight.device)
+        top = metrics.rank(scores, evaluation, remove_seen=True, top_k=min(int(k), len(unseen))).top
         assert top is not None
         return [Recommendation(self.keys[i - 1], self.titles[i - 1]) for i in top[0]]
 
+    def _item(self, given: str | int) -> int:
+        """Return the number of the item with this raw id or title."""
+        if (item := self._numbers.get(str(given))) is not None:
+            return item
+        named = [i for i, title in enumerate(self.titles, 1) if title.casefold() == str(given).casefold()]
+        if len(named) == 1:
+            return named[0]
+        if named:
+            keys = ", ".join(self.keys[i - 1] for i in named[:5])
+            raise InputError(f"the title {given!r} is that of {len(named)} items: give an id, such as {keys}")
+        close = nearest(str(given), self.titles) or nearest(str(given), self.keys)
+        raise InputError(
+            f"unknown item {given!r}{close}: the model knows {len(self.keys):,} items of its data"
+        )
+
+    @functools.cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {key: number for number, key in enumerate(self.keys, 1)}
+
 
 def save_model(
-    model: Bert4Rec, train: TrainConfig, dataset: Dataset, name: str, about: Mapping[str, Any]
+    model: Bert4Rec, train: TrainConfig, dataset: Dataset, name: str | Path, about: Mapping[str, Any]
 ) -> Path:
     """Write a trained model under `models/<name>`, in place of an earlier one, whole or not at all.
 
-    `about` goes into its manifest: metrics, code version, whatever tells where the model comes from.
+    `name` may be the path of a folder instead. `about` goes into its manifest: metrics, code version,
+    whatever tells where the model comes from.
     """
     folder = system.models() / name
-    partial = folder.with_name(f"{name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    tensors = {key: value.cpu().contiguous() for key, value in unique_tensors(model).items()}
-    save_file(tensors, partial / WEIGHTS)
-    _write(partial / MODEL_CONFIG, asdict(model.config))
-    manifest = {
-        "sha256": _sha256(partial / WEIGHTS),
-        "data": {"name": dataset.name, "fingerprint": dataset.fingerprint},
-        "items": dataset.item_keys.tolist()[1:],
-        "titles": [dataset.title(item) for item in range(1, dataset.num_items + 1)],
-        "train": asdict(train),
-        "about": dict(about),
-    }
-    _write(partial / MANIFEST, manifest)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with system.fresh_folder(folder) as fresh:
+        fresh.chmod(0o755)  # mkdtemp gives 0o700
+        tensors = {key: value.cpu().contiguous() for key, value in unique_tensors(model).items()}
+        save_file(tensors, fresh / WEIGHTS)
+        system.write_json(fresh / MODEL_CONFIG, asdict(model.config))
+        kept = Recommender.of(model, dataset, dict(about))
+        manifest = {
+            "sha256": system.file_sha256(fresh / WEIGHTS),
+            "data": {"name": dataset.name, "fingerprint": dataset.fingerprint},
+            "items": kept.keys,
+            "titles": kept.titles,
+            "train": asdict(train),
+            "about": kept.about,
+        }
+        system.write_json(fresh / MANIFEST, plain(manifest))
+        shutil.rmtree(folder, ignore_errors=True)
+        fresh.rename(folder)
     return folder
 
 
-def load_model(name: str) -> Recommender:
-    """Read `models/<name>`; raise `InputError` where there is none, or it is damaged."""
-    folder = system.models() / name
-    if not folder.is_dir():
-        known = ", ".join(sorted(f.name for f in folder.parent.glob("*") if (f / MANIFEST).is_file()))
-        raise InputError(f"no model {name!r} is kept; here: {known or 'none'}")
+def load_model(name: str | Path) -> Recommender:
+    """Open a trained model: a name under models/, its folder, or the folder of a run that `fit` finished.
+
+    Raises `InputError` where there is none, or it is damaged.
+    """
+    places = [system.models() / name, Path(name), Path(name) / MODEL]
+    folder = next((place for place in places if (place / MANIFEST).is_file()), None)
+    if folder is None:
+        if latest(Path(name)) is not None:
+            raise InputError(f"{name} holds a run that is not finished: {system.AGAIN}")
+        known = ", ".join(sorted(f.parent.name for f in system.models().glob(f"*/{MANIFEST}")))
+        raise InputError(f"no model {str(name)!r} is kept; here: {known or 'none'}")
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         config = validated(ModelConfig, json.loads((folder / MODEL_CONFIG).read_text(encoding="utf-8")))
-        found = _sha256(folder / WEIGHTS)
-        if found != manifest["sha256"]:
+        if system.file_sha256(folder / WEIGHTS) != manifest["sha256"]:
             raise InputError(f"damaged model {name}: {WEIGHTS} is not the file that {MANIFEST} names")
         model = Bert4Rec(config)
         load_unique(model, load_file(folder / WEIGHTS))
-    except (OSError, ValueError, KeyError) as error:
+        return Recommender(model.eval(), manifest["items"], manifest["titles"], manifest["about"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"damaged model {name}: {type(error).__name__}: {error}") from error
-    return Recommender(model.eval(), manifest["items"], manifest["titles"], manifest["about"])
 
 
-def _write(file: Path, body: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(plain(dict(body)), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+def recommend_main(argv: Sequence[str] | None = None) -> int:
+    """Print what a trained model recommends after a history."""
+    parser = system.Parser(prog="python -m reclib recommend", description="Recommend items after a history.")
+    parser.add_argument("model", help="a folder that `fit --out` wrote, or a name under models/")
+    parser.add_argument("history", nargs="+", metavar="ITEM", help="raw ids or titles, oldest first")
+    parser.add_argument("-k", type=int, default=10, help="how many (10)")
+    given = parser.parse_args(argv)
+    try:
+        with warnings.catch_warnings(record=True) as notes:
+            items = load_model(given.model).recommend(given.history, given.k)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for item in items:
+        print(f"{item.key}\t{item.title}")
+    for note in notes:
+        print(note.message, file=sys.stderr)
+    return 0

@@ -46,6 +46,8 @@ from reclib.train.trainer import StepStats, Trainer
 # reading over less than `SHORTEST` seconds is none. Where nothing can be read the answer is None, never
 # zero.
 
+EPOCHS = 100_000  # of what is timed: its schedule never ends meanwhile
+
 SHORTEST = 2.0  # seconds of a region that can be told from the counter's steps
 
 RAPL = Path("/sys/class/powercap")

@@ -1,0 +1,125 @@
+"""What a newcomer calls: the names of `reclib`, the README's ten lines, `fit` from the shell."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import reclib
+from reclib import Bert4Rec, ModelConfig, add_ilora, evaluate, fit, load, plan
+from reclib.config import InputError
+from reclib.data.prepare import synthetic_dataset
+from reclib.model.ilora import AdaptedModel
+
+
+def python(code: str, folder=None, root=None) -> str:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | ({"RECLIB_ROOT": str(root)} if root else {})
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def data():
+    return synthetic_dataset(40, 12, 6.0, 0)
+
+
+@pytest.fixture(scope="module")
+def model(data):
+    return fit(data, "nano", gpu="cpu", epochs=2, max_len=16, batch_size=8)
+
+
+def test_importing_the_package_loads_nothing_and_its_names_are_listed():
+    code = "import sys, reclib; print([m for m in sys.modules if m == 'torch' or m.startswith('reclib.')])"
+    assert python(code + "; reclib.ModelConfig, reclib.plan; print('torch' in sys.modules)") == "[]\nFalse\n"
+    for name in reclib.__all__:
+        assert name in dir(reclib)
+        assert callable(getattr(reclib, name)), name
+    with pytest.raises(AttributeError, match="no attribute 'fitt'"):
+        _ = reclib.fitt
+
+
+def test_the_ten_lines_of_the_readme_run(project):
+    text = (ROOT / "README.md").read_text()
+    block = re.search(r"## Ten lines of Python\n(?s:.*?)\n\n((?:    .*\n|\n)+)", text)
+    assert block is not None
+    code = re.sub(r"^    ", "", block[1], flags=re.MULTILINE)
+    draw = random.Random(0)
+    rows = [f"u{u},i{draw.randrange(20)},{1577836800 + t}" for u in range(60) for t in range(8)]
+    (project / "ratings.csv").write_text("user,item,time\n" + "\n".join(rows) + "\n")
+    first, *items = python(code, project, project).splitlines()
+    assert re.fullmatch(r"HR@10 0\.\d{3}, NDCG@10 0\.\d{3}, MRR 0\.\d{3}", first)
+    assert len(items) == 5
+    assert all(re.fullmatch(r"i\d+ i\d+", line) for line in items)
+
+
+def test_histories_are_ids_numbers_or_titles_and_what_is_left_is_returned(model):
+    by_id = model.recommend(["1", "2", "3"], k=4)
+    assert len({item.key for item in by_id} - {"1", "2", "3"}) == 4
+    for same in ([1, 2, 3], np.array([1, 2, 3]), ("1", 2, "3")):
+        assert model.recommend(same, k=4) == by_id
+    named = reclib.train.saving.Recommender(model.model, model.keys, [f"Film {k}" for k in model.keys], {})
+    assert [i.key for i in named.recommend(["film 1", "Film 2", 3], k=4)] == [i.key for i in by_id]
+    with pytest.warns(UserWarning, match="2 items are not in the history"):
+        assert {item.key for item in model.recommend(model.keys[:10], k=5)} == set(model.keys[10:])
+    with pytest.warns(UserWarning, match="0 items"):
+        assert model.recommend(model.keys, k=5) == []
+    twice = reclib.train.saving.Recommender(model.model, model.keys, ["Same"] * 12, {})
+    for recommender, history, k, message in (
+        (model, ["1"], 0, "k is 0"),
+        (model, ["1"], -1, "k is -1"),
+        (model, ["1"], 2.5, "k is 2.5"),
+        (model, "123", 5, "expected a list"),
+        (model, [], 5, "the history is empty"),
+        (model, ["nothing"], 5, "unknown item 'nothing'"),
+        (named, ["film 1l"], 5, "did you mean 'Film 1"),
+        (twice, ["same"], 5, "that of 12 items: give an id, such as 1, 2"),
+    ):
+        with pytest.raises(InputError, match=re.escape(message)):
+            recommender.recommend(history, k)
+
+
+def test_a_model_is_evaluated_adapted_and_planned(data, model):
+    values = evaluate(model, data)
+    assert 0 < values["mrr"] <= values["hr@10"] <= 1
+    assert evaluate(model.model, data) == values
+    assert evaluate(model, data, remove_seen=False) != values
+    with pytest.raises(InputError, match="items are not those of synthetic"):
+        evaluate(model, synthetic_dataset(40, 13, 6.0, 0))
+    own = Bert4Rec(ModelConfig(num_items=12, hidden_dim=8, num_heads=1, max_len=16))
+    adapted = add_ilora(own, rank=4, experts=2)
+    assert isinstance(adapted, AdaptedModel)
+    trained = fit(data, model=adapted, gpu="cpu", epochs=1, batch_size=8)
+    assert trained.model is adapted
+    assert len(trained.recommend([1, 2], k=3)) == 3
+    with pytest.raises(InputError, match=r"unknown setting 'epoch' \(did you mean 'epochs'"):
+        fit(data, epoch=1)
+    assert plan("5m", "l4", price=1.0).fits
+    for price in (float("nan"), float("inf"), -1.0):
+        with pytest.raises(InputError, match="price"):
+            plan("5m", "l4", price=price)
+    with pytest.raises(InputError, match="stands for v100-16, v100-32"):
+        plan("5m", "v100")
+
+
+def test_fit_leaves_a_model_that_recommends_from_the_shell(study, project):
+    options = ["--dataset", "synthetic", "--size", "nano", "--gpu", "cpu", "--out", "runs/mine"]
+    done = study(
+        "fit", *options, "-p", "epochs", "1", "-p", "learning_rate", "1e-3", "-p", "clip_norm", "null"
+    )
+    assert done.returncode == 0, done.stderr
+    command = done.stderr.splitlines()[-1].removeprefix("next: python -m reclib ").split()
+    listed = study(*command, "-k", "3")
+    assert [len(line.split("\t")) for line in listed.stdout.splitlines()] == [2, 2, 2]
+    assert load(project / "runs/mine").recommend(command[2:], 3)[0].key == listed.stdout.split("\t")[0]
+    wrong = study("recommend", "runs/mine", "nothing")
+    assert (wrong.returncode, len(wrong.stderr.splitlines())) == (2, 1)
