@@ -30,29 +30,17 @@ from reclib.config import PAD, AdapterConfig, InputError, ModelConfig
 from reclib.model.bert4rec import Bert4Rec, Sink, base_hash, take
 from reclib.model.lora import AdaptedEmbedding, AdaptedLayer, AdaptedLinear, AdaptedTable
 
-# ------------------------------------------------------------------------------------------------
-# What an instance-wise adapter knows of a sequence: one vector, computed from its visible prefix only.
+# -- representations -----------------------------------------------------------------------------------------
 #
-# iLoRA (Kong et al., NeurIPS 2024, arXiv 2408.10159) mixes the experts of an adapter by a gate on a frozen
-# representation z of the user's sequence. Here z is a function of the rows that the encoder is given, in
-# which MASK stands at every target: the target's id is not there to be used. Rows are packed, so z belongs
-# to a segment, and every place of a segment has the same. In a causal model what is later is a target as
-# well: there each place has a z of its own, of what is up to it.
+# What the gate knows of a sequence: one vector z, computed from its visible prefix only. iLoRA (Kong et al.,
+# NeurIPS 2024, arXiv 2408.10159) mixes the experts of an adapter by a gate on a frozen representation of the
+# user's sequence. The rows have MASK at every target, so the target's id cannot leak into z. Rows are packed:
+# z belongs to a segment, and all its positions share it. In a causal model every later item is a target, so
+# each position has its own z, of the items up to it.
 #
-# Representations:
-#
-# - `MeanEmbedding`: mean of the frozen item embeddings of the visible items; no pass of its own.
-# - `State`: the state that a frozen model predicts the next item from, given the visible items alone: the
-#   base
-#   itself, or a causal model as in the paper. It costs a pass; where the rows come again, as on validation,
-#   its
-#   result is kept.
-#
-# Controls, which have no right to help: `Constant`, `Noise`, `OtherSegment`.
-#
-# Shapes: R rows, L places in a row, Q queries of a row, S segments, D width of z.
+# `MeanEmbedding` and `State` may help; the controls `Constant`, `Noise` and `OtherSegment` must not.
 
-CACHE_BYTES = 256 * 2**20  # of kept states; beyond it they are computed anew
+CACHE_BYTES = 256 * 2**20  # of cached states; further ones are computed again
 
 
 class Rows(NamedTuple):
@@ -274,15 +262,11 @@ def _digest(rows: Rows) -> bytes:
     return said.digest()
 
 
-# ------------------------------------------------------------------------------------------------
-# The gate of an instance-wise adapter: softmax weights of its experts, from what is known of the sequence.
+# -- the gate ------------------------------------------------------------------------------------------------
 #
-#     g = softmax(W z / temperature)
+#     g = softmax(W z / temperature): weights of the K experts
 #
-# One W serves all layers, as in the paper (Kong et al., NeurIPS 2024, arXiv 2408.10159); there a small
-# convolutional network stands in the place of the matrix.
-#
-# Shapes: D width of z, K experts, r rank, N instances.
+# One W serves all layers, as in the paper, where a small convolutional network takes the place of W.
 
 
 class Gate(nn.Module):
@@ -353,13 +337,9 @@ def refuse_other_catalogue(base: ModelConfig, other: ModelConfig) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------
-# Adapters around the layers of a frozen model: added, chosen, merged, taken away. PEFT's verbs.
+# -- adapters around a model ---------------------------------------------------------------------------------
 #
-# The model does not know of them: a layer is replaced by one that holds it. What passes through the adapted
-# model is in `ilora`.
-#
-# Shapes: K experts, r rank, N instances.
+# Added, selected, merged and removed with PEFT's verbs. A layer is replaced by one that holds it.
 
 OUTPUT = "output_weight"  # the path of the output table, which is no module
 
@@ -621,7 +601,7 @@ class Adapters(nn.Module):
                 )
 
 
-# ------------------------------------------------------------------------------------------------
+# -- the adapted model ---------------------------------------------------------------------------------------
 
 
 class AdaptedModel(Adapters):
