@@ -36,7 +36,7 @@ from reclib.data.prepare import synthetic_dataset
 from reclib.model.bert4rec import Bert4Rec
 from reclib.model.ilora import AdaptedModel, frozen_twin
 from reclib.train import timing
-from reclib.train.fit import load_model, save_model
+from reclib.train.saving import load_weights, save_weights
 from reclib.train.trainer import Trainer
 
 RANK, EXPERTS = 8, 4
@@ -68,7 +68,7 @@ def train_base(given: argparse.Namespace, folder: Path) -> None:
     trainer = Trainer(Bert4Rec(model), histories_of(dataset), config, hardware.resolve("cpu"), "base")
     for _ in trainer.steps():
         pass
-    save_model(trainer, folder, {})
+    save_weights(trainer.model, folder, {})
 
 
 def adapter(kind: str) -> AdapterConfig:
@@ -91,7 +91,7 @@ def variant(base: Bert4Rec, kind: str, compiled: bool, tiny: bool) -> Trainer:
 
 
 def time_steps(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    frozen = load_model(folder)
+    frozen = load_weights(folder)
     trained = copy.deepcopy(frozen).requires_grad_(True)
     names = {"full": ("full", False), "lora": ("lora", False), "ilora": ("ilora", False)}
     if hardware.has_compiler():
@@ -137,7 +137,7 @@ def time_steps(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def child_memory(given: argparse.Namespace) -> dict[str, Any]:
     """Return the peak of a few steps beyond what is resident when the base is loaded."""
-    base = load_model(given.base)
+    base = load_weights(given.base)
     base.requires_grad_(True)
     where = torch.device("cpu")
     torch.randn(64, 64) @ torch.randn(64, 64)  # the libraries' own pools are there before the count starts
@@ -199,7 +199,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument(
-        "--base", type=Path, help="a model written by fit.save_model, instead of training one"
+        "--base", type=Path, help="a model written by saving.save_weights, instead of training one"
     )
     given = parser.parse_args()
     torch.set_num_threads(given.threads)

@@ -296,8 +296,8 @@ def read(root: Path, problems: list[str] | None = None) -> list[dict[str, Any]]:
 
     They are in `<label>/results.jsonl` and `<label>/grids/*.jsonl`, and one folder deeper where another
     machine's folder was copied into the label's. A record that is there twice counts once. A line that is no
-    record, or lies in another device's folder, is skipped: its fault is added to `problems`, or without such a
-    list standard error says how many and why.
+    record, or lies in another device's folder, is skipped: its fault is added to `problems`; without such
+    a list, standard error says how many and why.
     """
     rows: dict[str, dict[str, Any]] = {}
     for file in files(root):

@@ -81,7 +81,7 @@ def trained(case: str) -> tuple[Trainer, dict[str, Any]]:
         "targets": [one.num_targets for one in stats],
         "sequences": [one.num_sequences for one in stats],
         "places": [one.row_tokens for one in stats],
-        "sunk": len(trainer.sunk),
+        "sinks": len(trainer.sinks),
         "scale": trainer.scaler.get_scale(),
     }
     return trainer, saw

@@ -38,9 +38,10 @@ import sys
 from pathlib import Path
 from reclib import parameters
 from reclib import records
-from reclib.train.fit import Options, fit, save_model, start_tracker
+from reclib.train.fit import Options, fit, start_tracker
 from reclib.config import ModelConfig, TrainConfig
 from reclib.train.fit import Curves
+from reclib.train.saving import save_weights
 from reclib.data.prepare import synthetic_dataset
 from reclib.hardware import device_card, resolve
 
@@ -52,7 +53,7 @@ for name in ("wandb-offline", "tensorboard"):
         curves = Curves(track, device)
         options = Options(on_step=curves.step, on_evaluation=curves.evaluation)
         trainer = fit(model, dataset, config, device, out / name, options)
-save_model(trainer, out / "weights", {"data": "synthetic"})
+save_weights(trainer.model, out / "weights", {"data": "synthetic"})
 smoke = parameters.profile("02_baseline", "smoke")
 p = parameters.build("02_baseline", smoke | {"dataset": str(out / "mine.csv")})
 run = records.Run("02_baseline", p, device_card(device), {"name": "mine", "fingerprint": "0"})

@@ -173,7 +173,7 @@ def test_two_processes_take_the_steps_of_one(two, case):
     assert same == {key: value for key, value in second.items() if key != "places"}
     halves = ("micro", "uneven-micro", "sinks")  # their micro-batches of two divide the last three histories
     assert (0 in second["places"]) == (case not in halves)  # otherwise a process had nothing to do
-    for key in ("targets", "sequences", "skipped", "sunk", "scale"):
+    for key in ("targets", "sequences", "skipped", "sinks", "scale"):
         assert first[key] == wanted[key]
     loose = case in ("bf16", "overflow")
     for key in ("loss", "norm"):

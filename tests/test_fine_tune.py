@@ -13,7 +13,7 @@ from reclib.data.prepare import synthetic_dataset
 from reclib.model.bert4rec import Bert4Rec
 from reclib.model.ilora import AdaptedModel, base_hash
 from reclib.train import saving
-from reclib.train.fit import Options, fine_tune, fit, origin_of
+from reclib.train.fit import Options, fine_tune, fit
 from reclib.train.trainer import make_optimizer
 
 CPU = hardware.resolve("cpu")
@@ -127,7 +127,7 @@ def test_what_trains_nothing_is_told():
     with pytest.raises(InputError, match="no active adapter"):
         fine_tune(found, DATASET, TRAIN, CPU)
     with pytest.raises(InputError, match="all parameters of the model are frozen"):
-        origin_of(base().requires_grad_(False))
+        base().requires_grad_(False).origin()
 
 
 def test_in_part_means_that_the_rest_stays():

@@ -28,12 +28,12 @@ from reclib.config import AdapterConfig, InputError, ModelConfig, TrainConfig, c
 from reclib.data.batches import Batch
 from reclib.data.dataset import Evaluation
 from reclib.evaluate.metrics import model_scores
-from reclib.model.bert4rec import Bert4Rec, attach, sink_of
+from reclib.model.bert4rec import Bert4Rec
 from reclib.model.ilora import AdaptedModel, base_hash
-from reclib.model.lora import LowRank, present
+from reclib.model.lora import LowRank
 from reclib.train import losses as reclib_losses
 from reclib.train import saving
-from reclib.train.losses import batch_loss, frozen_columns
+from reclib.train.losses import batch_loss
 from reclib.train.trainer import Trainer
 
 CPU = hardware.resolve("cpu")
@@ -124,8 +124,8 @@ def test_the_sum_over_experts_is_one_product(rank, seed):
             layer.lora_B.weight[:, k * each : (k + 1) * each],
         )
         wanted += 6.0 / each * g[..., k, None] * (x @ A.t() @ B.t())
-    with present(g.repeat_interleave(each, -1) * config.scaling):
-        found = layer.added_to(torch.zeros(2, 3, 7), x, slice(None))
+    factors = g.repeat_interleave(each, -1) * config.scaling
+    found = layer.added_to(torch.zeros(2, 3, 7), x, factors, slice(None))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -235,7 +235,7 @@ def test_a_causal_model_takes_an_instance_for_each_place():
 
 
 def test_compiled_is_eager():
-    """In one graph: the gate that is present leaves no break in it."""
+    """In one graph: the gate leaves no break in it."""
     found = adapted("ilora", targets=EVERYTHING).train()
     one = batch()
     compiled = torch.compile(found.encode, backend="eager", dynamic=True, fullgraph=True)
@@ -268,9 +268,9 @@ def test_two_threads_do_not_see_each_others_gates():
     assert max(wrong) < 1e-4
 
 
-def test_outside_a_pass_an_instance_wise_layer_refuses():
+def test_without_factors_an_instance_wise_layer_refuses():
     found = adapted("ilora")
-    with pytest.raises(RuntimeError, match="no gate is present"):
+    with pytest.raises(RuntimeError, match="without factors"):
         found.base.blocks[0].ffn(torch.zeros(1, 2, 16))
 
 
@@ -350,6 +350,7 @@ def test_frozen_layers_have_no_weight_gradient_product():
 
 def test_an_adapted_output_table_has_no_product_for_the_frozen_part(monkeypatch):
     """And its gradients are those of autograd's own product, which knows nothing of frozen columns."""
+    computed = AdaptedModel.frozen_columns
     for kind in ["lora", "ilora"]:
         for loss in ["inplace", "plain", "chunked"]:
             for output_bias in [True, False]:
@@ -360,8 +361,8 @@ def test_an_adapted_output_table_has_no_product_for_the_frozen_part(monkeypatch)
                 one, gradients, products = batch(tuple(LENGTHS * 4)), [], []
                 monkeypatch.setattr(reclib_losses, "LARGE_LOGITS_BYTES", 1)  # several chunks
                 assert len(one.targets) > 16
-                for route, known in ((loss, frozen_columns), ("plain", lambda weight: 0)):
-                    monkeypatch.setattr(reclib_losses, "frozen_columns", known)
+                for route, known in ((loss, computed), ("plain", 0)):
+                    monkeypatch.setattr(AdaptedModel, "frozen_columns", known)
                     found.zero_grad()
                     with FlopCounterMode(display=False) as counter:
                         (3 * batch_loss(found, one, changed(TRAIN, loss=route), one.num_targets)).backward()
@@ -392,14 +393,15 @@ def test_the_frozen_part_is_left_out_in_16_bit_as_well():
 def test_freezing_takes_gradients_and_sinks_away():
     torch.manual_seed(0)
     model = Bert4Rec(changed(small_model(**UNTIED), num_items=200_000))
-    assert attach([model.item_table.weight, model.output_weight])
+    assert len(model.use_sinks(True)) == 2
     model.output_weight.grad = torch.zeros_like(model.output_weight)
     found = AdaptedModel(model)
     found.add("x", AdapterConfig())
-    assert all(sink_of(p) is None and p.grad is None for p in model.parameters())
+    assert model.item_sink is model.output_sink is None
+    assert all(p.grad is None for p in model.parameters())
     trainer = Trainer(found, histories(LENGTHS), TRAIN, CPU, "x")
     next(trainer.steps())
-    assert trainer.sunk == []
+    assert trainer.sinks == {}
     assert len(trainer.optimizer.state) == len(found.layers()) * 2
 
 

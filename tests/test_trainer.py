@@ -22,8 +22,8 @@ from reclib.config import InputError, TrainConfig, changed, model_config
 from reclib.data.prepare import Dataset, synthetic_dataset
 from reclib.model.bert4rec import Bert4Rec
 from reclib.train import saving
-from reclib.train.fit import Options, fit, load_model, save_model
-from reclib.train.saving import unique_tensors
+from reclib.train.fit import Options, fit
+from reclib.train.saving import load_weights, save_weights, unique_tensors
 from reclib.train.trainer import (
     StepGraphs,
     Trainer,
@@ -364,7 +364,7 @@ def test_a_checkpoint_of_another_run_is_refused(dataset, tmp_path, change, said)
 
 def test_saved_model_is_loaded_with_the_same_outputs(dataset, tmp_path):
     trainer = fit(model_for(dataset), dataset, changed(SHORT, epochs=1), CPU)
-    loaded = load_model(save_model(trainer, tmp_path / "model", {}))
+    loaded = load_weights(save_weights(trainer.model, tmp_path / "model", {}))
     trainer.model.eval()
     items = torch.tensor([[1, 2, 3, dataset.num_items + 1]])
     rows = (items, torch.ones_like(items), torch.arange(4)[None])
@@ -441,8 +441,8 @@ def test_sinks_give_the_gradients_of_autograd(tied, micro, monkeypatch):
     reference, wanted = run_steps(config, model, steps=6)
     monkeypatch.setattr("reclib.model.bert4rec.SMALLEST_BYTES", 0)
     trainer, found = run_steps(config, model, steps=6)
-    assert len(trainer.sunk) == (1 if tied else 2)
-    assert not reference.sunk
+    assert len(trainer.sinks) == (1 if tied else 2)
+    assert not reference.sinks
     assert [s.loss for s in found] == pytest.approx([s.loss for s in wanted], rel=1e-5)
     assert [s.grad_norm for s in found] == pytest.approx([s.grad_norm for s in wanted], rel=1e-5)
     assert plain[0].loss == wanted[0].loss
@@ -456,7 +456,7 @@ def test_sinks_of_an_earlier_run_are_gone_in_the_next(monkeypatch):
     first, _ = run_steps(SHORT, steps=2)
     config = changed(SHORT, optimizer="loop", loss="plain")
     again = Trainer(first.model, histories([9, 4, 12]), config, CPU, "x")
-    assert not again.sunk
+    assert not again.sinks
     next(again.steps())
     assert first.model.item_table.weight.grad.abs().sum() > 0
 

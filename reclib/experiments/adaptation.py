@@ -53,7 +53,7 @@ from reclib.model.bert4rec import Bert4Rec
 from reclib.model.ilora import AdaptedModel
 from reclib.parameters import ILora
 from reclib.train import saving
-from reclib.train.fit import data_identity, fine_tune, fit, origin_of, rank_targets
+from reclib.train.fit import data_identity, fine_tune, fit, rank_targets
 from reclib.train.trainer import Trainer
 
 NOTEBOOK = "05_ilora"
@@ -220,7 +220,7 @@ def train_arm(
     """Train one arm at one rate, or go on with it, or load it; return its trainer and its folder."""
     model = arm_model(p, arm, base, seed, reader)
     train = train_of(p, task.split, seed, p.epochs, rate)
-    parts = [origin_of(model), asdict(model.config), as_dict(train), data_identity(dataset, task.split)]
+    parts = [model.origin(), asdict(model.config), as_dict(train), data_identity(dataset, task.split)]
     said = json.dumps([*parts, records.code_hash(NOTEBOOK)], sort_keys=True)
     folder = system.runs() / NOTEBOOK / hashlib.sha256(said.encode()).hexdigest()[:16]
     return fine_tune(model, dataset, train, device, folder, split=task.split), folder

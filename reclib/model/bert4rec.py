@@ -1,70 +1,79 @@
 """BERT4Rec: item and position embeddings, a bidirectional encoder, an output layer over the catalogue.
 
-Reference: Sun et al., "BERT4Rec", CIKM 2019, section 3. What is unusual:
+Reference: Sun et al., "BERT4Rec", CIKM 2019, section 3. Differences from a textbook encoder:
 
-- rows may hold several sequences one after another ("packed", Krell et al. 2021, arXiv 2107.02027): attention
-  stays inside a segment and positions restart with each;
-- the encoder and the output layer are called apart, so that only target positions need reach the latter;
-- the output table is a weight to be multiplied by whoever computes the loss or the ranks;
-- there is no dropout on attention probabilities unless asked for: it rules out fused attention;
-- attention is over rows with a mask: torch's `varlen_attn` would need neither, but has no kernel for a CPU to
-  test it on, and the number of segments, which a batch does not hand out, would be a wait for the GPU;
-- with `causal` attention it is the twin that predicts the next item (SASRec, Kang and McAuley, ICDM 2018,
-  with full cross-entropy): nothing else differs.
+- A row may hold several sequences one after another ("packed", Krell et al. 2021, arXiv 2107.02027).
+  Attention stays inside a segment and positions restart with each.
+- The encoder (`encode`) and the output layer (`head_input`, `output_weight`) are called separately, so that
+  only target positions reach the output layer.
+- `output_weight` is multiplied by the caller that computes the loss or the ranks.
+- Dropout on attention probabilities is off by default, because it rules out fused attention kernels.
+- Attention runs on rows with a mask. torch's `varlen_attn` has no CPU kernel to test it on, and it needs the
+  number of segments on the host, which would be a CPU-GPU synchronisation.
+- With `causal` attention the model predicts the next item (SASRec, Kang and McAuley, ICDM 2018, with full
+  cross-entropy). Nothing else differs.
 
-Shapes: R rows, L positions in a row, D hidden_dim, H heads, V rows of the output table, M target positions.
+An adapted linear layer or item table (`lora`) may depend on the instance. Its factors are passed as an
+argument from `encode` down to the layer; a plain layer never sees them.
+
+Shapes: R rows, L positions in a row, Q query positions of a row, D hidden_dim, H heads, r rank of an adapter,
+V rows of the output table, M target positions.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reclib.config import PAD, SIZES, ModelConfig, model_config
+from reclib.config import PAD, SIZES, InputError, ModelConfig, model_config
 from reclib.system import Parser
 
-# ------------------------------------------------------------------------------------------------
-# Gradients of large tables, written where they stay.
+# -- gradient sinks ------------------------------------------------------------------------------------------
 #
-# Autograd allocates a new gradient for every step. For an item table that is hundreds of megabytes, which a
-# C library gives back to the kernel and takes again zeroed page by page, or keeps and fragments: 40 ms and
-# more for 164 MB on two cores, several times in a step. A sink is the same gradient in one tensor for the
-# whole run: the output layer overwrites it, the lookup adds to it, and of a table that is only looked up
-# just the rows of the last step are cleared. Values are the same.
+# Autograd allocates a new gradient in every step. For an item table that is hundreds of megabytes, which the
+# C library returns to the kernel and gets back zeroed page by page: 40 ms and more for 164 MB on two cores,
+# several times a step. A sink keeps the gradient in one tensor for the whole run. The output layer overwrites
+# it, the lookup adds to it, and for a table that is only looked up, only the rows of the last step are
+# cleared. The values are the same.
 #
-# Used on a CPU in full precision; elsewhere autograd's way stands.
+# Sinks are used on a CPU in full precision, without compilation. Elsewhere autograd keeps the gradients.
 
-SMALLEST_BYTES = 8 * 2**20  # a smaller table is no trouble
+SMALLEST_BYTES = 8 * 2**20  # smaller tables are left to autograd
 
 
 class Sink:
-    """The gradient of one parameter over a run."""
+    """The gradient of one parameter, in the same tensor for a whole run."""
 
     def __init__(self, parameter: nn.Parameter) -> None:
         self.grad = torch.zeros_like(parameter)
-        self.fresh = True  # nothing of this step is in it yet
-        self.dense = False  # what is in it came, at least in part, from the output layer
-        self.rows: list[Tensor] = []  # that this step's lookups touched
+        self.fresh = True  # nothing of this step has been written yet: the content counts as zero
+        self.dense = False  # the output layer wrote to it: any row may be non-zero
+        self.rows: list[Tensor] = []  # otherwise: the rows that lookups wrote to
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copied model has no sinks: they belong to one run."""
 
     def start(self) -> None:
-        """Begin a step: what is in it counts as zero from now on."""
+        """Begin a step. Nothing is cleared here: `overwrite` would make that pass useless."""
         self.fresh = True
 
     def overwrite(self, product: tuple[Tensor, Tensor], part: slice) -> None:
-        """Set the rows `part` to a matrix product and the others to zero; add, if the step has begun."""
+        """Set the rows `part` to a matrix product and the others to zero; later in a step, add to them."""
         left, right = product
         if self.fresh:
             self.grad[: part.start].zero_()
             self.grad[part.stop :].zero_()
             torch.mm(left, right, out=self.grad[part])
-        else:
+        else:  # a further micro-batch of the step
             self.grad[part].addmm_(left, right)
         self.fresh, self.dense, self.rows = False, True, []
 
@@ -86,11 +95,11 @@ class Sink:
         return self.grad
 
     def mix(self) -> None:
-        """Say that other processes' gradients are added to it: any row may hold something."""
+        """Note that other processes' gradients are added: any row may become non-zero."""
         self.dense, self.rows = True, []
 
     def for_norm(self) -> Tensor:
-        """Return what the gradient's norm can be computed from: the rows that are not zero."""
+        """Return the rows that may be non-zero, which have the same norm as the whole gradient."""
         whole = self.finish()
         return whole if self.dense or not self.rows else whole[torch.cat(self.rows).unique()]
 
@@ -104,47 +113,24 @@ class Sink:
 
 
 class Lookup(torch.autograd.Function):
-    """Rows of a table, whose gradient goes into a sink."""
+    """Embedding lookup whose gradient is added to a sink."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, index: Tensor, sink: Sink, skip: int) -> Tensor:
-        """Return weight[index]; `skip` is the row that gets no gradient."""
+        """Return weight[index] (..., D); row `skip` gets no gradient."""
         ctx.save_for_backward(index)
         ctx.sink, ctx.skip = sink, skip
-        return torch.nn.functional.embedding(index, weight)
+        return F.embedding(index, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        """Add to the sink; autograd is given nothing."""
+        """Add to the sink. Autograd gets None, so it allocates nothing."""
         (index,) = ctx.saved_tensors
         ctx.sink.add_rows(index.flatten(), grads[0].flatten(0, -2), ctx.skip)
         return None, None, None, None
 
 
-def sink_of(parameter: Tensor) -> Sink | None:
-    """Return the sink of a parameter, if it has one."""
-    return getattr(parameter, "sink", None)
-
-
-def detach(parameters: list[nn.Parameter]) -> None:
-    """Take the sinks of an earlier run away: from now on autograd has the gradients."""
-    for parameter in parameters:
-        if sink_of(parameter) is not None:
-            del parameter.sink  # type: ignore[attr-defined]
-
-
-def attach(parameters: list[nn.Parameter]) -> list[tuple[nn.Parameter, Sink]]:
-    """Give each large parameter a sink; return those with theirs."""
-    sunk = []
-    for parameter in parameters:
-        if parameter.numel() * parameter.element_size() >= SMALLEST_BYTES:
-            sink = Sink(parameter)
-            parameter.sink = sink  # type: ignore[attr-defined]
-            sunk.append((parameter, sink))
-    return sunk
-
-
-# ------------------------------------------------------------------------------------------------
+# -- the encoder ---------------------------------------------------------------------------------------------
 
 
 def attention_bias(
@@ -152,28 +138,30 @@ def attention_bias(
 ) -> Tensor:
     """Return what is added to the attention scores so that segments never see each other.
 
-    `segment_ids` (R, L) numbers the sequences of a row from 1; 0 is padding, whose positions see only each
-    other, which keeps their softmax finite. `causal` hides what is later as well. Returns (R, 1, L, L) of 0
-    and -inf, or (R, 1, Q, L) where only the places `query_index` (R, Q) ask.
+    `segment_ids` (R, L) numbers the sequences of a row from 1. 0 is padding, whose positions see only each
+    other, which keeps their softmax finite. `causal` hides later positions as well. Returns (R, 1, L, L) of 0
+    and -inf, or (R, 1, Q, L) for the query positions `query_index` (R, Q).
     """
     own = segment_ids if query_index is None else segment_ids.gather(1, query_index)
-    apart = own[:, :, None] != segment_ids[:, None, :]  # (R, L or Q, L)
+    hidden = own[:, :, None] != segment_ids[:, None, :]  # (R, L or Q, L)
     if causal:
         place = torch.arange(segment_ids.shape[1], device=segment_ids.device)
         asking = place if query_index is None else query_index
-        apart |= asking[..., None] < place
-    kind, width = apart.device.type, apart.shape[2]
-    if kind != "cpu":  # made once in the type of the products, its rows where fused kernels want them
+        hidden |= asking[..., None] < place
+    kind, width = hidden.device.type, hidden.shape[2]
+    if kind != "cpu":
+        # Fused kernels want the mask in the type of the products and its rows aligned to 8 elements. Made
+        # so here once; otherwise every layer would convert and copy it.
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
         width = -(-width // 8) * 8
-    bias = torch.zeros(*apart.shape[:2], width, dtype=dtype, device=apart.device)[..., : apart.shape[2]]
-    return bias.masked_fill_(apart, float("-inf")).unsqueeze(1)
+    bias = torch.zeros(*hidden.shape[:2], width, dtype=dtype, device=hidden.device)[..., : hidden.shape[2]]
+    return bias.masked_fill_(hidden, float("-inf")).unsqueeze(1)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
-    """Return the places `index` (R, Q) of each row of x (R, L, D) as (R, Q, D)."""
+    """Return the positions `index` (R, Q) of each row of x (R, L, D) as (R, Q, D)."""
     first = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
-    return F.embedding(index + first, x.flatten(0, 1))  # its backward is faster than gather's
+    return F.embedding(index + first, x.flatten(0, 1))  # the backward of embedding is faster than gather's
 
 
 def sinusoidal_positions(max_len: int, hidden_dim: int) -> Tensor:
@@ -184,10 +172,10 @@ def sinusoidal_positions(max_len: int, hidden_dim: int) -> Tensor:
 
 
 class Dropout(nn.Module):
-    """Dropout whose random bits cost little on a CPU, where torch draws them one by one.
+    """Dropout with cheap random bits on a CPU, where torch draws them one by one.
 
     Sixteen bits decide on each element: p is rounded to 1/65536, and the scale is that of the rounded p, so
-    the expectation is exact. Off the CPU it is torch's own.
+    the expectation is exact. On other devices this is `F.dropout`.
     """
 
     def __init__(self, p: float) -> None:
@@ -201,15 +189,14 @@ class Dropout(nn.Module):
         return x * dropout_factor(x.detach(), self.p) if x.device.type == "cpu" else F.dropout(x, self.p)
 
 
+# A custom operator, so that a compiler does not trace into numpy.
 @torch.library.custom_op("reclib::dropout_factor", mutates_args=(), device_types="cpu")
 def dropout_factor(x: Tensor, p: float) -> Tensor:
-    """Return a tensor like x of 0, with probability p, and 1 / (1 - p).
-
-    The bits come from a generator that is seeded from torch's at each call, so that torch's seed and state
-    still decide everything. An operator of its own, so that a compiler takes it as it is.
-    """
+    """Return a tensor like x of 0, with probability p, and 1 / (1 - p)."""
     levels = 1 << 16
     dropped = round(p * levels)
+    # Seeded from torch's generator in each call: torch's seed and state still decide every mask, so a
+    # checkpoint that holds them resumes to the same bits.
     seed = int(torch.empty((), dtype=torch.int64).random_())
     bits = np.random.SFC64(seed).random_raw(-(-x.numel() // 4)).view(np.int16)[: x.numel()]
     keep = torch.from_numpy(bits).view(x.shape) >= dropped - levels // 2
@@ -221,16 +208,21 @@ def _(x: Tensor, p: float) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def part_of(linear: nn.Module, x: Tensor, part: slice) -> Tensor:
-    """Return the outputs `part` of a linear map of x (..., D), and compute only those where it can be cut.
+def apply_linear(
+    layer: nn.Module, x: Tensor, factors: Tensor | None = None, part: slice | None = None
+) -> Tensor:
+    """Return a linear layer's outputs (..., out) for x (..., in), or the outputs `part` of them.
 
-    A plain layer is cut by its weights. Whatever stands in its place is never bypassed: it is asked by its
-    own method `part`, or else computes everything.
+    An adapted layer gets its `factors` (..., r) and computes `part` alone, as a plain layer does. A module of
+    any other type is called as it is, and never bypassed.
     """
-    if type(linear) is nn.Linear:
-        return F.linear(x, linear.weight[part], linear.bias[part])
-    own: Callable[[Tensor, slice], Tensor] | None = getattr(linear, "part", None)
-    return linear(x)[..., part] if own is None else own(x, part)
+    if getattr(layer, "takes_factors", False):
+        return layer(x, factors, part)
+    if part is None:
+        return layer(x)
+    if type(layer) is nn.Linear:
+        return F.linear(x, layer.weight[part], layer.bias[part])
+    return layer(x)[..., part]
 
 
 class SelfAttention(nn.Module):
@@ -243,21 +235,33 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_dim, 3 * config.hidden_dim)
         self.out = nn.Linear(config.hidden_dim, config.hidden_dim)
 
-    def forward(self, x: Tensor, bias: Tensor, queries: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        bias: Tensor,
+        queries: Tensor | None = None,
+        factors: Tensor | None = None,
+        query_factors: Tensor | None = None,
+    ) -> Tensor:
         """Return (R, L, D) for x (R, L, D) and the attention bias (R, 1, L, L).
 
-        With `queries` (R, Q, D) they alone ask, bias is (R, 1, Q, L) and the result (R, Q, D).
+        With `queries` (R, Q, D) only they attend: bias is (R, 1, Q, L) and the result (R, Q, D).
+        `query_factors` are those of the positions in the result.
         """
         D = x.shape[-1]
         if queries is None:
-            q, k, v = (self._split(part) for part in self.qkv(x).chunk(3, dim=-1))
+            q, k, v = apply_linear(self.qkv, x, factors).chunk(3, dim=-1)
         else:
-            q = self._split(part_of(self.qkv, queries, slice(0, D)))
-            k, v = (self._split(y) for y in part_of(self.qkv, x, slice(D, 3 * D)).chunk(2, dim=-1))
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=bias, dropout_p=self.dropout if self.training else 0.0
+            q = apply_linear(self.qkv, queries, query_factors, slice(0, D))
+            k, v = apply_linear(self.qkv, x, factors, slice(D, 3 * D)).chunk(2, dim=-1)
+        y = F.scaled_dot_product_attention(  # (R, H, L or Q, D/H)
+            self._split(q),
+            self._split(k),
+            self._split(v),
+            attn_mask=bias,
+            dropout_p=self.dropout if self.training else 0.0,
         )
-        return self.out(y.transpose(1, 2).flatten(2))
+        return apply_linear(self.out, y.transpose(1, 2).flatten(2), query_factors)
 
     def _split(self, x: Tensor) -> Tensor:
         """Split (R, L, D) into heads (R, H, L, D/H)."""
@@ -273,9 +277,9 @@ class FeedForward(nn.Module):
         self.up = nn.Linear(config.hidden_dim, inner)
         self.down = nn.Linear(inner, config.hidden_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, factors: Tensor | None = None) -> Tensor:
         """Return (R, L, D) for x (R, L, D)."""
-        return self.down(F.gelu(self.up(x)))
+        return apply_linear(self.down, F.gelu(apply_linear(self.up, x, factors)), factors)
 
 
 class Block(nn.Module):
@@ -290,25 +294,34 @@ class Block(nn.Module):
         self.ffn_norm = nn.LayerNorm(config.hidden_dim)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x: Tensor, bias: Tensor, query_index: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        bias: Tensor,
+        query_index: Tensor | None = None,
+        factors: Tensor | None = None,
+        query_factors: Tensor | None = None,
+    ) -> Tensor:
         """Return (R, L, D) for x (R, L, D) and the attention bias (R, 1, L, L).
 
-        With `query_index` (R, Q) only those places go on: bias is (R, 1, Q, L), the result (R, Q, D).
+        With `query_index` (R, Q) only those positions go on: bias is (R, 1, Q, L), the result (R, Q, D).
         """
-        seen = self.attention_norm(x) if self.pre_norm else x
-        asking = None
-        if query_index is not None:
-            x = take(x, query_index)
-            asking = self.attention_norm(x) if self.pre_norm else x
-        x = x + self.dropout(self.attention(seen, bias, asking))
+        keys = self.attention_norm(x) if self.pre_norm else x  # (R, L, D); values are made of them as well
+        queries = None
+        if query_index is None:
+            query_factors = factors
+        else:
+            x = take(x, query_index)  # (R, Q, D): from here on the residual stream has only these
+            queries = self.attention_norm(x) if self.pre_norm else x
+        x = x + self.dropout(self.attention(keys, bias, queries, factors, query_factors))
         if self.pre_norm:
-            return x + self.dropout(self.ffn(self.ffn_norm(x)))
+            return x + self.dropout(self.ffn(self.ffn_norm(x), query_factors))
         x = self.attention_norm(x)
-        return self.ffn_norm(x + self.dropout(self.ffn(x)))
+        return self.ffn_norm(x + self.dropout(self.ffn(x, query_factors)))
 
 
 class HeadTransform(nn.Module):
-    """What stands between encoder and output table in the "mlp" head: Linear, GELU, LayerNorm, Dropout."""
+    """The "mlp" head between encoder and output table: Linear, GELU, LayerNorm, Dropout."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -316,13 +329,56 @@ class HeadTransform(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_dim)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, factors: Tensor | None = None) -> Tensor:
         """Return (..., D) for x (..., D)."""
-        return self.dropout(self.norm(F.gelu(self.linear(x))))
+        return self.dropout(self.norm(F.gelu(apply_linear(self.linear, x, factors))))
+
+
+# ruff: disable[D102]
+class SequenceModel(Protocol):
+    """What losses and trainer need of a model: `Bert4Rec`, or one with adapters around it.
+
+    Beside what is listed here it is an `nn.Module`.
+    """
+
+    @property
+    def config(self) -> ModelConfig: ...
+    @property
+    def plain(self) -> bool: ...  # weights can be copied to 16 bits, and steps captured as CUDA graphs
+    @property
+    def output_weight(self) -> Tensor: ...  # (V, D)
+    @property
+    def output_bias(self) -> Tensor | None: ...  # (V,)
+    @property
+    def frozen_columns(self) -> int: ...  # of `output_weight`, from the first: they need no gradient
+    @property
+    def output_sink(self) -> Sink | None: ...  # takes the gradient of `output_weight`
+
+    def encode(
+        self, items: Tensor, segment_ids: Tensor, positions: Tensor, query_index: Tensor | None = None
+    ) -> Tensor: ...
+    def head_input(self, hidden: Tensor) -> Tensor: ...
+    def logits(self, hidden: Tensor) -> Tensor: ...
+    def use_sinks(self, wanted: bool) -> dict[nn.Parameter, Sink]: ...
+    def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]: ...
+    def origin(self) -> dict[str, Any]: ...
+
+    def train(self, mode: bool = True) -> Any: ...
+    def to(self, device: torch.device, /) -> Any: ...
+    def modules(self) -> Iterator[nn.Module]: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def buffers(self) -> Iterator[Tensor]: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+
+# ruff: enable[D102]
 
 
 class Bert4Rec(nn.Module):
     """The masked-item transformer. Item ids: PAD 0, items 1..num_items, MASK num_items + 1."""
+
+    plain = True  # no adapters: weights can be copied to 16 bits and steps captured as CUDA graphs
+    frozen_columns = 0  # of `output_weight`, counted from the first: they need no gradient
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -342,6 +398,8 @@ class Bert4Rec(nn.Module):
             self.item_table.weight if config.tied else nn.Parameter(torch.empty(config.output_rows, D))
         )
         self.output_bias = nn.Parameter(torch.empty(config.output_rows)) if config.output_bias else None
+        self.item_sink: Sink | None = None  # None: autograd keeps the item table's gradient
+        self.output_sink: Sink | None = None  # the same sink if the tables are tied
         self.reset_parameters()
 
     @torch.no_grad()
@@ -353,15 +411,27 @@ class Bert4Rec(nn.Module):
             elif "norm" in name and name.endswith("weight"):
                 parameter.fill_(1.0)
             else:
-                parameter.zero_()
+                parameter.zero_()  # biases, and the offsets of norms
         self.item_table.weight[PAD].zero_()
 
-    def look_up(self, items: Tensor) -> Tensor:
+    def use_sinks(self, wanted: bool) -> dict[nn.Parameter, Sink]:
+        """Give each large trained table a new sink, or take the sinks away; return the sinks in use."""
+        tables: list[Any] = [self.item_table.weight, self.output_weight]
+        sinks: dict[nn.Parameter, Sink] = {}
+        for table in tables:
+            large = table.numel() * table.element_size() >= SMALLEST_BYTES
+            if wanted and large and table.requires_grad and table not in sinks:
+                sinks[table] = Sink(table)
+        self.item_sink, self.output_sink = (sinks.get(table) for table in tables)
+        return sinks
+
+    def look_up(self, items: Tensor, factors: Tensor | None = None) -> Tensor:
         """Return the item vectors (..., D) of ids (...)."""
-        sink = sink_of(self.item_table.weight)
-        if sink is None or not torch.is_grad_enabled():
+        if getattr(self.item_table, "takes_factors", False):
+            return self.item_table(items, factors)
+        if self.item_sink is None or not torch.is_grad_enabled():
             return self.item_table(items)
-        return Lookup.apply(self.item_table.weight, items, sink, PAD)
+        return Lookup.apply(self.item_table.weight, items, self.item_sink, PAD)
 
     def encode(
         self,
@@ -369,39 +439,64 @@ class Bert4Rec(nn.Module):
         segment_ids: Tensor,
         positions: Tensor,
         query_index: Tensor | None = None,
+        factors: Tensor | None = None,
+        query_factors: Tensor | None = None,
     ) -> Tensor:
         """Return the hidden states (R, L, D) of rows of item ids.
 
-        `items`, `segment_ids` and `positions` are (R, L) integers: ids with MASK where the model may not
-        look, the number of the sequence inside its row (0: padding), the row of the position table.
+        `items`, `segment_ids` and `positions` are (R, L) integers: ids, with MASK at the targets; the number
+        of the sequence inside its row (0: padding); the row of the position table.
 
-        With `query_index` (R, Q) only the states at those places are wanted, (R, Q, D): the last layer then
-        computes keys and values everywhere and all else at those places. The values are the same.
+        With `query_index` (R, Q) only the states at those positions are returned, (R, Q, D). The last layer
+        then computes keys and values everywhere and all else at those positions. The values are the same.
+
+        `factors` (R, L, r) and `query_factors` (R, Q, r) are for adapted layers (`AdaptedModel.encode`).
         """
-        x = self.look_up(items) + F.embedding(positions, self.position_table)
+        x = self.look_up(items, factors) + F.embedding(positions, self.position_table)  # (R, L, D)
         x = self.dropout(self.embedding_norm(x))
-        bias = attention_bias(segment_ids, x.dtype, self.config.causal)
+        bias = attention_bias(segment_ids, x.dtype, self.config.causal)  # (R, 1, L, L)
         if query_index is None:
             for block in self.blocks:
-                x = block(x, bias)
+                x = block(x, bias, factors=factors)
             return self.final_norm(x)
         for block in self.blocks[:-1]:
-            x = block(x, bias)
-        row_bias = attention_bias(segment_ids, x.dtype, self.config.causal, query_index)
-        return self.final_norm(self.blocks[-1](x, row_bias, query_index))
+            x = block(x, bias, factors=factors)
+        # Only here can positions be left out: every earlier layer feeds the keys and values of the next.
+        query_bias = attention_bias(segment_ids, x.dtype, self.config.causal, query_index)  # (R, 1, Q, L)
+        return self.final_norm(self.blocks[-1](x, query_bias, query_index, factors, query_factors))
 
-    def head_input(self, hidden: Tensor) -> Tensor:
-        """Return (M, D): what is multiplied by the output table, for hidden states (M, D)."""
-        return self.transform(hidden)
+    def head_input(self, hidden: Tensor, factors: Tensor | None = None) -> Tensor:
+        """Return what is multiplied by the output table, (M, D), for hidden states (M, D)."""
+        return self.transform(hidden, factors) if self.config.head == "mlp" else hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the scores (M, V) of every row of the output table for hidden states (M, D)."""
         return F.linear(self.head_input(hidden), self.output_weight, self.output_bias)
 
+    def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
+        """Return the trained parameters, in groups with their share of the learning rate."""
+        return [([p for p in self.parameters() if p.requires_grad], 1.0)]
+
+    def origin(self) -> dict[str, Any]:
+        """Return what a further training starts from: a hash of the weights, and which of them it trains."""
+        trained = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+        if not trained:
+            raise InputError("all parameters of the model are frozen: there is nothing to train")
+        return {"base_sha256": base_hash(self), "trained": trained}
+
     def table_parameters(self) -> int:
         """Count the parameters that grow with the catalogue: item tables and output bias."""
         tables = {id(p): p.numel() for p in (self.item_table.weight, self.output_weight)}
         return sum(tables.values()) + (0 if self.output_bias is None else self.output_bias.numel())
+
+
+def base_hash(model: Bert4Rec) -> str:
+    """Return sha256 of a model's configuration and weights: what an adapter belongs to."""
+    digest = hashlib.sha256(json.dumps(asdict(model.config), sort_keys=True).encode())
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(parameter.detach().contiguous().cpu().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:

@@ -1,12 +1,16 @@
-"""A frozen model with adapters, seen from outside as the model it was.
+"""A frozen model with adapters, which has the interface of a plain model.
 
     adapted = AdaptedModel(model)                     # freezes it
     adapted.add("june", AdapterConfig(kind="ilora"))  # from here on it is trained as any model is
 
-`encode` computes, before it calls the model's own, one gate a segment from the rows themselves (`ilora`,
-`ilora`), and lets the adapted layers find it while they run (`lora.present`).
+The forward pass of an `ilora` adapter (`AdaptedModel.encode`):
 
-Shapes: R rows, L places, Q queries of a row, M target positions, D hidden_dim, r rank, K experts.
+    z = representation(rows)         # (R, L, width): what is known of each sequence, from its visible items
+    g = gate(z)                      # (R, L, K): softmax weights of the experts
+    f = repeat(g, r / K) * scaling   # (R, L, r): the factors
+    base.encode(*rows, factors=f)    # each adapted layer adds B (f * A x), see `lora`
+
+Shapes: R rows, L positions, Q queries of a row, M target positions, D hidden_dim, r rank, K experts.
 """
 
 from __future__ import annotations
@@ -14,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -24,32 +27,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reclib.config import PAD, AdapterConfig, InputError, ModelConfig, validated
-from reclib.model.bert4rec import Bert4Rec, detach, take
-from reclib.model.lora import AdaptedEmbedding, AdaptedLayer, AdaptedLinear, AdaptedTable, present
+from reclib.model.bert4rec import Bert4Rec, Sink, base_hash, take
+from reclib.model.lora import AdaptedEmbedding, AdaptedLayer, AdaptedLinear, AdaptedTable
 
-# ------------------------------------------------------------------------------------------------
-# What an instance-wise adapter knows of a sequence: one vector, computed from its visible prefix only.
+# -- representations -----------------------------------------------------------------------------------------
 #
-# iLoRA (Kong et al., NeurIPS 2024, arXiv 2408.10159) mixes the experts of an adapter by a gate on a frozen
-# representation z of the user's sequence. Here z is a function of the rows that the encoder is given, in
-# which MASK stands at every target: the target's id is not there to be used. Rows are packed, so z belongs
-# to a segment, and every place of a segment has the same. In a causal model what is later is a target as
-# well: there each place has a z of its own, of what is up to it.
+# What the gate knows of a sequence: one vector z, computed from its visible prefix only. iLoRA (Kong et al.,
+# NeurIPS 2024, arXiv 2408.10159) mixes the experts of an adapter by a gate on a frozen representation of the
+# user's sequence. The rows have MASK at every target, so the target's id cannot leak into z. Rows are packed:
+# z belongs to a segment, and all its positions share it. In a causal model every later item is a target, so
+# each position has its own z, of the items up to it.
 #
-# Representations:
-#
-# - `MeanEmbedding`: mean of the frozen item embeddings of the visible items; no pass of its own.
-# - `State`: the state that a frozen model predicts the next item from, given the visible items alone: the
-#   base
-#   itself, or a causal model as in the paper. It costs a pass; where the rows come again, as on validation,
-#   its
-#   result is kept.
-#
-# Controls, which have no right to help: `Constant`, `Noise`, `OtherSegment`.
-#
-# Shapes: R rows, L places in a row, Q queries of a row, S segments, D width of z.
+# `MeanEmbedding` and `State` may help; the controls `Constant`, `Noise` and `OtherSegment` must not.
 
-CACHE_BYTES = 256 * 2**20  # of kept states; beyond it they are computed anew
+CACHE_BYTES = 256 * 2**20  # of cached states; further ones are computed again
 
 
 class Rows(NamedTuple):
@@ -271,15 +262,11 @@ def _digest(rows: Rows) -> bytes:
     return said.digest()
 
 
-# ------------------------------------------------------------------------------------------------
-# The gate of an instance-wise adapter: softmax weights of its experts, from what is known of the sequence.
+# -- the gate ------------------------------------------------------------------------------------------------
 #
-#     g = softmax(W z / temperature)
+#     g = softmax(W z / temperature): weights of the K experts
 #
-# One W serves all layers, as in the paper (Kong et al., NeurIPS 2024, arXiv 2408.10159); there a small
-# convolutional network stands in the place of the matrix.
-#
-# Shapes: D width of z, K experts, r rank, N instances.
+# One W serves all layers, as in the paper, where a small convolutional network takes the place of W.
 
 
 class Gate(nn.Module):
@@ -350,13 +337,9 @@ def refuse_other_catalogue(base: ModelConfig, other: ModelConfig) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------
-# Adapters around the layers of a frozen model: added, chosen, merged, taken away. PEFT's verbs.
+# -- adapters around a model ---------------------------------------------------------------------------------
 #
-# The model does not know of them: a layer is replaced by one that holds it. What passes through the adapted
-# model is in `ilora`.
-#
-# Shapes: K experts, r rank, N instances.
+# Added, selected, merged and removed with PEFT's verbs. A layer is replaced by one that holds it.
 
 OUTPUT = "output_weight"  # the path of the output table, which is no module
 
@@ -368,15 +351,6 @@ TARGETS: dict[str, tuple[str, ...]] = {  # what a path ends in
     "head": ("transform.linear", OUTPUT),
     "item_table": ("item_table",),
 }
-
-
-def base_hash(model: Bert4Rec) -> str:
-    """Return sha256 of a model's configuration and weights: what an adapter belongs to."""
-    said = hashlib.sha256(json.dumps(asdict(model.config), sort_keys=True).encode())
-    for name, parameter in model.named_parameters():
-        said.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        said.update(parameter.detach().contiguous().cpu().view(torch.uint8).numpy().data)
-    return said.hexdigest()
 
 
 def matched(model: Bert4Rec, targets: tuple[str, ...]) -> list[str]:
@@ -406,7 +380,7 @@ class Adapters(nn.Module):
         super().__init__()
         self.base_sha256 = base_hash(model)
         self.was_trained = {name: p.requires_grad for name, p in model.named_parameters()}
-        detach(list(model.parameters()))  # a sink would get a gradient that nobody asks for
+        model.use_sinks(False)  # a sink would get gradients of frozen tables
         for parameter in model.parameters():
             parameter.requires_grad_(False)
             parameter.grad = None
@@ -627,11 +601,14 @@ class Adapters(nn.Module):
                 )
 
 
-# ------------------------------------------------------------------------------------------------
+# -- the adapted model ---------------------------------------------------------------------------------------
 
 
 class AdaptedModel(Adapters):
-    """An adapted model that has what a trainer, a loss and a ranking ask a `Bert4Rec` for."""
+    """An adapted model with the interface of `Bert4Rec` that training and evaluation use."""
+
+    plain = False  # see `Bert4Rec.plain`
+    output_sink = None
 
     @property
     def config(self) -> ModelConfig:
@@ -653,6 +630,39 @@ class AdaptedModel(Adapters):
         """The base's output bias."""
         return self.base.output_bias
 
+    @property
+    def frozen_columns(self) -> int:
+        """How many columns of `output_weight`, from the first, need no gradient."""
+        return 0 if self.output is None else self.output.frozen_columns
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether the active adapter depends on the instance: it has a gate and is not merged."""
+        return self.active is not None and self.active in self.gates and self.merged is None
+
+    def use_sinks(self, wanted: bool) -> dict[nn.Parameter, Sink]:
+        """Return no sinks: the large tables are frozen."""
+        return {}
+
+    def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
+        """Return the trained parameters with their shares of the learning rate: the gate has its own."""
+        trained = {id(p): p for p in self.parameters() if p.requires_grad}
+        gate = [trained.pop(id(p)) for p in self.gates.parameters() if p.requires_grad]
+        groups = [(list(trained.values()), 1.0)]
+        if self.active is not None and gate:
+            groups.append((gate, self.configs[self.active].gate_learning_rate))
+        return groups
+
+    def origin(self) -> dict[str, Any]:
+        """Return what a further training starts from: a hash of the base, and the adapter's settings."""
+        if self.active is None:
+            raise InputError("the adapted model has no active adapter: there is nothing to train")
+        settings = asdict(self.configs[self.active])
+        settings["targets"] = list(settings["targets"])  # as JSON returns it
+        reader = self.reader(self.active)
+        read = None if reader is None else base_hash(reader)
+        return {"base_sha256": self.base_sha256, "adapter": settings, "reader_sha256": read}
+
     def table_parameters(self) -> int:
         """Count the base's parameters that grow with the catalogue."""
         return self.twin.table_parameters()
@@ -670,44 +680,29 @@ class AdaptedModel(Adapters):
     ) -> Tensor:
         """Return the hidden states (R, L, D), or (R, Q, D), as `Bert4Rec.encode` does.
 
-        Where the head is adapted by `ilora` they carry their gate in r more columns, which `head_input` uses.
+        If an `ilora` adapter is on the head, its factors follow in r more columns: (R, L or Q, D + r). They
+        belong to positions, and the caller selects positions before it calls `head_input`.
         """
         rows = (items, segment_ids, positions)
-        name = self.active
-        if name is None or name not in self.gates or self.merged is not None:
+        if not self.has_factors:
             return self.base.encode(*rows, query_index)
-        gate: Any = self.gates[name]
+        gate: Any = self.gates[self.active or ""]
         factors = gate.factors(self.expert_weights(*rows))  # (R, L, r)
-        if query_index is None:
-            with present(factors):
-                hidden = self.base.encode(*rows)
-            return self._with_factors(hidden, factors)
-        asked = query_index
-        if asked.shape[1] == items.shape[1]:  # factors are told apart by their number of places: one more
-            asked = F.pad(asked, (0, 1))
-        at_queries = take(factors, asked)  # (R, Q, r)
-        with present(factors, at_queries):
-            hidden = self.base.encode(*rows, asked)
-        return self._with_factors(hidden, at_queries)[:, : query_index.shape[1]]
+        at_queries = factors if query_index is None else take(factors, query_index)  # (R, Q, r)
+        hidden = self.base.encode(*rows, query_index, factors, at_queries)
+        return torch.cat((hidden, at_queries.to(hidden.dtype)), -1) if self.head_is_adapted else hidden
 
     def head_input(self, hidden: Tensor) -> Tensor:
-        """Return what is multiplied by `output_weight`, for states (M, D) or such as `encode` gives."""
-        D = self.config.hidden_dim
-        if hidden.shape[-1] == D:
-            return self._head(hidden)
-        with present(hidden[..., D:]):
-            return self._head(hidden[..., :D])
+        """Return what is multiplied by `output_weight`, (M, D) or (M, D + r), for states of `encode`."""
+        factors = None
+        if self.has_factors and self.head_is_adapted:
+            hidden, factors = hidden.tensor_split((self.config.hidden_dim,), -1)  # (M, D), (M, r)
+        x = self.base.head_input(hidden, factors)
+        return x if self.output is None else self.output.widen(x, factors)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the scores (M, V) of every row of the output table for hidden states."""
         return F.linear(self.head_input(hidden), self.output_weight, self.output_bias)
-
-    def _head(self, hidden: Tensor) -> Tensor:
-        x = self.base.head_input(hidden)
-        return x if self.output is None else self.output.widen(x)
-
-    def _with_factors(self, hidden: Tensor, factors: Tensor) -> Tensor:
-        return torch.cat((hidden, factors.to(hidden.dtype)), -1) if self.head_is_adapted else hidden
 
 
 def add_ilora(model: Any, rank: int = 8, experts: int = 4, **settings: Any) -> AdaptedModel:

@@ -15,17 +15,14 @@ B starts at zero, so a new adapter changes nothing. What differs between kinds i
 
       sum_k g_k B_k A_k x  =  B ((A x) * repeat(g, r / K)),
 
-  which costs what `lora` costs. The uniform g = 1 / K is `lora` exactly. g differs from place to place and
-  cannot pass through the model's signatures: it is present while the encoder runs, see `present`.
+  which costs what `lora` costs. The uniform g = 1 / K is `lora` exactly. g differs from position to position:
+  f (..., r) is the argument `factors`, which `Bert4Rec.encode` passes to every adapted layer.
 
-Shapes: N places, r rank, K experts, V rows of a table.
+Shapes: N positions, r rank, K experts, V rows of a table.
 """
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -34,38 +31,6 @@ from torch import Tensor, nn
 
 from reclib.config import AdapterConfig
 from reclib.model.bert4rec import Dropout
-
-
-class _Present(threading.local):
-    """The factors of the pass that this thread is in; none outside a pass of an `ilora` adapter."""
-
-    places: Tensor | None = None
-    queries: Tensor | None = None
-
-
-_present = _Present()
-
-
-@contextlib.contextmanager
-def present(places: Tensor, queries: Tensor | None = None) -> Iterator[None]:
-    """Let the layers run inside find their factors: (..., r) at all places, (R, Q, r) at the queries.
-
-    Each thread has its own, and a pass inside a pass gives the outer one's back.
-    """
-    before = _present.places, _present.queries
-    _present.places, _present.queries = places, queries
-    try:
-        yield
-    finally:
-        _present.places, _present.queries = before
-
-
-def present_factors(shape: torch.Size) -> Tensor:
-    """Return the factors (*shape, r) for an input with these leading dimensions."""
-    for found in (_present.places, _present.queries):
-        if found is not None and found.shape[:-1] == shape:
-            return found
-    raise RuntimeError(f"an ilora adapter was asked at {tuple(shape)} places, for which no gate is present")
 
 
 class LowRankFactor(nn.Module):
@@ -81,12 +46,14 @@ class LowRankFactor(nn.Module):
         scaling = self.config.scaling
         return scaling if self.lora_gate is None else scaling * self.lora_gate.sigmoid()
 
-    def times_factor(self, found: Tensor) -> Tensor:
-        """Return f times A x (..., r)."""
+    def times_factor(self, y: Tensor, factors: Tensor | None) -> Tensor:
+        """Return f times y = A x (..., r); `factors` (..., r) is f of an `ilora` adapter."""
         if self.config.kind == "ilora":
-            return found * present_factors(found.shape[:-1]).to(found.dtype)
+            if factors is None:
+                raise RuntimeError("an ilora adapter was called without factors: use AdaptedModel.encode")
+            return y * factors.to(y.dtype)
         factor = self.constant_factor()
-        return found * (factor.to(found.dtype) if isinstance(factor, Tensor) else factor)
+        return y * (factor.to(y.dtype) if isinstance(factor, Tensor) else factor)
 
 
 class LowRank(LowRankFactor):
@@ -99,16 +66,16 @@ class LowRank(LowRankFactor):
         nn.init.zeros_(self.lora_B.weight)
         self.dropout = Dropout(config.dropout)
 
-    def inner(self, x: Tensor) -> Tensor:
+    def inner(self, x: Tensor, factors: Tensor | None) -> Tensor:
         """Return f A x (..., r) for x (..., in)."""
-        return self.times_factor(self.lora_A(self.dropout(x)))
+        return self.times_factor(self.lora_A(self.dropout(x)), factors)
 
-    def added_to(self, y: Tensor, x: Tensor, part: slice) -> Tensor:
-        """Return y (..., outputs in `part`) plus the adapter's answer to x (..., in)."""
-        # Laid out as (r, out), its gradient is the product of two wide matrices: as (out, r) it took up to
-        # seven times as long on a CPU, and the way back through B twice as long.
+    def added_to(self, y: Tensor, x: Tensor, factors: Tensor | None, part: slice) -> Tensor:
+        """Return y (..., outputs in `part`) plus the adapter's outputs for x (..., in)."""
+        # A copy of B laid out as (r, out): the gradient is then the product of two wide matrices. As (out, r)
+        # it took up to seven times as long on a CPU, and the backward pass through B twice as long.
         weight = self.lora_B.weight[part].t().contiguous()
-        return torch.addmm(y.flatten(0, -2), self.inner(x).flatten(0, -2), weight).view(y.shape)
+        return torch.addmm(y.flatten(0, -2), self.inner(x, factors).flatten(0, -2), weight).view(y.shape)
 
     @torch.no_grad()
     def delta(self, factor: float | Tensor) -> Tensor:
@@ -118,17 +85,17 @@ class LowRank(LowRankFactor):
 
 
 class LowRankTable(LowRankFactor):
-    """The same of a table of vectors: A (r, V) is looked up, and starts at zero in place of B (D, r)."""
+    """A and B of an adapted embedding: A (r, V) is looked up, and starts at zero in place of B (D, r)."""
 
     def __init__(self, rows: int, width: int, config: AdapterConfig) -> None:
         super().__init__(config)
         self.lora_embedding_A = nn.Parameter(torch.zeros(config.rank, rows))
         self.lora_embedding_B = nn.Parameter(torch.randn(width, config.rank))
 
-    def added_to(self, y: Tensor, index: Tensor) -> Tensor:
+    def added_to(self, y: Tensor, index: Tensor, factors: Tensor | None) -> Tensor:
         """Return y (..., D) plus the adapter's vectors of the rows `index` (...)."""
-        found = self.times_factor(F.embedding(index, self.lora_embedding_A.t()))
-        return y + F.linear(found, self.lora_embedding_B)
+        inner = self.times_factor(F.embedding(index, self.lora_embedding_A.t()), factors)  # (..., r)
+        return y + F.linear(inner, self.lora_embedding_B)
 
     @torch.no_grad()
     def delta(self, factor: float | Tensor) -> Tensor:
@@ -138,14 +105,18 @@ class LowRankTable(LowRankFactor):
 
 
 class AdaptedLayer(nn.Module):
-    """A layer and its adapters by name, of which one at most is active."""
+    """A layer and its adapters by name, at most one of them active."""
+
+    takes_factors = True  # `forward` has the argument `factors`; see `bert4rec.apply_linear`
 
     def __init__(self, base: nn.Module | None) -> None:
         super().__init__()
         self.base: Any = base
         self.adapters = nn.ModuleDict()
         self.active: str | None = None
-        self.kept_weight: Tensor | None = None  # of the layer, while an adapter is merged into it
+        self.kept_weight: Tensor | None = (
+            None  # a copy, while an adapter is merged: subtracting it again rounds
+        )
 
     @property
     def weight(self) -> Tensor:
@@ -153,8 +124,8 @@ class AdaptedLayer(nn.Module):
         return self.base.weight
 
     @property
-    def present_adapter(self) -> Any:
-        """The adapter that is to be added now, or None."""
+    def active_adapter(self) -> Any:
+        """The adapter whose outputs are added; None if none is active or it is merged."""
         if self.active is None or self.kept_weight is not None or self.active not in self.adapters:
             return None
         return self.adapters[self.active]
@@ -181,15 +152,12 @@ class AdaptedLinear(AdaptedLayer):
         """Add a new adapter, which changes nothing yet."""
         self.adapters[name] = LowRank(self.base.in_features, self.base.out_features, config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (..., out) for x (..., in)."""
-        return self.part(x, slice(None))
-
-    def part(self, x: Tensor, part: slice) -> Tensor:
-        """Return the outputs `part` alone, at the cost of those."""
+    def forward(self, x: Tensor, factors: Tensor | None = None, part: slice | None = None) -> Tensor:
+        """Return (..., out) for x (..., in), or the outputs `part` at the cost of those."""
+        part = part or slice(None)
         y = F.linear(x, self.base.weight[part], self.base.bias[part])
-        adapter = self.present_adapter
-        return y if adapter is None else adapter.added_to(y, x, part)
+        adapter = self.active_adapter
+        return y if adapter is None else adapter.added_to(y, x, factors, part)
 
 
 class AdaptedEmbedding(AdaptedLayer):
@@ -199,11 +167,11 @@ class AdaptedEmbedding(AdaptedLayer):
         """Add a new adapter, which changes nothing yet."""
         self.adapters[name] = LowRankTable(self.base.num_embeddings, self.base.embedding_dim, config)
 
-    def forward(self, index: Tensor) -> Tensor:
+    def forward(self, index: Tensor, factors: Tensor | None = None) -> Tensor:
         """Return the vectors (..., D) of the rows `index` (...)."""
         y = self.base(index)
-        adapter = self.present_adapter
-        return y if adapter is None else adapter.added_to(y, index)
+        adapter = self.active_adapter
+        return y if adapter is None else adapter.added_to(y, index, factors)
 
 
 class AdaptedTable(AdaptedLayer):
@@ -226,22 +194,22 @@ class AdaptedTable(AdaptedLayer):
         rows, width = self.table.shape
         self.adapters[name] = LowRank(width, rows, config)
 
-    def widened(self) -> Tensor:
-        """Return (V, D + r): the table and B, where an adapter is active, else the table.
+    @property
+    def frozen_columns(self) -> int:
+        """How many columns of `widened`, from the first, are frozen: their gradient need not be computed."""
+        return 0 if self.active_adapter is None else self.table.shape[1]
 
-        The full cross-entropy leaves the product of the first D columns' gradient out (`losses`).
-        """
-        adapter = self.present_adapter
+    def widened(self) -> Tensor:
+        """Return the table and B side by side, (V, D + r), or the table if no adapter is active."""
+        adapter = self.active_adapter
         if adapter is None:
             return self.table
-        both = torch.cat((self.table, adapter.lora_B.weight.to(self.table.dtype)), 1)
-        both.frozen_columns = self.table.shape[1]  # type: ignore[attr-defined]
-        return both
+        return torch.cat((self.table, adapter.lora_B.weight.to(self.table.dtype)), 1)
 
-    def widen(self, x: Tensor) -> Tensor:
-        """Return x (M, D) and f A x beside it, (M, D + r), where an adapter is active, else x."""
-        adapter = self.present_adapter
-        return x if adapter is None else torch.cat((x, adapter.inner(x).to(x.dtype)), -1)
+    def widen(self, x: Tensor, factors: Tensor | None) -> Tensor:
+        """Return x (M, D) and f A x side by side, (M, D + r), or x if no adapter is active."""
+        adapter = self.active_adapter
+        return x if adapter is None else torch.cat((x, adapter.inner(x, factors).to(x.dtype)), -1)
 
 
 def _by_rank(factor: float | Tensor) -> float | Tensor:

@@ -35,7 +35,7 @@ from reclib.report.style import (
     sentence,
     words_beside,
 )
-from reclib.report.tables import ARM_NAMES, BASELINES, CONTROLS, TASK_NAMES, model_name
+from reclib.report.tables import ARM_NAMES, BASELINES, TASK_NAMES, model_name
 
 MOST_COLORS = 4  # lines of a figure that can be told apart; all others are grey
 

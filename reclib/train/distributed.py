@@ -35,7 +35,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -49,7 +49,7 @@ from reclib import hardware, system
 from reclib.config import InputError, TrainConfig
 from reclib.data.dataset import Evaluation, Histories
 from reclib.evaluate.metrics import Ranking
-from reclib.model.bert4rec import sink_of
+from reclib.model.bert4rec import SequenceModel, Sink
 
 ALONE_BYTES = 2**20  # a gradient from this size on is summed where it lies
 
@@ -159,7 +159,7 @@ class Ranks:
         """Device of what is exchanged."""
         return torch.device("cuda" if self.backend == "nccl" else "cpu")
 
-    def start(self, model: torch.nn.Module, config: TrainConfig) -> None:
+    def start(self, model: SequenceModel, config: TrainConfig) -> None:
         """Give every process the first one's weights; refuse a batch that cannot be divided."""
         if config.batch_size % self.count:
             raise InputError(
@@ -190,7 +190,13 @@ class Ranks:
             high, low = np.random.SeedSequence((seed, step, self.rank)).generate_state(2)
             torch.manual_seed(int(high) << 32 | int(low))
 
-    def sum_gradients(self, parameters: Sequence[Tensor], loss: Tensor, used: list[bool]) -> None:
+    def sum_gradients(
+        self,
+        parameters: Sequence[torch.nn.Parameter],
+        loss: Tensor,
+        used: list[bool],
+        sinks: Mapping[torch.nn.Parameter, Sink],
+    ) -> None:
         """Sum over all processes, in place, the gradients of a step and its loss.
 
         `used`, filled at the first call, says which parameters get a gradient in any process: the others
@@ -207,8 +213,8 @@ class Ranks:
                     continue
                 if parameter.grad is None:  # this process had nothing to do
                     parameter.grad = torch.zeros_like(parameter)
-                if (sink := sink_of(parameter)) is not None:
-                    sink.mix()
+                if parameter in sinks:
+                    sinks[parameter].mix()
                 grads.append(parameter.grad)
             large = [g for g in grads if g.numel() * g.element_size() >= ALONE_BYTES]
             small = [g for g in grads if g.numel() * g.element_size() < ALONE_BYTES]

@@ -1,6 +1,9 @@
 """A whole training run: the loop, evaluation on validation, early stop, checkpoints, the best weights.
 
-Every choice is made on validation; the test split is scored by whoever asks for it, once.
+`fit` trains a new model and `fine_tune` a given one. Both build a `Trainer` and call `_run`: resume, train
+(`_train`), load the best weights. All choices are made on validation; the caller scores the test split.
+
+Below them: run files and the command line, then the curves that a tracker shows, then the trackers.
 """
 
 from __future__ import annotations
@@ -46,18 +49,256 @@ from reclib.data.splits import SPLIT_TITLES, Split, leave_one_out
 from reclib.evaluate import metrics
 from reclib.hardware import Device, resolve
 from reclib.model.bert4rec import Bert4Rec
-from reclib.model.ilora import AdaptedModel, base_hash
 from reclib.system import Parser
 from reclib.train import distributed, saving
 from reclib.train.saving import Recommender, load_unique, refuse_other, unique_tensors
-from reclib.train.trainer import CHECK_EVERY, StepStats, Trainer
+from reclib.train.trainer import CHECK_EVERY, M, StepStats, Trainer
 
-# ------------------------------------------------------------------------------------------------
-# One training run, written down: what a notebook hands to processes that it does not contain.
+SELECT = "ndcg@10"  # the metric on validation by which the best epoch is chosen
+
+
+@dataclass
+class Options:
+    """How a run is watched; nothing here changes its result."""
+
+    remove_seen: bool = True  # leave what a user has had out of the ranking on validation
+    progress_bar: bool = False
+    on_step: Callable[[StepStats], None] | None = None
+    on_evaluation: Callable[[dict[str, float]], None] | None = None
+
+
+def fit(
+    model: ModelConfig,
+    dataset: Dataset,
+    config: TrainConfig,
+    device: Device,
+    folder: Path | None = None,
+    options: Options | None = None,
+    split: Split | None = None,
+) -> Trainer[Bert4Rec]:
+    """Train a new model and return its trainer, with the weights that were best on validation.
+
+    `split` None is leave-one-out. With a `folder` the run is checkpointed there and goes on there. Raises
+    `InputError` where it would not fit or diverges, or a checkpoint is damaged or of another run.
+    """
+    split = split or leave_one_out(dataset)
+    demand_room(model, config, split.train, device, None, distributed.ranks().count)
+    torch.manual_seed(config.seed)  # weights and dropout; batches have generators of their own
+    trainer = Trainer(Bert4Rec(model), split.train, config, device, data_identity(dataset, split))
+    return _run(trainer, split.valid, folder, options or Options())
+
+
+def fine_tune(
+    model: M,
+    dataset: Dataset,
+    config: TrainConfig,
+    device: Device,
+    folder: Path | None = None,
+    options: Options | None = None,
+    split: Split | None = None,
+) -> Trainer[M]:
+    """Train a given model further: whole, in part, or its active adapter. Otherwise as `fit`.
+
+    Parameters that require a gradient are trained, and only they are in checkpoints: of an adapted model the
+    adapter and its gate. A checkpoint fits only the weights and the adapter settings that the run began with.
+    """
+    origin = model.origin()
+    torch.manual_seed(config.seed)
+    split = split or leave_one_out(dataset)
+    trainer = Trainer(model, split.train, config, device, data_identity(dataset, split), origin)
+    return _run(trainer, split.valid, folder, options or Options())
+
+
+def data_identity(dataset: Dataset, split: Split) -> str:
+    """Return what identifies the data of a run: the dataset, and how it is split unless by leave-one-out."""
+    if split.name == "leave-one-out":
+        return dataset.fingerprint
+    rule = hashlib.sha256(json.dumps(split.about, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return f"{dataset.fingerprint} {split.name} {rule}"
+
+
+def rank_targets(
+    trainer: Trainer, part: Evaluation, remove_seen: bool, top_k: int = 0, with_losses: bool = False
+) -> metrics.Ranking:
+    """Rank the targets of `part` with the trainer's model, in its precision, each process its users."""
+
+    def rank(part: Evaluation) -> metrics.Ranking:
+        with trainer.autocast():
+            scores = metrics.model_scores(trainer.model, part, trainer.where)
+            return metrics.rank(scores, part, remove_seen, top_k, with_losses)
+
+    return trainer.ranks.ranking(part, rank)
+
+
+def _run(trainer: Trainer[M], valid: Evaluation, folder: Path | None, options: Options) -> Trainer[M]:
+    """Resume from the newest checkpoint in `folder`, if any, train to the end, and load the best weights."""
+    if folder is not None:
+        trainer.resume(folder)
+        trainer.ranks.demand_same(trainer.progress.step, folder)
+    best: dict[str, Tensor] = {}
+    if not trainer.progress.done:
+        best = _train(trainer, valid, folder, options)
+    if not best and folder is not None:  # they were found before the run was interrupted
+        best, state = saving.load_checkpoint(folder / "best")
+        refuse_other(state["identity"], trainer.identity(), folder)
+    load_unique(trainer.model, best)
+    return trainer
+
+
+def fit_recommender(
+    dataset: Dataset,
+    size: str = "tiny",
+    *,
+    model: Recommender | Bert4Rec | Any = None,  # or an adapted model
+    gpu: str = "auto",
+    folder: str | Path | None = None,
+    **settings: Any,
+) -> Recommender:
+    """Train on a prepared dataset and return a model that recommends: `fit(dataset, "small", epochs=20)`.
+
+    Trains a new model of a named `size`, or `model` further, of an adapted one the active adapter alone.
+    `settings` are fields of TrainConfig and, for a new model, of ModelConfig. With a `folder` a killed run
+    goes on, and `load(folder)` opens the trained model later; for an adapter see `saving.save_adapter`.
+    """
+    shape, train = divided(settings)
+    device, place = resolve(gpu), None if folder is None else Path(folder)
+    options = Options(progress_bar=sys.stderr.isatty())
+    if model is None:
+        setup = Setup(DataConfig(), validated(TrainConfig, train), size, shape)
+        trainer = fit(setup.model(dataset.num_items), dataset, setup.train, device, place, options)
+    else:
+        if shape:
+            raise InputError(f"the model is there: {', '.join(shape)} cannot be set")
+        module: Any = model.model if isinstance(model, Recommender) else model
+        trainer = fine_tune(module, dataset, validated(TrainConfig, train), device, place, options)
+    if place is not None and isinstance(trainer.model, Bert4Rec):
+        keep(trainer, dataset, place)
+    trainer.model.eval()
+    return Recommender.of(trainer.model, dataset, best_of(trainer))
+
+
+def best_of(trainer: Trainer) -> dict[str, Any]:
+    """Return the best value on validation, and when it was reached."""
+    progress = trainer.progress
+    return {SELECT: progress.best_value, "epoch": progress.best_epoch, "step": progress.step}
+
+
+def keep(trainer: Trainer, dataset: Dataset, folder: Path) -> Path:
+    """Write the trained model of a run into the folder of its checkpoints, for `saving.load_model`."""
+    place = folder.resolve() / saving.MODEL
+    return saving.save_model(trainer.model, trainer.config, dataset, place, best_of(trainer))
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run in a folder got through, as far as its newest checkpoint says."""
+    found = saving.latest(folder)
+    try:
+        return found is not None and bool(json.loads((found / saving.STATE).read_text())["progress"]["done"])
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _train(trainer: Trainer, valid: Evaluation, folder: Path | None, options: Options) -> dict[str, Tensor]:
+    """Train to the end or the early stop; return the best weights found in this call, if any.
+
+    Of several processes the first one writes files and shows progress. All decide by its validation row.
+    """
+    progress, config = trainer.progress, trainer.config
+    folder = folder if trainer.ranks.first else None
+    best: dict[str, Tensor] = {}
+    saved_at = time.monotonic()
+    pending: list[StepStats] = []  # their losses are read late, since reading waits for the device
+    bar = tqdm(
+        total=trainer.total_steps,
+        initial=progress.step,
+        unit="step",
+        mininterval=1.0,
+        leave=False,
+        disable=not (options.progress_bar and trainer.ranks.first),
+    )
+    with bar:
+        # Evaluate and save at the end of an epoch, and save in between as well if that takes long. The order
+        # matters for resuming: best weights first, then the checkpoint whose progress names them.
+        for stats in trainer.steps():
+            bar.update()
+            pending.append(stats)
+            if options.on_step is not None:
+                options.on_step(stats)
+            last = stats.step == trainer.total_steps
+            epoch_done = stats.step % trainer.steps_per_epoch == 0
+            due = last or (epoch_done and (stats.epoch + 1) % config.eval_every == 0)
+            if due:
+                _absorb(trainer, pending)
+                row = _evaluate(trainer, valid, stats.learning_rate, options)
+                if row[SELECT] > progress.best_value:
+                    progress.best_value, progress.best_epoch = row[SELECT], stats.epoch
+                    progress.stale_evaluations = 0
+                    best = {k: v.clone() for k, v in unique_tensors(trainer.model, frozen=False).items()}
+                    if folder is not None:
+                        state = {"identity": trainer.identity(), "validation": row}
+                        saving.save_checkpoint(folder, "best", best, state)
+                else:
+                    progress.stale_evaluations += 1
+                stop = bool(config.patience) and progress.stale_evaluations >= config.patience
+                progress.done = last or stop
+                bar.set_postfix(loss=f"{row['train_loss']:.3f}", ndcg10=f"{row[SELECT]:.4f}")
+            if folder is not None and (due or time.monotonic() - saved_at >= config.checkpoint_seconds):
+                _absorb(trainer, pending)
+                trainer.save(folder)
+                saved_at = time.monotonic()
+            if progress.done:
+                break
+    return best
+
+
+def _absorb(trainer: Trainer, pending: list[StepStats]) -> None:
+    """Add the losses of `pending` steps to the run's sums, and clear the list.
+
+    On CUDA the loop checks a loss only now and then. Here every loss is checked before anything is saved.
+    """
+    for stats in pending:
+        if stats.skipped:
+            continue
+        values = {"loss": stats.loss, "gradient norm": stats.grad_norm}
+        if wrong := {k: v for k, v in values.items() if v is not None and not math.isfinite(v)}:
+            raise trainer.diverged(stats.step, wrong)
+        trainer.progress.loss_sum += stats.loss * stats.num_targets
+        trainer.progress.loss_targets += stats.num_targets
+    pending.clear()
+
+
+def _evaluate(
+    trainer: Trainer, valid: Evaluation, learning_rate: float, options: Options
+) -> dict[str, float]:
+    """Score validation and add a row to the history."""
+    progress = trainer.progress
+    started = time.perf_counter()
+    ranking = rank_targets(trainer, valid, options.remove_seen, with_losses=True)
+    assert ranking.losses is not None
+    trainer.model.train()
+    row = {
+        "step": progress.step,
+        "epoch": progress.step / trainer.steps_per_epoch,
+        "train_loss": progress.loss_sum / progress.loss_targets,
+        "learning_rate": learning_rate,
+        "train_seconds": progress.train_seconds,
+        "tokens": progress.tokens,
+        "valid_loss": float(ranking.losses.mean(dtype=np.float64)),
+        **metrics.summary(ranking.ranks),
+        "eval_seconds": time.perf_counter() - started,
+    }
+    row = trainer.ranks.of_first(row)
+    progress.loss_sum, progress.loss_targets = 0.0, 0
+    progress.history.append(row)
+    if options.on_evaluation is not None:
+        options.on_evaluation(row)
+    return row
+
+
+# -- run files and the command line --------------------------------------------------------------------------
 #
-# `python -m reclib fit --run FILE` trains what the file says, and `--dataset`, `--size` and `-p` make the
-# same in memory. The file is JSON, and of the split it names only the rule: whoever reads it compares what
-# comes out with `identity`.
+# A run file is a training run as JSON: what a notebook gives to processes that it starts. It names only the
+# rule of the split; `identity` says what data must come out of it.
 
 
 @dataclass(frozen=True)
@@ -116,12 +357,160 @@ def read_setup(file: Path) -> Setup:
         raise InputError(f"{file.name} is no run file: {error}") from None
 
 
-# ------------------------------------------------------------------------------------------------
-# Curves in Weights & Biases or TensorBoard, for those who want them; the records do not depend on it.
+def fit_setup(setup: Setup, claimed: str, folder: Path, kind: str = "none") -> Trainer:
+    """Train what a setup says on the device of a gpu label, beside other processes or alone; see `fit`.
+
+    `kind` is the tracker that gets the curves, of several processes from the first one.
+    """
+    device = resolve(claimed)
+    distributed.divide_threads(device.label)
+    dataset = prepare(setup.data)
+    split = splits.SPLIT_TITLES[setup.split](dataset)
+    model, found = setup.model(dataset.num_items), data_identity(dataset, split)
+    if setup.identity not in (None, found):
+        raise InputError(f"the data of the run are {found}, not {setup.identity}")
+    about = {"model": asdict(model), "train": asdict(setup.train)}
+    first = distributed.ranks().first
+    with start_tracker(kind if first else "none", setup.group, setup.title or folder.name, about) as track:
+        curves = Curves(track, device)
+        options = Options(True, sys.stderr.isatty(), curves.step, curves.evaluation)
+        if not first:
+            options = Options()
+        return fit(model, dataset, setup.train, device, folder, options, split)
+
+
+def fit_main(argv: list[str] | None = None) -> int:
+    """Train from the command line; print validation's best as one JSON line."""
+    system.hold()
+    arguments = sys.argv[1:] if argv is None else argv
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    try:
+        values = {name: typed(value) for name, value in given.p}
+        setup = read_setup(given.run) if given.run else of_options(given.dataset, given.size, values)
+        if given.nproc != 1 and not distributed.in_run():
+            distributed.place(given.nproc, given.gpu)
+            prepare(setup.data)  # once, and its errors are told once
+            return distributed.launch(arguments, given.nproc, given.gpu)
+        with distributed.joined(given.gpu):
+            trainer = fit_setup(setup, given.gpu, given.out, given.tracker)
+    except InputError as error:
+        distributed.report(error)
+        return distributed.leave(2)
+    except KeyboardInterrupt:
+        if not distributed.in_run():  # otherwise said once, by the one that started this process
+            print(f"interrupted; {system.AGAIN}", file=sys.stderr)
+        return distributed.leave(128 + signal.SIGINT)
+    if trainer.ranks.first:
+        print(json.dumps(best_of(trainer)))
+        if given.run is None:
+            dataset = prepare(setup.data)
+            keep(trainer, dataset, given.out)
+            items = " ".join(shlex.quote(str(key)) for key in dataset.item_keys[1:4])
+            print(f"next: python -m reclib recommend {shlex.quote(str(given.out))} {items}", file=sys.stderr)
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m reclib fit",
+        description="Train one model; the same command goes on where a killed run was.",
+    )
+    parser.add_argument("--dataset", default="ml-100k", help="ml-100k, synthetic or a file (ml-100k)")
+    parser.add_argument("--size", default="tiny", help=f"one of {SIZE_NAMES} (tiny)")
+    parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints")
+    parser.add_argument("--gpu", default="auto", help="auto, cpu or a gpu label (auto)")
+    trackers = ", ".join(TRACKERS)
+    parser.add_argument("--tracker", default="none", help=f"curves under runs/: {trackers} (none)")
+    parser.add_argument(
+        "-p",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="a field of TrainConfig, or model.<field of ModelConfig>",
+    )
+    parser.add_argument("--run", type=Path, help="a run file of a notebook, instead of dataset, size and -p")
+    parser.add_argument("--nproc", type=int, default=1, help="processes here that train together (1)")
+    return parser
+
+
+# -- curves --------------------------------------------------------------------------------------------------
 #
-# Off in tests and by default, files only in batch, online only when asked. Files lie under `runs/`, which
-# git ignores, and say nothing of host, user or command line. TensorBoard's own writer puts the host's name
-# into the name of its file, so the events are framed here, by that package's record writer.
+# What a tracker shows of a run: loss, rates, norm, memory and validation, as `train/`, `valid/` and `run/`.
+# On CUDA a loss is read only at the steps at which the loop waits for the device anyway.
+
+_RUN = ("epoch", "tokens", "train_seconds", "eval_seconds")  # of a row of the history, what is no metric
+
+
+class Curves:
+    """The callbacks of one training run; give them to `fit.Options`."""
+
+    def __init__(self, track: Tracker, device: Device) -> None:
+        """Take where the numbers go and what the run is on."""
+        self._track, self._where = track, device.torch_device
+        self._window: list[StepStats] = []  # since the last time that something was logged
+        self._begun: float | None = None  # when the window began; None: not at a step that was waited for
+        self._sequences = 0  # since the last evaluation
+        self._before: tuple[float, float] | None = None  # (tokens, train_seconds) at the last evaluation
+
+    def step(self, stats: StepStats) -> None:
+        """Take one step; log the mean of a window of `CHECK_EVERY`."""
+        if stats.step == 1:
+            self._before = (0.0, 0.0)
+        self._window.append(stats)
+        self._sequences += stats.num_sequences
+        if stats.step % CHECK_EVERY:
+            return
+        values = self._losses()  # waits for the device
+        now = time.perf_counter()
+        if self._begun is not None:
+            values |= self._rates(now - self._begun)
+        self._log(values, stats.step)
+        self._begun = now
+
+    def evaluation(self, row: Mapping[str, float]) -> None:
+        """Log a row of the history; on a CPU, where no work is left to wait for, with the rates since."""
+        values = self._losses() if self._window else {}
+        if self._before is not None and self._where.type == "cpu":
+            tokens, seconds = row["tokens"] - self._before[0], row["train_seconds"] - self._before[1]
+            values["train/tokens_per_second"] = tokens / seconds
+            values["train/sequences_per_second"] = self._sequences / seconds
+        for name, value in row.items():
+            if name == "train_loss":
+                values["train/epoch_loss"] = value
+            elif name not in ("step", "learning_rate"):
+                values[f"run/{name}" if name in _RUN else f"valid/{name.removeprefix('valid_')}"] = value
+        self._log(values, int(row["step"]))
+        self._before, self._sequences, self._begun = (row["tokens"], row["train_seconds"]), 0, None
+
+    def _losses(self) -> dict[str, float]:
+        """Return the window's mean loss over targets, its last gradient norm and learning rate."""
+        counted = [stats for stats in self._window if not stats.skipped]
+        targets = sum(stats.num_targets for stats in counted)
+        values = {"train/learning_rate": self._window[-1].learning_rate}
+        if targets:
+            values["train/loss"] = sum(stats.loss * stats.num_targets for stats in counted) / targets
+            if (norm := counted[-1].grad_norm) is not None:
+                values["train/gradient_norm"] = norm
+        return values
+
+    def _rates(self, seconds: float) -> dict[str, float]:
+        return {
+            "train/tokens_per_second": sum(stats.num_tokens for stats in self._window) / seconds,
+            "train/sequences_per_second": sum(stats.num_sequences for stats in self._window) / seconds,
+        }
+
+    def _log(self, values: dict[str, float], step: int) -> None:
+        self._window = []
+        self._track.log(values | {"run/peak_memory_bytes": hardware.peak_memory_bytes(self._where)}, step)
+
+
+# -- trackers ------------------------------------------------------------------------------------------------
+#
+# Weights & Biases or TensorBoard; records do not depend on them. Off by default and in tests. Files lie under
+# `runs/`, which git ignores, and say nothing of host, user or command line. TensorBoard's own writer puts the
+# host's name into its file's name, so events are written here by that package's record writer.
 
 TRACKERS = ("none", "wandb-offline", "wandb-online", "tensorboard")
 
@@ -298,426 +687,3 @@ def _logged_in(wandb: Any) -> bool:
         return bool(wandb.login(prompt=False, verify=False))
     except wandb.errors.UsageError:
         return False
-
-
-# ------------------------------------------------------------------------------------------------
-# What a training run shows while it goes on: loss, rates, norm, memory and validation, for a tracker.
-#
-# Names are `train/`, `valid/` and `run/` with what people look for. On CUDA a loss is read only at the
-# steps at which the loop waits for the device anyway, so that watching a run does not slow it.
-
-_RUN = ("epoch", "tokens", "train_seconds", "eval_seconds")  # of a row of the history, what is no metric
-
-
-class Curves:
-    """The callbacks of one training run; give them to `fit.Options`."""
-
-    def __init__(self, track: Tracker, device: Device) -> None:
-        """Take where the numbers go and what the run is on."""
-        self._track, self._where = track, device.torch_device
-        self._window: list[StepStats] = []  # since the last time that something was logged
-        self._begun: float | None = None  # when the window began; None: not at a step that was waited for
-        self._sequences = 0  # since the last evaluation
-        self._before: tuple[float, float] | None = None  # (tokens, train_seconds) at the last evaluation
-
-    def step(self, stats: StepStats) -> None:
-        """Take one step; log the mean of a window of `CHECK_EVERY`."""
-        if stats.step == 1:
-            self._before = (0.0, 0.0)
-        self._window.append(stats)
-        self._sequences += stats.num_sequences
-        if stats.step % CHECK_EVERY:
-            return
-        values = self._losses()  # waits for the device
-        now = time.perf_counter()
-        if self._begun is not None:
-            values |= self._rates(now - self._begun)
-        self._log(values, stats.step)
-        self._begun = now
-
-    def evaluation(self, row: Mapping[str, float]) -> None:
-        """Log a row of the history; on a CPU, where no work is left to wait for, with the rates since."""
-        values = self._losses() if self._window else {}
-        if self._before is not None and self._where.type == "cpu":
-            tokens, seconds = row["tokens"] - self._before[0], row["train_seconds"] - self._before[1]
-            values["train/tokens_per_second"] = tokens / seconds
-            values["train/sequences_per_second"] = self._sequences / seconds
-        for name, value in row.items():
-            if name == "train_loss":
-                values["train/epoch_loss"] = value
-            elif name not in ("step", "learning_rate"):
-                values[f"run/{name}" if name in _RUN else f"valid/{name.removeprefix('valid_')}"] = value
-        self._log(values, int(row["step"]))
-        self._before, self._sequences, self._begun = (row["tokens"], row["train_seconds"]), 0, None
-
-    def _losses(self) -> dict[str, float]:
-        """Return the window's mean loss over targets, its last gradient norm and learning rate."""
-        counted = [stats for stats in self._window if not stats.skipped]
-        targets = sum(stats.num_targets for stats in counted)
-        values = {"train/learning_rate": self._window[-1].learning_rate}
-        if targets:
-            values["train/loss"] = sum(stats.loss * stats.num_targets for stats in counted) / targets
-            if (norm := counted[-1].grad_norm) is not None:
-                values["train/gradient_norm"] = norm
-        return values
-
-    def _rates(self, seconds: float) -> dict[str, float]:
-        return {
-            "train/tokens_per_second": sum(stats.num_tokens for stats in self._window) / seconds,
-            "train/sequences_per_second": sum(stats.num_sequences for stats in self._window) / seconds,
-        }
-
-    def _log(self, values: dict[str, float], step: int) -> None:
-        self._window = []
-        self._track.log(values | {"run/peak_memory_bytes": hardware.peak_memory_bytes(self._where)}, step)
-
-
-# ------------------------------------------------------------------------------------------------
-
-SELECT = "ndcg@10"  # the metric on validation by which the best epoch is chosen
-
-
-@dataclass
-class Options:
-    """How a run is watched; nothing here changes its result."""
-
-    remove_seen: bool = True  # leave what a user has had out of the ranking on validation
-    progress_bar: bool = False
-    on_step: Callable[[StepStats], None] | None = None
-    on_evaluation: Callable[[dict[str, float]], None] | None = None
-
-
-def rank_targets(
-    trainer: Trainer, part: Evaluation, remove_seen: bool, top_k: int = 0, with_losses: bool = False
-) -> metrics.Ranking:
-    """Rank the targets of `part` with the trainer's model, in its precision, each process its users."""
-
-    def rank(part: Evaluation) -> metrics.Ranking:
-        with trainer.autocast():
-            scores = metrics.model_scores(trainer.model, part, trainer.where)
-            return metrics.rank(scores, part, remove_seen, top_k, with_losses)
-
-    return trainer.ranks.ranking(part, rank)
-
-
-def fit(
-    model: ModelConfig,
-    dataset: Dataset,
-    config: TrainConfig,
-    device: Device,
-    folder: Path | None = None,
-    options: Options | None = None,
-    split: Split | None = None,
-) -> Trainer:
-    """Train a new model and return its trainer, with the weights that were best on validation.
-
-    `split` None is leave-one-out. With a `folder` the run is checkpointed there and goes on there. Raises
-    `InputError` where it would not fit or diverges, or a checkpoint is damaged or of another run.
-    """
-    split = split or leave_one_out(dataset)
-    demand_room(model, config, split.train, device, None, distributed.ranks().count)
-    torch.manual_seed(config.seed)  # weights and dropout; batches have generators of their own
-    trainer = Trainer(Bert4Rec(model), split.train, config, device, data_identity(dataset, split))
-    return _carried_through(trainer, split, folder, options or Options())
-
-
-def fit_setup(setup: Setup, claimed: str, folder: Path, kind: str = "none") -> Trainer:
-    """Train what a setup says on the device of a gpu label, beside other processes or alone; see `fit`.
-
-    `kind` is the tracker that gets the curves, of several processes from the first one.
-    """
-    device = resolve(claimed)
-    distributed.divide_threads(device.label)
-    dataset = prepare(setup.data)
-    split = splits.SPLIT_TITLES[setup.split](dataset)
-    model, found = setup.model(dataset.num_items), data_identity(dataset, split)
-    if setup.identity not in (None, found):
-        raise InputError(f"the data of the run are {found}, not {setup.identity}")
-    about = {"model": asdict(model), "train": asdict(setup.train)}
-    first = distributed.ranks().first
-    with start_tracker(kind if first else "none", setup.group, setup.title or folder.name, about) as track:
-        curves = Curves(track, device)
-        options = Options(True, sys.stderr.isatty(), curves.step, curves.evaluation)
-        if not first:
-            options = Options()
-        return fit(model, dataset, setup.train, device, folder, options, split)
-
-
-def fine_tune(
-    model: Bert4Rec | AdaptedModel,
-    dataset: Dataset,
-    config: TrainConfig,
-    device: Device,
-    folder: Path | None = None,
-    options: Options | None = None,
-    split: Split | None = None,
-) -> Trainer:
-    """Train a model that is there further, whole, in part or by its active adapter; otherwise as `fit`.
-
-    What is trained is what requires a gradient, and checkpoints hold that alone: of an adapted model the
-    adapter and its gate. They belong to the weights that it starts from and to the adapter's settings.
-    """
-    origin = origin_of(model)
-    torch.manual_seed(config.seed)
-    split = split or leave_one_out(dataset)
-    trainer = Trainer(model, split.train, config, device, data_identity(dataset, split), origin)
-    return _carried_through(trainer, split, folder, options or Options())
-
-
-def origin_of(model: Bert4Rec | AdaptedModel) -> dict[str, Any]:
-    """Return what a further training starts from: a hash of the base, and what of it or around it trains."""
-    if isinstance(model, AdaptedModel):
-        if model.active is None:
-            raise InputError("the adapted model has no active adapter: there is nothing to train")
-        settings = asdict(model.configs[model.active])
-        settings["targets"] = list(settings["targets"])  # as JSON gives it back
-        reader = model.reader(model.active)
-        read = None if reader is None else base_hash(reader)
-        return {"base_sha256": model.base_sha256, "adapter": settings, "reader_sha256": read}
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if not trained:
-        raise InputError("all parameters of the model are frozen: there is nothing to train")
-    return {"base_sha256": base_hash(model), "trained": trained}
-
-
-def _carried_through(trainer: Trainer, split: Split, folder: Path | None, options: Options) -> Trainer:
-    """Train to the end from the newest checkpoint, if there is one, and load the best weights."""
-    if folder is not None:
-        trainer.resume(folder)
-        trainer.ranks.demand_same(trainer.progress.step, folder)
-    best: dict[str, Tensor] = {}
-    if not trainer.progress.done:
-        best = _train(trainer, split.valid, folder, options)
-    if not best and folder is not None:
-        best, state = saving.load_checkpoint(folder / "best")
-        refuse_other(state["identity"], trainer.identity(), folder)
-    load_unique(trainer.model, best)
-    return trainer
-
-
-def fit_recommender(
-    dataset: Dataset,
-    size: str = "tiny",
-    *,
-    model: Recommender | Bert4Rec | AdaptedModel | None = None,
-    gpu: str = "auto",
-    folder: str | Path | None = None,
-    **settings: Any,
-) -> Recommender:
-    """Train on a prepared dataset and return a model that recommends: `fit(dataset, "small", epochs=20)`.
-
-    Trains a new model of a named `size`, or `model` further, of an adapted one the active adapter alone.
-    `settings` are fields of TrainConfig and, for a new model, of ModelConfig. With a `folder` a killed run
-    goes on, and `load(folder)` opens the trained model later; for an adapter see `saving.save_adapter`.
-    """
-    shape, train = divided(settings)
-    device, place = resolve(gpu), None if folder is None else Path(folder)
-    options = Options(progress_bar=sys.stderr.isatty())
-    if model is None:
-        setup = Setup(DataConfig(), validated(TrainConfig, train), size, shape)
-        trainer = fit(setup.model(dataset.num_items), dataset, setup.train, device, place, options)
-    else:
-        if shape:
-            raise InputError(f"the model is there: {', '.join(shape)} cannot be set")
-        module = model.model if isinstance(model, Recommender) else model
-        trainer = fine_tune(module, dataset, validated(TrainConfig, train), device, place, options)
-    if place is not None and isinstance(trainer.model, Bert4Rec):
-        keep(trainer, dataset, place)
-    trainer.model.eval()
-    return Recommender.of(trainer.model, dataset, best_of(trainer))
-
-
-def best_of(trainer: Trainer) -> dict[str, Any]:
-    """Return the best value on validation, and when it was reached."""
-    progress = trainer.progress
-    return {SELECT: progress.best_value, "epoch": progress.best_epoch, "step": progress.step}
-
-
-def keep(trainer: Trainer, dataset: Dataset, folder: Path) -> Path:
-    """Write the trained model of a run into the folder of its checkpoints, for `saving.load_model`."""
-    place = folder.resolve() / saving.MODEL
-    return saving.save_model(trainer.model, trainer.config, dataset, place, best_of(trainer))
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether the run in a folder got through, as far as its newest checkpoint says."""
-    found = saving.latest(folder)
-    try:
-        return found is not None and bool(json.loads((found / saving.STATE).read_text())["progress"]["done"])
-    except (OSError, ValueError, KeyError):
-        return False
-
-
-def data_identity(dataset: Dataset, split: Split) -> str:
-    """Return what identifies the data of a run: the dataset, and how it is split unless by leave-one-out."""
-    if split.name == "leave-one-out":
-        return dataset.fingerprint
-    rule = hashlib.sha256(json.dumps(split.about, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    return f"{dataset.fingerprint} {split.name} {rule}"
-
-
-def _train(trainer: Trainer, valid: Evaluation, folder: Path | None, options: Options) -> dict[str, Tensor]:
-    """Run the loop to its end or the early stop; return the best weights found on this call, if any.
-
-    Of several processes the first one writes and shows; what is decided by validation is decided by its row.
-    """
-    progress, config = trainer.progress, trainer.config
-    folder = folder if trainer.ranks.first else None
-    best: dict[str, Tensor] = {}
-    saved_at = time.monotonic()
-    pending: list[StepStats] = []  # their losses are read late, since reading waits for the device
-    bar = tqdm(
-        total=trainer.total_steps,
-        initial=progress.step,
-        unit="step",
-        mininterval=1.0,
-        leave=False,
-        disable=not (options.progress_bar and trainer.ranks.first),
-    )
-    with bar:
-        for stats in trainer.steps():
-            bar.update()
-            pending.append(stats)
-            if options.on_step is not None:
-                options.on_step(stats)
-            last = stats.step == trainer.total_steps
-            epoch_done = stats.step % trainer.steps_per_epoch == 0
-            due = last or (epoch_done and (stats.epoch + 1) % config.eval_every == 0)
-            if due:
-                _absorb(trainer, pending)
-                row = _evaluate(trainer, valid, stats.learning_rate, options)
-                if row[SELECT] > progress.best_value:
-                    progress.best_value, progress.best_epoch = row[SELECT], stats.epoch
-                    progress.stale_evaluations = 0
-                    best = {k: v.clone() for k, v in unique_tensors(trainer.model, frozen=False).items()}
-                    if folder is not None:
-                        state = {"identity": trainer.identity(), "validation": row}
-                        saving.save_checkpoint(folder, "best", best, state)
-                else:
-                    progress.stale_evaluations += 1
-                stop = bool(config.patience) and progress.stale_evaluations >= config.patience
-                progress.done = last or stop
-                bar.set_postfix(loss=f"{row['train_loss']:.3f}", ndcg10=f"{row[SELECT]:.4f}")
-            if folder is not None and (due or time.monotonic() - saved_at >= config.checkpoint_seconds):
-                _absorb(trainer, pending)
-                trainer.save(folder)
-                saved_at = time.monotonic()
-            if progress.done:
-                break
-    return best
-
-
-def _absorb(trainer: Trainer, pending: list[StepStats]) -> None:
-    """Add the losses of `pending` steps to the run's sums, and forget the steps.
-
-    On CUDA the loop looks at a loss only now and then: here all are seen, before anything is saved.
-    """
-    for stats in pending:
-        if stats.skipped:
-            continue
-        values = {"loss": stats.loss, "gradient norm": stats.grad_norm}
-        if wrong := {k: v for k, v in values.items() if v is not None and not math.isfinite(v)}:
-            raise trainer.diverged(stats.step, wrong)
-        trainer.progress.loss_sum += stats.loss * stats.num_targets
-        trainer.progress.loss_targets += stats.num_targets
-    pending.clear()
-
-
-def _evaluate(
-    trainer: Trainer, valid: Evaluation, learning_rate: float, options: Options
-) -> dict[str, float]:
-    """Score validation and add a row to the history."""
-    progress = trainer.progress
-    started = time.perf_counter()
-    ranking = rank_targets(trainer, valid, options.remove_seen, with_losses=True)
-    assert ranking.losses is not None
-    trainer.model.train()
-    row = {
-        "step": progress.step,
-        "epoch": progress.step / trainer.steps_per_epoch,
-        "train_loss": progress.loss_sum / progress.loss_targets,
-        "learning_rate": learning_rate,
-        "train_seconds": progress.train_seconds,
-        "tokens": progress.tokens,
-        "valid_loss": float(ranking.losses.mean(dtype=np.float64)),
-        **metrics.summary(ranking.ranks),
-        "eval_seconds": time.perf_counter() - started,
-    }
-    row = trainer.ranks.of_first(row)
-    progress.loss_sum, progress.loss_targets = 0.0, 0
-    progress.history.append(row)
-    if options.on_evaluation is not None:
-        options.on_evaluation(row)
-    return row
-
-
-def save_model(trainer: Trainer, folder: Path, about: dict[str, Any]) -> Path:
-    """Write weights and configuration under `folder`, to be loaded by `load_model`."""
-    state = {"model": asdict(trainer.model.config), **about}
-    return saving.save_checkpoint(folder.parent, folder.name, unique_tensors(trainer.model), state)
-
-
-def load_model(folder: Path) -> Bert4Rec:
-    """Read a model that `save_model` wrote; raise `InputError` if it is damaged."""
-    tensors, state = saving.load_checkpoint(folder)
-    if "model" not in state:
-        raise InputError(f"{folder.name} holds a training state, not a saved model")
-    model = Bert4Rec(ModelConfig(**state["model"]))
-    load_unique(model, tensors)
-    return model.eval()
-
-
-def fit_main(argv: list[str] | None = None) -> int:
-    """Train from the command line; print validation's best as one JSON line."""
-    system.hold()
-    arguments = sys.argv[1:] if argv is None else argv
-    parser = _parser()
-    given = parser.parse_args(arguments)
-    try:
-        values = {name: typed(value) for name, value in given.p}
-        setup = read_setup(given.run) if given.run else of_options(given.dataset, given.size, values)
-        if given.nproc != 1 and not distributed.in_run():
-            distributed.place(given.nproc, given.gpu)
-            prepare(setup.data)  # once, and its errors are told once
-            return distributed.launch(arguments, given.nproc, given.gpu)
-        with distributed.joined(given.gpu):
-            trainer = fit_setup(setup, given.gpu, given.out, given.tracker)
-    except InputError as error:
-        distributed.report(error)
-        return distributed.leave(2)
-    except KeyboardInterrupt:
-        if not distributed.in_run():  # otherwise said once, by the one that started this process
-            print(f"interrupted; {system.AGAIN}", file=sys.stderr)
-        return distributed.leave(128 + signal.SIGINT)
-    if trainer.ranks.first:
-        print(json.dumps(best_of(trainer)))
-        if given.run is None:
-            dataset = prepare(setup.data)
-            keep(trainer, dataset, given.out)
-            items = " ".join(shlex.quote(str(key)) for key in dataset.item_keys[1:4])
-            print(f"next: python -m reclib recommend {shlex.quote(str(given.out))} {items}", file=sys.stderr)
-    return 0
-
-
-def _parser() -> Parser:
-    parser = Parser(
-        prog="python -m reclib fit",
-        description="Train one model; the same command goes on where a killed run was.",
-    )
-    parser.add_argument("--dataset", default="ml-100k", help="ml-100k, synthetic or a file (ml-100k)")
-    parser.add_argument("--size", default="tiny", help=f"one of {SIZE_NAMES} (tiny)")
-    parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints")
-    parser.add_argument("--gpu", default="auto", help="auto, cpu or a gpu label (auto)")
-    trackers = ", ".join(TRACKERS)
-    parser.add_argument("--tracker", default="none", help=f"curves under runs/: {trackers} (none)")
-    parser.add_argument(
-        "-p",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("NAME", "VALUE"),
-        help="a field of TrainConfig, or model.<field of ModelConfig>",
-    )
-    parser.add_argument("--run", type=Path, help="a run file of a notebook, instead of dataset, size and -p")
-    parser.add_argument("--nproc", type=int, default=1, help="processes here that train together (1)")
-    return parser

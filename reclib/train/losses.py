@@ -34,29 +34,22 @@ from torch import Tensor
 from reclib.config import PAD, TrainConfig
 from reclib.cost.work import LARGE_LOGITS_BYTES, logits_limit
 from reclib.data.batches import IGNORE, Batch
-from reclib.model.bert4rec import Bert4Rec, sink_of
+from reclib.model.bert4rec import SequenceModel, Sink
 
-# ------------------------------------------------------------------------------------------------
-# Losses over sampled items, for catalogues whose full softmax does not fit.
+# -- losses over sampled items -------------------------------------------------------------------------------
 #
-# The K negatives of a step are shared by its targets, so that scores are one product (M, K). A negative
-# that is the target itself is left out of that target's loss.
+# For catalogues whose full softmax does not fit. The K negatives of a step are shared by its targets, so that
+# scores are one product (M, K). A negative that is the target itself is left out of that target's loss.
 #
 # - `sampled_softmax`: cross-entropy among the target and the negatives. With `logq` each negative counts
-#   1 / (K q) times, q being the probability that it was drawn (Bengio and Senecal, IEEE TNN 19(4), 2008):
-#   the
+#   1 / (K q) times, q being its probability of being drawn (Bengio and Senecal, IEEE TNN 19(4), 2008): the
 #   sum over negatives then estimates the sum over the catalogue. Without it the loss is the naive one.
-# - `gbce`: generalised binary cross-entropy (Petrov and Macdonald, RecSys 2023, arXiv 2308.07192, section
-#   5).
-#   The positive's probability is raised to beta = 1 + t (a - 1), with a = K / (I - 1); t = 0 is plain
-#   binary
-#   cross-entropy, t = 1 is calibrated like the softmax. Negatives there are drawn for each target, here for
-#   the step.
+# - `gbce`: generalised binary cross-entropy (Petrov and Macdonald, RecSys 2023, arXiv 2308.07192, section 5).
+#   The positive's probability is raised to beta = 1 + t (a - 1), with a = K / (I - 1). t = 0 is plain binary
+#   cross-entropy, t = 1 is calibrated like the softmax. The paper draws negatives for each target; here they
+#   are drawn for the step.
 #
-# Both read a few rows of the output table instead of all of them; both are biased against the full softmax,
-# which stays the default wherever its logits fit.
-#
-# Shapes: M targets, K negatives, D hidden_dim, V rows of the output table, I real items.
+# Both are biased against the full softmax, which is the default wherever its logits fit.
 
 
 def sampled_sum(
@@ -103,26 +96,15 @@ def gbce(positive: Tensor, scores: Tensor, clash: Tensor, num_items: int, t: flo
     return beta * F.softplus(-positive) + negative
 
 
-# ------------------------------------------------------------------------------------------------
-# The cross-entropy over a catalogue as autograd functions that compute no more than is asked for.
+# -- full cross-entropy as autograd functions ----------------------------------------------------------------
 #
-# `losses` chooses among them. What they share: only real items compete, softmax and loss are in fp32 at
-# least, and of a table whose first columns are frozen (`lora.AdaptedTable.widened`) no gradient is
-# computed for those: it would cost as much as the scores and be dropped.
-#
-# Shapes: M targets, D columns of hidden states and table, V rows of the output table, I real items.
+# They compute no more than is needed. Only real items compete, softmax and loss are in fp32 at least. Of a
+# table whose first columns are frozen (`lora.AdaptedTable.widened`) no gradient is computed for those: it
+# would cost as much as the scores and be dropped.
 
 BLOCK_BYTES = 8 * 2**20  # logits handled at a time on the in-place route: they stay in the last cache level
 
 FULL = (torch.float32, torch.float64)
-
-
-def frozen_columns(weight: Tensor) -> int:
-    """Return how many columns of an output table, the first ones, are frozen and need no gradient.
-
-    Of a table with adapters beside it (`lora.AdaptedTable.widened`) only the adapters' columns need one.
-    """
-    return getattr(weight, "frozen_columns", 0)
 
 
 class PartlyFrozenProduct(torch.autograd.Function):
@@ -141,7 +123,7 @@ class PartlyFrozenProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of hidden, weight and shift."""
         hidden, weight = ctx.saved_tensors
-        slope, last = grads[0], ctx.num_items + 1
+        slope, last = grads[0], ctx.num_items + 1  # (M, I)
         d_hidden = slope @ weight[1:last] if ctx.needs_input_grad[0] else None
         d_weight = None
         if ctx.needs_input_grad[1]:
@@ -158,13 +140,15 @@ def _empty_but(weight: Tensor, last: int, frozen: int) -> Tensor:
     return room
 
 
-_spare: list[Tensor] = []  # the buffer of the last step: asking the kernel for new pages takes longer
+# The buffer of the last step, for the next one. Freed, it would go back to the kernel: fresh pages for 164 MB
+# take 38 to 43 ms.
+_spare: list[Tensor] = []
 
 
 def _take_buffer(like: Tensor, size: int) -> Tensor:
     """Return an uninitialised vector of at least `size`: the spare one where it fits.
 
-    Whoever takes it owns it until backward gives it back; a second use before that gets another.
+    It is the caller's until backward returns it; a second forward before that gets another one.
     """
     if _spare:
         found = _spare.pop()
@@ -174,7 +158,12 @@ def _take_buffer(like: Tensor, size: int) -> Tensor:
 
 
 class InplaceCrossEntropy(torch.autograd.Function):
-    """Sum of cross-entropies whose logits, probabilities and gradient share one buffer (M, I)."""
+    """Sum of cross-entropies whose logits, probabilities and gradient share one buffer (M, I).
+
+    `F.cross_entropy` holds three such tensors, 154 MB each in the benchmark. Here blocks of a few rows go
+    through log-softmax, exponential and subtraction while they are in cache: 35 ms instead of several passes
+    over main memory. The three matrix products stay whole.
+    """
 
     @staticmethod
     def forward(
@@ -185,6 +174,7 @@ class InplaceCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         num_items: int,
         frozen: int = 0,
+        sink: Sink | None = None,
     ) -> Tensor:
         """Return the sum; what is kept for backward is the gradient of the logits."""
         ctx.buffer = _take_buffer(hidden, len(targets) * num_items)
@@ -193,7 +183,7 @@ class InplaceCrossEntropy(torch.autograd.Function):
         wide = scores.dtype if scores.dtype in FULL else torch.float32
         shift = None if bias is None else bias[1 : num_items + 1].to(wide)
         kept = (targets != IGNORE).to(wide)
-        column = (targets - 1).clamp_min(0)[:, None]  # (M, 1)
+        column = (targets - 1).clamp_min(0)[:, None]  # (M, 1); a filler gets any valid column
         losses = torch.empty(len(targets), dtype=wide, device=hidden.device)
         size = max(1, BLOCK_BYTES // (wide.itemsize * num_items))
         for first in range(0, len(targets), size):
@@ -204,8 +194,7 @@ class InplaceCrossEntropy(torch.autograd.Function):
                 scores[part] = block
         ctx.save_for_backward(hidden, weight, scores, kept.to(scores.dtype))
         ctx.num_items, ctx.bias_dtype = num_items, None if bias is None else bias.dtype
-        ctx.sink = sink_of(weight)
-        ctx.frozen = frozen  # columns, the first ones, without a gradient
+        ctx.frozen, ctx.sink = frozen, sink
         return (losses * kept).sum()
 
     @staticmethod
@@ -216,10 +205,11 @@ class InplaceCrossEntropy(torch.autograd.Function):
         d_hidden = d_weight = d_bias = None
         if ctx.needs_input_grad[0]:
             d_hidden = torch.mm(slope, weight[1:last]).mul_(scale).mul_(kept[:, None])
-        # Fillers are left out here, (M, D), and not in the slope, (M, I): that would be a pass over it all.
+        # `scale` and the mask of fillers are applied to (M, D), since applying them to the slope (M, I) would
+        # be another pass over the buffer.
         scaled = (hidden * scale).to(slope.dtype) * kept[:, None]
         if ctx.sink is not None:
-            ctx.sink.overwrite((slope.t(), scaled), slice(1, last))
+            ctx.sink.overwrite((slope.t(), scaled), slice(1, last))  # and autograd gets None
         elif ctx.needs_input_grad[1]:
             d_weight = _empty_but(weight, last, ctx.frozen)
             torch.mm(slope.t(), scaled[:, ctx.frozen :], out=d_weight[1:last, ctx.frozen :])
@@ -228,7 +218,7 @@ class InplaceCrossEntropy(torch.autograd.Function):
             d_bias = torch.zeros(len(weight), dtype=ctx.bias_dtype, device=weight.device)
             d_bias[1:last] = torch.mv(slope.t(), ones)
         _spare[:] = [ctx.buffer]
-        return d_hidden, d_weight, d_bias, None, None, None
+        return d_hidden, d_weight, d_bias, None, None, None, None
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -289,16 +279,19 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _to_gradient(block: Tensor, shift: Tensor | None, column: Tensor) -> Tensor:
-    """Turn a block of logits into their gradient, in place; return its losses. Fillers are the caller's."""
+    """Turn a block of logits (m, I) into their gradient, in place; return the losses (m,).
+
+    The gradient is softmax - onehot(target). The caller masks fillers.
+    """
     if shift is not None:
         block += shift
     torch.log_softmax(block, -1, out=block)
-    losses = -block.gather(1, column).squeeze(1)
+    losses = -block.gather(1, column).squeeze(1)  # read before the buffer stops being log-probabilities
     block.exp_().scatter_add_(1, column, block.new_full(column.shape, -1.0))
     return losses
 
 
-# ------------------------------------------------------------------------------------------------
+# -- the loss of a batch -------------------------------------------------------------------------------------
 
 Route = Literal["plain", "fused", "chunked", "inplace"]
 
@@ -325,34 +318,42 @@ def route(
 
 
 def cross_entropy_sum(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, num_items: int, how: Route
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    num_items: int,
+    how: Route,
+    frozen: int = 0,
+    sink: Sink | None = None,
 ) -> Tensor:
     """Return the sum over targets of the cross-entropy over items 1..num_items.
 
-    `hidden` (M, D), `weight` (V, D), `bias` (V,) or None, `targets` (M,) item ids or IGNORE. The products run
-    in autocast's type where that is on: both sides are cast here, since a product with `out=` is outside
-    autocast and would run in fp32 in silence. The softmax and the loss are in fp32.
+    `hidden` (M, D), `weight` (V, D), `bias` (V,) or None, `targets` (M,) item ids or IGNORE. The first
+    `frozen` columns of `weight` get no gradient. On the in-place route `sink` takes the gradient of `weight`.
     """
-    if how == "fused" and not frozen_columns(weight):
+    if how == "fused" and not frozen:
         for tensor in (hidden, targets):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)  # M alone: the catalogue stays a constant
         return _compiled_sum()(hidden, weight, bias, targets, num_items)
     if how in ("plain", "fused"):
-        return _plain_sum(hidden, weight, bias, targets, num_items)
+        return _plain_sum(hidden, weight, bias, targets, num_items, frozen)
+    # Cast here, because a product with `out=` ignores autocast: it would run in fp32 without a warning.
     dtype = compute_dtype(hidden)
-    frozen = frozen_columns(weight)  # asked before a cast, which makes another tensor
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     if how == "inplace":
-        return InplaceCrossEntropy.apply(hidden, weight, bias, targets, num_items, frozen)
+        return InplaceCrossEntropy.apply(hidden, weight, bias, targets, num_items, frozen, sink)
     chunk = min(max(16, LARGE_LOGITS_BYTES // (8 * num_items)), len(targets))
     return ChunkedCrossEntropy.apply(hidden, weight, bias, targets, num_items, frozen, chunk)
 
 
-def plain_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, num_items: int) -> Tensor:
+def plain_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, num_items: int, frozen: int = 0
+) -> Tensor:
     """Return the scores (M, I) of all real items, in fp32 at least."""
     dtype = compute_dtype(hidden)
     shift = None if bias is None else bias[1 : num_items + 1].to(dtype)
-    if frozen := frozen_columns(weight):
+    if frozen:
         logits = PartlyFrozenProduct.apply(hidden.to(dtype), weight.to(dtype), shift, num_items, frozen)
     else:
         logits = F.linear(hidden.to(dtype), weight[1 : num_items + 1].to(dtype), shift)
@@ -360,9 +361,9 @@ def plain_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, num_items:
 
 
 def _plain_sum(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, num_items: int
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, num_items: int, frozen: int = 0
 ) -> Tensor:
-    return _sum_over_targets(plain_logits(hidden, weight, bias, num_items), targets)
+    return _sum_over_targets(plain_logits(hidden, weight, bias, num_items, frozen), targets)
 
 
 @functools.cache
@@ -405,17 +406,18 @@ def focal_mean(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def batch_loss(
-    model: Bert4Rec,
+    model: SequenceModel,
     batch: Batch,
     config: TrainConfig,
     denominator: float | Tensor,
     encode: Callable[..., Tensor] | None = None,
     how: Route | None = None,
+    held: list[Tensor] | None = None,
 ) -> Tensor:
     """Return a micro-batch's part of the step's loss: its sum divided by the step's number of targets.
 
-    `encode` stands in for `model.encode`, compiled for instance. `how` is the run's route of the loss; None:
-    this batch's.
+    `encode` replaces `model.encode`, for instance by a compiled version. `how` is the run's route of the
+    loss; None chooses one for this batch. `held` gets tensors that the caller keeps until backward is done.
     """
     encode = encode or model.encode
     num_items = model.config.num_items
@@ -426,14 +428,13 @@ def batch_loss(
         labels[batch.target_places[real]] = batch.targets[real]
         logits = model.logits(encode(*rows))
         share = batch.num_tokens / denominator  # of the step's positions that this loss is a mean over
-        loss = focal_mean(logits, labels.view_as(batch.items)) * share
-        loss.held = logits  # type: ignore[attr-defined]  # as the original does, through backward
-        return loss
-    weight: Tensor = model.output_weight
-    bias: Tensor | None = model.output_bias
+        if held is not None:
+            held.append(logits)  # the original keeps them through backward: so does its measured memory
+        return focal_mean(logits, labels.view_as(batch.items)) * share
+    weight, bias, frozen = model.output_weight, model.output_bias, model.frozen_columns
     if config.head_rows == "all":  # logits everywhere, of which those at the targets are used
         everywhere = model.head_input(encode(*rows).flatten(0, 1))  # (R * L, D)
-        chosen = plain_logits(everywhere, weight, bias, num_items)[batch.target_places]  # (M, I)
+        chosen = plain_logits(everywhere, weight, bias, num_items, frozen)[batch.target_places]  # (M, I)
         return _sum_over_targets(chosen, batch.targets) / denominator
     if model.config.causal:  # nearly every place is a target: nothing is saved by asking for some
         states = F.embedding(batch.target_places, encode(*rows).flatten(0, 1))
@@ -443,6 +444,7 @@ def batch_loss(
     if config.sampled:
         return sampled_sum(hidden, weight, bias, batch, num_items, config) / denominator
     how = how or route(config.loss, hidden.device.type, len(batch.targets), num_items)
-    if config.head_multiple > 1 and not frozen_columns(weight):
+    if config.head_multiple > 1 and not frozen:
         weight, bias, num_items = filled_up(weight, bias, num_items, config.head_multiple)
-    return cross_entropy_sum(hidden, weight, bias, batch.targets, num_items, how) / denominator
+    total = cross_entropy_sum(hidden, weight, bias, batch.targets, num_items, how, frozen, model.output_sink)
+    return total / denominator

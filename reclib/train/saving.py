@@ -28,7 +28,7 @@ from reclib import system
 from reclib.config import AdapterConfig, InputError, ModelConfig, TrainConfig, nearest, validated
 from reclib.data.dataset import Dataset, Evaluation, Histories
 from reclib.evaluate import metrics
-from reclib.model.bert4rec import Bert4Rec
+from reclib.model.bert4rec import Bert4Rec, SequenceModel
 from reclib.model.ilora import OUTPUT, AdaptedModel, base_hash
 from reclib.system import plain
 
@@ -106,17 +106,33 @@ def prune(folder: Path, keep: int = 2) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def unique_tensors(model: torch.nn.Module, frozen: bool = True) -> dict[str, Tensor]:
+def unique_tensors(model: SequenceModel, frozen: bool = True) -> dict[str, Tensor]:
     """Return the state with tied tensors once, as safetensors wants it, with or without frozen ones."""
     return {name: p.detach() for name, p in model.named_parameters() if frozen or p.requires_grad}
 
 
-def load_unique(model: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
+def load_unique(model: SequenceModel, tensors: dict[str, Tensor]) -> None:
     """Copy the tensors of `unique_tensors` into a model of the same configuration."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad or name in tensors:
                 parameter.copy_(tensors[name])
+
+
+def save_weights(model: SequenceModel, folder: Path, about: Mapping[str, Any]) -> Path:
+    """Write weights and configuration under `folder`, for `load_weights`."""
+    state = {"model": asdict(model.config), **about}
+    return save_checkpoint(folder.parent, folder.name, unique_tensors(model), state)
+
+
+def load_weights(folder: Path) -> Bert4Rec:
+    """Read a model that `save_weights` wrote; raise `InputError` if it is damaged."""
+    tensors, state = load_checkpoint(folder)
+    if "model" not in state:
+        raise InputError(f"{folder.name} holds a training state, not a saved model")
+    model = Bert4Rec(ModelConfig(**state["model"]))
+    load_unique(model, tensors)
+    return model.eval()
 
 
 def refuse_other(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
@@ -392,7 +408,7 @@ def _refuse_other_shapes(found: dict[str, Tensor], wanted: dict[str, Tensor], fo
 
 
 # ------------------------------------------------------------------------------------------------
-# Models to keep: weights, configuration and what the ids mean, in a folder; used in three lines.
+# Models to recommend with: weights, configuration and the catalogue, in a folder; used in three lines.
 #
 #     from reclib import load
 #     model = load("w64d2-ml-100k")

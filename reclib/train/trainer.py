@@ -14,10 +14,10 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,11 +28,12 @@ from reclib.cost import work
 from reclib.data.batches import Batch, Epoch, Totals, prefetch
 from reclib.data.dataset import Histories
 from reclib.hardware import Device
-from reclib.model.bert4rec import Bert4Rec, attach, detach, sink_of
-from reclib.model.ilora import AdaptedModel
+from reclib.model.bert4rec import SequenceModel, Sink
 from reclib.train import distributed, losses, saving
 from reclib.train.losses import Route, batch_loss
 from reclib.train.saving import load_unique, refuse_other, unique_tensors
+
+M = TypeVar("M", bound=SequenceModel)
 
 CHECK_EVERY = 20  # steps between looks at the loss on CUDA, where each look waits for the device
 
@@ -105,40 +106,35 @@ def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
     return config.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * share)))
 
 
-def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Return AdamW over the trainable parameters; biases and norms are not decayed.
-
-    The gate of an adapted model has a group of its own, with a share of the rate that its adapter states.
-    """
-    trained = {id(p): p for p in model.parameters() if p.requires_grad}
-    adapted = model if isinstance(model, AdaptedModel) else None
-    gates = [trained.pop(id(p)) for p in adapted.gates.parameters() if p.requires_grad] if adapted else []
+def make_optimizer(model: SequenceModel, config: TrainConfig) -> torch.optim.AdamW:
+    """Return AdamW over the trained parameters; biases and norms are not decayed."""
+    (main, _), *others = model.parameter_groups()
+    decay = config.weight_decay
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in trained.values() if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained.values() if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": [p for p in main if p.dim() > 1], "weight_decay": decay},
+        {"params": [p for p in main if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    if adapted and adapted.active and gates:
-        share = adapted.configs[adapted.active].gate_learning_rate
-        groups.append({"params": gates, "weight_decay": config.weight_decay, "rate_share": share})
+    groups += [{"params": part, "weight_decay": decay, "rate_share": share} for part, share in others]
     fused = config.optimizer == "fused"
     return torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused, foreach=False)
 
 
 def clip_gradients(
-    parameters: Sequence[Tensor],
+    parameters: Sequence[torch.nn.Parameter],
     max_norm: float,
     divide_later: torch.optim.Optimizer | None = None,
+    sinks: Mapping[torch.nn.Parameter, Sink] | None = None,
 ) -> Tensor:
     """Scale gradients to a global norm of at most `max_norm`; return the norm before.
 
-    `divide_later` is a fused optimiser that is to divide them as it reads them, as it does for a gradient
-    scaler: on a CPU a pass of its own over the gradients costs as much as their norm.
+    `divide_later` is a fused optimiser that divides the gradients as it reads them.
     """
-    grads = [
-        p.grad if (sink := sink_of(p)) is None else sink.for_norm() for p in parameters if p.grad is not None
-    ]
+    sinks = sinks or {}
+    grads = [sinks[p].for_norm() if p in sinks else p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads)
     if divide_later is not None:
+        # The attribute by which torch's GradScaler tells a fused optimiser to divide. On a CPU a separate
+        # pass over the gradients would cost as much as their norm.
         divide_later.grad_scale = (norm / max_norm).clamp_min(1.0)  # type: ignore[attr-defined]
     else:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
@@ -154,9 +150,9 @@ class HalfCopies:
     embeddings, positions, norms and the output bias. The values are those of autocast.
     """
 
-    def __init__(self, model: Bert4Rec, dtype: torch.dtype) -> None:
+    def __init__(self, model: SequenceModel, dtype: torch.dtype) -> None:
         layers = [layer for layer in model.modules() if type(layer) is torch.nn.Linear]
-        names: list[tuple[torch.nn.Module, str]] = [(model, "output_weight")]
+        names: list[tuple[Any, str]] = [(model, "output_weight")]
         names += [(layer, name) for layer in layers for name in ("weight", "bias")]
         self.places = [place for place in names if getattr(*place).requires_grad]
         self.weights: list[Tensor] = [getattr(*place) for place in self.places]
@@ -195,7 +191,7 @@ class HalfCopies:
 
     def _put(self, tensors: Sequence[Tensor]) -> None:
         for (layer, name), tensor in zip(self.places, tensors, strict=True):
-            layer._parameters[name] = tensor  # type: ignore[assignment]
+            layer._parameters[name] = tensor
 
 
 def captured(compute: Callable[[], Any], pool: Any) -> Callable[[], Any]:
@@ -302,12 +298,12 @@ def compiled_encode(encode: Callable[..., Tensor], mode: str) -> Callable[..., T
     return call
 
 
-class Trainer:
+class Trainer(Generic[M]):
     """A model, its optimiser and where they stand in a run."""
 
     def __init__(
         self,
-        model: Bert4Rec | AdaptedModel,
+        model: M,
         histories: Histories,
         config: TrainConfig,
         device: Device,
@@ -320,7 +316,7 @@ class Trainer:
                 f"objective={config.objective!r} does not go with causal={model.config.causal}: "
                 "a causal model is trained with objective='next_item', and no other is"
             )
-        self.model: Any = model  # of either kind: an adapted model has what is asked of a plain one
+        self.model = model
         self.histories, self.config, self.device = histories, config, device
         self.where = device.torch_device
         self.precision = hardware.choose_precision(config.precision, device.card)
@@ -334,10 +330,9 @@ class Trainer:
         self.ranks.start(model, config)
         self.used: list[bool] = []  # which parameters get a gradient; known after a step of several processes
         graph, compiled = self.compile_mode == "graph", self.compile_mode not in ("off", "graph")
-        adapted = isinstance(model, AdaptedModel)
         if graph:
-            refuse_graphs(config, self.precision.name, self.ranks.count, adapted)
-        if config.half_copies and adapted:
+            refuse_graphs(config, self.precision.name, self.ranks.count, not model.plain)
+        if config.half_copies and not model.plain:
             raise InputError("half_copies=True is for a model that is trained whole, not for an adapted one")
         self.encode: Callable[..., Tensor] = model.encode
         if compiled:
@@ -345,11 +340,10 @@ class Trainer:
         self.route = chosen_route(config, model.config, histories, device.card, compiled)
         self.compiles = compiled or self.route == "fused"  # whether torch.compile makes any part of a step
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        detach(self.parameters)
-        self.sunk = attach(self._tables()) if self._can_sink() else []
+        self.sinks = model.use_sinks(self._can_sink())  # and none of an earlier run
         self.optimizer = make_optimizer(model, config)
         dtype = self.precision.autocast_dtype
-        self.copies = HalfCopies(model, dtype) if config.half_copies and dtype else None  # type: ignore
+        self.copies = HalfCopies(model, dtype) if config.half_copies and dtype else None
         self.graphs = StepGraphs(self._whole_step, self.where) if graph else None
         for group in self.optimizer.param_groups if graph else ():
             group["lr"] = torch.tensor(config.learning_rate, device=self.where)  # read by the graph
@@ -399,11 +393,12 @@ class Trainer:
         step, config = self.progress.step, self.config
         rate = learning_rate(step, self.total_steps, config)
         for group in self.optimizer.param_groups:
-            own = rate * group.get("rate_share", 1.0)
+            own = rate * group.get("rate_share", 1.0)  # an adapter's gate has its own share
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(own)
             else:
                 group["lr"] = own
+        # The whole step's targets, not the micro-batch's: parts of a step then add up, however unequal.
         denominator = whole.num_tokens if config.objective == "seed_focal" else whole.num_targets
         self.ranks.seed_step(config.seed, step)
 
@@ -439,25 +434,30 @@ class Trainer:
         """Compute the step's gradients, summed over processes and clipped; return its loss and their norm."""
         config = self.config
         total = torch.zeros((), device=self.where)
+        held: list[Tensor] = []
         self._clear_gradients()
         if self.copies:
             self.copies.make()
         for batch in batches:
             with self.autocast(), self.copies.in_place() if self.copies else contextlib.nullcontext():
-                loss = batch_loss(self.model, batch, config, denominator, self.encode, self.route)
+                loss = batch_loss(self.model, batch, config, denominator, self.encode, self.route, held)
             self.scaler.scale(loss).backward()
+            held.clear()
             if self.copies:
                 self.copies.give_gradients()
-            total += loss.detach()
+            total += loss.detach()  # stays on the device
 
-        for parameter, sink in self.sunk:
-            parameter.grad = sink.finish()
-        self.ranks.sum_gradients(self.parameters, total, self.used)
+        for parameter, sink in self.sinks.items():
+            parameter.grad = sink.finish()  # the same tensor in every step
+        # Sum while still scaled: an overflow in one process is then seen, and skipped, by all.
+        self.ranks.sum_gradients(self.parameters, total, self.used, self.sinks)
         self.scaler.unscale_(self.optimizer)
         norm = None
         if config.clip_norm is not None:
+            # The scaler uses the fused optimiser's one divisor itself.
             own_pass = self.scaler.is_enabled() or config.optimizer != "fused"
-            norm = clip_gradients(self.parameters, config.clip_norm, None if own_pass else self.optimizer)
+            divide_later = None if own_pass else self.optimizer
+            norm = clip_gradients(self.parameters, config.clip_norm, divide_later, self.sinks)
         return total, norm
 
     def _update(self) -> Tensor | None:
@@ -493,14 +493,10 @@ class Trainer:
         full = self.precision.autocast_dtype is None
         return plain and eager and full and config.loss in ("auto", "inplace")
 
-    def _tables(self) -> list[torch.nn.Parameter]:
-        tables = {id(p) for p in (self.model.item_table.weight, self.model.output_weight)}
-        return [p for p in self.parameters if id(p) in tables]
-
     def _clear_gradients(self) -> None:
         for parameter in self.parameters:
             parameter.grad = None
-        for _, sink in self.sunk:
+        for sink in self.sinks.values():
             sink.start()
 
     def _check_finite(self, step: int, loss: Tensor, norm: Tensor | None) -> None:
