@@ -132,7 +132,8 @@ def ingest(
     used.
     """
     format = format or named("auto", path, columns)
-    con.execute(f"CREATE OR REPLACE TABLE raw({RAW_COLUMNS})")
+    # temporary: it is not written twice, to a log and to the file, and is spilled where memory ends
+    con.execute(f"CREATE OR REPLACE TEMP TABLE raw({RAW_COLUMNS})")
     with tempfile.TemporaryDirectory(dir=work) as folder:
         table = _Table(con, _Rejects(path.name, strict, max_rejected_share), Path(folder))
         if formats.is_parquet(path):
@@ -186,7 +187,7 @@ def _coarsest_unit(con: duckdb.DuckDBPyConnection) -> str:
 def _number_positions(con: duckdb.DuckDBPyConnection) -> str:
     """Set time to the position in the user's history, from 0."""
     con.execute("ALTER TABLE raw RENAME TO unnumbered")
-    con.execute(f"CREATE TABLE raw({RAW_COLUMNS})")
+    con.execute(f"CREATE TEMP TABLE raw({RAW_COLUMNS})")
     con.execute("""INSERT INTO raw
         SELECT row, "user", item, rating, row_number() OVER (PARTITION BY "user" ORDER BY row) - 1
         FROM unnumbered ORDER BY row""")
@@ -756,19 +757,24 @@ def _json(table: _Table, blocks: Iterator[Block], names: dict[str, str]) -> None
         if what in names and not names[what].startswith("#"):
             options = {"name": names[what]} if required else {"name": names[what], "default": None}
             fields.append((what, kind, msgspec.field(**options)))
-    decode = msgspec.json.Decoder(msgspec.defstruct("Line", fields, gc=False)).decode
+    decoder = msgspec.json.Decoder(msgspec.defstruct("Line", fields, gc=False))
     has = {what for what, *_ in fields}
     for block in blocks:
         other_bytes = _decoded(block.data)[1]
-        batch, read = Batch(), list[Any]()
-        lines = block.data.removesuffix(b"\n").split(b"\n")
+        batch, read, lines = Batch(), list[Any](), list[bytes]()
+        count = block.data.count(b"\n") + (not block.data.endswith(b"\n"))
         if not other_bytes:
-            with contextlib.suppress(msgspec.DecodeError):  # then line by line, by the same decoder
-                read = list(map(decode, lines))
-                batch.lines = list(range(block.first_line, block.first_line + len(lines)))
-        for number, line in enumerate(lines if not read else [], block.first_line):
+            with contextlib.suppress(msgspec.DecodeError):
+                read = decoder.decode_lines(block.data)
+        starts, ends = block.data.count(b"\n{"), block.data.count(b"}\n")
+        # a line that begins and ends as an object does holds whole ones: then as many as lines are one each
+        if len(read) == count == starts + 1 == ends + (not block.data.endswith(b"\n")):
+            batch.lines = list(range(block.first_line, block.first_line + count))
+        else:  # line by line, by the same decoder
+            read, lines = [], block.data.removesuffix(b"\n").split(b"\n")
+        for number, line in enumerate(lines, block.first_line):
             try:
-                row = decode(line)
+                row = decoder.decode(line)
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 if line.strip():  # a blank line is no mistake
                     batch.bad.append(_bad_json(number, line, error))
