@@ -760,16 +760,13 @@ def _json(table: _Table, blocks: Iterator[Block], names: dict[str, str]) -> None
     decoder = msgspec.json.Decoder(msgspec.defstruct("Line", fields, gc=False))
     has = {what for what, *_ in fields}
     for block in blocks:
-        other_bytes = _decoded(block.data)[1]
+        other_bytes = not block.data.isascii() and _decoded(block.data)[1]
         batch, read, lines = Batch(), list[Any](), list[bytes]()
-        count = block.data.count(b"\n") + (not block.data.endswith(b"\n"))
         if not other_bytes:
             with contextlib.suppress(msgspec.DecodeError):
                 read = decoder.decode_lines(block.data)
-        starts, ends = block.data.count(b"\n{"), block.data.count(b"}\n")
-        # a line that begins and ends as an object does holds whole ones: then as many as lines are one each
-        if len(read) == count == starts + 1 == ends + (not block.data.endswith(b"\n")):
-            batch.lines = list(range(block.first_line, block.first_line + count))
+        if len(read) == _objects(block.data):
+            batch.lines = list(range(block.first_line, block.first_line + len(read)))
         else:  # line by line, by the same decoder
             read, lines = [], block.data.removesuffix(b"\n").split(b"\n")
         for number, line in enumerate(lines, block.first_line):
@@ -792,6 +789,20 @@ def _json(table: _Table, blocks: Iterator[Block], names: dict[str, str]) -> None
             )
             setattr(batch, what, list(values))
         table.append(batch)
+
+
+def _objects(data: bytes) -> int | None:
+    """Return the number of lines if each begins and ends as an object does and has a line end, else None.
+
+    Such a line holds whole objects: where there are as many objects as lines, each line holds one. An array,
+    since counting two bytes such as those of "}" and a line end takes longer than decoding the objects.
+    """
+    signs = np.frombuffer(data, np.uint8)
+    ends = np.flatnonzero(signs == ord("\n"))
+    if not ends.size or ends[-1] != signs.size - 1 or signs[0] != ord("{"):
+        return None
+    whole = (signs[ends[:-1] + 1] == ord("{")).all() and (signs[ends - 1] == ord("}")).all()
+    return len(ends) if whole else None
 
 
 def _bad_json(number: int, line: bytes, error: Exception) -> Bad:
