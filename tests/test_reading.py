@@ -181,6 +181,13 @@ FAULTS = {
         {"u": "5 b c"},
         {"field of another type": 2, "field missing": 1, "not JSON": 1},
     ),
+    "JSON objects beside each other and over two lines": (
+        f'{{"user": "u", "item": "a", "time": {T}}}{{"user": "u", "item": "b", "time": {T}}}\n'
+        f'{{"user": "u", "item": "c",\n"time": {T}}}\n{{"user": "u", "item": "d", "time": {T}}}\n',
+        None,
+        {"u": "d"},
+        {"not JSON": 2, "field of another type": 1},
+    ),
     "JSON by columns": (
         '{"who": 1, "what": "b"}\n{"who": 1, "what": "a"}\n',
         "user=who,item=what,time=#row",
