@@ -181,6 +181,13 @@ FAULTS = {
         {"u": "5 b c"},
         {"field of another type": 2, "field missing": 1, "not JSON": 1},
     ),
+    "JSON objects beside each other and over two lines": (
+        f'{{"user": "u", "item": "a", "time": {T}}}{{"user": "u", "item": "b", "time": {T}}}\n'
+        f'{{"user": "u", "item": "c",\n"time": {T}}}\n{{"user": "u", "item": "d", "time": {T}}}\n',
+        None,
+        {"u": "d"},
+        {"not JSON": 2, "field of another type": 1},
+    ),
     "JSON by columns": (
         '{"who": 1, "what": "b"}\n{"who": 1, "what": "a"}\n',
         "user=who,item=what,time=#row",
@@ -503,7 +510,10 @@ IDS = st.text(
     min_size=1,
     max_size=8,
 ).filter(lambda text: text.strip() == text)
-NOTES = st.text(st.sampled_from('ab ,;"\n\t'), max_size=12)
+NOTES = st.text(st.sampled_from('ab ,;"\n\t'), max_size=12).filter(
+    # a line inside quotation marks that is a whole interaction ends them, so a note may not hold one
+    lambda note: all(line.count(",") + line.count("\t") < 2 for line in note.split("\n")[1:])
+)
 ROWS = st.lists(st.tuples(IDS, IDS, NOTES, st.integers(0, 5), st.integers(0, 10**7)), min_size=1, max_size=25)
 BAD = {"csv": "only one field", "tsv": "only one field", "jsonl": '{"user": "u", "item'}
 

@@ -1,7 +1,7 @@
 """Reads a file of any format into the table `raw` of a DuckDB connection, out of core; bad lines are counted.
 
-A reader cuts its file into user, item, rating and time as text: `_fields` for separated fields, `_json` for
-JSON lines, `_histories` for one user a line. DuckDB alone then decides, in one query (`_checked`), which of
+A reader cuts its file into user, item, rating and time: `_fields` for separated fields, `_json` for JSON
+lines, `_histories` for one user a line. DuckDB alone then decides, in one query (`_checked`), which of
 them are valid and what their times are; the columns of a Parquet file go through the same query. So a
 line means the same wherever it stands in a file and whichever format it is written in.
 
@@ -61,6 +61,8 @@ _DATE = (
     r"\s*([AaPp][Mm])?\s*(?:[Zz]|UTC|GMT|([+-])(\d{2})(?::?(\d{2}))?)?)?\s*$"
 )
 
+_BROKEN = r"'[\t\r\n\x00]'"  # what no id may hold
+
 _PARTS = ["y", "mo", "d", "h", "mi", "s", "f", "half", "sign", "zh", "zm"]
 
 # Types of a Parquet file, by their beginning.
@@ -118,29 +120,35 @@ def ingest(
     max_line_bytes: int = formats.MAX_LINE_BYTES,
     progress: Progress | None = None,
     sha256: str | None = None,
+    work: Path | None = None,
 ) -> Ingested:
     """Create the table raw(row, "user", item, rating, time) from a file.
 
     `row` grows in the file's order; `rating` is NULL where unknown; `time` is in the unit that the result
-    names, the coarsest that holds all times. `format` None is detected. `sha256` is the file's hash
-    where it is known: then it is not computed again. Raises `InputError` for what cannot be read (a line
-    longer than `max_line_bytes`, for one), at the first bad line if `strict`, else where more than
-    `max_rejected_share` of the lines are bad; the table is then not to be used.
+    names, the coarsest that holds all times. `format` None is detected. `sha256` is the file's hash where
+    it is known: then it is not computed again. `work` is a folder for temporary files. Raises `InputError`
+    for what cannot be read (a line longer than `max_line_bytes`, for one), at the first bad line if
+    `strict`, else where more than `max_rejected_share` of the lines are bad; the table is then not to be
+    used.
     """
     format = format or named("auto", path, columns)
-    con.execute(f"CREATE OR REPLACE TABLE raw({RAW_COLUMNS})")
-    table = _Table(con, _Rejects(path.name, strict, max_rejected_share))
-    if formats.is_parquet(path):
-        if format.kind != "table":
-            raise InputError(f"{path.name} is a Parquet file, expected format='table', not {format.name!r}")
-        _read_parquet(table, path, columns)
-        about: dict[str, Any] = {}
-        if progress is not None:
-            progress(path.stat().st_size, path.stat().st_size)
-    else:
-        file = RawFile(path, sha256=sha256, max_line_bytes=max_line_bytes)
-        about = _read_text(table, file, format, columns, progress)
-        sha256 = file.sha256
+    # temporary: it is not written twice, to a log and to the file, and is spilled where memory ends
+    con.execute(f"CREATE OR REPLACE TEMP TABLE raw({RAW_COLUMNS})")
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        table = _Table(con, _Rejects(path.name, strict, max_rejected_share), Path(folder))
+        if formats.is_parquet(path):
+            if format.kind != "table":
+                raise InputError(
+                    f"{path.name} is a Parquet file, expected format='table', not {format.name!r}"
+                )
+            _read_parquet(table, path, columns)
+            about: dict[str, Any] = {}
+            if progress is not None:
+                progress(path.stat().st_size, path.stat().st_size)
+        else:
+            file = RawFile(path, sha256=sha256, max_line_bytes=max_line_bytes)
+            about = _read_text(table, file, format, columns, progress)
+            sha256 = file.sha256
     table.rejects.finish()
     unit = _number_positions(con) if table.order else _coarsest_unit(con)
     if sha256 is None:
@@ -178,7 +186,7 @@ def _coarsest_unit(con: duckdb.DuckDBPyConnection) -> str:
 def _number_positions(con: duckdb.DuckDBPyConnection) -> str:
     """Set time to the position in the user's history, from 0."""
     con.execute("ALTER TABLE raw RENAME TO unnumbered")
-    con.execute(f"CREATE TABLE raw({RAW_COLUMNS})")
+    con.execute(f"CREATE TEMP TABLE raw({RAW_COLUMNS})")
     con.execute("""INSERT INTO raw
         SELECT row, "user", item, rating, row_number() OVER (PARTITION BY "user" ORDER BY row) - 1
         FROM unnumbered ORDER BY row""")
@@ -251,9 +259,10 @@ class _Rejects:
 
 
 def _checked(source: str, *, order: bool, header: tuple[str, str] | None = None) -> str:
-    """Return the query of line, user, item, rating, time (as text), stars, us and reason; NULL where valid.
+    """Return the query of row, line, user, item, rating, time, stars, us and reason, which is NULL if valid.
 
-    `source` gives line, "user", item, rating and time as text, or the time as microseconds in `us`.
+    `source` gives row, line, "user" and item as text, rating and time as text or numbers, and the time in
+    microseconds in `us` where it is known.
     """
     units = ((1, "* 1e6"), (10**3, "* 1e3"), (10**6, ""), (10**9, "/ 1e3"))  # seconds to nanoseconds
     numbers = " ".join(
@@ -268,13 +277,13 @@ def _checked(source: str, *, order: bool, header: tuple[str, str] | None = None)
     zone = "(CAST('0' || p.zh AS INT) * 60 + CAST('0' || p.zm AS INT))"
     date = f"""CASE WHEN {zone} < 960 AND CAST('0' || p.zm AS INT) < 60 THEN
         epoch_us(try_cast({stamp} AS TIMESTAMP)) - if(p.sign = '-', -1, 1) * {zone} * 60000000::BIGINT END"""
-    broken = " OR ".join(f"contains({{0}}, chr({ord(sign)}))" for sign in "\t\r\n\0")
     again = ""
     if header is not None:
         same = f'"user" = {_text(header[0])} AND item = {_text(header[1])}'
         again = f"WHEN {same} THEN 'header line again'"
+    text = "CAST({} AS VARCHAR)"
     bad_time = f"""
-        WHEN us IS NULL AND coalesce(trim(time), '') = '' THEN 'timestamp missing'
+        WHEN us IS NULL AND coalesce(trim({text.format("time")}), '') = '' THEN 'timestamp missing'
         WHEN us IS NULL AND (number IS NULL OR NOT isfinite(number)) THEN 'timestamp not a number or date'
         WHEN us IS NULL OR us < {FIRST_SECOND}000000 OR us >= {LAST_SECOND}000000
         THEN 'timestamp out of range'"""
@@ -283,15 +292,16 @@ def _checked(source: str, *, order: bool, header: tuple[str, str] | None = None)
             WHEN coalesce("user", '') = '' THEN 'user empty'
             WHEN coalesce(item, '') = '' THEN 'item empty'
             {again}
-            WHEN {broken.format('"user"')} THEN 'user with a line break or TAB'
-            WHEN {broken.format("item")} THEN 'item with a line break or TAB'
-            WHEN (stars IS NULL OR NOT isfinite(stars)) AND trim(rating) <> '' THEN 'rating not a number'
+            WHEN regexp_matches("user", {_BROKEN}) THEN 'user with a line break or TAB'
+            WHEN regexp_matches(item, {_BROKEN}) THEN 'item with a line break or TAB'
+            WHEN (stars IS NULL OR NOT isfinite(stars)) AND trim({text.format("rating")}) <> ''
+            THEN 'rating not a number'
             {"" if order else bad_time} END AS reason
         FROM (SELECT * EXCLUDE (us, p), CASE
                 WHEN us IS NOT NULL THEN us WHEN p IS NULL THEN CASE {numbers} END
                 WHEN p.y <> '' THEN {date} END AS us
             FROM (SELECT *, CASE WHEN us IS NULL AND number IS NULL THEN
-                    regexp_extract(time, {_text(_DATE)}, {_PARTS}) END AS p
+                    regexp_extract({text.format("time")}, {_text(_DATE)}, {_PARTS}) END AS p
                 FROM (SELECT *, try_cast(time AS DOUBLE) AS number, try_cast(rating AS DOUBLE) AS stars
                     FROM ({source}))))"""
 
@@ -299,28 +309,79 @@ def _checked(source: str, *, order: bool, header: tuple[str, str] | None = None)
 class _Table:
     """Appends the valid rows of batches to `raw` and counts the others."""
 
-    def __init__(self, con: duckdb.DuckDBPyConnection, rejects: _Rejects) -> None:
+    def __init__(self, con: duckdb.DuckDBPyConnection, rejects: _Rejects, folder: Path) -> None:
         self.con = con
         self.rejects = rejects
         self.rows = 0  # seen, rejected ones included
         self.order = False  # whether there are no times, only an order
         self.header: tuple[str, str] | None = None  # user's and item's field in the header line
+        self.held = Batch()
+        self.folder = folder  # for temporary files
 
     def append(self, batch: Batch) -> None:
-        """Append a batch of rows that a reader has cut."""
+        """Append rows that a reader has cut; few are held until there are more."""
+        for name in ("lines", *FOUR, "bad"):
+            getattr(self.held, name).extend(getattr(batch, name))
+        if batch.valid is not None:
+            self.held.valid = (self.held.valid or 0) + batch.valid
+        if len(self.held.lines) >= ROWS_HELD or self.held.bad:
+            self.flush()
+
+    def flush(self) -> None:
+        """Append the rows that are held."""
+        batch, self.held = self.held, Batch()
         size = len(batch.lines)
-        columns: dict[str, np.ndarray] = {"line": np.array(batch.lines, np.int64)}
+        columns: dict[str, np.ndarray] = {
+            "line": np.array(batch.lines, np.int64),
+            "row": np.arange(self.rows, self.rows + size),
+        }
+        names = {}
         for name in FOUR:
-            values = getattr(batch, name) or [None] * size
-            columns[name] = np.array(values, dtype=object)
-        columns["row"] = np.arange(self.rows, self.rows + size)
-        us = "CAST(0 AS BIGINT)" if self.order else "CAST(NULL AS BIGINT)"
-        names = ", ".join(f'CAST("{name}" AS VARCHAR) AS "{name}"' for name in FOUR)
+            columns[name], kind = _column(getattr(batch, name), size)
+            names[name] = f'CAST("{name}" AS {kind}) AS "{name}"'
         self.con.register("batch", columns)
         try:
-            self.take(f"SELECT row, line, {names}, {us} AS us FROM batch", size, batch)
+            self.take(f"SELECT row, line, {', '.join(names.values())}, {self.us} FROM batch", size, batch)
         finally:
             self.con.unregister("batch")
+
+    def append_lines(self, text: str, first: int, layout: Layout) -> bool:
+        """Append lines without quotation marks whose fields the database can cut; False where it cannot.
+
+        It is asked only where it cuts as `_fields` does: it would take a CR for a line end, skip blank lines
+        and a mark of byte order, and pass over an empty field too much.
+        """
+        import duckdb
+
+        separator, size = layout.separator, text.count("\n") + (not text.endswith("\n"))
+        width = len(layout.names)
+        odd = ("\r", "\n\n", "\0", separator * 2 if len(separator) > 1 else "\0")
+        if text.startswith(("\n", "\ufeff")) or any(sign in text for sign in odd):
+            return False
+        if text.count(separator) != size * (width - 1):
+            return False
+        self.flush()
+        file = self.folder / "lines"
+        file.write_text(text, encoding="utf-8", newline="")
+        kinds = ", ".join(f"c{n}: 'VARCHAR'" for n in range(width))
+        fields = {what: f'c{layout.position[what]} AS "{what}"' for what in layout.position}
+        given = ", ".join(fields.get(what, f"NULL AS {what}") for what in FOUR)
+        source = f"""
+            SELECT number + {self.rows - 1} AS row, number + {first - 1} AS line, {given}, {self.us}
+            FROM (SELECT row_number() OVER () AS number, * FROM read_csv({_text(str(file))},
+                columns = {{{kinds}}}, force_not_null = {[f"c{n}" for n in range(width)]}, header = false,
+                delim = {_text(separator)}, quote = '', escape = '', auto_detect = false,
+                parallel = false))"""
+        try:
+            self.take(source, size, Batch())
+        except (duckdb.InvalidInputException, duckdb.ConversionException):
+            return False
+        return True
+
+    @property
+    def us(self) -> str:
+        """The known time of a row, in SQL: where there is only an order, any."""
+        return f"CAST({0 if self.order else 'NULL'} AS BIGINT) AS us"
 
     def take(self, source: str, size: int, batch: Batch) -> None:
         """Append what is valid of a query of `size` rows (see `_checked`), and count the rest."""
@@ -461,13 +522,13 @@ def is_time(text: str) -> bool:
 
 @dataclass
 class Batch:
-    """Rows as a reader has cut them: columns of text, and the lines that are none."""
+    """Rows as a reader has cut them: columns, and the lines that are no rows."""
 
     lines: list[int] = field(default_factory=list)
     user: list[str] = field(default_factory=list)
     item: list[str] = field(default_factory=list)
-    rating: list[str | None] = field(default_factory=list)
-    time: list[str | None] = field(default_factory=list)
+    rating: list[Any] = field(default_factory=list)  # text, numbers or None
+    time: list[Any] = field(default_factory=list)
     bad: list[Bad] = field(default_factory=list)
     valid: int | None = None  # lines, where they are not rows
 
@@ -481,15 +542,16 @@ def _read_text(
 ) -> dict[str, Any]:
     """Read blocks of lines; return what was learned about the file."""
     lines = formats.sample(file.path)
+    blocks = _told(file, format, progress)
     twin = None
     if format.kind == "json" or (format.kind == "table" and lines[0].startswith("{")):
         names = dict(format.names) or _json_columns(file.path, columns, lines)
         table.order = names.get("time") == ROW_ORDER
-        batches = _json(_told(file, format, progress), names)
+        _json(table, blocks, names)
     elif format.kind == "sequences":
         twin = _Twin(file.path)
         table.order = twin.file is None
-        batches = _histories(_told(file, format, progress), twin)
+        _histories(table, blocks, twin)
     else:
         layout = _layout(file.path, format, columns, lines)
         table.order = layout.order
@@ -499,16 +561,8 @@ def _read_text(
         encoding = "utf-8"
         if format.separator == "::" and "\ufffd" in "".join(lines):
             encoding = "latin-1"  # as GroupLens wrote its first sets
-        batches = _fields(_told(file, format, progress), layout, encoding, file)
-    held = Batch()
-    for batch in batches:
-        for name in ("lines", *FOUR, "bad"):
-            getattr(held, name).extend(getattr(batch, name))
-        held.valid = batch.valid if held.valid is None else held.valid + (batch.valid or 0)
-        if len(held.lines) >= ROWS_HELD or held.bad:
-            table.append(held)
-            held = Batch()
-    table.append(held)
+        _fields(table, blocks, layout, encoding, file)
+    table.flush()
     return {} if twin is None else twin.finish()
 
 
@@ -524,6 +578,17 @@ def _told(file: RawFile, format: Format, progress: Progress | None) -> Iterator[
         yield block
         if progress is not None:
             progress(file.bytes_read, file.size)
+
+
+def _column(values: list[Any], size: int) -> tuple[np.ndarray, str]:
+    """Return an array of `size` for the database and its type: numbers stay numbers, all else is text."""
+    kinds = set(map(type, values))
+    with contextlib.suppress(OverflowError):
+        for kind, dtype, name in ((int, np.int64, "BIGINT"), (float, np.float64, "DOUBLE")):
+            if kinds == {kind}:
+                return np.array(values, dtype), name
+    texts = values if kinds <= {str} else [None if value is None else str(value) for value in values]
+    return np.array(texts or [None] * size, dtype=object), "VARCHAR"
 
 
 def _decoded(data: bytes, encoding: str = "utf-8") -> tuple[str, bool]:
@@ -542,18 +607,23 @@ def _not_utf8(line: int, text: str) -> Bad | None:
     return Bad(line, "not UTF-8", f"byte {ord(found.group()) - 0xDC00:#04x} is not UTF-8 text", text)
 
 
-def _fields(blocks: Iterator[Block], layout: Layout, encoding: str, file: RawFile) -> Iterator[Batch]:
-    """Cut lines of separated fields."""
-    width, position = len(layout.names), layout.position
+def _fields(table: _Table, blocks: Iterator[Block], layout: Layout, encoding: str, file: RawFile) -> None:
+    """Append lines of separated fields."""
     headed = layout.header is not None
     held: list[str] = []  # lines of a record that goes on in the next block
     block = next(blocks, None)
     while block is not None:
         following = next(blocks, None)
         text, other_bytes = _decoded(block.data, encoding)
-        lines = held + text.removesuffix("\n").split("\n")
-        first = block.first_line - len(held)
+        first = block.first_line
+        if not (held or other_bytes or (layout.quoted and '"' in text)):
+            start = text.find("\n") + 1 if headed else 0
+            if (start or not headed) and table.append_lines(text[start:], first + headed, layout):
+                headed, block = False, following
+                continue
         batch = Batch()
+        lines = held + text.removesuffix("\n").split("\n")
+        first -= len(held)
         if layout.quoted and (held or '"' in text or "\r" in text):
             numbers, rows, held = _records(lines, first, layout, following is None, batch.bad)
             if sum(map(len, held)) > file.max_line_bytes:
@@ -563,28 +633,15 @@ def _fields(blocks: Iterator[Block], layout: Layout, encoding: str, file: RawFil
                 )
         else:
             numbers, held = list(range(first, first + len(lines))), []
-            if not other_bytes and {line.count(layout.separator) for line in lines} == {width - 1}:
-                # one list for all fields: a list for each line keeps the garbage collector busy
-                cut = [text for line in lines for text in line.split(layout.separator)]
-                batch.lines = numbers[int(headed) :]
-                for what in FOUR:
-                    values = cut[position[what] + width * int(headed) :: width] if what in position else []
-                    setattr(batch, what, values or [None] * len(batch.lines))
-                headed = False
-                yield batch
-                block = following
-                continue
             rows = [line.split(layout.separator) for line in lines]
-        if other_bytes or set(map(len, rows)) != {width}:
-            numbers, rows = _sifted(numbers, rows, layout, batch.bad)
+        numbers, rows = _sifted(numbers, rows, layout, batch.bad)
         if headed and rows:
             numbers, rows, headed = numbers[1:], rows[1:], False
         batch.lines = numbers
-        for what, column in position.items():
-            setattr(batch, what, [row[column] for row in rows])
-        for what in {"rating", "time"} - position.keys():
-            setattr(batch, what, [None] * len(rows))
-        yield batch
+        for what in FOUR:
+            place = layout.position.get(what)
+            setattr(batch, what, [None if place is None else row[place] for row in rows])
+        table.append(batch)
         block = following
 
 
@@ -686,8 +743,8 @@ def _json_columns(path: Path, columns: dict[str, str] | None, lines: list[str]) 
     return choose_columns(path, list(values), columns, values)
 
 
-def _json(blocks: Iterator[Block], names: dict[str, str]) -> Iterator[Batch]:
-    """Cut JSON lines: build the four fields and pass over all others."""
+def _json(table: _Table, blocks: Iterator[Block], names: dict[str, str]) -> None:
+    """Append JSON lines: build the four fields and pass over all others."""
     kinds: dict[str, tuple[Any, bool]] = {
         "user": (str | int, True),
         "item": (str | int, True),
@@ -699,19 +756,21 @@ def _json(blocks: Iterator[Block], names: dict[str, str]) -> Iterator[Batch]:
         if what in names and not names[what].startswith("#"):
             options = {"name": names[what]} if required else {"name": names[what], "default": None}
             fields.append((what, kind, msgspec.field(**options)))
-    decode = msgspec.json.Decoder(msgspec.defstruct("Line", fields, gc=False)).decode
+    decoder = msgspec.json.Decoder(msgspec.defstruct("Line", fields, gc=False))
     has = {what for what, *_ in fields}
     for block in blocks:
-        other_bytes = _decoded(block.data)[1]
-        batch, read = Batch(), list[Any]()
-        lines = block.data.removesuffix(b"\n").split(b"\n")
+        other_bytes = not block.data.isascii() and _decoded(block.data)[1]
+        batch, read, lines = Batch(), list[Any](), list[bytes]()
         if not other_bytes:
-            with contextlib.suppress(msgspec.DecodeError):  # then line by line, by the same decoder
-                read = list(map(decode, lines))
-                batch.lines = list(range(block.first_line, block.first_line + len(lines)))
-        for number, line in enumerate(lines if not read else [], block.first_line):
+            with contextlib.suppress(msgspec.DecodeError):
+                read = decoder.decode_lines(block.data)
+        if len(read) == _objects(block.data):
+            batch.lines = list(range(block.first_line, block.first_line + len(read)))
+        else:  # line by line, by the same decoder
+            read, lines = [], block.data.removesuffix(b"\n").split(b"\n")
+        for number, line in enumerate(lines, block.first_line):
             try:
-                row = decode(line)
+                row = decoder.decode(line)
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 if line.strip():  # a blank line is no mistake
                     batch.bad.append(_bad_json(number, line, error))
@@ -724,10 +783,25 @@ def _json(blocks: Iterator[Block], names: dict[str, str]) -> Iterator[Batch]:
         batch.user = [str(row.user) for row in read]
         batch.item = [str(row.item) for row in read]
         for what in ("rating", "time"):
-            values = map(operator.attrgetter(what), read) if what in has else ()
-            column = [None if value is None else str(value) for value in values]
-            setattr(batch, what, column or [None] * len(read))
-        yield batch
+            values = (
+                map(operator.attrgetter(what), read) if what in has else itertools.repeat(None, len(read))
+            )
+            setattr(batch, what, list(values))
+        table.append(batch)
+
+
+def _objects(data: bytes) -> int | None:
+    """Return the number of lines if each begins and ends as an object does and has a line end, else None.
+
+    Such a line holds whole objects: where there are as many objects as lines, each line holds one. An array,
+    since counting two bytes such as those of "}" and a line end takes longer than decoding the objects.
+    """
+    signs = np.frombuffer(data, np.uint8)
+    ends = np.flatnonzero(signs == ord("\n"))
+    if not ends.size or ends[-1] != signs.size - 1 or signs[0] != ord("{"):
+        return None
+    whole = (signs[ends[:-1] + 1] == ord("{")).all() and (signs[ends - 1] == ord("}")).all()
+    return len(ends) if whole else None
 
 
 def _bad_json(number: int, line: bytes, error: Exception) -> Bad:
@@ -802,8 +876,8 @@ class _Twin:
         return {"time_file": self.file.path.name, "time_sha256": self.file.sha256}
 
 
-def _histories(blocks: Iterator[Block], twin: _Twin) -> Iterator[Batch]:
-    """Cut lines of a user and their items in time order."""
+def _histories(table: _Table, blocks: Iterator[Block], twin: _Twin) -> None:
+    """Append lines of a user and their items in time order."""
     users: set[str] = set()
     for block in blocks:
         text = _decoded(block.data)[0]
@@ -823,9 +897,9 @@ def _histories(blocks: Iterator[Block], twin: _Twin) -> Iterator[Batch]:
             batch.time += times or [None] * len(items)
             batch.valid = (batch.valid or 0) + 1
             if len(batch.lines) >= ROWS_HELD:
-                yield batch
+                table.append(batch)
                 batch = Batch(valid=0)
-        yield batch
+        table.append(batch)
 
 
 def _bad_history(number: int, line: str, known: bool, times: list[str] | None) -> Bad | None:
@@ -852,28 +926,29 @@ def _read_parquet(table: _Table, path: Path, columns: dict[str, str] | None) -> 
 
     # A link with a plain name: the database takes *, ? and [ in a path for a pattern, and name=value for a
     # partition.
-    with tempfile.TemporaryDirectory() as folder:
-        link = Path(folder) / "file.parquet"
-        link.symlink_to(path.resolve())
-        place = _text(re.sub(r"([*?[])", r"[\1]", str(link)))
-        source = f"read_parquet({place}, hive_partitioning = false)"
-        try:
-            kinds = [row[1] for row in table.con.execute(f"DESCRIBE SELECT * FROM {source}").fetchall()]
-            schema = table.con.execute(f"SELECT name, num_children FROM parquet_schema({place})").fetchall()
-            names = _top_level(schema)
-            chosen = choose_columns(path, names, columns)
-            values = ", ".join(_column(table, path, names, kinds, what, chosen.get(what)) for what in FOUR)
-            renamed = f"(SELECT * FROM {source}) AS t({', '.join(f'c{n}' for n in range(len(names)))})"
-            numbered = f"SELECT row_number() OVER () AS line, {values} FROM {renamed}"
-            size = table.con.execute(f"SELECT count(*) FROM {source}").fetchone()
-            table.take(f"SELECT *, line - 1 AS row FROM ({numbered})", size[0] if size else 0, Batch())
-        except (duckdb.OutOfMemoryException, duckdb.InterruptException):
+    link = table.folder / "file.parquet"
+    link.symlink_to(path.resolve())
+    place = _text(re.sub(r"([*?[])", r"[\1]", str(link)))
+    source = f"read_parquet({place}, hive_partitioning = false)"
+    try:
+        kinds = [row[1] for row in table.con.execute(f"DESCRIBE SELECT * FROM {source}").fetchall()]
+        schema = table.con.execute(f"SELECT name, num_children FROM parquet_schema({place})").fetchall()
+        names = _top_level(schema)
+        chosen = choose_columns(path, names, columns)
+        values = ", ".join(
+            _parquet_column(table, path, names, kinds, what, chosen.get(what)) for what in FOUR
+        )
+        renamed = f"(SELECT * FROM {source}) AS t({', '.join(f'c{n}' for n in range(len(names)))})"
+        numbered = f"SELECT row_number() OVER () AS line, {values} FROM {renamed}"
+        size = table.con.execute(f"SELECT count(*) FROM {source}").fetchone()
+        table.take(f"SELECT *, line - 1 AS row FROM ({numbered})", size[0] if size else 0, Batch())
+    except (duckdb.OutOfMemoryException, duckdb.InterruptException):
+        raise
+    except duckdb.Error as error:
+        line = str(error).splitlines()[0].replace(str(link), path.name)
+        if "space left" in line:
             raise
-        except duckdb.Error as error:
-            line = str(error).splitlines()[0].replace(str(link), path.name)
-            if "space left" in line:
-                raise
-            raise InputError(f"{path.name} is not a whole Parquet file: {line}") from None
+        raise InputError(f"{path.name} is not a whole Parquet file: {line}") from None
 
 
 def _top_level(schema: list[tuple[str, int | None]]) -> list[str]:
@@ -891,7 +966,7 @@ def _top_level(schema: list[tuple[str, int | None]]) -> list[str]:
     return names
 
 
-def _column(
+def _parquet_column(
     table: _Table, path: Path, names: list[str], kinds: list[str], what: str, column: str | None
 ) -> str:
     """Return what `_checked` takes, in SQL; raise `InputError` for a column of a type that cannot hold it."""
