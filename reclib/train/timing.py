@@ -351,7 +351,10 @@ class _Clock:
         used, first = meter.joules(time.perf_counter() - whole), len(self.found.step_seconds) == steps
         told = used is not None and (first or self.found.joules is not None)
         self.found.joules = (self.found.joules or 0.0) + (used or 0.0) if told else None
-        peak = hardware.peak_memory_bytes(where) - others
+        graphs = where.type == "cuda" and self.trainer.graphs is not None  # a replay allocates nothing
+        peak = (
+            torch.cuda.max_memory_reserved(where) if graphs else hardware.peak_memory_bytes(where)
+        ) - others
         self.found.peak_memory_bytes = max(peak, self.found.peak_memory_bytes or 0)
         if where.type == "cuda" and self.alone:
             self.found.reserved_bytes = torch.cuda.max_memory_reserved(where)
@@ -590,7 +593,7 @@ def operators(trainer: Trainer, steps: int, top: int, trace: Path | None = None)
     found = []
     for event in profiler.key_averages():
         micros = event.self_device_time_total if cuda else event.self_cpu_time_total
-        if micros > 0 and not (cuda and event.device_type == DeviceType.CPU):
+        if micros > 0 and not (cuda and (event.device_type == DeviceType.CPU or event.is_user_annotation)):
             found.append((event.key, event.count / steps, micros / 1e6 / steps))
     whole = sum(seconds for _, _, seconds in found)
     found.sort(key=lambda row: -row[2])

@@ -197,7 +197,8 @@ class HalfCopies:
 def captured(compute: Callable[[], Any], pool: Any) -> Callable[[], Any]:
     """Record what `compute` asks of the GPU as a CUDA graph; return what runs it and gives its results."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    # The thread that prepares batches pins memory meanwhile: only calls of this thread count.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         results = compute()
 
     def replay() -> Any:
