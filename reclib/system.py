@@ -188,11 +188,15 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
+            if (
+                key.tag == "tag:yaml.org,2002:merge"
+            ):  # `<<`: the keys of another mapping, which own ones replace
+                continue
             value = self.construct_object(key, deep=True)
             if not (isinstance(value, str) or self.any_keys):
                 problem = f"the key {value!r} is no text: put it in quotation marks"
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-            if value in seen and key.tag != "tag:yaml.org,2002:merge":
+            if value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{value!r} stands twice", key.start_mark)
             seen.add(value)
         return super().construct_mapping(node, deep)
@@ -208,7 +212,8 @@ def read_yaml(file: Path, *, any_keys: bool = False) -> Any:
     A key that stands twice in a mapping is an error, and one that is no text unless `any_keys`.
     """
     try:
-        return yaml.load(file.read_text(encoding="utf-8"), _AnyKeys if any_keys else _Loader)
+        loader = (_AnyKeys if any_keys else _Loader)(file.read_text(encoding="utf-8"))
+        return loader.get_single_data()
     except FileNotFoundError:
         raise InputError(f"{file} is missing") from None
     except OSError as error:

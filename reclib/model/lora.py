@@ -1,4 +1,4 @@
-"""Low-rank adapters of single layers, which stand in the place of the layer that they adapt.
+r"""Low-rank adapters of single layers, which stand in the place of the layer that they adapt.
 
     x (N, in) --- W, frozen ----------------------------------- + --- y (N, out)
         \                                                       /
