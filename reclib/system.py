@@ -190,7 +190,7 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if (
                 key.tag == "tag:yaml.org,2002:merge"
-            ):  # `<<`: the keys of another mapping, which own ones replace
+            ):  # `<<`: the keys of another mapping
                 continue
             value = self.construct_object(key, deep=True)
             if not (isinstance(value, str) or self.any_keys):
