@@ -188,9 +188,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
-            if (
-                key.tag == "tag:yaml.org,2002:merge"
-            ):  # `<<`: the keys of another mapping
+            if key.tag == "tag:yaml.org,2002:merge":  # `<<`: the keys of another mapping
                 continue
             value = self.construct_object(key, deep=True)
             if not (isinstance(value, str) or self.any_keys):
