@@ -70,7 +70,7 @@ def test_the_page_of_figures_reads_from_a_server_and_by_the_keyboard(browser, se
         page.goto(served, wait_until="domcontentloaded")
         page.frame_locator("iframe >> nth=0").locator(TRACES).first.wait_for(state="attached")
         page.keyboard.press("Tab")
-        assert page.evaluate("document.activeElement.tagName") == "A"  # the first link of the contents
+        assert page.evaluate("document.activeElement.tagName") == "A"  # past the figure, to the questions
         page.keyboard.press("Enter")
         assert page.evaluate("location.hash").startswith("#")
         assert [said for said in errors if "favicon" not in said and "404" not in said] == []

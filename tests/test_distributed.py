@@ -231,7 +231,8 @@ def command(out: Path, processes: int = 2) -> list[str]:
     values = [word for name, value in ranks.COMMAND.items() for word in ("-p", name, str(value))]
     words = [
         "-m",
-        "reclib.fit",
+        "reclib",
+        "fit",
         "--dataset",
         "synthetic",
         "--size",

@@ -1,4 +1,4 @@
-"""Our side of the comparison: one run by `reclib.fit`, or a curve over training time."""
+"""Our side of the comparison: one run by `reclib fit`, or a curve over training time."""
 
 from __future__ import annotations
 

@@ -338,7 +338,7 @@ def run_parallel(arguments: Sequence[str], processes: int) -> int:
     """Run `python -m reclib grid ARGUMENTS` in several processes that share its runs; return an exit code."""
     kills = system.memory_kills()
     threads = max(1, torch.get_num_threads() // processes)
-    codes = distributed.side_by_side(["reclib.grid", *arguments, "--worker"], processes, threads)
+    codes = distributed.side_by_side(["reclib", "grid", *arguments, "--worker"], processes, threads)
     for number, code in enumerate(codes, 1):
         if code:  # what it could say itself is said
             who = f"process {number} of {processes}"
