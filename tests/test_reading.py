@@ -471,7 +471,15 @@ def test_an_interrupted_preparation_leaves_one_line_and_nothing_else(tmp_path, n
     rows = (f"u{n % 5000},i{n % 700},{T + n}\n" for n in range(2_000_000))
     path = written(tmp_path, UIT + "".join(rows))
     command = [sys.executable, "-m", "reclib", "data", "prepare", str(path)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # a shell's background jobs ignore it
+    )
     home = tmp_path / "data"
     while not list(home.glob("scratch.*.partial/rows.duckdb")):  # it is at work
         assert process.poll() is None
