@@ -476,9 +476,7 @@ def test_an_interrupted_preparation_leaves_one_line_and_nothing_else(tmp_path, n
         stderr=subprocess.PIPE,
         text=True,
         cwd=tmp_path,
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        ),  # a shell's background jobs ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # not a shell's
     )
     home = tmp_path / "data"
     while not list(home.glob("scratch.*.partial/rows.duckdb")):  # it is at work
