@@ -476,7 +476,8 @@ def test_an_interrupted_preparation_leaves_one_line_and_nothing_else(tmp_path, n
         stderr=subprocess.PIPE,
         text=True,
         cwd=tmp_path,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # not a shell's
+        # A shell's background job ignores SIGINT, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     home = tmp_path / "data"
     while not list(home.glob("scratch.*.partial/rows.duckdb")):  # it is at work
