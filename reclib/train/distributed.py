@@ -345,10 +345,11 @@ def _tell(line: str) -> None:
 
 
 def leave(code: int) -> int:
-    """Return the exit code; of several processes, end this one at once.
+    """Return the exit code of a process that trains alone; end one of several processes at once.
 
-    An orderly end may wait for processes that are gone, and nobody would learn that this one failed. Nothing
-    is lost by it: whatever is on disk is there whole.
+    An orderly end of a failed process may wait for processes that are gone. An orderly end of a finished one
+    lets Python unload gloo while a thread of it still runs, which now and then aborts the process ("terminate
+    called without an active exception"). What is on disk is whole by then.
     """
     if in_run():
         sys.stdout.flush()

@@ -408,7 +408,7 @@ def fit_main(argv: list[str] | None = None) -> int:
             keep(trainer, dataset, given.out)
             items = " ".join(shlex.quote(str(key)) for key in dataset.item_keys[1:4])
             print(f"next: python -m reclib recommend {shlex.quote(str(given.out))} {items}", file=sys.stderr)
-    return 0
+    return distributed.leave(0)
 
 
 def _parser() -> Parser:
