@@ -118,21 +118,20 @@ def test_memory_is_what_the_profiler_counts():
     lengths = np.random.default_rng(0).integers(3, 17, 512)
     for changes, recipe, adapter in [
         ({"hidden_dim": 128, "num_heads": 4}, {}, None),
-        ({"hidden_dim": 128} | POST, {}, None),
+        ({"hidden_dim": 128, "dropout": 0.25} | POST, {}, None),
         ({"hidden_dim": 256, "num_items": 9000, "tied": False, "head": "mlp"}, {}, None),
         ({"hidden_dim": 128, "causal": True}, {"objective": "next_item"}, None),
         ({"hidden_dim": 64}, EVERYWHERE, None),
-        ({"hidden_dim": 128, "num_layers": 3, "tied": False}, {}, LORA),
         ({"hidden_dim": 128, "num_layers": 3, "tied": False}, {}, ILORA),
     ]:
         model = changed(small_model(), **(wide | changes))
-        train = TrainConfig(batch_size=128, epochs=99, precision="fp32", **recipe)
+        train = TrainConfig(batch_size=64, epochs=99, precision="fp32", **recipe)
         trainer = trainer_of(model, train, lengths, adapter)
         measured = timing.peak_tensor_bytes(trainer)
         size = work.training_memory(model, train, shapes_of(trainer, 2), "fp32", "cpu", adapter)
         # The buffer of logits is kept from step to step, so the profiler sees it in no step but the first.
         buffer = 0 if train.head_rows == "all" else size.parts["logits"]
-        assert size.total - buffer == pytest.approx(measured, rel=0.25)
+        assert size.total - buffer == pytest.approx(measured, rel=0.2)
         trained = sum(p.numel() for p in trainer.parameters)
         assert size.parts["weights"] == 4 * sum(p.numel() for p in trainer.model.parameters())
         assert size.parts["gradients"] + size.parts["optimizer"] == 12 * trained
