@@ -512,8 +512,8 @@ def batch_loss(
         weight, bias, num_items = filled_up(weight, bias, num_items, config.head_multiple)
     added = None
     if model.prior is not None:
-        entries: Any = (batch.prior_rows, batch.prior_columns, batch.prior_values)
-        added = Added(*entries, model.prior.scale)
+        entries: Any = (batch.prior_rows, batch.prior_columns, batch.prior_values, model.prior.scale)
+        added = Added(*entries)
     sink = model.output_sink
     total = cross_entropy_sum(hidden, weight, bias, batch.targets, num_items, how, frozen, sink, added)
     return total / denominator
