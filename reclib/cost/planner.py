@@ -402,7 +402,6 @@ def plan_size(size: str, gpu: str, **settings: Any) -> Plan:
 
 def report(found: Sequence[Plan], what: str, epochs: int, currency: str) -> list[str]:
     """Return plans as a table of at most 110 columns, a row for each; of a single one also its parts."""
-
     rows, run = [], "epoch" if epochs == 1 else f"{epochs} epochs"
     for one in found:
         whole = one.epoch.times(epochs)
@@ -426,7 +425,7 @@ def report(found: Sequence[Plan], what: str, epochs: int, currency: str) -> list
         parts = sorted(one.step.parts.items(), key=lambda part: -part[1])
         memory = memory_parts(one).items()
         lines += [f"{one.name}, {one.precision}: predicted, {one.basis}", *([one.ways] if one.ways else [])]
-        lines += ["memory, GiB:", *(f"{size / GIB:10.2f} {name}" for name, size in memory)]
+        lines += ["memory, GiB (run: no tensors):", *(f"{size / GIB:10.2f} {name}" for name, size in memory)]
         lines += ["step, ms:", *(f"{1e3 * seconds:10.2f} {name}" for name, seconds in parts if seconds > 0)]
         lines += [f"{one.flops / 1e9:10,.1f} GFLOP and {one.bytes_moved / 1e9:,.2f} GB moved"]
         if one.side_by_side:
@@ -459,9 +458,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--size", required=True, help=f"{sizes}, or by width and depth: w64d2")
     group.add_argument("--items", type=int, dest="num_items", help="catalogue (default: the size's own)")
     group.add_argument("--tied", action="store_const", const=True, help="one table for input and output")
-    group.add_argument(
-        "--untied", action="store_const", const=False, dest="tied", help="two (as the size is)"
-    )
+    group.add_argument("--untied", action="store_const", const=False, dest="tied", help="two of them")
     group.add_argument("--max-len", type=int, help="positions of a row (default: the size's own)")
     group.add_argument("--adapter", dest="kind", help="freeze the model, train lora, rslora, gated or ilora")
     group.add_argument("--rank", type=int, help="of the adapter (8)")

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -371,39 +372,33 @@ def choose(
         drawn = np.random.default_rng(0).choice(len(valid.targets), family.valid_users, replace=False)
         items, starts, ends = valid.histories
         valid = Evaluation(Histories(items, starts[drawn], ends[drawn]), valid.targets[drawn])
+    rounds = (
+        [{name: values} for name, values in family.grid.items()] * 2 if family.by_turns else [family.grid]
+    )
+    chosen = {name: values[0] for name, values in family.grid.items()}
     tried: list[dict[str, Any]] = []
     fits: dict[tuple[Any, ...], Any] = {}  # of a family with hyperparameters that need no other fit
-    best: tuple[float, dict[str, Any], Recommender] | None = None
-
-    def measure(given: dict[str, Any]) -> None:
-        nonlocal best
-        if any(row.items() >= given.items() for row in tried):
-            return
-        key = tuple(value for name, value in given.items() if name not in family.at_scoring)
-        later = {name: given[name] for name in family.at_scoring}
-        fitted = replace(fits[key], **later) if key in fits else family.fit(histories, num_items, **given)
-        if later:
-            fits.setdefault(key, fitted)
-        values = metrics.summary(metrics.rank(fitted.scores(valid), valid, remove_seen).ranks)
-        if metric not in values:
-            raise InputError(f"parameter 'metric' is {metric!r}: expected one of {', '.join(values)}")
-        tried.append(given | values)
-        if best is None or values[metric] > best[0]:
-            best = values[metric], given, fitted
-
-    if family.by_turns:
-        measure({name: values[0] for name, values in family.grid.items()})
-        for name, values in [*family.grid.items()] * 2:
-            around = best[1]  # type: ignore[index]
-            for value in values:
-                measure(around | {name: value})
-    else:
-        for values in itertools.product(*family.grid.values()):
-            measure(dict(zip(family.grid, values, strict=True)))
+    highest, best = -math.inf, None
+    for grid in rounds:
+        around = chosen
+        for values in itertools.product(*grid.values()):
+            given = around | dict(zip(grid, values, strict=True))
+            if any(row.items() >= given.items() for row in tried):
+                continue
+            key = tuple(value for name, value in given.items() if name not in family.at_scoring)
+            later = {name: given[name] for name in family.at_scoring}
+            fitted = replace(fits[key], **later) if key in fits else family.fit(histories, num_items, **given)
+            if later:
+                fits.setdefault(key, fitted)
+            found = metrics.summary(metrics.rank(fitted.scores(valid), valid, remove_seen).ranks)
+            if metric not in found:
+                raise InputError(f"parameter 'metric' is {metric!r}: expected one of {', '.join(found)}")
+            tried.append(given | found)
+            if found[metric] > highest:
+                highest, chosen, best = found[metric], given, fitted
     assert best is not None
-    _, chosen, recommender = best
     at_edge = [name for name, values in family.grid.items() if chosen[name] in (min(values), max(values))]
-    return Choice(chosen, tried, recommender, at_edge)
+    return Choice(chosen, tried, best, at_edge)
 
 
 def interaction_matrix(
