@@ -38,9 +38,7 @@ from reclib.system import Parser
 # The step is their sum, and no shorter than what the host needs to start its operators.
 
 CACHE_BYTES = 16 * 2**20  # of a table above which the head's products are those over main memory
-
 GROUPS = ("products", "attention", "passes", "memory", "operators")
-
 _GROUP = dict.fromkeys(("update", "norm of gradients", "clear", "lookup"), "memory")
 _GROUP |= {"product": "products", "attention": "attention"}  # all other kinds: passes
 
@@ -209,9 +207,7 @@ def on_board(parts: Sequence[Part], board: Board, precision: str) -> Estimate:
 # -- plans ---------------------------------------------------------------------------------------------------
 
 ELECTRONICS = {"users": 582_942, "mean_len": 9.25}  # the seed study's training sequences; its dataset's mean
-
 ENOUGH = 4  # held-out rows of a kind of run from which its plans count as validated
-
 HELD_BACK = 2  # last interactions, for validation and test
 
 

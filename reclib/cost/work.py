@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from reclib.data.batches import Batch
 
 BACKWARD = 2  # times the forward pass
-
 FP32, HALF = 4, 2  # bytes of a number; HALF: bf16 and fp16
 
 
@@ -167,7 +166,6 @@ def mfu(flops: float, seconds: float, label: str, precision: str) -> float | Non
 # -- shapes of batches ---------------------------------------------------------------------------------------
 
 DRAWS = 24  # batches whose shapes are drawn
-
 LARGEST = 1024  # sequences that are laid out; a larger batch is so many times as much
 
 _drawn: dict[tuple[object, ...], np.ndarray] = {}  # shapes by what they follow from: plans ask often
@@ -358,7 +356,6 @@ def _adapter_parts(model: ModelConfig, adapter: AdapterPlan, T: float, G: float,
 # -- memory at the peak --------------------------------------------------------------------------------------
 
 LARGE_LOGITS_BYTES = 512 * 2**20  # of logits that any CUDA device holds whole; see `logits_limit`
-
 SMALLEST_SINK = 8 * 2**20  # bytes of a table whose gradient stays where it is, on a CPU (as in `bert4rec`)
 
 
@@ -484,7 +481,6 @@ def logits_limit(memory_bytes: int | None) -> int:
 # -- whether it fits -----------------------------------------------------------------------------------------
 
 CONTEXT_BYTES = 700 * 2**20  # of CUDA's context and libraries, outside torch's count; assumed
-
 USABLE = 0.95  # of a device's memory: the rest is lost to fragments; assumed
 
 # Where Linux says what a container may take of the machine's memory: control groups of version 2 and 1.

@@ -37,9 +37,7 @@ if TYPE_CHECKING:  # where it is used, scipy is imported: its import takes longe
     from scipy import sparse
 
 BLOCK_BYTES = 16 * 2**20  # of similarities that are made at a time
-
 EASE_BYTES = 4 * 2**30  # memory that EASE may take unless told otherwise
-
 PAIRS = 2**22  # of items that are counted at a time
 
 

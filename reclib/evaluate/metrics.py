@@ -28,15 +28,10 @@ from reclib.evaluate.statistics import Interval
 from reclib.model.bert4rec import Bert4Rec
 
 USERS, SCORE_BYTES = 256, 64 * 2**20  # encoded at a time; of scores held at a time
-
 LARGE_SCORE_BYTES, MANY_USERS = 2**30, 4096  # the same at most on a GPU, where small pieces wait for launches
-
 SHARE = 32  # scores, and what the encoder holds, take at most this part of a GPU's memory each
-
 ROWS_IN_CACHE = 8  # users counted at a time on a CPU
-
 BLOCK = 64  # items whose maximum is taken first when the best k are sought
-
 KS = (1, 5, 10, 20)
 
 Scores = Iterator[tuple[np.ndarray, Tensor]]  # users (B,) and their scores (B, I); column j is item j + 1
@@ -286,7 +281,6 @@ def evaluate(
 # and the metric of the study that this one started from is not next-item prediction at all.
 
 NOT_COMPARABLE = "sampled, not comparable"
-
 SEED_LABEL = "all masked positions: the seed study's metric, not next-item prediction, not comparable"
 
 

@@ -25,7 +25,6 @@ from reclib.data.dataset import Evaluation, Histories
 Claim = Literal["better", "worse", "not separated", "too few seeds"]
 
 MIN_SEEDS = 3  # of a trained model, before a difference from it is claimed
-
 ALPHA = 0.05  # level of tests and of the detectable difference
 
 
@@ -338,9 +337,7 @@ def shuffled(evaluation: Evaluation, seed: int, keep_last: int = 0) -> Evaluatio
 # Shapes: S sizes, B bootstrap draws, G exponents of the grid.
 
 EXPONENTS = np.geomspace(0.005, 3.0, 600)  # (G,)
-
 MIN_SIZES = 4  # three parameters are fitted
-
 SAMPLES = 2000  # bootstrap draws
 
 

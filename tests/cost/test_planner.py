@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -238,23 +239,6 @@ def test_the_summary_says_what_it_is_and_whether_it_fits():
     assert durations == ["40 ms", "1.5 s", "10 min", "2.78 h", "11.6 days"]
 
 
-def test_figures_are_hatched_and_show_every_part_and_device():
-    one, every = planner.plan_of(asked()), planner.every_plan(asked())
-    figure = speed_figures.parts(one)
-    bars = [trace for trace in figure.data if trace.type == "bar"]
-    assert {trace.marker.pattern.shape for trace in bars} == {"/"}  # predicted
-    assert sum(trace.x[0] for trace in bars[:-1]) == pytest.approx(one.peak_bytes / hardware.GIB)
-    assert sum(bars[-1].x) == pytest.approx(1e3 * one.step.seconds)
-    assert "predicted, unvalidated" in figure.layout.title.subtitle.text
-    table = speed_figures.by_device(planner.table(asked(), every))
-    shown = {name for trace in table.data if trace.type == "scatter" for name in trace.y}
-    assert shown == {plan.device for plan in every}
-    assert "fits on 10 of 10 GPUs, predicted" in table.layout.title.text
-    epochs = [trace for trace in table.data if trace.error_x.array is not None]
-    assert {trace.marker.symbol for trace in epochs} == {"circle-open"}
-    assert {trace.name for trace in epochs} == {"epoch, validated", "epoch, unvalidated"}
-
-
 def test_a_table_of_plans_is_that_of_their_records(tmp_path, monkeypatch):
     monkeypatch.setenv("RECLIB_RECORDS", str(tmp_path))
     p = parameters.build("07_explore", SMOKE)
@@ -273,6 +257,8 @@ def test_a_table_of_plans_is_that_of_their_records(tmp_path, monkeypatch):
     said = " ".join(findings.sentences("07_explore", written))
     assert "85m at a batch of 512 fits on 10 of 10 GPUs" in said
     assert "plans are unvalidated" in said
+    for figure in (speed_figures.parts(every[-1]), speed_figures.by_device(live)):
+        assert "predicted" in f"{figure.layout.title.text} {figure.layout.title.subtitle.text}"
 
 
 # -- records -------------------------------------------------------------------------------------------------
@@ -306,32 +292,17 @@ def hardware_params(**changes):
     return parameters.build("06_hardware", parameters.profile("06_hardware", "smoke") | changes)
 
 
-def test_prices_are_pairs_of_device_and_number():
-    p = hardware_params(prices=["l4=0.7", "a100-80=3"])
-    assert comparison.price_of(p, "l4") == 0.7
-    assert comparison.price_of(p, "a100-40") is None
-    with pytest.raises(InputError, match="no device=price"):
-        comparison.prices(hardware_params(prices=["l4"]))
-
-
 def test_predictions_lie_in_the_folder_of_their_device_and_are_never_measured(tmp_path, monkeypatch):
     monkeypatch.setenv("RECLIB_RECORDS", str(tmp_path))
     p = hardware_params(gpu="l4", devices=["l4", "v100"], sizes=["5m"])
     card = dict.fromkeys(records.CARD) | {"label": "cpu", "type": "cpu", "name": "test"}
     run = records.Run("06_hardware", p, card)
     for row in comparison.predicted(p):
-        run.result(
-            "hardware_step",
-            row.metrics,
-            params=row.own_params,
-            timings=row.timings,
-            kind="predicted",
-            device=row.card,
-        )
+        about = {"params": row.own_params, "timings": row.timings, "kind": "predicted", "device": row.card}
+        run.result("hardware_step", row.metrics, **about)
     found = records.read(tmp_path)
-    assert {(r["label"], r["kind"]) for r in found} == {
-        (label, "predicted") for label in ("l4", "v100-16", "v100-32")
-    }
+    assert {r["label"] for r in found} == {"l4", "v100-16", "v100-32"}
+    assert {r["kind"] for r in found} == {"predicted"}
     assert all("data sheet" in r["device"]["name"] for r in found)
     with pytest.raises(ValueError, match="not here"):
         run.result("hardware_step", {}, device={"label": "l4"})
@@ -345,45 +316,44 @@ def test_no_committed_record_of_a_gpu_without_a_self_check_is_measured():
             assert one["own_params"].get("basis") in ("validated", "unvalidated")
 
 
-def test_gains_are_ratios_of_two_plans():
-    p = hardware_params(devices=["l4"], sizes=["85m"])
+def test_gains_are_ratios_of_two_plans_and_prices_pairs_of_device_and_number():
+    p = hardware_params(devices=["l4"], sizes=["85m"], prices=["l4=0.7", "a100-80=3"])
     found = {row.own_params["technique"]: row.timings["speedup"] for row in comparison.gains(p)}
     assert set(found) == set(comparison.TECHNIQUES)
     assert found["gather before the head"] > found["packed rows"] > 1
     assert np.isfinite(list(found.values())).all()
+    assert [comparison.price_of(p, label) for label in ("l4", "a100-40")] == [0.7, None]
+    with pytest.raises(InputError, match="no device=price"):
+        comparison.prices(hardware_params(prices=["l4"]))
 
 
 def test_each_notebook_of_the_lease_ends_in_three_minutes_on_an_h100_by_its_slowest_plan():
-    h100 = hardware.catalogue()["h100"]
-    energy = timing.ENERGY_SECONDS
+    def lease(notebook: str):
+        return parameters.build(notebook, parameters.profile(notebook, "lease"))
 
     def step(model, train, mean_len, adapter=None):
         lengths = planner.typical_lengths(mean_len)
-        return planner.plan(h100, model, train, lengths, adapter=adapter).step.high
+        return planner.plan(hardware.catalogue()["h100"], model, train, lengths, adapter=adapter).step.high
 
-    p = parameters.build("06_hardware", parameters.profile("06_hardware", "lease"))
-    pairs = [(comparison.model_of(p, size), rule) for size in p.measured_sizes for rule in ("fp32", "auto")]
-    steps = p.warmup_steps + p.steps
-    sizes = sum(
-        steps * step(model, comparison.train_of(p, rule), p.mean_len) + energy for model, rule in pairs
-    )
+    p, energy = lease("06_hardware"), timing.ENERGY_SECONDS
+    sizes = 0.0
+    for size, rule in itertools.product(p.measured_sizes, ("fp32", "auto")):
+        one = step(comparison.model_of(p, size), comparison.train_of(p, rule), p.mean_len)
+        sizes += (p.warmup_steps + p.steps) * one + energy
 
-    p = parameters.build("04_amp_compile", parameters.profile("04_amp_compile", "lease"))
+    p = lease("04_amp_compile")
     model = model_config(p.size, num_items=p.synthetic_items, max_len=p.max_len)
     assert set(p.compile_modes) == {"off"}  # no plan knows how long compiling takes
-    timed = p.warmup_steps + p.repeats * p.steps
-    amp = sum(
-        timed * step(model, TrainConfig(precision=precision, batch_size=size), p.synthetic_mean_len) + energy
-        for precision in p.precisions
-        for size in p.batch_sizes
-    )
+    amp = 0.0
+    for precision, size in itertools.product(p.precisions, p.batch_sizes):
+        one = step(model, TrainConfig(precision=precision, batch_size=size), p.synthetic_mean_len)
+        amp += (p.warmup_steps + p.repeats * p.steps) * one + energy
     first = TrainConfig(batch_size=p.batch_sizes[0], precision="fp32")
-    rungs = speed.ladder(model, first, (("AMP", "precision", "bf16"),))
-    of_rung = p.repeats * (p.warmup_steps + p.steps)
-    amp += sum(of_rung * step(rung.model, rung.train, p.synthetic_mean_len) for rung in rungs)
+    for rung in speed.ladder(model, first, (("AMP", "precision", "bf16"),)):
+        amp += p.repeats * (p.warmup_steps + p.steps) * step(rung.model, rung.train, p.synthetic_mean_len)
     amp += 2 * p.synthetic_users / p.batch_sizes[0] * step(model, first, p.synthetic_mean_len)  # epochs
 
-    p = parameters.build("05_ilora", parameters.profile("05_ilora", "lease"))
+    p = lease("05_ilora")
     model = model_config(p.size, num_items=1349, max_len=p.max_len)
     train = TrainConfig(batch_size=p.batch_size, precision="fp32")
     base, adapted = step(model, train, 50), step(model, train, 50, comparison.ILORA)
@@ -391,6 +361,4 @@ def test_each_notebook_of_the_lease_ends_in_three_minutes_on_an_h100_by_its_slow
     runs = len(p.tasks) * (len(p.arms) - 1) * (len(p.learning_rates) + len(p.seeds) - 1)
     arms = len(p.seeds) * p.base_epochs * per_epoch * base + runs * p.epochs * per_epoch * adapted
     arms += (4 + len(p.precisions)) * (p.warmup_steps + p.rounds) * adapted
-
-    seconds = {"04": amp, "05": arms, "06": sizes}  # params/lease.yaml states them
-    assert {name: round(value) for name, value in seconds.items()} == {"04": 43, "05": 35, "06": 31}
+    assert [round(seconds) for seconds in (amp, arms, sizes)] == [43, 35, 31]  # params/lease.yaml states them
