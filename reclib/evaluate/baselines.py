@@ -5,14 +5,6 @@ at a time. What a user has done since (the validation item at test) enters throu
 histories; nothing is fitted to it. They are written on scipy: `implicit` has neither EASE nor a cosine with
 shrinkage, and `lenskit` needs pandas 2.
 
-- popularity: how often an item occurs. `recent popularity`: among each history's last interactions, which
-  needs their order alone, or in the last share of the time range, which needs timestamps.
-- markov: first-order transition shares from the last item, smoothed towards popularity.
-- item_knn: cosine similarity with shrinkage; blind to order (Deshpande and Karypis, TOIS 2004).
-- ease: a linear item-to-item model in closed form; blind to order (Steck, WWW 2019, arXiv 1905.03375).
-- pairwise_counts: how often two items stand near each other, summed over a history's last items, newer ones
-  with more weight (sequential rules; Ludewig and Jannach, UMUAI 2018, arXiv 1803.09587).
-
 Shapes: U users of the training histories, B users at a time, I items; column j is item j + 1.
 """
 
@@ -199,8 +191,8 @@ def fit_markov(histories: Histories, num_items: int, smoothing: float = 10.0) ->
 def fit_item_knn(histories: Histories, num_items: int, neighbours: int = 100, shrink: float = 10.0) -> Linear:
     """Keep each item's nearest neighbours by users in common: n_ij / (sqrt(n_i n_j) + shrink).
 
-    A user counts once per item. Of equally near items the lower id is nearer; an item is not its own
-    neighbour. Memory is bounded by the kept neighbours and `BLOCK_BYTES`.
+    A user counts once per item (Deshpande and Karypis, TOIS 2004). Of equally near items the lower id is
+    nearer. Memory is bounded by the kept neighbours and `BLOCK_BYTES`.
     """
     from scipy import sparse
 
@@ -230,11 +222,11 @@ def fit_item_knn(histories: Histories, num_items: int, neighbours: int = 100, sh
 def fit_ease(
     histories: Histories, num_items: int, regularisation: float = 100.0, memory_bytes: int = EASE_BYTES
 ) -> Linear:
-    """Solve for the item-to-item weights, zero on the diagonal, that best rebuild every history (1905.03375).
+    """Solve for the item-to-item weights, zero on the diagonal, that best rebuild every history.
 
-    With P the inverse of X'X + lambda I they are -P_ij / P_jj off the diagonal. A matrix of doubles becomes
-    its own inverse in place; with the result in single precision that is 12 bytes for each pair of items.
-    Raises `InputError` where this exceeds `memory_bytes`.
+    See Steck, WWW 2019 (arXiv 1905.03375). With P the inverse of X'X + lambda I they are -P_ij / P_jj off the
+    diagonal. A matrix of doubles becomes its own inverse in place; with the result in single precision that
+    is 12 bytes for each pair of items. Raises `InputError` where this exceeds `memory_bytes`.
     """
     from scipy import linalg
 
@@ -276,8 +268,8 @@ def fit_pairwise_counts(
 ) -> PairwiseCounts:
     """Count every pair of items at most `window` places apart in the training histories, by 1 / distance.
 
-    `backward` is the weight of a pair whose second item predicts the first. Memory is bounded by the pairs of
-    items that occur and by `PAIRS`.
+    Sequential rules (Ludewig and Jannach, UMUAI 2018, arXiv 1803.09587). `backward` is the weight of a pair
+    whose second item predicts the first. Memory is bounded by the pairs of items that occur and by `PAIRS`.
     """
     from scipy import sparse
 

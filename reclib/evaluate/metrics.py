@@ -392,14 +392,10 @@ def masked_positions(
 
     A window is the last max_len items of history and target together. Its last item is masked always, the
     item d places before it, in a window of n, with mask_prob * (0.8 + 0.4 * (1 - d / n)). All positions count
-    alike, so that long histories count more; the random ones are predicted with context on both sides, the
-    last one with gaps in its context. All rows of the output table compete, PAD and (where it has one) MASK
-    included, and seen items stay.
-
-    It is the seed study's protocol when the evaluation's users were not trained on (`splits.random_users`).
-    What deviates: masks are drawn once from `seed` and not at each evaluation; ties and NaN count against
-    the target, where the original takes what `topk` gives; windows are of the model's own max_len (50 there)
-    and rows packed, padding on the left there. `special_tokens` False leaves PAD and MASK out.
+    alike; all rows of the output table compete, PAD and (where it has one) MASK included, unless
+    `special_tokens` is False; seen items stay. It is that study's protocol for users who were not trained on
+    (`splits.random_users`). What deviates: masks are drawn once from `seed`, ties and NaN count against the
+    target, windows are of the model's own max_len (50 there), and rows are packed.
     """
     config = model.config
     if config.causal:

@@ -69,8 +69,7 @@ def _mean(total: np.ndarray, number: np.ndarray | None = None, axis: int = -1) -
 def claim(difference: float, adjusted_p: float, seeds: Collection[int]) -> Claim:
     """Return what may be said of a mean difference, this model minus the reference.
 
-    `adjusted_p` is corrected for the number of comparisons; `seeds` are those of both models, 0 where a model
-    is deterministic.
+    `adjusted_p` is corrected for the number of comparisons; `seeds` are those of both, 0: deterministic.
     """
     if not enough(seeds):
         return "too few seeds"
@@ -130,21 +129,14 @@ def compare(
         degrees = float(variance**2 / parts) if parts else float(users - 1)
         mean, error = float(difference.mean()), float(np.sqrt(variance))
         reach = float(stats.t.ppf(1 - ALPHA / 2, degrees)) * error
-        p_value = float(2 * stats.t.sf(abs(mean) / error, degrees)) if error else float(mean == 0)
-        means = rows[name].mean(axis=1)
-        found.append(
-            Comparison(
-                name=name,
-                reference=reference,
-                difference=Interval(mean, mean - reach, mean + reach),
-                p_value=p_value,
-                adjusted_p=p_value,
-                detectable=detectable_difference(error, degrees),
-                seeds=(seeds[name], seeds[reference]),
-                seed_range=(float(means.min()), float(means.max())),
-                degrees=degrees,
-            )
+        p = float(2 * stats.t.sf(abs(mean) / error, degrees)) if error else float(mean == 0)
+        interval, detectable = (
+            Interval(mean, mean - reach, mean + reach),
+            detectable_difference(error, degrees),
         )
+        pair, means = (seeds[name], seeds[reference]), rows[name].mean(axis=1)
+        ends = (float(means.min()), float(means.max()))
+        found.append(Comparison(name, reference, interval, p, p, detectable, pair, ends, degrees))
     adjusted = holm({one.name: one.p_value for one in found})
     return [one._replace(adjusted_p=adjusted[one.name]) for one in found]
 
@@ -192,8 +184,7 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 def detectable_difference(error: float, degrees: float, power: float = 0.8, alpha: float = ALPHA) -> float:
     """Return the smallest true mean difference that would be found with the given power.
 
-    From its standard error and degrees of freedom: (t_(1 - alpha/2) + t_power) * error. For one comparison,
-    uncorrected.
+    From its standard error and degrees of freedom, for one comparison: (t_(1 - alpha/2) + t_power) * error.
     """
     from scipy import stats
 
@@ -232,9 +223,8 @@ def by_item_popularity(
 ) -> Groups:
     """Divide users by how popular the target is in training.
 
-    `counts` (I,) are training interactions. Items stand by falling count, and an item belongs to the first
-    share of all interactions that those before it have not yet filled: the head is few items, the tail many.
-    Items never met in training are a group of their own.
+    Items stand by falling training interactions `counts` (I,), and an item belongs to the first share of all
+    interactions that those before it have not filled. Items never met in training are a group of their own.
     """
     if list(shares) != sorted(set(shares)) or not all(0 < share < 1 for share in shares):
         raise InputError(f"parameter 'shares' is {list(shares)}: expected rising shares between 0 and 1")
@@ -299,8 +289,7 @@ def concentration(top: np.ndarray, counts: np.ndarray) -> dict[str, float]:
 def popularity_percentile(top: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Return per user (U,) the mean popularity percentile of the items recommended (U, k).
 
-    0 is the item with the fewest training interactions, 1 the one with the most; equal counts share the mean.
-    An even choice from the catalogue has an expectation of 0.5.
+    0 is the item with the fewest training interactions, 1 the one with the most; an even choice expects 0.5.
     """
     from scipy import stats
 
