@@ -113,7 +113,7 @@ def efficiency() -> dict[str, Any]:
 
 def with_threads(threads: str) -> list[Cpu]:
     """Return every measured CPU with so many threads: cpu1, cpu2."""
-    return [one for label, one in cpus().items() if label.partition(" ")[0] == threads]
+    return [cpu for label, cpu in cpus().items() if label.partition(" ")[0] == threads]
 
 
 def cpu(label: str) -> Cpu:
@@ -174,9 +174,9 @@ def on_cpu(
     groups = cpu_groups(parts, model, cpu.rates, precision)
     seconds = {name: cpu.shares[name] * groups[name] for name in GROUPS}
     whole, worst = sum(seconds.values()), cpu.band(adapted, precision)["time_worst"]
-    among = [on_cpu(parts, model, one, precision, adapted) for one in cpu.stands_among]
-    low = min([whole / (1 + worst), *(one.low for one in among)])
-    return Estimate(whole, low, max([whole * (1 + worst), *(one.high for one in among)]), seconds)
+    among = [on_cpu(parts, model, other, precision, adapted) for other in cpu.stands_among]
+    low = min([whole / (1 + worst), *(other.low for other in among)])
+    return Estimate(whole, low, max([whole * (1 + worst), *(other.high for other in among)]), seconds)
 
 
 def _roofline(
@@ -338,10 +338,10 @@ def plans(
     return [plan(device, model, train, lengths, *rest, **more) for device in devices(label)]
 
 
-def priced(found: Sequence[Plan], price: float | str | None) -> list[Plan]:
+def priced(plans: Sequence[Plan], price: float | str | None) -> list[Plan]:
     """Return the plans with prices per hour: a number for all, or "l4=0.7,a100=3" for some devices."""
     if price is None:
-        return list(found)
+        return list(plans)
     pairs = [pair.strip().rpartition("=")[::2] for pair in str(price).split(",")]
     try:
         by_label = {label: float(number) for label, number in pairs}
@@ -349,12 +349,12 @@ def priced(found: Sequence[Plan], price: float | str | None) -> list[Plan]:
         by_label = {"": math.nan}
     if not all(0 <= number < math.inf for number in by_label.values()):
         raise InputError(f"price {price}: expected a number of at least 0, or one a device: l4=0.7,h100=3")
-    names = [(one.device, re.split("[- ]", one.device)[0], "") for one in found]
+    names = [(plan.device, re.split("[- ]", plan.device)[0], "") for plan in plans]
     if unused := set(by_label) - {name for each in names for name in each}:
-        planned = ", ".join(one.device for one in found)
+        planned = ", ".join(plan.device for plan in plans)
         raise InputError(f"price of {', '.join(unused)}: no such device is planned for; planned: {planned}")
     each = (next((by_label[name] for name in own if name in by_label), None) for own in names)
-    return [replace(one, price=number) for one, number in zip(found, each, strict=True)]
+    return [replace(plan, price=number) for plan, number in zip(plans, each, strict=True)]
 
 
 def plan_sizes(
@@ -377,8 +377,8 @@ def plan_sizes(
     if users < 1 or not low <= mean_len < math.inf:
         raise InputError(f"users {users}, mean length {mean_len}: expected at least 1 and at least {low}")
     labels, lengths = gpu.replace("all", ",".join(hardware.catalogue())).split(","), typical_lengths(mean_len)
-    found = [one for label in labels for one in plans(label, model, train, lengths, users, None, adapter)]
-    return priced(found, price)
+    planned = [plan for label in labels for plan in plans(label, model, train, lengths, users, None, adapter)]
+    return priced(planned, price)
 
 
 def plan_size(size: str, gpu: str, **settings: Any) -> Plan:
@@ -387,46 +387,46 @@ def plan_size(size: str, gpu: str, **settings: Any) -> Plan:
     `gpu` is a label of `params/devices.yaml`, or `cpu1` or `cpu2` for this machine; `settings` are those of
     `plan_sizes`. The defaults are those of `python -m reclib plan`.
     """
-    found = plan_sizes(size, gpu, **settings)
-    if len(found) > 1:
-        raise InputError(f"{gpu!r} stands for {', '.join(one.device for one in found)}: name one of them")
-    return found[0]
+    planned = plan_sizes(size, gpu, **settings)
+    if len(planned) > 1:
+        raise InputError(f"{gpu!r} stands for {', '.join(plan.device for plan in planned)}: name one of them")
+    return planned[0]
 
 
 # -- command line --------------------------------------------------------------------------------------------
 
 
-def report(found: Sequence[Plan], what: str, epochs: int, currency: str) -> list[str]:
+def report(plans: Sequence[Plan], what: str, epochs: int, currency: str) -> list[str]:
     """Return plans as a table of at most 110 columns, a row for each; of a single one also its parts."""
     rows, run = [], "epoch" if epochs == 1 else f"{epochs} epochs"
-    for one in found:
-        whole = one.epoch.times(epochs)
+    for plan in plans:
+        whole = plan.epoch.times(epochs)
         size, unit = next(pair for pair in _UNITS if whole.seconds < 120 * pair[0] or pair == _UNITS[-1])
-        row = {"device": one.device, "type": one.precision, "step ms": f"{1e3 * one.step.seconds:,.1f}"}
-        row["seq/s"] = f"{one.sequences / one.step.seconds:,.0f}"
-        row |= {run: _ranged(whole.times(1 / size)) + f" {unit}", "GiB": f"{one.peak_bytes / GIB:.1f}"}
-        if one.memory_bytes is not None:
-            row["GiB"] += f" of {one.memory_bytes / GIB:.0f}"
-            row["largest batch"] = f"{one.largest_batch:,}" if one.fits else "DOES NOT FIT"
-        if one.price is not None:
-            row[currency] = _ranged(whole.times(one.price / 3600))
+        row = {"device": plan.device, "type": plan.precision, "step ms": f"{1e3 * plan.step.seconds:,.1f}"}
+        row["seq/s"] = f"{plan.sequences / plan.step.seconds:,.0f}"
+        row |= {run: _ranged(whole.times(1 / size)) + f" {unit}", "GiB": f"{plan.peak_bytes / GIB:.1f}"}
+        if plan.memory_bytes is not None:
+            row["GiB"] += f" of {plan.memory_bytes / GIB:.0f}"
+            row["largest batch"] = f"{plan.largest_batch:,}" if plan.fits else "DOES NOT FIT"
+        if plan.price is not None:
+            row[currency] = _ranged(whole.times(plan.price / 3600))
         rows.append(row)
     lines = [
-        f"Predicted: {what}, {run} of {found[0].users:,} users; in brackets the range. Of a GPU it is",
+        f"Predicted: {what}, {run} of {plans[0].users:,} users; in brackets the range. Of a GPU it is",
         "unvalidated, by assumed efficiency; of a CPU the worst error of held-out rows.",
         *pd.DataFrame(rows).fillna("-").to_string(index=False).splitlines(),
     ]
-    if len(found) == 1:
-        (one,) = found
-        parts = sorted(one.step.parts.items(), key=lambda part: -part[1])
-        memory = memory_parts(one).items()
-        lines += [f"{one.name}, {one.precision}: predicted, {one.basis}", *([one.ways] if one.ways else [])]
+    if len(plans) == 1:
+        (plan,) = plans
+        parts = sorted(plan.step.parts.items(), key=lambda item: -item[1])
+        memory = memory_parts(plan).items()
+        lines += [f"{plan.name}, {plan.precision}: predicted, {plan.basis}", plan.ways]
         lines += ["memory, GiB (run: no tensors):", *(f"{size / GIB:10.2f} {name}" for name, size in memory)]
         lines += ["step, ms:", *(f"{1e3 * seconds:10.2f} {name}" for name, seconds in parts if seconds > 0)]
-        lines += [f"{one.flops / 1e9:10,.1f} GFLOP and {one.bytes_moved / 1e9:,.2f} GB moved"]
-        if one.side_by_side:
-            lines += [f"{one.side_by_side:10} such runs fit on it at once"]
-    return lines
+        lines += [f"{plan.flops / 1e9:10,.1f} GFLOP and {plan.bytes_moved / 1e9:,.2f} GB moved"]
+        if plan.side_by_side:
+            lines += [f"{plan.side_by_side:10} such runs fit on it at once"]
+    return [line for line in lines if line]
 
 
 _UNITS = ((1, "s"), (60, "min"), (3600, "h"), (86_400, "days"))
@@ -488,21 +488,21 @@ def plan_main(argv: Sequence[str] | None = None) -> int:
             raise InputError("--rank and --experts are of an adapter: give --adapter as well")
         if epochs < 1:
             raise InputError(f"--epochs {epochs}: expected 1 or more")
-        found = plan_sizes(**given, adapter=validated(AdapterPlan, narrow) if narrow else None)
+        planned = plan_sizes(**given, adapter=validated(AdapterPlan, narrow) if narrow else None)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if not as_json:
         what = f"{given['size']}, batch {given['batch_size']:,}"
-        print("\n".join(report(found, what, epochs, currency)))
-    for one in found if as_json else ():
-        run = one.epoch.seconds * epochs
-        row = {"kind": "predicted", "basis": one.basis, "size": given["size"], "device": one.device}
-        row |= {"precision": one.precision, "batch_size": given["batch_size"], "adapter": narrow.get("kind")}
-        row |= one.numbers() | {"memory": dict(one.footprint.parts), "side_by_side": one.side_by_side}
-        row |= {"epochs": epochs, "run_seconds": run, "run_cost": one.cost(run), "currency": currency}
+        print("\n".join(report(planned, what, epochs, currency)))
+    for plan in planned if as_json else ():
+        run = plan.epoch.seconds * epochs
+        row = {"kind": "predicted", "basis": plan.basis, "size": given["size"], "device": plan.device}
+        row |= {"precision": plan.precision, "batch_size": given["batch_size"], "adapter": narrow.get("kind")}
+        row |= plan.numbers() | {"memory": dict(plan.footprint.parts), "side_by_side": plan.side_by_side}
+        row |= {"epochs": epochs, "run_seconds": run, "run_cost": plan.cost(run), "currency": currency}
         print(json.dumps(row))
-    return 1 if any(one.fits is False for one in found) else 0
+    return 1 if any(plan.fits is False for plan in planned) else 0
 
 
 # -- what notebook 07 asks and shows -------------------------------------------------------------------------
@@ -549,68 +549,68 @@ def precisions(device: str) -> list[str]:
     return ["auto", *(board.peaks if board else ("fp32", "bf16"))]
 
 
-def plan_of(one: Asked) -> Plan:
+def plan_of(run: Asked) -> Plan:
     """Return the plan; raise `InputError` for what cannot be planned."""
-    train = validated(TrainConfig, {"batch_size": one.batch_size, "precision": one.precision})
-    lengths = typical_lengths(one.mean_len)
-    return plans(one.device, one.model(), train, lengths, one.users, one.price, one.narrow())[0]
+    train = validated(TrainConfig, {"batch_size": run.batch_size, "precision": run.precision})
+    lengths = typical_lengths(run.mean_len)
+    return plans(run.device, run.model(), train, lengths, run.users, run.price, run.narrow())[0]
 
 
-def every_plan(one: Asked) -> list[Plan]:
+def every_plan(run: Asked) -> list[Plan]:
     """Return the plan for every device, in the precision asked for where it has that, else in its own.
 
     Only the device asked for has a cost: the price is that of one.
     """
-    found = []
+    every = []
     for label in device_labels():
-        precision = one.precision if one.precision in precisions(label) else "auto"
-        price = one.price if label == one.device else None
-        found.append(plan_of(replace(one, device=label, precision=precision, price=price)))
-    return found
+        precision = run.precision if run.precision in precisions(label) else "auto"
+        price = run.price if label == run.device else None
+        every.append(plan_of(replace(run, device=label, precision=precision, price=price)))
+    return every
 
 
-def memory_parts(found: Plan) -> dict[str, int]:
+def memory_parts(plan: Plan) -> dict[str, int]:
     """Return the bytes of the peak by part; they add up to it.
 
     On a CPU what layers hold is what stays resident of it in the process.
     """
-    parts = {name: size for name, size in found.footprint.parts.items() if size}
-    held = found.peak_bytes - found.process_bytes - sum(parts.values()) + parts.get("activations", 0)
-    return parts | {"activations": held, RUN: found.process_bytes}
+    parts = {name: size for name, size in plan.footprint.parts.items() if size}
+    held = plan.peak_bytes - plan.process_bytes - sum(parts.values()) + parts.get("activations", 0)
+    return parts | {"activations": held, RUN: plan.process_bytes}
 
 
-def about(one: Asked, found: Plan) -> dict[str, Any]:
+def about(run: Asked, plan: Plan) -> dict[str, Any]:
     """Return a record's own parameters: what was asked, and what the device makes of it."""
-    given = asdict(one) | {"items": one.model().num_items, "device": found.device}
-    given |= {"precision": found.precision, "basis": found.basis}
+    given = asdict(run) | {"items": run.model().num_items, "device": plan.device}
+    given |= {"precision": plan.precision, "basis": plan.basis}
     del given["price"]
-    return given | {"status": "does not fit" if found.fits is False else "ok"}
+    return given | {"status": "does not fit" if plan.fits is False else "ok"}
 
 
 _COUNTED = ("flops", "bytes_moved", "peak_memory_bytes", "largest_batch", "fits")
 
 
-def counted(found: Plan) -> dict[str, Any]:
+def counted(plan: Plan) -> dict[str, Any]:
     """Return a record's metrics: what follows from the configuration and the device's memory."""
-    numbers = found.numbers()
+    numbers = plan.numbers()
     return {name: numbers[name] for name in _COUNTED if numbers[name] is not None}
 
 
-def timed(found: Plan) -> dict[str, Any]:
+def timed(plan: Plan) -> dict[str, Any]:
     """Return a record's timings: seconds, rates and cost, with the ends of their ranges."""
-    return {k: v for k, v in found.numbers().items() if k not in _COUNTED and v is not None}
+    return {k: v for k, v in plan.numbers().items() if k not in _COUNTED and v is not None}
 
 
-def series(found: Plan) -> dict[str, list[Any]]:
+def series(plan: Plan) -> dict[str, list[Any]]:
     """Return a record's series: the peak by part."""
-    parts = memory_parts(found)
+    parts = memory_parts(plan)
     return {"part": list(parts), "bytes": list(parts.values())}
 
 
-def table(one: Asked, plans: Sequence[Plan]) -> pd.DataFrame:
+def table(run: Asked, plans: Sequence[Plan]) -> pd.DataFrame:
     """Return plans as the table that their records would give: a row for each part of the peak."""
     rows = []
-    for found in plans:
-        columns = about(one, found) | counted(found) | timed(found) | {"kind": "predicted"}
-        rows += [columns | {"part": part, "bytes": size} for part, size in memory_parts(found).items()]
+    for plan in plans:
+        columns = about(run, plan) | counted(plan) | timed(plan) | {"kind": "predicted"}
+        rows += [columns | {"part": part, "bytes": size} for part, size in memory_parts(plan).items()]
     return pd.DataFrame(rows)

@@ -234,9 +234,9 @@ def _lay_out(model: ModelConfig, train: TrainConfig, lengths: np.ndarray, count:
     return np.array(shapes)
 
 
-def _last_places(model: ModelConfig, train: TrainConfig, one: Shapes) -> float:
+def _last_places(model: ModelConfig, train: TrainConfig, shapes: Shapes) -> float:
     """Return G, the places that go on in the last layer."""
-    return one.rows * (model.max_len if everywhere(train) or model.causal else one.queries)
+    return shapes.rows * (model.max_len if everywhere(train) or model.causal else shapes.queries)
 
 
 # -- parts of a step -----------------------------------------------------------------------------------------
@@ -256,9 +256,13 @@ class Part:
 
 
 def step_parts(
-    model: ModelConfig, train: TrainConfig, one: Shapes, width: int = FP32, adapter: AdapterPlan | None = None
+    model: ModelConfig,
+    train: TrainConfig,
+    shapes: Shapes,
+    width: int = FP32,
+    adapter: AdapterPlan | None = None,
 ) -> list[Part]:
-    """Return the parts of an optimiser step whose micro-batches have the shapes `one`.
+    """Return the parts of an optimiser step whose micro-batches have these `shapes`.
 
     `width` is the bytes of a number in products and activations (2 under autocast to 16 bits). With `adapter`
     the model is frozen and only that is trained.
@@ -267,7 +271,7 @@ def step_parts(
     amounts = ("flops", "bytes", "elements", "operators")
     passes = [
         replace(part, **{name: micros * getattr(part, name) for name in amounts})
-        for part in _pass_parts(model, train, one, width, adapter)
+        for part in _pass_parts(model, train, shapes, width, adapter)
     ]
     count = parameters(model)
     P, table, tensors = sum(count.values()), count["input_table"], 16 * model.num_layers + 6
@@ -285,18 +289,18 @@ def step_parts(
 
 
 def _pass_parts(
-    model: ModelConfig, train: TrainConfig, one: Shapes, width: int, adapter: AdapterPlan | None
+    model: ModelConfig, train: TrainConfig, shapes: Shapes, width: int, adapter: AdapterPlan | None
 ) -> list[Part]:
     """Return the parts of one micro-batch, forward and backward."""
     D, F, L, N = model.hidden_dim, model.ffn_factor * model.hidden_dim, model.max_len, model.num_layers
-    T, G = one.rows * L, _last_places(model, train, one)
+    T, G = shapes.rows * L, _last_places(model, train, shapes)
     full, both = 1 + BACKWARD, N - 1  # `both`: layers that compute everything
-    asked = both * T + G  # places that ask, over all layers
+    asking = both * T + G  # places that ask, over all layers
     moved = both * (T * (6 * D + 2 * F)) + T * 3 * D + G * (5 * D + 2 * F)
     weights = N * (4 * D * D + 2 * D * F)
-    norms = 2 * asked + T * int(model.embedding_norm) + G * int(model.final_norm)
-    dropped = (2 * asked + T) * D if model.dropout else 0.0
-    weighted = asked * L * model.num_heads  # attention probabilities, which fused kernels never store
+    norms = 2 * asking + T * int(model.embedding_norm) + G * int(model.final_norm)
+    dropped = (2 * asking + T) * D if model.dropout else 0.0
+    weighted = asking * L * model.num_heads  # attention probabilities, which fused kernels never store
     stored = weighted if model.attention_dropout else 0.0
     maps, passes, looked_up = full * linear_forward(model, T, G), full, T * D
     own = []
@@ -309,7 +313,7 @@ def _pass_parts(
 
     items = model.output_rows if train.objective == "seed_focal" else model.num_items
     items = train.num_negatives + 1 if train.sampled else items
-    scored = T if everywhere(train) else one.slots
+    scored = T if everywhere(train) else shapes.slots
     logits = scored * items
     # In place: product writes, log-softmax, exponential and subtraction in cache, two products read.
     # Elsewhere logits are widened to fp32, read for the loss, and their gradient written and read.
@@ -318,12 +322,12 @@ def _pass_parts(
     return [
         Part("encoder: linear maps", "product", maps, passes * width * (moved + weights), 0.0,
              N * 4 * (4 if adapter is None else 2), (T, D, F)),
-        Part("encoder: attention", "attention", full * 4 * asked * L * D,
-             full * width * (2 * both * T + T + G) * 2 * D + 8 * FP32 * stored, asked * L * D, N * 12),
-        Part("GELU", "gelu", 0.0, 5 * width * asked * F, asked * F, N * 2),
+        Part("encoder: attention", "attention", full * 4 * asking * L * D,
+             full * width * (2 * both * T + T + G) * 2 * D + 8 * FP32 * stored, asking * L * D, N * 12),
+        Part("GELU", "gelu", 0.0, 5 * width * asking * F, asking * F, N * 2),
         Part("dropout", "dropout", 0.0, 8 * width * dropped, dropped, (2 * N + 1) * 4),
         Part("LayerNorm", "norm", 0.0, 5 * FP32 * norms * D, norms * D, 2 * (2 * N + 2)),
-        Part("residuals", "add", 0.0, 6 * width * (2 * asked + T) * D, (2 * asked + T) * D, N * 6),
+        Part("residuals", "add", 0.0, 6 * width * (2 * asking + T) * D, (2 * asking + T) * D, N * 6),
         Part("look up items", "lookup", 0.0, 4 * FP32 * looked_up, looked_up, 12),
         *own,
         Part("head: products", "product", passes * head_forward(model, 1, items) * scored,
@@ -400,10 +404,10 @@ def training_memory(
     On a CPU the loss has one buffer of logits, and gradients of large tables stay where they are; on CUDA
     gradients are fresh and weights have 16-bit copies.
     """
-    one = lengths if isinstance(lengths, Shapes) else largest_shapes(model, train, lengths)
+    shapes = lengths if isinstance(lengths, Shapes) else largest_shapes(model, train, lengths)
     width, count, N = number_bytes(precision), parameters(model), model.num_layers
-    P, T, G = sum(count.values()), one.rows * model.max_len, _last_places(model, train, one)
-    held, first = _activations(model, train, one, width)
+    P, T, G = sum(count.values()), shapes.rows * model.max_len, _last_places(model, train, shapes)
+    held, first = _activations(model, train, shapes, width)
     if adapter is None:
         trained, weights, table = P, FP32 * P, FP32 * count["input_table"]
         sunk = device_type == "cpu" and width == FP32 and not everywhere(train) and table >= SMALLEST_SINK
@@ -423,16 +427,16 @@ def training_memory(
         "gradients": FP32 * trained,
         "optimizer": 2 * FP32 * trained,
         "activations": int(peak),
-        "logits": int(_logits(model, train, one, width, device_type, memory_bytes)),
+        "logits": int(_logits(model, train, shapes, width, device_type, memory_bytes)),
         "16-bit weights": HALF * trained if width == HALF else 0,
     }
     return Footprint(parts, int(held), int(first))
 
 
-def _activations(model: ModelConfig, train: TrainConfig, one: Shapes, width: int) -> tuple[float, float]:
+def _activations(model: ModelConfig, train: TrainConfig, shapes: Shapes, width: int) -> tuple[float, float]:
     """Return the bytes held as backward begins and as it ends: all layers', and the first one's."""
     D, F, L, N = model.hidden_dim, model.ffn_factor * model.hidden_dim, model.max_len, model.num_layers
-    T, G = one.rows * L, _last_places(model, train, one)
+    T, G = shapes.rows * L, _last_places(model, train, shapes)
     drop = int(model.dropout > 0)
     # A layer keeps q, k, v, what attention gives, two residual sums, two norms, and the inner width twice;
     # of dropout its factors (one byte on CUDA would do; four on a CPU).
@@ -441,7 +445,7 @@ def _activations(model: ModelConfig, train: TrainConfig, one: Shapes, width: int
     kept = (N - 1) * T * layer + last + T * D * (2 + drop + int(model.embedding_norm))
     probabilities = (N - 1) * T * L + G * L
     kept += 3 * model.num_heads * probabilities if model.attention_dropout else 0
-    head = one.slots * D * (2 + (4 + drop if model.head == "mlp" else 0))
+    head = shapes.slots * D * (2 + (4 + drop if model.head == "mlp" else 0))
     wide = 2 * F + 3 * D  # of gradients on their way through a layer
     passing = max(G * wide, T * wide - last if N > 1 else 0.0)  # the second: the last layer is gone by then
     fixed = FP32 * (T * L + (0 if G == T else G * L)) + 5 * 8 * T  # attention bias, indices
@@ -450,16 +454,16 @@ def _activations(model: ModelConfig, train: TrainConfig, one: Shapes, width: int
 
 
 def _logits(
-    model: ModelConfig, train: TrainConfig, one: Shapes, width: int, device_type: str, memory: int | None
+    model: ModelConfig, train: TrainConfig, shapes: Shapes, width: int, device_type: str, memory: int | None
 ) -> float:
     if train.sampled:
-        return 4 * FP32 * one.slots * (train.num_negatives + 1)
+        return 4 * FP32 * shapes.slots * (train.num_negatives + 1)
     if everywhere(train):
-        places = one.rows * model.max_len * model.output_rows
+        places = shapes.rows * model.max_len * model.output_rows
         if train.objective == "seed_focal":  # held, with a copy of real places, their softmax and gradients
-            return places * (width + FP32) + 3 * FP32 * one.tokens * model.output_rows
+            return places * (width + FP32) + 3 * FP32 * shapes.tokens * model.output_rows
         return places * (width if width == FP32 else width + FP32)
-    elements = one.slots * model.num_items
+    elements = shapes.slots * model.num_items
     if device_type == "cpu" and train.loss in ("auto", "inplace"):
         return width * elements
     plain = elements * (FP32 * 3 if width == FP32 else 2 * HALF + 3 * FP32)

@@ -317,7 +317,7 @@ PAIRWISE_GRID: dict[str, Sequence[Any]] = {
 
 def families(times: np.ndarray | None = None) -> dict[str, Family]:
     """Return the baselines by name; popularity by time only where `times` beside the items are known."""
-    found = {
+    known = {
         "popularity": Family(fit_popularity, {}),
         "recent_popularity": Family(fit_recent, {"last": (1, 2, 5, 10, 20, 50)}),
         # Below a hundred or so, popularity only orders what the transitions leave equal.
@@ -330,8 +330,8 @@ def families(times: np.ndarray | None = None) -> dict[str, Family]:
     }
     if times is not None:
         by_time = functools.partial(fit_recent_in_time, times=times)
-        found["recent_popularity_in_time"] = Family(by_time, {"share": (0.003, 0.01, 0.03, 0.1, 0.3)})
-    return found
+        known["recent_popularity_in_time"] = Family(by_time, {"share": (0.003, 0.01, 0.03, 0.1, 0.3)})
+    return known
 
 
 class Choice(NamedTuple):
@@ -380,12 +380,12 @@ def choose(
             fitted = replace(fits[key], **later) if key in fits else family.fit(histories, num_items, **given)
             if later:
                 fits.setdefault(key, fitted)
-            found = metrics.summary(metrics.rank(fitted.scores(valid), valid, remove_seen).ranks)
-            if metric not in found:
-                raise InputError(f"parameter 'metric' is {metric!r}: expected one of {', '.join(found)}")
-            tried.append(given | found)
-            if found[metric] > highest:
-                highest, chosen, best = found[metric], given, fitted
+            scored = metrics.summary(metrics.rank(fitted.scores(valid), valid, remove_seen).ranks)
+            if metric not in scored:
+                raise InputError(f"parameter 'metric' is {metric!r}: expected one of {', '.join(scored)}")
+            tried.append(given | scored)
+            if scored[metric] > highest:
+                highest, chosen, best = scored[metric], given, fitted
     assert best is not None
     at_edge = [name for name, values in family.grid.items() if chosen[name] in (min(values), max(values))]
     return Choice(chosen, tried, best, at_edge)

@@ -118,10 +118,10 @@ def compare(
     seeds = {name: 0 if name in deterministic else len(array) for name, array in rows.items()}
     users = rows[reference].shape[1]
     between, within, freedom = _seed_variance([a for name, a in rows.items() if seeds[name] > 1])
-    found = []
+    comparisons: list[Comparison] = []
     for name in (name for name in rows if name != reference):
         difference = rows[name].mean(axis=0) - rows[reference].mean(axis=0)
-        share = sum(1 / seeds[one] for one in (name, reference) if seeds[one])
+        share = sum(1 / seeds[model] for model in (name, reference) if seeds[model])
         over_users = difference.var(ddof=1) / users
         over_seeds = between * share
         variance = over_users + max(over_seeds - within * share / users, 0.0)
@@ -136,9 +136,9 @@ def compare(
         )
         pair, means = (seeds[name], seeds[reference]), rows[name].mean(axis=1)
         ends = (float(means.min()), float(means.max()))
-        found.append(Comparison(name, reference, interval, p, p, detectable, pair, ends, degrees))
-    adjusted = holm({one.name: one.p_value for one in found})
-    return [one._replace(adjusted_p=adjusted[one.name]) for one in found]
+        comparisons.append(Comparison(name, reference, interval, p, p, detectable, pair, ends, degrees))
+    adjusted = holm({row.name: row.p_value for row in comparisons})
+    return [row._replace(adjusted_p=adjusted[row.name]) for row in comparisons]
 
 
 def _seed_variance(models: Sequence[np.ndarray]) -> tuple[float, float, int]:
@@ -152,7 +152,7 @@ def _seed_variance(models: Sequence[np.ndarray]) -> tuple[float, float, int]:
         return 0.0, 0.0, 0
     between = sum((len(rows) - 1) * rows.mean(axis=1).var(ddof=1) for rows in models)
     left = (rows - rows.mean(axis=0) - rows.mean(axis=1, keepdims=True) + rows.mean() for rows in models)
-    within = sum(float((one**2).sum()) for one in left)
+    within = sum(float((rest**2).sum()) for rest in left)
     return float(between / freedom), within / (freedom * (models[0].shape[1] - 1)), freedom
 
 
@@ -372,7 +372,9 @@ def fit(sizes: Any, losses: Any) -> Law:
 def resampled(losses: Sequence[Sequence[float]], samples: int = SAMPLES, seed: int = 0) -> np.ndarray:
     """Return means (B, S) of seeds drawn with replacement, for each size apart."""
     rng = np.random.default_rng(seed)
-    drawn = [np.asarray(one)[rng.integers(len(one), size=(samples, len(one)))].mean(1) for one in losses]
+    drawn = [
+        np.asarray(seeds)[rng.integers(len(seeds), size=(samples, len(seeds)))].mean(1) for seeds in losses
+    ]
     return np.stack(drawn, axis=1)
 
 
@@ -384,19 +386,19 @@ def predict(by_size: Mapping[float, Sequence[float]], size: float, samples: int 
     that leaves too few. The noise of the predicted run's own seeds is in none of them.
     """
     sizes = np.array(sorted(by_size))
-    means = np.array([np.mean(by_size[one]) for one in sizes])
+    means = np.array([np.mean(by_size[each]) for each in sizes])
     law = fit(sizes, means)
-    found: dict[str, Any] = {"floor": law.floor, "factor": law.factor, "exponent": law.exponent}
-    found |= {"predicted": float(law(size)), "residual": float(np.abs(law(sizes) - means).max())}
-    found |= dict.fromkeys(("low", "high", "without_low", "without_high", "exponent_low", "exponent_high"))
+    result: dict[str, Any] = {"floor": law.floor, "factor": law.factor, "exponent": law.exponent}
+    result |= {"predicted": float(law(size)), "residual": float(np.abs(law(sizes) - means).max())}
+    result |= dict.fromkeys(("low", "high", "without_low", "without_high", "exponent_low", "exponent_high"))
     laws = _resampled_laws(by_size, samples)
     if laws is not None:
-        found["low"], found["high"] = np.percentile(laws([size]), (2.5, 97.5)).tolist()
-        found["exponent_low"], found["exponent_high"] = np.percentile(laws.exponent, (2.5, 97.5)).tolist()
+        result["low"], result["high"] = np.percentile(laws([size]), (2.5, 97.5)).tolist()
+        result["exponent_low"], result["exponent_high"] = np.percentile(laws.exponent, (2.5, 97.5)).tolist()
     if len(sizes) > MIN_SIZES:
         others = [float(fit(np.delete(sizes, i), np.delete(means, i))(size)) for i in range(len(sizes))]
-        found["without_low"], found["without_high"] = min(others), max(others)
-    return found
+        result["without_low"], result["without_high"] = min(others), max(others)
+    return result
 
 
 def band(by_size: Mapping[float, Sequence[float]], sizes: Any, samples: int = SAMPLES) -> np.ndarray | None:
@@ -413,7 +415,7 @@ def _resampled_laws(by_size: Mapping[float, Sequence[float]], samples: int) -> L
     sizes = sorted(by_size)
     if max(len(seeds) for seeds in by_size.values()) < 2:
         return None
-    return fit(sizes, resampled([by_size[one] for one in sizes], samples))
+    return fit(sizes, resampled([by_size[size] for size in sizes], samples))
 
 
 def naive(sizes: Any, losses: Any, size: float) -> dict[str, float]:
