@@ -396,8 +396,11 @@ def plan_size(size: str, gpu: str, **settings: Any) -> Plan:
 # -- command line --------------------------------------------------------------------------------------------
 
 
-def report(plans: Sequence[Plan], what: str, epochs: int, currency: str) -> list[str]:
+def report(
+    plans: Plan | Sequence[Plan], what: str = "one run", epochs: int = 1, currency: str = "cost"
+) -> list[str]:
     """Return plans as a table of at most 110 columns, a row for each; of a single one also its parts."""
+    plans = [plans] if isinstance(plans, Plan) else plans
     rows, run = [], "epoch" if epochs == 1 else f"{epochs} epochs"
     for plan in plans:
         whole = plan.epoch.times(epochs)
