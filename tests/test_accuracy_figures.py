@@ -254,9 +254,9 @@ def test_the_fastest_learner_is_said_to_lead_only_where_it_does():
 
 
 def test_a_line_that_ends_early_has_its_name_above_its_end():
-    figure = go.Figure()
+    figure = style.single()
     ends = pd.Series({"whole": 20.0, "one that was stopped early": 10.0})
-    style.label_ends(figure, ends, ends / 100, dict.fromkeys(ends.index, "red"), 0.2)
+    figure.label_ends(ends, ends / 100, dict.fromkeys(ends.index, "red"), 0.2)
     placed = {a.text.replace("<br>", " "): a for a in figure.layout.annotations}
     assert (placed["whole"].xanchor, placed["whole"].x) == ("left", 20)
     early = placed["one that was stopped early"]
@@ -265,9 +265,9 @@ def test_a_line_that_ends_early_has_its_name_above_its_end():
 
 @given(st.dictionaries(st.sampled_from("abcdefg"), st.floats(0, 1), min_size=2), st.floats(0.1, 1))
 def test_names_at_line_ends_never_overlap_and_keep_their_order(ends, top):
-    figure = go.Figure()
+    figure = style.single()
     heights = pd.Series(ends)
-    style.label_ends(figure, heights * 0, heights, dict.fromkeys(ends, "red"), top)
+    figure.label_ends(heights * 0, heights, dict.fromkeys(ends, "red"), top)
     placed = {a.text: a.y for a in figure.layout.annotations}
     for one, other in itertools.pairwise(sorted(placed, key=placed.get)):
         assert placed[other] - placed[one] >= 0.999 * style.GAP * top
