@@ -177,8 +177,8 @@ def ablation(rows: pd.DataFrame) -> go.Figure:
     effect = np.select([helps, hurts], ["better", "worse"], "not separated")
     hover = "%{y}: %{x:+.4f}<br>NDCG@10 %{customdata[0]:.4f}, %{customdata[1]:.0f} seeds"
     hover += ", adjusted p %{customdata[2]:.3f}" if corrected else ""
-    for (_, said), some in rows.groupby(["kind", effect]):
-        color, data = _CLAIMED.get(said, MUTED), some.reindex(columns=["value", "seeds", "adjusted_p"])
+    for (_, claim), some in rows.groupby(["kind", effect]):
+        color, data = _CLAIMED.get(claim, MUTED), some.reindex(columns=["value", "seeds", "adjusted_p"])
         ends = interval(some, "difference", color)
         figure.dots(some, "difference", "model", color, hover, error_x=ends, customdata=data)
     base = model_name(rows["against"].iloc[0])
@@ -557,11 +557,11 @@ def adapter_cost(rows: pd.DataFrame) -> go.Figure:
     plain = rows[timed & (rows["model"] == "ilora") & style.column(rows, "over_ilora").isna()]
     title = "What a step with adapters costs"
     if len(plain) and pd.notna(plain.iloc[0].get("over_lora")):
-        one = plain.iloc[0]
-        title = f"A step of iLoRA takes {one['over_lora']:.2f} times LoRA's "
-        title += f"({one['over_lora_low']:.2f} to {one['over_lora_high']:.2f})"
-        if pd.notna(one.get("over_full")):
-            title += f", {one['over_full']:.2f} times full fine-tuning's"
+        row = plain.iloc[0]
+        title = f"A step of iLoRA takes {row['over_lora']:.2f} times LoRA's "
+        title += f"({row['over_lora_low']:.2f} to {row['over_lora_high']:.2f})"
+        if pd.notna(row.get("over_full")):
+            title += f", {row['over_full']:.2f} times full fine-tuning's"
     return figure.update_layout(title_text=title)
 
 

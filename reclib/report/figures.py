@@ -280,18 +280,18 @@ class Question(NamedTuple):
 
 def questions(notebooks: Path) -> dict[str, Question]:
     """Return what each notebook in a folder asks, by name, in reading order; empty where it has no text."""
-    asked = {}
+    by_notebook = {}
     for file in sorted(notebooks.glob("[0-9][0-9]_*.ipynb")):
         try:
             cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{file.name}: not a notebook (broken JSON, or no cells)") from None
-        texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
-        heading, _, rest = (texts[0] if texts else "").strip().partition("\n")
+        cell = next((cell for cell in cells if cell["cell_type"] == "markdown"), {"source": ""})
+        heading, _, rest = "".join(cell["source"]).strip().partition("\n")
         paragraph = rest.strip().split("\n\n")[0]
         shown = "" if paragraph.startswith(("|", "#", "-")) else " ".join(paragraph.split())
-        asked[file.stem] = Question(re.sub(r"^#+\s*(\d\d\s+)?", "", heading), _inline(shown))
-    return asked
+        by_notebook[file.stem] = Question(re.sub(r"^#+\s*(\d\d\s+)?", "", heading), _inline(shown))
+    return by_notebook
 
 
 def _inline(markdown: str) -> Markup:
@@ -303,25 +303,25 @@ def _inline(markdown: str) -> Markup:
 
 
 def index(
-    cards: Sequence[Card], rows: Sequence[Record], asked: Mapping[str, Question], problems: list[str]
+    cards: Sequence[Card], rows: Sequence[Record], texts: Mapping[str, Question], problems: list[str]
 ) -> str:
     """Return the page as HTML: a section per notebook, in reading order, then one of a user's own data.
 
-    `asked` is what `questions` returns; a notebook that is only in the records has its section too.
+    `texts` is what `questions` returns; a notebook that is only in the records has its section too.
     """
     study, own = ([card for card in cards if tables.of_study(card.records[0]) == of] for of in (True, False))
     known, others = ([row for row in rows if tables.of_study(row) == of] for of in (True, False))
     opening = _of_most_work([card for card in study if card.spec.name == OPENING[0]])
     rest = [card for card in study if card is not opening]
     sections = []
-    for name in sorted({*asked, *(card.spec.notebook for card in study)}):
-        chapter, question = findings.CHAPTERS.get(name), asked.get(name) or Question("", Markup())
-        mine = [card for card in rest if card.spec.notebook == name]
-        lead = _of_most_work([card for card in mine if chapter and card.spec.name == chapter.lead])
+    for name in sorted({*texts, *(card.spec.notebook for card in study)}):
+        chapter, question = findings.CHAPTERS.get(name), texts.get(name) or Question("", Markup())
+        here = [card for card in rest if card.spec.notebook == name]
+        lead = _of_most_work([card for card in here if chapter and card.spec.name == chapter.lead])
         title = question.heading or (chapter.title if chapter else name[3:].replace("_", " ").capitalize())
         about = {"id": name, "number": name[:2], "heading": title, "paragraph": question.paragraph}
         some = [row for row in known if row["notebook"] == name]
-        sections.append(about | _section([name], some, mine, lead, problems))
+        sections.append(about | _section([name], some, here, lead, problems))
     if others:
         about = {"id": "own", "number": "", "heading": "Your own data", "paragraph": ""}
         notebooks = sorted({row["notebook"] for row in others})

@@ -6,6 +6,7 @@ question first. The page shows the answer and folds the others; the notebook pri
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from reclib.report.tables import (
     sweep_of,
 )
 
-Found = Mapping[str, Sequence[Record]]  # the records of one dataset, by name
+Results = Mapping[str, Sequence[Record]]  # the records of one dataset, by name
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Chapter:
     """A notebook's short title, what its records say, and the figure that shows most of it."""
 
     title: str
-    findings: Callable[[Found], list[str]]
+    findings: Callable[[Results], list[str]]
     lead: str = ""  # name of a figure; "" for the first
 
 
@@ -68,9 +69,9 @@ def _model(record: Record) -> str:
     return str(record["own_params"]["model"])
 
 
-def _first(found: Found, name: str) -> Mapping[str, Any]:
+def _first(results: Results, name: str) -> Mapping[str, Any]:
     """Return the metrics of the first record of a name, empty without one."""
-    return found[name][0]["metrics"] if found.get(name) else {}
+    return results[name][0]["metrics"] if results.get(name) else {}
 
 
 def _claim(metrics: Mapping[str, Any]) -> Claim:
@@ -95,54 +96,41 @@ def _seeds(count: float) -> str:
 # -- 01 ------------------------------------------------------------------------------------------------------
 
 
-def _of_data(found: Found) -> list[str]:
-    kept, lengths, popularity = (
-        _first(found, name) for name in ("preparation", "sequence_lengths", "item_popularity")
-    )
-    again, ties, last, cold = (
-        _first(found, name) for name in ("repeats", "tied_timestamps", "last_items", "cold")
-    )
+# Names of records, and what is said of their metrics where all of them are there.
+_DATA = {
+    "preparation": "{interactions:,} of {source_interactions:,} interactions are left, of {users:,} users "
+    "with {items:,} items.",
+    "sequence_lengths": "Histories have {min_length:,} to {max_length:,} interactions, {mean_length:.0f} on "
+    "average, half of them at most {median_length:.0f}; {longer_than_200_share:.1%} are longer than 200.",
+    "item_popularity": "The most popular tenth of the items holds {top_tenth_share:.0%} of all interactions "
+    "(Gini {gini:.2f}).",
+    "repeats": "{repeat_target_share:.1%} of the test targets are items that the user had before.",
+    "tied_timestamps last_items": "{tied_interaction_share:.0%} of interactions share their timestamp with "
+    "another of the same user, and for {last_item_by_tie_rule_share:.0%} of the users only the order of rows "
+    "decides which item is the test target.",
+    "cold": "Split by time, {global_time_unseen_user_share:.0%} of the test rows are of users that training "
+    "never saw, and {global_time_unseen_item_share:.1%} ask for an item that it never saw; by leave-one-out "
+    "{leave_one_out_unseen_item_share:.1%} do.",
+}
+
+
+def _of_data(results: Results) -> list[str]:
     sentences = []
-    if kept:
-        sentences.append(
-            f"{kept['interactions']:,} of {kept['source_interactions']:,} interactions are left, of "
-            f"{kept['users']:,} users with {kept['items']:,} items."
-        )
-    if lengths:
-        sentences.append(
-            f"Histories have {lengths['min_length']:,} to {lengths['max_length']:,} interactions, "
-            f"{lengths['mean_length']:.0f} on average, half of them at most {lengths['median_length']:.0f}; "
-            f"{lengths['longer_than_200_share']:.1%} are longer than 200."
-        )
-    if popularity:
-        sentences.append(
-            f"The most popular tenth of the items holds {popularity['top_tenth_share']:.0%} of all "
-            f"interactions (Gini {popularity['gini']:.2f})."
-        )
-    if again:
-        share = again["repeat_target_share"]
-        sentences.append(f"{share:.1%} of the test targets are items that the user had before.")
-    if ties and last:
-        sentences.append(
-            f"{ties['tied_interaction_share']:.0%} of interactions share their timestamp with another of the "
-            f"same user, and for {last['last_item_by_tie_rule_share']:.0%} of the users only the order of "
-            "rows decides which item is the test target."
-        )
-    if "global_time_unseen_user_share" in cold:
-        sentences.append(
-            f"Split by time, {cold['global_time_unseen_user_share']:.0%} of the test rows are of users that "
-            f"training never saw, and {cold['global_time_unseen_item_share']:.1%} ask for an item that it "
-            f"never saw; by leave-one-out {cold['leave_one_out_unseen_item_share']:.1%} do."
-        )
+    for names, text in _DATA.items():
+        metrics: dict[str, Any] = {}
+        for name in names.split():
+            metrics |= _first(results, name)
+        with contextlib.suppress(KeyError):
+            sentences.append(text.format(**metrics))
     return sentences
 
 
 # -- 02 ------------------------------------------------------------------------------------------------------
 
 
-def _of_baseline(found: Found) -> list[str]:
+def _of_baseline(results: Results) -> list[str]:
     """Say whether the reference beats what counts, then HR@10 of all models, comparisons and seeds."""
-    scored = [r for r in found.get("test_metrics", []) if "hr@10" in r["metrics"]]
+    scored = [r for r in results.get("test_metrics", []) if "hr@10" in r["metrics"]]
     models: dict[str, Mapping[str, Any]] = {}
     for record in sorted(scored, key=lambda r: r.get("seed") is None):  # the mean over seeds has none
         models[(record.get("own_params") or {}).get("model") or "bert4rec"] = record["metrics"]
@@ -152,7 +140,7 @@ def _of_baseline(found: Found) -> list[str]:
     listed = ", ".join(_with_interval(name, models[name]) for name in best_first)
     sentences = [f"HR@10 on {_place(scored)}: {listed}."]
     compared = [
-        r for r in found.get("comparison", []) if {_model(r), r["own_params"]["against"]} <= models.keys()
+        r for r in results.get("comparison", []) if {_model(r), r["own_params"]["against"]} <= models.keys()
     ]
     if by_hits := [r for r in compared if r["own_params"]["metric"] == "hr@10"]:
         sentences.insert(0, _verdict(by_hits, models))
@@ -195,9 +183,9 @@ def _with_interval(model: str, metrics: Mapping[str, Any]) -> str:
 # -- 03 ------------------------------------------------------------------------------------------------------
 
 
-def _of_scaling(found: Found) -> list[str]:
+def _of_scaling(results: Results) -> list[str]:
     """Say whether a larger model ranks better, then what the law predicted and what came."""
-    curves, metric = found.get("learning_curve", []), "valid_ndcg@10"
+    curves, metric = results.get("learning_curve", []), "valid_ndcg@10"
     widths = _by((r for r in curves if sweep_of(_model(r)) == "width" and metric in r["metrics"]), _model)
     sizes = sorted(widths, key=lambda name: (widths[name][0]["metrics"]["non_embedding"], name))
     sentences = []
@@ -211,8 +199,8 @@ def _of_scaling(found: Found) -> list[str]:
             f"{word} on {_place(curves)}: NDCG@10 on validation is {np.mean(small):.3f} for {sizes[0]} and "
             f"{np.mean(large):.3f} for {sizes[-1]}, the largest{count}."
         )
-    if found.get("prediction"):
-        sentences += _of_the_law(outcome([*curves, *found["prediction"]]))
+    if results.get("prediction"):
+        sentences += _of_the_law(outcome([*curves, *results["prediction"]]))
     return sentences
 
 
@@ -355,14 +343,14 @@ def _of_depth_and_tables(table: pd.DataFrame) -> list[str]:
 def _of_rates(rows: Sequence[Record]) -> list[str]:
     """Say whether the rule for the learning rate held where it was checked."""
     lines = []
-    for arm, one in tables.rate_check(rows).iterrows():
-        best = min(RATES, key=lambda name: one[name])
-        held = f"{best} of it is better by {one['lost']:.3f} nats"
+    for arm, row in tables.rate_check(rows).iterrows():
+        best = min(RATES, key=lambda name: row[name])
+        held = f"{best} of it is better by {row['lost']:.3f} nats"
         held = "the rule's is the best of the three" if best == "rule" else held
-        losses = ", ".join(f"{name} {one[name]:.3f}" for name in RATES)
-        line = f"Learning rate at {arm}, {int(one['seeds'])} seed(s): {losses} nats; {held} "
-        line += f"(the rule's seeds lie {one['range']:.3f} apart)."
-        ranked = {name: one[f"ndcg@10 {name}"] for name in RATES}
+        losses = ", ".join(f"{name} {row[name]:.3f}" for name in RATES)
+        line = f"Learning rate at {arm}, {int(row['seeds'])} seed(s): {losses} nats; {held} "
+        line += f"(the rule's seeds lie {row['range']:.3f} apart)."
+        ranked = {name: row[f"ndcg@10 {name}"] for name in RATES}
         if not any(map(math.isnan, ranked.values())):
             top = max(RATES, key=lambda name: ranked[name])
             shown = ", ".join(f"{name} {value:.4f}" for name, value in ranked.items())
@@ -383,7 +371,7 @@ def _of_purchase(table: pd.DataFrame) -> list[str]:
     if len(kept) < 2 or "ndcg@10" not in table:
         return []
     best = kept.iloc[int(kept["ndcg@10"].argmax())]
-    cheap = next(one for _, one in kept.iterrows() if not _parted(one, best, "ndcg@10"))
+    cheap = next(row for _, row in kept.iterrows() if not _parted(row, best, "ndcg@10"))
     line = f"What to buy, by NDCG@10 on validation, of those with {statistics.MIN_SEEDS} seeds: "
     line += f"{best.name} ranks best ({best['ndcg@10']:.4f}); "
     if cheap.name == best.name:
@@ -413,8 +401,8 @@ def size_findings(steps: pd.DataFrame, named: Collection[str]) -> list[str]:
     lines = []
     for device, part in steps.groupby("device"):
         shown = [
-            f"{size} {one['step s']:.2f} s, {one['peak GB']:.1f} GB at peak, {one[FLOOR]:.2f} times its floor"
-            for size, one in part.iterrows()
+            f"{size} {row['step s']:.2f} s, {row['peak GB']:.1f} GB at peak, {row[FLOOR]:.2f} times its floor"
+            for size, row in part.iterrows()
         ]
         absent = [name for name in named if name not in part.index]
         last = f" Not measured there: {', '.join(absent)}." if absent else ""
@@ -426,14 +414,14 @@ def size_findings(steps: pd.DataFrame, named: Collection[str]) -> list[str]:
 
 def tuning_findings(records: Sequence[Record], study: str) -> list[str]:
     """Return sentences on a study: its trials, what it chose, what mattered, what is left anew."""
-    found = _by((r for r in records if r["data"]["name"] == study), lambda record: record["name"])
-    trials = found.get("trial", [])
+    results = _by((r for r in records if r["data"]["name"] == study), lambda record: record["name"])
+    trials = results.get("trial", [])
     if not trials:
         return [f"- {study}: no trial is committed yet."]
     pruned = sum(r["own_params"]["state"] == "pruned" for r in trials)
     lines = [f"- {study}: {len(trials)} trials, {pruned} of them pruned."]
-    if found.get("tuning"):
-        newest = max(found["tuning"], key=lambda r: str(r["time"]))
+    if results.get("tuning"):
+        newest = max(results["tuning"], key=lambda r: str(r["time"]))
         own, value = newest["own_params"], newest["metrics"]["valid_ndcg@10"]
         drawn = ", ".join(f"{k} {v:.3g}" for k, v in own.items() if k not in ("study", "trial"))
         lines[0] += f" The best, trial {own['trial']}, has NDCG@10 {value:.4f} on validation: {drawn}."
@@ -441,20 +429,20 @@ def tuning_findings(records: Sequence[Record], study: str) -> list[str]:
         if shares:
             first = max(shares, key=lambda name: shares[name])
             lines.append(f"  What mattered most among the whole trials: {first} ({shares[first]:.0%}).")
-    for m in (record["metrics"] for record in found.get("validation_difference", [])):
+    for m in (record["metrics"] for record in results.get("validation_difference", [])):
         lines.append(
             f"  Trained anew, {m['seeds']} seeds, NDCG@10 on validation: default {m['base']:.4f}, tuned "
             f"{m['value']:.4f}, {interval_text(m)}; single seeds {m['seed_low']:+.4f} to "
             f"{m['seed_high']:+.4f}."
         )
-    for record in (r for r in found.get("comparison", []) if _model(r) == "tuned"):
+    for record in (r for r in results.get("comparison", []) if _model(r) == "tuned"):
         m, metric = record["metrics"], record["own_params"]["metric"].upper()
         lines.append(
             f"  Test {metric}, tuned against default: {interval_text(m)}, adjusted p {m['adjusted_p']:.3f}: "
             f"{_claim(m)} (it could have seen {m['detectable']:.3f}; scored {record['earlier']} times "
             "before)."
         )
-    if not found.get("comparison"):
+    if not results.get("comparison"):
         lines.append("  Not compared with the default yet: nothing of it is a result.")
     return lines
 
@@ -485,9 +473,9 @@ def beside_sizes(records: Sequence[Record], study: str) -> list[str]:
 # -- 04 ------------------------------------------------------------------------------------------------------
 
 
-def _of_speed(found: Found) -> list[str]:
+def _of_speed(results: Results) -> list[str]:
     """Say what less work gave, then what precision and compiling do, each against the plain step."""
-    timed = [r for r in found.get("ladder", []) if r["timings"].get("step_seconds")]
+    timed = [r for r in results.get("ladder", []) if r["timings"].get("step_seconds")]
     rungs = sorted(timed, key=lambda r: r["own_params"]["rung"])
     names, seconds = (
         [r[of][key] for r in rungs] for of, key in (("own_params", "name"), ("timings", "step_seconds"))
@@ -499,7 +487,7 @@ def _of_speed(found: Found) -> list[str]:
         sentences.append(
             f"From the {names[0]} to “{names[best]}” a step is {factor:.1f} times faster ({where})."
         )
-    steps = [r for r in found.get("step", []) if r["kind"] == "measured"]
+    steps = [r for r in results.get("step", []) if r["kind"] == "measured"]
     sentences += _rates(steps)
     for place in range(1, len(rungs)):
         faster, whole = seconds[place - 1] / seconds[place], seconds[0] / seconds[place]
@@ -513,7 +501,7 @@ def _of_speed(found: Found) -> list[str]:
             pays = f"has paid after {paid:,} steps" if paid else "never pays"
             start = f"{own['compile_mode']} in {own['precision']}: compiling took"
             sentences.append(f"{start} {took['compile_seconds']:.1f} s and {pays}.")
-    curves = [r for r in found.get("loss_curve", []) if r["timings"].get("largest_gap") is not None]
+    curves = [r for r in results.get("loss_curve", []) if r["timings"].get("largest_gap") is not None]
     gaps = {r["own_params"]["precision"]: r["timings"]["largest_gap"] for r in curves}
     if gaps:
         listed = ", ".join(f"{name} {value:.1e}" for name, value in gaps.items())
@@ -541,10 +529,10 @@ def _rates(steps: Sequence[Record]) -> list[str]:
 # -- 05 ------------------------------------------------------------------------------------------------------
 
 
-def _of_adapters(found: Found) -> list[str]:
+def _of_adapters(results: Results) -> list[str]:
     """Say whether the user's gate helps, then accuracy, every comparison and what a step costs."""
-    compared = [r for r in found.get("gate_comparison", []) if r["own_params"]["metric"] == "ndcg@10"]
-    means = [r for r in found.get("adaptation", []) if r.get("seed") is None]
+    compared = [r for r in results.get("gate_comparison", []) if r["own_params"]["metric"] == "ndcg@10"]
+    means = [r for r in results.get("adaptation", []) if r.get("seed") is None]
     verdicts, details = [], []
     for task, name in TASK_NAMES.items():
         rows = [r for r in compared if r["own_params"]["task"] == task]
@@ -569,7 +557,7 @@ def _of_adapters(found: Found) -> list[str]:
             f"{interval_text(m)}; one comparison alone finds {m['detectable']:.4f} four times in five."
         )
     answer = [" ".join(verdicts)] if verdicts else []
-    return [*answer, *_adapter_steps(found.get("adapter_step", [])), *details]
+    return [*answer, *_adapter_steps(results.get("adapter_step", [])), *details]
 
 
 def _gate_verdict(rows: Sequence[Record], task: str) -> str:
@@ -615,9 +603,9 @@ def _adapter_steps(records: Sequence[Record]) -> list[str]:
 # -- 06 to 08 ------------------------------------------------------------------------------------------------
 
 
-def of_devices(found: Found) -> list[str]:
+def of_devices(results: Results) -> list[str]:
     """Say of each size where it fits, the fastest GPU for it, and what an epoch costs at a stated price."""
-    steps = [r for r in found.get("hardware_step", []) if r["kind"] == "predicted"]
+    steps = [r for r in results.get("hardware_step", []) if r["kind"] == "predicted"]
     plans = [r for r in steps if {"rule": "open", "status": "ok"}.items() <= r["own_params"].items()]
     sentences = []
     for size, rows in _by(plans, lambda record: record["own_params"]["size"]).items():
@@ -645,18 +633,18 @@ def planner_errors() -> list[str]:
     ]
 
 
-def _of_devices_and_plans(found: Found) -> list[str]:
-    steps = [*found.get("hardware_step", []), *found.get("real_size_step", [])]
+def _of_devices_and_plans(results: Results) -> list[str]:
+    steps = [*results.get("hardware_step", []), *results.get("real_size_step", [])]
     if not steps:
         return []
     timed = {tables.device_of(r) for r in steps if r["kind"] == "measured"}
     measured = f"Measured on {', '.join(sorted(timed)) or 'no device'}."
-    return [*of_devices(found), measured, *planner_errors()]
+    return [*of_devices(results), measured, *planner_errors()]
 
 
-def _of_plans(found: Found) -> list[str]:
+def _of_plans(results: Results) -> list[str]:
     """Say where the run that was asked for fits, the fastest GPU for it, and what the plans rest on."""
-    plans = found.get("plan", [])
+    plans = results.get("plan", [])
     boards = [r for r in plans if r["metrics"].get("fits") is not None]
     if not boards:
         return []
@@ -673,8 +661,8 @@ def _of_plans(found: Found) -> list[str]:
     return sentences
 
 
-def _of_audit(found: Found) -> list[str]:
-    tally = {verdict: count for verdict, count in _first(found, "audit_verdicts").items() if count}
+def _of_audit(results: Results) -> list[str]:
+    tally = {verdict: count for verdict, count in _first(results, "audit_verdicts").items() if count}
     listed = ", ".join(f"{verdict} {count}" for verdict, count in sorted(tally.items()))
     start = f"Of {sum(tally.values())} published claims that arithmetic can check"
     return [f"{start}: {listed}."] if tally else []

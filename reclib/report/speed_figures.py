@@ -129,10 +129,10 @@ def compile_cost(rows: pd.DataFrame) -> go.Figure:
     compiled = timed[timed["ran_compile_mode"] != "off"] if len(timed) else timed
     if compiled.empty:
         return _nothing(figure, "Nothing was compiled on this device", rows["kind"].iloc[0])
-    one = compiled.iloc[int(compiled["step_seconds"].argmin())]
-    same = timed[(timed["precision"] == one["precision"]) & (timed["batch_size"] == one["batch_size"])]
+    best = compiled.iloc[int(compiled["step_seconds"].argmin())]
+    same = timed[(timed["precision"] == best["precision"]) & (timed["batch_size"] == best["batch_size"])]
     pays = style.column(same, "break_even_steps").dropna()
-    last = max(100.0, 2 * pays.max()) if len(pays) else 5 * one["compile_seconds"] / one["step_seconds"]
+    last = max(100.0, 2 * pays.max()) if len(pays) else 5 * best["compile_seconds"] / best["step_seconds"]
     steps = np.linspace(0, last, 50)
     for number, row in enumerate(same.to_dict("records")):
         seconds = row["compile_seconds"] + steps * row["step_seconds"]
@@ -142,7 +142,7 @@ def compile_cost(rows: pd.DataFrame) -> go.Figure:
     figure.update_xaxes(title_text="steps", rangemode="tozero")
     figure.update_yaxes(title_text="seconds, compiling included", rangemode="tozero")
     end = f"has paid after {pays.min():,.0f} steps" if len(pays) else "never pays here"
-    title = f"Compiling costs {one['compile_seconds']:.0f} s and {end}"
+    title = f"Compiling costs {best['compile_seconds']:.0f} s and {end}"
     return figure.update_layout(showlegend=True, title_text=title)
 
 
@@ -469,10 +469,10 @@ def by_device(rows: pd.DataFrame) -> go.Figure:
     `rows` are those of `planner.table`, or of the records: one for each device and part.
     """
     rows = rows.sort_values(["device", "part"], kind="stable")
-    one = rows.drop_duplicates("device")
-    kind = str(one["kind"].iloc[0])
-    boards = [name for name in hardware.catalogue() if name in set(one["device"])]
-    order = [*sorted(set(one["device"]) - set(boards)), *boards]
+    devices = rows.drop_duplicates("device")
+    kind = str(devices["kind"].iloc[0])
+    boards = [name for name in hardware.catalogue() if name in set(devices["device"])]
+    order = [*sorted(set(devices["device"]) - set(boards)), *boards]
     figure = panels(2, spacing=0.05, legend=True, shared_yaxes=True)
     for name in _PARTS:
         if len(part := rows[rows["part"] == name]):
@@ -481,17 +481,17 @@ def by_device(rows: pd.DataFrame) -> go.Figure:
             figure.bars(part, part["bytes"] / GIB, "device", _COLORS[name], hover, **look, **at(1, 1))
     black = {"size": 16, "line": {"width": 2, "color": INK}}
     _what_it_has(figure, order, black, name="what it has", **at(1, 1))
-    fits = one["status"].eq("ok")
-    for (basis, fit), part in one.groupby(["basis", fits]):
+    fits = devices["status"].eq("ok")
+    for (basis, fit), part in devices.groupby(["basis", fits]):
         color = (BLUE if basis == "validated" else ORANGE) if fit else MUTED
         more: dict[str, Any] = {"error_x": interval(part, "epoch_seconds", color, thickness=1.5)}
         more |= {"name": f"epoch, {basis}" if fit else "epoch, if it fitted", "customdata": part["precision"]}
         hover = "%{y}, %{customdata}: %{x:,.3g} s"
         figure.dots(part, "epoch_seconds", "device", color, hover, **more, **at(1, 2))
     figure.update_xaxes(title_text="GiB at the peak", rangemode="tozero", **at(1, 1))
-    ticks = log_axis([*one["epoch_seconds_low"], *one["epoch_seconds_high"]])
+    ticks = log_axis([*devices["epoch_seconds_low"], *devices["epoch_seconds_high"]])
     figure.update_xaxes(title_text="seconds of an epoch, with the range", **ticks, **at(1, 2))
     figure.categories(order, _DEVICE_ROW)
-    first, fit = one.iloc[0], int(fits[one["device"].isin(boards)].sum())
+    first, fit = devices.iloc[0], int(fits[devices["device"].isin(boards)].sum())
     title = f"{first['size']}, batch {first['batch_size']:,}: fits on {fit} of {len(boards)} GPUs, {kind}"
     return figure.update_layout(barmode="stack", title_text=title, legend=_LEGEND, margin={"t": 100})

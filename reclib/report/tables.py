@@ -362,24 +362,24 @@ def gains(recorded: Iterable[Record]) -> list[dict[str, Any]]:
         if timed and record["kind"] == "measured" and record["profile"] != "smoke":
             params = json.dumps(record["params"], sort_keys=True)
             runs[record["notebook"], record["name"], record["label"], params].append(record)
-    found = []
+    gained = []
     for (notebook, name, *_), some in runs.items():
         if (notebook, name) == ("04_amp_compile", "ladder"):
             rungs = sorted(some, key=lambda r: r["own_params"]["rung"])
             pairs = [(before, after, after["own_params"]["name"]) for before, after in pairwise(rungs)]
-            found += [_gain(*pair) for pair in pairs if pair[2] in _CLIMBED]
+            gained += [_gain(*pair) for pair in pairs if pair[2] in _CLIMBED]
         elif (notebook, name) == ("04_amp_compile", "step"):
-            found += _against_eager(some)
+            gained += _against_eager(some)
         elif (notebook, name) == ("05_ilora", "adapter_step"):
             for record in some:
                 if record["own_params"]["model"] == "ilora" and record["timings"].get("over_full"):
-                    found.append(_gain(None, record, "iLoRA", 1 / record["timings"]["over_full"]))
+                    gained.append(_gain(None, record, "iLoRA", 1 / record["timings"]["over_full"]))
                     break
-    return found
+    return gained
 
 
 def _against_eager(timed: Sequence[Record]) -> list[dict[str, Any]]:
-    found = []
+    gained = []
     for batch in sorted({r["own_params"]["batch_size"] for r in timed}):
         ran: dict[tuple[str, str], Record] = {}
         for record in timed:
@@ -390,8 +390,8 @@ def _against_eager(timed: Sequence[Record]) -> list[dict[str, Any]]:
         mixed = ran.get(("bf16", "off"), ran.get(("fp16", "off")))
         for after, technique in ((mixed, "AMP"), (compiled, "torch.compile")):
             if eager and after:
-                found.append(_gain(eager, after, technique))
-    return found
+                gained.append(_gain(eager, after, technique))
+    return gained
 
 
 def _gain(before: Record | None, after: Record, technique: str, speedup: float = 0.0) -> dict[str, Any]:
@@ -471,7 +471,7 @@ def real_steps(records: Iterable[Record]) -> pd.DataFrame:
     what the process holds beyond the interpreter and its libraries. Empty without records.
     """
     rows = []
-    for record in sorted(records, key=lambda one: one["metrics"]["parameters"]):
+    for record in sorted(records, key=lambda record: record["metrics"]["parameters"]):
         own, took, floor = (
             record["own_params"],
             record["timings"],
@@ -501,7 +501,7 @@ def by_arm(rows: Sequence[Record]) -> pd.DataFrame:
     gradients and moments take; `hours` are wall-clock of all its seeds together.
     """
     about = [{"arm": r["own_params"]["model"], "seed": r["seed"], "state": _state_bytes(r)} for r in rows]
-    frame = pd.DataFrame([one | r["metrics"] | r["timings"] for one, r in zip(about, rows, strict=True)])
+    frame = pd.DataFrame([row | r["metrics"] | r["timings"] for row, r in zip(about, rows, strict=True)])
     frame["risen"] = frame["last_valid_loss"] - frame["lowest_valid_loss"]
     parts = frame.groupby("arm", sort=False)
     table = parts[["item_tables", "non_embedding", "trained_tokens"]].mean().round().astype(int)
@@ -552,7 +552,7 @@ def rate_check(rows: Sequence[Record]) -> pd.DataFrame:
 
 def predictions(outcomes: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     """Return one row for each grid with a prediction: what was said when, and what came, by which records."""
-    found = {}
+    table = {}
     for name, outcome in outcomes.items():
         if (prediction := outcome["prediction"]) is None:
             continue
@@ -565,8 +565,8 @@ def predictions(outcomes: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
         if measured is not None:
             row["measured"] = round(measured, 4)
             row["error"] = f"{outcome['error']:+.4f} ({outcome['relative_error']:+.2%})"
-        found[name] = row
-    return pd.DataFrame(found).T
+        table[name] = row
+    return pd.DataFrame(table).T
 
 
 def tuned_against_default(rows: Iterable[Record]) -> pd.DataFrame:
@@ -575,7 +575,7 @@ def tuned_against_default(rows: Iterable[Record]) -> pd.DataFrame:
     Rows of the test split carry what may be claimed after correction, and how often the split had been
     scored with these settings before.
     """
-    found = []
+    compared = []
     for record in rows:
         own, m, test = record["own_params"], record["metrics"], record["name"] == "comparison"
         if not (test or record["name"] == "validation_difference") or own["model"] != "tuned":
@@ -589,8 +589,8 @@ def tuned_against_default(rows: Iterable[Record]) -> pd.DataFrame:
             row |= _sureness(m) | {"claim": what, "scored before": record["earlier"]}
         else:
             row["over seeds"] = f"{m['seed_low']:+.4f} to {m['seed_high']:+.4f}"
-        found.append(row)
-    return _indexed(found, "study").sort_values("split") if found else pd.DataFrame()
+        compared.append(row)
+    return _indexed(compared, "study").sort_values("split") if compared else pd.DataFrame()
 
 
 # -- accuracy ------------------------------------------------------------------------------------------------
@@ -607,16 +607,18 @@ def accuracy(records: Iterable[Record], all_records: Iterable[Record] | None = N
     looked = looks(records if all_records is None else all_records)
     for (data, label), scored in groups(r for r in records if r["name"] == "test_metrics").items():
         runs = Counter(r["own_params"]["model"] for r in scored if r["seed"] is not None)
-        for one in sorted((r for r in scored if r["seed"] is None), key=lambda r: -r["metrics"]["hr@10"]):
-            model, m = one["own_params"]["model"], one["metrics"]
-            arm = ((one.get("configuration") or {}).get("arms") or {}).get(model)
+        for record in sorted((r for r in scored if r["seed"] is None), key=lambda r: -r["metrics"]["hr@10"]):
+            model, m = record["own_params"]["model"], record["metrics"]
+            arm = ((record.get("configuration") or {}).get("arms") or {}).get(model)
             row = {"data": data, "model": model_name(model)}
             row |= {"seeds": str(runs[model] or ""), "device": label}  # what is deterministic has none
-            where = (_data(one, "fingerprint"), "leave-one-out", family(arm["model"], model) if arm else "")
-            row["configurations scored"] = str(looked.get(where, "")) if arm else ""
+            of = family(arm["model"], model) if arm else ""
+            row["configurations scored"] = str(
+                looked.get((_data(record, "fingerprint"), "leave-one-out", of), "")
+            )
             for name in ("hr@10", "ndcg@10"):
                 row[name.upper()] = f"{m[name]:.4f} ({m[f'{name}_low']:.4f} to {m[f'{name}_high']:.4f})"
-            rows.append(row | {"day": one["time"][:10]})
+            rows.append(row | {"day": record["time"][:10]})
     return _indexed(rows, ["data", "model"])
 
 
@@ -627,7 +629,7 @@ def differences(records: Iterable[Record], name: str) -> pd.DataFrame:
     """
     rows = []
     for (data, _), compared in groups(r for r in records if r["name"] == name).items():
-        for own, m in ((one["own_params"], one["metrics"]) for one in compared):
+        for own, m in ((r["own_params"], r["metrics"]) for r in compared):
             row = {"data": data, "model": model_name(own["model"]), "minus": model_name(own["against"])}
             row |= {"metric": own["metric"].upper(), "difference": interval_text(m)}
             rows.append(row | {"seeds": f"{m['seeds'] or 'no'} and {m['reference_seeds']}"} | _sureness(m))
@@ -637,9 +639,9 @@ def differences(records: Iterable[Record], name: str) -> pd.DataFrame:
 def equal_time(records: Iterable[Record]) -> pd.DataFrame:
     """Return one row for each peer and time of training: its validation NDCG@10 minus ours by user."""
     rows = []
-    for one in (r for r in records if r["name"] == "equal_time_comparison"):
-        own, m = one["own_params"], one["metrics"]
-        row = {"data": one["data"]["name"], "model": own["model"], "minutes": own["minutes"]}
+    for record in (r for r in records if r["name"] == "equal_time_comparison"):
+        own, m = record["own_params"], record["metrics"]
+        row = {"data": record["data"]["name"], "model": own["model"], "minutes": own["minutes"]}
         rows.append(row | {"minus ours": interval_text(m)} | _sureness(m))
     return _indexed(rows, ["data", "model", "minutes"]).sort_index()
 
