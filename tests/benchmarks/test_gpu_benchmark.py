@@ -14,7 +14,6 @@ from conftest import ROOT
 from reclib import records as reclib_records
 from reclib.cost import planner as reclib_planner
 
-
 pytestmark = pytest.mark.slow
 
 # Stages that end in every way that one can, with a whole one after each.
