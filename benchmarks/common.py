@@ -69,14 +69,18 @@ class Rows:
 
     def attempt(self, name: str, action: Callable[[], Mapping[str, Any]], /, **about: Any) -> Row | None:
         """Write what `action` returns as a row; write its error and return None if it raises."""
+        values = self.section(name, action, **about)
+        row = None if values is None else self.add(name, **about, **values)
+        return row if row and row["status"] == "ok" else None
+
+    def section(self, name: str, action: Callable[[], Mapping[str, Any]], /, **about: Any) -> Mapping | None:
+        """Return what `action` returns, unwritten; write its error as a row and return None if it raises."""
         try:
-            values = action()
+            return action()
         except Exception as error:
             reason = str(error) if isinstance(error, FailedError) else first_line(error)
             self.add(name, **about, status="failed", reason=reason)
             return None
-        row = self.add(name, **about, **values)
-        return row if row["status"] == "ok" else None
 
     def in_turns(
         self, actions: Mapping[str, Callable[[], Mapping[str, Any]]], rounds: int, **about: Any

@@ -1,7 +1,7 @@
 """Instance-wise LoRA against plain LoRA and full fine-tuning: a step's time, and the memory it adds.
 
     python benchmarks/ilora.py                some minutes
-    python benchmarks/ilora.py --quick        six pairs of eager steps and no memory: less than a minute
+    python benchmarks/ilora.py --quick        six pairs of eager steps and no memory: about half a minute
     python benchmarks/ilora.py --tiny         a model of no interest, to try the script
 
 The shape is `electronics` of `engine.py` (160,000 items, hidden 256, 4 layers, batch 128, untied tables),
@@ -35,7 +35,7 @@ from reclib.train.trainer import Trainer
 
 ADAPTER = AdapterConfig(rank=8, num_experts=4, alpha=8.0, targets=ENCODER)
 KINDS = ("full", "lora", "ilora")
-WARMUP, QUICK_WARMUP = 12, 2  # steps that are not counted: compiled variants meet their shapes
+WARMUP, QUICK_WARMUP = 12, 1  # steps that are not counted: compiled variants meet their shapes
 PAIRS = {  # name of a ratio: above, below
     "ilora_over_lora_step": ("ilora", "lora"),
     "ilora_over_full_step": ("ilora", "full"),
@@ -136,12 +136,11 @@ def measure_memory(given: argparse.Namespace, folder: Path, rows: Rows) -> Row:
 
 def shares() -> Row:
     """Return the trained share of the parameters at 130M, with the encoder alone and with the head."""
-    with torch.device("meta"):
-        adapted = AdaptedModel(Bert4Rec(model_config("130m")))
-        adapted.add("encoder", changed(ADAPTER, kind="ilora"))
-        counts = adapted.counts()
-        adapted.add("head", changed(ADAPTER, kind="ilora", targets=(*ENCODER, "head")))
-        head = adapted.counts()["tables_and_head"]
+    adapted = AdaptedModel(Bert4Rec(model_config("130m")))
+    adapted.add("encoder", changed(ADAPTER, kind="ilora"))
+    counts = adapted.counts()
+    adapted.add("head", changed(ADAPTER, kind="ilora", targets=(*ENCODER, "head")))
+    head = adapted.counts()["tables_and_head"]
     trained = counts["encoder"] + counts["gate"]
     return {
         "trained_share_130m": trained / counts["base"],
@@ -152,15 +151,15 @@ def shares() -> Row:
 def run(given: argparse.Namespace, rows: Rows) -> Row:
     torch.set_num_threads(given.threads)
     if given.quick:
-        given.pairs, given.base_steps = 6, 3
+        given.pairs, given.base_steps = 6, 1
     with tempfile.TemporaryDirectory() as place:
         folder = given.base or Path(place) / "base"
         if given.base is None:
             train_base(given, folder)
         result = {"tiny": given.tiny, "pairs": given.pairs}
         result |= {} if given.quick else measure_memory(given, folder, rows)
-        result |= rows.attempt("steps", lambda: time_steps(given, folder, rows)) or {}
-    return result if given.tiny else result | (rows.attempt("shares", shares) or {})
+        result |= rows.section("steps", lambda: time_steps(given, folder, rows)) or {}
+    return result if given.tiny or given.quick else result | (rows.section("shares", shares) or {})
 
 
 if __name__ == "__main__":

@@ -114,8 +114,7 @@ def run(given: argparse.Namespace, rows: Rows) -> Row:
             actions[f"{shape}, one request, {precision}"] = action
     result: Row = {}
     for name, action in actions.items():
-        row = rows.attempt(name, action) or {}
-        result |= {key: value for key, value in row.items() if key not in ("name", "status")}
+        result |= rows.section(name, action) or {}
     return result
 
 
