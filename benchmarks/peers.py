@@ -6,7 +6,7 @@
     python benchmarks/peers.py --dataset ml-100k --out DIR --table
     python benchmarks/peers.py --out DIR --record ml-100k    # beside a scored grid, into its records
 
-A peer (rectools, recbole, replay) trains in its own environment (`peers/setup.sh`) on an npz of training
+A peer (rectools, replay) trains in its own environment (`peers/setup.sh`) on an npz of training
 sequences, chooses its epoch on validation, and recommends ten items to each user, once, with the validation
 item in the history and seen items removed. What it recommended is scored here, by this project's metrics.
 `--curve` looks at validation after so many minutes of training and leaves the test targets alone.
@@ -49,12 +49,10 @@ SCRIPTS = Path(__file__).resolve().parent / "peers"
 DEFAULTS: dict[str, dict[str, Any]] = {
     "rectools": {"hidden": 256, "layers": 2, "heads": 4, "dropout": 0.2, "mask-prob": 0.15},
     "replay": {"hidden": 256, "layers": 2, "heads": 4, "dropout": 0.1, "mask-prob": 0.15},
-    "recbole": {"hidden": 64, "layers": 2, "heads": 2, "dropout": 0.2, "mask-prob": 0.2},
 }
 DEFAULTS["replay"]["loss"] = "restricted"
-# Sequences: RecTools' default; RePlay leaves it to the caller, RecBole's 2048 is for prefixes.
-BATCH_SIZE = 128
-MODELS = {"rectools": ("bert4rec", "sasrec"), "replay": ("bert4rec",), "recbole": ("bert4rec",)}
+BATCH_SIZE = 128  # sequences: RecTools' default; RePlay leaves it to the caller
+MODELS = {"rectools": ("bert4rec", "sasrec"), "replay": ("bert4rec",)}
 MARKS = [1.0, 2.0, 5.0, 10.0, 20.0]  # minutes of training
 
 

@@ -116,7 +116,6 @@ DISPLAY = {
     ("rectools", "bert4rec"): "RecTools BERT4Rec",
     ("rectools", "sasrec"): "RecTools SASRec",
     ("replay", "bert4rec"): "RePlay BERT4Rec",
-    ("recbole", "bert4rec"): "RecBole BERT4Rec",
 }
 
 
