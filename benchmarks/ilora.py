@@ -1,7 +1,7 @@
 """Instance-wise LoRA against plain LoRA and full fine-tuning: a step's time, and the memory it adds.
 
     python benchmarks/ilora.py                some minutes
-    python benchmarks/ilora.py --quick        six pairs of eager steps and no memory: about half a minute
+    python benchmarks/ilora.py --quick        two to six pairs of eager steps, no memory: less than a minute
     python benchmarks/ilora.py --tiny         a model of no interest, to try the script
 
 The shape is `electronics` of `engine.py` (160,000 items, hidden 256, 4 layers, batch 128, untied tables),
@@ -35,7 +35,7 @@ from reclib.train.trainer import Trainer
 
 ADAPTER = AdapterConfig(rank=8, num_experts=4, alpha=8.0, targets=ENCODER)
 KINDS = ("full", "lora", "ilora")
-WARMUP, QUICK_WARMUP = 12, 1  # steps that are not counted: compiled variants meet their shapes
+WARMUP = 12  # steps that are not counted: compiled variants meet their shapes
 PAIRS = {  # name of a ratio: above, below
     "ilora_over_lora_step": ("ilora", "lora"),
     "ilora_over_full_step": ("ilora", "full"),
@@ -94,8 +94,13 @@ def time_steps(given: argparse.Namespace, folder: Path, rows: Rows) -> Row:
     if not given.quick and hardware.has_compiler():
         names += ["lora, compiled", "ilora, compiled"]
     trainers = {name: variant(trained if name == "full" else frozen, name, given.tiny) for name in names}
-    found = timing.interleave(trainers, 1, QUICK_WARMUP if given.quick else WARMUP, given.pairs)
-    result: Row = {}
+    warmup, pairs = WARMUP, given.pairs
+    if given.quick:  # as many pairs as half a minute holds, two at least
+        first = timing.interleave(trainers, 1, 1, 0)
+        seconds = sum(one.warmup_seconds for one in first.values())
+        warmup, pairs = 0, max(2, min(6, int(30 / seconds)))
+    found = timing.interleave(trainers, 1, warmup, pairs)
+    result: Row = {"pairs": pairs}
     for name, one in found.items():
         count = sum(p.numel() for p in trainers[name].parameters)
         about = {"status": one.status, "reason": one.reason, "trained": count}
@@ -151,19 +156,19 @@ def shares() -> Row:
 def run(given: argparse.Namespace, rows: Rows) -> Row:
     torch.set_num_threads(given.threads)
     if given.quick:
-        given.pairs, given.base_steps = 6, 1
+        given.base_steps = 1
     with tempfile.TemporaryDirectory() as place:
         folder = given.base or Path(place) / "base"
         if given.base is None:
             train_base(given, folder)
-        result = {"tiny": given.tiny, "pairs": given.pairs}
+        result: Row = {"tiny": given.tiny}
         result |= {} if given.quick else measure_memory(given, folder, rows)
         result |= rows.section("steps", lambda: time_steps(given, folder, rows)) or {}
     return result if given.tiny or given.quick else result | (rows.section("shares", shares) or {})
 
 
 if __name__ == "__main__":
-    arguments = options(__doc__, rounds=3, quick="six pairs of eager steps, no memory")
+    arguments = options(__doc__, rounds=3, quick="two to six pairs of eager steps, no memory")
     arguments.add_argument("--tiny", action="store_true", help="a model of no interest, to try the script")
     arguments.add_argument("--pairs", type=int, default=40)
     arguments.add_argument("--base-steps", type=int, default=60, help="of full training first")
