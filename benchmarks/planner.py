@@ -381,18 +381,15 @@ def print_table(name: str, rows: list[Row]) -> None:
     if not rows:
         print(f"{name}: none measured\n")
         return
-    head = ("predicted s", "measured s", "error", "MiB", "MiB", "error", "tensors")
-    print(name.ljust(60) + "".join(f"{word:>12}" for word in head))
+    import pandas as pd  # heavy, and no part of a measured process
+
     whats = [what for what in ("time", "memory", "tensors") if what in rows[0]]
-    for e in rows:
-        text = title(e["row"]).ljust(60)
-        for what, key, unit, digits in (
-            ("time", "step_seconds", 1, 4),
-            ("memory", "peak_memory_bytes", 2**20, 0),
-        ):
-            text += "".join(f"{e[side][key] / unit:12.{digits}f}" for side in ("predicted", "measured"))
-            text += f"{e[what] - 1:12.1%}"
-        print(text + (f"{e['tensors'] - 1:12.1%}" if "tensors" in whats else ""))
+    columns: dict[str, list[str]] = {name: [title(e["row"]) for e in rows]}
+    for side in ("predicted", "measured"):
+        columns[f"{side} s"] = [f"{e[side]['step_seconds']:.4f}" for e in rows]
+        columns[f"{side} MiB"] = [f"{e[side]['peak_memory_bytes'] / 2**20:.0f}" for e in rows]
+    columns |= {f"error of {what}": [f"{e[what] - 1:.1%}" for e in rows] for what in whats}
+    print(pd.DataFrame(columns).to_string(index=False))
     for what in whats:
         signed = [e[what] - 1 for e in rows]
         gaps = [abs(gap) for gap in signed]

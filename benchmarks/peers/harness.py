@@ -137,13 +137,10 @@ class StepClock:
     def _open(self) -> None:
         self._cpu_start, self._start = time.process_time(), time.perf_counter()
 
-    def fetched(self) -> None:
-        self._fetch = time.perf_counter() - self._start
-
     def step_done(self, batch: Any, loss: float) -> bool:
         row = {"seconds": time.perf_counter() - self._start, "cpu": time.process_time() - self._cpu_start}
         counts = zip(("sequences", "tokens", "targets"), map(int, self.count(batch)), strict=True)
-        self.rows.append(row | {"fetch": self._fetch, "loss": float(loss)} | dict(counts))
+        self.rows.append(row | {"loss": float(loss)} | dict(counts))
         self.stop = len(self.rows) >= self.args.warmup + self.args.steps
         self._open()
         return False
@@ -168,7 +165,6 @@ class StepClock:
             "step_seconds_median": seconds,
             # Well below 1 on a step that keeps all threads busy: something else had the cores.
             "cpu_share": sum(row["cpu"] for row in rows) / (total * self.args.threads),
-            "fetch_seconds_median": median(row["fetch"] for row in rows),
             "sequences_per_second": mean["sequences"] / seconds,
             "real_tokens_per_second": mean["tokens"] / seconds,
             "real_tokens_per_sequence": mean["tokens"] / mean["sequences"],
@@ -233,9 +229,6 @@ class Selection:
         if self._since is not None:
             self.cpu_seconds += time.process_time() - self._since[1]
             self._spent, self._since = self.seconds, None
-
-    def fetched(self) -> None:
-        pass
 
     def step_done(self, batch: Any = None, loss: float = 0.0) -> bool:
         """Look at validation if a mark has been passed; return whether it was looked at."""
@@ -335,9 +328,6 @@ def lightning_callback(base: type, watch: StepClock | Selection) -> Any:
 
         def on_train_start(self, trainer: Any, module: Any) -> None:
             watch.start(trainer.num_training_batches)
-
-        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
-            watch.fetched()
 
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
             self.after(trainer, module, watch.step_done(batch, outputs["loss"]))

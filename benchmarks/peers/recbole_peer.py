@@ -78,7 +78,6 @@ class TimedLoader:
 
     def __iter__(self):
         for batch in self.loader:
-            self.watch.fetched()
             yield batch
             self.watch.step_done(batch, self.last_loss)
             if self.watch.stop:

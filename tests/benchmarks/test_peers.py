@@ -195,6 +195,7 @@ def test_what_a_peer_does_not_have_is_told_in_one_line(run, capsys):
         assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_peers_are_compared_user_by_user_in_the_table_and_in_the_records_of_a_grid(run, tmp_path, capsys):
     assert run("--seeds", "0") == run(*OUR_RUN) == 0
     theirs, mine = (
