@@ -73,14 +73,24 @@ def test_a_peer_that_the_system_kills_does_not_lose_what_the_others_gave(tmp_pat
     assert engine.against([], ours) == {}
 
 
-def test_figures_are_there_without_the_variants_that_failed():
-    names = [engine.DEFAULTS, engine.BEST, "rung 1", "rung 2", engine.OURS, engine.COMPILED, "bound"]
-    found: dict[str, list] = {name: [] for name in names}
-    found[engine.OURS] = [{"step_seconds": 0.5, "sequences_per_step": 64, "grown_bytes": 3, "floor_bytes": 2}]
-    found["bound"] = [{"step_seconds": 0.4}]
-    values = common.finite(engine.figures(found))
-    assert (values["sequences_per_second"], values["step_over_bound"]) == (128, 1.25)
-    assert values["speedup_over_seed_step"] is None
+def test_the_engine_ends_with_its_figures_whatever_variants_failed(monkeypatch, capsys):
+    def run_child(script, call, environment):
+        if call["name"] == engine.DEFAULTS:
+            raise common.FailedError("killed by SIGKILL: memory may have run out")
+        if call["name"] == "bound":
+            return {"step_seconds": 0.4, "gemm_seconds": 0.3}
+        best = environment.get("MALLOC_TRIM_THRESHOLD_") == common.BEST_ALLOCATOR["MALLOC_TRIM_THRESHOLD_"]
+        assert best == (call["name"] == engine.BEST)
+        return {"step_seconds": 0.5, "sequences_per_step": 64, "grown_bytes": 3, "floor_bytes": 2}
+
+    monkeypatch.setattr(engine, "run_child", run_child)
+    given = argparse.Namespace(quick=True, rounds=2, threads=1, shapes=["electronics", "ml"], peers=None)
+    rows = common.Rows()
+    values = common.finite(engine.run(given, rows))
+    assert (values["sequences_per_second"], values["ml_step_over_bound"]) == (128, 1.25)
+    assert (values["speedup_over_seed_step"], values["ml_peak_memory_over_floor"]) == (None, 1.5)
+    assert rows.failed
+    assert "rung 2" in capsys.readouterr().out
 
 
 def test_a_section_that_fails_is_a_row_and_the_sections_after_it_run(tmp_path, monkeypatch):
