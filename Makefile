@@ -18,7 +18,7 @@ SHELL := bash
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # A compute thread that waits gives its core away soon (GNU OpenMP's default is to spin for milliseconds): whatever
-# else runs on the machine then costs its share and not twenty times that. FINDINGS.md has the figures.
+# else runs on the machine then costs its share and not twenty times that. docs/log.md has the figures.
 export GOMP_SPINCOUNT ?= 10000
 PYTHON ?= python3
 PROFILE ?= quick

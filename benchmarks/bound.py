@@ -53,15 +53,14 @@ class Bound:
 
 def timed(action: Callable[[], object], device: torch.device, repeats: int) -> float:
     """Return the median seconds of `action`, once unmeasured and then `repeats` times."""
-    action()
-    hardware.synchronize(device)
     seconds = []
-    for _ in range(repeats):
+    for _ in range(repeats + 1):
+        hardware.synchronize(device)
         began = time.perf_counter()
         action()
         hardware.synchronize(device)
         seconds.append(time.perf_counter() - began)
-    return median(seconds)
+    return median(seconds[1:])
 
 
 def product_rate(a: Tensor, b: Tensor, repeats: int) -> float:
@@ -71,52 +70,19 @@ def product_rate(a: Tensor, b: Tensor, repeats: int) -> float:
     return work / timed(lambda: torch.mm(a, b, out=out), a.device, repeats)
 
 
-def head_components(
-    model: ModelConfig, targets: int, device: torch.device, dtype: torch.dtype, repeats: int
-) -> list[Component]:
-    """Return the head's three products at their own shapes: scores, gradient of states, of the table."""
-    D, items = model.hidden_dim, model.num_items
-    hidden = torch.randn(targets, D, dtype=dtype, device=device)
-    table = torch.randn(items, D, dtype=dtype, device=device)
-    slope = torch.randn(targets, items, dtype=dtype, device=device)
-    work = 2 * targets * D * items
-    rates = {
-        "head: scores": product_rate(hidden, table.t(), repeats),
-        "head: gradient of hidden states": product_rate(slope, table, repeats),
-        "head: gradient of the table": product_rate(slope.t(), hidden, repeats),
-    }
-    return [Component(name, work / rate, rate, "FLOP/s") for name, rate in rates.items()]
+def map_rates(rows: int, inner: int, outer: int, repeats: int, **kind: object) -> list[float]:
+    """Return the FLOP/s of a linear map's products: output, gradient of the input, gradient of the weight.
 
-
-def encoder_components(
-    model: ModelConfig, batch: Batch, device: torch.device, dtype: torch.dtype, repeats: int
-) -> list[Component]:
-    """Return the encoder's products, forward and backward, at the rate of its widest map's three products.
-
-    Attention is counted at the same rate, which flatters it: it stays a lower bound.
+    The input is (rows, inner), the weight (outer, inner); `kind` has dtype and device.
     """
-    D, F, tokens = model.hidden_dim, model.ffn_factor * model.hidden_dim, batch.num_tokens
-    x, slope = (torch.randn(tokens, width, dtype=dtype, device=device) for width in (D, F))
-    weight = torch.randn(F, D, dtype=dtype, device=device)
-    rates = [product_rate(*pair, repeats) for pair in ((x, weight.t()), (slope, weight), (slope.t(), x))]
-    rate = 3 / sum(1 / r for r in rates)
-    whole = needed(model, batch).encoder
-    last = layer_linear(model, tokens, batch.num_targets)
-    linear = (1 + BACKWARD) * ((model.num_layers - 1) * layer_linear(model, tokens, tokens) + last)
-    return [
-        Component("encoder: linear maps", linear / rate, rate, "FLOP/s"),
-        Component("encoder: attention", (whole - linear) / rate, rate, "FLOP/s"),
-    ]
+    x, slope = torch.randn(rows, inner, **kind), torch.randn(rows, outer, **kind)
+    weight = torch.randn(outer, inner, **kind)
+    return [product_rate(a, b, repeats) for a, b in ((x, weight.t()), (slope, weight), (slope.t(), x))]
 
 
-def optimizer_seconds(model: ModelConfig, device: torch.device, repeats: int) -> float:
-    """Return the median seconds of a fused AdamW step over parameters of the model's shapes."""
-    with torch.device("meta"):
-        shapes = [p.shape for p in Bert4Rec(model).parameters()]
-    parameters = [torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes]
-    for parameter in parameters:
-        parameter.grad = torch.full_like(parameter, 1e-3)
-    return timed(torch.optim.AdamW(parameters, fused=True).step, device, repeats)
+def mean_rate(rates: list[float]) -> float:
+    """Return the rate of equal products one after another."""
+    return len(rates) / sum(1 / rate for rate in rates)
 
 
 def copy_rate(device: torch.device, repeats: int) -> float:
@@ -146,13 +112,35 @@ def gemm_bound(
     dtype: torch.dtype = torch.float32,
     repeats: int = 5,
 ) -> Bound:
-    """Measure the parts of the bound for one batch of a model that trains in `dtype`."""
-    parts = head_components(model, batch.num_targets, device, dtype, repeats)
-    parts += encoder_components(model, batch, device, dtype, repeats)
-    parts.append(Component("fused AdamW", optimizer_seconds(model, device, repeats), None, "s"))
-    bandwidth = copy_rate(device, repeats)
+    """Measure the parts of the bound for one batch of a model that trains in `dtype`.
+
+    The encoder's products count at the rate of its widest map; attention, too, which flatters it, so that the
+    sum stays a lower bound.
+    """
+    D, tokens, targets = model.hidden_dim, batch.num_tokens, batch.num_targets
+    kind = {"dtype": dtype, "device": device}
+    head = map_rates(targets, D, model.num_items, repeats, **kind)
+    names = ("scores", "gradient of hidden states", "gradient of the table")
+    work = 2 * targets * D * model.num_items
+    parts = [
+        Component(f"head: {name}", work / rate, rate, "FLOP/s")
+        for name, rate in zip(names, head, strict=True)
+    ]
+    rate = mean_rate(map_rates(tokens, D, model.ffn_factor * D, repeats, **kind))
+    layers = (model.num_layers - 1) * layer_linear(model, tokens, tokens) + layer_linear(
+        model, tokens, targets
+    )
+    linear, encoder = (1 + BACKWARD) * layers, needed(model, batch).encoder
+    parts.append(Component("encoder: linear maps", linear / rate, rate, "FLOP/s"))
+    parts.append(Component("encoder: attention", (encoder - linear) / rate, rate, "FLOP/s"))
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in Bert4Rec(model).parameters())
-    moved = bytes_moved(model, batch.num_targets, parameters, dtype.itemsize)
+        shapes = [p.shape for p in Bert4Rec(model).parameters()]
+    weights = [torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes]
+    for weight in weights:
+        weight.grad = torch.full_like(weight, 1e-3)
+    update = timed(torch.optim.AdamW(weights, fused=True).step, device, repeats)
+    parts.append(Component("fused AdamW", update, None, "s"))
+    bandwidth = copy_rate(device, repeats)
+    moved = bytes_moved(model, targets, sum(w.numel() for w in weights), dtype.itemsize)
     parts += [Component(name, size / bandwidth, bandwidth, "B/s") for name, size in moved.items() if size]
     return Bound(tuple(parts), needed(model, batch))

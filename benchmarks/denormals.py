@@ -13,17 +13,12 @@ MovieLens 100K, hidden 128, 2 layers, max_len 200, batch 64.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
+import functools
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from statistics import median
-from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from common import Row, Rows, options, start
 
 from reclib.config import DataConfig, TrainConfig, model_config
 from reclib.data.dataset import train_histories
@@ -46,45 +41,35 @@ def trainer(factor: float) -> Trainer:
     return Trainer(model, train_histories(dataset), config, device, dataset.fingerprint)
 
 
-def step(steps: Iterator[Any], flush: bool) -> float:
-    """Return the processor seconds of one step."""
-    torch.set_flush_denormal(flush)
-    began = time.process_time()
-    next(steps)
-    return time.process_time() - began
-
-
-def measure(factor: float, pairs: int) -> dict[str, Any]:
+def measure(factor: float, pairs: int) -> Row:
     """Return the ratio of a step's time, kept over flushed, with its range over pairs of two steps each."""
     steps = iter(trainer(factor).steps())
-    for flush in (True, False):
-        step(steps, flush)
-    found = []
-    for _ in range(pairs):
-        # Batches differ, so each side of a pair gets two, in the order A B B A.
-        times = [step(steps, flush) for flush in (False, True, True, False)]
-        found.append((times[0] + times[3], times[1] + times[2]))
-    ratios = [kept / flushed for kept, flushed in found]
-    seconds = {"kept": median(a for a, _ in found) / 2, "flushed": median(b for _, b in found) / 2}
-    return {"sharp": factor, "ratio": median(ratios), "low": min(ratios), "high": max(ratios)} | seconds
+
+    def step(flush: bool) -> float:
+        torch.set_flush_denormal(flush)
+        began = time.process_time()
+        next(steps)
+        return time.process_time() - began
+
+    step(True), step(False)
+    # Batches differ, so each side of a pair gets two, in the order A B B A.
+    turns = [[step(flush) for flush in (False, True, True, False)] for _ in range(pairs)]
+    kept, flushed = ([a + d for a, _, _, d in turns], [b + c for _, b, c, _ in turns])
+    ratios = [above / below for above, below in zip(kept, flushed, strict=True)]
+    seconds = {"kept_seconds": median(kept) / 2, "flushed_seconds": median(flushed) / 2}
+    return {"ratio": median(ratios), "low": min(ratios), "high": max(ratios)} | seconds
 
 
-def main() -> None:
-    """Measure each factor, and print a table and one line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--sharp", type=float, nargs="+", default=[1.0, 16.0, 32.0, 64.0])
-    parser.add_argument("--pairs", type=int, default=7)
-    given = parser.parse_args()
+def run(given: argparse.Namespace, rows: Rows) -> Row:
     torch.set_num_threads(1)
-    rows = [measure(factor, given.pairs) for factor in given.sharp]
-    print("queries and keys times   kept s   flushed s   kept / flushed (range)")
-    for row in rows:
-        print(
-            f"{row['sharp']:22g} {row['kept']:8.3f} {row['flushed']:11.3f}   "
-            f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
-        )
-    print(json.dumps({"denormals_kept_over_flushed": rows}))
+    pairs = 2 if given.quick else given.pairs
+    names = {factor: f"queries and keys times {factor:g}" for factor in given.sharp}
+    found = [rows.attempt(name, functools.partial(measure, factor, pairs)) for factor, name in names.items()]
+    return {"denormals_kept_over_flushed": [row for row in found if row]}
 
 
 if __name__ == "__main__":
-    main()
+    arguments = options(__doc__, quick="two pairs")
+    arguments.add_argument("--sharp", type=float, nargs="+", default=[1.0, 16.0, 32.0, 64.0])
+    arguments.add_argument("--pairs", type=int, default=7)
+    raise SystemExit(start(arguments, run))

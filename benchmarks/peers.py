@@ -6,13 +6,14 @@
     python benchmarks/peers.py --dataset ml-100k --out DIR --table
     python benchmarks/peers.py --out DIR --record ml-100k    # beside a scored grid, into its records
 
-A peer (rectools, recbole, replay) trains in its own environment (`peers/setup.sh`) on an npz of training
+A peer (rectools, replay) trains in its own environment (`peers/setup.sh`) on an npz of training
 sequences, chooses its epoch on validation, and recommends ten items to each user, once, with the validation
 item in the history and seen items removed. What it recommended is scored here, by this project's metrics.
 `--curve` looks at validation after so many minutes of training and leaves the test targets alone.
 
 A result is `NAME.npz` (values per user, for paired intervals) and `NAME.json`; a finished one is not run
-again.
+again. A run that fails is a row with its reason, and the next one starts. Exit codes: 0 all went well, 1 a
+run failed, 2 wrong input.
 """
 
 from __future__ import annotations
@@ -28,13 +29,12 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
 import yaml
+from common import BEST_ALLOCATOR, FailedError, Rows
 from ours import configs_of, run_ours
-from recorded import write
-from scoring import OURS, save, score, table, targets_seen, write_sequences
+from recorded import table, write
+from scoring import OURS, Arrays, save, score, targets_seen, write_sequences
 
 from reclib import system
 from reclib.config import DataConfig, InputError, changed, validated
@@ -43,28 +43,16 @@ from reclib.data.prepare import prepare
 from reclib.experiments import grids
 from reclib.hardware import resolve
 
-HERE = Path(__file__).resolve().parent
+SCRIPTS = Path(__file__).resolve().parent / "peers"
 # What each library's own model class or configuration file starts from, at the versions of peers/setup.sh.
 # RePlay's loss is CE_restricted: the values of its default, without the logits that it throws away.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "rectools": {"hidden": 256, "layers": 2, "heads": 4, "dropout": 0.2, "mask-prob": 0.15},
-    "replay": {
-        "hidden": 256,
-        "layers": 2,
-        "heads": 4,
-        "dropout": 0.1,
-        "mask-prob": 0.15,
-        "loss": "restricted",
-    },
-    "recbole": {"hidden": 64, "layers": 2, "heads": 2, "dropout": 0.2, "mask-prob": 0.2},
+    "replay": {"hidden": 256, "layers": 2, "heads": 4, "dropout": 0.1, "mask-prob": 0.15},
 }
-BATCH_SIZE = (
-    128  # sequences: RecTools' default; RePlay leaves it to the caller, RecBole's 2048 is for prefixes
-)
-MODELS = {"rectools": ("bert4rec", "sasrec"), "replay": ("bert4rec",), "recbole": ("bert4rec",)}
-# glibc gives large blocks back at once by default, which slows steps with all logits by tens of percent.
-# Ours sets this itself; a peer gets it from here unless the caller's environment says otherwise.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
+DEFAULTS["replay"]["loss"] = "restricted"
+BATCH_SIZE = 128  # sequences: RecTools' default; RePlay leaves it to the caller
+MODELS = {"rectools": ("bert4rec", "sasrec"), "replay": ("bert4rec",)}
 MARKS = [1.0, 2.0, 5.0, 10.0, 20.0]  # minutes of training
 
 
@@ -88,53 +76,55 @@ class Task:
 
     def finished(self) -> bool:
         """Whether the result is there; raises `InputError` if it is one of other settings."""
-        try:
-            found = json.loads(self.path(".json").read_text())["identity"]
-        except FileNotFoundError:
+        if not self.path(".json").is_file():
             return False
-        wanted = json.loads(json.dumps(self.identity))
-        if found != wanted:
-            keys = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
-            said = "; ".join(f"{k} is {found.get(k)!r} there and {wanted.get(k)!r} here" for k in keys)
+        there, here = json.loads(self.path(".json").read_text())["identity"], self.identity
+        if keys := sorted(k for k in there.keys() | here.keys() if there.get(k) != here.get(k)):
+            said = "; ".join(f"{k} is {there.get(k)!r} there and {here.get(k)!r} here" for k in keys)
             raise InputError(f"{self.path('.json').name} is of other settings: {said}; use another --out")
         return True
 
 
-def run_peer(task: Task, dataset: Dataset, environments: Path) -> tuple[dict[str, np.ndarray], dict]:
+def run_peer(task: Task, dataset: Dataset, environments: Path) -> tuple[Arrays, dict[str, Any]]:
     """Run a peer in its own environment; return values per user and what it reported."""
+    import numpy as np
+
     one = task.identity
-    python = environments / one["peer"] / "bin" / "python"
-    if not python.is_file():
-        raise InputError(f"no {one['peer']} environment in {environments}: run benchmarks/peers/setup.sh")
     data, out, log = task.path(".data.npz"), task.path(".raw.npz"), task.path(".log")
     write_sequences(dataset, data)
-    script = HERE / "peers" / f"{one['peer']}_peer.py"
-    words = [python, script, "--fit", "--shape", "default", "--data", data, "--out", out]
+    words: list[Any] = [python_of(one["peer"], environments), SCRIPTS / f"{one['peer']}_peer.py"]
+    words += ["--fit", "--shape", "default", "--data", data, "--out", out]
     for name, value in one["settings"].items():
         words += [f"--{name}", value]
     for name in ("model", "seed", "threads", "hidden", "epochs", "minutes", "valid-every", "patience"):
         words += [f"--{name}", one[name]] if one[name] is not None else []
     words += ["--marks", *one["marks"]] if one["marks"] else []
     threads = {name: str(one["threads"]) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    variables = ALLOCATOR | dict(os.environ) | threads
-    with log.open("w") as file:
+    # Ours sets the allocator itself; a peer gets it from here unless the caller's environment says otherwise.
+    variables = BEST_ALLOCATOR | dict(os.environ) | threads
+    with log.open("w") as file:  # to be watched while it runs
         done = subprocess.run([str(word) for word in words], env=variables, stdout=file, stderr=file)
+    lines = log.read_text().splitlines()
     if done.returncode or not out.is_file():
-        tail = " / ".join(log.read_text().splitlines()[-2:])
-        raise InputError(f"{task.name}: the peer ended with status {done.returncode}, see {log}: {tail}")
-    said = [line for line in log.read_text().splitlines() if line.startswith("{")][-1]
+        tail = " / ".join(lines[-2:])
+        raise FailedError(f"the peer ended with status {done.returncode}, see {log.name}: {tail}")
     with np.load(out) as file:
         values = score({name: file[name] for name in file.files}, dataset, out.name)
     for path in (data, out):
         path.unlink()
-    return values, json.loads(said)
+    return values, json.loads([line for line in lines if line.startswith("{")][-1])
 
 
-def run(task: Task, dataset: Dataset, environments: Path) -> bool:
-    """Run the task unless its result is there; return whether it was run."""
-    if task.finished():
-        print(f"{task.name}: finished before, {task.path('.json').name}", flush=True)
-        return False
+def python_of(peer: str, environments: Path) -> Path:
+    """Return a peer's interpreter; raise `InputError` if it is not there."""
+    python = environments / peer / "bin" / "python"
+    if not python.is_file():
+        raise InputError(f"no {peer} environment in {environments}: run benchmarks/peers/setup.sh")
+    return python
+
+
+def run(task: Task, dataset: Dataset, environments: Path) -> dict[str, Any]:
+    """Run the task, write its result and return its means."""
     task.folder.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     if task.identity["peer"] == OURS:
@@ -147,11 +137,8 @@ def run(task: Task, dataset: Dataset, environments: Path) -> bool:
     record = {"identity": task.identity, "users": len(values["users"]), "targets_seen": seen, **means}
     record |= {"wall_seconds": time.perf_counter() - began, "reported": about}
     save(task.path(".npz"), values)
-    partial = task.path(".json.partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    partial.rename(task.path(".json"))  # last, so that a result that is there is whole
-    print(json.dumps({"name": task.name, **means}), flush=True)
-    return True
+    system.write_json(task.path(".json"), record)  # last, so that a result that is there is whole
+    return means
 
 
 def tasks_of(given: argparse.Namespace, dataset: Dataset) -> list[Task]:
@@ -169,10 +156,10 @@ def tasks_of(given: argparse.Namespace, dataset: Dataset) -> list[Task]:
         if given.model not in MODELS[given.peer]:
             allowed = ", ".join(MODELS[given.peer])
             raise InputError(f"parameter 'model' is {given.model!r}: {given.peer} has {allowed}")
-        settings = DEFAULTS[given.peer] | {"batch-size": BATCH_SIZE, "max-len": given.max_len or 200}
-        settings |= values
-        hidden = given.hidden or settings.pop("hidden")
-        settings.pop("hidden", None)
+        python_of(given.peer, given.environments)
+        settings = DEFAULTS[given.peer] | {"batch-size": BATCH_SIZE, "max-len": given.max_len or 200} | values
+        default = settings.pop("hidden")
+        hidden = given.hidden or default
     limits = ("epochs", "minutes", "valid_every", "patience", "threads", "model", "peer")
     identity = {name.replace("_", "-"): getattr(given, name) for name in limits}
     identity |= {"dataset": dataset.name, "fingerprint": dataset.fingerprint, "marks": given.curve}
@@ -213,37 +200,38 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return given
 
 
-def recorded(given: argparse.Namespace) -> list[str]:
-    """Record the folder's results beside a grid's, on the grid's data; return a line for each difference."""
-    chosen = grids.read_grid(given.record)
-    elsewhere = given.dataset != chosen.data.dataset and Path(given.dataset).exists()
-    data = changed(chosen.data, dataset=given.dataset) if elsewhere else chosen.data
-    lines = []
-    for one in write(given.out, grids.Work(chosen, prepare(data), resolve("cpu"))):
+def record(given: argparse.Namespace) -> None:
+    """Record the folder's results beside a grid's, on the grid's data; print a line for each difference."""
+    grid = grids.read_grid(given.record)
+    elsewhere = given.dataset != grid.data.dataset and Path(given.dataset).exists()
+    data = changed(grid.data, dataset=given.dataset) if elsewhere else grid.data
+    for one in write(given.out, grids.Work(grid, prepare(data), resolve("cpu"))):
         numbers = "  ".join(f"{name} {value:.4f}" for name, value in one.metrics.items())
         against = f" minus {one.params['against']}, {one.params['metric']}" if "against" in one.params else ""
-        lines.append(f"{one.params['model']}{against}: {numbers}")
-    return lines
+        print(f"{one.params['model']}{against}: {numbers}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run what is not there yet, or print the table."""
-    given = arguments(argv)
-    asked = {"dataset": given.dataset, "min_user": given.min_user, "min_item": given.min_item}
+    """Run what is not there yet, print the table, or record."""
+    given, rows = arguments(argv), Rows()
+    data = {"dataset": given.dataset, "min_user": given.min_user, "min_item": given.min_item}
     try:
         if given.record:
-            print("\n".join(recorded(given)))
+            record(given)
             return 0
-        dataset = prepare(validated(DataConfig, asked))
+        dataset = prepare(validated(DataConfig, data))
         if given.table:
             print("\n".join(table(given.out, dataset.fingerprint)))
             return 0
         for task in tasks_of(given, dataset):
-            run(task, dataset, given.environments)
+            if task.finished():
+                print(f"{task.name}: finished before, {task.path('.json').name}", flush=True)
+            else:
+                rows.attempt(task.name, lambda task=task: run(task, dataset, given.environments))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    return int(rows.failed)
 
 
 if __name__ == "__main__":

@@ -22,20 +22,18 @@ import argparse
 import hashlib
 import json
 import re
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from planner_rows import (  # noqa: E402
+import yaml
+from common import ROOT
+from planner_rows import (
     SETS,
+    Row,
     adapter_of,
-    asked,
     configs,
     cpu_of,
     file,
@@ -43,22 +41,30 @@ from planner_rows import (  # noqa: E402
     key_of,
     lengths_of,
     measure,
+    measure_rates,
     measured,
-    microbench,
     named,
-    on_gpu,
+    row_of,
     run_rows,
     title,
     undisturbed,
     write,
 )
 
+from reclib import hardware
+from reclib.config import TrainConfig, model_config
+from reclib.cost import planner, work
+
 RIDGE = 0.02  # pull of each share towards 1, in squared relative errors: five shares, few rows
-MODEL = ("workload", "footprint", "steptime", "flops", "adapter_plan")  # modules that predict
+CALIBRATION = ROOT / "params" / "calibration.yaml"
+PREDICTING = [ROOT / "reclib" / "cost" / f"{name}.py" for name in ("work", "planner")]
+SHARES = ("products", "bandwidth", "operator_us")  # of a GPU
+WRITTEN = ("predicted", "time", "sha256_of_the_model")  # what a written prediction adds to its row
 Device = dict[str, Any]  # of params/calibration.yaml
+Share = Mapping[str, float]
 
 
-# -- rates ---------------------------------------------------------------------------------------------------
+# -- rates and calibration of CPUs ---------------------------------------------------------------------------
 
 
 def rates() -> None:
@@ -66,57 +72,42 @@ def rates() -> None:
     for threads in (1, 2):
         if f"cpu{threads}" in recorded_rates(here()):
             continue
-        found = undisturbed("microbench", threads, threads)
-        if found is None:
-            continue
-        flat = {
-            f"{name} {key}".strip(): value
-            for name, values in found["rates"].items()
-            for key, value in (values.items() if isinstance(values, dict) else [("", values)])
-        }
-        about = {"card": found["card"], "data": None, "counts": {}, "timings": flat}
-        write("rates", about, {"device": f"cpu{threads}", "threads": threads, "cpu": here()})
-        print(json.dumps(found["rates"], indent=1), flush=True)
+        if found := undisturbed("microbench", threads, threads):
+            found["timings"] = {
+                f"{name} {key}".strip(): value
+                for name, values in found["timings"].items()
+                for key, value in (values.items() if isinstance(values, dict) else [("", values)])
+            }
+            write("rates", found, {"device": f"cpu{threads}", "threads": threads, "cpu": here()})
+            print(json.dumps(found["timings"], indent=1), flush=True)
 
 
 def recorded_rates(cpu: str) -> dict[str, Device]:
     """Return the newest rates of a CPU by its devices, shapes as keys again."""
     found: dict[str, Device] = {}
     for one in (r for r in named("rates") if cpu_of(r) == cpu):
-        mine: dict[str, Any] = {}
+        own: dict[str, Any] = {}
         for name, value in one["timings"].items():
             stem, _, last = name.rpartition(" ")
-            if last.isdecimal():
-                mine.setdefault(stem, {})[int(last)] = float(f"{value:.4g}")
-            else:
-                mine[name] = float(f"{value:.4g}")
-        process = int(mine.pop("process_bytes", 0))
-        found[one["own_params"]["device"]] = {"name": cpu, "rates": mine, "process_bytes": process}
+            place, key = (own.setdefault(stem, {}), int(last)) if last.isdecimal() else (own, name)
+            place[key] = float(f"{value:.4g}")
+        process = int(own.pop("process_bytes", 0))
+        found[one["own_params"]["device"]] = {"name": cpu, "rates": own, "process_bytes": process}
     return found
-
-
-# -- calibration ---------------------------------------------------------------------------------------------
-
-
-def calibration_file() -> Path:
-    return ROOT / "params" / "calibration.yaml"
 
 
 def calibration() -> dict[str, dict[str, Device]]:
     """Return the devices of every CPU."""
-    import yaml
-
-    return yaml.safe_load(calibration_file().read_text(encoding="utf-8"))
+    return yaml.safe_load(CALIBRATION.read_text(encoding="utf-8"))
 
 
 def calibrate(cpu: str, found: dict[str, Device]) -> None:
-    """Put a CPU's devices into the calibration."""
-    import yaml
-
-    text = calibration_file().read_text(encoding="utf-8")
+    """Put a CPU's devices into the calibration, whose comment at the top stays."""
+    text = CALIBRATION.read_text(encoding="utf-8")
     head = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
-    whole = json.loads(json.dumps(calibration() | {cpu: found}))  # no anchors where devices share a band
-    calibration_file().write_text(head + yaml.safe_dump(numbered(whole), sort_keys=False), encoding="utf-8")
+    # Through JSON, so that devices which share a band do not become anchors.
+    whole = numbered(json.loads(json.dumps(calibration() | {cpu: found})))
+    CALIBRATION.write_text(head + yaml.safe_dump(whole, sort_keys=False), encoding="utf-8")
 
 
 def numbered(tree: Any) -> Any:
@@ -126,24 +117,19 @@ def numbered(tree: Any) -> Any:
     return {int(k) if k.isdecimal() else k: numbered(value) for k, value in tree.items()}
 
 
-def groups_of(given: dict[str, Any], rates: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Return a row's seconds by group at the machine's rates alone, and its footprint."""
-    from reclib.cost import planner
-
-    parts, size = parts_of(given, "cpu")
-    return planner.cpu_groups(parts, configs(given)[0], rates, given.get("precision", "fp32")), size
-
-
-def parts_of(given: dict[str, Any], device_type: str) -> tuple[Any, Any]:
+def parts_of(given: Row, device_type: str) -> tuple[Any, Any]:
     """Return the parts of a row's step, and its footprint."""
-    from reclib.cost import work
-
     (model, train), adapter, precision = configs(given), adapter_of(given), given.get("precision", "fp32")
     lengths = lengths_of(given, model.num_items)
-    shapes = work.mean_shapes(model, train, lengths)
     width = work.HALF if precision in ("bf16", "fp16") else work.FP32
-    parts = work.step_parts(model, train, shapes, width, adapter)
+    parts = work.step_parts(model, train, work.mean_shapes(model, train, lengths), width, adapter)
     return parts, work.training_memory(model, train, lengths, precision, device_type, adapter)
+
+
+def groups_of(given: Row, rates: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return a row's seconds by group at the machine's rates alone, and its footprint."""
+    parts, size = parts_of(given, "cpu")
+    return planner.cpu_groups(parts, configs(given)[0], rates, given.get("precision", "fp32")), size
 
 
 def fitted_devices(cpu: str) -> dict[str, Device]:
@@ -151,34 +137,32 @@ def fitted_devices(cpu: str) -> dict[str, Device]:
     import numpy as np
     from scipy.optimize import nnls
 
-    from reclib.cost.planner import GROUPS
-
-    found, rows = recorded_rates(cpu), measured("fitted", cpu)
-    seconds, process, heaps = [], {name: [] for name in found}, []
-    for one in rows:
-        own, timings = one["own_params"], one["timings"]
-        groups, size = groups_of(own, found[own["device"]]["rates"])
+    found = recorded_rates(cpu)
+    seconds, heaps, process = [], [], {name: [] for name in found}
+    for one in measured("fitted", cpu):
+        device, timings = one["own_params"]["device"], one["timings"]
+        groups, size = groups_of(row_of(one), found[device]["rates"])
         peak, before = timings["peak_memory_bytes"], timings["process_bytes"]
         fixed = size.total - size.parts["activations"]
         heaps.append([size.held / peak, size.layer / peak, (peak - before - fixed) / peak])
-        seconds.append([groups[name] / timings["step_seconds"] for name in GROUPS])
-        process[own["device"]].append(before)
-    left = np.vstack([seconds, np.sqrt(RIDGE) * np.eye(len(GROUPS))])
-    right = np.concatenate([np.ones(len(rows)), np.sqrt(RIDGE) * np.ones(len(GROUPS))])
+        seconds.append([groups[name] / timings["step_seconds"] for name in planner.GROUPS])
+        process[device].append(before)
+    count = len(planner.GROUPS)
+    left = np.vstack([seconds, np.sqrt(RIDGE) * np.eye(count)])
+    right = np.concatenate([np.ones(len(seconds)), np.sqrt(RIDGE) * np.ones(count)])
     shares, heap = nnls(left, right)[0], nnls(np.array(heaps)[:, :2], np.array(heaps)[:, 2])[0]
     for name, one in found.items():
         one["heap"] = {"held": round(float(heap[0]), 3), "layer": round(float(heap[1]), 3)}
-        one["shares"] = {group: round(float(x), 3) for group, x in zip(GROUPS, shares, strict=True)}
+        one["shares"] = {group: round(float(x), 3) for group, x in zip(planner.GROUPS, shares, strict=True)}
         one["process_bytes"] = int(median(process[name]))
     return found
 
 
 def fit() -> None:
     """Fit the shares of this CPU and put them into the calibration with the error of its fitted rows."""
-    cpu = here()
-    found = fitted_devices(cpu)
-    band = error_of(errors("fitted", cpu, found), "fitted")
-    calibrate(cpu, {name: one | {"error": band} for name, one in found.items()})
+    found = fitted_devices(here())
+    band = error_of(errors("fitted", here(), found), "fitted")
+    calibrate(here(), {name: one | {"error": band} for name, one in found.items()})
     print(json.dumps(found["cpu2"]["shares"]), json.dumps(band))
 
 
@@ -191,17 +175,13 @@ def adopt(other: str) -> None:
     calibrate(here(), found)
 
 
-def error_of(found: list[dict[str, Any]], of: str) -> dict[str, Any]:
+def error_of(found: list[Row], of: str) -> Row:
     """Return the errors of rows as the band around predictions."""
     time, memory = ([abs(e[name] - 1) for e in found] for name in ("time", "memory"))
-    return {
-        "of": of,
-        "rows": len(found),
-        "time_median": round(median(time), 3),
-        "time_worst": round(max(max(e["time"], 1 / e["time"]) - 1 for e in found), 3),
-        "memory_median": round(median(memory), 3),
-        "memory_worst": round(max(memory), 3),
-    }
+    worst = max(max(e["time"], 1 / e["time"]) - 1 for e in found)
+    numbers = {"time_median": median(time), "time_worst": worst}
+    numbers |= {"memory_median": median(memory), "memory_worst": max(memory)}
+    return {"of": of, "rows": len(found)} | {name: round(value, 3) for name, value in numbers.items()}
 
 
 def write_error(cpu: str) -> None:
@@ -209,37 +189,31 @@ def write_error(cpu: str) -> None:
 
     Rows with an adapter and rows in bf16 have an error of their own.
     """
-    mine = calibration()[cpu]
-    adopted = any("shares_of" in one for one in mine.values())
+    devices = calibration()[cpu]
+    adopted = any("shares_of" in one for one in devices.values())
     found = [e for kind in (("fitted", "held-out") if adopted else ("held-out",)) for e in errors(kind, cpu)]
-    band = error_of(found, "held-out") if found else next(iter(mine.values()))["error"]
+    band = error_of(found, "held-out") if found else next(iter(devices.values()))["error"]
     for kind in ("adapted", "bf16"):
         if rows := errors(kind, cpu):
             band[kind] = error_of(rows, "held-out")
-    calibrate(cpu, {name: one | {"error": band} for name, one in mine.items()})
+    calibrate(cpu, {name: one | {"error": band} for name, one in devices.items()})
 
 
 # -- predictions ---------------------------------------------------------------------------------------------
 
 
-def forecast(given: dict[str, Any], devices: Mapping[str, Device]) -> dict[str, float]:
+def forecast(given: Row, devices: Mapping[str, Device]) -> dict[str, float]:
     """Return the planner's step time and peak memory of a row on a CPU's devices."""
-    from reclib.cost.planner import GROUPS
-
     device = devices[f"cpu{given['threads']}"]
     groups, size = groups_of(given, device["rates"])
-    step = sum(device["shares"][name] * groups[name] for name in GROUPS)
     return {
-        "step_seconds": step,
+        "step_seconds": sum(device["shares"][name] * groups[name] for name in planner.GROUPS),
         "peak_memory_bytes": size.resident(device["heap"]) + device["process_bytes"],
     }
 
 
-def on_board(given: dict[str, Any], label: str, share: Mapping[str, float] | None = None) -> dict[str, float]:
+def on_board(given: Row, label: str, share: Share | None = None) -> dict[str, float]:
     """Return the planner's step time and peak of tensors of a row on a GPU, with its shares or given ones."""
-    from reclib import hardware
-    from reclib.cost import planner
-
     board = hardware.catalogue()[label]
     parts, size = parts_of(given, "cuda")
     if share is None:
@@ -252,19 +226,16 @@ def on_board(given: dict[str, Any], label: str, share: Mapping[str, float] | Non
 
 def predictions_file(device: str) -> Path:
     """Return the file of the predictions for a CPU, or for a GPU in its own folder."""
-    from reclib import hardware
-
     name = f"planner-predictions-{re.sub(r'[^a-z0-9]+', '-', device.lower())}.json"
     return file(device if device in hardware.catalogue() else "cpu").with_name(name)
 
 
-def predictions(cpu: str) -> dict[str, dict[str, Any]]:
+def predictions(device: str) -> dict[str, Row]:
     """Return the rows of a device that were predicted before they were measured, by row."""
-    if not predictions_file(cpu).is_file():
+    if not predictions_file(device).is_file():
         return {}
-    rows = json.loads(predictions_file(cpu).read_text(encoding="utf-8"))["rows"]
-    about = ("predicted", "time", "sha256_of_the_model")
-    return {key_of({k: v for k, v in one.items() if k not in about}): one for one in rows}
+    rows = json.loads(predictions_file(device).read_text(encoding="utf-8"))["rows"]
+    return {key_of({k: v for k, v in one.items() if k not in WRITTEN}): one for one in rows}
 
 
 def predict(gpu: str | None) -> None:
@@ -274,130 +245,107 @@ def predict(gpu: str | None) -> None:
     predict. A CPU that has its own shares has no prediction of the rows that they were fitted on.
     """
     device = gpu or here()
-    before, params = predictions(device), ROOT / "params"
-    used = [params / "devices.yaml", params / "efficiency.yaml"] if gpu else [calibration_file()]
-    used += [ROOT / "reclib" / f"{name}.py" for name in MODEL]
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in used)).hexdigest()
+    sheets = [ROOT / "params" / "devices.yaml", ROOT / "params" / "efficiency.yaml"] if gpu else [CALIBRATION]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in [*sheets, *PREDICTING])).hexdigest()
     about = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "sha256_of_the_model": digest}
-    if gpu:
-        rows, run = gpu_rows(gpu), {key_of(asked(r["own_params"])) for r in on_gpu(gpu)}
-    else:
-        rows = [one for kind in SETS.values() for one in kind]
-        run = {key_of(asked(r["own_params"])) for kind in SETS for r in measured(kind, device)}
+    rows = gpu_rows(gpu) if gpu else [one for kind in SETS.values() for one in kind]
+    done = [r for r in named("planner_row", gpu or "cpu") if gpu or cpu_of(r) == device]
+    before, keys = predictions(device), {key_of(row_of(r)) for r in done}
     for one in rows:
-        if key_of(one) in run or key_of(one) in before:
+        if key_of(one) in keys or key_of(one) in before:
             continue
-        said = on_board(one, gpu) if gpu else forecast(one, calibration()[device])
-        before[key_of(one)] = one | {"predicted": said} | about
-        print(f"{title(one):100} {said['step_seconds']:9.5f} s {said['peak_memory_bytes'] / 2**30:7.2f} GiB")
+        found = on_board(one, gpu) if gpu else forecast(one, calibration()[device])
+        before[key_of(one)] = one | {"predicted": found} | about
+        size = found["peak_memory_bytes"] / 2**30
+        print(f"{title(one):100} {found['step_seconds']:9.5f} s {size:7.2f} GiB")
     predictions_file(device).parent.mkdir(parents=True, exist_ok=True)
     whole = {"device" if gpu else "cpu": device, "rows": list(before.values())}
     predictions_file(device).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
 
-def gpu_rows(label: str) -> list[dict[str, Any]]:
+def gpu_rows(label: str) -> list[Row]:
     """Return the rows that `gpu.py` times on a GPU of the catalogue, as if it were here."""
-    import gpu
+    import gpu_stages
     import torch
 
-    from reclib import hardware
-    from reclib.hardware import Card, Device
-
     board = hardware.catalogue()[label]
-    card = Card(
-        type="cuda",
-        name=board.name,
-        label=label,
-        capability=board.capability,
-        memory_bytes=board.memory_bytes,
-    )
-    return gpu.rows(Device(torch.device("cuda"), card, label))
+    about = {"name": board.name, "capability": board.capability, "memory_bytes": board.memory_bytes}
+    card = hardware.Card(type="cuda", label=label, **about)
+    return gpu_stages.rows(hardware.Device(torch.device("cuda"), card, label))
 
 
-def gpu_errors(
-    label: str, rows: Iterable[dict[str, Any]], share: Mapping[str, float] | None = None
-) -> list[dict[str, Any]]:
-    """Return predicted over measured, for time and memory, of measured rows of a GPU.
+def compared(record: Row, written: Row | None, now: Callable[[], dict[str, float]]) -> Row:
+    """Return predicted over measured, for time and memory, of a record.
 
-    A row takes the prediction that was written down before it was run; where there is none, and with the
-    shares `share`, it is what the planner says now.
+    It takes the prediction that was written down before it was run; where there is none, what is said now.
     """
-    before, found = {} if share else predictions(label), []
-    for one in rows:
-        given, timings = asked(one["own_params"]), one["timings"]
-        written = before.get(key_of(given))
-        said = written["predicted"] if written else on_board(given, label, share)
-        ratios = {"time": said["step_seconds"] / timings["step_seconds"]}
-        ratios["memory"] = said["peak_memory_bytes"] / timings["peak_memory_bytes"]
-        found.append(
-            {"row": given, "measured": timings, "predicted": said, "written": bool(written)} | ratios
-        )
+    timings, found = record["timings"], written["predicted"] if written else now()
+    row = {"row": row_of(record), "measured": timings, "predicted": found, "written": bool(written)}
+    row["time"] = found["step_seconds"] / timings["step_seconds"]
+    return row | {"memory": found["peak_memory_bytes"] / timings["peak_memory_bytes"]}
+
+
+def errors(kind: str, cpu: str, refitted: Mapping[str, Device] | None = None) -> list[Row]:
+    """Return predicted over measured of each row of a set on a CPU; with `refitted` devices, as they say now.
+
+    `tensors` is that of memory beyond what the process holds before it has a model.
+    """
+    before, devices = {} if refitted else predictions(cpu), refitted or calibration()[cpu]
+    found = []
+    for one in measured(kind, cpu):
+        given, timings = row_of(one), one["timings"]
+        row = compared(one, before.get(key_of(given)), lambda given=given: forecast(given, devices))
+        process = devices[one["own_params"]["device"]]["process_bytes"]
+        tensors = timings["peak_memory_bytes"] - timings["process_bytes"]
+        found.append(row | {"tensors": (row["predicted"]["peak_memory_bytes"] - process) / tensors})
     return found
 
 
-def halves(rows: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return rows to fit on and rows to judge by: the hash of what a row is decides."""
-    sides: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
+def gpu_errors(label: str, rows: Iterable[Row], share: Share | None = None) -> list[Row]:
+    """Return predicted over measured of records of a GPU; with `share`, as the planner says now."""
+    before = {} if share else predictions(label)
+    return [
+        compared(one, before.get(key_of(row_of(one))), lambda one=one: on_board(row_of(one), label, share))
+        for one in rows
+    ]
+
+
+def halves(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
+    """Return records to fit on and records to judge by: the hash of what a row is decides."""
+    sides: tuple[list[Row], list[Row]] = ([], [])
     for one in rows:
-        digest = hashlib.sha256(key_of(asked(one["own_params"])).encode()).digest()
-        sides[digest[0] % 2].append(one)
+        sides[hashlib.sha256(key_of(row_of(one)).encode()).digest()[0] % 2].append(one)
     return sides
 
 
-def refitted(label: str, rows: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """Return the shares of a GPU's data sheet, and of the host, that rows give: least squares of logs."""
+def refitted(label: str, rows: Iterable[Row]) -> dict[str, float]:
+    """Return the shares of a GPU's data sheet, and of the host, that records give: least squares of logs."""
     import numpy as np
     from scipy.optimize import least_squares
 
-    from reclib import hardware
-    from reclib.cost import planner
-
-    board, names = hardware.catalogue()[label], ("products", "bandwidth", "operator_us")
-    parts = [(parts_of(asked(r["own_params"]), "cuda")[0], r["own_params"]["precision"]) for r in rows]
-    took = [r["timings"]["step_seconds"] for r in rows]
+    board = hardware.catalogue()[label]
+    steps = [
+        (parts_of(row_of(r), "cuda")[0], r["own_params"]["precision"], r["timings"]["step_seconds"])
+        for r in rows
+    ]
 
     def gaps(logs: Any) -> Any:
-        share = dict(zip(names, np.exp(logs), strict=True))
-        return [
-            np.log(planner.roofline(one, board, name, share) / t)
-            for (one, name), t in zip(parts, took, strict=True)
-        ]
+        share = dict(zip(SHARES, np.exp(logs), strict=True))
+        return [np.log(planner.roofline(parts, board, name, share) / took) for parts, name, took in steps]
 
-    starts = [np.log([planner.efficiency()[at][name] for name in names]) for at in ("slow", "likely", "fast")]
+    starts = [
+        np.log([planner.efficiency()[at][name] for name in SHARES]) for at in ("slow", "likely", "fast")
+    ]
     tries = [least_squares(gaps, start, diff_step=1e-3) for start in starts]  # a host that waits has no slope
-    found = min(tries, key=lambda one: one.cost)
-    return {name: round(float(value), 3) for name, value in zip(names, np.exp(found.x), strict=True)}
-
-
-def errors(kind: str, cpu: str, refitted: Mapping[str, Device] | None = None) -> list[dict[str, Any]]:
-    """Return predicted over measured, for time and memory, of each row of a set that was measured on a CPU.
-
-    A row takes the prediction that was written down before it was run; where there is none, and with
-    `refitted` devices, it is what the planner says now.
-    """
-    before = {} if refitted else predictions(cpu)
-    devices = refitted or calibration()[cpu]
-    found = []
-    for one in measured(kind, cpu):
-        own, timings = one["own_params"], one["timings"]
-        written = before.get(key_of(asked(own)))
-        said = written["predicted"] if written else forecast(own, devices)
-        tensors = timings["peak_memory_bytes"] - timings["process_bytes"]
-        predicted_tensors = said["peak_memory_bytes"] - devices[own["device"]]["process_bytes"]
-        found.append(
-            {"row": own, "measured": timings, "predicted": said, "written": bool(written)}
-            | {"time": said["step_seconds"] / timings["step_seconds"]}
-            | {"memory": said["peak_memory_bytes"] / timings["peak_memory_bytes"]}
-            | {"tensors": predicted_tensors / tensors}
-        )
-    return found
+    best = min(tries, key=lambda one: one.cost)
+    return {name: round(float(value), 3) for name, value in zip(SHARES, np.exp(best.x), strict=True)}
 
 
 # -- tables --------------------------------------------------------------------------------------------------
 
 
 def tables() -> None:
-    """Print the error tables by CPU, and the seed study's wall clock beside the range for an A100."""
+    """Print the error tables by device, and the seed study's wall clock beside the range for an A100."""
     for cpu, devices in calibration().items():
         other = devices["cpu2"].get("shares_of")
         print(f"== {cpu}: rates of its own, shares {f'of {other}' if other else 'fitted on its rows'}\n")
@@ -409,95 +357,82 @@ def tables() -> None:
             print(f"-- {cpu}, shares refitted on its own fitted rows: {again['cpu2']['shares']}\n")
             print_table("fitted rows, the refit saw them", errors("fitted", cpu, again))
             print_table("held-out rows, the refit did not see them", errors("held-out", cpu, again))
-    gpu_tables()
+    for label in hardware.catalogue():
+        gpu_tables(label, named("planner_row", label))
     seed_check()
 
 
-def gpu_tables() -> None:
-    """Print the errors of every GPU that was measured: as predicted, and with shares refitted on half."""
-    from reclib import hardware
-
-    for label in hardware.catalogue():
-        rows = on_gpu(label)
-        if not rows:
-            continue
-        print_table(f"{label}: as predicted before it was run, by its data sheet", gpu_errors(label, rows))
-        known, new = halves(rows)
-        if len(known) < 6 or len(new) < 6:
-            print(f"-- {label}: {len(rows)} rows are too few to refit its shares on half of them\n")
-            continue
-        share = refitted(label, known)
-        print(f"-- {label}, shares refitted on {len(known)} rows: {share}\n")
-        print_table(f"{label}: rows that the refit did not see", gpu_errors(label, new, share))
+def gpu_tables(label: str, rows: list[Row]) -> None:
+    """Print the errors of a GPU that was measured: as predicted, and with shares refitted on half."""
+    if not rows:
+        return
+    print_table(f"{label}: as predicted before it was run, by its data sheet", gpu_errors(label, rows))
+    known, new = halves(rows)
+    if min(len(known), len(new)) < 6:
+        print(f"-- {label}: {len(rows)} rows are too few to refit its shares on half of them\n")
+        return
+    share = refitted(label, known)
+    print(f"-- {label}, shares refitted on {len(known)} rows: {share}\n")
+    print_table(f"{label}: rows that the refit did not see", gpu_errors(label, new, share))
 
 
-def print_table(name: str, found: Iterable[dict[str, Any]]) -> None:
+def print_table(name: str, rows: list[Row]) -> None:
     """Print the rows of a set, and the median and the worst of their errors."""
-    rows = list(found)
     if not rows:
         print(f"{name}: none measured\n")
         return
-    head = ("predicted s", "measured s", "error", "MiB", "MiB", "error", "tensors")
-    print(name.ljust(60) + "".join(f"{word:>12}" for word in head))
-    for e in rows:
-        s, t = e["predicted"], e["measured"]
-        numbers = f"{s['step_seconds']:12.4f}{t['step_seconds']:12.4f}{e['time'] - 1:12.1%}"
-        numbers += f"{s['peak_memory_bytes'] / 2**20:12.0f}{t['peak_memory_bytes'] / 2**20:12.0f}"
-        numbers += f"{e['memory'] - 1:12.1%}" + (f"{e['tensors'] - 1:12.1%}" if "tensors" in e else "")
-        print(f"{title(e['row']):60}{numbers}")
-    for what in [name for name in ("time", "memory", "tensors") if name in rows[0]]:
+    import pandas as pd  # heavy, and no part of a measured process
+
+    whats = [what for what in ("time", "memory", "tensors") if what in rows[0]]
+    columns: dict[str, list[str]] = {name: [title(e["row"]) for e in rows]}
+    for side in ("predicted", "measured"):
+        columns[f"{side} s"] = [f"{e[side]['step_seconds']:.4f}" for e in rows]
+        columns[f"{side} MiB"] = [f"{e[side]['peak_memory_bytes'] / 2**20:.0f}" for e in rows]
+    columns |= {f"error of {what}": [f"{e[what] - 1:.1%}" for e in rows] for what in whats}
+    print(pd.DataFrame(columns).to_string(index=False))
+    for what in whats:
         signed = [e[what] - 1 for e in rows]
         gaps = [abs(gap) for gap in signed]
-        print(
-            f"  {what}: median absolute error {median(gaps):.1%}, worst {max(gaps):.1%}, {len(gaps)} rows;"
-            f" median error {median(signed):+.1%}"
-        )
+        text = f"  {what}: median absolute error {median(gaps):.1%}, worst {max(gaps):.1%}, {len(gaps)} rows"
+        print(f"{text}; median error {median(signed):+.1%}")
     print()
 
 
 def seed_check() -> None:
     """Compare the seed study's wall clock on an A100 with the plan of its step: for consistency only."""
-    from reclib.config import TrainConfig, model_config
-    from reclib.cost import planner
-
     rates = {"85m": 3886, "130m": 2429, "430m": 1080}  # sequences/s: an epoch's sequences over its time
-    lengths = planner.typical_lengths()
     wasteful = {"layout": "padded", "head_rows": "all", "objective": "seed_focal", "optimizer": "loop"}
     print("seed study on an A100 (its batch and precision are not known: 512, tf32 and fp16)")
     for size, rate in rates.items():
         model = model_config(size, attention_dropout=0.25)
         for precision in ("fp32", "tf32", "fp16"):
             train = TrainConfig(batch_size=512, precision=precision, **wasteful)
-            n = planner.plans("a100-40", model, train, lengths, 582_942)[0].numbers()
-            low, high = n["sequences_per_second_low"], n["sequences_per_second_high"]
-            inside = "inside" if low <= rate <= high else "outside"
-            print(
-                f"  {size:5} {precision}: {rate} by its clock, predicted {low:,.0f} to {high:,.0f}: {inside}"
-            )
+            plan = planner.plans("a100-40", model, train, planner.typical_lengths(), 582_942)[0].numbers()
+            low, high = plan["sequences_per_second_low"], plan["sequences_per_second_high"]
+            said = f"{rate} by its clock, predicted {low:,.0f} to {high:,.0f}"
+            print(f"  {size:5} {precision}: {said}: {'inside' if low <= rate <= high else 'outside'}")
 
 
 def main() -> int:
-    from reclib import hardware
-
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    actions = {"rates": rates, "fit": fit, "tables": tables}
-    commands = (*actions, "predict", "adopt", *SETS, "measure", "microbench")
-    parser.add_argument("command", nargs="?", default="tables", choices=commands)
-    parser.add_argument(
-        "other", nargs="?", help="adopt: the CPU whose shares are taken; predict: a GPU's label"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    actions = {"rates": rates, "fit": fit, "tables": tables}
+    children = {"measure": measure, "microbench": measure_rates}
+    commands = (*actions, "predict", "adopt", *SETS, *children)
+    parser.add_argument("command", nargs="?", default="tables", choices=commands)
+    parser.add_argument("other", nargs="?", help="adopt: the CPU whose shares are taken; predict: a GPU")
     parser.add_argument("--minutes", type=float, default=600.0, help="no row is started after so many")
     parser.add_argument("--payload", type=json.loads, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.command in ("measure", "microbench"):
-        print(json.dumps({"measure": measure, "microbench": microbench}[given.command](given.payload)))
+    known = {"predict": [None, *hardware.catalogue()], "adopt": list(calibration())}.get(given.command)
+    if known is not None and given.other not in known:
+        parser.error(f"{given.command}: expected one of {', '.join(filter(None, known))}")
+    if given.command in children:
+        print(json.dumps(children[given.command](given.payload)))
     elif given.command == "predict":
-        if given.other and given.other not in hardware.catalogue():
-            parser.error(f"predict: expected one of {', '.join(hardware.catalogue())}")
         predict(given.other)
     elif given.command == "adopt":
-        if given.other not in calibration():
-            parser.error(f"adopt: expected one of {', '.join(calibration())}")
         adopt(given.other)
     elif given.command in SETS:
         run_rows(given.command, given.minutes)

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from scoring import NAMES, values_of
-from selection import process_age
+from harness import process_age
+from scoring import NAMES, Arrays, values_of
 
 from reclib.config import ModelConfig, TrainConfig, model_config, validated
 from reclib.data.dataset import Dataset, Evaluation, evaluated_users, evaluation, train_histories
@@ -28,23 +28,20 @@ def configs_of(identity: dict[str, Any], num_items: int) -> tuple[ModelConfig, T
     return model, validated(TrainConfig, settings["train"] | {"seed": identity["seed"]})
 
 
-def run_ours(
-    identity: dict[str, Any], dataset: Dataset, checkpoints: Path
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def run_ours(identity: dict[str, Any], dataset: Dataset, checkpoints: Path) -> tuple[Arrays, dict[str, Any]]:
     """Train our model and return values per user and what the run took."""
     torch.set_num_threads(identity["threads"])
     model, train = configs_of(identity, dataset.num_items)
     device, valid = resolve("cpu"), evaluation(dataset, "valid")
     about: dict[str, Any] = {"torch": torch.__version__, "model": asdict(model), "train": asdict(train)}
-    values: dict[str, np.ndarray] = {"users": evaluated_users(dataset)}
+    values: Arrays = {"users": evaluated_users(dataset)}
     if identity["marks"]:
         torch.manual_seed(train.seed)
-        histories = train_histories(dataset)
-        trainer = Trainer(Bert4Rec(model), histories, train, device, dataset.fingerprint)
+        trainer = Trainer(Bert4Rec(model), train_histories(dataset), train, device, dataset.fingerprint)
         about["startup_seconds"] = process_age()  # a second seed's counts the first seed's run too
         values |= curve(trainer, valid, identity["marks"])
     else:
-        trainer = fit(model, dataset, train, device, checkpoints, Options(on_evaluation=_say))
+        trainer = fit(model, dataset, train, device, checkpoints, Options(on_evaluation=say))
         history = trainer.progress.history
         values |= {f"look_{name}": np.array([row[name] for row in history]) for name in LOOKS}
         about["best"] = max(history, key=lambda row: row[SELECT])
@@ -55,7 +52,7 @@ def run_ours(
     return values, about | {"epochs": progress.step / trainer.steps_per_epoch}
 
 
-def curve(trainer: Trainer, valid: Evaluation, minutes: list[float]) -> dict[str, np.ndarray]:
+def curve(trainer: Trainer, valid: Evaluation, minutes: list[float]) -> Arrays:
     """Train until the last mark, or to the end of the schedule, and rank validation at each mark.
 
     Training time is the trainer's own: steps with their batches, without the looks at validation. What a
@@ -78,12 +75,11 @@ def curve(trainer: Trainer, valid: Evaluation, minutes: list[float]) -> dict[str
             break
     if left := len(minutes) - len(ranks):
         look(left)
-    values = values_of(np.array(ranks), "mark")
-    epochs, seconds = np.array(looks).T
+    values, (epochs, seconds) = values_of(np.array(ranks), "mark"), np.array(looks).T
     means = {f"look_{name}": values[f"mark_{name}"].mean(axis=1) for name in NAMES}
-    found = {"mark_minutes": np.array(minutes), "look_epoch": epochs}
-    return values | means | found | {"look_train_seconds": seconds}
+    found = {"mark_minutes": np.array(minutes), "look_epoch": epochs, "look_train_seconds": seconds}
+    return values | means | found
 
 
-def _say(row: dict[str, float]) -> None:
+def say(row: dict[str, float]) -> None:
     print("validation: " + "  ".join(f"{name} {row[name]:.4f}" for name in LOOKS), flush=True)

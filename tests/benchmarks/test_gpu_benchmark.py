@@ -4,32 +4,31 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import planner
 import planner_rows
 import pytest
 import torch
+from conftest import ROOT
 
 from reclib import records as reclib_records
 from reclib.cost import planner as reclib_planner
-
-ROOT = Path(__file__).resolve().parent.parent
 
 pytestmark = pytest.mark.slow
 
 # Stages that end in every way that one can, with a whole one after each.
 BAD_STAGES = """
 import os, signal, sys
-import gpu
+import gpu, gpu_stages
+from common import AbsentError
 
 def raises(b):
     raise ValueError("what a stage says")
 
 def absent(b):
-    raise gpu.AbsentError("no such thing here")
+    raise AbsentError("no such thing here")
 
-gpu.STAGES |= {
+gpu_stages.STAGES |= {
     "raises": (raises, 9), "absent": (absent, 9), "hangs": (lambda b: signal.pause(), 0.25),
     "killed": (lambda b: os.kill(os.getpid(), signal.SIGSEGV), 9), "exits": (lambda b: os._exit(3), 9),
 }
@@ -45,8 +44,8 @@ def test_a_stage_that_fails_hangs_or_is_killed_leaves_the_next_one_whole(tmp_pat
     )
     assert done.returncode == 1, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "stages.jsonl").read_text().splitlines()]
-    assert [row["stage"] for row in rows] == names
-    assert [row["state"] for row in rows] == [
+    assert [row["name"] for row in rows] == names
+    assert [row["status"] for row in rows] == [
         "ok",
         "failed: ValueError: what a stage says",
         "absent: no such thing here",
@@ -59,11 +58,11 @@ def test_a_stage_that_fails_hangs_or_is_killed_leaves_the_next_one_whole(tmp_pat
     records = reclib_records.read(tmp_path / "executed")  # checks each
     assert {one["name"] for one in records} == {"hardware_step", "planner_row"}
     raw = [json.loads(line) for line in (tmp_path / "raw.jsonl").read_text().splitlines()]
-    assert {"environment", "product", "copy", "row", "epoch"} <= {line["what"] for line in raw}
+    assert {"environment", "product", "copy", "row", "epoch"} <= {line["name"] for line in raw}
     steps = [one for one in records if one["name"] == "planner_row"]
     assert {one["own_params"]["set"] for one in steps} == {"sizes", "batches"}
     for one in steps:
-        model, train = planner_rows.configs(planner_rows.asked(one["own_params"]))
+        model, train = planner_rows.configs(planner_rows.row_of(one))
         assert model.hidden_dim == 32
         assert (train.batch_size, train.precision) == (one["own_params"]["batch_size"], "fp32")
         assert one["timings"]["step_seconds"] > 0

@@ -1,0 +1,182 @@
+"""What the benchmarks share: options, processes that may fail, turns, and rows that are written as they come.
+
+A row is one line of JSON, printed as soon as it is known and appended to the file `--out`. What fails (by an
+exception, by the system, by taking too long) is a row with `status` and `reason`; the others go on. The last
+line is one JSON object with the summary. Exit codes: 0 all went well, 1 a row failed, 2 wrong arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+# glibc gives large blocks back at once by default, which slows steps with all logits by tens of percent.
+BEST_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
+Row = dict[str, Any]
+
+
+class AbsentError(Exception):
+    """What a benchmark needs is not here."""
+
+
+class FailedError(Exception):
+    """A process of a benchmark did not end well."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return an error in one line of at most 300 characters."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
+def finite(value: Any) -> Any:
+    """Return nested values as JSON has them: a number that is none becomes null."""
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Rows:
+    """The rows of a benchmark, written as they come."""
+
+    def __init__(self, file: Path | None = None) -> None:
+        self.file, self.failed = file, False
+
+    def add(self, name: str, /, **values: Any) -> Row:
+        """Write a row and return it."""
+        row = finite({"name": name, "status": "ok"} | values)
+        self.failed |= row["status"] != "ok"
+        line = json.dumps(row)
+        print(line, flush=True)
+        if self.file:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        return row
+
+    def attempt(self, name: str, action: Callable[[], Mapping[str, Any]], /, **about: Any) -> Row | None:
+        """Write what `action` returns as a row; write its error and return None if it raises."""
+        values = self.section(name, action, **about)
+        row = None if values is None else self.add(name, **about, **values)
+        return row if row and row["status"] == "ok" else None
+
+    def section(self, name: str, action: Callable[[], Mapping[str, Any]], /, **about: Any) -> Mapping | None:
+        """Return what `action` returns, unwritten; write its error as a row and return None if it raises."""
+        try:
+            return action()
+        except Exception as error:
+            reason = str(error) if isinstance(error, FailedError) else first_line(error)
+            self.add(name, **about, status="failed", reason=reason)
+            return None
+
+    def in_turns(
+        self, actions: Mapping[str, Callable[[], Mapping[str, Any]]], rounds: int, **about: Any
+    ) -> dict[str, list[Row]]:
+        """Attempt each action once a round, A B C A B C; return the rows of each.
+
+        What has failed is not tried again, and its list is what it gave before.
+        """
+        found: dict[str, list[Row]] = {name: [] for name in actions}
+        left = dict(actions)
+        for number in range(1, rounds + 1):
+            for name, action in list(left.items()):
+                row = self.attempt(name, action, **about, round=number)
+                if row is None:
+                    del left[name]
+                else:
+                    found[name].append(row)
+        return found
+
+
+def seconds_of(action: Callable[[], object]) -> Callable[[], Row]:
+    """Return an action that times `action`: a row with its seconds."""
+
+    def timed() -> Row:
+        began = time.perf_counter()
+        action()
+        return {"seconds": time.perf_counter() - began}
+
+    return timed
+
+
+def middle(rows: Sequence[Mapping[str, Any]], name: str) -> float:
+    """Return the median of a value over rows; NaN where no row has it."""
+    return median([row[name] for row in rows if row.get(name) is not None] or [math.nan])
+
+
+def run_process(command: Sequence[object], environment: Mapping[str, str] | None = None) -> Row:
+    """Run a command and return the JSON object in the last line of its output.
+
+    Raises `FailedError` with the signal or the last line of its errors if it does not end well.
+    """
+    done = subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True)
+    if done.returncode < 0:
+        raise FailedError(f"killed by {signal.Signals(-done.returncode).name}: memory may have run out")
+    if done.returncode:
+        said = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
+        raise FailedError(f"exit code {done.returncode}: {said[:300]}")
+    try:
+        return json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        raise FailedError("its last line is no JSON object") from None
+
+
+def run_child(script: str, call: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> Row:
+    """Call the `child` of a benchmark's script in a process of its own; return what it returns."""
+    return run_process([sys.executable, script, "--child", json.dumps(call)], environment)
+
+
+def clean_environment(threads: int) -> dict[str, str]:
+    """Return this process's environment with a thread count and the allocator's defaults."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+    return kept | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+
+
+def options(
+    doc: str | None, *, rounds: int = 1, quick: str = "few steps, one round"
+) -> argparse.ArgumentParser:
+    """Return a parser of the options that benchmarks share."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--rounds", type=int, default=rounds, help="(%(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="(%(default)s)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="append each row to this file, too")
+    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    return parser
+
+
+def start(
+    parser: argparse.ArgumentParser,
+    run: Callable[[argparse.Namespace, Rows], Mapping[str, Any]],
+    child: Callable[..., Mapping[str, Any]] | None = None,
+) -> int:
+    """Run a benchmark, or its `child`, with the arguments of the command line; return the exit code."""
+    given = parser.parse_args()
+    if given.child is not None and child is not None:
+        print(json.dumps(finite(child(**given.child))))
+        return 0
+    rows = Rows(given.out)
+    about = {"quick": given.quick, "threads": given.threads, "rounds": given.rounds}
+    print(json.dumps(finite(about | run(given, rows))))
+    return int(rows.failed)
+
+
+def resident_bytes(field: str = "VmRSS") -> int:
+    """Return the resident bytes of this process: now, or the peak so far (`VmHWM`). Linux only."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(field + ":"):
+            return 1024 * int(line.split()[1])
+    raise FailedError("the kernel does not say how much memory is resident")

@@ -1,0 +1,506 @@
+"""The stages of `gpu.py`: what each times on a device, and the rows of it that the planner predicts.
+
+Parameters and rows are functions of the device alone, which need not be here: `planner.py predict h100` calls
+them before a GPU's first run, and a stage that times a row writes a record of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo
+import torch.nn.functional as F
+from common import ROOT, AbsentError, Rows, first_line
+from planner_rows import configs, dataset, described, write
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.benchmark import Timer
+
+from reclib import hardware, parameters, system
+from reclib import records as reclib_records
+from reclib.config import DataConfig, InputError, TrainConfig, changed, validated
+from reclib.data.batches import Epoch
+from reclib.data.dataset import evaluation, train_histories
+from reclib.data.prepare import prepare, synthetic_dataset
+from reclib.data.splits import leave_one_out
+from reclib.evaluate.metrics import summary
+from reclib.experiments import adaptation, baseline, comparison, speed
+from reclib.model.bert4rec import Bert4Rec, attention_bias
+from reclib.train import timing
+from reclib.train.fit import rank_targets
+
+ELECTRONICS = {"synthetic_users": 20_000, "synthetic_items": 159_748, "synthetic_mean_len": 9.4}
+SMALL = {"synthetic_users": 300, "synthetic_items": 500, "synthetic_mean_len": 9.4}
+LADDERS = {"85m": (10, 2), "430m": (5, 1), "130m": (8, 1)}  # timed steps, rounds
+PADDED = {"layout": "padded", "head_rows": "all", "loss": "plain", "precision": "fp32"}
+# Size, sequences of a step, changes of the training; in bf16 unless they say otherwise.
+BATCHES: list[tuple[str, int, dict[str, Any]]] = [
+    *(("85m", batch, {}) for batch in (128, 512, 2048, 8192)),
+    *(("85m", 512, {"precision": precision}) for precision in ("tf32", "fp32")),
+    *(("430m", batch, {}) for batch in (512, 4096, 16_384)),
+    ("85m", 16_384, {}),
+    ("85m", 512, PADDED),
+    ("430m", 32_768, {}),
+]
+ENGINE = {"loss": "fused", "head_multiple": 64, "half_copies": True}
+GRAPH = {"compile_mode": "graph", "bucket_steps": 4}
+# Each is timed against the plain step, in turns. What this version does not have is a row that says so.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "loss compiled": {"loss": "fused"},
+    "rows of the head a multiple of 64": {"head_multiple": 64},
+    "16-bit copies once a step": {"half_copies": True},
+    "loss plain": {"loss": "plain"},
+    "loss chunked": {"loss": "chunked"},
+    "buckets of 4 steps": {"bucket_steps": 4},
+    "no clipping": {"clip_norm": None},
+    # A capture that fails spoils every dropout after it in the process, so these come late.
+    "one CUDA graph a step": GRAPH,
+    "all four": ENGINE | GRAPH,
+    "encoder compiled": {"compile_mode": "default"},
+    "encoder compiled, CUDA graphs": {"compile_mode": "reduce-overhead"},
+}
+
+
+class Bench(Rows):
+    """What a stage is given: where it runs, how large, and `raw.jsonl`, the file of its rows."""
+
+    def __init__(self, out: Path, tiny: bool = False, kind: str = "auto", data: Path | None = None) -> None:
+        super().__init__(out / "raw.jsonl")
+        self.out, self.tiny, self.kind, self.data, self.stage = out, tiny, kind, data, ""
+        self.shape = SMALL if tiny else ELECTRONICS
+
+    @functools.cached_property
+    def device(self) -> Any:
+        return hardware.resolve("cpu" if self.kind == "cpu" else "auto")
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.torch_device.type == "cuda"
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        return ("bf16", "fp32") if self.cuda else ("fp32",)
+
+    def add(self, name: str, /, **values: Any) -> dict[str, Any]:
+        """Write a row, whether or not it may be a record."""
+        return super().add(name, stage=self.stage, **system.plain(values))
+
+    def time(self, name: str, action: Callable[[], object], /, **about: Any) -> None:
+        """Time an operation; one that raises is a row with its error."""
+
+        def seconds() -> dict[str, float]:
+            timer = Timer("action()", globals={"action": action})  # waits for the device
+            return {"seconds": timer.blocked_autorange(min_run_time=0.02 if self.tiny else 0.2).median}
+
+        self.attempt(name, seconds, **about)
+
+    def params(self, notebook: str, small: Mapping[str, Any], **full: Any) -> Any:
+        """Return a notebook's parameters: its smallest profile, the stage's, the tiny run's."""
+        profile = parameters.profile(notebook, "smoke")
+        return parameters.build(notebook, profile | full | (small if self.tiny else {}))
+
+    def free(self) -> None:
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
+
+
+class Records:
+    """Results of one kind of notebook: to raw.jsonl, and to the records where there may be any."""
+
+    def __init__(self, b: Bench, notebook: str, p: Any, name: str, fingerprint: str) -> None:
+        data = {"name": name, "fingerprint": fingerprint}
+        self.b, self.run, self.about = b, None, {"card": hardware.device_card(b.device), "data": data}
+        try:
+            self.run = reclib_records.Run(notebook, p, self.about["card"], data)
+        except InputError as error:  # no passed self-check
+            b.add("no records", reason=str(error))
+
+    def result(self, name: str, metrics: Mapping[str, Any], **rest: Any) -> None:
+        self.b.add(name, metrics=dict(metrics), **rest)
+        if self.run is not None:
+            self.run.result(name, metrics, **rest)
+
+    def step(self, row: dict[str, Any] | None, counts: Any, timings: Any, status: str) -> None:
+        """Write a step that the planner has a row of; one that did not run is only a raw row."""
+        self.b.add("row", row=row, status=status, counts=counts, timings=timings)
+        if row is not None and timings and self.run is not None:
+            own = row | {"set": row["stage"], "device": self.b.device.label}
+            found = self.about | {"counts": counts, "timings": timings}
+            write("planner_row", found, own, self.b.out / "executed")
+
+    def rows(self, name: str, timed: Iterable[Any], rows: Iterable[dict[str, Any] | None]) -> None:
+        """Write rows of `speed`, each as its notebook does and as the planner's."""
+        for one, row in zip(timed, rows, strict=True):
+            self.result(name, one.metrics(), params=one.own_params(), timings=one.timings)
+            self.step(row, one.metrics(), one.timings, f"{one.found.status} {one.found.reason}".strip())
+
+
+# -- what is timed, as parameters of notebooks and as rows that the planner predicts -------------------------
+
+
+def amp(b: Bench, size: str = "85m", **full: Any) -> Any:
+    """Return parameters of notebook 04 on histories of Electronics' shape."""
+    small = {"size": "nano", "steps": 2, "repeats": 1, "warmup_steps": 1, "batch_sizes": [16]}
+    return b.params("04_amp_compile", small, dataset="synthetic", size=size, **(b.shape | full))
+
+
+def ladder_params(b: Bench, size: str) -> Any:
+    steps, repeats = LADDERS[size]
+    full = {"precisions": ["fp32", "bf16"], "compile_modes": ["off"], "batch_sizes": [128], "warmup_steps": 3}
+    return amp(b, size, steps=steps, repeats=repeats, **full)
+
+
+def precision_params(b: Bench) -> Any:
+    full = {"compile_modes": ["off"], "batch_sizes": [512], "steps": 25, "warmup_steps": 10, "repeats": 2}
+    return amp(b, precisions=["fp32", "tf32", "bf16", "fp16"] if b.cuda else ["fp32", "bf16"], **full)
+
+
+def size_params(b: Bench) -> Any:
+    full = {"measured_sizes": ["5m", "85m", "130m", "430m"], "users": 20_000, "steps": 30, "warmup_steps": 5}
+    return b.params("06_hardware", {"measured_sizes": ["nano"], "users": 300, "steps": 2}, **full)
+
+
+def adapter_params(b: Bench) -> Any:
+    small = {"size": "nano", "rounds": 2, "warmup_steps": 1, "batch_size": 16}
+    small |= {"compile_modes": ["off"], "precisions": ["fp32"]}
+    full = {"size": "85m", "dropout": 0.1, "arms": ["none", "full", "lora", "ilora", "gated", "head"]}
+    full |= {"precisions": ["bf16", "fp32"], "compile_modes": ["off"], "batch_size": 512}
+    full |= {"rounds": 30, "warmup_steps": 12, "learning_rates": [1e-4], "representation": "mean_embedding"}
+    return b.params("05_ilora", small, mask_prob=0.2, last_item_share=0.15, **full)
+
+
+def amp_row(b: Bench, p: Any, stage: str, users: int = 0, **train: Any) -> dict[str, Any]:
+    """Return the row of a step with these changes of the training; `InputError` for what is not known."""
+    model = speed.model_of(p, dataset({"users": 300, "mean_len": 9.4}, p.synthetic_items))
+    default = {"batch_size": p.batch_sizes[0], "precision": b.precisions[0]}
+    train_config = validated(TrainConfig, default | train)
+    return described(stage, p.size, model, train_config, users or p.synthetic_users)
+
+
+def size_rows(b: Bench) -> list[dict[str, Any]]:
+    p, found = size_params(b), []
+    for size in p.measured_sizes:
+        for name in b.precisions:
+            model, train = comparison.model_of(p, size), comparison.train_of(p, name)
+            found.append(described("sizes", size, model, train, p.users))
+    return found
+
+
+def ladder_rows(b: Bench, size: str) -> list[dict[str, Any]]:
+    p = ladder_params(b, size)
+    rungs = speed.rungs_of(p, speed.dataset_of(p), b.device)
+    return [described(f"ladder {size}", p.size, one.model, one.train, p.synthetic_users) for one in rungs]
+
+
+def precision_rows(b: Bench) -> list[dict[str, Any]]:
+    p = precision_params(b)
+    return [amp_row(b, p, "precisions", precision=name) for name in p.precisions]
+
+
+def batch_rows(b: Bench) -> Iterator[dict[str, Any]]:
+    for size, batch, changes in [("85m", 16, {"precision": "fp32"})] if b.tiny else BATCHES:
+        yield amp_row(b, amp(b, size), "batches", max(300, 12 * batch), batch_size=batch, **changes)
+
+
+def variant_rows(
+    b: Bench, sizes: tuple[int, ...] = (512, 128)
+) -> Iterator[tuple[str, dict[str, Any] | str, dict[str, Any]]]:
+    """Yield each variant's name, its row or why this version has none, and the plain step's row."""
+    for batch in (16,) if b.tiny else sizes:
+        plain = amp_row(b, amp(b), "variants", batch_size=batch)
+        for name, changes in ({"plain": {}} | VARIANTS).items():
+            try:
+                yield name, amp_row(b, amp(b), "variants", batch_size=batch, **changes), plain
+            except InputError as error:
+                yield name, f"not in this version: {error}", plain
+
+
+def adapter_rows(b: Bench) -> list[dict[str, Any] | None]:
+    """Return the rows of the adapters' stage in its order; None for what the planner has no plan of."""
+    p, users, items = adapter_params(b), b.shape["synthetic_users"], b.shape["synthetic_items"]
+    model = adaptation.shape_of(p, dataset({"users": 300, "mean_len": 9.4}, items))
+    shared = {"batch_size": p.batch_size, "mask_prob": p.mask_prob, "last_item_share": p.last_item_share}
+    rows: list[dict[str, Any] | None] = []
+    for variant in speed.variants(p):
+        train = TrainConfig(precision=variant["precision"], compile_mode=variant["compile_mode"], **shared)
+        row = described("adapters", p.size, model, train, users) | {"histories": "whole"}
+        row |= {} if variant["model"] == "full" else {"adapter": variant["model"]}
+        rows.append(None if variant["model"] == "head" else row)
+    return rows
+
+
+def rows(device: Any) -> list[dict[str, Any]]:
+    """Return every row that the stages time on a device, which need not be here."""
+    b = Bench(Path(os.devnull))
+    b.device = device
+    found = [*size_rows(b), *(row for size in LADDERS for row in ladder_rows(b, size)), *precision_rows(b)]
+    found += [row for _, row, _ in variant_rows(b) if not isinstance(row, str)] + [*batch_rows(b)]
+    return found + [row for row in adapter_rows(b) if row is not None]
+
+
+def trainer_of(b: Bench, row: dict[str, Any]) -> Any:
+    model, train = configs(row)
+    return speed.trainer_of(model, train, dataset(row, model.num_items), b.device)
+
+
+# -- stages --------------------------------------------------------------------------------------------------
+
+
+def environment(b: Bench) -> None:
+    """Versions, clocks, the ceilings of products and copies, and whether energy can be read."""
+    where, size = b.device.torch_device, 256 if b.tiny else 8192
+    about = hardware.device_card(b.device) | {"versions": reclib_records.versions()}
+    if shutil.which("nvidia-smi"):
+        query = "--query-gpu=power.limit,power.draw,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu"
+        done = subprocess.run(["nvidia-smi", query, "--format=csv"], capture_output=True, text=True)
+        about["clocks"] = done.stdout
+    about |= {"cores": hardware.usable_cores(), "energy": timing.Meter(where).read is not None}
+    b.add("environment", card=about)
+    for name, dtype in (("bf16", torch.bfloat16), ("tf32", torch.float32), ("fp32", torch.float32)):
+        torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+        x = torch.randn(size, size, device=where, dtype=dtype)
+        b.time("product", lambda x=x: x @ x, precision=name, flops=2 * size**3)
+    source = torch.zeros(2**20 if b.tiny else 2**31, dtype=torch.uint8, device=where)
+    target = torch.empty_like(source)
+    b.time("copy", lambda: target.copy_(source), bytes=2 * source.numel())
+
+
+def check(b: Bench) -> None:
+    """The project's self-check, whose file lets a GPU have records; then gradients in bf16 beside fp32."""
+    found = comparison.check(b.device)
+    for one in found:
+        b.add("check", check=one._asdict())
+    comparison.write(b.device, found)
+    _, exact = comparison.gradients(b.device, changed(comparison.FAST, **comparison.PLAIN))
+    with torch.autocast(b.device.torch_device.type, dtype=torch.bfloat16):
+        _, half = comparison.gradients(b.device, comparison.FAST)
+    whole = torch.stack([g.norm() for g in exact.values()]).norm()
+    gaps = [(half[n] - g).norm() / torch.maximum(g.norm(), 1e-3 * whole) for n, g in exact.items()]
+    b.add("gradients in bf16", finite=bool(torch.stack(gaps).isfinite().all()), gap=str(float(max(gaps))))
+    if not all(one.passed for one in found):
+        raise RuntimeError("the self-check did not pass: numbers go to raw.jsonl and are no records")
+
+
+def sizes(b: Bench) -> None:
+    """Notebook 06's steps: the named sizes at batch 128, in fp32 and in what suits the device."""
+    p, planned = size_params(b), {(row["size"], row["precision"]): row for row in size_rows(b)}
+    about = reclib_records.params_hash({"mean_len": p.mean_len, "seed": p.seed})
+    records = Records(b, "06_hardware", p, "synthetic", about)
+    for size in p.measured_sizes:
+        for one in comparison.measured(changed(p, measured_sizes=[size]), b.device):
+            own = one.own_params
+            records.result("hardware_step", one.metrics, params=own, timings=one.timings)
+            row = planned.get((size, own["precision"]))
+            records.step(row, one.metrics, one.timings, own["status"])
+        b.free()
+
+
+def ladder(b: Bench, size: str) -> None:
+    """Notebook 04's ladder: from the seed study's step to ours, with mixed precision on top."""
+    p = ladder_params(b, size)
+    prepared = speed.dataset_of(p)
+    records = Records(b, "04_amp_compile", p, f"synthetic {p.size}", prepared.fingerprint)
+    records.result("work", speed.work_rows(p, prepared, b.device))
+    records.rows("ladder", speed.climb(p, prepared, b.device), ladder_rows(b, size))
+
+
+def precisions(b: Bench) -> None:
+    """Notebook 04's eager steps in each precision, their losses, and the independent clock over an epoch."""
+    p = precision_params(b)
+    prepared = speed.dataset_of(p)
+    records = Records(b, "04_amp_compile", p, f"synthetic {p.size}", prepared.fingerprint)
+    timed = speed.grid(p, prepared, b.device)
+    records.rows("step", timed, precision_rows(b))
+    for number, (name, losses) in enumerate(speed.losses(timed).items()):
+        series = {"step": list(range(1, len(losses) + 1)), "loss": losses}
+        own = {"precision": name, "number": number}
+        records.result("loss_curve", {"steps": len(losses)}, params=own, series=series)
+    clock, steady = speed.whole_epoch(p, prepared, b.device), speed.eager_rates(timed, p.batch_sizes[0])
+    timings = {"steady_sequences_per_second": steady[p.precisions[0]]}
+    timings |= {"epoch_sequences_per_second": clock.sequences_per_second}
+    own = {"precision": p.precisions[0]}
+    records.result("epoch_clock", {"sequences": clock.sequences}, params=own, timings=timings)
+
+
+def batches(b: Bench) -> None:
+    """Rate, free-running rate and memory by batch and precision, towards what the card holds."""
+    records = Records(b, "06_hardware", size_params(b), "synthetic", "by row")
+    for row in batch_rows(b):
+        short = row["batch_size"] > 8192 or row["size"] == "430m"
+        try:
+            found = timing.measure(trainer_of(b, row), *((2, 1) if b.tiny else (5, 2) if short else (40, 10)))
+            records.step(row, found.counts(), found.timings(), found.status)
+            if not short:
+                trainer = trainer_of(b, row)
+                clocks = [timing.epoch_clock(trainer) for _ in range(2)]  # the first one warms up
+                b.add("epoch", row=row, sequences_per_second=clocks[1].sequences_per_second)
+        except (RuntimeError, MemoryError) as error:
+            if not timing.is_out_of_memory(error):
+                raise
+            records.step(row, {}, {}, f"oom {first_line(error)}")
+        trainer = None
+        b.free()
+
+
+def variants(b: Bench, *sizes: int) -> None:
+    """Each change of the engine beside the plain step, in turns on the same batches."""
+    records = Records(b, "06_hardware", size_params(b), "synthetic", "by row")
+    for name, row, plain in variant_rows(b, sizes):
+        about = {"variant": name, "batch_size": plain["batch_size"]}
+        trainers = {}
+        try:
+            if isinstance(row, str):
+                raise InputError(row)
+            trainers |= {"plain": trainer_of(b, plain), name: trainer_of(b, row)}
+            # Captures of graphs fall into a warm-up of 60 steps, which meets most shapes.
+            found = timing.interleave(trainers, *((1, 1, 2) if b.tiny else (20, 60, 3)))
+            records.step(row, found[name].counts(), found[name].timings(), found[name].status)
+            if name != "plain":
+                ratio = timing.paired_ratio(found["plain"], found[name])._asdict()
+                b.add("variant", **about, compiled=trainers[name].compile_reason, speedup=ratio)
+        except Exception as error:  # a compiler's, most likely: the other variants are of use
+            b.add("variant", **about, status="failed", reason=first_line(error))
+        trainers.clear()
+        torch._dynamo.reset()  # else the next catalogue's size would be compiled as a variable
+        b.free()
+
+
+def probe(b: Bench) -> None:
+    """Operations that a trace does not tell apart: attention by backend, the head, batches."""
+    where, half = b.device.torch_device, torch.bfloat16
+    normal = functools.partial(torch.randn, device=where, dtype=half)
+    for shape in ((4, 2, 16, 16),) if b.tiny else ((76, 4, 50, 64), (64, 4, 200, 64), (76, 16, 50, 64)):
+        q, k, v = normal(3, *shape, requires_grad=True).unbind()
+        bias = attention_bias((torch.arange(shape[2], device=where) // 8 + 1).expand(shape[0], -1), half)
+
+        def attend(q: Any = q, k: Any = k, v: Any = v, bias: Any = bias) -> None:
+            F.scaled_dot_product_attention(q, k, v, attn_mask=bias).sum().backward(retain_graph=True)
+
+        for backend in ("EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"):
+            with sdpa_kernel(getattr(SDPBackend, backend)):
+                b.time("attention", attend, shape=shape, backend=backend)
+    for m in (16,) if b.tiny else (240, 928):
+        for n in (500, 512) if b.tiny else (159_748, 159_752, 159_808):
+            h, table, slope = normal(m, 256), normal(n, 256), normal(m, n)
+            b.time("head: scores", lambda h=h, table=table: h @ table.t(), targets=m, items=n)
+            b.time("head: to hidden", lambda s=slope, table=table: s @ table, targets=m, items=n)
+            b.time("head: to table", lambda s=slope, h=h: s.t() @ h, targets=m, items=n)
+    row = amp_row(b, amp(b, batch_sizes=[512]), "")
+    model, train = configs(row)
+    plan = Epoch(train_histories(dataset(row, model.num_items)), model, train, 0)
+    b.time("make a batch", lambda: plan.step(0))
+    (batch,) = plan.step(0)
+    b.time("a batch to the device", lambda: batch.to(where))
+
+
+def trace(b: Bench) -> None:
+    """Where a step's time goes by kernel, and how busy the device is; a Chrome trace comes along."""
+    p = amp(b, precisions=["bf16"], compile_modes=["off"], batch_sizes=[512], steps=3)
+    for precision, batch in (("bf16", 16),) if b.tiny else (("bf16", 512), ("bf16", 128), ("fp32", 512)):
+        trainer = trainer_of(b, amp_row(b, p, "trace", precision=precision, batch_size=batch))
+        records = Records(b, "04_amp_compile", p, f"synthetic {p.size}", trainer.fingerprint)
+        step = timing.measure(trainer, *((2, 1) if b.tiny else (30, 10))).median_seconds
+        found = timing.operators(trainer, p.steps, 16, b.out / f"trace-{precision}-{batch}.json.gz")
+        series = {name: [getattr(one, name) for one in found] for name in ("calls", "seconds", "share")}
+        series["operator"] = [one.name[:160] for one in found]
+        own = {"precision": precision, "batch_size": batch}
+        records.result("operators", {}, params=own, series=series)
+        b.add("busy", **own, step_seconds=step, kernel_seconds=sum(series["seconds"]))
+        b.free()
+
+
+def ranking(b: Bench) -> None:
+    """Users/s ranked over the whole catalogue, and one request at a time."""
+    for precision in b.precisions:
+        row = amp_row(b, amp(b, batch_sizes=[512]), "ranking", precision=precision)
+        trainer = trainer_of(b, row)
+        part = evaluation(dataset(row, trainer.model.config.num_items), "test")
+        for _ in range(2):  # the first one warms up
+            began = time.perf_counter()
+            rank_targets(trainer, part, True, 10)  # ends with ranks on the host
+            rate = len(part.targets) / (time.perf_counter() - began)
+        one = timing.latency(trainer, part.histories, 5 if b.tiny else 200)
+        b.add("ranking", precision=precision, users_per_second=rate, **one._asdict())
+
+
+def training(b: Bench) -> None:
+    """A training by the recipe of params/grids/beauty.yaml, on `--data` or synthetic histories."""
+    full = {"models": ["bert4rec"], "other_splits": [], "size": "w192d2", "seeds": [0], "epochs": 60}
+    full |= {"batch_size": 128, "dropout": 0.4, "max_len": 50, "mask_prob": 0.4, "last_item_share": 0.25}
+    full |= {"eval_every": 5, "patience": 0, "learning_rate": 1e-3, "tracker": "none"}
+    if b.data:
+        prepared = prepare(DataConfig(dataset=str(b.data)))
+    else:
+        prepared = synthetic_dataset(*((300, 500) if b.tiny else (22_363, 12_101)), 8.9, 0)
+    split = leave_one_out(prepared)
+    for precision in b.precisions:
+        small = {"size": "nano", "epochs": 2, "eval_every": 1}
+        p = b.params("02_baseline", small, dataset=prepared.name, precision=precision, **full)
+        records = Records(b, "02_baseline", p, prepared.name, prepared.fingerprint)
+        one = baseline.train_seed("02_baseline", p, prepared, split, b.device, "bert4rec", 0)
+        about = {"series": one.curve(), "timings": one.timings(), "seed": 0}
+        records.result("learning_curve", one.best(), params={"model": "bert4rec"}, **about)
+        for name in ("fp32", "bf16"):  # rounded scores tie, and ties count against the target
+            one.trainer.autocast = functools.partial(
+                torch.autocast, one.trainer.where.type, dtype=torch.bfloat16, enabled=name == "bf16"
+            )
+            ndcg = summary(rank_targets(one.trainer, split.valid, True, 10).ranks)["ndcg@10"]
+            b.add("ranked", trained_in=precision, ranked_in=name, ndcg=ndcg)
+
+
+def adapters(b: Bench) -> None:
+    """Notebook 05's steps: full fine-tuning, LoRA, gated LoRA, the head alone, iLoRA."""
+    p, (users, items, mean_len) = adapter_params(b), b.shape.values()
+    prepared = dataset({"users": users, "mean_len": mean_len}, items)
+    records = Records(b, "05_ilora", p, f"synthetic {p.size}", prepared.fingerprint)
+    torch.manual_seed(0)
+    base = Bert4Rec(adaptation.shape_of(p, prepared))
+    records.rows("adapter_step", speed.adapter_grid(p, base, prepared, b.device), adapter_rows(b))
+
+
+def notebook(b: Bench, number: str) -> None:
+    """A notebook at the profile for a lent GPU, through papermill."""
+    for name in ("papermill", "ipykernel"):
+        if importlib.util.find_spec(name) is None:
+            raise AbsentError(f"{name} is not installed: no notebook can run")
+    words = ["run", number, "--force", "--profile", "smoke" if b.tiny else "lease"]
+    words += ["--gpu", "cpu"] if b.kind == "cpu" else []
+    command = [sys.executable, "-m", "reclib", *words]
+    done = subprocess.run(command, cwd=ROOT, env=system.start_with(), capture_output=True, text=True)
+    print(done.stdout, done.stderr, flush=True)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip() or done.stdout.strip()).splitlines()[-1][:300])
+
+
+# Name -> (stage, its longest seconds on a GPU), in the order of worth.
+STAGES: dict[str, tuple[Callable[[Bench], None], float]] = {
+    "env": (environment, 40),
+    "check": (check, 60),
+    "sizes": (sizes, 90),
+    "ladder85": (lambda b: ladder(b, "85m"), 80),
+    "variants": (lambda b: variants(b, 512), 170),
+    "variants128": (lambda b: variants(b, 128), 90),
+    "batches": (batches, 90),
+    "probe": (probe, 60),
+    "trace": (trace, 45),
+    "precisions": (precisions, 60),
+    "ranking": (ranking, 45),
+    "adapters": (adapters, 100),
+    "training": (training, 130),
+    "ladder430": (lambda b: ladder(b, "430m"), 80),
+    "ladder130": (lambda b: ladder(b, "130m"), 60),
+    "notebook06": (lambda b: notebook(b, "06"), 200),
+    "notebook04": (lambda b: notebook(b, "04"), 200),
+    "notebook05": (lambda b: notebook(b, "05"), 200),
+}

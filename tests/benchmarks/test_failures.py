@@ -1,0 +1,117 @@
+"""What fails in a benchmark is a row with its reason, and the others go on."""
+
+import argparse
+import json
+import sys
+
+import common
+import data  # benchmarks/data.py
+import engine
+import numpy as np
+import pytest
+import ranking
+import reviews
+
+from reclib.data.prepare import synthetic_dataset
+
+
+def test_a_variant_that_fails_is_a_row_and_the_others_go_on(tmp_path, capsys):
+    def process(code: str):
+        return lambda: common.run_process([sys.executable, "-c", code])
+
+    actions = {
+        "fine": process("print('a line before'); print('{\"seconds\": 2.0, \"loss\": NaN}')"),
+        "killed": process("import os; os.kill(os.getpid(), 9)"),
+        "raises": process("raise ValueError('what it says')"),
+        "silent": process("print('no object')"),
+        "here": lambda: 1 / 0,
+        "oom": lambda: {"status": "oom", "reason": "too large"},
+    }
+    rows = common.Rows(tmp_path / "out" / "rows.jsonl")
+    found = rows.in_turns(actions, 2)
+    assert {name: len(of) for name, of in found.items()} == dict.fromkeys(actions, 0) | {"fine": 2}
+    assert common.middle(found["fine"], "seconds") == 2.0
+    assert np.isnan(common.middle(found["killed"], "seconds"))
+    lines = (tmp_path / "out" / "rows.jsonl").read_text()
+    assert lines == capsys.readouterr().out  # both as they come
+    written = [json.loads(line) for line in lines.splitlines()]
+    assert [row["name"] for row in written] == [*actions, "fine"]
+    assert written[0]["loss"] is None
+    reasons = {row["name"]: row["reason"] for row in written if row["status"] != "ok"}
+    assert reasons == {
+        "killed": "killed by SIGKILL: memory may have run out",
+        "raises": "exit code 1: ValueError: what it says",
+        "silent": "its last line is no JSON object",
+        "here": "ZeroDivisionError: division by zero",
+        "oom": "too large",
+    }
+    assert rows.failed
+
+
+def test_a_peer_that_the_system_kills_does_not_lose_what_the_others_gave(tmp_path, monkeypatch):
+    for name, script in (
+        ("rectools", "kill -9 $$"),
+        ("replay", 'echo \'{"sequences_per_second": 5, "eval_users_per_second": 2}\''),
+    ):
+        python = tmp_path / name / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        python.write_text(f"#!/bin/sh\n{script}\n")
+        python.chmod(0o755)
+    monkeypatch.setattr(engine, "dataset_of", lambda _: synthetic_dataset(20, 30, 5.0, 0))
+    rows = common.Rows(tmp_path / "rows.jsonl")
+    given = argparse.Namespace(peers=tmp_path, threads=1, quick=True)
+    found = engine.peers("ml", given, rows)
+    assert {row["peer"] for row in found} == {"replay full", "replay restricted"}
+    ours = {"sequences_per_second": 20.0, "users_per_second": 8.0}
+    speed = engine.against(found, ours)
+    assert (speed["speedup_over_fastest_peer"], speed["users_speedup_over_fastest_peer"]) == (4, 4)
+    failed = [json.loads(line) for line in rows.file.read_text().splitlines() if '"failed"' in line]
+    assert {row["peer"]: row["reason"].partition(":")[0] for row in failed} == {
+        "recbole full": "FileNotFoundError",  # its environment is not there
+        "rectools full": "killed by SIGKILL",
+    }
+    assert engine.against([], ours) == {}
+
+
+def test_the_engine_ends_with_its_figures_whatever_variants_failed(monkeypatch, capsys):
+    def run_child(script, call, environment):
+        if call["name"] == engine.DEFAULTS:
+            raise common.FailedError("killed by SIGKILL: memory may have run out")
+        if call["name"] == "bound":
+            return {"step_seconds": 0.4, "gemm_seconds": 0.3}
+        best = environment.get("MALLOC_TRIM_THRESHOLD_") == common.BEST_ALLOCATOR["MALLOC_TRIM_THRESHOLD_"]
+        assert best == (call["name"] == engine.BEST)
+        return {"step_seconds": 0.5, "sequences_per_step": 64, "grown_bytes": 3, "floor_bytes": 2}
+
+    monkeypatch.setattr(engine, "run_child", run_child)
+    given = argparse.Namespace(quick=True, rounds=2, threads=1, shapes=["electronics", "ml"], peers=None)
+    rows = common.Rows()
+    values = common.finite(engine.run(given, rows))
+    assert (values["sequences_per_second"], values["ml_step_over_bound"]) == (128, 1.25)
+    assert (values["speedup_over_seed_step"], values["ml_peak_memory_over_floor"]) == (None, 1.5)
+    assert rows.failed
+    assert "rung 2" in capsys.readouterr().out
+
+
+def test_a_section_that_fails_is_a_row_and_the_sections_after_it_run(tmp_path, monkeypatch):
+    def fail(*_):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(ranking, "from_hidden_states", fail)
+    monkeypatch.setattr(ranking, "requests", lambda *_: {"p50_seconds": 1.0})
+    monkeypatch.setattr(ranking, "end_to_end", lambda *_: {"users_per_second": 3.0})
+    rows = common.Rows(tmp_path / "rows.jsonl")
+    result = ranking.run(argparse.Namespace(threads=1, quick=True, rounds=1), rows)
+    assert result == {"p50_seconds": 1.0, "users_per_second": 3.0}
+    (row,) = map(json.loads, rows.file.read_text().splitlines())
+    assert (row["name"], row["reason"]) == ("from hidden states", "MemoryError: no room")
+
+
+def test_an_action_on_data_gives_seconds_and_peak_memory_and_must_read_all(tmp_path):
+    file = tmp_path / "reviews_500_5.json.gz"
+    reviews.generate(file, 500)
+    row = data.measure("reading", file, tmp_path, 500)
+    assert 0 < row["inside"] <= row["seconds"]
+    assert row["peak_mb"] > 0
+    with pytest.raises(common.FailedError, match="500 interactions of 501"):
+        data.measure("list of dicts", file, tmp_path, 501)

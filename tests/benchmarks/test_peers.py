@@ -1,0 +1,350 @@
+"""Other libraries beside ours: the same data, lists that keep the rules, failures as rows, fair clocks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+import harness
+import numpy as np
+import ours
+import peers
+import pytest
+import scoring
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reclib.config import InputError, TrainConfig, model_config
+from reclib.data.dataset import Evaluation, Histories, evaluated_users, evaluation, train_histories
+from reclib.data.prepare import synthetic_dataset
+from reclib.evaluate import metrics, statistics
+from reclib.experiments import grids
+from reclib.hardware import resolve
+from reclib.model.bert4rec import Bert4Rec
+from reclib.report import tables
+from reclib.train.fit import Options, rank_targets
+from reclib.train.trainer import Trainer
+
+GRID = {
+    "about": "a test",
+    "notebook": "02_baseline",
+    "data": {
+        "dataset": "synthetic",
+        "synthetic_users": 40,
+        "synthetic_items": 30,
+        "min_user": 1,
+        "min_item": 1,
+    },
+    "size": "nano",
+    "seeds": [0, 1],
+    "model": {"max_len": 20},
+    "train": {"epochs": 2, "batch_size": 8, "eval_every": 1, "checkpoint_seconds": 0},
+    "arms": {"bert4rec": {"final": True}},
+}
+
+
+def part_of(histories: list[list[int]], targets: list[int]) -> Evaluation:
+    items = np.array([item for row in histories for item in row], dtype=np.int32)
+    ends = np.cumsum([len(row) for row in histories])
+    starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
+    return Evaluation(Histories(items, starts, ends), np.array(targets, dtype=np.int32))
+
+
+def test_peers_read_what_our_side_trains_and_is_scored_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("RECLIB_DATA", str(tmp_path / "cache"))
+    rows = [("one", 7), ("two", 7), ("two", 8), *(("long", item) for item in range(4, 10))]
+    lines = [f"{user}\t{item}\t1\t{10**9 + second}\n" for second, (user, item) in enumerate(rows)]
+    (tmp_path / "small.tsv").write_text("".join(lines))
+    config = peers.DataConfig(dataset=str(tmp_path / "small.tsv"), format="ml-100k", min_user=1, min_item=1)
+    for dataset in (synthetic_dataset(50, 40, 12.0, seed=3), peers.prepare(config)):
+        scoring.write_sequences(dataset, tmp_path / "data.npz")
+        read = harness.load(tmp_path / "data.npz")
+        train, users = train_histories(dataset), evaluated_users(dataset)
+        assert read.num_items == dataset.num_items
+        for user, row in enumerate(read.sequences()):
+            assert row.tolist() == dataset.items[train.starts[user] : train.ends[user]].tolist()
+        test = evaluation(dataset, "test")
+        after = read.sequences(with_valid=True)
+        for user, start, end in zip(users, test.histories.starts, test.histories.ends, strict=True):
+            assert after[user].tolist() == dataset.items[start:end].tolist()
+        for part in ("valid", "test"):
+            targets = np.zeros(dataset.num_users, dtype=np.int32)  # 0: too short to be evaluated
+            targets[users] = evaluation(dataset, part).targets
+            assert getattr(read, part).tolist() == targets.tolist()
+    assert len(users) == 1  # of three
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000), users=st.integers(1, 6), items=st.integers(14, 40))
+def test_a_list_of_ten_scores_as_the_scores_that_it_came_from(seed, users, items):
+    rng = np.random.default_rng(seed)
+    drawn = [rng.permutation(items)[:4] + 1 for _ in range(users)]
+    part = part_of([row[:3].tolist() for row in drawn], [int(row[3]) for row in drawn])
+    scores = rng.permuted(np.arange(users * items).reshape(users, items), axis=1)  # no ties
+    block = (np.arange(users), torch.tensor(scores, dtype=torch.float32))
+    by_scores = metrics.rank(iter([block]), part, True, 10)
+    ranks = scoring.ranks_in(by_scores.top, part, items, "x")
+    for metric in (metrics.hit, metrics.ndcg):
+        assert metric(ranks, 10).tolist() == metric(by_scores.ranks, 10).tolist()
+
+
+def test_lists_that_break_the_rules_are_refused():
+    part = part_of([[1, 2], [3]], [4, 5])
+    for top, said in [
+        ([[4, 2, 6], [5, 1, 2]], "x: row 0 recommends item 2, seen by its user"),
+        ([[4, 5, 6], [5, 1, 5]], "x: row 1 recommends an item twice"),
+        ([[4, 5, 6], [5, 1, 51]], "x: item ids from 1 to 51, allowed: 0 to 50"),
+        ([[4, 5, 6]], "x: 1 rows of recommendations for 2 users"),
+    ]:
+        with pytest.raises(InputError, match=said):
+            scoring.ranks_in(np.array(top), part, 50, "x")
+    # A miss is a miss in a catalogue smaller than the list, too.
+    top = np.array([[3, 5, 6, 0, 0, 0, 0, 0, 0, 0], [5] + 9 * [0]])
+    assert metrics.hit(scoring.ranks_in(top, part, 6, "x"), 10).tolist() == [0, 1]
+    assert scoring.targets_seen(part) == 0
+    assert scoring.targets_seen(part_of([[4, 4, 2], [3]], [4, 5])) == 1
+
+
+# Recommends the first users' targets, second in each list; counts its runs; has no luck with seed 13.
+FAKE_PEER = """
+import json, pathlib, sys
+import numpy as np
+given = dict(zip(sys.argv[1:], sys.argv[2:]))
+data = np.load(given["--data"])
+def lists(hits, targets):
+    top = np.zeros((len(targets), 10), dtype=np.int32)
+    top[:hits, 1] = targets[:hits]
+    return top
+arrays = {"look_epoch": np.array([1.0, 2.0])}
+if "--marks" in given:
+    first = sys.argv.index("--marks") + 1
+    arrays |= {"mark_minutes": np.array([float(word) for word in sys.argv[first : first + 2]])}
+    arrays |= {"mark_top": np.stack([lists(3, data["valid"]), lists(9, data["valid"])])}
+else:
+    arrays |= {"valid_top": lists(20, data["valid"]), "top": lists(5, data["test"])}
+if given["--seed"] == "13":
+    sys.exit("no luck")
+np.savez(given["--out"], **arrays)
+with (pathlib.Path(given["--out"]).parent / "runs.txt").open("a") as file:
+    file.write(given["--seed"])
+print("a line before")
+print(json.dumps({"version": "0", "heads": given["--heads"], "startup_seconds": 3.5}))
+"""
+
+
+@pytest.fixture
+def run(root, tmp_path, monkeypatch):
+    """Runs `peers.main` on a small dataset, with an environment whose python runs a stand-in."""
+    (tmp_path / "fake.py").write_text(FAKE_PEER)
+    python = tmp_path / "environments" / "rectools" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{tmp_path}/fake.py" "$@"\n')
+    python.chmod(0o755)
+    file = root / "reclib_root" / "params" / "grids" / "trial.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text(yaml.safe_dump(GRID))
+    dataset = peers.prepare(grids.read_grid("trial").data)
+    monkeypatch.setattr(peers, "prepare", lambda _: dataset)
+    words = ["--environments", str(tmp_path / "environments"), "--out", str(tmp_path / "out")]
+    return lambda *more: peers.main(["--dataset", "synthetic", "--epochs", "2", *words, *more])
+
+
+OUR_RUN = ["--peer", "reclib", "--size", "nano", "--max-len", "8", "--valid-every", "1"]
+
+
+def test_a_peer_is_run_scored_per_user_and_not_run_again(run, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run("--seeds", "0", "1") == 0
+    result = np.load(out / "synthetic-rectools-bert4rec-h256-seed1.npz")
+    record = json.loads((out / "synthetic-rectools-bert4rec-h256-seed1.json").read_text())
+    gain = 1 / np.log2(3)
+    assert record["users"] == len(result["users"]) == len(result["test_hr@10"])
+    assert result["test_ndcg@10"][:5] == pytest.approx(gain)
+    assert (result["test_hr@10"].sum(), result["valid_hr@10"].sum()) == (5, 20)
+    assert record["test_ndcg@10"] == pytest.approx(5 * gain / record["users"])
+    assert record["reported"] == {"version": "0", "heads": "4", "startup_seconds": 3.5}
+    assert not list(out.glob("*.raw.npz"))
+    assert run("--seeds", "0", "1", "2") == 0
+    assert (out / "runs.txt").read_text() == "012"
+    assert capsys.readouterr().out.count("finished before") == 2
+    assert run("--patience", "3") == 2
+    assert "patience is 10 there and 3 here; use another --out" in capsys.readouterr().err
+
+
+def test_a_peer_that_fails_is_a_row_and_the_next_seed_runs(run, tmp_path, capsys):
+    assert run("--seeds", "13", "2") == 1
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["status"] for row in rows] == ["failed", "ok"]
+    assert "ended with status 1" in rows[0]["reason"]
+    assert "no luck" in rows[0]["reason"]
+    assert [file.name for file in (tmp_path / "out").glob("*.json")] == [rows[1]["name"] + ".json"]
+
+
+def test_what_a_peer_does_not_have_is_told_in_one_line(run, capsys):
+    for words, said in [
+        (["--peer", "replay"], "no replay environment in"),
+        (["--peer", "replay", "--model", "sasrec"], "'model' is 'sasrec': replay has bert4rec"),
+        (["--peer", "reclib", "-p", "learning_rat", "1"], "did you mean 'learning_rate'"),
+    ]:
+        assert run(*words) == 2
+        err = capsys.readouterr().err
+        assert said in err
+        assert err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_peers_are_compared_user_by_user_in_the_table_and_in_the_records_of_a_grid(run, tmp_path, capsys):
+    assert run("--seeds", "0") == run(*OUR_RUN) == 0
+    theirs, mine = (
+        np.load(tmp_path / "out" / f"synthetic-{name}-seed0.npz")
+        for name in ("rectools-bert4rec-h256", "reclib-bert4rec-h32")
+    )
+    capsys.readouterr()
+    assert run("--table") == 0
+    (line,) = [one for one in capsys.readouterr().out.splitlines() if one.startswith("ndcg@10  RecTools")]
+    interval = statistics.bootstrap(mine["test_ndcg@10"] - theirs["test_ndcg@10"])
+    assert f"{theirs['test_ndcg@10'].mean():.4f} (" in line
+    assert f"minus it {interval.mean:.4f} ({interval.low:.4f} to {interval.high:.4f})" in line
+
+    work = grids.Work(grids.read_grid("trial"), peers.prepare(None), resolve("cpu"))
+    grids.run_grid(work, work.runs(), Options())
+    assert run("--record", "trial") == 2
+    assert "bert4rec is not scored yet: python -m reclib score" in capsys.readouterr().err
+    grids.score(work)
+    assert run("--record", "trial") == 0
+    rows = {row["own_params"]["metric"]: row for row in work.rows("peer_comparison")}
+    assert set(rows) == {"hr@10", "ndcg@10"}
+    files = [work.ranks_file(work.grid.arms[0], seed) for seed in (0, 1)]
+    hits = np.mean([metrics.hit(np.load(file)["test"], 10) for file in files], axis=0)
+    found = rows["hr@10"]["metrics"]
+    assert found["difference"] == pytest.approx((theirs["test_hr@10"] - hits).mean())
+    assert (found["seeds"], found["reference_seeds"]) == (1, 2)
+    table = tables.differences(work.rows("peer_comparison"), "peer_comparison")
+    assert list(table["minus"]) == ["BERT4Rec", "BERT4Rec"]
+    names = {row["own_params"]["model"] for row in work.rows("test_metrics")}
+    assert "RecTools BERT4Rec (hidden 256)" in names
+
+
+def test_curves_leave_the_test_alone_and_join_a_grid_that_is_not_scored(run, tmp_path):
+    sampled = ["-p", "loss", "sampled", "-p", "negatives", "8"]
+    assert run(*sampled, "--curve", "0.00002", "5") == 0  # at other times than ours
+    assert run(*OUR_RUN, "--curve", "0.00001", "0.00002") == 0
+    assert run("--record", "trial") == 0
+    theirs = np.load(tmp_path / "out" / "synthetic-rectools-bert4rec-h256-seed0-curve.npz")
+    mine = np.load(tmp_path / "out" / "synthetic-reclib-bert4rec-h32-seed0-curve.npz")
+    assert theirs["mark_hr@10"].sum(axis=1).tolist() == [3, 9]
+    assert not [name for name in theirs.files if name.startswith("test")]
+
+    work = grids.Work(grids.read_grid("trial"), peers.prepare(None), resolve("cpu"))
+    curves = {row["own_params"]["model"]: row for row in work.rows("equal_time")}
+    peer = curves.pop("RecTools BERT4Rec (hidden 256, 8 negatives)")
+    assert peer["series"]["minutes"] == [0.00002, 5.0]
+    (our_curve,) = curves.values()
+    assert our_curve["series"]["ndcg@10"] == pytest.approx(mine["mark_ndcg@10"].mean(axis=1))
+    assert min(row["metrics"]["startup_seconds"] for row in (peer, our_curve)) > 0
+    (row,) = work.rows("equal_time_comparison")
+    assert row["own_params"]["minutes"] == 0.00002
+    gap = (theirs["mark_ndcg@10"][0] - mine["mark_ndcg@10"][1]).mean()
+    assert row["metrics"]["difference"] == pytest.approx(gap)
+    assert tables.equal_time([row]).shape == (1, 3)
+    assert work.rows("test_metrics") == []
+
+
+class Clock:
+    """Time that passes only when told to."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def __getattr__(self, name: str):
+        return getattr(__import__("time"), name)
+
+
+@pytest.fixture
+def train(monkeypatch):
+    """Trains epochs of one step; looks of 1000 s each find the first target at these places (0: nowhere)."""
+    clock = Clock()
+    monkeypatch.setattr(harness, "time", clock)
+    data = harness.Data(np.array([1, 2]), np.array([0, 1, 2]), 30, valid=np.array([5, 6]), test=None)
+
+    def run(places: list[int], most: int, seconds: float = 1.0, **options):
+        weights, looks = {"w": torch.zeros(1)}, iter(places)
+
+        def recommend(with_valid: bool) -> np.ndarray:
+            clock.now += 1000.0
+            np.random.rand()
+            torch.rand(1)
+            top = np.zeros((2, 10), dtype=np.int32)
+            if place := next(looks):
+                top[0, place - 1] = 5
+            return top
+
+        defaults = {"epochs": None, "minutes": None, "marks": None, "valid_every": 1, "patience": 0}
+        made = harness.Selection(argparse.Namespace(**defaults | options), data, recommend, lambda: weights)
+        made.start(steps_per_epoch=1)
+        for epoch in range(1, most + 1):
+            clock.now += seconds
+            weights["w"] += 1
+            made.step_done()
+            made.epoch_done(epoch)
+            if made.stop:
+                break
+        made.finish()
+        return made, epoch
+
+    return run
+
+
+def test_the_best_epoch_is_kept_and_patience_ends_the_fit(train):
+    made, epochs = train([3, 1, 2, 2, 9], 9, patience=2)
+    assert (epochs, made.best_row["epoch"], made.best_row["ndcg@10"]) == (4, 2, pytest.approx(0.5))
+    assert made.best["w"].item() == 2  # a copy: training went on to 4
+    assert made.best_top[0, 0] == 5
+    made, _ = train([1, 2], 3, epochs=3, valid_every=2)  # a last epoch between looks is looked at
+    assert [row["epoch"] for row in made.rows] == [2, 3]
+
+
+def test_looks_at_validation_are_off_the_clock_and_leave_chance_alone(train):
+    np.random.seed(1)
+    torch.manual_seed(1)
+    before = np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    made, epochs = train([0, 0, 0], 9, minutes=3 / 60)
+    assert (epochs, made.seconds, made.eval_seconds) == (3, pytest.approx(3), pytest.approx(3000))
+    assert (np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+    made, epochs = train([0, 2, 1], 99, seconds=40, marks=[1, 2.5, 3])  # each mark once; the last one ends it
+    columns = made.arrays()
+    assert epochs == 5
+    assert columns["look_train_seconds"].tolist() == [80, 160, 200]
+    assert columns["mark_top"].shape == (3, 2, 10)
+    assert columns["mark_minutes"].tolist() == [1, 2.5, 3]
+
+
+def test_our_curve_does_not_change_training_and_ends_with_the_last_mark_or_the_schedule():
+    dataset = synthetic_dataset(24, 30, 8.0, seed=1)
+    valid, config = evaluation(dataset, "valid"), TrainConfig(epochs=2, batch_size=8)
+
+    def new_trainer() -> Trainer:
+        torch.manual_seed(0)
+        model = Bert4Rec(model_config("nano", num_items=dataset.num_items, max_len=8))
+        return Trainer(model, train_histories(dataset), config, resolve("cpu"), dataset.fingerprint)
+
+    plain = new_trainer()
+    for _ in plain.steps():
+        pass
+    watched = new_trainer()
+    found = ours.curve(watched, valid, [0.0, 1e9])
+    assert found["mark_minutes"].tolist() == [0.0, 1e9]
+    first, last = found["look_train_seconds"]
+    assert first < last == watched.progress.train_seconds  # the schedule ended long before the second mark
+    final = rank_targets(plain, valid, True).ranks
+    assert found["mark_ndcg@10"][1].tolist() == metrics.ndcg(final, 10).tolist()
+    for one, other in zip(plain.model.parameters(), watched.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    cut = new_trainer()
+    ours.curve(cut, valid, [0.0])
+    assert cut.progress.step == 1
