@@ -1,4 +1,4 @@
-"""The matrix of notebooks and devices: what a crash, a kill, a timeout or an interrupt leaves."""
+"""Notebooks on several devices: what a crash, a kill, a timeout or an interrupt leaves."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from conftest import RESULT, ROOT
 
 from reclib import cli, hardware, records, runner, system
 from reclib.config import InputError
+from reclib.runner import Job, Slot
 
 pytest.importorskip("papermill")
 
@@ -36,7 +37,7 @@ def start(project: Path) -> Iterator[Callable[..., subprocess.Popen]]:
 
     def begin(*arguments: str, **options: object) -> subprocess.Popen:
         process = subprocess.Popen(
-            [sys.executable, "-m", "reclib", *arguments],
+            [sys.executable, "-m", "reclib", *arguments, "--profile", "smoke"],
             env=os.environ | {"PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -59,7 +60,7 @@ def _hear_interrupts() -> None:
 
 def descendants(project: Path) -> list[int]:
     """Return the live processes that were started for this project, ours apart: they inherit its root."""
-    needle = f"RECLIB_RECORDS={project / 'executed'}\0".encode()
+    needle = f"RECLIB_ROOT={project}\0".encode()
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit() and int(folder.name) != os.getpid():
@@ -80,9 +81,13 @@ def until(condition: Callable[[], object], seconds: float) -> None:
 
 
 def matrix_of(start: Callable[..., subprocess.Popen], *more: str) -> tuple[int, str]:
-    process = start("run-all", "--profile", "smoke", "--gpus", "cpu1,cpu2", *more)
-    told, _ = process.communicate(timeout=240)
-    return process.returncode, told
+    process = start("run-all", "--gpus", "cpu1,cpu2", *more)
+    output, _ = process.communicate(timeout=240)
+    return process.returncode, output
+
+
+def rows_of(project: Path) -> list[dict]:
+    return records.read(project / "runs/executed")
 
 
 needs_two = pytest.mark.skipif(hardware.usable_cores() < 2, reason="needs two cores")
@@ -93,53 +98,50 @@ needs_two = pytest.mark.skipif(hardware.usable_cores() < 2, reason="needs two co
 def test_two_devices_of_one_cpu_run_one_after_another_and_each_has_its_threads(project, set_cells, start):
     mark = "import time\nopen(f'../{p.gpu}', 'w').write(str(time.time()))"
     set_cells(_HERE, mark, _RESULT, "import time\nopen(f'../{p.gpu}.end', 'w').write(str(time.time()))")
-    code, told = matrix_of(start)
-    assert code == 0, told
-    rows = {row["label"]: row for row in records.read(project / "executed")}
+    code, output = matrix_of(start)
+    assert code == 0, output
+    rows = {row["label"]: row for row in rows_of(project)}
     assert {label: row["metrics"]["threads"] for label, row in rows.items()} == {"cpu1": 1, "cpu2": 2}
     assert {label: row["device"]["threads"] for label, row in rows.items()} == {"cpu1": 1, "cpu2": 2}
     assert {label: row["claimed"] for label, row in rows.items()} == {"cpu1": "cpu1", "cpu2": "cpu2"}
     times = [float((project / name).read_text()) for name in ("cpu1", "cpu1.end", "cpu2", "cpu2.end")]
     assert times == sorted(times)
     assert [row[1:3] for row in cli.status()] == [("cpu1", "done"), ("cpu2", "done")]
-    code, told = matrix_of(start)
+    code, output = matrix_of(start)
     assert code == 0
-    assert told.count("finished before, skipped") == 2
-    assert (project / "figures/index.html").is_file()
+    assert output.count("finished before, skipped") == 2
+    assert (project / "runs/figures/index.html").is_file()
 
 
 FAULTS = {
     "1 / 0": "ZeroDivisionError: division by zero",
     "import os; os.kill(os.getpid(), 9)": "its kernel was killed",
-    "import os, time; os.kill(os.getppid(), 9); time.sleep(30)": (
-        "killed by SIGKILL: the same command runs it again"
-    ),
     "import time; time.sleep(200)": "it took longer than --timeout allows",
 }
 
 
 @pytest.mark.slow
 @needs_two
-def test_a_cell_that_does_not_get_through_leaves_the_others(project, set_cells, start):
-    """A crash, a killed kernel, a killed process and a timeout on one device, beside another that is done."""
+def test_a_notebook_that_does_not_get_through_leaves_the_others(project, set_cells, start):
+    """A crash, a killed kernel and a timeout on one device, beside another that is done."""
     fault = project / "fault"
     read = "import pathlib\nfault = pathlib.Path('../fault')"
     set_cells(_HERE, f"{read}\nif p.gpu == 'cpu1' and fault.exists():\n    exec(fault.read_text())", _RESULT)
-    for cell, said in FAULTS.items():
+    for cell, part in FAULTS.items():
         fault.write_text(cell)
-        code, told = matrix_of(start, *(("--timeout", "25") if "200" in cell else ()))
+        code, output = matrix_of(start, *(("--timeout", "25") if "200" in cell else ()))
         assert code == 1
-        (line,) = [line for line in told.splitlines() if line.startswith("02_baseline") and "cpu1 " in line]
-        assert said in line
-        assert [row["label"] for row in records.read(project / "executed")] == ["cpu2"]
-        states = {label: state for _, label, state, _ in cli.status()}
-        assert states == {"cpu1": "failed", "cpu2": "done"}
+        (line,) = [line for line in output.splitlines() if line.startswith("[1/2] 02_baseline (cpu1) failed")]
+        assert part in line
+        assert "1 of 2 failed: [1/2] 02_baseline (cpu1)" in output
+        assert [row["label"] for row in rows_of(project)] == ["cpu2"]
+        assert {label: state for _, label, state, _ in cli.status()} == {"cpu1": "failed", "cpu2": "done"}
         until(lambda: not descendants(project), 10)
     fault.unlink()
-    code, told = matrix_of(start)
-    assert code == 0, told
-    assert "[cpu2] 02_baseline (cpu2): finished before, skipped" in told
-    assert sorted(row["label"] for row in records.read(project / "executed")) == ["cpu1", "cpu2"]
+    code, output = matrix_of(start)
+    assert code == 0, output
+    assert "[2/2] 02_baseline (cpu2) finished before, skipped" in output
+    assert sorted(row["label"] for row in rows_of(project)) == ["cpu1", "cpu2"]
 
 
 @pytest.mark.slow
@@ -152,23 +154,23 @@ def test_a_cell_that_does_not_get_through_leaves_the_others(project, set_cells, 
 def test_stopped_at_any_time_it_leaves_no_process_and_goes_on(project, set_cells, start, moment, number):
     sleeper = "import pathlib, time\nif not pathlib.Path('../mended').exists():\n    time.sleep(99)"
     set_cells("pathlib = __import__('pathlib')\npathlib.Path('../begun').touch()", sleeper, _HERE, _RESULT)
-    process = start("run-all", "--profile", "smoke", "--gpus", "cpu1")
+    process = start("run-all", "--gpus", "cpu1")
     reached = {
         "early": project / ".stamps",
-        "kernel starts": project / "executed/cpu1/02_baseline.failed.ipynb",
+        "kernel starts": project / "runs/executed/cpu1",
         "in a cell": project / "begun",
     }
     until(reached[moment].exists, 60)
     process.send_signal(number)
     process.wait(45)
     until(lambda: not descendants(project), 30)
-    assert records.read(project / "executed") == []
+    assert rows_of(project) == []
     assert not system.under_way("cpu1", "02_baseline")
     (project / "mended").touch()
-    process = start("run-all", "--profile", "smoke", "--gpus", "cpu1")
-    told, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, told
-    assert len(records.read(project / "executed")) == 1
+    process = start("run-all", "--gpus", "cpu1")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert len(rows_of(project)) == 1
 
 
 def test_two_at_once_queue_and_the_second_finds_it_done(project, set_cells, start):
@@ -177,69 +179,65 @@ def test_two_at_once_queue_and_the_second_finds_it_done(project, set_cells, star
         "while not pathlib.Path('../go').exists():\n    time.sleep(0.1)",
         RESULT,
     )
-    one = start("run-all", "--profile", "smoke")
+    one = start("run-all")
     until((project / "begun").exists, 60)
     assert {row[2] for row in cli.status()} == {"running"}
-    two = start("run-all", "--profile", "smoke")
+    two = start("run", "02")
     assert two.stdout is not None
-    said = two.stdout.readline()
-    assert said == "waiting: another run of this checkout holds cpu-02_baseline\n"
+    lines = [two.stdout.readline(), two.stdout.readline()]
+    assert lines[1].endswith("waiting: another run of this checkout holds cpu-02_baseline\n")
     (project / "go").touch()
-    told = [process.communicate(timeout=120)[0] for process in (one, two)]
-    assert (one.returncode, two.returncode) == (0, 0), told
-    assert "finished before, skipped" in told[1]
-    assert len(records.read(project / "executed")) == 1
+    output = [process.communicate(timeout=120)[0] for process in (one, two)]
+    assert (one.returncode, two.returncode) == (0, 0), output
+    assert "finished before, skipped" in output[1]
+    assert len(rows_of(project)) == 1
 
 
-@pytest.mark.parametrize("limit", ["the record", "the notebook"])
-def test_a_full_disk_names_the_cell_and_what_to_do_and_leaves_nothing_half_written(
-    project, set_cells, start, limit
-):
-    def no_large_files() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+_BIG = "run.result('answer', {'a': 1}, series={'b': list(range(20000))})"
 
-    big = "run.result('answer', {'a': 1}, series={'b': list(range(20000))})" if limit == "the record" else ""
-    set_cells(big or "print('x' * 100_000)", RESULT)
-    process = start("run", "02", "--profile", "smoke", preexec_fn=no_large_files)
-    told, _ = process.communicate(timeout=120)
-    assert process.returncode == 1, told
-    last = told.strip().splitlines()[-1]
-    assert "02_baseline failed in cell 4" in last
+
+def check_full_disk(project: Path, process: subprocess.Popen) -> None:
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, output
+    last = output.strip().splitlines()[-1]
+    assert "02_baseline (cpu) failed in cell 4" in last
     assert "the disk is full or a limit is reached: free some space" in last
-    assert records.read(project / "executed") == []
-    assert not (project / "executed/cpu/02_baseline.ipynb").exists()
+    assert rows_of(project) == []
+    assert not (project / "runs/executed/cpu/02_baseline.ipynb").exists()
     assert not list(project.rglob("*.partial"))
 
 
-def _can_mount(folder: Path) -> bool:
-    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-    return bool(shutil.which("mount")) and subprocess.run(command, capture_output=True).returncode == 0
+def test_a_full_disk_names_the_cell_and_what_to_do_and_leaves_nothing_half_written(project, set_cells, start):
+    def no_large_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+
+    for cell in (_BIG, "print('x' * 100_000)"):  # the record; the notebook
+        set_cells(cell, RESULT)
+        check_full_disk(project, start("run", "02", preexec_fn=no_large_files))
 
 
 def test_a_disk_that_is_really_full(project, set_cells, start):
-    folder = project / "executed"
-    folder.mkdir()
-    if not _can_mount(folder):
+    folder = project / "runs/executed"
+    folder.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small tmpfs is not permitted here")
     try:
         (folder / "filler").write_bytes(b"x" * 20_000)
-        set_cells("run.result('answer', {'a': 1}, series={'b': list(range(20000))})")
-        process = start("run", "02", "--profile", "smoke")
-        told, _ = process.communicate(timeout=120)
-        assert process.returncode == 1
-        assert "No space left" in told
-        assert "02_baseline failed in cell 4" in told
-        assert "free some space" in told
-        assert records.read(folder) == []
+        set_cells(_BIG)
+        check_full_disk(project, start("run", "02"))
     finally:
         subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_what_ended_a_kernel_is_told_apart(tmp_path):
-    assert "the system killed a process for memory: lower batch_size" in system.of_death(-9, 1)
-    assert "by somebody or for memory" in system.of_death(-9, 0)
-    assert "SIGSEGV" in system.of_death(-11, 0)
-    assert "exit code 3" in system.of_death(3, 0)
+    for code, kills, part in (
+        (-9, 1, "the system killed a process for memory: lower batch_size"),
+        (-9, 0, "by somebody or for memory"),
+        (-11, 0, "SIGSEGV"),
+        (3, 0, "exit code 3"),
+    ):
+        assert part in system.of_death(code, kills)
     counter = tmp_path / "memory.events"
     counter.write_text("low 0\noom 4\noom_kill 3\n")
     assert system.memory_kills((tmp_path / "none", counter)) == 3
@@ -251,51 +249,47 @@ GPUS = [("0", "a100"), ("1", "a100"), ("GPU-7f", "l4"), ("3", "other")]
 
 
 def test_devices_by_label():
-    found = runner.slots("all", GPUS)
-    assert [(slot.label, slot.visible) for slot in found] == [(own, visible) for visible, own in GPUS]
+    devices = runner.slots("all", GPUS)
+    assert [(slot.label, slot.visible) for slot in devices] == [(own, visible) for visible, own in GPUS]
     assert [slot.visible for slot in runner.slots("a100,cpu2", GPUS)] == ["0", "1", ""]
-    assert runner.slots("cpu1,cpu1", []) == [runner.Slot("cpu1", "")]
-    for asked, said in (("v100", "no visible GPU"), ("rtx", "no device label"), ("auto", "no device label")):
-        with pytest.raises(InputError, match=said):
-            runner.slots(asked, GPUS)
+    assert runner.slots("cpu1,cpu1", []) == [Slot("cpu1", "")]
+    for labels, part in (("v100", "no visible GPU"), ("rtx", "no device label"), ("auto", "no device label")):
+        with pytest.raises(InputError, match=part):
+            runner.slots(labels, GPUS)
 
 
-def test_gpus_of_one_label_share_its_notebooks_and_run_at_the_same_time(tmp_path):
-    """With processes that stand for cells: each says which device it sees, and when."""
-    script = (
-        "import os, sys, time; b = time.time(); time.sleep(0.5); "
-        f"open(os.path.join({str(tmp_path)!r}, sys.argv[1] + '-' + sys.argv[2]), 'w').write("
-        "f\"{os.environ['CUDA_VISIBLE_DEVICES'] or 'cpu'} {b} {time.time()}\")"
-    )
+def test_gpus_of_one_label_share_its_notebooks_and_run_at_the_same_time():
+    """With work that takes a while: which device it was on, and when."""
+    ran: list[tuple[str, str, str | None, float, float]] = []
+
+    def work(job: Job, slot: Slot) -> None:
+        begun = time.monotonic()
+        time.sleep(0.1)
+        ran.append((job.notebook, job.label, slot.visible, begun, time.monotonic()))
+
     devices = runner.slots("a100,l4,cpu1", GPUS)
-    cells = runner.Matrix(["01", "02", "03"], devices, lambda n, la: [sys.executable, "-c", script, n, la])
-    assert set(cells.run().values()) == {"done"}
-    ran = {file.name: file.read_text().split() for file in tmp_path.iterdir()}
-    assert len(ran) == 9
-    assert {ran[f"{n}-a100"][0] for n in ("01", "02", "03")} == {"0", "1"}
-    assert {where for name, (where, *_) in ran.items() if name.endswith("l4")} == {"GPU-7f"}
-    for one, (where, begun, ended) in ran.items():
-        for other, (there, start, _) in ran.items():
-            if one != other and where == there:
-                assert not float(begun) <= float(start) < float(ended), "two jobs on one device"
-    last = max(float(ended) for name, (_, _, ended) in ran.items() if not name.endswith("cpu1"))
-    assert min(float(begun) for name, (_, begun, _) in ran.items() if name.endswith("cpu1")) >= last
+    jobs = [Job(name, {}, label) for label in ("a100", "l4", "cpu1") for name in ("01", "02", "03")]
+    runner.run_all(jobs, devices, work)
+    assert sorted(row[:2] for row in ran) == sorted((job.notebook, job.label) for job in jobs)
+    assert {visible for _, label, visible, *_ in ran if label == "a100"} == {"0", "1"}
+    assert {visible for _, label, visible, *_ in ran if label == "l4"} == {"GPU-7f"}
+    for one in ran:
+        for other in ran:
+            if one is not other and one[2] == other[2]:
+                assert not one[3] <= other[3] < one[4], "two jobs on one device"
+    assert min(row[3] for row in ran if row[1] == "cpu1") >= max(row[4] for row in ran if row[1] != "cpu1")
 
 
-def test_a_gpu_and_the_cores_are_not_timed_together(project, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+def test_a_gpu_and_the_cores_are_not_timed_together(project):
     with (
-        system.device_lock("a100"),
-        (project / ".stamps/cores.lock").open() as file,
-        pytest.raises(BlockingIOError),
+        system.device_lock("a100", gpu="1"),
+        (project / ".stamps/cores.lock").open() as cores,
+        (project / ".stamps/gpu-1.lock").open() as gpu,
     ):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def test_a_cpu_label_needs_its_cores():
-    assert hardware.cpu_card("cpu2", cores=1, threads=1).label == "cpu"
-    assert hardware.cpu_card("cpu2", cores=8, threads=8).threads == 2
-    assert hardware.cpu_card("cpu", cores=8, threads=8).threads == 8
+        for file in (cores, gpu):
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(cores, fcntl.LOCK_SH | fcntl.LOCK_NB)  # as another GPU does
 
 
 def a_row(**changes: object) -> dict:
@@ -312,6 +306,7 @@ def test_records_of_several_machines_merge_by_copying_folders(tmp_path, capsys):
     records.append(there / "cpu/grids/ml.jsonl", a_row(value=4))
     with (there / "cpu/results.jsonl").open("a") as file:
         file.write('{"half": ')
+    assert sorted(row["value"] for row in records.read([here, there])) == [1, 2, 3, 4]
     shutil.copytree(there / "cpu", here / "cpu/other-machine")
     assert sorted(row["value"] for row in records.read(here)) == [1, 2, 3, 4]
     assert "other-machine/results.jsonl:3: unfinished line: skipped" in capsys.readouterr().err

@@ -24,11 +24,7 @@ def test_the_task_runs_commands_that_are_there_on_gpus_that_have_labels():
 
 
 def test_skypilot_takes_it():
-    sky = pytest.importorskip(
-        "sky", reason="skypilot is not installed: pip install skypilot, in a venv of its own"
-    )
+    sky = pytest.importorskip("sky", reason="skypilot is not installed: it needs a venv of its own")
     task = sky.Task.from_yaml(str(ROOT / "sky.yaml"))
-    assert task.name == "reclib"
-    assert {name for one in task.resources for name in one.accelerators} == set(
-        TASK["resources"]["accelerators"]
-    )
+    names = {name for resource in task.resources for name in resource.accelerators}
+    assert (task.name, names) == ("reclib", set(TASK["resources"]["accelerators"]))
