@@ -109,9 +109,10 @@ def _run_command(given: argparse.Namespace) -> int:
         name = f"[{jobs.index(job) + 1}/{len(jobs)}] {job.notebook} ({job.label})"
         try:
             _run_job(name, job, slot, given)
-        except (runner.NotebookFailed, OSError) as error:
+        except Exception as error:  # whatever it is, the others go on
+            expected = isinstance(error, runner.NotebookFailed | InputError | OSError)
             failed.append(name)
-            print(f"{name} {error}", file=sys.stderr, flush=True)
+            print(f"{name} {'' if expected else type(error).__name__ + ': '}{error}", file=sys.stderr)
 
     runner.run_all(jobs, devices, work)
     if failed and len(jobs) > 1:
@@ -133,22 +134,28 @@ def _run_job(name: str, job: Job, slot: Slot, given: argparse.Namespace) -> None
     if not runner.run(job, slot.visible, tell, cells, force=given.force, cell_seconds=given.timeout):
         tell("finished before, skipped; --force runs it again")
         return
-    tell(f"done in {time.perf_counter() - began:.0f} s")
-    print(*_answer(job, since), sep="\n", end="", flush=True)
+    done = f"{name} done in {time.perf_counter() - began:.0f} s"
+    print("\n".join([done, *_answer(job, since)]), flush=True)
 
 
 def _answer(job: Job, since: str) -> list[str]:
     """Return what the records of a run that began at `since` answer, in two lines at most."""
     from reclib.report import findings
 
-    rows = [row for row in records.read(system.executed()) if row["notebook"] == job.notebook]
-    rows = [row for row in rows if row["time"] >= since and job.label in (row["label"], row["claimed"])]
+    rows = [
+        row
+        for row in records.read(system.executed())
+        if row["notebook"] == job.notebook and row["time"] >= since
+        if row["label"] == job.label or row["kind"] == "predicted"
+    ]
     sentences: list[str] = []
     with contextlib.suppress(Exception):  # a sentence that cannot be made of these costs the run nothing
         sentences = findings.sentences(job.notebook, rows)
     indent = " " * 6
-    wrap = textwrap.TextWrapper(110, indent, indent, max_lines=2, placeholder=" ...")
-    return [f"{line}\n" for line in wrap.wrap(sentences[0])] if sentences else []
+    wrap = textwrap.TextWrapper(
+        110, initial_indent=indent, subsequent_indent=indent, max_lines=2, placeholder=" ..."
+    )
+    return wrap.wrap(sentences[0]) if sentences else []
 
 
 def _demand_study_data(record: Mapping[str, Any]) -> None:
@@ -194,7 +201,7 @@ def _collect_command(given: argparse.Namespace) -> int:
 
     own = system.executed() != system.committed() and records.files(system.executed())
     folder = system.runs() / "figures" if own else system.figures()
-    with system.figures_lock():
+    with system.lock("figures", print):
         written = figures.collect(records.roots(), folder)
     shown = folder.relative_to(system.root()) if folder.is_relative_to(system.root()) else folder
     print(f"{len(written)} files in {shown}/, start with index.html")

@@ -264,20 +264,22 @@ class PrecisionChoice:
         return self.name == "fp16"
 
 
-def choose_precision(asked: str, card: Card) -> PrecisionChoice:
-    """Return the precision for `asked` on `card`.
+def choose_precision(precision: str, card: Card) -> PrecisionChoice:
+    """Return what a run with the parameter `precision` computes in on `card`.
 
     "auto" goes by compute capability, never by `is_bf16_supported()`, which is true on a V100 by emulation.
     Raises `InputError` for a precision that the device has no units for.
     """
     on_cpu, where = card.type == "cpu", f"capability {_version(card)}"
     capability = card.capability or (0, 0)
-    if asked in ("tf32", "bf16") and not on_cpu and capability < (8, 0):
-        raise InputError(f"precision {asked} needs capability 8.0; {card.name} has {where}: use fp16 or fp32")
-    if asked == "tf32" and on_cpu:
+    if precision in ("tf32", "bf16") and not on_cpu and capability < (8, 0):
+        raise InputError(
+            f"precision {precision} needs capability 8.0; {card.name} has {where}: use fp16 or fp32"
+        )
+    if precision == "tf32" and on_cpu:
         raise InputError("precision tf32 exists on CUDA devices of capability 8.0 and above, not on a CPU")
-    if asked != "auto":
-        return PrecisionChoice(asked, "asked for")
+    if precision != "auto":
+        return PrecisionChoice(precision, "asked for")
     if on_cpu:
         return PrecisionChoice("fp32", "auto: fp32 on a CPU")
     if capability >= (8, 0):
@@ -337,9 +339,9 @@ def peak_memory_bytes(device: torch.device) -> int:
 
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "linux":  # what `reset_peak_memory` resets
-        if match := re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text()):
-            return int(match[1]) * 1024
+    status = Path("/proc/self/status")  # what `reset_peak_memory` resets
+    if status.is_file() and (match := re.search(r"VmHWM:\s*(\d+)", status.read_text())):
+        return int(match[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -378,12 +380,12 @@ class Board:
     source: str
     build: str = ""  # what torch build it needs, where not any
 
-    def precision(self, asked: str = "auto") -> str:
-        """Return what `asked` means here: auto is bf16 from capability 8.0, below it fp16.
+    def precision(self, wanted: str = "auto") -> str:
+        """Return what `wanted` means here: auto is bf16 from capability 8.0, below it fp16.
 
         Raises `InputError` for a precision that the device has no units for.
         """
-        chosen = ("bf16" if self.capability >= (8, 0) else "fp16") if asked == "auto" else asked
+        chosen = ("bf16" if self.capability >= (8, 0) else "fp16") if wanted == "auto" else wanted
         if chosen not in self.peaks:
             known = ", ".join(self.peaks)
             raise InputError(f"precision {chosen!r}: {self.name} has no units for it; allowed: {known}")

@@ -58,6 +58,8 @@ PROFILES = ("smoke", "custom", *parameters.PROFILES[1:], "grid")
 
 _RECORDS = ("*/results.jsonl", "*/grids/*.jsonl", "*/*/results.jsonl", "*/*/grids/*.jsonl")
 
+_UNFINISHED = "unfinished line"
+
 _COPIED = (".ipynb", ".npz", ".json")  # executed notebooks, ranks of a grid, self-checks
 
 
@@ -386,10 +388,16 @@ def read(root: Path | Sequence[Path], problems: list[str] | None = None) -> list
     a list, standard error says how many and why.
     """
     rows: dict[str, dict[str, Any]] = {}
-    for one in [root] if isinstance(root, Path) else root:
-        for file in files(one):
-            for record in read_file(file, one, problems=problems):
+    for folder in [root] if isinstance(root, Path) else root:
+        for file in files(folder):
+            faults: list[str] = []
+            for record in read_file(file, folder, faults):
                 rows.setdefault(digest(record), record)
+            if problems is not None:
+                problems += faults
+            elif faults:
+                others = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
+                print(f"{faults[0]}{others}: skipped", file=sys.stderr)
     return list(rows.values())
 
 
@@ -403,31 +411,16 @@ def digest(record: Mapping[str, Any]) -> str:
     return _sha256(_text(record))
 
 
-def read_file(
-    file: Path, root: Path, strict: bool = False, problems: list[str] | None = None
-) -> list[dict[str, Any]]:
-    """Return the records of one file under `root`; what is none is skipped as `read` says.
-
-    With `strict` it is an `InputError`, except for a last line that a killed run left unfinished.
-    """
-    rows, faults = [], []
-    place = file.relative_to(root)
+def read_file(file: Path, root: Path, problems: list[str]) -> list[dict[str, Any]]:
+    """Return the records of one file under `root`; the faults of lines that are none go to `problems`."""
+    rows, place = [], file.relative_to(root)
     lines = file.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
         try:
-            rows.append(_checked(line, place.parts[0]))
+            rows += [_checked(line, place.parts[0])] if line.strip() else []
         except InputError as error:
-            unfinished = number == len(lines)  # the last element is what follows the last newline
-            faults.append(f"{place}:{number}: {'unfinished line' if unfinished else error}")
-            if strict and not unfinished:
-                raise InputError(faults[-1]) from None
-    if problems is not None:
-        problems += faults
-    elif faults:
-        others = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
-        print(f"{faults[0]}{others}: skipped", file=sys.stderr)
+            # The last element is what follows the last newline: a killed run left it.
+            problems.append(f"{place}:{number}: {_UNFINISHED if number == len(lines) else error}")
     return rows
 
 
@@ -476,9 +469,13 @@ def merge(source: Path, root: Path) -> tuple[int, int, int]:
     Nothing that is there changes. Returns the numbers of new records, of known ones, of files copied.
     Raises `InputError` where `source` holds no records or a broken one, before anything is written.
     """
-    theirs = [(file, read_file(file, source, strict=True)) for file in files(source)]
+    faults: list[str] = []
+    theirs = [(file, read_file(file, source, faults)) for file in files(source)]
     if not theirs:
         raise InputError(f"{source}: no records there: expected <label>/results.jsonl in it")
+    for fault in faults:
+        if not fault.endswith(_UNFINISHED):
+            raise InputError(fault)
     known = {digest(record) for record in read(root)}
     before, copied = len(known), 0
     for file, rows in theirs:

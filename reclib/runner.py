@@ -188,9 +188,8 @@ def _register_engine() -> None:
 
         def execute_cell(self, cell: Any, index: int, **options: Any) -> None:
             if cell.cell_type != "code":
-                self.title = (
-                    cell.source.splitlines()[0].lstrip("# ") if cell.source[:1] == "#" else self.title
-                )
+                if cell.source.startswith("#"):
+                    self.title = cell.source.splitlines()[0].lstrip("# ")
                 return
             self.kernel.cell += 1
             begun = time.perf_counter()
@@ -250,6 +249,11 @@ class Job:
         return cls(notebook, cls(notebook, {}, label)._stamped().get("values", {}), label)
 
     @property
+    def lock(self) -> str:
+        """Name of its lock."""
+        return f"{self.label}-{self.notebook}"
+
+    @property
     def output(self) -> Path:
         """Where the executed notebook goes."""
         return system.executed() / self.label / f"{self.notebook}.ipynb"
@@ -257,7 +261,7 @@ class Job:
     @property
     def stamp(self) -> Path:
         """The file that says that this checkout has finished this notebook on this device."""
-        return system.stamps() / f"{self.label}-{self.notebook}.json"
+        return system.stamps() / f"{self.lock}.json"
 
     def identity(self) -> str:
         """Return a hash of what the outcome depends on: parameters, code, versions."""
@@ -284,7 +288,7 @@ class Job:
 
     def state(self) -> str:
         """Return running, failed, done, stale, recorded or missing: see `cli.status`."""
-        if system.under_way(self.label, self.notebook):
+        if system.is_locked(self.lock):
             return "running"
         if failed_path(self.output).is_file():
             return "failed"
@@ -315,7 +319,7 @@ def run(
     `gpu` and `cell_seconds` are those of `execute`; `tell` gets a line where another run is waited for,
     `tell_cells` one for each cell.
     """
-    with system.job_lock(job.label, job.notebook, tell):
+    with system.lock(job.lock, tell):  # two runs of it would write the same files
         if not force and job.is_finished():
             return False
         with system.device_lock(job.label, tell, gpu):
@@ -361,7 +365,7 @@ def slots(labels: str, gpus: Sequence[tuple[str, str]]) -> list[Slot]:
 
 
 def visible_gpus() -> list[tuple[str, str]]:
-    """Ask a process of its own for the GPUs, so that this one opens none of them."""
+    """Ask a process of its own for `hardware.visible_gpus`, so that this one opens none of them."""
     command = [sys.executable, "-m", "reclib", "device", "visible"]
     done = subprocess.run(command, capture_output=True, text=True, env=_environment())
     if done.returncode:

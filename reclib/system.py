@@ -272,28 +272,23 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-class _AnyKeys(_Loader):
-    any_keys = True
-
-
 def read_yaml(file: Path, *, any_keys: bool = False) -> Any:
     """Return what a YAML file holds; raise `InputError` with file and line where it is malformed.
 
     A key that stands twice in a mapping is an error, and one that is no text unless `any_keys`.
     """
     try:
-        return (_AnyKeys if any_keys else _Loader)(file.read_text(encoding="utf-8")).get_single_data()
-    except FileNotFoundError:
-        raise InputError(f"{file} is missing") from None
+        loader = _Loader(file.read_text(encoding="utf-8"))
+        loader.any_keys = any_keys
+        return loader.get_single_data()
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{file}, line {line}: not UTF-8") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that cannot be
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, an odd date
         mark = getattr(error, "problem_mark", None)
         is_ours = isinstance(error, yaml.constructor.ConstructorError)
-        problem = str(getattr(error, "problem", "")) if is_ours else "not valid YAML"
+        problem = (
+            str(getattr(error, "problem", "")) if is_ours else f"not valid YAML ({type(error).__name__})"
+        )
         raise InputError(f"{file}{f', line {mark.line + 1}' if mark else ''}: {problem}") from None
 
 
@@ -335,6 +330,11 @@ def locked(
         yield free
 
 
+def lock(name: str, tell: Tell, shared: bool = False) -> contextlib.AbstractContextManager[bool]:
+    """Hold something of this checkout by its name, waiting for other runs."""
+    return locked(_lock_file(name), wait=True, shared=shared, tell=tell)
+
+
 @contextlib.contextmanager
 def device_lock(label: str, tell: Tell = print, gpu: str | None = None) -> Iterator[None]:
     """Hold the device with this label, waiting while another run of this checkout is timed on it.
@@ -342,29 +342,16 @@ def device_lock(label: str, tell: Tell = print, gpu: str | None = None) -> Itera
     `gpu` is the one of `CUDA_VISIBLE_DEVICES` that is used; None: the first that this process sees.
     """
     on_cpu = label.startswith("cpu")
-    with locked(_lock_file("cores"), wait=True, shared=not on_cpu, tell=tell):
-        if on_cpu:
-            yield
-            return
-        gpu = gpu or os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip() or "0"
-        with locked(_lock_file(f"gpu-{gpu}"), wait=True, tell=tell):
-            yield
+    gpu = gpu or os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip() or "0"
+    board = contextlib.nullcontext() if on_cpu else lock(f"gpu-{gpu}", tell)
+    with lock("cores", tell, shared=not on_cpu), board:
+        yield
 
 
-def job_lock(label: str, notebook: str, tell: Tell = print) -> contextlib.AbstractContextManager[bool]:
-    """Hold a notebook on a device: two runs of it would write the same files."""
-    return locked(_lock_file(f"{label}-{notebook}"), wait=True, tell=tell)
-
-
-def figures_lock(tell: Tell = print) -> contextlib.AbstractContextManager[bool]:
-    """Hold the folder of figures."""
-    return locked(_lock_file("figures"), wait=True, tell=tell)
-
-
-def under_way(label: str, notebook: str) -> bool:
-    """Whether a run holds, or waits to hold, this notebook on this device."""
+def is_locked(name: str) -> bool:
+    """Whether a run holds, or waits to hold, something of this name."""
     try:
-        with _lock_file(f"{label}-{notebook}").open() as handle:
+        with _lock_file(name).open() as handle:
             return not flock(handle, shared=True)
     except FileNotFoundError:
         return False
@@ -435,15 +422,14 @@ def memory_kills(files: tuple[Path, ...] = _COUNTERS) -> int:
 def of_death(code: int | None, kills: int, who: str = "its kernel") -> str:
     """Say what ended a process: its exit code (minus the signal), and memory kills while it ran."""
     if code == -signal.SIGKILL and kills:
-        return f"{who} was killed, and the system killed a process for memory: {_LESS_MEMORY}; {AGAIN}"
-    if code == -signal.SIGKILL:
-        return (
-            f"{who} was killed by SIGKILL, by somebody or for memory (`dmesg` tells): if for memory, "
-            f"{_LESS_MEMORY}; {AGAIN}"
-        )
-    if code is not None and code < 0:
-        return f"{who} died of {signal.Signals(-code).name}; {AGAIN}"
-    return f"{who} ended with exit code {code}; {AGAIN}"
+        reason = f"was killed, and the system killed a process for memory: {_LESS_MEMORY}"
+    elif code == -signal.SIGKILL:
+        reason = f"was killed by SIGKILL, by somebody or for memory (`dmesg` tells): if so, {_LESS_MEMORY}"
+    elif code is not None and code < 0:
+        reason = f"died of {signal.Signals(-code).name}"
+    else:
+        reason = f"ended with exit code {code}"
+    return f"{who} {reason}; {AGAIN}"
 
 
 def of_error(message: str) -> str:

@@ -15,23 +15,18 @@ from reclib.config import GPU_LABELS, InputError
 from reclib.hardware import Card
 
 NAMES = {
-    "Tesla T4": "t4",
-    "NVIDIA L4": "l4",
-    "NVIDIA L40": "other",
-    "NVIDIA L40S": "other",
-    "Tesla V100-SXM2-16GB": "v100",
-    "Tesla V100-PCIE-32GB": "v100",
-    "NVIDIA A100-SXM4-40GB": "a100",
-    "NVIDIA A100 80GB PCIe": "a100",
-    "NVIDIA A10G": "a10g",
-    "NVIDIA A10": "other",
-    "NVIDIA GeForce RTX 4090": "rtx4090",
-    "NVIDIA GeForce RTX 4090 D": "other",
-    "NVIDIA GeForce RTX 4090 Laptop GPU": "other",
-    "NVIDIA H100 80GB HBM3 MIG 1g.10gb": "other",
-    "NVIDIA H100 80GB HBM3": "h100",
-    "NVIDIA H100 NVL": "h100",
-    "NVIDIA H200": "h200",
+    "t4": ["Tesla T4"],
+    "l4": ["NVIDIA L4"],
+    "v100": ["Tesla V100-SXM2-16GB", "Tesla V100-PCIE-32GB"],
+    "a100": ["NVIDIA A100-SXM4-40GB", "NVIDIA A100 80GB PCIe"],
+    "a10g": ["NVIDIA A10G"],
+    "rtx4090": ["NVIDIA GeForce RTX 4090"],
+    "h100": ["NVIDIA H100 80GB HBM3", "NVIDIA H100 NVL"],
+    "h200": ["NVIDIA H200"],
+    "other": [
+        *("NVIDIA L40", "NVIDIA L40S", "NVIDIA A10", "NVIDIA GeForce RTX 4090 D"),
+        *("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"),
+    ],
 }
 
 
@@ -50,8 +45,8 @@ CPU = Card(type="cpu", name="some CPU", label="cpu", threads=2)
 
 
 def test_label_of_device_names():
-    for name, label in NAMES.items():
-        assert hardware.label_of(name) == label
+    for label, names in NAMES.items():
+        assert {hardware.label_of(name) for name in names} == {label}
         assert label in (*GPU_LABELS, "other")
 
 

@@ -95,65 +95,47 @@ needs_two = pytest.mark.skipif(hardware.usable_cores() < 2, reason="needs two co
 
 @pytest.mark.slow
 @needs_two
-def test_two_devices_of_one_cpu_run_one_after_another_and_each_has_its_threads(project, set_cells, start):
-    mark = "import time\nopen(f'../{p.gpu}', 'w').write(str(time.time()))"
-    set_cells(_HERE, mark, _RESULT, "import time\nopen(f'../{p.gpu}.end', 'w').write(str(time.time()))")
+def test_two_devices_of_one_cpu_run_one_after_another_and_each_fails_for_itself(project, set_cells, start):
+    def states() -> dict[str, str]:
+        return {label: state for _, label, state, _ in cli.status()}
+
+    mark = "import pathlib, time\nhere_ = pathlib.Path('..') / p.gpu\nhere_.write_text(str(time.time()))"
+    fault = "if p.gpu == 'cpu1' and pathlib.Path('../fault').exists():\n    1 / 0"
+    end = "here_.with_suffix('.end').write_text(str(time.time()))"
+    set_cells(_HERE, mark, fault, _RESULT, end)
+    (project / "fault").touch()
+    code, output = matrix_of(start)
+    assert code == 1
+    assert "[1/2] 02_baseline (cpu1) failed in cell 6: ZeroDivisionError: division by zero\n" in output
+    assert "1 of 2 failed: [1/2] 02_baseline (cpu1)\n" in output
+    assert states() == {"cpu1": "failed", "cpu2": "done"}
+    begun, ended = (float((project / name).read_text()) for name in ("cpu1", "cpu2.end"))
+    assert begun < float((project / "cpu2").read_text()) < ended
+    until(lambda: not descendants(project), 10)
+    (project / "fault").unlink()
     code, output = matrix_of(start)
     assert code == 0, output
+    assert "[2/2] 02_baseline (cpu2) finished before, skipped" in output
+    assert states() == {"cpu1": "done", "cpu2": "done"}
     rows = {row["label"]: row for row in rows_of(project)}
     assert {label: row["metrics"]["threads"] for label, row in rows.items()} == {"cpu1": 1, "cpu2": 2}
     assert {label: row["device"]["threads"] for label, row in rows.items()} == {"cpu1": 1, "cpu2": 2}
     assert {label: row["claimed"] for label, row in rows.items()} == {"cpu1": "cpu1", "cpu2": "cpu2"}
-    times = [float((project / name).read_text()) for name in ("cpu1", "cpu1.end", "cpu2", "cpu2.end")]
-    assert times == sorted(times)
-    assert [row[1:3] for row in cli.status()] == [("cpu1", "done"), ("cpu2", "done")]
-    code, output = matrix_of(start)
-    assert code == 0
-    assert output.count("finished before, skipped") == 2
     assert (project / "runs/figures/index.html").is_file()
 
 
-FAULTS = {
-    "1 / 0": "ZeroDivisionError: division by zero",
-    "import os; os.kill(os.getpid(), 9)": "its kernel was killed",
-    "import time; time.sleep(200)": "it took longer than --timeout allows",
-}
-
-
-@pytest.mark.slow
-@needs_two
-def test_a_notebook_that_does_not_get_through_leaves_the_others(project, set_cells, start):
-    """A crash, a killed kernel and a timeout on one device, beside another that is done."""
-    fault = project / "fault"
-    read = "import pathlib\nfault = pathlib.Path('../fault')"
-    set_cells(_HERE, f"{read}\nif p.gpu == 'cpu1' and fault.exists():\n    exec(fault.read_text())", _RESULT)
-    for cell, part in FAULTS.items():
-        fault.write_text(cell)
-        code, output = matrix_of(start, *(("--timeout", "25") if "200" in cell else ()))
-        assert code == 1
-        (line,) = [line for line in output.splitlines() if line.startswith("[1/2] 02_baseline (cpu1) failed")]
-        assert part in line
-        assert "1 of 2 failed: [1/2] 02_baseline (cpu1)" in output
-        assert [row["label"] for row in rows_of(project)] == ["cpu2"]
-        assert {label: state for _, label, state, _ in cli.status()} == {"cpu1": "failed", "cpu2": "done"}
-        until(lambda: not descendants(project), 10)
-    fault.unlink()
-    code, output = matrix_of(start)
-    assert code == 0, output
-    assert "[2/2] 02_baseline (cpu2) finished before, skipped" in output
-    assert sorted(row["label"] for row in rows_of(project)) == ["cpu1", "cpu2"]
-
-
-@pytest.mark.slow
-@needs_two
 @pytest.mark.parametrize(
     ("moment", "number"),
-    [("early", signal.SIGTERM), ("kernel starts", signal.SIGINT), ("in a cell", signal.SIGKILL)],
-    ids=["early", "kernel starts", "in a cell"],
+    [
+        ("in a cell", signal.SIGINT),
+        pytest.param("early", signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param("kernel starts", signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param("in a cell", signal.SIGKILL, marks=pytest.mark.slow),
+    ],
 )
 def test_stopped_at_any_time_it_leaves_no_process_and_goes_on(project, set_cells, start, moment, number):
     sleeper = "import pathlib, time\nif not pathlib.Path('../mended').exists():\n    time.sleep(99)"
-    set_cells("pathlib = __import__('pathlib')\npathlib.Path('../begun').touch()", sleeper, _HERE, _RESULT)
+    set_cells("pathlib = __import__('pathlib')\npathlib.Path('../begun').touch()", sleeper, RESULT)
     process = start("run-all", "--gpus", "cpu1")
     reached = {
         "early": project / ".stamps",
@@ -162,10 +144,13 @@ def test_stopped_at_any_time_it_leaves_no_process_and_goes_on(project, set_cells
     }
     until(reached[moment].exists, 60)
     process.send_signal(number)
-    process.wait(45)
+    output, _ = process.communicate(timeout=45)
+    if number != signal.SIGKILL:
+        assert process.returncode == 130
+        assert output.splitlines()[-1] == "interrupted"
     until(lambda: not descendants(project), 30)
     assert rows_of(project) == []
-    assert not system.under_way("cpu1", "02_baseline")
+    assert not system.is_locked("cpu1-02_baseline")
     (project / "mended").touch()
     process = start("run-all", "--gpus", "cpu1")
     output, _ = process.communicate(timeout=120)
