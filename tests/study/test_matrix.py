@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import RESULT, ROOT
+from conftest import RESULT, ROOT, make_notebook
 
 from reclib import cli, hardware, records, runner, system
 from reclib.config import InputError
@@ -263,6 +263,26 @@ def test_gpus_of_one_label_share_its_notebooks_and_run_at_the_same_time():
             if one is not other and one[2] == other[2]:
                 assert not one[3] <= other[3] < one[4], "two jobs on one device"
     assert min(row[3] for row in ran if row[1] == "cpu1") >= max(row[4] for row in ran if row[1] != "cpu1")
+
+
+def test_kernels_of_two_gpus_run_at_the_same_time_and_see_their_own(tmp_path):
+    meet = """import os, pathlib, time
+own, other = os.environ["CUDA_VISIBLE_DEVICES"], {"0": "1", "1": "0"}
+pathlib.Path(f"here-{own}").touch()
+while not pathlib.Path(f"here-{other[own]}").exists():
+    time.sleep(0.05)
+print("sees", own)"""
+    for name in ("a", "b"):
+        make_notebook(tmp_path / f"{name}.ipynb", {"x": 1}, [meet])
+
+    def work(job: Job, slot: Slot) -> None:
+        source, output = tmp_path / f"{job.notebook}.ipynb", tmp_path / f"{job.notebook}.out.ipynb"
+        runner.execute(source, output, {}, gpu=slot.visible, cell_seconds=60, tell=lambda line: None)
+
+    runner.run_all([Job("a", {}, "a100"), Job("b", {}, "l4")], [Slot("a100", "0"), Slot("l4", "1")], work)
+    assert "sees 0" in (tmp_path / "a.out.ipynb").read_text()
+    assert "sees 1" in (tmp_path / "b.out.ipynb").read_text()
+    assert {"here-0", "here-1"} <= {file.name for file in tmp_path.iterdir()}  # where the notebooks lie
 
 
 def test_a_gpu_and_the_cores_are_not_timed_together(project):
