@@ -209,18 +209,20 @@ def _collect_command(given: argparse.Namespace) -> int:
 
 
 def status() -> list[tuple[str, str, str, int]]:
-    """Return (notebook, label, state, number of records) for each notebook and device with anything.
+    """Return (notebook, label, state, number of records) for each notebook and device that has any.
+
+    A device that notebooks ran on (cpu, where none did) has all of them.
 
     States: running, done (by this checkout, with this code), stale (code or parameters files changed since),
     recorded (an executed notebook that this checkout did not make), failed (or not through), missing.
     """
     rows = [(row["notebook"], row["label"]) for row in records.read(records.roots())]
-    folders = {file.parent.name for root in records.roots() for file in root.glob("*/*.ipynb")}
-    labels = sorted(folders | {label for _, label in rows}) or ["cpu"]
+    ran = {file.parent.name for root in records.roots() for file in root.glob("*/*.ipynb")} or {"cpu"}
     return [
         (notebook, label, Job.last(notebook, label).state(), rows.count((notebook, label)))
         for notebook in present()
-        for label in labels
+        for label in sorted(ran | {label for _, label in rows})
+        if label in ran or (notebook, label) in rows
     ]
 
 
