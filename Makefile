@@ -1,10 +1,10 @@
-# make study    run the study on real data (profile quick), then build figures/
+# make study    run the study on real data (profile quick) into runs/, its page in runs/figures/; git ignores both
 # make test     lint, types, unit tests, and the notebooks against their committed outputs: some minutes
 # make test-all what takes longer too: several processes, killed runs, compilers, JupyterLab in a browser
 # make lint     ruff and mypy alone
 # make lab      JupyterLab on this machine
 # make gpu      add your GPU's row in ten minutes: self-check, timings, records, figures, a folder to send us
-# make figures  rebuild figures/ from the records alone
+# make figures  rebuild figures/ from the records of the repository alone
 # make pictures PNGs of the main figures, from the same records (needs Chromium or Chrome)
 #
 # Each target first makes .venv if it is missing or pyproject.toml has changed. PYTHON=python3.12 chooses
@@ -70,10 +70,10 @@ gpu: $(INSTALLED)
 	@$(BIN)/python benchmarks/gpu.py --out gpu-row || [ $$? = 1 ]  # 1: a stage failed, the others count
 	@$(BIN)/python -m reclib merge gpu-row/executed
 	@$(BIN)/python -m reclib collect
-	@echo "The records are in executed/, figures/index.html shows them. Please send us the folder gpu-row/."
+	@echo "The records are in runs/executed/, runs/figures/index.html shows them. Please send us the folder gpu-row/."
 
 figures: $(INSTALLED)
-	$(BIN)/python -m reclib collect
+	$(BIN)/python -m reclib collect --commit
 
 pictures: $(INSTALLED)
 	$(BIN)/python -m reclib pictures

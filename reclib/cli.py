@@ -5,20 +5,26 @@
     reclib run-all --gpus all           all of them on every visible GPU (or --gpus cpu1,cpu2)
     reclib params 02 --profile full     parameters as YAML, for `papermill -f`
 
-All input is checked before a kernel starts. What this checkout has finished is skipped (stamps that git
-ignores). Exit codes: 0 done, 1 a notebook failed, 2 wrong input, 130 interrupted.
+All input is checked before a kernel starts; what this checkout has finished is skipped. What you run is
+recorded in runs/executed/ and shown in runs/figures/ beside the records of the repository; git ignores both.
+With --commit it goes into the repository's executed/ and figures/.
+Exit codes: 0 done, 1 a notebook failed, 2 wrong input, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import os
 import shutil
 import signal
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +32,7 @@ import yaml
 
 from reclib import parameters, records, runner, system
 from reclib.config import CPU_LABELS, GPU_LABELS, InputError, nearest, typed
-from reclib.runner import Job
+from reclib.runner import Job, Slot
 from reclib.system import Parser, exit_code
 
 
@@ -40,23 +46,11 @@ def find(given: str) -> str:
     """Return the notebook that `given` names: `02`, `02_baseline` or the path of the file."""
     here = present()
     wanted = Path(given).name.removesuffix(".ipynb")
-    found = [name for name in here if name == wanted or name.split("_")[0] == wanted]
-    if not found:
-        near = nearest(wanted, here)
-        raise InputError(f"unknown notebook {given!r}{near}; here: {', '.join(here) or 'none'}")
-    return found[0]
-
-
-def plan(
-    notebook: str, profile: str, gpu: str | None = None, overrides: Mapping[str, Any] | None = None
-) -> Job:
-    """Resolve and check all that one run depends on; raise `InputError` before anything is touched."""
-    given = dict(overrides or {})
-    if gpu is not None:
-        given = {"gpu": gpu} | given
-    checked = parameters.build(notebook, parameters.profile(notebook, profile) | given)
-    runner.check_cell(system.notebooks() / f"{notebook}.ipynb", parameters.names(notebook))
-    return Job(notebook, parameters.values(checked), device_label(checked.gpu))
+    for name in here:
+        if wanted in (name, name.split("_")[0]):
+            return name
+    near = nearest(wanted, here)
+    raise InputError(f"unknown notebook {given!r}{near}; here: {', '.join(here) or 'none'}")
 
 
 def device_label(claimed: str) -> str:
@@ -72,165 +66,164 @@ def device_label(claimed: str) -> str:
     return device.label
 
 
-def run(job: Job, *, force: bool = False, cell_seconds: int | None = None) -> bool:
-    """Execute a job unless this checkout has finished it; return whether it ran."""
+# -- running notebooks ---------------------------------------------------------------------------------------
+
+
+def plan(notebook: str, profile: str, given: dict[str, Any], label: str | None = None) -> Job:
+    """Resolve and check all that one run depends on; raise `InputError` before anything is touched.
+
+    `given` replaces parameters of the profile; `label` is that of the device, None: to be found.
+    """
+    checked = parameters.build(notebook, parameters.profile(notebook, profile) | given)
+    runner.check_cell(system.notebooks() / f"{notebook}.ipynb", parameters.names(notebook))
+    return Job(notebook, parameters.values(checked), label or device_label(checked.gpu))
+
+
+def _run_command(given: argparse.Namespace) -> int:
+    if given.gpu and given.gpus:
+        raise InputError("--gpu names one device and --gpus several: give one of them")
+    if given.command == "run":
+        names = [find(name) for name in given.notebook]
+    else:
+        stated = parameters.stated(parameters.known_profile(given.profile))
+        names = [name for name in present() if name in stated]
+    if not names:
+        raise InputError(f"no notebooks in {system.notebooks()}")
+    overrides = {"gpu": given.gpu} if given.gpu else {}
+    overrides |= parameters.from_file(given.f) if given.f else {}
+    overrides |= {name: typed(value) for name, value in given.p or []}
+    if given.gpus:
+        only_cpus = set(given.gpus.split(",")) <= set(CPU_LABELS)
+        devices = runner.slots(given.gpus, [] if only_cpus else runner.visible_gpus())
+        labels = dict.fromkeys(slot.label for slot in devices)
+        claims = {label: {"gpu": label if label in GPU_LABELS else "auto"} for label in labels}
+        jobs = [plan(name, given.profile, claims[label], label) for label in labels for name in names]
+    else:
+        jobs = [plan(name, given.profile, overrides) for name in names]
+        devices = [Slot(label) for label in dict.fromkeys(job.label for job in jobs)]
+    for job in jobs if given.commit else []:
+        _demand_study_data({"params": job.values, "profile": given.profile})
+    failed: list[str] = []
+
+    def work(job: Job, slot: Slot) -> None:
+        name = f"[{jobs.index(job) + 1}/{len(jobs)}] {job.notebook} ({job.label})"
+        try:
+            _run_job(name, job, slot, given)
+        except Exception as error:  # whatever it is, the others go on
+            expected = isinstance(error, runner.NotebookFailed | InputError | OSError)
+            failed.append(name)
+            print(f"{name} {'' if expected else type(error).__name__ + ': '}{error}", file=sys.stderr)
+
+    runner.run_all(jobs, devices, work)
+    if failed and len(jobs) > 1:
+        print(f"{len(failed)} of {len(jobs)} failed: {', '.join(failed)}", file=sys.stderr)
+    if given.command == "run-all":
+        _collect_command(given)
+    return 1 if failed else 0
+
+
+def _run_job(name: str, job: Job, slot: Slot, given: argparse.Namespace) -> None:
+    """Run a job; print a line as it begins, one as it ends, and what its records say."""
 
     def tell(line: str) -> None:
-        print(line, flush=True)
+        print(f"{name} {line}", flush=True)
 
-    with system.job_lock(job.label, job.notebook, tell):
-        if not force and job.is_finished():
-            tell(f"{job.notebook} ({job.label}): finished before, skipped; --force runs it again")
-            return False
-        with system.device_lock(job.label, tell):
-            _execute(job, force, cell_seconds, tell)
-    return True
-
-
-def _execute(job: Job, force: bool, cell_seconds: int | None, tell: runner.Tell) -> None:
-    tell(f"{job.notebook} ({job.label}): running")
-    identity = job.identity()  # before: what is edited during the run was not run
-    began = time.perf_counter()
-    job.stamp.unlink(missing_ok=True)
-    if force:  # a finished training run would only be loaded
-        shutil.rmtree(system.runs() / job.notebook, ignore_errors=True)
-    source = system.notebooks() / f"{job.notebook}.ipynb"
-    runner.execute(source, job.output, job.values, cell_seconds=cell_seconds, tell=tell)
-    job.finish(identity)
-    tell(f"{job.notebook} ({job.label}): done in {time.perf_counter() - began:.0f} s")
+    tell("...")
+    began, since = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
+    cells = tell if given.verbose else lambda line: None
+    if not runner.run(job, slot.visible, tell, cells, force=given.force, cell_seconds=given.timeout):
+        tell("finished before, skipped; --force runs it again")
+        return
+    done = f"{name} done in {time.perf_counter() - began:.0f} s"
+    print("\n".join([done, *_answer(job, since)]), flush=True)
 
 
-def refresh(notebook: str) -> None:
-    """Run a notebook with its defaults and store the outputs in it: what its tests compare with.
+def _answer(job: Job, since: str) -> list[str]:
+    """Return what the records of a run that began at `since` answer, in two lines at most."""
+    from reclib.report import findings
 
-    Its records go to a temporary folder; a notebook that fails is left as it was.
+    rows = [
+        row
+        for row in records.read(system.executed())
+        if row["notebook"] == job.notebook and row["time"] >= since
+        if row["label"] == job.label or row["kind"] == "predicted"
+    ]
+    sentences: list[str] = []
+    with contextlib.suppress(Exception):  # a sentence that cannot be made of these costs the run nothing
+        sentences = findings.sentences(job.notebook, rows)
+    indent = " " * 6
+    wrap = textwrap.TextWrapper(
+        110, initial_indent=indent, subsequent_indent=indent, max_lines=2, placeholder=" ..."
+    )
+    return wrap.wrap(sentences[0]) if sentences else []
+
+
+def _demand_study_data(record: Mapping[str, Any]) -> None:
+    """Refuse to put a record of somebody's own data among those of the repository."""
+    from reclib.report import tables
+
+    if not tables.of_study(record):
+        dataset = system.plain(record["params"]["dataset"])
+        raise InputError(f"--commit is for the study's datasets, not for {dataset!r}: leave it out")
+
+
+def _refresh_command(given: argparse.Namespace) -> int:
+    """Run notebooks with their defaults and store the outputs in them: what their tests compare with.
+
+    Records go to a temporary folder; a notebook that fails is left as it was.
     """
-    file = system.notebooks() / f"{notebook}.ipynb"
-    runner.check_cell(file, parameters.names(notebook))
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / file.name
-        runner.execute(file, output, {}, records=Path(folder) / "records")
-        with system.replacing(file) as fresh:
-            shutil.copyfile(output, fresh)
-    print(f"{notebook}: outputs stored")
+    for name in [find(name) for name in given.notebook]:
+        file = system.notebooks() / f"{name}.ipynb"
+        runner.check_cell(file, parameters.names(name))
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path(folder) / file.name
+            try:
+                runner.execute(file, output, {}, records=Path(folder) / "records")
+            except runner.NotebookFailed as failure:
+                print(f"{name} {failure}", file=sys.stderr)
+                return 1
+            with system.replacing(file) as fresh:
+                shutil.copyfile(output, fresh)
+        print(f"{name}: outputs stored")
+    return 0
 
 
-def collect() -> list[Path]:
-    """Rebuild the figures from the newest record of everything; return the files written."""
+# -- what is there -------------------------------------------------------------------------------------------
+
+
+def _collect_command(given: argparse.Namespace) -> int:
+    """Rebuild the figures from the newest record of everything.
+
+    Those of the repository's records go to figures/. Where this user has records, they stand beside those,
+    and all goes to runs/figures/.
+    """
     from reclib.report import figures
 
-    with system.figures_lock():
-        return figures.collect(system.executed(), system.figures())
+    own = system.executed() != system.committed() and records.files(system.executed())
+    folder = system.runs() / "figures" if own else system.figures()
+    with system.lock("figures", print):
+        written = figures.collect(records.roots(), folder)
+    shown = folder.relative_to(system.root()) if folder.is_relative_to(system.root()) else folder
+    print(f"{len(written)} files in {shown}/, start with index.html")
+    return 0
 
 
 def status() -> list[tuple[str, str, str, int]]:
-    """Return (notebook, label, state, number of records) for each notebook and device with anything.
+    """Return (notebook, label, state, number of records) for each notebook and device that has any.
+
+    A device that notebooks ran on (cpu, where none did) has all of them.
 
     States: running, done (by this checkout, with this code), stale (code or parameters files changed since),
     recorded (an executed notebook that this checkout did not make), failed (or not through), missing.
     """
-    rows = records.read(system.executed())
-    folders = {file.parent.name for file in system.executed().glob("*/*.ipynb")}
-    labels = folders | {row["label"] for row in rows} or {"cpu"}
+    rows = [(row["notebook"], row["label"]) for row in records.read(records.roots())]
+    ran = {file.parent.name for root in records.roots() for file in root.glob("*/*.ipynb")} or {"cpu"}
     return [
-        (
-            notebook,
-            label,
-            _state(notebook, label),
-            sum(row["notebook"] == notebook and row["label"] == label for row in rows),
-        )
+        (notebook, label, Job.last(notebook, label).state(), rows.count((notebook, label)))
         for notebook in present()
-        for label in sorted(labels)
+        for label in sorted(ran | {label for _, label in rows})
+        if label in ran or (notebook, label) in rows
     ]
-
-
-def _state(notebook: str, label: str) -> str:
-    if system.under_way(label, notebook):
-        return "running"
-    job = Job.last(notebook, label)
-    if runner.failed_path(job.output).is_file():
-        return "failed"
-    if not job.output.is_file():
-        return "missing"
-    if not job.stamp.is_file():
-        return "recorded"
-    return "done" if job.is_finished() else "stale"
-
-
-def _run_command(given: argparse.Namespace) -> int:
-    everything = given.command == "run-all"
-    names = present() if everything else [find(name) for name in given.notebook]
-    if not names:
-        raise InputError(f"no notebooks in {system.notebooks()}")
-    if everything:
-        stated = parameters.stated(parameters.known_profile(given.profile))
-        names = [name for name in names if name in stated]
-    if everything and given.gpus:
-        return _matrix_command(given, names)
-    overrides = {} if everything or given.f is None else parameters.from_file(given.f)
-    overrides |= {name: typed(value) for name, value in given.p or []}
-    jobs = [plan(name, given.profile, given.gpu, overrides) for name in names]
-    failures = 0
-    for job in jobs:
-        try:
-            run(job, force=given.force, cell_seconds=given.timeout)
-        except runner.NotebookFailed as failure:
-            print(failure, file=sys.stderr)
-            failures += 1
-    if everything:
-        _collect_command(given)
-    return 1 if failures else 0
-
-
-def _matrix_command(given: argparse.Namespace, names: Sequence[str]) -> int:
-    """Run all notebooks on several devices, then collect; say how each cell of the matrix ended."""
-    if given.gpu:
-        raise InputError("--gpu names one device and --gpus several: give one of them")
-    wants_gpus = set(given.gpus.split(",")) - set(CPU_LABELS)
-    devices = runner.slots(given.gpus, runner.visible_gpus() if wants_gpus else [])
-    for name in names:  # a wrong parameters file stops here, not in every process
-        for slot in devices:
-            gpu = slot.label if slot.label in GPU_LABELS else "auto"
-            parameters.build(name, parameters.profile(name, given.profile) | {"gpu": gpu})
-
-    def command(notebook: str, label: str) -> list[str]:
-        gpu = label if label in GPU_LABELS else "auto"
-        base = [sys.executable, "-m", "reclib", "run", notebook, "--gpu", gpu]
-        base += ["--profile", given.profile]
-        return [*base, *(["--force"] if given.force else []), *_if_given("--timeout", given.timeout)]
-
-    ended = runner.Matrix(names, devices, command).run()
-    for (notebook, label), said in sorted(ended.items()):
-        print(f"{notebook:<24}{label:<8}{said}", file=sys.stdout if said == "done" else sys.stderr)
-    _collect_command(given)
-    return 0 if set(ended.values()) <= {"done"} else 1
-
-
-def _if_given(option: str, value: int | None) -> list[str]:
-    return [] if value is None else [option, str(value)]
-
-
-def _merge_command(given: argparse.Namespace) -> int:
-    for folder in given.folder:
-        new, known, files = records.merge(folder, system.executed())
-        print(f"{folder.name}: {new} new records, {known} known before, {files} files copied")
-    return 0
-
-
-def _refresh_command(given: argparse.Namespace) -> int:
-    for name in [find(name) for name in given.notebook]:
-        try:
-            refresh(name)
-        except runner.NotebookFailed as failure:
-            print(failure, file=sys.stderr)
-            return 1
-    return 0
-
-
-def _collect_command(given: argparse.Namespace) -> int:
-    written = collect()
-    print(f"{len(written)} files in {system.figures().name}/, start with index.html")
-    return 0
 
 
 def _status_command(given: argparse.Namespace) -> int:
@@ -240,10 +233,18 @@ def _status_command(given: argparse.Namespace) -> int:
     return 0
 
 
+def _merge_command(given: argparse.Namespace) -> int:
+    for folder in given.folder:
+        for row in records.read(folder, problems=[]) if given.commit else []:
+            _demand_study_data(row)
+        new, known, files = records.merge(folder, system.executed())
+        print(f"{folder.name}: {new} new records, {known} known before, {files} files copied")
+    return 0
+
+
 def _params_command(given: argparse.Namespace) -> int:
     notebook = find(given.notebook)
-    values = parameters.profile(notebook, given.profile)
-    values |= {"gpu": given.gpu} if given.gpu else {}
+    values = parameters.profile(notebook, given.profile) | ({"gpu": given.gpu} if given.gpu else {})
     checked = parameters.build(notebook, values)
     if checked.gpu != "auto":  # auto is for the machine that runs it to decide
         checked = parameters.fill(checked, checked.gpu)
@@ -251,11 +252,7 @@ def _params_command(given: argparse.Namespace) -> int:
     return 0
 
 
-def _seconds(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
-
+# -- the commands --------------------------------------------------------------------------------------------
 
 # Commands of the library and of the long experiments: a function that takes the arguments, and what it does.
 # Imported when called, so that `python -m reclib status` needs no torch.
@@ -275,6 +272,12 @@ COMMANDS = {
 }
 
 
+def _seconds(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m reclib",
@@ -284,50 +287,46 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, text) in COMMANDS.items():  # `entry` hands these on: they stand here for the help
         commands.add_parser(name, help=text, add_help=False)
-    common = Parser(add_help=False)
-    common.add_argument("--profile", default="quick", help=f"one of {', '.join(parameters.PROFILES)}")
-    common.add_argument("--gpu", help=f"device label, a claim: one of {', '.join(GPU_LABELS)}")
-    for name, text in (("run", "run notebooks"), ("run-all", "run all notebooks, then collect")):
-        command = commands.add_parser(name, help=text, parents=[common])
+    work, place, running = (Parser(add_help=False) for _ in range(3))
+    work.add_argument("--profile", default="quick", help=f"one of {', '.join(parameters.PROFILES)}")
+    work.add_argument("--gpu", help=f"device label, a claim: one of {', '.join(GPU_LABELS)}")
+    place.add_argument("--commit", action="store_true", help="records in executed/ instead of runs/executed/")
+    running.add_argument("--force", action="store_true", help="run what is finished as well")
+    running.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="longest for a cell")
+    running.add_argument("-v", "--verbose", action="store_true", help="a line for each cell")
+    running.set_defaults(p=None, f=None, gpus=None)
+    for name, text, act, options in (
+        ("run", "run notebooks", _run_command, [work, running, place]),
+        ("run-all", "run all notebooks, then collect", _run_command, [work, running, place]),
+        ("status", "where it stands", _status_command, [place]),
+        ("collect", "rebuild the figures", _collect_command, [place]),
+        ("merge", "take the records of other machines' folders", _merge_command, [place]),
+        ("params", "print parameters as YAML", _params_command, [work]),
+        ("refresh", "store new outputs in a notebook", _refresh_command, []),
+    ):
+        command = commands.add_parser(name, help=text, parents=options)
+        command.set_defaults(act=act)
+        add = command.add_argument
+        if name in ("run", "refresh"):
+            add("notebook", nargs="+", help="for example 02")
+        if name == "params":
+            add("notebook", help="for example 02")
         if name == "run":
-            command.add_argument("notebook", nargs="+", help="for example 02")
-            command.add_argument("-f", type=Path, metavar="FILE", help="parameters as YAML, on the profile's")
-            command.add_argument("-p", nargs=2, action="append", metavar=("NAME", "VALUE"), help="override")
-        else:
-            command.add_argument("--gpus", help="devices that share the work: all, or labels: cpu1,cpu2")
-        command.add_argument("--force", action="store_true", help="run what is finished as well")
-        command.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="longest for a cell")
-        command.set_defaults(act=_run_command, p=None)
-    commands.add_parser("status", help="where it stands").set_defaults(act=_status_command)
-    commands.add_parser("collect", help="rebuild figures/").set_defaults(act=_collect_command)
-    command = commands.add_parser("merge", help="take the records of other machines' folders")
-    command.add_argument("folder", nargs="+", type=Path, help="for example other/executed")
-    command.set_defaults(act=_merge_command)
-    command = commands.add_parser("params", help="print parameters as YAML", parents=[common])
-    command.add_argument("notebook", help="for example 02")
-    command.set_defaults(act=_params_command)
-    command = commands.add_parser("refresh", help="store new outputs in a notebook")
-    command.add_argument("notebook", nargs="+", help="for example 02")
-    command.set_defaults(act=_refresh_command)
+            add("-f", type=Path, metavar="FILE", help="parameters as YAML, on the profile's")
+            add("-p", nargs=2, action="append", metavar=("NAME", "VALUE"), help="override")
+        if name == "run-all":
+            add("--gpus", help="devices that share the work: all, or labels: cpu1,cpu2")
+        if name == "merge":
+            add("folder", nargs="+", type=Path, help="for example other/executed")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code."""
+    """Run a command of the study and return its exit code."""
     given = _parser().parse_args(arguments)
-    try:
-        return given.act(given)
-    except InputError as error:
-        print(f"{error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        raise
-    except OSError as error:  # a full disk, a folder that may not be written
-        print(f"{error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    if getattr(given, "commit", False):
+        os.environ["RECLIB_RECORDS"] = str(system.committed())
+    return exit_code(lambda: given.act(given))
 
 
 def entry(arguments: Sequence[str] | None = None) -> int:
@@ -339,7 +338,7 @@ def entry(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         system.hold()
     if name not in COMMANDS:
-        return exit_code(lambda: main(given))
+        return main(given)
     module, _, function = COMMANDS[name][0].partition(":")
     command = getattr(importlib.import_module(f"reclib.{module}"), function)
     return exit_code(lambda: command(given[1:]))

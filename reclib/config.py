@@ -6,56 +6,53 @@ impossible values. Model sizes are data (`SIZES`), not code.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import json
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
-Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
-
-Objective = Literal["cloze", "next_item", "seed_focal"]
-
-Loss = Literal["auto", "plain", "fused", "chunked", "inplace", "sampled_softmax", "gbce"]
-
-CompileMode = Literal["off", "default", "reduce-overhead", "max-autotune", "graph"]
-
-# What may be claimed: every board of params/devices.yaml, and the family of boards that differ in memory.
-_Cpu = Literal["cpu", "cpu1", "cpu2"]
-
-_Old = Literal["t4", "v100", "v100-16", "v100-32"]
-
-_New = Literal["l4", "a10g", "a100", "a100-40", "a100-80", "h100", "h200", "rtx4090"]
-
-GpuLabel = Literal["auto", _Cpu, _Old, _New]
-
-GPU_LABELS: tuple[str, ...] = get_args(GpuLabel)
-
-CPU_LABELS: tuple[str, ...] = get_args(_Cpu)
-
 PAD = 0  # item id of padding; real items are 1..num_items, MASK is num_items + 1
+
+STRICT = ConfigDict(extra="forbid", strict=True)
 
 # Below 2**63: larger ones fit neither the generators of torch (seeds) nor an array's shape.
 Positive = Annotated[int, Field(gt=0, lt=2**63)]
-
 NonNegative = Annotated[int, Field(ge=0, lt=2**63)]
-
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
-
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
-
+Inside = Annotated[float, Field(gt=0.0, lt=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-
 NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
-LATER = ("head_multiple", "half_copies", "prior")  # fields that came after the first records: see `as_dict`
+Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
+Objective = Literal["cloze", "next_item", "seed_focal"]
+Loss = Literal["auto", "plain", "fused", "chunked", "inplace", "sampled_softmax", "gbce"]
+CompileMode = Literal["off", "default", "reduce-overhead", "max-autotune", "graph"]
+Core = Literal["fixed_point", "single_pass"]
+Duplicates = Literal["keep", "exact", "first", "last"]
+Window = Literal["last", "random"]
+Norm = Literal["pre", "post"]
 
-STRICT = ConfigDict(extra="forbid", strict=True)
+# What may be claimed: every board of params/devices.yaml, and the family of boards that differ in memory.
+_Cpu = Literal["cpu", "cpu1", "cpu2"]
+_Old = Literal["t4", "v100", "v100-16", "v100-32"]
+_New = Literal["l4", "a10g", "a100", "a100-40", "a100-80", "h100", "h200", "rtx4090"]
+GpuLabel = Literal["auto", _Cpu, _Old, _New]
+GPU_LABELS: tuple[str, ...] = get_args(GpuLabel)
+CPU_LABELS: tuple[str, ...] = get_args(_Cpu)
+
+Kind = Literal["lora", "rslora", "ilora", "gated"]
+RepresentationName = Literal["mean_embedding", "base_state", "causal_state"]
+Controls = Literal["shuffled_user", "noise", "fixed_gate", "static_gate"]
+CONTROLS: tuple[str, ...] = get_args(Controls)
+Control = Literal["none", Controls]
+ENCODER = ("qkv", "attention_out", "ffn_up", "ffn_down")
 
 T = TypeVar("T")
 
@@ -76,7 +73,7 @@ class ModelConfig:
     max_len: Positive = 200  # L, positions per packed row and longest history
     dropout: Probability = 0.1  # on embeddings and on both residual branches
     attention_dropout: Probability = 0.0  # on attention probabilities; above 0 it rules out fused attention
-    norm: Literal["pre", "post"] = "pre"
+    norm: Norm = "pre"
     embedding_norm: bool = False  # LayerNorm right after the embedding
     final_norm: bool = True  # LayerNorm after the last layer
     positions: Literal["learned", "sinusoidal"] = "learned"
@@ -120,8 +117,8 @@ class DataConfig:
     columns: dict[str, str] | None = None  # own CSV or Parquet: user, item, time, rating -> column name
     min_user: Positive = 5  # k-core: interactions that a user must have
     min_item: Positive = 5  # k-core: interactions that an item must have
-    core: Literal["fixed_point", "single_pass"] = "fixed_point"  # single_pass: the seed study's filter
-    duplicates: Literal["keep", "exact", "first", "last"] = "keep"  # repeated (user, item) pairs
+    core: Core = "fixed_point"  # single_pass: the seed study's filter
+    duplicates: Duplicates = "keep"  # repeated (user, item) pairs
     strict: bool = False  # stop at the first bad line instead of counting it
     max_rejected_share: Share = 0.01  # share of bad lines above which reading stops
     memory_limit_mb: Positive = 512  # of the database that prepares the data
@@ -138,10 +135,10 @@ class TrainConfig:
     seed: NonNegative = 0
     # objective
     objective: Objective = "cloze"  # next_item: the causal twin's; seed_focal: the seed study's
-    mask_prob: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2  # share of positions that are targets
+    mask_prob: Inside = 0.2  # share of positions that are targets
     last_item_share: Share = 0.15  # share of samples whose only target is the last item
     prefix_share: Share = 0.0  # share of samples that end at a random place of the history
-    window: Literal["last", "random"] = "last"  # which max_len items of a longer history
+    window: Window = "last"  # which max_len items of a longer history
     prior: Literal["none", "counts"] = "none"  # counts: pairwise counts in the logits; see `evaluate.prior`
     # batches
     batch_size: Positive = 64  # sequences per optimiser step
@@ -205,187 +202,6 @@ class TrainConfig:
         return self.loss in ("sampled_softmax", "gbce")
 
 
-_SEED = {"positions": "sinusoidal", "norm": "post", "embedding_norm": True, "tied": False}
-
-_SEED |= {"max_len": 50, "dropout": 0.25}
-
-_CPU = {"norm": "pre", "positions": "learned", "tied": True}
-
-# Named sizes. "num_items" is the catalogue that the name's parameter count belongs to; a run on another
-# catalogue overrides it. 5m to 430m are those of the seed study, counted in its audit.
-SIZES: dict[str, dict[str, Any]] = {
-    "nano": _CPU | {"hidden_dim": 32, "num_layers": 1, "num_heads": 1, "num_items": 1349},
-    "tiny": _CPU | {"hidden_dim": 64, "num_layers": 2, "num_heads": 2, "num_items": 1349},
-    "small": _CPU | {"hidden_dim": 128, "num_layers": 2, "num_heads": 4, "num_items": 1349},
-    "medium": _CPU | {"hidden_dim": 256, "num_layers": 2, "num_heads": 4, "num_items": 1349},
-    "5m": {
-        "hidden_dim": 128,
-        "num_layers": 2,
-        "num_heads": 4,
-        "max_len": 50,
-        "positions": "learned",
-        "norm": "pre",
-        "tied": False,
-        "output_mask_row": False,
-        "num_items": 18_345,
-    },
-    "85m": _SEED | {"hidden_dim": 256, "num_layers": 4, "num_heads": 4, "num_items": 159_748},
-    "130m": _SEED | {"hidden_dim": 384, "num_layers": 4, "num_heads": 6, "num_items": 159_748, "head": "mlp"},
-    "430m": _SEED
-    | {"hidden_dim": 1024, "num_layers": 8, "num_heads": 16, "num_items": 159_748, "head": "mlp"},
-}
-
-# The family of the scaling experiment, `w<width>d<depth>`: heads of 32, tied tables as wide as the encoder.
-# Width changes tables and encoder together; depth changes the encoder and leaves the tables as they are.
-WIDTHS, DEPTHS = (32, 64, 96, 128, 192, 256, 384), (1, 2, 4, 8)
-
-SIZES |= {
-    f"w{width}d{depth}": _CPU
-    | {"hidden_dim": width, "num_layers": depth, "num_heads": width // 32, "num_items": 3416}
-    for width in WIDTHS
-    for depth in DEPTHS
-}
-
-_FIRST = f"w{WIDTHS[0]}d{DEPTHS[0]}"
-
-SIZE_NAMES = ", ".join([*list(SIZES)[: list(SIZES).index(_FIRST)], f"{_FIRST} to {list(SIZES)[-1]}"])
-
-
-def model_config(size: str, **overrides: Any) -> ModelConfig:
-    """Return the configuration of a named size; `overrides` replace single fields."""
-    if size not in SIZES:
-        raise InputError(f"unknown size {size!r}{nearest(size, SIZES)}; allowed: {SIZE_NAMES}")
-    return validated(ModelConfig, SIZES[size] | overrides)
-
-
-def divided(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the settings that are fields of ModelConfig and those of TrainConfig; refuse all others."""
-    parts: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
-    model, train = ({f.name for f in dataclasses.fields(kind)} for kind in (ModelConfig, TrainConfig))
-    for name, value in settings.items():
-        if name not in model | train:
-            raise InputError(
-                f"unknown setting {name!r}{nearest(name, model | train)}: no field of "
-                "ModelConfig or TrainConfig"
-            )
-        parts[name in train][name] = value
-    return parts
-
-
-def validated(kind: type[T], values: Mapping[str, Any]) -> T:
-    """Build the dataclass `kind` from `values`; raise `InputError` that names the parameter otherwise."""
-    try:
-        return kind(**values)
-    except ValidationError as error:
-        names = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
-        raise InputError("; ".join(_sentence(e, names) for e in error.errors())) from None
-
-
-# Spellings that papermill and YAML 1.1 take for text: `-p use_amp false`, `learning_rate: 1e-3`.
-_SPELLINGS: dict[str, bool | None] = {"false": False, "true": True, "null": None, "none": None}
-
-_EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
-
-
-def typed(text: str) -> Any:
-    """Read the value of a `-p NAME VALUE` as papermill does; `respelt` does the rest."""
-    words: dict[str, Any] = {"True": True, "False": False, "None": None}
-    if text in words:
-        return words[text]
-    for number in (int, float):
-        try:
-            return number(text)
-        except ValueError:
-            continue
-    return text
-
-
-def respelt(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `values` for the dataclass `kind` with known misspellings undone; print what was converted.
-
-    A text is converted only where its field refuses it and takes what it stands for, or where it is a list.
-    """
-    fields = get_type_hints(kind, include_extras=True)
-    result = dict(values)
-    for name, value in values.items():
-        if name not in fields or not isinstance(value, str) or _accepts(fields[name], value):
-            continue
-        candidate = _meant(value)
-        # A list is converted even if the field refuses it, so that the message is about what is in it.
-        if candidate != value and (isinstance(candidate, list) or _accepts(fields[name], candidate)):
-            result[name] = candidate
-            print(f"converted: {name}={value!r} -> {candidate!r}")
-    return result
-
-
-def _meant(text: str) -> Any:
-    if text in _SPELLINGS:
-        return _SPELLINGS[text]
-    if _EXPONENT.fullmatch(text):
-        return float(text)
-    if text.startswith("["):
-        try:
-            return json.loads(text)
-        except ValueError:
-            pass
-    return text
-
-
-def _accepts(annotation: Any, value: Any) -> bool:
-    try:
-        TypeAdapter(annotation).validate_python(value, strict=True)
-    except ValidationError:
-        return False
-    return True
-
-
-def changed(config: T, **values: Any) -> T:
-    """Return a copy of `config` with some fields replaced, validated again."""
-    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}  # type: ignore[arg-type]
-    return validated(type(config), fields | values)
-
-
-def as_dict(config: Any) -> dict[str, Any]:
-    """Return a dataclass as it is recorded and hashed.
-
-    Fields that `LATER` names are left out at their defaults: the hashes of runs from before they were there
-    stay what they were.
-    """
-    later = {f.name: f.default for f in dataclasses.fields(config) if f.name in LATER}
-    return {k: v for k, v in dataclasses.asdict(config).items() if k not in later or v != later[k]}
-
-
-def nearest(name: str, allowed: Any) -> str:
-    """Return "(did you mean ...?)" for the nearest of the `allowed` names, or nothing."""
-    close = difflib.get_close_matches(name, list(allowed), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def _sentence(error: Any, names: list[str]) -> str:
-    where = ".".join(str(part) for part in error["loc"]) or "configuration"
-    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"unknown parameter {where!r}{nearest(where, names)}; allowed: {', '.join(names)}"
-    if error["type"] == "missing":
-        return f"parameter {where!r} is missing"
-    said = error["msg"].removeprefix("Value error, ")
-    if where == "configuration":
-        return said
-    return f"parameter {where!r} is {error['input']!r}: {said[:1].lower()}{said[1:]}"
-
-
-Kind = Literal["lora", "rslora", "ilora", "gated"]
-
-RepresentationName = Literal["mean_embedding", "base_state", "causal_state"]
-
-Controls = Literal["shuffled_user", "noise", "fixed_gate", "static_gate"]
-
-CONTROLS: tuple[str, ...] = get_args(Controls)
-
-Control = Literal["none", Controls]
-
-ENCODER = ("qkv", "attention_out", "ffn_up", "ffn_down")
-
-
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class AdapterConfig:
     """One adapter: its kind, its size, and what of the model it adapts."""
@@ -401,7 +217,7 @@ class AdapterConfig:
     control: Control = "none"  # `ilora` with something taken away: see `ilora.Adapters.add`
     gate_seed: NonNegative = 0  # of the weights that control='fixed_gate' draws once
     gate_learning_rate: PositiveFloat = 1.0  # of the gate, in units of the adapter's; 0.3 in the paper's code
-    gate_init: Annotated[float, Field(ge=0.0)] = 1.0  # times torch's initial weights; 0: uniform at first
+    gate_init: NonNegativeFloat = 1.0  # times torch's initial weights; 0: uniform at first
 
     @model_validator(mode="after")
     def _experts_divide(self) -> AdapterConfig:
@@ -419,3 +235,141 @@ class AdapterConfig:
         if self.kind == "rslora":
             return self.alpha / math.sqrt(self.rank)
         return self.alpha * (self.num_experts if self.kind == "ilora" else 1) / self.rank
+
+
+# Named sizes. "num_items" is the catalogue that the name's parameter count belongs to; a run on another
+# catalogue overrides it. 5m to 430m are those of the seed study, counted in its audit.
+_CPU = {"norm": "pre", "positions": "learned", "tied": True}
+_SEED = {"positions": "sinusoidal", "norm": "post", "embedding_norm": True, "tied": False}
+_SEED |= {"max_len": 50, "dropout": 0.25}
+_5M = {"positions": "learned", "norm": "pre", "tied": False, "output_mask_row": False, "max_len": 50}
+
+
+def _size(
+    of: Mapping[str, Any], width: int, depth: int, heads: int, items: int, **more: Any
+) -> dict[str, Any]:
+    return {**of, "hidden_dim": width, "num_layers": depth, "num_heads": heads, "num_items": items, **more}
+
+
+SIZES: dict[str, dict[str, Any]] = {
+    "nano": _size(_CPU, 32, 1, 1, 1349),
+    "tiny": _size(_CPU, 64, 2, 2, 1349),
+    "small": _size(_CPU, 128, 2, 4, 1349),
+    "medium": _size(_CPU, 256, 2, 4, 1349),
+    "5m": _size(_5M, 128, 2, 4, 18_345),
+    "85m": _size(_SEED, 256, 4, 4, 159_748),
+    "130m": _size(_SEED, 384, 4, 6, 159_748, head="mlp"),
+    "430m": _size(_SEED, 1024, 8, 16, 159_748, head="mlp"),
+}
+
+# The family of the scaling experiment, `w<width>d<depth>`: heads of 32, tied tables as wide as the encoder.
+# Width changes tables and encoder together; depth changes the encoder and leaves the tables as they are.
+WIDTHS, DEPTHS = (32, 64, 96, 128, 192, 256, 384), (1, 2, 4, 8)
+SIZE_NAMES = f"{', '.join(SIZES)}, w{WIDTHS[0]}d{DEPTHS[0]} to w{WIDTHS[-1]}d{DEPTHS[-1]}"
+SIZES |= {f"w{w}d{d}": _size(_CPU, w, d, w // 32, 3416) for w in WIDTHS for d in DEPTHS}
+
+
+def model_config(size: str, **overrides: Any) -> ModelConfig:
+    """Return the configuration of a named size; `overrides` replace single fields."""
+    if size not in SIZES:
+        raise InputError(f"unknown size {size!r}{nearest(size, SIZES)}; allowed: {SIZE_NAMES}")
+    return validated(ModelConfig, SIZES[size] | overrides)
+
+
+def divided(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings that are fields of ModelConfig and those of TrainConfig; refuse all others."""
+    model, train = _names(ModelConfig), _names(TrainConfig)
+    for name in settings:
+        if name not in model + train:
+            near = nearest(name, model + train)
+            raise InputError(f"unknown setting {name!r}{near}: no field of ModelConfig or TrainConfig")
+    return (
+        {name: value for name, value in settings.items() if name in model},
+        {name: value for name, value in settings.items() if name in train},
+    )
+
+
+def validated(kind: type[T], values: Mapping[str, Any]) -> T:
+    """Build the dataclass `kind` from `values`; raise `InputError` that names the parameter otherwise."""
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        raise InputError("; ".join(_sentence(e, _names(kind)) for e in error.errors())) from None
+
+
+def changed(config: T, **values: Any) -> T:
+    """Return a copy of `config` with some fields replaced, validated again."""
+    return validated(type(config), {name: getattr(config, name) for name in _names(config)} | values)
+
+
+LATER = ("head_multiple", "half_copies", "prior")  # fields that came after the first records
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """Return a dataclass as it is recorded and hashed.
+
+    Fields that `LATER` names are left out at their defaults: the hashes of runs from before they were there
+    stay what they were.
+    """
+    later = {f.name: f.default for f in dataclasses.fields(config) if f.name in LATER}
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in later or v != later[k]}
+
+
+def typed(text: str) -> Any:
+    """Read the value of a `-p NAME VALUE` as papermill does: a number, True, False, None, or the text."""
+    try:
+        value = ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+    return value if isinstance(value, bool | int | float | None) else text
+
+
+def respelt(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `values` for the dataclass `kind` with known misspellings undone; print what was converted.
+
+    Papermill and YAML 1.1 take `-p tied false` and `learning_rate: 1e-3` for text. A text that its field
+    refuses is read as JSON where the field takes that. A list always is, so that an error names its entry.
+    """
+    fields = get_type_hints(kind, include_extras=True)
+    result = dict(values)
+    for name, text in values.items():
+        if name not in fields or not isinstance(text, str) or _accepts(fields[name], text):
+            continue
+        try:
+            value = None if text == "none" else json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(value, list) or _accepts(fields[name], value):
+            result[name] = value
+            print(f"converted: {name}={text!r} -> {value!r}")
+    return result
+
+
+def _accepts(annotation: Any, value: Any) -> bool:
+    try:
+        TypeAdapter(annotation).validate_python(value, strict=True)
+    except ValidationError:
+        return False
+    return True
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """Return "(did you mean ...?)" for the nearest of the `allowed` names, or nothing."""
+    close = difflib.get_close_matches(name, list(allowed), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _names(kind: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
+
+
+def _sentence(error: Any, names: list[str]) -> str:
+    where = ".".join(map(str, error["loc"]))
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"unknown parameter {where!r}{nearest(where, names)}; allowed: {', '.join(names)}"
+    if error["type"] == "missing":
+        return f"parameter {where!r} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    return (
+        f"parameter {where!r} is {error['input']!r}: {message[:1].lower()}{message[1:]}" if where else message
+    )

@@ -1,10 +1,12 @@
 """What device this is, what precision it should train in, and how to measure on it honestly.
 
-Decisions are pure functions of a `Card`, so that they can be tested for devices that are not there.
+Decisions are pure functions of a `Card`, so that they can be tested for devices that are not there. Devices
+that are not here are `Board`s: what their makers say of them, from `params/devices.yaml`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import itertools
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 from reclib import system
 from reclib.config import GPU_LABELS, InputError, nearest
 from reclib.system import Parser
+
+GIB = 2**30
 
 # The CPU with a stated number of threads: devices of their own, with records of their own.
 CPU_THREADS = {"cpu1": 1, "cpu2": 2}
@@ -62,10 +66,11 @@ class Device:
     @property
     def is_claimed(self) -> bool:
         """Whether what was asked for is what is there ("auto" takes what is there)."""
-        if self.claimed in ("auto", self.label):
-            return True
         board = of_memory(self.label, self.card.memory_bytes or 0)
-        return board is not None and self.claimed == board.label
+        return self.claimed in ("auto", self.label, board and board.label)
+
+
+# -- the device that is here ---------------------------------------------------------------------------------
 
 
 def label_of(name: str) -> str:
@@ -76,26 +81,33 @@ def label_of(name: str) -> str:
     words = name.lower().replace("-", " ").split()
     if OTHER_CHIPS & set(words):
         return "other"
-    named = {*words, *map("".join, itertools.pairwise(words))}
-    families = (label.partition("-")[0] for label in catalogue())
-    return next((family for family in families if family in named), "other")
+    names = {*words, *map("".join, itertools.pairwise(words))}
+    return next((family for family in map(_family, catalogue()) if family in names), "other")
 
 
 def probe() -> Card:
     """Describe the device that is there: the first CUDA device, else the CPU."""
     import torch
 
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        return Card(
-            type="cuda",
-            name=properties.name,
-            label=label_of(properties.name),
-            capability=(properties.major, properties.minor),
-            memory_bytes=properties.total_memory,
-            arch_list=tuple(torch.cuda.get_arch_list()),
-        )
-    return Card(type="cpu", name=cpu_name(), label="cpu", threads=torch.get_num_threads())
+    if not torch.cuda.is_available():
+        return Card(type="cpu", name=cpu_name(), label="cpu", threads=torch.get_num_threads())
+    properties = torch.cuda.get_device_properties(0)
+    return Card(
+        type="cuda",
+        name=properties.name,
+        label=label_of(properties.name),
+        capability=(properties.major, properties.minor),
+        memory_bytes=properties.total_memory,
+        arch_list=tuple(torch.cuda.get_arch_list()),
+    )
+
+
+def cpu_card(claimed: str, cores: int, threads: int) -> Card:
+    """Describe the CPU as it is used under the label `claimed`: with its threads if the cores are there."""
+    number = CPU_THREADS.get(claimed)
+    if number is None or number > cores:
+        return Card(type="cpu", name=cpu_name(), label="cpu", threads=threads)
+    return Card(type="cpu", name=cpu_name(), label=claimed, threads=number)
 
 
 def find(claimed: str = "auto", card: Card | None = None) -> Device:
@@ -112,73 +124,29 @@ def find(claimed: str = "auto", card: Card | None = None) -> Device:
         raise InputError(f"unknown gpu label {claimed!r}; allowed: {', '.join(GPU_LABELS)}")
     if claimed == "cpu" or claimed in CPU_THREADS:
         card = cpu_card(claimed, usable_cores(), torch.get_num_threads())
-    card = probe() if card is None else card
+    card = card or probe()
     check_build(card)
     return Device(torch.device(card.type), card, claimed)
 
 
-def apply(device: Device) -> None:
-    """Set torch up for a device, for the rest of the process.
-
-    On a CPU: the number of threads that its label states, and numbers too small for full precision are zero
-    (`flush_denormals`). On CUDA: cuDNN's attention is left out (`steady_attention`).
-    """
-    import torch
-
-    if device.card.type == "cpu":
-        fix_threads(CPU_THREADS.get(device.label, torch.get_num_threads()))
-        flush_denormals()
-    else:
-        steady_attention()
-
-
 def resolve(claimed: str = "auto", card: Card | None = None) -> Device:
-    """Find the device for a gpu label and set torch up for it: `find`, then `apply`."""
+    """Find the device for a gpu label and set torch up for it, for the rest of the process."""
+    import torch
+
     device = find(claimed, card)
-    apply(device)
+    if device.card.type == "cuda":
+        # From torch 2.9 on cuDNN's attention comes first on capability 9 and 10, and plans anew, tens of
+        # milliseconds, for every shape of rows; the shapes of packed rows change step by step.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        return device
+    # The number of threads is set even where torch has that many: until then MKL may take fewer for a call as
+    # it sees fit (MKL_DYNAMIC), and a matrix product over another number of threads rounds otherwise.
+    torch.set_num_threads(CPU_THREADS.get(device.label, torch.get_num_threads()))
+    # Numbers below 1.2e-38 are zero. Once attention is sharp, some per cent of its probabilities are that
+    # small: a step of training took 1.7 times as long with them (FINDINGS.md). The setting belongs to a
+    # thread and is passed on to those that it starts, so this comes before the first parallel operation.
+    torch.set_flush_denormal(True)
     return device
-
-
-def cpu_card(claimed: str, cores: int, threads: int) -> Card:
-    """Describe the CPU as it is used under the label `claimed`: with its threads if the cores are there."""
-    asked = CPU_THREADS.get(claimed)
-    if asked is None or asked > cores:
-        return Card(type="cpu", name=cpu_name(), label="cpu", threads=threads)
-    return Card(type="cpu", name=cpu_name(), label=claimed, threads=asked)
-
-
-def fix_threads(number: int) -> None:
-    """Compute with `number` threads in every call from here on.
-
-    Said explicitly even where torch has that many: until then MKL may take fewer for a call as it sees fit
-    (its MKL_DYNAMIC), and a matrix product over another number of threads rounds otherwise (FINDINGS.md).
-    """
-    import torch
-
-    torch.set_num_threads(number)
-
-
-def flush_denormals() -> bool:
-    """Treat numbers below 1.2e-38 as zero from here on; return whether this processor can.
-
-    Once attention is sharp, some per cent of its probabilities are that small, and a processor computes with
-    such numbers many times slower: a step of training took 1.7 times as long with them (FINDINGS.md).
-    The setting belongs to a thread and is passed on to those that it starts, so this comes before the first
-    parallel operation.
-    """
-    import torch
-
-    return bool(torch.set_flush_denormal(True))
-
-
-def steady_attention() -> None:
-    """Leave cuDNN's attention out from here on: it plans anew, tens of milliseconds, for every shape of rows.
-
-    From torch 2.9 on it comes first on capability 9 and 10; the shapes of packed rows change step by step.
-    """
-    import torch
-
-    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def usable_cores() -> int:
@@ -203,22 +171,77 @@ def check_build(card: Card) -> None:
 
     if card.type != "cuda" or card.capability is None:
         return
-    major, minor = card.capability
-    # Binary code runs on its own major version from its minor up; PTX (compute_xx) on anything newer.
+    # Binary code (sm_xx) runs on its own major version from its minor up; PTX (compute_xx) on anything newer.
     for arch in card.arch_list:
-        kind, _, digits = arch.partition("_")
-        version = int("".join(c for c in digits if c.isdigit()) or 0)
-        built = divmod(version, 10)
-        if (kind == "sm" and built[0] == major and built[1] <= minor) or (
-            kind == "compute" and built <= (major, minor)
-        ):
+        kind, digits = re.fullmatch(r"([a-z]+)_(\d+)[a-z]?", arch).groups()  # type: ignore[union-attr]
+        built = divmod(int(digits), 10)
+        if built <= card.capability and (kind == "compute" or built[0] == card.capability[0]):
             return
-    release = torch.__version__.partition("+")[0]
     raise InputError(
-        f"torch {torch.__version__} has no kernels for {card.name} (capability {major}.{minor}): built "
-        f"for {', '.join(card.arch_list) or 'no GPU'}. For a V100 install the CUDA 12.6 build: "
-        f"pip install torch=={release} --index-url https://download.pytorch.org/whl/cu126"
+        f"torch {torch.__version__} has no kernels for {card.name} (capability {_version(card)}): built "
+        f"for {', '.join(card.arch_list) or 'no GPU'}. For a V100 install the CUDA 12.6 build: pip install "
+        f"torch=={torch.__version__.partition('+')[0]} --index-url https://download.pytorch.org/whl/cu126"
     )
+
+
+def _version(card: Card) -> str:
+    return ".".join(map(str, card.capability or ()))
+
+
+def device_card(device: Device) -> dict[str, Any]:
+    """Return what a record says of the device: card, torch, CUDA and driver versions."""
+    import torch
+
+    card = asdict(device.card)
+    del card["arch_list"]
+    on_cpu = device.card.type == "cpu"
+    return card | {
+        "claimed": device.claimed,
+        "cpu_model": cpu_model() if on_cpu else None,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "driver": None if on_cpu else driver_version(),
+    }
+
+
+def driver_version() -> str | None:
+    """Return the version of NVIDIA's driver as its library says it; None where there is none."""
+    try:
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    text = ctypes.create_string_buffer(96)
+    failed = library.nvmlInit_v2() or library.nvmlSystemGetDriverVersion(text, len(text))
+    return None if failed else text.value.decode()
+
+
+def cpu_name() -> str:
+    """Return what this machine's CPU calls itself; several generations may share a name."""
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+def cpu_model() -> str:
+    """Return a short name that tells generations apart, such as `Intel Xeon 6/207` (family and model)."""
+    numbers = [_cpuinfo()[name] for name in ("cpu family", "model") if name in _cpuinfo()]
+    return f"{short_cpu(cpu_name())} {'/'.join(numbers)}".strip()
+
+
+def short_cpu(name: str) -> str:
+    """Return a CPU's name without marks and words that say nothing."""
+    words = re.sub(r"\((R|TM)\)|@.*", "", name).split()
+    return " ".join(word for word in words if word not in ("Processor", "CPU"))
+
+
+@functools.cache
+def _cpuinfo() -> dict[str, str]:
+    """Return what Linux says of the first core; nothing elsewhere."""
+    if sys.platform != "linux":
+        return {}
+    first = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
+    return dict(re.findall(r"^(\S[^\t:]*?)\s*: *(.*?) *$", first, re.MULTILINE))
+
+
+# -- precision and compilation -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -241,27 +264,29 @@ class PrecisionChoice:
         return self.name == "fp16"
 
 
-def choose_precision(asked: str, card: Card) -> PrecisionChoice:
-    """Return the precision for `asked` on `card`.
+def choose_precision(precision: str, card: Card) -> PrecisionChoice:
+    """Return what a run with the parameter `precision` computes in on `card`.
 
     "auto" goes by compute capability, never by `is_bf16_supported()`, which is true on a V100 by emulation.
     Raises `InputError` for a precision that the device has no units for.
     """
-    where = "CPU" if card.type == "cpu" else f"capability {'.'.join(map(str, card.capability or ()))}"
-    modern = card.capability is not None and card.capability >= (8, 0)
-    if asked == "auto":
-        if card.type == "cpu":
-            return PrecisionChoice("fp32", "auto: fp32 on a CPU")
-        if modern:
-            return PrecisionChoice("bf16", f"auto: {where} is at least 8.0")
-        if card.capability is not None and card.capability >= (7, 0):
-            return PrecisionChoice("fp16", f"auto: {where} has fp16 tensor cores and no bf16")
-        return PrecisionChoice("fp32", f"auto: {where} has no tensor cores")
-    if asked in ("tf32", "bf16") and card.type == "cuda" and not modern:
-        raise InputError(f"precision {asked} needs capability 8.0; {card.name} has {where}: use fp16 or fp32")
-    if asked == "tf32" and card.type == "cpu":
+    on_cpu, where = card.type == "cpu", f"capability {_version(card)}"
+    capability = card.capability or (0, 0)
+    if precision in ("tf32", "bf16") and not on_cpu and capability < (8, 0):
+        raise InputError(
+            f"precision {precision} needs capability 8.0; {card.name} has {where}: use fp16 or fp32"
+        )
+    if precision == "tf32" and on_cpu:
         raise InputError("precision tf32 exists on CUDA devices of capability 8.0 and above, not on a CPU")
-    return PrecisionChoice(asked, "asked for")
+    if precision != "auto":
+        return PrecisionChoice(precision, "asked for")
+    if on_cpu:
+        return PrecisionChoice("fp32", "auto: fp32 on a CPU")
+    if capability >= (8, 0):
+        return PrecisionChoice("bf16", f"auto: {where} is at least 8.0")
+    if capability >= (7, 0):
+        return PrecisionChoice("fp16", f"auto: {where} has fp16 tensor cores and no bf16")
+    return PrecisionChoice("fp32", f"auto: {where} has no tensor cores")
 
 
 def set_matmul_precision(choice: PrecisionChoice) -> None:
@@ -273,15 +298,11 @@ def set_matmul_precision(choice: PrecisionChoice) -> None:
 
 def compile_choice(mode: str, card: Card, has_compiler: bool) -> tuple[str, str]:
     """Return the compile mode that is used and why, for the mode asked for."""
-    if mode == "off":
-        return "off", "asked for"
     if card.type == "cpu" and mode in ("reduce-overhead", "graph"):
         return "off", f"not applicable: {mode} is CUDA graphs, and this is a CPU"
-    if card.type == "cpu" and not has_compiler:
-        return (
-            "off",
-            "no C++ compiler found: eager instead; install g++ or clang, or set compile_mode=off",
-        )
+    if card.type == "cpu" and mode != "off" and not has_compiler:
+        advice = "install g++ or clang, or set compile_mode=off"
+        return "off", f"no C++ compiler found: eager instead; {advice}"
     return mode, "asked for"
 
 
@@ -290,29 +311,7 @@ def has_compiler() -> bool:
     return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++", "g++"))
 
 
-def device_card(device: Device) -> dict[str, Any]:
-    """Return what a record says of the device: card, torch, CUDA and driver versions."""
-    import torch
-
-    card = asdict(device.card) | {"claimed": device.claimed}
-    card.pop("arch_list")
-    card["cpu_model"] = cpu_model() if device.card.type == "cpu" else None
-    card |= {"torch": torch.__version__, "cuda": torch.version.cuda, "driver": None}
-    if device.card.type == "cuda":
-        card["driver"] = driver_version()
-    return card
-
-
-def driver_version() -> str | None:
-    """Return the version of NVIDIA's driver as its library says it; None where there is none."""
-    try:
-        library = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return None
-    text = ctypes.create_string_buffer(96)
-    if library.nvmlInit_v2() or library.nvmlSystemGetDriverVersion(text, len(text)):
-        return None
-    return text.value.decode()
+# -- time and memory -----------------------------------------------------------------------------------------
 
 
 def synchronize(device: torch.device) -> None:
@@ -330,11 +329,8 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
-        try:
-            with open("/proc/self/clear_refs", "w") as file:
-                file.write("5")
-        except OSError:  # not permitted in some containers: the peak then covers the whole process
-            pass
+        with contextlib.suppress(OSError):  # not permitted in some containers: it is then the whole process's
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -343,11 +339,9 @@ def peak_memory_bytes(device: torch.device) -> int:
 
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "linux":
-        with open("/proc/self/status") as file:
-            for line in file:
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
+    status = Path("/proc/self/status")  # what `reset_peak_memory` resets
+    if status.is_file() and (match := re.search(r"VmHWM:\s*(\d+)", status.read_text())):
+        return int(match[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -359,8 +353,6 @@ def keep_freed_memory() -> bool:
     page. Blocks of 32 MiB and more still come from the kernel: kept, they would fragment the heap; those of a
     step stay allocated anyway (see `bert4rec`). No effect on other C libraries.
     """
-    if sys.platform != "linux":
-        return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
@@ -369,26 +361,9 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(m_mmap_threshold, 32 * 2**20)) and bool(mallopt(m_trim_threshold, 2**31 - 1))
 
 
-def device_main(argv: list[str] | None = None) -> int:
-    """Describe the device, or list the GPUs."""
-    parser = Parser(prog="python -m reclib device", description="What this machine computes on, in full.")
-    actions = parser.add_subparsers(dest="action", metavar="ACTION", help="none: describe the device")
-    actions.add_parser("visible", help="the GPUs that this process sees, as JSON")
-    if parser.parse_args(argv).action == "visible":
-        print(json.dumps(visible_gpus()))
-        return 0
-    for name, value in device_card(find()).items():
-        print(f"{name:<14}{value}")
-    return 0
-
-
-# ------------------------------------------------------------------------------------------------
-# Devices that are not here: what their makers say of them, from `params/devices.yaml`.
-#
-# A gpu label may stand for several boards ("v100" for 16 and 32 GB). Whoever needs one number of a label
-# gets it only where its boards agree: an unknown device has no peak, and so no MFU.
-
-GIB = 2**30
+# -- devices that are not here -------------------------------------------------------------------------------
+# A gpu label may stand for several boards ("v100" for 16 and 32 GB). Whoever needs one number of a label gets
+# it only where its boards agree: an unknown device has no peak, and so no MFU.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -405,12 +380,12 @@ class Board:
     source: str
     build: str = ""  # what torch build it needs, where not any
 
-    def precision(self, asked: str = "auto") -> str:
-        """Return what `asked` means here: auto is bf16 from capability 8.0, below it fp16.
+    def precision(self, wanted: str = "auto") -> str:
+        """Return what `wanted` means here: auto is bf16 from capability 8.0, below it fp16.
 
         Raises `InputError` for a precision that the device has no units for.
         """
-        chosen = ("bf16" if self.capability >= (8, 0) else "fp16") if asked == "auto" else asked
+        chosen = ("bf16" if self.capability >= (8, 0) else "fp16") if wanted == "auto" else wanted
         if chosen not in self.peaks:
             known = ", ".join(self.peaks)
             raise InputError(f"precision {chosen!r}: {self.name} has no units for it; allowed: {known}")
@@ -420,34 +395,36 @@ class Board:
 @functools.cache
 def catalogue() -> dict[str, Board]:
     """Return every device by label."""
-    file = system.params() / "devices.yaml"
-    return {label: _board(label, given) for label, given in system.read_yaml(file).items()}
-
-
-def _board(label: str, given: dict[str, Any]) -> Board:
-    own = dict(given)
-    own |= {
-        "capability": tuple(own["capability"]),
-        "memory_bytes": int(own.pop("memory") * GIB),
-        "bandwidth": own["bandwidth"] * 1e9,
-        "peaks": {name: value * 1e12 for name, value in own["peaks"].items()},
+    return {
+        label: Board(
+            label=label,
+            capability=tuple(given.pop("capability")),
+            memory_bytes=int(given.pop("memory") * GIB),
+            bandwidth=given.pop("bandwidth") * 1e9,
+            peaks={precision: tera * 1e12 for precision, tera in given.pop("peaks").items()},
+            **given,
+        )
+        for label, given in system.read_yaml(system.params() / "devices.yaml").items()
     }
-    return Board(**own, label=label)
+
+
+def _family(label: str) -> str:
+    return label.partition("-")[0]
 
 
 def boards(label: str) -> list[Board]:
     """Return the boards that a label stands for: itself, or all that begin with it; raise `InputError`."""
-    found = [board for name, board in catalogue().items() if name == label or name.startswith(f"{label}-")]
-    if not found:
+    matches = [board for name, board in catalogue().items() if label in (name, _family(name))]
+    if not matches:
         known = ", ".join(catalogue())
         raise InputError(f"unknown device {label!r}{nearest(label, catalogue())}; known: {known}")
-    return found
+    return matches
 
 
 def of_memory(family: str, memory_bytes: int) -> Board | None:
     """Return the board of a family with the memory nearest to this; None for a family that is not known."""
-    found = [board for name, board in catalogue().items() if name.partition("-")[0] == family]
-    return min(found, key=lambda board: abs(board.memory_bytes - memory_bytes), default=None)
+    matches = [board for name, board in catalogue().items() if _family(name) == family]
+    return min(matches, key=lambda board: abs(board.memory_bytes - memory_bytes), default=None)
 
 
 def peak_flops(label: str, precision: str) -> float | None:
@@ -459,28 +436,14 @@ def peak_flops(label: str, precision: str) -> float | None:
     return peaks.pop() if len(peaks) == 1 else None
 
 
-def cpu_name() -> str:
-    """Return what this machine's CPU calls itself; several generations may share a name."""
-    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
-
-
-def cpu_model() -> str:
-    """Return a short name that tells generations apart, such as `Intel Xeon 6/207` (family and model)."""
-    found = _cpuinfo()
-    numbers = [found[name] for name in ("cpu family", "model") if name in found]
-    return f"{short_cpu(cpu_name())} {'/'.join(numbers)}".strip()
-
-
-def short_cpu(name: str) -> str:
-    """Return a CPU's name without marks and words that say nothing."""
-    words = re.sub(r"\((R|TM)\)|@.*", "", name).split()
-    return " ".join(word for word in words if word not in ("Processor", "CPU"))
-
-
-def _cpuinfo() -> dict[str, str]:
-    """Return what Linux says of the first core; nothing elsewhere."""
-    if sys.platform != "linux":
-        return {}
-    first = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
-    pairs = (line.partition(":")[::2] for line in first.splitlines())
-    return {name.strip(): value.strip() for name, value in pairs}
+def device_main(argv: list[str] | None = None) -> int:
+    """Describe the device, or list the GPUs."""
+    parser = Parser(prog="python -m reclib device", description="What this machine computes on, in full.")
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", help="none: describe the device")
+    actions.add_parser("visible", help="the GPUs that this process sees, as JSON")
+    if parser.parse_args(argv).action == "visible":
+        print(json.dumps(visible_gpus()))
+        return 0
+    for name, value in device_card(find()).items():
+        print(f"{name:<14}{value}")
+    return 0

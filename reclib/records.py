@@ -1,9 +1,9 @@
 """What a run found, kept so that figures can be built from it and nobody has to take it on trust.
 
-`Run.result` does two things. It displays a small bundle with the deterministic part (what the
-notebook tests compare), and it appends one line with everything to
-`executed/<label>/results.jsonl`: metrics in full, timings, parameters, device, versions, code and
-commit. The label is that of the device that was really there, whatever was claimed.
+`Run.result` does two things. It displays a small bundle with the deterministic part (what the notebook tests
+compare), and it appends one line with everything to `<label>/results.jsonl` in `system.executed()`: metrics
+in full, timings, parameters, device, versions, code and commit. The label is that of the device that was
+really there, whatever was claimed.
 """
 
 from __future__ import annotations
@@ -30,10 +30,40 @@ from reclib import parameters, system
 from reclib.config import InputError
 from reclib.system import plain
 
-# ------------------------------------------------------------------------------------------------
-# Where a number comes from: code, commit, versions; and nothing about who ran it where.
+SCHEMA = 1
 
-_PACKAGES = ("torch", "numpy", "pandas", "plotly")
+MIME = "application/vnd.reclib.result+json"
+
+Kind = Literal["measured", "predicted"]
+
+# What a record keeps of a device's card; cpu_model tells generations of one name apart, None on a GPU.
+CARD = (
+    "name",
+    "cpu_model",
+    "type",
+    "capability",
+    "memory_bytes",
+    "torch",
+    "cuda",
+    "driver",
+    "threads",
+    "label",
+)
+
+# What makes two records results of the same thing.
+_KEY = ("notebook", "kind", "label", "name", "params_hash", "seed")
+
+# Of a record's profile, the more it can be trusted the later: grids are long experiments.
+PROFILES = ("smoke", "custom", *parameters.PROFILES[1:], "grid")
+
+_RECORDS = ("*/results.jsonl", "*/grids/*.jsonl", "*/*/results.jsonl", "*/*/grids/*.jsonl")
+
+_UNFINISHED = "unfinished line"
+
+_COPIED = (".ipynb", ".npz", ".json")  # executed notebooks, ranks of a grid, self-checks
+
+
+# -- where a number comes from: code, commit, versions; and nothing about who ran it where -------------------
 
 
 def code_hash(notebook: str) -> str:
@@ -55,73 +85,43 @@ def git_state() -> dict[str, Any] | None:
 
     A checkout that was copied without its .git has the commit that `RECLIB_COMMIT` states, if it does.
     """
-    root = system.CHECKOUT
-    commit = _git(root, "rev-parse", "HEAD")
-    if not commit:
-        stated = os.environ.get("RECLIB_COMMIT")
-        return {"commit": stated, "dirty": None} if stated else None
-    code = ("reclib", "notebooks", "params", "pyproject.toml")  # records change with every run
-    changed = _git(root, "status", "--porcelain", "--", *code)
-    return {"commit": commit, "dirty": None if changed is None else bool(changed)}
 
+    def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(system.CHECKOUT), *arguments]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
 
-def _git(root: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=30
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    if commit := git("rev-parse", "HEAD"):
+        changed = git("status", "--porcelain", "--", "reclib", "notebooks", "params", "pyproject.toml")
+        return {"commit": commit, "dirty": None if changed is None else bool(changed)}
+    stated = os.environ.get("RECLIB_COMMIT")
+    return {"commit": stated, "dirty": None} if stated else None
 
 
 def versions() -> dict[str, str | None]:
     """Return the versions of Python and of the packages that numbers and figures depend on."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
-
-
-# ------------------------------------------------------------------------------------------------
-
-SCHEMA = 1
-
-MIME = "application/vnd.reclib.result+json"
-
-Kind = Literal["measured", "predicted"]
-
-CARD = (
-    "name",
-    "cpu_model",  # tells generations of one name apart; None on a GPU
-    "type",
-    "capability",
-    "memory_bytes",
-    "torch",
-    "cuda",
-    "driver",
-    "threads",
-    "label",
-)
-
-_KEY = ("notebook", "kind", "label", "name", "params_hash", "seed")
-
-# Of a record's profile, the more it can be trusted the later: grids are long experiments.
-PROFILES = ("smoke", "custom", *parameters.PROFILES[1:], "grid")
+    result: dict[str, str | None] = {"python": platform.python_version()}
+    for package in ("torch", "numpy", "pandas", "plotly"):
+        result[package] = None
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            result[package] = importlib.metadata.version(package)
+    return result
 
 
 def params_hash(params: Mapping[str, Any]) -> str:
     """Return 16 hexadecimal digits that identify a set of parameters, whatever their order."""
-    text = json.dumps(plain(dict(params)), sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return _sha256(json.dumps(plain(params), sort_keys=True, separators=(",", ":"), allow_nan=False))[:16]
 
 
 def provenance(notebook: str) -> dict[str, Any]:
     """Return what made a result: hashes of the code, the commit, and versions."""
     return {"code": code_hash(notebook), "git": git_state(), "versions": versions()}
+
+
+# -- making records ------------------------------------------------------------------------------------------
 
 
 def row(
@@ -130,50 +130,27 @@ def row(
     metrics: Mapping[str, Any],
     *,
     card: Mapping[str, Any],
-    profile: str,
-    params: Mapping[str, Any],
-    own_params: Mapping[str, Any],
-    params_hash: str,
-    data: Mapping[str, Any] | None,
     made_by: Mapping[str, Any] | None = None,
-    timings: Mapping[str, Any] | None = None,
-    series: Mapping[str, Sequence[Any]] | None = None,
-    seed: int | None = None,
-    kind: Kind = "measured",
-    claimed: str | None = None,
-    earlier: int = 0,
-    **more: Any,
+    **fields: Any,
 ) -> dict[str, Any]:
     """Return a record as it is appended, of the time that it is now.
 
-    `card` is the device's, whose label is the record's; `params` are those of the run, `own_params` those of
-    this result; `made_by` is the `provenance`, None: of the code as it is now; `earlier` counts the records
-    of the same configuration.
+    `card` is the device's, whose label is the record's; `made_by` is the `provenance`, None: of the code as
+    it is now. `fields` have `profile`, `params` (of the run), `own_params` (of this result), `params_hash`
+    and `data` (name and fingerprint), and may have whatever else `_Form` names.
     """
-    return plain(
-        {
-            "schema": SCHEMA,
-            "notebook": notebook,
-            "name": name,
-            "kind": kind,
-            "label": card["label"],
-            "claimed": claimed,
-            "profile": profile,
-            "seed": seed,
-            "device": {key: card.get(key) for key in CARD},
-            "data": data,
-            "metrics": metrics,
-            "timings": timings or {},
-            "series": series or {},
-            "params": params,
-            "own_params": own_params,
-            "params_hash": params_hash,
-            "earlier": earlier,
-            **(made_by or provenance(notebook)),
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            **more,
-        }
-    )
+    optional: dict[str, Any] = {
+        "kind": "measured",
+        "claimed": None,
+        "seed": None,
+        "timings": {},
+        "series": {},
+        "earlier": 0,
+    }
+    of_device = {"label": card["label"], "device": {key: card.get(key) for key in CARD}}
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    head = {"schema": SCHEMA, "notebook": notebook, "name": name, "metrics": metrics, "time": now}
+    return plain({**head, **of_device, **optional, **(made_by or provenance(notebook)), **fields})
 
 
 class Record(dict[str, Any]):
@@ -195,25 +172,23 @@ class Run:
     ) -> None:
         """Take the notebook's parameters, the device's card, the data's name and fingerprint.
 
-        `p` is the dataclass from `parameters.read`; `device` has at least the keys that
+        `p` is the value from `parameters.read`; `device` has at least the keys that
         `hardware.device_card` returns; `data` has `name` and `fingerprint`.
         """
-        missing = [key for key in CARD if key not in device]
-        if missing:
+        if missing := [key for key in CARD if key not in device]:
             raise ValueError(f"device card lacks {', '.join(missing)}")
         if device["type"] == "cuda":
             _demand_self_check(device)
         self.notebook = notebook
         self.params = plain(parameters.values(p))
         self.label = str(device["label"])
-        self._deterministic = self._without(parameters.device_names() | {"gpu", "tracker"})
+        self._card = dict(device)
         self._row = {
             "claimed": self.params.get("gpu"),
             "profile": parameters.profile_of(notebook, p),
             "data": data,
             "made_by": provenance(notebook),
         }
-        self._card = dict(device)
 
     def result(
         self,
@@ -237,23 +212,22 @@ class Run:
 
         `device` is the card of one that is not here: only a prediction has one, and lies in its folder.
         """
-        own = plain(dict(params or {}))
-        if seed is not None and not isinstance(seed, int):
-            raise ValueError(f"seed of {name!r} must be a whole number, got {seed!r}")
         if kind not in ("measured", "predicted"):
             raise ValueError(f"kind of {name!r} must be measured or predicted, got {kind!r}")
         if device is not None and kind != "predicted":
             raise ValueError(f"{name!r} is {kind} on {device['label']}, which is not here")
-        numbers = _finite(name, metrics)
+        own = plain(params or {})
+        # A result of one seed is the same result whichever other seeds the run had.
+        identity = self._without("gpu", "tracker", *(("seed", "seeds") if seed is not None else ()))
         record = Record(
             row(
                 self.notebook,
                 name,
-                numbers,
-                card=self._card if device is None else device,
+                _finite(name, metrics),
+                card=device or self._card,
                 params=self.params,
                 own_params=own,
-                params_hash=params_hash(self._identity(seed) | {"own": own}),
+                params_hash=params_hash(identity | {"own": own}),
                 timings=_finite(name, timings or {}),
                 series={key: [_or_null(v) for v in values] for key, values in (series or {}).items()},
                 seed=seed,
@@ -261,166 +235,81 @@ class Run:
                 **self._row,
             )
         )
-        file = system.executed() / record["label"] / "results.jsonl"
-        record["earlier"] = _times_recorded(file, record)
-        append(file, record)
-        _display(self.notebook, name, self._deterministic | own, numbers, seed)
+        record["earlier"] = _times_recorded(record)
+        append(system.executed() / record["label"] / "results.jsonl", record)
+        deterministic = self._without("gpu", "tracker", *parameters.device_names())
+        _display(self.notebook, name, deterministic | own, record["metrics"], seed)
         return record
 
-    def _identity(self, seed: int | None) -> dict[str, Any]:
-        # A result of one seed is the same result whichever other seeds the run had.
-        return self._without({"gpu", "tracker"} | ({"seed", "seeds"} if seed is not None else set()))
-
-    def _without(self, names: Iterable[str]) -> dict[str, Any]:
-        left_out = set(names)
+    def _without(self, *names: str) -> dict[str, Any]:
         if self.params.get("nproc") == 1:  # as every result was found before there was a choice
-            left_out.add("nproc")
-        return {key: value for key, value in self.params.items() if key not in left_out}
+            names += ("nproc",)
+        return {key: value for key, value in self.params.items() if key not in names}
 
 
 def _demand_self_check(device: Mapping[str, Any]) -> None:
     """Refuse to record measurements of a GPU that has not passed its self-check with this torch."""
-    file = system.executed() / str(device["label"]) / "selfcheck.json"
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    checked = found.get("device", {})
-    same = all(checked.get(key) == plain(device[key]) for key in ("name", "torch", "cuda"))
-    if not (found.get("passed") and same):
-        raise InputError(
-            f"no passed self-check of {device['name']} with torch {device['torch']} in "
-            f"{device['label']}/selfcheck.json: run `python -m reclib check` once, then again"
-        )
+    for root in roots():
+        file = root / str(device["label"]) / "selfcheck.json"
+        if file.is_file():
+            check = json.loads(file.read_text(encoding="utf-8"))
+            same = [check["device"].get(key) == plain(device[key]) for key in ("name", "torch", "cuda")]
+            if check["passed"] and all(same):
+                return
+    raise InputError(
+        f"no passed self-check of {device['name']} with torch {device['torch']} in "
+        f"{device['label']}/selfcheck.json: run `python -m reclib check` once, then again"
+    )
 
 
-def read(root: Path, problems: list[str] | None = None) -> list[dict[str, Any]]:
-    """Return all records of a root's devices and grids, each once, by folder and line.
-
-    They are in `<label>/results.jsonl` and `<label>/grids/*.jsonl`, and one folder deeper where another
-    machine's folder was copied into the label's. A record that is there twice counts once. A line that is no
-    record, or lies in another device's folder, is skipped: its fault is added to `problems`; without such
-    a list, standard error says how many and why.
-    """
-    rows: dict[str, dict[str, Any]] = {}
-    for file in files(root):
-        for record in read_file(file, root, problems=problems):
-            rows.setdefault(digest(record), record)
-    return list(rows.values())
-
-
-def files(root: Path) -> list[Path]:
-    """Return the files of records under a root."""
-    patterns = ("results.jsonl", "grids/*.jsonl")
-    return sorted(file for depth in ("*", "*/*") for p in patterns for file in root.glob(f"{depth}/{p}"))
-
-
-def digest(record: Mapping[str, Any]) -> str:
-    """Return the hash by which a record is known wherever it is copied."""
-    text = json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def read_file(
-    file: Path, root: Path, strict: bool = False, problems: list[str] | None = None
-) -> list[dict[str, Any]]:
-    """Return the records of one file under `root`; what is none is skipped as `read` says.
-
-    With `strict` it is an `InputError`, except for a last line that a killed run left unfinished.
-    """
-    rows, faults = [], []
-    place = file.relative_to(root)
-    lines = file.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(_checked(line, place.parts[0]))
-        except InputError as error:
-            unfinished = number == len(lines)  # the last element is what follows the last newline
-            faults.append(f"{place}:{number}: {'unfinished line' if unfinished else error}")
-            if strict and not unfinished:
-                raise InputError(faults[-1]) from None
-    if problems is not None:
-        problems += faults
-    elif faults:
-        others = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
-        print(f"{faults[0]}{others}: skipped", file=sys.stderr)
-    return rows
-
-
-def _no_number(text: str) -> float:
-    raise ValueError(f"{text} is no number of JSON")
-
-
-def latest(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the newest record of each notebook, kind, label, name, parameters, seed, and data or grid.
-
-    Two grids can hold one and the same run: each keeps its record, since each is drawn by itself.
-    """
-    newest: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for record in records:
-        data = record.get("data") or {}
-        key = (*(record[part] for part in _KEY), data.get("name"), data.get("fingerprint"))
-        if key not in newest or record["time"] >= newest[key]["time"]:
-            newest[key] = record
-    return list(newest.values())
-
-
-def committed() -> list[dict[str, Any]]:
-    """Return the newest records of the grids that lie in the repository, wherever this run records."""
-    return latest(row for row in read(system.root() / "executed") if row["profile"] == "grid")
-
-
-def _times_recorded(file: Path, record: Mapping[str, Any]) -> int:
-    """Count the records of the same result, with the same parameters, that are in the file already."""
-    if not file.is_file():
-        return 0
-    there = (line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("{"))
+def _times_recorded(record: Mapping[str, Any]) -> int:
+    """Count the records of the same result, with the same parameters, here and in the repository."""
     needle = f'"params_hash":"{record["params_hash"]}"'
-    same = (json.loads(line) for line in there if needle in line and line.endswith("}"))
-    return sum(all(one.get(key) == record[key] for key in _KEY) for one in same)
+    count = 0
+    for root in roots():
+        file = root / record["label"] / "results.jsonl"
+        for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+            if needle in line and line.startswith("{") and line.endswith("}"):
+                count += all(json.loads(line).get(key) == record[key] for key in _KEY)
+    return count
 
 
-class _Form(TypedDict):
-    """What every record has; see `row`."""
-
-    schema: int
-    notebook: str
-    name: str
-    kind: Kind
-    label: str
-    profile: str
-    seed: int | None
-    device: dict[str, Any]
-    data: dict[str, Any] | None
-    metrics: dict[str, int | float | bool | None]
-    timings: dict[str, int | float | bool | None]
-    series: dict[str, list[Any]]
-    params: dict[str, Any]
-    own_params: dict[str, Any]
-    params_hash: str
-    time: str
-
-
-def _checked(line: bytes, label: str) -> dict[str, Any]:
-    """Return the record of a line in the folder `label`; raise `InputError` that says why it is none."""
+def _display(
+    notebook: str, name: str, params: Mapping[str, Any], metrics: Mapping[str, Any], seed: int | None
+) -> None:
+    """Show the deterministic part, where there is a notebook to show it in."""
     try:
-        record = msgspec.json.decode(line)  # no NaN, no infinity, UTF-8 alone
-        msgspec.convert(record, _Form)
-        datetime.fromisoformat(record["time"])
-    except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
-        raise InputError(f"not a record ({error})") from None
-    if record["schema"] != SCHEMA:
-        raise InputError(f"schema {record['schema']!r}, this version reads {SCHEMA}")
-    if record["profile"] not in PROFILES:
-        raise InputError(f"not a record (unknown profile {record['profile']!r})")
-    if record["label"] != label:
-        raise InputError(f"a record of {record['label']!r} in another device's folder")
-    return record
+        from IPython import get_ipython
+        from IPython.display import display
+    except ImportError:  # a script on a machine without Jupyter
+        return
+    if get_ipython() is None:
+        return
+    rounded = {key: float(f"{v:.3g}") if isinstance(v, float) else v for key, v in metrics.items()}
+    bundle: dict[str, Any] = {"name": name, "params": dict(params), "metrics": rounded}
+    text = "  ".join(f"{key}={value}" for key, value in rounded.items())
+    if seed is not None:
+        bundle["seed"] = seed
+        name = f"{name} (seed {seed})"
+    display({MIME: bundle, "text/plain": f"{notebook} / {name}: {text}"}, raw=True)
+
+
+def _finite(name: str, numbers: Mapping[str, Any]) -> dict[str, float | int | None]:
+    result = {key: plain(given) for key, given in numbers.items()}
+    for key, value in result.items():
+        if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
+            raise ValueError(f"{key} of result {name!r} is {numbers[key]!r}: not a finite number")
+    return result
+
+
+def _or_null(given: Any) -> Any:
+    value = plain(given)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def append(file: Path, record: Mapping[str, Any]) -> None:
     """Append one line in one write, whole or not at all."""
-    text = json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    line = text.encode() + b"\n"
+    line = _text(record).encode() + b"\n"
     file.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
@@ -429,8 +318,8 @@ def append(file: Path, record: Mapping[str, Any]) -> None:
         try:
             written = os.write(descriptor, line)
             if written < len(line):
-                said = f"No space left: only {written} of {len(line)} bytes could be written"
-                raise OSError(errno.ENOSPC, said, file.name)
+                problem = f"No space left: only {written} of {len(line)} bytes could be written"
+                raise OSError(errno.ENOSPC, problem, file.name)
         except OSError:
             with contextlib.suppress(OSError):
                 os.ftruncate(descriptor, end)
@@ -453,53 +342,125 @@ def _end_of_records(descriptor: int) -> int:
     return len(content) + os.write(descriptor, b"\n")  # whole: only an editor dropped the newline
 
 
-def _display(
-    notebook: str,
-    name: str,
-    params: Mapping[str, Any],
-    metrics: Mapping[str, float | int | None],
-    seed: int | None,
-) -> None:
-    """Show the deterministic part, where there is a notebook to show it in."""
+def _text(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# -- reading records -----------------------------------------------------------------------------------------
+
+
+class _Form(TypedDict):
+    """What every record has; see `row`."""
+
+    schema: Literal[1]
+    notebook: str
+    name: str
+    kind: Kind
+    label: str
+    profile: str
+    seed: int | None
+    device: dict[str, Any]
+    data: dict[str, Any] | None
+    metrics: dict[str, int | float | bool | None]
+    timings: dict[str, int | float | bool | None]
+    series: dict[str, list[Any]]
+    params: dict[str, Any]
+    own_params: dict[str, Any]
+    params_hash: str
+    time: str
+
+
+def roots() -> list[Path]:
+    """Return the roots of the records that there can be: the repository's, then this user's."""
+    return list(dict.fromkeys([system.committed(), system.executed()]))
+
+
+def read(root: Path | Sequence[Path], problems: list[str] | None = None) -> list[dict[str, Any]]:
+    """Return all records of the devices and grids of a root, or of several, each once, by folder and line.
+
+    They are in `<label>/results.jsonl` and `<label>/grids/*.jsonl`, and one folder deeper where another
+    machine's folder was copied into the label's. A record that is there twice counts once. A line that is no
+    record, or lies in another device's folder, is skipped: its fault is added to `problems`; without such
+    a list, standard error says how many and why.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for folder in [root] if isinstance(root, Path) else root:
+        for file in files(folder):
+            faults: list[str] = []
+            for record in read_file(file, folder, faults):
+                rows.setdefault(digest(record), record)
+            if problems is not None:
+                problems += faults
+            elif faults:
+                others = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
+                print(f"{faults[0]}{others}: skipped", file=sys.stderr)
+    return list(rows.values())
+
+
+def files(root: Path) -> list[Path]:
+    """Return the files of records under a root."""
+    return sorted({file for pattern in _RECORDS for file in root.glob(pattern)})
+
+
+def digest(record: Mapping[str, Any]) -> str:
+    """Return the hash by which a record is known wherever it is copied."""
+    return _sha256(_text(record))
+
+
+def read_file(file: Path, root: Path, problems: list[str]) -> list[dict[str, Any]]:
+    """Return the records of one file under `root`; the faults of lines that are none go to `problems`."""
+    rows, place = [], file.relative_to(root)
+    lines = file.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows += [_checked(line, place.parts[0])] if line.strip() else []
+        except InputError as error:
+            # The last element is what follows the last newline: a killed run left it.
+            problems.append(f"{place}:{number}: {_UNFINISHED if number == len(lines) else error}")
+    return rows
+
+
+def _checked(line: bytes, label: str) -> dict[str, Any]:
+    """Return the record of a line in the folder `label`; raise `InputError` that says why it is none."""
     try:
-        from IPython import get_ipython
-        from IPython.display import display
-    except ImportError:  # a script on a machine without Jupyter
-        return
-    if get_ipython() is None:
-        return
-    rounded = {key: _three_digits(value) for key, value in metrics.items()}
-    bundle: dict[str, Any] = {"name": name, "params": dict(params), "metrics": rounded}
-    text = "  ".join(f"{key}={value}" for key, value in rounded.items())
-    if seed is not None:
-        bundle["seed"] = seed
-        name = f"{name} (seed {seed})"
-    display({MIME: bundle, "text/plain": f"{notebook} / {name}: {text}"}, raw=True)
+        record = msgspec.json.decode(line)  # no NaN, no infinity, UTF-8 alone
+        msgspec.convert(record, _Form)
+        datetime.fromisoformat(record["time"])
+    except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
+        raise InputError(f"not a record ({error})") from None
+    if record["profile"] not in PROFILES:
+        raise InputError(f"not a record (unknown profile {record['profile']!r})")
+    if record["label"] != label:
+        raise InputError(f"a record of {record['label']!r} in another device's folder")
+    return record
 
 
-def _three_digits(value: float | int | None) -> float | int | None:
-    return float(f"{value:.3g}") if isinstance(value, float) else value
+def latest(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the newest record of each notebook, kind, label, name, parameters, seed, and data or grid.
+
+    Two grids can hold one and the same run: each keeps its record, since each is drawn by itself.
+    """
+    newest: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for record in records:
+        data = record.get("data") or {}
+        key = (*(record[part] for part in _KEY), data.get("name"), data.get("fingerprint"))
+        if key not in newest or record["time"] >= newest[key]["time"]:
+            newest[key] = record
+    return list(newest.values())
 
 
-def _finite(name: str, numbers: Mapping[str, Any]) -> dict[str, float | int | None]:
-    result = {}
-    for key, given in numbers.items():
-        value = plain(given)
-        if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
-            raise ValueError(f"{key} of result {name!r} is {given!r}: not a finite number")
-        result[key] = value
-    return result
+def committed() -> list[dict[str, Any]]:
+    """Return the newest records of the grids that lie in the repository, wherever this run records."""
+    return latest(row for row in read(system.committed()) if row["profile"] == "grid")
 
 
-def _or_null(given: Any) -> Any:
-    value = plain(given)
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-# ------------------------------------------------------------------------------------------------
-# Records of several machines in one place: appended where they are new, known by their hash.
-
-_COPIED = (".ipynb", ".npz", ".json")  # executed notebooks, ranks of a grid, self-checks
+def reference() -> dict[str, Any]:
+    """Return the seed study's published figures, with their sources and what is wrong in them."""
+    return system.read_yaml(system.params() / "published" / "seed_study.yaml")
 
 
 def merge(source: Path, root: Path) -> tuple[int, int, int]:
@@ -508,22 +469,20 @@ def merge(source: Path, root: Path) -> tuple[int, int, int]:
     Nothing that is there changes. Returns the numbers of new records, of known ones, of files copied.
     Raises `InputError` where `source` holds no records or a broken one, before anything is written.
     """
-    theirs = [(file, read_file(file, source, strict=True)) for file in files(source)]
+    faults: list[str] = []
+    theirs = [(file, read_file(file, source, faults)) for file in files(source)]
     if not theirs:
         raise InputError(f"{source}: no records there: expected <label>/results.jsonl in it")
-    known = {digest(one) for one in read(root)}
-    before = len(known)
-    for file, records in theirs:
-        for one in records:
-            if digest(one) not in known:
-                append(root / file.relative_to(source), one)
-                known.add(digest(one))
-    new = len(known) - before
-    return new, sum(len(records) for _, records in theirs) - new, _copy_files(source, root)
-
-
-def _copy_files(source: Path, root: Path) -> int:
-    copied = 0
+    for fault in faults:
+        if not fault.endswith(_UNFINISHED):
+            raise InputError(fault)
+    known = {digest(record) for record in read(root)}
+    before, copied = len(known), 0
+    for file, rows in theirs:
+        for record in rows:
+            if digest(record) not in known:
+                append(root / file.relative_to(source), record)
+                known.add(digest(record))
     for file in sorted(source.glob("*/**/*")):
         target = root / file.relative_to(source)
         wanted = file.suffix in _COPIED and not file.name.endswith(".failed.ipynb")
@@ -531,10 +490,5 @@ def _copy_files(source: Path, root: Path) -> int:
             with system.replacing(target) as fresh:
                 shutil.copyfile(file, fresh)
             copied += 1
-    return copied
-
-
-def reference() -> dict[str, Any]:
-    """Return the seed study's published figures, with their sources and what is wrong in them."""
-    file = system.params() / "published" / "seed_study.yaml"
-    return system.read_yaml(file)
+    new = len(known) - before
+    return new, sum(len(rows) for _, rows in theirs) - new, copied

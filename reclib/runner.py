@@ -1,13 +1,12 @@
-"""Running notebooks: one by papermill (`execute`), unless it is done already (`Job`), all of them (`Matrix`).
+"""Running notebooks: one by papermill (`execute`), unless it is done already (`run`), or several (`run_all`).
 
 While it runs, and if it fails, a notebook is `NN_name.failed.ipynb`; only a complete run takes the name
 `NN_name.ipynb`. What papermill and widgets leave in it (absolute paths, times, widget state) is dropped, so
 that a diff shows results.
 
 A job that is done has a stamp, which git ignores: only work of this checkout is skipped, never because of a
-committed record or notebook. In a matrix each notebook and device is a process of its own: a crash, a kill
-or a timeout costs that one alone, and the same command runs what is left. GPUs of one label share its
-notebooks. The CPU comes last: its jobs are timed on the cores that feed the GPUs.
+committed record or notebook. Every notebook has a kernel, a process of its own: a crash, a kill or a timeout
+costs that one alone, and the same command runs what is left.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import hashlib
 import json
 import logging
 import os
-import queue
 import shutil
 import signal
 import subprocess
@@ -32,12 +30,11 @@ from typing import Any
 
 from reclib import parameters, records, system
 from reclib.config import CPU_LABELS, GPU_LABELS, InputError
+from reclib.system import Tell
 
 _ERROR_MARKER = "papermill-error-cell-tag"  # of the banner cells that papermill inserts
 
 _WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
-
-Tell = Callable[[str], None]
 
 
 class NotebookFailed(Exception):
@@ -57,12 +54,14 @@ def check_cell(notebook: Path, expected: list[str]) -> None:
     stated = list(papermill.inspect_notebook(str(notebook)))
     if not stated:
         raise InputError(f"{notebook.name} has no cell tagged 'parameters'")
-    for name in expected:
+    for name in [*expected, *stated]:
         if name not in stated:
             raise InputError(f"{notebook.name}: its parameters cell lacks {name!r}")
-    for name in stated:
         if name not in expected:
             raise InputError(f"{notebook.name}: {name!r} in its parameters cell is no parameter")
+
+
+# -- one notebook --------------------------------------------------------------------------------------------
 
 
 def execute(
@@ -72,13 +71,14 @@ def execute(
     *,
     cell_seconds: int | None = None,
     records: Path | None = None,
+    gpu: str | None = None,
     tell: Tell = print,
 ) -> None:
-    """Run `notebook` with the parameters `values` and leave it at `output`.
+    """Run `notebook` with the parameters `values` and leave it at `output`; tell of each code cell.
 
     `cell_seconds` is the longest that a cell may take; None: as long as it needs. `records` is where
-    results go instead of the study's own folder. Raises `NotebookFailed`; the kernel is gone when
-    this returns, whichever way.
+    results go instead of `system.executed()`, `gpu` what `CUDA_VISIBLE_DEVICES` is, None: as it is here.
+    Raises `NotebookFailed`; the kernel is gone when this returns, whichever way.
     """
     import papermill
     from nbclient.exceptions import DeadKernelError
@@ -86,11 +86,14 @@ def execute(
 
     working = failed_path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    progress = _Progress(tell)
-    _register(progress)
-    kills = system.memory_kills()
     # A short folder of its own: the sockets' path has room for about 100 characters.
     runtime = tempfile.mkdtemp(prefix="reclib-", dir="/tmp" if os.path.isdir("/tmp") else None)
+    environment = _environment() | {"RECLIB_RECORDS": str(records or system.executed())}
+    environment |= {"WANDB_SILENT": "true"} | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
+    kernel = _Kernel(notebook.parent, Path(runtime), environment, tell)
+    kills = system.memory_kills()
+    _register_engine()
+    _KERNELS.add(kernel)
     try:
         papermill.execute_notebook(
             str(notebook),
@@ -100,41 +103,28 @@ def execute(
             kernel_name="python3",
             progress_bar=False,
             autosave_cell_every=30,
-            cwd=str(notebook.parent),
             execution_timeout=cell_seconds,
-            runtime_folder=runtime,
-            records=records,
+            kernel=kernel,
         )
         normalise(working)
         os.replace(working, output)
+        return
     except PapermillExecutionError as error:
         reason = f"{error.ename}: {error.evalue}".strip().splitlines()[0]
-        raise _failed(notebook, error.exec_count, reason + system.of_error(reason)) from None
     except DeadKernelError:
-        code = progress.end_kernel()
-        reason = f"DeadKernelError: {system.of_death(code, system.memory_kills() - kills)}"
-        raise _failed(notebook, progress.cell, reason) from None
+        reason = f"DeadKernelError: {system.of_death(kernel.end(), system.memory_kills() - kills)}"
     except (TimeoutError, RuntimeError) as error:  # a cell over its time, a kernel that does not start
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        raise _failed(notebook, progress.cell, reason + system.of_error(reason)) from None
     except OSError as error:
-        if not system.is_full_disk(error):
+        reason = f"[Errno {error.errno}] {error.strerror}, writing {working.name}"
+        if not system.of_error(reason):
             raise
-        raise _failed(notebook, progress.cell, _put_away(working, error)) from None
+        working.unlink(missing_ok=True)  # a part of one, that the disk had no room for, is of no use
     finally:
-        progress.end_kernel()
+        kernel.end()
         shutil.rmtree(runtime, ignore_errors=True)
-
-
-def _put_away(working: Path, error: OSError) -> str:
-    """Delete a notebook that the disk had no room for, and say so: a part of one is of no use."""
-    working.unlink(missing_ok=True)
-    reason = f"[Errno {error.errno}] {error.strerror}, writing {working.name}"
-    return reason + system.of_error(reason)
-
-
-def _failed(notebook: Path, cell: int, reason: str) -> NotebookFailed:
-    return NotebookFailed(f"{notebook.stem} failed in cell {cell}: {reason}")
+        _KERNELS.discard(kernel)
+    raise NotebookFailed(f"failed in cell {kernel.cell}: {reason}{system.of_error(reason)}")
 
 
 def normalise(notebook: Path) -> None:
@@ -155,80 +145,79 @@ def normalise(notebook: Path) -> None:
     system.write_atomically(notebook, nbformat.writes(content).rstrip("\n") + "\n")
 
 
-class _Progress:
-    """Tells of each code cell, once, when it is done."""
+_KERNELS: set[_Kernel] = set()  # those that run or start
 
-    def __init__(self, tell: Tell) -> None:
-        self.cell = 0  # code cells begun
-        self._tell = tell
-        self._title = ""
-        self._kernel: subprocess.Popen | None = None
+_STOPPING = threading.Event()  # no further kernel may run
 
-    def watch(self, manager: Any) -> None:
-        """Follow the cells of papermill's execution manager."""
-        total = sum(cell.cell_type == "code" for cell in manager.nb.cells)
-        start, complete = manager.cell_start, manager.cell_complete
-        begun = 0.0
 
-        def cell_start(cell: Any, cell_index: int | None = None, **more: Any) -> None:
-            nonlocal begun
-            begun = time.perf_counter()
-            if cell.cell_type == "code":
-                self.cell += 1
-            elif cell.source.startswith("#"):
-                self._title = cell.source.splitlines()[0].lstrip("# ")
-            start(cell, cell_index, **more)
+@dataclass(eq=False)
+class _Kernel:
+    """The process that runs a notebook, and how far it is."""
 
-        def cell_complete(cell: Any, cell_index: int | None = None, **more: Any) -> None:
-            complete(cell, cell_index, **more)
-            if cell.cell_type == "code":
-                seconds = time.perf_counter() - begun
-                self._tell(f"  cell {self.cell}/{total}  {seconds:6.1f} s  {self._title}")
+    folder: Path  # where it starts
+    runtime: Path  # of its connection
+    environment: dict[str, str]
+    tell: Tell
+    cell: int = 0  # code cells begun
+    process: subprocess.Popen | None = None
 
-        manager.cell_start, manager.cell_complete = cell_start, cell_complete
-
-    def hold(self, kernel: subprocess.Popen) -> None:
-        """Remember the kernel's process, to see to its end."""
-        self._kernel = kernel
-
-    def end_kernel(self) -> int | None:
+    def end(self) -> int | None:
         """End the kernel and what it started, if they are still there; return its exit code."""
-        if self._kernel is None:
+        if self.process is None:
             return None
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._kernel.pid, signal.SIGKILL)  # a kernel leads a session of its own
-        return self._kernel.wait()
+            os.killpg(self.process.pid, signal.SIGKILL)  # a kernel leads a session of its own
+        return self.process.wait()
 
 
-def _register(progress: _Progress) -> None:
-    """Give papermill an engine that reports to `progress` and starts kernels as we need them."""
+def _register_engine() -> None:
+    """Give papermill an engine that starts a kernel as a `_Kernel` says and counts its cells."""
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import Engine, papermill_engines
     from traitlets.config import Config
 
     class Client(PapermillNotebookClient):
+        kernel: _Kernel
+        title = ""
+
         def start_new_kernel(self, **options: Any) -> None:
             super().start_new_kernel(**options)
-            progress.hold(self.km.provisioner.process)
+            self.kernel.process = self.km.provisioner.process
+            if _STOPPING.is_set():
+                self.kernel.end()
+
+        def execute_cell(self, cell: Any, index: int, **options: Any) -> None:
+            if cell.cell_type != "code":
+                if cell.source.startswith("#"):
+                    self.title = cell.source.splitlines()[0].lstrip("# ")
+                return
+            self.kernel.cell += 1
+            begun = time.perf_counter()
+            try:
+                super().execute_cell(cell, index, **options)
+            finally:
+                total = sum(cell.cell_type == "code" for cell in self.nb.cells)
+                seconds = time.perf_counter() - begun
+                self.kernel.tell(f"  cell {self.kernel.cell}/{total}  {seconds:6.1f} s  {self.title}")
 
     class ReclibEngine(Engine):
         @classmethod
         def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> None:
-            progress.watch(nb_man)
+            kernel: _Kernel = options["kernel"]
             # Sockets in the file system: TCP ports race between runs, and anyone can connect.
             config = Config({"KernelManager": {"transport": "ipc"}})
-            runtime = Path(options["runtime_folder"])
-            config.KernelManager.connection_file = str(runtime / "kernel.json")
+            config.KernelManager.connection_file = str(kernel.runtime / "kernel.json")
             client = Client(
                 nb_man,
                 kernel_name=kernel_name,
                 timeout=options["execution_timeout"],
                 startup_timeout=options["start_timeout"],
                 log=logging.getLogger("papermill"),
+                resources={"metadata": {"path": str(kernel.folder)}},
                 config=config,
             )
-            folder = str(options["records"] or system.executed())
-            client.execute(env=_environment() | {"RECLIB_RECORDS": folder, "WANDB_SILENT": "true"})
+            client.kernel = kernel
+            client.execute(env=kernel.environment)
 
     papermill_engines.register("reclib", ReclibEngine)
 
@@ -243,6 +232,9 @@ def _environment() -> dict[str, str]:
     }
 
 
+# -- a notebook unless it is done ----------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Job:
     """One notebook with its parameters, on the device that is here."""
@@ -254,8 +246,12 @@ class Job:
     @classmethod
     def last(cls, notebook: str, label: str) -> Job:
         """Return the job that this checkout finished last on a device (no values: none)."""
-        empty = cls(notebook, {}, label)
-        return cls(notebook, empty._stamped().get("values", {}), label)
+        return cls(notebook, cls(notebook, {}, label)._stamped().get("values", {}), label)
+
+    @property
+    def lock(self) -> str:
+        """Name of its lock."""
+        return f"{self.label}-{self.notebook}"
 
     @property
     def output(self) -> Path:
@@ -265,7 +261,7 @@ class Job:
     @property
     def stamp(self) -> Path:
         """The file that says that this checkout has finished this notebook on this device."""
-        return system.stamps() / f"{self.label}-{self.notebook}.json"
+        return system.stamps() / f"{self.lock}.json"
 
     def identity(self) -> str:
         """Return a hash of what the outcome depends on: parameters, code, versions."""
@@ -290,10 +286,16 @@ class Job:
         except InputError:  # the parameters of then are not valid now
             return False
 
-    def finish(self, identity: str) -> None:
-        """Stamp the job as done; `identity` is what it was when it began."""
-        stamp = {"identity": identity, "output": system.file_sha256(self.output), "values": self.values}
-        system.write_json(self.stamp, stamp)
+    def state(self) -> str:
+        """Return running, failed, done, stale, recorded or missing: see `cli.status`."""
+        if system.is_locked(self.lock):
+            return "running"
+        if failed_path(self.output).is_file():
+            return "failed"
+        if self.output.is_file() and self.stamp.is_file():
+            return "done" if self.is_finished() else "stale"
+        files = (root / self.label / self.output.name for root in records.roots())
+        return "recorded" if any(file.is_file() for file in files) else "missing"
 
     def _stamped(self) -> dict[str, Any]:
         try:
@@ -303,7 +305,36 @@ class Job:
         return stamp if isinstance(stamp, dict) else {}
 
 
-Command = Callable[[str, str], list[str]]  # (notebook, label) -> arguments of one cell's process
+def run(
+    job: Job,
+    gpu: str | None,
+    tell: Tell,
+    tell_cells: Tell,
+    *,
+    force: bool = False,
+    cell_seconds: int | None = None,
+) -> bool:
+    """Execute a job unless this checkout has finished it; return whether it ran.
+
+    `gpu` and `cell_seconds` are those of `execute`; `tell` gets a line where another run is waited for,
+    `tell_cells` one for each cell.
+    """
+    with system.lock(job.lock, tell):  # two runs of it would write the same files
+        if not force and job.is_finished():
+            return False
+        with system.device_lock(job.label, tell, gpu):
+            identity = job.identity()  # before: what is edited during the run was not run
+            job.stamp.unlink(missing_ok=True)
+            if force:  # a finished training run would only be loaded
+                shutil.rmtree(system.runs() / job.notebook, ignore_errors=True)
+            source = system.notebooks() / job.output.name
+            execute(source, job.output, job.values, cell_seconds=cell_seconds, gpu=gpu, tell=tell_cells)
+            sha256 = system.file_sha256(job.output)
+            system.write_json(job.stamp, {"identity": identity, "output": sha256, "values": job.values})
+    return True
+
+
+# -- several notebooks on several devices --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -311,7 +342,7 @@ class Slot:
     """One device of this machine."""
 
     label: str
-    visible: str  # CUDA_VISIBLE_DEVICES of its processes; empty: none, the CPU
+    visible: str | None = None  # CUDA_VISIBLE_DEVICES of its kernels; empty: none, the CPU; None: as it is
 
 
 def slots(labels: str, gpus: Sequence[tuple[str, str]]) -> list[Slot]:
@@ -322,7 +353,7 @@ def slots(labels: str, gpus: Sequence[tuple[str, str]]) -> list[Slot]:
     result: list[Slot] = []
     here = ", ".join([*dict.fromkeys(label for _, label in gpus), *CPU_LABELS])
     for wanted in [part.strip() for part in labels.split(",")]:
-        if (wanted != "all" and wanted not in GPU_LABELS) or wanted == "auto":
+        if wanted == "auto" or wanted not in ("all", *GPU_LABELS):
             raise InputError(f"--gpus is {labels!r}: {wanted!r} is no device label; here: {here}, or all")
         devices = [Slot(label, visible) for visible, label in gpus if wanted in (label, "all")]
         if wanted in CPU_LABELS:
@@ -334,94 +365,44 @@ def slots(labels: str, gpus: Sequence[tuple[str, str]]) -> list[Slot]:
 
 
 def visible_gpus() -> list[tuple[str, str]]:
-    """Ask a process of its own for the GPUs, so that this one opens none of them."""
-    done = subprocess.run(
-        [sys.executable, "-m", "reclib", "device", "visible"],
-        capture_output=True,
-        text=True,
-        env=_environment(),
-    )
+    """Ask a process of its own for `hardware.visible_gpus`, so that this one opens none of them."""
+    command = [sys.executable, "-m", "reclib", "device", "visible"]
+    done = subprocess.run(command, capture_output=True, text=True, env=_environment())
     if done.returncode:
         raise InputError(f"cannot list the GPUs: {done.stderr.strip().splitlines()[-1]}")
     return [(visible, label) for visible, label in json.loads(done.stdout.splitlines()[-1])]
 
 
-class Matrix:
-    """The cells of a run, and how each ended."""
+def run_all(jobs: Sequence[Job], devices: Sequence[Slot], work: Callable[[Job, Slot], object]) -> None:
+    """Call `work` for each job on a device of its label, in a thread for each GPU.
 
-    def __init__(self, notebooks: Sequence[str], devices: Sequence[Slot], command: Command) -> None:
-        self.devices, self.command = devices, command
-        self.left = {slot.label: queue.SimpleQueue[str]() for slot in devices}
-        for label in self.left:
-            for notebook in notebooks:
-                self.left[label].put(notebook)
-        self.ended: dict[tuple[str, str], str] = {}  # (notebook, label) -> "done" or what went wrong
-        self.children: set[subprocess.Popen] = set()
-        self.stopping = threading.Event()
+    GPUs of one label share its jobs. The CPU comes last, one label after another: its jobs are timed on the
+    cores that feed the GPUs. On an interrupt the kernels are ended, and it is raised again.
+    """
+    left = {slot.label: iter([job for job in jobs if job.label == slot.label]) for slot in devices}
 
-    def run(self) -> dict[tuple[str, str], str]:
-        """Run every cell; on an interrupt end the processes that are under way and raise it again."""
-        gpus = [[slot] for slot in self.devices if slot.visible]
-        cpus = [slot for slot in self.devices if not slot.visible]
-        try:
-            for lanes in (gpus, [cpus] if cpus else []):
-                threads = [threading.Thread(target=self._lane, args=(lane,)) for lane in lanes]
-                for thread in threads:
-                    thread.start()
-                while any(thread.is_alive() for thread in threads):
-                    time.sleep(0.1)
-        except KeyboardInterrupt:
-            self._stop()
-            raise
-        return self.ended
-
-    def _lane(self, devices: Sequence[Slot]) -> None:
+    def lane(devices: Sequence[Slot]) -> None:
         for slot in devices:
-            while not self.stopping.is_set():
-                try:
-                    notebook = self.left[slot.label].get_nowait()
-                except queue.Empty:
-                    break
-                self._cell(notebook, slot)
+            for job in left[slot.label]:  # which other lanes take from as well
+                if _STOPPING.is_set():
+                    return
+                work(job, slot)
 
-    def _cell(self, notebook: str, slot: Slot) -> None:
-        environment = system.start_with() | _environment() | {"CUDA_VISIBLE_DEVICES": slot.visible}
-        child = subprocess.Popen(
-            self.command(notebook, slot.label),
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            process_group=0,  # an interrupt from the terminal reaches us alone, and we pass it on
-        )
-        self.children.add(child)
-        assert child.stdout is not None
-        last = ""
-        for line in child.stdout:
-            last = line.rstrip() or last
-            print(f"[{slot.label}] {line.rstrip()}", flush=True)
-        code = child.wait()
-        self.children.discard(child)
-        self.ended[notebook, slot.label] = outcome(code, last)
-
-    def _stop(self) -> None:
-        """End what is under way: by an interrupt, then by force."""
-        self.stopping.set()
-        for number in (signal.SIGINT, signal.SIGKILL):
-            for child in list(self.children):
-                with contextlib.suppress(ProcessLookupError):
-                    child.send_signal(number)
-            end = time.monotonic() + system.PATIENCE
-            while self.children and time.monotonic() < end:
-                time.sleep(0.1)
-
-
-def outcome(code: int, last: str) -> str:
-    """Say how a cell's process ended, from its exit code and the last line that it wrote."""
-    if code == 0:
-        return "done"
-    if code < 0:
-        with contextlib.suppress(ValueError):
-            return f"killed by {signal.Signals(-code).name}: the same command runs it again"
-    return last or f"exit code {code}"
+    _STOPPING.clear()
+    on_cpu = [slot for slot in devices if slot.label.startswith("cpu")]
+    lanes = [[slot] for slot in devices if slot not in on_cpu]
+    try:
+        for together in (lanes, [on_cpu]):
+            threads = [threading.Thread(target=lane, args=(each,), daemon=True) for each in together]
+            for thread in threads:
+                thread.start()
+            while any(thread.is_alive() for thread in threads):
+                time.sleep(0.05)
+    except KeyboardInterrupt:
+        _STOPPING.set()
+        end = time.monotonic() + system.PATIENCE
+        while _KERNELS and time.monotonic() < end:
+            for kernel in list(_KERNELS):
+                kernel.end()
+            time.sleep(0.05)
+        raise

@@ -1,4 +1,4 @@
-"""Where things are, whatever the working directory.
+"""Where things are, how they are written whole, locks between processes, and how a command ends.
 
 Papermill runs a kernel in the caller's folder, nbval and JupyterLab in the notebook's, so no path in this
 project is relative to the working directory: all come from here.
@@ -32,14 +32,16 @@ import yaml
 from reclib.config import InputError, as_dict
 
 PACKAGE = Path(__file__).resolve().parent  # the code; the only place that asks where it lies
-
 CHECKOUT = PACKAGE.parent
+
+
+def _place(variable: str, default: Path) -> Path:
+    return Path(os.environ.get(variable) or default).resolve()
 
 
 def root() -> Path:
     """Return the project's root: `RECLIB_ROOT` if set, else the folder that holds the package."""
-    given = os.environ.get("RECLIB_ROOT")
-    return Path(given).resolve() if given else CHECKOUT
+    return _place("RECLIB_ROOT", CHECKOUT)
 
 
 def notebooks() -> Path:
@@ -52,24 +54,19 @@ def params() -> Path:
     return root() / "params"
 
 
-def figures() -> Path:
-    """Return the folder that `collect` fills from the records."""
-    return root() / "figures"
-
-
 def data() -> Path:
     """Return the cache of raw and prepared data (git-ignored): `RECLIB_DATA` if set."""
-    return Path(os.environ.get("RECLIB_DATA") or root() / ".data").resolve()
+    return _place("RECLIB_DATA", root() / ".data")
 
 
 def runs() -> Path:
-    """Return the folder of checkpoints (git-ignored): `RECLIB_RUNS` if set."""
-    return Path(os.environ.get("RECLIB_RUNS") or root() / "runs").resolve()
+    """Return the folder of a user's runs, checkpoints and records (git-ignored): `RECLIB_RUNS` if set."""
+    return _place("RECLIB_RUNS", root() / "runs")
 
 
 def models() -> Path:
     """Return the folder of models that are kept (git-ignored): `RECLIB_MODELS`, if set."""
-    return Path(os.environ.get("RECLIB_MODELS") or root() / "models").resolve()
+    return _place("RECLIB_MODELS", root() / "models")
 
 
 def stamps() -> Path:
@@ -77,18 +74,26 @@ def stamps() -> Path:
     return root() / ".stamps"
 
 
+def committed() -> Path:
+    """Return the root of the records that the repository holds."""
+    return (root() / "executed").resolve()
+
+
 def executed() -> Path:
-    """Return the root of the records: `RECLIB_RECORDS` if set, else `executed/`."""
-    return Path(os.environ.get("RECLIB_RECORDS") or root() / "executed").resolve()
+    """Return the root of what this user's runs record: `RECLIB_RECORDS` if set, else `runs/executed/`."""
+    return _place("RECLIB_RECORDS", runs() / "executed")
 
 
-# ------------------------------------------------------------------------------------------------
-# Folders on disk that are either whole or not there.
-#
-# An entry is written beside its place and renamed, so that no reader and no crash ever sees half of
-# it. A seal inside it holds what the entry was made from (its key) and size and sha256 of each file.
-# An entry whose files differ in size, or small ones in content, counts as absent; large files are
-# hashed on demand only (`damage`), since they are memory-mapped and need not be read to be used.
+def figures() -> Path:
+    """Return the folder of the figures that are built from the committed records."""
+    return root() / "figures"
+
+
+# -- files and folders that are either whole or not there ----------------------------------------------------
+# An entry (a folder) is written beside its place and renamed, so that no reader and no crash ever sees half
+# of it. A seal inside it holds what the entry was made from (its key) and size and sha256 of each file. An
+# entry whose files differ in size, or small ones in content, counts as absent; large files are hashed on
+# demand only (`damage`), since they are memory-mapped and need not be read to be used.
 
 SEAL = "seal.json"
 
@@ -120,18 +125,12 @@ def writing(folder: Path, key: str) -> Iterator[Path]:
 
 def holds(folder: Path, key: str | None = None) -> bool:
     """Whether the whole entry is there, and was made from `key` where one is given."""
-    seal = _seal(folder)
-    if seal is None or key not in (None, seal["key"]):
-        return False
-    return not _differing(folder, seal["files"], HASHED_ALWAYS)
+    return not _differing(folder, HASHED_ALWAYS, key)
 
 
 def damage(folder: Path) -> list[str]:
     """Return what differs from what was written, in words, after reading every byte of it."""
-    seal = _seal(folder)
-    if seal is None:
-        return [f"{SEAL} is missing or unreadable"]
-    return _differing(folder, seal["files"])
+    return _differing(folder, float("inf"))
 
 
 def remedy(folder: Path) -> str:
@@ -140,93 +139,35 @@ def remedy(folder: Path) -> str:
     return "delete it and prepare it again" if sealed else "expected a folder that `prepare` wrote to its end"
 
 
-def write_array(path: Path, dtype: Any, length: int, pieces: Iterable[np.ndarray]) -> None:
-    """Write a one-dimensional `.npy` file piece by piece.
-
-    Not through a memory map: on a full disk that ends the process instead of raising `OSError`.
-    """
-    written = 0
-    dtype = np.dtype(dtype).newbyteorder("<")
-    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
-    with path.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        for piece in pieces:
-            file.write(np.ascontiguousarray(piece, dtype).tobytes())
-            written += piece.size
-    if written != length:
-        raise RuntimeError(f"{path.name}: {written:,} values written, {length:,} announced")
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; without an exception that file takes its place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f"{path.name}.{os.getpid()}.partial")
+def _differing(folder: Path, hashed_up_to: float, key: str | None = None) -> list[str]:
     try:
-        yield fresh
-        os.replace(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)
+        seal = json.loads((folder / SEAL).read_text("utf-8"))
+        made_from, files = seal["key"], seal["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return [f"{SEAL} is missing or unreadable"]
+    if key not in (None, made_from):
+        return ["made from another key"]
+    faults = []
+    for name, expected in files.items():
+        try:
+            size = (folder / name).stat().st_size
+            if size != expected["bytes"]:
+                faults.append(f"{name} has {size:,} bytes, expected {expected['bytes']:,}")
+            elif size <= hashed_up_to and _about(folder / name) != expected:
+                faults.append(f"{name} is altered: its sha256 differs")
+        except OSError as error:
+            faults.append(f"{name}: {error.strerror or error}")
+    return faults
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all, in place of one that is there."""
-    with replacing(path) as fresh:
-        fresh.write_bytes(content.encode() if isinstance(content, str) else content)
+def _about(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
-def write_json(path: Path, document: Any) -> None:
-    """Write a document of plain JSON, indented, whole or not at all."""
-    write_atomically(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which a key stands once, and is text unless `any_keys`."""
-
-    any_keys = False
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.tag == "tag:yaml.org,2002:merge":  # `<<`: the keys of another mapping
-                continue
-            value = self.construct_object(key, deep=True)
-            if not (isinstance(value, str) or self.any_keys):
-                problem = f"the key {value!r} is no text: put it in quotation marks"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-            if value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{value!r} stands twice", key.start_mark)
-            seen.add(value)
-        return super().construct_mapping(node, deep)
-
-
-class _AnyKeys(_Loader):
-    any_keys = True
-
-
-def read_yaml(file: Path, *, any_keys: bool = False) -> Any:
-    """Return what a YAML file holds; raise `InputError` with file and line where it is malformed.
-
-    A key that stands twice in a mapping is an error, and one that is no text unless `any_keys`.
-    """
-    try:
-        loader = (_AnyKeys if any_keys else _Loader)(file.read_text(encoding="utf-8"))
-        return loader.get_single_data()
-    except FileNotFoundError:
-        raise InputError(f"{file} is missing") from None
-    except OSError as error:
-        raise InputError(f"{file}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{file}, line {line}: not UTF-8") from None
-    except yaml.YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        where = f"{file}, line {mark.line + 1}" if mark else str(file)
-        if not isinstance(error, yaml.constructor.ConstructorError):
-            problem = "not valid YAML"
-        raise InputError(f"{where}: {problem}") from None
-    except (ValueError, RecursionError) as error:  # a date or number that cannot be
-        raise InputError(f"{file}: not valid YAML: {str(error).splitlines()[0]}") from None
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file's content, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
@@ -271,42 +212,87 @@ def _locked(folder: Path) -> int | None:
     return None
 
 
-def _seal(folder: Path) -> dict[str, Any] | None:
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path` to write to; without an exception that file takes its place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        seal = json.loads((folder / SEAL).read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-    return seal if isinstance(seal, dict) and {"key", "files"} <= seal.keys() else None
+        yield fresh
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
-def _differing(folder: Path, files: dict[str, Any], hashed_up_to: float = float("inf")) -> list[str]:
-    found = []
-    for name, expected in files.items():
-        path = folder / name
-        try:
-            size = path.stat().st_size
-            if size != expected["bytes"]:
-                found.append(f"{name} has {size:,} bytes, expected {expected['bytes']:,}")
-            elif size <= hashed_up_to and _about(path) != expected:
-                found.append(f"{name} is altered: its sha256 differs")
-        except OSError as error:
-            found.append(f"{name}: {error.strerror or error}")
-    return found
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all, in place of one that is there."""
+    with replacing(path) as fresh:
+        fresh.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file's content, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def write_json(path: Path, document: Any) -> None:
+    """Write a document of plain JSON, indented, whole or not at all."""
+    write_atomically(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
 
-def _about(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+def write_array(path: Path, dtype: Any, length: int, pieces: Iterable[np.ndarray]) -> None:
+    """Write a one-dimensional `.npy` file piece by piece.
+
+    Not through a memory map: on a full disk that ends the process instead of raising `OSError`.
+    """
+    written = 0
+    dtype = np.dtype(dtype).newbyteorder("<")
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for piece in pieces:
+            file.write(np.ascontiguousarray(piece, dtype).tobytes())
+            written += piece.size
+    if written != length:
+        raise RuntimeError(f"{path.name}: {written:,} values written, {length:,} announced")
 
 
-# ------------------------------------------------------------------------------------------------
-# File locks: one timed job at a time on a device, and one run of a notebook for each device.
-#
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key stands once, and is text unless `any_keys`."""
+
+    any_keys = False
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys: set[Any] = set()
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":  # `<<`: the keys of another mapping
+                continue
+            value = self.construct_object(key, deep=True)
+            wrong = "stands twice" if value in keys else ""
+            if not (isinstance(value, str) or self.any_keys):
+                wrong = "as a key is no text: put it in quotation marks"
+            if wrong:
+                raise yaml.constructor.ConstructorError(None, None, f"{value!r} {wrong}", key.start_mark)
+            keys.add(value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(file: Path, *, any_keys: bool = False) -> Any:
+    """Return what a YAML file holds; raise `InputError` with file and line where it is malformed.
+
+    A key that stands twice in a mapping is an error, and one that is no text unless `any_keys`.
+    """
+    try:
+        loader = _Loader(file.read_text(encoding="utf-8"))
+        loader.any_keys = any_keys
+        return loader.get_single_data()
+    except OSError as error:
+        raise InputError(f"{file}: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, an odd date
+        mark = getattr(error, "problem_mark", None)
+        is_ours = isinstance(error, yaml.constructor.ConstructorError)
+        problem = (
+            str(getattr(error, "problem", "")) if is_ours else f"not valid YAML ({type(error).__name__})"
+        )
+        raise InputError(f"{file}{f', line {mark.line + 1}' if mark else ''}: {problem}") from None
+
+
+# -- locks: one timed job at a time on a device, and one run of a notebook for each device -------------------
 # All are `flock`s, which the system releases when a process dies, however it dies. A run on the CPU, with
 # whatever number of threads, has all cores for itself; runs on different GPUs go on at the same time, as each
 # holds its own and shares the cores that feed them.
@@ -327,40 +313,45 @@ def flock(handle: Any, *, shared: bool = False, wait: bool = False) -> bool:
 
 
 @contextlib.contextmanager
-def locked(file: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Hold a lock file; yield whether it is held, False where another process holds it."""
+def locked(
+    file: Path, *, wait: bool = False, shared: bool = False, tell: Tell | None = None
+) -> Iterator[bool]:
+    """Hold a lock file; yield whether it is held, False where another process holds it.
+
+    With `wait` it is held in the end; where that takes waiting, `tell` is called with a line about it.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as handle:  # closed in children, so that a kernel does not hold it on
-        yield flock(handle, wait=wait)
+        free = flock(handle, shared=shared)
+        if wait and not free:
+            if tell is not None:
+                tell(f"waiting: another run of this checkout holds {file.stem}")
+            free = flock(handle, shared=shared, wait=True)
+        yield free
+
+
+def lock(name: str, tell: Tell, shared: bool = False) -> contextlib.AbstractContextManager[bool]:
+    """Hold something of this checkout by its name, waiting for other runs."""
+    return locked(_lock_file(name), wait=True, shared=shared, tell=tell)
 
 
 @contextlib.contextmanager
-def device_lock(label: str, tell: Tell = print) -> Iterator[None]:
-    """Hold the device with this label, waiting while another run of this checkout is timed on it."""
+def device_lock(label: str, tell: Tell = print, gpu: str | None = None) -> Iterator[None]:
+    """Hold the device with this label, waiting while another run of this checkout is timed on it.
+
+    `gpu` is the one of `CUDA_VISIBLE_DEVICES` that is used; None: the first that this process sees.
+    """
     on_cpu = label.startswith("cpu")
-    with _waited_for("cores", shared=not on_cpu, tell=tell):
-        if on_cpu:
-            yield
-            return
-        which = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip() or "0"
-        with _waited_for(f"gpu-{which}", tell=tell):
-            yield
+    gpu = gpu or os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip() or "0"
+    board = contextlib.nullcontext() if on_cpu else lock(f"gpu-{gpu}", tell)
+    with lock("cores", tell, shared=not on_cpu), board:
+        yield
 
 
-def job_lock(label: str, notebook: str, tell: Tell = print) -> contextlib.AbstractContextManager[None]:
-    """Hold a notebook on a device: two runs of it would write the same files."""
-    return _waited_for(f"{label}-{notebook}", tell=tell)
-
-
-def figures_lock(tell: Tell = print) -> contextlib.AbstractContextManager[None]:
-    """Hold the folder of figures."""
-    return _waited_for("figures", tell=tell)
-
-
-def under_way(label: str, notebook: str) -> bool:
-    """Whether a run holds, or waits to hold, this notebook on this device."""
+def is_locked(name: str) -> bool:
+    """Whether a run holds, or waits to hold, something of this name."""
     try:
-        with _lock_file(f"{label}-{notebook}").open() as handle:
+        with _lock_file(name).open() as handle:
             return not flock(handle, shared=True)
     except FileNotFoundError:
         return False
@@ -370,23 +361,9 @@ def _lock_file(name: str) -> Path:
     return stamps() / (re.sub(r"[^\w.-]", "_", name) + ".lock")
 
 
-@contextlib.contextmanager
-def _waited_for(name: str, tell: Tell, shared: bool = False) -> Iterator[None]:
-    file = _lock_file(name)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a") as handle:  # closed in children, so that a kernel does not hold it on
-        if not flock(handle, shared=shared):
-            tell(f"waiting: another run of this checkout holds {name}")
-            flock(handle, shared=shared, wait=True)
-        yield
-
-
-# ------------------------------------------------------------------------------------------------
-# A process that ends with the one that started it, however that one ended.
-#
+# -- a process that ends with the one that started it --------------------------------------------------------
 # A killed parent cannot tell its children, so they look: `start_with` gives a child the pid of its parent,
-# and `hold` in the child interrupts it once it has another. Kernels have such a look of their own
-# (ipykernel's).
+# and `hold` in the child interrupts it once it has another. Kernels look for themselves (ipykernel does).
 
 _VARIABLE = "RECLIB_PARENT"
 
@@ -404,73 +381,64 @@ def hold() -> None:
     Does nothing in a process that was not started by `start_with`.
     """
     parent = os.environ.pop(_VARIABLE, None)  # not for our own children, whose parent is another
+
+    def look() -> None:
+        while os.getppid() == int(str(parent)):
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(PATIENCE)
+        os._exit(1)
+
     if parent is not None:
-        threading.Thread(target=_look, args=(int(parent),), daemon=True, name="lifeline").start()
+        threading.Thread(target=look, daemon=True, name="lifeline").start()
 
 
-def _look(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(PATIENCE)
-    os._exit(1)
-
-
-# ------------------------------------------------------------------------------------------------
-# Why a notebook or a process did not get through, and what its owner can do about it.
+# -- why a notebook or a process did not get through, and what its owner can do about it ---------------------
 
 # How the system counts what it killed for memory: this container's count, else the machine's.
 _COUNTERS = (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat"))
-
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-_MEMORY = re.compile(r"MemoryError|OutOfMemoryError|out of memory|can't allocate memory", re.IGNORECASE)
 
 _LESS_MEMORY = "lower batch_size or micro_batch_size, or choose a smaller size"
 
 AGAIN = "the same command goes on from the last checkpoint"
 
+_REMEDIES = {  # what an error says: what to do about it
+    r"MemoryError|OutOfMemoryError|out of memory|can't allocate memory": f"out of memory: {_LESS_MEMORY}",
+    rf"\[Errno ({errno.ENOSPC}|{errno.EDQUOT}|{errno.EFBIG})\]|No space left": (
+        f"the disk is full or a limit is reached: free some space, {AGAIN}"
+    ),
+    "CellTimeoutError": f"it took longer than --timeout allows: {AGAIN}",
+}
+
 
 def memory_kills(files: tuple[Path, ...] = _COUNTERS) -> int:
     """Return how many processes the system has killed for memory so far, as far as it says."""
     for file in files:
-        if file.is_file() and (found := re.search(r"^oom_kill (\d+)$", file.read_text(), re.MULTILINE)):
-            return int(found[1])
+        if file.is_file() and (match := re.search(r"^oom_kill (\d+)$", file.read_text(), re.MULTILINE)):
+            return int(match[1])
     return 0
 
 
 def of_death(code: int | None, kills: int, who: str = "its kernel") -> str:
     """Say what ended a process: its exit code (minus the signal), and memory kills while it ran."""
     if code == -signal.SIGKILL and kills:
-        return f"{who} was killed, and the system killed a process for memory: {_LESS_MEMORY}; {AGAIN}"
-    if code == -signal.SIGKILL:
-        return (
-            f"{who} was killed by SIGKILL, by somebody or for memory (`dmesg` tells): if for memory, "
-            f"{_LESS_MEMORY}; {AGAIN}"
-        )
-    if code is not None and code < 0:
-        return f"{who} died of {signal.Signals(-code).name}; {AGAIN}"
-    return f"{who} ended with exit code {code}; {AGAIN}"
+        reason = f"was killed, and the system killed a process for memory: {_LESS_MEMORY}"
+    elif code == -signal.SIGKILL:
+        reason = f"was killed by SIGKILL, by somebody or for memory (`dmesg` tells): if so, {_LESS_MEMORY}"
+    elif code is not None and code < 0:
+        reason = f"died of {signal.Signals(-code).name}"
+    else:
+        reason = f"ended with exit code {code}"
+    return f"{who} {reason}; {AGAIN}"
 
 
-def of_error(said: str) -> str:
+def of_error(message: str) -> str:
     """Return what to do about an error that a cell raised, "" where it says so itself."""
-    if _MEMORY.search(said):
-        return f"; out of memory: {_LESS_MEMORY}"
-    if any(re.search(rf"\[Errno {number}\]", said) for number in _DISK) or "No space left" in said:
-        return f"; the disk is full or a limit is reached: free some space, {AGAIN}"
-    if "CellTimeoutError" in said:
-        return f"; it took longer than --timeout allows: {AGAIN}"
-    return ""
+    remedies = (text for rule, text in _REMEDIES.items() if re.search(rule, message, re.IGNORECASE))
+    return next((f"; {text}" for text in remedies), "")
 
 
-def is_full_disk(error: OSError) -> bool:
-    """Whether an error says that nothing more can be written."""
-    return error.errno in _DISK
-
-
-# ------------------------------------------------------------------------------------------------
-# What every command of the shell does alike: errors in one line, a quiet end where nobody reads on.
+# -- what every command of the shell does alike --------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
@@ -482,7 +450,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def exit_code(main: Callable[[], int]) -> int:
-    """Carry a command out; return its code: 130 interrupted, 141 where nobody reads on (`... | head`)."""
+    """Carry a command out; return its code.
+
+    2 for wrong input, 1 for what the system refuses (a full disk, say), 130 interrupted, 141 where nobody
+    reads on (`... | head`). Errors are told in one line.
+    """
     try:
         try:
             return main()
@@ -491,7 +463,10 @@ def exit_code(main: Callable[[], int]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else it is told once more at the end
         return 128 + signal.SIGPIPE
-    except OSError as error:  # a full disk, a folder that may not be written
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -71,13 +71,13 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project root of its own: the real parameter files and a small `02_baseline`."""
+    """A project root of its own: the real parameter files and a small `02_baseline`; it records in runs/."""
     shutil.copytree(ROOT / "params", tmp_path / "params")
     (tmp_path / "notebooks").mkdir()
     defaults = yaml.safe_load((ROOT / "params/smoke.yaml").read_text())["02_baseline"]
     make_notebook(tmp_path / "notebooks/02_baseline.ipynb", defaults, [_CODE, RESULT])
     monkeypatch.setenv("RECLIB_ROOT", str(tmp_path))
-    monkeypatch.setenv("RECLIB_RECORDS", str(tmp_path / "executed"))
+    monkeypatch.delenv("RECLIB_RECORDS")
     return tmp_path
 
 

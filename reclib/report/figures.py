@@ -143,8 +143,8 @@ class Card(NamedTuple):
         return origin(self.records)
 
 
-def collect(root: Path, out_dir: Path) -> list[Path]:
-    """Rebuild the figures from the newest records under `root`; return the files.
+def collect(root: Path | Sequence[Path], out_dir: Path) -> list[Path]:
+    """Rebuild the figures from the newest records under one root or several; return the files.
 
     A malformed record is never fatal: it is left out, told on standard error and listed on the page.
     """
@@ -520,7 +520,7 @@ def pictures_main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (figures/)")
     given = parser.parse_args(arguments)
     try:
-        files = draw(records.latest(records.read(system.executed())), given.out or system.figures())
+        files = draw(records.latest(records.read(system.committed())), given.out or system.figures())
     except InputError as error:
         print(error, file=sys.stderr)
         return 2

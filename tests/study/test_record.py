@@ -18,7 +18,7 @@ CARD = dict.fromkeys(records.CARD) | {"label": "cpu", "name": "Some CPU", "threa
 
 @pytest.fixture
 def root(project: Path) -> Path:
-    return project / "executed"
+    return project / "runs/executed"
 
 
 def make_run(label: str = "cpu", **changes: object) -> records.Run:
@@ -31,23 +31,26 @@ def lines(root: Path, label: str = "cpu") -> list[dict]:
     return [json.loads(line) for line in (root / label / "results.jsonl").read_text().splitlines()]
 
 
-def test_a_record_holds_what_is_needed_to_believe_it(root):
-    make_run().result(
+def test_a_record_holds_what_is_needed_to_believe_it(root, capsys):
+    make_run(gpu="h100", dataset="/home/lovelace/ratings.csv").result(
         "bert4rec",
-        {"hr_10": 0.123456789, "users": 943},
+        {"hr_10": 0.123456789, "users": np.int64(943), "half": np.float32(0.5), "none": None},
         params={"head": "plain"},
         timings={"train_seconds": 3.5},
         series={"loss": [2.0, float("nan")]},
         seed=7,
     )
+    assert capsys.readouterr().out == ""  # there is no notebook to display it in
     (entry,) = lines(root)
-    assert entry["metrics"] == {"hr_10": 0.123456789, "users": 943}
+    assert entry["metrics"] == {"hr_10": 0.123456789, "users": 943, "half": 0.5, "none": None}
     assert entry["timings"] == {"train_seconds": 3.5}
     assert entry["series"] == {"loss": [2.0, None]}
-    assert (entry["kind"], entry["seed"], entry["profile"]) == ("measured", 7, "smoke")
+    assert (entry["kind"], entry["seed"], entry["profile"]) == ("measured", 7, "custom")
+    assert (entry["label"], entry["claimed"]) == ("cpu", "h100")  # whatever is claimed
+    assert not (root / "h100").exists()
     assert entry["device"]["name"] == "Some CPU"
     assert entry["data"] == {"name": "ml-100k", "fingerprint": "f00"}
-    assert entry["params"]["epochs"] == 2
+    assert (entry["params"]["epochs"], entry["params"]["dataset"]) == (2, "ratings.csv")
     assert entry["own_params"] == {"head": "plain"}
     assert entry["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert len(entry["code"]) == len(entry["params_hash"]) == 16
@@ -65,32 +68,31 @@ def test_the_number_of_processes_tells_results_apart_only_where_it_is_not_one(ro
     assert one["params_hash"] == records.params_hash(before | {"own": {}})  # as it was without a choice
 
 
-def test_the_label_is_the_one_of_the_device_whatever_is_claimed(root):
-    make_run(label="cpu", gpu="h100").result("x", {"a": 1})
-    (entry,) = lines(root)
-    assert (entry["label"], entry["claimed"]) == ("cpu", "h100")
-    assert not (root / "h100").exists()
-
-
-def test_numpy_numbers_are_numbers(root):
-    make_run().result("x", {"a": np.float32(0.5), "n": np.int64(3), "none": None})
-    assert lines(root)[0]["metrics"] == {"a": 0.5, "n": 3, "none": None}
-
-
-def test_what_is_no_finite_number_is_no_metric(root):
+def test_what_cannot_be_recorded_is_refused_before_anything_is_written(root):
     for bad in [float("nan"), float("inf"), np.float64("nan"), "0.5", [1.0]]:
-        run = make_run()
         with pytest.raises(ValueError, match="hr_10 of result 'x'"):
-            run.result("x", {"hr_10": bad})
-        assert not root.exists() or not list(root.rglob("*.jsonl"))
-
-
-def test_a_kind_that_does_not_exist_and_a_card_that_lacks_something_are_refused(root):
+            make_run().result("x", {"hr_10": bad})
     with pytest.raises(ValueError, match="measured or predicted"):
         make_run().result("x", {"a": 1}, kind="guessed")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="measured on l4, which is not here"):
+        make_run().result("x", {"a": 1}, device=CARD | {"label": "l4"})
     p = parameters.build("02_baseline", parameters.profile("02_baseline", "smoke"))
     with pytest.raises(ValueError, match="device card lacks name"):
         records.Run("02_baseline", p, {key: 0 for key in records.CARD if key != "name"})
+    assert not root.exists()
+
+
+def test_a_gpu_that_has_not_passed_its_self_check_records_nothing(root, project):
+    with pytest.raises(InputError, match="no passed self-check of Some CPU"):
+        records.Run("02_baseline", None, CARD | {"type": "cuda"})
+    for place in (root, project / "executed"):
+        (place / "cpu").mkdir(parents=True)
+        (place / "cpu/selfcheck.json").write_text(json.dumps({"device": CARD, "passed": True}))
+        p = parameters.build("02_baseline", parameters.profile("02_baseline", "smoke"))
+        records.Run("02_baseline", p, CARD | {"type": "cuda"})
+        with pytest.raises(InputError, match="no passed self-check"):
+            records.Run("02_baseline", p, CARD | {"type": "cuda", "torch": "3"})
+        (place / "cpu/selfcheck.json").unlink()
 
 
 def test_folders_of_paths_do_not_get_into_records():
@@ -105,13 +107,7 @@ def test_folders_of_paths_do_not_get_into_records():
         assert system.plain({"a": [text]}) == {"a": [kept]}
 
 
-def test_a_path_given_as_data_set_is_recorded_by_its_name(root):
-    make_run(dataset="/home/lovelace/ratings.csv").result("x", {"a": 1})
-    assert "lovelace" not in (root / "cpu/results.jsonl").read_text()
-    assert lines(root)[0]["params"]["dataset"] == "ratings.csv"
-
-
-def test_an_unfinished_last_line_is_skipped_and_the_next_writer_removes_it(root, capsys):
+def test_an_unfinished_last_line_goes_and_a_whole_one_without_its_newline_stays(root, capsys):
     make_run().result("x", {"a": 1})
     file = root / "cpu/results.jsonl"
     whole = file.read_bytes()
@@ -120,14 +116,9 @@ def test_an_unfinished_last_line_is_skipped_and_the_next_writer_removes_it(root,
     assert "cpu/results.jsonl:2: unfinished line: skipped" in capsys.readouterr().err
     make_run().result("y", {"a": 2})
     assert [entry["name"] for entry in records.read(root)] == ["x", "y"]
-
-
-def test_a_whole_last_line_without_its_newline_is_kept(root):
-    make_run().result("x", {"a": 1})
-    file = root / "cpu/results.jsonl"
     file.write_bytes(file.read_bytes().rstrip(b"\n"))
-    make_run().result("y", {"a": 2})
-    assert [entry["name"] for entry in records.read(root)] == ["x", "y"]
+    make_run().result("z", {"a": 2})
+    assert [entry["name"] for entry in records.read(root)] == ["x", "y", "z"]
 
 
 def test_a_line_that_is_no_record_is_skipped_and_counted_and_not_merged(root, capsys, tmp_path):
@@ -138,7 +129,7 @@ def test_a_line_that_is_no_record_is_skipped_and_counted_and_not_merged(root, ca
     def changed(**values):
         return json.dumps(json.loads(good) | values)
 
-    for line, said in [
+    for line, part in [
         ('{"schema": 1, "na', "truncated"),
         ('{"schema": 1}', "missing required field"),
         ("[1]", "not a record"),
@@ -148,16 +139,16 @@ def test_a_line_that_is_no_record_is_skipped_and_counted_and_not_merged(root, ca
         (changed(time=1), "Expected `str`, got `int` - at `$.time`"),
         (changed(time="yesterday"), "Invalid isoformat"),
         (changed(own_params=None), "$.own_params"),
-        (changed(schema=2), "schema 2"),
+        (changed(schema=2), "$.schema"),
         (changed(label="a100"), "a record of 'a100'"),
         (good.strip().replace('"x"', '"\udcff"'), "utf-8"),
     ]:
         file.write_text(good + line + "\n" + good + line + "\n", errors="surrogateescape")
         assert [row["name"] for row in records.read(root)] == ["x"], line
-        told = capsys.readouterr().err
-        assert told.startswith("cpu/results.jsonl:2: ")
-        assert said.lower() in told.lower(), told
-        assert told.endswith(", and 1 more: skipped\n")
+        error = capsys.readouterr().err
+        assert error.startswith("cpu/results.jsonl:2: ")
+        assert part.lower() in error.lower(), error
+        assert error.endswith(", and 1 more: skipped\n")
         with pytest.raises(InputError, match=r"cpu/results\.jsonl:2: "):
             records.merge(root, tmp_path / "other")
 
@@ -174,49 +165,49 @@ def test_latest_keeps_the_newest_of_each(root):
     assert values == [2.0, 3.0, 4.0, 5.0, 6.0]
 
 
-def test_a_run_that_two_grids_hold_keeps_a_record_in_each():
+def test_latest_goes_by_time_and_a_run_that_two_grids_hold_keeps_a_record_in_each():
     of_one = {"time": "2026-01-01T00:00:00+00:00", "data": {"name": "trials"}}
     of_one |= dict.fromkeys(("notebook", "kind", "label", "name", "params_hash", "seed"), "s")
     of_other = of_one | {"time": "2026-01-02T00:00:00+00:00", "data": {"name": "headline"}}
     again = of_other | {"time": "2026-01-03T00:00:00+00:00"}
-    assert records.latest([of_one, of_other, again]) == [of_one, again]
+    assert records.latest([of_one, again, of_other]) == [of_one, again]
 
 
-def test_latest_goes_by_time_not_by_order():
-    old = dict.fromkeys(("notebook", "kind", "label", "name", "params_hash", "seed"), "s")
-    new = old | {"time": "2026-01-02T00:00:00+00:00"}
-    old |= {"time": "2026-01-01T00:00:00+00:00"}
-    assert records.latest([new, old]) == [new]
+def test_a_record_counts_the_earlier_ones_of_its_configuration_and_the_committed_ones(root, project):
+    run = make_run()
+    counts = [run.result("test_metrics", {"hr@10": 0.1}, seed=seed)["earlier"] for seed in (0, 0, 1, 0)]
+    assert counts == [0, 1, 0, 2]
+    assert run.result("test_metrics", {"hr@10": 0.1}, params={"model": "x"}, seed=0)["earlier"] == 0
+    root.rename(project / "executed")
+    assert run.result("test_metrics", {"hr@10": 0.1}, seed=0)["earlier"] == 3
 
 
 def test_the_hash_of_parameters_ignores_their_order_and_nothing_else():
-    assert records.params_hash({"a": 1, "b": [2]}) == records.params_hash({"b": [2], "a": 1})
-    assert records.params_hash({"a": 1}) != records.params_hash({"a": 2})
-    assert records.params_hash({"a": 1}) != records.params_hash({"b": 1})
+    hashes = [records.params_hash(p) for p in ({"a": 1, "b": [2]}, {"b": [2], "a": 1}, {"a": 1}, {"b": 1})]
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes)) == 3
 
 
-def test_the_hash_of_code_follows_code_cells_and_not_text_or_outputs(project: Path):
-    file = project / "notebooks/02_baseline.ipynb"
+def test_the_hash_of_code_follows_code_cells_and_every_folder_of_the_package(project: Path, monkeypatch):
+    def edited(number: int, **values: object) -> str:
+        file = project / "notebooks/02_baseline.ipynb"
+        content = json.loads(file.read_text())
+        content["cells"][number] |= values
+        file.write_text(json.dumps(content))
+        return records.code_hash("02_baseline")
+
     before = records.code_hash("02_baseline")
-    content = json.loads(file.read_text())
-    content["cells"][0]["source"] = ["# Another title"]
-    content["cells"][1]["execution_count"] = 9
-    file.write_text(json.dumps(content))
-    assert records.code_hash("02_baseline") == before
-    content["cells"][-1]["source"] = ["pass"]
-    file.write_text(json.dumps(content))
-    assert records.code_hash("02_baseline") != before
-
-
-def test_the_code_hash_covers_every_folder_of_the_package(tmp_path, monkeypatch):
-    (tmp_path / "room").mkdir()
-    (tmp_path / "top.py").write_text("1")
-    (tmp_path / "room" / "inner.py").write_text("1")
-    monkeypatch.setattr(system, "PACKAGE", tmp_path)
+    assert edited(0, source=["# Another title"]) == edited(1, execution_count=9) == before
+    assert edited(-1, source=["pass"]) != before
+    package = project / "package"
+    (package / "room").mkdir(parents=True)
+    (package / "top.py").write_text("1")
+    (package / "room/inner.py").write_text("1")
+    monkeypatch.setattr(system, "PACKAGE", package)
     hashes = [records.code_hash("02_baseline")]
-    (tmp_path / "room" / "inner.py").write_text("2")
+    (package / "room/inner.py").write_text("2")
     hashes.append(records.code_hash("02_baseline"))
-    (tmp_path / "room" / "inner.py").rename(tmp_path / "inner.py")
+    (package / "room/inner.py").rename(package / "inner.py")
     hashes.append(records.code_hash("02_baseline"))
     assert len(set(hashes)) == 3
 
@@ -243,71 +234,50 @@ def test_the_git_state_is_the_commit_or_nothing(tmp_path, monkeypatch):
 
 _WRITER = """
 import resource, sys
-from test_record import make_run
-run = make_run()
-limit = int(sys.argv[2])
+from pathlib import Path
+from reclib import records
+file, number, limit = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 if limit:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 try:
-    for number in range(int(sys.argv[1])):
-        run.result(f"r{number}", {"a": number}, series={"long": [number] * 3000})
+    for i in range(number):
+        records.append(file, {"series": [i] * 3000})
 except OSError as error:
     sys.exit(f"could not write: {error}")
 """
 
 
-def _writer(number: int, limit: int = 0) -> subprocess.Popen[str]:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    return subprocess.Popen(
-        [sys.executable, "-c", _WRITER, str(number), str(limit)],
-        env=os.environ | {"PYTHONPATH": path},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def _writer(file: Path, number: int, limit: int = 0) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", _WRITER, str(file), str(number), str(limit)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 def test_writers_at_the_same_time_do_not_mix_their_lines(root):
-    writers = [_writer(20) for _ in range(3)]
+    writers = [_writer(root / "cpu/results.jsonl", 40) for _ in range(3)]
     assert [writer.wait(60) for writer in writers] == [0, 0, 0]
-    # Of the lines themselves: two that are the same in all, to the second, would be read as one record.
-    lines = (root / "cpu/results.jsonl").read_text().splitlines()
-    entries = [json.loads(line) for line in lines]
-    assert len(entries) == 60
-    assert all(len(set(e["series"]["long"])) == 1 for e in entries)
+    entries = lines(root)
+    assert len(entries) == 120
+    assert all(len(set(entry["series"])) == 1 for entry in entries)
 
 
 def test_a_full_disk_leaves_whole_lines_only(root):
-    writer = _writer(40, limit=50_000)
+    writer = _writer(root / "cpu/results.jsonl", 40, limit=50_000)
     assert writer.wait(60) == 1
     assert "could not write" in writer.communicate()[1]
-    content = (root / "cpu/results.jsonl").read_bytes()
-    assert content.endswith(b"\n")
-    assert 1 <= len(records.read(root)) < 40
+    assert (root / "cpu/results.jsonl").read_bytes().endswith(b"\n")
+    assert 1 <= len(lines(root)) < 40
 
 
-def test_without_a_notebook_nothing_is_displayed(root, capsys):
-    make_run().result("x", {"a": 1})
-    assert capsys.readouterr().out == ""
-
-
-def test_the_bundle_holds_name_parameters_and_rounded_metrics(monkeypatch):
+def test_the_bundle_holds_name_parameters_and_rounded_metrics(root, monkeypatch):
     IPython = pytest.importorskip("IPython")
-    shown = []
+    displayed = []
     monkeypatch.setattr(IPython, "get_ipython", lambda: object())
-    monkeypatch.setattr("IPython.display.display", lambda data, raw: shown.append((data, raw)))
-    records._display("02_baseline", "x", {"epochs": 3}, {"hr": 0.123456, "n": 99_287}, None)
-    ((data, raw),) = shown
+    monkeypatch.setattr("IPython.display.display", lambda data, raw: displayed.append((data, raw)))
+    make_run().result("x", {"hr": 0.123456, "n": 99_287}, params={"k": 1})
+    ((data, raw),) = displayed
     assert raw is True
-    assert data[records.MIME] == {
-        "name": "x",
-        "params": {"epochs": 3},
-        "metrics": {"hr": 0.123, "n": 99_287},
-    }
+    bundle = data[records.MIME]
+    assert (bundle["name"], bundle["metrics"]) == ("x", {"hr": 0.123, "n": 99_287})
+    assert (bundle["params"]["epochs"], bundle["params"]["k"]) == (2, 1)
     assert data["text/plain"] == "02_baseline / x: hr=0.123  n=99287"
-
-
-def test_a_record_counts_the_earlier_ones_of_its_configuration(root):
-    run = make_run()
-    counted = [run.result("test_metrics", {"hr@10": 0.1}, seed=seed)["earlier"] for seed in (0, 0, 1, 0)]
-    assert counted == [0, 1, 0, 2]
-    assert run.result("test_metrics", {"hr@10": 0.1}, params={"model": "x"}, seed=0)["earlier"] == 0

@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT
 
 from reclib import cli, system
+from reclib.config import InputError
 
 STUDY = ("run", "run-all", "status", "collect", "merge", "params", "refresh")
 ACTIONS = {"data": ("fetch", "prepare", "show", "verify")}
@@ -25,33 +26,31 @@ def shell(line: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_help_is_there_and_says_how_it_is_called(capsys, monkeypatch):
+def test_help_is_there_and_says_how_it_is_called(capsys):
     calls = [[name] for name in STUDY]
     calls += [
         [name, *filter(None, [action])] for name in cli.COMMANDS for action in ("", *ACTIONS.get(name, ()))
     ]
-    for words in calls:
+    for words in [*calls, []]:
         with pytest.raises(SystemExit) as ended:
             cli.entry([*words, "--help"])
         text = capsys.readouterr().out
         assert ended.value.code == 0
-        assert text.startswith(f"usage: python -m reclib {words[0]}"), text[:80]
+        assert text.startswith(" ".join(["usage: python -m reclib", *words[:1]])), text[:80]
         bare = re.findall(r"^  (-[^ ,]+(?: [^ ]+)?)\n(?! {10})", text.split("options:")[-1], re.MULTILINE)
         assert bare == [], "options without a word of help"
-
-
-def test_every_command_stands_in_the_help(capsys):
-    with pytest.raises(SystemExit):
-        cli.entry(["--help"])
-    text = capsys.readouterr().out
     for name in (*STUDY, *cli.COMMANDS):
         assert re.search(rf"^ +{name} ", text, re.MULTILINE), name
 
 
-def test_a_former_spelling_prints_the_new_one():
+def test_a_former_spelling_prints_the_new_one_and_a_wrong_option_one_line():
     done = shell("reclib.planner --size 5m")
     assert done.returncode != 0
     assert done.stderr == "reclib.planner is now: python -m reclib plan\n"
+    done = shell("reclib plan --sise 5m")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "--help" in done.stderr
 
 
 def test_a_reader_that_goes_away_is_no_error():
@@ -63,18 +62,15 @@ def test_a_reader_that_goes_away_is_no_error():
     assert (gone.returncode, gone.stderr) == (141, "")
 
 
-def test_a_command_gives_its_code_and_an_interrupt_is_told_in_a_word(capsys):
+def test_a_command_gives_its_code_and_tells_an_error_in_one_line(capsys):
+    def failing(error: type[BaseException], *arguments: object) -> int:
+        raise error(*arguments)
+
     assert system.exit_code(lambda: 3) == 3
-
-    def interrupted() -> int:
-        raise KeyboardInterrupt
-
-    assert system.exit_code(interrupted) == 130
-    assert capsys.readouterr().err == "interrupted\n"
-
-
-def test_wrong_options_are_told_in_one_line():
-    done = shell("reclib plan --sise 5m")
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert "--help" in done.stderr
+    for error, code, line in (
+        ((KeyboardInterrupt,), 130, "interrupted\n"),
+        ((InputError, "what is wrong"), 2, "what is wrong\n"),
+        ((OSError, 28, "No space left"), 1, "error: [Errno 28] No space left\n"),
+    ):
+        assert system.exit_code(lambda error=error: failing(*error)) == code
+        assert capsys.readouterr().err == line

@@ -7,34 +7,41 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from conftest import ROOT
 
+from reclib.config import GPU_LABELS
+from reclib.parameters import PROFILES
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def make(target: str, folder: Path = ROOT, *given: str) -> list[str]:
+    """Return the commands that make would carry out."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE") and k != "MFLAGS"}
+    command = ["make", "--always-make" if folder == ROOT else "--no-print-directory", "-n", target, *given]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    return [line.strip() for line in done.stdout.splitlines()]
 
 
 def test_the_environment_installs_the_project_and_names_nothing_else():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     assert environment["channels"] == ["conda-forge"]
-    *plain, pip = environment["dependencies"]
-    python, installer = plain
+    python, installer, pip = environment["dependencies"]
     assert installer == "pip"
-    assert list(pip) == ["pip"]
-    (project,) = pip["pip"]
-    extras = re.fullmatch(r"-e \.\[([\w,]+)\]", project)
-    assert extras is not None
-    assert set(extras[1].split(",")) == set(PROJECT["optional-dependencies"])
-    minimum = re.fullmatch(r">=(\d+\.\d+)", PROJECT["requires-python"])
-    assert minimum is not None
-    assert python == f"python={minimum[1]}"
+    (extras,) = re.fullmatch(r"-e \.\[([\w,]+)\]", *pip["pip"]).groups()  # type: ignore[union-attr]
+    assert set(extras.split(",")) == set(PROJECT["optional-dependencies"])
+    assert python == f"python={PROJECT['requires-python'].removeprefix('>=')}"
 
 
 def test_one_torch_of_the_allowed_range_is_installed_first():
     (allowed,) = (line for line in PROJECT["dependencies"] if line.startswith("torch"))
     lowest, beyond = re.fullmatch(r"torch>=(\d+\.\d+),<(\d+\.\d+)", allowed).groups()
-    commands = [line for line in _make("install") if " pip install" in line]
+    commands = [line for line in make("install") if " pip install" in line]
     (pinned,) = re.findall(r'"torch==(\d+\.\d+)\.\d+"', commands[0])
     assert commands[1].endswith("--editable '.[study,test]'")
     as_numbers = [tuple(map(int, version.split("."))) for version in (lowest, pinned, beyond)]
@@ -42,41 +49,24 @@ def test_one_torch_of_the_allowed_range_is_installed_first():
     assert as_numbers[0] <= tuple(map(int, torch.__version__.split(".")[:2])) < as_numbers[2]
 
 
-def test_the_makefile_loses_no_time_once_it_is_installed(tmp_path):
+def test_the_makefile_loses_no_time_once_it_is_installed_and_tells_an_old_python(tmp_path):
     for name in ("Makefile", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path / name)
-    stamp = next(line for line in _make("install", tmp_path) if line.startswith("touch")).split()[1]
-    (tmp_path / ".venv").mkdir()
-    (tmp_path / stamp).touch()
-    assert [line for line in _make("figures", tmp_path) if "pip" in line] == []
-    with (tmp_path / "pyproject.toml").open("a") as file:
-        file.write("# changed\n")
-    assert len([line for line in _make("figures", tmp_path) if " pip install" in line]) == 2
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    other = _make("figures", tmp_path, "TORCH=torch==2.11.0")
-    assert '"torch==2.11.0"' in next(line for line in other if " pip install" in line)
-
-
-def test_an_old_python_is_told_apart(tmp_path):
-    for name in ("Makefile", "pyproject.toml"):
-        shutil.copy(ROOT / name, tmp_path / name)
-    done = subprocess.run(["make", "install", "PYTHON=false"], cwd=tmp_path, capture_output=True, text=True)
+    command = ["make", "install", "PYTHON=false"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode != 0
     assert "reclib needs Python 3.11 or later" in done.stderr
     assert not (tmp_path / ".venv").exists()
-
-
-def _make(target: str, folder=ROOT, *given: str) -> list[str]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE") and k != "MFLAGS"}
-    done = subprocess.run(
-        ["make", "--always-make" if folder == ROOT else "--no-print-directory", "-n", target, *given],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return [line.strip() for line in done.stdout.splitlines()]
+    stamp = next(line for line in make("install", tmp_path) if line.startswith("touch")).split()[1]
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / stamp).touch()
+    assert [line for line in make("figures", tmp_path) if "pip" in line] == []
+    with (tmp_path / "pyproject.toml").open("a") as file:
+        file.write("# changed\n")
+    assert len([line for line in make("figures", tmp_path) if " pip install" in line]) == 2
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    other = make("figures", tmp_path, "TORCH=torch==2.11.0")
+    assert '"torch==2.11.0"' in next(line for line in other if " pip install" in line)
 
 
 def test_what_trains_and_measures_needs_few_packages_and_imports_them_late():
@@ -103,3 +93,23 @@ print(json.dumps([slow, sorted({{name.partition(".")[0] for name in sys.modules}
     own = {"reclib", "__main__", "cython_runtime"}
     strangers = set(packages) - set(sys.stdlib_module_names) - wheels - there - own
     assert {name for name in strangers if not name.startswith("_")} == set()
+
+
+# The task file for SkyPilot, read by SkyPilot itself where it is installed.
+TASK = yaml.safe_load((ROOT / "sky.yaml").read_text())
+
+
+def test_the_task_runs_commands_that_are_there_on_gpus_that_have_labels():
+    families = {label.partition("-")[0] for label in GPU_LABELS if not label.startswith(("auto", "cpu"))}
+    assert {name.lower() for name in TASK["resources"]["accelerators"]} == families
+    assert TASK["envs"]["PROFILE"] in PROFILES
+    for script in (TASK["setup"], TASK["run"]):
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    assert "install:" in (ROOT / "Makefile").read_text()
+
+
+def test_skypilot_takes_it():
+    sky = pytest.importorskip("sky", reason="skypilot is not installed: it needs a venv of its own")
+    task = sky.Task.from_yaml(str(ROOT / "sky.yaml"))
+    names = {name for resource in task.resources for name in resource.accelerators}
+    assert (task.name, names) == ("reclib", set(TASK["resources"]["accelerators"]))

@@ -1,0 +1,328 @@
+"""Notebooks on several devices: what a crash, a kill, a timeout or an interrupt leaves."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import RESULT, ROOT, make_notebook
+
+from reclib import cli, hardware, records, runner, system
+from reclib.config import InputError
+from reclib.runner import Job, Slot
+
+pytest.importorskip("papermill")
+
+# The result under the device that the run was started for: the fixture's card says cpu.
+_HERE = """from reclib import hardware
+import torch
+device = hardware.resolve(p.gpu)
+here = records.Run("02_baseline", p, hardware.device_card(device), {"name": "none", "fingerprint": "0"})"""
+_RESULT = 'here.result("answer", {"threads": torch.get_num_threads()})'
+
+
+@pytest.fixture
+def start(project: Path) -> Iterator[Callable[..., subprocess.Popen]]:
+    """Start `python -m reclib` in a process of its own, as a shell in the foreground does."""
+    started = []
+
+    def begin(*arguments: str, **options: object) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "reclib", *arguments, "--profile", "smoke"],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            process_group=0,
+            **{"preexec_fn": _hear_interrupts} | options,  # type: ignore[call-overload]
+        )
+        started.append(process)
+        return process
+
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+
+
+def _hear_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def descendants(project: Path) -> list[int]:
+    """Return the live processes that were started for this project, ours apart: they inherit its root."""
+    needle = f"RECLIB_ROOT={project}\0".encode()
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit() and int(folder.name) != os.getpid():
+            try:
+                state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+                if state != "Z" and needle in (folder / "environ").read_bytes():
+                    found.append(int(folder.name))
+            except OSError:
+                continue
+    return found
+
+
+def until(condition: Callable[[], object], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def matrix_of(start: Callable[..., subprocess.Popen], *more: str) -> tuple[int, str]:
+    process = start("run-all", "--gpus", "cpu1,cpu2", *more)
+    output, _ = process.communicate(timeout=240)
+    return process.returncode, output
+
+
+def rows_of(project: Path) -> list[dict]:
+    return records.read(project / "runs/executed")
+
+
+needs_two = pytest.mark.skipif(hardware.usable_cores() < 2, reason="needs two cores")
+
+
+@pytest.mark.slow
+@needs_two
+def test_two_devices_of_one_cpu_run_one_after_another_and_each_fails_for_itself(project, set_cells, start):
+    def states() -> dict[str, str]:
+        return {label: state for _, label, state, _ in cli.status()}
+
+    mark = "import pathlib, time\nhere_ = pathlib.Path('..') / p.gpu\nhere_.write_text(str(time.time()))"
+    fault = "if p.gpu == 'cpu1' and pathlib.Path('../fault').exists():\n    1 / 0"
+    end = "here_.with_suffix('.end').write_text(str(time.time()))"
+    set_cells(_HERE, mark, fault, _RESULT, end)
+    (project / "fault").touch()
+    code, output = matrix_of(start)
+    assert code == 1
+    assert "[1/2] 02_baseline (cpu1) failed in cell 6: ZeroDivisionError: division by zero\n" in output
+    assert "1 of 2 failed: [1/2] 02_baseline (cpu1)\n" in output
+    assert states() == {"cpu1": "failed", "cpu2": "done"}
+    begun, ended = (float((project / name).read_text()) for name in ("cpu1", "cpu2.end"))
+    assert begun < float((project / "cpu2").read_text()) < ended
+    until(lambda: not descendants(project), 10)
+    (project / "fault").unlink()
+    code, output = matrix_of(start)
+    assert code == 0, output
+    assert "[2/2] 02_baseline (cpu2) finished before, skipped" in output
+    assert states() == {"cpu1": "done", "cpu2": "done"}
+    rows = {row["label"]: row for row in rows_of(project)}
+    assert {label: row["metrics"]["threads"] for label, row in rows.items()} == {"cpu1": 1, "cpu2": 2}
+    assert {label: row["device"]["threads"] for label, row in rows.items()} == {"cpu1": 1, "cpu2": 2}
+    assert {label: row["claimed"] for label, row in rows.items()} == {"cpu1": "cpu1", "cpu2": "cpu2"}
+    assert (project / "runs/figures/index.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [
+        ("in a cell", signal.SIGINT),
+        pytest.param("early", signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param("kernel starts", signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param("in a cell", signal.SIGKILL, marks=pytest.mark.slow),
+    ],
+)
+def test_stopped_at_any_time_it_leaves_no_process_and_goes_on(project, set_cells, start, moment, number):
+    sleeper = "import pathlib, time\nif not pathlib.Path('../mended').exists():\n    time.sleep(99)"
+    set_cells("pathlib = __import__('pathlib')\npathlib.Path('../begun').touch()", sleeper, RESULT)
+    process = start("run-all", "--gpus", "cpu1")
+    reached = {
+        "early": project / ".stamps",
+        "kernel starts": project / "runs/executed/cpu1",
+        "in a cell": project / "begun",
+    }
+    until(reached[moment].exists, 60)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=45)
+    if number != signal.SIGKILL:
+        assert process.returncode == 130
+        assert output.splitlines()[-1] == "interrupted"
+    until(lambda: not descendants(project), 30)
+    assert rows_of(project) == []
+    assert not system.is_locked("cpu1-02_baseline")
+    (project / "mended").touch()
+    process = start("run-all", "--gpus", "cpu1")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert len(rows_of(project)) == 1
+
+
+def test_two_at_once_queue_and_the_second_finds_it_done(project, set_cells, start):
+    set_cells(
+        "import pathlib, time\npathlib.Path('../begun').touch()",
+        "while not pathlib.Path('../go').exists():\n    time.sleep(0.1)",
+        RESULT,
+    )
+    one = start("run-all")
+    until((project / "begun").exists, 60)
+    assert {row[2] for row in cli.status()} == {"running"}
+    two = start("run", "02")
+    assert two.stdout is not None
+    lines = [two.stdout.readline(), two.stdout.readline()]
+    assert lines[1].endswith("waiting: another run of this checkout holds cpu-02_baseline\n")
+    (project / "go").touch()
+    output = [process.communicate(timeout=120)[0] for process in (one, two)]
+    assert (one.returncode, two.returncode) == (0, 0), output
+    assert "finished before, skipped" in output[1]
+    assert len(rows_of(project)) == 1
+
+
+_BIG = "run.result('answer', {'a': 1}, series={'b': list(range(20000))})"
+
+
+def check_full_disk(project: Path, process: subprocess.Popen) -> None:
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, output
+    last = output.strip().splitlines()[-1]
+    assert "02_baseline (cpu) failed in cell 4" in last
+    assert "the disk is full or a limit is reached: free some space" in last
+    assert rows_of(project) == []
+    assert not (project / "runs/executed/cpu/02_baseline.ipynb").exists()
+    assert not list(project.rglob("*.partial"))
+
+
+def test_a_full_disk_names_the_cell_and_what_to_do_and_leaves_nothing_half_written(project, set_cells, start):
+    def no_large_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+
+    for cell in (_BIG, "print('x' * 100_000)"):  # the record; the notebook
+        set_cells(cell, RESULT)
+        check_full_disk(project, start("run", "02", preexec_fn=no_large_files))
+
+
+def test_a_disk_that_is_really_full(project, set_cells, start):
+    folder = project / "runs/executed"
+    folder.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs is not permitted here")
+    try:
+        (folder / "filler").write_bytes(b"x" * 20_000)
+        set_cells(_BIG)
+        check_full_disk(project, start("run", "02"))
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_what_ended_a_kernel_is_told_apart(tmp_path):
+    for code, kills, part in (
+        (-9, 1, "the system killed a process for memory: lower batch_size"),
+        (-9, 0, "by somebody or for memory"),
+        (-11, 0, "SIGSEGV"),
+        (3, 0, "exit code 3"),
+    ):
+        assert part in system.of_death(code, kills)
+    counter = tmp_path / "memory.events"
+    counter.write_text("low 0\noom 4\noom_kill 3\n")
+    assert system.memory_kills((tmp_path / "none", counter)) == 3
+    assert system.memory_kills((tmp_path / "none",)) == 0
+    assert "out of memory" in system.of_error("torch.OutOfMemoryError: CUDA out of memory. Tried")
+
+
+GPUS = [("0", "a100"), ("1", "a100"), ("GPU-7f", "l4"), ("3", "other")]
+
+
+def test_devices_by_label():
+    devices = runner.slots("all", GPUS)
+    assert [(slot.label, slot.visible) for slot in devices] == [(own, visible) for visible, own in GPUS]
+    assert [slot.visible for slot in runner.slots("a100,cpu2", GPUS)] == ["0", "1", ""]
+    assert runner.slots("cpu1,cpu1", []) == [Slot("cpu1", "")]
+    for labels, part in (("v100", "no visible GPU"), ("rtx", "no device label"), ("auto", "no device label")):
+        with pytest.raises(InputError, match=part):
+            runner.slots(labels, GPUS)
+
+
+def test_gpus_of_one_label_share_its_notebooks_and_run_at_the_same_time():
+    """With work that takes a while: which device it was on, and when."""
+    ran: list[tuple[str, str, str | None, float, float]] = []
+
+    def work(job: Job, slot: Slot) -> None:
+        begun = time.monotonic()
+        time.sleep(0.1)
+        ran.append((job.notebook, job.label, slot.visible, begun, time.monotonic()))
+
+    devices = runner.slots("a100,l4,cpu1", GPUS)
+    jobs = [Job(name, {}, label) for label in ("a100", "l4", "cpu1") for name in ("01", "02", "03")]
+    runner.run_all(jobs, devices, work)
+    assert sorted(row[:2] for row in ran) == sorted((job.notebook, job.label) for job in jobs)
+    assert {visible for _, label, visible, *_ in ran if label == "a100"} == {"0", "1"}
+    assert {visible for _, label, visible, *_ in ran if label == "l4"} == {"GPU-7f"}
+    for one in ran:
+        for other in ran:
+            if one is not other and one[2] == other[2]:
+                assert not one[3] <= other[3] < one[4], "two jobs on one device"
+    assert min(row[3] for row in ran if row[1] == "cpu1") >= max(row[4] for row in ran if row[1] != "cpu1")
+
+
+def test_kernels_of_two_gpus_run_at_the_same_time_and_see_their_own(tmp_path):
+    meet = """import os, pathlib, time
+own, other = os.environ["CUDA_VISIBLE_DEVICES"], {"0": "1", "1": "0"}
+pathlib.Path(f"here-{own}").touch()
+while not pathlib.Path(f"here-{other[own]}").exists():
+    time.sleep(0.05)
+print("sees", own)"""
+    for name in ("a", "b"):
+        make_notebook(tmp_path / f"{name}.ipynb", {"x": 1}, [meet])
+
+    def work(job: Job, slot: Slot) -> None:
+        source, output = tmp_path / f"{job.notebook}.ipynb", tmp_path / f"{job.notebook}.out.ipynb"
+        runner.execute(source, output, {}, gpu=slot.visible, cell_seconds=60, tell=lambda line: None)
+
+    runner.run_all([Job("a", {}, "a100"), Job("b", {}, "l4")], [Slot("a100", "0"), Slot("l4", "1")], work)
+    assert "sees 0" in (tmp_path / "a.out.ipynb").read_text()
+    assert "sees 1" in (tmp_path / "b.out.ipynb").read_text()
+    assert {"here-0", "here-1"} <= {file.name for file in tmp_path.iterdir()}  # where the notebooks lie
+
+
+def test_a_gpu_and_the_cores_are_not_timed_together(project):
+    with (
+        system.device_lock("a100", gpu="1"),
+        (project / ".stamps/cores.lock").open() as cores,
+        (project / ".stamps/gpu-1.lock").open() as gpu,
+    ):
+        for file in (cores, gpu):
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(cores, fcntl.LOCK_SH | fcntl.LOCK_NB)  # as another GPU does
+
+
+def a_row(**changes: object) -> dict:
+    about = {"card": {"label": "cpu"}, "profile": "quick", "params": {}, "own_params": {}, "params_hash": "x"}
+    whole = records.row("02_baseline", "x", {}, **about, data=None, made_by={})
+    return whole | {"time": "2026-01-01T00:00:00+00:00"} | changes
+
+
+def test_records_of_several_machines_merge_by_copying_folders(tmp_path, capsys):
+    here, there = tmp_path / "here", tmp_path / "there"
+    for root, values in ((here, (1, 2)), (there, (2, 3))):
+        for value in values:
+            records.append(root / "cpu/results.jsonl", a_row(value=value))
+    records.append(there / "cpu/grids/ml.jsonl", a_row(value=4))
+    with (there / "cpu/results.jsonl").open("a") as file:
+        file.write('{"half": ')
+    assert sorted(row["value"] for row in records.read([here, there])) == [1, 2, 3, 4]
+    shutil.copytree(there / "cpu", here / "cpu/other-machine")
+    assert sorted(row["value"] for row in records.read(here)) == [1, 2, 3, 4]
+    assert "other-machine/results.jsonl:3: unfinished line: skipped" in capsys.readouterr().err
+    shutil.rmtree(here / "cpu/other-machine")
+    before = (here / "cpu/results.jsonl").read_text()
+    assert records.merge(there, here) == (2, 1, 0)
+    assert (here / "cpu/results.jsonl").read_text().startswith(before)
+    assert sorted(row["value"] for row in records.read(here)) == [1, 2, 3, 4]
+    assert records.merge(there, here) == (0, 3, 0)
+    with pytest.raises(InputError, match="no records there"):
+        records.merge(tmp_path / "nowhere", here)
+    (there / "cpu/results.jsonl").write_text("broken\n" + before)
+    with pytest.raises(InputError, match="JSON is malformed"):
+        records.merge(there, here)

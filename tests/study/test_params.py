@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import typing
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from reclib import parameters
+from reclib.config import GPU_LABELS, InputError
+from reclib.parameters import Baseline, Parameters
+
+DEVICES = [label for label in GPU_LABELS if label != "auto" and "-" not in label]
+SMOKE = parameters.profile("02_baseline", "smoke")
+
+
+def build(**changes: object) -> Baseline:
+    return parameters.build("02_baseline", SMOKE | changes)
+
+
+def test_every_profile_on_every_device_is_valid():
+    for notebook in parameters.NOTEBOOKS:
+        profiles = {name: parameters.profile(notebook, name) for name in parameters.PROFILES}
+        work = {
+            name: {key: values[key] for key in values if key not in ("tracker", "seeds")}
+            for name, values in profiles.items()
+        }
+        for profile, values in profiles.items():
+            built = parameters.build(notebook, values)
+            assert list(parameters.values(built)) == parameters.names(notebook)
+            # A notebook whose profiles ask for the same work has the name of the largest.
+            equal = [name for name in profiles if work[name] == work[profile]]
+            largest = [name for name in equal if notebook in parameters.stated(name)][-1]
+            for label in DEVICES:
+                p = parameters.fill(built, label)
+                assert parameters.profile_of(notebook, p) == largest, (notebook, profile, label)
+                assert parameters.build(notebook, parameters.values(p)) == p
+
+
+def test_every_parameter_is_used_and_says_in_its_line_what_it_is():
+    used = {name for notebook in parameters.NOTEBOOKS for name in parameters.names(notebook)}
+    assert set(typing.get_type_hints(Parameters)) == used
+    assert parameters.device_names() <= used
+    source = Path(parameters.__file__).read_text().splitlines()
+    for name in used:
+        (line,) = [line for line in source if line.startswith(f"    {name}: ")]
+        assert "  # " in line
+    for profile in parameters.PROFILES:
+        assert set(parameters.stated(profile)) <= set(parameters.NOTEBOOKS), profile
+    assert parameters.stated("smoke") == list(parameters.NOTEBOOKS)
+    assert {file.stem for file in (ROOT / "params/gpu").glob("*.yaml")} == set(DEVICES)
+
+
+def test_an_experiment_of_its_own_states_every_parameter():
+    stated = parameters.from_file(ROOT / "params/adaptation-beauty.yaml")
+    assert list(stated) == parameters.names("05_ilora")
+    assert parameters.profile_of("05_ilora", parameters.build("05_ilora", stated)) == "custom"
+
+
+def test_wrong_values_are_told_in_one_line_that_names_the_parameter():
+    adaptation = parameters.profile("05_ilora", "smoke")
+    data = parameters.profile("01_data_prep", "smoke")
+    without = {name: value for name, value in SMOKE.items() if name != "epochs"}
+    for notebook, values, part in [
+        ("02_baseline", {"batch_szie": 4}, "unknown parameter 'batch_szie' (did you mean 'batch_size'?)"),
+        ("02_baseline", {"batch_size": -4}, "parameter 'batch_size' is -4"),
+        ("02_baseline", {"batch_size": 64.0}, "parameter 'batch_size' is 64.0"),
+        ("02_baseline", {"batch_size": True}, "parameter 'batch_size' is True"),
+        ("02_baseline", {"batch_size": "1e3"}, "parameter 'batch_size' is '1e3'"),
+        ("02_baseline", {"gpu": "rtx"}, "'h200' or 'rtx4090'"),
+        ("02_baseline", {"precision": "fp8"}, "'fp16'"),
+        ("02_baseline", {"tied": "no"}, "parameter 'tied' is 'no'"),
+        ("02_baseline", {"tied": 1}, "parameter 'tied' is 1"),
+        ("02_baseline", {"size": "tinny"}, "did you mean 'tiny'?"),
+        ("02_baseline", {"seeds": []}, "at least 1"),
+        ("02_baseline", {"seeds": [3, 3]}, "listed twice"),
+        ("02_baseline", {"seeds": 0}, "valid list"),
+        ("02_baseline", {"learning_rate": float("inf")}, "parameter 'learning_rate' is inf"),
+        ("02_baseline", {"mask_prob": 1.0}, "less than 1"),
+        ("02_baseline", {"micro_batch_size": 5}, "multiple of micro_batch_size=5"),
+        ("02_baseline", {"tracker": "wandb"}, "'wandb-online'"),
+        ("01_data_prep", data | {"columns": "user"}, "expected pairs"),
+        ("05_ilora", adaptation | {"num_experts": 3}, "divisible by num_experts=3"),
+        ("05_ilora", adaptation | {"arms": ["none", "lora"]}, "arms lacks ilora"),
+        ("05_ilora", adaptation | {"past_share": 0.8}, "nothing for the test"),
+        ("02_baselin", {}, "did you mean '02_baseline'"),
+    ]:
+        with pytest.raises(InputError) as error:
+            parameters.build(notebook, (SMOKE | values) if notebook == "02_baseline" else values)
+        assert part in str(error.value)
+        assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="'epochs' is missing"):
+        parameters.build("02_baseline", without)
+    with pytest.raises(InputError, match="unknown profile 'fast'; allowed: smoke, quick, lease, full"):
+        parameters.profile("02_baseline", "fast")
+
+
+def test_data_parameters_give_the_configuration_of_the_data():
+    p = parameters.build("01_data_prep", parameters.profile("01_data_prep", "smoke") | {"columns": "user=u"})
+    assert p.data_config().columns == {"user": "u"}
+    assert build(min_user=3).data_config().min_user == 3
+
+
+def test_known_misspellings_are_undone_and_told(capsys):
+    for name, text, value in [
+        ("tied", "false", False),
+        ("tied", "true", True),
+        ("precision", "null", None),
+        ("micro_batch_size", "none", None),
+        ("learning_rate", "1e-3", 0.001),
+        ("learning_rate", "2.5E-4", 0.00025),
+        ("seeds", "[0, 1, 2]", [0, 1, 2]),
+    ]:
+        assert getattr(build(**{name: text}), name) == value
+        assert f"converted: {name}={text!r} -> {value!r}" in capsys.readouterr().out
+    assert build(dataset="null").dataset == "null"  # a good value as it is
+    assert capsys.readouterr().out == ""
+
+
+def test_a_name_that_is_no_parameter_is_told_from_what_later_cells_left():
+    namespace = {"__name__": "x", "_private": 1, "np": object(), "open": open, **SMOKE}
+    assert parameters.read("02_baseline", namespace) == build()
+    with pytest.raises(InputError, match="unknown parameter 'epcohs'"):
+        parameters.read("02_baseline", namespace | {"epcohs": 2})
+    # In is IPython's history; `best` is the result of a later cell, `epcohs` a slip in an injected cell
+    cells = ["", "epochs: int = 3  # passes", "import os\nfolder = 'x'", "best = max([1, 2])"]
+    namespace = {**SMOKE, "In": cells, "Out": {}, "best": 2, "folder": "x"}
+    assert parameters.read("02_baseline", namespace) == build()
+    slip = namespace | {"In": [*cells, "# Parameters\nepcohs = 5\nepochs = float('nan')"]}
+    with pytest.raises(InputError, match=r"'epcohs' \(did you mean 'epochs'\?\)"):
+        parameters.read("02_baseline", slip | {"epcohs": 5})
+    assert parameters.assigned_names("a = 1\nb: int = -2\nc = [0, 'x']\n# end") == ["a", "b", "c"]
+    for source in ("a = f()", "import os\na = 1", "%matplotlib inline", "a.b = 1", "a = b = 1"):
+        assert parameters.assigned_names(source) == []
+
+
+def test_the_device_file_fills_only_what_was_not_given(capsys):
+    assert parameters.fill(build(), "cpu").precision == "fp32"
+    assert parameters.fill(build(precision="bf16"), "cpu").precision == "bf16"
+    assert parameters.fill(build(), "t4").compile_mode == "default"
+    assert parameters.fill(build(), "cpu").epochs == build().epochs
+    assert parameters.fill(build(), "other") == build()
+    assert "'other'" in capsys.readouterr().out
+
+
+def test_the_name_of_a_profile_is_found_by_comparing():
+    quick = parameters.build("02_baseline", parameters.profile("02_baseline", "quick"))
+    for p, name in [
+        (build(), "smoke"),
+        (build(gpu="h100", seeds=[4, 5], tracker="tensorboard"), "smoke"),
+        (build(precision="bf16", compile_mode="default"), "smoke"),
+        (build(epochs=5), "custom"),
+        (build(dataset="synthetic"), "custom"),
+        (quick, "quick"),
+    ]:
+        assert parameters.profile_of("02_baseline", p) == name
+
+
+def test_a_broken_parameter_file_is_named_with_its_line(project: Path):
+    file = project / "params/quick.yaml"
+    for text, part in [
+        ("02_baseline:\n  epochs: [1\n  x: 2\n", r"quick\.yaml, line 3: not valid YAML"),
+        ("- 1\n", r"quick\.yaml: must be a mapping"),
+        ("02_baseline: 3\n", "section '02_baseline' must be a mapping"),
+        ("02_baseline:\n  epochs: 1\n  epochs: 2\n", "line 3: 'epochs' stands twice"),
+        ("02_baseline:\n  off: 1\n", "line 2: False as a key is no text"),
+        ("a: 2026-13-45\n", "quick.yaml: "),
+    ]:
+        file.write_text(text)
+        with pytest.raises(InputError, match=part):
+            parameters.profile("02_baseline", "quick")
+    file.write_text(yaml.safe_dump({"02_baseline": {"epochs": 7}}))
+    assert parameters.profile("02_baseline", "quick")["epochs"] == 7

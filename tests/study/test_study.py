@@ -1,0 +1,293 @@
+"""The command line on a small study of its own: what a run leaves, skips, refuses and tells."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from conftest import RESULT, ROOT
+
+from reclib import cli, hardware, parameters, runner
+from reclib import records as reclib_records
+from reclib.report import figures, findings
+from reclib.runner import Job
+
+pytest.importorskip("papermill")
+
+DONE = [
+    ".stamps/cpu-02_baseline.json",
+    "runs/executed/cpu/02_baseline.ipynb",
+    "runs/executed/cpu/results.jsonl",
+]
+
+
+def run(*arguments: str) -> int:
+    return cli.main(["run", "02", "--profile", "smoke", *arguments])
+
+
+def written(project: Path) -> list[str]:
+    """Everything in the project that was not there at the start, locks apart: they stay, empty."""
+    files = [file for file in project.rglob("*") if file.is_file() and file.suffix != ".lock"]
+    names = [file.relative_to(project) for file in files]
+    return sorted(str(name) for name in names if name.parts[0] not in ("params", "notebooks"))
+
+
+def records_of(project: Path) -> list[dict]:
+    return reclib_records.read(project / "runs/executed")
+
+
+def test_a_run_leaves_notebook_record_and_stamp_and_no_tracked_file(project: Path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        findings, "sentences", lambda notebook, rows: [f"{notebook}: {len(rows)} record. " * 20]
+    )
+    file = project / "params/mine.yaml"
+    file.write_text("epochs: 7\nbatch_size: 32\n")
+    assert run("-v", "-f", str(file), "-p", "epochs", "5", "--gpu", "cpu") == 0
+    assert written(project) == DONE
+    ignored = (ROOT / ".gitignore").read_text().split()
+    assert {f"{name.split('/')[0]}/" for name in DONE} <= set(ignored)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "[1/1] 02_baseline (cpu) ..."
+    assert re.fullmatch(r"\[1/1\] 02_baseline \(cpu\) done in \d+ s", lines[-3])
+    assert all(line.startswith("      ") and len(line) <= 110 for line in lines[-2:])
+    assert len(re.findall(r"cell \d/4 +\d+\.\d s  A question", "\n".join(lines))) == 4
+    (entry,) = records_of(project)
+    assert entry["metrics"]["hr_10"] == pytest.approx(5.123456)
+    assert (entry["profile"], entry["label"]) == ("custom", "cpu")
+    assert (entry["params"]["epochs"], entry["params"]["batch_size"]) == (5, 32)
+    assert entry["params"]["size"] == parameters.profile("02_baseline", "smoke")["size"]
+    text = (project / DONE[1]).read_text()
+    for private in (str(project), str(ROOT), str(Path.home()) + "/", '"papermill":', '"widgets":'):
+        assert private not in text
+    notebook = nbformat.reads(text, 4)
+    nbformat.validate(notebook)
+    bundle = notebook.cells[-1].outputs[0].data[reclib_records.MIME]
+    assert bundle["metrics"] == {"hr_10": 5.12}
+    assert not {"gpu", "precision", "tracker"} & set(bundle["params"])
+
+
+def test_finished_work_is_skipped_until_something_changes(project: Path, set_cells, capsys):
+    def state() -> str:
+        ((_, _, state, _),) = cli.status()
+        return state
+
+    kept = project / "runs/02_baseline/key/step-9"
+    kept.mkdir(parents=True)
+    (project / "runs/01_data_prep").mkdir()
+    assert state() == "missing"
+    assert run() == 0
+    assert state() == "done"
+    assert kept.is_dir()
+    assert run() == 0
+    assert "skipped" in capsys.readouterr().out
+    job = Job.last("02_baseline", "cpu")
+    assert not Job(job.notebook, job.values | {"epochs": 4}, "cpu").is_finished()
+    for name, change in (
+        ("params/gpu/cpu.yaml", lambda text: text.replace("fp32\n", "bf16\n", 1)),
+        (DONE[1], lambda text: text + " "),
+        ("notebooks/02_baseline.ipynb", lambda text: text.replace("0.123456", "0.2")),
+    ):
+        before = (project / name).read_text()
+        (project / name).write_text(change(before))
+        assert state() == "stale", name
+        (project / name).write_text(before)
+        assert state() == "done", name
+    stamp = (project / DONE[0]).read_text()
+    (project / DONE[0]).unlink()  # as in a fresh clone: notebook and records are there
+    assert state() == "recorded"
+    (project / DONE[0]).write_text(stamp)
+    assert run("--force") == 0  # trains again instead of loading what was trained
+    assert not kept.exists()
+    assert (project / "runs/01_data_prep").is_dir()
+    good = (project / DONE[1]).read_bytes()
+    capsys.readouterr()
+    set_cells("1 / 0", RESULT)
+    assert run() == 1
+    error = "[1/1] 02_baseline (cpu) failed in cell 4: ZeroDivisionError: division by zero\n"
+    assert capsys.readouterr().err == error
+    failed = "runs/executed/cpu/02_baseline.failed.ipynb"
+    assert written(project) == [failed, *DONE[1:]]
+    assert "ZeroDivisionError" in (project / failed).read_text()
+    assert (project / DONE[1]).read_bytes() == good
+    assert cli.status() == [("02_baseline", "cpu", "failed", 2)]
+    set_cells(RESULT)
+    assert run() == 0
+    assert written(project) == DONE
+    assert cli.main(["status"]) == 0
+    assert capsys.readouterr().out.split()[-4:] == ["02_baseline", "cpu", "done", "3"]
+
+
+def test_a_users_records_stand_beside_the_committed_ones_which_only_commit_changes(
+    project: Path, set_cells, monkeypatch, capsys
+):
+    collected = []
+    monkeypatch.setattr(figures, "collect", lambda roots, folder: collected.append((roots, folder)) or [])
+    committed, own = project / "executed", project / "runs/executed"
+    assert cli.main(["collect"]) == 0
+    assert cli.main(["run-all", "--profile", "smoke"]) == 0
+    before = (own / "cpu/results.jsonl").read_text()
+    assert cli.main(["merge", str(own)]) == 0
+    assert (own / "cpu/results.jsonl").read_text() == before
+    assert not committed.exists()
+    set_cells("raise ValueError('no')")
+    assert cli.main(["run-all", "--profile", "smoke"]) == 1
+    assert "(cpu) failed in cell 4: ValueError: no" in capsys.readouterr().err
+    monkeypatch.setenv("RECLIB_RECORDS", str(own))  # put back after the test: the next lines set it
+    assert cli.main(["merge", "--commit", str(own)]) == 0
+    assert (committed / "cpu/results.jsonl").read_text() == before
+    assert cli.main(["collect", "--commit"]) == 0
+    beside = ([committed, own], project / "runs/figures")
+    assert collected == [
+        ([committed, own], project / "figures"),
+        beside,
+        beside,
+        ([committed], project / "figures"),
+    ]
+    mine = json.loads(before) | {"params": {"dataset": "mine.csv"}}
+    reclib_records.append(own / "cpu/grids/mine.jsonl", mine)
+    for arguments in (["merge", str(own)], ["run", "02", "-p", "dataset", "mine.csv"]):
+        assert cli.main([*arguments, "--commit"]) == 2
+        assert "not for 'mine.csv'" in capsys.readouterr().err
+
+
+def test_plain_papermill_works_and_refuses_a_misspelt_parameter(project: Path):
+    (project / "executed/cpu").mkdir(parents=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for folder, up, given in ((".", "", ("tied", "false")), ("notebooks", "../", ("epcohs", "4"))):
+        files = (f"{up}notebooks/02_baseline.ipynb", f"{up}executed/cpu/02_baseline.ipynb")
+        command = [sys.executable, "-m", "papermill", *files, "-p", "gpu", "cpu", "-p", *given]
+        done = subprocess.run(command, cwd=project / folder, env=environment, capture_output=True, text=True)
+        if given[0] == "tied":
+            assert done.returncode == 0, done.stderr
+            notebook = (project / "executed/cpu/02_baseline.ipynb").read_text()
+            assert "converted: tied='false' -> False" in notebook
+        else:
+            assert done.returncode != 0
+            assert "unknown parameter 'epcohs' (did you mean 'epochs'?)" in done.stderr
+    assert [entry["params"]["tied"] for entry in records_of(project)] == [False]
+
+
+def test_wrong_input_is_told_in_one_line_before_a_kernel_starts(project: Path, capsys):
+    file = project / "params/mine.yaml"
+    file.write_text("epcohs: 7\n")
+    for arguments, part in [
+        (["run", "09"], "unknown notebook '09'"),
+        (["run", "02_baselnie"], "did you mean '02_baseline'?"),
+        (["run", "02", "--gpu", "rtx"], "parameter 'gpu' is 'rtx'"),
+        (["run", "02", "-p", "batch_szie", "4"], "did you mean 'batch_size'?"),
+        (["run", "02", "-p", "batch_size", "-4"], "parameter 'batch_size' is -4"),
+        (["run", "02", "-p", "epochs", "1e3"], "parameter 'epochs' is 1000.0"),
+        (["run", "02", "--profile", "huge"], "unknown profile 'huge'"),
+        (["run", "02", "-f", str(file)], "unknown parameter 'epcohs'"),
+        (["run-all", "--gpus", "cpu1", "--gpu", "cpu"], "give one of them"),
+        (["params", "02", "--gpu", "rtx"], "parameter 'gpu' is 'rtx'"),
+    ]:
+        assert cli.main(arguments) == 2
+        output = capsys.readouterr()
+        assert part in output.err
+        assert output.err.count("\n") == 1
+        assert output.out == ""
+        assert written(project) == []
+    for arguments, part in [
+        (["walk"], "invalid choice: 'walk'"),
+        (["run", "02", "--timeout", "0"], "'0' is not a positive whole number"),
+        (["run", "02", "-p", "epochs"], "expected 2 arguments"),
+        (["run", "02", "--bogus"], "--bogus"),
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(arguments)
+        assert stop.value.code == 2
+        error = capsys.readouterr().err
+        assert part in error
+        assert error.count("\n") == 1
+
+
+def test_a_notebook_whose_cell_disagrees_with_its_parameters_is_refused(project: Path, capsys):
+    file = project / "notebooks/02_baseline.ipynb"
+    notebook = nbformat.read(file, 4)
+    notebook.cells[1].source = notebook.cells[1].source.replace("epochs =", "epoch =")
+    nbformat.write(notebook, file)
+    assert run() == 2
+    assert "its parameters cell lacks 'epochs'" in capsys.readouterr().err
+    notebook.cells[1].metadata.clear()
+    nbformat.write(notebook, file)
+    assert run() == 2
+    assert "no cell tagged 'parameters'" in capsys.readouterr().err
+    assert written(project) == []
+
+
+def test_a_dead_kernel_and_a_cell_over_its_time_fail_as_well(project: Path, set_cells, capsys):
+    for cell, part in [
+        ("import os; os._exit(9)", "DeadKernelError: its kernel ended with exit code 9"),
+        ("import os; os.kill(os.getpid(), 9)", "its kernel was killed"),
+        ("import time; time.sleep(60)", "it took longer than --timeout allows"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
+    ]:
+        set_cells(cell)
+        assert run("--timeout", "3") == 1
+        error = capsys.readouterr().err
+        assert "02_baseline (cpu) failed in cell 4: " in error
+        assert part in error
+        assert (project / "runs/executed/cpu/02_baseline.failed.ipynb").is_file()
+        assert not (project / DONE[0]).exists()
+
+
+def test_a_claimed_device_that_is_not_here_is_told(capsys, monkeypatch):
+    here = hardware.Card(type="cpu", name="Some CPU", label="cpu")
+    monkeypatch.setattr(hardware, "probe", lambda: here)
+    assert cli.device_label("l4") == "cpu"
+    assert "l4 was asked for, Some CPU is here" in capsys.readouterr().out
+    assert cli.device_label("auto") == "cpu"
+    assert capsys.readouterr().out == ""
+
+
+def test_a_folder_that_cannot_be_made_is_told_in_one_line(project: Path, capsys):
+    (project / "runs").write_text("a file is in the way")
+    assert run() == 1
+    error = capsys.readouterr().err
+    assert str(project / "runs") in error
+    assert error.count("\n") == 1
+
+
+def test_refreshing_a_notebook_that_fails_leaves_it_as_it_was(project: Path, set_cells, capsys):
+    set_cells("1 / 0")
+    file = project / "notebooks/02_baseline.ipynb"
+    before = file.read_bytes()
+    assert cli.main(["refresh", "02"]) == 1
+    assert "02_baseline failed in cell 3: ZeroDivisionError" in capsys.readouterr().err
+    assert file.read_bytes() == before
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_params_prints_yaml_that_papermill_takes(project: Path, capsys):
+    assert cli.main(["params", "02", "--profile", "full", "--gpu", "h100"]) == 0
+    values = yaml.safe_load(capsys.readouterr().out)
+    p = parameters.build("02_baseline", values)
+    assert (p.gpu, p.compile_mode) == ("h100", "default")
+    assert parameters.profile_of("02_baseline", p) == "full"
+
+
+def test_normalising_drops_what_says_nothing_and_keeps_the_rest(tmp_path: Path):
+    new = nbformat.v4
+    cell = new.new_code_cell("1", metadata={"tags": ["parameters"], "papermill": {"a": "/home/x"}})
+    banner = new.new_markdown_cell("error", metadata={"tags": ["papermill-error-cell-tag"]})
+    cell.execution_count = 3
+    cell.outputs = [new.new_output("stream", text="kept")]
+    widgets = {"application/vnd.jupyter.widget-state+json": {"state": {}, "version_major": 2}}
+    metadata = {"papermill": {"input_path": "/home/x"}, "widgets": widgets, "reclib": {"a": 1}}
+    file = tmp_path / "a.ipynb"
+    nbformat.write(new.new_notebook(cells=[banner, cell], metadata=metadata), file)
+    runner.normalise(file)
+    after = json.loads(file.read_text())
+    assert after["metadata"] == {"reclib": {"a": 1}}
+    (kept,) = after["cells"]
+    assert kept["metadata"] == {"tags": ["parameters"]}
+    assert (kept["execution_count"], kept["outputs"][0]["text"]) == (3, ["kept"])
+    assert [file.name for file in tmp_path.iterdir()] == ["a.ipynb"]
