@@ -53,7 +53,8 @@ PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
 NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
-LATER = ("head_multiple", "half_copies")  # fields that came after the first records: see `as_dict`
+# Fields that came after the first records: see `as_dict`.
+LATER = ("head_multiple", "half_copies", "ties", "ties_seed")
 
 STRICT = ConfigDict(extra="forbid", strict=True)
 
@@ -122,6 +123,8 @@ class DataConfig:
     min_item: Positive = 5  # k-core: interactions that an item must have
     core: Literal["fixed_point", "single_pass"] = "fixed_point"  # single_pass: the seed study's filter
     duplicates: Literal["keep", "exact", "first", "last"] = "keep"  # repeated (user, item) pairs
+    ties: Literal["source", "shuffle", "item"] = "source"  # order of a user's interactions at one time
+    ties_seed: NonNegative = 0  # of ties='shuffle'
     strict: bool = False  # stop at the first bad line instead of counting it
     max_rejected_share: Share = 0.01  # share of bad lines above which reading stops
     memory_limit_mb: Positive = 512  # of the database that prepares the data

@@ -7,11 +7,11 @@ import itertools
 
 import numpy as np
 import pytest
+from spread import spread
 
 from reclib.config import InputError
 from reclib.data import splits
-from reclib.data.dataset import Dataset
-from reclib.data.prepare import Histories, synthetic_dataset
+from reclib.data.prepare import Histories
 from reclib.data.splits import row_users
 
 SHARES = (0.5, 0.25, 0.1)
@@ -19,16 +19,8 @@ SEGMENT = 0.6  # few of these users live long enough to have a past and a test w
 
 
 @pytest.fixture(scope="module")
-def dataset() -> Dataset:
-    """Synthetic histories whose times are spread, so that users live in different parts."""
-    found = synthetic_dataset(120, 60, 20.0, 0)
-    generator = np.random.default_rng(1)
-    times = np.empty(found.num_interactions, dtype=np.int64)
-    for user in range(found.num_users):
-        part = slice(found.offsets[user], found.offsets[user + 1])
-        start, length = generator.integers(0, 900), generator.integers(50, 600)
-        times[part] = np.sort(start + generator.integers(0, length, part.stop - part.start))
-    return dataclasses.replace(found, times=times)
+def dataset():
+    return spread()
 
 
 @pytest.fixture(scope="module")

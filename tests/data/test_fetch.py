@@ -10,6 +10,7 @@ import http.server
 import io
 import json
 import os
+import pickle
 import stat
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import zipfile
 from pathlib import Path
 
 import duckdb
+import pandas as pd
 import pytest
 import yaml
 from conftest import ROOT
@@ -27,7 +29,7 @@ from hypothesis import strategies as st
 
 from reclib.config import DataConfig, InputError
 from reclib.data import fetch, formats
-from reclib.data.prepare import data_main, source
+from reclib.data.prepare import data_main, prepare, source
 
 RATINGS = b"1::10::5::978300760\n" * 500
 MOVIES = b"10::A film (1995)::Drama\n"
@@ -43,6 +45,10 @@ def zip_of(members: dict[str, bytes]) -> bytes:
 
 
 FILMS = zip_of({"films/movies.dat": MOVIES, "films/ratings.dat": RATINGS, "films/README": b"terms"})
+
+
+T = 1577836800  # 2020-01-01
+LEFT = ["films/received.json", "sample.zip"]
 
 
 class Server:
@@ -267,9 +273,8 @@ def circle(server, handler):
     handler.end_headers()
 
 
-@pytest.mark.parametrize(
-    ("name", "reply", "said"),
-    [
+def test_a_failed_download_is_one_clear_error_and_leaves_nothing(raw, server):
+    for name, reply, said in (
         ("films", cut, "the connection broke off"),
         ("gadgets", cut, "the connection broke off"),
         ("gadgets", cut_chunks, "the connection broke off"),
@@ -280,22 +285,20 @@ def circle(server, handler):
         ("films", missing, "404"),
         ("films", hang_up, "without response"),
         ("gadgets", circle, "redirects"),
-    ],
-)
-def test_a_failed_download_is_one_clear_error_and_leaves_nothing(raw, server, name, reply, said):
-    server.reply = lambda handler: reply(server, handler)
-    with pytest.raises(InputError, match=said) as error:
-        fetch.fetch(name)
-    told = str(error.value)
-    assert "\n" not in told
-    entry = fetch.known(name)
-    target = raw / ("films.zip" if name == "films" else "gadgets/Gadgets_5.json.gz")
-    assert entry.address in told
-    assert f"put a whole {entry.file} at {target}" in told
-    assert files_in(raw) == []
-    assert fetch.fetched(name) is None
+    ):
+        server.reply = lambda handler, reply=reply: reply(server, handler)
+        with pytest.raises(InputError, match=said) as error:
+            fetch.fetch(name)
+        told = str(error.value)
+        assert "\n" not in told
+        entry = fetch.known(name)
+        target = raw / ("films.zip" if name == "films" else "gadgets/Gadgets_5.json.gz")
+        assert entry.address in told
+        assert f"put a whole {entry.file} at {target}" in told
+        assert files_in(raw) == []
+        assert fetch.fetched(name) is None
     server.reply = server.whole
-    assert fetch.fetch(name).is_file()  # a later try is not hindered
+    assert fetch.fetch("films").is_file()  # a later try is not hindered
 
 
 def test_a_slow_server_is_waited_for(raw, server):
@@ -378,10 +381,10 @@ def test_a_mirror_may_be_an_address_or_a_folder(raw, server, tmp_path, monkeypat
         fetch.fetch("gadgets-ratings")
 
 
-@pytest.mark.parametrize("where", ["../evil", "films/../../evil", "/tmp/reclib-evil", "..\\evil", "C:\\evil"])
-def test_names_that_leave_the_folder_are_not_written(raw, server, tmp_path, where):
-    members = {"films/ratings.dat": RATINGS, "films/movies.dat": MOVIES, where: b"written outside"}
-    server.files["/films.zip"] = zip_of(members)
+def test_names_that_leave_the_folder_are_not_written(raw, server, tmp_path):
+    members = {"films/ratings.dat": RATINGS, "films/movies.dat": MOVIES}
+    outside = ["../evil", "films/../../evil", "/tmp/reclib-evil", "..\\evil", "C:\\evil"]
+    server.files["/films.zip"] = zip_of(members | dict.fromkeys(outside, b"written outside"))
     checksum = hashlib.sha256(server.files["/films.zip"]).hexdigest()
     change_list(tmp_path, "films", checksum=f"sha256:{checksum}")
     fetch.fetch("films")
@@ -492,6 +495,39 @@ def test_a_disk_that_fills_up_on_the_way_leaves_nothing(raw, server):
     out, err = python(LIMITED).communicate(timeout=60)
     assert "File too large" in out, err  # what the system says at this process's limit
     assert files_in(raw) == []
+
+
+def test_a_pickled_table_becomes_csv_and_nothing_in_it_is_run(raw, server, tmp_path):
+    tables = {
+        "user2item.pkl": pd.DataFrame({"UserID": [7], "ItemID": [[2, 1]], "Timestamp": [[T, T + 1]]}),
+        "item2title.pkl": pd.DataFrame({"ItemID": [1, 2], "Title": ["One, first", "Two"]}, dtype=object),
+    }
+
+    for table in tables.values():
+        table.columns = table.columns.astype(object)
+
+    def serve(content: dict[str, bytes]) -> None:
+        server.files["/films.zip"] = zip_of(content)
+        change_list(
+            tmp_path,
+            "films",
+            kept_as="sample.zip",
+            members=list(tables),
+            format="table",
+            checksum=f"sha256:{hashlib.sha256(server.files['/films.zip']).hexdigest()}",
+        )
+
+    serve({name: pickle.dumps(table) for name, table in tables.items()})
+    path = fetch.fetch("films")
+    assert path.read_text() == f"UserID,ItemID,Timestamp\n7,2,{T}\n7,1,{T + 1}\n"
+    assert files_in(raw) == sorted(["films/item2title.csv", "films/user2item.csv", *LEFT])
+    dataset = prepare(DataConfig(dataset="films", min_user=1, min_item=1))
+    assert (dataset.items.tolist(), dataset.title(1), dataset.title(2)) == ([2, 1], "One, first", "Two")
+    for name in LEFT[1:] + [f"films/{p.name}" for p in (raw / "films").iterdir()]:
+        (raw / name).unlink(missing_ok=True)
+    serve(dict.fromkeys(tables, pickle.dumps(subprocess.run)))
+    with pytest.raises(InputError, match=r"a table holds subprocess\.run"):
+        fetch.fetch("films")
 
 
 def test_two_processes_at_once(raw, server):
@@ -605,7 +641,8 @@ def test_the_list_is_complete(monkeypatch, tmp_path):
             algorithm, digest = entry.checksum.split(":")
             assert len(digest) == {"sha256": 64, "md5": 32}[algorithm], name
         assert bool(entry.members) == (entry.file.endswith(".zip")), name
-        assert bool(entry.checksum) == name.startswith("ml-"), name
+        assert bool(entry.checksum) == (name.startswith("ml-") or name.endswith("-sample")), name
+        assert ("A sample, not the whole" in entry.licence) == name.endswith("-sample")
     assert entries["ml-100k"].to_read == fetch.OFFICIAL[0]
 
 

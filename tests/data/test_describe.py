@@ -18,9 +18,7 @@ RAW = system.root().parent / "shared" / "data" / "raw-format-samples"
 
 # Histories of (time, item); few items and times, so that repeats and ties are frequent.
 histories = st.lists(
-    st.lists(st.tuples(st.integers(0, 4), st.integers(1, 4)), min_size=1, max_size=9),
-    min_size=1,
-    max_size=8,
+    st.lists(st.tuples(st.integers(0, 4), st.integers(1, 4)), min_size=1, max_size=9), min_size=1, max_size=8
 )
 
 
