@@ -462,12 +462,12 @@ def _k_core(con: duckdb.DuckDBPyConnection, config: DataConfig) -> list[int]:
 
     Returns the interactions that each pass left, of the passes that removed something.
     """
-    con.execute('create table pairs as select "user", item from events')
+    con.execute('create temp table pairs as select "user", item from events')
     passes: list[int] = []
     left = _count(con, "pairs")
     while True:
         before = left
-        con.execute(f"""create table kept as select * from pairs
+        con.execute(f"""create temp table kept as select * from pairs
             where "user" in (select "user" from pairs group by "user" having count(*) >= {config.min_user})
             and item in (select item from pairs group by item having count(*) >= {config.min_item});
             drop table pairs; alter table kept rename to pairs""")

@@ -79,7 +79,7 @@ def keys_of(dataset: Dataset, user: int) -> list[str]:
     return dataset.item_keys[dataset.items[a:b]].tolist()
 
 
-def test_counts_of_real_ml_100k(ml_100k):
+def test_counts_and_splits_of_real_ml_100k(ml_100k):
     dataset = prepare(DataConfig())
     assert (dataset.num_users, dataset.num_items, dataset.num_interactions) == (943, 1349, 99_287)
     steps = {s["step"]: s for s in dataset.manifest["steps"]}
@@ -90,6 +90,21 @@ def test_counts_of_real_ml_100k(ml_100k):
     assert dataset.fingerprint == FINGERPRINT
     assert dataset.title(1) == "Toy Story (1995)"
     assert all(key in dataset.titles for key in dataset.item_keys[1:].tolist())
+
+    dataset = prepare(DataConfig())
+    train = train_histories(dataset)
+    valid, test = (evaluation(dataset, part) for part in ("valid", "test"))
+    assert np.array_equal(train.starts, valid.histories.starts)
+    assert np.array_equal(train.ends, valid.histories.ends)  # validation sees what training saw
+    assert np.array_equal(test.histories.ends, valid.histories.ends + 1)  # test: one item more
+    assert np.array_equal(dataset.items[valid.histories.ends], valid.targets)
+    assert np.array_equal(dataset.items[test.histories.ends], test.targets)
+    assert np.array_equal(test.histories.ends + 1, dataset.offsets[1:])
+    for user in range(dataset.num_users):  # no item twice in ml-100k: no target in a history
+        seen = dataset.items[train.starts[user] : train.ends[user]]
+        assert not np.isin([valid.targets[user], test.targets[user]], seen).any()
+    assert dataset.items.min() == 1
+    assert dataset.items.max() == dataset.num_items
 
 
 def test_official_files_give_the_same_dataset(ml_100k, monkeypatch, tmp_path):
@@ -148,23 +163,6 @@ def test_ties_are_of_one_user_and_unknown_without_times(cache, tmp_path):
             "tied_ascending_share": None,
             "ascending_share": 0.5,
         }
-
-
-def test_leave_one_out_leaks_nothing(ml_100k):
-    dataset = prepare(DataConfig())
-    train = train_histories(dataset)
-    valid, test = (evaluation(dataset, part) for part in ("valid", "test"))
-    assert np.array_equal(train.starts, valid.histories.starts)
-    assert np.array_equal(train.ends, valid.histories.ends)  # validation sees what training saw
-    assert np.array_equal(test.histories.ends, valid.histories.ends + 1)  # test: one item more
-    assert np.array_equal(dataset.items[valid.histories.ends], valid.targets)
-    assert np.array_equal(dataset.items[test.histories.ends], test.targets)
-    assert np.array_equal(test.histories.ends + 1, dataset.offsets[1:])
-    for user in range(dataset.num_users):  # no item twice in ml-100k: no target in a history
-        seen = dataset.items[train.starts[user] : train.ends[user]]
-        assert not np.isin([valid.targets[user], test.targets[user]], seen).any()
-    assert dataset.items.min() == 1
-    assert dataset.items.max() == dataset.num_items
 
 
 def test_short_histories_train_and_are_not_evaluated(cache, tmp_path):
@@ -271,12 +269,10 @@ def test_own_inter_file_with_columns_in_another_order(cache, tmp_path):
     assert [dataset.title(item) for item in (4, 1)] == ["Last of all", "i0"]
 
 
-def test_unknown_dataset_names_what_is_allowed(cache):
+def test_names_and_relative_paths(cache, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"'ml-10k' \(did you mean 'ml-100k'\?\): expected one of"):
         prepare(DataConfig(dataset="ml-10k"))
 
-
-def test_relative_path_counts_from_the_root(cache, tmp_path, monkeypatch):
     own_file(tmp_path, [("a", i, 1, i) for i in range(4)])
     shutil.copytree(system.params(), tmp_path / "params")
     monkeypatch.setenv("RECLIB_ROOT", str(tmp_path))
@@ -504,14 +500,12 @@ def test_two_fetches_at_once(server, cache):
     assert sorted(p.name for p in fetch.folder().iterdir()) == ["received.json", "u.data", "u.item"]
 
 
-def test_synthetic_is_seeded():
+def test_synthetic_histories_are_seeded_and_shaped():
     first, again = (synthetic_dataset(200, 100, 12.0, seed=3) for _ in range(2))
     other = synthetic_dataset(200, 100, 12.0, seed=4)
     assert contents(first) == contents(again)
     assert first.fingerprint == again.fingerprint != other.fingerprint
 
-
-def test_synthetic_shape():
     dataset = synthetic_dataset(2000, 300, 20.0, seed=0)
     assert (dataset.num_users, dataset.num_items) == (2000, 300)
     assert dataset.lengths.min() >= 5
@@ -521,6 +515,13 @@ def test_synthetic_shape():
     assert np.unique(pairs).size == pairs.size  # no user meets an item twice
     counts = np.sort(np.bincount(dataset.items, minlength=301)[1:])[::-1]
     assert counts[:30].sum() > 0.4 * counts.sum()  # a tenth of the items has most of the interactions
+
+    for items, mean_len, said in (
+        (100, 4.0, "mean length is 4.0, expected at least 5"),
+        (9, 6.0, "9 synthetic items"),
+    ):
+        with pytest.raises(InputError, match=said):
+            synthetic_dataset(10, items, mean_len, seed=0)
 
 
 def test_synthetic_transitions_can_be_learned():
@@ -538,15 +539,6 @@ def test_synthetic_transitions_can_be_learned():
     by_popularity = np.isin(test.targets, popular).mean()
     assert by_transition > 0.4
     assert by_transition > 3 * by_popularity
-
-
-def test_impossible_synthetic_sizes():
-    for items, mean_len, said in (
-        (100, 4.0, "mean length is 4.0, expected at least 5"),
-        (9, 6.0, "9 synthetic items"),
-    ):
-        with pytest.raises(InputError, match=said):
-            synthetic_dataset(10, items, mean_len, seed=0)
 
 
 def command(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
@@ -610,7 +602,7 @@ def test_nothing_of_the_users_is_replaced(out, tmp_path, capsys):
     assert (folder / "chapter.txt").read_text() == "years of work"
 
 
-def test_show_prints_counts_and_splits(out, capsys):
+def test_show_prints_counts_and_verify_finds_one_altered_byte(out, capsys, monkeypatch):
     code, said, _ = run(capsys, "show", out)
     assert code == 0
     assert ["source", "4", "5", "15"] in [line.split() for line in said.splitlines()]
@@ -618,8 +610,6 @@ def test_show_prints_counts_and_splits(out, capsys):
     assert "global time:" in said
     assert "users_unseen_in_training" in said
 
-
-def test_verify_finds_one_altered_byte_of_a_large_file(out, capsys, monkeypatch):
     monkeypatch.setattr(system, "HASHED_ALWAYS", 0)  # as if all files were large
     assert run(capsys, "verify", out)[0] == 0
     whole = (out / "times.npy").read_bytes()

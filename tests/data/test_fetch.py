@@ -164,23 +164,18 @@ def test_a_zip_is_unpacked_and_its_terms_are_told(raw, server, capsys):
     assert "B/s" not in said.err
 
 
-def test_what_is_there_is_not_fetched_again(raw, server):
+def test_what_is_there_is_recorded_and_not_fetched_again(raw, server):
     first = fetch.fetch("films")
     assert fetch.fetch("films") == first
-    assert server.asked == ["/films.zip"]
     first.unlink()
     assert fetch.fetch("films").read_bytes() == RATINGS  # from the archive that was kept
     assert server.asked == ["/films.zip"]
-
-
-def test_what_was_received_is_recorded(raw, server):
     path = fetch.fetch("gadgets")
     assert path.read_bytes() == REVIEWS
+    digest = hashlib.sha256(REVIEWS).hexdigest()
     assert json.loads((raw / "gadgets" / "received.json").read_text()) == {
         "address": f"{server.base}/Gadgets_5.json.gz",
-        "files": {
-            "Gadgets_5.json.gz": {"bytes": len(REVIEWS), "sha256": hashlib.sha256(REVIEWS).hexdigest()}
-        },
+        "files": {"Gadgets_5.json.gz": {"bytes": len(REVIEWS), "sha256": digest}},
     }
     assert path.stat().st_mode & stat.S_IRGRP  # a data folder may be shared
 
@@ -328,11 +323,11 @@ def test_a_silent_server_is_not_waited_for_endlessly(raw, server, monkeypatch):
     assert files_in(raw) == []
 
 
-def test_a_redirect_is_followed(raw, server):
+def test_servers_that_redirect_or_call_gz_an_encoding(raw, server):
     def redirect(handler):
         if handler.path.startswith("/elsewhere"):
             handler.path = handler.path.removeprefix("/elsewhere")
-            server.whole(handler)
+            server.whole(handler, Content_Encoding="gzip")
             return
         handler.send_response(302)
         handler.send_header("Location", f"/elsewhere{handler.path}")
@@ -344,22 +339,14 @@ def test_a_redirect_is_followed(raw, server):
     assert server.asked == ["/Gadgets_5.json.gz", "/elsewhere/Gadgets_5.json.gz"]
 
 
-def test_a_gz_file_is_kept_as_it_is_where_the_server_calls_it_an_encoding(raw, server):
-    server.reply = lambda handler: server.whole(handler, Content_Encoding="gzip")
-    assert fetch.fetch("gadgets").read_bytes() == REVIEWS
-
-
-def test_no_server_at_all(raw, tmp_path):
+def test_no_server_and_no_connection(raw, server, tmp_path, monkeypatch):
     change_list(tmp_path, "films", address="http://127.0.0.1:9/films.zip")
     with pytest.raises(InputError, match=r"127\.0\.0\.1:9/films\.zip: .*refused.* put a whole films\.zip at"):
         fetch.fetch("films")
     assert files_in(raw) == []
-
-
-def test_offline_nothing_is_asked_for(raw, server, monkeypatch):
     monkeypatch.setenv("RECLIB_OFFLINE", "1")
     with pytest.raises(InputError, match="RECLIB_OFFLINE is set"):
-        fetch.fetch("films")
+        fetch.fetch("gadgets")
     assert server.asked == []
 
 
@@ -422,20 +409,17 @@ def special_zip(kind: str, path: Path) -> None:
             archive.writestr("a/c", b"")
 
 
-@pytest.mark.parametrize(
-    ("kind", "said"),
-    [
+def test_members_that_are_refused(tmp_path):
+    (tmp_path / "into").mkdir()
+    for kind, said in (
         ("link", "a/b is a symbolic link"),
         ("large", "a/b has 2,000 bytes, more than 1,999"),
         ("absent", "holds no a/b"),
-    ],
-)
-def test_members_that_are_refused(tmp_path, kind, said):
-    special_zip(kind, tmp_path / "x.zip")
-    (tmp_path / "into").mkdir()
-    with pytest.raises(InputError, match=said):
-        fetch.unpack(tmp_path / "x.zip", ("a/b",), tmp_path / "into", max_bytes=1999)
-    assert files_in(tmp_path / "into") == []
+    ):
+        special_zip(kind, tmp_path / "x.zip")
+        with pytest.raises(InputError, match=said):
+            fetch.unpack(tmp_path / "x.zip", ("a/b",), tmp_path / "into", max_bytes=1999)
+        assert files_in(tmp_path / "into") == []
 
 
 def test_a_member_that_holds_more_than_it_declares_is_not_unpacked(tmp_path):
@@ -562,14 +546,16 @@ def test_a_folder_where_the_file_is_due(raw, server):
     assert fetch.fetched("gadgets") is None
 
 
-def test_unknown_names(raw):
+def test_unknown_names_and_wrong_entries_are_told(raw, tmp_path):
     for ask in (fetch.fetch, fetch.fetched, fetch.not_fetched):
         with pytest.raises(InputError, match=r"'film' \(did you mean 'films'\?\); there are films, gadgets,"):
             ask("film")
 
-
-def test_the_error_of_a_caller_that_finds_it_missing(raw):
     assert "python -m reclib data fetch films'" in str(fetch.not_fetched("films"))
+
+    change_list(tmp_path, "films", sha256="x")
+    with pytest.raises(InputError, match="unknown parameter 'sha256'"):
+        fetch.catalogue()
 
 
 def test_a_fetched_dataset_is_a_source_by_its_name(raw):
@@ -655,9 +641,3 @@ def test_ml_100k_is_fetched_to_where_its_own_module_looks(tmp_path, monkeypatch)
     fetch.folder().mkdir(parents=True)
     (fetch.folder() / "u.data").write_bytes(b"")
     assert fetch.fetched("ml-100k") == fetch.folder() / "u.data"
-
-
-def test_a_wrong_entry_is_told(raw, tmp_path):
-    change_list(tmp_path, "films", sha256="x")
-    with pytest.raises(InputError, match="unknown parameter 'sha256'"):
-        fetch.catalogue()

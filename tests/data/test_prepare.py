@@ -136,7 +136,6 @@ def test_keys_are_decoded_on_access():
 SHARED = system.root().parent / "shared" / "data"
 PUBLISHED = {  # users, items, interactions of the 5-core sets, and what a 5-core leaves of MovieLens
     "amazon-beauty-2014-5core/Beauty_s3rec.txt.gz": (22_363, 12_101, 198_502),
-    "amazon-sports-2014-5core/Sports_item_org_rank.txt.gz": (35_598, 18_357, 296_337),
     "amazon-toys-2014-5core/Toys_and_Games_s3rec.txt.gz": (19_412, 11_924, 167_597),
     "ml-100k/u.data.gz": (943, 1_682, 100_000),
 }

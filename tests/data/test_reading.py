@@ -450,13 +450,11 @@ def test_names_and_folders_of_any_characters(tmp_path, monkeypatch):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_memory_limit_beyond_any_machine(tmp_path):
+def test_show_and_limits_at_the_command(tmp_path, capsys):
     path = written(tmp_path, f"{UIT}u,a,{T}\n")
     assert prepared(path, memory_limit_mb=10**18) == ({"u": "a"}, {})
     assert data_main(["prepare", str(path), "--memory-mb", "9" * 20]) == 2
 
-
-def test_show_tells_why_there_is_no_split_by_time(tmp_path, capsys):
     path = written(tmp_path, UIT + "".join(f"u{n},i{k},{T}\n" for n in range(4) for k in range(5)))
     folder = folder_of(DataConfig(dataset=str(path), min_user=1, min_item=1))
     assert data_main(["show", str(folder)]) == 0
@@ -721,7 +719,7 @@ def test_counts_of_real_files_are_the_published_ones():
             assert numbers == (0, REAL[name][0] - 1, REAL[name][0]), name
 
 
-def test_ml_1m_without_times_is_read_in_row_order():
+def test_odd_real_parquet_files():
     path = sample("ml-1m/pairs_official_order.parquet")
     with pytest.raises(InputError, match=r"no column is clearly the time.*columns found: userID, movieID"):
         read(path)
@@ -731,8 +729,6 @@ def test_ml_1m_without_times_is_read_in_row_order():
     assert got.time_unit == "order"
     assert con.execute("SELECT bool_and(time >= 0), max(time) FROM raw").fetchone() == (True, 2313)
 
-
-def test_the_cut_row_of_a_real_parquet_file_is_rejected():
     rows, got = read(sample("ml-latest-2023-subset/ratings.parquet"))
     assert len(rows) == 206_584
     assert got.rejected == {"timestamp out of range": 1}
@@ -794,7 +790,7 @@ def test_a_gzip_file_that_is_cut_or_damaged_is_refused(tmp_path, monkeypatch):
         assert [row[1] for row in read(path, ML)[0]] == [str(n) for n in range(30)]
 
 
-def test_empty_files_and_headers_alone(tmp_path):
+def test_files_that_hold_nothing_or_are_cut(tmp_path):
     for content in (b"", b"\n \n", gzip.compress(b"")):
         path = written(tmp_path, content, "none.txt")
         for format in ("auto", ML, J18, "user-per-line"):
@@ -804,8 +800,6 @@ def test_empty_files_and_headers_alone(tmp_path):
     with pytest.raises(InputError, match=r"ratings.csv has a header and nothing below it"):
         read(path)
 
-
-def test_a_last_line_without_an_end_may_be_cut(tmp_path):
     path = written(tmp_path, "1\t2\t3\t881250949\n1\t2\t3\t8812509", "u.data")
     with pytest.raises(InputError, match=r"u\.data, line 2: the file stops without a line end"):
         read(path)
@@ -826,21 +820,19 @@ def test_columns_of_an_own_table_are_asked_for(tmp_path):
             read(written(tmp_path, text, "mine.csv"), "table", columns)
 
 
-def test_a_long_field_and_a_byte_order_mark(tmp_path):
+def test_long_fields_and_lines_inside_quotes(tmp_path, monkeypatch):
     text = f'user,item,time,review\na,b,{SECOND},"{"x" * 3_000_000}"\n'
     assert read(written(tmp_path, text), strict=True)[0] == [(0, "a", "b", None, SECOND)]
     text = "\ufeff" + CONTENTS["amazon-2023-json"]
     assert read(written(tmp_path, text), strict=True)[0] == EXPECTED["amazon-2023-json"]
 
-
-def test_line_numbers_count_line_ends_inside_quotes(tmp_path, monkeypatch):
     small_blocks(monkeypatch, 40)
     text = "user,item,time,note\n" + f'me,a,{SECOND},"one\ntwo"\n' * 3 + f"me,,{SECOND},x\n"
     with pytest.raises(InputError, match="line 8: item is ''"):
         read(written(tmp_path, text), strict=True)
 
 
-def test_an_inter_file_needs_its_columns(tmp_path):
+def test_odd_parts_of_published_formats(tmp_path):
     path = written(tmp_path, "1\t2\t3\t4\n", "x.inter")
     with pytest.raises(
         InputError, match=r"x.inter, line 1: header is '1\\t2\\t3\\t4', expected TAB-separated"
@@ -851,13 +843,9 @@ def test_an_inter_file_needs_its_columns(tmp_path):
         (0, "me", "i0", None, SECOND * 1000 + 500)
     ]
 
-
-def test_latin_1_of_ml_1m(tmp_path):
     path = written(tmp_path, f"Zo\xeb::1::5::{SECOND}\n".encode("latin-1"), "ratings.dat")
     assert read(path, strict=True)[0] == [(0, "Zoë", "1", 5.0, SECOND)]
 
-
-def test_a_user_on_two_lines_is_told(tmp_path):
     path = written(tmp_path, "1 5 6\n1 7 8\n")
     with pytest.raises(InputError, match=r"line 2: user '1' has a second line.*is it format pair-per-line"):
         read(path, "user-per-line", strict=True)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from reclib.config import DataConfig, InputError
 from reclib.data import splits
 from reclib.data.dataset import Dataset, Keys
-from reclib.data.prepare import RULES_VERSION, prepare, synthetic_dataset
+from reclib.data.prepare import prepare, synthetic_dataset
 
 NUM_ITEMS = 12
 
@@ -112,13 +112,11 @@ def test_global_time_trains_only_before_the_point(histories, shares, target):
     assert split.about["users_unseen_in_training"] == dataset.num_users - len(split.train.starts)
 
 
-def test_time_points_that_leave_a_part_empty():
+def test_time_points_among_equal_times():
     for times in [[5] * 20, [5] * 19 + [6], [1] + [5] * 19]:
         with pytest.raises(InputError, match="leave a part empty"):
             splits.global_time(made([[(1 + n % 5, time) for n, time in enumerate(times)]]))
 
-
-def test_ties_at_the_time_point_do_not_train():
     # of 13 interactions the validation point falls on the second of the three at time 7
     times = [1, 2, 3, 4, 5, 6, 7, 7, 7, 9]
     dataset = made([[(1 + n % 5, time) for n, time in enumerate(times)], [(3, 1), (4, 2), (5, 12)]])
@@ -238,8 +236,3 @@ def test_negatives_do_not_depend_on_how_many_rows_are_drawn_together(monkeypatch
         mine = dataset.items[dataset.offsets[user] : dataset.offsets[user + 1]]
         assert not np.isin(negatives, mine).any()
         assert np.unique(negatives).size == 20
-
-
-def test_rules_version_is_told_in_the_manifest():
-    dataset = synthetic_dataset(50, 60, 8.0, seed=0)
-    assert dataset.manifest["rules"]["version"] == RULES_VERSION
