@@ -20,8 +20,8 @@ Reference: Harper and Konstan, The MovieLens Datasets, ACM TiiS 5(4), 2015.
 from __future__ import annotations
 
 import argparse
-import difflib
 import gzip
+import hashlib
 import importlib.util
 import json
 import os
@@ -40,7 +40,7 @@ from typing import Any, NamedTuple
 from pydantic.dataclasses import dataclass
 
 from reclib import system
-from reclib.config import STRICT, InputError, Positive, validated
+from reclib.config import STRICT, InputError, Positive, nearest, validated
 
 LIST = "datasets.yaml"
 
@@ -121,9 +121,7 @@ def known(name: str) -> Download:
     entries = catalogue()
     if name in entries:
         return entries[name]
-    close = difflib.get_close_matches(name, list(entries), n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    raise InputError(f"no dataset is called {name!r}{hint}; there are {', '.join(entries)}")
+    raise InputError(f"no dataset is called {name!r}{nearest(name, entries)}; there are {', '.join(entries)}")
 
 
 def fetched(name: str, folder: Path | None = None) -> Path | None:
@@ -225,11 +223,9 @@ def _put(files: list[Path], home: Path, where: str | None) -> None:
     The record precedes the files, so that none is there without it. The first file, which is to be read,
     comes last and makes the others count.
     """
-    import pooch
-
     home.mkdir(parents=True, exist_ok=True)
     if where is not None:
-        hashes = {p.name: {"bytes": p.stat().st_size, "sha256": pooch.file_hash(str(p))} for p in files}
+        hashes = {p.name: {"bytes": p.stat().st_size, "sha256": system.file_sha256(p)} for p in files}
         system.write_json(home / RECEIVED, {"address": where, "files": hashes})
     for path in reversed(files):
         path.replace(home / path.name)
@@ -286,10 +282,9 @@ def check(path: Path, checksum: str | None) -> None:
     """Raise `InputError` unless the file has this checksum (algorithm:digest), where there is one."""
     if checksum is None:
         return
-    import pooch  # only where something is fetched: it is slow to import
-
     algorithm, expected = checksum.split(":")
-    found = pooch.file_hash(str(path), alg=algorithm)
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, algorithm).hexdigest()
     if found != expected:
         raise InputError(
             f"{path.name} is truncated or altered: {path.stat().st_size:,} bytes, {algorithm} {found[:16]}…, "
@@ -336,7 +331,7 @@ def _raw(folder: Path | None) -> Path:
 
 
 def _transfer(where: str, path: Path, size: int | None) -> None:
-    import pooch
+    import pooch  # only where something is fetched: it is slow to import
     from requests.exceptions import ChunkedEncodingError
     from tqdm import tqdm
 

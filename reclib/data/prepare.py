@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import hashlib
 import itertools
 import json
@@ -39,7 +38,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from reclib import system
-from reclib.config import DataConfig, InputError, changed, validated
+from reclib.config import DataConfig, InputError, changed, nearest, validated
 from reclib.data import dataset, fetch, splits
 from reclib.data.dataset import (
     MIN_LEN,
@@ -285,11 +284,9 @@ def source(config: DataConfig) -> Source:
     names = list(SOURCES | fetch.catalogue())
     if name in names:
         return fetched_source(name, config)
-    close = difflib.get_close_matches(name, names, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
     raise InputError(
-        f"parameter 'dataset' is {name!r}{hint}: expected one of {', '.join(names)}, or a file, and {path} "
-        "is none"
+        f"parameter 'dataset' is {name!r}{nearest(name, names)}: expected one of {', '.join(names)}, or a "
+        f"file, and {path} is none"
     )
 
 
