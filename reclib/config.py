@@ -119,6 +119,8 @@ class DataConfig:
     min_item: Positive = 5  # k-core: interactions that an item must have
     core: Core = "fixed_point"  # single_pass: the seed study's filter
     duplicates: Duplicates = "keep"  # repeated (user, item) pairs
+    ties: Literal["source", "shuffle", "item"] = "source"  # order of a user's interactions at one time
+    ties_seed: NonNegative = 0  # of ties='shuffle'
     strict: bool = False  # stop at the first bad line instead of counting it
     max_rejected_share: Share = 0.01  # share of bad lines above which reading stops
     memory_limit_mb: Positive = 512  # of the database that prepares the data
@@ -302,7 +304,13 @@ def changed(config: T, **values: Any) -> T:
     return validated(type(config), {name: getattr(config, name) for name in _names(config)} | values)
 
 
-LATER = ("head_multiple", "half_copies", "prior")  # fields that came after the first records
+LATER = (
+    "head_multiple",
+    "half_copies",
+    "prior",
+    "ties",
+    "ties_seed",
+)  # fields that came after the first records
 
 
 def as_dict(config: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from test_periods import dataset  # noqa: F401  # a fixture
+from spread import dataset  # noqa: F401  # a fixture
 
 from reclib import hardware, parameters
 from reclib.config import InputError, TrainConfig

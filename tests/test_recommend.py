@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from lineups import CPU, asked, trained
-from test_periods import dataset  # noqa: F401  # a fixture
+from spread import dataset  # noqa: F401  # a fixture
 
 from reclib import system
 from reclib.config import InputError, TrainConfig

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 from lineups import asked, trained
+from spread import dataset  # noqa: F401  # a fixture
 from test_explore import ROWS
-from test_periods import dataset  # noqa: F401  # a fixture
 
 from reclib.cost import planner
 from reclib.experiments import explore

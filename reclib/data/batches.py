@@ -2,33 +2,44 @@
 
 A step's samples are drawn before they are laid out, from a generator seeded by (seed, stream, epoch, step).
 So the same step has the same targets in packed or padded rows, in one piece or in micro-batches, and a
-resumed run needs no generator state. Packing is first-fit decreasing, for `STEPS_PACKED` steps at once.
-Of several processes that train together each draws the whole step and lays out its own micro-batches.
+resumed run needs no generator state. Packing is first-fit decreasing, for `STEPS_PACKED` steps at once. Of
+several processes that train together each draws the whole step and lays out its own micro-batches.
 
-Shapes: S steps, B sequences of a step, T items of a step, R rows, L = max_len, Q queries of a row, M targets.
+Samples and packing are plain numpy, so that the planner can lay out batches of a device that is not there.
+
+Shapes: S steps, B sequences of a step, T items of them, R rows, L = max_len, Q queries of a row, M targets,
+I real items of the catalogue.
 """
 
 from __future__ import annotations
 
 import math
-import queue
-import threading
+from collections import deque
 from collections.abc import Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from reclib.config import PAD, ModelConfig, TrainConfig
+from reclib.data.dataset import Histories, within
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-from reclib.config import PAD, ModelConfig, TrainConfig
-from reclib.data.dataset import Histories
 
-# ------------------------------------------------------------------------------------------------
-# What a model is shown and asked: windows of histories, their targets, and the negatives of a sampled loss.
-#
-# Shapes: B sequences, T items of all of them, I real items.
+IGNORE = -100  # target of a slot that only fills a bucket
+
+ORDER, SAMPLE, NEGATIVES, PREFIX = 0, 1, 2, 3  # streams of random numbers
+
+STEPS_PACKED = 64  # at once: about as fast as a whole epoch, and its first batch waits for these alone
+
+AHEAD = 16  # batches: as many as a fast GPU uses up while the next steps are packed
+
+ALIGNED = 4  # places: every tensor in a staging buffer starts at a multiple of 16 bytes
+
+T = TypeVar("T")
 
 
 class Samples(NamedTuple):
@@ -60,7 +71,7 @@ def prefixes(histories: Histories, share: float, rng: np.random.Generator) -> Hi
     A model that sees whole histories alone knows what comes after the last item of none: prefixes are what
     histories looked like earlier, and with the last item masked they are prediction at that time.
     """
-    lengths = histories.ends - histories.starts
+    lengths = histories.lengths
     cut_here = rng.random(len(lengths)) < share
     shorter = 2 + (rng.random(len(lengths)) * (lengths - 1)).astype(np.int64)  # 2 .. length
     kept = np.where(cut_here & (lengths > 2), np.minimum(shorter, lengths), lengths)
@@ -81,18 +92,16 @@ def mask_cloze(
     is_target = (rng.random(len(samples.tokens)) < mask_prob) & ~last_only[sequence]
     spare = ends - lengths + (rng.random(len(lengths)) * lengths).astype(np.int64)
     empty = np.bincount(sequence[is_target], minlength=len(lengths)) == 0
-    forced = np.where(last_only, ends - 1, spare)[empty & (lengths > 0)]
-    is_target[forced] = True
+    is_target[np.where(last_only, ends - 1, spare)[empty & (lengths > 0)]] = True
     return samples._replace(is_target=is_target)
 
 
 def next_items(samples: Samples) -> Samples:
     """Return every item but each sequence's last, as inputs whose targets are the items after them."""
-    lengths = samples.lengths
-    is_last = np.zeros(len(samples.tokens), dtype=bool)
+    tokens, lengths = samples.tokens, samples.lengths
+    is_last = np.zeros(len(tokens), dtype=bool)
     is_last[np.cumsum(lengths)[lengths > 0] - 1] = True
     kept = np.flatnonzero(~is_last)
-    tokens = samples.tokens
     return Samples(tokens[kept], np.maximum(lengths - 1, 0), np.ones(len(kept), dtype=bool), tokens[kept + 1])
 
 
@@ -126,14 +135,6 @@ def negative_shares(histories: Histories, num_items: int, train: TrainConfig) ->
     return counts / counts.sum()
 
 
-# ------------------------------------------------------------------------------------------------
-# How sequences share rows: first-fit decreasing, and sizes that repeat.
-#
-# Plain numpy, so that a plan can lay out the batches of a device that is not there.
-#
-# Shapes: S steps, B sequences of a step, R rows, L = max_len.
-
-
 def bucket(n: int, steps: int) -> int:
     """Round n up to one of `steps` sizes per octave, so that shapes repeat at a bounded waste."""
     size = 1 << max(0, n.bit_length() - steps.bit_length())
@@ -161,21 +162,6 @@ def first_fit_decreasing(lengths: np.ndarray, max_len: int) -> tuple[np.ndarray,
         rows[step, chosen], places[step, chosen] = row, max_len - free[step, row]
         free[step, row] -= length.astype(small)
     return rows, places
-
-
-# ------------------------------------------------------------------------------------------------
-
-IGNORE = -100  # target of a slot that only fills a bucket
-
-ORDER, SAMPLE, NEGATIVES, PREFIX = 0, 1, 2, 3  # streams of random numbers
-
-STEPS_PACKED = 64  # at once: about as fast as a whole epoch, and its first batch waits for these alone
-
-AHEAD = 16  # batches: as many as a fast GPU uses up while the next steps are packed
-
-ALIGNED = 4  # places: every tensor in a staging buffer starts at a multiple of 16 bytes
-
-T = TypeVar("T")
 
 
 class Batch(NamedTuple):
@@ -213,9 +199,9 @@ class Batch(NamedTuple):
         return self._replace(**sent, buffer=None)
 
     def _tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by name, without the buffer."""
         from torch import Tensor
 
-        """Return the tensors by name, without the buffer."""
         fields = self._replace(buffer=None)._asdict()
         return {name: value for name, value in fields.items() if isinstance(value, Tensor)}
 
@@ -301,57 +287,42 @@ class Layout:
         num_rows = int(rows.max(initial=0)) + 1
         num_rows = bucket(num_rows, self.bucket_steps) if self.packed else num_rows
         sequence = np.repeat(np.arange(len(lengths)), lengths)
-        within = np.arange(len(tokens)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        flat = rows[sequence] * L + places[sequence] + within  # (T,) place in the flattened rows
-        from_last = self.position_origin == "last"
+        order = within(lengths)
+        flat = rows[sequence] * L + places[sequence] + order  # (T,) place in the flattened rows
 
         items = np.full(num_rows * L, PAD, dtype=np.int64)
         segments = np.zeros(num_rows * L, dtype=np.int32)
         positions = np.zeros(num_rows * L, dtype=np.int64)
         items[flat] = tokens if self.causal else np.where(is_target, self.mask_id, tokens)
         segments[flat] = sequence + 1
-        positions[flat] = lengths[sequence] - 1 - within if from_last else within
+        positions[flat] = lengths[sequence] - 1 - order if self.position_origin == "last" else order
 
-        found, targets = flat[is_target], labels[is_target].astype(np.int64)
-        index = self._queries(found, targets, num_rows)
-        shape = (num_rows, L)
-        added: dict[str, Any] = {}
-        if prior is not None:
-            arrays = prior.of_samples(samples, self.causal, np.argsort(found, kind="stable"))  # as in `index`
-            added = {f"prior_{name}": torch.from_numpy(array) for name, array in arrays._asdict().items()}
-        return Batch(
-            torch.from_numpy(items).view(shape),
-            torch.from_numpy(segments).view(shape),
-            torch.from_numpy(positions).view(shape),
-            *index,
-            num_targets=len(found),
-            num_tokens=len(tokens),
-            num_sequences=len(lengths),
-            **added,
-        )
+        arrays = [array.reshape(num_rows, L) for array in (items, segments, positions)]
+        targets = flat[is_target]
+        arrays += self._queries(targets, labels[is_target].astype(np.int64), num_rows)
+        counts = (int(is_target.sum()), len(tokens), len(lengths))
+        batch = Batch(*map(torch.from_numpy, arrays), *counts)  # type: ignore[call-arg, arg-type]
+        if prior is None:
+            return batch
+        entries = prior.of_samples(
+            samples, self.causal, np.argsort(targets, kind="stable")
+        )  # as in `_queries`
+        added: Any = {f"prior_{name}": torch.from_numpy(array) for name, array in entries._asdict().items()}
+        return batch._replace(**added)
 
-    def _queries(
-        self, found: np.ndarray, targets: np.ndarray, num_rows: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _queries(self, places: np.ndarray, targets: np.ndarray, num_rows: int) -> list[np.ndarray]:
         """Sort targets by place and give each row the same number Q of query slots."""
-        import torch
-
-        order = np.argsort(found, kind="stable")
-        found, targets = found[order], targets[order]
-        row = found // self.max_len
+        order = np.argsort(places, kind="stable")
+        places, targets = places[order], targets[order]
+        row = places // self.max_len
         per_row = np.bincount(row, minlength=num_rows)
         Q = min(bucket(int(per_row.max(initial=1)), self.bucket_steps), self.max_len)
-        rank = np.arange(len(found)) - (np.cumsum(per_row) - per_row)[row]
+        rank = within(per_row)
         query_index = np.zeros((num_rows, Q), dtype=np.int64)
-        query_index[row, rank] = found % self.max_len
-        spare = bucket(len(found), self.bucket_steps) - len(found)
-        fill = ((0, spare),)
-        return (
-            torch.from_numpy(query_index),
-            torch.from_numpy(np.pad(row * Q + rank, fill)),
-            torch.from_numpy(np.pad(found, fill)),
-            torch.from_numpy(np.pad(targets, fill, constant_values=IGNORE)),
-        )
+        query_index[row, rank] = places % self.max_len
+        fill = (0, bucket(len(places), self.bucket_steps) - len(places))
+        slots, places = np.pad(row * Q + rank, fill), np.pad(places, fill)
+        return [query_index, slots, places, np.pad(targets, fill, constant_values=IGNORE)]
 
 
 class Epoch:
@@ -377,12 +348,13 @@ class Epoch:
         self.histories = histories
         self.layout = Layout.of(model, train)
         self.extra = int(model.causal)  # items of a window beyond its inputs: the last one's target
-        users = np.flatnonzero(histories.ends - histories.starts > self.extra)
+        users = np.flatnonzero(histories.lengths > self.extra)
         self.users = generator(train.seed, ORDER, epoch).permutation(users)
         self.num_steps = -(-len(users) // train.batch_size)
         self.rank, self.ranks = rank, ranks
-        micro = math.gcd(train.micro_batch_size or train.batch_size, train.batch_size // ranks)
-        self.micro_batch_size = micro
+        self.micro_batch_size = math.gcd(
+            train.micro_batch_size or train.batch_size, train.batch_size // ranks
+        )
         self._packed: tuple[int, np.ndarray, np.ndarray] | None = None  # first step of a block, rows, places
         self.shares = negative_shares(histories, model.num_items, train) if train.sampled else None
 
@@ -456,7 +428,7 @@ def next_item_batches(
     are in the order of the users that are yielded with them.
     """
     most = layout.max_len - int(not layout.causal)
-    spans = np.minimum((histories.ends - histories.starts)[users], most)
+    spans = np.minimum(histories.lengths[users], most)
     users = users[np.argsort(-spans, kind="stable")]
     for first in range(0, len(users), batch_size):
         chosen = users[first : first + batch_size]
@@ -466,8 +438,7 @@ def next_item_batches(
         tokens = np.full(ends[-1], layout.mask_id, dtype=np.int64)
         is_target = np.zeros(ends[-1], dtype=bool)
         is_target[ends - 1] = True
-        within = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
-        tokens[within < np.repeat(seen.lengths, lengths)] = seen.tokens
+        tokens[within(lengths) < np.repeat(seen.lengths, lengths)] = seen.tokens
         fitting = replace(layout, max_len=min(-(-int(lengths[0]) // 16) * 16, layout.max_len))
         rows, places = fitting.place(lengths[None])
         batch = fitting.batch(Samples(tokens, lengths, is_target, tokens), rows[0], places[0])
@@ -477,37 +448,12 @@ def next_item_batches(
 
 def prefetch(source: Iterable[T], depth: int = AHEAD) -> Generator[T, None, None]:
     """Yield from `source`, prepared by a thread up to `depth` ahead; its errors are raised here."""
-    ready: queue.Queue = queue.Queue(maxsize=depth)
-    stop = threading.Event()
-    end = object()
-
-    def offer(item: object) -> None:
-        while not stop.is_set():
-            try:
-                return ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def work() -> None:
+    items, end = iter(source), object()
+    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as thread:
+        coming = deque(thread.submit(next, items, end) for _ in range(depth))
         try:
-            for item in source:
-                offer((item, None))
-                if stop.is_set():
-                    return
-            offer((end, None))
-        except BaseException as error:  # handed over, to be raised by the consumer
-            offer((end, error))
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = ready.get()
-            if error is not None:
-                raise error
-            if item is end:
-                return
-            yield item
-    finally:
-        stop.set()
-        thread.join()
+            while (item := coming.popleft().result()) is not end:
+                coming.append(thread.submit(next, items, end))
+                yield item  # type: ignore[misc]
+        finally:
+            thread.shutdown(cancel_futures=True)

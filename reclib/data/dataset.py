@@ -1,13 +1,12 @@
-"""A prepared dataset: histories of dense item ids that lie on disk, and what is known of them.
+"""A prepared dataset: histories of dense item ids on disk, and what is known of them.
 
-Arrays are memory-mapped, keys and titles are decoded when they are asked for, so that loading costs
-neither time nor memory however large the dataset is.
+Arrays are memory-mapped; keys and titles are decoded when they are used, so that loading costs neither time
+nor memory however large the dataset is.
 
-- Dense ids: items 1..num_items and users 0.. in the order of their raw ids, shorter before longer
-  and then by character, which for plain integers is their numeric order. 0 is PAD.
-- Leave-one-out: the last interaction of each user is the test target, the one before it the
-  validation target. A user with fewer than three interactions has no targets; the whole history
-  trains.
+- Dense ids: items 1..num_items and users 0.. in the order of their raw ids, shorter before longer and then
+  by character, which for plain integers is their numeric order. 0 is PAD.
+- Leave-one-out: the last interaction of each user is the test target, the one before it the validation
+  target. A user with fewer than three interactions has no targets; the whole history trains.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections import UserDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,9 +31,11 @@ ARRAYS = ("items", "offsets", "item_keys", "user_keys")
 
 CHUNK = 1 << 16  # keys decoded at a time
 
+MIN_LEN = 5  # interactions that every synthetic user has
+
 
 class Keys:
-    """Raw ids: UTF-8 bytes of one width, where they lie, decoded on access. Indexes as an array does."""
+    """Raw ids: UTF-8 bytes of one width where they lie, decoded on access. Indexes as an array does."""
 
     def __init__(self, encoded: np.ndarray) -> None:
         self._encoded = encoded  # bytes (size,)
@@ -45,7 +47,7 @@ class Keys:
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """Number of keys."""
         return self._encoded.size
 
     def __len__(self) -> int:
@@ -53,8 +55,8 @@ class Keys:
 
     def __getitem__(self, index: Any) -> Any:
         """Return str for one index, an array of str for a slice or an array."""
-        found = self._encoded[index]
-        return found.decode() if isinstance(found, bytes) else np.char.decode(found, "utf-8")
+        keys = self._encoded[index]
+        return keys.decode() if isinstance(keys, bytes) else np.char.decode(keys, "utf-8")
 
     def __iter__(self) -> Iterator[str]:
         for start in range(0, self.size, CHUNK):
@@ -68,24 +70,16 @@ class Keys:
         return list(self)
 
 
-class Titles(Mapping[str, str]):
-    """Titles by item key, read from their file when the first one is asked for."""
+class Titles(UserDict[str, str]):
+    """Titles by item key, read from their file when the first one is needed."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     @functools.cached_property
-    def _titles(self) -> dict[str, str]:
+    def data(self) -> dict[str, str]:  # type: ignore[override]
+        """All titles."""
         return json.loads(self._path.read_text("utf-8"))
-
-    def __getitem__(self, key: str) -> str:
-        return self._titles[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._titles)
-
-    def __len__(self) -> int:
-        return len(self._titles)
 
 
 @dataclass(frozen=True)
@@ -113,7 +107,7 @@ class Dataset:
 
     @property
     def num_items(self) -> int:
-        """Catalogue size after the k-core, PAD and MASK apart."""
+        """Catalogue size after the k-core, without PAD and MASK."""
         return self.item_keys.size - 1
 
     @property
@@ -137,6 +131,11 @@ class Dataset:
         return self.titles.get(key, key)
 
 
+def within(lengths: np.ndarray) -> np.ndarray:
+    """Return int64 (sum of lengths,): 0, 1, ... inside each of some runs that lie one after another."""
+    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+
 class Histories(NamedTuple):
     """Views into a dataset; the history of row u is `items[starts[u]:ends[u]]`."""
 
@@ -150,40 +149,55 @@ class Histories(NamedTuple):
         return self.ends - self.starts
 
     def places(self) -> np.ndarray:
-        """Return int64 (sum of lengths,): where in `items` every interaction stands, row after row."""
-        lengths = self.lengths
-        within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        return np.repeat(self.starts, lengths) + within
+        """Return int64 (sum of lengths,): the index into `items` of every interaction, row after row."""
+        return np.repeat(self.starts, self.lengths) + within(self.lengths)
+
+    def rows(self, chosen: np.ndarray) -> Histories:
+        """Return some rows, by number or by truth value."""
+        return Histories(self.items, self.starts[chosen], self.ends[chosen])
 
 
 class Evaluation(NamedTuple):
-    """What is known of each evaluated user, and the one item to be found."""
+    """The history of each evaluated row, and the one item to be predicted."""
 
     histories: Histories
     targets: np.ndarray  # int32 (rows,)
+
+    @classmethod
+    def at(cls, dataset: Dataset, users: np.ndarray, targets: np.ndarray) -> Evaluation:
+        """Return a row for each of the users: the target's index in `items`, and all before it."""
+        histories = Histories(dataset.items, dataset.offsets[users], targets)
+        return cls(histories, dataset.items[targets])
+
+    def rows(self, chosen: np.ndarray) -> Evaluation:
+        """Return some rows, by number or by truth value."""
+        return Evaluation(self.histories.rows(chosen), self.targets[chosen])
 
 
 def load(folder: Path) -> Dataset:
     """Return the prepared dataset of a folder; raise `InputError` unless it is whole."""
     if not system.holds(folder):
-        found = system.damage(folder)
-        said = found[0] if found else "it was being replaced"
-        raise InputError(f"{folder} is no whole prepared dataset ({said}); {system.remedy(folder)}")
+        reason = (system.damage(folder) or ["it was being replaced"])[0]
+        raise InputError(f"{folder} is no whole prepared dataset ({reason}); {system.remedy(folder)}")
     return opened(folder, json.loads((folder / "manifest.json").read_text("utf-8")))
 
 
 def opened(folder: Path, manifest: dict[str, Any]) -> Dataset:
-    """Return the dataset of the files in `folder`, which nothing has checked."""
-    times = folder / "times.npy"
+    """Return the dataset of the files in `folder`, without checking them."""
+
+    def mapped(name: str) -> np.ndarray:
+        # a plain array on the mapped pages: np.memmap's own class makes each small slice slower
+        return np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False).view(np.ndarray)
+
     return Dataset(
         name=manifest["name"],
-        items=_mapped(folder / "items.npy"),
-        offsets=_mapped(folder / "offsets.npy"),
-        item_keys=Keys(_mapped(folder / "item_keys.npy")),
-        user_keys=Keys(_mapped(folder / "user_keys.npy")),
+        items=mapped("items"),
+        offsets=mapped("offsets"),
+        item_keys=Keys(mapped("item_keys")),
+        user_keys=Keys(mapped("user_keys")),
         titles=Titles(folder / "titles.json"),
         manifest=manifest,
-        times=_mapped(times) if times.exists() else None,
+        times=mapped("times") if (folder / "times.npy").exists() else None,
     )
 
 
@@ -201,31 +215,30 @@ def evaluated_users(dataset: Dataset) -> np.ndarray:
 def evaluation(dataset: Dataset, part: Literal["valid", "test"]) -> Evaluation:
     """Return histories and targets of the users that have at least three interactions.
 
-    valid: the target is the last but one. test: the target is the last, and the history includes
-    the validation item. With `min_user` of 3 or more, rows are all users.
+    valid: the target is the last but one. test: the target is the last, and the history includes the
+    validation item. With `min_user` of 3 or more, rows are all users.
     """
     if part not in ("valid", "test"):
         raise InputError(f"part is {part!r}, expected 'valid' or 'test'")
     users = evaluated_users(dataset)
-    target = dataset.offsets[users + 1] - (1 if part == "test" else 2)
-    histories = Histories(dataset.items, dataset.offsets[users], target)
-    return Evaluation(histories, dataset.items[target])
+    return Evaluation.at(dataset, users, dataset.offsets[users + 1] - (1 if part == "test" else 2))
 
 
 def described(dataset: Dataset, about: Mapping[str, Any]) -> dict[str, Any]:
     """Return the manifest: `about`, and what follows from the arrays alone."""
-    held_out = evaluated_users(dataset).size
+    held_out, items = evaluated_users(dataset).size, dataset.num_items
     training = dataset.num_interactions - HELD_OUT * held_out
     steps = [
         *about.get("steps", []),
-        step("train", dataset.num_users, dataset.num_items, training),
-        step("valid", held_out, dataset.num_items, held_out),
-        step("test", held_out, dataset.num_items, held_out),
+        step("train", dataset.num_users, items, training),
+        step("valid", held_out, items, held_out),
+        step("test", held_out, items, held_out),
     ]
     own = {
         "steps": steps,
-        "test_targets_sha256": _test_targets_hash(dataset),
-        "fingerprint": _fingerprint(dataset),
+        "ties": ties(dataset),
+        "test_targets_sha256": content_hash(_test_targets(dataset)),
+        "fingerprint": content_hash(_content(dataset))[:16],
     }
     return {"name": dataset.name, **about, **own}
 
@@ -235,26 +248,38 @@ def step(name: str, users: int, items: int, interactions: int) -> dict[str, Any]
     return {"step": name, "users": users, "items": items, "interactions": interactions}
 
 
-def ties(dataset: Dataset) -> dict[str, int]:
-    """Count what only the tie rule orders: times shared within a user's history; 0 without times."""
+def ties(dataset: Dataset) -> dict[str, int | float | None]:
+    """Count what only the tie rule orders, and how far the order follows the item ids.
+
+    - interactions, test_targets: those whose time another interaction of the same user has (the one before,
+      for a target, which could be exchanged with it). None without times: it is unknown then.
+    - ascending_share: of all neighbours in a history, how many ascend by item id; None without neighbours.
+    - tied_ascending_share: the same of neighbours with equal times; None without such.
+
+    A share far above one half means that a source sorted ties by item, which a model can learn.
+    """
+    same_user = np.ones(max(dataset.num_interactions - 1, 0), dtype=bool)
+    same_user[dataset.offsets[1:-1] - 1] = False
+    ascends = dataset.items[1:] > dataset.items[:-1]
+
+    def share(pairs: np.ndarray) -> float | None:
+        return float(ascends[pairs].mean()) if pairs.any() else None
+
     if dataset.times is None:
-        return {"interactions": 0, "test_targets": 0}
-    same = dataset.times[1:] == dataset.times[:-1]
-    same[dataset.offsets[1:-1] - 1] = False  # neighbours of two different users
-    before, after = np.append(False, same), np.append(same, False)
-    lasts = dataset.offsets[1:][dataset.lengths > HELD_OUT] - 1
+        unknown = dict.fromkeys(("interactions", "test_targets", "tied_ascending_share"))
+        return unknown | {"ascending_share": share(same_user)}
+    tied = (dataset.times[1:] == dataset.times[:-1]) & same_user
+    before, after = np.append(False, tied), np.append(tied, False)
     return {
         "interactions": int((before | after).sum()),
-        "test_targets": int(before[lasts].sum()),  # the last two could be exchanged
+        "test_targets": int(before[dataset.offsets[evaluated_users(dataset) + 1] - 1].sum()),
+        "ascending_share": share(same_user),
+        "tied_ascending_share": share(tied),
     }
 
 
-def content_hash(*parts: str | bytes | memoryview) -> str:
+def content_hash(parts: Iterable[str | bytes | memoryview]) -> str:
     """Return the sha256 of parts and their lengths, which keep them apart."""
-    return _hash(parts)
-
-
-def _hash(parts: Iterable[str | bytes | memoryview]) -> str:
     digest = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
@@ -263,34 +288,20 @@ def _hash(parts: Iterable[str | bytes | memoryview]) -> str:
     return digest.hexdigest()
 
 
-def _test_targets_hash(dataset: Dataset) -> str:
-    def parts() -> Iterator[str]:
-        users, targets = evaluated_users(dataset), evaluation(dataset, "test").targets
-        for start in range(0, users.size, CHUNK):
-            rows = slice(start, start + CHUNK)
-            keys = dataset.user_keys[users[rows]].tolist(), dataset.item_keys[targets[rows]].tolist()
-            for pair in zip(*keys, strict=True):
-                yield from pair
-
-    return _hash(parts())
+def _test_targets(dataset: Dataset) -> Iterator[str]:
+    users, targets = evaluated_users(dataset), evaluation(dataset, "test").targets
+    for start in range(0, users.size, CHUNK):
+        rows = slice(start, start + CHUNK)
+        keys = dataset.user_keys[users[rows]].tolist(), dataset.item_keys[targets[rows]].tolist()
+        for pair in zip(*keys, strict=True):
+            yield from pair
 
 
-def _fingerprint(dataset: Dataset) -> str:
-    def parts() -> Iterator[str | memoryview]:
-        for array, dtype in ((dataset.items, "<i4"), (dataset.offsets, "<i8")):
-            yield np.ascontiguousarray(array, dtype).data.cast("B")
-        yield from dataset.item_keys
-        yield from dataset.user_keys
-
-    return _hash(parts())[:16]
-
-
-def _mapped(path: Path) -> np.ndarray:
-    # a plain array on the mapped pages: np.memmap's own class makes each small slice slower
-    return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
-
-
-MIN_LEN = 5  # interactions that every user has
+def _content(dataset: Dataset) -> Iterator[str | memoryview]:
+    for array, dtype in ((dataset.items, "<i4"), (dataset.offsets, "<i8")):
+        yield np.ascontiguousarray(array, dtype).data.cast("B")
+    yield from dataset.item_keys
+    yield from dataset.user_keys
 
 
 def lengths(users: int, mean_len: float, longest: int, generator: np.random.Generator) -> np.ndarray:

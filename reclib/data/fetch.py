@@ -1,9 +1,18 @@
-"""MovieLens 100K: where its two files come from.
+"""Public datasets by name: downloaded from their owners, checked, and taken out of their archive.
 
-The licence forbids passing the files on, so they are fetched: from a file that the user put in
-place, from an installed RecBole or its wheel on PyPI (whose `ml-100k.inter` is the official
-`u.data` under a header line), else from GroupLens. Whatever the way, the rows and their order are
-the same, and that is checked by hash.
+    python -m reclib data fetch --list
+    python -m reclib data fetch ml-1m
+
+`params/datasets.yaml` says where each comes from. A file is either whole in its place or not there: it is
+received into a folder beside its place (named `*.partial`, gone on any failure), checked, and renamed. A
+transfer that breaks off is begun anew; `curl --location --continue-at - --output FILE ADDRESS` resumes.
+
+A file without a published checksum must have the length that the server announced and, if it is gzip, pass
+that format's own check to its end. Its sha256 is kept in `received.json` beside it, with the address.
+
+MovieLens 100K is fetched where it is first used: from an archive that the user put in place, from an
+installed RecBole or its wheel on PyPI (whose `ml-100k.inter` is the official `u.data` under a header line),
+else from GroupLens. Whatever the way, the rows and their order are the same, and that is checked by hash.
 
 Reference: Harper and Konstan, The MovieLens Datasets, ACM TiiS 5(4), 2015.
 """
@@ -11,12 +20,12 @@ Reference: Harper and Konstan, The MovieLens Datasets, ACM TiiS 5(4), 2015.
 from __future__ import annotations
 
 import argparse
-import difflib
 import gzip
 import hashlib
 import importlib.util
 import json
 import os
+import pickle
 import shutil
 import stat
 import subprocess
@@ -24,7 +33,6 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable
 from dataclasses import field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -32,22 +40,7 @@ from typing import Any, NamedTuple
 from pydantic.dataclasses import dataclass
 
 from reclib import system
-from reclib.config import STRICT, InputError, Positive, validated
-
-# ------------------------------------------------------------------------------------------------
-# Public datasets by name: downloaded from their owners, checked, and taken out of their archive.
-#
-# `params/datasets.yaml` says where each comes from. What is wanted is either whole in its place or not
-# there: it is received into a folder beside its place (named `*.partial`, gone on any failure), checked,
-# and renamed. Pooch's downloader, which does the transfer, cannot resume, so one that breaks off is
-# begun anew; `curl --location --continue-at - --output FILE ADDRESS` resumes by hand.
-#
-# A file without a published checksum must have the length that the server announced and, if it is
-# gzip, pass that format's own check to its end. Its sha256 is kept in `received.json` beside it, with the
-# address.
-#
-#     python -m reclib data fetch --list
-#     python -m reclib data fetch ml-1m
+from reclib.config import STRICT, InputError, Positive, nearest, validated
 
 LIST = "datasets.yaml"
 
@@ -57,12 +50,29 @@ BLOCK_BYTES = 1 << 20  # read, hashed or unpacked at a time
 
 TIMEOUT_SECONDS = 30  # without a byte arriving
 
+PIP_SECONDS = 180  # a stalled index must not hold a study up for longer
+
 MAX_MEMBER_BYTES = 4 << 30  # of a zip member that is unpacked; ml-32m's ratings, the largest, are 0.9 GB
 
 SIGNATURES = {".gz": b"\x1f\x8b", ".zip": b"PK\x03\x04"}
 
 # What a transfer or an archive may fail with. Errors of requests are OSErrors, InputError a ValueError.
 FAILURES = (ValueError, OSError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile)
+
+ML_100K = "ml-100k"
+
+# sha256 of u.data. The .inter file's own hash below pins the same rows in the same order under a header, so
+# this one value stands for the interactions wherever they came from.
+IDENTITY = "06416e597f82b7342361e41163890c81036900f418ad91315590814211dca490"
+
+SHA256 = {
+    "u.data": IDENTITY,
+    "u.item": "553841ebc7de3a0fd0d6b62a204ea30c1e651aacfb2814c7a6584ac52f2c5701",
+    "ml-100k.inter": "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff",
+    "ml-100k.item": "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532",
+}
+
+OFFICIAL, RECBOLE = ("u.data", "u.item"), ("ml-100k.inter", "ml-100k.item")  # interactions, titles
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -71,6 +81,7 @@ class Download:
 
     name: str
     address: str
+    kept_as: str | None = None  # name of the downloaded file, where the address's own says nothing
     checksum: str | None  # algorithm:digest
     bytes: Positive | None
     members: tuple[str, ...] = ()
@@ -82,12 +93,15 @@ class Download:
     @property
     def file(self) -> str:
         """Name of the downloaded file."""
-        return PurePosixPath(self.address).name
+        return self.kept_as or PurePosixPath(self.address).name
 
     @property
     def to_read(self) -> str:
         """Name of the file that a reader is given: the download, or the first member of the archive."""
-        return PurePosixPath(self.members[0]).name if self.members else self.file
+        if not self.members:
+            return self.file
+        member = PurePosixPath(self.members[0])
+        return member.with_suffix(".csv").name if member.suffix == ".pkl" else member.name
 
 
 def catalogue() -> dict[str, Download]:
@@ -107,9 +121,7 @@ def known(name: str) -> Download:
     entries = catalogue()
     if name in entries:
         return entries[name]
-    close = difflib.get_close_matches(name, list(entries), n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    raise InputError(f"no dataset is called {name!r}{hint}; there are {', '.join(entries)}")
+    raise InputError(f"no dataset is called {name!r}{nearest(name, entries)}; there are {', '.join(entries)}")
 
 
 def fetched(name: str, folder: Path | None = None) -> Path | None:
@@ -150,14 +162,17 @@ def fetch(name: str, folder: Path | None = None) -> Path:
     download = _raw(folder) / entry.file if entry.members else wanted
     try:
         if not download.is_file():
-            _print_terms(entry)
+            print(f"{entry.name}: {entry.licence}\nTo cite: {entry.citation}", file=sys.stderr)
             receive(entry, download)
         if entry.members:
             check(download, entry.checksum)
-            _unpack(entry, download, home)
+            with system.fresh_folder(home) as fresh:
+                unpack(download, entry.members, fresh)
+                files = [_without_pickle(fresh / PurePosixPath(name).name) for name in entry.members]
+                _put(files, home, address(entry))
     except FAILURES as error:
         raise InputError(
-            f"{name} could not be fetched from {address(entry)}: {one_line(error)}; "
+            f"{name} could not be fetched from {address(entry)}: {_one_line(error)}; "
             f"to go on by hand, put a whole {entry.file} at {download}"
         ) from None
     return wanted
@@ -178,7 +193,7 @@ def receive(entry: Download, target: Path) -> None:
     where = address(entry)
     remote = "://" in where
     if remote:
-        refuse_offline()
+        _refuse_offline()
     with system.fresh_folder(target) as fresh:
         free = shutil.disk_usage(fresh).free
         if entry.bytes and entry.bytes > free:
@@ -191,10 +206,29 @@ def receive(entry: Download, target: Path) -> None:
         else:
             shutil.copyfile(where, path)
         check(path, entry.checksum)
-        _check_kind(path, whole=entry.checksum is None)
-        if not entry.members:
-            _keep_record(fresh, target.parent, where, [path])
-        path.replace(target)
+        with path.open("rb") as file:
+            start = file.read(40)
+        if not start or not start.startswith(SIGNATURES.get(path.suffix, b"")):  # an error page, say
+            raise InputError(f"what arrived is no {path.suffix} file: it begins with {start!r}")
+        if entry.checksum is None and path.suffix == ".gz":  # read to its end, it checks itself
+            with gzip.open(path) as unpacked:
+                while unpacked.read(BLOCK_BYTES):
+                    pass
+        _put([path], target.parent, None if entry.members else where)
+
+
+def _put(files: list[Path], home: Path, where: str | None) -> None:
+    """Move files into `home`, with a record of the address that they are from.
+
+    The record precedes the files, so that none is there without it. The first file, which is to be read,
+    comes last and makes the others count.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    if where is not None:
+        hashes = {p.name: {"bytes": p.stat().st_size, "sha256": system.file_sha256(p)} for p in files}
+        system.write_json(home / RECEIVED, {"address": where, "files": hashes})
+    for path in reversed(files):
+        path.replace(home / path.name)
 
 
 def unpack(archive: Path, members: tuple[str, ...], into: Path, max_bytes: int = MAX_MEMBER_BYTES) -> None:
@@ -221,14 +255,36 @@ def unpack(archive: Path, members: tuple[str, ...], into: Path, max_bytes: int =
                 shutil.copyfileobj(source, out, BLOCK_BYTES)
 
 
+class _Tables(pickle.Unpickler):
+    """Reads pickled pandas tables of numbers, texts and lists, and nothing that could run."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        parts = {"_unpickle_block", "_frombuffer", "_reconstruct", "_new_Index", "slice", "dtype", "ndarray"}
+        parts |= {"DataFrame", "BlockManager", "Index", "RangeIndex"}
+        if module.split(".")[0] not in ("pandas", "numpy", "builtins") or name not in parts:
+            raise InputError(f"a table holds {module}.{name}")
+        return super().find_class(module, name)
+
+
+def _without_pickle(path: Path) -> Path:
+    """Return the file; a pickled pandas table becomes CSV, in which lists of a row are rows of their own."""
+    if path.suffix != ".pkl":
+        return path
+    with path.open("rb") as file:
+        table = _Tables(file).load()
+    lists = [name for name in table if isinstance(table[name].iloc[0], list)]
+    (table.explode(lists) if lists else table).to_csv(path.with_suffix(".csv"), index=False)
+    path.unlink()
+    return path.with_suffix(".csv")
+
+
 def check(path: Path, checksum: str | None) -> None:
     """Raise `InputError` unless the file has this checksum (algorithm:digest), where there is one."""
     if checksum is None:
         return
-    import pooch  # only where something is fetched: it is slow to import
-
     algorithm, expected = checksum.split(":")
-    found = pooch.file_hash(str(path), alg=algorithm)
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, algorithm).hexdigest()
     if found != expected:
         raise InputError(
             f"{path.name} is truncated or altered: {path.stat().st_size:,} bytes, {algorithm} {found[:16]}…, "
@@ -236,13 +292,12 @@ def check(path: Path, checksum: str | None) -> None:
         )
 
 
-def refuse_offline() -> None:
-    """Raise `InputError` where `RECLIB_OFFLINE` asks for no connection to be tried."""
+def _refuse_offline() -> None:
     if os.environ.get("RECLIB_OFFLINE", "").lower() not in ("", "0", "false"):
         raise InputError("not tried, RECLIB_OFFLINE is set")
 
 
-def one_line(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     """Return what an error, or the innermost of those that it wraps, says; its kind if it says nothing."""
     while error.args and isinstance(error.args[-1], BaseException):
         error = error.args[-1]
@@ -276,7 +331,7 @@ def _raw(folder: Path | None) -> Path:
 
 
 def _transfer(where: str, path: Path, size: int | None) -> None:
-    import pooch
+    import pooch  # only where something is fetched: it is slow to import
     from requests.exceptions import ChunkedEncodingError
     from tqdm import tqdm
 
@@ -292,38 +347,7 @@ def _transfer(where: str, path: Path, size: int | None) -> None:
         try:
             get(where, str(path), None)
         except ChunkedEncodingError as error:  # of any transfer, chunked or not, that ends early
-            raise InputError(f"the connection broke off: {one_line(error)}") from None
-
-
-def _check_kind(path: Path, *, whole: bool) -> None:
-    """Raise unless the file begins as its ending says (no error page, say); `whole`: read gzip to its end."""
-    expected = SIGNATURES.get(path.suffix, b"")
-    with path.open("rb") as file:
-        start = file.read(40)
-    if not start or not start.startswith(expected):
-        raise InputError(f"what arrived is no {path.suffix} file: it begins with {start!r}")
-    if whole and path.suffix == ".gz":
-        with gzip.open(path) as unpacked:
-            while unpacked.read(BLOCK_BYTES):
-                pass
-
-
-def _unpack(entry: Download, archive: Path, home: Path) -> None:
-    with system.fresh_folder(home) as fresh:
-        unpack(archive, entry.members, fresh)
-        files = [fresh / PurePosixPath(name).name for name in entry.members]
-        home.mkdir(exist_ok=True)
-        _keep_record(fresh, home, address(entry), files)
-        for path in reversed(files):  # the one to be read comes last and makes the others count
-            path.replace(home / path.name)
-
-
-def _keep_record(fresh: Path, home: Path, where: str, files: list[Path]) -> None:
-    """Write `received.json`; it precedes the files, so that none is there without its record."""
-    import pooch
-
-    found = {p.name: {"bytes": p.stat().st_size, "sha256": pooch.file_hash(str(p))} for p in files}
-    system.write_json(home / RECEIVED, {"address": where, "files": found})
+            raise InputError(f"the connection broke off: {_one_line(error)}") from None
 
 
 def _check_record(path: Path, *, content: bool) -> None:
@@ -341,38 +365,11 @@ def _check_record(path: Path, *, content: bool) -> None:
         check(path, f"sha256:{record['sha256']}")
 
 
-def _print_terms(entry: Download) -> None:
-    print(f"{entry.name}: {entry.licence}\nTo cite: {entry.citation}", file=sys.stderr)
-
-
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
 
 
-# ------------------------------------------------------------------------------------------------
-
-# sha256 of u.data. The .inter file's own hash below pins the same rows in the same order under a
-# header, so this one value stands for the interactions wherever they came from.
-IDENTITY = "06416e597f82b7342361e41163890c81036900f418ad91315590814211dca490"
-
-SHA256 = {
-    "u.data": IDENTITY,
-    "u.item": "553841ebc7de3a0fd0d6b62a204ea30c1e651aacfb2814c7a6584ac52f2c5701",
-    "ml-100k.inter": "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff",
-    "ml-100k.item": "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532",
-}
-
-LINES = {"u.data": 100_000, "u.item": 1_682, "ml-100k.inter": 100_001, "ml-100k.item": 1_683}
-
-OFFICIAL = ("u.data", "u.item")
-
-RECBOLE = ("ml-100k.inter", "ml-100k.item")
-
-ML100K_MAX_BYTES = 16 << 20  # of a zip member that is read; the largest real one has 2 MB
-
-PIP_SECONDS = 180  # a stalled index must not hold a study up for longer
-
-ML100K_FAILURES = (*FAILURES, subprocess.SubprocessError)  # of one way; then the next is tried
+# ---- MovieLens 100K ---------------------------------------------------------------------------------------
 
 
 class Files(NamedTuple):
@@ -385,29 +382,28 @@ class Files(NamedTuple):
 
 def folder() -> Path:
     """Return the folder that holds the raw files, whether fetched or put there by hand."""
-    return system.data() / "raw" / "ml-100k"
+    return _raw(None) / ML_100K
 
 
 def archive() -> Path:
     """Return where a downloaded `ml-100k.zip` is kept, or may be put by hand."""
-    return system.data() / "raw" / official().file
+    return _raw(None) / known(ML_100K).file
 
 
 def present() -> Files | None:
     """Return the verified files if they are in place, None if they are not.
 
-    Raises `InputError` where a file is there and is not what it should be: it is never used or
-    overwritten in silence, since a user may have put it there.
+    Raises `InputError` where a file is there and is not what it should be: it is never used or overwritten
+    in silence, since a user may have put it there.
     """
-    for pair in (RECBOLE, OFFICIAL):
-        found = [folder() / name for name in pair]
-        if not any(path.exists() for path in found):
-            continue
-        for path in found:
-            if not path.exists():
-                raise InputError(f"{path} is missing beside {' and '.join(pair)}")
-            _verify(path)
-        return Files(found[0], found[1], "RecBole" if pair is RECBOLE else "GroupLens")
+    for names, origin in ((RECBOLE, "RecBole"), (OFFICIAL, "GroupLens")):
+        interactions, items = (folder() / name for name in names)
+        if interactions.exists():
+            if not items.exists():
+                raise InputError(f"{items} is missing beside {' and '.join(names)}")
+            for path in (interactions, items):
+                check(path, f"sha256:{SHA256[path.name]}")
+            return Files(interactions, items, origin)
     return None
 
 
@@ -416,95 +412,49 @@ def files() -> Files:
 
     Raises one `InputError` that names all ways tried and where to put the file by hand.
     """
+    ways = [_from_archive]
+    if not archive().exists():
+        ways = [_from_installed_recbole, _from_recbole_wheel, _from_archive]
     tried = []
-    ways: list[tuple[str, Callable[[Path], None]]] = [
-        (f"archive {archive()}", _from_archive),
-        ("installed recbole", _from_installed_recbole),
-        ("pip download recbole==1.2.1", _from_recbole_wheel),
-        (address(official()), _from_grouplens),
-    ]
-    for name, way in ways:
-        found = present()  # a process beside this one may have been faster
-        if found:
+    for way in ways:
+        if found := present():  # a process beside this one may have been faster
             return found
         try:
             with system.fresh_folder(folder()) as fresh:
                 way(fresh)
-                _put_in_place(fresh)
-        except ML100K_FAILURES as error:
-            tried.append(f"{name}: {one_line(error)}")
-    found = present()
-    if found:
+                received = [fresh / name for name in RECBOLE if (fresh / name).exists()]
+                for path in received:
+                    check(path, f"sha256:{SHA256[path.name]}")
+                _put(received, folder(), None)
+        except (*FAILURES, subprocess.SubprocessError) as error:
+            tried.append(_one_line(error))
+    if found := present():
         return found
-    raise InputError(
-        f"ml-100k could not be had ({'; '.join(tried)}); fetch {address(official())} by hand "
-        f"and put it at {archive()}"
-    )
-
-
-def official() -> Download:
-    """Return where GroupLens has its archive, and its checksum."""
-    return known("ml-100k")
-
-
-def _put_in_place(fresh: Path) -> None:
-    for path in fresh.iterdir():
-        _verify(path)
-    try:
-        fresh.rename(folder())  # atomic; fails where another process has put a full folder meanwhile
-    except OSError:
-        if present() is None:  # an empty or foreign folder: fill it, one atomic rename per file
-            folder().mkdir(exist_ok=True)
-            for path in sorted(fresh.iterdir(), reverse=True):  # titles first: interactions make it count
-                path.rename(folder() / path.name)
+    raise InputError(f"ml-100k could not be had: {'; '.join(tried)}")
 
 
 def _from_archive(into: Path) -> None:
-    if not archive().exists():
-        raise InputError("not there")
-    check(archive(), official().checksum)
-    unpack(archive(), official().members, into, ML100K_MAX_BYTES)
+    fetch(ML_100K)
 
 
 def _from_installed_recbole(into: Path) -> None:
     spec = importlib.util.find_spec("recbole")  # finds the package without importing it
     places = spec.submodule_search_locations if spec else None
     if not places:
-        raise InputError("not installed")
+        raise InputError("recbole is not installed")
     for name in RECBOLE:
-        shutil.copyfile(Path(places[0]) / "dataset_example" / "ml-100k" / name, into / name)
+        shutil.copyfile(Path(places[0]) / "dataset_example" / ML_100K / name, into / name)
 
 
 def _from_recbole_wheel(into: Path) -> None:
-    refuse_offline()
+    what = "pip download recbole==1.2.1"
+    _refuse_offline()
     with tempfile.TemporaryDirectory() as tmp:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
-        command += ["--disable-pip-version-check", "--retries", "1", "--only-binary", ":all:"]
-        command += ["--dest", tmp, "recbole==1.2.1"]
+        command = [sys.executable, "-m", *what.split(), "--quiet", "--no-input", "--no-deps"]
+        command += ["--disable-pip-version-check", "--retries", "1", "--only-binary", ":all:", "--dest", tmp]
         done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_SECONDS, check=False)
         wheels = list(Path(tmp).glob("*.whl"))
         if done.returncode or not wheels:
-            said = [line for line in done.stderr.splitlines() if line.strip()]
-            raise InputError(said[-1] if said else f"pip ended with code {done.returncode}")
-        members = tuple(f"recbole/dataset_example/ml-100k/{name}" for name in RECBOLE)
-        unpack(wheels[0], members, into, ML100K_MAX_BYTES)
-
-
-def _from_grouplens(into: Path) -> None:
-    receive(official(), archive())
-    _from_archive(into)
-
-
-def _verify(path: Path) -> None:
-    name = path.name
-    content = path.read_bytes()
-    found = hashlib.sha256(content).hexdigest()
-    if found == SHA256[name]:
-        return
-    lines = content.count(b"\n")
-    short = lines != LINES[name]
-    size = f"{lines:,} lines of {LINES[name]:,} expected" if short else f"{len(content):,} bytes"
-    raise InputError(
-        f"{path} is truncated or altered: {size}, sha256 {found[:16]}…, expected "
-        f"{SHA256[name][:16]}…; delete it to have it fetched again"
-    )
+            reason = (done.stderr.strip() or f"it ended with code {done.returncode}").splitlines()[-1]
+            raise InputError(f"{what}: {reason}")
+        unpack(wheels[0], tuple(f"recbole/dataset_example/{ML_100K}/{name}" for name in RECBOLE), into)

@@ -1,8 +1,8 @@
 """Raw files: checked, unzipped and cut into lines; the formats they are published in; titles beside them.
 
-Detection looks at the content: two formats that cannot be told apart are never guessed, the user is
-asked for `format`. The traps it knows: ratings-only files of Amazon 2014 are USER,ITEM,... and those of
-2018 are ITEM,USER,...; a file of two fields a line may be one user or one interaction a line.
+Detection looks at the content: two formats that cannot be told apart are never guessed, the user is asked for
+`format`. The traps it knows: ratings-only files of Amazon 2014 are USER,ITEM,... and those of 2018 are
+ITEM,USER,...; a file of two fields a line may be one user or one interaction a line.
 
 Sources: the README files of MovieLens (GroupLens); https://jmcauley.ucsd.edu/data/amazon (2014),
 https://nijianmo.github.io/amazon (2018), https://amazon-reviews-2023.github.io; RecBole's atomic files.
@@ -14,12 +14,12 @@ import ast
 import contextlib
 import csv
 import hashlib
+import io
+import itertools
 import re
 import stat
 import zlib
-from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
@@ -27,6 +27,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 import msgspec
 
 from reclib.config import InputError
+from reclib.data.batches import prefetch
 
 _unzipper: Callable[[int], Any] = zlib.decompressobj  # takes the window, gives one member's reader
 
@@ -40,6 +41,14 @@ with contextlib.suppress(ImportError):  # unzips faster, with the same interface
 
 GZIP_MAGIC, PARQUET_MAGIC = b"\x1f\x8b", b"PAR1"
 
+PACKED = {  # first bytes -> what the file is
+    b"PK\x03\x04": "a zip archive",
+    b"\xfd7zXZ\0": "compressed by xz",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd",
+    b"BZh": "compressed by bzip2",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+}
+
 GZIP_WINDOW = 31  # of `decompressobj`: gzip with its header and checksum
 
 BLOCK_BYTES = 4 << 20  # of text in one block
@@ -50,19 +59,9 @@ PIECE_BYTES = 1 << 20  # of the file or of unzipped text, held at once
 
 MAX_LINE_BYTES = 16 << 20  # a longer line means that the file is not text of lines
 
-SAMPLE_BYTES = 256 << 10  # of the text, looked at to detect the format
-
-SAMPLE_LINES = 1000
+SAMPLE_BYTES, SAMPLE_LINES = 256 << 10, 1000  # of the text, looked at to detect the format
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-
-PACKED = {  # first bytes -> what the file is
-    b"PK\x03\x04": "a zip archive",
-    b"\xfd7zXZ\0": "compressed by xz",
-    b"\x28\xb5\x2f\xfd": "compressed by zstd",
-    b"BZh": "compressed by bzip2",
-    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
-}
 
 # ---- raw files ----------------------------------------------------------------------------------------
 
@@ -75,38 +74,27 @@ class Block(NamedTuple):
 
 
 class RawFile:
-    """One pass over a raw file; `sha256` and `bytes_read` are of the file as it lies, at the end.
+    """One pass over a raw file, of which memory is independent, however well it is compressed.
 
-    Memory does not grow with the file, however well it is compressed. A hash that is known already is not
-    computed again; whoever gives it sees to it that the file is the same.
+    `bytes_read` and `sha256` are of the file as it lies, once all blocks were taken. A hash that is known is
+    not computed again.
     """
 
-    def __init__(
-        self, path: Path, *, sha256: str | None = None, max_line_bytes: int = MAX_LINE_BYTES
-    ) -> None:
+    def __init__(self, path: Path, *, sha256: str | None = None) -> None:
         self.path = path
         self.size = checked(path).stat().st_size
         self.bytes_read = 0
-        self.max_line_bytes = max_line_bytes
         self._known = sha256
         self._digest = hashlib.sha256()
 
     @property
     def sha256(self) -> str:
-        """Hexadecimal hash of the bytes read so far: of the file once all blocks were taken."""
+        """Hexadecimal hash of the bytes read so far."""
         return self._known or self._digest.hexdigest()
 
     def blocks(self) -> Iterator[Block]:
-        """Yield the file; raise `InputError` where it is a gzip file that is cut short or damaged.
-
-        Blocks are read and unzipped in a thread of their own, some ahead.
-        """
-        cut = self._cut()
-        with ThreadPoolExecutor(1, thread_name_prefix="read") as ahead:
-            coming = deque(ahead.submit(next, cut, None) for _ in range(BLOCKS_AHEAD))
-            while (block := coming.popleft().result()) is not None:
-                coming.append(ahead.submit(next, cut, None))
-                yield block
+        """Yield the file, read ahead by a thread; raise `InputError` where gzip is cut short or damaged."""
+        return prefetch(self._cut(), BLOCKS_AHEAD)
 
     def _cut(self) -> Iterator[Block]:
         """Cut the text at line ends."""
@@ -116,11 +104,11 @@ class RawFile:
             length += len(text)
             end = text.rfind(b"\n") + 1
             unended = len(text) - end if end else unended + len(text)
-            if unended > self.max_line_bytes:
+            if unended > MAX_LINE_BYTES:
                 number = line + sum(piece.count(b"\n") for piece in held)
                 raise InputError(
-                    f"{self.path.name}, line {number}: longer than {self.max_line_bytes:,} bytes, expected "
-                    "text of lines"
+                    f"{self.path.name}, line {number}: longer than {MAX_LINE_BYTES:,} bytes, expected text "
+                    "of lines"
                 )
             if length >= BLOCK_BYTES and unended < length:
                 joined = b"".join(held)
@@ -128,27 +116,26 @@ class RawFile:
                 yield Block(line, whole.replace(b"\r\n", b"\n"))
                 line += whole.count(b"\n")
                 held, length = [joined[length - unended :]], unended
-        last = b"".join(held)
-        if last:
+        if last := b"".join(held):
             yield Block(line, last.replace(b"\r\n", b"\n"))
 
     def text(self) -> Generator[bytes, None, None]:
         """Yield the bytes of the text, unzipped, without a byte-order mark."""
         with self.path.open("rb") as file:
-            first = file.read(PIECE_BYTES)
-            pieces = self._pieces(first, file)
+            pieces = self._pieces(file)
+            first = next(pieces, b"")
+            pieces = itertools.chain([first], pieces)
             if first.startswith(GZIP_MAGIC):
                 pieces = (text for text in self._unzipped(pieces) if text)
             yield next(pieces, b"").removeprefix(BYTE_ORDER_MARK)
             yield from pieces
 
-    def _pieces(self, piece: bytes, file: BinaryIO) -> Iterator[bytes]:
-        while piece:
+    def _pieces(self, file: BinaryIO) -> Iterator[bytes]:
+        while piece := file.read(PIECE_BYTES):
             if self._known is None:
                 self._digest.update(piece)
             self.bytes_read += len(piece)
             yield piece
-            piece = file.read(PIECE_BYTES)
 
     def _unzipped(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
         """Unzip all members of the file; each has its own checksum, which zlib compares."""
@@ -182,19 +169,13 @@ def checked(path: Path) -> Path:
     """Return `path` if it is a file that can be read; raise `InputError` that says why it is not."""
     try:
         mode = path.stat().st_mode
-        if stat.S_ISDIR(mode):
-            raise InputError(f"{path} is a folder, expected a file")
         if not stat.S_ISREG(mode):  # opening a pipe would wait for its writer
-            kind = "a pipe" if stat.S_ISFIFO(mode) else "a device or socket"
-            raise InputError(f"{path} is {kind}, expected a file: write its content to a file first")
-        with path.open("rb") as file:
-            start = file.read(8)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist, expected a file") from None
-    except PermissionError:
-        raise InputError(f"{path} cannot be read: no permission") from None
+            kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"))
+            kind = next((kind for test, kind in kinds if test(mode)), "a device or socket")
+            raise InputError(f"{path} is {kind}, expected a file")
+        start = _start(path)
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+        raise InputError(f"{path} cannot be read, expected a file: {error.strerror}") from None
     if not start:
         raise InputError(f"{path.name} is empty, expected one interaction per line")
     for magic, kind in PACKED.items():
@@ -203,10 +184,14 @@ def checked(path: Path) -> Path:
     return path
 
 
+def _start(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(8)
+
+
 def is_parquet(path: Path) -> bool:
     """Return whether the file begins as a Parquet file."""
-    with checked(path).open("rb") as file:
-        return file.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC
+    return _start(checked(path)).startswith(PARQUET_MAGIC)
 
 
 def sample(path: Path) -> list[str]:
@@ -219,17 +204,15 @@ def sample(path: Path) -> list[str]:
         raise InputError(f"{path.name} is empty, expected one interaction per line")
     inside = {GZIP_MAGIC: "another gzip file", PARQUET_MAGIC: "a Parquet file", **PACKED}
     kind = next((kind for magic, kind in inside.items() if data.startswith(magic)), None)
-    if kind is None and data[257:262] == b"ustar":
-        kind = "a tar archive"
-    if kind is not None:
-        raise InputError(f"{path.name} holds {kind}: unpack it and give the file inside")
+    if kind is not None or data[257:262] == b"ustar":
+        raise InputError(f"{path.name} holds {kind or 'a tar archive'}: unpack it and give the file inside")
     if data.startswith((b"\xff\xfe", b"\xfe\xff")) or data[:200].count(b"\0") > len(data[:200]) // 4:
         raise InputError(f"{path.name} is UTF-16 text, expected UTF-8: save it as UTF-8")
     if b"\n" not in data and b"\r" in data:
         raise InputError(f"{path.name}: lines end with CR alone, expected LF or CRLF")
     lines = data.decode("utf-8", "replace").replace("\r\n", "\n").split("\n")
-    # the last line of a sample may be cut
-    lines = lines[:-1] if len(lines) > 1 and len(data) >= SAMPLE_BYTES else lines
+    if len(lines) > 1 and len(data) >= SAMPLE_BYTES:
+        del lines[-1]  # it may be cut
     return [line for line in lines if line.strip()][:SAMPLE_LINES]
 
 
@@ -251,39 +234,36 @@ class Format:
     """What the lines of a file look like."""
 
     name: str
-    about: str  # for people: which files these are
     kind: Literal["fields", "json", "sequences", "table"]
     separator: str = ""  # between fields; "" is found in the first line
     fields: tuple[str, ...] = ()  # without a header: what each field is
-    names: tuple[tuple[str, str], ...] = ()  # with a header, or JSON: what it is -> its name there
+    names: tuple[str, ...] = ()  # with a header, or JSON: the names of `FOUR` there
     order: bool = False  # whether the lines are in time order, without times
     line_end: bool = True  # whether a last line without an end means that the file is cut short
 
 
-_MOVIELENS = (("user", "userId"), ("item", "movieId"), ("rating", "rating"), ("time", "timestamp"))
+_MOVIELENS = ("userId", "movieId", "rating", "timestamp")
 
-_AMAZON = (("user", "reviewerID"), ("item", "asin"), ("rating", "overall"), ("time", "unixReviewTime"))
+_AMAZON = ("reviewerID", "asin", "overall", "unixReviewTime")
 
-_AMAZON_2023 = (("user", "user_id"), ("item", "parent_asin"), ("rating", "rating"), ("time", "timestamp"))
+_AMAZON_2023 = ("user_id", "parent_asin", "rating", "timestamp")
 
-_RECBOLE = (("user", "user_id"), ("item", "item_id"), ("rating", "rating"), ("time", "timestamp"))
-
-_SWAPPED = ("item", "user", "rating", "time")
+_RECBOLE = ("user_id", "item_id", "rating", "timestamp")
 
 _ALL = [
-    Format("ml-100k", "u.data: TAB, user item rating time", "fields", "\t", FOUR),
-    Format("ml-1m", "ratings.dat: '::'", "fields", "::", FOUR),
-    Format("movielens-csv", "ratings.csv of 20M and later", "fields", ",", names=_MOVIELENS),
-    Format("amazon-2014-json", "reviews_X.json", "json", names=_AMAZON, line_end=False),
-    Format("amazon-2018-json", "X.json, X_5.json", "json", names=_AMAZON, line_end=False),
-    Format("amazon-2023-json", "X.jsonl", "json", names=_AMAZON_2023, line_end=False),
-    Format("amazon-2014-csv", "ratings_X.csv: USER,ITEM,...", "fields", ",", FOUR),
-    Format("amazon-2018-csv", "X.csv: ITEM,USER,...", "fields", ",", _SWAPPED),
-    Format("amazon-2023-csv", "X.csv with a header", "fields", ",", names=_AMAZON_2023),
-    Format("inter", "RecBole's X.inter: TAB, name:type", "fields", "\t", names=_RECBOLE),
-    Format("user-per-line", "user item item ..., in time order", "sequences", order=True),
-    Format("pair-per-line", "user item, in time order", "fields", "", ("user", "item"), order=True),
-    Format("table", "your own CSV, TSV, JSON lines or Parquet, by `columns`", "table", line_end=False),
+    Format("ml-100k", "fields", "\t", FOUR),  # u.data
+    Format("ml-1m", "fields", "::", FOUR),  # ratings.dat
+    Format("movielens-csv", "fields", ",", names=_MOVIELENS),  # ratings.csv of 20M and later
+    Format("amazon-2014-json", "json", names=_AMAZON, line_end=False),  # reviews_X.json
+    Format("amazon-2018-json", "json", names=_AMAZON, line_end=False),  # X.json, X_5.json
+    Format("amazon-2023-json", "json", names=_AMAZON_2023, line_end=False),  # X.jsonl
+    Format("amazon-2014-csv", "fields", ",", FOUR),  # ratings_X.csv
+    Format("amazon-2018-csv", "fields", ",", ("item", "user", "rating", "time")),  # X.csv
+    Format("amazon-2023-csv", "fields", ",", names=_AMAZON_2023),  # X.csv with a header
+    Format("inter", "fields", "\t", names=_RECBOLE),  # RecBole's X.inter, whose names are name:type
+    Format("user-per-line", "sequences", order=True),  # user item item ..., in time order
+    Format("pair-per-line", "fields", fields=("user", "item"), order=True),  # in time order
+    Format("table", "table", line_end=False),  # one's own CSV, TSV, JSON lines or Parquet, by `columns`
 ]
 
 FORMATS: dict[str, Format] = {format.name: format for format in _ALL}
@@ -309,13 +289,12 @@ def detect(path: Path) -> Format:
     if is_parquet(path):
         return FORMATS["table"]
     lines = sample(path)
-    name = path.name.removesuffix(".gz")
+    first, name = lines[0], path.name.removesuffix(".gz")
     if name.endswith("_time_org_rank.txt"):
         items = name.replace("_time_", "_item_")
         raise InputError(
             f"{path.name} holds the times of {items}: give that file, the times are read with it"
         )
-    first = lines[0]
     if first.startswith("{"):
         return _json(path, lines)
     if first.lstrip().startswith("["):
@@ -324,22 +303,12 @@ def detect(path: Path) -> Format:
         return FORMATS["inter"]
     if "::" in first:
         return FORMATS["ml-1m"]
-    if any(separator in first for separator in ",\t;|"):
-        return _fields(path, lines, first)
-    return _order_only(path, lines)
-
-
-def json_keys(lines: list[str]) -> list[str]:
-    """Return the keys of JSON objects, in the order in which they are met; broken lines have none."""
-    keys: dict[str, None] = {}
-    for line in lines:
-        with contextlib.suppress(msgspec.DecodeError):  # reported with its number when it is read
-            keys |= dict.fromkeys(msgspec.json.decode(line.encode(), type=dict[str, Any]))
-    return list(keys)
+    separator = separator_of(first)
+    return _separated(path, lines, separator) if separator in first else _order_only(path, lines)
 
 
 def _json(path: Path, lines: list[str]) -> Format:
-    keys = set(json_keys(lines))
+    keys = {key for read in json_objects(lines) for key in read}
     if {"user_id", "parent_asin"} <= keys:
         return FORMATS["amazon-2023-json"]
     if {"reviewerID", "asin"} <= keys:
@@ -347,56 +316,48 @@ def _json(path: Path, lines: list[str]) -> Format:
         return FORMATS["amazon-2014-json" if "helpful" in keys else "amazon-2018-json"]
     if keys:
         return FORMATS["table"]
-    if lines[0].startswith("{'"):
-        raise InputError(f"{path.name}, line 1: a Python dictionary, expected JSON; convert the file first")
-    raise InputError(f"{path.name}, line 1: {lines[0][:80]!r}, expected one whole JSON object a line")
+    raise InputError(
+        f"{path.name}, line 1: {lines[0][:80]!r}, expected one whole JSON object a line (a Python dictionary "
+        "is none: convert it first)"
+    )
 
 
-def _fields(path: Path, lines: list[str], first: str) -> Format:
-    separator = separator_of(first)
-    header = [field.strip('"') for field in first.split(separator)]
-    if separator == ",":
-        if header[:4] == [name for _, name in _MOVIELENS]:
-            return FORMATS["movielens-csv"]
-        if header[:4] == [name for _, name in _AMAZON_2023]:
-            return FORMATS["amazon-2023-csv"]
-    if not any(is_number(field) for field in header) or is_header(header):
+def json_objects(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Yield the JSON objects of lines; broken ones are left out, since reading reports them."""
+    for line in lines:
+        with contextlib.suppress(msgspec.DecodeError):
+            yield msgspec.json.decode(line.encode(), type=dict[str, Any])
+
+
+_USER, _ASIN = r"A[0-9A-Z]{10,}", r"([0-9]{9}[0-9X]|B[0-9A-Z]{9})"  # Amazon's ids
+
+
+def _separated(path: Path, lines: list[str], separator: str) -> Format:
+    header = [field.strip('"') for field in lines[0].split(separator)]
+    for name in ("movielens-csv", "amazon-2023-csv"):
+        if separator == "," and tuple(header[:4]) == FORMATS[name].names:
+            return FORMATS[name]
+    if not any(map(is_number, header)) or is_header(header):
         return FORMATS["table"]
-    rows = [line.split(separator) for line in lines]
-    if separator != "\t":
-        return _amazon_csv(path, rows)
-    if len(header) == 2:
+    if separator == "\t" and len(header) == 2:
         return _order_only(path, lines)
-    if len(header) == 4 and re.fullmatch(r"u[0-9a-z]?\.(data|base|test)(\.gz)?", path.name):
+    if (
+        separator == "\t"
+        and len(header) == 4
+        and re.fullmatch(r"u[0-9a-z]?\.(data|base|test)(\.gz)?", path.name)
+    ):
         return FORMATS["ml-100k"]
+    whole = [line for line in lines if line.count(",") == 3]
+    if separator == "," and len(whole) >= 0.9 * len(lines):
+        for name, ids in (("amazon-2014-csv", f"{_USER},{_ASIN},"), ("amazon-2018-csv", f"{_ASIN},{_USER},")):
+            if all(re.match(ids, line) for line in whole):
+                return FORMATS[name]
     raise InputError(
         f"{path.name} has no header, and its content does not show which column is the user's (line 1: "
-        f"{first[:80]!r}): give format ml-100k (user, item, rating, time, separated by TAB) or positions, "
+        f"{lines[0][:80]!r}): give format ml-100k (user, item, rating, time, separated by TAB), "
+        "amazon-2014-csv (USER,ITEM,rating,time), amazon-2018-csv (ITEM,USER,rating,time) or positions, "
         "columns user=1,item=2,time=3"
     )
-
-
-def _amazon_csv(path: Path, rows: list[list[str]]) -> Format:
-    """Tell Amazon 2014 (USER,ITEM) from 2018 (ITEM,USER) where all lines of the sample agree."""
-    whole = [row for row in rows if len(row) == 4]
-    if whole and len(whole) >= 0.9 * len(rows):
-        if all(_is_amazon_user(row[0]) and _is_asin(row[1]) for row in whole):
-            return FORMATS["amazon-2014-csv"]
-        if all(_is_asin(row[0]) and _is_amazon_user(row[1]) for row in whole):
-            return FORMATS["amazon-2018-csv"]
-    raise InputError(
-        f"{path.name} has no header, and its content does not show which column is the user's "
-        f"(line 1: {','.join(rows[0])[:80]!r}): give format amazon-2014-csv (USER,ITEM,rating,time), "
-        "amazon-2018-csv (ITEM,USER,rating,time) or positions, columns user=1,item=2,time=4"
-    )
-
-
-def _is_amazon_user(text: str) -> bool:
-    return re.fullmatch(r"A[0-9A-Z]{10,}", text) is not None
-
-
-def _is_asin(text: str) -> bool:
-    return re.fullmatch(r"[0-9]{9}[0-9X]|B[0-9A-Z]{9}", text) is not None
 
 
 def _order_only(path: Path, lines: list[str]) -> Format:
@@ -408,20 +369,20 @@ def _order_only(path: Path, lines: list[str]) -> Format:
                 "remove lines above the table"
             )
     rows = [line.split() for line in lines]
-    shortest, longest = min(map(len, rows)), max(map(len, rows))
+    sizes = set(map(len, rows))
     users_repeat = len({row[0] for row in rows}) < len(rows)
-    if longest > 2 and not users_repeat:
+    if max(sizes) > 2 and not users_repeat:
         return FORMATS["user-per-line"]
-    if shortest == longest == 2 and users_repeat:
+    if sizes == {2} and users_repeat:
         return FORMATS["pair-per-line"]
-    if shortest == longest == 2:
-        raise InputError(
-            f"{path.name}: every line has two fields and no user has two lines, so it may be one user or one "
-            "interaction a line: give format user-per-line or pair-per-line"
+    problem = "the format was not recognised"
+    if sizes == {2}:
+        problem = (
+            "every line has two fields and no user has two lines, so it may be one user or one interaction a "
+            "line (user-per-line, pair-per-line)"
         )
     raise InputError(
-        f"{path.name}: the format was not recognised (line 1: {lines[0][:80]!r}); give format, one of "
-        f"{', '.join(FORMATS)}"
+        f"{path.name}: {problem} (line 1: {lines[0][:80]!r}); give format, one of {', '.join(FORMATS)}"
     )
 
 
@@ -456,12 +417,14 @@ def titles_beside(path: Path) -> Path | None:
     """Return the file with the titles of the items of `path`, None where there is none.
 
     ml-100k: u.item; ml-1m: movies.dat; ratings.csv: movies.csv; RecBole: X.item beside X.inter;
-    Amazon's category X: meta_X.json or meta_X.jsonl. All also with .gz.
+    SeqRec-Benchmark's user2item.csv: item2title.csv; Amazon's category X: meta_X.json or meta_X.jsonl. All
+    also with .gz.
     """
     plain = path.name.removesuffix(".gz")
     stem = plain.rpartition(".")[0]
     category = re.sub(r"^(reviews|ratings)_|_5$|_10$|_rating_only$|\.(train|valid|test).*$", "", stem)
     names = {"u.data": ["u.item"], "ratings.dat": ["movies.dat"], "ratings.csv": ["movies.csv"]}
+    names["user2item.csv"] = ["item2title.csv"]
     wanted = names.get(plain, [f"{stem}.item", f"meta_{category}.json", f"meta_{category}.jsonl"])
     for name in wanted:
         for candidate in (path.parent / name, path.parent / f"{name}.gz"):
@@ -477,68 +440,54 @@ def read_titles(path: Path, items: Collection[str]) -> dict[str, str]:
     """
     plain = path.name.removesuffix(".gz")
     wanted = items if isinstance(items, set | frozenset | dict) else set(items)
-    if plain == "u.item":
-        found = _split(path, "|", 3)
-    elif plain.endswith(".dat"):
-        found = _split(path, "::", 2)
-    elif plain.endswith(".csv"):
-        found = _movies_csv(path)
-    elif plain.endswith(".item"):
-        found = _recbole(path)
+    if plain == "u.item" or plain.endswith(".dat"):
+        pairs = _fields_of_titles(path, "|" if plain == "u.item" else "::")
+    elif plain.endswith((".csv", ".item")):
+        pairs = _table_of_titles(path, "," if plain.endswith(".csv") else "\t")
     else:
-        found = _amazon(path, wanted)
+        pairs = _amazon_titles(path, wanted)
     titles: dict[str, str] = {}
-    for item, title in found:
-        if title and item in wanted:
+    for item, title in pairs:
+        if item in wanted and (title := " ".join(title.split())):
             titles.setdefault(item, title)
     return titles
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a side file, zipped or not, without their ends."""
-    for block in RawFile(path, sha256="").blocks():
-        yield from block.data.decode("utf-8", "replace").removesuffix("\n").split("\n")
-
-
-def _split(path: Path, separator: str, least: int) -> Iterator[tuple[str, str]]:
-    """Lines of item, title, ...: GroupLens wrote its first sets in Latin-1 and later ones in UTF-8."""
+def _text_of(path: Path) -> io.StringIO:
+    """Return a small text file: GroupLens wrote its first sets in Latin-1 and later ones in UTF-8."""
     data = b"".join(block.data for block in RawFile(path, sha256="").blocks())
     try:
-        text = data.decode("utf-8")
+        return io.StringIO(data.decode("utf-8"), newline="\n")
     except UnicodeDecodeError:
-        text = data.decode("latin-1")
-    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
+        return io.StringIO(data.decode("latin-1"), newline="\n")
+
+
+def _fields_of_titles(path: Path, separator: str) -> Iterator[tuple[str, str]]:
+    for number, line in enumerate(_text_of(path), 1):
         fields = line.split(separator, 2)
-        if len(fields) < least:
+        if len(fields) < 3:
             raise InputError(
                 f"{path.name}, line {number}: expected '{separator}'-separated item, title, date, ..."
             )
-        yield fields[0], fields[1].strip()
+        yield fields[0], fields[1]
 
 
-def _movies_csv(path: Path) -> Iterator[tuple[str, str]]:
-    table = csv.DictReader(_lines(path))
-    if not {"movieId", "title"} <= set(table.fieldnames or []):
-        return
-    for row in table:
-        yield row["movieId"], (row["title"] or "").strip()
-
-
-def _recbole(path: Path) -> Iterator[tuple[str, str]]:
-    """RecBole's table of items: `movie_title`, else `title`; the year is a column apart."""
-    table = _lines(path)
-    names = [field.split(":")[0] for field in next(table, "").split("\t")]
-    title = next((name for name in ("movie_title", "title") if name in names), None)
-    if "item_id" not in names or title is None:
-        return
-    for number, line in enumerate(table, 2):
-        fields = dict(zip(names, line.split("\t"), strict=False))
-        if len(fields) != len(names):
-            raise InputError(f"{path.name}, line {number}: expected {len(names)} fields separated by TAB")
+def _table_of_titles(path: Path, separator: str) -> Iterator[tuple[str, str]]:
+    """A table with a header: MovieLens's movies.csv, or RecBole's items, which have the year apart."""
+    dialect: dict[str, Any] = {} if separator == "," else {"quoting": csv.QUOTE_NONE}
+    rows = csv.reader(_text_of(path), delimiter=separator, **dialect)
+    names = [field.split(":")[0] for field in next(rows, [])]
+    item, title = ([name for name in options if name in names] for options in _TITLE_COLUMNS)
+    for row in rows if item and title else ():
+        if len(row) != len(names):
+            raise InputError(f"{path.name}, line {rows.line_num}: {len(row)} fields, expected {len(names)}")
         # RecBole has "unkonwn" for GroupLens' "unknown"
-        text = "unknown" if fields[title] == "unkonwn" else fields[title]
-        year = fields.get("release_year", "")
-        yield fields["item_id"], text if year in ("", "unkonwn") else f"{text} ({year})"
+        fields = {name: value.replace("unkonwn", "unknown") for name, value in zip(names, row, strict=True)}
+        year = fields.get("release_year", "").replace("unknown", "")
+        yield fields[item[0]], fields[title[0]] + (f" ({year})" if year else "")
+
+
+_TITLE_COLUMNS = ("item_id", "movieId", "ItemID"), ("movie_title", "title", "Title")
 
 
 class _Product(msgspec.Struct, gc=False):
@@ -547,27 +496,18 @@ class _Product(msgspec.Struct, gc=False):
     title: str | None = None
 
 
-def _amazon(path: Path, wanted: Collection[str]) -> Iterator[tuple[str, str]]:
+def _amazon_titles(path: Path, wanted: Collection[str]) -> Iterator[tuple[str, str]]:
     """Amazon's metadata: JSON lines, in 2014 Python dictionaries; unreadable lines have no title."""
     decoder = msgspec.json.Decoder(_Product)
     asin = re.compile(r"'asin': '([^']*)'")
-    for line in _lines(path):
-        try:
-            read = decoder.decode(line)
-        except (msgspec.DecodeError, msgspec.ValidationError):
-            found = asin.search(line)
-            if found and found[1] in wanted:  # evaluating all lines of 2014 would take minutes
-                yield found[1], _python_title(line)
-            continue
-        item = read.parent_asin or read.asin
-        if item and read.title:
-            yield item, " ".join(read.title.split())
-
-
-def _python_title(line: str) -> str:
-    try:
-        product = ast.literal_eval(line)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return ""
-    title = product.get("title") if isinstance(product, dict) else None
-    return " ".join(title.split()) if isinstance(title, str) else ""
+    for block in RawFile(path, sha256="").blocks():
+        for line in block.data.decode("utf-8", "replace").split("\n"):
+            try:
+                product = decoder.decode(line)
+                yield product.parent_asin or product.asin or "", product.title or ""
+            except msgspec.DecodeError:
+                found = asin.search(line)
+                if found and found[1] in wanted:  # evaluating all lines of 2014 would take minutes
+                    with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+                        title = dict(ast.literal_eval(line)).get("title")
+                        yield found[1], title if isinstance(title, str) else ""

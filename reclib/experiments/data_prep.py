@@ -118,7 +118,7 @@ def repeats(dataset: Dataset) -> Described:
 
 def ties(dataset: Dataset) -> Described:
     """Share of what is ordered by the tie rule alone, since timestamps are equal."""
-    tied = dataset.manifest["ties"]
+    tied = {name: count or 0 for name, count in dataset.manifest["ties"].items()}  # None: there are no times
     users = evaluated_users(dataset).size
     metrics = {
         "tied_interaction_share": tied["interactions"] / dataset.num_interactions,

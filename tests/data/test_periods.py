@@ -7,11 +7,11 @@ import itertools
 
 import numpy as np
 import pytest
+from spread import spread
 
 from reclib.config import InputError
 from reclib.data import splits
-from reclib.data.dataset import Dataset
-from reclib.data.prepare import Histories, synthetic_dataset
+from reclib.data.prepare import Histories
 from reclib.data.splits import row_users
 
 SHARES = (0.5, 0.25, 0.1)
@@ -19,16 +19,8 @@ SEGMENT = 0.6  # few of these users live long enough to have a past and a test w
 
 
 @pytest.fixture(scope="module")
-def dataset() -> Dataset:
-    """Synthetic histories whose times are spread, so that users live in different parts."""
-    found = synthetic_dataset(120, 60, 20.0, 0)
-    generator = np.random.default_rng(1)
-    times = np.empty(found.num_interactions, dtype=np.int64)
-    for user in range(found.num_users):
-        part = slice(found.offsets[user], found.offsets[user + 1])
-        start, length = generator.integers(0, 900), generator.integers(50, 600)
-        times[part] = np.sort(start + generator.integers(0, length, part.stop - part.start))
-    return dataclasses.replace(found, times=times)
+def dataset():
+    return spread()
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +28,7 @@ def whole(dataset) -> splits.Periods:
     return splits.divide(dataset, SHARES, 4)
 
 
-def test_nothing_that_trains_is_later_than_what_judges(dataset, whole):
+def test_nothing_that_trains_is_later_than_what_judges_and_parts_have_their_shares(dataset, whole):
     first, second, third = whole.about["points"]
     times = dataset.times
     adaptation = whole.adaptation
@@ -49,8 +41,6 @@ def test_nothing_that_trains_is_later_than_what_judges(dataset, whole):
     assert second <= valid.min()
     assert valid.max() < third <= test.min()
 
-
-def test_parts_have_their_shares_and_counts_add_up(dataset, whole):
     counts = np.array(list(whole.about["interactions"].values()))
     assert counts.sum() == dataset.num_interactions
     np.testing.assert_allclose(counts / counts.sum(), [*SHARES, 0.15], atol=0.02)
@@ -120,14 +110,12 @@ def test_the_segment_does_not_depend_on_what_is_trained_on(dataset, whole):
     assert again.train.starts.tolist() == splits.segment(dataset, whole, SEGMENT).train.starts.tolist()
 
 
-def test_popularity_ranks_by_hand():
+def test_ranks_and_neighbours_by_hand():
     histories = Histories(np.array([3, 3, 1, 3, 1, 2], dtype=np.int32), np.array([0, 3]), np.array([3, 6]))
     np.testing.assert_allclose(splits.popularity_ranks(histories, 4), [0, 1 / 3, 2 / 3, 0, 1])
     ranks = np.array([0, 0.5, 1.0, 0.0, 0.25])
     np.testing.assert_allclose(splits.mean_rank(histories, ranks), [0.5 / 3, 1.5 / 3])
 
-
-def test_neighbours_by_hand():
     items = np.array([1, 5, 2, 5, 1, 6, 6, 3], dtype=np.int32)
     histories = Histories(items, np.array([0, 3, 5]), np.array([3, 5, 8]))
     known = np.array([False, True, True, True, True, False, False])

@@ -18,9 +18,7 @@ RAW = system.root().parent / "shared" / "data" / "raw-format-samples"
 
 # Histories of (time, item); few items and times, so that repeats and ties are frequent.
 histories = st.lists(
-    st.lists(st.tuples(st.integers(0, 4), st.integers(1, 4)), min_size=1, max_size=9),
-    min_size=1,
-    max_size=8,
+    st.lists(st.tuples(st.integers(0, 4), st.integers(1, 4)), min_size=1, max_size=9), min_size=1, max_size=8
 )
 
 
@@ -91,13 +89,11 @@ def test_candidates_for_the_last_item_are_those_of_a_loop(given_histories, porti
     assert found.metrics["last_item_by_tie_rule_share"] == pytest.approx(share)
 
 
-def test_two_rows_of_one_item_leave_no_doubt_about_the_last():
+def test_runs_of_equal_times():
     dataset = dataset_of([[(0, 1), (5, 2), (5, 2)]])
     assert data_prep.ties(dataset).metrics["tied_test_target_share"] == 1
     assert data_prep.last_items(dataset).metrics["last_item_by_tie_rule_share"] == 0
 
-
-def test_long_runs_are_counted_together_but_the_longest_is_told():
     run = [(7, item) for item in range(1, 15)]
     found = data_prep.last_items(dataset_of([run, run[:12], run[:3]], names=14))
     assert found.series == {"candidates": [3, data_prep.LONG_RUN], "users": [1, 2]}
@@ -166,7 +162,7 @@ def prepared(tmp_path, monkeypatch):
     return prepare(config), config
 
 
-def test_the_sheet_tells_what_was_read_and_rejected(prepared):
+def test_the_sheet_of_a_file(prepared):
     dataset, _ = prepared
     sheet = data_prep.reading(dataset)[""]
     assert (sheet["file"], sheet["lines"], sheet["time unit"]) == ("mine.csv", "20", "s")
@@ -179,8 +175,6 @@ def test_the_sheet_tells_what_was_read_and_rejected(prepared):
     assert data_prep.counts(dataset).loc["source", "interactions"] == "19"
     assert data_prep.published(dataset) == {}
 
-
-def test_one_pass_leaves_what_the_fixed_point_removes(prepared):
     dataset, config = prepared
     both = data_prep.cores(dataset, config)
     assert both.loc["fixed_point", "passes"] == "18 → 16"
@@ -208,15 +202,13 @@ def test_splits_are_tabulated_with_dates():
     assert table.loc["evaluated users", "global time"] == ""
 
 
-def test_downloads_are_those_of_the_list():
+def test_downloads_and_published_counts():
     table = data_prep.downloads()
     assert table.index.tolist() == list(fetch.catalogue())
     assert table.loc["ml-20m", "interactions"] == "20,000,263"
     assert table["licence"].str.len().min() > 20
     assert set(table.loc[table["users"] == "unknown"].index) == {"amazon-electronics-2023-reviews"}
 
-
-def test_published_counts_are_only_those_of_the_public_file():
     dataset = dataset_of([[(0, 1)]])
     for origin, expected in (
         ("file", {}),

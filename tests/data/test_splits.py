@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from reclib.config import DataConfig, InputError
 from reclib.data import splits
 from reclib.data.dataset import Dataset, Keys
-from reclib.data.prepare import RULES_VERSION, prepare, synthetic_dataset
+from reclib.data.prepare import prepare, synthetic_dataset
 
 NUM_ITEMS = 12
 
@@ -56,7 +56,7 @@ def check_rows(dataset: Dataset, split: splits.Split) -> None:
     assert json.loads(json.dumps(split.about)) == split.about
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(histories=HISTORIES)
 def test_leave_one_out_trains_on_no_target_and_nothing_after_it(histories):
     dataset = made(histories)
@@ -71,7 +71,7 @@ def test_leave_one_out_trains_on_no_target_and_nothing_after_it(histories):
     assert split.about["evaluated_users"] + split.about["left_out_short_histories"] == dataset.num_users
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     histories=HISTORIES,
     shares=st.tuples(st.floats(0.05, 0.45), st.floats(0.05, 0.45)),
@@ -112,13 +112,11 @@ def test_global_time_trains_only_before_the_point(histories, shares, target):
     assert split.about["users_unseen_in_training"] == dataset.num_users - len(split.train.starts)
 
 
-def test_time_points_that_leave_a_part_empty():
+def test_time_points_among_equal_times():
     for times in [[5] * 20, [5] * 19 + [6], [1] + [5] * 19]:
         with pytest.raises(InputError, match="leave a part empty"):
             splits.global_time(made([[(1 + n % 5, time) for n, time in enumerate(times)]]))
 
-
-def test_ties_at_the_time_point_do_not_train():
     # of 13 interactions the validation point falls on the second of the three at time 7
     times = [1, 2, 3, 4, 5, 6, 7, 7, 7, 9]
     dataset = made([[(1 + n % 5, time) for n, time in enumerate(times)], [(3, 1), (4, 2), (5, 12)]])
@@ -142,27 +140,27 @@ def test_global_time_of_real_interactions():
 
 
 def test_random_target_is_seeded():
-    histories = [[(1 + (u + t) % NUM_ITEMS, t) for t in range(30)] for u in range(40)]
-    ends = [
-        splits.global_time(made(histories), target="random", seed=s).test.histories.ends for s in (1, 1, 2)
-    ]
+    dataset = made([[(1 + (u + t) % NUM_ITEMS, t) for t in range(30)] for u in range(40)])
+    ends = [splits.global_time(dataset, target="random", seed=s).test.histories.ends for s in (1, 1, 2)]
     assert np.array_equal(ends[0], ends[1])
     assert not np.array_equal(ends[0], ends[2])
 
 
-def test_global_time_needs_times():
-    dataset = dataclasses.replace(made([[(1, 1), (2, 2)]]), times=None)
+def test_impossible_divisions_are_told():
+    dataset = made([[(1, 1), (2, 2)]] * 4)
     with pytest.raises(InputError, match="no times"):
-        splits.global_time(dataset)
-
-
-def test_impossible_shares():
+        splits.global_time(dataclasses.replace(dataset, times=None))
+    with pytest.raises(InputError, match="target is 'next'"):
+        splits.global_time(dataset, target="next")
     for shares in [(0.0, 0.1), (0.6, 0.4), (-0.1, 0.2)]:
         with pytest.raises(InputError, match="expected both above 0"):
-            splits.global_time(made([[(1, 1), (2, 2)]]), *shares)
+            splits.global_time(dataset, *shares)
+    for shares in [(0.5, 0.5), (0.5, 0.4, 0.2), (0.0, 0.5, 0.5), (1.2, -0.1, -0.1)]:
+        with pytest.raises(InputError, match="shares are"):
+            splits.random_users(dataset, shares)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(histories=HISTORIES, seed=st.integers(0, 5))
 def test_random_users_are_disjoint(histories, seed):
     dataset = made(histories)
@@ -187,13 +185,7 @@ def test_random_users_follow_shares_and_seed():
     assert not np.array_equal(first.test.histories.starts, other.test.histories.starts)
 
 
-def test_impossible_shares_of_users():
-    for shares in [(0.5, 0.5), (0.5, 0.4, 0.2), (0.0, 0.5, 0.5), (1.2, -0.1, -0.1)]:
-        with pytest.raises(InputError, match="shares are"):
-            splits.random_users(made([[(1, 1), (2, 2)]] * 4), shares)
-
-
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(histories=HISTORIES, how=st.sampled_from(["uniform", "popularity"]), count=st.integers(1, 6))
 def test_negatives_were_never_had(histories, how, count):
     dataset = made(histories)
@@ -244,45 +236,3 @@ def test_negatives_do_not_depend_on_how_many_rows_are_drawn_together(monkeypatch
         mine = dataset.items[dataset.offsets[user] : dataset.offsets[user + 1]]
         assert not np.isin(negatives, mine).any()
         assert np.unique(negatives).size == 20
-
-
-@pytest.fixture
-def candidates(tmp_path):
-    dataset = synthetic_dataset(50, 60, 8.0, seed=0)
-    split = splits.leave_one_out(dataset)
-    path = tmp_path / "candidates.npz"
-    return dataset, split, path, splits.write_candidates(path, dataset, split, "test", count=10, seed=4)
-
-
-def test_candidate_file_is_read_as_it_was_written(candidates, tmp_path):
-    dataset, split, path, written = candidates
-    read = splits.read_candidates(path, dataset, split.test)
-    assert np.array_equal(read.items, written.items)
-    assert read.about == written.about
-    assert read.about["label"] == "10 sampled negatives, uniform"
-    assert (read.about["split"], read.about["part"], read.about["seed"]) == ("leave-one-out", "test", 4)
-    assert [file.name for file in tmp_path.iterdir()] == [path.name]
-
-
-def test_candidate_file_of_something_else_is_refused(candidates):
-    dataset, split, path, _ = candidates
-    other = synthetic_dataset(50, 60, 8.0, seed=1)
-    with pytest.raises(InputError, match="belongs to another dataset"):
-        splits.read_candidates(path, other, splits.leave_one_out(other).test)
-    with pytest.raises(InputError, match="belongs to another evaluation"):
-        splits.read_candidates(path, dataset, split.valid)
-
-
-def test_broken_candidate_file_is_told(candidates):
-    dataset, split, path, _ = candidates
-    whole = path.read_bytes()
-    for keep in [0, 100, -30]:
-        path.write_bytes(whole[:keep])
-        with pytest.raises(InputError, match="is no candidate file") as error:
-            splits.read_candidates(path, dataset, split.test)
-        assert "\n" not in str(error.value)
-
-
-def test_rules_version_is_told_in_the_manifest():
-    dataset = synthetic_dataset(50, 60, 8.0, seed=0)
-    assert dataset.manifest["rules"]["version"] == RULES_VERSION

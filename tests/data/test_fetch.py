@@ -10,6 +10,7 @@ import http.server
 import io
 import json
 import os
+import pickle
 import stat
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import zipfile
 from pathlib import Path
 
 import duckdb
+import pandas as pd
 import pytest
 import yaml
 from conftest import ROOT
@@ -27,7 +29,7 @@ from hypothesis import strategies as st
 
 from reclib.config import DataConfig, InputError
 from reclib.data import fetch, formats
-from reclib.data.prepare import data_main, source
+from reclib.data.prepare import data_main, prepare, source
 
 RATINGS = b"1::10::5::978300760\n" * 500
 MOVIES = b"10::A film (1995)::Drama\n"
@@ -43,6 +45,10 @@ def zip_of(members: dict[str, bytes]) -> bytes:
 
 
 FILMS = zip_of({"films/movies.dat": MOVIES, "films/ratings.dat": RATINGS, "films/README": b"terms"})
+
+
+T = 1577836800  # 2020-01-01
+LEFT = ["films/received.json", "sample.zip"]
 
 
 class Server:
@@ -158,23 +164,18 @@ def test_a_zip_is_unpacked_and_its_terms_are_told(raw, server, capsys):
     assert "B/s" not in said.err
 
 
-def test_what_is_there_is_not_fetched_again(raw, server):
+def test_what_is_there_is_recorded_and_not_fetched_again(raw, server):
     first = fetch.fetch("films")
     assert fetch.fetch("films") == first
-    assert server.asked == ["/films.zip"]
     first.unlink()
     assert fetch.fetch("films").read_bytes() == RATINGS  # from the archive that was kept
     assert server.asked == ["/films.zip"]
-
-
-def test_what_was_received_is_recorded(raw, server):
     path = fetch.fetch("gadgets")
     assert path.read_bytes() == REVIEWS
+    digest = hashlib.sha256(REVIEWS).hexdigest()
     assert json.loads((raw / "gadgets" / "received.json").read_text()) == {
         "address": f"{server.base}/Gadgets_5.json.gz",
-        "files": {
-            "Gadgets_5.json.gz": {"bytes": len(REVIEWS), "sha256": hashlib.sha256(REVIEWS).hexdigest()}
-        },
+        "files": {"Gadgets_5.json.gz": {"bytes": len(REVIEWS), "sha256": digest}},
     }
     assert path.stat().st_mode & stat.S_IRGRP  # a data folder may be shared
 
@@ -267,9 +268,8 @@ def circle(server, handler):
     handler.end_headers()
 
 
-@pytest.mark.parametrize(
-    ("name", "reply", "said"),
-    [
+def test_a_failed_download_is_one_clear_error_and_leaves_nothing(raw, server):
+    for name, reply, said in (
         ("films", cut, "the connection broke off"),
         ("gadgets", cut, "the connection broke off"),
         ("gadgets", cut_chunks, "the connection broke off"),
@@ -280,22 +280,20 @@ def circle(server, handler):
         ("films", missing, "404"),
         ("films", hang_up, "without response"),
         ("gadgets", circle, "redirects"),
-    ],
-)
-def test_a_failed_download_is_one_clear_error_and_leaves_nothing(raw, server, name, reply, said):
-    server.reply = lambda handler: reply(server, handler)
-    with pytest.raises(InputError, match=said) as error:
-        fetch.fetch(name)
-    told = str(error.value)
-    assert "\n" not in told
-    entry = fetch.known(name)
-    target = raw / ("films.zip" if name == "films" else "gadgets/Gadgets_5.json.gz")
-    assert entry.address in told
-    assert f"put a whole {entry.file} at {target}" in told
-    assert files_in(raw) == []
-    assert fetch.fetched(name) is None
+    ):
+        server.reply = lambda handler, reply=reply: reply(server, handler)
+        with pytest.raises(InputError, match=said) as error:
+            fetch.fetch(name)
+        told = str(error.value)
+        assert "\n" not in told
+        entry = fetch.known(name)
+        target = raw / ("films.zip" if name == "films" else "gadgets/Gadgets_5.json.gz")
+        assert entry.address in told
+        assert f"put a whole {entry.file} at {target}" in told
+        assert files_in(raw) == []
+        assert fetch.fetched(name) is None
     server.reply = server.whole
-    assert fetch.fetch(name).is_file()  # a later try is not hindered
+    assert fetch.fetch("films").is_file()  # a later try is not hindered
 
 
 def test_a_slow_server_is_waited_for(raw, server):
@@ -325,11 +323,11 @@ def test_a_silent_server_is_not_waited_for_endlessly(raw, server, monkeypatch):
     assert files_in(raw) == []
 
 
-def test_a_redirect_is_followed(raw, server):
+def test_servers_that_redirect_or_call_gz_an_encoding(raw, server):
     def redirect(handler):
         if handler.path.startswith("/elsewhere"):
             handler.path = handler.path.removeprefix("/elsewhere")
-            server.whole(handler)
+            server.whole(handler, Content_Encoding="gzip")
             return
         handler.send_response(302)
         handler.send_header("Location", f"/elsewhere{handler.path}")
@@ -341,22 +339,14 @@ def test_a_redirect_is_followed(raw, server):
     assert server.asked == ["/Gadgets_5.json.gz", "/elsewhere/Gadgets_5.json.gz"]
 
 
-def test_a_gz_file_is_kept_as_it_is_where_the_server_calls_it_an_encoding(raw, server):
-    server.reply = lambda handler: server.whole(handler, Content_Encoding="gzip")
-    assert fetch.fetch("gadgets").read_bytes() == REVIEWS
-
-
-def test_no_server_at_all(raw, tmp_path):
+def test_no_server_and_no_connection(raw, server, tmp_path, monkeypatch):
     change_list(tmp_path, "films", address="http://127.0.0.1:9/films.zip")
     with pytest.raises(InputError, match=r"127\.0\.0\.1:9/films\.zip: .*refused.* put a whole films\.zip at"):
         fetch.fetch("films")
     assert files_in(raw) == []
-
-
-def test_offline_nothing_is_asked_for(raw, server, monkeypatch):
     monkeypatch.setenv("RECLIB_OFFLINE", "1")
     with pytest.raises(InputError, match="RECLIB_OFFLINE is set"):
-        fetch.fetch("films")
+        fetch.fetch("gadgets")
     assert server.asked == []
 
 
@@ -378,10 +368,10 @@ def test_a_mirror_may_be_an_address_or_a_folder(raw, server, tmp_path, monkeypat
         fetch.fetch("gadgets-ratings")
 
 
-@pytest.mark.parametrize("where", ["../evil", "films/../../evil", "/tmp/reclib-evil", "..\\evil", "C:\\evil"])
-def test_names_that_leave_the_folder_are_not_written(raw, server, tmp_path, where):
-    members = {"films/ratings.dat": RATINGS, "films/movies.dat": MOVIES, where: b"written outside"}
-    server.files["/films.zip"] = zip_of(members)
+def test_names_that_leave_the_folder_are_not_written(raw, server, tmp_path):
+    members = {"films/ratings.dat": RATINGS, "films/movies.dat": MOVIES}
+    outside = ["../evil", "films/../../evil", "/tmp/reclib-evil", "..\\evil", "C:\\evil"]
+    server.files["/films.zip"] = zip_of(members | dict.fromkeys(outside, b"written outside"))
     checksum = hashlib.sha256(server.files["/films.zip"]).hexdigest()
     change_list(tmp_path, "films", checksum=f"sha256:{checksum}")
     fetch.fetch("films")
@@ -419,20 +409,17 @@ def special_zip(kind: str, path: Path) -> None:
             archive.writestr("a/c", b"")
 
 
-@pytest.mark.parametrize(
-    ("kind", "said"),
-    [
+def test_members_that_are_refused(tmp_path):
+    (tmp_path / "into").mkdir()
+    for kind, said in (
         ("link", "a/b is a symbolic link"),
         ("large", "a/b has 2,000 bytes, more than 1,999"),
         ("absent", "holds no a/b"),
-    ],
-)
-def test_members_that_are_refused(tmp_path, kind, said):
-    special_zip(kind, tmp_path / "x.zip")
-    (tmp_path / "into").mkdir()
-    with pytest.raises(InputError, match=said):
-        fetch.unpack(tmp_path / "x.zip", ("a/b",), tmp_path / "into", max_bytes=1999)
-    assert files_in(tmp_path / "into") == []
+    ):
+        special_zip(kind, tmp_path / "x.zip")
+        with pytest.raises(InputError, match=said):
+            fetch.unpack(tmp_path / "x.zip", ("a/b",), tmp_path / "into", max_bytes=1999)
+        assert files_in(tmp_path / "into") == []
 
 
 def test_a_member_that_holds_more_than_it_declares_is_not_unpacked(tmp_path):
@@ -494,6 +481,39 @@ def test_a_disk_that_fills_up_on_the_way_leaves_nothing(raw, server):
     assert files_in(raw) == []
 
 
+def test_a_pickled_table_becomes_csv_and_nothing_in_it_is_run(raw, server, tmp_path):
+    tables = {
+        "user2item.pkl": pd.DataFrame({"UserID": [7], "ItemID": [[2, 1]], "Timestamp": [[T, T + 1]]}),
+        "item2title.pkl": pd.DataFrame({"ItemID": [1, 2], "Title": ["One, first", "Two"]}, dtype=object),
+    }
+
+    for table in tables.values():
+        table.columns = table.columns.astype(object)
+
+    def serve(content: dict[str, bytes]) -> None:
+        server.files["/films.zip"] = zip_of(content)
+        change_list(
+            tmp_path,
+            "films",
+            kept_as="sample.zip",
+            members=list(tables),
+            format="table",
+            checksum=f"sha256:{hashlib.sha256(server.files['/films.zip']).hexdigest()}",
+        )
+
+    serve({name: pickle.dumps(table) for name, table in tables.items()})
+    path = fetch.fetch("films")
+    assert path.read_text() == f"UserID,ItemID,Timestamp\n7,2,{T}\n7,1,{T + 1}\n"
+    assert files_in(raw) == sorted(["films/item2title.csv", "films/user2item.csv", *LEFT])
+    dataset = prepare(DataConfig(dataset="films", min_user=1, min_item=1))
+    assert (dataset.items.tolist(), dataset.title(1), dataset.title(2)) == ([2, 1], "One, first", "Two")
+    for name in LEFT[1:] + [f"films/{p.name}" for p in (raw / "films").iterdir()]:
+        (raw / name).unlink(missing_ok=True)
+    serve(dict.fromkeys(tables, pickle.dumps(subprocess.run)))
+    with pytest.raises(InputError, match=r"a table holds subprocess\.run"):
+        fetch.fetch("films")
+
+
 def test_two_processes_at_once(raw, server):
     both = threading.Barrier(2, timeout=30)
 
@@ -526,14 +546,16 @@ def test_a_folder_where_the_file_is_due(raw, server):
     assert fetch.fetched("gadgets") is None
 
 
-def test_unknown_names(raw):
+def test_unknown_names_and_wrong_entries_are_told(raw, tmp_path):
     for ask in (fetch.fetch, fetch.fetched, fetch.not_fetched):
         with pytest.raises(InputError, match=r"'film' \(did you mean 'films'\?\); there are films, gadgets,"):
             ask("film")
 
-
-def test_the_error_of_a_caller_that_finds_it_missing(raw):
     assert "python -m reclib data fetch films'" in str(fetch.not_fetched("films"))
+
+    change_list(tmp_path, "films", sha256="x")
+    with pytest.raises(InputError, match="unknown parameter 'sha256'"):
+        fetch.catalogue()
 
 
 def test_a_fetched_dataset_is_a_source_by_its_name(raw):
@@ -605,7 +627,8 @@ def test_the_list_is_complete(monkeypatch, tmp_path):
             algorithm, digest = entry.checksum.split(":")
             assert len(digest) == {"sha256": 64, "md5": 32}[algorithm], name
         assert bool(entry.members) == (entry.file.endswith(".zip")), name
-        assert bool(entry.checksum) == name.startswith("ml-"), name
+        assert bool(entry.checksum) == (name.startswith("ml-") or name.endswith("-sample")), name
+        assert ("A sample, not the whole" in entry.licence) == name.endswith("-sample")
     assert entries["ml-100k"].to_read == fetch.OFFICIAL[0]
 
 
@@ -618,9 +641,3 @@ def test_ml_100k_is_fetched_to_where_its_own_module_looks(tmp_path, monkeypatch)
     fetch.folder().mkdir(parents=True)
     (fetch.folder() / "u.data").write_bytes(b"")
     assert fetch.fetched("ml-100k") == fetch.folder() / "u.data"
-
-
-def test_a_wrong_entry_is_told(raw, tmp_path):
-    change_list(tmp_path, "films", sha256="x")
-    with pytest.raises(InputError, match="unknown parameter 'sha256'"):
-        fetch.catalogue()

@@ -49,21 +49,19 @@ def test_packing_keeps_every_sequence_inside_one_row_and_overlaps_none(lengths):
         assert used.sum() == lengths[step].sum()
 
 
-def test_packing_fills_rows_of_electronics_lengths_almost_completely():
+def test_packing_of_electronics_lengths_and_buckets():
     lengths = np.minimum(5 + generator(0).geometric(1 / 5.4, (20, 128)) - 1, 50)
     rows, _ = first_fit_decreasing(lengths, 50)
     used = lengths.sum() / (50 * (rows.max(axis=1) + 1).sum())
     assert used > 0.95  # rounding up to whole rows of 50 alone costs 2 %
+
+    assert len({bucket(n, 16) for n in range(1025, 2049)}) <= 16
 
 
 @given(st.integers(1, 100_000), st.sampled_from([4, 16]))
 def test_buckets_waste_at_most_their_share_and_are_few(n, steps):
     assert n <= bucket(n, steps) <= n * (1 + 2 / steps) + 1
     assert bucket(bucket(n, steps), steps) == bucket(n, steps)
-
-
-def test_buckets_per_octave():
-    assert len({bucket(n, 16) for n in range(1025, 2049)}) <= 16
 
 
 @settings(deadline=None)
@@ -123,7 +121,7 @@ def test_a_batch_holds_its_samples_and_nothing_else(origin, layout):
     assert (by_query.flatten()[batch.target_slots[real]] == batch.target_places[real]).all()
 
 
-def test_nothing_is_dropped_over_an_epoch_with_a_ragged_last_batch():
+def test_an_epoch_holds_every_sequence():
     data = histories([4, 9, 1, 30, 6, 2, 12])
     epoch = Epoch(data, small_model(), TrainConfig(batch_size=3), 4)
     assert epoch.num_steps == 3
@@ -131,8 +129,15 @@ def test_nothing_is_dropped_over_an_epoch_with_a_ragged_last_batch():
     assert sum(b.num_sequences for b in batches) == 7
     assert sum(b.num_tokens for b in batches) == 4 + 9 + 1 + 12 + 6 + 2 + 12
 
+    layout = Layout(12, NUM_ITEMS + 1, "first", True, 16)
+    items = np.array([3, 4])
+    samples = Samples(items, np.array([2]), np.array([False, True]), items)
+    batch = layout.batch(samples, np.array([0]), np.array([0]))
+    assert batch.num_targets == 1
+    assert batch.items[0, :2].tolist() == [3, NUM_ITEMS + 1]
 
-def test_steps_are_reproducible_and_epochs_differ():
+
+def test_steps_are_reproducible_and_micro_batches_hold_their_targets():
     data, model, train = histories([9] * 20), small_model(), TrainConfig(batch_size=8)
     again = Epoch(data, model, train, 3).step(1)[0]
     same = Epoch(data, model, train, 3).step(1)[0]
@@ -140,8 +145,6 @@ def test_steps_are_reproducible_and_epochs_differ():
     assert torch.equal(again.items, same.items)
     assert not torch.equal(again.items, other.items)
 
-
-def test_micro_batches_hold_the_targets_of_the_whole_step():
     data, model = histories([9, 4, 12, 7, 3, 8, 5, 6]), small_model()
     (whole,) = Epoch(data, model, TrainConfig(batch_size=8), 0).step(0)
     parts = Epoch(data, model, TrainConfig(batch_size=8, micro_batch_size=2), 0).step(0)
@@ -221,7 +224,7 @@ def test_prediction_batches_end_each_history_with_mask():
         assert seen[user] == [*history, NUM_ITEMS + 1]
 
 
-def test_prefetch_yields_in_order_and_hands_over_errors():
+def test_prefetch():
     assert list(prefetch(iter(range(50)), depth=3)) == list(range(50))
 
     def broken():
@@ -233,26 +236,15 @@ def test_prefetch_yields_in_order_and_hands_over_errors():
     with pytest.raises(ValueError, match="from the thread"):
         next(source)
 
-
-def test_prefetch_stops_its_thread_when_left_early():
     source = prefetch(iter(range(10**9)))
     assert next(source) == 0
     source.close()  # joins the thread: a hang here would be the failure
 
 
-def test_one_sequence_makes_one_row_with_its_target_masked():
-    layout = Layout(12, NUM_ITEMS + 1, "first", True, 16)
-    items = np.array([3, 4])
-    samples = Samples(items, np.array([2]), np.array([False, True]), items)
-    batch = layout.batch(samples, np.array([0]), np.array([0]))
-    assert batch.num_targets == 1
-    assert batch.items[0, :2].tolist() == [3, NUM_ITEMS + 1]
-
-
 CAUSAL = TrainConfig(objective="next_item", batch_size=4)
 
 
-def test_the_causal_twin_predicts_every_next_item_from_visible_items():
+def test_the_causal_twin_predicts_next_items():
     data = histories([1, 2, 7, 30], seed=3)
     model = small_model(causal=True)
     (batch,) = Epoch(data, model, CAUSAL, 0).step(0)
@@ -271,8 +263,6 @@ def test_the_causal_twin_predicts_every_next_item_from_visible_items():
     }
     assert pairs <= follows
 
-
-def test_next_items_of_each_sequence_apart():
     items = np.array([1, 2, 3, 4, 5, 6])
     found = next_items(Samples(items, np.array([3, 1, 2, 0]), np.zeros(6, dtype=bool), items))
     assert found.tokens.tolist() == [1, 2, 5]
@@ -308,7 +298,7 @@ def test_negatives_follow_the_shares_and_repeat_with_the_step():
     assert np.allclose(uniform[1:], 1 / 3)
 
 
-def test_prefixes_end_anywhere_after_two_items_and_leave_the_others():
+def test_prefixes_of_histories():
     data = histories([1, 2, 3, 40] * 500)
     lengths = data.ends - data.starts
     found = prefixes(data, 0.5, generator(0))
@@ -322,8 +312,6 @@ def test_prefixes_end_anywhere_after_two_items_and_leave_the_others():
     assert abs(long[long < 40].mean() - 20.5) < 1.5
     assert (prefixes(data, 0.0, generator(0)).ends == data.ends).all()
 
-
-def test_an_epoch_of_prefixes_predicts_items_from_what_was_before_them():
     data = histories([30] * 64)
     config = TrainConfig(batch_size=64, prefix_share=1.0, last_item_share=1.0)
     first, second = (Epoch(data, small_model(), config, epoch).samples(0) for epoch in (0, 1))

@@ -16,13 +16,10 @@ from reclib import system
 from reclib.config import DataConfig, InputError
 from reclib.data import dataset
 from reclib.data import prepare as prepare_module
-from reclib.data.prepare import Source, build, k_core, prepare
+from reclib.data.prepare import Source, build, prepare
 from reclib.data.read import Ingested
 
 COLUMNS = ("user", "item", "rating", "time")
-INTERACTIONS = st.lists(
-    st.tuples(st.integers(0, 6), st.integers(0, 6), st.integers(0, 5)), min_size=1, max_size=60
-)
 # lengths, character orders and code points beyond the first plane all decide the order of ids
 KEYS = st.text(alphabet="aZ9-_é\u4e00\U0001f600", min_size=1, max_size=3)
 
@@ -37,8 +34,9 @@ def data_folder(tmp_path, monkeypatch):
 def source(rows, time_unit="s", titles=None, name="made") -> Source:
     """A source whose `raw` is the given (user, item, rating, time) rows."""
 
-    def fill(con: duckdb.DuckDBPyConnection, progress):
+    def fill(con: duckdb.DuckDBPyConnection, progress, work):
         progress(1, 2)
+        assert work.is_dir()
         frame = pd.DataFrame(rows, columns=list(COLUMNS))
         frame.insert(0, "row", range(len(rows)))
         con.register("frame", frame)
@@ -95,7 +93,7 @@ def core_of(rows, min_user, min_item, passes=1000):
     return rows
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     rows=st.lists(
         st.tuples(KEYS, KEYS, st.none() | st.just(3.5), st.integers(0, 4)), min_size=1, max_size=40
@@ -138,53 +136,22 @@ def test_keys_are_decoded_on_access():
 SHARED = system.root().parent / "shared" / "data"
 PUBLISHED = {  # users, items, interactions of the 5-core sets, and what a 5-core leaves of MovieLens
     "amazon-beauty-2014-5core/Beauty_s3rec.txt.gz": (22_363, 12_101, 198_502),
-    "amazon-sports-2014-5core/Sports_item_org_rank.txt.gz": (35_598, 18_357, 296_337),
     "amazon-toys-2014-5core/Toys_and_Games_s3rec.txt.gz": (19_412, 11_924, 167_597),
-    "amazon-home-2014-5core/Home_item_org_rank.txt.gz": (66_519, 28_237, 551_682),
-    "ml-1m/sequences_diffurec_full.txt.gz": (6_040, 3_706, 1_000_209),
     "ml-100k/u.data.gz": (943, 1_682, 100_000),
 }
 
 
-@pytest.mark.parametrize(("name", "counts"), PUBLISHED.items(), ids=[n.split("/")[0] for n in PUBLISHED])
-def test_counts_are_the_published_ones(name, counts):
-    if not (SHARED / name).is_file():
-        pytest.skip(f"no copy of {name}")
-    found = prepare(DataConfig(dataset=str(SHARED / name)))
-    assert tuple(found.manifest["steps"][0].values()) == ("source", *counts)
-    if "5core" in name:
-        assert found.manifest["core"]["passes"] == []  # a fixed point
-        assert (found.num_users, found.num_items, found.num_interactions) == counts
-    assert np.bincount(found.items)[1:].min() >= 5
-    assert found.lengths.min() >= 5
-
-
-@given(rows=INTERACTIONS, min_user=st.integers(1, 5), min_item=st.integers(1, 5))
-@settings(max_examples=60, deadline=None)
-def test_k_core_is_the_fixed_point(tmp_path_factory, rows, min_user, min_item):
-    pairs = tmp_path_factory.mktemp("core") / "pairs"
-    np.array([row[:2] for row in rows], dtype=np.int32).tofile(pairs)
-    config = DataConfig(min_user=min_user, min_item=min_item)
-    core = k_core(pairs, {"users": 7, "items": 8}, config)
-    kept = [row for row in rows if core.users[row[0]] and core.items[row[1]]]
-    assert kept == core_of(rows, min_user, min_item)
-    assert core.passes == sorted(set(core.passes), reverse=True)
-    assert (core.passes[-1] if core.passes else len(rows)) == len(kept)
-
-
-def test_k_core_reads_and_writes_in_pieces(tmp_path, monkeypatch):
-    generator = np.random.default_rng(0)
-    rows = np.stack([generator.integers(0, 40, 300), generator.integers(0, 60, 300)], 1).astype(np.int32)
-    config = DataConfig(min_user=6, min_item=6)
-    found = []
-    for piece in (7, 1000):
-        monkeypatch.setattr(prepare_module, "PAIRS", piece)
-        rows.tofile(tmp_path / "pairs")
-        found.append(k_core(tmp_path / "pairs", {"users": 40, "items": 60}, config))
-    assert len(found[1].passes) > 2
-    assert found[0].passes == found[1].passes
-    assert np.array_equal(found[0].users, found[1].users)
-    assert np.array_equal(found[0].items, found[1].items)
+def test_counts_are_the_published_ones():
+    for name, counts in PUBLISHED.items():
+        if not (SHARED / name).is_file():
+            pytest.skip(f"no copy of {name}")
+        found = prepare(DataConfig(dataset=str(SHARED / name)))
+        assert tuple(found.manifest["steps"][0].values()) == ("source", *counts)
+        if "5core" in name:
+            assert found.manifest["core"]["passes"] == []  # a fixed point
+            assert (found.num_users, found.num_items, found.num_interactions) == counts
+        assert np.bincount(found.items)[1:].min() >= 5
+        assert found.lengths.min() >= 5
 
 
 def test_single_pass_counts_once(tmp_path):
@@ -215,7 +182,7 @@ def test_manifest_says_what_happened(tmp_path):
     assert told["reading"]["lines"] == 6
     assert told["reading"]["rejected"] == {"field missing": 1}
     assert told["reading"]["rejected_examples"][0]["line"] == 3
-    assert told["ties"] == {"interactions": 2, "test_targets": 0}
+    assert (told["ties"]["interactions"], told["ties"]["test_targets"]) == (2, 0)
     assert told["time_unit"] == "s"
     assert (dict(found.titles), found.title(2), found.title(1)) == ({"2": "Two"}, "Two", "1")
 
@@ -231,11 +198,11 @@ def test_order_without_times(tmp_path):
     assert times == [(None,)]
 
 
-@pytest.mark.parametrize("key", ["k" * 257, "nul\0inside"])
-def test_impossible_ids_are_refused(tmp_path, key):
-    with pytest.raises(InputError, match=r"item id .* expected at most 256 bytes") as error:
-        prepared(tmp_path / "out", [("u", key, 1, 1)])
-    assert "\n" not in str(error.value)
+def test_impossible_ids_are_refused(tmp_path):
+    for key in ("k" * 257, "nul\0inside"):
+        with pytest.raises(InputError, match=r"item id .* expected at most 256 bytes") as error:
+            prepared(tmp_path / "out", [("u", key, 1, 1)])
+        assert "\n" not in str(error.value)
 
 
 def test_failure_in_the_middle_leaves_nothing(tmp_path, data_folder, monkeypatch):
@@ -256,26 +223,25 @@ def test_memory_limit_that_is_too_low_is_told(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("megabytes", [1, 3, 6])
-def test_full_disk_leaves_nothing(tmp_path, data_folder, megabytes):
+def test_full_disk_leaves_nothing(tmp_path, data_folder, monkeypatch):
     """The database, its spilled rows and the output are all on a disk that is too small for them."""
     point = tmp_path / "disk"
     point.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(point)]
-    if os.name != "posix" or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs needs root on Linux")
-    try:
-        rows = [(f"user {n // 5}", f"item {n % 7000} {n % 11}", 1, n) for n in range(100_000)]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("RECLIB_DATA", str(point / "data"))
+    rows = [(f"user {n // 5}", f"item {n % 7000} {n % 11}", 1, n) for n in range(50_000)]
+    for megabytes in (1, 4):
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(point)]
+        if os.name != "posix" or subprocess.run(mount, capture_output=True).returncode:
+            pytest.skip("mounting a tmpfs needs root on Linux")
+        try:
+            monkeypatch.setenv("RECLIB_DATA", str(point / "data"))
             with pytest.raises(OSError) as error:  # noqa: PT011  # the system's and the database's words
                 prepared(point / "data" / "prepared" / "out", rows)
-        assert "\n" not in str(error.value)
-        assert [path for path in point.rglob("*") if path.is_file()] == []
-        # and with room the same command works
-        assert prepared(tmp_path / "out", rows).num_interactions == 100_000
-    finally:
-        subprocess.run(["umount", str(point)], check=True)
+            assert "\n" not in str(error.value)
+            assert [path for path in point.rglob("*") if path.is_file()] == []
+        finally:
+            subprocess.run(["umount", str(point)], check=True)
+    monkeypatch.setenv("RECLIB_DATA", str(data_folder))  # and with room the same command works
+    assert prepared(tmp_path / "out", rows).num_interactions == 50_000
 
 
 LIKE_ELECTRONICS = """
@@ -286,7 +252,7 @@ from reclib.data.prepare import build
 from reclib.config import DataConfig
 from reclib.data.read import Ingested
 
-def fill(con, progress):
+def fill(con, progress, work):
     con.execute(
         "create table raw as select range as row, 'A' || md5('u' || range % {users}) as \\"user\\", "
         "'B' || hash(range * 31) % {items} as item, 5.0 as rating, "
@@ -303,7 +269,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 def test_memory_does_not_grow_with_the_rows(tmp_path):
     """Four times the rows may take a little more than the database's limit, not four times the memory."""
     peaks = []
-    for rows in (100_000, 400_000):
+    for rows in (50_000, 200_000):
         code = LIKE_ELECTRONICS.format(rows=rows, users=rows // 8, items=rows // 40, limit=128)
         done = subprocess.run(
             [sys.executable, "-c", code, str(tmp_path / str(rows))],
