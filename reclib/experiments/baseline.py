@@ -28,6 +28,7 @@ from reclib.data.splits import Split, sample_candidates
 from reclib.evaluate import baselines, metrics, statistics
 from reclib.evaluate.metrics import Outcome, Scorer
 from reclib.evaluate.statistics import Claim, Interval
+from reclib.experiments.notebook import Result
 from reclib.hardware import Device
 from reclib.model.bert4rec import count_parameters
 from reclib.parameters import Baseline, Scaling
@@ -183,16 +184,6 @@ KEPT = "leave-one-out, seen kept"
 HEADLINE = ("hr@10", "ndcg@10", "mrr")
 
 COMPARED = ("hr@10", "ndcg@10")
-
-
-class Result(NamedTuple):
-    """One result, as `records.Run.result` and `grid` take it."""
-
-    name: str
-    metrics: dict[str, Any]
-    params: dict[str, Any]
-    series: dict[str, list[Any]]
-    seed: int | None = None
 
 
 class Assessed(NamedTuple):
