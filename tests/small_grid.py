@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
+import pytest
 import yaml
 
 from reclib.data.prepare import prepare
+from reclib.evaluate import baselines
 from reclib.experiments import grids
 from reclib.hardware import resolve
 
@@ -48,3 +51,15 @@ def work() -> grids.Work:
     """Return the grid as its file stands now."""
     grid = grids.read_grid("trial")
     return grids.Work(grid, prepare(grid.data), resolve("cpu"))
+
+
+def light_scoring(patch: pytest.MonkeyPatch) -> None:
+    """Score with few resamples, and with the first values of the baselines' hyperparameters alone."""
+    every = baselines.families
+
+    def few(times: np.ndarray | None = None) -> dict[str, baselines.Family]:
+        found = every(times).items()
+        return {name: f._replace(grid={k: v[:1] for k, v in f.grid.items()}) for name, f in found}
+
+    patch.setattr(baselines, "families", few)
+    patch.setattr(grids, "SAMPLES", 100)

@@ -8,7 +8,7 @@ import multiprocessing
 import numpy as np
 import pytest
 from conftest import ROOT
-from small_grid import FILE, work, write
+from small_grid import FILE, light_scoring, work, write
 
 from reclib import records, system
 from reclib.config import InputError, ModelConfig, TrainConfig
@@ -78,7 +78,8 @@ def test_two_processes_share_a_grid(root):
     assert names(work().rows("learning_curve")) == [("base", 0), ("base", 1), ("twin", 0)]
 
 
-def test_an_arm_may_change_the_data_and_is_scored_on_them(root):
+def test_an_arm_may_change_the_data_and_is_scored_on_them(root, monkeypatch):
+    light_scoring(monkeypatch)
     write(
         root, seeds=[0], arms={"base": {"final": True}, "own": {"data": {"synthetic_seed": 1}, "final": True}}
     )

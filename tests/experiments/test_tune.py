@@ -13,7 +13,7 @@ from collections import Counter
 import pytest
 from conftest import ROOT
 from small_grid import FILE as GRID
-from small_grid import write_params
+from small_grid import light_scoring, write_params
 
 from reclib import records as reclib_records
 from reclib import system
@@ -153,7 +153,8 @@ def test_two_processes_share_a_study(root):
     assert len({str(t.params) for t in one.trials()}) == 7
 
 
-def test_a_trial_that_somebody_holds_is_left_to_them_and_default_is_compared_with_tuned(root):
+def test_a_trial_that_somebody_holds_is_left_to_them_and_default_is_compared_with_tuned(root, monkeypatch):
+    light_scoring(monkeypatch)
     write(trials=2)
     one = study()
     with pytest.raises(InputError, match="nothing is tuned yet"):
