@@ -86,6 +86,8 @@ def item_popularity(rows: pd.DataFrame) -> go.Figure:
 
 def tied_timestamps(rows: pd.DataFrame) -> go.Figure:
     """What is ordered by the tie rule alone."""
+    if "tied_test_target_share" not in rows or rows["tied_test_target_share"].isna().all():
+        return _shares(rows, "The source has an order and no times: whether any are equal is unknown")
     share = rows["tied_test_target_share"].iloc[0]
     return _shares(rows, f"For {share:.0%} of the users the last two interactions have the same timestamp")
 
