@@ -53,7 +53,7 @@ PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
 NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
-LATER = ("head_multiple", "half_copies")  # fields that came after the first records: see `as_dict`
+LATER = ("head_multiple", "half_copies", "prior")  # fields that came after the first records: see `as_dict`
 
 STRICT = ConfigDict(extra="forbid", strict=True)
 
@@ -142,6 +142,7 @@ class TrainConfig:
     last_item_share: Share = 0.15  # share of samples whose only target is the last item
     prefix_share: Share = 0.0  # share of samples that end at a random place of the history
     window: Literal["last", "random"] = "last"  # which max_len items of a longer history
+    prior: Literal["none", "counts"] = "none"  # counts: pairwise counts in the logits; see `evaluate.prior`
     # batches
     batch_size: Positive = 64  # sequences per optimiser step
     micro_batch_size: Positive | None = None  # sequences per forward pass; None: batch_size
@@ -182,6 +183,18 @@ class TrainConfig:
             raise ValueError(f"head_rows='all' holds all logits: it needs loss='plain', not {self.loss!r}")
         if self.objective == "seed_focal" and self.sampled:
             raise ValueError(f"objective='seed_focal' is over all items: it knows no loss={self.loss!r}")
+        if self.prior != "none" and (
+            self.sampled
+            or self.objective == "seed_focal"
+            or self.head_rows == "all"
+            or self.loss == "fused"
+            or self.compile_mode == "graph"
+        ):
+            raise ValueError(
+                f"prior={self.prior!r} needs the logits of a full cross-entropy at the targets: objective "
+                "cloze or next_item, head_rows='targets', loss auto, plain, chunked or inplace, and no "
+                "compile_mode='graph'"
+            )
         if self.layout == "packed" and self.objective == "seed_focal":
             raise ValueError("objective='seed_focal' scores padded rows: it needs layout='padded'")
         return self

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "peers")]  # tests import them as modules
+sys.path += [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "peers")]  # tests import them as modules
 # No test writes into the committed records, keeps models beside them or sends curves anywhere, not even where
 # it forgets to name a folder of its own. Compute threads that wait give their core away soon, as in the
 # Makefile: a training step takes six times as long without, where other processes run. Kernels inherit this.

@@ -96,6 +96,22 @@ def next_items(samples: Samples) -> Samples:
     return Samples(tokens[kept], np.maximum(lengths - 1, 0), np.ones(len(kept), dtype=bool), tokens[kept + 1])
 
 
+def whole_sequences(samples: Samples, causal: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return what stands before each target of samples, for counts that look at it.
+
+    The result is the sequences themselves, tokens (T,) and lengths (B,), and of every target (M,) its
+    sequence and how many items of it precede the target. Those are known even where they are masked.
+    """
+    tokens, lengths = samples.tokens, samples.lengths
+    sequence = np.repeat(np.arange(len(lengths)), lengths)
+    known = np.arange(len(tokens)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    if causal:  # a target is the item after its place, and the last one stands behind its sequence
+        ends = np.cumsum(lengths)[lengths > 0]
+        tokens = np.insert(tokens, ends, samples.labels[ends - 1])
+        lengths, known = lengths + (lengths > 0), known + 1
+    return tokens, lengths, sequence[samples.is_target], known[samples.is_target]
+
+
 def item_counts(histories: Histories, num_items: int) -> np.ndarray:
     """Return how often each item occurs in the histories, int64 (I + 1,); [0] is PAD's, zero."""
     return np.bincount(histories.items[histories.places()], minlength=num_items + 1)
@@ -177,6 +193,9 @@ class Batch(NamedTuple):
     num_sequences: int
     negatives: Tensor | None = None  # (K,) item ids of a sampled loss
     negative_probs: Tensor | None = None  # (K,) how likely one draw was to give each
+    prior_rows: Tensor | None = None  # (N,) slots of `targets` whose logits a prior is added to
+    prior_columns: Tensor | None = None  # (N,) and the items, as item id - 1
+    prior_values: Tensor | None = None  # (N,) and the prior before its scale
     buffer: Tensor | None = None  # int32: the tensors above in one piece, as `staged` leaves them for `to`
 
     def staged(self, device: torch.device) -> Batch:
@@ -273,8 +292,8 @@ class Layout:
             return first_fit_decreasing(lengths, self.max_len)
         return np.broadcast_to(np.arange(lengths.shape[1]), lengths.shape), np.zeros_like(lengths)
 
-    def batch(self, samples: Samples, rows: np.ndarray, places: np.ndarray) -> Batch:
-        """Lay samples out in rows (B,) at places (B,)."""
+    def batch(self, samples: Samples, rows: np.ndarray, places: np.ndarray, prior: Any = None) -> Batch:
+        """Lay samples out in rows (B,) at places (B,); `prior` is an `evaluate.prior.CountPrior`."""
         import torch
 
         tokens, lengths, is_target, labels = samples
@@ -296,6 +315,10 @@ class Layout:
         found, targets = flat[is_target], labels[is_target].astype(np.int64)
         index = self._queries(found, targets, num_rows)
         shape = (num_rows, L)
+        added: dict[str, Any] = {}
+        if prior is not None:
+            arrays = prior.of_samples(samples, self.causal, np.argsort(found, kind="stable"))  # as in `index`
+            added = {f"prior_{name}": torch.from_numpy(array) for name, array in arrays._asdict().items()}
         return Batch(
             torch.from_numpy(items).view(shape),
             torch.from_numpy(segments).view(shape),
@@ -304,6 +327,7 @@ class Layout:
             num_targets=len(found),
             num_tokens=len(tokens),
             num_sequences=len(lengths),
+            **added,
         )
 
     def _queries(
@@ -345,8 +369,9 @@ class Epoch:
         epoch: int,
         rank: int = 0,
         ranks: int = 1,
+        prior: Any = None,
     ) -> None:
-        self.model, self.train, self.epoch = model, train, epoch
+        self.model, self.train, self.epoch, self.prior = model, train, epoch, prior
         if train.prefix_share:
             histories = prefixes(histories, train.prefix_share, generator(train.seed, PREFIX, epoch))
         self.histories = histories
@@ -415,7 +440,7 @@ class Epoch:
             items = slice(ends[part.start], ends[part.stop])
             tokens, lengths, is_target, labels = samples
             piece = Samples(tokens[items], lengths[part], is_target[items], labels[items])
-            batch = self.layout.batch(piece, rows[part], places[part])._replace(**negatives)
+            batch = self.layout.batch(piece, rows[part], places[part], self.prior)._replace(**negatives)
             batches.append(batch if device is None else batch.staged(device))
         whole = Totals(int(samples.is_target.sum()), len(samples.tokens), len(samples.lengths))
         return batches, whole

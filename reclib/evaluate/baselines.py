@@ -118,18 +118,24 @@ class PairwiseCounts:
     column_power: float
     decay: float
     last: int  # items of a history that count
+    window: int  # places apart at most, of the pairs that were counted
 
     @functools.cached_property
     def weights(self) -> sparse.csr_array:
         """The scaled counts, float32 (I, I)."""
         counts = (self.forward + np.float32(self.backward) * self.forward.T.tocsr()).tocsr()
+        rows, columns = self.scales(counts)
+        scale = np.repeat(rows, np.diff(counts.indptr)) * columns[counts.indices]
+        counts.data = (counts.data * scale).astype(np.float32)
+        return counts
+
+    def scales(self, counts: sparse.csr_array) -> tuple[np.ndarray, np.ndarray]:
+        """Return what rows (I,) and columns (I,) of counts in both directions are multiplied by."""
         rows, columns = (
             np.maximum(counts.sum(axis=axis, dtype=np.float64), 1e-9) ** -power
             for axis, power in ((1, self.row_power), (0, self.column_power))
         )
-        scale = np.repeat(rows, np.diff(counts.indptr)) * columns[counts.indices]
-        counts.data = (counts.data * scale).astype(np.float32)
-        return counts
+        return rows, columns
 
     def scores(self, evaluation: Evaluation) -> Scores:
         """Yield (users, scores (B, I)); an empty history scores 0 everywhere."""
@@ -328,9 +334,8 @@ def fit_pairwise_counts(
             parts.append((weight, items[first], items[first + distance]))
         weight, one, other = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         counts = counts + sparse.coo_array((weight, (one, other)), shape=shape).tocsr()
-    return PairwiseCounts(
-        counts, float(backward), float(row_power), float(column_power), float(decay), int(last)
-    )
+    settings = (float(backward), float(row_power), float(column_power), float(decay), int(last), int(window))
+    return PairwiseCounts(counts, *settings)
 
 
 class Family(NamedTuple):

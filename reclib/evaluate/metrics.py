@@ -233,7 +233,10 @@ def model_scores(
             for first in range(0, len(chosen), size):
                 part = hidden[first : first + size]
                 scores = score_product(part, table, buffer[: len(part)])
-                yield chosen[first : first + size], scores if bias is None else scores.add_(bias)
+                scores = scores if bias is None else scores.add_(bias)
+                if model.prior is not None:
+                    model.prior.add_to(scores, evaluation.histories, chosen[first : first + size])
+                yield chosen[first : first + size], scores
     model.train(was_training)
 
 

@@ -473,6 +473,11 @@ class AdaptedModel(nn.Module):
         return self.base.output_bias
 
     @property
+    def prior(self) -> Any:
+        """The base's prior, or None."""
+        return self.base.prior
+
+    @property
     def frozen_columns(self) -> int:
         """How many columns of `output_weight`, from the first, need no gradient."""
         return 0 if self.output is None else self.output.frozen_columns

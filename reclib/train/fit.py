@@ -47,6 +47,7 @@ from reclib.data.dataset import Dataset, Evaluation
 from reclib.data.prepare import prepare
 from reclib.data.splits import SPLIT_TITLES, Split, leave_one_out
 from reclib.evaluate import metrics
+from reclib.evaluate.prior import CountPrior
 from reclib.hardware import Device, resolve
 from reclib.model.bert4rec import Bert4Rec
 from reclib.system import Parser
@@ -84,7 +85,15 @@ def fit(
     split = split or leave_one_out(dataset)
     demand_room(model, config, split.train, device, None, distributed.ranks().count)
     torch.manual_seed(config.seed)  # weights and dropout; batches have generators of their own
-    trainer = Trainer(Bert4Rec(model), split.train, config, device, data_identity(dataset, split))
+    new = Bert4Rec(model)
+    if config.prior == "counts":
+        before = None if folder is None else saving.latest(folder)
+        if before is None:  # otherwise it is in the checkpoint
+            new.prior = CountPrior.chosen(split, model.num_items)
+        else:
+            state = {k[6:]: v for k, v in saving.load_checkpoint(before)[0].items() if k.startswith("model.")}
+            saving.load_unique(new, state)
+    trainer = Trainer(new, split.train, config, device, data_identity(dataset, split))
     return _run(trainer, split.valid, folder, options or Options())
 
 

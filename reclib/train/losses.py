@@ -24,8 +24,8 @@ Shapes: M targets, D hidden_dim, V rows of the output table, I real items.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -107,6 +107,29 @@ BLOCK_BYTES = 8 * 2**20  # logits handled at a time on the in-place route: they 
 FULL = (torch.float32, torch.float64)
 
 
+class Added(NamedTuple):
+    """What a prior adds to the logits (M, I): scale * values at (rows, columns), ordered by row."""
+
+    rows: Tensor  # (N,) int64
+    columns: Tensor  # (N,) int64
+    values: Tensor  # (N,)
+    scale: Tensor  # (), learned
+
+    def within(self, first: int, end: int, num_items: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return places in a flattened block of logits, the rows `first` to `end`, values, and rows.
+
+        On a GPU all entries are returned, and those of other rows have the value 0: to leave them out would
+        be to wait for their number.
+        """
+        if self.rows.device.type == "cpu":
+            bounds = torch.searchsorted(self.rows, torch.tensor([first, end])).tolist()
+            rows, columns, values, _ = (tensor[slice(*bounds)] for tensor in (*self[:3], self.rows))
+            return (rows - first) * num_items + columns, values, rows
+        inside = (self.rows >= first) & (self.rows < end)
+        places = torch.where(inside, (self.rows - first) * num_items + self.columns, 0)
+        return places, torch.where(inside, self.values, 0), self.rows
+
+
 class PartlyFrozenProduct(torch.autograd.Function):
     """Scores (M, I) by a table whose first columns are frozen: their gradient is never computed."""
 
@@ -175,8 +198,12 @@ class InplaceCrossEntropy(torch.autograd.Function):
         num_items: int,
         frozen: int = 0,
         sink: Sink | None = None,
+        *added: Tensor,
     ) -> Tensor:
-        """Return the sum; what is kept for backward is the gradient of the logits."""
+        """Return the sum; what is kept for backward is the gradient of the logits.
+
+        `added` are the fields of `Added`, or nothing.
+        """
         ctx.buffer = _take_buffer(hidden, len(targets) * num_items)
         scores = ctx.buffer[: len(targets) * num_items].view(len(targets), num_items)  # (M, I)
         torch.mm(hidden, weight[1 : num_items + 1].t(), out=scores)
@@ -186,13 +213,15 @@ class InplaceCrossEntropy(torch.autograd.Function):
         column = (targets - 1).clamp_min(0)[:, None]  # (M, 1); a filler gets any valid column
         losses = torch.empty(len(targets), dtype=wide, device=hidden.device)
         size = max(1, BLOCK_BYTES // (wide.itemsize * num_items))
+        d_scale = losses.new_zeros(()) if added else None
         for first in range(0, len(targets), size):
             part = slice(first, first + size)
             block = scores[part].to(wide)  # the buffer itself where the products are in full precision
-            losses[part] = _to_gradient(block, shift, column[part])
+            losses[part], d_scale = _to_gradient(block, shift, column[part], first, kept, added, d_scale)
             if block.dtype != scores.dtype:
                 scores[part] = block
         ctx.save_for_backward(hidden, weight, scores, kept.to(scores.dtype))
+        ctx.d_scale = d_scale
         ctx.num_items, ctx.bias_dtype = num_items, None if bias is None else bias.dtype
         ctx.frozen, ctx.sink = frozen, sink
         return (losses * kept).sum()
@@ -218,7 +247,8 @@ class InplaceCrossEntropy(torch.autograd.Function):
             d_bias = torch.zeros(len(weight), dtype=ctx.bias_dtype, device=weight.device)
             d_bias[1:last] = torch.mv(slope.t(), ones)
         _spare[:] = [ctx.buffer]
-        return d_hidden, d_weight, d_bias, None, None, None, None
+        own = () if ctx.d_scale is None else (None, None, None, ctx.d_scale * scale)
+        return d_hidden, d_weight, d_bias, None, None, None, None, *own
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -238,8 +268,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         num_items: int,
         frozen: int,
         chunk: int,
+        *added: Tensor,
     ) -> Tensor:
-        """Return the sum over targets (M,) for hidden (M, D) and weight (V, D)."""
+        """Return the sum over targets (M,) for hidden (M, D), weight (V, D) and the fields of `Added`."""
         rows = weight[1 : num_items + 1]
         wide = hidden.dtype if hidden.dtype in FULL else torch.float32
         shift = None if bias is None else bias[1 : num_items + 1].to(wide)
@@ -249,18 +280,20 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         d_rows = rows.new_zeros(num_items, weight.shape[1] - frozen, dtype=wide)
         d_shift = None if bias is None else rows.new_zeros(num_items, dtype=wide)
         total = torch.zeros((), dtype=wide, device=hidden.device)
+        d_scale = total.clone() if added else None
         for first in range(0, len(targets), chunk):
             part = slice(first, first + chunk)
             block = F.linear(hidden[part], rows).to(wide)  # (chunk, I)
             real = kept[part]
-            total += (_to_gradient(block, shift, column[part]) * real).sum()
+            losses, d_scale = _to_gradient(block, shift, column[part], first, kept, added, d_scale)
+            total += (losses * real).sum()
             slope, own = block.to(hidden.dtype), real.to(hidden.dtype)[:, None]
             d_hidden[part] = (slope @ rows) * own
             d_rows += slope.t() @ (hidden[part, frozen:] * own)
             if d_shift is not None:
                 d_shift += torch.mv(block.t(), real)
         ctx.save_for_backward(d_hidden, d_rows, d_shift, weight)
-        ctx.last, ctx.frozen, ctx.bias = num_items + 1, frozen, bias
+        ctx.last, ctx.frozen, ctx.bias, ctx.d_scale = num_items + 1, frozen, bias, d_scale
         return total
 
     @staticmethod
@@ -275,20 +308,36 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             d_bias = torch.zeros_like(ctx.bias)
             d_bias[1 : ctx.last] = d_shift * grads[0]
         own = d_hidden * grads[0].to(d_hidden.dtype) if ctx.needs_input_grad[0] else None
-        return own, d_weight, d_bias, None, None, None, None
+        more = () if ctx.d_scale is None else (None, None, None, ctx.d_scale * grads[0])
+        return own, d_weight, d_bias, None, None, None, None, *more
 
 
-def _to_gradient(block: Tensor, shift: Tensor | None, column: Tensor) -> Tensor:
-    """Turn a block of logits (m, I) into their gradient, in place; return the losses (m,).
+def _to_gradient(
+    block: Tensor,
+    shift: Tensor | None,
+    column: Tensor,
+    first: int,
+    kept: Tensor,
+    added: Sequence[Tensor],
+    d_scale: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Turn a block of logits (m, I), the rows from `first`, into their gradient, in place.
 
-    The gradient is softmax - onehot(target). The caller masks fillers.
+    Returns the losses (m,) and `d_scale` with the block's part of the gradient of a prior's scale. The
+    gradient is softmax - onehot(target). The caller masks fillers.
     """
     if shift is not None:
         block += shift
+    if added:
+        prior = Added(*added)
+        places, values, rows = prior.within(first, first + len(block), block.shape[1])
+        block.view(-1).index_add_(0, places, (values * prior.scale).to(block.dtype))
     torch.log_softmax(block, -1, out=block)
     losses = -block.gather(1, column).squeeze(1)  # read before the buffer stops being log-probabilities
     block.exp_().scatter_add_(1, column, block.new_full(column.shape, -1.0))
-    return losses
+    if d_scale is not None:
+        d_scale = d_scale + (block.view(-1)[places] * values * kept[rows]).sum()
+    return losses, d_scale
 
 
 # -- the loss of a batch -------------------------------------------------------------------------------------
@@ -326,25 +375,30 @@ def cross_entropy_sum(
     how: Route,
     frozen: int = 0,
     sink: Sink | None = None,
+    added: Added | None = None,
 ) -> Tensor:
     """Return the sum over targets of the cross-entropy over items 1..num_items.
 
     `hidden` (M, D), `weight` (V, D), `bias` (V,) or None, `targets` (M,) item ids or IGNORE. The first
     `frozen` columns of `weight` get no gradient. On the in-place route `sink` takes the gradient of `weight`.
+    `added` is a prior's part of the logits, on every route but the compiled one.
     """
-    if how == "fused" and not frozen:
+    if how == "fused" and not frozen and added is None:
         for tensor in (hidden, targets):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)  # M alone: the catalogue stays a constant
         return _compiled_sum()(hidden, weight, bias, targets, num_items)
     if how in ("plain", "fused"):
-        return _plain_sum(hidden, weight, bias, targets, num_items, frozen)
+        return _plain_sum(hidden, weight, bias, targets, num_items, frozen, added)
     # Cast here, because a product with `out=` ignores autocast: it would run in fp32 without a warning.
     dtype = compute_dtype(hidden)
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     if how == "inplace":
-        return InplaceCrossEntropy.apply(hidden, weight, bias, targets, num_items, frozen, sink)
+        return InplaceCrossEntropy.apply(
+            hidden, weight, bias, targets, num_items, frozen, sink, *(added or ())
+        )
     chunk = min(max(16, LARGE_LOGITS_BYTES // (8 * num_items)), len(targets))
-    return ChunkedCrossEntropy.apply(hidden, weight, bias, targets, num_items, frozen, chunk)
+    shape = (num_items, frozen, chunk)
+    return ChunkedCrossEntropy.apply(hidden, weight, bias, targets, *shape, *(added or ()))
 
 
 def plain_logits(
@@ -361,9 +415,19 @@ def plain_logits(
 
 
 def _plain_sum(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, num_items: int, frozen: int = 0
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    num_items: int,
+    frozen: int = 0,
+    added: Added | None = None,
 ) -> Tensor:
-    return _sum_over_targets(plain_logits(hidden, weight, bias, num_items, frozen), targets)
+    logits = plain_logits(hidden, weight, bias, num_items, frozen)
+    if added is not None:
+        values = (added.values * added.scale).to(logits.dtype)
+        logits = logits.index_put((added.rows, added.columns), values, accumulate=True)
+    return _sum_over_targets(logits, targets)
 
 
 @functools.cache
@@ -446,5 +510,10 @@ def batch_loss(
     how = how or route(config.loss, hidden.device.type, len(batch.targets), num_items)
     if config.head_multiple > 1 and not frozen:
         weight, bias, num_items = filled_up(weight, bias, num_items, config.head_multiple)
-    total = cross_entropy_sum(hidden, weight, bias, batch.targets, num_items, how, frozen, model.output_sink)
+    added = None
+    if model.prior is not None:
+        entries: Any = (batch.prior_rows, batch.prior_columns, batch.prior_values, model.prior.scale)
+        added = Added(*entries)
+    sink = model.output_sink
+    total = cross_entropy_sum(hidden, weight, bias, batch.targets, num_items, how, frozen, sink, added)
     return total / denominator

@@ -28,6 +28,7 @@ from reclib import system
 from reclib.config import AdapterConfig, InputError, ModelConfig, TrainConfig, nearest, validated
 from reclib.data.dataset import Dataset, Evaluation, Histories
 from reclib.evaluate import metrics
+from reclib.evaluate.prior import CountPrior
 from reclib.model.bert4rec import Bert4Rec, SequenceModel
 from reclib.model.ilora import OUTPUT, AdaptedModel, base_hash
 from reclib.system import plain
@@ -138,14 +139,23 @@ def prune(folder: Path, keep: int = 2) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+PRIOR = "prior."  # how the names of a prior's tensors begin
+
+
 def unique_tensors(model: SequenceModel, frozen: bool = True) -> dict[str, Tensor]:
     """Return the state with tied tensors once, as safetensors wants it, with or without frozen ones."""
-    return {name: p.detach() for name, p in model.named_parameters() if frozen or p.requires_grad}
+    tensors = {name: p.detach() for name, p in model.named_parameters() if frozen or p.requires_grad}
+    if model.prior is not None and (frozen or model.prior.scale.requires_grad):
+        tensors |= {PRIOR + name: value for name, value in model.prior.named_buffers()}
+    return tensors
 
 
 @torch.no_grad()
 def load_unique(model: SequenceModel, tensors: dict[str, Tensor]) -> None:
-    """Copy the tensors of `unique_tensors` into a model of the same configuration."""
+    """Copy the tensors of `unique_tensors` into a model of the same configuration; give it their prior."""
+    given = {name.removeprefix(PRIOR): value for name, value in tensors.items() if name.startswith(PRIOR)}
+    if given and model.prior is None:
+        model.prior = CountPrior(given)  # type: ignore[misc]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or name in tensors:
             parameter.copy_(tensors[name])

@@ -369,7 +369,7 @@ class Trainer(Generic[M]):
         while step < self.total_steps:
             epoch, first = divmod(step, self.steps_per_epoch)
             mine = (self.ranks.rank, self.ranks.count)
-            plan = Epoch(self.histories, self.model.config, self.config, epoch, *mine)
+            plan = Epoch(self.histories, self.model.config, self.config, epoch, *mine, self.model.prior)
             for i in range(first, min(plan.num_steps, first + self.total_steps - step)):
                 yield epoch, *plan.counted(i, self.where)
             step = (epoch + 1) * self.steps_per_epoch

@@ -22,16 +22,14 @@ EXACT = {"5m": 5_118_250, "85m": 85_111_814, "130m": 130_095_750, "430m": 429_15
 
 
 def test_parameter_counts_are_the_published_ones_and_those_of_the_closed_formula():
-    for size in SIZES:
-        for changes in ({}, {"tied": True, "output_bias": False}, {"tied": False, "output_bias": True}):
-            config = model_config(size, **changes)
-            counted = count_parameters(config)
-            assert (
-                closed_formula(config)
-                == counted["total"]
-                == EXACT.get(size if not changes else None, counted["total"])
-            )
-            assert counted["total"] == sum(counted[k] for k in ("item_tables", "positions", "non_embedding"))
+    configs = [model_config(size) for size in SIZES]
+    for changes in ({"tied": True, "output_bias": False}, {"tied": False, "output_bias": True}, {"head": "mlp"}):
+        configs.append(model_config("nano", **changes))
+    for config in configs:
+        counted = count_parameters(config)
+        assert closed_formula(config) == counted["total"]
+        assert counted["total"] == sum(counted[k] for k in ("item_tables", "positions", "non_embedding"))
+    assert {size: closed_formula(model_config(size)) for size in EXACT} == EXACT
 
 
 def test_the_command_prints_every_size_and_refuses_unknown_arguments(capsys):

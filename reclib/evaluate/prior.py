@@ -1,0 +1,168 @@
+"""A prior that counts: the log of pairwise counts, added to a model's logits with a learned scale.
+
+    logit(j | h) = network(j | h) + scale * log(1 + score(j | h) / floor)
+
+`score` is that of `baselines.PairwiseCounts`. It is 0 for most items, so that the prior is sparse. The
+network is trained with the prior in place and learns what counting does not know. With scale 0 the model is
+the network alone, exactly.
+
+In training the counts would know the answer: a user's own history was counted as well. What the history
+itself contributed is therefore taken out of its scores, as if everybody else had been counted.
+
+Shapes: T items of all sequences, M queries, I real items, N scored (query, item) pairs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from scipy import sparse
+from reclib.data.batches import Samples, whole_sequences
+from reclib.data.dataset import Evaluation, Histories
+from reclib.data.splits import Split
+from reclib.evaluate import baselines
+from reclib.evaluate.baselines import PairwiseCounts
+
+FLOOR_USERS = 500  # validation histories whose scores decide on `floor`
+
+SMALLEST = 1e-4  # below it is what rounding leaves of a count that was the history's own
+
+NAMES = ("indptr", "indices", "data", "row_scale", "column_scale", "settings")
+
+
+class Entries(NamedTuple):
+    """A sparse matrix (M, I), ordered by row."""
+
+    rows: np.ndarray  # int64 (N,)
+    columns: np.ndarray  # int64 (N,): item id - 1
+    values: np.ndarray  # float32 (N,)
+
+
+class CountPrior(nn.Module):
+    """Pairwise counts as a part of a model: saved, loaded and scaled with it."""
+
+    settings: Tensor  # backward, decay, last, window, floor
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        """Take what `of_counts` makes, or what a checkpoint holds under the same names."""
+        super().__init__()
+        self.scale = nn.Parameter(tensors["scale"].detach().clone())  # ()
+        for name in NAMES:
+            self.register_buffer(name, tensors[name])
+        self._numpy: tuple[sparse.csr_array, np.ndarray, np.ndarray] | None = None
+
+    @classmethod
+    def of_counts(cls, counts: PairwiseCounts, floor: float) -> CountPrior:
+        """Make a prior of fitted counts; `floor` is the score at which it is log 2."""
+        both = (counts.forward + np.float32(counts.backward) * counts.forward.T.tocsr()).tocsr()
+        rows, columns = counts.scales(both)
+        settings = [counts.backward, counts.decay, counts.last, counts.window, floor]
+        arrays = {
+            "indptr": both.indptr.astype(np.int64),
+            "indices": both.indices.astype(np.int32),
+            "data": both.data.astype(np.float32),
+            "row_scale": rows.astype(np.float32),
+            "column_scale": columns.astype(np.float32),
+            "settings": np.array(settings, dtype=np.float64),
+        }
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in arrays.items()}
+        return cls(tensors | {"scale": torch.ones(())})
+
+    @classmethod
+    def chosen(cls, split: Split, num_items: int) -> CountPrior:
+        """Count the training histories, with the settings and the floor that validation chooses."""
+        family = baselines.families()["pairwise_counts"]
+        counts: PairwiseCounts = baselines.choose(family, split.train, num_items, split.valid).recommender  # type: ignore[assignment]
+        items, starts, ends = split.valid.histories
+        drawn = np.random.default_rng(0).permutation(len(starts))[:FLOOR_USERS]
+        some = Evaluation(Histories(items, starts[drawn], ends[drawn]), split.valid.targets[drawn])
+        positive = [scores[scores > 0] for _, scores in counts.scores(some)]
+        values = torch.cat(positive).numpy() if positive else np.ones(1)
+        return cls.of_counts(counts, float(np.median(values)) if len(values) else 1.0)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> CountPrior:
+        self._numpy = None
+        return super()._apply(fn, recurse)
+
+    def arrays(self) -> tuple[sparse.csr_array, np.ndarray, np.ndarray]:
+        """Return the scaled counts (I, I), and the scales of rows (I,) and columns (I,)."""
+        if self._numpy is None:
+            from scipy import sparse
+
+            indptr, indices, data, rows, columns = (getattr(self, name).cpu().numpy() for name in NAMES[:5])
+            scaled = data * np.repeat(rows, np.diff(indptr)) * columns[indices]
+            matrix = sparse.csr_array((scaled, indices, indptr), shape=(len(rows), len(rows)))
+            self._numpy = matrix, rows, columns
+        return self._numpy
+
+    def entries(
+        self, tokens: np.ndarray, lengths: np.ndarray, sequence: np.ndarray, known: np.ndarray
+    ) -> Entries:
+        """Return the prior of queries, before its scale.
+
+        `tokens` (T,) are the sequences one after another, `lengths` (B,) theirs. Query m asks what follows
+        the first `known[m]` items of the sequence `sequence[m]`.
+        """
+        from scipy import sparse
+
+        weights, row_scale, _ = self.arrays()
+        _, decay, last, _, floor = self.settings.tolist()
+        items, num_items = tokens.astype(np.int64) - 1, len(row_scale)
+        starts = np.cumsum(lengths) - lengths
+        age = np.arange(int(last))
+        query, age = np.nonzero(age < known[:, None])  # every item that counts, newest first
+        place = starts[sequence[query]] + known[query] - 1 - age
+        weight = (decay**age).astype(np.float32)
+        scores = sparse.csr_array((weight, (query, items[place])), shape=(len(known), num_items)) @ weights
+        # One row for each item of each sequence: a pair that stands there twice was counted twice.
+        of_token = np.repeat(np.arange(len(lengths)), lengths)
+        keys, local = np.unique(of_token * num_items + items, return_inverse=True)
+        there = sparse.csr_array((weight, (query, local[place])), shape=(len(known), len(keys)))
+        scores = (scores - there @ self._own(items, of_token, local, len(keys))).tocsr()
+        scores.sort_indices()
+        values = np.log1p(np.maximum(scores.data, 0) / np.float32(floor))
+        rows = np.repeat(np.arange(len(known)), np.diff(scores.indptr))
+        kept = values > SMALLEST
+        return Entries(rows[kept], scores.indices[kept].astype(np.int64), values[kept].astype(np.float32))
+
+    def _own(self, items: np.ndarray, sequence: np.ndarray, local: np.ndarray, rows: int) -> sparse.csr_array:
+        """Return what sequences themselves added to the scaled counts of their items, (rows, I).
+
+        `items` (T,) from 0, `sequence` (T,) the number of each one's sequence, `local` (T,) its row.
+        """
+        from scipy import sparse
+
+        _, row_scale, column_scale = self.arrays()
+        backward, _, _, window, _ = self.settings.tolist()
+        near = [np.flatnonzero(sequence[d:] == sequence[:-d]) for d in range(1, int(window) + 1)]
+        first = np.concatenate(near)
+        distance = np.repeat(np.arange(1, len(near) + 1), [len(part) for part in near])
+        second, forward = first + distance, 1 / distance
+        value = np.concatenate((forward, backward * forward))
+        row, column = np.concatenate((first, second)), np.concatenate((second, first))
+        value = (value * row_scale[items[row]] * column_scale[items[column]]).astype(np.float32)
+        return sparse.csr_array((value, (local[row], items[column])), shape=(rows, len(row_scale)))
+
+    def of_samples(self, samples: Samples, causal: bool, order: np.ndarray) -> Entries:
+        """Return the prior of the targets of samples, taken in `order` (M,)."""
+        tokens, lengths, sequence, known = whole_sequences(samples, causal)
+        return self.entries(tokens, lengths, sequence[order], known[order])
+
+    def of_histories(self, histories: Histories, users: np.ndarray) -> Entries:
+        """Return the prior of what follows the histories of `users`."""
+        chosen = Histories(histories.items, histories.starts[users], histories.ends[users])
+        tokens = chosen.items[chosen.places()]
+        return self.entries(tokens, chosen.lengths, np.arange(len(users)), chosen.lengths)
+
+    @torch.no_grad()
+    def add_to(self, scores: Tensor, histories: Histories, users: np.ndarray) -> None:
+        """Add the scaled prior of `users` to their scores (B, I), in place."""
+        rows, columns, values = (
+            torch.from_numpy(a).to(scores.device) for a in self.of_histories(histories, users)
+        )
+        scores.view(-1).index_add_(0, rows * scores.shape[1] + columns, values * self.scale.to(values.device))

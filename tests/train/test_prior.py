@@ -1,0 +1,123 @@
+"""The prior that counts: its entries against a brute-force count, its gradients, and what is saved of it."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from engine import NUM_ITEMS, histories, small_model, worst_difference
+
+from reclib.config import InputError, TrainConfig, validated
+from reclib.data.batches import Epoch
+from reclib.data.dataset import Evaluation, Histories
+from reclib.evaluate import baselines, metrics
+from reclib.evaluate.prior import CountPrior
+from reclib.model.bert4rec import Bert4Rec
+from reclib.train import saving
+from reclib.train.losses import batch_loss
+
+LENGTHS = [9, 4, 12, 7, 3, 8, 5, 6, 12, 2]
+
+
+def prior_of(data: Histories, **settings: object) -> CountPrior:
+    """A prior of all of `data`, whose row and column scales are 1: they are those of the whole counts."""
+    given = {"window": 3, "backward": 0.5, "row_power": 0.0, "column_power": 0.0, "decay": 0.7, "last": 4}
+    return CountPrior.of_counts(baselines.fit_pairwise_counts(data, NUM_ITEMS, **given | settings), 0.3)
+
+
+def test_the_prior_of_a_target_counts_every_history_but_its_own():
+    data = histories(LENGTHS)
+    prior = prior_of(data)
+    for causal in (False, True):
+        model = small_model(causal=causal)
+        train = TrainConfig(
+            batch_size=len(LENGTHS), mask_prob=0.4, objective="next_item" if causal else "cloze"
+        )
+        epoch = Epoch(data, model, train, 0, prior=prior)
+        (batch,) = epoch.step(0)
+        found = np.zeros((len(batch.targets), NUM_ITEMS))
+        found[batch.prior_rows, batch.prior_columns] = batch.prior_values
+        wanted = {}
+        users = epoch.users[: len(LENGTHS)]
+        samples = epoch.samples(0)
+        starts = np.cumsum(samples.lengths) - samples.lengths
+        for number, user in enumerate(users):
+            others = np.delete(np.arange(len(LENGTHS)), user)
+            rest = Histories(data.items, data.starts[others], data.ends[others])
+            counts = baselines.fit_pairwise_counts(
+                rest, NUM_ITEMS, window=3, backward=0.5, row_power=0.0, column_power=0.0, decay=0.7, last=4
+            )
+            for place in range(samples.lengths[number]):
+                if samples.is_target[starts[number] + place]:
+                    end = data.starts[user] + place + int(causal)
+                    asked = Evaluation(
+                        Histories(data.items, data.starts[[user]], np.array([end])), np.ones(1, np.int32)
+                    )
+                    ((_, scores),) = counts.scores(asked)
+                    target = int(samples.labels[starts[number] + place])
+                    wanted.setdefault(target, []).append(np.log1p(scores[0].numpy() / 0.3))
+        seen = 0
+        for slot, target in enumerate(batch.targets.tolist()):
+            if target > 0:  # the others fill the bucket
+                assert min(np.abs(found[slot] - row).max() for row in wanted[target]) < 2e-4
+                seen += int((found[slot] > 0).sum())
+        assert seen > 100
+        assert not found[batch.num_targets :].any()
+
+
+def test_every_route_has_the_plain_gradients_and_scale_zero_is_the_network_alone():
+    data, config = histories(LENGTHS), small_model()
+    prior = prior_of(data)
+
+    def gradients(loss: str, scale: float | None, micro: int | None = None) -> tuple[float, dict]:
+        torch.manual_seed(1)
+        model = Bert4Rec(config).double()
+        train = TrainConfig(batch_size=len(LENGTHS), mask_prob=0.4, loss=loss, micro_batch_size=micro)
+        if scale is not None:
+            model.prior = CountPrior(prior.state_dict())
+            model.prior.scale.data = torch.tensor(scale, dtype=torch.float64)
+        micros = Epoch(data, config, train, 0, prior=model.prior).step(0)
+        targets = sum(batch.num_targets for batch in micros)
+        total = sum(batch_loss(model, batch, train, targets) for batch in micros)
+        total.backward()
+        return float(total), {name: p.grad for name, p in model.named_parameters()}
+
+    plain_loss, plain = gradients("plain", 0.8)
+    assert plain["prior.scale"].abs() > 1e-3
+    for loss, micro in (("inplace", None), ("chunked", None), ("inplace", 2), ("chunked", 5)):
+        value, found = gradients(loss, 0.8, micro)
+        assert math.isclose(value, plain_loss, rel_tol=1e-7)
+        assert worst_difference(found, plain) < 1e-6
+    alone_loss, alone = gradients("inplace", None)
+    value, found = gradients("inplace", 0.0)
+    assert value == alone_loss
+    found.pop("prior.scale")
+    assert all(torch.equal(found[name], grad) for name, grad in alone.items())
+
+
+def test_ranking_adds_the_prior_and_a_saved_model_keeps_it(tmp_path):
+    data, config = histories(LENGTHS), small_model()
+    model = Bert4Rec(config).eval()
+    part = Evaluation(data, np.ones(len(LENGTHS), dtype=np.int32))
+    alone = torch.cat(
+        [scores.clone() for _, scores in metrics.model_scores(model, part, torch.device("cpu"))]
+    )
+    order = np.concatenate([users for users, _ in metrics.model_scores(model, part, torch.device("cpu"))])
+    model.prior = prior_of(data)
+    model.prior.scale.data.fill_(0.6)
+    both = torch.cat([scores.clone() for _, scores in metrics.model_scores(model, part, torch.device("cpu"))])
+    rows, columns, values = model.prior.of_histories(data, order)
+    alone[rows, columns] += 0.6 * torch.from_numpy(values)
+    assert torch.allclose(both, alone, atol=1e-6)
+    assert len(values) > 50
+
+    saving.save_weights(model, tmp_path / "kept", {})
+    again = saving.load_weights(tmp_path / "kept")
+    scores = torch.cat([s.clone() for _, s in metrics.model_scores(again, part, torch.device("cpu"))])
+    assert torch.equal(scores, both)
+
+
+def test_a_prior_is_refused_where_there_are_no_full_logits_to_add_it_to():
+    for settings in ({"loss": "gbce"}, {"compile_mode": "graph"}, {"head_rows": "all"}, {"loss": "fused"}):
+        with pytest.raises(InputError, match="prior='counts' needs the logits"):
+            validated(TrainConfig, {"prior": "counts"} | settings)
