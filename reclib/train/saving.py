@@ -69,9 +69,10 @@ def _write(folder: Path, file: str, tensors: dict[str, Tensor], documents: dict[
             system.write_json(fresh / name, document)
         for path in (*fresh.iterdir(), fresh):
             _flush(path)
-        with system.fresh_folder(folder) as old, contextlib.suppress(FileNotFoundError):
-            folder.rename(old / folder.name)
-        fresh.rename(folder)
+        with system.fresh_folder(folder) if folder.exists() else contextlib.nullcontext() as old:
+            if old is not None:
+                folder.rename(old / folder.name)
+            fresh.rename(folder)
         _flush(folder.parent)
 
 

@@ -23,7 +23,11 @@ EXACT = {"5m": 5_118_250, "85m": 85_111_814, "130m": 130_095_750, "430m": 429_15
 
 def test_parameter_counts_are_the_published_ones_and_those_of_the_closed_formula():
     configs = [model_config(size) for size in SIZES]
-    for changes in ({"tied": True, "output_bias": False}, {"tied": False, "output_bias": True}, {"head": "mlp"}):
+    for changes in (
+        {"tied": True, "output_bias": False},
+        {"tied": False, "output_bias": True},
+        {"head": "mlp"},
+    ):
         configs.append(model_config("nano", **changes))
     for config in configs:
         counted = count_parameters(config)

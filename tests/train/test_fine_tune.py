@@ -34,7 +34,7 @@ def adapted(seed: int = 0, **changes: object) -> AdaptedModel:
     return found
 
 
-def test_checkpoints_hold_the_adapter_and_its_gate_alone(tmp_path):
+def test_checkpoints_hold_the_adapter_and_its_gate_and_fit_no_other_origin(tmp_path):
     trainer = fine_tune(adapted(), DATASET, TRAIN, CPU, tmp_path)
     trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert trained
@@ -44,13 +44,24 @@ def test_checkpoints_hold_the_adapter_and_its_gate_alone(tmp_path):
         weights = {key for key in tensors if not key.startswith(("optimizer.", "random."))}
         assert {key.removeprefix("model.") for key in weights} == trained
         assert state["identity"]["origin"]["base_sha256"] == base_hash(base())
+    for other, message in (
+        (adapted(seed=1), "origin.base_sha256 is"),
+        (adapted(alpha=3.0), "origin.adapter is"),
+        (adapted(gate_learning_rate=0.3), "origin.adapter is"),
+        (base(), "origin.trained is"),
+    ):
+        with pytest.raises(InputError, match=f"of another run.*{message}"):
+            fine_tune(other, DATASET, TRAIN, CPU, tmp_path)
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_a_run_that_was_stopped_goes_on_to_the_same_bits(whole, tmp_path):
-    def new() -> Bert4Rec | AdaptedModel:
-        return base() if whole else adapted(dropout=0.1)
+def test_a_checkpoint_of_a_new_model_is_not_gone_on_with(tmp_path):
+    once = changed(TRAIN, max_steps=1)
+    trained = fit(SHAPE, DATASET, once, CPU, tmp_path)
+    with pytest.raises(InputError, match=r"origin\.base_sha256 is None there"):
+        fine_tune(trained.model, DATASET, once, CPU, tmp_path)
 
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path):
     class Stop(Exception):
         pass
 
@@ -58,41 +69,21 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(whole, tmp_path):
         if stats.step == 5:
             raise Stop
 
-    reference = fine_tune(new(), DATASET, TRAIN, CPU)
-    often = changed(TRAIN, checkpoint_seconds=0.0)
-    with pytest.raises(Stop):
-        fine_tune(new(), DATASET, often, CPU, tmp_path, Options(on_step=stop))
-    again = fine_tune(new(), DATASET, TRAIN, CPU, tmp_path)
-    finished = fine_tune(new(), DATASET, TRAIN, CPU, tmp_path)
-    for found in (again, finished):
-        for one, other in zip(reference.model.parameters(), found.model.parameters(), strict=True):
-            assert torch.equal(one, other)
-    names = ("train_loss", "ndcg@10", "mrr")
-    rows = [[row[name] for row in t.progress.history for name in names] for t in (reference, again)]
-    assert rows[0] == rows[1]
-    assert not math.isinf(again.progress.best_value)
-
-
-@pytest.mark.parametrize(
-    ("other", "said"),
-    [
-        (lambda: adapted(seed=1), "origin.base_sha256 is"),
-        (lambda: adapted(alpha=3.0), "origin.adapter is"),
-        (lambda: adapted(gate_learning_rate=0.3), "origin.adapter is"),
-        (base, "origin.trained is"),
-    ],
-)
-def test_a_checkpoint_of_another_origin_is_refused(other, said, tmp_path):
-    fine_tune(adapted(), DATASET, TRAIN, CPU, tmp_path)
-    with pytest.raises(InputError, match="of another run") as error:
-        fine_tune(other(), DATASET, TRAIN, CPU, tmp_path)
-    assert said in str(error.value)
-
-
-def test_a_checkpoint_of_a_new_model_is_not_gone_on_with(tmp_path):
-    trained = fit(SHAPE, DATASET, TRAIN, CPU, tmp_path)
-    with pytest.raises(InputError, match=r"origin\.base_sha256 is None there"):
-        fine_tune(trained.model, DATASET, TRAIN, CPU, tmp_path)
+    for name, new in (("whole", base), ("adapter", lambda: adapted(dropout=0.1))):
+        folder = tmp_path / name
+        reference = fine_tune(new(), DATASET, TRAIN, CPU)
+        with pytest.raises(Stop):
+            fine_tune(
+                new(), DATASET, changed(TRAIN, checkpoint_seconds=0.0), CPU, folder, Options(on_step=stop)
+            )
+        again, finished = (fine_tune(new(), DATASET, TRAIN, CPU, folder) for _ in range(2))
+        for found in (again, finished):
+            pairs = zip(reference.model.parameters(), found.model.parameters(), strict=True)
+            assert all(torch.equal(one, other) for one, other in pairs)
+        columns = ("train_loss", "ndcg@10", "mrr")
+        rows = [[row[c] for row in t.progress.history for c in columns] for t in (reference, again)]
+        assert rows[0] == rows[1]
+        assert not math.isinf(again.progress.best_value)
 
 
 def test_the_gate_has_a_rate_of_its_own():
@@ -102,38 +93,34 @@ def test_the_gate_has_a_rate_of_its_own():
         for group in make_optimizer(found, TRAIN).param_groups
         for p in group["params"]
     }
-    assert len(shares) == sum(p.requires_grad for p in found.parameters())
-    for name, parameter in found.named_parameters():
-        if parameter.requires_grad:
-            assert shares[id(parameter)] == (0.25 if name.startswith("gates.") else 1.0), name
-    trainer = fine_tune(found, DATASET, changed(TRAIN, max_steps=1), CPU)
+    trained = {name: p for name, p in found.named_parameters() if p.requires_grad}
+    assert len(shares) == len(trained)
+    for name, parameter in trained.items():
+        assert shares[id(parameter)] == (0.25 if name.startswith("gates.") else 1.0), name
+    once = changed(TRAIN, max_steps=1)
+    trainer = fine_tune(found, DATASET, once, CPU)
     rates = [group["lr"] for group in trainer.optimizer.param_groups if group["params"]]
     assert rates == pytest.approx([TRAIN.learning_rate, 0.25 * TRAIN.learning_rate])
-
-
-def test_a_gate_at_rest_moves_less_than_one_at_full_rate():
     moved = []
     for share in (1e-6, 1.0):
-        found = adapted(gate_learning_rate=share)
-        before = found.gates["x"].linear.weight.detach().clone()
-        fine_tune(found, DATASET, TRAIN, CPU)
-        moved.append(float((found.gates["x"].linear.weight.detach() - before).abs().max()))
+        model = adapted(gate_learning_rate=share)
+        gate = model.gates["x"].linear.weight
+        before = gate.detach().clone()
+        fine_tune(model, DATASET, changed(TRAIN, max_steps=4), CPU)
+        moved.append(float((gate.detach() - before).abs().max()))
     assert moved[0] < 1e-4 < moved[1]
 
 
-def test_what_trains_nothing_is_told():
+def test_only_what_is_not_frozen_is_trained_and_something_must_be():
+    model = base().requires_grad_(False)
+    with pytest.raises(InputError, match="all parameters of the model are frozen"):
+        model.origin()
+    model.output_bias.requires_grad_(True)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer = fine_tune(model, DATASET, TRAIN, CPU)
+    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"output_bias"}
     found = adapted()
     found.use(None)
     with pytest.raises(InputError, match="no active adapter"):
         fine_tune(found, DATASET, TRAIN, CPU)
-    with pytest.raises(InputError, match="all parameters of the model are frozen"):
-        base().requires_grad_(False).origin()
-
-
-def test_in_part_means_that_the_rest_stays():
-    model = base().requires_grad_(False)
-    model.output_bias.requires_grad_(True)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    trainer = fine_tune(model, DATASET, TRAIN, CPU)
-    same = {name for name, p in trainer.model.named_parameters() if torch.equal(p, before[name])}
-    assert set(before) - same == {"output_bias"}
