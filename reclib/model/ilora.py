@@ -296,7 +296,7 @@ class AdaptedModel(nn.Module):
         for parameter in model.parameters():
             parameter.requires_grad_(False)
             parameter.grad = None
-        self.base = model
+        self.base, self.config = model, model.config
         self.twin = frozen_twin(model)  # without adapters and dropout: what representations read
         self.output: AdaptedTable | None = None
         self.gates = nn.ModuleDict()
@@ -451,16 +451,6 @@ class AdaptedModel(nn.Module):
         return self.unload()
 
     # -- the interface of a model --------------------------------------------------------------------------
-
-    @property
-    def config(self) -> ModelConfig:
-        """The base's configuration."""
-        return self.base.config
-
-    @property
-    def item_table(self) -> nn.Module:
-        """The item table, adapted or not."""
-        return self.base.item_table
 
     @property
     def output_weight(self) -> Tensor:

@@ -234,9 +234,7 @@ class Ranks:
         items, starts, ends = part.histories
         own = rank(Evaluation(Histories(items, starts[ranked], ends[ranked]), part.targets[ranked]))
 
-        def whole(values: np.ndarray | None) -> np.ndarray | None:
-            if values is None:
-                return None
+        def whole(values: np.ndarray) -> np.ndarray:
             every = np.zeros((len(part.targets), *values.shape[1:]), dtype=values.dtype)
             every[users] = values[: len(users)]
             moved = torch.from_numpy(every).to(self.where)
@@ -244,9 +242,8 @@ class Ranks:
                 dist.all_reduce(moved)  # zeros everywhere but where a user was ranked
             return moved.cpu().numpy()
 
-        found = whole(own.ranks)
-        assert found is not None
-        return Ranking(found, whole(own.top), whole(own.losses))
+        top, losses = (None if values is None else whole(values) for values in own[1:])
+        return Ranking(whole(own.ranks), top, losses)
 
     def of_first(self, row: dict[str, float]) -> dict[str, float]:
         """Return the first process's values: what is decided by them is decided alike."""

@@ -201,9 +201,11 @@ def keep(trainer: Trainer, dataset: Dataset, folder: Path) -> Path:
 
 def is_finished(folder: Path) -> bool:
     """Whether the run in a folder got through, as far as its newest checkpoint says."""
-    found = saving.latest(folder)
+    newest = saving.latest(folder)
+    if newest is None:
+        return False
     try:
-        return found is not None and bool(json.loads((found / saving.STATE).read_text())["progress"]["done"])
+        return bool(json.loads((newest / saving.STATE).read_text())["progress"]["done"])
     except (OSError, ValueError, KeyError):
         return False
 
@@ -357,9 +359,9 @@ def write_setup(file: Path, setup: Setup) -> None:
 def read_setup(file: Path) -> Setup:
     """Return the setup of a file; raise `InputError` that names the file unless it is one."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        data, train = validated(DataConfig, found["data"]), validated(TrainConfig, found["train"])
-        return Setup(**(found | {"data": data, "train": train}))
+        document = json.loads(file.read_text(encoding="utf-8"))
+        data, train = validated(DataConfig, document["data"]), validated(TrainConfig, document["train"])
+        return Setup(**(document | {"data": data, "train": train}))
     except OSError as error:
         raise InputError(f"cannot read the run file {file.name}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -375,9 +377,9 @@ def fit_setup(setup: Setup, claimed: str, folder: Path, kind: str = "none") -> T
     distributed.divide_threads(device.label)
     dataset = prepare(setup.data)
     split = splits.SPLIT_TITLES[setup.split](dataset)
-    model, found = setup.model(dataset.num_items), data_identity(dataset, split)
-    if setup.identity not in (None, found):
-        raise InputError(f"the data of the run are {found}, not {setup.identity}")
+    model, identity = setup.model(dataset.num_items), data_identity(dataset, split)
+    if setup.identity not in (None, identity):
+        raise InputError(f"the data of the run are {identity}, not {setup.identity}")
     about = {"model": asdict(model), "train": asdict(setup.train)}
     first = distributed.ranks().first
     with start_tracker(kind if first else "none", setup.group, setup.title or folder.name, about) as track:

@@ -41,7 +41,7 @@ def _demand_whole(what: str, advice: str = "") -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise InputError(f"damaged {what}: {_reason(error)}{advice}") from error
 
 
@@ -125,8 +125,8 @@ def _checked(file: Path, document: dict[str, Any], name: str) -> dict[str, Tenso
 
 def _by_step(folder: Path) -> list[Path]:
     """Return the whole checkpoints `step-<n>` in `folder`, the newest last."""
-    found = [path for path in folder.glob("step-*") if path.suffix == "" and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    whole = [path for path in folder.glob("step-*") if path.suffix == "" and path.is_dir()]
+    return sorted(whole, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def latest(folder: Path) -> Path | None:
@@ -154,9 +154,9 @@ def unique_tensors(model: SequenceModel, frozen: bool = True) -> dict[str, Tenso
 @torch.no_grad()
 def load_unique(model: SequenceModel, tensors: dict[str, Tensor]) -> None:
     """Copy the tensors of `unique_tensors` into a model of the same configuration; give it their prior."""
-    given = {name.removeprefix(PRIOR): value for name, value in tensors.items() if name.startswith(PRIOR)}
-    if given and model.prior is None:
-        model.prior = CountPrior(given)  # type: ignore[misc]
+    prior = {name.removeprefix(PRIOR): value for name, value in tensors.items() if name.startswith(PRIOR)}
+    if prior and model.prior is None:
+        model.prior = CountPrior(prior)  # type: ignore[misc]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or name in tensors:
             parameter.copy_(tensors[name])
@@ -178,17 +178,17 @@ def load_weights(folder: Path) -> Bert4Rec:
     return model.eval()
 
 
-def refuse_other(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
+def refuse_other(there: dict[str, Any], here: dict[str, Any], folder: Path) -> None:
     """Raise `InputError` naming what differs between a checkpoint's identity and this run's."""
     differs = [
         f"{part}.{key} is {old.get(key)!r} there and {new.get(key)!r} here"
         for part in ("model", "train", "origin")
-        for old, new in [(found.get(part, {}), wanted.get(part, {}))]
+        for old, new in [(there.get(part, {}), here.get(part, {}))]
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     ]
-    if found["data"] != wanted["data"]:
-        differs.append(f"the dataset is {found['data'][:12]} there and {wanted['data'][:12]} here")
+    if there["data"] != here["data"]:
+        differs.append(f"the dataset is {there['data'][:12]} there and {here['data'][:12]} here")
     if differs:
         raise InputError(
             f"the checkpoint in {folder.name} is of another run: {'; '.join(differs)}; use another folder"
@@ -313,14 +313,14 @@ def load_adapter(
 
 def _tensors(adapted: AdaptedModel, name: str) -> dict[str, Tensor]:
     """Return an adapter's tensors by path and name, its gate's included."""
-    found = {
+    tensors = {
         f"{path}.{key}": tensor.detach()
         for path, layer in adapted.layers().items()
         if name in layer.adapters
         for key, tensor in layer.adapters[name].named_parameters()
     }
     gates: Any = adapted.gates
-    return found | ({GATE: gates[name].linear.weight.detach()} if name in gates else {})
+    return tensors | ({GATE: gates[name].linear.weight.detach()} if name in gates else {})
 
 
 def read_adapter(folder: Path) -> AdapterFile:

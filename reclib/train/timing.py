@@ -140,9 +140,20 @@ class Measurement:
         self.target_slots += stats.target_slots
 
     @property
+    def quartiles(self) -> tuple[float, float, float]:
+        """Lower quartile, median and upper quartile of the step, seconds."""
+        low, middle, high = np.percentile(self.step_seconds, [25, 50, 75]).tolist()
+        return low, middle, high
+
+    @property
     def median_seconds(self) -> float:
         """Median step, seconds."""
-        return float(np.median(self.step_seconds))
+        return self.quartiles[1]
+
+    @property
+    def fill(self) -> float:
+        """Share of the places in the rows that hold a real item."""
+        return self.tokens / self.row_tokens
 
     def per_second(self, counted: int) -> float:
         """Return a rate at the median step: the mean step's content over the median step's time."""
@@ -164,7 +175,7 @@ class Measurement:
         """Return what depends on the clock, for a record; empty unless `status` is "ok"."""
         if self.status != "ok":
             return {}
-        low, middle, high = np.percentile(self.step_seconds, [25, 50, 75]).tolist()
+        low, middle, high = self.quartiles
         energy_sequences = self.energy_sequences or self.sequences
         return {
             "step_seconds": middle,
@@ -221,8 +232,8 @@ def paired_ratio(above: Measurement, below: Measurement) -> Interval:
 
     The geometric mean of the ratios of paired steps, which are of the same batches, with its 95 % interval.
     """
-    found = statistics.bootstrap(np.log(above.step_seconds) - np.log(below.step_seconds))
-    return Interval(*(math.exp(value) for value in found))
+    logs = statistics.bootstrap(np.log(above.step_seconds) - np.log(below.step_seconds))
+    return Interval(*(math.exp(value) for value in logs))
 
 
 # -- timing the loop -----------------------------------------------------------------------------------------
@@ -255,13 +266,13 @@ def timed_by_events(step: Callable[[], T], steps: int, new_event: Callable[[], A
     """
     events = [new_event() for _ in range(steps + 1)]
     events[0].record()
-    given = []
+    results = []
     for event in events[1:]:
-        given.append(step())
+        results.append(step())
         event.record()
     events[-1].synchronize()
     spans = [before.elapsed_time(after) / 1e3 for before, after in itertools.pairwise(events)]
-    return list(zip(given, spans, strict=True))
+    return list(zip(results, spans, strict=True))
 
 
 class _Clock:
@@ -271,7 +282,7 @@ class _Clock:
         self.trainer, self.where, self.loop = trainer, trainer.where, trainer.steps()
         self.on_cuda = trainer.where.type == "cuda"
         self.alone = alone  # nothing else that is timed is in memory
-        self.found = Measurement(compiled=trainer.compiles)
+        self.result = Measurement(compiled=trainer.compiles)
         self.random: list[torch.Tensor] = []  # state of torch's generators between rounds
 
     @contextlib.contextmanager
@@ -302,43 +313,43 @@ class _Clock:
 
     def warm_up(self, steps: int) -> None:
         began = time.perf_counter()
-        self.found.losses += [self.step().loss for _ in range(steps)]
-        self.found.warmup_steps += steps
-        self.found.warmup_seconds += time.perf_counter() - began
+        self.result.losses += [self.step().loss for _ in range(steps)]
+        self.result.warmup_steps += steps
+        self.result.warmup_seconds += time.perf_counter() - began
 
     def round(self, steps: int) -> None:
         """Time `steps` steps and take the peak of memory in them."""
-        where, found, trainer = self.where, self.found, self.trainer
+        where, result, trainer = self.where, self.result, self.trainer
         hardware.reset_peak_memory(where)
         others = torch.cuda.memory_allocated(where) - state_bytes(trainer) if self.on_cuda else 0
-        meter, began, is_first = Meter(where), time.perf_counter(), not found.step_seconds
+        meter, began, is_first = Meter(where), time.perf_counter(), not result.step_seconds
         event = functools.partial(torch.cuda.Event, enable_timing=True) if self.on_cuda else _HostEvent
         timed = timed_by_events(lambda: self.step(wait=not self.on_cuda), steps, event)
         joules = meter.joules(time.perf_counter() - began)
         for stats, seconds in timed:
-            found.losses.append(stats.loss)
-            found.add(stats, seconds)
-        known = joules is not None and (is_first or found.joules is not None)  # in all rounds, or None
-        found.joules = (found.joules or 0.0) + (joules or 0.0) if known else None
+            result.losses.append(stats.loss)
+            result.add(stats, seconds)
+        known = joules is not None and (is_first or result.joules is not None)  # in all rounds, or None
+        result.joules = (result.joules or 0.0) + (joules or 0.0) if known else None
         replays = self.on_cuda and trainer.graphs is not None  # a replayed CUDA graph allocates nothing
         peak = torch.cuda.max_memory_reserved(where) if replays else hardware.peak_memory_bytes(where)
-        found.peak_memory_bytes = max(peak - others, found.peak_memory_bytes or 0)
+        result.peak_memory_bytes = max(peak - others, result.peak_memory_bytes or 0)
         if self.on_cuda and self.alone:
-            found.reserved_bytes = torch.cuda.max_memory_reserved(where)
+            result.reserved_bytes = torch.cuda.max_memory_reserved(where)
 
     def energy(self) -> None:
         """Take further steps, `ENERGY_SECONDS` of them, for the energy of a step; they are not timed."""
         meter, began = Meter(self.where), time.perf_counter()
-        steps = math.ceil(ENERGY_SECONDS / self.found.median_seconds)
-        self.found.energy_sequences = sum(self.step(wait=False).num_sequences for _ in range(steps))
+        steps = math.ceil(ENERGY_SECONDS / self.result.median_seconds)
+        self.result.energy_sequences = sum(self.step(wait=False).num_sequences for _ in range(steps))
         hardware.synchronize(self.where)
-        self.found.joules = meter.joules(time.perf_counter() - began)
+        self.result.joules = meter.joules(time.perf_counter() - began)
 
     def stop(self, error: BaseException) -> None:
         """Turn an error of memory into the result and let go of what was held; raise any other."""
         if not is_out_of_memory(error):
             raise error
-        self.found = Measurement("oom", str(error).splitlines()[0])
+        self.result = Measurement("oom", str(error).splitlines()[0])
         self.trainer.optimizer.zero_grad(set_to_none=True)
         self.trainer.optimizer.state.clear()
         if self.on_cuda:
@@ -367,7 +378,7 @@ def interleave(
     rounds += [lambda clock: clock.round(steps)] * repeats
     rounds += [_Clock.energy] if gpu_energy and on_cuda else []
     with contextlib.ExitStack() as stack:
-        if any(clock.found.compiled for clock in clocks.values()):
+        if any(clock.result.compiled for clock in clocks.values()):
             from torch._dynamo import config  # heavy, and of use only where something is compiled
 
             # Many variants in one process, and an error rather than falling back to eager in silence.
@@ -378,14 +389,14 @@ def interleave(
             stack.callback(clock.loop.close)  # type: ignore[attr-defined]
         for round_of in rounds:
             for clock in clocks.values():
-                if clock.found.status != "ok":
+                if clock.result.status != "ok":
                     continue
                 try:
                     with clock.turn():
                         round_of(clock)
                 except (RuntimeError, MemoryError) as error:
                     clock.stop(error)
-    return {name: clock.found for name, clock in clocks.items()}
+    return {name: clock.result for name, clock in clocks.items()}
 
 
 def state_bytes(trainer: Trainer) -> int:

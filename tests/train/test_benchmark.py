@@ -50,10 +50,8 @@ def test_rates_are_what_the_median_step_does():
     for seconds in (1.0, 2.0, 9.0):
         found.add(stats(), seconds)
     timings = found.timings()
-    rates = [timings[f"{name}_per_second"] for name in ("sequences", "tokens", "targets")]
-    assert (
-        (timings["step_seconds"], *rates) == (found.median_seconds, 2.0, 15.0, 3.0) == (2.0, 2.0, 15.0, 3.0)
-    )
+    assert timings["step_seconds"] == found.median_seconds == 2.0
+    assert [timings[f"{n}_per_second"] for n in ("sequences", "tokens", "targets")] == [2.0, 15.0, 3.0]
     assert timings["fetch_share"] == pytest.approx(0.3 / 12)
     assert found.compile_seconds == 3.0  # 7 s of warm-up less two median steps
     assert replace(found, compiled=False).compile_seconds == 0.0
@@ -172,7 +170,7 @@ def test_flops_of_a_step_are_those_that_torch_counts():
             assert counter.get_total_flops() == counted.total
 
 
-def test_needed_flops_leave_padding_out():
+def test_needed_flops_leave_padding_out_and_mfu_is_of_the_peak():
     packed, padded = a_trainer(), a_trainer(layout="padded")
     assert timing.step_flops(packed, 1)[1] == timing.step_flops(padded, 1)[1]
     for trainer in (packed, padded):
@@ -185,13 +183,8 @@ def test_needed_flops_leave_padding_out():
     assert batch.num_targets >= 12
     exact = work.needed(model, batch)
     assert exact.head == 3 * 2 * batch.num_targets * model.hidden_dim * model.num_items
-
-
-def test_mfu_is_known_only_where_the_peak_is():
-    assert work.mfu(156e12, 1.0, "a100", "bf16") == 0.5
-    assert work.mfu(1.0, 1.0, "cpu", "fp32") is None
-    assert work.mfu(1.0, 1.0, "other", "fp16") is None
-    assert work.mfu(1.0, 1.0, "t4", "bf16") is None
+    peaks = {("a100", "bf16"): 0.5, ("cpu", "fp32"): None, ("other", "fp16"): None, ("t4", "bf16"): None}
+    assert {pair: work.mfu(156e12, 1.0, *pair) for pair in peaks} == peaks  # known only where the peak is
 
 
 # -- profile, memory, bound ---------------------------------------------------------------------------------
@@ -408,41 +401,35 @@ def test_energy_is_what_all_packages_counted_and_none_where_it_cannot_be_read(tm
 # -- on a GPU ------------------------------------------------------------------------------------------------
 
 
-class FakeEvent:
-    """An event of a device that takes 5 ms for each step, and is asked nothing before it is waited for."""
+def test_steps_timed_by_events_are_all_launched_before_the_first_wait():
+    launched, waited = [], []
 
-    launched = 0
-    waited_for = -1
+    class Event:
+        """An event of a device that takes 5 ms for each step, and is read only when it was waited for."""
 
-    def record(self) -> None:
-        self.place = FakeEvent.launched
+        def record(self) -> None:
+            self.place = len(launched)
 
-    def synchronize(self) -> None:
-        FakeEvent.waited_for = self.place
+        def synchronize(self) -> None:
+            waited.append(self.place)
 
-    def elapsed_time(self, later: FakeEvent) -> float:
-        assert later.place <= FakeEvent.waited_for, "read before the device was waited for"
-        return 5.0 * (later.place - self.place)
-
-
-def test_steps_timed_by_events_are_all_launched_before_the_first_wait(monkeypatch):
-    monkeypatch.setattr(FakeEvent, "launched", 0)
+        def elapsed_time(self, later: Event) -> float:
+            assert later.place <= max(waited)
+            return 5.0 * (later.place - self.place)
 
     def step() -> int:
-        assert FakeEvent.waited_for == -1
-        FakeEvent.launched += 1
-        return FakeEvent.launched
+        assert not waited
+        launched.append(1)
+        return len(launched)
 
-    monkeypatch.setattr(FakeEvent, "waited_for", -1)
-    timed = timing.timed_by_events(step, 3, FakeEvent)
-    assert timed == [(1, 0.005), (2, 0.005), (3, 0.005)]
-    assert FakeEvent.waited_for == 3
+    assert timing.timed_by_events(step, 3, Event) == [(1, 0.005), (2, 0.005), (3, 0.005)]
+    assert waited == [3]
 
 
 def test_energy_is_of_steps_that_last_long_enough_and_are_not_among_the_timed(monkeypatch):
     class Meter:
         def __init__(self, device):
-            self.since = clock.found.energy_sequences
+            pass
 
         def joules(self, seconds):
             return 12.0
@@ -450,17 +437,17 @@ def test_energy_is_of_steps_that_last_long_enough_and_are_not_among_the_timed(mo
     clock = timing._Clock(a_trainer())
     clock.warm_up(1)
     clock.round(4)
-    before = clock.found.timings()
+    before = clock.result.timings()
     assert before["joules_per_sequence"] is None
-    clock.found.step_seconds = [0.5] * 4  # 5 steps are 2.5 s
+    clock.result.step_seconds = [0.5] * 4  # 5 steps are 2.5 s
     monkeypatch.setattr(timing, "Meter", Meter)
     clock.energy()
     batches = [batch for step in range(6, 11) for batch in timing.step_batches(a_trainer(), step)]
-    assert clock.found.energy_sequences == sum(batch.num_sequences for batch in batches)
-    assert clock.found.timings()["joules_per_sequence"] == 12.0 / clock.found.energy_sequences
-    assert (len(clock.found.step_seconds), len(clock.found.losses)) == (4, 5)
-    whole = merged([clock.found, clock.found])
-    assert whole.timings()["joules_per_sequence"] == clock.found.timings()["joules_per_sequence"]
+    assert clock.result.energy_sequences == sum(batch.num_sequences for batch in batches)
+    assert clock.result.timings()["joules_per_sequence"] == 12.0 / clock.result.energy_sequences
+    assert (len(clock.result.step_seconds), len(clock.result.losses)) == (4, 5)
+    whole = merged([clock.result, clock.result])
+    assert whole.timings()["joules_per_sequence"] == clock.result.timings()["joules_per_sequence"]
 
 
 def test_weights_of_what_is_timed_are_drawn_on_the_device(p, monkeypatch):
