@@ -298,14 +298,10 @@ def launch(arguments: Sequence[str], processes: int, claimed: str) -> int:
         try:
             elastic_launch(config, sys.executable)("-m", "reclib", "fit", *arguments)
         except ChildFailedError as error:
-            failures = [
-                Failure(
-                    rank,
-                    one.exitcode,
-                    one.error_file_data["message"] if Path(one.error_file).is_file() else "",
-                )
-                for rank, one in error.failures.items()
-            ]
+            failures = []
+            for rank, end in error.failures.items():
+                message = str(end.error_file_data["message"]) if Path(end.error_file).is_file() else ""
+                failures.append(Failure(rank, end.exitcode, message))
             cause = cause_of(failures, processes, system.memory_kills() - kills)
             print(f"\nerror: {cause}", file=sys.stderr)
             return 2
