@@ -2,20 +2,8 @@
 
 Each is fitted on training histories alone and gives `metrics.Scores` for an `Evaluation`, a block of users
 at a time. What a user has done since (the validation item at test) enters through the evaluation's
-histories; nothing is fitted to it.
-
-- popularity: how often an item occurs. `recent popularity`: among each history's last interactions, which
-  needs their order alone, or in the last share of the time range, which needs timestamps.
-- markov: first-order transition shares from the last item, smoothed towards popularity.
-- item_knn: cosine similarity with shrinkage; blind to order (Deshpande and Karypis, TOIS 2004).
-- ease: a linear item-to-item model in closed form; blind to order (Steck, WWW 2019, arXiv 1905.03375).
-- pairwise_counts: how often two items stand near each other, summed over a history's last items, newer ones
-  with more weight (sequential rules; Ludewig and Jannach, UMUAI 2018, arXiv 1803.09587). It is also fitted
-  with the validation items, as `pairwise_counts_with_validation`: the hyperparameters stay those that
-  validation chose, so that nothing else differs. Only the first trains on what the models train on.
-
-They are written on scipy, since `implicit` has neither EASE nor a cosine with shrinkage and `lenskit` would
-replace pandas 3 by 2 and bring twenty packages.
+histories; nothing is fitted to it. They are written on scipy: `implicit` has neither EASE nor a cosine with
+shrinkage, and `lenskit` needs pandas 2.
 
 Shapes: U users of the training histories, B users at a time, I items; column j is item j + 1.
 """
@@ -24,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -40,9 +29,7 @@ if TYPE_CHECKING:  # where it is used, scipy is imported: its import takes longe
     from scipy import sparse
 
 BLOCK_BYTES = 16 * 2**20  # of similarities that are made at a time
-
 EASE_BYTES = 4 * 2**30  # memory that EASE may take unless told otherwise
-
 PAIRS = 2**22  # of items that are counted at a time
 
 
@@ -75,14 +62,14 @@ class Markov:
 
     def scores(self, evaluation: Evaluation) -> Scores:
         """Yield (users, scores (B, I)) from each history's last item; popularity for an empty history."""
-        histories = evaluation.histories
-        filled = histories.ends > histories.starts
-        last = np.where(filled, histories.items[np.maximum(histories.ends, 1) - 1], 1) - 1
+        items, starts, ends = evaluation.histories
+        filled = ends > starts
+        last = np.where(filled, items[np.maximum(ends, 1) - 1], 1) - 1
         totals = self.transitions.sum(axis=1)
-        for users in _blocks(len(evaluation.targets), len(self.popularity)):
-            known = filled[users]
-            counts = self.transitions[last[users]].toarray() * known[:, None]
-            total = (totals[last[users]] * known)[:, None]
+        for users in _blocks(len(ends), len(self.popularity)):
+            known = filled[users][:, None]
+            counts = self.transitions[last[users]].toarray() * known
+            total = totals[last[users]][:, None] * known
             smoothed = (counts + self.smoothing * self.popularity) / (total + self.smoothing)
             yield users, torch.from_numpy(smoothed.astype(np.float32))
 
@@ -95,12 +82,10 @@ class Linear:
 
     def scores(self, evaluation: Evaluation) -> Scores:
         """Yield (users, scores (B, I)); an empty history scores 0 everywhere."""
-        from scipy import sparse
-
         num_items = self.weights.shape[0]
         for users in _blocks(len(evaluation.targets), num_items):
-            found = interaction_matrix(evaluation.histories, num_items, users) @ self.weights
-            dense = found.toarray() if sparse.issparse(found) else found
+            product = interaction_matrix(evaluation.histories, num_items, users) @ self.weights
+            dense = product if isinstance(product, np.ndarray) else product.toarray()
             yield users, torch.from_numpy(np.ascontiguousarray(dense, dtype=np.float32))
 
 
@@ -164,7 +149,7 @@ def fit_recent(histories: Histories, num_items: int, last: int = 5) -> Constant:
     """
     _require("last", last, last >= 1, "at least 1 interaction")
     starts = np.maximum(histories.starts, histories.ends - int(last))
-    return Constant(metrics.popularity(histories._replace(starts=starts), num_items))
+    return fit_popularity(histories._replace(starts=starts), num_items)
 
 
 def fit_recent_in_time(
@@ -195,23 +180,19 @@ def fit_markov(histories: Histories, num_items: int, smoothing: float = 10.0) ->
     from scipy import sparse
 
     _require("smoothing", smoothing, smoothing > 0, "above 0")
-    places = histories.places()
-    followed = np.ones(len(places), dtype=bool)
-    lengths = histories.ends - histories.starts
-    followed[np.cumsum(lengths)[lengths > 0] - 1] = False  # nothing follows the last item of a history
-    first, second = histories.items[places[followed]] - 1, histories.items[places[followed] + 1] - 1
-    counts = sparse.coo_array(
-        (np.ones(len(first), dtype=np.float32), (first, second)), shape=(num_items, num_items)
-    ).tocsr()
+    shorter = np.maximum(histories.starts, histories.ends - 1)  # nothing follows the last item of a history
+    places = histories._replace(ends=shorter).places()
+    pairs = histories.items[places] - 1, histories.items[places + 1] - 1
+    counts = sparse.coo_array((np.ones(len(places), dtype=np.float32), pairs), shape=(num_items, num_items))
     popularity = metrics.popularity(histories, num_items).astype(np.float64)
-    return Markov(counts, popularity / max(popularity.sum(), 1.0), float(smoothing))
+    return Markov(counts.tocsr(), popularity / max(popularity.sum(), 1.0), float(smoothing))
 
 
 def fit_item_knn(histories: Histories, num_items: int, neighbours: int = 100, shrink: float = 10.0) -> Linear:
     """Keep each item's nearest neighbours by users in common: n_ij / (sqrt(n_i n_j) + shrink).
 
-    A user counts once per item. Of equally near items the lower id is nearer; an item is not its own
-    neighbour. Memory is bounded by the kept neighbours and `BLOCK_BYTES`.
+    A user counts once per item (Deshpande and Karypis, TOIS 2004). Of equally near items the lower id is
+    nearer. Memory is bounded by the kept neighbours and `BLOCK_BYTES`.
     """
     from scipy import sparse
 
@@ -222,43 +203,30 @@ def fit_item_knn(histories: Histories, num_items: int, neighbours: int = 100, sh
     norms = np.sqrt(np.diff(by_item.indptr).astype(np.float64))
     kept = []
     for block in _blocks(num_items, num_items, BLOCK_BYTES):
-        common = (by_item[block] @ users).tocoo()
-        row, column = common.coords
-        other = block[row] != column
-        row, column, count = row[other], column[other], common.data[other]
-        near = (count / (norms[block[row]] * norms[column] + shrink)).astype(np.float32)
-        row, column, near = _by_nearness(row, column, near, num_items)
-        per_row = np.bincount(row, minlength=len(block))
-        rank = np.arange(len(row)) - np.repeat(np.cumsum(per_row) - per_row, per_row)
-        first = rank < neighbours
-        entries = (near[first], (row[first], column[first]))
+        common = (by_item[block] @ users).tocsr()
+        common.sort_indices()
+        row, column = np.repeat(block, np.diff(common.indptr)), common.indices
+        near = (common.data / (norms[row] * norms[column] + shrink)).astype(np.float32)
+        near[row == column] = 0.0
+        nearest = [
+            first + np.argsort(-near[first:end], kind="stable")[:neighbours]
+            for first, end in itertools.pairwise(common.indptr)
+        ]
+        best = np.concatenate(nearest)
+        best = best[near[best] > 0]
+        entries = (near[best], (row[best] - block[0], column[best]))
         kept.append(sparse.coo_array(entries, shape=(len(block), num_items)).tocsr())
     return Linear(sparse.vstack(kept, format="csr"))
-
-
-def _by_nearness(
-    row: np.ndarray, column: np.ndarray, near: np.ndarray, num_items: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sort entries by row, then falling similarity (float32, positive), then column.
-
-    An entry becomes one integer, since plain numbers sort many times faster than three keys: positive floats
-    are ordered as their bits, and a block's rows x columns leave room for these 31.
-    """
-    falling = 2**31 - 1 - near.view(np.int32).astype(np.int64)
-    key = np.sort((row.astype(np.int64) * 2**31 + falling) * num_items + column)
-    rest, column = np.divmod(key, num_items)
-    row, falling = np.divmod(rest, 2**31)
-    return row, column, (2**31 - 1 - falling).astype(np.int32).view(np.float32)
 
 
 def fit_ease(
     histories: Histories, num_items: int, regularisation: float = 100.0, memory_bytes: int = EASE_BYTES
 ) -> Linear:
-    """Solve for the item-to-item weights, zero on the diagonal, that best rebuild every history (1905.03375).
+    """Solve for the item-to-item weights, zero on the diagonal, that best rebuild every history.
 
-    With P the inverse of X'X + lambda I they are -P_ij / P_jj off the diagonal. A matrix of doubles becomes
-    its own inverse in place; with the result in single precision that is 12 bytes for each pair of items.
-    Raises `InputError` where this exceeds `memory_bytes`.
+    See Steck, WWW 2019 (arXiv 1905.03375). With P the inverse of X'X + lambda I they are -P_ij / P_jj off the
+    diagonal. A matrix of doubles becomes its own inverse in place; with the result in single precision that
+    is 12 bytes for each pair of items. Raises `InputError` where this exceeds `memory_bytes`.
     """
     from scipy import linalg
 
@@ -273,30 +241,19 @@ def fit_ease(
     by_item = users.T.tocsr()
     gram = np.empty((num_items, num_items))
     for block in _blocks(num_items, num_items, BLOCK_BYTES):
-        gram[block[0] : block[-1] + 1] = (by_item[block] @ users).toarray()
+        gram[block] = (by_item[block] @ users).toarray()
     gram[np.diag_indices(num_items)] += regularisation
     # The transpose is the same symmetric matrix in the order that LAPACK can overwrite.
     factor, failed = linalg.lapack.dpotrf(gram.T, lower=1, overwrite_a=1)
     inverse, not_inverted = linalg.lapack.dpotri(factor, lower=1, overwrite_c=1)
     if failed or not_inverted:
         raise InputError(f"EASE cannot be solved with regularisation={regularisation}: raise it")
-    weights = _symmetric(inverse)
+    weights = np.empty(inverse.shape, dtype=np.float32)
+    for item, column in enumerate(inverse.T):  # only the lower triangle is filled
+        weights[item, item:] = weights[item:, item] = column[item:]
     weights /= -np.diag(weights)  # each column by its own
     weights[np.diag_indices(num_items)] = 0.0
     return Linear(weights)
-
-
-def _symmetric(lower: np.ndarray) -> np.ndarray:
-    """Return, strip by strip, the symmetric float32 matrix (I, I) whose lower triangle is given."""
-    whole = np.empty(lower.shape, dtype=np.float32)
-    for block in _blocks(len(lower), 2 * len(lower), BLOCK_BYTES):
-        first, end = block[0], block[-1] + 1
-        strip = lower[first:, first:end]
-        whole[first:, first:end] = strip
-        whole[first:end, first:] = strip.T
-        corner = np.tril(strip[: len(block)])
-        whole[first:end, first:end] = corner + np.tril(corner, -1).T
-    return whole
 
 
 def fit_pairwise_counts(
@@ -311,8 +268,8 @@ def fit_pairwise_counts(
 ) -> PairwiseCounts:
     """Count every pair of items at most `window` places apart in the training histories, by 1 / distance.
 
-    `backward` is the weight of a pair whose second item predicts the first. Memory is bounded by the pairs of
-    items that occur and by `PAIRS`.
+    Sequential rules (Ludewig and Jannach, UMUAI 2018, arXiv 1803.09587). `backward` is the weight of a pair
+    whose second item predicts the first. Memory is bounded by the pairs of items that occur and by `PAIRS`.
     """
     from scipy import sparse
 
@@ -360,7 +317,7 @@ PAIRWISE_GRID: dict[str, Sequence[Any]] = {
 
 def families(times: np.ndarray | None = None) -> dict[str, Family]:
     """Return the baselines by name; popularity by time only where `times` beside the items are known."""
-    found = {
+    known = {
         "popularity": Family(fit_popularity, {}),
         "recent_popularity": Family(fit_recent, {"last": (1, 2, 5, 10, 20, 50)}),
         # Below a hundred or so, popularity only orders what the transitions leave equal.
@@ -373,8 +330,8 @@ def families(times: np.ndarray | None = None) -> dict[str, Family]:
     }
     if times is not None:
         by_time = functools.partial(fit_recent_in_time, times=times)
-        found["recent_popularity_in_time"] = Family(by_time, {"share": (0.003, 0.01, 0.03, 0.1, 0.3)})
-    return found
+        known["recent_popularity_in_time"] = Family(by_time, {"share": (0.003, 0.01, 0.03, 0.1, 0.3)})
+    return known
 
 
 class Choice(NamedTuple):
@@ -405,39 +362,33 @@ def choose(
         drawn = np.random.default_rng(0).choice(len(valid.targets), family.valid_users, replace=False)
         items, starts, ends = valid.histories
         valid = Evaluation(Histories(items, starts[drawn], ends[drawn]), valid.targets[drawn])
+    rounds = (
+        [{name: values} for name, values in family.grid.items()] * 2 if family.by_turns else [family.grid]
+    )
+    chosen = {name: values[0] for name, values in family.grid.items()}
     tried: list[dict[str, Any]] = []
-    best: tuple[dict[str, Any], Recommender] | None = None
-    fits: dict[tuple[Any, ...], Any] = {}  # of a family whose other hyperparameters need no other fit
-
-    def measure(given: dict[str, Any]) -> None:
-        nonlocal best
-        if any(row.items() >= given.items() for row in tried):
-            return
-        key = tuple(value for name, value in given.items() if name not in family.at_scoring)
-        later = {name: given[name] for name in family.at_scoring}
-        fitted = replace(fits[key], **later) if key in fits else family.fit(histories, num_items, **given)
-        if later:
-            fits.setdefault(key, fitted)
-        found = metrics.summary(metrics.rank(fitted.scores(valid), valid, remove_seen).ranks)
-        if metric not in found:
-            raise InputError(f"parameter 'metric' is {metric!r}: expected one of {', '.join(found)}")
-        if best is None or found[metric] > max(row[metric] for row in tried):
-            best = (given, fitted)
-        tried.append(given | found)
-
-    if family.by_turns:
-        measure({name: values[0] for name, values in family.grid.items()})
-        for name, values in [*family.grid.items()] * 2:
-            assert best is not None
-            around = best[0]
-            for value in values:
-                measure(around | {name: value})
-    else:
-        for values in itertools.product(*family.grid.values()):
-            measure(dict(zip(family.grid, values, strict=True)))
+    fits: dict[tuple[Any, ...], Any] = {}  # of a family with hyperparameters that need no other fit
+    highest, best = -math.inf, None
+    for grid in rounds:
+        around = chosen
+        for values in itertools.product(*grid.values()):
+            given = around | dict(zip(grid, values, strict=True))
+            if any(row.items() >= given.items() for row in tried):
+                continue
+            key = tuple(value for name, value in given.items() if name not in family.at_scoring)
+            later = {name: given[name] for name in family.at_scoring}
+            fitted = replace(fits[key], **later) if key in fits else family.fit(histories, num_items, **given)
+            if later:
+                fits.setdefault(key, fitted)
+            scored = metrics.summary(metrics.rank(fitted.scores(valid), valid, remove_seen).ranks)
+            if metric not in scored:
+                raise InputError(f"parameter 'metric' is {metric!r}: expected one of {', '.join(scored)}")
+            tried.append(given | scored)
+            if scored[metric] > highest:
+                highest, chosen, best = scored[metric], given, fitted
     assert best is not None
-    at_edge = [name for name, values in family.grid.items() if best[0][name] in (min(values), max(values))]
-    return Choice(best[0], tried, best[1], at_edge)
+    at_edge = [name for name, values in family.grid.items() if chosen[name] in (min(values), max(values))]
+    return Choice(chosen, tried, best, at_edge)
 
 
 def interaction_matrix(

@@ -1,12 +1,11 @@
-"""Full ranking of every real item, and what is read off the ranks.
+"""Full ranking of every real item, metrics of the ranks, and other protocols beside it.
 
 Scores are made and ranked a few users at a time: memory is bounded (`pass_sizes`), never users x items. They
 are fp32 sums whatever the precision of the encoder: rounded to 16 bits, many would be equal. Ties are
 pessimistic (an item that scores the same stands before the target), a target whose score is NaN ranks last,
-and PAD and MASK are never candidates. Metrics keep one value per user, so that models can be compared by a
-paired bootstrap over users.
+and PAD and MASK are never candidates. Metrics keep one value per user, for paired comparisons over users.
 
-Shapes: B users at a time, I real items, k recommendations.
+Shapes: B users at a time, I real items, k recommendations, N candidates, P masked positions.
 """
 
 from __future__ import annotations
@@ -21,38 +20,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reclib.config import InputError, ModelConfig
-from reclib.data.batches import (
-    Batch,
-    Layout,
-    Samples,
-    cut,
-    item_counts,
-    next_item_batches,
-    prefetch,
-    send,
-)
+from reclib.data.batches import Batch, Layout, Samples, cut, item_counts, next_item_batches, prefetch, send
 from reclib.data.dataset import Dataset, Evaluation, Histories, evaluation
 from reclib.data.splits import Split
 from reclib.evaluate import statistics
 from reclib.evaluate.statistics import Interval
 from reclib.model.bert4rec import Bert4Rec
 
-SCORE_BYTES = 64 * 2**20  # scores held at a time
-
-USERS = 256  # encoded at a time
-
+USERS, SCORE_BYTES = 256, 64 * 2**20  # encoded at a time; of scores held at a time
 LARGE_SCORE_BYTES, MANY_USERS = 2**30, 4096  # the same at most on a GPU, where small pieces wait for launches
-
 SHARE = 32  # scores, and what the encoder holds, take at most this part of a GPU's memory each
-
-CPU = torch.device("cpu")
 ROWS_IN_CACHE = 8  # users counted at a time on a CPU
-
 BLOCK = 64  # items whose maximum is taken first when the best k are sought
-
 KS = (1, 5, 10, 20)
 
 Scores = Iterator[tuple[np.ndarray, Tensor]]  # users (B,) and their scores (B, I); column j is item j + 1
+
+Scorer = Callable[[Evaluation], Scores]  # `model_scores` with all else given, or a baseline's `scores`
 
 
 class Ranking(NamedTuple):
@@ -61,6 +45,32 @@ class Ranking(NamedTuple):
     ranks: np.ndarray  # int64 (U,) in the evaluation's order: 1 is best
     top: np.ndarray | None  # int64 (U, k) item ids, best first
     losses: np.ndarray | None = None  # float32 (U,) cross-entropy of each target, in nats
+
+
+def rank(
+    scores: Scores, evaluation: Evaluation, remove_seen: bool, top_k: int = 0, with_losses: bool = False
+) -> Ranking:
+    """Rank every user's target among the scores that `scores` yields.
+
+    `with_losses` adds each target's cross-entropy in nats, with the softmax over all items, seen ones too:
+    what training minimises, at the position that is predicted. It means something for logits only.
+    """
+    users, ranks, tops, losses = [], [], [], []
+    for rows, values in scores:
+        arrays = [torch.from_numpy(evaluation.targets[rows].astype(np.int64))]
+        arrays += seen_items(evaluation.histories, rows, torch.device("cpu")) if remove_seen else ()
+        targets, *seen = send(arrays, values.device)
+        if with_losses:  # before the scores are overwritten
+            own = values.gather(1, (targets - 1)[:, None]).squeeze(1)
+            losses.append(values.logsumexp(1) - own)
+        of_rows, top = rank_scores(values, targets, (seen[0], seen[1]) if remove_seen else None, top_k)
+        users.append(rows)
+        ranks.append(of_rows)
+        tops.append(top)
+    order = np.argsort(np.concatenate(users), kind="stable")
+    best_items = torch.cat(tops).cpu().numpy()[order] if top_k else None  # type: ignore[arg-type]
+    nats = torch.cat(losses).cpu().numpy()[order] if with_losses else None
+    return Ranking(torch.cat(ranks).cpu().numpy()[order], best_items, nats)
 
 
 def rank_scores(
@@ -81,6 +91,13 @@ def rank_scores(
     return ranks, (best(scores, top_k) + 1 if top_k else None)
 
 
+def rank_among(scores: Tensor, targets: Tensor, candidates: Tensor) -> Tensor:
+    """Return the ranks (B,) of targets (B,) among candidates (B, N) by `scores` (B, I), from 1 to N + 1."""
+    own = scores.gather(1, (targets - 1)[:, None])
+    rivals = (scores.gather(1, candidates - 1) >= own).sum(1)
+    return torch.where(own.squeeze(1).isnan(), candidates.shape[1], rivals) + 1
+
+
 def count_at_least(scores: Tensor, threshold: Tensor) -> Tensor:
     """Return (B,) how many of each row of `scores` (B, I) reach its threshold (B, 1).
 
@@ -89,13 +106,9 @@ def count_at_least(scores: Tensor, threshold: Tensor) -> Tensor:
     if scores.device.type != "cpu" or scores.shape[1] >= 1 << 24:
         return (scores >= threshold).sum(1)
     reached = torch.empty(min(len(scores), ROWS_IN_CACHE), scores.shape[1])
-    parts = []
-    for first in range(0, len(scores), ROWS_IN_CACHE):
-        part = scores[first : first + ROWS_IN_CACHE]
-        block = reached[: len(part)]
-        torch.ge(part, threshold[first : first + ROWS_IN_CACHE], out=block)
-        parts.append(block.sum(1))
-    return torch.cat(parts).long()
+    pieces = zip(scores.split(ROWS_IN_CACHE), threshold.split(ROWS_IN_CACHE), strict=True)
+    counts = [torch.ge(part, least, out=reached[: len(part)]).sum(1) for part, least in pieces]
+    return torch.cat(counts).long()
 
 
 def best(scores: Tensor, k: int) -> Tensor:
@@ -104,63 +117,39 @@ def best(scores: Tensor, k: int) -> Tensor:
     The k largest lie in the k blocks with the largest maxima, so only those blocks are searched.
     """
     B, I = scores.shape  # noqa: E741
-    k = min(k, I)
+    k, low = min(k, I), float("-inf")
     whole = I // BLOCK * BLOCK
     if whole <= k * BLOCK * 2:
-        return scores.nan_to_num(nan=float("-inf"), neginf=float("-inf")).topk(k).indices
-    blocks = scores[:, :whole].unflatten(1, (-1, BLOCK))
-    maxima = blocks.amax(2).nan_to_num_(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
-    chosen = maxima.topk(k).indices  # (B, k)
+        return scores.nan_to_num(nan=low, neginf=low).topk(k).indices
+    maxima = scores[:, :whole].unflatten(1, (-1, BLOCK)).amax(2)
+    chosen = maxima.nan_to_num_(nan=float("inf"), posinf=float("inf"), neginf=low).topk(k).indices  # (B, k)
     columns = (chosen[:, :, None] * BLOCK + torch.arange(BLOCK, device=scores.device)).flatten(1)
     tail = torch.arange(whole, I, device=scores.device).expand(B, -1)
     columns = torch.cat((columns, tail), 1)
-    values = scores.gather(1, columns).nan_to_num_(nan=float("-inf"), neginf=float("-inf"))
+    values = scores.gather(1, columns).nan_to_num_(nan=low, neginf=low)
     return columns.gather(1, values.topk(k).indices)
-
-
-def rank(
-    scores: Scores, evaluation: Evaluation, remove_seen: bool, top_k: int = 0, with_losses: bool = False
-) -> Ranking:
-    """Rank every user's target among the scores that `scores` yields.
-
-    `with_losses` adds each target's cross-entropy in nats, with the softmax over all items, seen ones too:
-    what training minimises, at the position that is predicted. It means something for logits only.
-    """
-    users, ranks, tops, losses = [], [], [], []
-    for chosen, values in scores:
-        asked = [torch.from_numpy(evaluation.targets[chosen].astype(np.int64))]
-        asked += seen_items(evaluation.histories, chosen, CPU) if remove_seen else ()
-        targets, *seen = send(asked, values.device)
-        if with_losses:  # before the scores are overwritten
-            own = values.gather(1, (targets - 1)[:, None]).squeeze(1)
-            losses.append(values.logsumexp(1) - own)
-        got, top = rank_scores(values, targets, (seen[0], seen[1]) if remove_seen else None, top_k)
-        users.append(chosen)
-        ranks.append(got)
-        tops.append(top)
-    order = np.argsort(np.concatenate(users), kind="stable")
-    best_items = torch.cat(tops).cpu().numpy()[order] if top_k else None  # type: ignore[arg-type]
-    nats = torch.cat(losses).cpu().numpy()[order] if with_losses else None
-    return Ranking(torch.cat(ranks).cpu().numpy()[order], best_items, nats)
 
 
 def seen_items(histories: Histories, users: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return (row, item id) of everything in the histories of `users`, rows in their order."""
-    chosen = Histories(histories.items, histories.starts[users], histories.ends[users])
-    items = histories.items[chosen.places()].astype(np.int64)
-    rows = np.repeat(np.arange(len(users)), chosen.lengths)
+    part = Histories(histories.items, histories.starts[users], histories.ends[users])
+    items = histories.items[part.places()].astype(np.int64)
+    rows = np.repeat(np.arange(len(users)), part.lengths)
     sent = send((torch.from_numpy(rows), torch.from_numpy(items)), device)
     return sent[0], sent[1]
 
 
+# -- scores --------------------------------------------------------------------------------------------------
+
+
 def constant_scores(values: np.ndarray, evaluation: Evaluation) -> Scores:
     """Yield the same scores (I,) for every user: popularity, say."""
+    row = torch.from_numpy(np.asarray(values, dtype=np.float32))
     users = np.arange(len(evaluation.targets))
     size = max(1, SCORE_BYTES // (4 * len(values)))
-    row = torch.from_numpy(np.asarray(values, dtype=np.float32))
     for first in range(0, len(users), size):
-        chosen = users[first : first + size]
-        yield chosen, row.expand(len(chosen), -1).clone()
+        block = users[first : first + size]
+        yield block, row.expand(len(block), -1).clone()
 
 
 def popularity(histories: Histories, num_items: int) -> np.ndarray:
@@ -199,7 +188,7 @@ def model_scores(
     batch_size: int | None = None,
     encode: Callable[..., Tensor] | None = None,
 ) -> Scores:
-    """Yield a model's scores of all real items after each history; puts the model in eval mode.
+    """Yield a model's scores of all real items after each history; the model is in eval mode meanwhile.
 
     A history longer than max_len - 1 (max_len for the causal twin) is cut to its last items. The encoder runs
     in autocast's precision where that is on; scores are fp32, in a buffer that the next ones overwrite.
@@ -223,21 +212,45 @@ def model_scores(
         evaluation.histories, layout, users, most_users
     )
     if cuda and len(users) > most_users:
-        batches = prefetch((chosen, batch.staged(device)) for chosen, batch in batches)
+        batches = prefetch((rows, batch.staged(device)) for rows, batch in batches)
     with contextlib.closing(batches):
-        for chosen, batch in batches:
+        for rows, batch in batches:
             moved = batch.to(device)
-            rows = (moved.items, moved.segment_ids, moved.positions, moved.query_index)
-            hidden = (encode or model.encode)(*rows).flatten(0, 1)[moved.target_slots[: len(chosen)]]
+            inputs = (moved.items, moved.segment_ids, moved.positions, moved.query_index)
+            hidden = (encode or model.encode)(*inputs).flatten(0, 1)[moved.target_slots[: len(rows)]]
             hidden = model.head_input(hidden)
-            for first in range(0, len(chosen), size):
+            for first in range(0, len(rows), size):
                 part = hidden[first : first + size]
                 scores = score_product(part, table, buffer[: len(part)])
                 scores = scores if bias is None else scores.add_(bias)
                 if model.prior is not None:
-                    model.prior.add_to(scores, evaluation.histories, chosen[first : first + size])
-                yield chosen[first : first + size], scores
+                    model.prior.add_to(scores, evaluation.histories, rows[first : first + size])
+                yield rows[first : first + size], scores
     model.train(was_training)
+
+
+# -- metrics -------------------------------------------------------------------------------------------------
+
+
+def hit(ranks: np.ndarray, k: int) -> np.ndarray:
+    """Return HR@k per user: 1 where the target is among the first k. Equals Recall@k with one target."""
+    return (ranks <= k).astype(np.float64)
+
+
+def ndcg(ranks: np.ndarray, k: int) -> np.ndarray:
+    """Return NDCG@k per user: 1 / log2(rank + 1) where the target is among the first k (one target)."""
+    return np.where(ranks <= k, 1.0 / np.log2(ranks + 1.0), 0.0)
+
+
+def per_user(ranks: np.ndarray) -> dict[str, np.ndarray]:
+    """Return every metric's value per user, by name: hr@k, ndcg@k, mrr."""
+    values = {f"hr@{k}": hit(ranks, k) for k in KS} | {f"ndcg@{k}": ndcg(ranks, k) for k in KS}
+    return values | {"mrr": 1.0 / ranks}
+
+
+def summary(ranks: np.ndarray) -> dict[str, float]:
+    """Return every metric's mean over users."""
+    return {name: float(values.mean()) for name, values in per_user(ranks).items()}
 
 
 def evaluate(
@@ -261,49 +274,14 @@ def evaluate(
     return summary(rank(scores, held_out, remove_seen).ranks)
 
 
-def hit(ranks: np.ndarray, k: int) -> np.ndarray:
-    """Return HR@k per user: 1 where the target is among the first k. Equals Recall@k with one target."""
-    return (ranks <= k).astype(np.float64)
-
-
-def ndcg(ranks: np.ndarray, k: int) -> np.ndarray:
-    """Return NDCG@k per user: 1 / log2(rank + 1) where the target is among the first k (one target)."""
-    return np.where(ranks <= k, 1.0 / np.log2(ranks + 1.0), 0.0)
-
-
-def reciprocal(ranks: np.ndarray) -> np.ndarray:
-    """Return 1 / rank per user, whose mean is MRR."""
-    return 1.0 / ranks
-
-
-def per_user(ranks: np.ndarray) -> dict[str, np.ndarray]:
-    """Return every metric's value per user, by name: hr@k, ndcg@k, mrr."""
-    values = {f"hr@{k}": hit(ranks, k) for k in KS} | {f"ndcg@{k}": ndcg(ranks, k) for k in KS}
-    return values | {"mrr": reciprocal(ranks)}
-
-
-def summary(ranks: np.ndarray) -> dict[str, float]:
-    """Return every metric's mean over users."""
-    return {name: float(values.mean()) for name, values in per_user(ranks).items()}
-
-
-# ------------------------------------------------------------------------------------------------
+# -- protocols -----------------------------------------------------------------------------------------------
 # One trained model under several evaluation protocols: how far the choice of protocol alone moves a metric.
-#
 # Every result carries a label that says what it is. Only a full ranking of the catalogue is comparable with
 # another study's; a rank among sampled candidates is not (Krichene and Rendle, KDD 2020; arXiv 2107.13045),
 # and the metric of the study that this one started from is not next-item prediction at all.
-#
-# Ties are pessimistic and NaN ranks last everywhere, as in `metrics`.
-#
-# Shapes: B users at a time, I items, N candidates, P masked positions, V rows of the output table.
 
 NOT_COMPARABLE = "sampled, not comparable"
-
 SEED_LABEL = "all masked positions: the seed study's metric, not next-item prediction, not comparable"
-
-# A trained model: `metrics.model_scores` with all else given, or a baseline's `scores`.
-Scorer = Callable[[Evaluation], Scores]
 
 
 class Outcome(NamedTuple):
@@ -327,30 +305,15 @@ def interval(outcome: Outcome, metric: str = "hr@10", samples: int = 2000, seed:
 
 
 def interval_over_users(values: np.ndarray, users: np.ndarray, samples: int, seed: int = 0) -> Interval:
-    """Return the mean of `values` (rows,), which belong to `users` (rows,), with its 95 % interval.
+    """Return the mean of `values` (rows,), which belong to `users` (rows,), with its 95 % interval."""
+    return statistics.bootstrap(values, samples, seed, users)
 
-    Masked positions of one user are not independent: users are drawn with all of theirs.
-    """
-    _, user = np.unique(users, return_inverse=True)
-    counts = np.bincount(user).astype(np.float64)
-    if (counts == 1).all():
-        return statistics.bootstrap(values, samples, seed)
-    sums = np.bincount(user, values)
-    if np.ptp(values) == 0:
-        return Interval(float(values[0]), float(values[0]), float(values[0]))
-    from scipy import stats
 
-    found = stats.bootstrap(
-        (sums, counts),
-        lambda total, number, axis=-1: total.sum(axis) / number.sum(axis),
-        paired=True,
-        vectorized=True,
-        n_resamples=samples,
-        batch=100,
-        method="percentile",
-        rng=seed,
-    ).confidence_interval
-    return Interval(float(values.mean()), float(found.low), float(found.high))
+def _values(outcome: Outcome, metric: str) -> np.ndarray:
+    values = per_user(outcome.ranks)
+    if metric not in values:
+        raise InputError(f"parameter 'metric' is {metric!r}: expected one of {', '.join(values)}")
+    return values[metric]
 
 
 def side_by_side(
@@ -366,74 +329,44 @@ def side_by_side(
     """
     candidates = dict(candidates or {})
     for how, negatives in candidates.items():
-        _check(negatives, evaluation, how)
+        _check(negatives, evaluation.targets, how)
     users: list[np.ndarray] = []
     ranks: dict[str, list[Tensor]] = {name: [] for name in ("removed", "kept", *candidates)}
-    for chosen, scores in score(evaluation):
-        targets = torch.as_tensor(evaluation.targets[chosen].astype(np.int64), device=scores.device)
-        users.append(chosen)
+    for rows, scores in score(evaluation):
+        users.append(rows)
+        targets = torch.as_tensor(evaluation.targets[rows].astype(np.int64), device=scores.device)
         for how, negatives in candidates.items():
-            drawn = torch.as_tensor(negatives[chosen].astype(np.int64), device=scores.device)
+            drawn = torch.as_tensor(negatives[rows].astype(np.int64), device=scores.device)
             ranks[how].append(rank_among(scores, targets, drawn))
         ranks["kept"].append(rank_scores(scores, targets, None)[0])
-        seen = seen_items(evaluation.histories, chosen, scores.device)
+        seen = seen_items(evaluation.histories, rows, scores.device)
         ranks["removed"].append(rank_scores(scores, targets, seen)[0])  # last: it overwrites scores
     order = np.argsort(np.concatenate(users), kind="stable")
-    rows = np.arange(len(order))
-    found = []
-    for name, parts in ranks.items():
-        protocol, label, comparable = _describe(split, name, candidates)
-        found.append(Outcome(protocol, label, comparable, torch.cat(parts).cpu().numpy()[order], rows))
-    return found
+    counts = {name: negatives.shape[1] for name, negatives in candidates.items()}
+    return [
+        _outcome(split, name, torch.cat(parts).cpu().numpy()[order], counts.get(name))
+        for name, parts in ranks.items()
+    ]
 
 
-def _describe(split: str, name: str, candidates: Mapping[str, np.ndarray]) -> tuple[str, str, bool]:
-    """Return short name, label and comparability of a way to rank under a split."""
-    if name in candidates:
-        count = candidates[name].shape[1]
-        return (
-            f"{split}, {count} {name}",
-            f"{split}, target among {count} {name} negatives: {NOT_COMPARABLE}",
-            False,
-        )
-    return f"{split}, seen {name}", f"{split}, full ranking, seen items {name}", True
+def _outcome(split: str, name: str, ranks: np.ndarray, candidates: int | None = None) -> Outcome:
+    protocol, label = f"{split}, seen {name}", f"{split}, full ranking, seen items {name}"
+    if candidates is not None:
+        protocol = f"{split}, {candidates} {name}"
+        label = f"{split}, target among {candidates} {name} negatives: {NOT_COMPARABLE}"
+    return Outcome(protocol, label, candidates is None, ranks, np.arange(len(ranks)))
 
 
-def _check(negatives: np.ndarray, evaluation: Evaluation, how: str) -> None:
+def _check(negatives: np.ndarray, targets: np.ndarray, how: str) -> None:
     """Refuse candidates that are not of this evaluation."""
-    rows = len(evaluation.targets)
-    if negatives.ndim != 2 or len(negatives) != rows:
-        raise InputError(
-            f"{how} candidates have the shape {negatives.shape}: expected ({rows}, count), a row a user"
-        )
-    if negatives.size and int(negatives.min()) < 1:
-        raise InputError(
-            f"{how} candidates hold the item {int(negatives.min())}: expected ids from 1, no PAD"
-        )
-    wrong = (negatives == evaluation.targets[:, None]).any(axis=1)
+    if negatives.ndim != 2 or len(negatives) != len(targets):
+        expected = f"expected ({len(targets)}, count), a row a user"
+        raise InputError(f"{how} candidates have the shape {negatives.shape}: {expected}")
+    wrong = (negatives < 1) | (negatives == targets[:, None])
     if wrong.any():
-        raise InputError(
-            f"{how} candidates of row {int(np.argmax(wrong))} hold its target: expected negatives"
-        )
-
-
-def rank_among(scores: Tensor, targets: Tensor, candidates: Tensor) -> Tensor:
-    """Return the ranks (B,) of targets (B,) among candidates (B, N) by `scores` (B, I), from 1 to N + 1."""
-    own = scores.gather(1, (targets - 1)[:, None])
-    rivals = (scores.gather(1, candidates - 1) >= own).sum(1)
-    return torch.where(own.squeeze(1).isnan(), candidates.shape[1], rivals) + 1
-
-
-def expected_sampled_hit(ranks: np.ndarray, pool: np.ndarray | int, count: int, k: int = 10) -> np.ndarray:
-    """Return the expected HR@k (rows,) among `count` uniform negatives for targets of these full ranks.
-
-    `pool` is the number of items that negatives are drawn from without replacement: the catalogue less the
-    target and what the user has had. Of them rank - 1 stand before the target, so the number drawn is
-    hypergeometric, and there is a hit when it is below k. `ranks` are those with seen items removed.
-    """
-    from scipy import stats
-
-    return stats.hypergeom.cdf(k - 1, pool, np.asarray(ranks) - 1, count)
+        row, column = np.argwhere(wrong)[0]
+        item = negatives[row, column]
+        raise InputError(f"{how} candidates of row {row} hold {item}: expected ids from 1, not its target")
 
 
 def under_split(score: Scorer, split: Split, remove_seen: bool = True) -> Outcome:
@@ -442,8 +375,7 @@ def under_split(score: Scorer, split: Split, remove_seen: bool = True) -> Outcom
     A global time split or a random-user split is another training: hand in the model of that training.
     """
     ranks = rank(score(split.test), split.test, remove_seen).ranks
-    protocol, label, comparable = _describe(split.name, "removed" if remove_seen else "kept", {})
-    return Outcome(protocol, label, comparable, ranks, np.arange(len(ranks)))
+    return _outcome(split.name, "removed" if remove_seen else "kept", ranks)
 
 
 @torch.no_grad()
@@ -460,14 +392,10 @@ def masked_positions(
 
     A window is the last max_len items of history and target together. Its last item is masked always, the
     item d places before it, in a window of n, with mask_prob * (0.8 + 0.4 * (1 - d / n)). All positions count
-    alike, so that long histories count more; the random ones are predicted with context on both sides, the
-    last one with gaps in its context. All rows of the output table compete, PAD and (where it has one) MASK
-    included, and seen items stay.
-
-    It is the seed study's protocol when the evaluation's users were not trained on (`splits.random_users`).
-    What deviates: masks are drawn once from `seed` and not at each evaluation; ties and NaN count against
-    the target, where the original takes what `topk` gives; windows are of the model's own max_len (50 there)
-    and rows packed, padding on the left there. `special_tokens` False leaves PAD and MASK out.
+    alike; all rows of the output table compete, PAD and (where it has one) MASK included, unless
+    `special_tokens` is False; seen items stay. It is that study's protocol for users who were not trained on
+    (`splits.random_users`). What deviates: masks are drawn once from `seed`, ties and NaN count against the
+    target, windows are of the model's own max_len (50 there), and rows are packed.
     """
     config = model.config
     if config.causal:
@@ -475,15 +403,23 @@ def masked_positions(
     was_training = model.training
     model.eval()
     layout = Layout(config.max_len, config.mask_id, config.position_origin, True, 16)
+    rows_of_table = slice(None) if special_tokens else slice(1, config.num_items + 1)
+    weight = model.output_weight[rows_of_table]
+    bias = None if model.output_bias is None else model.output_bias[rows_of_table]
+    size = max(1, SCORE_BYTES // (4 * len(weight)))
     ranks, users = [], []
-    for chosen, samples in _windows(evaluation, config.max_len, mask_prob, seed, batch_size):
+    for window_users, samples in _windows(evaluation, config.max_len, mask_prob, seed, batch_size):
         rows, places = layout.place(samples.lengths[None])
-        batch = layout.batch(samples, rows[0], places[0])
-        ranks.append(_ranks_at_masks(model, batch.to(device), special_tokens))
+        batch = layout.batch(samples, rows[0], places[0]).to(device)
+        states = model.encode(batch.items, batch.segment_ids, batch.positions, batch.query_index)
+        hidden = model.head_input(states.flatten(0, 1)[batch.target_slots[: batch.num_targets]])
+        targets = batch.targets[: batch.num_targets] + int(special_tokens)  # columns from 1
+        for part, wanted in zip(hidden.split(size), targets.split(size), strict=True):
+            ranks.append(rank_scores(F.linear(part, weight, bias).float(), wanted, None)[0].cpu().numpy())
         # Positions are ranked in the order of rows: by row, then by place in it.
         order = np.argsort(rows[0] * config.max_len + places[0], kind="stable")
         masked = np.add.reduceat(samples.is_target, np.cumsum(samples.lengths) - samples.lengths, dtype=int)
-        users.append(np.repeat(chosen[order], masked[order]))
+        users.append(np.repeat(window_users[order], masked[order]))
     model.train(was_training)
     label = SEED_LABEL if special_tokens else f"{SEED_LABEL}, PAD and MASK left out"
     return Outcome("seed study's", label, False, np.concatenate(ranks), np.concatenate(users))
@@ -493,13 +429,16 @@ def _windows(
     evaluation: Evaluation, max_len: int, mask_prob: float, seed: int, batch_size: int
 ) -> Iterator[tuple[np.ndarray, Samples]]:
     """Yield (users, samples) of windows that end with the target, masks drawn."""
-    joined = with_target(evaluation)
+    old = evaluation.histories
+    ends = np.cumsum(old.lengths + 1)
+    items = np.insert(old.items[old.places()], np.cumsum(old.lengths), evaluation.targets)
+    joined = Histories(items, ends - old.lengths - 1, ends)
     rng = np.random.default_rng(seed)
-    for first in range(0, len(joined.starts), batch_size):
-        users = np.arange(first, min(first + batch_size, len(joined.starts)))
+    for first in range(0, len(ends), batch_size):
+        users = np.arange(first, min(first + batch_size, len(ends)))
         samples = cut(joined, users, max_len, None)
-        drawn = rng.random(len(samples.tokens)) < seed_mask_probability(samples.lengths, mask_prob)
-        yield users, samples._replace(is_target=drawn)
+        masked = rng.random(len(samples.tokens)) < seed_mask_probability(samples.lengths, mask_prob)
+        yield users, samples._replace(is_target=masked)
 
 
 def seed_mask_probability(lengths: np.ndarray, mask_prob: float) -> np.ndarray:
@@ -507,44 +446,3 @@ def seed_mask_probability(lengths: np.ndarray, mask_prob: float) -> np.ndarray:
     n = np.repeat(lengths, lengths)
     distance = np.repeat(np.cumsum(lengths), lengths) - 1 - np.arange(lengths.sum())
     return np.where(distance == 0, 1.0, mask_prob * (0.8 + 0.4 * (1 - distance / n)))
-
-
-def with_target(evaluation: Evaluation) -> Histories:
-    """Return histories, copied, that go on to their target."""
-    old = evaluation.histories
-    lengths = old.lengths
-    ends = np.cumsum(lengths + 1)
-    items = np.empty(ends[-1], dtype=old.items.dtype)
-    last = np.zeros(len(items), dtype=bool)
-    last[ends - 1] = True
-    items[~last] = old.items[old.places()]
-    items[last] = evaluation.targets
-    return Histories(items, ends - lengths - 1, ends)
-
-
-def _ranks_at_masks(model: Bert4Rec, batch: Batch, special_tokens: bool) -> np.ndarray:
-    """Return the rank (P,) of the item at each masked place among the rows of the output table."""
-    rows = (batch.items, batch.segment_ids, batch.positions, batch.query_index)
-    slots = batch.target_slots[: batch.num_targets]
-    hidden = model.head_input(model.encode(*rows).flatten(0, 1)[slots])
-    part = slice(None) if special_tokens else slice(1, model.config.num_items + 1)
-    weight = model.output_weight[part]
-    bias = None if model.output_bias is None else model.output_bias[part]
-    targets = batch.targets[: batch.num_targets] + int(
-        special_tokens
-    )  # columns from 1, as `rank_scores` counts
-    size = max(1, SCORE_BYTES // (4 * len(weight)))
-    found = [
-        rank_scores(
-            F.linear(hidden[first : first + size], weight, bias).float(), targets[first : first + size], None
-        )[0]
-        for first in range(0, len(hidden), size)
-    ]
-    return torch.cat(found).cpu().numpy()
-
-
-def _values(outcome: Outcome, metric: str) -> np.ndarray:
-    values = per_user(outcome.ranks)
-    if metric not in values:
-        raise InputError(f"parameter 'metric' is {metric!r}: expected one of {', '.join(values)}")
-    return values[metric]

@@ -1,19 +1,12 @@
-"""How sure a comparison is, and what lies beside accuracy: for whom, of what, how concentrated.
+"""How sure a comparison is, what lies beside accuracy, and the scaling law.
 
 Users and seeds are both samples: other users, and other seeds of the same recipe, would have given another
 difference. `compare` is the two-way random-effects analysis of crossed samples (as for readers and cases in
 Hillis, Statistics in Medicine 2007): the variance of a mean difference is that over users, plus that of the
 seeds' means, less their interaction, which both contain. The variance of seeds is pooled over the models that
-are compared together, and t with Satterthwaite's degrees of freedom takes the place of the normal.
-
-Why not a bootstrap of users and seeds: three seeds resample to too little spread where seeds differ, and
-count the interaction three times where they do not. Simulated with three seeds and no true difference, it
-rejects at 5 % in 1 to 13 % of cases, this test in 3 to 6 %, and one over users alone in up to 50 %.
-
-What three seeds can say: two models with three seeds each leave 4 degrees of freedom for the seeds, so where
-these dominate a difference needs 2.8 standard errors instead of 2. Thirty arms with three each leave 60: the
-pooled variance is why single arms among many can be told apart after correction. It assumes that seeds differ
-alike in all of them. A trained model with fewer than `statistics.MIN_SEEDS` seeds carries no claim.
+are compared together, and t with Satterthwaite's degrees of freedom takes the place of the normal. Simulated
+with three seeds and no true difference, it rejects at 5 % in 3 to 6 % of cases; a bootstrap of users and
+seeds in 1 to 13 %, a test over users alone in up to 50 %.
 
 Shapes: S seeds, U users, I items, k recommendations.
 """
@@ -29,21 +22,54 @@ import numpy as np
 from reclib.config import InputError
 from reclib.data.dataset import Evaluation, Histories
 
-# ------------------------------------------------------------------------------------------------
-# What a comparison allows to say: one rule for reports, tables and figures, which need no torch for it.
-
 Claim = Literal["better", "worse", "not separated", "too few seeds"]
 
 MIN_SEEDS = 3  # of a trained model, before a difference from it is claimed
-
 ALPHA = 0.05  # level of tests and of the detectable difference
+
+
+class Interval(NamedTuple):
+    """A mean with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def bootstrap(
+    values: np.ndarray, samples: int = 2000, seed: int = 0, users: np.ndarray | None = None
+) -> Interval:
+    """Return the mean of per-user values (U,) with its 95 % percentile interval over resampled users.
+
+    For a paired comparison give the per-user differences; for several seeds give each user's mean over seeds.
+    With `users`, whom the values belong to, a user is drawn with all of theirs: they are not independent.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if np.ptp(values) == 0:
+        return Interval(float(values.mean()), float(values.mean()), float(values.mean()))
+    from scipy import stats  # here: takes longer to import than torch
+
+    rows: tuple[np.ndarray, ...] = (values,)
+    if users is not None and len(np.unique(users)) < len(users):
+        _, user = np.unique(users, return_inverse=True)
+        rows = (np.bincount(user, values), np.bincount(user).astype(np.float64))
+    options = {"n_resamples": samples, "batch": 100, "method": "percentile", "rng": seed}
+    ends = stats.bootstrap(rows, _mean, paired=len(rows) > 1, **options).confidence_interval
+    return Interval(float(values.mean()), float(ends.low), float(ends.high))
+
+
+def _mean(total: np.ndarray, number: np.ndarray | None = None, axis: int = -1) -> np.ndarray:
+    """Return the mean of values, or of the sums of so many values each."""
+    return total.mean(axis) if number is None else total.sum(axis) / number.sum(axis)
+
+
+# -- comparisons ---------------------------------------------------------------------------------------------
 
 
 def claim(difference: float, adjusted_p: float, seeds: Collection[int]) -> Claim:
     """Return what may be said of a mean difference, this model minus the reference.
 
-    `adjusted_p` is corrected for the number of comparisons; `seeds` are those of both models, 0 where a model
-    is deterministic.
+    `adjusted_p` is corrected for the number of comparisons; `seeds` are those of both, 0: deterministic.
     """
     if not enough(seeds):
         return "too few seeds"
@@ -55,9 +81,6 @@ def claim(difference: float, adjusted_p: float, seeds: Collection[int]) -> Claim
 def enough(seeds: Iterable[float]) -> bool:
     """Whether these numbers of seeds, 0 where a model is deterministic, allow a claim."""
     return not any(0 < count < MIN_SEEDS for count in seeds)
-
-
-# ------------------------------------------------------------------------------------------------
 
 
 class Comparison(NamedTuple):
@@ -95,32 +118,27 @@ def compare(
     seeds = {name: 0 if name in deterministic else len(array) for name, array in rows.items()}
     users = rows[reference].shape[1]
     between, within, freedom = _seed_variance([a for name, a in rows.items() if seeds[name] > 1])
-    found = {}
+    comparisons: list[Comparison] = []
     for name in (name for name in rows if name != reference):
         difference = rows[name].mean(axis=0) - rows[reference].mean(axis=0)
-        share = sum(1 / seeds[one] for one in (name, reference) if seeds[one])
+        share = sum(1 / seeds[model] for model in (name, reference) if seeds[model])
         over_users = difference.var(ddof=1) / users
         over_seeds = between * share
         variance = over_users + max(over_seeds - within * share / users, 0.0)
-        error = float(np.sqrt(variance))
         parts = over_users**2 / (users - 1) + (over_seeds**2 / freedom if freedom else 0.0)
         degrees = float(variance**2 / parts) if parts else float(users - 1)
-        mean, reach = float(difference.mean()), float(stats.t.ppf(1 - ALPHA / 2, degrees)) * error
-        p_value = float(2 * stats.t.sf(abs(mean) / error, degrees)) if error else float(mean == 0)
-        means = rows[name].mean(axis=1)
-        found[name] = Comparison(
-            name,
-            reference,
+        mean, error = float(difference.mean()), float(np.sqrt(variance))
+        reach = float(stats.t.ppf(1 - ALPHA / 2, degrees)) * error
+        p = float(2 * stats.t.sf(abs(mean) / error, degrees)) if error else float(mean == 0)
+        interval, detectable = (
             Interval(mean, mean - reach, mean + reach),
-            p_value,
-            p_value,
             detectable_difference(error, degrees),
-            (seeds[name], seeds[reference]),
-            (float(means.min()), float(means.max())),
-            degrees,
         )
-    adjusted = holm({name: one.p_value for name, one in found.items()})
-    return [one._replace(adjusted_p=adjusted[name]) for name, one in found.items()]
+        pair, means = (seeds[name], seeds[reference]), rows[name].mean(axis=1)
+        ends = (float(means.min()), float(means.max()))
+        comparisons.append(Comparison(name, reference, interval, p, p, detectable, pair, ends, degrees))
+    adjusted = holm({row.name: row.p_value for row in comparisons})
+    return [row._replace(adjusted_p=adjusted[row.name]) for row in comparisons]
 
 
 def _seed_variance(models: Sequence[np.ndarray]) -> tuple[float, float, int]:
@@ -132,28 +150,24 @@ def _seed_variance(models: Sequence[np.ndarray]) -> tuple[float, float, int]:
     freedom = sum(len(rows) - 1 for rows in models)
     if not freedom:
         return 0.0, 0.0, 0
-    users = models[0].shape[1]
     between = sum((len(rows) - 1) * rows.mean(axis=1).var(ddof=1) for rows in models)
     left = (rows - rows.mean(axis=0) - rows.mean(axis=1, keepdims=True) + rows.mean() for rows in models)
-    within = sum(float((one**2).sum()) for one in left)
-    return float(between / freedom), within / (freedom * (users - 1)), freedom
+    within = sum(float((rest**2).sum()) for rest in left)
+    return float(between / freedom), within / (freedom * (models[0].shape[1] - 1)), freedom
 
 
 def _check(values: Mapping[str, np.ndarray], reference: str, deterministic: Collection[str]) -> None:
     """Refuse what cannot be paired user by user."""
-    for name in (reference, *deterministic):
-        if name not in values:
-            raise InputError(f"there is no model {name!r}: expected one of {', '.join(values)}")
+    if unknown := [name for name in (reference, *deterministic) if name not in values]:
+        raise InputError(f"there is no model {unknown[0]!r}: expected one of {', '.join(values)}")
     users = np.shape(values[reference])[-1]
     if users < 2:
         raise InputError(f"{users} users have no spread: expected 2 or more")
     for name, rows in values.items():
-        if np.ndim(rows) != 2 or np.shape(rows)[1] != users:
-            raise InputError(
-                f"values of {name!r} have the shape {np.shape(rows)}: expected (seeds, {users} users)"
-            )
-        if name in deterministic and len(rows) != 1:
-            raise InputError(f"{name!r} is said to be deterministic, and has {len(rows)} rows: expected 1")
+        seeds = "1" if name in deterministic else "seeds"
+        shape = np.shape(rows)
+        if len(shape) != 2 or shape[1] != users or (name in deterministic and shape[0] != 1):
+            raise InputError(f"values of {name!r} have the shape {shape}: expected ({seeds}, {users} users)")
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -162,22 +176,22 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     The i-th smallest of m is multiplied by m - i + 1; none falls below a smaller one's, none exceeds 1.
     """
     order = sorted(p_values, key=lambda name: p_values[name])
-    adjusted, floor = {}, 0.0
-    for place, name in enumerate(order):
-        floor = max(floor, min(1.0, (len(order) - place) * p_values[name]))
-        adjusted[name] = floor
+    steps = [(len(order) - place) * p_values[name] for place, name in enumerate(order)]
+    adjusted = dict(zip(order, np.minimum(1.0, np.maximum.accumulate(steps)).tolist(), strict=True))
     return {name: adjusted[name] for name in p_values}
 
 
 def detectable_difference(error: float, degrees: float, power: float = 0.8, alpha: float = ALPHA) -> float:
     """Return the smallest true mean difference that would be found with the given power.
 
-    From its standard error and degrees of freedom: (t_(1 - alpha/2) + t_power) * error. For one comparison,
-    uncorrected.
+    From its standard error and degrees of freedom, for one comparison: (t_(1 - alpha/2) + t_power) * error.
     """
     from scipy import stats
 
     return float((stats.t.ppf(1 - alpha / 2, degrees) + stats.t.ppf(power, degrees)) * error)
+
+
+# -- beside accuracy -----------------------------------------------------------------------------------------
 
 
 class Groups(NamedTuple):
@@ -197,14 +211,11 @@ class GroupResult(NamedTuple):
 
 def by_history_length(histories: Histories, edges: Sequence[int] = (10, 20, 50, 100)) -> Groups:
     """Divide users by the interactions in their history: below edges[0], then up to below each next edge."""
-    if list(edges) != sorted(set(edges)) or not edges or edges[0] < 1:
-        raise InputError(
-            f"parameter 'edges' is {list(edges)}: expected rising numbers of interactions from 1"
-        )
-    labels = [f"below {edges[0]}"]
-    labels += [f"{low} to {high - 1}" for low, high in itertools.pairwise(edges)]
-    labels.append(f"{edges[-1]} or more")
-    return Groups(labels, np.searchsorted(edges, histories.ends - histories.starts, side="right"))
+    if not edges or list(edges) != sorted(set(edges)) or edges[0] < 1:
+        raise InputError(f"parameter 'edges' is {list(edges)}: expected rising interactions from 1")
+    middle = [f"{low} to {high - 1}" for low, high in itertools.pairwise(edges)]
+    labels = [f"below {edges[0]}", *middle, f"{edges[-1]} or more"]
+    return Groups(labels, np.searchsorted(edges, histories.lengths, side="right"))
 
 
 def by_item_popularity(
@@ -212,22 +223,24 @@ def by_item_popularity(
 ) -> Groups:
     """Divide users by how popular the target is in training.
 
-    `counts` (I,) are training interactions. Items stand by falling count, and an item belongs to the first
-    share of all interactions that those before it have not yet filled: the head is few items, the tail many.
-    Items never met in training are a group of their own.
+    Items stand by falling training interactions `counts` (I,), and an item belongs to the first share of all
+    interactions that those before it have not filled. Items never met in training are a group of their own.
     """
     if list(shares) != sorted(set(shares)) or not all(0 < share < 1 for share in shares):
         raise InputError(f"parameter 'shares' is {list(shares)}: expected rising shares between 0 and 1")
-    order = np.argsort(-counts, kind="stable")
-    before = np.cumsum(counts[order], dtype=np.float64) - counts[order]
-    group = np.empty(len(counts), dtype=np.int64)
-    group[order] = np.searchsorted(np.asarray(shares) * counts.sum(), before, side="right")
+    group = np.searchsorted(np.asarray(shares) * counts.sum(), _before(counts), side="right")
     group[counts == 0] = len(shares) + 1
-    bounds = [0, *shares, 1]
-    labels = [
-        f"items with {low:.0%} to {high:.0%} of interactions" for low, high in itertools.pairwise(bounds)
-    ]
+    bounds = itertools.pairwise([0, *shares, 1])
+    labels = [f"items with {low:.0%} to {high:.0%} of interactions" for low, high in bounds]
     return Groups([*labels, "items not in training"], group[targets - 1])
+
+
+def _before(counts: np.ndarray) -> np.ndarray:
+    """Return, for each item (I,), the interactions of all items that stand before it by falling count."""
+    order = np.argsort(-counts, kind="stable")
+    before = np.empty(len(counts))
+    before[order] = np.cumsum(counts[order], dtype=np.float64) - counts[order]
+    return before
 
 
 def by_time_before(histories: Histories, times: np.ndarray) -> Groups:
@@ -242,12 +255,9 @@ def by_time_before(histories: Histories, times: np.ndarray) -> Groups:
 
 def in_groups(values: np.ndarray, groups: Groups, samples: int = 2000, seed: int = 0) -> list[GroupResult]:
     """Return the mean of per-user values (U,) in each group, with its 95 % interval over users."""
-    found = []
-    for place, label in enumerate(groups.labels):
-        chosen = values[groups.member == place]
-        interval = bootstrap(chosen, samples, seed) if chosen.size else None
-        found.append(GroupResult(label, len(chosen), interval))
-    return found
+    parts = [values[groups.member == place] for place in range(len(groups.labels))]
+    intervals = [bootstrap(part, samples, seed) if part.size else None for part in parts]
+    return [GroupResult(*row) for row in zip(groups.labels, map(len, parts), intervals, strict=True)]
 
 
 def coverage(top: np.ndarray, num_items: int) -> float:
@@ -262,11 +272,24 @@ def gini(top: np.ndarray, num_items: int) -> float:
     return float(((2 * place - num_items - 1) * counts).sum() / (num_items * counts.sum()))
 
 
+def head_share(top: np.ndarray, counts: np.ndarray, share: float = 0.5) -> float:
+    """Return the share of recommendations (U, k) that are head items.
+
+    The head is the fewest items that hold `share` of the training interactions `counts` (I,).
+    """
+    return float((_before(counts) < share * counts.sum())[top - 1].mean())
+
+
+def concentration(top: np.ndarray, counts: np.ndarray) -> dict[str, float]:
+    """Return coverage, Gini index and head share of recommendations (U, k), by training counts (I,)."""
+    spread = {"coverage": coverage(top, len(counts)), "gini": gini(top, len(counts))}
+    return spread | {"head_share": head_share(top, counts)}
+
+
 def popularity_percentile(top: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Return per user (U,) the mean popularity percentile of the items recommended (U, k).
 
-    0 is the item with the fewest training interactions, 1 the one with the most; equal counts share the mean.
-    An even choice from the catalogue has an expectation of 0.5.
+    0 is the item with the fewest training interactions, 1 the one with the most; an even choice expects 0.5.
     """
     from scipy import stats
 
@@ -283,33 +306,27 @@ def shuffled(evaluation: Evaluation, seed: int, keep_last: int = 0) -> Evaluatio
     """
     if keep_last < 0:
         raise InputError(f"parameter 'keep_last' is {keep_last}: expected 0 or more interactions")
-    histories = evaluation.histories
-    lengths = histories.lengths
+    old, lengths = evaluation.histories, evaluation.histories.lengths
     ends = np.cumsum(lengths)
     row = np.repeat(np.arange(len(lengths)), lengths)
     within = np.arange(len(row)) - np.repeat(ends - lengths, lengths)
-    items = histories.items[histories.places()]
     key = np.random.default_rng(seed).random(len(row))
     kept = within >= lengths[row] - keep_last
     key[kept] = 1.0 + within[kept]  # after all others, in their order
-    order = np.lexsort((key, row))
-    return Evaluation(Histories(items[order], ends - lengths, ends), evaluation.targets)
+    items = old.items[old.places()][np.lexsort((key, row))]
+    return Evaluation(Histories(items, ends - lengths, ends), evaluation.targets)
 
 
-# ------------------------------------------------------------------------------------------------
-# The power law of loss against size, L(N) = E + A N^-alpha: its fit, its band, and what it predicts.
-#
-# The form is that of Kaplan et al. 2020 (arXiv 2001.08361, section 1.2) with the floor E of Hoffmann et al.
-# 2022 (arXiv 2203.15556, section 3.3), which Zhang et al. 2023 (arXiv 2311.11351) fit to recommendation.
-# For each exponent of a grid E and A are a linear least-squares problem, so the fit needs no start and
-# finds the minimum of the grid; both are kept non-negative.
+# -- the power law of loss against size ----------------------------------------------------------------------
+# L(N) = E + A N^-alpha, the form of Kaplan et al. 2020 (arXiv 2001.08361, section 1.2) with the floor E of
+# Hoffmann et al. 2022 (arXiv 2203.15556, section 3.3), which Zhang et al. 2023 (arXiv 2311.11351) fit to
+# recommendation. For each exponent of a grid E and A are a linear least-squares problem, so the fit needs no
+# start and finds the minimum of the grid; both are kept non-negative.
 #
 # Shapes: S sizes, B bootstrap draws, G exponents of the grid.
 
 EXPONENTS = np.geomspace(0.005, 3.0, 600)  # (G,)
-
 MIN_SIZES = 4  # three parameters are fitted
-
 SAMPLES = 2000  # bootstrap draws
 
 
@@ -355,7 +372,9 @@ def fit(sizes: Any, losses: Any) -> Law:
 def resampled(losses: Sequence[Sequence[float]], samples: int = SAMPLES, seed: int = 0) -> np.ndarray:
     """Return means (B, S) of seeds drawn with replacement, for each size apart."""
     rng = np.random.default_rng(seed)
-    drawn = [np.asarray(one)[rng.integers(len(one), size=(samples, len(one)))].mean(1) for one in losses]
+    drawn = [
+        np.asarray(seeds)[rng.integers(len(seeds), size=(samples, len(seeds)))].mean(1) for seeds in losses
+    ]
     return np.stack(drawn, axis=1)
 
 
@@ -367,20 +386,36 @@ def predict(by_size: Mapping[float, Sequence[float]], size: float, samples: int 
     that leaves too few. The noise of the predicted run's own seeds is in none of them.
     """
     sizes = np.array(sorted(by_size))
-    means = np.array([np.mean(by_size[one]) for one in sizes])
+    means = np.array([np.mean(by_size[each]) for each in sizes])
     law = fit(sizes, means)
-    found: dict[str, Any] = {"floor": law.floor, "factor": law.factor, "exponent": law.exponent}
-    found |= {"predicted": float(law(size)), "residual": float(np.abs(law(sizes) - means).max())}
-    found |= dict.fromkeys(("low", "high", "without_low", "without_high", "exponent_low", "exponent_high"))
-    if max(len(seeds) for seeds in by_size.values()) > 1:
-        laws = fit(sizes, resampled([by_size[one] for one in sizes], samples))
-        found["low"], found["high"] = (float(v) for v in np.percentile(laws([size]), (2.5, 97.5)))
-        ends = np.percentile(laws.exponent, (2.5, 97.5))
-        found["exponent_low"], found["exponent_high"] = (float(v) for v in ends)
+    result: dict[str, Any] = {"floor": law.floor, "factor": law.factor, "exponent": law.exponent}
+    result |= {"predicted": float(law(size)), "residual": float(np.abs(law(sizes) - means).max())}
+    result |= dict.fromkeys(("low", "high", "without_low", "without_high", "exponent_low", "exponent_high"))
+    laws = _resampled_laws(by_size, samples)
+    if laws is not None:
+        result["low"], result["high"] = np.percentile(laws([size]), (2.5, 97.5)).tolist()
+        result["exponent_low"], result["exponent_high"] = np.percentile(laws.exponent, (2.5, 97.5)).tolist()
     if len(sizes) > MIN_SIZES:
         others = [float(fit(np.delete(sizes, i), np.delete(means, i))(size)) for i in range(len(sizes))]
-        found["without_low"], found["without_high"] = min(others), max(others)
-    return found
+        result["without_low"], result["without_high"] = min(others), max(others)
+    return result
+
+
+def band(by_size: Mapping[float, Sequence[float]], sizes: Any, samples: int = SAMPLES) -> np.ndarray | None:
+    """Return the 95 % band (2, S) of the law at `sizes`, over resampled seeds; None where it has none.
+
+    At the predicted size it is `low` and `high` of `predict`.
+    """
+    laws = _resampled_laws(by_size, samples) if len(by_size) >= MIN_SIZES else None
+    return None if laws is None else np.percentile(laws(sizes), (2.5, 97.5), axis=0)
+
+
+def _resampled_laws(by_size: Mapping[float, Sequence[float]], samples: int) -> Law | None:
+    """Return the laws through means of resampled seeds; None where no size has two."""
+    sizes = sorted(by_size)
+    if max(len(seeds) for seeds in by_size.values()) < 2:
+        return None
+    return fit(sizes, resampled([by_size[size] for size in sizes], samples))
 
 
 def naive(sizes: Any, losses: Any, size: float) -> dict[str, float]:
@@ -390,39 +425,3 @@ def naive(sizes: Any, losses: Any, size: float) -> dict[str, float]:
     """
     slope, start = np.polyfit(np.log(np.asarray(sizes, dtype=np.float64)), losses, 1)
     return {"last": float(losses[-1]), "line": float(start + slope * np.log(size))}
-
-
-def band(by_size: Mapping[float, Sequence[float]], sizes: Any, samples: int = SAMPLES) -> np.ndarray | None:
-    """Return the 95 % band (2, S) of the law at `sizes`, over resampled seeds; None where it has none.
-
-    At the predicted size it is `low` and `high` of `predict`.
-    """
-    measured = sorted(by_size)
-    if len(measured) < MIN_SIZES or max(len(seeds) for seeds in by_size.values()) < 2:
-        return None
-    laws = fit(measured, resampled([by_size[one] for one in measured], samples))
-    return np.percentile(laws(sizes), (2.5, 97.5), axis=0)
-
-
-class Interval(NamedTuple):
-    """A mean with its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def bootstrap(values: np.ndarray, samples: int = 2000, seed: int = 0) -> Interval:
-    """Return the mean of per-user values (U,) with its 95 % percentile interval over resampled users.
-
-    For a paired comparison give the per-user differences; for several seeds give each user's mean over seeds.
-    """
-    values = np.asarray(values, dtype=np.float64)
-    if np.ptp(values) == 0:
-        return Interval(float(values.mean()), float(values.mean()), float(values.mean()))
-    from scipy import stats  # here: takes longer to import than torch
-
-    found = stats.bootstrap(
-        (values,), np.mean, n_resamples=samples, batch=100, method="percentile", rng=seed
-    ).confidence_interval
-    return Interval(float(values.mean()), float(found.low), float(found.high))

@@ -6,7 +6,7 @@ question first. The page shows the answer and folds the others; the notebook pri
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,14 +29,12 @@ from reclib.report.tables import (
     RATES,
     TASK_NAMES,
     Record,
-    by_arm,
     interval_text,
     model_name,
-    rate_check,
     sweep_of,
 )
 
-Found = Mapping[str, Sequence[Record]]  # the records of one dataset, by name
+Results = Mapping[str, Sequence[Record]]  # the records of one dataset, by name
 
 
 @dataclass(frozen=True)
@@ -44,18 +42,14 @@ class Chapter:
     """A notebook's short title, what its records say, and the figure that shows most of it."""
 
     title: str
-    findings: Callable[[Found], list[str]]
+    findings: Callable[[Results], list[str]]
     lead: str = ""  # name of a figure; "" for the first
-
-    def answer(self, found: Found) -> str:
-        """Return the first sentence, "" where the records say nothing."""
-        return next(iter(self.findings(found)), "")
 
 
 def sentences(notebook: str, records: Iterable[Record]) -> list[str]:
     """Return what the records of one notebook and dataset say, the answer first."""
     chapter = CHAPTERS.get(notebook)
-    return chapter.findings(by_name(records)) if chapter else []
+    return chapter.findings(_by(records, lambda record: record["name"])) if chapter else []
 
 
 def text(notebook: str, *records: Record) -> str:
@@ -63,21 +57,31 @@ def text(notebook: str, *records: Record) -> str:
     return "\n".join(f"- {sentence}" for sentence in sentences(notebook, records))
 
 
-def by_name(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """Return records by the name of the result, in their order."""
+def _by(records: Iterable[Record], key: Callable[[Record], Any]) -> dict[str, list[Record]]:
+    """Return records by a name of theirs, in their order."""
     named: dict[str, list[Record]] = {}
     for record in records:
-        named.setdefault(str(record["name"]), []).append(record)
+        named.setdefault(str(key(record)), []).append(record)
     return named
 
 
-def _first(found: Found, name: str) -> Mapping[str, Any]:
+def _model(record: Record) -> str:
+    return str(record["own_params"]["model"])
+
+
+def _first(results: Results, name: str) -> Mapping[str, Any]:
     """Return the metrics of the first record of a name, empty without one."""
-    return found[name][0]["metrics"] if found.get(name) else {}
+    return results[name][0]["metrics"] if results.get(name) else {}
 
 
 def _claim(metrics: Mapping[str, Any]) -> Claim:
     return claim(metrics["difference"], metrics["adjusted_p"], (metrics["seeds"], metrics["reference_seeds"]))
+
+
+def _by_claim(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """Return comparisons by what may be claimed of them, the claims in their order."""
+    by_claim = _by(records, lambda record: _claim(record["metrics"]))
+    return {word: by_claim[word] for word in get_args(Claim) if word in by_claim}
 
 
 def _place(records: Sequence[Record]) -> str:
@@ -92,109 +96,80 @@ def _seeds(count: float) -> str:
 # -- 01 ------------------------------------------------------------------------------------------------------
 
 
-def _of_data(found: Found) -> list[str]:
-    kept, lengths, popularity = (
-        _first(found, name) for name in ("preparation", "sequence_lengths", "item_popularity")
-    )
-    again, ties, last, cold = (
-        _first(found, name) for name in ("repeats", "tied_timestamps", "last_items", "cold")
-    )
+# Names of records, and what is said of their metrics where all of them are there.
+_DATA = {
+    "preparation": "{interactions:,} of {source_interactions:,} interactions are left, of {users:,} users "
+    "with {items:,} items.",
+    "sequence_lengths": "Histories have {min_length:,} to {max_length:,} interactions, {mean_length:.0f} on "
+    "average, half of them at most {median_length:.0f}; {longer_than_200_share:.1%} are longer than 200.",
+    "item_popularity": "The most popular tenth of the items holds {top_tenth_share:.0%} of all interactions "
+    "(Gini {gini:.2f}).",
+    "repeats": "{repeat_target_share:.1%} of the test targets are items that the user had before.",
+    "tied_timestamps last_items": "{tied_interaction_share:.0%} of interactions share their timestamp with "
+    "another of the same user, and for {last_item_by_tie_rule_share:.0%} of the users only the order of rows "
+    "decides which item is the test target.",
+    "cold": "Split by time, {global_time_unseen_user_share:.0%} of the test rows are of users that training "
+    "never saw, and {global_time_unseen_item_share:.1%} ask for an item that it never saw; by leave-one-out "
+    "{leave_one_out_unseen_item_share:.1%} do.",
+}
+
+
+def _of_data(results: Results) -> list[str]:
     sentences = []
-    if kept:
-        sentences.append(
-            f"{kept['interactions']:,} of {kept['source_interactions']:,} interactions are left, of "
-            f"{kept['users']:,} users with {kept['items']:,} items."
-        )
-    if lengths:
-        sentences.append(
-            f"Histories have {lengths['min_length']:,} to {lengths['max_length']:,} interactions, "
-            f"{lengths['mean_length']:.0f} on average, half of them at most {lengths['median_length']:.0f}; "
-            f"{lengths['longer_than_200_share']:.1%} are longer than 200."
-        )
-    if popularity:
-        sentences.append(
-            f"The most popular tenth of the items holds {popularity['top_tenth_share']:.0%} of all "
-            f"interactions (Gini {popularity['gini']:.2f})."
-        )
-    if again:
-        share = again["repeat_target_share"]
-        sentences.append(f"{share:.1%} of the test targets are items that the user had before.")
-    if ties and last:
-        sentences.append(
-            f"{ties['tied_interaction_share']:.0%} of interactions share their timestamp with another of the "
-            f"same user, and for {last['last_item_by_tie_rule_share']:.0%} of the users only the order of "
-            "rows decides which item is the test target."
-        )
-    if "global_time_unseen_user_share" in cold:
-        sentences.append(
-            f"Split by time, {cold['global_time_unseen_user_share']:.0%} of the test rows are of users that "
-            f"training never saw, and {cold['global_time_unseen_item_share']:.1%} ask for an item that it "
-            f"never saw; by leave-one-out {cold['leave_one_out_unseen_item_share']:.1%} do."
-        )
+    for names, text in _DATA.items():
+        metrics: dict[str, Any] = {}
+        for name in names.split():
+            metrics |= _first(results, name)
+        with contextlib.suppress(KeyError):
+            sentences.append(text.format(**metrics))
     return sentences
 
 
 # -- 02 ------------------------------------------------------------------------------------------------------
 
 
-def _of_baseline(found: Found) -> list[str]:
+def _of_baseline(results: Results) -> list[str]:
     """Say whether the reference beats what counts, then HR@10 of all models, comparisons and seeds."""
-    scored = [r for r in found.get("test_metrics", []) if "hr@10" in r["metrics"]]
+    scored = [r for r in results.get("test_metrics", []) if "hr@10" in r["metrics"]]
     models: dict[str, Mapping[str, Any]] = {}
     for record in sorted(scored, key=lambda r: r.get("seed") is None):  # the mean over seeds has none
         models[(record.get("own_params") or {}).get("model") or "bert4rec"] = record["metrics"]
     if not models:
         return []
-    compared = [
-        r
-        for r in found.get("comparison", [])
-        if r["own_params"]["model"] in models and r["own_params"]["against"] in models
-    ]
     best_first = sorted(models, key=lambda name: -models[name]["hr@10"])
     listed = ", ".join(_with_interval(name, models[name]) for name in best_first)
     sentences = [f"HR@10 on {_place(scored)}: {listed}."]
-    by_hits = [r for r in compared if r["own_params"]["metric"] == "hr@10"]
-    if by_hits:
+    compared = [
+        r for r in results.get("comparison", []) if {_model(r), r["own_params"]["against"]} <= models.keys()
+    ]
+    if by_hits := [r for r in compared if r["own_params"]["metric"] == "hr@10"]:
         sentences.insert(0, _verdict(by_hits, models))
-    for record in compared:
-        own = record["own_params"]
+    for own, m in ((r["own_params"], r["metrics"]) for r in compared):
         pair = f"{model_name(own['model'])} minus {model_name(own['against'])}"
-        said = f"{interval_text(record['metrics'])}: {_claim(record['metrics'])}"
-        sentences.append(f"{own['metric'].upper()}, {pair}: {said}.")
-    singles = by_name(
-        dict(r) | {"name": r["own_params"]["model"]} for r in scored if r.get("seed") is not None
-    )
-    for name, runs in singles.items():
+        sentences.append(f"{own['metric'].upper()}, {pair}: {interval_text(m)}: {_claim(m)}.")
+    for name, runs in _by((r for r in scored if r.get("seed") is not None), _model).items():
         values = [r["metrics"]["hr@10"] for r in runs]
-        sentences.append(
-            f"{model_name(name)}: HR@10 over {_seeds(len(runs))} {min(values):.3f} to {max(values):.3f}."
-        )
+        span = f"{min(values):.3f} to {max(values):.3f}"
+        sentences.append(f"{model_name(name)}: HR@10 over {_seeds(len(runs))} {span}.")
     return sentences
 
 
 def _verdict(compared: Sequence[Record], models: Mapping[str, Mapping[str, Any]]) -> str:
     """Say whether the model that the others are compared with beats them, by HR@10."""
-    against, m = compared[0]["own_params"]["against"], compared[0]["metrics"]
-    by_claim: dict[str, list[str]] = {word: [] for word in get_args(Claim)}
-    for record in compared:
-        by_claim[_claim(record["metrics"])].append(record["own_params"]["model"])
     parts = []
-    for word, names in by_claim.items():
-        rated = sorted(((models[name]["hr@10"], name) for name in names), reverse=True)
-        if rated:
-            parts.append(f"{word}: {', '.join(f'{model_name(name)} {value:.3f}' for value, name in rated)}")
-    counting = [r for r in compared if r["own_params"]["model"] in BASELINES]
-    claims = {_claim(r["metrics"]) for r in counting}
-    verdict = ""
-    if counting and claims == {"worse"}:
+    for word, records in _by_claim(compared).items():
+        rated = sorted(((models[_model(r)]["hr@10"], _model(r)) for r in records), reverse=True)
+        parts.append(f"{word}: {', '.join(f'{model_name(name)} {value:.3f}' for value, name in rated)}")
+    claims = {_claim(r["metrics"]) for r in compared if _model(r) in BASELINES}
+    verdict = "is not shown to beat every counting baseline; " if claims else ""
+    if claims == {"worse"}:
         verdict = "beats every counting baseline; "
     elif "better" in claims:
         verdict = "does not beat every counting baseline; "
-    elif counting:
-        verdict = "is not shown to beat every counting baseline; "
+    against, seeds = compared[0]["own_params"]["against"], compared[0]["metrics"]["reference_seeds"]
     return (
         f"On {_place(compared)} {_with_interval(against, models[against])} (HR@10) {verdict}over "
-        f"{_seeds(m['reference_seeds'])}, corrected, against it: {'; '.join(parts)}."
+        f"{_seeds(seeds)}, corrected, against it: {'; '.join(parts)}."
     )
 
 
@@ -208,34 +183,24 @@ def _with_interval(model: str, metrics: Mapping[str, Any]) -> str:
 # -- 03 ------------------------------------------------------------------------------------------------------
 
 
-def _of_scaling(found: Found) -> list[str]:
+def _of_scaling(results: Results) -> list[str]:
     """Say whether a larger model ranks better, then what the law predicted and what came."""
-    curves = found.get("learning_curve", [])
-    sentences = []
-    metric = "valid_ndcg@10"
-    widths = by_name(
-        dict(r) | {"name": r["own_params"]["model"]}
-        for r in curves
-        if sweep_of(r["own_params"]["model"]) == "width" and metric in r["metrics"]
-    )
+    curves, metric = results.get("learning_curve", []), "valid_ndcg@10"
+    widths = _by((r for r in curves if sweep_of(_model(r)) == "width" and metric in r["metrics"]), _model)
     sizes = sorted(widths, key=lambda name: (widths[name][0]["metrics"]["non_embedding"], name))
+    sentences = []
     if len(sizes) > 1:
-        small, large = sizes[0], sizes[-1]
-        ends = [[r["metrics"][metric] for r in widths[name]] for name in (small, large)]
-        word = "Not told apart"
-        if max(ends[0]) < min(ends[1]):
-            word = "Yes"
-        elif min(ends[0]) > max(ends[1]):
-            word = "No"
-        few = min(map(len, ends)) < statistics.MIN_SEEDS
-        count = f"; {_seeds(min(map(len, ends)))}, too few for a claim" if few else ""
+        small, large = ([r["metrics"][metric] for r in widths[name]] for name in (sizes[0], sizes[-1]))
+        word = "No" if min(small) > max(large) else "Not told apart"
+        word = "Yes" if max(small) < min(large) else word
+        seeds = min(len(small), len(large))
+        count = f"; {_seeds(seeds)}, too few for a claim" if seeds < statistics.MIN_SEEDS else ""
         sentences.append(
-            f"{word} on {_place(curves)}: NDCG@10 on validation is {np.mean(ends[0]):.3f} for {small} and "
-            f"{np.mean(ends[1]):.3f} for {large}, the largest{count}."
+            f"{word} on {_place(curves)}: NDCG@10 on validation is {np.mean(small):.3f} for {sizes[0]} and "
+            f"{np.mean(large):.3f} for {sizes[-1]}, the largest{count}."
         )
-    if found.get("prediction"):
-        records = [*curves, *found["prediction"]]
-        sentences += [line.strip() for line in _of_the_law(outcome(records))]
+    if results.get("prediction"):
+        sentences += _of_the_law(outcome([*curves, *results["prediction"]]))
     return sentences
 
 
@@ -247,24 +212,20 @@ def outcome(rows: Iterable[Mapping[str, Any]], name: str | None = None) -> dict[
     what the same points say without a law (`statistics.naive`). A run counts only if it carries the hash of
     that prediction.
     """
+    keys = ("prediction", "measured", "seeds", "first", "error", "relative_error", "naive")
+    result: dict[str, Any] = dict.fromkeys(keys)
     rows = [row for row in rows if name is None or (row.get("data") or {}).get("name") == name]
+    curves = [row for row in rows if row["name"] == "learning_curve"]
+    by_law = _by(curves, lambda row: (row.get("configuration") or {}).get("prediction"))
     predictions = sorted((row for row in rows if row["name"] == "prediction"), key=lambda row: row["time"])
-    result: dict[str, Any] = dict.fromkeys(
-        ("prediction", "measured", "seeds", "first", "error", "relative_error", "naive")
-    )
     if not predictions:
         return result
-    curves = [row for row in rows if row["name"] == "learning_curve"]
-    carried = [(row.get("configuration") or {}).get("prediction") for row in curves]
-    held = [row for row in predictions if row["params_hash"] in carried] or predictions
-    newest = result["prediction"] = held[-1]
-    points = newest.get("series") or {}
+    newest = ([row for row in predictions if row["params_hash"] in by_law] or predictions)[-1]
+    result["prediction"], points = newest, newest.get("series") or {}
     if len(points.get("loss", ())) > 1:
-        result["naive"] = statistics.naive(
-            points["non_embedding"], points["loss"], newest["own_params"]["size"]
-        )
-    runs = [row for row, law in zip(curves, carried, strict=True) if law == newest["params_hash"]]
-    if runs:
+        size = newest["own_params"]["size"]
+        result["naive"] = statistics.naive(points["non_embedding"], points["loss"], size)
+    if runs := by_law.get(newest["params_hash"], []):
         measured = float(np.mean([row["metrics"]["lowest_valid_loss"] for row in runs]))
         gap = newest["metrics"]["predicted"] - measured
         result |= {"measured": measured, "seeds": len(runs), "first": min(row["time"] for row in runs)}
@@ -278,133 +239,125 @@ def scaling_findings(
     """Return sentences on a grid: the law and its error, what does not scale, is undertrained or `absent`."""
     if not rows:
         return [f"- {name}: no run is committed yet."]
-    table = by_arm(rows)
-    best = str(table["loss"].idxmin())
-    hours = table["hours"].sum()
-    said = [
+    table = tables.by_arm(rows)
+    best, sizes = str(table["loss"].idxmin()), table["non_embedding"]
+    start = (
         f"- {name}: {len(rows)} runs of {len(table)} configurations, {int(table['trained_tokens'].max()):,} "
-        f"tokens each at most, {hours:.1f} hours of a machine that did other work beside it; lowest mean "
-        f"loss {table['loss'].min():.3f} nats, with {best} ({int(table['non_embedding'][best]):,} of "
-        f"{int(table['non_embedding'].max()):,} non-embedding parameters at most)."
-    ]
-    said += _of_the_law(outcome)
-    parts = [_of_width(table), _of_depth_and_tables(table), _of_rates(rows), _of_purchase(table)]
-    said += [f"  {line}" for line in itertools.chain(*parts)]
+        f"tokens each at most, {table['hours'].sum():.1f} hours of a machine that did other work beside it; "
+        f"lowest mean loss {table['loss'].min():.3f} nats, with {best} "
+        f"({sizes[best]:,} of {sizes.max():,} non-embedding parameters at most)."
+    )
     late = table.index[table["late_drop"] > LATE]
-    said.append(f"  Undertrained (over {LATE} nats fell in the last fifth): {', '.join(late) or 'none'}.")
     risen = [f"{arm} ({up:+.3f})" for arm, up in table["risen"].items() if up > LATE]
-    said.append(f"  Loss risen again at the end, in nats above its lowest: {', '.join(risen) or 'none'}.")
     few = [f"{arm} ({int(n)})" for arm, n in table["seeds"].items() if n < 3 and "rate" not in str(arm)]
-    said.append(f"  Fewer than three seeds: {', '.join(few) or 'none'}.")
-    if absent:
-        said.append(f"  Not trained yet, of the file: {', '.join(absent)}.")
-    return said
+    lines = [
+        *_of_the_law(outcome),
+        *_of_width(table),
+        *_of_depth_and_tables(table),
+        *_of_rates(rows),
+        *_of_purchase(table),
+        f"Undertrained (over {LATE} nats fell in the last fifth): {', '.join(late) or 'none'}.",
+        f"Loss risen again at the end, in nats above its lowest: {', '.join(risen) or 'none'}.",
+        f"Fewer than three seeds: {', '.join(few) or 'none'}.",
+        *([f"Not trained yet, of the file: {', '.join(absent)}."] if absent else []),
+    ]
+    return [start, *(f"  {line}" for line in lines)]
 
 
 def _of_the_law(outcome: Mapping[str, Any]) -> list[str]:
-    one = outcome["prediction"]
-    if one is None:
-        return ["  No law yet: its sizes are not all trained, and nothing is predicted."]
-    m, own = one["metrics"], one["own_params"]
+    """Say what the law is, what it predicts, how sure of it, and what was measured."""
+    if (prediction := outcome["prediction"]) is None:
+        return ["No law yet: its sizes are not all trained, and nothing is predicted."]
+    m, own, measured = prediction["metrics"], prediction["own_params"], outcome["measured"]
     band = "no band, since no size had two seeds"
     if m["low"] is not None:
         band = f"{m['low']:.3f} to {m['high']:.3f} over resampled seeds"
     target = f"{own['of']} ({own['size']:,} non-embedding parameters; {band})"
-    if m["factor"] < 1e-9:
-        said = [
-            f"  No power of the size: the loss does not fall. {m['predicted']:.3f} nats predicted for "
-            f"{target}."
-        ]
-    else:
+    lines = [
+        f"No power of the size: the loss does not fall. {m['predicted']:.3f} nats predicted for {target}."
+    ]
+    if m["factor"] >= 1e-9:
         formula = f"{m['floor']:.3f} + {m['factor']:.3g} N^-{m['exponent']:.3f}"
-        said = [f"  Law {formula}; it predicts {m['predicted']:.3f} nats for {target}."]
+        lines = [f"Law {formula}; it predicts {m['predicted']:.3f} nats for {target}."]
         if m.get("exponent_low") is not None:
-            said.append(
-                f"  The exponent itself is known to {m['exponent_low']:.2f} to {m['exponent_high']:.2f} "
+            lines.append(
+                f"The exponent itself is known to {m['exponent_low']:.2f} to {m['exponent_high']:.2f} "
                 "only: the law says where the next size lands, not where the loss ends."
             )
     if m.get("without_low") is not None:
-        said.append(
-            f"  Without any one size it says {m['without_low']:.3f} to {m['without_high']:.3f}: "
+        lines.append(
+            f"Without any one size it says {m['without_low']:.3f} to {m['without_high']:.3f}: "
             "how far the fit hangs on a single point."
         )
-    if outcome["measured"] is None:
-        return [*said, f"  {own['of']} is not measured yet; its record will carry {one['params_hash']}."]
+    if measured is None:
+        carried = f"its record will carry {prediction['params_hash']}"
+        return [*lines, f"{own['of']} is not measured yet; {carried}."]
     error = f"error {outcome['error']:+.3f} nats ({outcome['relative_error']:+.1%})"
-    place = ""
     if m["low"] is not None:
-        place = ", inside the band" if m["low"] <= outcome["measured"] <= m["high"] else ", outside the band"
-    said.append(f"  Measured {outcome['measured']:.3f} over {outcome['seeds']} seed(s): {error}{place}.")
+        error += f", {'inside' if m['low'] <= measured <= m['high'] else 'outside'} the band"
+    lines.append(f"Measured {measured:.3f} over {outcome['seeds']} seed(s): {error}.")
     if naive := outcome.get("naive"):
-        said.append(
-            "  The same points without a law: no gain over the last of them misses by "
-            f"{naive['last'] - outcome['measured']:+.3f} nats, a straight line in log N by "
-            f"{naive['line'] - outcome['measured']:+.3f}."
+        lines.append(
+            "The same points without a law: no gain over the last of them misses by "
+            f"{naive['last'] - measured:+.3f} nats, a straight line in log N by "
+            f"{naive['line'] - measured:+.3f}."
         )
-    return said
+    return lines
 
 
 def _of_width(table: pd.DataFrame) -> list[str]:
     """Say what each step in width took off the loss, and where the seeds' ranges do not part."""
     arms = [str(arm) for arm in table.index if sweep_of(str(arm)) == "width"]
-    steps: dict[str, list[str]] = {metric: [] for metric in ("loss", "ndcg@10", "hr@10") if metric in table}
-    same: dict[str, list[str]] = {metric: [] for metric in steps}
-    against = []
-    for small, large in itertools.pairwise(arms):
-        a, b = table.loc[small], table.loc[large]
-        both = f"{small} and {large}"
-        for metric in steps:
-            steps[metric].append(f"{b[metric] - a[metric]:+.4f}")
-            if not _parted(a, b, metric):
-                same[metric].append(both)
-        if "ndcg@10" in steps and (b["loss"] - a["loss"]) * (b["ndcg@10"] - a["ndcg@10"]) > 0:
-            against.append(both)
     if len(arms) < 2:
         return []
-    names = {metric: metric.upper() if "@" in metric else f"{metric} (nats)" for metric in steps}
-    overlap = [f"{names[metric]}: {', '.join(found) or 'none'}" for metric, found in same.items()]
-    changes = [f"{names[metric]} {', '.join(found)}" for metric, found in steps.items()]
+    changes, same, against = [], [], []
+    pairs = [(f"{a} and {b}", table.loc[a], table.loc[b]) for a, b in pairwise(arms)]
+    for metric in (metric for metric in ("loss", "ndcg@10", "hr@10") if metric in table):
+        name = metric.upper() if "@" in metric else f"{metric} (nats)"
+        changes.append(f"{name} {', '.join(f'{b[metric] - a[metric]:+.4f}' for _, a, b in pairs)}")
+        overlap = [both for both, a, b in pairs if not _parted(a, b, metric)]
+        same.append(f"{name}: {', '.join(overlap) or 'none'}")
+        if metric == "ndcg@10":
+            against = [both for both, a, b in pairs if (b["loss"] - a["loss"]) * (b[metric] - a[metric]) > 0]
     return [
         f"Width, {' to '.join(arms)}, step by step: {'; '.join(changes)}.",
-        f"Neighbours whose seeds' ranges overlap, so that the step is not told apart: {'; '.join(overlap)}.",
+        f"Neighbours whose seeds' ranges overlap, so that the step is not told apart: {'; '.join(same)}.",
         f"Neighbours of which the one with the lower loss ranks worse: {', '.join(against) or 'none'}.",
     ]
 
 
 def _of_depth_and_tables(table: pd.DataFrame) -> list[str]:
     """Say what depth at fixed tables and a second table gave, against the arm that they vary."""
-    said = []
+    lines = []
     for arm in map(str, table.index):
         kind = sweep_of(arm)
         base = arm.removesuffix(" untied") if kind == "untied tables" else f"{arm.split('d')[0]}d2"
-        if kind not in ("depth", "untied tables") or base not in table.index:
-            continue
-        a, b = table.loc[base], table.loc[arm]
-        parted = "" if _parted(a, b, "loss") else ", ranges of seeds overlap"
-        ranked = f", NDCG@10 {b['ndcg@10'] - a['ndcg@10']:+.4f}" if "ndcg@10" in table else ""
-        said.append(f"{arm} against {base}: {b['loss'] - a['loss']:+.3f} nats{ranked}{parted}.")
-    return said
+        if kind in ("depth", "untied tables") and base in table.index:
+            a, b = table.loc[base], table.loc[arm]
+            parted = "" if _parted(a, b, "loss") else ", ranges of seeds overlap"
+            ranked = f", NDCG@10 {b['ndcg@10'] - a['ndcg@10']:+.4f}" if "ndcg@10" in table else ""
+            lines.append(f"{arm} against {base}: {b['loss'] - a['loss']:+.3f} nats{ranked}{parted}.")
+    return lines
 
 
 def _of_rates(rows: Sequence[Record]) -> list[str]:
     """Say whether the rule for the learning rate held where it was checked."""
-    said = []
-    for arm, one in rate_check(rows).iterrows():
-        best = min(RATES, key=lambda name: one[name])
-        held = "the rule's is the best of the three" if best == "rule" else f"{best} of it is better by"
-        lost = "" if best == "rule" else f" {one['lost']:.3f} nats"
-        said.append(
-            f"Learning rate at {arm}, {int(one['seeds'])} seed(s): half {one['half']:.3f}, rule "
-            f"{one['rule']:.3f}, twice {one['twice']:.3f} nats; {held}{lost} "
-            f"(the rule's seeds lie {one['range']:.3f} apart)."
-        )
-        ranked = [one[f"ndcg@10 {name}"] for name in RATES]
-        if not any(map(math.isnan, ranked)):
-            top = list(RATES)[ranked.index(max(ranked))]
-            shown = ", ".join(f"{name} {value:.4f}" for name, value in zip(RATES, ranked, strict=True))
+    lines = []
+    for arm, row in tables.rate_check(rows).iterrows():
+        best = min(RATES, key=lambda name: row[name])
+        held = f"{best} of it is better by {row['lost']:.3f} nats"
+        held = "the rule's is the best of the three" if best == "rule" else held
+        losses = ", ".join(f"{name} {row[name]:.3f}" for name in RATES)
+        line = f"Learning rate at {arm}, {int(row['seeds'])} seed(s): {losses} nats; {held} "
+        line += f"(the rule's seeds lie {row['range']:.3f} apart)."
+        ranked = {name: row[f"ndcg@10 {name}"] for name in RATES}
+        if not any(map(math.isnan, ranked.values())):
+            top = max(RATES, key=lambda name: ranked[name])
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in ranked.items())
             agreed = "as the loss says" if top == best else f"the loss says {best}"
-            said[-1] += f" NDCG@10 {shown}: highest with {top}, {agreed}."
-    return said
+            line += f" NDCG@10 {shown}: highest with {top}, {agreed}."
+        lines.append(line)
+    return lines
 
 
 def _of_purchase(table: pd.DataFrame) -> list[str]:
@@ -412,29 +365,27 @@ def _of_purchase(table: pd.DataFrame) -> list[str]:
 
     Arms with too few seeds for a claim, and those of other rates, are left out.
     """
-    kept = [arm for arm in table.index if sweep_of(str(arm)) != "other learning rate"]
-    kept = [arm for arm in kept if statistics.enough([table["seeds"][arm]])]
+    sweeps = table.index.map(lambda arm: sweep_of(str(arm)))
+    enough = [statistics.enough([seeds]) for seeds in table["seeds"]]
+    kept = table[(sweeps != "other learning rate") & enough].sort_values("TFLOP", kind="stable")
     if len(kept) < 2 or "ndcg@10" not in table:
         return []
-    there = table.loc[kept].sort_values("TFLOP", kind="stable")
-    best = str(there["ndcg@10"].idxmax())
-    top = there.loc[best]
-    cheap = next(str(arm) for arm, one in there.iterrows() if not _parted(one, top, "ndcg@10"))
-    said = f"What to buy, by NDCG@10 on validation, of those with {statistics.MIN_SEEDS} seeds: "
-    said += f"{best} ranks best ({top['ndcg@10']:.4f}); "
-    if cheap == best:
-        said += "no cheaper one has a seed that reaches its worst."
+    best = kept.iloc[int(kept["ndcg@10"].argmax())]
+    cheap = next(row for _, row in kept.iterrows() if not _parted(row, best, "ndcg@10"))
+    line = f"What to buy, by NDCG@10 on validation, of those with {statistics.MIN_SEEDS} seeds: "
+    line += f"{best.name} ranks best ({best['ndcg@10']:.4f}); "
+    if cheap.name == best.name:
+        line += "no cheaper one has a seed that reaches its worst."
     else:
-        one = there.loc[cheap]
-        share = one["TFLOP"] / top["TFLOP"]
-        said += f"the cheapest not told apart is {cheap} ({one['ndcg@10']:.4f}), at {share:.0%} of its FLOPs."
-    widths = there[[sweep_of(str(arm)) == "width" for arm in there.index]]
+        share = cheap["TFLOP"] / best["TFLOP"]
+        line += f"the cheapest not told apart is {cheap.name} ({cheap['ndcg@10']:.4f}), "
+        line += f"at {share:.0%} of its FLOPs."
+    widths = kept[[sweep_of(str(arm)) == "width" for arm in kept.index]]
     if len(widths) > 1:
         first, last = widths.iloc[0], widths.iloc[-1]
         gain = (last["ndcg@10"] - first["ndcg@10"]) / math.log2(last["TFLOP"] / first["TFLOP"])
-        span = f"From {widths.index[0]} to {widths.index[-1]}"
-        said += f" {span} a doubling of training FLOPs is worth {gain:+.4f}."
-    return [said]
+        line += f" From {first.name} to {last.name} a doubling of training FLOPs is worth {gain:+.4f}."
+    return [line]
 
 
 def _parted(a: Any, b: Any, metric: str) -> bool:
@@ -445,55 +396,55 @@ def _parted(a: Any, b: Any, metric: str) -> bool:
 
 def size_findings(steps: pd.DataFrame, named: Collection[str]) -> list[str]:
     """Return a sentence for each device of the table of `real_steps`, and on the sizes that it lacks."""
-    said = [] if len(steps) else [f"- Steps of the named sizes: not measured yet: {', '.join(named)}."]
-    for device, part in steps.groupby("device") if len(steps) else ():
+    if steps.empty:
+        return [f"- Steps of the named sizes: not measured yet: {', '.join(named)}."]
+    lines = []
+    for device, part in steps.groupby("device"):
         shown = [
-            f"{size} {one['step s']:.2f} s, {one['peak GB']:.1f} GB at peak, {one[FLOOR]:.2f} times its floor"
-            for size, one in part.iterrows()
+            f"{size} {row['step s']:.2f} s, {row['peak GB']:.1f} GB at peak, {row[FLOOR]:.2f} times its floor"
+            for size, row in part.iterrows()
         ]
         absent = [name for name in named if name not in part.index]
         last = f" Not measured there: {', '.join(absent)}." if absent else ""
-        said.append(
+        lines.append(
             f"- Steps of the named sizes at their own catalogues, {device}: {'; '.join(shown)}.{last}"
         )
-    return said
+    return lines
 
 
 def tuning_findings(records: Sequence[Record], study: str) -> list[str]:
     """Return sentences on a study: its trials, what it chose, what mattered, what is left anew."""
-    mine = [r for r in records if r["data"]["name"] == study]
-    trials = [r for r in mine if r["name"] == "trial"]
+    results = _by((r for r in records if r["data"]["name"] == study), lambda record: record["name"])
+    trials = results.get("trial", [])
     if not trials:
         return [f"- {study}: no trial is committed yet."]
     pruned = sum(r["own_params"]["state"] == "pruned" for r in trials)
-    said = [f"- {study}: {len(trials)} trials, {pruned} of them pruned."]
-    chosen = [r for r in mine if r["name"] == "tuning"]
-    if chosen:
-        newest = max(chosen, key=lambda r: str(r["time"]))
+    lines = [f"- {study}: {len(trials)} trials, {pruned} of them pruned."]
+    if results.get("tuning"):
+        newest = max(results["tuning"], key=lambda r: str(r["time"]))
         own, value = newest["own_params"], newest["metrics"]["valid_ndcg@10"]
         drawn = ", ".join(f"{k} {v:.3g}" for k, v in own.items() if k not in ("study", "trial"))
-        said[0] += f" The best, trial {own['trial']}, has NDCG@10 {value:.4f} on validation: {drawn}."
+        lines[0] += f" The best, trial {own['trial']}, has NDCG@10 {value:.4f} on validation: {drawn}."
         shares = dict(zip(*(newest["series"].get(k, ()) for k in ("field", "share")), strict=True))
         if shares:
             first = max(shares, key=lambda name: shares[name])
-            said.append(f"  What mattered most among the whole trials: {first} ({shares[first]:.0%}).")
-    for one in (r for r in mine if r["name"] == "validation_difference"):
-        m = one["metrics"]
-        said.append(
+            lines.append(f"  What mattered most among the whole trials: {first} ({shares[first]:.0%}).")
+    for m in (record["metrics"] for record in results.get("validation_difference", [])):
+        lines.append(
             f"  Trained anew, {m['seeds']} seeds, NDCG@10 on validation: default {m['base']:.4f}, tuned "
             f"{m['value']:.4f}, {interval_text(m)}; single seeds {m['seed_low']:+.4f} to "
             f"{m['seed_high']:+.4f}."
         )
-    for one in (r for r in mine if r["name"] == "comparison" and r["own_params"]["model"] == "tuned"):
-        m, metric = one["metrics"], one["own_params"]["metric"].upper()
-        claimed = _claim(m)
-        said.append(
+    for record in (r for r in results.get("comparison", []) if _model(r) == "tuned"):
+        m, metric = record["metrics"], record["own_params"]["metric"].upper()
+        lines.append(
             f"  Test {metric}, tuned against default: {interval_text(m)}, adjusted p {m['adjusted_p']:.3f}: "
-            f"{claimed} (it could have seen {m['detectable']:.3f}; scored {one['earlier']} times before)."
+            f"{_claim(m)} (it could have seen {m['detectable']:.3f}; scored {record['earlier']} times "
+            "before)."
         )
-    if not any(r["name"] == "comparison" for r in mine):
-        said.append("  Not compared with the default yet: nothing of it is a result.")
-    return said
+    if not results.get("comparison"):
+        lines.append("  Not compared with the default yet: nothing of it is a result.")
+    return lines
 
 
 def beside_sizes(records: Sequence[Record], study: str) -> list[str]:
@@ -505,63 +456,53 @@ def beside_sizes(records: Sequence[Record], study: str) -> list[str]:
     if not tuned:
         return []
     value, data = tuned[-1]["metrics"]["value"], tuned[-1]["data"]["fingerprint"]
-    curves = [r for r in records if r["name"] == "learning_curve" and r["data"]["fingerprint"] == data]
-    grid: dict[str, list[float]] = {}
-    for row in (r for r in curves if r["data"]["name"].startswith("scaling-")):
-        name = str(row["own_params"]["model"])
-        if " " not in name:  # arms of the recipe itself
-            grid.setdefault(name, []).append(row["metrics"]["valid_ndcg@10"])
-    means = {name: sum(values) / len(values) for name, values in grid.items()}
+    curves = (r for r in records if r["name"] == "learning_curve" and r["data"]["fingerprint"] == data)
+    grid = _by((r for r in curves if r["data"]["name"].startswith("scaling-")), _model)
+    means = {  # of the recipe itself
+        name: sum(r["metrics"]["valid_ndcg@10"] for r in runs) / len(runs)
+        for name, runs in grid.items()
+        if " " not in name
+    }
     above = [f"{name} ({mean:.4f})" for name, mean in means.items() if mean >= value]
-    if not means:
-        return []
-    return [
+    line = (
         f"  Of {len(means)} sizes trained by one recipe on the same data, those that rank validation as well "
-        f"as the tuned settings do ({value:.4f}): {', '.join(above) or 'none'}."
-    ]
+    )
+    return [f"{line}as the tuned settings do ({value:.4f}): {', '.join(above) or 'none'}."] if means else []
 
 
 # -- 04 ------------------------------------------------------------------------------------------------------
 
 
-def _of_speed(found: Found) -> list[str]:
+def _of_speed(results: Results) -> list[str]:
     """Say what less work gave, then what precision and compiling do, each against the plain step."""
-    rungs = sorted(
-        (r for r in found.get("ladder", []) if r["timings"].get("step_seconds")),
-        key=lambda r: r["own_params"]["rung"],
+    timed = [r for r in results.get("ladder", []) if r["timings"].get("step_seconds")]
+    rungs = sorted(timed, key=lambda r: r["own_params"]["rung"])
+    names, seconds = (
+        [r[of][key] for r in rungs] for of, key in (("own_params", "name"), ("timings", "step_seconds"))
     )
     sentences = []
     if len(rungs) > 1:
-        first, best = rungs[0], min(rungs, key=lambda r: r["timings"]["step_seconds"])
-        factor = first["timings"]["step_seconds"] / best["timings"]["step_seconds"]
-        names = (first["own_params"]["name"], best["own_params"]["name"])
+        best = int(np.argmin(seconds))
+        factor, where = seconds[0] / seconds[best], rungs[0]["label"]
         sentences.append(
-            f"From the {names[0]} to “{names[1]}” a step is {factor:.1f} times faster ({first['label']})."
+            f"From the {names[0]} to “{names[best]}” a step is {factor:.1f} times faster ({where})."
         )
-    steps = [r for r in found.get("step", []) if r["kind"] == "measured"]
+    steps = [r for r in results.get("step", []) if r["kind"] == "measured"]
     sentences += _rates(steps)
-    for before, after in pairwise(rungs):
-        faster, whole = (
-            r["timings"]["step_seconds"] / after["timings"]["step_seconds"] for r in (before, rungs[0])
-        )
+    for place in range(1, len(rungs)):
+        faster, whole = seconds[place - 1] / seconds[place], seconds[0] / seconds[place]
         sentences.append(
-            f"{after['own_params']['name']}: {faster:.2f} times the speed of the rung before, "
-            f"{whole:.1f} times that of the {rungs[0]['own_params']['name']}."
+            f"{names[place]}: {faster:.2f} times the speed of the rung before, {whole:.1f} times that of the "
+            f"{names[0]}."
         )
-    for record in steps:
-        own, took = record["own_params"], record["timings"]
+    for own, took in ((r["own_params"], r["timings"]) for r in steps):
         if own.get("ran_compile_mode", "off") != "off" and took.get("compile_seconds"):
             paid = took.get("break_even_steps")
-            sentences.append(
-                f"{own['compile_mode']} in {own['precision']}: compiling took "
-                f"{took['compile_seconds']:.1f} s and "
-                f"{f'has paid after {paid:,} steps' if paid else 'never pays'}."
-            )
-    gaps = {
-        r["own_params"]["precision"]: r["timings"]["largest_gap"]
-        for r in found.get("loss_curve", [])
-        if r["timings"].get("largest_gap") is not None
-    }
+            pays = f"has paid after {paid:,} steps" if paid else "never pays"
+            start = f"{own['compile_mode']} in {own['precision']}: compiling took"
+            sentences.append(f"{start} {took['compile_seconds']:.1f} s and {pays}.")
+    curves = [r for r in results.get("loss_curve", []) if r["timings"].get("largest_gap") is not None]
+    gaps = {r["own_params"]["precision"]: r["timings"]["largest_gap"] for r in curves}
     if gaps:
         listed = ", ".join(f"{name} {value:.1e}" for name, value in gaps.items())
         sentences.append(f"Largest relative difference of a step's loss: {listed}.")
@@ -570,107 +511,89 @@ def _of_speed(found: Found) -> list[str]:
 
 def _rates(steps: Sequence[Record]) -> list[str]:
     """Return the rate in fp32, eager, and of every other variant of that batch as a multiple of it."""
-    rates: dict[int, dict[tuple[str, str], float]] = {}
-    for record in steps:
-        own, rate = record["own_params"], record["timings"].get("sequences_per_second")
+    batches: dict[int, dict[str, float]] = {}
+    for own, rate in ((r["own_params"], r["timings"].get("sequences_per_second")) for r in steps):
         if rate:
-            rates.setdefault(own["batch_size"], {})[own["precision"], own["compile_mode"]] = rate
-    plain = ("fp32", "off")
+            mode = "" if own["compile_mode"] == "off" else f" compiled ({own['compile_mode']})"
+            batches.setdefault(own["batch_size"], {})[own["precision"] + mode] = rate
     sentences = []
-    for batch in sorted((batch for batch in rates if plain in rates[batch]), reverse=True):
-        others = {
-            precision if mode == "off" else f"{precision} compiled ({mode})": rate / rates[batch][plain]
-            for (precision, mode), rate in rates[batch].items()
-            if (precision, mode) != plain
-        }
-        listed = ", ".join(f"{name} {share:.2f}" for name, share in sorted(others.items(), key=_by_share))
-        start = f"fp32 eager on {_place(steps).split(' (')[0]} at batch {batch}: {rates[batch][plain]:,.0f}"
-        sentences.append(f"{start} sequences/s" + (f"; as multiples of it: {listed}." if listed else "."))
+    for batch, rates in sorted(batches.items(), reverse=True):
+        if plain := rates.pop("fp32", None):
+            shares = sorted(((name, rate / plain) for name, rate in rates.items()), key=lambda pair: -pair[1])
+            listed = ", ".join(f"{name} {share:.2f}" for name, share in shares)
+            start = f"fp32 eager on {_place(steps).split(' (')[0]} at batch {batch}: {plain:,.0f} sequences/s"
+            sentences.append(start + (f"; as multiples of it: {listed}." if listed else "."))
     return sentences
-
-
-def _by_share(pair: tuple[str, float]) -> float:
-    return -pair[1]
 
 
 # -- 05 ------------------------------------------------------------------------------------------------------
 
 
-def _of_adapters(found: Found) -> list[str]:
+def _of_adapters(results: Results) -> list[str]:
     """Say whether the user's gate helps, then accuracy, every comparison and what a step costs."""
-    compared = [r for r in found.get("gate_comparison", []) if r["own_params"]["metric"] == "ndcg@10"]
-    means = [r for r in found.get("adaptation", []) if r.get("seed") is None]
-    sentences, details = [], []
+    compared = [r for r in results.get("gate_comparison", []) if r["own_params"]["metric"] == "ndcg@10"]
+    means = [r for r in results.get("adaptation", []) if r.get("seed") is None]
+    verdicts, details = [], []
     for task, name in TASK_NAMES.items():
         rows = [r for r in compared if r["own_params"]["task"] == task]
         if rows:
-            sentences.append(_gate_verdict(rows, name))
-        by_claim: dict[str, list[str]] = {}
-        for record in rows:
-            by_claim.setdefault(_claim(record["metrics"]), []).append(
-                ARM_NAMES[record["own_params"]["model"]]
+            verdicts.append(_gate_verdict(rows, name))
+            claims = _by_claim(rows).items()
+            listed = "; ".join(
+                f"{word}: {', '.join(ARM_NAMES[_model(r)] for r in some)}" for word, some in claims
             )
-        parts = [f"{word}: {', '.join(by_claim[word])}" for word in get_args(Claim) if word in by_claim]
-        if parts:
-            listed = "; ".join(parts)
             details.append(f"{name[:1].upper()}{name[1:]}, NDCG@10 against iLoRA, corrected: {listed}.")
-        arms = {r["own_params"]["model"]: r["metrics"] for r in means if r["own_params"]["task"] == task}
+        arms = {_model(r): r["metrics"] for r in means if r["own_params"]["task"] == task}
         if arms:
             best = max(arms, key=lambda arm: arms[arm]["ndcg@10"])
-            others = [
-                f"{ARM_NAMES[arm]} {arms[arm]['ndcg@10']:.4f}" for arm in ("none", "ilora") if arm in arms
-            ]
-            details.append(
-                f"{name}: best is {ARM_NAMES[best]}, NDCG@10 {arms[best]['ndcg@10']:.4f}; "
-                f"{', '.join(others)}."
-            )
+            shown = {arm: f"{ARM_NAMES[arm]}, NDCG@10 {m['ndcg@10']:.4f}" for arm, m in arms.items()}
+            others = [shown[arm].replace(", NDCG@10", "") for arm in ("none", "ilora") if arm in arms]
+            details.append(f"{name}: best is {shown[best]}; {', '.join(others)}.")
             new = [f"{ARM_NAMES[arm]} {m['hr@10_new']:.3f}" for arm, m in arms.items() if m.get("hr@10_new")]
             details.append(f"{name}: HR@10 on new items above 0: {', '.join(new) or 'no arm'}.")
-    for record in compared:
-        m, own = record["metrics"], record["own_params"]
+    for own, m in ((r["own_params"], r["metrics"]) for r in compared):
         details.append(
             f"{TASK_NAMES[own['task']]}, {ARM_NAMES[own['model']]} against iLoRA: {_claim(m)}, "
             f"{interval_text(m)}; one comparison alone finds {m['detectable']:.4f} four times in five."
         )
-    sentences = [" ".join(sentences)] if sentences else []
-    return [*sentences, *_adapter_steps(found.get("adapter_step", [])), *details]
+    answer = [" ".join(verdicts)] if verdicts else []
+    return [*answer, *_adapter_steps(results.get("adapter_step", [])), *details]
 
 
 def _gate_verdict(rows: Sequence[Record], task: str) -> str:
     """Say whether iLoRA differs from LoRA and from its own controls, and what would have been seen."""
-    rivals = {r["own_params"]["model"]: r["metrics"] for r in rows}
-    rivals = {arm: rivals[arm] for arm in ("lora", *CONTROLS) if arm in rivals}
+    arms = {_model(r): r["metrics"] for r in rows}
+    rivals = {arm: arms[arm] for arm in ("lora", *CONTROLS) if arm in arms}
     if not rivals:
         return f"{task}: iLoRA's controls were not run."
-    claims = [_claim(m) for m in rivals.values()]
-    largest = max(abs(m["difference"]) for m in rivals.values())
-    seen = max(m["detectable"] for m in rivals.values())
+    claims = {arm: _claim(m) for arm, m in rivals.items()}
     controls = [ARM_NAMES[arm].removeprefix("iLoRA, ") for arm in rivals if arm != "lora"]
     names = f"LoRA and {len(controls)} control{'s' * (len(controls) != 1)} ({', '.join(controls)})"
-    if all(word == "worse" for word in claims):
+    if set(claims.values()) == {"worse"}:
         return f"Yes, {task}: iLoRA beats {names} (NDCG@10, corrected)."
-    if "too few seeds" in claims:
+    if "too few seeds" in claims.values():
         return f"Not known, {task}: too few seeds to compare iLoRA with {names}."
-    if "better" not in claims and "worse" not in claims:
+    if not {"better", "worse"} & set(claims.values()):
+        largest = max(abs(m["difference"]) for m in rivals.values())
+        seen = max(m["detectable"] for m in rivals.values())
         return (
             f"No, {task}: {names} are within {largest:.4f} NDCG@10 of iLoRA, where a difference of "
             f"{seen:.4f} would have been seen."
         )
-    listed = ", ".join(f"{ARM_NAMES[arm]} {_claim(m)}" for arm, m in rivals.items())
+    listed = ", ".join(f"{ARM_NAMES[arm]} {word}" for arm, word in claims.items())
     return f"Not shown, {task}: against iLoRA {listed}."
 
 
 def _adapter_steps(records: Sequence[Record]) -> list[str]:
     """Say what a step of iLoRA takes, as multiples of the steps that it was paired with."""
     sentences = []
-    for record in records:
-        own, took = record["own_params"], record["timings"]
+    for own, took in ((r["own_params"], r["timings"]) for r in records if _model(r) == "ilora"):
         parts = []
         for other, name in (("lora", "LoRA"), ("full", "full fine-tuning"), ("ilora", "eager iLoRA")):
-            if own["model"] == "ilora" and took.get(ratio := f"over_{other}"):
-                ends = [took.get(f"{ratio}_{end}") for end in ("low", "high")]
-                spread = f" ({ends[0]:.2f} to {ends[1]:.2f})" if None not in ends else ""
-                parts.append(f"{took[ratio]:.2f} times that of {name}{spread}")
+            if ratio := took.get(f"over_{other}"):
+                low, high = (took.get(f"over_{other}_{end}") for end in ("low", "high"))
+                spread = "" if low is None or high is None else f" ({low:.2f} to {high:.2f})"
+                parts.append(f"{ratio:.2f} times that of {name}{spread}")
         if parts:
             mode = "eager" if own["compile_mode"] == "off" else f"compiled ({own['compile_mode']})"
             sentences.append(f"A step of iLoRA in {own['precision']}, {mode}, takes {', '.join(parts)}.")
@@ -680,23 +603,19 @@ def _adapter_steps(records: Sequence[Record]) -> list[str]:
 # -- 06 to 08 ------------------------------------------------------------------------------------------------
 
 
-def of_devices(found: Found) -> list[str]:
+def of_devices(results: Results) -> list[str]:
     """Say of each size where it fits, the fastest GPU for it, and what an epoch costs at a stated price."""
-    steps = [r for r in found.get("hardware_step", []) if r["kind"] == "predicted"]
-    boards = [
-        r for r in steps if (r["own_params"].get("rule"), r["own_params"].get("status")) == ("open", "ok")
-    ]
+    steps = [r for r in results.get("hardware_step", []) if r["kind"] == "predicted"]
+    plans = [r for r in steps if {"rule": "open", "status": "ok"}.items() <= r["own_params"].items()]
     sentences = []
-    for size in dict.fromkeys(r["own_params"]["size"] for r in boards):
-        rows = [r for r in boards if r["own_params"]["size"] == size]
+    for size, rows in _by(plans, lambda record: record["own_params"]["size"]).items():
         best = max(rows, key=lambda r: r["timings"]["sequences_per_second"])
         low, high = (best["timings"][f"epoch_seconds_{end}"] for end in ("low", "high"))
         sentence = (
             f"{size}: fits on {len({r['own_params']['device'] for r in rows})} boards; fastest "
             f"{best['own_params']['device']}, an epoch in {low:.0f} to {high:.0f} s (predicted, unvalidated)."
         )
-        priced = [r for r in rows if r["timings"].get("cost_per_epoch") is not None]
-        if priced:
+        if priced := [r for r in rows if r["timings"].get("cost_per_epoch") is not None]:
             cheap = min(priced, key=lambda r: r["timings"]["cost_per_epoch"])
             cost, where = cheap["timings"]["cost_per_epoch"], cheap["own_params"]["device"]
             sentence += f" Cheapest at the stated prices: {where}, {cost:.3g} an epoch."
@@ -714,28 +633,24 @@ def planner_errors() -> list[str]:
     ]
 
 
-def _of_devices_and_plans(found: Found) -> list[str]:
-    sentences = of_devices(found)
-    steps = [*found.get("hardware_step", []), *found.get("real_size_step", [])]
+def _of_devices_and_plans(results: Results) -> list[str]:
+    steps = [*results.get("hardware_step", []), *results.get("real_size_step", [])]
+    if not steps:
+        return []
     timed = {tables.device_of(r) for r in steps if r["kind"] == "measured"}
-    if steps:
-        sentences.append(f"Measured on {', '.join(sorted(timed)) or 'no device'}.")
-        sentences += planner_errors()
-    return sentences
+    measured = f"Measured on {', '.join(sorted(timed)) or 'no device'}."
+    return [*of_devices(results), measured, *planner_errors()]
 
 
-def _of_plans(found: Found) -> list[str]:
+def _of_plans(results: Results) -> list[str]:
     """Say where the run that was asked for fits, the fastest GPU for it, and what the plans rest on."""
-    plans = found.get("plan", [])
+    plans = results.get("plan", [])
     boards = [r for r in plans if r["metrics"].get("fits") is not None]
     if not boards:
         return []
-    fit = [r for r in boards if r["metrics"]["fits"]]
-    own = boards[0]["own_params"]
-    sentences = [
-        f"{own['size']} at a batch of {own['batch_size']:,} fits on {len(fit)} of {len(boards)} GPUs "
-        "(predicted)."
-    ]
+    fit, own = [r for r in boards if r["metrics"]["fits"]], boards[0]["own_params"]
+    run = f"{own['size']} at a batch of {own['batch_size']:,}"
+    sentences = [f"{run} fits on {len(fit)} of {len(boards)} GPUs (predicted)."]
     for basis in ("validated", "unvalidated"):
         sentences.append(f"{sum(r['own_params']['basis'] == basis for r in plans)} plans are {basis}.")
     if fit:
@@ -746,12 +661,11 @@ def _of_plans(found: Found) -> list[str]:
     return sentences
 
 
-def _of_audit(found: Found) -> list[str]:
-    tally = {verdict: count for verdict, count in _first(found, "audit_verdicts").items() if count}
-    if not tally:
-        return []
+def _of_audit(results: Results) -> list[str]:
+    tally = {verdict: count for verdict, count in _first(results, "audit_verdicts").items() if count}
     listed = ", ".join(f"{verdict} {count}" for verdict, count in sorted(tally.items()))
-    return [f"Of {sum(tally.values())} published claims that arithmetic can check: {listed}."]
+    start = f"Of {sum(tally.values())} published claims that arithmetic can check"
+    return [f"{start}: {listed}."] if tally else []
 
 
 CHAPTERS: dict[str, Chapter] = {

@@ -1,4 +1,4 @@
-"""Figures of speed: pure functions from a table of records to a `go.Figure`, as in `figures`."""
+"""Figures of speed, devices, plans and claimed rates: pure functions from a table to a `go.Figure`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from reclib import hardware
 from reclib.cost import planner
@@ -19,197 +18,155 @@ from reclib.report import style
 from reclib.report.style import (
     BLUE,
     GREEN,
-    HEIGHT,
     INK,
     MUTED,
     ORANGE,
     PALETTE,
-    TEMPLATE,
-    bar,
-    categories,
+    at,
     interval,
-    line,
     log_axis,
-    marker,
-    note,
-    sentence,
-    words_beside,
+    panels,
+    single,
 )
+
+SIZES = ("nano", "tiny", "small", "medium", "5m", "85m", "130m", "430m")
+CLOSE = 1.05  # a claim is met within 5 %, as in `audit`
+
+_DEVICE_ROW, _MEMORY_ROW = 26, 60  # pixels of a device, and of the bar of memory
+_LEAST = 0.01  # share of a step below which a part is no row of its own
+_PUBLISHED = {"85 M": "85m", "130 M": "130m", "429 M": "430m"}  # by its wall clock, from the slides
+_PARTS = ("weights", "16-bit weights", "gradients", "optimizer", "activations", "logits", planner.RUN)
+_COLORS = dict(zip(_PARTS, (*PALETTE, MUTED), strict=True))
+_NAMES = {"optimizer": "optimiser", planner.RUN: "no tensors"}  # interpreter and libraries, or CUDA's context
+_LEGEND = style.BESIDE | {"traceorder": "normal"}
+
+
+# -- one device ----------------------------------------------------------------------------------------------
 
 
 def step_time(rows: pd.DataFrame) -> go.Figure:
     """Median step with quartiles, and peak memory, by precision, compile mode and batch size."""
     rows = rows.sort_values(["batch_size", "precision", "compile_mode"], kind="stable")
-    absent, rows = rows[rows["status"] == "not applicable"], rows[rows["status"] != "not applicable"]
-    names = _variant(rows)
-    figure = make_subplots(cols=2, shared_yaxes=True, horizontal_spacing=0.06)
-    figure.update_layout(template=TEMPLATE, showlegend=False)
-    seconds = _column(rows, "step_seconds")
-    timed = seconds.notna()
-    for (kind, _), part in rows[timed].groupby(["kind", "batch_size"]):
-        color = PALETTE[sorted(rows["batch_size"].unique()).index(part["batch_size"].iloc[0]) % len(PALETTE)]
-        figure.add_scatter(
-            x=part["step_seconds"] * 1e3,
-            y=names[part.index],
-            mode="markers",
-            marker=marker(str(kind), color),
-            error_x=interval(part, "step_seconds", color, 1e3),
-            customdata=part["sequences_per_second"],
-            hovertemplate="%{y}: %{x:.2f} ms, %{customdata:,.0f} sequences/s<extra></extra>",
-            row=1,
-            col=1,
-        )
-        figure.add_bar(
-            x=_memory(part) / 2**20,
-            y=names[part.index],
-            orientation="h",
-            marker=bar(str(kind), color),
-            hovertemplate="%{y}: %{x:,.0f} MiB<extra></extra>",
-            row=1,
-            col=2,
-        )
-    words_beside(figure, names[~timed], rows["status"][~timed].replace("oom", "out of memory").astype(str))
-    figure.update_xaxes(title_text="median step, bar: quartiles (ms)", rangemode="tozero", row=1, col=1)
-    figure.update_xaxes(title_text="peak of tensors in a step (MiB)", rangemode="tozero", row=1, col=2)
-    categories(figure, list(dict.fromkeys(names)))
+    names = _variants(rows)
+    applies = rows["status"] != "not applicable"
+    absent, names, rows = names[~applies], names[applies], rows[applies]
+    figure = panels(2, spacing=0.06, shared_yaxes=True)
+    timed, batches = style.column(rows, "step_seconds").notna(), sorted(rows["batch_size"].unique())
+    memory = style.column(rows, "peak_tensor_bytes").fillna(style.column(rows, "peak_memory_bytes")) / 2**20
+    for (_, batch), part in rows[timed].groupby(["kind", "batch_size"]):
+        color, label = PALETTE[batches.index(batch) % len(PALETTE)], names[part.index]
+        ends: dict[str, Any] = {"error_x": interval(part, "step_seconds", color, 1e3)}
+        ends |= {"customdata": part["sequences_per_second"]}
+        hover = "%{y}: %{x:.2f} ms, %{customdata:,.0f} sequences/s"
+        figure.dots(part, part["step_seconds"] * 1e3, label, color, hover, **ends, **at(1, 1))
+        figure.bars(part, memory[part.index], label, color, "%{y}: %{x:,.0f} MiB", **at(1, 2))
+    words = rows["status"][~timed].replace("oom", "out of memory").astype(str)
+    figure.words_beside(names[~timed], words)
+    figure.update_xaxes(title_text="median step, bar: quartiles (ms)", rangemode="tozero", **at(1, 1))
+    figure.update_xaxes(title_text="peak of tensors in a step (MiB)", rangemode="tozero", **at(1, 2))
+    figure.categories(list(dict.fromkeys(names)))
     if len(absent):
-        note(figure, f"not applicable on this device: {'; '.join(dict.fromkeys(_variant(absent)))}")
-    best = _extreme(rows, "sequences_per_second") if timed.any() else None
+        figure.note(f"not applicable on this device: {'; '.join(dict.fromkeys(absent))}")
     title = "No variant could be timed"
-    if best is not None:
-        title = f"Fastest: {_said(best)} with {best['sequences_per_second']:,.0f} sequences/s"
+    if timed.any():
+        rates = style.column(rows, "sequences_per_second")
+        fastest = int(np.nanargmax(rates))
+        title = f"Fastest: {names.iloc[fastest]} with {rates.iloc[fastest]:,.0f} sequences/s"
     return figure.update_layout(title_text=title)
 
 
 def step_ladder(rows: pd.DataFrame) -> go.Figure:
     """A waterfall from the seed study's step to the last rung, on a logarithmic scale: length is factor."""
     rows = rows.sort_values("rung").reset_index(drop=True)
-    timed = rows[_column(rows, "step_seconds").notna()].reset_index(drop=True)
-    figure = go.Figure(layout={"template": TEMPLATE})
+    timed = rows[style.column(rows, "step_seconds").notna()].reset_index(drop=True)
+    figure = single()
     if timed.empty:
         return _nothing(figure, "No rung could be timed")
     after = timed["step_seconds"] * 1e3
     before = after.shift(1)
     colors = np.where(before.isna(), MUTED, np.where(after <= before, GREEN, ORANGE))
-    start = float(after.min()) / 2  # a logarithmic axis has no zero to stand on
-    base = before.fillna(start)
-    factor = (before / after).map(lambda x: "" if np.isnan(x) else f"{x:.2f} times the speed")
+    start, end = float(after.min()) / 2, float(after.max()) * 3  # a logarithmic axis has no zero to stand on
+    base, hover = before.fillna(start), "%{y}: %{customdata[0]:.3g} ms (%{customdata[1]})"
     for kind in timed["kind"].unique():
-        mine = timed["kind"] == kind
-        for color in dict.fromkeys(colors[mine]):
-            chosen = mine & (colors == color)
-            figure.add_bar(
-                base=base[chosen],
-                x=(after - base)[chosen],
-                y=timed["name"][chosen],
-                orientation="h",
-                customdata=np.stack([after[chosen], timed["change"][chosen].fillna("")], 1),
-                hovertemplate="%{y}: %{customdata[0]:.3g} ms (%{customdata[1]})<extra></extra>",
-                marker=bar(str(kind), str(color)),
-            )
+        for color in dict.fromkeys(colors[timed["kind"] == kind]):
+            chosen = (timed["kind"] == kind) & (colors == color)
+            more = {
+                "base": base[chosen],
+                "customdata": np.stack([after, timed["change"].fillna("")], 1)[chosen],
+            }
+            figure.bars(timed[chosen], (after - base)[chosen], "name", str(color), hover, **more)
     ends = np.maximum(base, after)  # on the right of each bar: on the left stand the names
-    for name, ms, said, end in zip(timed["name"], after, factor, ends, strict=True):
-        text = f"{ms:,.4g} ms  {said}"
-        figure.add_annotation(x=np.log10(end), y=name, text=text, xanchor="left", showarrow=False)
+    for name, ms, was, right in zip(timed["name"], after, before, ends, strict=True):
+        factor = "" if np.isnan(was) else f"{was / ms:.2f} times the speed"
+        figure.text(f"{ms:,.4g} ms  {factor}", np.log10(right), name, xanchor="left")
     figure.update_xaxes(
         title_text="median step (ms, log scale); green: shorter, orange: longer than the rung above",
-        **log_axis([start, 3 * float(after.max())], most=9),
-        range=[np.log10(start), np.log10(float(after.max()) * 3)],
+        **log_axis([start, end], most=9),
+        range=[np.log10(start), np.log10(end)],
     )
-    categories(figure, list(timed["name"]))
-    gain = after.iloc[0] / after.min()
-    best = timed["name"].iloc[int(np.argmin(after))]
-    return figure.update_layout(
-        showlegend=False,
-        barmode="overlay",
-        title_text=f"From the {timed['name'][0]} to “{best}” a step is {gain:,.1f} times faster",
-    )
+    figure.categories(list(timed["name"]))
+    best, gain = timed["name"].iloc[int(np.argmin(after))], after.iloc[0] / after.min()
+    title = f"From the {timed['name'][0]} to “{best}” a step is {gain:,.1f} times faster"
+    return figure.update_layout(showlegend=False, barmode="overlay", title_text=title)
 
 
 def operators(rows: pd.DataFrame) -> go.Figure:
     """Own time of the operators of one eager step."""
-    figure = go.Figure(
-        go.Bar(
-            x=rows["seconds"] * 1e3,
-            y=rows["operator"],
-            orientation="h",
-            text=rows["share"].map("{:.0%}".format),
-            textposition="auto",
-            customdata=rows["calls"],
-            hovertemplate="%{y}: %{x:.3f} ms in %{customdata:.0f} calls<extra></extra>",
-            marker=bar(rows["kind"].iloc[0], BLUE),
-        ),
-        layout={"template": TEMPLATE},
-    )
+    figure, hover = single(), "%{y}: %{x:.3f} ms in %{customdata:.0f} calls"
+    more = {"text": rows["share"].map("{:.0%}".format), "textposition": "auto", "customdata": rows["calls"]}
+    figure.bars(rows, rows["seconds"] * 1e3, "operator", BLUE, hover, **more)
     figure.update_xaxes(title_text="own time per step (ms)")
-    categories(figure, list(rows["operator"]))
-    top = _extreme(rows[rows["operator"] != "all others"], "seconds")
-    return figure.update_layout(
-        title_text=f"{top['operator']} takes {top['share']:.0%} of a step's own time",
-    )
+    figure.categories(list(rows["operator"]))
+    top = style.extreme(rows[rows["operator"] != "all others"], "seconds")
+    title = f"{top['operator']} takes {top['share']:.0%} of a step's own time"
+    return figure.update_layout(title_text=title)
 
 
 def compile_cost(rows: pd.DataFrame) -> go.Figure:
     """Seconds by steps done, eager and compiled: where the lines cross, compiling has paid."""
-    figure = go.Figure(layout={"template": TEMPLATE})
-    timed = rows[_column(rows, "step_seconds").notna()]
+    figure = single()
+    timed = rows[style.column(rows, "step_seconds").notna()]
     compiled = timed[timed["ran_compile_mode"] != "off"] if len(timed) else timed
     if compiled.empty:
         return _nothing(figure, "Nothing was compiled on this device", rows["kind"].iloc[0])
-    one = _extreme(compiled, "step_seconds", -1)
-    same = timed[(timed["precision"] == one["precision"]) & (timed["batch_size"] == one["batch_size"])]
-    pays = _column(same, "break_even_steps").dropna()
-    last = max(100.0, 2 * pays.max()) if len(pays) else 5 * one["compile_seconds"] / one["step_seconds"]
+    best = compiled.iloc[int(compiled["step_seconds"].argmin())]
+    same = timed[(timed["precision"] == best["precision"]) & (timed["batch_size"] == best["batch_size"])]
+    pays = style.column(same, "break_even_steps").dropna()
+    last = max(100.0, 2 * pays.max()) if len(pays) else 5 * best["compile_seconds"] / best["step_seconds"]
     steps = np.linspace(0, last, 50)
-    for number, (_, row) in enumerate(same.iterrows()):
-        figure.add_scatter(
-            x=steps,
-            y=row["compile_seconds"] + steps * row["step_seconds"],
-            mode="lines",
-            line=line(row["kind"], PALETTE[number % len(PALETTE)]),
-            name="eager" if row["ran_compile_mode"] == "off" else f"compiled, {row['compile_mode']}",
-            hovertemplate="%{x:,.0f} steps: %{y:.1f} s<extra></extra>",
-        )
+    for number, row in enumerate(same.to_dict("records")):
+        seconds = row["compile_seconds"] + steps * row["step_seconds"]
+        name = "eager" if row["ran_compile_mode"] == "off" else f"compiled, {row['compile_mode']}"
+        color, hover = PALETTE[number % len(PALETTE)], "%{x:,.0f} steps: %{y:.1f} s"
+        figure.path(row["kind"], steps, seconds, color, hover, name=name)
     figure.update_xaxes(title_text="steps", rangemode="tozero")
     figure.update_yaxes(title_text="seconds, compiling included", rangemode="tozero")
-    title = f"Compiling costs {one['compile_seconds']:.0f} s and never pays here"
-    if len(pays):
-        title = f"Compiling costs {one['compile_seconds']:.0f} s and has paid after {pays.min():,.0f} steps"
+    end = f"has paid after {pays.min():,.0f} steps" if len(pays) else "never pays here"
+    title = f"Compiling costs {best['compile_seconds']:.0f} s and {end}"
     return figure.update_layout(showlegend=True, title_text=title)
 
 
 def loss_parity(rows: pd.DataFrame) -> go.Figure:
     """Loss of the same steps in each precision, and its difference to the first."""
-    figure = make_subplots(cols=2, horizontal_spacing=0.14).update_layout(template=TEMPLATE)
+    figure = panels(2, legend=True)
     names = list(dict.fromkeys(rows.sort_values("number")["precision"]))
-    reference = rows[rows["precision"] == names[0]].set_index("step")["loss"]
+    first = rows[rows["precision"] == names[0]].set_index("step")["loss"]
     worst = 0.0
     for number, name in enumerate(names):
-        mine = rows[rows["precision"] == name]
-        gap = mine["loss"].to_numpy() / reference[mine["step"]].to_numpy() - 1
+        part, color = rows[rows["precision"] == name], PALETTE[number % len(PALETTE)]
+        gap = part["loss"].to_numpy() / first[part["step"]].to_numpy() - 1
         worst = max(worst, float(np.abs(gap).max()))
-        for column, y in enumerate((mine["loss"], gap), 1):
-            figure.add_scatter(
-                x=mine["step"],
-                y=y,
-                mode="lines+markers",
-                line=line(str(mine["kind"].iloc[0]), PALETTE[number % len(PALETTE)]),
-                marker={"size": 5},
-                name=name,
-                legendgroup=name,
-                showlegend=column == 1,
-                hovertemplate="step %{x}: %{y:.5g}<extra></extra>",
-                row=1,
-                col=column,
-            )
+        for column, y in enumerate((part["loss"], gap), 1):
+            look: dict[str, Any] = {"mode": "lines+markers", "marker": {"size": 5}, "name": name}
+            look |= {"legendgroup": name, "showlegend": column == 1}
+            figure.path(part, "step", y, color, "step %{x}: %{y:.5g}", **look, **at(1, column))
     figure.update_xaxes(title_text="optimiser step")
-    figure.update_yaxes(title_text="cross-entropy per target (nats)", row=1, col=1)
-    figure.update_yaxes(title_text=f"relative difference to {names[0]}", tickformat=".1~e", row=1, col=2)
+    figure.update_yaxes(title_text="cross-entropy per target (nats)", **at(1, 1))
+    figure.update_yaxes(title_text=f"relative difference to {names[0]}", tickformat=".1~e", **at(1, 2))
     size = f"{worst:.2%}" if worst >= 1e-4 else f"{worst:.1e} of their size"
     title = f"Losses of {', '.join(names)} differ by at most {size}"
-    return figure.update_layout(
-        showlegend=True, title_text=title if len(names) > 1 else f"Loss in {names[0]}"
-    )
+    title = title if len(names) > 1 else f"Loss in {names[0]}"
+    return figure.update_layout(showlegend=True, title_text=title)
 
 
 def published_rates(rows: pd.DataFrame) -> go.Figure:
@@ -217,186 +174,147 @@ def published_rates(rows: pd.DataFrame) -> go.Figure:
     published = reference()
     runs = pd.DataFrame(published["throughput"])
     by_clock = runs["sequences"] / runs["epoch_seconds"]
-    figure = go.Figure(layout={"template": TEMPLATE})
+    figure = single()
     cross = {"symbol": "x-thin", "size": 11, "line": {"color": ORANGE, "width": 2}}
     hollow = {"symbol": "diamond-open", "size": 11, "color": MUTED, "line": {"color": MUTED, "width": 2}}
     series = (("published rate", runs["claimed_per_second"], cross), ("its wall clock", by_clock, hollow))
     for name, values, look in series:
         figure.add_scatter(
-            x=values,
-            y=runs["name"] + f" ({published['device']})",
-            mode="markers",
-            marker=look,
-            name=f"seed study, {name}",
-            customdata=runs["source"],
+            **{"x": values, "y": runs["name"] + f" ({published['device']})", "mode": "markers"},
+            **{"marker": look, "name": f"seed study, {name}", "customdata": runs["source"]},
             hovertemplate="%{y}: %{x:,.0f} sequences/s (%{customdata})<extra></extra>",
         )
-    timed = rows[_column(rows, "sequences_per_second").notna()]
-    if len(timed):
-        best = _extreme(timed, "sequences_per_second")
-        figure.add_scatter(
-            x=[best["sequences_per_second"]],
-            y=[f"here: {best['label']}"],
-            mode="markers",
-            marker=marker(best["kind"], BLUE),
-            name=f"{best['kind']} here, {_said(best)}",
-            hovertemplate="%{y}: %{x:,.0f} sequences/s<extra></extra>",
-        )
-    figure.add_annotation(
-        text="<br>".join(wrap(published["throughput_wrong"].strip(), 120)),
-        **{"xref": "paper", "x": 0, "xanchor": "left", "yref": "paper", "y": -0.26, "yanchor": "top"},
-        align="left",
-        showarrow=False,
-        font={"color": MUTED, "size": 12},
-    )
+    rates = style.column(rows, "sequences_per_second").dropna()
+    if len(rates):
+        best = rows.loc[[rates.idxmax()]]
+        name = f"{best['kind'].iloc[0]} here, {_variants(best).iloc[0]}"
+        label, hover = "here: " + best["label"], "%{y}: %{x:,.0f} sequences/s"
+        figure.dots(best, list(rates[best.index]), list(label), BLUE, hover, name=name)
+    place = {"xref": "paper", "xanchor": "left", "yref": "paper", "yanchor": "top", "align": "left"}
+    wrong = "<br>".join(wrap(published["throughput_wrong"].strip(), 120))
+    figure.text(wrong, 0, -0.26, font={"color": MUTED, "size": 12}, **place)
     figure.update_xaxes(
         title_text="sequences/s (log scale); another device, size and data than here",
-        **log_axis([*runs["claimed_per_second"], *by_clock, *_column(timed, "sequences_per_second")], most=9),
+        **log_axis([*runs["claimed_per_second"], *by_clock, *rates], most=9),
     )
     figure.update_yaxes(autorange="reversed", ticks="")
     worst = (runs["claimed_per_second"] / by_clock).max()
-    return figure.update_layout(
-        height=HEIGHT + 70,
-        margin={"b": 130},
-        showlegend=True,
-        title_text=f"The seed study's rates are up to {worst:.1f} times what its epochs took",
-    )
+    title = f"The seed study's rates are up to {worst:.1f} times what its epochs took"
+    layout = {"height": style.HEIGHT + 70, "margin": {"b": 130}, "showlegend": True}
+    return figure.update_layout(**layout, title_text=title)
 
 
-def _variant(rows: pd.DataFrame) -> pd.Series:
-    return rows.apply(_said, axis=1) if len(rows) else pd.Series([], dtype=object)
+def claimed_rates(rows: pd.DataFrame) -> go.Figure:
+    """Each claimed rate beside what its own epoch time allows, and the factor between them."""
+    rows = rows.assign(claimed=rows["ratio"] * rows["by_clock_per_second"])
+    figure = single()
+    for row in rows.itertuples():
+        ends = [row.by_clock_per_second, row.claimed]
+        figure.path(str(row.kind), ends, [row.model] * 2, MUTED, None, showlegend=False)
+    series = (("allowed by the epoch time", "by_clock_per_second", BLUE), ("claimed", "claimed", ORANGE))
+    for name, column, color in series:
+        figure.dots(rows, column, "model", color, "%{y}: %{x:,.0f} sequences/s", name=name)
+    for row in rows.itertuples():
+        figure.text(f"{row.ratio:.1f} times", 1, row.model, xref="paper", xanchor="right", yshift=14)
+    figure.categories(list(dict.fromkeys(rows["model"])), row_height=46)
+    ticks = log_axis([*rows["claimed"], *rows["by_clock_per_second"]], most=9)
+    figure.update_xaxes(title_text="sequences/s (log scale)", **ticks)
+    wrong = int((rows["ratio"] > CLOSE).sum())
+    title = f"{wrong} of {len(rows)} claimed rates are more than the epoch time allows"
+    title += f", by up to {rows['ratio'].max():.1f} times" if wrong else ""
+    how = "arithmetic on published figures: the sequences of an epoch over its time; nothing was timed here"
+    figure.note(how)
+    return figure.update_layout(title_text=title, showlegend=True)
 
 
-def _said(row: pd.Series) -> str:
-    mode = "eager" if row["compile_mode"] == "off" else row["compile_mode"]
-    return f"{row['precision']}, {mode}, batch {row['batch_size']}"
+def _variants(rows: pd.DataFrame) -> pd.Series:
+    """Return how each row's step was run: precision, compile mode and batch size."""
+    modes = rows["compile_mode"].replace("off", "eager")
+    return rows["precision"] + ", " + modes + ", batch " + rows["batch_size"].astype(str)
 
 
-def _memory(rows: pd.DataFrame) -> pd.Series:
-    return _column(rows, "peak_tensor_bytes").fillna(_column(rows, "peak_memory_bytes"))
-
-
-def _column(rows: pd.DataFrame, name: str) -> pd.Series:
-    found = rows[name] if name in rows else pd.Series(np.nan, rows.index)
-    return pd.to_numeric(found)
-
-
-def _extreme(rows: pd.DataFrame, name: str, sign: int = 1) -> pd.Series:
-    """Return the row with the largest value, with the smallest for sign -1."""
-    return rows.iloc[int(np.nanargmax(sign * _column(rows, name).to_numpy()))]
-
-
-def _nothing(figure: go.Figure, said: str, kind: str = "measured") -> go.Figure:
+def _nothing(figure: style.Chart, why: str, kind: str = "measured") -> go.Figure:
     """Return a figure that says why it is empty."""
-    figure.add_scatter(x=[], y=[], line=line(kind, BLUE))
+    figure.add_scatter(x=[], y=[], line=style.line(kind, BLUE))
     figure.update_xaxes(title_text="steps")
     figure.update_yaxes(title_text="seconds")
-    return figure.update_layout(height=220, title_text=said, showlegend=False)
+    return figure.update_layout(height=220, title_text=why, showlegend=False)
 
 
-# ------------------------------------------------------------------------------------------------
-# Figures of devices side by side: measured solid, predicted hatched, published by others outlined.
-
-DEVICE_ROW_HEIGHT = 26  # pixels of a device
-
-SIZES = ("nano", "tiny", "small", "medium", "5m", "85m", "130m", "430m")
-
-_PUBLISHED = {"85 M": "85m", "130 M": "130m", "429 M": "430m"}  # by its wall clock, from the slides
-
-
-def device_order(rows: pd.DataFrame) -> list[str]:
-    """Return the devices that rows are of: CPUs first, then the catalogue's, as it lists them."""
-    there = set(rows["device"])
-    cpus = sorted(name for name in there if str(name).startswith("cpu"))
-    known = [name for name in hardware.catalogue() if name in there]
-    return cpus + known + sorted(there - set(cpus) - set(known))
-
-
-def named(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return rows whose CPUs have a name: cpu2 of one machine is not cpu2 of another."""
-    device = rows["device"].astype(str)
-    bare = device.str.fullmatch(r"cpu\d*")
-    if "cpu" not in rows or not bare.any():
-        return rows
-    return rows.assign(
-        device=device.where(~bare, device + " " + rows["cpu"].fillna("").astype(str)).str.strip()
-    )
+# -- devices side by side: measured solid, predicted hatched, published by others outlined -------------------
 
 
 def throughput(rows: pd.DataFrame) -> go.Figure:
     """Sequences/s of each size on each device, with the range of each prediction."""
-    rows = closed_or_measured(named(rows))
-    figure, order = _device_panels(rows, "sequences_per_second", 1, "sequences/s")
-    for column, size in enumerate(_sizes(rows), 1):
-        for name, rate in _published(size):
-            figure.add_scatter(
-                **{"x": [rate], "y": ["published"], "mode": "markers", "row": 1, "col": column},
-                marker={"symbol": "square-open", "size": 9, "color": ORANGE, "line": {"width": 2}},
-                hovertemplate=f"seed study, {name}, A100, its wall clock: %{{x:,.0f}}/s<extra></extra>",
-            )
-    best = rows[rows["kind"] == "measured"]
-    title = "Predicted rates by device: nothing was measured here"
-    if len(best):
-        title = f"Measured on {', '.join(sorted(set(best['device'])))}, predicted for everything else"
+    rows = _one_each(_named(rows))
+    figure, sizes, order = _device_panels(rows, "sequences_per_second", 1, "sequences/s")
+    look = {"symbol": "square-open", "size": 9, "color": ORANGE, "line": {"width": 2}}
+    for run in reference()["throughput"]:  # sequences of an epoch over its time
+        if run["source"] == "slides" and (size := _PUBLISHED.get(run["name"])) in sizes:
+            hover = f"seed study, {run['name']}, A100, its wall clock: %{{x:,.0f}}/s<extra></extra>"
+            values = {"x": [run["sequences"] / run["epoch_seconds"]], "y": ["published"], "mode": "markers"}
+            figure.add_scatter(**values, marker=look, hovertemplate=hover, **at(1, sizes.index(size) + 1))
+    measured = sorted(set(rows.loc[rows["kind"] == "measured", "device"]))
+    title = f"Measured on {', '.join(measured)}, predicted for everything else"
+    title = title if measured else "Predicted rates by device: nothing was measured here"
     return _finish(figure, [*order, "published"], title)
 
 
 def memory_by_size(rows: pd.DataFrame) -> go.Figure:
     """Peak memory of each size, and what each device has."""
-    rows = closed_or_measured(named(rows))
-    figure, order = _device_panels(rows, "peak_memory_bytes", GIB, "GiB")
-    boards = [name for name in order if name in hardware.catalogue()]
-    has = [hardware.catalogue()[name].memory_bytes / GIB for name in boards]
-    for column, _ in enumerate(_sizes(rows), 1):
-        figure.add_scatter(
-            **{"x": has, "y": boards, "mode": "markers", "row": 1, "col": column},
-            marker={"symbol": "line-ns", "size": 14, "line": {"width": 2, "color": ORANGE}},
-            hovertemplate="%{y} has %{x:.0f} GiB<extra></extra>",
-        )
+    figure, sizes, order = _device_panels(_one_each(_named(rows)), "peak_memory_bytes", GIB, "GiB")
+    for column, _ in enumerate(sizes, 1):
+        _what_it_has(figure, order, {"size": 14, "line": {"width": 2, "color": ORANGE}}, **at(1, column))
     figure.update_xaxes(**log_axis([0.3, 150], most=4), range=list(np.log10([0.3, 200])))
     return _finish(figure, order, "Peak memory: a mark left of the device's orange line fits")
 
 
+def _what_it_has(figure: style.Chart, devices: list[str], look: dict[str, Any], **trace: Any) -> None:
+    """Mark the memory of the devices that are of the catalogue."""
+    has = {name: board.memory_bytes / GIB for name, board in hardware.catalogue().items() if name in devices}
+    names = [name for name in devices if name in has]
+    figure.add_scatter(
+        **{"x": [has[name] for name in names], "y": names, "mode": "markers"},
+        marker={"symbol": "line-ns"} | look,
+        hovertemplate="%{y} has %{x:.0f} GiB<extra></extra>",
+        **trace,
+    )
+
+
 def roofline(rows: pd.DataFrame) -> go.Figure:
     """FLOP/s over FLOPs per byte moved: each device's roof, and the steps under it."""
-    figure = go.Figure(layout={"template": TEMPLATE})
-    rows = named(rows)
-    rows = rows[rows["rule"].fillna("closed").eq("open") | rows["device"].astype(str).str.startswith("cpu")]
-    rows = rows[rows["bytes_moved"].notna()] if "bytes_moved" in rows else rows.iloc[:0]
-    for number, name in enumerate(device_order(rows)):
-        color, measured = PALETTE[number % len(PALETTE)], name in planner.cpus()
-        mine = rows[rows["device"] == name]
-        if (roof := roof_of(name)) is not None:
+    rows = _named(rows)
+    rows = rows[rows["rule"].fillna("closed").eq("open") | _on_cpu(rows)]
+    rows = rows[style.column(rows, "bytes_moved").notna()]
+    figure = single()
+    for number, name in enumerate(_devices(rows)):
+        color, part = PALETTE[number % len(PALETTE)], rows[rows["device"] == name]
+        if (roof := _roof(name)) is not None:
             x = np.logspace(0, 4, 60)
-            dash = "solid" if measured else "dot" if number >= len(PALETTE) else "dash"
-            style = {"color": color, "width": 1.5, "dash": dash}
-            y = np.minimum(roof[0], roof[1] * x)
-            figure.add_scatter(x=x, y=y, mode="lines", line=style, name=name, hoverinfo="skip")
-        for kind, part in mine.groupby("kind"):
-            figure.add_scatter(
-                x=part["flops"] / part["bytes_moved"],
-                y=part["flops"] / part["step_seconds"],
-                mode="markers",
-                marker=marker(str(kind), color),
-                name=f"{name}, {kind}",
-                customdata=part["size"],
-                hovertemplate=f"{name}, %{{customdata}}: %{{y:.2s}}FLOP/s, {kind}<extra></extra>",
-                showlegend=roof is None,
-            )
+            dash = "dot" if number >= len(PALETTE) else "dash"
+            look = {"width": 1.5, "dash": "solid" if name in planner.cpus() else dash}
+            figure.path("measured", x, np.minimum(roof[0], roof[1] * x), color, None, line=look, name=name)
+        for kind, some in part.groupby("kind"):
+            more = {"name": f"{name}, {kind}", "customdata": some["size"], "showlegend": roof is None}
+            hover = f"{name}, %{{customdata}}: %{{y:.2s}}FLOP/s, {kind}"
+            density, rate = some["flops"] / some["bytes_moved"], some["flops"] / some["step_seconds"]
+            figure.dots(some, density, rate, color, hover, **more)
     figure.update_xaxes(
         type="log", title_text="FLOPs per byte moved through main memory", range=[0.3, 3.3], dtick=1
     )
     figure.update_yaxes(
         type="log", title_text="FLOP/s (roof: data sheet; of CPUs measured)", exponentformat="SI", dtick=1
     )
-    legend = {"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"}
-    title = (
-        _roof_title(rows) or "Steps measured here, under no roof: no device of the catalogue is among them"
-    )
-    return figure.update_layout(height=520, showlegend=True, legend=legend, title_text=title)
+    title = "Steps measured here, under no roof: no device of the catalogue is among them"
+    boards = rows[rows["device"].isin(list(hardware.catalogue()))]
+    if len(boards):
+        roofs = np.array([_roof(name) for name in boards["device"]], dtype=float)
+        left = (boards["flops"] / boards["bytes_moved"] < roofs[:, 0] / roofs[:, 1]).sum()
+        title = f"{left} of {len(boards)} predicted steps lie left of the ridge: bandwidth limits them first"
+    return figure.update_layout(height=520, showlegend=True, legend=style.BESIDE, title_text=title)
 
 
-def roof_of(name: str) -> tuple[float, float] | None:
+def _roof(name: str) -> tuple[float, float] | None:
     """Return a device's FLOP/s at most and its bytes/s: by its data sheet, of a CPU as measured."""
     if name in planner.cpus():
         rates = planner.cpus()[name].rates
@@ -405,64 +323,65 @@ def roof_of(name: str) -> tuple[float, float] | None:
     return None if board is None else (board.peaks[board.precision()], board.bandwidth)
 
 
-def _roof_title(rows: pd.DataFrame) -> str:
-    boards = rows[rows["device"].isin(list(hardware.catalogue()))]
-    if boards.empty:
-        return ""
-    ridge = boards["device"].map(lambda name: _ridge(hardware.catalogue()[name]))
-    left = (boards["flops"] / boards["bytes_moved"] < ridge).sum()
-    return f"{left} of {len(boards)} predicted steps lie left of the ridge: bandwidth limits them first"
-
-
-def _ridge(board: hardware.Board) -> float:
-    return board.peaks[board.precision()] / board.bandwidth
-
-
 def technique_gains(rows: pd.DataFrame) -> go.Figure:
     """How many times faster each technique makes a step, by device and size, measured and predicted."""
-    rows = named(rows)
+    rows = _named(rows)
     names = list(dict.fromkeys(rows["technique"]))
     rows = rows[rows["size"].isin(SIZES)]
-    sizes, order = _sizes(rows), device_order(rows)
-    figure = make_subplots(
-        cols=len(names), shared_yaxes=True, subplot_titles=names, horizontal_spacing=0.04
-    ).update_layout(template=TEMPLATE)
+    sizes = _sizes(rows)
+    figure = panels(len(names), spacing=0.04, legend=True, shared_yaxes=True, subplot_titles=names)
     for column, name in enumerate(names, 1):
-        mine = rows[rows["technique"] == name]
-        grouped = sorted(mine.groupby(["size", "kind"]), key=lambda one: (sizes.index(one[0][0]), one[0][1]))
-        for (size, kind), part in grouped:
-            known = {trace.name for trace in figure.data}
-            figure.add_scatter(
-                x=part["speedup"],
-                y=part["device"],
-                mode="markers",
-                marker=marker(str(kind), PALETTE[sizes.index(size) % len(PALETTE)]),
-                name=size,
-                legendgroup=size,
-                showlegend=size not in known,
-                hovertemplate=f"%{{y}}, {size}: %{{x:.2f}} times, {kind}<extra></extra>",
-                row=1,
-                col=column,
-            )
-        figure.add_vline(x=1, line={"color": MUTED, "width": 1}, row=1, col=column)
-        figure.update_xaxes(range=[0, 1.1 * max(1.5, mine["speedup"].max())], row=1, col=column)
+        part, place = rows[rows["technique"] == name], at(1, column)
+        for place_of_size, size in enumerate(sizes):
+            for kind, some in part[part["size"] == size].groupby("kind"):
+                new = all(trace.name != size for trace in figure.data)
+                more = {"name": size, "legendgroup": size, "showlegend": new}
+                color, hover = (
+                    PALETTE[place_of_size % len(PALETTE)],
+                    f"%{{y}}, {size}: %{{x:.2f}} times, {kind}",
+                )
+                figure.dots(some, "speedup", "device", color, hover, **more, **place)
+        figure.add_vline(x=1, line={"color": MUTED, "width": 1}, **place)
+        figure.update_xaxes(range=[0, 1.1 * max(1.5, part["speedup"].max())], **place)
     figure.update_xaxes(title_text="times as fast")
     best = [part.iloc[int(part["speedup"].argmax())] for _, part in rows.groupby("kind")]
     title = "; ".join(
         f"{row['kind']}: up to {row['speedup']:.1f} times the speed, by {row['technique']} ({row['device']})"
         for row in best
     )
-    title = sentence(title)
-    figure = _finish(figure, order, title)
+    _finish(figure, _devices(rows), style.sentence(title))
     legend = {"y": -0.3, "yanchor": "top", "traceorder": "normal"}
     return figure.update_layout(showlegend=True, legend=legend, margin={"b": 120})
 
 
-def closed_or_measured(rows: pd.DataFrame) -> pd.DataFrame:
+def _devices(rows: pd.DataFrame) -> list[str]:
+    """Return the devices that rows are of: CPUs first, then the catalogue's, as it lists them."""
+    known = list(hardware.catalogue())
+    rank = {name: 1 + place for place, name in enumerate(known)}
+    last = len(rank) + 1
+    return sorted(
+        set(rows["device"]), key=lambda n: (0 if str(n).startswith("cpu") else rank.get(n, last), n)
+    )
+
+
+def _on_cpu(rows: pd.DataFrame) -> pd.Series:
+    return rows["device"].astype(str).str.startswith("cpu")
+
+
+def _named(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return rows whose CPUs have a name: cpu2 of one machine is not cpu2 of another."""
+    device = rows["device"].astype(str)
+    bare = device.str.fullmatch(r"cpu\d*")
+    if "cpu" not in rows or not bare.any():
+        return rows
+    whole = device + " " + rows["cpu"].fillna("").astype(str)
+    return rows.assign(device=device.where(~bare, whole).str.strip())
+
+
+def _one_each(rows: pd.DataFrame) -> pd.DataFrame:
     """Return one row per size, device and kind: each device with what suits it, CPUs in fp32."""
     rule = rows["rule"] if "rule" in rows else pd.Series("closed", rows.index)
-    cpu = rows["device"].astype(str).str.startswith("cpu")
-    chosen = rows[(rule.fillna("closed") == "open") | cpu]
+    chosen = rows[(rule.fillna("closed") == "open") | _on_cpu(rows)]
     return chosen.drop_duplicates(["size", "device", "kind"], keep="last")
 
 
@@ -470,130 +389,78 @@ def _sizes(rows: pd.DataFrame) -> list[str]:
     return [size for size in SIZES if size in set(rows["size"])]
 
 
-def _device_panels(rows: pd.DataFrame, metric: str, unit: float, title: str) -> tuple[go.Figure, list[str]]:
-    """Return a panel for each size with a mark for each device, on one logarithmic axis, and the devices."""
+def _device_panels(
+    rows: pd.DataFrame, metric: str, unit: float, title: str
+) -> tuple[style.Chart, list[str], list[str]]:
+    """Draw a panel for each size with a mark for each device; return it, the sizes and the devices."""
     sizes = _sizes(rows)
-    figure = make_subplots(
-        cols=max(1, len(sizes)), shared_yaxes=True, subplot_titles=sizes, horizontal_spacing=0.03
-    ).update_layout(template=TEMPLATE, showlegend=False)
+    figure = panels(max(1, len(sizes)), spacing=0.03, shared_yaxes=True, subplot_titles=sizes)
     for column, size in enumerate(sizes, 1):
         for kind, part in rows[rows["size"] == size].groupby("kind"):
             color = BLUE if kind == "measured" else MUTED
             ranged = kind == "predicted" and f"{metric}_low" in part
-            figure.add_scatter(
-                **{"x": part[metric] / unit, "y": part["device"], "mode": "markers", "row": 1, "col": column},
-                marker=marker(str(kind), color) | {"size": 8},
-                error_x=interval(part, metric, color, 1 / unit, width=3) if ranged else None,
-                customdata=part["precision"],
-                hovertemplate=f"%{{y}}: %{{x:,.3~g}} {title}, %{{customdata}}, {kind}<extra></extra>",
-            )
+            more = {"marker": {"size": 8}, "customdata": part["precision"]}
+            more |= {"error_x": interval(part, metric, color, 1 / unit, width=3) if ranged else None}
+            hover = f"%{{y}}: %{{x:,.3~g}} {title}, %{{customdata}}, {kind}"
+            figure.dots(part, part[metric] / unit, "device", color, hover, **more, **at(1, column))
     values = rows[metric].dropna() / unit
     figure.update_xaxes(title_text=title, **log_axis(values, most=4))
     figure.update_xaxes(range=[np.log10(values.min()) - 0.2, np.log10(values.max()) + 0.3])
-    return figure, device_order(rows)
+    return figure, sizes, _devices(rows)
 
 
-def _published(size: str) -> list[tuple[str, float]]:
-    """Return what others published of a size: sequences of an epoch over its time."""
-    runs = reference()["throughput"]
-    return [
-        (run["name"], run["sequences"] / run["epoch_seconds"])
-        for run in runs
-        if _PUBLISHED.get(run["name"]) == size and run["source"] == "slides"
-    ]
-
-
-def _finish(figure: go.Figure, order: list[str], title: str) -> go.Figure:
-    categories(figure, order, DEVICE_ROW_HEIGHT)
+def _finish(figure: style.Chart, order: list[str], title: str) -> go.Figure:
+    figure.categories(order, _DEVICE_ROW)
     return figure.update_layout(title_text=title, margin={"t": 120})
 
 
-# ------------------------------------------------------------------------------------------------
-# Figures of a plan: where its memory and its time go, and the same run on every device. All predicted.
-
-_MEMORY_HEIGHT = 60  # pixels of the bar of memory
-
-_PARTS = ("weights", "16-bit weights", "gradients", "optimizer", "activations", "logits")
-
-_COLORS = dict(zip(_PARTS, PALETTE, strict=True)) | {planner.RUN: MUTED}
-
-_SAID = {"optimizer": "optimiser", planner.RUN: "no tensors"}  # interpreter and libraries, or CUDA's context
-
-_BESIDE = {"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top", "traceorder": "normal"}
-
-_LEAST = 0.01  # share of a step below which a part is no row of its own
+# -- a plan: where its memory and its time go, and the same run on every device; all predicted ---------------
 
 
-def parts(found: Plan) -> go.Figure:
+def parts(plan: Plan) -> go.Figure:
     """Return the peak of memory by part against what the device has, and the step's time by part."""
-    longest = sum(seconds > _LEAST * found.step.seconds for seconds in found.step.parts.values()) + 1
-    plot = _MEMORY_HEIGHT + DEVICE_ROW_HEIGHT * longest
-    share = _MEMORY_HEIGHT / plot
-    figure = make_subplots(rows=2, row_heights=[share, 1 - share], vertical_spacing=80 / (plot + 80))
-    figure.update_layout(template=TEMPLATE)
-    for name, size in planner.memory_parts(found).items():
-        figure.add_bar(
-            x=[size / GIB],
-            y=["memory"],
-            orientation="h",
-            name=f"{_SAID.get(name, name)} {size / GIB:.2f}",
-            marker=_filled("predicted", _COLORS[name]),
-            hovertemplate=f"{_SAID.get(name, name)}: {size / GIB:.2f} GiB<extra></extra>",
-            row=1,
-            col=1,
-        )
-    if found.memory_bytes is not None:
-        has = found.memory_bytes / GIB
-        figure.add_vline(x=has, line={"color": INK, "width": 2}, row=1, col=1)
-        figure.add_annotation(
-            x=has, y=1, yref="y domain", yanchor="bottom", text=f"it has {has:.0f} GiB", showarrow=False
-        )
-    _time_by_part(figure, found)
-    figure.update_xaxes(title_text="GiB at the peak", rangemode="tozero", row=1, col=1)
-    figure.update_xaxes(title_text="ms of a step", rangemode="tozero", row=2, col=1)
-    figure.update_yaxes(ticks="", row=1, col=1, showticklabels=False)
-    figure.update_yaxes(ticks="", row=2, col=1, categoryorder="total ascending", dtick=1)
-    said = "fits" if found.fits else "does not fit"
-    room = "" if found.fits is None else f", which {said}"
-    title = f"{found.peak_bytes / GIB:.2f} GiB at the peak{room}; {style.duration(found.step.seconds)} a step"
-    about = f"{found.name}, {found.precision}: predicted, {found.basis}"
+    whole = sum(plan.step.parts.values())
+    times = {name: seconds for name, seconds in plan.step.parts.items() if seconds > _LEAST * whole}
+    rest = whole - sum(times.values())
+    times |= {"all else": rest} if rest > 0 else {}
+    longest = sum(seconds > _LEAST * plan.step.seconds for seconds in plan.step.parts.values()) + 1
+    plot = _MEMORY_ROW + _DEVICE_ROW * longest
+    share = _MEMORY_ROW / plot
+    figure = panels(rows=2, vertical=80 / (plot + 80), legend=True, row_heights=[share, 1 - share])
+    for name, size in planner.memory_parts(plan).items():
+        shown, gib = _NAMES.get(name, name), size / GIB
+        look = {"name": f"{shown} {gib:.2f}", "marker": _hatched("predicted", _COLORS[name])}
+        hover = f"{shown}: {gib:.2f} GiB"
+        figure.bars("predicted", [gib], ["memory"], _COLORS[name], hover, **look, **at(1, 1))
+    if plan.memory_bytes is not None:
+        has = plan.memory_bytes / GIB
+        figure.add_vline(x=has, line={"color": INK, "width": 2}, **at(1, 1))
+        figure.text(f"it has {has:.0f} GiB", has, 1, yref="y domain", yanchor="bottom")
+    more: dict[str, Any] = {"text": [f"{s / whole:.0%}" for s in times.values()], "textposition": "outside"}
+    more |= {"cliponaxis": False, "showlegend": False}
+    ms = [1e3 * s for s in times.values()]
+    figure.bars("predicted", ms, list(times), BLUE, "%{y}: %{x:.3g} ms", **more, **at(2, 1))
+    figure.update_xaxes(title_text="GiB at the peak", rangemode="tozero", **at(1, 1))
+    figure.update_xaxes(title_text="ms of a step", rangemode="tozero", **at(2, 1))
+    figure.update_yaxes(ticks="", showticklabels=False, **at(1, 1))
+    figure.update_yaxes(ticks="", categoryorder="total ascending", dtick=1, **at(2, 1))
+    room = "" if plan.fits is None else f", which {'fits' if plan.fits else 'does not fit'}"
+    title = f"{plan.peak_bytes / GIB:.2f} GiB at the peak{room}; {style.duration(plan.step.seconds)} a step"
     return figure.update_layout(
         barmode="stack",
         height=plot + 80 + 170,
         title_text=title,
-        title_subtitle_text=about,
-        legend=_BESIDE,
+        title_subtitle_text=f"{plan.name}, {plan.precision}: predicted, {plan.basis}",
+        legend=_LEGEND,
         margin={"t": 110, "l": 180},
         showlegend=True,
     )
 
 
-def _filled(kind: str, color: str) -> dict[str, Any]:
+def _hatched(kind: str, color: str) -> dict[str, Any]:
     """Return the style of a part of a bar: predicted it is hatched, yet full enough for narrow parts."""
-    if kind == "measured":
-        return bar(kind, color)
     hatch = {"shape": "/", "fillmode": "overlay", "fgcolor": "white", "fgopacity": 0.55, "solidity": 0.25}
-    return {"color": color, "pattern": hatch}
-
-
-def _time_by_part(figure: go.Figure, found: Plan) -> None:
-    whole = sum(found.step.parts.values())
-    shown = {name: s for name, s in found.step.parts.items() if s > _LEAST * whole}
-    rest = whole - sum(shown.values())
-    shown |= {"all else": rest} if rest > 0 else {}
-    figure.add_bar(
-        x=[1e3 * s for s in shown.values()],
-        y=list(shown),
-        orientation="h",
-        marker=bar("predicted", BLUE),
-        text=[f"{s / whole:.0%}" for s in shown.values()],
-        textposition="outside",
-        cliponaxis=False,
-        hovertemplate="%{y}: %{x:.3g} ms<extra></extra>",
-        showlegend=False,
-        row=2,
-        col=1,
-    )
+    return style.bar(kind, color) if kind == "measured" else {"color": color, "pattern": hatch}
 
 
 def by_device(rows: pd.DataFrame) -> go.Figure:
@@ -602,117 +469,29 @@ def by_device(rows: pd.DataFrame) -> go.Figure:
     `rows` are those of `planner.table`, or of the records: one for each device and part.
     """
     rows = rows.sort_values(["device", "part"], kind="stable")
-    one = rows.drop_duplicates("device")
-    kind = str(one["kind"].iloc[0])
-    order = [name for name in hardware.catalogue() if name in set(one["device"])]
-    order = [*sorted(set(one["device"]) - set(order)), *order]
-    figure = make_subplots(cols=2, shared_yaxes=True, horizontal_spacing=0.05)
-    figure.update_layout(template=TEMPLATE)
-    for name in (*_PARTS, planner.RUN):
-        part = rows[rows["part"] == name]
-        if len(part):
-            figure.add_bar(
-                x=part["bytes"] / GIB,
-                y=part["device"],
-                orientation="h",
-                name=_SAID.get(name, name),
-                marker=_filled(kind, _COLORS[name]),
-                hovertemplate=f"%{{y}}, {_SAID.get(name, name)}: %{{x:.2f}} GiB<extra></extra>",
-                row=1,
-                col=1,
-            )
-    has = [name for name in order if name in hardware.catalogue()]
-    figure.add_scatter(
-        x=[hardware.catalogue()[name].memory_bytes / GIB for name in has],
-        y=has,
-        mode="markers",
-        name="what it has",
-        marker={"symbol": "line-ns", "size": 16, "line": {"width": 2, "color": INK}},
-        hovertemplate="%{y} has %{x:.0f} GiB<extra></extra>",
-        row=1,
-        col=1,
-    )
-    for basis, part in one.groupby("basis"):
-        _epochs(figure, part, str(basis))
-    figure.update_xaxes(title_text="GiB at the peak", rangemode="tozero", row=1, col=1)
-    ends = [*one["epoch_seconds_low"], *one["epoch_seconds_high"]]
-    figure.update_xaxes(title_text="seconds of an epoch, with the range", **log_axis(ends), row=1, col=2)
-    categories(figure, order, DEVICE_ROW_HEIGHT)
-    first = one.iloc[0]
-    boards = one[one["device"].isin(has)]
-    fit = int(boards["status"].eq("ok").sum())
+    devices = rows.drop_duplicates("device")
+    kind = str(devices["kind"].iloc[0])
+    boards = [name for name in hardware.catalogue() if name in set(devices["device"])]
+    order = [*sorted(set(devices["device"]) - set(boards)), *boards]
+    figure = panels(2, spacing=0.05, legend=True, shared_yaxes=True)
+    for name in _PARTS:
+        if len(part := rows[rows["part"] == name]):
+            look = {"name": _NAMES.get(name, name), "marker": _hatched(kind, _COLORS[name])}
+            hover = f"%{{y}}, {look['name']}: %{{x:.2f}} GiB"
+            figure.bars(part, part["bytes"] / GIB, "device", _COLORS[name], hover, **look, **at(1, 1))
+    black = {"size": 16, "line": {"width": 2, "color": INK}}
+    _what_it_has(figure, order, black, name="what it has", **at(1, 1))
+    fits = devices["status"].eq("ok")
+    for (basis, fit), part in devices.groupby(["basis", fits]):
+        color = (BLUE if basis == "validated" else ORANGE) if fit else MUTED
+        more: dict[str, Any] = {"error_x": interval(part, "epoch_seconds", color, thickness=1.5)}
+        more |= {"name": f"epoch, {basis}" if fit else "epoch, if it fitted", "customdata": part["precision"]}
+        hover = "%{y}, %{customdata}: %{x:,.3g} s"
+        figure.dots(part, "epoch_seconds", "device", color, hover, **more, **at(1, 2))
+    figure.update_xaxes(title_text="GiB at the peak", rangemode="tozero", **at(1, 1))
+    ticks = log_axis([*devices["epoch_seconds_low"], *devices["epoch_seconds_high"]])
+    figure.update_xaxes(title_text="seconds of an epoch, with the range", **ticks, **at(1, 2))
+    figure.categories(order, _DEVICE_ROW)
+    first, fit = devices.iloc[0], int(fits[devices["device"].isin(boards)].sum())
     title = f"{first['size']}, batch {first['batch_size']:,}: fits on {fit} of {len(boards)} GPUs, {kind}"
-    return figure.update_layout(
-        barmode="stack",
-        title_text=title,
-        legend=_BESIDE,
-        margin={"t": 100},
-    )
-
-
-def _epochs(figure: go.Figure, rows: pd.DataFrame, basis: str) -> None:
-    """Add the epochs of devices whose plans rest on the same basis; those that do not fit are grey."""
-    for fits, part in rows.groupby(rows["status"].eq("ok")):
-        seconds, color = part["epoch_seconds"], (BLUE if basis == "validated" else ORANGE) if fits else MUTED
-        figure.add_scatter(
-            x=seconds,
-            y=part["device"],
-            mode="markers",
-            name=f"epoch, {basis}" if fits else "epoch, if it fitted",
-            marker=marker(str(part["kind"].iloc[0]), color),
-            error_x=interval(part, "epoch_seconds", color) | {"thickness": 1.5},
-            customdata=part["precision"],
-            hovertemplate="%{y}, %{customdata}: %{x:,.3g} s<extra></extra>",
-            row=1,
-            col=2,
-        )
-
-
-# ------------------------------------------------------------------------------------------------
-# Figures of the audit: pure functions from a table of records to a `go.Figure`, as in `figures`.
-
-CLOSE = 1.05  # a claim is met within 5 %, as in `audit`
-
-
-def claimed_rates(rows: pd.DataFrame) -> go.Figure:
-    """Each claimed rate beside what its own epoch time allows, and the factor between them."""
-    rows = rows.assign(claimed=rows["ratio"] * rows["by_clock_per_second"])
-    figure = go.Figure(layout={"template": TEMPLATE})
-    for row in rows.itertuples():
-        figure.add_scatter(
-            x=[row.by_clock_per_second, row.claimed],
-            y=[row.model, row.model],
-            mode="lines",
-            line=line(str(row.kind), MUTED),
-            showlegend=False,
-            hoverinfo="skip",
-        )
-    series = (("allowed by the epoch time", "by_clock_per_second", BLUE), ("claimed", "claimed", ORANGE))
-    for name, column, color in series:
-        figure.add_scatter(
-            x=rows[column],
-            y=rows["model"],
-            mode="markers",
-            marker=marker(str(rows["kind"].iloc[0]), color),
-            name=name,
-            hovertemplate="%{y}: %{x:,.0f} sequences/s<extra></extra>",
-        )
-    for row in rows.itertuples():
-        said = f"{row.ratio:.1f} times"
-        figure.add_annotation(
-            x=1, xref="paper", xanchor="right", y=row.model, text=said, showarrow=False, yshift=14
-        )
-    categories(figure, list(dict.fromkeys(rows["model"])), row_height=46)
-    figure.update_xaxes(
-        title_text="sequences/s (log scale)",
-        **log_axis([*rows["claimed"], *rows["by_clock_per_second"]], most=9),
-    )
-    wrong = int((rows["ratio"] > CLOSE).sum())
-    title = f"{wrong} of {len(rows)} claimed rates are more than the epoch time allows"
-    if wrong:
-        title += f", by up to {rows['ratio'].max():.1f} times"
-    note(
-        figure,
-        "arithmetic on published figures: the sequences of an epoch over its time; nothing was timed here",
-    )
-    return figure.update_layout(title_text=title, showlegend=True)
+    return figure.update_layout(barmode="stack", title_text=title, legend=_LEGEND, margin={"t": 100})

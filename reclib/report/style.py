@@ -1,6 +1,8 @@
-"""What figures of models share: their names and colours, intervals, rows by name, and what is said beside.
+"""The look of every figure: colours, marks, panels, axes, notes and labels.
 
-Trained models have a colour each, the same in every figure; baselines without gradient descent are grey.
+What is measured is filled and solid, what is predicted hollow, hatched or dashed. A trained model has one
+colour in all figures, baselines without gradient descent are grey. Colours are those of Okabe and Ito, which
+people with any colour vision can tell apart; the background is white whatever page a figure stands in.
 """
 
 from __future__ import annotations
@@ -16,21 +18,16 @@ from plotly.subplots import make_subplots
 
 from reclib.report.tables import BASELINES, model_name
 
-# ------------------------------------------------------------------------------------------------
-# How every figure looks: colours, template, and the marks that tell measured from predicted.
-#
-# Colours are those of Okabe and Ito, which people with any colour vision can tell apart; the background
-# is white whatever page a figure stands in.
-
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#AA5C8F"
-
 PALETTE = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9")
-
 INK, MUTED, GRID = "#222222", "#5F6368", "#E6E8EB"
-
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
-HEIGHT = 400  # pixels, of a figure that states no other
+# In pixels: of a figure that states no other, of a row of a categorical axis, of a letter of a line's name.
+HEIGHT, ROW_HEIGHT, LETTER = 400, 38, 7.5
+NOTE, NARROW = 100, 18  # letters of a line under the title, and of a name above its line's end
+GAP = 0.075  # between names at line ends, in shares of the highest value
+MOST_TICKS = 6  # of a logarithmic axis: more overlap in a panel of a third of the width
 
 _AXIS = {
     "gridcolor": GRID,
@@ -41,21 +38,13 @@ _AXIS = {
     "automargin": True,
     "title": {"standoff": 10, "font": {"size": 13, "color": MUTED}},
 }
-
-MOST_TICKS = 6  # of a logarithmic axis: more overlap in a panel of a third of the width
-
+_SUBTITLE = {"font": {"size": 12, "color": MUTED}}
+_TITLE = {"font": {"size": 17}, "subtitle": _SUBTITLE, "x": 0.02, "xanchor": "left", "y": 0.96}
 TEMPLATE = {
     "layout": {
         "colorway": PALETTE,
         "font": {"family": FONT, "size": 13, "color": INK},
-        "title": {
-            "font": {"size": 17},
-            "subtitle": {"font": {"size": 12, "color": MUTED}},
-            "x": 0.02,
-            "xanchor": "left",
-            "y": 0.96,
-            "yanchor": "top",
-        },
+        "title": _TITLE | {"yanchor": "top"},
         "paper_bgcolor": "white",
         "plot_bgcolor": "white",
         "height": HEIGHT,
@@ -67,6 +56,167 @@ TEMPLATE = {
         "yaxis": _AXIS,
     }
 }
+BESIDE = {"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"}  # places of a legend
+BELOW = {"x": 0, "xanchor": "left", "yref": "container", "y": 0.005, "yanchor": "bottom"}
+
+_FIXED = {"BERT4Rec": BLUE, "BERT4Rec (ours)": BLUE, "causal twin": ORANGE}
+
+
+# -- looks ---------------------------------------------------------------------------------------------------
+
+
+def line(kind: Any, color: str) -> dict[str, Any]:
+    """Return the style of a line: solid where measured, dashed where predicted."""
+    return {"color": color, "width": 2, "dash": "solid" if kind == "measured" else "dash"}
+
+
+def marker(kind: Any, color: str) -> dict[str, Any]:
+    """Return the style of a marker: filled where measured, hollow where predicted."""
+    symbol = "circle" if kind == "measured" else "circle-open"
+    return {"color": color, "size": 10, "symbol": symbol, "line": {"color": color, "width": 2}}
+
+
+def bar(kind: Any, color: str) -> dict[str, Any]:
+    """Return the style of a bar: filled where measured, hatched where predicted."""
+    shape = "" if kind == "measured" else "/"
+    return {"color": color, "pattern": {"shape": shape, "fillmode": "replace", "solidity": 0.3}}
+
+
+def model_colors(models: Iterable[str]) -> dict[Any, str]:
+    """Return a colour for each model, grey for baselines; BERT4Rec and its twin keep theirs everywhere."""
+    grey = {model_name(name) for name in BASELINES}
+    left = [color for color in PALETTE if color not in _FIXED.values()]
+    colors: dict[Any, str] = {}
+    for name in sorted(set(models)):
+        free = [color for color in left if color not in colors.values()] or left
+        colors[name] = MUTED if name in grey else _FIXED.get(name, free[0])
+    return colors
+
+
+def named(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows with models named for people; rows that name none are of BERT4Rec."""
+    models = rows["model"] if "model" in rows else pd.Series("bert4rec", rows.index)
+    return rows.assign(model=models.fillna("bert4rec").map(model_name))
+
+
+# -- figures and what is drawn in them -----------------------------------------------------------------------
+
+
+def single(**layout: Any) -> Chart:
+    """Return an empty figure of one panel."""
+    return Chart(layout={"template": TEMPLATE} | layout)
+
+
+def panels(
+    columns: int = 1,
+    rows: int = 1,
+    spacing: float = 0.14,
+    vertical: float = 0.08,
+    legend: bool = False,
+    **grid: Any,
+) -> Chart:
+    """Return an empty figure of panels, with the spaces between columns and rows in shares of the figure.
+
+    `grid` is what plotly's `make_subplots` takes beside them.
+    """
+    grid |= {"horizontal_spacing": spacing, "vertical_spacing": vertical, "figure": Chart()}
+    figure = make_subplots(rows=rows, cols=columns, **grid).update_layout(template=TEMPLATE)
+    return figure if legend else figure.update_layout(showlegend=False)
+
+
+def at(row: int, col: int) -> dict[str, Any]:
+    """Return the place of a panel as plotly's functions take it, from 1."""
+    return {"row": row, "col": col}
+
+
+class Chart(go.Figure):
+    """A plotly figure that draws rows of records in the look of the study.
+
+    `dots`, `path` and `bars` take rows of one kind, or the kind alone; values as names of columns or as they
+    are; the text on hovering, which is plotly's own where it is empty and absent where it is None; further
+    settings of plotly's trace, of which `marker` and `line` change the look of the kind.
+    """
+
+    def _draw(self, add: Any, x: Any, y: Any, of: Any, hover: str | None, trace: dict[str, Any]) -> None:
+        values = {"x": of[x] if isinstance(x, str) else x, "y": of[y] if isinstance(y, str) else y}
+        text = {"hoverinfo": "skip"} if hover is None else {}
+        text |= {"hovertemplate": f"{hover}<extra></extra>"} if hover else {}
+        add(**values | text | trace)
+
+    def dots(self, of: Any, x: Any, y: Any, color: str, hover: str, **trace: Any) -> None:
+        """Add a mark for each row."""
+        trace["marker"] = marker(_kind(of), color) | trace.get("marker", {})
+        self._draw(self.add_scatter, x, y, of, hover, {"mode": "markers"} | trace)
+
+    def path(self, of: Any, x: Any, y: Any, color: str, hover: str | None, **trace: Any) -> None:
+        """Add a line through the rows, without marks unless `mode` and `marker` say otherwise."""
+        trace["line"] = line(_kind(of), color) | trace.get("line", {})
+        self._draw(self.add_scatter, x, y, of, hover, {"mode": "lines"} | trace)
+
+    def bars(self, of: Any, x: Any, y: Any, color: str, hover: str, **trace: Any) -> None:
+        """Add a bar for each row, horizontal unless `orientation` says otherwise."""
+        trace["marker"] = bar(_kind(of), color) | trace.get("marker", {})
+        self._draw(self.add_bar, x, y, of, hover, {"orientation": "h"} | trace)
+
+    def text(self, text: str, x: Any, y: Any, color: str | None = None, **place: Any) -> None:
+        """Write a text at a point of a panel."""
+        font = {"font": {"color": color}} if color else {}
+        self.add_annotation(**{"x": x, "y": y, "text": text, "showarrow": False} | font | place)
+
+    def words_beside(self, names: Iterable[str], words: Iterable[str]) -> None:
+        """Write why a row has no mark at the start of its row."""
+        for name, word in zip(names, words, strict=True):
+            self.text(word, 0, name, MUTED, xanchor="left", **at(1, 1))
+
+    def label_ends(
+        self, x: pd.Series, y: pd.Series, colors: Mapping[Any, str], top: float, panel: int = 1
+    ) -> None:
+        """Name the lines at their right ends, in their colours, names moved apart where ends are close.
+
+        A line that ends before the others has its name above its end, where the lines beside it go on below.
+        """
+        places, axis = y.sort_values(), "" if panel == 1 else panel
+        gap = GAP * top * (1 if panel == 1 else 1.3)  # a panel of two is lower than a figure of one
+        for before, name in zip(places.index, places.index[1:], strict=False):
+            places[name] = max(places[name], places[before] + gap)
+        for name in places.index:
+            text, place = name, {"xanchor": "left", "xshift": 8, "align": "left"}
+            if x[name] < x.max():
+                place = {"xanchor": "right", "yanchor": "bottom", "yshift": 8, "align": "right"}
+                text = broken(name, NARROW)
+            place |= {"xref": f"x{axis}", "yref": f"y{axis}"}
+            self.text(text, x[name], places[name], colors[name], **place)
+        self.update_layout(margin={"r": 20 + LETTER * max(map(len, places.index))})
+
+    def categories(self, names: list[str], row_height: int = ROW_HEIGHT) -> None:
+        """Put named rows on the y axis, the first on top, and make the figure as high as they need."""
+        order = {"categoryorder": "array", "categoryarray": names, "ticks": "", "type": "category"}
+        self.update_yaxes(range=[len(names) - 0.4, -0.6], **order)
+        self.update_layout(height=max(HEIGHT - 60, 190 + row_height * len(names)))
+
+    def note(self, text: str) -> None:
+        """Say under the title how marks are to be read; the caption stands before it."""
+        lines = wrap(text, NOTE)
+        self.update_layout(title_subtitle_text="<br>".join(lines), margin={"t": 95 + 15 * len(lines)})
+
+
+def _kind(of: Any) -> str:
+    return of if isinstance(of, str) else str(of["kind"].iloc[0])
+
+
+def texts(values: pd.Series, form: str, where: str = "outside") -> dict[str, Any]:
+    """Return what writes each value beside its bar."""
+    return {"text": values.map(form.format), "textposition": where, "cliponaxis": False}
+
+
+def interval(rows: pd.DataFrame, metric: str, color: str, factor: float = 1, **look: Any) -> dict[str, Any]:
+    """Return the style and lengths of bars from `<metric>_low` to `<metric>_high`, in units of 1 / factor."""
+    above = factor * (rows[f"{metric}_high"] - rows[metric])
+    below = factor * (rows[metric] - rows[f"{metric}_low"])
+    return {"array": above, "arrayminus": below, "symmetric": False, "color": color, "width": 6} | look
+
+
+# -- axes and texts ------------------------------------------------------------------------------------------
 
 
 def log_axis(values: Iterable[float], most: int = MOST_TICKS) -> dict[str, Any]:
@@ -95,115 +245,9 @@ def si(value: float) -> str:
     return f"{value:.3g}"
 
 
-def line(kind: str, color: str) -> dict[str, Any]:
-    """Return the style of a line: solid where measured, dashed where predicted."""
-    return {"color": color, "width": 2, "dash": "solid" if kind == "measured" else "dash"}
-
-
-def marker(kind: str, color: str) -> dict[str, Any]:
-    """Return the style of a marker: filled where measured, hollow where predicted."""
-    return {
-        "color": color,
-        "size": 10,
-        "symbol": "circle" if kind == "measured" else "circle-open",
-        "line": {"color": color, "width": 2},
-    }
-
-
-def bar(kind: str, color: str) -> dict[str, Any]:
-    """Return the style of a bar: filled where measured, hatched where predicted."""
-    shape = "" if kind == "measured" else "/"
-    return {"color": color, "pattern": {"shape": shape, "fillmode": "replace", "solidity": 0.3}}
-
-
-# ------------------------------------------------------------------------------------------------
-
-ROW_HEIGHT = 38  # pixels of a row of a categorical axis
-
-NOTE = 100  # letters of a line under the title
-
-GAP = 0.075  # between names at line ends, in shares of the highest value
-
-NARROW = 18  # letters of a line of a name above its line's end
-
-LETTER = 7.5  # pixels of a letter of a name at a line's end
-
-_FIXED = {"BERT4Rec": BLUE, "BERT4Rec (ours)": BLUE, "causal twin": ORANGE}
-
-
-def named(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows with models named for people; rows that name none are of BERT4Rec."""
-    models = rows["model"] if "model" in rows else pd.Series("bert4rec", rows.index)
-    return rows.assign(model=models.fillna("bert4rec").map(model_name))
-
-
-def model_colors(models: Iterable[str]) -> dict[Any, str]:
-    """Return a colour for each model, grey for baselines; BERT4Rec and its twin keep theirs everywhere."""
-    grey = {model_name(name) for name in BASELINES}
-    left = [color for color in PALETTE if color not in _FIXED.values()]
-    found: dict[Any, str] = {}
-    for name in sorted(set(models)):
-        free = [color for color in left if color not in found.values()] or left
-        found[name] = MUTED if name in grey else _FIXED.get(name, free[0])
-    return found
-
-
-def panels(
-    count: int,
-    *,
-    rows: int = 1,
-    shared_yaxes: bool = False,
-    shared_xaxes: bool = False,
-    spacing: float = 0.14,
-) -> go.Figure:
-    """Return an empty figure of panels side by side, in one row or several, without legend."""
-    figure = make_subplots(
-        rows=rows,
-        cols=count,
-        shared_yaxes=shared_yaxes,
-        shared_xaxes=shared_xaxes,
-        horizontal_spacing=spacing,
-        vertical_spacing=0.08,
-    )
-    return figure.update_layout(template=TEMPLATE, showlegend=False)
-
-
-def extreme(rows: pd.DataFrame, metric: str) -> pd.Series:
-    """Return the row with the highest value."""
-    return rows.sort_values(metric, na_position="first").iloc[-1]
-
-
-def interval(
-    rows: pd.DataFrame, metric: str, color: str, factor: float = 1, width: int = 6
-) -> dict[str, Any]:
-    """Return the style and lengths of bars from `<metric>_low` to `<metric>_high`, in units of 1 / factor."""
-    above = factor * (rows[f"{metric}_high"] - rows[metric])
-    below = factor * (rows[metric] - rows[f"{metric}_low"])
-    return {"array": above, "arrayminus": below, "symmetric": False, "color": color, "width": width}
-
-
-def words_beside(figure: go.Figure, names: Iterable[str], words: Iterable[str], panel: int = 1) -> None:
-    """Write why a row has no mark at the start of its row."""
-    for name, word in zip(names, words, strict=True):
-        figure.add_annotation(
-            **{"x": 0, "y": name, "text": word, "xanchor": "left", "row": 1, "col": panel},
-            showarrow=False,
-            font={"color": MUTED},
-        )
-
-
-def categories(figure: go.Figure, names: list[str], row_height: int = ROW_HEIGHT) -> None:
-    """Put named rows on the y axis, the first on top, and make the figure as high as they need."""
-    figure.update_yaxes(
-        range=[len(names) - 0.4, -0.6], categoryorder="array", categoryarray=names, ticks="", type="category"
-    )
-    figure.update_layout(height=max(HEIGHT - 60, 190 + row_height * len(names)))
-
-
-def note(figure: go.Figure, text: str) -> None:
-    """Say under the title how marks are to be read; the caption stands before it."""
-    lines = wrap(text, NOTE)
-    figure.update_layout(title_subtitle_text="<br>".join(lines), margin={"t": 95 + 15 * len(lines)})
+def broken(text: str, letters: int) -> str:
+    """Return a text in lines of at most so many letters."""
+    return "<br>".join(wrap(text, letters))
 
 
 def sentence(text: str) -> str:
@@ -211,30 +255,14 @@ def sentence(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def label_ends(
-    figure: go.Figure, x: pd.Series, y: pd.Series, colors: Mapping[Any, str], top: float, panel: int = 1
-) -> None:
-    """Name the lines at their right ends, in their colours, names moved apart where ends are close.
+def column(rows: pd.DataFrame, name: str) -> pd.Series:
+    """Return a column as numbers, not-a-number throughout where the rows have none of this name."""
+    return pd.to_numeric(rows[name] if name in rows else pd.Series(math.nan, rows.index))
 
-    A line that ends before the others has its name above its end, where the lines beside it go on below.
-    """
-    places = y.sort_values()
-    gap = GAP * top * (1 if panel == 1 else 1.3)  # a panel of two is lower than a figure of one
-    for before, name in zip(places.index, places.index[1:], strict=False):
-        places[name] = max(places[name], places[before] + gap)
-    for name in places.index:
-        short = x[name] < x.max()
-        above = {"xanchor": "right", "yanchor": "bottom", "yshift": 8}
-        side = above if short else {"xanchor": "left", "xshift": 8}
-        figure.add_annotation(
-            **{"x": x[name], "y": places[name]} | side,
-            **{"xref": f"x{panel}" if panel > 1 else "x", "yref": f"y{panel}" if panel > 1 else "y"},
-            text="<br>".join(wrap(name, NARROW)) if short else name,
-            align="right" if short else "left",
-            showarrow=False,
-            font={"color": colors[name]},
-        )
-    figure.update_layout(margin={"r": 20 + LETTER * max(map(len, places.index))})
+
+def extreme(rows: pd.DataFrame, metric: str) -> pd.Series:
+    """Return the row with the highest value."""
+    return rows.sort_values(metric, na_position="first").iloc[-1]
 
 
 def duration(seconds: float) -> str:

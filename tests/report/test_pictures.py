@@ -5,7 +5,7 @@ import zlib
 from pathlib import Path
 
 import pytest
-from test_figures import a_record, speed_records
+from figure_records import ends, record, speed
 
 from reclib.config import InputError
 from reclib.report import figures
@@ -30,7 +30,7 @@ def pixels(picture: Path) -> bytes:
 
 @needs_browser
 def test_the_ladder_is_drawn_and_is_not_blank(tmp_path):
-    (file,) = figures.draw(speed_records(), tmp_path / "out")
+    (file,) = figures.draw(speed(), tmp_path / "out")
     assert file == tmp_path / "out" / "readme.png"
     width, height = figures.size(file)
     assert width == figures.WIDTH
@@ -68,30 +68,20 @@ def test_every_lead_is_a_figure_of_its_notebook_and_has_a_file_of_its_own():
     assert figures.README in leads
 
 
-def test_of_several_devices_the_newest_record_is_drawn():
-    own = {"metrics": {"last_item_by_tie_rule_share": 0.5}}
-    old = a_record("01_data_prep", "last_items", own["metrics"], label="l4", time="2026-01-01")
-    new = a_record("01_data_prep", "last_items", own["metrics"], time="2026-01-02")
-    assert figures.main_figures([new, old]) == {"last_items": [new]}
+def test_of_several_runs_that_of_most_work_is_drawn_then_with_enough_seeds_then_the_newest():
+    def last(**about):
+        return record("01_data_prep", "last_items", metrics={"last_item_by_tie_rule_share": 0.5}, **about)
+
+    old, new = last(label="l4", time="2026-01-01"), last(time="2026-01-02")
+    long = last(profile="grid", label="t4", time="2026-01-01")
     assert figures.main_figures([]) == {}
-
-
-def test_enough_seeds_for_a_claim_are_drawn_before_a_newer_run_with_one():
-    numbers = {"difference": 0.1, "difference_low": 0.05, "difference_high": 0.15, "adjusted_p": 0.01}
+    assert figures.main_figures([new, old]) == {"last_items": [new]}
+    assert figures.main_figures([new, old, long]) == {"last_items": [long]}
+    numbers = ends("difference", 0.1, 0.05) | {"adjusted_p": 0.01}
     own = {"model": "causal", "against": "bert4rec", "metric": "hr@10"}
-    enough, one, unequal = (
-        a_record("02_baseline", "comparison", numbers | seeds, own_params=own, label=label, time=time)
-        for label, time, seeds in (
-            ("cpu", "2026-01-01", {"seeds": 3, "reference_seeds": 3}),
-            ("l4", "2026-01-02", {"seeds": 1, "reference_seeds": 1}),
-            ("t4", "2026-01-03", {"seeds": 3, "reference_seeds": 2}),
-        )
-    )
-    assert figures.main_figures([one, enough, unequal]) == {"comparison": [enough]}
-
-
-def test_a_long_run_is_drawn_before_a_newer_one_at_quick():
-    share = {"last_item_by_tie_rule_share": 0.5}
-    long = a_record("01_data_prep", "last_items", share, profile="grid", time="2026-01-01")
-    quick = a_record("01_data_prep", "last_items", share, label="l4", time="2026-01-02")
-    assert figures.main_figures([quick, long]) == {"last_items": [long]}
+    runs = []
+    for label, day, seeds, reference in (("cpu", 1, 3, 3), ("l4", 2, 1, 1), ("t4", 3, 3, 2)):
+        counts = {"seeds": seeds, "reference_seeds": reference}
+        about = {"label": label, "time": f"2026-01-0{day}"}
+        runs.append(record("02_baseline", "comparison", own, numbers | counts, **about))
+    assert figures.main_figures(runs[::-1]) == {"comparison": [runs[0]]}

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import pytest
-from adapter_records import ARMS, accuracy, comparisons, correlations, gates, steps
+from figure_records import adapted, adapter_steps, correlations, gate_comparisons, gates
 
-from reclib.report import accuracy_figures, figures, findings, tables
-from reclib.report.tables import ARM_NAMES
+from reclib.report import accuracy_figures, figures, findings, style, tables
+from reclib.report.tables import ARM_NAMES, CONTROLS
+
+ARMS = list(ARM_NAMES)
 
 
 def test_every_arm_but_the_controls_has_its_mark_and_the_base_is_a_line():
-    figure = figures.show("accuracy_by_share", *accuracy())
+    figure = figures.show("accuracy_by_share", *adapted())
     drawn = [trace.name for trace in figure.data if trace.showlegend]
-    others = {*accuracy_figures.CONTROLS, "none", "pairwise_counts"}  # no arms, and lines
+    others = {*CONTROLS, "none", "pairwise_counts"}  # no arms, and lines
     assert drawn == [ARM_NAMES[arm] for arm in ARMS if arm not in others]
     bias = next(trace for trace in figure.data if trace.name == ARM_NAMES["bias"])
     assert bias.x[0] == pytest.approx(100 * 0.01 * ARMS.index("bias"))
@@ -22,26 +24,21 @@ def test_every_arm_but_the_controls_has_its_mark_and_the_base_is_a_line():
     assert ARM_NAMES["pairwise_counts"] in figure.layout.title.text  # highest of these made-up records
 
 
-def test_claims_are_coloured_and_counted():
-    figure = figures.show("gate_comparison", *comparisons("gate_comparison", "ilora"))
+def test_claims_are_coloured_and_counted_and_too_few_seeds_claim_nothing():
+    figure = figures.show("gate_comparison", *gate_comparisons("gate_comparison", "ilora"))
     title = figure.layout.title.text
     assert title == "Against iLoRA, next period: of 11 arms 4 worse, 4 better, 3 not separated"
     color = {name: t.marker.color for t in figure.data if t.type == "scatter" for name in t.y}
     assert len(color) == 11
     worse, better, unsaid = (color[ARM_NAMES[arm]] for arm in ("none", "full", "lora"))
-    assert (worse, better, unsaid) == (
-        accuracy_figures.ORANGE, accuracy_figures.GREEN, accuracy_figures.MUTED
-    )  # fmt: skip
-
-
-def test_too_few_seeds_claim_nothing():
-    figure = figures.show("adaptation_gain", *comparisons("adaptation_gain", "none", seeds=1))
+    assert (worse, better, unsaid) == (style.ORANGE, style.GREEN, style.MUTED)
+    figure = figures.show("adaptation_gain", *gate_comparisons("adaptation_gain", "none", seeds=1))
     assert figure.layout.title.text.endswith("of 11 arms no claim, with fewer than 3 seeds")
-    assert {t.marker.color for t in figure.data if t.type == "scatter"} == {accuracy_figures.MUTED}
+    assert {t.marker.color for t in figure.data if t.type == "scatter"} == {style.MUTED}
 
 
 def test_costs_stand_in_order_and_what_does_not_apply_has_no_row():
-    figure = figures.show("adapter_cost", *steps())
+    figure = figures.show("adapter_cost", *adapter_steps())
     assert list(figure.layout.yaxis.categoryarray) == [
         "full fine-tuning, fp32, eager",
         "iLoRA, fp32, eager",
@@ -81,7 +78,7 @@ def test_correlations_are_starred_where_they_hold():
 
 
 def test_the_findings_say_whether_the_gate_helps_and_what_it_costs():
-    records = [*steps(), *comparisons("gate_comparison", "ilora")]
+    records = [*adapter_steps(), *gate_comparisons("gate_comparison", "ilora")]
     answer, *details = findings.sentences("05_ilora", records)
     assert answer.startswith("Not shown, next period: against iLoRA LoRA not separated")
     alike = [r for r in records if r["own_params"]["model"] in ("lora", "fixed_gate")]
@@ -93,7 +90,7 @@ def test_the_findings_say_whether_the_gate_helps_and_what_it_costs():
     assert "0.80 times that of full fine-tuning" in said
     assert "better: full fine-tuning" in said
     assert "not separated: LoRA" in said
-    few, *_ = findings.sentences("05_ilora", comparisons("gate_comparison", "ilora", seeds=1))
+    few, *_ = findings.sentences("05_ilora", gate_comparisons("gate_comparison", "ilora", seeds=1))
     assert few.startswith("Not known, next period: too few seeds")
     assert findings.sentences("05_ilora", []) == []
 

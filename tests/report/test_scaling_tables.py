@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+import figure_records
 import pandas as pd
 import pytest
+from figure_records import record
 
 from reclib.config import model_config
 from reclib.evaluate import statistics
@@ -20,69 +22,43 @@ WIDTHS = {32: 25_472, 64: 100_096, 96: 223_872, 128: 396_800}
 WIDTH_NAMES = [f"w{width}d2" for width in WIDTHS]
 
 
-def curve(model: str, seed: int, size: int, loss: float, prediction: str | None = None) -> dict:
-    metrics = {
-        "non_embedding": size,
-        "item_tables": 100,
-        "training_flops": 6.0 * size,
-        "trained_tokens": 10,
-        "lowest_valid_loss": loss,
-        "last_valid_loss": loss + (0.05 if model == "w64d8" else 0.0),
-        "late_drop": 0.02 if seed else 0.0,
-        "valid_ndcg@10": 0.1 + size / 1e5,
-        "valid_hr@10": 0.2,
-    }
-    return {
-        "name": "learning_curve",
-        "data": {"name": "scaling-x"},
-        "own_params": {"model": model},
-        "metrics": metrics,
-        "series": {"epoch": [1, 2], "valid_ndcg@10": [0.05, 0.1 + size / 1e5]},
-        "timings": {"train_seconds": 1800.0, "eval_seconds": 0.0},
-        "earlier": 0,
-        "seed": seed,
-        "kind": "measured",
-        "label": "cpu",
-        "profile": "grid",
-        "time": "2026-01-01",
-        "configuration": {"model": SHAPE} | ({"prediction": prediction} if prediction else {}),
-    }
+def curve(model: str, seed: int, size: int, loss: float, prediction: str | None = None, **changes) -> dict:
+    metrics = {"non_embedding": size, "item_tables": 100, "training_flops": 6.0 * size, "trained_tokens": 10}
+    metrics |= {"lowest_valid_loss": loss, "last_valid_loss": loss + (0.05 if model == "w64d8" else 0.0)}
+    metrics |= {"late_drop": 0.02 if seed else 0.0, "valid_ndcg@10": 0.1 + size / 1e5, "valid_hr@10": 0.2}
+    series = {"epoch": [1, 2], "valid_ndcg@10": [0.05, metrics["valid_ndcg@10"]]}
+    made = record("03_scaling", "learning_curve", {"model": model}, metrics, series)
+    made |= {"data": {"name": "scaling-x"}, "profile": "grid", "seed": seed, "time": "2026-01-01"}
+    made |= {"timings": {"train_seconds": 1800.0, "eval_seconds": 0.0}}
+    law = {"prediction": prediction} if prediction else {}
+    return made | {"configuration": {"model": SHAPE} | law} | changes
 
 
-def prediction() -> dict:
+def prediction(**metrics) -> dict:
     numbers = {"floor": 5.0, "factor": 30.0, "exponent": 0.3, "predicted": 5.5, "low": None, "high": None}
-    numbers |= {"without_low": 5.4, "without_high": 5.6}
-    one = curve("none", 0, 1, 1.0)
+    numbers |= {"without_low": 5.4, "without_high": 5.6} | metrics
     own = {"of": "w384d2", "size": 4000, "seeds": 1}
-    return one | {
-        "name": "prediction",
-        "metrics": numbers,
-        "own_params": own,
-        "params_hash": "abc",
-        "kind": "predicted",
-    }
+    law = {"name": "prediction", "kind": "predicted", "metrics": numbers, "own_params": own}
+    return curve("none", 0, 1, 1.0, **law, params_hash="abc")
 
 
 ROWS = [curve("w32d2", s, 1000, 6.0 + s / 10) for s in (0, 1)] + [curve("w64d4", 0, 2000, 5.8)]
 LARGEST = curve("w384d2", 0, 4000, 5.0, "abc")
 
 
+def said_of(rows: list[dict], predicted: list[dict] = ()) -> str:  # type: ignore[assignment]
+    """What is said of a grid with these runs and predictions."""
+    outcome = scaling.outcome([*rows, *predicted], "scaling-x")
+    return "\n".join(findings.scaling_findings(rows, outcome, "scaling-x"))
+
+
 def test_findings_read_right_with_nothing_with_few_and_with_all():
-    none = scaling.outcome([], "scaling-x")
-    assert findings.scaling_findings([], none, "scaling-x") == ["- scaling-x: no run is committed yet."]
-    few = "\n".join(findings.scaling_findings(ROWS, scaling.outcome(ROWS, "scaling-x"), "scaling-x"))
-    assert "No law yet" in few
-    assert "Fewer than three seeds: w32d2 (2), w64d4 (1)" in few
-    barred = scaling.outcome([*ROWS, prediction()], "scaling-x")
-    assert "w384d2 is not measured yet" in "\n".join(findings.scaling_findings(ROWS, barred, "scaling-x"))
-    whole = [*ROWS, LARGEST]
-    found = scaling.outcome([*whole, prediction()], "scaling-x")
-    assert found["error"] == pytest.approx(0.5)
-    assert "error +0.500 nats (+10.0%)" in "\n".join(findings.scaling_findings(whole, found, "scaling-x"))
-
-
-def test_a_run_without_the_predictions_hash_does_not_count_as_predicted():
-    stranger = curve("w384d2", 0, 4000, 5.0)
+    assert said_of([]) == "- scaling-x: no run is committed yet."
+    assert "No law yet" in said_of(ROWS)
+    assert "Fewer than three seeds: w32d2 (2), w64d4 (1)" in said_of(ROWS)
+    assert "w384d2 is not measured yet" in said_of(ROWS, [prediction()])
+    assert "error +0.500 nats (+10.0%)" in said_of([*ROWS, LARGEST], [prediction()])
+    stranger = curve("w384d2", 0, 4000, 5.0)  # without the prediction's hash it does not count
     assert scaling.outcome([*ROWS, stranger, prediction()], "scaling-x")["measured"] is None
 
 
@@ -104,7 +80,7 @@ GRID = [
 
 
 def test_findings_say_what_scales_what_does_not_and_whether_the_rule_held():
-    said = "\n".join(findings.scaling_findings(GRID, scaling.outcome(GRID, "scaling-x"), "scaling-x"))
+    said = said_of(GRID)
     assert "23 runs of 9 configurations" in said
     assert "11.5 hours" in said
     assert "Width, w32d2 to w64d2 to w96d2 to w128d2, step by step: loss (nats) -0.4815, -0.2035" in said
@@ -116,6 +92,21 @@ def test_findings_say_what_scales_what_does_not_and_whether_the_rule_held():
     assert "the one with the lower loss ranks worse: none" in said
     assert "Loss risen again at the end, in nats above its lowest: w64d8 (+0.050)" in said
     assert "Fewer than three seeds: none" in said, "rates are checked with one"
+
+
+def test_the_answer_tells_what_size_gained_and_what_the_law_said():
+    rows = [one for one in figure_records.scaling() if one["name"] in ("prediction", "learning_curve")]
+    said = findings.sentences("03_scaling", rows)
+    assert said[0].startswith("Not told apart on ml-100k (cpu): NDCG@10 on validation is 0.070 for w32d2")
+    assert said[-1] == "w384d2 is not measured yet; its record will carry 1."
+    numbers = {"non_embedding": 3_500_000, "lowest_valid_loss": 6.05, "valid_ndcg@10": 0.09}
+    law = {"configuration": {"prediction": "1"}}
+    largest = record("03_scaling", "learning_curve", {"model": "w384d2"}, numbers, **law)
+    fewer = numbers | {"non_embedding": 25_000, "valid_ndcg@10": 0.01}
+    other = record("03_scaling", "learning_curve", {"model": "w32d2 half rate"}, fewer)
+    said = findings.sentences("03_scaling", [other, largest, *rows])
+    assert said[0].startswith("Yes on ml-100k (cpu): NDCG@10 on validation is 0.070 for w32d2 and 0.090")
+    assert said[-1] == "Measured 6.050 over 1 seed(s): error -0.050 nats (-0.8%), inside the band."
 
 
 def test_every_kind_of_arm_has_its_sweep():
@@ -137,8 +128,7 @@ def test_what_to_buy_is_the_cheapest_not_told_apart_from_the_best_of_those_with_
     rate = ranked("w32d2 twice rate", 1e12, 0.8, 0.8, 0.8)
 
     def bought(*rows: dict) -> str:
-        said = findings.scaling_findings(rows, scaling.outcome([], "scaling-x"), "scaling-x")
-        return next((line for line in said if "What to buy" in line), "")
+        return next((line for line in said_of(list(rows)).splitlines() if "What to buy" in line), "")
 
     said = bought(*small, *middle, *large, *few, *rate)
     assert "w96d2 ranks best (0.2600); the cheapest not told apart is w64d2 (0.2200), at 50% of its" in said
@@ -150,12 +140,11 @@ def test_what_to_buy_is_the_cheapest_not_told_apart_from_the_best_of_those_with_
 
 
 def test_what_a_law_is_held_against_and_how_sure_its_exponent_is():
-    one = prediction()
+    one = prediction(low=4.9, high=5.6, exponent_low=0.1, exponent_high=0.9)
     one["series"] = {"non_embedding": [1000, 2000], "loss": [6.0, 5.5]}
-    one["metrics"] |= {"low": 4.9, "high": 5.6, "exponent_low": 0.1, "exponent_high": 0.9}
     found = scaling.outcome([LARGEST, one], "scaling-x")
     assert found["naive"] == pytest.approx({"last": 5.5, "line": 5.0})
-    said = "\n".join(findings.scaling_findings([LARGEST], found, "scaling-x"))
+    said = said_of([LARGEST], [one])
     assert "misses by +0.500 nats, a straight line in log N by +0.000" in said
     assert "known to 0.10 to 0.90 only" in said
     assert "error +0.500 nats (+10.0%), inside the band" in said
@@ -166,9 +155,7 @@ def test_what_a_law_is_held_against_and_how_sure_its_exponent_is():
 
 def test_a_loss_that_does_not_fall_with_size_is_no_law_though_ranking_may_improve():
     flat = [curve("w32d2", s, 1000, 8.0) for s in (0, 1)] + [curve("w64d2", s, 4000, 8.1) for s in (0, 1)]
-    one = prediction()
-    one["metrics"] |= {"factor": 0.0, "floor": 8.05, "predicted": 8.05}
-    said = "\n".join(findings.scaling_findings(flat, scaling.outcome([*flat, one], "scaling-x"), "scaling-x"))
+    said = said_of(flat, [prediction(factor=0.0, floor=8.05, predicted=8.05)])
     assert "No power of the size: the loss does not fall. 8.050 nats predicted for w384d2" in said
     assert "the one with the lower loss ranks worse: w32d2 and w64d2" in said
 
@@ -190,9 +177,8 @@ def test_what_a_committed_grid_lacks_is_named():
 
 
 def marks_of(figure) -> dict:
-    return {
-        trace.name: trace for trace in figure.data if trace.xaxis in (None, "x") and trace.mode == "markers"
-    }
+    first = [trace for trace in figure.data if trace.xaxis in (None, "x")]
+    return {trace.name: trace for trace in first if trace.mode == "markers"}
 
 
 def text_under(figure) -> str:
@@ -255,10 +241,9 @@ def test_the_figures_of_tuning_tell_whole_from_pruned_and_take_the_best_epoch():
     for number, (state, curve_of, rate) in enumerate(
         (("complete", [0.05, 0.1, 0.09], 1e-4), ("pruned", [0.05], 1e-1), ("complete", [0.02, 0.2], 1e-2))
     ):
-        one = curve("none", 0, 1, 1.0) | {"name": "trial", "metrics": {"valid_ndcg@10": max(curve_of)}}
-        one |= {"own_params": {"trial": number, "state": state, "learning_rate": rate, "model.dropout": 0.1}}
+        own = {"trial": number, "state": state, "learning_rate": rate, "model.dropout": 0.1}
         series = {"epoch": list(range(len(curve_of))), "valid_ndcg@10": curve_of}
-        trials.append(one | {"series": series, "timings": {}})
+        trials.append(record("03_scaling", "trial", own, {"valid_ndcg@10": max(curve_of)}, series))
     rows = tables.table(trials)
     history = scaling_figures.tuning_history(rows)
     found = {trace.name: list(trace.y) for trace in history.data}
@@ -271,24 +256,22 @@ def test_the_figures_of_tuning_tell_whole_from_pruned_and_take_the_best_epoch():
     assert "b has 80%" in scaling_figures.tuning_importance(shares).layout.title.text
 
 
+TUNING = {"data": {"name": "tuning-x"}, "profile": "grid"}
+
+
 def compared(name: str, **metrics: float) -> dict:
     numbers = {"difference": 0.004, "difference_low": -0.001, "difference_high": 0.009, "seeds": 3} | metrics
     own = {"model": "tuned", "against": "default", "metric": "ndcg@10"}
-    return curve("none", 0, 1, 1.0) | {"name": name, "metrics": numbers, "own_params": own} | TUNING
-
-
-TUNING = {"data": {"name": "tuning-x"}, "profile": "grid"}
+    return record("03_scaling", name, own, numbers, **TUNING)
 
 
 def test_what_is_said_of_tuning_with_nothing_with_trials_and_with_a_comparison():
     assert findings.tuning_findings([], "tuning-x") == ["- tuning-x: no trial is committed yet."]
-    trials = [
-        curve("none", 0, 1, 1.0) | {"name": "trial", "own_params": {"trial": n, "state": state}} | TUNING
-        for n, state in enumerate(("complete", "pruned"))
-    ]
-    chosen = curve("none", 0, 1, 1.0) | {"name": "tuning", "metrics": {"valid_ndcg@10": 0.2}} | TUNING
-    chosen |= {"own_params": {"study": "x", "trial": 0, "dropout": 0.1}}
-    chosen |= {"series": {"field": ["dropout", "mask_prob"], "share": [0.9, 0.1]}}
+    states = [{"trial": n, "state": state} for n, state in enumerate(("complete", "pruned"))]
+    trials = [record("03_scaling", "trial", own, **TUNING) for own in states]
+    own = {"study": "x", "trial": 0, "dropout": 0.1}
+    shares = {"field": ["dropout", "mask_prob"], "share": [0.9, 0.1]}
+    chosen = record("03_scaling", "tuning", own, {"valid_ndcg@10": 0.2}, shares, **TUNING)
     few = "\n".join(findings.tuning_findings([*trials, chosen], "tuning-x"))
     assert (
         "2 trials, 1 of them pruned. The best, trial 0, has NDCG@10 0.2000 on validation: dropout 0.1" in few

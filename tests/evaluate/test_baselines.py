@@ -20,9 +20,7 @@ from reclib.evaluate import baselines, metrics
 NUM_ITEMS = 6
 # What the independent program chose on validation.
 BEAUTY = {"window": 50, "backward": 0.0, "row_power": 0.5, "column_power": 0.0, "decay": 0.5, "last": 20}
-ROWS = st.lists(st.lists(st.integers(1, NUM_ITEMS), min_size=0, max_size=8), min_size=1, max_size=8).filter(
-    any
-)
+ROWS = st.lists(st.lists(st.integers(1, NUM_ITEMS), max_size=8), min_size=1, max_size=8).filter(any)
 
 
 def of_rows(rows: list[list[int]]) -> Histories:
@@ -47,7 +45,7 @@ def all_scores(recommender: baselines.Recommender, histories: Histories) -> np.n
 
 
 @given(rows=ROWS, last=st.integers(1, 9))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 def test_recent_popularity_counts_the_last_items_of_each_history(rows, last):
     found = baselines.fit_recent(of_rows(rows), NUM_ITEMS, last).values
     kept = [item for row in rows for item in row[-last:]]
@@ -64,7 +62,7 @@ def test_popularity_in_time_counts_the_last_share_of_the_time_range():
 
 
 @given(rows=ROWS, smoothing=st.sampled_from([0.5, 1.0, 10.0]))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 def test_markov_is_smoothed_transition_shares(rows, smoothing):
     histories = of_rows(rows)
     found = all_scores(baselines.fit_markov(histories, NUM_ITEMS, smoothing), histories)
@@ -80,7 +78,7 @@ def test_markov_is_smoothed_transition_shares(rows, smoothing):
 
 
 @given(rows=ROWS, neighbours=st.integers(1, 6), shrink=st.sampled_from([0.0, 1.0, 7.5]))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 def test_item_knn_is_the_shrunk_cosine_of_the_nearest_neighbours(rows, neighbours, shrink):
     histories = of_rows(rows)
     found = all_scores(baselines.fit_item_knn(histories, NUM_ITEMS, neighbours, shrink), histories)
@@ -100,28 +98,6 @@ def test_item_knn_is_the_shrunk_cosine_of_the_nearest_neighbours(rows, neighbour
             assert scores[item - 1] == pytest.approx(wanted, rel=1e-5, abs=1e-7)
 
 
-@pytest.mark.parametrize("block_bytes", [1, 2**20])
-def test_item_knn_does_not_depend_on_its_blocks(block_bytes, monkeypatch):
-    histories = random_histories([12, 30, 7, 25, 18], num_items=20)
-    wanted = baselines.fit_item_knn(histories, 20, 3, 2.0).weights.toarray()
-    monkeypatch.setattr(baselines, "BLOCK_BYTES", block_bytes)
-    assert (baselines.fit_item_knn(histories, 20, 3, 2.0).weights.toarray() == wanted).all()
-    assert wanted.any()
-
-
-@pytest.mark.parametrize("num_items", [30, 160_000])
-def test_entries_are_sorted_by_row_nearness_and_id(num_items):
-    rng = np.random.default_rng(0)
-    rows = 2**24 // num_items  # four times as many as a block of this catalogue has
-    row, column = rng.integers(rows - 3, rows, 500), rng.integers(num_items - 20, num_items, 500)
-    near = rng.choice(np.array([1e-8, 0.25, 0.5, 1.0], dtype=np.float32), 500)
-    order = np.lexsort((column, -near, row))
-    for found, entries in zip(
-        baselines._by_nearness(row, column, near, num_items), (row, column, near), strict=True
-    ):
-        assert (found == entries[order]).all()
-
-
 def test_ease_reaches_the_minimum_column_by_column():
     """Each column is a ridge regression of an item on all others: its gradient vanishes off the diagonal."""
     histories = random_histories([4, 6, 3, 7, 5, 4, 8, 6], num_items=9)
@@ -136,16 +112,19 @@ def test_ease_reaches_the_minimum_column_by_column():
         np.testing.assert_allclose(weights[others, item], wanted, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("block_bytes", [1, 300, 2**20])
-def test_ease_scores_are_histories_times_weights_in_any_blocks(block_bytes, monkeypatch):
-    monkeypatch.setattr(baselines, "BLOCK_BYTES", block_bytes)
-    monkeypatch.setattr(metrics, "SCORE_BYTES", 2 * 4 * 9)  # two users at a time
-    histories = random_histories([4, 6, 3, 7, 5], num_items=9)
-    fitted = baselines.fit_ease(histories, 9, 2.0)
-    X = baselines.interaction_matrix(histories, 9).toarray()
-    inverse = np.linalg.inv(X.astype(np.float64).T @ X + 2.0 * np.eye(9))
-    wanted = np.eye(9) - inverse / np.diag(inverse)
-    np.testing.assert_allclose(all_scores(fitted, histories), X @ wanted, rtol=1e-4, atol=1e-5)
+def test_similarities_do_not_depend_on_their_blocks_nor_scores_on_theirs(monkeypatch):
+    histories = random_histories([12, 30, 7, 25, 18], num_items=20)
+    X = baselines.interaction_matrix(histories, 20).toarray()
+    fits = (
+        lambda: baselines.fit_item_knn(histories, 20, 3, 2.0),
+        lambda: baselines.fit_ease(histories, 20, 2.0),
+    )
+    wanted = [X @ fit().weights for fit in fits]
+    monkeypatch.setattr(metrics, "SCORE_BYTES", 2 * 4 * 20)  # two users at a time
+    for block_bytes in (1, 300, 2**20):
+        monkeypatch.setattr(baselines, "BLOCK_BYTES", block_bytes)
+        for fit, scores in zip(fits, wanted, strict=True):
+            np.testing.assert_allclose(all_scores(fit(), histories), scores, rtol=1e-5, atol=1e-6)
 
 
 def test_ease_refuses_a_catalogue_beyond_its_memory():
@@ -154,17 +133,15 @@ def test_ease_refuses_a_catalogue_beyond_its_memory():
         baselines.fit_ease(histories, 160_000)
 
 
-@pytest.mark.parametrize("name", sorted(baselines.families()))
-def test_users_come_in_blocks_and_each_once(name, monkeypatch):
+def test_users_come_in_blocks_and_each_once(monkeypatch):
     monkeypatch.setattr(metrics, "SCORE_BYTES", 3 * 4 * NUM_ITEMS)
     histories = of_rows([[1, 2, 3], [], [4], [5, 6], [6], [2, 2], [3, 1]])
-    fitted = baselines.families()[name].fit(histories, NUM_ITEMS)
-    parts = list(fitted.scores(evaluated(histories)))
-    assert [len(users) for users, _ in parts] == [3, 3, 1]
-    assert np.concatenate([users for users, _ in parts]).tolist() == list(range(7))
-    for users, scores in parts:
-        assert scores.shape == (len(users), NUM_ITEMS)
-        assert scores.isfinite().all()
+    for name, family in baselines.families().items():
+        parts = list(family.fit(histories, NUM_ITEMS).scores(evaluated(histories)))
+        assert [users.tolist() for users, _ in parts] == [[0, 1, 2], [3, 4, 5], [6]], name
+        for users, scores in parts:
+            assert scores.shape == (len(users), NUM_ITEMS)
+            assert scores.isfinite().all()
 
 
 def test_nothing_is_fitted_to_the_items_after_training():
@@ -193,18 +170,12 @@ def test_validation_chooses_and_keeps_what_it_saw():
         baselines.choose(family, histories, NUM_ITEMS, valid, metric="hr@11")
 
 
-def test_a_family_without_hyperparameters_is_fitted_once():
+def test_families_without_hyperparameters_are_fitted_once_and_those_by_time_need_times():
     histories = of_rows([[1, 2], [2, 3]])
     choice = baselines.choose(baselines.families()["popularity"], histories, NUM_ITEMS, evaluated(histories))
-    assert choice.chosen == {}
-    assert len(choice.tried) == 1
-
-
-def test_popularity_by_time_is_offered_where_there_are_times():
-    histories = of_rows([[1, 2], [2, 3]])
-    times = np.arange(len(histories.items))
+    assert (choice.chosen, len(choice.tried)) == ({}, 1)
     assert "recent_popularity_in_time" not in baselines.families()
-    family = baselines.families(times)["recent_popularity_in_time"]
+    family = baselines.families(np.arange(len(histories.items)))["recent_popularity_in_time"]
     assert family.fit(histories, NUM_ITEMS, share=1.0).values.sum() == 4
 
 
@@ -230,7 +201,7 @@ def test_impossible_hyperparameters_are_refused_by_name():
     backward=st.sampled_from([0.0, 0.5]),
     pairs=st.sampled_from([1, 2**22]),
 )
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 def test_pairwise_counts_equal_a_sum_over_all_pairs(rows, window, last, backward, pairs):
     """A brute-force twin with the definition in plain loops, counted in chunks of any size."""
     histories = of_rows(rows)
@@ -294,7 +265,5 @@ def test_a_search_by_turns_finds_the_best_and_fits_once_for_what_only_scores_dif
     assert sorted(fits) == [10, 50]
     keys = [tuple(row[name] for name in family.grid) for row in choice.tried]
     assert len(set(keys)) == len(keys) < np.prod([len(values) for values in family.grid.values()])
-    assert (
-        max(row["ndcg@10"] for row in choice.tried)
-        == choice.tried[keys.index(tuple(choice.chosen.values()))]["ndcg@10"]
-    )
+    chosen = choice.tried[keys.index(tuple(choice.chosen.values()))]
+    assert chosen["ndcg@10"] == max(row["ndcg@10"] for row in choice.tried)

@@ -1,0 +1,361 @@
+"""Plans of time, memory and price: by rates, by data sheets, on the command line and in notebook 07."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import yaml
+from conftest import ROOT
+
+from reclib import hardware, parameters, records
+from reclib.config import InputError, TrainConfig, changed, model_config
+from reclib.cost import planner, work
+from reclib.cost.planner import Asked
+from reclib.cost.work import AdapterPlan
+from reclib.experiments import comparison, explore, speed
+from reclib.report import findings, speed_figures, tables
+from reclib.train import timing
+
+LENGTHS = planner.typical_lengths()
+MODEL, TRAIN = model_config("85m"), TrainConfig(batch_size=512)
+RATES = {
+    "head fp32": {32: 1e11, 1024: 2e11},
+    "product fp32": {32: 1e11, 1024: 1e11},
+    "attention": {50: 1e9, 200: 4e9},
+    **dict.fromkeys(("gelu", "dropout", "norm", "add", "softmax", "lookup", "update"), 1e9),
+    "norm of gradients": 1e9,
+    "operator": 1e-6,
+}
+ERROR = {"of": "held-out", "rows": 10, "time_median": 0.1, "time_worst": 0.5, "memory_median": 0.05}
+SHARES = dict.fromkeys(planner.GROUPS, 1.0)
+SMOKE = parameters.profile("07_explore", "smoke")
+
+
+def a_cpu(**changes) -> planner.Cpu:
+    given = {"label": "cpu1", "name": "test", "rates": RATES, "shares": SHARES, "process_bytes": 10**8}
+    given |= {"heap": {"held": 1.0, "layer": 1.0}}
+    return planner.Cpu(**(given | {"error": ERROR} | changes))
+
+
+def asked(**changes: object) -> Asked:
+    given = {f"plan_{name}": value for name, value in changes.items()}
+    return explore.asked(parameters.build("07_explore", SMOKE | given))
+
+
+# -- steps ---------------------------------------------------------------------------------------------------
+
+
+def test_rates_are_interpolated_and_shares_scale_their_group_and_no_other():
+    rates = {50: 1e9, 200: 4e9}
+    found = [planner.interpolated(rates, at) for at in (100, 10, 999)]  # beyond the shapes: held
+    assert found == pytest.approx([2e9, 1e9, 4e9])
+    one = planner.plan(a_cpu(), MODEL, TRAIN, LENGTHS).step.parts
+    other = planner.plan(a_cpu(shares=SHARES | {"attention": 3.0}), MODEL, TRAIN, LENGTHS).step.parts
+    assert other == pytest.approx(dict(one) | {"attention": 3 * one["attention"]})
+
+
+def test_a_measured_cpu_has_the_band_of_held_out_rows_of_its_kind_of_run():
+    found = planner.plan(a_cpu(), MODEL, TRAIN, LENGTHS)
+    assert found.basis == "validated"
+    assert (found.step.low, found.step.high) == pytest.approx(
+        (found.step.seconds / 1.5, 1.5 * found.step.seconds)
+    )
+    few, enough = {"rows": 2, "time_worst": 0.3}, {"rows": 4, "time_worst": 0.2}
+    rates = {"product bf16": RATES["product fp32"], "head bf16": RATES["head fp32"], "bandwidth": 1e10}
+    cpu = a_cpu(error=ERROR | {"adapted": enough, "bf16": few}, rates=RATES | rates)
+    adapted = planner.plan(cpu, MODEL, TRAIN, LENGTHS, adapter=AdapterPlan())
+    half = planner.plan(cpu, MODEL, changed(TRAIN, precision="bf16"), LENGTHS)
+    assert (adapted.basis, half.basis) == ("validated", "unvalidated")
+    assert adapted.step.high == pytest.approx(1.2 * adapted.step.seconds)
+    assert half.step.high == pytest.approx(1.3 * half.step.seconds)
+
+
+def test_a_gpu_has_a_range_is_unvalidated_and_no_faster_than_its_data_sheet():
+    for board in hardware.catalogue().values():
+        found = planner.plan(board, MODEL, TRAIN, LENGTHS)
+        assert found.basis == "unvalidated"
+        assert found.step.low < found.step.seconds < found.step.high
+        assert found.precision == ("fp16" if board.capability < (8, 0) else "bf16")
+        assert found.step.low > found.flops / board.peaks[found.precision]
+        assert found.step.low > found.bytes_moved / board.bandwidth * 0.5
+
+
+def test_a_small_step_waits_for_the_host_and_packing_and_gathering_make_a_large_one_shorter():
+    board, waiting = hardware.catalogue()["h100"], "waiting for the host"
+    small = planner.plan(board, model_config("nano"), TrainConfig(batch_size=32), LENGTHS).step
+    large = planner.plan(board, model_config("430m"), TrainConfig(batch_size=4096), LENGTHS).step
+    assert small.parts[waiting] > 0.5 * small.seconds
+    assert large.parts[waiting] == 0
+    padded = changed(TRAIN, layout="padded")
+    recipes = (TRAIN, padded, changed(padded, head_rows="all"))
+    steps = [planner.plan(hardware.catalogue()["a100-40"], MODEL, t, LENGTHS).step.seconds for t in recipes]
+    assert steps[0] < steps[1] < steps[2] / 3
+
+
+def test_a_cpu_label_is_the_cpu_that_is_here_or_another_that_stands_in_and_it_is_said(monkeypatch, capsys):
+    for here, label in (("Intel Xeon 6/207", "cpu2 Intel Xeon 6/207"), ("AMD EPYC 25/17", "cpu2 AMD EPYC")):
+        monkeypatch.setattr(hardware, "cpu_model", lambda here=here: here)
+        assert planner.cpu("cpu2").label == label  # the first rows say the name only
+    monkeypatch.setattr(hardware, "cpu_model", lambda: "Pentium 5/1")
+    found = planner.plan(planner.cpu("cpu2"), MODEL, TRAIN, LENGTHS)
+    assert (found.basis, "Pentium 5/1, which was not calibrated" in found.name) == ("unvalidated", True)
+    each = [planner.plan(one, MODEL, TRAIN, LENGTHS).step for one in planner.with_threads("cpu2")]
+    assert (found.step.low, found.step.high) == (min(s.low for s in each), max(s.high for s in each))
+    assert planner.plan_main(["--size", "85m", "--gpu", "cpu2"]) == 0
+    assert "not calibrated" in capsys.readouterr().out
+
+
+# -- plans ---------------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_and_its_cost_follow_from_the_step():
+    (found,) = planner.plans("l4", MODEL, TRAIN, LENGTHS, users=51_200, price=3.6)
+    numbers = found.numbers()
+    assert numbers["epoch_seconds"] == pytest.approx(100 * numbers["step_seconds"])
+    assert numbers["cost_per_epoch"] == pytest.approx(numbers["epoch_seconds"] / 1000)
+    small, large = planner.plans("a100", MODEL, TRAIN, LENGTHS)
+    assert (small.device, large.device) == ("a100-40", "a100-80")
+    assert small.largest_batch < large.largest_batch
+
+
+def test_an_adapter_costs_less_than_training_everything_and_is_no_validated_plan():
+    for label in ["l4", "cpu2 AMD EPYC"]:
+        (full,) = planner.plans(label, MODEL, TRAIN, LENGTHS)
+        (narrow,) = planner.plans(label, MODEL, TRAIN, LENGTHS, adapter=AdapterPlan(kind="ilora", rank=8))
+        assert narrow.step.seconds < full.step.seconds
+        assert narrow.peak_bytes < full.peak_bytes
+        assert narrow.footprint.parts["optimizer"] == 8 * 132_096
+        assert narrow.basis == "unvalidated"
+
+
+def test_what_cannot_be_planned_is_told():
+    for label, precision, message in [
+        ("gtx970", "auto", "unknown device"),
+        ("t4", "bf16", "no units"),
+        ("cpu77", "auto", "no rates of"),
+        ("cpu2 AMD EPYC", "fp16", "not calibrated"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            planner.plans(label, MODEL, changed(TRAIN, precision=precision), LENGTHS)
+
+
+# -- command line --------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_prints_a_prediction_that_fits_a_screen(capsys):
+    assert planner.plan_main(["--size", "430m", "--gpu", "l4", "--price", "0.7", "--epochs", "20"]) == 0
+    one = capsys.readouterr().out
+    prices = ["--price", "l4=0.7,a100=3", "--currency", "EUR"]
+    assert planner.plan_main(["--size", "430m", "--gpu", "all,cpu2", "--epochs", "20", *prices]) == 0
+    every = capsys.readouterr().out
+    for text in (one, every):
+        lines = text.splitlines()
+        assert len(lines) <= 40
+        assert max(map(len, lines)) <= 110
+        assert "Predicted: 430m, batch 512, 20 epochs of 582,942 users" in text
+        assert "unvalidated" in text
+    assert "USD" in one
+    rows = {line.split()[0]: line for line in every.splitlines()[3:]}
+    assert set(rows) == {*hardware.catalogue(), "cpu2"}
+    assert "EUR" in every
+    found = planner.plan_size("430m", "a100-80", price="a100=3", batch_size=512)
+    assert f"{found.cost(20 * found.epoch.seconds):.3g} (" in rows["a100-80"]  # of all boards of that name
+    assert rows["t4"].endswith("-")
+
+
+def test_the_command_line_writes_json_for_adapters_other_catalogues_and_losses(capsys):
+    def plans(*arguments: str) -> list[dict]:
+        planner.plan_main(["--json", *arguments])
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    (row,) = plans("--size", "430m", "--gpu", "l4", "--epochs", "3", "--price", "3.6")
+    assert (row["kind"], row["basis"], row["fits"]) == ("predicted", "unvalidated", 1)
+    assert row["memory"]["weights"] == 4 * 429_153_286
+    each = sum(row["memory"].values()) + work.CONTEXT_BYTES
+    assert row["side_by_side"] == int(work.USABLE * 24 * 2**30) // each >= 1
+    assert row["run_cost"] == pytest.approx(3 * row["epoch_seconds"] / 1000)
+    small, large = plans("--size", "85m", "--gpu", "l4,h100", "--adapter", "ilora", "--rank", "8")
+    assert (small["device"], large["device"], small["adapter"]) == ("l4", "h100", "ilora")
+    many = ["--size", "85m", "--gpu", "h100", "--items", "10000000"]
+    (untied,), (tied,) = plans(*many), plans(*many, "--tied", "--loss", "sampled_softmax")
+    assert (untied["fits"], tied["fits"]) == (0, 1)
+    assert tied["memory"]["weights"] < 0.51 * untied["memory"]["weights"]
+    assert tied["flops"] < 0.01 * untied["flops"]
+
+
+def test_the_command_line_says_what_does_not_fit_and_what_makes_no_sense(capsys):
+    assert planner.plan_main(["--size", "430m", "--gpu", "t4", "--batch-size", "65536"]) == 1
+    printed = capsys.readouterr().out
+    assert "DOES NOT FIT" in printed
+    assert "micro_batch_size=" in printed
+    wrong = ["--size 431m", "--mean-len 2", "--gpu gtx970", "--rank 8", "--epochs 0", "--users 0"]
+    wrong += [f"--price {price}" for price in ("-1", "nan", "inf", "cheap", "l4=nan", "l4=", "h100=3")]
+    for arguments in wrong:
+        assert planner.plan_main(["--size", "85m", "--gpu", "l4", *arguments.split()]) == 2, arguments
+        printed = capsys.readouterr().err
+        assert printed.count("\n") == 1, arguments
+        assert printed.startswith("error: ")
+
+
+# -- notebook 07 ---------------------------------------------------------------------------------------------
+
+
+def test_plans_of_the_notebook_are_for_every_device_in_its_precision_at_the_price_of_one():
+    one = asked(device="a100-40", items=1000, batch_size=64, price=2.5)
+    again = SMOKE | yaml.safe_load(explore.plan_as_parameters(one))
+    assert explore.asked(parameters.build("07_explore", again)) == one
+    found = planner.every_plan(asked(device="l4", precision="tf32", price=3.6))
+    assert [plan.device for plan in found] == [*planner.cpus(), *hardware.catalogue()]
+    for plan in found:
+        parts = planner.memory_parts(plan)
+        assert sum(parts.values()) == plan.peak_bytes
+        assert min(parts.values()) > 0
+        assert parts[planner.RUN] == plan.process_bytes
+        cost = plan.epoch.seconds / 1000 if plan.device == "l4" else None
+        assert plan.numbers()["cost_per_epoch"] == (cost and pytest.approx(cost))
+    own = {plan.device: plan.precision for plan in found}
+    assert [own[name] for name in ("l4", "h100", "t4")] == ["tf32", "tf32", "fp16"]
+    assert own[next(iter(planner.cpus()))] == "fp32"
+    assert planner.precisions("t4") == ["auto", "fp32", "fp16"]
+
+
+def test_the_summary_says_what_it_is_and_whether_it_fits():
+    label = next(iter(planner.cpus()))
+    for one, parts in [
+        (asked(), ("predicted, unvalidated", "assumed efficiency", "NVIDIA L4", "bf16")),
+        (asked(device=label, price=None), ("predicted, validated", "worst error of")),
+        (asked(device="t4", size="430m", batch_size=65_536), ("DOES NOT FIT", "micro_batch_size")),
+        (asked(adapter="lora"), ("trained: lora, rank 8",)),
+    ]:
+        plan = planner.plan_of(one)
+        assert [part for part in parts if part not in explore.summary(one, plan)] == []
+        text = "\n".join(planner.report(plan))
+        assert [part for part in parts if part not in text and "lora" not in part] == []
+
+
+def test_a_table_of_plans_is_that_of_their_records(tmp_path, monkeypatch):
+    monkeypatch.setenv("RECLIB_RECORDS", str(tmp_path))
+    p = parameters.build("07_explore", SMOKE)
+    run = records.Run("07_explore", p, dict.fromkeys(records.CARD) | {"label": "cpu", "type": "cpu"})
+    one, every = asked(), planner.every_plan(asked())
+    for plan in every:
+        own, card = planner.about(one, plan), comparison.card_of(plan)
+        numbers = {"timings": planner.timed(plan), "series": planner.series(plan)}
+        run.result("plan", planner.counted(plan), params=own, kind="predicted", device=card, **numbers)
+    written = records.read(tmp_path)
+    found = tables.table(written).sort_values(["device", "part"], ignore_index=True)
+    live = planner.table(one, every).sort_values(["device", "part"], ignore_index=True)
+    for column in ("device", "part", "bytes", "epoch_seconds", "status", "basis", "size"):
+        assert found[column].tolist() == live[column].tolist()
+    assert {r["kind"] for r in written} == {"predicted"}
+    said = " ".join(findings.sentences("07_explore", written))
+    assert "85m at a batch of 512 fits on 10 of 10 GPUs" in said
+    assert "plans are unvalidated" in said
+    for figure in (speed_figures.parts(every[-1]), speed_figures.by_device(live)):
+        assert "predicted" in f"{figure.layout.title.text} {figure.layout.title.subtitle.text}"
+
+
+# -- records -------------------------------------------------------------------------------------------------
+
+
+def test_committed_predictions_are_older_than_their_measurements():
+    folder = ROOT / "executed/cpu/grids"
+    lines = [json.loads(line) for line in (folder / "planner.jsonl").read_text().splitlines()]
+    rows = [r for r in lines if r["name"] == "planner_row" and r["own_params"]["set"] == "held-out"]
+    for name, cpu in (("amd-epyc", "AMD EPYC"), ("intel-xeon-6-207", "Intel Xeon 6/207")):
+        before = json.loads((folder / f"planner-predictions-{name}.json").read_text())
+        times = {title_of(one): one.get("time", before.get("time")) for one in before["rows"]}
+        held_out = [r for r in rows if r["own_params"].get("cpu", r["device"]["name"]) == cpu]
+        assert len(held_out) >= 10
+        assert all(row["time"] > times[title_of(row["own_params"])] for row in held_out)
+        assert {"5m", "85m", "130m"} <= {row["own_params"]["size"] for row in held_out}
+        assert {row["own_params"]["threads"] for row in held_out} == {1, 2}
+        for threads in (1, 2):
+            measured = planner.cpus()[f"cpu{threads} {cpu}"]
+            assert (measured.threads, measured.error["of"]) == (threads, "held-out")
+            assert measured.error["rows"] >= 10
+            assert set(measured.shares) == set(planner.GROUPS)
+
+
+def title_of(row: dict) -> str:
+    names = ("size", "threads", "batch_size", "mean_len", "max_len", "model", "adapter", "precision")
+    return json.dumps({name: row[name] for name in names if name in row}, sort_keys=True)
+
+
+def hardware_params(**changes):
+    return parameters.build("06_hardware", parameters.profile("06_hardware", "smoke") | changes)
+
+
+def test_predictions_lie_in_the_folder_of_their_device_and_are_never_measured(tmp_path, monkeypatch):
+    monkeypatch.setenv("RECLIB_RECORDS", str(tmp_path))
+    p = hardware_params(gpu="l4", devices=["l4", "v100"], sizes=["5m"])
+    card = dict.fromkeys(records.CARD) | {"label": "cpu", "type": "cpu", "name": "test"}
+    run = records.Run("06_hardware", p, card)
+    for row in comparison.predicted(p):
+        about = {"params": row.own_params, "timings": row.timings, "kind": "predicted", "device": row.card}
+        run.result("hardware_step", row.metrics, **about)
+    found = records.read(tmp_path)
+    assert {r["label"] for r in found} == {"l4", "v100-16", "v100-32"}
+    assert {r["kind"] for r in found} == {"predicted"}
+    assert all("data sheet" in r["device"]["name"] for r in found)
+    with pytest.raises(ValueError, match="not here"):
+        run.result("hardware_step", {}, device={"label": "l4"})
+
+
+def test_no_committed_record_of_a_gpu_without_a_self_check_is_measured():
+    for one in records.read(ROOT / "executed"):
+        if one["label"] != "cpu" and not (ROOT / "executed" / one["label"] / "selfcheck.json").is_file():
+            assert one["kind"] == "predicted", (one["label"], one["name"])
+        if one["kind"] == "predicted" and one["notebook"] != "03_scaling":  # of a loss, not of a device
+            assert one["own_params"].get("basis") in ("validated", "unvalidated")
+
+
+def test_gains_are_ratios_of_two_plans_and_prices_pairs_of_device_and_number():
+    p = hardware_params(devices=["l4"], sizes=["85m"], prices=["l4=0.7", "a100-80=3"])
+    found = {row.own_params["technique"]: row.timings["speedup"] for row in comparison.gains(p)}
+    assert set(found) == set(comparison.TECHNIQUES)
+    assert found["gather before the head"] > found["packed rows"] > 1
+    assert np.isfinite(list(found.values())).all()
+    assert [comparison.price_of(p, label) for label in ("l4", "a100-40")] == [0.7, None]
+    with pytest.raises(InputError, match="no device=price"):
+        comparison.prices(hardware_params(prices=["l4"]))
+
+
+def test_each_notebook_of_the_lease_ends_in_three_minutes_on_an_h100_by_its_slowest_plan():
+    def lease(notebook: str):
+        return parameters.build(notebook, parameters.profile(notebook, "lease"))
+
+    def step(model, train, mean_len, adapter=None):
+        lengths = planner.typical_lengths(mean_len)
+        return planner.plan(hardware.catalogue()["h100"], model, train, lengths, adapter=adapter).step.high
+
+    p, energy = lease("06_hardware"), timing.ENERGY_SECONDS
+    sizes = 0.0
+    for size, rule in itertools.product(p.measured_sizes, ("fp32", "auto")):
+        one = step(comparison.model_of(p, size), comparison.train_of(p, rule), p.mean_len)
+        sizes += (p.warmup_steps + p.steps) * one + energy
+
+    p = lease("04_amp_compile")
+    model = model_config(p.size, num_items=p.synthetic_items, max_len=p.max_len)
+    assert set(p.compile_modes) == {"off"}  # no plan knows how long compiling takes
+    amp = 0.0
+    for precision, size in itertools.product(p.precisions, p.batch_sizes):
+        one = step(model, TrainConfig(precision=precision, batch_size=size), p.synthetic_mean_len)
+        amp += (p.warmup_steps + p.repeats * p.steps) * one + energy
+    first = TrainConfig(batch_size=p.batch_sizes[0], precision="fp32")
+    for rung in speed.ladder(model, first, (("AMP", "precision", "bf16"),)):
+        amp += p.repeats * (p.warmup_steps + p.steps) * step(rung.model, rung.train, p.synthetic_mean_len)
+    amp += 2 * p.synthetic_users / p.batch_sizes[0] * step(model, first, p.synthetic_mean_len)  # epochs
+
+    p = lease("05_ilora")
+    model = model_config(p.size, num_items=1349, max_len=p.max_len)
+    train = TrainConfig(batch_size=p.batch_size, precision="fp32")
+    base, adapted = step(model, train, 50), step(model, train, 50, comparison.ILORA)
+    per_epoch = -(-943 // p.batch_size)  # MovieLens 100K: of all users, where fewer have a past
+    runs = len(p.tasks) * (len(p.arms) - 1) * (len(p.learning_rates) + len(p.seeds) - 1)
+    arms = len(p.seeds) * p.base_epochs * per_epoch * base + runs * p.epochs * per_epoch * adapted
+    arms += (4 + len(p.precisions)) * (p.warmup_steps + p.rounds) * adapted
+    assert [round(seconds) for seconds in (amp, arms, sizes)] == [43, 35, 31]  # params/lease.yaml states them

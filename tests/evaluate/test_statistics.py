@@ -1,0 +1,248 @@
+"""Tests and intervals against enumeration, textbook values and simulation; what lies beside accuracy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from engine import histories
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from reclib.config import InputError
+from reclib.data.dataset import Evaluation, Histories
+from reclib.evaluate import baselines, metrics, statistics
+
+SHARES = st.floats(0, 1)
+
+
+def drawn(rng, seed_spread: float, lift: float = 0.0, seeds: int = 3, users: int = 200, arms: int = 2):
+    """Models of equal mean but for `lift` of the last; users, seeds and their interaction vary."""
+    user = rng.normal(0.2, 0.3, users)
+
+    def one(add: float) -> np.ndarray:
+        own = user + rng.normal(0, 0.15, users)
+        return add + own + rng.normal(0, seed_spread, (seeds, 1)) + rng.normal(0, 0.25, (seeds, users))
+
+    return {f"m{i}": one(lift if i == arms - 1 else 0.0) for i in range(arms)}
+
+
+def models(seeds: int, lift: float, users: int = 400) -> dict[str, np.ndarray]:
+    """A deterministic model, and one of several seeds that lifts some of its users."""
+    rng = np.random.default_rng(2)
+    base = rng.random((1, users)) < 0.3
+    model = np.clip(base + (rng.random((seeds, users)) < lift), 0, 1)
+    return {"popularity": base.astype(float), "model": model.astype(float)}
+
+
+# -- comparisons ---------------------------------------------------------------------------------------------
+
+
+@given(st.lists(SHARES, min_size=1, max_size=10), SHARES)
+@settings(deadline=None, max_examples=50)
+def test_holm_rejects_what_the_step_down_procedure_rejects(p_values, level):
+    adjusted = statistics.holm({str(i): p for i, p in enumerate(p_values)})
+    rejected = set()
+    for place, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        if (len(p_values) - place) * p_values[i] > level:
+            break
+        rejected.add(i)
+    assert {i for i in range(len(p_values)) if adjusted[str(i)] <= level} == rejected or level == 1.0
+    assert list(adjusted) == [str(i) for i in range(len(p_values))]
+    assert all(p <= adjusted[str(i)] <= 1.0 for i, p in enumerate(p_values))
+
+
+def test_a_detectable_difference_is_detected_four_times_in_five():
+    spread, users = 0.4, 300
+    size = statistics.detectable_difference(spread / np.sqrt(users), users - 1)
+    samples = np.random.default_rng(0).normal(size, spread, (users, 2000))
+    assert np.mean(stats.ttest_1samp(samples, 0, axis=0).pvalue < 0.05) == pytest.approx(0.8, abs=0.03)
+
+
+def test_three_seeds_reject_a_true_null_as_often_as_the_level_and_cover_the_truth():
+    rng = np.random.default_rng(1)
+    for spread in (0.0, 0.02, 0.05):  # seeds add nothing, as much as users do, and nearly all
+        rejected, covered, over_users_alone = [], [], []
+        for _ in range(200):
+            values = drawn(rng, spread)
+            (null,) = statistics.compare(values, "m0")
+            rejected.append(null.p_value < 0.05)
+            covered.append(null.difference.low <= 0 <= null.difference.high)
+            mean = values["m1"].mean(0) - values["m0"].mean(0)
+            over_users_alone.append(abs(mean.mean()) / mean.std(ddof=1) * np.sqrt(mean.size) > 1.97)
+        assert np.mean(rejected) == pytest.approx(0.05, abs=0.045)
+        assert covered == [not one for one in rejected]
+        if spread:
+            assert np.mean(over_users_alone) > np.mean(rejected) + 0.05
+
+
+def test_many_arms_of_three_seeds_have_one_false_claim_in_twenty_and_find_what_is_there():
+    rng = np.random.default_rng(2)
+    false, real = [], []
+    for _ in range(40):
+        false += [any(one.adjusted_p < 0.05 for one in statistics.compare(drawn(rng, 0.01, arms=12), "m0"))]
+        real += [statistics.compare(drawn(rng, 0.01, lift=0.15, arms=12), "m0")[-1].claim == "better"]
+    assert np.mean(false) <= 0.125
+    assert np.mean(real) > 0.8
+
+
+def test_without_seeds_a_comparison_is_the_paired_t_test():
+    values = {"a": np.random.default_rng(0).random((1, 50)), "b": np.random.default_rng(1).random((1, 50))}
+    (one,) = statistics.compare(values, "a", ["a", "b"])
+    wanted = stats.ttest_rel(values["b"][0], values["a"][0])
+    assert (one.p_value, one.degrees) == pytest.approx((wanted.pvalue, 49))
+    assert one.difference[1:] == pytest.approx(tuple(wanted.confidence_interval(0.95)))
+    (same,) = statistics.compare({"a": values["a"], "b": values["a"]}, "a", ["a", "b"])
+    assert (same.p_value, same.claim) == (1.0, "not separated")
+
+
+def test_a_comparison_is_of_means_over_seeds_and_users_and_says_what_may_be_said():
+    values = models(3, 0.2)
+    (one,) = statistics.compare(values, "popularity", ["popularity"])
+    difference = values["model"].mean(0) - values["popularity"][0]
+    assert one.difference.mean == pytest.approx(difference.mean())
+    assert one.seed_range == (values["model"].mean(1).min(), values["model"].mean(1).max())
+    assert (one.seeds, one.claim) == ((3, 0), "better")
+    assert one.detectable > 2.8016 * 0.99 * difference.std(ddof=1) / np.sqrt(400)
+    three = {name: np.tile(rows, (3, 1))[:3] for name, rows in values.items()}
+    claims = {one.name: one.claim for one in statistics.compare(three | {"twin": three["model"]}, "model")}
+    assert claims == {"popularity": "worse", "twin": "not separated"}
+
+
+def test_trap_single_seed_carries_no_claim():
+    for seeds, claim in ((1, "too few seeds"), (2, "too few seeds"), (3, "better")):
+        (one,) = statistics.compare(models(seeds, 0.2), "popularity", ["popularity"])
+        assert one.claim == claim
+        assert one.difference.mean > 0.1  # it is the seeds that are missing, not the difference
+
+
+def test_many_comparisons_are_corrected():
+    rng = np.random.default_rng(0)
+    values = {"reference": np.zeros((3, 60))} | {f"m{i}": rng.normal(0, 1, (3, 60)) for i in range(8)}
+    rows = statistics.compare(values, "reference")
+    wanted = statistics.holm({one.name: one.p_value for one in rows})
+    assert {one.name: one.adjusted_p for one in rows} == wanted
+    assert any(one.adjusted_p > one.p_value for one in rows)
+
+
+def test_what_cannot_be_paired_or_divided_is_refused():
+    one, two, counts = np.zeros((1, 3)), np.zeros((2, 3)), np.array([1, 2])
+    part = Evaluation(histories([3]), np.ones(1, dtype=np.int32))
+    for call, message in [
+        (lambda: statistics.compare({"a": one}, "b"), "no model 'b': expected one of a"),
+        (lambda: statistics.compare({"a": one, "b": np.zeros((1, 4))}, "a"), r"expected \(seeds, 3 users\)"),
+        (lambda: statistics.compare({"a": one, "b": np.zeros(3)}, "a"), r"shape \(3,\)"),
+        (lambda: statistics.compare({"a": two, "b": one}, "b", ["a"]), r"'a' .* expected \(1, 3 users\)"),
+        (lambda: statistics.by_history_length(histories([3]), (20, 10)), r"'edges' is \[20, 10\]"),
+        (lambda: statistics.by_item_popularity(counts, counts, (0.5, 1.5)), "'shares'"),
+        (lambda: statistics.shuffled(part, 0, -1), "'keep_last' is -1"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            call()
+
+
+def test_bootstrap_interval_agrees_with_the_normal_one_and_is_reproducible():
+    values = np.random.default_rng(0).normal(0.3, 1.0, 2000)
+    interval = statistics.bootstrap(values, samples=1000, seed=1)
+    half = 1.96 * values.std() / np.sqrt(len(values))
+    assert interval.mean == pytest.approx(values.mean())
+    assert (interval.low, interval.high) == pytest.approx(
+        (values.mean() - half, values.mean() + half), abs=0.15 * half
+    )
+    assert interval == statistics.bootstrap(values, samples=1000, seed=1)
+
+
+# -- beside accuracy -----------------------------------------------------------------------------------------
+
+
+def test_groups_by_history_length_and_item_popularity_and_results_in_them():
+    groups = statistics.by_history_length(histories([1, 9, 10, 19, 20, 50]), edges=(10, 20))
+    assert groups.labels == ["below 10", "10 to 19", "20 or more"]
+    assert groups.member.tolist() == [0, 0, 1, 1, 2, 2]
+    counts = np.array([0, 50, 10, 30, 10])  # item 2 has half of all interactions, item 4 the next 30 %
+    groups = statistics.by_item_popularity(np.array([1, 2, 3, 4, 5]), counts, shares=(0.5, 0.8))
+    assert groups.labels[0] == "items with 0% to 50% of interactions"
+    assert groups.member.tolist() == [3, 0, 2, 1, 2]
+    values = np.array([0.0, 1.0, 1.0, 0.0, 1.0, 1.0])
+    groups = statistics.Groups(["few", "many", "none"], np.array([0, 0, 1, 1, 1, 1]))
+    few, many, none = statistics.in_groups(values, groups, samples=500)
+    assert (few.users, many.users, none.users) == (2, 4, 0)
+    assert (few.interval.mean, none.interval) == (0.5, None)
+    assert many.interval == statistics.bootstrap(values[2:], 500)
+
+
+@given(
+    st.lists(st.integers(1, 6), min_size=1, max_size=30), st.lists(st.integers(0, 9), min_size=6, max_size=6)
+)
+@settings(deadline=None, max_examples=50)
+def test_concentration_equals_brute_force(items, counts):
+    top, counts = np.array(items)[:, None], np.array(counts)
+    found = statistics.concentration(top, counts)
+    given_out = [items.count(item) for item in range(1, 7)]
+    gaps = np.abs(np.subtract.outer(given_out, given_out)).mean()
+    assert found["gini"] == pytest.approx(gaps / (2 * np.mean(given_out)))
+    assert found["coverage"] == len(set(items)) / 6
+    head: set[int] = set()
+    for item in sorted(range(1, 7), key=lambda item: -counts[item - 1]):
+        if sum(counts[one - 1] for one in head) < counts.sum() / 2:
+            head.add(item)
+    assert found["head_share"] == pytest.approx(np.mean([item in head for item in items]))
+
+
+def test_popularity_percentile_by_hand_and_of_an_even_choice():
+    counts = np.array([5, 1, 1, 9, 3])  # ranks from below: 3, 0.5, 0.5, 4, 2
+    percentiles = statistics.popularity_percentile(np.array([[4, 1], [2, 3]]), counts)
+    assert percentiles.tolist() == pytest.approx([(4 + 3) / 2 / 4, 0.5 / 4])
+    counts = np.random.default_rng(0).integers(0, 50, 101)
+    assert statistics.popularity_percentile(np.arange(1, 102)[None], counts)[0] == pytest.approx(0.5)
+
+
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=6), st.integers(0, 3), st.integers(0, 9))
+@settings(deadline=None, max_examples=50)
+def test_shuffled_histories_hold_the_same_items_and_keep_the_last(lengths, keep, seed):
+    whole = histories([length + 2 for length in lengths])
+    part = Evaluation(whole._replace(starts=whole.starts + 2), np.arange(len(lengths), dtype=np.int32))
+    before = whole.items.copy()
+    shuffled = statistics.shuffled(part, seed, keep)
+    assert (shuffled.targets == part.targets).all()
+    assert (whole.items == before).all()
+    for u, length in enumerate(lengths):
+        old, new = (
+            each.histories.items[each.histories.starts[u] : each.histories.ends[u]].tolist()
+            for each in (part, shuffled)
+        )
+        assert sorted(new) == sorted(old)
+        assert new[max(0, length - keep) :] == old[max(0, length - keep) :]
+
+
+def test_shuffles_are_seeded_uniform_and_independent():
+    items = np.tile(np.arange(1, 5, dtype=np.int32), 6000)
+    ends = np.arange(4, len(items) + 1, 4)
+    part = Evaluation(Histories(items, ends - 4, ends), np.ones(6000, dtype=np.int32))
+    one, same, other = (statistics.shuffled(part, seed).histories.items.reshape(-1, 4) for seed in (1, 1, 2))
+    assert (one == same).all()
+    assert (one != other).any()
+    _, counts = np.unique(one, axis=0, return_counts=True)
+    assert len(counts) == 24
+    assert stats.chisquare(counts).pvalue > 1e-4
+
+
+def test_trap_weak_order_shows_in_the_shuffle_control():
+    """On a cycle order decides all; on independent draws it decides nothing."""
+
+    def hit_rate(part: Evaluation) -> float:
+        return float(metrics.hit(metrics.rank(model.scores(part), part, False).ranks, 1).mean())
+
+    rng = np.random.default_rng(0)
+    cycle = (rng.integers(0, 20, 300)[:, None] + np.arange(12)) % 20 + 1
+    independent = rng.choice(20, (300, 12), p=np.arange(1, 21) / 210) + 1
+    falls = []
+    for rows in (cycle, independent):
+        ends = np.arange(12, rows.size + 1, 12)
+        whole = Histories(rows.ravel().astype(np.int32), ends - 12, ends - 1)
+        part = Evaluation(whole, rows[:, -1].astype(np.int32))
+        model = baselines.fit_markov(whole, 20, smoothing=5.0)
+        falls.append(hit_rate(part) - hit_rate(statistics.shuffled(part, 0)))
+        assert hit_rate(statistics.shuffled(part, 0, keep_last=1)) == hit_rate(part)
+    assert falls[0] > 0.8
+    assert abs(falls[1]) < 0.06
