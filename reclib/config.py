@@ -216,7 +216,7 @@ class AdapterConfig:
     num_experts: Positive = 4  # K, of `ilora`; divides rank
     representation: RepresentationName = "mean_embedding"  # what the gate of `ilora` looks at
     temperature: PositiveFloat = 1.0  # the gate is softmax(W z / temperature)
-    control: Control = "none"  # `ilora` with something taken away: see `ilora.Adapters.add`
+    control: Control = "none"  # `ilora` with something taken away: see `ilora.Representation`
     gate_seed: NonNegative = 0  # of the weights that control='fixed_gate' draws once
     gate_learning_rate: PositiveFloat = 1.0  # of the gate, in units of the adapter's; 0.3 in the paper's code
     gate_init: NonNegativeFloat = 1.0  # times torch's initial weights; 0: uniform at first

@@ -25,13 +25,13 @@ def base(seed: int = 0, **changes: object) -> Bert4Rec:
     return model.eval()
 
 
+@torch.no_grad()
 def stir(adapted: AdaptedModel, seed: int = 1) -> AdaptedModel:
     """Move every adapter and gate away from where it starts, as training would."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in (*adapted.parameters(),):
-            if parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     return adapted
 
 
@@ -45,8 +45,7 @@ def adapted(kind: str = "ilora", model: Bert4Rec | None = None, **changes: objec
 def batch(lengths: tuple[int, ...] = (9, 4, 12, 7, 3, 8, 5, 6), **changes: object) -> Batch:
     """The first batch of some histories."""
     train = TrainConfig(batch_size=len(lengths), **({"mask_prob": 0.3} | changes))
-    model = small_model()
-    return Epoch(histories(list(lengths)), model, train, 0).step(0)[0]
+    return Epoch(histories(list(lengths)), small_model(), train, 0).step(0)[0]
 
 
 def rows_of(one: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -54,14 +53,7 @@ def rows_of(one: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def scores(model: Bert4Rec | AdaptedModel, one: Batch) -> torch.Tensor:
-    """Scores (M, V) at the targets, by way of the queries, as training and evaluation go."""
-    states = model.encode(*rows_of(one), one.query_index).flatten(0, 1)[one.target_slots[: one.num_targets]]
-    return model.logits(states)
-
-
-@torch.no_grad()
-def scores_everywhere(model: Bert4Rec | AdaptedModel, one: Batch) -> torch.Tensor:
-    """The same scores by way of the states of all places."""
-    states = model.encode(*rows_of(one)).flatten(0, 1)[one.target_places[: one.num_targets]]
-    return model.logits(states)
+def scores(model: Bert4Rec | AdaptedModel, one: Batch, everywhere: bool = False) -> torch.Tensor:
+    """Scores (M, V) at the targets, by way of the queries as in training, or of the states `everywhere`."""
+    states = model.encode(*rows_of(one), None if everywhere else one.query_index).flatten(0, 1)
+    return model.logits(states[(one.target_places if everywhere else one.target_slots)[: one.num_targets]])

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from reclib import hardware
 from reclib.config import TrainConfig, changed
+from reclib.data.dataset import Dataset
 from reclib.data.prepare import Evaluation, evaluation, synthetic_dataset
 from reclib.model import bert4rec
 from reclib.model.bert4rec import Bert4Rec
@@ -48,14 +49,13 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # fields of TrainCo
     "adapter": ({}, {}),
     "overflow": ({"precision": "fp16"}, {}),
 }
-COMMAND = {
-    "epochs": 4,
-    "batch_size": 16,
-    "checkpoint_seconds": 0.0,
-    "eval_every": 2,
-    "lr_warmup_steps": 5,
-    "micro_batch_size": 4,
-}
+COMMAND = {"epochs": 4, "batch_size": 16, "checkpoint_seconds": 0.0, "eval_every": 2}
+COMMAND |= {"lr_warmup_steps": 5, "micro_batch_size": 4}
+
+
+def dataset() -> Dataset:
+    """Return the histories that the runs with validation are of."""
+    return synthetic_dataset(num_users=61, num_items=40, mean_len=9.0, seed=0)
 
 
 def trained(case: str) -> tuple[Trainer, dict[str, Any]]:
@@ -99,10 +99,9 @@ def overflowing(trainer: Trainer) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def validated(folder: Path | None) -> Trainer:
     """Train with validation until it stops early."""
-    dataset = synthetic_dataset(num_users=61, num_items=40, mean_len=9.0, seed=0)
+    data = dataset()
     train = changed(TRAIN, epochs=30, eval_every=1, patience=1, learning_rate=3e-3)
-    model = changed(small_model(), num_items=dataset.num_items)
-    return fit(model, dataset, train, hardware.resolve("cpu"), folder)
+    return fit(changed(small_model(), num_items=data.num_items), data, train, hardware.resolve("cpu"), folder)
 
 
 def setup() -> Setup:
@@ -119,8 +118,7 @@ def main(folder: Path) -> None:
             save_file(unique_tensors(trainer.model), folder / f"{case}-{rank}.safetensors")
         trainer = validated(folder / "validated")
         (folder / f"history-{rank}.json").write_text(json.dumps(trainer.progress.history))
-        dataset = synthetic_dataset(num_users=61, num_items=40, mean_len=9.0, seed=0)
-        part = evaluation(dataset, "valid")
+        part = evaluation(dataset(), "valid")
         found = rank_targets(trainer, part, True, with_losses=True)
         arrays = {"ranks": torch.from_numpy(found.ranks), "losses": torch.from_numpy(found.losses)}
         save_file(arrays, folder / f"ranking-{rank}.safetensors")

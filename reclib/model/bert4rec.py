@@ -3,13 +3,10 @@
 Reference: Sun et al., "BERT4Rec", CIKM 2019, section 3. Differences from a textbook encoder:
 
 - A row may hold several sequences one after another ("packed", Krell et al. 2021, arXiv 2107.02027).
-  Attention stays inside a segment and positions restart with each.
+  Attention stays inside a segment, by a mask, and positions restart with each.
 - The encoder (`encode`) and the output layer (`head_input`, `output_weight`) are called separately, so that
-  only target positions reach the output layer.
-- `output_weight` is multiplied by the caller that computes the loss or the ranks.
+  only target positions reach the output layer. Who computes the loss or the ranks multiplies by the table.
 - Dropout on attention probabilities is off by default, because it rules out fused attention kernels.
-- Attention runs on rows with a mask. torch's `varlen_attn` has no CPU kernel to test it on, and it needs the
-  number of segments on the host, which would be a CPU-GPU synchronisation.
 - With `causal` attention the model predicts the next item (SASRec, Kang and McAuley, ICDM 2018, with full
   cross-entropy). Nothing else differs.
 
@@ -487,11 +484,6 @@ class Bert4Rec(nn.Module):
             raise InputError("all parameters of the model are frozen: there is nothing to train")
         return {"base_sha256": base_hash(self), "trained": trained}
 
-    def table_parameters(self) -> int:
-        """Count the parameters that grow with the catalogue: item tables and output bias."""
-        tables = {id(p): p.numel() for p in (self.item_table.weight, self.output_weight)}
-        return sum(tables.values()) + (0 if self.output_bias is None else self.output_bias.numel())
-
 
 def base_hash(model: Bert4Rec) -> str:
     """Return sha256 of a model's configuration and weights: what an adapter belongs to."""
@@ -503,21 +495,18 @@ def base_hash(model: Bert4Rec) -> str:
 
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:
-    """Count by instantiation on the meta device: total, item tables, non-embedding.
+    """Count by instantiation on the meta device: total, item tables, learned positions, all others.
 
-    Learned positions count as neither table nor encoder and are listed apart.
+    The output bias grows with the catalogue and is counted with the item tables.
     """
     with torch.device("meta"):
         model = Bert4Rec(config)
     total = sum(p.numel() for p in model.parameters())
-    tables = model.table_parameters()
+    tables = {p for p in (model.item_table.weight, model.output_weight, model.output_bias) if p is not None}
+    item_tables = sum(p.numel() for p in tables)
     positions = config.max_len * config.hidden_dim if config.positions == "learned" else 0
-    return {
-        "total": total,
-        "item_tables": tables,
-        "positions": positions,
-        "non_embedding": total - tables - positions,
-    }
+    parts = {"total": total, "item_tables": item_tables, "positions": positions}
+    return parts | {"non_embedding": total - item_tables - positions}
 
 
 def closed_formula(config: ModelConfig) -> int:
@@ -536,17 +525,15 @@ def sizes_main(argv: list[str] | None = None) -> int:
     """Print every named size with its parameter counts."""
     parser = Parser(prog="python -m reclib sizes", description="Every named size, its parameters counted.")
     parser.add_argument("--json", action="store_true", help="as JSON, with more kinds of parameters")
-    given = parser.parse_args(argv)
+    as_json = parser.parse_args(argv).json
     counts = {
         size: {"num_items": SIZES[size]["num_items"]} | count_parameters(model_config(size)) for size in SIZES
     }
-    if given.json:
+    if as_json:
         print(json.dumps(counts, indent=2))
         return 0
     print(f"{'size':>6} {'items':>8} {'total':>12} {'item tables':>12} {'non-embedding':>14}")
     for size, row in counts.items():
-        print(
-            f"{size:>6} {row['num_items']:>8,} {row['total']:>12,} {row['item_tables']:>12,} "
-            f"{row['non_embedding']:>14,}"
-        )
+        items, total, tables, _, others = row.values()
+        print(f"{size:>6} {items:>8,} {total:>12,} {tables:>12,} {others:>14,}")
     return 0

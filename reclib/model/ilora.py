@@ -10,15 +10,19 @@ The forward pass of an `ilora` adapter (`AdaptedModel.encode`):
     f = repeat(g, r / K) * scaling   # (R, L, r): the factors
     base.encode(*rows, factors=f)    # each adapted layer adds B (f * A x), see `lora`
 
-Shapes: R rows, L positions, Q queries of a row, M target positions, D hidden_dim, r rank, K experts.
+iLoRA (Kong et al., NeurIPS 2024, arXiv 2408.10159) mixes the experts of an adapter by a gate on a frozen
+representation of the user's sequence. Rows have MASK at every target, so the target's id cannot leak into z.
+Rows are packed: z belongs to a segment, and all its positions share it. In a causal model every later item is
+a target, so each position has its own z, of the items up to it.
+
+Shapes: R rows, L positions, Q queries of a row, S segments, M target positions, D hidden_dim, V rows of the
+output table, r rank, K experts.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
-from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -30,17 +34,9 @@ from reclib.config import PAD, AdapterConfig, InputError, ModelConfig, validated
 from reclib.model.bert4rec import Bert4Rec, Sink, base_hash, take
 from reclib.model.lora import AdaptedEmbedding, AdaptedLayer, AdaptedLinear, AdaptedTable
 
-# -- representations -----------------------------------------------------------------------------------------
-#
-# What the gate knows of a sequence: one vector z, computed from its visible prefix only. iLoRA (Kong et al.,
-# NeurIPS 2024, arXiv 2408.10159) mixes the experts of an adapter by a gate on a frozen representation of the
-# user's sequence. The rows have MASK at every target, so the target's id cannot leak into z. Rows are packed:
-# z belongs to a segment, and all its positions share it. In a causal model every later item is a target, so
-# each position has its own z, of the items up to it.
-#
-# `MeanEmbedding` and `State` may help; the controls `Constant`, `Noise` and `OtherSegment` must not.
+# -- what the gate looks at ----------------------------------------------------------------------------------
 
-CACHE_BYTES = 256 * 2**20  # of cached states; further ones are computed again
+CACHE_BYTES = 256 * 2**20  # of states that evaluation keeps; further ones are computed again
 
 
 class Rows(NamedTuple):
@@ -66,110 +62,140 @@ def first_places(segment_ids: Tensor) -> Tensor:
     return same_segment(segment_ids).to(torch.int32).argmax(2)
 
 
-class Representation(nn.Module):
-    """Turns rows into one vector a place, the same for all places of a segment. It is never trained."""
-
-    def width(self, base: Bert4Rec) -> int:
-        """Return the number of values in a vector."""
-        return base.config.hidden_dim
-
-    def forward(self, base: Bert4Rec, rows: Rows) -> Tensor:
-        """Return z (R, L, D) of the rows, with `base` as the frozen model without adapters."""
-        raise NotImplementedError
+def visible_from(base: Bert4Rec, rows: Rows) -> Tensor:
+    """Return (R, L, L): for each place, which visible items its z is made of."""
+    taken = same_segment(rows.segment_ids) & is_visible(rows, base.config.mask_id)[:, None, :]
+    return taken.tril() if base.config.causal else taken
 
 
-class MeanEmbedding(Representation):
-    """Mean of the frozen item embeddings of a segment's visible items; zero where there are none."""
-
-    @torch.no_grad()
-    def forward(self, base: Bert4Rec, rows: Rows) -> Tensor:
-        """Return z (R, L, D)."""
-        taken = same_segment(rows.segment_ids) & is_visible(rows, base.config.mask_id)[:, None, :]
-        if base.config.causal:
-            taken = taken.tril()
-        vectors = F.embedding(rows.items, base.item_table.weight)
-        share = taken.to(vectors.dtype)
-        share = share / share.sum(2, keepdim=True).clamp_min(1.0)
-        return (share @ vectors).float()
+def mean_embedding(base: Bert4Rec, rows: Rows) -> Tensor:
+    """Return z (R, L, D): the mean frozen embedding of the visible items, zero where there are none."""
+    vectors = F.embedding(rows.items, base.item_table.weight)
+    share = visible_from(base, rows).to(vectors.dtype)
+    share = share / share.sum(2, keepdim=True).clamp_min(1.0)
+    return (share @ vectors).float()
 
 
-class Prefixes(NamedTuple):
-    """Rows in which each segment holds its visible items, one after another, and then MASK."""
+def noise(base: Bert4Rec, rows: Rows) -> Tensor:
+    """Return numbers z (R, L, D) of mean 0 and variance 1 that say nothing of the items.
 
-    rows: Rows
-    read: Tensor  # (R, L) where in its row the state of each place's segment stands
-
-
-def visible_prefixes(rows: Rows, base: Bert4Rec, causal: bool) -> Prefixes:
-    """Lay the visible items of each segment out in the segment's own places.
-
-    A sequence of the cloze objective has at least one target, so that there is a place for MASK; a segment
-    without any is read at its last item. A causal reader is asked at the last visible item instead, and at
-    MASK alone where there is none.
+    They are a hash of the set of visible items: equal prefixes have equal ones, so an evaluation can be
+    repeated.
     """
-    mask_id = base.config.mask_id
+
+    def mixed(x: Tensor) -> Tensor:  # a hash of 64-bit integers: multiply and shift; products wrap round
+        for factor in (0x2545F4914F6CDD1D, 0x369DEA0F31A53F85, 0x27BB2EE687B0B0FD):
+            x = x * factor
+            x = x ^ (x >> 29)
+        return x
+
+    seed = (visible_from(base, rows) * mixed(rows.items.long() + 1)[:, None, :]).sum(2)  # (R, L), wraps round
+    column = torch.arange(1, base.config.hidden_dim + 1, device=seed.device)
+    bits = (mixed(seed[:, :, None] ^ mixed(column)) >> 20) & 0xFFFF  # (R, L, D)
+    return (bits.float() / 65536 - 0.5) * 12**0.5
+
+
+def visible_prefixes(rows: Rows, base: Bert4Rec, causal: bool) -> tuple[Rows, Tensor]:
+    """Lay the visible items of each segment out in the segment's own places, one after another, then MASK.
+
+    Returns the new rows and (R, L): where in its row the state of each place's segment is to be read. That
+    is MASK; a segment without any target has no place for it and is read at its last item. A causal reader
+    is read at the last visible item instead, and at MASK alone where there is none.
+    """
     R, L = rows.items.shape
     place = torch.arange(L, device=rows.items.device).expand(R, L)
     first = first_places(rows.segment_ids)
-    visible = is_visible(rows, mask_id)
-    same = same_segment(rows.segment_ids)
+    visible = is_visible(rows, base.config.mask_id)
+    same = same_segment(rows.segment_ids)  # (R, L, L)
     count = (same & visible[:, None, :]).sum(2)  # (R, L) visible items of the segment
-    length = same.sum(2)
-    order = (2 * first + (~visible).long()).argsort(dim=1, stable=True)
-    rank = place - first
+    order = (2 * first + (~visible).long()).argsort(dim=1, stable=True)  # in each segment the visible first
+    rank = place - first  # (R, L) place inside the segment
     items = rows.items.gather(1, order)
-    items = torch.where(rank == count, mask_id, torch.where(rank < count, items, PAD))
-    asked = (count - 1).clamp_min(0) if causal else torch.minimum(count, length - 1)
-    used = (rank <= asked) & (rows.segment_ids > 0)
-    from_last = base.config.position_origin == "last"
-    positions = (asked - rank if from_last else rank) * used
-    laid = Rows(torch.where(used, items, PAD), rows.segment_ids * used, positions)
-    return Prefixes(laid, first + asked)
+    items = torch.where(rank == count, base.config.mask_id, torch.where(rank < count, items, PAD))
+    read = (count - 1).clamp_min(0) if causal else torch.minimum(count, same.sum(2) - 1)
+    used = (rank <= read) & (rows.segment_ids > 0)
+    positions = (read - rank if base.config.position_origin == "last" else rank) * used
+    return Rows(torch.where(used, items, PAD), rows.segment_ids * used, positions), first + read
 
 
-class State(Representation):
-    """Frozen state from which a model would predict the next item after the visible ones.
+def exchanged(z: Tensor, segment_ids: Tensor) -> Tensor:
+    """Give each segment the z (R, L, width) of the next one of the batch; a lone one keeps its own."""
+    R, L = segment_ids.shape
+    device = z.device
+    first = first_places(segment_ids) + L * torch.arange(R, device=device)[:, None]
+    starts = (first.flatten() == torch.arange(R * L, device=device)) & (segment_ids.flatten() > 0)
+    # Places that start a segment come first in `order`, in their own order: a fixed shape, no waiting.
+    order = (~starts).long().argsort(stable=True)
+    number = (starts.long().cumsum(0) - 1)[first.flatten()]  # (R * L,) which segment of the batch
+    partner = order[(number + 1) % starts.sum().clamp_min(1)]
+    return z.flatten(0, 1)[partner].view(R, L, -1) * (segment_ids > 0)[:, :, None]
 
-    `reader` None: the base. Otherwise a model of the same catalogue, causal as SASRec or not, which is frozen
-    and kept in `eval()`.
+
+class Representation(nn.Module):
+    """Turns rows into one vector z a place, the same for all places of a segment. It is never trained.
+
+    By `config.representation`: the mean item embedding; the frozen state from which the base would predict
+    the next item after the visible ones; or that of `reader`, a causal model of the same catalogue.
+
+    The controls take something away: `static_gate` gives everybody the same z, `noise` one that says nothing
+    of the items, `shuffled_user` that of another sequence.
     """
 
-    def __init__(self, reader: Bert4Rec | None = None) -> None:
+    def __init__(self, config: AdapterConfig, base: ModelConfig, reader: Bert4Rec | None = None) -> None:
         super().__init__()
-        self.reader = None if reader is None else frozen_twin(reader)
-        # No decorator: that imports torch._dynamo with this module, which takes as long as torch itself.
-        self.uncompiled = torch.compiler.disable(State.states)
+        self.form = config.control if config.control in ("noise", "static_gate") else config.representation
+        self.is_exchanged = config.control == "shuffled_user"
+        if self.is_exchanged and base.causal:
+            raise InputError("control='shuffled_user' needs one vector a sequence: a causal model has many")
+        if self.form != "causal_state":
+            read = base
+        elif reader is None:
+            raise InputError("representation='causal_state' needs causal_model, a trained causal model")
+        else:
+            read = reader.config
+        if read.num_items != base.num_items or read.max_len < base.max_len:
+            raise InputError(
+                f"causal_model knows {read.num_items} items and {read.max_len} positions, the base "
+                f"{base.num_items} and {base.max_len}: it needs the same items and no fewer positions"
+            )
+        self.reader = frozen_twin(reader) if reader is not None and self.form == "causal_state" else None
+        self.width = 1 if self.form == "static_gate" else read.hidden_dim
         self.kept: dict[bytes, Tensor] = {}
         self.kept_bytes = 0
+        if self.form.endswith("_state"):  # never compiled: sizes follow the data, and a cache is kept
+            # No decorator, which would import torch._dynamo with this module: as long as torch itself takes.
+            self.uncompiled = torch.compiler.disable(Representation.state)
 
-    def width(self, base: Bert4Rec) -> int:
-        """Return hidden_dim of the model that is read."""
-        return (self.reader or base).config.hidden_dim
-
-    def train(self, mode: bool = True) -> State:
+    def train(self, mode: bool = True) -> Representation:
         """Switch this module alone: what it reads stays in `eval()`."""
         self.training = mode
         return self
 
-    def forward(self, base: Bert4Rec, rows: Rows) -> Tensor:
-        """Return z (R, L, D), from what is kept where the same rows were seen in `eval()` before."""
-        return self.uncompiled(self, base, rows)
-
     @torch.no_grad()
-    def states(self, base: Bert4Rec, rows: Rows) -> Tensor:
-        """Return what `forward` does: never compiled, since sizes follow the data and a cache is kept."""
+    def forward(self, base: Bert4Rec, rows: Rows) -> Tensor:
+        """Return z (R, L, width) of the rows, with `base` as the frozen model without adapters."""
+        if self.form == "static_gate":
+            return torch.ones(*rows.items.shape, 1, device=rows.items.device)
+        if self.form == "noise":
+            z = noise(base, rows)
+        elif self.form == "mean_embedding":
+            z = mean_embedding(base, rows)
+        else:
+            z = self.uncompiled(self, base, rows)
+        return exchanged(z, rows.segment_ids) if self.is_exchanged else z
+
+    def state(self, base: Bert4Rec, rows: Rows) -> Tensor:
+        """Return the states (R, L, D) that the gate reads. In `eval()` they are kept for the same rows."""
         model = self.reader or base
         if base.config.causal:
             return model.encode(*rows).float()
-        is_first = first_places(rows.segment_ids) == torch.arange(
-            rows.items.shape[1], device=rows.items.device
-        )
-        starts = is_first & (rows.segment_ids > 0)
+        place = torch.arange(rows.items.shape[1], device=rows.items.device)
+        starts = (first_places(rows.segment_ids) == place) & (rows.segment_ids > 0)  # (R, L)
         key = b"" if self.training else _digest(rows)
-        states = None if self.training else self.kept.get(key)
+        states = self.kept.get(key)  # (S, D)
         if states is None:
             laid, read = visible_prefixes(rows, model, model.config.causal)
-            states = take(model.encode(*laid), read)[starts].float()  # (S, D)
+            states = take(model.encode(*laid), read)[starts].float()
             if not self.training and self.kept_bytes < CACHE_BYTES:
                 self.kept[key] = states
                 self.kept_bytes += states.numel() * states.element_size()
@@ -179,98 +205,26 @@ class State(Representation):
         return F.embedding(number, states) * (rows.segment_ids > 0)[:, :, None]
 
 
-class Constant(Representation):
-    """Control: the same for everybody, so that the gate is learnt but static."""
-
-    def width(self, base: Bert4Rec) -> int:
-        """Return 1."""
-        return 1
-
-    def forward(self, base: Bert4Rec, rows: Rows) -> Tensor:
-        """Return ones (R, L, 1)."""
-        return torch.ones(*rows.items.shape, 1, device=rows.items.device)
-
-
-class Noise(Representation):
-    """Control: numbers of mean 0 and variance 1 that say nothing of the items.
-
-    They are drawn from a hash of the visible items, so that the same prefix has the same and an evaluation
-    can be repeated.
-    """
-
-    def forward(self, base: Bert4Rec, rows: Rows) -> Tensor:
-        """Return z (R, L, D)."""
-        taken = same_segment(rows.segment_ids) & is_visible(rows, base.config.mask_id)[:, None, :]
-        if base.config.causal:
-            taken = taken.tril()
-        hashed = _mixed(rows.items.long() + 1)
-        seed = (taken * hashed[:, None, :]).sum(2)  # (R, L); integers wrap round
-        column = torch.arange(1, base.config.hidden_dim + 1, device=seed.device)
-        bits = (_mixed(seed[:, :, None] ^ _mixed(column)) >> 20) & 0xFFFF
-        return (bits.float() / 65536 - 0.5) * 12**0.5
-
-
-class OtherSegment(Representation):
-    """Control: the vector of another sequence of the batch, the next one; alone, a sequence keeps its own."""
-
-    def __init__(self, of: Representation) -> None:
-        super().__init__()
-        self.of = of
-
-    def width(self, base: Bert4Rec) -> int:
-        """Return the width of what is exchanged."""
-        return self.of.width(base)
-
-    def forward(self, base: Bert4Rec, rows: Rows) -> Tensor:
-        """Return z (R, L, D)."""
-        if base.config.causal:
-            raise InputError(
-                "the control 'shuffled_user' needs one vector a sequence: a causal model has many"
-            )
-        own = self.of(base, rows).flatten(0, 1)  # (R * L, D)
-        R, L = rows.items.shape
-        place = torch.arange(R * L, device=own.device)
-        first = first_places(rows.segment_ids) + L * torch.arange(R, device=own.device)[:, None]
-        starts = (first.flatten() == place) & (rows.segment_ids.flatten() > 0)
-        # Places that start a segment come first in `order`, in their own order: a fixed shape, no waiting.
-        order = (~starts).long().argsort(stable=True)
-        rank = (starts.long().cumsum(0) - 1)[first.flatten()]
-        partner = order[(rank + 1) % starts.sum().clamp_min(1)]
-        return own[partner].view(R, L, -1) * (rows.segment_ids > 0)[:, :, None]
-
-
 def frozen_twin(model: Bert4Rec) -> Bert4Rec:
     """Return a copy of the model's modules in `eval()` whose weights are the model's own tensors."""
     memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    twin = copy.deepcopy(model, memo)
-    return twin.requires_grad_(False).eval()
-
-
-def _mixed(x: Tensor) -> Tensor:
-    """Return a hash of 64-bit integers: multiply and shift, three times; products wrap round."""
-    for factor in (0x2545F4914F6CDD1D, 0x369DEA0F31A53F85, 0x27BB2EE687B0B0FD):
-        x = x * factor
-        x = x ^ (x >> 29)
-    return x
+    return copy.deepcopy(model, memo).requires_grad_(False).eval()
 
 
 def _digest(rows: Rows) -> bytes:
     """Return what identifies rows, and the precision they are read in."""
-    said = hashlib.sha256(str((rows.items.shape, torch.is_autocast_enabled(rows.items.device.type))).encode())
+    about = (rows.items.shape, torch.is_autocast_enabled(rows.items.device.type))
+    digest = hashlib.sha256(str(about).encode())
     for tensor in (rows.items, rows.segment_ids):
-        said.update(tensor.contiguous().cpu().numpy().tobytes())
-    return said.digest()
-
-
-# -- the gate ------------------------------------------------------------------------------------------------
-#
-#     g = softmax(W z / temperature): weights of the K experts
-#
-# One W serves all layers, as in the paper, where a small convolutional network takes the place of W.
+        digest.update(tensor.contiguous().cpu().numpy().tobytes())
+    return digest.digest()
 
 
 class Gate(nn.Module):
-    """Weights of the experts for each instance."""
+    """Weights of the K experts for each instance, softmax(W z / temperature).
+
+    One W serves all layers, as in the paper, where a small convolutional network takes the place of W.
+    """
 
     def __init__(self, width: int, config: AdapterConfig) -> None:
         super().__init__()
@@ -283,7 +237,7 @@ class Gate(nn.Module):
             self.linear.weight.mul_(config.gate_init)
 
     def forward(self, z: Tensor) -> Tensor:
-        """Return weights (..., K), which sum to 1, for representations z (..., D)."""
+        """Return weights (..., K), which sum to 1, for representations z (..., width)."""
         scores = F.linear(z.to(self.linear.weight.dtype), self.linear.weight)
         return torch.softmax(scores.float() / self.config.temperature, -1)
 
@@ -292,54 +246,8 @@ class Gate(nn.Module):
         per_expert = self.config.rank // self.config.num_experts
         return weights.repeat_interleave(per_expert, -1) * self.config.scaling
 
-    def constant(self) -> Tensor:
-        """Return the weights (K,) that everybody has where z is the constant 1."""
-        return self(torch.ones(1, device=self.linear.weight.device)).detach()
 
-
-class GateSpread(NamedTuple):
-    """How far the gate is from the constant that an approximate merge put in its place, by expert (K,)."""
-
-    mean: Tensor  # what was merged
-    standard_deviation: Tensor  # over the instances given
-    low: Tensor  # 5th percentile
-    high: Tensor  # 95th percentile
-
-    @classmethod
-    def of(cls, gates: Tensor) -> GateSpread:
-        """Return the spread of gates (N, K)."""
-        seen = gates.detach().float().reshape(-1, gates.shape[-1])
-        low, high = torch.quantile(seen, torch.tensor([0.05, 0.95], device=seen.device), dim=0)
-        return cls(seen.mean(0), seen.std(0, correction=0), low, high)
-
-
-def representation_of(config: AdapterConfig, causal_model: Bert4Rec | None) -> Representation:
-    """Return what the gate of an `ilora` adapter looks at, with its control."""
-    if config.control == "noise":
-        return Noise()
-    if config.control == "static_gate":
-        return Constant()
-    if config.representation == "causal_state":
-        if causal_model is None:
-            raise InputError("representation='causal_state' needs causal_model, a trained causal model")
-        found: Representation = State(causal_model)
-    else:
-        found = State() if config.representation == "base_state" else MeanEmbedding()
-    return OtherSegment(found) if config.control == "shuffled_user" else found
-
-
-def refuse_other_catalogue(base: ModelConfig, other: ModelConfig) -> None:
-    """Raise `InputError` unless a model of `other` can read the base's rows."""
-    if other.num_items != base.num_items or other.max_len < base.max_len:
-        raise InputError(
-            f"causal_model knows {other.num_items} items and {other.max_len} positions, the base "
-            f"{base.num_items} and {base.max_len}: train it on the same catalogue, with no fewer positions"
-        )
-
-
-# -- adapters around a model ---------------------------------------------------------------------------------
-#
-# Added, selected, merged and removed with PEFT's verbs. A layer is replaced by one that holds it.
+# -- the adapted model ---------------------------------------------------------------------------------------
 
 OUTPUT = "output_weight"  # the path of the output table, which is no module
 
@@ -355,26 +263,30 @@ TARGETS: dict[str, tuple[str, ...]] = {  # what a path ends in
 
 def matched(model: Bert4Rec, targets: tuple[str, ...]) -> list[str]:
     """Return the paths that `targets` name, in the model's order; raise `InputError` for one without any."""
-    there = [path for path, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))]
-    there = [path.removesuffix(".base") for path in there if ".adapters." not in path] + [OUTPUT]
-    found: set[str] = set()
+    paths = [path for path, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))]
+    paths = [path.removesuffix(".base") for path in paths if ".adapters." not in path] + [OUTPUT]
+    chosen: set[str] = set()
     for target in targets:
         ends = TARGETS.get(target, (target,))
-        paths = {p for p in there if any(p == end or p.endswith("." + end) for end in ends)}
-        if not paths:
+        here = {path for path in paths if any(f".{path}".endswith(f".{end}") for end in ends)}
+        if not here:
             raise InputError(
                 f"target {target!r} matches no module of this model; allowed: {', '.join(TARGETS)}, or the "
-                f"path of a single module, such as {there[1]!r}"
+                f"path of a single module, such as {paths[1]!r}"
             )
-        found |= paths
-    return [path for path in dict.fromkeys(there) if path in found]
+        chosen |= here
+    return [path for path in dict.fromkeys(paths) if path in chosen]
 
 
-class Adapters(nn.Module):
-    """A frozen `Bert4Rec` with adapters by name, of which one at most is active.
+class AdaptedModel(nn.Module):
+    """A frozen `Bert4Rec` with adapters by name, of which at most one is active: see `SequenceModel`.
 
-    Frozen weights have no gradients, no gradient sinks and no optimiser state.
+    Frozen weights have no gradients, no gradient sinks and no optimiser state. A layer is replaced by one
+    that holds it.
     """
+
+    plain = False  # see `Bert4Rec.plain`
+    output_sink = None
 
     def __init__(self, model: Bert4Rec) -> None:
         super().__init__()
@@ -384,47 +296,44 @@ class Adapters(nn.Module):
         for parameter in model.parameters():
             parameter.requires_grad_(False)
             parameter.grad = None
-        self.base = model
+        self.base, self.config = model, model.config
         self.twin = frozen_twin(model)  # without adapters and dropout: what representations read
         self.output: AdaptedTable | None = None
         self.gates = nn.ModuleDict()
         self.representations = nn.ModuleDict()
         self.configs: dict[str, AdapterConfig] = {}
         self.active: str | None = None
-        self.merged: str | None = None
-        self.merged_approximately = False
-        self.head_is_adapted = False
+        self.head_is_adapted = False  # by the active adapter
 
-    def train(self, mode: bool = True) -> Adapters:
+    def train(self, mode: bool = True) -> AdaptedModel:
         """Switch everything but the frozen twin."""
         super().train(mode)
         self.twin.eval()
         return self
 
-    # -- adapters ------------------------------------------------------------------------------------------
+    # -- adapters, with PEFT's verbs -----------------------------------------------------------------------
 
     def add(self, name: str, config: AdapterConfig, causal_model: Bert4Rec | None = None) -> None:
         """Add a new adapter and make it the active one.
 
-        Controls of `ilora`: `shuffled_user` gives the gate the vector of another sequence of the batch,
-        `noise` numbers that say nothing, `fixed_gate` keeps W at its random start, `static_gate` learns one
-        gate for everybody. Raises `InputError` for a name in use and a target that matches nothing.
+        `causal_model` is what representation='causal_state' reads. For the controls of `ilora` see
+        `Representation`; with `fixed_gate` W stays at its random start. Raises `InputError` for a name in use
+        and a target that matches nothing.
         """
         if name in self.configs or "." in name or not name:
-            said = "in use" if name in self.configs else "no name: it is empty or has a point in it"
-            raise InputError(f"adapter {name!r} is {said}; there are: {', '.join(self.configs) or 'none'}")
+            raise InputError(
+                f"adapter name {name!r}: expected a new one, not empty and without a point; in use: "
+                f"{', '.join(self.configs) or 'none'}"
+            )
         paths = matched(self.base, config.targets)
-        found = representation_of(config, causal_model) if config.kind == "ilora" else None
-        if isinstance(found, State) and found.reader is not None:
-            refuse_other_catalogue(self.base.config, found.reader.config)
-        where = next(self.base.parameters()).device
+        is_gated = config.kind == "ilora"
+        form = Representation(config, self.config, causal_model) if is_gated else None
         for path in paths:
             self._layer(path).add(name, config)
-        if found is not None:
-            self.representations[name] = found
-            self.gates[name] = Gate(found.width(self.twin), config)
+        if form is not None:
+            self.representations[name], self.gates[name] = form, Gate(form.width, config)
         self.configs[name] = config
-        self.to(where)
+        self.to(self.twin.output_weight.device)
         self.use(name)
 
     def use(self, name: str | None) -> None:
@@ -432,44 +341,31 @@ class Adapters(nn.Module):
 
         None: no adapter, the model as it was.
         """
-        self._refuse_unknown(name)
-        if self.merged is not None and name != self.merged:
-            raise InputError(f"adapter {self.merged!r} is merged: unmerge it before another is used")
+        self.demand_known(name)
         self.active = name
         for layer in self.layers().values():
             layer.active = name
             for key, adapter in layer.adapters.items():
                 adapter.requires_grad_(key == name)
-        head = (layer for path, layer in self.layers().items() if path in TARGETS["head"])
-        self.head_is_adapted = name is not None and any(name in layer.adapters for layer in head)
         for key, gate in self.gates.items():
             gate.requires_grad_(key == name and self.configs[key].control != "fixed_gate")
+        head = [layer for path, layer in self.layers().items() if path in TARGETS["head"]]
+        self.head_is_adapted = any(layer.active_adapter is not None for layer in head)
 
     def delete(self, name: str) -> None:
         """Take an adapter away; if it was the active one, none is then."""
-        self._refuse_unknown(name)
-        if self.merged == name:
-            self.unmerge()
-        for layer in self.layers().values():
-            if name in layer.adapters:
-                del layer.adapters[name]
-        for kept in (self.gates, self.representations):
-            if name in kept:
-                del kept[name]
+        self.demand_known(name)
+        adapters = [layer.adapters for layer in self.layers().values()]
+        for parts in (*adapters, self.gates, self.representations):
+            if name in parts:
+                del parts[name]
         del self.configs[name]
         self.use(None if self.active == name else self.active)
 
-    @contextlib.contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Be the model without adapters inside the `with` block."""
-        if self.merged is not None:
-            raise InputError(f"adapter {self.merged!r} is merged: unmerge it instead")
-        before = self.active
-        self.use(None)
-        try:
-            yield
-        finally:
-            self.use(before)
+    def demand_known(self, name: str | None) -> None:
+        """Raise `InputError` unless there is an adapter of this name; None is known."""
+        if name is not None and name not in self.configs:
+            raise InputError(f"unknown adapter {name!r}; there are: {', '.join(self.configs) or 'none'}")
 
     @torch.no_grad()
     def hold_frozen(self, dtype: torch.dtype) -> None:
@@ -483,8 +379,8 @@ class Adapters(nn.Module):
 
     def layers(self) -> dict[str, AdaptedLayer]:
         """Return the layers that have adapters by the path of what they stand for."""
-        found = {p: m for p, m in self.base.named_modules() if isinstance(m, AdaptedLayer)}
-        return found | ({} if self.output is None else {OUTPUT: self.output})
+        layers = {p: m for p, m in self.base.named_modules() if isinstance(m, AdaptedLayer)}
+        return layers | ({} if self.output is None else {OUTPUT: self.output})
 
     def counts(self) -> dict[str, int]:
         """Count the parameters trained, in the encoder, in tables and head, in the gate, and the base's."""
@@ -493,132 +389,68 @@ class Adapters(nn.Module):
             part = "encoder" if path.startswith("blocks.") else "tables_and_head"
             trained[part] += sum(p.numel() for p in layer.adapters.parameters() if p.requires_grad)
         gate = sum(p.numel() for p in self.gates.parameters() if p.requires_grad)
-        base = sum(p.numel() for p in self.twin.parameters())
-        return trained | {"gate": gate, "base": base}
+        return trained | {"gate": gate, "base": sum(p.numel() for p in self.twin.parameters())}
 
     def reader(self, name: str) -> Bert4Rec | None:
         """Return the other model that an adapter's gate reads its representation from, if there is one."""
-        if name not in self.representations:
-            return None
-        found: Any = self.representations[name]
-        found = found.of if isinstance(found, OtherSegment) else found
-        return found.reader if isinstance(found, State) else None
+        forms: Any = self.representations
+        return forms[name].reader if name in forms else None
 
     def _layer(self, path: str) -> Any:
-        """Return the layer at a path, put around what is there if it is not yet."""
+        """Return the adapted layer at a path; put it around what is there if it is not yet."""
         if path == OUTPUT:
             if self.output is None:
                 table: Any = self.base.output_weight
                 self.output = AdaptedTable(table)
             return self.output
-        there = self.base.get_submodule(path)
-        if not isinstance(there, AdaptedLayer):
-            there = AdaptedEmbedding(there) if isinstance(there, nn.Embedding) else AdaptedLinear(there)
-            there.train(self.training)
-            self.base.set_submodule(path, there)
-        return there
-
-    def _refuse_unknown(self, name: str | None) -> None:
-        if name is not None and name not in self.configs:
-            raise InputError(f"unknown adapter {name!r}; there are: {', '.join(self.configs) or 'none'}")
-
-    # -- merging -------------------------------------------------------------------------------------------
-
-    def merge(self, approximate: bool = False, gates: Tensor | None = None) -> GateSpread | None:
-        """Add the active adapter to the weights it adapts, so that it costs nothing; `unmerge` takes it back.
-
-        Exact for every kind whose factor is a constant. The gate of `ilora` is not: with `approximate` the
-        mean of `gates` (N, K), which `expert_weights` gave for some instances, stands in its place, and
-        the spread that is lost is returned. Raises `InputError` where that is not asked for, and where a
-        merged table would be another table as well.
-        """
-        name = self.active
-        if name is None or self.merged is not None:
-            raise InputError(f"there is nothing to merge: active {name!r}, merged {self.merged!r}")
-        self._refuse_inexact(name)
-        factor, spread = None, None
-        if name in self.gates:
-            factor, spread = self._constant_gate(name, approximate, gates)
-        for layer in self.layers().values():
-            if name in layer.adapters:
-                layer.merge(name, factor)
-        self.merged, self.merged_approximately = name, spread is not None
-        return spread
-
-    def unmerge(self) -> None:
-        """Take the merged adapter out of the weights again, which are then the same bits as before."""
-        for layer in self.layers().values():
-            layer.unmerge()
-        self.merged, self.merged_approximately = None, False
-
-    def merge_and_unload(self, approximate: bool = False, gates: Tensor | None = None) -> Bert4Rec:
-        """Return the plain model with the active adapter merged; this object is of no use afterwards."""
-        if self.merged is None:
-            self.merge(approximate, gates)
-        for layer in self.layers().values():
-            layer.kept_weight = None
-        return self.unload()
+        layer = self.base.get_submodule(path)
+        if not isinstance(layer, AdaptedLayer):
+            layer = AdaptedEmbedding(layer) if isinstance(layer, nn.Embedding) else AdaptedLinear(layer)
+            layer.train(self.training)
+            self.base.set_submodule(path, layer)
+        return layer
 
     def unload(self) -> Bert4Rec:
         """Return the plain model without adapters, trainable as it was; this object is of no use then."""
         for path, layer in self.layers().items():
-            layer.unmerge()
             if path != OUTPUT:
                 self.base.set_submodule(path, layer.base)
         for name, parameter in self.base.named_parameters():
             parameter.requires_grad_(self.was_trained[name])
         return self.base
 
-    def _constant_gate(
-        self, name: str, approximate: bool, gates: Tensor | None
-    ) -> tuple[Tensor, GateSpread | None]:
-        """Return the factor (r,) to merge and, where it is an approximation, what it loses."""
-        gate: Any = self.gates[name]
-        if isinstance(self.representations[name], Constant):
-            return gate.factors(gate.constant()).detach(), None
-        if not approximate or gates is None:
-            raise InputError(
-                f"adapter {name!r} cannot be merged exactly: its gate differs from user to user; "
-                "merge(approximate=True, gates=...) merges the mean of the gates given"
-            )
-        spread = GateSpread.of(gates)
-        return gate.factors(spread.mean).detach(), spread
+    @torch.no_grad()
+    def merge_and_unload(self) -> Bert4Rec:
+        """Return the plain model with the active adapter added to its weights: it costs nothing then.
 
-    def _refuse_inexact(self, name: str) -> None:
-        """Raise `InputError` where adding the adapter to the weights would be another model."""
-        for path, layer in self.layers().items():
-            if name not in layer.adapters:
-                continue
-            if layer.weight.dtype not in (torch.float32, torch.float64):
-                raise InputError(
-                    f"adapter {name!r} cannot be merged exactly: the frozen weights are held in "
-                    f"{layer.weight.dtype}; hold them in torch.float32"
-                )
-            if self.base.config.tied and path in ("item_table", OUTPUT):
-                raise InputError(
-                    f"adapter {name!r} cannot be merged: the item table is the output table as well "
-                    f"(tied), and only one of the two has the adapter"
-                )
+        This object is of no use afterwards. Raises `InputError` where the result would be another model: the
+        gate of `ilora` differs from user to user (except with `static_gate`), 16-bit weights would be
+        rounded, and a tied table is two, of which the adapter is on one.
+        """
+        name = self.active
+        if name is None:
+            raise InputError("no adapter is active: there is nothing to merge")
+        layers = {path: layer for path, layer in self.layers().items() if name in layer.adapters}
+        why = ""
+        if self.has_factors and self.configs[name].control != "static_gate":
+            why = "its gate differs from user to user"
+        elif self.base.config.tied and {"item_table", OUTPUT} & layers.keys():
+            why = "the item table is the output table as well (tied), and only one of the two has the adapter"
+        elif any(layer.weight.dtype not in (torch.float32, torch.float64) for layer in layers.values()):
+            why = "the frozen weights are held in 16 bits (hold_frozen)"
+        if why:
+            raise InputError(f"adapter {name!r} cannot be merged exactly: {why}")
+        factor = None
+        if self.has_factors:
+            gate: Any = self.gates[name]
+            weights = gate(torch.ones(1, device=self.twin.output_weight.device))  # (K,), for the constant z
+            factor = gate.factors(weights)[:, None]  # (r, 1)
+        for layer in layers.values():
+            adapter: Any = layer.adapters[name]
+            layer.weight.add_(adapter.delta(adapter.constant_factor() if factor is None else factor))
+        return self.unload()
 
-
-# -- the adapted model ---------------------------------------------------------------------------------------
-
-
-class AdaptedModel(Adapters):
-    """An adapted model with the interface of `Bert4Rec` that training and evaluation use."""
-
-    plain = False  # see `Bert4Rec.plain`
-    output_sink = None
-
-    @property
-    def config(self) -> ModelConfig:
-        """The base's configuration."""
-        return self.base.config
-
-    @property
-    def item_table(self) -> nn.Module:
-        """The item table, adapted or not."""
-        return self.base.item_table
+    # -- the interface of a model --------------------------------------------------------------------------
 
     @property
     def output_weight(self) -> Tensor:
@@ -642,8 +474,8 @@ class AdaptedModel(Adapters):
 
     @property
     def has_factors(self) -> bool:
-        """Whether the active adapter depends on the instance: it has a gate and is not merged."""
-        return self.active is not None and self.active in self.gates and self.merged is None
+        """Whether the active adapter depends on the instance: it has a gate."""
+        return self.active is not None and self.active in self.gates
 
     def use_sinks(self, wanted: bool) -> dict[nn.Parameter, Sink]:
         """Return no sinks: the large tables are frozen."""
@@ -667,10 +499,6 @@ class AdaptedModel(Adapters):
         reader = self.reader(self.active)
         read = None if reader is None else base_hash(reader)
         return {"base_sha256": self.base_sha256, "adapter": settings, "reader_sha256": read}
-
-    def table_parameters(self) -> int:
-        """Count the base's parameters that grow with the catalogue."""
-        return self.twin.table_parameters()
 
     def expert_weights(self, items: Tensor, segment_ids: Tensor, positions: Tensor) -> Tensor:
         """Return the active `ilora` adapter's weights of the experts (R, L, K): the gate of each segment."""

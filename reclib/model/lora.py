@@ -1,24 +1,24 @@
-r"""Low-rank adapters of single layers, which stand in the place of the layer that they adapt.
+r"""Low-rank adapters of single layers. An adapted layer stands in the place of the layer that it adapts.
 
     x (N, in) --- W, frozen ----------------------------------- + --- y (N, out)
         \                                                       /
          dropout --- A (r, in) --- (N, r) times f --- B (out, r)
 
-B starts at zero, so a new adapter changes nothing. What differs between kinds is the factor f:
+B starts at zero, so a new adapter changes nothing. The kinds differ in the factor f:
 
 - `lora` (Hu et al. 2021, arXiv 2106.09685): alpha / r;
 - `rslora` (Kalajdzievski 2023, arXiv 2312.03732): alpha / sqrt(r);
-- `gated`: alpha / r times sigmoid(a) with one learned scalar a a layer. It does not look at the instance and
-  folds into B: it can represent nothing that `lora` cannot;
+- `gated`: alpha / r times sigmoid(a), with one learned scalar a a layer. It folds into B: it can represent
+  nothing that `lora` cannot;
 - `ilora` (Kong et al., NeurIPS 2024, arXiv 2408.10159): alpha K / r times the weights g of K experts, each
-  repeated r / K times. Experts k with A_k and B_k of rank r / K are slices of A and B, so that
+  repeated r / K times. Expert k has slices A_k and B_k of A and B, of rank r / K each, so that
 
       sum_k g_k B_k A_k x  =  B ((A x) * repeat(g, r / K)),
 
-  which costs what `lora` costs. The uniform g = 1 / K is `lora` exactly. g differs from position to position:
-  f (..., r) is the argument `factors`, which `Bert4Rec.encode` passes to every adapted layer.
+  at the cost of `lora`. With the uniform g = 1 / K it is `lora`. g differs from position to position: f
+  (..., r) is the argument `factors`, which `Bert4Rec.encode` passes to every adapted layer.
 
-Shapes: N positions, r rank, K experts, V rows of a table.
+Shapes: N positions, r rank, K experts, V rows of a table, D hidden_dim, M target positions.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class LowRankFactor(nn.Module):
         self.lora_gate = nn.Parameter(torch.zeros(())) if config.kind == "gated" else None
 
     def constant_factor(self) -> float | Tensor:
-        """Return f of a kind that does not look at the instance."""
+        """Return f of a kind that does not look at the instance: a number or ()."""
         scaling = self.config.scaling
         return scaling if self.lora_gate is None else scaling * self.lora_gate.sigmoid()
 
@@ -77,15 +77,13 @@ class LowRank(LowRankFactor):
         weight = self.lora_B.weight[part].t().contiguous()
         return torch.addmm(y.flatten(0, -2), self.inner(x, factors).flatten(0, -2), weight).view(y.shape)
 
-    @torch.no_grad()
     def delta(self, factor: float | Tensor) -> Tensor:
-        """Return B f A (out, in) in fp32 at least, for a constant factor: a number or (r,)."""
-        scaled = self.lora_A.weight * _by_rank(factor)
-        return self.lora_B.weight @ scaled
+        """Return B f A (out, in) for a constant factor: a number, () or (r, 1)."""
+        return self.lora_B.weight @ (self.lora_A.weight * factor)
 
 
 class LowRankTable(LowRankFactor):
-    """A and B of an adapted embedding: A (r, V) is looked up, and starts at zero in place of B (D, r)."""
+    """A and B of an adapted embedding. A (r, V) is looked up, and starts at zero in place of B (D, r)."""
 
     def __init__(self, rows: int, width: int, config: AdapterConfig) -> None:
         super().__init__(config)
@@ -97,15 +95,13 @@ class LowRankTable(LowRankFactor):
         inner = self.times_factor(F.embedding(index, self.lora_embedding_A.t()), factors)  # (..., r)
         return y + F.linear(inner, self.lora_embedding_B)
 
-    @torch.no_grad()
     def delta(self, factor: float | Tensor) -> Tensor:
-        """Return what is added to the table (V, D) for a constant factor: a number or (r,)."""
-        scaled = self.lora_embedding_A * _by_rank(factor)
-        return (self.lora_embedding_B @ scaled).t()
+        """Return what is added to the table (V, D) for a constant factor: a number, () or (r, 1)."""
+        return (self.lora_embedding_B @ (self.lora_embedding_A * factor)).t()
 
 
 class AdaptedLayer(nn.Module):
-    """A layer and its adapters by name, at most one of them active."""
+    """A layer `base` and its adapters by name, of which at most one is active."""
 
     takes_factors = True  # `forward` has the argument `factors`; see `bert4rec.apply_linear`
 
@@ -114,9 +110,6 @@ class AdaptedLayer(nn.Module):
         self.base: Any = base
         self.adapters = nn.ModuleDict()
         self.active: str | None = None
-        self.kept_weight: Tensor | None = (
-            None  # a copy, while an adapter is merged: subtracting it again rounds
-        )
 
     @property
     def weight(self) -> Tensor:
@@ -125,32 +118,19 @@ class AdaptedLayer(nn.Module):
 
     @property
     def active_adapter(self) -> Any:
-        """The adapter whose outputs are added; None if none is active or it is merged."""
-        if self.active is None or self.kept_weight is not None or self.active not in self.adapters:
+        """The adapter whose outputs are added, or None."""
+        if self.active is None or self.active not in self.adapters:
             return None
         return self.adapters[self.active]
 
-    @torch.no_grad()
-    def merge(self, name: str, factor: float | Tensor | None) -> None:
-        """Add an adapter to the layer's weight; None stands for the adapter's own factor."""
-        adapter: Any = self.adapters[name]
-        self.kept_weight = self.weight.clone()
-        self.weight.add_(adapter.delta(adapter.constant_factor() if factor is None else factor))
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Put the layer's weight back, to the same bits."""
-        if self.kept_weight is not None:
-            self.weight.copy_(self.kept_weight)
-            self.kept_weight = None
+    def add(self, name: str, config: AdapterConfig) -> None:
+        """Add a new adapter, which changes nothing yet."""
+        outputs, inputs = self.weight.shape
+        self.adapters[name] = LowRank(inputs, outputs, config)
 
 
 class AdaptedLinear(AdaptedLayer):
     """A linear layer with adapters."""
-
-    def add(self, name: str, config: AdapterConfig) -> None:
-        """Add a new adapter, which changes nothing yet."""
-        self.adapters[name] = LowRank(self.base.in_features, self.base.out_features, config)
 
     def forward(self, x: Tensor, factors: Tensor | None = None, part: slice | None = None) -> Tensor:
         """Return (..., out) for x (..., in), or the outputs `part` at the cost of those."""
@@ -175,7 +155,7 @@ class AdaptedEmbedding(AdaptedLayer):
 
 
 class AdaptedTable(AdaptedLayer):
-    """The output table with adapters. It is a weight for others to multiply by, so it has no forward.
+    """The output table (V, D) with adapters. Others multiply by it, so it has no forward.
 
     h W' = h (W + B f A)^T is [h, f A h] times [W, B]^T: the adapter is r more columns of both.
     """
@@ -188,11 +168,6 @@ class AdaptedTable(AdaptedLayer):
     def weight(self) -> Tensor:
         """The table's own weight (V, D)."""
         return self.table
-
-    def add(self, name: str, config: AdapterConfig) -> None:
-        """Add a new adapter, which changes nothing yet."""
-        rows, width = self.table.shape
-        self.adapters[name] = LowRank(width, rows, config)
 
     @property
     def frozen_columns(self) -> int:
@@ -210,8 +185,3 @@ class AdaptedTable(AdaptedLayer):
         """Return x (M, D) and f A x side by side, (M, D + r), or x if no adapter is active."""
         adapter = self.active_adapter
         return x if adapter is None else torch.cat((x, adapter.inner(x, factors).to(x.dtype)), -1)
-
-
-def _by_rank(factor: float | Tensor) -> float | Tensor:
-    """Return a factor, a number or (r,), so that it multiplies the rows of A."""
-    return factor[:, None] if isinstance(factor, Tensor) and factor.dim() == 1 else factor

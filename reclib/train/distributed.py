@@ -1,26 +1,18 @@
 """Several processes that train one model, each on its part of every step: data parallelism from outside.
 
-The model knows nothing of it, and neither does a batch. Of a step each process computes every n-th
-micro-batch; then the gradients of all are summed, and each clips and applies them, so that all hold the same
-bits. The loss is a sum over targets divided by the targets of the whole step, which every process knows
-beforehand as each draws the whole step: the sum of the gradients is the gradient, however unequal the parts,
-and a process whose part is empty adds zeros. In fp16 they are summed as they are scaled: what overflowed
-anywhere is not finite anywhere, so all skip the step together.
+Neither the model nor a batch knows of it. Of a step each process computes every n-th micro-batch; then the
+gradients of all are summed, and each process clips and applies them, so that all hold the same bits. The loss
+is a sum over targets divided by the targets of the whole step, which every process knows as it draws the
+whole step: the sum of the gradients is the gradient, however unequal the parts, and a process whose part is
+empty adds zeros.
 
-**Why not `DistributedDataParallel`.** It averages over processes with equal parts, wants the loss inside
-`forward` and a backward pass of every process in every step, and starts its sums from hooks on autograd's
-accumulation, which the gradients of tables that lie in sinks never pass. Sums after the backward pass need
-none of that. What they cost is overlap: DDP would hide transfers behind what is left of the backward pass. On
-a CPU both use the same cores. On GPUs of one machine a step is longer by 2 (n - 1) / n times 4 bytes for each
-trained parameter, over the link's rate. With tied tables overlap would hide the encoder's part alone, as the
-table's gradient is complete with the last operation, the lookup's; of two tables it could hide one as well.
+Why not `DistributedDataParallel`: it averages over equal parts, wants the loss inside `forward`, and sums
+from hooks on autograd's accumulation, which gradients that lie in sinks never pass. What sums after the
+backward pass cost is overlap: on GPUs a step is longer by 2 (n - 1) / n times 4 bytes for each trained
+parameter, over the link's rate. Tables are summed dense: with full cross-entropy every row has a gradient.
 
-**What is summed in a step.** 4 bytes for each trained parameter, item tables dense: with full cross-entropy
-every row has a gradient. Of the 85m that is 341 MB, of which 327 are tables. Under a sampled loss few rows
-have one, and rows could be gathered instead; that is not built, and neither are sharded tables. Tensors of a
-megabyte and more are summed where they lie, the others in one buffer together with the loss.
-
-Dropout of each process is drawn from (seed, step, process), so a checkpoint needs nothing of the others.
+Processes are started by torchrun, or by `launch` with torchrun's own engine; `apart` starts such a command
+from a notebook, whose kernel never joins other processes. Whoever starts processes ends them.
 """
 
 from __future__ import annotations
@@ -51,15 +43,14 @@ from reclib.data.dataset import Evaluation, Histories
 from reclib.evaluate.metrics import Ranking
 from reclib.model.bert4rec import SequenceModel, Sink
 
-ALONE_BYTES = 2**20  # a gradient from this size on is summed where it lies
+ALONE_BYTES = 2**20  # a gradient from this size on is summed where it lies, smaller ones in one buffer
 
 
 class LostContact(InputError):
-    """Another process of the run is gone: what ended it is told by the one that started both."""
+    """Another process of the run is gone: what ended it is reported by the one that started both."""
 
 
-@dataclass(frozen=True)
-class Placement:
+class Placement(NamedTuple):
     """How the processes of a run are joined, and what each may use."""
 
     backend: str  # nccl or gloo
@@ -73,18 +64,13 @@ def placement(processes: int, label: str, gpus: int, threads: int) -> Placement:
     are joined by NCCL; on a CPU they divide the threads and are joined by gloo. Raises `InputError` for more
     processes than GPUs, and for more than the threads that a label states.
     """
+    on_cpu, stated = label.startswith("cpu"), hardware.CPU_THREADS.get(label)
     if processes < 1:
         raise InputError(f"nproc={processes}: at least one process trains")
-    on_cpu = label.startswith("cpu")
     if not on_cpu and processes > gpus:
-        seen = f"{gpus} GPU{' is' if gpus == 1 else 's are'} visible"
-        raise InputError(f"nproc={processes}, but {seen}: each process needs one of its own")
-    stated = hardware.CPU_THREADS.get(label)
+        raise InputError(f"nproc={processes}, but visible GPUs: {gpus}; each process needs one of its own")
     if stated is not None and processes > stated:
-        raise InputError(
-            f"nproc={processes}, but {label} is the CPU with {stated} thread{'s' if stated > 1 else ''}: "
-            "use gpu=cpu"
-        )
+        raise InputError(f"nproc={processes}, but {label} states the CPU's threads: {stated}; use gpu=cpu")
     return Placement("gloo" if on_cpu else "nccl", max(1, threads // processes))
 
 
@@ -107,14 +93,12 @@ def joined(claimed: str) -> Iterator[None]:
     if not in_run():
         yield
         return
-    where = place(int(os.environ["LOCAL_WORLD_SIZE"]), claimed)
-    if where.backend == "nccl":  # before anything looks at a device: the first look takes memory of it
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend, device = place(int(os.environ["LOCAL_WORLD_SIZE"]), claimed).backend, None
+    if backend == "nccl":  # before anything looks at a device: the first look takes memory of it
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    else:
-        device = None
+        torch.cuda.set_device(device)
     with _reached():
-        dist.init_process_group(where.backend, device_id=device)  # NCCL else guesses it by the global rank
+        dist.init_process_group(backend, device_id=device)  # NCCL else guesses it by the global rank
     yield
     dist.destroy_process_group()  # after an error the process ends without waiting for the others
 
@@ -129,9 +113,21 @@ def refuse_other_count(there: int, here: int, folder: Path) -> None:
     """Raise `InputError` where an unfinished run would go on with another number of processes."""
     if there != here:
         raise InputError(
-            f"the run in {folder.name} was begun by {there} process{'es' if there > 1 else ''}, and here "
-            f"{'are' if here > 1 else 'is'} {here}: go on with nproc={there}, or start anew in another folder"
+            f"the run in {folder.name} was begun with nproc={there}, and here nproc is {here}: go on with "
+            f"nproc={there}, or start anew in another folder"
         )
+
+
+@contextlib.contextmanager
+def _reached() -> Iterator[None]:
+    """Turn a failure of torch's collectives into `LostContact`."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise LostContact(f"lost contact with another process of the run: {reason}") from error
 
 
 def ranks() -> Ranks:
@@ -173,19 +169,20 @@ class Ranks:
 
     def demand_same(self, step: int, folder: Path) -> None:
         """Raise `InputError` unless all processes are at the same step of a run."""
-        if self.count > 1:
-            steps = [torch.zeros(1, dtype=torch.int64, device=self.where) for _ in range(self.count)]
-            with _reached():
-                dist.all_gather(steps, torch.tensor([step], device=self.where))
-            found = [int(one) for one in steps]
-            if len(set(found)) > 1:
-                raise InputError(
-                    f"the processes found different checkpoints in {folder.name} (steps "
-                    f"{', '.join(map(str, found))}): all machines of a run need the same folder"
-                )
+        if self.count == 1:
+            return
+        steps = torch.zeros(self.count, dtype=torch.int64, device=self.where)
+        steps[self.rank] = step
+        with _reached():
+            dist.all_reduce(steps)
+        if len(set(steps.tolist())) > 1:
+            raise InputError(
+                f"the processes found different checkpoints in {folder.name} (steps {steps.tolist()}): "
+                "all machines of a run need the same folder"
+            )
 
     def seed_step(self, seed: int, step: int) -> None:
-        """Seed dropout for a step."""
+        """Seed dropout from (seed, step, process): a checkpoint needs nothing of the others."""
         if self.count > 1:
             high, low = np.random.SeedSequence((seed, step, self.rank)).generate_state(2)
             torch.manual_seed(int(high) << 32 | int(low))
@@ -197,7 +194,7 @@ class Ranks:
         used: list[bool],
         sinks: Mapping[torch.nn.Parameter, Sink],
     ) -> None:
-        """Sum over all processes, in place, the gradients of a step and its loss.
+        """Sum over all processes, in place, the gradients of a step and its loss ().
 
         `used`, filled at the first call, says which parameters get a gradient in any process: the others
         keep None, so that the optimiser passes them over as it does in one process.
@@ -206,7 +203,10 @@ class Ranks:
             return
         with _reached():
             if not used:
-                used.extend(self._used(parameters))
+                has = [parameter.grad is not None for parameter in parameters]
+                anywhere = torch.tensor(has, dtype=torch.int64, device=self.where)
+                dist.all_reduce(anywhere, dist.ReduceOp.MAX)
+                used.extend(anywhere.bool().tolist())
             grads = []
             for parameter, wanted in zip(parameters, used, strict=True):
                 if not wanted:
@@ -216,30 +216,23 @@ class Ranks:
                 if parameter in sinks:
                     sinks[parameter].mix()
                 grads.append(parameter.grad)
-            large = [g for g in grads if g.numel() * g.element_size() >= ALONE_BYTES]
-            small = [g for g in grads if g.numel() * g.element_size() < ALONE_BYTES]
-            flat = torch.cat([loss.reshape(1), *(g.flatten() for g in small)])
-            sums = [dist.all_reduce(tensor, async_op=True) for tensor in (*large, flat)]
-            for one in sums:
-                one.wait()
-            parts = flat[1:].split([g.numel() for g in small])
-            for grad, part in zip(small, parts, strict=True):
-                grad.copy_(part.view_as(grad))
-            loss.copy_(flat[0])
-
-    def _used(self, parameters: Sequence[Tensor]) -> list[bool]:
-        mine = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int64, device=self.where)
-        dist.all_reduce(mine, dist.ReduceOp.MAX)
-        return [bool(one) for one in mine.tolist()]
+            large = [grad for grad in grads if grad.nbytes >= ALONE_BYTES]
+            small = [grad for grad in grads if grad.nbytes < ALONE_BYTES]
+            flat = torch.cat([loss.reshape(1), *(grad.flatten() for grad in small)])
+            for work in [dist.all_reduce(tensor, async_op=True) for tensor in (*large, flat)]:
+                work.wait()
+        loss.copy_(flat[0])
+        for grad, part in zip(small, flat[1:].split([grad.numel() for grad in small]), strict=True):
+            grad.copy_(part.view_as(grad))
 
     def ranking(self, part: Evaluation, rank: Callable[[Evaluation], Ranking]) -> Ranking:
         """Rank this process's users of `part` by `rank`, and return the ranking of all users."""
         if self.count == 1:
             return rank(part)
         users = np.arange(self.rank, len(part.targets), self.count)
-        asked = users if len(users) else np.zeros(1, dtype=np.int64)  # somebody's, and thrown away
+        ranked = users if len(users) else np.zeros(1, dtype=np.int64)  # somebody's, and thrown away
         items, starts, ends = part.histories
-        own = rank(Evaluation(Histories(items, starts[asked], ends[asked]), part.targets[asked]))
+        own = rank(Evaluation(Histories(items, starts[ranked], ends[ranked]), part.targets[ranked]))
 
         def whole(values: np.ndarray) -> np.ndarray:
             every = np.zeros((len(part.targets), *values.shape[1:]), dtype=values.dtype)
@@ -249,7 +242,7 @@ class Ranks:
                 dist.all_reduce(moved)  # zeros everywhere but where a user was ranked
             return moved.cpu().numpy()
 
-        top, losses = (None if values is None else whole(values) for values in (own.top, own.losses))
+        top, losses = (None if values is None else whole(values) for values in own[1:])
         return Ranking(whole(own.ranks), top, losses)
 
     def of_first(self, row: dict[str, float]) -> dict[str, float]:
@@ -262,31 +255,9 @@ class Ranks:
         return {key: type(old)(new) for (key, old), new in zip(row.items(), values.tolist(), strict=True)}
 
 
-@contextlib.contextmanager
-def _reached() -> Iterator[None]:
-    """Turn a failure of torch's collectives into `LostContact`."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        said = (str(error) or repr(error)).splitlines()[0]
-        raise LostContact(f"lost contact with another process of the run: {said}") from error
+# -- starting processes, and how they ended ------------------------------------------------------------------
 
-
-# ------------------------------------------------------------------------------------------------
-# Starting processes that train one model, and saying in one line how they ended.
-#
-# `run` is torchrun's own engine on one machine, asked which process failed and why; `torchrun -m
-# reclib fit` itself does as well, and says it in its own words. `apart` starts such a command from a
-# notebook: no kernel ever joins other processes. `side_by_side` starts processes that each train models of
-# their own. Whoever starts processes ends them: on an error, on Ctrl-C, and, as they look for it
-# (`system`), when it is killed itself.
-
-_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where torchrun wants to be told why a process failed
-
-_MINE = "reclib-"  # how the id of a run begins that `run` started
-
+_RUN = "reclib-"  # how the id of a run begins that `launch` started
 _LOST = "lost-contact: "  # how the message of a process begins that failed because another one did
 
 
@@ -307,8 +278,8 @@ def launch(arguments: Sequence[str], processes: int, claimed: str) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    where = place(processes, claimed)
-    os.environ |= system.start_with() | {"OMP_NUM_THREADS": str(where.threads)}
+    threads = place(processes, claimed).threads
+    os.environ |= system.start_with() | {"OMP_NUM_THREADS": str(threads)}
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     kills = system.memory_kills()
     with tempfile.TemporaryDirectory(prefix="reclib-", ignore_cleanup_errors=True) as logs:
@@ -316,32 +287,61 @@ def launch(arguments: Sequence[str], processes: int, claimed: str) -> int:
             min_nodes=1,
             max_nodes=1,
             nproc_per_node=processes,
-            run_id=_MINE + uuid.uuid4().hex,
+            run_id=_RUN + uuid.uuid4().hex,
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
             local_addr="localhost",
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=logs),
         )
+        # Lines begin anew below: a process that was killed leaves its progress bar without an end.
         try:
             elastic_launch(config, sys.executable)("-m", "reclib", "fit", *arguments)
         except ChildFailedError as error:
-            found = [
-                Failure(rank, one.exitcode, str(one.error_file_data["message"]) if _left(one) else "")
-                for rank, one in error.failures.items()
-            ]
-            _tell(f"error: {said(found, processes, system.memory_kills() - kills)}")
+            failures = []
+            for rank, end in error.failures.items():
+                message = str(end.error_file_data["message"]) if Path(end.error_file).is_file() else ""
+                failures.append(Failure(rank, end.exitcode, message))
+            cause = cause_of(failures, processes, system.memory_kills() - kills)
+            print(f"\nerror: {cause}", file=sys.stderr)
             return 2
         except SignalException as error:
             name = signal.Signals(error.sigval).name
-            _tell(f"{name}: all {processes} processes ended; {system.AGAIN}")
+            print(f"\n{name}: all {processes} processes ended; {system.AGAIN}", file=sys.stderr)
             return 128 + error.sigval
     return 0
 
 
-def _tell(line: str) -> None:
-    """Write a line of its own: a process that was killed leaves its progress bar without an end."""
-    print(f"\n{line}", file=sys.stderr)
+def cause_of(failures: Sequence[Failure], processes: int, kills: int = 0) -> str:
+    """Return one line on what ended a run of `processes`.
+
+    A signal comes before an error, and an error before what it caused elsewhere: SIGTERM, by which the others
+    are ended, and the loss of contact. `kills` is how many processes the system killed for memory meanwhile.
+    """
+
+    def order(failure: Failure) -> tuple[int, int]:
+        if failure.code < 0:
+            return (2 if failure.code == -signal.SIGTERM else 0), failure.rank
+        return (3 if failure.message.startswith(_LOST) else 1), failure.rank
+
+    first = min(failures, key=order)
+    who = f"rank {first.rank} of {processes}"
+    if first.code < 0 or not first.message:
+        return system.of_death(first.code, kills, who)
+    return f"{who}: {first.message.removeprefix(_LOST)}"
+
+
+def report(error: InputError) -> None:
+    """Print an error or, in one of several processes, leave it where torchrun's engine looks for it."""
+    who = ""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        message = (_LOST if isinstance(error, LostContact) else "") + str(error)
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": message, "timestamp": str(int(time.time()))}))
+        if os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(_RUN):
+            return  # `launch` prints it, once for all
+        who = f"rank {os.environ.get('RANK')}: "
+    print(f"error: {who}{error}", file=sys.stderr)
 
 
 def leave(code: int) -> int:
@@ -358,51 +358,20 @@ def leave(code: int) -> int:
     return code
 
 
-def _left(failure: object) -> bool:
-    return os.path.isfile(getattr(failure, "error_file", ""))
-
-
-def said(failures: Sequence[Failure], processes: int, kills: int = 0) -> str:
-    """Return one line on what ended a run of `processes`.
-
-    A signal comes before an error, and an error before what it caused elsewhere: SIGTERM, by which the others
-    are ended, and the loss of contact. `kills` is how many processes the system killed for memory meanwhile.
-    """
-
-    def weight(one: Failure) -> tuple[int, int]:
-        if one.code < 0:
-            return (2 if one.code == -signal.SIGTERM else 0), one.rank
-        return (3 if one.message.startswith(_LOST) else 1), one.rank
-
-    first = min(failures, key=weight)
-    who = f"rank {first.rank} of {processes}"
-    if first.code < 0 or not first.message:
-        return system.of_death(first.code, kills, who)
-    return f"{who}: {first.message.removeprefix(_LOST)}"
-
-
-def report(error: InputError) -> None:
-    """Say what is wrong: on standard error, and of several processes to the one that started them."""
-    message = (_LOST if isinstance(error, LostContact) else "") + str(error)
-    if file := os.environ.get(_ERROR_FILE):
-        with contextlib.suppress(OSError):
-            Path(file).write_text(json.dumps({"message": message, "timestamp": str(int(time.time()))}))
-        if os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(_MINE):
-            return  # told there, once for all
-        print(f"error: rank {os.environ.get('RANK')}: {error}", file=sys.stderr)
-    else:
-        print(f"error: {error}", file=sys.stderr)
-
-
-def _end(processes: Sequence[subprocess.Popen]) -> None:
-    """Interrupt processes, and kill what has not put its things away in time."""
-    for process in processes:
-        process.send_signal(signal.SIGINT)
-    until = time.monotonic() + system.PATIENCE
-    for process in processes:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(max(0.0, until - time.monotonic()))
-        process.kill()
+@contextlib.contextmanager
+def _ended(processes: list[subprocess.Popen]) -> Iterator[None]:
+    """On an error or Ctrl-C interrupt the processes, and kill those that have not ended in time."""
+    try:
+        yield
+    except BaseException:
+        for process in processes:
+            process.send_signal(signal.SIGINT)
+        until = time.monotonic() + system.PATIENCE
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, until - time.monotonic()))
+            process.kill()
+        raise
 
 
 def side_by_side(arguments: Sequence[str], processes: int, threads: int) -> list[int]:
@@ -412,15 +381,11 @@ def side_by_side(arguments: Sequence[str], processes: int, threads: int) -> list
     waits until they have ended.
     """
     environment = system.start_with() | {"OMP_NUM_THREADS": str(threads)}
-    started: list[subprocess.Popen] = []
-    try:
+    command, started = [sys.executable, "-m", *arguments], list[subprocess.Popen]()
+    with _ended(started):
         for _ in range(processes):
-            command = [sys.executable, "-m", *arguments]
             started.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL))
         return [process.wait() for process in started]
-    except BaseException:
-        _end(started)
-        raise
 
 
 def apart(arguments: Sequence[str], processes: int) -> None:
@@ -432,11 +397,8 @@ def apart(arguments: Sequence[str], processes: int) -> None:
     command = [sys.executable, "-m", "reclib", "fit", "--nproc", str(processes), *arguments]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, env=system.start_with(), text=True, **pipes)  # type: ignore[call-overload]
-    try:
-        _, told = process.communicate()
-    except BaseException:
-        _end([process])
-        raise
+    with _ended([process]):
+        _, errors = process.communicate()
     if process.returncode:
-        lines = told.strip().splitlines() or [f"it ended with exit code {process.returncode}"]
+        lines = errors.strip().splitlines() or [f"it ended with exit code {process.returncode}"]
         raise InputError(f"training in {processes} processes failed: {lines[-1].removeprefix('error: ')}")

@@ -3,7 +3,7 @@
 `fit` trains a new model and `fine_tune` a given one. Both build a `Trainer` and call `_run`: resume, train
 (`_train`), load the best weights. All choices are made on validation; the caller scores the test split.
 
-Below them: run files and the command line, then the curves that a tracker shows, then the trackers.
+Below them: run files and the command line, then curves and the trackers that show them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -200,9 +201,11 @@ def keep(trainer: Trainer, dataset: Dataset, folder: Path) -> Path:
 
 def is_finished(folder: Path) -> bool:
     """Whether the run in a folder got through, as far as its newest checkpoint says."""
-    found = saving.latest(folder)
+    newest = saving.latest(folder)
+    if newest is None:
+        return False
     try:
-        return found is not None and bool(json.loads((found / saving.STATE).read_text())["progress"]["done"])
+        return bool(json.loads((newest / saving.STATE).read_text())["progress"]["done"])
     except (OSError, ValueError, KeyError):
         return False
 
@@ -217,15 +220,15 @@ def _train(trainer: Trainer, valid: Evaluation, folder: Path | None, options: Op
     best: dict[str, Tensor] = {}
     saved_at = time.monotonic()
     pending: list[StepStats] = []  # their losses are read late, since reading waits for the device
-    bar = tqdm(
+    shown = options.progress_bar and trainer.ranks.first
+    with tqdm(
         total=trainer.total_steps,
         initial=progress.step,
         unit="step",
-        mininterval=1.0,
+        mininterval=1,
         leave=False,
-        disable=not (options.progress_bar and trainer.ranks.first),
-    )
-    with bar:
+        disable=not shown,
+    ) as bar:
         # Evaluate and save at the end of an epoch, and save in between as well if that takes long. The order
         # matters for resuming: best weights first, then the checkpoint whose progress names them.
         for stats in trainer.steps():
@@ -248,8 +251,7 @@ def _train(trainer: Trainer, valid: Evaluation, folder: Path | None, options: Op
                         saving.save_checkpoint(folder, "best", best, state)
                 else:
                     progress.stale_evaluations += 1
-                stop = bool(config.patience) and progress.stale_evaluations >= config.patience
-                progress.done = last or stop
+                progress.done = last or 0 < config.patience <= progress.stale_evaluations
                 bar.set_postfix(loss=f"{row['train_loss']:.3f}", ndcg10=f"{row[SELECT]:.4f}")
             if folder is not None and (due or time.monotonic() - saved_at >= config.checkpoint_seconds):
                 _absorb(trainer, pending)
@@ -357,9 +359,9 @@ def write_setup(file: Path, setup: Setup) -> None:
 def read_setup(file: Path) -> Setup:
     """Return the setup of a file; raise `InputError` that names the file unless it is one."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        data, train = validated(DataConfig, found["data"]), validated(TrainConfig, found["train"])
-        return Setup(**(found | {"data": data, "train": train}))
+        document = json.loads(file.read_text(encoding="utf-8"))
+        data, train = validated(DataConfig, document["data"]), validated(TrainConfig, document["train"])
+        return Setup(**(document | {"data": data, "train": train}))
     except OSError as error:
         raise InputError(f"cannot read the run file {file.name}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -375,9 +377,9 @@ def fit_setup(setup: Setup, claimed: str, folder: Path, kind: str = "none") -> T
     distributed.divide_threads(device.label)
     dataset = prepare(setup.data)
     split = splits.SPLIT_TITLES[setup.split](dataset)
-    model, found = setup.model(dataset.num_items), data_identity(dataset, split)
-    if setup.identity not in (None, found):
-        raise InputError(f"the data of the run are {found}, not {setup.identity}")
+    model, identity = setup.model(dataset.num_items), data_identity(dataset, split)
+    if setup.identity not in (None, identity):
+        raise InputError(f"the data of the run are {identity}, not {setup.identity}")
     about = {"model": asdict(model), "train": asdict(setup.train)}
     first = distributed.ranks().first
     with start_tracker(kind if first else "none", setup.group, setup.title or folder.name, about) as track:
@@ -392,14 +394,24 @@ def fit_main(argv: list[str] | None = None) -> int:
     """Train from the command line; print validation's best as one JSON line."""
     system.hold()
     arguments = sys.argv[1:] if argv is None else argv
-    parser = _parser()
+    about = "Train one model; the same command goes on where a killed run was."
+    parser = Parser(prog="python -m reclib fit", description=about)
+    trackers, field = ", ".join(TRACKERS), "a field of TrainConfig, or model.<field of ModelConfig>"
+    parser.add_argument("--dataset", default="ml-100k", help="ml-100k, synthetic or a file (ml-100k)")
+    parser.add_argument("--size", default="tiny", help=f"one of {SIZE_NAMES} (tiny)")
+    parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints")
+    parser.add_argument("--gpu", default="auto", help="auto, cpu or a gpu label (auto)")
+    parser.add_argument("--tracker", default="none", help=f"curves under runs/: {trackers} (none)")
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help=field)
+    parser.add_argument("--run", type=Path, help="a run file of a notebook, instead of dataset, size and -p")
+    parser.add_argument("--nproc", type=int, default=1, help="processes here that train together (1)")
     given = parser.parse_args(arguments)
     try:
         values = {name: typed(value) for name, value in given.p}
         setup = read_setup(given.run) if given.run else of_options(given.dataset, given.size, values)
         if given.nproc != 1 and not distributed.in_run():
             distributed.place(given.nproc, given.gpu)
-            prepare(setup.data)  # once, and its errors are told once
+            prepare(setup.data)  # once, and its errors are printed once
             return distributed.launch(arguments, given.nproc, given.gpu)
         with distributed.joined(given.gpu):
             trainer = fit_setup(setup, given.gpu, given.out, given.tracker)
@@ -407,7 +419,7 @@ def fit_main(argv: list[str] | None = None) -> int:
         distributed.report(error)
         return distributed.leave(2)
     except KeyboardInterrupt:
-        if not distributed.in_run():  # otherwise said once, by the one that started this process
+        if not distributed.in_run():  # otherwise printed once, by the process that started this one
             print(f"interrupted; {system.AGAIN}", file=sys.stderr)
         return distributed.leave(128 + signal.SIGINT)
     if trainer.ranks.first:
@@ -420,40 +432,144 @@ def fit_main(argv: list[str] | None = None) -> int:
     return distributed.leave(0)
 
 
-def _parser() -> Parser:
-    parser = Parser(
-        prog="python -m reclib fit",
-        description="Train one model; the same command goes on where a killed run was.",
-    )
-    parser.add_argument("--dataset", default="ml-100k", help="ml-100k, synthetic or a file (ml-100k)")
-    parser.add_argument("--size", default="tiny", help=f"one of {SIZE_NAMES} (tiny)")
-    parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints")
-    parser.add_argument("--gpu", default="auto", help="auto, cpu or a gpu label (auto)")
-    trackers = ", ".join(TRACKERS)
-    parser.add_argument("--tracker", default="none", help=f"curves under runs/: {trackers} (none)")
-    parser.add_argument(
-        "-p",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("NAME", "VALUE"),
-        help="a field of TrainConfig, or model.<field of ModelConfig>",
-    )
-    parser.add_argument("--run", type=Path, help="a run file of a notebook, instead of dataset, size and -p")
-    parser.add_argument("--nproc", type=int, default=1, help="processes here that train together (1)")
-    return parser
-
-
-# -- curves --------------------------------------------------------------------------------------------------
+# -- curves and trackers -------------------------------------------------------------------------------------
 #
-# What a tracker shows of a run: loss, rates, norm, memory and validation, as `train/`, `valid/` and `run/`.
-# On CUDA a loss is read only at the steps at which the loop waits for the device anyway.
+# Weights & Biases or TensorBoard; records do not depend on them. Off by default and in tests. Files lie under
+# `runs/`, which git ignores, and name no host, user or command line.
 
+TRACKERS = ("none", "wandb-offline", "wandb-online", "tensorboard")
+_WANDB_MODES = ("disabled", "offline", "online")  # of its own variable, WANDB_MODE
 _RUN = ("epoch", "tokens", "train_seconds", "eval_seconds")  # of a row of the history, what is no metric
 
 
+class Tracker:
+    """What a training run logs to. This one forgets all."""
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Log named numbers at an optimiser step; steps do not go backwards."""
+
+    def close(self, failed: bool) -> None:
+        """End the run."""
+
+
+class Wandb(Tracker):
+    """A run of Weights & Biases: one folder under `runs/wandb`, which `wandb sync` uploads later."""
+
+    def __init__(self, mode: str, group: str, name: str, config: Mapping[str, Any]) -> None:
+        os.environ.setdefault("WANDB_SILENT", "true")  # else banners with run ids and paths
+        import wandb
+
+        if mode == "online":
+            try:
+                logged_in = bool(wandb.login(prompt=False, verify=False))
+            except wandb.errors.UsageError:
+                logged_in = False
+            if not logged_in:
+                raise InputError(
+                    "tracker='wandb-online' needs a login: run `wandb login` once, or use "
+                    "tracker='wandb-offline'"
+                )
+        system.runs().mkdir(parents=True, exist_ok=True)  # wandb makes a folder `wandb` in it
+        quiet: dict[str, Any] = {"silent": True, "console": "off", "disable_code": True, "disable_git": True}
+        # Host, user and command line, of the metadata and of the run itself.
+        quiet |= {"x_disable_meta": True, "host": "hidden", "username": "hidden"}
+        self._run = wandb.init(
+            project="reclib",
+            group=group,
+            name=name,
+            config=dict(config),
+            mode=mode,  # type: ignore[arg-type]
+            dir=str(system.runs()),
+            reinit="create_new",  # several runs, one per seed, in one notebook
+            settings=wandb.Settings(**quiet),
+        )
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Log named numbers at an optimiser step."""
+        self._run.log(dict(values), step=step)
+
+    def close(self, failed: bool) -> None:
+        """Finish the run; one that failed is marked so."""
+        self._run.finish(exit_code=1 if failed else 0)
+
+
+class TensorBoard(Tracker):
+    """A file of events under `runs/tensorboard/<group>/<name>`, made when there is something to write.
+
+    A run that goes on from a checkpoint writes a further file into the same folder, in whose first event
+    TensorBoard reads from which step on it shall forget what the killed run had logged.
+    """
+
+    def __init__(self, group: str, name: str, config: Mapping[str, Any]) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ModuleNotFoundError:
+            raise InputError(
+                "tracker='tensorboard' needs its package: pip install tensorboard, or use another tracker"
+            ) from None
+        self._config, self._folder = dict(config), system.runs() / "tensorboard" / group / name
+        self._new = SummaryWriter
+        self._writer: Any = None
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Write named numbers at an optimiser step; they can be looked at from then on."""
+        if self._writer is None:
+            with mock.patch("socket.gethostname", return_value="reclib"):  # it is put into the file's name
+                self._writer = self._new(self._folder, purge_step=step)
+            shown = json.dumps(self._config, indent=2, default=str)
+            self._writer.add_text("config", "\n".join(f"    {line}" for line in shown.splitlines()), step)
+        for name, value in values.items():
+            self._writer.add_scalar(name, float(value), step)
+        self._writer.flush()
+
+    def close(self, failed: bool) -> None:
+        """Close the file; TensorBoard knows no failed runs."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def used(tracker: str) -> str:
+    """Return the tracker that is used: the one asked for, unless the environment says otherwise.
+
+    `WANDB_MODE`, where it is set, decides between offline, online and none for those who asked for wandb.
+    Raises `InputError` for an unknown tracker or mode.
+    """
+    if tracker not in TRACKERS:
+        raise InputError(
+            f"unknown tracker {tracker!r}{nearest(tracker, TRACKERS)}; allowed: {', '.join(TRACKERS)}"
+        )
+    mode = os.environ.get("WANDB_MODE")
+    if not mode or not tracker.startswith("wandb"):
+        return tracker
+    if mode not in _WANDB_MODES:
+        raise InputError(f"WANDB_MODE is {mode!r}; allowed: {', '.join(_WANDB_MODES)}")
+    return "none" if mode == "disabled" else f"wandb-{mode}"
+
+
+@contextmanager
+def start_tracker(tracker: str, group: str, name: str, config: Mapping[str, Any]) -> Iterator[Tracker]:
+    """Track one run: `group` is the notebook, `name` the run in it, `config` its parameters.
+
+    Never prompts. Raises `InputError` for an unknown tracker, or one that lacks a login or its package. A
+    run whose block raises is marked as failed where the tracker knows such a mark.
+    """
+    kind, _, mode = used(tracker).partition("-")
+    run = Tracker()
+    if kind != "none":
+        run = Wandb(mode, group, name, config) if kind == "wandb" else TensorBoard(group, name, config)
+    try:
+        yield run
+    except BaseException:
+        run.close(failed=True)
+        raise
+    run.close(failed=False)
+
+
 class Curves:
-    """The callbacks of one training run; give them to `fit.Options`."""
+    """The callbacks of one training run for `Options`: loss, rates, norm, memory and validation.
+
+    On CUDA a loss is read only at the steps at which the loop waits for the device anyway.
+    """
 
     def __init__(self, track: Tracker, device: Device) -> None:
         """Take where the numbers go and what the run is on."""
@@ -471,10 +587,11 @@ class Curves:
         self._sequences += stats.num_sequences
         if stats.step % CHECK_EVERY:
             return
-        values = self._losses()  # waits for the device
+        window, values = self._window, self._losses()  # waits for the device
         now = time.perf_counter()
         if self._begun is not None:
-            values |= self._rates(now - self._begun)
+            tokens, sequences = (sum(getattr(s, n) for s in window) for n in ("num_tokens", "num_sequences"))
+            values |= _rates(tokens, sequences, now - self._begun)
         self._log(values, stats.step)
         self._begun = now
 
@@ -483,8 +600,7 @@ class Curves:
         values = self._losses() if self._window else {}
         if self._before is not None and self._where.type == "cpu":
             tokens, seconds = row["tokens"] - self._before[0], row["train_seconds"] - self._before[1]
-            values["train/tokens_per_second"] = tokens / seconds
-            values["train/sequences_per_second"] = self._sequences / seconds
+            values |= _rates(tokens, self._sequences, seconds)
         for name, value in row.items():
             if name == "train_loss":
                 values["train/epoch_loss"] = value
@@ -504,195 +620,13 @@ class Curves:
                 values["train/gradient_norm"] = norm
         return values
 
-    def _rates(self, seconds: float) -> dict[str, float]:
-        return {
-            "train/tokens_per_second": sum(stats.num_tokens for stats in self._window) / seconds,
-            "train/sequences_per_second": sum(stats.num_sequences for stats in self._window) / seconds,
-        }
-
     def _log(self, values: dict[str, float], step: int) -> None:
         self._window = []
         self._track.log(values | {"run/peak_memory_bytes": hardware.peak_memory_bytes(self._where)}, step)
 
 
-# -- trackers ------------------------------------------------------------------------------------------------
-#
-# Weights & Biases or TensorBoard; records do not depend on them. Off by default and in tests. Files lie under
-# `runs/`, which git ignores, and say nothing of host, user or command line. TensorBoard's own writer puts the
-# host's name into its file's name, so events are written here by that package's record writer.
-
-TRACKERS = ("none", "wandb-offline", "wandb-online", "tensorboard")
-
-_WANDB_MODES = ("disabled", "offline", "online")  # of its own variable, WANDB_MODE
-
-_PROJECT = "reclib"
-
-
-class Tracker(Protocol):
-    """What a training run logs to."""
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        """Log named numbers at an optimiser step; steps do not go backwards."""
-
-    def close(self, failed: bool) -> None:
-        """End the run."""
-
-
-class Nothing:
-    """The tracker of those who want none."""
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        """Forget the numbers."""
-
-    def close(self, failed: bool) -> None:
-        """Do nothing."""
-
-
-class Wandb:
-    """A run of Weights & Biases: one folder under `runs/wandb`, which `wandb sync` uploads later."""
-
-    def __init__(self, mode: str, group: str, name: str, config: Mapping[str, Any], folder: Path) -> None:
-        """Start it. Raises `InputError` for online mode without a login."""
-        os.environ.setdefault("WANDB_SILENT", "true")  # else banners with run ids and paths
-        import wandb
-
-        if mode == "online" and not _logged_in(wandb):
-            raise InputError(
-                "tracker='wandb-online' needs a login: run `wandb login` once, or use tracker='wandb-offline'"
-            )
-        folder.mkdir(parents=True, exist_ok=True)  # wandb makes a folder `wandb` in it
-        settings = wandb.Settings(
-            silent=True,
-            console="off",
-            disable_code=True,
-            disable_git=True,
-            x_disable_meta=True,  # host name, user and command line
-            # The run itself holds host and user as well.
-            host="hidden",
-            username="hidden",
-        )
-        self._run = wandb.init(
-            project=_PROJECT,
-            group=group,
-            name=name,
-            config=dict(config),
-            mode=mode,  # type: ignore[arg-type]
-            dir=str(folder),
-            reinit="create_new",  # several runs, one per seed, in one notebook
-            settings=settings,
-        )
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        """Log named numbers at an optimiser step."""
-        self._run.log(dict(values), step=step)
-
-    def close(self, failed: bool) -> None:
-        """Finish the run; one that failed is marked so."""
-        self._run.finish(exit_code=1 if failed else 0)
-
-
-class TensorBoard:
-    """A file of events under `runs/tensorboard/<group>/<name>`, made when there is something to write.
-
-    A run that goes on from a checkpoint writes a further file into the same folder; its first event tells
-    TensorBoard to forget what the killed run had logged from that step on.
-    """
-
-    def __init__(self, group: str, name: str, config: Mapping[str, Any], folder: Path) -> None:
-        """Take the run's place. Raises `InputError` where the package is missing."""
-        try:
-            from tensorboard.compat.proto import event_pb2
-            from tensorboard.summary.writer import record_writer
-        except ModuleNotFoundError:
-            raise InputError(
-                "tracker='tensorboard' needs its package: pip install tensorboard, or use another tracker"
-            ) from None
-        self._events, self._writers = event_pb2, record_writer
-        self._config, self._folder = dict(config), folder / "tensorboard" / group / name
-        self._file: Any = None
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        """Write named numbers at an optimiser step; they can be looked at from then on."""
-        if self._file is None:
-            self._open(step)
-        event = self._event(step=step)
-        for name, value in values.items():
-            event.summary.value.add(tag=name, simple_value=float(value))
-        self._write(event)
-
-    def close(self, failed: bool) -> None:
-        """Close the file; TensorBoard knows no failed runs."""
-        if self._file is not None:
-            self._file.close()
-
-    def _open(self, step: int) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        file = self._folder / f"events.out.tfevents.{time.time_ns()}"
-        self._file = self._writers.RecordWriter(file.open("xb"))
-        self._write(self._event(file_version="brain.Event:2"))
-        begun = self._event(step=step)
-        begun.session_log.status = self._events.SessionLog.START
-        self._write(begun)
-        said = self._event(step=step)
-        text = said.summary.value.add(tag="config/text_summary")
-        text.metadata.plugin_data.plugin_name = "text"
-        text.tensor.dtype = 7  # DT_STRING
-        shown = json.dumps(self._config, indent=2, default=str)
-        text.tensor.string_val.append("\n".join(f"    {line}" for line in shown.splitlines()).encode())
-        self._write(said)
-
-    def _event(self, **fields: Any) -> Any:
-        return self._events.Event(wall_time=time.time(), **fields)
-
-    def _write(self, event: Any) -> None:
-        self._file.write(event.SerializeToString())
-        self._file.flush()
-
-
-def used(asked: str) -> str:
-    """Return the tracker that is used: `asked`, unless the environment says otherwise.
-
-    `WANDB_MODE`, where it is set, decides between offline, online and none for those who asked for wandb.
-    Raises `InputError` for an unknown tracker or mode.
-    """
-    if asked not in TRACKERS:
-        raise InputError(
-            f"unknown tracker {asked!r}{nearest(asked, TRACKERS)}; allowed: {', '.join(TRACKERS)}"
-        )
-    mode = os.environ.get("WANDB_MODE")
-    if mode and asked.startswith("wandb"):
-        if mode not in _WANDB_MODES:
-            raise InputError(f"WANDB_MODE is {mode!r}; allowed: {', '.join(_WANDB_MODES)}")
-        return "none" if mode == "disabled" else f"wandb-{mode}"
-    return asked
-
-
-@contextmanager
-def start_tracker(tracker: str, group: str, name: str, config: Mapping[str, Any]) -> Iterator[Tracker]:
-    """Track one run: `group` is the notebook, `name` the run in it, `config` its parameters.
-
-    Never prompts. Raises `InputError` for an unknown tracker, or one that lacks a login or its package. A
-    run whose block raises is marked as failed where the tracker knows such a mark.
-    """
-    run = _begin(used(tracker), group, name, config)
-    try:
-        yield run
-    except BaseException:
-        run.close(failed=True)
-        raise
-    run.close(failed=False)
-
-
-def _begin(tracker: str, group: str, name: str, config: Mapping[str, Any]) -> Tracker:
-    if tracker == "none":
-        return Nothing()
-    if tracker == "tensorboard":
-        return TensorBoard(group, name, config, system.runs())
-    return Wandb(tracker.removeprefix("wandb-"), group, name, config, system.runs())
-
-
-def _logged_in(wandb: Any) -> bool:
-    try:
-        return bool(wandb.login(prompt=False, verify=False))
-    except wandb.errors.UsageError:
-        return False
+def _rates(tokens: float, sequences: float, seconds: float) -> dict[str, float]:
+    return {
+        "train/tokens_per_second": tokens / seconds,
+        "train/sequences_per_second": sequences / seconds,
+    }

@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or not there: safetensors and JSON in a folder that appears by one rename.
+"""What is kept on disk: checkpoints of a run, adapters in PEFT's layout, and models to recommend with.
 
-A checkpoint is `step-<n>/` with `tensors.safetensors` and `state.json`, which holds the sha256 of the former.
-Nothing is ever unpickled.
+Each is a folder of safetensors and JSON that appears by one rename, whole or not at all. Nothing is ever
+unpickled. Damage is an `InputError` that names the file.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +33,62 @@ from reclib.model.bert4rec import Bert4Rec, SequenceModel
 from reclib.model.ilora import OUTPUT, AdaptedModel, base_hash
 from reclib.system import plain
 
+
+@contextlib.contextmanager
+def _demand_whole(what: str, advice: str = "") -> Iterator[None]:
+    """Turn an error of reading into an `InputError`: `what` is damaged."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise InputError(f"damaged {what}: {_reason(error)}{advice}") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    return (error.strerror if isinstance(error, OSError) and error.strerror else str(error)) or repr(error)
+
+
+def _shown(path: Path) -> Path:
+    """Return the path relative to the working directory where it lies below it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _write(folder: Path, file: str, tensors: dict[str, Tensor], documents: dict[str, dict[str, Any]]) -> None:
+    """Write a folder of tensors and JSON, in place of an earlier one once it is complete on disk.
+
+    The last document gets the sha256 of the tensors.
+    """
+    with system.fresh_folder(folder) as fresh:
+        fresh.chmod(0o755)  # mkdtemp gives 0o700
+        save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, fresh / file)
+        documents[list(documents)[-1]]["sha256"] = system.file_sha256(fresh / file)
+        for name, document in documents.items():
+            system.write_json(fresh / name, document)
+        for path in (*fresh.iterdir(), fresh):
+            _flush(path)
+        with system.fresh_folder(folder) if folder.exists() else contextlib.nullcontext() as old:
+            if old is not None:
+                folder.rename(old / folder.name)
+            fresh.rename(folder)
+        _flush(folder.parent)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file or folder is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# -- checkpoints ---------------------------------------------------------------------------------------------
+#
+# A checkpoint is `step-<n>/` with `tensors.safetensors` and `state.json`.
+
 TENSORS, STATE = "tensors.safetensors", "state.json"
 
 
@@ -41,73 +97,50 @@ def save_checkpoint(folder: Path, name: str, tensors: dict[str, Tensor], state: 
 
     What was there before is untouched until the new one is complete on disk.
     """
-    target, partial = folder / name, folder / f"{name}.partial"
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial / TENSORS)
-        body = state | {"sha256": system.file_sha256(partial / TENSORS)}
-        (partial / STATE).write_text(json.dumps(body, indent=1) + "\n")
-        for file in (partial / TENSORS, partial / STATE, partial):
-            _flush(file)
-        if target.exists():
-            old = folder / f"{name}.old"
-            shutil.rmtree(old, ignore_errors=True)
-            target.rename(old)
-            partial.rename(target)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            partial.rename(target)
-        _flush(folder)
+        _write(folder / name, TENSORS, tensors, {STATE: dict(state)})
     except Exception as error:  # safetensors wraps the system's errors in its own type
-        shutil.rmtree(partial, ignore_errors=True)
         kept = latest(folder)
         raise InputError(
-            f"cannot write checkpoint {_shown(target)}: {_reason(error)}; "
+            f"cannot write checkpoint {_shown(folder / name)}: {_reason(error)}; "
             + (f"the last good one is {kept.name}" if kept else "there is none before it")
         ) from error
-    return target
+    return folder / name
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a checkpoint; raise `InputError` that names the file when it is damaged."""
-    advice = f"delete {_shown(path)} to go on from an earlier one, or the run's folder to start anew"
-    try:
-        state = json.loads((path / STATE).read_text())
-        expected = state["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"damaged checkpoint: {_shown(path / STATE)}: {_reason(error)}; {advice}") from error
-    try:
-        found = system.file_sha256(path / TENSORS)
-    except OSError as error:
-        raise InputError(
-            f"damaged checkpoint: {_shown(path / TENSORS)}: {_reason(error)}; {advice}"
-        ) from error
-    if found != expected:
-        raise InputError(
-            f"damaged checkpoint: {_shown(path / TENSORS)} has sha256 {found[:12]}, "
-            f"expected {expected[:12]}; {advice}"
-        )
-    return load_file(path / TENSORS), state
+    """Read a checkpoint; raise `InputError` that names it when it is damaged."""
+    advice = "; delete it to go on from an earlier one, or the run's folder to start anew"
+    with _demand_whole(f"checkpoint: {_shown(path)}", advice):
+        state = json.loads((path / STATE).read_text("utf-8"))
+        return _checked(path / TENSORS, state, STATE), state
+
+
+def _checked(file: Path, document: dict[str, Any], name: str) -> dict[str, Tensor]:
+    """Return the tensors of a file whose hash is in a document."""
+    if system.file_sha256(file) != document["sha256"]:
+        raise ValueError(f"{file.name} is not the file that {name} names")
+    return load_file(file)
+
+
+def _by_step(folder: Path) -> list[Path]:
+    """Return the whole checkpoints `step-<n>` in `folder`, the newest last."""
+    whole = [path for path in folder.glob("step-*") if path.suffix == "" and path.is_dir()]
+    return sorted(whole, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def latest(folder: Path) -> Path | None:
     """Return the newest whole checkpoint `step-<n>` in `folder`."""
-    found = [p for p in folder.glob("step-*") if p.suffix == "" and p.is_dir()]
-    return max(found, default=None, key=lambda p: int(p.name.removeprefix("step-")))
+    return next(reversed(_by_step(folder)), None)
 
 
 def prune(folder: Path, keep: int = 2) -> None:
     """Delete all but the newest `keep` checkpoints and what a killed run left half written."""
-    found = sorted(
-        (p for p in folder.glob("step-*") if p.suffix == ""),
-        key=lambda p: int(p.name.removeprefix("step-")),
-    )
-    for path in [*found[:-keep], *folder.glob("*.partial"), *folder.glob("*.old")]:
+    for path in [*_by_step(folder)[:-keep], *folder.glob("*.partial"), *folder.glob("*.old")]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-PRIOR = "prior."
+PRIOR = "prior."  # how the names of a prior's tensors begin
 
 
 def unique_tensors(model: SequenceModel, frozen: bool = True) -> dict[str, Tensor]:
@@ -118,15 +151,15 @@ def unique_tensors(model: SequenceModel, frozen: bool = True) -> dict[str, Tenso
     return tensors
 
 
+@torch.no_grad()
 def load_unique(model: SequenceModel, tensors: dict[str, Tensor]) -> None:
     """Copy the tensors of `unique_tensors` into a model of the same configuration; give it their prior."""
-    given = {name.removeprefix(PRIOR): value for name, value in tensors.items() if name.startswith(PRIOR)}
-    if given and model.prior is None:
-        model.prior = CountPrior(given)  # type: ignore[misc]
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad or name in tensors:
-                parameter.copy_(tensors[name])
+    prior = {name.removeprefix(PRIOR): value for name, value in tensors.items() if name.startswith(PRIOR)}
+    if prior and model.prior is None:
+        model.prior = CountPrior(prior)  # type: ignore[misc]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or name in tensors:
+            parameter.copy_(tensors[name])
 
 
 def save_weights(model: SequenceModel, folder: Path, about: Mapping[str, Any]) -> Path:
@@ -145,78 +178,42 @@ def load_weights(folder: Path) -> Bert4Rec:
     return model.eval()
 
 
-def refuse_other(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
+def refuse_other(there: dict[str, Any], here: dict[str, Any], folder: Path) -> None:
     """Raise `InputError` naming what differs between a checkpoint's identity and this run's."""
     differs = [
         f"{part}.{key} is {old.get(key)!r} there and {new.get(key)!r} here"
         for part in ("model", "train", "origin")
-        for old, new in [(found.get(part, {}), wanted.get(part, {}))]
+        for old, new in [(there.get(part, {}), here.get(part, {}))]
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     ]
-    if found["data"] != wanted["data"]:
-        differs.append(f"the dataset is {found['data'][:12]} there and {wanted['data'][:12]} here")
+    if there["data"] != here["data"]:
+        differs.append(f"the dataset is {there['data'][:12]} there and {here['data'][:12]} here")
     if differs:
         raise InputError(
             f"the checkpoint in {folder.name} is of another run: {'; '.join(differs)}; use another folder"
         )
 
 
-def _shown(path: Path) -> str:
-    """Return the path relative to the working directory where it lies below it."""
-    with contextlib.suppress(ValueError):
-        return str(path.relative_to(Path.cwd()))
-    return str(path)
-
-
-def _reason(error: Exception) -> str:
-    return (error.strerror if isinstance(error, OSError) and error.strerror else str(error)) or repr(error)
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file or folder is on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-# ------------------------------------------------------------------------------------------------
-# Adapters on disk, in PEFT's layout: `adapter_config.json` and `adapter_model.safetensors`.
+# -- adapters, in PEFT's layout ------------------------------------------------------------------------------
 #
-# A `lora` or `rslora` adapter written here loads in PEFT, and one that PEFT wrote loads here: the keys are
-# `base_model.model.<module>.lora_A.weight`, and so on, without the adapter's name. Kinds that PEFT does not
-# know have a `peft_type` of their own, so that it refuses them instead of reading them as plain LoRA; so
-# has an adapter of the output table, which is no module.
-#
-# The base is not in the file, only its hash; an adapter of another base is refused.
+# A `lora` or `rslora` adapter written here loads in PEFT, and one that PEFT wrote loads here: keys are
+# `base_model.model.<module>.lora_A.weight` and so on, without the adapter's name. Kinds that PEFT does not
+# know have a `peft_type` of their own, so that it refuses them instead of reading them as plain LoRA. So has
+# an adapter of the output table, which is no module. The base is not in the file, only its hash; an adapter
+# of another base is refused.
 
 ADAPTER_CONFIG, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"
-
 PREFIX = "base_model.model."
-
-GATE = "instance_gate.weight"  # of the key of W, after PREFIX
-
+GATE = "instance_gate.weight"  # of the key of the gate's W, after PREFIX
 OWN = "reclib"  # the key of what PEFT has no field for
-
 OWN_TYPES = {"ilora": "RECLIB_ILORA", "gated": "RECLIB_GATED", "lora": "RECLIB_LORA", "rslora": "RECLIB_LORA"}
-
 BASE = "sha256:"  # before the base's hash, in PEFT's field for a base model's name
 
-# Fields of PEFT's configuration that change the function, with the values of plain LoRA.
-PLAIN: dict[str, tuple[Any, ...]] = {
-    "bias": ("none",),
-    "fan_in_fan_out": (False,),
-    "use_dora": (False,),
-    "lora_bias": (False,),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "modules_to_save": ([], None),
-    "target_parameters": ([], None),
-    "trainable_token_indices": (None,),
-    "alora_invocation_tokens": (None,),
-}
+# Fields of PEFT's configuration that change the function: plain LoRA has none of them set.
+SPECIAL: tuple[str, ...]
+SPECIAL = ("fan_in_fan_out", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "modules_to_save")
+SPECIAL += ("target_parameters", "trainable_token_indices", "alora_invocation_tokens")
 
 
 class AdapterFile(NamedTuple):
@@ -235,14 +232,33 @@ def save_adapter(adapted: AdaptedModel, folder: Path, name: str | None = None) -
     adapter or the folder cannot be written.
     """
     chosen = adapted.active if name is None else name
-    if chosen is None or chosen not in adapted.configs:
-        raise InputError(f"unknown adapter {chosen!r}; there are: {', '.join(adapted.configs) or 'none'}")
+    if chosen is None:
+        raise InputError("no adapter is active: name the one to save")
+    adapted.demand_known(chosen)
+    config, reader = adapted.configs[chosen], adapted.reader(chosen)
+    paths = [path for path, layer in adapted.layers().items() if chosen in layer.adapters]
+    about: dict[str, Any] = {
+        "peft_type": OWN_TYPES[config.kind],
+        "base_model_name_or_path": BASE + adapted.base_sha256,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": paths,
+        "inference_mode": True,
+    }
+    if config.kind in ("lora", "rslora") and OUTPUT not in paths:
+        about |= {"peft_type": "LORA", "task_type": None, "bias": "none", "fan_in_fan_out": False}
+        about["use_rslora"] = config.kind == "rslora"
+    else:
+        about[OWN] = {
+            "config": asdict(config),
+            "reader_sha256": None if reader is None else base_hash(reader),
+        }
     tensors = {PREFIX + key: tensor.contiguous() for key, tensor in _tensors(adapted, chosen).items()}
     try:
         with system.fresh_folder(folder) as fresh:
             save_file(tensors, fresh / ADAPTER_TENSORS, metadata={"format": "pt"})
-            said = _peft_config(adapted, chosen)
-            (fresh / ADAPTER_CONFIG).write_text(json.dumps(said, indent=2, sort_keys=True) + "\n")
+            (fresh / ADAPTER_CONFIG).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
             folder.mkdir(exist_ok=True)
             for file in (ADAPTER_TENSORS, ADAPTER_CONFIG):
                 os.replace(fresh / file, folder / file)
@@ -261,164 +277,87 @@ def load_adapter(
     """Put the adapter of `folder` around a model, as `name`, and make it the active one.
 
     Raises `InputError` for files that are damaged or of another base, and for a file of PEFT that is not
-    plain LoRA or, unless `any_base`, does not say of what base it is.
+    plain LoRA or, unless `any_base`, does not say of what base it is. The model is then as it was given.
     """
-    found = read_adapter(folder)
-    if isinstance(model, AdaptedModel):
-        _put(model, found, folder, name, any_base, causal_model)
-        return model
-    adapted = AdaptedModel(model)
+    file = read_adapter(folder)
+    adapted = model if isinstance(model, AdaptedModel) else AdaptedModel(model)
+    before, known = adapted.active, set(adapted.configs)
     try:
-        _put(adapted, found, folder, name, any_base, causal_model)
+        if file.base_sha256 is None and not any_base:
+            raise InputError(f"{folder} does not say which base it belongs to: any_base=True takes this one")
+        same = {"the base": (file.base_sha256, adapted.base_sha256)}
+        if causal_model is not None:
+            same["the causal model that the gate reads"] = (file.reader_sha256, base_hash(causal_model))
+        for what, (wanted, given) in same.items():
+            if wanted not in (None, given):
+                raise InputError(
+                    f"{folder} is an adapter of another model: {what} has sha256 {given[:12]}, "
+                    f"expected {str(wanted)[:12]}"
+                )
+        adapted.add(name, file.config, causal_model)
+        tensors = _tensors(adapted, name)
+        for key in sorted(tensors.keys() | file.tensors.keys()):
+            there, here = (getattr(t.get(key), "shape", None) for t in (file.tensors, tensors))
+            if there != here:
+                raise InputError(f"{folder / ADAPTER_TENSORS}: {key!r} is {there}, expected {here}")
+            tensors[key].copy_(file.tensors[key])
     except InputError:
-        adapted.unload()  # the model is as it was given
+        if adapted is not model:
+            adapted.unload()
+        elif name in adapted.configs and name not in known:
+            adapted.delete(name)
+            adapted.use(before)
         raise
     return adapted
 
 
-def _put(
-    adapted: AdaptedModel,
-    found: AdapterFile,
-    folder: Path,
-    name: str,
-    any_base: bool,
-    causal_model: Bert4Rec | None,
-) -> None:
-    """Add what a file holds as the adapter `name`, or nothing."""
-    _refuse_other_base(found, adapted, folder, any_base)
-    if found.reader_sha256 is not None and causal_model is not None:
-        given = base_hash(causal_model)
-        if given != found.reader_sha256:
-            raise InputError(
-                f"{folder / ADAPTER_CONFIG}: the gate reads the causal model {found.reader_sha256[:12]}, "
-                f"and the one given is {given[:12]}"
-            )
-    before = adapted.active
-    adapted.add(name, found.config, causal_model)
-    wanted = _tensors(adapted, name)
-    try:
-        _refuse_other_shapes(found.tensors, wanted, folder)
-    except InputError:
-        adapted.delete(name)
-        adapted.use(before)
-        raise
-    with torch.no_grad():
-        for key, tensor in wanted.items():
-            tensor.copy_(found.tensors[key])
+def _tensors(adapted: AdaptedModel, name: str) -> dict[str, Tensor]:
+    """Return an adapter's tensors by path and name, its gate's included."""
+    tensors = {
+        f"{path}.{key}": tensor.detach()
+        for path, layer in adapted.layers().items()
+        if name in layer.adapters
+        for key, tensor in layer.adapters[name].named_parameters()
+    }
+    gates: Any = adapted.gates
+    return tensors | ({GATE: gates[name].linear.weight.detach()} if name in gates else {})
 
 
 def read_adapter(folder: Path) -> AdapterFile:
     """Read an adapter's files; raise `InputError` that names the file when it is missing or damaged."""
-    try:
-        said = json.loads((folder / ADAPTER_CONFIG).read_text("utf-8"))
-        if not isinstance(said, dict) or "peft_type" not in said:
-            raise ValueError("it is no object with a 'peft_type'")
-    except (OSError, ValueError) as error:
-        raise InputError(f"damaged adapter: {folder / ADAPTER_CONFIG}: {_reason(error)}") from None
-    try:
-        tensors = load_file(folder / ADAPTER_TENSORS)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"damaged adapter: {folder / ADAPTER_TENSORS}: {_reason(error)}") from None
-    wrong = [key for key in tensors if not key.startswith(PREFIX)]
-    if wrong or not tensors:
-        raise InputError(
-            f"{folder / ADAPTER_TENSORS}: key {wrong[0] if wrong else None!r}; expected {PREFIX}..."
-        )
-    plain = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
-    digest = str(said.get("base_model_name_or_path"))
-    base = digest.removeprefix(BASE) if digest.startswith(BASE) else None
-    if said["peft_type"] in OWN_TYPES.values():
-        own = said.get(OWN)
-        if not isinstance(own, dict) or not isinstance(own.get("config"), dict):
-            raise InputError(f"damaged adapter: {folder / ADAPTER_CONFIG}: {OWN!r} holds no 'config'")
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in own["config"].items()}
-        return AdapterFile(validated(AdapterConfig, values), plain, base, own.get("reader_sha256"))
-    if said["peft_type"] != "LORA":
-        raise InputError(
-            f"{folder / ADAPTER_CONFIG}: peft_type {said['peft_type']!r}; allowed: LORA, "
-            f"{', '.join(dict.fromkeys(OWN_TYPES.values()))}"
-        )
-    return AdapterFile(_plain_lora(said, plain, folder), plain, base, None)
+    file = folder / ADAPTER_CONFIG
+    with _demand_whole(f"adapter: {folder / ADAPTER_TENSORS}"):
+        tensors = {}
+        for key, tensor in load_file(folder / ADAPTER_TENSORS).items():
+            if not key.startswith(PREFIX):
+                raise ValueError(f"key {key!r}; expected {PREFIX}...")
+            tensors[key.removeprefix(PREFIX)] = tensor
+    with _demand_whole(f"adapter: {file}"):
+        about = json.loads(file.read_text("utf-8"))
+        if about["peft_type"] not in ("LORA", *OWN_TYPES.values()):
+            allowed = ", ".join(dict.fromkeys(["LORA", *OWN_TYPES.values()]))
+            raise InputError(f"{file}: peft_type {about['peft_type']!r}; allowed: {allowed}")
+        digest = str(about.get("base_model_name_or_path"))
+        base = digest.removeprefix(BASE) if digest.startswith(BASE) else None
+        if about["peft_type"] != "LORA":
+            own = about[OWN]
+            values = {k: tuple(v) if isinstance(v, list) else v for k, v in own["config"].items()}
+            return AdapterFile(validated(AdapterConfig, values), tensors, base, own.get("reader_sha256"))
+        if wrong := {key: about[key] for key in SPECIAL if about.get(key)}:
+            raise InputError(f"{file}: {wrong} is not plain LoRA, in which none of {SPECIAL} is set")
+        if about.get("bias", "none") != "none":
+            raise InputError(f"{file}: bias={about['bias']!r}; allowed: 'none'")
+        values = {
+            "kind": "rslora" if about.get("use_rslora") else "lora",
+            "rank": about["r"],
+            "alpha": float(about["lora_alpha"]),
+            "dropout": float(about.get("lora_dropout") or 0.0),
+            "targets": tuple(dict.fromkeys(key.rsplit(".lora_", 1)[0] for key in tensors)),
+        }
+        return AdapterFile(validated(AdapterConfig, values), tensors, base, None)
 
 
-def _plain_lora(said: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> AdapterConfig:
-    """Return the configuration of a file of PEFT's LoRA; its modules are read off the keys."""
-    for field, allowed in PLAIN.items():
-        if field in said and said[field] not in allowed:
-            raise InputError(f"{folder / ADAPTER_CONFIG}: {field}={said[field]!r}; allowed: {allowed[0]!r}")
-    try:
-        values = {"rank": said["r"], "alpha": float(said["lora_alpha"])}
-        values |= {"dropout": float(said.get("lora_dropout") or 0.0)}
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"damaged adapter: {folder / ADAPTER_CONFIG}: {error!r}") from None
-    values |= {"kind": "rslora" if said.get("use_rslora") else "lora"}
-    paths = dict.fromkeys(key.rsplit(".lora_", 1)[0] for key in tensors)
-    return validated(AdapterConfig, values | {"targets": tuple(paths)})
-
-
-def _peft_config(adapted: AdaptedModel, name: str) -> dict[str, Any]:
-    """Return what `adapter_config.json` holds."""
-    config = adapted.configs[name]
-    paths = [path for path, layer in adapted.layers().items() if name in layer.adapters]
-    said: dict[str, Any] = {
-        "peft_type": OWN_TYPES[config.kind],
-        "base_model_name_or_path": BASE + adapted.base_sha256,
-        "r": config.rank,
-        "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
-        "target_modules": paths,
-        "inference_mode": True,
-    }
-    if config.kind in ("lora", "rslora") and OUTPUT not in paths:
-        plain = {field: allowed[0] for field, allowed in PLAIN.items() if field in ("bias", "fan_in_fan_out")}
-        return said | plain | {"peft_type": "LORA", "use_rslora": config.kind == "rslora", "task_type": None}
-    own: dict[str, Any] = {"config": asdict(config)}
-    reader = adapted.reader(name)
-    own["reader_sha256"] = None if reader is None else base_hash(reader)
-    return said | {OWN: own}
-
-
-def _tensors(adapted: AdaptedModel, name: str) -> dict[str, Tensor]:
-    """Return an adapter's tensors by path and name, its gate's included."""
-    found = {}
-    for path, layer in adapted.layers().items():
-        if name in layer.adapters:
-            for key, tensor in layer.adapters[name].named_parameters():
-                found[f"{path}.{key}"] = tensor.detach()
-    if name in adapted.gates:
-        gate: Any = adapted.gates[name]
-        found[GATE] = gate.linear.weight.detach()
-    return found
-
-
-def _refuse_other_base(found: AdapterFile, adapted: AdaptedModel, folder: Path, any_base: bool) -> None:
-    if found.base_sha256 is None and not any_base:
-        raise InputError(
-            f"{folder / ADAPTER_CONFIG} does not say which base it belongs to: "
-            "give any_base=True to take this one"
-        )
-    if found.base_sha256 is not None and found.base_sha256 != adapted.base_sha256:
-        raise InputError(
-            f"{folder / ADAPTER_CONFIG} is an adapter of base {found.base_sha256[:12]}, and this model is "
-            f"{adapted.base_sha256[:12]}: its weights are others"
-        )
-
-
-def _refuse_other_shapes(found: dict[str, Tensor], wanted: dict[str, Tensor], folder: Path) -> None:
-    missing, unknown = wanted.keys() - found.keys(), found.keys() - wanted.keys()
-    if missing or unknown:
-        said = f"lacks {min(missing)!r}" if missing else f"has {min(unknown)!r}, which this model has not"
-        raise InputError(f"{folder / ADAPTER_TENSORS} {said}")
-    for key, tensor in wanted.items():
-        if found[key].shape != tensor.shape:
-            raise InputError(
-                f"{folder / ADAPTER_TENSORS}: {key!r} has shape {tuple(found[key].shape)}, "
-                f"expected {tuple(tensor.shape)}"
-            )
-
-
-# ------------------------------------------------------------------------------------------------
-# Models to recommend with: weights, configuration and the catalogue, in a folder; used in three lines.
+# -- models to recommend with --------------------------------------------------------------------------------
 #
 #     from reclib import load
 #     model = load("w64d2-ml-100k")
@@ -429,7 +368,6 @@ def _refuse_other_shapes(found: dict[str, Tensor], wanted: dict[str, Tensor], fo
 # the sha256 of the weights.
 
 WEIGHTS, MODEL_CONFIG, MANIFEST = "model.safetensors", "config.json", "manifest.json"
-
 MODEL = "model"  # the folder of a finished run's model in the folder of its checkpoints
 
 
@@ -464,10 +402,10 @@ class Recommender:
         """
         if isinstance(history, str | bytes):
             raise InputError(f"the history is the text {history!r}: expected a list of items")
-        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
-            raise InputError(f"k is {k!r}: expected a whole number of at least 1")
         if not len(history):
             raise InputError("the history is empty: expected at least one item id")
+        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
+            raise InputError(f"k is {k!r}: expected a whole number of at least 1")
         items = np.array([self._item(given) for given in history], dtype=np.int32)
         unseen = np.setdiff1d(np.arange(1, len(self.keys) + 1, dtype=np.int32), items)
         if len(unseen) < k:
@@ -510,23 +448,16 @@ def save_model(
     whatever tells where the model comes from.
     """
     folder = system.models() / name
-    with system.fresh_folder(folder) as fresh:
-        fresh.chmod(0o755)  # mkdtemp gives 0o700
-        tensors = {key: value.cpu().contiguous() for key, value in unique_tensors(model).items()}
-        save_file(tensors, fresh / WEIGHTS)
-        system.write_json(fresh / MODEL_CONFIG, asdict(model.config))
-        kept = Recommender.of(model, dataset, dict(about))
-        manifest = {
-            "sha256": system.file_sha256(fresh / WEIGHTS),
-            "data": {"name": dataset.name, "fingerprint": dataset.fingerprint},
-            "items": kept.keys,
-            "titles": kept.titles,
-            "train": asdict(train),
-            "about": kept.about,
-        }
-        system.write_json(fresh / MANIFEST, plain(manifest))
-        shutil.rmtree(folder, ignore_errors=True)
-        fresh.rename(folder)
+    kept = Recommender.of(model, dataset, dict(about))
+    manifest = {
+        "data": {"name": dataset.name, "fingerprint": dataset.fingerprint},
+        "items": kept.keys,
+        "titles": kept.titles,
+        "train": asdict(train),
+        "about": kept.about,
+    }
+    documents = {MODEL_CONFIG: asdict(model.config), MANIFEST: plain(manifest)}
+    _write(folder, WEIGHTS, unique_tensors(model), documents)
     return folder
 
 
@@ -542,18 +473,12 @@ def load_model(name: str | Path) -> Recommender:
             raise InputError(f"{name} holds a run that is not finished: {system.AGAIN}")
         known = ", ".join(sorted(f.parent.name for f in system.models().glob(f"*/{MANIFEST}")))
         raise InputError(f"no model {str(name)!r} is kept; here: {known or 'none'}")
-    try:
+    with _demand_whole(f"model {name}"):
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         config = validated(ModelConfig, json.loads((folder / MODEL_CONFIG).read_text(encoding="utf-8")))
-        if system.file_sha256(folder / WEIGHTS) != manifest["sha256"]:
-            raise InputError(f"damaged model {name}: {WEIGHTS} is not the file that {MANIFEST} names")
         model = Bert4Rec(config)
-        load_unique(model, load_file(folder / WEIGHTS))
+        load_unique(model, _checked(folder / WEIGHTS, manifest, MANIFEST))
         return Recommender(model.eval(), manifest["items"], manifest["titles"], manifest["about"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"damaged model {name}: {type(error).__name__}: {error}") from error
 
 
 def recommend_main(argv: Sequence[str] | None = None) -> int:

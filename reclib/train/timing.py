@@ -1,10 +1,10 @@
 """Timing the training loop: the one of `trainer`, stepped from outside and never re-written here.
 
-What is timed is a whole step: fetch, forward, backward, clip, optimiser. On a CPU the clock is read
-around each step. On CUDA an event is recorded after each step and all are read at the end of a round:
-the host launches the next step while the device computes, as in training. Warm-up is left out and
-counted, compile time stands apart, variants are interleaved (A B A B), and a rate is believed only
-beside an independent clock over a whole epoch. Running out of memory is a result.
+What is timed is a whole step: fetch, forward, backward, clip, optimiser. On a CPU the clock is read after
+each step. On CUDA an event is recorded after each step and all are read at the end of a round: the host
+launches the next step while the device computes, as in training. Warm-up is left out and counted, compile
+time stands apart, variants are interleaved (A B A B), and a rate is believed only beside an independent clock
+over a whole epoch. Running out of memory is a result.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import ctypes
 import functools
 import itertools
 import math
+import operator
 import os
 import sys
 import tempfile
@@ -39,25 +40,25 @@ from reclib.evaluate.statistics import Interval
 from reclib.train.losses import batch_loss
 from reclib.train.trainer import StepStats, Trainer
 
-# ------------------------------------------------------------------------------------------------
-# Joules that a device says it has used: NVIDIA's counter (NVML) on a GPU, RAPL of a Linux CPU's packages.
-#
-# Both count the whole device, whoever uses it. Counters are updated tens of times a second, so that a
-# reading over less than `SHORTEST` seconds is none. Where nothing can be read the answer is None, never
-# zero.
-
 EPOCHS = 100_000  # of what is timed: its schedule never ends meanwhile
-
-SHORTEST = 2.0  # seconds of a region that can be told from the counter's steps
-
+DISAGREEMENT = 0.05  # share by which the epoch's rate may differ from the steady one
+RECOMPILE_LIMIT = 256  # compiled variants of one process share `encode`, and torch stops at 8
+SHORTEST = 2.0  # seconds of a region that can be told from the steps of an energy counter
+ENERGY_SECONDS = 2.5  # of the steps whose energy a GPU's counter measures, somewhat above `SHORTEST`
 RAPL = Path("/sys/class/powercap")
+
+T = TypeVar("T")
+
+# -- energy --------------------------------------------------------------------------------------------------
+#
+# NVIDIA's counter (NVML) on a GPU, RAPL of a Linux CPU's packages. Both count the whole device, whoever uses
+# it, and are updated tens of times a second. Where nothing can be read the answer is None, never zero.
 
 
 class Meter:
-    """Joules since it was started, on one device."""
+    """Joules since it was made, on one device."""
 
     def __init__(self, device: torch.device) -> None:
-        """Start to count."""
         self.read = _nvml(device) if device.type == "cuda" else _rapl()
         self.before = None if self.read is None else self.read()
 
@@ -72,49 +73,38 @@ class Meter:
 def _rapl(root: Path = RAPL) -> Callable[[], float] | None:
     """Return a reader of all packages; None where the kernel shows none, or not to this user."""
     files = sorted(root.glob("intel-rapl:?/energy_uj"))  # AMD's have the same names
-    try:
-        if not files or not [file.read_text() for file in files]:
-            return None
-    except OSError:
+    if not files or not all(os.access(file, os.R_OK) for file in files):
         return None
     return lambda: 1e-6 * sum(int(file.read_text()) for file in files)
 
 
 def _nvml(device: torch.device) -> Callable[[], float] | None:
     """Return a reader of a GPU's counter (Volta and later); None where the driver has none."""
-    library = _library()
-    if library is None:
-        return None
-    handle, counted = ctypes.c_void_p(), ctypes.c_ulonglong()
-    name = f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode()
-    if library.nvmlDeviceGetHandleByUUID(name, ctypes.byref(handle)):
-        return None
-
-    def read() -> float:
-        if library.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(counted)):
-            raise OSError("NVML's energy counter could be read before and cannot now")
-        return 1e-3 * counted.value  # millijoules
-
-    return None if library.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(counted)) else read
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | None:
     try:
         library = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
         return None
-    return None if library.nvmlInit_v2() else library
+    handle, millijoules = ctypes.c_void_p(), ctypes.c_ulonglong()
+    name = f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode()
+    if library.nvmlInit_v2() or library.nvmlDeviceGetHandleByUUID(name, ctypes.byref(handle)):
+        return None
+
+    counter = functools.partial(
+        library.nvmlDeviceGetTotalEnergyConsumption, handle, ctypes.byref(millijoules)
+    )
+
+    def read() -> float:
+        if counter():
+            raise OSError("NVML's energy counter could be read before and cannot now")
+        return 1e-3 * millijoules.value
+
+    return None if counter() else read
 
 
-# ------------------------------------------------------------------------------------------------
-# What timing a variant gives: its steps, what they held, and the rates that follow.
-#
-# Plain numbers, no device: `timing` fills them in.
+# -- what timing a variant gives -----------------------------------------------------------------------------
 
 Status = Literal["ok", "oom", "not applicable"]
-
-DISAGREEMENT = 0.05  # share by which the epoch's rate may differ from the steady one
+COUNTED = ("sequences", "tokens", "targets", "row_tokens", "target_slots")
 
 
 @dataclass
@@ -152,42 +142,27 @@ class Measurement:
     @property
     def quartiles(self) -> tuple[float, float, float]:
         """Lower quartile, median and upper quartile of the step, seconds."""
-        low, middle, high = np.percentile(self.step_seconds, [25, 50, 75])
-        return float(low), float(middle), float(high)
+        low, middle, high = np.percentile(self.step_seconds, [25, 50, 75]).tolist()
+        return low, middle, high
 
     @property
     def median_seconds(self) -> float:
         """Median step, seconds."""
         return self.quartiles[1]
 
-    def _rate(self, counted: int) -> float:
-        # Steps differ in what they hold: the mean step's content over the median step's time.
+    @property
+    def fill(self) -> float:
+        """Share of the places in the rows that hold a real item."""
+        return self.tokens / self.row_tokens
+
+    def per_second(self, counted: int) -> float:
+        """Return a rate at the median step: the mean step's content over the median step's time."""
         return counted / len(self.step_seconds) / self.median_seconds
 
     @property
     def sequences_per_second(self) -> float:
         """Sequences at the median step."""
-        return self._rate(self.sequences)
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Real items at the median step; padding is no work."""
-        return self._rate(self.tokens)
-
-    @property
-    def targets_per_second(self) -> float:
-        """Targets at the median step."""
-        return self._rate(self.targets)
-
-    @property
-    def fetch_share(self) -> float:
-        """Share of the time that the loop waits for its batch."""
-        return sum(self.fetch_seconds) / sum(self.step_seconds)
-
-    @property
-    def fill(self) -> float:
-        """Share of the places in the rows that hold a real item."""
-        return self.tokens / self.row_tokens
+        return self.per_second(self.sequences)
 
     @property
     def compile_seconds(self) -> float:
@@ -196,37 +171,49 @@ class Measurement:
             return 0.0
         return max(0.0, self.warmup_seconds - self.warmup_steps * self.median_seconds)
 
-    @property
-    def joules_per_sequence(self) -> float | None:
-        """Energy of a sequence; None where it is not reported."""
-        return None if self.joules is None else self.joules / (self.energy_sequences or self.sequences)
-
     def timings(self) -> dict[str, float | int | None]:
         """Return what depends on the clock, for a record; empty unless `status` is "ok"."""
         if self.status != "ok":
             return {}
         low, middle, high = self.quartiles
+        energy_sequences = self.energy_sequences or self.sequences
         return {
             "step_seconds": middle,
             "step_seconds_low": low,
             "step_seconds_high": high,
             "sequences_per_second": self.sequences_per_second,
-            "tokens_per_second": self.tokens_per_second,
-            "targets_per_second": self.targets_per_second,
-            "fetch_share": self.fetch_share,
+            "tokens_per_second": self.per_second(self.tokens),  # of real items: padding is no work
+            "targets_per_second": self.per_second(self.targets),
+            "fetch_share": sum(self.fetch_seconds) / sum(self.step_seconds),  # of waiting for batches
             "warmup_seconds": self.warmup_seconds,
             "compile_seconds": self.compile_seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
             "reserved_bytes": self.reserved_bytes,
-            "joules_per_sequence": self.joules_per_sequence,
+            "joules_per_sequence": None if self.joules is None else self.joules / energy_sequences,
         }
 
     def counts(self) -> dict[str, int]:
         """Return what does not depend on the clock, for a record."""
-        names = ("sequences", "tokens", "targets", "row_tokens", "target_slots")
-        return {"timed_steps": len(self.step_seconds), "warmup_steps": self.warmup_steps} | {
-            name: getattr(self, name) for name in names
-        }
+        steps = {"timed_steps": len(self.step_seconds), "warmup_steps": self.warmup_steps}
+        return steps | {name: getattr(self, name) for name in COUNTED}
+
+
+def merged(parts: list[Measurement]) -> Measurement:
+    """Return several rounds of one variant as one; a round that failed is the result.
+
+    Compile time and the first losses are those of the first round, before caches were warm.
+    """
+    if failed := [part for part in parts if part.status != "ok"]:
+        return failed[0]
+    names = ("step_seconds", "fetch_seconds", "energy_sequences", *COUNTED)
+    peaks = [part.peak_memory_bytes for part in parts if part.peak_memory_bytes is not None]
+    joules = [part.joules for part in parts if part.joules is not None]
+    return replace(
+        parts[0],
+        **{name: functools.reduce(operator.add, (getattr(part, name) for part in parts)) for name in names},
+        peak_memory_bytes=max(peaks, default=None),
+        joules=sum(joules) if len(joules) == len(parts) else None,
+    )
 
 
 def published_rate(steady: float, epoch: float) -> tuple[float, Literal["steady", "epoch"]]:
@@ -240,35 +227,16 @@ def break_even_steps(compile_seconds: float, eager_step: float, compiled_step: f
     return math.ceil(compile_seconds / saved) if saved > 0 else None
 
 
-def merged(parts: list[Measurement]) -> Measurement:
-    """Return several rounds of one variant as one; a round that failed is the result.
+def paired_ratio(above: Measurement, below: Measurement) -> Interval:
+    """Return how many times as long a step of `above` takes, from steps that were timed in turns.
 
-    Compile time and the first losses are those of the first round, before caches were warm.
+    The geometric mean of the ratios of paired steps, which are of the same batches, with its 95 % interval.
     """
-    failed = next((part for part in parts if part.status != "ok"), None)
-    if failed is not None:
-        return failed
-    first = parts[0]
-    whole = replace(first, step_seconds=[], fetch_seconds=[])
-    for part in parts:
-        whole.step_seconds += part.step_seconds
-        whole.fetch_seconds += part.fetch_seconds
-    for name in ("sequences", "tokens", "targets", "row_tokens", "target_slots", "energy_sequences"):
-        setattr(whole, name, sum(getattr(part, name) for part in parts))
-    peaks = [part.peak_memory_bytes for part in parts if part.peak_memory_bytes is not None]
-    whole.peak_memory_bytes = max(peaks, default=None)
-    joules = [part.joules for part in parts if part.joules is not None]
-    whole.joules = sum(joules) if len(joules) == len(parts) else None
-    return whole
+    logs = statistics.bootstrap(np.log(above.step_seconds) - np.log(below.step_seconds))
+    return Interval(*(math.exp(value) for value in logs))
 
 
-# ------------------------------------------------------------------------------------------------
-
-RECOMPILE_LIMIT = 256  # compiled variants of one process share `encode`, and torch stops at 8
-
-ENERGY_SECONDS = 2.5  # of the steps whose energy a GPU's counter tells, somewhat above `timing.SHORTEST`
-
-T = TypeVar("T")
+# -- timing the loop -----------------------------------------------------------------------------------------
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -276,6 +244,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+class _HostEvent:  # the interface of torch.cuda.Event on the host's clock
+    def record(self) -> None:
+        self.seconds = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, later: _HostEvent) -> float:
+        return 1e3 * (later.seconds - self.seconds)
 
 
 def timed_by_events(step: Callable[[], T], steps: int, new_event: Callable[[], Any]) -> list[tuple[T, float]]:
@@ -287,29 +266,29 @@ def timed_by_events(step: Callable[[], T], steps: int, new_event: Callable[[], A
     """
     events = [new_event() for _ in range(steps + 1)]
     events[0].record()
-    given = []
+    results = []
     for event in events[1:]:
-        given.append(step())
+        results.append(step())
         event.record()
     events[-1].synchronize()
     spans = [before.elapsed_time(after) / 1e3 for before, after in itertools.pairwise(events)]
-    return list(zip(given, spans, strict=True))
+    return list(zip(results, spans, strict=True))
 
 
 class _Clock:
     """A trainer's loop, advanced a step at a time."""
 
     def __init__(self, trainer: Trainer, alone: bool = True) -> None:
-        self.trainer = trainer
+        self.trainer, self.where, self.loop = trainer, trainer.where, trainer.steps()
+        self.on_cuda = trainer.where.type == "cuda"
         self.alone = alone  # nothing else that is timed is in memory
-        self.found = Measurement(compiled=trainer.compiles)
-        self.loop = trainer.steps()
+        self.result = Measurement(compiled=trainer.compiles)
         self.random: list[torch.Tensor] = []  # state of torch's generators between rounds
 
     @contextlib.contextmanager
-    def own_randomness(self) -> Iterator[None]:
-        """Draw dropout from this variant's own stream: the others' turns must not change its masks."""
-        cuda = [self.trainer.where] if self.trainer.where.type == "cuda" else []
+    def turn(self) -> Iterator[None]:
+        """Set the precision of products, and draw dropout from this variant's own stream."""
+        cuda = [self.where] if self.on_cuda else []
         with torch.random.fork_rng(cuda):
             if self.random:
                 torch.set_rng_state(self.random[0])
@@ -317,81 +296,63 @@ class _Clock:
                     torch.cuda.set_rng_state(state, device)
             else:
                 torch.manual_seed(self.trainer.config.seed)
+            hardware.set_matmul_precision(self.trainer.precision)
+            hardware.synchronize(self.where)
             yield
             self.random = [torch.get_rng_state(), *(torch.cuda.get_rng_state(x) for x in cuda)]
 
+    def step(self, wait: bool = True) -> StepStats:
+        """Take a step; without `wait` the device may still compute it."""
+        try:
+            stats = next(self.loop)
+        except StopIteration:
+            raise ValueError(f"the schedule ended at step {self.trainer.total_steps}: raise epochs") from None
+        if wait:
+            hardware.synchronize(self.where)
+        return stats
+
     def warm_up(self, steps: int) -> None:
-        hardware.set_matmul_precision(self.trainer.precision)
         began = time.perf_counter()
-        for _ in range(steps):
-            self._next()
-        self.found.warmup_steps += steps
-        self.found.warmup_seconds += time.perf_counter() - began
+        self.result.losses += [self.step().loss for _ in range(steps)]
+        self.result.warmup_steps += steps
+        self.result.warmup_seconds += time.perf_counter() - began
 
     def round(self, steps: int) -> None:
         """Time `steps` steps and take the peak of memory in them."""
-        where = self.trainer.where
-        hardware.set_matmul_precision(
-            self.trainer.precision
-        )  # one switch for the process: the last one rules
-        hardware.synchronize(where)
+        where, result, trainer = self.where, self.result, self.trainer
         hardware.reset_peak_memory(where)
-        others = torch.cuda.memory_allocated(where) - state_bytes(self.trainer) if where.type == "cuda" else 0
-        meter, whole = Meter(where), time.perf_counter()
-        if where.type == "cuda":
-            timed = timed_by_events(self._launch, steps, lambda: torch.cuda.Event(enable_timing=True))
-            self.found.losses += [stats.loss for stats, _ in timed]
-            for stats, seconds in timed:
-                self.found.add(stats, seconds)
-        else:
-            for _ in range(steps):
-                began = time.perf_counter()
-                stats = self._next()
-                self.found.add(stats, time.perf_counter() - began)
-        used, first = meter.joules(time.perf_counter() - whole), len(self.found.step_seconds) == steps
-        told = used is not None and (first or self.found.joules is not None)
-        self.found.joules = (self.found.joules or 0.0) + (used or 0.0) if told else None
-        graphs = where.type == "cuda" and self.trainer.graphs is not None  # a replay allocates nothing
-        peak = (
-            torch.cuda.max_memory_reserved(where) if graphs else hardware.peak_memory_bytes(where)
-        ) - others
-        self.found.peak_memory_bytes = max(peak, self.found.peak_memory_bytes or 0)
-        if where.type == "cuda" and self.alone:
-            self.found.reserved_bytes = torch.cuda.max_memory_reserved(where)
+        others = torch.cuda.memory_allocated(where) - state_bytes(trainer) if self.on_cuda else 0
+        meter, began, is_first = Meter(where), time.perf_counter(), not result.step_seconds
+        event = functools.partial(torch.cuda.Event, enable_timing=True) if self.on_cuda else _HostEvent
+        timed = timed_by_events(lambda: self.step(wait=not self.on_cuda), steps, event)
+        joules = meter.joules(time.perf_counter() - began)
+        for stats, seconds in timed:
+            result.losses.append(stats.loss)
+            result.add(stats, seconds)
+        known = joules is not None and (is_first or result.joules is not None)  # in all rounds, or None
+        result.joules = (result.joules or 0.0) + (joules or 0.0) if known else None
+        replays = self.on_cuda and trainer.graphs is not None  # a replayed CUDA graph allocates nothing
+        peak = torch.cuda.max_memory_reserved(where) if replays else hardware.peak_memory_bytes(where)
+        result.peak_memory_bytes = max(peak - others, result.peak_memory_bytes or 0)
+        if self.on_cuda and self.alone:
+            result.reserved_bytes = torch.cuda.max_memory_reserved(where)
 
     def energy(self) -> None:
         """Take further steps, `ENERGY_SECONDS` of them, for the energy of a step; they are not timed."""
-        where, sequences = self.trainer.where, 0
-        hardware.set_matmul_precision(self.trainer.precision)
-        hardware.synchronize(where)
-        meter, began = Meter(where), time.perf_counter()
-        for _ in range(math.ceil(ENERGY_SECONDS / self.found.median_seconds)):
-            sequences += self._launch().num_sequences
-        hardware.synchronize(where)
-        self.found.joules = meter.joules(time.perf_counter() - began)
-        self.found.energy_sequences = sequences
-
-    def _next(self) -> StepStats:
-        stats = self._launch()
-        hardware.synchronize(self.trainer.where)
-        self.found.losses.append(stats.loss)
-        return stats
-
-    def _launch(self) -> StepStats:
-        """Take a step and do not wait for the device."""
-        try:
-            return next(self.loop)
-        except StopIteration:
-            raise ValueError(f"the schedule ended at step {self.trainer.total_steps}: raise epochs") from None
+        meter, began = Meter(self.where), time.perf_counter()
+        steps = math.ceil(ENERGY_SECONDS / self.result.median_seconds)
+        self.result.energy_sequences = sum(self.step(wait=False).num_sequences for _ in range(steps))
+        hardware.synchronize(self.where)
+        self.result.joules = meter.joules(time.perf_counter() - began)
 
     def stop(self, error: BaseException) -> None:
         """Turn an error of memory into the result and let go of what was held; raise any other."""
         if not is_out_of_memory(error):
             raise error
-        self.found = Measurement("oom", str(error).splitlines()[0])
+        self.result = Measurement("oom", str(error).splitlines()[0])
         self.trainer.optimizer.zero_grad(set_to_none=True)
         self.trainer.optimizer.state.clear()
-        if self.trainer.where.type == "cuda":
+        if self.on_cuda:
             torch.cuda.empty_cache()
 
 
@@ -406,56 +367,36 @@ def interleave(
     """Time several trainers in turns, `repeats` rounds of `steps` steps each (A B A B).
 
     All of them stay in memory. On CUDA a variant's peak leaves out what the others hold, reserved memory is
-    told of one alone, and `gpu_energy` adds steps of each variant, as many as the GPU's energy counter
+    known of one alone, and `gpu_energy` adds steps of each variant, as many as the GPU's energy counter
     needs.
     """
     clocks = {name: _Clock(trainer, len(trainers) == 1) for name, trainer in trainers.items()}
-    on_cuda = any(trainer.where.type == "cuda" for trainer in trainers.values())
+    on_cuda = any(clock.on_cuda for clock in clocks.values())
     if on_cuda:
         torch.cuda.empty_cache()  # what is reserved is then of these
-    last = repeats + 1 + int(gpu_energy and on_cuda)
+    rounds: list[Callable[[_Clock], None]] = [lambda clock: clock.warm_up(warmup)]
+    rounds += [lambda clock: clock.round(steps)] * repeats
+    rounds += [_Clock.energy] if gpu_energy and on_cuda else []
     with contextlib.ExitStack() as stack:
-        if any(clock.found.compiled for clock in clocks.values()):
-            stack.enter_context(many_compiled())
+        if any(clock.result.compiled for clock in clocks.values()):
+            from torch._dynamo import config  # heavy, and of use only where something is compiled
+
+            # Many variants in one process, and an error rather than falling back to eager in silence.
+            limits: Any = {"recompile_limit": RECOMPILE_LIMIT}
+            limits["accumulated_recompile_limit"] = 4 * RECOMPILE_LIMIT
+            stack.enter_context(config.patch(fail_on_recompile_limit_hit=True, **limits))
         for clock in clocks.values():
-            stack.enter_context(contextlib.closing(clock.loop))  # type: ignore[type-var]
-        for number in range(last):
+            stack.callback(clock.loop.close)  # type: ignore[attr-defined]
+        for round_of in rounds:
             for clock in clocks.values():
-                if clock.found.status != "ok":
+                if clock.result.status != "ok":
                     continue
                 try:
-                    with clock.own_randomness():
-                        if number == 0:
-                            clock.warm_up(warmup)
-                        elif number <= repeats:
-                            clock.round(steps)
-                        else:
-                            clock.energy()
+                    with clock.turn():
+                        round_of(clock)
                 except (RuntimeError, MemoryError) as error:
                     clock.stop(error)
-    return {name: clock.found for name, clock in clocks.items()}
-
-
-def paired_ratio(above: Measurement, below: Measurement) -> Interval:
-    """Return how many times as long a step of `above` takes, from steps that were timed in turns.
-
-    The geometric mean of the ratios of paired steps, which are of the same batches, with its 95 % interval.
-    """
-    found = statistics.bootstrap(np.log(above.step_seconds) - np.log(below.step_seconds))
-    return Interval(*(math.exp(value) for value in found))
-
-
-@contextlib.contextmanager
-def many_compiled() -> Iterator[None]:
-    """Let many variants be compiled in one process, and fail rather than fall back to eager in silence."""
-    import torch._dynamo  # heavy, and of use only where something is compiled
-
-    limits: dict[str, Any] = {
-        "recompile_limit": RECOMPILE_LIMIT,
-        "accumulated_recompile_limit": 4 * RECOMPILE_LIMIT,
-    }
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, **limits):
-        yield
+    return {name: clock.result for name, clock in clocks.items()}
 
 
 def state_bytes(trainer: Trainer) -> int:
@@ -464,7 +405,16 @@ def state_bytes(trainer: Trainer) -> int:
     tensors += [p.grad for p in tensors if p.grad is not None]
     states = trainer.optimizer.state.values()
     tensors += [x for state in states for x in state.values() if isinstance(x, torch.Tensor)]
-    return sum(x.numel() * x.element_size() for x in tensors)
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+@contextlib.contextmanager
+def _loop(trainer: Trainer) -> Iterator[Iterator[StepStats]]:
+    """Yield the trainer's loop in its precision, with nothing left to compute; close it on leaving."""
+    hardware.set_matmul_precision(trainer.precision)
+    hardware.synchronize(trainer.where)
+    with contextlib.closing(trainer.steps()) as loop:  # type: ignore[type-var]
+        yield loop
 
 
 class EpochClock(NamedTuple):
@@ -484,20 +434,17 @@ def epoch_clock(trainer: Trainer) -> EpochClock:
 
     The trainer must stand at the start of an epoch. Nothing is synchronised between steps.
     """
-    if trainer.progress.step % trainer.steps_per_epoch:
-        raise ValueError(
-            f"step {trainer.progress.step} is inside an epoch of {trainer.steps_per_epoch} steps"
-        )
+    steps = trainer.steps_per_epoch
+    if trainer.progress.step % steps:
+        raise ValueError(f"step {trainer.progress.step} is inside an epoch of {steps} steps")
     sequences = int((trainer.histories.ends > trainer.histories.starts).sum())
-    hardware.set_matmul_precision(trainer.precision)
-    hardware.synchronize(trainer.where)
-    began = time.perf_counter()
-    with contextlib.closing(trainer.steps()) as loop:  # type: ignore[type-var]
-        done = sum(1 for _ in itertools.islice(loop, trainer.steps_per_epoch))
+    with _loop(trainer) as loop:
+        began = time.perf_counter()
+        done = sum(1 for _ in itertools.islice(loop, steps))
         hardware.synchronize(trainer.where)
         seconds = time.perf_counter() - began
-    if done < trainer.steps_per_epoch:
-        raise ValueError(f"the schedule ended after {done} of {trainer.steps_per_epoch} steps: raise epochs")
+    if done < steps:
+        raise ValueError(f"the schedule ended after {done} of {steps} steps: raise epochs")
     return EpochClock(seconds, sequences)
 
 
@@ -527,29 +474,26 @@ def latency(trainer: Trainer, histories: Histories, requests: int, warmup: int =
     seconds = []
     for number in range(warmup + requests):
         user = slice(number % len(histories.starts), number % len(histories.starts) + 1)
-        one = Histories(histories.items, histories.starts[user], histories.ends[user])
-        asked = Evaluation(one, histories.items[one.starts])  # ranked beside, at no cost that shows
+        known = Histories(histories.items, histories.starts[user], histories.ends[user])
+        request = Evaluation(known, histories.items[known.starts])  # a target, ranked at no cost that shows
         hardware.synchronize(trainer.where)
         began = time.perf_counter()
         with trainer.autocast():
-            scores = metrics.model_scores(trainer.model, asked, trainer.where)
-            metrics.rank(scores, asked, remove_seen=True, top_k=10)
+            scores = metrics.model_scores(trainer.model, request, trainer.where)
+            metrics.rank(scores, request, remove_seen=True, top_k=10)
         seconds.append(time.perf_counter() - began)
     low, high = np.percentile(seconds[warmup:], [50, 99])
     return Latency(float(low), float(high), requests)
 
 
-# ------------------------------------------------------------------------------------------------
-# Where a step's time goes, what type its products run in, and what it holds at its peak.
+# -- where a step's time goes, what type its products run in, and what it holds at its peak ------------------
 
 _CHATTER = ("USDT:", "CPUAllocator.cpp")
-
-_SHORT = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @contextlib.contextmanager
 def _without_chatter() -> Iterator[None]:
-    """Keep what the profiler's C++ says of itself off standard error; everything else comes through."""
+    """Keep what the profiler's C++ writes of itself off standard error; everything else comes through."""
     sys.stderr.flush()
     kept = os.dup(2)
     with tempfile.TemporaryFile("w+b") as file:
@@ -562,6 +506,20 @@ def _without_chatter() -> Iterator[None]:
             file.seek(0)
             lines = file.read().decode(errors="replace").splitlines(keepends=True)
             sys.stderr.write("".join(x for x in lines if not any(word in x for word in _CHATTER)))
+
+
+def _profiled(trainer: Trainer, before: int, steps: int, **options: Any) -> tuple[profile, int]:
+    """Profile `steps` steps after some others; return the profiler and the bytes held when it started."""
+    with _loop(trainer) as loop:
+        for _ in range(before):
+            next(loop)
+        held = state_bytes(trainer)
+        hardware.synchronize(trainer.where)
+        with _without_chatter(), profile(**options) as profiler:
+            for _ in range(steps):
+                next(loop)
+            hardware.synchronize(trainer.where)
+    return profiler, held
 
 
 class Operator(NamedTuple):
@@ -580,48 +538,37 @@ def operators(trainer: Trainer, steps: int, top: int, trace: Path | None = None)
     """
     cuda = trainer.where.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
-    with contextlib.closing(trainer.steps()) as loop:  # type: ignore[type-var]
-        for _ in range(2):
-            next(loop)
-        hardware.synchronize(trainer.where)
-        with _without_chatter(), profile(activities=activities) as profiler:
-            for _ in range(steps):
-                next(loop)
-            hardware.synchronize(trainer.where)
+    profiler, _ = _profiled(trainer, 2, steps, activities=activities)
     if trace is not None:
         profiler.export_chrome_trace(str(trace))
-    found = []
+    rows = []
     for event in profiler.key_averages():
         micros = event.self_device_time_total if cuda else event.self_cpu_time_total
         if micros > 0 and not (cuda and (event.device_type == DeviceType.CPU or event.is_user_annotation)):
-            found.append((event.key, event.count / steps, micros / 1e6 / steps))
-    whole = sum(seconds for _, _, seconds in found)
-    found.sort(key=lambda row: -row[2])
-    rest = found[top:]
-    rows = [Operator(name, calls, seconds, seconds / whole) for name, calls, seconds in found[:top]]
-    if rest:
-        left = sum(row[2] for row in rest)
-        rows.append(Operator("all others", sum(row[1] for row in rest), left, left / whole))
-    return rows
+            rows.append((event.key, event.count / steps, micros / 1e6 / steps))
+    rows.sort(key=lambda row: -row[2])
+    if rest := rows[top:]:
+        rows[top:] = [("all others", sum(row[1] for row in rest), sum(row[2] for row in rest))]
+    whole = sum(seconds for *_, seconds in rows)
+    return [Operator(name, calls, seconds, seconds / whole) for name, calls, seconds in rows]
 
 
 class _Products(TorchDispatchMode):
-    """Notes the types of all products that have `width` as one of their dimensions."""
+    """Notes the types of all products that have one of `widths` as a dimension."""
 
     NAMES = ("mm", "addmm", "bmm", "linear", "matmul", "_scaled_mm")
 
-    def __init__(self, width: tuple[int, ...]) -> None:
+    def __init__(self, widths: tuple[int, ...]) -> None:
         super().__init__()
-        self.width, self.found = width, set[torch.dtype]()
+        self.widths, self.types = widths, set[torch.dtype]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         if name in self.NAMES or "linear_cross_entropy" in name:
             tensors = [x for x in args if isinstance(x, torch.Tensor) and x.dim() > 1]
-            if any(size in self.width for x in tensors for size in x.shape):
-                self.found |= {x.dtype for x in tensors}
-        return out
+            if any(size in self.widths for x in tensors for size in x.shape):
+                self.types |= {x.dtype for x in tensors}
+        return func(*args, **(kwargs or {}))
 
 
 def head_dtype(trainer: Trainer) -> str:
@@ -629,15 +576,13 @@ def head_dtype(trainer: Trainer) -> str:
 
     "fp32 and bf16" would say that its operands differ. Weights stay as they are.
     """
-    config = trainer.model.config
+    model, config = trainer.model, trainer.model.config
     batch = step_batches(trainer, 1)[0].to(trainer.where)
-    seen = _Products((config.num_items, config.output_rows))
-    # The encoder stays out of the mode: only what `batch_loss` does after it has the catalogue's width.
-    with torch.no_grad(), trainer.autocast(), seen:
-        batch_loss(
-            trainer.model, batch, trainer.config, batch.num_targets, trainer.model.encode, trainer.route
-        )
-    return " and ".join(sorted(_SHORT.get(dtype, str(dtype)) for dtype in seen.found)) or "unknown"
+    products = _Products((config.num_items, config.output_rows))  # only the head has the catalogue's width
+    with torch.no_grad(), trainer.autocast(), products:
+        batch_loss(model, batch, trainer.config, batch.num_targets, model.encode, trainer.route)
+    names = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    return " and ".join(sorted(names.get(dtype, str(dtype)) for dtype in products.types)) or "unknown"
 
 
 def peak_tensor_bytes(trainer: Trainer) -> int:
@@ -645,19 +590,9 @@ def peak_tensor_bytes(trainer: Trainer) -> int:
 
     Counted from the profiler's allocations, so it is the same whatever allocator and other models are there.
     """
-    with contextlib.closing(trainer.steps()) as loop:  # type: ignore[type-var]
-        next(loop)
-        held = state_bytes(trainer)
-        hardware.synchronize(trainer.where)
-        activities = [ProfilerActivity.CPU]
-        with _without_chatter(), profile(activities=activities, profile_memory=True) as profiler:
-            next(loop)
-            hardware.synchronize(trainer.where)
-    kineto = profiler.profiler.kineto_results
+    profiler, held = _profiled(trainer, 1, 1, activities=[ProfilerActivity.CPU], profile_memory=True)
     kind = DeviceType.CUDA if trainer.where.type == "cuda" else DeviceType.CPU
-    events = [e for e in kineto.events() if e.name() == "[memory]" and e.device_type() == kind]
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return held + peak
+    results: Any = profiler.profiler
+    events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
+    events = sorted((e for e in events if e.device_type() == kind), key=lambda e: e.start_ns())
+    return held + max(0, *itertools.accumulate(event.nbytes() for event in events))

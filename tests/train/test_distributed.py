@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -24,10 +25,10 @@ from reclib import hardware, parameters
 from reclib.config import DataConfig, InputError, TrainConfig, changed
 from reclib.data import splits
 from reclib.data.batches import Epoch
-from reclib.data.prepare import prepare, synthetic_dataset
+from reclib.data.prepare import prepare
 from reclib.experiments import baseline
 from reclib.train import distributed, saving
-from reclib.train.distributed import Failure, Placement, Ranks, placement, said
+from reclib.train.distributed import Failure, Placement, Ranks, cause_of, placement
 from reclib.train.fit import data_identity, fit_setup, is_finished, rank_targets, read_setup, write_setup
 from reclib.train.saving import unique_tensors
 from reclib.train.trainer import Trainer
@@ -40,7 +41,7 @@ GNU = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROO
 
 
 def test_processes_are_joined_by_what_their_devices_have_and_divide_the_threads():
-    for asked, given in [
+    for given, wanted in [
         ((2, "cpu", 0, 8), Placement("gloo", 4)),
         ((3, "cpu", 0, 8), Placement("gloo", 2)),
         ((4, "cpu", 0, 2), Placement("gloo", 1)),
@@ -49,89 +50,86 @@ def test_processes_are_joined_by_what_their_devices_have_and_divide_the_threads(
         ((4, "gpu", 4, 16), Placement("nccl", 4)),
         ((2, "gpu", 8, 1), Placement("nccl", 1)),
         ((1, "gpu", 1, 16), Placement("nccl", 16)),
-    ]:
-        assert placement(*asked) == given
-
-
-def test_too_many_processes_are_refused_with_a_sentence():
-    for asked, message in [
-        ((4, "gpu", 2, 16), "nproc=4, but 2 GPUs are visible: each process needs one of its own"),
-        ((2, "gpu", 1, 16), "nproc=2, but 1 GPU is visible: each process needs one of its own"),
-        ((2, "cpu1", 0, 1), "nproc=2, but cpu1 is the CPU with 1 thread: use gpu=cpu"),
+        ((4, "gpu", 2, 16), "nproc=4, but visible GPUs: 2; each process needs one of its own"),
+        ((2, "cpu1", 0, 1), "nproc=2, but cpu1 states the CPU's threads: 1; use gpu=cpu"),
         ((0, "cpu", 0, 2), "nproc=0: at least one process trains"),
     ]:
-        with pytest.raises(InputError, match=message):
-            placement(*asked)
+        if isinstance(wanted, str):
+            with pytest.raises(InputError, match=wanted):
+                placement(*given)
+        else:
+            assert placement(*given) == wanted
 
 
 def test_what_ended_a_run_is_the_signal_then_the_error_and_never_the_contact_lost_by_it():
     lost, own = "lost-contact: connection closed", "training diverged at step 3"
     killed = Failure(1, -signal.SIGKILL, "")
-    assert said([Failure(0, 2, lost), killed], 2).startswith("rank 1 of 2 was killed by SIGKILL")
     ended = Failure(0, -signal.SIGTERM, "")  # by the launcher, after the other one
-    assert said([ended, killed], 2).startswith("rank 1 of 2 was killed by SIGKILL")
-    assert said([ended, Failure(1, 2, own)], 2) == f"rank 1 of 2: {own}"
-    assert said([Failure(1, 2, lost), ended], 2).startswith("rank 0 of 2 died of SIGTERM")
-    assert "for memory" in said([killed], 2, kills=1)
-    assert said([Failure(0, 2, lost), Failure(2, 2, own)], 4) == f"rank 2 of 4: {own}"
-    assert said([Failure(0, 2, own), Failure(1, 2, own)], 2) == f"rank 0 of 2: {own}"
-    assert said([Failure(0, 2, lost)], 2) == "rank 0 of 2: connection closed"
-    assert said([Failure(1, 1, "")], 2).startswith("rank 1 of 2 ended with exit code 1")
-    assert "SIGSEGV" in said([Failure(1, -signal.SIGSEGV, "")], 2)
+    for failures, processes, wanted in [
+        ([Failure(0, 2, lost), killed], 2, "rank 1 of 2 was killed by SIGKILL"),
+        ([ended, killed], 2, "rank 1 of 2 was killed by SIGKILL"),
+        ([ended, Failure(1, 2, own)], 2, f"rank 1 of 2: {own}"),
+        ([Failure(1, 2, lost), ended], 2, "rank 0 of 2 died of SIGTERM"),
+        ([Failure(0, 2, lost), Failure(2, 2, own)], 4, f"rank 2 of 4: {own}"),
+        ([Failure(0, 2, own), Failure(1, 2, own)], 2, f"rank 0 of 2: {own}"),
+        ([Failure(0, 2, lost)], 2, "rank 0 of 2: connection closed"),
+        ([Failure(1, 1, "")], 2, "rank 1 of 2 ended with exit code 1"),
+        ([Failure(1, -signal.SIGSEGV, "")], 2, "rank 1 of 2 died of SIGSEGV"),
+    ]:
+        assert cause_of(failures, processes).startswith(wanted)
+    assert "for memory" in cause_of([killed], 2, kills=1)
 
 
 # -- the parts of a step -----------------------------------------------------------------------------------
 
 
 def test_the_parts_of_all_processes_are_the_step_whatever_their_number():
-    for count in [1, 2, 4]:
-        for micro in [None, 2, 8]:
-            for layout in ["packed", "padded"]:
-                train = TrainConfig(batch_size=8, micro_batch_size=micro, layout=layout)
-                given = histories(ranks.LENGTHS)
-                whole = Epoch(given, small_model(), changed(train, micro_batch_size=None), 0)
-                parts = [Epoch(given, small_model(), train, 0, rank, count) for rank in range(count)]
-                for step in range(whole.num_steps):
-                    (batch,) = whole.step(step)
-                    found = [part.counted(step) for part in parts]
-                    micros = [one for mine, _ in found for one in mine]
-                    targets = torch.cat([one.targets[: one.num_targets] for one in micros])
-                    assert sorted(targets.tolist()) == sorted(batch.targets[: batch.num_targets].tolist())
-                    said_by_all = {totals for _, totals in found}
-                    assert said_by_all == {(batch.num_targets, batch.num_tokens, batch.num_sequences)}
-                    assert max(one.num_sequences for one in micros) <= min(micro or 8, 8 // count)
-                if count == 2:  # three sequences are left
-                    assert len(parts[1].step(3)) == {None: 0, 2: 1, 8: 0}[micro]
+    given = histories(ranks.LENGTHS)
+    for count, micro, layout in itertools.product((1, 2, 4), (None, 2, 8), ("packed", "padded")):
+        train = TrainConfig(batch_size=8, micro_batch_size=micro, layout=layout)
+        whole = Epoch(given, small_model(), changed(train, micro_batch_size=None), 0)
+        parts = [Epoch(given, small_model(), train, 0, rank, count) for rank in range(count)]
+        for step in range(whole.num_steps):
+            (batch,) = whole.step(step)
+            found = [part.counted(step) for part in parts]
+            micros = [one for batches, _ in found for one in batches]
+            targets = torch.cat([one.targets[: one.num_targets] for one in micros])
+            assert sorted(targets.tolist()) == sorted(batch.targets[: batch.num_targets].tolist())
+            totals = {totals for _, totals in found}
+            assert totals == {(batch.num_targets, batch.num_tokens, batch.num_sequences)}
+            assert max(one.num_sequences for one in micros) <= min(micro or 8, 8 // count)
+        if count == 2:  # three sequences are left
+            assert len(parts[1].step(3)) == {None: 0, 2: 1, 8: 0}[micro]
 
 
-def test_each_process_and_step_has_its_own_dropout():
+def test_each_process_and_step_has_its_own_dropout_and_an_equal_part_of_the_batch():
     drawn = set()
     for rank, step in [(0, 1), (1, 1), (0, 2), (1, 2)]:
         Ranks(rank, 2, "gloo").seed_step(7, step)
         drawn.add(float(torch.rand(())))
     assert len(drawn) == 4
-    state = torch.get_rng_state()
-    Ranks().seed_step(7, 1)  # alone: the generator is left as it is
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_a_batch_that_cannot_be_divided_is_refused():
-    with pytest.raises(
-        InputError, match="batch_size=8 is divided among 3 processes: it must be a multiple of 3"
-    ):
+    with pytest.raises(InputError, match="batch_size=8 is divided among 3 processes: it must be a multiple"):
         Ranks(0, 3, "gloo").start(torch.nn.Linear(2, 2), TrainConfig(batch_size=8))
+    with distributed.joined("cpu"):  # alone nothing is joined, and the generator is left as it is
+        assert not torch.distributed.is_initialized()
+        assert distributed.ranks() == Ranks()
+        state = torch.get_rng_state()
+        Ranks().seed_step(7, 1)
+        assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_run_file_gives_back_the_run_and_refuses_what_is_none(tmp_path):
-    setup = ranks.setup()
-    write_setup(tmp_path / "run.json", setup)
-    assert read_setup(tmp_path / "run.json") == setup
-    (tmp_path / "run.json").write_text('{"data": {}}')
-    with pytest.raises(InputError, match=r"run.json is no run file"):
-        read_setup(tmp_path / "run.json")
-    with pytest.raises(InputError, match=r"cannot read the run file none.json"):
-        read_setup(tmp_path / "none.json")
-    dataset = synthetic_dataset(num_users=61, num_items=40, mean_len=9.0, seed=0)
+    file, setup = tmp_path / "run.json", ranks.setup()
+    write_setup(file, setup)
+    assert read_setup(file) == setup
+    file.write_text('{"data": {}}')
+    for name, message in (
+        (file, "run.json is no run file"),
+        (tmp_path / "none", "cannot read the run file none"),
+    ):
+        with pytest.raises(InputError, match=message):
+            read_setup(name)
+    dataset = ranks.dataset()
     draw = np.random.default_rng(0)
     times = np.concatenate([np.sort(draw.integers(0, 1000, n)) for n in dataset.lengths])
     timed = dataclasses.replace(dataset, times=times)
@@ -165,91 +163,63 @@ def two(tmp_path_factory, cache) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ranks.CASES)
-def test_two_processes_take_the_steps_of_one(two, case):
-    alone, wanted = ranks.trained(case)
-    first, second = (json.loads((two / f"{case}-{rank}.json").read_text()) for rank in (0, 1))
-    same = {key: value for key, value in first.items() if key != "places"}
-    assert same == {key: value for key, value in second.items() if key != "places"}
-    halves = ("micro", "uneven-micro", "sinks")  # their micro-batches of two divide the last three histories
-    assert (0 in second["places"]) == (case not in halves)  # otherwise a process had nothing to do
-    for key in ("targets", "sequences", "skipped", "sinks", "scale"):
-        assert first[key] == wanted[key]
-    loose = case in ("bf16", "overflow")
-    for key in ("loss", "norm"):
-        found = [-1.0 if x is None else x for x in first[key]]
-        expected = [-1.0 if x is None else x for x in wanted[key]]
-        for part, near in (
-            (slice(0, 4), 2e-5),
-            (slice(4, None), 1e-3),
-        ):  # the first epoch, and what grew of it
-            assert found[part] == pytest.approx(expected[part], rel=0.02 if loose else near, nan_ok=True)
-    weights = [load_file(two / f"{case}-{rank}.safetensors") for rank in (0, 1)]
-    for name, tensor in unique_tensors(alone.model).items():
-        assert torch.equal(weights[0][name], weights[1][name]), name
-        if not loose:  # Adam divides rounding noise by itself where the true gradient is zero
-            torch.testing.assert_close(weights[0][name], tensor, rtol=1e-3, atol=1e-3)
+def test_two_processes_take_the_steps_of_one(two):
+    for case in ranks.CASES:
+        alone, wanted = ranks.trained(case)
+        first, second = (json.loads((two / f"{case}-{rank}.json").read_text()) for rank in (0, 1))
+        halves = ("micro", "uneven-micro", "sinks")  # micro-batches of two divide the last three histories
+        assert (0 in second.pop("places")) == (case not in halves)  # otherwise a process had nothing to do
+        first.pop("places")
+        assert first == second
+        for key in ("targets", "sequences", "skipped", "sinks", "scale"):
+            assert first[key] == wanted[key]
+        loose = case in ("bf16", "overflow")
+        for key in ("loss", "norm"):
+            found, expected = ([-1.0 if x is None else x for x in saw[key]] for saw in (first, wanted))
+            for part, near in ((slice(4), 2e-5), (slice(4, None), 1e-3)):  # first epoch, and what grew of it
+                assert found[part] == pytest.approx(expected[part], rel=0.02 if loose else near, nan_ok=True)
+        weights = [load_file(two / f"{case}-{rank}.safetensors") for rank in (0, 1)]
+        for name, tensor in unique_tensors(alone.model).items():
+            assert torch.equal(weights[0][name], weights[1][name]), name
+            if not loose:  # Adam divides rounding noise by itself where the true gradient is zero
+                torch.testing.assert_close(weights[0][name], tensor, rtol=1e-3, atol=1e-3)
+        if case == "overflow":  # in one process, and skipped by both
+            assert first["skipped"] == [step == 3 for step in range(1, ranks.STEPS + 1)]
 
 
 @pytest.mark.slow
-def test_an_overflow_in_one_process_is_skipped_by_both(two):
-    saw = [json.loads((two / f"overflow-{rank}.json").read_text()) for rank in (0, 1)]
-    assert saw[0]["skipped"] == saw[1]["skipped"] == [step == 3 for step in range(1, ranks.STEPS + 1)]
-    assert saw[0]["scale"] == saw[1]["scale"]
-
-
-@pytest.mark.slow
-def test_validation_and_the_early_stop_are_those_of_one_process(two):
+def test_validation_the_early_stop_and_each_users_rank_are_those_of_one_process(two, cache, monkeypatch):
     alone = ranks.validated(None).progress.history
-    clock = {"train_seconds", "eval_seconds"}
     first, second = (json.loads((two / f"history-{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     assert len(first) == len(alone) < 30
     for one, other in zip(first, alone, strict=True):
         assert one.keys() == other.keys()
-        for name in one.keys() - clock:
+        for name in one.keys() - {"train_seconds", "eval_seconds"}:
             assert one[name] == pytest.approx(other[name], rel=1e-3), name
-    state = json.loads((saving.latest(two / "validated") / saving.STATE).read_text())
-    assert (state["progress"]["processes"], state["progress"]["backend"]) == (2, "gloo")
-
-
-@pytest.mark.slow
-def test_each_user_has_the_rank_that_one_process_gives(two):
-    dataset = synthetic_dataset(num_users=61, num_items=40, mean_len=9.0, seed=0)
     found = [load_file(two / f"ranking-{rank}.safetensors") for rank in (0, 1)]
-    alone = ranks.validated(two / "validated")  # finished: loads the best weights
-    ranking = rank_targets(alone, splits.leave_one_out(dataset).valid, True, with_losses=True)
+    trainer = ranks.validated(two / "validated")  # finished: loads the best weights
+    part = splits.leave_one_out(ranks.dataset()).valid
+    ranking = rank_targets(trainer, part, True, with_losses=True)
     for one in found:
         assert np.array_equal(one["ranks"].numpy(), ranking.ranks)
         np.testing.assert_allclose(one["losses"].numpy(), ranking.losses, rtol=1e-5)
+    # A finished run of two processes is read by one.
+    monkeypatch.setenv("RECLIB_DATA", str(cache))
+    monkeypatch.setattr(Trainer, "steps", lambda self: pytest.fail("trained"))
+    trainer = fit_setup(ranks.setup(), "cpu", two / "whole")
+    assert (trainer.progress.processes, trainer.progress.backend) == (2, "gloo")
 
 
 # -- the command line: killed, interrupted, resumed --------------------------------------------------------
 
 
-def command(out: Path, processes: int = 2) -> list[str]:
-    values = [word for name, value in ranks.COMMAND.items() for word in ("-p", name, str(value))]
-    words = [
-        "-m",
-        "reclib",
-        "fit",
-        "--dataset",
-        "synthetic",
-        "--size",
-        "nano",
-        "--gpu",
-        "cpu",
-        "--out",
-        str(out),
-    ]
-    return [sys.executable, *words, "--nproc", str(processes), *values]
-
-
 def start(out: Path, cache: Path) -> subprocess.Popen:
-    environment = os.environ | GNU | {"RECLIB_DATA": str(cache)}
-    return subprocess.Popen(
-        command(out), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    words = ["fit", "--dataset", "synthetic", "--size", "nano", "--gpu", "cpu", "--out", str(out)]
+    values = [word for name, value in ranks.COMMAND.items() for word in ("-p", name, str(value))]
+    command = [sys.executable, "-m", "reclib", *words, "--nproc", "2", *values]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=os.environ | GNU | {"RECLIB_DATA": str(cache)}, **pipes)
 
 
 def workers(process: subprocess.Popen) -> dict[int, int]:
@@ -304,7 +274,7 @@ def test_a_killed_rank_ends_the_job_and_the_same_command_goes_on_to_the_same_bit
     assert reached < 76
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RECLIB_DATA", str(cache))
-        with pytest.raises(InputError, match="begun by 2 processes, and here is 1: go on with nproc=2"):
+        with pytest.raises(InputError, match="begun with nproc=2, and here nproc is 1: go on with nproc=2"):
             fit_setup(ranks.setup(), "cpu", out)
 
     process = start(out, cache)
@@ -336,14 +306,6 @@ def test_processes_end_with_a_launcher_that_is_killed(cache, tmp_path):
     assert gone(list(pids.values()))
 
 
-@pytest.mark.slow
-def test_a_finished_run_of_two_processes_is_read_by_one(two, cache, monkeypatch):
-    monkeypatch.setenv("RECLIB_DATA", str(cache))
-    monkeypatch.setattr(Trainer, "steps", lambda self: pytest.fail("trained"))
-    trainer = fit_setup(ranks.setup(), "cpu", two / "whole")
-    assert (trainer.progress.processes, trainer.progress.backend) == (2, "gloo")
-
-
 # -- from a notebook's parameters --------------------------------------------------------------------------
 
 
@@ -373,19 +335,12 @@ def test_a_notebook_lets_processes_beside_it_train_and_reads_the_result_back(tmp
     assert one.curve()["train_loss"] == pytest.approx(alone.curve()["train_loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_notebook_is_told_why_they_failed(tmp_path, monkeypatch):
     for name, value in GNU.items():
         monkeypatch.setenv(name, value)
     write_setup(tmp_path / "run.json", ranks.setup())
     words = ["--run", str(tmp_path / "run.json"), "--out", str(tmp_path / "out"), "--gpu", "cpu1"]
-    with pytest.raises(
-        InputError, match="training in 2 processes failed: nproc=2, but cpu1 is the CPU with 1"
-    ):
+    with pytest.raises(InputError, match="training in 2 processes failed: nproc=2, but cpu1 states"):
         distributed.apart(words, 2)
     assert not (tmp_path / "out").exists()
-
-
-def test_alone_nothing_is_joined():
-    assert distributed.ranks() == Ranks()
-    with distributed.joined("cpu"):
-        assert not torch.distributed.is_initialized()

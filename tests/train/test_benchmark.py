@@ -22,7 +22,7 @@ from reclib.experiments import comparison, speed
 from reclib.experiments.speed import CHANGES, ladder
 from reclib.model.bert4rec import Bert4Rec
 from reclib.parameters import AmpCompile
-from reclib.train import timing
+from reclib.train import losses, timing
 from reclib.train.timing import Measurement, break_even_steps, merged, published_rate
 from reclib.train.trainer import StepStats, Trainer
 
@@ -49,10 +49,10 @@ def test_rates_are_what_the_median_step_does():
     found = Measurement(warmup_steps=2, warmup_seconds=7.0, compiled=True)
     for seconds in (1.0, 2.0, 9.0):
         found.add(stats(), seconds)
-    assert found.median_seconds == 2.0
-    assert (found.sequences_per_second, found.tokens_per_second, found.targets_per_second) == (2.0, 15.0, 3.0)
-    assert found.fill == 0.75
-    assert found.fetch_share == pytest.approx(0.3 / 12)
+    timings = found.timings()
+    assert timings["step_seconds"] == found.median_seconds == 2.0
+    assert [timings[f"{n}_per_second"] for n in ("sequences", "tokens", "targets")] == [2.0, 15.0, 3.0]
+    assert timings["fetch_share"] == pytest.approx(0.3 / 12)
     assert found.compile_seconds == 3.0  # 7 s of warm-up less two median steps
     assert replace(found, compiled=False).compile_seconds == 0.0
     assert Measurement("oom", "no room").timings() == {}
@@ -69,7 +69,7 @@ def test_merged_rounds_keep_every_step_and_a_failure():
     assert merged([parts[0], Measurement("oom", "x")]).status == "oom"
 
 
-def test_the_epochs_rate_is_published_where_the_two_disagree():
+def test_published_rates_and_break_even():
     for steady, epoch, expected in [
         (100.0, 96.0, (100.0, "steady")),
         (100.0, 95.0, (95.0, "epoch")),  # 5.3 % too high
@@ -77,84 +77,59 @@ def test_the_epochs_rate_is_published_where_the_two_disagree():
         (11_630.68, 2429.0, (2429.0, "epoch")),
     ]:
         assert published_rate(steady, epoch) == expected
-
-
-def test_break_even():
-    assert break_even_steps(10.0, 0.5, 0.25) == 40
-    assert break_even_steps(10.1, 0.5, 0.25) == 41
-    assert break_even_steps(10.0, 0.5, 0.5) is None
-    assert break_even_steps(0.0, 0.5, 0.6) is None
+    for given, steps in (((10.0, 0.5, 0.25), 40), ((10.1, 0.5, 0.25), 41), ((10.0, 0.5, 0.5), None)):
+        assert break_even_steps(*given) == steps
 
 
 # -- timing the loop ----------------------------------------------------------------------------------------
 
 
-def test_interleaved_variants_take_the_same_steps_as_alone_and_leave_the_warm_up_out():
-    model = small_model(dropout=0.3)  # whose masks must not depend on who else takes turns
-    trainers = {"a": a_trainer(model), "b": a_trainer(model, layout="padded")}
-    found = timing.interleave(trainers, 3, 2, 2)
-    alone = timing.measure(a_trainer(model), 6, 2)
-    one, other = found["a"], found["b"]
-    assert one.losses == alone.losses
-    assert len(one.losses) == 8
-    assert one.counts() == alone.counts()
-    assert (one.warmup_steps, len(one.step_seconds), len(one.fetch_seconds)) == (2, 6, 6)
-    batches = [timing.step_batches(a_trainer(), step) for step in range(3, 9)]
-    assert one.sequences == sum(batch.num_sequences for step in batches for batch in step) == 22
-    assert one.targets == other.targets
-    assert one.row_tokens < other.row_tokens
-    assert min(one.step_seconds) > 0
-
-
-def test_variants_take_turns(monkeypatch):
-    order = []
-    round_of = timing._Clock.round
+def test_interleaved_variants_take_turns_and_the_same_steps_as_alone(monkeypatch):
+    order, round_of = [], timing._Clock.round
 
     def noted(clock, steps):
         order.append(clock.trainer.config.layout)
         round_of(clock, steps)
 
     monkeypatch.setattr(timing._Clock, "round", noted)
-    timing.interleave({"a": a_trainer(), "b": a_trainer(layout="padded")}, 1, 1, 3)
-    assert order == ["packed", "padded"] * 3
+    model = small_model(dropout=0.3)  # whose masks must not depend on who else takes turns
+    found = timing.interleave({"a": a_trainer(model), "b": a_trainer(model, layout="padded")}, 3, 2, 2)
+    assert order == ["packed", "padded"] * 2
+    alone = timing.measure(a_trainer(model), 6, 2)
+    one, other = found["a"], found["b"]
+    assert one.losses == alone.losses
+    assert len(one.losses) == 8
+    assert one.counts() == alone.counts()
+    assert (one.warmup_steps, len(one.step_seconds), len(one.fetch_seconds)) == (2, 6, 6)
+    batches = [batch for step in range(3, 9) for batch in timing.step_batches(a_trainer(), step)]
+    assert one.sequences == sum(batch.num_sequences for batch in batches) == 22
+    assert one.targets == other.targets
+    assert one.row_tokens < other.row_tokens
+    assert min(one.step_seconds) > 0
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
+def test_running_out_of_memory_is_a_row_and_any_other_error_is_an_error(monkeypatch):
+    for error in (
         torch.OutOfMemoryError("CUDA out of memory.\nmore"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you"),
         MemoryError("Unable to allocate"),
-    ],
-)
-def test_running_out_of_memory_is_a_row_and_the_others_go_on(monkeypatch, error):
-    broken = a_trainer()
-
-    def step(*_):
-        raise error
-
-    monkeypatch.setattr(broken, "_step", step)
-    found = timing.interleave({"broken": broken, "whole": a_trainer()}, 2, 1, 1)
-    assert found["broken"].status == "oom"
-    assert found["broken"].reason == str(error).splitlines()[0]
-    assert found["whole"].status == "ok"
-    assert len(found["whole"].step_seconds) == 2
-
-
-def test_any_other_error_is_an_error(monkeypatch):
-    broken = a_trainer()
-    monkeypatch.setattr(broken, "_step", lambda *_: (_ for _ in ()).throw(RuntimeError("shapes differ")))
-    with pytest.raises(RuntimeError, match="shapes differ"):
-        timing.measure(broken, 1, 1)
-
-
-def test_the_allocators_own_error_is_recognised():
-    with pytest.raises((RuntimeError, MemoryError)) as caught:
+        RuntimeError("shapes differ"),
+    ):
+        broken = a_trainer()
+        monkeypatch.setattr(broken, "_step", lambda *_, error=error: (_ for _ in ()).throw(error))
+        if str(error) == "shapes differ":
+            with pytest.raises(RuntimeError, match="shapes differ"):
+                timing.measure(broken, 1, 1)
+            continue
+        found = timing.interleave({"broken": broken, "whole": a_trainer()}, 2, 1, 1)
+        assert (found["broken"].status, found["broken"].reason) == ("oom", str(error).splitlines()[0])
+        assert (found["whole"].status, len(found["whole"].step_seconds)) == ("ok", 2)
+    with pytest.raises((RuntimeError, MemoryError)) as caught:  # the allocator's own
         torch.empty(2**60, dtype=torch.uint8)
     assert timing.is_out_of_memory(caught.value)
 
 
-def test_an_epoch_is_clocked_whole_and_counted_by_the_dataset(monkeypatch):
+def test_an_epoch_is_clocked_whole_and_requests_one_at_a_time():
     trainer = a_trainer()
     clock = timing.epoch_clock(trainer)
     assert clock.sequences == len(LENGTHS)
@@ -164,15 +139,9 @@ def test_an_epoch_is_clocked_whole_and_counted_by_the_dataset(monkeypatch):
     loop.close()
     with pytest.raises(ValueError, match="inside an epoch"):
         timing.epoch_clock(trainer)
-
-
-def test_a_schedule_that_ends_is_said():
     with pytest.raises(ValueError, match="raise epochs"):
         timing.measure(a_trainer(epochs=1), 5, 1)
-
-
-def test_latency_is_of_single_requests():
-    found = timing.latency(a_trainer(), histories(LENGTHS), requests=5, warmup=1)
+    found = timing.latency(trainer, histories(LENGTHS), requests=5, warmup=1)
     assert found.requests == 5
     assert 0 < found.p50 <= found.p99
 
@@ -201,7 +170,7 @@ def test_flops_of_a_step_are_those_that_torch_counts():
             assert counter.get_total_flops() == counted.total
 
 
-def test_needed_flops_leave_padding_out():
+def test_needed_flops_leave_padding_out_and_mfu_is_of_the_peak():
     packed, padded = a_trainer(), a_trainer(layout="padded")
     assert timing.step_flops(packed, 1)[1] == timing.step_flops(padded, 1)[1]
     for trainer in (packed, padded):
@@ -214,28 +183,18 @@ def test_needed_flops_leave_padding_out():
     assert batch.num_targets >= 12
     exact = work.needed(model, batch)
     assert exact.head == 3 * 2 * batch.num_targets * model.hidden_dim * model.num_items
-
-
-def test_mfu_is_known_only_where_the_peak_is():
-    assert work.mfu(156e12, 1.0, "a100", "bf16") == 0.5
-    assert work.mfu(1.0, 1.0, "cpu", "fp32") is None
-    assert work.mfu(1.0, 1.0, "other", "fp16") is None
-    assert work.mfu(1.0, 1.0, "t4", "bf16") is None
+    peaks = {("a100", "bf16"): 0.5, ("cpu", "fp32"): None, ("other", "fp16"): None, ("t4", "bf16"): None}
+    assert {pair: work.mfu(156e12, 1.0, *pair) for pair in peaks} == peaks  # known only where the peak is
 
 
 # -- profile, memory, bound ---------------------------------------------------------------------------------
 
 
-def test_the_heads_product_runs_in_the_chosen_precision():
+def test_the_heads_product_runs_in_the_chosen_precision(monkeypatch):
     for loss in ["plain", "chunked", "inplace"]:
         for precision in ["fp32", "bf16", "fp16"]:
             assert timing.head_dtype(a_trainer(loss=loss, precision=precision)) == precision
-
-
-def test_a_head_that_stays_in_fp32_under_autocast_is_seen(monkeypatch):
-    from reclib.train import losses as reclib_losses
-
-    monkeypatch.setattr(reclib_losses, "compute_dtype", lambda hidden: torch.float32)
+    monkeypatch.setattr(losses, "compute_dtype", lambda hidden: torch.float32)  # stays so under autocast
     assert timing.head_dtype(a_trainer(loss="inplace", precision="bf16")) == "fp32"
 
 
@@ -398,65 +357,79 @@ def test_a_claimed_gpu_that_is_not_there_is_told_and_never_recorded_as_measured(
     monkeypatch.setenv("RECLIB_RECORDS", str(tmp_path / "executed"))
     given = {"gpu": "l4", "dataset": "synthetic", "steps": 1, "warmup_steps": 1, "repeats": 1}
     given |= {"synthetic_users": 100, "synthetic_items": 60}
-    output = tmp_path / "04.ipynb"
+    output, here = tmp_path / "04.ipynb", hardware.probe().label
     runner.execute(ROOT / "notebooks/04_amp_compile.ipynb", output, given, records=tmp_path / "executed")
     everything = records.read(tmp_path / "executed")
-    here = hardware.probe().label
-    assert {entry["label"] for entry in everything} == {here, "l4"}
     assert {entry["claimed"] for entry in everything} == {"l4"}
-    planned = [entry for entry in everything if entry["label"] == "l4"]
-    assert {entry["kind"] for entry in planned} == {"predicted"}
-    assert {entry["own_params"]["basis"] for entry in planned} == {"unvalidated"}
-    assert {entry["own_params"]["precision"] for entry in planned} == {"fp32", "tf32", "bf16"}
+    assert {(e["label"], e["kind"]) for e in everything} == {(here, "measured"), ("l4", "predicted")}
+    planned = [entry["own_params"] for entry in everything if entry["label"] == "l4"]
+    assert {own["basis"] for own in planned} == {"unvalidated"}
+    assert {own["precision"] for own in planned} == {"fp32", "tf32", "bf16"}
     found = [entry for entry in everything if entry["label"] == here]
-    assert {entry["kind"] for entry in found} == {"measured"}
     assert {entry["device"]["label"] for entry in found} == {here}
     assert {"work", "ladder", "step", "loss_curve", "operators", "epoch_clock"} == {e["name"] for e in found}
     text = output.read_text()
     assert f"Measured on {here}" in text
     assert "l4 was asked for and is not here: nothing below was measured on one." in text
-    figures_shown = text.count("<b>l4 was asked for and is not here</b>")
-    assert figures_shown >= 6
+    assert text.count("<b>l4 was asked for and is not here</b>") >= 6  # of figures
+
+
+# -- energy --------------------------------------------------------------------------------------------------
+
+
+def test_energy_is_what_all_packages_counted_and_none_where_it_cannot_be_read(tmp_path, monkeypatch):
+    def count(*microjoules: int) -> None:
+        for number, value in enumerate(microjoules):
+            folder = tmp_path / f"intel-rapl:{number}"
+            folder.mkdir(exist_ok=True)
+            (folder / "energy_uj").write_text(f"{value}\n")
+
+    reader = timing._rapl
+    monkeypatch.setattr(timing, "_rapl", lambda: reader(tmp_path))
+    assert timing.Meter(torch.device("cpu")).joules(100.0) is None  # no counter
+    for before, after, seconds, joules in (
+        ((1_000_000, 5_000_000), (4_000_000, 7_500_000), 10.0, 5.5),
+        ((0, 0), (10**6, 10**6), timing.SHORTEST / 2, None),  # a short region
+        ((9_000_000, 0), (1_000, 0), 10.0, None),  # a counter that wrapped
+    ):
+        count(*before)
+        meter = timing.Meter(torch.device("cpu"))
+        count(*after)
+        assert meter.joules(seconds) == (joules and pytest.approx(joules))
 
 
 # -- on a GPU ------------------------------------------------------------------------------------------------
 
 
-class FakeEvent:
-    """An event of a device that takes 5 ms for each step, and is asked nothing before it is waited for."""
+def test_steps_timed_by_events_are_all_launched_before_the_first_wait():
+    launched, waited = [], []
 
-    launched = 0
-    waited_for = -1
+    class Event:
+        """An event of a device that takes 5 ms for each step, and is read only when it was waited for."""
 
-    def record(self) -> None:
-        self.place = FakeEvent.launched
+        def record(self) -> None:
+            self.place = len(launched)
 
-    def synchronize(self) -> None:
-        FakeEvent.waited_for = self.place
+        def synchronize(self) -> None:
+            waited.append(self.place)
 
-    def elapsed_time(self, later: FakeEvent) -> float:
-        assert later.place <= FakeEvent.waited_for, "read before the device was waited for"
-        return 5.0 * (later.place - self.place)
-
-
-def test_steps_timed_by_events_are_all_launched_before_the_first_wait(monkeypatch):
-    monkeypatch.setattr(FakeEvent, "launched", 0)
+        def elapsed_time(self, later: Event) -> float:
+            assert later.place <= max(waited)
+            return 5.0 * (later.place - self.place)
 
     def step() -> int:
-        assert FakeEvent.waited_for == -1
-        FakeEvent.launched += 1
-        return FakeEvent.launched
+        assert not waited
+        launched.append(1)
+        return len(launched)
 
-    monkeypatch.setattr(FakeEvent, "waited_for", -1)
-    timed = timing.timed_by_events(step, 3, FakeEvent)
-    assert timed == [(1, 0.005), (2, 0.005), (3, 0.005)]
-    assert FakeEvent.waited_for == 3
+    assert timing.timed_by_events(step, 3, Event) == [(1, 0.005), (2, 0.005), (3, 0.005)]
+    assert waited == [3]
 
 
 def test_energy_is_of_steps_that_last_long_enough_and_are_not_among_the_timed(monkeypatch):
     class Meter:
         def __init__(self, device):
-            self.since = clock.found.energy_sequences
+            pass
 
         def joules(self, seconds):
             return 12.0
@@ -464,17 +437,17 @@ def test_energy_is_of_steps_that_last_long_enough_and_are_not_among_the_timed(mo
     clock = timing._Clock(a_trainer())
     clock.warm_up(1)
     clock.round(4)
-    before = clock.found.timings()
+    before = clock.result.timings()
     assert before["joules_per_sequence"] is None
-    clock.found.step_seconds = [0.5] * 4  # 5 steps are 2.5 s
+    clock.result.step_seconds = [0.5] * 4  # 5 steps are 2.5 s
     monkeypatch.setattr(timing, "Meter", Meter)
     clock.energy()
     batches = [batch for step in range(6, 11) for batch in timing.step_batches(a_trainer(), step)]
-    assert clock.found.energy_sequences == sum(batch.num_sequences for batch in batches)
-    assert clock.found.timings()["joules_per_sequence"] == 12.0 / clock.found.energy_sequences
-    assert (len(clock.found.step_seconds), len(clock.found.losses)) == (4, 5)
-    whole = merged([clock.found, clock.found])
-    assert whole.joules_per_sequence == clock.found.joules_per_sequence
+    assert clock.result.energy_sequences == sum(batch.num_sequences for batch in batches)
+    assert clock.result.timings()["joules_per_sequence"] == 12.0 / clock.result.energy_sequences
+    assert (len(clock.result.step_seconds), len(clock.result.losses)) == (4, 5)
+    whole = merged([clock.result, clock.result])
+    assert whole.timings()["joules_per_sequence"] == clock.result.timings()["joules_per_sequence"]
 
 
 def test_weights_of_what_is_timed_are_drawn_on_the_device(p, monkeypatch):

@@ -1,0 +1,151 @@
+"""Adapter files: PEFT reads ours and we read PEFT's; what is not plain LoRA, PEFT refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from adapting import EVERYTHING, KINDS, UNTIED, adapted, base, batch, scores, stir
+from safetensors.torch import load_file, save_file
+
+from reclib.config import ENCODER, AdapterConfig, InputError
+from reclib.model.ilora import AdaptedModel
+from reclib.train.saving import ADAPTER_CONFIG, ADAPTER_TENSORS, load_adapter, save_adapter
+
+PLAIN = (*ENCODER, "transform.linear", "item_table")  # what PEFT can adapt: modules
+
+
+def test_an_adapter_comes_back_to_the_same_bits(tmp_path):
+    for kind in KINDS:
+        for shape in (UNTIED, {}):
+            one, written = batch(), adapted(kind, base(**shape), targets=EVERYTHING, dropout=0.25)
+            folder = save_adapter(written, tmp_path / "a")
+            read = load_adapter(base(**shape), folder, "again").eval()
+            assert read.configs["again"] == written.configs["default"] or kind in ("lora", "rslora")
+            assert torch.equal(scores(read, one), scores(written, one))
+            size = sum(t.numel() for t in load_file(folder / ADAPTER_TENSORS).values())
+            assert size == sum(p.numel() for p in written.parameters() if p.requires_grad)  # none of the base
+
+
+def test_a_causal_reader_is_not_in_the_file_but_its_hash(tmp_path):
+    reader, other = (base(seed=seed, causal=True) for seed in (7, 8))
+    written, one = AdaptedModel(base(**UNTIED)), batch()
+    written.add("x", AdapterConfig(kind="ilora", representation="causal_state"), reader)
+    folder = save_adapter(stir(written).eval(), tmp_path / "a")
+    read = load_adapter(base(**UNTIED), folder, causal_model=reader).eval()
+    assert torch.equal(scores(read, one), scores(written, one))
+    for given, message in ((other, "the causal model that the gate reads"), (None, "needs causal_model")):
+        with pytest.raises(InputError, match=message):
+            load_adapter(base(**UNTIED), folder, causal_model=given)
+
+
+def test_peft_and_we_read_each_others_files_and_give_the_same(tmp_path, recwarn):
+    peft = pytest.importorskip("peft", reason="PEFT is not installed: it is in the extra 'test'")
+    one, near = batch(), {"rtol": 1e-5, "atol": 1e-5}
+    plain = scores(base(**UNTIED), one)
+
+    def peft_scores(model) -> torch.Tensor:
+        return scores(model.base_model.model.eval(), one)
+
+    for kind in ("lora", "rslora"):
+        written = adapted(kind, targets=PLAIN)
+        folder = save_adapter(written, tmp_path / kind)
+        theirs = peft.PeftModel.from_pretrained(base(**UNTIED), folder)
+        assert not [w for w in recwarn if "missing" in str(w.message) or "nexpected" in str(w.message)]
+        config = theirs.peft_config["default"]
+        assert (config.r, config.lora_alpha, config.use_rslora) == (8, 16.0, kind == "rslora")
+        torch.testing.assert_close(peft_scores(theirs), scores(written, one), **near)
+        assert float((scores(written, one) - plain).abs().max()) > 1e-2
+        merged = scores(theirs.merge_and_unload(), one)
+        torch.testing.assert_close(merged, scores(written, one), rtol=1e-4, atol=1e-4)
+
+        paths = ["blocks.0.attention.qkv", "blocks.1.ffn.down", "blocks.1.attention.qkv", "item_table"]
+        config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=paths, use_rslora=kind == "rslora")
+        torch.manual_seed(3)
+        theirs = peft.get_peft_model(base(**UNTIED), config)
+        with torch.no_grad():
+            for name, parameter in theirs.named_parameters():
+                if "lora_" in name:
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+        folder = tmp_path / f"their-{kind}"
+        theirs.save_pretrained(folder)
+        with pytest.raises(InputError, match="does not say which base"):
+            load_adapter(base(**UNTIED), folder)
+        read = load_adapter(base(**UNTIED), folder, any_base=True).eval()
+        assert sorted(read.layers()) == sorted(paths)
+        assert read.configs["default"].kind == kind
+        torch.testing.assert_close(scores(read, one), peft_scores(theirs), **near)
+
+    for kind, targets in (("ilora", ENCODER), ("gated", ENCODER), ("lora", EVERYTHING)):
+        folder = save_adapter(adapted(kind, targets=targets), tmp_path / "own")
+        with pytest.raises((KeyError, ValueError, TypeError), match="RECLIB_"):
+            peft.PeftModel.from_pretrained(base(**UNTIED), folder)
+    config = peft.LoraConfig(r=4, target_modules=["blocks.0.ffn.up"], use_dora=True)
+    peft.get_peft_model(base(**UNTIED), config).save_pretrained(tmp_path / "dora")
+    with pytest.raises(InputError, match=r"'use_dora': True.* is not plain LoRA"):
+        load_adapter(base(**UNTIED), tmp_path / "dora", any_base=True)
+
+
+# -- bad input -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save_adapter(adapted("ilora"), tmp_path / "a")
+
+
+def test_another_base_is_refused_and_the_model_is_as_it_was(folder):
+    other = base(seed=1, **UNTIED)
+    with pytest.raises(InputError, match=r"of another model: the base has sha256 \w{12}, expected \w{12}"):
+        load_adapter(other, folder)
+    with pytest.raises(InputError, match="of another model: the base"):
+        load_adapter(base(), folder, any_base=True)
+    assert all(p.requires_grad for p in other.parameters())
+
+
+def test_damaged_and_missing_files_are_named(folder):
+    for name in (ADAPTER_CONFIG, ADAPTER_TENSORS):
+        whole = (folder / name).read_bytes()
+        for share in (0.0, 0.02, 0.5, 0.99, None):
+            (folder / name).unlink()
+            if share is not None:
+                (folder / name).write_bytes(whole[: int(share * len(whole))])
+            with pytest.raises(InputError, match=f"damaged adapter: .*{name}") as caught:
+                load_adapter(base(**UNTIED), folder)
+            assert "\n" not in str(caught.value)
+        (folder / name).write_bytes(whole)
+
+
+def test_other_tensors_and_settings_are_named_and_nothing_is_added(folder):
+    tensors = load_file(folder / ADAPTER_TENSORS)
+    body = json.loads((folder / ADAPTER_CONFIG).read_text())
+    first, more = min(tensors), "base_model.model.more.lora_A.weight"
+    own = {"kind": "ilora", "rank": 6}
+    for change, message in (
+        ({k: v for k, v in tensors.items() if k != first}, "is None, expected torch.Size"),
+        (tensors | {more: torch.zeros(1)}, r"'more.lora_A.weight' is torch.Size\(\[1\]\), expected None"),
+        (tensors | {first: torch.zeros(3, 3)}, r"is torch.Size\(\[3, 3\]\), expected torch.Size"),
+        (tensors | {"more": torch.zeros(1)}, "key 'more'; expected base_model.model"),
+        ({"peft_type": "IA3"}, "peft_type 'IA3'; allowed: LORA"),
+        ({"reclib": None}, "damaged adapter"),
+        ({"reclib": {"config": own}}, "rank=6 must be divisible"),
+        ({"reclib": {"config": own | {"ranks": 6}}}, "unknown parameter 'ranks'"),
+    ):
+        is_body = bool(change.keys() & body.keys())
+        save_file(tensors if is_body else change, folder / ADAPTER_TENSORS)
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(body | (change if is_body else {})))
+        model = AdaptedModel(base(**UNTIED))
+        with pytest.raises(InputError, match=message):
+            load_adapter(model, folder)
+        assert (model.configs, model.active) == ({}, None)
+
+
+def test_what_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write adapter"):
+        save_adapter(adapted("lora"), tmp_path / "file" / "a")
+    with pytest.raises(InputError, match="unknown adapter 'june'"):
+        save_adapter(adapted("lora"), tmp_path / "a", "june")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
