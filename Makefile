@@ -53,10 +53,10 @@ test-all: test
 	$(BIN)/python -m pytest -m slow
 
 unit: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow" --ignore tests/test_notebooks.py
+	$(BIN)/python -m pytest -m "not slow" --ignore tests/experiments/test_notebooks.py
 
 notebooks: $(INSTALLED)
-	$(BIN)/python -m pytest tests/test_notebooks.py
+	$(BIN)/python -m pytest tests/experiments/test_notebooks.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

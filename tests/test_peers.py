@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_grid import work, write
+from small_grid import work, write
 
 from reclib.config import InputError, TrainConfig, model_config
 from reclib.data.dataset import Evaluation, Histories, evaluated_users, evaluation, train_histories

@@ -1,18 +1,18 @@
-"""What is said of models on the test split, from one look at it: accuracy, comparisons, protocols, controls.
+"""Training runs of notebooks and grids, and what is said of models on the test split, from one look at it.
 
 `assess` asks a scorer for the ranks of the test targets in every way at once; the functions below it turn
-the ranks of several models into results that a notebook or a grid records. A model is trained several times
-(seeds) or deterministic; its users' metrics are averaged over the seeds before anything else.
+the ranks of several models into results. A model is trained several times (seeds) or is deterministic; its
+users' metrics are averaged over the seeds before anything else.
 
-Shapes: U users, k recommendations.
+Shapes: S seeds, U users, k recommendations.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,11 +27,10 @@ from reclib.data.dataset import Dataset, Evaluation, Histories, train_histories
 from reclib.data.splits import Split, sample_candidates
 from reclib.evaluate import baselines, metrics, statistics
 from reclib.evaluate.metrics import Outcome, Scorer
-from reclib.evaluate.statistics import Claim, Interval
+from reclib.evaluate.statistics import Interval
 from reclib.experiments.notebook import Result
 from reclib.hardware import Device
 from reclib.model.bert4rec import count_parameters
-from reclib.parameters import Baseline, Scaling
 from reclib.train import distributed
 from reclib.train.fit import (
     SELECT,
@@ -46,10 +45,16 @@ from reclib.train.fit import (
 )
 from reclib.train.trainer import Trainer
 
-# ------------------------------------------------------------------------------------------------
-# From the parameters of notebook 02 to its training runs: BERT4Rec and its causal twin, under any split.
-
 OBJECTIVES = {"bert4rec": "cloze", "causal": "next_item"}  # the models of notebook 02
+TOP_K = 10
+NEGATIVES = 100  # of the protocols that rank among samples
+MAIN = "leave-one-out, seen removed"  # the protocol of every table unless it says otherwise
+KEPT = "leave-one-out, seen kept"
+HEADLINE = ("hr@10", "ndcg@10", "mrr")
+COMPARED = ("hr@10", "ndcg@10")
+
+# ------------------------------------------------------------------------------------------------
+# Training runs: from the parameters of a notebook to a trained model.
 
 
 @dataclass
@@ -61,36 +66,42 @@ class Trained:
 
     def curve(self) -> dict[str, list[float]]:
         """Return the columns of the learning curve, one value per evaluation."""
-        rows = self.trainer.progress.history
-        names = {"epoch": "epoch", "train_loss": "train_loss", f"valid_{SELECT}": SELECT, "tokens": "tokens"}
-        if all("valid_loss" in row for row in rows):  # not in a run begun before the loss was evaluated
-            names["valid_loss"] = "valid_loss"
-        return {name: [row[key] for row in rows] for name, key in names.items()}
+        names = {"train_loss": "train_loss", f"valid_{SELECT}": SELECT, "tokens": "tokens"}
+        names = {"epoch": "epoch", **names, "valid_loss": "valid_loss"}
+        return {name: [row[key] for row in self.trainer.progress.history] for name, key in names.items()}
 
     def best(self) -> dict[str, float]:
         """Return validation at the chosen epoch."""
         row = max(self.trainer.progress.history, key=lambda row: row[SELECT])
-        return {f"valid_{name}": row[name] for name in ("hr@10", "ndcg@10")} | {"epoch": row["epoch"]}
+        return {f"valid_{name}": row[name] for name in COMPARED} | {"epoch": row["epoch"]}
 
     def losses(self) -> dict[str, float]:
-        """Return the lowest loss on validation and the last, in nats; nothing where it was not evaluated.
+        """Return the lowest loss on validation and the last, in nats.
 
         The lowest is what a run stopped early would have: a law of size is about that one. `late_drop` is
         what the last fifth of the training took off it: a run with much of it is undertrained.
         """
-        values = self.curve().get("valid_loss")
-        if not values:
-            return {}
-        before = min(values[: max(1, len(values) * 4 // 5)])
-        lowest = min(values)
+        values = self.curve()["valid_loss"]
+        before, lowest = min(values[: max(1, len(values) * 4 // 5)]), min(values)
         return {"lowest_valid_loss": lowest, "last_valid_loss": values[-1], "late_drop": before - lowest}
 
-    def together(self) -> dict[str, Any]:
-        """Return how many processes trained it and what joined them; nothing where it was one."""
-        progress = self.trainer.progress
-        if progress.processes == 1:
-            return {}
-        return {"processes": progress.processes, "backend": progress.backend}
+    def counted(self) -> dict[str, float]:
+        """Return the run's parameters by kind, the tokens it saw, its training FLOPs and the head's share.
+
+        Item tables grow with the catalogue and hold most parameters: a size is told by the rest. FLOPs are
+        those of one epoch times the epochs done; windows and masks are drawn anew in each, which moves the
+        count by less than its third digit.
+        """
+        trainer = self.trainer
+        parameters = count_parameters(trainer.model.config)
+        one = epoch_flops(trainer.model.config, trainer.config, trainer.histories)
+        return {
+            "item_tables": parameters["item_tables"],
+            "non_embedding": parameters["non_embedding"],
+            "trained_tokens": trainer.progress.tokens,
+            "training_flops": one.total * trainer.progress.step / trainer.steps_per_epoch,
+            "head_share": one.head / one.total,
+        }
 
     def timings(self) -> dict[str, float]:
         """Return what the run took."""
@@ -101,24 +112,41 @@ class Trained:
             "tokens_per_second": progress.tokens / progress.train_seconds,
         }
 
+    def together(self) -> dict[str, Any]:
+        """Return how many processes trained it and what joined them; nothing where it was one."""
+        progress = self.trainer.progress
+        several = {"processes": progress.processes, "backend": progress.backend}
+        return several if progress.processes > 1 else {}
 
-def model_of(p: Baseline, dataset: Dataset, objective: str = "cloze") -> ModelConfig:
-    """Return the model that the parameters ask for, on the dataset's catalogue."""
-    shared = ("dropout", "max_len", "norm", "tied", "output_bias")
-    given: dict[str, Any] = {name: getattr(p, name) for name in shared} | {"num_items": dataset.num_items}
-    return model_config(p.size, **given, causal=objective == "next_item")
+    def result(self, model: str) -> Result:
+        """Return the run as a result: accuracy, losses, counts, and its curve."""
+        numbers = self.best() | self.losses() | self.counted()
+        own = {"model": model} | self.together()
+        return Result("learning_curve", numbers, own, self.curve(), self.seed, self.timings())
 
 
-def train_of(p: Baseline, seed: int, objective: str = "cloze") -> TrainConfig:
-    """Return one seed's training configuration."""
-    shared = (
-        "epochs", "batch_size", "micro_batch_size", "learning_rate", "mask_prob", "last_item_share",
-        "window", "loss", "eval_every", "patience",
-    )  # fmt: skip
-    given: dict[str, Any] = {name: getattr(p, name) for name in shared}
-    given |= {"seed": seed, "objective": objective}
-    given |= {"precision": p.precision or "auto", "compile_mode": p.compile_mode or "off"}
-    return validated(TrainConfig, given)
+def epoch_flops(model: ModelConfig, train: TrainConfig, histories: Histories) -> Flops:
+    """Return the FLOPs that the first pass over the users needs: real items and targets, no padding."""
+    epoch = Epoch(histories, model, train, 0)
+    return work.total([work.needed(model, b) for i in range(epoch.num_steps) for b in epoch.step(i)])
+
+
+def model_of(p: Any, dataset: Dataset, objective: str = "cloze") -> ModelConfig:
+    """Return the model that a notebook's parameters ask for, on the dataset's catalogue."""
+    own = {"num_items": dataset.num_items, "causal": objective == "next_item"}
+    return model_config(p.size, **_shared(ModelConfig, p), **own)
+
+
+def train_of(p: Any, seed: int, objective: str = "cloze", **own: Any) -> TrainConfig:
+    """Return one seed's training configuration; `own` fields replace those of the parameters."""
+    given = _shared(TrainConfig, p) | {"seed": seed, "objective": objective} | own
+    device = {"precision": p.precision or "auto", "compile_mode": p.compile_mode or "off"}
+    return validated(TrainConfig, given | device)
+
+
+def _shared(kind: type, p: Any) -> dict[str, Any]:
+    """Return the parameters that are fields of a configuration."""
+    return {one.name: getattr(p, one.name) for one in fields(kind) if hasattr(p, one.name)}
 
 
 def run_folder(notebook: str, model: ModelConfig, train: TrainConfig, data: str, nproc: int = 1) -> Path:
@@ -130,18 +158,18 @@ def run_folder(notebook: str, model: ModelConfig, train: TrainConfig, data: str,
 
 
 def train_seed(
-    notebook: str, p: Baseline, dataset: Dataset, split: Split, device: Device, name: str, seed: int
+    notebook: str, p: Any, dataset: Dataset, split: Split, device: Device, name: str, seed: int
 ) -> Trained:
     """Train one seed of a model of `OBJECTIVES`, or go on with a run of the same code and data."""
     objective = OBJECTIVES[name]
     model, train = model_of(p, dataset, objective), train_of(p, seed, objective)
     title = f"{notebook}-{device.label}-{name}-{split.name.split()[0]}-seed{seed}"
-    return carried_out(notebook, p, dataset, split, device, model, train, title)
+    return train_model(notebook, p, dataset, split, device, model, train, title)
 
 
-def carried_out(
+def train_model(
     notebook: str,
-    p: Baseline | Scaling,
+    p: Any,
     dataset: Dataset,
     split: Split,
     device: Device,
@@ -149,14 +177,13 @@ def carried_out(
     train: TrainConfig,
     title: str,
 ) -> Trained:
-    """Train a model as a notebook's parameters say: here, or by several processes beside the notebook.
+    """Train a model as a notebook's parameters say: here, or by `nproc` processes beside the notebook.
 
     Those leave a finished run in the folder of checkpoints, and that is read back. Raises `InputError` with
-    what they said where they failed.
+    what they said where they failed. `title` is the run's name for a tracker.
     """
     data = data_identity(dataset, split)
     folder = run_folder(notebook, model, train, data, p.nproc)
-    about = {"model": asdict(model), "train": asdict(train), "data": data}
     if p.nproc > 1:
         if not is_finished(folder):
             given = DataConfig(dataset=p.dataset, min_user=p.min_user, min_item=p.min_item)
@@ -165,6 +192,7 @@ def carried_out(
             words = ["--run", str(folder / "run.json"), "--out", str(folder)]
             distributed.apart([*words, "--gpu", p.gpu, "--tracker", p.tracker], p.nproc)
         return Trained(train.seed, fit(model, dataset, train, device, folder, split=split))
+    about = {"model": asdict(model), "train": asdict(train), "data": data}
     with start_tracker(p.tracker, notebook, title, about) as track:
         curves = Curves(track, device)
         options = Options(on_step=curves.step, on_evaluation=curves.evaluation)
@@ -172,18 +200,7 @@ def carried_out(
 
 
 # ------------------------------------------------------------------------------------------------
-
-TOP_K = 10
-
-NEGATIVES = 100  # of the protocols that rank among samples
-
-MAIN = "leave-one-out, seen removed"  # the protocol of every table unless it says otherwise
-
-KEPT = "leave-one-out, seen kept"
-
-HEADLINE = ("hr@10", "ndcg@10", "mrr")
-
-COMPARED = ("hr@10", "ndcg@10")
+# One look at the test split.
 
 
 class Assessed(NamedTuple):
@@ -239,13 +256,12 @@ def draw(dataset: Dataset, evaluation: Evaluation, seed: int = 0) -> Conditions:
 
 def assess(score: Scorer, test: Conditions) -> Assessed:
     """Rank the test targets by a scorer in every way."""
-    found = metrics.side_by_side(score, test.evaluation, test.candidates)
+    outcomes = metrics.side_by_side(score, test.evaluation, test.candidates)
     ranking = metrics.rank(score(test.evaluation), test.evaluation, True, TOP_K)
     assert ranking.top is not None
-    shuffled, but_last = (
-        metrics.rank(score(one), one, True).ranks for one in (test.shuffled, test.shuffled_but_last)
-    )
-    return Assessed({one.protocol: one for one in found}, shuffled, but_last, ranking.top)
+    orders = (test.shuffled, test.shuffled_but_last)
+    shuffled, but_last = (metrics.rank(score(order), order, True).ranks for order in orders)
+    return Assessed({outcome.protocol: outcome for outcome in outcomes}, shuffled, but_last, ranking.top)
 
 
 def assess_trained(trainer: Trainer, test: Conditions) -> Assessed:
@@ -275,17 +291,36 @@ def other_split(
     Where users were divided at random, a masked model is also evaluated as the seed study does.
     """
     with trainer.autocast():
-        found = [
+        outcomes = [
             metrics.under_split(lambda part: metrics.model_scores(trainer.model, part, trainer.where), split)
         ]
         if split.about.get("shares") and not trainer.model.config.causal:
-            found.append(metrics.masked_positions(trainer.model, split.test, trainer.where))
-    results = []
-    for one in found:
-        numbers = flat({metric: metrics.interval(one, metric, samples) for metric in COMPARED})
-        about = {"model": model, "protocol": one.protocol, "label": one.label}
-        results.append(Result("protocol", numbers, about | {"comparable": one.comparable}, {}, seed))
-    return results
+            outcomes.append(metrics.masked_positions(trainer.model, split.test, trainer.where))
+    return [_protocol(model, [outcome], samples, seed) for outcome in outcomes]
+
+
+# ------------------------------------------------------------------------------------------------
+# Results of models that were assessed on one test split.
+
+
+def everything(
+    models: Sequence[Model],
+    dataset: Dataset,
+    evaluation: Evaluation,
+    reference: str,
+    samples: int,
+    left_out: Mapping[str, Sequence[int]] | None = None,
+) -> list[Result]:
+    """Return all results; `samples` is the number of bootstrap resamples, `left_out` as in `comparisons`."""
+    found = headline(models, samples) + comparisons(models, reference, left_out)
+    for model in models:
+        found += [
+            _protocol(model.name, [run.outcomes[name] for run in model.runs], samples)
+            for name in model.runs[0].outcomes
+        ]
+    found += [_shuffle_control(model, samples) for model in models]
+    found += [result for model in models for result in _groups(model, dataset, evaluation, samples)]
+    return found + [_beyond_accuracy(model, dataset) for model in models]
 
 
 def headline(models: Sequence[Model], samples: int) -> list[Result]:
@@ -294,10 +329,10 @@ def headline(models: Sequence[Model], samples: int) -> list[Result]:
     for model in models:
         values = {name: model.per_seed(name) for name in HEADLINE}
         intervals = {name: statistics.bootstrap(rows.mean(axis=0), samples) for name, rows in values.items()}
-        found.append(Result("test_metrics", flat(intervals), {"model": model.name}, {}))
+        found.append(Result("test_metrics", flat(intervals), {"model": model.name}))
         for place, seed in enumerate(model.seeds):
             means = {name: float(rows[place].mean()) for name, rows in values.items()}
-            found.append(Result("test_metrics", means, {"model": model.name}, {}, seed))
+            found.append(Result("test_metrics", means, {"model": model.name}, seed=seed))
     return found
 
 
@@ -313,14 +348,12 @@ def comparisons(
     for metric in COMPARED:
         values = {}
         for model in models:
-            out = set((left_out or {}).get(model.name, ()))
+            out = (left_out or {}).get(model.name, ())
             rows = [place for place, seed in enumerate(model.seeds or [-1]) if seed not in out]
             if rows:
                 values[model.name] = model.per_seed(metric)[rows]
-        if reference not in values:
-            return []
-        for one in statistics.compare(values, reference, deterministic):
-            found.append(compared(one, metric))
+        if reference in values:
+            found += [compared(one, metric) for one in statistics.compare(values, reference, deterministic)]
     return found
 
 
@@ -334,54 +367,35 @@ def compared(one: statistics.Comparison, metric: str, name: str = "comparison") 
         "reference_seeds": one.seeds[1],
         "degrees_of_freedom": one.degrees,
     }
-    return Result(name, numbers, {"model": one.name, "against": one.reference, "metric": metric}, {})
+    return Result(name, numbers, {"model": one.name, "against": one.reference, "metric": metric})
 
 
-def claim(row: Mapping[str, Any]) -> Claim:
-    """Return what a comparison's numbers allow to say."""
-    return statistics.claim(row["difference"], row["adjusted_p"], (row["seeds"], row["reference_seeds"]))
+def _protocol(model: str, runs: Sequence[Outcome], samples: int, seed: int | None = None) -> Result:
+    """Return HR@10 and NDCG@10 under one protocol: means over seeds, with intervals over users.
 
-
-def protocol_results(models: Sequence[Model], samples: int) -> list[Result]:
-    """Return HR@10 and NDCG@10 of each model under each protocol, averaged over seeds."""
-    found = []
-    for model in models:
-        for name, first in model.runs[0].outcomes.items():
-            runs = [run.outcomes[name] for run in model.runs]
-            intervals = {metric: _over_seeds(runs, metric, samples) for metric in COMPARED}
-            said = {"protocol": name, "label": first.label, "comparable": first.comparable}
-            found.append(Result("protocol", flat(intervals), {"model": model.name} | said, {}))
-    return found
-
-
-def _over_seeds(runs: Sequence[Outcome], metric: str, samples: int) -> Interval:
-    """Return a metric's mean over seeds; its interval is over users, each with the mean of all seeds.
-
-    Masked positions are the same for every seed, so that ranks can be averaged place by place there too.
+    Masked positions are the same for every seed, so values can be averaged place by place there too.
     """
-    if len(runs) == 1:
-        return metrics.interval(runs[0], metric, samples)
-    values = np.mean([metrics.per_user(run.ranks)[metric] for run in runs], axis=0)
-    return metrics.interval_over_users(values, runs[0].users, samples)
+    first = runs[0]
+    values = [metrics.per_user(run.ranks) for run in runs]
+    means = {metric: np.mean([one[metric] for one in values], axis=0) for metric in COMPARED}
+    numbers = flat({m: metrics.interval_over_users(means[m], first.users, samples) for m in COMPARED})
+    about = {"protocol": first.protocol, "label": first.label, "comparable": first.comparable}
+    return Result("protocol", numbers, {"model": model} | about, seed=seed)
 
 
-def shuffle_control(models: Sequence[Model], samples: int) -> list[Result]:
+def _shuffle_control(model: Model, samples: int) -> Result:
     """Return NDCG@10 in the true order and in random ones, and the paired loss with its interval."""
-    found = []
-    for model in models:
-        true = model.per_user("ndcg@10")
-        rows: dict[str, Any] = {"ndcg@10": float(true.mean())}
-        for name in ("shuffled", "shuffled_but_last"):
-            ranks = [metrics.ndcg(getattr(run, name), 10) for run in model.runs]
-            values = np.mean(ranks, axis=0)
-            change = statistics.bootstrap(values - true, samples)
-            rows |= {name: float(values.mean())} | flat({f"{name}_change": change})
-        found.append(Result("shuffle_control", rows, {"model": model.name}, {}))
-    return found
+    true = model.per_user("ndcg@10")
+    numbers = {"ndcg@10": float(true.mean())}
+    for name in ("shuffled", "shuffled_but_last"):
+        values = np.mean([metrics.ndcg(getattr(run, name), 10) for run in model.runs], axis=0)
+        change = statistics.bootstrap(values - true, samples)
+        numbers |= {name: float(values.mean())} | flat({f"{name}_change": change})
+    return Result("shuffle_control", numbers, {"model": model.name})
 
 
-def groups(models: Sequence[Model], dataset: Dataset, evaluation: Evaluation, samples: int) -> list[Result]:
-    """Return HR@10 and NDCG@10 of users by history length, by how popular their target is, and by its time.
+def _groups(model: Model, dataset: Dataset, evaluation: Evaluation, samples: int) -> Iterator[Result]:
+    """Yield HR@10 and NDCG@10 of users by history length, by how popular their target is, and by its time.
 
     By time where the dataset has times: a target at the same time stamp as the item before it (the same day,
     where times are whole days) is often a part of one order, and its place in it may be the file's alone.
@@ -393,105 +407,33 @@ def groups(models: Sequence[Model], dataset: Dataset, evaluation: Evaluation, sa
     }
     if dataset.times is not None:
         divisions["time"] = statistics.by_time_before(evaluation.histories, dataset.times)
-    found = []
-    for model in models:
-        for by, division in divisions.items():
-            series: dict[str, list[Any]] = {}
-            for metric in COMPARED:
-                values = model.per_user(metric)
-                parts = [one for one in statistics.in_groups(values, division, samples) if one.interval]
-                series |= {"group": [one.label for one in parts], "users": [one.users for one in parts]}
-                for place, end in enumerate(("", "_low", "_high")):
-                    series[f"{metric}{end}"] = [float(one.interval[place]) for one in parts if one.interval]
-            found.append(Result("groups", {"groups": len(parts)}, {"model": model.name, "by": by}, series))
-    return found
+    for by, division in divisions.items():
+        series: dict[str, list[Any]] = {}
+        for metric in COMPARED:
+            parts = statistics.in_groups(model.per_user(metric), division, samples)
+            held = [(part, flat({metric: part.interval})) for part in parts if part.interval]
+            series |= {"group": [part.label for part, _ in held], "users": [part.users for part, _ in held]}
+            for name in (metric, f"{metric}_low", f"{metric}_high"):
+                series[name] = [numbers[name] for _, numbers in held]
+        yield Result("groups", {"groups": len(series["group"])}, {"model": model.name, "by": by}, series)
 
 
-def beyond_accuracy(models: Sequence[Model], dataset: Dataset) -> list[Result]:
+def _beyond_accuracy(model: Model, dataset: Dataset) -> Result:
     """Return how much of the catalogue is recommended, how unequally, and how popular it is."""
     counts = metrics.popularity(train_histories(dataset), dataset.num_items)
-    found = []
-    for model in models:
-        tops = [run.top for run in model.runs]
-        rows = {
-            "coverage": [statistics.coverage(top, dataset.num_items) for top in tops],
-            "gini": [statistics.gini(top, dataset.num_items) for top in tops],
-            "popularity_percentile": [statistics.popularity_percentile(top, counts).mean() for top in tops],
-        }
-        means = {name: float(np.mean(values)) for name, values in rows.items()}
-        found.append(Result("beyond_accuracy", means, {"model": model.name, "k": TOP_K}, {}))
-    return found
-
-
-def everything(
-    models: Sequence[Model],
-    dataset: Dataset,
-    evaluation: Evaluation,
-    reference: str,
-    samples: int,
-    left_out: Mapping[str, Sequence[int]] | None = None,
-) -> list[Result]:
-    """Return all results of models that were assessed on one test split; `left_out` as in `comparisons`."""
-    return [
-        *headline(models, samples),
-        *comparisons(models, reference, left_out),
-        *protocol_results(models, samples),
-        *shuffle_control(models, samples),
-        *groups(models, dataset, evaluation, samples),
-        *beyond_accuracy(models, dataset),
-    ]
+    tops = [run.top for run in model.runs]
+    values = {
+        "coverage": [statistics.coverage(top, dataset.num_items) for top in tops],
+        "gini": [statistics.gini(top, dataset.num_items) for top in tops],
+        "popularity_percentile": [statistics.popularity_percentile(top, counts).mean() for top in tops],
+    }
+    means = {name: float(np.mean(of_seeds)) for name, of_seeds in values.items()}
+    return Result("beyond_accuracy", means, {"model": model.name, "k": TOP_K})
 
 
 def flat(intervals: Mapping[str, Interval]) -> dict[str, float]:
     """Return means and ends of intervals as `<name>`, `<name>_low`, `<name>_high`."""
-    found: dict[str, float] = {}
-    for name, interval in intervals.items():
-        found |= {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
-    return found
-
-
-# ------------------------------------------------------------------------------------------------
-# What a training run is, by counting: parameters, by kind, and floating-point operations.
-#
-# Item tables grow with the catalogue and hold most parameters of such a model, so a size is told by what is
-# left without them ("non-embedding"). FLOPs are counted from the batches that are trained on, head apart,
-# since the head's products grow with the catalogue as well.
-
-
-def epoch_flops(model: ModelConfig, train: TrainConfig, histories: Histories) -> Flops:
-    """Return the FLOPs that the first pass over the users needs: real items and targets, no padding."""
-    epoch = Epoch(histories, model, train, 0)
-    return work.total([work.needed(model, b) for i in range(epoch.num_steps) for b in epoch.step(i)])
-
-
-def counted(trainer: Trainer) -> dict[str, float]:
-    """Return a run's parameters by kind, the tokens it saw, and its training FLOPs with the head's share.
-
-    FLOPs are those of one epoch times the epochs done: windows and masks are drawn anew in each, which moves
-    the count by less than its third digit.
-    """
-    model, train = trainer.model.config, trainer.config
-    parameters = count_parameters(model)
-    one = epoch_flops(model, train, trainer.histories)
-    epochs = trainer.progress.step / trainer.steps_per_epoch
-    return {
-        "item_tables": parameters["item_tables"],
-        "non_embedding": parameters["non_embedding"],
-        "trained_tokens": trainer.progress.tokens,
-        "training_flops": one.total * epochs,
-        "head_share": one.head / one.total,
-    }
-
-
-def closed_flops(model: ModelConfig, tokens: int, targets: int, squares: int, target_keys: int) -> int:
-    """Return the same count by the closed formula of a transformer, forward and backward.
-
-    6 FLOPs for each weight of a linear map and each token that passes it (2 forward, 4 backward), attention
-    apart. `squares` is the sum of squared lengths, `target_keys` of the lengths of the targets' histories. In
-    the last layer only targets ask; its keys and values are of all tokens.
-    """
-    D, f = model.hidden_dim, model.ffn_factor
-    layer = 6 * (4 + 2 * f) * D * D * tokens + 12 * squares * D
-    last = 6 * D * D * (2 * tokens + (2 + 2 * f) * targets) + 12 * target_keys * D
-    transform = D * D if model.head == "mlp" else 0
-    return (model.num_layers - 1) * layer + last + 6 * targets * (D * model.num_items + transform)
+    numbers: dict[str, float] = {}
+    for name, (mean, low, high) in intervals.items():
+        numbers |= {name: float(mean), f"{name}_low": float(low), f"{name}_high": float(high)}
+    return numbers

@@ -1,0 +1,167 @@
+"""Grids: what an experiment file may say, each run once, stop and go on, two processes on one grid."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from small_grid import FILE, light_scoring, work, write
+
+from reclib import records, system
+from reclib.config import InputError, ModelConfig, TrainConfig
+from reclib.data.prepare import prepare
+from reclib.experiments import grids
+from reclib.train.fit import Options
+
+
+def run_all() -> int:
+    here = work()
+    return grids.run_grid(here, here.runs(), Options())
+
+
+def names(rows: list[dict]) -> list[tuple[str, int]]:
+    return sorted((row["own_params"]["model"], row["seed"]) for row in rows)
+
+
+def test_every_run_is_trained_once_and_recorded_with_what_it_was(root):
+    write(root)
+    assert run_all() == 3
+    assert run_all() == 0
+    rows = work().rows("learning_curve")
+    assert names(rows) == [("base", 0), ("base", 1), ("twin", 0)]
+    twin = next(row for row in rows if row["own_params"]["model"] == "twin")
+    assert twin["configuration"]["model"]["causal"]
+    assert twin["configuration"]["train"]["objective"] == "next_item"
+    assert twin["metrics"]["valid_ndcg@10"] == max(twin["series"]["valid_ndcg@10"])
+    assert twin["metrics"]["lowest_valid_loss"] == min(twin["series"]["valid_loss"])
+    ranks = np.load(work().file.with_suffix("") / f"{twin['params_hash']}.npz")["valid"]
+    assert len(ranks) == twin["data"]["users"]
+    assert float((ranks <= 10).mean()) == pytest.approx(twin["metrics"]["valid_hr@10"])
+    write(root, arms={"renamed": {}, "longer": {"train": {"epochs": 3}}})
+    assert run_all() == 2, "both seeds of the longer arm: a name makes no other run"
+
+
+def test_a_stopped_grid_goes_on_within_the_run(root):
+    write(root, arms={"base": {"train": {"checkpoint_seconds": 0}}}, seeds=[0])
+
+    class Stop(Exception):
+        pass
+
+    def stop_at_seven(stats):
+        if stats.step == 7:
+            raise Stop
+
+    with pytest.raises(Stop):
+        grids.run_grid(work(), work().runs(), Options(on_step=stop_at_seven))
+    assert work().rows("learning_curve") == []
+    assert "under way" in grids.grid_status(work(), work().runs())[0]
+    steps: list[int] = []
+    assert grids.run_grid(work(), work().runs(), Options(on_step=lambda stats: steps.append(stats.step))) == 1
+    assert steps[0] == 7  # the seventh was not in a checkpoint yet
+    assert "trained: validation HR@10" in grids.grid_status(work(), work().runs())[0]
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_grid(root):
+    write(root)
+    prepare(grids.read_grid("trial").data)
+    context = multiprocessing.get_context("spawn")
+    both = [context.Process(target=run_all) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(120)
+    assert [process.exitcode for process in both] == [0, 0]
+    assert names(work().rows("learning_curve")) == [("base", 0), ("base", 1), ("twin", 0)]
+
+
+def test_an_arm_may_change_the_data_and_is_scored_on_them(root, monkeypatch):
+    light_scoring(monkeypatch)
+    write(
+        root, seeds=[0], arms={"base": {"final": True}, "own": {"data": {"synthetic_seed": 1}, "final": True}}
+    )
+    assert run_all() == 2
+    here = work()
+    base, own = here.grid.arms
+    marks = {row["own_params"]["model"]: row["data"]["fingerprint"] for row in here.rows("learning_curve")}
+    assert marks == {"base": here.dataset.fingerprint, "own": here.data_of(own).fingerprint}
+    assert here.data_of(own).fingerprint != here.dataset.fingerprint
+    assert grids.keep(here) == ["base seed 0", "own seed 0"]
+    scored = grids.score(here)
+    assert {result.params["against"] for result in scored if result.name == "comparison"} == {"base", "own"}
+    rows = [row for row in here.rows("test_metrics") if row["seed"] is None]
+    of_models = {(row["own_params"]["model"], row["data"]["fingerprint"]) for row in rows}
+    assert {model for model, mark in of_models if mark == marks["base"]} >= {"base", "ease"}
+    assert {model for model, mark in of_models if mark == marks["own"]} >= {"own", "ease"}
+    assert ("own", marks["base"]) not in of_models
+    assert {json.dumps(row["configuration"].get("data")) for row in rows} == {"null", '{"synthetic_seed": 1}'}
+    assert here.key(base, 0) != here.key(own, 0)
+
+
+def test_what_a_file_may_not_say_is_told_before_anything_is_trained(root):
+    for changes, message in [
+        ({"arms": {"base": {"split": "random"}}}, "arm 'base': parameter 'split' is 'random'"),
+        ({"extra": 1}, "unknown parameter 'extra'"),
+        ({"about": None}, "parameter 'about' is None"),
+        ({"arms": ["base"]}, "not of the form of such a file"),
+        ({"arms": {}}, "parameter 'arms' is []"),
+        ({"arms": {"base": {"lr": 1}}}, "arm 'base': unknown parameter 'lr'"),
+        ({"arms": {"base": {"train": {"epoch": 1}}}}, "arm 'base': unknown parameter 'epoch'"),
+        ({"arms": {"base": {"data": {"min_usr": 1}}}}, "arm 'base': unknown parameter 'min_usr'"),
+        ({"model": {"hidden_dim": 7, "num_heads": 2}}, "hidden_dim=7 must be divisible by num_heads=2"),
+        ({"arms": {"odd": {"size": "w100d2"}}}, "unknown size 'w100d2'"),
+        ({"predicts": {"of": "base"}}, "parameter 'from' is missing"),
+        ({"predicts": {"of": "bse", "from": ["twin"]}}, "names 'bse', which is no arm"),
+        ({"predicts": {"of": "base", "from": ["base"]}}, "predicts 'base' from itself"),
+    ]:
+        write(root, **changes)
+        with pytest.raises(InputError, match=r"trial\.yaml") as caught:
+            grids.read_grid("trial")
+        assert message in str(caught.value)
+
+
+def test_the_command_names_unknown_grids_arms_and_seeds(root, capsys):
+    write(root, arms=FILE["arms"] | {"gBCE, 128 negatives": {}})
+    for arguments, message in [
+        (["run", "tiral"], "unknown name 'tiral' in params/grids; known: trial"),
+        (["status", "trial", "--arms", "bse"], "unknown arm 'bse' of grid 'trial'; known: base, twin"),
+        (["status", "trial", "--seeds", "5"], "--seeds has 5; seeds of these arms: 0, 1"),
+    ]:
+        assert grids.grid_main(arguments) == 2
+        assert message in capsys.readouterr().err
+    command = ["status", "trial", "--arms", "gBCE, 128 negatives", "base", "--seeds", "1"]
+    assert grids.grid_main(command) == 0
+    assert capsys.readouterr().out.count("seed 1  not begun") == 2
+
+
+def test_an_unfinished_last_line_is_no_record(root):
+    file = system.executed() / "cpu" / "grids" / "trial.jsonl"
+    assert grids.read_rows(file) == []
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({"name": "x"}) + "\n" + '{"name": "y')
+    assert grids.read_rows(file) == [{"name": "x"}]
+
+
+def test_the_files_of_the_project_can_be_read():
+    files = [file.stem for file in (system.params() / "grids").glob("*.yaml")]
+    assert files
+    for name in files:
+        grid = grids.read_grid(name)
+        assert name.startswith(("ablations", "trials")) or any(arm.final for arm in grid.arms)
+
+
+def test_committed_runs_are_known_by_the_hash_of_their_configuration():
+    """Otherwise they would be trained again: a new field must leave the hash of earlier runs as it was."""
+    checked = 0
+    for file in sorted((ROOT / "executed" / "cpu" / "grids").glob("*.jsonl")):
+        for row in grids.read_rows(file):
+            made = row.get("configuration", {})
+            if row["name"] == "learning_curve" and made.get("split") == "leave_one_out":
+                model, train = ModelConfig(**made["model"]), TrainConfig(**made["train"])
+                identity = {"model": model, "train": train, "data": row["data"]["fingerprint"]}
+                assert records.params_hash(identity) == row["params_hash"], (file.name, row["own_params"])
+                checked += 1
+    assert checked > 20

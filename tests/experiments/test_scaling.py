@@ -1,0 +1,285 @@
+"""The law and its prediction: recovered where it is known, recorded before what it predicts may start.
+
+And notebook 03's runs: what fits, what was tuned for these data, and models that are kept.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_grid import work
+from small_grid import write as write_grid
+
+from reclib import parameters, system
+from reclib.config import DEPTHS, SIZES, WIDTHS, InputError, ModelConfig, TrainConfig, model_config
+from reclib.cost.work import demand_room, require_fit, training_memory
+from reclib.data import batches
+from reclib.data.dataset import Histories
+from reclib.data.splits import leave_one_out
+from reclib.evaluate import metrics, statistics
+from reclib.experiments import baseline, grids, scaling
+from reclib.experiments.scaling import Tuned
+from reclib.hardware import resolve
+from reclib.model.bert4rec import count_parameters
+from reclib.train import fit as fit_module
+from reclib.train import saving
+from reclib.train.fit import Options, rank_targets
+
+SMALL = ["w32d1", "w32d2", "w32d4", "w64d1"]
+FILE = {
+    "notebook": "03_scaling",
+    "size": "w32d1",
+    "seeds": [0, 1],
+    "train": {"epochs": 1, "batch_size": 20, "eval_every": 1},
+    "predicts": {"of": "largest", "from": SMALL},
+    "arms": {size: {"size": size} for size in SMALL} | {"largest": {"size": "w64d4", "seeds": [0]}},
+}
+
+
+def run_all() -> int:
+    here = work()
+    return grids.run_grid(here, here.runs(), Options())
+
+
+def write(root: Path, **changes: object) -> None:
+    write_grid(root, **(FILE | changes))
+
+
+# -- sizes and counts ----------------------------------------------------------------------------------------
+
+
+def test_depth_leaves_the_tables_alone_and_width_does_not():
+    for width in WIDTHS:
+        counts = [count_parameters(model_config(f"w{width}d{depth}")) for depth in DEPTHS]
+        assert len({row["item_tables"] for row in counts}) == 1
+        assert [row["non_embedding"] for row in counts] == [
+            depth * (12 * width**2 + 13 * width) + 2 * width for depth in DEPTHS
+        ]
+
+
+def closed_flops(model: ModelConfig, tokens: int, targets: int, squares: int, target_keys: int) -> int:
+    """Return FLOPs by the closed formula of a transformer, forward and backward.
+
+    6 for each weight of a linear map and each token that passes it (2 forward, 4 backward), attention apart.
+    `squares` is the sum of squared lengths, `target_keys` of the lengths of the targets' histories. In the
+    last layer only targets ask; its keys and values are of all tokens.
+    """
+    D, f = model.hidden_dim, model.ffn_factor
+    layer = 6 * (4 + 2 * f) * D * D * tokens + 12 * squares * D
+    last = 6 * D * D * (2 * tokens + (2 + 2 * f) * targets) + 12 * target_keys * D
+    transform = D * D if model.head == "mlp" else 0
+    return (model.num_layers - 1) * layer + last + 6 * targets * (D * model.num_items + transform)
+
+
+def test_counted_flops_are_those_of_the_closed_formula():
+    for size in ["w32d1", "w64d4", "130m"]:
+        rng = np.random.default_rng(0)
+        lengths = rng.integers(2, 21, 40)
+        ends = np.cumsum(lengths)
+        histories = Histories(rng.integers(1, 31, ends[-1]).astype(np.int32), ends - lengths, ends)
+        model, train = model_config(size, num_items=30, max_len=20), TrainConfig(batch_size=8)
+        counted = np.zeros(4, dtype=np.int64)
+        epoch = batches.Epoch(histories, model, train, 0)
+        for step in range(epoch.num_steps):
+            samples = epoch.samples(step)
+            keys = np.repeat(samples.lengths, samples.lengths)[samples.is_target].sum()
+            squares = (samples.lengths.astype(np.int64) ** 2).sum()
+            counted += [samples.lengths.sum(), samples.is_target.sum(), squares, keys]
+        assert baseline.epoch_flops(model, train, histories).total == closed_flops(model, *counted.tolist())
+
+
+def test_the_loss_on_validation_is_the_cross_entropy_over_all_items(root):
+    write(root)
+    here = work()
+    trainer = here.train(here.grid.arms[0], 0, Options())
+    valid = leave_one_out(here.dataset).valid
+    losses = rank_targets(trainer, valid, True, with_losses=True).losses
+    wanted = np.empty(len(valid.targets))
+    for users, scores in metrics.model_scores(trainer.model, valid, trainer.where):
+        shares = scores.double().softmax(1).numpy()
+        wanted[users] = -np.log(shares[np.arange(len(users)), valid.targets[users] - 1])
+    assert losses == pytest.approx(wanted, rel=1e-5)
+    best = max(trainer.progress.history, key=lambda row: row["ndcg@10"])
+    assert best["valid_loss"] == pytest.approx(wanted.mean(), rel=1e-5)
+
+
+# -- the law -------------------------------------------------------------------------------------------------
+
+
+def test_a_law_that_is_there_is_found_and_extrapolated_and_many_fits_are_the_fit_of_each():
+    sizes = np.array([25e3, 1e5, 2.2e5, 4e5, 9e5])
+    for known in [(5.0, 30.0, 0.3), (0.0, 12.0, 0.08), (6.5, 4000.0, 0.9)]:
+        true = statistics.Law(*known)
+        law = statistics.fit(sizes, true(sizes))
+        assert law.exponent == pytest.approx(known[2], rel=0.02)
+        assert float(law(4e6)) == pytest.approx(float(true(4e6)), abs=0.01)
+    losses = statistics.Law(5.0, 30.0, 0.3)(sizes) + np.random.default_rng(0).normal(0, 0.02, (7, 5))
+    together = statistics.fit(sizes, losses)
+    for i, row in enumerate(losses):
+        assert [float(part[i]) for part in together] == pytest.approx(list(statistics.fit(sizes, row)))
+    growing = statistics.fit([1e4, 1e5, 1e6, 1e7], [5.0, 5.1, 5.2, 5.3])
+    assert growing.factor == 0, "losses that grow with size have no exponent to offer"
+    assert float(growing(1e9)) == pytest.approx(5.15)
+    with pytest.raises(ValueError, match="needs 4 sizes, there are 3"):
+        statistics.fit([1, 2, 3, 3], [4, 3, 2, 2])
+
+
+def test_a_prediction_has_a_band_only_where_there_are_seeds():
+    true = statistics.Law(5.0, 30.0, 0.3)
+    sizes = [1e4, 1e5, 2e5, 4e5, 8e5]
+    rng = np.random.default_rng(1)
+    single = statistics.predict({n: [float(true(n))] for n in sizes}, 4e6)
+    assert single["low"] is None
+    assert single["without_low"] <= single["predicted"] <= single["without_high"]
+    several = statistics.predict({n: list(true(n) + rng.normal(0, 0.01, 3)) for n in sizes}, 4e6)
+    assert several["low"] < several["predicted"] < several["high"]
+    assert several["low"] < float(true(4e6)) < several["high"]
+
+
+# -- the prediction before the run ---------------------------------------------------------------------------
+
+
+def test_the_largest_starts_only_after_its_prediction_and_carries_its_hash(root, capsys):
+    write(root)
+    with pytest.raises(InputError, match="not trained yet: w32d1, w32d2, w32d4, w64d1"):
+        scaling.predict(work())
+    here = work()
+    assert grids.run_grid(here, [pair for pair in here.runs() if pair[1] == 0], Options()) == 4
+    with pytest.raises(InputError, match=r"not trained yet: w32d1 seed 1.*--early predicts without them"):
+        scaling.predict(work())
+    early = scaling.predict(work(), early=True)
+    assert early.params["seeds"] == 1
+
+    # A prediction is of one configuration: the arm that is trained longer is barred again.
+    write(root, arms=FILE["arms"] | {"largest": {"size": "w64d4", "seeds": [0], "train": {"epochs": 2}}})
+    capsys.readouterr()
+    assert run_all() == 4
+    assert "largest, seed 0: barred until it is predicted" in capsys.readouterr().out
+    assert "barred: not predicted yet" in grids.grid_status(work(), work().runs())[4]
+    result = scaling.predict(work())
+    predicted = work().rows("prediction")[-1]
+    assert predicted["kind"] == "predicted"
+    assert len(predicted["configuration"]["fitted_to"]) == 8
+    assert run_all() == 1
+    row = next(r for r in work().rows("learning_curve") if r["own_params"]["model"] == "largest")
+    assert row["configuration"]["prediction"] == predicted["params_hash"]
+    assert row["metrics"]["non_embedding"] == count_parameters(model_config("w64d4"))["non_embedding"]
+    rows = work().rows("learning_curve") + work().rows("prediction")
+    error = scaling.outcome(rows, "trial")["error"]
+    assert error == pytest.approx(result.metrics["predicted"] - row["metrics"]["lowest_valid_loss"])
+    with pytest.raises(InputError, match=r"has begun \(seed 0\): what is known cannot be predicted"):
+        scaling.predict(work())
+    assert scaling.predict_main(["trial", "--report"]) == 0
+    assert "measured" in capsys.readouterr().out
+
+
+def test_the_learning_rates_of_the_committed_grids_follow_the_rule():
+    files = sorted((system.params() / "grids").glob("scaling-*.yaml"))
+    assert files
+    for file in files:
+        arms = grids.read_grid(file.stem).arms
+        base = next(arm.train["learning_rate"] for arm in arms if arm.name == "w128d2")
+        assert base == scaling.BASE_RATE * (2 if file.stem == "scaling-ml-1m" else 1)  # by trials
+        for arm in arms:
+            width = SIZES[arm.size]["hidden_dim"]
+            factor = {"half": 0.5, "twice": 2.0}.get(arm.name.split()[-2] if "rate" in arm.name else "", 1.0)
+            assert arm.train["learning_rate"] == pytest.approx(factor * scaling.learning_rate(width, base))
+
+
+# -- the runs of notebook 03 ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dataset(root, monkeypatch):
+    monkeypatch.setenv("RECLIB_MODELS", str(root / "models"))
+    write(root)
+    return work().dataset
+
+
+def asked(profile: str = "smoke", **changes):
+    small = {"sizes": ["w32d1"], "epochs": 1, "batch_size": 8, "max_len": 20, "tuned": False}
+    return parameters.build("03_scaling", parameters.profile("03_scaling", profile) | small | changes)
+
+
+@pytest.fixture
+def p(monkeypatch):
+    """Smoke parameters, read before the project root is another."""
+    with monkeypatch.context() as patch:
+        patch.delenv("RECLIB_ROOT", raising=False)
+        return asked()
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_allocated(p, dataset, monkeypatch):
+    monkeypatch.setattr(fit_module, "Bert4Rec", lambda config: pytest.fail("a model was made"))
+    large, split = scaling.sized(p, dataset, "430m"), leave_one_out(dataset)
+    with pytest.raises(InputError, match=r"this does not fit: estimated .* GiB .*") as caught:
+        demand_room(large.model, large.train, split.train, resolve("cpu"), 2**30)
+    assert "hidden_dim" in str(caught.value) or "smaller size" in str(caught.value)
+    monkeypatch.setattr("reclib.cost.work.machine_bytes", lambda: 2**30)
+    with pytest.raises(InputError, match=r"this does not fit: estimated .* of 0\.95 usable; .*"):
+        fit_module.fit(large.model, dataset, large.train, resolve("cpu"))
+
+
+def test_an_l4_trains_the_largest_named_size_at_the_full_profile():
+    lengths = np.random.default_rng(0).geometric(1 / 9.25, 20_000) + 4
+    full = parameters.profile("03_scaling", "full")
+    model = model_config("430m")
+    p, whole = (parameters.build("03_scaling", full | more) for more in ({}, {"micro_batch_size": 512}))
+    memory = require_fit(model, scaling.recipe(p, "430m", 0), lengths, 23 * 10**9, "bf16", "cuda")
+    assert memory.total < 23e9
+    larger = training_memory(model, scaling.recipe(whole, "430m", 0), lengths, "bf16", "cuda")
+    assert larger.total > memory.total, "that is what accumulation is for"
+
+
+def test_tuned_settings_are_taken_for_their_size_and_data_only(p, dataset):
+    by = {"study": "a-study", "trial": 3, "trials": 9, "time": "2026-01-01T00:00:00"}
+    chosen = Tuned({"dropout": 0.33}, {"mask_prob": 0.55, "epochs": 99}, by)
+    scaling.write_tuned("w32d1", dataset.name, dataset.fingerprint, chosen)
+    untuned = scaling.sized(p, dataset, "w32d1")
+    assert (untuned.model.dropout, untuned.title) == (p.dropout, "w32d1")
+    tuned = scaling.sized(replace(p, tuned=True), dataset, "w32d1")
+    assert (tuned.model.dropout, tuned.train.mask_prob, tuned.train.epochs) == (0.33, 0.55, 1)
+    assert tuned.title == "w32d1 (tuned)"
+    assert scaling.sized(replace(p, tuned=True), dataset, "w32d2").model.dropout == p.dropout
+    row = scaling.settings([tuned]).loc["w32d1"]
+    assert (row["mask_prob"], row["from"]) == (0.55, "a-study, trial 3 of 9, 2026-01-01")
+    file = scaling.write_tuned("w32d1", dataset.name, "0" * 64, chosen)
+    with pytest.raises(InputError, match=r"w32d1-synthetic\.yaml: tuned on synthetic .* tune anew"):
+        scaling.sized(replace(p, tuned=True), dataset, "w32d1")
+    file.write_text("size: w32d1\n")
+    with pytest.raises(InputError, match=r"w32d1-synthetic\.yaml: not of the form .*fingerprint"):
+        scaling.sized(replace(p, tuned=True), dataset, "w32d1")
+
+
+def test_a_kept_model_recommends_what_the_trained_one_does_and_refuses_what_it_does_not_know(p, dataset):
+    with pytest.raises(InputError, match=r"no model 'm' is kept; here: none"):
+        saving.load_model("m")
+    one, split = scaling.sized(p, dataset, "w32d1"), leave_one_out(dataset)
+    given = ("03_scaling", p, dataset, split, resolve("cpu"), one.model, one.train, "a title")
+    run = baseline.train_model(*given)
+    folder = saving.save_model(run.trainer.model, run.trainer.config, dataset, "m", run.best())
+    assert {file.name for file in folder.iterdir()} == {"model.safetensors", "config.json", "manifest.json"}
+    model = saving.load_model("m")
+    recommended = [item.key for item in model.recommend(model.keys[:3], k=5)]
+    assert not set(recommended) & set(model.keys[:3])
+    config = run.trainer.model.config
+    with torch.no_grad():
+        rows = torch.tensor([[1, 2, 3, config.mask_id]])
+        hidden = run.trainer.model.eval().encode(rows, torch.ones_like(rows), torch.arange(4)[None])
+        scores = run.trainer.model.logits(hidden[0, -1:])[0, 1 : config.num_items + 1]
+    scores[:3] = -torch.inf
+    assert recommended == [model.keys[int(i)] for i in scores.topk(5).indices]
+
+    with pytest.raises(InputError, match="the history is empty"):
+        model.recommend([])
+    with pytest.raises(InputError, match="unknown item 'nothing'"):
+        model.recommend(["nothing"])
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"sha256": "0"}))
+    with pytest.raises(InputError, match="damaged model m"):
+        saving.load_model("m")

@@ -1,0 +1,191 @@
+"""Scoring a grid: what is recorded, from which weights, how often, and what cannot be scored."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import PLACES
+from small_grid import FILE, light_scoring, work, write
+
+from reclib import records
+from reclib.config import InputError
+from reclib.evaluate import metrics
+from reclib.experiments import baseline, grids
+from reclib.experiments.notebook import Result
+from reclib.report import tables
+from reclib.train.fit import Options
+
+ARMS = {
+    "bert4rec": {"final": True},
+    "twin": {"train": {"objective": "next_item"}, "final": True},
+    "bert4rec (past)": {"split": "global_time", "final": True, "seeds": [0]},
+    "bert4rec (users)": {"split": "random_users", "final": True, "seeds": [0]},
+    "wide": {"model": {"hidden_dim": 64}, "seeds": [0]},
+}
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scored")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in PLACES:
+            patch.setenv(name, str(folder / name.lower()))
+        light_scoring(patch)
+        write(folder, arms=ARMS)
+        here = work()
+        grids.run_grid(here, here.runs(), Options())
+        yield grids.score(here)
+
+
+def named(results: list[Result], name: str, **params: object) -> list[Result]:
+    return [r for r in results if r.name == name and params.items() <= r.params.items()]
+
+
+def means(results: list[Result]) -> dict[tuple[str, int | None], dict]:
+    return {(r.params["model"], r.seed): r.metrics for r in named(results, "test_metrics")}
+
+
+def test_a_grid_is_scored_with_baselines_and_intervals(scored):
+    here = work()
+    rows = here.rows("test_metrics")
+    assert [row["metrics"] for row in rows] == [r.metrics for r in named(scored, "test_metrics")]
+    overall = {model: numbers for (model, seed), numbers in means(scored).items() if seed is None}
+    assert {"bert4rec", "twin", "popularity", "markov", "item_knn", "ease"} <= overall.keys()
+    assert "wide" not in overall
+    assert all(one["ndcg@10_low"] <= one["ndcg@10"] <= one["ndcg@10_high"] for one in overall.values())
+    arm = here.grid.arms[0]
+    files = [np.load(here.ranks_file(arm, seed)) for seed in arm.seeds]
+    hits = np.mean([metrics.hit(file["test"], 10) for file in files], axis=0)
+    assert overall["bert4rec"]["hr@10"] == pytest.approx(hits.mean())
+    assert {seed for model, seed in means(scored) if model == "bert4rec"} == {None, 0, 1}
+
+
+def test_comparisons_are_paired_corrected_and_need_three_seeds(scored):
+    rows = named(scored, "comparison")
+    assert {row.params["against"] for row in rows} == {"bert4rec"}
+    assert all(row.metrics["adjusted_p"] >= row.metrics["p"] for row in rows)
+    (twin,) = (row.metrics for row in named(rows, "comparison", model="twin", metric="hr@10"))
+    assert (twin["seeds"], twin["reference_seeds"]) == (2, 2), "too few for a claim"
+    assert twin["difference_low"] <= twin["difference"] <= twin["difference_high"]
+
+
+def test_protocols_are_labelled_and_sampled_ones_are_not_comparable(scored):
+    rows = {(row.params["model"], row.params["protocol"]): row.params for row in named(scored, "protocol")}
+    sampled = [params for params in rows.values() if "sampled, not comparable" in params["label"]]
+    assert sampled
+    assert not any(params["comparable"] for params in sampled)
+    assert rows["bert4rec", "global time, seen removed"]["comparable"]
+    assert not rows["bert4rec", "seed study's"]["comparable"]
+    assert ("bert4rec", "random users (the seed study's), seen removed") in rows
+
+
+def test_the_shuffle_control_moves_what_uses_order_and_nothing_else(scored):
+    rows = {row.params["model"]: row.metrics for row in named(scored, "shuffle_control")}
+    assert rows["ease"]["shuffled"] == rows["ease"]["ndcg@10"]  # blind to order
+    assert rows["markov"]["shuffled"] != rows["markov"]["ndcg@10"]
+    assert rows["markov"]["shuffled_but_last"] == rows["markov"]["ndcg@10"]  # looks at the last item only
+
+
+def test_groups_hold_every_user_once(scored):
+    rows = {row.params["by"]: row.series for row in named(scored, "groups", model="bert4rec")}
+    assert rows.keys() == {"history", "popularity", "time"}
+    assert {sum(series["users"]) for series in rows.values()} == {FILE["data"]["synthetic_users"]}
+    time = rows["time"]
+    assert set(time["group"]) <= {"same time as the item before", "later"}
+    for metric in ("hr@10", "ndcg@10"):
+        mean = np.average(time[metric], weights=time["users"])
+        assert mean == pytest.approx(means(scored)["bert4rec", None][metric])
+
+
+def test_arms_are_compared_on_validation_by_user_over_the_seeds_both_have(scored):
+    rows = {result.params["model"]: result.metrics for result in grids.compare(work())}
+    assert rows.keys() == {"twin", "wide"}  # another split is another question
+    assert (rows["twin"]["seeds"], rows["wide"]["seeds"]) == (2, 1)
+    one = rows["twin"]
+    assert one["difference"] == pytest.approx(one["value"] - one["base"])
+    assert one["seed_low"] <= one["difference"] <= one["seed_high"]
+    assert one["difference_low"] <= one["difference"] <= one["difference_high"]
+    assert all(row["p"] <= row["adjusted_p"] <= 1 for row in rows.values())  # Holm over the arms
+
+
+def test_kept_ranks_alone_give_the_same_again_and_count_as_the_same_configuration(scored, monkeypatch):
+    """Baselines join a grid whose weights are gone; a changed recipe is another look, a scoring is none."""
+    here = work()
+    monkeypatch.setattr(grids.Work, "train", lambda *_: pytest.fail("asked for weights"))
+    again = grids.score(here, from_ranks=True)
+    assert means(again) == means(scored)
+    assert ("pairwise_counts_with_validation", None) in means(again)
+    rows = here.rows("test_metrics") + here.rows("protocol")
+    for place, row in enumerate(rows):  # every scoring is counted
+        assert row["earlier"] == sum(r["params_hash"] == row["params_hash"] for r in rows[:place])
+    counts = tables.looks(rows)
+    where = here.dataset.fingerprint
+    assert counts[where, "leave-one-out", "bert4rec"] == counts[where, "leave-one-out", "causal"] == 1
+    wider = json.loads(json.dumps(rows))
+    for row in wider:
+        row["configuration"]["arms"]["bert4rec"]["model"]["hidden_dim"] *= 2
+    assert tables.looks(rows + wider)[where, "leave-one-out", "bert4rec"] == 2
+    file = here.ranks_file(here.grid.arms[0], 1)
+    kept = dict(np.load(file))
+    grids.save_ranks(file, {"valid": kept["valid"]})
+    with pytest.raises(InputError, match="no ranks on the test split are kept of bert4rec seed 1"):
+        grids.score(here, from_ranks=True)
+    grids.save_ranks(file, kept)
+
+
+def test_a_seed_that_chose_the_recipe_does_not_judge_it(scored, monkeypatch):
+    here = work()
+    arm = here.grid.arms[0]
+    trial = {"name": "learning_curve", "params_hash": here.key(arm, 1), "data": {"name": "trials-x"}}
+    other = {"name": "learning_curve", "params_hash": here.key(arm, 0), "data": {"name": "scaling-x"}}
+    monkeypatch.setattr(records, "committed", lambda: [trial, other])
+    again = grids.score(here, from_ranks=True)
+    assert {row.metrics["reference_seeds"] for row in named(again, "comparison")} == {1}
+    assert here.rows("comparison")[-1]["configuration"]["seeds_left_out"] == {"bert4rec": [1]}
+    assert means(again) == means(scored), "it stays in the means"
+
+
+def test_what_a_run_showed_on_the_test_split_is_kept_and_read_again(scored, monkeypatch):
+    here = work()
+    arm = here.grid.arms[0]
+    test = baseline.draw(here.dataset, here.split(arm).test)
+    fresh = baseline.assess_trained(here.train(arm, 0, Options()), test)
+    monkeypatch.setattr(baseline, "assess_trained", lambda *_: pytest.fail("looked at the test split again"))
+    kept = grids.assess_run(here, arm, 0, test)
+    assert kept.outcomes.keys() == fresh.outcomes.keys()
+    for name, outcome in fresh.outcomes.items():
+        assert kept.outcomes[name][:3] == outcome[:3]
+        assert np.array_equal(kept.outcomes[name].ranks, outcome.ranks)
+    for field in ("shuffled", "shuffled_but_last", "top"):
+        assert np.array_equal(getattr(kept, field), getattr(fresh, field))
+
+
+def test_what_is_not_trained_cannot_be_scored(root):
+    write(root, arms=ARMS)
+    with pytest.raises(InputError, match="not trained yet: bert4rec seed 0, bert4rec seed 1, twin seed 0"):
+        grids.score(work())
+    write(root, arms={"bert4rec": {}})
+    with pytest.raises(InputError, match="it has no final arm"):
+        grids.score(work())
+
+
+def test_runs_so_far_keep_what_they_show_and_a_later_scoring_needs_no_weights(root, capsys, monkeypatch):
+    light_scoring(monkeypatch)
+    write(root, arms={"base": {"final": True}})
+    here = work()
+    arm = here.grid.arms[0]
+    grids.run_grid(here, [(arm, 0)], Options())
+    capsys.readouterr()
+    assert grids.score_main(["trial", "--keep"]) == 0
+    said = capsys.readouterr().out
+    assert said.splitlines()[-1] == "kept: base seed 0"
+    assert "@10" not in said
+    assert not here.rows("test_metrics")
+
+    shutil.rmtree(here.folder(arm, 0))  # the machine that trained seed 0 is gone
+    grids.run_grid(here, [(arm, 1)], Options())
+    assert {seed for model, seed in means(grids.score(here)) if model == "base"} == {None, 0, 1}
+    assert not here.folder(arm, 0).exists()

@@ -1,0 +1,214 @@
+"""Tuning: a budget that is kept whoever dies, two processes on one study, settings kept to their data."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import pytest
+from conftest import ROOT
+from small_grid import FILE as GRID
+from small_grid import light_scoring, write_params
+
+from reclib import records as reclib_records
+from reclib import system
+from reclib.config import InputError
+from reclib.data.prepare import prepare
+from reclib.experiments import scaling
+from reclib.hardware import resolve
+from reclib.train import saving
+from reclib.train.fit import Options
+
+FILE = {
+    "about": "a test",
+    "data": GRID["data"],
+    "size": "nano",
+    "seed": 0,
+    "trials": 7,
+    "minutes": 10,
+    "seeds": [0, 1],
+    "model": {"max_len": 20},
+    "train": {"epochs": 3, "batch_size": 20, "eval_every": 1},
+    "space": {
+        "learning_rate": {"low": 1e-5, "high": 0.1, "log": True},
+        "model.dropout": {"low": 0.0, "high": 0.5},
+        "last_item_share": {"choices": [0.0, 0.5]},
+    },
+}
+
+
+def write(**changes: object) -> None:
+    write_params("tuning", FILE | changes)
+
+
+def study() -> scaling.Study:
+    plan = scaling.read_tuning("trial")
+    return scaling.Study(plan, prepare(plan.data), resolve("cpu"))
+
+
+def run(one: scaling.Study) -> int:
+    return scaling.run(one, Options(), "none")
+
+
+def states(one: scaling.Study) -> Counter[str]:
+    return Counter(trial.state.name for trial in one.trials())
+
+
+def records(one: scaling.Study) -> list[dict]:
+    return reclib_records.latest(one.work().rows("trial"))
+
+
+def test_a_study_runs_to_its_budget_once_and_its_choice_is_picked_up(root, capsys, monkeypatch):
+    write()
+    assert scaling.tune_main(["run", "trial", "--tracker", "none"]) == 0
+    assert "written: nano-synthetic.yaml" in capsys.readouterr().out
+    one = study()
+    assert len(one.finished()) == len(records(one)) == 7
+    assert run(one) == 0
+    best = one.best()
+    chosen = scaling.read_tuned("nano", one.dataset.name, one.dataset.fingerprint)
+    assert chosen is not None
+    assert chosen.train["learning_rate"] == best.params["learning_rate"]
+    assert chosen.model["dropout"] == best.params["model.dropout"]
+    assert chosen.chosen_by["trials"] == 7
+    curve = next(r for r in records(one) if r["own_params"]["trial"] == best.number)
+    assert max(curve["series"]["valid_ndcg@10"]) == best.value
+    assert (one.trial_folder(best.params) / "best").is_dir()
+
+    monkeypatch.setenv("RECLIB_RUNS", str(root / "again"))  # the same seed draws the same trials
+    again = study()
+    run(again)
+    assert [(t.params, t.value) for t in again.trials()] == [(t.params, t.value) for t in one.trials()]
+
+
+def test_a_trial_behind_the_median_is_pruned_and_counts(root):
+    write(trials=5, space={"learning_rate": {"low": 1e-9, "high": 0.1, "log": True}})
+    one = study()
+    for rate in (0.02, 0.021, 0.022, 0.023, 1e-9):
+        one.open(0).enqueue_trial({"learning_rate": rate})
+    run(one)
+    assert states(one) == {"COMPLETE": 4, "PRUNED": 1}
+    pruned = next(row for row in records(one) if row["own_params"]["state"] == "pruned")
+    assert pruned["own_params"]["learning_rate"] == 1e-9
+    assert len(pruned["series"]["epoch"]) < 3
+
+
+def checkpoint_of(one: scaling.Study) -> int:
+    newest = [saving.latest(folder) for folder in one.folder.glob("*/")]
+    return max((int(path.name.removeprefix("step-")) for path in newest if path), default=0)
+
+
+@pytest.mark.slow
+def test_sigkill_loses_and_doubles_no_trial(root):
+    """The killed trial is told as failed, run again with its settings, and goes on from its checkpoint."""
+    long = FILE["train"] | {"epochs": 30, "eval_every": 2, "checkpoint_seconds": 0}
+    write(trials=3, train=long)
+    prepare(scaling.read_tuning("trial").data)
+    command = [sys.executable, "-m", "reclib", "tune", "run", "trial", "--tracker", "none"]
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    one = study()
+    deadline = time.monotonic() + 60
+    while checkpoint_of(one) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert states(one) == {"RUNNING": 1}
+    (dead,) = one.trials()
+    write(trials=3, train=long, about="the same study")
+    steps: list[int] = []
+    again = study()
+    assert again.key == one.key
+    assert again.one(Options(on_step=lambda stats: steps.append(stats.step)))
+    assert steps[0] > 1, "it went on from the checkpoint"
+    run(again)
+    assert states(again)["FAIL"] == 1
+    assert len(again.finished()) == len(records(again)) == 3
+    assert sum(states(again).values()) == 4, "the killed one, and three that count"
+    repeated = [t for t in again.trials() if t.user_attrs.get("again") == dead.number]
+    assert [t.params for t in repeated] == [dead.params]
+
+
+def _run_study() -> None:
+    run(study())
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_study(root):
+    write()
+    prepare(scaling.read_tuning("trial").data)
+    context = multiprocessing.get_context("spawn")
+    both = [context.Process(target=_run_study) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(200)
+    assert [process.exitcode for process in both] == [0, 0]
+    one = study()
+    assert len(one.finished()) == sum(states(one).values()) == len(records(one)) == 7
+    assert len({str(t.params) for t in one.trials()}) == 7
+
+
+def test_a_trial_that_somebody_holds_is_left_to_them_and_default_is_compared_with_tuned(root, monkeypatch):
+    light_scoring(monkeypatch)
+    write(trials=2)
+    one = study()
+    with pytest.raises(InputError, match="nothing is tuned yet"):
+        scaling.compare(one, Options())
+    _, trial = one.claim()
+    with one.lock(trial.number):
+        assert one.one(Options())
+        assert states(one)["RUNNING"] == 1
+        assert not one.one(Options()), "one is done and one is somebody's: that is the budget"
+    assert one.one(Options())
+    assert len(one.finished()) == 2
+    one.choose()
+    results = {r.name: r for r in scaling.compare(study(), Options()) if r.params["model"] == "tuned"}
+    assert results["validation_difference"].metrics["seeds"] == 2
+    assert results["comparison"].params["against"] == "default"
+
+
+def test_the_first_trial_is_the_recipe_as_it_stands(root):
+    rates = {"low": 1e-5, "high": 0.1, "log": True}
+    write(space={"learning_rate": rates, "model.dropout": {"choices": [0.1]}})
+    _, trial = study().claim()
+    assert study().draw(trial) == {"learning_rate": 1e-3, "model.dropout": 0.1}
+    write(space={"learning_rate": {"low": 0.01, "high": 0.1}})
+    assert scaling.read_tuning("trial").default() == {}, "outside the space"
+
+
+def test_a_trial_that_diverges_counts_and_is_not_tried_again(root):
+    write(trials=1, space={"learning_rate": {"choices": [1e30]}}, train=FILE["train"] | {"clip_norm": None})
+    one = study()
+    assert one.one(Options())
+    assert not one.one(Options())
+    assert "diverged" in one.finished()[0].user_attrs
+    with pytest.raises(InputError, match="no trial that ran to its end"):
+        one.choose()
+
+
+def test_what_a_tuning_file_may_not_say(root):
+    for changes, message in [
+        ({"trails": 3}, "unknown parameter 'trails'"),
+        ({"trials": "many"}, "parameter 'trials' is 'many'"),
+        ({"space": {"learning_rate": {"low": 1}}}, "space of 'learning_rate': expected low and high"),
+        ({"space": {"learnin_rate": {"low": 1.0, "high": 2.0}}}, "unknown parameter 'learnin_rate'"),
+        ({"model": {"hidden_dim": 7, "num_heads": 2}}, "hidden_dim=7 must be divisible by num_heads=2"),
+    ]:
+        write(**changes)
+        with pytest.raises(InputError, match=r"trial\.yaml") as caught:
+            scaling.read_tuning("trial")
+        assert message in str(caught.value)
+
+
+def test_the_files_of_the_project_can_be_read():
+    names = [file.stem for file in (system.params() / "tuning").glob("*.yaml")]
+    assert names
+    for name in names:
+        plan = scaling.read_tuning(name)
+        assert plan.trials > 0
+        assert plan.configs(10, plan.default()) == plan.configs(10, {}), "the first trial is the recipe"
