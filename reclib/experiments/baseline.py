@@ -31,18 +31,9 @@ from reclib.evaluate.statistics import Interval
 from reclib.experiments.notebook import Result
 from reclib.hardware import Device
 from reclib.model.bert4rec import count_parameters
-from reclib.train import distributed
-from reclib.train.fit import (
-    SELECT,
-    Curves,
-    Options,
-    Setup,
-    data_identity,
-    fit,
-    is_finished,
-    start_tracker,
-    write_setup,
-)
+from reclib.report import tables
+from reclib.train import distributed, fit
+from reclib.train.fit import SELECT, Curves, Options, Setup, data_identity
 from reclib.train.trainer import Trainer
 
 OBJECTIVES = {"bert4rec": "cloze", "causal": "next_item"}  # the models of notebook 02
@@ -66,9 +57,11 @@ class Trained:
 
     def curve(self) -> dict[str, list[float]]:
         """Return the columns of the learning curve, one value per evaluation."""
-        names = {"train_loss": "train_loss", f"valid_{SELECT}": SELECT, "tokens": "tokens"}
-        names = {"epoch": "epoch", **names, "valid_loss": "valid_loss"}
-        return {name: [row[key] for row in self.trainer.progress.history] for name, key in names.items()}
+        rows = self.trainer.progress.history
+        curve = {
+            name: [row[name] for row in rows] for name in ("epoch", "train_loss", "tokens", "valid_loss")
+        }
+        return curve | {f"valid_{SELECT}": [row[SELECT] for row in rows]}
 
     def best(self) -> dict[str, float]:
         """Return validation at the chosen epoch."""
@@ -92,16 +85,13 @@ class Trained:
         those of one epoch times the epochs done; windows and masks are drawn anew in each, which moves the
         count by less than its third digit.
         """
-        trainer = self.trainer
+        trainer, progress = self.trainer, self.trainer.progress
         parameters = count_parameters(trainer.model.config)
         one = epoch_flops(trainer.model.config, trainer.config, trainer.histories)
-        return {
-            "item_tables": parameters["item_tables"],
-            "non_embedding": parameters["non_embedding"],
-            "trained_tokens": trainer.progress.tokens,
-            "training_flops": one.total * trainer.progress.step / trainer.steps_per_epoch,
-            "head_share": one.head / one.total,
-        }
+        flops = one.total * progress.step / trainer.steps_per_epoch
+        numbers: dict[str, float] = {name: parameters[name] for name in ("item_tables", "non_embedding")}
+        numbers |= {"trained_tokens": progress.tokens, "training_flops": flops}
+        return numbers | {"head_share": one.head / one.total}
 
     def timings(self) -> dict[str, float]:
         """Return what the run took."""
@@ -185,18 +175,18 @@ def train_model(
     data = data_identity(dataset, split)
     folder = run_folder(notebook, model, train, data, p.nproc)
     if p.nproc > 1:
-        if not is_finished(folder):
+        if not fit.is_finished(folder):
             given = DataConfig(dataset=p.dataset, min_user=p.min_user, min_item=p.min_item)
             setup = Setup(given, train, None, asdict(model), split.name, data, notebook, title)
-            write_setup(folder / "run.json", setup)
+            fit.write_setup(folder / "run.json", setup)
             words = ["--run", str(folder / "run.json"), "--out", str(folder)]
             distributed.apart([*words, "--gpu", p.gpu, "--tracker", p.tracker], p.nproc)
-        return Trained(train.seed, fit(model, dataset, train, device, folder, split=split))
+        return Trained(train.seed, fit.fit(model, dataset, train, device, folder, split=split))
     about = {"model": asdict(model), "train": asdict(train), "data": data}
-    with start_tracker(p.tracker, notebook, title, about) as track:
+    with fit.start_tracker(p.tracker, notebook, title, about) as track:
         curves = Curves(track, device)
         options = Options(on_step=curves.step, on_evaluation=curves.evaluation)
-        return Trained(train.seed, fit(model, dataset, train, device, folder, options, split))
+        return Trained(train.seed, fit.fit(model, dataset, train, device, folder, options, split))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -429,6 +419,13 @@ def _beyond_accuracy(model: Model, dataset: Dataset) -> Result:
     }
     means = {name: float(np.mean(of_seeds)) for name, of_seeds in values.items()}
     return Result("beyond_accuracy", means, {"model": model.name, "k": TOP_K})
+
+
+def histogram(model: Model) -> Result:
+    """Return how the ranks of the test targets are distributed, of the first seed."""
+    ranks = model.runs[0].ranks
+    numbers = {"median_rank": float(np.median(ranks))}
+    return Result("rank_histogram", numbers, {"model": model.name}, tables.rank_bins(ranks))
 
 
 def flat(intervals: Mapping[str, Interval]) -> dict[str, float]:

@@ -142,8 +142,11 @@ def read_grid(name: str) -> Grid:
             arm_configs(arm, num_items=10, seed=0)
             with naming(f"arm {arm.name!r}"):
                 changed(grid.data, **arm.data)
-        if grid.predicts:
-            _check_predicts(grid.predicts, [arm.name for arm in arms])
+        names, predicts = [arm.name for arm in arms], grid.predicts
+        if predicts and (unknown := {predicts.of, *predicts.sources} - set(names)):
+            raise InputError(f"predicts names {min(unknown)!r}, which is no arm; arms: {', '.join(names)}")
+        if predicts and predicts.of in predicts.sources:
+            raise InputError(f"predicts {predicts.of!r} from itself")
     return grid
 
 
@@ -151,14 +154,6 @@ def _arm(shared: Fields, name: str, own: Fields) -> Arm:
     with naming(f"arm {name!r}"):
         parts = {part: {**shared[part], **own.get(part, {})} for part in ("model", "train")}
         return validated(Arm, {**shared, **own, **parts, "name": name})
-
-
-def _check_predicts(predicts: Predicts, arms: Sequence[str]) -> None:
-    for name in [predicts.of, *predicts.sources]:
-        if name not in arms:
-            raise InputError(f"predicts names {name!r}, which is no arm; arms: {', '.join(arms)}")
-    if predicts.of in predicts.sources:
-        raise InputError(f"predicts {predicts.of!r} from itself")
 
 
 def arm_configs(arm: Arm, num_items: int, seed: int) -> tuple[ModelConfig, TrainConfig]:
@@ -224,19 +219,13 @@ class Work:
         key = self.key(arm, seed)
         return next((row for row in self.rows("learning_curve")[::-1] if row["params_hash"] == key), None)
 
-    def trained(self, arm: Arm, seed: int) -> bool:
-        """Whether a run has a record of its training."""
-        return self.curve(arm, seed) is not None
-
     def begun(self, arm: Arm, seed: int) -> bool:
         """Whether a run has a record or a checkpoint."""
-        return self.trained(arm, seed) or any(self.folder(arm, seed).glob("step-*"))
+        return self.curve(arm, seed) is not None or any(self.folder(arm, seed).glob("step-*"))
 
     def not_trained(self, arms: Sequence[Arm]) -> list[str]:
         """Return the runs of arms that have no record of their training."""
-        return [
-            f"{arm.name} seed {seed}" for arm in arms for seed in arm.seeds if not self.trained(arm, seed)
-        ]
+        return [f"{arm.name} seed {seed}" for arm in arms for seed in arm.seeds if not self.curve(arm, seed)]
 
     def configuration(self, arm: Arm) -> Fields:
         """Return what an arm is, whatever the seed, with the data's fingerprint."""
@@ -284,6 +273,8 @@ class Work:
     ) -> None:
         """Append a record, in the form of `records.Run.result`, with the grid's name as that of its data."""
         data = dataset or self.dataset
+        about = {"name": self.grid.name, "fingerprint": data.fingerprint, "users": data.num_users}
+        about |= {"items": data.num_items, "interactions": data.num_interactions}
         row = records.row(
             self.grid.notebook,
             result.name,
@@ -293,14 +284,7 @@ class Work:
             params={"grid": self.grid.name},
             own_params=result.params,
             params_hash=key,
-            data={
-                "name": self.grid.name,
-                "fingerprint": data.fingerprint,
-                "users": data.num_users,
-                "items": data.num_items,
-                "interactions": data.num_interactions,
-                "test_targets_sha256": data.manifest["test_targets_sha256"],
-            },
+            data=about | {"test_targets_sha256": data.manifest["test_targets_sha256"]},
             timings=timings,
             series=result.series,
             seed=result.seed,
@@ -339,7 +323,7 @@ def run_grid(work: Work, chosen: Sequence[tuple[Arm, int]], options: Options) ->
             print(f"{work.grid.name}: {arm.name}, seed {seed}: barred until it is predicted", flush=True)
             continue
         with system.locked(work.folder(arm, seed) / "lock") as held:
-            if not held or work.trained(arm, seed):
+            if not held or work.curve(arm, seed):
                 continue
             print(f"{work.grid.name}: {arm.name}, seed {seed}", flush=True)
             run = Trained(seed, work.train(arm, seed, options))
@@ -438,7 +422,7 @@ def keep(work: Work) -> list[str]:
     for _, part in work.parts(final):
         test = baseline.draw(part.dataset, SPLITS[MAIN_SPLIT](part.dataset).test)
         for arm, seed in part.runs():
-            if part.trained(arm, seed):
+            if part.curve(arm, seed):
                 assess_run(part, arm, seed, test)
                 names.append(f"{arm.name} seed {seed}")
     return names
@@ -474,7 +458,10 @@ def _score(work: Work, data: Fields, from_ranks: bool) -> list[Result]:
             name = arm.name.split(" (")[0]  # "causal (global time)": the protocol says the rest
             found += baseline.other_split(trainer, work.split(arm), SAMPLES, name, seed)
     keys = {f"{arm.name} seed {seed}": work.key(arm, seed) for arm, seed in work.runs()}
-    arms = {arm.name: _recorded(work, arm) for arm in work.grid.arms}
+    arms = {}
+    for arm in work.grid.arms:
+        model, train = (asdict(one) for one in work.configs(arm, arm.seeds[0]))
+        arms[arm.name] = {"model": model, "train": train, "split": arm.split, "seeds": arm.seeds}
     made = {"runs": keys, "baselines": chosen, "bootstrap_samples": SAMPLES, "arms": arms}
     made |= {"looks": looks_before(work), "seeds_left_out": out} | ({"data": data} if data else {})
     key = records.params_hash({"scored": keys, "data": work.dataset.fingerprint})
@@ -482,11 +469,6 @@ def _score(work: Work, data: Fields, from_ranks: bool) -> list[Result]:
         own = records.params_hash({"of": key, "own": result.params, "seed": result.seed})
         work.write(own, result, made, {})
     return found
-
-
-def _recorded(work: Work, arm: Arm) -> Fields:
-    model, train = work.configs(arm, arm.seeds[0])
-    return {"model": asdict(model), "train": asdict(train), "split": arm.split, "seeds": arm.seeds}
 
 
 def choosing_seeds(work: Work) -> dict[str, list[int]]:
@@ -520,7 +502,7 @@ def compare(work: Work) -> list[Result]:
         base = part.grid.arms[0]
         values = {}
         for arm in part.grid.arms:
-            files = [part.ranks_file(arm, seed) for seed in arm.seeds if part.trained(arm, seed)]
+            files = [part.ranks_file(arm, seed) for seed in arm.seeds if part.curve(arm, seed)]
             if arm.split == base.split and files:
                 values[arm.name] = np.stack([metrics.ndcg(np.load(file)["valid"], 10) for file in files])
         if base.name not in values:
@@ -554,19 +536,21 @@ def command(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | No
     return told
 
 
-def add_place(parser: Parser) -> None:
-    """Add the options that every command of an experiment has: name, dataset and device."""
-    parser.add_argument("name", help="an experiment file of params, without .yaml")
-    parser.add_argument("--dataset", help="another place of the same data: a file or a prepared folder")
-    parser.add_argument("--gpu", default="auto", help="auto, cpu or a gpu label (auto)")
-
-
-def opened(given: argparse.Namespace) -> Work:
-    """Return the work of a command's grid on its data and device."""
+def opened(parser: Parser, argv: list[str] | None) -> tuple[argparse.Namespace, Work]:
+    """Parse a command's options with those that every command of a grid has; return them and its work."""
+    given = placed(parser, argv)
     grid = read_grid(given.name)
     if given.dataset:
         grid = replace(grid, data=changed(grid.data, dataset=given.dataset))
-    return Work(grid, prepare(grid.data), resolve(given.gpu))
+    return given, Work(grid, prepare(grid.data), resolve(given.gpu))
+
+
+def placed(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
+    """Parse a command's options and those of every experiment: name, dataset and device."""
+    parser.add_argument("name", help="an experiment file of params, without .yaml")
+    parser.add_argument("--dataset", help="another place of the same data: a file or a prepared folder")
+    parser.add_argument("--gpu", default="auto", help="auto, cpu or a gpu label (auto)")
+    return parser.parse_args(argv)
 
 
 def choose(work: Work, arms: Sequence[str] | None, seeds: Sequence[int] | None) -> list[tuple[Arm, int]]:
@@ -589,11 +573,9 @@ def grid_main(argv: list[str] | None = None) -> int:
     system.hold()
     parser = Parser(prog="python -m reclib grid", description=__doc__.split("\n")[0])
     parser.add_argument("action", choices=("run", "status"))
-    add_place(parser)
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="some arms only")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="some seeds only")
-    given = parser.parse_args(argv)
-    work = opened(given)
+    given, work = opened(parser, argv)
     chosen = choose(work, given.arms, given.seeds)
     if given.action == "run":
         run_grid(work, chosen, Options(progress_bar=sys.stderr.isatty()))
@@ -605,15 +587,13 @@ def grid_main(argv: list[str] | None = None) -> int:
 def score_main(argv: list[str] | None = None) -> int:
     """Score a grid and print its table."""
     parser = Parser(prog="python -m reclib score", description="Score a grid's final runs on the test split.")
-    add_place(parser)
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--validation", action="store_true", help="compare all arms with the first on it")
     instead.add_argument("--keep", action="store_true", help="keep what the runs so far show on test, unseen")
     instead.add_argument(
         "--from-ranks", action="store_true", help="from kept ranks: no weights, no other split"
     )
-    given = parser.parse_args(argv)
-    work = opened(given)
+    given, work = opened(parser, argv)
     if given.keep:
         print("kept:", ", ".join(keep(work)) or "no run is trained yet")
         return 0

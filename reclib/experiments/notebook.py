@@ -1,10 +1,9 @@
-"""What every notebook opens with, and how it records, draws and sums up.
+"""The opening of every notebook, and how it records, draws and sums up.
 
-study = open_notebook("02_baseline", globals())
-study.p, study.device, study.dataset              # parameters, device, prepared data
-study.record(Result("answer", {"hr@10": 0.1}))    # to the records; one table for all of a call
-study.show("metric_comparison")                   # a figure of what this run recorded
-study.findings()                                  # sentences written from the records
+`study = open_notebook("02_baseline", globals())` checks the parameters and begins the notebook's records;
+`study.p`, `study.device` and `study.dataset` are what they ask for. `study.record(*results)` appends results
+to the records and shows one table, `study.show("protocols")` draws a figure of them, and `study.findings()`
+prints the sentences that they allow.
 """
 
 from __future__ import annotations
@@ -81,12 +80,12 @@ class Study:
 
     @cached_property
     def _committed(self) -> list[dict[str, Any]]:
-        return records.committed()
+        return [row for row in records.committed() if row["data"]]
 
-    def committed(self, name: str = "", of: str = "") -> list[dict[str, Any]]:
-        """Return the newest committed records of grids: of a name, of the grids that begin with `of`."""
+    def committed(self, name: str = "", grid: str = "") -> list[dict[str, Any]]:
+        """Return the newest committed records of grids; of one name, of one grid, where these are given."""
         found = [row for row in self._committed if name in ("", row["name"])]
-        return [row for row in found if str((row["data"] or {}).get("name", "")).startswith(of)]
+        return [row for row in found if grid in ("", row["data"]["name"])]
 
     def show(self, figure: str, rows: Iterable[Mapping[str, Any]] | None = None) -> go.Figure | str:
         """Return a figure of `figures.FIGURES`, of these rows or of this run's; a sentence without rows."""
@@ -96,12 +95,12 @@ class Study:
         drawn = [*(self.rows(needs) if rows is None else rows)]
         return figures.show(figure, *drawn) if drawn else f"{figure}: nothing is recorded yet."
 
-    def findings(self, *sentences: str) -> None:
-        """Print what this run's records say, and further sentences."""
+    def findings(self, *lines: str) -> None:
+        """Print what this run's records say, and further lines as they are."""
         if parameters.profile_of(self.notebook, self.p) == "smoke":
             print("Smoke run, not a result: it shows that everything works, and nothing else.")
-        own = findings.sentences(self.notebook, self.records)
-        print(*(f"- {sentence}" for sentence in [*own, *sentences]), sep="\n")
+        own = (f"- {sentence}" for sentence in findings.sentences(self.notebook, self.records))
+        print(*own, *lines, sep="\n")
 
 
 def open_notebook(
@@ -156,21 +155,25 @@ def _display(new: Sequence[Record]) -> None:
         own = {"name": row["name"], "params": row["own_params"], "metrics": numbers}
         bundle.append(own | ({} if row["seed"] is None else {"seed": row["seed"]}))
     table = _table(bundle)
-    shown = {"text/plain": table.to_string(), "text/html": table.to_html(border=0)}
+    with pd.option_context("display.max_colwidth", None):
+        shown = {"text/plain": table.to_string(), "text/html": table.to_html(border=0)}
     display({records.MIME: bundle} | shown, raw=True)
 
 
 def _table(bundle: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Return a row for each result; for each name where there are several names or too many rows."""
-    names = list(dict.fromkeys(row["name"] for row in bundle))
-    if len(names) > 1 or len(bundle) > MOST_ROWS:
-        of = [[row for row in bundle if row["name"] == name] for name in names]
-        metrics = [", ".join(dict.fromkeys(key for row in rows for key in row["metrics"])) for rows in of]
-        counts = [len(rows) for rows in of]
-        return pd.DataFrame({"recorded": counts, "metrics": metrics}, index=pd.Index(names, name="result"))
+    by_name: dict[str, list[Mapping[str, Any]]] = {}
+    for row in bundle:
+        by_name.setdefault(row["name"], []).append(row)
+    if len(by_name) > 1 or len(bundle) > MOST_ROWS:
+        lines = {}
+        for name, rows in by_name.items():
+            numbers = [f"{key} {_text(value)}" for key, value in rows[0]["metrics"].items()]
+            lines[name] = [len(rows), ", ".join(numbers if len(rows) == 1 else rows[0]["metrics"])]
+        return pd.DataFrame.from_dict(lines, orient="index", columns=["recorded", "metrics"])
     rows = [{**row["params"], "seed": row.get("seed"), **row["metrics"]} for row in bundle]
     table = pd.DataFrame(rows, index=[row["name"] for row in bundle], dtype=object).dropna(axis=1, how="all")
-    table = table.map(lambda value: "" if value is None or value != value else _text(value))
+    table = table.map(_text)
     return table.T if len(bundle) == 1 else table
 
 
@@ -179,4 +182,7 @@ def _three_digits(value: Any) -> Any:
 
 
 def _text(value: Any) -> str:
+    """Return a number as a reader wants it: thousands marked, nothing for what is missing."""
+    if value is None or value != value:
+        return ""
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -46,24 +46,26 @@ from reclib.config import (
 )
 from reclib.data.dataset import Dataset
 from reclib.data.prepare import prepare
+from reclib.data.splits import Split
 from reclib.evaluate import statistics
 from reclib.experiments import grids
-from reclib.experiments.baseline import Result, Trained, train_of
+from reclib.experiments.baseline import Result, Trained, train_model, train_of
 from reclib.experiments.grids import (
     WRONG_FORM,
     Arm,
     Grid,
     Work,
-    add_place,
     command,
     experiment_file,
     naming,
     opened,
+    placed,
 )
+from reclib.experiments.notebook import Study as NotebookStudy
 from reclib.hardware import Device, resolve
 from reclib.model.bert4rec import count_parameters
 from reclib.parameters import Scaling
-from reclib.report.findings import outcome
+from reclib.report.findings import outcome, scaling_findings
 from reclib.system import Parser
 from reclib.train.fit import SELECT, TRACKERS, Curves, Options, fit, start_tracker
 from reclib.train.trainer import StepStats
@@ -135,22 +137,9 @@ def seeds_by_size(rows: Iterable[Mapping[str, Any]]) -> dict[float, list[float]]
 
 def report(work: Work) -> list[str]:
     """Return lines that say what is predicted, what was measured, and the error."""
-    rows = [*work.rows("learning_curve"), *work.rows("prediction")]
-    found = outcome(records.latest(rows), work.grid.name)
-    row, measured = found["prediction"], found["measured"]
-    if row is None:
-        return ["no prediction is recorded yet"]
-    law, of = row["metrics"], row["own_params"]
-    lines = [
-        f"law: {law['floor']:.4f} + {law['factor']:.4g} N^-{law['exponent']:.4f}, "
-        f"residual {law['residual']:.4f}",
-        f"{of['of']} at {of['size']:,} non-embedding parameters: predicted {law['predicted']:.4f} nats "
-        f"({row['params_hash']}, {row['time']})",
-    ]
-    if measured is None:
-        return [*lines, "not measured yet"]
-    error = f"error {found['error']:+.4f} nats, {found['relative_error']:+.2%}"
-    return [*lines, f"measured {measured:.4f} over {found['seeds']} seed(s): {error}"]
+    curves, name = records.latest(work.rows("learning_curve")), work.grid.name
+    found = outcome([*curves, *work.rows("prediction")], name)
+    return scaling_findings(curves, found, name, grids.missing(curves, name))
 
 
 @command
@@ -158,11 +147,9 @@ def predict_main(argv: list[str] | None = None) -> int:
     """Predict, or compare the prediction with what came."""
     about = "Predict the loss of a grid's largest size from smaller ones."
     parser = Parser(prog="python -m reclib predict", description=about)
-    add_place(parser)
     parser.add_argument("--report", action="store_true", help="only compare with what came")
     parser.add_argument("--early", action="store_true", help="predict though seeds are missing")
-    given = parser.parse_args(argv)
-    work = opened(given)
+    given, work = opened(parser, argv)
     if not given.report:
         predict(work, given.early)
     print("\n".join(report(work)))
@@ -182,17 +169,12 @@ class Tuned(NamedTuple):
     chosen_by: dict[str, Any]  # trials, value, seed, code, commit, device, versions, time
 
 
-def tuned_file(size: str, dataset: str) -> Path:
-    """Return where the settings of a size on a dataset are."""
-    return system.params() / "tuned" / f"{size}-{dataset}.yaml"
-
-
 def read_tuned(size: str, dataset: str, fingerprint: str) -> Tuned | None:
     """Return the settings chosen for a size on a dataset, None where nothing was tuned.
 
     Raises `InputError` for a file that is not whole, or is of another dataset.
     """
-    file = tuned_file(size, dataset)
+    file = system.params() / "tuned" / f"{size}-{dataset}.yaml"
     if not file.is_file():
         return None
     given = system.read_yaml(file)
@@ -208,7 +190,7 @@ def read_tuned(size: str, dataset: str, fingerprint: str) -> Tuned | None:
 
 def write_tuned(size: str, dataset: str, fingerprint: str, chosen: Tuned) -> Path:
     """Write the settings of a study, in place of earlier ones, whole or not at all."""
-    file = tuned_file(size, dataset)
+    file = system.params() / "tuned" / f"{size}-{dataset}.yaml"
     body = {"size": size, "dataset": dataset, "fingerprint": fingerprint} | chosen._asdict()
     system.write_atomically(file, yaml.safe_dump(body, sort_keys=False))
     return file
@@ -447,17 +429,11 @@ class Study:
             raise InputError(f"tuning {self.plan.name!r} has no trial that ran to its end yet")
         return max(done, key=lambda t: (t.value, -t.number))
 
-    def importance(self) -> dict[str, float]:
-        """Return each field's share of the value's variance (PED-ANOVA); empty below six whole trials."""
-        if len(self.trials(TrialState.COMPLETE)) < 6:
-            return {}
-        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return optuna.importance.get_param_importances(self.open(0), evaluator=evaluator)
-
     def choose(self) -> Path:
-        """Write the best settings to `params/tuned`, and what the study was to the records."""
+        """Write the best settings to `params/tuned`, and what the study was to the records.
+
+        The record holds each field's share of the value's variance (PED-ANOVA).
+        """
         plan, best = self.plan, self.best()
         counts = {"trials": len(self.finished()), "pruned": len(self.trials(TrialState.PRUNED))}
         own = {"study": plan.name, "trial": best.number}
@@ -465,9 +441,12 @@ class Study:
         made_by = records.provenance(NOTEBOOK) | {"device": self.device.card.name}
         when = datetime.now(UTC).isoformat(timespec="seconds")
         chosen_by = {**own, **metrics, "seed": plan.seed, **made_by, "time": when}
-        shares = self.importance()
         series: dict[str, list[Any]] = {}
-        if shares:
+        if len(self.trials(TrialState.COMPLETE)) >= 6:  # fewer say nothing of what mattered
+            evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                shares = optuna.importance.get_param_importances(self.open(0), evaluator=evaluator)
             series = {"field": list(shares), "share": list(shares.values())}
         own |= best.params
         result = Result("tuning", metrics, own, series, plan.seed)
@@ -510,12 +489,11 @@ def tune_main(argv: list[str] | None = None) -> int:
     """Run a study, or compare what it chose with the default."""
     parser = Parser(prog="python -m reclib tune", description="Search settings on validation.")
     parser.add_argument("action", choices=("run", "compare"))
-    add_place(parser)
     parser.add_argument("--trials", type=int, help="another budget than the file's, in trials")
     parser.add_argument("--minutes", type=float, help="another budget than the file's, in minutes")
     trackers = ", ".join(TRACKERS)
     parser.add_argument("--tracker", default="none", help=f"curves of the trials: {trackers} (none)")
-    given = parser.parse_args(argv)
+    given = placed(parser, argv)
     plan = read_tuning(given.name)
     plan = replace(plan, trials=given.trials or plan.trials, minutes=given.minutes or plan.minutes)
     config = changed(plan.data, dataset=given.dataset) if given.dataset else plan.data
@@ -573,6 +551,18 @@ def sized(p: Scaling, dataset: Dataset, size: str) -> Sized:
         shape |= chosen.model
     model = model_config(size, num_items=dataset.num_items, **shape)
     return Sized(size, model, train, None if chosen is None else chosen.chosen_by)
+
+
+def train(study: NotebookStudy, split: Split, one: Sized, seed: int) -> Trained:
+    """Train one seed of a size for notebook 03, or go on with a run of the same code and data."""
+    config, title = changed(one.train, seed=seed), f"{study.device.label}-{one.size}-seed{seed}"
+    return train_model(NOTEBOOK, study.p, study.dataset, split, study.device, one.model, config, title)
+
+
+def committed_grids(prefix: str) -> list[str]:
+    """Return the names of the grids with committed records that begin with `prefix`."""
+    names = {row["data"]["name"] for row in records.committed() if row["notebook"] == NOTEBOOK}
+    return sorted(name for name in names if name.startswith(prefix))
 
 
 def settings(sizes: Iterable[Sized]) -> pd.DataFrame:

