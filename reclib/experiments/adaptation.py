@@ -107,12 +107,12 @@ def described(whole: Periods, tasks: Sequence[Task]) -> list[Result]:
         f"{part}_{what}": n for what in ("interactions", "users") for part, n in whole.about[what].items()
     }
     sizes["items_not_in_the_past"] = whole.about["items_not_in_the_past"]
-    found = [Result("periods", sizes)]
+    results = [Result("periods", sizes)]
     for task in tasks:
         numbers = {"histories": len(task.split.train.starts), "valid_targets": len(task.split.valid.targets)}
         numbers |= {"test_targets": len(task.known), "new_item_targets": int((~task.known).sum())}
-        found.append(Result("task", numbers, {"task": task.name}))
-    return found
+        results.append(Result("task", numbers, {"task": task.name}))
+    return results
 
 
 def train_of(p: ILora, split: Split, seed: int, epochs: int, learning_rate: float) -> TrainConfig:
@@ -163,14 +163,14 @@ def start_new_items(model: Bert4Rec, whole: Periods) -> int:
     Neighbours are those in the adaptation period (`splits.neighbours`). Output rows and biases follow. Items
     that do not occur there stay where they were drawn.
     """
-    found = splits.neighbours(whole.adaptation.train, whole.known)
+    beside_of = splits.neighbours(whole.adaptation.train, whole.known)
     tables = {id(t): t for t in (model.item_table.weight, model.output_weight, model.output_bias)}
-    for item, beside in found.items():
+    for item, beside in beside_of.items():
         index = torch.from_numpy(beside.astype(np.int64))
         for table in tables.values():
             if table is not None:
                 table[item] = table[index.to(table.device)].mean(0)
-    return len(found)
+    return len(beside_of)
 
 
 def arm_model(
@@ -292,18 +292,18 @@ def pairwise_counts(dataset: Dataset, whole: Periods, task: Task) -> Run:
 
 def per_user(dataset: Dataset, task: Task, runs: Sequence[Run], metric: str) -> dict[str, np.ndarray]:
     """Return a metric of every arm by seed and user (S, U), targets of a user averaged."""
-    found: dict[str, list[np.ndarray]] = {}
+    by_arm: dict[str, list[np.ndarray]] = {}
     for run in runs:
         values = metrics.per_user(run.ranks)[metric]
-        found.setdefault(run.arm, []).append(splits.by_user(dataset, task.split.test, values))
-    return {arm: np.stack(rows) for arm, rows in found.items()}
+        by_arm.setdefault(run.arm, []).append(splits.by_user(dataset, task.split.test, values))
+    return {arm: np.stack(rows) for arm, rows in by_arm.items()}
 
 
 def accuracy(dataset: Dataset, task: Task, runs: Sequence[Run], samples: int) -> list[Result]:
     """Return every arm's means over users with intervals, each seed's apart, and new items' targets apart."""
     values = {metric: per_user(dataset, task, runs, metric) for metric in COMPARED}
     base = next(_base_size(run.trainer) for run in runs if run.trainer is not None)
-    found = []
+    results = []
     for arm in dict.fromkeys(run.arm for run in runs):
         of_arm = [run for run in runs if run.arm == arm]
         first = of_arm[0]
@@ -320,12 +320,12 @@ def accuracy(dataset: Dataset, task: Task, runs: Sequence[Run], samples: int) ->
             "seeds": sum(run.seed is not None for run in of_arm),
         }
         own: dict[str, Any] = {"task": task.name, "model": arm}
-        found.append(Result("adaptation", numbers, own | {"learning_rate": first.learning_rate}))
+        results.append(Result("adaptation", numbers, own | {"learning_rate": first.learning_rate}))
         for row, run in enumerate(of_arm):
             if run.seed is not None:
                 means = {name: float(values[name][arm][row].mean()) for name in COMPARED}
-                found.append(Result("adaptation", means | {"valid_ndcg@10": run.valid}, own, seed=run.seed))
-    return found
+                results.append(Result("adaptation", means | {"valid_ndcg@10": run.valid}, own, seed=run.seed))
+    return results
 
 
 def _base_size(trainer: Trainer) -> int:
@@ -338,12 +338,12 @@ def _base_size(trainer: Trainer) -> int:
 def comparisons(dataset: Dataset, task: Task, runs: Sequence[Run], reference: str, name: str) -> list[Result]:
     """Compare all arms with `reference` on both metrics, corrected for their number; records are `name`."""
     deterministic = {run.arm for run in runs if run.seed is None}
-    found = []
+    results = []
     for metric in COMPARED:
         compared = statistics.compare(per_user(dataset, task, runs, metric), reference, deterministic)
-        results = (baseline.compared(one, metric, name) for one in compared)
-        found += [result._replace(params={"task": task.name} | result.params) for result in results]
-    return found
+        named = (baseline.compared(one, metric, name) for one in compared)
+        results += [result._replace(params={"task": task.name} | result.params) for result in named]
+    return results
 
 
 # -- the gate ------------------------------------------------------------------------------------------------

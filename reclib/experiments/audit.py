@@ -155,9 +155,9 @@ def sizes(published: Published) -> Part:
         }
         tied = total - config.output_rows * config.hidden_dim
         rows.append(row | counted | {"non_embedding_share": share, "if_tied": tied})
-        said = f"{total:,}; {share:.1%} of them outside item tables and positions"
+        evidence = f"{total:,}; {share:.1%} of them outside item tables and positions"
         verdict = "holds" if agrees else "contradicted"
-        checks.append(Check(f"{model['name']}: {claimed:,} parameters", verdict, said))
+        checks.append(Check(f"{model['name']}: {claimed:,} parameters", verdict, evidence))
     return Part(_results("audit_parameters", rows), checks)
 
 
@@ -184,8 +184,8 @@ def rates(published: Published) -> Part:
             row |= {"claimed_share_of_peak": claimed * each / TENSOR_PEAK}
         rows.append(row)
         claim = f"{run['name']}: {claimed:,.0f}/s and {seconds / 60:.1f} min"
-        said = f"together {ratio:.2f} times the sequences that exist; by the clock {clock:,.0f}/s"
-        checks.append(Check(claim, "holds" if near(ratio, 1) else "contradicted", said))
+        evidence = f"together {ratio:.2f} times the sequences that exist; by the clock {clock:,.0f}/s"
+        checks.append(Check(claim, "holds" if near(ratio, 1) else "contradicted", evidence))
     return Part(_results("audit_rates", rows), checks)
 
 
@@ -209,7 +209,7 @@ def headroom(published: Published) -> Part:
 def gains(published: Published) -> Part:
     """Judge claimed factors and savings by the published figures that they should follow from.
 
-    A claim holds in part where its two figures are not what they are said to be (`but`).
+    A claim holds in part where its two figures are not what they are called (`but`).
     """
     numbers, checks = {}, []
     for row in [*published["gains"], *published["cuts"]]:
@@ -218,10 +218,10 @@ def gains(published: Published) -> Part:
         is_factor = "better" in row
         met = near(value, row["claimed"]) if is_factor else abs(value - row["claimed"]) <= TOLERANCE
         but = f"; read in its files: {row['but']}" if row.get("but") else ""
-        said = f"{value:.2f} times" if is_factor else f"{value:.0%} less"
-        said = f"{row['before']:g} and {row['after']:g} {row['unit']}: {said}{but}"
+        evidence = f"{value:.2f} times" if is_factor else f"{value:.0%} less"
+        evidence = f"{row['before']:g} and {row['after']:g} {row['unit']}: {evidence}{but}"
         verdict = "contradicted" if not met else "holds in part" if but else "holds"
-        checks.append(Check(f"{row['name']}: {row['claim']}", verdict, said))
+        checks.append(Check(f"{row['name']}: {row['claim']}", verdict, evidence))
         numbers[row["name"]] = value
     memory = published["memory"]
     numbers["logits_gib"] = 4 * memory["sequences"] * memory["max_len"] * memory["rows"] / 2**30  # fp32
@@ -256,12 +256,12 @@ def accuracy(published: Published) -> Part:
     results, checks = [], []
     for each in (1, mean_targets(MASK_PROB, mean_len(published))):
         count = round(published["log"]["test"] * each)
-        found = separation(smaller, larger, count)
-        results.append(Result("audit_separation", found, {"predictions": count}))
-        said = f"{found['in_errors']:.2f} standard errors over {count:,} predictions, p {found['p']:.2f}; "
-        said += f"{found['needed']:,} predictions would be needed"
-        verdict = "holds" if found["p"] < ALPHA else "not supported"
-        checks.append(Check(f"429 M ({larger}) beats 130 M ({smaller})", verdict, said))
+        test = separation(smaller, larger, count)
+        results.append(Result("audit_separation", test, {"predictions": count}))
+        evidence = f"{test['in_errors']:.2f} standard errors over {count:,} predictions, p {test['p']:.2f}; "
+        evidence += f"{test['needed']:,} predictions would be needed"
+        verdict = "holds" if test["p"] < ALPHA else "not supported"
+        checks.append(Check(f"429 M ({larger}) beats 130 M ({smaller})", verdict, evidence))
     return Part(results, checks)
 
 
@@ -357,8 +357,8 @@ def adapters(published: Published, by_mode: pd.DataFrame) -> Part:
         trained = sum(count.values()) - count["dead"]
         share, head = trained / (count_parameters(config)["total"] + trained), count["head"] / trained
         claim = f"{row['name']}: {row['published']:.2%} trainable (it is rank {row['rank']})"
-        said = f"{share:.2%}; {head:.0%} of it for the output table, {count['dead']:,} of it dead"
-        checks.append(Check(claim, "holds" if near(share, row["published"]) else "contradicted", said))
+        evidence = f"{share:.2%}; {head:.0%} of it for the output table, {count['dead']:,} of it dead"
+        checks.append(Check(claim, "holds" if near(share, row["published"]) else "contradicted", evidence))
     return Part(results, checks)
 
 
@@ -461,10 +461,14 @@ def loss(run: Trained) -> Part:
     )
     pairs = (("begins", before), ("ends", after))
     results = [Result("audit_loss", parts, {"training": when}, seed=run.seed) for when, parts in pairs]
-    said = f"{before['visible_loss_share']:.0%} of it is about items that are shown when training begins, "
-    said += f"{after['visible_loss_share']:.0%} when it ends; {after['visible_hit']:.0%} are copied by then"
+    evidence = (
+        f"{before['visible_loss_share']:.0%} of it is about items that are shown when training begins, "
+    )
+    evidence += (
+        f"{after['visible_loss_share']:.0%} when it ends; {after['visible_hit']:.0%} are copied by then"
+    )
     verdict = "contradicted" if before["visible_loss_share"] > 0.5 else "holds"
-    return Part(results, [Check("the loss is masked-item prediction", verdict, said)])
+    return Part(results, [Check("the loss is masked-item prediction", verdict, evidence)])
 
 
 def metric(p: Audit, runs: Sequence[Trained]) -> Part:
@@ -491,10 +495,11 @@ def metric(p: Audit, runs: Sequence[Trained]) -> Part:
             results.append(Result("audit_metric", numbers, own, seed=run.seed))
     theirs_numbers, _, kept_numbers = (result.metrics for result in results[:3])
     per_user = theirs_numbers["per_user"]
-    said = f"{per_user:.1f} positions a user are ranked: {theirs_numbers['hr@10']:.3f}, "
-    said += f"{kept_numbers['hr@10']:.3f} for the next item alone, by the same weights"
+    evidence = f"{per_user:.1f} positions a user are ranked: {theirs_numbers['hr@10']:.3f}, "
+    evidence += f"{kept_numbers['hr@10']:.3f} for the next item alone, by the same weights"
     return Part(
-        results, [Check("HR@10 is about the next item", "holds" if per_user == 1 else "contradicted", said)]
+        results,
+        [Check("HR@10 is about the next item", "holds" if per_user == 1 else "contradicted", evidence)],
     )
 
 

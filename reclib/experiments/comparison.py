@@ -85,14 +85,14 @@ def data_of(p: Hardware) -> dict[str, str]:
 
 def prices(p: Hardware) -> dict[str, float]:
     """Return the price per hour by device, from "device=price"; raise `InputError` for anything else."""
-    found = {}
+    by_device = {}
     for pair in p.prices:
         label, _, price = pair.partition("=")
         with contextlib.suppress(ValueError):
-            found[label] = float(price)
-        if not found.get(label, -1) >= 0:
+            by_device[label] = float(price)
+        if not by_device.get(label, -1) >= 0:
             raise InputError(f"prices: {pair!r} is no device=price with a price of at least 0, as l4=0.7")
-    return found
+    return by_device
 
 
 def price_of(p: Hardware, label: str) -> float | None:
@@ -147,15 +147,15 @@ def measured(p: Hardware, device: Device) -> list[Row]:
 
 
 def _timed(p: Hardware, trainer: Trainer, own: dict[str, Any]) -> Row:
-    found = timing.measure(trainer, p.steps, p.warmup_steps, gpu_energy=True)
+    measurement = timing.measure(trainer, p.steps, p.warmup_steps, gpu_energy=True)
     own |= {"basis": "measured", "precision": trainer.precision.name, "batch_size": p.batch_size}
     own |= {
-        "status": found.status,
+        "status": measurement.status,
         "threads": torch.get_num_threads() if trainer.where.type == "cpu" else None,
     }
-    timings: dict[str, Any] = found.timings() | {"epoch_seconds": None}
-    if found.status == "ok":
-        timings["epoch_seconds"] = seconds = p.epoch_users / found.sequences_per_second
+    timings: dict[str, Any] = measurement.timings() | {"epoch_seconds": None}
+    if measurement.status == "ok":
+        timings["epoch_seconds"] = seconds = p.epoch_users / measurement.sequences_per_second
         if (price := price_of(p, own["device"])) is not None:
             timings["cost_per_epoch"] = seconds / 3600 * price
     # Nothing measures the bytes that a step moves: they are the planner's count.
@@ -285,8 +285,8 @@ def fits_which(p: Hardware) -> pd.DataFrame:
             "fastest": (fitting, lambda plan: (plan.step.seconds, plan.memory_bytes)),
             "cheapest": (priced if len(priced) > 1 else [], lambda plan: plan.cost(plan.epoch.seconds)),
         }
-        for name, (some, order) in orders.items():
-            for plan in sorted(some, key=order)[:1]:
+        for name, (candidates, order) in orders.items():
+            for plan in sorted(candidates, key=order)[:1]:
                 row = {"size": size, "which": name, "device": plan.device}
                 row["epoch (s)"] = f"{plan.epoch.low:,.0f} to {plan.epoch.high:,.0f}"
                 row["GiB"] = f"{plan.peak_bytes / GIB:.1f} of {(plan.memory_bytes or 0) / GIB:.0f}"
@@ -358,27 +358,27 @@ def exactness(device: Device) -> Check:
     least = 1e-3 * torch.stack([g.norm() for g in wanted.values()]).norm()
     worst = 0.0
     for route in ("plain", "chunked", "inplace"):
-        _, found = gradients(device, changed(FAST, loss=route))
-        gaps = [(found[n] - right).norm() / torch.maximum(right.norm(), least) for n, right in wanted.items()]
+        _, grads = gradients(device, changed(FAST, loss=route))
+        gaps = [(grads[n] - right).norm() / torch.maximum(right.norm(), least) for n, right in wanted.items()]
         worst = max(worst, float(max(gaps)))
-    said = f"largest difference of a gradient {worst:.1e}, limit {LIMIT:.0e}"
-    return Check("exactness", worst <= LIMIT, said)
+    answer = f"largest difference of a gradient {worst:.1e}, limit {LIMIT:.0e}"
+    return Check("exactness", worst <= LIMIT, answer)
 
 
 def precision(device: Device) -> Check:
     """Each precision that the device has: what the head's product really ran in, and a finite loss."""
-    said, passed = [], True
+    answers, passed = [], True
     for name in ("fp32", "tf32", "bf16", "fp16"):
         try:
             hardware.choose_precision(name, device.card)
         except InputError:
-            said.append(f"{name} not applicable")
+            answers.append(f"{name} not applicable")
             continue
         trainer = make_trainer(device, precision=name)
-        found, loss = timing.head_dtype(trainer), next(trainer.steps()).loss
-        passed &= found == ("fp32" if name == "tf32" else name) and bool(np.isfinite(loss))
-        said.append(f"{name} head in {found}, loss {loss:.3f}")
-    return Check("precision", passed, "; ".join(said))
+        dtype, loss = timing.head_dtype(trainer), next(trainer.steps()).loss
+        passed &= dtype == ("fp32" if name == "tf32" else name) and bool(np.isfinite(loss))
+        answers.append(f"{name} head in {dtype}, loss {loss:.3f}")
+    return Check("precision", passed, "; ".join(answers))
 
 
 def synchronisation(device: Device) -> Check:
@@ -397,8 +397,8 @@ def synchronisation(device: Device) -> Check:
 
     run(True)
     ratio = min(run(False) for _ in range(5)) / min(run(True) for _ in range(5))
-    said = f"clock around {count} products: {ratio:.2f} of one by one"
-    return Check("synchronisation", 0.5 < ratio < 2.0, said)
+    answer = f"clock around {count} products: {ratio:.2f} of one by one"
+    return Check("synchronisation", 0.5 < ratio < 2.0, answer)
 
 
 def out_of_memory(device: Device) -> Check:
@@ -411,8 +411,8 @@ def out_of_memory(device: Device) -> Check:
     greedy.model.blocks[0].register_forward_pre_hook(too_much)
     row = timing.measure(greedy, 1, 1)
     after = next(make_trainer(device).steps()).loss
-    said = f"status {row.status!r}, then a step with loss {after:.3f}"
-    return Check("out of memory", row.status == "oom" and bool(np.isfinite(after)), said)
+    answer = f"status {row.status!r}, then a step with loss {after:.3f}"
+    return Check("out of memory", row.status == "oom" and bool(np.isfinite(after)), answer)
 
 
 CHECKS = (exactness, precision, synchronisation, out_of_memory)
@@ -420,21 +420,23 @@ CHECKS = (exactness, precision, synchronisation, out_of_memory)
 
 def check(device: Device) -> list[Check]:
     """Run every check; one that raises has failed and says with what."""
-    found = []
+    answers = []
     for question in CHECKS:
         try:
-            found.append(question(device))
+            answers.append(question(device))
         except Exception as error:  # whatever breaks on a device is an answer
-            found.append(Check(question.__name__, False, f"{type(error).__name__}: {error}".splitlines()[0]))
-    return found
+            answers.append(
+                Check(question.__name__, False, f"{type(error).__name__}: {error}".splitlines()[0])
+            )
+    return answers
 
 
-def write(device: Device, found: list[Check]) -> str:
+def write(device: Device, answers: list[Check]) -> str:
     """Write the answers beside the records of the device; return the file's name."""
     body = {
         "device": system.plain(hardware.device_card(device)),
-        "passed": all(one.passed for one in found),
-        "checks": [one._asdict() for one in found],
+        "passed": all(one.passed for one in answers),
+        "checks": [one._asdict() for one in answers],
         "versions": records.versions(),
         "git": records.git_state(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -455,8 +457,8 @@ def check_main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{device.label}: {device.card.name}, torch {torch.__version__}")
-    found = check(device)
-    for one in found:
+    answers = check(device)
+    for one in answers:
         print(f"  {'passed' if one.passed else 'FAILED':<7} {one.name:<16} {one.found}")
-    print(f"written to {write(device, found)}")
-    return 0 if all(one.passed for one in found) else 1
+    print(f"written to {write(device, answers)}")
+    return 0 if all(one.passed for one in answers) else 1

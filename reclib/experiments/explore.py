@@ -274,8 +274,8 @@ def numbers(rows: pd.DataFrame) -> list[str]:
 
 def colors(rows: pd.DataFrame) -> list[str]:
     """Return the columns that colours can tell apart, those with several values first."""
-    there = [name for name in COLORS if name in rows and rows[name].notna().any()]
-    return sorted(there, key=lambda name: rows[name].nunique() < 2)
+    present = [name for name in COLORS if name in rows and rows[name].notna().any()]
+    return sorted(present, key=lambda name: rows[name].nunique() < 2)
 
 
 def first_selection(records: Sequence[Record], result: str) -> Selection:
@@ -290,25 +290,25 @@ def first_selection(records: Sequence[Record], result: str) -> Selection:
 def scatter(records: Sequence[Record], selection: Selection) -> go.Figure:
     """Return the selected numbers, a point for each record, hollow where predicted; hovering says its origin.
 
-    Raises `InputError` for a result, an axis, a colour or a label that is not there.
+    Raises `InputError` for a result, an axis, a colour or a label that is not present.
     """
     import plotly.express as px
 
     result, x, y, color, labels = selection
     rows = frame(records, result)
-    axes, there = numbers(rows), sorted(set(rows["label"]))
+    axes, present = numbers(rows), sorted(set(rows["label"]))
     allowed = {
         "x": (axes, [x]),
         "y": (axes, [y]),
         "color": (colors(rows), [color]),
-        "labels": (there, labels),
+        "labels": (present, labels),
     }
     for field, (names, values) in allowed.items():
         for name in values:
             if name not in names:
-                some = ", ".join(names)
-                raise InputError(f"{field}={name!r}{nearest(name, names)}; {result!r} has: {some}")
-    rows = rows[rows["label"].isin(labels or there)].dropna(subset=[x, y])
+                listed = ", ".join(names)
+                raise InputError(f"{field}={name!r}{nearest(name, names)}; {result!r} has: {listed}")
+    rows = rows[rows["label"].isin(labels or present)].dropna(subset=[x, y])
     rows = rows.assign(**{color: rows[color].astype(str)})
     tints = style.model_colors(rows[color]) if color == "model" else {}
     if {f"{y}_low", f"{y}_high"} <= set(rows):
@@ -488,8 +488,10 @@ def first_history(p: Explore, lineup: Lineup) -> tuple[str, tuple[int, ...]]:
     long = (key for key, user in lineup.users.items() if len(user.history) >= p.history_items)
     key = p.user or next(long, next(iter(lineup.users)))
     if key not in lineup.users:
-        some = ", ".join(list(lineup.users)[:5])
-        raise InputError(f"user={key!r} is not in the last window; {len(lineup.users)} are, such as {some}")
+        examples = ", ".join(list(lineup.users)[:5])
+        raise InputError(
+            f"user={key!r} is not in the last window; {len(lineup.users)} are, such as {examples}"
+        )
     ids = {raw: item for item, raw in enumerate(lineup.keys) if item}
     for raw in p.history:
         if raw not in ids:
@@ -536,9 +538,9 @@ def ranks(lineup: Lineup, arm: str, history: Sequence[int]) -> np.ndarray:
     ((_, scores),) = metrics.model_scores(model, _after(history), lineup.gated.where)
     order = np.argsort(-scores[0].double().cpu().numpy(), kind="stable") + 1
     order = order[~np.isin(order, history)]
-    found = np.zeros(len(lineup.titles), dtype=np.int64)
-    found[order] = np.arange(1, len(order) + 1)
-    return found
+    by_item = np.zeros(len(lineup.titles), dtype=np.int64)
+    by_item[order] = np.arange(1, len(order) + 1)
+    return by_item
 
 
 def _after(history: Sequence[int]) -> Evaluation:
@@ -571,15 +573,15 @@ def side_by_side(
     An adapter's item says where the base has it. Where `before` is another history, an item that was not in
     the same list after that one is marked. `target` is the item that really came next, if it is known.
     """
-    found = {arm: ranks(lineup, arm, history) for arm in lineup.models}
-    lists = {arm: top(one, k) for arm, one in found.items()}
-    earlier = {arm: top(ranks(lineup, arm, before), k) for arm in found} if before else lists
+    by_arm = {arm: ranks(lineup, arm, history) for arm in lineup.models}
+    lists = {arm: top(one, k) for arm, one in by_arm.items()}
+    earlier = {arm: top(ranks(lineup, arm, before), k) for arm in by_arm} if before else lists
 
     def cell(arm: str, place: int) -> str:
         if place > len(lists[arm]):
             return ""
         item = lists[arm][place - 1]
-        title, by_base = lineup.titles[item], found["base"][item]
+        title, by_base = lineup.titles[item], by_arm["base"][item]
         shown = escape(title if len(title) <= _LETTERS else title[: _LETTERS - 1] + "…")
         shown = f"<b>{shown}</b>" if item == target else shown
         marks = [f"base: {by_base}"] if by_base != place else []
@@ -589,7 +591,7 @@ def side_by_side(
     rows = [["", *(f"<b>{ARMS[arm]}</b>" for arm in lists)]]
     rows += [[f"{place}", *(cell(arm, place) for arm in lists)] for place in range(1, k + 1)]
     if target is not None:
-        places = (f"rank {one[target]:,}" if one[target] else "in the history" for one in found.values())
+        places = (f"rank {one[target]:,}" if one[target] else "in the history" for one in by_arm.values())
         rows.append(["next", *(f"{escape(lineup.titles[target])}: {place}" for place in places)])
     lines = ("".join(f'<td style="text-align:left">{text}</td>' for text in row) for row in rows)
     return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"

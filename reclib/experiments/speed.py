@@ -176,9 +176,9 @@ def _in_turns(
         if not reason:
             with contextlib.suppress(torch.OutOfMemoryError):
                 trainers[str(number)] = trainer(asked)
-    for key, found in timing.interleave(trainers, *turns, gpu_energy=gpu_energy).items():
-        rows[int(key)].found = found
-        if found.status == "ok":
+    for key, measurement in timing.interleave(trainers, *turns, gpu_energy=gpu_energy).items():
+        rows[int(key)].found = measurement
+        if measurement.status == "ok":
             describe(rows[int(key)], trainers[key])
     return rows
 
@@ -314,13 +314,15 @@ def parity(rows: Iterable[Row]) -> list[Result]:
     """Return the loss curve of each precision, with its largest relative distance from the first one's."""
     curves = losses(rows)
     first = next(iter(curves.values()), [])
-    found = []
+    curve_results = []
     for number, (name, values) in enumerate(curves.items()):
         gap = max(abs(a / b - 1) for a, b in zip(values, first, strict=True))
         series: dict[str, list[Any]] = {"step": list(range(1, len(values) + 1)), "loss": values}
         own = {"precision": name, "number": number}
-        found.append(Result("loss_curve", {"steps": len(values)}, own, series, timings={"largest_gap": gap}))
-    return found
+        curve_results.append(
+            Result("loss_curve", {"steps": len(values)}, own, series, timings={"largest_gap": gap})
+        )
+    return curve_results
 
 
 def eager_rates(rows: Iterable[Row], batch_size: int) -> dict[str, float]:
