@@ -21,7 +21,8 @@ from reclib.parameters import ILora
 
 CPU = hardware.resolve("cpu")
 ARMS = parameters.profile("05_ilora", "quick")["arms"]
-SMALL = {"arms": ARMS, "past_share": 0.5, "size": "nano", "max_len": 16, "batch_size": 32, "epochs": 1}
+FEW = ["none", "full", "lora", "ilora", "head"]
+SMALL = {"arms": FEW, "past_share": 0.5, "size": "nano", "max_len": 16, "batch_size": 32, "epochs": 1}
 
 
 def asked(**changes: object) -> ILora:
@@ -30,24 +31,26 @@ def asked(**changes: object) -> ILora:
 
 @pytest.fixture(scope="module")
 def experiment(dataset, tmp_path_factory):  # noqa: F811
-    """Two seeds' bases, adapted by every arm, at two learning rates."""
+    """Two seeds' bases, adapted by few arms at two learning rates; and the first by every arm at one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RECLIB_RUNS", str(tmp_path_factory.mktemp("runs")))
         rates = {"seeds": [0, 1], "learning_rates": [3e-3, 1e-2]}
         p = asked(**rates, tasks=["next_period", "segment"], segment_share=0.6)
         whole, tasks = adaptation.tasks_of(p, dataset)
         bases = {seed: adaptation.train_base(p, dataset, whole, CPU, seed) for seed in p.seeds}
-        yield p, whole, tasks, bases, adaptation.adapt(p, bases, dataset, tasks[0], CPU)
+        runs = adaptation.adapt(p, bases, dataset, tasks[0], CPU)
+        every = adaptation.adapt(asked(arms=ARMS), {0: bases[0]}, dataset, tasks[0], CPU)
+        yield p, whole, tasks, bases, runs, every
 
 
 def test_all_arms_see_the_same_batches_on_equal_tokens(experiment):
-    p, _, _, _, runs = experiment
+    p, _, _, _, runs, every = experiment
     assert [(run.arm, run.seed) for run in runs] == [(arm, seed) for arm in p.arms for seed in p.seeds]
-    tokens = {run.arm: run.tokens for run in runs if run.seed == 0}
+    tokens = {run.arm: run.tokens for run in every}
     assert tokens.pop("none") == 0
     assert len(set(tokens.values())) == 1
     assert tokens["lora"] > 0
-    trainers = [run.trainer for run in runs if run.seed == 1 and run.arm != "none"]
+    trainers = [run.trainer for run in every if run.arm != "none"]
     first, *others = (Epoch(one.histories, one.model.config, one.config, 0).step(0)[0] for one in trainers)
     for other in others:
         assert torch.equal(first.items, other.items)
@@ -55,12 +58,12 @@ def test_all_arms_see_the_same_batches_on_equal_tokens(experiment):
 
 
 def test_arms_are_what_they_are_called_and_only_full_moves_the_base(experiment, dataset):  # noqa: F811
-    p, _, _, bases, runs = experiment
-    of = {run.arm: run for run in runs if run.seed == 1}
-    counted = adaptation.counts(p, dataset).metrics
-    assert {arm: of[arm].trained for arm in p.arms} == {arm: counted[arm] for arm in p.arms}
-    base = dict(bases[1].model.named_parameters())
-    for arm in set(p.arms) - {"none"}:
+    bases, every = experiment[3], experiment[-1]
+    of = {run.arm: run for run in every}
+    counted = adaptation.counts(asked(arms=ARMS), dataset).metrics
+    assert {arm: run.trained for arm, run in of.items()} == {arm: counted[arm] for arm in ARMS}
+    base = dict(bases[0].model.named_parameters())
+    for arm in set(ARMS) - {"none"}:
         model = of[arm].trainer.model
         inner = model.twin if isinstance(model, AdaptedModel) else model
         moved = {name for name, q in inner.named_parameters() if not torch.equal(q, base[name])}
@@ -76,7 +79,7 @@ def test_arms_are_what_they_are_called_and_only_full_moves_the_base(experiment, 
 
 def test_the_first_seeds_validation_chooses_the_rate_of_all(experiment, dataset):  # noqa: F811
     """Runs are loaded here: each is trained once, whoever asks."""
-    p, _, tasks, bases, runs = experiment
+    p, _, tasks, bases, runs, _ = experiment
     for arm in ("full", "ilora", "head"):
         first, second = (run for run in runs if run.arm == arm)
         given = (arm, bases[0].model, dataset, tasks[0], CPU, 0)
@@ -103,7 +106,7 @@ def test_new_items_start_from_their_neighbours(dataset):  # noqa: F811
 
 
 def test_results_average_over_targets_then_seeds(experiment, dataset):  # noqa: F811
-    _, whole, tasks, _, runs = experiment
+    _, whole, tasks, _, runs, _ = experiment
     counts = adaptation.pairwise_counts(dataset, whole, tasks[0])
     found = adaptation.accuracy(dataset, tasks[0], [*runs, counts], 200)
     means = {r.params["model"]: r.metrics for r in found if r.seed is None}
@@ -123,19 +126,15 @@ def test_results_average_over_targets_then_seeds(experiment, dataset):  # noqa: 
 
 
 def test_gates_are_those_that_the_ranking_uses(experiment, dataset, monkeypatch):  # noqa: F811
-    p, whole, tasks, _, runs = experiment
+    p, whole, tasks, _, runs, every = experiment
     rows = tasks[0].split.test
-    weights = {
-        run.arm: adaptation.expert_weights(run.trainer, rows)
-        for run in runs
-        if run.arm in ("ilora", "static_gate")
-    }
+    of = {run.arm: run for run in every}
+    weights = {arm: adaptation.expert_weights(of[arm].trainer, rows) for arm in ("ilora", "static_gate")}
     assert weights["ilora"].shape == (len(rows.targets), p.num_experts)
     np.testing.assert_allclose(weights["ilora"].sum(axis=1), 1, atol=1e-5)
     assert weights["static_gate"].std(axis=0).max() < 1e-6
     five = Histories(rows.histories.items, rows.histories.starts[5:6], rows.histories.ends[5:6])
-    last = next(run for run in reversed(runs) if run.arm == "ilora")  # of `weights` the last seed's as well
-    alone = adaptation.expert_weights(last.trainer, Evaluation(five, rows.targets[5:6]))
+    alone = adaptation.expert_weights(of["ilora"].trainer, Evaluation(five, rows.targets[5:6]))
     np.testing.assert_allclose(alone[0], weights["ilora"][5], atol=1e-5)
     gates, *pairs = adaptation.gates(dataset, whole, tasks[0], runs)
     assert (gates.metrics["users"], gates.seed) == (len(gates.series["expert 1"]), 0)
@@ -149,7 +148,7 @@ def test_gates_are_those_that_the_ranking_uses(experiment, dataset, monkeypatch)
 
 
 def test_the_gate_may_read_a_causal_model_of_the_same_past(experiment, dataset):  # noqa: F811
-    _, whole, tasks, bases, _ = experiment
+    _, whole, tasks, bases, _, _ = experiment
     p = asked(representation="causal_state", arms=["none", "lora", "ilora", "static_gate"], seeds=[1])
     readers = {1: adaptation.train_reader(p, dataset, whole, CPU, 1)}
     assert readers[1].config.causal
@@ -204,7 +203,7 @@ def test_parameters_that_do_not_go_together_are_told():
 
 
 def test_base_and_arms_differ_in_length_and_rate_only(experiment):
-    p, whole, tasks, _, _ = experiment
+    p, whole, tasks, _, _, _ = experiment
     base = adaptation.train_of(p, whole.base, 0, p.base_epochs, p.base_learning_rate)
     arm = adaptation.train_of(p, tasks[0].split, 0, p.epochs, p.learning_rates[0])
     names = [field.name for field in dataclasses.fields(TrainConfig)]
