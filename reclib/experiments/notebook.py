@@ -110,7 +110,8 @@ def open_notebook(
 ) -> Study:
     """Open a notebook: check its parameters, find the device, prepare the data, begin its records.
 
-    `namespace` is the notebook's `globals()`, after its cell of parameters. `data` makes the dataset of the
+    `namespace` is the notebook's `globals()`, right after its cell of parameters: a plain value that is
+    imported or assigned before counts as a parameter, and as a misspelt one. `data` makes the dataset of the
     parameters, or returns the name and fingerprint of data that are no dataset; None: the parameters name
     it. What is there and what was asked for is printed. Raises `InputError` for what cannot be.
     """

@@ -218,20 +218,16 @@ class TuningPlan:
     space: dict[str, dict[str, Any]]  # a field of TrainConfig, or model.<field>: low, high, log or choices
     seeds: list[int]  # of the comparison
 
-    def settings(self, drawn: Mapping[str, Any]) -> Tuned:
-        """Return the recipe with the drawn fields in it."""
+    def arm(self, name: str, drawn: Mapping[str, Any]) -> Arm:
+        """Return the recipe with the drawn fields in it, as an arm of a grid."""
         shape = {k.removeprefix("model."): v for k, v in drawn.items() if k.startswith("model.")}
         rest = {k: v for k, v in drawn.items() if not k.startswith("model.")}
-        return Tuned(self.model | shape, self.train | rest, {})
+        own = {"name": name, "size": self.size, "seeds": self.seeds, "final": True}
+        return validated(Arm, {**own, "model": self.model | shape, "train": self.train | rest})
 
     def configs(self, num_items: int, drawn: Mapping[str, Any]) -> tuple[ModelConfig, TrainConfig]:
         """Return the configurations of a trial."""
-        return grids.arm_configs(self.arm("trial", self.settings(drawn)), num_items, self.seed)
-
-    def arm(self, name: str, chosen: Tuned) -> Arm:
-        """Return settings as an arm of a grid."""
-        parts = {"model": chosen.model, "train": chosen.train}
-        return validated(Arm, {"name": name, "size": self.size, "seeds": self.seeds, "final": True, **parts})
+        return grids.arm_configs(self.arm("trial", drawn), num_items, self.seed)
 
     def default(self) -> dict[str, Any]:
         """Return the recipe's own values of the fields of the space; empty where the space leaves one out."""
@@ -452,15 +448,16 @@ class Study:
         result = Result("tuning", metrics, own, series, plan.seed)
         key = records.params_hash({"study": self.key, **own})
         self.work().write(key, result, {"chosen": chosen_by}, {})
-        chosen = plan.settings(best.params)._replace(chosen_by=chosen_by)
+        arm = plan.arm("tuned", best.params)
+        chosen = Tuned(arm.model, arm.train, chosen_by)
         return write_tuned(plan.size, self.dataset.name, self.dataset.fingerprint, chosen)
 
     def work(self) -> Work:
         """Return the grid that its records are in: the default and, once chosen, the tuned recipe as arms."""
         plan = self.plan
-        arms = [plan.arm("default", plan.settings({}))]
+        arms = [plan.arm("default", {})]
         if chosen := read_tuned(plan.size, self.dataset.name, self.dataset.fingerprint):
-            arms.append(plan.arm("tuned", chosen))
+            arms.append(replace(arms[0], name="tuned", model=chosen.model, train=chosen.train))
         name = f"tuning-{plan.name}"
         grid = Grid(name=name, about=plan.about, notebook=NOTEBOOK, data=plan.data, arms=arms)
         return Work(grid, self.dataset, self.device)
