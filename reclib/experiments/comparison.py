@@ -1,7 +1,7 @@
-"""The same training step on many devices: measured here, recorded elsewhere, predicted, or published.
+"""The same training step on many devices, measured here or predicted; and the self-check of a device.
 
-Each is a row that says which of these it is; nothing measured and nothing predicted share a row. A row is
-closed where all devices do the same (fp32, eager), open where each takes what suits it (its own precision).
+Nothing measured and nothing predicted share a row. A row is closed where all devices do the same (fp32,
+eager), open where each takes what suits it (its own precision).
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 
 from reclib import hardware, records, system
@@ -25,26 +25,45 @@ from reclib.cost import planner, work
 from reclib.cost.planner import Plan
 from reclib.cost.work import AdapterPlan
 from reclib.data.batches import Epoch
-from reclib.data.dataset import Dataset, Histories
-from reclib.data.prepare import synthetic_dataset, train_histories
+from reclib.data.dataset import Dataset, Histories, train_histories
+from reclib.data.prepare import synthetic_dataset
+from reclib.experiments import speed
+from reclib.experiments.notebook import Result
 from reclib.hardware import CPU_THREADS, GIB, Device, usable_cores
 from reclib.model.bert4rec import Bert4Rec
 from reclib.parameters import AmpCompile, Hardware
+from reclib.report import tables
 from reclib.system import Parser
 from reclib.train import timing
 from reclib.train.losses import batch_loss
-from reclib.train.timing import EPOCHS, measure
+from reclib.train.timing import EPOCHS
 from reclib.train.trainer import Trainer
 
+RULES = {"closed": "fp32", "open": "auto"}  # precision of a row
 
-@dataclass(frozen=True)
-class Row:
+ILORA = AdapterPlan(kind="ilora", rank=8, num_experts=4)
+
+# Changes of the training without a technique and with it; iLoRA is `ILORA` against training all weights.
+TECHNIQUES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "gather before the head": ({"layout": "padded", "head_rows": "all"}, {"layout": "padded"}),
+    "packed rows": ({"layout": "padded"}, {}),
+    "AMP": ({"precision": "fp32"}, {"precision": "auto"}),
+    "iLoRA": ({}, {}),
+}
+
+
+class Row(NamedTuple):
     """One size on one device."""
 
     own_params: dict[str, Any]  # size, device, precision, rule (closed or open), basis
     metrics: dict[str, Any]  # what any run of it counts
     timings: dict[str, Any]
-    card: dict[str, Any] | None = None  # of a device that is not here
+    card: dict[str, Any] | None = None  # of a device that is not here; None: measured
+
+    def result(self, name: str) -> Result:
+        """Return the row as a result of a name."""
+        kind: records.Kind = "measured" if self.card is None else "predicted"
+        return Result(name, self.metrics, self.own_params, timings=self.timings, kind=kind, device=self.card)
 
 
 def model_of(p: Hardware, size: str) -> ModelConfig:
@@ -58,18 +77,22 @@ def train_of(p: Hardware, precision: str, **changes: Any) -> TrainConfig:
     return validated(TrainConfig, given | changes)
 
 
+def data_of(p: Hardware) -> dict[str, str]:
+    """Return name and fingerprint of the histories that are timed here."""
+    fingerprint = records.params_hash({"mean_len": p.mean_len, "seed": p.seed})
+    return {"name": "synthetic", "fingerprint": fingerprint}
+
+
 def prices(p: Hardware) -> dict[str, float]:
     """Return the price per hour by device, from "device=price"; raise `InputError` for anything else."""
-    found = {}
+    by_device = {}
     for pair in p.prices:
         label, _, price = pair.partition("=")
-        try:
-            found[label] = float(price)
-        except ValueError:
-            raise InputError(f"prices: {pair!r} is no device=price, such as l4=0.7") from None
-        if found[label] < 0:
-            raise InputError(f"prices: {pair!r}: a price is at least 0")
-    return found
+        with contextlib.suppress(ValueError):
+            by_device[label] = float(price)
+        if not by_device.get(label, -1) >= 0:
+            raise InputError(f"prices: {pair!r} is no device=price with a price of at least 0, as l4=0.7")
+    return by_device
 
 
 def price_of(p: Hardware, label: str) -> float | None:
@@ -78,7 +101,12 @@ def price_of(p: Hardware, label: str) -> float | None:
     return given.get(label, given.get(label.partition("-")[0]))
 
 
-# -- measured here -------------------------------------------------------------------------------------------
+def committed_root() -> Path:
+    """Return where the records of the repository lie, wherever this run records."""
+    return system.root() / "executed"
+
+
+# -- measured ------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -92,83 +120,72 @@ def threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def here(p: Hardware, device: Device) -> list[str]:
-    """Return the devices of this machine: a GPU, or the CPU with one and with two threads.
+def here(device: Device) -> dict[str, int]:
+    """Return the threads of each device of this machine: a GPU, or the CPU with one and with two threads.
 
     A run under the label of one of these two is of that one alone.
     """
-    if device.torch_device.type == "cuda" or device.label in CPU_THREADS:
-        return [device.label]
-    cores = usable_cores()
-    return [label for label, number in CPU_THREADS.items() if number <= cores]
+    if device.label in CPU_THREADS:
+        return {device.label: CPU_THREADS[device.label]}
+    if device.torch_device.type == "cuda":
+        return {device.label: torch.get_num_threads()}
+    return {label: number for label, number in CPU_THREADS.items() if number <= usable_cores()}
 
 
 def measured(p: Hardware, device: Device) -> list[Row]:
-    """Time a step of each size in `measured_sizes` on each device of this machine, closed and open."""
+    """Time a step of each size in `measured_sizes` on each device of this machine; a GPU closed and open."""
     rows = []
     for size in p.measured_sizes:
         model = model_of(p, size)
-        mean_len = min(p.mean_len, model.num_items / 4)
-        histories = synthetic_dataset(p.users, model.num_items, mean_len, p.seed)
-        for label in here(p, device):
-            number = int(label[3:]) if label.startswith("cpu") else torch.get_num_threads()
+        dataset = synthetic_dataset(p.users, model.num_items, min(p.mean_len, model.num_items / 4), p.seed)
+        for label, number in here(device).items():
             with threads(number):
-                rows += [_timed(p, size, rule, label, histories, device) for rule in _rules(device)]
+                for rule in ["closed"] if device.torch_device.type == "cpu" else RULES:
+                    trainer = speed.trainer_of(model, train_of(p, RULES[rule]), dataset, device)
+                    rows.append(_timed(p, trainer, {"size": size, "device": label, "rule": rule}))
     return rows
 
 
-def _rules(device: Device) -> list[str]:
-    return ["closed"] if device.torch_device.type == "cpu" else ["closed", "open"]
-
-
-def _timed(p: Hardware, size: str, rule: str, label: str, dataset: Any, device: Device) -> Row:
-    train = train_of(p, "fp32" if rule == "closed" else "auto")
-    torch.manual_seed(p.seed)
-    with device.torch_device:  # drawing a large table on the host takes seconds
-        model = Bert4Rec(model_of(p, size))
-    trainer = Trainer(model, train_histories(dataset), train, device, dataset.fingerprint)
-    found = timing.measure(trainer, p.steps, p.warmup_steps, gpu_energy=True)
-    done, _ = timing.step_flops(trainer, p.warmup_steps + 1)
-    own: dict[str, Any] = {"size": size, "device": label, "rule": rule, "basis": "measured"}
-    own |= {"precision": trainer.precision.name, "batch_size": p.batch_size, "status": found.status}
-    own |= {"threads": torch.get_num_threads() if label.startswith("cpu") else None}
-    rate = found.sequences_per_second if found.status == "ok" else None
-    epoch = {"epoch_seconds": p.epoch_users / rate if rate else None}
-    if rate and (price := price_of(p, label)) is not None:
-        epoch["cost_per_epoch"] = p.epoch_users / rate / 3600 * price
-    counted = {"parameters": sum(x.numel() for x in trainer.parameters), "flops": done.total}
-    counted["bytes_moved"] = _bytes_moved(trainer)
-    return Row(own, counted, found.timings() | epoch)
-
-
-def _bytes_moved(trainer: Trainer) -> int:
-    """Return the bytes that a step moves by the planner's count, since nothing measures them."""
-    model, train, histories = trainer.model.config, trainer.config, trainer.histories
-    shapes = work.mean_shapes(model, train, histories.ends - histories.starts)
+def _timed(p: Hardware, trainer: Trainer, own: dict[str, Any]) -> Row:
+    measurement = timing.measure(trainer, p.steps, p.warmup_steps, gpu_energy=True)
+    own |= {"basis": "measured", "precision": trainer.precision.name, "batch_size": p.batch_size}
+    own |= {
+        "status": measurement.status,
+        "threads": torch.get_num_threads() if trainer.where.type == "cpu" else None,
+    }
+    timings: dict[str, Any] = measurement.timings() | {"epoch_seconds": None}
+    if measurement.status == "ok":
+        timings["epoch_seconds"] = seconds = p.epoch_users / measurement.sequences_per_second
+        if (price := price_of(p, own["device"])) is not None:
+            timings["cost_per_epoch"] = seconds / 3600 * price
+    # Nothing measures the bytes that a step moves: they are the planner's count.
+    model, train = trainer.model.config, trainer.config
     width = work.FP32 if trainer.precision.autocast_dtype is None else work.HALF
-    return int(sum(part.bytes for part in work.step_parts(model, train, shapes, width)))
+    shapes = work.mean_shapes(model, train, trainer.histories.lengths)
+    counted = {
+        "parameters": sum(parameter.numel() for parameter in trainer.parameters),
+        "flops": timing.step_flops(trainer, p.warmup_steps + 1)[0].total,
+        "bytes_moved": int(sum(part.bytes for part in work.step_parts(model, train, shapes, width))),
+    }
+    return Row(own, counted, timings)
+
+
+def side_by_side(p: Hardware, steps: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return measured steps (records) with rate, memory, epoch, cost and energy; blank: not known."""
+    rows = []
+    for record in steps:
+        own, took = record["own_params"], record["timings"]
+        rate, price = took.get("sequences_per_second"), price_of(p, own["device"])
+        epoch = p.epoch_users / rate if rate else None
+        row = {key: own.get(key) for key in ("size", "device", "rule", "precision", "batch_size")}
+        row |= {"sequences/s": rate, "peak (MiB)": (took.get("peak_memory_bytes") or 0) / 2**20 or None}
+        row |= {"epoch (s)": epoch, "J per sequence": took.get("joules_per_sequence")}
+        row |= {"MFU": tables.mfu_of(record)}
+        rows.append(row | {"cost of an epoch": epoch / 3600 * price if epoch and price is not None else None})
+    return pd.DataFrame(rows).sort_values(["device", "size"]).round(4)
 
 
 # -- predicted -----------------------------------------------------------------------------------------------
-
-
-def predicted(p: Hardware) -> list[Row]:
-    """Return the plan of each of `sizes` for each of `devices`, closed and open."""
-    lengths = planner.typical_lengths(p.mean_len)
-    rows = []
-    for size in p.sizes:
-        model = model_of(p, size)
-        for label in p.devices:
-            for board in boards(label):
-                for rule in ("closed", "open"):
-                    if rule == "open" and isinstance(board, planner.Cpu):
-                        continue  # fp32 is what suits it
-                    train = train_of(p, "fp32" if rule == "closed" else "auto")
-                    found = planner.plan(
-                        board, model, train, lengths, p.epoch_users, price_of(p, board.label)
-                    )
-                    rows.append(row_of(found, size, rule, p.batch_size))
-    return rows
 
 
 def boards(label: str) -> Sequence[hardware.Board | planner.Cpu]:
@@ -181,147 +198,113 @@ def boards(label: str) -> Sequence[hardware.Board | planner.Cpu]:
     return planner.with_threads(label) or [planner.cpu(label)]
 
 
-def row_of(found: Plan, size: str, rule: str, batch_size: int) -> Row:
-    """Return a plan as a row."""
-    own: dict[str, Any] = {"size": size, "device": found.device, "rule": rule, "basis": found.basis}
-    own |= {"precision": found.precision, "batch_size": batch_size, "status": "ok"}
-    if found.fits is False:
-        own |= {"status": "does not fit"}
-    numbers = found.numbers()
-    names = ("flops", "bytes_moved", "peak_memory_bytes", "largest_batch", "fits")
-    counted = {name: value for name in names if (value := numbers.pop(name)) is not None}
-    return Row(own, counted, numbers, card_of(found))
+def _cases(p: Hardware) -> list[tuple[str, hardware.Board | planner.Cpu]]:
+    return [(size, board) for size in p.sizes for label in p.devices for board in boards(label)]
 
 
-def card_of(found: Plan) -> dict[str, Any]:
-    """Return what a record says of a device that is not here."""
-    cpu = found.device.startswith("cpu")
-    card = {"name": f"{found.name} (by its data sheet)", "type": "cuda", "label": found.device}
-    if cpu:
-        threads = planner.cpu(found.device).threads
-        return card | {"name": found.name, "type": "cpu", "label": "cpu", "threads": threads}
-    capability = hardware.catalogue()[found.device].capability
-    return card | {"memory_bytes": found.memory_bytes, "capability": list(capability)}
+def _plan(p: Hardware, size: str, board: hardware.Board | planner.Cpu, **changes: Any) -> Plan:
+    """Return the plan of a size in the board's own precision, unless changed."""
+    adapter = changes.pop("adapter", None)
+    train = train_of(p, changes.pop("precision", "auto"), **changes)
+    lengths, price = planner.typical_lengths(p.mean_len), price_of(p, board.label)
+    return planner.plan(board, model_of(p, size), train, lengths, p.epoch_users, price, adapter)
 
 
-# -- what a technique gives ----------------------------------------------------------------------------------
-
-TECHNIQUES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "gather before the head": ({"layout": "padded", "head_rows": "all"}, {"layout": "padded"}),
-    "packed rows": ({"layout": "padded"}, {}),
-    "AMP": ({"precision": "fp32"}, {"precision": "auto"}),
-    "iLoRA": ({}, {}),  # against training all weights: the same step with `ILORA`
-}
-
-ILORA = AdapterPlan(kind="ilora", rank=8, num_experts=4)
+def predicted(p: Hardware) -> list[Row]:
+    """Return the plan of each of `sizes` for each of `devices`, closed and open; a CPU's own is fp32."""
+    return [
+        row_of(_plan(p, size, board, precision=precision), size, rule, p.batch_size)
+        for size, board in _cases(p)
+        for rule, precision in RULES.items()
+        if rule == "closed" or not isinstance(board, planner.Cpu)
+    ]
 
 
 def gains(p: Hardware) -> list[Row]:
     """Return how many times faster each technique makes a step of each size, predicted for each device."""
-    lengths = planner.typical_lengths(p.mean_len)
     rows = []
-    for size in p.sizes:
-        model = model_of(p, size)
-        for label in p.devices:
-            for board in boards(label):
-                for name, sides in TECHNIQUES.items():
-                    if name == "AMP" and isinstance(board, planner.Cpu):
-                        continue
-                    adapters = (None, ILORA) if name == "iLoRA" else (None, None)
-                    trains = [train_of(p, **({"precision": "auto"} | side)) for side in sides]
-                    without, with_it = (
-                        planner.plan(board, model, train, lengths, adapter=adapter)
-                        for train, adapter in zip(trains, adapters, strict=True)
-                    )
-                    own = {"size": size, "device": board.label, "technique": name, "basis": with_it.basis}
-                    ratio = {"speedup": without.step.seconds / with_it.step.seconds}
-                    rows.append(Row(own, {}, ratio, card_of(with_it)))
+    for size, board in _cases(p):
+        for name, (without, with_it) in TECHNIQUES.items():
+            if name == "AMP" and isinstance(board, planner.Cpu):
+                continue
+            before = _plan(p, size, board, **without)
+            after = _plan(p, size, board, **with_it, adapter=ILORA if name == "iLoRA" else None)
+            own = {"size": size, "device": board.label, "technique": name, "basis": after.basis}
+            rows.append(Row(own, {}, {"speedup": before.step.seconds / after.step.seconds}, card_of(after)))
     return rows
-
-
-def fits_which(p: Hardware) -> list[dict[str, Any]]:
-    """Return, for each size, which GPU to take: those that hold it, the smallest and the fastest of them.
-
-    A GPU that holds the state but not the batch counts as one that does not fit. The cheapest is named where
-    `prices` name two or more of those that fit.
-    """
-    lengths = planner.typical_lengths(p.mean_len)
-    found = []
-    for size in p.sizes:
-        plans = [
-            planner.plan(
-                board,
-                model_of(p, size),
-                train_of(p, "auto"),
-                lengths,
-                p.epoch_users,
-                price_of(p, board.label),
-            )
-            for label in p.devices
-            if not label.startswith("cpu")
-            for board in hardware.boards(label)
-        ]
-        fitting = [one for one in plans if one.fits]
-        row = {"size": size, "does not fit on": ", ".join(one.device for one in plans if not one.fits) or "-"}
-        if fitting:
-            row |= _choice(
-                "smallest", min(fitting, key=lambda one: (one.memory_bytes or 0, one.step.seconds))
-            )
-            row |= _choice("fastest", min(fitting, key=lambda one: (one.step.seconds, one.memory_bytes or 0)))
-        costs = {one.device: cost for one in fitting if (cost := one.cost(one.epoch.seconds)) is not None}
-        if len(costs) > 1:
-            cheapest = min(costs, key=lambda device: costs[device])
-            row |= {"cheapest": cheapest, "its cost of an epoch": f"{costs[cheapest]:.4f}"}
-        found.append(row)
-    return found
-
-
-def _choice(name: str, one: Plan) -> dict[str, str]:
-    return {
-        name: one.device,
-        f"{name}: epoch (s)": f"{one.epoch.low:,.0f} to {one.epoch.high:,.0f}",
-        f"{name}: GiB": f"{one.peak_bytes / GIB:.1f} of {(one.memory_bytes or 0) / GIB:.0f}",
-        f"{name}: largest batch": f"{one.largest_batch:,}",
-        f"{name}: mostly": max(one.step.parts, key=lambda part: one.step.parts[part]),
-    }
-
-
-def builds() -> dict[str, str]:
-    """Return the boards that need a torch build of their own, and which."""
-    return {board.label: board.build for board in hardware.catalogue().values() if board.build}
 
 
 def claimed(p: AmpCompile, dataset: Dataset) -> list[Row]:
     """Return the plans of notebook 04's eager steps for the device that was asked for and is not here."""
-    histories = train_histories(dataset)
-    lengths = histories.ends - histories.starts
-    model = model_config(p.size, num_items=dataset.num_items, max_len=p.max_len)
-    rows = []
+    lengths, model, rows = train_histories(dataset).lengths, speed.model_of(p, dataset), []
     for board in hardware.boards(p.gpu):
-        for precision in p.precisions:
-            if precision != "auto" and precision not in board.peaks:
-                continue
+        for precision in (name for name in p.precisions if name in ("auto", *board.peaks)):
             for size in p.batch_sizes:
                 train = TrainConfig(seed=p.seed, batch_size=size, precision=precision)
-                found = row_of(planner.plan(board, model, train, lengths), p.size, "open", size)
-                ran = {"compile_mode": "off", "ran_compile_mode": "off", "ran_precision": precision}
-                rows.append(replace(found, own_params=found.own_params | {"precision": precision} | ran))
+                row = row_of(planner.plan(board, model, train, lengths), p.size, "open", size)
+                row.own_params.update(precision=precision, ran_precision=precision)
+                row.own_params.update(compile_mode="off", ran_compile_mode="off")
+                rows.append(row)
     return rows
 
 
-def committed_root() -> Path:
-    """Return where the records of the repository lie, wherever this run records."""
-    return system.root() / "executed"
+def row_of(plan: Plan, size: str, rule: str, batch_size: int) -> Row:
+    """Return a plan as a row."""
+    own: dict[str, Any] = {"size": size, "device": plan.device, "rule": rule, "basis": plan.basis}
+    status = "does not fit" if plan.fits is False else "ok"
+    own |= {"precision": plan.precision, "batch_size": batch_size, "status": status}
+    counted = planner.counted(plan)
+    timings = {name: value for name, value in plan.numbers().items() if name not in counted}
+    return Row(own, counted, timings, card_of(plan))
 
 
-# ------------------------------------------------------------------------------------------------
-# Does this device compute what the study says it computes? Run by `python -m reclib check`.
+def card_of(plan: Plan) -> dict[str, Any]:
+    """Return what a record says of a device that is not here."""
+    if plan.device.startswith("cpu"):
+        number = planner.cpu(plan.device).threads
+        return {"name": plan.name, "type": "cpu", "label": "cpu", "threads": number}
+    capability = hardware.catalogue()[plan.device].capability
+    card = {"name": f"{plan.name} (by its data sheet)", "type": "cuda", "label": plan.device}
+    return card | {"memory_bytes": plan.memory_bytes, "capability": list(capability)}
+
+
+def fits_which(p: Hardware) -> pd.DataFrame:
+    """Return the GPUs to take for each size: the smallest that holds it, the fastest, and the cheapest.
+
+    A GPU that holds the state but not the batch counts as one that does not fit. The cheapest is named where
+    `prices` name two or more of those that fit.
+    """
+    rows = []
+    for size in p.sizes:
+        plans = [_plan(p, size, board) for which, board in _cases(p) if which == size]
+        gpus = [plan for plan in plans if plan.memory_bytes is not None]
+        fitting = [plan for plan in gpus if plan.fits]
+        priced = [plan for plan in fitting if plan.price is not None]
+        orders = {
+            "smallest": (fitting, lambda plan: (plan.memory_bytes, plan.step.seconds)),
+            "fastest": (fitting, lambda plan: (plan.step.seconds, plan.memory_bytes)),
+            "cheapest": (priced if len(priced) > 1 else [], lambda plan: plan.cost(plan.epoch.seconds)),
+        }
+        for name, (candidates, order) in orders.items():
+            for plan in sorted(candidates, key=order)[:1]:
+                row = {"size": size, "which": name, "device": plan.device}
+                row["epoch (s)"] = f"{plan.epoch.low:,.0f} to {plan.epoch.high:,.0f}"
+                row["GiB"] = f"{plan.peak_bytes / GIB:.1f} of {(plan.memory_bytes or 0) / GIB:.0f}"
+                row["largest batch"] = f"{plan.largest_batch:,}"
+                row["mostly"] = max(plan.step.parts, key=lambda part: plan.step.parts[part])
+                cost = plan.cost(plan.epoch.seconds)
+                rows.append(row | ({} if cost is None else {"cost of an epoch": f"{cost:.4f}"}))
+        others = ", ".join(plan.device for plan in gpus if not plan.fits)
+        rows.append({"size": size, "which": "does not fit on", "device": others or "-"})
+    return pd.DataFrame(rows).set_index(["size", "which"]).fillna("")
+
+
+# -- the self-check ------------------------------------------------------------------------------------------
 #
-# Four questions, each answered by running the real thing on the device: does the fast step equal the plain
-# one, do products run in the precision that was chosen, does the clock wait for the device, and does
-# running out of memory end in a row and leave the device usable. The answers are written to
-# `executed/<label>/selfcheck.json`. A row counts as measured on a GPU only beside such a file with every
-# check passed.
+# `python -m reclib check` runs the real thing on the device: does the fast step equal the plain one, do
+# products run in the precision that was chosen, does the clock wait for the device, and does running out of
+# memory end in a row and leave the device usable? A row counts as measured on a GPU only beside a file
+# `executed/<label>/selfcheck.json` with every check passed.
 
 LIMIT = 1e-5  # of a gradient's norm, or of a thousandth of the global norm where that is larger
 
@@ -349,8 +332,13 @@ def some_histories() -> Histories:
     rng = np.random.default_rng(0)
     lengths = rng.integers(3, 61, 400)
     ends = np.cumsum(lengths)
-    items = rng.integers(1, MODEL.num_items + 1, ends[-1]).astype(np.int32)
-    return Histories(items, ends - lengths, ends)
+    return Histories(rng.integers(1, MODEL.num_items + 1, ends[-1]).astype(np.int32), ends - lengths, ends)
+
+
+def make_trainer(device: Device, **changes: Any) -> Trainer:
+    """Return a trainer of fresh weights."""
+    torch.manual_seed(0)
+    return Trainer(Bert4Rec(MODEL), some_histories(), changed(FAST, **changes), device, "self-check")
 
 
 def gradients(device: Device, train: TrainConfig) -> tuple[float, dict[str, torch.Tensor]]:
@@ -367,34 +355,30 @@ def exactness(device: Device) -> Check:
     """Packed, gathered and fused against plain and padded, in full fp32, by every route of the loss."""
     hardware.set_matmul_precision(hardware.PrecisionChoice("fp32", "self-check"))
     _, wanted = gradients(device, changed(FAST, **PLAIN))
-    whole = torch.stack([g.norm() for g in wanted.values()]).norm()
+    least = 1e-3 * torch.stack([g.norm() for g in wanted.values()]).norm()
     worst = 0.0
     for route in ("plain", "chunked", "inplace"):
-        _, found = gradients(device, changed(FAST, loss=route))
-        for name, right in wanted.items():
-            gap = (found[name] - right).norm() / torch.maximum(right.norm(), 1e-3 * whole)
-            worst = max(worst, float(gap))
-    return Check(
-        "exactness", worst <= LIMIT, f"largest difference of a gradient {worst:.1e}, limit {LIMIT:.0e}"
-    )
+        _, grads = gradients(device, changed(FAST, loss=route))
+        gaps = [(grads[n] - right).norm() / torch.maximum(right.norm(), least) for n, right in wanted.items()]
+        worst = max(worst, float(max(gaps)))
+    answer = f"largest difference of a gradient {worst:.1e}, limit {LIMIT:.0e}"
+    return Check("exactness", worst <= LIMIT, answer)
 
 
 def precision(device: Device) -> Check:
     """Each precision that the device has: what the head's product really ran in, and a finite loss."""
-    said, passed = [], True
+    answers, passed = [], True
     for name in ("fp32", "tf32", "bf16", "fp16"):
         try:
             hardware.choose_precision(name, device.card)
         except InputError:
-            said.append(f"{name} not applicable")
+            answers.append(f"{name} not applicable")
             continue
         trainer = make_trainer(device, precision=name)
-        wanted = "fp32" if name == "tf32" else name
-        found = timing.head_dtype(trainer)
-        loss = next(trainer.steps()).loss
-        passed &= found == wanted and np.isfinite(loss)
-        said.append(f"{name} head in {found}, loss {loss:.3f}")
-    return Check("precision", passed, "; ".join(said))
+        dtype, loss = timing.head_dtype(trainer), next(trainer.steps()).loss
+        passed &= dtype == ("fp32" if name == "tf32" else name) and bool(np.isfinite(loss))
+        answers.append(f"{name} head in {dtype}, loss {loss:.3f}")
+    return Check("precision", passed, "; ".join(answers))
 
 
 def synchronisation(device: Device) -> Check:
@@ -405,75 +389,66 @@ def synchronisation(device: Device) -> Check:
     def run(wait_each: bool) -> float:
         hardware.synchronize(device.torch_device)
         began = time.perf_counter()
-        for _ in range(count):
+        for number in range(count):
             a @ a
-            if wait_each:
+            if wait_each or number == count - 1:
                 hardware.synchronize(device.torch_device)
-        hardware.synchronize(device.torch_device)
         return time.perf_counter() - began
 
     run(True)
     ratio = min(run(False) for _ in range(5)) / min(run(True) for _ in range(5))
-    return Check(
-        "synchronisation", 0.5 < ratio < 2.0, f"clock around {count} products: {ratio:.2f} of one by one"
-    )
+    answer = f"clock around {count} products: {ratio:.2f} of one by one"
+    return Check("synchronisation", 0.5 < ratio < 2.0, answer)
 
 
 def out_of_memory(device: Device) -> Check:
     """A batch that cannot fit becomes a row, and the same device trains right after it."""
-    greedy = make_trainer(device)
 
     def too_much(*_: object) -> None:
         torch.empty(1 << 50, dtype=torch.uint8, device=device.torch_device)  # a pebibyte
 
-    handle = greedy.model.register_forward_pre_hook(too_much)
-    hook = greedy.model.blocks[0].register_forward_pre_hook(too_much)
-    row = measure(greedy, 1, 1)
-    handle.remove()
-    hook.remove()
+    greedy = make_trainer(device)
+    greedy.model.blocks[0].register_forward_pre_hook(too_much)
+    row = timing.measure(greedy, 1, 1)
     after = next(make_trainer(device).steps()).loss
-    passed = row.status == "oom" and bool(np.isfinite(after))
-    return Check("out of memory", passed, f"status {row.status!r}, then a step with loss {after:.3f}")
+    answer = f"status {row.status!r}, then a step with loss {after:.3f}"
+    return Check("out of memory", row.status == "oom" and bool(np.isfinite(after)), answer)
 
 
-def make_trainer(device: Device, **changes: Any) -> Trainer:
-    """Return a trainer of fresh weights."""
-    torch.manual_seed(0)
-    return Trainer(Bert4Rec(MODEL), some_histories(), changed(FAST, **changes), device, "self-check")
-
-
-CHECKS: tuple[Callable[[Device], Check], ...] = (exactness, precision, synchronisation, out_of_memory)
+CHECKS = (exactness, precision, synchronisation, out_of_memory)
 
 
 def check(device: Device) -> list[Check]:
     """Run every check; one that raises has failed and says with what."""
-    found = []
+    answers = []
     for question in CHECKS:
         try:
-            found.append(question(device))
+            answers.append(question(device))
         except Exception as error:  # whatever breaks on a device is an answer
-            found.append(Check(question.__name__, False, f"{type(error).__name__}: {error}".splitlines()[0]))
-    return found
+            answers.append(
+                Check(question.__name__, False, f"{type(error).__name__}: {error}".splitlines()[0])
+            )
+    return answers
 
 
-def write(device: Device, found: list[Check]) -> str:
+def write(device: Device, answers: list[Check]) -> str:
     """Write the answers beside the records of the device; return the file's name."""
-    folder = system.executed() / device.label
     body = {
         "device": system.plain(hardware.device_card(device)),
-        "passed": all(one.passed for one in found),
-        "checks": [one._asdict() for one in found],
+        "passed": all(one.passed for one in answers),
+        "checks": [one._asdict() for one in answers],
         "versions": records.versions(),
         "git": records.git_state(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    system.write_atomically(folder / FILE, json.dumps(body, indent=1, default=bool) + "\n")
+    file = system.executed() / device.label / FILE
+    system.write_atomically(file, json.dumps(body, indent=1, default=bool) + "\n")
     return f"{device.label}/{FILE}"
 
 
 def check_main(argv: Sequence[str] | None = None) -> int:
-    """Check a device (the one that is there, or "cpu") and print the answers; 0 if all passed."""
-    parser = Parser(prog="python -m reclib check", description=(__doc__ or "").split("\n")[0])
+    """Check that a device computes what the study says; print the answers. Returns 0 if all passed."""
+    parser = Parser(prog="python -m reclib check", description=(check_main.__doc__ or "").split(";")[0])
     parser.add_argument("gpu", nargs="?", default="auto", help="auto, cpu or a gpu label (auto)")
     given = parser.parse_args(argv)
     try:
@@ -482,8 +457,8 @@ def check_main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{device.label}: {device.card.name}, torch {torch.__version__}")
-    found = check(device)
-    for one in found:
+    answers = check(device)
+    for one in answers:
         print(f"  {'passed' if one.passed else 'FAILED':<7} {one.name:<16} {one.found}")
-    print(f"written to {write(device, found)}")
-    return 0 if all(one.passed for one in found) else 1
+    print(f"written to {write(device, answers)}")
+    return 0 if all(one.passed for one in answers) else 1

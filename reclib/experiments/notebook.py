@@ -11,17 +11,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
-import plotly.graph_objects as go
 
 from reclib import hardware, parameters, records
 from reclib.config import DataConfig
 from reclib.data.dataset import Dataset
 from reclib.data.prepare import prepare
 from reclib.records import Record
-from reclib.report import figures, findings
+from reclib.report import findings
+
+if TYPE_CHECKING:  # what measures needs `Result` where no plotly is installed
+    import plotly.graph_objects as go
 
 _NONE: dict[str, Any] = {}  # a default, never changed
 MOST_ROWS = 30  # of the table of a call; results of several names are listed by name alone
@@ -87,6 +89,8 @@ class Study:
 
     def show(self, figure: str, rows: Iterable[Mapping[str, Any]] | None = None) -> go.Figure | str:
         """Return a figure of `figures.FIGURES`, of these rows or of this run's; a sentence without rows."""
+        from reclib.report import figures
+
         needs = next(spec.needs for spec in figures.FIGURES if spec.name == figure)
         drawn = [*(self.rows(needs) if rows is None else rows)]
         return figures.show(figure, *drawn) if drawn else f"{figure}: nothing is recorded yet."

@@ -1,26 +1,27 @@
-"""What AMP and `torch.compile` give on this device: the timings of one notebook.
+"""Timed training steps: a ladder from the seed study's step, precisions and compile modes, and adapters.
 
-The grid is precision x compile mode x batch size, its variants in turns. What does not apply on a device is a
-row that says so, and so is what runs out of memory. The ladder goes from the seed study's step to ours.
+Variants take turns on the same batches. What a device cannot run, and what runs out of memory, is a row that
+says so.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import gc
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pandas as pd
 import torch
 
 from reclib import hardware
-from reclib.config import DataConfig, InputError, ModelConfig, TrainConfig, changed, model_config
+from reclib.config import DataConfig, InputError, ModelConfig, TrainConfig, changed, divided, model_config
 from reclib.cost import work
-from reclib.data.dataset import Dataset, Histories
-from reclib.data.prepare import prepare, synthetic_dataset, train_histories
+from reclib.data.dataset import Dataset, Histories, train_histories
+from reclib.data.prepare import prepare, synthetic_dataset
 from reclib.experiments.adaptation import arm_model
+from reclib.experiments.notebook import Result
 from reclib.hardware import Device
 from reclib.model.bert4rec import Bert4Rec
 from reclib.model.ilora import AdaptedModel
@@ -29,14 +30,49 @@ from reclib.train import timing
 from reclib.train.timing import EPOCHS, Measurement, break_even_steps, merged
 from reclib.train.trainer import Trainer
 
-# ------------------------------------------------------------------------------------------------
-# From the step of the study that this one started from to ours: one changed field at a time.
-#
-# The first rung re-creates that study's step: focal cross-entropy over every position that is not padding,
-# rows padded to their full length, logits at all of them, dropout on attention, an optimiser that takes one
-# tensor at a time. Every other rung changes a single field of the configuration, so that what it gives is
-# its own. Which positions are masked is drawn as in ours on every rung; the cost does not depend on it.
 
+@dataclass
+class Row:
+    """One variant: what was asked for, what ran, and what it took."""
+
+    asked: dict[str, Any]  # precision, compile_mode, batch_size; or the rung; or the arm
+    found: Measurement
+    counted: dict[str, int] = field(default_factory=dict)  # parameters and FLOPs of one step
+    timings: dict[str, float | int | None] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """Whether it ran."""
+        return self.found.status == "ok"
+
+    def metrics(self) -> dict[str, int]:
+        """Return what is the same on every device."""
+        return self.counted | (self.found.counts() if self.ok else {})
+
+    def own_params(self) -> dict[str, Any]:
+        """Return what the row is of, whether it ran, and why not."""
+        return self.asked | {"status": self.found.status, "reason": self.found.reason}
+
+
+def results(name: str, rows: Iterable[Row]) -> list[Result]:
+    """Return rows as results of a name."""
+    return [Result(name, row.metrics(), row.own_params(), timings=row.timings) for row in rows]
+
+
+def table(rows: Iterable[Row], *timings: str) -> pd.DataFrame:
+    """Return what rows are of, beside some of their timings."""
+    return pd.DataFrame([row.own_params() | {key: row.timings.get(key) for key in timings} for row in rows])
+
+
+def reasons(rows: Iterable[Row]) -> None:
+    """Print why rows did not run, or ran otherwise than asked for, each reason once."""
+    print(*(f"- {reason}" for reason in dict.fromkeys(row.found.reason for row in rows) if reason), sep="\n")
+
+
+# -- what is timed -------------------------------------------------------------------------------------------
+
+# The step of the study that this one started from. Which positions are masked is drawn as in ours; the cost
+# does not depend on it.
 SEED_MODEL: dict[str, Any] = {"attention_dropout": 0.1}
 
 SEED_TRAIN: dict[str, Any] = {
@@ -49,6 +85,16 @@ SEED_TRAIN: dict[str, Any] = {
     "compile_mode": "off",
 }
 
+# Name, field and value of each change from there to ours. "auto" routes are resolved per device.
+CHANGES: tuple[tuple[str, str, Any], ...] = (
+    ("masked positions only", "objective", "cloze"),
+    ("no dropout on attention", "attention_dropout", 0.0),
+    ("gather before the head", "head_rows", "targets"),
+    ("packed rows", "layout", "packed"),
+    ("fused AdamW", "optimizer", "fused"),
+    ("loss in place or in chunks", "loss", "auto"),
+)
+
 
 @dataclass(frozen=True)
 class Rung:
@@ -60,50 +106,15 @@ class Rung:
     train: TrainConfig
 
 
-# Name, field and value of each change after the seed study's step. "auto" routes are resolved per device.
-CHANGES: tuple[tuple[str, str, Any], ...] = (
-    ("masked positions only", "objective", "cloze"),
-    ("no dropout on attention", "attention_dropout", 0.0),
-    ("gather before the head", "head_rows", "targets"),
-    ("packed rows", "layout", "packed"),
-    ("fused AdamW", "optimizer", "fused"),
-    ("loss in place or in chunks", "loss", "auto"),
-)
-
-
-def ladder(model: ModelConfig, train: TrainConfig, more: tuple[tuple[str, str, Any], ...] = ()) -> list[Rung]:
+def ladder(model: ModelConfig, train: TrainConfig, more: Sequence[tuple[str, str, Any]] = ()) -> list[Rung]:
     """Return the rungs, the seed study's step first; `more` changes follow the last (precision, compile)."""
     model, train = changed(model, **SEED_MODEL), changed(train, **SEED_TRAIN)
     rungs = [Rung("seed study's step", "", model, train)]
-    in_model = {field.name for field in dataclasses.fields(model)}
     for name, key, value in (*CHANGES, *more):
-        if key in in_model:
-            model = changed(model, **{key: value})
-        else:
-            train = changed(train, **{key: value})
+        of_model, of_train = divided({key: value})
+        model, train = changed(model, **of_model), changed(train, **of_train)
         rungs.append(Rung(name, f"{key}={value}", model, train))
     return rungs
-
-
-# ------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Row:
-    """One variant: what was asked for, what ran, and what it took."""
-
-    asked: dict[str, Any]  # precision, compile_mode, batch_size; or the rung
-    found: Measurement
-    counted: dict[str, int] = field(default_factory=dict)  # parameters and FLOPs of one step
-    timings: dict[str, float | int | None] = field(default_factory=dict)
-
-    def metrics(self) -> dict[str, int]:
-        """Return what is the same on every device."""
-        return self.counted | (self.found.counts() if self.found.status == "ok" else {})
-
-    def own_params(self) -> dict[str, Any]:
-        """Return what the row is of, whether it ran, and why not."""
-        return self.asked | {"status": self.found.status, "reason": self.found.reason}
 
 
 def dataset_of(p: AmpCompile) -> Dataset:
@@ -119,17 +130,17 @@ def model_of(p: AmpCompile, dataset: Dataset) -> ModelConfig:
 
 
 def train_of(p: AmpCompile, **changes: Any) -> TrainConfig:
-    """Return the training configuration of a variant."""
-    return TrainConfig(seed=p.seed, epochs=EPOCHS, **changes)
+    """Return the training configuration of a variant: fp32 and the first batch size, unless changed."""
+    given: dict[str, Any] = {"seed": p.seed, "epochs": EPOCHS, "precision": "fp32"}
+    return TrainConfig(**(given | {"batch_size": p.batch_sizes[0]} | changes))
 
 
 def trainer_of(model: ModelConfig, train: TrainConfig, dataset: Dataset, device: Device) -> Trainer:
     """Return a trainer of weights drawn on the device, the same for the same seed on the same device."""
     torch.manual_seed(train.seed)
-    histories = train_histories(dataset)
     with device.torch_device:  # drawing a large table on the host takes seconds
         drawn = Bert4Rec(model)
-    return Trainer(drawn, histories, train, device, dataset.fingerprint)
+    return Trainer(drawn, train_histories(dataset), train, device, dataset.fingerprint)
 
 
 def inapplicable(precision: str, compile_mode: str, device: Device) -> str:
@@ -142,10 +153,136 @@ def inapplicable(precision: str, compile_mode: str, device: Device) -> str:
     return reason if mode == "off" and reason.startswith("not applicable") else ""
 
 
+# -- timing --------------------------------------------------------------------------------------------------
+
+
+def _in_turns(
+    variants: Iterable[Mapping[str, Any]],
+    trainer: Callable[[Mapping[str, Any]], Trainer],
+    describe: Callable[[Row, Trainer], None],
+    device: Device,
+    *turns: int,
+    gpu_energy: bool = False,
+) -> list[Row]:
+    """Time variants in turns; `turns` are the steps of a turn, warm-up and rounds of `timing.interleave`.
+
+    A variant with no room beside the others is a row with status "oom".
+    """
+    rows: list[Row] = []
+    trainers: dict[str, Trainer] = {}  # by the row's number
+    for number, asked in enumerate(variants):
+        reason = inapplicable(asked["precision"], asked["compile_mode"], device)
+        rows.append(Row(dict(asked), Measurement("not applicable" if reason else "oom", reason)))
+        if not reason:
+            with contextlib.suppress(torch.OutOfMemoryError):
+                trainers[str(number)] = trainer(asked)
+    for key, measurement in timing.interleave(trainers, *turns, gpu_energy=gpu_energy).items():
+        rows[int(key)].found = measurement
+        if measurement.status == "ok":
+            describe(rows[int(key)], trainers[key])
+    return rows
+
+
+def _describe(row: Row, trainer: Trainer, step: int) -> None:
+    """Add to a timed row what is counted for it; `step` is one of the timed steps."""
+    done, needed = timing.step_flops(trainer, step)
+    row.counted = {
+        "parameters": sum(parameter.numel() for parameter in trainer.parameters),
+        "encoder_flops": done.encoder,
+        "head_flops": done.head,
+        "needed_flops": needed.total,
+    }
+    if not row.found.reason and trainer.compile_reason != "asked for":
+        row.found.reason = trainer.compile_reason
+    used = trainer.precision.name
+    row.asked |= {"ran_precision": used, "ran_compile_mode": trainer.compile_mode}
+    row.asked["head_dtype"] = timing.head_dtype(trainer)
+    row.timings = row.found.timings() | {
+        "mfu": work.mfu(done.total, row.found.median_seconds, trainer.device.label, used),
+        "peak_tensor_bytes": timing.peak_tensor_bytes(trainer),
+    }
+
+
+def _alone(
+    row: Row, p: AmpCompile, model: ModelConfig, train: TrainConfig, dataset: Dataset, device: Device
+) -> Trainer | None:
+    """Time one variant with nothing else in memory; return its trainer, None where there is no room."""
+    gc.collect()
+    if device.torch_device.type == "cuda":
+        torch.cuda.empty_cache()
+    try:
+        trainer = trainer_of(model, train, dataset, device)
+    except (RuntimeError, MemoryError) as error:
+        if not timing.is_out_of_memory(error):
+            raise
+        row.found = Measurement("oom", str(error).splitlines()[0])
+        return None
+    row.found = timing.measure(trainer, p.steps, p.warmup_steps)
+    return trainer if row.ok else None
+
+
+def grid(p: AmpCompile, dataset: Dataset, device: Device) -> list[Row]:
+    """Time every precision, compile mode and batch size, those of one batch size in turns."""
+    model, rows = model_of(p, dataset), []
+
+    def trainer(asked: Mapping[str, Any]) -> Trainer:
+        return trainer_of(model, train_of(p, **asked), dataset, device)
+
+    def describe(row: Row, trainer: Trainer) -> None:
+        _describe(row, trainer, p.warmup_steps + 1)
+
+    for size in p.batch_sizes:
+        variants = [
+            {"precision": precision, "compile_mode": mode, "batch_size": size}
+            for precision in p.precisions
+            for mode in p.compile_modes
+        ]
+        turns = (p.steps, p.warmup_steps, p.repeats)
+        timed = _in_turns(variants, trainer, describe, device, *turns, gpu_energy=True)
+        for row in timed:
+            if row.found.status == "oom" and (
+                alone := _alone(row, p, model, train_of(p, **row.asked), dataset, device)
+            ):
+                describe(row, alone)
+        eager = {row.asked["precision"]: row.found for row in timed if row.ok and not row.found.compiled}
+        for row in timed:
+            if row.ok and row.found.compiled and (beside := eager.get(row.asked["precision"])):
+                took = row.found.compile_seconds, beside.median_seconds, row.found.median_seconds
+                row.timings["break_even_steps"] = break_even_steps(*took)
+        rows += timed
+    return rows
+
+
+def rungs_of(p: AmpCompile, dataset: Dataset, device: Device) -> list[Rung]:
+    """Return the ladder at this size, with AMP and compile on top where they were asked for and apply."""
+    amp = [x for x in ("bf16", "fp16") if x in p.precisions and not inapplicable(x, "off", device)]
+    modes = [x for x in p.compile_modes if x != "off" and not inapplicable("fp32", x, device)]
+    more: list[tuple[str, str, Any]] = [("AMP", "precision", x) for x in amp[:1]]
+    more += [("torch.compile", "compile_mode", x) for x in modes[:1]]
+    return ladder(model_of(p, dataset), train_of(p), more)
+
+
+def climb(p: AmpCompile, dataset: Dataset, device: Device) -> list[Row]:
+    """Time the ladder's rungs in turns, each alone in memory and built anew in every round."""
+    rungs = rungs_of(p, dataset, device)
+    rows = [Row({}, Measurement("oom")) for _ in rungs]
+    rounds: list[list[Measurement]] = [[] for _ in rungs]
+    for number in range(p.repeats):
+        for rung, row, parts in zip(rungs, rows, rounds, strict=True):
+            trainer = _alone(row, p, rung.model, rung.train, dataset, device)
+            if trainer is not None and number == 0:
+                _describe(row, trainer, p.warmup_steps + 1)
+            parts.append(row.found)
+    for place, (rung, row, parts) in enumerate(zip(rungs, rows, rounds, strict=True)):
+        row.found = merged(parts)
+        row.asked |= {"rung": place, "name": rung.name, "change": rung.change}
+        row.timings |= row.found.timings()
+    return rows
+
+
 def work_rows(p: AmpCompile, dataset: Dataset, device: Device) -> dict[str, int]:
     """Return what the first step holds and costs, counted: sequences, real items, targets, FLOPs by part."""
-    train = train_of(p, precision="fp32", batch_size=p.batch_sizes[0])
-    trainer = trainer_of(model_of(p, dataset), train, dataset, device)
+    trainer = trainer_of(model_of(p, dataset), train_of(p), dataset, device)
     batches = timing.step_batches(trainer, 1)
     done, needed = timing.step_flops(trainer, 1)
     return {
@@ -157,252 +294,121 @@ def work_rows(p: AmpCompile, dataset: Dataset, device: Device) -> dict[str, int]
         "head_flops": done.head,
         "needed_encoder_flops": needed.encoder,
         "needed_head_flops": needed.head,
-    }
-
-
-def grid(p: AmpCompile, dataset: Dataset, device: Device) -> list[Row]:
-    """Time every variant of the grid, those of one batch size in turns."""
-    return [row for size in p.batch_sizes for row in _one_batch_size(p, dataset, device, size)]
-
-
-def _one_batch_size(p: AmpCompile, dataset: Dataset, device: Device, batch_size: int) -> list[Row]:
-    model = model_of(p, dataset)
-    rows: list[Row] = []
-    trainers: dict[str, Trainer] = {}  # by the row's number
-    for precision in p.precisions:
-        for mode in p.compile_modes:
-            reason = inapplicable(precision, mode, device)
-            asked = {"precision": precision, "compile_mode": mode, "batch_size": batch_size}
-            rows.append(Row(asked, Measurement("not applicable", reason) if reason else Measurement("oom")))
-            if not reason:
-                with contextlib.suppress(torch.OutOfMemoryError):  # no room beside the others: tried alone
-                    trainers[str(len(rows) - 1)] = trainer_of(model, train_of(p, **asked), dataset, device)
-    for number, found in timing.interleave(
-        trainers, p.steps, p.warmup_steps, p.repeats, gpu_energy=True
-    ).items():
-        rows[int(number)].found = found
-        _describe(rows[int(number)], trainers[number], p.warmup_steps + 1)
-    trainers.clear()
-    for row in rows:
-        if row.found.status == "oom":
-            _alone(row, model, train_of(p, **row.asked), dataset, device, p)
-    _break_even(rows)
-    return rows
-
-
-def _alone(
-    row: Row,
-    model: ModelConfig,
-    train: TrainConfig,
-    dataset: Dataset,
-    device: Device,
-    p: AmpCompile,
-    describe: bool = True,
-) -> None:
-    """Time one variant with nothing else in memory."""
-    gc.collect()
-    if device.torch_device.type == "cuda":
-        torch.cuda.empty_cache()
-    try:
-        trainer = trainer_of(model, train, dataset, device)
-    except (RuntimeError, MemoryError) as error:
-        if not timing.is_out_of_memory(error):
-            raise
-        row.found = Measurement("oom", str(error).splitlines()[0])
-        return
-    row.found = timing.measure(trainer, p.steps, p.warmup_steps)
-    if describe:
-        _describe(row, trainer, p.warmup_steps + 1)
-
-
-def _describe(row: Row, trainer: Trainer, step: int) -> None:
-    """Add to a timed row what is counted for it; `step` is one of the timed steps."""
-    if row.found.status != "ok":
-        return
-    done, needed = timing.step_flops(trainer, step)
-    row.counted = {
         "parameters": sum(parameter.numel() for parameter in trainer.parameters),
-        "encoder_flops": done.encoder,
-        "head_flops": done.head,
-        "needed_flops": needed.total,
-    }
-    row.found.reason = row.found.reason or (
-        "" if trainer.compile_reason == "asked for" else trainer.compile_reason
-    )
-    row.asked |= {"ran_precision": trainer.precision.name, "ran_compile_mode": trainer.compile_mode}
-    row.asked["head_dtype"] = timing.head_dtype(trainer)
-    used = trainer.precision.name
-    row.timings = row.found.timings() | {
-        "mfu": work.mfu(done.total, row.found.median_seconds, trainer.device.label, used),
-        "peak_tensor_bytes": timing.peak_tensor_bytes(trainer),
     }
 
 
-def _break_even(rows: Iterable[Row]) -> None:
-    """Add to each compiled row after how many steps compiling has paid for itself."""
-    rows = [row for row in rows if row.found.status == "ok"]
-    eager = {row.asked["precision"]: row for row in rows if row.asked["compile_mode"] == "off"}
-    for row in rows:
-        beside = eager.get(row.asked["precision"])
-        if row.found.compiled and beside is not None:
-            row.timings["break_even_steps"] = break_even_steps(
-                row.found.compile_seconds, beside.found.median_seconds, row.found.median_seconds
-            )
-
-
-def rungs_of(p: AmpCompile, dataset: Dataset, device: Device) -> list[Rung]:
-    """Return the ladder at this size, with AMP and compile on top where they were asked for and apply."""
-    more: list[tuple[str, str, Any]] = []
-    for precision in ("bf16", "fp16"):
-        if precision in p.precisions and not inapplicable(precision, "off", device):
-            more.append(("AMP", "precision", precision))
-            break
-    for mode in p.compile_modes:
-        if mode != "off" and not inapplicable("fp32", mode, device):
-            more.append(("torch.compile", "compile_mode", mode))
-            break
-    return ladder(model_of(p, dataset), train_of(p, batch_size=p.batch_sizes[0]), tuple(more))
-
-
-def climb(p: AmpCompile, dataset: Dataset, device: Device) -> list[Row]:
-    """Time the ladder's rungs in turns, each alone in memory and built anew in every round."""
-    rungs = rungs_of(p, dataset, device)
-    rounds = [[_rung(p, rung, dataset, device, n == 0) for rung in rungs] for n in range(p.repeats)]
-    rows = []
-    for number, rung in enumerate(rungs):
-        row, *again = (one[number] for one in rounds)
-        row.found = merged([row.found, *(other.found for other in again)])
-        row.asked |= {"rung": number, "name": rung.name, "change": rung.change}
-        row.timings |= row.found.timings()
-        rows.append(row)
-    return rows
-
-
-def _rung(p: AmpCompile, rung: Rung, dataset: Dataset, device: Device, first: bool) -> Row:
-    row = Row({}, Measurement("oom"))
-    _alone(row, rung.model, rung.train, dataset, device, p, describe=first)
-    return row
-
-
-def breakdown(
-    p: AmpCompile, dataset: Dataset, device: Device, precision: str, top: int = 12
-) -> list[timing.Operator]:
-    """Return where an eager step in `precision` spends its time, by operator."""
-    train = train_of(p, precision=precision, batch_size=p.batch_sizes[0])
-    return timing.operators(trainer_of(model_of(p, dataset), train, dataset, device), p.steps, top)
-
-
-def whole_epoch(p: AmpCompile, dataset: Dataset, device: Device) -> timing.EpochClock:
-    """Time one epoch of the first variant by the wall clock, after an epoch that warms up."""
-    train = train_of(p, precision=p.precisions[0], batch_size=p.batch_sizes[0])
-    trainer = trainer_of(model_of(p, dataset), train, dataset, device)
-    timing.epoch_clock(trainer)
-    return timing.epoch_clock(trainer)
+# -- what else notebook 04 asks ------------------------------------------------------------------------------
 
 
 def losses(rows: Iterable[Row]) -> dict[str, list[float]]:
     """Return the loss curve of each precision over the same steps, from the eager rows of one batch size."""
-    found: dict[str, list[float]] = {}
+    curves: dict[str, list[float]] = {}
     for row in rows:
-        if row.found.status == "ok" and not row.found.compiled:
-            found.setdefault(row.asked["precision"], row.found.losses)
-    return found
+        if row.ok and not row.found.compiled:
+            curves.setdefault(row.asked["precision"], row.found.losses)
+    return curves
+
+
+def parity(rows: Iterable[Row]) -> list[Result]:
+    """Return the loss curve of each precision, with its largest relative distance from the first one's."""
+    curves = losses(rows)
+    first = next(iter(curves.values()), [])
+    curve_results = []
+    for number, (name, values) in enumerate(curves.items()):
+        gap = max(abs(a / b - 1) for a, b in zip(values, first, strict=True))
+        series: dict[str, list[Any]] = {"step": list(range(1, len(values) + 1)), "loss": values}
+        own = {"precision": name, "number": number}
+        curve_results.append(
+            Result("loss_curve", {"steps": len(values)}, own, series, timings={"largest_gap": gap})
+        )
+    return curve_results
 
 
 def eager_rates(rows: Iterable[Row], batch_size: int) -> dict[str, float]:
     """Return sequences/s of each precision without compiling, at one batch size."""
-    return {
-        row.asked["precision"]: row.found.sequences_per_second
-        for row in rows
-        if row.found.status == "ok" and not row.found.compiled and row.asked["batch_size"] == batch_size
-    }
+    eager = [row for row in rows if row.ok and not row.found.compiled]
+    of_size = [row for row in eager if row.asked["batch_size"] == batch_size]
+    return {row.asked["precision"]: row.found.sequences_per_second for row in of_size}
 
 
-# ------------------------------------------------------------------------------------------------
-# What a step with adapters costs: time in turns, tensors at the peak, and what is saved.
-#
-# All variants train the same base on the same batches, on a CPU a step of each in turn, so that their
-# ratios are of pairs. `ilora` is timed in every precision and compile mode; the others in the first of
-# each. Frozen matrices are held in the precision that products run in, so that no step casts them.
+def breakdown(p: AmpCompile, dataset: Dataset, device: Device, top: int = 12) -> Result:
+    """Return where an eager step in the first precision spends its time, by operator."""
+    precision = p.precisions[0]
+    trainer = trainer_of(model_of(p, dataset), train_of(p, precision=precision), dataset, device)
+    rows = timing.operators(trainer, p.steps, top)
+    columns = zip(("operator", "calls", "seconds", "share"), zip(*rows, strict=True), strict=True)
+    return Result("operators", {}, {"precision": precision}, {name: list(column) for name, column in columns})
+
+
+def whole_epoch(p: AmpCompile, dataset: Dataset, device: Device) -> timing.EpochClock:
+    """Time one epoch of the first variant by the wall clock, after an epoch that warms up."""
+    trainer = trainer_of(model_of(p, dataset), train_of(p, precision=p.precisions[0]), dataset, device)
+    timing.epoch_clock(trainer)
+    return timing.epoch_clock(trainer)
+
+
+def published(clock: timing.EpochClock, rows: Iterable[Row]) -> Result:
+    """Return the rates of single steps and of a whole epoch, and which of them is published."""
+    steady = next(row.found.sequences_per_second for row in rows if row.ok)
+    rate, _ = timing.published_rate(steady, clock.sequences_per_second)
+    rates = {"steady": steady, "epoch": clock.sequences_per_second, "published": rate}
+    timings = {f"{name}_sequences_per_second": value for name, value in rates.items()}
+    timings["epoch_seconds"] = clock.seconds
+    return Result("epoch_clock", {"sequences": clock.sequences}, timings=timings)
+
+
+# -- what a step with adapters costs -------------------------------------------------------------------------
 
 PLAIN = ("full", "lora", "gated", "head")  # timed beside ilora, where they are arms
 
 
 def variants(p: ILora) -> list[dict[str, str]]:
     """Return what is timed: the arms in the first precision and mode, and ilora in all."""
-    first: dict[str, str] = {"precision": p.precisions[0], "compile_mode": p.compile_modes[0]}
-    plain: list[dict[str, str]] = [{"model": arm} | first for arm in PLAIN if arm in p.arms]
-    grid: list[dict[str, str]] = [
-        {"model": "ilora", "precision": precision, "compile_mode": mode}
-        for precision in p.precisions
-        for mode in p.compile_modes
-    ]
-    return [*plain, *grid]
-
-
-def adapter_trainer(
-    p: ILora,
-    asked: dict[str, str],
-    base: Bert4Rec,
-    histories: Histories,
-    device: Device,
-    reader: Bert4Rec | None = None,
-) -> Trainer:
-    """Return a trainer of one variant, on a copy of the base; `reader` is of `adaptation.train_reader`."""
-    train = TrainConfig(
-        seed=p.seeds[0],
-        epochs=EPOCHS,
-        batch_size=p.batch_size,
-        mask_prob=p.mask_prob,
-        last_item_share=p.last_item_share,
-        learning_rate=p.learning_rates[0],
-        precision=asked["precision"],  # type: ignore[arg-type]  # a name of `Precision`, validated
-        compile_mode=asked["compile_mode"],  # type: ignore[arg-type]
-    )
-    model = arm_model(p, asked["model"], base, p.seeds[0], reader)
-    chosen = hardware.choose_precision(train.precision, device.card)
-    if isinstance(model, AdaptedModel) and chosen.autocast_dtype is not None:
-        model.hold_frozen(chosen.autocast_dtype)
-    return Trainer(model, histories, train, device, "timed")
+    arms = [(arm, p.precisions[0], p.compile_modes[0]) for arm in PLAIN if arm in p.arms]
+    arms += [("ilora", precision, mode) for precision in p.precisions for mode in p.compile_modes]
+    return [dict(zip(("model", "precision", "compile_mode"), arm, strict=True)) for arm in arms]
 
 
 def adapter_grid(
     p: ILora, base: Bert4Rec, dataset: Dataset, device: Device, reader: Bert4Rec | None = None
 ) -> list[Row]:
-    """Time all variants in turns; what cannot run on the device is a row that says why."""
+    """Time a step of each of `variants` from the same base on the same batches, in turns of one step.
+
+    `reader` is of `adaptation.train_reader`. Frozen matrices are held in the precision of the products, so
+    that no step casts them. Ratios are of paired steps.
+    """
     histories = Histories(dataset.items, dataset.offsets[:-1], dataset.offsets[1:])
-    rows: list[Row] = []
-    trainers: dict[str, Trainer] = {}  # by the row's number
-    for asked in variants(p):
-        reason = inapplicable(asked["precision"], asked["compile_mode"], device)
-        rows.append(Row(dict(asked), Measurement("not applicable", reason)))
-        if not reason:
-            trainers[str(len(rows) - 1)] = adapter_trainer(p, asked, base, histories, device, reader)
+
+    def trainer(asked: Mapping[str, Any]) -> Trainer:
+        shared = ("batch_size", "mask_prob", "last_item_share")
+        given: dict[str, Any] = {name: getattr(p, name) for name in shared} | {
+            "learning_rate": p.learning_rates[0]
+        }
+        given |= {name: asked[name] for name in ("precision", "compile_mode")}
+        model = arm_model(p, asked["model"], base, p.seeds[0], reader)
+        dtype = hardware.choose_precision(asked["precision"], device.card).autocast_dtype
+        if isinstance(model, AdaptedModel) and dtype is not None:
+            model.hold_frozen(dtype)
+        train = TrainConfig(seed=p.seeds[0], epochs=EPOCHS, **given)
+        return Trainer(model, histories, train, device, "timed")
+
+    def describe(row: Row, trainer: Trainer) -> None:
+        sizes = [(q.numel(), q.numel() * q.element_size()) for q in trainer.parameters]
+        row.counted = dict(zip(("trained", "trained_bytes"), map(sum, zip(*sizes, strict=True)), strict=True))
+        row.counted["base"] = sum(parameter.numel() for parameter in base.parameters())
+        row.asked |= {"ran_precision": trainer.precision.name, "ran_compile_mode": trainer.compile_mode}
+        row.timings = row.found.timings() | {"peak_tensor_bytes": timing.peak_tensor_bytes(trainer)}
+
     # A GPU computes a step while the next is launched: there turns of one step would time the launches.
     turn = p.rounds if device.torch_device.type == "cuda" else 1
-    found = timing.interleave(trainers, turn, p.warmup_steps, p.rounds // turn)
-    for number, one in found.items():
-        row, trainer = rows[int(number)], trainers[number]
-        row.found = one
-        row.counted = {
-            "trained": sum(parameter.numel() for parameter in trainer.parameters),
-            "trained_bytes": sum(q.numel() * q.element_size() for q in trainer.parameters),
-            "base": sum(parameter.numel() for parameter in base.parameters()),
-        }
-        row.asked |= {"ran_precision": trainer.precision.name, "ran_compile_mode": trainer.compile_mode}
-        if one.status == "ok":
-            row.timings = one.timings() | {"peak_tensor_bytes": timing.peak_tensor_bytes(trainer)}
-    _ratios(rows)
-    return rows
-
-
-def _ratios(rows: list[Row]) -> None:
-    """Add to each timed row its step over that of full fine-tuning, of lora and of eager ilora, in pairs."""
-    timed = [row for row in rows if row.found.status == "ok"]
+    rows = _in_turns(variants(p), trainer, describe, device, turn, p.warmup_steps, p.rounds // turn)
+    timed = [row for row in rows if row.ok]
     first = {row.asked["model"]: row for row in reversed(timed)}  # of ilora the first precision and mode
     for row in timed:
         for other in ("full", "lora", "ilora"):
             if other in first and first[other] is not row:
                 ratio = timing.paired_ratio(row.found, first[other].found)
-                own: dict[str, Any] = {"": ratio.mean, "_low": ratio.low, "_high": ratio.high}
-                row.timings |= {f"over_{other}{end}": value for end, value in own.items()}
+                names = (f"over_{other}", f"over_{other}_low", f"over_{other}_high")
+                row.timings |= dict(zip(names, ratio, strict=True))
+    return rows

@@ -96,14 +96,6 @@ def test_titles_are_found_by_all_words_the_most_frequent_first(lineup):
     assert explore.search(lineup, "no such title") == []
 
 
-def test_histories_are_cut_and_put_in_order():
-    assert explore.without((5, 6, 7, 8), (1, 3)) == (5, 7)
-    assert explore.moved((5, 6, 7, 8), [1, 2], -1) == ((6, 7, 5, 8), [0, 1])
-    assert explore.moved((5, 6, 7, 8), [1, 2], 1) == ((5, 8, 6, 7), [2, 3])
-    assert explore.moved((5, 6, 7), [0], -1) == ((5, 6, 7), [0])
-    assert explore.moved((5, 6, 7), [], 1) == ((5, 6, 7), [])
-
-
 def test_a_history_is_handed_on_and_read_back(lineup, history):
     key = list(lineup.users)[1]
     given = yaml.safe_load(explore.as_parameters(lineup, key, history[:3]))

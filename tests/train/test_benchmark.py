@@ -369,9 +369,10 @@ def test_a_claimed_gpu_that_is_not_there_is_told_and_never_recorded_as_measured(
     assert {entry["device"]["label"] for entry in found} == {here}
     assert {"work", "ladder", "step", "loss_curve", "operators", "epoch_clock"} == {e["name"] for e in found}
     text = output.read_text()
-    assert f"Measured on {here}" in text
-    assert "l4 was asked for and is not here: nothing below was measured on one." in text
-    assert text.count("<b>l4 was asked for and is not here</b>") >= 6  # of figures
+    assert f"Device: {here}" in text
+    assert f"l4 was asked for and is not here: everything measured below is of {here}." in text
+    figures_shown = text.count("<b>l4 was asked for and is not here</b>")
+    assert figures_shown >= 6
 
 
 # -- energy --------------------------------------------------------------------------------------------------

@@ -34,26 +34,23 @@ def test_every_check_passes_on_this_cpu_and_is_written(root, capsys):
     assert "FAILED" not in capsys.readouterr().out
 
 
-def test_a_wrong_gradient_fails_exactness(monkeypatch):
+def test_each_check_fails_where_something_is_wrong(monkeypatch):
+    true = reclib_losses._to_gradient
+
     def shifted(block, shift, column):
         losses = true(block, shift, column)
         block *= 1.001
         return losses
 
-    true = reclib_losses._to_gradient
-    monkeypatch.setattr(reclib_losses, "_to_gradient", shifted)
-    assert not comparison.exactness(CPU).passed
-
-
-def test_a_head_in_another_type_fails_precision(monkeypatch):
-    monkeypatch.setattr(timing, "head_dtype", lambda trainer: "fp32")
-    assert not comparison.precision(CPU).passed
-
-
-def test_a_clock_that_does_not_wait_fails(monkeypatch):
     clock = iter(range(1000))
-    monkeypatch.setattr(comparison.time, "perf_counter", lambda: float(next(clock) ** 2))
-    assert not comparison.synchronisation(CPU).passed
+    for module, name, wrong, check in (
+        (reclib_losses, "_to_gradient", shifted, comparison.exactness),
+        (timing, "head_dtype", lambda trainer: "fp32", comparison.precision),
+        (comparison.time, "perf_counter", lambda: float(next(clock) ** 2), comparison.synchronisation),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, wrong)
+            assert not check(CPU).passed, name
 
 
 def test_a_check_that_breaks_is_a_failure_with_its_reason(monkeypatch, root, capsys):
@@ -65,23 +62,23 @@ def test_a_check_that_breaks_is_a_failure_with_its_reason(monkeypatch, root, cap
     assert "FAILED  exactness        RuntimeError: no kernel image" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("state", ["none", "failed", "other torch", "passed"])
-def test_rows_of_a_gpu_are_recorded_only_beside_a_passed_check(root, state):
-    card = dict.fromkeys(records.CARD) | {
-        "label": "l4", "type": "cuda", "name": "NVIDIA L4", "torch": "2.13.0", "cuda": "13.0",
-    }  # fmt: skip
-    if state != "none":
-        device = card | ({"torch": "2.12.0"} if state == "other torch" else {})
-        (root / "l4").mkdir()
-        text = json.dumps({"passed": state != "failed", "device": device})
-        (root / "l4" / "selfcheck.json").write_text(text)
-    p = build("01_data_prep", profile("01_data_prep", "smoke"))
-    if state == "passed":
-        assert records.Run("01_data_prep", p, card).result("x", {"y": 1})["label"] == "l4"
-        return
-    with pytest.raises(InputError, match="no passed self-check of NVIDIA L4"):
-        records.Run("01_data_prep", p, card)
-    assert not (root / "l4" / "results.jsonl").exists()
+def test_rows_of_a_gpu_are_recorded_only_beside_a_passed_check(root):
+    card = dict.fromkeys(records.CARD) | {"label": "l4", "type": "cuda", "name": "NVIDIA L4"}
+    card |= {"torch": "2.13.0", "cuda": "13.0"}
+    p, file = build("01_data_prep", profile("01_data_prep", "smoke")), root / "l4/selfcheck.json"
+    file.parent.mkdir()
+    for state in (
+        None,
+        {"passed": False, "device": card},
+        {"passed": True, "device": card | {"torch": "2.12"}},
+    ):
+        if state is not None:
+            file.write_text(json.dumps(state))
+        with pytest.raises(InputError, match="no passed self-check of NVIDIA L4"):
+            records.Run("01_data_prep", p, card)
+        assert not (root / "l4/results.jsonl").exists()
+    file.write_text(json.dumps({"passed": True, "device": card}))
+    assert records.Run("01_data_prep", p, card).result("x", {"y": 1})["label"] == "l4"
 
 
 def test_the_commands_refuse_what_they_do_not_know(capfd):

@@ -1,0 +1,211 @@
+"""Arms start from the same base, see the same batches, and are what they are called."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from spread import dataset  # noqa: F401  # a fixture
+
+from reclib import hardware, parameters
+from reclib.config import CONTROLS, InputError, TrainConfig, model_config
+from reclib.data import splits
+from reclib.data.batches import Epoch
+from reclib.data.dataset import Evaluation, Histories
+from reclib.experiments import adaptation, speed
+from reclib.model.bert4rec import Bert4Rec
+from reclib.model.ilora import AdaptedModel, base_hash
+from reclib.parameters import ILora
+
+CPU = hardware.resolve("cpu")
+ARMS = parameters.profile("05_ilora", "quick")["arms"]
+FEW = ["none", "full", "lora", "ilora", "head"]
+SMALL = {"arms": FEW, "past_share": 0.5, "size": "nano", "max_len": 16, "batch_size": 32, "epochs": 1}
+
+
+def asked(**changes: object) -> ILora:
+    return parameters.build("05_ilora", parameters.profile("05_ilora", "smoke") | SMALL | changes)
+
+
+@pytest.fixture(scope="module")
+def experiment(dataset, tmp_path_factory):  # noqa: F811
+    """Two seeds' bases, adapted by few arms at two learning rates; and the first by every arm at one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RECLIB_RUNS", str(tmp_path_factory.mktemp("runs")))
+        rates = {"seeds": [0, 1], "learning_rates": [3e-3, 1e-2]}
+        p = asked(**rates, tasks=["next_period", "segment"], segment_share=0.6)
+        whole, tasks = adaptation.tasks_of(p, dataset)
+        bases = {seed: adaptation.train_base(p, dataset, whole, CPU, seed) for seed in p.seeds}
+        runs = adaptation.adapt(p, bases, dataset, tasks[0], CPU)
+        every = adaptation.adapt(asked(arms=ARMS), {0: bases[0]}, dataset, tasks[0], CPU)
+        yield p, whole, tasks, bases, runs, every
+
+
+def test_all_arms_see_the_same_batches_on_equal_tokens(experiment):
+    p, _, _, _, runs, every = experiment
+    assert [(run.arm, run.seed) for run in runs] == [(arm, seed) for arm in p.arms for seed in p.seeds]
+    tokens = {run.arm: run.tokens for run in every}
+    assert tokens.pop("none") == 0
+    assert len(set(tokens.values())) == 1
+    assert tokens["lora"] > 0
+    trainers = [run.trainer for run in every if run.arm != "none"]
+    first, *others = (Epoch(one.histories, one.model.config, one.config, 0).step(0)[0] for one in trainers)
+    for other in others:
+        assert torch.equal(first.items, other.items)
+        assert torch.equal(first.targets, other.targets)
+
+
+def test_arms_are_what_they_are_called_and_only_full_moves_the_base(experiment, dataset):  # noqa: F811
+    bases, every = experiment[3], experiment[-1]
+    of = {run.arm: run for run in every}
+    counted = adaptation.counts(asked(arms=ARMS), dataset).metrics
+    assert {arm: run.trained for arm, run in of.items()} == {arm: counted[arm] for arm in ARMS}
+    base = dict(bases[0].model.named_parameters())
+    for arm in set(ARMS) - {"none"}:
+        model = of[arm].trainer.model
+        inner = model.twin if isinstance(model, AdaptedModel) else model
+        moved = {name for name, q in inner.named_parameters() if not torch.equal(q, base[name])}
+        assert moved == {"full": set(base), "bias": {"output_bias"}}.get(arm, set()), arm
+    for arm in CONTROLS:
+        config = of[arm].trainer.model.configs[arm]
+        assert (config.kind, config.control) == ("ilora", arm)
+    assert of["head"].trainer.model.configs["head"].targets == ("head",)
+    assert of["gated"].trainer.model.configs["gated"].kind == "gated"
+    assert of["fixed_gate"].trained == of["lora"].trained < of["ilora"].trained
+    assert of["none"].saved_bytes == 0 < of["lora"].saved_bytes < of["full"].saved_bytes
+
+
+def test_the_first_seeds_validation_chooses_the_rate_of_all(experiment, dataset):  # noqa: F811
+    """Runs are loaded here: each is trained once, whoever asks."""
+    p, _, tasks, bases, runs, _ = experiment
+    for arm in ("full", "ilora", "head"):
+        first, second = (run for run in runs if run.arm == arm)
+        given = (arm, bases[0].model, dataset, tasks[0], CPU, 0)
+        tried = [adaptation.train_arm(p, *given, rate)[0].progress.best_value for rate in p.learning_rates]
+        assert first.valid == max(tried)
+        assert first.learning_rate == second.learning_rate == p.learning_rates[int(np.argmax(tried))]
+
+
+def test_new_items_start_from_their_neighbours(dataset):  # noqa: F811
+    whole = splits.divide(dataset, (0.5, 0.25, 0.1), 4)
+    new, known = 7, whole.known.copy()
+    known[new] = False
+    torch.manual_seed(0)
+    model = Bert4Rec(model_config("nano", num_items=dataset.num_items, max_len=16))
+    torch.nn.init.normal_(model.output_bias)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    beside = splits.neighbours(whole.adaptation.train, known)[new]
+    assert adaptation.start_new_items(model, whole._replace(known=known)) >= 1
+    for name in ("output_weight", "output_bias"):
+        table = dict(model.named_parameters())[name]
+        torch.testing.assert_close(table[new], before[name][beside].mean(0))
+        kept = [item for item in range(dataset.num_items + 2) if item > dataset.num_items or known[item]]
+        assert torch.equal(table[kept], before[name][kept])
+
+
+def test_results_average_over_targets_then_seeds(experiment, dataset):  # noqa: F811
+    _, whole, tasks, _, runs, _ = experiment
+    counts = adaptation.pairwise_counts(dataset, whole, tasks[0])
+    found = adaptation.accuracy(dataset, tasks[0], [*runs, counts], 200)
+    means = {r.params["model"]: r.metrics for r in found if r.seed is None}
+    seeds = [r.metrics["ndcg@10"] for r in found if r.seed is not None and r.params["model"] == "ilora"]
+    mean = means["ilora"]
+    assert mean["ndcg@10"] == pytest.approx(np.mean(seeds))
+    assert mean["ndcg@10_low"] <= mean["ndcg@10"] <= mean["ndcg@10_high"]
+    assert means["full"]["trained_share"] == 1
+    assert (means["pairwise_counts"]["seeds"], means["pairwise_counts"]["trained"]) == (0, 0)
+    compared = adaptation.comparisons(dataset, tasks[0], [*runs, counts], "ilora", "gate_comparison")
+    lora = next(r for r in compared if (r.params["model"], r.params["metric"]) == ("lora", "ndcg@10"))
+    assert lora.metrics["difference"] == pytest.approx(means["lora"]["ndcg@10"] - mean["ndcg@10"])
+    assert (lora.name, lora.metrics["seeds"]) == ("gate_comparison", 2)
+    periods, *sizes = adaptation.described(whole, tasks)
+    assert sum(periods.metrics[f"{part}_interactions"] for part in splits.PARTS) == dataset.num_interactions
+    assert [size.params["task"] for size in sizes] == ["next_period", "segment"]
+
+
+def test_gates_are_those_that_the_ranking_uses(experiment, dataset, monkeypatch):  # noqa: F811
+    p, whole, tasks, _, runs, every = experiment
+    rows = tasks[0].split.test
+    of = {run.arm: run for run in every}
+    weights = {arm: adaptation.expert_weights(of[arm].trainer, rows) for arm in ("ilora", "static_gate")}
+    assert weights["ilora"].shape == (len(rows.targets), p.num_experts)
+    np.testing.assert_allclose(weights["ilora"].sum(axis=1), 1, atol=1e-5)
+    assert weights["static_gate"].std(axis=0).max() < 1e-6
+    five = Histories(rows.histories.items, rows.histories.starts[5:6], rows.histories.ends[5:6])
+    alone = adaptation.expert_weights(of["ilora"].trainer, Evaluation(five, rows.targets[5:6]))
+    np.testing.assert_allclose(alone[0], weights["ilora"][5], atol=1e-5)
+    gates, *pairs = adaptation.gates(dataset, whole, tasks[0], runs)
+    assert (gates.metrics["users"], gates.seed) == (len(gates.series["expert 1"]), 0)
+    assert "NDCG@10 minus that of lora" in gates.series
+    assert 0 < len(pairs) <= 4 * p.num_experts
+    assert all(abs(r.metrics["spearman"]) <= 1 and 0 <= r.metrics["adjusted_p"] <= 1 for r in pairs)
+    monkeypatch.setattr(adaptation, "expert_weights", lambda *_: np.full((len(rows.targets), 4), 0.25))
+    with pytest.warns(Warning, match="constant"):
+        results = adaptation.gates(dataset, whole, tasks[0], runs)
+    assert [r.name for r in results] == ["gates"]  # what is constant follows nothing
+
+
+def test_the_gate_may_read_a_causal_model_of_the_same_past(experiment, dataset):  # noqa: F811
+    _, whole, tasks, bases, _, _ = experiment
+    p = asked(representation="causal_state", arms=["none", "lora", "ilora", "static_gate"], seeds=[1])
+    readers = {1: adaptation.train_reader(p, dataset, whole, CPU, 1)}
+    assert readers[1].config.causal
+    assert adaptation.train_reader(asked(), dataset, whole, CPU, 1) is None
+    counted = adaptation.counts(p, dataset).metrics
+    runs = adaptation.adapt(p, {1: bases[1]}, dataset, tasks[0], CPU, readers)
+    of = {run.arm: run for run in runs}
+    model = of["ilora"].trainer.model
+    assert base_hash(model.reader("ilora")) == base_hash(readers[1])
+    assert of["static_gate"].trainer.model.reader("static_gate") is None
+    assert of["ilora"].tokens == of["lora"].tokens
+    results = adaptation.accuracy(dataset, tasks[0], runs, 50)
+    shares = {r.params["model"]: r.metrics["trained_share"] for r in results if r.seed is None}
+    assert shares["ilora"] == pytest.approx(counted["ilora"] / counted["base"])  # the reader is no part of it
+    rows = speed.adapter_grid(p, bases[1].model, dataset, CPU, readers[1])
+    assert {row.found.status for row in rows if row.asked["compile_mode"] == "off"} == {"ok"}
+
+
+def test_steps_are_timed_in_every_mode_that_there_is(experiment, dataset, capsys):  # noqa: F811
+    bases = experiment[3]
+    p = asked(arms=["none", "full", "lora", "ilora"], rounds=3, precisions=["fp32", "bf16"])
+    rows = speed.adapter_grid(p, bases[0].model, dataset, CPU)
+    status = {(r.asked["model"], r.asked["precision"], r.asked["compile_mode"]): r.found.status for r in rows}
+    assert status == {
+        **{(arm, "fp32", "off"): "ok" for arm in ("full", "lora", "ilora")},
+        ("ilora", "bf16", "off"): "ok",
+        **{("ilora", name, "reduce-overhead"): "not applicable" for name in ("fp32", "bf16")},
+    }
+    by = {(r.asked["model"], r.asked["precision"]): r for r in rows if r.ok}
+    assert "over_full" not in by["full", "fp32"].timings
+    assert by["ilora", "bf16"].timings["over_ilora"] > 0
+    one = by["ilora", "fp32"].timings
+    assert one["over_lora_low"] <= one["over_lora"] <= one["over_lora_high"]
+    assert by["ilora", "fp32"].counted["trained"] < by["full", "fp32"].counted["trained"]
+    assert len(speed.table(rows, "step_seconds")) == len(speed.results("adapter_step", rows)) == 6
+    speed.reasons(rows)
+    assert capsys.readouterr().out.count("not applicable") == 1
+
+
+def test_parameters_that_do_not_go_together_are_told():
+    for changes, said in [
+        ({"rank": 6}, "rank=6 must be divisible by num_experts=4"),
+        ({"arms": ["full", "lora"]}, "arms lacks ilora, none"),
+        ({"valid_share": 0.3}, "leave nothing for the test"),
+        ({"arms": ["none", "ilora", "adalora"]}, "'adalora'"),
+        ({"tasks": []}, "at least 1"),
+    ]:
+        with pytest.raises(InputError) as error:
+            asked(**changes)
+        assert said in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_base_and_arms_differ_in_length_and_rate_only(experiment):
+    p, whole, tasks, _, _, _ = experiment
+    base = adaptation.train_of(p, whole.base, 0, p.base_epochs, p.base_learning_rate)
+    arm = adaptation.train_of(p, tasks[0].split, 0, p.epochs, p.learning_rates[0])
+    names = [field.name for field in dataclasses.fields(TrainConfig)]
+    differ = {name for name in names if getattr(base, name) != getattr(arm, name)}
+    assert differ <= {"epochs", "learning_rate", "lr_warmup_steps", "eval_every"}

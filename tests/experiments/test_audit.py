@@ -1,0 +1,300 @@
+"""Every number of the audit against the one worked out by hand from the study's files."""
+
+from __future__ import annotations
+
+import copy
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from reclib import parameters, records
+from reclib.config import DataConfig, InputError, model_config
+from reclib.data.batches import IGNORE
+from reclib.data.prepare import prepare
+from reclib.data.splits import random_users
+from reclib.experiments import audit
+from reclib.hardware import resolve
+from reclib.model.bert4rec import Bert4Rec
+from reclib.train.losses import batch_loss
+
+PUBLISHED = records.reference()
+ROWS = 159_750
+CPU = resolve("cpu")
+
+
+def numbers(part, key="model"):
+    return {result.params.get(key): result.metrics for result in part.results}
+
+
+def verdicts(part):
+    return {check.claim: check.verdict for check in part.checks}
+
+
+def changed(part, **values):
+    """The published figures with every entry of a part changed."""
+    other = copy.deepcopy(PUBLISHED)
+    for row in other[part]:
+        row.update(values)
+    return other
+
+
+def test_one_catalogue_gives_all_three_rounded_counts():
+    (found,) = numbers(audit.catalogue(PUBLISHED)).values()
+    assert (found["rows"], found["solutions"]) == (ROWS, 1)
+    assert ROWS == 159_748 + 2
+    millions = {m["name"]: m.get("published_millions") for m in PUBLISHED["models"]}
+    single = [audit.rows_within(millions[name], one) for name, one in audit.large(PUBLISHED).items()]
+    assert [len(rows) for rows in single] == [20, 13, 5]  # none of the three would have been enough
+    assert found["log_total"] == numbers(audit.sizes(PUBLISHED))["429 M"]["counted"]  # to the last parameter
+    assert found["addmm_mflop"] == pytest.approx(PUBLISHED["profile"]["addmm_mflop"], abs=5e-4)
+    # The range is exactly that of the rounded number.
+    config = model_config("130m")
+    rows = audit.rows_within(130.10, config)
+    totals = [130_095_750 + (2 * 384 + 1) * (n - ROWS) for n in (rows[0] - 1, *rows, rows[-1] + 1)]
+    assert [round(total / 1e6, 2) == 130.10 for total in totals] == [False, *[True] * len(rows), False]
+
+
+def test_parameters_and_where_they_are():
+    found = numbers(audit.sizes(PUBLISHED))
+    for name, total, tables, encoder, share, tied_millions in [
+        ("5 M", 5_118_250, 4_715_050, 396_800, 0.078, 2.77),
+        ("85 M", 85_111_814, 81_951_750, 3_160_064, 0.037, 44.2),
+        ("130 M", 130_095_750, 122_847_750, 7_248_000, 0.056, 68.8),
+        ("429 M", 429_153_286, 327_327_750, 101_825_536, 0.237, 265.6),
+    ]:
+        row = found[name]
+        assert row["agrees"]
+        assert (row["counted"], row["item_tables"], row["non_embedding"]) == (total, tables, encoder)
+        assert row["non_embedding_share"] == pytest.approx(share, abs=5e-4)
+        assert row["if_tied"] / 1e6 == pytest.approx(tied_millions, abs=0.05)
+
+
+def test_rates_against_epoch_times():
+    found = numbers(audit.rates(PUBLISHED))
+    for name, ratio, by_clock, share_of_peak in [
+        ("85 M", 5.06, 3886, 0.83),
+        ("130 M", 4.79, 2429, 0.77),
+        ("429 M", 3.52, 1080, 0.97),
+        ("130 M, AMP", 8.82, 1295, 0.755),
+        ("130 M, AMP, compile", 9.31, 1429, 0.88),
+        ("130 M, AMP, compile, iLoRA", 8.78, 1230, 0.714),
+        ("5 M", 0.19, 17511, None),
+    ]:
+        row = found[name]
+        assert row["ratio"] == pytest.approx(ratio, abs=0.005)
+        assert row["by_clock_per_second"] == pytest.approx(by_clock, abs=0.6)
+        assert row.get("claimed_share_of_peak") == (share_of_peak and pytest.approx(share_of_peak, abs=0.006))
+
+
+def test_the_counts_of_its_log_and_data():
+    log, data, length = PUBLISHED["log"], PUBLISHED["dataset"], audit.mean_len(PUBLISHED)
+    assert data["users"] - sum(log.values()) == 41
+    assert data["items"] - (ROWS - 2) == 304
+    assert length == pytest.approx(9.25, abs=0.005)
+    assert 1 - length / data["max_len"] == pytest.approx(0.815, abs=5e-4)
+    assert audit.mean_targets(0.15, length) == pytest.approx(2.24, abs=0.005)
+    assert audit.mean_targets(0.20, length) == pytest.approx(2.65, abs=0.005)
+
+
+def test_gains_and_savings():
+    (found,) = numbers(audit.gains(PUBLISHED)).values()
+    for name, value, tolerance in [
+        ("AMP: sequences/s", 0.98, 0.005),
+        ("AMP: epoch", 1 / 1.9, 0.01),
+        ("compile: sequences/s", 1.164, 5e-4),
+        ("compile: epoch", 1.103, 5e-4),
+        ("CUDA time of AMP and compile", 6.2, 0.05),
+        ("step", 0.79, 0.005),
+        ("memory (profile)", 0.36, 0.005),
+        ("memory (table)", 0.42, 0.005),
+        ("logits_gib", 3.81, 0.005),
+    ]:
+        assert found[name] == pytest.approx(value, abs=tolerance), name
+
+
+def test_the_weight_of_three_in_ten_thousand():
+    found = audit.separation(0.0855, 0.0858, 72_869)
+    assert found["error"] == pytest.approx(0.0010, abs=5e-5)
+    assert found["in_errors"] < 0.5
+    assert found["p"] > 0.7
+    enough = audit.separation(0.0855, 0.0858, found["needed"])
+    assert enough["z"] == pytest.approx(1.96 + 0.84, abs=0.01)
+    assert audit.separation(0.05, 0.09, 72_869)["p"] < 1e-6
+    for wrong in ((0.0, 0.1, 10), (0.1, 0.1, 10), (0.1, 0.2, 1)):
+        with pytest.raises(InputError, match="inside"):
+            audit.separation(*wrong)
+
+
+def test_what_a_padded_step_computes_and_what_is_needed():
+    found = numbers(audit.headroom(PUBLISHED))
+    for name, padded, needed, factor, head in [
+        ("85 M", 13.24, 0.72, 18, 0.93),
+        ("130 M", 20.6, 1.22, 17, 0.90),
+        ("429 M", 79.8, 7.8, 10, 0.62),
+    ]:
+        row = found[name]
+        assert row["padded_flops"] / 1e9 == pytest.approx(padded, abs=0.05)
+        assert row["needed_flops"] / 1e9 == pytest.approx(needed, abs=0.01)
+        assert round(row["factor"]) == factor
+        assert row["head_share"] == pytest.approx(head, abs=0.006)
+
+
+def test_trainable_parameters_of_the_adapters():
+    profiled = audit.adapter_count(ROWS, 1024, 8, 8)
+    small, large = audit.adapter_count(ROWS, 384, 4, 4), audit.adapter_count(ROWS, 1024, 8, 16)
+    total = {id(one): one["encoder"] + one["output_ffn"] + one["head"] for one in (profiled, small, large)}
+    assert (total[id(profiled)], profiled["gates"], profiled["dead"]) == (2_089_008, 26, 131_072)
+    assert PUBLISHED["adapters"]["log"]["trainable"] == total[id(profiled)]
+    assert total[id(small)] + small["gates"] == 717_350
+    assert small["head"] / total[id(small)] == pytest.approx(0.89, abs=0.005)
+    assert profiled["head"] / total[id(profiled)] == pytest.approx(0.61, abs=0.01)
+    for one, base, share in ((small, 130_095_750, 0.0055), (large, 429_153_286, 0.0096)):
+        assert total[id(one)] / (base + total[id(one)]) == pytest.approx(share, abs=5e-5)
+
+
+# -- torch's own modules -------------------------------------------------------------------------------------
+
+
+def test_torch_never_calls_the_attentions_output_and_in_eval_no_map_at_all():
+    for mode in audit.MODES:
+        count = 2 if mode in ("train", "eval, fast path off") else 0
+        assert audit.calls(mode) == {"out_proj": 0, "linear1": count, "linear2": count}, mode
+    assert torch.backends.mha.get_fastpath_enabled()
+    # A profile of 8 layers has 70 calls of linear maps: those of a model whose output adapters are dead.
+    published = PUBLISHED["adapters"]["log"]["linear_calls"]
+    assert audit.linear_calls(8, ("linear1", "linear2")) == published == 70
+    assert audit.linear_calls(8, audit.PLACES) == 86
+
+
+class ScalarGateLora(nn.Module):
+    """The study's adapter in our own words: W x + sigmoid(a) B A x, weight and bias of W visible."""
+
+    def __init__(self, base: nn.Linear, rank: int = 3) -> None:
+        super().__init__()
+        self.base, self.weight, self.bias = base, base.weight, base.bias
+        self.A = nn.Linear(base.in_features, rank, bias=False)
+        self.B = nn.Linear(rank, base.out_features, bias=False)
+        self.gate = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x):
+        return self.base(x) + self.gate.sigmoid() * self.B(self.A(x))
+
+
+def test_a_map_that_is_not_called_has_no_gradient_and_no_effect():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 64, dropout=0.0, activation="gelu", batch_first=True)
+    layer.requires_grad_(False)
+    layer.self_attn.out_proj = ScalarGateLora(layer.self_attn.out_proj)
+    layer.linear1, layer.linear2 = ScalarGateLora(layer.linear1), ScalarGateLora(layer.linear2)
+    x = torch.randn(2, 5, 16)
+    layer.train()(x).square().sum().backward()
+    assert layer.self_attn.out_proj.B.weight.grad is None
+    assert all(one.B.weight.grad.norm() > 0 for one in (layer.linear1, layer.linear2))
+    before = {mode: layer.train(mode)(x) for mode in (True, False)}
+    for one in (layer.self_attn.out_proj, layer.linear1, layer.linear2):
+        nn.init.zeros_(one.B.weight)
+    assert torch.equal(layer.train(False)(x), before[False])
+    assert (layer.train(True)(x) - before[True]).abs().max() > 0.1
+
+
+def test_a_scalar_gate_folds_into_the_weights():
+    adapter = ScalarGateLora(nn.Linear(12, 7))
+    x = torch.randn(5, 12)
+    folded = adapter.weight + adapter.gate.sigmoid() * adapter.B.weight @ adapter.A.weight
+    assert torch.allclose(adapter(x), nn.functional.linear(x, folded, adapter.bias), atol=1e-5)
+    assert not torch.allclose(adapter(x), adapter.base(x), atol=1e-2)
+
+
+# -- its loss and its metric ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(root):
+    (root / "reclib_root/notebooks").mkdir(parents=True)
+    (root / "reclib_root/params").symlink_to(parameters.system.CHECKOUT / "params")
+    dataset = prepare(DataConfig(dataset="synthetic", synthetic_users=60, synthetic_items=40))
+    few = {"max_len": 20, "epochs": 1, "mask_draws": 3, "bootstrap_samples": 50}
+    p = parameters.build("08_audit", parameters.profile("08_audit", "smoke") | few)
+    return p, dataset
+
+
+def test_the_two_trainings_differ_in_the_loss_alone(small):
+    p, dataset = small
+    one, other = (audit.configurations(p, dataset, name, 3) for name in audit.OBJECTIVES)
+    assert one[0] == other[0]
+    differ = {name for name in vars(one[1]) if getattr(one[1], name) != getattr(other[1], name)}
+    assert differ == {"objective", "layout", "head_rows", "loss"}
+
+
+def test_parts_of_the_loss_are_parts_of_the_loss_that_trains(small):
+    p, dataset = small
+    split = random_users(dataset, audit.SHARES, 0)
+    model_of, config = audit.configurations(p, dataset, "seed_focal", 0)
+    torch.manual_seed(0)
+    model = Bert4Rec(model_of).eval()
+    parts = audit.loss_parts(model, split.train, config, CPU.torch_device)
+    total, visible, tokens, hidden = 0.0, 0.0, 0, 0
+    for batch in audit.batches(split.train, model_of, config):
+        with torch.no_grad():
+            total += float(batch_loss(model, batch, config, 1.0))
+            # Visible positions alone: the same loss with the hidden ones taken for padding.
+            labels = batch.items.masked_fill(batch.items == model_of.mask_id, 0)
+            logits = model.logits(model.encode(batch.items, batch.segment_ids, batch.positions))
+            entropy = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+            focal = (1 - torch.exp(-entropy)) * entropy * (labels.flatten() != 0)
+            visible += float(focal.sum())
+        tokens, hidden = tokens + batch.num_tokens, hidden + batch.num_targets
+        assert int((batch.targets != IGNORE).sum()) == batch.num_targets
+    assert parts["visible_share"] == pytest.approx(1 - hidden / tokens)
+    assert parts["visible_loss_share"] == pytest.approx(visible / total, rel=1e-4)
+    assert 0 <= parts["masked_hit"] <= 1
+
+
+def test_the_studys_metric_counts_several_positions_a_user(small):
+    p, dataset = small
+    runs = audit.train_both(p, dataset, CPU)
+    assert [run.objective for run in runs] == list(audit.OBJECTIVES)
+    loss, metric = audit.loss(runs[0]), audit.metric(p, runs)
+    assert [result.params["training"] for result in loss.results] == ["begins", "ends"]
+    per_user = [result.metrics["per_user"] == 1 for result in metric.results]
+    assert per_user == 2 * [False, False, True, True]
+    assert set(verdicts(loss).values()) == set(verdicts(metric).values()) == {"contradicted"}
+    (spread,) = audit.redrawn(p, runs[0]).results
+    assert spread.metrics["lowest"] < spread.metrics["highest"]
+
+
+# -- verdicts ------------------------------------------------------------------------------------------------
+
+
+def test_verdicts_follow_from_numbers():
+    for part, figures, expected in [
+        (audit.sizes, PUBLISHED, {"holds"}),
+        (audit.sizes, changed("models", published_parameters=1), {"contradicted"}),
+        (audit.rates, PUBLISHED, {"contradicted"}),
+        (audit.accuracy, PUBLISHED, {"not supported"}),
+        (audit.gains, changed("gains", claimed=1e3) | {"cuts": []}, {"contradicted"}),
+    ]:
+        assert set(verdicts(part(figures)).values()) == expected, part
+    run = PUBLISHED["throughput"][0]
+    right = run | {"claimed_per_second": 1.02 * run["sequences"] / run["epoch_seconds"]}
+    honest = PUBLISHED | {"throughput": [right], "throughput_t4": right}
+    assert set(verdicts(audit.rates(honest)).values()) == {"holds"}
+    apart = copy.deepcopy(PUBLISHED)
+    apart["accuracy"][4]["hr_at_10"] = 0.0958
+    assert set(verdicts(audit.accuracy(apart)).values()) == {"holds"}
+    judged = verdicts(audit.gains(PUBLISHED))
+    assert judged["AMP: sequences/s: about 2 times"] == "contradicted"
+    assert judged["compile: sequences/s: +17 %"] == "holds"
+    assert judged["compile: epoch: +17 %"] == "contradicted"
+    assert judged["step: 75 % less"] == "holds in part"
+    assert audit.tally(audit.gains(PUBLISHED)).metrics == {"contradicted": 3, "holds": 1, "holds in part": 4}
+
+
+def test_verdicts_on_adapters_would_clear_adapters_that_work():
+    works = pd.DataFrame(1, index=list(audit.MODES), columns=list(audit.PLACES))
+    assert set(verdicts(audit.adapters(PUBLISHED, works)).values()) == {"holds"}
+    found = pd.DataFrame({mode: audit.calls(mode) for mode in audit.MODES}).T
+    judged = list(verdicts(audit.adapters(PUBLISHED, found)).values())
+    assert judged == ["holds in part", "contradicted", "holds", "holds"]

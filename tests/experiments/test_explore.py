@@ -1,0 +1,246 @@
+"""The panels of notebook 07, turned from Python as the browser would, and the functions under them."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from lineups import asked, trained
+from spread import dataset  # noqa: F401  # a fixture
+
+from reclib.config import InputError
+from reclib.cost import planner
+from reclib.experiments import explore
+from reclib.experiments.explore import Selection
+
+PLOTLY = "application/vnd.plotly.v1+json"
+
+
+def row(name: str = "step", rate: float = 900.0, seconds: float = 0.07, **changes: object) -> dict:
+    return {
+        "notebook": "04_amp_compile",
+        "name": name,
+        "kind": "measured",
+        "label": "cpu",
+        "profile": "quick",
+        "seed": None,
+        "device": {"name": "a processor"},
+        "data": {"name": "ml-100k"},
+        "metrics": {"sequences_per_second": rate, "step_seconds": seconds},
+        "timings": {},
+        "params": {"size": "tiny", "precisions": ["fp32"]},
+        "own_params": {"precision": "fp32", "batch_size": 32},
+        "git": {"commit": "0123456789abcdef"},
+        "versions": {"torch": "2.13.0"},
+        "time": "2026-11-24T10:00:00+00:00",
+    } | changes
+
+
+HALF = {"precision": "bf16", "batch_size": 64}
+ROWS = [
+    row(),
+    row(rate=1500.0, seconds=0.05, own_params=HALF),
+    row(rate=60_000.0, seconds=0.001, own_params=HALF, kind="predicted", label="l4"),
+    row("test_metrics", metrics={"hr@10": 0.1}, own_params={"model": "ease"}),
+]
+
+
+def scored(*values: float) -> list[dict]:
+    return [
+        row("test_metrics", metrics={"hr@10": v, "hr@10_low": v - 0.01, "hr@10_high": v + 0.02, "mrr": v / 2})
+        for v in values
+    ]
+
+
+def shown(panel: explore.Panel) -> tuple[list[str], list[dict[str, Any]]]:
+    """Return the texts and the figures that a panel shows."""
+    data = [output["data"] for output in panel.shown.outputs]
+    return [d["text/html"] for d in data if "text/html" in d], [d[PLOTLY] for d in data if PLOTLY in d]
+
+
+def controls(panel: Any) -> dict[str, Any]:
+    """Return every control under a widget, by its description."""
+    found = {}
+    for child in getattr(panel, "children", ()):
+        if getattr(child, "description", ""):
+            found[child.description] = child
+        found |= controls(child)
+    return found
+
+
+def parameters(panel: explore.Panel) -> dict[str, Any]:
+    """Return the parameters that a panel says it stands for."""
+    text = html.unescape(shown(panel)[0][-1])
+    return yaml.safe_load(text[text.index("<pre>") + 5 : text.index("</pre>")])
+
+
+# -- what would it cost? -------------------------------------------------------------------------------------
+
+
+def test_a_size_brings_its_catalogue_and_a_device_its_precisions():
+    panel = explore.cost_panel(explore.asked(asked()))
+    turned = controls(panel)
+    assert len(turned) == 12
+    assert "Controls" in repr(panel)
+    before = shown(panel)
+    turned["batch"].value = 65_536
+    after = shown(panel)
+    assert before[0][0] != after[0][0]
+    assert len(after[1]) == 2
+    assert parameters(panel)["plan_batch_size"] == 65_536
+    turned["size"].value = "5m"
+    assert turned["catalogue"].value == 18_345
+    assert "5.12M parameters" in shown(panel)[0][0]
+    turned["precision"].value = "bf16"
+    turned["device"].value = "t4"
+    assert (turned["precision"].options, turned["precision"].value) == (("auto", "fp32", "fp16"), "auto")
+    assert "fp16" in shown(panel)[0][0]
+    turned["device"].value = next(iter(planner.cpus()))
+    assert "predicted, validated" in shown(panel)[0][0]
+
+
+def test_what_does_not_fit_what_it_costs_and_what_an_adapter_trains_are_said():
+    panel = explore.cost_panel(explore.asked(asked(plan_size="430m", plan_device="t4", plan_price=None)))
+    turned = controls(panel)
+    turned["batch"].value = 65_536
+    assert "DOES NOT FIT" in shown(panel)[0][0]
+    turned["price an hour"].value = 3.6
+    assert "cost" in shown(panel)[0][0]
+    before = shown(panel)
+    turned["one item table (tied)"].value = not turned["one item table (tied)"].value
+    assert shown(panel)[0][0] != before[0][0]
+    turned["adapter"].value = "ilora"
+    peaks = [float(said[1][0]["layout"]["title"]["text"].split()[0]) for said in (shown(panel), before)]
+    assert peaks[0] < peaks[1]
+    turned["its rank"].value = 16
+    assert "parameters trained: ilora, rank 16" in shown(panel)[0][0]
+    assert (parameters(panel)["plan_adapter"], parameters(panel)["plan_rank"]) == ("ilora", 16)
+
+
+# -- any result against any other ----------------------------------------------------------------------------
+
+
+def test_axes_are_numbers_that_differ_and_ends_of_intervals_are_none():
+    assert explore.results(ROWS) == {"step": 3, "test_metrics": 1}
+    rows = explore.frame(ROWS, "step")
+    assert set(explore.numbers(rows)) == {"batch_size", "sequences_per_second", "step_seconds"}
+    assert {"precision", "label"} <= set(explore.colors(rows))
+    assert rows["model"].unique().tolist() == ["BERT4Rec"]
+    first = explore.first_selection(scored(0.1, 0.2), "test_metrics")
+    assert {first.x, first.y} == {"hr@10", "mrr"}
+    with pytest.raises(InputError, match="'test_metrics' has 0 numbers that differ"):
+        explore.first_selection(ROWS, "test_metrics")
+
+
+def test_a_selection_draws_every_record_once_and_tells_measured_from_predicted():
+    selection = Selection("step", "batch_size", "sequences_per_second", "precision")
+    figure = explore.scatter(ROWS, selection)
+    points = {(*trace.name.split(", "), trace.marker.symbol): list(trace.x) for trace in figure.data}
+    assert points == {
+        ("fp32", "measured", "circle"): [32],
+        ("bf16", "measured", "circle"): [64],
+        ("bf16", "predicted", "circle-open"): [64],
+    }
+    said = figure.data[0].customdata[0][0]
+    for part in ("commit: 0123456789", "device: a processor", "torch: 2.13.0", "dataset: ml-100k"):
+        assert part in said
+    assert figure.layout.yaxis.type == "log"  # 900 to 60,000
+    assert figure.layout.yaxis.title.text == "sequences per second"
+    assert "3 records on cpu, l4" in figure.layout.title.subtitle.text
+    (only,) = explore.scatter(ROWS, selection._replace(labels=["l4"])).data
+    assert list(only.y) == [60_000]
+
+
+def test_intervals_are_bars():
+    (trace,) = explore.scatter(scored(0.1, 0.2), Selection("test_metrics", "mrr", "hr@10")).data
+    assert list(trace.error_y.array) == pytest.approx([0.02, 0.02])
+    assert list(trace.error_y.arrayminus) == pytest.approx([0.01, 0.01])
+
+
+def test_what_cannot_be_drawn_is_refused_with_what_can():
+    for selection, said in [
+        (Selection("stp", "a", "b"), "no record of 'stp' .did you mean 'step'?"),
+        (Selection("step", "batch_siz", "step_seconds"), "x='batch_siz' .did you mean 'batch_size'?"),
+        (Selection("step", "batch_size", "label"), "y='label'"),
+        (Selection("step", "batch_size", "step_seconds", "day"), "color='day'"),
+        (Selection("step", "batch_size", "step_seconds", "label", ["a100"]), "'a100'; 'step' has: cpu, l4"),
+    ]:
+        with pytest.raises(InputError, match=said):
+            explore.scatter(ROWS, selection)
+
+
+def test_another_axis_another_figure_and_another_result_has_axes_of_its_own():
+    selection = Selection("step", "batch_size", "step_seconds", "precision", ["cpu", "l4"])
+    panel = explore.results_panel([*ROWS[:3], *scored(0.1, 0.2)], selection)
+    turned = controls(panel)
+    assert len(turned) == 5
+    turned["upwards"].value = "sequences_per_second"
+    (figure,) = shown(panel)[1]
+    assert figure["layout"]["yaxis"]["title"]["text"] == "sequences per second"
+    assert parameters(panel) == selection._replace(y="sequences_per_second")._asdict()
+    turned["devices"].value = ("l4",)
+    turned["result"].value = "test_metrics"
+    assert (turned["devices"].options, turned["devices"].value) == (("cpu",), ())
+    assert {turned["across"].value, turned["upwards"].value} == {"hr@10", "mrr"}
+    assert parameters(panel)["result"] == "test_metrics"
+
+
+# -- what would be recommended -------------------------------------------------------------------------------
+
+
+def test_the_gate_of_a_history_stands_over_what_is_usual():
+    usual = np.array([[0.1, 0.2, 0.7]] * 50 + [[0.3, 0.3, 0.4]] * 50)
+    figure = explore.gate_figure(np.array([0.2, 0.5, 0.3]), usual)
+    bars, medians = figure.data
+    assert list(bars.y) == [0.2, 0.5, 0.3]
+    assert list(medians.y) == pytest.approx([0.2, 0.25, 0.55])
+    assert list(medians.error_y.array) == pytest.approx([0.1, 0.05, 0.15])
+    assert "expert 2 has 50% of the weight" in figure.layout.title.text
+    assert figure.layout.shapes[0].y0 == pytest.approx(1 / 3)
+
+
+@pytest.fixture(scope="module")
+def lineup(dataset, tmp_path_factory):  # noqa: F811
+    yield from trained(dataset, tmp_path_factory.getbasetemp() / "lineup")
+
+
+@pytest.fixture
+def panel(lineup):
+    key, history = explore.first_history(asked(), lineup)
+    return explore.recommend_panel(lineup, key, history, 6, 5)
+
+
+def test_a_history_is_written_added_to_and_put_in_another_order(panel, lineup):
+    turned = controls(panel)
+    assert len(turned) == 3
+    history, seen = turned["history"], [shown(panel)]
+    first = history.value.splitlines()
+    assert "next" in shown(panel)[0][0]
+    turned["add a title"].value = lineup.titles[3]
+    assert history.value.splitlines() == [*first, lineup.titles[3]]
+    assert turned["add a title"].value == ""
+    seen.append(shown(panel))
+    history.value = "\n".join([first[-1], lineup.titles[3], "", *first[:2]])
+    seen.append(shown(panel))
+    assert len({texts[0] for texts, _ in seen}) == len({tuple(g["data"][0]["y"]) for _, (g,) in seen}) == 3
+    ids = [lineup.titles.index(title) for title in history.value.splitlines() if title]
+    assert parameters(panel)["history"] == [lineup.keys[item] for item in ids]
+    assert explore.written(lineup, history.value) == tuple(ids)
+
+
+def test_another_user_another_history_and_what_is_no_title_is_told(panel, lineup):
+    turned, (gate,) = controls(panel), shown(panel)[1]
+    turned["user"].value = list(lineup.users)[1]
+    own = lineup.users[turned["user"].value].history[-6:]
+    assert turned["history"].value.splitlines() == [lineup.titles[item] for item in own]
+    assert shown(panel)[1][0]["data"][0]["y"] != gate["data"][0]["y"]
+    assert "<b>new</b>" not in shown(panel)[0][0]  # another user is no change of a history
+    turned["history"].value = f"{lineup.titles[3]}\nno such title"
+    assert "history, line 2: no title has the words &#x27;no such title&#x27;" in shown(panel)[0][0]
+    turned["history"].value = ""
+    assert "the history is empty" in shown(panel)[0][0]
+    turned["history"].value = lineup.titles[3].upper()  # words of a title, whatever their case
+    assert "iLoRA" in shown(panel)[0][0]
