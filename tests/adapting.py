@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from engine import histories, small_model
+from small_models import histories, small_model
 
 from reclib.config import AdapterConfig, TrainConfig
 from reclib.data.batches import Batch, Epoch

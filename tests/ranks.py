@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from adapting import adapted
-from engine import histories, small_model
 from safetensors.torch import save_file
+from small_models import histories, small_model
 
 from reclib import hardware
 from reclib.config import TrainConfig, changed

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from engine import NUM_ITEMS, histories, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import NUM_ITEMS, histories, small_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -8,9 +8,9 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from engine import histories as random_histories
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import histories as random_histories
 
 from reclib import system
 from reclib.config import InputError

@@ -6,10 +6,10 @@ import ir_measures
 import numpy as np
 import pytest
 import torch
-from engine import NUM_ITEMS, histories, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from small_models import NUM_ITEMS, histories, small_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reclib.config import InputError, changed, model_config

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from engine import histories
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from small_models import histories
 
 from reclib.config import InputError
 from reclib.data.dataset import Evaluation, Histories

@@ -7,9 +7,9 @@ import threading
 import pytest
 import torch
 from adapting import EVERYTHING, KINDS, UNTIED, adapted, base, batch, rows_of, scores, stir
-from engine import histories, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import histories, small_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from reclib import hardware

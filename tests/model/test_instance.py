@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from adapting import UNTIED, base, batch, rows_of
-from engine import NUM_ITEMS, histories, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import NUM_ITEMS, histories, small_model
 
 from reclib.config import PAD, AdapterConfig, InputError, TrainConfig
 from reclib.data.batches import Epoch

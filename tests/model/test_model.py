@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from engine import NUM_ITEMS, small_model
+from small_models import NUM_ITEMS, small_model
 
 from reclib.config import SIZES, InputError, model_config
 from reclib.model.bert4rec import (

@@ -18,8 +18,8 @@ import pytest
 import ranks
 import torch
 from conftest import ROOT
-from engine import histories, small_model
 from safetensors.torch import load_file
+from small_models import histories, small_model
 
 from reclib import hardware, parameters
 from reclib.config import DataConfig, InputError, TrainConfig, changed

@@ -7,9 +7,9 @@ from functools import partial
 
 import pytest
 import torch
-from engine import histories, loss_and_gradients, small_model, worst_difference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import histories, loss_and_gradients, small_model, worst_difference
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reclib.config import TrainConfig, changed

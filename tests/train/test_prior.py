@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from engine import NUM_ITEMS, histories, small_model, worst_difference
+from small_models import NUM_ITEMS, histories, small_model, worst_difference
 
 from reclib.config import InputError, TrainConfig, validated
 from reclib.data.batches import Epoch

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from engine import NUM_ITEMS, histories, small_model
+from small_models import NUM_ITEMS, histories, small_model
 
 from reclib.config import InputError, TrainConfig, validated
 from reclib.data.batches import IGNORE, Epoch

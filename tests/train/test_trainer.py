@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from engine import histories, small_model
+from small_models import histories, small_model
 
 from reclib import hardware
 from reclib.config import InputError, TrainConfig, changed, model_config
