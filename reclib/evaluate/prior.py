@@ -85,6 +85,12 @@ class CountPrior(nn.Module):
         values = torch.cat(positive).numpy() if positive else np.ones(1)
         return cls.of_counts(counts, float(np.median(values)) if len(values) else 1.0)
 
+    def counted_anew(self, counts: PairwiseCounts) -> CountPrior:
+        """Return a prior of other counts with this one's scale and floor: newer data, no training."""
+        prior = CountPrior.of_counts(counts, float(self.settings[-1]))
+        prior.scale.data.copy_(self.scale.data)
+        return prior
+
     def _apply(self, fn: Any, recurse: bool = True) -> CountPrior:
         self._numpy = None
         return super()._apply(fn, recurse)

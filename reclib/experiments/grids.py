@@ -49,6 +49,7 @@ from reclib.data.dataset import Dataset
 from reclib.data.prepare import prepare
 from reclib.data.splits import SPLITS, Split
 from reclib.evaluate import metrics, statistics
+from reclib.evaluate.baselines import PairwiseCounts, fit_pairwise_counts
 from reclib.evaluate.metrics import Outcome
 from reclib.experiments import baseline
 from reclib.experiments.baseline import Assessed, Conditions, Model, Result, Trained
@@ -206,9 +207,10 @@ class Work:
         """Return the folder of a run's checkpoints."""
         return system.runs() / "grids" / self.key(arm, seed)
 
-    def ranks_file(self, arm: Arm, seed: int) -> Path:
-        """Return the file of every user's ranks."""
-        return self.file.with_suffix("") / f"{self.key(arm, seed)}.npz"
+    def ranks_file(self, arm: Arm, seed: int, renewed: bool = False) -> Path:
+        """Return the file of every user's ranks; `renewed`: by a prior that counts validation items too."""
+        name = self.key(arm, seed) + ("-with-validation" if renewed else "")
+        return self.file.with_suffix("") / f"{name}.npz"
 
     def rows(self, name: str) -> list[Fields]:
         """Return the records of this name, oldest first."""
@@ -386,28 +388,42 @@ def final_arms(work: Work) -> list[Arm]:
     return final
 
 
-def kept_ranks(work: Work, arm: Arm, seed: int) -> dict[str, np.ndarray]:
+def counting(work: Work, arm: Arm) -> bool:
+    """Whether the models of an arm have a prior that counts."""
+    return work.configs(arm, arm.seeds[0])[1].prior == "counts"
+
+
+def kept_ranks(work: Work, arm: Arm, seed: int, renewed: bool = False) -> dict[str, np.ndarray]:
     """Return the kept arrays of a run; nothing where it has not been ranked on the test split."""
-    file = work.ranks_file(arm, seed)
+    file = work.ranks_file(arm, seed, renewed)
     arrays = dict(np.load(file)) if file.is_file() else {}
     return arrays if "test protocols" in arrays else {}
 
 
-def assess_run(work: Work, arm: Arm, seed: int, test: Conditions) -> Assessed:
-    """Return what a run showed on the test split: from its file, or by ranking the targets now."""
-    if kept := kept_ranks(work, arm, seed):
+def assess_run(
+    work: Work, arm: Arm, seed: int, test: Conditions, counts: PairwiseCounts | None = None
+) -> Assessed:
+    """Return what a run showed on the test split: from its file, or by ranking the targets now.
+
+    With `counts` its prior counts anew, validation items included, as a system in use would; no training.
+    """
+    if kept := kept_ranks(work, arm, seed, counts is not None):
         outcomes = {}
         for name, label, comparable in kept["test protocols"]:
             ranks = kept[ARRAYS.get(name, f"test {name}")]
             outcomes[name] = Outcome(name, label, comparable == "1", ranks, np.arange(len(ranks)))
         return Assessed(outcomes, **{field: kept[name] for name, field in CONTROLS.items()})
     print(f"  {arm.name}, seed {seed}", flush=True)
-    one = baseline.assess_trained(work.train(arm, seed, Options()), test)
+    trainer = work.train(arm, seed, Options())
+    if counts is not None:
+        trainer.model.prior = trainer.model.prior.counted_anew(counts).to(trainer.where)
+    one = baseline.assess_trained(trainer, test)
     arrays = {ARRAYS.get(name, f"test {name}"): outcome.ranks for name, outcome in one.outcomes.items()}
     arrays |= {name: getattr(one, field) for name, field in CONTROLS.items()}
     labels = [[o.protocol, o.label, str(int(o.comparable))] for o in one.outcomes.values()]
-    file = work.ranks_file(arm, seed)
-    save_ranks(file, {**np.load(file), **arrays, "test protocols": np.array(labels)})
+    file = work.ranks_file(arm, seed, counts is not None)
+    before = {} if counts is not None else dict(np.load(file))  # the ranks on validation
+    save_ranks(file, {**before, **arrays, "test protocols": np.array(labels)})
     return one
 
 
@@ -440,7 +456,13 @@ def score(work: Work, from_ranks: bool = False) -> list[Result]:
 
 def _score(work: Work, data: Fields, from_ranks: bool) -> list[Result]:
     main = [arm for arm in work.grid.arms if arm.split == MAIN_SPLIT]
-    lost = [f"{a.name} seed {s}" for a in main for s in a.seeds if not kept_ranks(work, a, s)]
+    lost = [
+        f"{arm.name} seed {seed}"
+        for arm in main
+        for seed in arm.seeds
+        for renewed in (False, True)[: 1 + counting(work, arm)]
+        if not kept_ranks(work, arm, seed, renewed)
+    ]
     if from_ranks and lost:
         raise InputError(f"no ranks on the test split are kept of {', '.join(lost)}: leave --from-ranks")
     split = SPLITS[MAIN_SPLIT](work.dataset)
@@ -448,6 +470,11 @@ def _score(work: Work, data: Fields, from_ranks: bool) -> list[Result]:
     models, chosen = baseline.assess_baselines(split, work.dataset, test)
     for arm in main:
         models.append(Model(arm.name, [assess_run(work, arm, seed, test) for seed in arm.seeds], arm.seeds))
+        if counting(work, arm):
+            settings = chosen["pairwise_counts"]
+            counts = fit_pairwise_counts(split.test.histories, work.dataset.num_items, **settings)
+            runs = [assess_run(work, arm, seed, test, counts) for seed in arm.seeds]
+            models.append(Model(f"{arm.name}_with_validation", runs, arm.seeds))
     out = choosing_seeds(work)
     if out:
         print("left out of the comparisons, since they chose the recipe:", out)

@@ -77,7 +77,7 @@ _NOT_WORK = ("gpu", "seed", "seeds", "tracker", "wandb_mode")
 
 def model_name(model: str) -> str:
     """Return a model's name for people."""
-    return MODEL_NAMES.get(model, model.replace("_", " "))
+    return MODEL_NAMES.get(model) or model.replace("_with_validation", " + validation item").replace("_", " ")
 
 
 def sweep_of(arm: str) -> str:

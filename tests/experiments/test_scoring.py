@@ -20,7 +20,7 @@ from reclib.train.fit import Options
 
 ARMS = {
     "bert4rec": {"final": True},
-    "twin": {"train": {"objective": "next_item"}, "final": True},
+    "twin": {"train": {"objective": "next_item", "prior": "counts"}, "final": True},
     "bert4rec (past)": {"split": "global_time", "final": True, "seeds": [0]},
     "bert4rec (users)": {"split": "random_users", "final": True, "seeds": [0]},
     "wide": {"model": {"hidden_dim": 64}, "seeds": [0]},
@@ -55,6 +55,8 @@ def test_a_grid_is_scored_with_baselines_and_intervals(scored):
     overall = {model: numbers for (model, seed), numbers in means(scored).items() if seed is None}
     assert {"bert4rec", "twin", "popularity", "markov", "item_knn", "ease"} <= overall.keys()
     assert "wide" not in overall
+    assert overall["twin_with_validation"] != overall["twin"]  # its counts alone are newer
+    assert "bert4rec_with_validation" not in overall
     assert all(one["ndcg@10_low"] <= one["ndcg@10"] <= one["ndcg@10_high"] for one in overall.values())
     arm = here.grid.arms[0]
     files = [np.load(here.ranks_file(arm, seed)) for seed in arm.seeds]
