@@ -331,6 +331,7 @@ def comparisons(
 ) -> list[Result]:
     """Compare every model with the reference, paired by user and corrected for the number of comparisons.
 
+    What counts the validation items too is also compared with the reference that does, if there is one.
     `left_out` names, by model, seeds that chose its recipe and so do not judge it.
     """
     deterministic = [model.name for model in models if not model.seeds]
@@ -342,8 +343,10 @@ def comparisons(
             rows = [place for place, seed in enumerate(model.seeds or [-1]) if seed not in out]
             if rows:
                 values[model.name] = model.per_seed(metric)[rows]
-        if reference in values:
-            found += [compared(one, metric) for one in statistics.compare(values, reference, deterministic)]
+        renewed = {name: rows for name, rows in values.items() if name.endswith("_with_validation")}
+        for against, given in ((reference, values), (f"{reference}_with_validation", renewed)):
+            if against in given and len(given) > 1:
+                found += [compared(one, metric) for one in statistics.compare(given, against, deterministic)]
     return found
 
 
