@@ -266,6 +266,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows(tmp_path):
     """Four times the rows may take a little more than the database's limit, not four times the memory."""
     peaks = []

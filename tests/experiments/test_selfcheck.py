@@ -37,10 +37,10 @@ def test_every_check_passes_on_this_cpu_and_is_written(root, capsys):
 def test_each_check_fails_where_something_is_wrong(monkeypatch):
     true = reclib_losses._to_gradient
 
-    def shifted(block, shift, column):
-        losses = true(block, shift, column)
+    def shifted(block, *others):
+        result = true(block, *others)
         block *= 1.001
-        return losses
+        return result
 
     clock = iter(range(1000))
     for module, name, wrong, check in (

@@ -153,6 +153,7 @@ def test_two_processes_share_a_study(root):
     assert len({str(t.params) for t in one.trials()}) == 7
 
 
+@pytest.mark.slow
 def test_a_trial_that_somebody_holds_is_left_to_them_and_default_is_compared_with_tuned(root, monkeypatch):
     light_scoring(monkeypatch)
     write(trials=2)

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT
 
 FOLDERS = ("notebooks", "executed", "figures", "params")
@@ -183,7 +184,13 @@ def unpickles(source: str) -> list[str]:
 def test_nothing_unpickles_a_file():
     sources = [file for folder in ("reclib", "benchmarks") for file in (ROOT / folder).rglob("*.py")]
     for file in sources:
-        assert not unpickles(file.read_text(encoding="utf-8")), file.relative_to(ROOT)
+        # `fetch` reads pinned tables by an unpickler that knows a fixed list of names; test_fetch attacks it.
+        allowed = ["pickle"] if file.name == "fetch.py" else []
+        assert unpickles(file.read_text(encoding="utf-8")) == allowed, file.relative_to(ROOT)
+    entries = yaml.safe_load((ROOT / "params/datasets.yaml").read_text(encoding="utf-8")).values()
+    pickled = [entry for entry in entries if any(name.endswith(".pkl") for name in entry.get("members", ()))]
+    assert pickled
+    assert all(entry["checksum"].startswith("sha256:") for entry in pickled)
     for source in [
         "import pickle",
         "from joblib import load",

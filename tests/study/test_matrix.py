@@ -158,6 +158,7 @@ def test_stopped_at_any_time_it_leaves_no_process_and_goes_on(project, set_cells
     assert len(rows_of(project)) == 1
 
 
+@pytest.mark.slow
 def test_two_at_once_queue_and_the_second_finds_it_done(project, set_cells, start):
     set_cells(
         "import pathlib, time\npathlib.Path('../begun').touch()",
@@ -192,6 +193,7 @@ def check_full_disk(project: Path, process: subprocess.Popen) -> None:
     assert not list(project.rglob("*.partial"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_names_the_cell_and_what_to_do_and_leaves_nothing_half_written(project, set_cells, start):
     def no_large_files() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
@@ -201,6 +203,7 @@ def test_a_full_disk_names_the_cell_and_what_to_do_and_leaves_nothing_half_writt
         check_full_disk(project, start("run", "02", preexec_fn=no_large_files))
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_really_full(project, set_cells, start):
     folder = project / "runs/executed"
     folder.mkdir(parents=True)

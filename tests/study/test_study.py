@@ -223,6 +223,7 @@ def test_a_notebook_whose_cell_disagrees_with_its_parameters_is_refused(project:
     assert written(project) == []
 
 
+@pytest.mark.slow
 def test_a_dead_kernel_and_a_cell_over_its_time_fail_as_well(project: Path, set_cells, capsys):
     for cell, part in [
         ("import os; os._exit(9)", "DeadKernelError: its kernel ended with exit code 9"),

@@ -421,6 +421,7 @@ def test_command_line_names_what_is_wrong_and_writes_nothing(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_command_line_refuses_a_corrupt_checkpoint(tmp_path):
     process = start(tmp_path / "run", tmp_path / "cache")
     process.communicate(timeout=120)
