@@ -358,36 +358,6 @@ def leave(code: int) -> int:
     return code
 
 
-@contextlib.contextmanager
-def _ended(processes: list[subprocess.Popen]) -> Iterator[None]:
-    """On an error or Ctrl-C interrupt the processes, and kill those that have not ended in time."""
-    try:
-        yield
-    except BaseException:
-        for process in processes:
-            process.send_signal(signal.SIGINT)
-        until = time.monotonic() + system.PATIENCE
-        for process in processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, until - time.monotonic()))
-            process.kill()
-        raise
-
-
-def side_by_side(arguments: Sequence[str], processes: int, threads: int) -> list[int]:
-    """Run `python -m ARGUMENTS` in several processes that are not joined; return their exit codes.
-
-    Each has so many CPU `threads` unless its gpu label states them. Interrupted, this interrupts them and
-    waits until they have ended.
-    """
-    environment = system.start_with() | {"OMP_NUM_THREADS": str(threads)}
-    command, started = [sys.executable, "-m", *arguments], list[subprocess.Popen]()
-    with _ended(started):
-        for _ in range(processes):
-            started.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL))
-        return [process.wait() for process in started]
-
-
 def apart(arguments: Sequence[str], processes: int) -> None:
     """Run `python -m reclib fit --nproc PROCESSES ARGUMENTS` and wait for it.
 
@@ -397,8 +367,14 @@ def apart(arguments: Sequence[str], processes: int) -> None:
     command = [sys.executable, "-m", "reclib", "fit", "--nproc", str(processes), *arguments]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, env=system.start_with(), text=True, **pipes)  # type: ignore[call-overload]
-    with _ended([process]):
+    try:
         _, errors = process.communicate()
+    except BaseException:
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(system.PATIENCE)
+        process.kill()
+        raise
     if process.returncode:
         lines = errors.strip().splitlines() or [f"it ended with exit code {process.returncode}"]
         raise InputError(f"training in {processes} processes failed: {lines[-1].removeprefix('error: ')}")
