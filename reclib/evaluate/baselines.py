@@ -219,6 +219,11 @@ def fit_item_knn(histories: Histories, num_items: int, neighbours: int = 100, sh
     return Linear(sparse.vstack(kept, format="csr"))
 
 
+def ease_bytes(num_items: int) -> int:
+    """Return the memory that EASE needs for a catalogue: a matrix of doubles and one in single precision."""
+    return 12 * num_items**2
+
+
 def fit_ease(
     histories: Histories, num_items: int, regularisation: float = 100.0, memory_bytes: int = EASE_BYTES
 ) -> Linear:
@@ -231,7 +236,7 @@ def fit_ease(
     from scipy import linalg
 
     _require("regularisation", regularisation, regularisation > 0, "above 0")
-    needed = 12 * num_items**2
+    needed = ease_bytes(num_items)
     if needed > memory_bytes:
         raise InputError(
             f"EASE on {num_items:,} items needs {needed / 2**30:.1f} GiB, parameter 'memory_bytes' allows "

@@ -7,13 +7,16 @@ import pytest
 import torch
 from small_models import NUM_ITEMS, histories, small_model, worst_difference
 
-from reclib.config import InputError, TrainConfig, validated
+from reclib.config import DataConfig, InputError, TrainConfig, model_config, validated
 from reclib.data.batches import Epoch
 from reclib.data.dataset import Evaluation, Histories
+from reclib.data.prepare import prepare
+from reclib.data.splits import leave_one_out
 from reclib.evaluate import baselines, metrics
 from reclib.evaluate.prior import CountPrior
+from reclib.hardware import resolve
 from reclib.model.bert4rec import Bert4Rec
-from reclib.train import saving
+from reclib.train import fit, saving
 from reclib.train.losses import batch_loss
 
 LENGTHS = [9, 4, 12, 7, 3, 8, 5, 6, 12, 2]
@@ -121,3 +124,22 @@ def test_a_prior_is_refused_where_there_are_no_full_logits_to_add_it_to():
     for settings in ({"loss": "gbce"}, {"compile_mode": "graph"}, {"head_rows": "all"}, {"loss": "fused"}):
         with pytest.raises(InputError, match="prior='counts' needs the logits"):
             validated(TrainConfig, {"prior": "counts"} | settings)
+
+
+def test_the_scale_of_a_trained_prior_is_the_one_that_ranks_validation_best_and_is_found_again(tmp_path):
+    dataset = prepare(DataConfig(dataset="synthetic", synthetic_users=60, synthetic_items=40))
+    train = TrainConfig(prior="counts", epochs=2, batch_size=16, eval_every=1)
+    model = model_config("nano", num_items=dataset.num_items, max_len=20)
+    trainer = fit.fit(model, dataset, train, resolve("cpu"), tmp_path)
+    kept, _ = saving.load_checkpoint(tmp_path / "best")
+    chosen, learned = float(trainer.model.prior.scale.detach()), float(kept["prior.scale"])
+    assert chosen / learned == pytest.approx(round(chosen / learned * 2) / 2)
+    valid = leave_one_out(dataset).valid
+    values = {}
+    for weight in fit.PRIOR_WEIGHTS:
+        trainer.model.prior.scale.data.fill_(learned * weight)
+        ranks = fit.rank_targets(trainer, valid, True).ranks
+        values[weight] = metrics.summary(ranks)["ndcg@10"]
+    assert values[round(chosen / learned * 2) / 2] == max(values.values())
+    again = fit.fit(model, dataset, train, resolve("cpu"), tmp_path)  # finished: loaded, not trained
+    assert float(again.model.prior.scale.detach()) == chosen
