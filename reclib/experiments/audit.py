@@ -564,7 +564,7 @@ class Claim:
 
     text: str
     record: Query | None = None
-    numbers: list[str | dict[str, Any]] = field(default_factory=list)  # one for each decimal number, in order
+    numbers: list[str | dict[str, Any]] = field(default_factory=list)  # of its decimal numbers, in order
     log: str | None = None  # heading of a section of docs/log.md
     by: str | None = None  # the program that printed it
 
@@ -595,7 +595,9 @@ class Records:
     """The committed records, and the queries of claims on them."""
 
     def __init__(self) -> None:
-        self.rows = records.read(system.committed())
+        self.rows: dict[tuple[str, str | None], list[dict[str, Any]]] = {}  # by name and grid
+        for row in records.read(system.committed()):
+            self.rows.setdefault((row["name"], row["params"].get("grid")), []).append(row)
 
     def matching(self, query: Query) -> list[dict[str, Any]]:
         """Return the rows that a query means; raise `InputError` where there is none."""
@@ -603,14 +605,12 @@ class Records:
         def meant(row: Mapping[str, Any]) -> bool:
             own = row["own_params"]
             return (
-                row["name"] == query.name
-                and row["params"].get("grid") == query.grid
-                and query.data in (None, (row["data"] or {}).get("name"))
+                query.data in (None, (row["data"] or {}).get("name"))
                 and row["time"].startswith(query.day or "")
                 and all(own.get(k) in (v if isinstance(v, list) else [v]) for k, v in query.own.items())
             )
 
-        rows = [row for row in self.rows if meant(row)]
+        rows = [row for row in self.rows.get((query.name, query.grid), []) if meant(row)]
         if not rows:
             raise InputError(f"no record {query.name!r} of {query.grid or 'a notebook'} with {query.own}")
         best = max(records.PROFILES.index(row["profile"]) for row in rows)
@@ -641,12 +641,8 @@ class Records:
         rows = self.matching(query)
         if "reference_seeds" in rows[0]["metrics"]:
             return [int(rows[0]["metrics"][name]) for name in ("seeds", "reference_seeds")]
-        trained = {
-            (str(row["own_params"]), row["seed"])
-            for row in self.rows
-            if (row["name"], row["params"].get("grid")) == (query.name, query.grid)
-            and row["seed"] is not None
-        }
+        every = self.rows[query.name, query.grid]
+        trained = {(str(row["own_params"]), row["seed"]) for row in every if row["seed"] is not None}
         counts = [sum(own == str(row["own_params"]) for own, _ in trained) for row in rows]
         return [min(counts)] if any(counts) else []
 
@@ -654,6 +650,15 @@ class Records:
 def _derived(query: Query, fields: Mapping[str, Any]) -> Query:
     own = {name: getattr(query, name) for name in ("name", "value", "grid", "data", "own", "take")}
     return validated(Query, own | dict(fields))
+
+
+def _queries(record: Query, number: str | Mapping[str, Any]) -> list[Query]:
+    """Return the queries of an item of `numbers`: a value of the record, or fields of a query of its grid."""
+    if isinstance(number, str):
+        return [_derived(record, {"value": number})]
+    value = number.get("value")
+    values = value if isinstance(value, list) else [value]
+    return [validated(Query, {"grid": record.grid, **number, "value": each}) for each in values]
 
 
 def agrees(stated: re.Match[str], value: float) -> bool:
@@ -681,16 +686,10 @@ def judged(claim: Claim, found: Records, log: str) -> dict[str, Any]:
         differs = f"number differs: {', '.join(missing)} not in the log"
         source = f"printed by {claim.by}, dated {str(claim.log)[:10]}"
         return row | {"record": source, "verdict": differs if missing or not section else "no record"}
-    queries = [
-        _derived(claim.record, {"value": number})
-        if isinstance(number, str)
-        else validated(Query, {"grid": claim.record.grid, **number})
-        for number in claim.numbers
-    ]
+    queries = [query for number in claim.numbers for query in _queries(claim.record, number)]
     if len(queries) != len(stated):
         raise InputError(f"{len(stated)} decimal numbers in the text, {len(queries)} under `numbers`")
-    values = [found.number(query) for query in queries]
-    pairs = zip(stated, values, strict=True)
+    pairs = zip(stated, map(found.number, queries), strict=True)
     wrong = [f"{match[0].strip()} is {value:.5g}" for match, value in pairs if not agrees(match, value)]
     first = found.matching(claim.record)[0]
     metrics, place = first["metrics"], claim.record.grid or first["notebook"]

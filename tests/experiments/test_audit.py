@@ -326,10 +326,11 @@ def test_a_claim_has_the_verdict_of_its_record_and_a_wrong_number_fails_the_comm
     )
     (root / "docs" / "log.md").write_text("## 2026-11-01: steps\n\nfast 2.81 (7.3 %)\n\n## later\n\n9.9\n")
     against = {"grid": "trial", "name": "comparison", "own": {"model": "a"}}
+    several = {"name": "curve", "value": ["value"]}
     claims = [
         {"text": "A has 0.13, +0.021 above B, p below 0.001", "record": against},
         {"text": "C: -0.3, p 0.20", "record": against | {"own": {"model": "c"}}},
-        {"text": "D 0.50", "record": {"grid": "trial", "name": "curve"}, "numbers": ["value"]},
+        {"text": "D 0.50", "record": {"grid": "trial", "name": "curve"}, "numbers": [several]},
         {"text": "2.8 times as fast, 7.3 % of it", "log": "2026-11-01: steps", "by": "benchmarks/x.py"},
     ]
     claims[0]["numbers"] = [
