@@ -586,6 +586,8 @@ def read_claims() -> tuple[list[Claim], dict[str, str]]:
     with naming(file, (KeyError, TypeError)):
         for row in given["claims"]:
             with naming(repr(row.get("text"))):
+                if ("record" in row) == ("log" in row):
+                    raise InputError("expected either `record` or `log`")
                 record = {"record": validated(Query, row["record"])} if "record" in row else {}
                 claims.append(validated(Claim, row | record))
         return claims, given["no_claims"]
@@ -648,7 +650,9 @@ class Records:
 
 
 def _derived(query: Query, fields: Mapping[str, Any]) -> Query:
-    own = {name: getattr(query, name) for name in ("name", "value", "grid", "data", "own", "take")}
+    own = {
+        name: getattr(query, name) for name in ("name", "value", "grid", "data", "own", "day", "at", "take")
+    }
     return validated(Query, own | dict(fields))
 
 
@@ -719,7 +723,7 @@ def claims() -> pd.DataFrame:
     log = (system.root() / "docs" / "log.md").read_text(encoding="utf-8")
     rows = []
     for claim in stated:
-        with naming(f"claims.yaml: {claim.text!r}"):
+        with naming(f"claims.yaml: {claim.text!r}", (KeyError, ValueError, IndexError)):
             row = judged(claim, found, log)
         files = [name for name in TEXTS if row["statement"] in left[name]]
         row["in"] = ", ".join(name.removesuffix(".md") for name in files)
@@ -745,5 +749,6 @@ def claims_main(argv: list[str] | None = None) -> int:
         details = [row["record"], row["test"], f"p {row['p']}" if row["p"] else ""]
         details += [f"seeds {row['seeds']}" if row["seeds"] else ""]
         print(f"{row['verdict']}: {row['statement']}\n    {', '.join(text for text in details if text)}")
-    print(made["verdict"].str.partition(":")[0].value_counts().to_string())
+    counts = made["verdict"].str.partition(":")[0].value_counts()
+    print("\n".join(f"{count:>4} {verdict}" for verdict, count in counts.items()))
     return int(made["verdict"].str.startswith("number differs").any())
