@@ -263,6 +263,7 @@ COMMANDS = {
     "grid": ("experiments.grids:grid_main", "train the runs of an experiment file"),
     "score": ("experiments.grids:score_main", "score the final runs of an experiment file"),
     "predict": ("experiments.scaling:predict_main", "predict the loss of the largest size from smaller ones"),
+    "claims": ("experiments.audit:claims_main", "check the numbers of README and FINDINGS by their records"),
     "tune": ("experiments.scaling:tune_main", "search settings on validation"),
     "plan": ("cost.planner:plan_main", "predict time, memory and price of a run"),
     "check": ("experiments.comparison:check_main", "check that this device computes right"),

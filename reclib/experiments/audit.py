@@ -1,9 +1,12 @@
-"""The published figures of the study that this one started from, recomputed and judged.
+"""The published figures of the study that this one started from, recomputed and judged; then this one's own.
 
 Most parts are arithmetic on `params/published/seed_study.yaml`, which holds what was published with its
 sources. The others run torch's own modules with that study's adapter, or train a small model with its loss.
 Each part is a function that returns the results to record and a verdict on each claim. A verdict follows
-from numbers by the rules here and is never typed in.
+from numbers by the rules here and is never typed in. The claims of README and FINDINGS are resolved from
+`params/claims.yaml` and the committed records:
+
+    python -m reclib claims     # exits 1 where a number is not what its record says
 
 Shapes: N rows of an item table (items, PAD and MASK), D hidden_dim, L layers, r rank of an adapter,
 B sequences, T positions.
@@ -12,28 +15,35 @@ B sequences, T positions.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import field
+from typing import Any, Literal, NamedTuple
 from unittest.mock import patch
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from reclib.config import PAD, InputError, ModelConfig, TrainConfig, changed, model_config, validated
+from reclib import records, system
+from reclib.config import PAD, STRICT, InputError, ModelConfig, TrainConfig, changed, model_config, validated
 from reclib.cost.work import BACKWARD, encoder_forward, head_forward, layer_linear
 from reclib.data.batches import IGNORE, Batch, Epoch
 from reclib.data.dataset import Dataset, Evaluation, Histories
 from reclib.data.splits import Split, random_users
 from reclib.evaluate import metrics
-from reclib.evaluate.statistics import ALPHA
+from reclib.evaluate.statistics import ALPHA, MIN_SEEDS
 from reclib.experiments.baseline import COMPARED, flat, run_folder
+from reclib.experiments.grids import command, naming
 from reclib.experiments.notebook import Result
+from reclib.experiments.scaling import committed_before
 from reclib.experiments.speed import SEED_TRAIN
 from reclib.hardware import Device
 from reclib.model.bert4rec import Bert4Rec, count_parameters
 from reclib.parameters import Audit
+from reclib.system import Parser
 from reclib.train.fit import data_identity, fit
 from reclib.train.trainer import Trainer
 
@@ -510,3 +520,235 @@ def redrawn(p: Audit, run: Trained) -> Part:
         values = [metrics.mean(metrics.masked_positions(*given, seed=draw)) for draw in range(p.mask_draws)]
     spread = {"lowest": min(values), "highest": max(values), "draws": len(values)}
     return Part([Result("audit_redrawn", spread, seed=run.seed)], [])
+
+
+# -- the claims of this study --------------------------------------------------------------------------------
+
+TEXTS = ("README.md", "FINDINGS.md")
+
+DECIMAL = re.compile(r"(?<![\d.])([+-]?)(\d+\.\d+)(?!\.?\d)( %| million)?")  # no version such as 2.13.0
+
+UNITS = {" %": 0.01, " million": 1e6, None: 1}
+
+TAKE: dict[str, Callable[[list[float]], float]] = {
+    "mean": lambda values: sum(values) / len(values),
+    "lowest": min,
+    "highest": max,
+    "largest": lambda values: max(map(abs, values)),
+}
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Query:
+    """Where a number lies: rows of the committed records, a value of theirs, and what is taken of several.
+
+    Rows have this `name` and these `own` parameters, where a list names several. Those of the best profile
+    count; of these the one over all seeds, or else the newest of each seed.
+    """
+
+    name: str
+    value: str = ""  # a metric or a timing; of a claim's own record each number names it
+    grid: str | None = None  # None: the records of notebooks
+    data: str | None = None  # the dataset's name
+    own: dict[str, Any] = field(default_factory=dict)
+    day: str | None = None  # on which it was recorded, such as 2026-11-23; None: the newest
+    at: dict[str, float] = field(default_factory=dict)  # of a series: its value at this point of another
+    take: Literal["mean", "lowest", "highest", "largest"] = "mean"
+    over: dict[str, Any] | None = None  # fields of the query whose number divides this one
+    minus: dict[str, Any] | None = None  # and of the one whose number is taken off
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Claim:
+    """A sentence of the texts: a record with its values, or the section of the log that has its numbers."""
+
+    text: str
+    record: Query | None = None
+    numbers: list[str | dict[str, Any]] = field(default_factory=list)  # of its decimal numbers, in order
+    log: str | None = None  # heading of a section of docs/log.md
+    by: str | None = None  # the program that printed it
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.replace("**", "").split())
+
+
+def texts() -> dict[str, str]:
+    """Return README and FINDINGS by name, without line breaks and bold type."""
+    return {name: _plain((system.root() / name).read_text(encoding="utf-8")) for name in TEXTS}
+
+
+def read_claims() -> tuple[list[Claim], dict[str, str]]:
+    """Return the claims of `params/claims.yaml`, and the numbers that are none with their sources."""
+    file = "claims.yaml"
+    given = system.read_yaml(system.params() / file)
+    claims = []
+    with naming(file, (KeyError, TypeError)):
+        for row in given["claims"]:
+            with naming(repr(row.get("text"))):
+                if ("record" in row) == ("log" in row):
+                    raise InputError("expected either `record` or `log`")
+                record = {"record": validated(Query, row["record"])} if "record" in row else {}
+                claims.append(validated(Claim, row | record))
+        return claims, given["no_claims"]
+
+
+class Records:
+    """The committed records, and the queries of claims on them."""
+
+    def __init__(self) -> None:
+        self.rows: dict[tuple[str, str | None], list[dict[str, Any]]] = {}  # by name and grid
+        for row in records.read(system.committed()):
+            self.rows.setdefault((row["name"], row["params"].get("grid")), []).append(row)
+
+    def matching(self, query: Query) -> list[dict[str, Any]]:
+        """Return the rows that a query means; raise `InputError` where there is none."""
+
+        def meant(row: Mapping[str, Any]) -> bool:
+            own = row["own_params"]
+            return (
+                query.data in (None, (row["data"] or {}).get("name"))
+                and row["time"].startswith(query.day or "")
+                and all(own.get(k) in (v if isinstance(v, list) else [v]) for k, v in query.own.items())
+            )
+
+        rows = [row for row in self.rows.get((query.name, query.grid), []) if meant(row)]
+        if not rows:
+            raise InputError(f"no record {query.name!r} of {query.grid or 'a notebook'} with {query.own}")
+        best = max(records.PROFILES.index(row["profile"]) for row in rows)
+        rows = [row for row in rows if records.PROFILES.index(row["profile"]) == best]
+        newest: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for row in sorted(rows, key=lambda row: row["time"]):
+            newest[str(row["own_params"]), row["seed"]] = row
+        over_seeds = [row for (_, seed), row in newest.items() if seed is None]
+        return over_seeds or list(newest.values())
+
+    def number(self, query: Query) -> float:
+        """Return the number that a query means."""
+        found = []
+        for row in self.matching(query):
+            numbers, series = row["metrics"] | row["timings"], row["series"]
+            for name, point in query.at.items():
+                numbers = {key: values[series[name].index(point)] for key, values in series.items()}
+            found.append(numbers.get(query.value))
+        if None in found:
+            raise InputError(f"no value {query.value!r} in record {query.name!r} with {query.own}")
+        value = float(TAKE[query.take](found))
+        if query.over:
+            value /= self.number(_derived(query, query.over))
+        return value - self.number(_derived(query, query.minus)) if query.minus else value
+
+    def seeds(self, query: Query) -> list[int]:
+        """Return the numbers of seeds behind a record, of both sides of a comparison; [] of what has none."""
+        rows = self.matching(query)
+        if "reference_seeds" in rows[0]["metrics"]:
+            return [int(rows[0]["metrics"][name]) for name in ("seeds", "reference_seeds")]
+        every = self.rows[query.name, query.grid]
+        trained = {(str(row["own_params"]), row["seed"]) for row in every if row["seed"] is not None}
+        counts = [sum(own == str(row["own_params"]) for own, _ in trained) for row in rows]
+        return [min(counts)] if any(counts) else []
+
+
+def _derived(query: Query, fields: Mapping[str, Any]) -> Query:
+    own = {
+        name: getattr(query, name) for name in ("name", "value", "grid", "data", "own", "day", "at", "take")
+    }
+    return validated(Query, own | dict(fields))
+
+
+def _queries(record: Query, number: str | Mapping[str, Any]) -> list[Query]:
+    """Return the queries of an item of `numbers`: a value of the record, or fields of a query of its grid."""
+    if isinstance(number, str):
+        return [_derived(record, {"value": number})]
+    value = number.get("value")
+    values = value if isinstance(value, list) else [value]
+    return [validated(Query, {"grid": record.grid, **number, "value": each}) for each in values]
+
+
+def agrees(stated: re.Match[str], value: float) -> bool:
+    """Return whether a value, rounded as in the text, is the stated number, or below a stated limit."""
+    sign, digits, unit = stated.groups()
+    value /= UNITS[unit]
+    if stated.string[: stated.start()].endswith("below "):
+        return value < float(digits)
+    rounded = f"{value:+.{len(digits.partition('.')[2])}f}"
+    return rounded == sign + digits if sign else rounded[1:] == digits
+
+
+def judged(claim: Claim, found: Records, log: str) -> dict[str, Any]:
+    """Return a claim's row of the table, its verdict computed from the record.
+
+    Verdicts: holds; not separated (adjusted p of 5 % or more); one seed, or two; not shown by git (of a
+    prediction); no record (the log has the numbers); number differs (the text is wrong).
+    """
+    stated = list(DECIMAL.finditer(_plain(claim.text)))
+    row: dict[str, Any] = {"statement": _plain(claim.text), "test": "", "p": "", "seeds": ""}
+    if claim.record is None:
+        section = log.partition(f"## {claim.log}\n")[2].partition("\n## ")[0]
+        printed = [float(number) for number in re.findall(r"[+-]?\d+(?:\.\d+)?", section)]
+        missing = [m[0] for m in stated if not any(agrees(m, UNITS[m[3]] * number) for number in printed)]
+        differs = f"number differs: {', '.join(missing)} not in the log"
+        source = f"printed by {claim.by}, dated {str(claim.log)[:10]}"
+        return row | {"record": source, "verdict": differs if missing or not section else "no record"}
+    queries = [query for number in claim.numbers for query in _queries(claim.record, number)]
+    if len(queries) != len(stated):
+        raise InputError(f"{len(stated)} decimal numbers in the text, {len(queries)} under `numbers`")
+    pairs = zip(stated, map(found.number, queries), strict=True)
+    wrong = [f"{match[0].strip()} is {value:.5g}" for match, value in pairs if not agrees(match, value)]
+    first = found.matching(claim.record)[0]
+    metrics, place = first["metrics"], claim.record.grid or first["notebook"]
+    seeds = [count for query in (claim.record, *queries) for count in found.seeds(query)]
+    fewest = min((count for count in seeds if count), default=MIN_SEEDS)
+    verdict = {1: "one seed", 2: "two seeds"}.get(fewest, "holds")
+    if (p := metrics.get("adjusted_p")) is not None:
+        kind = "users and seeds random" if "degrees_of_freedom" in metrics else "seeds fixed (earlier test)"
+        row |= {"p": f"{p:.3f}" if p >= 0.001 else "below 0.001", "test": f"{kind}, Holm"}
+        verdict = "not separated" if verdict == "holds" and p >= ALPHA else verdict
+    if claim.record.name == "prediction":
+        row["test"] = "; ".join(committed_before(place)).partition(": ")[2]
+        verdict = verdict if "committed before" in row["test"] else "not shown by git"
+    if wrong:
+        verdict = f"number differs: {'; '.join(wrong)}"
+    sides = found.seeds(claim.record) if p is not None else [fewest] * any(seeds)
+    row |= {"record": f"{place}: {claim.record.name}", "seeds": " and ".join(map(str, sides))}
+    return row | {"verdict": verdict}
+
+
+def claims() -> pd.DataFrame:
+    """Return every claim of README and FINDINGS with its record, test, corrected p, seeds and verdict.
+
+    A number of the texts that no claim covers has a row too, and so has a claim that no text makes.
+    """
+    left, (stated, no_claims), found = texts(), read_claims(), Records()
+    log = (system.root() / "docs" / "log.md").read_text(encoding="utf-8")
+    rows = []
+    for claim in stated:
+        with naming(f"claims.yaml: {claim.text!r}", (KeyError, ValueError, IndexError)):
+            row = judged(claim, found, log)
+        files = [name for name in TEXTS if row["statement"] in left[name]]
+        row["in"] = ", ".join(name.removesuffix(".md") for name in files)
+        rows.append(row if files else row | {"verdict": "number differs: no text says so"})
+    for snippet in sorted([*(row["statement"] for row in rows), *no_claims], key=len, reverse=True):
+        left = {name: text.replace(snippet, " ... ") for name, text in left.items()}
+    for name, text in left.items():
+        for match in DECIMAL.finditer(text):
+            around = text[max(0, match.start() - 30) : match.end() + 20]
+            rows.append({"statement": around, "in": name, "verdict": "number differs: no claim covers it"})
+    pd.set_option("display.max_colwidth", None, "display.max_rows", None)
+    columns = ["statement", "in", "record", "test", "p", "seeds", "verdict"]
+    return pd.DataFrame(rows, columns=columns).fillna("").set_index("statement")
+
+
+@command
+def claims_main(argv: list[str] | None = None) -> int:
+    """Print the claims of README and FINDINGS; exit code 1 where a number is not what its record says."""
+    about = "Resolve every claim of README and FINDINGS from its record."
+    Parser(prog="python -m reclib claims", description=about).parse_args(argv)
+    made = claims()
+    for row in made.reset_index().to_dict("records"):
+        details = [row["record"], row["test"], f"p {row['p']}" if row["p"] else ""]
+        details += [f"seeds {row['seeds']}" if row["seeds"] else ""]
+        print(f"{row['verdict']}: {row['statement']}\n    {', '.join(text for text in details if text)}")
+    counts = made["verdict"].str.partition(":")[0].value_counts()
+    print("\n".join(f"{count:>4} {verdict}" for verdict, count in counts.items()))
+    return int(made["verdict"].str.startswith("number differs").any())

@@ -566,10 +566,15 @@ def command(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | No
 def opened(parser: Parser, argv: list[str] | None) -> tuple[argparse.Namespace, Work]:
     """Parse a command's options with those that every command of a grid has; return them and its work."""
     given = placed(parser, argv)
+    return given, work_of(given)
+
+
+def work_of(given: argparse.Namespace) -> Work:
+    """Return the work of the grid that the options of `placed` name."""
     grid = read_grid(given.name)
     if given.dataset:
         grid = replace(grid, data=changed(grid.data, dataset=given.dataset))
-    return given, Work(grid, prepare(grid.data), resolve(given.gpu))
+    return Work(grid, prepare(grid.data), resolve(given.gpu))
 
 
 def placed(parser: Parser, argv: list[str] | None) -> argparse.Namespace:

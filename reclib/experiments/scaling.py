@@ -4,25 +4,28 @@
     python -m reclib predict scaling-ml-1m
     python -m reclib grid run scaling-ml-1m       # now the largest as well
     python -m reclib predict --report scaling-ml-1m
+    python -m reclib predict --check scaling-ml-1m    # does git show that the prediction came first?
     python -m reclib tune run tiny-ml-100k        # to the file's budget; again: goes on
     python -m reclib tune compare tiny-ml-100k    # default against tuned: seeds, then the test split
 
 A prediction is a record of the grid. Its hash is over the law, what it was fitted to and what it says; the
 largest size may start only after it, and its records carry that hash. Once that size has begun nothing can be
-predicted any more.
+predicted any more. That alone is no proof: lines can be deleted and written anew. A prediction counts when a
+commit holds it that is older than the run.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import subprocess
 import sys
 import time
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,7 +61,6 @@ from reclib.experiments.grids import (
     command,
     experiment_file,
     naming,
-    opened,
     placed,
 )
 from reclib.experiments.notebook import Study as NotebookStudy
@@ -142,6 +144,50 @@ def report(work: Work) -> list[str]:
     return scaling_findings(curves, found, name, grids.missing(curves, name))
 
 
+def committed_before(name: str) -> list[str]:
+    """Return, for each prediction of a grid that a run carries, what git shows of which came first.
+
+    A run began, at the latest, its seconds of training and evaluation before its record.
+    """
+    lines = []
+    for file in sorted(system.committed().glob(f"*/grids/{name}.jsonl")):
+        rows = grids.read_rows(file)
+        for row in (row for row in rows if row["name"] == "prediction"):
+            key = row["params_hash"]
+            runs = [r for r in rows if (r.get("configuration") or {}).get("prediction") == key]
+            if not runs:
+                continue
+            first = min(runs, key=lambda run: run["time"])
+            recorded = datetime.fromisoformat(first["time"])
+            seconds = sum(first["timings"].get(part) or 0 for part in ("train_seconds", "eval_seconds"))
+            began = recorded - timedelta(seconds=seconds)
+            there, commit = first_commit(file, f'"params_hash":"{key}"')
+            verdict = "only recorded before, not shown by git"
+            if not there:
+                verdict = "only recorded before: no git history here"
+            elif commit is not None and commit < recorded:
+                late = "its first record, after the run had begun" if commit >= began else "the run began"
+                verdict = f"committed before {late}"
+            when = "" if commit is None else f", committed {commit:%Y-%m-%d %H:%M}"
+            lines.append(
+                f"{key}: {verdict} (predicted {row['time'][:16].replace('T', ' ')}{when}, run began about "
+                f"{began:%H:%M}, first recorded {recorded:%Y-%m-%d %H:%M})"
+            )
+    return lines
+
+
+def first_commit(file: Path, text: str) -> tuple[bool, datetime | None]:
+    """Return whether there is a git history, and the time of its oldest commit that has `text` in a file."""
+    ask = ["git", "-C", str(file.parent), "log", "--reverse", "--format=%ct", f"-S{text}", "--", file.name]
+    try:
+        done = subprocess.run(ask, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return False, None
+    seconds = done.stdout.split()
+    made = datetime.fromtimestamp(int(seconds[0]), UTC) if seconds else None
+    return done.returncode == 0, made
+
+
 @command
 def predict_main(argv: list[str] | None = None) -> int:
     """Predict, or compare the prediction with what came."""
@@ -149,7 +195,16 @@ def predict_main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m reclib predict", description=about)
     parser.add_argument("--report", action="store_true", help="only compare with what came")
     parser.add_argument("--early", action="store_true", help="predict though seeds are missing")
-    given, work = opened(parser, argv)
+    parser.add_argument(
+        "--check", action="store_true", help="only say whether a commit is older than the run"
+    )
+    given = placed(parser, argv)
+    if given.check:
+        grids.read_grid(given.name)  # or there is no such grid
+        lines = committed_before(given.name)
+        print("\n".join(lines or ["no prediction that a run carries"]))
+        return 0
+    work = grids.work_of(given)
     if not given.report:
         predict(work, given.early)
     print("\n".join(report(work)))

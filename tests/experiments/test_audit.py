@@ -7,9 +7,10 @@ import copy
 import pandas as pd
 import pytest
 import torch
+import yaml
 from torch import nn
 
-from reclib import parameters, records
+from reclib import parameters, records, system
 from reclib.config import DataConfig, InputError, model_config
 from reclib.data.batches import IGNORE
 from reclib.data.prepare import prepare
@@ -298,3 +299,89 @@ def test_verdicts_on_adapters_would_clear_adapters_that_work():
     found = pd.DataFrame({mode: audit.calls(mode) for mode in audit.MODES}).T
     judged = list(verdicts(audit.adapters(PUBLISHED, found)).values())
     assert judged == ["holds in part", "contradicted", "holds", "holds"]
+
+
+# -- this study's own claims ---------------------------------------------------------------------------------
+
+CARD = dict.fromkeys(records.CARD) | {"label": "cpu"}
+
+
+def stored(root, name, own, metrics, seed=None, **fields):
+    """Append a record of the grid `trial` to the repository's."""
+    fixed = {"params": {"grid": "trial"}, "profile": "grid", "data": {"name": "x"}, "params_hash": f"{own}"}
+    given = {"own_params": own, "seed": seed, "made_by": {"code": "x"}, **fixed, **fields}
+    file = root / "executed" / "cpu" / "grids" / "trial.jsonl"
+    records.append(file, records.row("02_baseline", name, metrics, card=CARD, **given))
+
+
+def test_a_claim_has_the_verdict_of_its_record_and_a_wrong_number_fails_the_command(root, capsys):
+    root = system.root()
+    (root / "docs").mkdir(parents=True)
+    (root / "params").mkdir()
+    (root / "README.md").write_text(
+        "A has 0.13, +0.021 above\nB, p below 0.001. C: -0.3, p 0.20. **D** 0.50.\n"
+    )
+    (root / "FINDINGS.md").write_text(
+        "The step is 2.8 times as fast, 7.3 % of it. Python 3.11 with torch 2.13.0.\n"
+    )
+    (root / "docs" / "log.md").write_text("## 2026-11-01: steps\n\nfast 2.81 (7.3 %)\n\n## later\n\n9.9\n")
+    against = {"grid": "trial", "name": "comparison", "own": {"model": "a"}}
+    several = {"name": "curve", "value": ["value"]}
+    claims = [
+        {"text": "A has 0.13, +0.021 above B, p below 0.001", "record": against},
+        {"text": "C: -0.3, p 0.20", "record": against | {"own": {"model": "c"}}},
+        {"text": "D 0.50", "record": {"grid": "trial", "name": "curve"}, "numbers": [several]},
+        {"text": "2.8 times as fast, 7.3 % of it", "log": "2026-11-01: steps", "by": "benchmarks/x.py"},
+    ]
+    claims[0]["numbers"] = [
+        {"name": "test", "value": "hr", "own": {"model": "a"}},
+        "difference",
+        "adjusted_p",
+    ]
+    claims[1]["numbers"] = ["difference", "adjusted_p"]
+    text = {"claims": claims, "no_claims": {"Python 3.11": "a version"}}
+
+    def write():
+        (root / "params" / "claims.yaml").write_text(yaml.safe_dump(text))
+
+    write()
+    for seed in range(3):
+        stored(root, "test", {"model": "a"}, {"hr": 0.1 * seed}, seed)
+    stored(root, "test", {"model": "a"}, {"hr": 0.128})
+    of = {"seeds": 3, "reference_seeds": 0}
+    stored(
+        root,
+        "comparison",
+        {"model": "a"},
+        of | {"difference": 0.0212, "adjusted_p": 1e-5, "degrees_of_freedom": 9.0},
+    )
+    stored(root, "comparison", {"model": "c"}, of | {"difference": -0.31, "adjusted_p": 0.2})
+    stored(root, "curve", {"model": "d"}, {"value": 0.1}, 0, profile="smoke")
+    stored(root, "curve", {"model": "d"}, {"value": 0.504}, 0)
+    made = audit.claims()
+    assert made["verdict"].tolist() == ["holds", "not separated", "one seed", "no record"]
+    assert made["p"].tolist() == ["below 0.001", "0.200", "", ""]
+    assert made["seeds"].tolist() == ["3 and 0", "3 and 0", "1", ""]
+    assert made["test"].tolist()[:2] == ["users and seeds random, Holm", "seeds fixed (earlier test), Holm"]
+    assert made["record"].iloc[3] == "printed by benchmarks/x.py, dated 2026-11-01"
+    assert audit.claims_main([]) == 0
+
+    stored(root, "curve", {"model": "d"}, {"value": 0.506}, 0)  # a newer record with another number
+    text["claims"] = claims[1:]
+    write()
+    assert audit.claims_main([]) == 1
+    shown = capsys.readouterr().out
+    assert "number differs: 0.50 is 0.506: D 0.50" in shown
+    assert shown.count("no claim covers it") == 3
+    claims[1]["numbers"] = ["difference"]
+    write()
+    with pytest.raises(InputError, match=r"claims.yaml: .*2 decimal numbers in the text, 1 under `numbers`"):
+        audit.claims()
+    claims[1] |= {"numbers": ["difference", "q"]}
+    write()
+    with pytest.raises(InputError, match="no value 'q' in record 'comparison'"):
+        audit.claims()
+    claims[1]["log"] = "2026-11-01: steps"
+    write()
+    with pytest.raises(InputError, match=r"claims.yaml: 'C: -0.3, p 0.20': expected either `record`"):
+        audit.claims()

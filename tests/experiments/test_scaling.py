@@ -6,6 +6,8 @@ And notebook 03's runs: what fits, what was tuned for these data, and models tha
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -176,6 +178,43 @@ def test_the_largest_starts_only_after_its_prediction_and_carries_its_hash(root,
         scaling.predict(work())
     assert scaling.predict_main(["trial", "--report"]) == 0
     assert "easured" in capsys.readouterr().out
+
+
+def test_git_shows_whether_a_prediction_was_committed_before_the_run_began(root, capsys):
+    write(root)
+    file = system.committed() / "cpu" / "grids" / "trial.jsonl"
+    file.parent.mkdir(parents=True)
+
+    def row(name: str, hour: int, **fields: object) -> str:
+        fixed = {"name": name, "time": f"2026-01-01T{hour:02}:00:00+00:00", "params_hash": "x", "timings": {}}
+        return json.dumps(fixed | fields, sort_keys=True, separators=(",", ":")) + "\n"
+
+    def git(*arguments: str, hour: int = 0) -> None:
+        when = {"GIT_COMMITTER_DATE": f"2026-01-01T{hour:02}:00:00+00:00"}
+        who = ["-c", "user.name=x", "-c", "user.email=x@x"]
+        command = ["git", "-C", str(system.root()), *who, *arguments]
+        subprocess.run(command, env=os.environ | when, check=True, capture_output=True)
+
+    # Three predictions, each with a run of two hours that ended at 12.
+    timings = {"train_seconds": 7000, "eval_seconds": 200}
+    predictions = [row("prediction", 8, params_hash=key) for key in ("aa", "bb", "cc")]
+    runs = [
+        row("learning_curve", 12, configuration={"prediction": key}, timings=timings)
+        for key in ("aa", "bb", "cc")
+    ]
+    unused = row("prediction", 7, params_hash="dd")
+    file.write_text("".join([unused, *predictions, *runs]))
+    assert scaling.predict_main(["--check", "trial"]) == 0
+    assert capsys.readouterr().out.count("only recorded before: no git history here") == 3
+    git("init")
+    for hour, lines in [(9, predictions[:1]), (11, predictions[:2]), (13, [*predictions, *runs])]:
+        file.write_text("".join(lines))
+        git("add", "executed", hour=hour)
+        git("commit", "-m", "x", hour=hour)
+    before, late, unproven = scaling.committed_before("trial")
+    assert before.startswith("aa: committed before the run began")
+    assert late.startswith("bb: committed before its first record, after the run had begun")
+    assert unproven.startswith("cc: only recorded before, not shown by git")
 
 
 def test_the_learning_rates_of_the_committed_grids_follow_the_rule():
