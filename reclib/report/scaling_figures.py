@@ -117,10 +117,11 @@ def size_and_counts(rows: pd.DataFrame) -> go.Figure:
         place, here = at(number // columns + 1, number % columns + 1), rows["dataset"] == dataset
         counts = rows[here & tested.notna() & rows["model"].isin(BASELINES)].drop_duplicates("model")
         counts = counts[~counts["model"].str.endswith("_with_validation")]
-        for recipe, part in rows[here & ranked.notna() & (rows["sweep"] == "width")].groupby("recipe"):
+        widths = rows[here & ranked.notna() & (rows["sweep"] == "width")]
+        for recipe, part in ((str(recipe), part) for recipe, part in widths.groupby("recipe")):
             means = part.groupby("model").agg({SIZE: "mean", RANKED: "mean"}).sort_values(SIZE)
             look = {"mode": "lines+markers", "marker": {"size": 6}, "opacity": 0.45}
-            more = look | {"customdata": means.index} | entry(f"{model_name(recipe)}, validation")
+            more = look | {"customdata": means.index} | entry(f"{_named(recipe)}, validation")
             hover = "%{customdata}: %{y:.4f} on validation"
             figure.path(part, means[SIZE], means[RANKED], RECIPES[recipe], hover, **more, **place)
         if counts.empty:
@@ -146,9 +147,9 @@ def size_and_counts(rows: pd.DataFrame) -> go.Figure:
                 side = {"xanchor": "left", "yanchor": "top" if close else "bottom"}
                 figure.text(name, np.log10(low), value, MUTED, font_size=11, **side, **place)
         marks = rows[here & tested.notna() & rows[SIZE].notna()]
-        for recipe, part in marks.groupby("recipe"):
+        for recipe, part in ((str(recipe), part) for recipe, part in marks.groupby("recipe")):
             color, hover = RECIPES[recipe], "%{customdata}: %{y:.4f} on test"
-            more = {"customdata": part["model"].map(model_name)} | entry(f"{model_name(recipe)}, test")
+            more = {"customdata": part["model"].map(model_name)} | entry(f"{_named(recipe)}, test")
             if "ndcg@10_low" in part:
                 more["error_y"] = interval(part, "ndcg@10", color)
             figure.dots(part, SIZE, "ndcg@10", color, hover, **more, **place)
@@ -169,6 +170,11 @@ def size_and_counts(rows: pd.DataFrame) -> go.Figure:
     said = "; ".join(f"{word} {' and '.join(names)}" for word, names in parts if names)
     title = f"The best BERT4Rec ranks {said}" if said else "NDCG@10 by size; no count was scored beside it"
     return _legend_below(figure, title, showlegend=True, height=240 + 280 * lines)
+
+
+def _named(recipe: str) -> str:
+    kind, *more = recipe.split()
+    return " ".join([model_name(kind), *more])
 
 
 _WORDS = {"below a count on": False, "above every count scored on": True}

@@ -90,7 +90,7 @@ def step_ladder(rows: pd.DataFrame) -> go.Figure:
     hover = "%{y}: %{x:.3g} ms (%{customdata})"
     for (kind, color), some in timed.groupby(["kind", colors]):
         text = timed["change"].fillna("")[some.index]
-        figure.dots(kind, after[some.index], some["name"], color, hover, customdata=text)
+        figure.dots(kind, after[some.index], some["name"], str(color), hover, customdata=text)
     for name, ms, was in zip(timed["name"], after, before, strict=True):
         factor = "" if np.isnan(was) else f", {was / ms:.2f} times the speed"
         right = np.log10(ms if np.isnan(was) else max(was, ms))  # on the left stand the names
@@ -263,12 +263,10 @@ def roofline(rows: pd.DataFrame) -> go.Figure:
             density, rate = some["flops"] / some["bytes_moved"], some["flops"] / some["step_seconds"]
             figure.dots(some, density, rate, color, hover, **more)
     rates = (rows["flops"] / rows["step_seconds"]).dropna()
-    roofs = [roof[0] for name in _devices(rows) if (roof := _roof(name)) is not None]
+    tops = [roof[0] for name in _devices(rows) if (roof := _roof(name)) is not None]
     figure.update_xaxes(title_text="FLOPs per byte moved through main memory", **log_axis([2, 2000]))
     figure.update_xaxes(range=[0.3, 3.3])
-    figure.update_yaxes(
-        title_text="FLOP/s (roof: data sheet; of CPUs measured)", **log_axis([*rates, *roofs])
-    )
+    figure.update_yaxes(title_text="FLOP/s (roof: data sheet; of CPUs measured)", **log_axis([*rates, *tops]))
     title = "Steps measured here, under no roof: no device of the catalogue is among them"
     boards = rows[rows["device"].isin(list(hardware.catalogue()))]
     if len(boards):

@@ -329,17 +329,16 @@ def by_size(records: Iterable[Record]) -> list[Record]:
         is_run = r["name"] == "learning_curve" and r["metrics"].get("non_embedding")
         if r["profile"] == "grid" and not chooses(_data(r)) and (is_run or r["name"] == "test_metrics"):
             newest[_data(r), r["name"], r["own_params"].get("model"), r.get("seed")] = r
-    sizes = {
-        key[0::2][:2]: r["metrics"]["non_embedding"] for key, r in newest.items() if key[1] != "test_metrics"
-    }
-    datasets: dict[str, list[Record]] = defaultdict(list)
+    runs = {key: r for key, r in newest.items() if key[1] == "learning_curve"}
+    sizes = {(grid, model): r["metrics"]["non_embedding"] for (grid, _, model, _), r in runs.items()}
+    datasets: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for (grid, name, model, seed), r in newest.items():
         size, is_count = sizes.get((grid, model)), model in BASELINES
         of_sizes = name == "learning_curve" and r["notebook"] == "03_scaling"
         if of_sizes or (name == "test_metrics" and seed is None and (size or is_count)):
             added = {"metrics": dict(r["metrics"]) | {"non_embedding": size}, "series": {}}
             datasets[_data(r, "fingerprint")].append(dict(r) | added)
-    found = []
+    found: list[Record] = []
     for some in datasets.values():
         name = min((_data(r).removeprefix("scaling-").removeprefix("prior-") for r in some), key=len)
         if len({size for r in some if (size := r["metrics"]["non_embedding"])}) > 1:
