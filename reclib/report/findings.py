@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -738,17 +739,16 @@ def study(records: Sequence[Record]) -> list[str]:
     """Return the study's answer: what size and counting give, how cheap a step is, what does not pay."""
     datasets = _by(tables.by_size(records), lambda r: r["data"]["name"])
     sentences = [*_of_sizes(datasets), *_of_counts(datasets)]
-    for notebook, start, word in (
-        ("04_amp_compile", "How cheaply", "From"),
-        ("05_ilora", "What does not pay", "No"),
-    ):
+    starts = {  # of a notebook's sentence, and of what the study says in its place
+        "04_amp_compile": ("From the", "How cheaply: from the"),
+        "05_ilora": (f"No, {TASK_NAMES['next_period']}:", "What does not pay: a gate on the user's history."),
+    }
+    for notebook, (start, own) in starts.items():
         some = tables.best_work(r for r in records if r["notebook"] == notebook and tables.of_study(r))
-        if told := [
-            line
-            for line in CHAPTERS[notebook].findings(_by(some, lambda r: r["name"]))
-            if line.startswith(word)
-        ]:
-            sentences.append(f"{start}: {told[0]}")
+        lines = CHAPTERS[notebook].findings(_by(some, lambda r: r["name"]))
+        if line := next((line for line in lines if line.startswith(start)), ""):
+            first = re.sub(r" \((?!cpu)[^)]*\)", "", line.split(". ")[0].removesuffix("."))
+            sentences.append(f"{own}{first.removeprefix(start)}.")
     return sentences
 
 
