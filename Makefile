@@ -1,5 +1,5 @@
-# make first    notebooks 01 and 02 alone, then the page: runs/figures/index.html, in about three minutes
-# make study    run the study on real data (profile quick) into runs/, its page in runs/figures/: about ten minutes
+# make first    notebooks 01 and 02 alone, then the page: runs/figures/index.html, meant for three minutes
+# make study    run the study on real data (profile quick) into runs/, its page in runs/figures/: meant for ten minutes
 # make test     lint, types, unit tests, and the notebooks against their committed outputs: some minutes
 # make test-all what takes longer too: several processes, killed runs, compilers, JupyterLab in a browser
 # make lint     ruff and mypy alone
