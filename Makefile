@@ -1,4 +1,5 @@
-# make study    run the study on real data (profile quick) into runs/, its page in runs/figures/; git ignores both
+# make first    notebooks 01 and 02 alone, then the page: runs/figures/index.html, meant for three minutes
+# make study    run the study on real data (profile quick) into runs/, its page in runs/figures/: meant for ten minutes
 # make test     lint, types, unit tests, and the notebooks against their committed outputs: some minutes
 # make test-all what takes longer too: several processes, killed runs, compilers, JupyterLab in a browser
 # make lint     ruff and mypy alone
@@ -14,7 +15,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install study test test-all lint unit notebooks lab gpu figures pictures
+.PHONY: help install first study test test-all lint unit notebooks lab gpu figures pictures
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # A compute thread that waits gives its core away soon (GNU OpenMP's default is to spin for milliseconds): whatever
@@ -41,6 +42,10 @@ $(INSTALLED):
 	$(BIN)/python -m pip install --quiet --editable '.[study,test]'
 	@rm -f .venv/.installed-*
 	@touch $@
+
+first: $(INSTALLED)
+	$(BIN)/python -m reclib run 01 02 --profile $(PROFILE)
+	$(BIN)/python -m reclib collect
 
 study: $(INSTALLED)
 	$(BIN)/python -m reclib run-all --profile $(PROFILE)

@@ -123,19 +123,28 @@ def _run_command(given: argparse.Namespace) -> int:
 
 
 def _run_job(name: str, job: Job, slot: Slot, given: argparse.Namespace) -> None:
-    """Run a job; print a line as it begins, one as it ends, and what its records say."""
+    """Run a job; print a line as it begins, one as it ends, and what its records say.
+
+    On a terminal, in between, how far its training is: a line that the next one replaces.
+    """
+    on_terminal = sys.stdout.isatty()
+    clear = "\r\x1b[K" if on_terminal else ""
 
     def tell(line: str) -> None:
-        print(f"{name} {line}", flush=True)
+        print(f"{clear}{name} {line}", flush=True)
+
+    def progress(line: str) -> None:
+        print(f"{clear}{name}  {line}", end="", flush=True)
 
     tell("...")
     began, since = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
     cells = tell if given.verbose else lambda line: None
-    if not runner.run(job, slot.visible, tell, cells, force=given.force, cell_seconds=given.timeout):
+    tells = (tell, cells, progress if on_terminal else None)
+    if not runner.run(job, slot.visible, *tells, force=given.force, cell_seconds=given.timeout):
         tell("finished before, skipped; --force runs it again")
         return
     done = f"{name} done in {time.perf_counter() - began:.0f} s"
-    print("\n".join([done, *_answer(job, since)]), flush=True)
+    print(clear + "\n".join([done, *_answer(job, since)]), flush=True)
 
 
 def _answer(job: Job, since: str) -> list[str]:

@@ -73,8 +73,11 @@ def execute(
     records: Path | None = None,
     gpu: str | None = None,
     tell: Tell = print,
+    tell_progress: Tell | None = None,
 ) -> None:
     """Run `notebook` with the parameters `values` and leave it at `output`; tell of each code cell.
+
+    `tell_progress` gets a line whenever a training run in the notebook reports how far it is.
 
     `cell_seconds` is the longest that a cell may take; None: as long as it needs. `records` is where
     results go instead of `system.executed()`, `gpu` what `CUDA_VISIBLE_DEVICES` is, None: as it is here.
@@ -94,6 +97,11 @@ def execute(
     kills = system.memory_kills()
     _register_engine()
     _KERNELS.add(kernel)
+    ended = threading.Event()
+    if tell_progress is not None:
+        watched = Path(runtime) / "progress"
+        environment["RECLIB_PROGRESS"] = str(watched)
+        threading.Thread(target=_watch, args=(watched, tell_progress, ended), daemon=True).start()
     try:
         papermill.execute_notebook(
             str(notebook),
@@ -122,9 +130,20 @@ def execute(
         working.unlink(missing_ok=True)  # a part of one, that the disk had no room for, is of no use
     finally:
         kernel.end()
+        ended.set()
         shutil.rmtree(runtime, ignore_errors=True)
         _KERNELS.discard(kernel)
     raise NotebookFailed(f"failed in cell {kernel.cell}: {reason}{system.of_error(reason)}")
+
+
+def _watch(file: Path, tell: Tell, ended: threading.Event) -> None:
+    """Tell what a file says whenever that has changed, until the event is set."""
+    last = ""
+    while not ended.wait(0.5):
+        line = file.read_text(encoding="utf-8") if file.exists() else ""
+        if line not in ("", last):
+            tell(line)
+            last = line
 
 
 def normalise(notebook: Path) -> None:
@@ -310,6 +329,7 @@ def run(
     gpu: str | None,
     tell: Tell,
     tell_cells: Tell,
+    tell_progress: Tell | None = None,
     *,
     force: bool = False,
     cell_seconds: int | None = None,
@@ -317,7 +337,7 @@ def run(
     """Execute a job unless this checkout has finished it; return whether it ran.
 
     `gpu` and `cell_seconds` are those of `execute`; `tell` gets a line where another run is waited for,
-    `tell_cells` one for each cell.
+    `tell_cells` one for each cell, `tell_progress` as in `execute`.
     """
     with system.lock(job.lock, tell):  # two runs of it would write the same files
         if not force and job.is_finished():
@@ -328,7 +348,15 @@ def run(
             if force:  # a finished training run would only be loaded
                 shutil.rmtree(system.runs() / job.notebook, ignore_errors=True)
             source = system.notebooks() / job.output.name
-            execute(source, job.output, job.values, cell_seconds=cell_seconds, gpu=gpu, tell=tell_cells)
+            execute(
+                source,
+                job.output,
+                job.values,
+                cell_seconds=cell_seconds,
+                gpu=gpu,
+                tell=tell_cells,
+                tell_progress=tell_progress,
+            )
             sha256 = system.file_sha256(job.output)
             system.write_json(job.stamp, {"identity": identity, "output": sha256, "values": job.values})
     return True

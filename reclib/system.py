@@ -224,6 +224,13 @@ def replacing(path: Path) -> Iterator[Path]:
         fresh.unlink(missing_ok=True)
 
 
+def report_progress(line: str) -> None:
+    """Write how far a training run is into the file that `RECLIB_PROGRESS` names, where it is set."""
+    if place := os.environ.get("RECLIB_PROGRESS"):
+        with contextlib.suppress(OSError):  # who trains does not depend on who watches
+            write_atomically(Path(place), line)
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all, in place of one that is there."""
     with replacing(path) as fresh:

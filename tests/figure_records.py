@@ -263,6 +263,21 @@ def scaling():
     return [*found, record("03_scaling", "tuning", series=shares)]
 
 
+def of_sizes():
+    """Two sizes of a grid, a test result of one, and of counts, one with what the model did not have."""
+    found = []
+    for model, size, value in (("w32d2", 25_000, 0.03), ("w64d2", 100_000, 0.05)):
+        for seed in (0, 1):
+            numbers = {"non_embedding": size, "valid_ndcg@10": value + 0.01 * seed, "lowest_valid_loss": 6.0}
+            numbers |= {"training_flops": 6e6 * size, "trained_tokens": 10**6}
+            found.append(of_grid("learning_curve", {"model": model}, numbers, {"epoch": [1]}, seed))
+    tests = {"w64d2": 0.04, "markov": 0.06, "ease": 0.01, "pairwise_counts_with_validation": 0.09}
+    for model, value in tests.items():
+        found.append(of_grid("test_metrics", {"model": model}, ends("ndcg@10", value, 0.005)))
+    data = {"name": "scaling-made-up", "fingerprint": "efgh", "interactions": 9}
+    return [one | {"notebook": "03_scaling", "data": data} for one in found]
+
+
 # -- notebook 05 -----------------------------------------------------------------------------------------
 
 

@@ -488,7 +488,8 @@ def accuracy_by_share(rows: pd.DataFrame) -> go.Figure:
         for value in part.loc[part["model"] == "pairwise_counts", "ndcg@10"]:  # trains nothing: no share
             figure.add_hline(value, line={"color": MUTED, "width": 1.5, "dash": "dash"}, **place)
         title = f"{task}: trained share (%, log scale)"
-        figure.update_xaxes(title_text=title, type="log", dtick=1, tickformat="~g", **place)
+        ticks = style.log_axis(100 * trained["trained_share"], most=5)
+        figure.update_xaxes(title_text=title, **ticks, **place)
         figure.update_yaxes(title_text="NDCG@10, full ranking", **place)
     first = means[means["task_name"] == tasks[0]]
     best, base = style.extreme(first, "ndcg@10"), first[first["model"] == "none"].iloc[0]

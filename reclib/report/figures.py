@@ -53,6 +53,7 @@ class Spec:
     across: bool = False  # one figure of all devices, instead of one for each
     beside: str = ""  # name of further records that are drawn with those of the same data and device
     of: str = ""  # how the names of the data begin that it is drawn of, where it is not of all
+    choose: Callable[[Sequence[Record]], list[Record]] | None = None  # what one figure of all data is made of
 
     @property
     def name(self) -> str:
@@ -81,6 +82,7 @@ FIGURES: list[Spec] = [
     Spec("02_baseline", "shuffle_control", accuracy_figures.shuffle_control),
     Spec("02_baseline", "groups", accuracy_figures.groups),
     Spec("02_baseline", "beyond_accuracy", accuracy_figures.beyond_accuracy),
+    Spec("03_scaling", "learning_curve", scaling_figures.size_and_counts, choose=tables.by_size),
     Spec("03_scaling", "learning_curve", scaling_figures.scaling_curve, beside="prediction"),
     Spec("03_scaling", "learning_curve", scaling_figures.scaling_accuracy, beside="prediction"),
     Spec("03_scaling", "learning_curve", scaling_figures.scaling_sweeps, beside="prediction", of="scaling-"),
@@ -92,7 +94,6 @@ FIGURES: list[Spec] = [
     Spec("04_amp_compile", "operators", speed_figures.operators),
     Spec("04_amp_compile", "step", speed_figures.compile_cost),
     Spec("04_amp_compile", "loss_curve", speed_figures.loss_parity),
-    Spec("04_amp_compile", "step", speed_figures.published_rates),
     Spec("05_ilora", "adaptation", accuracy_figures.accuracy_by_share),
     Spec("05_ilora", "adaptation_gain", accuracy_figures.adaptation_gain),
     Spec("05_ilora", "gate_comparison", accuracy_figures.gate_comparison),
@@ -110,8 +111,9 @@ FIGURES: list[Spec] = [
 
 def show(name: str, *records: Record) -> go.Figure:
     """Return the figure `name` of `FIGURES` for these records, captioned."""
-    figure = next(spec for spec in FIGURES if spec.name == name).make(tables.table(records))
-    under = [tables.caption(records), figure.layout.title.subtitle.text]
+    spec = next(spec for spec in FIGURES if spec.name == name)
+    figure = spec.make(tables.table(records))
+    under = [tables.caption(records, with_data=spec.choose is None), figure.layout.title.subtitle.text]
     return figure.update_layout(title_subtitle_text="<br>".join(text for text in under if text))
 
 
@@ -163,7 +165,8 @@ def build(rows: Sequence[Record], out_dir: Path, problems: Sequence[str] = ()) -
     cards, files = [], []
     out_dir.mkdir(parents=True, exist_ok=True)
     for spec, dataset, label, needed, beside in drawings(rows):
-        name = re.sub(r"[^\w.-]+", "-", f"{spec.name}_{dataset}_{label}", flags=re.ASCII)[:120]
+        full = "_".join(filter(None, (spec.name, dataset, label)))
+        name = re.sub(r"[^\w.-]+", "-", full, flags=re.ASCII)[:120]
         with _left_out(f"figure {name}", problems):
             figure = show(spec.name, *needed, *beside)
             files.append(write(figure, name, out_dir))
@@ -217,6 +220,10 @@ def _left_out(what: str, problems: list[str]) -> Iterator[None]:
 def drawings(rows: Sequence[Record]) -> Iterator[Drawing]:
     """Yield every figure that there are records for."""
     for spec in FIGURES:
+        if spec.choose is not None:
+            if chosen := spec.choose(rows):
+                yield Drawing(spec, "", "", chosen, [])
+            continue
         needed, further = (
             [r for r in rows if (r["notebook"], r["name"]) == (spec.notebook, name)]
             for name in (spec.needs, spec.beside)
@@ -246,7 +253,6 @@ def drawings(rows: Sequence[Record]) -> Iterator[Drawing]:
 
 FEW = 4  # devices, or versions of the data, that a caption names
 GENERATOR = Markup('<meta name="generator" content="reclib.figures">')
-OPENING = ("scaling_accuracy", ("03_scaling", "02_baseline", "05_ilora"))  # the page's figure; whose answers
 
 # Every value is escaped, in HTML and in attributes: what a record says is data, whoever wrote it.
 _TEMPLATES = jinja2.Environment(
@@ -311,7 +317,7 @@ def index(
     """
     study, own = ([card for card in cards if tables.of_study(card.records[0]) == of] for of in (True, False))
     known, others = ([row for row in rows if tables.of_study(row) == of] for of in (True, False))
-    opening = _of_most_work([card for card in study if card.spec.name == OPENING[0]])
+    opening = _of_most_work([card for card in study if card.spec.name == README])
     rest = [card for card in study if card is not opening]
     sections = []
     for name in sorted({*texts, *(card.spec.notebook for card in study)}):
@@ -326,12 +332,14 @@ def index(
         about = {"id": "own", "number": "", "heading": "Your own data", "paragraph": ""}
         notebooks = sorted({row["notebook"] for row in others})
         sections.append(about | _section(notebooks, others, own, None, problems) | {"origin": origin(others)})
-    answers = {section["id"]: section["answers"] for section in sections}
+    summary: list[str] = []
+    with _left_out("the answer of the study", problems):
+        summary = findings.study(known)
     return _rendered(
         "index.html",
         sections=sections,
         opening=opening,
-        summary=[answers[name][0] for name in OPENING[1] if answers.get(name)] if opening else [],
+        summary=summary,
         problems=problems,
         empty=not cards,
     )
@@ -426,7 +434,7 @@ def _of_most_work(cards: Sequence[Card]) -> Card | None:
 # -- pictures of the main figures, for the README and for slides, drawn by a browser -------------------------
 
 WIDTH = 1000  # pixels
-README = "step_ladder"  # the figure at the top of the README, readme.png
+README = "size_and_counts"  # the figure at the top of the page and of the README, readme.png
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 _SECONDS = 60  # for one picture
 
@@ -453,6 +461,7 @@ def main_figures(rows: Sequence[Record]) -> dict[str, list[Record]]:
     """
     best: dict[str, Drawing] = {}
     leads = {(notebook, chapter.lead) for notebook, chapter in findings.CHAPTERS.items()}
+    leads.add(("03_scaling", README))
     for drawing in drawings(tables.distinct(row for row in rows if tables.of_study(row))):
         name, rank = drawing.spec.name, _most_work(drawing.records)
         leading = (drawing.spec.notebook, name) in leads

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -65,6 +66,9 @@ def _by(records: Iterable[Record], key: Callable[[Record], Any]) -> dict[str, li
     return named
 
 
+COUNTS = tuple(name for name in BASELINES if not name.endswith("_with_validation"))
+
+
 def _model(record: Record) -> str:
     return str(record["own_params"]["model"])
 
@@ -115,7 +119,15 @@ _DATA = {
 
 
 def _of_data(results: Results) -> list[str]:
+    """Say what is predicted of how many users, then what the data are like."""
     sentences = []
+    kept, ties = _first(results, "preparation"), _first(results, "last_items")
+    if {"users", "items"} <= kept.keys():
+        sentences.append(f"The last item of each of {kept['users']:,} users, among {kept['items']:,} items.")
+        if share := ties.get("last_item_by_tie_rule_share"):
+            sentences[0] += (
+                f" For {share:.0%} of them only the order of rows in the file says which item that is."
+            )
     for names, text in _DATA.items():
         metrics: dict[str, Any] = {}
         for name in names.split():
@@ -129,7 +141,7 @@ def _of_data(results: Results) -> list[str]:
 
 
 def _of_baseline(results: Results) -> list[str]:
-    """Say whether the reference beats what counts, then HR@10 of all models, comparisons and seeds."""
+    """Say whether the reference ranks better than counts, then HR@10 of all models, comparisons and seeds."""
     scored = [r for r in results.get("test_metrics", []) if "hr@10" in r["metrics"]]
     models: dict[str, Mapping[str, Any]] = {}
     for record in sorted(scored, key=lambda r: r.get("seed") is None):  # the mean over seeds has none
@@ -142,8 +154,8 @@ def _of_baseline(results: Results) -> list[str]:
     compared = [
         r for r in results.get("comparison", []) if {_model(r), r["own_params"]["against"]} <= models.keys()
     ]
-    if by_hits := [r for r in compared if r["own_params"]["metric"] == "hr@10"]:
-        sentences.insert(0, _verdict(by_hits, models))
+    if ranked := [r for r in compared if r["own_params"]["metric"] == "ndcg@10"]:
+        sentences.insert(0, _verdict(ranked, models))
     for own, m in ((r["own_params"], r["metrics"]) for r in compared):
         pair = f"{model_name(own['model'])} minus {model_name(own['against'])}"
         sentences.append(f"{own['metric'].upper()}, {pair}: {interval_text(m)}: {_claim(m)}.")
@@ -155,22 +167,38 @@ def _of_baseline(results: Results) -> list[str]:
 
 
 def _verdict(compared: Sequence[Record], models: Mapping[str, Mapping[str, Any]]) -> str:
-    """Say whether the model that the others are compared with beats them, by HR@10."""
-    parts = []
-    for word, records in _by_claim(compared).items():
-        rated = sorted(((models[_model(r)]["hr@10"], _model(r)) for r in records), reverse=True)
-        parts.append(f"{word}: {', '.join(f'{model_name(name)} {value:.3f}' for value, name in rated)}")
-    claims = {_claim(r["metrics"]) for r in compared if _model(r) in BASELINES}
-    verdict = "is not shown to beat every counting baseline; " if claims else ""
-    if claims == {"worse"}:
-        verdict = "beats every counting baseline; "
-    elif "better" in claims:
-        verdict = "does not beat every counting baseline; "
+    """Say whether the model that the others are compared with ranks better than what counts, by NDCG@10.
+
+    Counts that had the validation item, which the model did not, do not decide.
+    """
     against, seeds = compared[0]["own_params"]["against"], compared[0]["metrics"]["reference_seeds"]
-    return (
-        f"On {_place(compared)} {_with_interval(against, models[against])} (HR@10) {verdict}over "
-        f"{_seeds(seeds)}, corrected, against it: {'; '.join(parts)}."
-    )
+    m = models[against]
+    own = f"{model_name(against)} {m['ndcg@10']:.3f}"
+    if m.get("ndcg@10_low") is not None:
+        own += f" [{m['ndcg@10_low']:.3f}, {m['ndcg@10_high']:.3f}]"
+    own += f", {_seeds(seeds)}"
+    rated = sorted(compared, key=lambda r: -models[_model(r)]["ndcg@10"])
+    by_word = _by((r for r in rated if _model(r) in COUNTS), lambda r: _claim(r["metrics"]))
+    named = {word: ", ".join(_ranked(r, models) for r in rows) for word, rows in by_word.items()}
+    where = f"on {_place(compared)}"
+    if "better" in named:
+        answer = f"No {where}: {named['better']} beat{'s' * (len(by_word['better']) == 1)} {own} (NDCG@10)"
+        answer += f"; {model_name(against)} beats {named['worse']}" if "worse" in named else ""
+    elif set(named) == {"worse"}:
+        best = _ranked(by_word["worse"][0], models)
+        answer = f"Yes {where}: {own} (NDCG@10), beats every count scored, the best of them {best}"
+    elif named:
+        unclear = "; ".join(f"{word}: {text}" for word, text in named.items() if word != "worse")
+        answer = f"Not shown {where}: {own} (NDCG@10), is not told apart from every count; {unclear}"
+        answer += f"; {model_name(against)} beats {named['worse']}" if "worse" in named else ""
+    else:
+        answer = f"{where[:1].upper()}{where[1:]} {own} (NDCG@10); no count was compared"
+    others = [f"{_ranked(r, models)}: {_claim(r['metrics'])}" for r in rated if _model(r) not in BASELINES]
+    return answer + (f". {'; '.join(others)}" if others else "") + "."
+
+
+def _ranked(record: Record, models: Mapping[str, Mapping[str, Any]]) -> str:
+    return f"{model_name(_model(record))} {models[_model(record)]['ndcg@10']:.3f}"
 
 
 def _with_interval(model: str, metrics: Mapping[str, Any]) -> str:
@@ -187,17 +215,20 @@ def _of_scaling(results: Results) -> list[str]:
     """Say whether a larger model ranks better, then what the law predicted and what came."""
     curves, metric = results.get("learning_curve", []), "valid_ndcg@10"
     widths = _by((r for r in curves if sweep_of(_model(r)) == "width" and metric in r["metrics"]), _model)
+    sized = len({r["metrics"]["non_embedding"] for (r, *_) in widths.values()}) > 1
     sizes = sorted(widths, key=lambda name: (widths[name][0]["metrics"]["non_embedding"], name))
     sentences = []
-    if len(sizes) > 1:
+    if sized:
         small, large = ([r["metrics"][metric] for r in widths[name]] for name in (sizes[0], sizes[-1]))
         word = "No" if min(small) > max(large) else "Not told apart"
         word = "Yes" if max(small) < min(large) else word
         seeds = min(len(small), len(large))
-        count = f"; {_seeds(seeds)}, too few for a claim" if seeds < statistics.MIN_SEEDS else ""
+        count = f", {_seeds(seeds)}"
+        if seeds < statistics.MIN_SEEDS:
+            word, count = f"Too few seeds for a claim ({seeds})", ""
         sentences.append(
-            f"{word} on {_place(curves)}: NDCG@10 on validation is {np.mean(small):.3f} for {sizes[0]} and "
-            f"{np.mean(large):.3f} for {sizes[-1]}, the largest{count}."
+            f"{word} on {_place(curves).removeprefix('scaling-')}: NDCG@10 on validation is "
+            f"{np.mean(small):.3f} for {sizes[0]}, {np.mean(large):.3f} for {sizes[-1]}, the largest{count}."
         )
     if results.get("prediction"):
         sentences += _of_the_law(outcome([*curves, *results["prediction"]]))
@@ -470,24 +501,26 @@ def beside_sizes(records: Sequence[Record], study: str) -> list[str]:
     return [f"{line}as the tuned settings do ({value:.4f}): {', '.join(above) or 'none'}."] if means else []
 
 
+FASTER = 1.05  # times the rate of fp32 eager, below which a variant gives nothing
+
 # -- 04 ------------------------------------------------------------------------------------------------------
 
 
 def _of_speed(results: Results) -> list[str]:
-    """Say what less work gave, then what precision and compiling do, each against the plain step."""
+    """Say what precision and compiling give against a plain step, then what less work gave."""
     timed = [r for r in results.get("ladder", []) if r["timings"].get("step_seconds")]
     rungs = sorted(timed, key=lambda r: r["own_params"]["rung"])
     names, seconds = (
         [r[of][key] for r in rungs] for of, key in (("own_params", "name"), ("timings", "step_seconds"))
     )
-    sentences = []
+    steps = [r for r in results.get("step", []) if r["kind"] == "measured"]
+    sentences = _speed_answer(steps)
     if len(rungs) > 1:
         best = int(np.argmin(seconds))
         factor, where = seconds[0] / seconds[best], rungs[0]["label"]
         sentences.append(
             f"From the {names[0]} to “{names[best]}” a step is {factor:.1f} times faster ({where})."
         )
-    steps = [r for r in results.get("step", []) if r["kind"] == "measured"]
     sentences += _rates(steps)
     for place in range(1, len(rungs)):
         faster, whole = seconds[place - 1] / seconds[place], seconds[0] / seconds[place]
@@ -509,20 +542,47 @@ def _of_speed(results: Results) -> list[str]:
     return sentences
 
 
-def _rates(steps: Sequence[Record]) -> list[str]:
-    """Return the rate in fp32, eager, and of every other variant of that batch as a multiple of it."""
+def _speed_answer(steps: Sequence[Record]) -> list[str]:
+    """Say whether any precision or compile mode is faster than fp32, eager, at the largest batch."""
+    if not (rates := _shares(steps)):
+        return []
+    batch, (_, shares) = max(rates.items())
+    if not shares:
+        return []
+    name, best = max(shares.items(), key=lambda item: item[1])
+    where, listed = steps[0]["label"], ", ".join(f"{name} {share:.2f}" for name, share in shares.items())
+    start = f"{name} runs {best:.2f} times as fast as fp32 eager ({where}, batch {batch})"
+    if best < FASTER:
+        start = (
+            f"Nothing on {where}: no variant is over {FASTER - 1:.0%} faster than fp32 eager, batch {batch}"
+        )
+    return [f"{start}; rates as multiples of it: {listed}."]
+
+
+def _shares(steps: Sequence[Record]) -> dict[int, tuple[float, dict[str, float]]]:
+    """Return, by batch size, the rate in fp32, eager, and every other variant's as a multiple of it."""
     batches: dict[int, dict[str, float]] = {}
     for own, rate in ((r["own_params"], r["timings"].get("sequences_per_second")) for r in steps):
         if rate:
             mode = "" if own["compile_mode"] == "off" else f" compiled ({own['compile_mode']})"
             batches.setdefault(own["batch_size"], {})[own["precision"] + mode] = rate
-    sentences = []
-    for batch, rates in sorted(batches.items(), reverse=True):
+    shares = {}
+    for batch, rates in batches.items():
         if plain := rates.pop("fp32", None):
-            shares = sorted(((name, rate / plain) for name, rate in rates.items()), key=lambda pair: -pair[1])
-            listed = ", ".join(f"{name} {share:.2f}" for name, share in shares)
-            start = f"fp32 eager on {_place(steps).split(' (')[0]} at batch {batch}: {plain:,.0f} sequences/s"
-            sentences.append(start + (f"; as multiples of it: {listed}." if listed else "."))
+            shares[batch] = (
+                plain,
+                {name: rates[name] / plain for name in sorted(rates, key=lambda n: -rates[n])},
+            )
+    return shares
+
+
+def _rates(steps: Sequence[Record]) -> list[str]:
+    """Return the rate in fp32, eager, and every other variant's as a multiple of it, by batch size."""
+    sentences = []
+    for batch, (plain, shares) in sorted(_shares(steps).items(), reverse=True):
+        listed = ", ".join(f"{name} {share:.2f}" for name, share in shares.items())
+        start = f"fp32 eager on {_place(steps).split(' (')[0]} at batch {batch}: {plain:,.0f} sequences/s"
+        sentences.append(start + (f"; as multiples of it: {listed}." if listed else "."))
     return sentences
 
 
@@ -639,7 +699,10 @@ def _of_devices_and_plans(results: Results) -> list[str]:
         return []
     timed = {tables.device_of(r) for r in steps if r["kind"] == "measured"}
     measured = f"Measured on {', '.join(sorted(timed)) or 'no device'}."
-    return [*of_devices(results), measured, *planner_errors()]
+    plans = of_devices(results)
+    on_gpu = any(r["kind"] == "measured" and tables.cpu_of(r) is None for r in steps)
+    start = [] if on_gpu or not plans else ["No GPU was measured: all that follows is predicted."]
+    return [*([" ".join(start + plans)] if plans else []), measured, *planner_errors()]
 
 
 def _of_plans(results: Results) -> list[str]:
@@ -663,16 +726,78 @@ def _of_plans(results: Results) -> list[str]:
 
 def _of_audit(results: Results) -> list[str]:
     tally = {verdict: count for verdict, count in _first(results, "audit_verdicts").items() if count}
-    listed = ", ".join(f"{verdict} {count}" for verdict, count in sorted(tally.items()))
-    start = f"Of {sum(tally.values())} published claims that arithmetic can check"
-    return [f"{start}: {listed}."] if tally else []
+    words = {"holds": "hold", "contradicted": "are contradicted", "holds in part": "hold in part"}
+    words |= {"not supported": "are not supported"}
+    listed = ", ".join(f"{tally[verdict]} {word}" for verdict, word in words.items() if verdict in tally)
+    return [f"Of {sum(tally.values())} published claims that arithmetic can check {listed}."] if tally else []
+
+
+# -- the whole study -----------------------------------------------------------------------------------------
+
+
+def study(records: Sequence[Record]) -> list[str]:
+    """Return the study's answer: what size and counting give, how cheap a step is, what does not pay."""
+    datasets = _by(tables.by_size(records), lambda r: r["data"]["name"])
+    sentences = [*_of_sizes(datasets), *_of_counts(datasets)]
+    starts = {  # of a notebook's sentence, and of what the study says in its place
+        "04_amp_compile": ("From the", "How cheaply: from the"),
+        "05_ilora": (f"No, {TASK_NAMES['next_period']}:", "What does not pay: a gate on the user's history."),
+    }
+    for notebook, (start, own) in starts.items():
+        some = tables.best_work(r for r in records if r["notebook"] == notebook and tables.of_study(r))
+        lines = CHAPTERS[notebook].findings(_by(some, lambda r: r["name"]))
+        if line := next((line for line in lines if line.startswith(start)), ""):
+            first = re.sub(r" \((?!cpu)[^)]*\)", "", line.split(". ")[0].removesuffix("."))
+            sentences.append(f"{own}{first.removeprefix(start)}.")
+    return sentences
+
+
+def _of_sizes(datasets: Mapping[str, Sequence[Record]]) -> list[str]:
+    """Say from what to what NDCG@10 on validation goes with width, on each dataset of `tables.by_size`."""
+    parts, rises = [], []
+    for name, rows in datasets.items():
+        widths = _by((r for r in rows if "valid_ndcg@10" in r["metrics"]), _model)
+        own = [m for m in widths if sweep_of(m) == "width" and tables.recipe_of(m) == "bert4rec"]
+        own.sort(key=lambda m: widths[m][0]["metrics"]["non_embedding"])
+        if len(own) > 1:
+            low, high = (
+                np.mean([r["metrics"]["valid_ndcg@10"] for r in widths[m]]) for m in (own[0], own[-1])
+            )
+            parts.append(f"on {name} from {low:.3f} ({own[0]}) to {high:.3f} ({own[-1]})")
+            rises.append(high > low)
+    start = (
+        "How far: larger models rank better" if all(rises) else "How far: not every larger model ranks better"
+    )
+    return [f"{start}. NDCG@10 on validation goes {', '.join(parts)}."] if parts else []
+
+
+def _of_counts(datasets: Mapping[str, Sequence[Record]]) -> list[str]:
+    """Say what the best count and the best model have on the test split, by dataset of `tables.by_size`."""
+    parts, behind = [], []
+    for name, rows in datasets.items():
+        tested = {_model(r): r["metrics"]["ndcg@10"] for r in rows if r["name"] == "test_metrics"}
+        counts = [m for m in tested if m in COUNTS]
+        if counts and (trained := [m for m in tested if m not in BASELINES]):
+            count, model = (max(some, key=lambda m: tested[m]) for some in (counts, trained))
+            parts.append(
+                f"on {name} {model_name(count)} {tested[count]:.3f}, {model_name(model)} {tested[model]:.3f}"
+            )
+            behind += [name] if tested[count] > tested[model] else []
+    if not parts:
+        return []
+    ahead = (
+        f"is ahead of every trained model on {' and '.join(behind)}"
+        if behind
+        else "is behind a trained model everywhere"
+    )
+    return [f"Counting, with nothing trained, {ahead}. Best NDCG@10 on the test split: {'; '.join(parts)}."]
 
 
 CHAPTERS: dict[str, Chapter] = {
     "01_data_prep": Chapter("The data", _of_data, "last_items"),
     "02_baseline": Chapter("The baseline", _of_baseline, "comparison"),
     "03_scaling": Chapter("Scaling", _of_scaling, "scaling_curve"),
-    "04_amp_compile": Chapter("Speed", _of_speed, "step_ladder"),
+    "04_amp_compile": Chapter("Speed", _of_speed, "step_time"),
     "05_ilora": Chapter("Adapters", _of_adapters, "gate_comparison"),
     "06_hardware": Chapter("Devices", _of_devices_and_plans),
     "07_explore": Chapter("Explorer", _of_plans),

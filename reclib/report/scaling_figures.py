@@ -6,6 +6,7 @@ its name, as the files of `params/grids` give it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,8 +16,21 @@ import plotly.graph_objects as go
 
 from reclib.evaluate import statistics
 from reclib.report import style
-from reclib.report.style import BLUE, GREEN, HEIGHT, INK, MUTED, ORANGE, PURPLE, Chart, at, log_axis, panels
-from reclib.report.tables import RATES, sweep_of
+from reclib.report.style import (
+    BLUE,
+    GREEN,
+    HEIGHT,
+    INK,
+    MUTED,
+    ORANGE,
+    PURPLE,
+    Chart,
+    at,
+    interval,
+    log_axis,
+    panels,
+)
+from reclib.report.tables import BASELINES, RATES, model_name, recipe_of, sweep_of
 
 LOSS, RANKED, SIZE, FLOPS = "lowest_valid_loss", "valid_ndcg@10", "non_embedding", "training_flops"
 ACCURACY = {RANKED: "NDCG@10", "valid_hr@10": "HR@10"}
@@ -24,6 +38,8 @@ TITLES = {LOSS: "lowest validation loss (nats)", RANKED: "NDCG@10 on validation"
 TITLES |= {SIZE: "non-embedding parameters", FLOPS: "training FLOPs"}
 COLORS = {"width": BLUE, "depth": ORANGE, "untied tables": GREEN, "other learning rate": PURPLE}
 COLORS |= {"tuned settings": GREEN}
+RECIPES = {"bert4rec": BLUE, "causal": ORANGE, "bert4rec with counts": GREEN, "causal with counts": PURPLE}
+MOST_COUNTS = 3  # lines of counts in a panel of `size_and_counts`: the best ones
 FACTORS = {"half": 0.5, "rule": 1.0, "twice": 2.0}  # of the rate that the rule gives
 
 
@@ -74,6 +90,94 @@ def scaling_curve(rows: pd.DataFrame) -> go.Figure:
         text += " Band: 95 % over resampled seeds."
     figure.note(text.strip() + _fewer_seeds(shown))
     return _legend_below(figure, _curve_title(law, runs))
+
+
+def size_and_counts(rows: pd.DataFrame) -> go.Figure:
+    """NDCG@10 by size on each dataset, with lines where models that only count have it.
+
+    `rows` are those of `tables.by_size`. A line of one recipe's sizes is of validation; marks with intervals
+    and the lines of counts are of the test split.
+    """
+    counted = rows["model"].isin(BASELINES).groupby(rows["dataset"]).any()
+    datasets = sorted(dict.fromkeys(rows["dataset"]), key=lambda name: not counted[name])
+    columns = len(datasets) if len(datasets) < 4 else 2
+    lines = -(-len(datasets) // columns)
+    rows = rows.assign(recipe=rows["model"].map(recipe_of), sweep=rows["model"].map(sweep_of))
+    figure = panels(columns, lines, 0.08, vertical=0.17 / lines, subplot_titles=datasets)
+    new, ahead = set(), []
+    ranked, tested = style.column(rows, RANKED), style.column(rows, "ndcg@10")
+    low, high = rows[SIZE].min() / 1.3, rows[SIZE].max() * 1.3
+
+    def entry(name: str) -> dict[str, Any]:
+        first = name not in new
+        new.add(name)
+        return {"name": name, "legendgroup": name, "showlegend": first}
+
+    for number, dataset in enumerate(datasets):
+        place, here = at(number // columns + 1, number % columns + 1), rows["dataset"] == dataset
+        counts = rows[here & tested.notna() & rows["model"].isin(BASELINES)].drop_duplicates("model")
+        counts = counts[~counts["model"].str.endswith("_with_validation")]
+        widths = rows[here & ranked.notna() & (rows["sweep"] == "width")]
+        for recipe, part in ((str(recipe), part) for recipe, part in widths.groupby("recipe")):
+            means = part.groupby("model").agg({SIZE: "mean", RANKED: "mean"}).sort_values(SIZE)
+            look = {"mode": "lines+markers", "marker": {"size": 6}, "opacity": 0.45}
+            more = look | {"customdata": means.index} | entry(f"{_named(recipe)}, validation")
+            hover = "%{customdata}: %{y:.4f} on validation"
+            figure.path(part, means[SIZE], means[RANKED], RECIPES[recipe], hover, **more, **place)
+        if counts.empty:
+            figure.text(
+                "no count is scored on the test split yet",
+                np.log10(low),
+                0,
+                MUTED,
+                xanchor="left",
+                yanchor="bottom",
+                **place,
+            )
+        else:
+            best = counts.sort_values("ndcg@10", ascending=False).head(MOST_COUNTS)
+            top, above = float(max(tested[here].max(), ranked[here].max())), math.inf
+            for count in best.to_dict("records"):
+                value, name = count["ndcg@10"], model_name(count["model"])
+                hover, kind = f"{name}: %{{y:.4f}} on test", str(count["kind"])
+                more = {"line": {"width": 1.5}} | entry("counts, nothing trained, test")
+                figure.path(kind, [low, high], [value] * 2, MUTED, hover, **more, **place)
+                close = above - value < 0.08 * top  # its name stands under the line, the other's above
+                above = value
+                side = {"xanchor": "left", "yanchor": "top" if close else "bottom"}
+                figure.text(name, np.log10(low), value, MUTED, font_size=11, **side, **place)
+        marks = rows[here & tested.notna() & rows[SIZE].notna()]
+        for recipe, part in ((str(recipe), part) for recipe, part in marks.groupby("recipe")):
+            color, hover = RECIPES[recipe], "%{customdata}: %{y:.4f} on test"
+            more = {"customdata": part["model"].map(model_name)} | entry(f"{_named(recipe)}, test")
+            if "ndcg@10_low" in part:
+                more["error_y"] = interval(part, "ndcg@10", color)
+            figure.dots(part, SIZE, "ndcg@10", color, hover, **more, **place)
+        own = marks[marks["recipe"] == "bert4rec"]["ndcg@10"]
+        if len(counts) and len(own):
+            ahead.append((dataset, float(own.max()) > counts["ndcg@10"].max()))
+        figure.update_xaxes(
+            **log_axis(rows[SIZE].dropna(), most=4), range=list(np.log10([low, high])), **place
+        )
+        figure.update_yaxes(rangemode="tozero", nticks=6, **place)
+    figure.update_xaxes(title_text=TITLES[SIZE], row=lines)
+    figure.update_yaxes(title_text="NDCG@10", col=1)
+    figure.note(
+        "Marks and grey lines: test split; bar: 95 % interval over users. Pale lines: one recipe at every "
+        "width, on validation, where the same model ranks higher than on test."
+    )
+    parts = [(word, [name for name, is_ahead in ahead if is_ahead == over]) for word, over in _WORDS.items()]
+    said = "; ".join(f"{word} {' and '.join(names)}" for word, names in parts if names)
+    title = f"The best BERT4Rec ranks {said}" if said else "NDCG@10 by size; no count was scored beside it"
+    return _legend_below(figure, title, showlegend=True, height=240 + 280 * lines)
+
+
+def _named(recipe: str) -> str:
+    kind, *more = recipe.split()
+    return " ".join([model_name(kind), *more])
+
+
+_WORDS = {"below a count on": False, "above every count scored on": True}
 
 
 def scaling_accuracy(rows: pd.DataFrame) -> go.Figure:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -76,7 +75,7 @@ def step_time(rows: pd.DataFrame) -> go.Figure:
 
 
 def step_ladder(rows: pd.DataFrame) -> go.Figure:
-    """A waterfall from the seed study's step to the last rung, on a logarithmic scale: length is factor."""
+    """What a step takes on each rung, from the seed study's down: a mark, and a line from the rung above."""
     rows = rows.sort_values("rung").reset_index(drop=True)
     timed = rows[style.column(rows, "step_seconds").notna()].reset_index(drop=True)
     figure = single()
@@ -85,20 +84,18 @@ def step_ladder(rows: pd.DataFrame) -> go.Figure:
     after = timed["step_seconds"] * 1e3
     before = after.shift(1)
     colors = np.where(before.isna(), MUTED, np.where(after <= before, GREEN, ORANGE))
-    start, end = float(after.min()) / 2, float(after.max()) * 3  # a logarithmic axis has no zero to stand on
-    base, hover = before.fillna(start), "%{y}: %{customdata[0]:.3g} ms (%{customdata[1]})"
-    for kind in timed["kind"].unique():
-        for color in dict.fromkeys(colors[timed["kind"] == kind]):
-            chosen = (timed["kind"] == kind) & (colors == color)
-            more = {
-                "base": base[chosen],
-                "customdata": np.stack([after, timed["change"].fillna("")], 1)[chosen],
-            }
-            figure.bars(timed[chosen], (after - base)[chosen], "name", str(color), hover, **more)
-    ends = np.maximum(base, after)  # on the right of each bar: on the left stand the names
-    for name, ms, was, right in zip(timed["name"], after, before, ends, strict=True):
-        factor = "" if np.isnan(was) else f"{was / ms:.2f} times the speed"
-        figure.text(f"{ms:,.4g} ms  {factor}", np.log10(right), name, xanchor="left")
+    for name, kind, was, ms, color in zip(timed["name"], timed["kind"], before, after, colors, strict=True):
+        if not np.isnan(was):
+            figure.path(kind, [was, ms], [name] * 2, color, None, line={"width": 4})
+    hover = "%{y}: %{x:.3g} ms (%{customdata})"
+    for (kind, color), some in timed.groupby(["kind", colors]):
+        text = timed["change"].fillna("")[some.index]
+        figure.dots(kind, after[some.index], some["name"], str(color), hover, customdata=text)
+    for name, ms, was in zip(timed["name"], after, before, strict=True):
+        factor = "" if np.isnan(was) else f", {was / ms:.2f} times the speed"
+        right = np.log10(ms if np.isnan(was) else max(was, ms))  # on the left stand the names
+        figure.text(f"{ms:,.4g} ms{factor}", right, name, xanchor="left", xshift=10, align="left")
+    start, end = float(after.min()) / 1.3, float(after.max()) * 3
     figure.update_xaxes(
         title_text="median step (ms, log scale); green: shorter, orange: longer than the rung above",
         **log_axis([start, end], most=9),
@@ -107,7 +104,7 @@ def step_ladder(rows: pd.DataFrame) -> go.Figure:
     figure.categories(list(timed["name"]))
     best, gain = timed["name"].iloc[int(np.argmin(after))], after.iloc[0] / after.min()
     title = f"From the {timed['name'][0]} to “{best}” a step is {gain:,.1f} times faster"
-    return figure.update_layout(showlegend=False, barmode="overlay", title_text=title)
+    return figure.update_layout(showlegend=False, title_text=title)
 
 
 def operators(rows: pd.DataFrame) -> go.Figure:
@@ -169,41 +166,6 @@ def loss_parity(rows: pd.DataFrame) -> go.Figure:
     return figure.update_layout(showlegend=True, title_text=title)
 
 
-def published_rates(rows: pd.DataFrame) -> go.Figure:
-    """The seed study's published rates beside what its own epoch times allow, and the best rate here."""
-    published = reference()
-    runs = pd.DataFrame(published["throughput"])
-    by_clock = runs["sequences"] / runs["epoch_seconds"]
-    figure = single()
-    cross = {"symbol": "x-thin", "size": 11, "line": {"color": ORANGE, "width": 2}}
-    hollow = {"symbol": "diamond-open", "size": 11, "color": MUTED, "line": {"color": MUTED, "width": 2}}
-    series = (("published rate", runs["claimed_per_second"], cross), ("its wall clock", by_clock, hollow))
-    for name, values, look in series:
-        figure.add_scatter(
-            **{"x": values, "y": runs["name"] + f" ({published['device']})", "mode": "markers"},
-            **{"marker": look, "name": f"seed study, {name}", "customdata": runs["source"]},
-            hovertemplate="%{y}: %{x:,.0f} sequences/s (%{customdata})<extra></extra>",
-        )
-    rates = style.column(rows, "sequences_per_second").dropna()
-    if len(rates):
-        best = rows.loc[[rates.idxmax()]]
-        name = f"{best['kind'].iloc[0]} here, {_variants(best).iloc[0]}"
-        label, hover = "here: " + best["label"], "%{y}: %{x:,.0f} sequences/s"
-        figure.dots(best, list(rates[best.index]), list(label), BLUE, hover, name=name)
-    place = {"xref": "paper", "xanchor": "left", "yref": "paper", "yanchor": "top", "align": "left"}
-    wrong = "<br>".join(wrap(published["throughput_wrong"].strip(), 120))
-    figure.text(wrong, 0, -0.26, font={"color": MUTED, "size": 12}, **place)
-    figure.update_xaxes(
-        title_text="sequences/s (log scale); another device, size and data than here",
-        **log_axis([*runs["claimed_per_second"], *by_clock, *rates], most=9),
-    )
-    figure.update_yaxes(autorange="reversed", ticks="")
-    worst = (runs["claimed_per_second"] / by_clock).max()
-    title = f"The seed study's rates are up to {worst:.1f} times what its epochs took"
-    layout = {"height": style.HEIGHT + 70, "margin": {"b": 130}, "showlegend": True}
-    return figure.update_layout(**layout, title_text=title)
-
-
 def claimed_rates(rows: pd.DataFrame) -> go.Figure:
     """Each claimed rate beside what its own epoch time allows, and the factor between them."""
     rows = rows.assign(claimed=rows["ratio"] * rows["by_clock_per_second"])
@@ -254,9 +216,10 @@ def throughput(rows: pd.DataFrame) -> go.Figure:
             hover = f"seed study, {run['name']}, A100, its wall clock: %{{x:,.0f}}/s<extra></extra>"
             values = {"x": [run["sequences"] / run["epoch_seconds"]], "y": ["published"], "mode": "markers"}
             figure.add_scatter(**values, marker=look, hovertemplate=hover, **at(1, sizes.index(size) + 1))
-    measured = sorted(set(rows.loc[rows["kind"] == "measured", "device"]))
+    is_shown = (rows["kind"] == "measured") & rows["size"].isin(sizes)
+    measured = sorted(set(rows.loc[is_shown, "device"]))
     title = f"Measured on {', '.join(measured)}, predicted for everything else"
-    title = title if measured else "Predicted rates by device: nothing was measured here"
+    title = title if measured else "Predicted rates by device: no size here was measured"
     return _finish(figure, [*order, "published"], title)
 
 
@@ -299,12 +262,11 @@ def roofline(rows: pd.DataFrame) -> go.Figure:
             hover = f"{name}, %{{customdata}}: %{{y:.2s}}FLOP/s, {kind}"
             density, rate = some["flops"] / some["bytes_moved"], some["flops"] / some["step_seconds"]
             figure.dots(some, density, rate, color, hover, **more)
-    figure.update_xaxes(
-        type="log", title_text="FLOPs per byte moved through main memory", range=[0.3, 3.3], dtick=1
-    )
-    figure.update_yaxes(
-        type="log", title_text="FLOP/s (roof: data sheet; of CPUs measured)", exponentformat="SI", dtick=1
-    )
+    rates = (rows["flops"] / rows["step_seconds"]).dropna()
+    tops = [roof[0] for name in _devices(rows) if (roof := _roof(name)) is not None]
+    figure.update_xaxes(title_text="FLOPs per byte moved through main memory", **log_axis([2, 2000]))
+    figure.update_xaxes(range=[0.3, 3.3])
+    figure.update_yaxes(title_text="FLOP/s (roof: data sheet; of CPUs measured)", **log_axis([*rates, *tops]))
     title = "Steps measured here, under no roof: no device of the catalogue is among them"
     boards = rows[rows["device"].isin(list(hardware.catalogue()))]
     if len(boards):
@@ -392,8 +354,15 @@ def _sizes(rows: pd.DataFrame) -> list[str]:
 def _device_panels(
     rows: pd.DataFrame, metric: str, unit: float, title: str
 ) -> tuple[style.Chart, list[str], list[str]]:
-    """Draw a panel for each size with a mark for each device; return it, the sizes and the devices."""
-    sizes = _sizes(rows)
+    """Draw a panel for each size with a mark for each device; return it, the sizes and the devices.
+
+    Where sizes have plans, those that were measured on a CPU or two alone would be panels of empty rows: a
+    note names them.
+    """
+    planned = set(rows.loc[rows["kind"] == "predicted", "size"])
+    sizes = [size for size in _sizes(rows) if not planned or size in planned]
+    alone = [size for size in _sizes(rows) if size not in sizes]
+    rows = rows[rows["size"].isin(sizes)]
     figure = panels(max(1, len(sizes)), spacing=0.03, shared_yaxes=True, subplot_titles=sizes)
     for column, size in enumerate(sizes, 1):
         for kind, part in rows[rows["size"] == size].groupby("kind"):
@@ -406,12 +375,14 @@ def _device_panels(
     values = rows[metric].dropna() / unit
     figure.update_xaxes(title_text=title, **log_axis(values, most=4))
     figure.update_xaxes(range=[np.log10(values.min()) - 0.2, np.log10(values.max()) + 0.3])
+    if alone:
+        figure.note(f"Measured on CPUs alone and not drawn: {', '.join(alone)}.")
     return figure, sizes, _devices(rows)
 
 
 def _finish(figure: style.Chart, order: list[str], title: str) -> go.Figure:
     figure.categories(order, _DEVICE_ROW)
-    return figure.update_layout(title_text=title, margin={"t": 120})
+    return figure.update_layout(title_text=title, margin={"t": max(120, figure.layout.margin.t or 0)})
 
 
 # -- a plan: where its memory and its time go, and the same run on every device; all predicted ---------------
@@ -429,7 +400,7 @@ def parts(plan: Plan) -> go.Figure:
     figure = panels(rows=2, vertical=80 / (plot + 80), legend=True, row_heights=[share, 1 - share])
     for name, size in planner.memory_parts(plan).items():
         shown, gib = _NAMES.get(name, name), size / GIB
-        look = {"name": f"{shown} {gib:.2f}", "marker": _hatched("predicted", _COLORS[name])}
+        look = {"name": f"{shown} {gib:.2f}", "marker": _hatched(_COLORS[name])}
         hover = f"{shown}: {gib:.2f} GiB"
         figure.bars("predicted", [gib], ["memory"], _COLORS[name], hover, **look, **at(1, 1))
     if plan.memory_bytes is not None:
@@ -457,14 +428,14 @@ def parts(plan: Plan) -> go.Figure:
     )
 
 
-def _hatched(kind: str, color: str) -> dict[str, Any]:
-    """Return the style of a part of a bar: predicted it is hatched, yet full enough for narrow parts."""
+def _hatched(color: str) -> dict[str, Any]:
+    """Return the style of a part of a predicted bar: hatched, yet full enough for narrow parts."""
     hatch = {"shape": "/", "fillmode": "overlay", "fgcolor": "white", "fgopacity": 0.55, "solidity": 0.25}
-    return style.bar(kind, color) if kind == "measured" else {"color": color, "pattern": hatch}
+    return {"color": color, "pattern": hatch}
 
 
 def by_device(rows: pd.DataFrame) -> go.Figure:
-    """Return the same run on every device: memory by part against what each has, and an epoch's time.
+    """Return the same run on every device: memory against what each has, and an epoch's time.
 
     `rows` are those of `planner.table`, or of the records: one for each device and part.
     """
@@ -474,11 +445,8 @@ def by_device(rows: pd.DataFrame) -> go.Figure:
     boards = [name for name in hardware.catalogue() if name in set(devices["device"])]
     order = [*sorted(set(devices["device"]) - set(boards)), *boards]
     figure = panels(2, spacing=0.05, legend=True, shared_yaxes=True)
-    for name in _PARTS:
-        if len(part := rows[rows["part"] == name]):
-            look = {"name": _NAMES.get(name, name), "marker": _hatched(kind, _COLORS[name])}
-            hover = f"%{{y}}, {look['name']}: %{{x:.2f}} GiB"
-            figure.bars(part, part["bytes"] / GIB, "device", _COLORS[name], hover, **look, **at(1, 1))
+    peaks = rows.groupby("device")["bytes"].sum().loc[devices["device"]] / GIB
+    figure.dots(kind, list(peaks), devices["device"], BLUE, "%{y}: %{x:.3~g} GiB", name="peak", **at(1, 1))
     black = {"size": 16, "line": {"width": 2, "color": INK}}
     _what_it_has(figure, order, black, name="what it has", **at(1, 1))
     fits = devices["status"].eq("ok")
@@ -488,10 +456,11 @@ def by_device(rows: pd.DataFrame) -> go.Figure:
         more |= {"name": f"epoch, {basis}" if fit else "epoch, if it fitted", "customdata": part["precision"]}
         hover = "%{y}, %{customdata}: %{x:,.3g} s"
         figure.dots(part, "epoch_seconds", "device", color, hover, **more, **at(1, 2))
-    figure.update_xaxes(title_text="GiB at the peak", rangemode="tozero", **at(1, 1))
+    has = [hardware.catalogue()[name].memory_bytes / GIB for name in boards]
+    figure.update_xaxes(title_text="GiB at the peak", **log_axis([*peaks, *has]), **at(1, 1))
     ticks = log_axis([*devices["epoch_seconds_low"], *devices["epoch_seconds_high"]])
     figure.update_xaxes(title_text="seconds of an epoch, with the range", **ticks, **at(1, 2))
     figure.categories(order, _DEVICE_ROW)
     first, fit = devices.iloc[0], int(fits[devices["device"].isin(boards)].sum())
     title = f"{first['size']}, batch {first['batch_size']:,}: fits on {fit} of {len(boards)} GPUs, {kind}"
-    return figure.update_layout(barmode="stack", title_text=title, legend=_LEGEND, margin={"t": 100})
+    return figure.update_layout(title_text=title, legend=_LEGEND, margin={"t": 100})

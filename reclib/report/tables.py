@@ -161,10 +161,10 @@ def table(records: Iterable[Record]) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def caption(records: Sequence[Record]) -> str:
+def caption(records: Sequence[Record], with_data: bool = True) -> str:
     """Say in one line what the numbers are, and that a smoke run is no result."""
     first = records[0]
-    parts = [(first.get("data") or {}).get("name") or ""]
+    parts = [((first.get("data") or {}).get("name") or "") if with_data else ""]
     for kind in ("measured", "predicted"):
         labels = sorted({r["label"] for r in records if r["kind"] == kind})
         few = [f"{kind} on {label}" for label in labels]
@@ -306,6 +306,44 @@ def looks(records: Iterable[Record]) -> dict[tuple[str, str, str], int]:
         key = (_data(record, "fingerprint"), split, family((arm or {}).get("model") or {}, model))
         seen[key].add(json.dumps(recipe, sort_keys=True))
     return {key: len(recipes) for key, recipes in seen.items()}
+
+
+# -- accuracy against size -----------------------------------------------------------------------------------
+
+
+def recipe_of(arm: str) -> str:
+    """Return which kind of model an arm of a grid trains: bert4rec, causal, or either with counts."""
+    kind = "causal" if "causal" in arm.split() else "bert4rec"
+    return f"{kind} with counts" if arm.endswith(" with counts") else kind
+
+
+def by_size(records: Iterable[Record]) -> list[Record]:
+    """Return what sets accuracy against size: runs of the grids of sizes, test results, and baselines' tests.
+
+    Of committed grids alone, without those that choose a recipe, and the newest of each. Grids of one dataset
+    get one name, test results the size of their runs; series are left out. A dataset with fewer than two
+    sizes has no records here.
+    """
+    newest: dict[tuple[Any, ...], Record] = {}
+    for r in sorted(records, key=lambda r: r["time"]):
+        is_run = r["name"] == "learning_curve" and r["metrics"].get("non_embedding")
+        if r["profile"] == "grid" and not chooses(_data(r)) and (is_run or r["name"] == "test_metrics"):
+            newest[_data(r), r["name"], r["own_params"].get("model"), r.get("seed")] = r
+    runs = {key: r for key, r in newest.items() if key[1] == "learning_curve"}
+    sizes = {(grid, model): r["metrics"]["non_embedding"] for (grid, _, model, _), r in runs.items()}
+    datasets: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for (grid, name, model, seed), r in newest.items():
+        size, is_count = sizes.get((grid, model)), model in BASELINES
+        of_sizes = name == "learning_curve" and r["notebook"] == "03_scaling"
+        if of_sizes or (name == "test_metrics" and seed is None and (size or is_count)):
+            added = {"metrics": dict(r["metrics"]) | {"non_embedding": size}, "series": {}}
+            datasets[_data(r, "fingerprint")].append(dict(r) | added)
+    found: list[Record] = []
+    for some in datasets.values():
+        name = min((_data(r).removeprefix("scaling-").removeprefix("prior-") for r in some), key=len)
+        if len({size for r in some if (size := r["metrics"]["non_embedding"])}) > 1:
+            found += [r | {"data": dict(r["data"]) | {"name": name}} for r in some]
+    return sorted(found, key=lambda r: ((r["data"].get("interactions") or 0), _data(r), r["name"], r["time"]))
 
 
 # -- steps on devices ----------------------------------------------------------------------------------------

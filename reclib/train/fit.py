@@ -324,7 +324,18 @@ def _evaluate(
     progress.history.append(row)
     if options.on_evaluation is not None:
         options.on_evaluation(row)
+    system.report_progress(_how_far(trainer, row))
     return row
+
+
+def _how_far(trainer: Trainer, row: Mapping[str, float]) -> str:
+    """Return how far a run is in one line: its epoch, validation, and how long the rest of it takes."""
+    name = "causal twin" if trainer.config.objective == "next_item" else "BERT4Rec"
+    spent = row["train_seconds"] + sum(past["eval_seconds"] for past in trainer.progress.history)
+    minutes, seconds = divmod(round(spent * (trainer.total_steps / row["step"] - 1)), 60)
+    epochs = trainer.total_steps / trainer.steps_per_epoch
+    shown = f"epoch {row['epoch']:.0f}/{epochs:.0f}  NDCG@10 {row[SELECT]:.3f}  {minutes}:{seconds:02} left"
+    return f"{name}  {shown}"
 
 
 # -- run files and the command line --------------------------------------------------------------------------

@@ -318,20 +318,32 @@ def test_differences_are_tabled_with_their_corrections():
 def test_the_answer_of_a_comparison_says_no_more_than_its_claims():
     def compared(model, difference, adjusted_p, seeds):
         metrics = ends("difference", difference, 0.01) | {"adjusted_p": adjusted_p, "seeds": seeds}
-        own = {"model": model, "against": "bert4rec", "metric": "hr@10"}
+        own = {"model": model, "against": "bert4rec", "metric": "ndcg@10"}
         return of_grid("comparison", own, metrics | {"reference_seeds": 3})
 
-    scored = {"bert4rec": 0.2, "ease": 0.15, "causal": 0.21}
-    rows = [of_grid("test_metrics", {"model": name}, ends("hr@10", hr, 0.01)) for name, hr in scored.items()]
+    scored = {"bert4rec": 0.2, "ease": 0.15, "markov": 0.25, "causal": 0.21}
+    rows = [
+        of_grid("test_metrics", {"model": name}, ends("ndcg@10", value, 0.01) | {"hr@10": value})
+        for name, value in scored.items()
+    ]
     twin = compared("causal", 0.01, 0.3, 3)
-    answer, *_ = findings.sentences("02_baseline", [*rows, compared("ease", -0.05, 0.01, 0), twin])
-    assert answer == (
-        "On made-up (cpu) BERT4Rec 0.200 [0.190, 0.210] (HR@10) beats every counting baseline; over 3 seeds, "
-        "corrected, against it: worse: EASE 0.150; not separated: causal twin 0.210."
+    ease, markov = compared("ease", -0.05, 0.01, 0), compared("markov", 0.05, 0.01, 0)
+
+    def answer(*comparisons):
+        return findings.sentences("02_baseline", [*rows, *comparisons, twin])[0]
+
+    own = "BERT4Rec 0.200 [0.190, 0.210], 3 seeds (NDCG@10)"
+    last = "causal twin 0.210: not separated."
+    assert answer(ease) == (
+        f"Yes on made-up (cpu): {own}, beats every count scored, the best of them EASE 0.150. {last}"
     )
-    answer, *_ = findings.sentences("02_baseline", [*rows, compared("ease", -0.05, 0.01, 1), twin])
-    assert "is not shown to beat" in answer
-    assert "too few seeds: EASE 0.150" in answer
+    assert answer(ease, markov) == (
+        f"No on made-up (cpu): Markov chain 0.250 beats {own}; BERT4Rec beats EASE 0.150. {last}"
+    )
+    few = answer(compared("ease", -0.05, 0.01, 1))
+    assert few.startswith(f"Not shown on made-up (cpu): {own}, is not told apart from every count")
+    assert "too few seeds: EASE 0.150" in few
+    assert answer().startswith(f"On made-up (cpu) {own}; no count was compared")
 
 
 def test_the_findings_name_every_model_and_the_answer_its_claims():
@@ -339,9 +351,7 @@ def test_the_findings_name_every_model_and_the_answer_its_claims():
     assert listed.startswith("HR@10 on made-up (cpu): causal twin 0.330 [0.319, 0.341], BERT4Rec 0.310 [")
     assert listed.endswith("popularity 0.040 [0.029, 0.051].")
     answer, also, *_ = findings.sentences("02_baseline", [*comparisons(), *scores()])
-    assert answer.startswith(
-        "On made-up (cpu) BERT4Rec 0.310 [0.299, 0.321] (HR@10) beats every counting baseline; over 3 seeds"
-    )
+    assert answer.startswith("Yes on made-up (cpu): BERT4Rec 0.155 [0.148, 0.162], 3 seeds (NDCG@10), beats")
     assert also == listed
     assert findings.sentences("02_baseline", []) == []
     asked = figures.questions(system.notebooks())["02_baseline"]

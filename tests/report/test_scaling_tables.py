@@ -13,7 +13,7 @@ from reclib.config import model_config
 from reclib.evaluate import statistics
 from reclib.experiments import grids, scaling
 from reclib.model.bert4rec import closed_formula
-from reclib.report import findings, scaling_figures, tables
+from reclib.report import figures, findings, scaling_figures, tables
 from reclib.report.tables import sweep_of
 
 SMALL = {"num_items": 30, "max_len": 20}
@@ -97,7 +97,11 @@ def test_findings_say_what_scales_what_does_not_and_whether_the_rule_held():
 def test_the_answer_tells_what_size_gained_and_what_the_law_said():
     rows = [one for one in figure_records.scaling() if one["name"] in ("prediction", "learning_curve")]
     said = findings.sentences("03_scaling", rows)
-    assert said[0].startswith("Not told apart on ml-100k (cpu): NDCG@10 on validation is 0.070 for w32d2")
+    assert said[0].startswith(
+        "Too few seeds for a claim (1) on ml-100k (cpu): NDCG@10 on validation is 0.070"
+    )
+    runs = [r | {"seed": seed} for r in rows if r["name"] == "learning_curve" for seed in range(3)]
+    assert findings.sentences("03_scaling", runs)[0].startswith("Not told apart on ml-100k (cpu): NDCG@10 on")
     assert said[-1] == "w384d2 is not measured yet; its record will carry 1."
     numbers = {"non_embedding": 3_500_000, "lowest_valid_loss": 6.05, "valid_ndcg@10": 0.09}
     law = {"configuration": {"prediction": "1"}}
@@ -105,8 +109,31 @@ def test_the_answer_tells_what_size_gained_and_what_the_law_said():
     fewer = numbers | {"non_embedding": 25_000, "valid_ndcg@10": 0.01}
     other = record("03_scaling", "learning_curve", {"model": "w32d2 half rate"}, fewer)
     said = findings.sentences("03_scaling", [other, largest, *rows])
-    assert said[0].startswith("Yes on ml-100k (cpu): NDCG@10 on validation is 0.070 for w32d2 and 0.090")
+    assert said[0].startswith(
+        "Too few seeds for a claim (1) on ml-100k (cpu): NDCG@10 on validation is 0.070"
+    )
     assert said[-1] == "Measured 6.050 over 1 seed(s): error -0.050 nats (-0.8%), inside the band."
+
+
+def test_accuracy_against_size_keeps_validation_and_test_apart_and_says_who_is_ahead():
+    rows = figure_records.of_sizes()
+    chosen = tables.by_size([*rows, *figure_records.scores(), *figure_records.arms()])
+    assert {r["data"]["name"] for r in chosen} == {"made-up"}
+    figure = figures.show("size_and_counts", *chosen)
+    assert figure.layout.title.text == "The best BERT4Rec ranks below a count on made-up"
+    drawn = {trace.name: list(trace.y) for trace in figure.data}
+    assert drawn["BERT4Rec, validation"] == pytest.approx([0.035, 0.055])
+    assert drawn["BERT4Rec, test"] == [0.04]
+    lines = [trace.y[0] for trace in figure.data if trace.name.startswith("counts")]
+    assert 0.09 not in lines, "a count that had the validation item is no rival"
+    said = findings.study(rows)
+    assert said[0] == (
+        "How far: larger models rank better. NDCG@10 on validation goes on made-up from 0.035 (w32d2) to "
+        "0.055 (w64d2)."
+    )
+    assert said[1].startswith("Counting, with nothing trained, is ahead of every trained model on made-up.")
+    assert tables.by_size(rows[:2]) == [], "one size is no comparison of sizes"
+    assert findings.study([]) == []
 
 
 def test_every_kind_of_arm_has_its_sweep():

@@ -223,6 +223,17 @@ def test_a_notebook_whose_cell_disagrees_with_its_parameters_is_refused(project:
     assert written(project) == []
 
 
+def test_on_a_terminal_it_shows_how_far_a_training_is(project: Path, set_cells, capsys, monkeypatch):
+    set_cells("from reclib import system\nsystem.report_progress('epoch 1/2')\nimport time; time.sleep(2)")
+    assert run() == 0
+    assert "epoch" not in capsys.readouterr().out
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert run("--force") == 0
+    shown = capsys.readouterr().out
+    assert shown.count("\r\x1b[K[1/1] 02_baseline (cpu)  epoch 1/2") == 1
+    assert "\r\x1b[K[1/1] 02_baseline (cpu) done in" in shown
+
+
 @pytest.mark.slow
 def test_a_dead_kernel_and_a_cell_over_its_time_fail_as_well(project: Path, set_cells, capsys):
     for cell, part in [

@@ -10,13 +10,21 @@ function broken(text, letters) {
   }, []).join("<br>")).join("<br>");
 }
 
+// Lines under a title are wrapped at WRAP letters: what was wrapped there is one line again.
+const WRAP = 100;
+const unwrapped = text => text.split("<br>").reduce((lines, part) => {
+  const last = lines.length - 1, first = part.split(" ")[0];
+  const wrapped = last > 0 && lines[last].split("<wrap>").pop().length + 1 + first.length > WRAP;
+  return wrapped ? [...lines.slice(0, last), lines[last] + "<wrap>" + part] : [...lines, part];
+}, []).join("<br>").replaceAll("<wrap>", " ");
+
 const lines = text => text.split("<br>").length;
 const axisName = id => id[0] + "axis" + id.slice(1);
 
 function narrowed(plot) {
   const full = plot._fullLayout, layout = plot.layout, changes = {};
   const title = (layout.title || {}).text || "", under = ((layout.title || {}).subtitle || {}).text || "";
-  const text = broken(title, plot.clientWidth / 8.5), subtitle = broken(under, plot.clientWidth / 6.3);
+  const text = broken(title, plot.clientWidth / 8.5), subtitle = broken(unwrapped(under), plot.clientWidth / 6.3);
   const top = full.margin.t + 20 * (lines(text) - lines(title)) + 15 * (lines(subtitle) - lines(under));
   let bottom = full.margin.b, right = Math.min(full.margin.r, 24), left = full.margin.l;
   Object.assign(changes, {"title.text": text, "title.subtitle.text": subtitle, "title.font.size": 15});
@@ -39,7 +47,7 @@ function narrowed(plot) {
   const columns = new Set(panels.map(p => p.x.domain[0].toFixed(3))).size;
   let height = full.height;
   if (columns > 1) {
-    const gap = 70, plotHeight = full.height - full.margin.t - full.margin.b;
+    const gap = 84, plotHeight = full.height - full.margin.t - full.margin.b;
     const old = panels.map(p => (p.y.domain[1] - p.y.domain[0]) * plotHeight);
     const whole = old.reduce((a, b) => a + b, 0) + gap * (panels.length - 1);
     let above = 0;
@@ -88,6 +96,8 @@ function narrowed(plot) {
   height += top - full.margin.t;
   for (const axis of Object.values(full).filter(a => a && a._id && a._id[0] === "x")) {
     const name = axisName(axis._id), under = ((layout[name] || {}).title || {}).text;
+    changes[name + ".tickangle"] = 0;
+    if (axis.tickmode === "auto" && axis.type === "linear") changes[name + ".nticks"] = 5;
     if (under) changes[name + ".title.text"] = broken(under, (plot.clientWidth - left - right) / 7);
   }
   changes["title.y"] = 1 - .04 * full.height / height;  // as far from the top as before
