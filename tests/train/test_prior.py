@@ -7,14 +7,19 @@ import pytest
 import torch
 from small_models import NUM_ITEMS, histories, small_model, worst_difference
 
-from reclib.config import InputError, TrainConfig, validated
+from reclib import hardware
+from reclib.config import InputError, TrainConfig, changed, validated
 from reclib.data.batches import Epoch
 from reclib.data.dataset import Evaluation, Histories
+from reclib.data.prepare import synthetic_dataset
 from reclib.evaluate import baselines, metrics
 from reclib.evaluate.prior import CountPrior
 from reclib.model.bert4rec import Bert4Rec
+from reclib.model.ilora import add_ilora
 from reclib.train import saving
+from reclib.train.fit import Options, fine_tune, fit, keep
 from reclib.train.losses import batch_loss
+from reclib.train.saving import Recommender
 
 LENGTHS = [9, 4, 12, 7, 3, 8, 5, 6, 12, 2]
 
@@ -115,6 +120,48 @@ def test_ranking_adds_the_prior_and_a_saved_model_keeps_it(tmp_path):
     again = saving.load_weights(tmp_path / "kept")
     scores = torch.cat([s.clone() for _, s in metrics.model_scores(again, part, torch.device("cpu"))])
     assert torch.equal(scores, both)
+
+
+def test_a_run_with_a_prior_resumes_to_the_same_bits_and_its_model_is_adapted_and_tuned(
+    tmp_path, monkeypatch
+):
+    data = synthetic_dataset(num_users=61, num_items=NUM_ITEMS, mean_len=9.0, seed=0)
+    train = TrainConfig(prior="counts", epochs=3, batch_size=16, eval_every=1, checkpoint_seconds=0.0)
+    config, cpu = changed(small_model(), dropout=0.1), hardware.resolve("cpu")
+    whole = fit(config, data, train, cpu, tmp_path / "whole")
+
+    def killed(stats):
+        if stats.step == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(config, data, train, cpu, tmp_path / "parts", Options(on_step=killed))
+    assert saving.latest(tmp_path / "parts").name == "step-5"
+    for other in (changed(config, hidden_dim=64), changed(config, num_items=NUM_ITEMS + 1)):
+        with pytest.raises(InputError, match="is of another run: model"):
+            fit(other, data, train, cpu, tmp_path / "parts")
+    with monkeypatch.context() as patch:
+        patch.setattr(CountPrior, "chosen", lambda *_: pytest.fail("it is in the checkpoint"))
+        parts = fit(config, data, train, cpu, tmp_path / "parts")
+    kept = saving.unique_tensors(whole.model)
+    assert any(name.startswith(saving.PRIOR) for name in kept)
+    assert all(torch.equal(value, kept[name]) for name, value in saving.unique_tensors(parts.model).items())
+
+    place = keep(whole, data, tmp_path / "whole")
+    loaded = saving.load_model(place)
+    assert loaded.recommend(loaded.keys[:3]) == Recommender.of(whole.model, data, {}).recommend(
+        loaded.keys[:3]
+    )
+    more = changed(train, epochs=1)
+    tuned = fine_tune(loaded.model, data, more, cpu)
+    assert not torch.equal(tuned.model.prior.scale, kept["prior.scale"])
+    adapted = add_ilora(saving.load_model(place))
+    trained = fine_tune(adapted, data, more, cpu)
+    assert torch.equal(trained.model.prior.scale, kept["prior.scale"])
+    folder = saving.save_adapter(trained.model, tmp_path / "adapter")
+    again = saving.load_adapter(saving.load_model(place).model, folder)
+    ranking = [metrics.evaluate(model, data) for model in (trained.model, again)]
+    assert ranking[0] == ranking[1]
 
 
 def test_a_prior_is_refused_where_there_are_no_full_logits_to_add_it_to():
