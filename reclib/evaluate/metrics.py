@@ -53,8 +53,11 @@ def rank(
     """Rank every user's target among the scores that `scores` yields.
 
     `with_losses` adds each target's cross-entropy in nats, with the softmax over all items, seen ones too:
-    what training minimises, at the position that is predicted. It means something for logits only.
+    what training minimises, at the position that is predicted. It means something for logits only. Raises
+    `InputError` where there is no target.
     """
+    if not len(evaluation.targets):
+        raise InputError("there are no targets to rank: leave-one-out needs a user with three interactions")
     users, ranks, tops, losses = [], [], [], []
     for rows, values in scores:
         arrays = [torch.from_numpy(evaluation.targets[rows].astype(np.int64))]
