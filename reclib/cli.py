@@ -103,6 +103,8 @@ def _run_command(given: argparse.Namespace) -> int:
         devices = [Slot(label) for label in dict.fromkeys(job.label for job in jobs)]
     for job in jobs if given.commit else []:
         _demand_study_data({"params": job.values, "profile": given.profile})
+    for job in jobs:
+        _demand_dataset(job)
     failed: list[str] = []
 
     def work(job: Job, slot: Slot) -> None:
@@ -165,6 +167,16 @@ def _answer(job: Job, since: str) -> list[str]:
         110, initial_indent=indent, subsequent_indent=indent, max_lines=2, placeholder=" ..."
     )
     return wrap.wrap(sentences[0]) if sentences else []
+
+
+def _demand_dataset(job: Job) -> None:
+    """Raise `InputError` where a run's data are unknown, not fetched, or a file that cannot be read."""
+    from reclib.data import prepare  # imports pandas, which other commands do not need
+
+    if "dataset" in job.values:
+        data = parameters.build(job.notebook, job.values).data_config()
+        if prepare.prepared_folder(data) is None:
+            prepare.source(data)
 
 
 def _demand_study_data(record: Mapping[str, Any]) -> None:

@@ -307,8 +307,9 @@ def compile_choice(mode: str, card: Card, has_compiler: bool) -> tuple[str, str]
 
 
 def has_compiler() -> bool:
-    """Return whether a C++ compiler is on the path, which `torch.compile` needs on a CPU."""
-    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++", "g++"))
+    """Return whether the C++ compiler is there that `torch.compile` calls on a CPU: `CXX`, if set, alone."""
+    default = "clang++" if sys.platform == "darwin" else "g++"
+    return shutil.which(os.environ.get("CXX", default)) is not None
 
 
 # -- time and memory -----------------------------------------------------------------------------------------

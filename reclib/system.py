@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -270,9 +270,11 @@ class _Loader(yaml.SafeLoader):
             if key.tag == "tag:yaml.org,2002:merge":  # `<<`: the keys of another mapping
                 continue
             value = self.construct_object(key, deep=True)
-            wrong = "stands twice" if value in keys else ""
-            if not (isinstance(value, str) or self.any_keys):
+            wrong = ""
+            if not (isinstance(value, str) or (self.any_keys and isinstance(value, Hashable))):
                 wrong = "as a key is no text: put it in quotation marks"
+            elif value in keys:
+                wrong = "stands twice"
             if wrong:
                 raise yaml.constructor.ConstructorError(None, None, f"{value!r} {wrong}", key.start_mark)
             keys.add(value)
@@ -290,7 +292,7 @@ def read_yaml(file: Path, *, any_keys: bool = False) -> Any:
         return loader.get_single_data()
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, an odd date
+    except (yaml.YAMLError, ValueError, KeyError, RecursionError) as error:  # not UTF-8, an odd date
         mark = getattr(error, "problem_mark", None)
         is_ours = isinstance(error, yaml.constructor.ConstructorError)
         problem = (

@@ -20,6 +20,8 @@ from reclib import hardware
 from reclib.config import TrainConfig, changed
 from reclib.data.dataset import Dataset
 from reclib.data.prepare import Evaluation, evaluation, synthetic_dataset
+from reclib.evaluate import baselines
+from reclib.evaluate.prior import CountPrior
 from reclib.model import bert4rec
 from reclib.model.bert4rec import Bert4Rec
 from reclib.train import distributed
@@ -47,6 +49,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # fields of TrainCo
     "sinks": ({"micro_batch_size": 2}, {}),
     "sinks-untied": ({}, {"tied": False}),
     "adapter": ({}, {}),
+    "prior": ({"prior": "counts"}, {}),
     "overflow": ({"precision": "fp16"}, {}),
 }
 COMMAND = {"epochs": 4, "batch_size": 16, "checkpoint_seconds": 0.0, "eval_every": 2}
@@ -63,6 +66,9 @@ def trained(case: str) -> tuple[Trainer, dict[str, Any]]:
     train, shape = CASES[case]
     torch.manual_seed(0)
     model = adapted() if case == "adapter" else Bert4Rec(small_model(**shape))
+    if case == "prior":
+        counts = baselines.fit_pairwise_counts(histories(LENGTHS), model.config.num_items, window=3)
+        model.prior = CountPrior.of_counts(counts, 0.3)
     kept = bert4rec.SMALLEST_BYTES, distributed.ALONE_BYTES
     if case.startswith("sinks"):
         bert4rec.SMALLEST_BYTES, distributed.ALONE_BYTES = 0, 0

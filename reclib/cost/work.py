@@ -587,8 +587,13 @@ def demand_room(
     is one's. Nothing is allocated.
     """
     lengths = histories.lengths[histories.lengths > int(model.causal)]  # the others train nothing
-    if processes > 1 and config.micro_batch_size is None:
-        config = changed(config, micro_batch_size=max(1, config.batch_size // processes))
+    if config.batch_size % processes:
+        raise InputError(
+            f"nproc={processes} does not divide batch_size={config.batch_size}: give a batch_size such as "
+            f"{-(-config.batch_size // processes) * processes}"
+        )
+    if config.micro_batch_size is None:
+        config = changed(config, micro_batch_size=config.batch_size // processes)
     precision = choose_precision(config.precision, device.card).name
     room = device_bytes(device) if room is None else room
     return require_fit(model, config, lengths, room, precision, device.torch_device.type)

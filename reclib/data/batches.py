@@ -34,7 +34,6 @@ IGNORE = -100  # target of a slot that only fills a bucket
 ORDER, SAMPLE, NEGATIVES, PREFIX = 0, 1, 2, 3  # streams of random numbers
 
 STEPS_PACKED = 64  # at once: about as fast as a whole epoch, and its first batch waits for these alone
-
 AHEAD = 16  # batches: as many as a fast GPU uses up while the next steps are packed
 
 ALIGNED = 4  # places: every tensor in a staging buffer starts at a multiple of 16 bytes

@@ -43,13 +43,11 @@ from reclib import system
 from reclib.config import STRICT, InputError, Positive, nearest, validated
 
 LIST = "datasets.yaml"
-
 RECEIVED = "received.json"
 
 BLOCK_BYTES = 1 << 20  # read, hashed or unpacked at a time
 
 TIMEOUT_SECONDS = 30  # without a byte arriving
-
 PIP_SECONDS = 180  # a stalled index must not hold a study up for longer
 
 MAX_MEMBER_BYTES = 4 << 30  # of a zip member that is unpacked; ml-32m's ratings, the largest, are 0.9 GB

@@ -19,6 +19,7 @@ import itertools
 import re
 import stat
 import zlib
+from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,8 @@ GZIP_MAGIC, PARQUET_MAGIC = b"\x1f\x8b", b"PAR1"
 
 PACKED = {  # first bytes -> what the file is
     b"PK\x03\x04": "a zip archive",
+    b"Rar!": "a rar archive",
+    b"\x04\x22\x4d\x18": "compressed by lz4",
     b"\xfd7zXZ\0": "compressed by xz",
     b"\x28\xb5\x2f\xfd": "compressed by zstd",
     b"BZh": "compressed by bzip2",
@@ -52,11 +55,8 @@ PACKED = {  # first bytes -> what the file is
 GZIP_WINDOW = 31  # of `decompressobj`: gzip with its header and checksum
 
 BLOCK_BYTES = 4 << 20  # of text in one block
-
 BLOCKS_AHEAD = 6  # read while others are taken
-
 PIECE_BYTES = 1 << 20  # of the file or of unzipped text, held at once
-
 MAX_LINE_BYTES = 16 << 20  # a longer line means that the file is not text of lines
 
 SAMPLE_BYTES, SAMPLE_LINES = 256 << 10, 1000  # of the text, looked at to detect the format
@@ -210,6 +210,8 @@ def sample(path: Path) -> list[str]:
         raise InputError(f"{path.name} is UTF-16 text, expected UTF-8: save it as UTF-8")
     if b"\n" not in data and b"\r" in data:
         raise InputError(f"{path.name}: lines end with CR alone, expected LF or CRLF")
+    if re.match(rb"\s*\[\s*[\[{\"]", data):
+        raise InputError(f"{path.name}: a JSON array, expected one JSON object a line (jq -c '.[]' makes it)")
     lines = data.decode("utf-8", "replace").replace("\r\n", "\n").split("\n")
     if len(lines) > 1 and len(data) >= SAMPLE_BYTES:
         del lines[-1]  # it may be cut
@@ -243,11 +245,8 @@ class Format:
 
 
 _MOVIELENS = ("userId", "movieId", "rating", "timestamp")
-
 _AMAZON = ("reviewerID", "asin", "overall", "unixReviewTime")
-
 _AMAZON_2023 = ("user_id", "parent_asin", "rating", "timestamp")
-
 _RECBOLE = ("user_id", "item_id", "rating", "timestamp")
 
 _ALL = [
@@ -295,10 +294,8 @@ def detect(path: Path) -> Format:
         raise InputError(
             f"{path.name} holds the times of {items}: give that file, the times are read with it"
         )
-    if first.startswith("{"):
+    if first.lstrip().startswith("{"):
         return _json(path, lines)
-    if first.lstrip().startswith("["):
-        raise InputError(f"{path.name}: a JSON array, expected one JSON object a line (jq -c '.[]' makes it)")
     if name.endswith(".inter") or ":token" in first:
         return FORMATS["inter"]
     if "::" in first:
@@ -360,17 +357,27 @@ def _separated(path: Path, lines: list[str], separator: str) -> Format:
     )
 
 
+# What the last of a line's words looks like where it is a time: a clock, a date or seconds since 1970.
+_END_OF_TIME = r"\d{1,2}:\d\d(:\d\d\S*)?|\d{4}[-/]\d\d?[-/]\d\d?\S*|(1\d{9}|[6-9]\d{8})(\.\d+|\d{3})?"
+
+
 def _order_only(path: Path, lines: list[str]) -> Format:
     """Tell one user a line from one interaction a line: only the latter names a user twice."""
-    for separator in ",;|":
-        if sum(separator in line for line in lines) > len(lines) / 2:
+    for separator in ",;|\t":
+        if separator not in lines[0] and sum(separator in line for line in lines) > len(lines) / 2:
             raise InputError(
-                f"{path.name}, line 1: {lines[0][:80]!r}, but lines below it are separated by '{separator}': "
+                f"{path.name}, line 1: {lines[0][:80]!r}, but lines below it are separated by {separator!r}: "
                 "remove lines above the table"
             )
     rows = [line.split() for line in lines]
     sizes = set(map(len, rows))
     users_repeat = len({row[0] for row in rows}) < len(rows)
+    times = [row[-1] for row in rows if len(row) > 2 and re.fullmatch(_END_OF_TIME, row[-1])]
+    if min(Counter(map(len, rows)).most_common(1)[0][1], len(times)) > len(rows) / 2:
+        raise InputError(
+            f"{path.name}: most lines are of one length and end as times do ({times[0]!r}), so it may be one "
+            "interaction a line, which needs commas or TABs; give format user-per-line if these are items"
+        )
     if max(sizes) > 2 and not users_repeat:
         return FORMATS["user-per-line"]
     if sizes == {2} and users_repeat:
@@ -457,9 +464,10 @@ def _text_of(path: Path) -> io.StringIO:
     """Return a small text file: GroupLens wrote its first sets in Latin-1 and later ones in UTF-8."""
     data = b"".join(block.data for block in RawFile(path, sha256="").blocks())
     try:
-        return io.StringIO(data.decode("utf-8"), newline="\n")
+        text = data.decode("utf-8")
     except UnicodeDecodeError:
-        return io.StringIO(data.decode("latin-1"), newline="\n")
+        text = data.decode("latin-1")
+    return io.StringIO(text, newline="\n")
 
 
 def _fields_of_titles(path: Path, separator: str) -> Iterator[tuple[str, str]]:

@@ -77,11 +77,9 @@ __all__ = [
 ]
 
 RULES_VERSION = 2
-
 MANIFEST_VERSION = 2  # raise whenever a manifest says something else of the same dataset
 
 MANIFEST = "manifest.json"
-
 SPLIT = "leave-one-out"
 
 # How equal times are ordered -> how the manifest says it, and in SQL
@@ -103,7 +101,6 @@ HASH_KEPT_BYTES = 64 << 20  # the hash of a larger file is kept in the data fold
 MAX_KEY_BYTES = 256  # of a raw id: keys are stored at the width of the longest
 
 MAX_MB = 1 << 40  # of memory: more is no limit either
-
 MB_PER_THREAD = 128  # a database thread needs about this much to sort and join without failing
 
 VECTORS = 50  # fetched at a time, of 2,048 rows each

@@ -37,10 +37,9 @@ if TYPE_CHECKING:
 
 RAW_COLUMNS = 'row BIGINT, "user" VARCHAR, item VARCHAR, rating DOUBLE, time BIGINT'
 
-READING_VERSION = 2  # raise whenever the same file would give other interactions or another order
+READING_VERSION = 3  # raise whenever the same file would give other interactions or another order
 
 ROW_ORDER = "#row"  # as the column of time: the rows are in time order
-
 NO_RATING = "#none"  # as the column of ratings: leave it out
 
 ROWS_HELD = 100_000  # before they are appended
@@ -448,8 +447,12 @@ def _table_layout(path: Path, columns: dict[str, str] | None, lines: list[str]) 
     chosen = choose_columns(path, names, columns, values)
     position = {what: names.index(name) for what, name in chosen.items() if not name.startswith("#")}
     headed = not by_position or formats.is_header(first)
-    if by_position and "time" in position:  # a time in the first row tells that it is no header
-        headed = not is_time(first[position["time"]]) and any(map(is_time, values[chosen["time"]]))
+    if by_position:  # a header has no number for an id, and lacks what all rows have: a time, else numbers
+        ids = [values[chosen[what]] for what in ("user", "item")]
+        headed = headed or all(column and all(map(formats.is_number, column)) for column in ids)
+        if "time" in position:
+            headed = not is_time(first[position["time"]]) and any(map(is_time, values[chosen["time"]]))
+        headed = headed and not any(formats.is_number(first[position[what]]) for what in ("user", "item"))
     return Layout(separator, tuple(names), position, tuple(first) if headed else None, quoted=True)
 
 
@@ -497,7 +500,7 @@ def _text(
     about: dict[str, Any] = {}
     lines = formats.sample(file.path)
     blocks = _whole(file, format, progress)
-    if format.kind == "json" or (format.kind == "table" and lines[0].startswith("{")):
+    if format.kind == "json" or (format.kind == "table" and lines[0].lstrip().startswith("{")):
         names = dict(zip(FOUR, format.names, strict=False)) or _json_columns(file.path, columns, lines)
         table.order = names.get("time") == ROW_ORDER
         _json(table, blocks, names)
@@ -674,9 +677,9 @@ def _json(table: _Table, blocks: Iterator[Block], names: dict[str, str]) -> None
     decoder = msgspec.json.Decoder(msgspec.defstruct("Line", fields, gc=False))
     for block in blocks:
         batch, read = Batch(), list[Any]()
-        if block.data.isascii() or _is_utf8(block.data):
-            with contextlib.suppress(msgspec.DecodeError):
-                read = decoder.decode_lines(block.data)
+        with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
+            block.data.decode()  # the decoder takes any bytes in fields that it passes over
+            read = decoder.decode_lines(block.data)
         if len(read) == _objects(block.data):
             batch.lines = list(range(block.first_line, block.first_line + len(read)))
         else:  # line by line, by the same decoder
@@ -695,14 +698,6 @@ def _json(table: _Table, blocks: Iterator[Block], names: dict[str, str]) -> None
         for what in ("user", "item"):
             batch.columns[what] = list(map(str, batch.columns[what]))
         table.append(batch)
-
-
-def _is_utf8(data: bytes) -> bool:
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _objects(data: bytes) -> int | None:
@@ -817,7 +812,12 @@ def _parquet(table: _Table, path: Path, columns: dict[str, str] | None) -> None:
         kinds = [row[1] for row in table.con.execute(f"DESCRIBE SELECT * FROM {source}").fetchall()]
         schema = table.con.execute(f"SELECT name, num_children FROM parquet_schema({place})").fetchall()
         names = _top_level(schema)
-        chosen = choose_columns(path, names, columns)
+        renamed = f"(SELECT * FROM {source}) AS t({', '.join(f'c{n}' for n in range(len(names)))})"
+        some: dict[str, list[str]] = {}  # ratings at the file's beginning
+        for name in formats.obvious("rating", names):
+            query = f"SELECT coalesce(CAST(c{names.index(name)} AS VARCHAR), '') FROM {renamed} LIMIT 1000"
+            some[name] = [text for (text,) in table.con.execute(query).fetchall()]
+        chosen = choose_columns(path, names, columns, some)
         table.order = chosen["time"] == ROW_ORDER
         values = []
         for what in FOUR:
@@ -825,7 +825,6 @@ def _parquet(table: _Table, path: Path, columns: dict[str, str] | None) -> None:
             kind = "" if number is None else kinds[number]
             values.append(_parquet_value(path, what, chosen.get(what, ""), number, kind))
         stamped = "" if any(value.endswith("AS us") for value in values) else f", {table.us}"
-        renamed = f"(SELECT * FROM {source}) AS t({', '.join(f'c{n}' for n in range(len(names)))})"
         numbered = f"SELECT row_number() OVER () AS line, {', '.join(values)}{stamped} FROM {renamed}"
         size = table.con.execute(f"SELECT count(*) FROM {source}").fetchone()
         table.take(f"SELECT *, line - 1 AS row FROM ({numbered})", size[0] if size else 0, Batch())

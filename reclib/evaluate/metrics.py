@@ -53,8 +53,11 @@ def rank(
     """Rank every user's target among the scores that `scores` yields.
 
     `with_losses` adds each target's cross-entropy in nats, with the softmax over all items, seen ones too:
-    what training minimises, at the position that is predicted. It means something for logits only.
+    what training minimises, at the position that is predicted. It means something for logits only. Raises
+    `InputError` where there is no target.
     """
+    if not len(evaluation.targets):
+        raise InputError("there are no targets to rank: leave-one-out needs a user with three interactions")
     users, ranks, tops, losses = [], [], [], []
     for rows, values in scores:
         arrays = [torch.from_numpy(evaluation.targets[rows].astype(np.int64))]
@@ -83,10 +86,13 @@ def rank_scores(
     """
     column = (targets - 1)[:, None]
     own = scores.gather(1, column)  # from the same product as its rivals: equal scores are equal bits
-    if seen is not None:
-        scores[seen[0], seen[1] - 1] = float("-inf")
+    if seen is not None:  # NaN reaches no threshold, not even -inf
+        scores[seen[0], seen[1] - 1] = float("nan")
         scores.scatter_(1, column, own)
     rivals = count_at_least(scores, own) - 1  # the target itself is counted
+    if seen is not None and top_k:
+        scores[seen[0], seen[1] - 1] = float("-inf")
+        scores.scatter_(1, column, own)
     ranks = torch.where(own.squeeze(1).isnan(), scores.shape[1], rivals + 1)
     return ranks, (best(scores, top_k) + 1 if top_k else None)
 

@@ -35,7 +35,8 @@ def described(dataset: Dataset, divided: Mapping[str, Split]) -> list[Result]:
     """Return all results on a dataset and its splits; without times those about time are left out."""
     found = [steps(dataset), lengths(dataset), popularity(dataset), repeats(dataset), cold(dataset, divided)]
     if dataset.times is not None:
-        found += [over_time(dataset, divided), ties(dataset), last_items(dataset)]
+        found += [over_time(dataset, divided), ties(dataset)]
+        found += [last_items(dataset)] if evaluated_users(dataset).size else []
     return found
 
 
@@ -264,8 +265,9 @@ def date_text(dataset: Dataset, time: float) -> str:
 
 
 def example_users(dataset: Dataset, seed: int, count: int = 3) -> list[int]:
-    """Draw distinct users that have targets, in ascending order."""
+    """Draw distinct users, in ascending order, of those that have targets unless there are none."""
     users = evaluated_users(dataset)
+    users = users if users.size else np.arange(dataset.num_users)
     drawn = np.random.default_rng(seed).choice(users, min(count, users.size), replace=False)
     return sorted(drawn.tolist())
 

@@ -488,9 +488,10 @@ class Bert4Rec(nn.Module):
 def base_hash(model: Bert4Rec) -> str:
     """Return sha256 of a model's configuration and weights: what an adapter belongs to."""
     digest = hashlib.sha256(json.dumps(asdict(model.config), sort_keys=True).encode())
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(parameter.detach().contiguous().cpu().view(torch.uint8).numpy().data)
+    counts = () if model.prior is None else model.prior.named_buffers("prior")
+    for name, tensor in (*model.named_parameters(), *counts):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().flatten().cpu().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -85,17 +85,14 @@ def fit(
     `split` None is leave-one-out. With a `folder` the run is checkpointed there and goes on there. Raises
     `InputError` where it would not fit or diverges, or a checkpoint is damaged or of another run.
     """
-    split = split or leave_one_out(dataset)
+    split = _demand_targets(split or leave_one_out(dataset))
     demand_room(model, config, split.train, device, None, distributed.ranks().count)
     torch.manual_seed(config.seed)  # weights and dropout; batches have generators of their own
     new = Bert4Rec(model)
     if config.prior == "counts":
         before = None if folder is None else saving.latest(folder)
-        if before is None:  # otherwise it is in the checkpoint
-            new.prior = CountPrior.chosen(split, model.num_items)
-        else:
-            state = {k[6:]: v for k, v in saving.load_checkpoint(before)[0].items() if k.startswith("model.")}
-            saving.load_unique(new, state)
+        saved = {} if before is None else saving.prior_tensors(saving.load_checkpoint(before)[0], "model.")
+        new.prior = CountPrior(saved) if saved else CountPrior.chosen(split, model.num_items)
     trainer = Trainer(new, split.train, config, device, data_identity(dataset, split))
     return _run(trainer, split.valid, folder, options or Options())
 
@@ -116,9 +113,19 @@ def fine_tune(
     """
     origin = model.origin()
     torch.manual_seed(config.seed)
-    split = split or leave_one_out(dataset)
+    split = _demand_targets(split or leave_one_out(dataset))
     trainer = Trainer(model, split.train, config, device, data_identity(dataset, split), origin)
     return _run(trainer, split.valid, folder, options or Options())
+
+
+def _demand_targets(split: Split) -> Split:
+    """Return the split; raise `InputError` where it has nothing to choose the best epoch on."""
+    if not len(split.valid.targets):
+        raise InputError(
+            f"the split ({split.name}) leaves no validation targets: leave-one-out needs a user with three "
+            "interactions"
+        )
+    return split
 
 
 def data_identity(dataset: Dataset, split: Split) -> str:
@@ -152,7 +159,8 @@ def _run(trainer: Trainer[M], valid: Evaluation, folder: Path | None, options: O
         best = _train(trainer, valid, folder, options)
     if not best and folder is not None:  # they were found before the run was interrupted
         best, state = saving.load_checkpoint(folder / "best")
-        refuse_other(state["identity"], trainer.identity(), folder)
+        with saving.whole_checkpoint(folder / "best"):
+            refuse_other(state["identity"], trainer.identity(), folder)
     load_unique(trainer.model, best)
     if trainer.model.prior is not None and trainer.model.prior.scale.requires_grad:
         _weigh_prior(trainer, valid, options.remove_seen)

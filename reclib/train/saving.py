@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,10 +108,15 @@ def save_checkpoint(folder: Path, name: str, tensors: dict[str, Tensor], state: 
     return folder / name
 
 
+def whole_checkpoint(path: Path) -> contextlib.AbstractContextManager[None]:
+    """Turn what a checkpoint lacks into an `InputError` that names it."""
+    advice = "; delete it to go on from an earlier one, or the run's folder to start anew"
+    return _demand_whole(f"checkpoint: {_shown(path)}", advice)
+
+
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a checkpoint; raise `InputError` that names it when it is damaged."""
-    advice = "; delete it to go on from an earlier one, or the run's folder to start anew"
-    with _demand_whole(f"checkpoint: {_shown(path)}", advice):
+    with whole_checkpoint(path):
         state = json.loads((path / STATE).read_text("utf-8"))
         return _checked(path / TENSORS, state, STATE), state
 
@@ -125,8 +130,8 @@ def _checked(file: Path, document: dict[str, Any], name: str) -> dict[str, Tenso
 
 def _by_step(folder: Path) -> list[Path]:
     """Return the whole checkpoints `step-<n>` in `folder`, the newest last."""
-    whole = [path for path in folder.glob("step-*") if path.suffix == "" and path.is_dir()]
-    return sorted(whole, key=lambda path: int(path.name.removeprefix("step-")))
+    steps = {path: path.name.removeprefix("step-") for path in folder.glob("step-*") if path.is_dir()}
+    return sorted((path for path, n in steps.items() if n.isdecimal()), key=lambda path: int(steps[path]))
 
 
 def latest(folder: Path) -> Path | None:
@@ -151,10 +156,16 @@ def unique_tensors(model: SequenceModel, frozen: bool = True) -> dict[str, Tenso
     return tensors
 
 
+def prior_tensors(tensors: dict[str, Tensor], of: str = "") -> dict[str, Tensor]:
+    """Return the tensors of a prior by their own names; those of the model begin with `of`."""
+    start = of + PRIOR
+    return {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
+
+
 @torch.no_grad()
 def load_unique(model: SequenceModel, tensors: dict[str, Tensor]) -> None:
     """Copy the tensors of `unique_tensors` into a model of the same configuration; give it their prior."""
-    prior = {name.removeprefix(PRIOR): value for name, value in tensors.items() if name.startswith(PRIOR)}
+    prior = prior_tensors(tensors)
     if prior and model.prior is None:
         model.prior = CountPrior(prior)  # type: ignore[misc]
     for name, parameter in model.named_parameters():
@@ -210,10 +221,12 @@ OWN = "reclib"  # the key of what PEFT has no field for
 OWN_TYPES = {"ilora": "RECLIB_ILORA", "gated": "RECLIB_GATED", "lora": "RECLIB_LORA", "rslora": "RECLIB_LORA"}
 BASE = "sha256:"  # before the base's hash, in PEFT's field for a base model's name
 
-# Fields of PEFT's configuration that change the function: plain LoRA has none of them set.
-SPECIAL: tuple[str, ...]
-SPECIAL = ("fan_in_fan_out", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "modules_to_save")
-SPECIAL += ("target_parameters", "trainable_token_indices", "alora_invocation_tokens")
+# Fields of PEFT's configuration that are read, and those that say nothing of the function of the tensors. All
+# others are what plain LoRA does not have; of `init_lora_weights`, values that change the base.
+READ = {"peft_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias"}
+IDLE = {"task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "target_modules"}
+IDLE |= {"exclude_modules", "megatron_config", "megatron_core", "qalora_group_size", "ensure_weight_tying"}
+PLAIN_START = (True, False, "gaussian", "orthogonal")  # of A and B, before training
 
 
 class AdapterFile(NamedTuple):
@@ -343,8 +356,14 @@ def read_adapter(folder: Path) -> AdapterFile:
             own = about[OWN]
             values = {k: tuple(v) if isinstance(v, list) else v for k, v in own["config"].items()}
             return AdapterFile(validated(AdapterConfig, values), tensors, base, own.get("reader_sha256"))
-        if wrong := {key: about[key] for key in SPECIAL if about.get(key)}:
-            raise InputError(f"{file}: {wrong} is not plain LoRA, in which none of {SPECIAL} is set")
+        wrong = {key: value for key, value in about.items() if value and key not in READ | IDLE}
+        if about.get("init_lora_weights") in PLAIN_START:
+            wrong.pop("init_lora_weights", None)
+        if wrong:
+            raise InputError(
+                f"{file}: {wrong} is not plain LoRA, which has {', '.join(sorted(READ))} and an "
+                "init_lora_weights that leaves the base as it is"
+            )
         if about.get("bias", "none") != "none":
             raise InputError(f"{file}: bias={about['bias']!r}; allowed: 'none'")
         values = {
@@ -393,20 +412,24 @@ class Recommender:
         titles = [dataset.title(item) for item in range(1, dataset.num_items + 1)]
         return cls(model, dataset.item_keys.tolist()[1:], titles, about)
 
-    def recommend(self, history: Sequence[str | int], k: int = 10) -> list[Recommendation]:
+    def recommend(self, history: Iterable[str | int], k: int = 10) -> list[Recommendation]:
         """Return the k best items after a history, oldest first, without those of the history.
 
         An item is given by its raw id (a number stands for its digits) or by its whole title, in capitals or
         not. Where fewer than k items are left, these are returned, with a warning. Raises `InputError` for an
-        empty history, an unknown item, a title of several items and a k below 1.
+        history that is empty or no list, an unknown item, a title of several items and a k below 1.
         """
-        if isinstance(history, str | bytes):
-            raise InputError(f"the history is the text {history!r}: expected a list of items")
-        if not len(history):
+        try:
+            given_items = None if isinstance(history, str | bytes | Set | Mapping) else list(history)
+        except TypeError:
+            given_items = None
+        if given_items is None:
+            raise InputError(f"the history is {history!r}: expected a list of items, oldest first")
+        if not given_items:
             raise InputError("the history is empty: expected at least one item id")
         if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
             raise InputError(f"k is {k!r}: expected a whole number of at least 1")
-        items = np.array([self._item(given) for given in history], dtype=np.int32)
+        items = np.array([self._item(given) for given in given_items], dtype=np.int32)
         unseen = np.setdiff1d(np.arange(1, len(self.keys) + 1, dtype=np.int32), items)
         if len(unseen) < k:
             warnings.warn(f"{len(unseen)} items are not in the history: fewer than k={k}", stacklevel=2)

@@ -554,22 +554,23 @@ class Trainer(Generic[M]):
         found = saving.latest(folder)
         if found is None:
             return False
-        tensors, state = saving.load_checkpoint(found)
-        refuse_other(state["identity"], self.identity(), folder)
-        progress = Progress(**state["progress"])
-        if not progress.done:
-            distributed.refuse_other_count(progress.processes, self.ranks.count, folder)
-        load_unique(self.model, {k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
-        optimizer = self.optimizer.state_dict()
-        optimizer["state"] = {}
-        for key, value in tensors.items():
-            if key.startswith("optimizer."):
-                _, index, name = key.split(".")
-                optimizer["state"].setdefault(int(index), {})[name] = value
-        self.optimizer.load_state_dict(optimizer)
-        self.scaler.load_state_dict(state["scaler"])
-        self.progress = progress
-        torch.set_rng_state(tensors["random.cpu"])
-        if "random.cuda" in tensors and self.where.type == "cuda":
-            torch.cuda.set_rng_state(tensors["random.cuda"], self.where)
+        with saving.whole_checkpoint(found):
+            tensors, state = saving.load_checkpoint(found)
+            refuse_other(state["identity"], self.identity(), folder)
+            progress = Progress(**state["progress"])
+            if not progress.done:
+                distributed.refuse_other_count(progress.processes, self.ranks.count, folder)
+            load_unique(self.model, {k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+            optimizer = self.optimizer.state_dict()
+            optimizer["state"] = {}
+            for key, value in tensors.items():
+                if key.startswith("optimizer."):
+                    _, index, name = key.split(".")
+                    optimizer["state"].setdefault(int(index), {})[name] = value
+            self.optimizer.load_state_dict(optimizer)
+            self.scaler.load_state_dict(state["scaler"])
+            self.progress = progress
+            torch.set_rng_state(tensors["random.cpu"])
+            if "random.cuda" in tensors and self.where.type == "cuda":
+                torch.cuda.set_rng_state(tensors["random.cuda"], self.where)
         return True

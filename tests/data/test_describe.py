@@ -89,6 +89,14 @@ def test_candidates_for_the_last_item_are_those_of_a_loop(given_histories, porti
     assert found.metrics["last_item_by_tie_rule_share"] == pytest.approx(share)
 
 
+def test_nobody_has_targets():
+    dataset = dataset_of([[(0, 1), (5, 2)], [(1, 2)]])
+    counts = dict.fromkeys(("users", "items", "interactions"), 3)
+    dataset.manifest["steps"] = [counts | {"step": step} for step in ("source", "k-core")]
+    assert data_prep.example_users(dataset, seed=0) == [0, 1]
+    assert "last_items" not in [found.name for found in data_prep.described(dataset, {})]
+
+
 def test_runs_of_equal_times():
     dataset = dataset_of([[(0, 1), (5, 2), (5, 2)]])
     assert data_prep.ties(dataset).metrics["tied_test_target_share"] == 1

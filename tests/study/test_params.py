@@ -165,6 +165,8 @@ def test_a_broken_parameter_file_is_named_with_its_line(project: Path):
         ("02_baseline: 3\n", "section '02_baseline' must be a mapping"),
         ("02_baseline:\n  epochs: 1\n  epochs: 2\n", "line 3: 'epochs' stands twice"),
         ("02_baseline:\n  off: 1\n", "line 2: False as a key is no text"),
+        ("? [a]\n: 1\n", r"line 1: \['a'\] as a key is no text"),
+        ("a: !!bool abc\n", "quick.yaml: not valid YAML"),
         ("a: 2026-13-45\n", "quick.yaml: "),
     ]:
         file.write_text(text)

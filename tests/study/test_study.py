@@ -184,6 +184,7 @@ def test_wrong_input_is_told_in_one_line_before_a_kernel_starts(project: Path, c
         (["run", "02", "-p", "batch_szie", "4"], "did you mean 'batch_size'?"),
         (["run", "02", "-p", "batch_size", "-4"], "parameter 'batch_size' is -4"),
         (["run", "02", "-p", "epochs", "1e3"], "parameter 'epochs' is 1000.0"),
+        (["run", "02", "-p", "dataset", "nonesuch"], "parameter 'dataset' is 'nonesuch'"),
         (["run", "02", "--profile", "huge"], "unknown profile 'huge'"),
         (["run", "02", "-f", str(file)], "unknown parameter 'epcohs'"),
         (["run-all", "--gpus", "cpu1", "--gpu", "cpu"], "give one of them"),

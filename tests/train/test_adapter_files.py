@@ -82,10 +82,28 @@ def test_peft_and_we_read_each_others_files_and_give_the_same(tmp_path, recwarn)
         folder = save_adapter(adapted(kind, targets=targets), tmp_path / "own")
         with pytest.raises((KeyError, ValueError, TypeError), match="RECLIB_"):
             peft.PeftModel.from_pretrained(base(**UNTIED), folder)
-    config = peft.LoraConfig(r=4, target_modules=["blocks.0.ffn.up"], use_dora=True)
-    peft.get_peft_model(base(**UNTIED), config).save_pretrained(tmp_path / "dora")
-    with pytest.raises(InputError, match=r"'use_dora': True.* is not plain LoRA"):
-        load_adapter(base(**UNTIED), tmp_path / "dora", any_base=True)
+    for field, value in (("use_dora", True), ("init_lora_weights", "pissa"), ("init_lora_weights", "olora")):
+        config = peft.LoraConfig(r=4, target_modules=["blocks.0.ffn.up"], **{field: value})
+        peft.get_peft_model(base(**UNTIED), config).save_pretrained(tmp_path / "special")
+        with pytest.raises(InputError, match=rf"'{field}': {value!r}.* is not plain LoRA"):
+            load_adapter(base(**UNTIED), tmp_path / "special", any_base=True)
+    file = folder.parent / "their-lora" / ADAPTER_CONFIG
+    about = json.loads(file.read_text())
+    for field, value in {
+        "init_lora_weights": "pissa_niter_4",
+        "layers_to_transform": [0],
+        "rank_pattern": {"qkv": 2},
+        "alpha_pattern": {"qkv": 2},
+        "modules_to_save": ["norm"],
+        "fan_in_fan_out": True,
+        "lora_bias": True,
+        "what_a_later_version_has": 1,
+    }.items():
+        file.write_text(json.dumps(about | {field: value}))
+        with pytest.raises(InputError, match=f"'{field}': .* is not plain LoRA"):
+            load_adapter(base(**UNTIED), file.parent, any_base=True)
+    file.write_text(json.dumps(about | {"init_lora_weights": "gaussian"}))
+    load_adapter(base(**UNTIED), file.parent, any_base=True)
 
 
 # -- bad input -----------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ def names(folder: Path) -> list[str]:
 
 def test_a_checkpoint_comes_back_replaces_its_former_and_the_newest_by_number_is_latest(tmp_path):
     (tmp_path / "step-12.partial").mkdir()  # half written
+    (tmp_path / "step-abc").mkdir()
     assert saving.latest(tmp_path) is None
     for step in (9, 10, 9):
         path = saving.save_checkpoint(tmp_path, f"step-{step}", TENSORS, {"step": step})
@@ -31,7 +32,7 @@ def test_a_checkpoint_comes_back_replaces_its_former_and_the_newest_by_number_is
     assert saving.latest(tmp_path).name == "step-10"
     saving.save_checkpoint(tmp_path, "step-11", TENSORS, {})
     saving.prune(tmp_path)
-    assert names(tmp_path) == ["step-10", "step-11"]
+    assert names(tmp_path) == ["step-10", "step-11", "step-abc"]
     path = tmp_path / "step-11"  # nothing is pickled
     assert names(path) == sorted([saving.TENSORS, saving.STATE])
     json.loads((path / saving.STATE).read_text())

@@ -7,17 +7,21 @@ import pytest
 import torch
 from small_models import NUM_ITEMS, histories, small_model, worst_difference
 
-from reclib.config import DataConfig, InputError, TrainConfig, model_config, validated
+from reclib import hardware
+from reclib.config import DataConfig, InputError, TrainConfig, changed, model_config, validated
 from reclib.data.batches import Epoch
 from reclib.data.dataset import Evaluation, Histories
-from reclib.data.prepare import prepare
+from reclib.data.prepare import prepare, synthetic_dataset
 from reclib.data.splits import leave_one_out
 from reclib.evaluate import baselines, metrics
 from reclib.evaluate.prior import CountPrior
 from reclib.hardware import resolve
 from reclib.model.bert4rec import Bert4Rec
-from reclib.train import fit, saving
+from reclib.model.ilora import add_ilora
+from reclib.train import saving
+from reclib.train.fit import PRIOR_WEIGHTS, Options, fine_tune, fit, keep, rank_targets
 from reclib.train.losses import batch_loss
+from reclib.train.saving import Recommender
 
 LENGTHS = [9, 4, 12, 7, 3, 8, 5, 6, 12, 2]
 
@@ -120,6 +124,48 @@ def test_ranking_adds_the_prior_and_a_saved_model_keeps_it(tmp_path):
     assert torch.equal(scores, both)
 
 
+def test_a_run_with_a_prior_resumes_to_the_same_bits_and_its_model_is_adapted_and_tuned(
+    tmp_path, monkeypatch
+):
+    data = synthetic_dataset(num_users=61, num_items=NUM_ITEMS, mean_len=9.0, seed=0)
+    train = TrainConfig(prior="counts", epochs=3, batch_size=16, eval_every=1, checkpoint_seconds=0.0)
+    config, cpu = changed(small_model(), dropout=0.1), hardware.resolve("cpu")
+    whole = fit(config, data, train, cpu, tmp_path / "whole")
+
+    def killed(stats):
+        if stats.step == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(config, data, train, cpu, tmp_path / "parts", Options(on_step=killed))
+    assert saving.latest(tmp_path / "parts").name == "step-5"
+    for other in (changed(config, hidden_dim=64), changed(config, num_items=NUM_ITEMS + 1)):
+        with pytest.raises(InputError, match="is of another run: model"):
+            fit(other, data, train, cpu, tmp_path / "parts")
+    with monkeypatch.context() as patch:
+        patch.setattr(CountPrior, "chosen", lambda *_: pytest.fail("it is in the checkpoint"))
+        parts = fit(config, data, train, cpu, tmp_path / "parts")
+    kept = saving.unique_tensors(whole.model)
+    assert any(name.startswith(saving.PRIOR) for name in kept)
+    assert all(torch.equal(value, kept[name]) for name, value in saving.unique_tensors(parts.model).items())
+
+    place = keep(whole, data, tmp_path / "whole")
+    loaded = saving.load_model(place)
+    assert loaded.recommend(loaded.keys[:3]) == Recommender.of(whole.model, data, {}).recommend(
+        loaded.keys[:3]
+    )
+    more = changed(train, epochs=1)
+    tuned = fine_tune(loaded.model, data, more, cpu)
+    assert not torch.equal(tuned.model.prior.scale, kept["prior.scale"])
+    adapted = add_ilora(saving.load_model(place))
+    trained = fine_tune(adapted, data, more, cpu)
+    assert torch.equal(trained.model.prior.scale, kept["prior.scale"])
+    folder = saving.save_adapter(trained.model, tmp_path / "adapter")
+    again = saving.load_adapter(saving.load_model(place).model, folder)
+    ranking = [metrics.evaluate(model, data) for model in (trained.model, again)]
+    assert ranking[0] == ranking[1]
+
+
 def test_a_prior_is_refused_where_there_are_no_full_logits_to_add_it_to():
     for settings in ({"loss": "gbce"}, {"compile_mode": "graph"}, {"head_rows": "all"}, {"loss": "fused"}):
         with pytest.raises(InputError, match="prior='counts' needs the logits"):
@@ -130,16 +176,16 @@ def test_the_scale_of_a_trained_prior_is_the_one_that_ranks_validation_best_and_
     dataset = prepare(DataConfig(dataset="synthetic", synthetic_users=60, synthetic_items=40))
     train = TrainConfig(prior="counts", epochs=2, batch_size=16, eval_every=1)
     model = model_config("nano", num_items=dataset.num_items, max_len=20)
-    trainer = fit.fit(model, dataset, train, resolve("cpu"), tmp_path)
+    trainer = fit(model, dataset, train, resolve("cpu"), tmp_path)
     kept, _ = saving.load_checkpoint(tmp_path / "best")
     chosen, learned = float(trainer.model.prior.scale.detach()), float(kept["prior.scale"])
     assert chosen / learned == pytest.approx(round(chosen / learned * 2) / 2)
     valid = leave_one_out(dataset).valid
     values = {}
-    for weight in fit.PRIOR_WEIGHTS:
+    for weight in PRIOR_WEIGHTS:
         trainer.model.prior.scale.data.fill_(learned * weight)
-        ranks = fit.rank_targets(trainer, valid, True).ranks
+        ranks = rank_targets(trainer, valid, True).ranks
         values[weight] = metrics.summary(ranks)["ndcg@10"]
     assert values[round(chosen / learned * 2) / 2] == max(values.values())
-    again = fit.fit(model, dataset, train, resolve("cpu"), tmp_path)  # finished: loaded, not trained
+    again = fit(model, dataset, train, resolve("cpu"), tmp_path)  # finished: loaded, not trained
     assert float(again.model.prior.scale.detach()) == chosen

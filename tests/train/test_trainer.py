@@ -19,7 +19,9 @@ from small_models import histories, small_model
 
 from reclib import hardware
 from reclib.config import InputError, TrainConfig, changed, model_config
-from reclib.data.prepare import Dataset, synthetic_dataset
+from reclib.data.dataset import Dataset, Keys, evaluation
+from reclib.data.prepare import synthetic_dataset
+from reclib.evaluate import metrics
 from reclib.model.bert4rec import Bert4Rec
 from reclib.train import saving
 from reclib.train.fit import Options, fit
@@ -338,6 +340,24 @@ def test_a_stopped_run_continues_to_the_same_bits(dataset, tmp_path):
         assert {k: v for k, v in one.items() if k not in clock} == {
             k: v for k, v in other.items() if k not in clock
         }
+
+
+def test_data_in_which_nobody_has_three_interactions_are_refused(tmp_path):
+    two = Dataset(
+        "two",
+        np.array([1, 2, 2, 1]),
+        np.array([0, 2, 4]),
+        Keys.of(["", "a", "b"]),
+        Keys.of(["u", "v"]),
+        {},
+        {"fingerprint": "x"},
+    )
+    for train in (SHORT, changed(SHORT, prior="counts")):
+        with pytest.raises(InputError, match="leaves no validation targets"):
+            fit(model_for(two), two, train, CPU, tmp_path / "run")
+    with pytest.raises(InputError, match="no targets to rank"):
+        metrics.rank(iter(()), evaluation(two, "test"), remove_seen=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_finished_run_is_not_trained_again(dataset, tmp_path):
