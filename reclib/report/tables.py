@@ -346,6 +346,22 @@ def by_size(records: Iterable[Record]) -> list[Record]:
     return sorted(found, key=lambda r: ((r["data"].get("interactions") or 0), _data(r), r["name"], r["time"]))
 
 
+def against(measured: Iterable[Record], predicted: Iterable[Record]) -> list[dict[str, Any]]:
+    """Return measured steps beside the closed plan of the same size, device and batch, where there is one."""
+
+    def key(record: Record) -> tuple[Any, ...]:
+        return tuple(record["own_params"].get(name) for name in ("size", "device", "batch_size"))
+
+    plans = {key(r): r["timings"]["step_seconds"] for r in predicted if r["own_params"]["rule"] == "closed"}
+    taken = [(key(r), r["timings"].get("step_seconds")) for r in measured]
+    return [
+        dict(zip(("size", "device", "batch"), place, strict=True))
+        | {"measured (s)": seconds, "predicted (s)": plans[place], "error": plans[place] / seconds - 1}
+        for place, seconds in taken
+        if seconds and place in plans
+    ]
+
+
 # -- steps on devices ----------------------------------------------------------------------------------------
 
 
