@@ -349,7 +349,8 @@ def comparisons(
         renewed = {name: rows for name, rows in values.items() if name.endswith("_with_validation")}
         for against, given in ((reference, values), (f"{reference}_with_validation", renewed)):
             if against in given and len(given) > 1:
-                found += [compared(one, metric) for one in statistics.compare(given, against, deterministic)]
+                fixed = [name for name in deterministic if name in given]
+                found += [compared(one, metric) for one in statistics.compare(given, against, fixed)]
     return found
 
 
