@@ -552,7 +552,7 @@ class Query:
     data: str | None = None  # the dataset's name
     own: dict[str, Any] = field(default_factory=dict)
     day: str | None = None  # on which it was recorded, such as 2026-11-23; None: the newest
-    at: dict[str, float] = field(default_factory=dict)  # of a series: its value at this point of another
+    at: dict[str, float | str] = field(default_factory=dict)  # of a series: its value at a point of another
     take: Literal["mean", "lowest", "highest", "largest"] = "mean"
     over: dict[str, Any] | None = None  # fields of the query whose number divides this one
     minus: dict[str, Any] | None = None  # and of the one whose number is taken off

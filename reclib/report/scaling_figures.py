@@ -103,7 +103,7 @@ def size_and_counts(rows: pd.DataFrame) -> go.Figure:
     columns = len(datasets) if len(datasets) < 4 else 2
     lines = -(-len(datasets) // columns)
     rows = rows.assign(recipe=rows["model"].map(recipe_of), sweep=rows["model"].map(sweep_of))
-    figure = panels(columns, lines, 0.08, vertical=0.17 / lines, subplot_titles=datasets)
+    figure = panels(columns, lines, 0.08, vertical=0.25 / lines, subplot_titles=datasets)
     new, ahead = set(), []
     ranked, tested = style.column(rows, RANKED), style.column(rows, "ndcg@10")
     low, high = rows[SIZE].min() / 1.3, rows[SIZE].max() * 1.3
@@ -167,8 +167,8 @@ def size_and_counts(rows: pd.DataFrame) -> go.Figure:
         "width, on validation, where the same model ranks higher than on test."
     )
     parts = [(word, [name for name, is_ahead in ahead if is_ahead == over]) for word, over in _WORDS.items()]
-    said = "; ".join(f"{word} {' and '.join(names)}" for word, names in parts if names)
-    title = f"The best BERT4Rec ranks {said}" if said else "NDCG@10 by size; no count was scored beside it"
+    said = "; ".join(f"{word} {', '.join(names)}" for word, names in parts if names)
+    title = f"BERT4Rec ranks {said}" if said else "NDCG@10 by size; no count was scored beside it"
     return _legend_below(figure, title, showlegend=True, height=240 + 280 * lines)
 
 
@@ -177,7 +177,7 @@ def _named(recipe: str) -> str:
     return " ".join([model_name(kind), *more])
 
 
-_WORDS = {"below a count on": False, "above every count scored on": True}
+_WORDS = {"below a count on": False, "above every count on": True}
 
 
 def scaling_accuracy(rows: pd.DataFrame) -> go.Figure:

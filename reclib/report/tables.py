@@ -106,7 +106,7 @@ def is_ablation(dataset: str) -> bool:
 
 def chooses(dataset: str) -> bool:
     """Return whether records under this data name are of a grid that recipes are chosen from."""
-    return dataset.startswith((*_ABLATIONS, "trials-"))
+    return dataset.startswith((*_ABLATIONS, "trials-")) or dataset.endswith("-rates")
 
 
 def interval_text(m: Mapping[str, Any]) -> str:

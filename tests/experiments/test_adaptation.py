@@ -20,7 +20,7 @@ from reclib.model.ilora import AdaptedModel, base_hash
 from reclib.parameters import ILora
 
 CPU = hardware.resolve("cpu")
-ARMS = parameters.profile("05_ilora", "quick")["arms"]
+ARMS = parameters.profile("05_ilora", "full")["arms"]
 FEW = ["none", "full", "lora", "ilora", "head"]
 SMALL = {"arms": FEW, "past_share": 0.5, "size": "nano", "max_len": 16, "batch_size": 32, "epochs": 1}
 

@@ -120,7 +120,7 @@ def test_accuracy_against_size_keeps_validation_and_test_apart_and_says_who_is_a
     chosen = tables.by_size([*rows, *figure_records.scores(), *figure_records.arms()])
     assert {r["data"]["name"] for r in chosen} == {"made-up"}
     figure = figures.show("size_and_counts", *chosen)
-    assert figure.layout.title.text == "The best BERT4Rec ranks below a count on made-up"
+    assert figure.layout.title.text == "BERT4Rec ranks below a count on made-up"
     drawn = {trace.name: list(trace.y) for trace in figure.data}
     assert drawn["BERT4Rec, validation"] == pytest.approx([0.035, 0.055])
     assert drawn["BERT4Rec, test"] == [0.04]
