@@ -67,6 +67,7 @@ class ModelConfig:
 
     num_items: Positive  # catalogue size, special tokens apart
     hidden_dim: Positive = 64  # D
+    table_dim: Positive | None = None  # E, width of the item vectors; None: D, with no projection between
     num_layers: Positive = 2
     num_heads: Positive = 2  # divides hidden_dim
     ffn_factor: Positive = 4  # inner width of the feed-forward part, in units of hidden_dim
@@ -91,6 +92,11 @@ class ModelConfig:
         if self.positions == "sinusoidal" and self.hidden_dim % 2:
             raise ValueError(f"sinusoidal positions need an even hidden_dim, got {self.hidden_dim}")
         return self
+
+    @property
+    def table_width(self) -> int:
+        """Width E of the item vectors in both tables."""
+        return self.table_dim or self.hidden_dim
 
     @property
     def mask_id(self) -> int:
@@ -310,6 +316,7 @@ LATER = (
     "prior",
     "ties",
     "ties_seed",
+    "table_dim",
 )  # fields that came after the first records
 
 

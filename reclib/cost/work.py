@@ -9,7 +9,8 @@ model that is frozen under adapters has no gradients of weights, so of three pro
 its first layer's keys, queries and values nothing is trained.
 
 Shapes: R rows of L positions, T = R L places, G of them that go on in the last layer (Q a row), M places in
-the head, I real items, D hidden_dim, F inner width, N layers, r rank and K experts of an adapter.
+the head, I real items, D hidden_dim, E width of the item vectors, F inner width, N layers, r rank and K
+experts of an adapter.
 """
 
 from __future__ import annotations
@@ -59,13 +60,14 @@ def number_bytes(precision: str) -> int:
 
 def parameters(model: ModelConfig) -> dict[str, int]:
     """Count parameters: input table, output table (0: tied) with its bias, all others."""
-    D, f, layers = model.hidden_dim, model.ffn_factor, model.num_layers
+    D, E, f, layers = model.hidden_dim, model.table_width, model.ffn_factor, model.num_layers
     layer = (4 + 2 * f) * D * D + (9 + f) * D
     rest = layers * layer + 2 * D * (int(model.embedding_norm) + int(model.final_norm))
     rest += model.max_len * D if model.positions == "learned" else 0
     rest += D * D + 3 * D if model.head == "mlp" else 0
-    output = (0 if model.tied else model.output_rows * D) + (model.output_rows if model.output_bias else 0)
-    return {"input_table": model.vocab_size * D, "output_table": output, "rest": rest}
+    rest += 0 if model.table_dim is None else 2 * D * E
+    output = (0 if model.tied else model.output_rows * E) + (model.output_rows if model.output_bias else 0)
+    return {"input_table": model.vocab_size * E, "output_table": output, "rest": rest}
 
 
 def trained_parameters(model: ModelConfig, adapter: AdapterPlan) -> int:
@@ -114,14 +116,20 @@ def encoder_forward(model: ModelConfig, rows: int, queries: int | None) -> int:
     places = rows * model.max_len
     last = places if queries is None else rows * queries
     asking = (model.num_layers - 1) * places + last
-    return int(linear_forward(model, places, last)) + 4 * asking * model.max_len * model.hidden_dim
+    maps = linear_forward(model, places, last) + projection(model) * places
+    return int(maps) + 4 * asking * model.max_len * model.hidden_dim
+
+
+def projection(model: ModelConfig) -> int:
+    """Return forward FLOPs of one place between a table of a width of its own and the encoder."""
+    return 0 if model.table_dim is None else 2 * model.hidden_dim * model.table_dim
 
 
 def head_forward(model: ModelConfig, slots: int, table_rows: int) -> int:
     """Return forward FLOPs of the head at `slots` places over `table_rows` of the output table."""
     D = model.hidden_dim
-    transform = 2 * slots * D * D if model.head == "mlp" else 0
-    return transform + 2 * slots * D * table_rows
+    before = (2 * D * D if model.head == "mlp" else 0) + projection(model)
+    return slots * (before + 2 * model.table_width * table_rows)
 
 
 def executed(model: ModelConfig, train: TrainConfig, batch: Batch) -> Flops:
@@ -147,7 +155,8 @@ def needed(model: ModelConfig, batch: Batch) -> Flops:
     tokens, targets = batch.num_tokens, batch.num_targets
     target_rows = by_row.reshape(-1)[batch.target_places[:targets].numpy(force=True)]
     pairs = (model.num_layers - 1) * int((lengths**2).sum()) + int(lengths[target_rows].sum())
-    encoder = int(linear_forward(model, tokens, targets)) + 4 * pairs * model.hidden_dim
+    maps = linear_forward(model, tokens, targets) + projection(model) * tokens
+    encoder = int(maps) + 4 * pairs * model.hidden_dim
     forward = encoder, head_forward(model, targets, model.num_items)
     return Flops(*((1 + BACKWARD) * part for part in forward))
 
@@ -293,6 +302,7 @@ def _pass_parts(
 ) -> list[Part]:
     """Return the parts of one micro-batch, forward and backward."""
     D, F, L, N = model.hidden_dim, model.ffn_factor * model.hidden_dim, model.max_len, model.num_layers
+    E, between = model.table_width, projection(model)
     T, G = shapes.rows * L, _last_places(model, train, shapes)
     full, both = 1 + BACKWARD, N - 1  # `both`: layers that compute everything
     asking = both * T + G  # places that ask, over all layers
@@ -302,13 +312,14 @@ def _pass_parts(
     dropped = (2 * asking + T) * D if model.dropout else 0.0
     weighted = asking * L * model.num_heads  # attention probabilities, which fused kernels never store
     stored = weighted if model.attention_dropout else 0.0
-    maps, passes, looked_up = full * linear_forward(model, T, G), full, T * D
+    maps, passes, looked_up = full * (linear_forward(model, T, G) + between * T), full, T * E
+    moved += T * (D + E) if between else 0
     own = []
     if (
         adapter is not None
     ):  # no gradient of weights, of the first maps' input, of the table that is looked up
         first = 2 * 3 * D * D * T if both else 2 * D * D * (2 * T + G)
-        maps, passes, looked_up = 2 * linear_forward(model, T, G) - first, 2, T * D / 2
+        maps, passes, looked_up = 2 * linear_forward(model, T, G) - first + between * T, 2, T * E / 2
         own = _adapter_parts(model, adapter, T, G, width)
 
     items = model.output_rows if train.objective == "seed_focal" else model.num_items
@@ -331,7 +342,7 @@ def _pass_parts(
         Part("look up items", "lookup", 0.0, 4 * FP32 * looked_up, looked_up, 12),
         *own,
         Part("head: products", "product", passes * head_forward(model, 1, items) * scored,
-             passes * width * (items * D + scored * D + logits), 0.0, 8, (scored, D, items)),
+             passes * width * (items * E + scored * E + logits), 0.0, 8, (scored, E, items)),
         Part("head: softmax and loss", "softmax" if inplace else "logits", 0.0,
              read * logits * (1 if inplace else 2), logits, 20),
     ]  # fmt: skip
@@ -347,7 +358,7 @@ def _adapter_parts(model: ModelConfig, adapter: AdapterPlan, T: float, G: float,
     before, apart = (N - 1) * (8 * D + 2 * F) * T, G != T
     ends = T * (3 * D) + G * (2 * D) if apart else T * (4 * D)  # of queries, keys and values
     first = T * D + (G * D if apart and N == 1 else 0)  # whose input is not trained
-    gate = 2 * T * D * (L + 2 * adapter.num_experts) if adapter.kind == "ilora" else 0.0
+    gate = T * (2 * D * (L + 2 * adapter.num_experts) + projection(model)) if adapter.kind == "ilora" else 0.0
     flops = 2 * adapter.rank * (3 * (before + ends + G * (4 * D + 2 * F)) - first) + gate
     elements = before + 3 * D * T + (6 * D + 2 * F) * G
     parts = [Part("adapters", "add", flops - gate, 4 * width * elements, elements, 14 * (4 * N + 1))]
@@ -446,6 +457,7 @@ def _activations(model: ModelConfig, train: TrainConfig, shapes: Shapes, width: 
     probabilities = (N - 1) * T * L + G * L
     kept += 3 * model.num_heads * probabilities if model.attention_dropout else 0
     head = shapes.slots * D * (2 + (4 + drop if model.head == "mlp" else 0))
+    head += 0 if model.table_dim is None else (shapes.slots + T) * model.table_dim
     wide = 2 * F + 3 * D  # of gradients on their way through a layer
     passing = max(G * wide, T * wide - last if N > 1 else 0.0)  # the second: the last layer is gone by then
     fixed = FP32 * (T * L + (0 if G == T else G * L)) + 5 * 8 * T  # attention bias, indices
@@ -470,7 +482,7 @@ def _logits(
     held = train.loss == "auto" and FP32 * elements <= logits_limit(memory)
     if train.loss in ("plain", "fused") or held:
         return plain
-    return min(plain, LARGE_LOGITS_BYTES + width * model.num_items * model.hidden_dim)
+    return min(plain, LARGE_LOGITS_BYTES + width * model.num_items * model.table_width)
 
 
 def logits_limit(memory_bytes: int | None) -> int:

@@ -25,7 +25,6 @@ import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -221,7 +220,7 @@ def train_arm(
     """Train one arm at one rate, or go on with it, or load it; return its trainer and its folder."""
     model = arm_model(p, arm, base, seed, reader)
     train = train_of(p, task.split, seed, p.epochs, rate)
-    parts = [model.origin(), asdict(model.config), as_dict(train), data_identity(dataset, task.split)]
+    parts = [model.origin(), as_dict(model.config), as_dict(train), data_identity(dataset, task.split)]
     key = json.dumps([*parts, records.code_hash(NOTEBOOK)], sort_keys=True)
     folder = system.runs() / NOTEBOOK / hashlib.sha256(key.encode()).hexdigest()[:16]
     return fine_tune(model, dataset, train, device, folder, split=task.split), folder

@@ -141,7 +141,7 @@ def _shared(kind: type, p: Any) -> dict[str, Any]:
 
 def run_folder(notebook: str, model: ModelConfig, train: TrainConfig, data: str, nproc: int = 1) -> Path:
     """Return the folder of a run's checkpoints; another configuration, data, code or `nproc` has another."""
-    parts: list[Any] = [asdict(model), as_dict(train), data, records.code_hash(notebook)]
+    parts: list[Any] = [as_dict(model), as_dict(train), data, records.code_hash(notebook)]
     parts += [nproc] if nproc > 1 else []
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
     return system.runs() / notebook / key
@@ -177,12 +177,12 @@ def train_model(
     if p.nproc > 1:
         if not fit.is_finished(folder):
             given = DataConfig(dataset=p.dataset, min_user=p.min_user, min_item=p.min_item)
-            setup = Setup(given, train, None, asdict(model), split.name, data, notebook, title)
+            setup = Setup(given, train, None, as_dict(model), split.name, data, notebook, title)
             fit.write_setup(folder / "run.json", setup)
             words = ["--run", str(folder / "run.json"), "--out", str(folder)]
             distributed.apart([*words, "--gpu", p.gpu, "--tracker", p.tracker], p.nproc)
         return Trained(train.seed, fit.fit(model, dataset, train, device, folder, split=split))
-    about = {"model": asdict(model), "train": asdict(train), "data": data}
+    about = {"model": as_dict(model), "train": asdict(train), "data": data}
     with fit.start_tracker(p.tracker, notebook, title, about) as track:
         curves = Curves(track, device)
         options = Options(on_step=curves.step, on_evaluation=curves.evaluation)

@@ -233,7 +233,7 @@ class Work:
         """Return what an arm is, whatever the seed, with the data's fingerprint."""
         model, train = self.configs(arm, 0)
         without = {key: value for key, value in as_dict(train).items() if key != "seed"}
-        return {"model": asdict(model), "train": without, "data": self.data_of(arm).fingerprint}
+        return {"model": as_dict(model), "train": without, "data": self.data_of(arm).fingerprint}
 
     def prediction(self, arm: Arm) -> str | None:
         """Return the hash of the newest prediction of an arm as it is configured now, None without one."""
@@ -332,7 +332,7 @@ def run_grid(work: Work, chosen: Sequence[tuple[Arm, int]], options: Options) ->
             valid = rank_targets(run.trainer, work.split(arm).valid, options.remove_seen)
             save_ranks(work.ranks_file(arm, seed), {"valid": valid.ranks})
             model, train = work.configs(arm, seed)
-            made: Fields = {"model": asdict(model), "train": asdict(train), "split": arm.split}
+            made: Fields = {"model": as_dict(model), "train": asdict(train), "split": arm.split}
             optional = {"prediction": work.prediction(arm), "data": arm.data}
             made |= {name: value for name, value in optional.items() if value}
             work.write(work.key(arm, seed), run.result(arm.name), made, run.timings(), work.data_of(arm))
@@ -487,8 +487,9 @@ def _score(work: Work, data: Fields, from_ranks: bool) -> list[Result]:
     keys = {f"{arm.name} seed {seed}": work.key(arm, seed) for arm, seed in work.runs()}
     arms = {}
     for arm in work.grid.arms:
-        model, train = (asdict(one) for one in work.configs(arm, arm.seeds[0]))
-        arms[arm.name] = {"model": model, "train": train, "split": arm.split, "seeds": arm.seeds}
+        model, train = work.configs(arm, arm.seeds[0])
+        run = {"model": as_dict(model), "train": asdict(train)}
+        arms[arm.name] = {**run, "split": arm.split, "seeds": arm.seeds}
     made = {"runs": keys, "baselines": chosen, "bootstrap_samples": SAMPLES, "arms": arms}
     made |= {"looks": looks_before(work), "seeds_left_out": out} | ({"data": data} if data else {})
     key = records.params_hash({"scored": keys, "data": work.dataset.fingerprint})
@@ -514,7 +515,7 @@ def choosing_seeds(work: Work) -> dict[str, list[int]]:
 def looks_before(work: Work) -> dict[str, int]:
     """Return, by family of the arms, how many of its configurations the records show on this test split."""
     counts = tables.looks(records.read(system.root() / "executed"))
-    models = [(asdict(work.configs(arm, arm.seeds[0])[0]), arm.name) for arm in work.grid.arms]
+    models = [(as_dict(work.configs(arm, arm.seeds[0])[0]), arm.name) for arm in work.grid.arms]
     families = sorted({tables.family(*model) for model in models})
     return {one: counts.get((work.dataset.fingerprint, "leave-one-out", one), 0) for one in families}
 

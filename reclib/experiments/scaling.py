@@ -43,6 +43,7 @@ from reclib.config import (
     InputError,
     ModelConfig,
     TrainConfig,
+    as_dict,
     changed,
     model_config,
     validated,
@@ -465,7 +466,7 @@ class Study:
             trial.set_user_attr("diverged", str(error))
             study.tell(trial, state=TrialState.FAIL)
             return
-        made = {"model": asdict(model), "train": asdict(train), "drawn": drawn}
+        made = {"model": as_dict(model), "train": asdict(train), "drawn": drawn}
         own = {"trial": trial.number, "state": state.name.lower(), **drawn}
         result = Result("trial", {f"valid_{SELECT}": value}, own, curve, self.plan.seed)
         # The record first: a kill in between gives the same record again, and readers take the newest.

@@ -13,8 +13,11 @@ Reference: Sun et al., "BERT4Rec", CIKM 2019, section 3. Differences from a text
 An adapted linear layer or item table (`lora`) may depend on the instance. Its factors are passed as an
 argument from `encode` down to the layer; a plain layer never sees them.
 
-Shapes: R rows, L positions in a row, Q query positions of a row, D hidden_dim, H heads, r rank of an adapter,
-V rows of the output table, M target positions.
+Item vectors may be narrower or wider than the encoder (`table_dim`). A matrix then leads from the table into
+the encoder and another one back, as in ALBERT (Lan et al., ICLR 2020, arXiv 1909.11942, section 3.1).
+
+Shapes: R rows, L positions in a row, Q query positions of a row, D hidden_dim, E width of an item vector (D
+without `table_dim`), H heads, r rank of an adapter, V rows of the output table, M target positions.
 """
 
 from __future__ import annotations
@@ -23,7 +26,6 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reclib.config import PAD, SIZES, InputError, ModelConfig, model_config
+from reclib.config import PAD, SIZES, InputError, ModelConfig, as_dict, model_config
 from reclib.system import Parser
 
 # -- gradient sinks ------------------------------------------------------------------------------------------
@@ -343,7 +345,7 @@ class SequenceModel(Protocol):
     @property
     def plain(self) -> bool: ...  # weights can be copied to 16 bits, and steps captured as CUDA graphs
     @property
-    def output_weight(self) -> Tensor: ...  # (V, D)
+    def output_weight(self) -> Tensor: ...  # (V, E)
     @property
     def output_bias(self) -> Tensor | None: ...  # (V,)
     @property
@@ -382,8 +384,10 @@ class Bert4Rec(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        D = config.hidden_dim
-        self.item_table = nn.Embedding(config.vocab_size, D, padding_idx=PAD)
+        D, E = config.hidden_dim, config.table_width
+        self.item_table = nn.Embedding(config.vocab_size, E, padding_idx=PAD)
+        self.table_in = None if config.table_dim is None else nn.Parameter(torch.empty(D, E))
+        self.table_out = None if config.table_dim is None else nn.Parameter(torch.empty(E, D))
         if config.positions == "learned":
             self.position_table = nn.Parameter(torch.empty(config.max_len, D))
         else:
@@ -394,7 +398,7 @@ class Bert4Rec(nn.Module):
         self.final_norm = nn.LayerNorm(D) if config.final_norm else nn.Identity()
         self.transform = HeadTransform(config) if config.head == "mlp" else nn.Identity()
         self.output_weight = (
-            self.item_table.weight if config.tied else nn.Parameter(torch.empty(config.output_rows, D))
+            self.item_table.weight if config.tied else nn.Parameter(torch.empty(config.output_rows, E))
         )
         self.output_bias = nn.Parameter(torch.empty(config.output_rows)) if config.output_bias else None
         self.item_sink: Sink | None = None  # None: autograd keeps the item table's gradient
@@ -404,9 +408,14 @@ class Bert4Rec(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw weights from N(0, 0.02), as BERT does; biases and the PAD row are zero."""
+        """Draw weights from N(0, 0.02), as BERT does; biases and the PAD row are zero.
+
+        The matrices between tables and encoder keep the scale of what they are given.
+        """
         for name, parameter in self.named_parameters():
-            if parameter.dim() > 1:
+            if name in ("table_in", "table_out"):
+                parameter.normal_(0.0, parameter.shape[1] ** -0.5)
+            elif parameter.dim() > 1:
                 parameter.normal_(0.0, 0.02)
             elif "norm" in name and name.endswith("weight"):
                 parameter.fill_(1.0)
@@ -426,12 +435,16 @@ class Bert4Rec(nn.Module):
         return sinks
 
     def look_up(self, items: Tensor, factors: Tensor | None = None) -> Tensor:
-        """Return the item vectors (..., D) of ids (...)."""
+        """Return the item vectors (..., E) of ids (...)."""
         if getattr(self.item_table, "takes_factors", False):
             return self.item_table(items, factors)
         if self.item_sink is None or not torch.is_grad_enabled():
             return self.item_table(items)
         return Lookup.apply(self.item_table.weight, items, self.item_sink, PAD)
+
+    def into_encoder(self, vectors: Tensor) -> Tensor:
+        """Return item vectors (..., E) in the encoder's width (..., D)."""
+        return vectors if self.table_in is None else F.linear(vectors, self.table_in)
 
     def encode(
         self,
@@ -452,7 +465,7 @@ class Bert4Rec(nn.Module):
 
         `factors` (R, L, r) and `query_factors` (R, Q, r) are for adapted layers (`AdaptedModel.encode`).
         """
-        x = self.look_up(items, factors) + F.embedding(positions, self.position_table)  # (R, L, D)
+        x = self.into_encoder(self.look_up(items, factors)) + F.embedding(positions, self.position_table)
         x = self.dropout(self.embedding_norm(x))
         bias = attention_bias(segment_ids, x.dtype, self.config.causal)  # (R, 1, L, L)
         if query_index is None:
@@ -466,8 +479,9 @@ class Bert4Rec(nn.Module):
         return self.final_norm(self.blocks[-1](x, query_bias, query_index, factors, query_factors))
 
     def head_input(self, hidden: Tensor, factors: Tensor | None = None) -> Tensor:
-        """Return what is multiplied by the output table, (M, D), for hidden states (M, D)."""
-        return self.transform(hidden, factors) if self.config.head == "mlp" else hidden
+        """Return what is multiplied by the output table, (M, E), for hidden states (M, D)."""
+        x = self.transform(hidden, factors) if self.config.head == "mlp" else hidden
+        return x if self.table_out is None else F.linear(x, self.table_out)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the scores (M, V) of every row of the output table for hidden states (M, D)."""
@@ -487,7 +501,7 @@ class Bert4Rec(nn.Module):
 
 def base_hash(model: Bert4Rec) -> str:
     """Return sha256 of a model's configuration and weights: what an adapter belongs to."""
-    digest = hashlib.sha256(json.dumps(asdict(model.config), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(as_dict(model.config), sort_keys=True).encode())
     counts = () if model.prior is None else model.prior.named_buffers("prior")
     for name, tensor in (*model.named_parameters(), *counts):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -512,13 +526,14 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
 
 def closed_formula(config: ModelConfig) -> int:
     """Return the parameter count by arithmetic: tables, positions, layers, norms, head."""
-    D, f = config.hidden_dim, config.ffn_factor
+    D, E, f = config.hidden_dim, config.table_width, config.ffn_factor
     layer = (4 * D * D + 4 * D) + (2 * f * D * D + f * D + D) + 4 * D
-    total = config.vocab_size * D + config.num_layers * layer
+    total = config.vocab_size * E + config.num_layers * layer
+    total += 0 if config.table_dim is None else 2 * D * E
     total += config.max_len * D if config.positions == "learned" else 0
     total += 2 * D * (int(config.embedding_norm) + int(config.final_norm))
     total += (D * D + D + 2 * D) if config.head == "mlp" else 0
-    total += 0 if config.tied else config.output_rows * D
+    total += 0 if config.tied else config.output_rows * E
     return total + (config.output_rows if config.output_bias else 0)
 
 

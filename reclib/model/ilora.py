@@ -70,7 +70,7 @@ def visible_from(base: Bert4Rec, rows: Rows) -> Tensor:
 
 def mean_embedding(base: Bert4Rec, rows: Rows) -> Tensor:
     """Return z (R, L, D): the mean frozen embedding of the visible items, zero where there are none."""
-    vectors = F.embedding(rows.items, base.item_table.weight)
+    vectors = base.into_encoder(F.embedding(rows.items, base.item_table.weight))
     share = visible_from(base, rows).to(vectors.dtype)
     share = share / share.sum(2, keepdim=True).clamp_min(1.0)
     return (share @ vectors).float()

@@ -35,6 +35,7 @@ from reclib.config import (
     InputError,
     ModelConfig,
     TrainConfig,
+    as_dict,
     divided,
     model_config,
     nearest,
@@ -419,7 +420,7 @@ def fit_setup(setup: Setup, claimed: str, folder: Path, kind: str = "none") -> T
     model, identity = setup.model(dataset.num_items), data_identity(dataset, split)
     if setup.identity not in (None, identity):
         raise InputError(f"the data of the run are {identity}, not {setup.identity}")
-    about = {"model": asdict(model), "train": asdict(setup.train)}
+    about = {"model": as_dict(model), "train": asdict(setup.train)}
     first = distributed.ranks().first
     with start_tracker(kind if first else "none", setup.group, setup.title or folder.name, about) as track:
         curves = Curves(track, device)

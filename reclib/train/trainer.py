@@ -528,7 +528,7 @@ class Trainer(Generic[M]):
         """Return what a checkpoint must agree on to be continued."""
         train = as_dict(self.config)
         train.pop("checkpoint_seconds")
-        said = {"model": asdict(self.model.config), "train": train, "data": self.fingerprint}
+        said = {"model": as_dict(self.model.config), "train": train, "data": self.fingerprint}
         return said if self.origin is None else said | {"origin": self.origin}
 
     def save(self, folder: Path) -> None:

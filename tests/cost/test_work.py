@@ -29,6 +29,8 @@ CASES: list[tuple[dict, dict, list[AdapterPlan | None]]] = [
     ({"num_layers": 1}, {}, [None, ILORA]),
     (POST | {"head": "mlp", "dropout": 0.25}, {}, [None, GATED]),
     ({"causal": True}, {"objective": "next_item"}, [None, LORA]),
+    ({"table_dim": 6}, {}, [None, LORA]),
+    (POST | {"table_dim": 20, "head": "mlp"}, EVERYWHERE, [None, ILORA]),
     ({}, EVERYWHERE, [None, ILORA]),
 ]
 

@@ -48,7 +48,7 @@ def trained_names(model: AdaptedModel) -> list[str]:
 
 def test_a_new_adapter_changes_nothing():
     for kind in KINDS:
-        for shape in (UNTIED, {"norm": "post", "positions": "sinusoidal"}):
+        for shape in (UNTIED, {"norm": "post", "positions": "sinusoidal"}, {"table_dim": 12}):
             model, one = base(**shape), batch()
             before = scores(model, one)
             found = AdaptedModel(model)

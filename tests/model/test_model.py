@@ -27,6 +27,8 @@ def test_parameter_counts_are_the_published_ones_and_those_of_the_closed_formula
         {"tied": True, "output_bias": False},
         {"tied": False, "output_bias": True},
         {"head": "mlp"},
+        {"table_dim": 8},
+        {"table_dim": 48, "tied": False},
     ):
         configs.append(model_config("nano", **changes))
     for config in configs:
@@ -119,6 +121,21 @@ def test_the_attention_bias_is_zero_inside_a_segment_and_that_of_queries_is_part
     for mask in (attention_bias(rows, torch.float32), attention_bias(rows, torch.float32, True, asked)):
         assert mask.dtype == torch.bfloat16
         assert mask.stride()[2:] == (56, 1)  # rows 16 bytes apart or a multiple of it
+
+
+@torch.no_grad()
+def test_item_vectors_of_their_own_width_are_tables_of_low_rank():
+    for tied, width, head in ((True, 4, "linear"), (False, 4, "mlp"), (True, 40, "linear")):
+        narrow, items = drawn(tied=tied, table_dim=width, head=head)
+        plain, _ = drawn(tied=False, head=head)
+        state = narrow.double().state_dict()
+        into, out = state.pop("table_in"), state.pop("table_out")  # (D, E) and (E, D)
+        state["item_table.weight"] = state["item_table.weight"] @ into.T
+        state["output_weight"] = state["output_weight"] @ out
+        plain.double().load_state_dict(state)
+        row = (items, SEGMENTS, POSITIONS)
+        torch.testing.assert_close(narrow.logits(narrow.encode(*row)), plain.logits(plain.encode(*row)))
+        assert float(narrow.encode(*row).std()) > 0.1
 
 
 def test_tied_tables_are_one_tensor():
