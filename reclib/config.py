@@ -79,6 +79,9 @@ class ModelConfig:
     final_norm: bool = True  # LayerNorm after the last layer
     positions: Literal["learned", "sinusoidal"] = "learned"
     position_origin: Literal["first", "last"] = "first"  # count from the first item or back from the last
+    scale_items: bool = (
+        False  # item vectors times sqrt(D) before positions are added (Vaswani et al. 2017, 3.4)
+    )
     head: Literal["linear", "mlp"] = "linear"  # mlp: Linear-GELU-LayerNorm-Dropout before the output table
     tied: bool = True  # the output table is the input table
     output_bias: bool = True
@@ -317,6 +320,7 @@ LATER = (
     "ties",
     "ties_seed",
     "table_dim",
+    "scale_items",
 )  # fields that came after the first records
 
 

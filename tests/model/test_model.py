@@ -138,6 +138,17 @@ def test_item_vectors_of_their_own_width_are_tables_of_low_rank():
         assert float(narrow.encode(*row).std()) > 0.1
 
 
+@torch.no_grad()
+def test_scaled_items_are_those_of_a_table_times_the_root_of_the_width():
+    scaled, items = drawn(tied=False, scale_items=True)
+    plain, _ = drawn(tied=False)
+    state = scaled.state_dict()
+    state["item_table.weight"] = state["item_table.weight"] * scaled.config.hidden_dim**0.5
+    plain.load_state_dict(state)
+    row = (items, SEGMENTS, POSITIONS)
+    torch.testing.assert_close(scaled.encode(*row), plain.encode(*row))
+
+
 def test_tied_tables_are_one_tensor():
     for tied in (True, False):
         model = Bert4Rec(small_model(tied=tied))

@@ -39,6 +39,7 @@ LIMIT = {torch.float32: 1e-5, torch.float64: 1e-10}
     multiple=st.sampled_from([1, 64]),
     causal=st.booleans(),
     table=st.sampled_from([None, 4, 16]),
+    scaled=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
 def test_packed_gathered_chunked_equals_plain_padded(
@@ -56,10 +57,12 @@ def test_packed_gathered_chunked_equals_plain_padded(
     multiple,
     causal,
     table,
+    scaled,
     dtype,
 ):
     shape = {"num_layers": layers, "tied": tied, "norm": norm, "head": head, "output_bias": bias}
-    model = small_model(**shape, position_origin=origin, causal=causal, table_dim=table)
+    tables = {"table_dim": table, "scale_items": scaled}
+    model = small_model(**shape, **tables, position_origin=origin, causal=causal)
     data = histories([*lengths, 2], seed)  # one history at least has a next item
     objective = "next_item" if causal else "cloze"
     plain = TrainConfig(batch_size=12, mask_prob=mask_prob, seed=seed, objective=objective, **PLAIN)
