@@ -164,7 +164,9 @@ class TrainConfig:
     head_multiple: Positive = 1  # scored rows of the output table are filled up to a multiple of this
     bucket_steps: Positive = 16  # sizes per octave of rows and targets; fewer (4) for compile_mode=graph
     # optimiser
-    optimizer: Literal["fused", "loop"] = "fused"  # loop: one tensor at a time, torch's default on CPU
+    optimizer: Literal["fused", "loop", "muon"] = (
+        "fused"  # AdamW; loop: torch's default on CPU; see `trainer`
+    )
     learning_rate: PositiveFloat = 1e-3
     weight_decay: NonNegativeFloat = 0.01
     lr_warmup_steps: NonNegative = 100  # optimiser steps of linear warm-up

@@ -287,14 +287,27 @@ def step_parts(
     if adapter is not None:  # frozen matrices are held in the type that products run in: no cast each step
         P, table, tensors = trained_parameters(model, adapter), 0, 8 * model.num_layers + 1
     table = 0 if model.tied else table  # whose gradient is sparse
-    loop = train.optimizer == "loop"
+    loop, muon = train.optimizer == "loop", []
+    if train.optimizer == "muon" and adapter is None:
+        muon = [_muon_part(model)]
+        P -= int(muon[0].elements)
     casts = 2 * (FP32 + HALF) * P if width == HALF else 0  # weights to 16 bits and gradients back
     return [
         *passes,
+        *muon,
         Part("AdamW", "update", 0.0, 28 * P * (3 if loop else 1), P, 12 * tensors if loop else 4),
         Part("gradient norm", "norm of gradients", 0.0, FP32 * (P - table), P - table, tensors + 6),
         Part("clear gradients, cast weights", "clear", 0.0, FP32 * table + casts, table, 4),
     ]
+
+
+def _muon_part(model: ModelConfig) -> Part:
+    """Return Muon's step of the encoder's matrices: five Newton-Schulz iterations of three products each."""
+    D, F = model.hidden_dim, model.ffn_factor * model.hidden_dim
+    shapes = model.num_layers * [(D, 3 * D), (D, D), (D, F), (D, F)] + [(D, D)] * (model.head == "mlp")
+    flops = sum(5 * 2 * m * m * (2 * n + m) for m, n in shapes)
+    elements = sum(m * n for m, n in shapes)
+    return Part("Muon", "product", flops, (20 + 5 * 4 * HALF) * elements, elements, 30 * len(shapes))
 
 
 def _pass_parts(
@@ -433,10 +446,12 @@ def training_memory(
         scaled = 2 * 4 * adapter.rank * ((N - 1) * T + G)  # A x of four matrices, and its scaled copy
         held += width * (scaled + trained + gate)
         peak = max(held, first)
+    # Muon keeps one number for each parameter, and AdamW two.
+    alone = _muon_part(model).elements if train.optimizer == "muon" and adapter is None else 0
     parts = {
         "weights": weights,
         "gradients": FP32 * trained,
-        "optimizer": 2 * FP32 * trained,
+        "optimizer": FP32 * (2 * trained - int(alone)),
         "activations": int(peak),
         "logits": int(_logits(model, train, shapes, width, device_type, memory_bytes)),
         "16-bit weights": HALF * trained if width == HALF else 0,

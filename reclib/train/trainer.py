@@ -106,17 +106,72 @@ def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
     return config.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * share)))
 
 
-def make_optimizer(model: SequenceModel, config: TrainConfig) -> torch.optim.AdamW:
-    """Return AdamW over the trained parameters; biases and norms are not decayed."""
+class Several:
+    """Several optimisers as one, each with some of the parameters."""
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        self.parts = parts
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of all parts."""
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self) -> None:
+        """Let each part take its step."""
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states of all parameters, numbered from the first part's on."""
+        states: dict[int, Any] = {}
+        for first, part in self._numbered():
+            states |= {first + index: state for index, state in part.state_dict()["state"].items()}
+        return {"state": states}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Take the states that `state_dict` returned."""
+        for first, part in self._numbered():
+            own = part.state_dict()
+            numbers = [number for group in own["param_groups"] for number in group["params"]]
+            own["state"] = {n: saved["state"][first + n] for n in numbers if first + n in saved["state"]}
+            part.load_state_dict(own)
+
+    def _numbered(self) -> Iterator[tuple[int, torch.optim.Optimizer]]:
+        first = 0
+        for part in self.parts:
+            yield first, part
+            first += sum(len(group["params"]) for group in part.param_groups)
+
+
+def make_optimizer(model: SequenceModel, config: TrainConfig) -> Any:
+    """Return AdamW over the trained parameters; biases and norms are not decayed.
+
+    With optimizer=muon the encoder's matrices have Muon instead (Jordan et al. 2024), its steps scaled to the
+    size of AdamW's, so that one learning rate serves both (Liu et al. 2025, arXiv 2502.16982, section 2.2).
+    Item tables, positions, biases and norms keep AdamW.
+    """
     (main, _), *others = model.parameter_groups()
-    decay = config.weight_decay
+    decay, matrices = config.weight_decay, []
+    if config.optimizer == "muon":
+        if not model.plain:
+            raise InputError("optimizer='muon' is for a model that is trained whole, not for an adapted one")
+        parts = ("blocks.", "transform.linear.")
+        named = model.named_parameters()
+        matrices = [p for name, p in named if p.requires_grad and p.dim() == 2 and name.startswith(parts)]
+        own = {id(p) for p in matrices}
+        main = [p for p in main if id(p) not in own]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in main if p.dim() > 1], "weight_decay": decay},
         {"params": [p for p in main if p.dim() <= 1], "weight_decay": 0.0},
     ]
     groups += [{"params": part, "weight_decay": decay, "rate_share": share} for part, share in others]
-    fused = config.optimizer == "fused"
-    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused, foreach=False)
+    rate = config.learning_rate
+    adam = torch.optim.AdamW(groups, lr=rate, fused=config.optimizer != "loop", foreach=False)
+    if not matrices:
+        return adam
+    muon = torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+    return Several(adam, muon)
 
 
 def clip_gradients(
@@ -253,7 +308,7 @@ def refuse_graphs(config: TrainConfig, precision: str, processes: int, adapted: 
     """Raise `InputError` where a whole step cannot be one CUDA graph: something is decided outside of it."""
     wrong = {
         "precision=fp16, whose scaler may skip a step": precision == "fp16",
-        "optimizer='loop'": config.optimizer != "fused",
+        f"optimizer={config.optimizer!r}": config.optimizer != "fused",
         "objective='seed_focal'": config.objective == "seed_focal",
         "micro-batches": config.micro_batch_size not in (None, config.batch_size),
         f"{processes} processes": processes > 1,

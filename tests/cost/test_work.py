@@ -30,6 +30,7 @@ CASES: list[tuple[dict, dict, list[AdapterPlan | None]]] = [
     (POST | {"head": "mlp", "dropout": 0.25}, {}, [None, GATED]),
     ({"causal": True}, {"objective": "next_item"}, [None, LORA]),
     ({"table_dim": 6}, {}, [None, LORA]),
+    ({"head": "mlp", "num_layers": 1}, {"optimizer": "muon"}, [None]),
     (POST | {"table_dim": 20, "head": "mlp"}, EVERYWHERE, [None, ILORA]),
     ({}, EVERYWHERE, [None, ILORA]),
 ]

@@ -99,6 +99,16 @@ def test_fused_and_looped_optimiser_agree():
         torch.testing.assert_close(weights(looped)[name], tensor, rtol=1e-4, atol=1e-4)
 
 
+def test_muon_moves_the_encoders_matrices_and_adamw_all_else():
+    muon = changed(SHORT, optimizer="muon", clip_norm=None)
+    (mixed, _), (adam, _) = (
+        run_steps(config, steps=1) for config in (muon, changed(muon, optimizer="fused"))
+    )
+    for name, tensor in weights(mixed).items():
+        is_matrix = name.startswith("blocks.") and tensor.dim() == 2
+        assert torch.equal(tensor, weights(adam)[name]) != is_matrix, name
+
+
 def test_warm_up_rises_and_cosine_ends_at_its_share():
     config = TrainConfig(learning_rate=0.1, lr_warmup_steps=4, lr_final_share=0.1)
     rates = [learning_rate(step, 20, config) for step in range(1, 21)]
@@ -317,7 +327,10 @@ def test_the_best_weights_on_validation_are_returned_and_early_stop_counts(datas
     assert len(values) < 40
 
 
-def test_a_stopped_run_continues_to_the_same_bits(dataset, tmp_path):
+@pytest.mark.parametrize("optimizer", ["fused", "muon"])
+def test_a_stopped_run_continues_to_the_same_bits(dataset, tmp_path, optimizer):
+    config = changed(SHORT, optimizer=optimizer)
+
     class Stop(Exception):
         pass
 
@@ -329,11 +342,11 @@ def test_a_stopped_run_continues_to_the_same_bits(dataset, tmp_path):
         return on_step
 
     model = model_for(dataset)
-    whole = fit(model, dataset, SHORT, CPU, tmp_path / "whole")
+    whole = fit(model, dataset, config, CPU, tmp_path / "whole")
     for step in (3, 11, 17, 25):  # inside epochs, right before and after evaluations
         with pytest.raises(Stop):
-            fit(model, dataset, SHORT, CPU, tmp_path / "parts", Options(on_step=stop_at(step)))
-    parts = fit(model, dataset, SHORT, CPU, tmp_path / "parts")
+            fit(model, dataset, config, CPU, tmp_path / "parts", Options(on_step=stop_at(step)))
+    parts = fit(model, dataset, config, CPU, tmp_path / "parts")
     assert same(weights(parts), weights(whole))
     clock = {"train_seconds", "eval_seconds"}
     for one, other in zip(whole.progress.history, parts.progress.history, strict=True):
