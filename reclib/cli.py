@@ -115,6 +115,11 @@ def _run_command(given: argparse.Namespace) -> int:
             expected = isinstance(error, runner.NotebookFailed | InputError | OSError)
             failed.append(name)
             print(f"{name} {'' if expected else type(error).__name__ + ': '}{error}", file=sys.stderr)
+        if given.command == "run-all" and not given.commit and len(jobs) > 1:
+            try:
+                _rebuild()
+            except Exception as error:  # the page is rebuilt again, and the study is worth more
+                print(f"page not rebuilt: {type(error).__name__}: {error}", file=sys.stderr)
 
     runner.run_all(jobs, devices, work)
     if failed and len(jobs) > 1:
@@ -212,8 +217,8 @@ def _refresh_command(given: argparse.Namespace) -> int:
 # -- what is there -------------------------------------------------------------------------------------------
 
 
-def _collect_command(given: argparse.Namespace) -> int:
-    """Rebuild the figures from the newest record of everything.
+def _rebuild() -> tuple[Path, int]:
+    """Rebuild the figures from the newest record of everything; return their folder and count.
 
     Those of the repository's records go to figures/. Where this user has records, they stand beside those,
     and all goes to runs/figures/.
@@ -221,11 +226,17 @@ def _collect_command(given: argparse.Namespace) -> int:
     from reclib.report import figures
 
     own = system.executed() != system.committed() and records.files(system.executed())
-    folder = system.runs() / "figures" if own else system.figures()
+    roots, folder = [system.committed()], system.figures()
+    if own:
+        roots, folder = records.roots(), system.runs() / "figures"
     with system.lock("figures", print):
-        written = figures.collect(records.roots(), folder)
+        return folder, len(figures.collect(roots, folder))
+
+
+def _collect_command(given: argparse.Namespace) -> int:
+    folder, count = _rebuild()
     shown = folder.relative_to(system.root()) if folder.is_relative_to(system.root()) else folder
-    print(f"{len(written)} files in {shown}/, start with index.html")
+    print(f"{count} files in {shown}/, start with index.html")
     return 0
 
 
