@@ -39,7 +39,6 @@ from plotly.offline import get_plotlyjs
 from reclib import records, system
 from reclib.config import InputError
 from reclib.evaluate import statistics
-from reclib.parameters import NOTEBOOKS
 from reclib.report import accuracy_figures, data_figures, findings, scaling_figures, speed_figures, tables
 from reclib.report.style import HEIGHT, PLOTLY_MIME, Chart
 from reclib.report.tables import PROFILES, Record
@@ -428,7 +427,7 @@ def index(
         chapter, question = findings.CHAPTERS.get(name), texts.get(name) or Question("", Markup())
         here = [card for card in rest if card.spec.notebook == name]
         lead = _of_most_work([card for card in here if chapter and card.spec.name == chapter.lead])
-        title = question.heading or (chapter.title if chapter else name[3:].replace("_", " ").capitalize())
+        title = question.heading or name[3:].replace("_", " ").capitalize()
         about: dict[str, Any] = {
             "id": name,
             "number": name[:2],
@@ -470,23 +469,14 @@ def _section(
         answers += first
         details += more
     lead = lead or next(iter(cards), None)
-    section: dict[str, Any] = {
+    return {
         "answers": answers,
         "details": details,
         "lead": lead,
-        "command": "",
-        "opens": "",
-        "absent": "",
+        "others": [card for card in cards if card is not lead],
+        "origin": origin(work) if work else None,
+        "command": "" if work else f"python -m reclib run {notebooks[0][:2]} --profile quick",
     }
-    section |= {"others": [card for card in cards if card is not lead]}
-    section |= {"origin": origin(work) if work else None}
-    if not work and notebooks[0] in NOTEBOOKS:
-        section["absent"] = "No record of this notebook is here yet. To make one:"
-        section["command"] = f"python -m reclib run {notebooks[0][:2]} --profile quick"
-    elif not work:
-        section["absent"] = "This notebook is for a person, not for a batch:"
-        section |= {"command": "make lab", "opens": f"{notebooks[0]}.ipynb"}
-    return section
 
 
 def _sentences(name: str, work: Sequence[Record], problems: list[str]) -> tuple[list[str], list[str]]:

@@ -10,9 +10,8 @@ import contextlib
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
@@ -38,11 +37,9 @@ from reclib.report.tables import (
 Results = Mapping[str, Sequence[Record]]  # the records of one dataset, by name
 
 
-@dataclass(frozen=True)
-class Chapter:
-    """A notebook's short title, what its records say, and the figure that shows most of it."""
+class Chapter(NamedTuple):
+    """What a notebook's records say, and the figure that shows most of it."""
 
-    title: str
     findings: Callable[[Results], list[str]]
     lead: str = ""  # name of a figure; "" for the first
 
@@ -51,11 +48,6 @@ def sentences(notebook: str, records: Iterable[Record]) -> list[str]:
     """Return what the records of one notebook and dataset say, the answer first."""
     chapter = CHAPTERS.get(notebook)
     return chapter.findings(_by(records, lambda record: record["name"])) if chapter else []
-
-
-def text(notebook: str, *records: Record) -> str:
-    """Return the findings of a notebook's own records as a list in Markdown."""
-    return "\n".join(f"- {sentence}" for sentence in sentences(notebook, records))
 
 
 def _by(records: Iterable[Record], key: Callable[[Record], Any]) -> dict[str, list[Record]]:
@@ -800,12 +792,12 @@ def _of_counts(datasets: Mapping[str, Sequence[Record]]) -> list[str]:
 
 
 CHAPTERS: dict[str, Chapter] = {
-    "01_data_prep": Chapter("The data", _of_data, "last_items"),
-    "02_baseline": Chapter("The baseline", _of_baseline, "comparison"),
-    "03_scaling": Chapter("Scaling", _of_scaling, "scaling_curve"),
-    "04_amp_compile": Chapter("Speed", _of_speed, "step_time"),
-    "05_ilora": Chapter("Adapters", _of_adapters, "gate_comparison"),
-    "06_hardware": Chapter("Devices", _of_devices_and_plans),
-    "07_explore": Chapter("Explorer", _of_plans),
-    "08_audit": Chapter("Audit", _of_audit),
+    "01_data_prep": Chapter(_of_data, "last_items"),
+    "02_baseline": Chapter(_of_baseline, "comparison"),
+    "03_scaling": Chapter(_of_scaling, "scaling_curve"),
+    "04_amp_compile": Chapter(_of_speed, "step_time"),
+    "05_ilora": Chapter(_of_adapters, "gate_comparison"),
+    "06_hardware": Chapter(_of_devices_and_plans),
+    "07_explore": Chapter(_of_plans),
+    "08_audit": Chapter(_of_audit),
 }

@@ -146,13 +146,17 @@ class Chart(go.Figure):
         """Show the figure, and in its place, where nothing draws it, its title and where it is drawn."""
         from IPython.display import display
 
+        bundle = self._repr_mimebundle_()
+        if PLOTLY_MIME not in bundle:  # not in JupyterLab: plotly knows how to show it there
+            super()._ipython_display_()
+            return
         title = self.layout.title
         lines = [title.text, *(title.subtitle.text or "").split("<br>")]
-        lines = [escape(re.sub("<[^>]*>", "", line)) for line in lines if line]
+        head, *more = (escape(re.sub("<[^>]*>", "", line)) for line in lines if line)
         where = f" and in {self._page}" if self._page else ""
-        text = f"<p><strong>{lines[0]}</strong><br>{'<br>'.join(lines[1:])}</p>"
+        text = f"<p><strong>{head}</strong><br>{'<br>'.join(more)}</p>"
         text += f"<p><em>This figure is drawn in JupyterLab{where}.</em></p>"
-        display({"text/html": text} | self._repr_mimebundle_(), raw=True)
+        display({"text/html": text} | bundle, raw=True)
 
     def _draw(self, add: Any, x: Any, y: Any, of: Any, hover: str | None, trace: dict[str, Any]) -> None:
         values = {"x": of[x] if isinstance(x, str) else x, "y": of[y] if isinstance(y, str) else y}
