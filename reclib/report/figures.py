@@ -19,7 +19,6 @@ import json
 import os
 import re
 import shutil
-import struct
 import subprocess
 import sys
 import tempfile
@@ -548,13 +547,11 @@ _SECONDS = 60  # for one picture
 def browser() -> str:
     """Return the browser that draws; `InputError` where there is none."""
     given = os.environ.get("RECLIB_CHROMIUM")
-    for name in [given] if given else BROWSERS:
-        if program := shutil.which(name):
-            return program
-    if given:
-        raise InputError(f"RECLIB_CHROMIUM={given}: no such program; pictures need Chromium or Chrome")
+    names = [given] if given else BROWSERS
+    if program := next(filter(None, map(shutil.which, names)), None):
+        return program
     raise InputError(
-        f"no browser to draw pictures with: none of {', '.join(BROWSERS)} is installed; "
+        f"no browser to draw pictures with: none of {', '.join(names)} is installed; "
         "install Chromium or Chrome, or name one in RECLIB_CHROMIUM"
     )
 
@@ -588,6 +585,7 @@ def draw(rows: Sequence[Record], out_dir: Path) -> list[Path]:
     out_dir.mkdir(parents=True, exist_ok=True)
     files = []
     with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / PLOTLY).write_text(get_plotlyjs(), encoding="utf-8")
         for name, some in main_figures(rows).items():
             figure = show(name, *some)
             drawn = Path(folder) / f"{name}.png"
@@ -600,7 +598,7 @@ def draw(rows: Sequence[Record], out_dir: Path) -> list[Path]:
 def photograph(program: str, html: Path, picture: Path, height: int, width: int = WIDTH) -> None:
     """Write what a browser shows of a local page as a PNG of `width` by `height` pixels, in light colours.
 
-    Raises `InputError` when the browser fails, takes too long or gives another size.
+    Raises `InputError` when the browser fails or takes too long.
     """
     name = Path(program).name
     with tempfile.TemporaryDirectory() as profile:  # nothing of a person's own browser
@@ -615,17 +613,6 @@ def photograph(program: str, html: Path, picture: Path, height: int, width: int 
     if done.returncode or not picture.is_file():
         reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise InputError(f"{name} could not draw {html.name}: {reason}")
-    if (got := size(picture)) != (width, height):
-        raise InputError(f"{name} drew {html.name} as {got[0]} x {got[1]}, not {width} x {height}")
-
-
-def size(picture: Path) -> tuple[int, int]:
-    """Return width and height of a PNG in pixels, from its header."""
-    header = picture.read_bytes()[:24]
-    if header[:8] != b"\x89PNG\r\n\x1a\n" or len(header) < 24:
-        raise InputError(f"{picture.name}: not a PNG")
-    width, height = struct.unpack(">II", header[16:24])
-    return width, height
 
 
 def pictures_main(arguments: Sequence[str] | None = None) -> int:

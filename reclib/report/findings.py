@@ -794,7 +794,7 @@ def _of_counts(datasets: Mapping[str, Sequence[Record]]) -> list[str]:
 CHAPTERS: dict[str, Chapter] = {
     "01_data_prep": Chapter(_of_data, "last_items"),
     "02_baseline": Chapter(_of_baseline, "comparison"),
-    "03_scaling": Chapter(_of_scaling, "scaling_curve"),
+    "03_scaling": Chapter(_of_scaling, "scaling_accuracy"),
     "04_amp_compile": Chapter(_of_speed, "step_time"),
     "05_ilora": Chapter(_of_adapters, "gate_comparison"),
     "06_hardware": Chapter(_of_devices_and_plans),
