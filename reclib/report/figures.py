@@ -524,7 +524,8 @@ def _counted(texts: set[str], what: str) -> str:
 
 def _most_work(rows: Sequence[Record]) -> tuple[int, bool, str]:
     """Return what ranks records: the longest profile, then seeds enough for a claim, then the newest."""
-    return max((PROFILES.index(r["profile"]), _may_claim(r), r["time"]) for r in rows)
+    enough = len({r.get("seed") for r in rows} - {None}) >= statistics.MIN_SEEDS
+    return max((PROFILES.index(r["profile"]), enough or _may_claim(r), r["time"]) for r in rows)
 
 
 def _may_claim(row: Record) -> bool:
