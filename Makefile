@@ -69,7 +69,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 lab: $(INSTALLED)
-	$(BIN)/jupyter lab --ip 127.0.0.1 notebooks
+	$(BIN)/jupyter lab --ip 127.0.0.1 --LabApp.default_url=/lab/tree/notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
 
 gpu: $(INSTALLED)
 	@$(BIN)/python benchmarks/gpu.py --out gpu-row || [ $$? = 1 ]  # 1: a stage failed, the others count

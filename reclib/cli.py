@@ -23,6 +23,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -115,6 +116,11 @@ def _run_command(given: argparse.Namespace) -> int:
             expected = isinstance(error, runner.NotebookFailed | InputError | OSError)
             failed.append(name)
             print(f"{name} {'' if expected else type(error).__name__ + ': '}{error}", file=sys.stderr)
+        if given.command == "run-all" and not given.commit:
+            try:
+                _rebuild()
+            except Exception as error:  # the page is rebuilt again, and the study is worth more
+                print(f"page not rebuilt: {type(error).__name__}: {error}", file=sys.stderr)
 
     runner.run_all(jobs, devices, work)
     if failed and len(jobs) > 1:
@@ -212,8 +218,8 @@ def _refresh_command(given: argparse.Namespace) -> int:
 # -- what is there -------------------------------------------------------------------------------------------
 
 
-def _collect_command(given: argparse.Namespace) -> int:
-    """Rebuild the figures from the newest record of everything.
+def _rebuild() -> tuple[Path, int]:
+    """Rebuild the figures from the newest record of everything; return their folder and count.
 
     Those of the repository's records go to figures/. Where this user has records, they stand beside those,
     and all goes to runs/figures/.
@@ -221,29 +227,37 @@ def _collect_command(given: argparse.Namespace) -> int:
     from reclib.report import figures
 
     own = system.executed() != system.committed() and records.files(system.executed())
-    folder = system.runs() / "figures" if own else system.figures()
+    roots, folder = [system.committed()], system.figures()
+    if own:
+        roots, folder = records.roots(), system.runs() / "figures"
     with system.lock("figures", print):
-        written = figures.collect(records.roots(), folder)
+        return folder, len(figures.collect(roots, folder))
+
+
+def _collect_command(given: argparse.Namespace) -> int:
+    folder, count = _rebuild()
     shown = folder.relative_to(system.root()) if folder.is_relative_to(system.root()) else folder
-    print(f"{len(written)} files in {shown}/, start with index.html")
+    print(f"{count} files in {shown}/, start with index.html")
     return 0
 
 
 def status() -> list[tuple[str, str, str, int]]:
     """Return (notebook, label, state, number of records) for each notebook and device that has any.
 
-    A device that notebooks ran on (cpu, where none did) has all of them.
+    A device that notebooks ran on (cpu, where none did) has all of them, one that is only predicted for none.
 
     States: running, done (by this checkout, with this code), stale (code or parameters files changed since),
     recorded (an executed notebook that this checkout did not make), failed (or not through), missing.
     """
-    rows = [(row["notebook"], row["label"]) for row in records.read(records.roots())]
+    rows = records.read(records.roots())
+    counts = Counter((row["notebook"], row["label"]) for row in rows)
+    measured = {(row["notebook"], row["label"]) for row in rows if row["kind"] == "measured"}
     ran = {file.parent.name for root in records.roots() for file in root.glob("*/*.ipynb")} or {"cpu"}
     return [
-        (notebook, label, Job.last(notebook, label).state(), rows.count((notebook, label)))
+        (notebook, label, Job.last(notebook, label).state(), counts[notebook, label])
         for notebook in present()
-        for label in sorted(ran | {label for _, label in rows})
-        if label in ran or (notebook, label) in rows
+        for label in sorted(ran | {label for _, label in measured})
+        if label in ran or (notebook, label) in measured
     ]
 
 

@@ -109,7 +109,7 @@ def metric_comparison(rows: pd.DataFrame) -> go.Figure:
 
 def comparison(rows: pd.DataFrame) -> go.Figure:
     """Every model's paired difference from the reference, with its interval, and what may be said of it."""
-    rows = _with_claims(style.named(rows))
+    rows = _with_claims(style.named(rows[rows["against"] == rows["against"].iloc[0]]))
     shown = [metric for metric in _TITLES if (rows["metric"] == metric).any()]
     first = rows[rows["metric"] == shown[0]]
     order = list(first.sort_values("difference", ascending=False)["model"])
@@ -120,7 +120,7 @@ def comparison(rows: pd.DataFrame) -> go.Figure:
         # Claims stand on the right, clear of the intervals.
         low = min(part["difference_low"].min(), 0)
         high = max(part["difference_high"].max(), part["detectable"].max(), 0)
-        room = 0.62 * (high - low)
+        room = 0.3 * (high - low)
         figure.update_xaxes(range=[low - 0.05 * room, high + room], **place)
         figure.add_vline(0, line=_ZERO, **place)
         for name, claim in zip(part["model"], part["claim"], strict=True):

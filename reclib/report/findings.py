@@ -10,9 +10,8 @@ import contextlib
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
@@ -38,11 +37,9 @@ from reclib.report.tables import (
 Results = Mapping[str, Sequence[Record]]  # the records of one dataset, by name
 
 
-@dataclass(frozen=True)
-class Chapter:
-    """A notebook's short title, what its records say, and the figure that shows most of it."""
+class Chapter(NamedTuple):
+    """What a notebook's records say, and the figure that shows most of it."""
 
-    title: str
     findings: Callable[[Results], list[str]]
     lead: str = ""  # name of a figure; "" for the first
 
@@ -53,11 +50,6 @@ def sentences(notebook: str, records: Iterable[Record]) -> list[str]:
     return chapter.findings(_by(records, lambda record: record["name"])) if chapter else []
 
 
-def text(notebook: str, *records: Record) -> str:
-    """Return the findings of a notebook's own records as a list in Markdown."""
-    return "\n".join(f"- {sentence}" for sentence in sentences(notebook, records))
-
-
 def _by(records: Iterable[Record], key: Callable[[Record], Any]) -> dict[str, list[Record]]:
     """Return records by a name of theirs, in their order."""
     named: dict[str, list[Record]] = {}
@@ -66,6 +58,7 @@ def _by(records: Iterable[Record], key: Callable[[Record], Any]) -> dict[str, li
     return named
 
 
+TOO_FEW = "Too few seeds for a claim"  # how an answer begins that is none
 COUNTS = tuple(name for name in BASELINES if not name.endswith("_with_validation"))
 
 
@@ -172,25 +165,30 @@ def _verdict(compared: Sequence[Record], models: Mapping[str, Mapping[str, Any]]
     Counts that had the validation item, which the model did not, do not decide.
     """
     against, seeds = compared[0]["own_params"]["against"], compared[0]["metrics"]["reference_seeds"]
-    m = models[against]
-    own = f"{model_name(against)} {m['ndcg@10']:.3f}"
+    m, name, where = models[against], model_name(against), f"on {_place(compared)}"
+    own = f"{name} {m['ndcg@10']:.3f}"
     if m.get("ndcg@10_low") is not None:
         own += f" [{m['ndcg@10_low']:.3f}, {m['ndcg@10_high']:.3f}]"
-    own += f", {_seeds(seeds)}"
     rated = sorted(compared, key=lambda r: -models[_model(r)]["ndcg@10"])
-    by_word = _by((r for r in rated if _model(r) in COUNTS), lambda r: _claim(r["metrics"]))
+    counts = [r for r in rated if _model(r) in COUNTS]
+    if not statistics.enough([seeds]):
+        listed = ", ".join(
+            _ranked(r, models) for r in rated if _model(r) in COUNTS or _model(r) not in BASELINES
+        )
+        return f"{TOO_FEW} ({seeds:.0f}) {where}: NDCG@10 {own}; {listed}."
+    own += f", {_seeds(seeds)}"
+    by_word = _by(counts, lambda r: _claim(r["metrics"]))
     named = {word: ", ".join(_ranked(r, models) for r in rows) for word, rows in by_word.items()}
-    where = f"on {_place(compared)}"
+    beaten = f"; {name} beats {named['worse']}" if "worse" in named else ""
     if "better" in named:
-        answer = f"No {where}: {named['better']} beat{'s' * (len(by_word['better']) == 1)} {own} (NDCG@10)"
-        answer += f"; {model_name(against)} beats {named['worse']}" if "worse" in named else ""
+        beat = "beats" if len(by_word["better"]) == 1 else "beat"
+        answer = f"No {where}: {named['better']} {beat} {own} (NDCG@10){beaten}"
     elif set(named) == {"worse"}:
-        best = _ranked(by_word["worse"][0], models)
-        answer = f"Yes {where}: {own} (NDCG@10), beats every count scored, the best of them {best}"
+        answer = f"Yes {where}: {own} (NDCG@10), beats every count scored, the best of them "
+        answer += _ranked(by_word["worse"][0], models)
     elif named:
         unclear = "; ".join(f"{word}: {text}" for word, text in named.items() if word != "worse")
-        answer = f"Not shown {where}: {own} (NDCG@10), is not told apart from every count; {unclear}"
-        answer += f"; {model_name(against)} beats {named['worse']}" if "worse" in named else ""
+        answer = f"Not shown {where}: {own} (NDCG@10), is not told apart from every count; {unclear}{beaten}"
     else:
         answer = f"{where[:1].upper()}{where[1:]} {own} (NDCG@10); no count was compared"
     others = [f"{_ranked(r, models)}: {_claim(r['metrics'])}" for r in rated if _model(r) not in BASELINES]
@@ -225,7 +223,7 @@ def _of_scaling(results: Results) -> list[str]:
         seeds = min(len(small), len(large))
         count = f", {_seeds(seeds)}"
         if seeds < statistics.MIN_SEEDS:
-            word, count = f"Too few seeds for a claim ({seeds})", ""
+            word, count = f"{TOO_FEW} ({seeds})", ""
         sentences.append(
             f"{word} on {_place(curves).removeprefix('scaling-')}: NDCG@10 on validation is "
             f"{np.mean(small):.3f} for {sizes[0]}, {np.mean(large):.3f} for {sizes[-1]}, the largest{count}."
@@ -794,12 +792,12 @@ def _of_counts(datasets: Mapping[str, Sequence[Record]]) -> list[str]:
 
 
 CHAPTERS: dict[str, Chapter] = {
-    "01_data_prep": Chapter("The data", _of_data, "last_items"),
-    "02_baseline": Chapter("The baseline", _of_baseline, "comparison"),
-    "03_scaling": Chapter("Scaling", _of_scaling, "scaling_curve"),
-    "04_amp_compile": Chapter("Speed", _of_speed, "step_time"),
-    "05_ilora": Chapter("Adapters", _of_adapters, "gate_comparison"),
-    "06_hardware": Chapter("Devices", _of_devices_and_plans),
-    "07_explore": Chapter("Explorer", _of_plans),
-    "08_audit": Chapter("Audit", _of_audit),
+    "01_data_prep": Chapter(_of_data, "last_items"),
+    "02_baseline": Chapter(_of_baseline, "comparison"),
+    "03_scaling": Chapter(_of_scaling, "scaling_accuracy"),
+    "04_amp_compile": Chapter(_of_speed, "step_time"),
+    "05_ilora": Chapter(_of_adapters, "gate_comparison"),
+    "06_hardware": Chapter(_of_devices_and_plans),
+    "07_explore": Chapter(_of_plans),
+    "08_audit": Chapter(_of_audit),
 }

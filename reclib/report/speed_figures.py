@@ -111,6 +111,7 @@ def operators(rows: pd.DataFrame) -> go.Figure:
     """Own time of the operators of one eager step."""
     figure, hover = single(), "%{y}: %{x:.3f} ms in %{customdata:.0f} calls"
     more = {"text": rows["share"].map("{:.0%}".format), "textposition": "auto", "customdata": rows["calls"]}
+    rows = rows.assign(operator=rows["operator"].str.removeprefix("aten::").str.replace("_", " ").str.strip())
     figure.bars(rows, rows["seconds"] * 1e3, "operator", BLUE, hover, **more)
     figure.update_xaxes(title_text="own time per step (ms)")
     figure.categories(list(rows["operator"]))
@@ -225,11 +226,18 @@ def throughput(rows: pd.DataFrame) -> go.Figure:
 
 def memory_by_size(rows: pd.DataFrame) -> go.Figure:
     """Peak memory of each size, and what each device has."""
-    figure, sizes, order = _device_panels(_one_each(_named(rows)), "peak_memory_bytes", GIB, "GiB")
+    rows = _one_each(_named(rows))
+    figure, sizes, order = _device_panels(rows, "peak_memory_bytes", GIB, "GiB")
     for column, _ in enumerate(sizes, 1):
         _what_it_has(figure, order, {"size": 14, "line": {"width": 2, "color": ORANGE}}, **at(1, column))
     figure.update_xaxes(**log_axis([0.3, 150], most=4), range=list(np.log10([0.3, 200])))
-    return _finish(figure, order, "Peak memory: a mark left of the device's orange line fits")
+    has = rows["device"].map({name: board.memory_bytes for name, board in hardware.catalogue().items()})
+    over = rows[(style.column(rows, "peak_memory_bytes") > has) & rows["size"].isin(sizes)]
+    needs = ", ".join(
+        f"{size} on {device}" for size, device in zip(over["size"], over["device"], strict=True)
+    )
+    title = f"More than the device has, its orange line: {needs}" if needs else "Every size fits on every GPU"
+    return _finish(figure, order, f"{title}, at these batches")
 
 
 def _what_it_has(figure: style.Chart, devices: list[str], look: dict[str, Any], **trace: Any) -> None:
@@ -254,7 +262,7 @@ def roofline(rows: pd.DataFrame) -> go.Figure:
         color, part = PALETTE[number % len(PALETTE)], rows[rows["device"] == name]
         if (roof := _roof(name)) is not None:
             x = np.logspace(0, 4, 60)
-            dash = "dot" if number >= len(PALETTE) else "dash"
+            dash = ("dash", "dot", "dashdot", "longdash")[number // len(PALETTE) % 4]
             look = {"width": 1.5, "dash": "solid" if name in planner.cpus() else dash}
             figure.path("measured", x, np.minimum(roof[0], roof[1] * x), color, None, line=look, name=name)
         for kind, some in part.groupby("kind"):
@@ -446,7 +454,7 @@ def by_device(rows: pd.DataFrame) -> go.Figure:
     order = [*sorted(set(devices["device"]) - set(boards)), *boards]
     figure = panels(2, spacing=0.05, legend=True, shared_yaxes=True)
     peaks = rows.groupby("device")["bytes"].sum().loc[devices["device"]] / GIB
-    figure.dots(kind, list(peaks), devices["device"], BLUE, "%{y}: %{x:.3~g} GiB", name="peak", **at(1, 1))
+    figure.dots(kind, list(peaks), devices["device"], GREEN, "%{y}: %{x:.3~g} GiB", name="peak", **at(1, 1))
     black = {"size": 16, "line": {"width": 2, "color": INK}}
     _what_it_has(figure, order, black, name="what it has", **at(1, 1))
     fits = devices["status"].eq("ok")

@@ -8,7 +8,9 @@ people with any colour vision can tell apart; the background is white whatever p
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
+from html import escape
 from textwrap import wrap
 from typing import Any
 
@@ -25,6 +27,7 @@ FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, s
 
 # In pixels: of a figure that states no other, of a row of a categorical axis, of a letter of a line's name.
 HEIGHT, ROW_HEIGHT, LETTER = 400, 38, 7.5
+PLOTLY_MIME = "application/vnd.plotly.v1+json"
 NOTE, NARROW = 100, 18  # letters of a line under the title, and of a name above its line's end
 GAP = 0.075  # between names at line ends, in shares of the highest value
 MOST_TICKS = 6  # of a logarithmic axis: more overlap in a panel of a third of the width
@@ -136,6 +139,24 @@ class Chart(go.Figure):
     are; the text on hovering, which is plotly's own where it is empty and absent where it is None; further
     settings of plotly's trace, of which `marker` and `line` change the look of the kind.
     """
+
+    _page = ""  # where else it is to be seen, for who opens an executed notebook
+
+    def _ipython_display_(self) -> None:
+        """Show the figure, and in its place, where nothing draws it, its title and where it is drawn."""
+        from IPython.display import display
+
+        bundle = self._repr_mimebundle_()
+        if PLOTLY_MIME not in bundle:  # not in JupyterLab: plotly knows how to show it there
+            super()._ipython_display_()
+            return
+        title = self.layout.title
+        lines = [title.text, *(title.subtitle.text or "").split("<br>")]
+        head, *more = (escape(re.sub("<[^>]*>", "", line)) for line in lines if line)
+        where = f" and in {self._page}" if self._page else ""
+        text = f"<p><strong>{head}</strong><br>{'<br>'.join(more)}</p>"
+        text += f"<p><em>This figure is drawn in JupyterLab{where}.</em></p>"
+        display({"text/html": text} | bundle, raw=True)
 
     def _draw(self, add: Any, x: Any, y: Any, of: Any, hover: str | None, trace: dict[str, Any]) -> None:
         values = {"x": of[x] if isinstance(x, str) else x, "y": of[y] if isinstance(y, str) else y}

@@ -99,11 +99,6 @@ def profile(name: str) -> str:
     return "long runs, committed" if name == "grid" else f"profile {name}"
 
 
-def is_ablation(dataset: str) -> bool:
-    """Return whether records under this data name are of an ablation grid."""
-    return dataset.startswith(_ABLATIONS)
-
-
 def chooses(dataset: str) -> bool:
     """Return whether records under this data name are of a grid that recipes are chosen from."""
     return dataset.startswith((*_ABLATIONS, "trials-")) or dataset.endswith("-rates")

@@ -62,6 +62,12 @@ def test_the_page_of_figures_reads_on_a_phone_in_the_dark_without_a_server(brows
         assert page.evaluate("document.documentElement.scrollWidth") <= 390  # nothing to scroll sideways
         paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert max(int(part) for part in paper.removeprefix("rgb(").rstrip(")").split(",")) < 64, paper
+        folded = page.locator("details.more").first.locator("iframe").first
+        assert folded.get_attribute("src") is None
+        page.locator("details.more > summary").first.click()
+        folded.content_frame.locator(TRACES).first.wait_for(state="attached")
+        plot = folded.content_frame.locator(".main-svg").first
+        assert 300 < plot.evaluate("drawn => drawn.getBoundingClientRect().width") <= 390
         assert errors == []
 
 
@@ -74,15 +80,3 @@ def test_the_page_of_figures_reads_from_a_server_and_by_the_keyboard(browser, se
         page.keyboard.press("Enter")
         assert page.evaluate("location.hash").startswith("#")
         assert [said for said in errors if "favicon" not in said and "404" not in said] == []
-
-
-def test_folded_figures_are_loaded_when_they_are_unfolded_and_have_the_size_of_their_frame(browser):
-    with opened(browser, viewport={"width": 390, "height": 800}) as (page, errors):
-        page.goto((ROOT / "figures/index.html").as_uri(), wait_until="domcontentloaded")
-        folded = page.locator("details.more").first.locator("iframe").first
-        assert folded.get_attribute("src") is None
-        page.locator("details.more > summary").first.click()
-        folded.content_frame.locator(TRACES).first.wait_for(state="attached")
-        plot = folded.content_frame.locator(".main-svg").first
-        assert 300 < plot.evaluate("drawn => drawn.getBoundingClientRect().width") <= 390
-        assert errors == []

@@ -27,8 +27,8 @@ from reclib.report import figures, findings, style, tables
 STUDY = {"profile": "quick", "data": {"name": "ml-100k", "fingerprint": "abcd"}}
 CURVE = {"epoch": [1, 2, 3, 4], "train_loss": [7.0, 6.0, 5.5, 5.4]}
 CURVE |= {"valid_ndcg@10": [None, 0.05, None, 0.07]}
-DRAWN = [  # the others are of grids alone
-    spec for spec in figures.FIGURES if "ml-100k".startswith(spec.of) and spec.choose is None
+DRAWN = [  # the others are of several sweeps and datasets
+    spec for spec in figures.FIGURES if spec.name != "scaling_sweeps" and spec.choose is None
 ]
 SPEED = figure_records.speed()
 
@@ -142,6 +142,46 @@ def test_a_rebuild_touches_no_file_removes_old_figures_and_leaves_others_alone(r
     times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     figures.build(json.loads(json.dumps(records[:2])), tmp_path)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == times
+
+
+def test_what_is_drawn_already_is_taken_as_it_is(records, built, tmp_path, monkeypatch):
+    (tmp_path / "executed").mkdir()
+    monkeypatch.setenv("RECLIB_ROOT", str(tmp_path))
+    shutil.copytree(built, system.figures())
+    there = {drawing.file: drawing for drawing in figures.drawings(tables.distinct(records[:2]))}
+    monkeypatch.setattr(figures, "show", lambda *_: pytest.fail("drawn again"))
+    for folder, known in ((built, {}), (tmp_path / "own", there)):
+        figures.build(records if folder == built else records[:2], folder, there=known)
+    drawn = content(tmp_path / "own")
+    assert drawn["preparation_ml-100k_cpu.html"] == content(built)["preparation_ml-100k_cpu.html"]
+    assert len(drawn) == 4
+
+
+def test_an_executed_notebook_is_a_page_whose_outputs_run_no_script(records, tmp_path, monkeypatch):
+    shown, place = [], tmp_path / "executed/cpu"
+    monkeypatch.setattr("IPython.display.display", lambda data, raw: shown.append(data))
+    monkeypatch.setattr("plotly.io.renderers.default", "plotly_mimetype")
+    figures.show("preparation", records[0])._ipython_display_()
+    assert "The k-core" in shown[0]["text/html"]
+    assert "figures/index.html, question 01" in shown[0]["text/html"]
+    outputs = [{"output_type": "display_data", "data": data} for data in (*shown, {"text/html": HOSTILE})]
+    cells = [{"cell_type": "code", "source": ["1 < 2"], "outputs": outputs}]
+    cells.append({"cell_type": "markdown", "source": "# A title\n[two](02_baseline.ipynb)"})
+    place.mkdir(parents=True)
+    for name in ("01_data_prep", "01_data_prep.failed"):
+        (place / f"{name}.ipynb").write_text(json.dumps({"cells": cells}))
+    figures.build(records[:1], tmp_path / "out", roots=[place.parent])
+    html = (tmp_path / "out/01_data_prep_cpu.html").read_text()
+    (nonce,) = re.findall("script-src 'nonce-([0-9a-f]{32})'", html)
+    assert html.count(f'<script nonce="{nonce}"') == 2  # plotly, and what draws
+    for part in ("<pre>1 &lt; 2</pre>", "<h1>A title</h1>", "index.html#02_baseline", '"text": "The k-core'):
+        assert part in html, part
+    page = (tmp_path / "out/index.html").read_text()
+    assert '<a href="01_data_prep_cpu.html">cpu</a>' in page
+    monkeypatch.setitem(sys.modules, "mistune", None)
+    figures.build(records[:1], tmp_path / "out", roots=[place.parent])
+    assert '<a href="../executed/cpu/01_data_prep.ipynb">cpu</a>' in (tmp_path / "out/index.html").read_text()
+    assert not (tmp_path / "out/01_data_prep_cpu.html").exists()
 
 
 class Addresses(HTMLParser):
@@ -283,8 +323,7 @@ def test_a_notebook_without_records_says_how_to_run_it(tmp_path, monkeypatch):
     folder.mkdir()
     text = "# 02 Is it <good>?\n\nA **bold** word, `code` and\n[a link](x.ipynb).\n\nMore."
     cell = {"cell_type": "markdown", "source": text.splitlines(keepends=True)}
-    for name in ("02_baseline", "09_sketches"):
-        (folder / f"{name}.ipynb").write_text(json.dumps({"cells": [cell]}))
+    (folder / "02_baseline.ipynb").write_text(json.dumps({"cells": [cell]}))
     monkeypatch.setenv("RECLIB_ROOT", str(tmp_path))
     (file,) = figures.build([], tmp_path / "out")
     html = file.read_text()
@@ -292,7 +331,6 @@ def test_a_notebook_without_records_says_how_to_run_it(tmp_path, monkeypatch):
     assert "A <strong>bold</strong> word, <code>code</code> and a link.</p>" in html
     assert "More." not in html
     assert "<code>python -m reclib run 02 --profile quick</code>" in html
-    assert "<code>make lab</code>, then <code>09_sketches.ipynb</code>" in html
     assert Addresses(html).open == []
     (folder / "02_baseline.ipynb").write_text('{"cells": ')
     with pytest.raises(InputError, match=r"^02_baseline\.ipynb: not a notebook"):

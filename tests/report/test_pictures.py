@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+import struct
 import zlib
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def pixels(picture: Path) -> bytes:
 def test_the_first_figure_is_drawn_and_is_not_blank(tmp_path):
     file, *_ = figures.draw(of_sizes(), tmp_path / "out")
     assert file == tmp_path / "out" / "readme.png"
-    width, height = figures.size(file)
+    width, height = struct.unpack(">II", file.read_bytes()[16:24])
     assert width == figures.WIDTH
     assert height > 200
     assert len(set(pixels(file))) > 50  # a blank page has a handful
@@ -48,7 +49,7 @@ def test_without_a_browser_it_says_what_to_install_and_writes_nothing(tmp_path, 
     assert said.count("\n") == 1
     assert not (tmp_path / "out").exists()
     monkeypatch.setenv("RECLIB_CHROMIUM", "a-browser")
-    with pytest.raises(InputError, match="RECLIB_CHROMIUM=a-browser: no such program"):
+    with pytest.raises(InputError, match="none of a-browser is installed"):
         figures.browser()
 
 

@@ -127,11 +127,19 @@ def test_finished_work_is_skipped_until_something_changes(project: Path, set_cel
 def test_a_users_records_stand_beside_the_committed_ones_which_only_commit_changes(
     project: Path, set_cells, monkeypatch, capsys
 ):
-    collected = []
-    monkeypatch.setattr(figures, "collect", lambda roots, folder: collected.append((roots, folder)) or [])
+    collected: list = []
+
+    def collect(roots, folder):
+        collected.append((roots, folder))
+        if len(collected) == 2:
+            raise RuntimeError("a page that cannot be built")
+        return []
+
+    monkeypatch.setattr(figures, "collect", collect)
     committed, own = project / "executed", project / "runs/executed"
     assert cli.main(["collect"]) == 0
     assert cli.main(["run-all", "--profile", "smoke"]) == 0
+    assert "page not rebuilt: RuntimeError: a page that cannot be built" in capsys.readouterr().err
     before = (own / "cpu/results.jsonl").read_text()
     assert cli.main(["merge", str(own)]) == 0
     assert (own / "cpu/results.jsonl").read_text() == before
@@ -144,12 +152,8 @@ def test_a_users_records_stand_beside_the_committed_ones_which_only_commit_chang
     assert (committed / "cpu/results.jsonl").read_text() == before
     assert cli.main(["collect", "--commit"]) == 0
     beside = ([committed, own], project / "runs/figures")
-    assert collected == [
-        ([committed, own], project / "figures"),
-        beside,
-        beside,
-        ([committed], project / "figures"),
-    ]
+    alone = ([committed], project / "figures")
+    assert collected == [alone, *[beside] * 4, alone]  # after each notebook, and at the end
     mine = json.loads(before) | {"params": {"dataset": "mine.csv"}}
     reclib_records.append(own / "cpu/grids/mine.jsonl", mine)
     for arguments in (["merge", str(own)], ["run", "02", "-p", "dataset", "mine.csv"]):

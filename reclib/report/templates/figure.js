@@ -24,31 +24,40 @@ const axisName = id => id[0] + "axis" + id.slice(1);
 function narrowed(plot) {
   const full = plot._fullLayout, layout = plot.layout, changes = {};
   const title = (layout.title || {}).text || "", under = ((layout.title || {}).subtitle || {}).text || "";
-  const text = broken(title, plot.clientWidth / 8.5), subtitle = broken(unwrapped(under), plot.clientWidth / 6.3);
-  const top = full.margin.t + 20 * (lines(text) - lines(title)) + 15 * (lines(subtitle) - lines(under));
+  const text = broken(title, plot.clientWidth / 8.5), subtitle = broken(unwrapped(under), plot.clientWidth / 6.8);
+  let top = full.margin.t + 20 * (lines(text) - lines(title)) + 15 * (lines(subtitle) - lines(under));
+  top += plot.data[0].type === "parcoords" ? 40 : 0;  // room for slanted names
   let bottom = full.margin.b, right = Math.min(full.margin.r, 24), left = full.margin.l;
   Object.assign(changes, {"title.text": text, "title.subtitle.text": subtitle, "title.font.size": 15});
 
-  // Names of rows, broken and smaller.
+  // Names of rows, broken and smaller; a row is as high as its name.
+  let tallest = 0;
   for (const axis of Object.values(full).filter(a => a && a._id && a._id[0] === "y")) {
     const name = axisName(axis._id), given = (layout[name] || {}).ticktext;
-    changes[name + ".tickfont.size"] = 11;
-    if (given) changes[name + ".ticktext"] = given.map(row => broken(row, 16));
-    else if (axis.type === "category") {
-      changes[name + ".tickvals"] = axis._categories;
-      changes[name + ".ticktext"] = axis._categories.map(row => broken(String(row), 16));
-      left = Math.min(left, 70);
-    }
+    changes[name + ".tickfont.size"] = 10;
+    if (!given && axis.type !== "category") continue;
+    const names = (given || axis._categories).map(row => broken(String(row).replaceAll("<br>", " "), 20));
+    changes[name + ".ticktext"] = names;
+    if (!given) changes[name + ".tickvals"] = axis._categories;
+    left = Math.min(left, 70);
+    const row = (full.height - full.margin.t - full.margin.b) * (axis.domain[1] - axis.domain[0]) / names.length;
+    tallest = Math.max(tallest, (13 * Math.max(...names.map(lines)) + 4) / row);
   }
+  const stretch = Math.max(1, tallest);
 
   // Panels in one column, by rows; each keeps its plot's height, and room for its own axis below.
   const panels = Object.values(full._plots || {}).map(p => ({x: p.xaxis, y: p.yaxis}));
   panels.sort((a, b) => b.y.domain[1] - a.y.domain[1] || a.x.domain[0] - b.x.domain[0]);
   const columns = new Set(panels.map(p => p.x.domain[0].toFixed(3))).size;
-  let height = full.height;
+  const plotHeight = full.height - full.margin.t - full.margin.b;
+  let height = full.height + (columns > 1 ? 0 : (stretch - 1) * plotHeight);
   if (columns > 1) {
-    const gap = 84, plotHeight = full.height - full.margin.t - full.margin.b;
-    const old = panels.map(p => (p.y.domain[1] - p.y.domain[0]) * plotHeight);
+    const gap = 84, old = panels.map(p => (p.y.domain[1] - p.y.domain[0]) * plotHeight * stretch);
+    // A title that stands once for a row or a column of panels is needed at each of them.
+    const titleOf = (letter, same) => {
+      const titled = panels.find(p => same(p) && ((layout[axisName(p[letter]._id)] || {}).title || {}).text);
+      return titled && layout[axisName(titled[letter]._id)].title.text;
+    };
     const whole = old.reduce((a, b) => a + b, 0) + gap * (panels.length - 1);
     let above = 0;
     panels.forEach((panel, number) => {
@@ -59,6 +68,8 @@ function narrowed(plot) {
       changes[x + ".anchor"] = panel.y._id;
       changes[y + ".anchor"] = panel.x._id;
       changes[x + ".showticklabels"] = changes[y + ".showticklabels"] = true;
+      changes[x + ".title.text"] = titleOf("x", p => p.x.domain[0] === was[0][0]);
+      if (panel.y.type !== "category") changes[y + ".title.text"] = titleOf("y", p => p.y.domain[1] === was[1][1]);
       if (panel.y.showticklabels === false && panel.y.matches) {
         const first = axisName(panel.y.matches);
         for (const key of ["tickvals", "ticktext"])
@@ -93,10 +104,16 @@ function narrowed(plot) {
     bottom = 60 + room;
     height += Math.max(0, bottom - full.margin.b);
   }
+  (layout.updatemenus || []).forEach((menu, n) => {  // below the title of the axis, not beside it
+    changes[`updatemenus[${n}].y`] = menu.y - 34 / plotHeight;
+    bottom += 40;
+    height += 40;
+  });
   height += top - full.margin.t;
   for (const axis of Object.values(full).filter(a => a && a._id && a._id[0] === "x")) {
-    const name = axisName(axis._id), under = ((layout[name] || {}).title || {}).text;
-    changes[name + ".tickangle"] = 0;
+    const name = axisName(axis._id), under = changes[name + ".title.text"] || ((layout[name] || {}).title || {}).text;
+    const letters = (axis._categories || []).join("  ").length;
+    changes[name + ".tickangle"] = 7 * letters > plot.clientWidth - left - right ? -90 : 0;
     if (axis.tickmode === "auto" && axis.type === "linear") changes[name + ".nticks"] = 5;
     if (under) changes[name + ".title.text"] = broken(under, (plot.clientWidth - left - right) / 7);
   }
@@ -106,6 +123,8 @@ function narrowed(plot) {
 
 function narrow(plot) {
   if (plot.clientWidth >= NARROW) return;
+  if (plot.data[0].type === "parcoords")
+    Plotly.restyle(plot, {labelangle: -30, "labelfont.size": 10, "tickfont.size": 8});
   const changes = narrowed(plot);
   Plotly.relayout(plot, changes).then(() => window.parent.postMessage({reclibHeight: changes.height}, "*"));
 }
