@@ -226,15 +226,18 @@ class _Table:
         columns["row"] = np.array(batch.columns.pop("row", None) or columns["line"] - self.base)
         casts = []
         for name in SOURCE:
-            columns[name], kind = _column(batch.columns[name] or [None] * size)
-            casts.append(f'CAST("{name}" AS {kind}) AS "{name}"')
+            kind = "VARCHAR"
+            if batch.columns[name]:
+                columns[name], kind = _column(batch.columns[name])
+            value = f'"{name}"' if name in columns else "NULL"
+            casts.append(f'CAST({value} AS {kind}) AS "{name}"')
         self.con.register("batch", columns)
         try:
             self.take(f"SELECT row, line, {', '.join(casts)}, {self.us} FROM batch", size, batch.bad)
         finally:
             self.con.unregister("batch")
 
-    def append_lines(self, lines: list[str], first: int, layout: Layout, bad: list[Bad]) -> None:
+    def append_lines(self, text: str, first: int, layout: Layout, bad: list[Bad]) -> None:
         """Append lines without quotation marks, which the database cuts: several times as fast."""
         self.flush()
         cut = f"string_split(text, {_literal(layout.separator)})"
@@ -244,7 +247,7 @@ class _Table:
             FROM (SELECT *, {cut} AS cut FROM (SELECT unnest(lines) AS text,
                 generate_subscripts(lines, 1) + {first - 1} AS line
                 FROM (SELECT string_split($text, chr(10)) AS lines)))"""
-        self.take(source, len(lines), bad, {"text": "\n".join(lines)})
+        self.take(source, text.count("\n") + 1, bad, {"text": text})
 
     def take(self, source: str, size: int, bad: list[Bad], values: dict[str, Any] | None = None) -> None:
         """Append what is valid of a query of `size` rows (see `_checked`), and count the rest.
@@ -541,39 +544,44 @@ def _fields(table: _Table, blocks: Iterator[Block], layout: Layout, max_line_mb:
     first = 1  # number of the first line at hand
     for block in itertools.chain(blocks, [None]):
         data = b"" if block is None else block.data
-        lines = held if block is None else held + _lines_of(block, encoding)
+        first = first if block is None else block.first_line - len(held)
         clean = not held and _decodes(data, encoding)
         batch = Batch()
         if layout.quoted and (held or b'"' in data or b"\r" in data):
+            lines = held if block is None else held + _lines_of(block, encoding)
             records, held = _records(lines, first, layout, block is None, batch.bad)
+            first += len(lines) - len(held)
             if sum(map(len, held)) > max_line_mb << 20:
                 raise InputError(
-                    f"{table.name}, line {first + len(lines) - len(held)}: a quotation mark that opens here "
-                    f"is not closed within {max_line_mb} MB (max_line_mb)"
+                    f"{table.name}, line {first}: a quotation mark that opens here is not closed within "
+                    f"{max_line_mb} MB (max_line_mb)"
                 )
-            first += len(lines) - len(held)
-            if headed and (start := _first(records, lambda record: any(map(str.strip, record[1])))):
+            start = next((n for n, (_, row) in enumerate(records, 1) if "".join(row).strip()), 0)
+            if headed and start:
                 table.base, records, headed = records[start - 1][0] + 1, records[start:], False
             whole = layout.separator.join
             if not clean:
                 records = [(n, row) for n, row in records if not _not_utf8(n, whole(row), batch.bad)]
             batch.lines = [number for number, _ in records]
             rows = [row for _, row in records]
-            batch.columns["width"] = [len(row) for row in rows]
-            batch.columns["text"] = [None if len(row) == width else whole(row) for row in rows]
-            rows = [row if len(row) == width else [""] * width for row in rows]
+            widths = batch.columns["width"] = list(map(len, rows))
+            text: list[str | None] = [None] * len(rows)
+            for n in (n for n, size in enumerate(widths) if size != width):
+                text[n], rows[n] = whole(rows[n]), [""] * width
+            batch.columns["text"] = text
             for what, place in layout.position.items():
                 batch.columns[what] = [row[place] for row in rows]
             table.append(batch)
-        elif lines:
-            if headed and (start := _first(lines, str.strip)):
-                first, lines, headed = first + start, lines[start:], False
+        elif block is not None:
+            content = data.decode(encoding, "surrogateescape")
+            if headed and (above := re.match(r"\s*\S[^\n]*\n?", content)):  # blank lines and the header
+                first, content, headed = first + above[0].count("\n"), content[above.end() :], False
                 table.base = first
+            content = content.removesuffix("\n")
             if not clean:
-                numbers = enumerate(lines, first)
-                lines = ["" if _not_utf8(n, line, batch.bad) else line for n, line in numbers]
-            table.append_lines(lines, first, layout, batch.bad)
-            first += len(lines)
+                numbered = enumerate(content.split("\n"), first)
+                content = "\n".join("" if _not_utf8(n, line, batch.bad) else line for n, line in numbered)
+            table.append_lines(content, first, layout, batch.bad)
 
 
 def _decodes(data: bytes, encoding: str) -> bool:
@@ -582,11 +590,6 @@ def _decodes(data: bytes, encoding: str) -> bool:
         return data.isascii() or bool(data.decode(encoding))
     except UnicodeDecodeError:
         return False
-
-
-def _first(values: list[Any], test: Callable[[Any], Any]) -> int:
-    """Return how many values end with the first that passes the test; 0 where none does."""
-    return next((number for number, value in enumerate(values, 1) if test(value)), 0)
 
 
 def _records(
