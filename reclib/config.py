@@ -132,6 +132,7 @@ class DataConfig:
     ties_seed: NonNegative = 0  # of ties='shuffle'
     strict: bool = False  # stop at the first bad line instead of counting it
     max_rejected_share: Share = 0.01  # share of bad lines above which reading stops
+    max_line_mb: Positive = 16  # longest line, and longest quoted field, of a text file
     memory_limit_mb: Positive = 512  # of the database that prepares the data
     synthetic_users: Positive = 300
     synthetic_items: Positive = 200
@@ -318,6 +319,7 @@ def changed(config: T, **values: Any) -> T:
 LATER = (
     "head_multiple",
     "half_copies",
+    "max_line_mb",
     "prior",
     "ties",
     "ties_seed",

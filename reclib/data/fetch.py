@@ -10,9 +10,9 @@ transfer that breaks off is begun anew; `curl --location --continue-at - --outpu
 A file without a published checksum must have the length that the server announced and, if it is gzip, pass
 that format's own check to its end. Its sha256 is kept in `received.json` beside it, with the address.
 
-MovieLens 100K is fetched where it is first used: from an archive that the user put in place, from an
-installed RecBole or its wheel on PyPI (whose `ml-100k.inter` is the official `u.data` under a header line),
-else from GroupLens. Whatever the way, the rows and their order are the same, and that is checked by hash.
+MovieLens 100K is fetched where it is first used: from an archive that the user put in place, from RecBole's
+wheel on PyPI (whose `ml-100k.inter` is the official `u.data` under a header line), else from GroupLens.
+Whatever the way, the rows and their order are the same, and that is checked by hash.
 
 Reference: Harper and Konstan, The MovieLens Datasets, ACM TiiS 5(4), 2015.
 """
@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import hashlib
-import importlib.util
 import json
 import os
 import pickle
@@ -412,7 +411,7 @@ def files() -> Files:
     """
     ways = [_from_archive]
     if not archive().exists():
-        ways = [_from_installed_recbole, _from_recbole_wheel, _from_archive]
+        ways = [_from_recbole_wheel, _from_archive]
     tried = []
     for way in ways:
         if found := present():  # a process beside this one may have been faster
@@ -433,15 +432,6 @@ def files() -> Files:
 
 def _from_archive(into: Path) -> None:
     fetch(ML_100K)
-
-
-def _from_installed_recbole(into: Path) -> None:
-    spec = importlib.util.find_spec("recbole")  # finds the package without importing it
-    places = spec.submodule_search_locations if spec else None
-    if not places:
-        raise InputError("recbole is not installed")
-    for name in RECBOLE:
-        shutil.copyfile(Path(places[0]) / "dataset_example" / ML_100K / name, into / name)
 
 
 def _from_recbole_wheel(into: Path) -> None:

@@ -45,10 +45,10 @@ GZIP_MAGIC, PARQUET_MAGIC = b"\x1f\x8b", b"PAR1"
 PACKED = {  # first bytes -> what the file is
     b"PK\x03\x04": "a zip archive",
     b"Rar!": "a rar archive",
-    b"\x04\x22\x4d\x18": "compressed by lz4",
-    b"\xfd7zXZ\0": "compressed by xz",
-    b"\x28\xb5\x2f\xfd": "compressed by zstd",
-    b"BZh": "compressed by bzip2",
+    b"\x04\x22\x4d\x18": "an lz4 file",
+    b"\xfd7zXZ\0": "an xz file",
+    b"\x28\xb5\x2f\xfd": "a zstd file",
+    b"BZh": "a bzip2 file",
     b"7z\xbc\xaf\x27\x1c": "a 7z archive",
 }
 
@@ -57,7 +57,7 @@ GZIP_WINDOW = 31  # of `decompressobj`: gzip with its header and checksum
 BLOCK_BYTES = 4 << 20  # of text in one block
 BLOCKS_AHEAD = 6  # read while others are taken
 PIECE_BYTES = 1 << 20  # of the file or of unzipped text, held at once
-MAX_LINE_BYTES = 16 << 20  # a longer line means that the file is not text of lines
+MAX_LINE_MB = 16  # unless a configuration says otherwise
 
 SAMPLE_BYTES, SAMPLE_LINES = 256 << 10, 1000  # of the text, looked at to detect the format
 
@@ -80,8 +80,8 @@ class RawFile:
     not computed again.
     """
 
-    def __init__(self, path: Path, *, sha256: str | None = None) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, sha256: str | None = None, max_line_mb: int = MAX_LINE_MB) -> None:
+        self.path, self.max_line_mb = path, max_line_mb
         self.size = checked(path).stat().st_size
         self.bytes_read = 0
         self._known = sha256
@@ -104,12 +104,8 @@ class RawFile:
             length += len(text)
             end = text.rfind(b"\n") + 1
             unended = len(text) - end if end else unended + len(text)
-            if unended > MAX_LINE_BYTES:
-                number = line + sum(piece.count(b"\n") for piece in held)
-                raise InputError(
-                    f"{self.path.name}, line {number}: longer than {MAX_LINE_BYTES:,} bytes, expected text "
-                    "of lines"
-                )
+            if unended > self.max_line_mb << 20:
+                raise self.too_long(line + sum(piece.count(b"\n") for piece in held))
             if length >= BLOCK_BYTES and unended < length:
                 joined = b"".join(held)
                 whole = joined[: length - unended]
@@ -119,6 +115,11 @@ class RawFile:
         if last := b"".join(held):
             yield Block(line, last.replace(b"\r\n", b"\n"))
 
+    def too_long(self, line: int) -> InputError:
+        """Return the error for a line of which memory shall not hold all."""
+        limit = f"longer than {self.max_line_mb} MB (max_line_mb), expected text of lines"
+        return InputError(f"{self.path.name}, line {line}: {limit}")
+
     def text(self) -> Generator[bytes, None, None]:
         """Yield the bytes of the text, unzipped, without a byte-order mark."""
         with self.path.open("rb") as file:
@@ -127,7 +128,10 @@ class RawFile:
             pieces = itertools.chain([first], pieces)
             if first.startswith(GZIP_MAGIC):
                 pieces = (text for text in self._unzipped(pieces) if text)
-            yield next(pieces, b"").removeprefix(BYTE_ORDER_MARK)
+            start = b""
+            while len(start) < len(BYTE_ORDER_MARK) and (piece := next(pieces, b"")):
+                start += piece
+            yield start.removeprefix(BYTE_ORDER_MARK)
             yield from pieces
 
     def _pieces(self, file: BinaryIO) -> Iterator[bytes]:
@@ -194,20 +198,27 @@ def is_parquet(path: Path) -> bool:
     return _start(checked(path)).startswith(PARQUET_MAGIC)
 
 
-def sample(path: Path) -> list[str]:
+def sample(path: Path, max_line_mb: int) -> list[str]:
     """Return the first lines of the text that are not blank; raise `InputError` if it is no text of lines."""
-    data = b""
-    with contextlib.closing(RawFile(path, sha256="").text()) as text:
-        while len(data) < SAMPLE_BYTES and (piece := next(text, b"")):
+    data, file = b"", RawFile(path, sha256="", max_line_mb=max_line_mb)
+    with contextlib.closing(file.text()) as text:
+        for piece in text:
             data += piece
+            if len(data) >= SAMPLE_BYTES and b"\n" in data:
+                break
+            if len(data) > max_line_mb << 20:
+                raise file.too_long(1)
     if not data.strip():
         raise InputError(f"{path.name} is empty, expected one interaction per line")
     inside = {GZIP_MAGIC: "another gzip file", PARQUET_MAGIC: "a Parquet file", **PACKED}
     kind = next((kind for magic, kind in inside.items() if data.startswith(magic)), None)
     if kind is not None or data[257:262] == b"ustar":
         raise InputError(f"{path.name} holds {kind or 'a tar archive'}: unpack it and give the file inside")
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or data[:200].count(b"\0") > len(data[:200]) // 4:
+    nul = [data[place:200:2].count(b"\0") for place in (0, 1)]
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or (not min(nul) and max(nul) > len(data[:200]) // 4):
         raise InputError(f"{path.name} is UTF-16 text, expected UTF-8: save it as UTF-8")
+    if sum(nul) > len(data[:200]) // 4:
+        raise InputError(f"{path.name} is no text (it has NUL bytes), expected UTF-8 text or Parquet")
     if b"\n" not in data and b"\r" in data:
         raise InputError(f"{path.name}: lines end with CR alone, expected LF or CRLF")
     if re.match(rb"\s*\[\s*[\[{\"]", data):
@@ -268,7 +279,9 @@ _ALL = [
 FORMATS: dict[str, Format] = {format.name: format for format in _ALL}
 
 
-def named(name: str, path: Path, columns: dict[str, str] | None = None) -> Format:
+def named(
+    name: str, path: Path, columns: dict[str, str] | None = None, max_line_mb: int = MAX_LINE_MB
+) -> Format:
     """Return the format `name`, or what the file's content shows for `auto`.
 
     Raises `InputError` for an unknown name, for `columns` with a published format, and where the
@@ -280,14 +293,14 @@ def named(name: str, path: Path, columns: dict[str, str] | None = None) -> Forma
         raise InputError(f"parameter 'columns' is for format='table', and format is {name!r}")
     if columns:
         return FORMATS["table"]
-    return FORMATS[name] if name != "auto" else detect(path)
+    return FORMATS[name] if name != "auto" else detect(path, max_line_mb)
 
 
-def detect(path: Path) -> Format:
+def detect(path: Path, max_line_mb: int = MAX_LINE_MB) -> Format:
     """Return the format that the beginning of the file shows; raise `InputError` where it is not one."""
     if is_parquet(path):
         return FORMATS["table"]
-    lines = sample(path)
+    lines = sample(path, max_line_mb)
     first, name = lines[0], path.name.removesuffix(".gz")
     if name.endswith("_time_org_rank.txt"):
         items = name.replace("_time_", "_item_")
@@ -364,7 +377,7 @@ _END_OF_TIME = r"\d{1,2}:\d\d(:\d\d\S*)?|\d{4}[-/]\d\d?[-/]\d\d?\S*|(1\d{9}|[6-9
 def _order_only(path: Path, lines: list[str]) -> Format:
     """Tell one user a line from one interaction a line: only the latter names a user twice."""
     for separator in ",;|\t":
-        if separator not in lines[0] and sum(separator in line for line in lines) > len(lines) / 2:
+        if separator not in lines[0] and 2 * sum(separator in line for line in lines) >= len(lines):
             raise InputError(
                 f"{path.name}, line 1: {lines[0][:80]!r}, but lines below it are separated by {separator!r}: "
                 "remove lines above the table"

@@ -140,7 +140,7 @@ def folder_of(config: DataConfig, out: Path | None = None) -> Path:
 def _key(source: Source, config: DataConfig) -> str:
     """Return what tells prepared folders apart: the source's rows and all that decides what is kept."""
     rules = [config.min_user, config.min_item, config.core, config.duplicates, _rule_of_order(config)]
-    reading = [READING_VERSION, config.strict, config.max_rejected_share]
+    reading = [READING_VERSION, config.strict, config.max_rejected_share, config.max_line_mb]
     parts = [RULES_VERSION, MANIFEST_VERSION, source.name, source.identity, rules, reading]
     return content_hash(map(str, parts))[:16]
 
@@ -295,27 +295,17 @@ def prepared_folder(config: DataConfig) -> Path | None:
 
 def file_source(path: Path, config: DataConfig) -> Source:
     """Return the user's own file as a source, identified by its content and by how it is read."""
-    format = named(config.format, checked(path), config.columns)
+    format = named(config.format, checked(path), config.columns, config.max_line_mb)
     state = _state(path)
     beside = [other for other in (twin(path), titles_beside(path)) if other is not None]
     hashes = [_sha256(file) for file in (path, *beside)]
-    # strict and max_rejected_share only decide whether reading ends in an error, not what it gives
+    # strict and the limits only decide whether reading ends in an error, not what it gives
     identity = json.dumps([format.name, sorted((config.columns or {}).items()), hashes])
 
     def fill(
         con: duckdb.DuckDBPyConnection, progress: Progress | None = None, work: Path | None = None
     ) -> Ingested:
-        read = ingest(
-            con,
-            path,
-            format,
-            columns=config.columns,
-            strict=config.strict,
-            max_rejected_share=config.max_rejected_share,
-            progress=progress,
-            sha256=hashes[0],
-            work=work,
-        )
+        read = ingest(con, path, format, config, progress=progress, sha256=hashes[0], work=work)
         if _state(path) != state:
             raise InputError(f"{path.name} changed while it was read; prepare it again")
         read.provenance["origin"] = "file"
@@ -352,7 +342,8 @@ def ml_100k_source(config: DataConfig) -> Source:
     ) -> Ingested:
         files = fetch.files()
         format = FORMATS["inter" if files.interactions.suffix == ".inter" else "ml-100k"]
-        read = ingest(con, files.interactions, format, strict=True, progress=progress, work=work)
+        strict = changed(config, strict=True)
+        read = ingest(con, files.interactions, format, strict, progress=progress, work=work)
         read.provenance["origin"] = files.origin
         return read
 
@@ -663,6 +654,7 @@ _OPTIONS = {
     "ties_seed": "of ties=shuffle",
     "strict": "stop at the first bad line",
     "max_rejected_share": "bad lines at which it stops, a share of all",
+    "max_line_mb": "megabytes of the longest line",
     "memory_limit_mb": "megabytes that the database may take",
 }
 

@@ -1,9 +1,9 @@
 """Reads a file of any format into the table `raw` of a DuckDB connection, out of core; bad lines are counted.
 
 A reader cuts its file into user, item, rating and time: `_fields` for separated fields, `_json` for JSON
-lines, `_histories` for one user a line. DuckDB alone then decides, in one query (`_checked`), which of them
-are valid and what their times are; the columns of a Parquet file go through the same query. So a line means
-the same wherever it stands in a file and whichever format it is written in.
+lines, `_histories` for one user a line, `_parquet` for columns. One query (`_checked`) then decides which
+rows are valid and what their times are. So a line means the same wherever it stands in a file and whichever
+format it is written in.
 
 Times are kept to the microsecond. A number is seconds, milliseconds, microseconds or nanoseconds since 1970,
 whichever lies between 1990 and 2100; text is a date like 2019-03-04 12:00:00, with an offset or in UTC.
@@ -28,7 +28,7 @@ import msgspec
 import numpy as np
 
 from reclib import system
-from reclib.config import InputError
+from reclib.config import DataConfig, InputError
 from reclib.data import formats
 from reclib.data.formats import FOUR, OBVIOUS, Block, Format, RawFile, named, separator_of
 
@@ -37,12 +37,15 @@ if TYPE_CHECKING:
 
 RAW_COLUMNS = 'row BIGINT, "user" VARCHAR, item VARCHAR, rating DOUBLE, time BIGINT'
 
-READING_VERSION = 3  # raise whenever the same file would give other interactions or another order
+READING_VERSION = 4  # raise whenever the same file would give other interactions or another order
 
 ROW_ORDER = "#row"  # as the column of time: the rows are in time order
 NO_RATING = "#none"  # as the column of ratings: leave it out
 
 ROWS_HELD = 100_000  # before they are appended
+
+SOURCE = (*FOUR, "width", "text")  # what a query of rows gives beside their numbers: see `_checked`
+BLANK = "blank line"  # in a file made by hand: not counted
 
 EXAMPLES, TEXT_LENGTH = 5, 120  # bad lines that are kept, and characters of each
 
@@ -97,10 +100,8 @@ def ingest(
     con: duckdb.DuckDBPyConnection,
     path: Path,
     format: Format | None = None,
+    config: DataConfig | None = None,
     *,
-    columns: dict[str, str] | None = None,
-    strict: bool = False,
-    max_rejected_share: float = 0.01,
     progress: Progress | None = None,
     sha256: str | None = None,
     work: Path | None = None,
@@ -108,38 +109,36 @@ def ingest(
     """Create the table raw(row, "user", item, rating, time) from a file.
 
     `row` grows in the file's order; `rating` is NULL where unknown; `time` is in the unit that the result
-    names, the coarsest that holds all times. `format` None is detected. `sha256` is the file's hash where it
-    is known: then it is not computed again. `work` is a folder for temporary files. Raises `InputError` for
-    what cannot be read, at the first bad line if `strict`, else where more than `max_rejected_share` of the
-    lines are bad; the table is then not to be used.
+    names, the coarsest that holds all times. `format` None is that of `config`, of which only the options of
+    reading count. `sha256` is the file's hash where it is known: then it is not computed again. `work` is a
+    folder for temporary files. Raises `InputError` for what cannot be read; the table is then not to be used.
     """
-    format = format or named("auto", path, columns)
+    config = config or DataConfig()
+    format = format or named(config.format, path, config.columns, config.max_line_mb)
     # temporary: it is not written twice, to a log and to the file, and is spilled where memory ends
     con.execute(f"CREATE OR REPLACE TEMP TABLE raw({RAW_COLUMNS})")
-    file = RawFile(path, sha256=sha256)
-    with tempfile.TemporaryDirectory(dir=work) as folder:
-        table = _Table(con, path.name, Path(folder), strict, max_rejected_share)
-        if formats.is_parquet(path):
-            if format.kind != "table":
-                raise InputError(
-                    f"{path.name} is a Parquet file, expected format='table', not {format.name!r}"
-                )
-            _parquet(table, path, columns)
-            about: dict[str, Any] = {"sha256": sha256 or system.file_sha256(path)}
-            if progress is not None:
-                progress(file.size, file.size)
-        else:
-            about = _text(table, file, format, columns, progress)
-            about["sha256"] = file.sha256
+    file = RawFile(path, sha256=sha256, max_line_mb=config.max_line_mb)
+    table = _Table(con, path.name, config)
+    about = {"file": printable(path.name), "bytes": file.size, "format": format.name}
+    if formats.is_parquet(path):
+        if format.kind != "table":
+            raise InputError(f"{path.name} is a Parquet file, expected format='table', not {format.name!r}")
+        with tempfile.TemporaryDirectory(dir=work) as folder:
+            _parquet(table, path, config.columns, Path(folder))
+        about["sha256"] = sha256 or system.file_sha256(path)
+        if progress is not None:
+            progress(file.size, file.size)
+    else:
+        about |= _text(table, file, format, config, progress)
+        about["sha256"] = file.sha256
     table.finish()
     side = formats.titles_beside(path)
-    about = {"file": printable(path.name), "bytes": file.size, "format": format.name, **about}
     if side is not None:
         about["titles"] = side.name
     return Ingested(
         _number_positions(con) if table.order else _coarsest_unit(con),
         about,
-        table.lines,
+        table.valid + table.rejected.total(),
         dict(table.rejected),
         table.examples,
         lambda items: {} if side is None else formats.read_titles(side, items),
@@ -186,32 +185,23 @@ class Batch:
     """Rows as a reader has cut them, and the lines that are no rows."""
 
     lines: list[int] = field(default_factory=list)  # number of each row's line
-    # user, item, rating or time -> text, numbers or None; one that is missing is unknown in all rows
+    # name in `SOURCE` -> text, numbers or None; one that is missing is unknown in all rows
     columns: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
     bad: list[Bad] = field(default_factory=list)
-    extra: int = 0  # rows beyond one a line
 
 
 class _Table:
     """Appends the valid rows of batches to `raw`, counts the others, and stops at too many of them."""
 
-    def __init__(
-        self, con: duckdb.DuckDBPyConnection, name: str, folder: Path, strict: bool, max_share: float
-    ) -> None:
-        self.con, self.name, self.strict, self.max_share = con, name, strict, max_share
-        self.folder = folder  # for temporary files
+    def __init__(self, con: duckdb.DuckDBPyConnection, name: str, config: DataConfig) -> None:
+        self.con, self.name, self.config = con, name, config
         self.order = False  # whether there are no times, only an order
-        self.header: tuple[str, str] | None = None  # user's and item's field in the header line
+        self.layout: Layout | None = None  # of separated fields
+        self.base = 1  # number of the first line below a header
         self.held = Batch()
-        self.rows = 0  # seen, rejected ones included
         self.valid = 0  # lines
         self.rejected: Counter[str] = Counter()  # reason -> lines
         self.examples: list[dict[str, Any]] = []
-
-    @property
-    def lines(self) -> int:
-        """Lines read, rejected ones included."""
-        return self.valid + self.rejected.total()
 
     @property
     def us(self) -> str:
@@ -223,7 +213,6 @@ class _Table:
         held = self.held
         held.lines += batch.lines
         held.bad += batch.bad
-        held.extra += batch.extra
         for name, values in batch.columns.items():
             held.columns[name] += values
         if len(held.lines) >= ROWS_HELD or held.bad:
@@ -233,96 +222,83 @@ class _Table:
         """Append the rows that are held."""
         batch, self.held = self.held, Batch()
         size = len(batch.lines)
-        columns = {"line": np.array(batch.lines, np.int64), "row": np.arange(self.rows, self.rows + size)}
+        columns: dict[str, np.ndarray] = {"line": np.array(batch.lines, np.int64)}
+        columns["row"] = np.array(batch.columns.pop("row", None) or columns["line"] - self.base)
         casts = []
-        for name in FOUR:
-            columns[name], kind = _column(batch.columns[name] or [None] * size)
-            casts.append(f'CAST("{name}" AS {kind}) AS "{name}"')
+        for name in SOURCE:
+            kind = "VARCHAR"
+            if batch.columns[name]:
+                columns[name], kind = _column(batch.columns[name])
+            value = f'"{name}"' if name in columns else "NULL"
+            casts.append(f'CAST({value} AS {kind}) AS "{name}"')
         self.con.register("batch", columns)
         try:
-            self.take(f"SELECT row, line, {', '.join(casts)}, {self.us} FROM batch", size, batch)
+            self.take(f"SELECT row, line, {', '.join(casts)}, {self.us} FROM batch", size, batch.bad)
         finally:
             self.con.unregister("batch")
 
-    def append_lines(self, text: str, first: int, layout: Layout) -> bool:
-        """Append lines without quotation marks, several times as fast; False where it cannot.
-
-        The database cuts them here, which it does as `_fields` except that it takes a CR for a line end,
-        skips blank lines and a mark of byte order, and passes over an empty field too much.
-        """
-        import duckdb
-
-        separator, names = layout.separator, [f"c{n}" for n in range(len(layout.names))]
-        lines = text.count("\n") + (not text.endswith("\n"))
-        odd = ("\r", "\n\n", "\0", separator * 2 if len(separator) > 1 else "\0")
-        if text.startswith(("\n", "\ufeff")) or any(sign in text for sign in odd):
-            return False
-        if text.count(separator) != lines * (len(names) - 1):
-            return False
+    def append_lines(self, text: str, first: int, layout: Layout, bad: list[Bad]) -> None:
+        """Append lines without quotation marks, which the database cuts: several times as fast."""
         self.flush()
-        file = self.folder / "lines"
-        file.write_text(text, encoding="utf-8", newline="")
-        given = {what: names[place] for what, place in layout.position.items()}
-        fields = ", ".join(f'{given.get(what, "NULL")} AS "{what}"' for what in FOUR)
-        source = f"""SELECT number + {self.rows - 1} AS row, number + {first - 1} AS line, {fields}, {self.us}
-            FROM (SELECT row_number() OVER () AS number, * FROM read_csv({_literal(str(file))},
-                columns = {dict.fromkeys(names, "VARCHAR")}, force_not_null = {names}, header = false,
-                delim = {_literal(separator)}, quote = '', escape = '', auto_detect = false,
-                parallel = false))"""
-        try:
-            self.take(source, lines, Batch())
-        except (duckdb.InvalidInputException, duckdb.ConversionException):
-            return False
-        return True
+        cut = f"string_split(text, {_literal(layout.separator)})"
+        fields = {what: f"cut[{place + 1}]" for what, place in layout.position.items()}
+        columns = ", ".join(f'{fields.get(what, "NULL")} AS "{what}"' for what in FOUR)
+        source = f"""SELECT line - {self.base} AS row, line, {columns}, len(cut) AS width, text, {self.us}
+            FROM (SELECT *, {cut} AS cut FROM (SELECT unnest(lines) AS text,
+                generate_subscripts(lines, 1) + {first - 1} AS line
+                FROM (SELECT string_split($text, chr(10)) AS lines)))"""
+        self.take(source, text.count("\n") + 1, bad, {"text": text})
 
-    def take(self, source: str, size: int, batch: Batch) -> None:
+    def take(self, source: str, size: int, bad: list[Bad], values: dict[str, Any] | None = None) -> None:
         """Append what is valid of a query of `size` rows (see `_checked`), and count the rest.
 
-        Raises `InputError` at the first bad line if strict, and where no line at all is valid.
+        Raises `InputError` at the first bad line if strict, and after many bad lines without a valid one.
         """
-        query = _checked(source, order=self.order, header=self.header)
+        query = _checked(source, self.order, self.layout)
         insert = f'INSERT INTO raw SELECT row, "user", item, stars, us FROM ({query}) WHERE reason IS NULL'
-        row = self.con.execute(insert).fetchone() if size else None
-        taken = row[0] if row else 0
-        self.rows += size
+        (taken,) = (self.con.execute(insert, values).fetchone() if size else None) or (0,)
         if taken < size:
-            first = 'arg_min(("user", item, rating, time), line)'
-            counts = f"SELECT reason, count(*), min(line), {first} FROM ({query}) WHERE reason IS NOT NULL"
-            for reason, count, line, values in self.con.execute(f"{counts} GROUP BY reason").fetchall():
-                batch.bad.append(_explained(line, reason, dict(zip(FOUR, values, strict=True)), count))
-        batch.bad.sort()
-        if batch.bad and self.strict:
-            raise InputError(f"{self.name}, line {batch.bad[0].line}: {batch.bad[0].detail}")
-        self.valid += taken - batch.extra
-        for bad in batch.bad:
-            self.rejected[bad.reason] += bad.lines
+            counts = f"""SELECT reason, sum(coalesce(len(string_split(text, chr(10))), 1)), min(line),
+                arg_min(checked, line)
+                FROM ({query}) AS checked WHERE reason <> '{BLANK}' GROUP BY reason"""
+            for reason, lines, first, row in self.con.execute(counts, values).fetchall():
+                bad.append(_explained(first, reason, row, lines, self.layout))
+        bad.sort()
+        if bad and self.config.strict:
+            raise InputError(f"{self.name}, line {bad[0].line}: {bad[0].detail}")
+        self.valid += taken
+        for one in bad:
+            self.rejected[one.reason] += one.lines
             if len(self.examples) < EXAMPLES:
-                text = bad.text[:TEXT_LENGTH].encode("utf-8", "backslashreplace").decode()
-                self.examples.append({"line": bad.line, "reason": bad.detail, "text": text})
-        if not self.valid and self.rejected:
+                text = one.text[:TEXT_LENGTH].encode("utf-8", "backslashreplace").decode()
+                self.examples.append({"line": one.line, "reason": one.detail, "text": text})
+        if not self.valid and self.rejected.total() > ROWS_HELD:  # the rest will be alike
             self._stop()
 
     def finish(self) -> None:
         """Raise `InputError` if too many lines are bad, or if there are none."""
-        if not self.lines:
+        rejected = self.rejected.total()
+        if not self.valid and not rejected:
             raise InputError(f"{self.name} has a header and nothing below it")
-        if self.rejected.total() > self.max_share * self.lines:
+        if not self.valid or rejected > self.config.max_rejected_share * (self.valid + rejected):
             self._stop()
 
     def _stop(self) -> None:
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.rejected.most_common())
         first = "; ".join(f"{self.name}, line {one['line']}: {one['reason']}" for one in self.examples[:3])
+        count = self.rejected.total()
         raise InputError(
-            f"{self.name}: {self.rejected.total():,} of {self.lines:,} lines rejected, allowed is a share of "
-            f"{self.max_share:g} (max_rejected_share): {reasons}; {first}"
+            f"{self.name}: {count:,} of {self.valid + count:,} lines rejected, allowed is a share of "
+            f"{self.config.max_rejected_share:g} (max_rejected_share): {reasons}; {first}"
         )
 
 
-def _checked(source: str, *, order: bool, header: tuple[str, str] | None = None) -> str:
-    """Return the query of row, line, user, item, rating, time, stars, us and reason, which is NULL if valid.
+def _checked(source: str, order: bool, layout: Layout | None) -> str:
+    """Return the query of all that `source` gives, stars, us and reason, which is NULL if the row is valid.
 
-    `source` gives row, line, "user" and item as text, rating and time as text or numbers, and the time in
-    microseconds in `us` where it is known.
+    `source` gives row, line, and the columns of `SOURCE`: "user" and item as text, rating and time as text or
+    numbers; of separated fields their number, and the line where that is wrong; and the time in microseconds
+    in `us` where it is known.
     """
     factors = ("* 1e6", "* 1e3", "", "/ 1e3")  # to microseconds
     numbers = " ".join(
@@ -337,10 +313,13 @@ def _checked(source: str, *, order: bool, header: tuple[str, str] | None = None)
     zone = "(CAST('0' || p.zh AS INT) * 60 + CAST('0' || p.zm AS INT))"
     date = f"""CASE WHEN {zone} < 960 AND CAST('0' || p.zm AS INT) < 60 THEN
         epoch_us(try_cast({stamp} AS TIMESTAMP)) - if(p.sign = '-', -1, 1) * {zone} * 60000000::BIGINT END"""
-    again = ""
-    if header is not None:
-        same = f'"user" = {_literal(header[0])} AND item = {_literal(header[1])}'
-        again = f"WHEN {same} THEN 'header line again'"
+    fields = again = ""
+    if layout is not None:
+        fields = f"""WHEN width <> {len(layout.names)} AND regexp_full_match(text, '\\s*') THEN '{BLANK}'
+            WHEN width <> {len(layout.names)} THEN 'number of fields'"""
+    if layout is not None and layout.header is not None:
+        user, item = (_literal(layout.header[layout.position[what]]) for what in ("user", "item"))
+        again = f"""WHEN "user" = {user} AND item = {item} THEN 'header line again'"""
     bad_time = f"""
         WHEN us IS NULL AND coalesce(trim(CAST(time AS VARCHAR)), '') = '' THEN 'timestamp missing'
         WHEN us IS NULL AND (number IS NULL OR NOT isfinite(number)) THEN 'timestamp not a number or date'
@@ -348,7 +327,7 @@ def _checked(source: str, *, order: bool, header: tuple[str, str] | None = None)
         THEN 'timestamp out of range'"""
     broken = r"'[\t\r\n\x00]'"  # what no id may hold
     return f"""
-        SELECT *, CASE
+        SELECT *, CASE {fields}
             WHEN coalesce("user", '') = '' THEN 'user empty'
             WHEN coalesce(item, '') = '' THEN 'item empty'
             {again}
@@ -373,11 +352,19 @@ def is_time(text: str) -> bool:
     return re.match(_DATE, text) is not None
 
 
-def _explained(line: int, reason: str, row: dict[str, Any], count: int) -> Bad:
-    what, expected = _EXPECTED[reason]
-    shown = ",".join(str(row[name]) for name in FOUR if row.get(name) is not None)
-    name = {"time": "timestamp"}.get(what, what)
-    return Bad(line, reason, f"{name} is {str(row[what] or '')[:80]!r}, expected {expected}", shown, count)
+def _explained(line: int, reason: str, row: dict[str, Any], lines: int, layout: Layout | None) -> Bad:
+    """Return what to say of the first of some rows that `_checked` rejected for one reason."""
+    text = row.get("text") or ",".join(str(row[name]) for name in FOUR if row.get(name) is not None)
+    if reason == "number of fields" and layout is not None:
+        detail = (
+            f"{row['width']} fields, expected {len(layout.names)} separated by {_named(layout.separator)} "
+            f"({', '.join(layout.names)[:100]}); the line is {text[:80]!r}"
+        )
+    else:
+        what, expected = _EXPECTED[reason]
+        name = {"time": "timestamp"}.get(what, what)
+        detail = f"{name} is {str(row[what] or '')[:80]!r}, expected {expected}"
+    return Bad(line, reason, detail, text, lines)
 
 
 def _column(values: list[Any]) -> tuple[np.ndarray, str]:
@@ -494,26 +481,25 @@ def choose_columns(
 
 
 def _text(
-    table: _Table, file: RawFile, format: Format, columns: dict[str, str] | None, progress: Progress | None
+    table: _Table, file: RawFile, format: Format, config: DataConfig, progress: Progress | None
 ) -> dict[str, Any]:
     """Append what a text file holds; return what was learned about the file."""
     about: dict[str, Any] = {}
-    lines = formats.sample(file.path)
+    lines = formats.sample(file.path, config.max_line_mb)
     blocks = _whole(file, format, progress)
     if format.kind == "json" or (format.kind == "table" and lines[0].lstrip().startswith("{")):
-        names = dict(zip(FOUR, format.names, strict=False)) or _json_columns(file.path, columns, lines)
+        names = dict(zip(FOUR, format.names, strict=False))
+        names = names or _json_columns(file.path, config.columns, lines)
         table.order = names.get("time") == ROW_ORDER
         _json(table, blocks, names)
     elif format.kind == "sequences":
-        about = _histories(table, blocks, file.path)
+        about = _histories(table, blocks, file)
     else:
-        layout = _layout(file.path, format, columns, lines)
+        table.layout = layout = _layout(file.path, format, config.columns, lines)
         table.order = "time" not in layout.position
-        if layout.header is not None:
-            table.header = (layout.header[layout.position["user"]], layout.header[layout.position["item"]])
         # GroupLens wrote its first sets in Latin-1
         latin = format.separator == "::" and "\ufffd" in "".join(lines)
-        _fields(table, blocks, layout, "latin-1" if latin else "utf-8")
+        _fields(table, blocks, layout, file.max_line_mb, "latin-1" if latin else "utf-8")
     table.flush()
     return about
 
@@ -537,71 +523,73 @@ def _lines_of(block: Block, encoding: str = "utf-8") -> list[str]:
     return block.data.decode(encoding, "surrogateescape").removesuffix("\n").split("\n")
 
 
-def _not_utf8(line: int, text: str) -> Bad | None:
-    """Return what is wrong where decoding with surrogate escapes met bytes that are not UTF-8."""
+def _not_utf8(line: int, text: str, bad: list[Bad]) -> bool:
+    """Return whether decoding with surrogate escapes met bytes that are not UTF-8; then add to `bad`."""
     byte = None if text.isascii() else re.search("[\udc80-\udcff]", text)
-    if byte is None:
-        return None
-    return Bad(line, "not UTF-8", f"byte {ord(byte.group()) - 0xDC00:#04x} is not UTF-8 text", text)
+    if byte is not None:
+        detail = f"byte {ord(byte.group()) - 0xDC00:#04x} is not UTF-8 text"
+        bad.append(Bad(line, "not UTF-8", detail, text, 1 + text.count("\n")))
+    return byte is not None
 
 
 def _named(separator: str) -> str:
     return {"\t": "TAB", " ": "spaces"}.get(separator, f"'{separator}'")
 
 
-def _fields(table: _Table, blocks: Iterator[Block], layout: Layout, encoding: str) -> None:
-    """Append lines of separated fields."""
-    width = len(layout.names)
+def _fields(table: _Table, blocks: Iterator[Block], layout: Layout, max_line_mb: int, encoding: str) -> None:
+    """Append lines of separated fields; Python cuts those of blocks with quotation marks."""
     headed = layout.header is not None
+    width = len(layout.names)
     held: list[str] = []  # lines of a record that goes on in the next block
     first = 1  # number of the first line at hand
     for block in itertools.chain(blocks, [None]):
-        lines = held
-        if block is not None:
-            first = block.first_line - len(held)
-            if not (held or (layout.quoted and b'"' in block.data)):
-                with contextlib.suppress(UnicodeDecodeError):
-                    text = block.data.decode(encoding)
-                    start = text.find("\n") + 1 if headed else 0
-                    if (start or not headed) and table.append_lines(text[start:], first + headed, layout):
-                        headed = False
-                        continue
-            lines = held + _lines_of(block, encoding)
+        data = b"" if block is None else block.data
+        first = first if block is None else block.first_line - len(held)
+        clean = not held and _decodes(data, encoding)
         batch = Batch()
-        if layout.quoted and (held or block is None or b'"' in block.data or b"\r" in block.data):
+        if layout.quoted and (held or b'"' in data or b"\r" in data):
+            lines = held if block is None else held + _lines_of(block, encoding)
             records, held = _records(lines, first, layout, block is None, batch.bad)
-        else:
-            records = [(number, line.split(layout.separator)) for number, line in enumerate(lines, first)]
-        if sum(map(len, held)) > formats.MAX_LINE_BYTES:
-            raise InputError(
-                f"{table.name}, line {first + len(lines) - len(held)}: a quotation mark that opens here is "
-                f"not closed within {formats.MAX_LINE_BYTES:,} bytes"
-            )
-        clean = all(len(row) == width for _, row in records) and (block is None or block.data.isascii())
-        if not clean:
-            records = [record for record in records if _is_row(*record, layout, batch.bad)]
-        if headed and records:
-            headed, records = False, records[1:]
-        batch.lines = [number for number, _ in records]
-        for what, place in layout.position.items():
-            batch.columns[what] = [row[place] for _, row in records]
-        table.append(batch)
+            first += len(lines) - len(held)
+            if sum(map(len, held)) > max_line_mb << 20:
+                raise InputError(
+                    f"{table.name}, line {first}: a quotation mark that opens here is not closed within "
+                    f"{max_line_mb} MB (max_line_mb)"
+                )
+            start = next((n for n, (_, row) in enumerate(records, 1) if "".join(row).strip()), 0)
+            if headed and start:
+                table.base, records, headed = records[start - 1][0] + 1, records[start:], False
+            whole = layout.separator.join
+            if not clean:
+                records = [(n, row) for n, row in records if not _not_utf8(n, whole(row), batch.bad)]
+            batch.lines = [number for number, _ in records]
+            rows = [row for _, row in records]
+            widths = batch.columns["width"] = list(map(len, rows))
+            text: list[str | None] = [None] * len(rows)
+            for n in (n for n, size in enumerate(widths) if size != width):
+                text[n], rows[n] = whole(rows[n]), [""] * width
+            batch.columns["text"] = text
+            for what, place in layout.position.items():
+                batch.columns[what] = [row[place] for row in rows]
+            table.append(batch)
+        elif block is not None:
+            content = data.decode(encoding, "surrogateescape")
+            if headed and (above := re.match(r"\s*\S[^\n]*\n?", content)):  # blank lines and the header
+                first, content, headed = first + above[0].count("\n"), content[above.end() :], False
+                table.base = first
+            content = content.removesuffix("\n")
+            if not clean:
+                numbered = enumerate(content.split("\n"), first)
+                content = "\n".join("" if _not_utf8(n, line, batch.bad) else line for n, line in numbered)
+            table.append_lines(content, first, layout, batch.bad)
 
 
-def _is_row(number: int, row: list[str], layout: Layout, bad: list[Bad]) -> bool:
-    """Return whether there are as many fields as columns and only UTF-8; else add to `bad`, unless blank."""
-    whole = layout.separator.join(row)
-    if len(row) == 1 and not whole.strip():  # a blank line in a file made by hand is no mistake
+def _decodes(data: bytes, encoding: str) -> bool:
+    """Return whether bytes are text of this encoding."""
+    try:
+        return data.isascii() or bool(data.decode(encoding))
+    except UnicodeDecodeError:
         return False
-    wrong = _not_utf8(number, whole)
-    if wrong is None and len(row) != len(layout.names):
-        detail = (
-            f"{len(row)} fields, expected {len(layout.names)} separated by {_named(layout.separator)} "
-            f"({', '.join(layout.names)[:100]}); the line is {whole[:80]!r}"
-        )
-        wrong = Bad(number, "number of fields", detail, whole, 1 + whole.count("\n"))
-    bad += [] if wrong is None else [wrong]
-    return wrong is None
 
 
 def _records(
@@ -685,14 +673,12 @@ def _json(table: _Table, blocks: Iterator[Block], names: dict[str, str]) -> None
         else:  # line by line, by the same decoder
             read = []
             for place, line in enumerate(_lines_of(block), block.first_line):
-                wrong = _not_utf8(place, line)
-                if wrong is None and line.strip():  # a blank line is no mistake
+                if not _not_utf8(place, line, batch.bad) and line.strip():  # a blank line is no mistake
                     try:
                         read.append(decoder.decode(line))
                         batch.lines.append(place)
                     except msgspec.DecodeError as error:
-                        wrong = _bad_json(place, line, error)
-                batch.bad += [] if wrong is None else [wrong]
+                        batch.bad.append(_bad_json(place, line, error))
         for what in used:
             batch.columns[what] = list(map(operator.attrgetter(what), read))
         for what in ("user", "item"):
@@ -738,16 +724,17 @@ def twin(path: Path) -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
-def _histories(table: _Table, blocks: Iterator[Block], path: Path) -> dict[str, Any]:
+def _histories(table: _Table, blocks: Iterator[Block], own: RawFile) -> dict[str, Any]:
     """Append lines of a user and their items in time order; a line with a bad time is bad as a whole.
 
     Returns the provenance of the times. Raises `InputError` where their file has other histories.
     """
-    beside = twin(path)
-    file = None if beside is None else RawFile(beside)
+    path, beside = own.path, twin(own.path)
+    file = None if beside is None else RawFile(beside, max_line_mb=own.max_line_mb)
     others = iter(()) if file is None else (line for block in file.blocks() for line in _lines_of(block))
     table.order = file is None
     users: set[str] = set()
+    rows = 0
     for block in blocks:
         batch = Batch()
         for number, line in enumerate(_lines_of(block), block.first_line):
@@ -768,25 +755,28 @@ def _histories(table: _Table, blocks: Iterator[Block], path: Path) -> dict[str, 
                     )
             if not line.strip():
                 continue
-            wrong, bad_time = _not_utf8(number, line), next((t for t in times if not is_time(t)), None)
-            if wrong is None and not items:
+            bad_time = next((time for time in times if not is_time(time)), None)
+            if _not_utf8(number, line, batch.bad):
+                continue
+            if not items:
                 detail = f"the line is {line[:80]!r}, expected a user and their items"
-                wrong = Bad(number, "number of fields", detail, line)
-            elif wrong is None and user in users:
+                batch.bad.append(Bad(number, "number of fields", detail, line))
+            elif user in users:
                 detail = f"user {user!r} has a second line, expected one line per user"
                 detail += " (is it format pair-per-line?)"
-                wrong = Bad(number, "user on a second line", detail, line)
-            elif wrong is None and bad_time is not None:
-                wrong = _explained(number, "timestamp out of range", {"time": bad_time, "user": user}, 1)
-            if wrong is not None:
-                batch.bad.append(wrong)
-                continue
-            users.add(user)
-            batch.lines += [number] * len(items)
-            batch.columns["user"] += [user] * len(items)
-            batch.columns["item"] += items
-            batch.columns["time"] += times
-            batch.extra += len(items) - 1
+                batch.bad.append(Bad(number, "user on a second line", detail, line))
+            elif bad_time is not None:
+                row = {"time": bad_time, "user": user}
+                batch.bad.append(_explained(number, "timestamp out of range", row, 1, None))
+            else:
+                users.add(user)
+                batch.lines += [number] * len(items)
+                batch.columns["row"] += range(rows, rows + len(items))
+                batch.columns["user"] += [user] * len(items)
+                batch.columns["item"] += items
+                batch.columns["time"] += times
+                rows += len(items)
+                table.valid -= len(items) - 1  # lines, not rows
         table.append(batch)
     if file is None:
         return {}
@@ -798,13 +788,13 @@ def _histories(table: _Table, blocks: Iterator[Block], path: Path) -> dict[str, 
 # ---- Parquet ------------------------------------------------------------------------------------------
 
 
-def _parquet(table: _Table, path: Path, columns: dict[str, str] | None) -> None:
+def _parquet(table: _Table, path: Path, columns: dict[str, str] | None, folder: Path) -> None:
     """Append the rows of exactly this file."""
     import duckdb
 
     # A link with a plain name: the database takes *, ? and [ in a path for a pattern, and name=value for a
     # partition.
-    link = table.folder / "file.parquet"
+    link = folder / "file.parquet"
     link.symlink_to(path.resolve())
     place = _literal(re.sub(r"([*?[])", r"[\1]", str(link)))
     source = f"read_parquet({place}, hive_partitioning = false)"
@@ -825,9 +815,10 @@ def _parquet(table: _Table, path: Path, columns: dict[str, str] | None) -> None:
             kind = "" if number is None else kinds[number]
             values.append(_parquet_value(path, what, chosen.get(what, ""), number, kind))
         stamped = "" if any(value.endswith("AS us") for value in values) else f", {table.us}"
-        numbered = f"SELECT row_number() OVER () AS line, {', '.join(values)}{stamped} FROM {renamed}"
-        size = table.con.execute(f"SELECT count(*) FROM {source}").fetchone()
-        table.take(f"SELECT *, line - 1 AS row FROM ({numbered})", size[0] if size else 0, Batch())
+        numbered = f"""SELECT row_number() OVER () AS line, {", ".join(values)}{stamped},
+            NULL AS width, CAST(NULL AS VARCHAR) AS text FROM {renamed}"""
+        (size,) = table.con.execute(f"SELECT count(*) FROM {source}").fetchone() or (0,)
+        table.take(f"SELECT *, line - 1 AS row FROM ({numbered})", size, [])
     except (duckdb.OutOfMemoryException, duckdb.InterruptException):
         raise
     except duckdb.Error as error:

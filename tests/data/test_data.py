@@ -2,7 +2,6 @@ import dataclasses
 import gzip
 import hashlib
 import http.server
-import importlib.machinery
 import json
 import os
 import shutil
@@ -227,16 +226,6 @@ def test_cache_tells_configurations_and_contents_apart(cache, tmp_path):
     assert len(list((cache / "prepared").iterdir())) == 3
 
 
-def test_failed_write_leaves_nothing(cache, monkeypatch):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(system, "write_array", full)
-    with pytest.raises(OSError, match="No space left"):
-        prepare(SYNTHETIC)
-    assert list((cache / "prepared").iterdir()) == []
-
-
 INTER = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
 
 
@@ -315,7 +304,6 @@ def small(monkeypatch, cache):
     expect_archive(monkeypatch, zipped)
     monkeypatch.setenv("PIP_NO_INDEX", "1")  # pip fails at once, without network
     monkeypatch.setenv("PIP_FIND_LINKS", str(cache.parent / "served"))
-    monkeypatch.setattr(fetch.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     return zipped
 
@@ -370,7 +358,7 @@ def test_failed_download_is_one_clear_error(server, cache, monkeypatch):
             fetch.files()
         told = str(error.value)
         assert "\n" not in told
-        for way in ("recbole is not installed", "pip download recbole==1.2.1: ", "/mirror/"):
+        for way in ("pip download recbole==1.2.1: ", "/mirror/"):
             assert way in told
         assert f"put a whole ml-100k.zip at {cache / 'raw' / 'ml-100k.zip'}" in told
         assert list((cache / "raw").iterdir()) == []  # nothing half-written
@@ -427,16 +415,9 @@ def test_wheel_by_pip(wheel, cache):
     assert [path.name for path in (cache / "raw").iterdir()] == ["ml-100k"]
 
 
-def test_altered_files_are_never_put_in_place(wheel, cache, monkeypatch, tmp_path):
-    folder = tmp_path / "dataset_example" / "ml-100k"
-    folder.mkdir(parents=True)
-    for name, content in wheel.items():
-        (folder / name).write_bytes(content)
-    spec = importlib.machinery.ModuleSpec("recbole", None, is_package=True)
-    spec.submodule_search_locations = [str(tmp_path)]
-    monkeypatch.setattr(fetch.importlib.util, "find_spec", lambda name: spec)
+def test_altered_files_are_never_put_in_place(wheel, cache, monkeypatch):
     monkeypatch.setitem(fetch.SHA256, "ml-100k.inter", "0" * 64)  # another file was expected
-    with pytest.raises(InputError, match=r"(ml-100k\.inter is truncated.*){2}"):
+    with pytest.raises(InputError, match=r"ml-100k\.inter is truncated or altered"):
         prepare(DataConfig())
     assert list((cache / "raw").iterdir()) == []
 
@@ -458,20 +439,6 @@ def python(config: dict, **env: str) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-
-
-def test_installed_recbole_is_read_and_never_imported(raw_files, cache, tmp_path):
-    if raw_files.origin != "RecBole":
-        pytest.skip("the cached files came from GroupLens, not from RecBole")
-    package = tmp_path / "site" / "recbole"
-    (package / "dataset_example" / "ml-100k").mkdir(parents=True)
-    (package / "__init__.py").write_text("raise RuntimeError('imported')")
-    for path in raw_files[:2]:
-        (package / "dataset_example" / "ml-100k" / path.name).write_bytes(path.read_bytes())
-    search = os.pathsep.join([str(system.root()), str(package.parent)])
-    process = python({}, PYTHONPATH=search, RECLIB_OFFLINE="1")
-    out, err = process.communicate()
-    assert out.split() == [FINGERPRINT, "False"], err
 
 
 def test_two_processes_prepare_at_once(small, cache):

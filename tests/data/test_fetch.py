@@ -15,7 +15,6 @@ import stat
 import subprocess
 import sys
 import threading
-import time
 import zipfile
 from pathlib import Path
 
@@ -296,17 +295,6 @@ def test_a_failed_download_is_one_clear_error_and_leaves_nothing(raw, server):
     assert fetch.fetch("films").is_file()  # a later try is not hindered
 
 
-def test_a_slow_server_is_waited_for(raw, server):
-    def slow(handler):
-        server.head(handler, len(FILMS))
-        for start in range(0, len(FILMS), 200):
-            handler.wfile.write(FILMS[start : start + 200])
-            time.sleep(0.05)
-
-    server.reply = slow
-    assert fetch.fetch("films").read_bytes() == RATINGS
-
-
 def test_a_silent_server_is_not_waited_for_endlessly(raw, server, monkeypatch):
     monkeypatch.setattr(fetch, "TIMEOUT_SECONDS", 0.2)
     go_on = threading.Event()
@@ -528,15 +516,6 @@ def test_two_processes_at_once(raw, server):
     assert [out.strip() for out, _ in results] == [str(raw / "films" / "ratings.dat")] * 2, results
     assert files_in(raw) == ["films.zip", "films/movies.dat", "films/ratings.dat", "films/received.json"]
     assert fetch.fetch("films").read_bytes() == RATINGS
-
-
-def test_no_permission(raw, server):
-    if os.geteuid() == 0:
-        pytest.skip("root may write everywhere")
-    raw.mkdir(parents=True)
-    raw.chmod(0o500)
-    with pytest.raises(InputError, match="Permission denied"):
-        fetch.fetch("films")
 
 
 def test_a_folder_where_the_file_is_due(raw, server):

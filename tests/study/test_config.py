@@ -44,6 +44,7 @@ def test_impossible_values_are_told_in_one_line():
         (TrainConfig, {"batch_size": 10, "micro_batch_size": 3}, "multiple of micro_batch_size=3"),
         (TrainConfig, {"learning_rate": float("nan")}, "'learning_rate' is nan"),
         (TrainConfig, {"mask_prob": 0.0}, "'mask_prob' is 0.0"),
+        (TrainConfig, {"seed": 2**64}, "'seed' is 18446744073709551616"),
         (TrainConfig, {"precision": "half"}, "'bf16'"),
     ]:
         with pytest.raises(InputError) as error:
