@@ -38,7 +38,7 @@ from common import (
 
 FLOOR = 16  # bytes per parameter of fp32 AdamW: weight, gradient, two moments
 DEFAULTS, BEST, OURS, COMPILED = "seed, glibc defaults", "seed, best allocator", "ours", "compiled"
-PEERS = {"recbole": ["full"], "rectools": ["full"], "replay": ["full", "restricted"]}
+PEERS = {"rectools": ["full"], "replay": ["full", "restricted"]}
 SCRIPTS = ROOT / "benchmarks" / "peers"
 STEPS = {"electronics": 8, "ml": 60}  # timed, of a variant in a round
 HUGE = ("seed", "rung 1", "rung 2")  # logits of every position: at glibc's defaults where not said otherwise

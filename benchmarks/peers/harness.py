@@ -174,7 +174,7 @@ class StepClock:
         }
         if self.args.eval:
             began = time.perf_counter()
-            peer.evaluate() if hasattr(peer, "evaluate") else peer.recommend(False)
+            peer.recommend(False)
             took = time.perf_counter() - began
             found |= {"eval_seconds": took, "eval_users_per_second": peer.data.num_users / took}
             found["peak_rss_bytes_with_eval"] = process_memory("VmHWM")
@@ -367,13 +367,18 @@ def process_age() -> float | None:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
-def run(peer_class: Any, doc: str | None) -> None:
+def run(models: dict[str, Any], doc: str | None) -> None:
     """Time or fit a peer, and print one JSON object as the last line.
 
-    `peer_class(args, data)` has `module` (what is trained), `train(watch)`, `recommend(with_valid)`,
-    `fields()`; of the class are `package`, `losses`, `models`, `count(batch)` (sequences, tokens, targets).
+    `models` has a class for each name; its object, of `(args, data)`, has `module` (what is trained),
+    `train(watch)`, `recommend(with_valid)`, `fields()`; of the class are `package`, `losses` and
+    `count(batch)` (sequences, tokens, targets).
     """
-    args = parse_args(doc, peer_class.losses, peer_class.models)
+    losses = dict.fromkeys(loss for peer in models.values() for loss in peer.losses)
+    args = parse_args(doc, tuple(losses), tuple(models))
+    peer_class = models[args.model]
+    if args.loss not in peer_class.losses:
+        raise SystemExit(f"{args.model} has no loss {args.loss}: expected {', '.join(peer_class.losses)}")
     import torch  # after OMP_NUM_THREADS is settled
 
     torch.set_num_threads(args.threads)

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 class RePlay:
     """The library's model under a Lightning trainer; its item ids are 0..num_items-1."""
 
-    package, models = "replay-rec", ("bert4rec",)
+    package = "replay-rec"
     losses = ("full", "restricted", "sampled")
 
     def __init__(self, args, data: Data) -> None:
@@ -108,4 +108,4 @@ class RePlay:
 
 
 if __name__ == "__main__":
-    run(RePlay, __doc__)
+    run({"bert4rec": RePlay}, __doc__)
