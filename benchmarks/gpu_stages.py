@@ -20,22 +20,19 @@ from typing import Any
 
 import torch
 import torch._dynamo
-import torch.nn.functional as F
 from common import ROOT, AbsentError, Rows, first_line
 from planner_rows import configs, dataset, described, write
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 
 from reclib import hardware, parameters, system
 from reclib import records as reclib_records
 from reclib.config import DataConfig, InputError, TrainConfig, changed, validated
-from reclib.data.batches import Epoch
-from reclib.data.dataset import evaluation, train_histories
+from reclib.data.dataset import evaluation
 from reclib.data.prepare import prepare, synthetic_dataset
 from reclib.data.splits import leave_one_out
 from reclib.evaluate.metrics import summary
 from reclib.experiments import adaptation, baseline, comparison, speed
-from reclib.model.bert4rec import Bert4Rec, attention_bias
+from reclib.model.bert4rec import Bert4Rec
 from reclib.train import timing
 from reclib.train.fit import rank_targets
 
@@ -376,34 +373,6 @@ def variants(b: Bench, *sizes: int) -> None:
         b.free()
 
 
-def probe(b: Bench) -> None:
-    """Operations that a trace does not tell apart: attention by backend, the head, batches."""
-    where, half = b.device.torch_device, torch.bfloat16
-    normal = functools.partial(torch.randn, device=where, dtype=half)
-    for shape in ((4, 2, 16, 16),) if b.tiny else ((76, 4, 50, 64), (64, 4, 200, 64), (76, 16, 50, 64)):
-        q, k, v = normal(3, *shape, requires_grad=True).unbind()
-        bias = attention_bias((torch.arange(shape[2], device=where) // 8 + 1).expand(shape[0], -1), half)
-
-        def attend(q: Any = q, k: Any = k, v: Any = v, bias: Any = bias) -> None:
-            F.scaled_dot_product_attention(q, k, v, attn_mask=bias).sum().backward(retain_graph=True)
-
-        for backend in ("EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"):
-            with sdpa_kernel(getattr(SDPBackend, backend)):
-                b.time("attention", attend, shape=shape, backend=backend)
-    for m in (16,) if b.tiny else (240, 928):
-        for n in (500, 512) if b.tiny else (159_748, 159_752, 159_808):
-            h, table, slope = normal(m, 256), normal(n, 256), normal(m, n)
-            b.time("head: scores", lambda h=h, table=table: h @ table.t(), targets=m, items=n)
-            b.time("head: to hidden", lambda s=slope, table=table: s @ table, targets=m, items=n)
-            b.time("head: to table", lambda s=slope, h=h: s.t() @ h, targets=m, items=n)
-    row = amp_row(b, amp(b, batch_sizes=[512]), "")
-    model, train = configs(row)
-    plan = Epoch(train_histories(dataset(row, model.num_items)), model, train, 0)
-    b.time("make a batch", lambda: plan.step(0))
-    (batch,) = plan.step(0)
-    b.time("a batch to the device", lambda: batch.to(where))
-
-
 def trace(b: Bench) -> None:
     """Where a step's time goes by kernel, and how busy the device is; a Chrome trace comes along."""
     p = amp(b, precisions=["bf16"], compile_modes=["off"], batch_sizes=[512], steps=3)
@@ -492,7 +461,6 @@ STAGES: dict[str, tuple[Callable[[Bench], None], float]] = {
     "variants": (lambda b: variants(b, 512), 170),
     "variants128": (lambda b: variants(b, 128), 90),
     "batches": (batches, 90),
-    "probe": (probe, 60),
     "trace": (trace, 45),
     "precisions": (precisions, 60),
     "ranking": (ranking, 45),

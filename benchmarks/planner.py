@@ -12,8 +12,7 @@
 One and two threads are two devices, cpu1 and cpu2. Each row runs in a process of its own, since peak memory
 belongs to a process; what is shown is the median step. Histories are synthetic, over catalogues of the true
 size. Records go to `executed/cpu/grids/planner.jsonl` and say which CPU they are of; those of a GPU lie in
-its own folder, and its plans are of the data sheet. Once it was measured, its shares are refitted on half
-of the rows, chosen by their hash, and judged on the others.
+its own folder, and its plans are of the data sheet.
 """
 
 from __future__ import annotations
@@ -52,16 +51,13 @@ from planner_rows import (
 )
 
 from reclib import hardware
-from reclib.config import TrainConfig, model_config
 from reclib.cost import planner, work
 
 RIDGE = 0.02  # pull of each share towards 1, in squared relative errors: five shares, few rows
 CALIBRATION = ROOT / "params" / "calibration.yaml"
 PREDICTING = [ROOT / "reclib" / "cost" / f"{name}.py" for name in ("work", "planner")]
-SHARES = ("products", "bandwidth", "operator_us")  # of a GPU
 WRITTEN = ("predicted", "time", "sha256_of_the_model")  # what a written prediction adds to its row
 Device = dict[str, Any]  # of params/calibration.yaml
-Share = Mapping[str, float]
 
 
 # -- rates and calibration of CPUs ---------------------------------------------------------------------------
@@ -212,15 +208,12 @@ def forecast(given: Row, devices: Mapping[str, Device]) -> dict[str, float]:
     }
 
 
-def on_board(given: Row, label: str, share: Share | None = None) -> dict[str, float]:
-    """Return the planner's step time and peak of tensors of a row on a GPU, with its shares or given ones."""
+def on_board(given: Row, label: str) -> dict[str, float]:
+    """Return the planner's step time and peak of tensors of a row on a GPU."""
     board = hardware.catalogue()[label]
     parts, size = parts_of(given, "cuda")
-    if share is None:
-        step = planner.on_board(parts, board, given["precision"])
-        seconds = {"step_seconds": step.seconds, "step_seconds_low": step.low, "step_seconds_high": step.high}
-    else:
-        seconds = {"step_seconds": planner.roofline(parts, board, given["precision"], share)}
+    step = planner.on_board(parts, board, given["precision"])
+    seconds = {"step_seconds": step.seconds, "step_seconds_low": step.low, "step_seconds_high": step.high}
     return seconds | {"peak_memory_bytes": size.total}
 
 
@@ -301,51 +294,20 @@ def errors(kind: str, cpu: str, refitted: Mapping[str, Device] | None = None) ->
     return found
 
 
-def gpu_errors(label: str, rows: Iterable[Row], share: Share | None = None) -> list[Row]:
-    """Return predicted over measured of records of a GPU; with `share`, as the planner says now."""
-    before = {} if share else predictions(label)
+def gpu_errors(label: str, records: Iterable[Row]) -> list[Row]:
+    """Return predicted over measured of records of a GPU."""
+    before = predictions(label)
     return [
-        compared(one, before.get(key_of(row_of(one))), lambda one=one: on_board(row_of(one), label, share))
-        for one in rows
+        compared(record, before.get(key_of(row_of(record))), lambda r=record: on_board(row_of(r), label))
+        for record in records
     ]
-
-
-def halves(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
-    """Return records to fit on and records to judge by: the hash of what a row is decides."""
-    sides: tuple[list[Row], list[Row]] = ([], [])
-    for one in rows:
-        sides[hashlib.sha256(key_of(row_of(one)).encode()).digest()[0] % 2].append(one)
-    return sides
-
-
-def refitted(label: str, rows: Iterable[Row]) -> dict[str, float]:
-    """Return the shares of a GPU's data sheet, and of the host, that records give: least squares of logs."""
-    import numpy as np
-    from scipy.optimize import least_squares
-
-    board = hardware.catalogue()[label]
-    steps = [
-        (parts_of(row_of(r), "cuda")[0], r["own_params"]["precision"], r["timings"]["step_seconds"])
-        for r in rows
-    ]
-
-    def gaps(logs: Any) -> Any:
-        share = dict(zip(SHARES, np.exp(logs), strict=True))
-        return [np.log(planner.roofline(parts, board, name, share) / took) for parts, name, took in steps]
-
-    starts = [
-        np.log([planner.efficiency()[at][name] for name in SHARES]) for at in ("slow", "likely", "fast")
-    ]
-    tries = [least_squares(gaps, start, diff_step=1e-3) for start in starts]  # a host that waits has no slope
-    best = min(tries, key=lambda one: one.cost)
-    return {name: round(float(value), 3) for name, value in zip(SHARES, np.exp(best.x), strict=True)}
 
 
 # -- tables --------------------------------------------------------------------------------------------------
 
 
 def tables() -> None:
-    """Print the error tables by device, and the seed study's wall clock beside the range for an A100."""
+    """Print the error tables by device."""
     for cpu, devices in calibration().items():
         other = devices["cpu2"].get("shares_of")
         print(f"== {cpu}: rates of its own, shares {f'of {other}' if other else 'fitted on its rows'}\n")
@@ -358,22 +320,10 @@ def tables() -> None:
             print_table("fitted rows, the refit saw them", errors("fitted", cpu, again))
             print_table("held-out rows, the refit did not see them", errors("held-out", cpu, again))
     for label in hardware.catalogue():
-        gpu_tables(label, named("planner_row", label))
-    seed_check()
-
-
-def gpu_tables(label: str, rows: list[Row]) -> None:
-    """Print the errors of a GPU that was measured: as predicted, and with shares refitted on half."""
-    if not rows:
-        return
-    print_table(f"{label}: as predicted before it was run, by its data sheet", gpu_errors(label, rows))
-    known, new = halves(rows)
-    if min(len(known), len(new)) < 6:
-        print(f"-- {label}: {len(rows)} rows are too few to refit its shares on half of them\n")
-        return
-    share = refitted(label, known)
-    print(f"-- {label}, shares refitted on {len(known)} rows: {share}\n")
-    print_table(f"{label}: rows that the refit did not see", gpu_errors(label, new, share))
+        if rows := named("planner_row", label):
+            print_table(
+                f"{label}: as predicted before it was run, by its data sheet", gpu_errors(label, rows)
+            )
 
 
 def print_table(name: str, rows: list[Row]) -> None:
@@ -396,21 +346,6 @@ def print_table(name: str, rows: list[Row]) -> None:
         text = f"  {what}: median absolute error {median(gaps):.1%}, worst {max(gaps):.1%}, {len(gaps)} rows"
         print(f"{text}; median error {median(signed):+.1%}")
     print()
-
-
-def seed_check() -> None:
-    """Compare the seed study's wall clock on an A100 with the plan of its step: for consistency only."""
-    rates = {"85m": 3886, "130m": 2429, "430m": 1080}  # sequences/s: an epoch's sequences over its time
-    wasteful = {"layout": "padded", "head_rows": "all", "objective": "seed_focal", "optimizer": "loop"}
-    print("seed study on an A100 (its batch and precision are not known: 512, tf32 and fp16)")
-    for size, rate in rates.items():
-        model = model_config(size, attention_dropout=0.25)
-        for precision in ("fp32", "tf32", "fp16"):
-            train = TrainConfig(batch_size=512, precision=precision, **wasteful)
-            plan = planner.plans("a100-40", model, train, planner.typical_lengths(), 582_942)[0].numbers()
-            low, high = plan["sequences_per_second_low"], plan["sequences_per_second_high"]
-            said = f"{rate} by its clock, predicted {low:,.0f} to {high:,.0f}"
-            print(f"  {size:5} {precision}: {said}: {'inside' if low <= rate <= high else 'outside'}")
 
 
 def main() -> int:
