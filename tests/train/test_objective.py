@@ -80,7 +80,7 @@ def test_routes_agree_with_torch_and_skip_fillers(how):
         torch.autograd.grad(wanted, (hidden, weight, bias)),
         strict=True,
     ):
-        torch.testing.assert_close(got, right)
+        torch.testing.assert_close(got, right)  # of PAD and MASK, which are no items: zero
 
 
 def test_inplace_route_by_numerical_differentiation_and_in_small_blocks(monkeypatch):
@@ -93,15 +93,6 @@ def test_inplace_route_by_numerical_differentiation_and_in_small_blocks(monkeypa
     )
     targets = torch.tensor([1, 7, IGNORE, 3, 3])
     assert torch.autograd.gradcheck(lambda h, w, b: InplaceCrossEntropy.apply(h, w, b, targets, 7), arguments)
-
-
-@pytest.mark.parametrize("how", ["plain", "chunked", "inplace"])
-def test_special_rows_get_no_gradient(how):
-    hidden = torch.randn(3, 8)
-    weight = torch.randn(12, 8, requires_grad=True)
-    cross_entropy_sum(hidden, weight, None, torch.tensor([1, 2, 3]), 10, how).backward()
-    assert (weight.grad[[0, 11]] == 0).all()
-    assert (weight.grad[1:11] != 0).any(dim=1).all()
 
 
 @pytest.mark.parametrize("how", ["plain", "chunked", "inplace"])
