@@ -158,19 +158,19 @@ def at_size(reviews: int, given: argparse.Namespace, folder: Path, rows: Rows) -
     actions += ["gzip -dc", "reading", "preparation", "loading"]
     places = {name: prepared_of(path) if name == "loading" else path for name in actions}
     turns = {name: functools.partial(measure, name, place, folder, reviews) for name, place in places.items()}
-    found = rows.in_turns(turns, given.rounds, reviews=reviews)
+    results = rows.in_turns(turns, given.rounds, reviews=reviews)
     path.unlink()
-    return found
+    return results
 
 
 def run(given: argparse.Namespace, rows: Rows) -> Row:
     sizes = given.reviews or (*SIZES, *([FULL_SIZE] if given.full else []))
     with tempfile.TemporaryDirectory(dir=given.folder, prefix="reclib-data-") as folder:
-        found = {n: at_size(n, given, Path(folder), rows) for n in sorted(sizes)}
+        results = {n: at_size(n, given, Path(folder), rows) for n in sorted(sizes)}
     names = ("seconds", "inside", "peak_mb", "added_mb", "first_batch_seconds", "first_batch_mb")
     summary = {
         n: {action: {name: middle(of, name) for name in names} for action, of in actions.items()}
-        for n, actions in found.items()
+        for n, actions in results.items()
     }
     return {"sizes": summary, "cpus": len(os.sched_getaffinity(0))}
 

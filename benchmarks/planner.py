@@ -68,28 +68,28 @@ def rates() -> None:
     for threads in (1, 2):
         if f"cpu{threads}" in recorded_rates(here()):
             continue
-        if found := undisturbed("microbench", threads, threads):
-            found["timings"] = {
+        if measured_rates := undisturbed("microbench", threads, threads):
+            measured_rates["timings"] = {
                 f"{name} {key}".strip(): value
-                for name, values in found["timings"].items()
+                for name, values in measured_rates["timings"].items()
                 for key, value in (values.items() if isinstance(values, dict) else [("", values)])
             }
-            write("rates", found, {"device": f"cpu{threads}", "threads": threads, "cpu": here()})
-            print(json.dumps(found["timings"], indent=1), flush=True)
+            write("rates", measured_rates, {"device": f"cpu{threads}", "threads": threads, "cpu": here()})
+            print(json.dumps(measured_rates["timings"], indent=1), flush=True)
 
 
 def recorded_rates(cpu: str) -> dict[str, Device]:
     """Return the newest rates of a CPU by its devices, shapes as keys again."""
-    found: dict[str, Device] = {}
-    for one in (r for r in named("rates") if cpu_of(r) == cpu):
+    devices: dict[str, Device] = {}
+    for record in (r for r in named("rates") if cpu_of(r) == cpu):
         own: dict[str, Any] = {}
-        for name, value in one["timings"].items():
+        for name, value in record["timings"].items():
             stem, _, last = name.rpartition(" ")
             place, key = (own.setdefault(stem, {}), int(last)) if last.isdecimal() else (own, name)
             place[key] = float(f"{value:.4g}")
         process = int(own.pop("process_bytes", 0))
-        found[one["own_params"]["device"]] = {"name": cpu, "rates": own, "process_bytes": process}
-    return found
+        devices[record["own_params"]["device"]] = {"name": cpu, "rates": own, "process_bytes": process}
+    return devices
 
 
 def calibration() -> dict[str, dict[str, Device]]:
@@ -97,12 +97,12 @@ def calibration() -> dict[str, dict[str, Device]]:
     return yaml.safe_load(CALIBRATION.read_text(encoding="utf-8"))
 
 
-def calibrate(cpu: str, found: dict[str, Device]) -> None:
+def calibrate(cpu: str, devices: dict[str, Device]) -> None:
     """Put a CPU's devices into the calibration, whose comment at the top stays."""
     text = CALIBRATION.read_text(encoding="utf-8")
     head = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
     # Through JSON, so that devices which share a band do not become anchors.
-    whole = numbered(json.loads(json.dumps(calibration() | {cpu: found})))
+    whole = numbered(json.loads(json.dumps(calibration() | {cpu: devices})))
     CALIBRATION.write_text(head + yaml.safe_dump(whole, sort_keys=False), encoding="utf-8")
 
 
@@ -133,11 +133,11 @@ def fitted_devices(cpu: str) -> dict[str, Device]:
     import numpy as np
     from scipy.optimize import nnls
 
-    found = recorded_rates(cpu)
-    seconds, heaps, process = [], [], {name: [] for name in found}
-    for one in measured("fitted", cpu):
-        device, timings = one["own_params"]["device"], one["timings"]
-        groups, size = groups_of(row_of(one), found[device]["rates"])
+    devices = recorded_rates(cpu)
+    seconds, heaps, process = [], [], {name: [] for name in devices}
+    for entry in measured("fitted", cpu):
+        device, timings = entry["own_params"]["device"], entry["timings"]
+        groups, size = groups_of(row_of(entry), devices[device]["rates"])
         peak, before = timings["peak_memory_bytes"], timings["process_bytes"]
         fixed = size.total - size.parts["activations"]
         heaps.append([size.held / peak, size.layer / peak, (peak - before - fixed) / peak])
@@ -147,37 +147,37 @@ def fitted_devices(cpu: str) -> dict[str, Device]:
     left = np.vstack([seconds, np.sqrt(RIDGE) * np.eye(count)])
     right = np.concatenate([np.ones(len(seconds)), np.sqrt(RIDGE) * np.ones(count)])
     shares, heap = nnls(left, right)[0], nnls(np.array(heaps)[:, :2], np.array(heaps)[:, 2])[0]
-    for name, one in found.items():
-        one["heap"] = {"held": round(float(heap[0]), 3), "layer": round(float(heap[1]), 3)}
-        one["shares"] = {group: round(float(x), 3) for group, x in zip(planner.GROUPS, shares, strict=True)}
-        one["process_bytes"] = int(median(process[name]))
-    return found
+    for name, entry in devices.items():
+        entry["heap"] = {"held": round(float(heap[0]), 3), "layer": round(float(heap[1]), 3)}
+        entry["shares"] = {group: round(float(x), 3) for group, x in zip(planner.GROUPS, shares, strict=True)}
+        entry["process_bytes"] = int(median(process[name]))
+    return devices
 
 
 def fit() -> None:
     """Fit the shares of this CPU and put them into the calibration with the error of its fitted rows."""
-    found = fitted_devices(here())
-    band = error_of(errors("fitted", here(), found), "fitted")
-    calibrate(here(), {name: one | {"error": band} for name, one in found.items()})
-    print(json.dumps(found["cpu2"]["shares"]), json.dumps(band))
+    devices = fitted_devices(here())
+    band = error_of(errors("fitted", here(), devices), "fitted")
+    calibrate(here(), {name: device | {"error": band} for name, device in devices.items()})
+    print(json.dumps(devices["cpu2"]["shares"]), json.dumps(band))
 
 
 def adopt(other: str) -> None:
     """Give this CPU, of which only rates were measured, the shares and the error band of another one."""
-    found = recorded_rates(here())
-    for name, one in found.items():
+    devices = recorded_rates(here())
+    for name, device in devices.items():
         given = calibration()[other][name]
-        one |= {key: given[key] for key in ("heap", "shares", "error")} | {"shares_of": other}
-    calibrate(here(), found)
+        device |= {key: given[key] for key in ("heap", "shares", "error")} | {"shares_of": other}
+    calibrate(here(), devices)
 
 
-def error_of(found: list[Row], of: str) -> Row:
+def error_of(rows: list[Row], of: str) -> Row:
     """Return the errors of rows as the band around predictions."""
-    time, memory = ([abs(e[name] - 1) for e in found] for name in ("time", "memory"))
-    worst = max(max(e["time"], 1 / e["time"]) - 1 for e in found)
+    time, memory = ([abs(e[name] - 1) for e in rows] for name in ("time", "memory"))
+    worst = max(max(e["time"], 1 / e["time"]) - 1 for e in rows)
     numbers = {"time_median": median(time), "time_worst": worst}
     numbers |= {"memory_median": median(memory), "memory_worst": max(memory)}
-    return {"of": of, "rows": len(found)} | {name: round(value, 3) for name, value in numbers.items()}
+    return {"of": of, "rows": len(rows)} | {name: round(value, 3) for name, value in numbers.items()}
 
 
 def write_error(cpu: str) -> None:
@@ -186,13 +186,13 @@ def write_error(cpu: str) -> None:
     Rows with an adapter and rows in bf16 have an error of their own.
     """
     devices = calibration()[cpu]
-    adopted = any("shares_of" in one for one in devices.values())
-    found = [e for kind in (("fitted", "held-out") if adopted else ("held-out",)) for e in errors(kind, cpu)]
-    band = error_of(found, "held-out") if found else next(iter(devices.values()))["error"]
+    adopted = any("shares_of" in device for device in devices.values())
+    unseen = [e for kind in (("fitted", "held-out") if adopted else ("held-out",)) for e in errors(kind, cpu)]
+    band = error_of(unseen, "held-out") if unseen else next(iter(devices.values()))["error"]
     for kind in ("adapted", "bf16"):
         if rows := errors(kind, cpu):
             band[kind] = error_of(rows, "held-out")
-    calibrate(cpu, {name: one | {"error": band} for name, one in devices.items()})
+    calibrate(cpu, {name: device | {"error": band} for name, device in devices.items()})
 
 
 # -- predictions ---------------------------------------------------------------------------------------------
@@ -228,7 +228,7 @@ def predictions(device: str) -> dict[str, Row]:
     if not predictions_file(device).is_file():
         return {}
     rows = json.loads(predictions_file(device).read_text(encoding="utf-8"))["rows"]
-    return {key_of({k: v for k, v in one.items() if k not in WRITTEN}): one for one in rows}
+    return {key_of({k: v for k, v in row.items() if k not in WRITTEN}): row for row in rows}
 
 
 def predict(gpu: str | None) -> None:
@@ -241,16 +241,16 @@ def predict(gpu: str | None) -> None:
     sheets = [ROOT / "params" / "devices.yaml", ROOT / "params" / "efficiency.yaml"] if gpu else [CALIBRATION]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in [*sheets, *PREDICTING])).hexdigest()
     about = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "sha256_of_the_model": digest}
-    rows = gpu_rows(gpu) if gpu else [one for kind in SETS.values() for one in kind]
+    rows = gpu_rows(gpu) if gpu else [row for kind in SETS.values() for row in kind]
     done = [r for r in named("planner_row", gpu or "cpu") if gpu or cpu_of(r) == device]
     before, keys = predictions(device), {key_of(row_of(r)) for r in done}
-    for one in rows:
-        if key_of(one) in keys or key_of(one) in before:
+    for row in rows:
+        if key_of(row) in keys or key_of(row) in before:
             continue
-        found = on_board(one, gpu) if gpu else forecast(one, calibration()[device])
-        before[key_of(one)] = one | {"predicted": found} | about
-        size = found["peak_memory_bytes"] / 2**30
-        print(f"{title(one):100} {found['step_seconds']:9.5f} s {size:7.2f} GiB")
+        predicted = on_board(row, gpu) if gpu else forecast(row, calibration()[device])
+        before[key_of(row)] = row | {"predicted": predicted} | about
+        size = predicted["peak_memory_bytes"] / 2**30
+        print(f"{title(row):100} {predicted['step_seconds']:9.5f} s {size:7.2f} GiB")
     predictions_file(device).parent.mkdir(parents=True, exist_ok=True)
     whole = {"device" if gpu else "cpu": device, "rows": list(before.values())}
     predictions_file(device).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
@@ -272,10 +272,10 @@ def compared(record: Row, written: Row | None, now: Callable[[], dict[str, float
 
     It takes the prediction that was written down before it was run; where there is none, what is said now.
     """
-    timings, found = record["timings"], written["predicted"] if written else now()
-    row = {"row": row_of(record), "measured": timings, "predicted": found, "written": bool(written)}
-    row["time"] = found["step_seconds"] / timings["step_seconds"]
-    return row | {"memory": found["peak_memory_bytes"] / timings["peak_memory_bytes"]}
+    timings, predicted = record["timings"], written["predicted"] if written else now()
+    row = {"row": row_of(record), "measured": timings, "predicted": predicted, "written": bool(written)}
+    row["time"] = predicted["step_seconds"] / timings["step_seconds"]
+    return row | {"memory": predicted["peak_memory_bytes"] / timings["peak_memory_bytes"]}
 
 
 def errors(kind: str, cpu: str, refitted: Mapping[str, Device] | None = None) -> list[Row]:
@@ -284,14 +284,14 @@ def errors(kind: str, cpu: str, refitted: Mapping[str, Device] | None = None) ->
     `tensors` is that of memory beyond what the process holds before it has a model.
     """
     before, devices = {} if refitted else predictions(cpu), refitted or calibration()[cpu]
-    found = []
-    for one in measured(kind, cpu):
-        given, timings = row_of(one), one["timings"]
-        row = compared(one, before.get(key_of(given)), lambda given=given: forecast(given, devices))
-        process = devices[one["own_params"]["device"]]["process_bytes"]
+    compared_rows = []
+    for record in measured(kind, cpu):
+        given, timings = row_of(record), record["timings"]
+        row = compared(record, before.get(key_of(given)), lambda given=given: forecast(given, devices))
+        process = devices[record["own_params"]["device"]]["process_bytes"]
         tensors = timings["peak_memory_bytes"] - timings["process_bytes"]
-        found.append(row | {"tensors": (row["predicted"]["peak_memory_bytes"] - process) / tensors})
-    return found
+        compared_rows.append(row | {"tensors": (row["predicted"]["peak_memory_bytes"] - process) / tensors})
+    return compared_rows
 
 
 def gpu_errors(label: str, records: Iterable[Row]) -> list[Row]:

@@ -97,10 +97,10 @@ class RePlay:
         lightning.Trainer(callbacks=[predictions], **LIGHTNING).predict(
             model, DataLoader(rows, batch_size=self.args.eval_batch_size), return_predictions=False
         )
-        found = predictions.get_result()
+        table = predictions.get_result()
         top = np.zeros((self.data.num_users, k), dtype=np.int32)
-        users = found["user_id"].to_numpy(dtype=np.int64).reshape(-1, k)[:, 0]
-        top[users] = found["item_id"].to_numpy(dtype=np.int64).reshape(-1, k) + 1
+        users = table["user_id"].to_numpy(dtype=np.int64).reshape(-1, k)[:, 0]
+        top[users] = table["item_id"].to_numpy(dtype=np.int64).reshape(-1, k) + 1
         return top
 
     def fields(self) -> dict[str, Any]:
