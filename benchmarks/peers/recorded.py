@@ -135,12 +135,14 @@ def settings_of(about: dict[str, Any]) -> dict[str, Any]:
 def write(folder: Path, work: Work) -> list[Result]:
     """Append the peers' results to the grid's records and return them.
 
-    Curves need no scored grid: they are of validation alone.
+    Curves need no scored grid: they are of validation alone. A result takes the place of an earlier one of
+    the same model, whatever the settings and the seconds of its run.
     """
     results = curve_results(folder, work)
     if not results or peers_of(folder, work):
         results += peer_results(folder, work)
     for result in results:
-        identity = {"peer": result.params, "seed": result.seed, "data": work.dataset.fingerprint}
+        params = {name: value for name, value in result.params.items() if name != "run"}
+        identity = {"peer": params, "seed": result.seed, "data": work.dataset.fingerprint}
         work.write(records.params_hash(identity), result, {}, {})
     return results
