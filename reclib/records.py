@@ -16,6 +16,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -101,39 +102,54 @@ def commits_of_code(
 ) -> dict[tuple[str, str], str]:
     """Return the newest commit that has each (notebook, `code_hash`), of HEAD's history or of `commits`.
 
-    Each state of the package and of a notebook is hashed once: hundreds of commits take seconds.
+    Each state of the package and of a notebook is read and hashed once, by a handful of calls of git.
     """
-    notebooks = sorted(set(notebooks))
+    names = sorted(set(notebooks))
     commits = commits if commits is not None else (_git("rev-list", "HEAD") or b"").decode().split()
-    paths = ["reclib", *(f"notebooks/{name}.ipynb" for name in notebooks)]
-    names = "\n".join(f"{commit}:./{path}" for commit in commits for path in paths).encode()
-    objects = (_git("cat-file", "--batch-check=%(objectname)", stdin=names) or b"").decode().splitlines()
+    paths = ["reclib", *(f"notebooks/{name}.ipynb" for name in names)]
+    places = "\n".join(f"{commit}:./{path}" for commit in commits for path in paths).encode()
+    objects = iter(
+        (_git("cat-file", "--batch-check=%(objectname)", stdin=places) or b"").decode().splitlines()
+    )
     states: dict[tuple[str, str, str], str] = {}  # package's tree, notebook, its blob: commit
-    for place, commit in enumerate(commits if objects else []):
-        tree, *sources = objects[place * len(paths) : (place + 1) * len(paths)]
-        for name, source in zip(notebooks, sources, strict=True):
+    for commit, (tree, *sources) in zip(commits, zip(*[objects] * len(paths), strict=True), strict=False):
+        for name, source in zip(names, sources, strict=True):
             if not tree.endswith(" missing"):
                 states.setdefault((tree, name, source), commit)
-    trees = {tree: _python_files(tree) for tree in {tree for tree, _, _ in states}}
-    wanted = {blob for files in trees.values() for blob in files.values()}
-    content = _blobs(wanted | {source for _, _, source in states if not source.endswith(" missing")})
-    digests = {
-        tree: _package_digest({name: content[blob] for name, blob in files.items()})
-        for tree, files in trees.items()
+    files = _python_files({tree for tree, _, _ in states})
+    written = {source for _, _, source in states if not source.endswith(" missing")}
+    content = _objects({blob for blobs in files.values() for blob in blobs.values()} | written)
+    packages = {
+        tree: _package_digest({name: content[blob] for name, blob in blobs.items()})
+        for tree, blobs in files.items()
     }
-    cells = {s: _code_cells(content[s]) if s in content else b"" for s in {source for _, _, source in states}}
+    cells = {source: _code_cells(content[source]) for source in written}
     result: dict[tuple[str, str], str] = {}
     for (tree, name, source), commit in states.items():
-        result.setdefault((name, _hash_with(digests[tree], cells[source])), commit)
+        result.setdefault((name, _hash_with(packages[tree], cells.get(source, b""))), commit)
     return result
 
 
-def _python_files(tree: str) -> dict[str, str]:
-    lines = (_git("ls-tree", "-r", "-z", tree) or b"").decode().split("\0")
-    return {line.partition("\t")[2]: line.split()[2] for line in lines if line.endswith(".py")}
+def _python_files(trees: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Return the Python files of each tree of git, by path with their blobs."""
+    files: dict[str, dict[str, str]] = {tree: {} for tree in trees}
+    level = {(tree, tree, "") for tree in files}  # the whole tree, a folder of it, where that lies
+    while level:
+        content, deeper = _objects({folder for _, folder, _ in level}), set()
+        for tree, folder, path in level:
+            # An entry is its mode, a space, its name, a zero byte, and the 20 bytes of its hash.
+            for mode, name, digest in re.findall(rb"(\d+) ([^\0]+)\0(.{20})", content[folder], re.DOTALL):
+                place = path + name.decode()
+                if mode == b"40000":
+                    deeper.add((tree, digest.hex(), f"{place}/"))
+                elif place.endswith(".py"):
+                    files[tree][place] = digest.hex()
+        level = deeper
+    return files
 
 
-def _blobs(names: Iterable[str]) -> dict[str, bytes]:
+def _objects(names: Iterable[str]) -> dict[str, bytes]:
+    """Return what objects of git hold."""
     output, place, content = _git("cat-file", "--batch", stdin="\n".join(names).encode()) or b"", 0, {}
     while place < len(output):
         start = output.index(b"\n", place) + 1
