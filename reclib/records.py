@@ -120,10 +120,10 @@ def commits_of_code(
     written = {source for _, _, source in states if not source.endswith(" missing")}
     content = _objects({blob for blobs in files.values() for blob in blobs.values()} | written)
     packages = {
-        tree: _package_digest({name: content[blob] for name, blob in blobs.items()})
+        tree: _package_digest({name: content.get(blob, b"") for name, blob in blobs.items()})
         for tree, blobs in files.items()
     }
-    cells = {source: _code_cells(content[source]) for source in written}
+    cells = {source: _code_cells(content[source]) for source in written & content.keys()}
     result: dict[tuple[str, str], str] = {}
     for (tree, name, source), commit in states.items():
         result.setdefault((name, _hash_with(packages[tree], cells.get(source, b""))), commit)
@@ -138,7 +138,9 @@ def _python_files(trees: Iterable[str]) -> dict[str, dict[str, str]]:
         content, deeper = _objects({folder for _, folder, _ in level}), set()
         for tree, folder, path in level:
             # An entry is its mode, a space, its name, a zero byte, and the 20 bytes of its hash.
-            for mode, name, digest in re.findall(rb"(\d+) ([^\0]+)\0(.{20})", content[folder], re.DOTALL):
+            for mode, name, digest in re.findall(
+                rb"(\d+) ([^\0]+)\0(.{20})", content.get(folder, b""), re.DOTALL
+            ):
                 place = path + name.decode()
                 if mode == b"40000":
                     deeper.add((tree, digest.hex(), f"{place}/"))
@@ -149,20 +151,22 @@ def _python_files(trees: Iterable[str]) -> dict[str, dict[str, str]]:
 
 
 def _objects(names: Iterable[str]) -> dict[str, bytes]:
-    """Return what objects of git hold."""
+    """Return what objects of git hold, of those that are there."""
     output, place, content = _git("cat-file", "--batch", stdin="\n".join(names).encode()) or b"", 0, {}
     while place < len(output):
         start = output.index(b"\n", place) + 1
-        name, _, size = output[place:start].decode().split()
-        content[name] = output[start : start + int(size)]
-        place = start + int(size) + 1
+        name, _, *size = output[place:start].decode().split()  # or "<name> missing"
+        place = start
+        if size:
+            content[name] = output[start : start + int(size[0])]
+            place += int(size[0]) + 1
     return content
 
 
 def _git(*arguments: str, stdin: bytes = b"") -> bytes | None:
     command = ["git", "-C", str(system.CHECKOUT), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, input=stdin, timeout=30)
+        done = subprocess.run(command, capture_output=True, input=stdin, timeout=300)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None
