@@ -89,7 +89,7 @@ class Rows:
 
         What has failed is not tried again, and its list is what it gave before.
         """
-        found: dict[str, list[Row]] = {name: [] for name in actions}
+        results: dict[str, list[Row]] = {name: [] for name in actions}
         left = dict(actions)
         for number in range(1, rounds + 1):
             for name, action in list(left.items()):
@@ -97,8 +97,8 @@ class Rows:
                 if row is None:
                     del left[name]
                 else:
-                    found[name].append(row)
-        return found
+                    results[name].append(row)
+        return results
 
 
 def seconds_of(action: Callable[[], object]) -> Callable[[], Row]:
@@ -126,8 +126,8 @@ def run_process(command: Sequence[object], environment: Mapping[str, str] | None
     if done.returncode < 0:
         raise FailedError(f"killed by {signal.Signals(-done.returncode).name}: memory may have run out")
     if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
-        raise FailedError(f"exit code {done.returncode}: {said[:300]}")
+        last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
+        raise FailedError(f"exit code {done.returncode}: {last[:300]}")
     try:
         return json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
@@ -141,8 +141,8 @@ def run_child(script: str, call: Mapping[str, Any], environment: Mapping[str, st
 
 def clean_environment(threads: int) -> dict[str, str]:
     """Return this process's environment with a thread count and the allocator's defaults."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
-    return kept | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    variables = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+    return variables | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
 
 
 def options(

@@ -8,8 +8,8 @@ size in turns: `json.loads` of every line into a list and pandas (at the smalles
 the file), `gzip -dc`, our reading into the database, the whole `python -m reclib data prepare`, and the
 loading of what that wrote, up to the first batch. Peak memory is that of a process and its children together.
 
-Targets: preparing 5 times as fast as the list at 0.4 million; reading within 2.5 times `gzip -dc`; peak below
-1 GB; loading within 2 s and 100 MB. Linux only: it reads /proc.
+The summary has medians by size and action: whole seconds, those without starting the interpreter, peak MB and
+what loading added. Linux only: it reads /proc.
 """
 
 from __future__ import annotations
@@ -158,42 +158,19 @@ def at_size(reviews: int, given: argparse.Namespace, folder: Path, rows: Rows) -
     actions += ["gzip -dc", "reading", "preparation", "loading"]
     places = {name: prepared_of(path) if name == "loading" else path for name in actions}
     turns = {name: functools.partial(measure, name, place, folder, reviews) for name, place in places.items()}
-    found = rows.in_turns(turns, given.rounds, reviews=reviews)
+    results = rows.in_turns(turns, given.rounds, reviews=reviews)
     path.unlink()
-    return found
-
-
-def against_targets(n: int, found: dict[str, list[Row]], rows: Rows) -> None:
-    """Write a row for each target at `n` reviews: the value, its bound, whether it is met."""
-    time = {action: middle(of, "seconds") for action, of in found.items()}
-    inside = {action: middle(of, "inside") for action, of in found.items()}
-    loading = found["loading"]
-    targets = [  # at most
-        ("reading / gzip -dc", inside["reading"] / time["gzip -dc"], 2.5),
-        ("peak MB of the preparation", middle(found["preparation"], "peak_mb"), 1000),
-        ("seconds of loading", inside["loading"], 2),
-        ("MB added by loading", middle(loading, "added_mb"), 100),
-        ("seconds until the first batch", middle(loading, "first_batch_seconds"), 2),
-        ("MB added at the first batch", middle(loading, "first_batch_mb"), 100),
-    ]
-    if "list of dicts" in found:  # without its imports, ours with them: this favours the list
-        loop = inside["list of dicts"]
-        targets += [("whole preparation / list", time["preparation"] / loop, 1 / 5)]
-        targets += [("reading / list", inside["reading"] / loop, 1 / 5)]
-    for what, value, bound in targets:
-        rows.add(what, reviews=n, value=value, at_most=bound, met=value <= bound)
+    return results
 
 
 def run(given: argparse.Namespace, rows: Rows) -> Row:
     sizes = given.reviews or (*SIZES, *([FULL_SIZE] if given.full else []))
     with tempfile.TemporaryDirectory(dir=given.folder, prefix="reclib-data-") as folder:
-        found = {n: at_size(n, given, Path(folder), rows) for n in sorted(sizes)}
-    for n, actions in found.items():
-        against_targets(n, actions, rows)
-    names = ("seconds", "inside", "peak_mb")
+        results = {n: at_size(n, given, Path(folder), rows) for n in sorted(sizes)}
+    names = ("seconds", "inside", "peak_mb", "added_mb", "first_batch_seconds", "first_batch_mb")
     summary = {
         n: {action: {name: middle(of, name) for name in names} for action, of in actions.items()}
-        for n, actions in found.items()
+        for n, actions in results.items()
     }
     return {"sizes": summary, "cpus": len(os.sched_getaffinity(0))}
 

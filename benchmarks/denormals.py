@@ -64,8 +64,10 @@ def run(given: argparse.Namespace, rows: Rows) -> Row:
     torch.set_num_threads(1)
     pairs = 2 if given.quick else given.pairs
     names = {factor: f"queries and keys times {factor:g}" for factor in given.sharp}
-    found = [rows.attempt(name, functools.partial(measure, factor, pairs)) for factor, name in names.items()]
-    return {"denormals_kept_over_flushed": [row for row in found if row]}
+    results = [
+        rows.attempt(name, functools.partial(measure, factor, pairs)) for factor, name in names.items()
+    ]
+    return {"denormals_kept_over_flushed": [row for row in results if row]}
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from common import (
 
 FLOOR = 16  # bytes per parameter of fp32 AdamW: weight, gradient, two moments
 DEFAULTS, BEST, OURS, COMPILED = "seed, glibc defaults", "seed, best allocator", "ours", "compiled"
-PEERS = {"recbole": ["full"], "rectools": ["full"], "replay": ["full", "restricted"]}
+PEERS = {"rectools": ["full"], "replay": ["full", "restricted"]}
 SCRIPTS = ROOT / "benchmarks" / "peers"
 STEPS = {"electronics": 8, "ml": 60}  # timed, of a variant in a round
 HUGE = ("seed", "rung 1", "rung 2")  # logits of every position: at glibc's defaults where not said otherwise
@@ -114,9 +114,9 @@ def variant(name: str, shape: str, dataset: Any, timed: int, warmup: int, evalua
     before = resident_bytes()
     torch.manual_seed(0)
     trainer = Trainer(Bert4Rec(rung.model), histories, train, device, dataset.fingerprint)
-    found = timing.measure(trainer, timed, warmup)
-    if found.status != "ok":
-        return {"rung": rung.name, "status": found.status, "reason": found.reason}
+    measured = timing.measure(trainer, timed, warmup)
+    if measured.status != "ok":
+        return {"rung": rung.name, "status": measured.status, "reason": measured.reason}
     plan = Epoch(histories, rung.model, train, 0)
     steps, began = min(20, plan.num_steps), time.perf_counter()
     for step in range(steps):
@@ -125,13 +125,13 @@ def variant(name: str, shape: str, dataset: Any, timed: int, warmup: int, evalua
         "preparation_seconds": (time.perf_counter() - began) / steps,
         "rung": rung.name,
         "reason": trainer.compile_reason,
-        "sequences_per_step": found.sequences / len(found.step_seconds),
-        "targets_per_sequence": found.targets / found.sequences,
-        "fill": found.fill if found.row_tokens else None,
-        "losses": found.losses[-3:],
-        "grown_bytes": (found.peak_memory_bytes or 0) - before,
+        "sequences_per_step": measured.sequences / len(measured.step_seconds),
+        "targets_per_sequence": measured.targets / measured.sequences,
+        "fill": measured.fill if measured.row_tokens else None,
+        "losses": measured.losses[-3:],
+        "grown_bytes": (measured.peak_memory_bytes or 0) - before,
         "floor_bytes": FLOOR * sum(p.numel() for p in trainer.parameters),
-    } | found.timings()
+    } | measured.timings()
     if evaluate:
         part = evaluation(dataset, "test")
         for _ in range(2):  # the first one warms up
@@ -153,9 +153,9 @@ def bound_of(shape: str, dataset: Any, repeats: int) -> Row:
     model, train = configs(shape, dataset.num_items)
     plan = Epoch(whole_histories(dataset), model, train, 0)
     batches = sorted((plan.step(i)[0] for i in range(min(plan.num_steps, 12))), key=lambda b: b.num_targets)
-    found = bound.gemm_bound(model, batches[len(batches) // 2], torch.device("cpu"), repeats=max(3, repeats))
-    parts = {part.name: part.seconds for part in found.components}
-    return {"step_seconds": found.seconds, "gemm_seconds": found.gemm_seconds, "parts": parts}
+    least = bound.gemm_bound(model, batches[len(batches) // 2], torch.device("cpu"), repeats=max(3, repeats))
+    parts = {part.name: part.seconds for part in least.components}
+    return {"step_seconds": least.seconds, "gemm_seconds": least.gemm_seconds, "parts": parts}
 
 
 # -- all of them ---------------------------------------------------------------------------------------------
@@ -179,11 +179,11 @@ def rounds_of(shape: str, given: argparse.Namespace, rows: Rows) -> dict[str, li
     return rows.in_turns(actions, given.rounds, shape=shape)
 
 
-def table(shape: str, found: dict[str, list[Row]]) -> None:
+def table(shape: str, results: dict[str, list[Row]]) -> None:
     """Print the step of each variant, and how many times as fast it is as the one above."""
     print(f"\n{shape:<24}{'rung':<30}{'step s':>9}{'x before':>10}{'peak/floor':>12}")
     before = float("nan")
-    for name, rows in found.items():
+    for name, rows in results.items():
         if rows:
             step, rung = middle(rows, "step_seconds"), rows[0].get("rung", "")
             peak = max(row.get("grown_bytes", 0) / row.get("floor_bytes", 1) for row in rows)
@@ -191,18 +191,18 @@ def table(shape: str, found: dict[str, list[Row]]) -> None:
             before = step
 
 
-def figures(found: dict[str, list[Row]]) -> Row:
+def figures(results: dict[str, list[Row]]) -> Row:
     """Return the ratios that follow, NaN where a variant failed."""
-    step = {name: middle(rows, "step_seconds") for name, rows in found.items()}
-    ours, own = found[OURS], step[OURS]
-    seeds = [row["grown_bytes"] for row in found[DEFAULTS]]
+    step = {name: middle(rows, "step_seconds") for name, rows in results.items()}
+    ours, own = results[OURS], step[OURS]
+    seeds = [row["grown_bytes"] for row in results[DEFAULTS]]
     peaks = [row["grown_bytes"] / row["floor_bytes"] for row in ours]
     result = {
         "sequences_per_second": middle(ours, "sequences_per_step") / own,
         "step_seconds": own,
         "bound_seconds": step["bound"],
         "step_over_bound": own / step["bound"],
-        "gemm_bound_share": middle(found["bound"], "gemm_seconds") / own,
+        "gemm_bound_share": middle(results["bound"], "gemm_seconds") / own,
         "seed_step_seconds": step[DEFAULTS],
         "seed_step_best_allocator_seconds": step[BEST],
         "seed_peak_bytes": max(seeds, default=None),
@@ -215,9 +215,9 @@ def figures(found: dict[str, list[Row]]) -> Row:
         "batch_wait_share": middle(ours, "fetch_share"),
         "targets_per_sequence": middle(ours, "targets_per_sequence"),
     }
-    if COMPILED in found:
+    if COMPILED in results:
         result["compile_speedup"] = own / step[COMPILED]
-        result["compile_seconds"] = middle(found[COMPILED], "compile_seconds")
+        result["compile_seconds"] = middle(results[COMPILED], "compile_seconds")
         result["users_per_second"] = middle(ours, "users_per_second")
     return result
 
@@ -227,7 +227,7 @@ def peers(shape: str, given: argparse.Namespace, rows: Rows) -> list[Row]:
     import numpy as np
 
     dataset, steps = dataset_of(shape), 2 if given.quick or shape == "electronics" else 15
-    found = []
+    results = []
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "data.npz"
         np.savez(file, items=dataset.items, offsets=dataset.offsets, num_items=dataset.num_items)
@@ -241,16 +241,16 @@ def peers(shape: str, given: argparse.Namespace, rows: Rows) -> list[Row]:
             for allocator, variables in (("glibc defaults", {}), ("best", BEST_ALLOCATOR)):
                 run = functools.partial(run_process, command, clean_environment(given.threads) | variables)
                 about = {"peer": f"{peer} {loss}", "allocator": allocator, "shape": shape}
-                found.append(rows.attempt(f"{peer} {loss}, {allocator}", run, **about))
-    return [row for row in found if row is not None]
+                results.append(rows.attempt(f"{peer} {loss}, {allocator}", run, **about))
+    return [row for row in results if row is not None]
 
 
-def against(found: list[Row], ours: Row) -> Row:
+def against(peer_rows: list[Row], ours: Row) -> Row:
     """Return our rates over those of the fastest peer."""
-    if not found:
+    if not peer_rows:
         return {}
-    fastest = max(found, key=lambda row: row["sequences_per_second"])
-    users = max(row.get("eval_users_per_second") or 0.0 for row in found)
+    fastest = max(peer_rows, key=lambda row: row["sequences_per_second"])
+    users = max(row.get("eval_users_per_second") or 0.0 for row in peer_rows)
     result = {
         "fastest_peer": fastest["name"],
         "speedup_over_fastest_peer": ours["sequences_per_second"] / fastest["sequences_per_second"],
@@ -265,12 +265,12 @@ def run(given: argparse.Namespace, rows: Rows) -> Row:
     given.rounds = 1 if given.quick else given.rounds
     result: Row = {}
     for shape in given.shapes:
-        found = rounds_of(shape, given, rows)
-        table(shape, found)
-        mine = figures(found)
+        results = rounds_of(shape, given, rows)
+        table(shape, results)
+        numbers = figures(results)
         if given.peers:
-            mine |= against(peers(shape, given, rows), mine)
-        result |= {f"{'ml_' if shape == 'ml' else ''}{key}": value for key, value in mine.items()}
+            numbers |= against(peers(shape, given, rows), numbers)
+        result |= {f"{'ml_' if shape == 'ml' else ''}{key}": value for key, value in numbers.items()}
     return result
 
 

@@ -92,7 +92,9 @@ def wheels(folder: Path, version: str) -> int:
     """Download what a machine with torch, numpy, pandas and scipy lacks; print how many and how large."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     stated = [*project["dependencies"], *project["optional-dependencies"]["study"]]
-    wanted = [one for one in stated if one.replace("=", ">").partition(">")[0] in CARRIED]
+    wanted = [
+        requirement for requirement in stated if requirement.replace("=", ">").partition(">")[0] in CARRIED
+    ]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:", f"--dest={folder}"]
     command += [f"--python-version={version}", "--implementation=cp"]
     command += [f"--platform={platform}" for platform in PLATFORMS]

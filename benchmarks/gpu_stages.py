@@ -20,22 +20,19 @@ from typing import Any
 
 import torch
 import torch._dynamo
-import torch.nn.functional as F
 from common import ROOT, AbsentError, Rows, first_line
 from planner_rows import configs, dataset, described, write
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 
 from reclib import hardware, parameters, system
 from reclib import records as reclib_records
 from reclib.config import DataConfig, InputError, TrainConfig, changed, validated
-from reclib.data.batches import Epoch
-from reclib.data.dataset import evaluation, train_histories
+from reclib.data.dataset import evaluation
 from reclib.data.prepare import prepare, synthetic_dataset
 from reclib.data.splits import leave_one_out
 from reclib.evaluate.metrics import summary
 from reclib.experiments import adaptation, baseline, comparison, speed
-from reclib.model.bert4rec import Bert4Rec, attention_bias
+from reclib.model.bert4rec import Bert4Rec
 from reclib.train import timing
 from reclib.train.fit import rank_targets
 
@@ -136,14 +133,14 @@ class Records:
         self.b.add("row", row=row, status=status, counts=counts, timings=timings)
         if row is not None and timings and self.run is not None:
             own = row | {"set": row["stage"], "device": self.b.device.label}
-            found = self.about | {"counts": counts, "timings": timings}
-            write("planner_row", found, own, self.b.out / "executed")
+            result = self.about | {"counts": counts, "timings": timings}
+            write("planner_row", result, own, self.b.out / "executed")
 
     def rows(self, name: str, timed: Iterable[Any], rows: Iterable[dict[str, Any] | None]) -> None:
         """Write rows of `speed`, each as its notebook does and as the planner's."""
-        for one, row in zip(timed, rows, strict=True):
-            self.result(name, one.metrics(), params=one.own_params(), timings=one.timings)
-            self.step(row, one.metrics(), one.timings, f"{one.found.status} {one.found.reason}".strip())
+        for step, row in zip(timed, rows, strict=True):
+            self.result(name, step.metrics(), params=step.own_params(), timings=step.timings)
+            self.step(row, step.metrics(), step.timings, f"{step.found.status} {step.found.reason}".strip())
 
 
 # -- what is timed, as parameters of notebooks and as rows that the planner predicts -------------------------
@@ -189,18 +186,18 @@ def amp_row(b: Bench, p: Any, stage: str, users: int = 0, **train: Any) -> dict[
 
 
 def size_rows(b: Bench) -> list[dict[str, Any]]:
-    p, found = size_params(b), []
+    p, described_rows = size_params(b), []
     for size in p.measured_sizes:
         for name in b.precisions:
             model, train = comparison.model_of(p, size), comparison.train_of(p, name)
-            found.append(described("sizes", size, model, train, p.users))
-    return found
+            described_rows.append(described("sizes", size, model, train, p.users))
+    return described_rows
 
 
 def ladder_rows(b: Bench, size: str) -> list[dict[str, Any]]:
     p = ladder_params(b, size)
     rungs = speed.rungs_of(p, speed.dataset_of(p), b.device)
-    return [described(f"ladder {size}", p.size, one.model, one.train, p.synthetic_users) for one in rungs]
+    return [described(f"ladder {size}", p.size, rung.model, rung.train, p.synthetic_users) for rung in rungs]
 
 
 def precision_rows(b: Bench) -> list[dict[str, Any]]:
@@ -244,9 +241,9 @@ def rows(device: Any) -> list[dict[str, Any]]:
     """Return every row that the stages time on a device, which need not be here."""
     b = Bench(Path(os.devnull))
     b.device = device
-    found = [*size_rows(b), *(row for size in LADDERS for row in ladder_rows(b, size)), *precision_rows(b)]
-    found += [row for _, row, _ in variant_rows(b) if not isinstance(row, str)] + [*batch_rows(b)]
-    return found + [row for row in adapter_rows(b) if row is not None]
+    every = [*size_rows(b), *(row for size in LADDERS for row in ladder_rows(b, size)), *precision_rows(b)]
+    every += [row for _, row, _ in variant_rows(b) if not isinstance(row, str)] + [*batch_rows(b)]
+    return every + [row for row in adapter_rows(b) if row is not None]
 
 
 def trainer_of(b: Bench, row: dict[str, Any]) -> Any:
@@ -278,17 +275,17 @@ def environment(b: Bench) -> None:
 
 def check(b: Bench) -> None:
     """The project's self-check, whose file lets a GPU have records; then gradients in bf16 beside fp32."""
-    found = comparison.check(b.device)
-    for one in found:
-        b.add("check", check=one._asdict())
-    comparison.write(b.device, found)
+    checks = comparison.check(b.device)
+    for answer in checks:
+        b.add("check", check=answer._asdict())
+    comparison.write(b.device, checks)
     _, exact = comparison.gradients(b.device, changed(comparison.FAST, **comparison.PLAIN))
     with torch.autocast(b.device.torch_device.type, dtype=torch.bfloat16):
         _, half = comparison.gradients(b.device, comparison.FAST)
     whole = torch.stack([g.norm() for g in exact.values()]).norm()
     gaps = [(half[n] - g).norm() / torch.maximum(g.norm(), 1e-3 * whole) for n, g in exact.items()]
     b.add("gradients in bf16", finite=bool(torch.stack(gaps).isfinite().all()), gap=str(float(max(gaps))))
-    if not all(one.passed for one in found):
+    if not all(answer.passed for answer in checks):
         raise RuntimeError("the self-check did not pass: numbers go to raw.jsonl and are no records")
 
 
@@ -298,11 +295,11 @@ def sizes(b: Bench) -> None:
     about = reclib_records.params_hash({"mean_len": p.mean_len, "seed": p.seed})
     records = Records(b, "06_hardware", p, "synthetic", about)
     for size in p.measured_sizes:
-        for one in comparison.measured(changed(p, measured_sizes=[size]), b.device):
-            own = one.own_params
-            records.result("hardware_step", one.metrics, params=own, timings=one.timings)
+        for step in comparison.measured(changed(p, measured_sizes=[size]), b.device):
+            own = step.own_params
+            records.result("hardware_step", step.metrics, params=own, timings=step.timings)
             row = planned.get((size, own["precision"]))
-            records.step(row, one.metrics, one.timings, own["status"])
+            records.step(row, step.metrics, step.timings, own["status"])
         b.free()
 
 
@@ -339,8 +336,10 @@ def batches(b: Bench) -> None:
     for row in batch_rows(b):
         short = row["batch_size"] > 8192 or row["size"] == "430m"
         try:
-            found = timing.measure(trainer_of(b, row), *((2, 1) if b.tiny else (5, 2) if short else (40, 10)))
-            records.step(row, found.counts(), found.timings(), found.status)
+            measured = timing.measure(
+                trainer_of(b, row), *((2, 1) if b.tiny else (5, 2) if short else (40, 10))
+            )
+            records.step(row, measured.counts(), measured.timings(), measured.status)
             if not short:
                 trainer = trainer_of(b, row)
                 clocks = [timing.epoch_clock(trainer) for _ in range(2)]  # the first one warms up
@@ -364,44 +363,16 @@ def variants(b: Bench, *sizes: int) -> None:
                 raise InputError(row)
             trainers |= {"plain": trainer_of(b, plain), name: trainer_of(b, row)}
             # Captures of graphs fall into a warm-up of 60 steps, which meets most shapes.
-            found = timing.interleave(trainers, *((1, 1, 2) if b.tiny else (20, 60, 3)))
-            records.step(row, found[name].counts(), found[name].timings(), found[name].status)
+            measured = timing.interleave(trainers, *((1, 1, 2) if b.tiny else (20, 60, 3)))
+            records.step(row, measured[name].counts(), measured[name].timings(), measured[name].status)
             if name != "plain":
-                ratio = timing.paired_ratio(found["plain"], found[name])._asdict()
+                ratio = timing.paired_ratio(measured["plain"], measured[name])._asdict()
                 b.add("variant", **about, compiled=trainers[name].compile_reason, speedup=ratio)
         except Exception as error:  # a compiler's, most likely: the other variants are of use
             b.add("variant", **about, status="failed", reason=first_line(error))
         trainers.clear()
         torch._dynamo.reset()  # else the next catalogue's size would be compiled as a variable
         b.free()
-
-
-def probe(b: Bench) -> None:
-    """Operations that a trace does not tell apart: attention by backend, the head, batches."""
-    where, half = b.device.torch_device, torch.bfloat16
-    normal = functools.partial(torch.randn, device=where, dtype=half)
-    for shape in ((4, 2, 16, 16),) if b.tiny else ((76, 4, 50, 64), (64, 4, 200, 64), (76, 16, 50, 64)):
-        q, k, v = normal(3, *shape, requires_grad=True).unbind()
-        bias = attention_bias((torch.arange(shape[2], device=where) // 8 + 1).expand(shape[0], -1), half)
-
-        def attend(q: Any = q, k: Any = k, v: Any = v, bias: Any = bias) -> None:
-            F.scaled_dot_product_attention(q, k, v, attn_mask=bias).sum().backward(retain_graph=True)
-
-        for backend in ("EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"):
-            with sdpa_kernel(getattr(SDPBackend, backend)):
-                b.time("attention", attend, shape=shape, backend=backend)
-    for m in (16,) if b.tiny else (240, 928):
-        for n in (500, 512) if b.tiny else (159_748, 159_752, 159_808):
-            h, table, slope = normal(m, 256), normal(n, 256), normal(m, n)
-            b.time("head: scores", lambda h=h, table=table: h @ table.t(), targets=m, items=n)
-            b.time("head: to hidden", lambda s=slope, table=table: s @ table, targets=m, items=n)
-            b.time("head: to table", lambda s=slope, h=h: s.t() @ h, targets=m, items=n)
-    row = amp_row(b, amp(b, batch_sizes=[512]), "")
-    model, train = configs(row)
-    plan = Epoch(train_histories(dataset(row, model.num_items)), model, train, 0)
-    b.time("make a batch", lambda: plan.step(0))
-    (batch,) = plan.step(0)
-    b.time("a batch to the device", lambda: batch.to(where))
 
 
 def trace(b: Bench) -> None:
@@ -411,9 +382,12 @@ def trace(b: Bench) -> None:
         trainer = trainer_of(b, amp_row(b, p, "trace", precision=precision, batch_size=batch))
         records = Records(b, "04_amp_compile", p, f"synthetic {p.size}", trainer.fingerprint)
         step = timing.measure(trainer, *((2, 1) if b.tiny else (30, 10))).median_seconds
-        found = timing.operators(trainer, p.steps, 16, b.out / f"trace-{precision}-{batch}.json.gz")
-        series = {name: [getattr(one, name) for one in found] for name in ("calls", "seconds", "share")}
-        series["operator"] = [one.name[:160] for one in found]
+        operators = timing.operators(trainer, p.steps, 16, b.out / f"trace-{precision}-{batch}.json.gz")
+        series = {
+            name: [getattr(operator, name) for operator in operators]
+            for name in ("calls", "seconds", "share")
+        }
+        series["operator"] = [operator.name[:160] for operator in operators]
         own = {"precision": precision, "batch_size": batch}
         records.result("operators", {}, params=own, series=series)
         b.add("busy", **own, step_seconds=step, kernel_seconds=sum(series["seconds"]))
@@ -430,8 +404,8 @@ def ranking(b: Bench) -> None:
             began = time.perf_counter()
             rank_targets(trainer, part, True, 10)  # ends with ranks on the host
             rate = len(part.targets) / (time.perf_counter() - began)
-        one = timing.latency(trainer, part.histories, 5 if b.tiny else 200)
-        b.add("ranking", precision=precision, users_per_second=rate, **one._asdict())
+        request = timing.latency(trainer, part.histories, 5 if b.tiny else 200)
+        b.add("ranking", precision=precision, users_per_second=rate, **request._asdict())
 
 
 def training(b: Bench) -> None:
@@ -448,14 +422,14 @@ def training(b: Bench) -> None:
         small = {"size": "nano", "epochs": 2, "eval_every": 1}
         p = b.params("02_baseline", small, dataset=prepared.name, precision=precision, **full)
         records = Records(b, "02_baseline", p, prepared.name, prepared.fingerprint)
-        one = baseline.train_seed("02_baseline", p, prepared, split, b.device, "bert4rec", 0)
-        about = {"series": one.curve(), "timings": one.timings(), "seed": 0}
-        records.result("learning_curve", one.best(), params={"model": "bert4rec"}, **about)
+        run = baseline.train_seed("02_baseline", p, prepared, split, b.device, "bert4rec", 0)
+        about = {"series": run.curve(), "timings": run.timings(), "seed": 0}
+        records.result("learning_curve", run.best(), params={"model": "bert4rec"}, **about)
         for name in ("fp32", "bf16"):  # rounded scores tie, and ties count against the target
-            one.trainer.autocast = functools.partial(
-                torch.autocast, one.trainer.where.type, dtype=torch.bfloat16, enabled=name == "bf16"
+            run.trainer.autocast = functools.partial(
+                torch.autocast, run.trainer.where.type, dtype=torch.bfloat16, enabled=name == "bf16"
             )
-            ndcg = summary(rank_targets(one.trainer, split.valid, True, 10).ranks)["ndcg@10"]
+            ndcg = summary(rank_targets(run.trainer, split.valid, True, 10).ranks)["ndcg@10"]
             b.add("ranked", trained_in=precision, ranked_in=name, ndcg=ndcg)
 
 
@@ -492,7 +466,6 @@ STAGES: dict[str, tuple[Callable[[Bench], None], float]] = {
     "variants": (lambda b: variants(b, 512), 170),
     "variants128": (lambda b: variants(b, 128), 90),
     "batches": (batches, 90),
-    "probe": (probe, 60),
     "trace": (trace, 45),
     "precisions": (precisions, 60),
     "ranking": (ranking, 45),

@@ -97,19 +97,19 @@ def time_steps(given: argparse.Namespace, folder: Path, rows: Rows) -> Row:
     warmup, pairs = WARMUP, given.pairs
     if given.quick:  # as many pairs as half a minute holds, two at least
         first = timing.interleave(trainers, 1, 1, 0)
-        seconds = sum(one.warmup_seconds for one in first.values())
+        seconds = sum(measurement.warmup_seconds for measurement in first.values())
         warmup, pairs = 0, max(2, min(6, int(30 / seconds)))
-    found = timing.interleave(trainers, 1, warmup, pairs)
+    measured = timing.interleave(trainers, 1, warmup, pairs)
     result: Row = {"pairs": pairs}
-    for name, one in found.items():
+    for name, measurement in measured.items():
         count = sum(p.numel() for p in trainers[name].parameters)
-        about = {"status": one.status, "reason": one.reason, "trained": count}
-        rows.add(name, **about, **one.timings(), losses=one.losses[-1:])
-        if one.status == "ok":
-            result[f"{name.replace(', ', '_')}_step_seconds"] = one.median_seconds
+        about = {"status": measurement.status, "reason": measurement.reason, "trained": count}
+        rows.add(name, **about, **measurement.timings(), losses=measurement.losses[-1:])
+        if measurement.status == "ok":
+            result[f"{name.replace(', ', '_')}_step_seconds"] = measurement.median_seconds
     for key, sides in PAIRS.items():
-        if all(name in found and found[name].status == "ok" for name in sides):
-            mean, low, high = timing.paired_ratio(*(found[name] for name in sides))
+        if all(name in measured and measured[name].status == "ok" for name in sides):
+            mean, low, high = timing.paired_ratio(*(measured[name] for name in sides))
             rows.add(key, ratio=mean, low=low, high=high)
             result |= {key: mean, f"{key}_low": low, f"{key}_high": high}
     return result
@@ -133,8 +133,8 @@ def measure_memory(given: argparse.Namespace, folder: Path, rows: Rows) -> Row:
     """Measure each kind in turns; return the bytes that each adds, and iLoRA's over full fine-tuning's."""
     call = {"base": str(folder), "tiny": given.tiny, "threads": given.threads}
     actions = {kind: functools.partial(run_child, __file__, call | {"kind": kind}) for kind in KINDS}
-    found = rows.in_turns(actions, given.rounds, what="memory")
-    added = {kind: middle(of_kind, "added_bytes") for kind, of_kind in found.items()}
+    results = rows.in_turns(actions, given.rounds, what="memory")
+    added = {kind: middle(of_kind, "added_bytes") for kind, of_kind in results.items()}
     whole = {f"{kind}_added_bytes": value for kind, value in added.items()}
     return whole | {"added_memory_over_full": added["ilora"] / added["full"]}
 

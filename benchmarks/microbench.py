@@ -24,14 +24,14 @@ TABLE = 20_000_000  # parameters of the optimiser's pass
 
 def rates(device: torch.device, repeats: int = 7) -> dict[str, Any]:
     """Return FLOP/s of products by precision and width, elements/s of passes, seconds of one operator."""
-    found: dict[str, Any] = {"bandwidth": copy_rate(device, repeats)}
+    measured: dict[str, Any] = {"bandwidth": copy_rate(device, repeats)}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         kind: Any = {"dtype": dtype, "device": device, "repeats": repeats}
-        found[f"product {name}"] = {D: mean_rate(map_rates(PLACES, D, 4 * D, **kind)) for D in WIDTHS}
-        found[f"head {name}"] = {D: mean_rate(map_rates(TARGETS, D, ITEMS, **kind)) for D in WIDTHS}
-    found["attention"] = {L: attention_rate(L, device, repeats) for L in LENGTHS}
-    found |= passes(device, repeats) | tables(device, repeats)
-    return found | {"operator": operator_seconds(device, repeats)}
+        measured[f"product {name}"] = {D: mean_rate(map_rates(PLACES, D, 4 * D, **kind)) for D in WIDTHS}
+        measured[f"head {name}"] = {D: mean_rate(map_rates(TARGETS, D, ITEMS, **kind)) for D in WIDTHS}
+    measured["attention"] = {L: attention_rate(L, device, repeats) for L in LENGTHS}
+    measured |= passes(device, repeats) | tables(device, repeats)
+    return measured | {"operator": operator_seconds(device, repeats)}
 
 
 def attention_rate(L: int, device: torch.device, repeats: int) -> float:

@@ -12,8 +12,7 @@
 One and two threads are two devices, cpu1 and cpu2. Each row runs in a process of its own, since peak memory
 belongs to a process; what is shown is the median step. Histories are synthetic, over catalogues of the true
 size. Records go to `executed/cpu/grids/planner.jsonl` and say which CPU they are of; those of a GPU lie in
-its own folder, and its plans are of the data sheet. Once it was measured, its shares are refitted on half
-of the rows, chosen by their hash, and judged on the others.
+its own folder, and its plans are of the data sheet.
 """
 
 from __future__ import annotations
@@ -52,16 +51,13 @@ from planner_rows import (
 )
 
 from reclib import hardware
-from reclib.config import TrainConfig, model_config
 from reclib.cost import planner, work
 
 RIDGE = 0.02  # pull of each share towards 1, in squared relative errors: five shares, few rows
 CALIBRATION = ROOT / "params" / "calibration.yaml"
 PREDICTING = [ROOT / "reclib" / "cost" / f"{name}.py" for name in ("work", "planner")]
-SHARES = ("products", "bandwidth", "operator_us")  # of a GPU
 WRITTEN = ("predicted", "time", "sha256_of_the_model")  # what a written prediction adds to its row
 Device = dict[str, Any]  # of params/calibration.yaml
-Share = Mapping[str, float]
 
 
 # -- rates and calibration of CPUs ---------------------------------------------------------------------------
@@ -72,28 +68,28 @@ def rates() -> None:
     for threads in (1, 2):
         if f"cpu{threads}" in recorded_rates(here()):
             continue
-        if found := undisturbed("microbench", threads, threads):
-            found["timings"] = {
+        if measured_rates := undisturbed("microbench", threads, threads):
+            measured_rates["timings"] = {
                 f"{name} {key}".strip(): value
-                for name, values in found["timings"].items()
+                for name, values in measured_rates["timings"].items()
                 for key, value in (values.items() if isinstance(values, dict) else [("", values)])
             }
-            write("rates", found, {"device": f"cpu{threads}", "threads": threads, "cpu": here()})
-            print(json.dumps(found["timings"], indent=1), flush=True)
+            write("rates", measured_rates, {"device": f"cpu{threads}", "threads": threads, "cpu": here()})
+            print(json.dumps(measured_rates["timings"], indent=1), flush=True)
 
 
 def recorded_rates(cpu: str) -> dict[str, Device]:
     """Return the newest rates of a CPU by its devices, shapes as keys again."""
-    found: dict[str, Device] = {}
-    for one in (r for r in named("rates") if cpu_of(r) == cpu):
+    devices: dict[str, Device] = {}
+    for record in (r for r in named("rates") if cpu_of(r) == cpu):
         own: dict[str, Any] = {}
-        for name, value in one["timings"].items():
+        for name, value in record["timings"].items():
             stem, _, last = name.rpartition(" ")
             place, key = (own.setdefault(stem, {}), int(last)) if last.isdecimal() else (own, name)
             place[key] = float(f"{value:.4g}")
         process = int(own.pop("process_bytes", 0))
-        found[one["own_params"]["device"]] = {"name": cpu, "rates": own, "process_bytes": process}
-    return found
+        devices[record["own_params"]["device"]] = {"name": cpu, "rates": own, "process_bytes": process}
+    return devices
 
 
 def calibration() -> dict[str, dict[str, Device]]:
@@ -101,12 +97,12 @@ def calibration() -> dict[str, dict[str, Device]]:
     return yaml.safe_load(CALIBRATION.read_text(encoding="utf-8"))
 
 
-def calibrate(cpu: str, found: dict[str, Device]) -> None:
+def calibrate(cpu: str, devices: dict[str, Device]) -> None:
     """Put a CPU's devices into the calibration, whose comment at the top stays."""
     text = CALIBRATION.read_text(encoding="utf-8")
     head = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
     # Through JSON, so that devices which share a band do not become anchors.
-    whole = numbered(json.loads(json.dumps(calibration() | {cpu: found})))
+    whole = numbered(json.loads(json.dumps(calibration() | {cpu: devices})))
     CALIBRATION.write_text(head + yaml.safe_dump(whole, sort_keys=False), encoding="utf-8")
 
 
@@ -137,11 +133,11 @@ def fitted_devices(cpu: str) -> dict[str, Device]:
     import numpy as np
     from scipy.optimize import nnls
 
-    found = recorded_rates(cpu)
-    seconds, heaps, process = [], [], {name: [] for name in found}
-    for one in measured("fitted", cpu):
-        device, timings = one["own_params"]["device"], one["timings"]
-        groups, size = groups_of(row_of(one), found[device]["rates"])
+    devices = recorded_rates(cpu)
+    seconds, heaps, process = [], [], {name: [] for name in devices}
+    for entry in measured("fitted", cpu):
+        device, timings = entry["own_params"]["device"], entry["timings"]
+        groups, size = groups_of(row_of(entry), devices[device]["rates"])
         peak, before = timings["peak_memory_bytes"], timings["process_bytes"]
         fixed = size.total - size.parts["activations"]
         heaps.append([size.held / peak, size.layer / peak, (peak - before - fixed) / peak])
@@ -151,37 +147,37 @@ def fitted_devices(cpu: str) -> dict[str, Device]:
     left = np.vstack([seconds, np.sqrt(RIDGE) * np.eye(count)])
     right = np.concatenate([np.ones(len(seconds)), np.sqrt(RIDGE) * np.ones(count)])
     shares, heap = nnls(left, right)[0], nnls(np.array(heaps)[:, :2], np.array(heaps)[:, 2])[0]
-    for name, one in found.items():
-        one["heap"] = {"held": round(float(heap[0]), 3), "layer": round(float(heap[1]), 3)}
-        one["shares"] = {group: round(float(x), 3) for group, x in zip(planner.GROUPS, shares, strict=True)}
-        one["process_bytes"] = int(median(process[name]))
-    return found
+    for name, entry in devices.items():
+        entry["heap"] = {"held": round(float(heap[0]), 3), "layer": round(float(heap[1]), 3)}
+        entry["shares"] = {group: round(float(x), 3) for group, x in zip(planner.GROUPS, shares, strict=True)}
+        entry["process_bytes"] = int(median(process[name]))
+    return devices
 
 
 def fit() -> None:
     """Fit the shares of this CPU and put them into the calibration with the error of its fitted rows."""
-    found = fitted_devices(here())
-    band = error_of(errors("fitted", here(), found), "fitted")
-    calibrate(here(), {name: one | {"error": band} for name, one in found.items()})
-    print(json.dumps(found["cpu2"]["shares"]), json.dumps(band))
+    devices = fitted_devices(here())
+    band = error_of(errors("fitted", here(), devices), "fitted")
+    calibrate(here(), {name: device | {"error": band} for name, device in devices.items()})
+    print(json.dumps(devices["cpu2"]["shares"]), json.dumps(band))
 
 
 def adopt(other: str) -> None:
     """Give this CPU, of which only rates were measured, the shares and the error band of another one."""
-    found = recorded_rates(here())
-    for name, one in found.items():
+    devices = recorded_rates(here())
+    for name, device in devices.items():
         given = calibration()[other][name]
-        one |= {key: given[key] for key in ("heap", "shares", "error")} | {"shares_of": other}
-    calibrate(here(), found)
+        device |= {key: given[key] for key in ("heap", "shares", "error")} | {"shares_of": other}
+    calibrate(here(), devices)
 
 
-def error_of(found: list[Row], of: str) -> Row:
+def error_of(rows: list[Row], of: str) -> Row:
     """Return the errors of rows as the band around predictions."""
-    time, memory = ([abs(e[name] - 1) for e in found] for name in ("time", "memory"))
-    worst = max(max(e["time"], 1 / e["time"]) - 1 for e in found)
+    time, memory = ([abs(e[name] - 1) for e in rows] for name in ("time", "memory"))
+    worst = max(max(e["time"], 1 / e["time"]) - 1 for e in rows)
     numbers = {"time_median": median(time), "time_worst": worst}
     numbers |= {"memory_median": median(memory), "memory_worst": max(memory)}
-    return {"of": of, "rows": len(found)} | {name: round(value, 3) for name, value in numbers.items()}
+    return {"of": of, "rows": len(rows)} | {name: round(value, 3) for name, value in numbers.items()}
 
 
 def write_error(cpu: str) -> None:
@@ -190,13 +186,13 @@ def write_error(cpu: str) -> None:
     Rows with an adapter and rows in bf16 have an error of their own.
     """
     devices = calibration()[cpu]
-    adopted = any("shares_of" in one for one in devices.values())
-    found = [e for kind in (("fitted", "held-out") if adopted else ("held-out",)) for e in errors(kind, cpu)]
-    band = error_of(found, "held-out") if found else next(iter(devices.values()))["error"]
+    adopted = any("shares_of" in device for device in devices.values())
+    unseen = [e for kind in (("fitted", "held-out") if adopted else ("held-out",)) for e in errors(kind, cpu)]
+    band = error_of(unseen, "held-out") if unseen else next(iter(devices.values()))["error"]
     for kind in ("adapted", "bf16"):
         if rows := errors(kind, cpu):
             band[kind] = error_of(rows, "held-out")
-    calibrate(cpu, {name: one | {"error": band} for name, one in devices.items()})
+    calibrate(cpu, {name: device | {"error": band} for name, device in devices.items()})
 
 
 # -- predictions ---------------------------------------------------------------------------------------------
@@ -212,15 +208,12 @@ def forecast(given: Row, devices: Mapping[str, Device]) -> dict[str, float]:
     }
 
 
-def on_board(given: Row, label: str, share: Share | None = None) -> dict[str, float]:
-    """Return the planner's step time and peak of tensors of a row on a GPU, with its shares or given ones."""
+def on_board(given: Row, label: str) -> dict[str, float]:
+    """Return the planner's step time and peak of tensors of a row on a GPU."""
     board = hardware.catalogue()[label]
     parts, size = parts_of(given, "cuda")
-    if share is None:
-        step = planner.on_board(parts, board, given["precision"])
-        seconds = {"step_seconds": step.seconds, "step_seconds_low": step.low, "step_seconds_high": step.high}
-    else:
-        seconds = {"step_seconds": planner.roofline(parts, board, given["precision"], share)}
+    step = planner.on_board(parts, board, given["precision"])
+    seconds = {"step_seconds": step.seconds, "step_seconds_low": step.low, "step_seconds_high": step.high}
     return seconds | {"peak_memory_bytes": size.total}
 
 
@@ -235,7 +228,7 @@ def predictions(device: str) -> dict[str, Row]:
     if not predictions_file(device).is_file():
         return {}
     rows = json.loads(predictions_file(device).read_text(encoding="utf-8"))["rows"]
-    return {key_of({k: v for k, v in one.items() if k not in WRITTEN}): one for one in rows}
+    return {key_of({k: v for k, v in row.items() if k not in WRITTEN}): row for row in rows}
 
 
 def predict(gpu: str | None) -> None:
@@ -248,16 +241,16 @@ def predict(gpu: str | None) -> None:
     sheets = [ROOT / "params" / "devices.yaml", ROOT / "params" / "efficiency.yaml"] if gpu else [CALIBRATION]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in [*sheets, *PREDICTING])).hexdigest()
     about = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "sha256_of_the_model": digest}
-    rows = gpu_rows(gpu) if gpu else [one for kind in SETS.values() for one in kind]
+    rows = gpu_rows(gpu) if gpu else [row for kind in SETS.values() for row in kind]
     done = [r for r in named("planner_row", gpu or "cpu") if gpu or cpu_of(r) == device]
     before, keys = predictions(device), {key_of(row_of(r)) for r in done}
-    for one in rows:
-        if key_of(one) in keys or key_of(one) in before:
+    for row in rows:
+        if key_of(row) in keys or key_of(row) in before:
             continue
-        found = on_board(one, gpu) if gpu else forecast(one, calibration()[device])
-        before[key_of(one)] = one | {"predicted": found} | about
-        size = found["peak_memory_bytes"] / 2**30
-        print(f"{title(one):100} {found['step_seconds']:9.5f} s {size:7.2f} GiB")
+        predicted = on_board(row, gpu) if gpu else forecast(row, calibration()[device])
+        before[key_of(row)] = row | {"predicted": predicted} | about
+        size = predicted["peak_memory_bytes"] / 2**30
+        print(f"{title(row):100} {predicted['step_seconds']:9.5f} s {size:7.2f} GiB")
     predictions_file(device).parent.mkdir(parents=True, exist_ok=True)
     whole = {"device" if gpu else "cpu": device, "rows": list(before.values())}
     predictions_file(device).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
@@ -279,10 +272,10 @@ def compared(record: Row, written: Row | None, now: Callable[[], dict[str, float
 
     It takes the prediction that was written down before it was run; where there is none, what is said now.
     """
-    timings, found = record["timings"], written["predicted"] if written else now()
-    row = {"row": row_of(record), "measured": timings, "predicted": found, "written": bool(written)}
-    row["time"] = found["step_seconds"] / timings["step_seconds"]
-    return row | {"memory": found["peak_memory_bytes"] / timings["peak_memory_bytes"]}
+    timings, predicted = record["timings"], written["predicted"] if written else now()
+    row = {"row": row_of(record), "measured": timings, "predicted": predicted, "written": bool(written)}
+    row["time"] = predicted["step_seconds"] / timings["step_seconds"]
+    return row | {"memory": predicted["peak_memory_bytes"] / timings["peak_memory_bytes"]}
 
 
 def errors(kind: str, cpu: str, refitted: Mapping[str, Device] | None = None) -> list[Row]:
@@ -291,61 +284,30 @@ def errors(kind: str, cpu: str, refitted: Mapping[str, Device] | None = None) ->
     `tensors` is that of memory beyond what the process holds before it has a model.
     """
     before, devices = {} if refitted else predictions(cpu), refitted or calibration()[cpu]
-    found = []
-    for one in measured(kind, cpu):
-        given, timings = row_of(one), one["timings"]
-        row = compared(one, before.get(key_of(given)), lambda given=given: forecast(given, devices))
-        process = devices[one["own_params"]["device"]]["process_bytes"]
+    compared_rows = []
+    for record in measured(kind, cpu):
+        given, timings = row_of(record), record["timings"]
+        row = compared(record, before.get(key_of(given)), lambda given=given: forecast(given, devices))
+        process = devices[record["own_params"]["device"]]["process_bytes"]
         tensors = timings["peak_memory_bytes"] - timings["process_bytes"]
-        found.append(row | {"tensors": (row["predicted"]["peak_memory_bytes"] - process) / tensors})
-    return found
+        compared_rows.append(row | {"tensors": (row["predicted"]["peak_memory_bytes"] - process) / tensors})
+    return compared_rows
 
 
-def gpu_errors(label: str, rows: Iterable[Row], share: Share | None = None) -> list[Row]:
-    """Return predicted over measured of records of a GPU; with `share`, as the planner says now."""
-    before = {} if share else predictions(label)
+def gpu_errors(label: str, records: Iterable[Row]) -> list[Row]:
+    """Return predicted over measured of records of a GPU."""
+    before = predictions(label)
     return [
-        compared(one, before.get(key_of(row_of(one))), lambda one=one: on_board(row_of(one), label, share))
-        for one in rows
+        compared(record, before.get(key_of(row_of(record))), lambda r=record: on_board(row_of(r), label))
+        for record in records
     ]
-
-
-def halves(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
-    """Return records to fit on and records to judge by: the hash of what a row is decides."""
-    sides: tuple[list[Row], list[Row]] = ([], [])
-    for one in rows:
-        sides[hashlib.sha256(key_of(row_of(one)).encode()).digest()[0] % 2].append(one)
-    return sides
-
-
-def refitted(label: str, rows: Iterable[Row]) -> dict[str, float]:
-    """Return the shares of a GPU's data sheet, and of the host, that records give: least squares of logs."""
-    import numpy as np
-    from scipy.optimize import least_squares
-
-    board = hardware.catalogue()[label]
-    steps = [
-        (parts_of(row_of(r), "cuda")[0], r["own_params"]["precision"], r["timings"]["step_seconds"])
-        for r in rows
-    ]
-
-    def gaps(logs: Any) -> Any:
-        share = dict(zip(SHARES, np.exp(logs), strict=True))
-        return [np.log(planner.roofline(parts, board, name, share) / took) for parts, name, took in steps]
-
-    starts = [
-        np.log([planner.efficiency()[at][name] for name in SHARES]) for at in ("slow", "likely", "fast")
-    ]
-    tries = [least_squares(gaps, start, diff_step=1e-3) for start in starts]  # a host that waits has no slope
-    best = min(tries, key=lambda one: one.cost)
-    return {name: round(float(value), 3) for name, value in zip(SHARES, np.exp(best.x), strict=True)}
 
 
 # -- tables --------------------------------------------------------------------------------------------------
 
 
 def tables() -> None:
-    """Print the error tables by device, and the seed study's wall clock beside the range for an A100."""
+    """Print the error tables by device."""
     for cpu, devices in calibration().items():
         other = devices["cpu2"].get("shares_of")
         print(f"== {cpu}: rates of its own, shares {f'of {other}' if other else 'fitted on its rows'}\n")
@@ -358,22 +320,10 @@ def tables() -> None:
             print_table("fitted rows, the refit saw them", errors("fitted", cpu, again))
             print_table("held-out rows, the refit did not see them", errors("held-out", cpu, again))
     for label in hardware.catalogue():
-        gpu_tables(label, named("planner_row", label))
-    seed_check()
-
-
-def gpu_tables(label: str, rows: list[Row]) -> None:
-    """Print the errors of a GPU that was measured: as predicted, and with shares refitted on half."""
-    if not rows:
-        return
-    print_table(f"{label}: as predicted before it was run, by its data sheet", gpu_errors(label, rows))
-    known, new = halves(rows)
-    if min(len(known), len(new)) < 6:
-        print(f"-- {label}: {len(rows)} rows are too few to refit its shares on half of them\n")
-        return
-    share = refitted(label, known)
-    print(f"-- {label}, shares refitted on {len(known)} rows: {share}\n")
-    print_table(f"{label}: rows that the refit did not see", gpu_errors(label, new, share))
+        if rows := named("planner_row", label):
+            print_table(
+                f"{label}: as predicted before it was run, by its data sheet", gpu_errors(label, rows)
+            )
 
 
 def print_table(name: str, rows: list[Row]) -> None:
@@ -396,21 +346,6 @@ def print_table(name: str, rows: list[Row]) -> None:
         text = f"  {what}: median absolute error {median(gaps):.1%}, worst {max(gaps):.1%}, {len(gaps)} rows"
         print(f"{text}; median error {median(signed):+.1%}")
     print()
-
-
-def seed_check() -> None:
-    """Compare the seed study's wall clock on an A100 with the plan of its step: for consistency only."""
-    rates = {"85m": 3886, "130m": 2429, "430m": 1080}  # sequences/s: an epoch's sequences over its time
-    wasteful = {"layout": "padded", "head_rows": "all", "objective": "seed_focal", "optimizer": "loop"}
-    print("seed study on an A100 (its batch and precision are not known: 512, tf32 and fp16)")
-    for size, rate in rates.items():
-        model = model_config(size, attention_dropout=0.25)
-        for precision in ("fp32", "tf32", "fp16"):
-            train = TrainConfig(batch_size=512, precision=precision, **wasteful)
-            plan = planner.plans("a100-40", model, train, planner.typical_lengths(), 582_942)[0].numbers()
-            low, high = plan["sequences_per_second_low"], plan["sequences_per_second_high"]
-            said = f"{rate} by its clock, predicted {low:,.0f} to {high:,.0f}"
-            print(f"  {size:5} {precision}: {said}: {'inside' if low <= rate <= high else 'outside'}")
 
 
 def main() -> int:

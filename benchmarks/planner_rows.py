@@ -169,8 +169,8 @@ def measure(given: Row) -> Row:
     trainer = Trainer(trained, train_histories(prepared), train, device, prepared.fingerprint)
     parameters = sum(p.numel() for p in trained.parameters())
     steps = 24 if parameters < 3e6 else 12 if parameters < 50e6 else 5 if parameters < 200e6 else 3
-    found = timing.measure(trainer, steps, 3 if parameters < 50e6 else 2)
-    counts = found.counts() | {"parameters": parameters}
+    measured = timing.measure(trainer, steps, 3 if parameters < 50e6 else 2)
+    counts = measured.counts() | {"parameters": parameters}
     if plan is not None:
         counts["trained_parameters"] = sum(p.numel() for p in trainer.parameters)
     else:  # what is counted there is training of all weights
@@ -180,7 +180,7 @@ def measure(given: Row) -> Row:
         "card": hardware.device_card(device),
         "data": {"name": "synthetic", "fingerprint": prepared.fingerprint},
         "counts": counts,
-        "timings": found.timings() | {"process_bytes": before},
+        "timings": measured.timings() | {"process_bytes": before},
     }
 
 
@@ -193,8 +193,8 @@ def measure_rates(threads: int) -> Row:
 
     dataset(SETS["fitted"][0], 1000)
     device, before = started(threads)
-    found = microbench.rates(device.torch_device) | {"process_bytes": before}
-    return {"card": hardware.device_card(device), "data": None, "counts": {}, "timings": found}
+    rates = microbench.rates(device.torch_device) | {"process_bytes": before}
+    return {"card": hardware.device_card(device), "data": None, "counts": {}, "timings": rates}
 
 
 def started(threads: int) -> tuple[Any, int]:
@@ -222,13 +222,13 @@ def undisturbed(command: str, threads: int, payload: Any) -> Row | None:
     environment["GOMP_SPINCOUNT"] = "10000"  # as the Makefile has it: a neighbour costs time, not minutes
     before, spent = busy_seconds(), resource.getrusage(resource.RUSAGE_CHILDREN)
     began = time.monotonic()
-    found = run_process([sys.executable, COMMAND, command, "--payload", json.dumps(payload)], environment)
+    result = run_process([sys.executable, COMMAND, command, "--payload", json.dumps(payload)], environment)
     wall, after = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     own = after.ru_utime + after.ru_stime - spent.ru_utime - spent.ru_stime
     others = max(0.0, busy_seconds() - before - own) / (wall * (os.cpu_count() or 1))
-    found["timings"]["others_share"] = others
+    result["timings"]["others_share"] = others
     if others <= DISTURBED:
-        return found
+        return result
     print(f"  disturbed: others took {others:.0%} of the cores; not recorded: {payload}", flush=True)
     return None
 
@@ -241,26 +241,26 @@ def file(label: str = "cpu", root: Path = ROOT / "executed") -> Path:
     return root / label / "grids" / "planner.jsonl"
 
 
-def write(name: str, found: Mapping[str, Any], own: Row, root: Path = ROOT / "executed") -> None:
+def write(name: str, result: Mapping[str, Any], own: Row, root: Path = ROOT / "executed") -> None:
     """Append a record of what was found, beside those of its device."""
     line = records.row(
         "06_hardware",
         name,
-        found["counts"],
-        card=found["card"],
+        result["counts"],
+        card=result["card"],
         profile="grid",
         params={"grid": "planner"},
         own_params=own,
         params_hash=records.params_hash(own | {"name": name}),
-        data=found["data"],
-        timings=found["timings"],
+        data=result["data"],
+        timings=result["timings"],
     )
     records.append(file(line["label"], root), line)
 
 
-def cpu_of(one: Row) -> str:
+def cpu_of(record: Row) -> str:
     """Return the CPU that a record is of; the first rows say its name only."""
-    return one["own_params"].get("cpu", one["device"]["name"])
+    return record["own_params"].get("cpu", record["device"]["name"])
 
 
 def named(name: str, label: str = "cpu") -> list[Row]:
@@ -287,21 +287,21 @@ def run_rows(kind: str, minutes: float) -> None:
     """
     cpu, began = here(), time.monotonic()
     done = [row_of(r) for r in measured(kind, cpu)]
-    for one in (one for one in SETS[kind] if one not in done):
+    for row_left in (row_left for row_left in SETS[kind] if row_left not in done):
         if time.monotonic() - began > 60 * minutes:
             print(f"{kind}: {minutes} minutes have passed; the same command goes on")
             return
         try:
-            found = undisturbed("measure", one["threads"], one)
+            result = undisturbed("measure", row_left["threads"], row_left)
         except Exception as error:
-            print(f"{title(one):58} failed: {error}", flush=True)
+            print(f"{title(row_left):58} failed: {error}", flush=True)
             continue
-        if found is None:
+        if result is None:
             continue
-        own = one | {"device": f"cpu{one['threads']}", "cpu": cpu}
-        write("planner_row", found, own | {"set": kind})
-        if one["size"] in REAL and one == row(one["size"], 2, 128, SHORT):
-            write("real_size_step", found, own)
-        t = found["timings"]
+        own = row_left | {"device": f"cpu{row_left['threads']}", "cpu": cpu}
+        write("planner_row", result, own | {"set": kind})
+        if row_left["size"] in REAL and row_left == row(row_left["size"], 2, 128, SHORT):
+            write("real_size_step", result, own)
+        t = result["timings"]
         size = t["peak_memory_bytes"] / 2**20
-        print(f"{title(one):58} {t['step_seconds']:9.4f} s {size:9.0f} MiB", flush=True)
+        print(f"{title(row_left):58} {t['step_seconds']:9.4f} s {size:9.0f} MiB", flush=True)

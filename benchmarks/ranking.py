@@ -42,7 +42,7 @@ def timed(rows: Rows, actions: dict[str, Any], rounds: int) -> dict[str, float]:
     for action in actions.values():
         action()
     turns = {name: seconds_of(action) for name, action in actions.items()}
-    return {name: middle(found, "seconds") for name, found in rows.in_turns(turns, rounds).items()}
+    return {name: middle(results, "seconds") for name, results in rows.in_turns(turns, rounds).items()}
 
 
 @torch.no_grad()
@@ -95,9 +95,9 @@ def requests(shape: str, precision: str, count: int) -> Row:
     torch.manual_seed(0)
     train, device = changed(train, precision=precision), hardware.resolve("cpu")
     trainer = Trainer(Bert4Rec(model), train_histories(dataset), train, device, "latency")
-    found = timing.latency(trainer, evaluation(dataset, "test").histories, count)
+    measured = timing.latency(trainer, evaluation(dataset, "test").histories, count)
     key = f"{shape}_{precision}"
-    return {f"{key}_p50_seconds": found.p50, f"{key}_p99_seconds": found.p99}
+    return {f"{key}_p50_seconds": measured.p50, f"{key}_p99_seconds": measured.p99}
 
 
 def run(given: argparse.Namespace, rows: Rows) -> Row:

@@ -16,9 +16,11 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -60,6 +62,9 @@ _RECORDS = ("*/results.jsonl", "*/grids/*.jsonl", "*/*/results.jsonl", "*/*/grid
 
 _UNFINISHED = "unfinished line"
 
+# Files of parameters that a result can depend on and does not record; profiles and grids are in the record.
+_UNRECORDED = tuple(f"params/{name}.yaml" for name in ("calibration", "devices", "efficiency"))
+
 _COPIED = (".ipynb", ".npz", ".json")  # executed notebooks, ranks of a grid, self-checks
 
 
@@ -68,37 +73,127 @@ _COPIED = (".ipynb", ".npz", ".json")  # executed notebooks, ranks of a grid, se
 
 def code_hash(notebook: str) -> str:
     """Return 16 hexadecimal digits over the package, folders within it too, and a notebook's code cells."""
-    digest = hashlib.sha256()
     files = {file.relative_to(system.PACKAGE).as_posix(): file for file in system.PACKAGE.rglob("*.py")}
-    for name in sorted(files):
-        digest.update(name.encode() + b"\0" + files[name].read_bytes() + b"\0")
+    package = _package_digest({name: file.read_bytes() for name, file in files.items()})
     source = system.notebooks() / f"{notebook}.ipynb"
-    if source.is_file():
-        for cell in json.loads(source.read_text(encoding="utf-8"))["cells"]:
-            if cell["cell_type"] == "code":
-                digest.update("".join(cell["source"]).encode() + b"\0")
-    return digest.hexdigest()[:16]
+    return _hash_with(package, _code_cells(source.read_bytes()) if source.is_file() else b"")
 
 
-def git_state() -> dict[str, Any] | None:
-    """Return the commit and whether the code differs from it; None outside a git checkout.
+def _package_digest(files: Mapping[str, bytes]) -> Any:
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        digest.update(name.encode() + b"\0" + files[name] + b"\0")
+    return digest
 
-    A checkout that was copied without its .git has the commit that `RECLIB_COMMIT` states, if it does.
+
+def _code_cells(notebook: bytes) -> bytes:
+    cells = json.loads(notebook)["cells"]
+    return b"".join("".join(cell["source"]).encode() + b"\0" for cell in cells if cell["cell_type"] == "code")
+
+
+def _hash_with(package: Any, cells: bytes) -> str:
+    digest = package.copy()
+    digest.update(cells)
+    return str(digest.hexdigest())[:16]
+
+
+def commits_of_code(
+    notebooks: Iterable[str], commits: Sequence[str] | None = None
+) -> dict[tuple[str, str], str]:
+    """Return the newest commit that has each (notebook, `code_hash`), of HEAD's history or of `commits`.
+
+    Each state of the package and of a notebook is read and hashed once, by a handful of calls of git.
     """
+    names = sorted(set(notebooks))
+    commits = commits if commits is not None else (_git("rev-list", "HEAD") or b"").decode().split()
+    paths = ["reclib", *(f"notebooks/{name}.ipynb" for name in names)]
+    places = "\n".join(f"{commit}:./{path}" for commit in commits for path in paths).encode()
+    objects = iter(
+        (_git("cat-file", "--batch-check=%(objectname)", stdin=places) or b"").decode().splitlines()
+    )
+    states: dict[tuple[str, str, str], str] = {}  # package's tree, notebook, its blob: commit
+    for commit, (tree, *sources) in zip(commits, zip(*[objects] * len(paths), strict=True), strict=False):
+        for name, source in zip(names, sources, strict=True):
+            if not tree.endswith(" missing"):
+                states.setdefault((tree, name, source), commit)
+    files = _python_files({tree for tree, _, _ in states})
+    written = {source for _, _, source in states if not source.endswith(" missing")}
+    content = _objects({blob for blobs in files.values() for blob in blobs.values()} | written)
+    packages = {
+        tree: _package_digest({name: content.get(blob, b"") for name, blob in blobs.items()})
+        for tree, blobs in files.items()
+    }
+    cells = {source: _code_cells(content[source]) for source in written & content.keys()}
+    result: dict[tuple[str, str], str] = {}
+    for (tree, name, source), commit in states.items():
+        result.setdefault((name, _hash_with(packages[tree], cells.get(source, b""))), commit)
+    return result
 
-    def git(*arguments: str) -> str | None:
-        command = ["git", "-C", str(system.CHECKOUT), *arguments]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
 
-    if commit := git("rev-parse", "HEAD"):
-        changed = git("status", "--porcelain", "--", "reclib", "notebooks", "params", "pyproject.toml")
-        return {"commit": commit, "dirty": None if changed is None else bool(changed)}
+def _python_files(trees: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Return the Python files of each tree of git, by path with their blobs."""
+    files: dict[str, dict[str, str]] = {tree: {} for tree in trees}
+    level = {(tree, tree, "") for tree in files}  # the whole tree, a folder of it, where that lies
+    while level:
+        content, deeper = _objects({folder for _, folder, _ in level}), set()
+        for tree, folder, path in level:
+            # An entry is its mode, a space, its name, a zero byte, and the 20 bytes of its hash.
+            for mode, name, digest in re.findall(
+                rb"(\d+) ([^\0]+)\0(.{20})", content.get(folder, b""), re.DOTALL
+            ):
+                place = path + name.decode()
+                if mode == b"40000":
+                    deeper.add((tree, digest.hex(), f"{place}/"))
+                elif place.endswith(".py"):
+                    files[tree][place] = digest.hex()
+        level = deeper
+    return files
+
+
+def _objects(names: Iterable[str]) -> dict[str, bytes]:
+    """Return what objects of git hold, of those that are there."""
+    output, place, content = _git("cat-file", "--batch", stdin="\n".join(names).encode()) or b"", 0, {}
+    while place < len(output):
+        start = output.index(b"\n", place) + 1
+        name, _, *size = output[place:start].decode().split()  # or "<name> missing"
+        place = start
+        if size:
+            content[name] = output[start : start + int(size[0])]
+            place += int(size[0]) + 1
+    return content
+
+
+def _git(*arguments: str, stdin: bytes = b"") -> bytes | None:
+    command = ["git", "-C", str(system.CHECKOUT), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, input=stdin, timeout=300)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def git_state(notebook: str = "") -> dict[str, Any] | None:
+    """Return the commit and whether what a result depends on differs from it; None outside a git checkout.
+
+    That is the code that `code_hash` covers, and the files of parameters whose values no record holds. A
+    checkout that was copied without its .git has the commit that `RECLIB_COMMIT` states, if it does.
+    """
+    if head := _git("rev-parse", "HEAD"):
+        commit = head.decode().strip()
+        changed = _git("status", "--porcelain", "--", *_UNRECORDED)
+        same = (notebook, code_hash(notebook)) in commits_of_code([notebook], [commit])
+        return {"commit": commit, "dirty": None if changed is None else bool(changed) or not same}
     stated = os.environ.get("RECLIB_COMMIT")
     return {"commit": stated, "dirty": None} if stated else None
+
+
+def code_in_git(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Say how many records have the code of a commit, and which code hashes no commit has."""
+    commits = commits_of_code(row["notebook"] for row in rows)
+    missing = Counter(key for row in rows if (key := (row["notebook"], row.get("code"))) not in commits)
+    named = ", ".join(f"{count} of {name} {code}" for (name, code), count in sorted(missing.items()))
+    counted = f"{len(rows) - missing.total():,} of {len(rows):,} records have the code of a commit"
+    return f"{counted}; no commit has the code of {named}" if named else counted
 
 
 def versions() -> dict[str, str | None]:
@@ -118,7 +213,7 @@ def params_hash(params: Mapping[str, Any]) -> str:
 
 def provenance(notebook: str) -> dict[str, Any]:
     """Return what made a result: hashes of the code, the commit, and versions."""
-    return {"code": code_hash(notebook), "git": git_state(), "versions": versions()}
+    return {"code": code_hash(notebook), "git": git_state(notebook), "versions": versions()}
 
 
 # -- making records ------------------------------------------------------------------------------------------

@@ -99,10 +99,10 @@ class Data:
 
     def sequences(self, with_valid: bool = False) -> list[np.ndarray]:
         """The users' sequences; `with_valid` appends the validation item, as at test time."""
-        found = np.split(self.items.astype(np.int64), self.offsets[1:-1])
+        training = np.split(self.items.astype(np.int64), self.offsets[1:-1])
         if not with_valid or self.valid is None:
-            return found
-        pairs = zip(found, self.valid, strict=True)
+            return training
+        pairs = zip(training, self.valid, strict=True)
         return [np.append(sequence, item) if item else sequence for sequence, item in pairs]
 
 
@@ -157,7 +157,7 @@ class StepClock:
         rows = [row for row in timed if row["sequences"] == self.args.batch_size] or timed
         seconds, total = median(row["seconds"] for row in rows), sum(row["seconds"] for row in rows)
         mean = {name: fmean(row[name] for row in rows) for name in ("sequences", "tokens", "targets")}
-        found = {
+        report = {
             "warmup_seconds": [row["seconds"] for row in self.rows[: self.args.warmup]],
             "step_seconds": [row["seconds"] for row in rows],
             "losses": [row["loss"] for row in self.rows],
@@ -174,11 +174,11 @@ class StepClock:
         }
         if self.args.eval:
             began = time.perf_counter()
-            peer.evaluate() if hasattr(peer, "evaluate") else peer.recommend(False)
+            peer.recommend(False)
             took = time.perf_counter() - began
-            found |= {"eval_seconds": took, "eval_users_per_second": peer.data.num_users / took}
-            found["peak_rss_bytes_with_eval"] = process_memory("VmHWM")
-        return found
+            report |= {"eval_seconds": took, "eval_users_per_second": peer.data.num_users / took}
+            report["peak_rss_bytes_with_eval"] = process_memory("VmHWM")
+        return report
 
 
 class Selection:
@@ -289,16 +289,16 @@ class Selection:
 
         After a curve nothing is recommended for the test.
         """
-        arrays, found = self.arrays(), {}
+        arrays, report = self.arrays(), {}
         if not self.marks:
             peer.module.load_state_dict(self.best)
             arrays["top"] = self.recommend(True)
-            found = accuracy(arrays["top"], self.data.test)
+            report = accuracy(arrays["top"], self.data.test)
         if self.args.out:
             partial = self.args.out.with_suffix(".partial.npz")
             np.savez_compressed(partial, **arrays)
             partial.rename(self.args.out)
-        return found | {
+        return report | {
             "epochs": self._steps / self._steps_per_epoch,
             "steps": self._steps,
             "train_seconds": self.seconds,
@@ -367,13 +367,18 @@ def process_age() -> float | None:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
-def run(peer_class: Any, doc: str | None) -> None:
+def run(models: dict[str, Any], doc: str | None) -> None:
     """Time or fit a peer, and print one JSON object as the last line.
 
-    `peer_class(args, data)` has `module` (what is trained), `train(watch)`, `recommend(with_valid)`,
-    `fields()`; of the class are `package`, `losses`, `models`, `count(batch)` (sequences, tokens, targets).
+    `models` has a class for each name; its object, of `(args, data)`, has `module` (what is trained),
+    `train(watch)`, `recommend(with_valid)`, `fields()`; of the class are `package`, `losses` and
+    `count(batch)` (sequences, tokens, targets).
     """
-    args = parse_args(doc, peer_class.losses, peer_class.models)
+    losses = dict.fromkeys(loss for peer in models.values() for loss in peer.losses)
+    args = parse_args(doc, tuple(losses), tuple(models))
+    peer_class = models[args.model]
+    if args.loss not in peer_class.losses:
+        raise SystemExit(f"{args.model} has no loss {args.loss}: expected {', '.join(peer_class.losses)}")
     import torch  # after OMP_NUM_THREADS is settled
 
     torch.set_num_threads(args.threads)

@@ -62,10 +62,10 @@ def curve(trainer: Trainer, valid: Evaluation, minutes: list[float]) -> Arrays:
     looks: list[tuple[float, float]] = []
 
     def look(count: int) -> None:
-        found = rank_targets(trainer, valid, True).ranks
+        current = rank_targets(trainer, valid, True).ranks
         trainer.model.train()
         at = (trainer.progress.step / trainer.steps_per_epoch, trainer.progress.train_seconds)
-        ranks.extend([found] * count)
+        ranks.extend([current] * count)
         looks.extend([at] * count)
 
     for _ in trainer.steps():
@@ -77,8 +77,8 @@ def curve(trainer: Trainer, valid: Evaluation, minutes: list[float]) -> Arrays:
         look(left)
     values, (epochs, seconds) = values_of(np.array(ranks), "mark"), np.array(looks).T
     means = {f"look_{name}": values[f"mark_{name}"].mean(axis=1) for name in NAMES}
-    found = {"mark_minutes": np.array(minutes), "look_epoch": epochs, "look_train_seconds": seconds}
-    return values | means | found
+    about = {"mark_minutes": np.array(minutes), "look_epoch": epochs, "look_train_seconds": seconds}
+    return values | means | about
 
 
 def say(row: dict[str, float]) -> None:

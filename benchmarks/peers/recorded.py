@@ -1,4 +1,4 @@
-"""What peers reached, as a table, and as records of a grid: compared with its own models user by user."""
+"""What peers reached, as records of a grid: compared with its own models, or curve with curve."""
 
 from __future__ import annotations
 
@@ -15,29 +15,6 @@ from reclib.experiments import baseline, grids
 from reclib.experiments.baseline import Result
 from reclib.experiments.grids import Work
 
-MINE = "BERT4Rec (ours)"
-
-
-def table(folder: Path, fingerprint: str, samples: int = 2000) -> list[str]:
-    """Return lines: each model's test metrics, mean over its seeds per user, with 95 % intervals over users.
-
-    The last columns are the paired difference, ours minus the model, for each of our models there.
-    """
-
-    def interval(values: np.ndarray) -> str:
-        one = statistics.bootstrap(values, samples)
-        return f"{one.mean:.4f} ({one.low:.4f} to {one.high:.4f})"
-
-    lines, found = [], finished(folder, fingerprint)
-    for metric in NAMES:
-        means = {name: stacked(runs, f"test_{metric}").mean(axis=0) for name, runs in found.items()}
-        for name, values in means.items():
-            line = f"{metric:8} {name:28} seeds {len(found[name])}  {interval(values)}"
-            for ours in (n for n in means if n.startswith(OURS) and n != name):
-                line += f"  {ours} minus it {interval(means[ours] - values)}"
-            lines.append(line)
-    return lines
-
 
 def stacked(runs: list[Run], name: str) -> np.ndarray:
     """Return a value per seed and user, (S, U)."""
@@ -45,35 +22,52 @@ def stacked(runs: list[Run], name: str) -> np.ndarray:
 
 
 def curve_results(folder: Path, work: Work) -> list[Result]:
-    """Return validation after equal training time: each curve, and each peer minus ours at each mark.
+    """Return validation after equal training time: each curve, and differences at each mark.
 
-    All differences are corrected together, for all peers and marks.
+    Every other curve minus ours as published is an `equal_time_comparison`: engine and settings together. A
+    peer's BERT4Rec minus our engine with that peer's settings and width is an `equal_recipe_comparison`: the
+    engine alone. All differences are corrected together, for all curves and marks.
     """
     curves = finished(folder, work.dataset.fingerprint, curves=True)
-    curves = {MINE if name.startswith(OURS) else name: runs for name, runs in curves.items()}
-    found = [curve_result(name, runs) for name, runs in curves.items()]
-    if MINE not in curves or len(curves) < 2:
-        return found
-    mine = by_minute(curves.pop(MINE))
-    gaps, of = {}, {}
-    for name, runs in curves.items():
-        for minute, theirs in by_minute(runs).items():
-            if minute in mine:
-                key = f"{name} after {minute:g}"
-                gaps[key], of[key] = theirs - mine[minute].mean(axis=0), (name, minute)
-    ours = np.zeros_like(next(iter(mine.values())))  # each gap is against ours at its own mark
-    for one in statistics.compare({MINE: ours} | gaps, MINE):
-        name, minute = of[one.name]
-        result = baseline.compared(one._replace(name=name), "ndcg@10", "equal_time_comparison")
-        found.append(result._replace(params=result.params | {"minutes": minute}))
-    return found
+    results = [curve_result(name, runs) for name, runs in curves.items()]
+    compared, p_values = {}, {}
+    for reference, runs in curves.items():
+        identity, at_marks = runs[0][0]["identity"], by_minute(runs)
+        if identity["peer"] != OURS:
+            continue
+        kind, twin = "equal_time_comparison", None
+        if "recipe" in identity:
+            kind, twin = "equal_recipe_comparison", (identity["recipe"], "bert4rec", identity["hidden"])
+        others = {
+            name: by_minute(other)
+            for name, other in curves.items()
+            if name != reference and twin in (None, model_of(other[0][0]["identity"]))
+        }
+        for minute, ours in at_marks.items():
+            values = {name: marks[minute] for name, marks in others.items() if minute in marks}
+            for row in statistics.compare({reference: ours} | values, reference) if values else ():
+                key = f"{row.name} minus {reference} after {minute:g}"
+                compared[key], p_values[key] = (row, kind, minute), row.p_value
+    adjusted = statistics.holm(p_values)
+    for key, (row, kind, minute) in compared.items():
+        result = baseline.compared(row._replace(adjusted_p=adjusted[key]), "ndcg@10", kind)
+        results.append(result._replace(params=result.params | {"minutes": minute}))
+    return results
+
+
+def model_of(identity: dict[str, Any]) -> tuple[str, str, int]:
+    """Return what a peer trained."""
+    return identity["peer"], identity["model"], identity["hidden"]
 
 
 def by_minute(runs: list[Run]) -> dict[float, np.ndarray]:
     """Return NDCG@10 per seed and user (S, U) at each mark that every seed reached."""
-    found = [dict(zip(a["mark_minutes"].tolist(), a["mark_ndcg@10"], strict=True)) for _, a in runs]
-    everywhere = [minute for minute in found[0] if all(minute in one for one in found)]
-    return {minute: np.stack([one[minute] for one in found]) for minute in everywhere}
+    marks = [dict(zip(a["mark_minutes"].tolist(), a["mark_ndcg@10"], strict=True)) for _, a in runs]
+    return {
+        minute: np.stack([values[minute] for values in marks])
+        for minute in marks[0]
+        if all(minute in values for values in marks)
+    }
 
 
 def curve_result(name: str, runs: list[Run]) -> Result:
@@ -83,16 +77,14 @@ def curve_result(name: str, runs: list[Run]) -> Result:
     epochs = np.mean([arrays["look_epoch"][: len(reached)] for _, arrays in runs], axis=0)
     series = {"minutes": list(reached), "ndcg@10": [end.mean for end in ends], "epoch": epochs.tolist()}
     series |= {"ndcg@10_low": [end.low for end in ends], "ndcg@10_high": [end.high for end in ends]}
-    startup = float(np.mean([said["reported"]["startup_seconds"] for said, _ in runs]))
+    startup = float(np.mean([about["reported"]["startup_seconds"] for about, _ in runs]))
     numbers = {"startup_seconds": startup, "seeds": float(len(runs))}
     return Result("equal_time", numbers, {"model": name, "run": settings_of(runs[0][0])}, series)
 
 
 def peer_results(folder: Path, work: Work) -> list[Result]:
-    """Return every peer's test metrics, and its difference from ours, corrected for their number."""
-    found = finished(folder, work.dataset.fingerprint)
-    # The grid's own models stand for ours.
-    peers = {name: runs for name, runs in found.items() if not name.startswith(OURS)}
+    """Return every peer's test metrics, and its differences from the grid's models, corrected."""
+    peers = peers_of(folder, work)
     if not peers:
         raise InputError(f"{folder}: no finished peer on this data (fingerprint {work.dataset.fingerprint})")
     scored, results = arms_of(work), []
@@ -100,49 +92,57 @@ def peer_results(folder: Path, work: Work) -> list[Result]:
         values = {name: stacked(runs, f"test_{name}") for name in NAMES}
         means = {name: statistics.bootstrap(v.mean(axis=0), grids.SAMPLES) for name, v in values.items()}
         results.append(Result("test_metrics", baseline.flat(means), {"model": peer}, {}))
-        for place, (said, _) in enumerate(runs):
+        for place, (about, _) in enumerate(runs):
             numbers = {name: float(rows[place].mean()) for name, rows in values.items()}
-            about = {"model": peer, "run": settings_of(said)}
-            results.append(Result("test_metrics", numbers, about, {}, said["identity"]["seed"]))
+            own = {"model": peer, "run": settings_of(about)}
+            results.append(Result("test_metrics", numbers, own, {}, about["identity"]["seed"]))
     for name in NAMES:
         theirs = {peer: stacked(runs, f"test_{name}") for peer, runs in peers.items()}
         for arm, values in scored[name].items():
-            for one in statistics.compare(theirs | {arm: values}, arm):
-                results.append(baseline.compared(one, name, "peer_comparison"))
+            for row in statistics.compare(theirs | {arm: values}, arm):
+                results.append(baseline.compared(row, name, "peer_comparison"))
     return results
+
+
+def peers_of(folder: Path, work: Work) -> dict[str, list[Run]]:
+    """Return the finished runs of peers alone: the grid's own models stand for ours."""
+    runs = finished(folder, work.dataset.fingerprint)
+    return {name: of for name, of in runs.items() if of[0][0]["identity"]["peer"] != OURS}
 
 
 def arms_of(work: Work) -> dict[str, dict[str, np.ndarray]]:
     """Return the values per seed and user (S, U) of the grid's scored arms, by metric and arm."""
-    found: dict[str, dict[str, np.ndarray]] = {name: {} for name in NAMES}
+    values: dict[str, dict[str, np.ndarray]] = {name: {} for name in NAMES}
     for arm in work.grid.arms:
         if not arm.final or arm.split != grids.MAIN_SPLIT:
             continue
         files = [work.ranks_file(arm, seed) for seed in arm.seeds]
         ranks = [dict(np.load(file)).get("test") if file.is_file() else None for file in files]
-        if any(one is None for one in ranks):
+        if any(seed is None for seed in ranks):
             raise InputError(f"{arm.name} is not scored yet: python -m reclib score {work.grid.name}")
         for name in NAMES:
-            found[name][arm.name] = np.stack([metrics.per_user(one)[name] for one in ranks])
-    return found
+            values[name][arm.name] = np.stack([metrics.per_user(seed)[name] for seed in ranks])
+    return values
 
 
-def settings_of(said: dict[str, Any]) -> dict[str, Any]:
+def settings_of(about: dict[str, Any]) -> dict[str, Any]:
     """Return what a reader needs to run the peer again, and what it took."""
-    one = said["identity"]
-    kept = {name: one[name] for name in ("settings", "epochs", "minutes", "patience", "threads", "hidden")}
-    return kept | {"version": said["reported"].get("version"), "wall_seconds": said["wall_seconds"]}
+    names = ("settings", "epochs", "minutes", "patience", "threads", "hidden", "recipe")
+    settings = {name: about["identity"][name] for name in names if name in about["identity"]}
+    return settings | {"version": about["reported"].get("version"), "wall_seconds": about["wall_seconds"]}
 
 
 def write(folder: Path, work: Work) -> list[Result]:
     """Append the peers' results to the grid's records and return them.
 
-    Curves need no scored grid: they are of validation alone.
+    Curves need no scored grid: they are of validation alone. A result takes the place of an earlier one of
+    the same model, whatever the settings and the seconds of its run.
     """
-    found = curve_results(folder, work)
-    if not found or any(not name.startswith(OURS) for name in finished(folder, work.dataset.fingerprint)):
-        found += peer_results(folder, work)
-    for result in found:
-        identity = {"peer": result.params, "seed": result.seed, "data": work.dataset.fingerprint}
+    results = curve_results(folder, work)
+    if not results or peers_of(folder, work):
+        results += peer_results(folder, work)
+    for result in results:
+        params = {name: value for name, value in result.params.items() if name != "run"}
+        identity = {"peer": params, "seed": result.seed, "data": work.dataset.fingerprint}
         work.write(records.params_hash(identity), result, {}, {})
-    return found
+    return results

@@ -1,4 +1,4 @@
-"""RecTools BERT4RecModel and SASRecModel: training step, recommend(), and fit on the shared data."""
+"""RecTools: BERT4RecModel, SASRecModel, and the network of `fast_transformers` (0.19), on the shared data."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from harness import LIGHTNING, Data, lightning_callback, run
-from pytorch_lightning import Callback, Trainer, seed_everything
+from pytorch_lightning import Callback, LightningModule, Trainer, seed_everything
 from rectools import Columns
 from rectools.dataset import Dataset, Interactions
+from rectools.fast_transformers import FlatSASRecNet, SequenceBatchDataset, build_sequences
 from rectools.models import BERT4RecModel, SASRecModel
 from rectools.models.nn.transformers.bert4rec import BERT4RecDataPreparator
+from torch.utils.data import DataLoader
 
 
 class WholeCatalogue(BERT4RecDataPreparator):
@@ -53,6 +56,11 @@ def extra_users(args, data: Data) -> list[np.ndarray]:
     return [np.repeat(row, 2) if len(row) == 1 else row for row in rows]
 
 
+def trainer_of(args, callbacks: list[Callback]) -> Trainer:
+    epochs = (args.epochs or -1) if args.fit else -1
+    return Trainer(callbacks=callbacks, max_epochs=epochs, **LIGHTNING)
+
+
 class RecTools:
     """The library's model under its own trainer, whose only addition is the callback that watches.
 
@@ -60,7 +68,7 @@ class RecTools:
     sequence holds cannot be recommended.
     """
 
-    package, models = "rectools", ("bert4rec", "sasrec")
+    package = "rectools"
     losses = ("full", "sampled")
 
     def __init__(self, args, data: Data) -> None:
@@ -92,8 +100,7 @@ class RecTools:
         self.model = BERT4RecModel(mask_prob=args.mask_prob, **given)
 
     def trainer(self) -> Trainer:
-        epochs = (self.args.epochs or -1) if self.args.fit else -1
-        return Trainer(callbacks=self.callbacks, max_epochs=epochs, **LIGHTNING)
+        return trainer_of(self.args, self.callbacks)
 
     @property
     def module(self):
@@ -125,5 +132,70 @@ class RecTools:
         return {"peer": "RecTools", "tied": True, "catalogue": len(known)}
 
 
+class FlatSASRec(LightningModule):
+    """The library's flat network with the full softmax; it brings a trainer of text embeddings alone."""
+
+    def __init__(self, net: FlatSASRecNet, lr: float) -> None:
+        super().__init__()
+        self.net, self.lr = net, lr
+
+    def training_step(self, batch, index: int) -> torch.Tensor:
+        logits = self.net(batch)  # (B, L, items), of items 1..N
+        targets = batch["y"].flatten() - 1  # -1: padding
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets, ignore_index=-1)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=self.lr)
+
+
+class FastSASRec:
+    """The fast path: sequences are built as tensors once, and a flat causal network trains on them."""
+
+    package, losses = "rectools", ("full",)
+
+    def __init__(self, args, data: Data) -> None:
+        self.args, self.data = args, data
+        seed_everything(args.seed)
+        users = torch.from_numpy(np.repeat(np.arange(data.num_users), np.diff(data.offsets)))
+        items = torch.from_numpy(data.items.astype(np.int64))
+        order = torch.arange(len(items))  # in the place of times
+        self.x, self.y, self.items, _ = build_sequences(users, items, order, args.max_len)
+        net = FlatSASRecNet(
+            len(self.items), args.hidden, args.layers, args.heads, args.max_len, dropout=args.dropout
+        )
+        self.module = FlatSASRec(net, args.lr)
+
+    @staticmethod
+    def count(batch) -> tuple[int, int, int]:
+        return len(batch["x"]), (batch["x"] != 0).sum(), (batch["y"] != 0).sum()
+
+    def train(self, watch) -> None:
+        rows = SequenceBatchDataset(self.x, self.y)
+        trainer = trainer_of(self.args, [lightning_callback(Callback, watch)])
+        trainer.fit(self.module, DataLoader(rows, batch_size=self.args.batch_size, shuffle=True))
+
+    @torch.no_grad()
+    def recommend(self, with_valid: bool) -> np.ndarray:
+        """Top items of every user, int32 (users, k): scores by the network, seen items removed here."""
+        net, length, k = self.module.net.eval(), self.args.max_len, self.args.topk
+        number = np.zeros(self.data.num_items + 1, dtype=np.int64)  # 0: an item that no sequence has
+        number[self.items.numpy()] = np.arange(1, len(self.items) + 1)
+        histories = [number[row][number[row] > 0] for row in self.data.sequences(with_valid)]
+        top = np.zeros((len(histories), k), dtype=np.int32)
+        for first in range(0, len(histories), self.args.eval_batch_size):
+            block = histories[first : first + self.args.eval_batch_size]
+            x = torch.zeros(len(block), length, dtype=torch.long)
+            for place, row in enumerate(block):
+                x[place, length - len(row[-length:]) :] = torch.from_numpy(row[-length:])
+            scores = net.encode_last(x) @ net.all_item_embeddings().T
+            for place, row in enumerate(block):
+                scores[place, row - 1] = -torch.inf
+            top[first : first + len(block)] = self.items[scores.topk(k).indices].numpy()
+        return top
+
+    def fields(self) -> dict[str, Any]:
+        return {"peer": "RecTools fast_transformers", "tied": True, "catalogue": len(self.items)}
+
+
 if __name__ == "__main__":
-    run(RecTools, __doc__)
+    run({"bert4rec": RecTools, "sasrec": RecTools, "fast-sasrec": FastSASRec}, __doc__)

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 class RePlay:
     """The library's model under a Lightning trainer; its item ids are 0..num_items-1."""
 
-    package, models = "replay-rec", ("bert4rec",)
+    package = "replay-rec"
     losses = ("full", "restricted", "sampled")
 
     def __init__(self, args, data: Data) -> None:
@@ -97,10 +97,10 @@ class RePlay:
         lightning.Trainer(callbacks=[predictions], **LIGHTNING).predict(
             model, DataLoader(rows, batch_size=self.args.eval_batch_size), return_predictions=False
         )
-        found = predictions.get_result()
+        table = predictions.get_result()
         top = np.zeros((self.data.num_users, k), dtype=np.int32)
-        users = found["user_id"].to_numpy(dtype=np.int64).reshape(-1, k)[:, 0]
-        top[users] = found["item_id"].to_numpy(dtype=np.int64).reshape(-1, k) + 1
+        users = table["user_id"].to_numpy(dtype=np.int64).reshape(-1, k)[:, 0]
+        top[users] = table["item_id"].to_numpy(dtype=np.int64).reshape(-1, k) + 1
         return top
 
     def fields(self) -> dict[str, Any]:
@@ -108,4 +108,4 @@ class RePlay:
 
 
 if __name__ == "__main__":
-    run(RePlay, __doc__)
+    run({"bert4rec": RePlay}, __doc__)

@@ -17,7 +17,7 @@ from reclib.evaluate import metrics
 
 TOP_K = 10
 NAMES = ("hr@10", "ndcg@10")
-OURS = "reclib"
+OURS, PUBLISHED = "reclib", "BERT4Rec (ours)"  # the latter: our curve with the published settings
 Arrays = dict[str, np.ndarray]
 Run = tuple[dict[str, Any], Arrays]  # what a run's JSON says, and its values per user
 
@@ -89,40 +89,44 @@ def values_of(ranks: np.ndarray, prefix: str) -> Arrays:
 def score(arrays: Arrays, dataset: Dataset, where: str) -> Arrays:
     """Return the values per user of what a peer recommended: on validation and test, or at the marks."""
     users = evaluated_users(dataset)
-    kept = {name: array for name, array in arrays.items() if not name.endswith("top")} | {"users": users}
+    others = {name: array for name, array in arrays.items() if not name.endswith("top")} | {"users": users}
 
     def ranks(top: np.ndarray, part: str) -> np.ndarray:
         return ranks_in(top[users], evaluation(dataset, part), dataset.num_items, where)
 
     if "mark_top" in arrays:
-        found = [ranks(top, "valid") for top in arrays["mark_top"]]
-        return kept | values_of(np.array(found).reshape(len(found), len(users)), "mark")
+        marks = [ranks(top, "valid") for top in arrays["mark_top"]]
+        return others | values_of(np.array(marks).reshape(len(marks), len(users)), "mark")
     valid = values_of(ranks(arrays["valid_top"], "valid"), "valid")
-    return kept | valid | values_of(ranks(arrays["top"], "test"), "test")
+    return others | valid | values_of(ranks(arrays["top"], "test"), "test")
 
 
 def finished(folder: Path, fingerprint: str, curves: bool = False) -> dict[str, list[Run]]:
     """Return the finished runs or curves on this data, by a name that says what was run."""
-    found: dict[str, list[Run]] = defaultdict(list)
+    runs: dict[str, list[Run]] = defaultdict(list)
     for path in sorted(folder.glob("*.json")):
-        said = json.loads(path.read_text())
-        one = said["identity"]
-        if one["fingerprint"] == fingerprint and bool(one["marks"]) == curves:
-            found[label(one)].append((said, dict(np.load(path.with_suffix(".npz")))))
-    return found
+        about = json.loads(path.read_text())
+        identity = about["identity"]
+        if identity["fingerprint"] == fingerprint and bool(identity["marks"]) == curves:
+            runs[label(identity)].append((about, dict(np.load(path.with_suffix(".npz")))))
+    return runs
 
 
 DISPLAY = {
     ("rectools", "bert4rec"): "RecTools BERT4Rec",
     ("rectools", "sasrec"): "RecTools SASRec",
+    ("rectools", "fast-sasrec"): "RecTools fast SASRec",
     ("replay", "bert4rec"): "RePlay BERT4Rec",
 }
 
 
-def label(one: dict[str, Any]) -> str:
+def label(identity: dict[str, Any]) -> str:
     """Return the name of a run: a peer's with what it was given in place of its own defaults."""
-    if one["peer"] == OURS:
-        return f"{OURS} {one['model']} h{one['hidden']}"
-    sampled = one["settings"].get("loss") == "sampled"
-    loss = f", {one['settings']['negatives']} negatives" if sampled else ""
-    return f"{DISPLAY[one['peer'], one['model']]} (hidden {one['hidden']}{loss})"
+    peer, hidden, settings = identity["peer"], identity["hidden"], identity["settings"]
+    if "recipe" in identity:
+        owner = {"rectools": "RecTools'", "replay": "RePlay's"}[identity["recipe"]]
+        return f"our engine, {owner} settings (hidden {hidden})"
+    if peer == OURS:
+        return PUBLISHED if identity["marks"] else f"{OURS} {identity['model']} h{hidden}"
+    loss = f", {settings['negatives']} negatives" if settings.get("loss") == "sampled" else ""
+    return f"{DISPLAY[peer, identity['model']]} (hidden {hidden}{loss})"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds one virtual environment per peer library: TARGET/rectools, TARGET/recbole, TARGET/replay.
+# Builds one virtual environment per peer library: TARGET/rectools, TARGET/replay.
 #
 #   benchmarks/peers/setup.sh [TARGET] [PEER...]     (TARGET: .peers in the checkout; PEER: all)
 #
@@ -14,16 +14,13 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 target="${1:-$here/../../.peers}"
 shift || true
 peers=("$@")
-[ ${#peers[@]} -gt 0 ] || peers=(rectools recbole replay)
+[ ${#peers[@]} -gt 0 ] || peers=(rectools replay)
 python="${PYTHON:-python3.11}"
 
 requirements() {
     case "$1" in
         # rectools[torch] asks for Lightning <= 2.5.2 and numpy < 2 by itself.
         rectools) echo "rectools[torch]==0.19.0 pytorch-lightning==2.5.2 numpy==1.26.4 pandas==2.3.3" ;;
-        # RecBole 1.2.1 reads np.float_, which numpy 2 removed, and fills missing values in place
-        # on a column, which pandas 3 no longer does; its own metadata excludes neither.
-        recbole) echo "recbole==1.2.1 numpy==1.26.4 pandas==2.3.3 scipy==1.17.1" ;;
         replay) echo "replay-rec[torch]==0.22.0 lightning==2.6.6 numpy==2.4.6 pandas==2.3.3" ;;
         *) echo "unknown peer: $1" >&2; exit 2 ;;
     esac

@@ -751,4 +751,5 @@ def claims_main(argv: list[str] | None = None) -> int:
         print(f"{row['verdict']}: {row['statement']}\n    {', '.join(text for text in details if text)}")
     counts = made["verdict"].str.partition(":")[0].value_counts()
     print("\n".join(f"{count:>4} {verdict}" for verdict, count in counts.items()))
+    print(records.code_in_git(records.read(system.committed())))
     return int(made["verdict"].str.startswith("number differs").any())

@@ -100,10 +100,10 @@ def save_checkpoint(folder: Path, name: str, tensors: dict[str, Tensor], state: 
     try:
         _write(folder / name, TENSORS, tensors, {STATE: dict(state)})
     except Exception as error:  # safetensors wraps the system's errors in its own type
-        kept = latest(folder)
+        before = latest(folder)
         raise InputError(
             f"cannot write checkpoint {_shown(folder / name)}: {_reason(error)}; "
-            + (f"the last good one is {kept.name}" if kept else "there is none before it")
+            + (f"the last good one is {before.name}" if before else "there is none before it")
         ) from error
     return folder / name
 
@@ -471,13 +471,13 @@ def save_model(
     whatever tells where the model comes from.
     """
     folder = system.models() / name
-    kept = Recommender.of(model, dataset, dict(about))
+    recommender = Recommender.of(model, dataset, dict(about))
     manifest = {
         "data": {"name": dataset.name, "fingerprint": dataset.fingerprint},
-        "items": kept.keys,
-        "titles": kept.titles,
+        "items": recommender.keys,
+        "titles": recommender.titles,
         "train": asdict(train),
-        "about": kept.about,
+        "about": recommender.about,
     }
     documents = {MODEL_CONFIG: asdict(model.config), MANIFEST: plain(manifest)}
     _write(folder, WEIGHTS, unique_tensors(model), documents)

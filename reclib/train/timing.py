@@ -495,14 +495,14 @@ _CHATTER = ("USDT:", "CPUAllocator.cpp")
 def _without_chatter() -> Iterator[None]:
     """Keep what the profiler's C++ writes of itself off standard error; everything else comes through."""
     sys.stderr.flush()
-    kept = os.dup(2)
+    stderr = os.dup(2)
     with tempfile.TemporaryFile("w+b") as file:
         os.dup2(file.fileno(), 2)
         try:
             yield
         finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+            os.dup2(stderr, 2)
+            os.close(stderr)
             file.seek(0)
             lines = file.read().decode(errors="replace").splitlines(keepends=True)
             sys.stderr.write("".join(x for x in lines if not any(word in x for word in _CHATTER)))

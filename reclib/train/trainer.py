@@ -39,9 +39,8 @@ CHECK_EVERY = 20  # steps between looks at the loss on CUDA, where each look wai
 
 MOST_GRAPHS = 64  # shapes of batches of which a run keeps a CUDA graph; steps of others run as they are
 
-Compute = Callable[
-    [Batch, Tensor], tuple[Tensor, Tensor | None]
-]  # (batch, targets of the step) -> loss, norm
+# (batch, targets of the step) -> loss, norm
+Compute = Callable[[Batch, Tensor], tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -280,24 +279,23 @@ class StepGraphs:
     def run(self, batch: Batch, targets: float) -> tuple[Tensor, Tensor | None]:
         """Do the step of a batch that is not on the device yet; return loss and norm."""
         batch = batch.to(self.where)
-        given = [value for value in batch if isinstance(value, Tensor)]
-        given.append(torch.full((), float(targets), device=self.where))
-        key = tuple(value.shape for value in given)
-        if key not in self.graphs and len(self.graphs) < MOST_GRAPHS:
-            self.graphs[key] = None
-            return self.compute(batch, given[-1])
+        inputs = [value for value in batch if isinstance(value, Tensor)]
+        inputs.append(torch.full((), float(targets), device=self.where))
+        key = tuple(value.shape for value in inputs)
         if key not in self.graphs:
-            return self.compute(batch, given[-1])
+            if len(self.graphs) < MOST_GRAPHS:
+                self.graphs[key] = None
+            return self.compute(batch, inputs[-1])
         if self.graphs[key] is None:
-            self.graphs[key] = self._recorded(batch, given)
+            self.graphs[key] = self._recorded(batch, inputs)
         read, replay = self.graphs[key]  # type: ignore[misc]
-        for place, value in zip(read, given, strict=True):
+        for place, value in zip(read, inputs, strict=True):
             place.copy_(value)
         loss, norm = replay()
         return loss.clone(), None if norm is None else norm.clone()  # the next graph overwrites them
 
-    def _recorded(self, batch: Batch, given: list[Tensor]) -> tuple[list[Tensor], Callable[[], Any]]:
-        read = [value.clone() for value in given]
+    def _recorded(self, batch: Batch, inputs: list[Tensor]) -> tuple[list[Tensor], Callable[[], Any]]:
+        read = [value.clone() for value in inputs]
         names = [name for name, value in batch._asdict().items() if isinstance(value, Tensor)]
         tensors: dict[str, Any] = dict(zip(names, read, strict=False))  # the last one is no part of it
         fixed = batch._replace(**tensors)
@@ -314,8 +312,8 @@ def refuse_graphs(config: TrainConfig, precision: str, processes: int, adapted: 
         f"{processes} processes": processes > 1,
         "an adapted model": adapted,
     }
-    if found := " and no ".join(name for name, there in wrong.items() if there):
-        raise InputError(f"compile_mode='graph' captures a whole step, and knows no {found}")
+    if refused := " and no ".join(name for name, there in wrong.items() if there):
+        raise InputError(f"compile_mode='graph' captures a whole step, and knows no {refused}")
 
 
 def chosen_route(
@@ -423,8 +421,8 @@ class Trainer(Generic[M]):
         step = self.progress.step
         while step < self.total_steps:
             epoch, first = divmod(step, self.steps_per_epoch)
-            mine = (self.ranks.rank, self.ranks.count)
-            plan = Epoch(self.histories, self.model.config, self.config, epoch, *mine, self.model.prior)
+            part = (self.ranks.rank, self.ranks.count)
+            plan = Epoch(self.histories, self.model.config, self.config, epoch, *part, self.model.prior)
             for i in range(first, min(plan.num_steps, first + self.total_steps - step)):
                 yield epoch, *plan.counted(i, self.where)
             step = (epoch + 1) * self.steps_per_epoch
@@ -491,7 +489,10 @@ class Trainer(Generic[M]):
         config = self.config
         total = torch.zeros((), device=self.where)
         held: list[Tensor] = []
-        self._clear_gradients()
+        for parameter in self.parameters:
+            parameter.grad = None
+        for sink in self.sinks.values():
+            sink.start()
         if self.copies:
             self.copies.make()
         for batch in batches:
@@ -531,9 +532,9 @@ class Trainer(Generic[M]):
 
     def _whole_step(self, batch: Batch, denominator: Tensor) -> tuple[Tensor, Tensor | None]:
         """Do all that the device does in a step of one batch."""
-        found = self._gradients([batch], denominator)
+        loss, norm = self._gradients([batch], denominator)
         self.optimizer.step()
-        return found
+        return loss, norm
 
     def _count_skips(self) -> None:
         """Add the steps skipped since the last look to the progress; waits for the device."""
@@ -548,12 +549,6 @@ class Trainer(Generic[M]):
         eager = self.where.type == "cpu" and self.compile_mode == "off"
         full = self.precision.autocast_dtype is None
         return plain and eager and full and config.loss in ("auto", "inplace")
-
-    def _clear_gradients(self) -> None:
-        for parameter in self.parameters:
-            parameter.grad = None
-        for sink in self.sinks.values():
-            sink.start()
 
     def _check_finite(self, step: int, loss: Tensor, norm: Tensor | None) -> None:
         """Stop on a loss or norm that is not finite, before it reaches the weights.
@@ -571,9 +566,9 @@ class Trainer(Generic[M]):
 
     def diverged(self, step: int, wrong: dict[str, float]) -> InputError:
         """Return the error that says at which step what was not finite."""
-        said = ", ".join(f"{name} {value}" for name, value in wrong.items())
+        values = ", ".join(f"{name} {value}" for name, value in wrong.items())
         return InputError(
-            f"training diverged at step {step}: {said} in {self.precision.name}; the last checkpoint is "
+            f"training diverged at step {step}: {values} in {self.precision.name}; the last checkpoint is "
             "kept: lower learning_rate or clip_norm, or train in fp32"
         )
 
@@ -583,8 +578,8 @@ class Trainer(Generic[M]):
         """Return what a checkpoint must agree on to be continued."""
         train = as_dict(self.config)
         train.pop("checkpoint_seconds")
-        said = {"model": as_dict(self.model.config), "train": train, "data": self.fingerprint}
-        return said if self.origin is None else said | {"origin": self.origin}
+        identity = {"model": as_dict(self.model.config), "train": train, "data": self.fingerprint}
+        return identity if self.origin is None else identity | {"origin": self.origin}
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint of the present step and drop all but the newest two."""
@@ -606,11 +601,11 @@ class Trainer(Generic[M]):
         Raises `InputError` if it is damaged or belongs to another configuration, dataset or, unless it is
         finished, number of processes: sums of gradients and dropout would not be what they were.
         """
-        found = saving.latest(folder)
-        if found is None:
+        newest = saving.latest(folder)
+        if newest is None:
             return False
-        with saving.whole_checkpoint(found):
-            tensors, state = saving.load_checkpoint(found)
+        with saving.whole_checkpoint(newest):
+            tensors, state = saving.load_checkpoint(newest)
             refuse_other(state["identity"], self.identity(), folder)
             progress = Progress(**state["progress"])
             if not progress.done:

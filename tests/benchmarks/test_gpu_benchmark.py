@@ -1,7 +1,6 @@
 """`benchmarks/gpu.py`: stages that cannot harm each other, valid records, committed predictions."""
 
 import json
-import math
 import subprocess
 import sys
 
@@ -12,7 +11,6 @@ import torch
 from conftest import ROOT
 
 from reclib import records as reclib_records
-from reclib.cost import planner as reclib_planner
 
 pytestmark = pytest.mark.slow
 
@@ -84,30 +82,29 @@ def test_every_step_that_a_gpu_will_time_has_a_committed_prediction():
         assert not missing, f"python benchmarks/planner.py predict {label}"
         for one in written.values():
             assert len(one["sha256_of_the_model"]) == 64
-            said = one["predicted"]
-            assert 0 < said["step_seconds_low"] <= said["step_seconds"] <= said["step_seconds_high"]
-            assert said["peak_memory_bytes"] > 0
+            predicted = one["predicted"]
+            assert (
+                0
+                < predicted["step_seconds_low"]
+                <= predicted["step_seconds"]
+                <= predicted["step_seconds_high"]
+            )
+            assert predicted["peak_memory_bytes"] > 0
 
 
-def test_shares_of_a_gpu_are_fitted_on_one_half_and_judged_on_the_other():
-    true = {"products": 0.31, "bandwidth": 0.62, "operator_us": 15.0}
-    every = [one for one in planner.predictions("h100").values() if one["stage"] in ("batches", "sizes")]
-    about = ("predicted", "time", "sha256_of_the_model")
-    rows = [{key: value for key, value in one.items() if key not in about} for one in every]
+def test_a_gpu_is_judged_by_the_prediction_that_was_written_before():
     measured = []
-    for row in rows:
-        said = planner.on_board(row, "h100", true)
-        timings = {"step_seconds": said["step_seconds"], "peak_memory_bytes": said["peak_memory_bytes"]}
-        measured.append({"own_params": row | {"set": row["stage"], "device": "h100"}, "timings": timings})
-    known, new = planner.halves(measured)
-    assert planner.halves(measured[::-1])[0] == known[::-1]
-    assert min(len(known), len(new)) >= 6
-    off = planner.gpu_errors("h100", new)
-    assert max(abs(math.log(one["time"])) for one in off) > 0.1
-    assert all(one["written"] for one in off)
-    share = planner.refitted("h100", known)
-    assert share == pytest.approx(true, rel=0.02)
-    again = planner.gpu_errors("h100", new, share)
-    assert max(abs(math.log(one["time"])) for one in again) < 0.02
-    assert not any(one["written"] for one in again)
-    assert reclib_planner.efficiency()["likely"]["products"] != true["products"]
+    for written in planner.predictions("h100").values():
+        row = {key: value for key, value in written.items() if key not in planner.WRITTEN}
+        predicted = written["predicted"]
+        timings = {
+            "step_seconds": predicted["step_seconds"] / 2,
+            "peak_memory_bytes": predicted["peak_memory_bytes"],
+        }
+        own = row | {"set": row["stage"], "device": "h100"}
+        measured.append({"own_params": own, "timings": timings})
+    errors = planner.gpu_errors("h100", measured)
+    assert {(error["time"], error["memory"], error["written"]) for error in errors} == {(2.0, 1.0, True)}
+    unknown = measured[0]["own_params"] | {"batch_size": 96}
+    (error,) = planner.gpu_errors("h100", [measured[0] | {"own_params": unknown}])
+    assert not error["written"]

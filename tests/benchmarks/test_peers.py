@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from reclib.config import InputError, TrainConfig, model_config
 from reclib.data.dataset import Evaluation, Histories, evaluated_users, evaluation, train_histories
 from reclib.data.prepare import synthetic_dataset
-from reclib.evaluate import metrics, statistics
+from reclib.evaluate import metrics
 from reclib.experiments import grids
 from reclib.hardware import resolve
 from reclib.model.bert4rec import Bert4Rec
-from reclib.report import tables
+from reclib.report import figures, tables
 from reclib.train.fit import Options, rank_targets
 from reclib.train.trainer import Trainer
 
@@ -196,19 +196,9 @@ def test_what_a_peer_does_not_have_is_told_in_one_line(run, capsys):
 
 
 @pytest.mark.slow
-def test_peers_are_compared_user_by_user_in_the_table_and_in_the_records_of_a_grid(run, tmp_path, capsys):
+def test_peers_join_the_records_of_a_grid_user_by_user(run, tmp_path, capsys):
     assert run("--seeds", "0") == run(*OUR_RUN) == 0
-    theirs, mine = (
-        np.load(tmp_path / "out" / f"synthetic-{name}-seed0.npz")
-        for name in ("rectools-bert4rec-h256", "reclib-bert4rec-h32")
-    )
-    capsys.readouterr()
-    assert run("--table") == 0
-    (line,) = [one for one in capsys.readouterr().out.splitlines() if one.startswith("ndcg@10  RecTools")]
-    interval = statistics.bootstrap(mine["test_ndcg@10"] - theirs["test_ndcg@10"])
-    assert f"{theirs['test_ndcg@10'].mean():.4f} (" in line
-    assert f"minus it {interval.mean:.4f} ({interval.low:.4f} to {interval.high:.4f})" in line
-
+    theirs = np.load(tmp_path / "out" / "synthetic-rectools-bert4rec-h256-seed0.npz")
     work = grids.Work(grids.read_grid("trial"), peers.prepare(None), resolve("cpu"))
     grids.run_grid(work, work.runs(), Options())
     assert run("--record", "trial") == 2
@@ -219,37 +209,53 @@ def test_peers_are_compared_user_by_user_in_the_table_and_in_the_records_of_a_gr
     assert set(rows) == {"hr@10", "ndcg@10"}
     files = [work.ranks_file(work.grid.arms[0], seed) for seed in (0, 1)]
     hits = np.mean([metrics.hit(np.load(file)["test"], 10) for file in files], axis=0)
-    found = rows["hr@10"]["metrics"]
-    assert found["difference"] == pytest.approx((theirs["test_hr@10"] - hits).mean())
-    assert (found["seeds"], found["reference_seeds"]) == (1, 2)
+    numbers = rows["hr@10"]["metrics"]
+    assert numbers["difference"] == pytest.approx((theirs["test_hr@10"] - hits).mean())
+    assert (numbers["seeds"], numbers["reference_seeds"]) == (1, 2)
     table = tables.differences(work.rows("peer_comparison"), "peer_comparison")
     assert list(table["minus"]) == ["BERT4Rec", "BERT4Rec"]
     names = {row["own_params"]["model"] for row in work.rows("test_metrics")}
     assert "RecTools BERT4Rec (hidden 256)" in names
 
 
-def test_curves_leave_the_test_alone_and_join_a_grid_that_is_not_scored(run, tmp_path):
+def test_curves_tell_the_engine_from_its_settings_and_leave_the_test_alone(run, tmp_path):
     sampled = ["-p", "loss", "sampled", "-p", "negatives", "8"]
-    assert run(*sampled, "--curve", "0.00002", "5") == 0  # at other times than ours
+    recipe = [*OUR_RUN, "--recipe", "rectools", "--hidden", "8"]
+    assert run(*sampled, "--hidden", "8", "--curve", "0.00002", "5") == 0  # at other times than ours
     assert run(*OUR_RUN, "--curve", "0.00001", "0.00002") == 0
+    assert run(*recipe, "--seeds", "0", "1", "--curve", "0.00002") == 0
     assert run("--record", "trial") == 0
-    theirs = np.load(tmp_path / "out" / "synthetic-rectools-bert4rec-h256-seed0-curve.npz")
-    mine = np.load(tmp_path / "out" / "synthetic-reclib-bert4rec-h32-seed0-curve.npz")
+    folder, end = tmp_path / "out", "seed0-curve.npz"
+    assert (folder / f"synthetic-reclib-bert4rec-as-rectools-h8-{end}").is_file()
+    names = ("rectools-bert4rec-h8", "reclib-bert4rec-h32")
+    theirs, ours = (np.load(folder / f"synthetic-{name}-{end}") for name in names)
     assert theirs["mark_hr@10"].sum(axis=1).tolist() == [3, 9]
     assert not [name for name in theirs.files if name.startswith("test")]
 
     work = grids.Work(grids.read_grid("trial"), peers.prepare(None), resolve("cpu"))
     curves = {row["own_params"]["model"]: row for row in work.rows("equal_time")}
-    peer = curves.pop("RecTools BERT4Rec (hidden 256, 8 negatives)")
-    assert peer["series"]["minutes"] == [0.00002, 5.0]
-    (our_curve,) = curves.values()
-    assert our_curve["series"]["ndcg@10"] == pytest.approx(mine["mark_ndcg@10"].mean(axis=1))
-    assert min(row["metrics"]["startup_seconds"] for row in (peer, our_curve)) > 0
-    (row,) = work.rows("equal_time_comparison")
-    assert row["own_params"]["minutes"] == 0.00002
-    gap = (theirs["mark_ndcg@10"][0] - mine["mark_ndcg@10"][1]).mean()
-    assert row["metrics"]["difference"] == pytest.approx(gap)
-    assert tables.equal_time([row]).shape == (1, 3)
+    peer, published, with_recipe = (
+        "RecTools BERT4Rec (hidden 8, 8 negatives)",
+        "BERT4Rec (ours)",
+        "our engine, RecTools' settings (hidden 8)",
+    )
+    assert set(curves) == {peer, published, with_recipe}
+    assert curves[peer]["series"]["minutes"] == [0.00002, 5.0]
+    assert curves[published]["series"]["ndcg@10"] == pytest.approx(ours["mark_ndcg@10"].mean(axis=1))
+    assert min(row["metrics"]["startup_seconds"] for row in curves.values()) > 0
+    train = curves[with_recipe]["own_params"]["run"]["settings"]["train"]
+    assert (train["batch_size"], train["mask_prob"], train["last_item_share"]) == (128, 0.15, 0.0)
+    (alone,) = work.rows("equal_recipe_comparison")
+    assert (alone["own_params"]["model"], alone["own_params"]["against"]) == (peer, with_recipe)
+    assert (alone["metrics"]["seeds"], alone["metrics"]["reference_seeds"]) == (1, 2)
+    both = {row["own_params"]["model"]: row for row in work.rows("equal_time_comparison")}
+    assert set(both) == {peer, with_recipe}
+    assert both[peer]["own_params"]["minutes"] == 0.00002
+    gap = (theirs["mark_ndcg@10"][0] - ours["mark_ndcg@10"][1]).mean()
+    assert both[peer]["metrics"]["difference"] == pytest.approx(gap)
+    assert tables.equal_time(both.values()).shape == (2, 3)
+    shown = figures.show("equal_time", *curves.values())
+    assert {note.text.replace("<br>", " ") for note in shown.layout.annotations} == set(curves)
     assert work.rows("test_metrics") == []
 
 

@@ -79,15 +79,6 @@ def test_ranks_equal_brute_force(data, items, users, remove_seen):
         assert [rows[u][i - 1] for i in top[u].tolist()][: len(known)] == known[:3]
 
 
-@settings(deadline=None, max_examples=30)
-@given(st.data(), st.integers(1, 20), st.integers(1, 30))
-def test_counting_equals_comparing_one_by_one(data, users, items):
-    rows = [data.draw(st.lists(SCORE, min_size=items, max_size=items)) for _ in range(users)]
-    threshold = data.draw(st.lists(SCORE, min_size=users, max_size=users))
-    counts = metrics.count_at_least(torch.tensor(rows), torch.tensor(threshold)[:, None])
-    assert counts.tolist() == [sum(s >= t for s in row) for row, t in zip(rows, threshold, strict=True)]
-
-
 def test_the_best_of_a_wide_catalogue_equal_a_full_sort():
     for items in (700, 1000, 1001):
         scores = torch.randn(40, items, generator=torch.Generator().manual_seed(0))
@@ -301,16 +292,6 @@ def test_masked_positions_equal_one_window_at_a_time(monkeypatch):
     assert len(outcome.ranks) > 12
     with pytest.raises(InputError, match="reads both sides"):
         metrics.masked_positions(Bert4Rec(small_model(causal=True)), part, CPU)
-
-
-@given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=6))
-@settings(deadline=None, max_examples=30)
-def test_windows_are_histories_that_go_on_to_their_target(lengths):
-    part = evaluation_of([length + 1 for length in lengths])
-    part = part._replace(histories=part.histories._replace(starts=part.histories.starts + 1))
-    ((users, samples),) = metrics._windows(part, 99, 0.15, 0, 256)
-    rows = np.split(samples.tokens, np.cumsum(samples.lengths)[:-1])
-    assert [row.tolist() for row in rows] == [[*history(part, u), int(part.targets[u])] for u in users]
 
 
 def test_masks_follow_the_rule_of_the_seed_study_and_their_seed():

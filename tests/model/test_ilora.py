@@ -20,7 +20,7 @@ from reclib.evaluate.metrics import model_scores
 from reclib.model.bert4rec import Bert4Rec
 from reclib.model.ilora import AdaptedModel, base_hash
 from reclib.model.lora import LowRank
-from reclib.train import losses, saving
+from reclib.train import losses
 from reclib.train.losses import batch_loss
 from reclib.train.trainer import Trainer
 
@@ -246,33 +246,6 @@ def test_two_threads_do_not_see_each_others_gates():
         thread.join()
     assert len(wrong) == 40
     assert max(wrong) < 1e-4
-
-
-def test_the_trainer_takes_it_as_it_is_and_goes_on_to_the_same_bits(tmp_path):
-    def new(kind: str) -> Trainer:
-        found = AdaptedModel(base(**UNTIED, dropout=0.1))
-        torch.manual_seed(4)
-        found.add("x", AdapterConfig(kind=kind, targets=EVERYTHING, dropout=0.1))
-        torch.manual_seed(5)
-        return Trainer(found, histories(LENGTHS * 3), TRAIN, CPU, found.base_sha256)
-
-    for kind in ("gated", "ilora"):
-        whole = new(kind)
-        before = {n: p.clone() for n, p in whole.model.named_parameters()}
-        assert len(list(whole.steps())) == 6
-        for name, parameter in whole.model.named_parameters():
-            assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
-        half = new(kind)
-        next(stats for stats in half.steps() if stats.step == 3)
-        half.save(tmp_path / kind)
-        saved, _ = saving.load_checkpoint(tmp_path / kind / "step-3")
-        kept = sum(t.numel() for k, t in saved.items() if k.startswith("model."))
-        assert kept == sum(p.numel() for p in whole.parameters)
-        assert len(half.optimizer.state) == len(half.parameters)
-        again = new(kind)
-        assert again.resume(tmp_path / kind)
-        assert len(list(again.steps())) == 3
-        assert all(torch.equal(p, q) for p, q in zip(whole.parameters, again.parameters, strict=True))
 
 
 # -- frozen weights cost nothing -----------------------------------------------------------------------------

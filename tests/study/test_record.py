@@ -212,24 +212,45 @@ def test_the_hash_of_code_follows_code_cells_and_every_folder_of_the_package(pro
     assert len(set(hashes)) == 3
 
 
-def test_the_git_state_is_the_commit_or_nothing(tmp_path, monkeypatch):
-    package = tmp_path / "reclib"
-    package.mkdir()
+def test_a_result_is_dirty_where_what_it_depends_on_is_in_no_commit(tmp_path, monkeypatch):
     monkeypatch.setattr(system, "CHECKOUT", tmp_path)
+    monkeypatch.setattr(system, "PACKAGE", tmp_path / "reclib")
+    monkeypatch.setenv("RECLIB_ROOT", str(tmp_path))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert records.git_state() is None
+    files = {"reclib/room/a.py": "1", "reclib/page.css": "1", "params/grids/x.yaml": "1", "README.md": "1"}
+    files |= {f"notebooks/{name}.ipynb": '{"cells": []}' for name in ("one", "two")}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert records.git_state("one") is None
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
-    subprocess.run([*git, "init", "-q"], check=True)
-    (package / "a.py").write_text("1")
-    subprocess.run([*git, "add", "."], check=True)
-    subprocess.run([*git, "commit", "-qm", "a"], check=True)
-    (tmp_path / "executed").write_text("records change with every run")
-    state = records.git_state()
-    assert state is not None
-    assert len(state["commit"]) == 40
-    assert state["dirty"] is False
-    (package / "a.py").write_text("2")
-    assert records.git_state() == state | {"dirty": True}
+
+    def commit() -> str:
+        for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "a"]):
+            subprocess.run([*git, *command], check=True)
+        return subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
+
+    first = commit()
+    clean = {"commit": first, "dirty": False}
+    row = {"notebook": "one", "code": records.code_hash("one")}
+    for name in files:  # a grid and a profile stand in the record itself
+        if not name.endswith((".py", "one.ipynb")):
+            (tmp_path / name).write_text('{"cells": [{"cell_type": "code", "source": ["2"]}]}')
+            assert records.git_state("one") == clean, name
+    for name in ("reclib/room/a.py", "reclib/room/new.py", "notebooks/one.ipynb", "params/efficiency.yaml"):
+        (tmp_path / name).write_text('{"cells": [{"cell_type": "code", "source": ["2"]}]}')
+        assert records.git_state("one") == {"commit": first, "dirty": True}, name
+        if name in files:
+            (tmp_path / name).write_text(files[name])
+        else:
+            (tmp_path / name).unlink()
+    (tmp_path / "reclib/room/a.py").rename(tmp_path / "reclib/a.py")
+    rows = [row, {"notebook": "one", "code": records.code_hash("one")}]
+    assert records.code_in_git([row]) == "1 of 1 records have the code of a commit"
+    assert records.code_in_git(rows).endswith(f"no commit has the code of 1 of one {rows[1]['code']}")
+    second = commit()
+    commits = records.commits_of_code(["one"])
+    assert [commits[row["notebook"], row["code"]] for row in rows] == [first, second]
 
 
 _WRITER = """

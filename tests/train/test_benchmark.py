@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from reclib import hardware, records, runner
 from reclib import parameters as reclib_parameters
-from reclib.config import InputError, TrainConfig, changed
+from reclib.config import TrainConfig, changed
 from reclib.cost import work
 from reclib.experiments import comparison, speed
 from reclib.experiments.speed import CHANGES, ladder
@@ -341,12 +341,6 @@ def test_what_found_no_room_beside_the_others_is_tried_alone(p, monkeypatch):
     rows = speed.grid(p, speed.dataset_of(p), CPU)
     assert [row.found.status for row in rows].count("ok") == len(tried) == 2
     assert all(row.timings for row in rows if row.found.status == "ok")
-
-
-def test_a_precision_listed_twice_is_refused():
-    smoke = reclib_parameters.profile("04_amp_compile", "smoke")
-    with pytest.raises(InputError, match="'bf16' is listed twice"):
-        reclib_parameters.build("04_amp_compile", smoke | {"precisions": ["bf16", "bf16"]})
 
 
 @pytest.mark.slow

@@ -69,7 +69,11 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path):
         if stats.step == 5:
             raise Stop
 
-    for name, new in (("whole", base), ("adapter", lambda: adapted(dropout=0.1))):
+    for name, new in (
+        ("whole", base),
+        ("ilora", lambda: adapted(dropout=0.1)),
+        ("gated", lambda: adapted(kind="gated", dropout=0.1)),
+    ):
         folder = tmp_path / name
         reference = fine_tune(new(), DATASET, TRAIN, CPU)
         with pytest.raises(Stop):

@@ -98,7 +98,7 @@ def test_routes_agree_with_torch_and_skip_fillers(how):
         torch.autograd.grad(wanted, (hidden, weight, bias)),
         strict=True,
     ):
-        torch.testing.assert_close(got, right)
+        torch.testing.assert_close(got, right)  # of PAD and MASK, which are no items: zero
 
 
 def test_inplace_route_by_numerical_differentiation_and_in_small_blocks(monkeypatch):
@@ -111,15 +111,6 @@ def test_inplace_route_by_numerical_differentiation_and_in_small_blocks(monkeypa
     )
     targets = torch.tensor([1, 7, IGNORE, 3, 3])
     assert torch.autograd.gradcheck(lambda h, w, b: InplaceCrossEntropy.apply(h, w, b, targets, 7), arguments)
-
-
-@pytest.mark.parametrize("how", ["plain", "chunked", "inplace"])
-def test_special_rows_get_no_gradient(how):
-    hidden = torch.randn(3, 8)
-    weight = torch.randn(12, 8, requires_grad=True)
-    cross_entropy_sum(hidden, weight, None, torch.tensor([1, 2, 3]), 10, how).backward()
-    assert (weight.grad[[0, 11]] == 0).all()
-    assert (weight.grad[1:11] != 0).any(dim=1).all()
 
 
 @pytest.mark.parametrize("how", ["plain", "chunked", "inplace"])
@@ -191,16 +182,15 @@ def test_no_loss_waits_for_the_device(monkeypatch):
         (real,) = Epoch(histories([9, 5, 12, 7, 3, 8, 4, 6]), model, changed(base, loss=loss), 0).step(0)
         assert (real.targets == IGNORE).any()
         there = {k: v.to("meta") for k, v in real._asdict().items() if isinstance(v, torch.Tensor)}
-        for dtype in (torch.float32, torch.bfloat16):
-            for multiple in (1, 64):
-                train = changed(base, loss=loss, head_multiple=multiple)
-                with torch.device("meta"):
-                    module = Bert4Rec(model).to(dtype)
-                    parameters = list(module.parameters())
-                    optimizer = torch.optim.AdamW(parameters, fused=False)
-                    batch_loss(module, real._replace(**there), train, torch.full((), 9.0)).backward()
-                    clip_gradients(parameters, 1.0, optimizer)
-                assert all(p.grad.shape == p.shape for p in parameters)
+        for dtype, multiple in ((torch.float32, 1), (torch.bfloat16, 64)):
+            train = changed(base, loss=loss, head_multiple=multiple)
+            with torch.device("meta"):
+                module = Bert4Rec(model).to(dtype)
+                parameters = list(module.parameters())
+                optimizer = torch.optim.AdamW(parameters, fused=False)
+                batch_loss(module, real._replace(**there), train, torch.full((), 9.0)).backward()
+                clip_gradients(parameters, 1.0, optimizer)
+            assert all(p.grad.shape == p.shape for p in parameters)
 
 
 def test_copies_of_the_weights_save_their_casts():
