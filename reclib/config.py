@@ -121,6 +121,7 @@ class DataConfig:
     duplicates: Duplicates = "keep"  # repeated (user, item) pairs
     ties: Literal["source", "shuffle", "item"] = "source"  # order of a user's interactions at one time
     ties_seed: NonNegative = 0  # of ties='shuffle'
+    merge_variants: bool = False  # items whose titles differ in size, colour or count alone are one item
     strict: bool = False  # stop at the first bad line instead of counting it
     max_rejected_share: Share = 0.01  # share of bad lines above which reading stops
     memory_limit_mb: Positive = 512  # of the database that prepares the data
@@ -310,6 +311,7 @@ LATER = (
     "prior",
     "ties",
     "ties_seed",
+    "merge_variants",
 )  # fields that came after the first records
 
 
