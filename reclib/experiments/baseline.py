@@ -260,10 +260,16 @@ def assess_trained(trainer: Trainer, test: Conditions) -> Assessed:
         return assess(lambda part: metrics.model_scores(trainer.model, part, trainer.where), test)
 
 
-def assess_baselines(split: Split, dataset: Dataset, test: Conditions) -> tuple[list[Model], dict[str, Any]]:
-    """Fit every baseline, its hyperparameters chosen on validation; return them assessed, and the choices."""
+def assess_baselines(
+    split: Split, dataset: Dataset, test: Conditions, names: Sequence[str] = ()
+) -> tuple[list[Model], dict[str, Any]]:
+    """Fit baselines, their hyperparameters chosen on validation; return them assessed, and the choices.
+
+    `names` says which; all of them without it.
+    """
     models, chosen = [], {}
-    for name, family in baselines.families(dataset.times).items():
+    families = baselines.families(dataset.times)
+    for name, family in ((name, families[name]) for name in names or families):
         if name == "ease" and baselines.ease_bytes(dataset.num_items) > baselines.EASE_BYTES:
             print(f"EASE is left out: {dataset.num_items:,} items are too many for its memory")
             continue
@@ -419,12 +425,10 @@ def _beyond_accuracy(model: Model, dataset: Dataset) -> Result:
     """Return how much of the catalogue is recommended, how unequally, and how popular it is."""
     counts = metrics.popularity(train_histories(dataset), dataset.num_items)
     tops = [run.top for run in model.runs]
-    values = {
-        "coverage": [statistics.coverage(top, dataset.num_items) for top in tops],
-        "gini": [statistics.gini(top, dataset.num_items) for top in tops],
-        "popularity_percentile": [statistics.popularity_percentile(top, counts).mean() for top in tops],
-    }
-    means = {name: float(np.mean(of_seeds)) for name, of_seeds in values.items()}
+    seeds = [statistics.concentration(top, counts) for top in tops]
+    means = {name: float(np.mean([values[name] for values in seeds])) for name in seeds[0]}
+    percentiles = [statistics.popularity_percentile(top, counts).mean() for top in tops]
+    means["popularity_percentile"] = float(np.mean(percentiles))
     return Result("beyond_accuracy", means, {"model": model.name, "k": TOP_K})
 
 

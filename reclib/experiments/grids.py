@@ -485,10 +485,7 @@ def _score(work: Work, data: Fields, from_ranks: bool) -> list[Result]:
             name = arm.name.split(" (")[0]  # "causal (global time)": the protocol says the rest
             found += baseline.other_split(trainer, work.split(arm), SAMPLES, name, seed)
     keys = {f"{arm.name} seed {seed}": work.key(arm, seed) for arm, seed in work.runs()}
-    arms = {}
-    for arm in work.grid.arms:
-        model, train = (asdict(one) for one in work.configs(arm, arm.seeds[0]))
-        arms[arm.name] = {"model": model, "train": train, "split": arm.split, "seeds": arm.seeds}
+    arms = {arm.name: _about_arm(work, arm) for arm in work.grid.arms}
     made = {"runs": keys, "baselines": chosen, "bootstrap_samples": SAMPLES, "arms": arms}
     made |= {"looks": looks_before(work), "seeds_left_out": out} | ({"data": data} if data else {})
     key = records.params_hash({"scored": keys, "data": work.dataset.fingerprint})
@@ -496,6 +493,36 @@ def _score(work: Work, data: Fields, from_ranks: bool) -> list[Result]:
         own = records.params_hash({"of": key, "own": result.params, "seed": result.seed})
         work.write(own, result, made, {})
     return found
+
+
+def score_ties(work: Work) -> list[Result]:
+    """Score the pairwise counts, and the arms that are trained, under each rule for ties.
+
+    For grids whose arms differ in the order of ties. Each rule has test targets of its own, so nothing is
+    compared by user. An arm joins when all its seeds are trained; ` (...)` in its name is left out.
+    """
+    results = []
+    for data, part in work.parts(work.grid.arms):
+        split = SPLITS[MAIN_SPLIT](part.dataset)
+        test = baseline.draw(part.dataset, split.test)
+        models, chosen = baseline.assess_baselines(split, part.dataset, test, ["pairwise_counts"])
+        arms = {arm.name.split(" (")[0]: arm for arm in part.grid.arms if not part.not_trained([arm])}
+        for name, arm in arms.items():
+            models.append(Model(name, [assess_run(part, arm, seed, test) for seed in arm.seeds], arm.seeds))
+        made = {"baselines": chosen, "bootstrap_samples": SAMPLES, "data": data}
+        made["arms"] = {name: _about_arm(part, arm) for name, arm in arms.items()}
+        rule = {"ties": "source", "ties_seed": 0} | data
+        for result in baseline.headline(models, SAMPLES):
+            results.append(result._replace(name="tie_rule", params=result.params | rule))
+            key = records.params_hash({"ties": results[-1].params, "data": part.dataset.fingerprint})
+            part.write(key, results[-1], made, {})
+    return results
+
+
+def _about_arm(work: Work, arm: Arm) -> Fields:
+    """Return the configurations of an arm as a record of scoring has them."""
+    model, train = work.configs(arm, arm.seeds[0])
+    return {"model": asdict(model), "train": asdict(train), "split": arm.split, "seeds": arm.seeds}
 
 
 def choosing_seeds(work: Work) -> dict[str, list[int]]:
@@ -629,9 +656,18 @@ def score_main(argv: list[str] | None = None) -> int:
     if given.keep:
         print("kept:", ", ".join(keep(work)) or "no run is trained yet")
         return 0
-    for result in compare(work) if given.validation else score(work, given.from_ranks):
-        if result.name in ("test_metrics", "validation_difference"):
+    if given.name.startswith(tables.TIES):
+        results = score_ties(work)
+    else:
+        results = compare(work) if given.validation else score(work, given.from_ranks)
+    for result in results:
+        if result.name in ("test_metrics", "tie_rule", "validation_difference"):
             numbers = "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
             seed = "" if result.seed is None else f" seed {result.seed}"
-            print(f"{result.params['model']}{seed}: {numbers}")
+            order = (
+                f", ties {result.params['ties']} {result.params['ties_seed']}"
+                if "ties" in result.params
+                else ""
+            )
+            print(f"{result.params['model']}{seed}{order}: {numbers}")
     return 0

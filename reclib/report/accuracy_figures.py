@@ -459,6 +459,39 @@ def beyond_accuracy(rows: pd.DataFrame) -> go.Figure:
     )
 
 
+def tie_rules(rows: pd.DataFrame) -> go.Figure:
+    """NDCG@10 on the test split under each rule for the order of ties, a panel for each dataset.
+
+    `rows` are those of `tables.tie_rules`. Each rule has other test targets. Where variants of a product were
+    merged into one item, that is a row of its own.
+    """
+    names = {"source": "order of the file", "item": "by item id", "shuffle": "shuffled"}
+    rows = style.named(rows).assign(rule=rows["ties"].map(names))
+    if "merge_variants" in rows:
+        rows.loc[rows["merge_variants"].eq(True), "rule"] = "variants merged"
+    datasets, colors = list(dict.fromkeys(rows["dataset"])), style.model_colors(rows["model"])
+    colors |= dict(zip(sorted(_BASELINES & {*colors}), (GREEN, INK), strict=False))
+    figure = panels(len(datasets), spacing=0.06, shared_yaxes=True, subplot_titles=datasets)
+    for (dataset, model), part in rows.groupby(["dataset", "model"]):
+        place, color = at(1, datasets.index(dataset) + 1), colors[model]
+        more = {"error_x": interval(part, "ndcg@10", color, width=0), "customdata": part[["model", "hr@10"]]}
+        hover = "%{customdata[0]}, %{y}: %{x:.4f} (HR@10 %{customdata[1]:.4f})"
+        figure.dots(part, "ndcg@10", "rule", color, hover, **more, **place)
+    figure.update_xaxes(title_text="NDCG@10 on test", rangemode="tozero", nticks=5)
+    _legend(figure, colors)
+    figure.categories(
+        [name for name in (*names.values(), "variants merged") if name in set(rows["rule"])], 56
+    )
+    figure.update_layout(height=420, margin={"b": 110})
+    figure.note(
+        "Interactions at one time in each order; shuffled: a mark for each seed; bar: 95 % over users"
+    )
+    counts = rows[(rows["model"] == model_name("pairwise_counts")) & (rows["rule"] != "variants merged")]
+    span = counts.groupby("dataset")["ndcg@10"].agg(["min", "max"])
+    text = ", ".join(f"{low:.3f} to {high:.3f} on {name}" for name, low, high in span.itertuples())
+    return figure.update_layout(title_text=f"The order of ties moves NDCG@10 of pairwise counts: {text}")
+
+
 # -- adapters ------------------------------------------------------------------------------------------------
 
 
