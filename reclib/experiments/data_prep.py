@@ -33,11 +33,17 @@ COUNTS = ("users", "items", "interactions")
 
 def described(dataset: Dataset, divided: Mapping[str, Split]) -> list[Result]:
     """Return all results on a dataset and its splits; without times those about time are left out."""
-    found = [steps(dataset), lengths(dataset), popularity(dataset), repeats(dataset), cold(dataset, divided)]
+    results = [
+        steps(dataset),
+        lengths(dataset),
+        popularity(dataset),
+        repeats(dataset),
+        cold(dataset, divided),
+    ]
     if dataset.times is not None:
-        found += [over_time(dataset, divided), ties(dataset)]
-        found += [last_items(dataset)] if evaluated_users(dataset).size else []
-    return found
+        results += [over_time(dataset, divided), ties(dataset)]
+        results += [last_items(dataset)] if evaluated_users(dataset).size else []
+    return results
 
 
 def steps(dataset: Dataset) -> Result:

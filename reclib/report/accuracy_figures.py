@@ -191,7 +191,7 @@ def ablation(rows: pd.DataFrame) -> go.Figure:
         over = " and seeds; colour: p below .05 corrected for all arms (Holm)"
     figure.note(
         f"0: {base}, NDCG@10 {rows['base'].iloc[0]:.4f} on validation; bar: 95 % interval over users{over}; "
-        f"band: range over seeds; grey: not separated, or fewer than {statistics.MIN_SEEDS} seeds",
+        f"band: range over seeds; grey: not separated, or fewer than {statistics.MIN_SEEDS} seeds"
     )
     title = f"Of {len(rows)} changes to “{base}”, {helps.sum()} raise NDCG@10, {hurts.sum()} lower it"
     if not enough.any():
@@ -306,7 +306,7 @@ def protocols(rows: pd.DataFrame) -> go.Figure:
     figure.note(
         "bar: 95 % interval over users; open diamonds: sampled or otherwise not comparable; last row: the "
         "seed study's own metric (all masked positions) on other data, published, no artefact in its "
-        "repository",
+        "repository"
     )
     figure.update_layout(height=200 + 58 * len(names))
     same = rows[~rows["other_training"] & ~rows["model"].isin(_BASELINES)]
@@ -401,7 +401,7 @@ def groups(rows: pd.DataFrame) -> go.Figure:
         _rows(figure, names, 0.5, **at(panel, 1))
     figure.note(
         "history: interactions; popularity: shares of all interactions, most popular items first; bar: 95 % "
-        "interval over users; thin grey lines: other baselines (names on hover)",
+        "interval over users; thin grey lines: other baselines (names on hover)"
     )
     _legend(figure, {name: colors[name] for name in shown})
     figure.update_layout(height=100 + 100 * len(titles) + 46 * height)
@@ -447,7 +447,7 @@ def beyond_accuracy(rows: pd.DataFrame) -> go.Figure:
     figure.note(
         f"of the {int(rows['k'].iloc[0])} items recommended to each user; coverage: share of the catalogue "
         "recommended to anybody; Gini: 0 all items alike, 1 all on few; popularity: mean percentile among "
-        "the items",
+        "the items"
     )
     most, least = (
         style.extreme(rows, "coverage"),
@@ -556,7 +556,7 @@ def _differences(rows: pd.DataFrame, against: str) -> go.Figure:
     figure.categories([ARM_NAMES[arm] for arm in ARM_NAMES if (rows["model"] == arm).any()], 32)
     figure.note(
         "paired by user; bar: 95 % interval; green, orange: better, worse after Holm's correction; grey: not "
-        "separated, or too few seeds; grey band: too small for these users to show (power 80 %)",
+        "separated, or too few seeds; grey band: too small for these users to show (power 80 %)"
     )
     claims = rows.loc[rows["task_name"] == tasks[0], "claim"]
     title = f"Against {against}, {tasks[0]}: of {len(claims)} arms {_counted(claims)}"

@@ -165,8 +165,8 @@ def size_and_counts(rows: pd.DataFrame) -> go.Figure:
         "width, on validation, where the same model ranks higher than on test."
     )
     parts = [(word, [name for name, is_ahead in ahead if is_ahead == over]) for word, over in _WORDS.items()]
-    said = "; ".join(f"{word} {', '.join(names)}" for word, names in parts if names)
-    title = f"BERT4Rec ranks {said}" if said else "NDCG@10 by size; no count was scored beside it"
+    text = "; ".join(f"{word} {', '.join(names)}" for word, names in parts if names)
+    title = f"BERT4Rec ranks {text}" if text else "NDCG@10 by size; no count was scored beside it"
     return _legend_below(figure, title, showlegend=True, height=240 + 280 * lines)
 
 

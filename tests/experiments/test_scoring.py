@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 from conftest import PLACES
-from small_grid import FILE, light_scoring, work, write
+from small_grid import light_scoring, work, write
 
 from reclib import records
 from reclib.config import InputError
@@ -89,17 +89,6 @@ def test_the_shuffle_control_moves_what_uses_order_and_nothing_else(scored):
     assert rows["ease"]["shuffled"] == rows["ease"]["ndcg@10"]  # blind to order
     assert rows["markov"]["shuffled"] != rows["markov"]["ndcg@10"]
     assert rows["markov"]["shuffled_but_last"] == rows["markov"]["ndcg@10"]  # looks at the last item only
-
-
-def test_groups_hold_every_user_once(scored):
-    rows = {row.params["by"]: row.series for row in named(scored, "groups", model="bert4rec")}
-    assert rows.keys() == {"history", "popularity", "time"}
-    assert {sum(series["users"]) for series in rows.values()} == {FILE["data"]["synthetic_users"]}
-    time = rows["time"]
-    assert set(time["group"]) <= {"same time as the item before", "later"}
-    for metric in ("hr@10", "ndcg@10"):
-        mean = np.average(time[metric], weights=time["users"])
-        assert mean == pytest.approx(means(scored)["bert4rec", None][metric])
 
 
 def test_arms_are_compared_on_validation_by_user_over_the_seeds_both_have(scored):

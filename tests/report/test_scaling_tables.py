@@ -12,7 +12,6 @@ from figure_records import of_grid, record
 from reclib.config import model_config
 from reclib.evaluate import statistics
 from reclib.experiments import grids, scaling
-from reclib.model.bert4rec import closed_formula
 from reclib.report import figures, findings, scaling_figures, tables
 from reclib.report.tables import sweep_of
 
@@ -185,13 +184,6 @@ def test_a_loss_that_does_not_fall_with_size_is_no_law_though_ranking_may_improv
     said = said_of(flat, [prediction(factor=0.0, floor=8.05, predicted=8.05)])
     assert "No power of the size: the loss does not fall. 8.050 nats predicted for w384d2" in said
     assert "the one with the lower loss ranks worse: w32d2 and w64d2" in said
-
-
-def test_a_table_of_arms_has_state_hours_and_the_range_of_seeds():
-    row = tables.by_arm(GRID).loc["w32d2"]
-    assert row["state MiB"] == round(16 * closed_formula(model_config("w32d2", **SMALL)) / 2**20, 1)
-    assert row["hours"] == 1.5
-    assert (row["seeds"], row["loss_high"] - row["loss_low"]) == (3, pytest.approx(0.04))
 
 
 def test_what_a_committed_grid_lacks_is_named():
