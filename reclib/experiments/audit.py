@@ -139,11 +139,8 @@ def catalogue(published: Published) -> Part:
     common = sorted(set(ranges[0]).intersection(*ranges[1:]))
     tokens = profile["sequences"] * profile["max_len"]
     flops = addmm_flops(common[0], profile["hidden_dim"], profile["num_layers"], tokens)
-    numbers: dict[str, Any] = {
-        "rows": common[0],
-        "solutions": len(common),
-        "fewest_by_one_size": min(map(len, ranges)),
-    }
+    numbers: dict[str, Any] = {"rows": common[0], "solutions": len(common)}
+    numbers["fewest_by_one_size"] = min(map(len, ranges))
     numbers |= {"log_total": log["total"] - log["trainable"], "addmm_mflop": flops / 1e6}
     return Part([Result("audit_catalogue", numbers | {"published_mflop": profile["addmm_mflop"]})], [])
 
@@ -157,12 +154,8 @@ def sizes(published: Published) -> Part:
         total, share = counted["total"], counted["non_embedding"] / counted["total"]
         claimed = model.get("published_parameters") or round(1e6 * model["published_millions"])
         agrees = (total if "published_parameters" in model else round(total, -4)) == claimed
-        row = {
-            "model": model["name"],
-            "published": claimed,
-            "counted": counted.pop("total"),
-            "agrees": agrees,
-        }
+        row = {"model": model["name"], "published": claimed, "counted": counted.pop("total")}
+        row["agrees"] = agrees
         tied = total - config.output_rows * config.hidden_dim
         rows.append(row | counted | {"non_embedding_share": share, "if_tied": tied})
         evidence = f"{total:,}; {share:.1%} of them outside item tables and positions"

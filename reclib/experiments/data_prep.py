@@ -241,9 +241,7 @@ def _items_met(dataset: Dataset, histories: Histories) -> np.ndarray:
     rows = max(1, PORTION >> 6)
     for begin in range(0, len(histories.starts), rows):
         starts, ends = (side[begin : begin + rows] for side in (histories.starts, histories.ends))
-        lengths = ends - starts
-        places = np.arange(lengths.sum()) + np.repeat(ends - np.cumsum(lengths), lengths)
-        known[dataset.items[places]] = True
+        known[dataset.items[Histories(dataset.items, starts, ends).places()]] = True
     return known
 
 

@@ -565,12 +565,8 @@ def compare(work: Work) -> list[Result]:
         for comparison in statistics.compare(values, base.name):
             result = baseline.compared(comparison, "ndcg@10", "validation_difference")
             low, high = (end - mean for end in comparison.seed_range)
-            numbers = {
-                "value": mean + comparison.difference.mean,
-                "base": mean,
-                "seed_low": low,
-                "seed_high": high,
-            }
+            numbers = {"value": mean + comparison.difference.mean, "base": mean}
+            numbers |= {"seed_low": low, "seed_high": high}
             results.append(result._replace(metrics=result.metrics | numbers))
             key = records.params_hash({"compared": result.params, "data": part.dataset.fingerprint})
             part.write(key, results[-1], {}, {})
@@ -669,10 +665,6 @@ def score_main(argv: list[str] | None = None) -> int:
         if result.name in ("test_metrics", "tie_rule", "validation_difference"):
             numbers = "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
             seed = "" if result.seed is None else f" seed {result.seed}"
-            order = (
-                f", ties {result.params['ties']} {result.params['ties_seed']}"
-                if "ties" in result.params
-                else ""
-            )
-            print(f"{result.params['model']}{seed}{order}: {numbers}")
+            rule = ", ".join(f"{key} {value}" for key, value in result.params.items() if key != "model")
+            print(f"{result.params['model']}{seed}{f' ({rule})' if rule else ''}: {numbers}")
     return 0

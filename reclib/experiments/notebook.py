@@ -119,11 +119,9 @@ def open_notebook(
     p = parameters.fill(given, device.label)
     histories = (data or _dataset)(p)
     dataset = histories if isinstance(histories, Dataset) else None
-    about = (
-        histories
-        if isinstance(histories, Mapping)
-        else {"name": histories.name, "fingerprint": histories.fingerprint}
-    )
+    about: Any = histories
+    if dataset is not None:
+        about = {"name": dataset.name, "fingerprint": dataset.fingerprint}
     run = records.Run(notebook, p, hardware.device_card(device), about)
 
     pd.set_option("display.max_rows", None)  # a table is shown whole

@@ -245,13 +245,8 @@ def _claim_marks(figure: style.Chart, rows: pd.DataFrame, names: pd.Series, plac
 
 def _behind(figure: style.Chart, base: pd.Series, width: pd.Series, names: pd.Series, **place: Any) -> None:
     """Draw a grey band behind each row's marks."""
-    band = {
-        "orientation": "h",
-        "width": 0.6,
-        "hoverinfo": "skip",
-        "marker": {"color": "rgba(95,99,104,0.16)"},
-    }
-    figure.add_bar(base=base, x=width, y=names, **band, **place)
+    look = {"width": 0.6, "hoverinfo": "skip", "marker": {"color": "rgba(95,99,104,0.16)"}}
+    figure.add_bar(base=base, x=width, y=names, orientation="h", **look, **place)
 
 
 # -- what stands behind a table of accuracy: protocols, controls, whom a model serves, and with what ---------
@@ -615,26 +610,18 @@ def gate_by_user(rows: pd.DataFrame) -> go.Figure:
         look = {"marker": {"size": 6}, "opacity": 0.65, "name": expert}
         figure.dots(rows, features[0], expert, color, hover, **look)
     figure.add_hline(1 / len(experts), line={"color": MUTED, "width": 1, "dash": "dot"})
-    buttons = [
-        {
-            "label": name,
-            "method": "update",
-            "args": [{"x": [rows[name].tolist()] * len(experts)}, {"xaxis.title.text": name}],
-        }
-        for name in features
-    ]
+    buttons = []
+    for name in features:
+        changes = [{"x": [rows[name].tolist()] * len(experts)}, {"xaxis.title.text": name}]
+        buttons.append({"label": name, "method": "update", "args": changes})
     figure.update_xaxes(title_text=features[0])
     figure.update_yaxes(title_text="weight of the expert")
     drawn = f"{len(rows):,} of {users:,} users drawn by chance, " if users > len(rows) else ""
     figure.note(f"{drawn}a mark a user and expert, one seed; dotted: all experts alike, as plain LoRA")
     spreads = f"Weights of an expert differ by {spread:.3f} (standard deviation) among users"
-    return figure.update_layout(
-        height=480,
-        showlegend=True,
-        updatemenus=[{"buttons": buttons, "x": 0, "xanchor": "left", "y": -0.16, "yanchor": "top"}],
-        margin={"b": 110},
-        title_text=f"{spreads}, {TASK_NAMES[str(task)]}",
-    )
+    menu = {"buttons": buttons, "x": 0, "xanchor": "left", "y": -0.16, "yanchor": "top"}
+    figure.update_layout(height=480, showlegend=True, updatemenus=[menu], margin={"b": 110})
+    return figure.update_layout(title_text=f"{spreads}, {TASK_NAMES[str(task)]}")
 
 
 def gate_correlations(rows: pd.DataFrame) -> go.Figure:

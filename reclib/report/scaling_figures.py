@@ -123,15 +123,8 @@ def size_and_counts(rows: pd.DataFrame) -> go.Figure:
             hover = "%{customdata}: %{y:.4f} on validation"
             figure.path(part, means[SIZE], means[RANKED], RECIPES[recipe], hover, **more, **place)
         if counts.empty:
-            figure.text(
-                "no count is scored on the test split yet",
-                np.log10(low),
-                0,
-                MUTED,
-                xanchor="left",
-                yanchor="bottom",
-                **place,
-            )
+            corner = {"xanchor": "left", "yanchor": "bottom"} | place
+            figure.text("no count is scored on the test split yet", np.log10(low), 0, MUTED, **corner)
         else:
             best = counts.sort_values("ndcg@10", ascending=False).head(MOST_COUNTS)
             top, above = float(max(tested[here].max(), ranked[here].max())), math.inf
@@ -309,12 +302,8 @@ def _add_runs(figure: Chart, runs: pd.DataFrame, x: str, y: str, row: int, col: 
             thin: dict[str, Any] = {"line": {"width": 1.5}, "showlegend": False}
             figure.path(kind, means[x], means[y], color, None, **thin, **group)
         hover = "%{customdata[0]}, seed %{customdata[1]}: %{y:.4f}"
-        more = {
-            "name": name,
-            "showlegend": row == col == 1,
-            "customdata": part[["model", "seed"]].astype(str),
-        }
-        figure.dots(part, x, y, color, hover, marker=look, **more, **group)
+        more = {"name": name, "showlegend": row == col == 1, "marker": look}
+        figure.dots(part, x, y, color, hover, customdata=part[["model", "seed"]].astype(str), **more, **group)
 
 
 def _add_law(figure: Chart, law: pd.Series, runs: pd.DataFrame) -> None:

@@ -193,11 +193,8 @@ def _study_names() -> frozenset[str]:
     for file in system.params().glob("*.yaml"):
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
         sections = [values, *values.values()] if isinstance(values, dict) else []
-        names |= {
-            str(section["dataset"])
-            for section in sections
-            if isinstance(section, dict) and "dataset" in section
-        }
+        with_data = (section for section in sections if isinstance(section, dict) and "dataset" in section)
+        names |= {str(section["dataset"]) for section in with_data}
     return frozenset(names)
 
 
@@ -413,11 +410,8 @@ def steps(fresh: Iterable[Record], recorded: Iterable[Record]) -> list[dict[str,
     Recorded smoke runs are left out; of the others the longest profile counts, and in it the newest.
     """
     measured = [r for r in recorded if r["name"] in _STEPS and r["kind"] == "measured"]
-    ranked = sorted(
-        (r for r in measured if r["profile"] != "smoke"),
-        key=lambda r: (PROFILES.index(r["profile"]), str(r["time"])),
-        reverse=True,
-    )
+    ranked = [r for r in measured if r["profile"] != "smoke"]
+    ranked.sort(key=lambda r: (PROFILES.index(r["profile"]), str(r["time"])), reverse=True)
     best: dict[tuple[Any, ...], dict[str, Any]] = {}
     for record in [*fresh, *ranked]:
         whole = placed(with_work(record))
@@ -487,21 +481,14 @@ def points(recorded: Iterable[Record], prices: Mapping[str, float]) -> list[dict
     """
     trained, scored, runs = {}, {}, defaultdict(list)
     for record in recorded:
-        if (
-            record["notebook"] == "02_baseline"
-            and record.get("seed") is not None
-            and record["profile"] != "smoke"
-        ):
-            key = (
-                record["data"]["name"],
-                record["own_params"].get("model"),
-                record["profile"],
-                record["seed"],
-            )
-            if record["name"] == "learning_curve" and (record.get("timings") or {}).get("train_seconds"):
-                trained[key] = record
-            elif record["name"] == "test_metrics":
-                scored[key] = record
+        profile, seed = record["profile"], record.get("seed")
+        if record["notebook"] != "02_baseline" or seed is None or profile == "smoke":
+            continue
+        key = (record["data"]["name"], record["own_params"].get("model"), profile, seed)
+        if record["name"] == "learning_curve" and (record.get("timings") or {}).get("train_seconds"):
+            trained[key] = record
+        elif record["name"] == "test_metrics":
+            scored[key] = record
     for key in trained.keys() & scored.keys():
         runs[(*key[:3], device_of(trained[key]))].append(key)
     rows = []
@@ -548,18 +535,10 @@ def real_steps(records: Iterable[Record]) -> pd.DataFrame:
     """
     rows = []
     for record in sorted(records, key=lambda record: record["metrics"]["parameters"]):
-        own, took, floor = (
-            record["own_params"],
-            record["timings"],
-            _STATE_BYTES * record["metrics"]["parameters"],
-        )
-        held = took["peak_memory_bytes"] - took["process_bytes"]
-        row = {
-            "size": own["size"],
-            "parameters": record["metrics"]["parameters"],
-            "device": device_of(record),
-        }
-        row |= {"batch": own["batch_size"], "steps": record["metrics"].get("timed_steps")}
+        own, took, counted = record["own_params"], record["timings"], record["metrics"]
+        floor, held = _STATE_BYTES * counted["parameters"], took["peak_memory_bytes"] - took["process_bytes"]
+        row = {"size": own["size"], "parameters": counted["parameters"], "device": device_of(record)}
+        row |= {"batch": own["batch_size"], "steps": counted.get("timed_steps")}
         row |= {"step s": round(took["step_seconds"], 3), "tokens/s": round(took["tokens_per_second"])}
         row |= {"peak GB": round(took["peak_memory_bytes"] / 1e9, 2)}
         row |= {"16 bytes per parameter, GB": round(floor / 1e9, 2), FLOOR: round(held / floor, 2)}
