@@ -343,16 +343,11 @@ def adapters(published: Published, by_mode: pd.DataFrame) -> Part:
     numbers |= {"linear_calls_if_alive": linear_calls(log["num_layers"], PLACES)}
     results = [Result("audit_adapters", numbers | {"linear_calls_published": log["linear_calls"]})]
     partly = ("holds in part" if learn else "contradicted") if dead else "holds"
-    checks = [
-        Check(
-            "adapters in every linear map of a layer", partly, f"never called: {', '.join(dead) or 'none'}"
-        ),
-        Check(
-            "the adapted model is what is evaluated (fp32)",
-            "contradicted" if dropped else "holds",
-            f"called in train mode and not in eval(): {', '.join(dropped) or 'none'}",
-        ),
-    ]
+    never = f"never called: {', '.join(dead) or 'none'}"
+    in_training = f"called in train mode and not in eval(): {', '.join(dropped) or 'none'}"
+    checks = [Check("adapters in every linear map of a layer", partly, never)]
+    verdict = "contradicted" if dropped else "holds"
+    checks.append(Check("the adapted model is what is evaluated (fp32)", verdict, in_training))
     for row in published["adapters"]["shares"]:
         config = large(published)[row["name"]]
         count = adapter_count(config.output_rows, config.hidden_dim, config.num_layers, row["rank"])

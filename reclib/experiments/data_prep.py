@@ -372,16 +372,12 @@ def about_splits(dataset: Dataset, divided: Mapping[str, Split]) -> pd.DataFrame
 
 def downloads() -> pd.DataFrame:
     """Tabulate the public datasets that can be fetched by name: counts, size, format, licence."""
-    rows = [
-        {
-            "name": entry.name,
-            **{what: entry.counts.get(what) for what in ("interactions", "users", "items")},
-            "download, MB": entry.bytes and round(entry.bytes / 1e6, 1),
-            "format": entry.format,
-            "licence": entry.licence,
-        }
-        for entry in fetch.catalogue().values()
-    ]
+    rows = []
+    for entry in fetch.catalogue().values():
+        row: dict[str, Any] = {"name": entry.name}
+        row |= {what: entry.counts.get(what) for what in ("interactions", "users", "items")}
+        row["download, MB"] = entry.bytes and round(entry.bytes / 1e6, 1)
+        rows.append(row | {"format": entry.format, "licence": entry.licence})
     return pd.DataFrame(rows).set_index("name").map(lambda value: _readable(value) or "unknown")
 
 

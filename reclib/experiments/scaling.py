@@ -344,17 +344,13 @@ class Study:
 
     def open(self, number: int) -> optuna.Study:
         """Return the study with a sampler of its own for the next trial, so that draws can be repeated."""
-        sampler = optuna.samplers.TPESampler(
-            seed=1_000 * self.plan.seed + number, n_startup_trials=STARTUP, constant_liar=True
-        )
-        return optuna.create_study(
-            storage=self.storage,
-            study_name=self.plan.name,
-            direction="maximize",
-            sampler=sampler,
-            pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP, n_warmup_steps=1),
-            load_if_exists=True,
-        )
+        seed, startup = 1_000 * self.plan.seed + number, STARTUP
+        how: dict[str, Any] = {
+            "sampler": optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, constant_liar=True),
+            "pruner": optuna.pruners.MedianPruner(n_startup_trials=startup, n_warmup_steps=1),
+        }
+        place: dict[str, Any] = {"storage": self.storage, "study_name": self.plan.name}
+        return optuna.create_study(**place, **how, direction="maximize", load_if_exists=True)
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         """Return the trials in these states; all of them, failed and waiting ones too, without states."""
@@ -388,25 +384,21 @@ class Study:
     def _enqueue_again(self, dead: FrozenTrial) -> None:
         study = self.open(0)
         if not any(t.user_attrs.get("again") == dead.number for t in self.trials()):
-            again = optuna.trial.create_trial(
-                state=TrialState.WAITING,
-                params=dead.params,
-                distributions=dead.distributions,
-                user_attrs={"again": dead.number},
-                intermediate_values=dead.intermediate_values,
-                system_attrs={"fixed_params": dead.params},
-            )
-            study.add_trial(again)
+            names = ("params", "distributions", "intermediate_values")
+            same: dict[str, Any] = {name: getattr(dead, name) for name in names}
+            same |= {"user_attrs": {"again": dead.number}, "system_attrs": {"fixed_params": dead.params}}
+            study.add_trial(optuna.trial.create_trial(state=TrialState.WAITING, **same))
         study.tell(dead.number, state=TrialState.FAIL)
 
     def draw(self, trial: Trial) -> dict[str, Any]:
         """Return the fields of the space, drawn."""
-        return {
-            field: trial.suggest_categorical(field, space["choices"])
-            if "choices" in space
-            else trial.suggest_float(field, space["low"], space["high"], log=space.get("log", False))
-            for field, space in self.plan.space.items()
-        }
+        drawn = {}
+        for field, space in self.plan.space.items():
+            if "choices" in space:
+                drawn[field] = trial.suggest_categorical(field, space["choices"])
+            else:
+                drawn[field] = trial.suggest_float(field, **space)  # low, high and log
+        return drawn
 
     def one(self, options: Options, watched_by: str = "none") -> bool:
         """Run the next trial; return whether there was one."""

@@ -284,14 +284,12 @@ def protocols(rows: pd.DataFrame) -> go.Figure:
         figure.dots(part, "hr@10", places, colors[model], hover, **more)
     published = pd.DataFrame(reference()["accuracy"])
     look = {"symbol": "square-open", "size": 10, "color": MUTED, "line": {"color": MUTED, "width": 1.5}}
-    figure.add_scatter(
-        **{"x": list(published["hr_at_10"]), "y": [len(order)] * len(published), "mode": "markers"},
-        marker=look,
-        customdata=published[["name", "data", "source"]].to_numpy().tolist(),
-        hovertemplate="%{customdata[0]} on %{customdata[1]}: %{x:.4f}<br>published in its %{customdata[2]}, "
-        "no artefact in its repository<extra></extra>",
-        showlegend=False,
-    )
+    about = published[["name", "data", "source"]].to_numpy().tolist()
+    hover = "%{customdata[0]} on %{customdata[1]}: %{x:.4f}<br>published in its %{customdata[2]}, "
+    hover += "no artefact in its repository<extra></extra>"
+    marks = {"mode": "markers", "marker": look, "customdata": about, "hovertemplate": hover}
+    places = [len(order)] * len(published)
+    figure.add_scatter(x=list(published["hr_at_10"]), y=places, showlegend=False, **marks)
     trained = {name: colors[name] for name in models if name not in _BASELINES}
     _legend(figure, trained | {"baselines (names on hover)": MUTED})
     names = [style.broken(name, 20) for name in (*order, "seed study, published")]
@@ -629,15 +627,16 @@ def gate_correlations(rows: pd.DataFrame) -> go.Figure:
     rows = rows[rows["task"] == rows["task"].iloc[0]]
     figure = single()
     for number, ((kind, expert), some) in enumerate(rows.groupby(["kind", "expert"])):
-        figure.add_scatter(
-            **{"x": some["spearman"], "y": some["feature"], "mode": "markers+text"},
-            text=np.where(some["adjusted_p"] < statistics.ALPHA, "*", ""),
-            textposition="top center",
-            marker=marker(kind, PALETTE[number % len(PALETTE)]),
-            name=f"expert {expert}",
-            customdata=some["adjusted_p"],
-            hovertemplate="%{y}: %{x:+.3f}, adjusted p %{customdata:.3f}",
-        )
+        stars = np.where(some["adjusted_p"] < statistics.ALPHA, "*", "")
+        more = {
+            "mode": "markers+text",
+            "text": stars,
+            "textposition": "top center",
+            "name": f"expert {expert}",
+        }
+        more |= {"marker": marker(kind, PALETTE[number % len(PALETTE)]), "customdata": some["adjusted_p"]}
+        hover = "%{y}: %{x:+.3f}, adjusted p %{customdata:.3f}"
+        figure.add_scatter(x=some["spearman"], y=some["feature"], hovertemplate=hover, **more)
     figure.add_vline(0, line=_ZERO)
     figure.update_xaxes(title_text="Spearman's correlation over users", range=[-1.05, 1.05])
     figure.categories(sorted(set(rows["feature"])), 44)
