@@ -130,6 +130,7 @@ class DataConfig:
     duplicates: Duplicates = "keep"  # repeated (user, item) pairs
     ties: Literal["source", "shuffle", "item"] = "source"  # order of a user's interactions at one time
     ties_seed: NonNegative = 0  # of ties='shuffle'
+    merge_variants: bool = False  # items whose titles differ in size, colour or count alone are one item
     strict: bool = False  # stop at the first bad line instead of counting it
     max_rejected_share: Share = 0.01  # share of bad lines above which reading stops
     max_line_mb: Positive = 16  # longest line, and longest quoted field, of a text file
@@ -325,6 +326,7 @@ LATER = (
     "ties_seed",
     "table_dim",
     "scale_items",
+    "merge_variants",
 )  # fields that came after the first records
 
 

@@ -84,6 +84,8 @@ class Parameters:
     min_item: Positive  # k-core: interactions that an item must have
     core: config.Core  # k-core until nothing changes, or the seed study's pass
     duplicates: config.Duplicates  # which of repeated (user, item) pairs stay
+    ties: Literal["source", "shuffle", "item"]  # order of a user's interactions at one time
+    ties_seed: NonNegative  # of ties='shuffle'
     strict: bool  # stop at the first bad line instead of counting it
     max_rejected_share: Share  # share of bad lines above which reading stops
     memory_limit_mb: Positive  # of the database that prepares the data

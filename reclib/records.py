@@ -337,8 +337,12 @@ class Run:
         return record
 
     def _without(self, *names: str) -> dict[str, Any]:
-        if self.params.get("nproc") == 1:  # as every result was found before there was a choice
-            names += ("nproc",)
+        first = {
+            "nproc": 1,
+            "ties": "source",
+            "ties_seed": 0,
+        }  # as every result was before there was a choice
+        names += tuple(name for name, value in first.items() if self.params.get(name) == value)
         return {key: value for key, value in self.params.items() if key not in names}
 
 

@@ -14,6 +14,7 @@ import ast
 import contextlib
 import csv
 import hashlib
+import html
 import io
 import itertools
 import re
@@ -471,6 +472,42 @@ def read_titles(path: Path, items: Collection[str]) -> dict[str, str]:
         if item in wanted and (title := " ".join(title.split())):
             titles.setdefault(item, title)
     return titles
+
+
+_COLOURS = (
+    r"(?:(?:dark|light|bright|deep|hot|matte|metallic|midnight|pearl|royal|sky|space|jet|sea)[\s-]+)?"
+    "(?:aqua|beige|black|blue|bronze|brown|burgundy|champagne|charcoal|chrome|clear|coral|cream|crimson|cyan|"
+    "fuchsia|golden|gold|gray|graphite|green|grey|gunmetal|indigo|ivory|khaki|lavender|lilac|lime|magenta|"
+    "maroon|mint|multicolor|navy|olive|orange|peach|pink|plum|purple|red|rose|salmon|silver|slate|tan|teal|"
+    "titanium|transparent|turquoise|violet|white|yellow)"
+)
+_AMOUNT = r"(?<![\w.])(?<![a-z]-)\d+(?:[.,]\d+)*(?:\s*[/-]\s*\d+(?:\.\d+)?)?[\s-]*"  # a number or a range
+_INCHES = r"(?:(?:inch(?:es)?|in(?![\s-]*\d))\b|[\"'″′”’]+)"
+_MILLIMETRES = r"(?:mm|millimet(?:er|re)s?)\b"
+_UNITS = (
+    r"(?:feet|foot|ft|yards?|yds?|cm|centimet(?:er|re)s?|met(?:er|re)s?|m|[gtm]b|oz|ounces?|lbs?|packs?|pk|"
+    r"pcs?|pieces?|counts?|ct|rolls?|sheets?|discs?)\b"
+)
+
+
+def product_of(title: str) -> tuple[str, ...]:
+    """Return the words of a title that its variants share: those of two variants of a product are equal.
+
+    The title in lower case, without numbers that have a unit (of length, storage, weight or count), "pack of
+    N", and colours. Inches after "for" stay, since they are of another product that this one fits; so do
+    millimetres beside an aperture, which tell lenses apart. Of punctuation only "+" counts (DVD+R). Fewer
+    than three words name no product: the result is empty. The rule was judged by eye on 200 pairs of Amazon
+    Electronics 2018; model numbers, other word orders and misspellings keep variants apart.
+    """
+    text = html.unescape(title).lower()
+    head, word, tail = text.partition(" for ")
+    lens = re.search(r"\bf/?\d", text)
+    for units in (_UNITS, *(() if lens else (_MILLIMETRES,))):
+        head, tail = (re.sub(_AMOUNT + units, " ", part) for part in (head, tail))
+    text = re.sub(_AMOUNT + _INCHES, " ", head) + word + tail
+    text = re.sub(rf"\b(?:pack|set|lot|box|spindle)s? of \d+\b|\b{_COLOURS}\b", " ", text)
+    words = tuple(re.findall(r"[a-z0-9+]+", text))
+    return words if len(words) > 2 else ()
 
 
 def _text_of(path: Path) -> io.StringIO:

@@ -12,6 +12,9 @@ limit; only counts per user and per item, and the offsets, are held whole. Rules
 
 - Duplicates: keep; or exact, the first row of equal (user, item, time) stays; or first and last, one
   interaction of each (user, item) stays, the first or last by (time, row).
+- Variants: kept apart; or, with `merge_variants`, items whose titles differ in size, length, colour or count
+  alone are one item (`formats.product_of`), the first of them by id. Of consecutive interactions of a user,
+  by (time, row), with one product the first stays.
 - k-core: users below `min_user` and items below `min_item` interactions are removed, again and again until
   nothing changes; the result does not depend on the order of removal. With `single_pass` both are counted
   once, before anything is removed, as in the seed study.
@@ -55,7 +58,7 @@ from reclib.data.dataset import (
     train_histories,
     within,
 )
-from reclib.data.formats import FORMATS, checked, named, titles_beside
+from reclib.data.formats import FORMATS, checked, named, product_of, titles_beside
 from reclib.data.read import RAW_COLUMNS, READING_VERSION, Ingested, Progress, ingest, printable, twin
 from reclib.system import Parser
 
@@ -140,6 +143,7 @@ def folder_of(config: DataConfig, out: Path | None = None) -> Path:
 def _key(source: Source, config: DataConfig) -> str:
     """Return what tells prepared folders apart: the source's rows and all that decides what is kept."""
     rules = [config.min_user, config.min_item, config.core, config.duplicates, _rule_of_order(config)]
+    rules += ["variants merged"] if config.merge_variants else []
     reading = [READING_VERSION, config.strict, config.max_rejected_share, config.max_line_mb]
     parts = [RULES_VERSION, MANIFEST_VERSION, source.name, source.identity, rules, reading]
     return content_hash(map(str, parts))[:16]
@@ -424,6 +428,9 @@ def build(source: Source, config: DataConfig, folder: Path, key: str) -> None:
         if config.duplicates != "keep":
             bar.set_description("duplicates")
             steps.append(_deduplicate(con, config.duplicates))
+        if config.merge_variants:
+            bar.set_description("variants")
+            steps.append(_merge_variants(con, ingested, source.name))
         bar.set_description("k-core")
         passes = _k_core(con, config)
         if not steps[-1]["interactions"] or passes[-1:] == [0]:
@@ -532,6 +539,26 @@ def _deduplicate(con: duckdb.DuckDBPyConnection, rule: str) -> dict[str, Any]:
     return _counted(con, "de-duplicated", "users", "items", "events")
 
 
+def _merge_variants(con: duckdb.DuckDBPyConnection, ingested: Ingested, name: str) -> dict[str, Any]:
+    """Give variants of a product one code in `events`, and drop a user's consecutive repeats of a product."""
+    items = con.execute("select code, key from items order by length(key), key").fetchall()
+    titles = ingested.titles(frozenset(key for _, key in items))
+    if not titles:
+        raise InputError(
+            f"parameter 'merge_variants' is True: expected titles, and dataset {name!r} has none"
+        )
+    first: dict[Any, int] = {}
+    merged = [(code, first.setdefault(product_of(titles.get(key, "")) or key, code)) for code, key in items]
+    con.register("variants", pd.DataFrame(merged, columns=["code", "product"]))
+    con.execute("""create table kept as
+        select events.* replace (product::integer as item) from events join variants on code = item
+        qualify product is distinct from lag(product) over (partition by "user" order by time, row);
+        drop table events; alter table kept rename to events;
+        delete from items where code not in (select product from variants)""")
+    con.unregister("variants")
+    return _counted(con, "variants merged", "users", "items", "events")
+
+
 def _counted(con: duckdb.DuckDBPyConnection, name: str, *tables: str) -> dict[str, Any]:
     return dataset.step(name, *(_count(con, table) for table in tables))
 
@@ -575,6 +602,7 @@ def _about(
             "order": _rule_of_order(config),
             "ties": config.ties,
             "duplicates": config.duplicates,
+            **({"variants": "merged"} if config.merge_variants else {}),
             "split": SPLIT,
         },
         "source": dict(ingested.provenance),
@@ -652,6 +680,7 @@ _OPTIONS = {
     "duplicates": "what stays of repeated rows",
     "ties": "how interactions at the same time are ordered",
     "ties_seed": "of ties=shuffle",
+    "merge_variants": "one item for titles that differ in size, colour or count",
     "strict": "stop at the first bad line",
     "max_rejected_share": "bad lines at which it stops, a share of all",
     "max_line_mb": "megabytes of the longest line",

@@ -425,3 +425,39 @@ def naive(sizes: Any, losses: Any, size: float) -> dict[str, float]:
     """
     slope, start = np.polyfit(np.log(np.asarray(sizes, dtype=np.float64)), losses, 1)
     return {"last": float(losses[-1]), "line": float(start + slope * np.log(size))}
+
+
+class AccuracyLaw(NamedTuple):
+    """What accuracy at the sizes below the largest says of that one: by a law a - b N^-c, and by a line."""
+
+    size: float  # the largest, N
+    law: Law  # of 1 - accuracy: a is 1 - floor, b the factor, c the exponent
+    predicted: float  # by the law
+    low: float | None  # the 95 % interval of it over resampled seeds, None where no size has two
+    high: float | None
+    line: float  # by a straight line in log N
+    measured: float  # mean over the seeds of the largest size
+
+    @property
+    def differs(self) -> bool:
+        """Whether law and line can be told apart: the line lies outside the law's interval."""
+        return self.low is not None and self.high is not None and not self.low <= self.line <= self.high
+
+
+def accuracy_law(by_size: Mapping[float, Sequence[float]], samples: int = SAMPLES) -> AccuracyLaw | None:
+    """Fit the law to 1 - accuracy of each size's seeds, the largest left out; None for too few sizes.
+
+    `by_size` has values from 0 to 1, such as NDCG@10. The law and its interval are those of the loss.
+    """
+    *sizes, largest = sorted(by_size) or [0.0]
+    if len(sizes) < MIN_SIZES:
+        return None
+    errors = {size: [1 - value for value in by_size[size]] for size in sizes}
+    result = predict(errors, largest, samples)
+    law = Law(result["floor"], result["factor"], result["exponent"])
+    low, high = (None if result[end] is None else 1 - result[end] for end in ("high", "low"))
+    means = [float(np.mean(by_size[size])) for size in sizes]
+    line = naive(sizes, means, largest)["line"]
+    return AccuracyLaw(
+        largest, law, 1 - result["predicted"], low, high, line, float(np.mean(by_size[largest]))
+    )

@@ -85,9 +85,9 @@ def tally(*parts: Part) -> Result:
     return Result("audit_verdicts", {str(name): int(count) for name, count in counts.items()})
 
 
-def near(found: float, claimed: float) -> bool:
+def near(value: float, claimed: float) -> bool:
     """Return whether a number is what was claimed, within `TOLERANCE`."""
-    return abs(found / claimed - 1) <= TOLERANCE
+    return abs(value / claimed - 1) <= TOLERANCE
 
 
 def _results(name: str, rows: Iterable[Mapping[str, Any]]) -> list[Result]:
@@ -139,11 +139,8 @@ def catalogue(published: Published) -> Part:
     common = sorted(set(ranges[0]).intersection(*ranges[1:]))
     tokens = profile["sequences"] * profile["max_len"]
     flops = addmm_flops(common[0], profile["hidden_dim"], profile["num_layers"], tokens)
-    numbers: dict[str, Any] = {
-        "rows": common[0],
-        "solutions": len(common),
-        "fewest_by_one_size": min(map(len, ranges)),
-    }
+    numbers: dict[str, Any] = {"rows": common[0], "solutions": len(common)}
+    numbers["fewest_by_one_size"] = min(map(len, ranges))
     numbers |= {"log_total": log["total"] - log["trainable"], "addmm_mflop": flops / 1e6}
     return Part([Result("audit_catalogue", numbers | {"published_mflop": profile["addmm_mflop"]})], [])
 
@@ -157,12 +154,8 @@ def sizes(published: Published) -> Part:
         total, share = counted["total"], counted["non_embedding"] / counted["total"]
         claimed = model.get("published_parameters") or round(1e6 * model["published_millions"])
         agrees = (total if "published_parameters" in model else round(total, -4)) == claimed
-        row = {
-            "model": model["name"],
-            "published": claimed,
-            "counted": counted.pop("total"),
-            "agrees": agrees,
-        }
+        row = {"model": model["name"], "published": claimed, "counted": counted.pop("total")}
+        row["agrees"] = agrees
         tied = total - config.output_rows * config.hidden_dim
         rows.append(row | counted | {"non_embedding_share": share, "if_tied": tied})
         evidence = f"{total:,}; {share:.1%} of them outside item tables and positions"
@@ -350,16 +343,11 @@ def adapters(published: Published, by_mode: pd.DataFrame) -> Part:
     numbers |= {"linear_calls_if_alive": linear_calls(log["num_layers"], PLACES)}
     results = [Result("audit_adapters", numbers | {"linear_calls_published": log["linear_calls"]})]
     partly = ("holds in part" if learn else "contradicted") if dead else "holds"
-    checks = [
-        Check(
-            "adapters in every linear map of a layer", partly, f"never called: {', '.join(dead) or 'none'}"
-        ),
-        Check(
-            "the adapted model is what is evaluated (fp32)",
-            "contradicted" if dropped else "holds",
-            f"called in train mode and not in eval(): {', '.join(dropped) or 'none'}",
-        ),
-    ]
+    never = f"never called: {', '.join(dead) or 'none'}"
+    in_training = f"called in train mode and not in eval(): {', '.join(dropped) or 'none'}"
+    checks = [Check("adapters in every linear map of a layer", partly, never)]
+    verdict = "contradicted" if dropped else "holds"
+    checks.append(Check("the adapted model is what is evaluated (fp32)", verdict, in_training))
     for row in published["adapters"]["shares"]:
         config = large(published)[row["name"]]
         count = adapter_count(config.output_rows, config.hidden_dim, config.num_layers, row["rank"])
@@ -675,7 +663,7 @@ def agrees(stated: re.Match[str], value: float) -> bool:
     return rounded == sign + digits if sign else rounded[1:] == digits
 
 
-def judged(claim: Claim, found: Records, log: str) -> dict[str, Any]:
+def judged(claim: Claim, stored: Records, log: str) -> dict[str, Any]:
     """Return a claim's row of the table, its verdict computed from the record.
 
     Verdicts: holds; not separated (adjusted p of 5 % or more); one seed, or two; not shown by git (of a
@@ -693,11 +681,11 @@ def judged(claim: Claim, found: Records, log: str) -> dict[str, Any]:
     queries = [query for number in claim.numbers for query in _queries(claim.record, number)]
     if len(queries) != len(stated):
         raise InputError(f"{len(stated)} decimal numbers in the text, {len(queries)} under `numbers`")
-    pairs = zip(stated, map(found.number, queries), strict=True)
+    pairs = zip(stated, map(stored.number, queries), strict=True)
     wrong = [f"{match[0].strip()} is {value:.5g}" for match, value in pairs if not agrees(match, value)]
-    first = found.matching(claim.record)[0]
+    first = stored.matching(claim.record)[0]
     metrics, place = first["metrics"], claim.record.grid or first["notebook"]
-    seeds = [count for query in (claim.record, *queries) for count in found.seeds(query)]
+    seeds = [count for query in (claim.record, *queries) for count in stored.seeds(query)]
     fewest = min((count for count in seeds if count), default=MIN_SEEDS)
     verdict = {1: "one seed", 2: "two seeds"}.get(fewest, "holds")
     if (p := metrics.get("adjusted_p")) is not None:
@@ -709,7 +697,7 @@ def judged(claim: Claim, found: Records, log: str) -> dict[str, Any]:
         verdict = verdict if "committed before" in row["test"] else "not shown by git"
     if wrong:
         verdict = f"number differs: {'; '.join(wrong)}"
-    sides = found.seeds(claim.record) if p is not None else [fewest] * any(seeds)
+    sides = stored.seeds(claim.record) if p is not None else [fewest] * any(seeds)
     row |= {"record": f"{place}: {claim.record.name}", "seeds": " and ".join(map(str, sides))}
     return row | {"verdict": verdict}
 
@@ -719,12 +707,12 @@ def claims() -> pd.DataFrame:
 
     A number of the texts that no claim covers has a row too, and so has a claim that no text makes.
     """
-    left, (stated, no_claims), found = texts(), read_claims(), Records()
+    left, (stated, no_claims), stored = texts(), read_claims(), Records()
     log = (system.root() / "docs" / "log.md").read_text(encoding="utf-8")
     rows = []
     for claim in stated:
         with naming(f"claims.yaml: {claim.text!r}", (KeyError, ValueError, IndexError)):
-            row = judged(claim, found, log)
+            row = judged(claim, stored, log)
         files = [name for name in TEXTS if row["statement"] in left[name]]
         row["in"] = ", ".join(name.removesuffix(".md") for name in files)
         rows.append(row if files else row | {"verdict": "number differs: no text says so"})
@@ -734,7 +722,7 @@ def claims() -> pd.DataFrame:
         for match in DECIMAL.finditer(text):
             around = text[max(0, match.start() - 30) : match.end() + 20]
             rows.append({"statement": around, "in": name, "verdict": "number differs: no claim covers it"})
-    pd.set_option("display.max_colwidth", None, "display.max_rows", None)
+    pd.set_option("display.max_colwidth", None)
     columns = ["statement", "in", "record", "test", "p", "seeds", "verdict"]
     return pd.DataFrame(rows, columns=columns).fillna("").set_index("statement")
 

@@ -17,18 +17,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from reclib import records, system
-from reclib.config import DataConfig, ModelConfig, TrainConfig, as_dict, model_config, validated
+from reclib.config import ModelConfig, TrainConfig, as_dict, model_config, validated
 from reclib.cost import work
 from reclib.cost.work import Flops
 from reclib.data.batches import Epoch
 from reclib.data.dataset import Dataset, Evaluation, Histories, train_histories
-from reclib.data.splits import Split, sample_candidates
+from reclib.data.splits import SPLITS, Split, sample_candidates
 from reclib.evaluate import baselines, metrics, statistics
 from reclib.evaluate.metrics import Outcome, Scorer
 from reclib.evaluate.statistics import Interval
-from reclib.experiments.notebook import Result
+from reclib.experiments.notebook import Result, Study
 from reclib.hardware import Device
 from reclib.model.bert4rec import count_parameters
 from reclib.report import tables
@@ -87,11 +88,11 @@ class Trained:
         """
         trainer, progress = self.trainer, self.trainer.progress
         parameters = count_parameters(trainer.model.config)
-        one = epoch_flops(trainer.model.config, trainer.config, trainer.histories)
-        flops = one.total * progress.step / trainer.steps_per_epoch
+        epoch = epoch_flops(trainer.model.config, trainer.config, trainer.histories)
+        flops = epoch.total * progress.step / trainer.steps_per_epoch
         numbers: dict[str, float] = {name: parameters[name] for name in ("item_tables", "non_embedding")}
         numbers |= {"trained_tokens": progress.tokens, "training_flops": flops}
-        return numbers | {"head_share": one.head / one.total}
+        return numbers | {"head_share": epoch.head / epoch.total}
 
     def timings(self) -> dict[str, float]:
         """Return what the run took."""
@@ -136,7 +137,7 @@ def train_of(p: Any, seed: int, objective: str = "cloze", **own: Any) -> TrainCo
 
 def _shared(kind: type, p: Any) -> dict[str, Any]:
     """Return the parameters that are fields of a configuration."""
-    return {one.name: getattr(p, one.name) for one in fields(kind) if hasattr(p, one.name)}
+    return {each.name: getattr(p, each.name) for each in fields(kind) if hasattr(p, each.name)}
 
 
 def run_folder(notebook: str, model: ModelConfig, train: TrainConfig, data: str, nproc: int = 1) -> Path:
@@ -155,6 +156,19 @@ def train_seed(
     model, train = model_of(p, dataset, objective), train_of(p, seed, objective)
     title = f"{notebook}-{device.label}-{name}-{split.name.split()[0]}-seed{seed}"
     return train_model(notebook, p, dataset, split, device, model, train, title)
+
+
+def train_models(study: Study, split: Split) -> dict[str, list[Trained]]:
+    """Train every seed of notebook 02's models and record their learning curves; return the runs by model."""
+    p, data, device = study.p, study.dataset, study.device
+    trained = {
+        name: [train_seed(study.notebook, p, data, split, device, name, seed) for seed in p.seeds]
+        for name in p.models
+    }
+    study.record(*(run.result(name) for name, runs in trained.items() for run in runs))
+    for name, runs in trained.items():
+        print(f"{name}: first training loss {runs[0].curve()['train_loss'][0]:.3f} nats")
+    return trained
 
 
 def train_model(
@@ -176,8 +190,7 @@ def train_model(
     folder = run_folder(notebook, model, train, data, p.nproc)
     if p.nproc > 1:
         if not fit.is_finished(folder):
-            given = DataConfig(dataset=p.dataset, min_user=p.min_user, min_item=p.min_item)
-            setup = Setup(given, train, None, as_dict(model), split.name, data, notebook, title)
+            setup = Setup(p.data_config(), train, None, as_dict(model), split.name, data, notebook, title)
             fit.write_setup(folder / "run.json", setup)
             words = ["--run", str(folder / "run.json"), "--out", str(folder)]
             distributed.apart([*words, "--gpu", p.gpu, "--tracker", p.tracker], p.nproc)
@@ -260,10 +273,16 @@ def assess_trained(trainer: Trainer, test: Conditions) -> Assessed:
         return assess(lambda part: metrics.model_scores(trainer.model, part, trainer.where), test)
 
 
-def assess_baselines(split: Split, dataset: Dataset, test: Conditions) -> tuple[list[Model], dict[str, Any]]:
-    """Fit every baseline, its hyperparameters chosen on validation; return them assessed, and the choices."""
+def assess_baselines(
+    split: Split, dataset: Dataset, test: Conditions, names: Sequence[str] = ()
+) -> tuple[list[Model], dict[str, Any]]:
+    """Fit baselines, their hyperparameters chosen on validation; return them assessed, and the choices.
+
+    `names` says which; all of them without it.
+    """
     models, chosen = [], {}
-    for name, family in baselines.families(dataset.times).items():
+    families = baselines.families(dataset.times)
+    for name, family in ((name, families[name]) for name in names or families):
         if name == "ease" and baselines.ease_bytes(dataset.num_items) > baselines.EASE_BYTES:
             print(f"EASE is left out: {dataset.num_items:,} items are too many for its memory")
             continue
@@ -274,6 +293,16 @@ def assess_baselines(split: Split, dataset: Dataset, test: Conditions) -> tuple[
             again = family.fit(split.test.histories, dataset.num_items, **choice.chosen)
             models.append(Model(f"{name}_with_validation", [assess(again.scores, test)]))
     return models, chosen
+
+
+def under_other_splits(study: Study) -> list[Result]:
+    """Train notebook 02's first model under each of `other_splits`, and return its results."""
+    p, data, model, results = study.p, study.dataset, study.p.models[0], []
+    for split in (SPLITS[name](data) for name in p.other_splits):
+        for seed in p.seeds:
+            run = train_seed(study.notebook, p, data, split, study.device, model, seed)
+            results += other_split(run.trainer, split, p.bootstrap_samples, model, seed)
+    return results
 
 
 def other_split(
@@ -305,28 +334,28 @@ def everything(
     left_out: Mapping[str, Sequence[int]] | None = None,
 ) -> list[Result]:
     """Return all results; `samples` is the number of bootstrap resamples, `left_out` as in `comparisons`."""
-    found = headline(models, samples) + comparisons(models, reference, left_out)
+    results = headline(models, samples) + comparisons(models, reference, left_out)
     for model in models:
-        found += [
+        results += [
             _protocol(model.name, [run.outcomes[name] for run in model.runs], samples)
             for name in model.runs[0].outcomes
         ]
-    found += [_shuffle_control(model, samples) for model in models]
-    found += [result for model in models for result in _groups(model, dataset, evaluation, samples)]
-    return found + [_beyond_accuracy(model, dataset) for model in models]
+    results += [_shuffle_control(model, samples) for model in models]
+    results += [result for model in models for result in _groups(model, dataset, evaluation, samples)]
+    return results + [_beyond_accuracy(model, dataset) for model in models]
 
 
 def headline(models: Sequence[Model], samples: int) -> list[Result]:
     """Return every model's mean over users with its interval, and the mean of each seed apart."""
-    found = []
+    results = []
     for model in models:
         values = {name: model.per_seed(name) for name in HEADLINE}
         intervals = {name: statistics.bootstrap(rows.mean(axis=0), samples) for name, rows in values.items()}
-        found.append(Result("test_metrics", flat(intervals), {"model": model.name}))
+        results.append(Result("test_metrics", flat(intervals), {"model": model.name}))
         for place, seed in enumerate(model.seeds):
             means = {name: float(rows[place].mean()) for name, rows in values.items()}
-            found.append(Result("test_metrics", means, {"model": model.name}, seed=seed))
-    return found
+            results.append(Result("test_metrics", means, {"model": model.name}, seed=seed))
+    return results
 
 
 def comparisons(
@@ -338,7 +367,7 @@ def comparisons(
     `left_out` names, by model, seeds that chose its recipe and so do not judge it.
     """
     deterministic = [model.name for model in models if not model.seeds]
-    found = []
+    results = []
     for metric in COMPARED:
         values = {}
         for model in models:
@@ -350,21 +379,25 @@ def comparisons(
         for against, given in ((reference, values), (f"{reference}_with_validation", renewed)):
             if against in given and len(given) > 1:
                 fixed = [name for name in deterministic if name in given]
-                found += [compared(one, metric) for one in statistics.compare(given, against, fixed)]
-    return found
+                results += [
+                    compared(comparison, metric) for comparison in statistics.compare(given, against, fixed)
+                ]
+    return results
 
 
-def compared(one: statistics.Comparison, metric: str, name: str = "comparison") -> Result:
+def compared(comparison: statistics.Comparison, metric: str, name: str = "comparison") -> Result:
     """Return one comparison as a result."""
-    numbers = flat({"difference": one.difference}) | {
-        "p": one.p_value,
-        "adjusted_p": one.adjusted_p,
-        "detectable": one.detectable,
-        "seeds": one.seeds[0],
-        "reference_seeds": one.seeds[1],
-        "degrees_of_freedom": one.degrees,
+    numbers = flat({"difference": comparison.difference}) | {
+        "p": comparison.p_value,
+        "adjusted_p": comparison.adjusted_p,
+        "detectable": comparison.detectable,
+        "seeds": comparison.seeds[0],
+        "reference_seeds": comparison.seeds[1],
+        "degrees_of_freedom": comparison.degrees,
     }
-    return Result(name, numbers, {"model": one.name, "against": one.reference, "metric": metric})
+    return Result(
+        name, numbers, {"model": comparison.name, "against": comparison.reference, "metric": metric}
+    )
 
 
 def _protocol(model: str, runs: Sequence[Outcome], samples: int, seed: int | None = None) -> Result:
@@ -374,7 +407,7 @@ def _protocol(model: str, runs: Sequence[Outcome], samples: int, seed: int | Non
     """
     first = runs[0]
     values = [metrics.per_user(run.ranks) for run in runs]
-    means = {metric: np.mean([one[metric] for one in values], axis=0) for metric in COMPARED}
+    means = {metric: np.mean([of_run[metric] for of_run in values], axis=0) for metric in COMPARED}
     numbers = flat({m: metrics.interval_over_users(means[m], first.users, samples) for m in COMPARED})
     about = {"protocol": first.protocol, "label": first.label, "comparable": first.comparable}
     return Result("protocol", numbers, {"model": model} | about, seed=seed)
@@ -419,12 +452,10 @@ def _beyond_accuracy(model: Model, dataset: Dataset) -> Result:
     """Return how much of the catalogue is recommended, how unequally, and how popular it is."""
     counts = metrics.popularity(train_histories(dataset), dataset.num_items)
     tops = [run.top for run in model.runs]
-    values = {
-        "coverage": [statistics.coverage(top, dataset.num_items) for top in tops],
-        "gini": [statistics.gini(top, dataset.num_items) for top in tops],
-        "popularity_percentile": [statistics.popularity_percentile(top, counts).mean() for top in tops],
-    }
-    means = {name: float(np.mean(of_seeds)) for name, of_seeds in values.items()}
+    seeds = [statistics.concentration(top, counts) for top in tops]
+    means = {name: float(np.mean([values[name] for values in seeds])) for name in seeds[0]}
+    percentiles = [statistics.popularity_percentile(top, counts).mean() for top in tops]
+    means["popularity_percentile"] = float(np.mean(percentiles))
     return Result("beyond_accuracy", means, {"model": model.name, "k": TOP_K})
 
 
@@ -433,6 +464,18 @@ def histogram(model: Model) -> Result:
     ranks = model.runs[0].ranks
     numbers = {"median_rank": float(np.median(ranks))}
     return Result("rank_histogram", numbers, {"model": model.name}, tables.rank_bins(ranks))
+
+
+def recommended(
+    models: Sequence[Model], dataset: Dataset, test: Evaluation, names: Sequence[str]
+) -> pd.DataFrame:
+    """Tabulate what these models recommend to the first user; print the history's end and the target."""
+    end = test.histories.items[test.histories.starts[0] : test.histories.ends[0]][-5:]
+    print("history ends with:", *map(dataset.title, end), sep="\n  ")
+    print("what came next:", dataset.title(test.targets[0]), sep="\n  ")
+    tops = {model.name: [*map(dataset.title, model.runs[0].top[0])] for model in models}
+    table = pd.DataFrame(tops, index=pd.RangeIndex(1, TOP_K + 1, name="rank"))
+    return table[[name for name in names if name in tops]]
 
 
 def flat(intervals: Mapping[str, Interval]) -> dict[str, float]:

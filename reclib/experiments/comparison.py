@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -99,11 +98,6 @@ def price_of(p: Hardware, label: str) -> float | None:
     """Return a device's price; a board's is its own or that of the label it belongs to."""
     given = prices(p)
     return given.get(label, given.get(label.partition("-")[0]))
-
-
-def committed_root() -> Path:
-    """Return where the records of the repository lie, wherever this run records."""
-    return system.root() / "executed"
 
 
 # -- measured ------------------------------------------------------------------------------------------------
@@ -435,8 +429,8 @@ def write(device: Device, answers: list[Check]) -> str:
     """Write the answers beside the records of the device; return the file's name."""
     body = {
         "device": system.plain(hardware.device_card(device)),
-        "passed": all(one.passed for one in answers),
-        "checks": [one._asdict() for one in answers],
+        "passed": all(answer.passed for answer in answers),
+        "checks": [answer._asdict() for answer in answers],
         "versions": records.versions(),
         "git": records.git_state(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -458,7 +452,7 @@ def check_main(argv: Sequence[str] | None = None) -> int:
         return 2
     print(f"{device.label}: {device.card.name}, torch {torch.__version__}")
     answers = check(device)
-    for one in answers:
-        print(f"  {'passed' if one.passed else 'FAILED':<7} {one.name:<16} {one.found}")
+    for answer in answers:
+        print(f"  {'passed' if answer.passed else 'FAILED':<7} {answer.name:<16} {answer.found}")
     print(f"written to {write(device, answers)}")
-    return 0 if all(one.passed for one in answers) else 1
+    return 0 if all(answer.passed for answer in answers) else 1

@@ -33,11 +33,17 @@ COUNTS = ("users", "items", "interactions")
 
 def described(dataset: Dataset, divided: Mapping[str, Split]) -> list[Result]:
     """Return all results on a dataset and its splits; without times those about time are left out."""
-    found = [steps(dataset), lengths(dataset), popularity(dataset), repeats(dataset), cold(dataset, divided)]
+    results = [
+        steps(dataset),
+        lengths(dataset),
+        popularity(dataset),
+        repeats(dataset),
+        cold(dataset, divided),
+    ]
     if dataset.times is not None:
-        found += [over_time(dataset, divided), ties(dataset)]
-        found += [last_items(dataset)] if evaluated_users(dataset).size else []
-    return found
+        results += [over_time(dataset, divided), ties(dataset)]
+        results += [last_items(dataset)] if evaluated_users(dataset).size else []
+    return results
 
 
 def steps(dataset: Dataset) -> Result:
@@ -235,9 +241,7 @@ def _items_met(dataset: Dataset, histories: Histories) -> np.ndarray:
     rows = max(1, PORTION >> 6)
     for begin in range(0, len(histories.starts), rows):
         starts, ends = (side[begin : begin + rows] for side in (histories.starts, histories.ends))
-        lengths = ends - starts
-        places = np.arange(lengths.sum()) + np.repeat(ends - np.cumsum(lengths), lengths)
-        known[dataset.items[places]] = True
+        known[dataset.items[Histories(dataset.items, starts, ends).places()]] = True
     return known
 
 
@@ -368,16 +372,12 @@ def about_splits(dataset: Dataset, divided: Mapping[str, Split]) -> pd.DataFrame
 
 def downloads() -> pd.DataFrame:
     """Tabulate the public datasets that can be fetched by name: counts, size, format, licence."""
-    rows = [
-        {
-            "name": entry.name,
-            **{what: entry.counts.get(what) for what in ("interactions", "users", "items")},
-            "download, MB": entry.bytes and round(entry.bytes / 1e6, 1),
-            "format": entry.format,
-            "licence": entry.licence,
-        }
-        for entry in fetch.catalogue().values()
-    ]
+    rows = []
+    for entry in fetch.catalogue().values():
+        row: dict[str, Any] = {"name": entry.name}
+        row |= {what: entry.counts.get(what) for what in ("interactions", "users", "items")}
+        row["download, MB"] = entry.bytes and round(entry.bytes / 1e6, 1)
+        rows.append(row | {"format": entry.format, "licence": entry.licence})
     return pd.DataFrame(rows).set_index("name").map(lambda value: _readable(value) or "unknown")
 
 

@@ -182,18 +182,12 @@ def cost_panel(run: Asked) -> Panel:
 
 def plans(run: Asked) -> list[Result]:
     """Return the plan of a run for every device as results."""
-    return [
-        Result(
-            "plan",
-            planner.counted(plan),
-            planner.about(run, plan),
-            planner.series(plan),
-            timings=planner.timed(plan),
-            kind="predicted",
-            device=comparison.card_of(plan),
-        )
-        for plan in planner.every_plan(run)
-    ]
+    results = []
+    for plan in planner.every_plan(run):
+        counted = Result("plan", planner.counted(plan), planner.about(run, plan), planner.series(plan))
+        card = comparison.card_of(plan)
+        results.append(counted._replace(timings=planner.timed(plan), kind="predicted", device=card))
+    return results
 
 
 def summary(run: Asked, plan: Plan) -> str:
@@ -297,12 +291,8 @@ def scatter(records: Sequence[Record], selection: Selection) -> go.Figure:
     result, x, y, color, labels = selection
     rows = frame(records, result)
     axes, present = numbers(rows), sorted(set(rows["label"]))
-    allowed = {
-        "x": (axes, [x]),
-        "y": (axes, [y]),
-        "color": (colors(rows), [color]),
-        "labels": (present, labels),
-    }
+    allowed = {"x": (axes, [x]), "y": (axes, [y])}
+    allowed |= {"color": (colors(rows), [color]), "labels": (present, [*labels])}
     for field, (names, values) in allowed.items():
         for name in values:
             if name not in names:
@@ -645,10 +635,7 @@ def recommend_panel(lineup: Lineup, user: str, history: Sequence[int], first: in
         table = side_by_side(lineup, now, k, last[0], next_item(lineup, who.value, now))
         gates = gate_figure(gate(lineup, now), lineup.gates)
         names = "; ".join(lineup.titles[item] for item in now)
-        return [
-            f"<p>After {escape(names)}:</p>{table}",
-            gates,
-            _folded(as_parameters(lineup, who.value, now)),
-        ]
+        asked_for = _folded(as_parameters(lineup, who.value, now))
+        return [f"<p>After {escape(names)}:</p>{table}", gates, asked_for]
 
     return Panel([who, add, lines], draw, {who: other_user, add: added})

@@ -259,11 +259,11 @@ class Work:
         by_data: dict[str, list[Arm]] = {}
         for arm in arms:
             by_data.setdefault(_data_key(arm), []).append(arm)
-        found = []
+        divided = []
         for of in by_data.values():
             grid = replace(self.grid, arms=[replace(arm, data={}) for arm in of])
-            found.append((of[0].data, Work(grid, self.data_of(of[0]), self.device)))
-        return found
+            divided.append((of[0].data, Work(grid, self.data_of(of[0]), self.device)))
+        return divided
 
     def write(
         self,
@@ -417,14 +417,14 @@ def assess_run(
     trainer = work.train(arm, seed, Options())
     if counts is not None:
         trainer.model.prior = trainer.model.prior.counted_anew(counts).to(trainer.where)
-    one = baseline.assess_trained(trainer, test)
-    arrays = {ARRAYS.get(name, f"test {name}"): outcome.ranks for name, outcome in one.outcomes.items()}
-    arrays |= {name: getattr(one, field) for name, field in CONTROLS.items()}
-    labels = [[o.protocol, o.label, str(int(o.comparable))] for o in one.outcomes.values()]
+    assessed = baseline.assess_trained(trainer, test)
+    arrays = {ARRAYS.get(name, f"test {name}"): outcome.ranks for name, outcome in assessed.outcomes.items()}
+    arrays |= {name: getattr(assessed, field) for name, field in CONTROLS.items()}
+    labels = [[o.protocol, o.label, str(int(o.comparable))] for o in assessed.outcomes.values()]
     file = work.ranks_file(arm, seed, counts is not None)
     before = {} if counts is not None else dict(np.load(file))  # the ranks on validation
     save_ranks(file, {**before, **arrays, "test protocols": np.array(labels)})
-    return one
+    return assessed
 
 
 def keep(work: Work) -> list[str]:
@@ -478,25 +478,51 @@ def _score(work: Work, data: Fields, from_ranks: bool) -> list[Result]:
     out = choosing_seeds(work)
     if out:
         print("left out of the comparisons, since they chose the recipe:", out)
-    found = baseline.everything(models, work.dataset, split.test, main[0].name, SAMPLES, out)
+    results = baseline.everything(models, work.dataset, split.test, main[0].name, SAMPLES, out)
     for arm, seed in work.runs():
         if arm.split != MAIN_SPLIT:
             trainer = work.train(arm, seed, Options())
             name = arm.name.split(" (")[0]  # "causal (global time)": the protocol says the rest
-            found += baseline.other_split(trainer, work.split(arm), SAMPLES, name, seed)
+            results += baseline.other_split(trainer, work.split(arm), SAMPLES, name, seed)
     keys = {f"{arm.name} seed {seed}": work.key(arm, seed) for arm, seed in work.runs()}
-    arms = {}
-    for arm in work.grid.arms:
-        model, train = work.configs(arm, arm.seeds[0])
-        run = {"model": as_dict(model), "train": asdict(train)}
-        arms[arm.name] = {**run, "split": arm.split, "seeds": arm.seeds}
+    arms = {arm.name: _about_arm(work, arm) for arm in work.grid.arms}
     made = {"runs": keys, "baselines": chosen, "bootstrap_samples": SAMPLES, "arms": arms}
     made |= {"looks": looks_before(work), "seeds_left_out": out} | ({"data": data} if data else {})
     key = records.params_hash({"scored": keys, "data": work.dataset.fingerprint})
-    for result in found:
+    for result in results:
         own = records.params_hash({"of": key, "own": result.params, "seed": result.seed})
         work.write(own, result, made, {})
-    return found
+    return results
+
+
+def score_ties(work: Work) -> list[Result]:
+    """Score the pairwise counts, and the arms that are trained, under each rule for ties.
+
+    For grids whose arms differ in the order of ties. Each rule has test targets of its own, so nothing is
+    compared by user. An arm joins when all its seeds are trained; ` (...)` in its name is left out.
+    """
+    results = []
+    for data, part in work.parts(work.grid.arms):
+        split = SPLITS[MAIN_SPLIT](part.dataset)
+        test = baseline.draw(part.dataset, split.test)
+        models, chosen = baseline.assess_baselines(split, part.dataset, test, ["pairwise_counts"])
+        arms = {arm.name.split(" (")[0]: arm for arm in part.grid.arms if not part.not_trained([arm])}
+        for name, arm in arms.items():
+            models.append(Model(name, [assess_run(part, arm, seed, test) for seed in arm.seeds], arm.seeds))
+        made = {"baselines": chosen, "bootstrap_samples": SAMPLES, "data": data}
+        made["arms"] = {name: _about_arm(part, arm) for name, arm in arms.items()}
+        rule = {"ties": "source", "ties_seed": 0} | data
+        for result in baseline.headline(models, SAMPLES):
+            results.append(result._replace(name="tie_rule", params=result.params | rule))
+            key = records.params_hash({"ties": results[-1].params, "data": part.dataset.fingerprint})
+            part.write(key, results[-1], made, {})
+    return results
+
+
+def _about_arm(work: Work, arm: Arm) -> Fields:
+    """Return the configurations of an arm as a record of scoring has them."""
+    model, train = work.configs(arm, arm.seeds[0])
+    return {"model": as_dict(model), "train": asdict(train), "split": arm.split, "seeds": arm.seeds}
 
 
 def choosing_seeds(work: Work) -> dict[str, list[int]]:
@@ -514,10 +540,10 @@ def choosing_seeds(work: Work) -> dict[str, list[int]]:
 
 def looks_before(work: Work) -> dict[str, int]:
     """Return, by family of the arms, how many of its configurations the records show on this test split."""
-    counts = tables.looks(records.read(system.root() / "executed"))
+    counts = tables.looks(records.read(system.committed()))
     models = [(as_dict(work.configs(arm, arm.seeds[0])[0]), arm.name) for arm in work.grid.arms]
     families = sorted({tables.family(*model) for model in models})
-    return {one: counts.get((work.dataset.fingerprint, "leave-one-out", one), 0) for one in families}
+    return {kind: counts.get((work.dataset.fingerprint, "leave-one-out", kind), 0) for kind in families}
 
 
 def compare(work: Work) -> list[Result]:
@@ -525,7 +551,7 @@ def compare(work: Work) -> list[Result]:
 
     The band of seeds is the range of this arm's means, each minus the base's mean over its seeds.
     """
-    found = []
+    results = []
     for _, part in work.parts(work.grid.arms):
         base = part.grid.arms[0]
         values = {}
@@ -536,14 +562,15 @@ def compare(work: Work) -> list[Result]:
         if base.name not in values:
             continue
         mean = float(values[base.name].mean())
-        for one in statistics.compare(values, base.name):
-            result = baseline.compared(one, "ndcg@10", "validation_difference")
-            low, high = (end - mean for end in one.seed_range)
-            numbers = {"value": mean + one.difference.mean, "base": mean, "seed_low": low, "seed_high": high}
-            found.append(result._replace(metrics=result.metrics | numbers))
+        for comparison in statistics.compare(values, base.name):
+            result = baseline.compared(comparison, "ndcg@10", "validation_difference")
+            low, high = (end - mean for end in comparison.seed_range)
+            numbers = {"value": mean + comparison.difference.mean, "base": mean}
+            numbers |= {"seed_low": low, "seed_high": high}
+            results.append(result._replace(metrics=result.metrics | numbers))
             key = records.params_hash({"compared": result.params, "data": part.dataset.fingerprint})
-            part.write(key, found[-1], {}, {})
-    return found
+            part.write(key, results[-1], {}, {})
+    return results
 
 
 # ------------------------------------------------------------------------------------------------
@@ -630,9 +657,14 @@ def score_main(argv: list[str] | None = None) -> int:
     if given.keep:
         print("kept:", ", ".join(keep(work)) or "no run is trained yet")
         return 0
-    for result in compare(work) if given.validation else score(work, given.from_ranks):
-        if result.name in ("test_metrics", "validation_difference"):
+    if given.name.startswith(tables.TIES):
+        results = score_ties(work)
+    else:
+        results = compare(work) if given.validation else score(work, given.from_ranks)
+    for result in results:
+        if result.name in ("test_metrics", "tie_rule", "validation_difference"):
             numbers = "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
             seed = "" if result.seed is None else f" seed {result.seed}"
-            print(f"{result.params['model']}{seed}: {numbers}")
+            rule = ", ".join(f"{key} {value}" for key, value in result.params.items() if key != "model")
+            print(f"{result.params['model']}{seed}{f' ({rule})' if rule else ''}: {numbers}")
     return 0

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pandas as pd
 
 from reclib import hardware, parameters, records
-from reclib.config import DataConfig
 from reclib.data.dataset import Dataset
 from reclib.data.prepare import prepare
 from reclib.records import Record
@@ -84,8 +83,8 @@ class Study:
 
     def committed(self, name: str = "", grid: str = "") -> list[dict[str, Any]]:
         """Return the newest committed records of grids; of one name, of one grid, where these are given."""
-        found = [row for row in self._committed if name in ("", row["name"])]
-        return [row for row in found if grid in ("", row["data"]["name"])]
+        rows = [row for row in self._committed if name in ("", row["name"])]
+        return [row for row in rows if grid in ("", row["data"]["name"])]
 
     def show(self, figure: str, rows: Iterable[Mapping[str, Any]] | None = None) -> go.Figure | str:
         """Return a figure of `figures.FIGURES`, of these rows or of this run's; a sentence without rows."""
@@ -118,11 +117,14 @@ def open_notebook(
     given = parameters.read(notebook, namespace)
     device = hardware.resolve(given.gpu)
     p = parameters.fill(given, device.label)
-    found = (data or _dataset)(p)
-    dataset = found if isinstance(found, Dataset) else None
-    about = found if isinstance(found, Mapping) else {"name": found.name, "fingerprint": found.fingerprint}
+    histories = (data or _dataset)(p)
+    dataset = histories if isinstance(histories, Dataset) else None
+    about: Any = histories
+    if dataset is not None:
+        about = {"name": dataset.name, "fingerprint": dataset.fingerprint}
     run = records.Run(notebook, p, hardware.device_card(device), about)
 
+    pd.set_option("display.max_rows", None)  # a table is shown whole
     print(f"Device: {device.label}, {device.card.name}.", end=" ")
     if hasattr(p, "precision"):
         choice = hardware.choose_precision(p.precision or "auto", device.card)
@@ -141,9 +143,7 @@ def open_notebook(
 
 
 def _dataset(p: Any) -> Dataset:
-    if hasattr(p, "data_config"):
-        return prepare(p.data_config())
-    return prepare(DataConfig(dataset=p.dataset, min_user=p.min_user, min_item=p.min_item))
+    return prepare(p.data_config())
 
 
 def _display(new: Sequence[Record]) -> None:

@@ -23,7 +23,7 @@ import sys
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -54,22 +54,15 @@ from reclib.data.splits import Split
 from reclib.evaluate import statistics
 from reclib.experiments import grids
 from reclib.experiments.baseline import Result, Trained, train_model, train_of
-from reclib.experiments.grids import (
-    WRONG_FORM,
-    Arm,
-    Grid,
-    Work,
-    command,
-    experiment_file,
-    naming,
-    placed,
-)
+from reclib.experiments.grids import WRONG_FORM, Arm, Grid, Work, command, experiment_file, naming, placed
 from reclib.experiments.notebook import Study as NotebookStudy
 from reclib.hardware import Device, resolve
 from reclib.model.bert4rec import count_parameters
 from reclib.parameters import Scaling
+from reclib.report import findings
 from reclib.report.findings import outcome, scaling_findings
 from reclib.system import Parser
+from reclib.train import saving
 from reclib.train.fit import SELECT, TRACKERS, Curves, Options, fit, start_tracker
 from reclib.train.trainer import StepStats
 
@@ -132,17 +125,17 @@ def predict(work: Work, early: bool = False) -> Result:
 
 def seeds_by_size(rows: Iterable[Mapping[str, Any]]) -> dict[float, list[float]]:
     """Return the lowest validation losses of the seeds of each size, smallest size first."""
-    found: dict[float, list[float]] = defaultdict(list)
+    losses: dict[float, list[float]] = defaultdict(list)
     for row in rows:
-        found[float(row["metrics"]["non_embedding"])].append(row["metrics"]["lowest_valid_loss"])
-    return dict(sorted(found.items()))
+        losses[float(row["metrics"]["non_embedding"])].append(row["metrics"]["lowest_valid_loss"])
+    return dict(sorted(losses.items()))
 
 
 def report(work: Work) -> list[str]:
     """Return lines that say what is predicted, what was measured, and the error."""
     curves, name = records.latest(work.rows("learning_curve")), work.grid.name
-    found = outcome([*curves, *work.rows("prediction")], name)
-    return scaling_findings(curves, found, name, grids.missing(curves, name))
+    result = outcome([*curves, *work.rows("prediction")], name)
+    return scaling_findings(curves, result, name, grids.missing(curves, name))
 
 
 def committed_before(name: str) -> list[str]:
@@ -352,17 +345,13 @@ class Study:
 
     def open(self, number: int) -> optuna.Study:
         """Return the study with a sampler of its own for the next trial, so that draws can be repeated."""
-        sampler = optuna.samplers.TPESampler(
-            seed=1_000 * self.plan.seed + number, n_startup_trials=STARTUP, constant_liar=True
-        )
-        return optuna.create_study(
-            storage=self.storage,
-            study_name=self.plan.name,
-            direction="maximize",
-            sampler=sampler,
-            pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP, n_warmup_steps=1),
-            load_if_exists=True,
-        )
+        seed, startup = 1_000 * self.plan.seed + number, STARTUP
+        how: dict[str, Any] = {
+            "sampler": optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, constant_liar=True),
+            "pruner": optuna.pruners.MedianPruner(n_startup_trials=startup, n_warmup_steps=1),
+        }
+        place: dict[str, Any] = {"storage": self.storage, "study_name": self.plan.name}
+        return optuna.create_study(**place, **how, direction="maximize", load_if_exists=True)
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         """Return the trials in these states; all of them, failed and waiting ones too, without states."""
@@ -396,25 +385,21 @@ class Study:
     def _enqueue_again(self, dead: FrozenTrial) -> None:
         study = self.open(0)
         if not any(t.user_attrs.get("again") == dead.number for t in self.trials()):
-            again = optuna.trial.create_trial(
-                state=TrialState.WAITING,
-                params=dead.params,
-                distributions=dead.distributions,
-                user_attrs={"again": dead.number},
-                intermediate_values=dead.intermediate_values,
-                system_attrs={"fixed_params": dead.params},
-            )
-            study.add_trial(again)
+            names = ("params", "distributions", "intermediate_values")
+            same: dict[str, Any] = {name: getattr(dead, name) for name in names}
+            same |= {"user_attrs": {"again": dead.number}, "system_attrs": {"fixed_params": dead.params}}
+            study.add_trial(optuna.trial.create_trial(state=TrialState.WAITING, **same))
         study.tell(dead.number, state=TrialState.FAIL)
 
     def draw(self, trial: Trial) -> dict[str, Any]:
         """Return the fields of the space, drawn."""
-        return {
-            field: trial.suggest_categorical(field, space["choices"])
-            if "choices" in space
-            else trial.suggest_float(field, space["low"], space["high"], log=space.get("log", False))
-            for field, space in self.plan.space.items()
-        }
+        drawn = {}
+        for field, space in self.plan.space.items():
+            if "choices" in space:
+                drawn[field] = trial.suggest_categorical(field, space["choices"])
+            else:
+                drawn[field] = trial.suggest_float(field, **space)  # low, high and log
+        return drawn
 
     def one(self, options: Options, watched_by: str = "none") -> bool:
         """Run the next trial; return whether there was one."""
@@ -618,15 +603,57 @@ def committed_grids(prefix: str) -> list[str]:
     return sorted(name for name in names if name.startswith(prefix))
 
 
+class Committed(NamedTuple):
+    """The committed runs of a grid of sizes, its law, and what a figure of it shows."""
+
+    runs: list[dict[str, Any]]
+    law: dict[str, Any]  # `findings.outcome`
+    shown: list[Mapping[str, Any]]  # the runs, and those of the notebook on the same data
+
+
+def committed_runs(study: NotebookStudy, own: Sequence[Mapping[str, Any]]) -> dict[str, Committed]:
+    """Return the grids of sizes that have committed records, by name; `own` are the notebook's runs."""
+    grids_of_sizes = {}
+    for name in committed_grids("scaling-"):
+        rows = study.committed(grid=name)
+        runs = [row for row in rows if row["name"] == "learning_curve"]
+        beside: Sequence[Mapping[str, Any]] = own if name == f"scaling-{study.dataset.name}" else []
+        grids_of_sizes[name] = Committed(runs, outcome(rows, name), [*runs, *beside])
+    counts = [f"{name} ({len(grid.runs)} runs)" for name, grid in grids_of_sizes.items()]
+    print("committed:", ", ".join(counts) or "none")
+    return grids_of_sizes
+
+
+def keep_best(study: NotebookStudy, trained: Mapping[str, Sequence[Trained]]) -> str:
+    """Keep the run with the lowest validation loss as a model of the user's; return the model's name."""
+    runs = [
+        (run.losses()["lowest_valid_loss"], title, run) for title, some in trained.items() for run in some
+    ]
+    _, title, best = min(runs, key=lambda run: run[0])
+    name = f"{title.split()[0]}-{study.dataset.name}"
+    about = best.best() | {"git": records.git_state(), "versions": records.versions()}
+    return saving.save_model(best.trainer.model, best.trainer.config, study.dataset, name, about).name
+
+
+def sentences(study: NotebookStudy, sizes: Mapping[str, Committed], studies: Iterable[str]) -> list[str]:
+    """Return the findings of the committed grids of sizes and of tuning studies."""
+    lines, rows = [], study.committed()
+    for name, grid in sizes.items():
+        lines += scaling_findings(grid.runs, grid.law, name, grids.missing(grid.runs, name))
+    for name in studies:
+        lines += findings.tuning_findings(rows, name) + findings.beside_sizes(rows, name)
+    return lines
+
+
 def settings(sizes: Iterable[Sized]) -> pd.DataFrame:
     """Tabulate, for each size, the settings that tuning could have changed, and where they are from."""
     rows = []
-    for one in sizes:
-        row = {"size": one.size, "from": "the rule and this notebook's parameters"}
-        if by := one.chosen_by:
+    for size in sizes:
+        row = {"size": size.size, "from": "the rule and this notebook's parameters"}
+        if by := size.chosen_by:
             row["from"] = f"{by['study']}, trial {by['trial']} of {by['trials']}, {by['time'][:10]}"
         fields = ("learning_rate", "weight_decay", "mask_prob", "last_item_share")
         rows.append(
-            row | {name: getattr(one.train, name) for name in fields} | {"dropout": one.model.dropout}
+            row | {name: getattr(size.train, name) for name in fields} | {"dropout": size.model.dropout}
         )
     return pd.DataFrame(rows).set_index("size")

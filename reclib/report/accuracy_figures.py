@@ -191,7 +191,7 @@ def ablation(rows: pd.DataFrame) -> go.Figure:
         over = " and seeds; colour: p below .05 corrected for all arms (Holm)"
     figure.note(
         f"0: {base}, NDCG@10 {rows['base'].iloc[0]:.4f} on validation; bar: 95 % interval over users{over}; "
-        f"band: range over seeds; grey: not separated, or fewer than {statistics.MIN_SEEDS} seeds",
+        f"band: range over seeds; grey: not separated, or fewer than {statistics.MIN_SEEDS} seeds"
     )
     title = f"Of {len(rows)} changes to “{base}”, {helps.sum()} raise NDCG@10, {hurts.sum()} lower it"
     if not enough.any():
@@ -245,13 +245,8 @@ def _claim_marks(figure: style.Chart, rows: pd.DataFrame, names: pd.Series, plac
 
 def _behind(figure: style.Chart, base: pd.Series, width: pd.Series, names: pd.Series, **place: Any) -> None:
     """Draw a grey band behind each row's marks."""
-    band = {
-        "orientation": "h",
-        "width": 0.6,
-        "hoverinfo": "skip",
-        "marker": {"color": "rgba(95,99,104,0.16)"},
-    }
-    figure.add_bar(base=base, x=width, y=names, **band, **place)
+    look = {"width": 0.6, "hoverinfo": "skip", "marker": {"color": "rgba(95,99,104,0.16)"}}
+    figure.add_bar(base=base, x=width, y=names, orientation="h", **look, **place)
 
 
 # -- what stands behind a table of accuracy: protocols, controls, whom a model serves, and with what ---------
@@ -289,14 +284,12 @@ def protocols(rows: pd.DataFrame) -> go.Figure:
         figure.dots(part, "hr@10", places, colors[model], hover, **more)
     published = pd.DataFrame(reference()["accuracy"])
     look = {"symbol": "square-open", "size": 10, "color": MUTED, "line": {"color": MUTED, "width": 1.5}}
-    figure.add_scatter(
-        **{"x": list(published["hr_at_10"]), "y": [len(order)] * len(published), "mode": "markers"},
-        marker=look,
-        customdata=published[["name", "data", "source"]].to_numpy().tolist(),
-        hovertemplate="%{customdata[0]} on %{customdata[1]}: %{x:.4f}<br>published in its %{customdata[2]}, "
-        "no artefact in its repository<extra></extra>",
-        showlegend=False,
-    )
+    about = published[["name", "data", "source"]].to_numpy().tolist()
+    hover = "%{customdata[0]} on %{customdata[1]}: %{x:.4f}<br>published in its %{customdata[2]}, "
+    hover += "no artefact in its repository<extra></extra>"
+    marks = {"mode": "markers", "marker": look, "customdata": about, "hovertemplate": hover}
+    places = [len(order)] * len(published)
+    figure.add_scatter(x=list(published["hr_at_10"]), y=places, showlegend=False, **marks)
     trained = {name: colors[name] for name in models if name not in _BASELINES}
     _legend(figure, trained | {"baselines (names on hover)": MUTED})
     names = [style.broken(name, 20) for name in (*order, "seed study, published")]
@@ -306,7 +299,7 @@ def protocols(rows: pd.DataFrame) -> go.Figure:
     figure.note(
         "bar: 95 % interval over users; open diamonds: sampled or otherwise not comparable; last row: the "
         "seed study's own metric (all masked positions) on other data, published, no artefact in its "
-        "repository",
+        "repository"
     )
     figure.update_layout(height=200 + 58 * len(names))
     same = rows[~rows["other_training"] & ~rows["model"].isin(_BASELINES)]
@@ -401,7 +394,7 @@ def groups(rows: pd.DataFrame) -> go.Figure:
         _rows(figure, names, 0.5, **at(panel, 1))
     figure.note(
         "history: interactions; popularity: shares of all interactions, most popular items first; bar: 95 % "
-        "interval over users; thin grey lines: other baselines (names on hover)",
+        "interval over users; thin grey lines: other baselines (names on hover)"
     )
     _legend(figure, {name: colors[name] for name in shown})
     figure.update_layout(height=100 + 100 * len(titles) + 46 * height)
@@ -447,7 +440,7 @@ def beyond_accuracy(rows: pd.DataFrame) -> go.Figure:
     figure.note(
         f"of the {int(rows['k'].iloc[0])} items recommended to each user; coverage: share of the catalogue "
         "recommended to anybody; Gini: 0 all items alike, 1 all on few; popularity: mean percentile among "
-        "the items",
+        "the items"
     )
     most, least = (
         style.extreme(rows, "coverage"),
@@ -457,6 +450,39 @@ def beyond_accuracy(rows: pd.DataFrame) -> go.Figure:
     return figure.update_layout(
         title_text=style.sentence(f"{title}{least['model']} {-least['coverage']:.0%}")
     )
+
+
+def tie_rules(rows: pd.DataFrame) -> go.Figure:
+    """NDCG@10 on the test split under each rule for the order of ties, a panel for each dataset.
+
+    `rows` are those of `tables.tie_rules`. Each rule has other test targets. Where variants of a product were
+    merged into one item, that is a row of its own.
+    """
+    names = {"source": "order of the file", "item": "by item id", "shuffle": "shuffled"}
+    rows = style.named(rows).assign(rule=rows["ties"].map(names))
+    if "merge_variants" in rows:
+        rows.loc[rows["merge_variants"].eq(True), "rule"] = "variants merged"
+    datasets, colors = list(dict.fromkeys(rows["dataset"])), style.model_colors(rows["model"])
+    colors |= dict(zip(sorted(_BASELINES & {*colors}), (GREEN, INK), strict=False))
+    figure = panels(len(datasets), spacing=0.06, shared_yaxes=True, subplot_titles=datasets)
+    for (dataset, model), part in rows.groupby(["dataset", "model"]):
+        place, color = at(1, datasets.index(dataset) + 1), colors[model]
+        more = {"error_x": interval(part, "ndcg@10", color, width=0), "customdata": part[["model", "hr@10"]]}
+        hover = "%{customdata[0]}, %{y}: %{x:.4f} (HR@10 %{customdata[1]:.4f})"
+        figure.dots(part, "ndcg@10", "rule", color, hover, **more, **place)
+    figure.update_xaxes(title_text="NDCG@10 on test", rangemode="tozero", nticks=5)
+    _legend(figure, colors)
+    figure.categories(
+        [name for name in (*names.values(), "variants merged") if name in set(rows["rule"])], 56
+    )
+    figure.update_layout(height=420, margin={"b": 110})
+    figure.note(
+        "Interactions at one time in each order; shuffled: a mark for each seed; bar: 95 % over users"
+    )
+    counts = rows[(rows["model"] == model_name("pairwise_counts")) & (rows["rule"] != "variants merged")]
+    span = counts.groupby("dataset")["ndcg@10"].agg(["min", "max"])
+    text = ", ".join(f"{low:.3f} to {high:.3f} on {name}" for name, low, high in span.itertuples())
+    return figure.update_layout(title_text=f"The order of ties moves NDCG@10 of pairwise counts: {text}")
 
 
 # -- adapters ------------------------------------------------------------------------------------------------
@@ -523,7 +549,7 @@ def _differences(rows: pd.DataFrame, against: str) -> go.Figure:
     figure.categories([ARM_NAMES[arm] for arm in ARM_NAMES if (rows["model"] == arm).any()], 32)
     figure.note(
         "paired by user; bar: 95 % interval; green, orange: better, worse after Holm's correction; grey: not "
-        "separated, or too few seeds; grey band: too small for these users to show (power 80 %)",
+        "separated, or too few seeds; grey band: too small for these users to show (power 80 %)"
     )
     claims = rows.loc[rows["task_name"] == tasks[0], "claim"]
     title = f"Against {against}, {tasks[0]}: of {len(claims)} arms {_counted(claims)}"
@@ -582,26 +608,18 @@ def gate_by_user(rows: pd.DataFrame) -> go.Figure:
         look = {"marker": {"size": 6}, "opacity": 0.65, "name": expert}
         figure.dots(rows, features[0], expert, color, hover, **look)
     figure.add_hline(1 / len(experts), line={"color": MUTED, "width": 1, "dash": "dot"})
-    buttons = [
-        {
-            "label": name,
-            "method": "update",
-            "args": [{"x": [rows[name].tolist()] * len(experts)}, {"xaxis.title.text": name}],
-        }
-        for name in features
-    ]
+    buttons = []
+    for name in features:
+        changes = [{"x": [rows[name].tolist()] * len(experts)}, {"xaxis.title.text": name}]
+        buttons.append({"label": name, "method": "update", "args": changes})
     figure.update_xaxes(title_text=features[0])
     figure.update_yaxes(title_text="weight of the expert")
     drawn = f"{len(rows):,} of {users:,} users drawn by chance, " if users > len(rows) else ""
     figure.note(f"{drawn}a mark a user and expert, one seed; dotted: all experts alike, as plain LoRA")
     spreads = f"Weights of an expert differ by {spread:.3f} (standard deviation) among users"
-    return figure.update_layout(
-        height=480,
-        showlegend=True,
-        updatemenus=[{"buttons": buttons, "x": 0, "xanchor": "left", "y": -0.16, "yanchor": "top"}],
-        margin={"b": 110},
-        title_text=f"{spreads}, {TASK_NAMES[str(task)]}",
-    )
+    menu = {"buttons": buttons, "x": 0, "xanchor": "left", "y": -0.16, "yanchor": "top"}
+    figure.update_layout(height=480, showlegend=True, updatemenus=[menu], margin={"b": 110})
+    return figure.update_layout(title_text=f"{spreads}, {TASK_NAMES[str(task)]}")
 
 
 def gate_correlations(rows: pd.DataFrame) -> go.Figure:
@@ -609,15 +627,16 @@ def gate_correlations(rows: pd.DataFrame) -> go.Figure:
     rows = rows[rows["task"] == rows["task"].iloc[0]]
     figure = single()
     for number, ((kind, expert), some) in enumerate(rows.groupby(["kind", "expert"])):
-        figure.add_scatter(
-            **{"x": some["spearman"], "y": some["feature"], "mode": "markers+text"},
-            text=np.where(some["adjusted_p"] < statistics.ALPHA, "*", ""),
-            textposition="top center",
-            marker=marker(kind, PALETTE[number % len(PALETTE)]),
-            name=f"expert {expert}",
-            customdata=some["adjusted_p"],
-            hovertemplate="%{y}: %{x:+.3f}, adjusted p %{customdata:.3f}",
-        )
+        stars = np.where(some["adjusted_p"] < statistics.ALPHA, "*", "")
+        more = {
+            "mode": "markers+text",
+            "text": stars,
+            "textposition": "top center",
+            "name": f"expert {expert}",
+        }
+        more |= {"marker": marker(kind, PALETTE[number % len(PALETTE)]), "customdata": some["adjusted_p"]}
+        hover = "%{y}: %{x:+.3f}, adjusted p %{customdata:.3f}"
+        figure.add_scatter(x=some["spearman"], y=some["feature"], hovertemplate=hover, **more)
     figure.add_vline(0, line=_ZERO)
     figure.update_xaxes(title_text="Spearman's correlation over users", range=[-1.05, 1.05])
     figure.categories(sorted(set(rows["feature"])), 44)

@@ -93,7 +93,11 @@ FIGURES: list[Spec] = [
     Spec("02_baseline", "shuffle_control", accuracy_figures.shuffle_control),
     Spec("02_baseline", "groups", accuracy_figures.groups),
     Spec("02_baseline", "beyond_accuracy", accuracy_figures.beyond_accuracy),
+    Spec("02_baseline", "tie_rule", accuracy_figures.tie_rules, choose=tables.tie_rules),
     Spec("03_scaling", "learning_curve", scaling_figures.size_and_counts, choose=tables.by_size),
+    Spec(
+        "03_scaling", "beyond_accuracy", scaling_figures.popularity_by_size, choose=tables.popularity_by_size
+    ),
     Spec("03_scaling", "learning_curve", scaling_figures.scaling_curve, **_SIZES),
     Spec("03_scaling", "learning_curve", scaling_figures.scaling_accuracy, **_SIZES),
     Spec(

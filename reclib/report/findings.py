@@ -281,6 +281,7 @@ def scaling_findings(
     few = [f"{arm} ({int(n)})" for arm, n in table["seeds"].items() if n < 3 and "rate" not in str(arm)]
     lines = [
         *_of_the_law(outcome),
+        *_of_accuracy_law(rows),
         *_of_width(table),
         *_of_depth_and_tables(table),
         *_of_rates(rows),
@@ -332,6 +333,18 @@ def _of_the_law(outcome: Mapping[str, Any]) -> list[str]:
             f"{naive['line'] - measured:+.3f}."
         )
     return lines
+
+
+def _of_accuracy_law(rows: Sequence[Record]) -> list[str]:
+    """Say what a law of NDCG@10 gives for the largest width, beside a line, and whether the two differ."""
+    if (law := tables.law_of_accuracy(rows)) is None:
+        return []
+    band = "" if law.low is None else f" ({law.low:.4f} to {law.high:.4f} over resampled seeds)"
+    return [
+        f"NDCG@10 of the largest width: {law.predicted:.4f}{band} by a law of the smaller ones, "
+        f"{law.line:.4f} by a straight line in log N, {law.measured:.4f} measured; law and line "
+        f"{'differ' if law.differs else 'cannot be told apart'}."
+    ]
 
 
 def _of_width(table: pd.DataFrame) -> list[str]:

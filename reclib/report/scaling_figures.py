@@ -7,7 +7,7 @@ its name, as the files of `params/grids` give it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,6 +39,10 @@ TITLES |= {SIZE: "non-embedding parameters", FLOPS: "training FLOPs"}
 COLORS = {"width": BLUE, "depth": ORANGE, "untied tables": GREEN, "other learning rate": PURPLE}
 COLORS |= {"tuned settings": GREEN}
 RECIPES = {"bert4rec": BLUE, "causal": ORANGE, "bert4rec with counts": GREEN, "causal with counts": PURPLE}
+SPREAD = {"coverage": "catalogue coverage", "gini": "Gini", "head_share": "share of head items"}
+SPREAD |= {"popularity_percentile": "popularity"}
+LAST = {"head_share": "head items: the fewest that hold half of the training interactions"}
+LAST |= {"popularity_percentile": "popularity: mean percentile among the items"}
 MOST_COUNTS = 3  # lines of counts in a panel of `size_and_counts`: the best ones
 FACTORS = {"half": 0.5, "rule": 1.0, "twice": 2.0}  # of the rate that the rule gives
 
@@ -104,15 +108,9 @@ def size_and_counts(rows: pd.DataFrame) -> go.Figure:
     lines = -(-len(datasets) // columns)
     rows = rows.assign(recipe=rows["model"].map(recipe_of), sweep=rows["model"].map(sweep_of))
     figure = panels(columns, lines, 0.08, vertical=0.25 / lines, subplot_titles=datasets)
-    new, ahead = set(), []
+    entry, ahead = _entries(), []
     ranked, tested = style.column(rows, RANKED), style.column(rows, "ndcg@10")
     low, high = rows[SIZE].min() / 1.3, rows[SIZE].max() * 1.3
-
-    def entry(name: str) -> dict[str, Any]:
-        first = name not in new
-        new.add(name)
-        return {"name": name, "legendgroup": name, "showlegend": first}
-
     for number, dataset in enumerate(datasets):
         place, here = at(number // columns + 1, number % columns + 1), rows["dataset"] == dataset
         counts = rows[here & tested.notna() & rows["model"].isin(BASELINES)].drop_duplicates("model")
@@ -125,15 +123,8 @@ def size_and_counts(rows: pd.DataFrame) -> go.Figure:
             hover = "%{customdata}: %{y:.4f} on validation"
             figure.path(part, means[SIZE], means[RANKED], RECIPES[recipe], hover, **more, **place)
         if counts.empty:
-            figure.text(
-                "no count is scored on the test split yet",
-                np.log10(low),
-                0,
-                MUTED,
-                xanchor="left",
-                yanchor="bottom",
-                **place,
-            )
+            corner = {"xanchor": "left", "yanchor": "bottom"} | place
+            figure.text("no count is scored on the test split yet", np.log10(low), 0, MUTED, **corner)
         else:
             best = counts.sort_values("ndcg@10", ascending=False).head(MOST_COUNTS)
             top, above = float(max(tested[here].max(), ranked[here].max())), math.inf
@@ -167,9 +158,61 @@ def size_and_counts(rows: pd.DataFrame) -> go.Figure:
         "width, on validation, where the same model ranks higher than on test."
     )
     parts = [(word, [name for name, is_ahead in ahead if is_ahead == over]) for word, over in _WORDS.items()]
-    said = "; ".join(f"{word} {', '.join(names)}" for word, names in parts if names)
-    title = f"BERT4Rec ranks {said}" if said else "NDCG@10 by size; no count was scored beside it"
+    text = "; ".join(f"{word} {', '.join(names)}" for word, names in parts if names)
+    title = f"BERT4Rec ranks {text}" if text else "NDCG@10 by size; no count was scored beside it"
     return _legend_below(figure, title, showlegend=True, height=240 + 280 * lines)
+
+
+def popularity_by_size(rows: pd.DataFrame) -> go.Figure:
+    """What the ten recommended items are like, by size: coverage, Gini, and how popular they are.
+
+    `rows` are those of `tables.popularity_by_size`: a panel for each measure and dataset. The share of head
+    items stands in the last one where every model has it, else the mean percentile of popularity.
+    """
+    datasets, sized = list(dict.fromkeys(rows["dataset"])), rows[rows[SIZE].notna()]
+    last = "head_share" if style.column(sized, "head_share").notna().all() else "popularity_percentile"
+    measures = [*list(SPREAD)[:2], last]
+    grid: dict[str, Any] = {"shared_xaxes": True, "subplot_titles": datasets}
+    figure, entry = panels(len(datasets), len(measures), 0.06, **grid), _entries()
+    for column, dataset in enumerate(datasets, 1):
+        own = sized[sized["dataset"] == dataset].assign(recipe=sized["model"].map(recipe_of))
+        counts = rows[(rows["dataset"] == dataset) & (rows["model"] == "pairwise_counts")].head(1)
+        low, high = own[SIZE].min() / 1.3, own[SIZE].max() * 1.3
+        for line, measure in enumerate(measures, 1):
+            place = at(line, column)
+            for (recipe, _), part in own.sort_values(SIZE).groupby(["recipe", "grid"]):
+                look = {"mode": "lines+markers", "marker": {"size": 8}, "customdata": part["model"]}
+                look, color = look | entry(_named(recipe)), RECIPES[recipe]
+                figure.path(part, SIZE, measure, color, "%{customdata}: %{y:.3f}", **look, **place)
+            for value in counts[measure]:
+                look = {"line": {"width": 1.5}} | entry("pairwise counts, nothing trained")
+                figure.path(counts, [low, high], [value] * 2, MUTED, "counts: %{y:.3f}", **look, **place)
+            figure.update_xaxes(**log_axis(own[SIZE], most=4), range=list(np.log10([low, high])), **place)
+            figure.update_yaxes(
+                range=[0, 1.02], nticks=5, title_text=SPREAD[measure] * (column == 1), **place
+            )
+    figure.update_xaxes(title_text=TITLES[SIZE], row=len(measures))
+    figure.note(
+        "Of the ten items recommended to each test user. Coverage: share of the catalogue recommended to "
+        f"anybody; Gini: 0 all items alike, 1 all on few; {LAST[last]}."
+    )
+    parts = (part.sort_values(SIZE) for _, part in sized.groupby(["dataset", "grid"]) if len(part) > 1)
+    ends = {str(part["dataset"].iloc[0]): part["coverage"].iloc[[0, -1]] for part in parts}
+    text = ", ".join(f"{name} {small:.0%} to {large:.0%}" for name, (small, large) in ends.items())
+    title = f"Catalogue recommended, smallest to largest size: {text}"
+    return _legend_below(figure, title, showlegend=True, height=260 + 190 * len(measures))
+
+
+def _entries() -> Callable[[str], dict[str, Any]]:
+    """Return a function that gives traces of one name one entry of the legend, that of the first."""
+    names: set[str] = set()
+
+    def entry(name: str) -> dict[str, Any]:
+        first = name not in names
+        names.add(name)
+        return {"name": name, "legendgroup": name, "showlegend": first}
+
+    return entry
 
 
 def _named(recipe: str) -> str:
@@ -192,6 +235,8 @@ def scaling_accuracy(rows: pd.DataFrame) -> go.Figure:
         figure.update_yaxes(title_text=f"{ACCURACY[metric]} on validation", **at(row, 1))
     _size_axes(figure, runs, max(1, len(there)))
     text = "Lines join the means over seeds of committed runs; at the epoch that has the best NDCG@10."
+    if RANKED in there:
+        text += _add_accuracy_law(figure, runs[(runs["sweep"] == "width") & ~runs["own"]])
     figure.note(text + _fewer_seeds(runs))
     title = "No run is recorded yet"
     if there:
@@ -257,12 +302,8 @@ def _add_runs(figure: Chart, runs: pd.DataFrame, x: str, y: str, row: int, col: 
             thin: dict[str, Any] = {"line": {"width": 1.5}, "showlegend": False}
             figure.path(kind, means[x], means[y], color, None, **thin, **group)
         hover = "%{customdata[0]}, seed %{customdata[1]}: %{y:.4f}"
-        more = {
-            "name": name,
-            "showlegend": row == col == 1,
-            "customdata": part[["model", "seed"]].astype(str),
-        }
-        figure.dots(part, x, y, color, hover, marker=look, **more, **group)
+        more = {"name": name, "showlegend": row == col == 1, "marker": look}
+        figure.dots(part, x, y, color, hover, customdata=part[["model", "seed"]].astype(str), **more, **group)
 
 
 def _add_law(figure: Chart, law: pd.Series, runs: pd.DataFrame) -> None:
@@ -271,12 +312,40 @@ def _add_law(figure: Chart, law: pd.Series, runs: pd.DataFrame) -> None:
     smallest = min(fitted[SIZE].min(), law["size"]) if len(fitted) else law["size"] / 100
     sizes = np.geomspace(smallest, law["size"], 60)
     ends = statistics.band({float(size): list(part[LOSS]) for size, part in fitted.groupby(SIZE)}, sizes)
-    if ends is not None:
-        around = {"x": [*sizes, *sizes[::-1]], "y": [*ends[0], *ends[1][::-1]], "fill": "toself"}
-        look = {"fillcolor": "rgba(34, 34, 34, 0.10)", "line": {"width": 0}, "hoverinfo": "skip"}
-        figure.add_scatter(name="95 % band", **around, **look, **at(1, 1))
+    _add_band(figure, ends, sizes)
     values = statistics.Law(law["floor"], law["factor"], law["exponent"])(sizes)
     figure.path("predicted", sizes, values, INK, None, name="law", **at(1, 1))
+
+
+def _add_accuracy_law(figure: Chart, runs: pd.DataFrame) -> str:
+    """Draw the law of NDCG@10 and a line in log N, fitted without the largest width; say what they give."""
+    by_size: Any = runs.groupby(SIZE)[RANKED].agg(list).to_dict()
+    if (law := statistics.accuracy_law(by_size)) is None:
+        return ""
+    smaller = sorted(by_size)[:-1]
+    sizes = np.geomspace(smaller[0], law.size, 60)
+    errors = {size: [1 - value for value in by_size[size]] for size in smaller}
+    _add_band(figure, statistics.band(errors, sizes), sizes, 1.0)
+    figure.path("predicted", sizes, 1 - law.law(sizes), INK, None, name="law", **at(1, 1))
+    means = [float(np.mean(by_size[size])) for size in smaller]
+    line = [statistics.naive(smaller, means, size)["line"] for size in (sizes[0], law.size)]
+    look: dict[str, Any] = {"name": "straight line in log N", "line": {"width": 1.5, "dash": "dot"}}
+    figure.path("predicted", [sizes[0], law.size], line, MUTED, None, **look, **at(1, 1))
+    verdict = "differ" if law.differs else "cannot be told apart"
+    return (
+        " Dashed: the law a - b N^-c of NDCG@10 at the smaller widths, with its 95 % band over resampled "
+        f"seeds; dotted: a line in log N. For the largest they give {law.predicted:.4f} and {law.line:.4f}: "
+        f"they {verdict}."
+    )
+
+
+def _add_band(figure: Chart, ends: np.ndarray | None, sizes: np.ndarray, top: float = 0.0) -> None:
+    """Draw the band (2, S) of a law, or `top` minus it; nothing where it has none."""
+    if ends is not None:
+        low, high = top - ends if top else ends
+        around = {"x": [*sizes, *sizes[::-1]], "y": [*low, *high[::-1]], "fill": "toself"}
+        look = {"fillcolor": "rgba(34, 34, 34, 0.10)", "line": {"width": 0}, "hoverinfo": "skip"}
+        figure.add_scatter(name="95 % band", **around, **look, **at(1, 1))
 
 
 def _curve_title(law: pd.Series | None, runs: pd.DataFrame) -> str:

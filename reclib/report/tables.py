@@ -19,7 +19,7 @@ from reclib import hardware, system
 from reclib.config import ModelConfig, TrainConfig, model_config
 from reclib.cost import planner, work
 from reclib.data import fetch
-from reclib.evaluate.statistics import claim
+from reclib.evaluate.statistics import AccuracyLaw, accuracy_law, claim
 from reclib.records import PROFILES
 
 Record = Mapping[str, Any]
@@ -64,6 +64,7 @@ FLOOR = "held over 16 bytes per parameter"
 _STATE_BYTES = 16  # of a parameter: weight, gradient and AdamW's two moments in fp32
 _STEPS = ("hardware_step", "real_size_step")  # names of records of a step of one size on one device
 _CLIMBED = ("gather before the head", "packed rows")  # rungs of the ladder that a plan knows as techniques
+TIES = "ties-"  # how the names of grids begin whose arms differ in the order of ties
 _ABLATIONS = ("ablations-", "tuning-")  # how the data name of a grid begins whose arms are compared
 # Parameters of notebook 02 that make another configuration of a model.
 _RECIPE = ["size", "epochs", "batch_size", "learning_rate", "dropout", "mask_prob", "window"]
@@ -187,11 +188,8 @@ def _study_names() -> frozenset[str]:
     for file in system.params().glob("*.yaml"):
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
         sections = [values, *values.values()] if isinstance(values, dict) else []
-        names |= {
-            str(section["dataset"])
-            for section in sections
-            if isinstance(section, dict) and "dataset" in section
-        }
+        with_data = (section for section in sections if isinstance(section, dict) and "dataset" in section)
+        names |= {str(section["dataset"]) for section in with_data}
     return frozenset(names)
 
 
@@ -286,7 +284,7 @@ def looks(records: Iterable[Record]) -> dict[tuple[str, str, str], int]:
             split = own.get("protocol", "").split(",")[0]
             if split in ("leave-one-out", "seed study's") or record["seed"] is None:
                 continue  # another way to rank the same test
-        elif record["name"] != "test_metrics":
+        elif record["name"] not in ("test_metrics", "tie_rule"):
             continue
         if model in BASELINES or record["notebook"] != "02_baseline":
             continue
@@ -312,17 +310,18 @@ def recipe_of(arm: str) -> str:
     return f"{kind} with counts" if arm.endswith(" with counts") else kind
 
 
-def by_size(records: Iterable[Record]) -> list[Record]:
-    """Return what sets accuracy against size: runs of the grids of sizes, test results, and baselines' tests.
+def by_size(records: Iterable[Record], result: str = "test_metrics") -> list[Record]:
+    """Return what sets a result against size: runs of the grids of sizes, results of models and baselines.
 
-    Of committed grids alone, without those that choose a recipe, and the newest of each. Grids of one dataset
-    get one name, test results the size of their runs; series are left out. A dataset with fewer than two
-    sizes has no records here.
+    Of committed grids alone, without those that choose a recipe or shuffle ties, and the newest of each.
+    Grids of one dataset get one name, results the size of their runs; series are left out. A dataset with
+    fewer than two sizes has no records here.
     """
     newest: dict[tuple[Any, ...], Record] = {}
     for r in sorted(records, key=lambda r: r["time"]):
         is_run = r["name"] == "learning_curve" and r["metrics"].get("non_embedding")
-        if r["profile"] == "grid" and not chooses(_data(r)) and (is_run or r["name"] == "test_metrics"):
+        apart = chooses(_data(r)) or _data(r).startswith(TIES)
+        if r["profile"] == "grid" and not apart and (is_run or r["name"] == result):
             newest[_data(r), r["name"], r["own_params"].get("model"), r.get("seed")] = r
     runs = {key: r for key, r in newest.items() if key[1] == "learning_curve"}
     sizes = {(grid, model): r["metrics"]["non_embedding"] for (grid, _, model, _), r in runs.items()}
@@ -330,7 +329,7 @@ def by_size(records: Iterable[Record]) -> list[Record]:
     for (grid, name, model, seed), r in newest.items():
         size, is_count = sizes.get((grid, model)), model in BASELINES
         of_sizes = name == "learning_curve" and r["notebook"] == "03_scaling"
-        if of_sizes or (name == "test_metrics" and seed is None and (size or is_count)):
+        if of_sizes or (name == result and seed is None and (size or is_count)):
             added = {"metrics": dict(r["metrics"]) | {"non_embedding": size}, "series": {}}
             datasets[_data(r, "fingerprint")].append(dict(r) | added)
     found: list[Record] = []
@@ -339,6 +338,26 @@ def by_size(records: Iterable[Record]) -> list[Record]:
         if len({size for r in some if (size := r["metrics"]["non_embedding"])}) > 1:
             found += [r | {"data": dict(r["data"]) | {"name": name}} for r in some]
     return sorted(found, key=lambda r: ((r["data"].get("interactions") or 0), _data(r), r["name"], r["time"]))
+
+
+def popularity_by_size(records: Iterable[Record]) -> list[Record]:
+    """Return `by_size` of what models recommend, with their grids, on datasets where a grid has two sizes."""
+    rows = [r for r in by_size(records, "beyond_accuracy") if r["name"] == "beyond_accuracy"]
+    rows = [dict(r) | {"own_params": dict(r["own_params"]) | {"grid": r["params"]["grid"]}} for r in rows]
+    sizes: dict[tuple[str, str], set[Any]] = defaultdict(set)
+    for r in rows:
+        sizes[_data(r), r["params"]["grid"]].add(r["metrics"]["non_embedding"])
+    several = {data for (data, _), some in sizes.items() if len(some - {None}) > 1}
+    return [r for r in rows if _data(r) in several]
+
+
+def tie_rules(records: Iterable[Record]) -> list[Record]:
+    """Return the means over seeds of what was scored under rules for ties, grids called by their data."""
+    rows = [r for r in records if r["name"] == "tie_rule" and r["seed"] is None]
+    named = [
+        dict(r) | {"data": dict(r["data"]) | {"name": r["params"]["grid"].removeprefix(TIES)}} for r in rows
+    ]
+    return sorted(named, key=lambda r: (_data(r), json.dumps(r["own_params"], sort_keys=True)))
 
 
 def against(measured: Iterable[Record], predicted: Iterable[Record]) -> list[dict[str, Any]]:
@@ -386,11 +405,8 @@ def steps(fresh: Iterable[Record], recorded: Iterable[Record]) -> list[dict[str,
     Recorded smoke runs are left out; of the others the longest profile counts, and in it the newest.
     """
     measured = [r for r in recorded if r["name"] in _STEPS and r["kind"] == "measured"]
-    ranked = sorted(
-        (r for r in measured if r["profile"] != "smoke"),
-        key=lambda r: (PROFILES.index(r["profile"]), str(r["time"])),
-        reverse=True,
-    )
+    ranked = [r for r in measured if r["profile"] != "smoke"]
+    ranked.sort(key=lambda r: (PROFILES.index(r["profile"]), str(r["time"])), reverse=True)
     best: dict[tuple[Any, ...], dict[str, Any]] = {}
     for record in [*fresh, *ranked]:
         whole = placed(with_work(record))
@@ -460,21 +476,14 @@ def points(recorded: Iterable[Record], prices: Mapping[str, float]) -> list[dict
     """
     trained, scored, runs = {}, {}, defaultdict(list)
     for record in recorded:
-        if (
-            record["notebook"] == "02_baseline"
-            and record.get("seed") is not None
-            and record["profile"] != "smoke"
-        ):
-            key = (
-                record["data"]["name"],
-                record["own_params"].get("model"),
-                record["profile"],
-                record["seed"],
-            )
-            if record["name"] == "learning_curve" and (record.get("timings") or {}).get("train_seconds"):
-                trained[key] = record
-            elif record["name"] == "test_metrics":
-                scored[key] = record
+        profile, seed = record["profile"], record.get("seed")
+        if record["notebook"] != "02_baseline" or seed is None or profile == "smoke":
+            continue
+        key = (record["data"]["name"], record["own_params"].get("model"), profile, seed)
+        if record["name"] == "learning_curve" and (record.get("timings") or {}).get("train_seconds"):
+            trained[key] = record
+        elif record["name"] == "test_metrics":
+            scored[key] = record
     for key in trained.keys() & scored.keys():
         runs[(*key[:3], device_of(trained[key]))].append(key)
     rows = []
@@ -521,18 +530,10 @@ def real_steps(records: Iterable[Record]) -> pd.DataFrame:
     """
     rows = []
     for record in sorted(records, key=lambda record: record["metrics"]["parameters"]):
-        own, took, floor = (
-            record["own_params"],
-            record["timings"],
-            _STATE_BYTES * record["metrics"]["parameters"],
-        )
-        held = took["peak_memory_bytes"] - took["process_bytes"]
-        row = {
-            "size": own["size"],
-            "parameters": record["metrics"]["parameters"],
-            "device": device_of(record),
-        }
-        row |= {"batch": own["batch_size"], "steps": record["metrics"].get("timed_steps")}
+        own, took, counted = record["own_params"], record["timings"], record["metrics"]
+        floor, held = _STATE_BYTES * counted["parameters"], took["peak_memory_bytes"] - took["process_bytes"]
+        row = {"size": own["size"], "parameters": counted["parameters"], "device": device_of(record)}
+        row |= {"batch": own["batch_size"], "steps": counted.get("timed_steps")}
         row |= {"step s": round(took["step_seconds"], 3), "tokens/s": round(took["tokens_per_second"])}
         row |= {"peak GB": round(took["peak_memory_bytes"] / 1e9, 2)}
         row |= {"16 bytes per parameter, GB": round(floor / 1e9, 2), FLOOR: round(held / floor, 2)}
@@ -615,6 +616,29 @@ def predictions(outcomes: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
             row["measured"] = round(measured, 4)
             row["error"] = f"{outcome['error']:+.4f} ({outcome['relative_error']:+.2%})"
         table[name] = row
+    return pd.DataFrame(table).T
+
+
+def law_of_accuracy(rows: Iterable[Record]) -> AccuracyLaw | None:
+    """Return the law of NDCG@10 on validation by width, from the runs of one grid; None for too few sizes."""
+    by_width: dict[float, list[float]] = defaultdict(list)
+    for m in (r["metrics"] for r in rows if sweep_of(r["own_params"]["model"]) == "width"):
+        if "valid_ndcg@10" in m:
+            by_width[m["non_embedding"]].append(m["valid_ndcg@10"])
+    return accuracy_law(by_width)
+
+
+def accuracy_laws(runs: Mapping[str, Iterable[Record]]) -> pd.DataFrame:
+    """Return one row for each grid: NDCG@10 of its largest width by a law, by a line, and measured.
+
+    Both are fitted to the other widths, when all runs were there; nothing was recorded before.
+    """
+    table = {}
+    for name, law in ((name, law_of_accuracy(rows)) for name, rows in runs.items()):
+        if law is not None:
+            band = "none: one seed" if law.low is None else f"{law.low:.4f} to {law.high:.4f}"
+            row = {"law": round(law.predicted, 4), "band": band, "line in log N": round(law.line, 4)}
+            table[name] = row | {"measured": round(law.measured, 4), "told apart": law.differs}
     return pd.DataFrame(table).T
 
 

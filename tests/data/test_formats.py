@@ -177,3 +177,17 @@ def test_real_titles():
         found = formats.read_titles(path, {str(n) for n in range(200_000)})
         assert len(found) == items
         assert found["1"] == "Toy Story (1995)"
+
+
+def test_titles_of_variants_share_their_words():
+    def same(first, second):
+        return formats.product_of(first) == formats.product_of(second) != ()
+
+    assert same("Tiffen 58mm UV Protection Filter", "Tiffen 62mm UV Protection Filter")
+    assert same("Foscam Wi-Fi Camera (Black) 1.3 MP", "Foscam Wi-Fi Camera 1.3 MP - Sky Blue")
+    assert same("Kingston 4 GB SDHC Card SD4/4GB", "Kingston 32 GB SDHC Card SD4/32GB")
+    assert not same("Nikon DK-17M Magnifying Eyepiece", "Nikon DK-21M Magnifying Eyepiece")
+    assert not same("Canon EF 85mm f/1.8 Lens", "Canon EF 50mm f/1.8 Lens")
+    assert not same("Shield for Tab A 8.0 Inch, 3-Pack", "Shield for Tab A 9.7 Inch, 3-Pack")
+    assert not same("Blank DVD-R media, 100 Pack", "Blank DVD+R media, 100 Pack")
+    assert formats.product_of("Black Cable 6ft") == ()

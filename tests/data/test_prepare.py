@@ -319,3 +319,24 @@ def test_loading_reads_no_array(tmp_path):
     interactions, added = map(float, done.stdout.split())
     assert interactions == big
     assert added < 20  # MB, of 96 on disk
+
+
+def test_variants_of_a_product_become_one_item(tmp_path):
+    titles = {
+        "1": "Acme HDMI Cable (6 Feet), Black",
+        "2": "ACME HDMI cable (10 feet) - Red, 2-Pack",
+        "3": "Acme HDMI Switch, Black",
+        "4": "Acme HDMI Switch Pro",
+    }
+    bought = {"ann": "12131", "bob": "3411"}
+    rows = [(user, item, None, time) for user in bought for time, item in enumerate(bought[user])]
+    merged = prepared(tmp_path / "merged", rows, titles=titles, merge_variants=True)
+    assert histories_of(merged) == {"ann": ["1", "3", "1"], "bob": ["3", "4", "1"]}
+    steps = {step["step"]: (step["items"], step["interactions"]) for step in merged.manifest["steps"]}
+    assert (steps["source"], steps["variants merged"]) == ((4, 9), (3, 6))
+    assert merged.manifest["rules"]["variants"] == "merged"
+    plain = prepared(tmp_path / "plain", rows, titles=titles)
+    assert plain.fingerprint != merged.fingerprint
+    assert "variants" not in plain.manifest["rules"]
+    with pytest.raises(InputError, match="'merge_variants' is True: expected titles, and dataset 'made' has"):
+        prepared(tmp_path / "none", rows, merge_variants=True)

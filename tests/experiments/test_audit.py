@@ -89,16 +89,6 @@ def test_rates_against_epoch_times():
         assert row.get("claimed_share_of_peak") == (share_of_peak and pytest.approx(share_of_peak, abs=0.006))
 
 
-def test_the_counts_of_its_log_and_data():
-    log, data, length = PUBLISHED["log"], PUBLISHED["dataset"], audit.mean_len(PUBLISHED)
-    assert data["users"] - sum(log.values()) == 41
-    assert data["items"] - (ROWS - 2) == 304
-    assert length == pytest.approx(9.25, abs=0.005)
-    assert 1 - length / data["max_len"] == pytest.approx(0.815, abs=5e-4)
-    assert audit.mean_targets(0.15, length) == pytest.approx(2.24, abs=0.005)
-    assert audit.mean_targets(0.20, length) == pytest.approx(2.65, abs=0.005)
-
-
 def test_gains_and_savings():
     (found,) = numbers(audit.gains(PUBLISHED)).values()
     for name, value, tolerance in [
@@ -167,45 +157,6 @@ def test_torch_never_calls_the_attentions_output_and_in_eval_no_map_at_all():
     published = PUBLISHED["adapters"]["log"]["linear_calls"]
     assert audit.linear_calls(8, ("linear1", "linear2")) == published == 70
     assert audit.linear_calls(8, audit.PLACES) == 86
-
-
-class ScalarGateLora(nn.Module):
-    """The study's adapter in our own words: W x + sigmoid(a) B A x, weight and bias of W visible."""
-
-    def __init__(self, base: nn.Linear, rank: int = 3) -> None:
-        super().__init__()
-        self.base, self.weight, self.bias = base, base.weight, base.bias
-        self.A = nn.Linear(base.in_features, rank, bias=False)
-        self.B = nn.Linear(rank, base.out_features, bias=False)
-        self.gate = nn.Parameter(torch.tensor(0.7))
-
-    def forward(self, x):
-        return self.base(x) + self.gate.sigmoid() * self.B(self.A(x))
-
-
-def test_a_map_that_is_not_called_has_no_gradient_and_no_effect():
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(16, 2, 64, dropout=0.0, activation="gelu", batch_first=True)
-    layer.requires_grad_(False)
-    layer.self_attn.out_proj = ScalarGateLora(layer.self_attn.out_proj)
-    layer.linear1, layer.linear2 = ScalarGateLora(layer.linear1), ScalarGateLora(layer.linear2)
-    x = torch.randn(2, 5, 16)
-    layer.train()(x).square().sum().backward()
-    assert layer.self_attn.out_proj.B.weight.grad is None
-    assert all(one.B.weight.grad.norm() > 0 for one in (layer.linear1, layer.linear2))
-    before = {mode: layer.train(mode)(x) for mode in (True, False)}
-    for one in (layer.self_attn.out_proj, layer.linear1, layer.linear2):
-        nn.init.zeros_(one.B.weight)
-    assert torch.equal(layer.train(False)(x), before[False])
-    assert (layer.train(True)(x) - before[True]).abs().max() > 0.1
-
-
-def test_a_scalar_gate_folds_into_the_weights():
-    adapter = ScalarGateLora(nn.Linear(12, 7))
-    x = torch.randn(5, 12)
-    folded = adapter.weight + adapter.gate.sigmoid() * adapter.B.weight @ adapter.A.weight
-    assert torch.allclose(adapter(x), nn.functional.linear(x, folded, adapter.bias), atol=1e-5)
-    assert not torch.allclose(adapter(x), adapter.base(x), atol=1e-2)
 
 
 # -- its loss and its metric ---------------------------------------------------------------------------------

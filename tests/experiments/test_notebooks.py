@@ -27,11 +27,7 @@ from reclib import records as reclib_records
 
 # Stored outputs were made with the widest instructions of somebody's CPU. The lane runs with narrower ones,
 # which round differently in the last bits: an output that depends on them is no reference for anyone.
-OTHER_CPU = {
-    "ATEN_CPU_CAPABILITY": "avx2",
-    "ONEDNN_MAX_CPU_ISA": "AVX2",
-    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-}
+OTHER_CPU = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 SMOKE = yaml.safe_load((ROOT / "params/smoke.yaml").read_text())
 MAX_CELL_LINES = 15

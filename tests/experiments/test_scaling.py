@@ -131,18 +131,6 @@ def test_a_law_that_is_there_is_found_and_extrapolated_and_many_fits_are_the_fit
         statistics.fit([1, 2, 3, 3], [4, 3, 2, 2])
 
 
-def test_a_prediction_has_a_band_only_where_there_are_seeds():
-    true = statistics.Law(5.0, 30.0, 0.3)
-    sizes = [1e4, 1e5, 2e5, 4e5, 8e5]
-    rng = np.random.default_rng(1)
-    single = statistics.predict({n: [float(true(n))] for n in sizes}, 4e6)
-    assert single["low"] is None
-    assert single["without_low"] <= single["predicted"] <= single["without_high"]
-    several = statistics.predict({n: list(true(n) + rng.normal(0, 0.01, 3)) for n in sizes}, 4e6)
-    assert several["low"] < several["predicted"] < several["high"]
-    assert several["low"] < float(true(4e6)) < several["high"]
-
-
 # -- the prediction before the run ---------------------------------------------------------------------------
 
 

@@ -8,14 +8,14 @@ import shutil
 import numpy as np
 import pytest
 from conftest import PLACES
-from small_grid import FILE, light_scoring, work, write
+from small_grid import light_scoring, work, write
 
 from reclib import records
 from reclib.config import InputError
 from reclib.evaluate import metrics
 from reclib.experiments import baseline, grids
 from reclib.experiments.notebook import Result
-from reclib.report import tables
+from reclib.report import figures, tables
 from reclib.train.fit import Options
 
 ARMS = {
@@ -89,17 +89,6 @@ def test_the_shuffle_control_moves_what_uses_order_and_nothing_else(scored):
     assert rows["ease"]["shuffled"] == rows["ease"]["ndcg@10"]  # blind to order
     assert rows["markov"]["shuffled"] != rows["markov"]["ndcg@10"]
     assert rows["markov"]["shuffled_but_last"] == rows["markov"]["ndcg@10"]  # looks at the last item only
-
-
-def test_groups_hold_every_user_once(scored):
-    rows = {row.params["by"]: row.series for row in named(scored, "groups", model="bert4rec")}
-    assert rows.keys() == {"history", "popularity", "time"}
-    assert {sum(series["users"]) for series in rows.values()} == {FILE["data"]["synthetic_users"]}
-    time = rows["time"]
-    assert set(time["group"]) <= {"same time as the item before", "later"}
-    for metric in ("hr@10", "ndcg@10"):
-        mean = np.average(time[metric], weights=time["users"])
-        assert mean == pytest.approx(means(scored)["bert4rec", None][metric])
 
 
 def test_arms_are_compared_on_validation_by_user_over_the_seeds_both_have(scored):
@@ -191,3 +180,23 @@ def test_runs_so_far_keep_what_they_show_and_a_later_scoring_needs_no_weights(ro
     grids.run_grid(here, [(arm, 1)], Options())
     assert {seed for model, seed in means(grids.score(here)) if model == "base"} == {None, 0, 1}
     assert not here.folder(arm, 0).exists()
+
+
+def test_ties_are_scored_by_rule_with_the_arms_that_are_trained(tmp_path, monkeypatch):
+    for name in PLACES:
+        monkeypatch.setenv(name, str(tmp_path / name.lower()))
+    light_scoring(monkeypatch)
+    shuffled = {"ties": "shuffle", "ties_seed": 1}
+    write(tmp_path, arms={"bert4rec": {"seeds": [0]}, "causal": {}, "bert4rec (shuffle)": {"data": shuffled}})
+    here = work()
+    grids.run_grid(here, here.runs()[:1], Options())
+    results = grids.score_ties(here)
+    overall = {
+        (r.params["model"], r.params["ties"], r.params["ties_seed"]) for r in named(results, "tie_rule")
+    }
+    counts = ("pairwise_counts", "pairwise_counts_with_validation")
+    rules = {(model, *rule) for model in counts for rule in (("source", 0), ("shuffle", 1))}
+    assert overall == rules | {("bert4rec", "source", 0)}
+    rows = tables.tie_rules(here.rows("tie_rule"))
+    assert len(rows) == len(overall)  # means over seeds alone
+    assert figures.show("tie_rules", *rows).layout.title.text.startswith("The order of ties moves NDCG@10")

@@ -7,12 +7,11 @@ from dataclasses import asdict
 import figure_records
 import pandas as pd
 import pytest
-from figure_records import record
+from figure_records import of_grid, record
 
 from reclib.config import model_config
 from reclib.evaluate import statistics
 from reclib.experiments import grids, scaling
-from reclib.model.bert4rec import closed_formula
 from reclib.report import figures, findings, scaling_figures, tables
 from reclib.report.tables import sweep_of
 
@@ -187,13 +186,6 @@ def test_a_loss_that_does_not_fall_with_size_is_no_law_though_ranking_may_improv
     assert "the one with the lower loss ranks worse: w32d2 and w64d2" in said
 
 
-def test_a_table_of_arms_has_state_hours_and_the_range_of_seeds():
-    row = tables.by_arm(GRID).loc["w32d2"]
-    assert row["state MiB"] == round(16 * closed_formula(model_config("w32d2", **SMALL)) / 2**20, 1)
-    assert row["hours"] == 1.5
-    assert (row["seeds"], row["loss_high"] - row["loss_low"]) == (3, pytest.approx(0.04))
-
-
 def test_what_a_committed_grid_lacks_is_named():
     there = [curve("w32d2", seed, 25_472, 6.0) for seed in (0, 1, 2)] + [curve("w64d2", 1, 100_096, 6.0)]
     absent = grids.missing(there, "scaling-ml-100k")
@@ -341,3 +333,42 @@ def test_steps_of_real_sizes_stand_beside_their_floor_and_the_missing_are_named(
     )
     (said,) = findings.size_findings(tables.real_steps([]), ["430m"])
     assert "not measured yet: 430m" in said
+
+
+def test_a_law_of_accuracy_stands_beside_a_line():
+    truth = statistics.Law(0.85, 3.0, 0.35)  # of 1 - NDCG@10
+    rows = []
+    for width, size in (WIDTHS | {384: 3_549_696}).items():
+        for seed in (0, 1, 2):
+            row = curve(f"w{width}d2", seed, size, 5.0)
+            value = 1 - float(truth(size)) + seed / 1e4
+            row["metrics"]["valid_ndcg@10"] = row["series"]["valid_ndcg@10"][1] = value
+            rows.append(row)
+    law = tables.law_of_accuracy(rows)
+    assert law.differs
+    assert law.predicted == pytest.approx(law.measured, abs=1e-3)
+    assert law.low < law.predicted < law.high < law.line
+    assert tables.law_of_accuracy(rows[:-3]) is None  # three sizes below the largest
+    assert tables.accuracy_laws({"a": rows, "b": rows[:-3]}).index.tolist() == ["a"]
+    text = figures.show("scaling_accuracy", *rows).layout.title.subtitle.text.replace("<br>", " ")
+    assert f"they give {law.predicted:.4f} and {law.line:.4f}: they differ" in text
+
+
+def test_popularity_stands_by_size_beside_counts():
+    def scored(model, coverage, grid="scaling-x"):
+        numbers = {"coverage": coverage, "gini": 0.9, "popularity_percentile": 0.8}
+        row = of_grid("beyond_accuracy", {"model": model, "k": 10}, numbers)
+        return row | {"params": {"grid": grid}, "data": {"name": grid, "fingerprint": "f"}}
+
+    sizes = {"w32d2": 1000, "w64d2": 2000}
+    runs = [curve(model, 0, size, 5.0) for model, size in sizes.items()]
+    runs = [run | {"data": {"name": "scaling-x", "fingerprint": "f"}} for run in runs]
+    rows = [*runs, scored("w32d2", 0.1), scored("w64d2", 0.3), scored("pairwise_counts", 0.9)]
+    chosen = tables.popularity_by_size(rows)
+    assert [r["metrics"]["non_embedding"] for r in chosen if "w" in r["own_params"]["model"][0]] == [
+        1000,
+        2000,
+    ]
+    title = figures.show("popularity_by_size", *chosen).layout.title.text
+    assert title == "Catalogue recommended, smallest to largest size: x 10% to 30%"
+    assert not tables.popularity_by_size(rows[:-2])  # one size alone
