@@ -95,7 +95,8 @@ def shown(records):
     for spec in figures.FIGURES:
         mine = [r for r in records if (r["notebook"], r["name"]) == (spec.notebook, spec.needs)]
         mine = spec.choose(figure_records.of_sizes()) if spec.choose else mine
-        for kind in ("measured", "predicted"):
+        # Popularity by size and rules for ties take records of several grids: other tests draw them.
+        for kind in ("measured", "predicted") if mine else ():
             found[spec.name, kind] = figures.show(spec.name, *(one | {"kind": kind} for one in mine))
     return found
 
@@ -147,11 +148,13 @@ def test_a_rebuild_touches_no_file_removes_old_figures_and_leaves_others_alone(r
 def test_what_is_drawn_already_is_taken_as_it_is(records, built, tmp_path, monkeypatch):
     (tmp_path / "executed").mkdir()
     monkeypatch.setenv("RECLIB_ROOT", str(tmp_path))
-    shutil.copytree(built, system.figures())
+    whole = tmp_path / "whole"  # a copy: what is rebuilt here is built for another root
+    for copy in (whole, system.figures()):
+        shutil.copytree(built, copy)
     there = {drawing.file: drawing for drawing in figures.drawings(tables.distinct(records[:2]))}
     monkeypatch.setattr(figures, "show", lambda *_: pytest.fail("drawn again"))
-    for folder, known in ((built, {}), (tmp_path / "own", there)):
-        figures.build(records if folder == built else records[:2], folder, there=known)
+    for folder, known in ((whole, {}), (tmp_path / "own", there)):
+        figures.build(records if folder == whole else records[:2], folder, there=known)
     drawn = content(tmp_path / "own")
     assert drawn["preparation_ml-100k_cpu.html"] == content(built)["preparation_ml-100k_cpu.html"]
     assert len(drawn) == 4
@@ -414,6 +417,8 @@ def test_predictions_look_different_in_every_figure(shown):
 
 def test_titles_state_what_the_records_say(shown, dataset):
     for spec in figures.FIGURES:
+        if (spec.name, "measured") not in shown:
+            continue
         figure = shown[spec.name, "measured"]
         for axis in [*figure.select_xaxes(), *figure.select_yaxes()]:
             is_categories = axis.ticks == "" or axis.autorange == "reversed" or axis.matches
