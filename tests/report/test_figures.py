@@ -15,6 +15,7 @@ import figure_records
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import ROOT
 from figure_records import record
 
 from reclib import records as reclib_records
@@ -148,13 +149,12 @@ def test_a_rebuild_touches_no_file_removes_old_figures_and_leaves_others_alone(r
 def test_what_is_drawn_already_is_taken_as_it_is(records, built, tmp_path, monkeypatch):
     (tmp_path / "executed").mkdir()
     monkeypatch.setenv("RECLIB_ROOT", str(tmp_path))
-    whole = tmp_path / "whole"  # a copy: what is rebuilt here is built for another root
-    for copy in (whole, system.figures()):
-        shutil.copytree(built, copy)
+    (tmp_path / "notebooks").symlink_to(ROOT / "notebooks")  # the page shows their questions, and is shared
+    shutil.copytree(built, system.figures())
     there = {drawing.file: drawing for drawing in figures.drawings(tables.distinct(records[:2]))}
     monkeypatch.setattr(figures, "show", lambda *_: pytest.fail("drawn again"))
-    for folder, known in ((whole, {}), (tmp_path / "own", there)):
-        figures.build(records if folder == whole else records[:2], folder, there=known)
+    for folder, known in ((built, {}), (tmp_path / "own", there)):
+        figures.build(records if folder == built else records[:2], folder, there=known)
     drawn = content(tmp_path / "own")
     assert drawn["preparation_ml-100k_cpu.html"] == content(built)["preparation_ml-100k_cpu.html"]
     assert len(drawn) == 4
