@@ -279,7 +279,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 # The family of the scaling experiment, `w<width>d<depth>`: heads of 32, tied tables as wide as the encoder.
 # Width changes tables and encoder together; depth changes the encoder and leaves the tables as they are.
-WIDTHS, DEPTHS = (32, 64, 96, 128, 192, 256, 384), (1, 2, 4, 8)
+WIDTHS, DEPTHS = (32, 64, 96, 128, 192, 256, 384, 512, 1024), (1, 2, 4, 8)
 SIZE_NAMES = f"{', '.join(SIZES)}, w{WIDTHS[0]}d{DEPTHS[0]} to w{WIDTHS[-1]}d{DEPTHS[-1]}"
 SIZES |= {f"w{w}d{d}": _size(_CPU, w, d, w // 32, 3416) for w in WIDTHS for d in DEPTHS}
 
