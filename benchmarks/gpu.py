@@ -4,12 +4,12 @@
     python benchmarks/gpu.py --stages env,check,sizes     some of them
     python benchmarks/gpu.py --device cpu --tiny          the same code, small, where there is no GPU
 
-Each stage (`gpu_stages.py`) is a process of its own with a time limit: one that raises, hangs or is killed is
-a row with its reason, and the next one runs whole. Results are written at once to the folder `--out`:
-`executed/` has the records, once the self-check has passed, `raw.jsonl` every number with or without a
-record, `stages.jsonl` a row for each stage, `log.txt` what they printed. `python -m reclib merge
-gpu-row/executed` takes the records into a checkout; `python benchmarks/planner.py` compares them with the
-predictions made before.
+Stages (`gpu_stages.py`) run in a process of their own, each with a time limit: one that raises, hangs or is
+killed is a row with its reason, and the next one has a new process and runs whole. Results are written at
+once to the folder `--out`: `executed/` has the records, once the self-check has passed, `raw.jsonl` every
+number with or without a record, `stages.jsonl` a row for each stage, `log.txt` what they printed. `python -m
+reclib merge gpu-row/executed` takes the records into a checkout; `python benchmarks/planner.py` compares
+them with the predictions made before.
 
 A GPU machine without network (Python 3.12 with torch, pandas and scipy): the first command is for a machine
 with network. The checkout then goes over with `.wheels` in it, and the other two commands are for the GPU's.
@@ -38,12 +38,34 @@ import sys
 import time
 import tomllib
 import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from common import ROOT, AbsentError, Rows, first_line
 
-FORK = multiprocessing.get_context("fork")  # stages inherit the imports; the parent never touches CUDA
+FORK = multiprocessing.get_context("fork")  # importing torch may touch CUDA: only what is forked imports it
+IMPORTS = 90  # seconds that they may take
+# The stages of `gpu_stages.py` in the order of worth, with their longest seconds on a GPU.
+LIMITS: dict[str, float] = {
+    "env": 40,
+    "check": 60,
+    "sizes": 90,
+    "ladder85": 80,
+    "variants": 170,
+    "variants128": 90,
+    "batches": 90,
+    "trace": 45,
+    "precisions": 60,
+    "ranking": 45,
+    "adapters": 100,
+    "training": 130,
+    "ladder430": 80,
+    "ladder130": 60,
+    "notebook06": 200,
+    "notebook04": 200,
+    "notebook05": 200,
+}
 # What the core and the notebooks import beside torch, numpy, pandas and scipy; of what those need in turn a
 # kernel without a debugger needs neither of the large ones.
 CARRIED = ("isal", "msgspec", "plotly", "pydantic", "pyyaml", "safetensors", "tqdm")
@@ -52,40 +74,60 @@ LEFT_OUT = ("debugpy", "jedi", "numpy", "parso")
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64", "manylinux1_x86_64")
 
 
-def child(b: Any, name: str, stage: Any, answer: Any) -> None:
-    """Carry out a stage in this process, a group of its own, and answer with how it ended."""
+def work(given: argparse.Namespace, names: Sequence[str], answer: Any) -> None:
+    """Carry out stages in this process, a group of its own, until one fails; answer with how each ended."""
     os.setsid()  # compile workers are in it and end with it
-    with (b.out / "log.txt").open("ab") as log:
+    with (given.out / "log.txt").open("ab") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    b.stage = name
-    try:
-        stage(b)
-        answer.send("ok")
-    except AbsentError as error:
-        answer.send(f"absent: {error}")
-    except Exception as error:
-        traceback.print_exc()
-        answer.send(f"failed: {first_line(error)}")
+    from gpu_stages import STAGES, Bench  # here, since a process that imports torch may not fork for CUDA
+
+    b = Bench(given.out, tiny=given.tiny, kind=given.device, data=given.data)
+    for name in names:
+        answer.send(name)
+        b.stage, status = name, "ok"
+        try:
+            STAGES[name](b)
+        except AbsentError as error:
+            status = f"absent: {error}"
+        except Exception as error:
+            traceback.print_exc()
+            status = f"failed: {first_line(error)}"
+        answer.send(status)
+        if status.startswith("failed"):  # the next one has a process without its traces
+            return
+        b.free()
 
 
-def carry_out(b: Any, name: str, stage: Any, seconds: float) -> str:
-    """Run a stage in a process of its own for at most so many seconds; return how it ended."""
-    heard, answer = FORK.Pipe(duplex=False)
-    process = FORK.Process(target=child, args=(b, name, stage, answer))
-    process.start()
-    answer.close()
-    process.join(seconds)
-    late = process.is_alive()
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.join()
-    if late:
-        return f"out of time after {seconds:.0f} s"
-    with contextlib.suppress(EOFError):
-        return heard.recv()
-    code = process.exitcode
-    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+def carry_out(
+    given: argparse.Namespace, names: Sequence[str], limit: Callable[[str], float]
+) -> Iterator[tuple[str, str, float]]:
+    """Run stages, one process for as long as none fails; yield name, how it ended and its seconds."""
+    while names:
+        heard, answer = FORK.Pipe(duplex=False)
+        process = FORK.Process(target=work, args=(given, names, answer))
+        process.start()
+        answer.close()
+        while names:
+            began, status = time.monotonic(), f"not ready after {IMPORTS} s"
+            try:
+                if heard.poll(IMPORTS):  # the name comes once what it needs is imported
+                    heard.recv()
+                    began, allowed = time.monotonic(), limit(names[0])
+                    in_time = allowed > 0 and heard.poll(allowed)
+                    status = heard.recv() if in_time else f"out of time after {max(0, allowed):.0f} s"
+            except EOFError:
+                process.join()
+                code = process.exitcode
+                status = f"ended with exit code {code}"
+                status = f"killed by {signal.Signals(-code).name}" if code < 0 else status
+            yield names[0], status, time.monotonic() - began
+            names = names[1:]
+            if status != "ok" and not status.startswith("absent"):
+                break
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
 
 
 def wheels(folder: Path, version: str) -> int:
@@ -139,25 +181,24 @@ def main(argv: list[str] | None = None) -> int:
     if given.device == "auto" and no_gpu():
         print("no GPU that torch can use is here; --device cpu --tiny tries the script", file=sys.stderr)
         return 2
-    from gpu_stages import STAGES, Bench  # once, for all stages; the wheels need none of it
-
-    names, began = given.stages.split(",") if given.stages else list(STAGES), time.monotonic()
-    if unknown := [name for name in names if name not in STAGES]:
-        parser.error(f"unknown stages: {', '.join(unknown)}; there are: {', '.join(STAGES)}")
-    b = Bench(given.out.resolve(), tiny=given.tiny, kind=given.device, data=given.data)
-    shutil.rmtree(b.out / "runs", ignore_errors=True)  # a finished training would only be loaded
-    os.environ |= {"RECLIB_RECORDS": str(b.out / "executed"), "RECLIB_RUNS": str(b.out / "runs")}
+    names, began = given.stages.split(",") if given.stages else list(LIMITS), time.monotonic()
+    if unknown := [name for name in names if name not in LIMITS]:
+        parser.error(f"unknown stages: {', '.join(unknown)}; there are: {', '.join(LIMITS)}")
+    given.out = given.out.resolve()
+    shutil.rmtree(given.out / "runs", ignore_errors=True)  # a finished training would only be loaded
+    os.environ |= {"RECLIB_RECORDS": str(given.out / "executed"), "RECLIB_RUNS": str(given.out / "runs")}
     os.environ |= {"RECLIB_COMMIT": given.commit} if given.commit else {}
-    (b.out / "executed").mkdir(parents=True, exist_ok=True)
-    stages = Rows(b.out / "stages.jsonl")
-    for name in names:
-        started, left = time.monotonic(), given.seconds - (time.monotonic() - began)
-        stage, longest = STAGES[name]
-        limit = min(longest * (4 if given.device == "cpu" else 1), left)
-        status = carry_out(b, name, stage, limit) if limit > 0 else "no time left"
-        stages.add(name, status=status, seconds=round(time.monotonic() - started, 2))
-    shutil.rmtree(b.out / "runs", ignore_errors=True)
-    print(f"{time.monotonic() - began:.0f} s; the results are in {b.out.name}/")
+    (given.out / "executed").mkdir(parents=True, exist_ok=True)
+    stages = Rows(given.out / "stages.jsonl")
+
+    def limit(name: str) -> float:
+        left = given.seconds - (time.monotonic() - began)
+        return min(LIMITS[name] * (4 if given.device == "cpu" else 1), left)
+
+    for name, status, seconds in carry_out(given, names, limit):
+        stages.add(name, status=status, seconds=round(seconds, 2))
+    shutil.rmtree(given.out / "runs", ignore_errors=True)
+    print(f"{time.monotonic() - began:.0f} s; the results are in {given.out.name}/")
     return int(stages.failed)
 
 

@@ -457,23 +457,22 @@ def notebook(b: Bench, number: str) -> None:
         raise RuntimeError((done.stderr.strip() or done.stdout.strip()).splitlines()[-1][:300])
 
 
-# Name -> (stage, its longest seconds on a GPU), in the order of worth.
-STAGES: dict[str, tuple[Callable[[Bench], None], float]] = {
-    "env": (environment, 40),
-    "check": (check, 60),
-    "sizes": (sizes, 90),
-    "ladder85": (lambda b: ladder(b, "85m"), 80),
-    "variants": (lambda b: variants(b, 512), 170),
-    "variants128": (lambda b: variants(b, 128), 90),
-    "batches": (batches, 90),
-    "trace": (trace, 45),
-    "precisions": (precisions, 60),
-    "ranking": (ranking, 45),
-    "adapters": (adapters, 100),
-    "training": (training, 130),
-    "ladder430": (lambda b: ladder(b, "430m"), 80),
-    "ladder130": (lambda b: ladder(b, "130m"), 60),
-    "notebook06": (lambda b: notebook(b, "06"), 200),
-    "notebook04": (lambda b: notebook(b, "04"), 200),
-    "notebook05": (lambda b: notebook(b, "05"), 200),
+STAGES: dict[str, Callable[[Bench], None]] = {
+    "env": environment,
+    "check": check,
+    "sizes": sizes,
+    "ladder85": lambda b: ladder(b, "85m"),
+    "variants": lambda b: variants(b, 512),
+    "variants128": lambda b: variants(b, 128),
+    "batches": batches,
+    "trace": trace,
+    "precisions": precisions,
+    "ranking": ranking,
+    "adapters": adapters,
+    "training": training,
+    "ladder430": lambda b: ladder(b, "430m"),
+    "ladder130": lambda b: ladder(b, "130m"),
+    "notebook06": lambda b: notebook(b, "06"),
+    "notebook04": lambda b: notebook(b, "04"),
+    "notebook05": lambda b: notebook(b, "05"),
 }
