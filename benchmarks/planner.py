@@ -7,12 +7,13 @@
     python benchmarks/planner.py predict     predicts rows not yet measured here: to be committed first
     python benchmarks/planner.py predict h100    the rows of `gpu.py` on a GPU: before its first run
     python benchmarks/planner.py held-out    measures those rows
+    python benchmarks/planner.py fit-board h200    fits a GPU's shares to half of the rows measured on it
     python benchmarks/planner.py             the error tables by device, fitted and held-out rows apart
 
 One and two threads are two devices, cpu1 and cpu2. Each row runs in a process of its own, since peak memory
 belongs to a process; what is shown is the median step. Histories are synthetic, over catalogues of the true
 size. Records go to `executed/cpu/grids/planner.jsonl` and say which CPU they are of; those of a GPU lie in
-its own folder, and its plans are of the data sheet.
+its own folder.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ from reclib import hardware
 from reclib.cost import planner, work
 
 RIDGE = 0.02  # pull of each share towards 1, in squared relative errors: five shares, few rows
-CALIBRATION = ROOT / "params" / "calibration.yaml"
+CALIBRATION, EFFICIENCY = ROOT / "params" / "calibration.yaml", ROOT / "params" / "efficiency.yaml"
 PREDICTING = [ROOT / "reclib" / "cost" / f"{name}.py" for name in ("work", "planner")]
 WRITTEN = ("predicted", "time", "sha256_of_the_model")  # what a written prediction adds to its row
 Device = dict[str, Any]  # of params/calibration.yaml
@@ -113,13 +114,13 @@ def numbered(tree: Any) -> Any:
     return {int(k) if k.isdecimal() else k: numbered(value) for k, value in tree.items()}
 
 
-def parts_of(given: Row, device_type: str) -> tuple[Any, Any]:
-    """Return the parts of a row's step, and its footprint."""
+def parts_of(given: Row, device_type: str, room: int | None = None) -> tuple[Any, Any]:
+    """Return the parts of a row's step, and its footprint on a device with so much memory."""
     (model, train), adapter, precision = configs(given), adapter_of(given), given.get("precision", "fp32")
     lengths = lengths_of(given, model.num_items)
     width = work.HALF if precision in ("bf16", "fp16") else work.FP32
     parts = work.step_parts(model, train, work.mean_shapes(model, train, lengths), width, adapter)
-    return parts, work.training_memory(model, train, lengths, precision, device_type, adapter)
+    return parts, work.training_memory(model, train, lengths, precision, device_type, adapter, room)
 
 
 def groups_of(given: Row, rates: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -171,6 +172,57 @@ def adopt(other: str) -> None:
     calibrate(here(), devices)
 
 
+def is_captured(given: Row) -> bool:
+    """Whether a row's steps are CUDA graphs."""
+    return given.get("train", {}).get("compile_mode") == "graph"
+
+
+def board_halves(label: str) -> list[list[Row]]:
+    """Return the records of a GPU's steps in two halves, by the order of their keys."""
+    rows = sorted(named("planner_row", label), key=lambda record: key_of(row_of(record)))
+    return [rows[::2], rows[1::2]]
+
+
+def fit_board(label: str) -> None:
+    """Fit a GPU's shares of its data sheet to half of its steps; record them with the error of the others."""
+    import numpy as np
+    from scipy.optimize import minimize
+
+    board, names = hardware.catalogue()[label], ("fp32", "bf16", "bandwidth", "operator_us")
+    prepared = [
+        (row_of(r), parts_of(row_of(r), "cuda")[0], r["timings"]["step_seconds"])
+        for r in board_halves(label)[0]
+    ]
+
+    def shares(logs: Any) -> dict[str, Any]:
+        fp32, bf16, bandwidth, operator_us = map(float, np.exp(logs))
+        return {
+            "products": {"fp32": fp32, "bf16": bf16},
+            "bandwidth": bandwidth,
+            "operator_us": operator_us,
+        }
+
+    def loss(logs: Any) -> float:
+        gaps = []
+        for row, parts, seconds in prepared:
+            device, host = planner.roofline(parts, board, row["precision"], shares(logs), is_captured(row))
+            gaps.append(np.log(max(sum(device.values()), host) / seconds) ** 2)
+        return float(np.mean(gaps))
+
+    bounds = [(np.log(0.05), np.log(0.95))] * 3 + [(np.log(1), np.log(200))]
+    start = np.log([0.6, 0.45, 0.45, 30])
+    fitted = minimize(loss, start, method="Nelder-Mead", bounds=bounds, options={"maxiter": 5000})
+    found = json.loads(json.dumps(shares(fitted.x)), parse_float=lambda text: float(f"{float(text):.3g}"))
+    given = planner.efficiency()  # held in the planner's memory: the errors below are by the new shares
+    given["measured"][label] = found | {"error": {"time_worst": 0.0}}
+    found["error"] = error_of(gpu_errors(label, board_halves(label)[1], {}), "held-out")
+    head, _, _ = EFFICIENCY.read_text(encoding="utf-8").partition("measured:")
+    measured_boards = given["measured"] | {label: found}
+    text = yaml.safe_dump({"measured": measured_boards}, sort_keys=False, default_flow_style=None, width=120)
+    EFFICIENCY.write_text(head + text, encoding="utf-8")
+    print(json.dumps(dict(zip(names, np.exp(fitted.x).round(3).tolist(), strict=True))), found["error"])
+
+
 def error_of(rows: list[Row], of: str) -> Row:
     """Return the errors of rows as the band around predictions."""
     time, memory = ([abs(e[name] - 1) for e in rows] for name in ("time", "memory"))
@@ -211,8 +263,8 @@ def forecast(given: Row, devices: Mapping[str, Device]) -> dict[str, float]:
 def on_board(given: Row, label: str) -> dict[str, float]:
     """Return the planner's step time and peak of tensors of a row on a GPU."""
     board = hardware.catalogue()[label]
-    parts, size = parts_of(given, "cuda")
-    step = planner.on_board(parts, board, given["precision"])
+    parts, size = parts_of(given, "cuda", board.memory_bytes)
+    step = planner.on_board(parts, board, given["precision"], is_captured(given))
     seconds = {"step_seconds": step.seconds, "step_seconds_low": step.low, "step_seconds_high": step.high}
     return seconds | {"peak_memory_bytes": size.total}
 
@@ -238,7 +290,7 @@ def predict(gpu: str | None) -> None:
     predict. A CPU that has its own shares has no prediction of the rows that they were fitted on.
     """
     device = gpu or here()
-    sheets = [ROOT / "params" / "devices.yaml", ROOT / "params" / "efficiency.yaml"] if gpu else [CALIBRATION]
+    sheets = [ROOT / "params" / "devices.yaml", EFFICIENCY] if gpu else [CALIBRATION]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in [*sheets, *PREDICTING])).hexdigest()
     about = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "sha256_of_the_model": digest}
     rows = gpu_rows(gpu) if gpu else [row for kind in SETS.values() for row in kind]
@@ -294,9 +346,9 @@ def errors(kind: str, cpu: str, refitted: Mapping[str, Device] | None = None) ->
     return compared_rows
 
 
-def gpu_errors(label: str, records: Iterable[Row]) -> list[Row]:
-    """Return predicted over measured of records of a GPU."""
-    before = predictions(label)
+def gpu_errors(label: str, records: Iterable[Row], written: Mapping[str, Row] | None = None) -> list[Row]:
+    """Return predicted over measured of records of a GPU, by what was written before or, with {}, by now."""
+    before = predictions(label) if written is None else written
     return [
         compared(record, before.get(key_of(row_of(record))), lambda r=record: on_board(row_of(r), label))
         for record in records
@@ -321,9 +373,12 @@ def tables() -> None:
             print_table("held-out rows, the refit did not see them", errors("held-out", cpu, again))
     for label in hardware.catalogue():
         if rows := named("planner_row", label):
-            print_table(
-                f"{label}: as predicted before it was run, by its data sheet", gpu_errors(label, rows)
-            )
+            print_table(f"{label}: as predicted before it was run", gpu_errors(label, rows))
+            if label in planner.efficiency()["measured"]:
+                for half, name in zip(board_halves(label), ("fitted", "held-out"), strict=True):
+                    print_table(
+                        f"{label}: {name} rows, by the shares fitted since", gpu_errors(label, half, {})
+                    )
 
 
 def print_table(name: str, rows: list[Row]) -> None:
@@ -354,13 +409,16 @@ def main() -> int:
     )
     actions = {"rates": rates, "fit": fit, "tables": tables}
     children = {"measure": measure, "microbench": measure_rates}
-    commands = (*actions, "predict", "adopt", *SETS, *children)
+    commands = (*actions, "predict", "adopt", "fit-board", *SETS, *children)
     parser.add_argument("command", nargs="?", default="tables", choices=commands)
-    parser.add_argument("other", nargs="?", help="adopt: the CPU whose shares are taken; predict: a GPU")
+    parser.add_argument(
+        "other", nargs="?", help="adopt: the CPU whose shares are taken; predict, fit-board: a GPU"
+    )
     parser.add_argument("--minutes", type=float, default=600.0, help="no row is started after so many")
     parser.add_argument("--payload", type=json.loads, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    known = {"predict": [None, *hardware.catalogue()], "adopt": list(calibration())}.get(given.command)
+    boards = [*hardware.catalogue()]
+    known = {"predict": [None, *boards], "adopt": list(calibration()), "fit-board": boards}.get(given.command)
     if known is not None and given.other not in known:
         parser.error(f"{given.command}: expected one of {', '.join(filter(None, known))}")
     if given.command in children:
@@ -369,6 +427,8 @@ def main() -> int:
         predict(given.other)
     elif given.command == "adopt":
         adopt(given.other)
+    elif given.command == "fit-board":
+        fit_board(given.other)
     elif given.command in SETS:
         run_rows(given.command, given.minutes)
         write_error(here())

@@ -3,9 +3,9 @@
     python -m reclib plan --size 430m --gpu l4 --epochs 20 --price 0.7
     python -m reclib plan --size 85m --gpu all --price l4=0.7,h100=3 --adapter ilora --rank 8
 
-Everything here is a prediction and says so. For a CPU that was measured it comes with the error found on rows
-that no fit had seen; for a GPU of the catalogue it is `unvalidated`, a range of assumed efficiency. Needs no
-torch and no GPU.
+Everything here is a prediction and says so. For a CPU or GPU that was measured it comes with the error found
+on rows that no fit had seen; for another GPU of the catalogue it is `unvalidated`, a range of assumed
+efficiency. Needs no torch and no GPU.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from reclib.system import Parser
 # On a CPU of `params/calibration.yaml` each part is divided by the rate that the machine reached in a
 # microbenchmark; five shares, one for each group of parts, were fitted on measured steps. On a GPU each part
 # is a roofline: the longer of its products at a share of the peak and its bytes at a share of the bandwidth.
-# The step is their sum, and no shorter than what the host needs to start its operators.
+# The step is their sum, and no shorter than what the host needs to start its operators. A CUDA graph needs
+# none of that; the optimiser's operators, which know no autograd, cost little beside the others.
 
 CACHE_BYTES = 16 * 2**20  # of a table above which the head's products are those over main memory
 GROUPS = ("products", "attention", "passes", "memory", "operators")
@@ -107,7 +108,7 @@ def cpus() -> dict[str, Cpu]:
 
 
 def efficiency() -> dict[str, Any]:
-    """Return the assumed shares of a GPU's data sheet: slow, likely, fast, and their source."""
+    """Return shares of a GPU's data sheet: assumed slow, likely and fast ones, and `measured` by board."""
     return _read("efficiency.yaml")
 
 
@@ -179,29 +180,38 @@ def on_cpu(
     return Estimate(whole, low, max([whole * (1 + worst), *(other.high for other in among)]), seconds)
 
 
-def _roofline(
-    parts: Sequence[Part], board: Board, precision: str, share: Mapping[str, float]
+def roofline(
+    parts: Sequence[Part], board: Board, precision: str, share: Mapping[str, Any], captured: bool = False
 ) -> tuple[dict[str, float], float]:
-    """Return the seconds of each part on the device, and those of the host that starts them."""
-    peak, bandwidth = board.peaks[precision] * share["products"], board.bandwidth * share["bandwidth"]
+    """Return the seconds of each part on a GPU at shares of its data sheet, and those of the host.
+
+    `captured` is a step in one CUDA graph, whose operators the host does not start.
+    """
+    of_peak = share["products"]
+    if isinstance(of_peak, Mapping):  # by precision; of the others that of bf16
+        of_peak = of_peak.get(precision, of_peak["bf16"])
+    peak, bandwidth = board.peaks[precision] * of_peak, board.bandwidth * share["bandwidth"]
     device = {part.name: max(part.flops / peak, part.bytes / bandwidth) for part in parts}
-    return device, 1e-6 * share["operator_us"] * sum(part.operators for part in parts)
+    started = sum(part.operators for part in parts if part.kind != "update")
+    return device, 0.0 if captured else 1e-6 * share["operator_us"] * started
 
 
-def roofline(parts: Sequence[Part], board: Board, precision: str, share: Mapping[str, float]) -> float:
-    """Return the seconds of a step on a GPU at given shares of its data sheet."""
-    device, host = _roofline(parts, board, precision, share)
-    return max(sum(device.values()), host)
+def on_board(parts: Sequence[Part], board: Board, precision: str, captured: bool = False) -> Estimate:
+    """Return the step on a GPU of the catalogue, by shares of its data sheet.
 
-
-def on_board(parts: Sequence[Part], board: Board, precision: str) -> Estimate:
-    """Return the step on a GPU of the catalogue, by assumed shares of its data sheet: unvalidated."""
-    low, likely, high = (
-        roofline(parts, board, precision, efficiency()[name]) for name in ("fast", "likely", "slow")
-    )
-    device, host = _roofline(parts, board, precision, efficiency()["likely"])
-    waiting = max(0.0, host - sum(device.values()))
-    return Estimate(likely, low, high, device | {"waiting for the host": waiting})
+    Of a measured board they are fitted, and the range is the worst error of rows held out; of another one
+    they are assumed.
+    """
+    measured = efficiency()["measured"].get(board.label)
+    shares = [measured] if measured else [efficiency()[name] for name in ("likely", "fast", "slow")]
+    pairs = [roofline(parts, board, precision, share, captured) for share in shares]
+    seconds = [max(sum(device.values()), host) for device, host in pairs]
+    device, host = pairs[0]
+    whole = device | {"waiting for the host": max(0.0, host - sum(device.values()))}
+    if measured:
+        worst = 1 + measured["error"]["time_worst"]
+        return Estimate(seconds[0], seconds[0] / worst, seconds[0] * worst, whole)
+    return Estimate(*seconds, whole)
 
 
 # -- plans ---------------------------------------------------------------------------------------------------
@@ -298,7 +308,9 @@ def plan(
         basis = "validated" if tried >= ENOUGH and not device.stands_among else "unvalidated"
         process, total = device.process_bytes, footprint.resident(device.heap)
     else:
-        step, basis, process = on_board(parts, device, precision), "unvalidated", work.CONTEXT_BYTES
+        step = on_board(parts, device, precision, train.compile_mode == "graph")
+        basis = "validated" if device.label in efficiency()["measured"] else "unvalidated"
+        process = work.CONTEXT_BYTES
         usable = work.usable(device.memory_bytes, kind)
         fits, at_once = total <= usable, int(work.USABLE * device.memory_bytes) // (total + process)
         largest = work.largest_batch(lambda train: memory(model, train).total, train, usable)
@@ -415,8 +427,8 @@ def report(
             row[currency] = _ranged(whole.times(plan.price / 3600))
         rows.append(row)
     lines = [
-        f"Predicted: {what}, {run} of {plans[0].users:,} users; in brackets the range. Of a GPU it is",
-        "unvalidated, by assumed efficiency; of a CPU the worst error of held-out rows.",
+        f"Predicted: {what}, {run} of {plans[0].users:,} users; in brackets the range,",
+        "the worst error of held-out rows of a measured device, assumed efficiency (unvalidated) of others.",
         *pd.DataFrame(rows).fillna("-").to_string(index=False).splitlines(),
     ]
     if len(plans) == 1:

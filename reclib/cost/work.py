@@ -493,9 +493,11 @@ def _logits(
     elements = shapes.slots * model.num_items
     if device_type == "cpu" and train.loss in ("auto", "inplace"):
         return width * elements
-    plain = elements * (FP32 * 3 if width == FP32 else 2 * HALF + 3 * FP32)
+    if train.loss == "fused":  # logits and their gradient; what lies between is in registers
+        return 2 * width * elements
+    plain = elements * (FP32 * 3 if width == FP32 else 2 * HALF + 2 * FP32)
     held = train.loss == "auto" and FP32 * elements <= logits_limit(memory)
-    if train.loss in ("plain", "fused") or held:
+    if train.loss == "plain" or held:
         return plain
     return min(plain, LARGE_LOGITS_BYTES + width * model.num_items * model.table_width)
 

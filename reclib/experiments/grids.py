@@ -207,10 +207,16 @@ class Work:
         """Return the folder of a run's checkpoints."""
         return system.runs() / "grids" / self.key(arm, seed)
 
+    def files(self) -> list[Path]:
+        """Return the grid's files of all devices, this device's last: a run may be trained on any of them."""
+        files = system.executed().glob(f"*/grids/{self.grid.name}.jsonl")
+        return [*sorted(file for file in files if file != self.file), self.file]
+
     def ranks_file(self, arm: Arm, seed: int, renewed: bool = False) -> Path:
         """Return the file of every user's ranks; `renewed`: by a prior that counts validation items too."""
         name = self.key(arm, seed) + ("-with-validation" if renewed else "")
-        return self.file.with_suffix("") / f"{name}.npz"
+        places = [file.with_suffix("") / f"{name}.npz" for file in self.files()[::-1]]
+        return next((place for place in places if place.is_file()), places[0])
 
     def rows(self, name: str) -> list[Fields]:
         """Return the records of this name, oldest first."""
@@ -219,7 +225,8 @@ class Work:
     def curve(self, arm: Arm, seed: int) -> Fields | None:
         """Return the newest record of a run's training, None before it is trained."""
         key = self.key(arm, seed)
-        return next((row for row in self.rows("learning_curve")[::-1] if row["params_hash"] == key), None)
+        rows = [row for file in self.files() for row in read_rows(file) if row["name"] == "learning_curve"]
+        return next((row for row in rows[::-1] if row["params_hash"] == key), None)
 
     def begun(self, arm: Arm, seed: int) -> bool:
         """Whether a run has a record or a checkpoint."""

@@ -308,6 +308,8 @@ def refuse_graphs(config: TrainConfig, precision: str, processes: int, adapted: 
         "precision=fp16, whose scaler may skip a step": precision == "fp16",
         f"optimizer={config.optimizer!r}": config.optimizer != "fused",
         "objective='seed_focal'": config.objective == "seed_focal",
+        # Tried on an H200 with torch 2.11: the compiler's first call for a shape broke the capture.
+        "loss='fused'": config.loss == "fused",
         "micro-batches": config.micro_batch_size not in (None, config.batch_size),
         f"{processes} processes": processes > 1,
         "an adapted model": adapted,

@@ -210,6 +210,7 @@ def test_what_cannot_be_captured_is_refused_and_on_a_cpu_graphs_are_off():
     for config, precision, processes, adapted, said in (
         (ours, "fp16", 1, False, "no precision=fp16"),
         (changed(ours, optimizer="loop"), "bf16", 1, False, "no optimizer='loop'"),
+        (changed(ours, loss="fused"), "bf16", 1, False, "no loss='fused'"),
         (changed(ours, micro_batch_size=4), "bf16", 2, False, "no micro-batches and no 2 processes"),
         (ours, "bf16", 1, True, "no an adapted model"),
     ):
