@@ -28,7 +28,7 @@ from reclib.model.ilora import AdaptedModel
 from reclib.parameters import AmpCompile, ILora
 from reclib.train import timing
 from reclib.train.timing import EPOCHS, Measurement, break_even_steps, merged
-from reclib.train.trainer import Trainer
+from reclib.train.trainer import Trainer, chosen_route
 
 
 @dataclass
@@ -254,12 +254,21 @@ def grid(p: AmpCompile, dataset: Dataset, device: Device) -> list[Row]:
 
 
 def rungs_of(p: AmpCompile, dataset: Dataset, device: Device) -> list[Rung]:
-    """Return the ladder at this size, with AMP and compile on top where they were asked for and apply."""
+    """Return the ladder at this size, with AMP and compile on top where they were asked for and apply.
+
+    A GPU with room for the logits has no rung for the route of the loss: there it stays `plain`.
+    """
     amp = [x for x in ("bf16", "fp16") if x in p.precisions and not inapplicable(x, "off", device)]
     modes = [x for x in p.compile_modes if x != "off" and not inapplicable("fp32", x, device)]
     more: list[tuple[str, str, Any]] = [("AMP", "precision", x) for x in amp[:1]]
     more += [("torch.compile", "compile_mode", x) for x in modes[:1]]
-    return ladder(model_of(p, dataset), train_of(p), more)
+    rungs, histories = ladder(model_of(p, dataset), train_of(p), more), train_histories(dataset)
+    routes = [chosen_route(r.train, r.model, histories, device.card, False) for r in rungs]
+    return [
+        rung
+        for rung, route, before in zip(rungs, routes, [None, *routes], strict=False)
+        if rung.change != "loss=auto" or route != before
+    ]
 
 
 def climb(p: AmpCompile, dataset: Dataset, device: Device) -> list[Row]:

@@ -66,6 +66,10 @@ def _of_sizes(records: Sequence[Record], least: int = 2) -> bool:
     return len({record["metrics"].get("non_embedding") for record in records}) >= least
 
 
+def _of_compiled(records: Sequence[Record]) -> bool:
+    return any(record["own_params"].get("compile_mode", "off") != "off" for record in records)
+
+
 def _of_sweeps(records: Sequence[Record]) -> bool:
     sweeps = {tables.sweep_of(str(record["own_params"].get("model"))) for record in records}
     return bool(sweeps - {"width", "tuned settings"})
@@ -109,7 +113,7 @@ FIGURES: list[Spec] = [
     Spec("04_amp_compile", "step", speed_figures.step_time),
     Spec("04_amp_compile", "ladder", speed_figures.step_ladder),
     Spec("04_amp_compile", "operators", speed_figures.operators),
-    Spec("04_amp_compile", "step", speed_figures.compile_cost),
+    Spec("04_amp_compile", "step", speed_figures.compile_cost, enough=_of_compiled),
     Spec("04_amp_compile", "loss_curve", speed_figures.loss_parity),
     Spec("05_ilora", "adaptation", accuracy_figures.accuracy_by_share),
     Spec("05_ilora", "adaptation_gain", accuracy_figures.adaptation_gain),

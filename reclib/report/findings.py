@@ -682,9 +682,14 @@ def of_devices(results: Results) -> list[str]:
     for size, rows in _by(plans, lambda record: record["own_params"]["size"]).items():
         best = max(rows, key=lambda r: r["timings"]["sequences_per_second"])
         low, high = (best["timings"][f"epoch_seconds_{end}"] for end in ("low", "high"))
+        rate = 0.99 * best["timings"]["sequences_per_second"]
+        as_fast = {r["own_params"]["device"] for r in rows if r["timings"]["sequences_per_second"] >= rate}
+        where = best["own_params"]["device"]
+        if len(as_fast) > 2:
+            where = f"{len(as_fast)} of them alike, whose step waits for the host"
         sentence = (
-            f"{size}: fits on {len({r['own_params']['device'] for r in rows})} boards; fastest "
-            f"{best['own_params']['device']}, an epoch in {low:.0f} to {high:.0f} s (predicted, unvalidated)."
+            f"{size}: fits on {len({r['own_params']['device'] for r in rows})} boards; fastest {where}, an "
+            f"epoch in {low:.0f} to {high:.0f} s (predicted)."
         )
         if priced := [r for r in rows if r["timings"].get("cost_per_epoch") is not None]:
             cheap = min(priced, key=lambda r: r["timings"]["cost_per_epoch"])
@@ -695,12 +700,14 @@ def of_devices(results: Results) -> list[str]:
 
 
 def planner_errors() -> list[str]:
-    """Say how far plans were off on the CPUs where they were tried."""
+    """Say how far plans were off on the devices where they were tried."""
+    errors = {label: cpu.error for label, cpu in planner.cpus().items()}
+    errors |= {label: board["error"] for label, board in planner.efficiency()["measured"].items()}
     return [
-        f"{label}: plans of {cpu.error['rows']} {cpu.error['of']} rows were off by "
-        f"{cpu.error['time_median']:.0%} in time (median; at worst a factor of "
-        f"{1 + cpu.error['time_worst']:.2f}), by {cpu.error['memory_median']:.0%} in memory."
-        for label, cpu in planner.cpus().items()
+        f"{label}: plans of {error['rows']} {error['of']} rows were off by {error['time_median']:.0%} in "
+        f"time (median; at worst a factor of {1 + error['time_worst']:.2f}), by "
+        f"{error['memory_median']:.0%} in memory."
+        for label, error in errors.items()
     ]
 
 
@@ -711,9 +718,28 @@ def _of_devices_and_plans(results: Results) -> list[str]:
     timed = {tables.device_of(r) for r in steps if r["kind"] == "measured"}
     measured = f"Measured on {', '.join(sorted(timed)) or 'no device'}."
     plans = of_devices(results)
-    on_gpu = any(r["kind"] == "measured" and tables.cpu_of(r) is None for r in steps)
-    start = [] if on_gpu or not plans else ["No GPU was measured: all that follows is predicted."]
-    return [*([" ".join(start + plans)] if plans else []), measured, *planner_errors()]
+    start = measured_on_gpus(steps)
+    if plans and not start:
+        start = ["No GPU was measured in this run: all that follows is predicted."]
+    return [*([" ".join(start + plans)] if plans or start else []), measured, *planner_errors()]
+
+
+def measured_on_gpus(steps: Sequence[Record]) -> list[str]:
+    """Say how many sequences a second each GPU trained, by size, in its fastest precision."""
+    rates: dict[str, dict[str, tuple[float, str]]] = {}
+    for r in steps:
+        if r["kind"] == "measured" and tables.cpu_of(r) is None and r["timings"].get("sequences_per_second"):
+            own, rate = r["own_params"], r["timings"]["sequences_per_second"]
+            sizes = rates.setdefault(tables.device_of(r), {})
+            sizes[own["size"]] = max(sizes.get(own["size"], (0.0, "")), (rate, own["precision"]))
+    return [
+        f"{device}, measured: "
+        + ", ".join(
+            f"{size} {rate:,.0f} sequences/s ({precision})" for size, (rate, precision) in sizes.items()
+        )
+        + "."
+        for device, sizes in rates.items()
+    ]
 
 
 def _of_plans(results: Results) -> list[str]:

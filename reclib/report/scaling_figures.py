@@ -30,15 +30,16 @@ from reclib.report.style import (
     log_axis,
     panels,
 )
-from reclib.report.tables import BASELINES, RATES, model_name, recipe_of, sweep_of
+from reclib.report.tables import BASELINES, RATES, SHAPES, model_name, recipe_of, sweep_of
 
 LOSS, RANKED, SIZE, FLOPS = "lowest_valid_loss", "valid_ndcg@10", "non_embedding", "training_flops"
 ACCURACY = {RANKED: "NDCG@10", "valid_hr@10": "HR@10"}
 TITLES = {LOSS: "lowest validation loss (nats)", RANKED: "NDCG@10 on validation"}
 TITLES |= {SIZE: "non-embedding parameters", FLOPS: "training FLOPs"}
 COLORS = {"width": BLUE, "depth": ORANGE, "untied tables": GREEN, "other learning rate": PURPLE}
-COLORS |= {"tuned settings": GREEN}
+COLORS |= {"tuned settings": GREEN, SHAPES: PURPLE, f"{SHAPES}, items scaled": GREEN}
 RECIPES = {"bert4rec": BLUE, "causal": ORANGE, "bert4rec with counts": GREEN, "causal with counts": PURPLE}
+RECIPES |= {SHAPES: INK}
 SPREAD = {"coverage": "catalogue coverage", "gini": "Gini", "head_share": "share of head items"}
 SPREAD |= {"popularity_percentile": "popularity"}
 LAST = {"head_share": "head items: the fewest that hold half of the training interactions"}
@@ -53,7 +54,7 @@ def one_per_run(rows: pd.DataFrame) -> pd.DataFrame:
     Accuracy is that of the best epoch, by NDCG@10, as for the weights that a run keeps.
     """
     curves = rows[rows[LOSS].notna()] if LOSS in rows else rows.iloc[:0]
-    key = ["profile", "dataset", "model", "seed"]
+    key = ["profile", "dataset", "model", "seed"]  # of a run that several devices trained, one of them
     parts = curves.groupby(key, dropna=False)
     best = {name: parts[name].transform("max") for name in ACCURACY if name in curves}
     runs = curves.assign(**best).drop_duplicates(key).copy()
@@ -176,11 +177,12 @@ def popularity_by_size(rows: pd.DataFrame) -> go.Figure:
     figure, entry = panels(len(datasets), len(measures), 0.06, **grid), _entries()
     for column, dataset in enumerate(datasets, 1):
         own = sized[sized["dataset"] == dataset].assign(recipe=sized["model"].map(recipe_of))
+        own["sweep"] = own["model"].map(sweep_of)
         counts = rows[(rows["dataset"] == dataset) & (rows["model"] == "pairwise_counts")].head(1)
         low, high = own[SIZE].min() / 1.3, own[SIZE].max() * 1.3
         for line, measure in enumerate(measures, 1):
             place = at(line, column)
-            for (recipe, _), part in own.sort_values(SIZE).groupby(["recipe", "grid"]):
+            for (recipe, *_), part in own.sort_values(SIZE).groupby(["recipe", "grid", "sweep"]):
                 look = {"mode": "lines+markers", "marker": {"size": 8}, "customdata": part["model"]}
                 look, color = look | entry(_named(recipe)), RECIPES[recipe]
                 figure.path(part, SIZE, measure, color, "%{customdata}: %{y:.3f}", **look, **place)
@@ -196,7 +198,8 @@ def popularity_by_size(rows: pd.DataFrame) -> go.Figure:
         "Of the ten items recommended to each test user. Coverage: share of the catalogue recommended to "
         f"anybody; Gini: 0 all items alike, 1 all on few; {LAST[last]}."
     )
-    parts = (part.sort_values(SIZE) for _, part in sized.groupby(["dataset", "grid"]) if len(part) > 1)
+    widths = sized[sized["model"].map(sweep_of) == "width"]
+    parts = (part.sort_values(SIZE) for _, part in widths.groupby(["dataset", "grid"]) if len(part) > 1)
     ends = {str(part["dataset"].iloc[0]): part["coverage"].iloc[[0, -1]] for part in parts}
     text = ", ".join(f"{name} {small:.0%} to {large:.0%}" for name, (small, large) in ends.items())
     title = f"Catalogue recommended, smallest to largest size: {text}"
@@ -216,6 +219,8 @@ def _entries() -> Callable[[str], dict[str, Any]]:
 
 
 def _named(recipe: str) -> str:
+    if recipe == SHAPES:
+        return recipe
     kind, *more = recipe.split()
     return " ".join([model_name(kind), *more])
 
@@ -226,7 +231,9 @@ _WORDS = {"below a count on": False, "above every count on": True}
 def scaling_accuracy(rows: pd.DataFrame) -> go.Figure:
     """NDCG@10 and HR@10 on validation against parameters and FLOPs, by width and by depth."""
     runs = one_per_run(rows)
-    runs = runs[runs["sweep"].isin(["width", "depth", "tuned settings"])]
+    runs = runs[
+        runs["sweep"].isin(["width", "depth", "tuned settings"]) | runs["sweep"].str.startswith(SHAPES)
+    ]
     there = [name for name in ACCURACY if name in runs and runs[name].notna().any()]
     figure = panels(2, max(1, len(there)), 0.06, shared_yaxes=True, shared_xaxes=True)
     for row, metric in enumerate(there, 1):

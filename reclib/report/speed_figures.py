@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -108,16 +109,37 @@ def step_ladder(rows: pd.DataFrame) -> go.Figure:
 
 
 def operators(rows: pd.DataFrame) -> go.Figure:
-    """Own time of the operators of one eager step."""
+    """Own time of the operators of one eager step; of several steps that of the first."""
+    several = [name for name in ("precision", "batch_size") if name in rows and rows[name].nunique() > 1]
+    step = {name: rows[name].iloc[0] for name in several}
+    for name, value in step.items():
+        rows = rows[rows[name] == value]
     figure, hover = single(), "%{y}: %{x:.3f} ms in %{customdata:.0f} calls"
+    rows = rows.assign(operator=rows["operator"].map(_operator))
+    parts = rows.groupby("operator", sort=False)[["seconds", "share", "calls"]].sum().reset_index()
+    rows = parts.assign(kind=rows["kind"].iloc[0])
     more = {"text": rows["share"].map("{:.0%}".format), "textposition": "auto", "customdata": rows["calls"]}
-    rows = rows.assign(operator=rows["operator"].str.removeprefix("aten::").str.replace("_", " ").str.strip())
     figure.bars(rows, rows["seconds"] * 1e3, "operator", BLUE, hover, **more)
     figure.update_xaxes(title_text="own time per step (ms)")
     figure.categories(list(rows["operator"]))
     top = style.extreme(rows[rows["operator"] != "all others"], "seconds")
     title = f"{top['operator']} takes {top['share']:.0%} of a step's own time"
+    if several:
+        figure.note(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in step.items()))
     return figure.update_layout(title_text=title)
+
+
+def _operator(name: str) -> str:
+    """Return an operator's name, of a CUDA kernel that of its function and of the functor that it applies."""
+    functor = re.search(
+        r"(\w+?)(?:Functor|_kernel_cuda|OptimizerTensorListMetadata)\b", name.partition("<")[2]
+    )
+    base = re.sub(r"\(anonymous namespace\)::", "", name.removeprefix("void "))
+    if base.startswith("cutlass::Kernel2<"):
+        base, functor = base.partition("<")[2], None
+    base = re.split(r"[<(]", base)[0].rpartition("::")[2] or base
+    base = f"{base} ({functor[1]})" if functor else base
+    return base.removeprefix("aten::").replace("_", " ").strip()[:48]
 
 
 def compile_cost(rows: pd.DataFrame) -> go.Figure:
@@ -219,7 +241,9 @@ def throughput(rows: pd.DataFrame) -> go.Figure:
             figure.add_scatter(**values, marker=look, hovertemplate=hover, **at(1, sizes.index(size) + 1))
     is_shown = (rows["kind"] == "measured") & rows["size"].isin(sizes)
     measured = sorted(set(rows.loc[is_shown, "device"]))
-    title = f"Measured on {', '.join(measured)}, predicted for everything else"
+    named = [device for device in measured if device in hardware.catalogue()]
+    named += ["CPUs"] if len(measured) > len(named) else []
+    title = f"Measured on {' and '.join(named)}, predicted for everything else"
     title = title if measured else "Predicted rates by device: no size here was measured"
     return _finish(figure, [*order, "published"], title)
 
@@ -382,7 +406,8 @@ def _device_panels(
             figure.dots(part, part[metric] / unit, "device", color, hover, **more, **at(1, column))
     values = rows[metric].dropna() / unit
     figure.update_xaxes(title_text=title, **log_axis(values, most=4))
-    figure.update_xaxes(range=[np.log10(values.min()) - 0.2, np.log10(values.max()) + 0.3])
+    most = max(values.max(), style.column(rows, f"{metric}_high").max() / unit)
+    figure.update_xaxes(range=[np.log10(values.min()) - 0.2, np.log10(most) + 0.3])
     if alone:
         figure.note(f"Measured on CPUs alone and not drawn: {', '.join(alone)}.")
     return figure, sizes, _devices(rows)

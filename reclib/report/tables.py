@@ -57,6 +57,7 @@ ARM_NAMES = {
 TASK_NAMES = {"next_period": "next period", "segment": "segment of users"}
 CONTROLS = ("shuffled_user", "noise", "fixed_gate", "static_gate")  # of iLoRA
 
+SHAPES = "the seed study's shapes"  # 85m, 130m, 430m
 RATES = {"half": " half rate", "rule": "", "twice": " twice rate"}  # how arms that check the rule end
 LATE = 0.01  # nats off the lowest loss in the last fifth of the training: above it a run is undertrained
 FLOOR = "held over 16 bytes per parameter"
@@ -84,8 +85,11 @@ def model_name(model: str) -> str:
 def sweep_of(arm: str) -> str:
     """Return what an arm of a grid varies: width at two layers, depth, untied tables, rates, tuned settings.
 
-    The names are those of `params/grids`. A size outside of the family `w<width>d<depth>` counts as a width.
+    The names are those of `params/grids`. A size outside of the family `w<width>d<depth>` counts as a width;
+    the seed study's shapes are of another architecture and stand apart.
     """
+    if match := re.fullmatch(r"\w+ shape( scaled)?", arm):
+        return SHAPES + (", items scaled" if match[1] else "")
     if arm.endswith(" untied"):
         return "untied tables"
     if any(end and arm.endswith(end) for end in RATES.values()):
@@ -223,9 +227,12 @@ def groups(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
     all seeds of those stay together. Of a result that was recorded again the newest counts. What is measured
     is chosen apart from what is predicted: no plan, of however much work, hides a measurement.
     """
-    parts = defaultdict(list)
-    for record in distinct(records):
-        parts[_data(record), record["label"]].append(record)
+    parts, labels = defaultdict(list), dict[str, str]()
+    for record in sorted(distinct(records), key=lambda r: r["label"]):
+        label = record["label"]
+        if record["profile"] == "grid":  # its runs may be trained on any device: all are one figure
+            label = labels.setdefault(_data(record), label)
+        parts[_data(record), label].append(record)
     return {key: _shown(parts[key]) for key in sorted(parts)}
 
 
@@ -305,7 +312,9 @@ def looks(records: Iterable[Record]) -> dict[tuple[str, str, str], int]:
 
 
 def recipe_of(arm: str) -> str:
-    """Return which kind of model an arm of a grid trains: bert4rec, causal, or either with counts."""
+    """Return what an arm trains: bert4rec, causal, either with counts, or the seed study's shapes."""
+    if sweep_of(arm).startswith(SHAPES):
+        return SHAPES
     kind = "causal" if "causal" in arm.split() else "bert4rec"
     return f"{kind} with counts" if arm.endswith(" with counts") else kind
 

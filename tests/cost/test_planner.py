@@ -365,4 +365,4 @@ def test_each_notebook_of_the_lease_ends_in_three_minutes_on_an_h100_by_its_slow
     runs = len(p.tasks) * (len(p.arms) - 1) * (len(p.learning_rates) + len(p.seeds) - 1)
     arms = len(p.seeds) * p.base_epochs * per_epoch * base + runs * p.epochs * per_epoch * adapted
     arms += (4 + len(p.precisions)) * (p.warmup_steps + p.rounds) * adapted
-    assert [round(seconds) for seconds in (amp, arms, sizes)] == [61, 171, 36]  # params/lease.yaml states them
+    assert [round(seconds) for seconds in (amp, arms, sizes)] == [61, 171, 36]  # stated in params/lease.yaml
