@@ -539,6 +539,7 @@ class Query:
     grid: str | None = None  # None: the records of notebooks
     data: str | None = None  # the dataset's name
     own: dict[str, Any] = field(default_factory=dict)
+    label: str | None = None  # of the device that it was recorded for, such as h200
     day: str | None = None  # on which it was recorded, such as 2026-11-23; None: the newest
     at: dict[str, float | str] = field(default_factory=dict)  # of a series: its value at a point of another
     take: Literal["mean", "lowest", "highest", "largest"] = "mean"
@@ -596,6 +597,7 @@ class Records:
             own = row["own_params"]
             return (
                 query.data in (None, (row["data"] or {}).get("name"))
+                and query.label in (None, row["label"])
                 and row["time"].startswith(query.day or "")
                 and all(own.get(k) in (v if isinstance(v, list) else [v]) for k, v in query.own.items())
             )
@@ -639,7 +641,8 @@ class Records:
 
 def _derived(query: Query, fields: Mapping[str, Any]) -> Query:
     own = {
-        name: getattr(query, name) for name in ("name", "value", "grid", "data", "own", "day", "at", "take")
+        name: getattr(query, name)
+        for name in ("name", "value", "grid", "data", "own", "label", "day", "at", "take")
     }
     return validated(Query, own | dict(fields))
 
@@ -650,7 +653,8 @@ def _queries(record: Query, number: str | Mapping[str, Any]) -> list[Query]:
         return [_derived(record, {"value": number})]
     value = number.get("value")
     values = value if isinstance(value, list) else [value]
-    return [validated(Query, {"grid": record.grid, **number, "value": each}) for each in values]
+    shared = {"grid": record.grid, "label": record.label}
+    return [validated(Query, shared | dict(number) | {"value": each}) for each in values]
 
 
 def agrees(stated: re.Match[str], value: float) -> bool:
