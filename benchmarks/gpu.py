@@ -60,6 +60,7 @@ LIMITS: dict[str, float] = {
     "ranking": 45,
     "adapters": 100,
     "training": 130,
+    "electronics": 390,
     "ladder430": 80,
     "ladder130": 60,
     "notebook06": 200,
@@ -171,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--stages", help="names with commas between them (all of gpu_stages.py)")
     add("--device", default="auto", choices=("auto", "cpu"))
     add("--tiny", action="store_true", help="sizes of no interest, to try the script")
-    add("--data", type=Path, help="a prepared folder, for the stage training")
+    add("--data", type=Path, help="a prepared folder, for training and electronics")
     add("--commit", help="of the checkout, where its .git is not there")
     add("--wheels", type=Path, metavar="DIR", help="only download what a bare machine lacks")
     add("--python", default="3.12", help="of that machine (%(default)s)")

@@ -50,6 +50,7 @@ BATCHES: list[tuple[str, int, dict[str, Any]]] = [
     ("430m", 32_768, {}),
 ]
 ENGINE = {"head_multiple": 64, "half_copies": True}
+GRID_PROCESSES, GRID_SECONDS = 4, 330
 GRAPH = {"compile_mode": "graph", "bucket_steps": 4}
 # Each is timed against the plain step, in turns. What this version does not have is a row that says so.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -439,6 +440,30 @@ def training(b: Bench) -> None:
             b.add("ranked", trained_in=precision, ranked_in=name, ndcg=ndcg)
 
 
+def grid(b: Bench, name: str) -> None:
+    """Runs of a grid, the first ones first, in processes that share the GPU; what they show on test is kept.
+
+    Their times measure nothing. More processes than these only make each of them slower. Ends before its
+    limit, so that what is trained by then is kept.
+    """
+    words = [sys.executable, "-m", "reclib"]
+    of = [
+        name,
+        *(["--dataset", str(b.data)] if b.data else []),
+        *(["--gpu", "cpu"] if b.kind == "cpu" else []),
+    ]
+    started = {"cwd": ROOT, "env": system.start_with() | {"OMP_NUM_THREADS": "2"}}
+    runs = [subprocess.Popen([*words, "grid", "run", *of], **started) for _ in range(GRID_PROCESSES)]
+    end = time.monotonic() + (5 if b.tiny else GRID_SECONDS)
+    while any(run.poll() is None for run in runs) and time.monotonic() < end:
+        time.sleep(1)
+    for run in runs:
+        run.kill()
+        run.wait()
+    kept = subprocess.run([*words, "score", *of, "--keep"], **started, capture_output=True, text=True)
+    b.add("grid", grid=name, kept=kept.stdout.strip(), rc=kept.returncode)
+
+
 def adapters(b: Bench) -> None:
     """Notebook 05's steps: full fine-tuning, LoRA, gated LoRA, the head alone, iLoRA."""
     p, (users, items, mean_len) = adapter_params(b), b.shape.values()
@@ -476,6 +501,7 @@ STAGES: dict[str, Callable[[Bench], None]] = {
     "ranking": ranking,
     "adapters": adapters,
     "training": training,
+    "electronics": lambda b: grid(b, "electronics-2018-sample"),
     "ladder430": lambda b: ladder(b, "430m"),
     "ladder130": lambda b: ladder(b, "130m"),
     "notebook06": lambda b: notebook(b, "06"),

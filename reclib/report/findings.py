@@ -31,6 +31,7 @@ from reclib.report.tables import (
     Record,
     interval_text,
     model_name,
+    recipe_of,
     sweep_of,
 )
 
@@ -782,10 +783,21 @@ def study(records: Sequence[Record]) -> list[str]:
     }
     for notebook, (start, own) in starts.items():
         some = tables.best_work(r for r in records if r["notebook"] == notebook and tables.of_study(r))
-        lines = CHAPTERS[notebook].findings(_by(some, lambda r: r["name"]))
-        if line := next((line for line in lines if line.startswith(start)), ""):
-            first = re.sub(r" \((?!cpu)[^)]*\)", "", line.split(". ")[0].removesuffix("."))
-            sentences.append(f"{own}{first.removeprefix(start)}.")
+        lines = []
+        for of_one in _by(some, lambda r: _place([r])).values():
+            answers = (
+                line
+                for line in CHAPTERS[notebook].findings(_by(of_one, lambda r: r["name"]))
+                if line.startswith(start)
+            )
+            lines += [line.split(". ")[0].removesuffix(".") for line in answers][:1]
+        if lines:
+            labels = "|".join({r["label"] for r in some})
+            first, *more = (re.sub(rf" \((?!{labels})[^)]*\)", "", line) for line in lines)
+            text = "; ".join(
+                [own + first.removeprefix(start), *(line[0].lower() + line[1:] for line in more)]
+            )
+            sentences.append(f"{text}.")
     return sentences
 
 
@@ -794,7 +806,7 @@ def _of_sizes(datasets: Mapping[str, Sequence[Record]]) -> list[str]:
     parts, rises = [], []
     for name, rows in datasets.items():
         widths = _by((r for r in rows if "valid_ndcg@10" in r["metrics"]), _model)
-        own = [m for m in widths if sweep_of(m) == "width" and tables.recipe_of(m) == "bert4rec"]
+        own = [m for m in widths if sweep_of(m) == "width" and recipe_of(m) == "bert4rec"]
         own.sort(key=lambda m: widths[m][0]["metrics"]["non_embedding"])
         if len(own) > 1:
             low, high = (
@@ -802,10 +814,20 @@ def _of_sizes(datasets: Mapping[str, Sequence[Record]]) -> list[str]:
             )
             parts.append(f"on {name} from {low:.3f} ({own[0]}) to {high:.3f} ({own[-1]})")
             rises.append(high > low)
+    if not parts:
+        return []
     start = (
-        "How far: larger models rank better" if all(rises) else "How far: not every larger model ranks better"
+        "How far: wider models rank better" if all(rises) else "How far: not every wider model ranks better"
     )
-    return [f"{start}. NDCG@10 on validation goes {', '.join(parts)}."] if parts else []
+    text = f"{start}. NDCG@10 on validation goes {', '.join(parts)}."
+    for name, rows in datasets.items():
+        tested = {_model(r): r["metrics"]["ndcg@10"] for r in rows if r["name"] == "test_metrics"}
+        shapes = [value for m, value in tested.items() if sweep_of(m).startswith(tables.SHAPES)]
+        own = [v for m, v in tested.items() if recipe_of(m) == "bert4rec" and m not in BASELINES]
+        if shapes and own:
+            text += f" On {name} {tables.SHAPES} have {min(shapes):.3f} to {max(shapes):.3f} on the test "
+            text += f"split, ours {min(own):.3f} to {max(own):.3f}."
+    return [text]
 
 
 def _of_counts(datasets: Mapping[str, Sequence[Record]]) -> list[str]:

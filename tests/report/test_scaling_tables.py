@@ -127,7 +127,7 @@ def test_accuracy_against_size_keeps_validation_and_test_apart_and_says_who_is_a
     assert 0.09 not in lines, "a count that had the validation item is no rival"
     said = findings.study(rows)
     assert said[0] == (
-        "How far: larger models rank better. NDCG@10 on validation goes on made-up from 0.035 (w32d2) to "
+        "How far: wider models rank better. NDCG@10 on validation goes on made-up from 0.035 (w32d2) to "
         "0.055 (w64d2)."
     )
     assert said[1].startswith("Counting, with nothing trained, is ahead of every trained model on made-up.")
