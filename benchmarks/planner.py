@@ -56,6 +56,8 @@ from reclib.cost import planner, work
 
 RIDGE = 0.02  # pull of each share towards 1, in squared relative errors: five shares, few rows
 CALIBRATION, EFFICIENCY = ROOT / "params" / "calibration.yaml", ROOT / "params" / "efficiency.yaml"
+# The most that a fit may find of fp32's and bf16's peak (products of 8192 reached that) and bandwidth.
+MOST = (0.75, 0.68, 0.9)
 PREDICTING = [ROOT / "reclib" / "cost" / f"{name}.py" for name in ("work", "planner")]
 WRITTEN = ("predicted", "time", "sha256_of_the_model")  # what a written prediction adds to its row
 Device = dict[str, Any]  # of params/calibration.yaml
@@ -178,9 +180,14 @@ def is_captured(given: Row) -> bool:
 
 
 def board_halves(label: str) -> list[list[Row]]:
-    """Return the records of a GPU's steps in two halves, by the order of their keys."""
-    rows = sorted(named("planner_row", label), key=lambda record: key_of(row_of(record)))
-    return [rows[::2], rows[1::2]]
+    """Return the records of a GPU's steps in two halves: every other configuration, whatever its stage."""
+    by_kind: dict[str, list[Row]] = {}
+    for record in named("planner_row", label):
+        row = row_of(record)
+        kind = {name: value for name, value in row.items() if name not in ("stage", "users")}
+        by_kind.setdefault(key_of(kind), []).append(record)
+    kinds = [by_kind[key] for key in sorted(by_kind)]
+    return [[record for kind in half for record in kind] for half in (kinds[::2], kinds[1::2])]
 
 
 def fit_board(label: str) -> None:
@@ -188,19 +195,16 @@ def fit_board(label: str) -> None:
     import numpy as np
     from scipy.optimize import minimize
 
-    board, names = hardware.catalogue()[label], ("fp32", "bf16", "bandwidth", "operator_us")
+    board = hardware.catalogue()[label]
     prepared = [
         (row_of(r), parts_of(row_of(r), "cuda")[0], r["timings"]["step_seconds"])
         for r in board_halves(label)[0]
     ]
 
     def shares(logs: Any) -> dict[str, Any]:
-        fp32, bf16, bandwidth, operator_us = map(float, np.exp(logs))
-        return {
-            "products": {"fp32": fp32, "bf16": bf16},
-            "bandwidth": bandwidth,
-            "operator_us": operator_us,
-        }
+        fp32, bf16, bandwidth, fp32_us, bf16_us = (float(f"{value:.3g}") for value in np.exp(logs))
+        products, operator_us = {"fp32": fp32, "bf16": bf16}, {"fp32": fp32_us, "bf16": bf16_us}
+        return {"products": products, "bandwidth": bandwidth, "operator_us": operator_us}
 
     def loss(logs: Any) -> float:
         gaps = []
@@ -209,18 +213,24 @@ def fit_board(label: str) -> None:
             gaps.append(np.log(max(sum(device.values()), host) / seconds) ** 2)
         return float(np.mean(gaps))
 
-    bounds = [(np.log(0.05), np.log(0.95))] * 3 + [(np.log(1), np.log(200))]
-    start = np.log([0.6, 0.45, 0.45, 30])
+    bounds = [*np.log([(0.05, most) for most in MOST]), *np.log([(1, 200)] * 2)]
+    start = np.log([0.5, 0.4, 0.4, 30, 40])
     fitted = minimize(loss, start, method="Nelder-Mead", bounds=bounds, options={"maxiter": 5000})
-    found = json.loads(json.dumps(shares(fitted.x)), parse_float=lambda text: float(f"{float(text):.3g}"))
     given = planner.efficiency()  # held in the planner's memory: the errors below are by the new shares
-    given["measured"][label] = found | {"error": {"time_worst": 0.0}}
-    found["error"] = error_of(gpu_errors(label, board_halves(label)[1], {}), "held-out")
+    given["measured"][label] = shares(fitted.x) | {"error": {"time_worst": 0.0}}
+    errors = gpu_errors(label, board_halves(label)[1], {})
+    uncaptured = [
+        error for error in errors if not is_captured(error["row"])
+    ]  # of whose memory there is a plan
+    band = error_of(errors, "held-out")
+    band |= {name: value for name, value in error_of(uncaptured, "").items() if name.startswith("memory")}
+    given["measured"][label]["error"] = band
     head, _, _ = EFFICIENCY.read_text(encoding="utf-8").partition("measured:")
-    measured_boards = given["measured"] | {label: found}
-    text = yaml.safe_dump({"measured": measured_boards}, sort_keys=False, default_flow_style=None, width=120)
+    text = yaml.safe_dump(
+        {"measured": given["measured"]}, sort_keys=False, default_flow_style=None, width=120
+    )
     EFFICIENCY.write_text(head + text, encoding="utf-8")
-    print(json.dumps(dict(zip(names, np.exp(fitted.x).round(3).tolist(), strict=True))), found["error"])
+    print(json.dumps(given["measured"][label]))
 
 
 def error_of(rows: list[Row], of: str) -> Row:

@@ -185,15 +185,21 @@ def roofline(
 ) -> tuple[dict[str, float], float]:
     """Return the seconds of each part on a GPU at shares of its data sheet, and those of the host.
 
-    `captured` is a step in one CUDA graph, whose operators the host does not start.
+    A share may be one for each precision. Of those without, bf16's counts, and for what an operator costs the
+    host fp32's for tf32, since only 16 bits need casts. `captured` is a step in one CUDA graph, whose
+    operators the host does not start.
     """
-    of_peak = share["products"]
-    if isinstance(of_peak, Mapping):  # by precision; of the others that of bf16
-        of_peak = of_peak.get(precision, of_peak["bf16"])
-    peak, bandwidth = board.peaks[precision] * of_peak, board.bandwidth * share["bandwidth"]
+    shares = {
+        name: value.get(precision, value["fp32" if precision == "tf32" and name == "operator_us" else "bf16"])
+        if isinstance(value, Mapping)
+        else value
+        for name, value in share.items()
+        if name in ("products", "bandwidth", "operator_us")
+    }
+    peak, bandwidth = board.peaks[precision] * shares["products"], board.bandwidth * shares["bandwidth"]
     device = {part.name: max(part.flops / peak, part.bytes / bandwidth) for part in parts}
     started = sum(part.operators for part in parts if part.kind != "update")
-    return device, 0.0 if captured else 1e-6 * share["operator_us"] * started
+    return device, 0.0 if captured else 1e-6 * shares["operator_us"] * started
 
 
 def on_board(parts: Sequence[Part], board: Board, precision: str, captured: bool = False) -> Estimate:
@@ -211,7 +217,8 @@ def on_board(parts: Sequence[Part], board: Board, precision: str, captured: bool
     if measured:
         worst = 1 + measured["error"]["time_worst"]
         return Estimate(seconds[0], seconds[0] / worst, seconds[0] * worst, whole)
-    return Estimate(*seconds, whole)
+    likely, fast, slow = seconds
+    return Estimate(likely, fast, slow, whole)
 
 
 # -- plans ---------------------------------------------------------------------------------------------------
