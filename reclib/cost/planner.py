@@ -112,6 +112,13 @@ def efficiency() -> dict[str, Any]:
     return _read("efficiency.yaml")
 
 
+def errors() -> dict[str, Mapping[str, Any]]:
+    """Return the error of plans on rows that no fit had seen, by measured device."""
+    return {name: cpu.error for name, cpu in cpus().items()} | {
+        name: board["error"] for name, board in efficiency()["measured"].items()
+    }
+
+
 def with_threads(threads: str) -> list[Cpu]:
     """Return every measured CPU with so many threads: cpu1, cpu2."""
     return [cpu for label, cpu in cpus().items() if label.partition(" ")[0] == threads]

@@ -702,13 +702,11 @@ def of_devices(results: Results) -> list[str]:
 
 def planner_errors() -> list[str]:
     """Say how far plans were off on the devices where they were tried."""
-    errors = {label: cpu.error for label, cpu in planner.cpus().items()}
-    errors |= {label: board["error"] for label, board in planner.efficiency()["measured"].items()}
     return [
         f"{label}: plans of {error['rows']} {error['of']} rows were off by {error['time_median']:.0%} in "
         f"time (median; at worst a factor of {1 + error['time_worst']:.2f}), by "
         f"{error['memory_median']:.0%} in memory."
-        for label, error in errors.items()
+        for label, error in planner.errors().items()
     ]
 
 
