@@ -196,17 +196,17 @@ def roofline(
     host fp32's for tf32, since only 16 bits need casts. `captured` is a step in one CUDA graph, whose
     operators the host does not start.
     """
-    shares = {
-        name: value.get(precision, value["fp32" if precision == "tf32" and name == "operator_us" else "bf16"])
-        if isinstance(value, Mapping)
-        else value
-        for name, value in share.items()
-        if name in ("products", "bandwidth", "operator_us")
-    }
-    peak, bandwidth = board.peaks[precision] * shares["products"], board.bandwidth * shares["bandwidth"]
+    of_peak = _of_precision(share["products"], precision, "bf16")
+    operator_us = _of_precision(share["operator_us"], precision, "fp32" if precision == "tf32" else "bf16")
+    peak, bandwidth = board.peaks[precision] * of_peak, board.bandwidth * share["bandwidth"]
     device = {part.name: max(part.flops / peak, part.bytes / bandwidth) for part in parts}
     started = sum(part.operators for part in parts if part.kind != "update")
-    return device, 0.0 if captured else 1e-6 * shares["operator_us"] * started
+    return device, 0.0 if captured else 1e-6 * operator_us * started
+
+
+def _of_precision(share: float | Mapping[str, float], precision: str, other: str) -> float:
+    """Return a share, or of shares by precision this one's, or else another's."""
+    return share.get(precision, share[other]) if isinstance(share, Mapping) else share
 
 
 def on_board(parts: Sequence[Part], board: Board, precision: str, captured: bool = False) -> Estimate:
