@@ -60,8 +60,8 @@ def learning_curves(rows: pd.DataFrame) -> go.Figure:
         seeds = rows.loc[rows["model"] == order[0], "seed"].nunique()
         mean = f", mean of {seeds} seeds" if seeds > 1 else ""
         title = style.sentence(f"{order[0]} is best on validation: NDCG@10 {best.max():.3f}{mean}")
-        scored = rows.dropna(subset=["valid_ndcg@10"]).sort_values("epoch")
-        last = scored.groupby(["model", "seed"], dropna=False).tail(1).groupby("model")["valid_ndcg@10"]
+        known = rows.dropna(subset=["valid_ndcg@10"]).sort_values("epoch")
+        last = known.groupby(["model", "seed"], dropna=False).tail(1).groupby("model")["valid_ndcg@10"]
         ends = last.mean().loc[order[:MOST_COLORS]]
         right = pd.Series(last_epoch, ends.index)
         figure.label_ends(right, ends, colors, rows["valid_ndcg@10"].max(), 2)
@@ -81,20 +81,20 @@ def learning_curves(rows: pd.DataFrame) -> go.Figure:
 def metric_comparison(rows: pd.DataFrame) -> go.Figure:
     """HR@10, NDCG@10 and MRR by model: mean over users with its interval, and each seed apart."""
     rows = style.named(rows)
-    metrics = [key for key in _TITLES if key in rows and rows[key].notna().any()]
+    shown = [key for key in _TITLES if key in rows and rows[key].notna().any()]
     means = rows[rows["seed"].isna()] if rows["seed"].isna().any() else rows
     models = list(means.groupby("model")["hr@10"].max().sort_values(ascending=False).index)
-    figure, colors = panels(len(metrics), spacing=0.06, shared_yaxes=True), style.model_colors(models)
+    figure, colors = panels(len(shown), spacing=0.06, shared_yaxes=True), style.model_colors(models)
     tick = {"symbol": "line-ns", "size": 14, "line": {"color": INK, "width": 1.5}}
-    for panel, metric in enumerate(metrics, 1):
-        scored = rows[rows[metric].notna()]
-        has_interval = style.column(scored, f"{metric}_low").notna()
-        for (model, kind, with_interval), part in scored.groupby(["model", "kind", has_interval]):
+    for panel, metric in enumerate(shown, 1):
+        known = rows[rows[metric].notna()]
+        has_interval = style.column(known, f"{metric}_low").notna()
+        for (model, kind, whole), some in known.groupby(["model", "kind", has_interval]):
             color = colors[model]
             figure.add_scatter(
-                **{"x": part[metric], "y": part["model"], "mode": "markers"},
-                marker=marker(kind, color) if with_interval or part["seed"].isna().all() else tick,
-                error_x=interval(part, metric, color) if with_interval else None,
+                **{"x": some[metric], "y": some["model"], "mode": "markers"},
+                marker=marker(kind, color) if whole or some["seed"].isna().all() else tick,
+                error_x=interval(some, metric, color) if whole else None,
                 hovertemplate="%{y}: %{x:.4f}<extra></extra>",
                 **at(1, panel),
             )
@@ -110,11 +110,11 @@ def metric_comparison(rows: pd.DataFrame) -> go.Figure:
 def comparison(rows: pd.DataFrame) -> go.Figure:
     """Every model's paired difference from the reference, with its interval, and what may be said of it."""
     rows = _with_claims(style.named(rows[rows["against"] == rows["against"].iloc[0]]))
-    metrics = [metric for metric in _TITLES if (rows["metric"] == metric).any()]
-    first = rows[rows["metric"] == metrics[0]]
+    shown = [metric for metric in _TITLES if (rows["metric"] == metric).any()]
+    first = rows[rows["metric"] == shown[0]]
     order = list(first.sort_values("difference", ascending=False)["model"])
-    figure = panels(rows=len(metrics), vertical=0.2)
-    for panel, metric in enumerate(metrics, 1):
+    figure = panels(rows=len(shown), vertical=0.2)
+    for panel, metric in enumerate(shown, 1):
         part, place = rows[rows["metric"] == metric], at(panel, 1)
         _claim_marks(figure, part, part["model"], place)
         # Claims stand on the right, clear of the intervals.
@@ -128,10 +128,10 @@ def comparison(rows: pd.DataFrame) -> go.Figure:
             figure.text(claim, high + 0.06 * room, name, color, xanchor="left", **place)
         figure.update_xaxes(title_text=f"difference in {_TITLES[metric]}", nticks=7, **place)
     figure.categories(order)
-    figure.update_layout(height=140 + len(metrics) * (75 + 30 * len(order)))
+    figure.update_layout(height=140 + len(shown) * (75 + 30 * len(order)))
     how = "paired by user; bar: 95 % interval; words: p corrected for all rows (Holm); "
     figure.note(how + "grey band: too small for these users to show (power 80 %)")
-    start = f"Against {model_name(rows['against'].iloc[0])}, {_TITLES[metrics[0]]} of {len(first)} models"
+    start = f"Against {model_name(rows['against'].iloc[0])}, {_TITLES[shown[0]]} of {len(first)} models"
     return figure.update_layout(title_text=f"{start}: {_counted(first['claim'])}")
 
 
@@ -158,8 +158,8 @@ def equal_time(rows: pd.DataFrame) -> go.Figure:
         return figure.update_layout(title_text=f"NDCG@10 of {last.index[0]}: {last['ndcg@10'].iloc[0]:.3f}")
     final = table.iloc[-1].dropna().sort_values(ascending=False)
     always = (table.idxmax(axis=1) == final.index[0]).all()
-    when = "at every time" if always else f"after {table.index[-1]:.3g} minutes"
-    title = f"{final.index[0]} leads {when}: in the end {final.iloc[0]:.3f} against {final.iloc[1]:.3f}"
+    where = "at every time" if always else f"after {table.index[-1]:.3g} minutes"
+    title = f"{final.index[0]} leads {where}: in the end {final.iloc[0]:.3f} against {final.iloc[1]:.3f}"
     return figure.update_layout(title_text=style.sentence(title))
 
 
@@ -177,10 +177,10 @@ def ablation(rows: pd.DataFrame) -> go.Figure:
     effect = np.select([helps, hurts], ["better", "worse"], "not separated")
     hover = "%{y}: %{x:+.4f}<br>NDCG@10 %{customdata[0]:.4f}, %{customdata[1]:.0f} seeds"
     hover += ", adjusted p %{customdata[2]:.3f}" if corrected else ""
-    for (_, claim), part in rows.groupby(["kind", effect]):
-        color, data = _CLAIMED.get(claim, MUTED), part.reindex(columns=["value", "seeds", "adjusted_p"])
-        ends = interval(part, "difference", color)
-        figure.dots(part, "difference", "model", color, hover, error_x=ends, customdata=data)
+    for (_, claim), some in rows.groupby(["kind", effect]):
+        color, data = _CLAIMED.get(claim, MUTED), some.reindex(columns=["value", "seeds", "adjusted_p"])
+        ends = interval(some, "difference", color)
+        figure.dots(some, "difference", "model", color, hover, error_x=ends, customdata=data)
     base = model_name(rows["against"].iloc[0])
     figure.update_xaxes(title_text="change of NDCG@10", tickformat="+.3~f", nticks=7)
     figure.add_vline(0, line=_ZERO)
@@ -236,11 +236,11 @@ def _claim_marks(figure: style.Chart, rows: pd.DataFrame, names: pd.Series, plac
     _behind(figure, -rows["detectable"], 2 * rows["detectable"], names, **place)
     hover = "%{y}: %{x:+.4f}, %{customdata[2]}<br>adjusted p %{customdata[0]:.3f}, "
     hover += "detectable %{customdata[1]:.4f}"
-    for (_, claim), part in rows.groupby(["kind", "claim"]):
+    for (_, claim), some in rows.groupby(["kind", "claim"]):
         color = _CLAIMED.get(claim, MUTED)
-        trace: dict[str, Any] = {"error_x": interval(part, "difference", color)}
-        trace |= {"customdata": part[["adjusted_p", "detectable", "claim"]]}
-        figure.dots(part, "difference", names[part.index], color, hover, **trace, **place)
+        more: dict[str, Any] = {"error_x": interval(some, "difference", color)}
+        more |= {"customdata": some[["adjusted_p", "detectable", "claim"]]}
+        figure.dots(some, "difference", names[some.index], color, hover, **more, **place)
 
 
 def _behind(figure: style.Chart, base: pd.Series, width: pd.Series, names: pd.Series, **place: Any) -> None:
@@ -278,16 +278,16 @@ def protocols(rows: pd.DataFrame) -> go.Figure:
         places = part["protocol"].map(order.index) + shift[model]
         look: dict[str, Any] = {"size": 7 if model in _BASELINES else 10}
         look |= {} if comparable else {"symbol": "diamond-open"}
-        trace: dict[str, Any] = {"marker": look, "error_x": interval(part, "hr@10", colors[model], width=0)}
-        trace |= {"customdata": part["label"].map(lambda text: style.broken(text, 60))}
+        more: dict[str, Any] = {"marker": look, "error_x": interval(part, "hr@10", colors[model], width=0)}
+        more |= {"customdata": part["label"].map(lambda text: style.broken(text, 60))}
         hover = f"{model}: %{{x:.4f}}<br>%{{customdata}}"
-        figure.dots(part, "hr@10", places, colors[model], hover, **trace)
+        figure.dots(part, "hr@10", places, colors[model], hover, **more)
     published = pd.DataFrame(reference()["accuracy"])
     look = {"symbol": "square-open", "size": 10, "color": MUTED, "line": {"color": MUTED, "width": 1.5}}
-    origins = published[["name", "data", "source"]].to_numpy().tolist()
+    about = published[["name", "data", "source"]].to_numpy().tolist()
     hover = "%{customdata[0]} on %{customdata[1]}: %{x:.4f}<br>published in its %{customdata[2]}, "
     hover += "no artefact in its repository<extra></extra>"
-    marks = {"mode": "markers", "marker": look, "customdata": origins, "hovertemplate": hover}
+    marks = {"mode": "markers", "marker": look, "customdata": about, "hovertemplate": hover}
     places = [len(order)] * len(published)
     figure.add_scatter(x=list(published["hr_at_10"]), y=places, showlegend=False, **marks)
     trained = {name: colors[name] for name in models if name not in _BASELINES}
@@ -302,8 +302,8 @@ def protocols(rows: pd.DataFrame) -> go.Figure:
         "repository"
     )
     figure.update_layout(height=200 + 58 * len(names))
-    comparable_rows = rows[~rows["other_training"] & ~rows["model"].isin(_BASELINES)]
-    span = (comparable_rows if len(comparable_rows) else rows).groupby("model")["hr@10"].agg(["min", "max"])
+    same = rows[~rows["other_training"] & ~rows["model"].isin(_BASELINES)]
+    span = (same if len(same) else rows).groupby("model")["hr@10"].agg(["min", "max"])
     most = style.extreme(span.assign(moved=span["max"] - span["min"]).reset_index(), "moved")
     moved = f"from {most['min']:.2f} to {most['max']:.2f}"
     return figure.update_layout(title_text=f"The protocol alone moves HR@10 of {most['model']} {moved}")
@@ -377,7 +377,7 @@ def groups(rows: pd.DataFrame) -> go.Figure:
     rows = style.named(rows)
     means = rows.groupby("model")["hr@10"].mean()
     trained = [name for name in means.index if name not in _BASELINES]
-    named = [*trained, *means.drop(trained).sort_values().index[-1:]]  # with the best baseline
+    shown = [*trained, *means.drop(trained).sort_values().index[-1:]]  # with the best baseline
     colors = style.model_colors(means.index)
     titles = {"history": "by length of the history", "popularity": "by popularity of the target"}
     titles |= {"time": "by time of the target"} if (rows["by"] == "time").any() else {}
@@ -387,7 +387,7 @@ def groups(rows: pd.DataFrame) -> go.Figure:
         part = rows[rows["by"] == by]
         order = list(dict.fromkeys(part["group"]))
         height += len(order)
-        _group_lines(figure, part.assign(place=part["group"].map(order.index)), named, colors, panel)
+        _group_lines(figure, part.assign(place=part["group"].map(order.index)), shown, colors, panel)
         users = part.groupby("group")["users"].first()
         figure.update_xaxes(title_text=f"HR@10 {title}", rangemode="tozero", **at(panel, 1))
         names = [f"{_short(group)}<br>{users[group]:,} users" for group in order]
@@ -396,31 +396,31 @@ def groups(rows: pd.DataFrame) -> go.Figure:
         "history: interactions; popularity: shares of all interactions, most popular items first; bar: 95 % "
         "interval over users; thin grey lines: other baselines (names on hover)"
     )
-    _legend(figure, {name: colors[name] for name in named})
+    _legend(figure, {name: colors[name] for name in shown})
     figure.update_layout(height=100 + 100 * len(titles) + 46 * height)
-    leader = max(named, key=lambda name: means[name])
+    leader = max(shown, key=lambda name: means[name])
     part = rows[(rows["by"] == "popularity") & (rows["model"] == leader)]
-    findable = part[part["group"].map(_short) != "not in training"]  # no model can find what it never met
-    first, last = findable["hr@10"].iloc[0], findable["hr@10"].iloc[-1]
+    met = part[part["group"].map(_short) != "not in training"]  # no model can find what it never met
+    first, last = met["hr@10"].iloc[0], met["hr@10"].iloc[-1]
     title = f"{leader} finds {first:.0%} of the most popular targets, {last:.0%} of the rarest"
     return figure.update_layout(title_text=style.sentence(title))
 
 
 def _group_lines(
-    figure: style.Chart, rows: pd.DataFrame, named: list[str], colors: dict[Any, str], panel: int
+    figure: style.Chart, rows: pd.DataFrame, shown: list[str], colors: dict[Any, str], panel: int
 ) -> None:
     """Draw a line of groups for each model, with intervals for those that are shown by name."""
-    for (name, kind), part in rows.groupby(["model", "kind"]):
+    for (name, kind), some in rows.groupby(["model", "kind"]):
         color, shift, ends = colors[name], 0.0, None
         look: dict[str, Any] = {"mode": "lines", "line": {"width": 1}, "opacity": 0.45}
-        if name in named:
+        if name in shown:
             look = {"mode": "lines+markers", "line": {"width": 1.5}, "opacity": 1}
-            shift = 0.12 * (named.index(name) - (len(named) - 1) / 2)
-            ends = interval(part, "hr@10", color, width=3)
-        look |= {"marker": marker(kind, color) | {"size": 7}, "customdata": part[["group", "users"]]}
+            shift = 0.12 * (shown.index(name) - (len(shown) - 1) / 2)
+            ends = interval(some, "hr@10", color, width=3)
+        look |= {"marker": marker(kind, color) | {"size": 7}, "customdata": some[["group", "users"]]}
         hover = f"{name}, %{{customdata[0]}} (%{{customdata[1]:,}} users): %{{x:.3f}}"
-        places = part["place"] + shift
-        figure.path(part, "hr@10", places, color, hover, error_x=ends, **look, **at(panel, 1))
+        places = some["place"] + shift
+        figure.path(some, "hr@10", places, color, hover, error_x=ends, **look, **at(panel, 1))
 
 
 def _short(group: str) -> str:
@@ -467,9 +467,9 @@ def tie_rules(rows: pd.DataFrame) -> go.Figure:
     figure = panels(len(datasets), spacing=0.06, shared_yaxes=True, subplot_titles=datasets)
     for (dataset, model), part in rows.groupby(["dataset", "model"]):
         place, color = at(1, datasets.index(dataset) + 1), colors[model]
-        trace = {"error_x": interval(part, "ndcg@10", color, width=0), "customdata": part[["model", "hr@10"]]}
+        more = {"error_x": interval(part, "ndcg@10", color, width=0), "customdata": part[["model", "hr@10"]]}
         hover = "%{customdata[0]}, %{y}: %{x:.4f} (HR@10 %{customdata[1]:.4f})"
-        figure.dots(part, "ndcg@10", "rule", color, hover, **trace, **place)
+        figure.dots(part, "ndcg@10", "rule", color, hover, **more, **place)
     figure.update_xaxes(title_text="NDCG@10 on test", rangemode="tozero", nticks=5)
     _legend(figure, colors)
     figure.categories(
@@ -500,15 +500,15 @@ def accuracy_by_share(rows: pd.DataFrame) -> go.Figure:
     for panel, task in enumerate(tasks, 1):
         part, place = means[means["task_name"] == task], at(1, panel)
         trained = part[~part["model"].isin(("none", "pairwise_counts"))]
-        for (_, model), group in trained.groupby(["kind", "model"], sort=False):
+        for (_, model), some in trained.groupby(["kind", "model"], sort=False):
             name, color = ARM_NAMES[model], _ARM_COLORS.get(model, INK)
-            trace = {"name": name, "legendgroup": model, "showlegend": panel == 1}
-            trace |= {"error_y": interval(group, "ndcg@10", color, thickness=1.2, width=3)}
-            trace |= {"customdata": group[["trained", "saved_bytes"]]}
+            more = {"name": name, "legendgroup": model, "showlegend": panel == 1}
+            more |= {"error_y": interval(some, "ndcg@10", color, thickness=1.2, width=3)}
+            more |= {"customdata": some[["trained", "saved_bytes"]]}
             hover = (
                 f"{name}: %{{y:.4f}}<br>%{{customdata[0]:,.0f}} trained, %{{customdata[1]:,.0f}} bytes saved"
             )
-            figure.dots(group, 100 * group["trained_share"], "ndcg@10", color, hover, **trace, **place)
+            figure.dots(some, 100 * some["trained_share"], "ndcg@10", color, hover, **more, **place)
         base = part[part["model"] == "none"].iloc[0]
         figure.add_hline(base["ndcg@10"], line=_ZERO | {"dash": "dot"}, **place)
         for value in part.loc[part["model"] == "pairwise_counts", "ndcg@10"]:  # trains nothing: no share
@@ -568,12 +568,12 @@ def adapter_cost(rows: pd.DataFrame) -> go.Figure:
     names = rows["model"].map(ARM_NAMES) + ", " + rows["precision"] + ", " + modes
     figure, hover = panels(3, spacing=0.05, shared_yaxes=True), "%{y}: %{x:,.4~g}"
     timed = style.column(rows, "step_seconds").notna()
-    for (_, model), part in rows[timed].groupby(["kind", "model"], sort=False):
-        color, label = _ARM_COLORS.get(model, INK), names[part.index]
-        ends, ms = interval(part, "step_seconds", color, 1e3), 1e3 * part["step_seconds"]
-        figure.dots(part, ms, label, color, "%{y}: %{x:.2f} ms", error_x=ends, **at(1, 1))
-        figure.bars(part, part["peak_tensor_bytes"] / 2**20, label, color, hover, **at(1, 2))
-        figure.dots(part, part["trained_bytes"] / 2**10, label, color, hover, **at(1, 3))
+    for (_, model), some in rows[timed].groupby(["kind", "model"], sort=False):
+        color, label = _ARM_COLORS.get(model, INK), names[some.index]
+        ends, ms = interval(some, "step_seconds", color, 1e3), 1e3 * some["step_seconds"]
+        figure.dots(some, ms, label, color, "%{y}: %{x:.2f} ms", error_x=ends, **at(1, 1))
+        figure.bars(some, some["peak_tensor_bytes"] / 2**20, label, color, hover, **at(1, 2))
+        figure.dots(some, some["trained_bytes"] / 2**10, label, color, hover, **at(1, 3))
     figure.words_beside(names[~timed], rows["status"][~timed].astype(str))
     figure.update_xaxes(title_text="median step, quartiles (ms)", rangemode="tozero", **at(1, 1))
     figure.update_xaxes(title_text="tensors at the peak (MiB)", rangemode="tozero", **at(1, 2))
@@ -597,8 +597,8 @@ def gate_by_user(rows: pd.DataFrame) -> go.Figure:
     task = rows["task"].iloc[0]
     rows = rows[rows["task"] == task]
     experts = [str(name) for name in rows if str(name).startswith("expert ")]
-    feature_parts = ("items in the history", "mean popularity", "last item", "NDCG@10 minus")
-    features = [str(name) for part in feature_parts for name in rows if part in str(name)]
+    known = ("items in the history", "mean popularity", "last item", "NDCG@10 minus")
+    features = [str(name) for part in known for name in rows if part in str(name)]
     spread = max(float(rows[expert].std()) for expert in experts)  # of all users, drawn or not
     users = len(rows)
     rows = rows.sample(min(users, DRAWN_USERS), random_state=0).sort_index()
@@ -614,8 +614,8 @@ def gate_by_user(rows: pd.DataFrame) -> go.Figure:
         buttons.append({"label": name, "method": "update", "args": changes})
     figure.update_xaxes(title_text=features[0])
     figure.update_yaxes(title_text="weight of the expert")
-    sampled = f"{len(rows):,} of {users:,} users drawn by chance, " if users > len(rows) else ""
-    figure.note(f"{sampled}a mark a user and expert, one seed; dotted: all experts alike, as plain LoRA")
+    drawn = f"{len(rows):,} of {users:,} users drawn by chance, " if users > len(rows) else ""
+    figure.note(f"{drawn}a mark a user and expert, one seed; dotted: all experts alike, as plain LoRA")
     spreads = f"Weights of an expert differ by {spread:.3f} (standard deviation) among users"
     menu = {"buttons": buttons, "x": 0, "xanchor": "left", "y": -0.16, "yanchor": "top"}
     figure.update_layout(height=480, showlegend=True, updatemenus=[menu], margin={"b": 110})
@@ -626,17 +626,17 @@ def gate_correlations(rows: pd.DataFrame) -> go.Figure:
     """Spearman's correlation of each expert's weight with what is known of the user."""
     rows = rows[rows["task"] == rows["task"].iloc[0]]
     figure = single()
-    for number, ((kind, expert), part) in enumerate(rows.groupby(["kind", "expert"])):
-        stars = np.where(part["adjusted_p"] < statistics.ALPHA, "*", "")
-        trace = {
+    for number, ((kind, expert), some) in enumerate(rows.groupby(["kind", "expert"])):
+        stars = np.where(some["adjusted_p"] < statistics.ALPHA, "*", "")
+        more = {
             "mode": "markers+text",
             "text": stars,
             "textposition": "top center",
             "name": f"expert {expert}",
         }
-        trace |= {"marker": marker(kind, PALETTE[number % len(PALETTE)]), "customdata": part["adjusted_p"]}
+        more |= {"marker": marker(kind, PALETTE[number % len(PALETTE)]), "customdata": some["adjusted_p"]}
         hover = "%{y}: %{x:+.3f}, adjusted p %{customdata:.3f}"
-        figure.add_scatter(x=part["spearman"], y=part["feature"], hovertemplate=hover, **trace)
+        figure.add_scatter(x=some["spearman"], y=some["feature"], hovertemplate=hover, **more)
     figure.add_vline(0, line=_ZERO)
     figure.update_xaxes(title_text="Spearman's correlation over users", range=[-1.05, 1.05])
     figure.categories(sorted(set(rows["feature"])), 44)

@@ -28,9 +28,9 @@ def preparation(rows: pd.DataFrame) -> go.Figure:
         figure.update_xaxes(title_text=counted, rangemode="tozero", nticks=4, **at(1, column))
     figure.update_yaxes(autorange="reversed")
     first, core = (rows[rows["step"] == step].iloc[0] for step in ("source", "k-core"))
-    share, dropped = core["interactions"] / first["interactions"], first["items"] - core["items"]
-    title = f"The k-core keeps {share:.1%} of interactions and drops {dropped:,} of {first['items']:,} items"
-    if share == 1:
+    kept, lost = core["interactions"] / first["interactions"], first["items"] - core["items"]
+    title = f"The k-core keeps {kept:.1%} of interactions and drops {lost:,} of {first['items']:,} items"
+    if kept == 1:
         title = f"Nothing was removed: all {core['interactions']:,} interactions are in the k-core"
     return figure.update_layout(title_text=title)
 
@@ -64,9 +64,9 @@ def item_popularity(rows: pd.DataFrame) -> go.Figure:
     left, right = at(1, 1), at(1, 2)
     hover = "rank %{x:,}: %{y:,} interactions"
     figure.path(rows, "rank", "interactions", BLUE, hover, **left)
-    items, shares = ([0.0, *rows[f"{unit}_share"]] for unit in ("item", "interaction"))
+    items, held = ([0.0, *rows[f"{what}_share"]] for what in ("item", "interaction"))
     hover, tint = "top %{x:.1%} of items: %{y:.1%}", "rgba(0,114,178,0.10)"
-    figure.path(rows, items, shares, BLUE, hover, fill="tozeroy", fillcolor=tint, **right)
+    figure.path(rows, items, held, BLUE, hover, fill="tozeroy", fillcolor=tint, **right)
     equal = {"color": MUTED, "width": 1, "dash": "dot"}
     figure.add_scatter(x=[0, 1], y=[0, 1], mode="lines", line=equal, hoverinfo="skip", **right)
     figure.text("all items equal", 0.62, 0.5, MUTED, **right)
@@ -132,9 +132,9 @@ def interactions_over_time(rows: pd.DataFrame) -> go.Figure:
     counts, look = rows["interactions"], {"orientation": None, "showlegend": False}
     figure.bars(rows, "start", counts, BLUE, "from %{x}: %{y:,} interactions", **look, **above)
     for name, color in (("users", ORANGE), ("items", GREEN)):
-        share = rows[f"new_{name}"].cumsum() / rows[f"new_{name}"].sum()
+        met = rows[f"new_{name}"].cumsum() / rows[f"new_{name}"].sum()
         hover = f"by the end of the span from %{{x}}: %{{y:.1%}} of {name}"
-        figure.path(rows, "start", share, color, hover, name=f"{name} met so far", **below)
+        figure.path(rows, "start", met, color, hover, name=f"{name} met so far", **below)
     for part, name, side in (("valid", "validation", "right"), ("test", "test", "left")):
         if f"{part}_from" in rows:  # of the split by global time
             point = pd.Timestamp(rows[f"{part}_from"].iloc[0], unit="s")
@@ -158,8 +158,8 @@ def cold_start(rows: pd.DataFrame) -> go.Figure:
     rows = rows[rows["part"] == "test"]
     splits = rows["split"].map(lambda text: style.broken(text, 20))
     figure = single()
-    for unit, name, color in (("item", "target item", BLUE), ("user", "user", ORANGE)):
-        share, hover = rows[f"unseen_{unit}_share"], "%{x:.2%} of %{customdata:,} test rows"
+    for what, name, color in (("item", "target item", BLUE), ("user", "user", ORANGE)):
+        share, hover = rows[f"unseen_{what}_share"], "%{x:.2%} of %{customdata:,} test rows"
         look = {"name": f"{name} never trained on", "customdata": rows["rows"]}
         figure.bars(rows, share, splits, color, hover, **look, **texts(share, "{:.1%}"))
     figure.update_xaxes(title_text="share of test rows", tickformat=".0%", range=[0, 1.08])

@@ -194,7 +194,7 @@ def build(
     rows: Sequence[Record],
     out_dir: Path,
     problems: Sequence[str] = (),
-    existing: Mapping[str, Drawing] = MappingProxyType({}),
+    there: Mapping[str, Drawing] = MappingProxyType({}),
     roots: Sequence[Path] = (),
 ) -> list[Path]:
     """Rebuild every figure that there are records for, and `index.html`; return the files.
@@ -211,9 +211,9 @@ def build(
     out_dir.mkdir(parents=True, exist_ok=True)
     for drawing in drawings(rows):
         file = out_dir / f"{drawing.file}.html"
-        with _noting_failures(f"figure {drawing.file}", problems):
+        with _left_out(f"figure {drawing.file}", problems):
             committed = system.figures() / file.name
-            if existing.get(drawing.file) == drawing and committed.is_file():
+            if there.get(drawing.file) == drawing and committed.is_file():
                 _replace(file, committed.read_text(encoding="utf-8"))
             elif _DRAWN.get(file) != drawing or not file.is_file():
                 write(show(drawing.spec.name, *drawing.records, *drawing.beside), drawing.file, out_dir)
@@ -223,7 +223,7 @@ def build(
     if files:
         _replace(out_dir / PLOTLY, get_plotlyjs())
     pages: dict[Path, str] = {}
-    with _noting_failures("executed notebooks", problems):
+    with _left_out("executed notebooks", problems):
         pages = notebook_pages(roots, out_dir)
     files += [page for page in pages if page.suffix == ".html"]
     addresses = {name: Path(os.path.relpath(page, out_dir)).as_posix() for page, name in pages.items()}
@@ -239,13 +239,13 @@ def _card(drawing: Drawing, file: Path) -> Card:
     """Return what the page says of a figure's file: its title and height."""
     html = file.read_text(encoding="utf-8")
     title, height = re.search("<title>(.*?)</title>", html), re.search(r'style="height:(\d+)px', html)
-    rows = [*drawing.records, *drawing.beside] if drawing.spec.across else drawing.records
+    of = [*drawing.records, *drawing.beside] if drawing.spec.across else drawing.records
     return Card(
         drawing.file,
         unescape(title[1]) if title else drawing.file,
         int(height[1]) if height else HEIGHT,
         drawing.spec,
-        rows,
+        of,
     )
 
 
@@ -271,7 +271,7 @@ def _replace(path: Path, text: str) -> Path:
 
 
 @contextlib.contextmanager
-def _noting_failures(task: str, problems: list[str]) -> Iterator[None]:
+def _left_out(what: str, problems: list[str]) -> Iterator[None]:
     """Note a failure of `what` instead of raising it.
 
     Records are data of whoever made them, and no check of their form rules out that a figure fails on one:
@@ -281,7 +281,7 @@ def _noting_failures(task: str, problems: list[str]) -> Iterator[None]:
         yield
     except Exception as error:
         reason = str(error).splitlines()[0][:200] if str(error) else ""
-        problems.append(f"{task}: {type(error).__name__} {reason}".rstrip())
+        problems.append(f"{what}: {type(error).__name__} {reason}".rstrip())
         print(f"left out: {problems[-1]}", file=sys.stderr)
 
 
@@ -292,30 +292,30 @@ def drawings(rows: Sequence[Record]) -> Iterator[Drawing]:
             if chosen := spec.choose(rows):
                 yield Drawing(spec, "", "", chosen, [])
             continue
-        main, further = (
+        needed, further = (
             [r for r in rows if (r["notebook"], r["name"]) == (spec.notebook, name)]
             for name in (spec.needs, spec.beside)
         )
-        parts, besides = tables.groups(main), dict[Any, Any](tables.groups(further))
+        parts, besides = tables.groups(needed), dict[Any, Any](tables.groups(further))
         if spec.across:  # with long measurements of whatever device, and the work that they did
-            placed = [tables.placed(tables.with_work(r)) for r in further]
-            placed.sort(key=lambda r: json.dumps(r["own_params"], sort_keys=True))
+            whole = [tables.placed(tables.with_work(r)) for r in further]
+            whole.sort(key=lambda r: json.dumps(r["own_params"], sort_keys=True))
             together: dict[str, dict[str, list[Record]]] = {}
-            for (dataset, label), group in parts.items():
-                together.setdefault(dataset, {})[label] = group
+            for (dataset, label), some in parts.items():
+                together.setdefault(dataset, {})[label] = some
             parts = {
-                (name, next(iter(by_label)) if len(by_label) == 1 else "devices"): [
-                    r for group in by_label.values() for r in group
+                (name, next(iter(of)) if len(of) == 1 else "devices"): [
+                    r for some in of.values() for r in some
                 ]
-                for name, by_label in together.items()
+                for name, of in together.items()
             }
-            besides = dict.fromkeys(parts, placed)
-        for (dataset, label), group in parts.items():
+            besides = dict.fromkeys(parts, whole)
+        for (dataset, label), some in parts.items():
             # Runs that settings are chosen by are compared in figures of their own.
             is_choice = spec.needs == "learning_curve" and tables.chooses(dataset)
-            shows_nothing = spec.enough is not None and not spec.enough(group)
+            shows_nothing = spec.enough is not None and not spec.enough(some)
             if not is_choice and not shows_nothing:
-                yield Drawing(spec, dataset, label, group, besides.get((dataset, label), []))
+                yield Drawing(spec, dataset, label, some, besides.get((dataset, label), []))
 
 
 # -- the page: each notebook's question, its answer from the records, and one figure; the rest unfolds -------
@@ -363,10 +363,10 @@ def questions(notebooks: Path) -> dict[str, Question]:
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{file.name}: not a notebook (broken JSON, or no cells)") from None
         cell = next((cell for cell in cells if cell["cell_type"] == "markdown"), {"source": ""})
-        heading, _, body = "".join(cell["source"]).strip().partition("\n")
-        paragraph = body.strip().split("\n\n")[0]
-        text = "" if paragraph.startswith(("|", "#", "-")) else " ".join(paragraph.split())
-        by_notebook[file.stem] = Question(re.sub(r"^#+\s*(\d\d\s+)?", "", heading), _inline(text))
+        heading, _, rest = "".join(cell["source"]).strip().partition("\n")
+        paragraph = rest.strip().split("\n\n")[0]
+        shown = "" if paragraph.startswith(("|", "#", "-")) else " ".join(paragraph.split())
+        by_notebook[file.stem] = Question(re.sub(r"^#+\s*(\d\d\s+)?", "", heading), _inline(shown))
     return by_notebook
 
 
@@ -394,12 +394,12 @@ def notebook_pages(roots: Sequence[Path], out_dir: Path) -> dict[Path, str]:
     for (name, label), file in executed.items():
         content, page = file.read_bytes(), out_dir / f"{name}_{label}.html"
         source = hashlib.sha256(content + empty.encode()).hexdigest()[:32]
-        for candidate in (page, system.figures() / page.name):
-            if candidate.is_file() and source in (html := candidate.read_text(encoding="utf-8")):
+        for there in (page, system.figures() / page.name):
+            if there.is_file() and source in (html := there.read_text(encoding="utf-8")):
                 break
         else:
-            fields = {"name": name, "label": label, "cells": json.loads(content)["cells"], "source": source}
-            html = _rendered("notebook.html", **fields, **values)
+            about = {"name": name, "label": label, "cells": json.loads(content)["cells"], "source": source}
+            html = _rendered("notebook.html", **about, **values)
             html = re.sub(r'href="(\d\d_\w+)\.ipynb', r'href="index.html#\1', html)
         pages[_replace(page, html)] = f"{name} {label}"
     return pages
@@ -449,7 +449,7 @@ def index(
         notebooks = sorted({row["notebook"] for row in others})
         sections.append(about | _section(notebooks, others, own, None, problems) | {"origin": origin(others)})
     summary: list[str] = []
-    with _noting_failures("the answer of the study", problems):
+    with _left_out("the answer of the study", problems):
         summary = findings.study(known)
     return _rendered(
         "index.html",
@@ -472,9 +472,9 @@ def _section(
     answers, details, work = [], [], []
     for name in notebooks:
         work = tables.best_work(row for row in rows if row["notebook"] == name)
-        first, further = _sentences(name, work, problems)
+        first, more = _sentences(name, work, problems)
         answers += first
-        details += further
+        details += more
     lead = lead or next(iter(cards), None)
     return {
         "answers": answers,
@@ -498,13 +498,13 @@ def _sentences(name: str, work: Sequence[Record], problems: list[str]) -> tuple[
     for dataset, rows in sorted(datasets.items(), key=lambda item: _most_work(item[1]), reverse=True):
         if tables.chooses(dataset):
             continue
-        with _noting_failures(f"findings of {name} on {dataset}", problems):
+        with _left_out(f"findings of {name} on {dataset}", problems):
             apart = name in findings.CHAPTERS and name not in ("06_hardware", "07_explore")
             for label in sorted({row["label"] for row in rows}) if apart else [""]:
-                part = [row for row in rows if not apart or row["label"] == label]
-                first, *others = findings.sentences(name, part) or [""]
+                some = [row for row in rows if not apart or row["label"] == label]
+                first, *more = findings.sentences(name, some) or [""]
                 answers += [first] if first else []
-                details += [f"{dataset}: {line}" if len(datasets) > 1 else line for line in others]
+                details += [f"{dataset}: {line}" if len(datasets) > 1 else line for line in more]
     claims = [answer for answer in answers if not answer.startswith(findings.TOO_FEW)]
     return claims or answers, [*(answer for answer in answers if claims and answer not in claims), *details]
 
@@ -525,9 +525,9 @@ def origin(rows: Sequence[Record]) -> Origin:
     return Origin(text, max(row["time"] for row in rows)[:10], "smoke" in profiles)
 
 
-def _counted(texts: set[str], noun: str) -> str:
+def _counted(texts: set[str], what: str) -> str:
     """Return texts where they are few, else how many of `what` there are."""
-    return ", ".join(sorted(texts)) if len(texts) <= FEW else f"{len(texts)} {noun}"
+    return ", ".join(sorted(texts)) if len(texts) <= FEW else f"{len(texts)} {what}"
 
 
 def _most_work(rows: Sequence[Record]) -> tuple[int, bool, str]:
@@ -595,12 +595,12 @@ def draw(rows: Sequence[Record], out_dir: Path) -> list[Path]:
     files = []
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / PLOTLY).write_text(get_plotlyjs(), encoding="utf-8")
-        for name, group in main_figures(rows).items():
-            figure = show(name, *group)
-            picture = Path(folder) / f"{name}.png"
-            photograph(program, write(figure, name, Path(folder)), picture, figure.layout.height or HEIGHT)
+        for name, some in main_figures(rows).items():
+            figure = show(name, *some)
+            drawn = Path(folder) / f"{name}.png"
+            photograph(program, write(figure, name, Path(folder)), drawn, figure.layout.height or HEIGHT)
             files.append(out_dir / file_name(name))
-            system.write_atomically(files[-1], picture.read_bytes())
+            system.write_atomically(files[-1], drawn.read_bytes())
     return files
 
 
@@ -616,11 +616,11 @@ def photograph(program: str, html: Path, picture: Path, height: int, width: int 
         command += ["--no-sandbox"] if os.geteuid() == 0 else []  # it refuses root otherwise
         command += [f"--window-size={width},{height}", html.resolve().as_uri()]
         try:
-            process = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
         except subprocess.TimeoutExpired:
             raise InputError(f"{name} took over {_SECONDS} s to draw {html.name}") from None
-    if process.returncode or not picture.is_file():
-        reason = (process.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    if done.returncode or not picture.is_file():
+        reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise InputError(f"{name} could not draw {html.name}: {reason}")
 
 
@@ -629,9 +629,9 @@ def pictures_main(arguments: Sequence[str] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="python -m reclib pictures", description=__doc__, formatter_class=raw)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (figures/)")
-    options = parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
     try:
-        files = draw(records.latest(records.read(system.committed())), options.out or system.figures())
+        files = draw(records.latest(records.read(system.committed())), given.out or system.figures())
     except InputError as error:
         print(error, file=sys.stderr)
         return 2

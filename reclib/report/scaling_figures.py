@@ -69,9 +69,9 @@ def scaling_curve(rows: pd.DataFrame) -> go.Figure:
     law = laws.iloc[-1] if len(laws) else None
     if law is not None:
         _add_law(figure, law, runs)
-    plotted = runs[(runs["sweep"] == "width") | (runs["own"] & runs["sweep"].isin(["depth", "tuned settings"]))]
+    shown = runs[(runs["sweep"] == "width") | (runs["own"] & runs["sweep"].isin(["depth", "tuned settings"]))]
     for column, x in enumerate((SIZE, FLOPS), 1):
-        _add_runs(figure, plotted, x, LOSS, 1, column)
+        _add_runs(figure, shown, x, LOSS, 1, column)
     if law is not None:
         ends: dict[str, Any] = {}
         if pd.notna(law.get("low")):
@@ -80,11 +80,11 @@ def scaling_curve(rows: pd.DataFrame) -> go.Figure:
         hover, name = "predicted %{y:.4f} nats", f"prediction of {law['of']}"
         figure.dots("predicted", [law["size"]], [law["predicted"]], INK, hover, name=name, **ends, **at(1, 1))
     # The sizes' names under their lowest marks, of committed ones if there are any.
-    named = plotted if plotted["own"].all() else plotted[~plotted["own"]]
+    named = shown if shown["own"].all() else shown[~shown["own"]]
     for row in named.sort_values(LOSS).drop_duplicates("model").to_dict("records"):
         place = {"yshift": -15, "font": {"size": 11, "color": MUTED}}
         figure.text(row["model"], np.log10(row[SIZE]), row[LOSS], **place, **at(1, 1))
-    _size_axes(figure, plotted, 1)
+    _size_axes(figure, shown, 1)
     figure.update_yaxes(title_text=TITLES[LOSS], **at(1, 1))
     text = (
         "" if runs["own"].all() else "Circles: committed runs, one for each seed; the line joins their means."
@@ -93,7 +93,7 @@ def scaling_curve(rows: pd.DataFrame) -> go.Figure:
     if law is not None:
         text += " Dashed and hollow: the law of the smaller sizes and its prediction, recorded before."
         text += " Band: 95 % over resampled seeds."
-    figure.note(text.strip() + _fewer_seeds(plotted))
+    figure.note(text.strip() + _fewer_seeds(shown))
     return _legend_below(figure, _curve_title(law, runs))
 
 
@@ -113,41 +113,41 @@ def size_and_counts(rows: pd.DataFrame) -> go.Figure:
     ranked, tested = style.column(rows, RANKED), style.column(rows, "ndcg@10")
     low, high = rows[SIZE].min() / 1.3, rows[SIZE].max() * 1.3
     for number, dataset in enumerate(datasets):
-        place, in_dataset = at(number // columns + 1, number % columns + 1), rows["dataset"] == dataset
-        counts = rows[in_dataset & tested.notna() & rows["model"].isin(BASELINES)].drop_duplicates("model")
+        place, here = at(number // columns + 1, number % columns + 1), rows["dataset"] == dataset
+        counts = rows[here & tested.notna() & rows["model"].isin(BASELINES)].drop_duplicates("model")
         counts = counts[~counts["model"].str.endswith("_with_validation")]
-        widths = rows[in_dataset & ranked.notna() & (rows["sweep"] == "width")]
+        widths = rows[here & ranked.notna() & (rows["sweep"] == "width")]
         for recipe, part in ((str(recipe), part) for recipe, part in widths.groupby("recipe")):
             means = part.groupby("model").agg({SIZE: "mean", RANKED: "mean"}).sort_values(SIZE)
             look = {"mode": "lines+markers", "marker": {"size": 6}, "opacity": 0.45}
-            trace = look | {"customdata": means.index} | entry(f"{_named(recipe)}, validation")
+            more = look | {"customdata": means.index} | entry(f"{_named(recipe)}, validation")
             hover = "%{customdata}: %{y:.4f} on validation"
-            figure.path(part, means[SIZE], means[RANKED], RECIPES[recipe], hover, **trace, **place)
+            figure.path(part, means[SIZE], means[RANKED], RECIPES[recipe], hover, **more, **place)
         if counts.empty:
             corner = {"xanchor": "left", "yanchor": "bottom"} | place
             figure.text("no count is scored on the test split yet", np.log10(low), 0, MUTED, **corner)
         else:
             best = counts.sort_values("ndcg@10", ascending=False).head(MOST_COUNTS)
-            top, above = float(max(tested[in_dataset].max(), ranked[in_dataset].max())), math.inf
+            top, above = float(max(tested[here].max(), ranked[here].max())), math.inf
             for count in best.to_dict("records"):
                 value, name = count["ndcg@10"], model_name(count["model"])
                 hover, kind = f"{name}: %{{y:.4f}} on test", str(count["kind"])
-                trace = {"line": {"width": 1.5}} | entry("counts, nothing trained, test")
-                figure.path(kind, [low, high], [value] * 2, MUTED, hover, **trace, **place)
+                more = {"line": {"width": 1.5}} | entry("counts, nothing trained, test")
+                figure.path(kind, [low, high], [value] * 2, MUTED, hover, **more, **place)
                 close = above - value < 0.08 * top  # its name stands under the line, the other's above
                 above = value
                 side = {"xanchor": "left", "yanchor": "top" if close else "bottom"}
                 figure.text(name, np.log10(low), value, MUTED, font_size=11, **side, **place)
-        marks = rows[in_dataset & tested.notna() & rows[SIZE].notna()]
+        marks = rows[here & tested.notna() & rows[SIZE].notna()]
         for recipe, part in ((str(recipe), part) for recipe, part in marks.groupby("recipe")):
             color, hover = RECIPES[recipe], "%{customdata}: %{y:.4f} on test"
-            trace = {"customdata": part["model"].map(model_name)} | entry(f"{_named(recipe)}, test")
+            more = {"customdata": part["model"].map(model_name)} | entry(f"{_named(recipe)}, test")
             if "ndcg@10_low" in part:
-                trace["error_y"] = interval(part, "ndcg@10", color)
-            figure.dots(part, SIZE, "ndcg@10", color, hover, **trace, **place)
-        scores = marks[marks["recipe"] == "bert4rec"]["ndcg@10"]
-        if len(counts) and len(scores):
-            ahead.append((dataset, float(scores.max()) > counts["ndcg@10"].max()))
+                more["error_y"] = interval(part, "ndcg@10", color)
+            figure.dots(part, SIZE, "ndcg@10", color, hover, **more, **place)
+        own = marks[marks["recipe"] == "bert4rec"]["ndcg@10"]
+        if len(counts) and len(own):
+            ahead.append((dataset, float(own.max()) > counts["ndcg@10"].max()))
         figure.update_xaxes(
             **log_axis(rows[SIZE].dropna(), most=4), range=list(np.log10([low, high])), **place
         )
@@ -171,32 +171,32 @@ def popularity_by_size(rows: pd.DataFrame) -> go.Figure:
     items stands in the last one where every model has it, else the mean percentile of popularity.
     """
     datasets, sized = list(dict.fromkeys(rows["dataset"])), rows[rows[SIZE].notna()]
-    third = "head_share" if style.column(sized, "head_share").notna().all() else "popularity_percentile"
-    measures = [*list(SPREAD)[:2], third]
+    last = "head_share" if style.column(sized, "head_share").notna().all() else "popularity_percentile"
+    measures = [*list(SPREAD)[:2], last]
     grid: dict[str, Any] = {"shared_xaxes": True, "subplot_titles": datasets}
     figure, entry = panels(len(datasets), len(measures), 0.06, **grid), _entries()
     for column, dataset in enumerate(datasets, 1):
-        models = sized[sized["dataset"] == dataset].assign(recipe=sized["model"].map(recipe_of))
-        models["sweep"] = models["model"].map(sweep_of)
+        own = sized[sized["dataset"] == dataset].assign(recipe=sized["model"].map(recipe_of))
+        own["sweep"] = own["model"].map(sweep_of)
         counts = rows[(rows["dataset"] == dataset) & (rows["model"] == "pairwise_counts")].head(1)
-        low, high = models[SIZE].min() / 1.3, models[SIZE].max() * 1.3
+        low, high = own[SIZE].min() / 1.3, own[SIZE].max() * 1.3
         for line, measure in enumerate(measures, 1):
             place = at(line, column)
-            for (recipe, *_), part in models.sort_values(SIZE).groupby(["recipe", "grid", "sweep"]):
+            for (recipe, *_), part in own.sort_values(SIZE).groupby(["recipe", "grid", "sweep"]):
                 look = {"mode": "lines+markers", "marker": {"size": 8}, "customdata": part["model"]}
                 look, color = look | entry(_named(recipe)), RECIPES[recipe]
                 figure.path(part, SIZE, measure, color, "%{customdata}: %{y:.3f}", **look, **place)
             for value in counts[measure]:
                 look = {"line": {"width": 1.5}} | entry("pairwise counts, nothing trained")
                 figure.path(counts, [low, high], [value] * 2, MUTED, "counts: %{y:.3f}", **look, **place)
-            figure.update_xaxes(**log_axis(models[SIZE], most=4), range=list(np.log10([low, high])), **place)
+            figure.update_xaxes(**log_axis(own[SIZE], most=4), range=list(np.log10([low, high])), **place)
             figure.update_yaxes(
                 range=[0, 1.02], nticks=5, title_text=SPREAD[measure] * (column == 1), **place
             )
     figure.update_xaxes(title_text=TITLES[SIZE], row=len(measures))
     figure.note(
         "Of the ten items recommended to each test user. Coverage: share of the catalogue recommended to "
-        f"anybody; Gini: 0 all items alike, 1 all on few; {LAST[third]}."
+        f"anybody; Gini: 0 all items alike, 1 all on few; {LAST[last]}."
     )
     widths = sized[sized["model"].map(sweep_of) == "width"]
     parts = (part.sort_values(SIZE) for _, part in widths.groupby(["dataset", "grid"]) if len(part) > 1)
@@ -211,9 +211,9 @@ def _entries() -> Callable[[str], dict[str, Any]]:
     names: set[str] = set()
 
     def entry(name: str) -> dict[str, Any]:
-        is_new = name not in names
+        first = name not in names
         names.add(name)
-        return {"name": name, "legendgroup": name, "showlegend": is_new}
+        return {"name": name, "legendgroup": name, "showlegend": first}
 
     return entry
 
@@ -221,8 +221,8 @@ def _entries() -> Callable[[str], dict[str, Any]]:
 def _named(recipe: str) -> str:
     if recipe == SHAPES:
         return recipe
-    kind, *suffix = recipe.split()
-    return " ".join([model_name(kind), *suffix])
+    kind, *more = recipe.split()
+    return " ".join([model_name(kind), *more])
 
 
 _WORDS = {"below a count on": False, "above every count on": True}
@@ -234,21 +234,21 @@ def scaling_accuracy(rows: pd.DataFrame) -> go.Figure:
     runs = runs[
         runs["sweep"].isin(["width", "depth", "tuned settings"]) | runs["sweep"].str.startswith(SHAPES)
     ]
-    metrics = [name for name in ACCURACY if name in runs and runs[name].notna().any()]
-    figure = panels(2, max(1, len(metrics)), 0.06, shared_yaxes=True, shared_xaxes=True)
-    for row, metric in enumerate(metrics, 1):
+    there = [name for name in ACCURACY if name in runs and runs[name].notna().any()]
+    figure = panels(2, max(1, len(there)), 0.06, shared_yaxes=True, shared_xaxes=True)
+    for row, metric in enumerate(there, 1):
         for column, x in enumerate((SIZE, FLOPS), 1):
             _add_runs(figure, runs, x, metric, row, column)
         figure.update_yaxes(title_text=f"{ACCURACY[metric]} on validation", **at(row, 1))
-    _size_axes(figure, runs, max(1, len(metrics)))
+    _size_axes(figure, runs, max(1, len(there)))
     text = "Lines join the means over seeds of committed runs; at the epoch that has the best NDCG@10."
-    if RANKED in metrics:
+    if RANKED in there:
         text += _add_accuracy_law(figure, runs[(runs["sweep"] == "width") & ~runs["own"]])
     figure.note(text + _fewer_seeds(runs))
     title = "No run is recorded yet"
-    if metrics:
-        means = runs.groupby("model")[metrics[0]].mean()
-        title = f"{ACCURACY[metrics[0]]} on validation: {means.min():.3f} to {means.max():.3f}, "
+    if there:
+        means = runs.groupby("model")[there[0]].mean()
+        title = f"{ACCURACY[there[0]]} on validation: {means.min():.3f} to {means.max():.3f}, "
         title += f"best with {means.idxmax()}"
     return _legend_below(figure, title, showlegend=True, height=HEIGHT + 220)
 
@@ -263,16 +263,16 @@ def scaling_sweeps(rows: pd.DataFrame) -> go.Figure:
     runs = runs[~runs["own"]]
     kinds = {"depth": _sweep_lines, "untied tables": _untied_lines, "other learning rate": _rate_lines}
     absent = [kind for kind in kinds if not (runs["sweep"] == kind).any()]
-    present = ["depth", *(kind for kind in list(kinds)[1:] if kind not in absent)]
+    there = ["depth", *(kind for kind in list(kinds)[1:] if kind not in absent)]
     ranked = RANKED in runs and runs[RANKED].notna().any()
     measures = [LOSS, RANKED] if ranked else [LOSS]
-    figure = panels(len(present), len(measures), 0.09)
+    figure = panels(len(there), len(measures), 0.09)
     figure.update_layout(height=HEIGHT + 60 + 240 * (len(measures) - 1), showlegend=True)
     gains = {}
     for row, measure in enumerate(measures, 1):
         figure.update_yaxes(title_text=TITLES[measure], **at(row, 1))
-        texts = [kinds[kind](figure, runs, Panel(row, col, measure)) for col, kind in enumerate(present, 1)]
-        gains[measure] = "; ".join(filter(None, texts))
+        drawn = [kinds[kind](figure, runs, Panel(row, col, measure)) for col, kind in enumerate(there, 1)]
+        gains[measure] = "; ".join(filter(None, drawn))
     if ranked:
         figure.update_xaxes(title_text=None, row=1)  # the row below has the same
     text = "Means over seeds, bars to the lowest and the highest; rates over the seeds that all three have."
@@ -296,21 +296,21 @@ def _fewer_seeds(runs: pd.DataFrame) -> str:
 
 def _add_runs(figure: Chart, runs: pd.DataFrame, x: str, y: str, row: int, col: int) -> None:
     """Draw one mark for each run, and a line through the committed means; the first panel has the legend."""
-    for (is_notebook, sweep), part in runs.groupby(["own", "sweep"], sort=False):
+    for (own, sweep), part in runs.groupby(["own", "sweep"], sort=False):
         color, kind = COLORS[str(sweep)], part["kind"].iloc[0]
         millions = part["trained_tokens"].max() / 1e6
-        name = f"{sweep}, {'this run' if is_notebook else 'committed'} ({millions:.1f} M tokens)"
+        name = f"{sweep}, {'this run' if own else 'committed'} ({millions:.1f} M tokens)"
         group: dict[str, Any] = {"legendgroup": name, **at(row, col)}
         look: dict[str, Any] = {"size": 9, "opacity": 0.55}
-        if is_notebook:
+        if own:
             look = {"size": 11, "symbol": style.marker(kind, color)["symbol"].replace("circle", "diamond")}
         else:
             means = part.groupby("model").agg({x: "mean", y: "mean"}).sort_values(x)
             thin: dict[str, Any] = {"line": {"width": 1.5}, "showlegend": False}
             figure.path(kind, means[x], means[y], color, None, **thin, **group)
         hover = "%{customdata[0]}, seed %{customdata[1]}: %{y:.4f}"
-        trace = {"name": name, "showlegend": row == col == 1, "marker": look}
-        figure.dots(part, x, y, color, hover, customdata=part[["model", "seed"]].astype(str), **trace, **group)
+        more = {"name": name, "showlegend": row == col == 1, "marker": look}
+        figure.dots(part, x, y, color, hover, customdata=part[["model", "seed"]].astype(str), **more, **group)
 
 
 def _add_law(figure: Chart, law: pd.Series, runs: pd.DataFrame) -> None:
@@ -403,11 +403,11 @@ class Panel(NamedTuple):
         """Draw a line of means with bars to the lowest and the highest seed."""
         kind = str(table["kind"].iloc[0]) if len(table) else "measured"
         above, below = table["max"] - table["mean"], table["mean"] - table["min"]
-        trace: dict[str, Any] = {"error_y": {"array": above, "arrayminus": below, "color": color, "width": 4}}
-        trace |= {"mode": "lines+markers", "marker": style.marker(kind, color), "customdata": table.index}
-        trace |= {"name": name, "legendgroup": name, "showlegend": self.row == 1}
+        more: dict[str, Any] = {"error_y": {"array": above, "arrayminus": below, "color": color, "width": 4}}
+        more |= {"mode": "lines+markers", "marker": style.marker(kind, color), "customdata": table.index}
+        more |= {"name": name, "legendgroup": name, "showlegend": self.row == 1}
         hover = f"%{{customdata}}: %{{y:.4f}}{' nats' if self.measure == LOSS else ''}"
-        figure.path(kind, x, table["mean"], color, hover, **trace, **at(self.row, self.col))
+        figure.path(kind, x, table["mean"], color, hover, **more, **at(self.row, self.col))
 
 
 def _means(runs: pd.DataFrame, measure: str) -> pd.DataFrame:
@@ -448,15 +448,15 @@ def _untied_lines(figure: Chart, runs: pd.DataFrame, panel: Panel) -> str:
 
 def _rate_lines(figure: Chart, runs: pd.DataFrame, panel: Panel) -> str:
     """Draw the measure at half the rule's rate, the rule's and twice."""
-    arms = runs[runs["sweep"] == "other learning rate"]["model"]
-    bases = sorted({name.rsplit(" ", 2)[0] for name in arms}, key=lambda name: int(name[1:].split("d")[0]))
+    other = runs[runs["sweep"] == "other learning rate"]["model"]
+    bases = sorted({name.rsplit(" ", 2)[0] for name in other}, key=lambda name: int(name[1:].split("d")[0]))
     ticks = {"type": "log", "tickvals": list(FACTORS.values()), "ticktext": list(FACTORS)}
     panel.axis(figure, "learning rate over the rule's", **ticks)
     for place, base in enumerate(bases):
         names = {base + end: FACTORS[short] for short, end in RATES.items()}
-        group = runs[runs["model"].isin(names)]
-        shared = set.intersection(*(set(part["seed"]) for _, part in group.groupby("model")))
-        table = _means(group[group["seed"].isin(shared)], panel.measure)
+        some = runs[runs["model"].isin(names)]
+        shared = set.intersection(*(set(part["seed"]) for _, part in some.groupby("model")))
+        table = _means(some[some["seed"].isin(shared)], panel.measure)
         table = table.assign(factor=[names[name] for name in table.index]).sort_values("factor")
         panel.draw(figure, table["factor"], table, f"rates at {base}", (PURPLE, MUTED)[place % 2])
     return ""
@@ -465,8 +465,8 @@ def _rate_lines(figure: Chart, runs: pd.DataFrame, panel: Panel) -> str:
 # -- tuning --------------------------------------------------------------------------------------------------
 
 ON_LOG = ("learning_rate", "weight_decay")  # fields that are shown by their logarithm
-_NOT_FIELDS = {"trial", "state", "kind", "label", "profile", "seed", "dataset", "trial_seconds", "epoch"}
-_NOT_FIELDS |= {"tokens", "_"}
+_NOT_DRAWN = {"trial", "state", "kind", "label", "profile", "seed", "dataset", "trial_seconds", "epoch"}
+_NOT_DRAWN |= {"tokens", "_"}
 
 
 def _trials(rows: pd.DataFrame) -> pd.DataFrame:
@@ -484,13 +484,13 @@ def tuning_history(rows: pd.DataFrame) -> go.Figure:
         figure.add_scatter(
             x=part["trial"], y=part[RANKED], mode="markers", marker=style.marker(kind, color), name=state
         )
-    complete = trials[trials["state"] == "complete"]
+    whole = trials[trials["state"] == "complete"]
     stairs = style.line(kind, ORANGE) | {"shape": "hv"}
-    figure.add_scatter(x=complete["trial"], y=complete[RANKED].cummax(), mode="lines", line=stairs, name="best")
+    figure.add_scatter(x=whole["trial"], y=whole[RANKED].cummax(), mode="lines", line=stairs, name="best")
     figure.update_xaxes(title_text="trial")
     figure.update_yaxes(title_text="NDCG@10 on validation")
     title = f"{len(trials)} trials, {int((trials['state'] == 'pruned').sum())} pruned"
-    title += f"; the best has NDCG@10 {complete[RANKED].max():.4f}"
+    title += f"; the best has NDCG@10 {whole[RANKED].max():.4f}"
     return figure.update_layout(showlegend=True, title_text=title)
 
 
@@ -498,10 +498,10 @@ def tuning_parallel(rows: pd.DataFrame) -> go.Figure:
     """Parallel coordinates: what each whole trial drew, coloured by its value."""
     trials = _trials(rows)
     trials = trials[trials["state"] == "complete"]
-    names = [str(name) for name in trials if name not in _NOT_FIELDS and trials[name].notna().all()]
-    fields = [name for name in names if not name.startswith(("valid_", "train_"))]
+    names = [str(name) for name in trials if name not in _NOT_DRAWN and trials[name].notna().all()]
+    drawn = [name for name in names if not name.startswith(("valid_", "train_"))]
     axes = []
-    for name in fields:
+    for name in drawn:
         label, values = name.removeprefix("model."), trials[name].to_numpy(float)
         if name in ON_LOG:
             label, values = f"log10 {label}", np.log10(values)
@@ -512,7 +512,7 @@ def tuning_parallel(rows: pd.DataFrame) -> go.Figure:
     figure = style.single()
     figure.add_parcoords(dimensions=axes, line=tint)
     best = trials.iloc[int(value.to_numpy().argmax())]
-    settings = ", ".join(f"{name.removeprefix('model.')} {best[name]:.3g}" for name in fields)
+    settings = ", ".join(f"{name.removeprefix('model.')} {best[name]:.3g}" for name in drawn)
     figure.note(f"NDCG@10 on validation. The best, {value.max():.4f}: {settings}")
     return figure.update_layout(
         title_text="What the trials drew; darker is better", margin={"t": 150, "r": 60}

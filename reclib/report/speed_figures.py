@@ -89,9 +89,9 @@ def step_ladder(rows: pd.DataFrame) -> go.Figure:
         if not np.isnan(was):
             figure.path(kind, [was, ms], [name] * 2, color, None, line={"width": 4})
     hover = "%{y}: %{x:.3g} ms (%{customdata})"
-    for (kind, color), part in timed.groupby(["kind", colors]):
-        text = timed["change"].fillna("")[part.index]
-        figure.dots(kind, after[part.index], part["name"], str(color), hover, customdata=text)
+    for (kind, color), some in timed.groupby(["kind", colors]):
+        text = timed["change"].fillna("")[some.index]
+        figure.dots(kind, after[some.index], some["name"], str(color), hover, customdata=text)
     for name, ms, was in zip(timed["name"], after, before, strict=True):
         factor = "" if np.isnan(was) else f", {was / ms:.2f} times the speed"
         right = np.log10(ms if np.isnan(was) else max(was, ms))  # on the left stand the names
@@ -118,8 +118,8 @@ def operators(rows: pd.DataFrame) -> go.Figure:
     rows = rows.assign(operator=rows["operator"].map(_operator))
     parts = rows.groupby("operator", sort=False)[["seconds", "share", "calls"]].sum().reset_index()
     rows = parts.assign(kind=rows["kind"].iloc[0])
-    trace = {"text": rows["share"].map("{:.0%}".format), "textposition": "auto", "customdata": rows["calls"]}
-    figure.bars(rows, rows["seconds"] * 1e3, "operator", BLUE, hover, **trace)
+    more = {"text": rows["share"].map("{:.0%}".format), "textposition": "auto", "customdata": rows["calls"]}
+    figure.bars(rows, rows["seconds"] * 1e3, "operator", BLUE, hover, **more)
     figure.update_xaxes(title_text="own time per step (ms)")
     figure.categories(list(rows["operator"]))
     top = style.extreme(rows[rows["operator"] != "all others"], "seconds")
@@ -150,11 +150,11 @@ def compile_cost(rows: pd.DataFrame) -> go.Figure:
     if compiled.empty:
         return _nothing(figure, "Nothing was compiled on this device", rows["kind"].iloc[0])
     best = compiled.iloc[int(compiled["step_seconds"].argmin())]
-    comparable = timed[(timed["precision"] == best["precision"]) & (timed["batch_size"] == best["batch_size"])]
-    pays = style.column(comparable, "break_even_steps").dropna()
+    same = timed[(timed["precision"] == best["precision"]) & (timed["batch_size"] == best["batch_size"])]
+    pays = style.column(same, "break_even_steps").dropna()
     last = max(100.0, 2 * pays.max()) if len(pays) else 5 * best["compile_seconds"] / best["step_seconds"]
     steps = np.linspace(0, last, 50)
-    for number, row in enumerate(comparable.to_dict("records")):
+    for number, row in enumerate(same.to_dict("records")):
         seconds = row["compile_seconds"] + steps * row["step_seconds"]
         name = "eager" if row["ran_compile_mode"] == "off" else f"compiled, {row['compile_mode']}"
         color, hover = PALETTE[number % len(PALETTE)], "%{x:,.0f} steps: %{y:.1f} s"
@@ -218,12 +218,12 @@ def _variants(rows: pd.DataFrame) -> pd.Series:
     return rows["precision"] + ", " + modes + ", batch " + rows["batch_size"].astype(str)
 
 
-def _nothing(figure: style.Chart, title: str, kind: str = "measured") -> go.Figure:
+def _nothing(figure: style.Chart, why: str, kind: str = "measured") -> go.Figure:
     """Return a figure that says why it is empty."""
     figure.add_scatter(x=[], y=[], line=style.line(kind, BLUE))
     figure.update_xaxes(title_text="steps")
     figure.update_yaxes(title_text="seconds")
-    return figure.update_layout(height=220, title_text=title, showlegend=False)
+    return figure.update_layout(height=220, title_text=why, showlegend=False)
 
 
 # -- devices side by side: measured solid, predicted hatched, published by others outlined -------------------
@@ -231,7 +231,7 @@ def _nothing(figure: style.Chart, title: str, kind: str = "measured") -> go.Figu
 
 def throughput(rows: pd.DataFrame) -> go.Figure:
     """Sequences/s of each size on each device, with the range of each prediction."""
-    rows = _one_row_each(_named(rows))
+    rows = _one_each(_named(rows))
     figure, sizes, order = _device_panels(rows, "sequences_per_second", 1, "sequences/s")
     look = {"symbol": "square-open", "size": 9, "color": ORANGE, "line": {"width": 2}}
     for run in reference()["throughput"]:  # sequences of an epoch over its time
@@ -250,10 +250,10 @@ def throughput(rows: pd.DataFrame) -> go.Figure:
 
 def memory_by_size(rows: pd.DataFrame) -> go.Figure:
     """Peak memory of each size, and what each device has."""
-    rows = _one_row_each(_named(rows))
+    rows = _one_each(_named(rows))
     figure, sizes, order = _device_panels(rows, "peak_memory_bytes", GIB, "GiB")
     for column, _ in enumerate(sizes, 1):
-        _mark_memory(figure, order, {"size": 14, "line": {"width": 2, "color": ORANGE}}, **at(1, column))
+        _what_it_has(figure, order, {"size": 14, "line": {"width": 2, "color": ORANGE}}, **at(1, column))
     figure.update_xaxes(**log_axis([0.3, 150], most=4), range=list(np.log10([0.3, 200])))
     has = rows["device"].map({name: board.memory_bytes for name, board in hardware.catalogue().items()})
     over = rows[(style.column(rows, "peak_memory_bytes") > has) & rows["size"].isin(sizes)]
@@ -264,7 +264,7 @@ def memory_by_size(rows: pd.DataFrame) -> go.Figure:
     return _finish(figure, order, f"{title}, at these batches")
 
 
-def _mark_memory(figure: style.Chart, devices: list[str], look: dict[str, Any], **trace: Any) -> None:
+def _what_it_has(figure: style.Chart, devices: list[str], look: dict[str, Any], **trace: Any) -> None:
     """Mark the memory of the devices that are of the catalogue."""
     has = {name: board.memory_bytes / GIB for name, board in hardware.catalogue().items() if name in devices}
     names = [name for name in devices if name in has]
@@ -289,11 +289,11 @@ def roofline(rows: pd.DataFrame) -> go.Figure:
             dash = ("dash", "dot", "dashdot", "longdash")[number // len(PALETTE) % 4]
             look = {"width": 1.5, "dash": "solid" if name in planner.cpus() else dash}
             figure.path("measured", x, np.minimum(roof[0], roof[1] * x), color, None, line=look, name=name)
-        for kind, steps in part.groupby("kind"):
-            trace = {"name": f"{name}, {kind}", "customdata": steps["size"], "showlegend": roof is None}
+        for kind, some in part.groupby("kind"):
+            more = {"name": f"{name}, {kind}", "customdata": some["size"], "showlegend": roof is None}
             hover = f"{name}, %{{customdata}}: %{{y:.2s}}FLOP/s, {kind}"
-            density, rate = steps["flops"] / steps["bytes_moved"], steps["flops"] / steps["step_seconds"]
-            figure.dots(steps, density, rate, color, hover, **trace)
+            density, rate = some["flops"] / some["bytes_moved"], some["flops"] / some["step_seconds"]
+            figure.dots(some, density, rate, color, hover, **more)
     rates = (rows["flops"] / rows["step_seconds"]).dropna()
     tops = [roof[0] for name in _devices(rows) if (roof := _roof(name)) is not None]
     figure.update_xaxes(title_text="FLOPs per byte moved through main memory", **log_axis([2, 2000]))
@@ -303,8 +303,8 @@ def roofline(rows: pd.DataFrame) -> go.Figure:
     boards = rows[rows["device"].isin(list(hardware.catalogue()))]
     if len(boards):
         roofs = np.array([_roof(name) for name in boards["device"]], dtype=float)
-        bandwidth_bound = (boards["flops"] / boards["bytes_moved"] < roofs[:, 0] / roofs[:, 1]).sum()
-        title = f"{bandwidth_bound} of {len(boards)} predicted steps lie left of the ridge: bandwidth limits them first"
+        left = (boards["flops"] / boards["bytes_moved"] < roofs[:, 0] / roofs[:, 1]).sum()
+        title = f"{left} of {len(boards)} predicted steps lie left of the ridge: bandwidth limits them first"
     return figure.update_layout(height=520, showlegend=True, legend=style.BESIDE, title_text=title)
 
 
@@ -327,14 +327,14 @@ def technique_gains(rows: pd.DataFrame) -> go.Figure:
     for column, name in enumerate(names, 1):
         part, place = rows[rows["technique"] == name], at(1, column)
         for place_of_size, size in enumerate(sizes):
-            for kind, marks in part[part["size"] == size].groupby("kind"):
+            for kind, some in part[part["size"] == size].groupby("kind"):
                 new = all(trace.name != size for trace in figure.data)
                 more = {"name": size, "legendgroup": size, "showlegend": new}
                 color, hover = (
                     PALETTE[place_of_size % len(PALETTE)],
                     f"%{{y}}, {size}: %{{x:.2f}} times, {kind}",
                 )
-                figure.dots(marks, "speedup", "device", color, hover, **more, **place)
+                figure.dots(some, "speedup", "device", color, hover, **more, **place)
         figure.add_vline(x=1, line={"color": MUTED, "width": 1}, **place)
         figure.update_xaxes(range=[0, 1.1 * max(1.5, part["speedup"].max())], **place)
     figure.update_xaxes(title_text="times as fast")
@@ -365,14 +365,14 @@ def _on_cpu(rows: pd.DataFrame) -> pd.Series:
 def _named(rows: pd.DataFrame) -> pd.DataFrame:
     """Return rows whose CPUs have a name: cpu2 of one machine is not cpu2 of another."""
     device = rows["device"].astype(str)
-    ambiguous = device.str.fullmatch(r"cpu\d*")
-    if "cpu" not in rows or not ambiguous.any():
+    bare = device.str.fullmatch(r"cpu\d*")
+    if "cpu" not in rows or not bare.any():
         return rows
-    full = device + " " + rows["cpu"].fillna("").astype(str)
-    return rows.assign(device=device.where(~ambiguous, full).str.strip())
+    whole = device + " " + rows["cpu"].fillna("").astype(str)
+    return rows.assign(device=device.where(~bare, whole).str.strip())
 
 
-def _one_row_each(rows: pd.DataFrame) -> pd.DataFrame:
+def _one_each(rows: pd.DataFrame) -> pd.DataFrame:
     """Return one row per size, device and kind: each device with what suits it, CPUs in fp32."""
     rule = rows["rule"] if "rule" in rows else pd.Series("closed", rows.index)
     chosen = rows[(rule.fillna("closed") == "open") | _on_cpu(rows)]
@@ -393,23 +393,23 @@ def _device_panels(
     """
     planned = set(rows.loc[rows["kind"] == "predicted", "size"])
     sizes = [size for size in _sizes(rows) if not planned or size in planned]
-    unplanned = [size for size in _sizes(rows) if size not in sizes]
+    alone = [size for size in _sizes(rows) if size not in sizes]
     rows = rows[rows["size"].isin(sizes)]
     figure = panels(max(1, len(sizes)), spacing=0.03, shared_yaxes=True, subplot_titles=sizes)
     for column, size in enumerate(sizes, 1):
         for kind, part in rows[rows["size"] == size].groupby("kind"):
             color = BLUE if kind == "measured" else MUTED
             ranged = kind == "predicted" and f"{metric}_low" in part
-            trace = {"marker": {"size": 8}, "customdata": part["precision"]}
-            trace |= {"error_x": interval(part, metric, color, 1 / unit, width=3) if ranged else None}
+            more = {"marker": {"size": 8}, "customdata": part["precision"]}
+            more |= {"error_x": interval(part, metric, color, 1 / unit, width=3) if ranged else None}
             hover = f"%{{y}}: %{{x:,.3~g}} {title}, %{{customdata}}, {kind}"
-            figure.dots(part, part[metric] / unit, "device", color, hover, **trace, **at(1, column))
+            figure.dots(part, part[metric] / unit, "device", color, hover, **more, **at(1, column))
     values = rows[metric].dropna() / unit
     figure.update_xaxes(title_text=title, **log_axis(values, most=4))
     most = max(values.max(), style.column(rows, f"{metric}_high").max() / unit)
     figure.update_xaxes(range=[np.log10(values.min()) - 0.2, np.log10(most) + 0.3])
-    if unplanned:
-        figure.note(f"Measured on CPUs alone and not drawn: {', '.join(unplanned)}.")
+    if alone:
+        figure.note(f"Measured on CPUs alone and not drawn: {', '.join(alone)}.")
     return figure, sizes, _devices(rows)
 
 
@@ -423,27 +423,27 @@ def _finish(figure: style.Chart, order: list[str], title: str) -> go.Figure:
 
 def parts(plan: Plan) -> go.Figure:
     """Return the peak of memory by part against what the device has, and the step's time by part."""
-    total = sum(plan.step.parts.values())
-    times = {name: seconds for name, seconds in plan.step.parts.items() if seconds > _LEAST * total}
-    remainder = total - sum(times.values())
-    times |= {"all else": remainder} if remainder > 0 else {}
+    whole = sum(plan.step.parts.values())
+    times = {name: seconds for name, seconds in plan.step.parts.items() if seconds > _LEAST * whole}
+    rest = whole - sum(times.values())
+    times |= {"all else": rest} if rest > 0 else {}
     longest = sum(seconds > _LEAST * plan.step.seconds for seconds in plan.step.parts.values()) + 1
     plot = _MEMORY_ROW + _DEVICE_ROW * longest
     share = _MEMORY_ROW / plot
     figure = panels(rows=2, vertical=80 / (plot + 80), legend=True, row_heights=[share, 1 - share])
     for name, size in planner.memory_parts(plan).items():
-        label, gib = _NAMES.get(name, name), size / GIB
-        look = {"name": f"{label} {gib:.2f}", "marker": _hatched(_COLORS[name])}
-        hover = f"{label}: {gib:.2f} GiB"
+        shown, gib = _NAMES.get(name, name), size / GIB
+        look = {"name": f"{shown} {gib:.2f}", "marker": _hatched(_COLORS[name])}
+        hover = f"{shown}: {gib:.2f} GiB"
         figure.bars("predicted", [gib], ["memory"], _COLORS[name], hover, **look, **at(1, 1))
     if plan.memory_bytes is not None:
         has = plan.memory_bytes / GIB
         figure.add_vline(x=has, line={"color": INK, "width": 2}, **at(1, 1))
         figure.text(f"it has {has:.0f} GiB", has, 1, yref="y domain", yanchor="bottom")
-    trace: dict[str, Any] = {"text": [f"{s / total:.0%}" for s in times.values()], "textposition": "outside"}
-    trace |= {"cliponaxis": False, "showlegend": False}
+    more: dict[str, Any] = {"text": [f"{s / whole:.0%}" for s in times.values()], "textposition": "outside"}
+    more |= {"cliponaxis": False, "showlegend": False}
     ms = [1e3 * s for s in times.values()]
-    figure.bars("predicted", ms, list(times), BLUE, "%{y}: %{x:.3g} ms", **trace, **at(2, 1))
+    figure.bars("predicted", ms, list(times), BLUE, "%{y}: %{x:.3g} ms", **more, **at(2, 1))
     figure.update_xaxes(title_text="GiB at the peak", rangemode="tozero", **at(1, 1))
     figure.update_xaxes(title_text="ms of a step", rangemode="tozero", **at(2, 1))
     figure.update_yaxes(ticks="", showticklabels=False, **at(1, 1))
@@ -481,14 +481,14 @@ def by_device(rows: pd.DataFrame) -> go.Figure:
     peaks = rows.groupby("device")["bytes"].sum().loc[devices["device"]] / GIB
     figure.dots(kind, list(peaks), devices["device"], GREEN, "%{y}: %{x:.3~g} GiB", name="peak", **at(1, 1))
     black = {"size": 16, "line": {"width": 2, "color": INK}}
-    _mark_memory(figure, order, black, name="what it has", **at(1, 1))
+    _what_it_has(figure, order, black, name="what it has", **at(1, 1))
     fits = devices["status"].eq("ok")
     for (basis, fit), part in devices.groupby(["basis", fits]):
         color = (BLUE if basis == "validated" else ORANGE) if fit else MUTED
-        trace: dict[str, Any] = {"error_x": interval(part, "epoch_seconds", color, thickness=1.5)}
-        trace |= {"name": f"epoch, {basis}" if fit else "epoch, if it fitted", "customdata": part["precision"]}
+        more: dict[str, Any] = {"error_x": interval(part, "epoch_seconds", color, thickness=1.5)}
+        more |= {"name": f"epoch, {basis}" if fit else "epoch, if it fitted", "customdata": part["precision"]}
         hover = "%{y}, %{customdata}: %{x:,.3g} s"
-        figure.dots(part, "epoch_seconds", "device", color, hover, **trace, **at(1, 2))
+        figure.dots(part, "epoch_seconds", "device", color, hover, **more, **at(1, 2))
     has = [hardware.catalogue()[name].memory_bytes / GIB for name in boards]
     figure.update_xaxes(title_text="GiB at the peak", **log_axis([*peaks, *has]), **at(1, 1))
     ticks = log_axis([*devices["epoch_seconds_low"], *devices["epoch_seconds_high"]])

@@ -88,10 +88,10 @@ def bar(kind: Any, color: str) -> dict[str, Any]:
 def model_colors(models: Iterable[str]) -> dict[Any, str]:
     """Return a colour for each model, grey for baselines; BERT4Rec and its twin keep theirs everywhere."""
     grey = {model_name(name) for name in BASELINES}
-    available = [color for color in PALETTE if color not in _FIXED.values()]
+    left = [color for color in PALETTE if color not in _FIXED.values()]
     colors: dict[Any, str] = {}
     for name in sorted(set(models)):
-        free = [color for color in available if color not in colors.values()] or available
+        free = [color for color in left if color not in colors.values()] or left
         colors[name] = MUTED if name in grey else _FIXED.get(name, free[0])
     return colors
 
@@ -152,32 +152,32 @@ class Chart(go.Figure):
             return
         title = self.layout.title
         lines = [title.text, *(title.subtitle.text or "").split("<br>")]
-        head, *details = (escape(re.sub("<[^>]*>", "", line)) for line in lines if line)
-        place = f" and in {self._page}" if self._page else ""
-        text = f"<p><strong>{head}</strong><br>{'<br>'.join(details)}</p>"
-        text += f"<p><em>This figure is drawn in JupyterLab{place}.</em></p>"
+        head, *more = (escape(re.sub("<[^>]*>", "", line)) for line in lines if line)
+        where = f" and in {self._page}" if self._page else ""
+        text = f"<p><strong>{head}</strong><br>{'<br>'.join(more)}</p>"
+        text += f"<p><em>This figure is drawn in JupyterLab{where}.</em></p>"
         display({"text/html": text} | bundle, raw=True)
 
-    def _draw(self, add: Any, x: Any, y: Any, rows: Any, hover: str | None, trace: dict[str, Any]) -> None:
-        values = {"x": rows[x] if isinstance(x, str) else x, "y": rows[y] if isinstance(y, str) else y}
+    def _draw(self, add: Any, x: Any, y: Any, of: Any, hover: str | None, trace: dict[str, Any]) -> None:
+        values = {"x": of[x] if isinstance(x, str) else x, "y": of[y] if isinstance(y, str) else y}
         text = {"hoverinfo": "skip"} if hover is None else {}
         text |= {"hovertemplate": f"{hover}<extra></extra>"} if hover else {}
         add(**values | text | trace)
 
-    def dots(self, rows: Any, x: Any, y: Any, color: str, hover: str, **trace: Any) -> None:
+    def dots(self, of: Any, x: Any, y: Any, color: str, hover: str, **trace: Any) -> None:
         """Add a mark for each row."""
-        trace["marker"] = marker(_kind(rows), color) | trace.get("marker", {})
-        self._draw(self.add_scatter, x, y, rows, hover, {"mode": "markers"} | trace)
+        trace["marker"] = marker(_kind(of), color) | trace.get("marker", {})
+        self._draw(self.add_scatter, x, y, of, hover, {"mode": "markers"} | trace)
 
-    def path(self, rows: Any, x: Any, y: Any, color: str, hover: str | None, **trace: Any) -> None:
+    def path(self, of: Any, x: Any, y: Any, color: str, hover: str | None, **trace: Any) -> None:
         """Add a line through the rows, without marks unless `mode` and `marker` say otherwise."""
-        trace["line"] = line(_kind(rows), color) | trace.get("line", {})
-        self._draw(self.add_scatter, x, y, rows, hover, {"mode": "lines"} | trace)
+        trace["line"] = line(_kind(of), color) | trace.get("line", {})
+        self._draw(self.add_scatter, x, y, of, hover, {"mode": "lines"} | trace)
 
-    def bars(self, rows: Any, x: Any, y: Any, color: str, hover: str, **trace: Any) -> None:
+    def bars(self, of: Any, x: Any, y: Any, color: str, hover: str, **trace: Any) -> None:
         """Add a bar for each row, horizontal unless `orientation` says otherwise."""
-        trace["marker"] = bar(_kind(rows), color) | trace.get("marker", {})
-        self._draw(self.add_bar, x, y, rows, hover, {"orientation": "h"} | trace)
+        trace["marker"] = bar(_kind(of), color) | trace.get("marker", {})
+        self._draw(self.add_bar, x, y, of, hover, {"orientation": "h"} | trace)
 
     def text(self, text: str, x: Any, y: Any, color: str | None = None, **place: Any) -> None:
         """Write a text at a point of a panel."""
@@ -221,13 +221,13 @@ class Chart(go.Figure):
         self.update_layout(title_subtitle_text="<br>".join(lines), margin={"t": 95 + 15 * len(lines)})
 
 
-def _kind(rows: Any) -> str:
-    return rows if isinstance(rows, str) else str(rows["kind"].iloc[0])
+def _kind(of: Any) -> str:
+    return of if isinstance(of, str) else str(of["kind"].iloc[0])
 
 
-def texts(values: pd.Series, form: str, position: str = "outside") -> dict[str, Any]:
+def texts(values: pd.Series, form: str, where: str = "outside") -> dict[str, Any]:
     """Return what writes each value beside its bar."""
-    return {"text": values.map(form.format), "textposition": position, "cliponaxis": False}
+    return {"text": values.map(form.format), "textposition": where, "cliponaxis": False}
 
 
 def interval(rows: pd.DataFrame, metric: str, color: str, factor: float = 1, **look: Any) -> dict[str, Any]:

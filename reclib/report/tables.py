@@ -149,13 +149,13 @@ def table(records: Iterable[Record]) -> pd.DataFrame:
     """
     parts = []
     for record in records:
-        params = record.get("own_params") or {}
-        origin = {key: record.get(key) for key in ("kind", "label", "profile", "seed")}
-        origin["dataset"] = (record.get("data") or {}).get("name")
-        if "device" in params:  # cpu2 of which CPU?
-            origin["cpu"] = cpu_of(record)
-        columns = {**(record.get("timings") or {}), **params, **record["metrics"], **origin}
-        series = {k: v for k, v in (record.get("series") or {}).items() if k not in origin}
+        own = record.get("own_params") or {}
+        about = {key: record.get(key) for key in ("kind", "label", "profile", "seed")}
+        about["dataset"] = (record.get("data") or {}).get("name")
+        if "device" in own:  # cpu2 of which CPU?
+            about["cpu"] = cpu_of(record)
+        columns = {**(record.get("timings") or {}), **own, **record["metrics"], **about}
+        series = {k: v for k, v in (record.get("series") or {}).items() if k not in about}
         rows = pd.DataFrame(series or {"_": [0]})
         parts.append(rows.assign(**{k: v for k, v in columns.items() if k not in rows}))
     return pd.concat(parts, ignore_index=True)
@@ -233,16 +233,16 @@ def groups(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
         if record["profile"] == "grid":  # its runs may be trained on any device: all are one figure
             label = labels.setdefault(_data(record), label)
         parts[_data(record), label].append(record)
-    return {key: _preferred(parts[key]) for key in sorted(parts)}
+    return {key: _shown(parts[key]) for key in sorted(parts)}
 
 
-def _preferred(records: list[Record]) -> list[Record]:
+def _shown(records: list[Record]) -> list[Record]:
     """Return the records of the best work, those measured first where plans are of another."""
-    chosen = _one_work(records)
+    whole = _one_work(records)
     measured = [r for r in records if r["kind"] == "measured"]
-    if not measured or any(r["kind"] == "measured" for r in chosen):
-        return chosen
-    return _one_work(measured) + chosen
+    if not measured or any(r["kind"] == "measured" for r in whole):
+        return whole
+    return _one_work(measured) + whole
 
 
 def _one_work(records: list[Record]) -> list[Record]:
@@ -251,12 +251,12 @@ def _one_work(records: list[Record]) -> list[Record]:
     The mean over seeds, which has no seed, stands first.
     """
     newest = max(records, key=lambda r: (PROFILES.index(r["profile"]), r["time"], _work(r)))
-    matching = [r for r in records if _work(r) == _work(newest) and r["profile"] == newest["profile"]]
-    newest_by_seed = {}
-    for record in sorted(matching, key=lambda r: (r["time"], json.dumps(r, sort_keys=True, default=str))):
+    same = [r for r in records if _work(r) == _work(newest) and r["profile"] == newest["profile"]]
+    last = {}
+    for record in sorted(same, key=lambda r: (r["time"], json.dumps(r, sort_keys=True, default=str))):
         seed = record.get("seed")
-        newest_by_seed[json.dumps(record.get("own_params"), sort_keys=True), -1 if seed is None else seed] = record
-    return [newest_by_seed[key] for key in sorted(newest_by_seed)]
+        last[json.dumps(record.get("own_params"), sort_keys=True), -1 if seed is None else seed] = record
+    return [last[key] for key in sorted(last)]
 
 
 def _work(record: Record) -> str:
@@ -269,7 +269,7 @@ def best_work(records: Iterable[Record]) -> list[Record]:
     named = defaultdict(list)
     for record in records:
         named[record["name"]].append(record)
-    return [r for rows in named.values() for group in groups(rows).values() for r in group]
+    return [r for some in named.values() for group in groups(some).values() for r in group]
 
 
 def family(model: Mapping[str, Any], name: str) -> str:
@@ -284,11 +284,11 @@ def looks(records: Iterable[Record]) -> dict[tuple[str, str, str], int]:
     The key is (fingerprint, split, family). A recipe that is changed counts again; its seeds, and scoring it
     again, do not. Baselines are no family: validation chooses them anew each time.
     """
-    recipes_by_key = defaultdict(set)
+    seen = defaultdict(set)
     for record in records:
-        params, model, split = record["own_params"], str(record["own_params"].get("model")), "leave-one-out"
+        own, model, split = record["own_params"], str(record["own_params"].get("model")), "leave-one-out"
         if record["name"] == "protocol":
-            split = params.get("protocol", "").split(",")[0]
+            split = own.get("protocol", "").split(",")[0]
             if split in ("leave-one-out", "seed study's") or record["seed"] is None:
                 continue  # another way to rank the same test
         elif record["name"] not in ("test_metrics", "tie_rule"):
@@ -304,8 +304,8 @@ def looks(records: Iterable[Record]) -> dict[tuple[str, str, str], int]:
         else:
             recipe = [arm["model"], {key: value for key, value in arm["train"].items() if key != "seed"}]
         key = (_data(record, "fingerprint"), split, family((arm or {}).get("model") or {}, model))
-        recipes_by_key[key].add(json.dumps(recipe, sort_keys=True))
-    return {key: len(recipes) for key, recipes in recipes_by_key.items()}
+        seen[key].add(json.dumps(recipe, sort_keys=True))
+    return {key: len(recipes) for key, recipes in seen.items()}
 
 
 # -- accuracy against size -----------------------------------------------------------------------------------
@@ -341,12 +341,12 @@ def by_size(records: Iterable[Record], result: str = "test_metrics") -> list[Rec
         if of_sizes or (name == result and seed is None and (size or is_count)):
             added = {"metrics": dict(r["metrics"]) | {"non_embedding": size}, "series": {}}
             datasets[_data(r, "fingerprint")].append(dict(r) | added)
-    chosen: list[Record] = []
-    for rows in datasets.values():
-        name = min((_data(r).removeprefix("scaling-").removeprefix("prior-") for r in rows), key=len)
-        if len({size for r in rows if (size := r["metrics"]["non_embedding"])}) > 1:
-            chosen += [r | {"data": dict(r["data"]) | {"name": name}} for r in rows]
-    return sorted(chosen, key=lambda r: ((r["data"].get("interactions") or 0), _data(r), r["name"], r["time"]))
+    found: list[Record] = []
+    for some in datasets.values():
+        name = min((_data(r).removeprefix("scaling-").removeprefix("prior-") for r in some), key=len)
+        if len({size for r in some if (size := r["metrics"]["non_embedding"])}) > 1:
+            found += [r | {"data": dict(r["data"]) | {"name": name}} for r in some]
+    return sorted(found, key=lambda r: ((r["data"].get("interactions") or 0), _data(r), r["name"], r["time"]))
 
 
 def popularity_by_size(records: Iterable[Record]) -> list[Record]:
@@ -356,7 +356,7 @@ def popularity_by_size(records: Iterable[Record]) -> list[Record]:
     sizes: dict[tuple[str, str], set[Any]] = defaultdict(set)
     for r in rows:
         sizes[_data(r), r["params"]["grid"]].add(r["metrics"]["non_embedding"])
-    several = {data for (data, _), values in sizes.items() if len(values - {None}) > 1}
+    several = {data for (data, _), some in sizes.items() if len(some - {None}) > 1}
     return [r for r in rows if _data(r) in several]
 
 
@@ -376,11 +376,11 @@ def against(measured: Iterable[Record], predicted: Iterable[Record]) -> list[dic
         return tuple(record["own_params"].get(name) for name in ("size", "device", "batch_size"))
 
     plans = {key(r): r["timings"]["step_seconds"] for r in predicted if r["own_params"]["rule"] == "closed"}
-    timed = [(key(r), r["timings"].get("step_seconds")) for r in measured]
+    taken = [(key(r), r["timings"].get("step_seconds")) for r in measured]
     return [
         dict(zip(("size", "device", "batch"), place, strict=True))
         | {"measured (s)": seconds, "predicted (s)": plans[place], "error": plans[place] / seconds - 1}
-        for place, seconds in timed
+        for place, seconds in taken
         if seconds and place in plans
     ]
 
@@ -395,17 +395,17 @@ def placed(record: Record) -> dict[str, Any]:
 
 def with_work(record: Record) -> dict[str, Any]:
     """Return a record of a step that has its FLOPs and the bytes that the planner says it moves."""
-    params, metrics = record["own_params"], dict(record["metrics"])
-    if "bytes_moved" in metrics or params.get("status", "ok") != "ok":
+    own, counted = record["own_params"], dict(record["metrics"])
+    if "bytes_moved" in counted or own.get("status", "ok") != "ok":
         return dict(record)
-    run = record["params"] | params
-    model = model_config(params["size"], **({"max_len": run["max_len"]} | run.get("model", {})))
+    run = record["params"] | own
+    model = model_config(own["size"], **({"max_len": run["max_len"]} | run.get("model", {})))
     train = TrainConfig(batch_size=run["batch_size"])
     shapes = work.mean_shapes(model, train, planner.typical_lengths(run["mean_len"]))
-    width = work.HALF if params.get("precision") in ("bf16", "fp16") else work.FP32
-    flops = metrics.get("flops") or metrics.get("encoder_flops", 0) + metrics.get("head_flops", 0)
+    width = work.HALF if own.get("precision") in ("bf16", "fp16") else work.FP32
+    flops = counted.get("flops") or counted.get("encoder_flops", 0) + counted.get("head_flops", 0)
     moved = sum(part.bytes for part in work.step_parts(model, train, shapes, width))
-    return dict(record) | {"metrics": metrics | {"flops": flops, "bytes_moved": moved}}
+    return dict(record) | {"metrics": counted | {"flops": flops, "bytes_moved": moved}}
 
 
 def steps(fresh: Iterable[Record], recorded: Iterable[Record]) -> list[dict[str, Any]]:
@@ -418,9 +418,9 @@ def steps(fresh: Iterable[Record], recorded: Iterable[Record]) -> list[dict[str,
     ranked.sort(key=lambda r: (PROFILES.index(r["profile"]), str(r["time"])), reverse=True)
     best: dict[tuple[Any, ...], dict[str, Any]] = {}
     for record in [*fresh, *ranked]:
-        step = placed(with_work(record))
-        params = step["own_params"]
-        best.setdefault((params["size"], params["device"], params.get("rule", "closed")), step)
+        whole = placed(with_work(record))
+        own = whole["own_params"]
+        best.setdefault((own["size"], own["device"], own.get("rule", "closed")), whole)
     return list(best.values())
 
 
@@ -437,15 +437,15 @@ def gains(recorded: Iterable[Record]) -> list[dict[str, Any]]:
             params = json.dumps(record["params"], sort_keys=True)
             runs[record["notebook"], record["name"], record["label"], params].append(record)
     gained = []
-    for (notebook, name, *_), group in runs.items():
+    for (notebook, name, *_), some in runs.items():
         if (notebook, name) == ("04_amp_compile", "ladder"):
-            rungs = sorted(group, key=lambda r: r["own_params"]["rung"])
+            rungs = sorted(some, key=lambda r: r["own_params"]["rung"])
             pairs = [(before, after, after["own_params"]["name"]) for before, after in pairwise(rungs)]
             gained += [_gain(*pair) for pair in pairs if pair[2] in _CLIMBED]
         elif (notebook, name) == ("04_amp_compile", "step"):
-            gained += _against_eager(group)
+            gained += _against_eager(some)
         elif (notebook, name) == ("05_ilora", "adapter_step"):
-            for record in group:
+            for record in some:
                 if record["own_params"]["model"] == "ilora" and record["timings"].get("over_full"):
                     gained.append(_gain(None, record, "iLoRA", 1 / record["timings"]["over_full"]))
                     break
@@ -455,13 +455,13 @@ def gains(recorded: Iterable[Record]) -> list[dict[str, Any]]:
 def _against_eager(timed: Sequence[Record]) -> list[dict[str, Any]]:
     gained = []
     for batch in sorted({r["own_params"]["batch_size"] for r in timed}):
-        by_mode: dict[tuple[str, str], Record] = {}
+        ran: dict[tuple[str, str], Record] = {}
         for record in timed:
-            params = record["own_params"]
-            if params["batch_size"] == batch:
-                by_mode.setdefault((params["ran_precision"], params["ran_compile_mode"]), record)
-        eager, compiled = by_mode.get(("fp32", "off")), by_mode.get(("fp32", "default"))
-        mixed = by_mode.get(("bf16", "off"), by_mode.get(("fp16", "off")))
+            own = record["own_params"]
+            if own["batch_size"] == batch:
+                ran.setdefault((own["ran_precision"], own["ran_compile_mode"]), record)
+        eager, compiled = ran.get(("fp32", "off")), ran.get(("fp32", "default"))
+        mixed = ran.get(("bf16", "off"), ran.get(("fp16", "off")))
         for after, technique in ((mixed, "AMP"), (compiled, "torch.compile")):
             if eager and after:
                 gained.append(_gain(eager, after, technique))
@@ -471,9 +471,9 @@ def _against_eager(timed: Sequence[Record]) -> list[dict[str, Any]]:
 def _gain(before: Record | None, after: Record, technique: str, speedup: float = 0.0) -> dict[str, Any]:
     if before is not None:
         speedup = before["timings"]["step_seconds"] / after["timings"]["step_seconds"]
-    params = {"size": after["params"]["size"], "device": device_of(after), "technique": technique}
-    params |= {"basis": "measured", "dataset": (after.get("data") or {}).get("name")}
-    changes = {"name": "technique", "own_params": params, "timings": {"speedup": speedup}, "metrics": {}}
+    own = {"size": after["params"]["size"], "device": device_of(after), "technique": technique}
+    own |= {"basis": "measured", "dataset": (after.get("data") or {}).get("name")}
+    changes = {"name": "technique", "own_params": own, "timings": {"speedup": speedup}, "metrics": {}}
     return dict(after) | changes
 
 
@@ -501,9 +501,9 @@ def points(recorded: Iterable[Record], prices: Mapping[str, float]) -> list[dict
         accuracy = fmean(scored[key]["metrics"]["ndcg@10"] for key in keys)
         price = prices.get(device, prices.get(device.partition(" ")[0]))
         cost = None if price is None else seconds / 3600 * price / (100 * accuracy)
-        run = {"data": data, "model": model, "profile": name, "device": device, "seeds": len(keys)}
+        about = {"data": data, "model": model, "profile": name, "device": device, "seeds": len(keys)}
         per = {"training (s)": seconds, "NDCG@10": accuracy, "s per 0.01": seconds / (100 * accuracy)}
-        rows.append(run | per | {"cost per 0.01": cost})
+        rows.append(about | per | {"cost per 0.01": cost})
     return rows
 
 
@@ -539,13 +539,13 @@ def real_steps(records: Iterable[Record]) -> pd.DataFrame:
     """
     rows = []
     for record in sorted(records, key=lambda record: record["metrics"]["parameters"]):
-        params, timings, metrics = record["own_params"], record["timings"], record["metrics"]
-        floor, used = _STATE_BYTES * metrics["parameters"], timings["peak_memory_bytes"] - timings["process_bytes"]
-        row = {"size": params["size"], "parameters": metrics["parameters"], "device": device_of(record)}
-        row |= {"batch": params["batch_size"], "steps": metrics.get("timed_steps")}
-        row |= {"step s": round(timings["step_seconds"], 3), "tokens/s": round(timings["tokens_per_second"])}
-        row |= {"peak GB": round(timings["peak_memory_bytes"] / 1e9, 2)}
-        row |= {"16 bytes per parameter, GB": round(floor / 1e9, 2), FLOOR: round(used / floor, 2)}
+        own, took, counted = record["own_params"], record["timings"], record["metrics"]
+        floor, held = _STATE_BYTES * counted["parameters"], took["peak_memory_bytes"] - took["process_bytes"]
+        row = {"size": own["size"], "parameters": counted["parameters"], "device": device_of(record)}
+        row |= {"batch": own["batch_size"], "steps": counted.get("timed_steps")}
+        row |= {"step s": round(took["step_seconds"], 3), "tokens/s": round(took["tokens_per_second"])}
+        row |= {"peak GB": round(took["peak_memory_bytes"] / 1e9, 2)}
+        row |= {"16 bytes per parameter, GB": round(floor / 1e9, 2), FLOOR: round(held / floor, 2)}
         rows.append(row)
     return _indexed(rows, "size")
 
@@ -559,8 +559,8 @@ def by_arm(rows: Sequence[Record]) -> pd.DataFrame:
     `risen` is how far the loss lay above its lowest at the end, in nats. `state MiB` is what weights,
     gradients and moments take; `hours` are wall-clock of all its seeds together.
     """
-    runs = [{"arm": r["own_params"]["model"], "seed": r["seed"], "state": _state_bytes(r)} for r in rows]
-    frame = pd.DataFrame([row | r["metrics"] | r["timings"] for row, r in zip(runs, rows, strict=True)])
+    about = [{"arm": r["own_params"]["model"], "seed": r["seed"], "state": _state_bytes(r)} for r in rows]
+    frame = pd.DataFrame([row | r["metrics"] | r["timings"] for row, r in zip(about, rows, strict=True)])
     frame["risen"] = frame["last_valid_loss"] - frame["lowest_valid_loss"]
     parts = frame.groupby("arm", sort=False)
     table = parts[["item_tables", "non_embedding", "trained_tokens"]].mean().round().astype(int)
@@ -568,8 +568,8 @@ def by_arm(rows: Sequence[Record]) -> pd.DataFrame:
     table["TFLOP"] = parts["training_flops"].mean() / 1e12
     table["late_drop"], table["risen"] = parts["late_drop"].mean(), parts["risen"].mean()
     table["state MiB"] = (parts["state"].first() / 2**20).round(1)
-    seconds = ["train_seconds", "eval_seconds"]
-    table["hours"] = (parts[seconds].sum().sum(axis=1) / 3600).round(2) if {*seconds} <= {*frame} else None
+    took = ["train_seconds", "eval_seconds"]
+    table["hours"] = (parts[took].sum().sum(axis=1) / 3600).round(2) if {*took} <= {*frame} else None
     named = {"loss": "lowest_valid_loss"} | {metric: f"valid_{metric}" for metric in ("ndcg@10", "hr@10")}
     for name, column in named.items():
         if column in frame:
@@ -602,10 +602,10 @@ def rate_check(rows: Sequence[Record]) -> pd.DataFrame:
         )
         shared = losses.dropna()
         if len(shared):
-            means, by_rule = shared.mean(), losses["rule"]
+            means, own = shared.mean(), losses["rule"]
             row = {"arm": arm, "seeds": len(shared), **means, "lost": means["rule"] - means.min()}
             scores = ranked.loc[shared.index].mean(skipna=False).add_prefix("ndcg@10 ")
-            checked.append(row | {"range": by_rule.max() - by_rule.min(), **scores})
+            checked.append(row | {"range": own.max() - own.min(), **scores})
     return _indexed(checked, "arm")
 
 
@@ -659,16 +659,16 @@ def tuned_against_default(rows: Iterable[Record]) -> pd.DataFrame:
     """
     compared = []
     for record in rows:
-        params, m, test = record["own_params"], record["metrics"], record["name"] == "comparison"
-        if not (test or record["name"] == "validation_difference") or params["model"] != "tuned":
+        own, m, test = record["own_params"], record["metrics"], record["name"] == "comparison"
+        if not (test or record["name"] == "validation_difference") or own["model"] != "tuned":
             continue
         row = {"study": record["data"]["name"], "split": "test" if test else "validation"}
-        row |= {"metric": params["metric"].upper(), "tuned minus default": round(m["difference"], 4)}
+        row |= {"metric": own["metric"].upper(), "tuned minus default": round(m["difference"], 4)}
         row |= {"low": round(m["difference_low"], 4), "high": round(m["difference_high"], 4)}
         row["seeds"] = m["seeds"]
         if test:
-            verdict = claim(m["difference"], m["adjusted_p"], (m["seeds"], m["reference_seeds"]))
-            row |= _sureness(m) | {"claim": verdict, "scored before": record["earlier"]}
+            what = claim(m["difference"], m["adjusted_p"], (m["seeds"], m["reference_seeds"]))
+            row |= _sureness(m) | {"claim": what, "scored before": record["earlier"]}
         else:
             row["over seeds"] = f"{m['seed_low']:+.4f} to {m['seed_high']:+.4f}"
         compared.append(row)
@@ -694,9 +694,9 @@ def accuracy(records: Iterable[Record], all_records: Iterable[Record] | None = N
             arm = ((record.get("configuration") or {}).get("arms") or {}).get(model)
             row = {"data": data, "model": model_name(model)}
             row |= {"seeds": str(runs[model] or ""), "device": label}  # what is deterministic has none
-            kind = family(arm["model"], model) if arm else ""
+            of = family(arm["model"], model) if arm else ""
             row["configurations scored"] = str(
-                looked.get((_data(record, "fingerprint"), "leave-one-out", kind), "")
+                looked.get((_data(record, "fingerprint"), "leave-one-out", of), "")
             )
             for name in ("hr@10", "ndcg@10"):
                 row[name.upper()] = f"{m[name]:.4f} ({m[f'{name}_low']:.4f} to {m[f'{name}_high']:.4f})"
@@ -711,9 +711,9 @@ def differences(records: Iterable[Record], name: str) -> pd.DataFrame:
     """
     rows = []
     for (data, _), compared in groups(r for r in records if r["name"] == name).items():
-        for params, m in ((r["own_params"], r["metrics"]) for r in compared):
-            row = {"data": data, "model": model_name(params["model"]), "minus": model_name(params["against"])}
-            row |= {"metric": params["metric"].upper(), "difference": interval_text(m)}
+        for own, m in ((r["own_params"], r["metrics"]) for r in compared):
+            row = {"data": data, "model": model_name(own["model"]), "minus": model_name(own["against"])}
+            row |= {"metric": own["metric"].upper(), "difference": interval_text(m)}
             rows.append(row | {"seeds": f"{m['seeds'] or 'no'} and {m['reference_seeds']}"} | _sureness(m))
     return _indexed(rows, ["data", "model"])
 
@@ -722,8 +722,8 @@ def equal_time(records: Iterable[Record]) -> pd.DataFrame:
     """Return one row for each peer and time of training: its validation NDCG@10 minus ours by user."""
     rows = []
     for record in (r for r in records if r["name"] == "equal_time_comparison"):
-        params, m = record["own_params"], record["metrics"]
-        row = {"data": record["data"]["name"], "model": params["model"], "minutes": params["minutes"]}
+        own, m = record["own_params"], record["metrics"]
+        row = {"data": record["data"]["name"], "model": own["model"], "minutes": own["minutes"]}
         rows.append(row | {"minus ours": interval_text(m)} | _sureness(m))
     return _indexed(rows, ["data", "model", "minutes"]).sort_index()
 
