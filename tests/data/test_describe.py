@@ -7,14 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reclib import system
 from reclib.config import DataConfig, InputError
 from reclib.data import fetch, splits
 from reclib.data.dataset import Dataset, Keys, ties
 from reclib.data.prepare import folder_of, prepare, synthetic_dataset
 from reclib.experiments import data_prep
-
-RAW = system.root().parent / "shared" / "data" / "raw-format-samples"
 
 # Histories of (time, item); few items and times, so that repeats and ties are frequent.
 histories = st.lists(
@@ -227,15 +224,3 @@ def test_downloads_and_published_counts():
             "ml-100k", dataset.items, dataset.offsets, dataset.item_keys, dataset.user_keys, {}, manifest
         )
         assert data_prep.published(named) == expected
-
-
-def test_a_published_5_core_with_duplicates_is_no_fixed_point(tmp_path, monkeypatch):
-    file = RAW / "amazon-2018" / "All_Beauty_5.json.gz"
-    if not file.is_file():
-        pytest.skip(f"no copy of All_Beauty_5 at {RAW}")
-    monkeypatch.setenv("RECLIB_DATA", str(tmp_path))
-    dataset = prepare(DataConfig(dataset=str(file)))
-    assert dataset.manifest["steps"][0]["interactions"] == 5269  # as published
-    assert dataset.manifest["core"]["passes"] == [5189, 5113, 5097, 5084]
-    found = data_prep.repeats(dataset).metrics
-    assert found["repeat_share"] == pytest.approx(0.2207, abs=1e-3)
