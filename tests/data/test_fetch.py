@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gzip
 import hashlib
 import http.server
@@ -11,6 +10,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import stat
 import subprocess
 import sys
@@ -23,8 +23,6 @@ import pandas as pd
 import pytest
 import yaml
 from conftest import ROOT
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from reclib.config import DataConfig, InputError
 from reclib.data import fetch, formats
@@ -179,14 +177,6 @@ def test_what_is_there_is_recorded_and_not_fetched_again(raw, server):
     assert path.stat().st_mode & stat.S_IRGRP  # a data folder may be shared
 
 
-def test_a_folder_of_the_users_choice(raw, tmp_path):
-    path = fetch.fetch("gadgets-ratings", tmp_path / "mine")
-    assert path == tmp_path / "mine" / "gadgets-ratings" / "Gadgets.csv"
-    assert fetch.fetched("gadgets-ratings", tmp_path / "mine") == path
-    assert fetch.fetched("gadgets-ratings") is None
-    assert not raw.exists()
-
-
 def test_a_file_that_changed_since_is_told_and_kept(raw, server):
     path = fetch.fetch("gadgets")
     path.write_bytes(REVIEWS[:-1] + b"x")  # same length
@@ -211,28 +201,16 @@ def test_a_file_put_there_by_hand_is_taken(raw, server):
     (raw / "films.zip").write_bytes(FILMS)
     assert fetch.fetch("films").read_bytes() == RATINGS
     assert server.asked == []
-
-
-def test_an_altered_archive_put_there_by_hand_is_not_unpacked(raw, server):
-    raw.mkdir(parents=True)
+    shutil.rmtree(raw / "films")
     (raw / "films.zip").write_bytes(zip_of({"films/ratings.dat": b"other", "films/movies.dat": b""}))
     with pytest.raises(InputError, match=r"films\.zip is truncated or altered"):
         fetch.fetch("films")
-    assert files_in(raw) == ["films.zip"]
+    assert not (raw / "films").exists()
 
 
 def cut(server, handler):
     server.head(handler, 5 * len(FILMS))
     handler.wfile.write(FILMS[: len(FILMS) // 2])
-
-
-def cut_chunks(server, handler):
-    handler.protocol_version = "HTTP/1.1"
-    handler.send_response(200)
-    handler.send_header("Transfer-Encoding", "chunked")
-    handler.end_headers()
-    handler.wfile.write(b"40\r\n" + REVIEWS[:64] + b"\r\n")
-    handler.close_connection = True
 
 
 def half_without_length(server, handler):
@@ -256,29 +234,14 @@ def missing(server, handler):
     handler.send_error(404)
 
 
-def hang_up(server, handler):
-    pass
-
-
-def circle(server, handler):
-    handler.send_response(302)
-    handler.send_header("Location", handler.path)
-    handler.send_header("Content-Length", "0")
-    handler.end_headers()
-
-
 def test_a_failed_download_is_one_clear_error_and_leaves_nothing(raw, server):
     for name, reply, said in (
         ("films", cut, "the connection broke off"),
         ("gadgets", cut, "the connection broke off"),
-        ("gadgets", cut_chunks, "the connection broke off"),
         ("gadgets", half_without_length, "ended before"),
         ("films", altered, "is truncated or altered"),
-        ("films", page, "truncated or altered"),
         ("gadgets", page, r"no \.gz file: it begins with b'<html>Please"),
         ("films", missing, "404"),
-        ("films", hang_up, "without response"),
-        ("gadgets", circle, "redirects"),
     ):
         server.reply = lambda handler, reply=reply: reply(server, handler)
         with pytest.raises(InputError, match=said) as error:
@@ -368,23 +331,6 @@ def test_names_that_leave_the_folder_are_not_written(raw, server, tmp_path):
     assert not Path("/tmp/reclib-evil").exists()
 
 
-@settings(max_examples=60, deadline=None)
-@given(names=st.lists(st.text("./\\ab:~", min_size=1, max_size=12), min_size=1, max_size=5, unique=True))
-def test_no_member_is_written_outside_the_folder(tmp_path_factory, names):
-    outside = tmp_path_factory.mktemp("outside")
-    inside = outside / "inside"
-    inside.mkdir()
-    (outside / "x.zip").write_bytes(zip_of(dict.fromkeys(names, b"content")))
-    with zipfile.ZipFile(outside / "x.zip") as archive:
-        held = archive.namelist()
-    for name in held:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(inside)
-            with contextlib.suppress(*fetch.FAILURES):
-                fetch.unpack(outside / "x.zip", (name,), inside)
-    assert sorted(p.name for p in outside.iterdir()) == ["inside", "x.zip"]
-
-
 def special_zip(kind: str, path: Path) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         if kind == "link":
@@ -439,19 +385,6 @@ def test_a_full_disk_leaves_nothing(raw, server, monkeypatch):
     assert files_in(raw) == []
 
 
-LIMITED = """
-import resource, sys
-from reclib.data import fetch
-from reclib.config import InputError
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-try:
-    fetch.fetch("gadgets-ratings")
-except InputError as error:
-    print(error)
-"""
-
-
 def python(code: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", code],
@@ -460,13 +393,6 @@ def python(code: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-
-
-def test_a_disk_that_fills_up_on_the_way_leaves_nothing(raw, server):
-    server.files["/Gadgets.csv"] = b"A,B,5.0,1\n" * 5000
-    out, err = python(LIMITED).communicate(timeout=60)
-    assert "File too large" in out, err  # what the system says at this process's limit
-    assert files_in(raw) == []
 
 
 def test_a_pickled_table_becomes_csv_and_nothing_in_it_is_run(raw, server, tmp_path):
@@ -516,13 +442,6 @@ def test_two_processes_at_once(raw, server):
     assert [out.strip() for out, _ in results] == [str(raw / "films" / "ratings.dat")] * 2, results
     assert files_in(raw) == ["films.zip", "films/movies.dat", "films/ratings.dat", "films/received.json"]
     assert fetch.fetch("films").read_bytes() == RATINGS
-
-
-def test_a_folder_where_the_file_is_due(raw, server):
-    (raw / "gadgets" / "Gadgets_5.json.gz" / "x").mkdir(parents=True)
-    with pytest.raises(InputError, match="directory"):
-        fetch.fetch("gadgets")
-    assert fetch.fetched("gadgets") is None
 
 
 def test_unknown_names_and_wrong_entries_are_told(raw, tmp_path):
@@ -577,6 +496,7 @@ def test_command_line(raw, tmp_path, capsys):
     assert command("gadgets") == 0
     assert capsys.readouterr().out == f"{raw / 'gadgets' / 'Gadgets_5.json.gz'}\n"
     assert command("gadgets", "--folder", str(tmp_path / "other")) == 0
+    assert (tmp_path / "other" / "gadgets" / "Gadgets_5.json.gz").is_file()
     capsys.readouterr()
     assert command("--list") == 0
     shown = capsys.readouterr().out
