@@ -77,31 +77,6 @@ def test_the_file_of_times_is_not_taken_for_items(tmp_path):
         formats.detect(path)
 
 
-REAL = {
-    "ml-100k/u.data.gz": "ml-100k",
-    "ml-latest-small-2016/ratings.csv.gz": "movielens-csv",
-    "ml-latest-small-2018/ratings.csv.gz": "movielens-csv",
-    "ml-latest-2023-subset/ratings.parquet": "table",
-    "amazon-electronics-2014/ratings_Electronics_prefix_with_header.csv.gz": "table",
-    "amazon-beauty-2014-5core/Beauty_item_org_rank.txt.gz": "user-per-line",
-    "amazon-toys-2014-5core/Toys_and_Games_s3rec.txt.gz": "user-per-line",
-    "amazon-beauty-2014-full-bert4rec/beauty.txt.gz": "pair-per-line",
-    "raw-format-samples/amazon-2014/reviews_Musical_Instruments_5.json.gz": "amazon-2014-json",
-    "raw-format-samples/amazon-2018/All_Beauty_5.json.gz": "amazon-2018-json",
-    "raw-format-samples/amazon-2018/Magazine_Subscriptions_first546.csv.gz": "amazon-2018-csv",
-    "raw-format-samples/amazon-2023/Subscription_Boxes.jsonl.gz": "amazon-2023-json",
-    "raw-format-samples/amazon-2023/All_Beauty_rating_only.csv.gz": "amazon-2023-csv",
-    "raw-format-samples/amazon-2023/All_Beauty.train_w_his.csv.gz": "amazon-2023-csv",
-}
-
-
-def test_real_files_are_recognised():
-    paths = {SAMPLES / name: kind for name, kind in REAL.items() if (SAMPLES / name).is_file()}
-    if not paths:
-        pytest.skip(f"no samples of real files in {SAMPLES}")
-    assert {path: formats.detect(path).name for path in paths} == paths
-
-
 # ---- titles -------------------------------------------------------------------------------------------
 
 
@@ -163,20 +138,6 @@ def test_odd_lines_of_titles(tmp_path):
     path.write_text("item_id:token\ttitle:token_seq\n1\n")
     with pytest.raises(InputError, match=r"ml-100k\.item, line 2: 1 fields, expected 2"):
         formats.read_titles(path, ["1"])
-
-
-def test_real_titles():
-    for name, items in (
-        ("ml-100k/u.item.gz", 1682),
-        ("ml-1m/movies.dat.gz", 3883),
-        ("ml-latest-small-2018/movies.csv.gz", 9742),
-    ):
-        path = SAMPLES / name
-        if not path.is_file():
-            pytest.skip(f"no sample of a real file at {path}")
-        found = formats.read_titles(path, {str(n) for n in range(200_000)})
-        assert len(found) == items
-        assert found["1"] == "Toy Story (1995)"
 
 
 def test_titles_of_variants_share_their_words():
