@@ -170,15 +170,6 @@ def test_validation_chooses_and_keeps_what_it_saw():
         baselines.choose(family, histories, NUM_ITEMS, valid, metric="hr@11")
 
 
-def test_families_without_hyperparameters_are_fitted_once_and_those_by_time_need_times():
-    histories = of_rows([[1, 2], [2, 3]])
-    choice = baselines.choose(baselines.families()["popularity"], histories, NUM_ITEMS, evaluated(histories))
-    assert (choice.chosen, len(choice.tried)) == ({}, 1)
-    assert "recent_popularity_in_time" not in baselines.families()
-    family = baselines.families(np.arange(len(histories.items)))["recent_popularity_in_time"]
-    assert family.fit(histories, NUM_ITEMS, share=1.0).values.sum() == 4
-
-
 def test_impossible_hyperparameters_are_refused_by_name():
     for fit, values in [
         (baselines.fit_recent, {"last": 0}),
