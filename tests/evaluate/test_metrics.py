@@ -12,7 +12,7 @@ from scipy import stats
 from small_models import NUM_ITEMS, histories, small_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from reclib.config import InputError, changed, model_config
+from reclib.config import InputError, changed
 from reclib.data.dataset import Evaluation, Histories
 from reclib.data.splits import Split
 from reclib.evaluate import metrics, statistics
@@ -159,25 +159,6 @@ def test_scores_in_16_bit_precision_are_not_rounded_into_ties(monkeypatch):
         half = torch.empty(3000, 16, device="cuda", dtype=torch.bfloat16)
         out = torch.empty(5, 3000, device="cuda")
         assert score_product(hidden, half, out).dtype == torch.float32
-
-
-def test_passes_follow_the_memory_of_a_gpu_and_are_small_on_a_cpu():
-    assert metrics.pass_sizes(model_config("85m"), None) == (256, 64 * 2**20)
-    assert metrics.pass_sizes(model_config("85m"), 80 * 2**30) == (4096, 2**30)
-    sizes = [metrics.pass_sizes(model_config("430m"), gib * 2**30) for gib in (1, 16, 24, 80, 141)]
-    assert sizes == sorted(sizes)
-    assert (sizes[0], sizes[1][1]) == ((256, 64 * 2**20), 2**29)
-
-
-def test_popularity_counts_training_interactions_and_constant_scores_rank_every_user_alike():
-    data = histories([4, 6, 3])
-    counts = metrics.popularity(data, NUM_ITEMS)
-    assert (counts == np.bincount(data.items, minlength=NUM_ITEMS + 1)[1:]).all()
-    part = evaluation_of([3, 4, 5])._replace(targets=np.array([2, 2, 2], dtype=np.int32))
-    values = np.arange(NUM_ITEMS, 0, -1, dtype=np.float32)
-    ranking = metrics.rank(metrics.constant_scores(values, part), part, remove_seen=False, top_k=2)
-    assert ranking.ranks.tolist() == [2, 2, 2]
-    assert ranking.top.tolist() == [[1, 2]] * 3
 
 
 # -- protocols -----------------------------------------------------------------------------------------------
