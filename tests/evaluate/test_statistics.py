@@ -116,15 +116,6 @@ def test_trap_single_seed_carries_no_claim():
         assert one.difference.mean > 0.1  # it is the seeds that are missing, not the difference
 
 
-def test_many_comparisons_are_corrected():
-    rng = np.random.default_rng(0)
-    values = {"reference": np.zeros((3, 60))} | {f"m{i}": rng.normal(0, 1, (3, 60)) for i in range(8)}
-    rows = statistics.compare(values, "reference")
-    wanted = statistics.holm({one.name: one.p_value for one in rows})
-    assert {one.name: one.adjusted_p for one in rows} == wanted
-    assert any(one.adjusted_p > one.p_value for one in rows)
-
-
 def test_what_cannot_be_paired_or_divided_is_refused():
     one, two, counts = np.zeros((1, 3)), np.zeros((2, 3)), np.array([1, 2])
     part = Evaluation(histories([3]), np.ones(1, dtype=np.int32))
