@@ -102,24 +102,6 @@ def test_a_size_brings_its_catalogue_and_a_device_its_precisions():
     assert "predicted, validated" in shown(panel)[0][0]
 
 
-def test_what_does_not_fit_what_it_costs_and_what_an_adapter_trains_are_said():
-    panel = explore.cost_panel(explore.asked(asked(plan_size="430m", plan_device="t4", plan_price=None)))
-    turned = controls(panel)
-    turned["batch"].value = 65_536
-    assert "DOES NOT FIT" in shown(panel)[0][0]
-    turned["price an hour"].value = 3.6
-    assert "cost" in shown(panel)[0][0]
-    before = shown(panel)
-    turned["one item table (tied)"].value = not turned["one item table (tied)"].value
-    assert shown(panel)[0][0] != before[0][0]
-    turned["adapter"].value = "ilora"
-    peaks = [float(said[1][0]["layout"]["title"]["text"].split()[0]) for said in (shown(panel), before)]
-    assert peaks[0] < peaks[1]
-    turned["its rank"].value = 16
-    assert "parameters trained: ilora, rank 16" in shown(panel)[0][0]
-    assert (parameters(panel)["plan_adapter"], parameters(panel)["plan_rank"]) == ("ilora", 16)
-
-
 # -- any result against any other ----------------------------------------------------------------------------
 
 
@@ -154,12 +136,6 @@ def test_a_selection_draws_every_record_once_and_tells_measured_from_predicted()
     assert list(only.y) == [60_000]
 
 
-def test_intervals_are_bars():
-    (trace,) = explore.scatter(scored(0.1, 0.2), Selection("test_metrics", "mrr", "hr@10")).data
-    assert list(trace.error_y.array) == pytest.approx([0.02, 0.02])
-    assert list(trace.error_y.arrayminus) == pytest.approx([0.01, 0.01])
-
-
 def test_what_cannot_be_drawn_is_refused_with_what_can():
     for selection, said in [
         (Selection("stp", "a", "b"), "no record of 'stp' .did you mean 'step'?"),
@@ -170,22 +146,6 @@ def test_what_cannot_be_drawn_is_refused_with_what_can():
     ]:
         with pytest.raises(InputError, match=said):
             explore.scatter(ROWS, selection)
-
-
-def test_another_axis_another_figure_and_another_result_has_axes_of_its_own():
-    selection = Selection("step", "batch_size", "step_seconds", "precision", ["cpu", "l4"])
-    panel = explore.results_panel([*ROWS[:3], *scored(0.1, 0.2)], selection)
-    turned = controls(panel)
-    assert len(turned) == 5
-    turned["upwards"].value = "sequences_per_second"
-    (figure,) = shown(panel)[1]
-    assert figure["layout"]["yaxis"]["title"]["text"] == "sequences per second"
-    assert parameters(panel) == selection._replace(y="sequences_per_second")._asdict()
-    turned["devices"].value = ("l4",)
-    turned["result"].value = "test_metrics"
-    assert (turned["devices"].options, turned["devices"].value) == (("cpu",), ())
-    assert {turned["across"].value, turned["upwards"].value} == {"hr@10", "mrr"}
-    assert parameters(panel)["result"] == "test_metrics"
 
 
 # -- what would be recommended -------------------------------------------------------------------------------
