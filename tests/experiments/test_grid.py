@@ -137,14 +137,6 @@ def test_the_command_names_unknown_grids_arms_and_seeds(root, capsys):
     assert capsys.readouterr().out.count("seed 1  not begun") == 2
 
 
-def test_an_unfinished_last_line_is_no_record(root):
-    file = system.executed() / "cpu" / "grids" / "trial.jsonl"
-    assert grids.read_rows(file) == []
-    file.parent.mkdir(parents=True)
-    file.write_text(json.dumps({"name": "x"}) + "\n" + '{"name": "y')
-    assert grids.read_rows(file) == [{"name": "x"}]
-
-
 def test_the_files_of_the_project_can_be_read():
     files = [file.stem for file in (system.params() / "grids").glob("*.yaml")]
     assert files
