@@ -25,12 +25,6 @@ def history(lineup):
     return explore.first_history(asked(), lineup)[1]
 
 
-def test_what_was_trained_says_so(lineup):
-    assert "trained here for 6 epochs" in lineup.about
-    assert "no result" in lineup.about
-    assert set(lineup.models) == set(explore.ARMS)
-
-
 def test_a_list_is_that_of_the_models_scores_without_what_was_seen(lineup, history):
     found = explore.ranks(lineup, "base", history)
     best = explore.top(found, 5)
@@ -85,15 +79,6 @@ def test_what_came_next_is_told_for_a_users_own_history_only(lineup):
     said = explore.side_by_side(lineup, user.history[-4:], 5, target=user.target)
     rank = explore.ranks(lineup, "lora", user.history[-4:])[user.target]
     assert f"rank {rank:,}" in said
-
-
-def test_titles_are_found_by_all_words_the_most_frequent_first(lineup):
-    whole = explore.search(lineup, "", most=1000)
-    assert len(whole) == len(lineup.titles) - 1
-    assert lineup.counts[whole].tolist() == sorted(lineup.counts[1:], reverse=True)
-    title = lineup.titles[7]
-    assert 7 in explore.search(lineup, title.upper())
-    assert explore.search(lineup, "no such title") == []
 
 
 def test_a_history_is_handed_on_and_read_back(lineup, history):
