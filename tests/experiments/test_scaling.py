@@ -19,7 +19,7 @@ from small_grid import write as write_grid
 
 from reclib import parameters, system
 from reclib.config import DEPTHS, SIZES, WIDTHS, InputError, ModelConfig, TrainConfig, model_config
-from reclib.cost.work import demand_room, require_fit, training_memory
+from reclib.cost.work import demand_room
 from reclib.data import batches
 from reclib.data.dataset import Histories
 from reclib.data.splits import leave_one_out
@@ -250,17 +250,6 @@ def test_what_does_not_fit_is_refused_before_anything_is_allocated(p, dataset, m
     monkeypatch.setattr("reclib.cost.work.machine_bytes", lambda: 2**30)
     with pytest.raises(InputError, match=r"this does not fit: estimated .* of 0\.95 usable; .*"):
         fit_module.fit(large.model, dataset, large.train, resolve("cpu"))
-
-
-def test_an_l4_trains_the_largest_named_size_at_the_full_profile():
-    lengths = np.random.default_rng(0).geometric(1 / 9.25, 20_000) + 4
-    full = parameters.profile("03_scaling", "full")
-    model = model_config("430m")
-    p, whole = (parameters.build("03_scaling", full | more) for more in ({}, {"micro_batch_size": 512}))
-    memory = require_fit(model, scaling.recipe(p, "430m", 0), lengths, 23 * 10**9, "bf16", "cuda")
-    assert memory.total < 23e9
-    larger = training_memory(model, scaling.recipe(whole, "430m", 0), lengths, "bf16", "cuda")
-    assert larger.total > memory.total, "that is what accumulation is for"
 
 
 def test_tuned_settings_are_taken_for_their_size_and_data_only(p, dataset):
