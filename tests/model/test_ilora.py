@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from small_models import histories, small_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from reclib import hardware
 from reclib.config import AdapterConfig, InputError, ModelConfig, TrainConfig, changed, validated
 from reclib.data.batches import Batch
 from reclib.data.dataset import Evaluation
@@ -22,9 +21,7 @@ from reclib.model.ilora import AdaptedModel, base_hash
 from reclib.model.lora import LowRank
 from reclib.train import losses
 from reclib.train.losses import batch_loss
-from reclib.train.trainer import Trainer
 
-CPU = hardware.resolve("cpu")
 TRAIN = TrainConfig(batch_size=8, epochs=2, mask_prob=0.3, lr_warmup_steps=1, learning_rate=1e-2)
 LENGTHS = [9, 4, 12, 7, 3, 8, 5, 6]
 NEAR = {"rtol": 1e-4, "atol": 1e-5}
@@ -193,17 +190,6 @@ def test_a_gate_on_states_is_trained_while_they_stay_as_they_are():
         assert torch.equal(found.expert_weights(*rows_of(batch())), before)  # without dropout
 
 
-@torch.no_grad()
-def test_a_causal_model_takes_an_instance_for_each_place():
-    found = adapted("ilora", base(causal=True))
-    rows = [t.clone() for t in rows_of(batch(layout="padded"))]
-    before = found.encode(*rows)
-    rows[0][:, 2] = 1
-    after = found.encode(*rows)
-    close(before[:, :2], after[:, :2])
-    assert gap(before[:, 2:], after[:, 2:]) > 1e-3
-
-
 def test_controls_take_something_away():
     one, model = batch(), adapted("ilora")
     for control in ("shuffled_user", "noise", "static_gate"):
@@ -304,21 +290,6 @@ def test_an_adapted_output_table_has_no_product_for_the_frozen_part(monkeypatch)
         for name, gradient in wanted.items():
             close(gradients[name], gradient, rtol=1e-4, atol=1e-6)
         assert more - products >= 2 * len(one.targets) * found.config.num_items * found.config.hidden_dim
-
-
-def test_freezing_takes_gradients_and_sinks_away():
-    torch.manual_seed(0)
-    model = Bert4Rec(changed(small_model(**UNTIED), num_items=200_000))
-    assert len(model.use_sinks(True)) == 2
-    model.output_weight.grad = torch.zeros_like(model.output_weight)
-    found = AdaptedModel(model)
-    found.add("x", AdapterConfig())
-    assert model.item_sink is model.output_sink is None
-    assert all(p.grad is None for p in model.parameters())
-    trainer = Trainer(found, histories(LENGTHS), TRAIN, CPU, "x")
-    next(trainer.steps())
-    assert trainer.sinks == {}
-    assert len(trainer.optimizer.state) == len(found.layers()) * 2
 
 
 def test_frozen_weights_can_be_held_in_the_precision_of_the_products():
