@@ -7,7 +7,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from reclib import parameters, system
+from reclib import parameters
 from reclib.config import GPU_LABELS, InputError
 from reclib.parameters import Baseline, Parameters
 
@@ -90,12 +90,6 @@ def test_wrong_values_are_told_in_one_line_that_names_the_parameter():
         parameters.profile("02_baseline", "fast")
 
 
-def test_data_parameters_give_the_configuration_of_the_data():
-    p = parameters.build("01_data_prep", parameters.profile("01_data_prep", "smoke") | {"columns": "user=u"})
-    assert p.data_config().columns == {"user": "u"}
-    assert build(min_user=3).data_config().min_user == 3
-
-
 def test_known_misspellings_are_undone_and_told(capsys):
     for name, text, value in [
         ("tied", "false", False),
@@ -168,30 +162,3 @@ def test_a_broken_parameter_file_is_named_with_its_line(project: Path):
             parameters.profile("02_baseline", "quick")
     file.write_text(yaml.safe_dump({"02_baseline": {"epochs": 7}}))
     assert parameters.profile("02_baseline", "quick")["epochs"] == 7
-
-
-@pytest.mark.parametrize(
-    ("content", "problem"),
-    [
-        (b"a: 1\nb:\n  c: 2\n  c: 3\n", r"x\.yaml, line 4: 'c' stands twice"),
-        (b"a: 1\na: 1\n", r"x\.yaml, line 2: 'a' stands twice"),
-        (b"a: 1\n5: 2\n", r"x\.yaml, line 2: 5 as a key is no text: put it in quotation marks"),
-        (b"a: 1\ntrue: 2\n", r"x\.yaml, line 2: True as a key is no text"),
-        (b"a: caf\xe9\n", r"x\.yaml: not valid YAML \(UnicodeDecodeError\)"),
-        (b"a: [1\n", r"x\.yaml, line 2: not valid YAML"),
-    ],
-    ids=[
-        "a key twice inside",
-        "a key twice",
-        "an integer key",
-        "a truth value as key",
-        "not UTF-8",
-        "unclosed",
-    ],
-)
-def test_a_malformed_yaml_file_is_told_in_one_line_with_its_place(tmp_path, content, problem):
-    file = tmp_path / "x.yaml"
-    file.write_bytes(content)
-    with pytest.raises(InputError, match=problem) as error:
-        system.read_yaml(file)
-    assert "\n" not in str(error.value)
