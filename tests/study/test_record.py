@@ -289,17 +289,3 @@ def test_a_full_disk_leaves_whole_lines_only(root):
     assert "could not write" in writer.communicate()[1]
     assert (root / "cpu/results.jsonl").read_bytes().endswith(b"\n")
     assert 1 <= len(lines(root)) < 40
-
-
-def test_the_bundle_holds_name_parameters_and_rounded_metrics(root, monkeypatch):
-    IPython = pytest.importorskip("IPython")
-    displayed = []
-    monkeypatch.setattr(IPython, "get_ipython", lambda: object())
-    monkeypatch.setattr("IPython.display.display", lambda data, raw: displayed.append((data, raw)))
-    make_run().result("x", {"hr": 0.123456, "n": 99_287}, params={"k": 1})
-    ((data, raw),) = displayed
-    assert raw is True
-    bundle = data[records.MIME]
-    assert (bundle["name"], bundle["metrics"]) == ("x", {"hr": 0.123, "n": 99_287})
-    assert (bundle["params"]["epochs"], bundle["params"]["k"]) == (2, 1)
-    assert data["text/plain"] == "02_baseline / x: hr=0.123  n=99287"
