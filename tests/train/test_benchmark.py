@@ -18,7 +18,7 @@ from reclib import hardware, records, runner
 from reclib import parameters as reclib_parameters
 from reclib.config import TrainConfig, changed
 from reclib.cost import work
-from reclib.experiments import comparison, speed
+from reclib.experiments import speed
 from reclib.experiments.speed import CHANGES, ladder
 from reclib.model.bert4rec import Bert4Rec
 from reclib.parameters import AmpCompile
@@ -209,19 +209,6 @@ def test_operators_add_up_and_the_trace_is_written(tmp_path: Path, capfd):
     assert "USDT" not in capfd.readouterr().err
 
 
-def test_peak_of_tensors_holds_the_logits_where_all_are_made():
-    trainer = a_trainer(layout="padded", head_rows="all", loss="plain")
-    next(loop := trainer.steps())
-    loop.close()
-    state = timing.state_bytes(trainer)
-    parameters = sum(p.numel() for p in trainer.parameters)
-    assert 3 * 4 * parameters <= state <= 4 * 4 * parameters + 4096
-    lean = timing.peak_tensor_bytes(a_trainer())
-    logits = 4 * 4 * 12 * 37  # bytes, rows, positions, items
-    assert timing.peak_tensor_bytes(trainer) >= lean + logits / 2
-    assert lean > state
-
-
 def test_the_bound_is_made_of_its_parts():
     model = small_model(tied=False)
     (batch,) = timing.step_batches(a_trainer(model), 1)
@@ -327,22 +314,6 @@ def test_what_does_not_apply_is_a_row_with_its_reason(p):
     np.testing.assert_allclose(curves["bf16"], curves["fp32"], rtol=0.01)
 
 
-def test_what_found_no_room_beside_the_others_is_tried_alone(p, monkeypatch):
-    interleave = timing.interleave
-    tried = []
-
-    def full(trainers, *rest, **more):
-        if len(trainers) > 1:
-            return {name: Measurement("oom", "full") for name in trainers}
-        tried.append(list(trainers))
-        return interleave(trainers, *rest, **more)
-
-    monkeypatch.setattr(timing, "interleave", full)
-    rows = speed.grid(p, speed.dataset_of(p), CPU)
-    assert [row.found.status for row in rows].count("ok") == len(tried) == 2
-    assert all(row.timings for row in rows if row.found.status == "ok")
-
-
 @pytest.mark.slow
 def test_a_claimed_gpu_that_is_not_there_is_told_and_never_recorded_as_measured(tmp_path, monkeypatch):
     """The whole notebook, as papermill runs it with `-p gpu l4`, at less than smoke size."""
@@ -419,44 +390,3 @@ def test_steps_timed_by_events_are_all_launched_before_the_first_wait():
 
     assert timing.timed_by_events(step, 3, Event) == [(1, 0.005), (2, 0.005), (3, 0.005)]
     assert waited == [3]
-
-
-def test_energy_is_of_steps_that_last_long_enough_and_are_not_among_the_timed(monkeypatch):
-    class Meter:
-        def __init__(self, device):
-            pass
-
-        def joules(self, seconds):
-            return 12.0
-
-    clock = timing._Clock(a_trainer())
-    clock.warm_up(1)
-    clock.round(4)
-    before = clock.result.timings()
-    assert before["joules_per_sequence"] is None
-    clock.result.step_seconds = [0.5] * 4  # 5 steps are 2.5 s
-    monkeypatch.setattr(timing, "Meter", Meter)
-    clock.energy()
-    batches = [batch for step in range(6, 11) for batch in timing.step_batches(a_trainer(), step)]
-    assert clock.result.energy_sequences == sum(batch.num_sequences for batch in batches)
-    assert clock.result.timings()["joules_per_sequence"] == 12.0 / clock.result.energy_sequences
-    assert (len(clock.result.step_seconds), len(clock.result.losses)) == (4, 5)
-    whole = merged([clock.result, clock.result])
-    assert whole.timings()["joules_per_sequence"] == clock.result.timings()["joules_per_sequence"]
-
-
-def test_weights_of_what_is_timed_are_drawn_on_the_device(p, monkeypatch):
-    class Drawn(Exception):
-        pass
-
-    def model(config):
-        raise Drawn(torch.get_default_device())
-
-    there = replace(CPU, torch_device=torch.device("meta"))
-    monkeypatch.setattr(speed, "Bert4Rec", model)
-    monkeypatch.setattr(comparison, "Bert4Rec", model)
-    with pytest.raises(Drawn, match="meta"):
-        speed.work_rows(p, speed.dataset_of(p), there)
-    hardware_p = reclib_parameters.build("06_hardware", reclib_parameters.profile("06_hardware", "smoke"))
-    with pytest.raises(Drawn, match="meta"):
-        comparison.measured(hardware_p, there)
