@@ -133,17 +133,6 @@ def test_ease_refuses_a_catalogue_beyond_its_memory():
         baselines.fit_ease(histories, 160_000)
 
 
-def test_users_come_in_blocks_and_each_once(monkeypatch):
-    monkeypatch.setattr(metrics, "SCORE_BYTES", 3 * 4 * NUM_ITEMS)
-    histories = of_rows([[1, 2, 3], [], [4], [5, 6], [6], [2, 2], [3, 1]])
-    for name, family in baselines.families().items():
-        parts = list(family.fit(histories, NUM_ITEMS).scores(evaluated(histories)))
-        assert [users.tolist() for users, _ in parts] == [[0, 1, 2], [3, 4, 5], [6]], name
-        for users, scores in parts:
-            assert scores.shape == (len(users), NUM_ITEMS)
-            assert scores.isfinite().all()
-
-
 def test_nothing_is_fitted_to_the_items_after_training():
     rows = [[1, 2, 3], [4, 5, 6], [2, 3, 4]]
     whole = of_rows(rows)
