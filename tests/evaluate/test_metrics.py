@@ -13,7 +13,7 @@ from small_models import NUM_ITEMS, histories, small_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reclib.config import InputError, changed
-from reclib.data.dataset import Evaluation, Histories
+from reclib.data.dataset import Evaluation
 from reclib.data.splits import Split
 from reclib.evaluate import metrics, statistics
 from reclib.evaluate.metrics import Outcome, Scores
@@ -219,13 +219,6 @@ def test_trap_rank_ties_are_pessimistic_under_every_protocol():
     with torch.no_grad():
         model.output_weight.zero_()  # a collapsed model: all scores alike
     assert (metrics.masked_positions(model, part, CPU).ranks == model.config.output_rows).all()
-
-
-def test_trap_seen_filter_moves_the_rank_and_both_are_reported():
-    seen = Histories(np.array([1, 2], dtype=np.int32), np.array([0]), np.array([2]))
-    part = Evaluation(seen, np.array([3], dtype=np.int32))
-    outcomes = side_by_side(fixed(torch.tensor([[5.0, 4.0, 3.0, 2.0]])), part)
-    assert [outcomes[name].ranks.tolist() for name in ("removed", "kept")] == [[1], [3]]
 
 
 def test_trap_pad_and_mask_are_candidates_in_the_seed_metric_only():
