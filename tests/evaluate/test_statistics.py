@@ -206,18 +206,6 @@ def test_shuffled_histories_hold_the_same_items_and_keep_the_last(lengths, keep,
         assert new[max(0, length - keep) :] == old[max(0, length - keep) :]
 
 
-def test_shuffles_are_seeded_uniform_and_independent():
-    items = np.tile(np.arange(1, 5, dtype=np.int32), 6000)
-    ends = np.arange(4, len(items) + 1, 4)
-    part = Evaluation(Histories(items, ends - 4, ends), np.ones(6000, dtype=np.int32))
-    one, same, other = (statistics.shuffled(part, seed).histories.items.reshape(-1, 4) for seed in (1, 1, 2))
-    assert (one == same).all()
-    assert (one != other).any()
-    _, counts = np.unique(one, axis=0, return_counts=True)
-    assert len(counts) == 24
-    assert stats.chisquare(counts).pvalue > 1e-4
-
-
 def test_trap_weak_order_shows_in_the_shuffle_control():
     """On a cycle order decides all; on independent draws it decides nothing."""
 
