@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 from lineups import asked, trained
@@ -46,13 +45,6 @@ ROWS = [
     row(rate=60_000.0, seconds=0.001, own_params=HALF, kind="predicted", label="l4"),
     row("test_metrics", metrics={"hr@10": 0.1}, own_params={"model": "ease"}),
 ]
-
-
-def scored(*values: float) -> list[dict]:
-    return [
-        row("test_metrics", metrics={"hr@10": v, "hr@10_low": v - 0.01, "hr@10_high": v + 0.02, "mrr": v / 2})
-        for v in values
-    ]
 
 
 def shown(panel: explore.Panel) -> tuple[list[str], list[dict[str, Any]]]:
@@ -105,18 +97,6 @@ def test_a_size_brings_its_catalogue_and_a_device_its_precisions():
 # -- any result against any other ----------------------------------------------------------------------------
 
 
-def test_axes_are_numbers_that_differ_and_ends_of_intervals_are_none():
-    assert explore.results(ROWS) == {"step": 3, "test_metrics": 1}
-    rows = explore.frame(ROWS, "step")
-    assert set(explore.numbers(rows)) == {"batch_size", "sequences_per_second", "step_seconds"}
-    assert {"precision", "label"} <= set(explore.colors(rows))
-    assert rows["model"].unique().tolist() == ["BERT4Rec"]
-    first = explore.first_selection(scored(0.1, 0.2), "test_metrics")
-    assert {first.x, first.y} == {"hr@10", "mrr"}
-    with pytest.raises(InputError, match="'test_metrics' has 0 numbers that differ"):
-        explore.first_selection(ROWS, "test_metrics")
-
-
 def test_a_selection_draws_every_record_once_and_tells_measured_from_predicted():
     selection = Selection("step", "batch_size", "sequences_per_second", "precision")
     figure = explore.scatter(ROWS, selection)
@@ -149,17 +129,6 @@ def test_what_cannot_be_drawn_is_refused_with_what_can():
 
 
 # -- what would be recommended -------------------------------------------------------------------------------
-
-
-def test_the_gate_of_a_history_stands_over_what_is_usual():
-    usual = np.array([[0.1, 0.2, 0.7]] * 50 + [[0.3, 0.3, 0.4]] * 50)
-    figure = explore.gate_figure(np.array([0.2, 0.5, 0.3]), usual)
-    bars, medians = figure.data
-    assert list(bars.y) == [0.2, 0.5, 0.3]
-    assert list(medians.y) == pytest.approx([0.2, 0.25, 0.55])
-    assert list(medians.error_y.array) == pytest.approx([0.1, 0.05, 0.15])
-    assert "expert 2 has 50% of the weight" in figure.layout.title.text
-    assert figure.layout.shapes[0].y0 == pytest.approx(1 / 3)
 
 
 @pytest.fixture(scope="module")
