@@ -61,17 +61,6 @@ def test_an_empty_history_is_refused(lineup):
         explore.ranks(lineup, "base", ())
 
 
-def test_the_table_marks_what_is_new_and_where_the_base_has_it(lineup, history):
-    lists = {arm: explore.top(explore.ranks(lineup, arm, history), 5) for arm in explore.ARMS}
-    said = explore.side_by_side(lineup, history, 5)
-    assert "new" not in said
-    moved = sum(a != b for arm in ("lora", "ilora") for a, b in zip(lists["base"], lists[arm], strict=True))
-    assert said.count("base: ") == moved
-    earlier = {arm: explore.top(explore.ranks(lineup, arm, history[:1]), 5) for arm in explore.ARMS}
-    fresh = sum(item not in earlier[arm] for arm, items in lists.items() for item in items)
-    assert explore.side_by_side(lineup, history, 5, before=history[:1]).count("<b>new</b>") == fresh
-
-
 def test_what_came_next_is_told_for_a_users_own_history_only(lineup):
     key, user = next(iter(lineup.users.items()))
     assert explore.next_item(lineup, key, user.history[-4:]) == user.target
