@@ -18,10 +18,8 @@ from small_grid import work
 from small_grid import write as write_grid
 
 from reclib import parameters, system
-from reclib.config import DEPTHS, SIZES, WIDTHS, InputError, ModelConfig, TrainConfig, model_config
+from reclib.config import SIZES, InputError, model_config
 from reclib.cost.work import demand_room
-from reclib.data import batches
-from reclib.data.dataset import Histories
 from reclib.data.splits import leave_one_out
 from reclib.evaluate import metrics, statistics
 from reclib.experiments import baseline, grids, scaling
@@ -53,46 +51,6 @@ def write(root: Path, **changes: object) -> None:
 
 
 # -- sizes and counts ----------------------------------------------------------------------------------------
-
-
-def test_depth_leaves_the_tables_alone_and_width_does_not():
-    for width in WIDTHS:
-        counts = [count_parameters(model_config(f"w{width}d{depth}")) for depth in DEPTHS]
-        assert len({row["item_tables"] for row in counts}) == 1
-        assert [row["non_embedding"] for row in counts] == [
-            depth * (12 * width**2 + 13 * width) + 2 * width for depth in DEPTHS
-        ]
-
-
-def closed_flops(model: ModelConfig, tokens: int, targets: int, squares: int, target_keys: int) -> int:
-    """Return FLOPs by the closed formula of a transformer, forward and backward.
-
-    6 for each weight of a linear map and each token that passes it (2 forward, 4 backward), attention apart.
-    `squares` is the sum of squared lengths, `target_keys` of the lengths of the targets' histories. In the
-    last layer only targets ask; its keys and values are of all tokens.
-    """
-    D, f = model.hidden_dim, model.ffn_factor
-    layer = 6 * (4 + 2 * f) * D * D * tokens + 12 * squares * D
-    last = 6 * D * D * (2 * tokens + (2 + 2 * f) * targets) + 12 * target_keys * D
-    transform = D * D if model.head == "mlp" else 0
-    return (model.num_layers - 1) * layer + last + 6 * targets * (D * model.num_items + transform)
-
-
-def test_counted_flops_are_those_of_the_closed_formula():
-    for size in ["w32d1", "w64d4", "130m"]:
-        rng = np.random.default_rng(0)
-        lengths = rng.integers(2, 21, 40)
-        ends = np.cumsum(lengths)
-        histories = Histories(rng.integers(1, 31, ends[-1]).astype(np.int32), ends - lengths, ends)
-        model, train = model_config(size, num_items=30, max_len=20), TrainConfig(batch_size=8)
-        counted = np.zeros(4, dtype=np.int64)
-        epoch = batches.Epoch(histories, model, train, 0)
-        for step in range(epoch.num_steps):
-            samples = epoch.samples(step)
-            keys = np.repeat(samples.lengths, samples.lengths)[samples.is_target].sum()
-            squares = (samples.lengths.astype(np.int64) ** 2).sum()
-            counted += [samples.lengths.sum(), samples.is_target.sum(), squares, keys]
-        assert baseline.epoch_flops(model, train, histories).total == closed_flops(model, *counted.tolist())
 
 
 def test_the_loss_on_validation_is_the_cross_entropy_over_all_items(root):
