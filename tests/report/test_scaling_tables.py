@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import figure_records
 import pytest
-from figure_records import of_grid, record
+from figure_records import record
 
 from reclib.config import model_config
 from reclib.evaluate import statistics
@@ -85,17 +85,6 @@ def test_findings_say_what_scales_what_does_not_and_whether_the_rule_held():
     assert "twice of it is better by 0.030 nats (the rule's seeds lie 0.040 apart)" in said
     assert "Loss risen again at the end, in nats above its lowest: w64d8 (+0.050)" in said
     assert "Fewer than three seeds: none" in said, "rates are checked with one"
-
-
-def test_the_answer_tells_what_size_gained_and_what_the_law_said():
-    rows = [one for one in figure_records.scaling() if one["name"] in ("prediction", "learning_curve")]
-    said = findings.sentences("03_scaling", rows)
-    assert said[0].startswith(
-        "Too few seeds for a claim (1) on ml-100k (cpu): NDCG@10 on validation is 0.070"
-    )
-    runs = [r | {"seed": seed} for r in rows if r["name"] == "learning_curve" for seed in range(3)]
-    assert findings.sentences("03_scaling", runs)[0].startswith("Not told apart on ml-100k (cpu): NDCG@10 on")
-    assert said[-1] == "w384d2 is not measured yet; its record will carry 1."
 
 
 def test_accuracy_against_size_keeps_validation_and_test_apart_and_says_who_is_ahead():
@@ -245,23 +234,3 @@ def test_a_law_of_accuracy_stands_beside_a_line():
     assert law.predicted == pytest.approx(law.measured, abs=1e-3)
     assert law.low < law.predicted < law.high < law.line
     assert tables.law_of_accuracy(rows[:-3]) is None  # three sizes below the largest
-
-
-def test_popularity_stands_by_size_beside_counts():
-    def scored(model, coverage, grid="scaling-x"):
-        numbers = {"coverage": coverage, "gini": 0.9, "popularity_percentile": 0.8}
-        row = of_grid("beyond_accuracy", {"model": model, "k": 10}, numbers)
-        return row | {"params": {"grid": grid}, "data": {"name": grid, "fingerprint": "f"}}
-
-    sizes = {"w32d2": 1000, "w64d2": 2000}
-    runs = [curve(model, 0, size, 5.0) for model, size in sizes.items()]
-    runs = [run | {"data": {"name": "scaling-x", "fingerprint": "f"}} for run in runs]
-    rows = [*runs, scored("w32d2", 0.1), scored("w64d2", 0.3), scored("pairwise_counts", 0.9)]
-    chosen = tables.popularity_by_size(rows)
-    assert [r["metrics"]["non_embedding"] for r in chosen if "w" in r["own_params"]["model"][0]] == [
-        1000,
-        2000,
-    ]
-    title = figures.show("popularity_by_size", *chosen).layout.title.text
-    assert title == "Catalogue recommended, smallest to largest size: x 10% to 30%"
-    assert not tables.popularity_by_size(rows[:-2])  # one size alone
