@@ -390,23 +390,6 @@ def test_synthetic_histories_are_seeded_and_shaped():
             synthetic_dataset(10, items, mean_len, seed=0)
 
 
-def test_synthetic_transitions_can_be_learned():
-    dataset = synthetic_dataset(3000, 200, 20.0, seed=1)
-    train, test = train_histories(dataset), evaluation(dataset, "test")
-    inside = np.ones(dataset.num_interactions - 1, dtype=bool)
-    inside[train.ends - 1] = inside[train.ends] = False  # into and out of the held-out items
-    inside[dataset.offsets[1:-1] - 1] = False  # from one user to the next
-    pairs = np.zeros((201, 201))
-    np.add.at(pairs, (dataset.items[:-1][inside], dataset.items[1:][inside]), 1)
-    best = np.argsort(-pairs, axis=1)[:, :5]
-    last = dataset.items[test.histories.ends - 1]
-    by_transition = (best[last] == test.targets[:, None]).any(axis=1).mean()
-    popular = np.argsort(-pairs.sum(axis=0))[:5]
-    by_popularity = np.isin(test.targets, popular).mean()
-    assert by_transition > 0.4
-    assert by_transition > 3 * by_popularity
-
-
 def command(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "reclib", "data", *map(str, arguments)],
