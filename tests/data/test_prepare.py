@@ -1,6 +1,3 @@
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -220,45 +217,6 @@ def test_memory_limit_that_is_too_low_is_told(tmp_path):
         prepared(tmp_path / "out", rows, memory_limit_mb=1)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
-
-
-LIKE_ELECTRONICS = """
-import json, resource, sys
-from pathlib import Path
-from types import SimpleNamespace
-from reclib.data.prepare import build
-from reclib.config import DataConfig
-from reclib.data.read import Ingested
-
-def fill(con, progress, work):
-    con.execute(
-        "create table raw as select range as row, 'A' || md5('u' || range % {users}) as \\"user\\", "
-        "'B' || hash(range * 31) % {items} as item, 5.0 as rating, "
-        "(946684800 + hash(range) % 500000000)::bigint as time from range({rows})"
-    )
-    return Ingested("s", dict(), {rows}, dict(), [], lambda keys: dict())
-
-made = SimpleNamespace(name="made", identity="", fill=fill)
-build(made, DataConfig(memory_limit_mb={limit}), Path(sys.argv[1]), "key")
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
-"""
-
-
-@pytest.mark.slow
-def test_memory_does_not_grow_with_the_rows(tmp_path):
-    """Four times the rows may take a little more than the database's limit, not four times the memory."""
-    peaks = []
-    for rows in (50_000, 200_000):
-        code = LIKE_ELECTRONICS.format(rows=rows, users=rows // 8, items=rows // 40, limit=128)
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path / str(rows))],
-            env=os.environ | {"PYTHONPATH": str(system.root())},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        peaks.append(int(done.stdout))
-    assert peaks[1] < peaks[0] + 128
 
 
 def test_variants_of_a_product_become_one_item(tmp_path):
