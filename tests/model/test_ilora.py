@@ -9,13 +9,11 @@ import torch
 from adapting import EVERYTHING, KINDS, UNTIED, adapted, base, batch, rows_of, scores, stir
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import histories, small_model
+from small_models import small_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from reclib.config import AdapterConfig, InputError, ModelConfig, TrainConfig, changed, validated
 from reclib.data.batches import Batch
-from reclib.data.dataset import Evaluation
-from reclib.evaluate.metrics import model_scores
 from reclib.model.bert4rec import Bert4Rec
 from reclib.model.ilora import AdaptedModel, base_hash
 from reclib.model.lora import LowRank
@@ -87,20 +85,6 @@ def test_every_adapter_and_the_gate_have_a_gradient_and_nothing_else_has():
         for name, parameter in found.named_parameters():
             assert parameter.requires_grad == (parameter.grad is not None), name
             assert parameter.grad is None or float(parameter.grad.abs().max()) > 0, name
-
-
-def test_ranking_sees_the_adapter():
-    given_ = histories([5, 7, 3])
-    part = Evaluation(given_, given_.items[given_.starts])
-
-    def ranked(model: AdaptedModel | Bert4Rec) -> torch.Tensor:
-        return next(model_scores(model, part, torch.device("cpu")))[1].clone()
-
-    found = adapted("ilora", targets=EVERYTHING)
-    with_it = ranked(found)
-    found.use(None)
-    assert gap(with_it, ranked(found)) > 1e-2
-    close(ranked(found), ranked(base(**UNTIED)), rtol=1e-5, atol=1e-5)
 
 
 # -- kinds are what they say ---------------------------------------------------------------------------------
@@ -381,29 +365,21 @@ def test_merging_is_exact_or_refused():
 def test_mistakes_are_named():
     for given_, message in (
         ({"kind": "ilora", "rank": 6}, "rank=6 must be divisible by num_experts=4"),
-        ({"kind": "dora"}, "'kind' is 'dora'"),
-        ({"targets": ()}, "targets is empty"),
         ({"control": "noise"}, "control='noise' is one of kind='ilora', not of 'lora'"),
-        ({"r": 8}, "unknown parameter 'r'"),
     ):
         with pytest.raises(InputError, match=message):
             validated(AdapterConfig, given_)
-    for target in ("qvk", "blocks.7.ffn.up", "norm"):
-        with pytest.raises(InputError, match=rf"target '{target}' matches no module .*; allowed: qkv"):
-            AdaptedModel(base()).add("x", AdapterConfig(targets=(target,)))
+    with pytest.raises(InputError, match=r"target 'qvk' matches no module .*; allowed: qkv"):
+        AdaptedModel(base()).add("x", AdapterConfig(targets=("qvk",)))
     found = adapted("lora")
     causal = AdapterConfig(kind="ilora", representation="causal_state")
     small = Bert4Rec(ModelConfig(num_items=5, hidden_dim=16, causal=True))
     for call, message in (
         (lambda: found.add("default", AdapterConfig()), "adapter name 'default'.*in use: default"),
-        (lambda: found.add("a.b", AdapterConfig()), r"adapter name 'a\.b'"),
         (lambda: found.use("june"), "unknown adapter 'june'; there are: default"),
-        (lambda: found.expert_weights(*rows_of(batch())), "has no gate on the instance"),
         (lambda: found.add("c", causal), "needs causal_model"),
         (lambda: found.add("c", causal, small), "causal_model knows 5 items"),
     ):
         with pytest.raises(InputError, match=message):
             call()
     assert list(found.configs) == ["default"]
-    with pytest.raises(RuntimeError, match="without factors"):
-        adapted("ilora").base.blocks[0].ffn(torch.zeros(1, 2, 16))
