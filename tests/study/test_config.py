@@ -36,16 +36,13 @@ def test_impossible_values_are_told_in_one_line():
     for kind, values, part in [
         (ModelConfig, {"num_items": 0}, "'num_items' is 0"),
         (ModelConfig, {"num_items": 5, "hidden_dim": 10, "num_heads": 3}, "divisible by num_heads=3"),
-        (ModelConfig, {"num_items": 5, "dropout": 1.0}, "'dropout' is 1.0"),
         (ModelConfig, {"num_items": 5, "hiden_dim": 3}, "did you mean 'hidden_dim'?"),
         (ModelConfig, {}, "'num_items' is missing"),
         (ModelConfig, {"num_items": 5} | odd, "even hidden_dim"),
         (DataConfig, {"min_user": "5"}, "'min_user' is '5'"),
         (TrainConfig, {"batch_size": 10, "micro_batch_size": 3}, "multiple of micro_batch_size=3"),
         (TrainConfig, {"learning_rate": float("nan")}, "'learning_rate' is nan"),
-        (TrainConfig, {"mask_prob": 0.0}, "'mask_prob' is 0.0"),
         (TrainConfig, {"seed": 2**64}, "'seed' is 18446744073709551616"),
-        (TrainConfig, {"precision": "half"}, "'bf16'"),
     ]:
         with pytest.raises(InputError) as error:
             validated(kind, values)
