@@ -80,17 +80,6 @@ def test_one_batch_is_learnt_by_heart():
     assert np.mean(losses[-20:]) < 0.7
 
 
-@pytest.mark.parametrize("micro", [2, 4])
-def test_micro_batches_equal_one_batch(micro):
-    whole, first = run_steps(changed(SHORT, batch_size=16))
-    parts, second = run_steps(changed(SHORT, batch_size=16, micro_batch_size=micro))
-    for one, other in zip(first, second, strict=True):
-        assert other.loss == pytest.approx(one.loss, rel=1e-5)
-        assert other.num_targets == one.num_targets
-    for name, tensor in weights(whole).items():
-        torch.testing.assert_close(weights(parts)[name], tensor, rtol=1e-3, atol=1e-4)
-
-
 def test_fused_and_looped_optimiser_agree():
     fused, _ = run_steps(SHORT)
     looped, _ = run_steps(changed(SHORT, optimizer="loop"))
