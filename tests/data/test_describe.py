@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reclib.config import DataConfig, InputError
+from reclib.config import InputError
 from reclib.data import fetch, splits
 from reclib.data.dataset import Dataset, Keys, ties
-from reclib.data.prepare import prepare, synthetic_dataset
+from reclib.data.prepare import synthetic_dataset
 from reclib.experiments import data_prep
 
 # Histories of (time, item); few items and times, so that repeats and ties are frequent.
@@ -87,14 +87,6 @@ def test_candidates_for_the_last_item_are_those_of_a_loop(given_histories, porti
     assert found.metrics["last_item_by_tie_rule_share"] == pytest.approx(share)
 
 
-def test_nobody_has_targets():
-    dataset = dataset_of([[(0, 1), (5, 2)], [(1, 2)]])
-    counts = dict.fromkeys(("users", "items", "interactions"), 3)
-    dataset.manifest["steps"] = [counts | {"step": step} for step in ("source", "k-core")]
-    assert data_prep.example_users(dataset, seed=0) == [0, 1]
-    assert "last_items" not in [found.name for found in data_prep.described(dataset, {})]
-
-
 def test_runs_of_equal_times():
     dataset = dataset_of([[(0, 1), (5, 2), (5, 2)]])
     assert data_prep.ties(dataset).metrics["tied_test_target_share"] == 1
@@ -153,40 +145,6 @@ def test_without_times_nothing_is_said_about_time(capsys):
         with pytest.raises(InputError, match="no times"):
             ask(dataset)
     assert "exact_duplicate_share" not in data_prep.repeats(dataset).metrics
-
-
-@pytest.fixture
-def prepared(tmp_path, monkeypatch):
-    """A file of one's own with a bad line, and users and items that only one pass leaves."""
-    monkeypatch.setenv("RECLIB_DATA", str(tmp_path / "cache"))
-    day = 86_400
-    rows = [(f"u{u}", f"i{i}", 1_600_000_000 + day * i) for u in range(4) for i in range(4)]
-    rows += [("u9", "i0", 1_600_000_000), ("u9", "i1", 1_600_000_001), ("u9", "rare", 1_600_000_002)]
-    text = "user,item,time\n" + "".join(f"{u},{i},{t}\n" for u, i, t in rows) + "u0,i0,-5\n"
-    (tmp_path / "mine.csv").write_text(text)
-    config = DataConfig(dataset=str(tmp_path / "mine.csv"), min_user=3, min_item=2, max_rejected_share=0.1)
-    return prepare(config), config
-
-
-def test_the_sheet_of_a_file(prepared):
-    dataset, _ = prepared
-    sheet = data_prep.reading(dataset)[""]
-    assert (sheet["file"], sheet["lines"], sheet["time unit"]) == ("mine.csv", "20", "s")
-    assert sheet["k-core"] == "3 per user, 2 per item, fixed_point"
-    assert len(sheet["sha256"]) == 64
-    rejected = data_prep.rejected(dataset)
-    assert rejected["lines"].tolist() == [1]
-    assert rejected["share"].tolist() == ["5%"]
-    assert data_prep.rejected_examples(dataset).loc[21, "text"] == "u0,i0,-5"
-    assert data_prep.counts(dataset).loc["source", "interactions"] == "19"
-    assert data_prep.published(dataset) == {}
-
-    dataset, config = prepared
-    both = data_prep.cores(dataset, config)
-    assert both.loc["fixed_point", "passes"] == "18 → 16"
-    assert both.loc["single_pass", "passes"] == "18"
-    assert both["users"].to_dict() == {"fixed_point": "4", "single_pass": "5"}
-    assert both["users below min_user"].to_dict() == {"fixed_point": "0", "single_pass": "1"}
 
 
 def test_downloads_and_published_counts():
