@@ -158,18 +158,3 @@ def test_a_history_is_written_added_to_and_put_in_another_order(panel, lineup):
     ids = [lineup.titles.index(title) for title in history.value.splitlines() if title]
     assert parameters(panel)["history"] == [lineup.keys[item] for item in ids]
     assert explore.written(lineup, history.value) == tuple(ids)
-
-
-def test_another_user_another_history_and_what_is_no_title_is_told(panel, lineup):
-    turned, (gate,) = controls(panel), shown(panel)[1]
-    turned["user"].value = list(lineup.users)[1]
-    own = lineup.users[turned["user"].value].history[-6:]
-    assert turned["history"].value.splitlines() == [lineup.titles[item] for item in own]
-    assert shown(panel)[1][0]["data"][0]["y"] != gate["data"][0]["y"]
-    assert "<b>new</b>" not in shown(panel)[0][0]  # another user is no change of a history
-    turned["history"].value = f"{lineup.titles[3]}\nno such title"
-    assert "history, line 2: no title has the words &#x27;no such title&#x27;" in shown(panel)[0][0]
-    turned["history"].value = ""
-    assert "the history is empty" in shown(panel)[0][0]
-    turned["history"].value = lineup.titles[3].upper()  # words of a title, whatever their case
-    assert "iLoRA" in shown(panel)[0][0]
