@@ -42,32 +42,12 @@ def test_a_list_is_that_of_the_models_scores_without_what_was_seen(lineup, histo
     assert best == (scores.topk(5).indices + 1).tolist()
 
 
-def test_adapters_differ_from_the_base_and_from_each_other(lineup, history):
-    base, lora, ilora = (explore.ranks(lineup, arm, history) for arm in explore.ARMS)
-    assert not np.array_equal(base, lora)
-    assert not np.array_equal(lora, ilora)
-
-
 def test_the_gate_is_of_the_history(lineup, history):
     weights = explore.gate(lineup, history)
     assert weights.sum() == pytest.approx(1)
     assert weights.shape == (4,)
     assert not np.allclose(weights, explore.gate(lineup, history[:2]), atol=1e-6)
     assert lineup.gates.shape[1] == 4
-
-
-def test_an_empty_history_is_refused(lineup):
-    with pytest.raises(InputError, match="the history is empty"):
-        explore.ranks(lineup, "base", ())
-
-
-def test_what_came_next_is_told_for_a_users_own_history_only(lineup):
-    key, user = next(iter(lineup.users.items()))
-    assert explore.next_item(lineup, key, user.history[-4:]) == user.target
-    assert explore.next_item(lineup, key, user.history[-4:-1]) is None
-    said = explore.side_by_side(lineup, user.history[-4:], 5, target=user.target)
-    rank = explore.ranks(lineup, "lora", user.history[-4:])[user.target]
-    assert f"rank {rank:,}" in said
 
 
 def test_a_history_is_handed_on_and_read_back(lineup, history):
