@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -131,26 +130,6 @@ def test_sigkill_loses_and_doubles_no_trial(root):
     assert sum(states(again).values()) == 4, "the killed one, and three that count"
     repeated = [t for t in again.trials() if t.user_attrs.get("again") == dead.number]
     assert [t.params for t in repeated] == [dead.params]
-
-
-def _run_study() -> None:
-    run(study())
-
-
-@pytest.mark.slow
-def test_two_processes_share_a_study(root):
-    write()
-    prepare(scaling.read_tuning("trial").data)
-    context = multiprocessing.get_context("spawn")
-    both = [context.Process(target=_run_study) for _ in range(2)]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join(200)
-    assert [process.exitcode for process in both] == [0, 0]
-    one = study()
-    assert len(one.finished()) == sum(states(one).values()) == len(records(one)) == 7
-    assert len({str(t.params) for t in one.trials()}) == 7
 
 
 @pytest.mark.slow
