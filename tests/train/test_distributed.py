@@ -317,14 +317,3 @@ def test_a_notebook_lets_processes_beside_it_train_and_reads_the_result_back(tmp
     alone = baseline.train_seed(*single)
     assert alone.together() == {}
     assert one.curve()["train_loss"] == pytest.approx(alone.curve()["train_loss"], rel=1e-4)
-
-
-@pytest.mark.slow
-def test_a_notebook_is_told_why_they_failed(tmp_path, monkeypatch):
-    for name, value in GNU.items():
-        monkeypatch.setenv(name, value)
-    write_setup(tmp_path / "run.json", ranks.setup())
-    words = ["--run", str(tmp_path / "run.json"), "--out", str(tmp_path / "out"), "--gpu", "cpu1"]
-    with pytest.raises(InputError, match="training in 2 processes failed: nproc=2, but cpu1 states"):
-        distributed.apart(words, 2)
-    assert not (tmp_path / "out").exists()
