@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from small_models import NUM_ITEMS, small_model
@@ -15,7 +13,6 @@ from reclib.model.bert4rec import (
     attention_bias,
     closed_formula,
     count_parameters,
-    sizes_main,
 )
 
 EXACT = {"5m": 5_118_250, "85m": 85_111_814, "130m": 130_095_750, "430m": 429_153_286}
@@ -36,19 +33,6 @@ def test_parameter_counts_are_the_published_ones_and_those_of_the_closed_formula
         assert closed_formula(config) == counted["total"]
         assert counted["total"] == sum(counted[k] for k in ("item_tables", "positions", "non_embedding"))
     assert {size: closed_formula(model_config(size)) for size in EXACT} == EXACT
-
-
-def test_the_command_prints_every_size_and_refuses_unknown_arguments(capsys):
-    assert sizes_main(["--json"]) == 0
-    printed = json.loads(capsys.readouterr().out)
-    assert printed.keys() == SIZES.keys()
-    assert {size: printed[size]["total"] for size in EXACT} == EXACT
-    assert sizes_main([]) == 0
-    assert "130,095,750" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as ended:
-        sizes_main(["--jsno"])
-    assert ended.value.code == 2
-    assert "unrecognized arguments: --jsno" in capsys.readouterr().err
 
 
 # -- one row with segments of 5 and 4 places and 3 unused ones -----------------------------------------------
