@@ -218,19 +218,3 @@ def test_what_is_said_of_tuning_with_nothing_with_trials_and_with_a_comparison()
     table = tables.tuned_against_default([*both, *trials])
     assert table["split"].tolist() == ["test", "validation"]
     assert table["claim"].tolist()[0] == "not separated"
-
-
-def test_a_law_of_accuracy_stands_beside_a_line():
-    truth = statistics.Law(0.85, 3.0, 0.35)  # of 1 - NDCG@10
-    rows = []
-    for width, size in (WIDTHS | {384: 3_549_696}).items():
-        for seed in (0, 1, 2):
-            row = curve(f"w{width}d2", seed, size, 5.0)
-            value = 1 - float(truth(size)) + seed / 1e4
-            row["metrics"]["valid_ndcg@10"] = row["series"]["valid_ndcg@10"][1] = value
-            rows.append(row)
-    law = tables.law_of_accuracy(rows)
-    assert law.differs
-    assert law.predicted == pytest.approx(law.measured, abs=1e-3)
-    assert law.low < law.predicted < law.high < law.line
-    assert tables.law_of_accuracy(rows[:-3]) is None  # three sizes below the largest
