@@ -196,15 +196,13 @@ def test_the_hash_of_code_follows_code_cells_and_every_folder_of_the_package(pro
     assert edited(-1, source=["pass"]) != before
     package = project / "package"
     (package / "room").mkdir(parents=True)
-    (package / "top.py").write_text("1")
-    (package / "room/inner.py").write_text("1")
     monkeypatch.setattr(system, "PACKAGE", package)
-    hashes = [records.code_hash("02_baseline")]
-    (package / "room/inner.py").write_text("2")
-    hashes.append(records.code_hash("02_baseline"))
+    hashes = []
+    for text in ("1", "2"):
+        (package / "room/inner.py").write_text(text)
+        hashes.append(records.code_hash("02_baseline"))
     (package / "room/inner.py").rename(package / "inner.py")
-    hashes.append(records.code_hash("02_baseline"))
-    assert len(set(hashes)) == 3
+    assert len({*hashes, records.code_hash("02_baseline")}) == 3
 
 
 def test_a_result_is_dirty_where_what_it_depends_on_is_in_no_commit(tmp_path, monkeypatch):
