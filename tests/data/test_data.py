@@ -337,35 +337,6 @@ def test_altered_files_are_never_put_in_place(wheel, cache, monkeypatch):
     assert list((cache / "raw").iterdir()) == []
 
 
-PREPARE = """
-import sys
-from reclib.data.prepare import prepare
-from reclib.config import DataConfig
-print(prepare(DataConfig(**{config})).fingerprint, "recbole" in sys.modules)
-"""
-
-
-def python(config: dict, **env: str) -> subprocess.Popen:
-    code = PREPARE.replace("{config}", repr(config))
-    return subprocess.Popen(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": str(system.root())} | env,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-
-
-def test_two_processes_prepare_at_once(small, cache):
-    """Both start on an empty cache with the archive in place; both end with the same dataset."""
-    config = {"dataset": "synthetic", "synthetic_users": 3000}
-    processes = [python(config) for _ in range(2)]
-    results = [process.communicate() for process in processes]
-    assert results[0][0].split()[1] == "False", results[0][1]
-    assert results[0][0] == results[1][0], results
-    assert len(list((cache / "prepared").iterdir())) == 1
-
-
 def test_synthetic_histories_are_seeded_and_shaped():
     first, again = (synthetic_dataset(200, 100, 12.0, seed=3) for _ in range(2))
     other = synthetic_dataset(200, 100, 12.0, seed=4)
@@ -382,12 +353,8 @@ def test_synthetic_histories_are_seeded_and_shaped():
     counts = np.sort(np.bincount(dataset.items, minlength=301)[1:])[::-1]
     assert counts[:30].sum() > 0.4 * counts.sum()  # a tenth of the items has most of the interactions
 
-    for items, mean_len, said in (
-        (100, 4.0, "mean length is 4.0, expected at least 5"),
-        (9, 6.0, "9 synthetic items"),
-    ):
-        with pytest.raises(InputError, match=said):
-            synthetic_dataset(10, items, mean_len, seed=0)
+    with pytest.raises(InputError, match=r"mean length is 4\.0, expected at least 5"):
+        synthetic_dataset(10, 100, 4.0, seed=0)
 
 
 def command(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
