@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reclib.config import InputError
-from reclib.data import fetch, splits
+from reclib.data import fetch
 from reclib.data.dataset import Dataset, Keys, ties
 from reclib.data.prepare import synthetic_dataset
 from reclib.experiments import data_prep
@@ -96,29 +96,6 @@ def test_runs_of_equal_times():
     found = data_prep.last_items(dataset_of([run, run[:12], run[:3]], names=14))
     assert found.series == {"candidates": [3, data_prep.LONG_RUN], "users": [1, 2]}
     assert found.metrics["most_candidates"] == 14
-
-
-@settings(deadline=None, max_examples=40)
-@given(histories, st.integers(1, 20))
-def test_what_training_never_saw_is_that_of_a_loop(given_histories, portion):
-    dataset = dataset_of(given_histories)
-    found = {"leave_one_out": splits.leave_one_out(dataset), "random_users": splits.random_users(dataset)}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data_prep, "PORTION", portion)
-        made = data_prep.cold(dataset, found)
-    rows = 0
-    for name, split in found.items():
-        train = split.train
-        spans = [dataset.items[a:b].tolist() for a, b in zip(train.starts, train.ends, strict=True)]
-        known = {item for span in spans for item in span}
-        targets = split.test.targets.tolist()
-        expected = np.mean([target not in known for target in targets]) if targets else 0
-        assert made.metrics[f"{name}_unseen_item_share"] == pytest.approx(expected)
-        assert made.metrics[f"{name}_items_unseen_share"] == pytest.approx(1 - len(known) / 4)
-        rows += len(split.valid.targets) + len(targets)
-    assert sum(made.series["rows"]) == rows
-    if found["random_users"].test.targets.size:
-        assert made.metrics["random_users_unseen_user_share"] == 1
 
 
 @pytest.mark.parametrize(("unit", "per_second"), [("s", 1), ("ms", 1000)])
