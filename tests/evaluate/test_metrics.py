@@ -261,23 +261,6 @@ def test_masked_positions_equal_one_window_at_a_time(monkeypatch):
         metrics.masked_positions(Bert4Rec(small_model(causal=True)), part, CPU)
 
 
-def test_masks_follow_the_rule_of_the_seed_study_and_their_seed():
-    shares = metrics.seed_mask_probability(np.array([1, 4, 10]), 0.15)
-    wanted = [0.15 * (0.8 + 0.4 * (1 - d / 4)) for d in (3, 2, 1)]
-    assert shares[:5].tolist() == pytest.approx([1.0, *wanted, 1.0])
-    assert (shares[5:14].min(), shares[5:14].max()) == pytest.approx((0.15 * 0.84, 0.15 * 1.16))
-    assert (np.diff(shares[5:]) > 0).all()
-    part = evaluation_of([11] * 2000)
-    one, same, other = (
-        np.concatenate([samples.is_target for _, samples in metrics._windows(part, 12, 0.15, seed, 256)])
-        for seed in (0, 0, 1)
-    )
-    assert (one == same).all()
-    assert (one != other).any()
-    wanted = metrics.seed_mask_probability(np.array([12]), 0.15)
-    assert one.reshape(2000, 12).mean(axis=0) == pytest.approx(wanted, abs=4 * np.sqrt(0.17 * 0.83 / 2000))
-
-
 def test_intervals_draw_users_with_all_of_their_positions():
     """With a rank a user they are the bootstrap; twenty identical ranks of a user say no more than one."""
 
