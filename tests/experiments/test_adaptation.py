@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
 from spread import dataset  # noqa: F401  # a fixture
 
 from reclib import hardware, parameters
-from reclib.config import CONTROLS, TrainConfig, model_config
+from reclib.config import CONTROLS, model_config
 from reclib.data import splits
 from reclib.data.batches import Epoch
 from reclib.data.dataset import Evaluation, Histories
@@ -165,12 +163,3 @@ def test_the_gate_may_read_a_causal_model_of_the_same_past(experiment, dataset):
     assert shares["ilora"] == pytest.approx(counted["ilora"] / counted["base"])  # the reader is no part of it
     rows = speed.adapter_grid(p, bases[1].model, dataset, CPU, readers[1])
     assert {row.found.status for row in rows if row.asked["compile_mode"] == "off"} == {"ok"}
-
-
-def test_base_and_arms_differ_in_length_and_rate_only(experiment):
-    p, whole, tasks, _, _, _ = experiment
-    base = adaptation.train_of(p, whole.base, 0, p.base_epochs, p.base_learning_rate)
-    arm = adaptation.train_of(p, tasks[0].split, 0, p.epochs, p.learning_rates[0])
-    names = [field.name for field in dataclasses.fields(TrainConfig)]
-    differ = {name for name in names if getattr(base, name) != getattr(arm, name)}
-    assert differ <= {"epochs", "learning_rate", "lr_warmup_steps", "eval_every"}
