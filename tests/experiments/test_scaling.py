@@ -18,7 +18,7 @@ from small_grid import work
 from small_grid import write as write_grid
 
 from reclib import parameters, system
-from reclib.config import SIZES, InputError, model_config
+from reclib.config import InputError, model_config
 from reclib.cost.work import demand_room
 from reclib.data.splits import leave_one_out
 from reclib.evaluate import metrics, statistics
@@ -126,7 +126,7 @@ def test_the_largest_starts_only_after_its_prediction_and_carries_its_hash(root,
     assert "easured" in capsys.readouterr().out
 
 
-def test_git_shows_whether_a_prediction_was_committed_before_the_run_began(root, capsys):
+def test_git_shows_whether_a_prediction_was_committed_before_the_run_began(root):
     write(root)
     file = system.committed() / "cpu" / "grids" / "trial.jsonl"
     file.parent.mkdir(parents=True)
@@ -148,10 +148,6 @@ def test_git_shows_whether_a_prediction_was_committed_before_the_run_began(root,
         row("learning_curve", 12, configuration={"prediction": key}, timings=timings)
         for key in ("aa", "bb", "cc")
     ]
-    unused = row("prediction", 7, params_hash="dd")
-    file.write_text("".join([unused, *predictions, *runs]))
-    assert scaling.predict_main(["--check", "trial"]) == 0
-    assert capsys.readouterr().out.count("only recorded before: no git history here") == 3
     git("init")
     for hour, lines in [(9, predictions[:1]), (11, predictions[:2]), (13, [*predictions, *runs])]:
         file.write_text("".join(lines))
@@ -161,19 +157,6 @@ def test_git_shows_whether_a_prediction_was_committed_before_the_run_began(root,
     assert before.startswith("aa: committed before the run began")
     assert late.startswith("bb: committed before its first record, after the run had begun")
     assert unproven.startswith("cc: only recorded before, not shown by git")
-
-
-def test_the_learning_rates_of_the_committed_grids_follow_the_rule():
-    files = sorted((system.params() / "grids").glob("scaling-*.yaml"))
-    assert files
-    for file in files:
-        arms = grids.read_grid(file.stem).arms
-        base = next(arm.train["learning_rate"] for arm in arms if arm.name == "w128d2")
-        assert base == scaling.BASE_RATE * (2 if file.stem == "scaling-ml-1m" else 1)  # by trials
-        for arm in arms:
-            width = SIZES[arm.size]["hidden_dim"]
-            factor = {"half": 0.5, "twice": 2.0}.get(arm.name.split()[-2] if "rate" in arm.name else "", 1.0)
-            assert arm.train["learning_rate"] == pytest.approx(factor * scaling.learning_rate(width, base))
 
 
 # -- the runs of notebook 03 ---------------------------------------------------------------------------------
