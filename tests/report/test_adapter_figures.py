@@ -37,20 +37,6 @@ def test_claims_are_coloured_and_counted_and_too_few_seeds_claim_nothing():
     assert {t.marker.color for t in figure.data if t.type == "scatter"} == {style.MUTED}
 
 
-def test_costs_stand_in_order_and_what_does_not_apply_has_no_row():
-    figure = figures.show("adapter_cost", *adapter_steps())
-    assert list(figure.layout.yaxis.categoryarray) == [
-        "full fine-tuning, fp32, eager",
-        "iLoRA, fp32, eager",
-        "iLoRA, bf16, default",
-    ]
-    assert not figure.layout.annotations  # what does not apply has no row
-    timed = [t for t in figure.data if t.type == "scatter" and t.xaxis == "x"]
-    times = {name: x for t in timed for name, x in zip(t.y, t.x, strict=True)}
-    assert times["iLoRA, fp32, eager"] == pytest.approx(20)
-    assert "1.25 times LoRA's (1.20 to 1.50), 0.80 times" in figure.layout.title.text
-
-
 def test_correlations_are_starred_where_they_hold():
     figure = figures.show("gate_correlations", *correlations())
     drawn = [(trace.name, trace.x[0], trace.text[0]) for trace in figure.data]
