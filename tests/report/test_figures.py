@@ -399,16 +399,3 @@ def test_rank_bins_count_every_rank():
     assert bins.iloc[:4].values.tolist() == [[1, 1, 2], [2, 2, 1], [3, 5, 2], [6, 10, 2]]
     assert bins.iloc[-1].tolist() == [1001, 2000, 1]
     assert tables.rank_bins(np.array([1]))["users"] == [1]
-
-
-def test_descriptions_agree_with_the_dataset(dataset):
-    made = described(dataset)
-    assert sum(made["sequence_lengths"].series["users"]) == dataset.num_users
-    assert made["sequence_lengths"].metrics["mean_length"] == pytest.approx(dataset.lengths.mean())
-    popularity = made["item_popularity"]
-    counts = np.bincount(dataset.items, minlength=dataset.num_items + 1)[1:]
-    assert popularity.metrics["most_popular"] == counts.max()
-    differences = np.abs(counts[:, None] - counts[None, :]).mean()  # Gini by its definition
-    assert popularity.metrics["gini"] == pytest.approx(differences / (2 * counts.mean()))
-    assert popularity.series["interaction_share"][-1] == pytest.approx(1.0)
-    assert popularity.series["rank"] == sorted(set(popularity.series["rank"]))
