@@ -14,7 +14,7 @@ import pytest
 import yaml
 from conftest import RESULT, ROOT
 
-from reclib import cli, hardware, parameters
+from reclib import cli, parameters
 from reclib import records as reclib_records
 from reclib.report import figures, findings
 from reclib.runner import Job
@@ -238,15 +238,6 @@ def test_a_dead_kernel_and_a_cell_over_its_time_fail_as_well(project: Path, set_
         assert part in error
         assert (project / "runs/executed/cpu/02_baseline.failed.ipynb").is_file()
         assert not (project / DONE[0]).exists()
-
-
-def test_a_claimed_device_that_is_not_here_is_told(capsys, monkeypatch):
-    here = hardware.Card(type="cpu", name="Some CPU", label="cpu")
-    monkeypatch.setattr(hardware, "probe", lambda: here)
-    assert cli.device_label("l4") == "cpu"
-    assert "l4 was asked for, Some CPU is here" in capsys.readouterr().out
-    assert cli.device_label("auto") == "cpu"
-    assert capsys.readouterr().out == ""
 
 
 def test_refreshing_a_notebook_that_fails_leaves_it_as_it_was(project: Path, set_cells, capsys):
