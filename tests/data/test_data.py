@@ -2,10 +2,7 @@ import dataclasses
 import gzip
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -357,31 +354,7 @@ def test_synthetic_histories_are_seeded_and_shaped():
         synthetic_dataset(10, 100, 4.0, seed=0)
 
 
-def command(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "reclib", "data", *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": str(system.root())} | env,
-        cwd=env.get("PWD"),
-        capture_output=True,
-        text=True,
-    )
-
-
 OWN = [(f"reader {u}", f"book {i}", 1, 10 * u + i) for u in range(4) for i in range(5) if (u + i) % 4]
-
-
-def test_command_prepares_a_file_of_ones_own(cache, tmp_path):
-    table = "who,what,when\n" + "".join(f"{u},{i},{START + t}\n" for u, i, _, t in OWN)
-    (tmp_path / "own.csv").write_text(table)
-    out = tmp_path / "out"
-    options = ("--columns", "user=who,item=what,time=when", "--min-user", 1, "--min-item", 1)
-    done = command("prepare", "own.csv", "--out", "out", *options, PWD=str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""  # no bar where there is no terminal
-    assert done.stdout.splitlines()[-1] == str(out / "manifest.json")
-    dataset = prepare(DataConfig(dataset=str(out)))  # a prepared folder is a dataset
-    assert (dataset.num_users, dataset.num_items, dataset.num_interactions) == (4, 5, 15)
-    assert not cache.exists() or not any(cache.rglob("*"))
 
 
 @pytest.fixture
@@ -395,6 +368,19 @@ def run(capsys, *arguments: object) -> tuple[int, str, str]:
     code = data_main(list(map(str, arguments)))
     said = capsys.readouterr()
     return code, said.out, said.err
+
+
+def test_command_prepares_a_file_of_ones_own(cache, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    table = "who,what,when\n" + "".join(f"{u},{i},{START + t}\n" for u, i, _, t in OWN)
+    (tmp_path / "own.csv").write_text(table)
+    options = ("--columns", "user=who,item=what,time=when", "--min-user", 1, "--min-item", 1)
+    code, said, errors = run(capsys, "prepare", "own.csv", "--out", "out", *options)
+    assert (code, errors) == (0, "")  # no bar where there is no terminal
+    assert said.splitlines()[-1] == str(tmp_path / "out/manifest.json")
+    dataset = prepare(DataConfig(dataset=str(tmp_path / "out")))  # a prepared folder is a dataset
+    assert (dataset.num_users, dataset.num_items, dataset.num_interactions) == (4, 5, 15)
+    assert not cache.exists() or not any(cache.rglob("*"))
 
 
 def test_command_again_does_nothing_and_other_options_replace_the_folder(out, tmp_path, capsys, monkeypatch):
