@@ -278,15 +278,6 @@ def test_parquet_that_is_cut_or_called_another_format(tmp_path):
         histories_in(path, format="ml-100k")
 
 
-def test_parquet_columns_are_told_apart_by_their_exact_names(tmp_path):
-    path = parquet(tmp_path / "x.parquet", f"SELECT 'a' AS usex, 'b' AS user, 'i' AS item, {T} AS time")
-    path.write_bytes(path.read_bytes().replace(b"usex", b"User"))
-    with pytest.raises(InputError, match="user may be User or user"):
-        histories_in(path)
-    assert histories_in(path, {"user": "User"}) == ("a: i", "")
-    assert histories_in(path, {"user": "user"}) == ("b: i", "")
-
-
 def test_archives_are_named_and_pipes_are_refused_at_once(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as packed:
         packed.writestr("x.csv", UIT)
