@@ -4,12 +4,10 @@ import copy
 from collections import defaultdict
 
 import plotly.graph_objects as go
-import pytest
 from figure_records import (
     ARMS,
     EVERY,
     MODELS,
-    TRAINED,
     arms,
     comparisons,
     curves,
@@ -34,10 +32,6 @@ def shown(name: str, records: list[dict]) -> go.Figure:
 
 def title(name: str, records: list[dict]) -> str:
     return shown(name, records).layout.title.text
-
-
-def words(figure: go.Figure) -> list[str]:
-    return [annotation.text for annotation in figure.layout.annotations]
 
 
 def colors(figure: go.Figure) -> dict[str, set[str]]:
@@ -75,10 +69,6 @@ def test_learning_curves_name_the_best_model_by_its_mean_over_seeds():
     lucky[0]["series"]["valid_ndcg@10"][-1] = 0.17  # one seed of the other model above all others,
     lucky[1]["series"]["valid_ndcg@10"] = [0.1] * 12  # and one far below
     assert title("learning_curves", lucky).startswith("Causal twin")
-    figure = shown("learning_curves", curves())
-    assert len(figure.data) == 2 * len(TRAINED) * 3
-    assert words(figure) == ["BERT4Rec", "causal twin"]
-    assert {trace.line.color for trace in figure.data} == {style.BLUE, style.ORANGE}
 
 
 def test_every_comparison_says_what_may_be_claimed():
@@ -114,9 +104,6 @@ def test_order_matters_only_where_the_interval_says_so():
     for one in unsure:
         one["metrics"]["shuffled_change_high"] = 0.001
     assert title("shuffle_control", unsure).startswith("Order matters for none")
-    figure = shown("shuffle_control", shuffle_controls())
-    lines = {trace.y[0]: list(trace.x) for trace in figure.data if trace.mode == "lines+markers"}
-    assert lines["Markov chain"] == pytest.approx([0.105, 0.105 * (1 - 0.7 / 3), 0.105 * 0.3])
 
 
 def test_arms_are_sorted_and_coloured_by_their_interval():
