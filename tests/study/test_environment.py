@@ -26,16 +26,6 @@ def make(target: str, folder: Path = ROOT, *given: str) -> list[str]:
     return [line.strip() for line in done.stdout.splitlines()]
 
 
-def test_the_environment_installs_the_project_and_names_nothing_else():
-    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
-    assert environment["channels"] == ["conda-forge"]
-    python, installer, pip = environment["dependencies"]
-    assert installer == "pip"
-    (extras,) = re.fullmatch(r"-e \.\[([\w,]+)\]", *pip["pip"]).groups()  # type: ignore[union-attr]
-    assert set(extras.split(",")) == set(PROJECT["optional-dependencies"])
-    assert python == f"python={PROJECT['requires-python'].removeprefix('>=')}"
-
-
 def test_one_torch_of_the_allowed_range_is_installed_first():
     (allowed,) = (line for line in PROJECT["dependencies"] if line.startswith("torch"))
     lowest, beyond = re.fullmatch(r"torch>=(\d+\.\d+),<(\d+\.\d+)", allowed).groups()
