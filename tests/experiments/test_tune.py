@@ -152,15 +152,6 @@ def test_a_trial_that_somebody_holds_is_left_to_them_and_default_is_compared_wit
     assert results["comparison"].params["against"] == "default"
 
 
-def test_the_first_trial_is_the_recipe_as_it_stands(root):
-    rates = {"low": 1e-5, "high": 0.1, "log": True}
-    write(space={"learning_rate": rates, "model.dropout": {"choices": [0.1]}})
-    _, trial = study().claim()
-    assert study().draw(trial) == {"learning_rate": 1e-3, "model.dropout": 0.1}
-    write(space={"learning_rate": {"low": 0.01, "high": 0.1}})
-    assert scaling.read_tuning("trial").default() == {}, "outside the space"
-
-
 def test_a_trial_that_diverges_counts_and_is_not_tried_again(root):
     write(trials=1, space={"learning_rate": {"choices": [1e30]}}, train=FILE["train"] | {"clip_norm": None})
     one = study()
