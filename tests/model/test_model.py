@@ -118,12 +118,6 @@ def test_scaled_items_are_those_of_a_table_times_the_root_of_the_width():
     torch.testing.assert_close(scaled.encode(*row), plain.encode(*row))
 
 
-def test_tied_tables_are_one_tensor():
-    for tied in (True, False):
-        model = Bert4Rec(small_model(tied=tied))
-        assert (model.output_weight is model.item_table.weight) == tied
-
-
 def test_dropout_zeroes_its_share_keeps_the_expectation_and_is_decided_by_torchs_seed():
     torch.manual_seed(0)
     y = Dropout(0.1).train()(torch.ones(1000, 1003))
