@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from figure_records import adapted, adapter_steps, correlations, gate_comparisons
+from figure_records import adapted, adapter_steps, gate_comparisons
 
 from reclib.report import figures, findings, style, tables
 from reclib.report.tables import ARM_NAMES, CONTROLS
@@ -35,13 +35,6 @@ def test_claims_are_coloured_and_counted_and_too_few_seeds_claim_nothing():
     figure = figures.show("adaptation_gain", *gate_comparisons("adaptation_gain", "none", seeds=1))
     assert figure.layout.title.text.endswith("of 11 arms no claim, with fewer than 3 seeds")
     assert {t.marker.color for t in figure.data if t.type == "scatter"} == {style.MUTED}
-
-
-def test_correlations_are_starred_where_they_hold():
-    figure = figures.show("gate_correlations", *correlations())
-    drawn = [(trace.name, trace.x[0], trace.text[0]) for trace in figure.data]
-    assert drawn == [("expert 1", -0.9, "*"), ("expert 2", 0.3, "")]
-    assert "expert 1 and items in the history, -0.90" in figure.layout.title.text
 
 
 def test_the_findings_say_whether_the_gate_helps_and_what_it_costs():
