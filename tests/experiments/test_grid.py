@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from small_grid import FILE, light_scoring, work, write
+from small_models import Stop, stop_at
 
 from reclib import records, system
 from reclib.config import InputError, ModelConfig, TrainConfig
@@ -47,15 +48,8 @@ def test_every_run_is_trained_once_and_recorded_with_what_it_was(root):
 def test_a_stopped_grid_goes_on_within_the_run(root):
     write(root, arms={"base": {"train": {"checkpoint_seconds": 0}}}, seeds=[0])
 
-    class Stop(Exception):
-        pass
-
-    def stop_at_seven(stats):
-        if stats.step == 7:
-            raise Stop
-
     with pytest.raises(Stop):
-        grids.run_grid(work(), work().runs(), Options(on_step=stop_at_seven))
+        grids.run_grid(work(), work().runs(), stop_at(7))
     assert work().rows("learning_curve") == []
     assert "under way" in grids.grid_status(work(), work().runs())[0]
     steps: list[int] = []

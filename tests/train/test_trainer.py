@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_models import histories, small_model
+from small_models import Stop, histories, small_model, stop_at
 
 from reclib import hardware
 from reclib.config import InputError, TrainConfig, changed, model_config
@@ -271,18 +271,6 @@ def test_the_best_weights_on_validation_are_returned_and_early_stop_counts(datas
     assert trainer.progress.best_epoch == best
     assert len(values) == best + 1 + 3
     assert len(values) < 40
-
-
-class Stop(Exception):
-    pass
-
-
-def stop_at(step: int) -> Options:
-    def on_step(stats):
-        if stats.step == step:
-            raise Stop
-
-    return Options(on_step=on_step)
 
 
 @pytest.mark.parametrize(
