@@ -184,37 +184,3 @@ def test_the_curve_shows_every_seed_hollow_what_is_predicted_and_this_run_apart(
     assert "+10.0%" in figure.layout.title.text
     dashed = next(trace for trace in figure.data if trace.name == "law")
     assert dashed.line.dash == "dash"
-
-
-TUNING = {"data": {"name": "tuning-x"}, "profile": "grid"}
-
-
-def compared(name: str, **metrics: float) -> dict:
-    numbers = {"difference": 0.004, "difference_low": -0.001, "difference_high": 0.009, "seeds": 3} | metrics
-    own = {"model": "tuned", "against": "default", "metric": "ndcg@10"}
-    return record("03_scaling", name, own, numbers, **TUNING)
-
-
-def test_what_is_said_of_tuning_with_nothing_with_trials_and_with_a_comparison():
-    assert findings.tuning_findings([], "tuning-x") == ["- tuning-x: no trial is committed yet."]
-    states = [{"trial": n, "state": state} for n, state in enumerate(("complete", "pruned"))]
-    trials = [record("03_scaling", "trial", own, **TUNING) for own in states]
-    own = {"study": "x", "trial": 0, "dropout": 0.1}
-    shares = {"field": ["dropout", "mask_prob"], "share": [0.9, 0.1]}
-    chosen = record("03_scaling", "tuning", own, {"valid_ndcg@10": 0.2}, shares, **TUNING)
-    few = "\n".join(findings.tuning_findings([*trials, chosen], "tuning-x"))
-    assert (
-        "2 trials, 1 of them pruned. The best, trial 0, has NDCG@10 0.2000 on validation: dropout 0.1" in few
-    )
-    assert "dropout (90%)" in few
-    assert "Not compared with the default yet" in few
-    both = [
-        compared("validation_difference", base=0.1, value=0.104, seed_low=0.001, seed_high=0.006),
-        compared("comparison", reference_seeds=3, adjusted_p=0.2, detectable=0.01),
-    ]
-    said = "\n".join(findings.tuning_findings([*trials, chosen, *both], "tuning-x"))
-    assert "default 0.1000, tuned 0.1040, +0.0040 (-0.0010 to +0.0090)" in said
-    assert "adjusted p 0.200: not separated (it could have seen 0.010; scored 0 times before)" in said
-    table = tables.tuned_against_default([*both, *trials])
-    assert table["split"].tolist() == ["test", "validation"]
-    assert table["claim"].tolist()[0] == "not separated"
