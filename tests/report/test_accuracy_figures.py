@@ -19,7 +19,6 @@ from figure_records import (
     shuffle_controls,
 )
 
-from reclib import system
 from reclib.evaluate import statistics
 from reclib.report import figures, findings, style, tables
 
@@ -181,15 +180,3 @@ def test_the_answer_of_a_comparison_says_no_more_than_its_claims():
     assert few.startswith(f"Not shown on made-up (cpu): {own}, is not told apart from every count")
     assert "too few seeds: EASE 0.150" in few
     assert answer().startswith(f"On made-up (cpu) {own}; no count was compared")
-
-
-def test_the_findings_name_every_model_and_the_answer_its_claims():
-    listed, *_ = findings.sentences("02_baseline", scores())
-    assert listed.startswith("HR@10 on made-up (cpu): causal twin 0.330 [0.319, 0.341], BERT4Rec 0.310 [")
-    assert listed.endswith("popularity 0.040 [0.029, 0.051].")
-    answer, also, *_ = findings.sentences("02_baseline", [*comparisons(), *scores()])
-    assert answer.startswith("Yes on made-up (cpu): BERT4Rec 0.155 [0.148, 0.162], 3 seeds (NDCG@10), beats")
-    assert also == listed
-    assert findings.sentences("02_baseline", []) == []
-    asked = figures.questions(system.notebooks())["02_baseline"]
-    assert asked.heading == "Is BERT4Rec any good, and against what?"
