@@ -5,13 +5,11 @@ import dataclasses
 import pytest
 
 from reclib.config import (
-    LATER,
     SIZES,
     DataConfig,
     InputError,
     ModelConfig,
     TrainConfig,
-    as_dict,
     changed,
     model_config,
     typed,
@@ -57,19 +55,6 @@ def test_a_copy_is_validated_again():
     for values, part in (({"batch_size": 0}, "'batch_size' is 0"), ({"batch": 3}, "parameter 'batch'")):
         with pytest.raises(InputError, match=part):
             changed(config, **values)
-
-
-def test_fields_that_came_later_are_recorded_where_they_are_not_at_their_default():
-    names = {
-        kind: {f.name for f in dataclasses.fields(kind)} for kind in (TrainConfig, DataConfig, ModelConfig)
-    }
-    assert set(LATER) < set.union(*names.values())
-    needed = {ModelConfig: {"num_items": 9}}
-    for kind, fields in names.items():
-        assert as_dict(kind(**needed.get(kind, {}))).keys() == fields - set(LATER)
-    assert as_dict(TrainConfig(half_copies=True))["half_copies"] is True
-    assert as_dict(DataConfig(ties="item"))["ties"] == "item"
-    assert as_dict(model_config("nano", table_dim=8))["table_dim"] == 8
 
 
 def test_values_of_the_command_line_are_read_as_papermill_reads_them():
