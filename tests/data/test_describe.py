@@ -87,17 +87,6 @@ def test_candidates_for_the_last_item_are_those_of_a_loop(given_histories, porti
     assert found.metrics["last_item_by_tie_rule_share"] == pytest.approx(share)
 
 
-def test_runs_of_equal_times():
-    dataset = dataset_of([[(0, 1), (5, 2), (5, 2)]])
-    assert data_prep.ties(dataset).metrics["tied_test_target_share"] == 1
-    assert data_prep.last_items(dataset).metrics["last_item_by_tie_rule_share"] == 0
-
-    run = [(7, item) for item in range(1, 15)]
-    found = data_prep.last_items(dataset_of([run, run[:12], run[:3]], names=14))
-    assert found.series == {"candidates": [3, data_prep.LONG_RUN], "users": [1, 2]}
-    assert found.metrics["most_candidates"] == 14
-
-
 @pytest.mark.parametrize(("unit", "per_second"), [("s", 1), ("ms", 1000)])
 def test_interactions_over_time_are_all_counted_once(unit, per_second):
     start = 1_600_000_000
