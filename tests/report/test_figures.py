@@ -372,9 +372,7 @@ def test_titles_state_what_the_records_say(shown, dataset):
         "preparation": f"drops {lost} of {steps[0]['items']} items",
         "learning_curves": "NDCG@10 on validation is best after 4 epochs",
         "metric_comparison": "BERT4Rec has the target among its ten first for 20.0% of users",  # by its mean
-        "step_time": "Fastest: fp32, default, batch 64 with 4,000 sequences/s",
         "step_ladder": "From the seed study's step to “packed” a step is 25.0 times faster",
-        "operators": "mm takes 25% of a step's own time",
         "compile_cost": "Compiling costs 8 s and has paid after 2,000 steps",
         "loss_parity": "Losses of fp32, bf16 differ by at most 1.00%",
         "claimed_rates": "1 of 2 claimed rates are more than the epoch time allows, by up to 2.5 times",
