@@ -102,6 +102,7 @@ def raw(server, tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("RECLIB_ROOT", str(tmp_path))
     monkeypatch.setenv("RECLIB_DATA", str(tmp_path / "data"))
     terms = {"licence": "For research; do not pass it on.", "citation": "A. Nobody, 2020", "format": "ml-1m"}
+    unknown = {"checksum": None, "bytes": None, **terms}
     write_list(
         tmp_path,
         {
@@ -115,17 +116,13 @@ def raw(server, tmp_path, monkeypatch) -> Path:
             },
             "gadgets": {
                 "address": f"{server.base}/Gadgets_5.json.gz",
-                "checksum": None,
-                "bytes": None,
                 "counts": {"interactions": 400},
-                **terms,
+                **unknown,
             },
             "gadgets-ratings": {
                 "address": f"{server.base}/Gadgets.csv",
-                "checksum": None,
-                "bytes": None,
                 "counts": {"interactions": 9},
-                **terms,
+                **unknown,
             },
         },
     )
