@@ -96,7 +96,6 @@ def variant(name: str, shape: str, dataset: Any, timed: int, warmup: int, evalua
 
     from reclib import hardware
     from reclib.config import changed
-    from reclib.data.batches import Epoch
     from reclib.data.prepare import evaluation
     from reclib.experiments import speed
     from reclib.model.bert4rec import Bert4Rec
@@ -117,17 +116,10 @@ def variant(name: str, shape: str, dataset: Any, timed: int, warmup: int, evalua
     measured = timing.measure(trainer, timed, warmup)
     if measured.status != "ok":
         return {"rung": rung.name, "status": measured.status, "reason": measured.reason}
-    plan = Epoch(histories, rung.model, train, 0)
-    steps, began = min(20, plan.num_steps), time.perf_counter()
-    for step in range(steps):
-        plan.step(step)
     row = {
-        "preparation_seconds": (time.perf_counter() - began) / steps,
         "rung": rung.name,
         "reason": trainer.compile_reason,
         "sequences_per_step": measured.sequences / len(measured.step_seconds),
-        "targets_per_sequence": measured.targets / measured.sequences,
-        "fill": measured.fill if measured.row_tokens else None,
         "losses": measured.losses[-3:],
         "grown_bytes": (measured.peak_memory_bytes or 0) - before,
         "floor_bytes": FLOOR * sum(p.numel() for p in trainer.parameters),
@@ -179,18 +171,6 @@ def rounds_of(shape: str, given: argparse.Namespace, rows: Rows) -> dict[str, li
     return rows.in_turns(actions, given.rounds, shape=shape)
 
 
-def table(shape: str, results: dict[str, list[Row]]) -> None:
-    """Print the step of each variant, and how many times as fast it is as the one above."""
-    print(f"\n{shape:<24}{'rung':<30}{'step s':>9}{'x before':>10}{'peak/floor':>12}")
-    before = float("nan")
-    for name, rows in results.items():
-        if rows:
-            step, rung = middle(rows, "step_seconds"), rows[0].get("rung", "")
-            peak = max(row.get("grown_bytes", 0) / row.get("floor_bytes", 1) for row in rows)
-            print(f"{name:<24}{rung:<30}{step:>9.4f}{before / step:>10.2f}{peak:>12.2f}")
-            before = step
-
-
 def figures(results: dict[str, list[Row]]) -> Row:
     """Return the ratios that follow, NaN where a variant failed."""
     step = {name: middle(rows, "step_seconds") for name, rows in results.items()}
@@ -209,11 +189,7 @@ def figures(results: dict[str, list[Row]]) -> Row:
         "speedup_over_seed_step": step[DEFAULTS] / own,
         "speedup_over_seed_step_best_allocator": step[BEST] / own,
         "speedup_same_objective": step["rung 2"] / own,
-        "objective_factor": step[DEFAULTS] / step["rung 1"],
         "peak_memory_over_floor": max(peaks, default=None),
-        "batch_preparation_share": middle(ours, "preparation_seconds") / own,
-        "batch_wait_share": middle(ours, "fetch_share"),
-        "targets_per_sequence": middle(ours, "targets_per_sequence"),
     }
     if COMPILED in results:
         result["compile_speedup"] = own / step[COMPILED]
@@ -266,7 +242,6 @@ def run(given: argparse.Namespace, rows: Rows) -> Row:
     result: Row = {}
     for shape in given.shapes:
         results = rounds_of(shape, given, rows)
-        table(shape, results)
         numbers = figures(results)
         if given.peers:
             numbers |= against(peers(shape, given, rows), numbers)

@@ -139,32 +139,16 @@ def measure_memory(given: argparse.Namespace, folder: Path, rows: Rows) -> Row:
     return whole | {"added_memory_over_full": added["ilora"] / added["full"]}
 
 
-def shares() -> Row:
-    """Return the trained share of the parameters at 130M, with the encoder alone and with the head."""
-    adapted = AdaptedModel(Bert4Rec(model_config("130m")))
-    adapted.add("encoder", changed(ADAPTER, kind="ilora"))
-    counts = adapted.counts()
-    adapted.add("head", changed(ADAPTER, kind="ilora", targets=(*ENCODER, "head")))
-    head = adapted.counts()["tables_and_head"]
-    trained = counts["encoder"] + counts["gate"]
-    return {
-        "trained_share_130m": trained / counts["base"],
-        "trained_share_130m_with_head": (trained + head) / counts["base"],
-    }
-
-
 def run(given: argparse.Namespace, rows: Rows) -> Row:
     torch.set_num_threads(given.threads)
     if given.quick:
         given.base_steps = 1
     with tempfile.TemporaryDirectory() as place:
-        folder = given.base or Path(place) / "base"
-        if given.base is None:
-            train_base(given, folder)
+        folder = Path(place) / "base"
+        train_base(given, folder)
         result: Row = {"tiny": given.tiny}
         result |= {} if given.quick else measure_memory(given, folder, rows)
-        result |= rows.section("steps", lambda: time_steps(given, folder, rows)) or {}
-    return result if given.tiny or given.quick else result | (rows.section("shares", shares) or {})
+        return result | (rows.section("steps", lambda: time_steps(given, folder, rows)) or {})
 
 
 if __name__ == "__main__":
@@ -172,5 +156,4 @@ if __name__ == "__main__":
     arguments.add_argument("--tiny", action="store_true", help="a model of no interest, to try the script")
     arguments.add_argument("--pairs", type=int, default=40)
     arguments.add_argument("--base-steps", type=int, default=60, help="of full training first")
-    arguments.add_argument("--base", type=Path, help="a saved model, instead of training one")
     raise SystemExit(start(arguments, run, child))

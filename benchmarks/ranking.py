@@ -61,7 +61,6 @@ def from_hidden_states(rows: Rows, users: int, rounds: int) -> Row:
 
     actions = {
         "ranks and top 10": lambda: metrics.rank(scores(), part, remove_seen=True, top_k=TOP_K),
-        "ranks alone": lambda: metrics.rank(scores(), part, remove_seen=True),
         "product alone": lambda: [None for _ in scores()],
     }
     seconds = timed(rows, actions, rounds)
@@ -70,7 +69,6 @@ def from_hidden_states(rows: Rows, users: int, rounds: int) -> Row:
         "gemm_users_per_second": users / seconds["product alone"],
         "gemm_gflops": 2e-9 * users * ITEMS * HIDDEN / seconds["product alone"],
         "gemm_bound_share": seconds["product alone"] / seconds["ranks and top 10"],
-        "gemm_bound_share_without_top_10": seconds["product alone"] / seconds["ranks alone"],
     }
 
 

@@ -126,20 +126,13 @@ def shuffle_controls():
 
 def groups():
     labels = {
-        "history": ["below 10", "10 to 19", "20 to 49", "50 to 99", "100 or more"],
-        "popularity": [
-            *(
-                f"items with {a} to {b} of interactions"
-                for a, b in itertools.pairwise(("0%", "20%", "50%", "80%"))
-            ),
-            "items with 80% to 100% of interactions",
-            "items not in training",
-        ],
+        "history": ["below 10", "10 or more"],
+        "popularity": ["items with 0% to 100% of interactions", "items not in training"],
     }
     found = []
     for (model, hr), (by, names) in itertools.product(MODELS.items(), labels.items()):
         values = [1.6 * hr * 0.55**place for place in range(len(names))]
-        series = {"group": names, "users": [900, 1500, 2400, 1100, 140][: len(names)], "hr@10": values}
+        series = {"group": names, "users": [900, 140], "hr@10": values}
         series |= {"hr@10_low": [0.9 * v for v in values], "hr@10_high": [1.1 * v for v in values]}
         found.append(of_grid("groups", {"model": model, "by": by}, {"groups": len(names)}, series))
     return found

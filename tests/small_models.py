@@ -9,9 +9,24 @@ from reclib.config import ModelConfig, TrainConfig
 from reclib.data.batches import Epoch
 from reclib.data.dataset import Histories
 from reclib.model.bert4rec import Bert4Rec
+from reclib.train.fit import Options
 from reclib.train.losses import batch_loss
 
 NUM_ITEMS = 37
+
+
+class Stop(Exception):
+    """What ends a training in `stop_at`."""
+
+
+def stop_at(step: int) -> Options:
+    """Options that end a training after this step."""
+
+    def on_step(stats):
+        if stats.step == step:
+            raise Stop
+
+    return Options(on_step=on_step)
 
 
 def histories(lengths: list[int], seed: int = 0, num_items: int = NUM_ITEMS) -> Histories:

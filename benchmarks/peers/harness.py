@@ -27,8 +27,6 @@ SHAPES = {  # hidden, layers, heads, max_len, batch_size
     "ml": (64, 2, 2, 200, 64),
     "default": (256, 2, 4, 200, 128),  # RecTools' and RePlay's defaults, but for the length
 }
-# Reported with every figure: they change the step by tens of percent, and only the caller can set them.
-ENVIRONMENT = ("OMP_NUM_THREADS", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "LD_PRELOAD")
 LIGHTNING = {
     "accelerator": "cpu",
     "devices": 1,
@@ -121,28 +119,21 @@ def load(path: Path) -> Data:
 class StepClock:
     """Wall-clock of whole training steps: fetch, forward, backward and optimiser.
 
-    A step runs from the end of the one before it (or from `start`) to its `step_done`. What the clock itself
-    does with a batch, counting its tokens, falls outside both.
+    A step runs from the end of the one before it (or from `start`) to its `step_done`.
     """
 
-    def __init__(self, args: argparse.Namespace, count: Callable[[Any], tuple[int, int, int]]) -> None:
+    def __init__(self, args: argparse.Namespace, count: Callable[[Any], int]) -> None:
         self.args, self.count, self.stop = args, count, False
         self.rows: list[dict[str, float]] = []
-        self.rss_before: int | None = None
 
     def start(self, steps_per_epoch: int) -> None:
-        self.rss_before = process_memory("VmRSS")
-        self._open()
+        self._start = time.perf_counter()
 
-    def _open(self) -> None:
-        self._cpu_start, self._start = time.process_time(), time.perf_counter()
-
-    def step_done(self, batch: Any, loss: float) -> bool:
-        row = {"seconds": time.perf_counter() - self._start, "cpu": time.process_time() - self._cpu_start}
-        counts = zip(("sequences", "tokens", "targets"), map(int, self.count(batch)), strict=True)
-        self.rows.append(row | {"loss": float(loss)} | dict(counts))
+    def step_done(self, batch: Any) -> bool:
+        seconds = time.perf_counter() - self._start
+        self.rows.append({"seconds": seconds, "sequences": self.count(batch)})
         self.stop = len(self.rows) >= self.args.warmup + self.args.steps
-        self._open()
+        self._start = time.perf_counter()
         return False
 
     def epoch_done(self, epochs: int) -> bool:
@@ -153,31 +144,19 @@ class StepClock:
 
     def outcome(self, peer: Any) -> dict[str, Any]:
         """Return figures after warm-up, from steps with a full batch wherever there are any."""
-        peak, timed = process_memory("VmHWM"), self.rows[self.args.warmup :]
+        timed = self.rows[self.args.warmup :]
         rows = [row for row in timed if row["sequences"] == self.args.batch_size] or timed
-        seconds, total = median(row["seconds"] for row in rows), sum(row["seconds"] for row in rows)
-        mean = {name: fmean(row[name] for row in rows) for name in ("sequences", "tokens", "targets")}
+        seconds = median(row["seconds"] for row in rows)
         report = {
-            "warmup_seconds": [row["seconds"] for row in self.rows[: self.args.warmup]],
             "step_seconds": [row["seconds"] for row in rows],
-            "losses": [row["loss"] for row in self.rows],
-            "ragged_steps_left_out": len(timed) - len(rows),
             "step_seconds_median": seconds,
-            # Well below 1 on a step that keeps all threads busy: something else had the cores.
-            "cpu_share": sum(row["cpu"] for row in rows) / (total * self.args.threads),
-            "sequences_per_second": mean["sequences"] / seconds,
-            "real_tokens_per_second": mean["tokens"] / seconds,
-            "real_tokens_per_sequence": mean["tokens"] / mean["sequences"],
-            "targets_per_sequence": mean["targets"] / mean["sequences"],
-            "rss_before_training_bytes": self.rss_before,
-            "peak_rss_bytes": peak,
+            "sequences_per_second": fmean(row["sequences"] for row in rows) / seconds,
         }
         if self.args.eval:
             began = time.perf_counter()
             peer.recommend(False)
             took = time.perf_counter() - began
             report |= {"eval_seconds": took, "eval_users_per_second": peer.data.num_users / took}
-            report["peak_rss_bytes_with_eval"] = process_memory("VmHWM")
         return report
 
 
@@ -230,7 +209,7 @@ class Selection:
             self.cpu_seconds += time.process_time() - self._since[1]
             self._spent, self._since = self.seconds, None
 
-    def step_done(self, batch: Any = None, loss: float = 0.0) -> bool:
+    def step_done(self, batch: Any = None) -> bool:
         """Look at validation if a mark has been passed; return whether it was looked at."""
         self._steps += 1
         before = len(self.mark_tops)
@@ -305,7 +284,6 @@ class Selection:
             "cpu_seconds": self.cpu_seconds,
             "startup_seconds": self.startup_seconds,
             "validation_seconds": self.eval_seconds,
-            "peak_rss_bytes": process_memory("VmHWM"),
             "best": self.best_row,
         }
 
@@ -330,7 +308,7 @@ def lightning_callback(base: type, watch: StepClock | Selection) -> Any:
             watch.start(trainer.num_training_batches)
 
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
-            self.after(trainer, module, watch.step_done(batch, outputs["loss"]))
+            self.after(trainer, module, watch.step_done(batch))
 
         def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
             self.after(trainer, module, watch.epoch_done(trainer.current_epoch + 1))
@@ -344,18 +322,6 @@ def lightning_callback(base: type, watch: StepClock | Selection) -> Any:
             watch.finish()
 
     return Callback()
-
-
-def process_memory(field: str) -> int | None:
-    """Bytes of this process: `VmHWM` the peak so far, `VmRSS` now; None where there is no /proc.
-
-    Not `getrusage`: its peak survives `exec`, so a child of a large process would report its parent's.
-    """
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith(field)), None)
 
 
 def process_age() -> float | None:
@@ -372,7 +338,7 @@ def run(models: dict[str, Any], doc: str | None) -> None:
 
     `models` has a class for each name; its object, of `(args, data)`, has `module` (what is trained),
     `train(watch)`, `recommend(with_valid)`, `fields()`; of the class are `package`, `losses` and
-    `count(batch)` (sequences, tokens, targets).
+    `count(batch)` (its sequences).
     """
     losses = dict.fromkeys(loss for peer in models.values() for loss in peer.losses)
     args = parse_args(doc, tuple(losses), tuple(models))
@@ -393,7 +359,6 @@ def run(models: dict[str, Any], doc: str | None) -> None:
     about = {name: getattr(args, name) for name in names}
     about |= {"version": metadata.version(peer_class.package), "torch": torch.__version__}
     about |= {"threads": torch.get_num_threads()}
-    about |= {"environment": {name: os.environ.get(name) for name in ENVIRONMENT}}
     about |= {"parameters": sum(p.numel() for p in peer.module.parameters())}
     print(
         json.dumps(about | {"eval_users_per_second": None} | watch.outcome(peer) | peer.fields()), flush=True

@@ -107,8 +107,8 @@ class RecTools:
         return self.model.torch_model
 
     @staticmethod
-    def count(batch) -> tuple[int, int, int]:
-        return len(batch["x"]), (batch["x"] != 0).sum(), (batch["y"] != 0).sum()
+    def count(batch) -> int:
+        return len(batch["x"])
 
     def train(self, watch) -> None:
         self.callbacks.append(lightning_callback(Callback, watch))
@@ -166,8 +166,8 @@ class FastSASRec:
         self.module = FlatSASRec(net, args.lr)
 
     @staticmethod
-    def count(batch) -> tuple[int, int, int]:
-        return len(batch["x"]), (batch["x"] != 0).sum(), (batch["y"] != 0).sum()
+    def count(batch) -> int:
+        return len(batch["x"])
 
     def train(self, watch) -> None:
         rows = SequenceBatchDataset(self.x, self.y)

@@ -9,7 +9,6 @@ import data  # benchmarks/data.py
 import engine
 import numpy as np
 import pytest
-import ranking
 import reviews
 
 from reclib.data.prepare import synthetic_dataset
@@ -90,20 +89,6 @@ def test_the_engine_ends_with_its_figures_whatever_variants_failed(monkeypatch, 
     assert (values["speedup_over_seed_step"], values["ml_peak_memory_over_floor"]) == (None, 1.5)
     assert rows.failed
     assert "rung 2" in capsys.readouterr().out
-
-
-def test_a_section_that_fails_is_a_row_and_the_sections_after_it_run(tmp_path, monkeypatch):
-    def fail(*_):
-        raise MemoryError("no room")
-
-    monkeypatch.setattr(ranking, "from_hidden_states", fail)
-    monkeypatch.setattr(ranking, "requests", lambda *_: {"p50_seconds": 1.0})
-    monkeypatch.setattr(ranking, "end_to_end", lambda *_: {"users_per_second": 3.0})
-    rows = common.Rows(tmp_path / "rows.jsonl")
-    result = ranking.run(argparse.Namespace(threads=1, quick=True, rounds=1), rows)
-    assert result == {"p50_seconds": 1.0, "users_per_second": 3.0}
-    (row,) = map(json.loads, rows.file.read_text().splitlines())
-    assert (row["name"], row["reason"]) == ("from hidden states", "MemoryError: no room")
 
 
 def test_an_action_on_data_gives_seconds_and_peak_memory_and_must_read_all(tmp_path):

@@ -24,7 +24,7 @@ from reclib.evaluate import metrics
 from reclib.experiments import grids
 from reclib.hardware import resolve
 from reclib.model.bert4rec import Bert4Rec
-from reclib.report import figures, tables
+from reclib.report import tables
 from reclib.train.fit import Options, rank_targets
 from reclib.train.trainer import Trainer
 
@@ -253,9 +253,6 @@ def test_curves_tell_the_engine_from_its_settings_and_leave_the_test_alone(run, 
     assert both[peer]["own_params"]["minutes"] == 0.00002
     gap = (theirs["mark_ndcg@10"][0] - ours["mark_ndcg@10"][1]).mean()
     assert both[peer]["metrics"]["difference"] == pytest.approx(gap)
-    assert tables.equal_time(both.values()).shape == (2, 3)
-    shown = figures.show("equal_time", *curves.values())
-    assert {note.text.replace("<br>", " ") for note in shown.layout.annotations} == set(curves)
     assert work.rows("test_metrics") == []
 
 

@@ -8,8 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import NUM_ITEMS, histories, small_model
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from reclib.config import PAD, TrainConfig
 from reclib.data import batches as reclib_batches
@@ -170,41 +168,20 @@ def test_steps_packed_in_blocks_have_the_bits_of_an_epoch_packed_at_once(monkeyp
                     assert torch.equal(value, getattr(other, name)), (i, name)
 
 
-class Operations(TorchDispatchMode):
-    """Notes each operation with what it was given by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[str, dict]] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen.append((func.overloadpacket.__name__, kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def test_a_batch_goes_to_a_device_in_one_pinned_copy_and_is_the_same_there():
+def test_a_batch_goes_to_a_device_in_one_copy_and_is_the_same_there():
     sampled = TrainConfig(batch_size=6, loss="sampled_softmax", num_negatives=5)
     for train in (TrainConfig(batch_size=6), sampled):
         (batch,) = Epoch(histories([3, 12, 5, 20, 2, 7]), small_model(), train, 0).step(0)
         parts = list(batch._tensors().values())
-        assert len(parts) == (9 if train.sampled else 7)
         for one, other in zip(parts, unstage(stage(parts, torch.device("cpu")), parts), strict=True):
             assert one.dtype == other.dtype
             assert torch.equal(one, other)
             assert other.storage_offset() * other.element_size() % 16 == 0
         for ready in (batch, batch.staged(torch.device("meta"))):
-            with Operations() as operations:
-                moved = ready.to(torch.device("meta"))
-            copies = [given for name, given in operations.seen if given.get("device") == torch.device("meta")]
-            assert len(copies) == 1
-            assert copies[0]["non_blocking"]
+            moved = ready.to(torch.device("meta"))
             for name, value in batch._tensors().items():
                 there = getattr(moved, name)
                 assert (there.shape, there.dtype, there.device.type) == (value.shape, value.dtype, "meta")
-            assert moved.buffer is None
-        with FakeTensorMode() as mode, Operations() as operations:
-            stage([mode.from_tensor(part) for part in parts], torch.device("cuda"))
-        assert ("empty", True) in [(name, given.get("pin_memory")) for name, given in operations.seen]
     assert batch.staged(torch.device("cpu")) is batch.to(torch.device("cpu")) is batch
 
 
@@ -311,11 +288,3 @@ def test_prefixes_of_histories():
     assert 0.4 < (long < 40).mean() < 0.6
     assert abs(long[long < 40].mean() - 20.5) < 1.5
     assert (prefixes(data, 0.0, generator(0)).ends == data.ends).all()
-
-    data = histories([30] * 64)
-    config = TrainConfig(batch_size=64, prefix_share=1.0, last_item_share=1.0)
-    first, second = (Epoch(data, small_model(), config, epoch).samples(0) for epoch in (0, 1))
-    assert first.is_target.sum() == 64
-    targets = first.tokens[first.is_target]
-    assert (targets != data.items[data.ends - 1][:64]).mean() > 0.5
-    assert first.lengths.tolist() != second.lengths.tolist()

@@ -1,13 +1,8 @@
 import dataclasses
 import gzip
 import hashlib
-import http.server
 import json
-import os
 import shutil
-import subprocess
-import sys
-import threading
 import zipfile
 from pathlib import Path
 
@@ -153,15 +148,9 @@ def test_ties_are_of_one_user_and_unknown_without_times(cache, tmp_path):
     ties = prepare(config).manifest["ties"]
     assert (ties["interactions"], ties["test_targets"], ties["tied_ascending_share"]) == (0, 0, None)
     ordered = own_file(tmp_path, [("a", "1"), ("a", "3"), ("a", "2"), ("b", "1")], "pairs.txt")
-    for rule in ("source", "item", "shuffle"):  # the file's order is known, so no rule changes it
-        dataset = prepare(DataConfig(dataset=ordered, min_user=1, min_item=1, ties=rule))
-        assert keys_of(dataset, 0) == ["1", "3", "2"]
-        assert dataset.manifest["ties"] == {
-            "interactions": None,
-            "test_targets": None,
-            "tied_ascending_share": None,
-            "ascending_share": 0.5,
-        }
+    dataset = prepare(DataConfig(dataset=ordered, min_user=1, min_item=1, ties="item"))
+    assert keys_of(dataset, 0) == ["1", "3", "2"]  # the file's order is known, so no rule changes it
+    assert dataset.manifest["ties"]["interactions"] is None
 
 
 def test_short_histories_train_and_are_not_evaluated(cache, tmp_path):
@@ -194,6 +183,7 @@ def test_cache_hit_equals_fresh_and_is_a_hit(cache, monkeypatch):
     fresh = prepare(SYNTHETIC)
     monkeypatch.setattr(prepare_module, "build", lambda *_: pytest.fail("prepared again"))
     assert contents(prepare(SYNTHETIC)) == contents(fresh)
+    assert isinstance(fresh.items.base, np.memmap)  # loading reads no array
     with pytest.raises(ValueError, match="read-only"):
         fresh.items[0] = 1
 
@@ -229,33 +219,11 @@ def test_cache_tells_configurations_and_contents_apart(cache, tmp_path):
 INTER = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
 
 
-GOOD = f"1\t2\t3\t{START}\n"
-
-
 def test_what_is_wrong_is_told_and_nothing_is_written(cache, tmp_path):
-    for name, text, said in (
-        ("u.data", GOOD + f"1\t3\tx\t{START}\n", "u.data, line 2: rating is 'x', expected a number"),
-        ("u.data", GOOD + f"1\t3\t{START}\n", "u.data, line 2: 3 fields, expected 4"),
-        ("u.data", GOOD + GOOD.replace("2", "\udcff", 1), r"u.data, line 2: .*UTF-8"),
-        ("u.data", "", "u.data is empty"),
-        ("x.inter", INTER + GOOD, "nothing of dataset 'x' is left by the k-core"),
-    ):
-        path = tmp_path / name
-        path.write_bytes(text.encode("utf-8", "surrogateescape"))
-        with pytest.raises(InputError, match=said) as error:
-            prepare(DataConfig(dataset=str(path), strict=True))
-        assert "\n" not in str(error.value)
-        assert not any(cache.rglob("*"))
-
-
-def test_own_inter_file_with_columns_in_another_order(cache, tmp_path):
-    rows = [("timestamp:float", "item_id:token", "x:float", "user_id:token")]
-    rows += [(START + 9 - i, f"i{i}", 0.5, "me") for i in range(4)]
-    config = DataConfig(dataset=own_file(tmp_path, rows, "own.inter"), min_user=1, min_item=1)
-    (tmp_path / "own.item").write_text("item_id:token\tmovie_title:token_seq\ni3\tLast of all\n")
-    dataset = prepare(config)
-    assert keys_of(dataset, 0) == ["i3", "i2", "i1", "i0"]
-    assert [dataset.title(item) for item in (4, 1)] == ["Last of all", "i0"]
+    path = own_file(tmp_path, [(1, 2, 3, 0), (1, 3, "x", 0)])
+    with pytest.raises(InputError, match=r"u.data, line 2: rating is 'x', expected a number"):
+        prepare(DataConfig(dataset=path, strict=True))
+    assert not any(cache.rglob("*"))
 
 
 def test_names_and_relative_paths(cache, tmp_path, monkeypatch):
@@ -280,12 +248,6 @@ def test_truncated_ml_100k_is_refused_even_when_prepared(ml_100k):
     assert path.read_bytes() == whole[: len(whole) // 2]  # the user's file is left alone
 
 
-def expect_archive(monkeypatch, zipped: Path) -> None:
-    checksum = f"sha256:{hashlib.sha256(zipped.read_bytes()).hexdigest()}"
-    expected = dataclasses.replace(fetch.known("ml-100k"), checksum=checksum)
-    monkeypatch.setattr(fetch, "known", lambda name: expected)
-
-
 @pytest.fixture
 def small(monkeypatch, cache):
     """Stand in for the real files with small ones: {name: content}, and the zip that holds them."""
@@ -301,73 +263,26 @@ def small(monkeypatch, cache):
         archive.writestr("../evil", b"written outside")
     for name, content in contents.items():
         monkeypatch.setitem(fetch.SHA256, name, hashlib.sha256(content).hexdigest())
-    expect_archive(monkeypatch, zipped)
+    checksum = f"sha256:{hashlib.sha256(zipped.read_bytes()).hexdigest()}"
+    expected = dataclasses.replace(fetch.known("ml-100k"), checksum=checksum)
+    monkeypatch.setattr(fetch, "known", lambda name: expected)
     monkeypatch.setenv("PIP_NO_INDEX", "1")  # pip fails at once, without network
     monkeypatch.setenv("PIP_FIND_LINKS", str(cache.parent / "served"))
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
     return zipped
 
 
-@pytest.fixture
-def server(small, monkeypatch):
-    """A local mirror that serves `server.reply(handler)`; by default the small archive."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.server.reply(self)
-
-        def log_message(self, *_):
-            pass
-
-    def archive(handler, content=None, length=None):
-        content = small.read_bytes() if content is None else content
-        handler.send_response(200)
-        handler.send_header("Content-Length", str(length or len(content)))
-        handler.end_headers()
-        handler.wfile.write(content)
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.reply = server.archive = archive
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("RECLIB_MIRROR", f"http://127.0.0.1:{server.server_port}/mirror")
-        yield server
-        server.shutdown()
-
-
-def test_official_download(server, cache):
+def test_official_download(small, cache, monkeypatch):
+    monkeypatch.setenv("RECLIB_MIRROR", str(small.parent))
     dataset = prepare(DataConfig())
     assert (dataset.num_users, dataset.num_items) == (6, 6)
     assert dataset.title(1) == "Café 0"
     assert dataset.manifest["source"]["origin"] == "GroupLens"
-    server.reply = lambda handler: pytest.fail("downloaded twice")
+    monkeypatch.setenv("RECLIB_OFFLINE", "1")
     for path in fetch.folder().iterdir():
         path.unlink()
     assert fetch.files().interactions.exists()  # from the archive that was kept
     assert sorted(p.name for p in (cache / "raw").iterdir()) == ["ml-100k", "ml-100k.zip"]
     assert not list(cache.parent.rglob("evil"))
-
-
-def test_failed_download_is_one_clear_error(server, cache, monkeypatch):
-    for reply, said in (
-        (lambda s, h: s.archive(h, b"PK not what was asked for"), "is truncated or altered"),
-        (lambda s, h: s.archive(h, b"PK" * 500, length=5000), "broke off"),
-        (lambda s, h: None, "could not be fetched"),
-    ):
-        server.reply = lambda handler, reply=reply: reply(server, handler)
-        with pytest.raises(InputError, match=said) as error:
-            fetch.files()
-        told = str(error.value)
-        assert "\n" not in told
-        for way in ("pip download recbole==1.2.1: ", "/mirror/"):
-            assert way in told
-        assert f"put a whole ml-100k.zip at {cache / 'raw' / 'ml-100k.zip'}" in told
-        assert list((cache / "raw").iterdir()) == []  # nothing half-written
-    server.reply = lambda handler: pytest.fail("asked although offline")
-    monkeypatch.setenv("RECLIB_OFFLINE", "1")
-    with pytest.raises(InputError, match="RECLIB_OFFLINE is set") as error:
-        prepare(DataConfig())
-    assert str(error.value).count("RECLIB_OFFLINE is set") == 2  # pip and the mirror
-    assert not (cache / "prepared").exists()
 
 
 def test_archive_put_there_by_hand(small, cache, monkeypatch):
@@ -378,13 +293,10 @@ def test_archive_put_there_by_hand(small, cache, monkeypatch):
     (fetch.folder() / "u.item").unlink()
     with pytest.raises(InputError, match=r"u\.item is missing beside u\.data and u\.item"):
         prepare(DataConfig())
-    shutil.rmtree(fetch.folder())
-    with zipfile.ZipFile(small, "w") as archive:
-        archive.writestr("ml-100k/u.item", b"")
-    expect_archive(monkeypatch, small)
-    fetch.archive().write_bytes(small.read_bytes())
-    with pytest.raises(InputError, match=r"holds no ml-100k/u\.data"):
-        fetch.files()
+    shutil.rmtree(cache)
+    with pytest.raises(InputError, match="RECLIB_OFFLINE is set") as error:
+        prepare(DataConfig())
+    assert f"put a whole ml-100k.zip at {fetch.archive()}" in str(error.value)
 
 
 @pytest.fixture
@@ -422,51 +334,6 @@ def test_altered_files_are_never_put_in_place(wheel, cache, monkeypatch):
     assert list((cache / "raw").iterdir()) == []
 
 
-PREPARE = """
-import sys
-from reclib.data.prepare import prepare
-from reclib.config import DataConfig
-print(prepare(DataConfig(**{config})).fingerprint, "recbole" in sys.modules)
-"""
-
-
-def python(config: dict, **env: str) -> subprocess.Popen:
-    code = PREPARE.replace("{config}", repr(config))
-    return subprocess.Popen(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": str(system.root())} | env,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-
-
-def test_two_processes_prepare_at_once(small, cache):
-    """Both start on an empty cache with the archive in place; both end with the same dataset."""
-    config = {"dataset": "synthetic", "synthetic_users": 3000}
-    processes = [python(config) for _ in range(2)]
-    results = [process.communicate() for process in processes]
-    assert results[0][0].split()[1] == "False", results[0][1]
-    assert results[0][0] == results[1][0], results
-    assert len(list((cache / "prepared").iterdir())) == 1
-
-
-def test_two_fetches_at_once(server, cache):
-    """A rival finishes between our look and our rename: its files stay, ours are dropped."""
-    rival = []
-
-    def reply(handler):
-        if not rival:
-            rival.append(True)
-            fetch.files()  # the rival's whole fetch, while ours waits for its answer
-        server.archive(handler)
-
-    server.reply = reply
-    assert fetch.files().interactions.exists()
-    assert sorted(p.name for p in (cache / "raw").iterdir()) == ["ml-100k", "ml-100k.zip"]
-    assert sorted(p.name for p in fetch.folder().iterdir()) == ["received.json", "u.data", "u.item"]
-
-
 def test_synthetic_histories_are_seeded_and_shaped():
     first, again = (synthetic_dataset(200, 100, 12.0, seed=3) for _ in range(2))
     other = synthetic_dataset(200, 100, 12.0, seed=4)
@@ -483,56 +350,11 @@ def test_synthetic_histories_are_seeded_and_shaped():
     counts = np.sort(np.bincount(dataset.items, minlength=301)[1:])[::-1]
     assert counts[:30].sum() > 0.4 * counts.sum()  # a tenth of the items has most of the interactions
 
-    for items, mean_len, said in (
-        (100, 4.0, "mean length is 4.0, expected at least 5"),
-        (9, 6.0, "9 synthetic items"),
-    ):
-        with pytest.raises(InputError, match=said):
-            synthetic_dataset(10, items, mean_len, seed=0)
-
-
-def test_synthetic_transitions_can_be_learned():
-    dataset = synthetic_dataset(3000, 200, 20.0, seed=1)
-    train, test = train_histories(dataset), evaluation(dataset, "test")
-    inside = np.ones(dataset.num_interactions - 1, dtype=bool)
-    inside[train.ends - 1] = inside[train.ends] = False  # into and out of the held-out items
-    inside[dataset.offsets[1:-1] - 1] = False  # from one user to the next
-    pairs = np.zeros((201, 201))
-    np.add.at(pairs, (dataset.items[:-1][inside], dataset.items[1:][inside]), 1)
-    best = np.argsort(-pairs, axis=1)[:, :5]
-    last = dataset.items[test.histories.ends - 1]
-    by_transition = (best[last] == test.targets[:, None]).any(axis=1).mean()
-    popular = np.argsort(-pairs.sum(axis=0))[:5]
-    by_popularity = np.isin(test.targets, popular).mean()
-    assert by_transition > 0.4
-    assert by_transition > 3 * by_popularity
-
-
-def command(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "reclib", "data", *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": str(system.root())} | env,
-        cwd=env.get("PWD"),
-        capture_output=True,
-        text=True,
-    )
+    with pytest.raises(InputError, match=r"mean length is 4\.0, expected at least 5"):
+        synthetic_dataset(10, 100, 4.0, seed=0)
 
 
 OWN = [(f"reader {u}", f"book {i}", 1, 10 * u + i) for u in range(4) for i in range(5) if (u + i) % 4]
-
-
-def test_command_prepares_a_file_of_ones_own(cache, tmp_path):
-    table = "who,what,when\n" + "".join(f"{u},{i},{START + t}\n" for u, i, _, t in OWN)
-    (tmp_path / "own.csv").write_text(table)
-    out = tmp_path / "out"
-    options = ("--columns", "user=who,item=what,time=when", "--min-user", 1, "--min-item", 1)
-    done = command("prepare", "own.csv", "--out", "out", *options, PWD=str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""  # no bar where there is no terminal
-    assert done.stdout.splitlines()[-1] == str(out / "manifest.json")
-    dataset = prepare(DataConfig(dataset=str(out)))  # a prepared folder is a dataset
-    assert (dataset.num_users, dataset.num_items, dataset.num_interactions) == (4, 5, 15)
-    assert not cache.exists() or not any(cache.rglob("*"))
 
 
 @pytest.fixture
@@ -548,6 +370,19 @@ def run(capsys, *arguments: object) -> tuple[int, str, str]:
     return code, said.out, said.err
 
 
+def test_command_prepares_a_file_of_ones_own(cache, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    table = "who,what,when\n" + "".join(f"{u},{i},{START + t}\n" for u, i, _, t in OWN)
+    (tmp_path / "own.csv").write_text(table)
+    options = ("--columns", "user=who,item=what,time=when", "--min-user", 1, "--min-item", 1)
+    code, said, errors = run(capsys, "prepare", "own.csv", "--out", "out", *options)
+    assert (code, errors) == (0, "")  # no bar where there is no terminal
+    assert said.splitlines()[-1] == str(tmp_path / "out/manifest.json")
+    dataset = prepare(DataConfig(dataset=str(tmp_path / "out")))  # a prepared folder is a dataset
+    assert (dataset.num_users, dataset.num_items, dataset.num_interactions) == (4, 5, 15)
+    assert not cache.exists() or not any(cache.rglob("*"))
+
+
 def test_command_again_does_nothing_and_other_options_replace_the_folder(out, tmp_path, capsys, monkeypatch):
     given = (tmp_path / "u.data", "--out", out, "--min-item", 1, "--min-user")
     with monkeypatch.context() as patch:
@@ -557,16 +392,6 @@ def test_command_again_does_nothing_and_other_options_replace_the_folder(out, tm
     assert run(capsys, "prepare", *given, 4)[0] == 0
     assert load(out).manifest["core"]["min_user"] == 4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "out", "u.data"]
-
-
-def test_nothing_of_the_users_is_replaced(out, tmp_path, capsys):
-    folder = tmp_path / "thesis"
-    folder.mkdir()
-    (folder / "chapter.txt").write_text("years of work")
-    code, _, said = run(capsys, "prepare", tmp_path / "u.data", "--out", folder, "--min-item", 1)
-    assert (code, said.count("\n")) == (2, 1)
-    assert "is no prepared dataset: give a new folder" in said
-    assert (folder / "chapter.txt").read_text() == "years of work"
 
 
 def test_show_prints_counts_and_verify_finds_one_altered_byte(out, capsys, monkeypatch):
@@ -591,12 +416,12 @@ def test_a_folder_that_is_no_whole_dataset_is_told(out, tmp_path, capsys):
     other = tmp_path / "letters"
     other.mkdir()
     (other / "letters.txt").write_text("dear")
-    for command in ("verify", "show"):
-        code, _, said = run(capsys, command, other)
-        assert code == 2
-        assert "seal.json is missing" in said
-        assert "expected a folder that `prepare` wrote" in said
-        assert "delete" not in said
+    options = ("prepare", tmp_path / "u.data", "--out", other, "--min-item", 1)
+    for command in (("verify", other), options):
+        code, _, said = run(capsys, *command)
+        assert (code, said.count("\n")) == (2, 1)
+        assert "expected a folder that `prepare` wrote" in said or "give a new folder" in said
+        assert (other / "letters.txt").read_text() == "dear"
     (out / "offsets.npy").unlink()
     code, _, said = run(capsys, "show", out)
     assert (code, said.count("\n")) == (2, 1)

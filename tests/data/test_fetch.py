@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import gzip
 import hashlib
 import http.server
@@ -11,6 +9,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import stat
 import subprocess
 import sys
@@ -23,8 +22,6 @@ import pandas as pd
 import pytest
 import yaml
 from conftest import ROOT
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from reclib.config import DataConfig, InputError
 from reclib.data import fetch, formats
@@ -71,9 +68,10 @@ class Server:
         self.base = f"http://127.0.0.1:{self.http.server_port}"
         threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
 
-    def head(self, handler: http.server.BaseHTTPRequestHandler, length: int, **headers: str) -> None:
+    def head(self, handler: http.server.BaseHTTPRequestHandler, length: int | None, **headers: str) -> None:
         handler.send_response(200)
-        handler.send_header("Content-Length", str(length))
+        if length is not None:
+            handler.send_header("Content-Length", str(length))
         for name, value in headers.items():
             handler.send_header(name.replace("_", "-"), value)
         handler.end_headers()
@@ -104,6 +102,7 @@ def raw(server, tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("RECLIB_ROOT", str(tmp_path))
     monkeypatch.setenv("RECLIB_DATA", str(tmp_path / "data"))
     terms = {"licence": "For research; do not pass it on.", "citation": "A. Nobody, 2020", "format": "ml-1m"}
+    unknown = {"checksum": None, "bytes": None, **terms}
     write_list(
         tmp_path,
         {
@@ -117,17 +116,13 @@ def raw(server, tmp_path, monkeypatch) -> Path:
             },
             "gadgets": {
                 "address": f"{server.base}/Gadgets_5.json.gz",
-                "checksum": None,
-                "bytes": None,
                 "counts": {"interactions": 400},
-                **terms,
+                **unknown,
             },
             "gadgets-ratings": {
                 "address": f"{server.base}/Gadgets.csv",
-                "checksum": None,
-                "bytes": None,
                 "counts": {"interactions": 9},
-                **terms,
+                **unknown,
             },
         },
     )
@@ -179,14 +174,6 @@ def test_what_is_there_is_recorded_and_not_fetched_again(raw, server):
     assert path.stat().st_mode & stat.S_IRGRP  # a data folder may be shared
 
 
-def test_a_folder_of_the_users_choice(raw, tmp_path):
-    path = fetch.fetch("gadgets-ratings", tmp_path / "mine")
-    assert path == tmp_path / "mine" / "gadgets-ratings" / "Gadgets.csv"
-    assert fetch.fetched("gadgets-ratings", tmp_path / "mine") == path
-    assert fetch.fetched("gadgets-ratings") is None
-    assert not raw.exists()
-
-
 def test_a_file_that_changed_since_is_told_and_kept(raw, server):
     path = fetch.fetch("gadgets")
     path.write_bytes(REVIEWS[:-1] + b"x")  # same length
@@ -211,76 +198,30 @@ def test_a_file_put_there_by_hand_is_taken(raw, server):
     (raw / "films.zip").write_bytes(FILMS)
     assert fetch.fetch("films").read_bytes() == RATINGS
     assert server.asked == []
-
-
-def test_an_altered_archive_put_there_by_hand_is_not_unpacked(raw, server):
-    raw.mkdir(parents=True)
+    shutil.rmtree(raw / "films")
     (raw / "films.zip").write_bytes(zip_of({"films/ratings.dat": b"other", "films/movies.dat": b""}))
     with pytest.raises(InputError, match=r"films\.zip is truncated or altered"):
         fetch.fetch("films")
-    assert files_in(raw) == ["films.zip"]
+    assert not (raw / "films").exists()
 
 
-def cut(server, handler):
-    server.head(handler, 5 * len(FILMS))
-    handler.wfile.write(FILMS[: len(FILMS) // 2])
-
-
-def cut_chunks(server, handler):
-    handler.protocol_version = "HTTP/1.1"
-    handler.send_response(200)
-    handler.send_header("Transfer-Encoding", "chunked")
-    handler.end_headers()
-    handler.wfile.write(b"40\r\n" + REVIEWS[:64] + b"\r\n")
-    handler.close_connection = True
-
-
-def half_without_length(server, handler):
-    handler.send_response(200)
-    handler.end_headers()
-    handler.wfile.write(REVIEWS[: len(REVIEWS) // 2])
-
-
-def page(server, handler):
-    content = b"<html>Please log in</html>"
-    server.head(handler, len(content))
-    handler.wfile.write(content)
-
-
-def altered(server, handler):
-    server.head(handler, len(FILMS))
-    handler.wfile.write(FILMS[:60] + b"??" + FILMS[62:])
-
-
-def missing(server, handler):
-    handler.send_error(404)
-
-
-def hang_up(server, handler):
-    pass
-
-
-def circle(server, handler):
-    handler.send_response(302)
-    handler.send_header("Location", handler.path)
-    handler.send_header("Content-Length", "0")
-    handler.end_headers()
+PAGE = b"<html>Please log in</html>"
 
 
 def test_a_failed_download_is_one_clear_error_and_leaves_nothing(raw, server):
-    for name, reply, said in (
-        ("films", cut, "the connection broke off"),
-        ("gadgets", cut, "the connection broke off"),
-        ("gadgets", cut_chunks, "the connection broke off"),
-        ("gadgets", half_without_length, "ended before"),
-        ("films", altered, "is truncated or altered"),
-        ("films", page, "truncated or altered"),
-        ("gadgets", page, r"no \.gz file: it begins with b'<html>Please"),
-        ("films", missing, "404"),
-        ("films", hang_up, "without response"),
-        ("gadgets", circle, "redirects"),
+    for name, content, length, said in (
+        ("films", FILMS[: len(FILMS) // 2], 5 * len(FILMS), "the connection broke off"),
+        ("gadgets", REVIEWS[: len(REVIEWS) // 2], None, "ended before"),  # of no stated length
+        ("films", FILMS[:60] + b"??" + FILMS[62:], len(FILMS), "is truncated or altered"),
+        ("gadgets", PAGE, len(PAGE), r"no \.gz file: it begins with b'<html>Please"),
+        ("films", b"", 0, "truncated or altered"),
     ):
-        server.reply = lambda handler, reply=reply: reply(server, handler)
+
+        def reply(handler, content=content, length=length):
+            server.head(handler, length)
+            handler.wfile.write(content)
+
+        server.reply = reply
         with pytest.raises(InputError, match=said) as error:
             fetch.fetch(name)
         told = str(error.value)
@@ -368,23 +309,6 @@ def test_names_that_leave_the_folder_are_not_written(raw, server, tmp_path):
     assert not Path("/tmp/reclib-evil").exists()
 
 
-@settings(max_examples=60, deadline=None)
-@given(names=st.lists(st.text("./\\ab:~", min_size=1, max_size=12), min_size=1, max_size=5, unique=True))
-def test_no_member_is_written_outside_the_folder(tmp_path_factory, names):
-    outside = tmp_path_factory.mktemp("outside")
-    inside = outside / "inside"
-    inside.mkdir()
-    (outside / "x.zip").write_bytes(zip_of(dict.fromkeys(names, b"content")))
-    with zipfile.ZipFile(outside / "x.zip") as archive:
-        held = archive.namelist()
-    for name in held:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(inside)
-            with contextlib.suppress(*fetch.FAILURES):
-                fetch.unpack(outside / "x.zip", (name,), inside)
-    assert sorted(p.name for p in outside.iterdir()) == ["inside", "x.zip"]
-
-
 def special_zip(kind: str, path: Path) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         if kind == "link":
@@ -439,19 +363,6 @@ def test_a_full_disk_leaves_nothing(raw, server, monkeypatch):
     assert files_in(raw) == []
 
 
-LIMITED = """
-import resource, sys
-from reclib.data import fetch
-from reclib.config import InputError
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-try:
-    fetch.fetch("gadgets-ratings")
-except InputError as error:
-    print(error)
-"""
-
-
 def python(code: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", code],
@@ -460,13 +371,6 @@ def python(code: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-
-
-def test_a_disk_that_fills_up_on_the_way_leaves_nothing(raw, server):
-    server.files["/Gadgets.csv"] = b"A,B,5.0,1\n" * 5000
-    out, err = python(LIMITED).communicate(timeout=60)
-    assert "File too large" in out, err  # what the system says at this process's limit
-    assert files_in(raw) == []
 
 
 def test_a_pickled_table_becomes_csv_and_nothing_in_it_is_run(raw, server, tmp_path):
@@ -518,13 +422,6 @@ def test_two_processes_at_once(raw, server):
     assert fetch.fetch("films").read_bytes() == RATINGS
 
 
-def test_a_folder_where_the_file_is_due(raw, server):
-    (raw / "gadgets" / "Gadgets_5.json.gz" / "x").mkdir(parents=True)
-    with pytest.raises(InputError, match="directory"):
-        fetch.fetch("gadgets")
-    assert fetch.fetched("gadgets") is None
-
-
 def test_unknown_names_and_wrong_entries_are_told(raw, tmp_path):
     for ask in (fetch.fetch, fetch.fetched, fetch.not_fetched):
         with pytest.raises(InputError, match=r"'film' \(did you mean 'films'\?\); there are films, gadgets,"):
@@ -561,32 +458,22 @@ def test_published_counts_are_compared_with_what_was_read(raw, tmp_path, capsys)
     shown = capsys.readouterr().out
     assert "interactions of the source: 500, as published" in shown
     assert "users of the source: 1, but 2 are published" in shown
-    assert data_main(["fetch", "films"]) == 0
-    assert capsys.readouterr().out == f"{raw / 'films' / 'ratings.dat'}\n"
-    assert data_main(["fetch", "nothing"]) == 2
-    assert "no dataset is called 'nothing'" in capsys.readouterr().err
-
-
-def command(*arguments: str) -> int:
-    parser = argparse.ArgumentParser()
-    fetch.add_arguments(parser)
-    return fetch.run(parser.parse_args(arguments))
 
 
 def test_command_line(raw, tmp_path, capsys):
-    assert command("gadgets") == 0
+    assert data_main(["fetch", "gadgets"]) == 0
     assert capsys.readouterr().out == f"{raw / 'gadgets' / 'Gadgets_5.json.gz'}\n"
-    assert command("gadgets", "--folder", str(tmp_path / "other")) == 0
+    assert data_main(["fetch", "gadgets", "--folder", str(tmp_path / "other")]) == 0
+    assert (tmp_path / "other" / "gadgets" / "Gadgets_5.json.gz").is_file()
     capsys.readouterr()
-    assert command("--list") == 0
+    assert data_main(["fetch", "--list"]) == 0
     shown = capsys.readouterr().out
     assert [line.split()[0] for line in shown.splitlines()[::2]] == ["films", "gadgets", "gadgets-ratings"]
     assert shown.splitlines()[2].endswith("  fetched")
     assert shown.splitlines()[0].endswith("  not fetched")
-    assert "size unknown" in shown
-    assert shown.count("do not pass it on") == 3
-    with pytest.raises(InputError, match="which dataset"):
-        command()
+    for arguments, said in (([], "which dataset"), (["nothing"], "no dataset is called 'nothing'")):
+        assert data_main(["fetch", *arguments]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_the_list_is_complete(monkeypatch, tmp_path):
@@ -601,10 +488,6 @@ def test_the_list_is_complete(monkeypatch, tmp_path):
         assert set(entry.counts) <= {"interactions", "users", "items"}, name
         assert entry.format in formats.FORMATS, name
         assert len(entry.licence) > 40, name
-        assert "20" in entry.citation, name
-        if entry.checksum:
-            algorithm, digest = entry.checksum.split(":")
-            assert len(digest) == {"sha256": 64, "md5": 32}[algorithm], name
         assert bool(entry.members) == (entry.file.endswith(".zip")), name
         assert bool(entry.checksum) == (name.startswith("ml-") or name.endswith("-sample")), name
         assert ("A sample, not the whole" in entry.licence) == name.endswith("-sample")

@@ -47,15 +47,6 @@ def test_fresh_steps_come_before_recorded_ones_and_smoke_runs_do_not_come():
     assert found == {"85m": 0.1, "130m": 0.6}
 
 
-def test_a_step_without_bytes_gets_those_of_its_plan():
-    counted = tables.with_work(step())["metrics"]
-    assert counted["flops"] == 10**11
-    assert counted["bytes_moved"] > 28 * 85_111_814  # the optimiser alone
-    failed = step()
-    failed["own_params"] |= {"status": "oom"}
-    assert tables.with_work(failed) == failed
-
-
 def test_measured_gains_are_ratios_within_one_run():
     def of(what, seconds, **own):
         return step(seconds=seconds, notebook="04_amp_compile", name=what, own_params=own)

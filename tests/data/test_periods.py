@@ -101,15 +101,6 @@ def test_the_segment_is_told_from_the_past_alone(dataset, whole):
     assert len(found.train.starts) == pytest.approx(SEGMENT * have_a_past, abs=1.5)
 
 
-def test_the_segment_does_not_depend_on_what_is_trained_on(dataset, whole):
-    later = dataset.times >= whole.about["points"][0]
-    items = dataset.items.copy()
-    items[later] = 1 + (items[later] + 3) % dataset.num_items
-    other = dataclasses.replace(dataset, items=items)
-    again = splits.segment(other, splits.divide(other, SHARES, 4), SEGMENT)
-    assert again.train.starts.tolist() == splits.segment(dataset, whole, SEGMENT).train.starts.tolist()
-
-
 def test_ranks_and_neighbours_by_hand():
     histories = Histories(np.array([3, 3, 1, 3, 1, 2], dtype=np.int32), np.array([0, 3]), np.array([3, 6]))
     np.testing.assert_allclose(splits.popularity_ranks(histories, 4), [0, 1 / 3, 2 / 3, 0, 1])

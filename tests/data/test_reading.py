@@ -28,8 +28,7 @@ from reclib.config import DataConfig, InputError
 from reclib.data import formats
 from reclib.data import prepare as prepare_module
 from reclib.data import read as reclib_read
-from reclib.data.formats import FORMATS
-from reclib.data.prepare import _sha256, data_main, folder_of, hashlib, prepare, prepared_folder, source
+from reclib.data.prepare import _sha256, data_main, hashlib, prepare, source
 
 T = 1577836800  # 2020-01-01; @3 in a content is T + 3
 
@@ -37,17 +36,6 @@ T = 1577836800  # 2020-01-01; @3 in a content is T + 3
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("RECLIB_DATA", str(tmp_path / "data"))
-
-
-def prepared(path: Path, columns=None, **config) -> tuple[str, str]:
-    """Return each user's items in order, and what was rejected, as `FAULTS` has them."""
-    config = {"min_user": 1, "min_item": 1, "max_rejected_share": 0.9, **config}
-    found = prepare(DataConfig(dataset=str(path), columns=columns, **config))
-    histories = (
-        (user, found.item_keys[found.items[found.offsets[n] : found.offsets[n + 1]]])
-        for n, user in enumerate(found.user_keys)
-    )
-    return shown(histories, found.manifest["reading"]["rejected"])
 
 
 def read(path: Path, format: str = "auto", columns=None, progress=None, **options):
@@ -58,18 +46,14 @@ def read(path: Path, format: str = "auto", columns=None, progress=None, **option
     return con.execute("SELECT * FROM raw ORDER BY row").fetchall(), got
 
 
-def quickly(path: Path, columns=None, share: float = 0.9) -> tuple[str, str]:
-    """Return what `prepared` does, as the reader gives it to `prepare`."""
-    rows, got = read(path, columns=columns, max_rejected_share=share)
+def histories_in(path: Path, columns=None, **options) -> tuple[str, str]:
+    """Return each user's items in order, and what was rejected, as `FAULTS` has them."""
+    rows, got = read(path, columns=columns, **{"max_rejected_share": 0.9, **options})
     histories: dict[str, list[str]] = {}
     for _, user, item, *_ in sorted(rows, key=lambda row: (row[4], row[0])):
         histories.setdefault(user, []).append(item)
-    return shown(histories.items(), got.rejected)
-
-
-def shown(histories, rejected) -> tuple[str, str]:
-    users = sorted(f"{user}: {' '.join(items)}" for user, items in histories)
-    return "; ".join(users), ", ".join(f"{count} {reason}" for reason, count in rejected.items())
+    users = sorted(f"{user}: {' '.join(items)}" for user, items in histories.items())
+    return "; ".join(users), ", ".join(f"{count} {reason}" for reason, count in got.rejected.items())
 
 
 def written(folder: Path, content: str | bytes, name: str = "own.csv") -> Path:
@@ -95,18 +79,11 @@ DATES = "".join(f"u{n},a,2020-01-01 10:0{n}:00\n" for n in range(5))
 FAULTS = [
     # quoting
     ("a mark inside a field", UITX + GREAT.replace(',"', ', "'), "u: a b c d"),
-    ("a mark inside a field of a TSV", (UITX + GREAT).replace(',"', ',x "').replace(",", "\t"), "u: a b c d"),
-    ("a mark in an id", f'{UIT}u"1,a,@\nu"1,b,@1\n', 'u"1: a b'),
     ("a mark that opens and is closed below", UITX + GREAT, "u: b c d", f"1 {UNCLOSED}"),
-    ("the same in a TSV", (UITX + GREAT).replace(",", "\t"), "u: b c d", f"1 {UNCLOSED}"),
-    ("the same after semicolons", (UITX + GREAT).replace(",", ";"), "u: b c d", f"1 {UNCLOSED}"),
     ("a TSV in row order", 'user\titem\nu\t"a\nu\tb\nu\tc"\n', 'u: b c"', f"1 {UNCLOSED}", "time=#row"),
     ("a mark that is never closed", f'{UIT}u,a,@\nu,"b,@\nx\n', "u: a", f"2 {UNCLOSED}"),
     ("quoted fields", f'{UITX}"u","a,""b""",@1,"one\ntwo\n, three"\n"u","c"d,"@",""\n', 'u: cd a,"b"'),
-    ("quoted fields between bars", 'user|item|time\n"u|v"|a|@\nw|b|@\n', "u|v: a; w: b"),
-    ("a header over two lines", f'{UIT[:-1]},"note\nmore"\nu,a,@,x\nu,b,@1,y\n', "u: a b"),
     ("an id over two lines", f'{UIT}u,"a\nb",@\nu,c,@\n', "u: c", "1 item with a line break or TAB"),
-    ("marks in a published CSV", 'userId,movieId,rating,timestamp\n"1","2","4.0","@"\n', "1: 2"),
     ("extra fields over two lines", f'{UITX}u,a,@,"x\ny",z\nu,b,@,x\n', "u: b", "2 number of fields"),
     ("fields too few and too many", f"{UIT}u,a\nu,b,@\n,,,\n----\n", "u: b", "3 number of fields"),
     ("a carriage return", f"{UIT}u,a,@\nu,b\rc,@\n", "u: a", "1 carriage return"),
@@ -117,24 +94,7 @@ FAULTS = [
         "u,d,2020-03-01T11:30:00+0530\nu,e,2020-03-01T06:00:00.000001Z\nu,f,2020-03-01 06:00:00.000002 UTC\n",
         "u: a b c d e f",
     ),
-    (
-        "AM and PM",
-        f"{UIT}u,c,2020-03-01 10:00:00 PM\nu,b,2020-03-01 11:00:00 AM\nu,a,2020-03-01 12:00:00 AM\n"
-        "u,d,2020-03-01 13:00:00 PM\nu,e,2020-03-02 1:05pm +02\n",
-        "u: a b c e",
-        f"1 {NO_TIME}",
-    ),
     ("fractions", f"{UIT}u,b,@.9\nu,a,@.1\nu,c,@.900001\n", "u: a b c"),
-    ("fractions of dates", f"{UIT}u,b,2020-03-01 10:00:00.9\nu,a,2020-03-01 10:00:00.1\n", "u: a b"),
-    ("fractions of milliseconds", f"{UIT}u,b,{T}000.9\nu,a,{T}000.1\n", "u: a b"),
-    (
-        "zones that are no offset",
-        f"{UIT}u,a,2020-03-01 10:00:00 EST\nu,b,2020-03-01 10:00:00 Europe/Paris\nu,c,2020-03-01\n"
-        "u,d,2020-03-01 10:00:00+99\n",
-        "u: c",
-        f"3 {NO_TIME}",
-    ),
-    ("dates of one digit", f"{UIT}u,c,2020-3-10\nu,b,2020-3-1\nu,a,2020/02/28 1:00\n", "u: a b c"),
     (
         "no dates",
         f"{UIT}u,a,2020-13-01\nu,b,2020-02-30\nu,c,\nu,d,nan\nu,e,5\nu,f,@\nu,g,31/12/2019\n",
@@ -157,64 +117,30 @@ FAULTS = [
         "u: d",
         "2 not JSON, 1 field of another type",
     ),
-    ("JSON by columns", '{"a": 1, "b": "b"}\n{"a": 1, "b": "a"}\n', "1: b a", "", "user=a,item=b,time=#row"),
     # columns
-    ("positions without a header", "2,1\n2,3\n1,3\n1,1\n", "1: 3 1; 2: 1 3", "", "user=1,item=2,time=#row"),
-    ("positions in the first row", "1,1193,5,@\n1,7,4,@1\n", "1: 1193 7", "", "user=1,item=2,time=4"),
     ("positions below a header", f"{UIT}u,a,@\n", "u: a", "", POSITIONS),
-    ("positions below an unclear header", "x,y,z\nu,a,@\n", "u: a", "", POSITIONS),
-    ("positions of a TSV", "a\tu\t5\t@\n", "u: a", "", "user=2,item=1,time=4"),
-    ("positions above dates", "u,a,2020-01-01\nv,b,2020-01-02\n", "u: a; v: b", "", POSITIONS),
-    ("names above numbers in row order", "who,what\n7,9\n7,8\n", "7: 9 8", "", "user=1,item=2,time=#row"),
-    ("words in row order", "anna,7\nbob,8\n", "anna: 7; bob: 8", "", "user=1,item=2,time=#row"),
-    ("a bad time in a first row", "1,2,n/a\n1,7,@\n", "1: 7", f"1 {NO_TIME}", POSITIONS),
     ("a headerless TSV", "7\t12\t5\t@\n7\t13\t5\t@\n", "! does not show which column is the user's"),
     ("a comment above dates", "# by hand\n" + DATES, "! separated by ',': remove lines above the table"),
-    ("comments above a table", f"# by hand\n# me\n{UIT}u,a,@\n", "! remove lines above the table"),
-    (
-        "a comment above a TSV",
-        "# by hand\n" + DATES.replace(",", "\t"),
-        r"! separated by '\\t': remove lines",
-    ),
     ("dates between spaces", DATES.replace(",", " "), "! most lines are of one length and end as times do"),
-    ("seconds between spaces", "1 17 4 @\n2 17 4 @\n", "! most lines are of one length and end as times do"),
     ("histories of one length", "1 7 5\n2 8 4\n", "1: 7 5; 2: 8 4"),
-    ("two columns of one name", "user,item,item,time\nu,a,b,@\n", "! item may be item or item"),
     ("columns alike but for case", "user,User,item,time\nu,v,a,@\n", "! user may be user or User"),
     ("no such position", "u,a,@\n", "! no column '7' for time", "", "user=1,item=2,time=7"),
+    ("an unknown column", f"{UIT}u,a,@\n", "! 'columns' has price, expected user, item,", "", "price=time"),
     ("a header in Latin-1", f"{UIT[:-1]},pr\udce9nom\nu,a,@,x\nu,b,@1,y\n", "u: a b"),
-    ("a header below blank lines", f"\n \n{UIT}u,a,@\n", "u: a"),
     ("a header line again", f"{UIT}u,a,@\n{UIT}", "u: a", "1 header line again"),
-    ("words as ratings", f"{UITR}u,a,@,good\n", "u: a"),
     ("some words as ratings", f"{UITR}u,a,@,good\nu,b,@,4\n", "u: b", "1 rating not a number"),
-    ("ratings left out", f"{UITR}u,a,@,good\nu,b,@,4\n", "u: a b", "", "rating=#none"),
     # ids
     ("missing ids", f"{UIT},a,@\nu,,@\nu,b,@\n", "u: b", "1 user empty, 1 item empty"),
-    ("quoted empty ids", f'{UIT}"",a,@\nu,"",@\nu,b,@\n', "u: b", "1 user empty, 1 item empty"),
-    ("ids that spell nan", f"{UIT}nan,a,@\nNULL,b,@\n", "NULL: b; nan: a"),
     ("a NUL in an id", f"{UIT}u,a\0,@\nu,b,@\n", "u: b", "1 item with a line break or TAB"),
     ("blank lines", f"{UIT}\nu,a,@\n\r\nu,b,@\n\n", "u: a b"),
     ("bytes that are not UTF-8", f"{UIT}u,\udcff,@\nu,b,@\n", "u: b", "1 not UTF-8"),
-    ("the same in histories", "1 a b\n2 c \udcff\n3 d\n", "1: a b; 3: d", "1 not UTF-8"),
     # what cannot be read
     ("a JSON array", '[{"user": "u", "item": "a"}]\n', "! a JSON array, expected one JSON object a line"),
-    ("a JSON array by columns", '[{"user": "u"}]\n', "! a JSON array, expected one", "", "user=user"),
-    ("an array a line", '["u", "a", @]\n', "! a JSON array, expected one JSON object a line"),
-    ("JSON behind spaces", ' {"user": "u", "item": "a", "time": @}\n', "u: a"),
     ("JSON over lines", '{\n "user": "u"\n}\n', "! expected one whole JSON object a line"),
-    ("JSON without ids", '{"asin": "1"}\n', "! no column is clearly the user.*columns found: asin"),
-    ("UTF-16", f"{UIT}a,b,1\n".encode("utf-16"), "! UTF-16 text, expected UTF-8"),
     ("UTF-16 without a mark", f"{UIT}a,b,1\n".encode("utf-16-le"), "! UTF-16 text, expected UTF-8"),
     ("bytes of a program", b"SQLite format 3\0" + b"\0" * 99, "! is no text .it has NUL bytes"),
     ("xz", b"\xfd7zXZ\0" + b"x" * 40, "! an xz file: unpack it"),
-    ("bzip2", b"BZh9" + b"x" * 40, "! a bzip2 file: unpack it"),
-    ("lz4", b"\x04\x22\x4d\x18" + b"x" * 40, "! an lz4 file: unpack it"),
-    ("rar", b"Rar!\x1a\x07\x01" + b"x" * 40, "! a rar archive: unpack it"),
-    ("zstd", b"\x28\xb5\x2f\xfd" + b"x" * 40, "! a zstd file: unpack it"),
     ("Parquet inside gzip", gzip.compress(b"PAR1" + b"x" * 40), "! holds a Parquet file: unpack it"),
-    ("xz inside gzip", gzip.compress(b"\xfd7zXZ\0" + b"x" * 40), "! holds an xz file: unpack it"),
-    ("gzip inside gzip", gzip.compress(gzip.compress(b"x")), "! holds another gzip file: unpack it"),
-    ("an empty gzip member", gzip.compress(b"") + gzip.compress(f"{UIT}u,a,{T}\n".encode()), "u: a"),
     ("lines that end with CR", f"{UIT}a,b,@\n".replace("\n", "\r"), "! lines end with CR alone"),
     ("a header alone", UIT, "! has a header and nothing below it"),
 ]
@@ -229,16 +155,10 @@ def test_one_reading_of_text(tmp_path, content, expected, rejected, columns):
     path = written(tmp_path, content)
     if expected.startswith("! "):
         with pytest.raises(InputError, match=expected[2:]) as error:
-            prepared(path, columns_of(columns))
+            histories_in(path, columns_of(columns))
         assert "\n" not in str(error.value)
     else:
-        assert quickly(path, columns_of(columns)) == (expected, rejected)
-
-
-def test_the_whole_way_gives_what_the_reader_does(tmp_path):
-    for _, content, expected, *rejected in FAULTS[::12]:
-        if len(rejected) < 2 and not expected.startswith("!"):
-            assert prepared(written(tmp_path, content)) == (expected, *rejected, *[""][len(rejected) :])
+        assert histories_in(path, columns_of(columns)) == (expected, rejected)
 
 
 def test_a_line_means_the_same_in_whatever_block_it_stands(tmp_path, monkeypatch):
@@ -255,32 +175,31 @@ def test_a_line_means_the_same_in_whatever_block_it_stands(tmp_path, monkeypatch
         path = written(tmp_path, f"{head}\n{before}{body}")
         for size in (97, 1000):
             monkeypatch.setattr(formats, "PIECE_BYTES", size)
-            users, bad = quickly(path, share=1.0)
+            users, bad = histories_in(path, max_rejected_share=1.0)
             assert set(users.split("; ")) == {
                 *expected.split("; "),
                 f"v: {' '.join(f'i{n}' for n in range(30))}",
             }
             assert bad == "".join(more), (content, size)
             checked += 1
-    assert checked > 30
+    assert checked > 15
 
 
 @pytest.mark.parametrize(
     ("content", "line"),
     [
         (UIT.encode() + b"x" * (3 << 20), "line 2: longer than 2 MB"),
-        (b'{"user": "' + b"x" * (3 << 20), "line 1: longer than 2 MB"),
         (
             f'{UIT}u,a,"'.encode() + b"123456789\n" * 300_000,
             "line 2: a quotation mark .* not closed within 2 MB",
         ),
     ],
-    ids=["of a table", "of JSON", "inside quotation marks"],
+    ids=["of a table", "inside quotation marks"],
 )
 def test_the_longest_line_is_a_parameter_and_named_where_it_is_longer(tmp_path, capsys, content, line):
     for path in (written(tmp_path, content), written(tmp_path, gzip.compress(content, 1), "own.csv.gz")):
         with pytest.raises(InputError, match=rf"{path.name}, {line} \(max_line_mb\)"):
-            prepared(path, max_line_mb=2)
+            histories_in(path, max_line_mb=2)
     wide = written(tmp_path, f"{UITX}u,a,@,{'x' * (3 << 20)}\nu,b,@1,\n")
     options = ["prepare", str(wide), "--min-user", "1", "--min-item", "1", "--max-line-mb"]
     assert [data_main([*options, size]) for size in ("2", "4", "2", "0")] == [2, 0, 2, 2]
@@ -301,7 +220,7 @@ def test_a_parquet_path_is_a_name_and_neither_a_pattern_nor_a_partition(tmp_path
         (tmp_path / name).parent.mkdir(exist_ok=True)
         path.rename(tmp_path / name)
     for name in names:
-        assert quickly(tmp_path / name) == (f"u: {name}", "")
+        assert histories_in(tmp_path / name) == (f"u: {name}", "")
 
 
 U, UA = "SELECT 'u' AS user, i AS item", "SELECT 1 AS user, 'a' AS item"
@@ -322,19 +241,6 @@ PARQUET = [
         "1 timestamp missing",
     ),
     (
-        "text with AM and PM, and a zone that is no offset",
-        f"{U}, t AS time FROM (VALUES ('b', '2020-03-01 10:00 PM'), ('a', '2020-03-01 11:00 AM'), "
-        "('c', '2020-03-01 10:00 CET')) t(i, t)",
-        "u: a b",
-        f"1 {NO_TIME}",
-    ),
-    (
-        "fractions of numbers",
-        f"{U}, {T} + t AS time FROM (VALUES ('b', 0.9), ('a', 0.1), ('c', NULL)) t(i, t)",
-        "u: a b",
-        "1 timestamp missing",
-    ),
-    (
         "timestamps",
         f"{U}, t::TIMESTAMP AS time FROM (VALUES ('b', '2020-01-01 00:00:00.9'), "
         "('a', '2020-01-01 00:00:00.1'), ('c', NULL), ('d', '1900-01-01')) t(i, t)",
@@ -342,33 +248,15 @@ PARQUET = [
         "1 timestamp missing, 1 timestamp out of range",
     ),
     (
-        "timestamps with offsets",
-        f"{U}, t::TIMESTAMPTZ AS time FROM (VALUES ('b', '2020-01-01 01:00:00+00'), "
-        "('a', '2020-01-01 01:00:00+01')) t(i, t)",
-        "u: a b",
-    ),
-    ("dates", f"{UA}, DATE '2020-01-01' AS time", "1: a"),
-    ("words as ratings", f"{UA}, {T} AS time, 'good' AS rating", "1: a"),
-    ("truth as ratings", f"{UA}, {T} AS time, true AS rating", "1: a"),
-    ("lists as ids", f"SELECT [1] AS user, 'a' AS item, {T} AS time", r"! 'user' for user is .* INTEGER\[\]"),
-    (
-        "structs as ids",
-        f"SELECT 1 AS user, {{'a': 1}} AS item, {T} AS time",
-        "! column 'item' .* type STRUCT",
-    ),
-    (
         "bytes as ids",
         f"SELECT 'a'::BLOB AS user, 'a' AS item, {T} AS time",
         "! column 'user' .* of type BLOB",
     ),
-    ("truth as ids", f"SELECT true AS user, 'a' AS item, {T} AS time", "! column 'user' .* of type BOOLEAN"),
-    ("lists as times", f"{UA}, [{T}] AS time", r"! column 'time' for time is of type INTEGER\[\], expected"),
     (
         "columns inside a column",
         "SELECT 1 AS who, {'user': 1} AS s, 1 AS time",
         "! user; .*found: who, s, time",
     ),
-    ("no rows", f"{UA}, {T} AS time LIMIT 0", "! has a header and nothing below it"),
 ]
 
 
@@ -377,26 +265,17 @@ def test_one_reading_of_parquet(tmp_path, select, expected, rejected, columns):
     path = parquet(tmp_path / "x.parquet", select)
     if expected.startswith("! "):
         with pytest.raises(InputError, match=expected[2:]):
-            prepared(path)
+            histories_in(path)
     else:
-        assert quickly(path) == (expected, rejected)
+        assert histories_in(path) == (expected, rejected)
 
 
 def test_parquet_that_is_cut_or_called_another_format(tmp_path):
     path = parquet(tmp_path / "whole.parquet", f"{UA}, {T} AS time")
     with pytest.raises(InputError, match=r"cut\.parquet is not a whole Parquet file"):
-        prepared(written(tmp_path, path.read_bytes()[:-9], "cut.parquet"))
+        histories_in(written(tmp_path, path.read_bytes()[:-9], "cut.parquet"))
     with pytest.raises(InputError, match="is a Parquet file, expected format='table', not 'ml-100k'"):
-        prepared(path, format="ml-100k")
-
-
-def test_parquet_columns_are_told_apart_by_their_exact_names(tmp_path):
-    path = parquet(tmp_path / "x.parquet", f"SELECT 'a' AS usex, 'b' AS user, 'i' AS item, {T} AS time")
-    path.write_bytes(path.read_bytes().replace(b"usex", b"User"))
-    with pytest.raises(InputError, match="user may be User or user"):
-        prepared(path)
-    assert prepared(path, {"user": "User"}) == ("a: i", "")
-    assert prepared(path, {"user": "user"}) == ("b: i", "")
+        histories_in(path, format="ml-100k")
 
 
 def test_archives_are_named_and_pipes_are_refused_at_once(tmp_path):
@@ -413,7 +292,7 @@ def test_archives_are_named_and_pipes_are_refused_at_once(tmp_path):
         (Path("/dev/null"), "is a device or socket"),
     ):
         with pytest.raises(InputError, match=problem):
-            prepared(path)
+            histories_in(path)
 
 
 def test_names_and_folders_of_any_characters(tmp_path, monkeypatch):
@@ -421,23 +300,10 @@ def test_names_and_folders_of_any_characters(tmp_path, monkeypatch):
     home.mkdir()
     monkeypatch.setenv("RECLIB_DATA", str(home / "data"))
     path = written(home, f"{UIT}u,a,@\n", os.fsdecode(b"caf\xe9?.csv"))
-    assert prepared(path) == ("u: a", "")
+    assert histories_in(path) == ("u: a", "")
     command = [sys.executable, "-m", "reclib", "data", "prepare", path, "--min-user", "1", "--min-item", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_show_where_all_times_coincide_and_limits_of_memory(tmp_path, capsys):
-    path = written(tmp_path, f"{UIT}u,a,@\n")
-    assert prepared(path, memory_limit_mb=10**18) == ("u: a", "")
-    assert data_main(["prepare", str(path), "--memory-mb", "9" * 20]) == 2
-
-    path = written(tmp_path, UIT + "".join(f"u{n},i{k},@\n" for n in range(4) for k in range(5)))
-    folder = folder_of(DataConfig(dataset=str(path), min_user=1, min_item=1))
-    assert data_main(["show", str(folder)]) == 0
-    out = capsys.readouterr().out
-    assert "leave-one-out" in out
-    assert "global_time: " in out
 
 
 def test_an_interrupted_preparation_leaves_one_line_and_nothing_else(tmp_path):
@@ -477,7 +343,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
         killed.kill()
         killed.wait()
         assert left.exists()
-        prepared(path)
+        prepare(DataConfig(dataset=str(path), min_user=1, min_item=1))
         assert not left.exists()
         assert (used / "big").exists()
     finally:
@@ -519,17 +385,15 @@ TABLES = {
     "piece": st.sampled_from([5, 50, 5000]),
     "missing": st.dictionaries(PLACE, st.sampled_from(["user", "item", "rating", "time"]), max_size=4),
     "bad": st.dictionaries(PLACE, st.sampled_from(BAD)),
-    "blank": st.sets(PLACE, max_size=5),
     "quoting": st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
     "end": st.sampled_from([b"\n", b"\r\n"]),
-    "mark": st.sampled_from([b"", b"\xef\xbb\xbf"]),
-    "packed": st.sampled_from(["", "gzip", "gzip in two members", "gzip that is cut"]),
+    "packed": st.sampled_from(["", "gzip", "gzip in two members"]),
 }
 COLUMNS = {name: name for name in ("user", "item", "time", "rating")}
 
 
-def text_of(table: pd.DataFrame, kind: str, bad, blank, quoting, end: bytes, mark: bytes) -> bytes:
-    """Return the table as text, with bad and blank lines below the rows of these numbers."""
+def text_of(table: pd.DataFrame, kind: str, bad, quoting, end: bytes) -> bytes:
+    """Return the table as text, with bad lines below the rows of these numbers."""
     separator = "\t" if kind == "tsv" else ","
     lines = [separator.join(table).encode()] if kind != "jsonl" else []
     for n, row in enumerate(table.to_dict("records")):
@@ -539,12 +403,8 @@ def text_of(table: pd.DataFrame, kind: str, bad, blank, quoting, end: bytes, mar
             json.dump({name: None if row[name] == "" else row[name] for name in row}, held)
         else:
             csv.writer(held, delimiter=separator, quoting=quoting, lineterminator="\n").writerow(row.values())
-        lines += (
-            [held.getvalue().removesuffix("\n").encode()]
-            + [bad.get(n, b"")] * (n in bad)
-            + [b""] * (n in blank)
-        )
-    return mark + end.join([*lines, b""])
+        lines += [held.getvalue().removesuffix("\n").encode(), *([bad[n]] if n in bad else [])]
+    return end.join([*lines, b""])
 
 
 def by_pandas(table: pd.DataFrame) -> pd.DataFrame:
@@ -558,7 +418,7 @@ def by_pandas(table: pd.DataFrame) -> pd.DataFrame:
     return table[(table[["user", "item", "time"]] != "").all(axis=1)].sort_values("us", kind="stable")
 
 
-def check_table(tmp_path_factory, rows, kind, piece, missing, packed, whole=False, **text):
+def check_table(tmp_path_factory, rows, kind, piece, missing, packed, **text):
     """What comes back from a file is what pandas makes of the table that was written to it."""
     table = pd.DataFrame([row[:4] for row in rows], columns=["user", "item", "note", "rating"], dtype=str)
     table["time"] = [style(us) for *_, us, style in rows]
@@ -576,14 +436,13 @@ def check_table(tmp_path_factory, rows, kind, piece, missing, packed, whole=Fals
         data = text_of(table, kind, **text)
         half = len(data) // 2 if "two" in packed else 0
         data = gzip.compress(data[:half]) + gzip.compress(data[half:]) if packed else data
-        path.write_bytes(data[:-9] if "cut" in packed else data)
+        path.write_bytes(data)
     expected = by_pandas(table)
-    wrong = "cut short|damaged" if "cut" in packed and kind != "parquet" else "lines rejected"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(formats, "PIECE_BYTES", piece)
         patch.setattr(formats, "BLOCK_BYTES", 1)
-        if wrong != "lines rejected" or expected.empty:
-            with pytest.raises(InputError, match=wrong):
+        if expected.empty:
+            with pytest.raises(InputError, match="lines rejected"):
                 read(path, columns=COLUMNS, max_rejected_share=1.0)
             return
         found, got = read(path, columns=COLUMNS, max_rejected_share=1.0)
@@ -596,9 +455,6 @@ def check_table(tmp_path_factory, rows, kind, piece, missing, packed, whole=Fals
     ]
     assert sum(got.rejected.values()) == len(rows) - len(expected) + len(text["bad"]), got.rejected
     assert got.lines_read == len(rows) + len(text["bad"])
-    if whole:
-        histories = expected.groupby("user")["item"].apply(list).items()
-        assert prepared(path, COLUMNS, max_rejected_share=1.0) == shown(histories, got.rejected)
 
 
 def by_time(row):
@@ -621,35 +477,24 @@ def test_random_tables_give_what_pandas_reads(tmp_path_factory, **table):
 
 
 @pytest.mark.slow
-@settings(few, max_examples=500, derandomize=True)
+@settings(few, max_examples=300, derandomize=True)
 @given(**TABLES)
 def test_many_random_tables_give_what_pandas_reads(tmp_path_factory, **table):
     check_table(tmp_path_factory, **table)
 
 
 @pytest.mark.slow
-@settings(few, max_examples=50, derandomize=True)
-@given(**TABLES)
-def test_random_tables_give_what_pandas_reads_after_the_whole_way(tmp_path_factory, **table):
-    check_table(tmp_path_factory, whole=True, **table)
-
-
-@pytest.mark.slow
 def test_damaged_files_give_an_error_of_ours_or_counted_lines(tmp_path):
     generator = random.Random(0)
-    rows = [(f"u{n % 7}", f"i{n % 5}", 'a "b", c', T + n) for n in range(60)]
-    buffer = io.StringIO()
-    csv.writer(buffer).writerows([("user", "item", "note", "time"), *rows])
-    jsonl = "".join(
-        json.dumps(dict(zip(("user", "item", "note", "time"), row, strict=True))) + "\n" for row in rows
-    )
-    select = f"SELECT 'u' || (i % 7) AS user, 'i' || (i % 5) AS item, {T} + i AS time FROM range(60) t(i)"
+    rows = pd.DataFrame([(f"u{n % 7}", f"i{n % 5}", 'a "b", c', T + n) for n in range(60)])
+    rows.columns = ["user", "item", "note", "time"]
+    table = rows.to_csv(index=False).encode()
     whole = {
-        "own.csv": buffer.getvalue().encode(),
-        "own.jsonl": jsonl.encode(),
-        "own.csv.gz": gzip.compress(buffer.getvalue().encode()),
-        "own.parquet": parquet(tmp_path / "p", select).read_bytes(),
-        "u.data": "".join(f"{u}\t{i}\t3\t{t}\n" for u, i, _, t in rows).encode(),
+        "own.csv": table,
+        "own.jsonl": rows.to_json(orient="records", lines=True).encode(),
+        "own.csv.gz": gzip.compress(table),
+        "own.parquet": parquet(tmp_path / "p", f"{UA}, {T} + i AS time FROM range(60) t(i)").read_bytes(),
+        "u.data": table.split(b"\n", 1)[1].replace(b'"a ""b"", c"', b"3").replace(b",", b"\t"),
     }
     outcomes = {"read": 0, "refused": 0}
     for _ in range(200):
@@ -770,45 +615,20 @@ def test_counts_of_real_files_are_the_published_ones():
             assert numbers == (0, REAL[name][0] - 1, REAL[name][0]), name
 
 
-def test_odd_real_parquet_files():
-    path = sample("ml-1m/pairs_official_order.parquet")
-    with pytest.raises(InputError, match=r"no column is clearly the time.*columns found: userID, movieID"):
-        read(path)
-    con = duckdb.connect()
-    got = reclib_read.ingest(con, path, FORMATS["table"], DataConfig(columns={"time": "#row"}))
-    assert con.execute(COUNTS).fetchone() == (1_000_209, 6040, 3706)
-    assert got.time_unit == "order"
-    assert con.execute("SELECT bool_and(time >= 0), max(time) FROM raw").fetchone() == (True, 2313)
-
-    rows, got = read(sample("ml-latest-2023-subset/ratings.parquet"))
-    assert len(rows) == 206_584
-    assert got.rejected == {"timestamp out of range": 1}
-    assert got.rejected_examples[0]["line"] == 206_585
-    assert "1345382" in got.rejected_examples[0]["text"]
-
-
 def small_blocks(patch: pytest.MonkeyPatch, size: int = 64) -> None:
     patch.setattr(formats, "BLOCK_BYTES", size)
     patch.setattr(formats, "PIECE_BYTES", 16)
 
 
-def good_lines(format: str, count: int) -> list[str]:
-    if format == "amazon-2018-json":
-        review = {"asin": "B00005N7P0", "overall": 5.0, "unixReviewTime": SECOND}
-        return [json.dumps({"reviewerID": f"A{n}", **review}) for n in range(count)]
-    if format == "amazon-2023-json":
-        review = {"parent_asin": "B00005N7P0", "rating": 5.0, "timestamp": SECOND * 1000}
-        return [json.dumps({"user_id": f"A{n}", **review}) for n in range(count)]
-    if format == "movielens-csv":
-        return ["userId,movieId,rating,timestamp", *(f"{n},1,4.0,{SECOND}" for n in range(1, count))]
+def good_lines(count: int) -> list[str]:
     return [f"{n}\t1\t4\t{SECOND}" for n in range(count)]
 
 
-J18, ML, CSV = "amazon-2018-json", "ml-100k", "movielens-csv"
+ML = "ml-100k"
 
 
 def test_too_many_bad_lines_stop_with_counts_and_examples(tmp_path):
-    lines = [*good_lines(ML, 97), "1\t2\tx\t3", "1\t2", "1\t3"]
+    lines = [*good_lines(97), "1\t2\tx\t3", "1\t2", "1\t3"]
     path = written(tmp_path, "\n".join(lines) + "\n", "u.data")
     assert len(read(path, max_rejected_share=0.03)[0]) == 97
     with pytest.raises(InputError) as error:
@@ -820,17 +640,12 @@ def test_too_many_bad_lines_stop_with_counts_and_examples(tmp_path):
 
 
 def test_a_gzip_file_that_is_cut_or_damaged_is_refused(tmp_path, monkeypatch):
-    for format in (J18, ML, CSV):
-        whole = gzip.compress(("\n".join(good_lines(format, 300)) + "\n").encode())
-        for share in (0.1, 0.5, 0.9, 1.0):
-            end = min(int(len(whole) * share), len(whole) - 1)
-            path = written(tmp_path, whole[:end], "cut.gz")
-            with pytest.raises(InputError, match=r"cut.gz is (cut short|damaged)"):
-                read(path, format)
-        assert len(read(written(tmp_path, whole), format)[0]) >= 299
-    damaged = bytearray(gzip.compress(("\n".join(good_lines(ML, 300)) + "\n").encode()))
+    damaged = bytearray(gzip.compress(("\n".join(good_lines(300)) + "\n").encode()))
+    for end in (len(damaged) // 2, len(damaged) - 1):
+        with pytest.raises(InputError, match=r"cut.gz is (cut short|damaged)"):
+            read(written(tmp_path, bytes(damaged[:end]), "cut.gz"), ML)
     damaged[-6] ^= 1  # in the checksum
-    lines = [line + "\n" for line in good_lines(ML, 30)]
+    lines = [line + "\n" for line in good_lines(30)]
     members = [gzip.compress("".join(part).encode()) for part in (lines[:10], lines[10:])]
     small_blocks(monkeypatch)
     for unzipper in (formats._unzipper, zlib.decompressobj):  # isal's, where it is installed
@@ -844,31 +659,15 @@ def test_a_gzip_file_that_is_cut_or_damaged_is_refused(tmp_path, monkeypatch):
 def test_files_that_hold_nothing_or_are_cut(tmp_path):
     for content in (b"", b"\n \n", gzip.compress(b"")):
         path = written(tmp_path, content, "none.txt")
-        for format in ("auto", ML, J18, "user-per-line"):
+        for format in ("auto", ML, "user-per-line"):
             with pytest.raises(InputError, match=r"none.txt is empty"):
                 read(path, format)
-    path = written(tmp_path, "userId,movieId,rating,timestamp\n", "ratings.csv")
-    with pytest.raises(InputError, match=r"ratings.csv has a header and nothing below it"):
-        read(path)
-
     path = written(tmp_path, "1\t2\t3\t881250949\n1\t2\t3\t8812509", "u.data")
     with pytest.raises(InputError, match=r"u\.data, line 2: the file stops without a line end"):
         read(path)
     columns = {"user": "1", "item": "2", "time": "3"}
     path = written(tmp_path, f"a,b,{SECOND}\na,c,{SECOND}")  # made by hand
     assert [row[2] for row in read(path, columns=columns, strict=True)[0]] == ["b", "c"]
-
-
-def test_columns_of_an_own_table_are_asked_for(tmp_path):
-    for text, columns, said in (
-        ("who,what,when\nme,it,1\n", None, r"no column is clearly the .*columns found: who, what, when"),
-        ("user,item,asin,time\nme,it,it,1\n", None, "item may be item or asin; give columns"),
-        (UIT, {"item": "thing"}, "no column 'thing' for item; columns found: user, item, time"),
-        (UIT, {"price": "time"}, "'columns' has price, expected user, item, time, rating"),
-        ("user\n", {"user": "user"}, "no comma, TAB, semicolon or bar"),
-    ):
-        with pytest.raises(InputError, match=said):
-            read(written(tmp_path, text, "mine.csv"), "table", columns)
 
 
 def test_long_fields_and_lines_inside_quotes(tmp_path, monkeypatch):
@@ -900,8 +699,6 @@ def test_odd_parts_of_published_formats(tmp_path):
     path = written(tmp_path, "1 5 6\n1 7 8\n")
     with pytest.raises(InputError, match=r"line 2: user '1' has a second line.*is it format pair-per-line"):
         read(path, "user-per-line", strict=True)
-    with pytest.raises(InputError, match=r"line 1: the line is '1', expected a user and their items"):
-        read(written(tmp_path, "1\n"), "user-per-line", strict=True)
 
 
 TIMES = f"1 {SECOND} {SECOND + 5}\n2 {SECOND}\n"
@@ -911,7 +708,6 @@ def test_the_twin_file_of_times(tmp_path):
     path = written(tmp_path, "1 a b\n2 c\n", "X_item_org_rank.txt")
     for times, said in (
         (TIMES, None),
-        (f"1 {SECOND} {SECOND + 5}\n3 {SECOND}\n", "line 2: user '3' with 1 times, expected user '2' with 1"),
         (f"1 {SECOND}\n2 {SECOND}\n", "line 1: user '1' with 1 times, expected user '1' with 2"),
         (f"1 {SECOND} {SECOND + 5}\n", "ends before line 2"),
         (TIMES + f"3 {SECOND}\n", "has more lines than X_item_org_rank.txt"),
@@ -926,16 +722,6 @@ def test_the_twin_file_of_times(tmp_path):
             ]
             assert got.time_unit == "s"
             assert got.provenance["time_file"] == "X_time_org_rank.txt.gz"
-
-
-def test_progress_ends_at_the_whole_file(tmp_path, monkeypatch):
-    small_blocks(monkeypatch)
-    path = written(tmp_path, "\n".join(good_lines(ML, 40)) + "\n")
-    told = []
-    read(path, ML, progress=lambda done, size: told.append((done, size)))
-    assert told[-1] == (path.stat().st_size, path.stat().st_size)
-    assert told == sorted(told)
-    assert len(told) > 5
 
 
 def test_a_source_is_known_by_its_content_and_by_how_it_is_read(tmp_path, monkeypatch):
@@ -961,19 +747,3 @@ def test_the_hash_of_a_large_file_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("hashed again"))
     assert source(DataConfig(dataset=str(path))).identity == identity
     assert kept.read_text() in identity
-
-
-def test_a_folder_is_a_dataset_only_with_a_manifest(tmp_path):
-    config = DataConfig(dataset=str(tmp_path))
-    assert prepared_folder(config) is None
-    with pytest.raises(InputError, match=r"is a folder without manifest.json"):
-        source(config)
-    written(tmp_path, "{}", "manifest.json")
-    assert prepared_folder(config) == tmp_path
-
-
-def test_synthetic_and_ml_100k_fill_the_table(tmp_path):
-    con = duckdb.connect()
-    got = source(DataConfig(dataset="synthetic")).fill(con, None)
-    assert con.execute(COUNTS).fetchone()[:2] == (got.lines_read, 300)
-    assert con.execute("SELECT bool_and(time % 60 = 0), min(time) FROM raw").fetchone() == (True, 0)

@@ -133,17 +133,6 @@ def test_ease_refuses_a_catalogue_beyond_its_memory():
         baselines.fit_ease(histories, 160_000)
 
 
-def test_users_come_in_blocks_and_each_once(monkeypatch):
-    monkeypatch.setattr(metrics, "SCORE_BYTES", 3 * 4 * NUM_ITEMS)
-    histories = of_rows([[1, 2, 3], [], [4], [5, 6], [6], [2, 2], [3, 1]])
-    for name, family in baselines.families().items():
-        parts = list(family.fit(histories, NUM_ITEMS).scores(evaluated(histories)))
-        assert [users.tolist() for users, _ in parts] == [[0, 1, 2], [3, 4, 5], [6]], name
-        for users, scores in parts:
-            assert scores.shape == (len(users), NUM_ITEMS)
-            assert scores.isfinite().all()
-
-
 def test_nothing_is_fitted_to_the_items_after_training():
     rows = [[1, 2, 3], [4, 5, 6], [2, 3, 4]]
     whole = of_rows(rows)
@@ -170,23 +159,12 @@ def test_validation_chooses_and_keeps_what_it_saw():
         baselines.choose(family, histories, NUM_ITEMS, valid, metric="hr@11")
 
 
-def test_families_without_hyperparameters_are_fitted_once_and_those_by_time_need_times():
-    histories = of_rows([[1, 2], [2, 3]])
-    choice = baselines.choose(baselines.families()["popularity"], histories, NUM_ITEMS, evaluated(histories))
-    assert (choice.chosen, len(choice.tried)) == ({}, 1)
-    assert "recent_popularity_in_time" not in baselines.families()
-    family = baselines.families(np.arange(len(histories.items)))["recent_popularity_in_time"]
-    assert family.fit(histories, NUM_ITEMS, share=1.0).values.sum() == 4
-
-
 def test_impossible_hyperparameters_are_refused_by_name():
     for fit, values in [
         (baselines.fit_recent, {"last": 0}),
         (baselines.fit_markov, {"smoothing": 0.0}),
-        (baselines.fit_item_knn, {"neighbours": 0}),
         (baselines.fit_item_knn, {"shrink": -1.0}),
         (baselines.fit_ease, {"regularisation": 0.0}),
-        (baselines.fit_pairwise_counts, {"window": 0}),
         (baselines.fit_pairwise_counts, {"decay": 1.5}),
     ]:
         ((name, value),) = values.items()

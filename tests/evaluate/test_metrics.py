@@ -10,10 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from small_models import NUM_ITEMS, histories, small_model
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from reclib.config import InputError, changed, model_config
-from reclib.data.dataset import Evaluation, Histories
+from reclib.config import InputError, changed
+from reclib.data.dataset import Evaluation
 from reclib.data.splits import Split
 from reclib.evaluate import metrics, statistics
 from reclib.evaluate.metrics import Outcome, Scores
@@ -153,31 +152,6 @@ def test_scores_in_16_bit_precision_are_not_rounded_into_ties(monkeypatch):
     assert scores.dtype == torch.float32
     assert distinct(scores) == distinct(exact)
     assert max(distinct(exact.bfloat16())) < 2000  # what a product in bf16 would leave of 3000
-    # On CUDA 16-bit states and tables are multiplied, and only their sums stay fp32.
-    with FakeTensorMode():
-        hidden = torch.empty(5, 16, device="cuda")
-        half = torch.empty(3000, 16, device="cuda", dtype=torch.bfloat16)
-        out = torch.empty(5, 3000, device="cuda")
-        assert score_product(hidden, half, out).dtype == torch.float32
-
-
-def test_passes_follow_the_memory_of_a_gpu_and_are_small_on_a_cpu():
-    assert metrics.pass_sizes(model_config("85m"), None) == (256, 64 * 2**20)
-    assert metrics.pass_sizes(model_config("85m"), 80 * 2**30) == (4096, 2**30)
-    sizes = [metrics.pass_sizes(model_config("430m"), gib * 2**30) for gib in (1, 16, 24, 80, 141)]
-    assert sizes == sorted(sizes)
-    assert (sizes[0], sizes[1][1]) == ((256, 64 * 2**20), 2**29)
-
-
-def test_popularity_counts_training_interactions_and_constant_scores_rank_every_user_alike():
-    data = histories([4, 6, 3])
-    counts = metrics.popularity(data, NUM_ITEMS)
-    assert (counts == np.bincount(data.items, minlength=NUM_ITEMS + 1)[1:]).all()
-    part = evaluation_of([3, 4, 5])._replace(targets=np.array([2, 2, 2], dtype=np.int32))
-    values = np.arange(NUM_ITEMS, 0, -1, dtype=np.float32)
-    ranking = metrics.rank(metrics.constant_scores(values, part), part, remove_seen=False, top_k=2)
-    assert ranking.ranks.tolist() == [2, 2, 2]
-    assert ranking.top.tolist() == [[1, 2]] * 3
 
 
 # -- protocols -----------------------------------------------------------------------------------------------
@@ -240,13 +214,6 @@ def test_trap_rank_ties_are_pessimistic_under_every_protocol():
     assert (metrics.masked_positions(model, part, CPU).ranks == model.config.output_rows).all()
 
 
-def test_trap_seen_filter_moves_the_rank_and_both_are_reported():
-    seen = Histories(np.array([1, 2], dtype=np.int32), np.array([0]), np.array([2]))
-    part = Evaluation(seen, np.array([3], dtype=np.int32))
-    outcomes = side_by_side(fixed(torch.tensor([[5.0, 4.0, 3.0, 2.0]])), part)
-    assert [outcomes[name].ranks.tolist() for name in ("removed", "kept")] == [[1], [3]]
-
-
 def test_trap_pad_and_mask_are_candidates_in_the_seed_metric_only():
     part = evaluation_of([5, 6, 7])
     for tied in (True, False):
@@ -292,23 +259,6 @@ def test_masked_positions_equal_one_window_at_a_time(monkeypatch):
     assert len(outcome.ranks) > 12
     with pytest.raises(InputError, match="reads both sides"):
         metrics.masked_positions(Bert4Rec(small_model(causal=True)), part, CPU)
-
-
-def test_masks_follow_the_rule_of_the_seed_study_and_their_seed():
-    shares = metrics.seed_mask_probability(np.array([1, 4, 10]), 0.15)
-    wanted = [0.15 * (0.8 + 0.4 * (1 - d / 4)) for d in (3, 2, 1)]
-    assert shares[:5].tolist() == pytest.approx([1.0, *wanted, 1.0])
-    assert (shares[5:14].min(), shares[5:14].max()) == pytest.approx((0.15 * 0.84, 0.15 * 1.16))
-    assert (np.diff(shares[5:]) > 0).all()
-    part = evaluation_of([11] * 2000)
-    one, same, other = (
-        np.concatenate([samples.is_target for _, samples in metrics._windows(part, 12, 0.15, seed, 256)])
-        for seed in (0, 0, 1)
-    )
-    assert (one == same).all()
-    assert (one != other).any()
-    wanted = metrics.seed_mask_probability(np.array([12]), 0.15)
-    assert one.reshape(2000, 12).mean(axis=0) == pytest.approx(wanted, abs=4 * np.sqrt(0.17 * 0.83 / 2000))
 
 
 def test_intervals_draw_users_with_all_of_their_positions():

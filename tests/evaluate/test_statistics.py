@@ -76,16 +76,6 @@ def test_three_seeds_reject_a_true_null_as_often_as_the_level_and_cover_the_trut
             assert np.mean(over_users_alone) > np.mean(rejected) + 0.05
 
 
-def test_many_arms_of_three_seeds_have_one_false_claim_in_twenty_and_find_what_is_there():
-    rng = np.random.default_rng(2)
-    false, real = [], []
-    for _ in range(40):
-        false += [any(one.adjusted_p < 0.05 for one in statistics.compare(drawn(rng, 0.01, arms=12), "m0"))]
-        real += [statistics.compare(drawn(rng, 0.01, lift=0.15, arms=12), "m0")[-1].claim == "better"]
-    assert np.mean(false) <= 0.125
-    assert np.mean(real) > 0.8
-
-
 def test_without_seeds_a_comparison_is_the_paired_t_test():
     values = {"a": np.random.default_rng(0).random((1, 50)), "b": np.random.default_rng(1).random((1, 50))}
     (one,) = statistics.compare(values, "a", ["a", "b"])
@@ -116,24 +106,13 @@ def test_trap_single_seed_carries_no_claim():
         assert one.difference.mean > 0.1  # it is the seeds that are missing, not the difference
 
 
-def test_many_comparisons_are_corrected():
-    rng = np.random.default_rng(0)
-    values = {"reference": np.zeros((3, 60))} | {f"m{i}": rng.normal(0, 1, (3, 60)) for i in range(8)}
-    rows = statistics.compare(values, "reference")
-    wanted = statistics.holm({one.name: one.p_value for one in rows})
-    assert {one.name: one.adjusted_p for one in rows} == wanted
-    assert any(one.adjusted_p > one.p_value for one in rows)
-
-
 def test_what_cannot_be_paired_or_divided_is_refused():
     one, two, counts = np.zeros((1, 3)), np.zeros((2, 3)), np.array([1, 2])
     part = Evaluation(histories([3]), np.ones(1, dtype=np.int32))
     for call, message in [
         (lambda: statistics.compare({"a": one}, "b"), "no model 'b': expected one of a"),
         (lambda: statistics.compare({"a": one, "b": np.zeros((1, 4))}, "a"), r"expected \(seeds, 3 users\)"),
-        (lambda: statistics.compare({"a": one, "b": np.zeros(3)}, "a"), r"shape \(3,\)"),
         (lambda: statistics.compare({"a": two, "b": one}, "b", ["a"]), r"'a' .* expected \(1, 3 users\)"),
-        (lambda: statistics.by_history_length(histories([3]), (20, 10)), r"'edges' is \[20, 10\]"),
         (lambda: statistics.by_item_popularity(counts, counts, (0.5, 1.5)), "'shares'"),
         (lambda: statistics.shuffled(part, 0, -1), "'keep_last' is -1"),
     ]:
@@ -213,18 +192,6 @@ def test_shuffled_histories_hold_the_same_items_and_keep_the_last(lengths, keep,
         )
         assert sorted(new) == sorted(old)
         assert new[max(0, length - keep) :] == old[max(0, length - keep) :]
-
-
-def test_shuffles_are_seeded_uniform_and_independent():
-    items = np.tile(np.arange(1, 5, dtype=np.int32), 6000)
-    ends = np.arange(4, len(items) + 1, 4)
-    part = Evaluation(Histories(items, ends - 4, ends), np.ones(6000, dtype=np.int32))
-    one, same, other = (statistics.shuffled(part, seed).histories.items.reshape(-1, 4) for seed in (1, 1, 2))
-    assert (one == same).all()
-    assert (one != other).any()
-    _, counts = np.unique(one, axis=0, return_counts=True)
-    assert len(counts) == 24
-    assert stats.chisquare(counts).pvalue > 1e-4
 
 
 def test_trap_weak_order_shows_in_the_shuffle_control():

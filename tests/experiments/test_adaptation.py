@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
 from spread import dataset  # noqa: F401  # a fixture
 
 from reclib import hardware, parameters
-from reclib.config import CONTROLS, InputError, TrainConfig, model_config
+from reclib.config import CONTROLS, model_config
 from reclib.data import splits
 from reclib.data.batches import Epoch
 from reclib.data.dataset import Evaluation, Histories
@@ -165,47 +163,3 @@ def test_the_gate_may_read_a_causal_model_of_the_same_past(experiment, dataset):
     assert shares["ilora"] == pytest.approx(counted["ilora"] / counted["base"])  # the reader is no part of it
     rows = speed.adapter_grid(p, bases[1].model, dataset, CPU, readers[1])
     assert {row.found.status for row in rows if row.asked["compile_mode"] == "off"} == {"ok"}
-
-
-def test_steps_are_timed_in_every_mode_that_there_is(experiment, dataset, capsys):  # noqa: F811
-    bases = experiment[3]
-    p = asked(arms=["none", "full", "lora", "ilora"], rounds=3, precisions=["fp32", "bf16"])
-    rows = speed.adapter_grid(p, bases[0].model, dataset, CPU)
-    status = {(r.asked["model"], r.asked["precision"], r.asked["compile_mode"]): r.found.status for r in rows}
-    assert status == {
-        **{(arm, "fp32", "off"): "ok" for arm in ("full", "lora", "ilora")},
-        ("ilora", "bf16", "off"): "ok",
-        **{("ilora", name, "reduce-overhead"): "not applicable" for name in ("fp32", "bf16")},
-    }
-    by = {(r.asked["model"], r.asked["precision"]): r for r in rows if r.ok}
-    assert "over_full" not in by["full", "fp32"].timings
-    assert by["ilora", "bf16"].timings["over_ilora"] > 0
-    one = by["ilora", "fp32"].timings
-    assert one["over_lora_low"] <= one["over_lora"] <= one["over_lora_high"]
-    assert by["ilora", "fp32"].counted["trained"] < by["full", "fp32"].counted["trained"]
-    assert len(speed.table(rows, "step_seconds")) == len(speed.results("adapter_step", rows)) == 6
-    speed.reasons(rows)
-    assert capsys.readouterr().out.count("not applicable") == 1
-
-
-def test_parameters_that_do_not_go_together_are_told():
-    for changes, said in [
-        ({"rank": 6}, "rank=6 must be divisible by num_experts=4"),
-        ({"arms": ["full", "lora"]}, "arms lacks ilora, none"),
-        ({"valid_share": 0.3}, "leave nothing for the test"),
-        ({"arms": ["none", "ilora", "adalora"]}, "'adalora'"),
-        ({"tasks": []}, "at least 1"),
-    ]:
-        with pytest.raises(InputError) as error:
-            asked(**changes)
-        assert said in str(error.value)
-        assert "\n" not in str(error.value)
-
-
-def test_base_and_arms_differ_in_length_and_rate_only(experiment):
-    p, whole, tasks, _, _, _ = experiment
-    base = adaptation.train_of(p, whole.base, 0, p.base_epochs, p.base_learning_rate)
-    arm = adaptation.train_of(p, tasks[0].split, 0, p.epochs, p.learning_rates[0])
-    names = [field.name for field in dataclasses.fields(TrainConfig)]
-    differ = {name for name in names if getattr(base, name) != getattr(arm, name)}
-    assert differ <= {"epochs", "learning_rate", "lr_warmup_steps", "eval_every"}

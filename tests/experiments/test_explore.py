@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 from lineups import asked, trained
@@ -46,13 +45,6 @@ ROWS = [
     row(rate=60_000.0, seconds=0.001, own_params=HALF, kind="predicted", label="l4"),
     row("test_metrics", metrics={"hr@10": 0.1}, own_params={"model": "ease"}),
 ]
-
-
-def scored(*values: float) -> list[dict]:
-    return [
-        row("test_metrics", metrics={"hr@10": v, "hr@10_low": v - 0.01, "hr@10_high": v + 0.02, "mrr": v / 2})
-        for v in values
-    ]
 
 
 def shown(panel: explore.Panel) -> tuple[list[str], list[dict[str, Any]]]:
@@ -102,37 +94,7 @@ def test_a_size_brings_its_catalogue_and_a_device_its_precisions():
     assert "predicted, validated" in shown(panel)[0][0]
 
 
-def test_what_does_not_fit_what_it_costs_and_what_an_adapter_trains_are_said():
-    panel = explore.cost_panel(explore.asked(asked(plan_size="430m", plan_device="t4", plan_price=None)))
-    turned = controls(panel)
-    turned["batch"].value = 65_536
-    assert "DOES NOT FIT" in shown(panel)[0][0]
-    turned["price an hour"].value = 3.6
-    assert "cost" in shown(panel)[0][0]
-    before = shown(panel)
-    turned["one item table (tied)"].value = not turned["one item table (tied)"].value
-    assert shown(panel)[0][0] != before[0][0]
-    turned["adapter"].value = "ilora"
-    peaks = [float(said[1][0]["layout"]["title"]["text"].split()[0]) for said in (shown(panel), before)]
-    assert peaks[0] < peaks[1]
-    turned["its rank"].value = 16
-    assert "parameters trained: ilora, rank 16" in shown(panel)[0][0]
-    assert (parameters(panel)["plan_adapter"], parameters(panel)["plan_rank"]) == ("ilora", 16)
-
-
 # -- any result against any other ----------------------------------------------------------------------------
-
-
-def test_axes_are_numbers_that_differ_and_ends_of_intervals_are_none():
-    assert explore.results(ROWS) == {"step": 3, "test_metrics": 1}
-    rows = explore.frame(ROWS, "step")
-    assert set(explore.numbers(rows)) == {"batch_size", "sequences_per_second", "step_seconds"}
-    assert {"precision", "label"} <= set(explore.colors(rows))
-    assert rows["model"].unique().tolist() == ["BERT4Rec"]
-    first = explore.first_selection(scored(0.1, 0.2), "test_metrics")
-    assert {first.x, first.y} == {"hr@10", "mrr"}
-    with pytest.raises(InputError, match="'test_metrics' has 0 numbers that differ"):
-        explore.first_selection(ROWS, "test_metrics")
 
 
 def test_a_selection_draws_every_record_once_and_tells_measured_from_predicted():
@@ -154,12 +116,6 @@ def test_a_selection_draws_every_record_once_and_tells_measured_from_predicted()
     assert list(only.y) == [60_000]
 
 
-def test_intervals_are_bars():
-    (trace,) = explore.scatter(scored(0.1, 0.2), Selection("test_metrics", "mrr", "hr@10")).data
-    assert list(trace.error_y.array) == pytest.approx([0.02, 0.02])
-    assert list(trace.error_y.arrayminus) == pytest.approx([0.01, 0.01])
-
-
 def test_what_cannot_be_drawn_is_refused_with_what_can():
     for selection, said in [
         (Selection("stp", "a", "b"), "no record of 'stp' .did you mean 'step'?"),
@@ -172,34 +128,7 @@ def test_what_cannot_be_drawn_is_refused_with_what_can():
             explore.scatter(ROWS, selection)
 
 
-def test_another_axis_another_figure_and_another_result_has_axes_of_its_own():
-    selection = Selection("step", "batch_size", "step_seconds", "precision", ["cpu", "l4"])
-    panel = explore.results_panel([*ROWS[:3], *scored(0.1, 0.2)], selection)
-    turned = controls(panel)
-    assert len(turned) == 5
-    turned["upwards"].value = "sequences_per_second"
-    (figure,) = shown(panel)[1]
-    assert figure["layout"]["yaxis"]["title"]["text"] == "sequences per second"
-    assert parameters(panel) == selection._replace(y="sequences_per_second")._asdict()
-    turned["devices"].value = ("l4",)
-    turned["result"].value = "test_metrics"
-    assert (turned["devices"].options, turned["devices"].value) == (("cpu",), ())
-    assert {turned["across"].value, turned["upwards"].value} == {"hr@10", "mrr"}
-    assert parameters(panel)["result"] == "test_metrics"
-
-
 # -- what would be recommended -------------------------------------------------------------------------------
-
-
-def test_the_gate_of_a_history_stands_over_what_is_usual():
-    usual = np.array([[0.1, 0.2, 0.7]] * 50 + [[0.3, 0.3, 0.4]] * 50)
-    figure = explore.gate_figure(np.array([0.2, 0.5, 0.3]), usual)
-    bars, medians = figure.data
-    assert list(bars.y) == [0.2, 0.5, 0.3]
-    assert list(medians.y) == pytest.approx([0.2, 0.25, 0.55])
-    assert list(medians.error_y.array) == pytest.approx([0.1, 0.05, 0.15])
-    assert "expert 2 has 50% of the weight" in figure.layout.title.text
-    assert figure.layout.shapes[0].y0 == pytest.approx(1 / 3)
 
 
 @pytest.fixture(scope="module")
@@ -229,18 +158,3 @@ def test_a_history_is_written_added_to_and_put_in_another_order(panel, lineup):
     ids = [lineup.titles.index(title) for title in history.value.splitlines() if title]
     assert parameters(panel)["history"] == [lineup.keys[item] for item in ids]
     assert explore.written(lineup, history.value) == tuple(ids)
-
-
-def test_another_user_another_history_and_what_is_no_title_is_told(panel, lineup):
-    turned, (gate,) = controls(panel), shown(panel)[1]
-    turned["user"].value = list(lineup.users)[1]
-    own = lineup.users[turned["user"].value].history[-6:]
-    assert turned["history"].value.splitlines() == [lineup.titles[item] for item in own]
-    assert shown(panel)[1][0]["data"][0]["y"] != gate["data"][0]["y"]
-    assert "<b>new</b>" not in shown(panel)[0][0]  # another user is no change of a history
-    turned["history"].value = f"{lineup.titles[3]}\nno such title"
-    assert "history, line 2: no title has the words &#x27;no such title&#x27;" in shown(panel)[0][0]
-    turned["history"].value = ""
-    assert "the history is empty" in shown(panel)[0][0]
-    turned["history"].value = lineup.titles[3].upper()  # words of a title, whatever their case
-    assert "iLoRA" in shown(panel)[0][0]

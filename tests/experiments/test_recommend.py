@@ -25,12 +25,6 @@ def history(lineup):
     return explore.first_history(asked(), lineup)[1]
 
 
-def test_what_was_trained_says_so(lineup):
-    assert "trained here for 6 epochs" in lineup.about
-    assert "no result" in lineup.about
-    assert set(lineup.models) == set(explore.ARMS)
-
-
 def test_a_list_is_that_of_the_models_scores_without_what_was_seen(lineup, history):
     found = explore.ranks(lineup, "base", history)
     best = explore.top(found, 5)
@@ -48,52 +42,12 @@ def test_a_list_is_that_of_the_models_scores_without_what_was_seen(lineup, histo
     assert best == (scores.topk(5).indices + 1).tolist()
 
 
-def test_adapters_differ_from_the_base_and_from_each_other(lineup, history):
-    base, lora, ilora = (explore.ranks(lineup, arm, history) for arm in explore.ARMS)
-    assert not np.array_equal(base, lora)
-    assert not np.array_equal(lora, ilora)
-
-
 def test_the_gate_is_of_the_history(lineup, history):
     weights = explore.gate(lineup, history)
     assert weights.sum() == pytest.approx(1)
     assert weights.shape == (4,)
     assert not np.allclose(weights, explore.gate(lineup, history[:2]), atol=1e-6)
     assert lineup.gates.shape[1] == 4
-
-
-def test_an_empty_history_is_refused(lineup):
-    with pytest.raises(InputError, match="the history is empty"):
-        explore.ranks(lineup, "base", ())
-
-
-def test_the_table_marks_what_is_new_and_where_the_base_has_it(lineup, history):
-    lists = {arm: explore.top(explore.ranks(lineup, arm, history), 5) for arm in explore.ARMS}
-    said = explore.side_by_side(lineup, history, 5)
-    assert "new" not in said
-    moved = sum(a != b for arm in ("lora", "ilora") for a, b in zip(lists["base"], lists[arm], strict=True))
-    assert said.count("base: ") == moved
-    earlier = {arm: explore.top(explore.ranks(lineup, arm, history[:1]), 5) for arm in explore.ARMS}
-    fresh = sum(item not in earlier[arm] for arm, items in lists.items() for item in items)
-    assert explore.side_by_side(lineup, history, 5, before=history[:1]).count("<b>new</b>") == fresh
-
-
-def test_what_came_next_is_told_for_a_users_own_history_only(lineup):
-    key, user = next(iter(lineup.users.items()))
-    assert explore.next_item(lineup, key, user.history[-4:]) == user.target
-    assert explore.next_item(lineup, key, user.history[-4:-1]) is None
-    said = explore.side_by_side(lineup, user.history[-4:], 5, target=user.target)
-    rank = explore.ranks(lineup, "lora", user.history[-4:])[user.target]
-    assert f"rank {rank:,}" in said
-
-
-def test_titles_are_found_by_all_words_the_most_frequent_first(lineup):
-    whole = explore.search(lineup, "", most=1000)
-    assert len(whole) == len(lineup.titles) - 1
-    assert lineup.counts[whole].tolist() == sorted(lineup.counts[1:], reverse=True)
-    title = lineup.titles[7]
-    assert 7 in explore.search(lineup, title.upper())
-    assert explore.search(lineup, "no such title") == []
 
 
 def test_a_history_is_handed_on_and_read_back(lineup, history):

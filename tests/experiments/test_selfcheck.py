@@ -7,10 +7,8 @@ import json
 import pytest
 import torch
 
-from reclib import hardware, records
-from reclib.config import InputError
+from reclib import hardware
 from reclib.experiments import comparison
-from reclib.parameters import build, profile
 from reclib.train import losses as reclib_losses
 from reclib.train import timing
 
@@ -60,25 +58,6 @@ def test_a_check_that_breaks_is_a_failure_with_its_reason(monkeypatch, root, cap
     monkeypatch.setattr(comparison, "CHECKS", (exactness,))
     assert comparison.check_main(["cpu"]) == 1
     assert "FAILED  exactness        RuntimeError: no kernel image" in capsys.readouterr().out
-
-
-def test_rows_of_a_gpu_are_recorded_only_beside_a_passed_check(root):
-    card = dict.fromkeys(records.CARD) | {"label": "l4", "type": "cuda", "name": "NVIDIA L4"}
-    card |= {"torch": "2.13.0", "cuda": "13.0"}
-    p, file = build("01_data_prep", profile("01_data_prep", "smoke")), root / "l4/selfcheck.json"
-    file.parent.mkdir()
-    for state in (
-        None,
-        {"passed": False, "device": card},
-        {"passed": True, "device": card | {"torch": "2.12"}},
-    ):
-        if state is not None:
-            file.write_text(json.dumps(state))
-        with pytest.raises(InputError, match="no passed self-check of NVIDIA L4"):
-            records.Run("01_data_prep", p, card)
-        assert not (root / "l4/results.jsonl").exists()
-    file.write_text(json.dumps({"passed": True, "device": card}))
-    assert records.Run("01_data_prep", p, card).result("x", {"y": 1})["label"] == "l4"
 
 
 def test_the_commands_refuse_what_they_do_not_know(capfd):

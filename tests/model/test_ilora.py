@@ -9,22 +9,16 @@ import torch
 from adapting import EVERYTHING, KINDS, UNTIED, adapted, base, batch, rows_of, scores, stir
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import histories, small_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from reclib import hardware
 from reclib.config import AdapterConfig, InputError, ModelConfig, TrainConfig, changed, validated
 from reclib.data.batches import Batch
-from reclib.data.dataset import Evaluation
-from reclib.evaluate.metrics import model_scores
 from reclib.model.bert4rec import Bert4Rec
 from reclib.model.ilora import AdaptedModel, base_hash
 from reclib.model.lora import LowRank
 from reclib.train import losses
 from reclib.train.losses import batch_loss
-from reclib.train.trainer import Trainer
 
-CPU = hardware.resolve("cpu")
 TRAIN = TrainConfig(batch_size=8, epochs=2, mask_prob=0.3, lr_warmup_steps=1, learning_rate=1e-2)
 LENGTHS = [9, 4, 12, 7, 3, 8, 5, 6]
 NEAR = {"rtol": 1e-4, "atol": 1e-5}
@@ -90,20 +84,6 @@ def test_every_adapter_and_the_gate_have_a_gradient_and_nothing_else_has():
         for name, parameter in found.named_parameters():
             assert parameter.requires_grad == (parameter.grad is not None), name
             assert parameter.grad is None or float(parameter.grad.abs().max()) > 0, name
-
-
-def test_ranking_sees_the_adapter():
-    given_ = histories([5, 7, 3])
-    part = Evaluation(given_, given_.items[given_.starts])
-
-    def ranked(model: AdaptedModel | Bert4Rec) -> torch.Tensor:
-        return next(model_scores(model, part, torch.device("cpu")))[1].clone()
-
-    found = adapted("ilora", targets=EVERYTHING)
-    with_it = ranked(found)
-    found.use(None)
-    assert gap(with_it, ranked(found)) > 1e-2
-    close(ranked(found), ranked(base(**UNTIED)), rtol=1e-5, atol=1e-5)
 
 
 # -- kinds are what they say ---------------------------------------------------------------------------------
@@ -191,17 +171,6 @@ def test_a_gate_on_states_is_trained_while_they_stay_as_they_are():
             if "lora_" in name:
                 torch.nn.init.normal_(parameter)
         assert torch.equal(found.expert_weights(*rows_of(batch())), before)  # without dropout
-
-
-@torch.no_grad()
-def test_a_causal_model_takes_an_instance_for_each_place():
-    found = adapted("ilora", base(causal=True))
-    rows = [t.clone() for t in rows_of(batch(layout="padded"))]
-    before = found.encode(*rows)
-    rows[0][:, 2] = 1
-    after = found.encode(*rows)
-    close(before[:, :2], after[:, :2])
-    assert gap(before[:, 2:], after[:, 2:]) > 1e-3
 
 
 def test_controls_take_something_away():
@@ -306,21 +275,6 @@ def test_an_adapted_output_table_has_no_product_for_the_frozen_part(monkeypatch)
         assert more - products >= 2 * len(one.targets) * found.config.num_items * found.config.hidden_dim
 
 
-def test_freezing_takes_gradients_and_sinks_away():
-    torch.manual_seed(0)
-    model = Bert4Rec(changed(small_model(**UNTIED), num_items=200_000))
-    assert len(model.use_sinks(True)) == 2
-    model.output_weight.grad = torch.zeros_like(model.output_weight)
-    found = AdaptedModel(model)
-    found.add("x", AdapterConfig())
-    assert model.item_sink is model.output_sink is None
-    assert all(p.grad is None for p in model.parameters())
-    trainer = Trainer(found, histories(LENGTHS), TRAIN, CPU, "x")
-    next(trainer.steps())
-    assert trainer.sinks == {}
-    assert len(trainer.optimizer.state) == len(found.layers()) * 2
-
-
 def test_frozen_weights_can_be_held_in_the_precision_of_the_products():
     found, one = adapted("ilora", targets=EVERYTHING), batch()
     with torch.autocast("cpu", torch.bfloat16):
@@ -331,21 +285,6 @@ def test_frozen_weights_can_be_held_in_the_precision_of_the_products():
     assert found.base.item_table.weight.dtype == torch.bfloat16
     assert held.item() == pytest.approx(wanted.item(), rel=2e-2)
     assert all(p.grad.dtype == torch.float32 for p in found.parameters() if p.requires_grad)
-
-
-def test_counts_say_what_is_trained():
-    found = adapted("ilora", targets=EVERYTHING, rank=4, num_experts=2)
-    D, V, r, out = 16, 39, 4, small_model(**UNTIED).output_rows
-    counts = found.counts()
-    assert counts == {
-        "encoder": 2 * (r * (D + 3 * D) + r * 2 * D + 2 * r * 5 * D),
-        "tables_and_head": r * 2 * D + r * (D + out) + r * (V + D),
-        "gate": 2 * D,
-        "base": sum(p.numel() for p in base(**UNTIED).parameters()),
-    }
-    assert sum(counts.values()) - counts["base"] == sum(
-        p.numel() for p in found.parameters() if p.requires_grad
-    )
 
 
 # -- several, merged, taken away -----------------------------------------------------------------------------
@@ -410,29 +349,21 @@ def test_merging_is_exact_or_refused():
 def test_mistakes_are_named():
     for given_, message in (
         ({"kind": "ilora", "rank": 6}, "rank=6 must be divisible by num_experts=4"),
-        ({"kind": "dora"}, "'kind' is 'dora'"),
-        ({"targets": ()}, "targets is empty"),
         ({"control": "noise"}, "control='noise' is one of kind='ilora', not of 'lora'"),
-        ({"r": 8}, "unknown parameter 'r'"),
     ):
         with pytest.raises(InputError, match=message):
             validated(AdapterConfig, given_)
-    for target in ("qvk", "blocks.7.ffn.up", "norm"):
-        with pytest.raises(InputError, match=rf"target '{target}' matches no module .*; allowed: qkv"):
-            AdaptedModel(base()).add("x", AdapterConfig(targets=(target,)))
+    with pytest.raises(InputError, match=r"target 'qvk' matches no module .*; allowed: qkv"):
+        AdaptedModel(base()).add("x", AdapterConfig(targets=("qvk",)))
     found = adapted("lora")
     causal = AdapterConfig(kind="ilora", representation="causal_state")
     small = Bert4Rec(ModelConfig(num_items=5, hidden_dim=16, causal=True))
     for call, message in (
         (lambda: found.add("default", AdapterConfig()), "adapter name 'default'.*in use: default"),
-        (lambda: found.add("a.b", AdapterConfig()), r"adapter name 'a\.b'"),
         (lambda: found.use("june"), "unknown adapter 'june'; there are: default"),
-        (lambda: found.expert_weights(*rows_of(batch())), "has no gate on the instance"),
         (lambda: found.add("c", causal), "needs causal_model"),
         (lambda: found.add("c", causal, small), "causal_model knows 5 items"),
     ):
         with pytest.raises(InputError, match=message):
             call()
     assert list(found.configs) == ["default"]
-    with pytest.raises(RuntimeError, match="without factors"):
-        adapted("ilora").base.blocks[0].ffn(torch.zeros(1, 2, 16))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from figure_records import adapted, adapter_steps, correlations, gate_comparisons, gates
+from figure_records import adapted, adapter_steps, gate_comparisons
 
-from reclib.report import accuracy_figures, figures, findings, style, tables
+from reclib.report import figures, findings, style, tables
 from reclib.report.tables import ARM_NAMES, CONTROLS
 
 ARMS = list(ARM_NAMES)
@@ -35,46 +35,6 @@ def test_claims_are_coloured_and_counted_and_too_few_seeds_claim_nothing():
     figure = figures.show("adaptation_gain", *gate_comparisons("adaptation_gain", "none", seeds=1))
     assert figure.layout.title.text.endswith("of 11 arms no claim, with fewer than 3 seeds")
     assert {t.marker.color for t in figure.data if t.type == "scatter"} == {style.MUTED}
-
-
-def test_costs_stand_in_order_and_what_does_not_apply_has_no_row():
-    figure = figures.show("adapter_cost", *adapter_steps())
-    assert list(figure.layout.yaxis.categoryarray) == [
-        "full fine-tuning, fp32, eager",
-        "iLoRA, fp32, eager",
-        "iLoRA, bf16, default",
-    ]
-    assert not figure.layout.annotations  # what does not apply has no row
-    timed = [t for t in figure.data if t.type == "scatter" and t.xaxis == "x"]
-    times = {name: x for t in timed for name, x in zip(t.y, t.x, strict=True)}
-    assert times["iLoRA, fp32, eager"] == pytest.approx(20)
-    assert "1.25 times LoRA's (1.20 to 1.50), 0.80 times" in figure.layout.title.text
-
-
-def test_of_many_users_some_are_drawn_and_the_figure_says_so(monkeypatch):
-    monkeypatch.setattr(accuracy_figures, "DRAWN_USERS", 2)
-    figure = figures.show("gate_by_user", *gates())
-    assert [len(trace.x) for trace in figure.data] == [2, 2]
-    assert all(len(button.args[0]["x"][0]) == 2 for button in figure.layout.updatemenus[0].buttons)
-    assert "2 of 3 users" in figure.layout.title.subtitle.text
-    whole = figures.show("gate_by_user", *gates(), *gates("segment"))
-    assert figure.layout.title.text == whole.layout.title.text  # the spread is that of all users
-
-
-def test_the_menu_changes_what_gates_are_drawn_against():
-    figure = figures.show("gate_by_user", *gates(), *gates("segment"))
-    assert [len(trace.x) for trace in figure.data] == [3, 3]  # one task
-    buttons = figure.layout.updatemenus[0].buttons
-    assert [button.label for button in buttons] == ["items in the history", "NDCG@10 minus that of lora"]
-    assert list(figure.data[0].x) == [3.0, 9.0, 5.0]
-    assert buttons[1].args[0]["x"] == [[0.0, 0.1, -0.1]] * 2
-
-
-def test_correlations_are_starred_where_they_hold():
-    figure = figures.show("gate_correlations", *correlations())
-    drawn = [(trace.name, trace.x[0], trace.text[0]) for trace in figure.data]
-    assert drawn == [("expert 1", -0.9, "*"), ("expert 2", 0.3, "")]
-    assert "expert 1 and items in the history, -0.90" in figure.layout.title.text
 
 
 def test_the_findings_say_whether_the_gate_helps_and_what_it_costs():

@@ -15,15 +15,13 @@ import figure_records
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
 from figure_records import record
 
-from reclib import records as reclib_records
 from reclib import system
 from reclib.config import InputError
-from reclib.data.prepare import DataConfig, evaluation, prepare, synthetic_dataset
+from reclib.data.prepare import DataConfig, prepare
 from reclib.experiments import data_prep
-from reclib.report import figures, findings, style, tables
+from reclib.report import figures, findings, tables
 
 ELSEWHERE = ("popularity_by_size", "tie_rules")  # of several grids: tests of tables and scoring draw them
 STUDY = {"profile": "quick", "data": {"name": "ml-100k", "fingerprint": "abcd"}}
@@ -108,10 +106,6 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def of(records, notebook):
-    return [one for one in records if one["notebook"] == notebook]
-
-
 def title(figure):
     return figure.layout.title.text
 
@@ -146,20 +140,6 @@ def test_a_rebuild_touches_no_file_removes_old_figures_and_leaves_others_alone(r
     times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     figures.build(json.loads(json.dumps(records[:2])), tmp_path)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == times
-
-
-def test_what_is_drawn_already_is_taken_as_it_is(records, built, tmp_path, monkeypatch):
-    (tmp_path / "executed").mkdir()
-    monkeypatch.setenv("RECLIB_ROOT", str(tmp_path))
-    (tmp_path / "notebooks").symlink_to(ROOT / "notebooks")  # the page shows their questions, and is shared
-    shutil.copytree(built, system.figures())
-    there = {drawing.file: drawing for drawing in figures.drawings(tables.distinct(records[:2]))}
-    monkeypatch.setattr(figures, "show", lambda *_: pytest.fail("drawn again"))
-    for folder, known in ((built, {}), (tmp_path / "own", there)):
-        figures.build(records if folder == built else records[:2], folder, there=known)
-    drawn = content(tmp_path / "own")
-    assert drawn["preparation_ml-100k_cpu.html"] == content(built)["preparation_ml-100k_cpu.html"]
-    assert len(drawn) == 4
 
 
 def test_an_executed_notebook_is_a_page_whose_outputs_run_no_script(records, tmp_path, monkeypatch):
@@ -243,22 +223,6 @@ def test_smoke_runs_are_called_that_everywhere(records, tmp_path):
     assert "smoke run" not in under(figures.show("preparation", records[0]))
 
 
-def test_grids_are_called_long_runs_and_an_ablation_has_no_learning_curves(tmp_path):
-    data = {"name": "ablations-made-up", "fingerprint": "abcd"}
-    grid = [one | {"data": data} for one in figure_records.curves()]
-    rows = [*grid, *figure_records.arms(), *figure_records.curves(), *figure_records.scores()]
-    names = {path.name for path in figures.build(rows, tmp_path)}
-    assert names == {
-        "ablation_ablations-made-up_cpu.html",
-        "index.html",
-        "learning_curves_made-up_cpu.html",
-        "metric_comparison_made-up_cpu.html",
-    }
-    page = (tmp_path / "index.html").read_text()
-    assert "long runs, committed, data ablations-made-up abcd, made-up abcd" in page
-    assert "profile grid" not in page
-
-
 def test_without_records_of_figures_there_is_still_a_page(tmp_path):
     (file,) = figures.build([], tmp_path)
     assert "no records yet" in file.read_text()
@@ -326,30 +290,19 @@ def test_two_datasets_of_one_name_and_a_users_own_stand_apart(records, tmp_path)
 def test_a_notebook_without_records_says_how_to_run_it(tmp_path, monkeypatch):
     folder = tmp_path / "notebooks"
     folder.mkdir()
-    text = "# 02 Is it <good>?\n\nA **bold** word, `code` and\n[a link](x.ipynb).\n\nMore."
+    text = "# 02 Is it <good>?\n\nA **bold** word."
     cell = {"cell_type": "markdown", "source": text.splitlines(keepends=True)}
     (folder / "02_baseline.ipynb").write_text(json.dumps({"cells": [cell]}))
     monkeypatch.setenv("RECLIB_ROOT", str(tmp_path))
     (file,) = figures.build([], tmp_path / "out")
     html = file.read_text()
     assert "Is it &lt;good&gt;?</h2>" in html
-    assert "A <strong>bold</strong> word, <code>code</code> and a link.</p>" in html
-    assert "More." not in html
+    assert "A <strong>bold</strong> word.</p>" in html
     assert "<code>python -m reclib run 02 --profile quick</code>" in html
     assert Addresses(html).open == []
     (folder / "02_baseline.ipynb").write_text('{"cells": ')
     with pytest.raises(InputError, match=r"^02_baseline\.ipynb: not a notebook"):
         figures.questions(folder)
-
-
-def test_a_new_notebook_needs_no_change_of_the_page(tmp_path, monkeypatch, records):
-    """Its records, figures and question stand there under its heading, without a chapter."""
-    spec = figures.FIGURES[0]
-    monkeypatch.setattr(figures, "FIGURES", [figures.Spec("09_new", spec.needs, spec.make)])
-    figures.build([records[0] | {"notebook": "09_new"}], tmp_path)
-    html = (tmp_path / "index.html").read_text()
-    assert '<section id="09_new">' in html
-    assert '<iframe src="preparation_ml-100k_cpu.html"' in html
 
 
 # -- which records are shown ---------------------------------------------------------------------------------
@@ -380,26 +333,12 @@ def test_a_plan_of_more_work_does_not_hide_what_was_measured():
     assert both == [step("measured", "full", 30)]
 
 
-def test_table_has_a_row_per_point_with_what_it_belongs_to(records):
-    rows = tables.table([one for one in of(records, "02_baseline") if one["name"] == "learning_curve"])
-    assert rows["seed"].tolist() == [0] * 4 + [1] * 4
-    assert rows["train_loss"].tolist() == CURVE["train_loss"] * 2
-    metrics = tables.table([one for one in records if one["name"] == "test_metrics"])
-    assert metrics["model"].tolist() == ["BERT4Rec", "popularity", "BERT4Rec"]
-    assert metrics["hr@10"].tolist() == [0.2, 0.1, 0.25]
-
-
 def test_an_unmet_claim_stands_in_the_caption():
     unmet = tables.caption([SPEED[0] | {"claimed": "l4"}])
     assert "measured on cpu" in unmet
     assert "l4 was asked for and is not here" in unmet
     for claimed in ("auto", "cpu", None):
         assert "asked for" not in tables.caption([SPEED[0] | {"claimed": claimed}])
-
-
-def test_every_figure_has_a_chapter_and_no_two_have_one_name():
-    assert {spec.notebook for spec in figures.FIGURES} <= set(findings.CHAPTERS)
-    assert len({spec.name for spec in figures.FIGURES}) == len(figures.FIGURES)
 
 
 # -- what figures show ---------------------------------------------------------------------------------------
@@ -433,36 +372,12 @@ def test_titles_state_what_the_records_say(shown, dataset):
         "preparation": f"drops {lost} of {steps[0]['items']} items",
         "learning_curves": "NDCG@10 on validation is best after 4 epochs",
         "metric_comparison": "BERT4Rec has the target among its ten first for 20.0% of users",  # by its mean
-        "step_time": "Fastest: fp32, default, batch 64 with 4,000 sequences/s",
         "step_ladder": "From the seed study's step to “packed” a step is 25.0 times faster",
-        "operators": "mm takes 25% of a step's own time",
         "compile_cost": "Compiling costs 8 s and has paid after 2,000 steps",
         "loss_parity": "Losses of fp32, bf16 differ by at most 1.00%",
         "claimed_rates": "1 of 2 claimed rates are more than the epoch time allows, by up to 2.5 times",
     }.items():
         assert said in title(shown[name, "measured"])
-
-
-def test_a_claimed_rate_stands_beside_what_its_epoch_allows(shown):
-    drawn = shown["claimed_rates", "measured"]
-    allowed, claimed = (trace for trace in drawn.data if trace.mode == "markers")
-    assert list(allowed.x) == [400, 90]
-    assert list(claimed.x) == [1000, 90]
-    assert [text.text for text in drawn.layout.annotations] == ["2.5 times", "1.0 times"]
-    runs = reclib_records.reference()["throughput"]  # agrees with itself
-    ratios = [run["claimed_per_second"] * run["epoch_seconds"] / run["sequences"] for run in runs]
-    assert (min(ratios), max(ratios)) == pytest.approx((3.52, 9.31), abs=0.01)
-    assert all(step["wrong"] for step in reclib_records.reference()["steps"])
-
-
-def test_the_ladder_hangs_each_rung_from_the_one_above(shown):
-    figure = shown["step_ladder", "measured"]
-    lines = {trace.y[0]: tuple(trace.x) for trace in figure.data if trace.mode == "lines"}
-    marks = {name: x for t in figure.data if t.mode == "markers" for name, x in zip(t.y, t.x, strict=True)}
-    assert lines["packed"] == pytest.approx((500.0, 20.0))  # ms
-    assert lines["AMP"] == pytest.approx((20.0, 40.0))
-    assert marks["seed study's step"] == pytest.approx(500.0)
-    assert not [trace for trace in figure.data if trace.type == "bar"], "a bar has no foot on a log axis"
 
 
 def test_what_did_not_run_is_said_in_the_figure_and_has_no_mark(shown):
@@ -475,22 +390,6 @@ def test_what_did_not_run_is_said_in_the_figure_and_has_no_mark(shown):
     assert title(figures.show("step_time", *nothing)) == "No variant could be timed"
 
 
-def test_lines_of_compile_cost_cross_where_it_has_paid(shown):
-    figure = shown["compile_cost", "measured"]
-    compiled, eager = (np.array(trace.y) for trace in figure.data)
-    steps = np.array(figure.data[0].x)
-    assert {trace.name for trace in figure.data} == {"eager", "compiled, default"}
-    assert steps[np.argmin(abs(compiled - eager))] == pytest.approx(2000, rel=0.05)
-
-
-def test_every_user_is_in_the_length_histogram_also_where_all_have_one_length(records, shown):
-    lengths = next(one for one in records if one["name"] == "sequence_lengths")
-    assert sum(shown["sequence_lengths", "measured"].data[0].y) == sum(lengths["series"]["users"])
-    metrics = {"median_length": 7.0, "mean_length": 7.0, "max_length": 7}
-    alone = record("01_data_prep", "sequence_lengths", None, metrics, {"length": [7], "users": [3]})
-    assert list(figures.show("sequence_lengths", alone).data[0].y) == [3]
-
-
 def test_rank_bins_count_every_rank():
     ranks = np.array([1, 1, 2, 3, 5, 6, 10, 11, 1349])
     bins = pd.DataFrame(tables.rank_bins(ranks))
@@ -498,33 +397,3 @@ def test_rank_bins_count_every_rank():
     assert bins.iloc[:4].values.tolist() == [[1, 1, 2], [2, 2, 1], [3, 5, 2], [6, 10, 2]]
     assert bins.iloc[-1].tolist() == [1001, 2000, 1]
     assert tables.rank_bins(np.array([1]))["users"] == [1]
-
-
-def test_descriptions_agree_with_the_dataset(dataset):
-    made = described(dataset)
-    assert sum(made["sequence_lengths"].series["users"]) == dataset.num_users
-    assert made["sequence_lengths"].metrics["mean_length"] == pytest.approx(dataset.lengths.mean())
-    popularity = made["item_popularity"]
-    counts = np.bincount(dataset.items, minlength=dataset.num_items + 1)[1:]
-    assert popularity.metrics["most_popular"] == counts.max()
-    differences = np.abs(counts[:, None] - counts[None, :]).mean()  # Gini by its definition
-    assert popularity.metrics["gini"] == pytest.approx(differences / (2 * counts.mean()))
-    assert popularity.series["interaction_share"][-1] == pytest.approx(1.0)
-    assert popularity.series["rank"] == sorted(set(popularity.series["rank"]))
-
-
-def test_history_says_what_each_interaction_is_for():
-    dataset = synthetic_dataset(50, 100, 10.0, seed=0)
-    users = data_prep.example_users(dataset, seed=3)
-    assert users == data_prep.example_users(dataset, seed=3)
-    assert len(set(users)) == 3
-    rows = data_prep.history(dataset, users[0], last=4)
-    assert rows["used for"].tolist() == ["training"] * 2 + ["validation target", "test target"]
-    assert rows["item"].tolist()[-1] == evaluation(dataset, "test").targets[users[0]]
-    assert rows["position"].tolist()[-1] == dataset.lengths[users[0]]
-
-
-def test_marks_of_predictions_are_hollow_hatched_and_dashed():
-    assert style.line("predicted", "red")["dash"] == "dash"
-    assert style.bar("predicted", "red")["pattern"]["shape"] == "/"
-    assert style.marker("predicted", "red")["symbol"] == "circle-open"

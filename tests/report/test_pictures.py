@@ -10,8 +10,6 @@ from figure_records import ends, of_sizes, record
 
 from reclib.config import InputError
 from reclib.report import figures
-from reclib.report.figures import FIGURES
-from reclib.report.findings import CHAPTERS
 
 needs_browser = pytest.mark.skipif(
     not any(shutil.which(name) for name in figures.BROWSERS), reason="no Chromium or Chrome is installed"
@@ -59,14 +57,6 @@ def test_a_browser_that_fails_is_told_in_one_line(tmp_path):
     browser.chmod(0o755)
     with pytest.raises(InputError, match=r"^broken could not draw page\.html: no display$"):
         figures.photograph(str(browser), tmp_path / "page.html", tmp_path / "page.png", 100)
-
-
-def test_every_lead_is_a_figure_of_its_notebook_and_has_a_file_of_its_own():
-    leads = {chapter.lead: name for name, chapter in CHAPTERS.items() if chapter.lead}
-    known = {(spec.name, spec.notebook) for spec in FIGURES}
-    assert {(lead, name) for lead, name in leads.items()} <= known
-    assert len({figures.file_name(lead) for lead in leads}) == len(leads)
-    assert (figures.README, "03_scaling") in known
 
 
 def test_of_several_runs_that_of_most_work_is_drawn_then_with_enough_seeds_then_the_newest():

@@ -5,20 +5,17 @@ from __future__ import annotations
 from dataclasses import asdict
 
 import figure_records
-import pandas as pd
 import pytest
-from figure_records import of_grid, record
+from figure_records import record
 
 from reclib.config import model_config
 from reclib.evaluate import statistics
 from reclib.experiments import grids, scaling
 from reclib.report import figures, findings, scaling_figures, tables
-from reclib.report.tables import sweep_of
 
 SMALL = {"num_items": 30, "max_len": 20}
 SHAPE = asdict(model_config("w32d2", **SMALL))
 WIDTHS = {32: 25_472, 64: 100_096, 96: 223_872, 128: 396_800}
-WIDTH_NAMES = [f"w{width}d2" for width in WIDTHS]
 
 
 def curve(model: str, seed: int, size: int, loss: float, prediction: str | None = None, **changes) -> dict:
@@ -85,33 +82,9 @@ def test_findings_say_what_scales_what_does_not_and_whether_the_rule_held():
     assert "Width, w32d2 to w64d2 to w96d2 to w128d2, step by step: loss (nats) -0.4815, -0.2035" in said
     assert "not told apart: loss (nats): none; NDCG@10: none; HR@10: w32d2 and w64d2, w64d2 and w96d2" in said
     assert "w64d8 against w64d2: +0.342 nats" in said
-    assert "w32d2 untied against w32d2: +0.060 nats" in said
     assert "twice of it is better by 0.030 nats (the rule's seeds lie 0.040 apart)" in said
-    assert "half 0.3547, rule 0.3547, twice 0.3547: highest with half, the loss says twice" in said
-    assert "the one with the lower loss ranks worse: none" in said
     assert "Loss risen again at the end, in nats above its lowest: w64d8 (+0.050)" in said
     assert "Fewer than three seeds: none" in said, "rates are checked with one"
-
-
-def test_the_answer_tells_what_size_gained_and_what_the_law_said():
-    rows = [one for one in figure_records.scaling() if one["name"] in ("prediction", "learning_curve")]
-    said = findings.sentences("03_scaling", rows)
-    assert said[0].startswith(
-        "Too few seeds for a claim (1) on ml-100k (cpu): NDCG@10 on validation is 0.070"
-    )
-    runs = [r | {"seed": seed} for r in rows if r["name"] == "learning_curve" for seed in range(3)]
-    assert findings.sentences("03_scaling", runs)[0].startswith("Not told apart on ml-100k (cpu): NDCG@10 on")
-    assert said[-1] == "w384d2 is not measured yet; its record will carry 1."
-    numbers = {"non_embedding": 3_500_000, "lowest_valid_loss": 6.05, "valid_ndcg@10": 0.09}
-    law = {"configuration": {"prediction": "1"}}
-    largest = record("03_scaling", "learning_curve", {"model": "w384d2"}, numbers, **law)
-    fewer = numbers | {"non_embedding": 25_000, "valid_ndcg@10": 0.01}
-    other = record("03_scaling", "learning_curve", {"model": "w32d2 half rate"}, fewer)
-    said = findings.sentences("03_scaling", [other, largest, *rows])
-    assert said[0].startswith(
-        "Too few seeds for a claim (1) on ml-100k (cpu): NDCG@10 on validation is 0.070"
-    )
-    assert said[-1] == "Measured 6.050 over 1 seed(s): error -0.050 nats (-0.8%), inside the band."
 
 
 def test_accuracy_against_size_keeps_validation_and_test_apart_and_says_who_is_ahead():
@@ -133,12 +106,6 @@ def test_accuracy_against_size_keeps_validation_and_test_apart_and_says_who_is_a
     assert said[1].startswith("Counting, with nothing trained, is ahead of every trained model on made-up.")
     assert tables.by_size(rows[:2]) == [], "one size is no comparison of sizes"
     assert findings.study([]) == []
-
-
-def test_every_kind_of_arm_has_its_sweep():
-    arms = ["w64d2", "w64d8", "w12d12", "tiny", "tiny (tuned)", "w32d2 untied", "w32d2 half rate"]
-    kinds = ["width", "depth", "depth", "width", "tuned settings", "untied tables", "other learning rate"]
-    assert [sweep_of(arm) for arm in arms] == kinds
 
 
 def ranked(model: str, flops: float, *scores: float) -> list[dict]:
@@ -217,158 +184,3 @@ def test_the_curve_shows_every_seed_hollow_what_is_predicted_and_this_run_apart(
     assert "+10.0%" in figure.layout.title.text
     dashed = next(trace for trace in figure.data if trace.name == "law")
     assert dashed.line.dash == "dash"
-
-
-def test_the_band_ends_where_the_prediction_s_interval_does():
-    seeds = scaling.seeds_by_size(r for r in GRID if r["own_params"]["model"] in WIDTH_NAMES)
-    numbers = statistics.predict(seeds, 3.5e6)
-    one = prediction() | {"metrics": numbers}
-    one["own_params"] = {"of": "w384d2", "size": 3_500_000, "seeds": 3}
-    figure = scaling_figures.scaling_curve(tables.table([*GRID, one]))
-    band = next(trace for trace in figure.data if trace.name == "95 % band")
-    half = len(band.y) // 2
-    assert (band.y[half - 1], band.y[half]) == pytest.approx((numbers["low"], numbers["high"]))
-
-
-def test_accuracy_is_that_of_the_best_epoch_against_parameters_and_flops():
-    figure = scaling_figures.scaling_accuracy(tables.table(ROWS))
-    titles = [axis.title.text for axis in figure.select_xaxes() if axis.title.text]
-    assert titles == ["non-embedding parameters", "training FLOPs"]
-    assert list(marks_of(figure)["width, committed (0.0 M tokens)"].y) == pytest.approx([0.11, 0.11])
-    assert "best with w64d4" in figure.layout.title.text
-
-
-def test_the_sweeps_have_a_panel_for_what_is_trained_and_name_what_is_not():
-    few = scaling_figures.scaling_sweeps(tables.table(ROWS[:2]))
-    assert few.layout.title.text == "Only the width is varied so far"
-    assert "Not trained yet: depth, untied tables, other learning rate" in text_under(few)
-    whole = scaling_figures.scaling_sweeps(tables.table(GRID))
-    ranked = "NDCG@10: depth, w64d1 to w64d8, +3.5000; a second table at w32d2, +0.0000"
-    assert whole.layout.title.text == ranked
-    assert "nats: depth, w64d1 to w64d8, +0.100; a second table at w32d2, +0.060" in text_under(whole)
-    assert "Not trained" not in text_under(whole)
-    rates = next(trace for trace in whole.data if trace.name == "rates at w32d2")
-    assert list(rates.x) == [0.5, 1.0, 2.0]
-    assert list(rates.y) == pytest.approx([7.0, 6.430, 6.4], abs=1e-3)
-    below = [trace for trace in whole.data if trace.name == "rates at w32d2"][1]
-    assert list(below.y) == pytest.approx([0.35472] * 3), "the row below shows NDCG@10"
-    assert not below.showlegend
-
-
-def test_the_figures_of_tuning_tell_whole_from_pruned_and_take_the_best_epoch():
-    trials = []
-    for number, (state, curve_of, rate) in enumerate(
-        (("complete", [0.05, 0.1, 0.09], 1e-4), ("pruned", [0.05], 1e-1), ("complete", [0.02, 0.2], 1e-2))
-    ):
-        own = {"trial": number, "state": state, "learning_rate": rate, "model.dropout": 0.1}
-        series = {"epoch": list(range(len(curve_of))), "valid_ndcg@10": curve_of}
-        trials.append(record("03_scaling", "trial", own, {"valid_ndcg@10": max(curve_of)}, series))
-    rows = tables.table(trials)
-    history = scaling_figures.tuning_history(rows)
-    found = {trace.name: list(trace.y) for trace in history.data}
-    assert found == {"complete": [0.1, 0.2], "pruned": [0.05], "best": [0.1, 0.2]}
-    assert "3 trials, 1 pruned; the best has NDCG@10 0.2000" in history.layout.title.text
-    parallel = scaling_figures.tuning_parallel(rows)
-    axes = {axis.label: list(axis["values"]) for axis in parallel.data[0].dimensions}
-    assert axes == {"log10 learning_rate": [-4.0, -2.0], "dropout": [0.1, 0.1], "NDCG@10": [0.1, 0.2]}
-    shares = pd.DataFrame({"field": ["a", "b"], "share": [0.2, 0.8], "kind": "measured"})
-    assert "b has 80%" in scaling_figures.tuning_importance(shares).layout.title.text
-
-
-TUNING = {"data": {"name": "tuning-x"}, "profile": "grid"}
-
-
-def compared(name: str, **metrics: float) -> dict:
-    numbers = {"difference": 0.004, "difference_low": -0.001, "difference_high": 0.009, "seeds": 3} | metrics
-    own = {"model": "tuned", "against": "default", "metric": "ndcg@10"}
-    return record("03_scaling", name, own, numbers, **TUNING)
-
-
-def test_what_is_said_of_tuning_with_nothing_with_trials_and_with_a_comparison():
-    assert findings.tuning_findings([], "tuning-x") == ["- tuning-x: no trial is committed yet."]
-    states = [{"trial": n, "state": state} for n, state in enumerate(("complete", "pruned"))]
-    trials = [record("03_scaling", "trial", own, **TUNING) for own in states]
-    own = {"study": "x", "trial": 0, "dropout": 0.1}
-    shares = {"field": ["dropout", "mask_prob"], "share": [0.9, 0.1]}
-    chosen = record("03_scaling", "tuning", own, {"valid_ndcg@10": 0.2}, shares, **TUNING)
-    few = "\n".join(findings.tuning_findings([*trials, chosen], "tuning-x"))
-    assert (
-        "2 trials, 1 of them pruned. The best, trial 0, has NDCG@10 0.2000 on validation: dropout 0.1" in few
-    )
-    assert "dropout (90%)" in few
-    assert "Not compared with the default yet" in few
-    both = [
-        compared("validation_difference", base=0.1, value=0.104, seed_low=0.001, seed_high=0.006),
-        compared("comparison", reference_seeds=3, adjusted_p=0.2, detectable=0.01),
-    ]
-    said = "\n".join(findings.tuning_findings([*trials, chosen, *both], "tuning-x"))
-    assert "default 0.1000, tuned 0.1040, +0.0040 (-0.0010 to +0.0090)" in said
-    assert "adjusted p 0.200: not separated (it could have seen 0.010; scored 0 times before)" in said
-    table = tables.tuned_against_default([*both, *trials])
-    assert table["split"].tolist() == ["test", "validation"]
-    assert table["claim"].tolist()[0] == "not separated"
-
-
-def test_tuned_settings_are_set_against_the_sizes_of_the_same_data():
-    both = compared("validation_difference", value=0.35) | {"data": {"name": "tuning-x", "fingerprint": "f"}}
-    same = {"data": {"name": "scaling-x", "fingerprint": "f"}}
-    grid = [row | same for row in GRID if row["own_params"]["model"] in ("w32d2", "w64d2", "w32d2 untied")]
-    (said,) = findings.beside_sizes([*grid, both], "tuning-x")
-    assert "Of 2 sizes" in said
-    assert "as well as the tuned settings do (0.3500): w32d2 (0.3547), w64d2 (1.1010)." in said
-    assert findings.beside_sizes([both], "tuning-x") == []
-    assert findings.beside_sizes(grid, "tuning-x") == []
-
-
-def test_steps_of_real_sizes_stand_beside_their_floor_and_the_missing_are_named():
-    one = {"own_params": {"size": "85m", "threads": 2, "batch_size": 128, "device": "cpu2"}, "label": "cpu"}
-    one |= {"metrics": {"parameters": 10**8}, "device": {"type": "cpu", "name": "AMD EPYC"}}
-    one["timings"] = {"step_seconds": 0.6, "tokens_per_second": 1500, "peak_memory_bytes": 2.4e9}
-    one["timings"] |= {"process_bytes": 0.4e9}
-    table = tables.real_steps([one])
-    assert table.loc["85m", "held over 16 bytes per parameter"] == 1.25
-    (said,) = findings.size_findings(table, ["85m", "430m"])
-    assert (
-        "cpu2 AMD EPYC: 85m 0.60 s, 2.4 GB at peak, 1.25 times its floor. Not measured there: 430m." in said
-    )
-    (said,) = findings.size_findings(tables.real_steps([]), ["430m"])
-    assert "not measured yet: 430m" in said
-
-
-def test_a_law_of_accuracy_stands_beside_a_line():
-    truth = statistics.Law(0.85, 3.0, 0.35)  # of 1 - NDCG@10
-    rows = []
-    for width, size in (WIDTHS | {384: 3_549_696}).items():
-        for seed in (0, 1, 2):
-            row = curve(f"w{width}d2", seed, size, 5.0)
-            value = 1 - float(truth(size)) + seed / 1e4
-            row["metrics"]["valid_ndcg@10"] = row["series"]["valid_ndcg@10"][1] = value
-            rows.append(row)
-    law = tables.law_of_accuracy(rows)
-    assert law.differs
-    assert law.predicted == pytest.approx(law.measured, abs=1e-3)
-    assert law.low < law.predicted < law.high < law.line
-    assert tables.law_of_accuracy(rows[:-3]) is None  # three sizes below the largest
-    assert tables.accuracy_laws({"a": rows, "b": rows[:-3]}).index.tolist() == ["a"]
-    text = figures.show("scaling_accuracy", *rows).layout.title.subtitle.text.replace("<br>", " ")
-    assert f"they give {law.predicted:.4f} and {law.line:.4f}: they differ" in text
-
-
-def test_popularity_stands_by_size_beside_counts():
-    def scored(model, coverage, grid="scaling-x"):
-        numbers = {"coverage": coverage, "gini": 0.9, "popularity_percentile": 0.8}
-        row = of_grid("beyond_accuracy", {"model": model, "k": 10}, numbers)
-        return row | {"params": {"grid": grid}, "data": {"name": grid, "fingerprint": "f"}}
-
-    sizes = {"w32d2": 1000, "w64d2": 2000}
-    runs = [curve(model, 0, size, 5.0) for model, size in sizes.items()]
-    runs = [run | {"data": {"name": "scaling-x", "fingerprint": "f"}} for run in runs]
-    rows = [*runs, scored("w32d2", 0.1), scored("w64d2", 0.3), scored("pairwise_counts", 0.9)]
-    chosen = tables.popularity_by_size(rows)
-    assert [r["metrics"]["non_embedding"] for r in chosen if "w" in r["own_params"]["model"][0]] == [
-        1000,
-        2000,
-    ]
-    title = figures.show("popularity_by_size", *chosen).layout.title.text
-    assert title == "Catalogue recommended, smallest to largest size: x 10% to 30%"
-    assert not tables.popularity_by_size(rows[:-2])  # one size alone

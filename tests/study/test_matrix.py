@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -177,27 +176,6 @@ def test_two_at_once_queue_and_the_second_finds_it_done(project, set_cells, star
     assert (one.returncode, two.returncode) == (0, 0), output
     assert "finished before, skipped" in output[1]
     assert len(rows_of(project)) == 1
-
-
-@pytest.mark.slow
-def test_a_full_disk_names_the_cell_and_what_to_do_and_leaves_nothing_half_written(project, set_cells, start):
-    def no_large_files() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
-
-    for cell in (  # the record; the notebook
-        "run.result('answer', {'a': 1}, series={'b': list(range(20000))})",
-        "print('x' * 100_000)",
-    ):
-        set_cells(cell, RESULT)
-        process = start("run", "02", preexec_fn=no_large_files)
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == 1, output
-        last = output.strip().splitlines()[-1]
-        assert "02_baseline (cpu) failed in cell 4" in last
-        assert "the disk is full or a limit is reached: free some space" in last
-        assert rows_of(project) == []
-        assert not (project / "runs/executed/cpu/02_baseline.ipynb").exists()
-        assert not list(project.rglob("*.partial"))
 
 
 def test_what_ended_a_kernel_is_told_apart(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from reclib import parameters, system
+from reclib import parameters
 from reclib.config import GPU_LABELS, InputError
 from reclib.parameters import Baseline, Parameters
 
@@ -65,15 +65,11 @@ def test_wrong_values_are_told_in_one_line_that_names_the_parameter():
     for notebook, values, part in [
         ("02_baseline", {"batch_szie": 4}, "unknown parameter 'batch_szie' (did you mean 'batch_size'?)"),
         ("02_baseline", {"batch_size": -4}, "parameter 'batch_size' is -4"),
-        ("02_baseline", {"batch_size": 64.0}, "parameter 'batch_size' is 64.0"),
         ("02_baseline", {"batch_size": True}, "parameter 'batch_size' is True"),
         ("02_baseline", {"gpu": "rtx"}, "'h200' or 'rtx4090'"),
         ("02_baseline", {"tied": "no"}, "parameter 'tied' is 'no'"),
         ("02_baseline", {"size": "tinny"}, "did you mean 'tiny'?"),
-        ("02_baseline", {"seeds": []}, "at least 1"),
         ("02_baseline", {"seeds": [3, 3]}, "listed twice"),
-        ("02_baseline", {"seeds": 0}, "valid list"),
-        ("02_baseline", {"tracker": "wandb"}, "'wandb-online'"),
         ("01_data_prep", data | {"columns": "user"}, "expected pairs"),
         ("05_ilora", adaptation | {"num_experts": 3}, "divisible by num_experts=3"),
         ("05_ilora", adaptation | {"arms": ["none", "lora"]}, "arms lacks ilora"),
@@ -88,12 +84,6 @@ def test_wrong_values_are_told_in_one_line_that_names_the_parameter():
         parameters.build("02_baseline", without)
     with pytest.raises(InputError, match="unknown profile 'fast'; allowed: smoke, quick, lease, full"):
         parameters.profile("02_baseline", "fast")
-
-
-def test_data_parameters_give_the_configuration_of_the_data():
-    p = parameters.build("01_data_prep", parameters.profile("01_data_prep", "smoke") | {"columns": "user=u"})
-    assert p.data_config().columns == {"user": "u"}
-    assert build(min_user=3).data_config().min_user == 3
 
 
 def test_known_misspellings_are_undone_and_told(capsys):
@@ -159,8 +149,6 @@ def test_a_broken_parameter_file_is_named_with_its_line(project: Path):
         ("02_baseline: 3\n", "section '02_baseline' must be a mapping"),
         ("02_baseline:\n  epochs: 1\n  epochs: 2\n", "line 3: 'epochs' stands twice"),
         ("02_baseline:\n  off: 1\n", "line 2: False as a key is no text"),
-        ("? [a]\n: 1\n", r"line 1: \['a'\] as a key is no text"),
-        ("a: !!bool abc\n", "quick.yaml: not valid YAML"),
         ("a: 2026-13-45\n", "quick.yaml: "),
     ]:
         file.write_text(text)
@@ -168,30 +156,3 @@ def test_a_broken_parameter_file_is_named_with_its_line(project: Path):
             parameters.profile("02_baseline", "quick")
     file.write_text(yaml.safe_dump({"02_baseline": {"epochs": 7}}))
     assert parameters.profile("02_baseline", "quick")["epochs"] == 7
-
-
-@pytest.mark.parametrize(
-    ("content", "problem"),
-    [
-        (b"a: 1\nb:\n  c: 2\n  c: 3\n", r"x\.yaml, line 4: 'c' stands twice"),
-        (b"a: 1\na: 1\n", r"x\.yaml, line 2: 'a' stands twice"),
-        (b"a: 1\n5: 2\n", r"x\.yaml, line 2: 5 as a key is no text: put it in quotation marks"),
-        (b"a: 1\ntrue: 2\n", r"x\.yaml, line 2: True as a key is no text"),
-        (b"a: caf\xe9\n", r"x\.yaml: not valid YAML \(UnicodeDecodeError\)"),
-        (b"a: [1\n", r"x\.yaml, line 2: not valid YAML"),
-    ],
-    ids=[
-        "a key twice inside",
-        "a key twice",
-        "an integer key",
-        "a truth value as key",
-        "not UTF-8",
-        "unclosed",
-    ],
-)
-def test_a_malformed_yaml_file_is_told_in_one_line_with_its_place(tmp_path, content, problem):
-    file = tmp_path / "x.yaml"
-    file.write_bytes(content)
-    with pytest.raises(InputError, match=problem) as error:
-        system.read_yaml(file)
-    assert "\n" not in str(error.value)

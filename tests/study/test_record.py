@@ -100,7 +100,6 @@ def test_folders_of_paths_do_not_get_into_records():
     for text, kept in [
         ("/home/ada/data/ratings.csv", "ratings.csv"),
         ("C:\\Users\\ada\\ratings.csv", "ratings.csv"),
-        ("~/data/ratings.csv is short", "ratings.csv is short"),
         ("no file '/home/ada/x.csv'", "no file 'x.csv'"),
         ("3 tokens/s and/or https://grouplens.org/a/b", "3 tokens/s and/or https://grouplens.org/a/b"),
         ("ml-100k", "ml-100k"),
@@ -132,15 +131,10 @@ def test_a_line_that_is_no_record_is_skipped_and_counted_and_not_merged(root, ca
 
     for line, part in [
         ('{"schema": 1, "na', "truncated"),
-        ('{"schema": 1}', "missing required field"),
-        ("[1]", "not a record"),
         (changed(profile="huge"), "unknown profile 'huge'"),
         (changed(metrics={"a": float("nan")}), "not a record"),
-        (good.strip().replace('"a":1', '"a":1e999'), "not a record"),
         (changed(time=1), "Expected `str`, got `int` - at `$.time`"),
         (changed(time="yesterday"), "Invalid isoformat"),
-        (changed(own_params=None), "$.own_params"),
-        (changed(schema=2), "$.schema"),
         (changed(label="a100"), "a record of 'a100'"),
         (good.strip().replace('"x"', '"\udcff"'), "utf-8"),
     ]:
@@ -202,15 +196,13 @@ def test_the_hash_of_code_follows_code_cells_and_every_folder_of_the_package(pro
     assert edited(-1, source=["pass"]) != before
     package = project / "package"
     (package / "room").mkdir(parents=True)
-    (package / "top.py").write_text("1")
-    (package / "room/inner.py").write_text("1")
     monkeypatch.setattr(system, "PACKAGE", package)
-    hashes = [records.code_hash("02_baseline")]
-    (package / "room/inner.py").write_text("2")
-    hashes.append(records.code_hash("02_baseline"))
+    hashes = []
+    for text in ("1", "2"):
+        (package / "room/inner.py").write_text(text)
+        hashes.append(records.code_hash("02_baseline"))
     (package / "room/inner.py").rename(package / "inner.py")
-    hashes.append(records.code_hash("02_baseline"))
-    assert len(set(hashes)) == 3
+    assert len({*hashes, records.code_hash("02_baseline")}) == 3
 
 
 def test_a_result_is_dirty_where_what_it_depends_on_is_in_no_commit(tmp_path, monkeypatch):
@@ -247,7 +239,6 @@ def test_a_result_is_dirty_where_what_it_depends_on_is_in_no_commit(tmp_path, mo
             (tmp_path / name).unlink()
     (tmp_path / "reclib/room/a.py").rename(tmp_path / "reclib/a.py")
     rows = [row, {"notebook": "one", "code": records.code_hash("one")}]
-    assert records.code_in_git([row]) == "1 of 1 records have the code of a commit"
     assert records.code_in_git(rows).endswith(f"no commit has the code of 1 of one {rows[1]['code']}")
     second = commit()
     commits = records.commits_of_code(["one"])
@@ -289,17 +280,3 @@ def test_a_full_disk_leaves_whole_lines_only(root):
     assert "could not write" in writer.communicate()[1]
     assert (root / "cpu/results.jsonl").read_bytes().endswith(b"\n")
     assert 1 <= len(lines(root)) < 40
-
-
-def test_the_bundle_holds_name_parameters_and_rounded_metrics(root, monkeypatch):
-    IPython = pytest.importorskip("IPython")
-    displayed = []
-    monkeypatch.setattr(IPython, "get_ipython", lambda: object())
-    monkeypatch.setattr("IPython.display.display", lambda data, raw: displayed.append((data, raw)))
-    make_run().result("x", {"hr": 0.123456, "n": 99_287}, params={"k": 1})
-    ((data, raw),) = displayed
-    assert raw is True
-    bundle = data[records.MIME]
-    assert (bundle["name"], bundle["metrics"]) == ("x", {"hr": 0.123, "n": 99_287})
-    assert (bundle["params"]["epochs"], bundle["params"]["k"]) == (2, 1)
-    assert data["text/plain"] == "02_baseline / x: hr=0.123  n=99287"

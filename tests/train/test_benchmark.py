@@ -18,12 +18,12 @@ from reclib import hardware, records, runner
 from reclib import parameters as reclib_parameters
 from reclib.config import TrainConfig, changed
 from reclib.cost import work
-from reclib.experiments import comparison, speed
+from reclib.experiments import speed
 from reclib.experiments.speed import CHANGES, ladder
 from reclib.model.bert4rec import Bert4Rec
 from reclib.parameters import AmpCompile
 from reclib.train import losses, timing
-from reclib.train.timing import Measurement, break_even_steps, merged, published_rate
+from reclib.train.timing import Measurement, break_even_steps, published_rate
 from reclib.train.trainer import StepStats, Trainer
 
 LENGTHS = [3, 9, 12, 5, 7, 2, 30, 11, 4, 6, 8]  # 11 users: steps of 4 leave a ragged last one of 3
@@ -56,17 +56,6 @@ def test_rates_are_what_the_median_step_does():
     assert found.compile_seconds == 3.0  # 7 s of warm-up less two median steps
     assert replace(found, compiled=False).compile_seconds == 0.0
     assert Measurement("oom", "no room").timings() == {}
-
-
-def test_merged_rounds_keep_every_step_and_a_failure():
-    parts = [Measurement(warmup_seconds=n, peak_memory_bytes=10 * n) for n in (3, 2)]
-    for part, seconds in zip(parts, (1.0, 3.0), strict=True):
-        part.add(stats(), seconds)
-    whole = merged(parts)
-    assert whole.step_seconds == [1.0, 3.0]
-    assert (whole.sequences, whole.peak_memory_bytes, whole.warmup_seconds) == (8, 30, 3)
-    assert parts[0].step_seconds == [1.0]  # rounds stay as they were
-    assert merged([parts[0], Measurement("oom", "x")]).status == "oom"
 
 
 def test_published_rates_and_break_even():
@@ -177,12 +166,6 @@ def test_needed_flops_leave_padding_out_and_mfu_is_of_the_peak():
         done, needed = timing.step_flops(trainer, 1)
         assert needed.encoder < done.encoder
         assert needed.head <= done.head
-    # One full row whose every position goes on: then nothing is left out.
-    model = small_model(num_layers=1)
-    (batch,) = timing.step_batches(a_trainer(model, [12, 12], batch_size=2, mask_prob=0.999), 1)
-    assert batch.num_targets >= 12
-    exact = work.needed(model, batch)
-    assert exact.head == 3 * 2 * batch.num_targets * model.hidden_dim * model.num_items
     peaks = {("a100", "bf16"): 0.5, ("cpu", "fp32"): None, ("other", "fp16"): None, ("t4", "bf16"): None}
     assert {pair: work.mfu(156e12, 1.0, *pair) for pair in peaks} == peaks  # known only where the peak is
 
@@ -207,19 +190,6 @@ def test_operators_add_up_and_the_trace_is_written(tmp_path: Path, capfd):
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert {"aten::mm", "aten::addmm"} & {event.get("name") for event in events}
     assert "USDT" not in capfd.readouterr().err
-
-
-def test_peak_of_tensors_holds_the_logits_where_all_are_made():
-    trainer = a_trainer(layout="padded", head_rows="all", loss="plain")
-    next(loop := trainer.steps())
-    loop.close()
-    state = timing.state_bytes(trainer)
-    parameters = sum(p.numel() for p in trainer.parameters)
-    assert 3 * 4 * parameters <= state <= 4 * 4 * parameters + 4096
-    lean = timing.peak_tensor_bytes(a_trainer())
-    logits = 4 * 4 * 12 * 37  # bytes, rows, positions, items
-    assert timing.peak_tensor_bytes(trainer) >= lean + logits / 2
-    assert lean > state
 
 
 def test_the_bound_is_made_of_its_parts():
@@ -327,22 +297,6 @@ def test_what_does_not_apply_is_a_row_with_its_reason(p):
     np.testing.assert_allclose(curves["bf16"], curves["fp32"], rtol=0.01)
 
 
-def test_what_found_no_room_beside_the_others_is_tried_alone(p, monkeypatch):
-    interleave = timing.interleave
-    tried = []
-
-    def full(trainers, *rest, **more):
-        if len(trainers) > 1:
-            return {name: Measurement("oom", "full") for name in trainers}
-        tried.append(list(trainers))
-        return interleave(trainers, *rest, **more)
-
-    monkeypatch.setattr(timing, "interleave", full)
-    rows = speed.grid(p, speed.dataset_of(p), CPU)
-    assert [row.found.status for row in rows].count("ok") == len(tried) == 2
-    assert all(row.timings for row in rows if row.found.status == "ok")
-
-
 @pytest.mark.slow
 def test_a_claimed_gpu_that_is_not_there_is_told_and_never_recorded_as_measured(tmp_path, monkeypatch):
     """The whole notebook, as papermill runs it with `-p gpu l4`, at less than smoke size."""
@@ -367,30 +321,6 @@ def test_a_claimed_gpu_that_is_not_there_is_told_and_never_recorded_as_measured(
     assert f"l4 was asked for and is not here: everything measured below is of {here}." in text
     figures_shown = text.count("<b>l4 was asked for and is not here</b>")
     assert figures_shown >= 5
-
-
-# -- energy --------------------------------------------------------------------------------------------------
-
-
-def test_energy_is_what_all_packages_counted_and_none_where_it_cannot_be_read(tmp_path, monkeypatch):
-    def count(*microjoules: int) -> None:
-        for number, value in enumerate(microjoules):
-            folder = tmp_path / f"intel-rapl:{number}"
-            folder.mkdir(exist_ok=True)
-            (folder / "energy_uj").write_text(f"{value}\n")
-
-    reader = timing._rapl
-    monkeypatch.setattr(timing, "_rapl", lambda: reader(tmp_path))
-    assert timing.Meter(torch.device("cpu")).joules(100.0) is None  # no counter
-    for before, after, seconds, joules in (
-        ((1_000_000, 5_000_000), (4_000_000, 7_500_000), 10.0, 5.5),
-        ((0, 0), (10**6, 10**6), timing.SHORTEST / 2, None),  # a short region
-        ((9_000_000, 0), (1_000, 0), 10.0, None),  # a counter that wrapped
-    ):
-        count(*before)
-        meter = timing.Meter(torch.device("cpu"))
-        count(*after)
-        assert meter.joules(seconds) == (joules and pytest.approx(joules))
 
 
 # -- on a GPU ------------------------------------------------------------------------------------------------
@@ -419,44 +349,3 @@ def test_steps_timed_by_events_are_all_launched_before_the_first_wait():
 
     assert timing.timed_by_events(step, 3, Event) == [(1, 0.005), (2, 0.005), (3, 0.005)]
     assert waited == [3]
-
-
-def test_energy_is_of_steps_that_last_long_enough_and_are_not_among_the_timed(monkeypatch):
-    class Meter:
-        def __init__(self, device):
-            pass
-
-        def joules(self, seconds):
-            return 12.0
-
-    clock = timing._Clock(a_trainer())
-    clock.warm_up(1)
-    clock.round(4)
-    before = clock.result.timings()
-    assert before["joules_per_sequence"] is None
-    clock.result.step_seconds = [0.5] * 4  # 5 steps are 2.5 s
-    monkeypatch.setattr(timing, "Meter", Meter)
-    clock.energy()
-    batches = [batch for step in range(6, 11) for batch in timing.step_batches(a_trainer(), step)]
-    assert clock.result.energy_sequences == sum(batch.num_sequences for batch in batches)
-    assert clock.result.timings()["joules_per_sequence"] == 12.0 / clock.result.energy_sequences
-    assert (len(clock.result.step_seconds), len(clock.result.losses)) == (4, 5)
-    whole = merged([clock.result, clock.result])
-    assert whole.timings()["joules_per_sequence"] == clock.result.timings()["joules_per_sequence"]
-
-
-def test_weights_of_what_is_timed_are_drawn_on_the_device(p, monkeypatch):
-    class Drawn(Exception):
-        pass
-
-    def model(config):
-        raise Drawn(torch.get_default_device())
-
-    there = replace(CPU, torch_device=torch.device("meta"))
-    monkeypatch.setattr(speed, "Bert4Rec", model)
-    monkeypatch.setattr(comparison, "Bert4Rec", model)
-    with pytest.raises(Drawn, match="meta"):
-        speed.work_rows(p, speed.dataset_of(p), there)
-    hardware_p = reclib_parameters.build("06_hardware", reclib_parameters.profile("06_hardware", "smoke"))
-    with pytest.raises(Drawn, match="meta"):
-        comparison.measured(hardware_p, there)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from small_models import Stop, stop_at
 
 from reclib import hardware
 from reclib.config import AdapterConfig, InputError, TrainConfig, changed, model_config
@@ -13,7 +14,7 @@ from reclib.data.prepare import synthetic_dataset
 from reclib.model.bert4rec import Bert4Rec
 from reclib.model.ilora import AdaptedModel, base_hash
 from reclib.train import saving
-from reclib.train.fit import Options, fine_tune, fit
+from reclib.train.fit import fine_tune, fit
 from reclib.train.trainer import make_optimizer
 
 CPU = hardware.resolve("cpu")
@@ -62,13 +63,6 @@ def test_a_checkpoint_of_a_new_model_is_not_gone_on_with(tmp_path):
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path):
-    class Stop(Exception):
-        pass
-
-    def stop(stats):
-        if stats.step == 5:
-            raise Stop
-
     for name, new in (
         ("whole", base),
         ("ilora", lambda: adapted(dropout=0.1)),
@@ -77,9 +71,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path):
         folder = tmp_path / name
         reference = fine_tune(new(), DATASET, TRAIN, CPU)
         with pytest.raises(Stop):
-            fine_tune(
-                new(), DATASET, changed(TRAIN, checkpoint_seconds=0.0), CPU, folder, Options(on_step=stop)
-            )
+            fine_tune(new(), DATASET, changed(TRAIN, checkpoint_seconds=0.0), CPU, folder, stop_at(5))
         again, finished = (fine_tune(new(), DATASET, TRAIN, CPU, folder) for _ in range(2))
         for found in (again, finished):
             pairs = zip(reference.model.parameters(), found.model.parameters(), strict=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -10,14 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import histories, loss_and_gradients, small_model, worst_difference
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from reclib.config import TrainConfig, changed
 from reclib.data.batches import IGNORE, Epoch
 from reclib.model.bert4rec import Bert4Rec
 from reclib.train import losses
 from reclib.train.losses import InplaceCrossEntropy, batch_loss, cross_entropy_sum, route
-from reclib.train.trainer import HalfCopies, clip_gradients
+from reclib.train.trainer import clip_gradients
 
 PLAIN = {"layout": "padded", "head_rows": "all", "loss": "plain"}
 LIMIT = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -154,18 +152,6 @@ def test_the_fused_route_is_the_plain_one_compiled(monkeypatch):
     losses._compiled_sum.cache_clear()
 
 
-class Asked(TorchDispatchMode):
-    """Notes the names of the operators that run inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
-
-
 def test_no_loss_waits_for_the_device(monkeypatch):
     """Forward, backward and clipping ask no tensor for its value: one without values refuses to tell it.
 
@@ -191,23 +177,6 @@ def test_no_loss_waits_for_the_device(monkeypatch):
                 batch_loss(module, real._replace(**there), train, torch.full((), 9.0)).backward()
                 clip_gradients(parameters, 1.0, optimizer)
             assert all(p.grad.shape == p.shape for p in parameters)
-
-
-def test_copies_of_the_weights_save_their_casts():
-    model, train = small_model(num_layers=3, tied=False), TrainConfig(batch_size=8, loss="plain")
-    (batch,) = Epoch(histories([9, 5, 12, 7]), model, train, 0).step(0)
-    counts = []
-    for copies in (False, True):
-        module = Bert4Rec(model)
-        own = HalfCopies(module, torch.bfloat16)
-        with Asked() as asked:
-            own.make()
-            with torch.autocast("cpu", torch.bfloat16), own.in_place() if copies else nullcontext():
-                loss = batch_loss(module, batch, train, 9.0)
-            loss.backward()
-            own.give_gradients()
-        counts.append(asked.names.count("_to_copy"))
-    assert counts[0] - counts[1] >= 2 * (3 * 8 + 1)  # of each weight and bias, on both ways
 
 
 def test_seed_objective_is_focal_over_every_real_position():

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from small_models import NUM_ITEMS, histories, small_model, worst_difference
+from small_models import NUM_ITEMS, Stop, histories, small_model, stop_at, worst_difference
 
 from reclib import hardware
 from reclib.config import DataConfig, InputError, TrainConfig, changed, model_config, validated
@@ -19,7 +19,7 @@ from reclib.hardware import resolve
 from reclib.model.bert4rec import Bert4Rec
 from reclib.model.ilora import add_ilora
 from reclib.train import saving
-from reclib.train.fit import PRIOR_WEIGHTS, Options, fine_tune, fit, keep, rank_targets
+from reclib.train.fit import PRIOR_WEIGHTS, fine_tune, fit, keep, rank_targets
 from reclib.train.losses import batch_loss
 from reclib.train.saving import Recommender
 
@@ -132,12 +132,8 @@ def test_a_run_with_a_prior_resumes_to_the_same_bits_and_its_model_is_adapted_an
     config, cpu = changed(small_model(), dropout=0.1), hardware.resolve("cpu")
     whole = fit(config, data, train, cpu, tmp_path / "whole")
 
-    def killed(stats):
-        if stats.step == 6:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fit(config, data, train, cpu, tmp_path / "parts", Options(on_step=killed))
+    with pytest.raises(Stop):
+        fit(config, data, train, cpu, tmp_path / "parts", stop_at(6))
     assert saving.latest(tmp_path / "parts").name == "step-5"
     for other in (changed(config, hidden_dim=64), changed(config, num_items=NUM_ITEMS + 1)):
         with pytest.raises(InputError, match="is of another run: model"):

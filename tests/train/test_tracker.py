@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -76,27 +75,6 @@ def test_curves_say_what_the_loop_did_and_rates_what_this_process_saw(tmp_path):
     assert row["train/sequences_per_second"] == pytest.approx(60 * 7 / own["train_seconds"])
     rates = {step: "train/tokens_per_second" in values for step, values in second.rows}
     assert rates == {40: False, 56: False, 60: False, 64: True}
-
-
-def test_a_windows_rate_is_by_the_clock():
-    kept = Kept()
-    curves = Curves(kept, CPU)
-
-    class Stats:
-        skipped, num_targets, num_tokens, num_sequences = False, 1, 10, 2
-        loss, grad_norm, learning_rate = 1.0, None, 0.1
-
-        def __init__(self, step):
-            self.step = step
-
-    for step in range(1, 2 * CHECK_EVERY + 1):
-        if step == CHECK_EVERY + 1:
-            time.sleep(0.2)
-        curves.step(Stats(step))
-    values = kept.rows[-1][1]
-    assert 0.2 <= CHECK_EVERY * 10 / values["train/tokens_per_second"] < 2.0
-    assert values["train/tokens_per_second"] == pytest.approx(5 * values["train/sequences_per_second"])
-    assert "train/gradient_norm" not in values
 
 
 # -- trackers ------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_models import histories, small_model
+from small_models import Stop, histories, small_model, stop_at
 
 from reclib import hardware
 from reclib.config import InputError, TrainConfig, changed, model_config
@@ -78,17 +78,6 @@ def test_one_batch_is_learnt_by_heart():
     losses = [stats.loss for stats in trainer.steps()]
     assert losses[0] > 3.0
     assert np.mean(losses[-20:]) < 0.7
-
-
-@pytest.mark.parametrize("micro", [2, 4])
-def test_micro_batches_equal_one_batch(micro):
-    whole, first = run_steps(changed(SHORT, batch_size=16))
-    parts, second = run_steps(changed(SHORT, batch_size=16, micro_batch_size=micro))
-    for one, other in zip(first, second, strict=True):
-        assert other.loss == pytest.approx(one.loss, rel=1e-5)
-        assert other.num_targets == one.num_targets
-    for name, tensor in weights(whole).items():
-        torch.testing.assert_close(weights(parts)[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_fused_and_looped_optimiser_agree():
@@ -255,29 +244,11 @@ def test_fp16_overflow_is_skipped_and_counted_then_training_goes_on():
     assert all(v.isfinite().all() for v in weights(trainer).values())
 
 
-def test_skips_are_counted_on_the_device_and_read_now_and_then(monkeypatch):
-    """As on CUDA, where each reading waits: the progress has them at every look and when it is saved."""
-    torch.manual_seed(0)
-    config = changed(SHORT, precision="fp16", epochs=6)
-    trainer = Trainer(Bert4Rec(small_model()), histories([9] * 32), config, CPU, "x")
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
-    count, looks = Trainer._count_skips, []
-    monkeypatch.setattr(Trainer, "_count_skips", lambda self: looks.append(self.progress.step))
-    stats = list(trainer.steps())
-    assert trainer.progress.skipped_steps == 0
-    count(trainer)
-    count(trainer)
-    assert trainer.progress.skipped_steps == sum(s.skipped for s in stats) > 0
-    assert looks[-1] == len(stats)
-
-
-@pytest.mark.parametrize(("precision", "looked"), [("fp32", True), ("bf16", True), ("fp32", False)])
-def test_divergence_stops_with_a_clear_error_and_is_not_saved(
-    dataset, tmp_path, monkeypatch, precision, looked
-):
+@pytest.mark.parametrize("looked", [True, False])
+def test_divergence_stops_with_a_clear_error_and_is_not_saved(dataset, tmp_path, monkeypatch, looked):
     """Where the loop looks at the loss it stops before a save; between looks, as on CUDA, the save does."""
     trainers: list[Trainer] = []
-    steps, save = Trainer.steps, Trainer.save
+    steps = Trainer.steps
 
     def poison(stats):
         if stats.step == 5:
@@ -285,19 +256,11 @@ def test_divergence_stops_with_a_clear_error_and_is_not_saved(
                 trainers[0].model.item_table.weight[1:] = float("inf")
 
     monkeypatch.setattr(Trainer, "steps", lambda self: trainers.append(self) or steps(self))
-    if looked:  # the weights that were poisoned are saved by nobody
-        monkeypatch.setattr(
-            Trainer, "save", lambda self, to: save(self, to) if self.progress.step < 5 else None
-        )
-    else:
+    if not looked:
         monkeypatch.setattr(Trainer, "_check_finite", lambda *_: None)
-    config = changed(SHORT, precision=precision, checkpoint_seconds=0.0)
-    with pytest.raises(InputError, match=rf"diverged at step 6: loss nan.* in {precision}"):
-        fit(model_for(dataset), dataset, config, CPU, tmp_path, Options(on_step=poison))
-    newest = saving.latest(tmp_path)
-    assert newest.name == ("step-4" if looked else "step-5")
-    tensors, _ = saving.load_checkpoint(newest)
-    assert not looked or all(v.isfinite().all() for k, v in tensors.items() if k.startswith("model."))
+    with pytest.raises(InputError, match=r"diverged at step 6: loss nan.* in fp32"):
+        fit(model_for(dataset), dataset, SHORT, CPU, tmp_path, Options(on_step=poison))
+    assert saving.latest(tmp_path).name == "step-5"
 
 
 def test_the_best_weights_on_validation_are_returned_and_early_stop_counts(dataset):
@@ -308,18 +271,6 @@ def test_the_best_weights_on_validation_are_returned_and_early_stop_counts(datas
     assert trainer.progress.best_epoch == best
     assert len(values) == best + 1 + 3
     assert len(values) < 40
-
-
-class Stop(Exception):
-    pass
-
-
-def stop_at(step: int) -> Options:
-    def on_step(stats):
-        if stats.step == step:
-            raise Stop
-
-    return Options(on_step=on_step)
 
 
 @pytest.mark.parametrize(
@@ -454,34 +405,8 @@ def test_sinks_give_the_gradients_of_autograd(tied, micro, monkeypatch):
             torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-5)
 
 
-def test_sinks_of_an_earlier_run_are_gone_in_the_next(monkeypatch):
-    monkeypatch.setattr("reclib.model.bert4rec.SMALLEST_BYTES", 0)
-    first, _ = run_steps(SHORT, steps=2)
-    config = changed(SHORT, optimizer="loop", loss="plain")
-    again = Trainer(first.model, histories([9, 4, 12]), config, CPU, "x")
-    assert not again.sinks
-    next(again.steps())
-    assert first.model.item_table.weight.grad.abs().sum() > 0
-
-
-def test_evaluation_does_not_reach_the_sinks(dataset, monkeypatch):
-    monkeypatch.setattr("reclib.model.bert4rec.SMALLEST_BYTES", 0)
-    with_sinks = fit(model_for(dataset), dataset, SHORT, CPU)
-    monkeypatch.setattr("reclib.model.bert4rec.SMALLEST_BYTES", 2**40)
-    without = fit(model_for(dataset), dataset, SHORT, CPU)
-    for one, other in zip(with_sinks.progress.history, without.progress.history, strict=True):
-        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
-
-
 @pytest.mark.parametrize(("causal", "objective"), [(True, "cloze"), (False, "next_item")])
 def test_objective_and_attention_must_agree(dataset, causal, objective):
     model = model_for(dataset, causal=causal)
     with pytest.raises(InputError, match=f"objective='{objective}' does not go with causal={causal}"):
         fit(model, dataset, changed(SHORT, objective=objective), CPU)
-
-
-@pytest.mark.parametrize("loss", ["sampled_softmax", "gbce"])
-def test_sampled_losses_train(dataset, loss):
-    trainer = fit(model_for(dataset), dataset, changed(SHORT, loss=loss, num_negatives=16), CPU)
-    first, last = trainer.progress.history[0], trainer.progress.history[-1]
-    assert last["train_loss"] < first["train_loss"]
