@@ -1,3 +1,7 @@
+import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -217,6 +221,104 @@ def test_memory_limit_that_is_too_low_is_told(tmp_path):
         prepared(tmp_path / "out", rows, memory_limit_mb=1)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_full_disk_leaves_nothing(tmp_path, data_folder, monkeypatch):
+    """The database, its spilled rows and the output are all on a disk that is too small for them."""
+    point = tmp_path / "disk"
+    point.mkdir()
+    rows = [(f"user {n // 5}", f"item {n % 7000} {n % 11}", 1, n) for n in range(50_000)]
+    for megabytes in (1, 4):
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(point)]
+        if os.name != "posix" or subprocess.run(mount, capture_output=True).returncode:
+            pytest.skip("mounting a tmpfs needs root on Linux")
+        try:
+            monkeypatch.setenv("RECLIB_DATA", str(point / "data"))
+            with pytest.raises(OSError) as error:  # noqa: PT011  # the system's and the database's words
+                prepared(point / "data" / "prepared" / "out", rows)
+            assert "\n" not in str(error.value)
+            assert [path for path in point.rglob("*") if path.is_file()] == []
+        finally:
+            subprocess.run(["umount", str(point)], check=True)
+    monkeypatch.setenv("RECLIB_DATA", str(data_folder))  # and with room the same command works
+    assert prepared(tmp_path / "out", rows).num_interactions == 50_000
+
+
+LIKE_ELECTRONICS = """
+import json, resource, sys
+from pathlib import Path
+from types import SimpleNamespace
+from reclib.data.prepare import build
+from reclib.config import DataConfig
+from reclib.data.read import Ingested
+
+def fill(con, progress, work):
+    con.execute(
+        "create table raw as select range as row, 'A' || md5('u' || range % {users}) as \\"user\\", "
+        "'B' || hash(range * 31) % {items} as item, 5.0 as rating, "
+        "(946684800 + hash(range) % 500000000)::bigint as time from range({rows})"
+    )
+    return Ingested("s", dict(), {rows}, dict(), [], lambda keys: dict())
+
+made = SimpleNamespace(name="made", identity="", fill=fill)
+build(made, DataConfig(memory_limit_mb={limit}), Path(sys.argv[1]), "key")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_rows(tmp_path):
+    """Four times the rows may take a little more than the database's limit, not four times the memory."""
+    peaks = []
+    for rows in (50_000, 200_000):
+        code = LIKE_ELECTRONICS.format(rows=rows, users=rows // 8, items=rows // 40, limit=128)
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / str(rows))],
+            env=os.environ | {"PYTHONPATH": str(system.root())},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout))
+    assert peaks[1] < peaks[0] + 128
+
+
+LOAD = """
+import sys
+from pathlib import Path
+from reclib.data.prepare import load
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+
+before = resident()
+loaded = load(Path(sys.argv[1]))
+print(loaded.num_interactions, resident() - before)
+"""
+
+
+def test_loading_reads_no_array(tmp_path):
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("needs /proc")
+    out = tmp_path / "out"
+    build(source([("u", i, 1, i) for i in range(5)]), DataConfig(min_item=1), out, "key")
+    big = 8 << 20  # interactions: 32 and 64 MB
+    system.write_array(out / "items.npy", np.int32, big, [np.ones(big, np.int32)])
+    system.write_array(out / "times.npy", np.int64, big, [np.arange(big)])
+    seal = json.loads((out / system.SEAL).read_text())
+    for name in ("items.npy", "times.npy"):
+        seal["files"][name]["bytes"] = (out / name).stat().st_size
+    system.write_json(out / system.SEAL, seal)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, str(out)],
+        env=os.environ | {"PYTHONPATH": str(system.root())},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    interactions, added = map(float, done.stdout.split())
+    assert interactions == big
+    assert added < 20  # MB, of 96 on disk
 
 
 def test_variants_of_a_product_become_one_item(tmp_path):

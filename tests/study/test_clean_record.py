@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import ast
 import getpass
+import json
+import os
 import re
 import socket
 import subprocess
+import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import yaml
 from conftest import ROOT
 
@@ -24,6 +28,36 @@ SECRETS = re.compile(
 ENVIRONMENT = re.compile(
     r"\b(?:LS_COLORS|SSH_CONNECTION|XDG_[A-Z_]+|OLDPWD|HOSTNAME|LOGNAME|WANDB_API_KEY)\b"
 )
+PLANTED = {  # what may be in somebody's environment and must stay there
+    "WANDB_API_KEY": "c0ffee" * 6 + "feed",
+    "HF_TOKEN": "hf_" + "PlantedTokenOfNobody" * 2,
+    "PLANTED_VARIABLE": "a-value-that-only-an-environment-dump-would-hold",
+}
+# One small run of all that writes: a checkpoint, weights, a record with a path, curves of both trackers.
+WRITER = """
+import sys
+from pathlib import Path
+from reclib import parameters, records
+from reclib.config import ModelConfig, TrainConfig
+from reclib.train.fit import Curves, Options, fit, start_tracker
+from reclib.train.saving import save_weights
+from reclib.data.prepare import synthetic_dataset
+from reclib.hardware import device_card, resolve
+
+out, dataset, device = Path(sys.argv[1]), synthetic_dataset(30, 20, 8.0, seed=0), resolve("cpu")
+model = ModelConfig(num_items=dataset.num_items, hidden_dim=8, num_layers=1, num_heads=1, max_len=16)
+config = TrainConfig(epochs=1, eval_every=1)
+for name in ("wandb-offline", "tensorboard"):
+    with start_tracker(name, "02_baseline", "clean", {"epochs": 1}) as track:
+        curves = Curves(track, device)
+        options = Options(on_step=curves.step, on_evaluation=curves.evaluation)
+        trainer = fit(model, dataset, config, device, out / name, options)
+save_weights(trainer.model, out / "weights", {"data": "synthetic"})
+smoke = parameters.profile("02_baseline", "smoke")
+p = parameters.build("02_baseline", smoke | {"dataset": str(out / "mine.csv")})
+run = records.Run("02_baseline", p, device_card(device), {"name": "mine", "fingerprint": "0"})
+run.result("answer", {"hr@10": 0.1}, params={"file": str(out / "mine.csv")})
+"""
 
 
 def private_words() -> list[str]:
@@ -72,9 +106,11 @@ def test_the_search_finds_what_it_is_for_and_nothing_else():
     for text in [
         'read "/home/somebody/data.csv"',
         "saved to /tmp/abc/x",
+        str(Path("/", "root", ".netrc")),
+        "File /Users/jo/a.py",
         "WANDB_API_KEY=1",
-        f"hf_{'a' * 36}",
-        f"glpat-{'1' * 20}",
+        *(f"{start}_{'a' * 36}" for start in ("hf", "ghp", "gho", "github_pat")),
+        *(f"{start}-{'1' * 20}" for start in ("glpat", "xoxb", "xoxp")),
         '"api_key": "abcdefghijkl"',
         "http://127.0.0.1:8888/lab?token=" + "0" * 48,
         "ran on some-host-name today",
@@ -85,6 +121,44 @@ def test_the_search_finds_what_it_is_for_and_nothing_else():
         "/hfFUDFHabZFEIVQDTm0WwAJhVAA7j77",  # base64 from a figure: a token has a separator
     ]:
         assert findings(text, []) == []
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    """A folder with all that a run writes, made with secrets in its environment."""
+    folder = tmp_path_factory.mktemp("private-place")
+    (folder / "root" / "notebooks").mkdir(parents=True)
+    (folder / "root" / "params").symlink_to(ROOT / "params")
+    kept = {k: v for k, v in os.environ.items() if k != "WANDB_MODE"}
+    environment = kept | PLANTED | {
+        "RECLIB_ROOT": str(folder / "root"),
+        "RECLIB_RECORDS": str(folder / "records"),
+        "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    command = [sys.executable, "-c", WRITER, str(folder / "out")]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.slow
+def test_what_a_run_writes_holds_no_secret_and_tells_nothing_about_who_wrote_it(written):
+    files = [file for file in written.rglob("*") if file.is_file() and "params" not in file.parts]
+    assert {".safetensors", ".json", ".jsonl", ".wandb"} <= {file.suffix for file in files}
+    assert [file for file in files if file.name.startswith("events.out.tfevents")]
+    for file in files:
+        content = file.read_bytes()
+        for name, value in PLANTED.items():
+            assert value.encode() not in content, f"{name} in {file.relative_to(written)}"
+    private = [*private_words(), written.name, str(written)]
+    published = [file for file in files if "root" not in file.relative_to(written).parts]
+    published += [file for file in files if file.name.startswith("events")]
+    assert len(published) >= 5
+    for file in published:
+        text = file.name + file.read_bytes().decode("latin-1")
+        assert not findings(text, private), file.relative_to(written)
+    (line,) = (written / "records/cpu/results.jsonl").read_text().splitlines()
+    assert json.loads(line)["own_params"]["file"] == "mine.csv"
 
 
 UNSAFE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
@@ -117,8 +191,19 @@ def test_nothing_unpickles_a_file():
     pickled = [entry for entry in entries if any(name.endswith(".pkl") for name in entry.get("members", ()))]
     assert pickled
     assert all(entry["checksum"].startswith("sha256:") for entry in pickled)
-    for source in ("from joblib import load", "torch.load(f)", "load(f, allow_pickle=True)", "yaml.load(f)"):
+    for source in [
+        "import pickle",
+        "from joblib import load",
+        "torch.load(f)",
+        "torch.load(f, weights_only=False)",
+        "np.load(f, allow_pickle=True)",
+        "pd.read_pickle(f)",
+        "yaml.load(f)",
+    ]:
         assert unpickles(source)
+    assert not unpickles(
+        "torch.load(f, weights_only=True); np.load(f, allow_pickle=False); yaml.safe_load(f)"
+    )
 
 
 def test_jupyterlab_is_started_on_loopback_and_keeps_its_token():

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -26,6 +27,16 @@ def make(target: str, folder: Path = ROOT, *given: str) -> list[str]:
     return [line.strip() for line in done.stdout.splitlines()]
 
 
+def test_the_environment_installs_the_project_and_names_nothing_else():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert environment["channels"] == ["conda-forge"]
+    python, installer, pip = environment["dependencies"]
+    assert installer == "pip"
+    (extras,) = re.fullmatch(r"-e \.\[([\w,]+)\]", *pip["pip"]).groups()  # type: ignore[union-attr]
+    assert set(extras.split(",")) == set(PROJECT["optional-dependencies"])
+    assert python == f"python={PROJECT['requires-python'].removeprefix('>=')}"
+
+
 def test_one_torch_of_the_allowed_range_is_installed_first():
     (allowed,) = (line for line in PROJECT["dependencies"] if line.startswith("torch"))
     lowest, beyond = re.fullmatch(r"torch>=(\d+\.\d+),<(\d+\.\d+)", allowed).groups()
@@ -35,6 +46,26 @@ def test_one_torch_of_the_allowed_range_is_installed_first():
     as_numbers = [tuple(map(int, version.split("."))) for version in (lowest, pinned, beyond)]
     assert as_numbers == sorted(set(as_numbers))
     assert as_numbers[0] <= tuple(map(int, torch.__version__.split(".")[:2])) < as_numbers[2]
+
+
+def test_the_makefile_loses_no_time_once_it_is_installed_and_tells_an_old_python(tmp_path):
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    command = ["make", "install", "PYTHON=false"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "reclib needs Python 3.11 or later" in done.stderr
+    assert not (tmp_path / ".venv").exists()
+    stamp = next(line for line in make("install", tmp_path) if line.startswith("touch")).split()[1]
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / stamp).touch()
+    assert [line for line in make("figures", tmp_path) if "pip" in line] == []
+    with (tmp_path / "pyproject.toml").open("a") as file:
+        file.write("# changed\n")
+    assert len([line for line in make("figures", tmp_path) if " pip install" in line]) == 2
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    other = make("figures", tmp_path, "TORCH=torch==2.11.0")
+    assert '"torch==2.11.0"' in next(line for line in other if " pip install" in line)
 
 
 def test_what_trains_and_measures_needs_few_packages_and_imports_them_late():

@@ -410,3 +410,22 @@ def test_objective_and_attention_must_agree(dataset, causal, objective):
     model = model_for(dataset, causal=causal)
     with pytest.raises(InputError, match=f"objective='{objective}' does not go with causal={causal}"):
         fit(model, dataset, changed(SHORT, objective=objective), CPU)
+
+
+def test_sinks_of_an_earlier_run_are_gone_in_the_next(monkeypatch):
+    monkeypatch.setattr("reclib.model.bert4rec.SMALLEST_BYTES", 0)
+    first, _ = run_steps(SHORT, steps=2)
+    config = changed(SHORT, optimizer="loop", loss="plain")
+    again = Trainer(first.model, histories([9, 4, 12]), config, CPU, "x")
+    assert not again.sinks
+    next(again.steps())
+    assert first.model.item_table.weight.grad.abs().sum() > 0
+
+
+def test_evaluation_does_not_reach_the_sinks(dataset, monkeypatch):
+    monkeypatch.setattr("reclib.model.bert4rec.SMALLEST_BYTES", 0)
+    with_sinks = fit(model_for(dataset), dataset, SHORT, CPU)
+    monkeypatch.setattr("reclib.model.bert4rec.SMALLEST_BYTES", 2**40)
+    without = fit(model_for(dataset), dataset, SHORT, CPU)
+    for one, other in zip(with_sinks.progress.history, without.progress.history, strict=True):
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
