@@ -41,9 +41,9 @@ Norm = Literal["pre", "post"]
 
 # What may be claimed: every board of params/devices.yaml, and the family of boards that differ in memory.
 _Cpu = Literal["cpu", "cpu1", "cpu2"]
-_Old = Literal["t4", "v100", "v100-16", "v100-32"]
-_New = Literal["l4", "a10g", "a100", "a100-40", "a100-80", "h100", "h200", "rtx4090"]
-GpuLabel = Literal["auto", _Cpu, _Old, _New]
+_Earlier = Literal["t4", "v100", "v100-16", "v100-32"]
+_Recent = Literal["l4", "a10g", "a100", "a100-40", "a100-80", "h100", "h200", "rtx4090"]
+GpuLabel = Literal["auto", _Cpu, _Earlier, _Recent]
 GPU_LABELS: tuple[str, ...] = get_args(GpuLabel)
 CPU_LABELS: tuple[str, ...] = get_args(_Cpu)
 
@@ -79,9 +79,7 @@ class ModelConfig:
     final_norm: bool = True  # LayerNorm after the last layer
     positions: Literal["learned", "sinusoidal"] = "learned"
     position_origin: Literal["first", "last"] = "first"  # count from the first item or back from the last
-    scale_items: bool = (
-        False  # item vectors times sqrt(D) before positions are added (Vaswani et al. 2017, 3.4)
-    )
+    scale_items: bool = False  # multiply item vectors by sqrt(D) (Vaswani et al. 2017, section 3.4)
     head: Literal["linear", "mlp"] = "linear"  # mlp: Linear-GELU-LayerNorm-Dropout before the output table
     tied: bool = True  # the output table is the input table
     output_bias: bool = True
@@ -166,9 +164,7 @@ class TrainConfig:
     head_multiple: Positive = 1  # scored rows of the output table are filled up to a multiple of this
     bucket_steps: Positive = 16  # sizes per octave of rows and targets; fewer (4) for compile_mode=graph
     # optimiser
-    optimizer: Literal["fused", "loop", "muon"] = (
-        "fused"  # AdamW; loop: torch's default on CPU; see `trainer`
-    )
+    optimizer: Literal["fused", "loop", "muon"] = "fused"  # AdamW, AdamW without fusing, Muon; see `trainer`
     learning_rate: PositiveFloat = 1e-3
     weight_decay: NonNegativeFloat = 0.01
     lr_warmup_steps: NonNegative = 100  # optimiser steps of linear warm-up
@@ -261,9 +257,9 @@ _5M = {"positions": "learned", "norm": "pre", "tied": False, "output_mask_row": 
 
 
 def _size(
-    of: Mapping[str, Any], width: int, depth: int, heads: int, items: int, **more: Any
+    base: Mapping[str, Any], width: int, depth: int, heads: int, items: int, **overrides: Any
 ) -> dict[str, Any]:
-    return {**of, "hidden_dim": width, "num_layers": depth, "num_heads": heads, "num_items": items, **more}
+    return dict(base, hidden_dim=width, num_layers=depth, num_heads=heads, num_items=items, **overrides)
 
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -317,24 +313,15 @@ def changed(config: T, **values: Any) -> T:
     return validated(type(config), {name: getattr(config, name) for name in _names(config)} | values)
 
 
-LATER = (
-    "head_multiple",
-    "half_copies",
-    "max_line_mb",
-    "prior",
-    "ties",
-    "ties_seed",
-    "table_dim",
-    "scale_items",
-    "merge_variants",
-)  # fields that came after the first records
+# Fields that were added after the first records.
+LATER = {"head_multiple", "half_copies", "max_line_mb", "prior", "ties", "ties_seed", "table_dim"}
+LATER |= {"scale_items", "merge_variants"}
 
 
 def as_dict(config: Any) -> dict[str, Any]:
     """Return a dataclass as it is recorded and hashed.
 
-    Fields that `LATER` names are left out at their defaults: the hashes of runs from before they were there
-    stay what they were.
+    The fields in `LATER` are left out at their defaults, which keeps the hashes of earlier runs.
     """
     later = {f.name: f.default for f in dataclasses.fields(config) if f.name in LATER}
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in later or v != later[k]}
@@ -389,12 +376,11 @@ def _names(kind: Any) -> list[str]:
 
 
 def _sentence(error: Any, names: list[str]) -> str:
-    where = ".".join(map(str, error["loc"]))
+    name = ".".join(map(str, error["loc"]))
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"unknown parameter {where!r}{nearest(where, names)}; allowed: {', '.join(names)}"
+        return f"unknown parameter {name!r}{nearest(name, names)}; allowed: {', '.join(names)}"
     if error["type"] == "missing":
-        return f"parameter {where!r} is missing"
+        return f"parameter {name!r} is missing"
     message = error["msg"].removeprefix("Value error, ")
-    return (
-        f"parameter {where!r} is {error['input']!r}: {message[:1].lower()}{message[1:]}" if where else message
-    )
+    reason = message[:1].lower() + message[1:]
+    return f"parameter {name!r} is {error['input']!r}: {reason}" if name else message

@@ -81,11 +81,11 @@ class Cpu:
         """Threads that compute."""
         return int(self.label.partition(" ")[0].removeprefix("cpu"))
 
-    def precision(self, asked: str = "auto") -> str:
-        """Return what `asked` means here; raise `InputError` for what was not calibrated."""
-        if asked not in ("auto", "fp32", "bf16"):
-            raise InputError(f"precision {asked!r} on a CPU: not calibrated; allowed: auto, fp32, bf16")
-        return "fp32" if asked == "auto" else asked
+    def precision(self, name: str = "auto") -> str:
+        """Return what `name` means here; raise `InputError` for what was not calibrated."""
+        if name not in ("auto", "fp32", "bf16"):
+            raise InputError(f"precision {name!r} on a CPU: not calibrated; allowed: auto, fp32, bf16")
+        return "fp32" if name == "auto" else name
 
     def band(self, adapted: bool = False, precision: str = "fp32") -> Mapping[str, Any]:
         """Return the error of held-out rows of this kind of run; of training all weights where none was."""
@@ -103,8 +103,8 @@ def _read(name: str) -> dict[str, Any]:
 def cpus() -> dict[str, Cpu]:
     """Return the CPUs that were measured, by label: `cpu2 AMD EPYC` is that one with two threads."""
     measured = _read("calibration.yaml").items()
-    given = {f"{threads} {name}": values for name, devices in measured for threads, values in devices.items()}
-    return {label: Cpu(label=label, **values) for label, values in given.items()}
+    rows = ((f"{threads} {name}", row) for name, devices in measured for threads, row in devices.items())
+    return {label: Cpu(label=label, **row) for label, row in rows}
 
 
 def efficiency() -> dict[str, Any]:
@@ -123,23 +123,23 @@ def cpu(label: str) -> Cpu:
     Where the CPU that is here was not measured, another stands in: its name says so, and its range is that of
     all that were. Raises `InputError` where nothing was measured with so many threads.
     """
-    here = hardware.cpu_model()
-    for name in (label, f"{label} {here}", f"{label} {here.rpartition(' ')[0]}"):  # the last: one old row's
+    model = hardware.cpu_model()
+    for name in (label, f"{label} {model}", f"{label} {model.rpartition(' ')[0]}"):  # the last: one old row's
         if name in cpus():
             return cpus()[name]
-    others = with_threads(label)
-    if not others:
+    measured = with_threads(label)
+    if not measured:
         known = ", ".join(cpus()) or "none: run benchmarks/planner.py"
         raise InputError(f"no rates of {label!r} in params/calibration.yaml; measured: {known}")
-    name = f"{here}, which was not calibrated: {others[0].name} stands in"
-    return replace(others[0], label=label, name=name, stands_among=tuple(others))
+    name = f"{model}, which was not calibrated: {measured[0].name} stands in"
+    return replace(measured[0], label=label, name=name, stands_among=tuple(measured))
 
 
-def interpolated(by_shape: Mapping[Any, float], at: float) -> float:
+def interpolated(by_shape: Mapping[Any, float], x: float) -> float:
     """Return a rate between two measured shapes, logarithmic in both; beyond them the nearest one's."""
     shapes = sorted(by_shape, key=float)
     logs = np.log([float(shape) for shape in shapes]), np.log([by_shape[shape] for shape in shapes])
-    return float(np.exp(np.interp(np.log(at), *logs)))
+    return float(np.exp(np.interp(np.log(x), *logs)))
 
 
 def cpu_groups(
@@ -174,10 +174,10 @@ def on_cpu(
     """
     groups = cpu_groups(parts, model, cpu.rates, precision)
     seconds = {name: cpu.shares[name] * groups[name] for name in GROUPS}
-    whole, worst = sum(seconds.values()), cpu.band(adapted, precision)["time_worst"]
+    total, worst = sum(seconds.values()), cpu.band(adapted, precision)["time_worst"]
     among = [on_cpu(parts, model, other, precision, adapted) for other in cpu.stands_among]
-    low = min([whole / (1 + worst), *(other.low for other in among)])
-    return Estimate(whole, low, max([whole * (1 + worst), *(other.high for other in among)]), seconds)
+    low = min([total / (1 + worst), *(other.low for other in among)])
+    return Estimate(total, low, max([total * (1 + worst), *(other.high for other in among)]), seconds)
 
 
 def roofline(
@@ -213,12 +213,12 @@ def on_board(parts: Sequence[Part], board: Board, precision: str, captured: bool
     pairs = [roofline(parts, board, precision, share, captured) for share in shares]
     seconds = [max(sum(device.values()), host) for device, host in pairs]
     device, host = pairs[0]
-    whole = device | {"waiting for the host": max(0.0, host - sum(device.values()))}
+    device_parts = device | {"waiting for the host": max(0.0, host - sum(device.values()))}
     if measured:
         worst = 1 + measured["error"]["time_worst"]
-        return Estimate(seconds[0], seconds[0] / worst, seconds[0] * worst, whole)
+        return Estimate(seconds[0], seconds[0] / worst, seconds[0] * worst, device_parts)
     likely, fast, slow = seconds
-    return Estimate(likely, fast, slow, whole)
+    return Estimate(likely, fast, slow, device_parts)
 
 
 # -- plans ---------------------------------------------------------------------------------------------------
@@ -351,10 +351,10 @@ def devices(label: str) -> Sequence[Board | Cpu]:
 
 
 def plans(
-    label: str, model: ModelConfig, train: TrainConfig, lengths: np.ndarray, *rest: Any, **more: Any
+    label: str, model: ModelConfig, train: TrainConfig, lengths: np.ndarray, *arguments: Any, **options: Any
 ) -> list[Plan]:
     """Return the plan for each device that a label stands for; the arguments are those of `plan`."""
-    return [plan(device, model, train, lengths, *rest, **more) for device in devices(label)]
+    return [plan(device, model, train, lengths, *arguments, **options) for device in devices(label)]
 
 
 def priced(plans: Sequence[Plan], price: float | str | None) -> list[Plan]:
@@ -369,11 +369,11 @@ def priced(plans: Sequence[Plan], price: float | str | None) -> list[Plan]:
     if not all(0 <= number < math.inf for number in by_label.values()):
         raise InputError(f"price {price}: expected a number of at least 0, or one a device: l4=0.7,h100=3")
     names = [(plan.device, re.split("[- ]", plan.device)[0], "") for plan in plans]
-    if unused := set(by_label) - {name for each in names for name in each}:
+    if unused := set(by_label) - {label for labels in names for label in labels}:
         planned = ", ".join(plan.device for plan in plans)
         raise InputError(f"price of {', '.join(unused)}: no such device is planned for; planned: {planned}")
-    each = (next((by_label[name] for name in own if name in by_label), None) for own in names)
-    return [replace(plan, price=number) for plan, number in zip(plans, each, strict=True)]
+    amounts = (next((by_label[name] for name in labels if name in by_label), None) for labels in names)
+    return [replace(plan, price=number) for plan, number in zip(plans, amounts, strict=True)]
 
 
 def plan_sizes(
@@ -422,16 +422,16 @@ def report(
     plans = [plans] if isinstance(plans, Plan) else plans
     rows, run = [], "epoch" if epochs == 1 else f"{epochs} epochs"
     for plan in plans:
-        whole = plan.epoch.times(epochs)
-        size, unit = next(pair for pair in _UNITS if whole.seconds < 120 * pair[0] or pair == _UNITS[-1])
+        duration = plan.epoch.times(epochs)
+        size, unit = next(pair for pair in _UNITS if duration.seconds < 120 * pair[0] or pair == _UNITS[-1])
         row = {"device": plan.device, "type": plan.precision, "step ms": f"{1e3 * plan.step.seconds:,.1f}"}
         row["seq/s"] = f"{plan.sequences / plan.step.seconds:,.0f}"
-        row |= {run: _ranged(whole.times(1 / size)) + f" {unit}", "GiB": f"{plan.peak_bytes / GIB:.1f}"}
+        row |= {run: _ranged(duration.times(1 / size)) + f" {unit}", "GiB": f"{plan.peak_bytes / GIB:.1f}"}
         if plan.memory_bytes is not None:
             row["GiB"] += f" of {plan.memory_bytes / GIB:.0f}"
             row["largest batch"] = f"{plan.largest_batch:,}" if plan.fits else "DOES NOT FIT"
         if plan.price is not None:
-            row[currency] = _ranged(whole.times(plan.price / 3600))
+            row[currency] = _ranged(duration.times(plan.price / 3600))
         rows.append(row)
     lines = [
         f"Predicted: {what}, {run} of {plans[0].users:,} users; in brackets the range,",
@@ -454,17 +454,17 @@ def report(
 _UNITS = ((1, "s"), (60, "min"), (3600, "h"), (86_400, "days"))
 
 
-def _ranged(of: Estimate) -> str:
-    return f"{of.seconds:,.3g} ({of.low:,.3g} to {of.high:,.3g})"
+def _ranged(estimate: Estimate) -> str:
+    return f"{estimate.seconds:,.3g} ({estimate.low:,.3g} to {estimate.high:,.3g})"
 
 
 def _parser() -> argparse.ArgumentParser:
-    about, _, rest = (__doc__ or "").partition("\n\n")
-    examples, _, more = rest.partition("\n\n")
+    summary, _, body = (__doc__ or "").partition("\n\n")
+    examples, _, details = body.partition("\n\n")
     parser = Parser(
         prog="python -m reclib plan",
         usage="%(prog)s --size SIZE --gpu GPU [what, how]",
-        description=f"{about}\n\n{more.strip()}",
+        description=f"{summary}\n\n{details.strip()}",
         epilog=f"examples:\n{examples}",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 26, 110),
         argument_default=argparse.SUPPRESS,
@@ -501,26 +501,27 @@ def _parser() -> argparse.ArgumentParser:
 
 def plan_main(argv: Sequence[str] | None = None) -> int:
     """Print the plan; the exit code is 1 where it does not fit, 2 for what makes no sense."""
-    given = vars(_parser().parse_args(argv))
-    as_json, epochs, currency = given.pop("json"), given.pop("epochs"), given.pop("currency")
-    names = [field.name for field in fields(AdapterPlan) if field.name in given]
-    narrow = {name: given.pop(name) for name in names}
+    options = vars(_parser().parse_args(argv))
+    as_json, epochs, currency = options.pop("json"), options.pop("epochs"), options.pop("currency")
+    names = [field.name for field in fields(AdapterPlan) if field.name in options]
+    narrow = {name: options.pop(name) for name in names}
     try:
         if narrow and "kind" not in narrow:
             raise InputError("--rank and --experts are of an adapter: give --adapter as well")
         if epochs < 1:
             raise InputError(f"--epochs {epochs}: expected 1 or more")
-        planned = plan_sizes(**given, adapter=validated(AdapterPlan, narrow) if narrow else None)
+        planned = plan_sizes(**options, adapter=validated(AdapterPlan, narrow) if narrow else None)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if not as_json:
-        what = f"{given['size']}, batch {given['batch_size']:,}"
-        print("\n".join(report(planned, what, epochs, currency)))
+        title = f"{options['size']}, batch {options['batch_size']:,}"
+        print("\n".join(report(planned, title, epochs, currency)))
     for plan in planned if as_json else ():
         run = plan.epoch.seconds * epochs
-        row = {"kind": "predicted", "basis": plan.basis, "size": given["size"], "device": plan.device}
-        row |= {"precision": plan.precision, "batch_size": given["batch_size"], "adapter": narrow.get("kind")}
+        row = {"kind": "predicted", "basis": plan.basis, "size": options["size"], "device": plan.device}
+        row |= {"precision": plan.precision, "batch_size": options["batch_size"]}
+        row["adapter"] = narrow.get("kind")
         row |= plan.numbers() | {"memory": dict(plan.footprint.parts), "side_by_side": plan.side_by_side}
         row |= {"epochs": epochs, "run_seconds": run, "run_cost": plan.cost(run), "currency": currency}
         print(json.dumps(row))
@@ -551,13 +552,13 @@ class Asked:
 
     def model(self) -> ModelConfig:
         """Return the model; raise `InputError` for one that cannot be."""
-        given = {} if self.items is None else {"num_items": self.items}
-        return model_config(self.size, max_len=self.max_len, tied=self.tied, **given)
+        items = {} if self.items is None else {"num_items": self.items}
+        return model_config(self.size, max_len=self.max_len, tied=self.tied, **items)
 
     def narrow(self) -> AdapterPlan | None:
         """Return the adapter that is trained, None where all weights are."""
-        given = {"kind": self.adapter, "rank": self.rank}
-        return None if self.adapter == "none" else validated(AdapterPlan, given)
+        options = {"kind": self.adapter, "rank": self.rank}
+        return None if self.adapter == "none" else validated(AdapterPlan, options)
 
 
 def device_labels() -> list[str]:
@@ -583,12 +584,12 @@ def every_plan(run: Asked) -> list[Plan]:
 
     Only the device asked for has a cost: the price is that of one.
     """
-    every = []
+    results = []
     for label in device_labels():
         precision = run.precision if run.precision in precisions(label) else "auto"
         price = run.price if label == run.device else None
-        every.append(plan_of(replace(run, device=label, precision=precision, price=price)))
-    return every
+        results.append(plan_of(replace(run, device=label, precision=precision, price=price)))
+    return results
 
 
 def memory_parts(plan: Plan) -> dict[str, int]:
@@ -603,10 +604,10 @@ def memory_parts(plan: Plan) -> dict[str, int]:
 
 def about(run: Asked, plan: Plan) -> dict[str, Any]:
     """Return a record's own parameters: what was asked, and what the device makes of it."""
-    given = asdict(run) | {"items": run.model().num_items, "device": plan.device}
-    given |= {"precision": plan.precision, "basis": plan.basis}
-    del given["price"]
-    return given | {"status": "does not fit" if plan.fits is False else "ok"}
+    parameters = asdict(run) | {"items": run.model().num_items, "device": plan.device}
+    parameters |= {"precision": plan.precision, "basis": plan.basis}
+    del parameters["price"]
+    return parameters | {"status": "does not fit" if plan.fits is False else "ok"}
 
 
 _COUNTED = ("flops", "bytes_moved", "peak_memory_bytes", "largest_batch", "fits")

@@ -62,12 +62,12 @@ def parameters(model: ModelConfig) -> dict[str, int]:
     """Count parameters: input table, output table (0: tied) with its bias, all others."""
     D, E, f, layers = model.hidden_dim, model.table_width, model.ffn_factor, model.num_layers
     layer = (4 + 2 * f) * D * D + (9 + f) * D
-    rest = layers * layer + 2 * D * (int(model.embedding_norm) + int(model.final_norm))
-    rest += model.max_len * D if model.positions == "learned" else 0
-    rest += D * D + 3 * D if model.head == "mlp" else 0
-    rest += 0 if model.table_dim is None else 2 * D * E
+    others = layers * layer + 2 * D * (int(model.embedding_norm) + int(model.final_norm))
+    others += model.max_len * D if model.positions == "learned" else 0
+    others += D * D + 3 * D if model.head == "mlp" else 0
+    others += 0 if model.table_dim is None else 2 * D * E
     output = (0 if model.tied else model.output_rows * E) + (model.output_rows if model.output_bias else 0)
-    return {"input_table": model.vocab_size * E, "output_table": output, "rest": rest}
+    return {"input_table": model.vocab_size * E, "output_table": output, "rest": others}
 
 
 def trained_parameters(model: ModelConfig, adapter: AdapterPlan) -> int:
@@ -231,9 +231,9 @@ def _lay_out(model: ModelConfig, train: TrainConfig, lengths: np.ndarray, count:
         batches.append(next_items(samples) if model.causal else mask_cloze(samples, *marked))
     packed = train.layout == "packed"
     spans = np.stack([samples.lengths for samples in batches])  # packed together, in a tenth of the time
-    row_of = first_fit_decreasing(spans, L)[0] if packed else [np.arange(count)] * DRAWS
+    row_numbers = first_fit_decreasing(spans, L)[0] if packed else [np.arange(count)] * DRAWS
     shapes = []
-    for samples, row in zip(batches, row_of, strict=True):
+    for samples, row in zip(batches, row_numbers, strict=True):
         rows = int(row.max()) + 1
         per_row = np.bincount(np.repeat(row, samples.lengths)[samples.is_target], minlength=rows)
         targets = int(per_row.sum())
@@ -317,9 +317,9 @@ def _pass_parts(
     D, F, L, N = model.hidden_dim, model.ffn_factor * model.hidden_dim, model.max_len, model.num_layers
     E, between = model.table_width, projection(model)
     T, G = shapes.rows * L, _last_places(model, train, shapes)
-    full, both = 1 + BACKWARD, N - 1  # `both`: layers that compute everything
-    asking = both * T + G  # places that ask, over all layers
-    moved = both * (T * (6 * D + 2 * F)) + T * 3 * D + G * (5 * D + 2 * F)
+    full, full_layers = 1 + BACKWARD, N - 1  # `full_layers`: layers that compute everything
+    asking = full_layers * T + G  # places that ask, over all layers
+    moved = full_layers * (T * (6 * D + 2 * F)) + T * 3 * D + G * (5 * D + 2 * F)
     weights = N * (4 * D * D + 2 * D * F)
     norms = 2 * asking + T * int(model.embedding_norm) + G * int(model.final_norm)
     dropped = (2 * asking + T) * D if model.dropout else 0.0
@@ -327,13 +327,11 @@ def _pass_parts(
     stored = weighted if model.attention_dropout else 0.0
     maps, passes, looked_up = full * (linear_forward(model, T, G) + between * T), full, T * E
     moved += T * (D + E) if between else 0
-    own = []
-    if (
-        adapter is not None
-    ):  # no gradient of weights, of the first maps' input, of the table that is looked up
-        first = 2 * 3 * D * D * T if both else 2 * D * D * (2 * T + G)
+    adapter_parts = []
+    if adapter is not None:  # no gradients of weights, of the first maps' input and of the looked-up table
+        first = 2 * 3 * D * D * T if full_layers else 2 * D * D * (2 * T + G)
         maps, passes, looked_up = 2 * linear_forward(model, T, G) - first + between * T, 2, T * E / 2
-        own = _adapter_parts(model, adapter, T, G, width)
+        adapter_parts = _adapter_parts(model, adapter, T, G, width)
 
     items = model.output_rows if train.objective == "seed_focal" else model.num_items
     items = train.num_negatives + 1 if train.sampled else items
@@ -341,23 +339,24 @@ def _pass_parts(
     logits = scored * items
     # In place: product writes, log-softmax, exponential and subtraction in cache, two products read.
     # Elsewhere logits are widened to fp32, read for the loss, and their gradient written and read.
-    read = 6 * FP32 if width == FP32 else 4 * width + 5 * FP32
+    logit_bytes = 6 * FP32 if width == FP32 else 4 * width + 5 * FP32
     inplace = train.loss in ("auto", "inplace") and not everywhere(train)
     return [
         Part("encoder: linear maps", "product", maps, passes * width * (moved + weights), 0.0,
              N * 4 * (4 if adapter is None else 2), (T, D, F)),
         Part("encoder: attention", "attention", full * 4 * asking * L * D,
-             full * width * (2 * both * T + T + G) * 2 * D + 8 * FP32 * stored, asking * L * D, N * 12),
+             full * width * (2 * full_layers * T + T + G) * 2 * D + 8 * FP32 * stored,
+             asking * L * D, N * 12),
         Part("GELU", "gelu", 0.0, 5 * width * asking * F, asking * F, N * 2),
         Part("dropout", "dropout", 0.0, 8 * width * dropped, dropped, (2 * N + 1) * 4),
         Part("LayerNorm", "norm", 0.0, 5 * FP32 * norms * D, norms * D, 2 * (2 * N + 2)),
         Part("residuals", "add", 0.0, 6 * width * (2 * asking + T) * D, (2 * asking + T) * D, N * 6),
         Part("look up items", "lookup", 0.0, 4 * FP32 * looked_up, looked_up, 12),
-        *own,
+        *adapter_parts,
         Part("head: products", "product", passes * head_forward(model, 1, items) * scored,
              passes * width * (items * E + scored * E + logits), 0.0, 8, (scored, E, items)),
         Part("head: softmax and loss", "softmax" if inplace else "logits", 0.0,
-             read * logits * (1 if inplace else 2), logits, 20),
+             logit_bytes * logits * (1 if inplace else 2), logits, 20),
     ]  # fmt: skip
 
 
@@ -376,8 +375,8 @@ def _adapter_parts(model: ModelConfig, adapter: AdapterPlan, T: float, G: float,
     elements = before + 3 * D * T + (6 * D + 2 * F) * G
     parts = [Part("adapters", "add", flops - gate, 4 * width * elements, elements, 14 * (4 * N + 1))]
     if gate:
-        seen = T * (3 * L + 2 * D)
-        parts.append(Part("gate", "add", gate, 2 * FP32 * seen, seen, 60))
+        read = T * (3 * L + 2 * D)
+        parts.append(Part("gate", "add", gate, 2 * FP32 * read, read, 60))
     return parts
 
 
@@ -468,16 +467,16 @@ def _activations(model: ModelConfig, train: TrainConfig, shapes: Shapes, width: 
     # of dropout its factors (one byte on CUDA would do; four on a CPU).
     layer = 8 * D + 2 * F + 2 * drop * D
     last = T * 3 * D + G * (8 * D + 2 * F + 2 * drop * D)
-    kept = (N - 1) * T * layer + last + T * D * (2 + drop + int(model.embedding_norm))
+    stored = (N - 1) * T * layer + last + T * D * (2 + drop + int(model.embedding_norm))
     probabilities = (N - 1) * T * L + G * L
-    kept += 3 * model.num_heads * probabilities if model.attention_dropout else 0
+    stored += 3 * model.num_heads * probabilities if model.attention_dropout else 0
     head = shapes.slots * D * (2 + (4 + drop if model.head == "mlp" else 0))
     head += 0 if model.table_dim is None else (shapes.slots + T) * model.table_dim
     wide = 2 * F + 3 * D  # of gradients on their way through a layer
     passing = max(G * wide, T * wide - last if N > 1 else 0.0)  # the second: the last layer is gone by then
     fixed = FP32 * (T * L + (0 if G == T else G * L)) + 5 * 8 * T  # attention bias, indices
     first = T * (layer + wide) if N > 1 else last + G * wide
-    return width * (kept + head + passing) + fixed, width * first + fixed
+    return width * (stored + head + passing) + fixed, width * first + fixed
 
 
 def _logits(
@@ -496,8 +495,8 @@ def _logits(
     if train.loss == "fused":  # logits and their gradient; what lies between is in registers
         return 2 * width * elements
     plain = elements * (FP32 * 3 if width == FP32 else 2 * HALF + 2 * FP32)
-    held = train.loss == "auto" and FP32 * elements <= logits_limit(memory)
-    if train.loss == "plain" or held:
+    fits = train.loss == "auto" and FP32 * elements <= logits_limit(memory)
+    if train.loss == "plain" or fits:
         return plain
     return min(plain, LARGE_LOGITS_BYTES + width * model.num_items * model.table_width)
 

@@ -99,8 +99,8 @@ class Sink:
 
     def for_norm(self) -> Tensor:
         """Return the rows that may be non-zero, which have the same norm as the whole gradient."""
-        whole = self.finish()
-        return whole if self.dense or not self.rows else whole[torch.cat(self.rows).unique()]
+        grad = self.finish()
+        return grad if self.dense or not self.rows else grad[torch.cat(self.rows).unique()]
 
     def _clear(self) -> None:
         if self.dense:
@@ -141,12 +141,12 @@ def attention_bias(
     other, which keeps their softmax finite. `causal` hides later positions as well. Returns (R, 1, L, L) of 0
     and -inf, or (R, 1, Q, L) for the query positions `query_index` (R, Q).
     """
-    own = segment_ids if query_index is None else segment_ids.gather(1, query_index)
-    hidden = own[:, :, None] != segment_ids[:, None, :]  # (R, L or Q, L)
+    queries = segment_ids if query_index is None else segment_ids.gather(1, query_index)
+    hidden = queries[:, :, None] != segment_ids[:, None, :]  # (R, L or Q, L)
     if causal:
         place = torch.arange(segment_ids.shape[1], device=segment_ids.device)
-        asking = place if query_index is None else query_index
-        hidden |= asking[..., None] < place
+        query_places = place if query_index is None else query_index
+        hidden |= query_places[..., None] < place
     kind, width = hidden.device.type, hidden.shape[2]
     if kind != "cpu":
         # Fused kernels want the mask in the type of the products and its rows aligned to 8 elements. Made
@@ -360,7 +360,7 @@ class SequenceModel(Protocol):
     ) -> Tensor: ...
     def head_input(self, hidden: Tensor) -> Tensor: ...
     def logits(self, hidden: Tensor) -> Tensor: ...
-    def use_sinks(self, wanted: bool) -> dict[nn.Parameter, Sink]: ...
+    def use_sinks(self, enabled: bool) -> dict[nn.Parameter, Sink]: ...
     def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]: ...
     def origin(self) -> dict[str, Any]: ...
 
@@ -423,13 +423,13 @@ class Bert4Rec(nn.Module):
                 parameter.zero_()  # biases, and the offsets of norms
         self.item_table.weight[PAD].zero_()
 
-    def use_sinks(self, wanted: bool) -> dict[nn.Parameter, Sink]:
+    def use_sinks(self, enabled: bool) -> dict[nn.Parameter, Sink]:
         """Give each large trained table a new sink, or take the sinks away; return the sinks in use."""
         tables: list[Any] = [self.item_table.weight, self.output_weight]
         sinks: dict[nn.Parameter, Sink] = {}
         for table in tables:
             large = table.numel() * table.element_size() >= SMALLEST_BYTES
-            if wanted and large and table.requires_grad and table not in sinks:
+            if enabled and large and table.requires_grad and table not in sinks:
                 sinks[table] = Sink(table)
         self.item_sink, self.output_sink = (sinks.get(table) for table in tables)
         return sinks
@@ -552,6 +552,6 @@ def sizes_main(argv: list[str] | None = None) -> int:
         return 0
     print(f"{'size':>6} {'items':>8} {'total':>12} {'item tables':>12} {'non-embedding':>14}")
     for size, row in counts.items():
-        items, total, tables, _, others = row.values()
-        print(f"{size:>6} {items:>8,} {total:>12,} {tables:>12,} {others:>14,}")
+        items, total, tables, _, encoder = row.values()
+        print(f"{size:>6} {items:>8,} {total:>12,} {tables:>12,} {encoder:>14,}")
     return 0

@@ -64,8 +64,8 @@ def first_places(segment_ids: Tensor) -> Tensor:
 
 def visible_from(base: Bert4Rec, rows: Rows) -> Tensor:
     """Return (R, L, L): for each place, which visible items its z is made of."""
-    taken = same_segment(rows.segment_ids) & is_visible(rows, base.config.mask_id)[:, None, :]
-    return taken.tril() if base.config.causal else taken
+    visible = same_segment(rows.segment_ids) & is_visible(rows, base.config.mask_id)[:, None, :]
+    return visible.tril() if base.config.causal else visible
 
 
 def mean_embedding(base: Bert4Rec, rows: Rows) -> Tensor:
@@ -106,16 +106,16 @@ def visible_prefixes(rows: Rows, base: Bert4Rec, causal: bool) -> tuple[Rows, Te
     place = torch.arange(L, device=rows.items.device).expand(R, L)
     first = first_places(rows.segment_ids)
     visible = is_visible(rows, base.config.mask_id)
-    same = same_segment(rows.segment_ids)  # (R, L, L)
-    count = (same & visible[:, None, :]).sum(2)  # (R, L) visible items of the segment
+    in_segment = same_segment(rows.segment_ids)  # (R, L, L)
+    count = (in_segment & visible[:, None, :]).sum(2)  # (R, L) visible items of the segment
     order = (2 * first + (~visible).long()).argsort(dim=1, stable=True)  # in each segment the visible first
     rank = place - first  # (R, L) place inside the segment
     items = rows.items.gather(1, order)
     items = torch.where(rank == count, base.config.mask_id, torch.where(rank < count, items, PAD))
-    read = (count - 1).clamp_min(0) if causal else torch.minimum(count, same.sum(2) - 1)
-    used = (rank <= read) & (rows.segment_ids > 0)
-    positions = (read - rank if base.config.position_origin == "last" else rank) * used
-    return Rows(torch.where(used, items, PAD), rows.segment_ids * used, positions), first + read
+    readout = (count - 1).clamp_min(0) if causal else torch.minimum(count, in_segment.sum(2) - 1)
+    used = (rank <= readout) & (rows.segment_ids > 0)
+    positions = (readout - rank if base.config.position_origin == "last" else rank) * used
+    return Rows(torch.where(used, items, PAD), rows.segment_ids * used, positions), first + readout
 
 
 def exchanged(z: Tensor, segment_ids: Tensor) -> Tensor:
@@ -148,20 +148,20 @@ class Representation(nn.Module):
         if self.is_exchanged and base.causal:
             raise InputError("control='shuffled_user' needs one vector a sequence: a causal model has many")
         if self.form != "causal_state":
-            read = base
+            source = base
         elif reader is None:
             raise InputError("representation='causal_state' needs causal_model, a trained causal model")
         else:
-            read = reader.config
-        if read.num_items != base.num_items or read.max_len < base.max_len:
+            source = reader.config
+        if source.num_items != base.num_items or source.max_len < base.max_len:
             raise InputError(
-                f"causal_model knows {read.num_items} items and {read.max_len} positions, the base "
+                f"causal_model knows {source.num_items} items and {source.max_len} positions, the base "
                 f"{base.num_items} and {base.max_len}: it needs the same items and no fewer positions"
             )
         self.reader = frozen_twin(reader) if reader is not None and self.form == "causal_state" else None
-        self.width = 1 if self.form == "static_gate" else read.hidden_dim
-        self.kept: dict[bytes, Tensor] = {}
-        self.kept_bytes = 0
+        self.width = 1 if self.form == "static_gate" else source.hidden_dim
+        self.cached: dict[bytes, Tensor] = {}
+        self.cached_bytes = 0
         if self.form.endswith("_state"):  # never compiled: sizes follow the data, and a cache is kept
             # No decorator, which would import torch._dynamo with this module: as long as torch itself takes.
             self.uncompiled = torch.compiler.disable(Representation.state)
@@ -192,13 +192,13 @@ class Representation(nn.Module):
         place = torch.arange(rows.items.shape[1], device=rows.items.device)
         starts = (first_places(rows.segment_ids) == place) & (rows.segment_ids > 0)  # (R, L)
         key = b"" if self.training else _digest(rows)
-        states = self.kept.get(key)  # (S, D)
+        states = self.cached.get(key)  # (S, D)
         if states is None:
-            laid, read = visible_prefixes(rows, model, model.config.causal)
-            states = take(model.encode(*laid), read)[starts].float()
-            if not self.training and self.kept_bytes < CACHE_BYTES:
-                self.kept[key] = states
-                self.kept_bytes += states.numel() * states.element_size()
+            prefixes, readout = visible_prefixes(rows, model, model.config.causal)
+            states = take(model.encode(*prefixes), readout)[starts].float()
+            if not self.training and self.cached_bytes < CACHE_BYTES:
+                self.cached[key] = states
+                self.cached_bytes += states.numel() * states.element_size()
         # Segments are counted in the order of their first places; all places of one look up the same state.
         number = (starts.flatten().long().cumsum(0) - 1).view(starts.shape)
         number = number.gather(1, first_places(rows.segment_ids)).clamp_min(0)
@@ -213,8 +213,8 @@ def frozen_twin(model: Bert4Rec) -> Bert4Rec:
 
 def _digest(rows: Rows) -> bytes:
     """Return what identifies rows, and the precision they are read in."""
-    about = (rows.items.shape, torch.is_autocast_enabled(rows.items.device.type))
-    digest = hashlib.sha256(str(about).encode())
+    header = (rows.items.shape, torch.is_autocast_enabled(rows.items.device.type))
+    digest = hashlib.sha256(str(header).encode())
     for tensor in (rows.items, rows.segment_ids):
         digest.update(tensor.contiguous().cpu().numpy().tobytes())
     return digest.digest()
@@ -268,13 +268,13 @@ def matched(model: Bert4Rec, targets: tuple[str, ...]) -> list[str]:
     chosen: set[str] = set()
     for target in targets:
         ends = TARGETS.get(target, (target,))
-        here = {path for path in paths if any(f".{path}".endswith(f".{end}") for end in ends)}
-        if not here:
+        matches = {path for path in paths if any(f".{path}".endswith(f".{end}") for end in ends)}
+        if not matches:
             raise InputError(
                 f"target {target!r} matches no module of this model; allowed: {', '.join(TARGETS)}, or the "
                 f"path of a single module, such as {paths[1]!r}"
             )
-        chosen |= here
+        chosen |= matches
     return [path for path in dict.fromkeys(paths) if path in chosen]
 
 
@@ -431,15 +431,17 @@ class AdaptedModel(nn.Module):
         if name is None:
             raise InputError("no adapter is active: there is nothing to merge")
         layers = {path: layer for path, layer in self.layers().items() if name in layer.adapters}
-        why = ""
+        reason = ""
         if self.has_factors and self.configs[name].control != "static_gate":
-            why = "its gate differs from user to user"
+            reason = "its gate differs from user to user"
         elif self.base.config.tied and {"item_table", OUTPUT} & layers.keys():
-            why = "the item table is the output table as well (tied), and only one of the two has the adapter"
+            reason = (
+                "the item table is the output table as well (tied), and only one of the two has the adapter"
+            )
         elif any(layer.weight.dtype not in (torch.float32, torch.float64) for layer in layers.values()):
-            why = "the frozen weights are held in 16 bits (hold_frozen)"
-        if why:
-            raise InputError(f"adapter {name!r} cannot be merged exactly: {why}")
+            reason = "the frozen weights are held in 16 bits (hold_frozen)"
+        if reason:
+            raise InputError(f"adapter {name!r} cannot be merged exactly: {reason}")
         factor = None
         if self.has_factors:
             gate: Any = self.gates[name]
@@ -477,7 +479,7 @@ class AdaptedModel(nn.Module):
         """Whether the active adapter depends on the instance: it has a gate."""
         return self.active is not None and self.active in self.gates
 
-    def use_sinks(self, wanted: bool) -> dict[nn.Parameter, Sink]:
+    def use_sinks(self, enabled: bool) -> dict[nn.Parameter, Sink]:
         """Return no sinks: the large tables are frozen."""
         return {}
 
@@ -497,8 +499,8 @@ class AdaptedModel(nn.Module):
         settings = asdict(self.configs[self.active])
         settings["targets"] = list(settings["targets"])  # as JSON returns it
         reader = self.reader(self.active)
-        read = None if reader is None else base_hash(reader)
-        return {"base_sha256": self.base_sha256, "adapter": settings, "reader_sha256": read}
+        reader_sha256 = None if reader is None else base_hash(reader)
+        return {"base_sha256": self.base_sha256, "adapter": settings, "reader_sha256": reader_sha256}
 
     def expert_weights(self, items: Tensor, segment_ids: Tensor, positions: Tensor) -> Tensor:
         """Return the active `ilora` adapter's weights of the experts (R, L, K): the gate of each segment."""
@@ -521,9 +523,9 @@ class AdaptedModel(nn.Module):
             return self.base.encode(*rows, query_index)
         gate: Any = self.gates[self.active or ""]
         factors = gate.factors(self.expert_weights(*rows))  # (R, L, r)
-        at_queries = factors if query_index is None else take(factors, query_index)  # (R, Q, r)
-        hidden = self.base.encode(*rows, query_index, factors, at_queries)
-        return torch.cat((hidden, at_queries.to(hidden.dtype)), -1) if self.head_is_adapted else hidden
+        query_factors = factors if query_index is None else take(factors, query_index)  # (R, Q, r)
+        hidden = self.base.encode(*rows, query_index, factors, query_factors)
+        return torch.cat((hidden, query_factors.to(hidden.dtype)), -1) if self.head_is_adapted else hidden
 
     def head_input(self, hidden: Tensor) -> Tensor:
         """Return what is multiplied by `output_weight`, (M, D) or (M, D + r), for states of `encode`."""

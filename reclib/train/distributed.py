@@ -109,12 +109,12 @@ def divide_threads(label: str) -> None:
         torch.set_num_threads(place(int(os.environ["LOCAL_WORLD_SIZE"]), label).threads)
 
 
-def refuse_other_count(there: int, here: int, folder: Path) -> None:
+def refuse_other_count(saved: int, current: int, folder: Path) -> None:
     """Raise `InputError` where an unfinished run would go on with another number of processes."""
-    if there != here:
+    if saved != current:
         raise InputError(
-            f"the run in {folder.name} was begun with nproc={there}, and here nproc is {here}: go on with "
-            f"nproc={there}, or start anew in another folder"
+            f"the run in {folder.name} was begun with nproc={saved}, and here nproc is {current}: go on with "
+            f"nproc={saved}, or start anew in another folder"
         )
 
 
@@ -203,13 +203,13 @@ class Ranks:
             return
         with _reached():
             if not used:
-                has = [parameter.grad is not None for parameter in parameters]
-                anywhere = torch.tensor(has, dtype=torch.int64, device=self.where)
+                has_grad = [parameter.grad is not None for parameter in parameters]
+                anywhere = torch.tensor(has_grad, dtype=torch.int64, device=self.where)
                 dist.all_reduce(anywhere, dist.ReduceOp.MAX)
                 used.extend(anywhere.bool().tolist())
             grads = []
-            for parameter, wanted in zip(parameters, used, strict=True):
-                if not wanted:
+            for parameter, is_used in zip(parameters, used, strict=True):
+                if not is_used:
                     continue
                 if parameter.grad is None:  # this process had nothing to do
                     parameter.grad = torch.zeros_like(parameter)
@@ -232,18 +232,18 @@ class Ranks:
         users = np.arange(self.rank, len(part.targets), self.count)
         ranked = users if len(users) else np.zeros(1, dtype=np.int64)  # somebody's, and thrown away
         items, starts, ends = part.histories
-        own = rank(Evaluation(Histories(items, starts[ranked], ends[ranked]), part.targets[ranked]))
+        local = rank(Evaluation(Histories(items, starts[ranked], ends[ranked]), part.targets[ranked]))
 
-        def whole(values: np.ndarray) -> np.ndarray:
-            every = np.zeros((len(part.targets), *values.shape[1:]), dtype=values.dtype)
-            every[users] = values[: len(users)]
-            moved = torch.from_numpy(every).to(self.where)
+        def gathered(values: np.ndarray) -> np.ndarray:
+            full = np.zeros((len(part.targets), *values.shape[1:]), dtype=values.dtype)
+            full[users] = values[: len(users)]
+            moved = torch.from_numpy(full).to(self.where)
             with _reached():
                 dist.all_reduce(moved)  # zeros everywhere but where a user was ranked
             return moved.cpu().numpy()
 
-        top, losses = (None if values is None else whole(values) for values in own[1:])
-        return Ranking(whole(own.ranks), top, losses)
+        top, losses = (None if values is None else gathered(values) for values in local[1:])
+        return Ranking(gathered(local.ranks), top, losses)
 
     def of_first(self, row: dict[str, float]) -> dict[str, float]:
         """Return the first process's values: what is decided by them is decided alike."""
@@ -252,7 +252,10 @@ class Ranks:
         values = torch.tensor([float(v) for v in row.values()], dtype=torch.float64, device=self.where)
         with _reached():
             dist.broadcast(values, 0)
-        return {key: type(old)(new) for (key, old), new in zip(row.items(), values.tolist(), strict=True)}
+        return {
+            key: type(value)(received)
+            for (key, value), received in zip(row.items(), values.tolist(), strict=True)
+        }
 
 
 # -- starting processes, and how they ended ------------------------------------------------------------------

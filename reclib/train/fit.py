@@ -89,12 +89,12 @@ def fit(
     split = _demand_targets(split or leave_one_out(dataset))
     demand_room(model, config, split.train, device, None, distributed.ranks().count)
     torch.manual_seed(config.seed)  # weights and dropout; batches have generators of their own
-    new = Bert4Rec(model)
+    network = Bert4Rec(model)
     if config.prior == "counts":
         before = None if folder is None else saving.latest(folder)
         saved = {} if before is None else saving.prior_tensors(saving.load_checkpoint(before)[0], "model.")
-        new.prior = CountPrior(saved) if saved else CountPrior.chosen(split, model.num_items)
-    trainer = Trainer(new, split.train, config, device, data_identity(dataset, split))
+        network.prior = CountPrior(saved) if saved else CountPrior.chosen(split, model.num_items)
+    trainer = Trainer(network, split.train, config, device, data_identity(dataset, split))
     return _run(trainer, split.valid, folder, options or Options())
 
 
@@ -213,7 +213,7 @@ def fit_recommender(
     if place is not None and isinstance(trainer.model, Bert4Rec):
         keep(trainer, dataset, place)
     trainer.model.eval()
-    return Recommender.of(trainer.model, dataset, best_of(trainer))
+    return Recommender.from_dataset(trainer.model, dataset, best_of(trainer))
 
 
 def best_of(trainer: Trainer) -> dict[str, Any]:
@@ -247,16 +247,16 @@ def _train(trainer: Trainer, valid: Evaluation, folder: Path | None, options: Op
     progress, config = trainer.progress, trainer.config
     folder = folder if trainer.ranks.first else None
     best: dict[str, Tensor] = {}
-    saved_at = time.monotonic()
+    last_save = time.monotonic()
     pending: list[StepStats] = []  # their losses are read late, since reading waits for the device
-    shown = options.progress_bar and trainer.ranks.first
+    visible = options.progress_bar and trainer.ranks.first
     with tqdm(
         total=trainer.total_steps,
         initial=progress.step,
         unit="step",
         mininterval=1,
         leave=False,
-        disable=not shown,
+        disable=not visible,
     ) as bar:
         # Evaluate and save at the end of an epoch, and save in between as well if that takes long. The order
         # matters for resuming: best weights first, then the checkpoint whose progress names them.
@@ -282,10 +282,10 @@ def _train(trainer: Trainer, valid: Evaluation, folder: Path | None, options: Op
                     progress.stale_evaluations += 1
                 progress.done = last or 0 < config.patience <= progress.stale_evaluations
                 bar.set_postfix(loss=f"{row['train_loss']:.3f}", ndcg10=f"{row[SELECT]:.4f}")
-            if folder is not None and (due or time.monotonic() - saved_at >= config.checkpoint_seconds):
+            if folder is not None and (due or time.monotonic() - last_save >= config.checkpoint_seconds):
                 _absorb(trainer, pending)
                 trainer.save(folder)
-                saved_at = time.monotonic()
+                last_save = time.monotonic()
             if progress.done:
                 break
     return best
@@ -332,18 +332,18 @@ def _evaluate(
     progress.history.append(row)
     if options.on_evaluation is not None:
         options.on_evaluation(row)
-    system.report_progress(_how_far(trainer, row))
+    system.report_progress(_progress_line(trainer, row))
     return row
 
 
-def _how_far(trainer: Trainer, row: Mapping[str, float]) -> str:
+def _progress_line(trainer: Trainer, row: Mapping[str, float]) -> str:
     """Return how far a run is in one line: its epoch, validation, and how long the rest of it takes."""
     name = "causal twin" if trainer.config.objective == "next_item" else "BERT4Rec"
     spent = row["train_seconds"] + sum(past["eval_seconds"] for past in trainer.progress.history)
     minutes, seconds = divmod(round(spent * (trainer.total_steps / row["step"] - 1)), 60)
     epochs = trainer.total_steps / trainer.steps_per_epoch
-    shown = f"epoch {row['epoch']:.0f}/{epochs:.0f}  NDCG@10 {row[SELECT]:.3f}  {minutes}:{seconds:02} left"
-    return f"{name}  {shown}"
+    text = f"epoch {row['epoch']:.0f}/{epochs:.0f}  NDCG@10 {row[SELECT]:.3f}  {minutes}:{seconds:02} left"
+    return f"{name}  {text}"
 
 
 # -- run files and the command line --------------------------------------------------------------------------
@@ -381,12 +381,12 @@ class Setup:
 def of_options(dataset: str, size: str, values: Mapping[str, Any]) -> Setup:
     """Return the setup of the command line: fields of TrainConfig, and `model.<field of ModelConfig>`."""
     train = {name: value for name, value in values.items() if "." not in name}
-    own = {name: value for name, value in values.items() if name.startswith("model.")}
-    if strange := [name for name in values if "." in name and name not in own]:
+    shape_values = {name: value for name, value in values.items() if name.startswith("model.")}
+    if strange := [name for name in values if "." in name and name not in shape_values]:
         raise InputError(
             f"unknown parameter {strange[0]!r}: expected a field of TrainConfig or model.<field>"
         )
-    shape = {name.removeprefix("model."): value for name, value in own.items()}
+    shape = {name.removeprefix("model."): value for name, value in shape_values.items()}
     config = validated(TrainConfig, respelt(TrainConfig, train))
     return Setup(validated(DataConfig, {"dataset": dataset}), config, size, respelt(ModelConfig, shape))
 
@@ -420,9 +420,9 @@ def fit_setup(setup: Setup, claimed: str, folder: Path, kind: str = "none") -> T
     model, identity = setup.model(dataset.num_items), data_identity(dataset, split)
     if setup.identity not in (None, identity):
         raise InputError(f"the data of the run are {identity}, not {setup.identity}")
-    about = {"model": as_dict(model), "train": asdict(setup.train)}
+    settings = {"model": as_dict(model), "train": asdict(setup.train)}
     first = distributed.ranks().first
-    with start_tracker(kind if first else "none", setup.group, setup.title or folder.name, about) as track:
+    with start_tracker(kind if first else "none", setup.group, setup.title or folder.name, settings) as track:
         curves = Curves(track, device)
         options = Options(True, sys.stderr.isatty(), curves.step, curves.evaluation)
         if not first:
@@ -434,8 +434,8 @@ def fit_main(argv: list[str] | None = None) -> int:
     """Train from the command line; print validation's best as one JSON line."""
     system.hold()
     arguments = sys.argv[1:] if argv is None else argv
-    about = "Train one model; the same command goes on where a killed run was."
-    parser = Parser(prog="python -m reclib fit", description=about)
+    description = "Train one model; the same command goes on where a killed run was."
+    parser = Parser(prog="python -m reclib fit", description=description)
     trackers, field = ", ".join(TRACKERS), "a field of TrainConfig, or model.<field of ModelConfig>"
     parser.add_argument("--dataset", default="ml-100k", help="ml-100k, synthetic or a file (ml-100k)")
     parser.add_argument("--size", default="tiny", help=f"one of {SIZE_NAMES} (tiny)")
@@ -445,16 +445,16 @@ def fit_main(argv: list[str] | None = None) -> int:
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help=field)
     parser.add_argument("--run", type=Path, help="a run file of a notebook, instead of dataset, size and -p")
     parser.add_argument("--nproc", type=int, default=1, help="processes here that train together (1)")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        values = {name: typed(value) for name, value in given.p}
-        setup = read_setup(given.run) if given.run else of_options(given.dataset, given.size, values)
-        if given.nproc != 1 and not distributed.in_run():
-            distributed.place(given.nproc, given.gpu)
+        values = {name: typed(value) for name, value in options.p}
+        setup = read_setup(options.run) if options.run else of_options(options.dataset, options.size, values)
+        if options.nproc != 1 and not distributed.in_run():
+            distributed.place(options.nproc, options.gpu)
             prepare(setup.data)  # once, and its errors are printed once
-            return distributed.launch(arguments, given.nproc, given.gpu)
-        with distributed.joined(given.gpu):
-            trainer = fit_setup(setup, given.gpu, given.out, given.tracker)
+            return distributed.launch(arguments, options.nproc, options.gpu)
+        with distributed.joined(options.gpu):
+            trainer = fit_setup(setup, options.gpu, options.out, options.tracker)
     except InputError as error:
         distributed.report(error)
         return distributed.leave(2)
@@ -464,11 +464,13 @@ def fit_main(argv: list[str] | None = None) -> int:
         return distributed.leave(128 + signal.SIGINT)
     if trainer.ranks.first:
         print(json.dumps(best_of(trainer)))
-        if given.run is None:
+        if options.run is None:
             dataset = prepare(setup.data)
-            keep(trainer, dataset, given.out)
+            keep(trainer, dataset, options.out)
             items = " ".join(shlex.quote(str(key)) for key in dataset.item_keys[1:4])
-            print(f"next: python -m reclib recommend {shlex.quote(str(given.out))} {items}", file=sys.stderr)
+            print(
+                f"next: python -m reclib recommend {shlex.quote(str(options.out))} {items}", file=sys.stderr
+            )
     return distributed.leave(0)
 
 
@@ -556,8 +558,8 @@ class TensorBoard(Tracker):
         if self._writer is None:
             with mock.patch("socket.gethostname", return_value="reclib"):  # it is put into the file's name
                 self._writer = self._new(self._folder, purge_step=step)
-            shown = json.dumps(self._config, indent=2, default=str)
-            self._writer.add_text("config", "\n".join(f"    {line}" for line in shown.splitlines()), step)
+            text = json.dumps(self._config, indent=2, default=str)
+            self._writer.add_text("config", "\n".join(f"    {line}" for line in text.splitlines()), step)
         for name, value in values.items():
             self._writer.add_scalar(name, float(value), step)
         self._writer.flush()

@@ -62,9 +62,9 @@ def sampled_sum(
     assert batch.negatives is not None
     assert batch.negative_probs is not None
     targets, negatives = batch.targets, batch.negatives
-    kept = targets != IGNORE
-    own = F.embedding(targets.clamp_min(0), weight)  # (M, D)
-    positive = (hidden * own).sum(-1)  # (M,)
+    is_target = targets != IGNORE
+    target_rows = F.embedding(targets.clamp_min(0), weight)  # (M, D)
+    positive = (hidden * target_rows).sum(-1)  # (M,)
     scores = F.linear(hidden, F.embedding(negatives, weight))  # (M, K)
     if bias is not None:
         positive, scores = positive + bias[targets.clamp_min(0)], scores + bias[negatives]
@@ -76,7 +76,7 @@ def sampled_sum(
     else:
         shift = -torch.log(len(negatives) * batch.negative_probs) if config.logq else None
         losses = softmax_losses(positive, scores, clash, shift)
-    return (losses * kept).sum()
+    return (losses * is_target).sum()
 
 
 def softmax_losses(positive: Tensor, scores: Tensor, clash: Tensor, log_weight: Tensor | None) -> Tensor:
@@ -174,9 +174,9 @@ def _take_buffer(like: Tensor, size: int) -> Tensor:
     It is the caller's until backward returns it; a second forward before that gets another one.
     """
     if _spare:
-        found = _spare.pop()
-        if found.numel() >= size and (found.dtype, found.device) == (like.dtype, like.device):
-            return found
+        buffer = _spare.pop()
+        if buffer.numel() >= size and (buffer.dtype, buffer.device) == (like.dtype, like.device):
+            return buffer
     return like.new_empty(size + size // 8)  # the number of targets varies a little
 
 
@@ -209,7 +209,7 @@ class InplaceCrossEntropy(torch.autograd.Function):
         torch.mm(hidden, weight[1 : num_items + 1].t(), out=scores)
         wide = scores.dtype if scores.dtype in FULL else torch.float32
         shift = None if bias is None else bias[1 : num_items + 1].to(wide)
-        kept = (targets != IGNORE).to(wide)
+        is_target = (targets != IGNORE).to(wide)
         column = (targets - 1).clamp_min(0)[:, None]  # (M, 1); a filler gets any valid column
         losses = torch.empty(len(targets), dtype=wide, device=hidden.device)
         size = max(1, BLOCK_BYTES // (wide.itemsize * num_items))
@@ -217,38 +217,38 @@ class InplaceCrossEntropy(torch.autograd.Function):
         for first in range(0, len(targets), size):
             part = slice(first, first + size)
             block = scores[part].to(wide)  # the buffer itself where the products are in full precision
-            losses[part], d_scale = _to_gradient(block, shift, column[part], first, kept, added, d_scale)
+            losses[part], d_scale = _to_gradient(block, shift, column[part], first, is_target, added, d_scale)
             if block.dtype != scores.dtype:
                 scores[part] = block
-        ctx.save_for_backward(hidden, weight, scores, kept.to(scores.dtype))
+        ctx.save_for_backward(hidden, weight, scores, is_target.to(scores.dtype))
         ctx.d_scale = d_scale
         ctx.num_items, ctx.bias_dtype = num_items, None if bias is None else bias.dtype
         ctx.frozen, ctx.sink = frozen, sink
-        return (losses * kept).sum()
+        return (losses * is_target).sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of hidden, weight and bias."""
-        hidden, weight, slope, kept = ctx.saved_tensors
+        hidden, weight, slope, is_target = ctx.saved_tensors
         scale, last = grads[0], ctx.num_items + 1
         d_hidden = d_weight = d_bias = None
         if ctx.needs_input_grad[0]:
-            d_hidden = torch.mm(slope, weight[1:last]).mul_(scale).mul_(kept[:, None])
+            d_hidden = torch.mm(slope, weight[1:last]).mul_(scale).mul_(is_target[:, None])
         # `scale` and the mask of fillers are applied to (M, D), since applying them to the slope (M, I) would
         # be another pass over the buffer.
-        scaled = (hidden * scale).to(slope.dtype) * kept[:, None]
+        scaled = (hidden * scale).to(slope.dtype) * is_target[:, None]
         if ctx.sink is not None:
             ctx.sink.overwrite((slope.t(), scaled), slice(1, last))  # and autograd gets None
         elif ctx.needs_input_grad[1]:
             d_weight = _empty_but(weight, last, ctx.frozen)
             torch.mm(slope.t(), scaled[:, ctx.frozen :], out=d_weight[1:last, ctx.frozen :])
         if ctx.needs_input_grad[2]:
-            ones = scale.to(slope.dtype) * kept
+            ones = scale.to(slope.dtype) * is_target
             d_bias = torch.zeros(len(weight), dtype=ctx.bias_dtype, device=weight.device)
             d_bias[1:last] = torch.mv(slope.t(), ones)
         _spare[:] = [ctx.buffer]
-        own = () if ctx.d_scale is None else (None, None, None, ctx.d_scale * scale)
-        return d_hidden, d_weight, d_bias, None, None, None, None, *own
+        prior_grads = () if ctx.d_scale is None else (None, None, None, ctx.d_scale * scale)
+        return d_hidden, d_weight, d_bias, None, None, None, None, *prior_grads
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -274,7 +274,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         rows = weight[1 : num_items + 1]
         wide = hidden.dtype if hidden.dtype in FULL else torch.float32
         shift = None if bias is None else bias[1 : num_items + 1].to(wide)
-        kept = (targets != IGNORE).to(wide)
+        is_target = (targets != IGNORE).to(wide)
         column = (targets - 1).clamp_min(0)[:, None]  # (M, 1)
         d_hidden = torch.empty_like(hidden)
         d_rows = rows.new_zeros(num_items, weight.shape[1] - frozen, dtype=wide)
@@ -284,12 +284,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         for first in range(0, len(targets), chunk):
             part = slice(first, first + chunk)
             block = F.linear(hidden[part], rows).to(wide)  # (chunk, I)
-            real = kept[part]
-            losses, d_scale = _to_gradient(block, shift, column[part], first, kept, added, d_scale)
+            real = is_target[part]
+            losses, d_scale = _to_gradient(block, shift, column[part], first, is_target, added, d_scale)
             total += (losses * real).sum()
-            slope, own = block.to(hidden.dtype), real.to(hidden.dtype)[:, None]
-            d_hidden[part] = (slope @ rows) * own
-            d_rows += slope.t() @ (hidden[part, frozen:] * own)
+            slope, mask = block.to(hidden.dtype), real.to(hidden.dtype)[:, None]
+            d_hidden[part] = (slope @ rows) * mask
+            d_rows += slope.t() @ (hidden[part, frozen:] * mask)
             if d_shift is not None:
                 d_shift += torch.mv(block.t(), real)
         ctx.save_for_backward(d_hidden, d_rows, d_shift, weight)
@@ -307,9 +307,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             d_bias = torch.zeros_like(ctx.bias)
             d_bias[1 : ctx.last] = d_shift * grads[0]
-        own = d_hidden * grads[0].to(d_hidden.dtype) if ctx.needs_input_grad[0] else None
-        more = () if ctx.d_scale is None else (None, None, None, ctx.d_scale * grads[0])
-        return own, d_weight, d_bias, None, None, None, None, *more
+        d_input = d_hidden * grads[0].to(d_hidden.dtype) if ctx.needs_input_grad[0] else None
+        prior_grads = () if ctx.d_scale is None else (None, None, None, ctx.d_scale * grads[0])
+        return d_input, d_weight, d_bias, None, None, None, None, *prior_grads
 
 
 def _to_gradient(
@@ -317,7 +317,7 @@ def _to_gradient(
     shift: Tensor | None,
     column: Tensor,
     first: int,
-    kept: Tensor,
+    is_target: Tensor,
     added: Sequence[Tensor],
     d_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -336,7 +336,7 @@ def _to_gradient(
     losses = -block.gather(1, column).squeeze(1)  # read before the buffer stops being log-probabilities
     block.exp_().scatter_add_(1, column, block.new_full(column.shape, -1.0))
     if d_scale is not None:
-        d_scale = d_scale + (block.view(-1)[places] * values * kept[rows]).sum()
+        d_scale = d_scale + (block.view(-1)[places] * values * is_target[rows]).sum()
     return losses, d_scale
 
 
@@ -448,8 +448,8 @@ def filled_up(
     rows = -(-num_items // multiple) * multiple
     spare = rows - num_items
     table = weight[1 : num_items + 1].to(compute_dtype(weight))
-    own = weight.new_zeros(num_items) if bias is None else bias[1 : num_items + 1]
-    return F.pad(table, (0, 0, 1, spare)), F.pad(F.pad(own, (0, spare), value=-torch.inf), (1, 0)), rows
+    shift = weight.new_zeros(num_items) if bias is None else bias[1 : num_items + 1]
+    return F.pad(table, (0, 0, 1, spare)), F.pad(F.pad(shift, (0, spare), value=-torch.inf), (1, 0)), rows
 
 
 def _sum_over_targets(logits: Tensor, targets: Tensor) -> Tensor:
@@ -463,9 +463,9 @@ def focal_mean(logits: Tensor, labels: Tensor) -> Tensor:
 
     `logits` (R, L, V) of every position, `labels` (R, L): the seed study's loss, special rows competing.
     """
-    kept = labels.flatten() != PAD
-    chosen = logits.flatten(0, 1)[kept]
-    entropy = F.cross_entropy(chosen, labels.flatten()[kept], reduction="none")
+    is_real = labels.flatten() != PAD
+    chosen = logits.flatten(0, 1)[is_real]
+    entropy = F.cross_entropy(chosen, labels.flatten()[is_real], reduction="none")
     return ((1 - torch.exp(-entropy)) * entropy).mean()
 
 

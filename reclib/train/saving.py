@@ -35,14 +35,14 @@ from reclib.system import plain
 
 
 @contextlib.contextmanager
-def _demand_whole(what: str, advice: str = "") -> Iterator[None]:
-    """Turn an error of reading into an `InputError`: `what` is damaged."""
+def _reading(name: str, advice: str = "") -> Iterator[None]:
+    """Turn an error of reading into an `InputError`: `name` is damaged."""
     try:
         yield
     except InputError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise InputError(f"damaged {what}: {_reason(error)}{advice}") from error
+        raise InputError(f"damaged {name}: {_reason(error)}{advice}") from error
 
 
 def _reason(error: Exception) -> str:
@@ -51,7 +51,7 @@ def _reason(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) and error.strerror else str(error)) or repr(error)
 
 
-def _shown(path: Path) -> Path:
+def _relative(path: Path) -> Path:
     """Return the path relative to the working directory where it lies below it."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
@@ -69,9 +69,9 @@ def _write(folder: Path, file: str, tensors: dict[str, Tensor], documents: dict[
             system.write_json(fresh / name, document)
         for path in (*fresh.iterdir(), fresh):
             _flush(path)
-        with system.fresh_folder(folder) if folder.exists() else contextlib.nullcontext() as old:
-            if old is not None:
-                folder.rename(old / folder.name)
+        with system.fresh_folder(folder) if folder.exists() else contextlib.nullcontext() as previous:
+            if previous is not None:
+                folder.rename(previous / folder.name)
             fresh.rename(folder)
         _flush(folder.parent)
 
@@ -102,7 +102,7 @@ def save_checkpoint(folder: Path, name: str, tensors: dict[str, Tensor], state: 
     except Exception as error:  # safetensors wraps the system's errors in its own type
         before = latest(folder)
         raise InputError(
-            f"cannot write checkpoint {_shown(folder / name)}: {_reason(error)}; "
+            f"cannot write checkpoint {_relative(folder / name)}: {_reason(error)}; "
             + (f"the last good one is {before.name}" if before else "there is none before it")
         ) from error
     return folder / name
@@ -111,7 +111,7 @@ def save_checkpoint(folder: Path, name: str, tensors: dict[str, Tensor], state: 
 def whole_checkpoint(path: Path) -> contextlib.AbstractContextManager[None]:
     """Turn what a checkpoint lacks into an `InputError` that names it."""
     advice = "; delete it to go on from an earlier one, or the run's folder to start anew"
-    return _demand_whole(f"checkpoint: {_shown(path)}", advice)
+    return _reading(f"checkpoint: {_relative(path)}", advice)
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -156,9 +156,9 @@ def unique_tensors(model: SequenceModel, frozen: bool = True) -> dict[str, Tenso
     return tensors
 
 
-def prior_tensors(tensors: dict[str, Tensor], of: str = "") -> dict[str, Tensor]:
-    """Return the tensors of a prior by their own names; those of the model begin with `of`."""
-    start = of + PRIOR
+def prior_tensors(tensors: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """Return the tensors of a prior by their own names; those of the model begin with `prefix`."""
+    start = prefix + PRIOR
     return {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
 
 
@@ -173,9 +173,9 @@ def load_unique(model: SequenceModel, tensors: dict[str, Tensor]) -> None:
             parameter.copy_(tensors[name])
 
 
-def save_weights(model: SequenceModel, folder: Path, about: Mapping[str, Any]) -> Path:
+def save_weights(model: SequenceModel, folder: Path, metadata: Mapping[str, Any]) -> Path:
     """Write weights and configuration under `folder`, for `load_weights`."""
-    state = {"model": asdict(model.config), **about}
+    state = {"model": asdict(model.config), **metadata}
     return save_checkpoint(folder.parent, folder.name, unique_tensors(model), state)
 
 
@@ -189,17 +189,17 @@ def load_weights(folder: Path) -> Bert4Rec:
     return model.eval()
 
 
-def refuse_other(there: dict[str, Any], here: dict[str, Any], folder: Path) -> None:
+def refuse_other(saved: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
     """Raise `InputError` naming what differs between a checkpoint's identity and this run's."""
     differs = [
-        f"{part}.{key} is {old.get(key)!r} there and {new.get(key)!r} here"
+        f"{part}.{key} is {before.get(key)!r} there and {after.get(key)!r} here"
         for part in ("model", "train", "origin")
-        for old, new in [(there.get(part, {}), here.get(part, {}))]
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
+        for before, after in [(saved.get(part, {}), current.get(part, {}))]
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
     ]
-    if there["data"] != here["data"]:
-        differs.append(f"the dataset is {there['data'][:12]} there and {here['data'][:12]} here")
+    if saved["data"] != current["data"]:
+        differs.append(f"the dataset is {saved['data'][:12]} there and {current['data'][:12]} here")
     if differs:
         raise InputError(
             f"the checkpoint in {folder.name} is of another run: {'; '.join(differs)}; use another folder"
@@ -250,7 +250,7 @@ def save_adapter(adapted: AdaptedModel, folder: Path, name: str | None = None) -
     adapted.demand_known(chosen)
     config, reader = adapted.configs[chosen], adapted.reader(chosen)
     paths = [path for path, layer in adapted.layers().items() if chosen in layer.adapters]
-    about: dict[str, Any] = {
+    document: dict[str, Any] = {
         "peft_type": OWN_TYPES[config.kind],
         "base_model_name_or_path": BASE + adapted.base_sha256,
         "r": config.rank,
@@ -260,10 +260,10 @@ def save_adapter(adapted: AdaptedModel, folder: Path, name: str | None = None) -
         "inference_mode": True,
     }
     if config.kind in ("lora", "rslora") and OUTPUT not in paths:
-        about |= {"peft_type": "LORA", "task_type": None, "bias": "none", "fan_in_fan_out": False}
-        about["use_rslora"] = config.kind == "rslora"
+        document |= {"peft_type": "LORA", "task_type": None, "bias": "none", "fan_in_fan_out": False}
+        document["use_rslora"] = config.kind == "rslora"
     else:
-        about[OWN] = {
+        document[OWN] = {
             "config": asdict(config),
             "reader_sha256": None if reader is None else base_hash(reader),
         }
@@ -271,7 +271,7 @@ def save_adapter(adapted: AdaptedModel, folder: Path, name: str | None = None) -
     try:
         with system.fresh_folder(folder) as fresh:
             save_file(tensors, fresh / ADAPTER_TENSORS, metadata={"format": "pt"})
-            (fresh / ADAPTER_CONFIG).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
+            (fresh / ADAPTER_CONFIG).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
             folder.mkdir(exist_ok=True)
             for file in (ADAPTER_TENSORS, ADAPTER_CONFIG):
                 os.replace(fresh / file, folder / file)
@@ -294,30 +294,30 @@ def load_adapter(
     """
     file = read_adapter(folder)
     adapted = model if isinstance(model, AdaptedModel) else AdaptedModel(model)
-    before, known = adapted.active, set(adapted.configs)
+    before, names = adapted.active, set(adapted.configs)
     try:
         if file.base_sha256 is None and not any_base:
             raise InputError(f"{folder} does not say which base it belongs to: any_base=True takes this one")
-        same = {"the base": (file.base_sha256, adapted.base_sha256)}
+        hashes = {"the base": (file.base_sha256, adapted.base_sha256)}
         if causal_model is not None:
-            same["the causal model that the gate reads"] = (file.reader_sha256, base_hash(causal_model))
-        for what, (wanted, given) in same.items():
-            if wanted not in (None, given):
+            hashes["the causal model that the gate reads"] = (file.reader_sha256, base_hash(causal_model))
+        for role, (expected, actual) in hashes.items():
+            if expected not in (None, actual):
                 raise InputError(
-                    f"{folder} is an adapter of another model: {what} has sha256 {given[:12]}, "
-                    f"expected {str(wanted)[:12]}"
+                    f"{folder} is an adapter of another model: {role} has sha256 {actual[:12]}, "
+                    f"expected {str(expected)[:12]}"
                 )
         adapted.add(name, file.config, causal_model)
         tensors = _tensors(adapted, name)
         for key in sorted(tensors.keys() | file.tensors.keys()):
-            there, here = (getattr(t.get(key), "shape", None) for t in (file.tensors, tensors))
-            if there != here:
-                raise InputError(f"{folder / ADAPTER_TENSORS}: {key!r} is {there}, expected {here}")
+            stored, shape = (getattr(t.get(key), "shape", None) for t in (file.tensors, tensors))
+            if stored != shape:
+                raise InputError(f"{folder / ADAPTER_TENSORS}: {key!r} is {stored}, expected {shape}")
             tensors[key].copy_(file.tensors[key])
     except InputError:
         if adapted is not model:
             adapted.unload()
-        elif name in adapted.configs and name not in known:
+        elif name in adapted.configs and name not in names:
             adapted.delete(name)
             adapted.use(before)
         raise
@@ -339,38 +339,38 @@ def _tensors(adapted: AdaptedModel, name: str) -> dict[str, Tensor]:
 def read_adapter(folder: Path) -> AdapterFile:
     """Read an adapter's files; raise `InputError` that names the file when it is missing or damaged."""
     file = folder / ADAPTER_CONFIG
-    with _demand_whole(f"adapter: {folder / ADAPTER_TENSORS}"):
+    with _reading(f"adapter: {folder / ADAPTER_TENSORS}"):
         tensors = {}
         for key, tensor in load_file(folder / ADAPTER_TENSORS).items():
             if not key.startswith(PREFIX):
                 raise ValueError(f"key {key!r}; expected {PREFIX}...")
             tensors[key.removeprefix(PREFIX)] = tensor
-    with _demand_whole(f"adapter: {file}"):
-        about = json.loads(file.read_text("utf-8"))
-        if about["peft_type"] not in ("LORA", *OWN_TYPES.values()):
+    with _reading(f"adapter: {file}"):
+        document = json.loads(file.read_text("utf-8"))
+        if document["peft_type"] not in ("LORA", *OWN_TYPES.values()):
             allowed = ", ".join(dict.fromkeys(["LORA", *OWN_TYPES.values()]))
-            raise InputError(f"{file}: peft_type {about['peft_type']!r}; allowed: {allowed}")
-        digest = str(about.get("base_model_name_or_path"))
+            raise InputError(f"{file}: peft_type {document['peft_type']!r}; allowed: {allowed}")
+        digest = str(document.get("base_model_name_or_path"))
         base = digest.removeprefix(BASE) if digest.startswith(BASE) else None
-        if about["peft_type"] != "LORA":
-            own = about[OWN]
-            values = {k: tuple(v) if isinstance(v, list) else v for k, v in own["config"].items()}
-            return AdapterFile(validated(AdapterConfig, values), tensors, base, own.get("reader_sha256"))
-        wrong = {key: value for key, value in about.items() if value and key not in READ | IDLE}
-        if about.get("init_lora_weights") in PLAIN_START:
+        if document["peft_type"] != "LORA":
+            settings = document[OWN]
+            values = {k: tuple(v) if isinstance(v, list) else v for k, v in settings["config"].items()}
+            return AdapterFile(validated(AdapterConfig, values), tensors, base, settings.get("reader_sha256"))
+        wrong = {key: value for key, value in document.items() if value and key not in READ | IDLE}
+        if document.get("init_lora_weights") in PLAIN_START:
             wrong.pop("init_lora_weights", None)
         if wrong:
             raise InputError(
                 f"{file}: {wrong} is not plain LoRA, which has {', '.join(sorted(READ))} and an "
                 "init_lora_weights that leaves the base as it is"
             )
-        if about.get("bias", "none") != "none":
-            raise InputError(f"{file}: bias={about['bias']!r}; allowed: 'none'")
+        if document.get("bias", "none") != "none":
+            raise InputError(f"{file}: bias={document['bias']!r}; allowed: 'none'")
         values = {
-            "kind": "rslora" if about.get("use_rslora") else "lora",
-            "rank": about["r"],
-            "alpha": float(about["lora_alpha"]),
-            "dropout": float(about.get("lora_dropout") or 0.0),
+            "kind": "rslora" if document.get("use_rslora") else "lora",
+            "rank": document["r"],
+            "alpha": float(document["lora_alpha"]),
+            "dropout": float(document.get("lora_dropout") or 0.0),
             "targets": tuple(dict.fromkeys(key.rsplit(".lora_", 1)[0] for key in tensors)),
         }
         return AdapterFile(validated(AdapterConfig, values), tensors, base, None)
@@ -407,7 +407,9 @@ class Recommender:
     about: dict[str, Any]
 
     @classmethod
-    def of(cls, model: Bert4Rec | AdaptedModel, dataset: Dataset, about: dict[str, Any]) -> Recommender:
+    def from_dataset(
+        cls, model: Bert4Rec | AdaptedModel, dataset: Dataset, about: dict[str, Any]
+    ) -> Recommender:
         """Return a model with the catalogue of the dataset that it was trained on."""
         titles = [dataset.title(item) for item in range(1, dataset.num_items + 1)]
         return cls(model, dataset.item_keys.tolist()[1:], titles, about)
@@ -420,41 +422,42 @@ class Recommender:
         history that is empty or no list, an unknown item, a title of several items and a k below 1.
         """
         try:
-            given_items = None if isinstance(history, str | bytes | Set | Mapping) else list(history)
+            entries = None if isinstance(history, str | bytes | Set | Mapping) else list(history)
         except TypeError:
-            given_items = None
-        if given_items is None:
+            entries = None
+        if entries is None:
             raise InputError(f"the history is {history!r}: expected a list of items, oldest first")
-        if not given_items:
+        if not entries:
             raise InputError("the history is empty: expected at least one item id")
         if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
             raise InputError(f"k is {k!r}: expected a whole number of at least 1")
-        items = np.array([self._item(given) for given in given_items], dtype=np.int32)
+        items = np.array([self._item(entry) for entry in entries], dtype=np.int32)
         unseen = np.setdiff1d(np.arange(1, len(self.keys) + 1, dtype=np.int32), items)
         if len(unseen) < k:
             warnings.warn(f"{len(unseen)} items are not in the history: fewer than k={k}", stacklevel=2)
         if not len(unseen):
             return []
-        known = Histories(items, np.array([0]), np.array([len(items)]))
-        evaluation = Evaluation(known, unseen[:1])  # ranking wants a target; it is not looked at
+        histories = Histories(items, np.array([0]), np.array([len(items)]))
+        evaluation = Evaluation(histories, unseen[:1])  # ranking wants a target; it is not looked at
         scores = metrics.model_scores(self.model, evaluation, self.model.output_weight.device)
         top = metrics.rank(scores, evaluation, remove_seen=True, top_k=min(int(k), len(unseen))).top
         assert top is not None
         return [Recommendation(self.keys[i - 1], self.titles[i - 1]) for i in top[0]]
 
-    def _item(self, given: str | int) -> int:
+    def _item(self, entry: str | int) -> int:
         """Return the number of the item with this raw id or title."""
-        if (item := self._numbers.get(str(given))) is not None:
+        if (item := self._numbers.get(str(entry))) is not None:
             return item
-        named = [i for i, title in enumerate(self.titles, 1) if title.casefold() == str(given).casefold()]
-        if len(named) == 1:
-            return named[0]
-        if named:
-            keys = ", ".join(self.keys[i - 1] for i in named[:5])
-            raise InputError(f"the title {given!r} is that of {len(named)} items: give an id, such as {keys}")
-        close = nearest(str(given), self.titles) or nearest(str(given), self.keys)
+        matches = [i for i, title in enumerate(self.titles, 1) if title.casefold() == str(entry).casefold()]
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            keys = ", ".join(self.keys[i - 1] for i in matches[:5])
+            count = len(matches)
+            raise InputError(f"the title {entry!r} is that of {count} items: give an id, such as {keys}")
+        close = nearest(str(entry), self.titles) or nearest(str(entry), self.keys)
         raise InputError(
-            f"unknown item {given!r}{close}: the model knows {len(self.keys):,} items of its data"
+            f"unknown item {entry!r}{close}: the model knows {len(self.keys):,} items of its data"
         )
 
     @functools.cached_property
@@ -471,7 +474,7 @@ def save_model(
     whatever tells where the model comes from.
     """
     folder = system.models() / name
-    recommender = Recommender.of(model, dataset, dict(about))
+    recommender = Recommender.from_dataset(model, dataset, dict(about))
     manifest = {
         "data": {"name": dataset.name, "fingerprint": dataset.fingerprint},
         "items": recommender.keys,
@@ -494,9 +497,9 @@ def load_model(name: str | Path) -> Recommender:
     if folder is None:
         if latest(Path(name)) is not None:
             raise InputError(f"{name} holds a run that is not finished: {system.AGAIN}")
-        known = ", ".join(sorted(f.parent.name for f in system.models().glob(f"*/{MANIFEST}")))
-        raise InputError(f"no model {str(name)!r} is kept; here: {known or 'none'}")
-    with _demand_whole(f"model {name}"):
+        names = ", ".join(sorted(f.parent.name for f in system.models().glob(f"*/{MANIFEST}")))
+        raise InputError(f"no model {str(name)!r} is kept; here: {names or 'none'}")
+    with _reading(f"model {name}"):
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         config = validated(ModelConfig, json.loads((folder / MODEL_CONFIG).read_text(encoding="utf-8")))
         model = Bert4Rec(config)
@@ -510,10 +513,10 @@ def recommend_main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("model", help="a folder that `fit --out` wrote, or a name under models/")
     parser.add_argument("history", nargs="+", metavar="ITEM", help="raw ids or titles, oldest first")
     parser.add_argument("-k", type=int, default=10, help="how many (10)")
-    given = parser.parse_args(argv)
+    options = parser.parse_args(argv)
     try:
         with warnings.catch_warnings(record=True) as notes:
-            items = load_model(given.model).recommend(given.history, given.k)
+            items = load_model(options.model).recommend(options.history, options.k)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2

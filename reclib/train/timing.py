@@ -321,7 +321,7 @@ class _Clock:
         """Time `steps` steps and take the peak of memory in them."""
         where, result, trainer = self.where, self.result, self.trainer
         hardware.reset_peak_memory(where)
-        others = torch.cuda.memory_allocated(where) - state_bytes(trainer) if self.on_cuda else 0
+        other_bytes = torch.cuda.memory_allocated(where) - state_bytes(trainer) if self.on_cuda else 0
         meter, began, is_first = Meter(where), time.perf_counter(), not result.step_seconds
         event = functools.partial(torch.cuda.Event, enable_timing=True) if self.on_cuda else _HostEvent
         timed = timed_by_events(lambda: self.step(wait=not self.on_cuda), steps, event)
@@ -329,11 +329,11 @@ class _Clock:
         for stats, seconds in timed:
             result.losses.append(stats.loss)
             result.add(stats, seconds)
-        known = joules is not None and (is_first or result.joules is not None)  # in all rounds, or None
-        result.joules = (result.joules or 0.0) + (joules or 0.0) if known else None
+        complete = joules is not None and (is_first or result.joules is not None)  # in all rounds, or None
+        result.joules = (result.joules or 0.0) + (joules or 0.0) if complete else None
         replays = self.on_cuda and trainer.graphs is not None  # a replayed CUDA graph allocates nothing
         peak = torch.cuda.max_memory_reserved(where) if replays else hardware.peak_memory_bytes(where)
-        result.peak_memory_bytes = max(peak - others, result.peak_memory_bytes or 0)
+        result.peak_memory_bytes = max(peak - other_bytes, result.peak_memory_bytes or 0)
         if self.on_cuda and self.alone:
             result.reserved_bytes = torch.cuda.max_memory_reserved(where)
 
@@ -387,13 +387,13 @@ def interleave(
             stack.enter_context(config.patch(fail_on_recompile_limit_hit=True, **limits))
         for clock in clocks.values():
             stack.callback(clock.loop.close)  # type: ignore[attr-defined]
-        for round_of in rounds:
+        for run_round in rounds:
             for clock in clocks.values():
                 if clock.result.status != "ok":
                     continue
                 try:
                     with clock.turn():
-                        round_of(clock)
+                        run_round(clock)
                 except (RuntimeError, MemoryError) as error:
                     clock.stop(error)
     return {name: clock.result for name, clock in clocks.items()}
@@ -440,11 +440,11 @@ def epoch_clock(trainer: Trainer) -> EpochClock:
     sequences = int((trainer.histories.ends > trainer.histories.starts).sum())
     with _loop(trainer) as loop:
         began = time.perf_counter()
-        done = sum(1 for _ in itertools.islice(loop, steps))
+        count = sum(1 for _ in itertools.islice(loop, steps))
         hardware.synchronize(trainer.where)
         seconds = time.perf_counter() - began
-    if done < steps:
-        raise ValueError(f"the schedule ended after {done} of {steps} steps: raise epochs")
+    if count < steps:
+        raise ValueError(f"the schedule ended after {count} of {steps} steps: raise epochs")
     return EpochClock(seconds, sequences)
 
 
@@ -457,8 +457,8 @@ def step_batches(trainer: Trainer, step: int) -> list[Batch]:
 def step_flops(trainer: Trainer, step: int) -> tuple[Flops, Flops]:
     """Return the FLOPs that a step executes, and those that the masked-item objective needs for it."""
     model, batches = trainer.model.config, step_batches(trainer, step)
-    done = work.total([work.executed(model, trainer.config, batch) for batch in batches])
-    return done, work.total([work.needed(model, batch) for batch in batches])
+    executed = work.total([work.executed(model, trainer.config, batch) for batch in batches])
+    return executed, work.total([work.needed(model, batch) for batch in batches])
 
 
 class Latency(NamedTuple):
@@ -474,8 +474,8 @@ def latency(trainer: Trainer, histories: Histories, requests: int, warmup: int =
     seconds = []
     for number in range(warmup + requests):
         user = slice(number % len(histories.starts), number % len(histories.starts) + 1)
-        known = Histories(histories.items, histories.starts[user], histories.ends[user])
-        request = Evaluation(known, histories.items[known.starts])  # a target, ranked at no cost that shows
+        history = Histories(histories.items, histories.starts[user], histories.ends[user])
+        request = Evaluation(history, histories.items[history.starts])  # the target adds no measurable time
         hardware.synchronize(trainer.where)
         began = time.perf_counter()
         with trainer.autocast():
@@ -547,10 +547,10 @@ def operators(trainer: Trainer, steps: int, top: int, trace: Path | None = None)
         if micros > 0 and not (cuda and (event.device_type == DeviceType.CPU or event.is_user_annotation)):
             rows.append((event.key, event.count / steps, micros / 1e6 / steps))
     rows.sort(key=lambda row: -row[2])
-    if rest := rows[top:]:
-        rows[top:] = [("all others", sum(row[1] for row in rest), sum(row[2] for row in rest))]
-    whole = sum(seconds for *_, seconds in rows)
-    return [Operator(name, calls, seconds, seconds / whole) for name, calls, seconds in rows]
+    if others := rows[top:]:
+        rows[top:] = [("all others", sum(row[1] for row in others), sum(row[2] for row in others))]
+    total = sum(seconds for *_, seconds in rows)
+    return [Operator(name, calls, seconds, seconds / total) for name, calls, seconds in rows]
 
 
 class _Products(TorchDispatchMode):

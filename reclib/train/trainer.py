@@ -131,10 +131,10 @@ class Several:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Take the states that `state_dict` returned."""
         for first, part in self._numbered():
-            own = part.state_dict()
-            numbers = [number for group in own["param_groups"] for number in group["params"]]
-            own["state"] = {n: saved["state"][first + n] for n in numbers if first + n in saved["state"]}
-            part.load_state_dict(own)
+            state = part.state_dict()
+            numbers = [number for group in state["param_groups"] for number in group["params"]]
+            state["state"] = {n: saved["state"][first + n] for n in numbers if first + n in saved["state"]}
+            part.load_state_dict(state)
 
     def _numbered(self) -> Iterator[tuple[int, torch.optim.Optimizer]]:
         first = 0
@@ -156,10 +156,12 @@ def make_optimizer(model: SequenceModel, config: TrainConfig) -> Any:
         if not model.plain:
             raise InputError("optimizer='muon' is for a model that is trained whole, not for an adapted one")
         parts = ("blocks.", "transform.linear.")
-        named = model.named_parameters()
-        matrices = [p for name, p in named if p.requires_grad and p.dim() == 2 and name.startswith(parts)]
-        own = {id(p) for p in matrices}
-        main = [p for p in main if id(p) not in own]
+        parameters = model.named_parameters()
+        matrices = [
+            p for name, p in parameters if p.requires_grad and p.dim() == 2 and name.startswith(parts)
+        ]
+        matrix_ids = {id(p) for p in matrices}
+        main = [p for p in main if id(p) not in matrix_ids]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in main if p.dim() > 1], "weight_decay": decay},
         {"params": [p for p in main if p.dim() <= 1], "weight_decay": 0.0},
@@ -288,18 +290,18 @@ class StepGraphs:
             return self.compute(batch, inputs[-1])
         if self.graphs[key] is None:
             self.graphs[key] = self._recorded(batch, inputs)
-        read, replay = self.graphs[key]  # type: ignore[misc]
-        for place, value in zip(read, inputs, strict=True):
+        buffers, replay = self.graphs[key]  # type: ignore[misc]
+        for place, value in zip(buffers, inputs, strict=True):
             place.copy_(value)
         loss, norm = replay()
         return loss.clone(), None if norm is None else norm.clone()  # the next graph overwrites them
 
     def _recorded(self, batch: Batch, inputs: list[Tensor]) -> tuple[list[Tensor], Callable[[], Any]]:
-        read = [value.clone() for value in inputs]
+        buffers = [value.clone() for value in inputs]
         names = [name for name, value in batch._asdict().items() if isinstance(value, Tensor)]
-        tensors: dict[str, Any] = dict(zip(names, read, strict=False))  # the last one is no part of it
+        tensors: dict[str, Any] = dict(zip(names, buffers, strict=False))  # the last one is no part of it
         fixed = batch._replace(**tensors)
-        return read, self.capture(lambda: self.compute(fixed, read[-1]), self.pool)
+        return buffers, self.capture(lambda: self.compute(fixed, buffers[-1]), self.pool)
 
 
 def refuse_graphs(config: TrainConfig, precision: str, processes: int, adapted: bool) -> None:
@@ -314,7 +316,7 @@ def refuse_graphs(config: TrainConfig, precision: str, processes: int, adapted: 
         f"{processes} processes": processes > 1,
         "an adapted model": adapted,
     }
-    if refused := " and no ".join(name for name, there in wrong.items() if there):
+    if refused := " and no ".join(name for name, applies in wrong.items() if applies):
         raise InputError(f"compile_mode='graph' captures a whole step, and knows no {refused}")
 
 
@@ -435,27 +437,27 @@ class Trainer(Generic[M]):
         source = prefetch(self.batches())
         with contextlib.closing(source):
             clock = time.perf_counter()
-            for epoch, micros, whole in source:
+            for epoch, micros, totals in source:
                 fetch_seconds = time.perf_counter() - clock
-                stats = self._step(epoch, micros, whole, fetch_seconds)
+                stats = self._step(epoch, micros, totals, fetch_seconds)
                 self.progress.train_seconds += time.perf_counter() - clock
                 yield stats
                 clock = time.perf_counter()
         self._count_skips()
 
-    def _step(self, epoch: int, micros: list[Batch], whole: Totals, fetch_seconds: float) -> StepStats:
+    def _step(self, epoch: int, micros: list[Batch], totals: Totals, fetch_seconds: float) -> StepStats:
         """Forward, backward, sum over processes, unscale and clip, step, schedule."""
         self.progress.step += 1
         step, config = self.progress.step, self.config
         rate = learning_rate(step, self.total_steps, config)
         for group in self.optimizer.param_groups:
-            own = rate * group.get("rate_share", 1.0)  # an adapter's gate has its own share
+            group_rate = rate * group.get("rate_share", 1.0)  # an adapter's gate has its own share
             if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(own)
+                group["lr"].fill_(group_rate)
             else:
-                group["lr"] = own
+                group["lr"] = group_rate
         # The whole step's targets, not the micro-batch's: parts of a step then add up, however unequal.
-        denominator = whole.num_tokens if config.objective == "seed_focal" else whole.num_targets
+        denominator = totals.num_tokens if config.objective == "seed_focal" else totals.num_targets
         self.ranks.seed_step(config.seed, step)
 
         skipped = None
@@ -468,16 +470,16 @@ class Trainer(Generic[M]):
             skipped = self._update()
         if self.where.type == "cpu" or step % CHECK_EVERY == 0:
             self._count_skips()
-        self.progress.tokens += whole.num_tokens
+        self.progress.tokens += totals.num_tokens
         return StepStats(
             step=step,
             epoch=epoch,
             learning_rate=rate,
             loss_tensor=total,
             norm_tensor=norm,
-            num_sequences=whole.num_sequences,
-            num_tokens=whole.num_tokens,
-            num_targets=whole.num_targets,
+            num_sequences=totals.num_sequences,
+            num_tokens=totals.num_tokens,
+            num_targets=totals.num_targets,
             row_tokens=sum(batch.items.numel() for batch in micros),
             target_slots=sum(batch.targets.numel() for batch in micros),
             fetch_seconds=fetch_seconds,
@@ -514,8 +516,8 @@ class Trainer(Generic[M]):
         norm = None
         if config.clip_norm is not None:
             # The scaler uses the fused optimiser's one divisor itself.
-            own_pass = self.scaler.is_enabled() or config.optimizer != "fused"
-            divide_later = None if own_pass else self.optimizer
+            separate_pass = self.scaler.is_enabled() or config.optimizer != "fused"
+            divide_later = None if separate_pass else self.optimizer
             norm = clip_gradients(self.parameters, config.clip_norm, divide_later, self.sinks)
         return total, norm
 

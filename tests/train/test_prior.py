@@ -151,7 +151,7 @@ def test_a_run_with_a_prior_resumes_to_the_same_bits_and_its_model_is_adapted_an
 
     place = keep(whole, data, tmp_path / "whole")
     loaded = saving.load_model(place)
-    assert loaded.recommend(loaded.keys[:3]) == Recommender.of(whole.model, data, {}).recommend(
+    assert loaded.recommend(loaded.keys[:3]) == Recommender.from_dataset(whole.model, data, {}).recommend(
         loaded.keys[:3]
     )
     more = changed(train, epochs=1)
