@@ -18,8 +18,8 @@ from small_models import histories, small_model
 
 from reclib import hardware
 from reclib.config import TrainConfig, changed
-from reclib.data.dataset import Dataset
-from reclib.data.prepare import Evaluation, evaluation, synthetic_dataset
+from reclib.data.dataset import Dataset, Evaluation, evaluation
+from reclib.data.prepare import synthetic_dataset
 from reclib.evaluate import baselines
 from reclib.evaluate.prior import CountPrior
 from reclib.model import bert4rec

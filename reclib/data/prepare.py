@@ -43,41 +43,13 @@ from tqdm import tqdm
 from reclib import system
 from reclib.config import DataConfig, InputError, changed, nearest, validated
 from reclib.data import dataset, fetch, splits
-from reclib.data.dataset import (
-    MIN_LEN,
-    Dataset,
-    Evaluation,
-    Histories,
-    Keys,
-    content_hash,
-    described,
-    evaluated_users,
-    evaluation,
-    lengths,
-    load,
-    train_histories,
-    within,
-)
+from reclib.data.dataset import MIN_LEN, Dataset, Keys, content_hash, described, lengths, load, within
 from reclib.data.formats import FORMATS, checked, named, product_of, titles_beside
 from reclib.data.read import RAW_COLUMNS, READING_VERSION, Ingested, Progress, ingest, printable, twin
 from reclib.system import Parser
 
 if TYPE_CHECKING:
     import duckdb
-
-__all__ = [
-    "DataConfig",
-    "Dataset",
-    "Evaluation",
-    "Histories",
-    "evaluated_users",
-    "evaluation",
-    "folder_of",
-    "load",
-    "prepare",
-    "synthetic_dataset",
-    "train_histories",
-]
 
 RULES_VERSION = 2
 MANIFEST_VERSION = 2  # raise whenever the manifest of the same dataset changes

@@ -363,8 +363,7 @@ def choose(
         raise InputError("a grid has a hyperparameter without values: give at least one")
     if family.valid_users is not None and family.valid_users < len(valid.targets):
         drawn = np.random.default_rng(0).choice(len(valid.targets), family.valid_users, replace=False)
-        items, starts, ends = valid.histories
-        valid = Evaluation(Histories(items, starts[drawn], ends[drawn]), valid.targets[drawn])
+        valid = valid.rows(drawn)
     rounds = (
         [{name: values} for name, values in family.grid.items()] * 2 if family.by_turns else [family.grid]
     )
@@ -402,12 +401,11 @@ def interaction_matrix(
     """Return interactions as a float32 matrix (rows, I) of 0 and 1; repetitions count once."""
     from scipy import sparse
 
-    users = np.arange(len(histories.starts)) if users is None else users
-    chosen = Histories(histories.items, histories.starts[users], histories.ends[users])
+    chosen = histories if users is None else histories.rows(users)
     columns = chosen.items[chosen.places()] - 1
     indptr = np.concatenate(([0], np.cumsum(chosen.lengths)))
     ones = np.ones(len(columns), dtype=np.float32)
-    matrix = sparse.csr_array((ones, columns, indptr), shape=(len(users), num_items))
+    matrix = sparse.csr_array((ones, columns, indptr), shape=(len(chosen.starts), num_items))
     matrix.sum_duplicates()
     matrix.data[:] = 1.0
     return matrix

@@ -136,7 +136,7 @@ def best(scores: Tensor, k: int) -> Tensor:
 
 def seen_items(histories: Histories, users: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return (row, item id) of all items in the histories of `users`; row i is users[i]."""
-    part = Histories(histories.items, histories.starts[users], histories.ends[users])
+    part = histories.rows(users)
     items = histories.items[part.places()].astype(np.int64)
     rows = np.repeat(np.arange(len(users)), part.lengths)
     tensors = send((torch.from_numpy(rows), torch.from_numpy(items)), device)

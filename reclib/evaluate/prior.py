@@ -22,7 +22,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from scipy import sparse
 from reclib.data.batches import Samples, whole_sequences
-from reclib.data.dataset import Evaluation, Histories
+from reclib.data.dataset import Histories
 from reclib.data.splits import Split
 from reclib.evaluate import baselines
 from reclib.evaluate.baselines import PairwiseCounts
@@ -77,10 +77,8 @@ class CountPrior(nn.Module):
         """Count the training histories, with the settings and the floor that validation chooses."""
         family = baselines.families()["pairwise_counts"]
         counts: PairwiseCounts = baselines.choose(family, split.train, num_items, split.valid).recommender  # type: ignore[assignment]
-        items, starts, ends = split.valid.histories
-        drawn = np.random.default_rng(0).permutation(len(starts))[:FLOOR_USERS]
-        sample = Evaluation(Histories(items, starts[drawn], ends[drawn]), split.valid.targets[drawn])
-        positive = [scores[scores > 0] for _, scores in counts.scores(sample)]
+        drawn = np.random.default_rng(0).permutation(len(split.valid.targets))[:FLOOR_USERS]
+        positive = [scores[scores > 0] for _, scores in counts.scores(split.valid.rows(drawn))]
         values = torch.cat(positive).numpy() if positive else np.ones(1)
         return cls.of_counts(counts, float(np.median(values)) if len(values) else 1.0)
 
@@ -160,7 +158,7 @@ class CountPrior(nn.Module):
 
     def of_histories(self, histories: Histories, users: np.ndarray) -> Entries:
         """Return the prior of the next item after the histories of `users`."""
-        chosen = Histories(histories.items, histories.starts[users], histories.ends[users])
+        chosen = histories.rows(users)
         tokens = chosen.items[chosen.places()]
         return self.entries(tokens, chosen.lengths, np.arange(len(users)), chosen.lengths)
 

@@ -1,7 +1,7 @@
-"""What is kept on disk: checkpoints of a run, adapters in PEFT's layout, and models to recommend with.
+"""Saving and loading: checkpoints of a run, adapters in PEFT's layout, and models to recommend with.
 
-Each is a folder of safetensors and JSON that appears by one rename, whole or not at all. Nothing is ever
-unpickled. Damage is an `InputError` that names the file.
+Each is a folder of safetensors and JSON, written atomically by a rename. Nothing is unpickled. Damaged files
+raise an `InputError` that names the file.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from reclib.system import plain
 
 @contextlib.contextmanager
 def _reading(name: str, advice: str = "") -> Iterator[None]:
-    """Turn an error of reading into an `InputError`: `name` is damaged."""
+    """Turn an error of reading into an `InputError` that calls `name` damaged."""
     try:
         yield
     except InputError:
@@ -52,14 +52,14 @@ def _reason(error: Exception) -> str:
 
 
 def _relative(path: Path) -> Path:
-    """Return the path relative to the working directory where it lies below it."""
+    """Return the path relative to the working directory if it is below it."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _write(folder: Path, file: str, tensors: dict[str, Tensor], documents: dict[str, dict[str, Any]]) -> None:
-    """Write a folder of tensors and JSON, in place of an earlier one once it is complete on disk.
+    """Write a folder of tensors and JSON; it replaces an earlier one once it is complete on disk.
 
-    The last document gets the sha256 of the tensors.
+    The sha256 of the tensors is added to the last document.
     """
     with system.fresh_folder(folder) as fresh:
         fresh.chmod(0o755)  # mkdtemp gives 0o700
@@ -93,9 +93,9 @@ TENSORS, STATE = "tensors.safetensors", "state.json"
 
 
 def save_checkpoint(folder: Path, name: str, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
-    """Write the checkpoint `folder/name`, replacing one of that name; raise `InputError` if it can't be.
+    """Write or replace the checkpoint `folder/name`; raise `InputError` if that fails.
 
-    What was there before is untouched until the new one is complete on disk.
+    An earlier one is kept until the new one is complete on disk.
     """
     try:
         _write(folder / name, TENSORS, tensors, {STATE: dict(state)})
@@ -109,7 +109,7 @@ def save_checkpoint(folder: Path, name: str, tensors: dict[str, Tensor], state: 
 
 
 def whole_checkpoint(path: Path) -> contextlib.AbstractContextManager[None]:
-    """Turn what a checkpoint lacks into an `InputError` that names it."""
+    """Turn errors of reading a checkpoint into an `InputError` that names it."""
     advice = "; delete it to go on from an earlier one, or the run's folder to start anew"
     return _reading(f"checkpoint: {_relative(path)}", advice)
 
@@ -122,34 +122,34 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _checked(file: Path, document: dict[str, Any], name: str) -> dict[str, Tensor]:
-    """Return the tensors of a file whose hash is in a document."""
+    """Return the tensors of a file after checking its hash against a document."""
     if system.file_sha256(file) != document["sha256"]:
         raise ValueError(f"{file.name} is not the file that {name} names")
     return load_file(file)
 
 
 def _by_step(folder: Path) -> list[Path]:
-    """Return the whole checkpoints `step-<n>` in `folder`, the newest last."""
+    """Return the checkpoints `step-<n>` in `folder`, the newest last."""
     steps = {path: path.name.removeprefix("step-") for path in folder.glob("step-*") if path.is_dir()}
     return sorted((path for path, n in steps.items() if n.isdecimal()), key=lambda path: int(steps[path]))
 
 
 def latest(folder: Path) -> Path | None:
-    """Return the newest whole checkpoint `step-<n>` in `folder`."""
+    """Return the newest checkpoint `step-<n>` in `folder`, None if there is none."""
     return next(reversed(_by_step(folder)), None)
 
 
 def prune(folder: Path, keep: int = 2) -> None:
-    """Delete all but the newest `keep` checkpoints and what a killed run left half written."""
+    """Delete all but the newest `keep` checkpoints, and partial ones of killed runs."""
     for path in [*_by_step(folder)[:-keep], *folder.glob("*.partial"), *folder.glob("*.old")]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-PRIOR = "prior."  # how the names of a prior's tensors begin
+PRIOR = "prior."  # prefix of the names of a prior's tensors
 
 
 def unique_tensors(model: SequenceModel, frozen: bool = True) -> dict[str, Tensor]:
-    """Return the state with tied tensors once, as safetensors wants it, with or without frozen ones."""
+    """Return the state with tied tensors once, as safetensors requires, with or without frozen ones."""
     tensors = {name: p.detach() for name, p in model.named_parameters() if frozen or p.requires_grad}
     if model.prior is not None and (frozen or model.prior.scale.requires_grad):
         tensors |= {PRIOR + name: value for name, value in model.prior.named_buffers()}
@@ -157,14 +157,14 @@ def unique_tensors(model: SequenceModel, frozen: bool = True) -> dict[str, Tenso
 
 
 def prior_tensors(tensors: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-    """Return the tensors of a prior by their own names; those of the model begin with `prefix`."""
+    """Return the tensors of a prior without prefix; names of the model's tensors begin with `prefix`."""
     start = prefix + PRIOR
     return {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
 
 
 @torch.no_grad()
 def load_unique(model: SequenceModel, tensors: dict[str, Tensor]) -> None:
-    """Copy the tensors of `unique_tensors` into a model of the same configuration; give it their prior."""
+    """Copy the tensors of `unique_tensors`, and their prior, into a model of the same configuration."""
     prior = prior_tensors(tensors)
     if prior and model.prior is None:
         model.prior = CountPrior(prior)  # type: ignore[misc]
@@ -190,7 +190,7 @@ def load_weights(folder: Path) -> Bert4Rec:
 
 
 def refuse_other(saved: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
-    """Raise `InputError` naming what differs between a checkpoint's identity and this run's."""
+    """Raise `InputError` with all differences between the identities of a checkpoint and this run."""
     differs = [
         f"{part}.{key} is {before.get(key)!r} there and {after.get(key)!r} here"
         for part in ("model", "train", "origin")
@@ -208,21 +208,20 @@ def refuse_other(saved: dict[str, Any], current: dict[str, Any], folder: Path) -
 
 # -- adapters, in PEFT's layout ------------------------------------------------------------------------------
 #
-# A `lora` or `rslora` adapter written here loads in PEFT, and one that PEFT wrote loads here: keys are
-# `base_model.model.<module>.lora_A.weight` and so on, without the adapter's name. Kinds that PEFT does not
-# know have a `peft_type` of their own, so that it refuses them instead of reading them as plain LoRA. So has
-# an adapter of the output table, which is no module. The base is not in the file, only its hash; an adapter
-# of another base is refused.
+# `lora` and `rslora` adapters are exchangeable with PEFT: keys are `base_model.model.<module>.lora_A.weight`
+# and so on, without the adapter's name. Kinds unknown to PEFT have their own `peft_type`, so that PEFT does
+# not read them as plain LoRA. So do adapters of the output table, which is no module. The file has the hash
+# of the base; an adapter of another base is refused.
 
 ADAPTER_CONFIG, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-GATE = "instance_gate.weight"  # of the key of the gate's W, after PREFIX
-OWN = "reclib"  # the key of what PEFT has no field for
+GATE = "instance_gate.weight"  # key of the gate's W, after PREFIX
+OWN = "reclib"  # key of fields that PEFT does not have
 OWN_TYPES = {"ilora": "RECLIB_ILORA", "gated": "RECLIB_GATED", "lora": "RECLIB_LORA", "rslora": "RECLIB_LORA"}
 BASE = "sha256:"  # before the base's hash, in PEFT's field for a base model's name
 
-# Fields of PEFT's configuration that are read, and those that say nothing of the function of the tensors. All
-# others are what plain LoRA does not have; of `init_lora_weights`, values that change the base.
+# Fields of PEFT's configuration that are read, and those without effect on the tensors' function. Plain LoRA
+# has no others, and no value of `init_lora_weights` that changes the base.
 READ = {"peft_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias"}
 IDLE = {"task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "target_modules"}
 IDLE |= {"exclude_modules", "megatron_config", "megatron_core", "qalora_group_size", "ensure_weight_tying"}
@@ -230,7 +229,7 @@ PLAIN_START = (True, False, "gaussian", "orthogonal")  # of A and B, before trai
 
 
 class AdapterFile(NamedTuple):
-    """What the two files of an adapter say."""
+    """The content of the two files of an adapter."""
 
     config: AdapterConfig
     tensors: dict[str, Tensor]  # by path and name inside the model
@@ -239,10 +238,10 @@ class AdapterFile(NamedTuple):
 
 
 def save_adapter(adapted: AdaptedModel, folder: Path, name: str | None = None) -> Path:
-    """Write an adapter, the active one where no name is given, to `folder`; return the folder.
+    """Write an adapter (default: the active one) to `folder`; return the folder.
 
-    What was there is replaced when the new files are complete. Raises `InputError` where there is no such
-    adapter or the folder cannot be written.
+    Existing files are replaced when the new ones are complete. Raises `InputError` for an unknown adapter and
+    for a folder that cannot be written.
     """
     chosen = adapted.active if name is None else name
     if chosen is None:
@@ -287,10 +286,10 @@ def load_adapter(
     any_base: bool = False,
     causal_model: Bert4Rec | None = None,
 ) -> AdaptedModel:
-    """Put the adapter of `folder` around a model, as `name`, and make it the active one.
+    """Add the adapter of `folder` to a model as `name`, and activate it.
 
-    Raises `InputError` for files that are damaged or of another base, and for a file of PEFT that is not
-    plain LoRA or, unless `any_base`, does not say of what base it is. The model is then as it was given.
+    Raises `InputError` for files that are damaged or of another base, for a file of PEFT that is not plain
+    LoRA and, unless `any_base`, for one that does not name its base. The model is unchanged then.
     """
     file = read_adapter(folder)
     adapted = model if isinstance(model, AdaptedModel) else AdaptedModel(model)
@@ -325,7 +324,7 @@ def load_adapter(
 
 
 def _tensors(adapted: AdaptedModel, name: str) -> dict[str, Tensor]:
-    """Return an adapter's tensors by path and name, its gate's included."""
+    """Return the tensors of an adapter and its gate, by path and name."""
     tensors = {
         f"{path}.{key}": tensor.detach()
         for path, layer in adapted.layers().items()
@@ -383,11 +382,11 @@ def read_adapter(folder: Path) -> AdapterFile:
 #     model.recommend(["50", "181", "172"])
 #
 # A folder `models/<size>-<dataset>` holds `model.safetensors`, `config.json` (fields of `ModelConfig`) and
-# `manifest.json`: the items' keys and titles, what it was trained on and how well it ranked validation, and
+# `manifest.json`: keys and titles of the items, training data and configuration, metrics on validation, and
 # the sha256 of the weights.
 
 WEIGHTS, MODEL_CONFIG, MANIFEST = "model.safetensors", "config.json", "manifest.json"
-MODEL = "model"  # the folder of a finished run's model in the folder of its checkpoints
+MODEL = "model"  # folder of a finished run's model, inside the folder of its checkpoints
 
 
 class Recommendation(NamedTuple):
@@ -410,16 +409,16 @@ class Recommender:
     def from_dataset(
         cls, model: Bert4Rec | AdaptedModel, dataset: Dataset, about: dict[str, Any]
     ) -> Recommender:
-        """Return a model with the catalogue of the dataset that it was trained on."""
+        """Return a recommender of a model and the catalogue of its dataset."""
         titles = [dataset.title(item) for item in range(1, dataset.num_items + 1)]
         return cls(model, dataset.item_keys.tolist()[1:], titles, about)
 
     def recommend(self, history: Iterable[str | int], k: int = 10) -> list[Recommendation]:
-        """Return the k best items after a history, oldest first, without those of the history.
+        """Return the k best items that are not in a history, which lists items oldest first.
 
-        An item is given by its raw id (a number stands for its digits) or by its whole title, in capitals or
-        not. Where fewer than k items are left, these are returned, with a warning. Raises `InputError` for an
-        history that is empty or no list, an unknown item, a title of several items and a k below 1.
+        An item is given by its raw id (a number stands for its digits) or by its full title, ignoring case.
+        If fewer than k items remain, all are returned, with a warning. Raises `InputError` for a history that
+        is empty or no list, an unknown item, a title of several items and a k below 1.
         """
         try:
             entries = None if isinstance(history, str | bytes | Set | Mapping) else list(history)
@@ -438,7 +437,7 @@ class Recommender:
         if not len(unseen):
             return []
         histories = Histories(items, np.array([0]), np.array([len(items)]))
-        evaluation = Evaluation(histories, unseen[:1])  # ranking wants a target; it is not looked at
+        evaluation = Evaluation(histories, unseen[:1])  # the target is not used
         scores = metrics.model_scores(self.model, evaluation, self.model.output_weight.device)
         top = metrics.rank(scores, evaluation, remove_seen=True, top_k=min(int(k), len(unseen))).top
         assert top is not None
@@ -468,10 +467,10 @@ class Recommender:
 def save_model(
     model: Bert4Rec, train: TrainConfig, dataset: Dataset, name: str | Path, about: Mapping[str, Any]
 ) -> Path:
-    """Write a trained model under `models/<name>`, in place of an earlier one, whole or not at all.
+    """Write or replace a trained model under `models/<name>`, atomically.
 
-    `name` may be the path of a folder instead. `about` goes into its manifest: metrics, code version,
-    whatever tells where the model comes from.
+    `name` may be the path of a folder instead. `about` is added to its manifest: metrics, code version and
+    other provenance.
     """
     folder = system.models() / name
     recommender = Recommender.from_dataset(model, dataset, dict(about))
@@ -488,9 +487,9 @@ def save_model(
 
 
 def load_model(name: str | Path) -> Recommender:
-    """Open a trained model: a name under models/, its folder, or the folder of a run that `fit` finished.
+    """Load a trained model from a name under models/, its folder, or the folder of a finished `fit`.
 
-    Raises `InputError` where there is none, or it is damaged.
+    Raises `InputError` for a missing or damaged model.
     """
     places = [system.models() / name, Path(name), Path(name) / MODEL]
     folder = next((place for place in places if (place / MANIFEST).is_file()), None)
@@ -508,7 +507,7 @@ def load_model(name: str | Path) -> Recommender:
 
 
 def recommend_main(argv: Sequence[str] | None = None) -> int:
-    """Print what a trained model recommends after a history."""
+    """Print the recommendations of a trained model after a history."""
     parser = system.Parser(prog="python -m reclib recommend", description="Recommend items after a history.")
     parser.add_argument("model", help="a folder that `fit --out` wrote, or a name under models/")
     parser.add_argument("history", nargs="+", metavar="ITEM", help="raw ids or titles, oldest first")

@@ -20,8 +20,9 @@ from figure_records import record
 
 from reclib import records as reclib_records
 from reclib import system
-from reclib.config import InputError
-from reclib.data.prepare import DataConfig, evaluation, prepare, synthetic_dataset
+from reclib.config import DataConfig, InputError
+from reclib.data.dataset import evaluation
+from reclib.data.prepare import prepare, synthetic_dataset
 from reclib.experiments import data_prep
 from reclib.report import figures, findings, style, tables
 
