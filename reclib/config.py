@@ -1,7 +1,7 @@
-"""What a run is made of, as frozen and validated values.
+"""Configurations of runs, as frozen and validated dataclasses.
 
-Every configuration is a pydantic dataclass of primitives that refuses unknown names, wrong types and
-impossible values. Model sizes are data (`SIZES`), not code.
+Each is a pydantic dataclass of primitives that rejects unknown names, wrong types and invalid values. Model
+sizes are data (`SIZES`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Duplicates = Literal["keep", "exact", "first", "last"]
 Window = Literal["last", "random"]
 Norm = Literal["pre", "post"]
 
-# What may be claimed: every board of params/devices.yaml, and the family of boards that differ in memory.
+# GPU labels: every board of params/devices.yaml, and families of boards that differ in memory.
 _Cpu = Literal["cpu", "cpu1", "cpu2"]
 _Earlier = Literal["t4", "v100", "v100-16", "v100-32"]
 _Recent = Literal["l4", "a10g", "a100", "a100-40", "a100-80", "h100", "h200", "rtx4090"]
@@ -58,7 +58,7 @@ T = TypeVar("T")
 
 
 class InputError(ValueError):
-    """Something that the user gave is wrong: told in one line, without a traceback."""
+    """Wrong input by the user; printed in one line, without a traceback."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -209,13 +209,13 @@ class TrainConfig:
 
     @property
     def sampled(self) -> bool:
-        """Whether the loss looks at sampled items instead of the catalogue."""
+        """Whether the loss is over sampled items instead of the catalogue."""
         return self.loss in ("sampled_softmax", "gbce")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class AdapterConfig:
-    """One adapter: its kind, its size, and what of the model it adapts."""
+    """One adapter: its kind, size and targets."""
 
     kind: Kind = "lora"
     rank: Positive = 8  # r
@@ -242,14 +242,14 @@ class AdapterConfig:
 
     @property
     def scaling(self) -> float:
-        """What A x is multiplied by, before a gate: alpha / r, alpha / sqrt(r) or alpha K / r."""
+        """Factor of A x, before a gate: alpha / r, alpha / sqrt(r) or alpha K / r."""
         if self.kind == "rslora":
             return self.alpha / math.sqrt(self.rank)
         return self.alpha * (self.num_experts if self.kind == "ilora" else 1) / self.rank
 
 
-# Named sizes. "num_items" is the catalogue that the name's parameter count belongs to; a run on another
-# catalogue overrides it. 5m to 430m are those of the seed study, counted in its audit.
+# Named sizes. "num_items" is the catalogue for which the name states the parameter count; a run on another
+# catalogue overrides it. 5m to 430m are the sizes of the seed study, counted in its audit.
 _CPU = {"norm": "pre", "positions": "learned", "tied": True}
 _SEED = {"positions": "sinusoidal", "norm": "post", "embedding_norm": True, "tied": False}
 _SEED |= {"max_len": 50, "dropout": 0.25}
@@ -288,7 +288,7 @@ def model_config(size: str, **overrides: Any) -> ModelConfig:
 
 
 def divided(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the settings that are fields of ModelConfig and those of TrainConfig; refuse all others."""
+    """Divide settings into fields of ModelConfig and of TrainConfig; raise `InputError` for others."""
     model, train = _names(ModelConfig), _names(TrainConfig)
     for name in settings:
         if name not in model + train:
@@ -301,7 +301,7 @@ def divided(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
 
 
 def validated(kind: type[T], values: Mapping[str, Any]) -> T:
-    """Build the dataclass `kind` from `values`; raise `InputError` that names the parameter otherwise."""
+    """Build the dataclass `kind` from `values`; raise `InputError` that names a wrong parameter."""
     try:
         return kind(**values)
     except ValidationError as error:
@@ -319,7 +319,7 @@ LATER |= {"scale_items", "merge_variants"}
 
 
 def as_dict(config: Any) -> dict[str, Any]:
-    """Return a dataclass as it is recorded and hashed.
+    """Return a dataclass as a dictionary, for records and hashes.
 
     The fields in `LATER` are left out at their defaults, which keeps the hashes of earlier runs.
     """
@@ -328,7 +328,7 @@ def as_dict(config: Any) -> dict[str, Any]:
 
 
 def typed(text: str) -> Any:
-    """Read the value of a `-p NAME VALUE` as papermill does: a number, True, False, None, or the text."""
+    """Parse the value of `-p NAME VALUE` as papermill does: a number, True, False, None, or the text."""
     try:
         value = ast.literal_eval(text)
     except (SyntaxError, ValueError):
@@ -337,10 +337,10 @@ def typed(text: str) -> Any:
 
 
 def respelt(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `values` for the dataclass `kind` with known misspellings undone; print what was converted.
+    """Return `values` for the dataclass `kind`, converting texts to the types of fields; print conversions.
 
-    Papermill and YAML 1.1 take `-p tied false` and `learning_rate: 1e-3` for text. A text that its field
-    refuses is read as JSON where the field takes that. A list always is, so that an error names its entry.
+    Papermill and YAML 1.1 read `-p tied false` and `learning_rate: 1e-3` as text. A text that its field
+    rejects is parsed as JSON if the field accepts the result. A list always is: errors then name its entry.
     """
     fields = get_type_hints(kind, include_extras=True)
     result = dict(values)

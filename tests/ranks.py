@@ -68,7 +68,7 @@ def trained(case: str) -> tuple[Trainer, dict[str, Any]]:
     model = adapted() if case == "adapter" else Bert4Rec(small_model(**shape))
     if case == "prior":
         counts = baselines.fit_pairwise_counts(histories(LENGTHS), model.config.num_items, window=3)
-        model.prior = CountPrior.of_counts(counts, 0.3)
+        model.prior = CountPrior.from_counts(counts, 0.3)
     kept = bert4rec.SMALLEST_BYTES, distributed.ALONE_BYTES
     if case.startswith("sinks"):
         bert4rec.SMALLEST_BYTES, distributed.ALONE_BYTES = 0, 0

@@ -303,7 +303,7 @@ class Layout:
         if prior is None:
             return batch
         order = np.argsort(targets, kind="stable")  # as in `_queries`
-        entries = prior.of_samples(samples, self.causal, order)
+        entries = prior.for_samples(samples, self.causal, order)
         added: Any = {f"prior_{name}": torch.from_numpy(array) for name, array in entries._asdict().items()}
         return batch._replace(**added)
 

@@ -150,9 +150,9 @@ def printable(name: str) -> str:
 
 
 def _coarsest_unit(con: duckdb.DuckDBPyConnection) -> str:
-    """Turn microseconds into the coarsest unit that loses nothing, and return it."""
-    whole = ", ".join(f"bool_and(time % {size} = 0)" for size in MICROSECONDS.values())
-    row = con.execute(f"SELECT {whole} FROM raw").fetchone() or ()
+    """Convert microseconds to the coarsest unit without loss, and return it."""
+    divisible = ", ".join(f"bool_and(time % {size} = 0)" for size in MICROSECONDS.values())
+    row = con.execute(f"SELECT {divisible} FROM raw").fetchone() or ()
     unit, size = next(pair for pair, fits in zip(MICROSECONDS.items(), row, strict=True) if fits)
     if size > 1:
         con.execute(f"ALTER TABLE raw ALTER time SET DATA TYPE BIGINT USING time // {size}")
@@ -166,11 +166,11 @@ def _number_positions(con: duckdb.DuckDBPyConnection) -> str:
     return "order"
 
 
-# ---- which rows are valid: one query for all formats ------------------------------------------------------
+# ---- validation: one query for all formats ----------------------------------------------------------------
 
 
 class Bad(NamedTuple):
-    """A line that is no valid interaction, or several alike of which it is the first."""
+    """A bad line, or the first of several with one reason."""
 
     line: int
     reason: str  # under which it is counted

@@ -48,7 +48,7 @@ class CountPrior(nn.Module):
     settings: Tensor  # backward, decay, last, window, floor
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
-        """Use the tensors of `of_counts`, or those of a checkpoint under the same names."""
+        """Use the tensors of `from_counts`, or those of a checkpoint under the same names."""
         super().__init__()
         self.scale = nn.Parameter(tensors["scale"].detach().clone())  # ()
         for name in NAMES:
@@ -56,7 +56,7 @@ class CountPrior(nn.Module):
         self._numpy: tuple[sparse.csr_array, np.ndarray, np.ndarray] | None = None
 
     @classmethod
-    def of_counts(cls, counts: PairwiseCounts, floor: float) -> CountPrior:
+    def from_counts(cls, counts: PairwiseCounts, floor: float) -> CountPrior:
         """Return a prior of fitted counts; `floor` is the score at which it is log 2."""
         pairs = (counts.forward + np.float32(counts.backward) * counts.forward.T.tocsr()).tocsr()
         rows, columns = counts.scales(pairs)
@@ -80,11 +80,11 @@ class CountPrior(nn.Module):
         drawn = np.random.default_rng(0).permutation(len(split.valid.targets))[:FLOOR_USERS]
         positive = [scores[scores > 0] for _, scores in counts.scores(split.valid.rows(drawn))]
         values = torch.cat(positive).numpy() if positive else np.ones(1)
-        return cls.of_counts(counts, float(np.median(values)) if len(values) else 1.0)
+        return cls.from_counts(counts, float(np.median(values)) if len(values) else 1.0)
 
     def counted_anew(self, counts: PairwiseCounts) -> CountPrior:
         """Return a prior of other (newer) counts with this one's scale and floor, without training."""
-        prior = CountPrior.of_counts(counts, float(self.settings[-1]))
+        prior = CountPrior.from_counts(counts, float(self.settings[-1]))
         prior.scale.data.copy_(self.scale.data)
         return prior
 
@@ -126,14 +126,16 @@ class CountPrior(nn.Module):
         token_sequence = np.repeat(np.arange(len(lengths)), lengths)
         keys, local = np.unique(token_sequence * num_items + items, return_inverse=True)
         occurrences = sparse.csr_array((weight, (query, local[place])), shape=(len(known), len(keys)))
-        scores = (scores - occurrences @ self._own(items, token_sequence, local, len(keys))).tocsr()
+        scores = (scores - occurrences @ self._added(items, token_sequence, local, len(keys))).tocsr()
         scores.sort_indices()
         values = np.log1p(np.maximum(scores.data, 0) / np.float32(floor))
         rows = np.repeat(np.arange(len(known)), np.diff(scores.indptr))
         large = values > SMALLEST
         return Entries(rows[large], scores.indices[large].astype(np.int64), values[large].astype(np.float32))
 
-    def _own(self, items: np.ndarray, sequence: np.ndarray, local: np.ndarray, rows: int) -> sparse.csr_array:
+    def _added(
+        self, items: np.ndarray, sequence: np.ndarray, local: np.ndarray, rows: int
+    ) -> sparse.csr_array:
         """Return the contribution of the sequences themselves to the scaled counts of their items, (rows, I).
 
         `items` (T,) from 0, `sequence` (T,) the number of each item's sequence, `local` (T,) its row.
@@ -151,12 +153,12 @@ class CountPrior(nn.Module):
         value = (value * row_scale[items[row]] * column_scale[items[column]]).astype(np.float32)
         return sparse.csr_array((value, (local[row], items[column])), shape=(rows, len(row_scale)))
 
-    def of_samples(self, samples: Samples, causal: bool, order: np.ndarray) -> Entries:
+    def for_samples(self, samples: Samples, causal: bool, order: np.ndarray) -> Entries:
         """Return the prior of the targets of samples, in `order` (M,)."""
         tokens, lengths, sequence, known = whole_sequences(samples, causal)
         return self.entries(tokens, lengths, sequence[order], known[order])
 
-    def of_histories(self, histories: Histories, users: np.ndarray) -> Entries:
+    def for_histories(self, histories: Histories, users: np.ndarray) -> Entries:
         """Return the prior of the next item after the histories of `users`."""
         chosen = histories.rows(users)
         tokens = chosen.items[chosen.places()]
@@ -166,6 +168,6 @@ class CountPrior(nn.Module):
     def add_to(self, scores: Tensor, histories: Histories, users: np.ndarray) -> None:
         """Add the scaled prior of `users` to their scores (B, I), in place."""
         rows, columns, values = (
-            torch.from_numpy(a).to(scores.device) for a in self.of_histories(histories, users)
+            torch.from_numpy(a).to(scores.device) for a in self.for_histories(histories, users)
         )
         scores.view(-1).index_add_(0, rows * scores.shape[1] + columns, values * self.scale.to(values.device))

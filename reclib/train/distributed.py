@@ -323,23 +323,23 @@ def cause_of(failures: Sequence[Failure], processes: int, kills: int = 0) -> str
         return (3 if failure.message.startswith(_LOST) else 1), failure.rank
 
     first = min(failures, key=order)
-    who = f"rank {first.rank} of {processes}"
+    process = f"rank {first.rank} of {processes}"
     if first.code < 0 or not first.message:
-        return system.of_death(first.code, kills, who)
-    return f"{who}: {first.message.removeprefix(_LOST)}"
+        return system.of_death(first.code, kills, process)
+    return f"{process}: {first.message.removeprefix(_LOST)}"
 
 
 def report(error: InputError) -> None:
     """Print an error; in one of several processes, write it to torchrun's error file."""
-    who = ""
+    process = ""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         message = (_LOST if isinstance(error, LostContact) else "") + str(error)
         with contextlib.suppress(OSError):
             Path(file).write_text(json.dumps({"message": message, "timestamp": str(int(time.time()))}))
         if os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(_RUN):
             return  # `launch` prints it once for all processes
-        who = f"rank {os.environ.get('RANK')}: "
-    print(f"error: {who}{error}", file=sys.stderr)
+        process = f"rank {os.environ.get('RANK')}: "
+    print(f"error: {process}{error}", file=sys.stderr)
 
 
 def leave(code: int) -> int:

@@ -541,8 +541,8 @@ def operators(trainer: Trainer, steps: int, top: int, trace: Path | None = None)
         if micros > 0 and not (cuda and (event.device_type == DeviceType.CPU or event.is_user_annotation)):
             rows.append((event.key, event.count / steps, micros / 1e6 / steps))
     rows.sort(key=lambda row: -row[2])
-    if others := rows[top:]:
-        rows[top:] = [("all others", sum(row[1] for row in others), sum(row[2] for row in others))]
+    if remaining := rows[top:]:
+        rows[top:] = [("all others", sum(row[1] for row in remaining), sum(row[2] for row in remaining))]
     total = sum(seconds for *_, seconds in rows)
     return [Operator(name, calls, seconds, seconds / total) for name, calls, seconds in rows]
 

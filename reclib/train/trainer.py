@@ -398,7 +398,7 @@ class Trainer(Generic[M]):
         self.optimizer = make_optimizer(model, config)
         dtype = self.precision.autocast_dtype
         self.copies = HalfCopies(model, dtype) if config.half_copies and dtype else None
-        self.graphs = StepGraphs(self._whole_step, self.where) if graph else None
+        self.graphs = StepGraphs(self._captured_step, self.where) if graph else None
         for group in self.optimizer.param_groups if graph else ():
             group["lr"] = torch.tensor(config.learning_rate, device=self.where)  # read by the graph
             group["capturable"] = True
@@ -530,7 +530,7 @@ class Trainer(Generic[M]):
         self.skips += skipped.squeeze()
         return skipped
 
-    def _whole_step(self, batch: Batch, denominator: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _captured_step(self, batch: Batch, denominator: Tensor) -> tuple[Tensor, Tensor | None]:
         """Run gradients and update of one batch."""
         loss, norm = self._gradients([batch], denominator)
         self.optimizer.step()
