@@ -84,7 +84,7 @@ class ModelConfig:
     tied: bool = True  # the output table is the input table
     output_bias: bool = True
     output_mask_row: bool = True  # whether an untied output table has a row for MASK
-    causal: bool = False  # a position sees itself and what is before it: the causal twin (SASRec)
+    causal: bool = False  # a position attends to itself and earlier ones: the causal twin (SASRec)
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:
@@ -158,7 +158,7 @@ class TrainConfig:
     head_rows: Literal["targets", "all"] = "targets"  # positions that reach the output layer
     loss: Loss = "auto"  # routes to the full cross-entropy, or a sampled loss; see `losses`
     num_negatives: Positive = 256  # of a sampled loss, shared by the targets of a step
-    negatives: Literal["uniform", "popularity"] = "uniform"  # what they are drawn from
+    negatives: Literal["uniform", "popularity"] = "uniform"  # distribution of negatives
     logq: bool = True  # sampled_softmax: correct each negative for how likely it was drawn
     gbce_t: Share = 0.75  # gbce: calibration; 0 is plain binary cross-entropy
     head_multiple: Positive = 1  # scored rows of the output table are filled up to a multiple of this
@@ -223,7 +223,7 @@ class AdapterConfig:
     dropout: Probability = 0.0  # on the adapter's input
     targets: tuple[str, ...] = ENCODER  # names of `ilora.TARGETS`, or paths of single modules
     num_experts: Positive = 4  # K, of `ilora`; divides rank
-    representation: RepresentationName = "mean_embedding"  # what the gate of `ilora` looks at
+    representation: RepresentationName = "mean_embedding"  # input of the gate of `ilora`
     temperature: PositiveFloat = 1.0  # the gate is softmax(W z / temperature)
     control: Control = "none"  # `ilora` with something taken away: see `ilora.Representation`
     gate_seed: NonNegative = 0  # of the weights that control='fixed_gate' draws once

@@ -340,7 +340,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")  # what `reset_peak_memory` resets
+    status = Path("/proc/self/status")  # reset by `reset_peak_memory`
     if status.is_file() and (match := re.search(r"VmHWM:\s*(\d+)", status.read_text())):
         return int(match[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -370,7 +370,7 @@ def _adapter_parts(model: ModelConfig, adapter: AdapterPlan, T: float, G: float,
     D, F, L, N = model.hidden_dim, model.ffn_factor * model.hidden_dim, model.max_len, model.num_layers
     before, apart = (N - 1) * (8 * D + 2 * F) * T, G != T
     ends = T * (3 * D) + G * (2 * D) if apart else T * (4 * D)  # of queries, keys and values
-    first = T * D + (G * D if apart and N == 1 else 0)  # whose input is not trained
+    first = T * D + (G * D if apart and N == 1 else 0)  # maps without gradients of their input
     gate = T * (2 * D * (L + 2 * adapter.num_experts) + projection(model)) if adapter.kind == "ilora" else 0.0
     flops = 2 * adapter.rank * (3 * (before + ends + G * (4 * D + 2 * F)) - first) + gate
     elements = before + 3 * D * T + (6 * D + 2 * F) * G
@@ -384,7 +384,7 @@ def _adapter_parts(model: ModelConfig, adapter: AdapterPlan, T: float, G: float,
 # -- memory at the peak --------------------------------------------------------------------------------------
 
 LARGE_LOGITS_BYTES = 512 * 2**20  # of logits that any CUDA device holds whole; see `logits_limit`
-SMALLEST_SINK = 8 * 2**20  # bytes of a table whose gradient stays where it is, on a CPU (as in `bert4rec`)
+SMALLEST_SINK = 8 * 2**20  # bytes of the smallest table with a gradient sink (as in `bert4rec`)
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,9 @@ from reclib import system
 from reclib.config import InputError
 
 HELD_OUT = 2  # interactions at the end of a history that are targets
-
 ARRAYS = ("items", "offsets", "item_keys", "user_keys")
-
 CHUNK = 1 << 16  # keys decoded at a time
-
-MIN_LEN = 5  # interactions that every synthetic user has
+MIN_LEN = 5  # fewest interactions of a synthetic user
 
 
 class Keys:

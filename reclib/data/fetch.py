@@ -45,10 +45,8 @@ LIST = "datasets.yaml"
 RECEIVED = "received.json"
 
 BLOCK_BYTES = 1 << 20  # read, hashed or unpacked at a time
-
 TIMEOUT_SECONDS = 30  # without a byte arriving
 PIP_SECONDS = 180  # at most, for an index that stalls
-
 MAX_MEMBER_BYTES = 4 << 30  # of a zip member that is unpacked; ml-32m's ratings, the largest, are 0.9 GB
 
 SIGNATURES = {".gz": b"\x1f\x8b", ".zip": b"PK\x03\x04"}

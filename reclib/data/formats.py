@@ -43,7 +43,7 @@ with contextlib.suppress(ImportError):  # unzips faster, with the same interface
 
 GZIP_MAGIC, PARQUET_MAGIC = b"\x1f\x8b", b"PAR1"
 
-PACKED = {  # first bytes -> what the file is
+PACKED = {  # first bytes -> kind of file
     b"PK\x03\x04": "a zip archive",
     b"Rar!": "a rar archive",
     b"\x04\x22\x4d\x18": "an lz4 file",

@@ -67,7 +67,7 @@ _PARTS = ["y", "mo", "d", "h", "mi", "s", "f", "half", "sign", "zh", "zm"]
 # Types of Parquet columns that can hold a rating or a time, and with UUID an id.
 _NUMBER = r"U?(TINY|SMALL|BIG|HUGE)INT|U?INTEGER|FLOAT|DOUBLE|DECIMAL\(.*\)|VARCHAR|ENUM\(.*\)"
 
-# Reason for which `_checked` rejects a row -> the field that is wrong, and what was expected.
+# Reason for which `_checked` rejects a row -> the wrong field, and the expected value.
 _EXPECTED = {
     "user empty": ("user", "an id"),
     "item empty": ("item", "an id"),

@@ -39,9 +39,7 @@ Target = Literal["first", "last", "random"]
 Sampling = Literal["uniform", "popularity"]
 
 PARTS = ("past", "adaptation", "validation", "test")
-
 ROWS = 1 << 13  # rows whose negatives are drawn together
-
 ROUNDS = 30  # of drawing and rejecting, before the remaining rows are drawn from the whole catalogue
 
 
@@ -52,7 +50,7 @@ class Split(NamedTuple):
     train: Histories
     valid: Evaluation
     test: Evaluation
-    about: dict[str, Any]  # plain JSON: counts, time points, what was left out
+    about: dict[str, Any]  # plain JSON: counts, points in time, numbers of users and rows left out
 
 
 def leave_one_out(dataset: Dataset) -> Split:
@@ -169,7 +167,7 @@ SPLIT_TITLES = {
 
 
 def row_users(dataset: Dataset, histories: Histories) -> np.ndarray:
-    """Return int64 (rows,): the user whose history each row is."""
+    """Return int64 (rows,): the user of each history."""
     return np.searchsorted(dataset.offsets, histories.starts, side="right") - 1
 
 
@@ -403,7 +401,7 @@ def _draw(
         drawn[rows, filled[rows] + within(accepted)] = pairs % width
         filled += accepted
         excluded = np.sort(np.concatenate([excluded, pairs]))
-    for number in np.flatnonzero(filled < count):  # few: those who had most of what is popular
+    for number in np.flatnonzero(filled < count):  # few users, who had most of the popular items
         free = weights.copy()
         free[excluded[excluded // width == number] % width] = 0.0
         chosen = generator.choice(width, count - filled[number], replace=False, p=free / free.sum())

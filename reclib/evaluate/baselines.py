@@ -323,7 +323,7 @@ def families(times: np.ndarray | None = None) -> dict[str, Family]:
     baselines = {
         "popularity": Family(fit_popularity, {}),
         "recent_popularity": Family(fit_recent, {"last": (1, 2, 5, 10, 20, 50)}),
-        # Below a hundred or so, popularity only orders what the transitions leave equal.
+        # Below about a hundred, popularity only breaks ties of the transitions.
         "markov": Family(fit_markov, {"smoothing": (1.0, 100.0, 300.0, 1000.0, 3000.0, 10_000.0)}),
         "item_knn": Family(fit_item_knn, {"neighbours": (2, 5, 10, 30, 100), "shrink": (0.0, 10.0, 100.0)}),
         "ease": Family(fit_ease, {"regularisation": (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)}),

@@ -371,7 +371,7 @@ def interleave(
     clocks = {name: _Clock(trainer, len(trainers) == 1) for name, trainer in trainers.items()}
     on_cuda = any(clock.on_cuda for clock in clocks.values())
     if on_cuda:
-        torch.cuda.empty_cache()  # what is reserved is then of these
+        torch.cuda.empty_cache()  # so that reserved memory is that of the trainers
     rounds: list[Callable[[_Clock], None]] = [lambda clock: clock.warm_up(warmup)]
     rounds += [lambda clock: clock.round(steps)] * repeats
     rounds += [_Clock.energy] if gpu_energy and on_cuda else []
