@@ -527,11 +527,6 @@ def machine_bytes() -> int:
     return min(sizes + [int(text) for text in limits if text.isdecimal()])
 
 
-def device_bytes(device: Device) -> int:
-    """Return the memory of a device in bytes, for a CPU that of the machine or its container."""
-    return device.card.memory_bytes or machine_bytes()
-
-
 def usable(memory_bytes: int, device_type: str) -> int:
     """Return the bytes of a device's memory that are available for tensors."""
     return int(USABLE * memory_bytes) - (CONTEXT_BYTES if device_type == "cuda" else 0)
@@ -624,5 +619,5 @@ def demand_room(
     if config.micro_batch_size is None:
         config = changed(config, micro_batch_size=config.batch_size // processes)
     precision = choose_precision(config.precision, device.card).name
-    room = device_bytes(device) if room is None else room
+    room = (device.card.memory_bytes or machine_bytes()) if room is None else room
     return require_fit(model, config, lengths, room, precision, device.torch_device.type)

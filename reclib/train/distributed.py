@@ -108,15 +108,6 @@ def divide_threads(label: str) -> None:
         torch.set_num_threads(place(int(os.environ["LOCAL_WORLD_SIZE"]), label).threads)
 
 
-def refuse_other_count(saved: int, current: int, folder: Path) -> None:
-    """Raise `InputError` if an unfinished run would resume with another number of processes."""
-    if saved != current:
-        raise InputError(
-            f"the run in {folder.name} was begun with nproc={saved}, and here nproc is {current}: go on with "
-            f"nproc={saved}, or start anew in another folder"
-        )
-
-
 @contextlib.contextmanager
 def _reached() -> Iterator[None]:
     """Turn a failure of torch's collectives into `LostContact`."""

@@ -607,8 +607,11 @@ class Trainer(Generic[M]):
             tensors, state = saving.load_checkpoint(newest)
             refuse_other(state["identity"], self.identity(), folder)
             progress = Progress(**state["progress"])
-            if not progress.done:
-                distributed.refuse_other_count(progress.processes, self.ranks.count, folder)
+            if not progress.done and (saved := progress.processes) != self.ranks.count:
+                raise InputError(
+                    f"the run in {folder.name} was begun with nproc={saved}, and here nproc is "
+                    f"{self.ranks.count}: go on with nproc={saved}, or start anew in another folder"
+                )
             load_unique(self.model, {k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
             optimizer = self.optimizer.state_dict()
             optimizer["state"] = {}
