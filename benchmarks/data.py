@@ -80,7 +80,7 @@ def loading(path: Path, folder: Path) -> Row:
     """Load a prepared folder; seconds and added memory until the trainer could ask for its first batch."""
     from reclib.config import TrainConfig, model_config
     from reclib.data import batches
-    from reclib.data.prepare import load, train_histories
+    from reclib.data.dataset import load, train_histories
 
     before, began = resident_bytes(), time.perf_counter()
     dataset = load(path)

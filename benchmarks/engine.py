@@ -96,7 +96,7 @@ def variant(name: str, shape: str, dataset: Any, timed: int, warmup: int, evalua
 
     from reclib import hardware
     from reclib.config import changed
-    from reclib.data.prepare import evaluation
+    from reclib.data.dataset import evaluation
     from reclib.experiments import speed
     from reclib.model.bert4rec import Bert4Rec
     from reclib.train import timing

@@ -22,7 +22,8 @@ from common import ROOT, run_process
 from reclib import records
 from reclib.config import AdapterConfig, TrainConfig, model_config, validated
 from reclib.cost.work import AdapterPlan
-from reclib.data.prepare import synthetic_dataset, train_histories
+from reclib.data.dataset import train_histories
+from reclib.data.prepare import synthetic_dataset
 from reclib.hardware import cpu_model as here
 
 Row = dict[str, Any]

@@ -21,8 +21,8 @@ from engine import configs, dataset_of
 
 from reclib import hardware
 from reclib.config import changed
-from reclib.data.dataset import Evaluation, Histories
-from reclib.data.prepare import evaluation, synthetic_dataset, train_histories
+from reclib.data.dataset import Evaluation, Histories, evaluation, train_histories
+from reclib.data.prepare import synthetic_dataset
 from reclib.evaluate import metrics
 from reclib.model.bert4rec import Bert4Rec
 from reclib.train import timing

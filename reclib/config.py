@@ -1,7 +1,7 @@
-"""What a run is made of, as frozen and validated values.
+"""Configurations of runs, as frozen and validated dataclasses.
 
-Every configuration is a pydantic dataclass of primitives that refuses unknown names, wrong types and
-impossible values. Model sizes are data (`SIZES`), not code.
+Each is a pydantic dataclass of primitives that rejects unknown names, wrong types and invalid values. Model
+sizes are data (`SIZES`).
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ Duplicates = Literal["keep", "exact", "first", "last"]
 Window = Literal["last", "random"]
 Norm = Literal["pre", "post"]
 
-# What may be claimed: every board of params/devices.yaml, and the family of boards that differ in memory.
+# GPU labels: every board of params/devices.yaml, and families of boards that differ in memory.
 _Cpu = Literal["cpu", "cpu1", "cpu2"]
-_Old = Literal["t4", "v100", "v100-16", "v100-32"]
-_New = Literal["l4", "a10g", "a100", "a100-40", "a100-80", "h100", "h200", "rtx4090"]
-GpuLabel = Literal["auto", _Cpu, _Old, _New]
+_Earlier = Literal["t4", "v100", "v100-16", "v100-32"]
+_Recent = Literal["l4", "a10g", "a100", "a100-40", "a100-80", "h100", "h200", "rtx4090"]
+GpuLabel = Literal["auto", _Cpu, _Earlier, _Recent]
 GPU_LABELS: tuple[str, ...] = get_args(GpuLabel)
 CPU_LABELS: tuple[str, ...] = get_args(_Cpu)
 
@@ -58,7 +58,7 @@ T = TypeVar("T")
 
 
 class InputError(ValueError):
-    """Something that the user gave is wrong: told in one line, without a traceback."""
+    """Wrong input by the user; printed in one line, without a traceback."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -79,14 +79,12 @@ class ModelConfig:
     final_norm: bool = True  # LayerNorm after the last layer
     positions: Literal["learned", "sinusoidal"] = "learned"
     position_origin: Literal["first", "last"] = "first"  # count from the first item or back from the last
-    scale_items: bool = (
-        False  # item vectors times sqrt(D) before positions are added (Vaswani et al. 2017, 3.4)
-    )
+    scale_items: bool = False  # multiply item vectors by sqrt(D) (Vaswani et al. 2017, section 3.4)
     head: Literal["linear", "mlp"] = "linear"  # mlp: Linear-GELU-LayerNorm-Dropout before the output table
     tied: bool = True  # the output table is the input table
     output_bias: bool = True
     output_mask_row: bool = True  # whether an untied output table has a row for MASK
-    causal: bool = False  # a position sees itself and what is before it: the causal twin (SASRec)
+    causal: bool = False  # a position attends to itself and earlier ones: the causal twin (SASRec)
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:
@@ -160,15 +158,13 @@ class TrainConfig:
     head_rows: Literal["targets", "all"] = "targets"  # positions that reach the output layer
     loss: Loss = "auto"  # routes to the full cross-entropy, or a sampled loss; see `losses`
     num_negatives: Positive = 256  # of a sampled loss, shared by the targets of a step
-    negatives: Literal["uniform", "popularity"] = "uniform"  # what they are drawn from
+    negatives: Literal["uniform", "popularity"] = "uniform"  # distribution of negatives
     logq: bool = True  # sampled_softmax: correct each negative for how likely it was drawn
     gbce_t: Share = 0.75  # gbce: calibration; 0 is plain binary cross-entropy
     head_multiple: Positive = 1  # scored rows of the output table are filled up to a multiple of this
     bucket_steps: Positive = 16  # sizes per octave of rows and targets; fewer (4) for compile_mode=graph
     # optimiser
-    optimizer: Literal["fused", "loop", "muon"] = (
-        "fused"  # AdamW; loop: torch's default on CPU; see `trainer`
-    )
+    optimizer: Literal["fused", "loop", "muon"] = "fused"  # AdamW, AdamW without fusing, Muon; see `trainer`
     learning_rate: PositiveFloat = 1e-3
     weight_decay: NonNegativeFloat = 0.01
     lr_warmup_steps: NonNegative = 100  # optimiser steps of linear warm-up
@@ -213,13 +209,13 @@ class TrainConfig:
 
     @property
     def sampled(self) -> bool:
-        """Whether the loss looks at sampled items instead of the catalogue."""
+        """Whether the loss is over sampled items instead of the catalogue."""
         return self.loss in ("sampled_softmax", "gbce")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class AdapterConfig:
-    """One adapter: its kind, its size, and what of the model it adapts."""
+    """One adapter: its kind, size and targets."""
 
     kind: Kind = "lora"
     rank: Positive = 8  # r
@@ -227,7 +223,7 @@ class AdapterConfig:
     dropout: Probability = 0.0  # on the adapter's input
     targets: tuple[str, ...] = ENCODER  # names of `ilora.TARGETS`, or paths of single modules
     num_experts: Positive = 4  # K, of `ilora`; divides rank
-    representation: RepresentationName = "mean_embedding"  # what the gate of `ilora` looks at
+    representation: RepresentationName = "mean_embedding"  # input of the gate of `ilora`
     temperature: PositiveFloat = 1.0  # the gate is softmax(W z / temperature)
     control: Control = "none"  # `ilora` with something taken away: see `ilora.Representation`
     gate_seed: NonNegative = 0  # of the weights that control='fixed_gate' draws once
@@ -246,14 +242,14 @@ class AdapterConfig:
 
     @property
     def scaling(self) -> float:
-        """What A x is multiplied by, before a gate: alpha / r, alpha / sqrt(r) or alpha K / r."""
+        """Factor of A x, before a gate: alpha / r, alpha / sqrt(r) or alpha K / r."""
         if self.kind == "rslora":
             return self.alpha / math.sqrt(self.rank)
         return self.alpha * (self.num_experts if self.kind == "ilora" else 1) / self.rank
 
 
-# Named sizes. "num_items" is the catalogue that the name's parameter count belongs to; a run on another
-# catalogue overrides it. 5m to 430m are those of the seed study, counted in its audit.
+# Named sizes. "num_items" is the catalogue for which the name states the parameter count; a run on another
+# catalogue overrides it. 5m to 430m are the sizes of the seed study, counted in its audit.
 _CPU = {"norm": "pre", "positions": "learned", "tied": True}
 _SEED = {"positions": "sinusoidal", "norm": "post", "embedding_norm": True, "tied": False}
 _SEED |= {"max_len": 50, "dropout": 0.25}
@@ -261,9 +257,9 @@ _5M = {"positions": "learned", "norm": "pre", "tied": False, "output_mask_row": 
 
 
 def _size(
-    of: Mapping[str, Any], width: int, depth: int, heads: int, items: int, **more: Any
+    base: Mapping[str, Any], width: int, depth: int, heads: int, items: int, **overrides: Any
 ) -> dict[str, Any]:
-    return {**of, "hidden_dim": width, "num_layers": depth, "num_heads": heads, "num_items": items, **more}
+    return dict(base, hidden_dim=width, num_layers=depth, num_heads=heads, num_items=items, **overrides)
 
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -292,7 +288,7 @@ def model_config(size: str, **overrides: Any) -> ModelConfig:
 
 
 def divided(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the settings that are fields of ModelConfig and those of TrainConfig; refuse all others."""
+    """Divide settings into fields of ModelConfig and of TrainConfig; raise `InputError` for others."""
     model, train = _names(ModelConfig), _names(TrainConfig)
     for name in settings:
         if name not in model + train:
@@ -305,7 +301,7 @@ def divided(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
 
 
 def validated(kind: type[T], values: Mapping[str, Any]) -> T:
-    """Build the dataclass `kind` from `values`; raise `InputError` that names the parameter otherwise."""
+    """Build the dataclass `kind` from `values`; raise `InputError` that names a wrong parameter."""
     try:
         return kind(**values)
     except ValidationError as error:
@@ -317,31 +313,22 @@ def changed(config: T, **values: Any) -> T:
     return validated(type(config), {name: getattr(config, name) for name in _names(config)} | values)
 
 
-LATER = (
-    "head_multiple",
-    "half_copies",
-    "max_line_mb",
-    "prior",
-    "ties",
-    "ties_seed",
-    "table_dim",
-    "scale_items",
-    "merge_variants",
-)  # fields that came after the first records
+# Fields that were added after the first records.
+LATER = {"head_multiple", "half_copies", "max_line_mb", "prior", "ties", "ties_seed", "table_dim"}
+LATER |= {"scale_items", "merge_variants"}
 
 
 def as_dict(config: Any) -> dict[str, Any]:
-    """Return a dataclass as it is recorded and hashed.
+    """Return a dataclass as a dictionary, for records and hashes.
 
-    Fields that `LATER` names are left out at their defaults: the hashes of runs from before they were there
-    stay what they were.
+    The fields in `LATER` are left out at their defaults, which keeps the hashes of earlier runs.
     """
     later = {f.name: f.default for f in dataclasses.fields(config) if f.name in LATER}
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in later or v != later[k]}
 
 
 def typed(text: str) -> Any:
-    """Read the value of a `-p NAME VALUE` as papermill does: a number, True, False, None, or the text."""
+    """Parse the value of `-p NAME VALUE` as papermill does: a number, True, False, None, or the text."""
     try:
         value = ast.literal_eval(text)
     except (SyntaxError, ValueError):
@@ -350,10 +337,10 @@ def typed(text: str) -> Any:
 
 
 def respelt(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `values` for the dataclass `kind` with known misspellings undone; print what was converted.
+    """Return `values` for the dataclass `kind`, converting texts to the types of fields; print conversions.
 
-    Papermill and YAML 1.1 take `-p tied false` and `learning_rate: 1e-3` for text. A text that its field
-    refuses is read as JSON where the field takes that. A list always is, so that an error names its entry.
+    Papermill and YAML 1.1 read `-p tied false` and `learning_rate: 1e-3` as text. A text that its field
+    rejects is parsed as JSON if the field accepts the result. A list always is: errors then name its entry.
     """
     fields = get_type_hints(kind, include_extras=True)
     result = dict(values)
@@ -389,12 +376,11 @@ def _names(kind: Any) -> list[str]:
 
 
 def _sentence(error: Any, names: list[str]) -> str:
-    where = ".".join(map(str, error["loc"]))
+    name = ".".join(map(str, error["loc"]))
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"unknown parameter {where!r}{nearest(where, names)}; allowed: {', '.join(names)}"
+        return f"unknown parameter {name!r}{nearest(name, names)}; allowed: {', '.join(names)}"
     if error["type"] == "missing":
-        return f"parameter {where!r} is missing"
+        return f"parameter {name!r} is missing"
     message = error["msg"].removeprefix("Value error, ")
-    return (
-        f"parameter {where!r} is {error['input']!r}: {message[:1].lower()}{message[1:]}" if where else message
-    )
+    reason = message[:1].lower() + message[1:]
+    return f"parameter {name!r} is {error['input']!r}: {reason}" if name else message

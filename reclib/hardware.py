@@ -1,7 +1,7 @@
-"""What device this is, what precision it should train in, and how to measure on it honestly.
+"""The device of this machine, the precision to train in, and measuring time and memory.
 
-Decisions are pure functions of a `Card`, so that they can be tested for devices that are not there. Devices
-that are not here are `Board`s: what their makers say of them, from `params/devices.yaml`.
+Decisions are pure functions of a `Card`, so that they can be tested for any device. A `Board` is a GPU of the
+catalogue `params/devices.yaml`, with the numbers of its data sheet.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ GIB = 2**30
 # The CPU with a stated number of threads: devices of their own, with records of their own.
 CPU_THREADS = {"cpu1": 1, "cpu2": 2}
 
-# Words of a CUDA device's name that say it is less than the board: a part of one, or another chip.
+# Words in the name of a CUDA device that is a part of a board, or another chip.
 OTHER_CHIPS = {"mig", "laptop", "d"}
 
 
@@ -52,7 +52,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Device:
-    """The device that a run uses, beside the one that was asked for."""
+    """The device that a run uses, with the gpu label of the request."""
 
     torch_device: torch.device
     card: Card
@@ -60,23 +60,23 @@ class Device:
 
     @property
     def label(self) -> str:
-        """Label of the device that is really there."""
+        """Label of the device in use."""
         return self.card.label
 
     @property
     def is_claimed(self) -> bool:
-        """Whether what was asked for is what is there ("auto" takes what is there)."""
+        """Whether the device in use has the requested label; always for "auto"."""
         board = of_memory(self.label, self.card.memory_bytes or 0)
         return self.claimed in ("auto", self.label, board and board.label)
 
 
-# -- the device that is here ---------------------------------------------------------------------------------
+# -- the device of this machine ------------------------------------------------------------------------------
 
 
 def label_of(name: str) -> str:
-    """Return the family of boards that a CUDA device belongs to by its name, else "other".
+    """Return the family of boards of a CUDA device by its name, else "other".
 
-    Whole words, so that L40 is no L4, or two in a row (RTX 4090). "H100 NVL" and "H100 PCIe" are H100s too.
+    Matches words, so that L40 is not L4, or two in a row (RTX 4090). "H100 NVL" and "H100 PCIe" are H100.
     """
     words = name.lower().replace("-", " ").split()
     if OTHER_CHIPS & set(words):
@@ -86,7 +86,7 @@ def label_of(name: str) -> str:
 
 
 def probe() -> Card:
-    """Describe the device that is there: the first CUDA device, else the CPU."""
+    """Describe the first CUDA device, or the CPU if there is none."""
     import torch
 
     if not torch.cuda.is_available():
@@ -103,7 +103,7 @@ def probe() -> Card:
 
 
 def cpu_card(claimed: str, cores: int, threads: int) -> Card:
-    """Describe the CPU as it is used under the label `claimed`: with its threads if the cores are there."""
+    """Describe the CPU under the label `claimed`, with that label's threads if there are enough cores."""
     number = CPU_THREADS.get(claimed)
     if number is None or number > cores:
         return Card(type="cpu", name=cpu_name(), label="cpu", threads=threads)
@@ -111,12 +111,12 @@ def cpu_card(claimed: str, cores: int, threads: int) -> Card:
 
 
 def find(claimed: str = "auto", card: Card | None = None) -> Device:
-    """Return the device to use for the gpu label `claimed`; nothing is set.
+    """Return the device to use for the gpu label `claimed`, without setting up torch.
 
-    A label is a claim: a run on another device goes on there, and everything measured carries that device.
-    "cpu" is a choice and is always honoured, and so is "cpu1" or "cpu2" where there are as many cores. `card`
-    is the device that is there, None: the one of `probe`. Raises `InputError` for an unknown label and for a
-    GPU that this torch build has no kernels for.
+    If the claimed GPU is not there, the run uses the device of this machine, and its records name that one.
+    "cpu" is always used, and so are "cpu1" and "cpu2" with enough cores. `card` describes the device; the
+    default is `probe()`. Raises `InputError` for an unknown label and for a GPU without kernels in this torch
+    build.
     """
     import torch
 
@@ -130,21 +130,21 @@ def find(claimed: str = "auto", card: Card | None = None) -> Device:
 
 
 def resolve(claimed: str = "auto", card: Card | None = None) -> Device:
-    """Find the device for a gpu label and set torch up for it, for the rest of the process."""
+    """Return the device for a gpu label and set up torch for it in this process."""
     import torch
 
     device = find(claimed, card)
     if device.card.type == "cuda":
-        # From torch 2.9 on cuDNN's attention comes first on capability 9 and 10, and plans anew, tens of
-        # milliseconds, for every shape of rows; the shapes of packed rows change step by step.
+        # From torch 2.9 on cuDNN's attention is preferred on capability 9 and 10. It takes tens of
+        # milliseconds to plan each new shape, and the shapes of packed rows change from step to step.
         torch.backends.cuda.enable_cudnn_sdp(False)
         return device
-    # The number of threads is set even where torch has that many: until then MKL may take fewer for a call as
-    # it sees fit (MKL_DYNAMIC), and a matrix product over another number of threads rounds otherwise.
+    # Set the number of threads even if it is unchanged: otherwise MKL may use fewer for a call (MKL_DYNAMIC),
+    # and a matrix product with another number of threads rounds differently.
     torch.set_num_threads(CPU_THREADS.get(device.label, torch.get_num_threads()))
-    # Numbers below 1.2e-38 are zero. Once attention is sharp, some per cent of its probabilities are that
-    # small: a step of training took 1.7 times as long with them (FINDINGS.md). The setting belongs to a
-    # thread and is passed on to those that it starts, so this comes before the first parallel operation.
+    # Flush numbers below 1.2e-38 to zero. Sharp attention has a few per cent of such probabilities, with
+    # which a training step took 1.7 times as long (FINDINGS.md). Threads inherit the setting from the thread
+    # that starts them, so it must come before the first parallel operation.
     torch.set_flush_denormal(True)
     return device
 
@@ -156,22 +156,22 @@ def usable_cores() -> int:
 
 
 def visible_gpus() -> list[tuple[str, str]]:
-    """Return (what to set CUDA_VISIBLE_DEVICES to, label) of each GPU that this process may use."""
+    """Return (value for CUDA_VISIBLE_DEVICES, label) of each GPU that this process may use."""
     import torch
 
     count = torch.cuda.device_count()
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = [str(i) for i in range(count)] if given is None else given.split(",")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(i) for i in range(count)] if visible is None else visible.split(",")
     return [(names[i].strip(), label_of(torch.cuda.get_device_name(i))) for i in range(count)]
 
 
 def check_build(card: Card) -> None:
-    """Refuse a CUDA device that this torch build holds no kernels for, and say what to install."""
+    """Raise `InputError` with advice for a CUDA device without kernels in this torch build."""
     import torch
 
     if card.type != "cuda" or card.capability is None:
         return
-    # Binary code (sm_xx) runs on its own major version from its minor up; PTX (compute_xx) on anything newer.
+    # Binary code (sm_xx) runs on its major version from its minor version up; PTX (compute_xx) on all newer.
     for arch in card.arch_list:
         kind, digits = re.fullmatch(r"([a-z]+)_(\d+)[a-z]?", arch).groups()  # type: ignore[union-attr]
         built = divmod(int(digits), 10)
@@ -189,7 +189,7 @@ def _version(card: Card) -> str:
 
 
 def device_card(device: Device) -> dict[str, Any]:
-    """Return what a record says of the device: card, torch, CUDA and driver versions."""
+    """Return the device of a record: card, torch, CUDA and driver versions."""
     import torch
 
     card = asdict(device.card)
@@ -205,7 +205,7 @@ def device_card(device: Device) -> dict[str, Any]:
 
 
 def driver_version() -> str | None:
-    """Return the version of NVIDIA's driver as its library says it; None where there is none."""
+    """Return the version of NVIDIA's driver from its library; None without one."""
     try:
         library = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
@@ -216,25 +216,25 @@ def driver_version() -> str | None:
 
 
 def cpu_name() -> str:
-    """Return what this machine's CPU calls itself; several generations may share a name."""
+    """Return the name of this machine's CPU; several generations may share a name."""
     return _cpuinfo().get("model name") or platform.processor() or platform.machine()
 
 
 def cpu_model() -> str:
-    """Return a short name that tells generations apart, such as `Intel Xeon 6/207` (family and model)."""
+    """Return a short name with family and model, such as `Intel Xeon 6/207`."""
     numbers = [_cpuinfo()[name] for name in ("cpu family", "model") if name in _cpuinfo()]
     return f"{short_cpu(cpu_name())} {'/'.join(numbers)}".strip()
 
 
 def short_cpu(name: str) -> str:
-    """Return a CPU's name without marks and words that say nothing."""
+    """Return a CPU's name without trademarks, frequency and generic words."""
     words = re.sub(r"\((R|TM)\)|@.*", "", name).split()
     return " ".join(word for word in words if word not in ("Processor", "CPU"))
 
 
 @functools.cache
 def _cpuinfo() -> dict[str, str]:
-    """Return what Linux says of the first core; nothing elsewhere."""
+    """Return Linux's description of the first core; empty on other systems."""
     if sys.platform != "linux":
         return {}
     first = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
@@ -246,7 +246,7 @@ def _cpuinfo() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class PrecisionChoice:
-    """What a run computes in, and why."""
+    """The precision of a run, and the reason for it."""
 
     name: str  # fp32, tf32, bf16 or fp16
     reason: str
@@ -265,16 +265,16 @@ class PrecisionChoice:
 
 
 def choose_precision(precision: str, card: Card) -> PrecisionChoice:
-    """Return what a run with the parameter `precision` computes in on `card`.
+    """Return the precision on `card` of a run with the parameter `precision`.
 
-    "auto" goes by compute capability, never by `is_bf16_supported()`, which is true on a V100 by emulation.
-    Raises `InputError` for a precision that the device has no units for.
+    "auto" follows compute capability: `is_bf16_supported()` is true on a V100, which emulates it. Raises
+    `InputError` for a precision that the hardware does not support.
     """
-    on_cpu, where = card.type == "cpu", f"capability {_version(card)}"
+    on_cpu, version = card.type == "cpu", f"capability {_version(card)}"
     capability = card.capability or (0, 0)
     if precision in ("tf32", "bf16") and not on_cpu and capability < (8, 0):
         raise InputError(
-            f"precision {precision} needs capability 8.0; {card.name} has {where}: use fp16 or fp32"
+            f"precision {precision} needs capability 8.0; {card.name} has {version}: use fp16 or fp32"
         )
     if precision == "tf32" and on_cpu:
         raise InputError("precision tf32 exists on CUDA devices of capability 8.0 and above, not on a CPU")
@@ -283,21 +283,21 @@ def choose_precision(precision: str, card: Card) -> PrecisionChoice:
     if on_cpu:
         return PrecisionChoice("fp32", "auto: fp32 on a CPU")
     if capability >= (8, 0):
-        return PrecisionChoice("bf16", f"auto: {where} is at least 8.0")
+        return PrecisionChoice("bf16", f"auto: {version} is at least 8.0")
     if capability >= (7, 0):
-        return PrecisionChoice("fp16", f"auto: {where} has fp16 tensor cores and no bf16")
-    return PrecisionChoice("fp32", f"auto: {where} has no tensor cores")
+        return PrecisionChoice("fp16", f"auto: {version} has fp16 tensor cores and no bf16")
+    return PrecisionChoice("fp32", f"auto: {version} has no tensor cores")
 
 
 def set_matmul_precision(choice: PrecisionChoice) -> None:
-    """Let fp32 products use TF32 units if and only if that was chosen."""
+    """Allow TF32 in fp32 products if the choice is tf32, else forbid it."""
     import torch
 
     torch.set_float32_matmul_precision("high" if choice.name == "tf32" else "highest")
 
 
 def compile_choice(mode: str, card: Card, has_compiler: bool) -> tuple[str, str]:
-    """Return the compile mode that is used and why, for the mode asked for."""
+    """Return the compile mode to use for a requested mode, and the reason."""
     if card.type == "cpu" and mode in ("reduce-overhead", "graph"):
         return "off", f"not applicable: {mode} is CUDA graphs, and this is a CPU"
     if card.type == "cpu" and mode != "off" and not has_compiler:
@@ -307,7 +307,7 @@ def compile_choice(mode: str, card: Card, has_compiler: bool) -> tuple[str, str]
 
 
 def has_compiler() -> bool:
-    """Return whether the C++ compiler is there that `torch.compile` calls on a CPU: `CXX`, if set, alone."""
+    """Return whether `torch.compile` finds its C++ compiler on a CPU: only `CXX`, if that is set."""
     default = "clang++" if sys.platform == "darwin" else "g++"
     return shutil.which(os.environ.get("CXX", default)) is not None
 
@@ -316,7 +316,7 @@ def has_compiler() -> bool:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that was asked of it."""
+    """Wait until the device has finished all its work."""
     import torch
 
     if device.type == "cuda":
@@ -324,13 +324,13 @@ def synchronize(device: torch.device) -> None:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start a new peak where the platform can: CUDA's counters, or the kernel's on Linux."""
+    """Reset the peak of memory, in CUDA's counters or in Linux's for this process."""
     import torch
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
-        with contextlib.suppress(OSError):  # not permitted in some containers: it is then the whole process's
+        with contextlib.suppress(OSError):  # not permitted in some containers: the peak is then not reset
             Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -340,7 +340,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")  # what `reset_peak_memory` resets
+    status = Path("/proc/self/status")  # reset by `reset_peak_memory`
     if status.is_file() and (match := re.search(r"VmHWM:\s*(\d+)", status.read_text())):
         return int(match[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -348,11 +348,11 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def keep_freed_memory() -> bool:
-    """Ask glibc to keep what is freed, so that each step reuses its buffers; return whether it did.
+    """Make glibc keep freed memory, so that each step reuses its buffers; return whether it succeeded.
 
-    By default glibc gives blocks over some megabytes back to the kernel and takes them again zeroed, page by
-    page. Blocks of 32 MiB and more still come from the kernel: kept, they would fragment the heap; those of a
-    step stay allocated anyway (see `bert4rec`). No effect on other C libraries.
+    By default glibc returns blocks of some megabytes to the kernel and gets them back zeroed, page by page.
+    Blocks of 32 MiB and more are still returned, since keeping them would fragment the heap; those of a step
+    stay allocated (see `bert4rec`). No effect with other C libraries.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -362,9 +362,9 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(m_mmap_threshold, 32 * 2**20)) and bool(mallopt(m_trim_threshold, 2**31 - 1))
 
 
-# -- devices that are not here -------------------------------------------------------------------------------
-# A gpu label may stand for several boards ("v100" for 16 and 32 GB). Whoever needs one number of a label gets
-# it only where its boards agree: an unknown device has no peak, and so no MFU.
+# -- the catalogue of GPUs -----------------------------------------------------------------------------------
+# A gpu label may stand for several boards ("v100" for 16 and 32 GB). A label has a peak, and so an MFU, only
+# where its boards agree.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -379,14 +379,14 @@ class Board:
     power: float  # W, at most
     peaks: dict[str, float] = field(hash=False)  # dense FLOP/s by precision
     source: str
-    build: str = ""  # what torch build it needs, where not any
+    build: str = ""  # the torch build that it needs, if not any
 
-    def precision(self, wanted: str = "auto") -> str:
-        """Return what `wanted` means here: auto is bf16 from capability 8.0, below it fp16.
+    def precision(self, name: str = "auto") -> str:
+        """Return the precision for `name`; auto is bf16 from capability 8.0, below it fp16.
 
-        Raises `InputError` for a precision that the device has no units for.
+        Raises `InputError` for a precision that the hardware does not support.
         """
-        chosen = ("bf16" if self.capability >= (8, 0) else "fp16") if wanted == "auto" else wanted
+        chosen = ("bf16" if self.capability >= (8, 0) else "fp16") if name == "auto" else name
         if chosen not in self.peaks:
             known = ", ".join(self.peaks)
             raise InputError(f"precision {chosen!r}: {self.name} has no units for it; allowed: {known}")
@@ -399,13 +399,13 @@ def catalogue() -> dict[str, Board]:
     return {
         label: Board(
             label=label,
-            capability=tuple(given.pop("capability")),
-            memory_bytes=int(given.pop("memory") * GIB),
-            bandwidth=given.pop("bandwidth") * 1e9,
-            peaks={precision: tera * 1e12 for precision, tera in given.pop("peaks").items()},
-            **given,
+            capability=tuple(values.pop("capability")),
+            memory_bytes=int(values.pop("memory") * GIB),
+            bandwidth=values.pop("bandwidth") * 1e9,
+            peaks={precision: tera * 1e12 for precision, tera in values.pop("peaks").items()},
+            **values,
         )
-        for label, given in system.read_yaml(system.params() / "devices.yaml").items()
+        for label, values in system.read_yaml(system.params() / "devices.yaml").items()
     }
 
 
@@ -414,22 +414,22 @@ def _family(label: str) -> str:
 
 
 def boards(label: str) -> list[Board]:
-    """Return the boards that a label stands for: itself, or all that begin with it; raise `InputError`."""
+    """Return the board of a label, or all boards of a family; raise `InputError` for an unknown label."""
     matches = [board for name, board in catalogue().items() if label in (name, _family(name))]
     if not matches:
-        known = ", ".join(catalogue())
-        raise InputError(f"unknown device {label!r}{nearest(label, catalogue())}; known: {known}")
+        labels = ", ".join(catalogue())
+        raise InputError(f"unknown device {label!r}{nearest(label, catalogue())}; known: {labels}")
     return matches
 
 
 def of_memory(family: str, memory_bytes: int) -> Board | None:
-    """Return the board of a family with the memory nearest to this; None for a family that is not known."""
+    """Return the board of a family whose memory is nearest to `memory_bytes`; None for an unknown family."""
     matches = [board for name, board in catalogue().items() if _family(name) == family]
     return min(matches, key=lambda board: abs(board.memory_bytes - memory_bytes), default=None)
 
 
 def peak_flops(label: str, precision: str) -> float | None:
-    """Return the dense peak of a label; None for a CPU and for whatever is not in the catalogue."""
+    """Return the dense peak of a label in FLOP/s; None for a CPU and for labels not in the catalogue."""
     try:
         peaks = {board.peaks.get(precision) for board in boards(label)}
     except InputError:

@@ -1,7 +1,7 @@
-"""Where things are, how they are written whole, locks between processes, and how a command ends.
+"""Paths, atomic writing, locks between processes, and exit codes of commands.
 
-Papermill runs a kernel in the caller's folder, nbval and JupyterLab in the notebook's, so no path in this
-project is relative to the working directory: all come from here.
+No path in this project is relative to the working directory, which differs between papermill, nbval and
+JupyterLab: all paths come from here.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import yaml
 
 from reclib.config import InputError, as_dict
 
-PACKAGE = Path(__file__).resolve().parent  # the code; the only place that asks where it lies
+PACKAGE = Path(__file__).resolve().parent  # of the code
 CHECKOUT = PACKAGE.parent
 
 
@@ -65,7 +65,7 @@ def runs() -> Path:
 
 
 def models() -> Path:
-    """Return the folder of models that are kept (git-ignored): `RECLIB_MODELS`, if set."""
+    """Return the folder of saved models (git-ignored): `RECLIB_MODELS` if set."""
     return _place("RECLIB_MODELS", root() / "models")
 
 
@@ -80,7 +80,7 @@ def committed() -> Path:
 
 
 def executed() -> Path:
-    """Return the root of what this user's runs record: `RECLIB_RECORDS` if set, else `runs/executed/`."""
+    """Return the root of the records of this user's runs: `RECLIB_RECORDS` if set, else `runs/executed/`."""
     return _place("RECLIB_RECORDS", runs() / "executed")
 
 
@@ -89,11 +89,11 @@ def figures() -> Path:
     return root() / "figures"
 
 
-# -- files and folders that are either whole or not there ----------------------------------------------------
-# An entry (a folder) is written beside its place and renamed, so that no reader and no crash ever sees half
-# of it. A seal inside it holds what the entry was made from (its key) and size and sha256 of each file. An
-# entry whose files differ in size, or small ones in content, counts as absent; large files are hashed on
-# demand only (`damage`), since they are memory-mapped and need not be read to be used.
+# -- files and folders that are either complete or absent ----------------------------------------------------
+# An entry (a folder) is written to a temporary folder and renamed, so that no reader sees it incomplete. Its
+# seal holds the key that it was made from, and the size and sha256 of each file. An entry counts as absent if
+# the size of a file differs, or the hash of a small one. Large files are memory-mapped: they are hashed on
+# demand only (`damage`).
 
 SEAL = "seal.json"
 
@@ -104,37 +104,36 @@ HASHED_ALWAYS = 4 << 20  # bytes; a file up to this size is hashed whenever its 
 def writing(folder: Path, key: str) -> Iterator[Path]:
     """Yield a folder to fill; without an exception it becomes the entry `folder` made from `key`.
 
-    It takes the place of an entry that is there. Where processes race for one key, the first whole
-    entry stays.
+    It replaces an existing entry. If several processes write one key, the first complete entry stays.
     """
     with fresh_folder(folder) as fresh:
         yield fresh
-        files = {path.name: _about(path) for path in sorted(fresh.iterdir())}
+        files = {path.name: _fingerprint(path) for path in sorted(fresh.iterdir())}
         write_json(fresh / SEAL, {"key": key, "files": files})
         fresh.chmod(0o755)  # mkdtemp gives 0o700, and a cache may be shared
         if holds(folder, key):
             return
-        with fresh_folder(folder) as old, contextlib.suppress(FileNotFoundError):
-            folder.rename(old / folder.name)
+        with fresh_folder(folder) as previous, contextlib.suppress(FileNotFoundError):
+            folder.rename(previous / folder.name)
         try:
             fresh.rename(folder)
         except OSError:
-            if not holds(folder, key):  # not a faster process's entry, then: a real failure
+            if not holds(folder, key):  # else another process has written the entry
                 raise
 
 
 def holds(folder: Path, key: str | None = None) -> bool:
-    """Whether the whole entry is there, and was made from `key` where one is given."""
+    """Whether the entry is complete and, if `key` is given, was made from it."""
     return not _differing(folder, HASHED_ALWAYS, key)
 
 
 def damage(folder: Path) -> list[str]:
-    """Return what differs from what was written, in words, after reading every byte of it."""
+    """Return descriptions of all differences from the written files, after reading every byte."""
     return _differing(folder, float("inf"))
 
 
 def remedy(folder: Path) -> str:
-    """Return what to do about `damage`: a folder without a seal may be anything and is not to be deleted."""
+    """Return the advice for a damaged folder; one without a seal may be anything and is not to be deleted."""
     sealed = (folder / SEAL).exists()
     return "delete it and prepare it again" if sealed else "expected a folder that `prepare` wrote to its end"
 
@@ -142,10 +141,10 @@ def remedy(folder: Path) -> str:
 def _differing(folder: Path, hashed_up_to: float, key: str | None = None) -> list[str]:
     try:
         seal = json.loads((folder / SEAL).read_text("utf-8"))
-        made_from, files = seal["key"], seal["files"]
+        sealed_key, files = seal["key"], seal["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return [f"{SEAL} is missing or unreadable"]
-    if key not in (None, made_from):
+    if key not in (None, sealed_key):
         return ["made from another key"]
     faults = []
     for name, expected in files.items():
@@ -153,14 +152,14 @@ def _differing(folder: Path, hashed_up_to: float, key: str | None = None) -> lis
             size = (folder / name).stat().st_size
             if size != expected["bytes"]:
                 faults.append(f"{name} has {size:,} bytes, expected {expected['bytes']:,}")
-            elif size <= hashed_up_to and _about(folder / name) != expected:
+            elif size <= hashed_up_to and _fingerprint(folder / name) != expected:
                 faults.append(f"{name} is altered: its sha256 differs")
         except OSError as error:
             faults.append(f"{name}: {error.strerror or error}")
     return faults
 
 
-def _about(path: Path) -> dict[str, Any]:
+def _fingerprint(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
@@ -179,15 +178,14 @@ def scratch(parent: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def fresh_folder(folder: Path) -> Iterator[Path]:
-    """Yield a new folder beside `folder`, gone on leaving unless it was renamed.
+    """Yield a new folder beside `folder`, removed on leaving unless it was renamed.
 
-    Its owner holds a lock on it, which ends with the process: folders whose owner is gone, killed say, are
-    removed here.
+    Its owner holds a lock on it. Folders of killed processes, whose locks have ended, are removed here.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob(f"{glob.escape(folder.name)}.*.partial"):
-        if (lock := _locked(left)) is not None:
-            shutil.rmtree(left, ignore_errors=True)
+    for stale in folder.parent.glob(f"{glob.escape(folder.name)}.*.partial"):
+        if (lock := _locked(stale)) is not None:
+            shutil.rmtree(stale, ignore_errors=True)
             os.close(lock)
     lock = None
     while lock is None:  # another process may remove it before it is locked
@@ -214,7 +212,7 @@ def _locked(folder: Path) -> int | None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; without an exception that file takes its place."""
+    """Yield a temporary path beside `path`; without an exception that file replaces it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -225,27 +223,27 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def report_progress(line: str) -> None:
-    """Write how far a training run is into the file that `RECLIB_PROGRESS` names, where it is set."""
+    """Write the progress of a training run to the file `RECLIB_PROGRESS`, if that is set."""
     if place := os.environ.get("RECLIB_PROGRESS"):
-        with contextlib.suppress(OSError):  # who trains does not depend on who watches
+        with contextlib.suppress(OSError):  # never fails a training
             write_atomically(Path(place), line)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all, in place of one that is there."""
+    """Write or replace a file atomically."""
     with replacing(path) as fresh:
         fresh.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Write a document of plain JSON, indented, whole or not at all."""
+    """Write a document of plain JSON, indented, atomically."""
     write_atomically(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_array(path: Path, dtype: Any, length: int, pieces: Iterable[np.ndarray]) -> None:
     """Write a one-dimensional `.npy` file piece by piece.
 
-    Not through a memory map: on a full disk that ends the process instead of raising `OSError`.
+    A memory map would end the process on a full disk instead of raising `OSError`.
     """
     written = 0
     dtype = np.dtype(dtype).newbyteorder("<")
@@ -260,7 +258,7 @@ def write_array(path: Path, dtype: Any, length: int, pieces: Iterable[np.ndarray
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key stands once, and is text unless `any_keys`."""
+    """YAML without duplicate keys; keys are text unless `any_keys`."""
 
     any_keys = False
 
@@ -282,9 +280,9 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(file: Path, *, any_keys: bool = False) -> Any:
-    """Return what a YAML file holds; raise `InputError` with file and line where it is malformed.
+    """Return the content of a YAML file; raise `InputError` with file and line if it is malformed.
 
-    A key that stands twice in a mapping is an error, and one that is no text unless `any_keys`.
+    A duplicate key in a mapping is an error, and so is a key that is no text unless `any_keys`.
     """
     try:
         loader = _Loader(file.read_text(encoding="utf-8"))
@@ -302,18 +300,17 @@ def read_yaml(file: Path, *, any_keys: bool = False) -> Any:
 
 
 # -- locks: one timed job at a time on a device, and one run of a notebook for each device -------------------
-# All are `flock`s, which the system releases when a process dies, however it dies. A run on the CPU, with
-# whatever number of threads, has all cores for itself; runs on different GPUs go on at the same time, as each
-# holds its own and shares the cores that feed them.
+# All are `flock`s, which the system releases when a process dies. A run on the CPU holds all cores, whatever
+# its number of threads. Runs on different GPUs run at the same time and share the cores.
 
 Tell = Callable[[str], None]
 
 
 def flock(handle: Any, *, shared: bool = False, wait: bool = False) -> bool:
     """Lock an open file or folder until it is closed; return False where another process holds it."""
-    how = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
+    flags = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
     try:
-        fcntl.flock(handle, how)
+        fcntl.flock(handle, flags)
     except OSError:
         if wait:
             raise
@@ -327,7 +324,7 @@ def locked(
 ) -> Iterator[bool]:
     """Hold a lock file; yield whether it is held, False where another process holds it.
 
-    With `wait` it is held in the end; where that takes waiting, `tell` is called with a line about it.
+    With `wait` it waits for the lock, after calling `tell` with a line about it.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as handle:  # closed in children, so that a kernel does not hold it on
@@ -340,7 +337,7 @@ def locked(
 
 
 def lock(name: str, tell: Tell, shared: bool = False) -> contextlib.AbstractContextManager[bool]:
-    """Hold something of this checkout by its name, waiting for other runs."""
+    """Hold a named lock of this checkout, waiting for other runs."""
     return locked(_lock_file(name), wait=True, shared=shared, tell=tell)
 
 
@@ -358,7 +355,7 @@ def device_lock(label: str, tell: Tell = print, gpu: str | None = None) -> Itera
 
 
 def is_locked(name: str) -> bool:
-    """Whether a run holds, or waits to hold, something of this name."""
+    """Whether a run holds, or waits for, the lock of this name."""
     try:
         with _lock_file(name).open() as handle:
             return not flock(handle, shared=True)
@@ -370,13 +367,13 @@ def _lock_file(name: str) -> Path:
     return stamps() / (re.sub(r"[^\w.-]", "_", name) + ".lock")
 
 
-# -- a process that ends with the one that started it --------------------------------------------------------
-# A killed parent cannot tell its children, so they look: `start_with` gives a child the pid of its parent,
-# and `hold` in the child interrupts it once it has another. Kernels look for themselves (ipykernel does).
+# -- a process that ends with its parent ---------------------------------------------------------------------
+# A killed parent cannot end its children. `start_with` therefore passes its pid to a child, and `hold` in the
+# child interrupts it once it has another parent. Kernels do the same by themselves (ipykernel).
 
 _VARIABLE = "RECLIB_PARENT"
 
-PATIENCE = 20.0  # seconds that an interrupted process has to put things away
+PATIENCE = 20.0  # seconds that an interrupted process has to clean up
 
 
 def start_with() -> dict[str, str]:
@@ -385,11 +382,11 @@ def start_with() -> dict[str, str]:
 
 
 def hold() -> None:
-    """Interrupt this process when its parent is gone, and end it if that does not help.
+    """Interrupt this process when its parent has ended, and exit if it does not end within `PATIENCE`.
 
-    Does nothing in a process that was not started by `start_with`.
+    Does nothing in a process that was not started with `start_with`.
     """
-    parent = os.environ.pop(_VARIABLE, None)  # not for our own children, whose parent is another
+    parent = os.environ.pop(_VARIABLE, None)  # not inherited by children of this process
 
     def look() -> None:
         while os.getppid() == int(str(parent)):
@@ -402,16 +399,16 @@ def hold() -> None:
         threading.Thread(target=look, daemon=True, name="lifeline").start()
 
 
-# -- why a notebook or a process did not get through, and what its owner can do about it ---------------------
+# -- reasons why a notebook or a process ended, and remedies -------------------------------------------------
 
-# How the system counts what it killed for memory: this container's count, else the machine's.
+# Counters of processes that the system killed for memory: the container's, else the machine's.
 _COUNTERS = (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat"))
 
 _LESS_MEMORY = "lower batch_size or micro_batch_size, or choose a smaller size"
 
 AGAIN = "the same command goes on from the last checkpoint"
 
-_REMEDIES = {  # what an error says: what to do about it
+_REMEDIES = {  # pattern of an error message -> remedy
     r"MemoryError|OutOfMemoryError|out of memory|can't allocate memory": f"out of memory: {_LESS_MEMORY}",
     rf"\[Errno ({errno.ENOSPC}|{errno.EDQUOT}|{errno.EFBIG})\]|No space left": (
         f"the disk is full or a limit is reached: free some space, {AGAIN}"
@@ -421,7 +418,7 @@ _REMEDIES = {  # what an error says: what to do about it
 
 
 def memory_kills(files: tuple[Path, ...] = _COUNTERS) -> int:
-    """Return how many processes the system has killed for memory so far, as far as it says."""
+    """Return the number of processes that the system has killed for memory, 0 if unknown."""
     for file in files:
         if file.is_file() and (match := re.search(r"^oom_kill (\d+)$", file.read_text(), re.MULTILINE)):
             return int(match[1])
@@ -429,7 +426,7 @@ def memory_kills(files: tuple[Path, ...] = _COUNTERS) -> int:
 
 
 def of_death(code: int | None, kills: int, who: str = "its kernel") -> str:
-    """Say what ended a process: its exit code (minus the signal), and memory kills while it ran."""
+    """Return why a process ended, from its exit code (minus the signal) and memory kills while it ran."""
     if code == -signal.SIGKILL and kills:
         reason = f"was killed, and the system killed a process for memory: {_LESS_MEMORY}"
     elif code == -signal.SIGKILL:
@@ -442,16 +439,16 @@ def of_death(code: int | None, kills: int, who: str = "its kernel") -> str:
 
 
 def of_error(message: str) -> str:
-    """Return what to do about an error that a cell raised, "" where it says so itself."""
+    """Return the remedy for an error raised by a cell, "" if there is none."""
     remedies = (text for rule, text in _REMEDIES.items() if re.search(rule, message, re.IGNORECASE))
     return next((f"; {text}" for text in remedies), "")
 
 
-# -- what every command of the shell does alike --------------------------------------------------------------
+# -- common to all commands ----------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong and where to look."""
+    """A parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
         """Leave with exit code 2."""
@@ -459,18 +456,18 @@ class Parser(argparse.ArgumentParser):
 
 
 def exit_code(main: Callable[[], int]) -> int:
-    """Carry a command out; return its code.
+    """Run a command and return its exit code; errors are printed in one line.
 
-    2 for wrong input, 1 for what the system refuses (a full disk, say), 130 interrupted, 141 where nobody
-    reads on (`... | head`). Errors are told in one line.
+    2 for wrong input, 1 for errors of the system (such as a full disk), 130 if interrupted, 141 for a closed
+    pipe (`... | head`).
     """
     try:
         try:
             return main()
         finally:
-            sys.stdout.flush()  # what a closed pipe refuses is refused here, and not while Python ends
+            sys.stdout.flush()  # raises here for a closed pipe, not at Python's exit
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else it is told once more at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python prints it again at exit
         return 128 + signal.SIGPIPE
     except InputError as error:
         print(error, file=sys.stderr)
@@ -487,9 +484,9 @@ _FOLDERS = re.compile(r"(?<![\w.:/\\])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'\"]+[/\\])
 
 
 def plain(value: Any) -> Any:
-    """Return `value` as JSON holds it, without the folders of paths: they name people and hosts.
+    """Return `value` as plain JSON, without the folders of paths, which may name people and hosts.
 
-    Numpy scalars and one-element tensors become numbers; what JSON cannot hold is a `ValueError`.
+    Numpy scalars and one-element tensors become numbers. Other types raise `ValueError`.
     """
     if isinstance(value, str | Path):
         return _FOLDERS.sub("", str(value))

@@ -18,8 +18,8 @@ from small_models import histories, small_model
 
 from reclib import hardware
 from reclib.config import TrainConfig, changed
-from reclib.data.dataset import Dataset
-from reclib.data.prepare import Evaluation, evaluation, synthetic_dataset
+from reclib.data.dataset import Dataset, Evaluation, evaluation
+from reclib.data.prepare import synthetic_dataset
 from reclib.evaluate import baselines
 from reclib.evaluate.prior import CountPrior
 from reclib.model import bert4rec
@@ -68,7 +68,7 @@ def trained(case: str) -> tuple[Trainer, dict[str, Any]]:
     model = adapted() if case == "adapter" else Bert4Rec(small_model(**shape))
     if case == "prior":
         counts = baselines.fit_pairwise_counts(histories(LENGTHS), model.config.num_items, window=3)
-        model.prior = CountPrior.of_counts(counts, 0.3)
+        model.prior = CountPrior.from_counts(counts, 0.3)
     kept = bert4rec.SMALLEST_BYTES, distributed.ALONE_BYTES
     if case.startswith("sinks"):
         bert4rec.SMALLEST_BYTES, distributed.ALONE_BYTES = 0, 0

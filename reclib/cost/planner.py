@@ -1,11 +1,10 @@
-"""What a training run would take, before anybody rents anything: time, memory and price, device by device.
+"""Predicts time, memory and price of a training run on each device.
 
     python -m reclib plan --size 430m --gpu l4 --epochs 20 --price 0.7
     python -m reclib plan --size 85m --gpu all --price l4=0.7,h100=3 --adapter ilora --rank 8
 
-Everything here is a prediction and says so. For a CPU or GPU that was measured it comes with the error found
-on rows that no fit had seen; for another GPU of the catalogue it is `unvalidated`, a range of assumed
-efficiency. Needs no torch and no GPU.
+All numbers are predictions. For a measured CPU or GPU the range is the error on held-out rows; for other GPUs
+of the catalogue it is a range of assumed efficiency (`unvalidated`). Needs no torch and no GPU.
 """
 
 from __future__ import annotations
@@ -32,13 +31,12 @@ from reclib.hardware import GIB, Board
 from reclib.system import Parser
 
 # -- seconds of a step ---------------------------------------------------------------------------------------
-# On a CPU of `params/calibration.yaml` each part is divided by the rate that the machine reached in a
-# microbenchmark; five shares, one for each group of parts, were fitted on measured steps. On a GPU each part
-# is a roofline: the longer of its products at a share of the peak and its bytes at a share of the bandwidth.
-# The step is their sum, and no shorter than what the host needs to start its operators. A CUDA graph needs
-# none of that; the optimiser's operators, which know no autograd, cost little beside the others.
+# On a CPU of `params/calibration.yaml` each part is divided by the rate of a microbenchmark; five factors,
+# one per group of parts, were fitted on measured steps. On a GPU each part is a roofline: the maximum of its
+# FLOPs at a share of the peak and its bytes at a share of the bandwidth. The step is their sum, and at least
+# the time in which the host launches operators (not with a CUDA graph, and without those of the optimiser).
 
-CACHE_BYTES = 16 * 2**20  # of a table above which the head's products are those over main memory
+CACHE_BYTES = 16 * 2**20  # of a table above which the head's products read main memory
 GROUPS = ("products", "attention", "passes", "memory", "operators")
 _GROUP = dict.fromkeys(("update", "norm of gradients", "clear", "lookup"), "memory")
 _GROUP |= {"product": "products", "attention": "attention"}  # all other kinds: passes
@@ -46,7 +44,7 @@ _GROUP |= {"product": "products", "attention": "attention"}  # all other kinds: 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of a step: what is likely, the range around it, and where it goes."""
+    """Seconds of a step: the likely value, its range, and its parts."""
 
     seconds: float
     low: float
@@ -54,7 +52,7 @@ class Estimate:
     parts: Mapping[str, float]
 
     def times(self, number: float) -> Estimate:
-        """Return the seconds of so many of them."""
+        """Return the estimate multiplied by `number`, without parts."""
         return Estimate(number * self.seconds, number * self.low, number * self.high, {})
 
     def named(self, name: str) -> dict[str, float]:
@@ -64,31 +62,31 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Cpu:
-    """A CPU with some threads, as measured."""
+    """A measured CPU with a number of threads."""
 
     label: str  # threads and CPU: "cpu2 AMD EPYC"
     name: str
     rates: Mapping[str, Any]
-    shares: Mapping[str, float]  # of each group's time by rates alone; below 1: faster than there
-    heap: Mapping[str, float]  # how many times what layers hold stays resident
+    shares: Mapping[str, float]  # factors of each group's time at `rates`
+    heap: Mapping[str, float]  # factors of resident memory: see `Footprint.resident`
     process_bytes: int  # of interpreter and libraries
     error: Mapping[str, Any]  # of held-out rows: median and worst, time and memory
     shares_of: str = ""  # another CPU that shares and heap were fitted on; "": this one
-    stands_among: tuple[Cpu, ...] = ()  # the CPUs measured, where none of them is the one asked for
+    stands_among: tuple[Cpu, ...] = ()  # all measured CPUs, if this one stands in for an unmeasured one
 
     @property
     def threads(self) -> int:
-        """Threads that compute."""
+        """Number of threads."""
         return int(self.label.partition(" ")[0].removeprefix("cpu"))
 
-    def precision(self, asked: str = "auto") -> str:
-        """Return what `asked` means here; raise `InputError` for what was not calibrated."""
-        if asked not in ("auto", "fp32", "bf16"):
-            raise InputError(f"precision {asked!r} on a CPU: not calibrated; allowed: auto, fp32, bf16")
-        return "fp32" if asked == "auto" else asked
+    def precision(self, name: str = "auto") -> str:
+        """Return the precision for `name`; raise `InputError` if it was not calibrated."""
+        if name not in ("auto", "fp32", "bf16"):
+            raise InputError(f"precision {name!r} on a CPU: not calibrated; allowed: auto, fp32, bf16")
+        return "fp32" if name == "auto" else name
 
     def band(self, adapted: bool = False, precision: str = "fp32") -> Mapping[str, Any]:
-        """Return the error of held-out rows of this kind of run; of training all weights where none was."""
+        """Return the error of held-out rows of this kind of run; by default of training all weights."""
         kind = "adapted" if adapted else precision
         return self.error if kind == "fp32" else self.error.get(kind, {**self.error, "rows": 0})
 
@@ -101,14 +99,14 @@ def _read(name: str) -> dict[str, Any]:
 
 @functools.cache
 def cpus() -> dict[str, Cpu]:
-    """Return the CPUs that were measured, by label: `cpu2 AMD EPYC` is that one with two threads."""
+    """Return the measured CPUs by label: `cpu2 AMD EPYC` is that CPU with two threads."""
     measured = _read("calibration.yaml").items()
-    given = {f"{threads} {name}": values for name, devices in measured for threads, values in devices.items()}
-    return {label: Cpu(label=label, **values) for label, values in given.items()}
+    rows = ((f"{threads} {name}", row) for name, devices in measured for threads, row in devices.items())
+    return {label: Cpu(label=label, **row) for label, row in rows}
 
 
 def efficiency() -> dict[str, Any]:
-    """Return shares of a GPU's data sheet: assumed slow, likely and fast ones, and `measured` by board."""
+    """Return shares of a GPU's data sheet: assumed `slow`, `likely` and `fast`, and `measured` by board."""
     return _read("efficiency.yaml")
 
 
@@ -120,33 +118,33 @@ def errors() -> dict[str, Mapping[str, Any]]:
 
 
 def with_threads(threads: str) -> list[Cpu]:
-    """Return every measured CPU with so many threads: cpu1, cpu2."""
+    """Return every measured CPU with the threads of cpu1 or cpu2."""
     return [cpu for label, cpu in cpus().items() if label.partition(" ")[0] == threads]
 
 
 def cpu(label: str) -> Cpu:
-    """Return a measured CPU by its label, or by threads alone (`cpu2`) the one that is here.
+    """Return a measured CPU by its label, or this machine's by its threads (`cpu2`).
 
-    Where the CPU that is here was not measured, another stands in: its name says so, and its range is that of
-    all that were. Raises `InputError` where nothing was measured with so many threads.
+    If this machine's CPU was not measured, another stands in, with a range over all measured ones; its name
+    states this. Raises `InputError` if no CPU was measured with this number of threads.
     """
-    here = hardware.cpu_model()
-    for name in (label, f"{label} {here}", f"{label} {here.rpartition(' ')[0]}"):  # the last: one old row's
+    model = hardware.cpu_model()
+    for name in (label, f"{label} {model}", f"{label} {model.rpartition(' ')[0]}"):  # the last: one old row's
         if name in cpus():
             return cpus()[name]
-    others = with_threads(label)
-    if not others:
+    measured = with_threads(label)
+    if not measured:
         known = ", ".join(cpus()) or "none: run benchmarks/planner.py"
         raise InputError(f"no rates of {label!r} in params/calibration.yaml; measured: {known}")
-    name = f"{here}, which was not calibrated: {others[0].name} stands in"
-    return replace(others[0], label=label, name=name, stands_among=tuple(others))
+    name = f"{model}, which was not calibrated: {measured[0].name} stands in"
+    return replace(measured[0], label=label, name=name, stands_among=tuple(measured))
 
 
-def interpolated(by_shape: Mapping[Any, float], at: float) -> float:
-    """Return a rate between two measured shapes, logarithmic in both; beyond them the nearest one's."""
+def interpolated(by_shape: Mapping[Any, float], x: float) -> float:
+    """Interpolate a rate between measured shapes, logarithmic in both, constant beyond them."""
     shapes = sorted(by_shape, key=float)
     logs = np.log([float(shape) for shape in shapes]), np.log([by_shape[shape] for shape in shapes])
-    return float(np.exp(np.interp(np.log(at), *logs)))
+    return float(np.exp(np.interp(np.log(x), *logs)))
 
 
 def cpu_groups(
@@ -161,9 +159,9 @@ def cpu_groups(
             seconds = part.flops / interpolated(by_width, part.shape[1])
         elif part.kind == "attention":
             seconds = part.elements / interpolated(rates["attention"], model.max_len)
-        elif part.kind == "clear":  # in fp32 sinks clear the rows that were touched and no others
+        elif part.kind == "clear":  # in fp32 sinks clear the touched rows only
             seconds = 0.0 if precision == "fp32" else part.bytes / rates["bandwidth"]
-        elif part.kind == "logits":  # three passes through memory where the loss has no buffer of its own
+        elif part.kind == "logits":  # three passes through memory without the in-place buffer
             seconds = 3 * part.elements / rates["softmax"]
         else:
             seconds = part.elements / rates[part.kind]
@@ -175,16 +173,16 @@ def cpu_groups(
 def on_cpu(
     parts: Sequence[Part], model: ModelConfig, cpu: Cpu, precision: str = "fp32", adapted: bool = False
 ) -> Estimate:
-    """Return the step on a measured CPU; the range is the worst error of rows held out.
+    """Return the step on a measured CPU; the range is the worst error of held-out rows.
 
-    Where it stands in for one that was not measured, the range holds those of all that were.
+    If it stands in for an unmeasured one, the range includes those of all measured CPUs.
     """
     groups = cpu_groups(parts, model, cpu.rates, precision)
     seconds = {name: cpu.shares[name] * groups[name] for name in GROUPS}
-    whole, worst = sum(seconds.values()), cpu.band(adapted, precision)["time_worst"]
+    total, worst = sum(seconds.values()), cpu.band(adapted, precision)["time_worst"]
     among = [on_cpu(parts, model, other, precision, adapted) for other in cpu.stands_among]
-    low = min([whole / (1 + worst), *(other.low for other in among)])
-    return Estimate(whole, low, max([whole * (1 + worst), *(other.high for other in among)]), seconds)
+    low = min([total / (1 + worst), *(other.low for other in among)])
+    return Estimate(total, low, max([total * (1 + worst), *(other.high for other in among)]), seconds)
 
 
 def roofline(
@@ -192,9 +190,8 @@ def roofline(
 ) -> tuple[dict[str, float], float]:
     """Return the seconds of each part on a GPU at shares of its data sheet, and those of the host.
 
-    A share may be one for each precision. Of those without, bf16's counts, and for what an operator costs the
-    host fp32's for tf32, since only 16 bits need casts. `captured` is a step in one CUDA graph, whose
-    operators the host does not start.
+    A share may depend on the precision; the default is bf16's, but fp32's for `operator_us` of tf32, which
+    needs no casts. `captured` is a step in one CUDA graph, whose operators are not launched by the host.
     """
     of_peak = _of_precision(share["products"], precision, "bf16")
     operator_us = _of_precision(share["operator_us"], precision, "fp32" if precision == "tf32" else "bf16")
@@ -212,20 +209,20 @@ def _of_precision(share: float | Mapping[str, float], precision: str, other: str
 def on_board(parts: Sequence[Part], board: Board, precision: str, captured: bool = False) -> Estimate:
     """Return the step on a GPU of the catalogue, by shares of its data sheet.
 
-    Of a measured board they are fitted, and the range is the worst error of rows held out; of another one
-    they are assumed.
+    For a measured board they are fitted, and the range is the worst error of held-out rows; for others they
+    are assumed.
     """
     measured = efficiency()["measured"].get(board.label)
     shares = [measured] if measured else [efficiency()[name] for name in ("likely", "fast", "slow")]
     pairs = [roofline(parts, board, precision, share, captured) for share in shares]
     seconds = [max(sum(device.values()), host) for device, host in pairs]
     device, host = pairs[0]
-    whole = device | {"waiting for the host": max(0.0, host - sum(device.values()))}
+    device_parts = device | {"waiting for the host": max(0.0, host - sum(device.values()))}
     if measured:
         worst = 1 + measured["error"]["time_worst"]
-        return Estimate(seconds[0], seconds[0] / worst, seconds[0] * worst, whole)
+        return Estimate(seconds[0], seconds[0] / worst, seconds[0] * worst, device_parts)
     likely, fast, slow = seconds
-    return Estimate(likely, fast, slow, whole)
+    return Estimate(likely, fast, slow, device_parts)
 
 
 # -- plans ---------------------------------------------------------------------------------------------------
@@ -242,19 +239,19 @@ class Plan:
     device: str  # label
     name: str
     precision: str
-    basis: str  # "validated": error found on held-out rows; "unvalidated": no such row was ever run
+    basis: str  # "validated" on held-out rows, or "unvalidated"
     step: Estimate
     flops: float  # executed in a step
-    bytes_moved: float  # of a step, through main memory
+    bytes_moved: float  # in a step, through main memory
     footprint: Footprint
-    peak_bytes: int  # of tensors on a GPU, with its context; resident in the process on a CPU
-    process_bytes: int  # beside the tensors: interpreter on a CPU, context on a GPU
-    memory_bytes: int | None  # of the device; None: this machine's own, and so is what follows from it
+    peak_bytes: int  # GPU: tensors and context; CPU: resident in the process
+    process_bytes: int  # without tensors: interpreter on a CPU, context on a GPU
+    memory_bytes: int | None  # of a GPU; None for a CPU, as are the next three
     largest_batch: int | None
     fits: bool | None
-    side_by_side: int | None  # such trainings on the device at once, each a process of its own
-    ways: str  # what would make it fit, where it does not
-    sequences: int  # of a step
+    side_by_side: int | None  # number of such trainings on the device at once, each its own process
+    ways: str  # advice if it does not fit
+    sequences: int  # per step
     users: int
     price: float | None  # per hour
 
@@ -264,11 +261,11 @@ class Plan:
         return self.step.times(self.users / self.sequences)
 
     def cost(self, seconds: float) -> float | None:
-        """Return what so many seconds cost."""
+        """Return the cost of a time in seconds."""
         return None if self.price is None else seconds / 3600 * self.price
 
     def numbers(self) -> dict[str, float | int | None]:
-        """Return what a record holds."""
+        """Return the numbers of a record."""
         step, n = self.step, self.sequences
         rate = Estimate(n / step.seconds, n / step.high, n / step.low, {})
         return {
@@ -286,7 +283,7 @@ class Plan:
 
 @functools.lru_cache(maxsize=64)
 def typical_lengths(mean_len: float = ELECTRONICS["mean_len"]) -> np.ndarray:
-    """Return history lengths for training (users,): geometric, as in `prepare`, the last two held back."""
+    """Return lengths of training histories (users,): geometric, as in `prepare`, less `HELD_BACK`."""
     drawn = dataset.lengths(20_000, mean_len, 5000, np.random.default_rng(0))
     return np.maximum(drawn - HELD_BACK, 2)
 
@@ -302,9 +299,9 @@ def plan(
 ) -> Plan:
     """Return the plan of one training run on one device.
 
-    `lengths` are those of the histories trained on; `users` how many there are (as many as lengths); `price`
-    is per hour; with `adapter` the model is frozen and only that is trained. Raises `InputError` for a
-    precision that the device does not have.
+    `lengths` are those of the training histories; `users` is their number (default: that of `lengths`);
+    `price` is per hour; with `adapter` only the adapter is trained. Raises `InputError` for a precision that
+    the device does not support.
     """
     precision = device.precision(train.precision)
     shapes = work.mean_shapes(model, train, lengths)
@@ -353,15 +350,15 @@ def plan(
 
 
 def devices(label: str) -> Sequence[Board | Cpu]:
-    """Return what a label stands for: a measured CPU, a board or several; raise `InputError` for others."""
+    """Return the devices of a label: a measured CPU, or one or several boards; else raise `InputError`."""
     return [cpu(label)] if label.startswith("cpu") else hardware.boards(label)
 
 
 def plans(
-    label: str, model: ModelConfig, train: TrainConfig, lengths: np.ndarray, *rest: Any, **more: Any
+    label: str, model: ModelConfig, train: TrainConfig, lengths: np.ndarray, *arguments: Any, **options: Any
 ) -> list[Plan]:
-    """Return the plan for each device that a label stands for; the arguments are those of `plan`."""
-    return [plan(device, model, train, lengths, *rest, **more) for device in devices(label)]
+    """Return the plan for each device of a label; the arguments are those of `plan`."""
+    return [plan(device, model, train, lengths, *arguments, **options) for device in devices(label)]
 
 
 def priced(plans: Sequence[Plan], price: float | str | None) -> list[Plan]:
@@ -376,11 +373,11 @@ def priced(plans: Sequence[Plan], price: float | str | None) -> list[Plan]:
     if not all(0 <= number < math.inf for number in by_label.values()):
         raise InputError(f"price {price}: expected a number of at least 0, or one a device: l4=0.7,h100=3")
     names = [(plan.device, re.split("[- ]", plan.device)[0], "") for plan in plans]
-    if unused := set(by_label) - {name for each in names for name in each}:
+    if unused := set(by_label) - {label for labels in names for label in labels}:
         planned = ", ".join(plan.device for plan in plans)
         raise InputError(f"price of {', '.join(unused)}: no such device is planned for; planned: {planned}")
-    each = (next((by_label[name] for name in own if name in by_label), None) for own in names)
-    return [replace(plan, price=number) for plan, number in zip(plans, each, strict=True)]
+    amounts = (next((by_label[name] for name in labels if name in by_label), None) for labels in names)
+    return [replace(plan, price=number) for plan, number in zip(plans, amounts, strict=True)]
 
 
 def plan_sizes(
@@ -429,16 +426,16 @@ def report(
     plans = [plans] if isinstance(plans, Plan) else plans
     rows, run = [], "epoch" if epochs == 1 else f"{epochs} epochs"
     for plan in plans:
-        whole = plan.epoch.times(epochs)
-        size, unit = next(pair for pair in _UNITS if whole.seconds < 120 * pair[0] or pair == _UNITS[-1])
+        duration = plan.epoch.times(epochs)
+        size, unit = next(pair for pair in _UNITS if duration.seconds < 120 * pair[0] or pair == _UNITS[-1])
         row = {"device": plan.device, "type": plan.precision, "step ms": f"{1e3 * plan.step.seconds:,.1f}"}
         row["seq/s"] = f"{plan.sequences / plan.step.seconds:,.0f}"
-        row |= {run: _ranged(whole.times(1 / size)) + f" {unit}", "GiB": f"{plan.peak_bytes / GIB:.1f}"}
+        row |= {run: _ranged(duration.times(1 / size)) + f" {unit}", "GiB": f"{plan.peak_bytes / GIB:.1f}"}
         if plan.memory_bytes is not None:
             row["GiB"] += f" of {plan.memory_bytes / GIB:.0f}"
             row["largest batch"] = f"{plan.largest_batch:,}" if plan.fits else "DOES NOT FIT"
         if plan.price is not None:
-            row[currency] = _ranged(whole.times(plan.price / 3600))
+            row[currency] = _ranged(duration.times(plan.price / 3600))
         rows.append(row)
     lines = [
         f"Predicted: {what}, {run} of {plans[0].users:,} users; in brackets the range,",
@@ -461,17 +458,17 @@ def report(
 _UNITS = ((1, "s"), (60, "min"), (3600, "h"), (86_400, "days"))
 
 
-def _ranged(of: Estimate) -> str:
-    return f"{of.seconds:,.3g} ({of.low:,.3g} to {of.high:,.3g})"
+def _ranged(estimate: Estimate) -> str:
+    return f"{estimate.seconds:,.3g} ({estimate.low:,.3g} to {estimate.high:,.3g})"
 
 
 def _parser() -> argparse.ArgumentParser:
-    about, _, rest = (__doc__ or "").partition("\n\n")
-    examples, _, more = rest.partition("\n\n")
+    summary, _, body = (__doc__ or "").partition("\n\n")
+    examples, _, details = body.partition("\n\n")
     parser = Parser(
         prog="python -m reclib plan",
         usage="%(prog)s --size SIZE --gpu GPU [what, how]",
-        description=f"{about}\n\n{more.strip()}",
+        description=f"{summary}\n\n{details.strip()}",
         epilog=f"examples:\n{examples}",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 26, 110),
         argument_default=argparse.SUPPRESS,
@@ -507,41 +504,42 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def plan_main(argv: Sequence[str] | None = None) -> int:
-    """Print the plan; the exit code is 1 where it does not fit, 2 for what makes no sense."""
-    given = vars(_parser().parse_args(argv))
-    as_json, epochs, currency = given.pop("json"), given.pop("epochs"), given.pop("currency")
-    names = [field.name for field in fields(AdapterPlan) if field.name in given]
-    narrow = {name: given.pop(name) for name in names}
+    """Print the plan; the exit code is 1 if it does not fit, 2 for wrong input."""
+    options = vars(_parser().parse_args(argv))
+    as_json, epochs, currency = options.pop("json"), options.pop("epochs"), options.pop("currency")
+    names = [field.name for field in fields(AdapterPlan) if field.name in options]
+    narrow = {name: options.pop(name) for name in names}
     try:
         if narrow and "kind" not in narrow:
             raise InputError("--rank and --experts are of an adapter: give --adapter as well")
         if epochs < 1:
             raise InputError(f"--epochs {epochs}: expected 1 or more")
-        planned = plan_sizes(**given, adapter=validated(AdapterPlan, narrow) if narrow else None)
+        planned = plan_sizes(**options, adapter=validated(AdapterPlan, narrow) if narrow else None)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if not as_json:
-        what = f"{given['size']}, batch {given['batch_size']:,}"
-        print("\n".join(report(planned, what, epochs, currency)))
+        title = f"{options['size']}, batch {options['batch_size']:,}"
+        print("\n".join(report(planned, title, epochs, currency)))
     for plan in planned if as_json else ():
         run = plan.epoch.seconds * epochs
-        row = {"kind": "predicted", "basis": plan.basis, "size": given["size"], "device": plan.device}
-        row |= {"precision": plan.precision, "batch_size": given["batch_size"], "adapter": narrow.get("kind")}
+        row = {"kind": "predicted", "basis": plan.basis, "size": options["size"], "device": plan.device}
+        row |= {"precision": plan.precision, "batch_size": options["batch_size"]}
+        row["adapter"] = narrow.get("kind")
         row |= plan.numbers() | {"memory": dict(plan.footprint.parts), "side_by_side": plan.side_by_side}
         row |= {"epochs": epochs, "run_seconds": run, "run_cost": plan.cost(run), "currency": currency}
         print(json.dumps(row))
     return 1 if any(plan.fits is False for plan in planned) else 0
 
 
-# -- what notebook 07 asks and shows -------------------------------------------------------------------------
+# -- plans and records of notebook 07 ------------------------------------------------------------------------
 
-RUN = "run"  # of what is no tensor: interpreter and libraries, or CUDA's context
+RUN = "run"  # part of the memory that is no tensor: interpreter and libraries, or CUDA's context
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A training run and the device that it is to be planned for."""
+    """A training run and a device to plan for."""
 
     device: str  # of the catalogue, or a CPU that was measured
     size: str
@@ -557,76 +555,73 @@ class Asked:
     price: float | None  # of an hour of the device, in any currency
 
     def model(self) -> ModelConfig:
-        """Return the model; raise `InputError` for one that cannot be."""
-        given = {} if self.items is None else {"num_items": self.items}
-        return model_config(self.size, max_len=self.max_len, tied=self.tied, **given)
+        """Return the model; raise `InputError` for an invalid one."""
+        items = {} if self.items is None else {"num_items": self.items}
+        return model_config(self.size, max_len=self.max_len, tied=self.tied, **items)
 
     def narrow(self) -> AdapterPlan | None:
-        """Return the adapter that is trained, None where all weights are."""
-        given = {"kind": self.adapter, "rank": self.rank}
-        return None if self.adapter == "none" else validated(AdapterPlan, given)
+        """Return the trained adapter, None if all weights are trained."""
+        options = {"kind": self.adapter, "rank": self.rank}
+        return None if self.adapter == "none" else validated(AdapterPlan, options)
 
 
 def device_labels() -> list[str]:
-    """Return the devices that a plan can be made for: CPUs that were measured, then the catalogue."""
+    """Return the labels of all devices: measured CPUs, then the catalogue."""
     return [*cpus(), *hardware.catalogue()]
 
 
 def precisions(device: str) -> list[str]:
-    """Return the precisions that a plan for a device can have, `auto` first."""
+    """Return the precisions of a device, `auto` first."""
     board = hardware.catalogue().get(device)
     return ["auto", *(board.peaks if board else ("fp32", "bf16"))]
 
 
 def plan_of(run: Asked) -> Plan:
-    """Return the plan; raise `InputError` for what cannot be planned."""
+    """Return the plan of a run; raise `InputError` for invalid values."""
     train = validated(TrainConfig, {"batch_size": run.batch_size, "precision": run.precision})
     lengths = typical_lengths(run.mean_len)
     return plans(run.device, run.model(), train, lengths, run.users, run.price, run.narrow())[0]
 
 
 def every_plan(run: Asked) -> list[Plan]:
-    """Return the plan for every device, in the precision asked for where it has that, else in its own.
+    """Return the plan for every device, in the run's precision if supported, else in `auto`.
 
-    Only the device asked for has a cost: the price is that of one.
+    The price, and so the cost, applies to the run's device only.
     """
-    every = []
+    results = []
     for label in device_labels():
         precision = run.precision if run.precision in precisions(label) else "auto"
         price = run.price if label == run.device else None
-        every.append(plan_of(replace(run, device=label, precision=precision, price=price)))
-    return every
+        results.append(plan_of(replace(run, device=label, precision=precision, price=price)))
+    return results
 
 
 def memory_parts(plan: Plan) -> dict[str, int]:
-    """Return the bytes of the peak by part; they add up to it.
-
-    On a CPU what layers hold is what stays resident of it in the process.
-    """
+    """Return the bytes of the peak by part; on a CPU `activations` are their resident bytes."""
     parts = {name: size for name, size in plan.footprint.parts.items() if size}
     held = plan.peak_bytes - plan.process_bytes - sum(parts.values()) + parts.get("activations", 0)
     return parts | {"activations": held, RUN: plan.process_bytes}
 
 
 def about(run: Asked, plan: Plan) -> dict[str, Any]:
-    """Return a record's own parameters: what was asked, and what the device makes of it."""
-    given = asdict(run) | {"items": run.model().num_items, "device": plan.device}
-    given |= {"precision": plan.precision, "basis": plan.basis}
-    del given["price"]
-    return given | {"status": "does not fit" if plan.fits is False else "ok"}
+    """Return the parameters of a record: those of the run, and its precision, basis and status."""
+    parameters = asdict(run) | {"items": run.model().num_items, "device": plan.device}
+    parameters |= {"precision": plan.precision, "basis": plan.basis}
+    del parameters["price"]
+    return parameters | {"status": "does not fit" if plan.fits is False else "ok"}
 
 
 _COUNTED = ("flops", "bytes_moved", "peak_memory_bytes", "largest_batch", "fits")
 
 
 def counted(plan: Plan) -> dict[str, Any]:
-    """Return a record's metrics: what follows from the configuration and the device's memory."""
+    """Return the metrics of a record: counts and memory."""
     numbers = plan.numbers()
     return {name: numbers[name] for name in _COUNTED if numbers[name] is not None}
 
 
 def timed(plan: Plan) -> dict[str, Any]:
-    """Return a record's timings: seconds, rates and cost, with the ends of their ranges."""
+    """Return the timings of a record: seconds, rates and cost, with their ranges."""
     return {k: v for k, v in plan.numbers().items() if k not in _COUNTED and v is not None}
 
 
@@ -637,7 +632,7 @@ def series(plan: Plan) -> dict[str, list[Any]]:
 
 
 def table(run: Asked, plans: Sequence[Plan]) -> pd.DataFrame:
-    """Return plans as the table that their records would give: a row for each part of the peak."""
+    """Return plans as the table of their records: a row for each part of the peak."""
     rows = []
     for plan in plans:
         columns = about(run, plan) | counted(plan) | timed(plan) | {"kind": "predicted"}

@@ -1,16 +1,16 @@
 """FLOPs, bytes and memory of a training step, computed without a model or a device.
 
-The batches of a run are laid out over history lengths as `data.batches` does it. From their shapes follow the
-parts of a step, forward and backward together, and its memory at the peak. Counts are checked against torch's
-FLOP counter and profiler (`tests/cost`); memory on CUDA is unvalidated.
+Batches are laid out for history lengths as in `data.batches`. Their shapes determine the parts of a step,
+forward and backward together, and its peak memory. Counts are checked against torch's FLOP counter and
+profiler (`tests/cost`); memory on CUDA is unvalidated.
 
-A product of (m, k) and (k, n) is 2 m k n FLOPs and its backward pass twice that, one for each gradient. A
-model that is frozen under adapters has no gradients of weights, so of three products two remain, and below
-its first layer's keys, queries and values nothing is trained.
+A product of (m, k) and (k, n) is 2 m k n FLOPs, and its backward pass twice that, one for each gradient. A
+frozen model with adapters has no gradients of weights, and none below the keys, queries and values of its
+first layer.
 
-Shapes: R rows of L positions, T = R L places, G of them that go on in the last layer (Q a row), M places in
-the head, I real items, D hidden_dim, E width of the item vectors, F inner width, N layers, r rank and K
-experts of an adapter.
+Shapes: R rows of L positions, T = R L places, G places that are queries in the last layer (Q per row), M
+places in the head, I real items, D hidden_dim, E width of the item vectors, F inner width, N layers, r rank
+and K experts of an adapter.
 """
 
 from __future__ import annotations
@@ -62,16 +62,16 @@ def parameters(model: ModelConfig) -> dict[str, int]:
     """Count parameters: input table, output table (0: tied) with its bias, all others."""
     D, E, f, layers = model.hidden_dim, model.table_width, model.ffn_factor, model.num_layers
     layer = (4 + 2 * f) * D * D + (9 + f) * D
-    rest = layers * layer + 2 * D * (int(model.embedding_norm) + int(model.final_norm))
-    rest += model.max_len * D if model.positions == "learned" else 0
-    rest += D * D + 3 * D if model.head == "mlp" else 0
-    rest += 0 if model.table_dim is None else 2 * D * E
+    others = layers * layer + 2 * D * (int(model.embedding_norm) + int(model.final_norm))
+    others += model.max_len * D if model.positions == "learned" else 0
+    others += D * D + 3 * D if model.head == "mlp" else 0
+    others += 0 if model.table_dim is None else 2 * D * E
     output = (0 if model.tied else model.output_rows * E) + (model.output_rows if model.output_bias else 0)
-    return {"input_table": model.vocab_size * E, "output_table": output, "rest": rest}
+    return {"input_table": model.vocab_size * E, "output_table": output, "rest": others}
 
 
 def trained_parameters(model: ModelConfig, adapter: AdapterPlan) -> int:
-    """Count what an adapter trains: A and B of each layer's four matrices, and the gate."""
+    """Count the trained parameters of an adapter: A and B of each layer's four matrices, and the gate."""
     D, F = model.hidden_dim, model.ffn_factor * model.hidden_dim
     layer = adapter.rank * (8 * D + 2 * F) + (4 if adapter.kind == "gated" else 0)
     gate = D * adapter.num_experts if adapter.kind == "ilora" else 0
@@ -79,12 +79,12 @@ def trained_parameters(model: ModelConfig, adapter: AdapterPlan) -> int:
 
 
 def everywhere(train: TrainConfig) -> bool:
-    """Whether the head scores every place of the rows."""
+    """Whether the head scores all places of the rows."""
     return train.objective == "seed_focal" or train.head_rows == "all"
 
 
 # -- FLOPs ---------------------------------------------------------------------------------------------------
-# Norms, softmax, embeddings and the optimiser are left out, as is the custom.
+# Without norms, softmax, embeddings and the optimiser, as usual.
 
 
 class Flops(NamedTuple):
@@ -100,19 +100,19 @@ class Flops(NamedTuple):
 
 
 def layer_linear(model: ModelConfig, keys: int, queries: int) -> int:
-    """Return forward FLOPs of one layer's linear maps for `keys` positions, of which `queries` go on."""
+    """Return forward FLOPs of one layer's linear maps for `keys` positions and `queries` queries."""
     D, F = model.hidden_dim, model.ffn_factor * model.hidden_dim
     return 2 * keys * D * 2 * D + 2 * queries * D * D * 2 + 2 * queries * D * F * 2
 
 
 def linear_forward(model: ModelConfig, places: float, last: float) -> float:
-    """Return forward FLOPs of the encoder's linear maps: T places, of which G go on in the last layer."""
+    """Return forward FLOPs of the encoder's linear maps: T places, `last` (G) queries in the last layer."""
     before = (model.num_layers - 1) * layer_linear(model, 1, 1) * places
     return before + (layer_linear(model, 1, 0) * places + layer_linear(model, 0, 1) * last)
 
 
 def encoder_forward(model: ModelConfig, rows: int, queries: int | None) -> int:
-    """Return forward FLOPs of the encoder on (R, L) rows; `queries` is Q, None: every position goes on."""
+    """Return forward FLOPs of the encoder on (R, L) rows; `queries` is Q, None for all positions."""
     places = rows * model.max_len
     last = places if queries is None else rows * queries
     asking = (model.num_layers - 1) * places + last
@@ -121,7 +121,7 @@ def encoder_forward(model: ModelConfig, rows: int, queries: int | None) -> int:
 
 
 def projection(model: ModelConfig) -> int:
-    """Return forward FLOPs of one place between a table of a width of its own and the encoder."""
+    """Return forward FLOPs per place of the projection between item table and encoder, 0 without one."""
     return 0 if model.table_dim is None else 2 * model.hidden_dim * model.table_dim
 
 
@@ -139,15 +139,15 @@ def executed(model: ModelConfig, train: TrainConfig, batch: Batch) -> Flops:
     slots = rows * L if everywhere(train) else len(batch.targets)
     table_rows = model.output_rows if train.objective == "seed_focal" else model.num_items
     if train.sampled:
-        table_rows = train.num_negatives  # the product with each target's own row is left out
+        table_rows = train.num_negatives  # without the product with each target's row
     forward = encoder_forward(model, rows, queries), head_forward(model, slots, table_rows)
     return Flops(*((1 + BACKWARD) * part for part in forward))
 
 
 def needed(model: ModelConfig, batch: Batch) -> Flops:
-    """Count what the masked-item objective needs for `batch`: real items in the encoder, targets in the head.
+    """Count the FLOPs that the objective needs for `batch`: real items in the encoder, targets in the head.
 
-    Attention is counted inside each segment alone.
+    Attention is counted inside segments only.
     """
     segments = batch.segment_ids.numpy(force=True).astype(np.int64)
     by_row = segments + np.arange(len(segments))[:, None] * (int(segments.max(initial=0)) + 1)
@@ -167,7 +167,7 @@ def total(parts: Sequence[Flops]) -> Flops:
 
 
 def mfu(flops: float, seconds: float, label: str, precision: str) -> float | None:
-    """Return FLOP/s over the device's dense peak; None on a CPU and wherever the peak is not known."""
+    """Return FLOP/s over the device's dense peak; None on a CPU and for an unknown peak."""
     peak = hardware.peak_flops(label, precision)
     return None if peak is None else flops / seconds / peak
 
@@ -175,32 +175,32 @@ def mfu(flops: float, seconds: float, label: str, precision: str) -> float | Non
 # -- shapes of batches ---------------------------------------------------------------------------------------
 
 DRAWS = 24  # batches whose shapes are drawn
-LARGEST = 1024  # sequences that are laid out; a larger batch is so many times as much
+LARGEST = 1024  # sequences that are laid out; larger batches are extrapolated
 
-_drawn: dict[tuple[object, ...], np.ndarray] = {}  # shapes by what they follow from: plans ask often
+_drawn: dict[tuple[object, ...], np.ndarray] = {}  # cached shapes
 
 
 class Shapes(NamedTuple):
-    """One micro-batch as it is laid out: a mean over draws, or the largest."""
+    """The shapes of a micro-batch: means over draws, or maxima."""
 
     rows: float
-    queries: float  # Q, of a row
+    queries: float  # Q, per row
     slots: float  # M
-    targets: float  # of the slots, those that hold a target
+    targets: float  # slots with a target
     tokens: float  # real items
 
 
 def mean_shapes(model: ModelConfig, train: TrainConfig, lengths: np.ndarray) -> Shapes:
-    """Return the mean shapes of a micro-batch: what its time follows.
+    """Return the mean shapes of a micro-batch, which determine its time.
 
-    `lengths` (users,) are those of the histories trained on. Raises `InputError` where there are none, or one
-    too short to train on.
+    `lengths` (users,) are those of the training histories. Raises `InputError` without any, and for one that
+    is too short.
     """
     return Shapes(*_draws(model, train, lengths).mean(0).tolist())
 
 
 def largest_shapes(model: ModelConfig, train: TrainConfig, lengths: np.ndarray) -> Shapes:
-    """Return the largest of each shape: what its memory follows."""
+    """Return the maximum of each shape, which determine the memory."""
     return Shapes(*_draws(model, train, lengths).max(0).tolist())
 
 
@@ -230,10 +230,12 @@ def _lay_out(model: ModelConfig, train: TrainConfig, lengths: np.ndarray, count:
         marked = (train.mask_prob, train.last_item_share, rng)
         batches.append(next_items(samples) if model.causal else mask_cloze(samples, *marked))
     packed = train.layout == "packed"
-    spans = np.stack([samples.lengths for samples in batches])  # packed together, in a tenth of the time
-    row_of = first_fit_decreasing(spans, L)[0] if packed else [np.arange(count)] * DRAWS
+    spans = np.stack(
+        [samples.lengths for samples in batches]
+    )  # packing all at once takes a tenth of the time
+    row_numbers = first_fit_decreasing(spans, L)[0] if packed else [np.arange(count)] * DRAWS
     shapes = []
-    for samples, row in zip(batches, row_of, strict=True):
+    for samples, row in zip(batches, row_numbers, strict=True):
         rows = int(row.max()) + 1
         per_row = np.bincount(np.repeat(row, samples.lengths)[samples.is_target], minlength=rows)
         targets = int(per_row.sum())
@@ -244,7 +246,7 @@ def _lay_out(model: ModelConfig, train: TrainConfig, lengths: np.ndarray, count:
 
 
 def _last_places(model: ModelConfig, train: TrainConfig, shapes: Shapes) -> float:
-    """Return G, the places that go on in the last layer."""
+    """Return G, the number of queries in the last layer."""
     return shapes.rows * (model.max_len if everywhere(train) or model.causal else shapes.queries)
 
 
@@ -256,11 +258,11 @@ class Part:
     """A part of a step, forward and backward."""
 
     name: str
-    kind: str  # product, attention, or what the passes over memory are of
+    kind: str  # product, attention, or the kind of elementwise part
     flops: float = 0.0
     bytes: float = 0.0  # through main memory, operands and results of every pass
-    elements: float = 0.0  # that an elementwise part handles, forward
-    operators: float = 0.0  # started, forward and backward
+    elements: float = 0.0  # of an elementwise part, forward
+    operators: float = 0.0  # number of launches, forward and backward
     shape: tuple[float, float, float] = (0.0, 0.0, 0.0)  # (m, k, n) of a product, forward
 
 
@@ -274,7 +276,7 @@ def step_parts(
     """Return the parts of an optimiser step whose micro-batches have these `shapes`.
 
     `width` is the bytes of a number in products and activations (2 under autocast to 16 bits). With `adapter`
-    the model is frozen and only that is trained.
+    only the adapter is trained.
     """
     micros = train.batch_size // (train.micro_batch_size or train.batch_size)
     amounts = ("flops", "bytes", "elements", "operators")
@@ -284,9 +286,9 @@ def step_parts(
     ]
     count = parameters(model)
     P, table, tensors = sum(count.values()), count["input_table"], 16 * model.num_layers + 6
-    if adapter is not None:  # frozen matrices are held in the type that products run in: no cast each step
+    if adapter is not None:  # frozen matrices are stored in the type of products: no cast in each step
         P, table, tensors = trained_parameters(model, adapter), 0, 8 * model.num_layers + 1
-    table = 0 if model.tied else table  # whose gradient is sparse
+    table = 0 if model.tied else table  # a table with a sparse gradient
     loop, muon = train.optimizer == "loop", []
     if train.optimizer == "muon" and adapter is None:
         muon = [_muon_part(model)]
@@ -317,9 +319,9 @@ def _pass_parts(
     D, F, L, N = model.hidden_dim, model.ffn_factor * model.hidden_dim, model.max_len, model.num_layers
     E, between = model.table_width, projection(model)
     T, G = shapes.rows * L, _last_places(model, train, shapes)
-    full, both = 1 + BACKWARD, N - 1  # `both`: layers that compute everything
-    asking = both * T + G  # places that ask, over all layers
-    moved = both * (T * (6 * D + 2 * F)) + T * 3 * D + G * (5 * D + 2 * F)
+    full, full_layers = 1 + BACKWARD, N - 1  # `full_layers`: layers that compute all places
+    asking = full_layers * T + G  # number of queries, over all layers
+    moved = full_layers * (T * (6 * D + 2 * F)) + T * 3 * D + G * (5 * D + 2 * F)
     weights = N * (4 * D * D + 2 * D * F)
     norms = 2 * asking + T * int(model.embedding_norm) + G * int(model.final_norm)
     dropped = (2 * asking + T) * D if model.dropout else 0.0
@@ -327,13 +329,11 @@ def _pass_parts(
     stored = weighted if model.attention_dropout else 0.0
     maps, passes, looked_up = full * (linear_forward(model, T, G) + between * T), full, T * E
     moved += T * (D + E) if between else 0
-    own = []
-    if (
-        adapter is not None
-    ):  # no gradient of weights, of the first maps' input, of the table that is looked up
-        first = 2 * 3 * D * D * T if both else 2 * D * D * (2 * T + G)
+    adapter_parts = []
+    if adapter is not None:  # no gradients of weights, of the first maps' input and of the looked-up table
+        first = 2 * 3 * D * D * T if full_layers else 2 * D * D * (2 * T + G)
         maps, passes, looked_up = 2 * linear_forward(model, T, G) - first + between * T, 2, T * E / 2
-        own = _adapter_parts(model, adapter, T, G, width)
+        adapter_parts = _adapter_parts(model, adapter, T, G, width)
 
     items = model.output_rows if train.objective == "seed_focal" else model.num_items
     items = train.num_negatives + 1 if train.sampled else items
@@ -341,50 +341,50 @@ def _pass_parts(
     logits = scored * items
     # In place: product writes, log-softmax, exponential and subtraction in cache, two products read.
     # Elsewhere logits are widened to fp32, read for the loss, and their gradient written and read.
-    read = 6 * FP32 if width == FP32 else 4 * width + 5 * FP32
+    logit_bytes = 6 * FP32 if width == FP32 else 4 * width + 5 * FP32
     inplace = train.loss in ("auto", "inplace") and not everywhere(train)
     return [
         Part("encoder: linear maps", "product", maps, passes * width * (moved + weights), 0.0,
              N * 4 * (4 if adapter is None else 2), (T, D, F)),
         Part("encoder: attention", "attention", full * 4 * asking * L * D,
-             full * width * (2 * both * T + T + G) * 2 * D + 8 * FP32 * stored, asking * L * D, N * 12),
+             full * width * (2 * full_layers * T + T + G) * 2 * D + 8 * FP32 * stored,
+             asking * L * D, N * 12),
         Part("GELU", "gelu", 0.0, 5 * width * asking * F, asking * F, N * 2),
         Part("dropout", "dropout", 0.0, 8 * width * dropped, dropped, (2 * N + 1) * 4),
         Part("LayerNorm", "norm", 0.0, 5 * FP32 * norms * D, norms * D, 2 * (2 * N + 2)),
         Part("residuals", "add", 0.0, 6 * width * (2 * asking + T) * D, (2 * asking + T) * D, N * 6),
         Part("look up items", "lookup", 0.0, 4 * FP32 * looked_up, looked_up, 12),
-        *own,
+        *adapter_parts,
         Part("head: products", "product", passes * head_forward(model, 1, items) * scored,
              passes * width * (items * E + scored * E + logits), 0.0, 8, (scored, E, items)),
         Part("head: softmax and loss", "softmax" if inplace else "logits", 0.0,
-             read * logits * (1 if inplace else 2), logits, 20),
+             logit_bytes * logits * (1 if inplace else 2), logits, 20),
     ]  # fmt: skip
 
 
 def _adapter_parts(model: ModelConfig, adapter: AdapterPlan, T: float, G: float, width: int) -> list[Part]:
-    """Return A and B of every matrix, and the gate of `ilora` over the mean of each segment.
+    """Return A and B of every matrix, and the gate of `ilora`; memory passes dominate.
 
-    They are so narrow that passes over what they read and add to take the time. In the last layer queries and
-    keys are adapted apart where fewer places ask than are there.
+    If the last layer has fewer queries than places, queries and keys are adapted separately there.
     """
     D, F, L, N = model.hidden_dim, model.ffn_factor * model.hidden_dim, model.max_len, model.num_layers
     before, apart = (N - 1) * (8 * D + 2 * F) * T, G != T
     ends = T * (3 * D) + G * (2 * D) if apart else T * (4 * D)  # of queries, keys and values
-    first = T * D + (G * D if apart and N == 1 else 0)  # whose input is not trained
+    first = T * D + (G * D if apart and N == 1 else 0)  # maps without gradients of their input
     gate = T * (2 * D * (L + 2 * adapter.num_experts) + projection(model)) if adapter.kind == "ilora" else 0.0
     flops = 2 * adapter.rank * (3 * (before + ends + G * (4 * D + 2 * F)) - first) + gate
     elements = before + 3 * D * T + (6 * D + 2 * F) * G
     parts = [Part("adapters", "add", flops - gate, 4 * width * elements, elements, 14 * (4 * N + 1))]
     if gate:
-        seen = T * (3 * L + 2 * D)
-        parts.append(Part("gate", "add", gate, 2 * FP32 * seen, seen, 60))
+        read = T * (3 * L + 2 * D)
+        parts.append(Part("gate", "add", gate, 2 * FP32 * read, read, 60))
     return parts
 
 
 # -- memory at the peak --------------------------------------------------------------------------------------
 
 LARGE_LOGITS_BYTES = 512 * 2**20  # of logits that any CUDA device holds whole; see `logits_limit`
-SMALLEST_SINK = 8 * 2**20  # bytes of a table whose gradient stays where it is, on a CPU (as in `bert4rec`)
+SMALLEST_SINK = 8 * 2**20  # bytes of the smallest table with a gradient sink (as in `bert4rec`)
 
 
 @dataclass(frozen=True)
@@ -392,14 +392,14 @@ class Footprint:
     """Bytes at the peak of a step, by part."""
 
     parts: Mapping[str, int]
-    held: int = 0  # by all layers as backward begins
-    layer: int = 0  # by the first one as backward ends
+    held: int = 0  # of activations of all layers at the start of backward
+    layer: int = 0  # of the first layer at the end of backward
 
     def resident(self, heap: Mapping[str, float]) -> int:
-        """Return what a CPU's process holds for them, libraries apart.
+        """Return the resident bytes of a CPU process for these tensors, without libraries.
 
-        Its C library keeps what was freed and does not fill every gap: `heap` says how many times what layers
-        hold, and what one layer passes on, stay resident (measured; see params/calibration.yaml).
+        The C library keeps freed memory and leaves gaps: `heap` has measured factors for `held` and `layer`
+        (see params/calibration.yaml).
         """
         fixed = self.total - self.parts["activations"]
         return int(fixed + heap["held"] * self.held + heap["layer"] * self.layer)
@@ -419,14 +419,14 @@ def training_memory(
     adapter: AdapterPlan | None = None,
     memory_bytes: int | None = None,
 ) -> Footprint:
-    """Return what tensors take at the peak of a step, in bytes; interpreter and libraries are not in it.
+    """Return the bytes of tensors at the peak of a step, without interpreter and libraries.
 
-    `lengths` (users,) are interactions of the histories trained on, or the shapes of a micro-batch;
-    `precision` is fp32, tf32, bf16 or fp16; `device_type` "cpu" or "cuda", with `memory_bytes` in all, which
-    the route of the loss goes by. With `adapter` the model is frozen and only that is trained.
+    `lengths` (users,) are those of the training histories, or the shapes of a micro-batch; `precision` is
+    fp32, tf32, bf16 or fp16; `device_type` is "cpu" or "cuda"; `memory_bytes` of the device determines the
+    route of the loss. With `adapter` only the adapter is trained.
 
-    On a CPU the loss has one buffer of logits, and gradients of large tables stay where they are; on CUDA
-    gradients are fresh and weights have 16-bit copies.
+    On a CPU the loss has one buffer of logits, and large tables have gradient sinks; on CUDA gradients are
+    new in every step and weights have 16-bit copies.
     """
     shapes = lengths if isinstance(lengths, Shapes) else largest_shapes(model, train, lengths)
     width, count, N = number_bytes(precision), parameters(model), model.num_layers
@@ -435,11 +435,11 @@ def training_memory(
     if adapter is None:
         trained, weights, table = P, FP32 * P, FP32 * count["input_table"]
         sunk = device_type == "cpu" and width == FP32 and not everywhere(train) and table >= SMALLEST_SINK
-        # Gradients of the encoder, and of a table that is only looked up, come as activations go. At the peak
-        # the last layer has its own. The lookup's gradient is there before it is added to a tied table's.
+        # Gradients of the encoder, and of a table that is only looked up, are allocated while activations are
+        # freed: at the peak only the last layer has its own. A tied table has the lookup's gradient as well.
         late = FP32 * count["rest"] * (1 - 1 / N) + (0 if model.tied or sunk else table)
         peak = max(held - late, first + (table if model.tied and not sunk else 0))
-    else:  # frozen matrices are held in the type that products run in, and are cast no more
+    else:  # frozen matrices are stored in the type of products
         trained = trained_parameters(model, adapter)
         weights = width * P + FP32 * trained
         gate = T * (model.max_len + adapter.rank) if adapter.kind == "ilora" else 0.0
@@ -460,24 +460,24 @@ def training_memory(
 
 
 def _activations(model: ModelConfig, train: TrainConfig, shapes: Shapes, width: int) -> tuple[float, float]:
-    """Return the bytes held as backward begins and as it ends: all layers', and the first one's."""
+    """Return the bytes of activations at the start of backward (all layers) and at its end (the first)."""
     D, F, L, N = model.hidden_dim, model.ffn_factor * model.hidden_dim, model.max_len, model.num_layers
     T, G = shapes.rows * L, _last_places(model, train, shapes)
     drop = int(model.dropout > 0)
-    # A layer keeps q, k, v, what attention gives, two residual sums, two norms, and the inner width twice;
-    # of dropout its factors (one byte on CUDA would do; four on a CPU).
+    # A layer keeps q, k, v, attention's output, two residual sums, two norms, the inner width twice, and the
+    # factors of dropout.
     layer = 8 * D + 2 * F + 2 * drop * D
     last = T * 3 * D + G * (8 * D + 2 * F + 2 * drop * D)
-    kept = (N - 1) * T * layer + last + T * D * (2 + drop + int(model.embedding_norm))
+    stored = (N - 1) * T * layer + last + T * D * (2 + drop + int(model.embedding_norm))
     probabilities = (N - 1) * T * L + G * L
-    kept += 3 * model.num_heads * probabilities if model.attention_dropout else 0
+    stored += 3 * model.num_heads * probabilities if model.attention_dropout else 0
     head = shapes.slots * D * (2 + (4 + drop if model.head == "mlp" else 0))
     head += 0 if model.table_dim is None else (shapes.slots + T) * model.table_dim
-    wide = 2 * F + 3 * D  # of gradients on their way through a layer
-    passing = max(G * wide, T * wide - last if N > 1 else 0.0)  # the second: the last layer is gone by then
+    wide = 2 * F + 3 * D  # of temporary gradients in a layer
+    passing = max(G * wide, T * wide - last if N > 1 else 0.0)  # the second: after the last layer is freed
     fixed = FP32 * (T * L + (0 if G == T else G * L)) + 5 * 8 * T  # attention bias, indices
     first = T * (layer + wide) if N > 1 else last + G * wide
-    return width * (kept + head + passing) + fixed, width * first + fixed
+    return width * (stored + head + passing) + fixed, width * first + fixed
 
 
 def _logits(
@@ -487,60 +487,55 @@ def _logits(
         return 4 * FP32 * shapes.slots * (train.num_negatives + 1)
     if everywhere(train):
         places = shapes.rows * model.max_len * model.output_rows
-        if train.objective == "seed_focal":  # held, with a copy of real places, their softmax and gradients
+        if train.objective == "seed_focal":  # with a copy of real places, their softmax and gradients
             return places * (width + FP32) + 3 * FP32 * shapes.tokens * model.output_rows
         return places * (width if width == FP32 else width + FP32)
     elements = shapes.slots * model.num_items
     if device_type == "cpu" and train.loss in ("auto", "inplace"):
         return width * elements
-    if train.loss == "fused":  # logits and their gradient; what lies between is in registers
+    if train.loss == "fused":  # logits and their gradient; intermediate values are in registers
         return 2 * width * elements
     plain = elements * (FP32 * 3 if width == FP32 else 2 * HALF + 2 * FP32)
-    held = train.loss == "auto" and FP32 * elements <= logits_limit(memory)
-    if train.loss == "plain" or held:
+    fits = train.loss == "auto" and FP32 * elements <= logits_limit(memory)
+    if train.loss == "plain" or fits:
         return plain
     return min(plain, LARGE_LOGITS_BYTES + width * model.num_items * model.table_width)
 
 
 def logits_limit(memory_bytes: int | None) -> int:
-    """Return how many bytes of fp32 logits a CUDA device with so much memory holds whole: a sixteenth of it.
+    """Return the bytes of fp32 logits above which a CUDA device computes them in chunks.
 
-    Above it they are made in chunks. Chunks read the output table again each time, so that a large card is
-    spared them at the batches that it is bought for; 512 MiB at least, and where the memory is not known.
+    It is a sixteenth of the memory, at least 512 MiB, which is also the value for unknown memory. Each chunk
+    reads the output table again, so that large devices should not need chunks at usual batches.
     """
     return max(LARGE_LOGITS_BYTES, (memory_bytes or 0) // 16)
 
 
-# -- whether it fits -----------------------------------------------------------------------------------------
+# -- fitting into memory -------------------------------------------------------------------------------------
 
-CONTEXT_BYTES = 700 * 2**20  # of CUDA's context and libraries, outside torch's count; assumed
-USABLE = 0.95  # of a device's memory: the rest is lost to fragments; assumed
+CONTEXT_BYTES = 700 * 2**20  # of CUDA's context and libraries, not counted by torch; assumed
+USABLE = 0.95  # share of a device's memory that is not lost to fragmentation; assumed
 
-# Where Linux says what a container may take of the machine's memory: control groups of version 2 and 1.
+# Memory limits of containers on Linux: control groups of version 2 and 1.
 LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 def machine_bytes() -> int:
-    """Return the memory of this machine, or what its container may take of it."""
+    """Return the memory of this machine, or the limit of its container."""
     sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     limits = [file.read_text().strip() for file in LIMITS if file.is_file()]
     return min(sizes + [int(text) for text in limits if text.isdecimal()])
 
 
-def device_bytes(device: Device) -> int:
-    """Return the memory of a device in bytes, for a CPU what the machine or its container has."""
-    return device.card.memory_bytes or machine_bytes()
-
-
 def usable(memory_bytes: int, device_type: str) -> int:
-    """Return how much of a device's memory training's tensors can take."""
+    """Return the bytes of a device's memory that are available for tensors."""
     return int(USABLE * memory_bytes) - (CONTEXT_BYTES if device_type == "cuda" else 0)
 
 
 def side_by_side(totals: Iterable[int], memory_bytes: int, device_type: str) -> int:
-    """Return how many trainings, taken in the order of their `totals` of bytes, fit on a device at once.
+    """Return how many trainings, in the order of their `totals` of bytes, fit on a device at once.
 
-    Each is a process of its own, on CUDA with a context of its own.
+    Each is a separate process, on CUDA with its own context.
     """
     room, count = int(USABLE * memory_bytes), 0
     for size in totals:
@@ -554,7 +549,7 @@ def side_by_side(totals: Iterable[int], memory_bytes: int, device_type: str) -> 
 def largest_batch(
     total: Callable[[TrainConfig], int], train: TrainConfig, room: int, most: int = 1 << 20
 ) -> int:
-    """Return the largest batch, of the powers of two, whose `total` of bytes in one pass fits; 0: none."""
+    """Return the largest power of two as batch size whose `total` of bytes in one pass fits, 0 if none."""
     fits, size = 0, 1
     while size <= most and total(changed(train, batch_size=size, micro_batch_size=None)) <= room:
         fits, size = size, 2 * size
@@ -564,7 +559,7 @@ def largest_batch(
 def ways_to_fit(
     total: Callable[[ModelConfig, TrainConfig], int], model: ModelConfig, train: TrainConfig, room: int
 ) -> str:
-    """Say which changes of a training, each alone, make its `total` of bytes fit into `room`."""
+    """Return advice: which single changes of a training make its `total` of bytes fit into `room`."""
     micro = largest_batch(lambda smaller: total(model, smaller), train, room, train.batch_size)
     ways = [f"micro_batch_size={micro}"] if micro and train.batch_size % micro == 0 else []
     half = max(2, model.hidden_dim // 4 * 2)
@@ -587,7 +582,7 @@ def require_fit(
     precision: str = "fp32",
     device_type: str = "cuda",
 ) -> Footprint:
-    """Return the footprint where it fits into `memory_bytes`; else raise `InputError` with what to change."""
+    """Return the footprint if it fits into `memory_bytes`; else raise `InputError` with advice."""
 
     def memory(model: ModelConfig, train: TrainConfig) -> Footprint:
         return training_memory(model, train, lengths, precision, device_type, None, memory_bytes)
@@ -610,10 +605,10 @@ def demand_room(
     room: int | None = None,
     processes: int = 1,
 ) -> Footprint:
-    """Return the estimated peak of a training; raise `InputError` that says what to change.
+    """Return the estimated peak of a training; raise `InputError` with advice if it does not fit.
 
-    `room` is the memory in bytes, None: what the device has. Of several `processes`, which divide a batch, it
-    is one's. Nothing is allocated.
+    `room` is the memory in bytes, by default the device's. The estimate is for one of `processes`, which
+    divide a batch. Nothing is allocated.
     """
     lengths = histories.lengths[histories.lengths > int(model.causal)]  # the others train nothing
     if config.batch_size % processes:
@@ -624,5 +619,5 @@ def demand_room(
     if config.micro_batch_size is None:
         config = changed(config, micro_batch_size=config.batch_size // processes)
     precision = choose_precision(config.precision, device.card).name
-    room = device_bytes(device) if room is None else room
+    room = (device.card.memory_bytes or machine_bytes()) if room is None else room
     return require_fit(model, config, lengths, room, precision, device.torch_device.type)

@@ -1,11 +1,11 @@
-"""From samples to batches: packed rows and where in them the targets are, vectorised and reproducible.
+"""Batches of packed rows with their target positions, vectorised and reproducible.
 
-A step's samples are drawn before they are laid out, from a generator seeded by (seed, stream, epoch, step).
-So the same step has the same targets in packed or padded rows, in one piece or in micro-batches, and a
-resumed run needs no generator state. Packing is first-fit decreasing, for `STEPS_PACKED` steps at once. Of
-several processes that train together each draws the whole step and lays out its own micro-batches.
+The samples of a step are drawn by a generator seeded with (seed, stream, epoch, step), then laid out.
+Targets therefore do not depend on packing, padding or micro-batches, and a resumed run needs no generator
+state. Packing is first-fit decreasing, for `STEPS_PACKED` steps at once. In data-parallel training each
+process draws the whole step and lays out its own micro-batches.
 
-Samples and packing are plain numpy, so that the planner can lay out batches of a device that is not there.
+Samples and packing use numpy alone, so that the planner can lay out batches without torch.
 
 Shapes: S steps, B sequences of a step, T items of them, R rows, L = max_len, Q queries of a row, M targets,
 I real items of the catalogue.
@@ -33,10 +33,9 @@ IGNORE = -100  # target of a slot that only fills a bucket
 
 ORDER, SAMPLE, NEGATIVES, PREFIX = 0, 1, 2, 3  # streams of random numbers
 
-STEPS_PACKED = 64  # at once: about as fast as a whole epoch, and its first batch waits for these alone
-AHEAD = 16  # batches: as many as a fast GPU uses up while the next steps are packed
-
-ALIGNED = 4  # places: every tensor in a staging buffer starts at a multiple of 16 bytes
+STEPS_PACKED = 64  # steps packed together: about as fast as a whole epoch, with a short wait at the start
+AHEAD = 16  # batches prepared ahead: what a fast GPU consumes while the next steps are packed
+ALIGNED = 4  # elements: every tensor in a staging buffer starts at a multiple of 16 bytes
 
 T = TypeVar("T")
 
@@ -46,8 +45,8 @@ class Samples(NamedTuple):
 
     tokens: np.ndarray  # int32 (T,) item ids
     lengths: np.ndarray  # int64 (B,)
-    is_target: np.ndarray  # bool (T,) places where something is to be predicted
-    labels: np.ndarray  # int32 (T,) what: the item itself (cloze) or the one after it
+    is_target: np.ndarray  # bool (T,) whether a place is predicted
+    labels: np.ndarray  # int32 (T,) the item to predict: the one at the place (cloze) or the next one
 
 
 def cut(histories: Histories, users: np.ndarray, max_len: int, offset: np.ndarray | None) -> Samples:
@@ -65,16 +64,15 @@ def cut(histories: Histories, users: np.ndarray, max_len: int, offset: np.ndarra
 
 
 def prefixes(histories: Histories, share: float, rng: np.random.Generator) -> Histories:
-    """Return histories of which a share, drawn at random, ends at a random place, after two items or more.
+    """Cut a random `share` of the histories at a random place, after two items or more.
 
-    A model that sees whole histories alone knows what comes after the last item of none: prefixes are what
-    histories looked like earlier, and with the last item masked they are prediction at that time.
+    A prefix is a history at an earlier time. With its last item masked it trains next-item prediction.
     """
     lengths = histories.lengths
-    cut_here = rng.random(len(lengths)) < share
+    is_cut = rng.random(len(lengths)) < share
     shorter = 2 + (rng.random(len(lengths)) * (lengths - 1)).astype(np.int64)  # 2 .. length
-    kept = np.where(cut_here & (lengths > 2), np.minimum(shorter, lengths), lengths)
-    return histories._replace(ends=histories.starts + kept)
+    new_lengths = np.where(is_cut & (lengths > 2), np.minimum(shorter, lengths), lengths)
+    return histories._replace(ends=histories.starts + new_lengths)
 
 
 def mask_cloze(
@@ -82,7 +80,7 @@ def mask_cloze(
 ) -> Samples:
     """Mark cloze targets: each item with `mask_prob`, at least one a sequence.
 
-    A share of the sequences has the last item as its only target, which is the condition at inference.
+    A share of the sequences has the last item as its only target, as at inference.
     """
     lengths = samples.lengths
     ends = np.cumsum(lengths)
@@ -96,24 +94,24 @@ def mask_cloze(
 
 
 def next_items(samples: Samples) -> Samples:
-    """Return every item but each sequence's last, as inputs whose targets are the items after them."""
+    """Return all items but the last of each sequence as inputs; their targets are the next items."""
     tokens, lengths = samples.tokens, samples.lengths
     is_last = np.zeros(len(tokens), dtype=bool)
     is_last[np.cumsum(lengths)[lengths > 0] - 1] = True
-    kept = np.flatnonzero(~is_last)
-    return Samples(tokens[kept], np.maximum(lengths - 1, 0), np.ones(len(kept), dtype=bool), tokens[kept + 1])
+    inputs = np.flatnonzero(~is_last)
+    is_target = np.ones(len(inputs), dtype=bool)
+    return Samples(tokens[inputs], np.maximum(lengths - 1, 0), is_target, tokens[inputs + 1])
 
 
 def whole_sequences(samples: Samples, causal: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return what stands before each target of samples, for counts that look at it.
+    """Return the unmasked sequences and, for each target, the number of items before it.
 
-    The result is the sequences themselves, tokens (T,) and lengths (B,), and of every target (M,) its
-    sequence and how many items of it precede the target. Those are known even where they are masked.
+    Returns tokens (T,), lengths (B,), each target's sequence (M,) and its number of preceding items (M,).
     """
     tokens, lengths = samples.tokens, samples.lengths
     sequence = np.repeat(np.arange(len(lengths)), lengths)
     known = np.arange(len(tokens)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    if causal:  # a target is the item after its place, and the last one stands behind its sequence
+    if causal:  # the target of a place is the next item; append the last target to its sequence
         ends = np.cumsum(lengths)[lengths > 0]
         tokens = np.insert(tokens, ends, samples.labels[ends - 1])
         lengths, known = lengths + (lengths > 0), known + 1
@@ -126,7 +124,7 @@ def item_counts(histories: Histories, num_items: int) -> np.ndarray:
 
 
 def negative_shares(histories: Histories, num_items: int, train: TrainConfig) -> np.ndarray:
-    """Return the probability (I + 1,) with which a draw of a sampled loss gives each item; PAD's is 0."""
+    """Return each item's probability (I + 1,) of being drawn as a negative; 0 for PAD."""
     if train.negatives == "popularity":
         counts = item_counts(histories, num_items)
     else:
@@ -141,10 +139,10 @@ def bucket(n: int, steps: int) -> int:
 
 
 def first_fit_decreasing(lengths: np.ndarray, max_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pack the sequences of many steps at once; return row and place in the row of each.
+    """Pack the sequences of many steps at once; return the row and the place in the row of each.
 
-    `lengths` (S, B) with 0 where a step has no further sequence; both results are (S, B). The loop runs over
-    the B ranks by length; all steps move together.
+    `lengths` and both results are (S, B); 0 fills up shorter steps. The loop runs over the B ranks by length
+    and handles all steps at once.
     """
     S, B = lengths.shape
     order = np.argsort(-lengths, axis=1, kind="stable")
@@ -166,7 +164,7 @@ def first_fit_decreasing(lengths: np.ndarray, max_len: int) -> tuple[np.ndarray,
 class Batch(NamedTuple):
     """Rows for the encoder and where in them the targets are."""
 
-    items: Tensor  # (R, L) ids, MASK where a target stands, PAD in unused places
+    items: Tensor  # (R, L) ids, MASK at targets, PAD in unused places
     segment_ids: Tensor  # (R, L) number of the sequence, 0 in unused places
     positions: Tensor  # (R, L) row of the position table
     query_index: Tensor  # (R, Q) places in each row that hold targets, filled up with place 0
@@ -177,25 +175,26 @@ class Batch(NamedTuple):
     num_tokens: int  # real items, MASK included
     num_sequences: int
     negatives: Tensor | None = None  # (K,) item ids of a sampled loss
-    negative_probs: Tensor | None = None  # (K,) how likely one draw was to give each
-    prior_rows: Tensor | None = None  # (N,) slots of `targets` whose logits a prior is added to
-    prior_columns: Tensor | None = None  # (N,) and the items, as item id - 1
-    prior_values: Tensor | None = None  # (N,) and the prior before its scale
-    buffer: Tensor | None = None  # int32: the tensors above in one piece, as `staged` leaves them for `to`
+    negative_probs: Tensor | None = None  # (K,) probability of each in one draw
+    prior_rows: Tensor | None = None  # (N,) rows of the logits that a prior is added to
+    prior_columns: Tensor | None = None  # (N,) columns, item id - 1
+    prior_values: Tensor | None = None  # (N,) values before scaling
+    buffer: Tensor | None = None  # int32: the tensors above in one staging buffer (see `staged`)
 
     def staged(self, device: torch.device) -> Batch:
-        """Return the batch ready for one copy to `device`: the work of the thread that prepares batches."""
+        """Return the batch with a staging buffer for `device`; called by the prefetching thread."""
         if device.type == "cpu":
             return self
         return self._replace(buffer=stage(list(self._tensors().values()), device))
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch on `device`, in one copy that nobody waits for."""
+        """Return the batch on `device`, moved by one asynchronous copy."""
         if device.type == "cpu":
             return self
-        parts = self._tensors()
-        sent: dict[str, Any] = dict(zip(parts, send(list(parts.values()), device, self.buffer), strict=True))
-        return self._replace(**sent, buffer=None)
+        tensors = self._tensors()
+        moved = send(list(tensors.values()), device, self.buffer)
+        fields: dict[str, Any] = dict(zip(tensors, moved, strict=True))
+        return self._replace(**fields, buffer=None)
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name, without the buffer."""
@@ -206,7 +205,7 @@ class Batch(NamedTuple):
 
 
 def stage(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Return int32, int64 (below 2^31) and fp32 tensors in one int32 buffer, pinned for a CUDA device."""
+    """Copy int32, int64 (below 2^31) and fp32 tensors into one int32 buffer, pinned for CUDA."""
     import torch
 
     sizes = [-(-tensor.numel() // ALIGNED) * ALIGNED for tensor in tensors]
@@ -218,7 +217,7 @@ def stage(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
 
 
 def unstage(buffer: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Return the tensors in a buffer that `stage` made of such as `like`, as views of it and of its int64."""
+    """Return the tensors of a `stage` buffer, with the types and shapes of `like`, as views."""
     import torch
 
     wide, first, views = buffer.long(), 0, []
@@ -230,9 +229,9 @@ def unstage(buffer: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def send(tensors: Sequence[Tensor], device: torch.device, buffer: Tensor | None = None) -> list[Tensor]:
-    """Return CPU tensors on `device`, of the types that they had, in one copy of what `stage` makes of them.
+    """Return CPU tensors on `device`, moved by one copy of their `stage` buffer, with their types kept.
 
-    The copy is half as wide as int64 would be, and the device widens all of it in one operation.
+    Integers travel as int32 and are widened on the device in one operation.
     """
     if device.type == "cpu":
         return list(tensors)
@@ -241,7 +240,7 @@ def send(tensors: Sequence[Tensor], device: torch.device, buffer: Tensor | None 
 
 
 class Totals(NamedTuple):
-    """What a whole step holds, over its micro-batches and over all processes that train together."""
+    """Counts of a whole step, over its micro-batches and all processes."""
 
     num_targets: int
     num_tokens: int  # real items, MASK included
@@ -255,18 +254,18 @@ def generator(*key: int) -> np.random.Generator:
 
 @dataclass(frozen=True)
 class Layout:
-    """What turns samples into a batch."""
+    """How samples are laid out as a batch."""
 
     max_len: int
     mask_id: int
     position_origin: str  # "first" or "last"
     packed: bool
     bucket_steps: int
-    causal: bool = False  # targets stay visible: they are other items than those at their places
+    causal: bool = False  # targets are the next items, so no place is masked
 
     @classmethod
-    def of(cls, model: ModelConfig, train: TrainConfig) -> Layout:
-        """Return the layout that the two configurations ask for."""
+    def from_config(cls, model: ModelConfig, train: TrainConfig) -> Layout:
+        """Return the layout of a model and a training configuration."""
         packed = train.layout == "packed"
         shape = (model.max_len, model.mask_id, model.position_origin, packed, train.bucket_steps)
         return cls(*shape, causal=model.causal)
@@ -303,9 +302,8 @@ class Layout:
         batch = Batch(*map(torch.from_numpy, arrays), *counts)  # type: ignore[call-arg, arg-type]
         if prior is None:
             return batch
-        entries = prior.of_samples(
-            samples, self.causal, np.argsort(targets, kind="stable")
-        )  # as in `_queries`
+        order = np.argsort(targets, kind="stable")  # as in `_queries`
+        entries = prior.for_samples(samples, self.causal, order)
         added: Any = {f"prior_{name}": torch.from_numpy(array) for name, array in entries._asdict().items()}
         return batch._replace(**added)
 
@@ -325,10 +323,10 @@ class Layout:
 
 
 class Epoch:
-    """The steps of one pass over the users; `step(i)` gives the micro-batches of step i, always the same.
+    """The steps of one pass over the users; `step(i)` always gives the same micro-batches.
 
-    Of `ranks` processes, which divide `batch_size`, this is number `rank`: of the micro-batches of a step it
-    has every `ranks`-th, which at the end of an epoch may be none.
+    With `ranks` processes (a divisor of `batch_size`), process `rank` gets every `ranks`-th micro-batch of a
+    step. At the end of an epoch it may get none.
     """
 
     def __init__(
@@ -345,8 +343,8 @@ class Epoch:
         if train.prefix_share:
             histories = prefixes(histories, train.prefix_share, generator(train.seed, PREFIX, epoch))
         self.histories = histories
-        self.layout = Layout.of(model, train)
-        self.extra = int(model.causal)  # items of a window beyond its inputs: the last one's target
+        self.layout = Layout.from_config(model, train)
+        self.extra = int(model.causal)  # items of a window beyond its inputs: the last target
         users = np.flatnonzero(histories.lengths > self.extra)
         self.users = generator(train.seed, ORDER, epoch).permutation(users)
         self.num_steps = -(-len(users) // train.batch_size)
@@ -369,7 +367,7 @@ class Epoch:
         return mask_cloze(chosen, train.mask_prob, train.last_item_share, rng)
 
     def negatives(self, step: int) -> dict[str, Any]:
-        """Draw the negatives of a sampled loss, one set for all targets of a step, with their odds."""
+        """Draw the negatives of a sampled loss, shared by all targets of a step, with their probabilities."""
         import torch
 
         if self.shares is None:
@@ -380,9 +378,9 @@ class Epoch:
         return {"negatives": torch.from_numpy(drawn), "negative_probs": odds}
 
     def placed(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return row and place (B,) of a step's sequences, B = batch_size also in a shorter last step.
+        """Return row and place (B,) of a step's sequences; B is batch_size, also in a shorter last step.
 
-        A block of steps is packed when one of them is first asked for.
+        Steps are packed in blocks, on the first request for one of them.
         """
         first = step // STEPS_PACKED * STEPS_PACKED
         if self._packed is None or self._packed[0] != first:
@@ -410,34 +408,33 @@ class Epoch:
             part = slice(first, min(first + size, len(samples.lengths)))
             items = slice(ends[part.start], ends[part.stop])
             tokens, lengths, is_target, labels = samples
-            piece = Samples(tokens[items], lengths[part], is_target[items], labels[items])
-            batch = self.layout.batch(piece, rows[part], places[part], self.prior)._replace(**negatives)
+            micro = Samples(tokens[items], lengths[part], is_target[items], labels[items])
+            batch = self.layout.batch(micro, rows[part], places[part], self.prior)._replace(**negatives)
             batches.append(batch if device is None else batch.staged(device))
-        whole = Totals(int(samples.is_target.sum()), len(samples.tokens), len(samples.lengths))
-        return batches, whole
+        totals = Totals(int(samples.is_target.sum()), len(samples.tokens), len(samples.lengths))
+        return batches, totals
 
 
 def next_item_batches(
     histories: Histories, layout: Layout, users: np.ndarray, batch_size: int
 ) -> Generator[tuple[np.ndarray, Batch], None, None]:
-    """Yield (users, batch) for prediction: each history's last L - 1 items, then MASK.
+    """Yield (users, batch) for prediction: the last L - 1 items of each history, then MASK.
 
-    The causal twin is asked at the last of L items, and at MASK alone after an empty history. Users are taken
-    by length, and rows are as long as the longest of a batch: attention over more is wasted. The target slots
-    are in the order of the users that are yielded with them.
+    A causal model predicts at the last of L items, or at MASK for an empty history. Users are sorted by
+    length; rows are as long as the longest of a batch. Target slots follow the order of the yielded users.
     """
-    most = layout.max_len - int(not layout.causal)
-    spans = np.minimum(histories.lengths[users], most)
+    longest = layout.max_len - int(not layout.causal)
+    spans = np.minimum(histories.lengths[users], longest)
     users = users[np.argsort(-spans, kind="stable")]
     for first in range(0, len(users), batch_size):
         chosen = users[first : first + batch_size]
-        seen = cut(histories, chosen, most, None)
-        lengths = np.maximum(seen.lengths, 1) if layout.causal else seen.lengths + 1
+        windows = cut(histories, chosen, longest, None)
+        lengths = np.maximum(windows.lengths, 1) if layout.causal else windows.lengths + 1
         ends = np.cumsum(lengths)
         tokens = np.full(ends[-1], layout.mask_id, dtype=np.int64)
         is_target = np.zeros(ends[-1], dtype=bool)
         is_target[ends - 1] = True
-        tokens[within(lengths) < np.repeat(seen.lengths, lengths)] = seen.tokens
+        tokens[within(lengths) < np.repeat(windows.lengths, lengths)] = windows.tokens
         fitting = replace(layout, max_len=min(-(-int(lengths[0]) // 16) * 16, layout.max_len))
         rows, places = fitting.place(lengths[None])
         batch = fitting.batch(Samples(tokens, lengths, is_target, tokens), rows[0], places[0])
@@ -446,7 +443,7 @@ def next_item_batches(
 
 
 def prefetch(source: Iterable[T], depth: int = AHEAD) -> Generator[T, None, None]:
-    """Yield from `source`, prepared by a thread up to `depth` ahead; its errors are raised here."""
+    """Yield from `source`, read by a thread up to `depth` items ahead; its errors are raised here."""
     items, end = iter(source), object()
     with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as thread:
         coming = deque(thread.submit(next, items, end) for _ in range(depth))

@@ -1,7 +1,7 @@
-"""A prepared dataset: histories of dense item ids on disk, and what is known of them.
+"""A prepared dataset: histories of dense item ids on disk, with keys, titles and a manifest.
 
-Arrays are memory-mapped; keys and titles are decoded when they are used, so that loading costs neither time
-nor memory however large the dataset is.
+Arrays are memory-mapped; keys and titles are decoded on access. Loading therefore takes little time and
+memory at any size.
 
 - Dense ids: items 1..num_items and users 0.. in the order of their raw ids, shorter before longer and then
   by character, which for plain integers is their numeric order. 0 is PAD.
@@ -26,22 +26,19 @@ from reclib import system
 from reclib.config import InputError
 
 HELD_OUT = 2  # interactions at the end of a history that are targets
-
 ARRAYS = ("items", "offsets", "item_keys", "user_keys")
-
 CHUNK = 1 << 16  # keys decoded at a time
-
-MIN_LEN = 5  # interactions that every synthetic user has
+MIN_LEN = 5  # fewest interactions of a synthetic user
 
 
 class Keys:
-    """Raw ids: UTF-8 bytes of one width where they lie, decoded on access. Indexes as an array does."""
+    """Raw ids: an array of fixed-width UTF-8 bytes, decoded on access."""
 
     def __init__(self, encoded: np.ndarray) -> None:
         self._encoded = encoded  # bytes (size,)
 
     @classmethod
-    def of(cls, keys: Sequence[str]) -> Keys:
+    def encode(cls, keys: Sequence[str]) -> Keys:
         """Encode keys."""
         return cls(np.array([key.encode() for key in keys]))
 
@@ -54,7 +51,7 @@ class Keys:
         return self.size
 
     def __getitem__(self, index: Any) -> Any:
-        """Return str for one index, an array of str for a slice or an array."""
+        """Return a str for an integer index, an array of str for a slice or an array."""
         keys = self._encoded[index]
         return keys.decode() if isinstance(keys, bytes) else np.char.decode(keys, "utf-8")
 
@@ -71,7 +68,7 @@ class Keys:
 
 
 class Titles(UserDict[str, str]):
-    """Titles by item key, read from their file when the first one is needed."""
+    """Titles by item key, read from their file on first access."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -132,7 +129,7 @@ class Dataset:
 
 
 def within(lengths: np.ndarray) -> np.ndarray:
-    """Return int64 (sum of lengths,): 0, 1, ... inside each of some runs that lie one after another."""
+    """Return int64 (sum of lengths,): the place 0, 1, ... of each element in its run."""
     return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
 
@@ -153,24 +150,24 @@ class Histories(NamedTuple):
         return np.repeat(self.starts, self.lengths) + within(self.lengths)
 
     def rows(self, chosen: np.ndarray) -> Histories:
-        """Return some rows, by number or by truth value."""
+        """Return the rows selected by indices or a boolean mask."""
         return Histories(self.items, self.starts[chosen], self.ends[chosen])
 
 
 class Evaluation(NamedTuple):
-    """The history of each evaluated row, and the one item to be predicted."""
+    """The history of each evaluated row, and the item to be predicted."""
 
     histories: Histories
     targets: np.ndarray  # int32 (rows,)
 
     @classmethod
-    def at(cls, dataset: Dataset, users: np.ndarray, targets: np.ndarray) -> Evaluation:
-        """Return a row for each of the users: the target's index in `items`, and all before it."""
+    def from_places(cls, dataset: Dataset, users: np.ndarray, targets: np.ndarray) -> Evaluation:
+        """Return a row per user; `targets` are indices into `items`, the history is all before them."""
         histories = Histories(dataset.items, dataset.offsets[users], targets)
         return cls(histories, dataset.items[targets])
 
     def rows(self, chosen: np.ndarray) -> Evaluation:
-        """Return some rows, by number or by truth value."""
+        """Return the rows selected by indices or a boolean mask."""
         return Evaluation(self.histories.rows(chosen), self.targets[chosen])
 
 
@@ -202,7 +199,7 @@ def opened(folder: Path, manifest: dict[str, Any]) -> Dataset:
 
 
 def train_histories(dataset: Dataset) -> Histories:
-    """Return what may be trained on: each user's history without its targets."""
+    """Return each user's history without its validation and test targets."""
     starts, ends = dataset.offsets[:-1], dataset.offsets[1:]
     return Histories(dataset.items, starts, np.where(ends - starts > HELD_OUT, ends - HELD_OUT, ends))
 
@@ -221,26 +218,26 @@ def evaluation(dataset: Dataset, part: Literal["valid", "test"]) -> Evaluation:
     if part not in ("valid", "test"):
         raise InputError(f"part is {part!r}, expected 'valid' or 'test'")
     users = evaluated_users(dataset)
-    return Evaluation.at(dataset, users, dataset.offsets[users + 1] - (1 if part == "test" else 2))
+    return Evaluation.from_places(dataset, users, dataset.offsets[users + 1] - (1 if part == "test" else 2))
 
 
-def described(dataset: Dataset, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the manifest: `about`, and what follows from the arrays alone."""
+def described(dataset: Dataset, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the manifest: `metadata`, and the values derived from the arrays."""
     held_out, items = evaluated_users(dataset).size, dataset.num_items
     training = dataset.num_interactions - HELD_OUT * held_out
     steps = [
-        *about.get("steps", []),
+        *metadata.get("steps", []),
         step("train", dataset.num_users, items, training),
         step("valid", held_out, items, held_out),
         step("test", held_out, items, held_out),
     ]
-    own = {
+    derived = {
         "steps": steps,
         "ties": ties(dataset),
         "test_targets_sha256": content_hash(_test_targets(dataset)),
         "fingerprint": content_hash(_content(dataset))[:16],
     }
-    return {"name": dataset.name, **about, **own}
+    return {"name": dataset.name, **metadata, **derived}
 
 
 def step(name: str, users: int, items: int, interactions: int) -> dict[str, Any]:
@@ -249,14 +246,14 @@ def step(name: str, users: int, items: int, interactions: int) -> dict[str, Any]
 
 
 def ties(dataset: Dataset) -> dict[str, int | float | None]:
-    """Count what only the tie rule orders, and how far the order follows the item ids.
+    """Count interactions with equal times, and measure how far the order follows the item ids.
 
-    - interactions, test_targets: those whose time another interaction of the same user has (the one before,
-      for a target, which could be exchanged with it). None without times: it is unknown then.
-    - ascending_share: of all neighbours in a history, how many ascend by item id; None without neighbours.
-    - tied_ascending_share: the same of neighbours with equal times; None without such.
+    - interactions: those whose time equals that of another interaction of the same user.
+    - test_targets: those whose time equals that of the interaction before. Both are None without times.
+    - ascending_share: share of neighbours in a history that ascend by item id; None without neighbours.
+    - tied_ascending_share: the same for neighbours with equal times; None without such.
 
-    A share far above one half means that a source sorted ties by item, which a model can learn.
+    A share far above one half means that the source sorted ties by item, which a model can learn.
     """
     same_user = np.ones(max(dataset.num_interactions - 1, 0), dtype=bool)
     same_user[dataset.offsets[1:-1] - 1] = False
@@ -279,7 +276,7 @@ def ties(dataset: Dataset) -> dict[str, int | float | None]:
 
 
 def content_hash(parts: Iterable[str | bytes | memoryview]) -> str:
-    """Return the sha256 of parts and their lengths, which keep them apart."""
+    """Return the sha256 of parts, each preceded by its length."""
     digest = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else part

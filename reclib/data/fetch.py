@@ -1,18 +1,18 @@
-"""Public datasets by name: downloaded from their owners, checked, and taken out of their archive.
+"""Public datasets by name: downloaded from their owners, checked and unpacked.
 
     python -m reclib data fetch --list
     python -m reclib data fetch ml-1m
 
-`params/datasets.yaml` says where each comes from. A file is either whole in its place or not there: it is
-received into a folder beside its place (named `*.partial`, gone on any failure), checked, and renamed. A
-transfer that breaks off is begun anew; `curl --location --continue-at - --output FILE ADDRESS` resumes.
+`params/datasets.yaml` has their addresses. A file is downloaded into a temporary folder (`*.partial`, removed
+on failure), checked, and renamed, so that it is either complete or absent. A broken transfer starts again;
+`curl --location --continue-at - --output FILE ADDRESS` resumes.
 
 A file without a published checksum must have the length that the server announced and, if it is gzip, pass
-that format's own check to its end. Its sha256 is kept in `received.json` beside it, with the address.
+the checks of that format. Its sha256 and address are written to `received.json` beside it.
 
-MovieLens 100K is fetched where it is first used: from an archive that the user put in place, from RecBole's
-wheel on PyPI (whose `ml-100k.inter` is the official `u.data` under a header line), else from GroupLens.
-Whatever the way, the rows and their order are the same, and that is checked by hash.
+MovieLens 100K is fetched on first use: from an archive that the user put in place, from RecBole's wheel on
+PyPI (whose `ml-100k.inter` is the official `u.data` under a header line), else from GroupLens. Rows and their
+order are the same for all of them, which is checked by hash.
 
 Reference: Harper and Konstan, The MovieLens Datasets, ACM TiiS 5(4), 2015.
 """
@@ -45,21 +45,18 @@ LIST = "datasets.yaml"
 RECEIVED = "received.json"
 
 BLOCK_BYTES = 1 << 20  # read, hashed or unpacked at a time
-
 TIMEOUT_SECONDS = 30  # without a byte arriving
-PIP_SECONDS = 180  # a stalled index must not hold a study up for longer
-
+PIP_SECONDS = 180  # at most, for an index that stalls
 MAX_MEMBER_BYTES = 4 << 30  # of a zip member that is unpacked; ml-32m's ratings, the largest, are 0.9 GB
 
 SIGNATURES = {".gz": b"\x1f\x8b", ".zip": b"PK\x03\x04"}
 
-# What a transfer or an archive may fail with. Errors of requests are OSErrors, InputError a ValueError.
+# Errors of transfers and archives. Errors of requests are OSErrors, InputError is a ValueError.
 FAILURES = (ValueError, OSError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile)
 
 ML_100K = "ml-100k"
 
-# sha256 of u.data. The .inter file's own hash below pins the same rows in the same order under a header, so
-# this one value stands for the interactions wherever they came from.
+# sha256 of u.data, which identifies the interactions. The .inter file has the same rows under a header.
 IDENTITY = "06416e597f82b7342361e41163890c81036900f418ad91315590814211dca490"
 
 SHA256 = {
@@ -78,7 +75,7 @@ class Download:
 
     name: str
     address: str
-    kept_as: str | None = None  # name of the downloaded file, where the address's own says nothing
+    kept_as: str | None = None  # name of the downloaded file, if not the last part of the address
     checksum: str | None  # algorithm:digest
     bytes: Positive | None
     members: tuple[str, ...] = ()
@@ -94,7 +91,7 @@ class Download:
 
     @property
     def to_read(self) -> str:
-        """Name of the file that a reader is given: the download, or the first member of the archive."""
+        """Name of the file to read: the download, or the first member of the archive."""
         if not self.members:
             return self.file
         member = PurePosixPath(self.members[0])
@@ -102,7 +99,7 @@ class Download:
 
 
 def catalogue() -> dict[str, Download]:
-    """Return the datasets of `params/datasets.yaml`, by name; a root without one has the package's."""
+    """Return the datasets of `params/datasets.yaml` (by default the package's), by name."""
     file = system.params() / LIST
     if not file.is_file():
         file = system.CHECKOUT / "params" / LIST
@@ -122,10 +119,10 @@ def known(name: str) -> Download:
 
 
 def fetched(name: str, folder: Path | None = None) -> Path | None:
-    """Return the file to be read of dataset `name`, None where it was not fetched. Nothing is downloaded.
+    """Return the file to read of dataset `name`, None if it was not fetched. Nothing is downloaded.
 
-    `folder` holds the raw files, one folder for each dataset; the default is the project's own. Raises
-    `InputError` where the file has not the size with which it was received.
+    `folder` holds a folder for each dataset; the default is the project's. Raises `InputError` for a file
+    whose size differs from the received one.
     """
     entry = known(name)
     path = _raw(folder) / name / entry.to_read
@@ -136,7 +133,7 @@ def fetched(name: str, folder: Path | None = None) -> Path | None:
 
 
 def not_fetched(name: str) -> InputError:
-    """Return the error that says how to get dataset `name`, for a caller that found it missing."""
+    """Return the error for a missing dataset, with the command that fetches it."""
     entry = known(name)
     size = f" ({_megabytes(entry.bytes)})" if entry.bytes else ""
     return InputError(
@@ -145,18 +142,18 @@ def not_fetched(name: str) -> InputError:
 
 
 def fetch(name: str, folder: Path | None = None) -> Path:
-    """Return the file to be read of dataset `name`, downloading and unpacking what is not in place.
+    """Return the file to read of dataset `name`, downloading and unpacking it if necessary.
 
-    What is in place is checked against the record of its arrival and never overwritten: a user may have
-    put it there. Raises `InputError` that names address, reason and where to put the file by hand.
+    An existing file is checked against `received.json` and never overwritten. Raises `InputError` with the
+    address, the reason and the place for a manual download.
     """
     entry = known(name)
     home = _raw(folder) / name
-    wanted = home / entry.to_read
-    if wanted.is_file():
-        _check_record(wanted, content=True)
-        return wanted
-    download = _raw(folder) / entry.file if entry.members else wanted
+    path = home / entry.to_read
+    if path.is_file():
+        _check_record(path, content=True)
+        return path
+    download = _raw(folder) / entry.file if entry.members else path
     try:
         if not download.is_file():
             print(f"{entry.name}: {entry.licence}\nTo cite: {entry.citation}", file=sys.stderr)
@@ -169,14 +166,14 @@ def fetch(name: str, folder: Path | None = None) -> Path:
                 _put(files, home, address(entry))
     except FAILURES as error:
         raise InputError(
-            f"{name} could not be fetched from {address(entry)}: {_one_line(error)}; "
+            f"{name} could not be fetched from {address(entry)}: {_message(error)}; "
             f"to go on by hand, put a whole {entry.file} at {download}"
         ) from None
-    return wanted
+    return path
 
 
 def address(entry: Download) -> str:
-    """Return where the file is fetched from: its address or, with `RECLIB_MIRROR`, the mirror's."""
+    """Return the address that the file is fetched from, with `RECLIB_MIRROR` that of the mirror."""
     mirror = os.environ.get("RECLIB_MIRROR")
     if not mirror:
         return entry.address
@@ -186,9 +183,9 @@ def address(entry: Download) -> str:
 
 
 def receive(entry: Download, target: Path) -> None:
-    """Bring the file of `entry` to `target`, whole and checked, or raise one of `FAILURES`."""
-    where = address(entry)
-    remote = "://" in where
+    """Download the file of `entry` to `target` and check it; raise one of `FAILURES` otherwise."""
+    location = address(entry)
+    remote = "://" in location
     if remote:
         _refuse_offline()
     with system.fresh_folder(target) as fresh:
@@ -199,9 +196,9 @@ def receive(entry: Download, target: Path) -> None:
             )
         path = fresh / target.name
         if remote:
-            _transfer(where, path, entry.bytes)
+            _transfer(location, path, entry.bytes)
         else:
-            shutil.copyfile(where, path)
+            shutil.copyfile(location, path)
         check(path, entry.checksum)
         with path.open("rb") as file:
             start = file.read(40)
@@ -211,29 +208,27 @@ def receive(entry: Download, target: Path) -> None:
             with gzip.open(path) as unpacked:
                 while unpacked.read(BLOCK_BYTES):
                     pass
-        _put([path], target.parent, None if entry.members else where)
+        _put([path], target.parent, None if entry.members else location)
 
 
-def _put(files: list[Path], home: Path, where: str | None) -> None:
-    """Move files into `home`, with a record of the address that they are from.
+def _put(files: list[Path], home: Path, location: str | None) -> None:
+    """Move files into `home` and record their address.
 
-    The record precedes the files, so that none is there without it. The first file, which is to be read,
-    comes last and makes the others count.
+    The record is written first and the first file, whose presence marks the dataset as complete, moved last.
     """
     home.mkdir(parents=True, exist_ok=True)
-    if where is not None:
+    if location is not None:
         hashes = {p.name: {"bytes": p.stat().st_size, "sha256": system.file_sha256(p)} for p in files}
-        system.write_json(home / RECEIVED, {"address": where, "files": hashes})
+        system.write_json(home / RECEIVED, {"address": location, "files": hashes})
     for path in reversed(files):
         path.replace(home / path.name)
 
 
 def unpack(archive: Path, members: tuple[str, ...], into: Path, max_bytes: int = MAX_MEMBER_BYTES) -> None:
-    """Unpack exactly the named members of a zip under their last names into the folder `into`.
+    """Unpack the named members of a zip into the folder `into`, under the last part of their names.
 
-    No path of the archive's own choosing is written to, so names such as `../x` or `/x` have no effect.
-    A member that is missing, a symbolic link or larger than `max_bytes` is an `InputError`; one that is
-    damaged is a `BadZipFile`.
+    Paths inside the archive, such as `../x` or `/x`, have no effect. A member that is missing, a symbolic
+    link or larger than `max_bytes` is an `InputError`; a damaged one is a `BadZipFile`.
     """
     with zipfile.ZipFile(archive) as zipped:
         for name in members:
@@ -247,24 +242,26 @@ def unpack(archive: Path, members: tuple[str, ...], into: Path, max_bytes: int =
                 raise InputError(
                     f"{archive.name}: {name} has {member.file_size:,} bytes, more than {max_bytes:,}"
                 )
-            # Reading stops at the size that was just looked at, whatever the compressed data hold.
+            # Reading stops at `file_size`, also if the compressed data are longer.
             with zipped.open(member) as source, (into / PurePosixPath(name).name).open("wb") as out:
                 shutil.copyfileobj(source, out, BLOCK_BYTES)
 
 
+TABLE_CLASSES = {"DataFrame", "BlockManager", "Index", "RangeIndex", "ndarray", "dtype", "slice"}
+TABLE_CLASSES |= {"_unpickle_block", "_frombuffer", "_reconstruct", "_new_Index"}
+
+
 class _Tables(pickle.Unpickler):
-    """Reads pickled pandas tables of numbers, texts and lists, and nothing that could run."""
+    """Reads pickled pandas tables of numbers, texts and lists, and no executable objects."""
 
     def find_class(self, module: str, name: str) -> Any:
-        parts = {"_unpickle_block", "_frombuffer", "_reconstruct", "_new_Index", "slice", "dtype", "ndarray"}
-        parts |= {"DataFrame", "BlockManager", "Index", "RangeIndex"}
-        if module.split(".")[0] not in ("pandas", "numpy", "builtins") or name not in parts:
+        if module.split(".")[0] not in ("pandas", "numpy", "builtins") or name not in TABLE_CLASSES:
             raise InputError(f"a table holds {module}.{name}")
         return super().find_class(module, name)
 
 
 def _without_pickle(path: Path) -> Path:
-    """Return the file; a pickled pandas table becomes CSV, in which lists of a row are rows of their own."""
+    """Return the file; convert a pickled pandas table to CSV, with one row per element of lists."""
     if path.suffix != ".pkl":
         return path
     with path.open("rb") as file:
@@ -276,16 +273,17 @@ def _without_pickle(path: Path) -> Path:
 
 
 def check(path: Path, checksum: str | None) -> None:
-    """Raise `InputError` unless the file has this checksum (algorithm:digest), where there is one."""
+    """Raise `InputError` unless the file has this checksum (algorithm:digest); None is not checked."""
     if checksum is None:
         return
     algorithm, expected = checksum.split(":")
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, algorithm).hexdigest()
-    if found != expected:
+        digest = hashlib.file_digest(file, algorithm).hexdigest()
+    if digest != expected:
         raise InputError(
-            f"{path.name} is truncated or altered: {path.stat().st_size:,} bytes, {algorithm} {found[:16]}…, "
-            f"expected {expected[:16]}…; delete it, if it is still there, to have it fetched again"
+            f"{path.name} is truncated or altered: {path.stat().st_size:,} bytes, {algorithm} "
+            f"{digest[:16]}…, expected {expected[:16]}…; delete it, if it is still there, to have it fetched "
+            "again"
         )
 
 
@@ -294,22 +292,22 @@ def _refuse_offline() -> None:
         raise InputError("not tried, RECLIB_OFFLINE is set")
 
 
-def _one_line(error: BaseException) -> str:
-    """Return what an error, or the innermost of those that it wraps, says; its kind if it says nothing."""
+def _message(error: BaseException) -> str:
+    """Return the message of the innermost wrapped error in one line, its type if there is none."""
     while error.args and isinstance(error.args[-1], BaseException):
         error = error.args[-1]
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what `run` reads."""
+    """Add the arguments of `run`."""
     parser.add_argument("name", nargs="?", help="dataset, as --list shows it")
     parser.add_argument("--list", action="store_true", help="show the datasets, their sizes and licences")
     parser.add_argument("--folder", type=Path, help="of raw files; default: raw/ in the data folder")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Fetch one dataset and print the path of the file to be read, or list all. Returns the exit code."""
+    """Fetch a dataset and print the path of the file to read, or list all; return the exit code."""
     if arguments.list:
         for entry in catalogue().values():
             size = _megabytes(entry.bytes) if entry.bytes else "size unknown"
@@ -327,7 +325,7 @@ def _raw(folder: Path | None) -> Path:
     return folder.expanduser().resolve() if folder else system.data() / "raw"
 
 
-def _transfer(where: str, path: Path, size: int | None) -> None:
+def _transfer(location: str, path: Path, size: int | None) -> None:
     import pooch  # only where something is fetched: it is slow to import
     from requests.exceptions import ChunkedEncodingError
     from tqdm import tqdm
@@ -336,19 +334,19 @@ def _transfer(where: str, path: Path, size: int | None) -> None:
         # Some servers call a .gz file an encoding of its content, and requests would unpack it.
         response.raw.headers.pop("content-encoding", None)
 
-    # disable=None: drawn on a terminal only. Pooch asks for the bar's truth, which needs a total.
+    # disable=None: shown on a terminal only. Pooch tests the truth of the bar, which needs a total.
     with tqdm(total=size or 1, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
         get = pooch.HTTPDownloader(
             progressbar=bar, chunk_size=BLOCK_BYTES, timeout=TIMEOUT_SECONDS, hooks={"response": as_sent}
         )
         try:
-            get(where, str(path), None)
+            get(location, str(path), None)
         except ChunkedEncodingError as error:  # of any transfer, chunked or not, that ends early
-            raise InputError(f"the connection broke off: {_one_line(error)}") from None
+            raise InputError(f"the connection broke off: {_message(error)}") from None
 
 
 def _check_record(path: Path, *, content: bool) -> None:
-    """Compare with the record of the file's arrival, if there is one: its size or all its content."""
+    """Compare a file's size, and with `content` its hash, with `received.json` if that exists."""
     try:
         record = json.loads((path.parent / RECEIVED).read_text(encoding="utf-8"))["files"][path.name]
     except (OSError, ValueError, KeyError):
@@ -370,7 +368,7 @@ def _megabytes(count: int) -> str:
 
 
 class Files(NamedTuple):
-    """The two verified files, and in words where they were got."""
+    """The two verified files and the name of their origin."""
 
     interactions: Path
     items: Path
@@ -378,20 +376,19 @@ class Files(NamedTuple):
 
 
 def folder() -> Path:
-    """Return the folder that holds the raw files, whether fetched or put there by hand."""
+    """Return the folder of the raw files."""
     return _raw(None) / ML_100K
 
 
 def archive() -> Path:
-    """Return where a downloaded `ml-100k.zip` is kept, or may be put by hand."""
+    """Return the path of `ml-100k.zip`, downloaded or put there by hand."""
     return _raw(None) / known(ML_100K).file
 
 
 def present() -> Files | None:
-    """Return the verified files if they are in place, None if they are not.
+    """Return the verified files if they exist, else None.
 
-    Raises `InputError` where a file is there and is not what it should be: it is never used or overwritten
-    in silence, since a user may have put it there.
+    Raises `InputError` for an unexpected file, which is neither used nor overwritten.
     """
     for names, origin in ((RECBOLE, "RecBole"), (OFFICIAL, "GroupLens")):
         interactions, items = (folder() / name for name in names)
@@ -405,28 +402,28 @@ def present() -> Files | None:
 
 
 def files() -> Files:
-    """Return the two verified files, fetching them if they are not in place.
+    """Return the two verified files, fetching them if necessary.
 
-    Raises one `InputError` that names all ways tried and where to put the file by hand.
+    Raises an `InputError` with the failures of all sources.
     """
-    ways = [_from_archive]
+    sources = [_from_archive]
     if not archive().exists():
-        ways = [_from_recbole_wheel, _from_archive]
+        sources = [_from_recbole_wheel, _from_archive]
     tried = []
-    for way in ways:
-        if found := present():  # a process beside this one may have been faster
-            return found
+    for download in sources:
+        if verified := present():  # a process beside this one may have been faster
+            return verified
         try:
             with system.fresh_folder(folder()) as fresh:
-                way(fresh)
+                download(fresh)
                 received = [fresh / name for name in RECBOLE if (fresh / name).exists()]
                 for path in received:
                     check(path, f"sha256:{SHA256[path.name]}")
                 _put(received, folder(), None)
         except (*FAILURES, subprocess.SubprocessError) as error:
-            tried.append(_one_line(error))
-    if found := present():
-        return found
+            tried.append(_message(error))
+    if verified := present():
+        return verified
     raise InputError(f"ml-100k could not be had: {'; '.join(tried)}")
 
 
@@ -435,14 +432,14 @@ def _from_archive(into: Path) -> None:
 
 
 def _from_recbole_wheel(into: Path) -> None:
-    what = "pip download recbole==1.2.1"
+    pip_command = "pip download recbole==1.2.1"
     _refuse_offline()
     with tempfile.TemporaryDirectory() as tmp:
-        command = [sys.executable, "-m", *what.split(), "--quiet", "--no-input", "--no-deps"]
+        command = [sys.executable, "-m", *pip_command.split(), "--quiet", "--no-input", "--no-deps"]
         command += ["--disable-pip-version-check", "--retries", "1", "--only-binary", ":all:", "--dest", tmp]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_SECONDS, check=False)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=PIP_SECONDS, check=False)
         wheels = list(Path(tmp).glob("*.whl"))
-        if done.returncode or not wheels:
-            reason = (done.stderr.strip() or f"it ended with code {done.returncode}").splitlines()[-1]
-            raise InputError(f"{what}: {reason}")
+        if process.returncode or not wheels:
+            reason = (process.stderr.strip() or f"it ended with code {process.returncode}").splitlines()[-1]
+            raise InputError(f"{pip_command}: {reason}")
         unpack(wheels[0], tuple(f"recbole/dataset_example/{ML_100K}/{name}" for name in RECBOLE), into)

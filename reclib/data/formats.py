@@ -1,8 +1,8 @@
-"""Raw files: checked, unzipped and cut into lines; the formats they are published in; titles beside them.
+"""Raw files: checked, unzipped and cut into lines; the formats they are published in; files of titles.
 
-Detection looks at the content: two formats that cannot be told apart are never guessed, the user is asked for
-`format`. The traps it knows: ratings-only files of Amazon 2014 are USER,ITEM,... and those of 2018 are
-ITEM,USER,...; a file of two fields a line may be one user or one interaction a line.
+Detection looks at the content. It never guesses between two formats: an error then asks for `format`. Known
+ambiguities: ratings-only files of Amazon 2014 are USER,ITEM,... and those of 2018 are ITEM,USER,...; a file
+of two fields a line may be one user or one interaction a line.
 
 Sources: the README files of MovieLens (GroupLens); https://jmcauley.ucsd.edu/data/amazon (2014),
 https://nijianmo.github.io/amazon (2018), https://amazon-reviews-2023.github.io; RecBole's atomic files.
@@ -31,7 +31,7 @@ import msgspec
 from reclib.config import InputError
 from reclib.data.batches import prefetch
 
-_unzipper: Callable[[int], Any] = zlib.decompressobj  # takes the window, gives one member's reader
+_unzipper: Callable[[int], Any] = zlib.decompressobj  # window -> reader of one gzip member
 
 _DAMAGED: tuple[type[Exception], ...] = (zlib.error,)
 
@@ -43,7 +43,7 @@ with contextlib.suppress(ImportError):  # unzips faster, with the same interface
 
 GZIP_MAGIC, PARQUET_MAGIC = b"\x1f\x8b", b"PAR1"
 
-PACKED = {  # first bytes -> what the file is
+PACKED = {  # first bytes -> kind of file
     b"PK\x03\x04": "a zip archive",
     b"Rar!": "a rar archive",
     b"\x04\x22\x4d\x18": "an lz4 file",
@@ -56,11 +56,11 @@ PACKED = {  # first bytes -> what the file is
 GZIP_WINDOW = 31  # of `decompressobj`: gzip with its header and checksum
 
 BLOCK_BYTES = 4 << 20  # of text in one block
-BLOCKS_AHEAD = 6  # read while others are taken
-PIECE_BYTES = 1 << 20  # of the file or of unzipped text, held at once
-MAX_LINE_MB = 16  # unless a configuration says otherwise
+BLOCKS_AHEAD = 6  # read ahead of the consumer
+PIECE_BYTES = 1 << 20  # of the file or of unzipped text, in memory at once
+MAX_LINE_MB = 16  # default of DataConfig
 
-SAMPLE_BYTES, SAMPLE_LINES = 256 << 10, 1000  # of the text, looked at to detect the format
+SAMPLE_BYTES, SAMPLE_LINES = 256 << 10, 1000  # of the text, for detecting the format
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -68,17 +68,16 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class Block(NamedTuple):
-    """Some whole lines of a file."""
+    """Complete lines of a file."""
 
     first_line: int  # number of the first one, from 1
     data: bytes  # ends with a line end, except perhaps at the end of the file; CRLF is LF
 
 
 class RawFile:
-    """One pass over a raw file, of which memory is independent, however well it is compressed.
+    """One pass over a raw file in constant memory.
 
-    `bytes_read` and `sha256` are of the file as it lies, once all blocks were taken. A hash that is known is
-    not computed again.
+    `bytes_read` and `sha256` refer to the file on disk, after the last block. A known hash is not computed.
     """
 
     def __init__(self, path: Path, *, sha256: str | None = None, max_line_mb: int = MAX_LINE_MB) -> None:
@@ -94,30 +93,30 @@ class RawFile:
         return self._known or self._digest.hexdigest()
 
     def blocks(self) -> Iterator[Block]:
-        """Yield the file, read ahead by a thread; raise `InputError` where gzip is cut short or damaged."""
+        """Yield the file, read ahead by a thread; raise `InputError` for truncated or damaged gzip."""
         return prefetch(self._cut(), BLOCKS_AHEAD)
 
     def _cut(self) -> Iterator[Block]:
         """Cut the text at line ends."""
-        line, held, length, unended = 1, [], 0, 0  # `unended`: bytes after the last line end
+        line, chunks, length, unended = 1, [], 0, 0  # `unended`: bytes after the last line end
         for text in self.text():
-            held.append(text)
+            chunks.append(text)
             length += len(text)
             end = text.rfind(b"\n") + 1
             unended = len(text) - end if end else unended + len(text)
             if unended > self.max_line_mb << 20:
-                raise self.too_long(line + sum(piece.count(b"\n") for piece in held))
+                raise self.too_long(line + sum(piece.count(b"\n") for piece in chunks))
             if length >= BLOCK_BYTES and unended < length:
-                joined = b"".join(held)
-                whole = joined[: length - unended]
-                yield Block(line, whole.replace(b"\r\n", b"\n"))
-                line += whole.count(b"\n")
-                held, length = [joined[length - unended :]], unended
-        if last := b"".join(held):
-            yield Block(line, last.replace(b"\r\n", b"\n"))
+                joined = b"".join(chunks)
+                lines = joined[: length - unended]
+                yield Block(line, lines.replace(b"\r\n", b"\n"))
+                line += lines.count(b"\n")
+                chunks, length = [joined[length - unended :]], unended
+        if tail := b"".join(chunks):
+            yield Block(line, tail.replace(b"\r\n", b"\n"))
 
     def too_long(self, line: int) -> InputError:
-        """Return the error for a line of which memory shall not hold all."""
+        """Return the error for a line above the limit."""
         limit = f"longer than {self.max_line_mb} MB (max_line_mb), expected text of lines"
         return InputError(f"{self.path.name}, line {line}: {limit}")
 
@@ -145,9 +144,9 @@ class RawFile:
     def _unzipped(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
         """Unzip all members of the file; each has its own checksum, which zlib compares."""
         member = _unzipper(GZIP_WINDOW)
-        fresh, more = True, False  # nothing was given to this member yet; it may hold more text
+        fresh, pending = True, False  # the member has read nothing yet; it may have more text
         for piece in pieces:
-            while piece or more:
+            while piece or pending:
                 if fresh:
                     piece = piece.lstrip(b"\0")  # padding between members or after the last
                     if not piece:
@@ -160,7 +159,7 @@ class RawFile:
                     ) from None
                 yield text
                 fresh, piece = member.eof, member.unused_data if member.eof else member.unconsumed_tail
-                more = not fresh and len(text) == PIECE_BYTES
+                pending = not fresh and len(text) == PIECE_BYTES
                 if fresh:
                     member = _unzipper(GZIP_WINDOW)
         if not fresh:
@@ -171,7 +170,7 @@ class RawFile:
 
 
 def checked(path: Path) -> Path:
-    """Return `path` if it is a file that can be read; raise `InputError` that says why it is not."""
+    """Return `path` if it is a readable, unpacked file; raise `InputError` otherwise."""
     try:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):  # opening a pipe would wait for its writer
@@ -200,7 +199,7 @@ def is_parquet(path: Path) -> bool:
 
 
 def sample(path: Path, max_line_mb: int) -> list[str]:
-    """Return the first lines of the text that are not blank; raise `InputError` if it is no text of lines."""
+    """Return the first lines that are not blank; raise `InputError` if the file is not text in lines."""
     data, file = b"", RawFile(path, sha256="", max_line_mb=max_line_mb)
     with contextlib.closing(file.text()) as text:
         for piece in text:
@@ -234,7 +233,7 @@ def sample(path: Path, max_line_mb: int) -> list[str]:
 
 FOUR = ("user", "item", "rating", "time")
 
-# Names of columns that say what they hold: compared without case, "_", "-", spaces and RecBole's ":type".
+# Role -> obvious names of its column, compared without case, "_", "-", spaces and RecBole's ":type".
 OBVIOUS = {
     "user": ("user", "userid", "reviewerid"),
     "item": ("item", "itemid", "movieid", "parentasin", "asin", "productid", "prodid"),
@@ -245,15 +244,15 @@ OBVIOUS = {
 
 @dataclass(frozen=True)
 class Format:
-    """What the lines of a file look like."""
+    """The layout of the lines of a file."""
 
     name: str
     kind: Literal["fields", "json", "sequences", "table"]
-    separator: str = ""  # between fields; "" is found in the first line
-    fields: tuple[str, ...] = ()  # without a header: what each field is
-    names: tuple[str, ...] = ()  # with a header, or JSON: the names of `FOUR` there
+    separator: str = ""  # between fields; "": detected in the first line
+    fields: tuple[str, ...] = ()  # without a header: the role of each field
+    names: tuple[str, ...] = ()  # with a header, or JSON: the names of `FOUR` in the file
     order: bool = False  # whether the lines are in time order, without times
-    line_end: bool = True  # whether a last line without an end means that the file is cut short
+    line_end: bool = True  # whether a last line without a line end means a truncated file
 
 
 _MOVIELENS = ("userId", "movieId", "rating", "timestamp")
@@ -283,10 +282,10 @@ FORMATS: dict[str, Format] = {format.name: format for format in _ALL}
 def named(
     name: str, path: Path, columns: dict[str, str] | None = None, max_line_mb: int = MAX_LINE_MB
 ) -> Format:
-    """Return the format `name`, or what the file's content shows for `auto`.
+    """Return the format `name`, for `auto` the one detected from the content.
 
-    Raises `InputError` for an unknown name, for `columns` with a published format, and where the
-    content leaves more than one format or none.
+    Raises `InputError` for an unknown name, for `columns` with a published format, and for content that fits
+    no format or several.
     """
     if name != "auto" and name not in FORMATS:
         raise InputError(f"parameter 'format' is {name!r}, expected auto or one of {', '.join(FORMATS)}")
@@ -298,7 +297,7 @@ def named(
 
 
 def detect(path: Path, max_line_mb: int = MAX_LINE_MB) -> Format:
-    """Return the format that the beginning of the file shows; raise `InputError` where it is not one."""
+    """Return the format detected at the beginning of a file; raise `InputError` if it is ambiguous."""
     if is_parquet(path):
         return FORMATS["table"]
     lines = sample(path, max_line_mb)
@@ -319,11 +318,11 @@ def detect(path: Path, max_line_mb: int = MAX_LINE_MB) -> Format:
 
 
 def _json(path: Path, lines: list[str]) -> Format:
-    keys = {key for read in json_objects(lines) for key in read}
+    keys = {key for row in json_objects(lines) for key in row}
     if {"user_id", "parent_asin"} <= keys:
         return FORMATS["amazon-2023-json"]
     if {"reviewerID", "asin"} <= keys:
-        # Both vintages are read alike. Only 2014 has `helpful`; 2018 has `verified` in its place.
+        # Both are read in the same way. Only 2014 has `helpful`.
         return FORMATS["amazon-2014-json" if "helpful" in keys else "amazon-2018-json"]
     if keys:
         return FORMATS["table"]
@@ -334,7 +333,7 @@ def _json(path: Path, lines: list[str]) -> Format:
 
 
 def json_objects(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Yield the JSON objects of lines; broken ones are left out, since reading reports them."""
+    """Yield the JSON objects of lines, without broken ones, which reading reports."""
     for line in lines:
         with contextlib.suppress(msgspec.DecodeError):
             yield msgspec.json.decode(line.encode(), type=dict[str, Any])
@@ -358,10 +357,10 @@ def _separated(path: Path, lines: list[str], separator: str) -> Format:
         and re.fullmatch(r"u[0-9a-z]?\.(data|base|test)(\.gz)?", path.name)
     ):
         return FORMATS["ml-100k"]
-    whole = [line for line in lines if line.count(",") == 3]
-    if separator == "," and len(whole) >= 0.9 * len(lines):
+    rows = [line for line in lines if line.count(",") == 3]
+    if separator == "," and len(rows) >= 0.9 * len(lines):
         for name, ids in (("amazon-2014-csv", f"{_USER},{_ASIN},"), ("amazon-2018-csv", f"{_ASIN},{_USER},")):
-            if all(re.match(ids, line) for line in whole):
+            if all(re.match(ids, line) for line in rows):
                 return FORMATS[name]
     raise InputError(
         f"{path.name} has no header, and its content does not show which column is the user's (line 1: "
@@ -371,12 +370,12 @@ def _separated(path: Path, lines: list[str], separator: str) -> Format:
     )
 
 
-# What the last of a line's words looks like where it is a time: a clock, a date or seconds since 1970.
+# The last word of a line that ends with a time: a clock, a date or seconds since 1970.
 _END_OF_TIME = r"\d{1,2}:\d\d(:\d\d\S*)?|\d{4}[-/]\d\d?[-/]\d\d?\S*|(1\d{9}|[6-9]\d{8})(\.\d+|\d{3})?"
 
 
 def _order_only(path: Path, lines: list[str]) -> Format:
-    """Tell one user a line from one interaction a line: only the latter names a user twice."""
+    """Return one user or one interaction a line: only the latter repeats users."""
     for separator in ",;|\t":
         if separator not in lines[0] and 2 * sum(separator in line for line in lines) >= len(lines):
             raise InputError(
@@ -412,14 +411,14 @@ def separator_of(line: str) -> str:
     return max(",\t;|", key=line.count)
 
 
-def obvious(what: str, names: Iterable[str]) -> list[str]:
-    """Return those names of columns that clearly hold `what`."""
-    return [name for name in names if re.sub(r":.*|[_\- ]", "", name.lower()) in OBVIOUS[what]]
+def obvious(role: str, names: Iterable[str]) -> list[str]:
+    """Return the names of columns that are obvious for a role."""
+    return [name for name in names if re.sub(r":.*|[_\- ]", "", name.lower()) in OBVIOUS[role]]
 
 
 def is_header(row: list[str]) -> bool:
-    """Return whether a first row clearly names its columns."""
-    return any(obvious(what, row) for what in ("user", "item"))
+    """Return whether a row has an obvious name of a user or item column."""
+    return any(obvious(role, row) for role in ("user", "item"))
 
 
 def is_number(text: str) -> bool:
@@ -435,7 +434,7 @@ def is_number(text: str) -> bool:
 
 
 def titles_beside(path: Path) -> Path | None:
-    """Return the file with the titles of the items of `path`, None where there is none.
+    """Return the file of titles beside the interactions `path`, None where there is none.
 
     ml-100k: u.item; ml-1m: movies.dat; ratings.csv: movies.csv; RecBole: X.item beside X.inter;
     SeqRec-Benchmark's user2item.csv: item2title.csv; Amazon's category X: meta_X.json or meta_X.jsonl. All
@@ -446,8 +445,8 @@ def titles_beside(path: Path) -> Path | None:
     category = re.sub(r"^(reviews|ratings)_|_5$|_10$|_rating_only$|\.(train|valid|test).*$", "", stem)
     names = {"u.data": ["u.item"], "ratings.dat": ["movies.dat"], "ratings.csv": ["movies.csv"]}
     names["user2item.csv"] = ["item2title.csv"]
-    wanted = names.get(plain, [f"{stem}.item", f"meta_{category}.json", f"meta_{category}.jsonl"])
-    for name in wanted:
+    choices = names.get(plain, [f"{stem}.item", f"meta_{category}.json", f"meta_{category}.jsonl"])
+    for name in choices:
         for candidate in (path.parent / name, path.parent / f"{name}.gz"):
             if candidate.is_file() and candidate != path:
                 return candidate
@@ -455,21 +454,18 @@ def titles_beside(path: Path) -> Path | None:
 
 
 def read_titles(path: Path, items: Collection[str]) -> dict[str, str]:
-    """Return raw item id -> title for those of `items` that the file has; the first one counts.
-
-    Only these are kept, since a catalogue of Amazon has millions.
-    """
+    """Return raw item id -> title, for the given `items` only; the first title of an item is used."""
     plain = path.name.removesuffix(".gz")
-    wanted = items if isinstance(items, set | frozenset | dict) else set(items)
+    selected = items if isinstance(items, set | frozenset | dict) else set(items)
     if plain == "u.item" or plain.endswith(".dat"):
         pairs = _fields_of_titles(path, "|" if plain == "u.item" else "::")
     elif plain.endswith((".csv", ".item")):
         pairs = _table_of_titles(path, "," if plain.endswith(".csv") else "\t")
     else:
-        pairs = _amazon_titles(path, wanted)
+        pairs = _amazon_titles(path, selected)
     titles: dict[str, str] = {}
     for item, title in pairs:
-        if item in wanted and (title := " ".join(title.split())):
+        if item in selected and (title := " ".join(title.split())):
             titles.setdefault(item, title)
     return titles
 
@@ -491,13 +487,13 @@ _UNITS = (
 
 
 def product_of(title: str) -> tuple[str, ...]:
-    """Return the words of a title that its variants share: those of two variants of a product are equal.
+    """Return the words of a title that are equal for all variants of a product.
 
-    The title in lower case, without numbers that have a unit (of length, storage, weight or count), "pack of
-    N", and colours. Inches after "for" stay, since they are of another product that this one fits; so do
-    millimetres beside an aperture, which tell lenses apart. Of punctuation only "+" counts (DVD+R). Fewer
-    than three words name no product: the result is empty. The rule was judged by eye on 200 pairs of Amazon
-    Electronics 2018; model numbers, other word orders and misspellings keep variants apart.
+    The title in lower case, without numbers with a unit (of length, storage, weight or count), "pack of N",
+    and colours. Inches after "for" are kept, since they belong to another product that this one fits; so are
+    millimetres beside an aperture, which distinguish lenses. Punctuation is dropped except "+" (DVD+R). For
+    fewer than three words the result is empty. The rule was checked by eye on 200 pairs of Amazon Electronics
+    2018; variants with other model numbers, word orders or misspellings are not recognised.
     """
     text = html.unescape(title).lower()
     head, word, tail = text.partition(" for ")
@@ -511,7 +507,7 @@ def product_of(title: str) -> tuple[str, ...]:
 
 
 def _text_of(path: Path) -> io.StringIO:
-    """Return a small text file: GroupLens wrote its first sets in Latin-1 and later ones in UTF-8."""
+    """Return a small text file in UTF-8 or Latin-1 (early sets of GroupLens)."""
     data = b"".join(block.data for block in RawFile(path, sha256="").blocks())
     try:
         text = data.decode("utf-8")
@@ -531,7 +527,7 @@ def _fields_of_titles(path: Path, separator: str) -> Iterator[tuple[str, str]]:
 
 
 def _table_of_titles(path: Path, separator: str) -> Iterator[tuple[str, str]]:
-    """A table with a header: MovieLens's movies.csv, or RecBole's items, which have the year apart."""
+    """Yield titles of a table with a header: MovieLens's movies.csv, or RecBole's items with a year."""
     dialect: dict[str, Any] = {} if separator == "," else {"quoting": csv.QUOTE_NONE}
     rows = csv.reader(_text_of(path), delimiter=separator, **dialect)
     names = [field.split(":")[0] for field in next(rows, [])]
@@ -539,7 +535,7 @@ def _table_of_titles(path: Path, separator: str) -> Iterator[tuple[str, str]]:
     for row in rows if item and title else ():
         if len(row) != len(names):
             raise InputError(f"{path.name}, line {rows.line_num}: {len(row)} fields, expected {len(names)}")
-        # RecBole has "unkonwn" for GroupLens' "unknown"
+        # RecBole misspells GroupLens' "unknown"
         fields = {name: value.replace("unkonwn", "unknown") for name, value in zip(names, row, strict=True)}
         year = fields.get("release_year", "").replace("unknown", "")
         yield fields[item[0]], fields[title[0]] + (f" ({year})" if year else "")
@@ -554,8 +550,8 @@ class _Product(msgspec.Struct, gc=False):
     title: str | None = None
 
 
-def _amazon_titles(path: Path, wanted: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Amazon's metadata: JSON lines, in 2014 Python dictionaries; unreadable lines have no title."""
+def _amazon_titles(path: Path, selected: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield titles of Amazon's metadata: JSON lines, in 2014 Python dictionaries; skip unreadable lines."""
     decoder = msgspec.json.Decoder(_Product)
     asin = re.compile(r"'asin': '([^']*)'")
     for block in RawFile(path, sha256="").blocks():
@@ -564,8 +560,8 @@ def _amazon_titles(path: Path, wanted: Collection[str]) -> Iterator[tuple[str, s
                 product = decoder.decode(line)
                 yield product.parent_asin or product.asin or "", product.title or ""
             except msgspec.DecodeError:
-                found = asin.search(line)
-                if found and found[1] in wanted:  # evaluating all lines of 2014 would take minutes
+                match = asin.search(line)
+                if match and match[1] in selected:  # evaluating all lines of 2014 would take minutes
                     with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
                         title = dict(ast.literal_eval(line)).get("title")
-                        yield found[1], title if isinstance(title, str) else ""
+                        yield match[1], title if isinstance(title, str) else ""

@@ -1,23 +1,23 @@
-"""Datasets ready to be split: prepared once, cached under a hash of source and rules, loaded at once.
+"""Prepared datasets, cached in folders named by a hash of source and rules.
 
     python -m reclib data prepare SOURCE [--out DIR] [--min-user 5] [--min-item 5] ...
     python -m reclib data fetch NAME
     python -m reclib data show DIR
     python -m reclib data verify DIR
 
-SOURCE is the name of a dataset or a file. Its interactions go through duplicates, k-core, dense ids and the
-order of time into a folder, out of core: rows live in a DuckDB file that spills to disk beyond its memory
-limit; only counts per user and per item, and the offsets, are held whole. Rules (a change of any raises
-`RULES_VERSION`):
+SOURCE is the name of a dataset or a file. Duplicates are removed, then the k-core is taken, ids are made
+dense and interactions are ordered by time. This is done out of core, in a DuckDB file that spills to disk
+beyond its memory limit; only counts per user and item, and the offsets, are in memory. Rules (a change of any
+raises `RULES_VERSION`):
 
-- Duplicates: keep; or exact, the first row of equal (user, item, time) stays; or first and last, one
-  interaction of each (user, item) stays, the first or last by (time, row).
-- Variants: kept apart; or, with `merge_variants`, items whose titles differ in size, length, colour or count
-  alone are one item (`formats.product_of`), the first of them by id. Of consecutive interactions of a user,
-  by (time, row), with one product the first stays.
-- k-core: users below `min_user` and items below `min_item` interactions are removed, again and again until
-  nothing changes; the result does not depend on the order of removal. With `single_pass` both are counted
-  once, before anything is removed, as in the seed study.
+- Duplicates: keep all; exact: keep the first row of equal (user, item, time); first, last: keep one
+  interaction of each (user, item), the first or last by (time, row).
+- Variants: with `merge_variants`, items whose titles differ in size, length, colour or count alone become
+  one item (`formats.product_of`), the first of them by id. Of a user's consecutive interactions with one
+  product, by (time, row), the first is kept.
+- k-core: users below `min_user` and items below `min_item` interactions are removed until nothing changes;
+  the result does not depend on the order of removal. With `single_pass` both are counted once, before
+  anything is removed, as in the seed study.
 - Dense ids: in the order of raw ids, shorter before longer and then by character (see `dataset`).
 - Order: by (user, time), equal times by `ties`: in the source's order, by item id, or shuffled by a seed.
 """
@@ -43,21 +43,7 @@ from tqdm import tqdm
 from reclib import system
 from reclib.config import DataConfig, InputError, changed, nearest, validated
 from reclib.data import dataset, fetch, splits
-from reclib.data.dataset import (
-    MIN_LEN,
-    Dataset,
-    Evaluation,
-    Histories,
-    Keys,
-    content_hash,
-    described,
-    evaluated_users,
-    evaluation,
-    lengths,
-    load,
-    train_histories,
-    within,
-)
+from reclib.data.dataset import MIN_LEN, Dataset, Keys, content_hash, described, lengths, load, within
 from reclib.data.formats import FORMATS, checked, named, product_of, titles_beside
 from reclib.data.read import RAW_COLUMNS, READING_VERSION, Ingested, Progress, ingest, printable, twin
 from reclib.system import Parser
@@ -65,70 +51,53 @@ from reclib.system import Parser
 if TYPE_CHECKING:
     import duckdb
 
-__all__ = [
-    "DataConfig",
-    "Dataset",
-    "Evaluation",
-    "Histories",
-    "evaluated_users",
-    "evaluation",
-    "folder_of",
-    "load",
-    "prepare",
-    "synthetic_dataset",
-    "train_histories",
-]
-
 RULES_VERSION = 2
-MANIFEST_VERSION = 2  # raise whenever a manifest says something else of the same dataset
+MANIFEST_VERSION = 2  # raise whenever the manifest of the same dataset changes
 
 MANIFEST = "manifest.json"
 SPLIT = "leave-one-out"
 
-# How equal times are ordered -> how the manifest says it, and in SQL
+# `DataConfig.ties` -> the order in words for the manifest, and in SQL
 ORDERS = {
     "source": ("user, timestamp, row", "row"),
     "item": ("user, timestamp, item, row", "item_ids.id, row"),
     "shuffle": ("user, timestamp, shuffled by seed {seed}", "md5('{seed} ' || row), row"),
 }
 
-# Which row of a group of repeated interactions stays
+# `DataConfig.duplicates` -> window over repeated interactions, whose first row is kept
 _GROUPS = {
     "exact": 'partition by "user", item, time order by row',
     "first": 'partition by "user", item order by time, row',
     "last": 'partition by "user", item order by time desc, row desc',
 }
 
-HASH_KEPT_BYTES = 64 << 20  # the hash of a larger file is kept in the data folder
-
+HASH_CACHED_BYTES = 64 << 20  # the hash of a larger file is cached in the data folder
 MAX_KEY_BYTES = 256  # of a raw id: keys are stored at the width of the longest
-
-MAX_MB = 1 << 40  # of memory: more is no limit either
-MB_PER_THREAD = 128  # a database thread needs about this much to sort and join without failing
-
-VECTORS = 50  # fetched at a time, of 2,048 rows each
+MAX_MB = 1 << 40  # the largest memory limit that is passed to the database
+MB_PER_THREAD = 128  # memory that a database thread needs to sort and join
+VECTORS = 50  # of 2,048 rows each, fetched at a time
 
 
 def prepare(config: DataConfig) -> Dataset:
-    """Return the dataset of `config`, prepared unless it is whole in the data folder.
+    """Return the dataset of `config`, preparing it unless it is complete in the data folder.
 
-    Raises `InputError` for a source that is unknown, unreachable or malformed, and where the k-core leaves
-    nothing; then nothing is written.
+    Raises `InputError` for a source that is unknown, unreachable or malformed, and for an empty k-core;
+    nothing is written then.
     """
     return load(folder_of(config))
 
 
 def folder_of(config: DataConfig, out: Path | None = None) -> Path:
-    """Return the folder of the prepared dataset, after preparing it unless it is whole there.
+    """Return the folder of the prepared dataset, preparing it unless it is complete.
 
-    The folder is `out`, else one in the data folder named by a hash of source and rules. Where
-    `config.dataset` is a prepared folder it is that one, as it is.
+    The folder is `out`, else one in the data folder named by a hash of source and rules. If `config.dataset`
+    is a prepared folder, it is returned unchanged.
     """
-    given = prepared_folder(config)
-    if given is not None:
+    prepared = prepared_folder(config)
+    if prepared is not None:
         if out is not None:
-            raise InputError(f"{given} is prepared already: give the file that it was made from")
-        return given
+            raise InputError(f"{prepared} is prepared already: give the file that it was made from")
+        return prepared
     origin = source(config)
     key = _key(origin, config)
     folder = out or system.data() / "prepared" / f"{origin.name}-{key}"
@@ -141,8 +110,8 @@ def folder_of(config: DataConfig, out: Path | None = None) -> Path:
 
 
 def _key(source: Source, config: DataConfig) -> str:
-    """Return what tells prepared folders apart: the source's rows and all that decides what is kept."""
-    rules = [config.min_user, config.min_item, config.core, config.duplicates, _rule_of_order(config)]
+    """Return the hash of the source and of all rules that determine the prepared rows."""
+    rules = [config.min_user, config.min_item, config.core, config.duplicates, _order_rule(config)]
     rules += ["variants merged"] if config.merge_variants else []
     reading = [READING_VERSION, config.strict, config.max_rejected_share, config.max_line_mb]
     parts = [RULES_VERSION, MANIFEST_VERSION, source.name, source.identity, rules, reading]
@@ -151,27 +120,22 @@ def _key(source: Source, config: DataConfig) -> str:
 
 # ---- synthetic histories --------------------------------------------------------------------------------
 #
-# A sequence model can learn them and popularity cannot: popularity is Zipf, each item has a few successors,
-# and the next item is one of them with probability `FOLLOW`, else a draw by popularity. No user meets an item
-# twice, as in rating data.
+# Histories that a sequence model can learn and popularity cannot: popularity is Zipf, each item has a few
+# successors, and the next item is one of them with probability `FOLLOW`, else drawn by popularity. A user has
+# each item once, as in rating data.
 
 VERSION = 1  # raise whenever the same arguments would give other histories
-
 ZIPF = 1.0  # popularity of the item of rank r is proportional to r ** -ZIPF
-
 SUCCESSORS = np.array([0.6, 0.3, 0.1])  # probabilities of an item's successors
-
 FOLLOW = 0.7  # probability that the next item is a successor
-
 CHUNK_USERS = 1 << 16  # users generated at a time
 
 
 def generate(*, users: int, items: int, mean_len: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return items (num_interactions,) from 1 and offsets (users + 1,) of histories, one after another.
+    """Return items (num_interactions,) from 1 and offsets (users + 1,) of synthetic histories.
 
-    Histories have about `mean_len` interactions, at most half the catalogue, so that unseen items always
-    remain: with a small catalogue the mean comes out lower. Raises `InputError` where the arguments leave no
-    room for that.
+    Histories have about `mean_len` interactions, at most half the catalogue, which lowers the mean for small
+    catalogues. Raises `InputError` for a mean or a catalogue that is too small.
     """
     if mean_len < MIN_LEN:
         raise InputError(f"mean length is {mean_len}, expected at least {MIN_LEN} interactions per user")
@@ -208,7 +172,7 @@ def _walk(
 ) -> np.ndarray:
     """Return int32 (sum(length),) items from 0, users one after another.
 
-    The only loop is over time steps, each of which serves all users that are still active.
+    The outer loop is over time steps; each handles all users that are still active.
     """
     longest_first = np.argsort(-length, kind="stable")
     ordered = length[longest_first]
@@ -241,21 +205,22 @@ def _walk(
 def synthetic_dataset(num_users: int, num_items: int, mean_len: float, seed: int) -> Dataset:
     """Return synthetic histories without filter or cache, for benchmarks and tests.
 
-    The catalogue is exactly 1..num_items, met or not. Lengths are geometric-like from 5 interactions.
+    The catalogue is 1..num_items, whether items occur or not. Lengths are geometric from 5 interactions.
     """
     arguments = {"users": num_users, "items": num_items, "mean_len": mean_len, "seed": seed}
     items, offsets = generate(**arguments)  # type: ignore[arg-type]
-    item_keys = Keys.of(["", *map(str, range(1, num_items + 1))])
-    made = Dataset("synthetic", items, offsets, item_keys, Keys.of(list(map(str, range(num_users)))), {}, {})
+    item_keys = Keys.encode(["", *map(str, range(1, num_items + 1))])
+    user_keys = Keys.encode(list(map(str, range(num_users))))
+    result = Dataset("synthetic", items, offsets, item_keys, user_keys, {}, {})
     rules = {"version": RULES_VERSION, "order": ORDERS["source"][0], "split": SPLIT}
     origin = {"origin": "synthetic, unfiltered", **arguments}
-    made.manifest.update(described(made, {"rules": rules, "source": origin, "time_unit": "order"}))
-    return made
+    result.manifest.update(described(result, {"rules": rules, "source": origin, "time_unit": "order"}))
+    return result
 
 
-# ---- where interactions come from -----------------------------------------------------------------------
+# ---- sources of interactions ----------------------------------------------------------------------------
 #
-# A source knows its identity before it reads anything, so that a prepared dataset is found without parsing.
+# The identity of a source is known before it is read, so that a prepared dataset is found without parsing.
 
 
 @dataclass(frozen=True)
@@ -269,9 +234,9 @@ class Source:
 
 
 def source(config: DataConfig) -> Source:
-    """Return the source that `config.dataset` names: an entry of `SOURCES`, a file, or what was fetched.
+    """Return the source that `config.dataset` names: an entry of `SOURCES`, a file, or a fetched dataset.
 
-    The file's format is `config.format` (see `formats`). A relative path counts from the project's root,
+    The file's format is `config.format` (see `formats`). A relative path is relative to the project's root,
     since tools differ in their working directory. For a prepared folder see `prepared_folder`.
     """
     name = config.dataset
@@ -298,29 +263,29 @@ def prepared_folder(config: DataConfig) -> Path | None:
 
 
 def file_source(path: Path, config: DataConfig) -> Source:
-    """Return the user's own file as a source, identified by its content and by how it is read."""
+    """Return a user's file as a source, identified by its content, format and columns."""
     format = named(config.format, checked(path), config.columns, config.max_line_mb)
     state = _state(path)
     beside = [other for other in (twin(path), titles_beside(path)) if other is not None]
     hashes = [_sha256(file) for file in (path, *beside)]
-    # strict and the limits only decide whether reading ends in an error, not what it gives
+    # without `strict` and the limits, which decide about errors only
     identity = json.dumps([format.name, sorted((config.columns or {}).items()), hashes])
 
     def fill(
         con: duckdb.DuckDBPyConnection, progress: Progress | None = None, work: Path | None = None
     ) -> Ingested:
-        read = ingest(con, path, format, config, progress=progress, sha256=hashes[0], work=work)
+        ingested = ingest(con, path, format, config, progress=progress, sha256=hashes[0], work=work)
         if _state(path) != state:
             raise InputError(f"{path.name} changed while it was read; prepare it again")
-        read.provenance["origin"] = "file"
-        return read
+        ingested.provenance["origin"] = "file"
+        return ingested
 
-    # the name without its endings; TiCoSeRec's and other dots inside it stay
+    # the name without its endings; other dots stay
     return Source(printable(Path(path.name.removesuffix(".gz")).stem), identity, fill)
 
 
 def fetched_source(name: str, config: DataConfig) -> Source:
-    """Return a public dataset that was fetched (see `fetch`); nothing is downloaded here."""
+    """Return a fetched public dataset (see `fetch`) as a source; nothing is downloaded."""
     path = fetch.fetched(name)
     if path is None:
         raise fetch.not_fetched(name)
@@ -330,15 +295,15 @@ def fetched_source(name: str, config: DataConfig) -> Source:
     )
 
     def fill(*arguments: Any) -> Ingested:
-        read = file.fill(*arguments)
-        read.provenance.update(origin=entry.address, published_counts=entry.counts)
-        return read
+        ingested = file.fill(*arguments)
+        ingested.provenance.update(origin=entry.address, published_counts=entry.counts)
+        return ingested
 
     return replace(file, name=name, fill=fill)
 
 
 def ml_100k_source(config: DataConfig) -> Source:
-    """Return MovieLens 100K: files in place are verified now, missing ones fetched when read."""
+    """Return MovieLens 100K as a source; existing files are verified now, missing ones fetched on reading."""
     fetch.present()
 
     def fill(
@@ -347,9 +312,9 @@ def ml_100k_source(config: DataConfig) -> Source:
         files = fetch.files()
         format = FORMATS["inter" if files.interactions.suffix == ".inter" else "ml-100k"]
         strict = changed(config, strict=True)
-        read = ingest(con, files.interactions, format, strict, progress=progress, work=work)
-        read.provenance["origin"] = files.origin
-        return read
+        ingested = ingest(con, files.interactions, format, strict, progress=progress, work=work)
+        ingested.provenance["origin"] = files.origin
+        return ingested
 
     return Source("ml-100k", fetch.IDENTITY, fill)
 
@@ -371,11 +336,11 @@ def synthetic_source(config: DataConfig) -> Source:
         con.unregister("generated")
         return Ingested("s", {"origin": "synthetic", **arguments}, items.size, {}, [], lambda _: {})
 
-    shown = " ".join(f"{name}={value}" for name, value in arguments.items())
-    return Source("synthetic", f"synthetic-{VERSION} {shown}", fill)
+    description = " ".join(f"{name}={value}" for name, value in arguments.items())
+    return Source("synthetic", f"synthetic-{VERSION} {description}", fill)
 
 
-# Name -> what makes the source from the configuration.
+# Name -> function that returns the source of a configuration.
 SOURCES: dict[str, Callable[[DataConfig], Source]] = {
     "ml-100k": ml_100k_source,
     "synthetic": synthetic_source,
@@ -387,21 +352,21 @@ def _path(config: DataConfig) -> Path:
 
 
 def _state(path: Path) -> str:
-    """Return what changes whenever the file does: its place, size and time of change."""
+    """Return a file's path, size and time of change as text."""
     stat = checked(path).stat()
     return f"{os.fsencode(path.resolve())!r} {stat.st_size} {stat.st_mtime_ns}"
 
 
 def _sha256(path: Path) -> str:
-    """Return the hash of a file; that of a large one is kept, by path, size and time of change."""
-    if path.stat().st_size < HASH_KEPT_BYTES:
+    """Return the hash of a file; for a large one it is cached by path, size and time of change."""
+    if path.stat().st_size < HASH_CACHED_BYTES:
         return system.file_sha256(path)
-    kept = system.data() / "hashes" / hashlib.sha256(_state(path).encode()).hexdigest()[:32]
+    cached = system.data() / "hashes" / hashlib.sha256(_state(path).encode()).hexdigest()[:32]
     with contextlib.suppress(OSError):
-        return kept.read_text()
+        return cached.read_text()
     digest = system.file_sha256(path)
     with contextlib.suppress(OSError):  # a full disk only means hashing again
-        system.write_atomically(kept, digest)
+        system.write_atomically(cached, digest)
     return digest
 
 
@@ -411,10 +376,10 @@ def _sha256(path: Path) -> str:
 def build(source: Source, config: DataConfig, folder: Path, key: str) -> None:
     """Prepare the interactions of `source` and write them as the entry `folder` made from `key`.
 
-    Raises `InputError` for a malformed source, where the k-core leaves nothing, and where the memory limit is
-    too low; `OSError` where the disk is full. Then nothing is left behind.
+    Raises `InputError` for a malformed source, an empty k-core and a memory limit that is too low, and
+    `OSError` for a full disk. Nothing is left behind then.
     """
-    # a bar on stderr where that is a terminal: bytes read, then the step at work
+    # on a terminal, a progress bar on stderr: bytes read, then the current step
     bar = tqdm(disable=None, leave=False, unit="B", unit_scale=True, desc="reading")
 
     def progress(done: int, total: int) -> None:
@@ -444,36 +409,36 @@ def build(source: Source, config: DataConfig, folder: Path, key: str) -> None:
         bar.set_description("writing")
         with system.writing(folder, key) as fresh:
             _write(con, fresh, steps[-1]["interactions"], ingested)
-            about = _about(ingested, config, passes, steps)
-            written = dataset.opened(fresh, {"name": source.name})
-            system.write_json(fresh / MANIFEST, described(written, about))
+            metadata = _metadata(ingested, config, passes, steps)
+            prepared = dataset.opened(fresh, {"name": source.name})
+            system.write_json(fresh / MANIFEST, described(prepared, metadata))
 
 
 def _k_core(con: duckdb.DuckDBPyConnection, config: DataConfig) -> list[int]:
-    """Make `pairs`, the (user, item) codes of the (min_user, min_item)-core of `events`.
+    """Create `pairs`, the (user, item) codes of the (min_user, min_item)-core of `events`.
 
-    Returns the interactions that each pass left, of the passes that removed something.
+    Returns the remaining interactions after each pass that removed something.
     """
     con.execute('create temp table pairs as select "user", item from events')
     passes: list[int] = []
-    left = _count(con, "pairs")
+    remaining = _count(con, "pairs")
     while True:
-        before = left
+        before = remaining
         con.execute(f"""create temp table kept as select * from pairs
             where "user" in (select "user" from pairs group by "user" having count(*) >= {config.min_user})
             and item in (select item from pairs group by item having count(*) >= {config.min_item});
             drop table pairs; alter table kept rename to pairs""")
-        left = _count(con, "pairs")
-        if left < before:
-            passes.append(left)
-        if left == before or config.core == "single_pass":
+        remaining = _count(con, "pairs")
+        if remaining < before:
+            passes.append(remaining)
+        if remaining == before or config.core == "single_pass":
             return passes
 
 
 @contextlib.contextmanager
 def _database(work: Path, config: DataConfig) -> Iterator[duckdb.DuckDBPyConnection]:
-    """Yield a database in the folder `work`; its errors become errors of ours."""
-    import duckdb  # here: what trains on prepared data needs no database
+    """Yield a database in the folder `work`; its errors become `InputError` or `OSError`."""
+    import duckdb  # lazy: training on prepared data needs no database
 
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     settings: dict[str, Any] = {
@@ -483,14 +448,14 @@ def _database(work: Path, config: DataConfig) -> Iterator[duckdb.DuckDBPyConnect
         "autoinstall_known_extensions": False,  # reading a file never asks the network
     }
     try:
-        # In a path, the database takes "?" for the start of options; one in memory spills to `work` as well.
+        # "?" in a path starts options; a database in memory spills to `work` as well.
         place = ":memory:" if "?" in str(work) else str(work / "rows.duckdb")
         with duckdb.connect(place, config=settings) as con:
-            con.execute("set enable_progress_bar = false")  # ours is shown
+            con.execute("set enable_progress_bar = false")
             yield con
     except duckdb.InterruptException:
         raise KeyboardInterrupt from None
-    except RuntimeError as error:  # what the database makes of an interrupt at work
+    except RuntimeError as error:  # DuckDB raises it when interrupted in a query
         if "interrupt" in str(error).lower():
             raise KeyboardInterrupt from None
         raise
@@ -508,18 +473,18 @@ def _first_line(error: Exception) -> str:
 
 
 def _encode(con: duckdb.DuckDBPyConnection) -> dict[str, Any]:
-    """Turn `raw` into `events` with integer codes for users and items; the codes have no order."""
-    for what in ("user", "item"):
+    """Turn `raw` into `events`, with arbitrary integer codes for users and items."""
+    for role in ("user", "item"):
         con.execute(
-            f"create table {what}s as "
-            f'select row_number() over () - 1 as code, key from (select distinct "{what}" as key from raw)'
+            f"create table {role}s as "
+            f'select row_number() over () - 1 as code, key from (select distinct "{role}" as key from raw)'
         )
         bad = con.execute(
-            f"select key from {what}s where strlen(key) > {MAX_KEY_BYTES} or contains(key, chr(0)) limit 1"
+            f"select key from {role}s where strlen(key) > {MAX_KEY_BYTES} or contains(key, chr(0)) limit 1"
         ).fetchone()
         if bad:
             raise InputError(
-                f"{what} id {bad[0][:40]!r} has {len(bad[0].encode()):,} bytes or a NUL character: "
+                f"{role} id {bad[0][:40]!r} has {len(bad[0].encode()):,} bytes or a NUL character: "
                 f"expected at most {MAX_KEY_BYTES} bytes of text"
             )
     con.execute(
@@ -540,7 +505,7 @@ def _deduplicate(con: duckdb.DuckDBPyConnection, rule: str) -> dict[str, Any]:
 
 
 def _merge_variants(con: duckdb.DuckDBPyConnection, ingested: Ingested, name: str) -> dict[str, Any]:
-    """Give variants of a product one code in `events`, and drop a user's consecutive repeats of a product."""
+    """Give variants of a product one code in `events`; drop a user's consecutive repeats of a product."""
     items = con.execute("select code, key from items order by length(key), key").fetchall()
     titles = ingested.titles(frozenset(key for _, key in items))
     if not titles:
@@ -569,9 +534,9 @@ def _count(con: duckdb.DuckDBPyConnection, table: str) -> int:
 
 
 def _order(con: duckdb.DuckDBPyConnection, config: DataConfig) -> dict[str, Any]:
-    """Make `histories` of the core, whose row ids are the positions in the arrays, from `events`.
+    """Create `histories`, the ordered events of the core; row ids are positions in the arrays.
 
-    Gives dense ids to what is in the core: `user_ids` from 0 and `item_ids` from 1.
+    Users and items of the core get dense ids, `user_ids` from 0 and `item_ids` from 1.
     """
     for table, first in (("user", 0), ("item", 1)):
         con.execute(
@@ -589,17 +554,17 @@ def _order(con: duckdb.DuckDBPyConnection, config: DataConfig) -> dict[str, Any]
     return _counted(con, "k-core", "user_ids", "item_ids", "histories")
 
 
-def _rule_of_order(config: DataConfig) -> str:
+def _order_rule(config: DataConfig) -> str:
     return ORDERS[config.ties][0].format(seed=config.ties_seed)
 
 
-def _about(
+def _metadata(
     ingested: Ingested, config: DataConfig, passes: list[int], steps: list[dict[str, Any]]
 ) -> dict[str, Any]:
     return {
         "rules": {
             "version": RULES_VERSION,
-            "order": _rule_of_order(config),
+            "order": _order_rule(config),
             "ties": config.ties,
             "duplicates": config.duplicates,
             **({"variants": "merged"} if config.merge_variants else {}),
@@ -623,7 +588,7 @@ def _about(
 
 
 def _write(con: duckdb.DuckDBPyConnection, fresh: Path, size: int, ingested: Ingested) -> None:
-    """Fill the folder `fresh` but for its manifest: arrays, keys, titles, the table for people and tools."""
+    """Write all files of a prepared folder but the manifest: arrays, keys, titles and a Parquet table."""
     timed = ingested.time_unit != "order"
     for file, column, dtype in (("items", "item", np.int32), ("times", "time", np.int64))[: 1 + timed]:
         pieces = (chunk[column].to_numpy() for chunk in _chunks(con, f"select {column} from histories"))
@@ -640,7 +605,7 @@ def _write(con: duckdb.DuckDBPyConnection, fresh: Path, size: int, ingested: Ing
 
 
 def _chunks(con: duckdb.DuckDBPyConnection, query: str) -> Iterator[pd.DataFrame]:
-    """Yield the rows of a query a piece at a time; tables give them in the order of their row ids."""
+    """Yield the rows of a query in chunks; tables yield them in the order of their row ids."""
     result = con.execute(query)
     while len(chunk := result.fetch_df_chunk(VECTORS)):
         yield chunk
@@ -670,7 +635,7 @@ def _write_table(con: duckdb.DuckDBPyConnection, path: Path, time: str) -> None:
 
 COLUMNS = ("user", "item", "time", "rating")
 
-# Field of `DataConfig` -> what its option says
+# Field of `DataConfig` -> help text of its option
 _OPTIONS = {
     "format": "of the file",
     "columns": "of an own table: user=A,item=B,time=C",
@@ -700,12 +665,12 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in _OPTIONS.items():
         option = "--memory-mb" if name == "memory_limit_mb" else f"--{name.replace('_', '-')}"
         default = getattr(DataConfig(), name)
-        more: dict[str, Any] = {"type": _columns if name == "columns" else type(default)}
+        settings: dict[str, Any] = {"type": _columns if name == "columns" else type(default)}
         if default is False:
-            more = {"action": "store_true"}
+            settings = {"action": "store_true"}
         elif get_origin(kinds[name]) is Literal:
-            more = {"choices": get_args(kinds[name])}
-        command.add_argument(option, dest=name, default=default, help=f"{text} ({default})", **more)
+            settings = {"choices": get_args(kinds[name])}
+        command.add_argument(option, dest=name, default=default, help=f"{text} ({default})", **settings)
     for name, act, text in (
         ("show", _show_command, "print counts and splits of a prepared folder"),
         ("verify", _verify_command, "read every byte of a prepared folder and compare"),
@@ -729,25 +694,25 @@ def _columns(text: str) -> dict[str, str]:
     return pairs
 
 
-def _prepare_command(given: argparse.Namespace) -> int:
-    path = Path(given.source)
+def _prepare_command(options: argparse.Namespace) -> int:
+    path = Path(options.source)
     # a file as the shell sees it: a relative name in a configuration counts from the project's root
-    values = {"dataset": str(path.resolve()) if path.exists() else given.source}
-    config = validated(DataConfig, values | {name: getattr(given, name) for name in _OPTIONS})
-    folder = folder_of(config, given.out and given.out.resolve())
+    values = {"dataset": str(path.resolve()) if path.exists() else options.source}
+    config = validated(DataConfig, values | {name: getattr(options, name) for name in _OPTIONS})
+    folder = folder_of(config, options.out and options.out.resolve())
     print("\n".join(_report(load(folder))))
     print(folder / MANIFEST)
     return 0
 
 
-def _show_command(given: argparse.Namespace) -> int:
-    shown = load(given.folder)
-    print("\n".join(_report(shown)))
-    for kind in (splits.leave_one_out, splits.global_time):
+def _show_command(options: argparse.Namespace) -> int:
+    prepared = load(options.folder)
+    print("\n".join(_report(prepared)))
+    for rule in (splits.leave_one_out, splits.global_time):
         try:
-            split = kind(shown)
+            split = rule(prepared)
         except InputError as error:  # there are no times, or all coincide
-            print(f"{kind.__name__}: {error}")
+            print(f"{rule.__name__}: {error}")
             continue
         print(f"{split.name}:")
         for name, value in split.about.items():
@@ -755,11 +720,11 @@ def _show_command(given: argparse.Namespace) -> int:
     return 0
 
 
-def _verify_command(given: argparse.Namespace) -> int:
-    damage = system.damage(given.folder)
-    if damage:
-        raise InputError(f"{given.folder}: {'; '.join(damage)}; {system.remedy(given.folder)}")
-    print(f"{given.folder}: every file is as it was written; fingerprint {load(given.folder).fingerprint}")
+def _verify_command(options: argparse.Namespace) -> int:
+    folder = options.folder
+    if damage := system.damage(folder):
+        raise InputError(f"{folder}: {'; '.join(damage)}; {system.remedy(folder)}")
+    print(f"{folder}: every file is as it was written; fingerprint {load(folder).fingerprint}")
     return 0
 
 
@@ -774,10 +739,10 @@ def _report(dataset: Dataset) -> list[str]:
     lines.append(f"order: {manifest['rules']['order']}")
     for name, value in ties.items():
         lines.append(f"ties, {name}: {'unknown' if value is None else round(value, 4)}")
-    for what, published in manifest["source"].get("published_counts", {}).items():
-        found = manifest["steps"][0][what]
-        agrees = "as published" if found == published else f"but {published:,} are published"
-        lines.append(f"{what} of the source: {found:,}, {agrees}")
+    for role, published in manifest["source"].get("published_counts", {}).items():
+        actual = manifest["steps"][0][role]
+        agrees = "as published" if actual == published else f"but {published:,} are published"
+        lines.append(f"{role} of the source: {actual:,}, {agrees}")
     for reason, count in manifest["reading"]["rejected"].items():
         lines.append(f"rejected, {reason}: {count:,} of {manifest['reading']['lines']:,} lines")
     return lines
@@ -785,9 +750,9 @@ def _report(dataset: Dataset) -> list[str]:
 
 def data_main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    given = _parser().parse_args(arguments)
+    options = _parser().parse_args(arguments)
     try:
-        return given.act(given)
+        return options.act(options)
     except BrokenPipeError:
         raise
     except (InputError, OSError) as error:

@@ -1,12 +1,11 @@
 """Reads a file of any format into the table `raw` of a DuckDB connection, out of core; bad lines are counted.
 
 A reader cuts its file into user, item, rating and time: `_fields` for separated fields, `_json` for JSON
-lines, `_histories` for one user a line, `_parquet` for columns. One query (`_checked`) then decides which
-rows are valid and what their times are. So a line means the same wherever it stands in a file and whichever
-format it is written in.
+lines, `_histories` for one user a line, `_parquet` for columns. One query (`_checked`) then validates rows
+and converts times, so that all formats follow the same rules.
 
-Times are kept to the microsecond. A number is seconds, milliseconds, microseconds or nanoseconds since 1970,
-whichever lies between 1990 and 2100; text is a date like 2019-03-04 12:00:00, with an offset or in UTC.
+Times have microseconds. A number is seconds, milliseconds, microseconds or nanoseconds since 1970, whichever
+lies between 1990 and 2100; text is a date like 2019-03-04 12:00:00, with an offset or in UTC.
 """
 
 from __future__ import annotations
@@ -42,20 +41,20 @@ READING_VERSION = 4  # raise whenever the same file would give other interaction
 ROW_ORDER = "#row"  # as the column of time: the rows are in time order
 NO_RATING = "#none"  # as the column of ratings: leave it out
 
-ROWS_HELD = 100_000  # before they are appended
+ROWS_HELD = 100_000  # rows collected before they are appended
 
-SOURCE = (*FOUR, "width", "text")  # what a query of rows gives beside their numbers: see `_checked`
-BLANK = "blank line"  # in a file made by hand: not counted
+SOURCE = (*FOUR, "width", "text")  # columns of a query of rows beside row and line: see `_checked`
+BLANK = "blank line"  # not counted as a bad line
 
-EXAMPLES, TEXT_LENGTH = 5, 120  # bad lines that are kept, and characters of each
+EXAMPLES, TEXT_LENGTH = 5, 120  # bad lines in the manifest, and characters of each
 
-# 1990-01-01 to 2100-01-01: no interaction of a public dataset lies outside. The units cannot be mixed up,
-# since a time within the range in one lies outside in the others.
+# 1990-01-01 to 2100-01-01, the range of public datasets. It determines the unit of a number, since a time
+# within the range in one unit lies outside in the others.
 FIRST_SECOND, LAST_SECOND = 631_152_000, 4_102_444_800
 
-UNITS = (1, 10**3, 10**6, 10**9)  # of numbers as times, in parts of a second
+UNITS = (1, 10**3, 10**6, 10**9)  # of numbers as times, per second
 
-MICROSECONDS = {"s": 1_000_000, "ms": 1000, "us": 1}  # units that times are kept in
+MICROSECONDS = {"s": 1_000_000, "ms": 1000, "us": 1}  # per unit of the stored times
 
 _DATE = (
     r"^\s*(\d{4})[-/](\d{1,2})[-/](\d{1,2})"
@@ -68,7 +67,7 @@ _PARTS = ["y", "mo", "d", "h", "mi", "s", "f", "half", "sign", "zh", "zm"]
 # Types of Parquet columns that can hold a rating or a time, and with UUID an id.
 _NUMBER = r"U?(TINY|SMALL|BIG|HUGE)INT|U?INTEGER|FLOAT|DOUBLE|DECIMAL\(.*\)|VARCHAR|ENUM\(.*\)"
 
-# Reason for which `_checked` rejects a row -> the field that is wrong, and what was expected.
+# Reason for which `_checked` rejects a row -> the wrong field, and the expected value.
 _EXPECTED = {
     "user empty": ("user", "an id"),
     "item empty": ("item", "an id"),
@@ -86,9 +85,9 @@ Progress = Callable[[int, int], None]  # bytes of the file done, and in all
 
 @dataclass(frozen=True)
 class Ingested:
-    """What was read into `raw`, for the manifest."""
+    """Metadata of what was read into `raw`, for the manifest."""
 
-    time_unit: str  # s, ms, us, or order: then time is the position in the user's history
+    time_unit: str  # s, ms, us, or order: time is then the position in the user's history
     provenance: dict[str, Any]  # plain JSON: file, its sha256, bytes, format
     lines_read: int  # without a header; rows of a Parquet file
     rejected: dict[str, int]  # reason -> lines
@@ -108,36 +107,36 @@ def ingest(
 ) -> Ingested:
     """Create the table raw(row, "user", item, rating, time) from a file.
 
-    `row` grows in the file's order; `rating` is NULL where unknown; `time` is in the unit that the result
-    names, the coarsest that holds all times. `format` None is that of `config`, of which only the options of
-    reading count. `sha256` is the file's hash where it is known: then it is not computed again. `work` is a
-    folder for temporary files. Raises `InputError` for what cannot be read; the table is then not to be used.
+    `row` increases in the file's order; `rating` is NULL where unknown; `time` is in the coarsest unit that
+    represents all times (`Ingested.time_unit`). `format` defaults to that of `config`, of which the reading
+    options are used. `sha256` is the file's hash if known. `work` is a folder for temporary files. Raises
+    `InputError` for unreadable files; the table must not be used then.
     """
     config = config or DataConfig()
     format = format or named(config.format, path, config.columns, config.max_line_mb)
-    # temporary: it is not written twice, to a log and to the file, and is spilled where memory ends
+    # temporary: not logged, and spilled to disk beyond the memory limit
     con.execute(f"CREATE OR REPLACE TEMP TABLE raw({RAW_COLUMNS})")
     file = RawFile(path, sha256=sha256, max_line_mb=config.max_line_mb)
     table = _Table(con, path.name, config)
-    about = {"file": printable(path.name), "bytes": file.size, "format": format.name}
+    provenance = {"file": printable(path.name), "bytes": file.size, "format": format.name}
     if formats.is_parquet(path):
         if format.kind != "table":
             raise InputError(f"{path.name} is a Parquet file, expected format='table', not {format.name!r}")
         with tempfile.TemporaryDirectory(dir=work) as folder:
             _parquet(table, path, config.columns, Path(folder))
-        about["sha256"] = sha256 or system.file_sha256(path)
+        provenance["sha256"] = sha256 or system.file_sha256(path)
         if progress is not None:
             progress(file.size, file.size)
     else:
-        about |= _text(table, file, format, config, progress)
-        about["sha256"] = file.sha256
+        provenance |= _text(table, file, format, config, progress)
+        provenance["sha256"] = file.sha256
     table.finish()
     side = formats.titles_beside(path)
     if side is not None:
-        about["titles"] = side.name
+        provenance["titles"] = side.name
     return Ingested(
         _number_positions(con) if table.order else _coarsest_unit(con),
-        about,
+        provenance,
         table.valid + table.rejected.total(),
         dict(table.rejected),
         table.examples,
@@ -151,9 +150,9 @@ def printable(name: str) -> str:
 
 
 def _coarsest_unit(con: duckdb.DuckDBPyConnection) -> str:
-    """Turn microseconds into the coarsest unit that loses nothing, and return it."""
-    whole = ", ".join(f"bool_and(time % {size} = 0)" for size in MICROSECONDS.values())
-    row = con.execute(f"SELECT {whole} FROM raw").fetchone() or ()
+    """Convert microseconds to the coarsest unit without loss, and return it."""
+    divisible = ", ".join(f"bool_and(time % {size} = 0)" for size in MICROSECONDS.values())
+    row = con.execute(f"SELECT {divisible} FROM raw").fetchone() or ()
     unit, size = next(pair for pair, fits in zip(MICROSECONDS.items(), row, strict=True) if fits)
     if size > 1:
         con.execute(f"ALTER TABLE raw ALTER time SET DATA TYPE BIGINT USING time // {size}")
@@ -167,11 +166,11 @@ def _number_positions(con: duckdb.DuckDBPyConnection) -> str:
     return "order"
 
 
-# ---- which rows are valid: one query for all formats ------------------------------------------------------
+# ---- validation: one query for all formats ----------------------------------------------------------------
 
 
 class Bad(NamedTuple):
-    """A line that is no valid interaction, or several alike of which it is the first."""
+    """A bad line, or the first of several with one reason."""
 
     line: int
     reason: str  # under which it is counted
@@ -182,45 +181,45 @@ class Bad(NamedTuple):
 
 @dataclass
 class Batch:
-    """Rows as a reader has cut them, and the lines that are no rows."""
+    """Rows that a reader has cut, and the lines that it could not cut."""
 
-    lines: list[int] = field(default_factory=list)  # number of each row's line
-    # name in `SOURCE` -> text, numbers or None; one that is missing is unknown in all rows
+    lines: list[int] = field(default_factory=list)  # line number of each row
+    # name in `SOURCE` -> text, numbers or None; a missing column is unknown in all rows
     columns: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
     bad: list[Bad] = field(default_factory=list)
 
 
 class _Table:
-    """Appends the valid rows of batches to `raw`, counts the others, and stops at too many of them."""
+    """Appends the valid rows of batches to `raw`, counts bad lines, and raises at too many of them."""
 
     def __init__(self, con: duckdb.DuckDBPyConnection, name: str, config: DataConfig) -> None:
         self.con, self.name, self.config = con, name, config
         self.order = False  # whether there are no times, only an order
         self.layout: Layout | None = None  # of separated fields
         self.base = 1  # number of the first line below a header
-        self.held = Batch()
+        self.pending = Batch()
         self.valid = 0  # lines
         self.rejected: Counter[str] = Counter()  # reason -> lines
         self.examples: list[dict[str, Any]] = []
 
     @property
     def us(self) -> str:
-        """The known time of a row, in SQL: where there is only an order, any."""
+        """Initial value of the column `us`, in SQL: 0 without times, else NULL."""
         return f"CAST({0 if self.order else 'NULL'} AS BIGINT) AS us"
 
     def append(self, batch: Batch) -> None:
-        """Append rows that a reader has cut; few are held until there are more."""
-        held = self.held
-        held.lines += batch.lines
-        held.bad += batch.bad
+        """Append rows that a reader has cut, collecting small batches."""
+        pending = self.pending
+        pending.lines += batch.lines
+        pending.bad += batch.bad
         for name, values in batch.columns.items():
-            held.columns[name] += values
-        if len(held.lines) >= ROWS_HELD or held.bad:
+            pending.columns[name] += values
+        if len(pending.lines) >= ROWS_HELD or pending.bad:
             self.flush()
 
     def flush(self) -> None:
-        """Append the rows that are held."""
-        batch, self.held = self.held, Batch()
+        """Append the collected rows."""
+        batch, self.pending = self.pending, Batch()
         size = len(batch.lines)
         columns: dict[str, np.ndarray] = {"line": np.array(batch.lines, np.int64)}
         columns["row"] = np.array(batch.columns.pop("row", None) or columns["line"] - self.base)
@@ -238,11 +237,11 @@ class _Table:
             self.con.unregister("batch")
 
     def append_lines(self, text: str, first: int, layout: Layout, bad: list[Bad]) -> None:
-        """Append lines without quotation marks, which the database cuts: several times as fast."""
+        """Append lines without quotation marks: the database cuts them, which is several times as fast."""
         self.flush()
         cut = f"string_split(text, {_literal(layout.separator)})"
-        fields = {what: f"cut[{place + 1}]" for what, place in layout.position.items()}
-        columns = ", ".join(f'{fields.get(what, "NULL")} AS "{what}"' for what in FOUR)
+        fields = {role: f"cut[{place + 1}]" for role, place in layout.position.items()}
+        columns = ", ".join(f'{fields.get(role, "NULL")} AS "{role}"' for role in FOUR)
         source = f"""SELECT line - {self.base} AS row, line, {columns}, len(cut) AS width, text, {self.us}
             FROM (SELECT *, {cut} AS cut FROM (SELECT unnest(lines) AS text,
                 generate_subscripts(lines, 1) + {first - 1} AS line
@@ -250,14 +249,14 @@ class _Table:
         self.take(source, text.count("\n") + 1, bad, {"text": text})
 
     def take(self, source: str, size: int, bad: list[Bad], values: dict[str, Any] | None = None) -> None:
-        """Append what is valid of a query of `size` rows (see `_checked`), and count the rest.
+        """Append the valid rows of a query of `size` rows (see `_checked`), and count the others.
 
         Raises `InputError` at the first bad line if strict, and after many bad lines without a valid one.
         """
         query = _checked(source, self.order, self.layout)
         insert = f'INSERT INTO raw SELECT row, "user", item, stars, us FROM ({query}) WHERE reason IS NULL'
-        (taken,) = (self.con.execute(insert, values).fetchone() if size else None) or (0,)
-        if taken < size:
+        (inserted,) = (self.con.execute(insert, values).fetchone() if size else None) or (0,)
+        if inserted < size:
             counts = f"""SELECT reason, sum(coalesce(len(string_split(text, chr(10))), 1)), min(line),
                 arg_min(checked, line)
                 FROM ({query}) AS checked WHERE reason <> '{BLANK}' GROUP BY reason"""
@@ -266,13 +265,13 @@ class _Table:
         bad.sort()
         if bad and self.config.strict:
             raise InputError(f"{self.name}, line {bad[0].line}: {bad[0].detail}")
-        self.valid += taken
-        for one in bad:
-            self.rejected[one.reason] += one.lines
+        self.valid += inserted
+        for entry in bad:
+            self.rejected[entry.reason] += entry.lines
             if len(self.examples) < EXAMPLES:
-                text = one.text[:TEXT_LENGTH].encode("utf-8", "backslashreplace").decode()
-                self.examples.append({"line": one.line, "reason": one.detail, "text": text})
-        if not self.valid and self.rejected.total() > ROWS_HELD:  # the rest will be alike
+                text = entry.text[:TEXT_LENGTH].encode("utf-8", "backslashreplace").decode()
+                self.examples.append({"line": entry.line, "reason": entry.detail, "text": text})
+        if not self.valid and self.rejected.total() > ROWS_HELD:
             self._stop()
 
     def finish(self) -> None:
@@ -285,20 +284,20 @@ class _Table:
 
     def _stop(self) -> None:
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.rejected.most_common())
-        first = "; ".join(f"{self.name}, line {one['line']}: {one['reason']}" for one in self.examples[:3])
+        examples = "; ".join(f"{self.name}, line {row['line']}: {row['reason']}" for row in self.examples[:3])
         count = self.rejected.total()
         raise InputError(
             f"{self.name}: {count:,} of {self.valid + count:,} lines rejected, allowed is a share of "
-            f"{self.config.max_rejected_share:g} (max_rejected_share): {reasons}; {first}"
+            f"{self.config.max_rejected_share:g} (max_rejected_share): {reasons}; {examples}"
         )
 
 
 def _checked(source: str, order: bool, layout: Layout | None) -> str:
-    """Return the query of all that `source` gives, stars, us and reason, which is NULL if the row is valid.
+    """Return a query that adds stars, us and reason to the columns of `source`; reason is NULL if valid.
 
-    `source` gives row, line, and the columns of `SOURCE`: "user" and item as text, rating and time as text or
-    numbers; of separated fields their number, and the line where that is wrong; and the time in microseconds
-    in `us` where it is known.
+    `source` has row, line, the columns of `SOURCE` and us. "user" and item are text, rating and time text or
+    numbers. For separated fields, width is their number and text the line where that is wrong. us is the time
+    in microseconds where known.
     """
     factors = ("* 1e6", "* 1e3", "", "/ 1e3")  # to microseconds
     numbers = " ".join(
@@ -313,24 +312,24 @@ def _checked(source: str, order: bool, layout: Layout | None) -> str:
     zone = "(CAST('0' || p.zh AS INT) * 60 + CAST('0' || p.zm AS INT))"
     date = f"""CASE WHEN {zone} < 960 AND CAST('0' || p.zm AS INT) < 60 THEN
         epoch_us(try_cast({stamp} AS TIMESTAMP)) - if(p.sign = '-', -1, 1) * {zone} * 60000000::BIGINT END"""
-    fields = again = ""
+    fields = repeated_header = ""
     if layout is not None:
         fields = f"""WHEN width <> {len(layout.names)} AND regexp_full_match(text, '\\s*') THEN '{BLANK}'
             WHEN width <> {len(layout.names)} THEN 'number of fields'"""
     if layout is not None and layout.header is not None:
-        user, item = (_literal(layout.header[layout.position[what]]) for what in ("user", "item"))
-        again = f"""WHEN "user" = {user} AND item = {item} THEN 'header line again'"""
+        user, item = (_literal(layout.header[layout.position[role]]) for role in ("user", "item"))
+        repeated_header = f"""WHEN "user" = {user} AND item = {item} THEN 'header line again'"""
     bad_time = f"""
         WHEN us IS NULL AND coalesce(trim(CAST(time AS VARCHAR)), '') = '' THEN 'timestamp missing'
         WHEN us IS NULL AND (number IS NULL OR NOT isfinite(number)) THEN 'timestamp not a number or date'
         WHEN us IS NULL OR us < {FIRST_SECOND}000000 OR us >= {LAST_SECOND}000000
         THEN 'timestamp out of range'"""
-    broken = r"'[\t\r\n\x00]'"  # what no id may hold
+    broken = r"'[\t\r\n\x00]'"  # characters not allowed in ids
     return f"""
         SELECT *, CASE {fields}
             WHEN coalesce("user", '') = '' THEN 'user empty'
             WHEN coalesce(item, '') = '' THEN 'item empty'
-            {again}
+            {repeated_header}
             WHEN regexp_matches("user", {broken}) THEN 'user with a line break or TAB'
             WHEN regexp_matches(item, {broken}) THEN 'item with a line break or TAB'
             WHEN (stars IS NULL OR NOT isfinite(stars)) AND trim(CAST(rating AS VARCHAR)) <> ''
@@ -353,22 +352,23 @@ def is_time(text: str) -> bool:
 
 
 def _explained(line: int, reason: str, row: dict[str, Any], lines: int, layout: Layout | None) -> Bad:
-    """Return what to say of the first of some rows that `_checked` rejected for one reason."""
+    """Return the report on rows that `_checked` rejected for one reason, of which `row` is the first."""
     text = row.get("text") or ",".join(str(row[name]) for name in FOUR if row.get(name) is not None)
     if reason == "number of fields" and layout is not None:
         detail = (
-            f"{row['width']} fields, expected {len(layout.names)} separated by {_named(layout.separator)} "
-            f"({', '.join(layout.names)[:100]}); the line is {text[:80]!r}"
+            f"{row['width']} fields, expected {len(layout.names)} separated by "
+            f"{_separator_name(layout.separator)} ({', '.join(layout.names)[:100]}); the line is "
+            f"{text[:80]!r}"
         )
     else:
-        what, expected = _EXPECTED[reason]
-        name = {"time": "timestamp"}.get(what, what)
-        detail = f"{name} is {str(row[what] or '')[:80]!r}, expected {expected}"
+        role, expected = _EXPECTED[reason]
+        name = {"time": "timestamp"}.get(role, role)
+        detail = f"{name} is {str(row[role] or '')[:80]!r}, expected {expected}"
     return Bad(line, reason, detail, text, lines)
 
 
 def _column(values: list[Any]) -> tuple[np.ndarray, str]:
-    """Return an array for the database and its type: numbers stay numbers, all else is text."""
+    """Return an array for the database and its SQL type: a number type, or text for all other values."""
     kinds = set(map(type, values))
     with contextlib.suppress(OverflowError):
         for kind, dtype, name in ((int, np.int64, "BIGINT"), (float, np.float64, "DOUBLE")):
@@ -388,7 +388,7 @@ def _literal(text: str) -> str:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the fields are in this very file."""
+    """Positions of the fields in a file."""
 
     separator: str
     names: tuple[str, ...]  # of all columns, in the file's order
@@ -398,7 +398,7 @@ class Layout:
 
 
 def _layout(path: Path, format: Format, columns: dict[str, str] | None, lines: list[str]) -> Layout:
-    """Find the fields of a text file from its first lines; raise `InputError` that names the columns."""
+    """Return the layout of a text file from its first lines; `InputError` names the missing columns."""
     first = lines[0]
     if format.kind == "table":
         return _table_layout(path, columns, lines)
@@ -408,13 +408,13 @@ def _layout(path: Path, format: Format, columns: dict[str, str] | None, lines: l
         return Layout(separator, format.fields, position, None, separator == ",")
     header = [name.strip('"') for name in first.split(separator)]
     names = [name.split(":")[0] for name in header]
-    wanted = dict(zip(FOUR, format.names, strict=True))
-    if missing := [name for what, name in wanted.items() if name not in names and what != "rating"]:
+    expected = dict(zip(FOUR, format.names, strict=True))
+    if missing := [name for role, name in expected.items() if name not in names and role != "rating"]:
         raise InputError(
-            f"{path.name}, line 1: header is {first[:80]!r}, expected {_named(separator)}-separated columns "
-            f"that include {', '.join(missing)}"
+            f"{path.name}, line 1: header is {first[:80]!r}, expected {_separator_name(separator)}-separated "
+            f"columns that include {', '.join(missing)}"
         )
-    position = {what: names.index(name) for what, name in wanted.items() if name in names}
+    position = {role: names.index(name) for role, name in expected.items() if name in names}
     return Layout(separator, tuple(names), position, tuple(header), separator == ",")
 
 
@@ -426,53 +426,52 @@ def _table_layout(path: Path, columns: dict[str, str] | None, lines: list[str]) 
         first = next(csv.reader((line + "\n" for line in lines), delimiter=separator))
     except csv.Error:
         raise InputError(f"{path.name}, line 1: a carriage return within {lines[0][:80]!r}") from None
-    given = [column for column in (columns or {}).values() if not column.startswith("#")]
-    by_position = bool(given) and all(column.isdecimal() for column in given)
+    selected = [column for column in (columns or {}).values() if not column.startswith("#")]
+    by_position = bool(selected) and all(column.isdecimal() for column in selected)
     names = [str(n + 1) for n in range(len(first))] if by_position else first
     rows = [[field.strip('"') for field in line.split(separator)] for line in lines[1:]]
     values = {name: [row[n] for row in rows if len(row) == len(names)] for n, name in enumerate(names)}
     chosen = choose_columns(path, names, columns, values)
-    position = {what: names.index(name) for what, name in chosen.items() if not name.startswith("#")}
+    position = {role: names.index(name) for role, name in chosen.items() if not name.startswith("#")}
     headed = not by_position or formats.is_header(first)
-    if by_position:  # a header has no number for an id, and lacks what all rows have: a time, else numbers
-        ids = [values[chosen[what]] for what in ("user", "item")]
+    if by_position:  # a header has no number as an id, and no time (or number) where all rows have one
+        ids = [values[chosen[role]] for role in ("user", "item")]
         headed = headed or all(column and all(map(formats.is_number, column)) for column in ids)
         if "time" in position:
             headed = not is_time(first[position["time"]]) and any(map(is_time, values[chosen["time"]]))
-        headed = headed and not any(formats.is_number(first[position[what]]) for what in ("user", "item"))
+        headed = headed and not any(formats.is_number(first[position[role]]) for role in ("user", "item"))
     return Layout(separator, tuple(names), position, tuple(first) if headed else None, quoted=True)
 
 
 def choose_columns(
     path: Path, names: list[str], columns: dict[str, str] | None, values: dict[str, list[str]] | None = None
 ) -> dict[str, str]:
-    """Return what -> column: as the user says, else by obvious names; raise `InputError` if unclear.
+    """Return role -> column, from the user's `columns`, else by obvious names; `InputError` if unclear.
 
-    A column of ratings is optional: one that is only obvious is left out where none of its `values`, those
-    at the file's beginning, is a number.
+    Ratings are optional. An obvious column of ratings is left out if none of its first `values` is a number.
     """
     option = f"give columns user=NAME,item=NAME,time=NAME (time={ROW_ORDER}: the rows are in time order)"
     listed = f"columns found: {', '.join(names)[:300]}"
     chosen = dict(columns or {})
     if unknown := sorted(set(chosen) - set(OBVIOUS)):
         raise InputError(f"parameter 'columns' has {', '.join(unknown)}, expected {', '.join(OBVIOUS)}")
-    for what, column in chosen.items():
-        if column not in names and (what, column) not in (("time", ROW_ORDER), ("rating", NO_RATING)):
-            raise InputError(f"{path.name}: no column {column!r} for {what}; {listed}")
+    for role, column in chosen.items():
+        if column not in names and (role, column) not in (("time", ROW_ORDER), ("rating", NO_RATING)):
+            raise InputError(f"{path.name}: no column {column!r} for {role}; {listed}")
         if names.count(column) > 1:
             raise InputError(f"{path.name}: {names.count(column)} columns are called {column!r}; {listed}")
         if list(chosen.values()).count(column) > 1:
             raise InputError(f"parameter 'columns' names {column!r} twice, expected one column for each")
-    for what in (what for what in OBVIOUS if what not in chosen):
-        fits = formats.obvious(what, names)
-        if what == "rating":
-            seen = [value for value in (values or {}).get(fits[0] if fits else "", []) if value.strip()]
-            if len(fits) == 1 and (not seen or any(map(formats.is_number, seen))):
-                chosen[what] = fits[0]
+    for role in (role for role in OBVIOUS if role not in chosen):
+        fits = formats.obvious(role, names)
+        if role == "rating":
+            samples = [value for value in (values or {}).get(fits[0] if fits else "", []) if value.strip()]
+            if len(fits) == 1 and (not samples or any(map(formats.is_number, samples))):
+                chosen[role] = fits[0]
         elif len(fits) == 1:
-            chosen[what] = fits[0]
+            chosen[role] = fits[0]
         else:
-            problem = f"{what} may be {' or '.join(fits)}" if fits else f"no column is clearly the {what}"
+            problem = f"{role} may be {' or '.join(fits)}" if fits else f"no column is clearly the {role}"
             raise InputError(f"{path.name}: {problem}; {option}; {listed}")
     return chosen
 
@@ -483,17 +482,17 @@ def choose_columns(
 def _text(
     table: _Table, file: RawFile, format: Format, config: DataConfig, progress: Progress | None
 ) -> dict[str, Any]:
-    """Append what a text file holds; return what was learned about the file."""
-    about: dict[str, Any] = {}
+    """Append the rows of a text file; return provenance of a second file, if there is one."""
+    provenance: dict[str, Any] = {}
     lines = formats.sample(file.path, config.max_line_mb)
-    blocks = _whole(file, format, progress)
+    blocks = _complete_blocks(file, format, progress)
     if format.kind == "json" or (format.kind == "table" and lines[0].lstrip().startswith("{")):
         names = dict(zip(FOUR, format.names, strict=False))
         names = names or _json_columns(file.path, config.columns, lines)
         table.order = names.get("time") == ROW_ORDER
         _json(table, blocks, names)
     elif format.kind == "sequences":
-        about = _histories(table, blocks, file)
+        provenance = _histories(table, blocks, file)
     else:
         table.layout = layout = _layout(file.path, format, config.columns, lines)
         table.order = "time" not in layout.position
@@ -501,11 +500,11 @@ def _text(
         latin = format.separator == "::" and "\ufffd" in "".join(lines)
         _fields(table, blocks, layout, file.max_line_mb, "latin-1" if latin else "utf-8")
     table.flush()
-    return about
+    return provenance
 
 
-def _whole(file: RawFile, format: Format, progress: Progress | None) -> Iterator[Block]:
-    """Yield the blocks of a file and tell of its progress; raise `InputError` where its last line is cut."""
+def _complete_blocks(file: RawFile, format: Format, progress: Progress | None) -> Iterator[Block]:
+    """Yield the blocks of a file and report progress; raise `InputError` where its last line is cut."""
     for block in file.blocks():
         if format.line_end and not block.data.endswith(b"\n"):
             line = block.first_line + block.data.count(b"\n")
@@ -518,13 +517,13 @@ def _whole(file: RawFile, format: Format, progress: Progress | None) -> Iterator
             progress(file.bytes_read, file.size)
 
 
-def _lines_of(block: Block, encoding: str = "utf-8") -> list[str]:
-    """Return the lines of a block, with surrogates for bytes that are not of the encoding."""
+def _lines(block: Block, encoding: str = "utf-8") -> list[str]:
+    """Return the lines of a block, with surrogate escapes for undecodable bytes."""
     return block.data.decode(encoding, "surrogateescape").removesuffix("\n").split("\n")
 
 
 def _not_utf8(line: int, text: str, bad: list[Bad]) -> bool:
-    """Return whether decoding with surrogate escapes met bytes that are not UTF-8; then add to `bad`."""
+    """Return whether `text` has surrogate escapes of bytes that are not UTF-8; if so, add it to `bad`."""
     byte = None if text.isascii() else re.search("[\udc80-\udcff]", text)
     if byte is not None:
         detail = f"byte {ord(byte.group()) - 0xDC00:#04x} is not UTF-8 text"
@@ -532,26 +531,26 @@ def _not_utf8(line: int, text: str, bad: list[Bad]) -> bool:
     return byte is not None
 
 
-def _named(separator: str) -> str:
+def _separator_name(separator: str) -> str:
     return {"\t": "TAB", " ": "spaces"}.get(separator, f"'{separator}'")
 
 
 def _fields(table: _Table, blocks: Iterator[Block], layout: Layout, max_line_mb: int, encoding: str) -> None:
-    """Append lines of separated fields; Python cuts those of blocks with quotation marks."""
+    """Append lines of separated fields; blocks with quotation marks are cut by Python's csv module."""
     headed = layout.header is not None
     width = len(layout.names)
-    held: list[str] = []  # lines of a record that goes on in the next block
-    first = 1  # number of the first line at hand
+    unfinished: list[str] = []  # lines of a record that continues in the next block
+    first = 1  # number of the first unread line
     for block in itertools.chain(blocks, [None]):
         data = b"" if block is None else block.data
-        first = first if block is None else block.first_line - len(held)
-        clean = not held and _decodes(data, encoding)
+        first = first if block is None else block.first_line - len(unfinished)
+        clean = not unfinished and _decodes(data, encoding)
         batch = Batch()
-        if layout.quoted and (held or b'"' in data or b"\r" in data):
-            lines = held if block is None else held + _lines_of(block, encoding)
-            records, held = _records(lines, first, layout, block is None, batch.bad)
-            first += len(lines) - len(held)
-            if sum(map(len, held)) > max_line_mb << 20:
+        if layout.quoted and (unfinished or b'"' in data or b"\r" in data):
+            lines = unfinished if block is None else unfinished + _lines(block, encoding)
+            records, unfinished = _records(lines, first, layout, block is None, batch.bad)
+            first += len(lines) - len(unfinished)
+            if sum(map(len, unfinished)) > max_line_mb << 20:
                 raise InputError(
                     f"{table.name}, line {first}: a quotation mark that opens here is not closed within "
                     f"{max_line_mb} MB (max_line_mb)"
@@ -559,18 +558,18 @@ def _fields(table: _Table, blocks: Iterator[Block], layout: Layout, max_line_mb:
             start = next((n for n, (_, row) in enumerate(records, 1) if "".join(row).strip()), 0)
             if headed and start:
                 table.base, records, headed = records[start - 1][0] + 1, records[start:], False
-            whole = layout.separator.join
+            join = layout.separator.join
             if not clean:
-                records = [(n, row) for n, row in records if not _not_utf8(n, whole(row), batch.bad)]
+                records = [(n, row) for n, row in records if not _not_utf8(n, join(row), batch.bad)]
             batch.lines = [number for number, _ in records]
             rows = [row for _, row in records]
             widths = batch.columns["width"] = list(map(len, rows))
             text: list[str | None] = [None] * len(rows)
             for n in (n for n, size in enumerate(widths) if size != width):
-                text[n], rows[n] = whole(rows[n]), [""] * width
+                text[n], rows[n] = join(rows[n]), [""] * width
             batch.columns["text"] = text
-            for what, place in layout.position.items():
-                batch.columns[what] = [row[place] for row in rows]
+            for role, place in layout.position.items():
+                batch.columns[role] = [row[place] for row in rows]
             table.append(batch)
         elif block is not None:
             content = data.decode(encoding, "surrogateescape")
@@ -585,7 +584,7 @@ def _fields(table: _Table, blocks: Iterator[Block], layout: Layout, max_line_mb:
 
 
 def _decodes(data: bytes, encoding: str) -> bool:
-    """Return whether bytes are text of this encoding."""
+    """Return whether bytes are valid text of an encoding."""
     try:
         return data.isascii() or bool(data.decode(encoding))
     except UnicodeDecodeError:
@@ -595,11 +594,11 @@ def _decodes(data: bytes, encoding: str) -> bool:
 def _records(
     lines: list[str], first: int, layout: Layout, last: bool, bad: list[Bad]
 ) -> tuple[list[tuple[int, list[str]]], list[str]]:
-    """Cut lines whose fields may be quoted; return each record's line and fields, and lines left over.
+    """Cut lines whose fields may be quoted; return each record's line and fields, and unfinished lines.
 
-    A quotation mark opens a field at the field's start only; elsewhere it is a character like others. Where
-    a quoted field would hold a line that is a whole interaction, its mark was never closed: the lines before
-    that one are bad. Lines left over begin a record that the next block may end (not in the `last` one).
+    A quotation mark is special at the start of a field only. A quoted field that would contain a complete
+    interaction was never closed: the lines before that interaction are bad. Unfinished lines begin a record
+    that the next block may complete; there are none in the `last` block.
     """
     records: list[tuple[int, list[str]]] = []
     start, ran_out = 0, False
@@ -635,7 +634,7 @@ def _records(
 
 
 def _is_interaction(line: str, layout: Layout) -> bool:
-    """Return whether a line is a whole interaction by itself."""
+    """Return whether a line is a complete interaction."""
     fields = line.split(layout.separator)
     if len(fields) != len(layout.names) or not all(fields[layout.position[w]] for w in ("user", "item")):
         return False
@@ -645,59 +644,59 @@ def _is_interaction(line: str, layout: Layout) -> bool:
 
 
 def _json_columns(path: Path, columns: dict[str, str] | None, lines: list[str]) -> dict[str, str]:
-    """Return what -> key of the user's own JSON lines."""
+    """Return role -> key for the user's own JSON lines."""
     values: dict[str, list[str]] = {}
-    for read in formats.json_objects(lines):
-        for key, value in read.items():
+    for row in formats.json_objects(lines):
+        for key, value in row.items():
             values.setdefault(key, []).append("" if value is None else str(value))
     return choose_columns(path, list(values), columns, values)
 
 
 def _json(table: _Table, blocks: Iterator[Block], names: dict[str, str]) -> None:
-    """Append JSON lines: build the four fields and pass over all others."""
+    """Append JSON lines, decoding the four fields only."""
     number, rating = int | float | str | None, float | str | None
     kinds: dict[str, Any] = {"user": str | int, "item": str | int, "time": number, "rating": rating}
-    used = [what for what in kinds if what in names and not names[what].startswith("#")]
+    used = [role for role in kinds if role in names and not names[role].startswith("#")]
     fields: list[Any] = []
-    for what in used:
-        options = {"default": None} if what == "rating" else {}
-        fields.append((what, kinds[what], msgspec.field(name=names[what], **options)))
+    for role in used:
+        options = {"default": None} if role == "rating" else {}
+        fields.append((role, kinds[role], msgspec.field(name=names[role], **options)))
     decoder = msgspec.json.Decoder(msgspec.defstruct("Line", fields, gc=False))
     for block in blocks:
-        batch, read = Batch(), list[Any]()
+        batch, objects = Batch(), list[Any]()
         with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
-            block.data.decode()  # the decoder takes any bytes in fields that it passes over
-            read = decoder.decode_lines(block.data)
-        if len(read) == _objects(block.data):
-            batch.lines = list(range(block.first_line, block.first_line + len(read)))
+            block.data.decode()  # the decoder does not check the encoding of skipped fields
+            objects = decoder.decode_lines(block.data)
+        if len(objects) == _objects(block.data):
+            batch.lines = list(range(block.first_line, block.first_line + len(objects)))
         else:  # line by line, by the same decoder
-            read = []
-            for place, line in enumerate(_lines_of(block), block.first_line):
+            objects = []
+            for place, line in enumerate(_lines(block), block.first_line):
                 if not _not_utf8(place, line, batch.bad) and line.strip():  # a blank line is no mistake
                     try:
-                        read.append(decoder.decode(line))
+                        objects.append(decoder.decode(line))
                         batch.lines.append(place)
                     except msgspec.DecodeError as error:
                         batch.bad.append(_bad_json(place, line, error))
-        for what in used:
-            batch.columns[what] = list(map(operator.attrgetter(what), read))
-        for what in ("user", "item"):
-            batch.columns[what] = list(map(str, batch.columns[what]))
+        for role in used:
+            batch.columns[role] = list(map(operator.attrgetter(role), objects))
+        for role in ("user", "item"):
+            batch.columns[role] = list(map(str, batch.columns[role]))
         table.append(batch)
 
 
 def _objects(data: bytes) -> int | None:
-    """Return the number of lines if each begins and ends as an object does and has a line end, else None.
+    """Return the number of lines if each begins with "{" and ends with "}" and a line end, else None.
 
-    Such a line holds whole objects: where there are as many objects as lines, each line holds one. An array,
-    since counting two bytes such as those of "}" and a line end takes longer than decoding the objects.
+    If a decoder finds as many objects as such lines, each line holds one object. Counting with an array is
+    faster than `bytes.count` of two bytes, which takes longer than decoding.
     """
     signs = np.frombuffer(data, np.uint8)
     ends = np.flatnonzero(signs == ord("\n"))
     if not ends.size or ends[-1] != signs.size - 1 or signs[0] != ord("{"):
         return None
-    whole = (signs[ends[:-1] + 1] == ord("{")).all() and (signs[ends - 1] == ord("}")).all()
-    return len(ends) if whole else None
+    complete = (signs[ends[:-1] + 1] == ord("{")).all() and (signs[ends - 1] == ord("}")).all()
+    return len(ends) if complete else None
 
 
 def _bad_json(number: int, text: str, error: msgspec.DecodeError) -> Bad:
@@ -713,10 +712,9 @@ ITEMS, TIMES = "_item_org_rank.txt", "_time_org_rank.txt"
 
 
 def twin(path: Path) -> Path | None:
-    """Return the file of times that belongs to a file of items, None where there is none.
+    """Return the file of times beside a file of items, None where there is none.
 
-    TiCoSeRec's `X_item_org_rank.txt` has a twin `X_time_org_rank.txt` with the times of the same
-    interactions; where it lies beside, they are read.
+    TiCoSeRec's `X_time_org_rank.txt` has the times of the interactions of `X_item_org_rank.txt`.
     """
     plain = path.name.removesuffix(".gz")
     beside = path.with_name(plain.removesuffix(ITEMS) + TIMES)
@@ -724,34 +722,35 @@ def twin(path: Path) -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
-def _histories(table: _Table, blocks: Iterator[Block], own: RawFile) -> dict[str, Any]:
-    """Append lines of a user and their items in time order; a line with a bad time is bad as a whole.
+def _histories(table: _Table, blocks: Iterator[Block], file: RawFile) -> dict[str, Any]:
+    """Append lines of a user and their items in time order; a bad time makes the whole line bad.
 
-    Returns the provenance of the times. Raises `InputError` where their file has other histories.
+    Returns the provenance of the times. Raises `InputError` if the file of times has other histories.
     """
-    path, beside = own.path, twin(own.path)
-    file = None if beside is None else RawFile(beside, max_line_mb=own.max_line_mb)
-    others = iter(()) if file is None else (line for block in file.blocks() for line in _lines_of(block))
-    table.order = file is None
+    path, beside = file.path, twin(file.path)
+    times_file = None if beside is None else RawFile(beside, max_line_mb=file.max_line_mb)
+    time_blocks = iter(()) if times_file is None else times_file.blocks()
+    time_lines = (line for block in time_blocks for line in _lines(block))
+    table.order = times_file is None
     users: set[str] = set()
     rows = 0
     for block in blocks:
         batch = Batch()
-        for number, line in enumerate(_lines_of(block), block.first_line):
+        for number, line in enumerate(_lines(block), block.first_line):
             user, *items = line.split() or [""]
             times: list[str] = []
-            if file is not None:
-                other = next(others, None)
-                if other is None:
+            if times_file is not None:
+                time_line = next(time_lines, None)
+                if time_line is None:
                     raise InputError(
-                        f"{file.path.name} ends before line {number}, expected as many lines as in "
+                        f"{times_file.path.name} ends before line {number}, expected as many lines as in "
                         f"{path.name}"
                     )
-                name, *times = other.split() or [""]
+                name, *times = time_line.split() or [""]
                 if (name, len(times)) != (user, len(items)):
                     raise InputError(
-                        f"{file.path.name}, line {number}: user {name!r} with {len(times)} times, expected "
-                        f"user {user!r} with {len(items)} as in {path.name}"
+                        f"{times_file.path.name}, line {number}: user {name!r} with {len(times)} times, "
+                        f"expected user {user!r} with {len(items)} as in {path.name}"
                     )
             if not line.strip():
                 continue
@@ -778,22 +777,21 @@ def _histories(table: _Table, blocks: Iterator[Block], own: RawFile) -> dict[str
                 rows += len(items)
                 table.valid -= len(items) - 1  # lines, not rows
         table.append(batch)
-    if file is None:
+    if times_file is None:
         return {}
-    if next(others, None) is not None:
-        raise InputError(f"{file.path.name} has more lines than {path.name}, expected the same number")
-    return {"time_file": file.path.name, "time_sha256": file.sha256}
+    if next(time_lines, None) is not None:
+        raise InputError(f"{times_file.path.name} has more lines than {path.name}, expected the same number")
+    return {"time_file": times_file.path.name, "time_sha256": times_file.sha256}
 
 
 # ---- Parquet ------------------------------------------------------------------------------------------
 
 
 def _parquet(table: _Table, path: Path, columns: dict[str, str] | None, folder: Path) -> None:
-    """Append the rows of exactly this file."""
+    """Append the rows of a Parquet file."""
     import duckdb
 
-    # A link with a plain name: the database takes *, ? and [ in a path for a pattern, and name=value for a
-    # partition.
+    # A link with a plain name: in a path, DuckDB reads *, ? and [ as patterns and name=value as a partition.
     link = folder / "file.parquet"
     link.symlink_to(path.resolve())
     place = _literal(re.sub(r"([*?[])", r"[\1]", str(link)))
@@ -803,17 +801,17 @@ def _parquet(table: _Table, path: Path, columns: dict[str, str] | None, folder: 
         schema = table.con.execute(f"SELECT name, num_children FROM parquet_schema({place})").fetchall()
         names = _top_level(schema)
         renamed = f"(SELECT * FROM {source}) AS t({', '.join(f'c{n}' for n in range(len(names)))})"
-        some: dict[str, list[str]] = {}  # ratings at the file's beginning
+        ratings: dict[str, list[str]] = {}  # first values of obvious columns of ratings
         for name in formats.obvious("rating", names):
             query = f"SELECT coalesce(CAST(c{names.index(name)} AS VARCHAR), '') FROM {renamed} LIMIT 1000"
-            some[name] = [text for (text,) in table.con.execute(query).fetchall()]
-        chosen = choose_columns(path, names, columns, some)
+            ratings[name] = [text for (text,) in table.con.execute(query).fetchall()]
+        chosen = choose_columns(path, names, columns, ratings)
         table.order = chosen["time"] == ROW_ORDER
         values = []
-        for what in FOUR:
-            number = names.index(chosen[what]) if chosen.get(what, "#")[0] != "#" else None
+        for role in FOUR:
+            number = names.index(chosen[role]) if chosen.get(role, "#")[0] != "#" else None
             kind = "" if number is None else kinds[number]
-            values.append(_parquet_value(path, what, chosen.get(what, ""), number, kind))
+            values.append(_parquet_value(path, role, chosen.get(role, ""), number, kind))
         stamped = "" if any(value.endswith("AS us") for value in values) else f", {table.us}"
         numbered = f"""SELECT row_number() OVER () AS line, {", ".join(values)}{stamped},
             NULL AS width, CAST(NULL AS VARCHAR) AS text FROM {renamed}"""
@@ -829,9 +827,9 @@ def _parquet(table: _Table, path: Path, columns: dict[str, str] | None, folder: 
 
 
 def _top_level(schema: list[tuple[str, int | None]]) -> list[str]:
-    """Return the names of the columns from a schema in which each group precedes its children."""
+    """Return the names of the top-level columns of a schema in which each group precedes its children."""
     names: list[str] = []
-    inside: list[int] = []  # children that are still to come, of each group that is open
+    inside: list[int] = []  # children still to come, of each open group
     for name, children in schema:
         if len(inside) == 1:
             names.append(name)
@@ -843,17 +841,17 @@ def _top_level(schema: list[tuple[str, int | None]]) -> list[str]:
     return names
 
 
-def _parquet_value(path: Path, what: str, column: str, number: int | None, kind: str) -> str:
-    """Return what `_checked` takes, in SQL; raise `InputError` for a column of a type that cannot hold it."""
+def _parquet_value(path: Path, role: str, column: str, number: int | None, kind: str) -> str:
+    """Return a column as SQL for `_checked`; raise `InputError` for a type that cannot hold the role."""
     value = f"c{number}"
     if number is None:
-        return f"CAST(NULL AS VARCHAR) AS {what}"
-    if what == "time" and (kind.startswith("TIMESTAMP") or kind == "DATE"):
+        return f"CAST(NULL AS VARCHAR) AS {role}"
+    if role == "time" and (kind.startswith("TIMESTAMP") or kind == "DATE"):
         return f"CAST({value} AS VARCHAR) AS time, if(isfinite({value}), epoch_us({value}), NULL) AS us"
-    if not re.fullmatch(f"UUID|{_NUMBER}" if what in ("user", "item") else _NUMBER, kind):
-        wanted = "text or numbers" if what != "time" else "numbers, text or timestamps"
-        raise InputError(f"{path.name}: column {column!r} for {what} is of type {kind}, expected {wanted}")
+    if not re.fullmatch(f"UUID|{_NUMBER}" if role in ("user", "item") else _NUMBER, kind):
+        allowed = "text or numbers" if role != "time" else "numbers, text or timestamps"
+        raise InputError(f"{path.name}: column {column!r} for {role} is of type {kind}, expected {allowed}")
     text = f"CAST({value} AS VARCHAR)"
     if kind in ("FLOAT", "DOUBLE"):  # a missing number of pandas
         text = f"CASE WHEN isnan({value}) THEN NULL ELSE {text} END"
-    return f'{text} AS "{what}"'
+    return f'{text} AS "{role}"'

@@ -1,17 +1,16 @@
-"""How histories are divided into training, validation and test, and which negatives a row is ranked with.
+"""Splits of the histories into training, validation and test, and sampled negatives.
 
-- Leave-one-out: see `dataset`. Training sees interactions of one user that are later than the test target
-  of another.
-- Global time: two points in time; training is what happened before the first, validation and test are what
-  happened in the windows after it.
-- Random users: whole histories of some users train, the last interaction of the others is the target. This
-  is the seed study's, kept for comparison.
-- Periods: three points in time, for adapters. A base is trained on the past, an adapter on the second part,
-  and two windows judge it. A user gives several targets in a window, each with the history before it, so
-  that few users still say something; a metric is averaged over a user's targets first (`by_user`).
+- Leave-one-out: see `dataset`. Training interactions of a user may be later than another's test target.
+- Global time: two points in time. Interactions before the first train; the windows after it are validation
+  and test.
+- Random users: whole histories of some users train; the last interaction of each other user is its target.
+  This is the seed study's split, for comparison.
+- Periods: three points in time, for adapters. A base is trained on the first part, an adapter on the second;
+  the windows after them are validation and test. A user may have several targets in a window, each with the
+  history before it; metrics are averaged over a user's targets first (`by_user`).
 
-Interactions at exactly a point belong to the part after it, so that all that trains is earlier. Every split
-tells in `about` what it left out.
+An interaction at exactly a point in time belongs to the part after it. `about` of a split counts what it
+leaves out.
 
 Shapes: I real items, rows of an evaluation.
 """
@@ -40,10 +39,8 @@ Target = Literal["first", "last", "random"]
 Sampling = Literal["uniform", "popularity"]
 
 PARTS = ("past", "adaptation", "validation", "test")
-
 ROWS = 1 << 13  # rows whose negatives are drawn together
-
-ROUNDS = 30  # of drawing and rejecting, before the few rows left are drawn over the whole catalogue
+ROUNDS = 30  # of drawing and rejecting, before the remaining rows are drawn from the whole catalogue
 
 
 class Split(NamedTuple):
@@ -53,20 +50,20 @@ class Split(NamedTuple):
     train: Histories
     valid: Evaluation
     test: Evaluation
-    about: dict[str, Any]  # plain JSON: counts, time points, what was left out
+    about: dict[str, Any]  # plain JSON: counts, points in time, numbers of users and rows left out
 
 
 def leave_one_out(dataset: Dataset) -> Split:
     """Return the last interaction of each user as test target, the one before as validation target."""
     users = evaluated_users(dataset).size
-    about = {
+    metadata = {
         "rule": "the last interaction is the test target, the one before it the validation target",
         "train_interactions": dataset.num_interactions - HELD_OUT * users,
         "evaluated_users": users,
         "left_out_short_histories": dataset.num_users - users,
     }
     valid, test = evaluation(dataset, "valid"), evaluation(dataset, "test")
-    return Split("leave-one-out", train_histories(dataset), valid, test, about)
+    return Split("leave-one-out", train_histories(dataset), valid, test, metadata)
 
 
 def global_time(
@@ -78,10 +75,10 @@ def global_time(
 ) -> Split:
     """Divide by two time points: `valid_share` and `test_share` of the interactions lie after them.
 
-    Each user with an interaction in a window gives one row: its target is the first, last or a random (by
-    `seed`) interaction in the window, its history all that this user did before the target. Rows without a
-    history are left out and counted. Raises `InputError` where the dataset has no times, and where a window
-    or the training part would be empty.
+    Each user with an interaction in a window gives one row. Its target is the first, last or a random (by
+    `seed`) interaction in the window; its history is everything before the target. Rows without a history are
+    left out and counted. Raises `InputError` for a dataset without times, and for an empty window or
+    training part.
     """
     if target not in ("first", "last", "random"):
         raise InputError(f"target is {target!r}, expected 'first', 'last' or 'random'")
@@ -96,7 +93,7 @@ def global_time(
     trains = valid_from > start
     known = _known(dataset, points)
     generator = np.random.default_rng(seed)
-    about: dict[str, Any] = {
+    metadata: dict[str, Any] = {
         "rule": "training only before the validation point; ties with a point belong to the window after it",
         "target": f"{target} interaction of each user in the window",
         "time_points": {"valid": int(points[0]), "test": int(points[1])},
@@ -112,25 +109,25 @@ def global_time(
         places = {"first": first[users], "last": last[users] - 1}.get(target)
         if places is None:
             places = generator.integers(first[users], last[users])
-        kept = places > start[users]  # others have no history
-        rows = Evaluation.at(dataset, users[kept], places[kept])
-        about[name] = {
+        usable = places > start[users]  # others have no history
+        rows = Evaluation.from_places(dataset, users[usable], places[usable])
+        metadata[name] = {
             "interactions": int((last - first).sum()),
-            "rows": int(kept.sum()),
-            "left_out_without_history": int((~kept).sum()),
-            "rows_of_unseen_users": int((~trains[users[kept]]).sum()),
+            "rows": int(usable.sum()),
+            "left_out_without_history": int((~usable).sum()),
+            "rows_of_unseen_users": int((~trains[users[usable]]).sum()),
             "rows_with_unseen_target": int((~known[rows.targets]).sum()),
         }
         windows.append(rows)
     train = Histories(dataset.items, start[trains], valid_from[trains])
-    return Split("global time", train, windows[0], windows[1], about)
+    return Split("global time", train, windows[0], windows[1], metadata)
 
 
 def random_users(dataset: Dataset, shares: Sequence[float] = (0.8, 0.1, 0.1), seed: int = 0) -> Split:
     """Divide users at random by `shares` (training, validation, test), as the seed study does.
 
-    Whole histories of the training users train; the target of the others is their last interaction. Users of
-    those with one interaction have no history: they are left out and counted.
+    Whole histories of the training users train; the target of each other user is the last interaction. Users
+    with one interaction have no history: they are left out and counted.
     """
     if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-9:
         raise InputError(f"shares are {tuple(shares)}, expected three that sum to 1")
@@ -140,7 +137,7 @@ def random_users(dataset: Dataset, shares: Sequence[float] = (0.8, 0.1, 0.1), se
     if not trains.size:
         raise InputError(f"shares are {tuple(shares)}: none of {dataset.num_users:,} users would train")
     train = Histories(dataset.items, dataset.offsets[trains], dataset.offsets[trains + 1])
-    about: dict[str, Any] = {
+    metadata: dict[str, Any] = {
         "rule": "users divided at random, the last interaction of those that did not train is the target",
         "shares": list(shares),
         "seed": seed,
@@ -150,9 +147,9 @@ def random_users(dataset: Dataset, shares: Sequence[float] = (0.8, 0.1, 0.1), se
     windows = []
     for name, group in zip(("valid", "test"), groups, strict=True):
         users = group[dataset.lengths[group] > 1]
-        about[name] = {"rows": users.size, "left_out_without_history": group.size - users.size}
-        windows.append(Evaluation.at(dataset, users, dataset.offsets[users + 1] - 1))
-    return Split("random users (the seed study's)", train, windows[0], windows[1], about)
+        metadata[name] = {"rows": users.size, "left_out_without_history": group.size - users.size}
+        windows.append(Evaluation.from_places(dataset, users, dataset.offsets[users + 1] - 1))
+    return Split("random users (the seed study's)", train, windows[0], windows[1], metadata)
 
 
 SPLITS: dict[str, Callable[[Dataset], Split]] = {
@@ -161,19 +158,21 @@ SPLITS: dict[str, Callable[[Dataset], Split]] = {
     "random_users": random_users,
 }
 
-# by the name that each gives its result
-SPLIT_TITLES = dict(
-    zip(("leave-one-out", "global time", "random users (the seed study's)"), SPLITS.values(), strict=True)
-)
+# By the `name` of the resulting `Split`.
+SPLIT_TITLES = {
+    "leave-one-out": leave_one_out,
+    "global time": global_time,
+    "random users (the seed study's)": random_users,
+}
 
 
 def row_users(dataset: Dataset, histories: Histories) -> np.ndarray:
-    """Return int64 (rows,): the user whose history each row is."""
+    """Return int64 (rows,): the user of each history."""
     return np.searchsorted(dataset.offsets, histories.starts, side="right") - 1
 
 
 def _points(dataset: Dataset, ranks: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Return the times of the interactions of some ranks in time; later parts begin there."""
+    """Return the times of the interactions of the given ranks in time: the points between the parts."""
     if dataset.times is None:
         raise InputError(
             f"dataset {dataset.name!r} has no times, only an order: it cannot be divided by time; use "
@@ -189,7 +188,7 @@ def _points(dataset: Dataset, ranks: Sequence[int] | np.ndarray) -> np.ndarray:
 
 
 def _borders(dataset: Dataset, points: np.ndarray) -> list[np.ndarray]:
-    """Return int64 (users,) arrays of indices into `items`: where each user's parts begin, and the end."""
+    """Return int64 (users,) arrays of indices into `items`: the start of each part, and the end."""
     starts = dataset.offsets[:-1]
     earlier = [np.add.reduceat(dataset.times < point, starts, dtype=np.int64) for point in points]
     return [starts, *(starts + count for count in earlier), dataset.offsets[1:]]
@@ -208,9 +207,9 @@ def _known(dataset: Dataset, points: np.ndarray) -> np.ndarray:
 class Periods(NamedTuple):
     """A dataset divided by three points in time."""
 
-    base: Split  # trains on the past without each user's last interaction there, which validates
+    base: Split  # trains on the past; each user's last interaction in the past validates
     adaptation: Split  # trains on the second part; validation and test are the windows after it
-    known: np.ndarray  # bool (I + 1,): items that the past has, PAD apart
+    known: np.ndarray  # bool (I + 1,): items that occur in the past; False for PAD
     about: dict[str, Any]  # plain JSON: points in time, counts by part
 
 
@@ -219,9 +218,9 @@ def divide(
 ) -> Periods:
     """Divide by `shares` of the interactions in the past, the adaptation and the validation part.
 
-    The rest is the test part. Each user gives up to `targets_per_user` targets in a window, drawn by `seed`;
-    the history of one is all that its user did before. Raises `InputError` where there are no times or a
-    part would be empty.
+    The remaining interactions are the test part. Each user gives up to `targets_per_user` targets in a
+    window, drawn by `seed`, each with the history before it. Raises `InputError` for a dataset without times
+    and for an empty part.
     """
     if min(shares) <= 0 or sum(shares) >= 1:
         raise InputError(f"shares are {shares}: expected three above 0 whose sum is below 1")
@@ -234,7 +233,7 @@ def divide(
         _period_window(dataset, first, end, targets_per_user, generator)
         for first, end in ((borders[2], borders[3]), (borders[3], borders[4]))
     )
-    about = {
+    metadata = {
         "points": points.tolist(),
         "interactions": dict(zip(PARTS, lengths.sum(axis=1).tolist(), strict=True)),
         "users": dict(zip(PARTS, (lengths > 0).sum(axis=1).tolist(), strict=True)),
@@ -243,17 +242,18 @@ def divide(
         "seed": seed,
     }
     train = Histories(dataset.items, borders[1], borders[2]).rows(lengths[1] > 1)
-    # the base: the last interaction of a past of three or more validates, and nothing of it is a test
+    # the base: the last interaction of a past of three or more validates; there is no test
     users = np.flatnonzero(lengths[0] > 2)
-    own = Evaluation.at(dataset, users, borders[1][users] - 1)
-    base = Split("past", own.histories, own, own.rows(np.zeros(len(own.targets), dtype=bool)), about)
-    return Periods(base, Split("next period", train, valid, test, about), known, about)
+    last_items = Evaluation.from_places(dataset, users, borders[1][users] - 1)
+    no_test = last_items.rows(np.zeros(len(users), dtype=bool))
+    base = Split("past", last_items.histories, last_items, no_test, metadata)
+    return Periods(base, Split("next period", train, valid, test, metadata), known, metadata)
 
 
 def _period_window(
     dataset: Dataset, first: np.ndarray, end: np.ndarray, most: int, generator: np.random.Generator
 ) -> Evaluation:
-    """Return up to `most` random targets of each user in [first, end), those without a history left out."""
+    """Return up to `most` random targets with a history of each user in [first, end)."""
     first = np.maximum(first, dataset.offsets[:-1] + 1)
     lengths = np.maximum(end - first, 0)
     user = np.repeat(np.arange(dataset.num_users), lengths)
@@ -262,21 +262,20 @@ def _period_window(
     chosen = np.sort(places[order][within(lengths) < most])  # users stay one after another
     if not chosen.size:
         raise InputError(f"dataset {dataset.name!r}: a window has no target with a history; choose others")
-    return Evaluation.at(dataset, np.searchsorted(dataset.offsets, chosen, side="right") - 1, chosen)
+    return Evaluation.from_places(dataset, np.searchsorted(dataset.offsets, chosen, side="right") - 1, chosen)
 
 
 def segment(dataset: Dataset, periods: Periods, share: float = 1 / 3) -> Split:
-    """Return the adaptation of the users whose past is the farthest from popular items.
+    """Return the adaptation of the users whose past has the least popular items.
 
-    A user's distance is the mean popularity rank of its items in the past; the threshold is that above which
-    `share` of the adaptation's users lie, those without a past left out. What comes after the past decides
-    nothing: users chosen by what is then trained on would teach an adapter that choice.
+    A user's distance is the mean popularity rank of the items in the past. `share` of the adaptation's users
+    with a past lie above the threshold. Later interactions do not affect the choice.
     """
     start, past_end, *_ = _borders(dataset, np.array(periods.about["points"]))
     ranks = popularity_ranks(periods.base.train, dataset.num_items)
     distance = np.where(past_end > start, mean_rank(Histories(dataset.items, start, past_end), ranks), -1.0)
-    whole = periods.adaptation
-    train = distance[row_users(dataset, whole.train)]
+    adaptation = periods.adaptation
+    train = distance[row_users(dataset, adaptation.train)]
     if not (train >= 0).any():
         raise InputError(
             f"dataset {dataset.name!r}: nobody of the adaptation has a past: there is no segment"
@@ -284,12 +283,13 @@ def segment(dataset: Dataset, periods: Periods, share: float = 1 / 3) -> Split:
     threshold = float(np.quantile(train[train >= 0], 1 - share))
     valid, test = (
         rows.rows(distance[row_users(dataset, rows.histories)] >= threshold)
-        for rows in (whole.valid, whole.test)
+        for rows in (adaptation.valid, adaptation.test)
     )
     if not (len(valid.targets) and len(test.targets)):
         raise InputError(f"share is {share}: a window has no user of the segment; take a larger one")
-    about = periods.about | {"segment": "past far from popular items", "share": share, "threshold": threshold}
-    return Split("user segment", whole.train.rows(train >= threshold), valid, test, about)
+    details = periods.about | {"segment": "past far from popular items", "share": share}
+    details |= {"threshold": threshold}
+    return Split("user segment", adaptation.train.rows(train >= threshold), valid, test, details)
 
 
 def popularity_ranks(histories: Histories, num_items: int) -> np.ndarray:
@@ -322,18 +322,18 @@ def known_targets(periods: Periods, rows: Evaluation) -> np.ndarray:
 
 
 def neighbours(histories: Histories, known: np.ndarray) -> dict[int, np.ndarray]:
-    """Return for each item that the past has not, and these histories have, its known neighbours in them.
+    """Return, for each item of the histories that is not `known`, its known neighbours with repetition.
 
-    Neighbours are the items one before and one after, as often as they stand there.
+    Neighbours of an item are the items directly before and after it in a history.
     """
     items = histories.items[histories.places()]
     row = np.repeat(np.arange(len(histories.starts)), histories.lengths)
-    same = row[1:] == row[:-1]
-    pairs = np.stack([items[:-1][same], items[1:][same]])
-    new, beside = np.concatenate([pairs, pairs[::-1]], axis=1)
-    useful = ~known[new] & known[beside]
-    new, beside = new[useful], beside[useful]
-    return {int(item): beside[new == item] for item in np.unique(new)}
+    same_row = row[1:] == row[:-1]
+    pairs = np.stack([items[:-1][same_row], items[1:][same_row]])
+    unknown, neighbour = np.concatenate([pairs, pairs[::-1]], axis=1)
+    useful = ~known[unknown] & known[neighbour]
+    unknown, neighbour = unknown[useful], neighbour[useful]
+    return {int(item): neighbour[unknown == item] for item in np.unique(unknown)}
 
 
 # ---- sampled negatives ------------------------------------------------------------------------------------
@@ -344,8 +344,8 @@ def sample_candidates(
 ) -> np.ndarray:
     """Return int32 (rows, count): for each row distinct items that its user never had, at any time.
 
-    They are drawn one after another without replacement, uniformly or by the number of interactions in the
-    whole dataset. Raises `InputError` where a user leaves fewer than `count` items.
+    They are drawn without replacement, uniformly or by the number of interactions in the whole dataset.
+    Raises `InputError` where fewer than `count` items remain for a user.
     """
     if how not in ("uniform", "popularity"):
         raise InputError(f"how is {how!r}, expected 'uniform' or 'popularity'")
@@ -369,19 +369,19 @@ def _draw(
 ) -> np.ndarray:
     """Return int32 (users, count) distinct items per row by weight, none that the user had.
 
-    A row keeps the first `count` distinct new items of a stream of independent draws, which is drawing
-    without replacement. (row, item) pairs are single numbers, so that all rows are compared at once.
+    A row keeps the first `count` distinct new items of independent draws, which equals drawing without
+    replacement. A (row, item) pair is encoded as one number, so that all rows are compared at once.
     """
     width = weights.size
     had = Histories(dataset.items, dataset.offsets[users], dataset.offsets[users + 1])
     row = np.repeat(np.arange(users.size), had.lengths)
-    taken = np.unique(row * width + dataset.items[had.places()])
-    useful = np.bincount(taken[weights[taken % width] > 0] // width, minlength=users.size)
-    left = np.count_nonzero(weights) - useful
-    if left.size and left.min() < count:
-        key = dataset.user_keys[int(users[left.argmin()])]
+    excluded = np.unique(row * width + dataset.items[had.places()])
+    useful = np.bincount(excluded[weights[excluded % width] > 0] // width, minlength=users.size)
+    available = np.count_nonzero(weights) - useful
+    if available.size and available.min() < count:
+        key = dataset.user_keys[int(users[available.argmin()])]
         raise InputError(
-            f"user {key!r} has not had {left.min():,} items, fewer than the {count} negatives asked"
+            f"user {key!r} has not had {available.min():,} items, fewer than the {count} negatives asked"
         )
     cumulative = np.cumsum(weights)
     drawn = np.zeros((users.size, count), dtype=np.int32)
@@ -394,16 +394,16 @@ def _draw(
         pairs = rows * width + np.minimum(np.searchsorted(cumulative, tries, side="right"), width - 1)
         _, first = np.unique(pairs, return_index=True)
         pairs = pairs[np.sort(first)]
-        at = np.minimum(np.searchsorted(taken, pairs), taken.size - 1)
-        pairs = pairs[taken[at] != pairs]
+        index = np.minimum(np.searchsorted(excluded, pairs), excluded.size - 1)
+        pairs = pairs[excluded[index] != pairs]
         rows = pairs // width
-        new = np.bincount(rows, minlength=users.size)
-        drawn[rows, filled[rows] + within(new)] = pairs % width
-        filled += new
-        taken = np.sort(np.concatenate([taken, pairs]))
-    for number in np.flatnonzero(filled < count):  # few: those who had most of what is popular
+        accepted = np.bincount(rows, minlength=users.size)
+        drawn[rows, filled[rows] + within(accepted)] = pairs % width
+        filled += accepted
+        excluded = np.sort(np.concatenate([excluded, pairs]))
+    for number in np.flatnonzero(filled < count):  # few users, who had most of the popular items
         free = weights.copy()
-        free[taken[taken // width == number] % width] = 0.0
+        free[excluded[excluded // width == number] % width] = 0.0
         chosen = generator.choice(width, count - filled[number], replace=False, p=free / free.sum())
         drawn[number, filled[number] :] = chosen
     return drawn

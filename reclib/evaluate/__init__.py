@@ -1,6 +1,6 @@
-"""Ranking metrics, baselines that count, and the statistics of comparisons.
+"""Ranking metrics, baselines, and statistics of comparisons.
 
-The package can be called: `reclib.evaluate(model, dataset)` is `metrics.evaluate`.
+The package is callable: `reclib.evaluate(model, dataset)` is `metrics.evaluate`.
 """
 
 import sys
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class _Callable(ModuleType):
-    # Importing any module of this package sets `reclib.evaluate` to the package: so that is what is called.
+    # Importing any module of this package sets `reclib.evaluate` to the package, which is therefore callable.
     def __call__(self, *arguments: Any, **options: Any) -> dict[str, float]:
         from reclib.evaluate import metrics
 

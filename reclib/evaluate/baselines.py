@@ -1,9 +1,8 @@
-"""Recommenders without gradient descent, in the same harness as the models: what any model has to beat.
+"""Baseline recommenders without gradient descent, evaluated in the same way as the models.
 
-Each is fitted on training histories alone and gives `metrics.Scores` for an `Evaluation`, a block of users
-at a time. What a user has done since (the validation item at test) enters through the evaluation's
-histories; nothing is fitted to it. They are written on scipy: `implicit` has neither EASE nor a cosine with
-shrinkage, and `lenskit` needs pandas 2.
+Each is fitted on training histories and yields `metrics.Scores` for an `Evaluation`, a block of users at a
+time. Later interactions (the validation item at test) are in the evaluation's histories and are not fitted.
+They use scipy, since `implicit` has neither EASE nor a cosine with shrinkage, and `lenskit` needs pandas 2.
 
 Shapes: U users of the training histories, B users at a time, I items; column j is item j + 1.
 """
@@ -25,16 +24,16 @@ from reclib.data.dataset import Evaluation, Histories
 from reclib.evaluate import metrics
 from reclib.evaluate.metrics import Scores
 
-if TYPE_CHECKING:  # where it is used, scipy is imported: its import takes longer than a small fit
+if TYPE_CHECKING:  # scipy is imported in functions: the import takes longer than a small fit
     from scipy import sparse
 
-BLOCK_BYTES = 16 * 2**20  # of similarities that are made at a time
-EASE_BYTES = 4 * 2**30  # memory that EASE may take unless told otherwise
-PAIRS = 2**22  # of items that are counted at a time
+BLOCK_BYTES = 16 * 2**20  # of similarities computed at a time
+EASE_BYTES = 4 * 2**30  # default memory limit of EASE
+PAIRS = 2**22  # of items counted at a time
 
 
 class Recommender(Protocol):
-    """What was fitted on training histories and scores every item."""
+    """A fitted recommender that scores every item."""
 
     def scores(self, evaluation: Evaluation) -> Scores:
         """Yield (users, scores (B, I)) for all rows of the evaluation."""
@@ -43,7 +42,7 @@ class Recommender(Protocol):
 
 @dataclass(frozen=True)
 class Constant:
-    """The same scores for everybody."""
+    """The same scores for every user."""
 
     values: np.ndarray  # float32 (I,)
 
@@ -76,7 +75,7 @@ class Markov:
 
 @dataclass(frozen=True)
 class Linear:
-    """Scores that are the sum, over the distinct items of a history, of those items' rows of weights."""
+    """Scores are the sum of the rows of weights of the distinct items of a history."""
 
     weights: sparse.csr_array | np.ndarray  # float32 (I, I)
 
@@ -91,9 +90,9 @@ class Linear:
 
 @dataclass(frozen=True)
 class PairwiseCounts:
-    """Scores that are the sum, over the last items of a history, of those items' rows of scaled pair counts.
+    """Scores are the weighted sum of the rows of scaled pair counts of the last items of a history.
 
-    The item that stands `age` places before the last one has the weight decay^age. A count is divided by
+    The item `age` places before the last one has the weight decay^age. A count is divided by
     (its row's sum)^row_power and (its column's sum)^column_power.
     """
 
@@ -102,8 +101,8 @@ class PairwiseCounts:
     row_power: float
     column_power: float
     decay: float
-    last: int  # items of a history that count
-    window: int  # places apart at most, of the pairs that were counted
+    last: int  # items of a history that are used
+    window: int  # largest distance of counted pairs
 
     @functools.cached_property
     def weights(self) -> sparse.csr_array:
@@ -115,7 +114,7 @@ class PairwiseCounts:
         return counts
 
     def scales(self, counts: sparse.csr_array) -> tuple[np.ndarray, np.ndarray]:
-        """Return what rows (I,) and columns (I,) of counts in both directions are multiplied by."""
+        """Return the factors of rows (I,) and columns (I,) for counts in both directions."""
         rows, columns = (
             np.maximum(counts.sum(axis=axis, dtype=np.float64), 1e-9) ** -power
             for axis, power in ((1, self.row_power), (0, self.column_power))
@@ -133,8 +132,8 @@ class PairwiseCounts:
             indptr = np.concatenate(([0], np.cumsum(recent.lengths)))
             age = np.repeat(indptr[1:], recent.lengths) - 1 - np.arange(indptr[-1])
             entries = ((self.decay**age).astype(np.float32), items[recent.places()] - 1, indptr)
-            found = sparse.csr_array(entries, shape=(len(users), num_items)) @ self.weights
-            yield users, torch.from_numpy(found.toarray())
+            product = sparse.csr_array(entries, shape=(len(users), num_items)) @ self.weights
+            yield users, torch.from_numpy(product.toarray())
 
 
 def fit_popularity(histories: Histories, num_items: int) -> Constant:
@@ -145,7 +144,7 @@ def fit_popularity(histories: Histories, num_items: int) -> Constant:
 def fit_recent(histories: Histories, num_items: int, last: int = 5) -> Constant:
     """Score items by how often they occur among the last `last` interactions of each training history.
 
-    It needs the order only. The last interactions of different users may be years apart.
+    Uses the order only: the last interactions of different users may be years apart.
     """
     _require("last", last, last >= 1, "at least 1 interaction")
     starts = np.maximum(histories.starts, histories.ends - int(last))
@@ -157,9 +156,9 @@ def fit_recent_in_time(
 ) -> Constant:
     """Score items by how often they occur in the last `share` of the training interactions' time range.
 
-    `times` (num_interactions,) stands beside `histories.items`, in any unit. Under leave-one-out the range
-    ends with the latest training interaction of any user, so that others' future is in the counts; under a
-    global time split it is what was known at that time. Raises `InputError` where there are no times.
+    `times` (num_interactions,) are those of `histories.items`, in any unit. Under leave-one-out the range
+    ends with the latest training interaction of any user, so that counts include the future of other users.
+    Raises `InputError` without times.
     """
     if times is None:
         raise InputError("popularity by time needs timestamps, and the dataset has an order only: use 'last'")
@@ -174,8 +173,7 @@ def fit_recent_in_time(
 def fit_markov(histories: Histories, num_items: int, smoothing: float = 10.0) -> Markov:
     """Count which item directly follows which in the training histories.
 
-    `smoothing` is the number of pseudo-transitions that every item is given, spread by popularity: an item
-    that was seen less often than that leans on popularity more than on its own transitions.
+    `smoothing` is the number of pseudo-transitions of every item, distributed by popularity.
     """
     from scipy import sparse
 
@@ -191,8 +189,8 @@ def fit_markov(histories: Histories, num_items: int, smoothing: float = 10.0) ->
 def fit_item_knn(histories: Histories, num_items: int, neighbours: int = 100, shrink: float = 10.0) -> Linear:
     """Keep each item's nearest neighbours by users in common: n_ij / (sqrt(n_i n_j) + shrink).
 
-    A user counts once per item (Deshpande and Karypis, TOIS 2004). Of equally near items the lower id is
-    nearer. Memory is bounded by the kept neighbours and `BLOCK_BYTES`.
+    A user counts once per item (Deshpande and Karypis, TOIS 2004). Ties are broken by the lower id. Memory is
+    bounded by the neighbours and `BLOCK_BYTES`.
     """
     from scipy import sparse
 
@@ -201,7 +199,7 @@ def fit_item_knn(histories: Histories, num_items: int, neighbours: int = 100, sh
     users = interaction_matrix(histories, num_items)
     by_item = users.T.tocsr()
     norms = np.sqrt(np.diff(by_item.indptr).astype(np.float64))
-    kept = []
+    matrices = []
     for block in _blocks(num_items, num_items, BLOCK_BYTES):
         common = (by_item[block] @ users).tocsr()
         common.sort_indices()
@@ -215,23 +213,23 @@ def fit_item_knn(histories: Histories, num_items: int, neighbours: int = 100, sh
         best = np.concatenate(nearest)
         best = best[near[best] > 0]
         entries = (near[best], (row[best] - block[0], column[best]))
-        kept.append(sparse.coo_array(entries, shape=(len(block), num_items)).tocsr())
-    return Linear(sparse.vstack(kept, format="csr"))
+        matrices.append(sparse.coo_array(entries, shape=(len(block), num_items)).tocsr())
+    return Linear(sparse.vstack(matrices, format="csr"))
 
 
 def ease_bytes(num_items: int) -> int:
-    """Return the memory that EASE needs for a catalogue: a matrix of doubles and one in single precision."""
+    """Return the memory that EASE needs: a matrix of doubles and one in single precision."""
     return 12 * num_items**2
 
 
 def fit_ease(
     histories: Histories, num_items: int, regularisation: float = 100.0, memory_bytes: int = EASE_BYTES
 ) -> Linear:
-    """Solve for the item-to-item weights, zero on the diagonal, that best rebuild every history.
+    """Solve for the item-to-item weights, zero on the diagonal, that best reconstruct every history.
 
     See Steck, WWW 2019 (arXiv 1905.03375). With P the inverse of X'X + lambda I they are -P_ij / P_jj off the
-    diagonal. A matrix of doubles becomes its own inverse in place; with the result in single precision that
-    is 12 bytes for each pair of items. Raises `InputError` where this exceeds `memory_bytes`.
+    diagonal. A matrix of doubles is inverted in place; with the result in single precision that takes 12
+    bytes for each pair of items. Raises `InputError` above `memory_bytes`.
     """
     from scipy import linalg
 
@@ -294,20 +292,20 @@ def fit_pairwise_counts(
             first = first[row[first] == row[first + distance]]
             weight = np.full(len(first), 1 / distance, dtype=np.float32)
             parts.append((weight, items[first], items[first + distance]))
-        weight, one, other = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        counts = counts + sparse.coo_array((weight, (one, other)), shape=shape).tocsr()
+        weight, rows, columns = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        counts = counts + sparse.coo_array((weight, (rows, columns)), shape=shape).tocsr()
     settings = (float(backward), float(row_power), float(column_power), float(decay), int(last), int(window))
     return PairwiseCounts(counts, *settings)
 
 
 class Family(NamedTuple):
-    """A kind of baseline and the hyperparameters among which validation chooses."""
+    """A kind of baseline and its grid of hyperparameters."""
 
     fit: Callable[..., Recommender]  # (histories, num_items, **hyperparameters)
     grid: Mapping[str, Sequence[Any]]
-    at_scoring: Sequence[str] = ()  # hyperparameters that need no other fit: fields of the recommender
-    by_turns: bool = False  # one hyperparameter after another instead of every combination
-    valid_users: int | None = None  # validation users, drawn once, on whom the choice rests; None: all
+    at_scoring: Sequence[str] = ()  # hyperparameters that need no new fit: fields of the recommender
+    by_turns: bool = False  # search one hyperparameter after another instead of every combination
+    valid_users: int | None = None  # number of validation users that are drawn for the search; None: all
     refitted: bool = False  # also fitted with the validation items
 
 
@@ -322,10 +320,10 @@ PAIRWISE_GRID: dict[str, Sequence[Any]] = {
 
 def families(times: np.ndarray | None = None) -> dict[str, Family]:
     """Return the baselines by name; popularity by time only where `times` beside the items are known."""
-    known = {
+    baselines = {
         "popularity": Family(fit_popularity, {}),
         "recent_popularity": Family(fit_recent, {"last": (1, 2, 5, 10, 20, 50)}),
-        # Below a hundred or so, popularity only orders what the transitions leave equal.
+        # Below about a hundred, popularity only breaks ties of the transitions.
         "markov": Family(fit_markov, {"smoothing": (1.0, 100.0, 300.0, 1000.0, 3000.0, 10_000.0)}),
         "item_knn": Family(fit_item_knn, {"neighbours": (2, 5, 10, 30, 100), "shrink": (0.0, 10.0, 100.0)}),
         "ease": Family(fit_ease, {"regularisation": (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)}),
@@ -335,17 +333,17 @@ def families(times: np.ndarray | None = None) -> dict[str, Family]:
     }
     if times is not None:
         by_time = functools.partial(fit_recent_in_time, times=times)
-        known["recent_popularity_in_time"] = Family(by_time, {"share": (0.003, 0.01, 0.03, 0.1, 0.3)})
-    return known
+        baselines["recent_popularity_in_time"] = Family(by_time, {"share": (0.003, 0.01, 0.03, 0.1, 0.3)})
+    return baselines
 
 
 class Choice(NamedTuple):
-    """What validation chose, and all that it saw."""
+    """The result of a search on validation."""
 
-    chosen: dict[str, Any]  # the hyperparameters; empty where the family has none
-    tried: list[dict[str, Any]]  # one row for each combination: hyperparameters and validation metrics
-    recommender: Recommender  # fitted with the chosen ones
-    at_edge: list[str]  # hyperparameters chosen at an end of their grid: a better value may lie outside
+    chosen: dict[str, Any]  # the best hyperparameters; empty for a family without any
+    tried: list[dict[str, Any]]  # a row for each combination: hyperparameters and validation metrics
+    recommender: Recommender  # fitted with `chosen`
+    at_edge: list[str]  # hyperparameters at an end of their grid: a better value may lie outside
 
 
 def choose(
@@ -356,17 +354,16 @@ def choose(
     remove_seen: bool = True,
     metric: str = "ndcg@10",
 ) -> Choice:
-    """Fit the combinations of the family's grid on `histories` and keep the best on validation.
+    """Fit the combinations of the family's grid on `histories` and return the best on validation.
 
-    Of equal ones the first stays. A grid that is searched by turns starts from the first value of each
-    hyperparameter and takes the best of one after another, twice. The test split is never looked at.
+    Of equal ones the first is chosen. A search by turns starts from the first value of each hyperparameter
+    and optimises one after another, twice. The test split is not used.
     """
     if not all(family.grid.values()):
         raise InputError("a grid has a hyperparameter without values: give at least one")
     if family.valid_users is not None and family.valid_users < len(valid.targets):
         drawn = np.random.default_rng(0).choice(len(valid.targets), family.valid_users, replace=False)
-        items, starts, ends = valid.histories
-        valid = Evaluation(Histories(items, starts[drawn], ends[drawn]), valid.targets[drawn])
+        valid = valid.rows(drawn)
     rounds = (
         [{name: values} for name, values in family.grid.items()] * 2 if family.by_turns else [family.grid]
     )
@@ -377,20 +374,22 @@ def choose(
     for grid in rounds:
         around = chosen
         for values in itertools.product(*grid.values()):
-            given = around | dict(zip(grid, values, strict=True))
-            if any(row.items() >= given.items() for row in tried):
+            settings = around | dict(zip(grid, values, strict=True))
+            if any(row.items() >= settings.items() for row in tried):
                 continue
-            key = tuple(value for name, value in given.items() if name not in family.at_scoring)
-            later = {name: given[name] for name in family.at_scoring}
-            fitted = replace(fits[key], **later) if key in fits else family.fit(histories, num_items, **given)
-            if later:
+            key = tuple(value for name, value in settings.items() if name not in family.at_scoring)
+            scoring = {name: settings[name] for name in family.at_scoring}
+            fitted = (
+                replace(fits[key], **scoring) if key in fits else family.fit(histories, num_items, **settings)
+            )
+            if scoring:
                 fits.setdefault(key, fitted)
             scored = metrics.summary(metrics.rank(fitted.scores(valid), valid, remove_seen).ranks)
             if metric not in scored:
                 raise InputError(f"parameter 'metric' is {metric!r}: expected one of {', '.join(scored)}")
-            tried.append(given | scored)
+            tried.append(settings | scored)
             if scored[metric] > highest:
-                highest, chosen, best = scored[metric], given, fitted
+                highest, chosen, best = scored[metric], settings, fitted
     assert best is not None
     at_edge = [name for name, values in family.grid.items() if chosen[name] in (min(values), max(values))]
     return Choice(chosen, tried, best, at_edge)
@@ -399,27 +398,26 @@ def choose(
 def interaction_matrix(
     histories: Histories, num_items: int, users: np.ndarray | None = None
 ) -> sparse.csr_array:
-    """Return who had what, as float32 (rows, I) of 0 and 1; repeated interactions count once."""
+    """Return interactions as a float32 matrix (rows, I) of 0 and 1; repetitions count once."""
     from scipy import sparse
 
-    users = np.arange(len(histories.starts)) if users is None else users
-    chosen = Histories(histories.items, histories.starts[users], histories.ends[users])
+    chosen = histories if users is None else histories.rows(users)
     columns = chosen.items[chosen.places()] - 1
     indptr = np.concatenate(([0], np.cumsum(chosen.lengths)))
     ones = np.ones(len(columns), dtype=np.float32)
-    matrix = sparse.csr_array((ones, columns, indptr), shape=(len(users), num_items))
+    matrix = sparse.csr_array((ones, columns, indptr), shape=(len(chosen.starts), num_items))
     matrix.sum_duplicates()
     matrix.data[:] = 1.0
     return matrix
 
 
 def _blocks(rows: int, columns: int, limit_bytes: int | None = None) -> Iterator[np.ndarray]:
-    """Yield consecutive row numbers, so many that single-precision rows of `columns` stay in the limit."""
+    """Yield blocks of row numbers; the single-precision rows of a block stay within the limit."""
     size = max(1, (limit_bytes or metrics.SCORE_BYTES) // (4 * columns))
     for first in range(0, rows, size):
         yield np.arange(first, min(first + size, rows))
 
 
-def _require(name: str, value: float, holds: bool, allowed: str) -> None:
-    if not holds:
+def _require(name: str, value: float, valid: bool, allowed: str) -> None:
+    if not valid:
         raise InputError(f"parameter {name!r} is {value!r}: expected {allowed}")

@@ -1,9 +1,9 @@
-"""Full ranking of every real item, metrics of the ranks, and other protocols beside it.
+"""Full ranking of all real items, metrics of the ranks, and other evaluation protocols.
 
-Scores are made and ranked a few users at a time: memory is bounded (`pass_sizes`), never users x items. They
-are fp32 sums whatever the precision of the encoder: rounded to 16 bits, many would be equal. Ties are
-pessimistic (an item that scores the same stands before the target), a target whose score is NaN ranks last,
-and PAD and MASK are never candidates. Metrics keep one value per user, for paired comparisons over users.
+Users are scored and ranked in blocks, so that memory is bounded (`pass_sizes`). Scores are fp32 whatever the
+precision of the encoder: rounded to 16 bits, many would be equal. Ties are pessimistic (items with the
+target's score rank before it), a target with the score NaN ranks last, and PAD and MASK are no candidates.
+Metrics have one value per user, for paired comparisons.
 
 Shapes: B users at a time, I real items, k recommendations, N candidates, P masked positions.
 """
@@ -27,20 +27,19 @@ from reclib.evaluate import statistics
 from reclib.evaluate.statistics import Interval
 from reclib.model.bert4rec import Bert4Rec
 
-USERS, SCORE_BYTES = 256, 64 * 2**20  # encoded at a time; of scores held at a time
-LARGE_SCORE_BYTES, MANY_USERS = 2**30, 4096  # the same at most on a GPU, where small pieces wait for launches
-SHARE = 32  # scores, and what the encoder holds, take at most this part of a GPU's memory each
+USERS, SCORE_BYTES = 256, 64 * 2**20  # users encoded, and bytes of scores computed at a time on a CPU
+LARGE_SCORE_BYTES, MANY_USERS = 2**30, 4096  # upper limits of both on a GPU
+SHARE = 32  # scores and encoder states each take at most 1 / SHARE of a GPU's memory
 ROWS_IN_CACHE = 8  # users counted at a time on a CPU
-BLOCK = 64  # items whose maximum is taken first when the best k are sought
+BLOCK = 64  # items per block in the search for the best k
 KS = (1, 5, 10, 20)
 
 Scores = Iterator[tuple[np.ndarray, Tensor]]  # users (B,) and their scores (B, I); column j is item j + 1
-
-Scorer = Callable[[Evaluation], Scores]  # `model_scores` with all else given, or a baseline's `scores`
+Scorer = Callable[[Evaluation], Scores]  # `model_scores` of a model, or a baseline's `scores`
 
 
 class Ranking(NamedTuple):
-    """Where each target stands, and the best items."""
+    """Ranks of the targets, and the best items."""
 
     ranks: np.ndarray  # int64 (U,) in the evaluation's order: 1 is best
     top: np.ndarray | None  # int64 (U, k) item ids, best first
@@ -52,9 +51,8 @@ def rank(
 ) -> Ranking:
     """Rank every user's target among the scores that `scores` yields.
 
-    `with_losses` adds each target's cross-entropy in nats, with the softmax over all items, seen ones too:
-    what training minimises, at the position that is predicted. It means something for logits only. Raises
-    `InputError` where there is no target.
+    `with_losses` adds each target's cross-entropy in nats, with the softmax over all items, seen ones
+    included; the scores must be logits. Raises `InputError` without targets.
     """
     if not len(evaluation.targets):
         raise InputError("there are no targets to rank: leave-one-out needs a user with three interactions")
@@ -64,11 +62,11 @@ def rank(
         arrays += seen_items(evaluation.histories, rows, torch.device("cpu")) if remove_seen else ()
         targets, *seen = send(arrays, values.device)
         if with_losses:  # before the scores are overwritten
-            own = values.gather(1, (targets - 1)[:, None]).squeeze(1)
-            losses.append(values.logsumexp(1) - own)
-        of_rows, top = rank_scores(values, targets, (seen[0], seen[1]) if remove_seen else None, top_k)
+            target_scores = values.gather(1, (targets - 1)[:, None]).squeeze(1)
+            losses.append(values.logsumexp(1) - target_scores)
+        row_ranks, top = rank_scores(values, targets, (seen[0], seen[1]) if remove_seen else None, top_k)
         users.append(rows)
-        ranks.append(of_rows)
+        ranks.append(row_ranks)
         tops.append(top)
     order = np.argsort(np.concatenate(users), kind="stable")
     best_items = torch.cat(tops).cpu().numpy()[order] if top_k else None  # type: ignore[arg-type]
@@ -85,71 +83,71 @@ def rank_scores(
     ranks (B,) from 1 and, for `top_k` > 0, the ids (B, k) of the best items.
     """
     column = (targets - 1)[:, None]
-    own = scores.gather(1, column)  # from the same product as its rivals: equal scores are equal bits
-    if seen is not None:  # NaN reaches no threshold, not even -inf
+    threshold = scores.gather(1, column)
+    if seen is not None:  # comparisons with NaN are false, also for a threshold of -inf
         scores[seen[0], seen[1] - 1] = float("nan")
-        scores.scatter_(1, column, own)
-    rivals = count_at_least(scores, own) - 1  # the target itself is counted
+        scores.scatter_(1, column, threshold)
+    rivals = count_at_least(scores, threshold) - 1  # the target itself is counted
     if seen is not None and top_k:
         scores[seen[0], seen[1] - 1] = float("-inf")
-        scores.scatter_(1, column, own)
-    ranks = torch.where(own.squeeze(1).isnan(), scores.shape[1], rivals + 1)
+        scores.scatter_(1, column, threshold)
+    ranks = torch.where(threshold.squeeze(1).isnan(), scores.shape[1], rivals + 1)
     return ranks, (best(scores, top_k) + 1 if top_k else None)
 
 
 def rank_among(scores: Tensor, targets: Tensor, candidates: Tensor) -> Tensor:
     """Return the ranks (B,) of targets (B,) among candidates (B, N) by `scores` (B, I), from 1 to N + 1."""
-    own = scores.gather(1, (targets - 1)[:, None])
-    rivals = (scores.gather(1, candidates - 1) >= own).sum(1)
-    return torch.where(own.squeeze(1).isnan(), candidates.shape[1], rivals) + 1
+    threshold = scores.gather(1, (targets - 1)[:, None])
+    rivals = (scores.gather(1, candidates - 1) >= threshold).sum(1)
+    return torch.where(threshold.squeeze(1).isnan(), candidates.shape[1], rivals) + 1
 
 
 def count_at_least(scores: Tensor, threshold: Tensor) -> Tensor:
-    """Return (B,) how many of each row of `scores` (B, I) reach its threshold (B, 1).
+    """Return (B,) how many scores (B, I) of each row reach its threshold (B, 1).
 
-    A CPU sums floats several times faster than booleans; below 2^24 items their count is exact.
+    A CPU sums floats several times faster than booleans; the sum is exact below 2^24 items.
     """
     if scores.device.type != "cpu" or scores.shape[1] >= 1 << 24:
         return (scores >= threshold).sum(1)
     reached = torch.empty(min(len(scores), ROWS_IN_CACHE), scores.shape[1])
-    pieces = zip(scores.split(ROWS_IN_CACHE), threshold.split(ROWS_IN_CACHE), strict=True)
-    counts = [torch.ge(part, least, out=reached[: len(part)]).sum(1) for part, least in pieces]
+    blocks = zip(scores.split(ROWS_IN_CACHE), threshold.split(ROWS_IN_CACHE), strict=True)
+    counts = [torch.ge(block, limit, out=reached[: len(block)]).sum(1) for block, limit in blocks]
     return torch.cat(counts).long()
 
 
 def best(scores: Tensor, k: int) -> Tensor:
     """Return the columns (B, k) of the k largest of each row, best first; NaN counts as -inf.
 
-    The k largest lie in the k blocks with the largest maxima, so only those blocks are searched.
+    Only the k blocks with the largest maxima are searched, which contain the k largest.
     """
     B, I = scores.shape  # noqa: E741
     k, low = min(k, I), float("-inf")
-    whole = I // BLOCK * BLOCK
-    if whole <= k * BLOCK * 2:
+    end = I // BLOCK * BLOCK
+    if end <= k * BLOCK * 2:
         return scores.nan_to_num(nan=low, neginf=low).topk(k).indices
-    maxima = scores[:, :whole].unflatten(1, (-1, BLOCK)).amax(2)
+    maxima = scores[:, :end].unflatten(1, (-1, BLOCK)).amax(2)
     chosen = maxima.nan_to_num_(nan=float("inf"), posinf=float("inf"), neginf=low).topk(k).indices  # (B, k)
     columns = (chosen[:, :, None] * BLOCK + torch.arange(BLOCK, device=scores.device)).flatten(1)
-    tail = torch.arange(whole, I, device=scores.device).expand(B, -1)
+    tail = torch.arange(end, I, device=scores.device).expand(B, -1)
     columns = torch.cat((columns, tail), 1)
     values = scores.gather(1, columns).nan_to_num_(nan=low, neginf=low)
     return columns.gather(1, values.topk(k).indices)
 
 
 def seen_items(histories: Histories, users: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return (row, item id) of everything in the histories of `users`, rows in their order."""
-    part = Histories(histories.items, histories.starts[users], histories.ends[users])
+    """Return (row, item id) of all items in the histories of `users`; row i is users[i]."""
+    part = histories.rows(users)
     items = histories.items[part.places()].astype(np.int64)
     rows = np.repeat(np.arange(len(users)), part.lengths)
-    sent = send((torch.from_numpy(rows), torch.from_numpy(items)), device)
-    return sent[0], sent[1]
+    tensors = send((torch.from_numpy(rows), torch.from_numpy(items)), device)
+    return tensors[0], tensors[1]
 
 
 # -- scores --------------------------------------------------------------------------------------------------
 
 
 def constant_scores(values: np.ndarray, evaluation: Evaluation) -> Scores:
-    """Yield the same scores (I,) for every user: popularity, say."""
+    """Yield the same scores (I,) for every user, for example popularity."""
     row = torch.from_numpy(np.asarray(values, dtype=np.float32))
     users = np.arange(len(evaluation.targets))
     size = max(1, SCORE_BYTES // (4 * len(values)))
@@ -164,14 +162,14 @@ def popularity(histories: Histories, num_items: int) -> np.ndarray:
 
 
 def pass_sizes(config: ModelConfig, memory_bytes: int | None) -> tuple[int, int]:
-    """Return how many users are encoded at a time and how many bytes of scores are held.
+    """Return how many users are encoded, and how many bytes of scores computed, at a time.
 
-    `memory_bytes` is a GPU's memory; None: a CPU, where small pieces stay in its caches.
+    `memory_bytes` is a GPU's memory; None for a CPU, whose caches hold small blocks.
     """
     if memory_bytes is None:
         return USERS, SCORE_BYTES
     share = memory_bytes // SHARE
-    # A layer in fp32: its input, two norms, q, k, v, what attention gives, a sum, and the inner width.
+    # A layer in fp32: its input, two norms, q, k, v, attention's output, a sum, and the inner width.
     user_bytes = 4 * config.max_len * config.hidden_dim * (8 + config.ffn_factor)
     users = min(MANY_USERS, max(USERS, share // user_bytes))
     return users, min(LARGE_SCORE_BYTES, max(SCORE_BYTES, share))
@@ -180,7 +178,7 @@ def pass_sizes(config: ModelConfig, memory_bytes: int | None) -> tuple[int, int]
 def score_product(hidden: Tensor, table: Tensor, out: Tensor) -> Tensor:
     """Return the product of states (B, D) with an item table (I, D), as fp32 sums in `out` (B, I).
 
-    A 16-bit table, on CUDA only, is multiplied in 16 bits; its scores are not rounded to them.
+    A 16-bit table (CUDA only) is multiplied in 16 bits with fp32 results.
     """
     wide = {} if table.dtype == torch.float32 else {"out_dtype": torch.float32}
     return torch.mm(hidden.to(table.dtype), table.t(), out=out, **wide)
@@ -194,11 +192,11 @@ def model_scores(
     batch_size: int | None = None,
     encode: Callable[..., Tensor] | None = None,
 ) -> Scores:
-    """Yield a model's scores of all real items after each history; the model is in eval mode meanwhile.
+    """Yield a model's scores of all real items after each history, with the model in eval mode.
 
-    A history longer than max_len - 1 (max_len for the causal twin) is cut to its last items. The encoder runs
-    in autocast's precision where that is on; scores are fp32, in a buffer that the next ones overwrite.
-    `batch_size` users are encoded at a time, None: as many as suit the device (`pass_sizes`).
+    A history longer than max_len - 1 (max_len for a causal model) is cut to its last items. The encoder uses
+    autocast's precision if enabled; scores are fp32, in a buffer that the next scores overwrite. `batch_size`
+    users are encoded at a time; the default depends on the device (`pass_sizes`).
     """
     was_training = model.training
     model.eval()
@@ -264,9 +262,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Return hr@k, ndcg@k and mrr of a model by leave-one-out, each target ranked among all items.
 
-    `model` is a Bert4Rec, with or without adapters, or a `saving.Recommender`. `valid` takes the last but one
-    item of each user as the target, `test` the last; choose on `valid`. With `remove_seen` the items of a
-    user's history are no candidates. Raises `InputError` for a model of another catalogue.
+    `model` is a Bert4Rec, with or without adapters, or a `saving.Recommender`. The target is the last but one
+    item of each user for `valid`, and the last for `test`. With `remove_seen` the items of a user's history
+    are no candidates. Raises `InputError` for a model of another catalogue.
     """
     keys = getattr(model, "keys", None)
     model = model if isinstance(model, torch.nn.Module) else model.model
@@ -281,23 +279,22 @@ def evaluate(
 
 
 # -- protocols -----------------------------------------------------------------------------------------------
-# One trained model under several evaluation protocols: how far the choice of protocol alone moves a metric.
-# Every result carries a label that says what it is. Only a full ranking of the catalogue is comparable with
-# another study's; a rank among sampled candidates is not (Krichene and Rendle, KDD 2020; arXiv 2107.13045),
-# and the metric of the study that this one started from is not next-item prediction at all.
+# One trained model under several evaluation protocols: the effect of the protocol alone. Every result has a
+# label. Only a full ranking of the catalogue is comparable with other studies; a rank among sampled
+# candidates is not (Krichene and Rendle, KDD 2020; arXiv 2107.13045), and neither is the seed study's metric.
 
 NOT_COMPARABLE = "sampled, not comparable"
 SEED_LABEL = "all masked positions: the seed study's metric, not next-item prediction, not comparable"
 
 
 class Outcome(NamedTuple):
-    """Ranks under one protocol, and what they are."""
+    """Ranks under one protocol, with its name and label."""
 
     protocol: str  # short name, for tables and parameters
-    label: str  # what a reader must know, for figures
-    comparable: bool  # whether other studies' figures under the same label may stand beside it
+    label: str  # description, for figures
+    comparable: bool  # whether it is comparable with other studies under the same label
     ranks: np.ndarray  # int64 (rows,): 1 is best
-    users: np.ndarray  # int64 (rows,): the evaluation's row that each rank belongs to
+    users: np.ndarray  # int64 (rows,): the evaluation's row of each rank
 
 
 def mean(outcome: Outcome, metric: str = "hr@10") -> float:
@@ -328,22 +325,22 @@ def side_by_side(
     candidates: Mapping[str, np.ndarray] | None = None,
     split: str = "leave-one-out",
 ) -> list[Outcome]:
-    """Rank the same scores in each way: fully, seen items removed and kept, and among candidates.
+    """Rank the same scores under each protocol: fully, seen items removed and kept, and among candidates.
 
-    `candidates` gives the negatives (rows, N) of `splits.sample_candidates` by how they were drawn, "uniform"
-    or "popularity". The model is asked once, so that nothing but the protocol differs.
+    `candidates` maps the sampling, "uniform" or "popularity", to the negatives (rows, N) of
+    `splits.sample_candidates`. Scores are computed once.
     """
     candidates = dict(candidates or {})
-    for how, negatives in candidates.items():
-        _check(negatives, evaluation.targets, how)
+    for sampling, negatives in candidates.items():
+        _check(negatives, evaluation.targets, sampling)
     users: list[np.ndarray] = []
     ranks: dict[str, list[Tensor]] = {name: [] for name in ("removed", "kept", *candidates)}
     for rows, scores in score(evaluation):
         users.append(rows)
         targets = torch.as_tensor(evaluation.targets[rows].astype(np.int64), device=scores.device)
-        for how, negatives in candidates.items():
+        for sampling, negatives in candidates.items():
             drawn = torch.as_tensor(negatives[rows].astype(np.int64), device=scores.device)
-            ranks[how].append(rank_among(scores, targets, drawn))
+            ranks[sampling].append(rank_among(scores, targets, drawn))
         ranks["kept"].append(rank_scores(scores, targets, None)[0])
         seen = seen_items(evaluation.histories, rows, scores.device)
         ranks["removed"].append(rank_scores(scores, targets, seen)[0])  # last: it overwrites scores
@@ -363,23 +360,22 @@ def _outcome(split: str, name: str, ranks: np.ndarray, candidates: int | None = 
     return Outcome(protocol, label, candidates is None, ranks, np.arange(len(ranks)))
 
 
-def _check(negatives: np.ndarray, targets: np.ndarray, how: str) -> None:
-    """Refuse candidates that are not of this evaluation."""
+def _check(negatives: np.ndarray, targets: np.ndarray, sampling: str) -> None:
+    """Raise `InputError` for candidates of another evaluation."""
     if negatives.ndim != 2 or len(negatives) != len(targets):
         expected = f"expected ({len(targets)}, count), a row a user"
-        raise InputError(f"{how} candidates have the shape {negatives.shape}: {expected}")
+        raise InputError(f"{sampling} candidates have the shape {negatives.shape}: {expected}")
     wrong = (negatives < 1) | (negatives == targets[:, None])
     if wrong.any():
         row, column = np.argwhere(wrong)[0]
         item = negatives[row, column]
-        raise InputError(f"{how} candidates of row {row} hold {item}: expected ids from 1, not its target")
+        raise InputError(
+            f"{sampling} candidates of row {row} hold {item}: expected ids from 1, not its target"
+        )
 
 
 def under_split(score: Scorer, split: Split, remove_seen: bool = True) -> Outcome:
-    """Rank the test targets of a split that the model was trained under, fully.
-
-    A global time split or a random-user split is another training: hand in the model of that training.
-    """
+    """Rank the test targets of a split fully; `score` is of a model trained under that split."""
     ranks = rank(score(split.test), split.test, remove_seen).ranks
     return _outcome(split.name, "removed" if remove_seen else "kept", ranks)
 
@@ -394,14 +390,14 @@ def masked_positions(
     special_tokens: bool = True,
     batch_size: int = 256,
 ) -> Outcome:
-    """Rank the item at every masked position, as the seed study's evaluation does; one rank a position.
+    """Rank the item at every masked position, as in the seed study; one rank per position.
 
-    A window is the last max_len items of history and target together. Its last item is masked always, the
-    item d places before it, in a window of n, with mask_prob * (0.8 + 0.4 * (1 - d / n)). All positions count
-    alike; all rows of the output table compete, PAD and (where it has one) MASK included, unless
-    `special_tokens` is False; seen items stay. It is that study's protocol for users who were not trained on
-    (`splits.random_users`). What deviates: masks are drawn once from `seed`, ties and NaN count against the
-    target, windows are of the model's own max_len (50 there), and rows are packed.
+    A window is the last max_len items of history and target together. Its last item is always masked; the
+    item d places before it, in a window of n, is masked with mask_prob * (0.8 + 0.4 * (1 - d / n)). All rows
+    of the output table are candidates, PAD and MASK included unless `special_tokens` is False; seen items are
+    not removed. The seed study evaluates users that were not trained on (`splits.random_users`). Differences
+    from it: masks are drawn once from `seed`, ties and NaN count against the target, windows have the model's
+    max_len (50 there), and rows are packed.
     """
     config = model.config
     if config.causal:
@@ -409,9 +405,9 @@ def masked_positions(
     was_training = model.training
     model.eval()
     layout = Layout(config.max_len, config.mask_id, config.position_origin, True, 16)
-    rows_of_table = slice(None) if special_tokens else slice(1, config.num_items + 1)
-    weight = model.output_weight[rows_of_table]
-    bias = None if model.output_bias is None else model.output_bias[rows_of_table]
+    table_rows = slice(None) if special_tokens else slice(1, config.num_items + 1)
+    weight = model.output_weight[table_rows]
+    bias = None if model.output_bias is None else model.output_bias[table_rows]
     size = max(1, SCORE_BYTES // (4 * len(weight)))
     ranks, users = [], []
     for window_users, samples in _windows(evaluation, config.max_len, mask_prob, seed, batch_size):
@@ -420,8 +416,8 @@ def masked_positions(
         states = model.encode(batch.items, batch.segment_ids, batch.positions, batch.query_index)
         hidden = model.head_input(states.flatten(0, 1)[batch.target_slots[: batch.num_targets]])
         targets = batch.targets[: batch.num_targets] + int(special_tokens)  # columns from 1
-        for part, wanted in zip(hidden.split(size), targets.split(size), strict=True):
-            ranks.append(rank_scores(F.linear(part, weight, bias).float(), wanted, None)[0].cpu().numpy())
+        for part, columns in zip(hidden.split(size), targets.split(size), strict=True):
+            ranks.append(rank_scores(F.linear(part, weight, bias).float(), columns, None)[0].cpu().numpy())
         # Positions are ranked in the order of rows: by row, then by place in it.
         order = np.argsort(rows[0] * config.max_len + places[0], kind="stable")
         masked = np.add.reduceat(samples.is_target, np.cumsum(samples.lengths) - samples.lengths, dtype=int)
@@ -434,11 +430,11 @@ def masked_positions(
 def _windows(
     evaluation: Evaluation, max_len: int, mask_prob: float, seed: int, batch_size: int
 ) -> Iterator[tuple[np.ndarray, Samples]]:
-    """Yield (users, samples) of windows that end with the target, masks drawn."""
-    old = evaluation.histories
-    ends = np.cumsum(old.lengths + 1)
-    items = np.insert(old.items[old.places()], np.cumsum(old.lengths), evaluation.targets)
-    joined = Histories(items, ends - old.lengths - 1, ends)
+    """Yield (users, samples) of masked windows that end with the target."""
+    histories = evaluation.histories
+    ends = np.cumsum(histories.lengths + 1)
+    items = np.insert(histories.items[histories.places()], np.cumsum(histories.lengths), evaluation.targets)
+    joined = Histories(items, ends - histories.lengths - 1, ends)
     rng = np.random.default_rng(seed)
     for first in range(0, len(ends), batch_size):
         users = np.arange(first, min(first + batch_size, len(ends)))
@@ -448,7 +444,7 @@ def _windows(
 
 
 def seed_mask_probability(lengths: np.ndarray, mask_prob: float) -> np.ndarray:
-    """Return how likely each item of windows of these lengths (B,) is masked; 1 for the last of each."""
+    """Return the mask probability of each item of windows of `lengths` (B,); 1 for the last of each."""
     n = np.repeat(lengths, lengths)
     distance = np.repeat(np.cumsum(lengths), lengths) - 1 - np.arange(lengths.sum())
     return np.where(distance == 0, 1.0, mask_prob * (0.8 + 0.4 * (1 - distance / n)))

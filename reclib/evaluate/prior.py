@@ -1,13 +1,12 @@
-"""A prior that counts: the log of pairwise counts, added to a model's logits with a learned scale.
+"""A prior of pairwise counts: their log is added to a model's logits with a learned scale.
 
     logit(j | h) = network(j | h) + scale * log(1 + score(j | h) / floor)
 
-`score` is that of `baselines.PairwiseCounts`. It is 0 for most items, so that the prior is sparse. The
-network is trained with the prior in place and learns what counting does not know. With scale 0 the model is
-the network alone, exactly.
+`score` is that of `baselines.PairwiseCounts`. It is 0 for most items, so that the prior is sparse. Network
+and scale are trained together. With scale 0 the model equals the network.
 
-In training the counts would know the answer: a user's own history was counted as well. What the history
-itself contributed is therefore taken out of its scores, as if everybody else had been counted.
+In training the counts would contain the answer, since a user's history was counted as well. The contribution
+of the history itself is therefore subtracted from its scores.
 
 Shapes: T items of all sequences, M queries, I real items, N scored (query, item) pairs.
 """
@@ -23,14 +22,14 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from scipy import sparse
 from reclib.data.batches import Samples, whole_sequences
-from reclib.data.dataset import Evaluation, Histories
+from reclib.data.dataset import Histories
 from reclib.data.splits import Split
 from reclib.evaluate import baselines
 from reclib.evaluate.baselines import PairwiseCounts
 
-FLOOR_USERS = 500  # validation histories whose scores decide on `floor`
+FLOOR_USERS = 500  # validation histories whose scores determine `floor`
 
-SMALLEST = 1e-4  # below it is what rounding leaves of a count that was the history's own
+SMALLEST = 1e-4  # smaller values are rounding errors of a subtracted count
 
 NAMES = ("indptr", "indices", "data", "row_scale", "column_scale", "settings")
 
@@ -44,12 +43,12 @@ class Entries(NamedTuple):
 
 
 class CountPrior(nn.Module):
-    """Pairwise counts as a part of a model: saved, loaded and scaled with it."""
+    """Pairwise counts as a part of a model."""
 
     settings: Tensor  # backward, decay, last, window, floor
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
-        """Take what `of_counts` makes, or what a checkpoint holds under the same names."""
+        """Use the tensors of `from_counts`, or those of a checkpoint under the same names."""
         super().__init__()
         self.scale = nn.Parameter(tensors["scale"].detach().clone())  # ()
         for name in NAMES:
@@ -57,15 +56,15 @@ class CountPrior(nn.Module):
         self._numpy: tuple[sparse.csr_array, np.ndarray, np.ndarray] | None = None
 
     @classmethod
-    def of_counts(cls, counts: PairwiseCounts, floor: float) -> CountPrior:
-        """Make a prior of fitted counts; `floor` is the score at which it is log 2."""
-        both = (counts.forward + np.float32(counts.backward) * counts.forward.T.tocsr()).tocsr()
-        rows, columns = counts.scales(both)
+    def from_counts(cls, counts: PairwiseCounts, floor: float) -> CountPrior:
+        """Return a prior of fitted counts; `floor` is the score at which it is log 2."""
+        pairs = (counts.forward + np.float32(counts.backward) * counts.forward.T.tocsr()).tocsr()
+        rows, columns = counts.scales(pairs)
         settings = [counts.backward, counts.decay, counts.last, counts.window, floor]
         arrays = {
-            "indptr": both.indptr.astype(np.int64),
-            "indices": both.indices.astype(np.int32),
-            "data": both.data.astype(np.float32),
+            "indptr": pairs.indptr.astype(np.int64),
+            "indices": pairs.indices.astype(np.int32),
+            "data": pairs.data.astype(np.float32),
             "row_scale": rows.astype(np.float32),
             "column_scale": columns.astype(np.float32),
             "settings": np.array(settings, dtype=np.float64),
@@ -78,16 +77,14 @@ class CountPrior(nn.Module):
         """Count the training histories, with the settings and the floor that validation chooses."""
         family = baselines.families()["pairwise_counts"]
         counts: PairwiseCounts = baselines.choose(family, split.train, num_items, split.valid).recommender  # type: ignore[assignment]
-        items, starts, ends = split.valid.histories
-        drawn = np.random.default_rng(0).permutation(len(starts))[:FLOOR_USERS]
-        some = Evaluation(Histories(items, starts[drawn], ends[drawn]), split.valid.targets[drawn])
-        positive = [scores[scores > 0] for _, scores in counts.scores(some)]
+        drawn = np.random.default_rng(0).permutation(len(split.valid.targets))[:FLOOR_USERS]
+        positive = [scores[scores > 0] for _, scores in counts.scores(split.valid.rows(drawn))]
         values = torch.cat(positive).numpy() if positive else np.ones(1)
-        return cls.of_counts(counts, float(np.median(values)) if len(values) else 1.0)
+        return cls.from_counts(counts, float(np.median(values)) if len(values) else 1.0)
 
     def counted_anew(self, counts: PairwiseCounts) -> CountPrior:
-        """Return a prior of other counts with this one's scale and floor: newer data, no training."""
-        prior = CountPrior.of_counts(counts, float(self.settings[-1]))
+        """Return a prior of other (newer) counts with this one's scale and floor, without training."""
+        prior = CountPrior.from_counts(counts, float(self.settings[-1]))
         prior.scale.data.copy_(self.scale.data)
         return prior
 
@@ -111,8 +108,8 @@ class CountPrior(nn.Module):
     ) -> Entries:
         """Return the prior of queries, before its scale.
 
-        `tokens` (T,) are the sequences one after another, `lengths` (B,) theirs. Query m asks what follows
-        the first `known[m]` items of the sequence `sequence[m]`.
+        `tokens` (T,) are the concatenated sequences of `lengths` (B,). Query m predicts the item after the
+        first `known[m]` items of sequence `sequence[m]`.
         """
         from scipy import sparse
 
@@ -125,21 +122,23 @@ class CountPrior(nn.Module):
         place = starts[sequence[query]] + known[query] - 1 - age
         weight = (decay**age).astype(np.float32)
         scores = sparse.csr_array((weight, (query, items[place])), shape=(len(known), num_items)) @ weights
-        # One row for each item of each sequence: a pair that stands there twice was counted twice.
-        of_token = np.repeat(np.arange(len(lengths)), lengths)
-        keys, local = np.unique(of_token * num_items + items, return_inverse=True)
-        there = sparse.csr_array((weight, (query, local[place])), shape=(len(known), len(keys)))
-        scores = (scores - there @ self._own(items, of_token, local, len(keys))).tocsr()
+        # One row for each item of each sequence: a repeated pair was counted repeatedly.
+        token_sequence = np.repeat(np.arange(len(lengths)), lengths)
+        keys, local = np.unique(token_sequence * num_items + items, return_inverse=True)
+        occurrences = sparse.csr_array((weight, (query, local[place])), shape=(len(known), len(keys)))
+        scores = (scores - occurrences @ self._added(items, token_sequence, local, len(keys))).tocsr()
         scores.sort_indices()
         values = np.log1p(np.maximum(scores.data, 0) / np.float32(floor))
         rows = np.repeat(np.arange(len(known)), np.diff(scores.indptr))
-        kept = values > SMALLEST
-        return Entries(rows[kept], scores.indices[kept].astype(np.int64), values[kept].astype(np.float32))
+        large = values > SMALLEST
+        return Entries(rows[large], scores.indices[large].astype(np.int64), values[large].astype(np.float32))
 
-    def _own(self, items: np.ndarray, sequence: np.ndarray, local: np.ndarray, rows: int) -> sparse.csr_array:
-        """Return what sequences themselves added to the scaled counts of their items, (rows, I).
+    def _added(
+        self, items: np.ndarray, sequence: np.ndarray, local: np.ndarray, rows: int
+    ) -> sparse.csr_array:
+        """Return the contribution of the sequences themselves to the scaled counts of their items, (rows, I).
 
-        `items` (T,) from 0, `sequence` (T,) the number of each one's sequence, `local` (T,) its row.
+        `items` (T,) from 0, `sequence` (T,) the number of each item's sequence, `local` (T,) its row.
         """
         from scipy import sparse
 
@@ -154,14 +153,14 @@ class CountPrior(nn.Module):
         value = (value * row_scale[items[row]] * column_scale[items[column]]).astype(np.float32)
         return sparse.csr_array((value, (local[row], items[column])), shape=(rows, len(row_scale)))
 
-    def of_samples(self, samples: Samples, causal: bool, order: np.ndarray) -> Entries:
-        """Return the prior of the targets of samples, taken in `order` (M,)."""
+    def for_samples(self, samples: Samples, causal: bool, order: np.ndarray) -> Entries:
+        """Return the prior of the targets of samples, in `order` (M,)."""
         tokens, lengths, sequence, known = whole_sequences(samples, causal)
         return self.entries(tokens, lengths, sequence[order], known[order])
 
-    def of_histories(self, histories: Histories, users: np.ndarray) -> Entries:
-        """Return the prior of what follows the histories of `users`."""
-        chosen = Histories(histories.items, histories.starts[users], histories.ends[users])
+    def for_histories(self, histories: Histories, users: np.ndarray) -> Entries:
+        """Return the prior of the next item after the histories of `users`."""
+        chosen = histories.rows(users)
         tokens = chosen.items[chosen.places()]
         return self.entries(tokens, chosen.lengths, np.arange(len(users)), chosen.lengths)
 
@@ -169,6 +168,6 @@ class CountPrior(nn.Module):
     def add_to(self, scores: Tensor, histories: Histories, users: np.ndarray) -> None:
         """Add the scaled prior of `users` to their scores (B, I), in place."""
         rows, columns, values = (
-            torch.from_numpy(a).to(scores.device) for a in self.of_histories(histories, users)
+            torch.from_numpy(a).to(scores.device) for a in self.for_histories(histories, users)
         )
         scores.view(-1).index_add_(0, rows * scores.shape[1] + columns, values * self.scale.to(values.device))

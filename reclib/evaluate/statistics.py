@@ -1,12 +1,11 @@
-"""How sure a comparison is, what lies beside accuracy, and the scaling law.
+"""Uncertainty of comparisons, metrics besides accuracy, and the scaling law.
 
-Users and seeds are both samples: other users, and other seeds of the same recipe, would have given another
-difference. `compare` is the two-way random-effects analysis of crossed samples (as for readers and cases in
-Hillis, Statistics in Medicine 2007): the variance of a mean difference is that over users, plus that of the
-seeds' means, less their interaction, which both contain. The variance of seeds is pooled over the models that
-are compared together, and t with Satterthwaite's degrees of freedom takes the place of the normal. Simulated
-with three seeds and no true difference, it rejects at 5 % in 3 to 6 % of cases; a bootstrap of users and
-seeds in 1 to 13 %, a test over users alone in up to 50 %.
+Users and seeds are both samples. `compare` is the two-way random-effects analysis of crossed samples (as for
+readers and cases in Hillis, Statistics in Medicine 2007): the variance of a mean difference is that over
+users, plus that of the seeds' means, less their interaction, which both contain. The variance of seeds is
+pooled over the compared models, and the t distribution has Satterthwaite's degrees of freedom. Simulated with
+three seeds and no true difference, it rejects at 5 % in 3 to 6 % of cases, a bootstrap of users and seeds in
+1 to 13 %, and a test over users alone in up to 50 %.
 
 Shapes: S seeds, U users, I items, k recommendations.
 """
@@ -24,7 +23,7 @@ from reclib.data.dataset import Evaluation, Histories
 
 Claim = Literal["better", "worse", "not separated", "too few seeds"]
 
-MIN_SEEDS = 3  # of a trained model, before a difference from it is claimed
+MIN_SEEDS = 3  # of a trained model, for claiming a difference
 ALPHA = 0.05  # level of tests and of the detectable difference
 
 
@@ -41,8 +40,8 @@ def bootstrap(
 ) -> Interval:
     """Return the mean of per-user values (U,) with its 95 % percentile interval over resampled users.
 
-    For a paired comparison give the per-user differences; for several seeds give each user's mean over seeds.
-    With `users`, whom the values belong to, a user is drawn with all of theirs: they are not independent.
+    For a paired comparison pass the per-user differences; for several seeds pass each user's mean over seeds.
+    With `users`, the user of each value, all values of a user are resampled together.
     """
     values = np.asarray(values, dtype=np.float64)
     if np.ptp(values) == 0:
@@ -59,7 +58,7 @@ def bootstrap(
 
 
 def _mean(total: np.ndarray, number: np.ndarray | None = None, axis: int = -1) -> np.ndarray:
-    """Return the mean of values, or of the sums of so many values each."""
+    """Return the mean of values, or of sums of `number` values each."""
     return total.mean(axis) if number is None else total.sum(axis) / number.sum(axis)
 
 
@@ -67,9 +66,10 @@ def _mean(total: np.ndarray, number: np.ndarray | None = None, axis: int = -1) -
 
 
 def claim(difference: float, adjusted_p: float, seeds: Collection[int]) -> Claim:
-    """Return what may be said of a mean difference, this model minus the reference.
+    """Return the claim about a mean difference, this model minus the reference.
 
-    `adjusted_p` is corrected for the number of comparisons; `seeds` are those of both, 0: deterministic.
+    `adjusted_p` is corrected for the number of comparisons; `seeds` are the numbers of seeds of both, 0
+    for a deterministic one.
     """
     if not enough(seeds):
         return "too few seeds"
@@ -79,12 +79,12 @@ def claim(difference: float, adjusted_p: float, seeds: Collection[int]) -> Claim
 
 
 def enough(seeds: Iterable[float]) -> bool:
-    """Whether these numbers of seeds, 0 where a model is deterministic, allow a claim."""
+    """Whether these numbers of seeds, 0 for a deterministic model, allow a claim."""
     return not any(0 < count < MIN_SEEDS for count in seeds)
 
 
 class Comparison(NamedTuple):
-    """One model against the reference: paired differences, this one minus the reference."""
+    """A comparison of one model with the reference: paired differences, model minus reference."""
 
     name: str
     reference: str
@@ -98,18 +98,18 @@ class Comparison(NamedTuple):
 
     @property
     def claim(self) -> Claim:
-        """What may be said; a difference counts from an adjusted p-value below 5 %."""
+        """The claim; a difference needs an adjusted p-value below 5 %."""
         return claim(self.difference.mean, self.adjusted_p, self.seeds)
 
 
 def compare(
     values: Mapping[str, np.ndarray], reference: str, deterministic: Collection[str] = ()
 ) -> list[Comparison]:
-    """Compare every model with the reference, corrected for their number.
+    """Compare every model with the reference, corrected for the number of comparisons.
 
     `values` holds a metric per seed and user (S, U) for each model, users in the same order; seeds of two
-    models are not paired. Models named in `deterministic` have one row and no seeds (baselines without
-    randomness). Where no model has two seeds, nothing is known of what they add.
+    models are not paired. Models named in `deterministic` have one row and no seeds. If no model has two
+    seeds, the variance over seeds is taken as zero.
     """
     from scipy import stats
 
@@ -142,22 +142,22 @@ def compare(
 
 
 def _seed_variance(models: Sequence[np.ndarray]) -> tuple[float, float, int]:
-    """Return, pooled over models (S, U), what seeds add.
+    """Return the variances due to seeds, pooled over models (S, U).
 
-    The variance of a seed's mean over users, that of a user's value around both means (the interaction), and
-    the degrees of freedom of the first; zeros without models.
+    The variance of a seed's mean over users, that of the interaction of users and seeds, and the degrees of
+    freedom of the first; zeros without models.
     """
     freedom = sum(len(rows) - 1 for rows in models)
     if not freedom:
         return 0.0, 0.0, 0
     between = sum((len(rows) - 1) * rows.mean(axis=1).var(ddof=1) for rows in models)
-    left = (rows - rows.mean(axis=0) - rows.mean(axis=1, keepdims=True) + rows.mean() for rows in models)
-    within = sum(float((rest**2).sum()) for rest in left)
+    residuals = (rows - rows.mean(axis=0) - rows.mean(axis=1, keepdims=True) + rows.mean() for rows in models)
+    within = sum(float((residual**2).sum()) for residual in residuals)
     return float(between / freedom), within / (freedom * (models[0].shape[1] - 1)), freedom
 
 
 def _check(values: Mapping[str, np.ndarray], reference: str, deterministic: Collection[str]) -> None:
-    """Refuse what cannot be paired user by user."""
+    """Raise `InputError` for values that cannot be paired by user."""
     if unknown := [name for name in (reference, *deterministic) if name not in values]:
         raise InputError(f"there is no model {unknown[0]!r}: expected one of {', '.join(values)}")
     users = np.shape(values[reference])[-1]
@@ -191,7 +191,7 @@ def detectable_difference(error: float, degrees: float, power: float = 0.8, alph
     return float((stats.t.ppf(1 - alpha / 2, degrees) + stats.t.ppf(power, degrees)) * error)
 
 
-# -- beside accuracy -----------------------------------------------------------------------------------------
+# -- groups of users, coverage and concentration -------------------------------------------------------------
 
 
 class Groups(NamedTuple):
@@ -210,7 +210,7 @@ class GroupResult(NamedTuple):
 
 
 def by_history_length(histories: Histories, edges: Sequence[int] = (10, 20, 50, 100)) -> Groups:
-    """Divide users by the interactions in their history: below edges[0], then up to below each next edge."""
+    """Divide users by the length of their history: below edges[0], then from each edge to the next."""
     if not edges or list(edges) != sorted(set(edges)) or edges[0] < 1:
         raise InputError(f"parameter 'edges' is {list(edges)}: expected rising interactions from 1")
     middle = [f"{low} to {high - 1}" for low, high in itertools.pairwise(edges)]
@@ -223,8 +223,8 @@ def by_item_popularity(
 ) -> Groups:
     """Divide users by how popular the target is in training.
 
-    Items stand by falling training interactions `counts` (I,), and an item belongs to the first share of all
-    interactions that those before it have not filled. Items never met in training are a group of their own.
+    Items are sorted by descending training interactions `counts` (I,) and divided at the cumulative `shares`
+    of all interactions. Items without training interactions are a separate group.
     """
     if list(shares) != sorted(set(shares)) or not all(0 < share < 1 for share in shares):
         raise InputError(f"parameter 'shares' is {list(shares)}: expected rising shares between 0 and 1")
@@ -236,7 +236,7 @@ def by_item_popularity(
 
 
 def _before(counts: np.ndarray) -> np.ndarray:
-    """Return, for each item (I,), the interactions of all items that stand before it by falling count."""
+    """Return, for each item (I,), the interactions of all items before it by descending count."""
     order = np.argsort(-counts, kind="stable")
     before = np.empty(len(counts))
     before[order] = np.cumsum(counts[order], dtype=np.float64) - counts[order]
@@ -246,11 +246,11 @@ def _before(counts: np.ndarray) -> np.ndarray:
 def by_time_before(histories: Histories, times: np.ndarray) -> Groups:
     """Divide users by whether the target has the time of the item before it.
 
-    `times` (interactions,) stands beside `histories.items`, in which the target follows its history.
+    `times` (interactions,) are those of `histories.items`, in which the target follows its history.
     """
-    same = times[histories.ends] == times[np.maximum(histories.ends - 1, 0)]
-    same &= histories.ends > histories.starts
-    return Groups(["same time as the item before", "later"], np.where(same, 0, 1))
+    is_tied = times[histories.ends] == times[np.maximum(histories.ends - 1, 0)]
+    is_tied &= histories.ends > histories.starts
+    return Groups(["same time as the item before", "later"], np.where(is_tied, 0, 1))
 
 
 def in_groups(values: np.ndarray, groups: Groups, samples: int = 2000, seed: int = 0) -> list[GroupResult]:
@@ -261,12 +261,12 @@ def in_groups(values: np.ndarray, groups: Groups, samples: int = 2000, seed: int
 
 
 def coverage(top: np.ndarray, num_items: int) -> float:
-    """Return the share of the catalogue that is recommended to anybody, from `Ranking.top` (U, k)."""
+    """Return the share of the catalogue that is recommended to any user, from `Ranking.top` (U, k)."""
     return len(np.unique(top)) / num_items
 
 
 def gini(top: np.ndarray, num_items: int) -> float:
-    """Return how unequally recommendations (U, k) fall on items: 0 all alike, near 1 all on few."""
+    """Return the Gini index of recommendations (U, k) over items: 0 if equal, near 1 if on few."""
     counts = np.sort(np.bincount(top.ravel(), minlength=num_items + 1)[1:])
     place = np.arange(1, num_items + 1)
     return float(((2 * place - num_items - 1) * counts).sum() / (num_items * counts.sum()))
@@ -289,7 +289,7 @@ def concentration(top: np.ndarray, counts: np.ndarray) -> dict[str, float]:
 def popularity_percentile(top: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Return per user (U,) the mean popularity percentile of the items recommended (U, k).
 
-    0 is the item with the fewest training interactions, 1 the one with the most; an even choice expects 0.5.
+    0 is the item with the fewest training interactions, 1 the one with the most; 0.5 is expected at random.
     """
     from scipy import stats
 
@@ -300,20 +300,20 @@ def popularity_percentile(top: np.ndarray, counts: np.ndarray) -> np.ndarray:
 def shuffled(evaluation: Evaluation, seed: int, keep_last: int = 0) -> Evaluation:
     """Return the evaluation with each history in random order, targets as they are: the shuffle control.
 
-    With `keep_last` the last so many items of each history stay in place. A model that does not fall uses no
-    order (or the data have none); one that falls without `keep_last` and not with it uses the last items
-    only. The histories are copied: the dataset stays as it is. See arXiv 2408.12008.
+    With `keep_last` that many last items of each history stay in place. A model whose accuracy does not fall
+    uses no order (or the data have none); one whose accuracy falls only without `keep_last` uses the last
+    items only. The dataset is not modified. See arXiv 2408.12008.
     """
     if keep_last < 0:
         raise InputError(f"parameter 'keep_last' is {keep_last}: expected 0 or more interactions")
-    old, lengths = evaluation.histories, evaluation.histories.lengths
+    histories, lengths = evaluation.histories, evaluation.histories.lengths
     ends = np.cumsum(lengths)
     row = np.repeat(np.arange(len(lengths)), lengths)
     within = np.arange(len(row)) - np.repeat(ends - lengths, lengths)
     key = np.random.default_rng(seed).random(len(row))
-    kept = within >= lengths[row] - keep_last
-    key[kept] = 1.0 + within[kept]  # after all others, in their order
-    items = old.items[old.places()][np.lexsort((key, row))]
+    is_fixed = within >= lengths[row] - keep_last
+    key[is_fixed] = 1.0 + within[is_fixed]  # after all others, in their order
+    items = histories.items[histories.places()][np.lexsort((key, row))]
     return Evaluation(Histories(items, ends - lengths, ends), evaluation.targets)
 
 
@@ -333,7 +333,7 @@ SAMPLES = 2000  # bootstrap draws
 class Law(NamedTuple):
     """Fitted parameters, each a number or an array (B,)."""
 
-    floor: Any  # E, nats: what no size goes below
+    floor: Any  # E, nats: the limit for infinite size
     factor: Any  # A, nats
     exponent: Any  # alpha
 
@@ -363,9 +363,9 @@ def fit(sizes: Any, losses: Any) -> Law:
     floor, scale = np.where(scale < 0, rows.mean(1)[:, None], floor), np.maximum(scale, 0.0)
     errors = ((floor[..., None] + scale[..., None] * x - rows[:, None, :]) ** 2).sum(-1)  # (B, G)
     best = errors.argmin(1)
-    at = np.arange(len(rows)), best
+    index = np.arange(len(rows)), best
     exponent = EXPONENTS[best]
-    law = Law(floor[at], scale[at] * sizes.min() ** exponent, exponent)
+    law = Law(floor[index], scale[index] * sizes.min() ** exponent, exponent)
     return law if np.ndim(losses) == 2 else Law(*(float(part[0]) for part in law))
 
 
@@ -379,14 +379,14 @@ def resampled(losses: Sequence[Sequence[float]], samples: int = SAMPLES, seed: i
 
 
 def predict(by_size: Mapping[float, Sequence[float]], size: float, samples: int = SAMPLES) -> dict[str, Any]:
-    """Fit the law to the losses of each size's seeds, and say what it gives at another size.
+    """Fit the law to the losses of each size's seeds, and predict the loss at another size.
 
-    `low` and `high` are the 95 % interval over resampled seeds, None where no size has two seeds: then there
-    is nothing to resample. `without_low` and `without_high` is what leaving out one size does, None where
-    that leaves too few. The noise of the predicted run's own seeds is in none of them.
+    `low` and `high` are the 95 % interval over resampled seeds, None if no size has two seeds. `without_low`
+    and `without_high` are the range of predictions with one size left out, None if too few sizes remain. None
+    of them includes the noise of the predicted run's seeds.
     """
     sizes = np.array(sorted(by_size))
-    means = np.array([np.mean(by_size[each]) for each in sizes])
+    means = np.array([np.mean(by_size[n]) for n in sizes])
     law = fit(sizes, means)
     result: dict[str, Any] = {"floor": law.floor, "factor": law.factor, "exponent": law.exponent}
     result |= {"predicted": float(law(size)), "residual": float(np.abs(law(sizes) - means).max())}
@@ -396,22 +396,19 @@ def predict(by_size: Mapping[float, Sequence[float]], size: float, samples: int 
         result["low"], result["high"] = np.percentile(laws([size]), (2.5, 97.5)).tolist()
         result["exponent_low"], result["exponent_high"] = np.percentile(laws.exponent, (2.5, 97.5)).tolist()
     if len(sizes) > MIN_SIZES:
-        others = [float(fit(np.delete(sizes, i), np.delete(means, i))(size)) for i in range(len(sizes))]
-        result["without_low"], result["without_high"] = min(others), max(others)
+        predictions = [float(fit(np.delete(sizes, i), np.delete(means, i))(size)) for i in range(len(sizes))]
+        result["without_low"], result["without_high"] = min(predictions), max(predictions)
     return result
 
 
 def band(by_size: Mapping[float, Sequence[float]], sizes: Any, samples: int = SAMPLES) -> np.ndarray | None:
-    """Return the 95 % band (2, S) of the law at `sizes`, over resampled seeds; None where it has none.
-
-    At the predicted size it is `low` and `high` of `predict`.
-    """
+    """Return the 95 % band (2, S) of the law at `sizes`, as `low` and `high` of `predict`, or None."""
     laws = _resampled_laws(by_size, samples) if len(by_size) >= MIN_SIZES else None
     return None if laws is None else np.percentile(laws(sizes), (2.5, 97.5), axis=0)
 
 
 def _resampled_laws(by_size: Mapping[float, Sequence[float]], samples: int) -> Law | None:
-    """Return the laws through means of resampled seeds; None where no size has two."""
+    """Return the laws through means of resampled seeds; None if no size has two."""
     sizes = sorted(by_size)
     if max(len(seeds) for seeds in by_size.values()) < 2:
         return None
@@ -419,7 +416,7 @@ def _resampled_laws(by_size: Mapping[float, Sequence[float]], samples: int) -> L
 
 
 def naive(sizes: Any, losses: Any, size: float) -> dict[str, float]:
-    """Return what to hold a law against: the largest size's loss again, and a straight line in log N.
+    """Return two reference predictions for a law: the largest size's loss, and a straight line in log N.
 
     `sizes` and `losses` are (S,), smallest first.
     """
@@ -428,7 +425,7 @@ def naive(sizes: Any, losses: Any, size: float) -> dict[str, float]:
 
 
 class AccuracyLaw(NamedTuple):
-    """What accuracy at the sizes below the largest says of that one: by a law a - b N^-c, and by a line."""
+    """Predictions of the largest size's accuracy from smaller sizes: by a law a - b N^-c, and by a line."""
 
     size: float  # the largest, N
     law: Law  # of 1 - accuracy: a is 1 - floor, b the factor, c the exponent
@@ -440,7 +437,7 @@ class AccuracyLaw(NamedTuple):
 
     @property
     def differs(self) -> bool:
-        """Whether law and line can be told apart: the line lies outside the law's interval."""
+        """Whether law and line are distinguishable: the line lies outside the law's interval."""
         return self.low is not None and self.high is not None and not self.low <= self.line <= self.high
 
 

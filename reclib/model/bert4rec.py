@@ -5,16 +5,16 @@ Reference: Sun et al., "BERT4Rec", CIKM 2019, section 3. Differences from a text
 - A row may hold several sequences one after another ("packed", Krell et al. 2021, arXiv 2107.02027).
   Attention stays inside a segment, by a mask, and positions restart with each.
 - The encoder (`encode`) and the output layer (`head_input`, `output_weight`) are called separately, so that
-  only target positions reach the output layer. Who computes the loss or the ranks multiplies by the table.
-- Dropout on attention probabilities is off by default, because it rules out fused attention kernels.
+  only target positions reach the output layer. The product with the output table is left to the caller.
+- Dropout on attention probabilities is off by default, because it prevents fused attention kernels.
 - With `causal` attention the model predicts the next item (SASRec, Kang and McAuley, ICDM 2018, with full
   cross-entropy). Nothing else differs.
 
 An adapted linear layer or item table (`lora`) may depend on the instance. Its factors are passed as an
-argument from `encode` down to the layer; a plain layer never sees them.
+argument from `encode` to the layer; plain layers do not get them.
 
-Item vectors may be narrower or wider than the encoder (`table_dim`). A matrix then leads from the table into
-the encoder and another one back, as in ALBERT (Lan et al., ICLR 2020, arXiv 1909.11942, section 3.1).
+Item vectors may be narrower or wider than the encoder (`table_dim`). They are then projected into the encoder
+and back, as in ALBERT (Lan et al., ICLR 2020, arXiv 1909.11942, section 3.1).
 
 Shapes: R rows, L positions in a row, Q query positions of a row, D hidden_dim, E width of an item vector (D
 without `table_dim`), H heads, r rank of an adapter, V rows of the output table, M target positions.
@@ -38,13 +38,13 @@ from reclib.system import Parser
 
 # -- gradient sinks ------------------------------------------------------------------------------------------
 #
-# Autograd allocates a new gradient in every step. For an item table that is hundreds of megabytes, which the
+# Autograd allocates new gradients in every step. For an item table these are hundreds of megabytes, which the
 # C library returns to the kernel and gets back zeroed page by page: 40 ms and more for 164 MB on two cores,
 # several times a step. A sink keeps the gradient in one tensor for the whole run. The output layer overwrites
-# it, the lookup adds to it, and for a table that is only looked up, only the rows of the last step are
-# cleared. The values are the same.
+# it and the lookup adds to it. For a table that is only looked up, the rows of the last step are cleared. The
+# values are the same.
 #
-# Sinks are used on a CPU in full precision, without compilation. Elsewhere autograd keeps the gradients.
+# Sinks are used on a CPU in full precision, without compilation.
 
 SMALLEST_BYTES = 8 * 2**20  # smaller tables are left to autograd
 
@@ -54,19 +54,19 @@ class Sink:
 
     def __init__(self, parameter: nn.Parameter) -> None:
         self.grad = torch.zeros_like(parameter)
-        self.fresh = True  # nothing of this step has been written yet: the content counts as zero
-        self.dense = False  # the output layer wrote to it: any row may be non-zero
-        self.rows: list[Tensor] = []  # otherwise: the rows that lookups wrote to
+        self.fresh = True  # not written in this step: the content is to be treated as zero
+        self.dense = False  # written by the output layer: any row may be non-zero
+        self.rows: list[Tensor] = []  # otherwise: the rows written by lookups
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """A copied model has no sinks: they belong to one run."""
+        """Return None: a copied model has no sinks, which belong to one run."""
 
     def start(self) -> None:
-        """Begin a step. Nothing is cleared here: `overwrite` would make that pass useless."""
+        """Begin a step. The content is cleared on the first write, if necessary."""
         self.fresh = True
 
     def overwrite(self, product: tuple[Tensor, Tensor], part: slice) -> None:
-        """Set the rows `part` to a matrix product and the others to zero; later in a step, add to them."""
+        """Set the rows `part` to a matrix product and the others to zero; add to them later in a step."""
         left, right = product
         if self.fresh:
             self.grad[: part.start].zero_()
@@ -94,13 +94,13 @@ class Sink:
         return self.grad
 
     def mix(self) -> None:
-        """Note that other processes' gradients are added: any row may become non-zero."""
+        """Mark all rows as possibly non-zero, since gradients of other processes are added."""
         self.dense, self.rows = True, []
 
     def for_norm(self) -> Tensor:
         """Return the rows that may be non-zero, which have the same norm as the whole gradient."""
-        whole = self.finish()
-        return whole if self.dense or not self.rows else whole[torch.cat(self.rows).unique()]
+        grad = self.finish()
+        return grad if self.dense or not self.rows else grad[torch.cat(self.rows).unique()]
 
     def _clear(self) -> None:
         if self.dense:
@@ -123,7 +123,7 @@ class Lookup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        """Add to the sink. Autograd gets None, so it allocates nothing."""
+        """Add to the sink and return None, so that autograd allocates nothing."""
         (index,) = ctx.saved_tensors
         ctx.sink.add_rows(index.flatten(), grads[0].flatten(0, -2), ctx.skip)
         return None, None, None, None
@@ -135,22 +135,22 @@ class Lookup(torch.autograd.Function):
 def attention_bias(
     segment_ids: Tensor, dtype: torch.dtype, causal: bool = False, query_index: Tensor | None = None
 ) -> Tensor:
-    """Return what is added to the attention scores so that segments never see each other.
+    """Return the bias of attention scores that restricts attention to segments.
 
-    `segment_ids` (R, L) numbers the sequences of a row from 1. 0 is padding, whose positions see only each
+    `segment_ids` (R, L) numbers the sequences of a row from 1. 0 is padding, whose positions attend to each
     other, which keeps their softmax finite. `causal` hides later positions as well. Returns (R, 1, L, L) of 0
     and -inf, or (R, 1, Q, L) for the query positions `query_index` (R, Q).
     """
-    own = segment_ids if query_index is None else segment_ids.gather(1, query_index)
-    hidden = own[:, :, None] != segment_ids[:, None, :]  # (R, L or Q, L)
+    queries = segment_ids if query_index is None else segment_ids.gather(1, query_index)
+    hidden = queries[:, :, None] != segment_ids[:, None, :]  # (R, L or Q, L)
     if causal:
         place = torch.arange(segment_ids.shape[1], device=segment_ids.device)
-        asking = place if query_index is None else query_index
-        hidden |= asking[..., None] < place
+        query_places = place if query_index is None else query_index
+        hidden |= query_places[..., None] < place
     kind, width = hidden.device.type, hidden.shape[2]
     if kind != "cpu":
-        # Fused kernels want the mask in the type of the products and its rows aligned to 8 elements. Made
-        # so here once; otherwise every layer would convert and copy it.
+        # Fused kernels need the mask in the type of the products, with rows aligned to 8 elements. Otherwise
+        # every layer would convert and copy it.
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
         width = -(-width // 8) * 8
     bias = torch.zeros(*hidden.shape[:2], width, dtype=dtype, device=hidden.device)[..., : hidden.shape[2]]
@@ -194,8 +194,7 @@ def dropout_factor(x: Tensor, p: float) -> Tensor:
     """Return a tensor like x of 0, with probability p, and 1 / (1 - p)."""
     levels = 1 << 16
     dropped = round(p * levels)
-    # Seeded from torch's generator in each call: torch's seed and state still decide every mask, so a
-    # checkpoint that holds them resumes to the same bits.
+    # Seeded from torch's generator in each call, so that a run resumes with the same bits from its state.
     seed = int(torch.empty((), dtype=torch.int64).random_())
     bits = np.random.SFC64(seed).random_raw(-(-x.numel() // 4)).view(np.int16)[: x.numel()]
     keep = torch.from_numpy(bits).view(x.shape) >= dropped - levels // 2
@@ -212,8 +211,8 @@ def apply_linear(
 ) -> Tensor:
     """Return a linear layer's outputs (..., out) for x (..., in), or the outputs `part` of them.
 
-    An adapted layer gets its `factors` (..., r) and computes `part` alone, as a plain layer does. A module of
-    any other type is called as it is, and never bypassed.
+    Plain and adapted layers compute `part` only; an adapted layer gets its `factors` (..., r). Modules of
+    other types are called normally, and their outputs are sliced.
     """
     if getattr(layer, "takes_factors", False):
         return layer(x, factors, part)
@@ -244,8 +243,8 @@ class SelfAttention(nn.Module):
     ) -> Tensor:
         """Return (R, L, D) for x (R, L, D) and the attention bias (R, 1, L, L).
 
-        With `queries` (R, Q, D) only they attend: bias is (R, 1, Q, L) and the result (R, Q, D).
-        `query_factors` are those of the positions in the result.
+        With `queries` (R, Q, D) the bias is (R, 1, Q, L) and the result (R, Q, D). `query_factors` are the
+        factors of the positions in the result.
         """
         D = x.shape[-1]
         if queries is None:
@@ -303,14 +302,14 @@ class Block(nn.Module):
     ) -> Tensor:
         """Return (R, L, D) for x (R, L, D) and the attention bias (R, 1, L, L).
 
-        With `query_index` (R, Q) only those positions go on: bias is (R, 1, Q, L), the result (R, Q, D).
+        With `query_index` (R, Q) bias is (R, 1, Q, L) and the result (R, Q, D), for those positions only.
         """
-        keys = self.attention_norm(x) if self.pre_norm else x  # (R, L, D); values are made of them as well
+        keys = self.attention_norm(x) if self.pre_norm else x  # (R, L, D): the input of keys and values
         queries = None
         if query_index is None:
             query_factors = factors
         else:
-            x = take(x, query_index)  # (R, Q, D): from here on the residual stream has only these
+            x = take(x, query_index)  # (R, Q, D)
             queries = self.attention_norm(x) if self.pre_norm else x
         x = x + self.dropout(self.attention(keys, bias, queries, factors, query_factors))
         if self.pre_norm:
@@ -335,10 +334,7 @@ class HeadTransform(nn.Module):
 
 # ruff: disable[D102]
 class SequenceModel(Protocol):
-    """What losses and trainer need of a model: `Bert4Rec`, or one with adapters around it.
-
-    Beside what is listed here it is an `nn.Module`.
-    """
+    """The interface that losses and trainer use: `Bert4Rec` or `ilora.AdaptedModel`, both an `nn.Module`."""
 
     @property
     def config(self) -> ModelConfig: ...
@@ -349,7 +345,7 @@ class SequenceModel(Protocol):
     @property
     def output_bias(self) -> Tensor | None: ...  # (V,)
     @property
-    def frozen_columns(self) -> int: ...  # of `output_weight`, from the first: they need no gradient
+    def frozen_columns(self) -> int: ...  # number of first columns of `output_weight` without gradient
     @property
     def output_sink(self) -> Sink | None: ...  # takes the gradient of `output_weight`
     @property
@@ -360,7 +356,7 @@ class SequenceModel(Protocol):
     ) -> Tensor: ...
     def head_input(self, hidden: Tensor) -> Tensor: ...
     def logits(self, hidden: Tensor) -> Tensor: ...
-    def use_sinks(self, wanted: bool) -> dict[nn.Parameter, Sink]: ...
+    def use_sinks(self, enabled: bool) -> dict[nn.Parameter, Sink]: ...
     def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]: ...
     def origin(self) -> dict[str, Any]: ...
 
@@ -379,7 +375,7 @@ class Bert4Rec(nn.Module):
     """The masked-item transformer. Item ids: PAD 0, items 1..num_items, MASK num_items + 1."""
 
     plain = True  # no adapters: weights can be copied to 16 bits and steps captured as CUDA graphs
-    frozen_columns = 0  # of `output_weight`, counted from the first: they need no gradient
+    frozen_columns = 0  # number of first columns of `output_weight` without gradient
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -410,7 +406,7 @@ class Bert4Rec(nn.Module):
     def reset_parameters(self) -> None:
         """Draw weights from N(0, 0.02), as BERT does; biases and the PAD row are zero.
 
-        The matrices between tables and encoder keep the scale of what they are given.
+        The projections between tables and encoder preserve the scale of their input.
         """
         for name, parameter in self.named_parameters():
             if name in ("table_in", "table_out"):
@@ -423,13 +419,13 @@ class Bert4Rec(nn.Module):
                 parameter.zero_()  # biases, and the offsets of norms
         self.item_table.weight[PAD].zero_()
 
-    def use_sinks(self, wanted: bool) -> dict[nn.Parameter, Sink]:
-        """Give each large trained table a new sink, or take the sinks away; return the sinks in use."""
+    def use_sinks(self, enabled: bool) -> dict[nn.Parameter, Sink]:
+        """Give each large trained table a new sink, or remove the sinks; return the sinks in use."""
         tables: list[Any] = [self.item_table.weight, self.output_weight]
         sinks: dict[nn.Parameter, Sink] = {}
         for table in tables:
             large = table.numel() * table.element_size() >= SMALLEST_BYTES
-            if wanted and large and table.requires_grad and table not in sinks:
+            if enabled and large and table.requires_grad and table not in sinks:
                 sinks[table] = Sink(table)
         self.item_sink, self.output_sink = (sinks.get(table) for table in tables)
         return sinks
@@ -443,9 +439,9 @@ class Bert4Rec(nn.Module):
         return Lookup.apply(self.item_table.weight, items, self.item_sink, PAD)
 
     def into_encoder(self, vectors: Tensor) -> Tensor:
-        """Return item vectors (..., E) as the encoder reads them, (..., D)."""
+        """Project and scale item vectors (..., E) to inputs of the encoder (..., D)."""
         x = vectors if self.table_in is None else F.linear(vectors, self.table_in)
-        # Sinusoidal positions have entries of 0.7 on average, item vectors of 0.02 at first.
+        # Sinusoidal positions have entries of 0.7 on average, initial item vectors of 0.02.
         return x * math.sqrt(self.config.hidden_dim) if self.config.scale_items else x
 
     def encode(
@@ -463,7 +459,7 @@ class Bert4Rec(nn.Module):
         of the sequence inside its row (0: padding); the row of the position table.
 
         With `query_index` (R, Q) only the states at those positions are returned, (R, Q, D). The last layer
-        then computes keys and values everywhere and all else at those positions. The values are the same.
+        then computes keys and values everywhere, and all else at those positions only.
 
         `factors` (R, L, r) and `query_factors` (R, Q, r) are for adapted layers (`AdaptedModel.encode`).
         """
@@ -476,12 +472,12 @@ class Bert4Rec(nn.Module):
             return self.final_norm(x)
         for block in self.blocks[:-1]:
             x = block(x, bias, factors=factors)
-        # Only here can positions be left out: every earlier layer feeds the keys and values of the next.
+        # Earlier layers need all positions, for the keys and values of the next layer.
         query_bias = attention_bias(segment_ids, x.dtype, self.config.causal, query_index)  # (R, 1, Q, L)
         return self.final_norm(self.blocks[-1](x, query_bias, query_index, factors, query_factors))
 
     def head_input(self, hidden: Tensor, factors: Tensor | None = None) -> Tensor:
-        """Return what is multiplied by the output table, (M, E), for hidden states (M, D)."""
+        """Return the left operand (M, E) of the product with the output table, for hidden states (M, D)."""
         x = self.transform(hidden, factors) if self.config.head == "mlp" else hidden
         return x if self.table_out is None else F.linear(x, self.table_out)
 
@@ -490,11 +486,11 @@ class Bert4Rec(nn.Module):
         return F.linear(self.head_input(hidden), self.output_weight, self.output_bias)
 
     def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
-        """Return the trained parameters, in groups with their share of the learning rate."""
+        """Return groups of trained parameters, each with a factor of the learning rate."""
         return [([p for p in self.parameters() if p.requires_grad], 1.0)]
 
     def origin(self) -> dict[str, Any]:
-        """Return what a further training starts from: a hash of the weights, and which of them it trains."""
+        """Return the identity of the initial weights: their hash, and the names of the trained ones."""
         trained = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
         if not trained:
             raise InputError("all parameters of the model are frozen: there is nothing to train")
@@ -502,7 +498,7 @@ class Bert4Rec(nn.Module):
 
 
 def base_hash(model: Bert4Rec) -> str:
-    """Return sha256 of a model's configuration and weights: what an adapter belongs to."""
+    """Return the sha256 of a model's configuration and weights, which identifies the base of an adapter."""
     digest = hashlib.sha256(json.dumps(as_dict(model.config), sort_keys=True).encode())
     counts = () if model.prior is None else model.prior.named_buffers("prior")
     for name, tensor in (*model.named_parameters(), *counts):
@@ -512,10 +508,7 @@ def base_hash(model: Bert4Rec) -> str:
 
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:
-    """Count by instantiation on the meta device: total, item tables, learned positions, all others.
-
-    The output bias grows with the catalogue and is counted with the item tables.
-    """
+    """Count parameters on the meta device: total, item tables with output bias, positions, all others."""
     with torch.device("meta"):
         model = Bert4Rec(config)
     total = sum(p.numel() for p in model.parameters())
@@ -552,6 +545,6 @@ def sizes_main(argv: list[str] | None = None) -> int:
         return 0
     print(f"{'size':>6} {'items':>8} {'total':>12} {'item tables':>12} {'non-embedding':>14}")
     for size, row in counts.items():
-        items, total, tables, _, others = row.values()
-        print(f"{size:>6} {items:>8,} {total:>12,} {tables:>12,} {others:>14,}")
+        items, total, tables, _, encoder = row.values()
+        print(f"{size:>6} {items:>8,} {total:>12,} {tables:>12,} {encoder:>14,}")
     return 0

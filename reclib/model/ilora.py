@@ -1,19 +1,19 @@
 """A frozen model with adapters, which has the interface of a plain model.
 
-    adapted = AdaptedModel(model)                     # freezes it
-    adapted.add("june", AdapterConfig(kind="ilora"))  # from here on it is trained as any model is
+    adapted = AdaptedModel(model)                     # freezes the model
+    adapted.add("june", AdapterConfig(kind="ilora"))  # is then trained as any other model
 
 The forward pass of an `ilora` adapter (`AdaptedModel.encode`):
 
-    z = representation(rows)         # (R, L, width): what is known of each sequence, from its visible items
+    z = representation(rows)         # (R, L, width): a vector of each sequence, from its visible items
     g = gate(z)                      # (R, L, K): softmax weights of the experts
     f = repeat(g, r / K) * scaling   # (R, L, r): the factors
     base.encode(*rows, factors=f)    # each adapted layer adds B (f * A x), see `lora`
 
 iLoRA (Kong et al., NeurIPS 2024, arXiv 2408.10159) mixes the experts of an adapter by a gate on a frozen
-representation of the user's sequence. Rows have MASK at every target, so the target's id cannot leak into z.
-Rows are packed: z belongs to a segment, and all its positions share it. In a causal model every later item is
-a target, so each position has its own z, of the items up to it.
+representation of the user's sequence. Rows have MASK at every target, so that z does not depend on targets.
+Rows are packed: all positions of a segment share one z. In a causal model every later item is a target, so
+that each position has its own z, of the items up to it.
 
 Shapes: R rows, L positions, Q queries of a row, S segments, M target positions, D hidden_dim, V rows of the
 output table, r rank, K experts.
@@ -34,13 +34,13 @@ from reclib.config import PAD, AdapterConfig, InputError, ModelConfig, validated
 from reclib.model.bert4rec import Bert4Rec, Sink, base_hash, take
 from reclib.model.lora import AdaptedEmbedding, AdaptedLayer, AdaptedLinear, AdaptedTable
 
-# -- what the gate looks at ----------------------------------------------------------------------------------
+# -- the input of the gate -----------------------------------------------------------------------------------
 
-CACHE_BYTES = 256 * 2**20  # of states that evaluation keeps; further ones are computed again
+CACHE_BYTES = 256 * 2**20  # of states that are cached in evaluation
 
 
 class Rows(NamedTuple):
-    """What an encoder is given, (R, L) each: see `Bert4Rec.encode`."""
+    """Inputs of an encoder, (R, L) each: see `Bert4Rec.encode`."""
 
     items: Tensor
     segment_ids: Tensor
@@ -48,7 +48,7 @@ class Rows(NamedTuple):
 
 
 def is_visible(rows: Rows, mask_id: int) -> Tensor:
-    """Return (R, L): where an item stands that the model may look at, neither MASK nor PAD."""
+    """Return (R, L): whether a place has an item, neither MASK nor PAD."""
     return (rows.segment_ids > 0) & (rows.items != mask_id) & (rows.items != PAD)
 
 
@@ -63,9 +63,9 @@ def first_places(segment_ids: Tensor) -> Tensor:
 
 
 def visible_from(base: Bert4Rec, rows: Rows) -> Tensor:
-    """Return (R, L, L): for each place, which visible items its z is made of."""
-    taken = same_segment(rows.segment_ids) & is_visible(rows, base.config.mask_id)[:, None, :]
-    return taken.tril() if base.config.causal else taken
+    """Return (R, L, L): for each place, the visible items that its z depends on."""
+    visible = same_segment(rows.segment_ids) & is_visible(rows, base.config.mask_id)[:, None, :]
+    return visible.tril() if base.config.causal else visible
 
 
 def mean_embedding(base: Bert4Rec, rows: Rows) -> Tensor:
@@ -77,10 +77,9 @@ def mean_embedding(base: Bert4Rec, rows: Rows) -> Tensor:
 
 
 def noise(base: Bert4Rec, rows: Rows) -> Tensor:
-    """Return numbers z (R, L, D) of mean 0 and variance 1 that say nothing of the items.
+    """Return noise z (R, L, D) of mean 0 and variance 1.
 
-    They are a hash of the set of visible items: equal prefixes have equal ones, so an evaluation can be
-    repeated.
+    It is a hash of the set of visible items, so that evaluations are reproducible.
     """
 
     def mixed(x: Tensor) -> Tensor:  # a hash of 64-bit integers: multiply and shift; products wrap round
@@ -96,49 +95,49 @@ def noise(base: Bert4Rec, rows: Rows) -> Tensor:
 
 
 def visible_prefixes(rows: Rows, base: Bert4Rec, causal: bool) -> tuple[Rows, Tensor]:
-    """Lay the visible items of each segment out in the segment's own places, one after another, then MASK.
+    """Move the visible items of each segment to its first places, followed by MASK.
 
-    Returns the new rows and (R, L): where in its row the state of each place's segment is to be read. That
-    is MASK; a segment without any target has no place for it and is read at its last item. A causal reader
-    is read at the last visible item instead, and at MASK alone where there is none.
+    Returns the new rows and (R, L): the place in the row where the state of each place's segment is read. It
+    is read at MASK, or at the last item of a segment without targets. A causal model is read at the last
+    visible item, or at MASK if there is none.
     """
     R, L = rows.items.shape
     place = torch.arange(L, device=rows.items.device).expand(R, L)
     first = first_places(rows.segment_ids)
     visible = is_visible(rows, base.config.mask_id)
-    same = same_segment(rows.segment_ids)  # (R, L, L)
-    count = (same & visible[:, None, :]).sum(2)  # (R, L) visible items of the segment
+    in_segment = same_segment(rows.segment_ids)  # (R, L, L)
+    count = (in_segment & visible[:, None, :]).sum(2)  # (R, L) visible items of the segment
     order = (2 * first + (~visible).long()).argsort(dim=1, stable=True)  # in each segment the visible first
     rank = place - first  # (R, L) place inside the segment
     items = rows.items.gather(1, order)
     items = torch.where(rank == count, base.config.mask_id, torch.where(rank < count, items, PAD))
-    read = (count - 1).clamp_min(0) if causal else torch.minimum(count, same.sum(2) - 1)
-    used = (rank <= read) & (rows.segment_ids > 0)
-    positions = (read - rank if base.config.position_origin == "last" else rank) * used
-    return Rows(torch.where(used, items, PAD), rows.segment_ids * used, positions), first + read
+    readout = (count - 1).clamp_min(0) if causal else torch.minimum(count, in_segment.sum(2) - 1)
+    used = (rank <= readout) & (rows.segment_ids > 0)
+    positions = (readout - rank if base.config.position_origin == "last" else rank) * used
+    return Rows(torch.where(used, items, PAD), rows.segment_ids * used, positions), first + readout
 
 
 def exchanged(z: Tensor, segment_ids: Tensor) -> Tensor:
-    """Give each segment the z (R, L, width) of the next one of the batch; a lone one keeps its own."""
+    """Give each segment the z (R, L, width) of the next segment of the batch; a single one keeps its own."""
     R, L = segment_ids.shape
     device = z.device
     first = first_places(segment_ids) + L * torch.arange(R, device=device)[:, None]
     starts = (first.flatten() == torch.arange(R * L, device=device)) & (segment_ids.flatten() > 0)
-    # Places that start a segment come first in `order`, in their own order: a fixed shape, no waiting.
+    # Starts of segments come first in `order`. Its shape is fixed, which avoids a synchronisation.
     order = (~starts).long().argsort(stable=True)
-    number = (starts.long().cumsum(0) - 1)[first.flatten()]  # (R * L,) which segment of the batch
+    number = (starts.long().cumsum(0) - 1)[first.flatten()]  # (R * L,) number of the segment
     partner = order[(number + 1) % starts.sum().clamp_min(1)]
     return z.flatten(0, 1)[partner].view(R, L, -1) * (segment_ids > 0)[:, :, None]
 
 
 class Representation(nn.Module):
-    """Turns rows into one vector z a place, the same for all places of a segment. It is never trained.
+    """Maps rows to a vector z per place, equal for all places of a segment. It is not trained.
 
-    By `config.representation`: the mean item embedding; the frozen state from which the base would predict
-    the next item after the visible ones; or that of `reader`, a causal model of the same catalogue.
+    `config.representation` is the mean item embedding; the frozen state from which the base predicts the item
+    after the visible ones; or that state of `reader`, a causal model of the same catalogue.
 
-    The controls take something away: `static_gate` gives everybody the same z, `noise` one that says nothing
-    of the items, `shuffled_user` that of another sequence.
+    Controls: with `static_gate` all sequences have the same z, with `noise` it is random, and with
+    `shuffled_user` it is that of another sequence.
     """
 
     def __init__(self, config: AdapterConfig, base: ModelConfig, reader: Bert4Rec | None = None) -> None:
@@ -148,26 +147,26 @@ class Representation(nn.Module):
         if self.is_exchanged and base.causal:
             raise InputError("control='shuffled_user' needs one vector a sequence: a causal model has many")
         if self.form != "causal_state":
-            read = base
+            source = base
         elif reader is None:
             raise InputError("representation='causal_state' needs causal_model, a trained causal model")
         else:
-            read = reader.config
-        if read.num_items != base.num_items or read.max_len < base.max_len:
+            source = reader.config
+        if source.num_items != base.num_items or source.max_len < base.max_len:
             raise InputError(
-                f"causal_model knows {read.num_items} items and {read.max_len} positions, the base "
+                f"causal_model knows {source.num_items} items and {source.max_len} positions, the base "
                 f"{base.num_items} and {base.max_len}: it needs the same items and no fewer positions"
             )
         self.reader = frozen_twin(reader) if reader is not None and self.form == "causal_state" else None
-        self.width = 1 if self.form == "static_gate" else read.hidden_dim
-        self.kept: dict[bytes, Tensor] = {}
-        self.kept_bytes = 0
-        if self.form.endswith("_state"):  # never compiled: sizes follow the data, and a cache is kept
-            # No decorator, which would import torch._dynamo with this module: as long as torch itself takes.
+        self.width = 1 if self.form == "static_gate" else source.hidden_dim
+        self.cached: dict[bytes, Tensor] = {}
+        self.cached_bytes = 0
+        if self.form.endswith("_state"):  # not compiled, because of dynamic sizes and the cache
+            # Not as a decorator, which would import torch._dynamo with this module: as slow as torch itself.
             self.uncompiled = torch.compiler.disable(Representation.state)
 
     def train(self, mode: bool = True) -> Representation:
-        """Switch this module alone: what it reads stays in `eval()`."""
+        """Set the mode of this module only; its reader stays in `eval()`."""
         self.training = mode
         return self
 
@@ -185,21 +184,21 @@ class Representation(nn.Module):
         return exchanged(z, rows.segment_ids) if self.is_exchanged else z
 
     def state(self, base: Bert4Rec, rows: Rows) -> Tensor:
-        """Return the states (R, L, D) that the gate reads. In `eval()` they are kept for the same rows."""
+        """Return the states (R, L, D) that the gate reads, cached by rows in `eval()`."""
         model = self.reader or base
         if base.config.causal:
             return model.encode(*rows).float()
         place = torch.arange(rows.items.shape[1], device=rows.items.device)
         starts = (first_places(rows.segment_ids) == place) & (rows.segment_ids > 0)  # (R, L)
         key = b"" if self.training else _digest(rows)
-        states = self.kept.get(key)  # (S, D)
+        states = self.cached.get(key)  # (S, D)
         if states is None:
-            laid, read = visible_prefixes(rows, model, model.config.causal)
-            states = take(model.encode(*laid), read)[starts].float()
-            if not self.training and self.kept_bytes < CACHE_BYTES:
-                self.kept[key] = states
-                self.kept_bytes += states.numel() * states.element_size()
-        # Segments are counted in the order of their first places; all places of one look up the same state.
+            prefixes, readout = visible_prefixes(rows, model, model.config.causal)
+            states = take(model.encode(*prefixes), readout)[starts].float()
+            if not self.training and self.cached_bytes < CACHE_BYTES:
+                self.cached[key] = states
+                self.cached_bytes += states.numel() * states.element_size()
+        # Segments are numbered in the order of their first places; all their places look up the same state.
         number = (starts.flatten().long().cumsum(0) - 1).view(starts.shape)
         number = number.gather(1, first_places(rows.segment_ids)).clamp_min(0)
         return F.embedding(number, states) * (rows.segment_ids > 0)[:, :, None]
@@ -212,9 +211,9 @@ def frozen_twin(model: Bert4Rec) -> Bert4Rec:
 
 
 def _digest(rows: Rows) -> bytes:
-    """Return what identifies rows, and the precision they are read in."""
-    about = (rows.items.shape, torch.is_autocast_enabled(rows.items.device.type))
-    digest = hashlib.sha256(str(about).encode())
+    """Return a digest of rows and of whether autocast is on."""
+    header = (rows.items.shape, torch.is_autocast_enabled(rows.items.device.type))
+    digest = hashlib.sha256(str(header).encode())
     for tensor in (rows.items, rows.segment_ids):
         digest.update(tensor.contiguous().cpu().numpy().tobytes())
     return digest.digest()
@@ -223,7 +222,7 @@ def _digest(rows: Rows) -> bytes:
 class Gate(nn.Module):
     """Weights of the K experts for each instance, softmax(W z / temperature).
 
-    One W serves all layers, as in the paper, where a small convolutional network takes the place of W.
+    All layers share one W. The paper has a small convolutional network instead.
     """
 
     def __init__(self, width: int, config: AdapterConfig) -> None:
@@ -231,7 +230,7 @@ class Gate(nn.Module):
         self.config = config
         self.linear = nn.Linear(width, config.num_experts, bias=False)
         with torch.no_grad():
-            if config.control == "fixed_gate":  # never trained, so no checkpoint has it: drawn the same again
+            if config.control == "fixed_gate":  # not trained and in no checkpoint: drawn from its own seed
                 seeded = torch.Generator().manual_seed(config.gate_seed)
                 nn.init.kaiming_uniform_(self.linear.weight, a=5**0.5, generator=seeded)
             self.linear.weight.mul_(config.gate_init)
@@ -242,7 +241,7 @@ class Gate(nn.Module):
         return torch.softmax(scores.float() / self.config.temperature, -1)
 
     def factors(self, weights: Tensor) -> Tensor:
-        """Return what A x is multiplied by, (..., r), for weights (..., K)."""
+        """Return the factors of A x, (..., r), for weights (..., K)."""
         per_expert = self.config.rank // self.config.num_experts
         return weights.repeat_interleave(per_expert, -1) * self.config.scaling
 
@@ -251,7 +250,7 @@ class Gate(nn.Module):
 
 OUTPUT = "output_weight"  # the path of the output table, which is no module
 
-TARGETS: dict[str, tuple[str, ...]] = {  # what a path ends in
+TARGETS: dict[str, tuple[str, ...]] = {  # name -> suffixes of paths
     "qkv": ("attention.qkv",),
     "attention_out": ("attention.out",),
     "ffn_up": ("ffn.up",),
@@ -262,27 +261,27 @@ TARGETS: dict[str, tuple[str, ...]] = {  # what a path ends in
 
 
 def matched(model: Bert4Rec, targets: tuple[str, ...]) -> list[str]:
-    """Return the paths that `targets` name, in the model's order; raise `InputError` for one without any."""
+    """Return the paths of `targets` in the model's order; raise `InputError` for a target without any."""
     paths = [path for path, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))]
     paths = [path.removesuffix(".base") for path in paths if ".adapters." not in path] + [OUTPUT]
     chosen: set[str] = set()
     for target in targets:
         ends = TARGETS.get(target, (target,))
-        here = {path for path in paths if any(f".{path}".endswith(f".{end}") for end in ends)}
-        if not here:
+        matches = {path for path in paths if any(f".{path}".endswith(f".{end}") for end in ends)}
+        if not matches:
             raise InputError(
                 f"target {target!r} matches no module of this model; allowed: {', '.join(TARGETS)}, or the "
                 f"path of a single module, such as {paths[1]!r}"
             )
-        chosen |= here
+        chosen |= matches
     return [path for path in dict.fromkeys(paths) if path in chosen]
 
 
 class AdaptedModel(nn.Module):
-    """A frozen `Bert4Rec` with adapters by name, of which at most one is active: see `SequenceModel`.
+    """A frozen `Bert4Rec` with named adapters, at most one of them active; a `SequenceModel`.
 
-    Frozen weights have no gradients, no gradient sinks and no optimiser state. A layer is replaced by one
-    that holds it.
+    Frozen weights have no gradients, no gradient sinks and no optimiser state. Adapted layers wrap the
+    original ones.
     """
 
     plain = False  # see `Bert4Rec.plain`
@@ -297,7 +296,7 @@ class AdaptedModel(nn.Module):
             parameter.requires_grad_(False)
             parameter.grad = None
         self.base, self.config = model, model.config
-        self.twin = frozen_twin(model)  # without adapters and dropout: what representations read
+        self.twin = frozen_twin(model)  # without adapters and dropout, for representations
         self.output: AdaptedTable | None = None
         self.gates = nn.ModuleDict()
         self.representations = nn.ModuleDict()
@@ -306,7 +305,7 @@ class AdaptedModel(nn.Module):
         self.head_is_adapted = False  # by the active adapter
 
     def train(self, mode: bool = True) -> AdaptedModel:
-        """Switch everything but the frozen twin."""
+        """Set the mode of all modules but the frozen twin."""
         super().train(mode)
         self.twin.eval()
         return self
@@ -314,11 +313,11 @@ class AdaptedModel(nn.Module):
     # -- adapters, with PEFT's verbs -----------------------------------------------------------------------
 
     def add(self, name: str, config: AdapterConfig, causal_model: Bert4Rec | None = None) -> None:
-        """Add a new adapter and make it the active one.
+        """Add a new adapter and activate it.
 
-        `causal_model` is what representation='causal_state' reads. For the controls of `ilora` see
-        `Representation`; with `fixed_gate` W stays at its random start. Raises `InputError` for a name in use
-        and a target that matches nothing.
+        `causal_model` is for representation='causal_state'. For the controls of `ilora` see `Representation`;
+        with `fixed_gate` W keeps its random initial values. Raises `InputError` for a name in use and a
+        target that matches nothing.
         """
         if name in self.configs or "." in name or not name:
             raise InputError(
@@ -337,10 +336,7 @@ class AdaptedModel(nn.Module):
         self.use(name)
 
     def use(self, name: str | None) -> None:
-        """Make an adapter the active one, from the next batch on, and the only one that is trained.
-
-        None: no adapter, the model as it was.
-        """
+        """Activate an adapter, which is then the only trained one; None deactivates all."""
         self.demand_known(name)
         self.active = name
         for layer in self.layers().values():
@@ -353,7 +349,7 @@ class AdaptedModel(nn.Module):
         self.head_is_adapted = any(layer.active_adapter is not None for layer in head)
 
     def delete(self, name: str) -> None:
-        """Take an adapter away; if it was the active one, none is then."""
+        """Delete an adapter; if it was active, none is active afterwards."""
         self.demand_known(name)
         adapters = [layer.adapters for layer in self.layers().values()]
         for parts in (*adapters, self.gates, self.representations):
@@ -363,22 +359,22 @@ class AdaptedModel(nn.Module):
         self.use(None if self.active == name else self.active)
 
     def demand_known(self, name: str | None) -> None:
-        """Raise `InputError` unless there is an adapter of this name; None is known."""
+        """Raise `InputError` unless `name` is None or the name of an adapter."""
         if name is not None and name not in self.configs:
             raise InputError(f"unknown adapter {name!r}; there are: {', '.join(self.configs) or 'none'}")
 
     @torch.no_grad()
     def hold_frozen(self, dtype: torch.dtype) -> None:
-        """Hold the frozen matrices in `dtype`, the one that autocast computes in.
+        """Convert the frozen matrices to autocast's `dtype`, which saves a cast for each use.
 
-        Autocast casts a frozen weight anew for each use. Norms and position tables stay as they are.
+        Norms and position tables are not converted.
         """
         matrices = [m for m in self.twin.modules() if isinstance(m, nn.Linear | nn.Embedding)]
         for parameter in {p for m in matrices for p in m.parameters()} | {self.twin.output_weight}:
             parameter.data = parameter.data.to(dtype)
 
     def layers(self) -> dict[str, AdaptedLayer]:
-        """Return the layers that have adapters by the path of what they stand for."""
+        """Return the layers with adapters, by the path of the layer that they wrap."""
         layers = {p: m for p, m in self.base.named_modules() if isinstance(m, AdaptedLayer)}
         return layers | ({} if self.output is None else {OUTPUT: self.output})
 
@@ -392,12 +388,12 @@ class AdaptedModel(nn.Module):
         return trained | {"gate": gate, "base": sum(p.numel() for p in self.twin.parameters())}
 
     def reader(self, name: str) -> Bert4Rec | None:
-        """Return the other model that an adapter's gate reads its representation from, if there is one."""
+        """Return the causal model of an adapter's representation, if there is one."""
         forms: Any = self.representations
         return forms[name].reader if name in forms else None
 
     def _layer(self, path: str) -> Any:
-        """Return the adapted layer at a path; put it around what is there if it is not yet."""
+        """Return the adapted layer at a path, wrapping the plain one if necessary."""
         if path == OUTPUT:
             if self.output is None:
                 table: Any = self.base.output_weight
@@ -411,7 +407,7 @@ class AdaptedModel(nn.Module):
         return layer
 
     def unload(self) -> Bert4Rec:
-        """Return the plain model without adapters, trainable as it was; this object is of no use then."""
+        """Return the plain model without adapters, trainable as before; this object must not be used then."""
         for path, layer in self.layers().items():
             if path != OUTPUT:
                 self.base.set_submodule(path, layer.base)
@@ -421,25 +417,27 @@ class AdaptedModel(nn.Module):
 
     @torch.no_grad()
     def merge_and_unload(self) -> Bert4Rec:
-        """Return the plain model with the active adapter added to its weights: it costs nothing then.
+        """Return the plain model with the active adapter merged into its weights.
 
-        This object is of no use afterwards. Raises `InputError` where the result would be another model: the
-        gate of `ilora` differs from user to user (except with `static_gate`), 16-bit weights would be
-        rounded, and a tied table is two, of which the adapter is on one.
+        This object must not be used afterwards. Raises `InputError` if an exact merge is impossible: the gate
+        of `ilora` depends on the user (except with `static_gate`), 16-bit weights would be rounded, and an
+        adapter of a tied table belongs to only one of its two uses.
         """
         name = self.active
         if name is None:
             raise InputError("no adapter is active: there is nothing to merge")
         layers = {path: layer for path, layer in self.layers().items() if name in layer.adapters}
-        why = ""
+        reason = ""
         if self.has_factors and self.configs[name].control != "static_gate":
-            why = "its gate differs from user to user"
+            reason = "its gate differs from user to user"
         elif self.base.config.tied and {"item_table", OUTPUT} & layers.keys():
-            why = "the item table is the output table as well (tied), and only one of the two has the adapter"
+            reason = (
+                "the item table is the output table as well (tied), and only one of the two has the adapter"
+            )
         elif any(layer.weight.dtype not in (torch.float32, torch.float64) for layer in layers.values()):
-            why = "the frozen weights are held in 16 bits (hold_frozen)"
-        if why:
-            raise InputError(f"adapter {name!r} cannot be merged exactly: {why}")
+            reason = "the frozen weights are held in 16 bits (hold_frozen)"
+        if reason:
+            raise InputError(f"adapter {name!r} cannot be merged exactly: {reason}")
         factor = None
         if self.has_factors:
             gate: Any = self.gates[name]
@@ -454,7 +452,7 @@ class AdaptedModel(nn.Module):
 
     @property
     def output_weight(self) -> Tensor:
-        """What `head_input` is multiplied by: (V, D), or (V, D + r) where the output table is adapted."""
+        """The right operand of the scores: (V, D), or (V, D + r) if the output table is adapted."""
         return self.base.output_weight if self.output is None else self.output.widened()
 
     @property
@@ -469,7 +467,7 @@ class AdaptedModel(nn.Module):
 
     @property
     def frozen_columns(self) -> int:
-        """How many columns of `output_weight`, from the first, need no gradient."""
+        """Number of first columns of `output_weight` without gradient."""
         return 0 if self.output is None else self.output.frozen_columns
 
     @property
@@ -477,12 +475,12 @@ class AdaptedModel(nn.Module):
         """Whether the active adapter depends on the instance: it has a gate."""
         return self.active is not None and self.active in self.gates
 
-    def use_sinks(self, wanted: bool) -> dict[nn.Parameter, Sink]:
+    def use_sinks(self, enabled: bool) -> dict[nn.Parameter, Sink]:
         """Return no sinks: the large tables are frozen."""
         return {}
 
     def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
-        """Return the trained parameters with their shares of the learning rate: the gate has its own."""
+        """Return groups of trained parameters, each with a factor of the learning rate; the gate is one."""
         trained = {id(p): p for p in self.parameters() if p.requires_grad}
         gate = [trained.pop(id(p)) for p in self.gates.parameters() if p.requires_grad]
         groups = [(list(trained.values()), 1.0)]
@@ -491,14 +489,14 @@ class AdaptedModel(nn.Module):
         return groups
 
     def origin(self) -> dict[str, Any]:
-        """Return what a further training starts from: a hash of the base, and the adapter's settings."""
+        """Return the identity of the base and the adapter: hashes and settings."""
         if self.active is None:
             raise InputError("the adapted model has no active adapter: there is nothing to train")
         settings = asdict(self.configs[self.active])
         settings["targets"] = list(settings["targets"])  # as JSON returns it
         reader = self.reader(self.active)
-        read = None if reader is None else base_hash(reader)
-        return {"base_sha256": self.base_sha256, "adapter": settings, "reader_sha256": read}
+        reader_sha256 = None if reader is None else base_hash(reader)
+        return {"base_sha256": self.base_sha256, "adapter": settings, "reader_sha256": reader_sha256}
 
     def expert_weights(self, items: Tensor, segment_ids: Tensor, positions: Tensor) -> Tensor:
         """Return the active `ilora` adapter's weights of the experts (R, L, K): the gate of each segment."""
@@ -513,20 +511,20 @@ class AdaptedModel(nn.Module):
     ) -> Tensor:
         """Return the hidden states (R, L, D), or (R, Q, D), as `Bert4Rec.encode` does.
 
-        If an `ilora` adapter is on the head, its factors follow in r more columns: (R, L or Q, D + r). They
-        belong to positions, and the caller selects positions before it calls `head_input`.
+        If an `ilora` adapter is on the head, its factors are r further columns: (R, L or Q, D + r), so that
+        they follow the selection of positions before `head_input`.
         """
         rows = (items, segment_ids, positions)
         if not self.has_factors:
             return self.base.encode(*rows, query_index)
         gate: Any = self.gates[self.active or ""]
         factors = gate.factors(self.expert_weights(*rows))  # (R, L, r)
-        at_queries = factors if query_index is None else take(factors, query_index)  # (R, Q, r)
-        hidden = self.base.encode(*rows, query_index, factors, at_queries)
-        return torch.cat((hidden, at_queries.to(hidden.dtype)), -1) if self.head_is_adapted else hidden
+        query_factors = factors if query_index is None else take(factors, query_index)  # (R, Q, r)
+        hidden = self.base.encode(*rows, query_index, factors, query_factors)
+        return torch.cat((hidden, query_factors.to(hidden.dtype)), -1) if self.head_is_adapted else hidden
 
     def head_input(self, hidden: Tensor) -> Tensor:
-        """Return what is multiplied by `output_weight`, (M, D) or (M, D + r), for states of `encode`."""
+        """Return the left operand of the scores, (M, D) or (M, D + r), for states of `encode`."""
         factors = None
         if self.has_factors and self.head_is_adapted:
             hidden, factors = hidden.tensor_split((self.config.hidden_dim,), -1)  # (M, D), (M, r)
@@ -541,7 +539,7 @@ class AdaptedModel(nn.Module):
 def add_ilora(model: Any, rank: int = 8, experts: int = 4, **settings: Any) -> AdaptedModel:
     """Freeze a Bert4Rec (or the one of a `saving.Recommender`) and put an iLoRA adapter into its layers.
 
-    `experts` divides `rank`; `settings` are further fields of AdapterConfig. The adapter, "ilora", is active:
+    `experts` divides `rank`; `settings` are further fields of AdapterConfig. The adapter "ilora" is active;
     `reclib.fit(dataset, model=adapted)` trains it.
     """
     config = validated(AdapterConfig, {"kind": "ilora", "rank": rank, "num_experts": experts} | settings)

@@ -8,15 +8,15 @@ B starts at zero, so a new adapter changes nothing. The kinds differ in the fact
 
 - `lora` (Hu et al. 2021, arXiv 2106.09685): alpha / r;
 - `rslora` (Kalajdzievski 2023, arXiv 2312.03732): alpha / sqrt(r);
-- `gated`: alpha / r times sigmoid(a), with one learned scalar a a layer. It folds into B: it can represent
-  nothing that `lora` cannot;
+- `gated`: alpha / r times sigmoid(a), with a learned scalar a per layer. It can be merged into B and has no
+  more capacity than `lora`;
 - `ilora` (Kong et al., NeurIPS 2024, arXiv 2408.10159): alpha K / r times the weights g of K experts, each
   repeated r / K times. Expert k has slices A_k and B_k of A and B, of rank r / K each, so that
 
       sum_k g_k B_k A_k x  =  B ((A x) * repeat(g, r / K)),
 
-  at the cost of `lora`. With the uniform g = 1 / K it is `lora`. g differs from position to position: f
-  (..., r) is the argument `factors`, which `Bert4Rec.encode` passes to every adapted layer.
+  at the cost of `lora`. With the uniform g = 1 / K it is `lora`. g depends on the position: f (..., r) is the
+  argument `factors`, which `Bert4Rec.encode` passes to every adapted layer.
 
 Shapes: N positions, r rank, K experts, V rows of a table, D hidden_dim, M target positions.
 """
@@ -42,7 +42,7 @@ class LowRankFactor(nn.Module):
         self.lora_gate = nn.Parameter(torch.zeros(())) if config.kind == "gated" else None
 
     def constant_factor(self) -> float | Tensor:
-        """Return f of a kind that does not look at the instance: a number or ()."""
+        """Return f of a kind that does not depend on the instance: a number or ()."""
         scaling = self.config.scaling
         return scaling if self.lora_gate is None else scaling * self.lora_gate.sigmoid()
 
@@ -72,8 +72,8 @@ class LowRank(LowRankFactor):
 
     def added_to(self, y: Tensor, x: Tensor, factors: Tensor | None, part: slice) -> Tensor:
         """Return y (..., outputs in `part`) plus the adapter's outputs for x (..., in)."""
-        # A copy of B laid out as (r, out): the gradient is then the product of two wide matrices. As (out, r)
-        # it took up to seven times as long on a CPU, and the backward pass through B twice as long.
+        # A copy of B as (r, out), for which the gradient is a product of two wide matrices. As (out, r) it
+        # took up to seven times as long on a CPU, and the backward pass through B twice as long.
         weight = self.lora_B.weight[part].t().contiguous()
         return torch.addmm(y.flatten(0, -2), self.inner(x, factors).flatten(0, -2), weight).view(y.shape)
 
@@ -96,12 +96,12 @@ class LowRankTable(LowRankFactor):
         return y + F.linear(inner, self.lora_embedding_B)
 
     def delta(self, factor: float | Tensor) -> Tensor:
-        """Return what is added to the table (V, D) for a constant factor: a number, () or (r, 1)."""
+        """Return the update of the table (V, D) for a constant factor: a number, () or (r, 1)."""
         return (self.lora_embedding_B @ (self.lora_embedding_A * factor)).t()
 
 
 class AdaptedLayer(nn.Module):
-    """A layer `base` and its adapters by name, of which at most one is active."""
+    """A layer `base` with named adapters, at most one of them active."""
 
     takes_factors = True  # `forward` has the argument `factors`; see `bert4rec.apply_linear`
 
@@ -133,7 +133,7 @@ class AdaptedLinear(AdaptedLayer):
     """A linear layer with adapters."""
 
     def forward(self, x: Tensor, factors: Tensor | None = None, part: slice | None = None) -> Tensor:
-        """Return (..., out) for x (..., in), or the outputs `part` at the cost of those."""
+        """Return (..., out) for x (..., in), or the outputs `part` only."""
         part = part or slice(None)
         y = F.linear(x, self.base.weight[part], self.base.bias[part])
         adapter = self.active_adapter
@@ -155,9 +155,9 @@ class AdaptedEmbedding(AdaptedLayer):
 
 
 class AdaptedTable(AdaptedLayer):
-    """The output table (V, D) with adapters. Others multiply by it, so it has no forward.
+    """The output table (V, D) with adapters. It has no forward: callers multiply by it.
 
-    h W' = h (W + B f A)^T is [h, f A h] times [W, B]^T: the adapter is r more columns of both.
+    h W' = h (W + B f A)^T is [h, f A h] times [W, B]^T: the adapter adds r columns to both.
     """
 
     def __init__(self, table: nn.Parameter) -> None:
@@ -171,7 +171,7 @@ class AdaptedTable(AdaptedLayer):
 
     @property
     def frozen_columns(self) -> int:
-        """How many columns of `widened`, from the first, are frozen: their gradient need not be computed."""
+        """Number of first columns of `widened` that are frozen and need no gradient."""
         return 0 if self.active_adapter is None else self.table.shape[1]
 
     def widened(self) -> Tensor:

@@ -1,18 +1,17 @@
-"""Several processes that train one model, each on its part of every step: data parallelism from outside.
+"""Data parallelism: several processes train one model, each on its part of every step.
 
-Neither the model nor a batch knows of it. Of a step each process computes every n-th micro-batch; then the
-gradients of all are summed, and each process clips and applies them, so that all hold the same bits. The loss
-is a sum over targets divided by the targets of the whole step, which every process knows as it draws the
-whole step: the sum of the gradients is the gradient, however unequal the parts, and a process whose part is
-empty adds zeros.
+Each process computes every n-th micro-batch of a step. The gradients are then summed over processes, and each
+process clips and applies them, so that all have the same bits. The loss is a sum over targets divided by the
+targets of the whole step, which every process draws. Gradients therefore add up for unequal parts as well; a
+process without micro-batches adds zeros.
 
-Why not `DistributedDataParallel`: it averages over equal parts, wants the loss inside `forward`, and sums
-from hooks on autograd's accumulation, which gradients that lie in sinks never pass. What sums after the
-backward pass cost is overlap: on GPUs a step is longer by 2 (n - 1) / n times 4 bytes for each trained
-parameter, over the link's rate. Tables are summed dense: with full cross-entropy every row has a gradient.
+`DistributedDataParallel` is not used: it averages over equal parts, needs the loss inside `forward`, and sums
+in hooks on autograd's accumulation, which gradient sinks bypass. Summing after the backward pass has no
+overlap: on GPUs a step is longer by 2 (n - 1) / n times 4 bytes for each trained parameter, over the link's
+rate. Tables are summed densely: with full cross-entropy every row has a gradient.
 
-Processes are started by torchrun, or by `launch` with torchrun's own engine; `apart` starts such a command
-from a notebook, whose kernel never joins other processes. Whoever starts processes ends them.
+Processes are started by torchrun, or by `launch` with torchrun's engine; `apart` runs the command from a
+notebook. A parent ends the processes that it started.
 """
 
 from __future__ import annotations
@@ -39,30 +38,30 @@ from torch import Tensor
 
 from reclib import hardware, system
 from reclib.config import InputError, TrainConfig
-from reclib.data.dataset import Evaluation, Histories
+from reclib.data.dataset import Evaluation
 from reclib.evaluate.metrics import Ranking
 from reclib.model.bert4rec import SequenceModel, Sink
 
-ALONE_BYTES = 2**20  # a gradient from this size on is summed where it lies, smaller ones in one buffer
+ALONE_BYTES = 2**20  # gradients of at least this size are summed in place, smaller ones in one buffer
 
 
 class LostContact(InputError):
-    """Another process of the run is gone: what ended it is reported by the one that started both."""
+    """Another process of the run has ended; the parent process reports the reason."""
 
 
 class Placement(NamedTuple):
-    """How the processes of a run are joined, and what each may use."""
+    """The communication backend of a run, and the CPU threads of each process."""
 
     backend: str  # nccl or gloo
     threads: int  # CPU threads of each
 
 
 def placement(processes: int, label: str, gpus: int, threads: int) -> Placement:
-    """Decide on `processes` of one machine with `gpus` visible GPUs and `threads` CPU threads for all.
+    """Place `processes` on a machine with `gpus` visible GPUs and `threads` CPU threads.
 
-    `label` is cpu, cpu1 or cpu2, or anything else for GPUs. There each process has one of its own, and they
-    are joined by NCCL; on a CPU they divide the threads and are joined by gloo. Raises `InputError` for more
-    processes than GPUs, and for more than the threads that a label states.
+    `label` is cpu, cpu1 or cpu2, or anything else for GPUs. Each process on GPUs has its own, with NCCL; on a
+    CPU the processes divide the threads, with gloo. Raises `InputError` for more processes than GPUs, or than
+    threads of the label.
     """
     on_cpu, stated = label.startswith("cpu"), hardware.CPU_THREADS.get(label)
     if processes < 1:
@@ -75,7 +74,7 @@ def placement(processes: int, label: str, gpus: int, threads: int) -> Placement:
 
 
 def place(processes: int, claimed: str) -> Placement:
-    """Place `processes` on this machine for a gpu label; raise `InputError` where they have no place."""
+    """Place `processes` on this machine for a gpu label; raise `InputError` if they do not fit."""
     on_cpu = claimed.startswith("cpu") or not torch.cuda.is_available()
     threads = hardware.CPU_THREADS.get(claimed, torch.get_num_threads())
     label = claimed if claimed.startswith("cpu") else "cpu" if on_cpu else "gpu"
@@ -89,33 +88,24 @@ def in_run() -> bool:
 
 @contextlib.contextmanager
 def joined(claimed: str) -> Iterator[None]:
-    """Join the processes that torchrun started for the gpu label `claimed`; alone, do nothing."""
+    """Join the process group of torchrun for the gpu label `claimed`; do nothing in a single process."""
     if not in_run():
         yield
         return
     backend, device = place(int(os.environ["LOCAL_WORLD_SIZE"]), claimed).backend, None
-    if backend == "nccl":  # before anything looks at a device: the first look takes memory of it
+    if backend == "nccl":  # before any use of CUDA, which would allocate memory on another device
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     with _reached():
-        dist.init_process_group(backend, device_id=device)  # NCCL else guesses it by the global rank
+        dist.init_process_group(backend, device_id=device)  # by default NCCL derives it from the global rank
     yield
-    dist.destroy_process_group()  # after an error the process ends without waiting for the others
+    dist.destroy_process_group()  # not after an error, which ends the process without waiting
 
 
 def divide_threads(label: str) -> None:
-    """Take this process's part of the CPU threads of a label that states them (cpu1, cpu2)."""
+    """Set the CPU threads of this process for a label with a number of threads (cpu1, cpu2)."""
     if in_run() and label in hardware.CPU_THREADS:
         torch.set_num_threads(place(int(os.environ["LOCAL_WORLD_SIZE"]), label).threads)
-
-
-def refuse_other_count(there: int, here: int, folder: Path) -> None:
-    """Raise `InputError` where an unfinished run would go on with another number of processes."""
-    if there != here:
-        raise InputError(
-            f"the run in {folder.name} was begun with nproc={there}, and here nproc is {here}: go on with "
-            f"nproc={there}, or start anew in another folder"
-        )
 
 
 @contextlib.contextmanager
@@ -131,7 +121,7 @@ def _reached() -> Iterator[None]:
 
 
 def ranks() -> Ranks:
-    """Return which of how many processes this is."""
+    """Return the rank of this process and the number of processes."""
     if dist.is_available() and dist.is_initialized():
         return Ranks(dist.get_rank(), dist.get_world_size(), dist.get_backend())
     return Ranks()
@@ -139,7 +129,7 @@ def ranks() -> Ranks:
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which process this is of those that train together; alone, its methods do nothing."""
+    """The rank of this process among data-parallel processes; in a single process, methods do nothing."""
 
     rank: int = 0
     count: int = 1
@@ -147,16 +137,16 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this process is the one that writes files and shows progress."""
+        """Whether this process writes files and shows progress."""
         return self.rank == 0
 
     @property
     def where(self) -> torch.device:
-        """Device of what is exchanged."""
+        """Device of exchanged tensors."""
         return torch.device("cuda" if self.backend == "nccl" else "cpu")
 
     def start(self, model: SequenceModel, config: TrainConfig) -> None:
-        """Give every process the first one's weights; refuse a batch that cannot be divided."""
+        """Broadcast the weights of the first process; raise `InputError` for an indivisible batch."""
         if config.batch_size % self.count:
             raise InputError(
                 f"batch_size={config.batch_size} is divided among {self.count} processes: "
@@ -182,7 +172,7 @@ class Ranks:
             )
 
     def seed_step(self, seed: int, step: int) -> None:
-        """Seed dropout from (seed, step, process): a checkpoint needs nothing of the others."""
+        """Seed dropout from (seed, step, rank): checkpoints need no random state of other processes."""
         if self.count > 1:
             high, low = np.random.SeedSequence((seed, step, self.rank)).generate_state(2)
             torch.manual_seed(int(high) << 32 | int(low))
@@ -196,22 +186,22 @@ class Ranks:
     ) -> None:
         """Sum over all processes, in place, the gradients of a step and its loss ().
 
-        `used`, filled at the first call, says which parameters get a gradient in any process: the others
-        keep None, so that the optimiser passes them over as it does in one process.
+        `used`, filled at the first call, marks the parameters with a gradient in any process; the others keep
+        None, so that the optimiser skips them as in a single process.
         """
         if self.count == 1:
             return
         with _reached():
             if not used:
-                has = [parameter.grad is not None for parameter in parameters]
-                anywhere = torch.tensor(has, dtype=torch.int64, device=self.where)
+                has_grad = [parameter.grad is not None for parameter in parameters]
+                anywhere = torch.tensor(has_grad, dtype=torch.int64, device=self.where)
                 dist.all_reduce(anywhere, dist.ReduceOp.MAX)
                 used.extend(anywhere.bool().tolist())
             grads = []
-            for parameter, wanted in zip(parameters, used, strict=True):
-                if not wanted:
+            for parameter, is_used in zip(parameters, used, strict=True):
+                if not is_used:
                     continue
-                if parameter.grad is None:  # this process had nothing to do
+                if parameter.grad is None:  # this process had no micro-batch
                     parameter.grad = torch.zeros_like(parameter)
                 if parameter in sinks:
                     sinks[parameter].mix()
@@ -226,53 +216,52 @@ class Ranks:
             grad.copy_(part.view_as(grad))
 
     def ranking(self, part: Evaluation, rank: Callable[[Evaluation], Ranking]) -> Ranking:
-        """Rank this process's users of `part` by `rank`, and return the ranking of all users."""
+        """Rank this process's share of the users of `part`, and return the ranking of all users."""
         if self.count == 1:
             return rank(part)
         users = np.arange(self.rank, len(part.targets), self.count)
-        ranked = users if len(users) else np.zeros(1, dtype=np.int64)  # somebody's, and thrown away
-        items, starts, ends = part.histories
-        own = rank(Evaluation(Histories(items, starts[ranked], ends[ranked]), part.targets[ranked]))
+        ranked = users if len(users) else np.zeros(1, dtype=np.int64)  # a user whose result is discarded
+        local = rank(part.rows(ranked))
 
-        def whole(values: np.ndarray) -> np.ndarray:
-            every = np.zeros((len(part.targets), *values.shape[1:]), dtype=values.dtype)
-            every[users] = values[: len(users)]
-            moved = torch.from_numpy(every).to(self.where)
+        def gathered(values: np.ndarray) -> np.ndarray:
+            full = np.zeros((len(part.targets), *values.shape[1:]), dtype=values.dtype)
+            full[users] = values[: len(users)]
+            moved = torch.from_numpy(full).to(self.where)
             with _reached():
-                dist.all_reduce(moved)  # zeros everywhere but where a user was ranked
+                dist.all_reduce(moved)  # zero for users of other processes
             return moved.cpu().numpy()
 
-        top, losses = (None if values is None else whole(values) for values in own[1:])
-        return Ranking(whole(own.ranks), top, losses)
+        top, losses = (None if values is None else gathered(values) for values in local[1:])
+        return Ranking(gathered(local.ranks), top, losses)
 
     def of_first(self, row: dict[str, float]) -> dict[str, float]:
-        """Return the first process's values: what is decided by them is decided alike."""
+        """Return the values of the first process, so that all processes take the same decisions."""
         if self.count == 1:
             return row
         values = torch.tensor([float(v) for v in row.values()], dtype=torch.float64, device=self.where)
         with _reached():
             dist.broadcast(values, 0)
-        return {key: type(old)(new) for (key, old), new in zip(row.items(), values.tolist(), strict=True)}
+        return {key: type(row[key])(value) for key, value in zip(row, values.tolist(), strict=True)}
 
 
-# -- starting processes, and how they ended ------------------------------------------------------------------
+# -- starting processes, and their failures ------------------------------------------------------------------
 
-_RUN = "reclib-"  # how the id of a run begins that `launch` started
-_LOST = "lost-contact: "  # how the message of a process begins that failed because another one did
+_RUN = "reclib-"  # prefix of the run ids of `launch`
+_LOST = "lost-contact: "  # prefix of the error message of a process that lost contact
 
 
 class Failure(NamedTuple):
-    """How one process of a run ended."""
+    """The failure of one process of a run."""
 
     rank: int
-    code: int  # its exit code, or minus the signal that ended it
-    message: str  # what it left, or ""
+    code: int  # exit code, or minus the signal
+    message: str  # its error message, or ""
 
 
 def launch(arguments: Sequence[str], processes: int, claimed: str) -> int:
-    """Run `python -m reclib fit ARGUMENTS` in several processes; return an exit code, 0 if all got through.
+    """Run `python -m reclib fit ARGUMENTS` in several processes; return an exit code, 0 on success.
 
-    What ended them otherwise is one line on standard error.
+    The cause of a failure is printed as one line on standard error.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -294,7 +283,7 @@ def launch(arguments: Sequence[str], processes: int, claimed: str) -> int:
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=logs),
         )
-        # Lines begin anew below: a process that was killed leaves its progress bar without an end.
+        # Messages start with a line break: a killed process leaves its progress bar without one.
         try:
             elastic_launch(config, sys.executable)("-m", "reclib", "fit", *arguments)
         except ChildFailedError as error:
@@ -313,10 +302,10 @@ def launch(arguments: Sequence[str], processes: int, claimed: str) -> int:
 
 
 def cause_of(failures: Sequence[Failure], processes: int, kills: int = 0) -> str:
-    """Return one line on what ended a run of `processes`.
+    """Return one line on the cause of a failed run of `processes`.
 
-    A signal comes before an error, and an error before what it caused elsewhere: SIGTERM, by which the others
-    are ended, and the loss of contact. `kills` is how many processes the system killed for memory meanwhile.
+    Signals precede errors, and both precede their consequences in other processes: SIGTERM and lost contact.
+    `kills` is the number of processes that the system killed for memory during the run.
     """
 
     def order(failure: Failure) -> tuple[int, int]:
@@ -325,31 +314,31 @@ def cause_of(failures: Sequence[Failure], processes: int, kills: int = 0) -> str
         return (3 if failure.message.startswith(_LOST) else 1), failure.rank
 
     first = min(failures, key=order)
-    who = f"rank {first.rank} of {processes}"
+    process = f"rank {first.rank} of {processes}"
     if first.code < 0 or not first.message:
-        return system.of_death(first.code, kills, who)
-    return f"{who}: {first.message.removeprefix(_LOST)}"
+        return system.of_death(first.code, kills, process)
+    return f"{process}: {first.message.removeprefix(_LOST)}"
 
 
 def report(error: InputError) -> None:
-    """Print an error or, in one of several processes, leave it where torchrun's engine looks for it."""
-    who = ""
+    """Print an error; in one of several processes, write it to torchrun's error file."""
+    process = ""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         message = (_LOST if isinstance(error, LostContact) else "") + str(error)
         with contextlib.suppress(OSError):
             Path(file).write_text(json.dumps({"message": message, "timestamp": str(int(time.time()))}))
         if os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(_RUN):
-            return  # `launch` prints it, once for all
-        who = f"rank {os.environ.get('RANK')}: "
-    print(f"error: {who}{error}", file=sys.stderr)
+            return  # `launch` prints it once for all processes
+        process = f"rank {os.environ.get('RANK')}: "
+    print(f"error: {process}{error}", file=sys.stderr)
 
 
 def leave(code: int) -> int:
-    """Return the exit code of a process that trains alone; end one of several processes at once.
+    """Return the exit code of a single process; exit at once from one of several processes.
 
-    An orderly end of a failed process may wait for processes that are gone. An orderly end of a finished one
-    lets Python unload gloo while a thread of it still runs, which now and then aborts the process ("terminate
-    called without an active exception"). What is on disk is whole by then.
+    A normal exit of a failed process may wait for processes that have ended. A normal exit of a finished one
+    may abort, since Python unloads gloo while one of its threads runs ("terminate called without an active
+    exception"). All files are complete by then.
     """
     if in_run():
         sys.stdout.flush()
@@ -361,8 +350,8 @@ def leave(code: int) -> int:
 def apart(arguments: Sequence[str], processes: int) -> None:
     """Run `python -m reclib fit --nproc PROCESSES ARGUMENTS` and wait for it.
 
-    Raises `InputError` with the line in which it said why it failed. Interrupted, it interrupts the command
-    and waits until that has ended its processes.
+    Raises `InputError` with the last line of its errors. An interrupt is passed on to the command, which ends
+    its processes.
     """
     command = [sys.executable, "-m", "reclib", "fit", "--nproc", str(processes), *arguments]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}

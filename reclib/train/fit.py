@@ -1,9 +1,9 @@
-"""A whole training run: the loop, evaluation on validation, early stop, checkpoints, the best weights.
+"""A training run: the loop, evaluation on validation, early stopping, checkpoints, the best weights.
 
-`fit` trains a new model and `fine_tune` a given one. Both build a `Trainer` and call `_run`: resume, train
-(`_train`), load the best weights. All choices are made on validation; the caller scores the test split.
+`fit` trains a new model and `fine_tune` an existing one. Both build a `Trainer` and call `_run`: resume,
+train (`_train`), load the best weights. All choices are made on validation; the caller scores the test split.
 
-Below them: run files and the command line, then curves and the trackers that show them.
+Further below are run files, the command line, and trackers of training curves.
 """
 
 from __future__ import annotations
@@ -57,16 +57,16 @@ from reclib.train import distributed, saving
 from reclib.train.saving import Recommender, load_unique, refuse_other, unique_tensors
 from reclib.train.trainer import CHECK_EVERY, M, StepStats, Trainer
 
-PRIOR_WEIGHTS = (1.0, 1.5, 2.0, 3.0, 4.0)  # times the learned scale of a prior
+PRIOR_WEIGHTS = (1.0, 1.5, 2.0, 3.0, 4.0)  # candidates for a factor of the learned scale of a prior
 
 SELECT = "ndcg@10"  # the metric on validation by which the best epoch is chosen
 
 
 @dataclass
 class Options:
-    """How a run is watched; nothing here changes its result."""
+    """Options for monitoring a run; training steps do not depend on them."""
 
-    remove_seen: bool = True  # leave what a user has had out of the ranking on validation
+    remove_seen: bool = True  # exclude seen items from the ranking on validation
     progress_bar: bool = False
     on_step: Callable[[StepStats], None] | None = None
     on_evaluation: Callable[[dict[str, float]], None] | None = None
@@ -83,18 +83,19 @@ def fit(
 ) -> Trainer[Bert4Rec]:
     """Train a new model and return its trainer, with the weights that were best on validation.
 
-    `split` None is leave-one-out. With a `folder` the run is checkpointed there and goes on there. Raises
-    `InputError` where it would not fit or diverges, or a checkpoint is damaged or of another run.
+    `split` None is leave-one-out. With a `folder` the run writes checkpoints there and resumes from them.
+    Raises `InputError` if it does not fit into memory or diverges, and for a checkpoint that is damaged or of
+    another run.
     """
     split = _demand_targets(split or leave_one_out(dataset))
     demand_room(model, config, split.train, device, None, distributed.ranks().count)
     torch.manual_seed(config.seed)  # weights and dropout; batches have generators of their own
-    new = Bert4Rec(model)
+    network = Bert4Rec(model)
     if config.prior == "counts":
         before = None if folder is None else saving.latest(folder)
         saved = {} if before is None else saving.prior_tensors(saving.load_checkpoint(before)[0], "model.")
-        new.prior = CountPrior(saved) if saved else CountPrior.chosen(split, model.num_items)
-    trainer = Trainer(new, split.train, config, device, data_identity(dataset, split))
+        network.prior = CountPrior(saved) if saved else CountPrior.chosen(split, model.num_items)
+    trainer = Trainer(network, split.train, config, device, data_identity(dataset, split))
     return _run(trainer, split.valid, folder, options or Options())
 
 
@@ -107,10 +108,10 @@ def fine_tune(
     options: Options | None = None,
     split: Split | None = None,
 ) -> Trainer[M]:
-    """Train a given model further: whole, in part, or its active adapter. Otherwise as `fit`.
+    """Train an existing model further: all or some weights, or its active adapter. Otherwise as `fit`.
 
-    Parameters that require a gradient are trained, and only they are in checkpoints: of an adapted model the
-    adapter and its gate. A checkpoint fits only the weights and the adapter settings that the run began with.
+    Parameters that require a gradient are trained and written to checkpoints: for an adapted model, the
+    adapter and its gate. A run can be resumed only from the same initial weights and adapter settings.
     """
     origin = model.origin()
     torch.manual_seed(config.seed)
@@ -120,7 +121,7 @@ def fine_tune(
 
 
 def _demand_targets(split: Split) -> Split:
-    """Return the split; raise `InputError` where it has nothing to choose the best epoch on."""
+    """Return the split; raise `InputError` if it has no validation targets."""
     if not len(split.valid.targets):
         raise InputError(
             f"the split ({split.name}) leaves no validation targets: leave-one-out needs a user with three "
@@ -130,7 +131,7 @@ def _demand_targets(split: Split) -> Split:
 
 
 def data_identity(dataset: Dataset, split: Split) -> str:
-    """Return what identifies the data of a run: the dataset, and how it is split unless by leave-one-out."""
+    """Return an identifier of the data of a run: the dataset and, unless leave-one-out, the split."""
     if split.name == "leave-one-out":
         return dataset.fingerprint
     rule = hashlib.sha256(json.dumps(split.about, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -140,7 +141,7 @@ def data_identity(dataset: Dataset, split: Split) -> str:
 def rank_targets(
     trainer: Trainer, part: Evaluation, remove_seen: bool, top_k: int = 0, with_losses: bool = False
 ) -> metrics.Ranking:
-    """Rank the targets of `part` with the trainer's model, in its precision, each process its users."""
+    """Rank the targets of `part` with the trainer's model in its precision, users divided over processes."""
 
     def rank(part: Evaluation) -> metrics.Ranking:
         with trainer.autocast():
@@ -158,7 +159,7 @@ def _run(trainer: Trainer[M], valid: Evaluation, folder: Path | None, options: O
     best: dict[str, Tensor] = {}
     if not trainer.progress.done:
         best = _train(trainer, valid, folder, options)
-    if not best and folder is not None:  # they were found before the run was interrupted
+    if not best and folder is not None:  # the best weights are from before the run was interrupted
         best, state = saving.load_checkpoint(folder / "best")
         with saving.whole_checkpoint(folder / "best"):
             refuse_other(state["identity"], trainer.identity(), folder)
@@ -169,9 +170,9 @@ def _run(trainer: Trainer[M], valid: Evaluation, folder: Path | None, options: O
 
 
 def _weigh_prior(trainer: Trainer, valid: Evaluation, remove_seen: bool) -> None:
-    """Multiply the scale of the model's prior by what ranks validation best.
+    """Multiply the scale of the model's prior by the factor that ranks validation best.
 
-    Training sets it for the likelihood of all positions, which is less than what ranks best.
+    Training maximises the likelihood of all positions, which gives a smaller scale.
     """
     scale = trainer.model.prior.scale
     learned = float(scale.detach())
@@ -195,9 +196,9 @@ def fit_recommender(
 ) -> Recommender:
     """Train on a prepared dataset and return a model that recommends: `fit(dataset, "small", epochs=20)`.
 
-    Trains a new model of a named `size`, or `model` further, of an adapted one the active adapter alone.
-    `settings` are fields of TrainConfig and, for a new model, of ModelConfig. With a `folder` a killed run
-    goes on, and `load(folder)` opens the trained model later; for an adapter see `saving.save_adapter`.
+    Trains a new model of a named `size`, or `model` further (the active adapter of an adapted model).
+    `settings` are fields of TrainConfig and, for a new model, of ModelConfig. With a `folder` a killed run is
+    resumed, and `load(folder)` loads the trained model; for an adapter see `saving.save_adapter`.
     """
     shape, train = divided(settings)
     device, place = resolve(gpu), None if folder is None else Path(folder)
@@ -213,7 +214,7 @@ def fit_recommender(
     if place is not None and isinstance(trainer.model, Bert4Rec):
         keep(trainer, dataset, place)
     trainer.model.eval()
-    return Recommender.of(trainer.model, dataset, best_of(trainer))
+    return Recommender.from_dataset(trainer.model, dataset, best_of(trainer))
 
 
 def best_of(trainer: Trainer) -> dict[str, Any]:
@@ -229,7 +230,7 @@ def keep(trainer: Trainer, dataset: Dataset, folder: Path) -> Path:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the run in a folder got through, as far as its newest checkpoint says."""
+    """Whether the run in a folder is finished, according to its newest checkpoint."""
     newest = saving.latest(folder)
     if newest is None:
         return False
@@ -240,26 +241,26 @@ def is_finished(folder: Path) -> bool:
 
 
 def _train(trainer: Trainer, valid: Evaluation, folder: Path | None, options: Options) -> dict[str, Tensor]:
-    """Train to the end or the early stop; return the best weights found in this call, if any.
+    """Train to the end or an early stop; return the best weights of this call, if any.
 
-    Of several processes the first one writes files and shows progress. All decide by its validation row.
+    The first process writes files and shows progress. All processes decide by its validation row.
     """
     progress, config = trainer.progress, trainer.config
     folder = folder if trainer.ranks.first else None
     best: dict[str, Tensor] = {}
-    saved_at = time.monotonic()
-    pending: list[StepStats] = []  # their losses are read late, since reading waits for the device
-    shown = options.progress_bar and trainer.ranks.first
+    last_save = time.monotonic()
+    pending: list[StepStats] = []  # losses not read yet, since reading waits for the device
+    visible = options.progress_bar and trainer.ranks.first
     with tqdm(
         total=trainer.total_steps,
         initial=progress.step,
         unit="step",
         mininterval=1,
         leave=False,
-        disable=not shown,
+        disable=not visible,
     ) as bar:
-        # Evaluate and save at the end of an epoch, and save in between as well if that takes long. The order
-        # matters for resuming: best weights first, then the checkpoint whose progress names them.
+        # Evaluate and save at the end of an epoch, and save in between if epochs take long. For resuming, the
+        # best weights must be saved before the checkpoint whose progress refers to them.
         for stats in trainer.steps():
             bar.update()
             pending.append(stats)
@@ -282,10 +283,10 @@ def _train(trainer: Trainer, valid: Evaluation, folder: Path | None, options: Op
                     progress.stale_evaluations += 1
                 progress.done = last or 0 < config.patience <= progress.stale_evaluations
                 bar.set_postfix(loss=f"{row['train_loss']:.3f}", ndcg10=f"{row[SELECT]:.4f}")
-            if folder is not None and (due or time.monotonic() - saved_at >= config.checkpoint_seconds):
+            if folder is not None and (due or time.monotonic() - last_save >= config.checkpoint_seconds):
                 _absorb(trainer, pending)
                 trainer.save(folder)
-                saved_at = time.monotonic()
+                last_save = time.monotonic()
             if progress.done:
                 break
     return best
@@ -294,7 +295,7 @@ def _train(trainer: Trainer, valid: Evaluation, folder: Path | None, options: Op
 def _absorb(trainer: Trainer, pending: list[StepStats]) -> None:
     """Add the losses of `pending` steps to the run's sums, and clear the list.
 
-    On CUDA the loop checks a loss only now and then. Here every loss is checked before anything is saved.
+    Every loss is checked here before anything is saved; on CUDA the loop checks every `CHECK_EVERY`-th one.
     """
     for stats in pending:
         if stats.skipped:
@@ -332,38 +333,38 @@ def _evaluate(
     progress.history.append(row)
     if options.on_evaluation is not None:
         options.on_evaluation(row)
-    system.report_progress(_how_far(trainer, row))
+    system.report_progress(_progress_line(trainer, row))
     return row
 
 
-def _how_far(trainer: Trainer, row: Mapping[str, float]) -> str:
-    """Return how far a run is in one line: its epoch, validation, and how long the rest of it takes."""
+def _progress_line(trainer: Trainer, row: Mapping[str, float]) -> str:
+    """Return the progress of a run in one line: its epoch, validation, and remaining time."""
     name = "causal twin" if trainer.config.objective == "next_item" else "BERT4Rec"
     spent = row["train_seconds"] + sum(past["eval_seconds"] for past in trainer.progress.history)
     minutes, seconds = divmod(round(spent * (trainer.total_steps / row["step"] - 1)), 60)
     epochs = trainer.total_steps / trainer.steps_per_epoch
-    shown = f"epoch {row['epoch']:.0f}/{epochs:.0f}  NDCG@10 {row[SELECT]:.3f}  {minutes}:{seconds:02} left"
-    return f"{name}  {shown}"
+    text = f"epoch {row['epoch']:.0f}/{epochs:.0f}  NDCG@10 {row[SELECT]:.3f}  {minutes}:{seconds:02} left"
+    return f"{name}  {text}"
 
 
 # -- run files and the command line --------------------------------------------------------------------------
 #
-# A run file is a training run as JSON: what a notebook gives to processes that it starts. It names only the
-# rule of the split; `identity` says what data must come out of it.
+# A run file is a training run as JSON, which a notebook passes to processes. It has the name of the split;
+# `identity` identifies the resulting data.
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What is to be trained, on what."""
+    """The configuration of a training run: data, training and model."""
 
     data: DataConfig
     train: TrainConfig
-    size: str | None  # a name of config.SIZES; None: the shape states all
-    shape: dict[str, Any]  # fields of ModelConfig, in place of the size's
-    split: str = "leave-one-out"  # a name of SPLITS
-    identity: str | None = None  # what the data of the run must be; None: whatever they are
-    group: str = "fit"  # under which a tracker shows it
-    title: str | None = None  # and as what; None: as the folder's name
+    size: str | None  # a name of config.SIZES; None: the shape has all fields
+    shape: dict[str, Any]  # fields of ModelConfig that override those of the size
+    split: str = "leave-one-out"  # a name of SPLIT_TITLES
+    identity: str | None = None  # required `data_identity`; None: any
+    group: str = "fit"  # in a tracker
+    title: str | None = None  # in a tracker; None: the folder's name
 
     def __post_init__(self) -> None:
         if self.split not in SPLIT_TITLES:
@@ -371,7 +372,7 @@ class Setup:
         self.model(1)
 
     def model(self, num_items: int) -> ModelConfig:
-        """Return the model for a catalogue of `num_items`, unless the shape states another."""
+        """Return the model for a catalogue of `num_items`, which the shape may override."""
         if self.size is None:
             return validated(ModelConfig, self.shape)
         causal = self.train.objective == "next_item"
@@ -381,23 +382,23 @@ class Setup:
 def of_options(dataset: str, size: str, values: Mapping[str, Any]) -> Setup:
     """Return the setup of the command line: fields of TrainConfig, and `model.<field of ModelConfig>`."""
     train = {name: value for name, value in values.items() if "." not in name}
-    own = {name: value for name, value in values.items() if name.startswith("model.")}
-    if strange := [name for name in values if "." in name and name not in own]:
+    shape_values = {name: value for name, value in values.items() if name.startswith("model.")}
+    if strange := [name for name in values if "." in name and name not in shape_values]:
         raise InputError(
             f"unknown parameter {strange[0]!r}: expected a field of TrainConfig or model.<field>"
         )
-    shape = {name.removeprefix("model."): value for name, value in own.items()}
+    shape = {name.removeprefix("model."): value for name, value in shape_values.items()}
     config = validated(TrainConfig, respelt(TrainConfig, train))
     return Setup(validated(DataConfig, {"dataset": dataset}), config, size, respelt(ModelConfig, shape))
 
 
 def write_setup(file: Path, setup: Setup) -> None:
-    """Write a setup in place of one that is there."""
+    """Write or replace the file of a setup."""
     system.write_json(file, asdict(setup))
 
 
 def read_setup(file: Path) -> Setup:
-    """Return the setup of a file; raise `InputError` that names the file unless it is one."""
+    """Return the setup of a file; raise `InputError` with its name if it is not valid."""
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
         data, train = validated(DataConfig, document["data"]), validated(TrainConfig, document["train"])
@@ -409,9 +410,9 @@ def read_setup(file: Path) -> Setup:
 
 
 def fit_setup(setup: Setup, claimed: str, folder: Path, kind: str = "none") -> Trainer:
-    """Train what a setup says on the device of a gpu label, beside other processes or alone; see `fit`.
+    """Train a setup on the device of a gpu label, in one or several processes; see `fit`.
 
-    `kind` is the tracker that gets the curves, of several processes from the first one.
+    `kind` is the tracker for the curves of the first process.
     """
     device = resolve(claimed)
     distributed.divide_threads(device.label)
@@ -420,9 +421,9 @@ def fit_setup(setup: Setup, claimed: str, folder: Path, kind: str = "none") -> T
     model, identity = setup.model(dataset.num_items), data_identity(dataset, split)
     if setup.identity not in (None, identity):
         raise InputError(f"the data of the run are {identity}, not {setup.identity}")
-    about = {"model": as_dict(model), "train": asdict(setup.train)}
+    settings = {"model": as_dict(model), "train": asdict(setup.train)}
     first = distributed.ranks().first
-    with start_tracker(kind if first else "none", setup.group, setup.title or folder.name, about) as track:
+    with start_tracker(kind if first else "none", setup.group, setup.title or folder.name, settings) as track:
         curves = Curves(track, device)
         options = Options(True, sys.stderr.isatty(), curves.step, curves.evaluation)
         if not first:
@@ -434,8 +435,8 @@ def fit_main(argv: list[str] | None = None) -> int:
     """Train from the command line; print validation's best as one JSON line."""
     system.hold()
     arguments = sys.argv[1:] if argv is None else argv
-    about = "Train one model; the same command goes on where a killed run was."
-    parser = Parser(prog="python -m reclib fit", description=about)
+    description = "Train one model; the same command goes on where a killed run was."
+    parser = Parser(prog="python -m reclib fit", description=description)
     trackers, field = ", ".join(TRACKERS), "a field of TrainConfig, or model.<field of ModelConfig>"
     parser.add_argument("--dataset", default="ml-100k", help="ml-100k, synthetic or a file (ml-100k)")
     parser.add_argument("--size", default="tiny", help=f"one of {SIZE_NAMES} (tiny)")
@@ -445,45 +446,47 @@ def fit_main(argv: list[str] | None = None) -> int:
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help=field)
     parser.add_argument("--run", type=Path, help="a run file of a notebook, instead of dataset, size and -p")
     parser.add_argument("--nproc", type=int, default=1, help="processes here that train together (1)")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        values = {name: typed(value) for name, value in given.p}
-        setup = read_setup(given.run) if given.run else of_options(given.dataset, given.size, values)
-        if given.nproc != 1 and not distributed.in_run():
-            distributed.place(given.nproc, given.gpu)
+        values = {name: typed(value) for name, value in options.p}
+        setup = read_setup(options.run) if options.run else of_options(options.dataset, options.size, values)
+        if options.nproc != 1 and not distributed.in_run():
+            distributed.place(options.nproc, options.gpu)
             prepare(setup.data)  # once, and its errors are printed once
-            return distributed.launch(arguments, given.nproc, given.gpu)
-        with distributed.joined(given.gpu):
-            trainer = fit_setup(setup, given.gpu, given.out, given.tracker)
+            return distributed.launch(arguments, options.nproc, options.gpu)
+        with distributed.joined(options.gpu):
+            trainer = fit_setup(setup, options.gpu, options.out, options.tracker)
     except InputError as error:
         distributed.report(error)
         return distributed.leave(2)
     except KeyboardInterrupt:
-        if not distributed.in_run():  # otherwise printed once, by the process that started this one
+        if not distributed.in_run():  # otherwise printed by the parent process
             print(f"interrupted; {system.AGAIN}", file=sys.stderr)
         return distributed.leave(128 + signal.SIGINT)
     if trainer.ranks.first:
         print(json.dumps(best_of(trainer)))
-        if given.run is None:
+        if options.run is None:
             dataset = prepare(setup.data)
-            keep(trainer, dataset, given.out)
+            keep(trainer, dataset, options.out)
             items = " ".join(shlex.quote(str(key)) for key in dataset.item_keys[1:4])
-            print(f"next: python -m reclib recommend {shlex.quote(str(given.out))} {items}", file=sys.stderr)
+            print(
+                f"next: python -m reclib recommend {shlex.quote(str(options.out))} {items}", file=sys.stderr
+            )
     return distributed.leave(0)
 
 
 # -- curves and trackers -------------------------------------------------------------------------------------
 #
-# Weights & Biases or TensorBoard; records do not depend on them. Off by default and in tests. Files lie under
-# `runs/`, which git ignores, and name no host, user or command line.
+# Weights & Biases or TensorBoard, off by default; records do not depend on them. Files are under `runs/`,
+# which git ignores, and contain no host, user or command line.
 
 TRACKERS = ("none", "wandb-offline", "wandb-online", "tensorboard")
-_WANDB_MODES = ("disabled", "offline", "online")  # of its own variable, WANDB_MODE
-_RUN = ("epoch", "tokens", "train_seconds", "eval_seconds")  # of a row of the history, what is no metric
+_WANDB_MODES = ("disabled", "offline", "online")  # of the variable WANDB_MODE
+_RUN = ("epoch", "tokens", "train_seconds", "eval_seconds")  # columns of the history that are no metrics
 
 
 class Tracker:
-    """What a training run logs to. This one forgets all."""
+    """Receives the curves of a training run. This base class ignores them."""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Log named numbers at an optimiser step; steps do not go backwards."""
@@ -496,7 +499,7 @@ class Wandb(Tracker):
     """A run of Weights & Biases: one folder under `runs/wandb`, which `wandb sync` uploads later."""
 
     def __init__(self, mode: str, group: str, name: str, config: Mapping[str, Any]) -> None:
-        os.environ.setdefault("WANDB_SILENT", "true")  # else banners with run ids and paths
+        os.environ.setdefault("WANDB_SILENT", "true")  # no banners with run ids and paths
         import wandb
 
         if mode == "online":
@@ -511,7 +514,7 @@ class Wandb(Tracker):
                 )
         system.runs().mkdir(parents=True, exist_ok=True)  # wandb makes a folder `wandb` in it
         quiet: dict[str, Any] = {"silent": True, "console": "off", "disable_code": True, "disable_git": True}
-        # Host, user and command line, of the metadata and of the run itself.
+        # Hide host, user and command line.
         quiet |= {"x_disable_meta": True, "host": "hidden", "username": "hidden"}
         self._run = wandb.init(
             project="reclib",
@@ -529,15 +532,15 @@ class Wandb(Tracker):
         self._run.log(dict(values), step=step)
 
     def close(self, failed: bool) -> None:
-        """Finish the run; one that failed is marked so."""
+        """Finish the run and mark a failed one."""
         self._run.finish(exit_code=1 if failed else 0)
 
 
 class TensorBoard(Tracker):
-    """A file of events under `runs/tensorboard/<group>/<name>`, made when there is something to write.
+    """A file of events under `runs/tensorboard/<group>/<name>`, created on the first write.
 
-    A run that goes on from a checkpoint writes a further file into the same folder, in whose first event
-    TensorBoard reads from which step on it shall forget what the killed run had logged.
+    A resumed run writes another file, whose first event makes TensorBoard discard later steps of the killed
+    run.
     """
 
     def __init__(self, group: str, name: str, config: Mapping[str, Any]) -> None:
@@ -552,26 +555,25 @@ class TensorBoard(Tracker):
         self._writer: Any = None
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Write named numbers at an optimiser step; they can be looked at from then on."""
+        """Write named numbers at an optimiser step."""
         if self._writer is None:
-            with mock.patch("socket.gethostname", return_value="reclib"):  # it is put into the file's name
+            with mock.patch("socket.gethostname", return_value="reclib"):  # part of the file's name
                 self._writer = self._new(self._folder, purge_step=step)
-            shown = json.dumps(self._config, indent=2, default=str)
-            self._writer.add_text("config", "\n".join(f"    {line}" for line in shown.splitlines()), step)
+            text = json.dumps(self._config, indent=2, default=str)
+            self._writer.add_text("config", "\n".join(f"    {line}" for line in text.splitlines()), step)
         for name, value in values.items():
             self._writer.add_scalar(name, float(value), step)
         self._writer.flush()
 
     def close(self, failed: bool) -> None:
-        """Close the file; TensorBoard knows no failed runs."""
+        """Close the file; TensorBoard cannot mark failed runs."""
         if self._writer is not None:
             self._writer.close()
 
 
 def used(tracker: str) -> str:
-    """Return the tracker that is used: the one asked for, unless the environment says otherwise.
+    """Return the tracker to use: for wandb, the environment's `WANDB_MODE` overrides the mode.
 
-    `WANDB_MODE`, where it is set, decides between offline, online and none for those who asked for wandb.
     Raises `InputError` for an unknown tracker or mode.
     """
     if tracker not in TRACKERS:
@@ -590,8 +592,8 @@ def used(tracker: str) -> str:
 def start_tracker(tracker: str, group: str, name: str, config: Mapping[str, Any]) -> Iterator[Tracker]:
     """Track one run: `group` is the notebook, `name` the run in it, `config` its parameters.
 
-    Never prompts. Raises `InputError` for an unknown tracker, or one that lacks a login or its package. A
-    run whose block raises is marked as failed where the tracker knows such a mark.
+    Never prompts. Raises `InputError` for an unknown tracker, a missing login or a missing package. A run
+    whose block raises is closed as failed.
     """
     kind, _, mode = used(tracker).partition("-")
     run = Tracker()
@@ -608,19 +610,18 @@ def start_tracker(tracker: str, group: str, name: str, config: Mapping[str, Any]
 class Curves:
     """The callbacks of one training run for `Options`: loss, rates, norm, memory and validation.
 
-    On CUDA a loss is read only at the steps at which the loop waits for the device anyway.
+    On CUDA a loss is read only at steps at which the loop synchronises anyway.
     """
 
     def __init__(self, track: Tracker, device: Device) -> None:
-        """Take where the numbers go and what the run is on."""
         self._track, self._where = track, device.torch_device
-        self._window: list[StepStats] = []  # since the last time that something was logged
-        self._begun: float | None = None  # when the window began; None: not at a step that was waited for
+        self._window: list[StepStats] = []  # since the last log
+        self._begun: float | None = None  # start of the window; None: it did not start synchronised
         self._sequences = 0  # since the last evaluation
         self._before: tuple[float, float] | None = None  # (tokens, train_seconds) at the last evaluation
 
     def step(self, stats: StepStats) -> None:
-        """Take one step; log the mean of a window of `CHECK_EVERY`."""
+        """Add one step; log the mean of each window of `CHECK_EVERY`."""
         if stats.step == 1:
             self._before = (0.0, 0.0)
         self._window.append(stats)
@@ -636,7 +637,7 @@ class Curves:
         self._begun = now
 
     def evaluation(self, row: Mapping[str, float]) -> None:
-        """Log a row of the history; on a CPU, where no work is left to wait for, with the rates since."""
+        """Log a row of the history, on a CPU with the rates since the last one."""
         values = self._losses() if self._window else {}
         if self._before is not None and self._where.type == "cpu":
             tokens, seconds = row["tokens"] - self._before[0], row["train_seconds"] - self._before[1]

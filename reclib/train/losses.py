@@ -1,22 +1,22 @@
-"""What a step minimises: cross-entropy over the catalogue at the target positions.
+"""Losses: cross-entropy over the catalogue at the target positions, and alternatives.
 
-Four routes to the same number and the same gradients:
+Four routes compute the same loss and gradients:
 
 - `plain`: logits, then `F.cross_entropy`; the reference.
-- `fused`: the same through `torch.compile`, so that a GPU passes over the logits a few times and not a dozen.
-- `chunked`: logits for some targets at a time, for logits too large to hold; torch's own
-  `F.linear_cross_entropy` does the same, from 2.13 on alone.
-- `inplace`: one buffer of logits that becomes probabilities and then the gradient, a few rows at a time while
-  they are in cache; the three matrix products stay whole. On a CPU it costs the products and little more,
-  and a third of the memory of `plain`.
+- `fused`: the same with `torch.compile`, which reduces the passes over the logits on a GPU.
+- `chunked`: logits for a part of the targets at a time, for logits that do not fit; as
+  `F.linear_cross_entropy`, which needs torch 2.13.
+- `inplace`: one buffer for logits, probabilities and gradient, transformed a few rows at a time in cache,
+  between full matrix products. On a CPU it takes little more time than the products, and a third of the
+  memory of `plain`.
 
-Two losses over sampled items stand beside them, for catalogues whose scores do not fit (see `losses`).
+Two losses over sampled items are for catalogues whose scores do not fit (see below).
 
-Only real items compete: the rows of PAD and MASK get no probability and no gradient. The loss is in fp32
-whatever the products' precision, and is a sum divided by the number of targets of the whole step.
+PAD and MASK get no probability and no gradient. The loss is in fp32 whatever the products' precision. It is a
+sum divided by the number of targets of the whole step.
 
-`seed_focal` re-creates the step of the study that this one started from: focal cross-entropy (Lin et al.
-2017, arXiv 1708.02002) with gamma 1 over every position that is not padding, the visible ones included.
+`seed_focal` re-creates the loss of the seed study: focal cross-entropy (Lin et al. 2017, arXiv 1708.02002)
+with gamma 1 over every position that is not padding, visible ones included.
 
 Shapes: M targets, D hidden_dim, V rows of the output table, I real items.
 """
@@ -39,7 +39,7 @@ from reclib.model.bert4rec import SequenceModel, Sink
 # -- losses over sampled items -------------------------------------------------------------------------------
 #
 # For catalogues whose full softmax does not fit. The K negatives of a step are shared by its targets, so that
-# scores are one product (M, K). A negative that is the target itself is left out of that target's loss.
+# scores are one product (M, K). A negative equal to the target is excluded from that target's loss.
 #
 # - `sampled_softmax`: cross-entropy among the target and the negatives. With `logq` each negative counts
 #   1 / (K q) times, q being its probability of being drawn (Bengio and Senecal, IEEE TNN 19(4), 2008): the
@@ -62,9 +62,9 @@ def sampled_sum(
     assert batch.negatives is not None
     assert batch.negative_probs is not None
     targets, negatives = batch.targets, batch.negatives
-    kept = targets != IGNORE
-    own = F.embedding(targets.clamp_min(0), weight)  # (M, D)
-    positive = (hidden * own).sum(-1)  # (M,)
+    is_target = targets != IGNORE
+    target_rows = F.embedding(targets.clamp_min(0), weight)  # (M, D)
+    positive = (hidden * target_rows).sum(-1)  # (M,)
     scores = F.linear(hidden, F.embedding(negatives, weight))  # (M, K)
     if bias is not None:
         positive, scores = positive + bias[targets.clamp_min(0)], scores + bias[negatives]
@@ -76,7 +76,7 @@ def sampled_sum(
     else:
         shift = -torch.log(len(negatives) * batch.negative_probs) if config.logq else None
         losses = softmax_losses(positive, scores, clash, shift)
-    return (losses * kept).sum()
+    return (losses * is_target).sum()
 
 
 def softmax_losses(positive: Tensor, scores: Tensor, clash: Tensor, log_weight: Tensor | None) -> Tensor:
@@ -98,17 +98,16 @@ def gbce(positive: Tensor, scores: Tensor, clash: Tensor, num_items: int, t: flo
 
 # -- full cross-entropy as autograd functions ----------------------------------------------------------------
 #
-# They compute no more than is needed. Only real items compete, softmax and loss are in fp32 at least. Of a
-# table whose first columns are frozen (`lora.AdaptedTable.widened`) no gradient is computed for those: it
-# would cost as much as the scores and be dropped.
+# Candidates are real items only; softmax and loss are in fp32 at least. No gradient is computed for the first
+# columns of a table if they are frozen (`lora.AdaptedTable.widened`): it would cost as much as the scores.
 
-BLOCK_BYTES = 8 * 2**20  # logits handled at a time on the in-place route: they stay in the last cache level
+BLOCK_BYTES = 8 * 2**20  # of logits at a time on the in-place route: they stay in the last cache level
 
 FULL = (torch.float32, torch.float64)
 
 
 class Added(NamedTuple):
-    """What a prior adds to the logits (M, I): scale * values at (rows, columns), ordered by row."""
+    """The addition of a prior to the logits (M, I): scale * values at (rows, columns), ordered by row."""
 
     rows: Tensor  # (N,) int64
     columns: Tensor  # (N,) int64
@@ -116,10 +115,9 @@ class Added(NamedTuple):
     scale: Tensor  # (), learned
 
     def within(self, first: int, end: int, num_items: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return places in a flattened block of logits, the rows `first` to `end`, values, and rows.
+        """Return indices into the flattened logits of the rows from `first` to `end`, values, and rows.
 
-        On a GPU all entries are returned, and those of other rows have the value 0: to leave them out would
-        be to wait for their number.
+        On a GPU all entries are returned, with the value 0 for other rows: filtering would synchronise.
         """
         if self.rows.device.type == "cpu":
             bounds = torch.searchsorted(self.rows, torch.tensor([first, end])).tolist()
@@ -131,7 +129,7 @@ class Added(NamedTuple):
 
 
 class PartlyFrozenProduct(torch.autograd.Function):
-    """Scores (M, I) by a table whose first columns are frozen: their gradient is never computed."""
+    """Scores (M, I) for a table whose first columns are frozen and get no gradient."""
 
     @staticmethod
     def forward(
@@ -156,36 +154,34 @@ class PartlyFrozenProduct(torch.autograd.Function):
 
 
 def _empty_but(weight: Tensor, last: int, frozen: int) -> Tensor:
-    """Return room for a table's gradient, zero in PAD's and MASK's rows; frozen columns hold nothing."""
+    """Return an empty gradient of a table, zero in the rows of PAD and MASK except for frozen columns."""
     room = torch.empty_like(weight)
     room[PAD, frozen:].zero_()
     room[last:, frozen:].zero_()
     return room
 
 
-# The buffer of the last step, for the next one. Freed, it would go back to the kernel: fresh pages for 164 MB
-# take 38 to 43 ms.
+# The buffer of the last step, for reuse: allocating fresh pages for 164 MB takes 38 to 43 ms.
 _spare: list[Tensor] = []
 
 
 def _take_buffer(like: Tensor, size: int) -> Tensor:
-    """Return an uninitialised vector of at least `size`: the spare one where it fits.
+    """Return an uninitialised vector of at least `size`, the spare one if it fits.
 
-    It is the caller's until backward returns it; a second forward before that gets another one.
+    Backward returns it; another forward before that gets a new one.
     """
     if _spare:
-        found = _spare.pop()
-        if found.numel() >= size and (found.dtype, found.device) == (like.dtype, like.device):
-            return found
+        buffer = _spare.pop()
+        if buffer.numel() >= size and (buffer.dtype, buffer.device) == (like.dtype, like.device):
+            return buffer
     return like.new_empty(size + size // 8)  # the number of targets varies a little
 
 
 class InplaceCrossEntropy(torch.autograd.Function):
     """Sum of cross-entropies whose logits, probabilities and gradient share one buffer (M, I).
 
-    `F.cross_entropy` holds three such tensors, 154 MB each in the benchmark. Here blocks of a few rows go
-    through log-softmax, exponential and subtraction while they are in cache: 35 ms instead of several passes
-    over main memory. The three matrix products stay whole.
+    `F.cross_entropy` holds three such tensors, 154 MB each in the benchmark. Here log-softmax, exponential
+    and subtraction are applied to blocks of a few rows in cache: 35 ms instead of several passes over memory.
     """
 
     @staticmethod
@@ -200,16 +196,13 @@ class InplaceCrossEntropy(torch.autograd.Function):
         sink: Sink | None = None,
         *added: Tensor,
     ) -> Tensor:
-        """Return the sum; what is kept for backward is the gradient of the logits.
-
-        `added` are the fields of `Added`, or nothing.
-        """
+        """Return the sum; save the gradient of the logits. `added` has the fields of `Added`, if any."""
         ctx.buffer = _take_buffer(hidden, len(targets) * num_items)
         scores = ctx.buffer[: len(targets) * num_items].view(len(targets), num_items)  # (M, I)
         torch.mm(hidden, weight[1 : num_items + 1].t(), out=scores)
         wide = scores.dtype if scores.dtype in FULL else torch.float32
         shift = None if bias is None else bias[1 : num_items + 1].to(wide)
-        kept = (targets != IGNORE).to(wide)
+        is_target = (targets != IGNORE).to(wide)
         column = (targets - 1).clamp_min(0)[:, None]  # (M, 1); a filler gets any valid column
         losses = torch.empty(len(targets), dtype=wide, device=hidden.device)
         size = max(1, BLOCK_BYTES // (wide.itemsize * num_items))
@@ -217,45 +210,44 @@ class InplaceCrossEntropy(torch.autograd.Function):
         for first in range(0, len(targets), size):
             part = slice(first, first + size)
             block = scores[part].to(wide)  # the buffer itself where the products are in full precision
-            losses[part], d_scale = _to_gradient(block, shift, column[part], first, kept, added, d_scale)
+            losses[part], d_scale = _to_gradient(block, shift, column[part], first, is_target, added, d_scale)
             if block.dtype != scores.dtype:
                 scores[part] = block
-        ctx.save_for_backward(hidden, weight, scores, kept.to(scores.dtype))
+        ctx.save_for_backward(hidden, weight, scores, is_target.to(scores.dtype))
         ctx.d_scale = d_scale
         ctx.num_items, ctx.bias_dtype = num_items, None if bias is None else bias.dtype
         ctx.frozen, ctx.sink = frozen, sink
-        return (losses * kept).sum()
+        return (losses * is_target).sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of hidden, weight and bias."""
-        hidden, weight, slope, kept = ctx.saved_tensors
+        hidden, weight, slope, is_target = ctx.saved_tensors
         scale, last = grads[0], ctx.num_items + 1
         d_hidden = d_weight = d_bias = None
         if ctx.needs_input_grad[0]:
-            d_hidden = torch.mm(slope, weight[1:last]).mul_(scale).mul_(kept[:, None])
-        # `scale` and the mask of fillers are applied to (M, D), since applying them to the slope (M, I) would
-        # be another pass over the buffer.
-        scaled = (hidden * scale).to(slope.dtype) * kept[:, None]
+            d_hidden = torch.mm(slope, weight[1:last]).mul_(scale).mul_(is_target[:, None])
+        # `scale` and the mask are applied to (M, D): applying them to (M, I) would be another pass over it.
+        scaled = (hidden * scale).to(slope.dtype) * is_target[:, None]
         if ctx.sink is not None:
             ctx.sink.overwrite((slope.t(), scaled), slice(1, last))  # and autograd gets None
         elif ctx.needs_input_grad[1]:
             d_weight = _empty_but(weight, last, ctx.frozen)
             torch.mm(slope.t(), scaled[:, ctx.frozen :], out=d_weight[1:last, ctx.frozen :])
         if ctx.needs_input_grad[2]:
-            ones = scale.to(slope.dtype) * kept
+            ones = scale.to(slope.dtype) * is_target
             d_bias = torch.zeros(len(weight), dtype=ctx.bias_dtype, device=weight.device)
             d_bias[1:last] = torch.mv(slope.t(), ones)
         _spare[:] = [ctx.buffer]
-        own = () if ctx.d_scale is None else (None, None, None, ctx.d_scale * scale)
-        return d_hidden, d_weight, d_bias, None, None, None, None, *own
+        prior_grads = () if ctx.d_scale is None else (None, None, None, ctx.d_scale * scale)
+        return d_hidden, d_weight, d_bias, None, None, None, None, *prior_grads
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of cross-entropies over a partly frozen table, its logits made for some targets at a time.
+    """Sum of cross-entropies over a partly frozen table, with logits for `chunk` targets at a time.
 
-    torch's own computes the gradient of the whole table. Gradients are made on the way forward, as there,
-    while a chunk's logits exist; those that are summed over chunks are summed in fp32 at least.
+    `F.linear_cross_entropy` computes the gradient of the whole table. As there, gradients are computed in
+    forward, while the logits of a chunk exist. Sums over chunks are in fp32 at least.
     """
 
     @staticmethod
@@ -274,7 +266,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         rows = weight[1 : num_items + 1]
         wide = hidden.dtype if hidden.dtype in FULL else torch.float32
         shift = None if bias is None else bias[1 : num_items + 1].to(wide)
-        kept = (targets != IGNORE).to(wide)
+        is_target = (targets != IGNORE).to(wide)
         column = (targets - 1).clamp_min(0)[:, None]  # (M, 1)
         d_hidden = torch.empty_like(hidden)
         d_rows = rows.new_zeros(num_items, weight.shape[1] - frozen, dtype=wide)
@@ -284,12 +276,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         for first in range(0, len(targets), chunk):
             part = slice(first, first + chunk)
             block = F.linear(hidden[part], rows).to(wide)  # (chunk, I)
-            real = kept[part]
-            losses, d_scale = _to_gradient(block, shift, column[part], first, kept, added, d_scale)
+            real = is_target[part]
+            losses, d_scale = _to_gradient(block, shift, column[part], first, is_target, added, d_scale)
             total += (losses * real).sum()
-            slope, own = block.to(hidden.dtype), real.to(hidden.dtype)[:, None]
-            d_hidden[part] = (slope @ rows) * own
-            d_rows += slope.t() @ (hidden[part, frozen:] * own)
+            slope, mask = block.to(hidden.dtype), real.to(hidden.dtype)[:, None]
+            d_hidden[part] = (slope @ rows) * mask
+            d_rows += slope.t() @ (hidden[part, frozen:] * mask)
             if d_shift is not None:
                 d_shift += torch.mv(block.t(), real)
         ctx.save_for_backward(d_hidden, d_rows, d_shift, weight)
@@ -307,9 +299,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             d_bias = torch.zeros_like(ctx.bias)
             d_bias[1 : ctx.last] = d_shift * grads[0]
-        own = d_hidden * grads[0].to(d_hidden.dtype) if ctx.needs_input_grad[0] else None
-        more = () if ctx.d_scale is None else (None, None, None, ctx.d_scale * grads[0])
-        return own, d_weight, d_bias, None, None, None, None, *more
+        d_input = d_hidden * grads[0].to(d_hidden.dtype) if ctx.needs_input_grad[0] else None
+        prior_grads = () if ctx.d_scale is None else (None, None, None, ctx.d_scale * grads[0])
+        return d_input, d_weight, d_bias, None, None, None, None, *prior_grads
 
 
 def _to_gradient(
@@ -317,14 +309,14 @@ def _to_gradient(
     shift: Tensor | None,
     column: Tensor,
     first: int,
-    kept: Tensor,
+    is_target: Tensor,
     added: Sequence[Tensor],
     d_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Turn a block of logits (m, I), the rows from `first`, into their gradient, in place.
 
-    Returns the losses (m,) and `d_scale` with the block's part of the gradient of a prior's scale. The
-    gradient is softmax - onehot(target). The caller masks fillers.
+    Returns the losses (m,) and `d_scale` plus the block's gradient of a prior's scale. The gradient of the
+    logits is softmax - onehot(target). The caller masks fillers.
     """
     if shift is not None:
         block += shift
@@ -333,10 +325,10 @@ def _to_gradient(
         places, values, rows = prior.within(first, first + len(block), block.shape[1])
         block.view(-1).index_add_(0, places, (values * prior.scale).to(block.dtype))
     torch.log_softmax(block, -1, out=block)
-    losses = -block.gather(1, column).squeeze(1)  # read before the buffer stops being log-probabilities
+    losses = -block.gather(1, column).squeeze(1)
     block.exp_().scatter_add_(1, column, block.new_full(column.shape, -1.0))
     if d_scale is not None:
-        d_scale = d_scale + (block.view(-1)[places] * values * kept[rows]).sum()
+        d_scale = d_scale + (block.view(-1)[places] * values * is_target[rows]).sum()
     return losses, d_scale
 
 
@@ -346,7 +338,7 @@ Route = Literal["plain", "fused", "chunked", "inplace"]
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
-    """Return the type that matrix products run in: that of autocast where it is on, else the tensor's."""
+    """Return the type of matrix products: that of autocast if enabled, else the tensor's."""
     kind = hidden.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
@@ -356,8 +348,8 @@ def route(
 ) -> Route:
     """Choose the route for `loss` = auto | plain | fused | chunked | inplace.
 
-    On CUDA auto goes by the logits of `num_targets` and the device's `memory_bytes`. A run asks once, with
-    its largest batch: steps of one run that took different routes could not be compared.
+    On CUDA auto depends on the size of the logits of `num_targets` and the device's `memory_bytes`. A run
+    chooses once, for its largest batch, so that all its steps are comparable.
     """
     if loss == "auto":
         if device_type == "cpu":
@@ -381,7 +373,7 @@ def cross_entropy_sum(
 
     `hidden` (M, D), `weight` (V, D), `bias` (V,) or None, `targets` (M,) item ids or IGNORE. The first
     `frozen` columns of `weight` get no gradient. On the in-place route `sink` takes the gradient of `weight`.
-    `added` is a prior's part of the logits, on every route but the compiled one.
+    With `added`, the part of a prior, the loss is not compiled.
     """
     if how == "fused" and not frozen and added is None:
         for tensor in (hidden, targets):
@@ -389,7 +381,7 @@ def cross_entropy_sum(
         return _compiled_sum()(hidden, weight, bias, targets, num_items)
     if how in ("plain", "fused"):
         return _plain_sum(hidden, weight, bias, targets, num_items, frozen, added)
-    # Cast here, because a product with `out=` ignores autocast: it would run in fp32 without a warning.
+    # Cast explicitly: a product with `out=` ignores autocast and would run in fp32.
     dtype = compute_dtype(hidden)
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     if how == "inplace":
@@ -432,24 +424,23 @@ def _plain_sum(
 
 @functools.cache
 def _compiled_sum() -> Any:
-    """Return `_plain_sum` compiled, made when first asked for: the compiler takes a second to import."""
+    """Return `_plain_sum` compiled, on first use: importing the compiler takes a second."""
     return torch.compile(_plain_sum)
 
 
 def filled_up(
     weight: Tensor, bias: Tensor | None, num_items: int, multiple: int
 ) -> tuple[Tensor, Tensor, int]:
-    """Return an output table whose scored rows are a multiple of `multiple`, its bias, and their number.
+    """Return the output table and bias with item rows padded to a multiple, and the number of these rows.
 
-    On tensor cores a product whose sizes are no multiple of 8 in 16 bits falls to slower kernels, and the
-    size of a catalogue is anything. The rows that are added score -inf: they get no probability and no
-    gradient, exactly, and exist in no checkpoint. The table's copy costs little beside the logits.
+    On tensor cores, 16-bit products whose sizes are no multiples of 8 use slower kernels. Padding rows score
+    -inf and so get no probability and no gradient; they are in no checkpoint.
     """
     rows = -(-num_items // multiple) * multiple
     spare = rows - num_items
     table = weight[1 : num_items + 1].to(compute_dtype(weight))
-    own = weight.new_zeros(num_items) if bias is None else bias[1 : num_items + 1]
-    return F.pad(table, (0, 0, 1, spare)), F.pad(F.pad(own, (0, spare), value=-torch.inf), (1, 0)), rows
+    shift = weight.new_zeros(num_items) if bias is None else bias[1 : num_items + 1]
+    return F.pad(table, (0, 0, 1, spare)), F.pad(F.pad(shift, (0, spare), value=-torch.inf), (1, 0)), rows
 
 
 def _sum_over_targets(logits: Tensor, targets: Tensor) -> Tensor:
@@ -463,9 +454,9 @@ def focal_mean(logits: Tensor, labels: Tensor) -> Tensor:
 
     `logits` (R, L, V) of every position, `labels` (R, L): the seed study's loss, special rows competing.
     """
-    kept = labels.flatten() != PAD
-    chosen = logits.flatten(0, 1)[kept]
-    entropy = F.cross_entropy(chosen, labels.flatten()[kept], reduction="none")
+    is_real = labels.flatten() != PAD
+    chosen = logits.flatten(0, 1)[is_real]
+    entropy = F.cross_entropy(chosen, labels.flatten()[is_real], reduction="none")
     return ((1 - torch.exp(-entropy)) * entropy).mean()
 
 
@@ -480,8 +471,8 @@ def batch_loss(
 ) -> Tensor:
     """Return a micro-batch's part of the step's loss: its sum divided by the step's number of targets.
 
-    `encode` replaces `model.encode`, for instance by a compiled version. `how` is the run's route of the
-    loss; None chooses one for this batch. `held` gets tensors that the caller keeps until backward is done.
+    `encode` replaces `model.encode`, for instance by a compiled version. `how` is the route of the loss; the
+    default is chosen for this batch. Tensors appended to `held` must be kept until backward is done.
     """
     encode = encode or model.encode
     num_items = model.config.num_items
@@ -491,16 +482,16 @@ def batch_loss(
         real = batch.targets != IGNORE
         labels[batch.target_places[real]] = batch.targets[real]
         logits = model.logits(encode(*rows))
-        share = batch.num_tokens / denominator  # of the step's positions that this loss is a mean over
+        share = batch.num_tokens / denominator  # of the positions of the step
         if held is not None:
-            held.append(logits)  # the original keeps them through backward: so does its measured memory
+            held.append(logits)  # the seed study keeps them in backward, which counts in measured memory
         return focal_mean(logits, labels.view_as(batch.items)) * share
     weight, bias, frozen = model.output_weight, model.output_bias, model.frozen_columns
-    if config.head_rows == "all":  # logits everywhere, of which those at the targets are used
+    if config.head_rows == "all":  # logits at all places, of which those at the targets are used
         everywhere = model.head_input(encode(*rows).flatten(0, 1))  # (R * L, D)
         chosen = plain_logits(everywhere, weight, bias, num_items, frozen)[batch.target_places]  # (M, I)
         return _sum_over_targets(chosen, batch.targets) / denominator
-    if model.config.causal:  # nearly every place is a target: nothing is saved by asking for some
+    if model.config.causal:  # nearly every place is a target
         states = F.embedding(batch.target_places, encode(*rows).flatten(0, 1))
     else:
         states = F.embedding(batch.target_slots, encode(*rows, batch.query_index).flatten(0, 1))

@@ -1,7 +1,7 @@
-"""What is kept on disk: checkpoints of a run, adapters in PEFT's layout, and models to recommend with.
+"""Saving and loading: checkpoints of a run, adapters in PEFT's layout, and models to recommend with.
 
-Each is a folder of safetensors and JSON that appears by one rename, whole or not at all. Nothing is ever
-unpickled. Damage is an `InputError` that names the file.
+Each is a folder of safetensors and JSON, written atomically by a rename. Nothing is unpickled. Damaged files
+raise an `InputError` that names the file.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from reclib.system import plain
 
 
 @contextlib.contextmanager
-def _demand_whole(what: str, advice: str = "") -> Iterator[None]:
-    """Turn an error of reading into an `InputError`: `what` is damaged."""
+def _reading(name: str, advice: str = "") -> Iterator[None]:
+    """Turn an error of reading into an `InputError` that calls `name` damaged."""
     try:
         yield
     except InputError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise InputError(f"damaged {what}: {_reason(error)}{advice}") from error
+        raise InputError(f"damaged {name}: {_reason(error)}{advice}") from error
 
 
 def _reason(error: Exception) -> str:
@@ -51,15 +51,15 @@ def _reason(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) and error.strerror else str(error)) or repr(error)
 
 
-def _shown(path: Path) -> Path:
-    """Return the path relative to the working directory where it lies below it."""
+def _relative(path: Path) -> Path:
+    """Return the path relative to the working directory if it is below it."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _write(folder: Path, file: str, tensors: dict[str, Tensor], documents: dict[str, dict[str, Any]]) -> None:
-    """Write a folder of tensors and JSON, in place of an earlier one once it is complete on disk.
+    """Write a folder of tensors and JSON; it replaces an earlier one once it is complete on disk.
 
-    The last document gets the sha256 of the tensors.
+    The sha256 of the tensors is added to the last document.
     """
     with system.fresh_folder(folder) as fresh:
         fresh.chmod(0o755)  # mkdtemp gives 0o700
@@ -69,9 +69,9 @@ def _write(folder: Path, file: str, tensors: dict[str, Tensor], documents: dict[
             system.write_json(fresh / name, document)
         for path in (*fresh.iterdir(), fresh):
             _flush(path)
-        with system.fresh_folder(folder) if folder.exists() else contextlib.nullcontext() as old:
-            if old is not None:
-                folder.rename(old / folder.name)
+        with system.fresh_folder(folder) if folder.exists() else contextlib.nullcontext() as previous:
+            if previous is not None:
+                folder.rename(previous / folder.name)
             fresh.rename(folder)
         _flush(folder.parent)
 
@@ -93,25 +93,25 @@ TENSORS, STATE = "tensors.safetensors", "state.json"
 
 
 def save_checkpoint(folder: Path, name: str, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
-    """Write the checkpoint `folder/name`, replacing one of that name; raise `InputError` if it can't be.
+    """Write or replace the checkpoint `folder/name`; raise `InputError` if that fails.
 
-    What was there before is untouched until the new one is complete on disk.
+    An earlier one is kept until the new one is complete on disk.
     """
     try:
         _write(folder / name, TENSORS, tensors, {STATE: dict(state)})
     except Exception as error:  # safetensors wraps the system's errors in its own type
         before = latest(folder)
         raise InputError(
-            f"cannot write checkpoint {_shown(folder / name)}: {_reason(error)}; "
+            f"cannot write checkpoint {_relative(folder / name)}: {_reason(error)}; "
             + (f"the last good one is {before.name}" if before else "there is none before it")
         ) from error
     return folder / name
 
 
 def whole_checkpoint(path: Path) -> contextlib.AbstractContextManager[None]:
-    """Turn what a checkpoint lacks into an `InputError` that names it."""
+    """Turn errors of reading a checkpoint into an `InputError` that names it."""
     advice = "; delete it to go on from an earlier one, or the run's folder to start anew"
-    return _demand_whole(f"checkpoint: {_shown(path)}", advice)
+    return _reading(f"checkpoint: {_relative(path)}", advice)
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -122,49 +122,49 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _checked(file: Path, document: dict[str, Any], name: str) -> dict[str, Tensor]:
-    """Return the tensors of a file whose hash is in a document."""
+    """Return the tensors of a file after checking its hash against a document."""
     if system.file_sha256(file) != document["sha256"]:
         raise ValueError(f"{file.name} is not the file that {name} names")
     return load_file(file)
 
 
 def _by_step(folder: Path) -> list[Path]:
-    """Return the whole checkpoints `step-<n>` in `folder`, the newest last."""
+    """Return the checkpoints `step-<n>` in `folder`, the newest last."""
     steps = {path: path.name.removeprefix("step-") for path in folder.glob("step-*") if path.is_dir()}
     return sorted((path for path, n in steps.items() if n.isdecimal()), key=lambda path: int(steps[path]))
 
 
 def latest(folder: Path) -> Path | None:
-    """Return the newest whole checkpoint `step-<n>` in `folder`."""
+    """Return the newest checkpoint `step-<n>` in `folder`, None if there is none."""
     return next(reversed(_by_step(folder)), None)
 
 
 def prune(folder: Path, keep: int = 2) -> None:
-    """Delete all but the newest `keep` checkpoints and what a killed run left half written."""
+    """Delete all but the newest `keep` checkpoints, and partial ones of killed runs."""
     for path in [*_by_step(folder)[:-keep], *folder.glob("*.partial"), *folder.glob("*.old")]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-PRIOR = "prior."  # how the names of a prior's tensors begin
+PRIOR = "prior."  # prefix of the names of a prior's tensors
 
 
 def unique_tensors(model: SequenceModel, frozen: bool = True) -> dict[str, Tensor]:
-    """Return the state with tied tensors once, as safetensors wants it, with or without frozen ones."""
+    """Return the state with tied tensors once, as safetensors requires, with or without frozen ones."""
     tensors = {name: p.detach() for name, p in model.named_parameters() if frozen or p.requires_grad}
     if model.prior is not None and (frozen or model.prior.scale.requires_grad):
         tensors |= {PRIOR + name: value for name, value in model.prior.named_buffers()}
     return tensors
 
 
-def prior_tensors(tensors: dict[str, Tensor], of: str = "") -> dict[str, Tensor]:
-    """Return the tensors of a prior by their own names; those of the model begin with `of`."""
-    start = of + PRIOR
+def prior_tensors(tensors: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """Return the tensors of a prior without prefix; names of the model's tensors begin with `prefix`."""
+    start = prefix + PRIOR
     return {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
 
 
 @torch.no_grad()
 def load_unique(model: SequenceModel, tensors: dict[str, Tensor]) -> None:
-    """Copy the tensors of `unique_tensors` into a model of the same configuration; give it their prior."""
+    """Copy the tensors of `unique_tensors`, and their prior, into a model of the same configuration."""
     prior = prior_tensors(tensors)
     if prior and model.prior is None:
         model.prior = CountPrior(prior)  # type: ignore[misc]
@@ -173,9 +173,9 @@ def load_unique(model: SequenceModel, tensors: dict[str, Tensor]) -> None:
             parameter.copy_(tensors[name])
 
 
-def save_weights(model: SequenceModel, folder: Path, about: Mapping[str, Any]) -> Path:
+def save_weights(model: SequenceModel, folder: Path, metadata: Mapping[str, Any]) -> Path:
     """Write weights and configuration under `folder`, for `load_weights`."""
-    state = {"model": asdict(model.config), **about}
+    state = {"model": asdict(model.config), **metadata}
     return save_checkpoint(folder.parent, folder.name, unique_tensors(model), state)
 
 
@@ -189,17 +189,17 @@ def load_weights(folder: Path) -> Bert4Rec:
     return model.eval()
 
 
-def refuse_other(there: dict[str, Any], here: dict[str, Any], folder: Path) -> None:
-    """Raise `InputError` naming what differs between a checkpoint's identity and this run's."""
+def refuse_other(saved: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
+    """Raise `InputError` with all differences between the identities of a checkpoint and this run."""
     differs = [
-        f"{part}.{key} is {old.get(key)!r} there and {new.get(key)!r} here"
+        f"{part}.{key} is {before.get(key)!r} there and {after.get(key)!r} here"
         for part in ("model", "train", "origin")
-        for old, new in [(there.get(part, {}), here.get(part, {}))]
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
+        for before, after in [(saved.get(part, {}), current.get(part, {}))]
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
     ]
-    if there["data"] != here["data"]:
-        differs.append(f"the dataset is {there['data'][:12]} there and {here['data'][:12]} here")
+    if saved["data"] != current["data"]:
+        differs.append(f"the dataset is {saved['data'][:12]} there and {current['data'][:12]} here")
     if differs:
         raise InputError(
             f"the checkpoint in {folder.name} is of another run: {'; '.join(differs)}; use another folder"
@@ -208,21 +208,20 @@ def refuse_other(there: dict[str, Any], here: dict[str, Any], folder: Path) -> N
 
 # -- adapters, in PEFT's layout ------------------------------------------------------------------------------
 #
-# A `lora` or `rslora` adapter written here loads in PEFT, and one that PEFT wrote loads here: keys are
-# `base_model.model.<module>.lora_A.weight` and so on, without the adapter's name. Kinds that PEFT does not
-# know have a `peft_type` of their own, so that it refuses them instead of reading them as plain LoRA. So has
-# an adapter of the output table, which is no module. The base is not in the file, only its hash; an adapter
-# of another base is refused.
+# `lora` and `rslora` adapters are exchangeable with PEFT: keys are `base_model.model.<module>.lora_A.weight`
+# and so on, without the adapter's name. Kinds unknown to PEFT have their own `peft_type`, so that PEFT does
+# not read them as plain LoRA. So do adapters of the output table, which is no module. The file has the hash
+# of the base; an adapter of another base is refused.
 
 ADAPTER_CONFIG, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-GATE = "instance_gate.weight"  # of the key of the gate's W, after PREFIX
-OWN = "reclib"  # the key of what PEFT has no field for
+GATE = "instance_gate.weight"  # key of the gate's W, after PREFIX
+OWN = "reclib"  # key of fields that PEFT does not have
 OWN_TYPES = {"ilora": "RECLIB_ILORA", "gated": "RECLIB_GATED", "lora": "RECLIB_LORA", "rslora": "RECLIB_LORA"}
 BASE = "sha256:"  # before the base's hash, in PEFT's field for a base model's name
 
-# Fields of PEFT's configuration that are read, and those that say nothing of the function of the tensors. All
-# others are what plain LoRA does not have; of `init_lora_weights`, values that change the base.
+# Fields of PEFT's configuration that are read, and those without effect on the tensors' function. Plain LoRA
+# has no others, and no value of `init_lora_weights` that changes the base.
 READ = {"peft_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias"}
 IDLE = {"task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "target_modules"}
 IDLE |= {"exclude_modules", "megatron_config", "megatron_core", "qalora_group_size", "ensure_weight_tying"}
@@ -230,7 +229,7 @@ PLAIN_START = (True, False, "gaussian", "orthogonal")  # of A and B, before trai
 
 
 class AdapterFile(NamedTuple):
-    """What the two files of an adapter say."""
+    """The content of the two files of an adapter."""
 
     config: AdapterConfig
     tensors: dict[str, Tensor]  # by path and name inside the model
@@ -239,10 +238,10 @@ class AdapterFile(NamedTuple):
 
 
 def save_adapter(adapted: AdaptedModel, folder: Path, name: str | None = None) -> Path:
-    """Write an adapter, the active one where no name is given, to `folder`; return the folder.
+    """Write an adapter (default: the active one) to `folder`; return the folder.
 
-    What was there is replaced when the new files are complete. Raises `InputError` where there is no such
-    adapter or the folder cannot be written.
+    Existing files are replaced when the new ones are complete. Raises `InputError` for an unknown adapter and
+    for a folder that cannot be written.
     """
     chosen = adapted.active if name is None else name
     if chosen is None:
@@ -250,7 +249,7 @@ def save_adapter(adapted: AdaptedModel, folder: Path, name: str | None = None) -
     adapted.demand_known(chosen)
     config, reader = adapted.configs[chosen], adapted.reader(chosen)
     paths = [path for path, layer in adapted.layers().items() if chosen in layer.adapters]
-    about: dict[str, Any] = {
+    document: dict[str, Any] = {
         "peft_type": OWN_TYPES[config.kind],
         "base_model_name_or_path": BASE + adapted.base_sha256,
         "r": config.rank,
@@ -260,10 +259,10 @@ def save_adapter(adapted: AdaptedModel, folder: Path, name: str | None = None) -
         "inference_mode": True,
     }
     if config.kind in ("lora", "rslora") and OUTPUT not in paths:
-        about |= {"peft_type": "LORA", "task_type": None, "bias": "none", "fan_in_fan_out": False}
-        about["use_rslora"] = config.kind == "rslora"
+        document |= {"peft_type": "LORA", "task_type": None, "bias": "none", "fan_in_fan_out": False}
+        document["use_rslora"] = config.kind == "rslora"
     else:
-        about[OWN] = {
+        document[OWN] = {
             "config": asdict(config),
             "reader_sha256": None if reader is None else base_hash(reader),
         }
@@ -271,7 +270,7 @@ def save_adapter(adapted: AdaptedModel, folder: Path, name: str | None = None) -
     try:
         with system.fresh_folder(folder) as fresh:
             save_file(tensors, fresh / ADAPTER_TENSORS, metadata={"format": "pt"})
-            (fresh / ADAPTER_CONFIG).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
+            (fresh / ADAPTER_CONFIG).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
             folder.mkdir(exist_ok=True)
             for file in (ADAPTER_TENSORS, ADAPTER_CONFIG):
                 os.replace(fresh / file, folder / file)
@@ -287,37 +286,37 @@ def load_adapter(
     any_base: bool = False,
     causal_model: Bert4Rec | None = None,
 ) -> AdaptedModel:
-    """Put the adapter of `folder` around a model, as `name`, and make it the active one.
+    """Add the adapter of `folder` to a model as `name`, and activate it.
 
-    Raises `InputError` for files that are damaged or of another base, and for a file of PEFT that is not
-    plain LoRA or, unless `any_base`, does not say of what base it is. The model is then as it was given.
+    Raises `InputError` for files that are damaged or of another base, for a file of PEFT that is not plain
+    LoRA and, unless `any_base`, for one that does not name its base. The model is unchanged then.
     """
     file = read_adapter(folder)
     adapted = model if isinstance(model, AdaptedModel) else AdaptedModel(model)
-    before, known = adapted.active, set(adapted.configs)
+    before, names = adapted.active, set(adapted.configs)
     try:
         if file.base_sha256 is None and not any_base:
             raise InputError(f"{folder} does not say which base it belongs to: any_base=True takes this one")
-        same = {"the base": (file.base_sha256, adapted.base_sha256)}
+        hashes = {"the base": (file.base_sha256, adapted.base_sha256)}
         if causal_model is not None:
-            same["the causal model that the gate reads"] = (file.reader_sha256, base_hash(causal_model))
-        for what, (wanted, given) in same.items():
-            if wanted not in (None, given):
+            hashes["the causal model that the gate reads"] = (file.reader_sha256, base_hash(causal_model))
+        for role, (expected, actual) in hashes.items():
+            if expected not in (None, actual):
                 raise InputError(
-                    f"{folder} is an adapter of another model: {what} has sha256 {given[:12]}, "
-                    f"expected {str(wanted)[:12]}"
+                    f"{folder} is an adapter of another model: {role} has sha256 {actual[:12]}, "
+                    f"expected {str(expected)[:12]}"
                 )
         adapted.add(name, file.config, causal_model)
         tensors = _tensors(adapted, name)
         for key in sorted(tensors.keys() | file.tensors.keys()):
-            there, here = (getattr(t.get(key), "shape", None) for t in (file.tensors, tensors))
-            if there != here:
-                raise InputError(f"{folder / ADAPTER_TENSORS}: {key!r} is {there}, expected {here}")
+            stored, shape = (getattr(t.get(key), "shape", None) for t in (file.tensors, tensors))
+            if stored != shape:
+                raise InputError(f"{folder / ADAPTER_TENSORS}: {key!r} is {stored}, expected {shape}")
             tensors[key].copy_(file.tensors[key])
     except InputError:
         if adapted is not model:
             adapted.unload()
-        elif name in adapted.configs and name not in known:
+        elif name in adapted.configs and name not in names:
             adapted.delete(name)
             adapted.use(before)
         raise
@@ -325,7 +324,7 @@ def load_adapter(
 
 
 def _tensors(adapted: AdaptedModel, name: str) -> dict[str, Tensor]:
-    """Return an adapter's tensors by path and name, its gate's included."""
+    """Return the tensors of an adapter and its gate, by path and name."""
     tensors = {
         f"{path}.{key}": tensor.detach()
         for path, layer in adapted.layers().items()
@@ -339,38 +338,38 @@ def _tensors(adapted: AdaptedModel, name: str) -> dict[str, Tensor]:
 def read_adapter(folder: Path) -> AdapterFile:
     """Read an adapter's files; raise `InputError` that names the file when it is missing or damaged."""
     file = folder / ADAPTER_CONFIG
-    with _demand_whole(f"adapter: {folder / ADAPTER_TENSORS}"):
+    with _reading(f"adapter: {folder / ADAPTER_TENSORS}"):
         tensors = {}
         for key, tensor in load_file(folder / ADAPTER_TENSORS).items():
             if not key.startswith(PREFIX):
                 raise ValueError(f"key {key!r}; expected {PREFIX}...")
             tensors[key.removeprefix(PREFIX)] = tensor
-    with _demand_whole(f"adapter: {file}"):
-        about = json.loads(file.read_text("utf-8"))
-        if about["peft_type"] not in ("LORA", *OWN_TYPES.values()):
+    with _reading(f"adapter: {file}"):
+        document = json.loads(file.read_text("utf-8"))
+        if document["peft_type"] not in ("LORA", *OWN_TYPES.values()):
             allowed = ", ".join(dict.fromkeys(["LORA", *OWN_TYPES.values()]))
-            raise InputError(f"{file}: peft_type {about['peft_type']!r}; allowed: {allowed}")
-        digest = str(about.get("base_model_name_or_path"))
+            raise InputError(f"{file}: peft_type {document['peft_type']!r}; allowed: {allowed}")
+        digest = str(document.get("base_model_name_or_path"))
         base = digest.removeprefix(BASE) if digest.startswith(BASE) else None
-        if about["peft_type"] != "LORA":
-            own = about[OWN]
-            values = {k: tuple(v) if isinstance(v, list) else v for k, v in own["config"].items()}
-            return AdapterFile(validated(AdapterConfig, values), tensors, base, own.get("reader_sha256"))
-        wrong = {key: value for key, value in about.items() if value and key not in READ | IDLE}
-        if about.get("init_lora_weights") in PLAIN_START:
+        if document["peft_type"] != "LORA":
+            settings = document[OWN]
+            values = {k: tuple(v) if isinstance(v, list) else v for k, v in settings["config"].items()}
+            return AdapterFile(validated(AdapterConfig, values), tensors, base, settings.get("reader_sha256"))
+        wrong = {key: value for key, value in document.items() if value and key not in READ | IDLE}
+        if document.get("init_lora_weights") in PLAIN_START:
             wrong.pop("init_lora_weights", None)
         if wrong:
             raise InputError(
                 f"{file}: {wrong} is not plain LoRA, which has {', '.join(sorted(READ))} and an "
                 "init_lora_weights that leaves the base as it is"
             )
-        if about.get("bias", "none") != "none":
-            raise InputError(f"{file}: bias={about['bias']!r}; allowed: 'none'")
+        if document.get("bias", "none") != "none":
+            raise InputError(f"{file}: bias={document['bias']!r}; allowed: 'none'")
         values = {
-            "kind": "rslora" if about.get("use_rslora") else "lora",
-            "rank": about["r"],
-            "alpha": float(about["lora_alpha"]),
-            "dropout": float(about.get("lora_dropout") or 0.0),
+            "kind": "rslora" if document.get("use_rslora") else "lora",
+            "rank": document["r"],
+            "alpha": float(document["lora_alpha"]),
+            "dropout": float(document.get("lora_dropout") or 0.0),
             "targets": tuple(dict.fromkeys(key.rsplit(".lora_", 1)[0] for key in tensors)),
         }
         return AdapterFile(validated(AdapterConfig, values), tensors, base, None)
@@ -383,11 +382,11 @@ def read_adapter(folder: Path) -> AdapterFile:
 #     model.recommend(["50", "181", "172"])
 #
 # A folder `models/<size>-<dataset>` holds `model.safetensors`, `config.json` (fields of `ModelConfig`) and
-# `manifest.json`: the items' keys and titles, what it was trained on and how well it ranked validation, and
+# `manifest.json`: keys and titles of the items, training data and configuration, metrics on validation, and
 # the sha256 of the weights.
 
 WEIGHTS, MODEL_CONFIG, MANIFEST = "model.safetensors", "config.json", "manifest.json"
-MODEL = "model"  # the folder of a finished run's model in the folder of its checkpoints
+MODEL = "model"  # folder of a finished run's model, inside the folder of its checkpoints
 
 
 class Recommendation(NamedTuple):
@@ -407,54 +406,57 @@ class Recommender:
     about: dict[str, Any]
 
     @classmethod
-    def of(cls, model: Bert4Rec | AdaptedModel, dataset: Dataset, about: dict[str, Any]) -> Recommender:
-        """Return a model with the catalogue of the dataset that it was trained on."""
+    def from_dataset(
+        cls, model: Bert4Rec | AdaptedModel, dataset: Dataset, about: dict[str, Any]
+    ) -> Recommender:
+        """Return a recommender of a model and the catalogue of its dataset."""
         titles = [dataset.title(item) for item in range(1, dataset.num_items + 1)]
         return cls(model, dataset.item_keys.tolist()[1:], titles, about)
 
     def recommend(self, history: Iterable[str | int], k: int = 10) -> list[Recommendation]:
-        """Return the k best items after a history, oldest first, without those of the history.
+        """Return the k best items that are not in a history, which lists items oldest first.
 
-        An item is given by its raw id (a number stands for its digits) or by its whole title, in capitals or
-        not. Where fewer than k items are left, these are returned, with a warning. Raises `InputError` for an
-        history that is empty or no list, an unknown item, a title of several items and a k below 1.
+        An item is given by its raw id (a number stands for its digits) or by its full title, ignoring case.
+        If fewer than k items remain, all are returned, with a warning. Raises `InputError` for a history that
+        is empty or no list, an unknown item, a title of several items and a k below 1.
         """
         try:
-            given_items = None if isinstance(history, str | bytes | Set | Mapping) else list(history)
+            entries = None if isinstance(history, str | bytes | Set | Mapping) else list(history)
         except TypeError:
-            given_items = None
-        if given_items is None:
+            entries = None
+        if entries is None:
             raise InputError(f"the history is {history!r}: expected a list of items, oldest first")
-        if not given_items:
+        if not entries:
             raise InputError("the history is empty: expected at least one item id")
         if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
             raise InputError(f"k is {k!r}: expected a whole number of at least 1")
-        items = np.array([self._item(given) for given in given_items], dtype=np.int32)
+        items = np.array([self._item(entry) for entry in entries], dtype=np.int32)
         unseen = np.setdiff1d(np.arange(1, len(self.keys) + 1, dtype=np.int32), items)
         if len(unseen) < k:
             warnings.warn(f"{len(unseen)} items are not in the history: fewer than k={k}", stacklevel=2)
         if not len(unseen):
             return []
-        known = Histories(items, np.array([0]), np.array([len(items)]))
-        evaluation = Evaluation(known, unseen[:1])  # ranking wants a target; it is not looked at
+        histories = Histories(items, np.array([0]), np.array([len(items)]))
+        evaluation = Evaluation(histories, unseen[:1])  # the target is not used
         scores = metrics.model_scores(self.model, evaluation, self.model.output_weight.device)
         top = metrics.rank(scores, evaluation, remove_seen=True, top_k=min(int(k), len(unseen))).top
         assert top is not None
         return [Recommendation(self.keys[i - 1], self.titles[i - 1]) for i in top[0]]
 
-    def _item(self, given: str | int) -> int:
+    def _item(self, entry: str | int) -> int:
         """Return the number of the item with this raw id or title."""
-        if (item := self._numbers.get(str(given))) is not None:
+        if (item := self._numbers.get(str(entry))) is not None:
             return item
-        named = [i for i, title in enumerate(self.titles, 1) if title.casefold() == str(given).casefold()]
-        if len(named) == 1:
-            return named[0]
-        if named:
-            keys = ", ".join(self.keys[i - 1] for i in named[:5])
-            raise InputError(f"the title {given!r} is that of {len(named)} items: give an id, such as {keys}")
-        close = nearest(str(given), self.titles) or nearest(str(given), self.keys)
+        matches = [i for i, title in enumerate(self.titles, 1) if title.casefold() == str(entry).casefold()]
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            keys = ", ".join(self.keys[i - 1] for i in matches[:5])
+            count = len(matches)
+            raise InputError(f"the title {entry!r} is that of {count} items: give an id, such as {keys}")
+        close = nearest(str(entry), self.titles) or nearest(str(entry), self.keys)
         raise InputError(
-            f"unknown item {given!r}{close}: the model knows {len(self.keys):,} items of its data"
+            f"unknown item {entry!r}{close}: the model knows {len(self.keys):,} items of its data"
         )
 
     @functools.cached_property
@@ -465,13 +467,13 @@ class Recommender:
 def save_model(
     model: Bert4Rec, train: TrainConfig, dataset: Dataset, name: str | Path, about: Mapping[str, Any]
 ) -> Path:
-    """Write a trained model under `models/<name>`, in place of an earlier one, whole or not at all.
+    """Write or replace a trained model under `models/<name>`, atomically.
 
-    `name` may be the path of a folder instead. `about` goes into its manifest: metrics, code version,
-    whatever tells where the model comes from.
+    `name` may be the path of a folder instead. `about` is added to its manifest: metrics, code version and
+    other provenance.
     """
     folder = system.models() / name
-    recommender = Recommender.of(model, dataset, dict(about))
+    recommender = Recommender.from_dataset(model, dataset, dict(about))
     manifest = {
         "data": {"name": dataset.name, "fingerprint": dataset.fingerprint},
         "items": recommender.keys,
@@ -485,18 +487,18 @@ def save_model(
 
 
 def load_model(name: str | Path) -> Recommender:
-    """Open a trained model: a name under models/, its folder, or the folder of a run that `fit` finished.
+    """Load a trained model from a name under models/, its folder, or the folder of a finished `fit`.
 
-    Raises `InputError` where there is none, or it is damaged.
+    Raises `InputError` for a missing or damaged model.
     """
     places = [system.models() / name, Path(name), Path(name) / MODEL]
     folder = next((place for place in places if (place / MANIFEST).is_file()), None)
     if folder is None:
         if latest(Path(name)) is not None:
             raise InputError(f"{name} holds a run that is not finished: {system.AGAIN}")
-        known = ", ".join(sorted(f.parent.name for f in system.models().glob(f"*/{MANIFEST}")))
-        raise InputError(f"no model {str(name)!r} is kept; here: {known or 'none'}")
-    with _demand_whole(f"model {name}"):
+        names = ", ".join(sorted(f.parent.name for f in system.models().glob(f"*/{MANIFEST}")))
+        raise InputError(f"no model {str(name)!r} is kept; here: {names or 'none'}")
+    with _reading(f"model {name}"):
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         config = validated(ModelConfig, json.loads((folder / MODEL_CONFIG).read_text(encoding="utf-8")))
         model = Bert4Rec(config)
@@ -505,15 +507,15 @@ def load_model(name: str | Path) -> Recommender:
 
 
 def recommend_main(argv: Sequence[str] | None = None) -> int:
-    """Print what a trained model recommends after a history."""
+    """Print the recommendations of a trained model after a history."""
     parser = system.Parser(prog="python -m reclib recommend", description="Recommend items after a history.")
     parser.add_argument("model", help="a folder that `fit --out` wrote, or a name under models/")
     parser.add_argument("history", nargs="+", metavar="ITEM", help="raw ids or titles, oldest first")
     parser.add_argument("-k", type=int, default=10, help="how many (10)")
-    given = parser.parse_args(argv)
+    options = parser.parse_args(argv)
     try:
         with warnings.catch_warnings(record=True) as notes:
-            items = load_model(given.model).recommend(given.history, given.k)
+            items = load_model(options.model).recommend(options.history, options.k)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2

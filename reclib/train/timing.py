@@ -1,10 +1,10 @@
-"""Timing the training loop: the one of `trainer`, stepped from outside and never re-written here.
+"""Timing the training loop of `trainer`.
 
-What is timed is a whole step: fetch, forward, backward, clip, optimiser. On a CPU the clock is read after
-each step. On CUDA an event is recorded after each step and all are read at the end of a round: the host
-launches the next step while the device computes, as in training. Warm-up is left out and counted, compile
-time stands apart, variants are interleaved (A B A B), and a rate is believed only beside an independent clock
-over a whole epoch. Running out of memory is a result.
+A whole step is timed: fetch, forward, backward, clip, optimiser. On a CPU the clock is read after each step.
+On CUDA an event is recorded after each step and all are read at the end of a round, so that the host launches
+the next step while the device computes, as in training. Warm-up and compile time are reported separately,
+variants are interleaved (A B A B), and rates are checked against the wall clock of a whole epoch. Running out
+of memory is a result.
 """
 
 from __future__ import annotations
@@ -40,46 +40,46 @@ from reclib.evaluate.statistics import Interval
 from reclib.train.losses import batch_loss
 from reclib.train.trainer import StepStats, Trainer
 
-EPOCHS = 100_000  # of what is timed: its schedule never ends meanwhile
-DISAGREEMENT = 0.05  # share by which the epoch's rate may differ from the steady one
-RECOMPILE_LIMIT = 256  # compiled variants of one process share `encode`, and torch stops at 8
-SHORTEST = 2.0  # seconds of a region that can be told from the steps of an energy counter
-ENERGY_SECONDS = 2.5  # of the steps whose energy a GPU's counter measures, somewhat above `SHORTEST`
+EPOCHS = 100_000  # of a timed run, so that its schedule does not end
+DISAGREEMENT = 0.05  # largest share by which the epoch's rate may differ from the steady one
+RECOMPILE_LIMIT = 256  # compiled variants of one process share `encode`; torch's default is 8
+SHORTEST = 2.0  # seconds of the shortest measurement with an energy counter
+ENERGY_SECONDS = 2.5  # of steps whose energy a GPU's counter measures
 RAPL = Path("/sys/class/powercap")
 
 T = TypeVar("T")
 
 # -- energy --------------------------------------------------------------------------------------------------
 #
-# NVIDIA's counter (NVML) on a GPU, RAPL of a Linux CPU's packages. Both count the whole device, whoever uses
-# it, and are updated tens of times a second. Where nothing can be read the answer is None, never zero.
+# NVIDIA's counter (NVML) on a GPU, RAPL of a Linux CPU's packages. Both count the whole device, for all its
+# users, and are updated tens of times a second. Without a readable counter the result is None, not zero.
 
 
 class Meter:
-    """Joules since it was made, on one device."""
+    """Joules used by a device since the construction of the meter."""
 
     def __init__(self, device: torch.device) -> None:
         self.read = _nvml(device) if device.type == "cuda" else _rapl()
         self.before = None if self.read is None else self.read()
 
     def joules(self, seconds: float) -> float | None:
-        """Return what was used in the `seconds` since the start; None: not reported, or too short to tell."""
+        """Return the energy used in `seconds` since the start; None if not reported or too short."""
         if self.read is None or self.before is None or seconds < SHORTEST:
             return None
         used = self.read() - self.before
-        return used if used > 0 else None  # a counter that wrapped has lost its count
+        return used if used > 0 else None  # not after an overflow of the counter
 
 
 def _rapl(root: Path = RAPL) -> Callable[[], float] | None:
-    """Return a reader of all packages; None where the kernel shows none, or not to this user."""
-    files = sorted(root.glob("intel-rapl:?/energy_uj"))  # AMD's have the same names
+    """Return a reader of all packages; None without readable counters."""
+    files = sorted(root.glob("intel-rapl:?/energy_uj"))  # the same names on AMD
     if not files or not all(os.access(file, os.R_OK) for file in files):
         return None
     return lambda: 1e-6 * sum(int(file.read_text()) for file in files)
 
 
 def _nvml(device: torch.device) -> Callable[[], float] | None:
-    """Return a reader of a GPU's counter (Volta and later); None where the driver has none."""
+    """Return a reader of a GPU's counter (Volta and later); None if the driver has none."""
     try:
         library = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
@@ -101,7 +101,7 @@ def _nvml(device: torch.device) -> Callable[[], float] | None:
     return None if counter() else read
 
 
-# -- what timing a variant gives -----------------------------------------------------------------------------
+# -- measurements --------------------------------------------------------------------------------------------
 
 Status = Literal["ok", "oom", "not applicable"]
 COUNTED = ("sequences", "tokens", "targets", "row_tokens", "target_slots")
@@ -109,7 +109,7 @@ COUNTED = ("sequences", "tokens", "targets", "row_tokens", "target_slots")
 
 @dataclass
 class Measurement:
-    """What one variant did in its timed steps; everything is empty unless `status` is "ok"."""
+    """The timed steps of one variant; all fields are empty unless `status` is "ok"."""
 
     status: Status = "ok"
     reason: str = ""
@@ -122,12 +122,12 @@ class Measurement:
     sequences: int = 0  # in the timed steps, as are the counts below
     tokens: int = 0  # real items
     targets: int = 0
-    row_tokens: int = 0  # places in the rows, used or not
-    target_slots: int = 0  # places in the head, used or not
+    row_tokens: int = 0  # places in the rows, padding included
+    target_slots: int = 0  # places in the head, padding included
     peak_memory_bytes: int | None = None  # CUDA: allocated for this variant; CPU: resident in the process
     reserved_bytes: int | None = None  # CUDA only
-    joules: float | None = None  # where the device reports it
-    energy_sequences: int = 0  # of the steps that they were used for; 0: of the timed steps
+    joules: float | None = None  # if the device reports it
+    energy_sequences: int = 0  # sequences of the steps measured by `joules`; 0: those of the timed steps
 
     def add(self, stats: StepStats, seconds: float) -> None:
         """Count one timed step."""
@@ -152,11 +152,11 @@ class Measurement:
 
     @property
     def fill(self) -> float:
-        """Share of the places in the rows that hold a real item."""
+        """Share of places in the rows with a real item."""
         return self.tokens / self.row_tokens
 
     def per_second(self, counted: int) -> float:
-        """Return a rate at the median step: the mean step's content over the median step's time."""
+        """Return a rate: the mean count per step over the median step time."""
         return counted / len(self.step_seconds) / self.median_seconds
 
     @property
@@ -166,13 +166,13 @@ class Measurement:
 
     @property
     def compile_seconds(self) -> float:
-        """What the warm-up took beyond as many median steps; 0 where nothing was compiled."""
+        """Warm-up time beyond as many median steps; 0 without compilation."""
         if not self.compiled or not self.step_seconds:
             return 0.0
         return max(0.0, self.warmup_seconds - self.warmup_steps * self.median_seconds)
 
     def timings(self) -> dict[str, float | int | None]:
-        """Return what depends on the clock, for a record; empty unless `status` is "ok"."""
+        """Return the values of a record that depend on the clock; empty unless `status` is "ok"."""
         if self.status != "ok":
             return {}
         low, middle, high = self.quartiles
@@ -193,15 +193,15 @@ class Measurement:
         }
 
     def counts(self) -> dict[str, int]:
-        """Return what does not depend on the clock, for a record."""
+        """Return the values of a record that do not depend on the clock."""
         steps = {"timed_steps": len(self.step_seconds), "warmup_steps": self.warmup_steps}
         return steps | {name: getattr(self, name) for name in COUNTED}
 
 
 def merged(parts: list[Measurement]) -> Measurement:
-    """Return several rounds of one variant as one; a round that failed is the result.
+    """Merge several rounds of one variant; the first failed round, if any, is the result.
 
-    Compile time and the first losses are those of the first round, before caches were warm.
+    Compile time and losses are those of the first round.
     """
     if failed := [part for part in parts if part.status != "ok"]:
         return failed[0]
@@ -217,20 +217,20 @@ def merged(parts: list[Measurement]) -> Measurement:
 
 
 def published_rate(steady: float, epoch: float) -> tuple[float, Literal["steady", "epoch"]]:
-    """Return the rate to publish and whose it is: the epoch's wherever the two differ by more than 5 %."""
+    """Return the rate to publish and its kind: the epoch's if the two differ by more than `DISAGREEMENT`."""
     return (epoch, "epoch") if abs(steady - epoch) > DISAGREEMENT * epoch else (steady, "steady")
 
 
 def break_even_steps(compile_seconds: float, eager_step: float, compiled_step: float) -> int | None:
-    """Return after how many steps compiling has paid for itself; None: never."""
+    """Return the number of steps after which compiling saves time; None: never."""
     saved = eager_step - compiled_step
     return math.ceil(compile_seconds / saved) if saved > 0 else None
 
 
 def paired_ratio(above: Measurement, below: Measurement) -> Interval:
-    """Return how many times as long a step of `above` takes, from steps that were timed in turns.
+    """Return the ratio of step times of two interleaved variants.
 
-    The geometric mean of the ratios of paired steps, which are of the same batches, with its 95 % interval.
+    The geometric mean over paired steps, which have the same batches, with its 95 % interval.
     """
     logs = statistics.bootstrap(np.log(above.step_seconds) - np.log(below.step_seconds))
     return Interval(*(math.exp(value) for value in logs))
@@ -240,7 +240,7 @@ def paired_ratio(above: Measurement, below: Measurement) -> Interval:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory ran out, on CUDA or in torch's allocator on a CPU."""
+    """Return whether an error is out of memory, on CUDA or in torch's allocator on a CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
@@ -258,11 +258,10 @@ class _HostEvent:  # the interface of torch.cuda.Event on the host's clock
 
 
 def timed_by_events(step: Callable[[], T], steps: int, new_event: Callable[[], Any]) -> list[tuple[T, float]]:
-    """Take `steps` steps and return what each gave with its seconds, waiting for the device only at the end.
+    """Run `steps` steps and return (result, seconds) of each, synchronising only at the end.
 
-    `new_event` makes a timing event (`record`, `synchronize`, `elapsed_time` in ms) on the stream of the
-    steps. A step lasts from the end of the one before to its own: the device's time or the host's,
-    whichever is longer.
+    `new_event` returns a timing event (`record`, `synchronize`, `elapsed_time` in ms) on the stream of the
+    steps. A step is timed from the end of the previous one: the longer of the device's and the host's time.
     """
     events = [new_event() for _ in range(steps + 1)]
     events[0].record()
@@ -276,18 +275,18 @@ def timed_by_events(step: Callable[[], T], steps: int, new_event: Callable[[], A
 
 
 class _Clock:
-    """A trainer's loop, advanced a step at a time."""
+    """A trainer's loop, advanced step by step."""
 
     def __init__(self, trainer: Trainer, alone: bool = True) -> None:
         self.trainer, self.where, self.loop = trainer, trainer.where, trainer.steps()
         self.on_cuda = trainer.where.type == "cuda"
-        self.alone = alone  # nothing else that is timed is in memory
+        self.alone = alone  # whether no other variant is in memory
         self.result = Measurement(compiled=trainer.compiles)
         self.random: list[torch.Tensor] = []  # state of torch's generators between rounds
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
-        """Set the precision of products, and draw dropout from this variant's own stream."""
+        """Set the precision of products and the random state of this variant."""
         cuda = [self.where] if self.on_cuda else []
         with torch.random.fork_rng(cuda):
             if self.random:
@@ -302,7 +301,7 @@ class _Clock:
             self.random = [torch.get_rng_state(), *(torch.cuda.get_rng_state(x) for x in cuda)]
 
     def step(self, wait: bool = True) -> StepStats:
-        """Take a step; without `wait` the device may still compute it."""
+        """Run a step; without `wait` the device is not synchronised."""
         try:
             stats = next(self.loop)
         except StopIteration:
@@ -318,10 +317,10 @@ class _Clock:
         self.result.warmup_seconds += time.perf_counter() - began
 
     def round(self, steps: int) -> None:
-        """Time `steps` steps and take the peak of memory in them."""
+        """Time `steps` steps and measure their peak memory."""
         where, result, trainer = self.where, self.result, self.trainer
         hardware.reset_peak_memory(where)
-        others = torch.cuda.memory_allocated(where) - state_bytes(trainer) if self.on_cuda else 0
+        other_bytes = torch.cuda.memory_allocated(where) - state_bytes(trainer) if self.on_cuda else 0
         meter, began, is_first = Meter(where), time.perf_counter(), not result.step_seconds
         event = functools.partial(torch.cuda.Event, enable_timing=True) if self.on_cuda else _HostEvent
         timed = timed_by_events(lambda: self.step(wait=not self.on_cuda), steps, event)
@@ -329,16 +328,16 @@ class _Clock:
         for stats, seconds in timed:
             result.losses.append(stats.loss)
             result.add(stats, seconds)
-        known = joules is not None and (is_first or result.joules is not None)  # in all rounds, or None
-        result.joules = (result.joules or 0.0) + (joules or 0.0) if known else None
+        complete = joules is not None and (is_first or result.joules is not None)  # in all rounds, or None
+        result.joules = (result.joules or 0.0) + (joules or 0.0) if complete else None
         replays = self.on_cuda and trainer.graphs is not None  # a replayed CUDA graph allocates nothing
         peak = torch.cuda.max_memory_reserved(where) if replays else hardware.peak_memory_bytes(where)
-        result.peak_memory_bytes = max(peak - others, result.peak_memory_bytes or 0)
+        result.peak_memory_bytes = max(peak - other_bytes, result.peak_memory_bytes or 0)
         if self.on_cuda and self.alone:
             result.reserved_bytes = torch.cuda.max_memory_reserved(where)
 
     def energy(self) -> None:
-        """Take further steps, `ENERGY_SECONDS` of them, for the energy of a step; they are not timed."""
+        """Measure the energy of further steps, which take `ENERGY_SECONDS` and are not timed."""
         meter, began = Meter(self.where), time.perf_counter()
         steps = math.ceil(ENERGY_SECONDS / self.result.median_seconds)
         self.result.energy_sequences = sum(self.step(wait=False).num_sequences for _ in range(steps))
@@ -346,7 +345,7 @@ class _Clock:
         self.result.joules = meter.joules(time.perf_counter() - began)
 
     def stop(self, error: BaseException) -> None:
-        """Turn an error of memory into the result and let go of what was held; raise any other."""
+        """Turn an out-of-memory error into the result and free memory; raise any other error."""
         if not is_out_of_memory(error):
             raise error
         self.result = Measurement("oom", str(error).splitlines()[0])
@@ -357,7 +356,7 @@ class _Clock:
 
 
 def measure(trainer: Trainer, steps: int, warmup: int, *, gpu_energy: bool = False) -> Measurement:
-    """Time `steps` steps of a trainer after `warmup` others."""
+    """Time `steps` steps of a trainer after `warmup` steps."""
     return interleave({"": trainer}, steps, warmup, 1, gpu_energy=gpu_energy)[""]
 
 
@@ -366,34 +365,33 @@ def interleave(
 ) -> dict[str, Measurement]:
     """Time several trainers in turns, `repeats` rounds of `steps` steps each (A B A B).
 
-    All of them stay in memory. On CUDA a variant's peak leaves out what the others hold, reserved memory is
-    known of one alone, and `gpu_energy` adds steps of each variant, as many as the GPU's energy counter
-    needs.
+    All of them stay in memory. On CUDA a variant's peak excludes the memory of the others, reserved memory is
+    measured for a single variant only, and `gpu_energy` adds steps for the GPU's energy counter.
     """
     clocks = {name: _Clock(trainer, len(trainers) == 1) for name, trainer in trainers.items()}
     on_cuda = any(clock.on_cuda for clock in clocks.values())
     if on_cuda:
-        torch.cuda.empty_cache()  # what is reserved is then of these
+        torch.cuda.empty_cache()  # so that reserved memory is that of the trainers
     rounds: list[Callable[[_Clock], None]] = [lambda clock: clock.warm_up(warmup)]
     rounds += [lambda clock: clock.round(steps)] * repeats
     rounds += [_Clock.energy] if gpu_energy and on_cuda else []
     with contextlib.ExitStack() as stack:
         if any(clock.result.compiled for clock in clocks.values()):
-            from torch._dynamo import config  # heavy, and of use only where something is compiled
+            from torch._dynamo import config  # lazy: slow to import
 
-            # Many variants in one process, and an error rather than falling back to eager in silence.
+            # Allow many variants in one process, and raise instead of silently falling back to eager.
             limits: Any = {"recompile_limit": RECOMPILE_LIMIT}
             limits["accumulated_recompile_limit"] = 4 * RECOMPILE_LIMIT
             stack.enter_context(config.patch(fail_on_recompile_limit_hit=True, **limits))
         for clock in clocks.values():
             stack.callback(clock.loop.close)  # type: ignore[attr-defined]
-        for round_of in rounds:
+        for run_round in rounds:
             for clock in clocks.values():
                 if clock.result.status != "ok":
                     continue
                 try:
                     with clock.turn():
-                        round_of(clock)
+                        run_round(clock)
                 except (RuntimeError, MemoryError) as error:
                     clock.stop(error)
     return {name: clock.result for name, clock in clocks.items()}
@@ -410,7 +408,7 @@ def state_bytes(trainer: Trainer) -> int:
 
 @contextlib.contextmanager
 def _loop(trainer: Trainer) -> Iterator[Iterator[StepStats]]:
-    """Yield the trainer's loop in its precision, with nothing left to compute; close it on leaving."""
+    """Yield the trainer's loop in its precision, on a synchronised device; close it on leaving."""
     hardware.set_matmul_precision(trainer.precision)
     hardware.synchronize(trainer.where)
     with contextlib.closing(trainer.steps()) as loop:  # type: ignore[type-var]
@@ -430,35 +428,32 @@ class EpochClock(NamedTuple):
 
 
 def epoch_clock(trainer: Trainer) -> EpochClock:
-    """Time one epoch from its first batch to its last, with nothing but the loop inside.
-
-    The trainer must stand at the start of an epoch. Nothing is synchronised between steps.
-    """
+    """Time one epoch without synchronising between steps; the trainer must be at the start of an epoch."""
     steps = trainer.steps_per_epoch
     if trainer.progress.step % steps:
         raise ValueError(f"step {trainer.progress.step} is inside an epoch of {steps} steps")
     sequences = int((trainer.histories.ends > trainer.histories.starts).sum())
     with _loop(trainer) as loop:
         began = time.perf_counter()
-        done = sum(1 for _ in itertools.islice(loop, steps))
+        count = sum(1 for _ in itertools.islice(loop, steps))
         hardware.synchronize(trainer.where)
         seconds = time.perf_counter() - began
-    if done < steps:
-        raise ValueError(f"the schedule ended after {done} of {steps} steps: raise epochs")
+    if count < steps:
+        raise ValueError(f"the schedule ended after {count} of {steps} steps: raise epochs")
     return EpochClock(seconds, sequences)
 
 
 def step_batches(trainer: Trainer, step: int) -> list[Batch]:
-    """Return the micro-batches of optimiser step 1, 2, ...: the loop's own, drawn again."""
+    """Return the micro-batches of optimiser step 1, 2, ..., equal to those of the loop."""
     epoch, within = divmod(step - 1, trainer.steps_per_epoch)
     return Epoch(trainer.histories, trainer.model.config, trainer.config, epoch).step(within)
 
 
 def step_flops(trainer: Trainer, step: int) -> tuple[Flops, Flops]:
-    """Return the FLOPs that a step executes, and those that the masked-item objective needs for it."""
+    """Return the FLOPs that a step executes, and those that the masked-item objective needs."""
     model, batches = trainer.model.config, step_batches(trainer, step)
-    done = work.total([work.executed(model, trainer.config, batch) for batch in batches])
-    return done, work.total([work.needed(model, batch) for batch in batches])
+    executed = work.total([work.executed(model, trainer.config, batch) for batch in batches])
+    return executed, work.total([work.needed(model, batch) for batch in batches])
 
 
 class Latency(NamedTuple):
@@ -470,12 +465,11 @@ class Latency(NamedTuple):
 
 
 def latency(trainer: Trainer, histories: Histories, requests: int, warmup: int = 3) -> Latency:
-    """Time requests one at a time: a history in, the ten best items that are not in it out."""
+    """Time single requests: from a history to the ten best items that are not in it."""
     seconds = []
     for number in range(warmup + requests):
-        user = slice(number % len(histories.starts), number % len(histories.starts) + 1)
-        known = Histories(histories.items, histories.starts[user], histories.ends[user])
-        request = Evaluation(known, histories.items[known.starts])  # a target, ranked at no cost that shows
+        history = histories.rows(np.array([number % len(histories.starts)]))
+        request = Evaluation(history, histories.items[history.starts])  # the target adds no measurable time
         hardware.synchronize(trainer.where)
         began = time.perf_counter()
         with trainer.autocast():
@@ -486,14 +480,14 @@ def latency(trainer: Trainer, histories: Histories, requests: int, warmup: int =
     return Latency(float(low), float(high), requests)
 
 
-# -- where a step's time goes, what type its products run in, and what it holds at its peak ------------------
+# -- profiles: time by operator, type of products, and peak memory -------------------------------------------
 
 _CHATTER = ("USDT:", "CPUAllocator.cpp")
 
 
 @contextlib.contextmanager
 def _without_chatter() -> Iterator[None]:
-    """Keep what the profiler's C++ writes of itself off standard error; everything else comes through."""
+    """Remove messages of the profiler's C++ code from standard error."""
     sys.stderr.flush()
     stderr = os.dup(2)
     with tempfile.TemporaryFile("w+b") as file:
@@ -509,7 +503,7 @@ def _without_chatter() -> Iterator[None]:
 
 
 def _profiled(trainer: Trainer, before: int, steps: int, **options: Any) -> tuple[profile, int]:
-    """Profile `steps` steps after some others; return the profiler and the bytes held when it started."""
+    """Profile `steps` steps after `before` others; return the profiler and `state_bytes` at its start."""
     with _loop(trainer) as loop:
         for _ in range(before):
             next(loop)
@@ -523,7 +517,7 @@ def _profiled(trainer: Trainer, before: int, steps: int, **options: Any) -> tupl
 
 
 class Operator(NamedTuple):
-    """Time that an operator spends in itself, per step."""
+    """Self time of an operator, per step."""
 
     name: str
     calls: float
@@ -532,9 +526,9 @@ class Operator(NamedTuple):
 
 
 def operators(trainer: Trainer, steps: int, top: int, trace: Path | None = None) -> list[Operator]:
-    """Profile `steps` steps after two others; return the `top` operators by their own time, then the rest.
+    """Profile `steps` steps after two others; return the `top` operators by self time, then all others.
 
-    On CUDA it is the device's time, on a CPU the processor's. With `trace` a Chrome trace is written there.
+    Time is the device's on CUDA and the processor's on a CPU. `trace` is a file for a Chrome trace.
     """
     cuda = trainer.where.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
@@ -547,14 +541,14 @@ def operators(trainer: Trainer, steps: int, top: int, trace: Path | None = None)
         if micros > 0 and not (cuda and (event.device_type == DeviceType.CPU or event.is_user_annotation)):
             rows.append((event.key, event.count / steps, micros / 1e6 / steps))
     rows.sort(key=lambda row: -row[2])
-    if rest := rows[top:]:
-        rows[top:] = [("all others", sum(row[1] for row in rest), sum(row[2] for row in rest))]
-    whole = sum(seconds for *_, seconds in rows)
-    return [Operator(name, calls, seconds, seconds / whole) for name, calls, seconds in rows]
+    if remaining := rows[top:]:
+        rows[top:] = [("all others", sum(row[1] for row in remaining), sum(row[2] for row in remaining))]
+    total = sum(seconds for *_, seconds in rows)
+    return [Operator(name, calls, seconds, seconds / total) for name, calls, seconds in rows]
 
 
 class _Products(TorchDispatchMode):
-    """Notes the types of all products that have one of `widths` as a dimension."""
+    """Records the types of all products that have one of `widths` as a dimension."""
 
     NAMES = ("mm", "addmm", "bmm", "linear", "matmul", "_scaled_mm")
 
@@ -572,9 +566,9 @@ class _Products(TorchDispatchMode):
 
 
 def head_dtype(trainer: Trainer) -> str:
-    """Return the type that the head's product really runs in, seen from the operators of one forward pass.
+    """Return the type of the head's product, from the operators of one forward pass.
 
-    "fp32 and bf16" would say that its operands differ. Weights stay as they are.
+    "fp32 and bf16" means operands of different types. Weights are not changed.
     """
     model, config = trainer.model, trainer.model.config
     batch = step_batches(trainer, 1)[0].to(trainer.where)
@@ -586,9 +580,9 @@ def head_dtype(trainer: Trainer) -> str:
 
 
 def peak_tensor_bytes(trainer: Trainer) -> int:
-    """Return the most bytes of tensors that one step holds at a time, weights and optimiser included.
+    """Return the peak bytes of tensors in one step, weights and optimiser included.
 
-    Counted from the profiler's allocations, so it is the same whatever allocator and other models are there.
+    Counted from the profiler's allocations, and so independent of the allocator and other models.
     """
     profiler, held = _profiled(trainer, 1, 1, activities=[ProfilerActivity.CPU], profile_memory=True)
     kind = DeviceType.CUDA if trainer.where.type == "cuda" else DeviceType.CPU

@@ -1,12 +1,12 @@
-"""The training loop: one, visible, used by notebooks, benchmarks and tuning alike.
+"""The training loop, used by notebooks, benchmarks and tuning.
 
-`Trainer.steps()` yields one `StepStats` per optimiser step; `fit` drives it. Precision, compilation and
-other processes that train along (`distributed`) wrap the model here and do not enter it. So do two ways to
-start fewer operators on a GPU: 16-bit copies of the weights (`HalfCopies`), and whole steps as CUDA graphs
-(`StepGraphs`). Neither has run on a GPU yet; that they give equal results is tested on a CPU.
+`Trainer.steps()` yields one `StepStats` per optimiser step; `fit` drives it. Precision, compilation and data
+parallelism (`distributed`) are handled here, outside of the model. So are two ways to launch fewer operators
+on a GPU: 16-bit copies of the weights (`HalfCopies`), and whole steps as CUDA graphs (`StepGraphs`). Their
+results are tested for equality on a CPU.
 
-A run killed at any moment goes on from its last checkpoint to the same bits on a CPU: batches depend on
-(seed, epoch, step) alone, and a checkpoint holds weights, optimiser, scaler and the generator of dropout.
+A killed run resumes from its last checkpoint with the same bits on a CPU: batches depend on (seed, epoch,
+step) alone, and a checkpoint holds weights, optimiser, scaler and the state of the random generator.
 """
 
 from __future__ import annotations
@@ -35,9 +35,8 @@ from reclib.train.saving import load_unique, refuse_other, unique_tensors
 
 M = TypeVar("M", bound=SequenceModel)
 
-CHECK_EVERY = 20  # steps between looks at the loss on CUDA, where each look waits for the device
-
-MOST_GRAPHS = 64  # shapes of batches of which a run keeps a CUDA graph; steps of others run as they are
+CHECK_EVERY = 20  # steps between checks of the loss on CUDA, where each check waits for the device
+MOST_GRAPHS = 64  # CUDA graphs of a run, one per shape of batches; steps of further shapes run without
 
 # (batch, targets of the step) -> loss, norm
 Compute = Callable[[Batch, Tensor], tuple[Tensor, Tensor | None]]
@@ -45,7 +44,7 @@ Compute = Callable[[Batch, Tensor], tuple[Tensor, Tensor | None]]
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one optimiser step did. Reading `loss`, `grad_norm` or `skipped` waits for the device."""
+    """Statistics of one optimiser step. Reading `loss`, `grad_norm` or `skipped` waits for the device."""
 
     step: int  # from 1
     epoch: int  # from 0
@@ -55,14 +54,14 @@ class StepStats:
     num_sequences: int
     num_tokens: int  # real items
     num_targets: int
-    row_tokens: int  # places in this process's rows, used or not
-    target_slots: int  # places in its head, used or not
+    row_tokens: int  # places in this process's rows, padding included
+    target_slots: int  # places in its head, padding included
     fetch_seconds: float  # waiting for the batch
-    skip_tensor: Tensor | None = None  # of fp16
+    skip_tensor: Tensor | None = None  # fp16 only
 
     @property
     def skipped(self) -> bool:
-        """Whether fp16 overflowed, and the scaler left the weights as they were."""
+        """Whether fp16 overflowed and the scaler skipped the update."""
         return self.skip_tensor is not None and bool(self.skip_tensor)
 
     @property
@@ -78,10 +77,10 @@ class StepStats:
 
 @dataclass
 class Progress:
-    """What a run has reached; saved with every checkpoint."""
+    """The progress of a run; saved with every checkpoint."""
 
-    processes: int = 1  # that train together
-    backend: str = ""  # that joins them: gloo or nccl
+    processes: int = 1  # number of data-parallel processes
+    backend: str = ""  # of their communication: gloo or nccl
     step: int = 0
     skipped_steps: int = 0
     train_seconds: float = 0.0
@@ -106,7 +105,7 @@ def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
 
 
 class Several:
-    """Several optimisers as one, each with some of the parameters."""
+    """Several optimisers with disjoint parameters as one."""
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
         self.parts = parts
@@ -117,24 +116,24 @@ class Several:
         return [group for part in self.parts for group in part.param_groups]
 
     def step(self) -> None:
-        """Let each part take its step."""
+        """Step each part."""
         for part in self.parts:
             part.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the states of all parameters, numbered from the first part's on."""
+        """Return the states of all parameters, numbered across parts."""
         states: dict[int, Any] = {}
         for first, part in self._numbered():
             states |= {first + index: state for index, state in part.state_dict()["state"].items()}
         return {"state": states}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Take the states that `state_dict` returned."""
+        """Load the states that `state_dict` returned."""
         for first, part in self._numbered():
-            own = part.state_dict()
-            numbers = [number for group in own["param_groups"] for number in group["params"]]
-            own["state"] = {n: saved["state"][first + n] for n in numbers if first + n in saved["state"]}
-            part.load_state_dict(own)
+            state = part.state_dict()
+            numbers = [number for group in state["param_groups"] for number in group["params"]]
+            state["state"] = {n: saved["state"][first + n] for n in numbers if first + n in saved["state"]}
+            part.load_state_dict(state)
 
     def _numbered(self) -> Iterator[tuple[int, torch.optim.Optimizer]]:
         first = 0
@@ -146,9 +145,9 @@ class Several:
 def make_optimizer(model: SequenceModel, config: TrainConfig) -> Any:
     """Return AdamW over the trained parameters; biases and norms are not decayed.
 
-    With optimizer=muon the encoder's matrices have Muon instead (Jordan et al. 2024), its steps scaled to the
-    size of AdamW's, so that one learning rate serves both (Liu et al. 2025, arXiv 2502.16982, section 2.2).
-    Item tables, positions, biases and norms keep AdamW.
+    With optimizer=muon the encoder's matrices use Muon instead (Jordan et al. 2024), with steps scaled to the
+    size of AdamW's, so that both share a learning rate (Liu et al. 2025, arXiv 2502.16982, section 2.2). Item
+    tables, positions, biases and norms use AdamW.
     """
     (main, _), *others = model.parameter_groups()
     decay, matrices = config.weight_decay, []
@@ -156,10 +155,10 @@ def make_optimizer(model: SequenceModel, config: TrainConfig) -> Any:
         if not model.plain:
             raise InputError("optimizer='muon' is for a model that is trained whole, not for an adapted one")
         parts = ("blocks.", "transform.linear.")
-        named = model.named_parameters()
-        matrices = [p for name, p in named if p.requires_grad and p.dim() == 2 and name.startswith(parts)]
-        own = {id(p) for p in matrices}
-        main = [p for p in main if id(p) not in own]
+        named = [p for name, p in model.named_parameters() if name.startswith(parts)]
+        matrices = [p for p in named if p.requires_grad and p.dim() == 2]
+        matrix_ids = {id(p) for p in matrices}
+        main = [p for p in main if id(p) not in matrix_ids]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in main if p.dim() > 1], "weight_decay": decay},
         {"params": [p for p in main if p.dim() <= 1], "weight_decay": 0.0},
@@ -179,16 +178,16 @@ def clip_gradients(
     divide_later: torch.optim.Optimizer | None = None,
     sinks: Mapping[torch.nn.Parameter, Sink] | None = None,
 ) -> Tensor:
-    """Scale gradients to a global norm of at most `max_norm`; return the norm before.
+    """Scale gradients to a global norm of at most `max_norm`; return the norm before clipping.
 
-    `divide_later` is a fused optimiser that divides the gradients as it reads them.
+    `divide_later` is a fused optimiser that divides the gradients when it reads them.
     """
     sinks = sinks or {}
     grads = [sinks[p].for_norm() if p in sinks else p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads)
     if divide_later is not None:
-        # The attribute by which torch's GradScaler tells a fused optimiser to divide. On a CPU a separate
-        # pass over the gradients would cost as much as their norm.
+        # The attribute that torch's GradScaler sets for a fused optimiser. On a CPU a separate pass over the
+        # gradients would cost as much as their norm.
         divide_later.grad_scale = (norm / max_norm).clamp_min(1.0)  # type: ignore[attr-defined]
     else:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
@@ -196,12 +195,12 @@ def clip_gradients(
 
 
 class HalfCopies:
-    """16-bit copies of the weights that products read, all made by one call at the start of a step.
+    """16-bit copies of the weights of products, all made by one call at the start of a step.
 
-    Under autocast each product casts its own weights, on the way back as well: on a GPU so many small
-    operators that starting them takes longer than running them. The copies stand in the weights' places while
-    a loss is computed. Their gradients are added to those of the weights, which stay in fp32, as do
-    embeddings, positions, norms and the output bias. The values are those of autocast.
+    Autocast casts each weight separately, forward and backward: many small operators on a GPU, which take
+    longer to launch than to run. The copies replace the weights while a loss is computed. Their gradients are
+    added to those of the fp32 weights. Embeddings, positions, norms and the output bias stay in fp32. The
+    values equal those of autocast.
     """
 
     def __init__(self, model: SequenceModel, dtype: torch.dtype) -> None:
@@ -216,12 +215,12 @@ class HalfCopies:
 
     @torch.no_grad()
     def make(self) -> None:
-        """Copy the weights as they are now."""
+        """Update the copies from the weights."""
         torch._foreach_copy_(self.copies, self.weights)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Let the model compute with the copies inside."""
+        """Put the copies into the model for the duration of the context."""
         self._put(self.copies)
         try:
             yield
@@ -230,11 +229,11 @@ class HalfCopies:
 
     @torch.no_grad()
     def give_gradients(self) -> None:
-        """Add the gradients of the copies to those of the weights, and clear them."""
+        """Add the gradients of the copies to those of the weights, and clear the former."""
         pairs = [(w, c.grad) for w, c in zip(self.weights, self.copies, strict=True) if c.grad is not None]
         fresh = [(w, grad) for w, grad in pairs if w.grad is None]
         for weight, grad in pairs:
-            if weight.grad is not None:  # of a tied table that is looked up too, or of an earlier micro-batch
+            if weight.grad is not None:  # from the lookup in a tied table, or from an earlier micro-batch
                 weight.grad += grad
         for weight, _ in fresh:
             weight.grad = torch.empty_like(weight)
@@ -249,9 +248,9 @@ class HalfCopies:
 
 
 def captured(compute: Callable[[], Any], pool: Any) -> Callable[[], Any]:
-    """Record what `compute` asks of the GPU as a CUDA graph; return what runs it and gives its results."""
+    """Capture `compute` as a CUDA graph; return a function that replays it and returns its results."""
     graph = torch.cuda.CUDAGraph()
-    # The thread that prepares batches pins memory meanwhile: only calls of this thread count.
+    # thread_local, since the thread that prepares batches pins memory at the same time
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         results = compute()
 
@@ -263,12 +262,12 @@ def captured(compute: Callable[[], Any], pool: Any) -> Callable[[], Any]:
 
 
 class StepGraphs:
-    """Optimiser steps as CUDA graphs: one start for all operators of a step, instead of some hundreds.
+    """Optimiser steps as CUDA graphs: one launch for all operators of a step, instead of some hundreds.
 
-    A graph fits one shape of a batch. The first batch of a shape is computed operator by operator, which also
-    readies kernels and the optimiser's state; the second is captured; from then on batches are copied to
-    where the graph reads. Graphs share one pool of memory, since only one runs at a time and nothing in it
-    outlives a step. Few shapes that repeat need few `bucket_steps`.
+    A graph belongs to one shape of batches. The first batch of a shape runs eagerly, which also initialises
+    kernels and the optimiser's state; the second is captured; later ones are copied to the inputs of the
+    graph. Graphs share a memory pool, since only one runs at a time and nothing in it outlives a step. Use
+    few `bucket_steps` to get few shapes.
     """
 
     def __init__(self, compute: Compute, where: torch.device, capture: Callable[..., Any] = captured) -> None:
@@ -277,7 +276,7 @@ class StepGraphs:
         self.pool = torch.cuda.graph_pool_handle() if where.type == "cuda" else None
 
     def run(self, batch: Batch, targets: float) -> tuple[Tensor, Tensor | None]:
-        """Do the step of a batch that is not on the device yet; return loss and norm."""
+        """Run the step of a batch on the host; return loss and norm."""
         batch = batch.to(self.where)
         inputs = [value for value in batch if isinstance(value, Tensor)]
         inputs.append(torch.full((), float(targets), device=self.where))
@@ -288,33 +287,33 @@ class StepGraphs:
             return self.compute(batch, inputs[-1])
         if self.graphs[key] is None:
             self.graphs[key] = self._recorded(batch, inputs)
-        read, replay = self.graphs[key]  # type: ignore[misc]
-        for place, value in zip(read, inputs, strict=True):
+        buffers, replay = self.graphs[key]  # type: ignore[misc]
+        for place, value in zip(buffers, inputs, strict=True):
             place.copy_(value)
         loss, norm = replay()
         return loss.clone(), None if norm is None else norm.clone()  # the next graph overwrites them
 
     def _recorded(self, batch: Batch, inputs: list[Tensor]) -> tuple[list[Tensor], Callable[[], Any]]:
-        read = [value.clone() for value in inputs]
+        buffers = [value.clone() for value in inputs]
         names = [name for name, value in batch._asdict().items() if isinstance(value, Tensor)]
-        tensors: dict[str, Any] = dict(zip(names, read, strict=False))  # the last one is no part of it
+        tensors: dict[str, Any] = dict(zip(names, buffers, strict=False))  # the last one is no part of it
         fixed = batch._replace(**tensors)
-        return read, self.capture(lambda: self.compute(fixed, read[-1]), self.pool)
+        return buffers, self.capture(lambda: self.compute(fixed, buffers[-1]), self.pool)
 
 
 def refuse_graphs(config: TrainConfig, precision: str, processes: int, adapted: bool) -> None:
-    """Raise `InputError` where a whole step cannot be one CUDA graph: something is decided outside of it."""
+    """Raise `InputError` if a whole step cannot be one CUDA graph."""
     wrong = {
         "precision=fp16, whose scaler may skip a step": precision == "fp16",
         f"optimizer={config.optimizer!r}": config.optimizer != "fused",
         "objective='seed_focal'": config.objective == "seed_focal",
-        # Tried on an H200 with torch 2.11: the compiler's first call for a shape broke the capture.
+        # On an H200 with torch 2.11 the compiler's first call for a shape broke the capture.
         "loss='fused'": config.loss == "fused",
         "micro-batches": config.micro_batch_size not in (None, config.batch_size),
         f"{processes} processes": processes > 1,
         "an adapted model": adapted,
     }
-    if refused := " and no ".join(name for name, there in wrong.items() if there):
+    if refused := " and no ".join(name for name, applies in wrong.items() if applies):
         raise InputError(f"compile_mode='graph' captures a whole step, and knows no {refused}")
 
 
@@ -323,12 +322,11 @@ def chosen_route(
 ) -> Route:
     """Return the route of a run's loss on a card, by its largest batch.
 
-    `compiled` says whether the encoder is: with loss=auto the loss then is as well. Where there is no
-    compiler, `fused` is `plain`.
+    With loss=auto the loss is compiled if the encoder is (`compiled`). `fused` is `plain` without a compiler.
     """
     slots = 0.0
     if config.loss == "auto" and card.type == "cuda":
-        lengths = histories.ends - histories.starts
+        lengths = histories.lengths
         slots = work.largest_shapes(model, config, lengths[lengths > int(model.causal)]).slots
     how = losses.route(config.loss, card.type, int(slots), model.num_items, card.memory_bytes)
     if config.loss == "auto" and how == "plain" and compiled:
@@ -338,7 +336,7 @@ def chosen_route(
 
 
 def compiled_encode(encode: Callable[..., Tensor], mode: str) -> Callable[..., Tensor]:
-    """Return `encode` compiled for any number of rows and queries; all other sizes are constants."""
+    """Return `encode` compiled with dynamic numbers of rows and queries; all other sizes are constants."""
     inner = torch.compile(encode, mode=mode)
 
     def call(
@@ -355,7 +353,7 @@ def compiled_encode(encode: Callable[..., Tensor], mode: str) -> Callable[..., T
 
 
 class Trainer(Generic[M]):
-    """A model, its optimiser and where they stand in a run."""
+    """A model, its optimiser and the progress of a run."""
 
     def __init__(
         self,
@@ -366,7 +364,7 @@ class Trainer(Generic[M]):
         fingerprint: str,
         origin: dict[str, Any] | None = None,
     ) -> None:
-        """Take what is trained, on what and where; `origin` says what weights it starts from, if not new."""
+        """Set up the training of `model` on a device; `origin` identifies the initial weights, if not new."""
         if model.config.causal != (config.objective == "next_item"):
             raise InputError(
                 f"objective={config.objective!r} does not go with causal={model.config.causal}: "
@@ -384,7 +382,7 @@ class Trainer(Generic[M]):
         model.to(self.where)
         self.ranks = distributed.ranks()
         self.ranks.start(model, config)
-        self.used: list[bool] = []  # which parameters get a gradient; known after a step of several processes
+        self.used: list[bool] = []  # which parameters get a gradient; set by the first data-parallel step
         graph, compiled = self.compile_mode == "graph", self.compile_mode not in ("off", "graph")
         if graph:
             refuse_graphs(config, self.precision.name, self.ranks.count, not model.plain)
@@ -396,11 +394,11 @@ class Trainer(Generic[M]):
         self.route = chosen_route(config, model.config, histories, device.card, compiled)
         self.compiles = compiled or self.route == "fused"  # whether torch.compile makes any part of a step
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.sinks = model.use_sinks(self._can_sink())  # and none of an earlier run
+        self.sinks = model.use_sinks(self._can_sink())  # replaces those of an earlier run
         self.optimizer = make_optimizer(model, config)
         dtype = self.precision.autocast_dtype
         self.copies = HalfCopies(model, dtype) if config.half_copies and dtype else None
-        self.graphs = StepGraphs(self._whole_step, self.where) if graph else None
+        self.graphs = StepGraphs(self._captured_step, self.where) if graph else None
         for group in self.optimizer.param_groups if graph else ():
             group["lr"] = torch.tensor(config.learning_rate, device=self.where)  # read by the graph
             group["capturable"] = True
@@ -408,18 +406,18 @@ class Trainer(Generic[M]):
         self.scaler = torch.amp.GradScaler(self.where.type, enabled=self.precision.needs_scaler)
         self.progress = Progress(self.ranks.count, self.ranks.backend)
         self.fingerprint, self.origin = fingerprint, origin
-        users = int((histories.ends - histories.starts > int(model.config.causal)).sum())
+        users = int((histories.lengths > int(model.config.causal)).sum())
         self.steps_per_epoch = -(-users // config.batch_size)
         planned = self.steps_per_epoch * config.epochs
         self.total_steps = planned if config.max_steps is None else min(planned, config.max_steps)
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """Return the context that forward passes run in."""
+        """Return the autocast context of forward passes."""
         dtype = self.precision.autocast_dtype
         return torch.autocast(self.where.type, dtype=dtype, enabled=dtype is not None)
 
     def batches(self) -> Iterator[tuple[int, list[Batch], Totals]]:
-        """Yield (epoch, this process's micro-batches, the whole step's totals) of every step left."""
+        """Yield (epoch, this process's micro-batches, the whole step's totals) of every remaining step."""
         step = self.progress.step
         while step < self.total_steps:
             epoch, first = divmod(step, self.steps_per_epoch)
@@ -435,27 +433,27 @@ class Trainer(Generic[M]):
         source = prefetch(self.batches())
         with contextlib.closing(source):
             clock = time.perf_counter()
-            for epoch, micros, whole in source:
+            for epoch, micros, totals in source:
                 fetch_seconds = time.perf_counter() - clock
-                stats = self._step(epoch, micros, whole, fetch_seconds)
+                stats = self._step(epoch, micros, totals, fetch_seconds)
                 self.progress.train_seconds += time.perf_counter() - clock
                 yield stats
                 clock = time.perf_counter()
         self._count_skips()
 
-    def _step(self, epoch: int, micros: list[Batch], whole: Totals, fetch_seconds: float) -> StepStats:
+    def _step(self, epoch: int, micros: list[Batch], totals: Totals, fetch_seconds: float) -> StepStats:
         """Forward, backward, sum over processes, unscale and clip, step, schedule."""
         self.progress.step += 1
         step, config = self.progress.step, self.config
         rate = learning_rate(step, self.total_steps, config)
         for group in self.optimizer.param_groups:
-            own = rate * group.get("rate_share", 1.0)  # an adapter's gate has its own share
+            group_rate = rate * group.get("rate_share", 1.0)  # an adapter's gate has its own share
             if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(own)
+                group["lr"].fill_(group_rate)
             else:
-                group["lr"] = own
-        # The whole step's targets, not the micro-batch's: parts of a step then add up, however unequal.
-        denominator = whole.num_tokens if config.objective == "seed_focal" else whole.num_targets
+                group["lr"] = group_rate
+        # The targets of the whole step, so that the losses of micro-batches add up.
+        denominator = totals.num_tokens if config.objective == "seed_focal" else totals.num_targets
         self.ranks.seed_step(config.seed, step)
 
         skipped = None
@@ -468,16 +466,16 @@ class Trainer(Generic[M]):
             skipped = self._update()
         if self.where.type == "cpu" or step % CHECK_EVERY == 0:
             self._count_skips()
-        self.progress.tokens += whole.num_tokens
+        self.progress.tokens += totals.num_tokens
         return StepStats(
             step=step,
             epoch=epoch,
             learning_rate=rate,
             loss_tensor=total,
             norm_tensor=norm,
-            num_sequences=whole.num_sequences,
-            num_tokens=whole.num_tokens,
-            num_targets=whole.num_targets,
+            num_sequences=totals.num_sequences,
+            num_tokens=totals.num_tokens,
+            num_targets=totals.num_targets,
             row_tokens=sum(batch.items.numel() for batch in micros),
             target_slots=sum(batch.targets.numel() for batch in micros),
             fetch_seconds=fetch_seconds,
@@ -508,19 +506,19 @@ class Trainer(Generic[M]):
 
         for parameter, sink in self.sinks.items():
             parameter.grad = sink.finish()  # the same tensor in every step
-        # Sum while still scaled: an overflow in one process is then seen, and skipped, by all.
+        # Sum scaled gradients: all processes then see, and skip, an overflow in any of them.
         self.ranks.sum_gradients(self.parameters, total, self.used, self.sinks)
         self.scaler.unscale_(self.optimizer)
         norm = None
         if config.clip_norm is not None:
-            # The scaler uses the fused optimiser's one divisor itself.
-            own_pass = self.scaler.is_enabled() or config.optimizer != "fused"
-            divide_later = None if own_pass else self.optimizer
+            # The scaler itself uses the divisor of the fused optimiser.
+            separate_pass = self.scaler.is_enabled() or config.optimizer != "fused"
+            divide_later = None if separate_pass else self.optimizer
             norm = clip_gradients(self.parameters, config.clip_norm, divide_later, self.sinks)
         return total, norm
 
     def _update(self) -> Tensor | None:
-        """Take the optimiser's step, which with fp16 may be skipped; return whether it was, on the device."""
+        """Step the optimiser; return for fp16 whether the step was skipped, as a tensor on the device."""
         if not self.scaler.is_enabled():
             self.optimizer.step()
             return None
@@ -532,20 +530,20 @@ class Trainer(Generic[M]):
         self.skips += skipped.squeeze()
         return skipped
 
-    def _whole_step(self, batch: Batch, denominator: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Do all that the device does in a step of one batch."""
+    def _captured_step(self, batch: Batch, denominator: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Run gradients and update of one batch."""
         loss, norm = self._gradients([batch], denominator)
         self.optimizer.step()
         return loss, norm
 
     def _count_skips(self) -> None:
-        """Add the steps skipped since the last look to the progress; waits for the device."""
+        """Add the steps skipped since the last call to the progress; waits for the device."""
         if self.scaler.is_enabled():
             self.progress.skipped_steps += int(self.skips)
             self.skips.zero_()
 
     def _can_sink(self) -> bool:
-        """Whether the tables' gradients can have one place each: eager, full precision, on a CPU."""
+        """Whether gradient sinks can be used: eager, in full precision, on a CPU."""
         config = self.config
         plain = config.objective != "seed_focal" and config.head_rows == "targets"
         eager = self.where.type == "cpu" and self.compile_mode == "off"
@@ -553,10 +551,9 @@ class Trainer(Generic[M]):
         return plain and eager and full and config.loss in ("auto", "inplace")
 
     def _check_finite(self, step: int, loss: Tensor, norm: Tensor | None) -> None:
-        """Stop on a loss or norm that is not finite, before it reaches the weights.
+        """Raise `InputError` for a loss or norm that is not finite, before the update.
 
-        With fp16 a norm that overflows is the scaler's business, and so is a loss while it still can shrink
-        its scale.
+        With fp16 the scaler handles overflows as long as it can reduce its scale.
         """
         if self.where.type == "cuda" and step % CHECK_EVERY:
             return
@@ -567,7 +564,7 @@ class Trainer(Generic[M]):
             raise self.diverged(step, wrong)
 
     def diverged(self, step: int, wrong: dict[str, float]) -> InputError:
-        """Return the error that says at which step what was not finite."""
+        """Return the error for values that are not finite."""
         values = ", ".join(f"{name} {value}" for name, value in wrong.items())
         return InputError(
             f"training diverged at step {step}: {values} in {self.precision.name}; the last checkpoint is "
@@ -577,14 +574,14 @@ class Trainer(Generic[M]):
     # -- checkpoints ---------------------------------------------------------------------------------------
 
     def identity(self) -> dict[str, Any]:
-        """Return what a checkpoint must agree on to be continued."""
+        """Return the configuration and data that a checkpoint must have to be resumed."""
         train = as_dict(self.config)
         train.pop("checkpoint_seconds")
         identity = {"model": as_dict(self.model.config), "train": train, "data": self.fingerprint}
         return identity if self.origin is None else identity | {"origin": self.origin}
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint of the present step and drop all but the newest two."""
+        """Write a checkpoint of the current step and delete all but the newest two."""
         self._count_skips()
         tensors = {f"model.{k}": v for k, v in unique_tensors(self.model, frozen=False).items()}
         for index, state in self.optimizer.state_dict()["state"].items():
@@ -598,10 +595,10 @@ class Trainer(Generic[M]):
         saving.prune(folder)
 
     def resume(self, folder: Path) -> bool:
-        """Go on from the newest checkpoint in `folder`; return whether there was one.
+        """Resume from the newest checkpoint in `folder`; return whether there was one.
 
-        Raises `InputError` if it is damaged or belongs to another configuration, dataset or, unless it is
-        finished, number of processes: sums of gradients and dropout would not be what they were.
+        Raises `InputError` if it is damaged or of another configuration, dataset or, for an unfinished run,
+        number of processes, with which sums of gradients and dropout would differ.
         """
         newest = saving.latest(folder)
         if newest is None:
@@ -610,8 +607,11 @@ class Trainer(Generic[M]):
             tensors, state = saving.load_checkpoint(newest)
             refuse_other(state["identity"], self.identity(), folder)
             progress = Progress(**state["progress"])
-            if not progress.done:
-                distributed.refuse_other_count(progress.processes, self.ranks.count, folder)
+            if not progress.done and (saved := progress.processes) != self.ranks.count:
+                raise InputError(
+                    f"the run in {folder.name} was begun with nproc={saved}, and here nproc is "
+                    f"{self.ranks.count}: go on with nproc={saved}, or start anew in another folder"
+                )
             load_unique(self.model, {k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
             optimizer = self.optimizer.state_dict()
             optimizer["state"] = {}

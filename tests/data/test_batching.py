@@ -252,7 +252,7 @@ def test_prediction_batches_of_the_causal_twin_ask_at_the_last_item():
     model = small_model(causal=True)
     data = histories([5, 30, 1], seed=5)
     empty = Histories(data.items, np.append(data.starts, 3), np.append(data.ends, 3))
-    ((users, batch),) = next_item_batches(empty, Layout.of(model, CAUSAL), np.arange(4), 8)
+    ((users, batch),) = next_item_batches(empty, Layout.from_config(model, CAUSAL), np.arange(4), 8)
     asked = batch.items.flatten()[batch.target_places[: batch.num_targets]]
     wanted = {u: int(data.items[data.ends[u] - 1]) for u in range(3)} | {3: model.mask_id}
     assert dict(zip(users.tolist(), asked.tolist(), strict=True)) == wanted

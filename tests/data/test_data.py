@@ -13,18 +13,8 @@ from reclib import system
 from reclib.config import DataConfig, InputError, as_dict, changed
 from reclib.data import fetch
 from reclib.data import prepare as prepare_module
-from reclib.data.dataset import ARRAYS
-from reclib.data.prepare import (
-    Dataset,
-    data_main,
-    evaluated_users,
-    evaluation,
-    folder_of,
-    load,
-    prepare,
-    synthetic_dataset,
-    train_histories,
-)
+from reclib.data.dataset import ARRAYS, Dataset, evaluated_users, evaluation, load, train_histories
+from reclib.data.prepare import data_main, folder_of, prepare, synthetic_dataset
 
 SHARED = system.root().parent / "shared" / "data" / "ml-100k"
 

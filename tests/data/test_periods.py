@@ -11,7 +11,7 @@ from spread import spread
 
 from reclib.config import InputError
 from reclib.data import splits
-from reclib.data.prepare import Histories
+from reclib.data.dataset import Histories
 from reclib.data.splits import row_users
 
 SHARES = (0.5, 0.25, 0.1)

@@ -126,7 +126,7 @@ def test_preparation_equals_a_plain_one(tmp_path_factory, rows, minimum, rule, c
 
 
 def test_keys_are_decoded_on_access():
-    keys = dataset.Keys.of(["", "é", "long key", "\U0001f600"])
+    keys = dataset.Keys.encode(["", "é", "long key", "\U0001f600"])
     assert (len(keys), keys[1], keys[np.int64(3)]) == (4, "é", "\U0001f600")
     assert keys[1:3].tolist() == ["é", "long key"]
     assert keys[np.array([3, 0])].tolist() == ["\U0001f600", ""]

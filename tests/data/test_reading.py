@@ -740,7 +740,7 @@ def test_a_source_is_known_by_its_content_and_by_how_it_is_read(tmp_path, monkey
 
 def test_the_hash_of_a_large_file_is_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("RECLIB_DATA", str(tmp_path / "data"))
-    monkeypatch.setattr(prepare_module, "HASH_KEPT_BYTES", 10)
+    monkeypatch.setattr(prepare_module, "HASH_CACHED_BYTES", 10)
     path = written(tmp_path, CONTENTS[ML], "u.data")
     identity = source(DataConfig(dataset=str(path))).identity
     (kept,) = (tmp_path / "data" / "hashes").iterdir()

@@ -18,8 +18,8 @@ import pytest
 from figure_records import record
 
 from reclib import system
-from reclib.config import InputError
-from reclib.data.prepare import DataConfig, prepare
+from reclib.config import DataConfig, InputError
+from reclib.data.prepare import prepare
 from reclib.experiments import data_prep
 from reclib.report import figures, findings, tables
 

@@ -29,7 +29,7 @@ LENGTHS = [9, 4, 12, 7, 3, 8, 5, 6, 12, 2]
 def prior_of(data: Histories, **settings: object) -> CountPrior:
     """A prior of all of `data`, whose row and column scales are 1: they are those of the whole counts."""
     given = {"window": 3, "backward": 0.5, "row_power": 0.0, "column_power": 0.0, "decay": 0.7, "last": 4}
-    return CountPrior.of_counts(baselines.fit_pairwise_counts(data, NUM_ITEMS, **given | settings), 0.3)
+    return CountPrior.from_counts(baselines.fit_pairwise_counts(data, NUM_ITEMS, **given | settings), 0.3)
 
 
 def test_the_prior_of_a_target_counts_every_history_but_its_own():
@@ -113,7 +113,7 @@ def test_ranking_adds_the_prior_and_a_saved_model_keeps_it(tmp_path):
     model.prior = prior_of(data)
     model.prior.scale.data.fill_(0.6)
     both = torch.cat([scores.clone() for _, scores in metrics.model_scores(model, part, torch.device("cpu"))])
-    rows, columns, values = model.prior.of_histories(data, order)
+    rows, columns, values = model.prior.for_histories(data, order)
     alone[rows, columns] += 0.6 * torch.from_numpy(values)
     assert torch.allclose(both, alone, atol=1e-6)
     assert len(values) > 50
@@ -147,7 +147,7 @@ def test_a_run_with_a_prior_resumes_to_the_same_bits_and_its_model_is_adapted_an
 
     place = keep(whole, data, tmp_path / "whole")
     loaded = saving.load_model(place)
-    assert loaded.recommend(loaded.keys[:3]) == Recommender.of(whole.model, data, {}).recommend(
+    assert loaded.recommend(loaded.keys[:3]) == Recommender.from_dataset(whole.model, data, {}).recommend(
         loaded.keys[:3]
     )
     more = changed(train, epochs=1)

@@ -302,8 +302,8 @@ def test_data_in_which_nobody_has_three_interactions_are_refused(tmp_path):
         "two",
         np.array([1, 2, 2, 1]),
         np.array([0, 2, 4]),
-        Keys.of(["", "a", "b"]),
-        Keys.of(["u", "v"]),
+        Keys.encode(["", "a", "b"]),
+        Keys.encode(["u", "v"]),
         {},
         {"fingerprint": "x"},
     )
