@@ -115,9 +115,9 @@ _DATA = {
 def _of_data(results: Results) -> list[str]:
     """Say what is predicted of how many users, then what the data are like."""
     sentences = []
-    preparation, ties = _first(results, "preparation"), _first(results, "last_items")
-    if {"users", "items"} <= preparation.keys():
-        sentences.append(f"The last item of each of {preparation['users']:,} users, among {preparation['items']:,} items.")
+    kept, ties = _first(results, "preparation"), _first(results, "last_items")
+    if {"users", "items"} <= kept.keys():
+        sentences.append(f"The last item of each of {kept['users']:,} users, among {kept['items']:,} items.")
         if share := ties.get("last_item_by_tie_rule_share"):
             sentences[0] += (
                 f" For {share:.0%} of them only the order of rows in the file says which item that is."
@@ -150,9 +150,9 @@ def _of_baseline(results: Results) -> list[str]:
     ]
     if ranked := [r for r in compared if r["own_params"]["metric"] == "ndcg@10"]:
         sentences.insert(0, _verdict(ranked, models))
-    for params, m in ((r["own_params"], r["metrics"]) for r in compared):
-        pair = f"{model_name(params['model'])} minus {model_name(params['against'])}"
-        sentences.append(f"{params['metric'].upper()}, {pair}: {interval_text(m)}: {_claim(m)}.")
+    for own, m in ((r["own_params"], r["metrics"]) for r in compared):
+        pair = f"{model_name(own['model'])} minus {model_name(own['against'])}"
+        sentences.append(f"{own['metric'].upper()}, {pair}: {interval_text(m)}: {_claim(m)}.")
     for name, runs in _by((r for r in scored if r.get("seed") is not None), _model).items():
         values = [r["metrics"]["hr@10"] for r in runs]
         span = f"{min(values):.3f} to {max(values):.3f}"
@@ -166,34 +166,34 @@ def _verdict(compared: Sequence[Record], models: Mapping[str, Mapping[str, Any]]
     Counts that had the validation item, which the model did not, do not decide.
     """
     against, seeds = compared[0]["own_params"]["against"], compared[0]["metrics"]["reference_seeds"]
-    m, name, place = models[against], model_name(against), f"on {_place(compared)}"
-    reference = f"{name} {m['ndcg@10']:.3f}"
+    m, name, where = models[against], model_name(against), f"on {_place(compared)}"
+    own = f"{name} {m['ndcg@10']:.3f}"
     if m.get("ndcg@10_low") is not None:
-        reference += f" [{m['ndcg@10_low']:.3f}, {m['ndcg@10_high']:.3f}]"
+        own += f" [{m['ndcg@10_low']:.3f}, {m['ndcg@10_high']:.3f}]"
     rated = sorted(compared, key=lambda r: -models[_model(r)]["ndcg@10"])
     counts = [r for r in rated if _model(r) in COUNTS]
     if not statistics.enough([seeds]):
         listed = ", ".join(
             _ranked(r, models) for r in rated if _model(r) in COUNTS or _model(r) not in BASELINES
         )
-        return f"{TOO_FEW} ({seeds:.0f}) {place}: NDCG@10 {reference}; {listed}."
-    reference += f", {_seeds(seeds)}"
+        return f"{TOO_FEW} ({seeds:.0f}) {where}: NDCG@10 {own}; {listed}."
+    own += f", {_seeds(seeds)}"
     by_word = _by(counts, lambda r: _claim(r["metrics"]))
     named = {word: ", ".join(_ranked(r, models) for r in rows) for word, rows in by_word.items()}
     beaten = f"; {name} beats {named['worse']}" if "worse" in named else ""
     if "better" in named:
         beat = "beats" if len(by_word["better"]) == 1 else "beat"
-        answer = f"No {place}: {named['better']} {beat} {reference} (NDCG@10){beaten}"
+        answer = f"No {where}: {named['better']} {beat} {own} (NDCG@10){beaten}"
     elif set(named) == {"worse"}:
-        answer = f"Yes {place}: {reference} (NDCG@10), beats every count scored, the best of them "
+        answer = f"Yes {where}: {own} (NDCG@10), beats every count scored, the best of them "
         answer += _ranked(by_word["worse"][0], models)
     elif named:
         unclear = "; ".join(f"{word}: {text}" for word, text in named.items() if word != "worse")
-        answer = f"Not shown {place}: {reference} (NDCG@10), is not told apart from every count; {unclear}{beaten}"
+        answer = f"Not shown {where}: {own} (NDCG@10), is not told apart from every count; {unclear}{beaten}"
     else:
-        answer = f"{place[:1].upper()}{place[1:]} {reference} (NDCG@10); no count was compared"
-    trained = [f"{_ranked(r, models)}: {_claim(r['metrics'])}" for r in rated if _model(r) not in BASELINES]
-    return answer + (f". {'; '.join(trained)}" if trained else "") + "."
+        answer = f"{where[:1].upper()}{where[1:]} {own} (NDCG@10); no count was compared"
+    others = [f"{_ranked(r, models)}: {_claim(r['metrics'])}" for r in rated if _model(r) not in BASELINES]
+    return answer + (f". {'; '.join(others)}" if others else "") + "."
 
 
 def _ranked(record: Record, models: Mapping[str, Mapping[str, Any]]) -> str:
@@ -299,11 +299,11 @@ def _of_the_law(outcome: Mapping[str, Any]) -> list[str]:
     """Say what the law is, what it predicts, how sure of it, and what was measured."""
     if (prediction := outcome["prediction"]) is None:
         return ["No law yet: its sizes are not all trained, and nothing is predicted."]
-    m, params, measured = prediction["metrics"], prediction["own_params"], outcome["measured"]
+    m, own, measured = prediction["metrics"], prediction["own_params"], outcome["measured"]
     band = "no band, since no size had two seeds"
     if m["low"] is not None:
         band = f"{m['low']:.3f} to {m['high']:.3f} over resampled seeds"
-    target = f"{params['of']} ({params['size']:,} non-embedding parameters; {band})"
+    target = f"{own['of']} ({own['size']:,} non-embedding parameters; {band})"
     lines = [
         f"No power of the size: the loss does not fall. {m['predicted']:.3f} nats predicted for {target}."
     ]
@@ -322,7 +322,7 @@ def _of_the_law(outcome: Mapping[str, Any]) -> list[str]:
         )
     if measured is None:
         carried = f"its record will carry {prediction['params_hash']}"
-        return [*lines, f"{params['of']} is not measured yet; {carried}."]
+        return [*lines, f"{own['of']} is not measured yet; {carried}."]
     error = f"error {outcome['error']:+.3f} nats ({outcome['relative_error']:+.1%})"
     if m["low"] is not None:
         error += f", {'inside' if m['low'] <= measured <= m['high'] else 'outside'} the band"
@@ -353,18 +353,18 @@ def _of_width(table: pd.DataFrame) -> list[str]:
     arms = [str(arm) for arm in table.index if sweep_of(str(arm)) == "width"]
     if len(arms) < 2:
         return []
-    changes, overlaps, against = [], [], []
+    changes, same, against = [], [], []
     pairs = [(f"{a} and {b}", table.loc[a], table.loc[b]) for a, b in pairwise(arms)]
     for metric in (metric for metric in ("loss", "ndcg@10", "hr@10") if metric in table):
         name = metric.upper() if "@" in metric else f"{metric} (nats)"
         changes.append(f"{name} {', '.join(f'{b[metric] - a[metric]:+.4f}' for _, a, b in pairs)}")
-        overlap = [pair for pair, a, b in pairs if not _parted(a, b, metric)]
-        overlaps.append(f"{name}: {', '.join(overlap) or 'none'}")
+        overlap = [both for both, a, b in pairs if not _parted(a, b, metric)]
+        same.append(f"{name}: {', '.join(overlap) or 'none'}")
         if metric == "ndcg@10":
-            against = [pair for pair, a, b in pairs if (b["loss"] - a["loss"]) * (b[metric] - a[metric]) > 0]
+            against = [both for both, a, b in pairs if (b["loss"] - a["loss"]) * (b[metric] - a[metric]) > 0]
     return [
         f"Width, {' to '.join(arms)}, step by step: {'; '.join(changes)}.",
-        f"Neighbours whose seeds' ranges overlap, so that the step is not told apart: {'; '.join(overlaps)}.",
+        f"Neighbours whose seeds' ranges overlap, so that the step is not told apart: {'; '.join(same)}.",
         f"Neighbours of which the one with the lower loss ranks worse: {', '.join(against) or 'none'}.",
     ]
 
@@ -388,17 +388,17 @@ def _of_rates(rows: Sequence[Record]) -> list[str]:
     lines = []
     for arm, row in tables.rate_check(rows).iterrows():
         best = min(RATES, key=lambda name: row[name])
-        verdict = f"{best} of it is better by {row['lost']:.3f} nats"
-        verdict = "the rule's is the best of the three" if best == "rule" else verdict
+        held = f"{best} of it is better by {row['lost']:.3f} nats"
+        held = "the rule's is the best of the three" if best == "rule" else held
         losses = ", ".join(f"{name} {row[name]:.3f}" for name in RATES)
-        line = f"Learning rate at {arm}, {int(row['seeds'])} seed(s): {losses} nats; {verdict} "
+        line = f"Learning rate at {arm}, {int(row['seeds'])} seed(s): {losses} nats; {held} "
         line += f"(the rule's seeds lie {row['range']:.3f} apart)."
         ranked = {name: row[f"ndcg@10 {name}"] for name in RATES}
         if not any(map(math.isnan, ranked.values())):
             top = max(RATES, key=lambda name: ranked[name])
-            scores = ", ".join(f"{name} {value:.4f}" for name, value in ranked.items())
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in ranked.items())
             agreed = "as the loss says" if top == best else f"the loss says {best}"
-            line += f" NDCG@10 {scores}: highest with {top}, {agreed}."
+            line += f" NDCG@10 {shown}: highest with {top}, {agreed}."
         lines.append(line)
     return lines
 
@@ -410,11 +410,11 @@ def _of_purchase(table: pd.DataFrame) -> list[str]:
     """
     sweeps = table.index.map(lambda arm: sweep_of(str(arm)))
     enough = [statistics.enough([seeds]) for seeds in table["seeds"]]
-    eligible = table[(sweeps != "other learning rate") & enough].sort_values("TFLOP", kind="stable")
-    if len(eligible) < 2 or "ndcg@10" not in table:
+    kept = table[(sweeps != "other learning rate") & enough].sort_values("TFLOP", kind="stable")
+    if len(kept) < 2 or "ndcg@10" not in table:
         return []
-    best = eligible.iloc[int(eligible["ndcg@10"].argmax())]
-    cheap = next(row for _, row in eligible.iterrows() if not _parted(row, best, "ndcg@10"))
+    best = kept.iloc[int(kept["ndcg@10"].argmax())]
+    cheap = next(row for _, row in kept.iterrows() if not _parted(row, best, "ndcg@10"))
     line = f"What to buy, by NDCG@10 on validation, of those with {statistics.MIN_SEEDS} seeds: "
     line += f"{best.name} ranks best ({best['ndcg@10']:.4f}); "
     if cheap.name == best.name:
@@ -423,11 +423,11 @@ def _of_purchase(table: pd.DataFrame) -> list[str]:
         share = cheap["TFLOP"] / best["TFLOP"]
         line += f"the cheapest not told apart is {cheap.name} ({cheap['ndcg@10']:.4f}), "
         line += f"at {share:.0%} of its FLOPs."
-    widths = eligible[[sweep_of(str(arm)) == "width" for arm in eligible.index]]
+    widths = kept[[sweep_of(str(arm)) == "width" for arm in kept.index]]
     if len(widths) > 1:
-        smallest, largest = widths.iloc[0], widths.iloc[-1]
-        gain = (largest["ndcg@10"] - smallest["ndcg@10"]) / math.log2(largest["TFLOP"] / smallest["TFLOP"])
-        line += f" From {smallest.name} to {largest.name} a doubling of training FLOPs is worth {gain:+.4f}."
+        first, last = widths.iloc[0], widths.iloc[-1]
+        gain = (last["ndcg@10"] - first["ndcg@10"]) / math.log2(last["TFLOP"] / first["TFLOP"])
+        line += f" From {first.name} to {last.name} a doubling of training FLOPs is worth {gain:+.4f}."
     return [line]
 
 
@@ -443,14 +443,14 @@ def size_findings(steps: pd.DataFrame, named: Collection[str]) -> list[str]:
         return [f"- Steps of the named sizes: not measured yet: {', '.join(named)}."]
     lines = []
     for device, part in steps.groupby("device"):
-        sizes = [
+        shown = [
             f"{size} {row['step s']:.2f} s, {row['peak GB']:.1f} GB at peak, {row[FLOOR]:.2f} times its floor"
             for size, row in part.iterrows()
         ]
         absent = [name for name in named if name not in part.index]
-        missing = f" Not measured there: {', '.join(absent)}." if absent else ""
+        last = f" Not measured there: {', '.join(absent)}." if absent else ""
         lines.append(
-            f"- Steps of the named sizes at their own catalogues, {device}: {'; '.join(sizes)}.{missing}"
+            f"- Steps of the named sizes at their own catalogues, {device}: {'; '.join(shown)}.{last}"
         )
     return lines
 
@@ -465,13 +465,13 @@ def tuning_findings(records: Sequence[Record], study: str) -> list[str]:
     lines = [f"- {study}: {len(trials)} trials, {pruned} of them pruned."]
     if results.get("tuning"):
         newest = max(results["tuning"], key=lambda r: str(r["time"]))
-        params, value = newest["own_params"], newest["metrics"]["valid_ndcg@10"]
-        settings = ", ".join(f"{k} {v:.3g}" for k, v in params.items() if k not in ("study", "trial"))
-        lines[0] += f" The best, trial {params['trial']}, has NDCG@10 {value:.4f} on validation: {settings}."
+        own, value = newest["own_params"], newest["metrics"]["valid_ndcg@10"]
+        drawn = ", ".join(f"{k} {v:.3g}" for k, v in own.items() if k not in ("study", "trial"))
+        lines[0] += f" The best, trial {own['trial']}, has NDCG@10 {value:.4f} on validation: {drawn}."
         shares = dict(zip(*(newest["series"].get(k, ()) for k in ("field", "share")), strict=True))
         if shares:
-            field = max(shares, key=lambda name: shares[name])
-            lines.append(f"  What mattered most among the whole trials: {field} ({shares[field]:.0%}).")
+            first = max(shares, key=lambda name: shares[name])
+            lines.append(f"  What mattered most among the whole trials: {first} ({shares[first]:.0%}).")
     for m in (record["metrics"] for record in results.get("validation_difference", [])):
         lines.append(
             f"  Trained anew, {m['seeds']} seeds, NDCG@10 on validation: default {m['base']:.4f}, tuned "
@@ -523,28 +523,28 @@ def _of_speed(results: Results) -> list[str]:
     timed = [r for r in results.get("ladder", []) if r["timings"].get("step_seconds")]
     rungs = sorted(timed, key=lambda r: r["own_params"]["rung"])
     names, seconds = (
-        [r[part][key] for r in rungs] for part, key in (("own_params", "name"), ("timings", "step_seconds"))
+        [r[of][key] for r in rungs] for of, key in (("own_params", "name"), ("timings", "step_seconds"))
     )
     steps = [r for r in results.get("step", []) if r["kind"] == "measured"]
     sentences = _speed_answer(steps)
     if len(rungs) > 1:
         best = int(np.argmin(seconds))
-        factor, label = seconds[0] / seconds[best], rungs[0]["label"]
+        factor, where = seconds[0] / seconds[best], rungs[0]["label"]
         sentences.append(
-            f"From the {names[0]} to “{names[best]}” a step is {factor:.1f} times faster ({label})."
+            f"From the {names[0]} to “{names[best]}” a step is {factor:.1f} times faster ({where})."
         )
     sentences += _rates(steps)
     for place in range(1, len(rungs)):
-        faster, total = seconds[place - 1] / seconds[place], seconds[0] / seconds[place]
+        faster, whole = seconds[place - 1] / seconds[place], seconds[0] / seconds[place]
         sentences.append(
-            f"{names[place]}: {faster:.2f} times the speed of the rung before, {total:.1f} times that of the "
+            f"{names[place]}: {faster:.2f} times the speed of the rung before, {whole:.1f} times that of the "
             f"{names[0]}."
         )
-    for params, took in ((r["own_params"], r["timings"]) for r in steps):
-        if params.get("ran_compile_mode", "off") != "off" and took.get("compile_seconds"):
+    for own, took in ((r["own_params"], r["timings"]) for r in steps):
+        if own.get("ran_compile_mode", "off") != "off" and took.get("compile_seconds"):
             paid = took.get("break_even_steps")
             pays = f"has paid after {paid:,} steps" if paid else "never pays"
-            start = f"{params['compile_mode']} in {params['precision']}: compiling took"
+            start = f"{own['compile_mode']} in {own['precision']}: compiling took"
             sentences.append(f"{start} {took['compile_seconds']:.1f} s and {pays}.")
     curves = [r for r in results.get("loss_curve", []) if r["timings"].get("largest_gap") is not None]
     gaps = {r["own_params"]["precision"]: r["timings"]["largest_gap"] for r in curves}
@@ -562,11 +562,11 @@ def _speed_answer(steps: Sequence[Record]) -> list[str]:
     if not shares:
         return []
     name, best = max(shares.items(), key=lambda item: item[1])
-    label, listed = steps[0]["label"], ", ".join(f"{name} {share:.2f}" for name, share in shares.items())
-    start = f"{name} runs {best:.2f} times as fast as fp32 eager ({label}, batch {batch})"
+    where, listed = steps[0]["label"], ", ".join(f"{name} {share:.2f}" for name, share in shares.items())
+    start = f"{name} runs {best:.2f} times as fast as fp32 eager ({where}, batch {batch})"
     if best < FASTER:
         start = (
-            f"Nothing on {label}: no variant is over {FASTER - 1:.0%} faster than fp32 eager, batch {batch}"
+            f"Nothing on {where}: no variant is over {FASTER - 1:.0%} faster than fp32 eager, batch {batch}"
         )
     return [f"{start}; rates as multiples of it: {listed}."]
 
@@ -612,20 +612,20 @@ def _of_adapters(results: Results) -> list[str]:
             verdicts.append(_gate_verdict(rows, name))
             claims = _by_claim(rows).items()
             listed = "; ".join(
-                f"{word}: {', '.join(ARM_NAMES[_model(r)] for r in group)}" for word, group in claims
+                f"{word}: {', '.join(ARM_NAMES[_model(r)] for r in some)}" for word, some in claims
             )
             details.append(f"{name[:1].upper()}{name[1:]}, NDCG@10 against iLoRA, corrected: {listed}.")
         arms = {_model(r): r["metrics"] for r in means if r["own_params"]["task"] == task}
         if arms:
             best = max(arms, key=lambda arm: arms[arm]["ndcg@10"])
-            labels = {arm: f"{ARM_NAMES[arm]}, NDCG@10 {m['ndcg@10']:.4f}" for arm, m in arms.items()}
-            references = [labels[arm].replace(", NDCG@10", "") for arm in ("none", "ilora") if arm in arms]
-            details.append(f"{name}: best is {labels[best]}; {', '.join(references)}.")
+            shown = {arm: f"{ARM_NAMES[arm]}, NDCG@10 {m['ndcg@10']:.4f}" for arm, m in arms.items()}
+            others = [shown[arm].replace(", NDCG@10", "") for arm in ("none", "ilora") if arm in arms]
+            details.append(f"{name}: best is {shown[best]}; {', '.join(others)}.")
             new = [f"{ARM_NAMES[arm]} {m['hr@10_new']:.3f}" for arm, m in arms.items() if m.get("hr@10_new")]
             details.append(f"{name}: HR@10 on new items above 0: {', '.join(new) or 'no arm'}.")
-    for params, m in ((r["own_params"], r["metrics"]) for r in compared):
+    for own, m in ((r["own_params"], r["metrics"]) for r in compared):
         details.append(
-            f"{TASK_NAMES[params['task']]}, {ARM_NAMES[params['model']]} against iLoRA: {_claim(m)}, "
+            f"{TASK_NAMES[own['task']]}, {ARM_NAMES[own['model']]} against iLoRA: {_claim(m)}, "
             f"{interval_text(m)}; one comparison alone finds {m['detectable']:.4f} four times in five."
         )
     answer = [" ".join(verdicts)] if verdicts else []
@@ -647,10 +647,10 @@ def _gate_verdict(rows: Sequence[Record], task: str) -> str:
         return f"Not known, {task}: too few seeds to compare iLoRA with {names}."
     if not {"better", "worse"} & set(claims.values()):
         largest = max(abs(m["difference"]) for m in rivals.values())
-        detectable = max(m["detectable"] for m in rivals.values())
+        seen = max(m["detectable"] for m in rivals.values())
         return (
             f"No, {task}: {names} are within {largest:.4f} NDCG@10 of iLoRA, where a difference of "
-            f"{detectable:.4f} would have been seen."
+            f"{seen:.4f} would have been seen."
         )
     listed = ", ".join(f"{ARM_NAMES[arm]} {word}" for arm, word in claims.items())
     return f"Not shown, {task}: against iLoRA {listed}."
@@ -659,16 +659,16 @@ def _gate_verdict(rows: Sequence[Record], task: str) -> str:
 def _adapter_steps(records: Sequence[Record]) -> list[str]:
     """Say what a step of iLoRA takes, as multiples of the steps that it was paired with."""
     sentences = []
-    for params, timings in ((r["own_params"], r["timings"]) for r in records if _model(r) == "ilora"):
+    for own, took in ((r["own_params"], r["timings"]) for r in records if _model(r) == "ilora"):
         parts = []
-        for arm, name in (("lora", "LoRA"), ("full", "full fine-tuning"), ("ilora", "eager iLoRA")):
-            if ratio := timings.get(f"over_{arm}"):
-                low, high = (timings.get(f"over_{arm}_{end}") for end in ("low", "high"))
+        for other, name in (("lora", "LoRA"), ("full", "full fine-tuning"), ("ilora", "eager iLoRA")):
+            if ratio := took.get(f"over_{other}"):
+                low, high = (took.get(f"over_{other}_{end}") for end in ("low", "high"))
                 spread = "" if low is None or high is None else f" ({low:.2f} to {high:.2f})"
                 parts.append(f"{ratio:.2f} times that of {name}{spread}")
         if parts:
-            mode = "eager" if params["compile_mode"] == "off" else f"compiled ({params['compile_mode']})"
-            sentences.append(f"A step of iLoRA in {params['precision']}, {mode}, takes {', '.join(parts)}.")
+            mode = "eager" if own["compile_mode"] == "off" else f"compiled ({own['compile_mode']})"
+            sentences.append(f"A step of iLoRA in {own['precision']}, {mode}, takes {', '.join(parts)}.")
     return sentences
 
 
@@ -728,9 +728,9 @@ def measured_on_gpus(steps: Sequence[Record]) -> list[str]:
     rates: dict[str, dict[str, tuple[float, str]]] = {}
     for r in steps:
         if r["kind"] == "measured" and tables.cpu_of(r) is None and r["timings"].get("sequences_per_second"):
-            params, rate = r["own_params"], r["timings"]["sequences_per_second"]
+            own, rate = r["own_params"], r["timings"]["sequences_per_second"]
             sizes = rates.setdefault(tables.device_of(r), {})
-            sizes[params["size"]] = max(sizes.get(params["size"], (0.0, "")), (rate, params["precision"]))
+            sizes[own["size"]] = max(sizes.get(own["size"], (0.0, "")), (rate, own["precision"]))
     return [
         f"{device}, measured: "
         + ", ".join(
@@ -747,16 +747,16 @@ def _of_plans(results: Results) -> list[str]:
     boards = [r for r in plans if r["metrics"].get("fits") is not None]
     if not boards:
         return []
-    fit, params = [r for r in boards if r["metrics"]["fits"]], boards[0]["own_params"]
-    run = f"{params['size']} at a batch of {params['batch_size']:,}"
+    fit, own = [r for r in boards if r["metrics"]["fits"]], boards[0]["own_params"]
+    run = f"{own['size']} at a batch of {own['batch_size']:,}"
     sentences = [f"{run} fits on {len(fit)} of {len(boards)} GPUs (predicted)."]
     for basis in ("validated", "unvalidated"):
         sentences.append(f"{sum(r['own_params']['basis'] == basis for r in plans)} plans are {basis}.")
     if fit:
         best = min(fit, key=lambda r: r["timings"]["epoch_seconds"])
         low, high = (best["timings"][f"epoch_seconds_{end}"] for end in ("low", "high"))
-        device = best["own_params"]["device"]
-        sentences.append(f"Fastest is {device}, an epoch in {low:,.3g} to {high:,.3g} s (predicted).")
+        where = best["own_params"]["device"]
+        sentences.append(f"Fastest is {where}, an epoch in {low:,.3g} to {high:,.3g} s (predicted).")
     return sentences
 
 
@@ -779,21 +779,21 @@ def study(records: Sequence[Record]) -> list[str]:
         "04_amp_compile": ("From the", "How cheaply: from the"),
         "05_ilora": (f"No, {TASK_NAMES['next_period']}:", "What does not pay: a gate on the user's history."),
     }
-    for notebook, (start, opening) in starts.items():
-        chapter = tables.best_work(r for r in records if r["notebook"] == notebook and tables.of_study(r))
+    for notebook, (start, own) in starts.items():
+        some = tables.best_work(r for r in records if r["notebook"] == notebook and tables.of_study(r))
         lines = []
-        for rows in _by(chapter, lambda r: _place([r])).values():
+        for of_one in _by(some, lambda r: _place([r])).values():
             answers = (
                 line
-                for line in CHAPTERS[notebook].findings(_by(rows, lambda r: r["name"]))
+                for line in CHAPTERS[notebook].findings(_by(of_one, lambda r: r["name"]))
                 if line.startswith(start)
             )
             lines += [line.split(". ")[0].removesuffix(".") for line in answers][:1]
         if lines:
-            labels = "|".join({r["label"] for r in chapter})
-            first, *others = (re.sub(rf" \((?!{labels})[^)]*\)", "", line) for line in lines)
+            labels = "|".join({r["label"] for r in some})
+            first, *more = (re.sub(rf" \((?!{labels})[^)]*\)", "", line) for line in lines)
             text = "; ".join(
-                [opening + first.removeprefix(start), *(line[0].lower() + line[1:] for line in others)]
+                [own + first.removeprefix(start), *(line[0].lower() + line[1:] for line in more)]
             )
             sentences.append(f"{text}.")
     return sentences
@@ -835,7 +835,7 @@ def _of_counts(datasets: Mapping[str, Sequence[Record]]) -> list[str]:
         tested = {_model(r): r["metrics"]["ndcg@10"] for r in rows if r["name"] == "test_metrics"}
         counts = [m for m in tested if m in COUNTS]
         if counts and (trained := [m for m in tested if m not in BASELINES]):
-            count, model = (max(group, key=lambda m: tested[m]) for group in (counts, trained))
+            count, model = (max(some, key=lambda m: tested[m]) for some in (counts, trained))
             parts.append(
                 f"on {name} {model_name(count)} {tested[count]:.3f}, {model_name(model)} {tested[model]:.3f}"
             )
