@@ -156,7 +156,7 @@ def test_what_is_drawn_already_is_taken_as_it_is(records, built, tmp_path, monke
     there = {drawing.file: drawing for drawing in figures.drawings(tables.distinct(records[:2]))}
     monkeypatch.setattr(figures, "show", lambda *_: pytest.fail("drawn again"))
     for folder, known in ((built, {}), (tmp_path / "own", there)):
-        figures.build(records if folder == built else records[:2], folder, there=known)
+        figures.build(records if folder == built else records[:2], folder, existing=known)
     drawn = content(tmp_path / "own")
     assert drawn["preparation_ml-100k_cpu.html"] == content(built)["preparation_ml-100k_cpu.html"]
     assert len(drawn) == 4
