@@ -18,7 +18,6 @@ from reclib.report.tables import ARM_NAMES, BASELINES, TASK_NAMES, model_name
 MOST_COLORS = 4  # coloured lines of a figure; all others are grey
 FAR = 5  # an arm this many medians below zero is written at the edge of the axis
 DRAWN_USERS = 500  # sampled users in a figure of single users, to limit overlap and file size
-
 _ZERO = {"color": INK, "width": 1}  # the line of no difference
 _CLAIMED: dict[Any, str] = {"better": GREEN, "worse": ORANGE}  # colour of a claim; of all others: grey
 _TITLES = {"hr@10": "HR@10", "ndcg@10": "NDCG@10", "mrr": "MRR"}
@@ -29,10 +28,8 @@ _ORDERS = {  # symbol and name of each order of the histories, by metric
     "shuffled": ("x", "shuffled"),
 }
 _BEYOND = {"coverage": "coverage", "gini": "Gini", "popularity_percentile": "popularity"}
-_ARM_COLORS: dict[Any, str] = dict(
-    zip(("ilora", "full", "lora", "gated", "head", "bias"), PALETTE, strict=True)
-)
-_ARM_COLORS |= dict.fromkeys(CONTROLS, MUTED)
+_ARMS = ("ilora", "full", "lora", "gated", "head", "bias")
+_ARM_COLORS: dict[Any, str] = dict(zip(_ARMS, PALETTE, strict=True)) | dict.fromkeys(CONTROLS, MUTED)
 
 
 # -- models --------------------------------------------------------------------------------------------------
@@ -99,9 +96,8 @@ def metric_comparison(rows: pd.DataFrame) -> go.Figure:
                 **at(1, panel),
             )
         figure.update_xaxes(title_text=_TITLES[metric], rangemode="tozero", nticks=4, **at(1, panel))
-    figure.note(
-        "means over users, full ranking; bar: 95 % interval, tick: one seed; grey: no gradient descent"
-    )
+    text = "means over users, full ranking; bar: 95 % interval, tick: one seed; grey: no gradient descent"
+    figure.note(text)
     figure.categories(models)
     best = style.extreme(means, "hr@10")
     title = f"{best['model']} has the target among its ten first for {best['hr@10']:.1%} of users"
@@ -151,8 +147,8 @@ def equal_time(rows: pd.DataFrame) -> go.Figure:
         figure.path(part, "minutes", "ndcg@10", color, hover, error_y=ends, **look)
     figure.label_ends(np.log10(last["minutes"]), last["ndcg@10"], colors, rows["ndcg@10"].max())
     first, end = np.log10([rows["minutes"].min(), rows["minutes"].max()])
-    axis = style.log_axis(rows["minutes"], most=9)
-    axis["range"] = [first - 0.08, end + 0.04]  # else the names at the ends widen it
+    axis: dict[str, Any] = {"range": [first - 0.08, end + 0.04]}  # else the names at the ends widen it
+    axis |= style.log_axis(rows["minutes"], most=9)
     figure.update_xaxes(title_text="minutes of training (log scale)", **axis)
     figure.update_yaxes(title_text="NDCG@10 on validation, full ranking", rangemode="tozero")
     table = rows.pivot_table(index="minutes", columns="model", values="ndcg@10").dropna(thresh=2)
@@ -472,9 +468,8 @@ def tie_rules(rows: pd.DataFrame) -> go.Figure:
     rules = [name for name in (*names.values(), "variants merged") if name in set(rows["rule"])]
     figure.categories(rules, 56)
     figure.update_layout(height=420, margin={"b": 110})
-    figure.note(
-        "Interactions at one time in each order; shuffled: a mark for each seed; bar: 95 % over users"
-    )
+    text = "Interactions at one time in each order; shuffled: a mark for each seed; bar: 95 % over users"
+    figure.note(text)
     counts = rows[(rows["model"] == model_name("pairwise_counts")) & (rows["rule"] != "variants merged")]
     span = counts.groupby("dataset")["ndcg@10"].agg(["min", "max"])
     text = ", ".join(f"{low:.3f} to {high:.3f} on {name}" for name, low, high in span.itertuples())

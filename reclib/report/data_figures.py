@@ -50,9 +50,8 @@ def sequence_lengths(rows: pd.DataFrame) -> go.Figure:
     figure.update_xaxes(title_text="interactions of a user (log scale)", **log_axis(edges, most=9))
     figure.update_yaxes(title_text="users")
     half, most = rows["median_length"].iloc[0], rows["max_length"].iloc[0]
-    return figure.update_layout(
-        title_text=f"Half of the users have at most {half:,.0f} interactions, one has {most:,}"
-    )
+    title = f"Half of the users have at most {half:,.0f} interactions, one has {most:,}"
+    return figure.update_layout(title_text=title)
 
 
 def item_popularity(rows: pd.DataFrame) -> go.Figure:
@@ -76,9 +75,8 @@ def item_popularity(rows: pd.DataFrame) -> go.Figure:
         update(tickformat=".0%", range=[0, 1], **right)
         update(title_text=of_share, **right)
     tenth, gini = rows["top_tenth_share"].iloc[0], rows["gini"].iloc[0]
-    return figure.update_layout(
-        title_text=f"A tenth of the items holds {tenth:.0%} of the interactions (Gini {gini:.2f})"
-    )
+    title = f"A tenth of the items holds {tenth:.0%} of the interactions (Gini {gini:.2f})"
+    return figure.update_layout(title_text=title)
 
 
 def tied_timestamps(rows: pd.DataFrame) -> go.Figure:

@@ -56,9 +56,7 @@ class Spec:
     across: bool = False  # one figure of all devices instead of one for each
     beside: str = ""  # name of further records of the same data and device
     enough: Callable[[Sequence[Record]], bool] | None = None  # whether records are enough for the figure
-    choose: Callable[[Sequence[Record]], list[Record]] | None = (
-        None  # selects records, for one figure of all data
-    )
+    choose: Callable[[Sequence[Record]], list[Record]] | None = None  # selects records of all data
 
     @property
     def name(self) -> str:
@@ -79,7 +77,7 @@ def _of_sweeps(records: Sequence[Record]) -> bool:
     return bool(sweeps - {"width", "tuned settings"})
 
 
-_SIZES: dict[str, Any] = {"beside": "prediction", "enough": _of_sizes}
+_LAW: dict[str, Any] = {"beside": "prediction"}
 _DEVICES: dict[str, Any] = {"across": True, "beside": "real_size_step"}
 
 FIGURES: list[Spec] = [
@@ -106,11 +104,9 @@ FIGURES: list[Spec] = [
     Spec(
         "03_scaling", "beyond_accuracy", scaling_figures.popularity_by_size, choose=tables.popularity_by_size
     ),
-    Spec("03_scaling", "learning_curve", scaling_figures.scaling_curve, **_SIZES),
-    Spec("03_scaling", "learning_curve", scaling_figures.scaling_accuracy, **_SIZES),
-    Spec(
-        "03_scaling", "learning_curve", scaling_figures.scaling_sweeps, beside="prediction", enough=_of_sweeps
-    ),
+    Spec("03_scaling", "learning_curve", scaling_figures.scaling_curve, enough=_of_sizes, **_LAW),
+    Spec("03_scaling", "learning_curve", scaling_figures.scaling_accuracy, enough=_of_sizes, **_LAW),
+    Spec("03_scaling", "learning_curve", scaling_figures.scaling_sweeps, enough=_of_sweeps, **_LAW),
     Spec("03_scaling", "trial", scaling_figures.tuning_history),
     Spec("03_scaling", "tuning", scaling_figures.tuning_importance),
     Spec("03_scaling", "trial", scaling_figures.tuning_parallel),
@@ -437,14 +433,8 @@ def index(
     summary: list[str] = []
     with _noting_failures("the answer of the study", problems):
         summary = findings.study(study_rows)
-    return _rendered(
-        "index.html",
-        sections=sections,
-        opening=opening,
-        summary=summary,
-        problems=problems,
-        empty=not cards,
-    )
+    values = {"sections": sections, "opening": opening, "summary": summary, "problems": problems}
+    return _rendered("index.html", empty=not cards, **values)
 
 
 def _section(

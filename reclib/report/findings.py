@@ -117,13 +117,10 @@ def _of_data(results: Results) -> list[str]:
     sentences = []
     counts, ties = _first(results, "preparation"), _first(results, "last_items")
     if {"users", "items"} <= counts.keys():
-        sentences.append(
-            f"The last item of each of {counts['users']:,} users, among {counts['items']:,} items."
-        )
+        answer = f"The last item of each of {counts['users']:,} users, among {counts['items']:,} items."
         if share := ties.get("last_item_by_tie_rule_share"):
-            sentences[0] += (
-                f" For {share:.0%} of them only the order of rows in the file says which item that is."
-            )
+            answer += f" For {share:.0%} of them only the order of rows in the file says which item that is."
+        sentences.append(answer)
     for names, text in _DATA.items():
         metrics: dict[str, Any] = {}
         for name in names.split():
@@ -147,9 +144,8 @@ def _of_baseline(results: Results) -> list[str]:
     best_first = sorted(models, key=lambda name: -models[name]["hr@10"])
     listed = ", ".join(_with_interval(name, models[name], "hr@10") for name in best_first)
     sentences = [f"HR@10 on {_place(scored)}: {listed}."]
-    compared = [
-        r for r in results.get("comparison", []) if {_model(r), r["own_params"]["against"]} <= models.keys()
-    ]
+    compared = results.get("comparison", [])
+    compared = [r for r in compared if {_model(r), r["own_params"]["against"]} <= models.keys()]
     if ranked := [r for r in compared if r["own_params"]["metric"] == "ndcg@10"]:
         sentences.insert(0, _verdict(ranked, models))
     for params, m in ((r["own_params"], r["metrics"]) for r in compared):
@@ -173,9 +169,8 @@ def _verdict(compared: Sequence[Record], models: Mapping[str, Mapping[str, Any]]
     rated = sorted(compared, key=lambda r: -models[_model(r)]["ndcg@10"])
     counts = [r for r in rated if _model(r) in COUNTS]
     if not statistics.enough([seeds]):
-        listed = ", ".join(
-            _ranked(r, models) for r in rated if _model(r) in COUNTS or _model(r) not in BASELINES
-        )
+        decisive = (r for r in rated if _model(r) in COUNTS or _model(r) not in BASELINES)
+        listed = ", ".join(_ranked(r, models) for r in decisive)
         return f"{TOO_FEW} ({seeds:.0f}) {place}: NDCG@10 {reference}; {listed}."
     reference += f", {_seeds(seeds)}"
     by_word = _by(counts, lambda r: _claim(r["metrics"]))
@@ -303,12 +298,11 @@ def _of_the_law(outcome: Mapping[str, Any]) -> list[str]:
     if m["low"] is not None:
         band = f"{m['low']:.3f} to {m['high']:.3f} over resampled seeds"
     target = f"{params['of']} ({params['size']:,} non-embedding parameters; {band})"
-    lines = [
-        f"No power of the size: the loss does not fall. {m['predicted']:.3f} nats predicted for {target}."
-    ]
+    predicted = f"{m['predicted']:.3f} nats"
+    lines = [f"No power of the size: the loss does not fall. {predicted} predicted for {target}."]
     if m["factor"] >= 1e-9:
         formula = f"{m['floor']:.3f} + {m['factor']:.3g} N^-{m['exponent']:.3f}"
-        lines = [f"Law {formula}; it predicts {m['predicted']:.3f} nats for {target}."]
+        lines = [f"Law {formula}; it predicts {predicted} for {target}."]
         if m.get("exponent_low") is not None:
             lines.append(
                 f"The exponent itself is known to {m['exponent_low']:.2f} to {m['exponent_high']:.2f} "
@@ -448,9 +442,8 @@ def size_findings(steps: pd.DataFrame, named: Collection[str]) -> list[str]:
         ]
         absent = [name for name in named if name not in part.index]
         missing = f" Not measured there: {', '.join(absent)}." if absent else ""
-        lines.append(
-            f"- Steps of the named sizes at their own catalogues, {device}: {'; '.join(sizes)}.{missing}"
-        )
+        start = f"- Steps of the named sizes at their own catalogues, {device}"
+        lines.append(f"{start}: {'; '.join(sizes)}.{missing}")
     return lines
 
 
@@ -506,10 +499,10 @@ def beside_sizes(records: Sequence[Record], study: str) -> list[str]:
         if " " not in name
     }
     above = [f"{name} ({mean:.4f})" for name, mean in means.items() if mean >= value]
+    if not means:
+        return []
     line = f"  Of {len(means)} sizes trained by one recipe on the same data, those that rank validation as "
-    return (
-        [f"{line}well as the tuned settings do ({value:.4f}): {', '.join(above) or 'none'}."] if means else []
-    )
+    return [f"{line}well as the tuned settings do ({value:.4f}): {', '.join(above) or 'none'}."]
 
 
 FASTER = 1.05  # times the rate of fp32 eager: the least that counts as faster
@@ -521,17 +514,15 @@ def _of_speed(results: Results) -> list[str]:
     """Compare precisions and compile modes with a plain step, then list the rungs of the ladder."""
     timed = [r for r in results.get("ladder", []) if r["timings"].get("step_seconds")]
     rungs = sorted(timed, key=lambda r: r["own_params"]["rung"])
-    names, seconds = (
-        [r[part][key] for r in rungs] for part, key in (("own_params", "name"), ("timings", "step_seconds"))
-    )
+    names = [r["own_params"]["name"] for r in rungs]
+    seconds = [r["timings"]["step_seconds"] for r in rungs]
     steps = [r for r in results.get("step", []) if r["kind"] == "measured"]
     sentences = _speed_answer(steps)
     if len(rungs) > 1:
         best = int(np.argmin(seconds))
         factor, label = seconds[0] / seconds[best], rungs[0]["label"]
-        sentences.append(
-            f"From the {names[0]} to “{names[best]}” a step is {factor:.1f} times faster ({label})."
-        )
+        change = f"From the {names[0]} to “{names[best]}”"
+        sentences.append(f"{change} a step is {factor:.1f} times faster ({label}).")
     sentences += _rates(steps)
     for place in range(1, len(rungs)):
         faster, total = seconds[place - 1] / seconds[place], seconds[0] / seconds[place]
@@ -572,10 +563,10 @@ def _speed_answer(steps: Sequence[Record]) -> list[str]:
 def _shares(steps: Sequence[Record]) -> dict[int, tuple[float, dict[str, float]]]:
     """Return by batch size the rate of eager fp32, and those of other variants as multiples of it."""
     batches: dict[int, dict[str, float]] = {}
-    for own, rate in ((r["own_params"], r["timings"].get("sequences_per_second")) for r in steps):
+    for params, rate in ((r["own_params"], r["timings"].get("sequences_per_second")) for r in steps):
         if rate:
-            mode = "" if own["compile_mode"] == "off" else f" compiled ({own['compile_mode']})"
-            batches.setdefault(own["batch_size"], {})[own["precision"] + mode] = rate
+            mode = "" if params["compile_mode"] == "off" else f" compiled ({params['compile_mode']})"
+            batches.setdefault(params["batch_size"], {})[params["precision"] + mode] = rate
     shares = {}
     for batch, rates in batches.items():
         if plain := rates.pop("fp32", None):
@@ -606,10 +597,8 @@ def _of_adapters(results: Results) -> list[str]:
         rows = [r for r in compared if r["own_params"]["task"] == task]
         if rows:
             verdicts.append(_gate_verdict(rows, name))
-            claims = _by_claim(rows).items()
-            listed = "; ".join(
-                f"{word}: {', '.join(ARM_NAMES[_model(r)] for r in group)}" for word, group in claims
-            )
+            arms_by_claim = {w: [ARM_NAMES[_model(r)] for r in part] for w, part in _by_claim(rows).items()}
+            listed = "; ".join(f"{word}: {', '.join(names)}" for word, names in arms_by_claim.items())
             details.append(f"{name[:1].upper()}{name[1:]}, NDCG@10 against iLoRA, corrected: {listed}.")
         arms = {_model(r): r["metrics"] for r in means if r["own_params"]["task"] == task}
         if arms:
@@ -729,14 +718,11 @@ def measured_on_gpus(steps: Sequence[Record]) -> list[str]:
             params, rate = r["own_params"], r["timings"]["sequences_per_second"]
             sizes = rates.setdefault(tables.device_of(r), {})
             sizes[params["size"]] = max(sizes.get(params["size"], (0.0, "")), (rate, params["precision"]))
-    return [
-        f"{device}, measured: "
-        + ", ".join(
-            f"{size} {rate:,.0f} sequences/s ({precision})" for size, (rate, precision) in sizes.items()
-        )
-        + "."
-        for device, sizes in rates.items()
-    ]
+    sentences = []
+    for device, sizes in rates.items():
+        listed = [f"{size} {rate:,.0f} sequences/s ({name})" for size, (rate, name) in sizes.items()]
+        sentences.append(f"{device}, measured: {', '.join(listed)}.")
+    return sentences
 
 
 def _of_plans(results: Results) -> list[str]:
@@ -825,9 +811,8 @@ def _of_counts(datasets: Mapping[str, Sequence[Record]]) -> list[str]:
         counts = [m for m in tested if m in COUNTS]
         if counts and (trained := [m for m in tested if m not in BASELINES]):
             count, model = (max(group, key=lambda m: tested[m]) for group in (counts, trained))
-            parts.append(
-                f"on {name} {model_name(count)} {tested[count]:.3f}, {model_name(model)} {tested[model]:.3f}"
-            )
+            scores = [f"{model_name(m)} {tested[m]:.3f}" for m in (count, model)]
+            parts.append(f"on {name} {', '.join(scores)}")
             behind += [name] if tested[count] > tested[model] else []
     if not parts:
         return []

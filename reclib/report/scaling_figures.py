@@ -148,9 +148,8 @@ def size_and_counts(rows: pd.DataFrame) -> go.Figure:
         scores = marks[marks["recipe"] == "bert4rec"]["ndcg@10"]
         if len(counts) and len(scores):
             ahead.append((dataset, float(scores.max()) > counts["ndcg@10"].max()))
-        figure.update_xaxes(
-            **log_axis(rows[SIZE].dropna(), most=4), range=list(np.log10([low, high])), **place
-        )
+        axis = log_axis(rows[SIZE].dropna(), most=4) | {"range": list(np.log10([low, high]))}
+        figure.update_xaxes(**axis, **place)
         figure.update_yaxes(rangemode="tozero", nticks=6, **place)
     figure.update_xaxes(title_text=TITLES[SIZE], row=lines)
     figure.update_yaxes(title_text="NDCG@10", col=1)
@@ -190,9 +189,8 @@ def popularity_by_size(rows: pd.DataFrame) -> go.Figure:
                 look = {"line": {"width": 1.5}} | entry("pairwise counts, nothing trained")
                 figure.path(counts, [low, high], [value] * 2, MUTED, "counts: %{y:.3f}", **look, **place)
             figure.update_xaxes(**log_axis(models[SIZE], most=4), range=list(np.log10([low, high])), **place)
-            figure.update_yaxes(
-                range=[0, 1.02], nticks=5, title_text=SPREAD[measure] * (column == 1), **place
-            )
+            title = SPREAD[measure] if column == 1 else ""
+            figure.update_yaxes(range=[0, 1.02], nticks=5, title_text=title, **place)
     figure.update_xaxes(title_text=TITLES[SIZE], row=len(measures))
     figure.note(
         "Of the ten items recommended to each test user. Coverage: share of the catalogue recommended to "
@@ -231,9 +229,8 @@ _WORDS = {"below a count on": False, "above every count on": True}
 def scaling_accuracy(rows: pd.DataFrame) -> go.Figure:
     """NDCG@10 and HR@10 on validation against parameters and FLOPs, by width and by depth."""
     runs = one_per_run(rows)
-    runs = runs[
-        runs["sweep"].isin(["width", "depth", "tuned settings"]) | runs["sweep"].str.startswith(SHAPES)
-    ]
+    is_shape = runs["sweep"].str.startswith(SHAPES)
+    runs = runs[is_shape | runs["sweep"].isin(["width", "depth", "tuned settings"])]
     metrics = [name for name in ACCURACY if name in runs and runs[name].notna().any()]
     figure = panels(2, max(1, len(metrics)), 0.06, shared_yaxes=True, shared_xaxes=True)
     for row, metric in enumerate(metrics, 1):
@@ -514,9 +511,8 @@ def tuning_parallel(rows: pd.DataFrame) -> go.Figure:
     best = trials.iloc[int(value.to_numpy().argmax())]
     settings = ", ".join(f"{name.removeprefix('model.')} {best[name]:.3g}" for name in fields)
     figure.note(f"NDCG@10 on validation. The best, {value.max():.4f}: {settings}")
-    return figure.update_layout(
-        title_text="What the trials drew; darker is better", margin={"t": 150, "r": 60}
-    )
+    title = "What the trials drew; darker is better"
+    return figure.update_layout(title_text=title, margin={"t": 150, "r": 60})
 
 
 def tuning_importance(rows: pd.DataFrame) -> go.Figure:

@@ -131,9 +131,8 @@ def operators(rows: pd.DataFrame) -> go.Figure:
 
 def _operator(name: str) -> str:
     """Return the name of an operator; for a CUDA kernel, its function and its functor."""
-    functor = re.search(
-        r"(\w+?)(?:Functor|_kernel_cuda|OptimizerTensorListMetadata)\b", name.partition("<")[2]
-    )
+    suffix = r"(\w+?)(?:Functor|_kernel_cuda|OptimizerTensorListMetadata)\b"
+    functor = re.search(suffix, name.partition("<")[2])
     base = re.sub(r"\(anonymous namespace\)::", "", name.removeprefix("void "))
     if base.startswith("cutlass::Kernel2<"):
         base, functor = base.partition("<")[2], None
@@ -209,9 +208,8 @@ def claimed_rates(rows: pd.DataFrame) -> go.Figure:
     wrong = int((rows["ratio"] > CLOSE).sum())
     title = f"{wrong} of {len(rows)} claimed rates are more than the epoch time allows"
     title += f", by up to {rows['ratio'].max():.1f} times" if wrong else ""
-    figure.note(
-        "arithmetic on published figures: the sequences of an epoch over its time; nothing was timed here"
-    )
+    text = "arithmetic on published figures: the sequences of an epoch over its time; nothing was timed here"
+    figure.note(text)
     return figure.update_layout(title_text=title, showlegend=True)
 
 
@@ -260,9 +258,7 @@ def memory_by_size(rows: pd.DataFrame) -> go.Figure:
     figure.update_xaxes(**log_axis([0.3, 150], most=4), range=list(np.log10([0.3, 200])))
     has = rows["device"].map({name: board.memory_bytes for name, board in hardware.catalogue().items()})
     over = rows[(style.column(rows, "peak_memory_bytes") > has) & rows["size"].isin(sizes)]
-    needs = ", ".join(
-        f"{size} on {device}" for size, device in zip(over["size"], over["device"], strict=True)
-    )
+    needs = ", ".join(over["size"] + " on " + over["device"])
     title = f"More than the device has, its orange line: {needs}" if needs else "Every size fits on every GPU"
     return _finish(figure, order, f"{title}, at these batches")
 
