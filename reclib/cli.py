@@ -168,11 +168,8 @@ def _answer(job: Job, since: str) -> list[str]:
     sentences: list[str] = []
     with contextlib.suppress(Exception):  # a missing sentence must not fail the run
         sentences = findings.sentences(job.notebook, rows)
-    indent = " " * 6
-    wrap = textwrap.TextWrapper(
-        110, initial_indent=indent, subsequent_indent=indent, max_lines=2, placeholder=" ..."
-    )
-    return wrap.wrap(sentences[0]) if sentences else []
+    wrap = textwrap.TextWrapper(104, max_lines=2, placeholder=" ...")
+    return [" " * 6 + line for line in wrap.wrap(sentences[0])] if sentences else []
 
 
 def _demand_dataset(job: Job) -> None:

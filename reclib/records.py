@@ -32,9 +32,7 @@ from reclib.config import InputError
 from reclib.system import plain
 
 SCHEMA = 1
-
 MIME = "application/vnd.reclib.result+json"
-
 Kind = Literal["measured", "predicted"]
 
 # Fields of a device's card in a record; cpu_model identifies CPUs that share a name, None on a GPU.
@@ -46,14 +44,11 @@ _KEY = ("notebook", "kind", "label", "name", "params_hash", "seed")
 
 # Profiles of records, from least to most work; grids are long experiments.
 PROFILES = ("smoke", "custom", *parameters.PROFILES[1:], "grid")
-
 _RECORDS = ("*/results.jsonl", "*/grids/*.jsonl", "*/*/results.jsonl", "*/*/grids/*.jsonl")
-
 _UNFINISHED = "unfinished line"
 
 # Parameter files that results depend on and that are not in the record, unlike profiles and grids.
 _UNRECORDED = tuple(f"params/{name}.yaml" for name in ("calibration", "devices", "efficiency"))
-
 _COPIED = (".ipynb", ".npz", ".json")  # executed notebooks, ranks of a grid, self-checks
 
 
@@ -97,9 +92,8 @@ def commits_of_code(
     commits = commits if commits is not None else (_git("rev-list", "HEAD") or b"").decode().split()
     paths = ["reclib", *(f"notebooks/{name}.ipynb" for name in names)]
     places = "\n".join(f"{commit}:./{path}" for commit in commits for path in paths).encode()
-    objects = iter(
-        (_git("cat-file", "--batch-check=%(objectname)", stdin=places) or b"").decode().splitlines()
-    )
+    listed = _git("cat-file", "--batch-check=%(objectname)", stdin=places) or b""
+    objects = iter(listed.decode().splitlines())
     states: dict[tuple[str, str, str], str] = {}  # package's tree, notebook, its blob: commit
     for commit, (tree, *sources) in zip(commits, zip(*[objects] * len(paths), strict=True), strict=False):
         for name, source in zip(names, sources, strict=True):
@@ -127,9 +121,8 @@ def _python_files(trees: Iterable[str]) -> dict[str, dict[str, str]]:
         content, deeper = _objects({folder for _, folder, _ in level}), set()
         for tree, folder, path in level:
             # An entry is its mode, a space, its name, a zero byte, and the 20 bytes of its hash.
-            for mode, name, digest in re.findall(
-                rb"(\d+) ([^\0]+)\0(.{20})", content.get(folder, b""), re.DOTALL
-            ):
+            entries = re.findall(rb"(\d+) ([^\0]+)\0(.{20})", content.get(folder, b""), re.DOTALL)
+            for mode, name, digest in entries:
                 place = path + name.decode()
                 if mode == b"40000":
                     deeper.add((tree, digest.hex(), f"{place}/"))

@@ -33,7 +33,6 @@ from reclib.config import CPU_LABELS, GPU_LABELS, InputError
 from reclib.system import Tell
 
 _ERROR_MARKER = "papermill-error-cell-tag"  # of the banner cells that papermill inserts
-
 _WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
 
@@ -164,7 +163,6 @@ def normalise(notebook: Path) -> None:
 
 
 _KERNELS: set[_Kernel] = set()  # running or starting
-
 _STOPPING = threading.Event()  # set: no further kernel may run
 
 
@@ -347,15 +345,8 @@ def run(
             if force:  # else finished training runs would only be loaded
                 shutil.rmtree(system.runs() / job.notebook, ignore_errors=True)
             source = system.notebooks() / job.output.name
-            execute(
-                source,
-                job.output,
-                job.values,
-                cell_seconds=cell_seconds,
-                gpu=gpu,
-                tell=tell_cells,
-                tell_progress=tell_progress,
-            )
+            tells: dict[str, Any] = {"tell": tell_cells, "tell_progress": tell_progress}
+            execute(source, job.output, job.values, cell_seconds=cell_seconds, gpu=gpu, **tells)
             sha256 = system.file_sha256(job.output)
             system.write_json(job.stamp, {"identity": identity, "output": sha256, "values": job.values})
     return True
