@@ -102,9 +102,9 @@ def tasks_of(p: ILora, dataset: Dataset) -> tuple[Periods, list[Task]]:
 
 def described(periods: Periods, tasks: Sequence[Task]) -> list[Result]:
     """Return the sizes of the periods and of each task."""
-    sizes = {
-        f"{part}_{unit}": n for unit in ("interactions", "users") for part, n in periods.about[unit].items()
-    }
+    sizes: dict[str, Any] = {}
+    for unit in ("interactions", "users"):
+        sizes |= {f"{part}_{unit}": count for part, count in periods.about[unit].items()}
     sizes["items_not_in_the_past"] = periods.about["items_not_in_the_past"]
     results = [Result("periods", sizes)]
     for task in tasks:

@@ -47,13 +47,9 @@ from reclib.train.fit import data_identity, fit
 from reclib.train.trainer import Trainer
 
 NOTEBOOK = "08_audit"
-
 Published = Mapping[str, Any]  # `records.reference()`
-
 TOLERANCE = 0.05  # within which a number is met: what this project allows its own clocks
-
 TENSOR_PEAK = 312e12  # FLOP/s, dense 16-bit peak of the A100 that the study names
-
 MASK_PROB = 0.15  # of the study's training
 
 
@@ -90,9 +86,8 @@ def near(value: float, claimed: float) -> bool:
 
 
 def _results(name: str, rows: Iterable[Mapping[str, Any]]) -> list[Result]:
-    return [
-        Result(name, {k: v for k, v in row.items() if k != "model"}, {"model": row["model"]}) for row in rows
-    ]
+    numbers = ((row["model"], {k: v for k, v in row.items() if k != "model"}) for row in rows)
+    return [Result(name, metrics, {"model": model}) for model, metrics in numbers]
 
 
 # -- arithmetic on published figures -------------------------------------------------------------------------
@@ -277,7 +272,6 @@ def accuracy(published: Published) -> Part:
 # What is never called has no gradient and no effect. PEFT's documentation of its attention layer says so.
 
 MODES = ("train", "eval", "eval, fast path off", "eval, CPU autocast")
-
 PLACES = ("out_proj", "linear1", "linear2")  # of a layer, where that study adapts it
 
 
@@ -335,9 +329,9 @@ def adapters(published: Published, by_mode: pd.DataFrame) -> Part:
     learn = [place for place in PLACES if by_mode[place]["train"]]
     dead = [place for place in PLACES if place not in learn]
     dropped = [place for place in learn if not by_mode[place]["eval"]]
-    numbers = {
-        f"{place}_in_{mode}": int(by_mode[place][mode]) for place in PLACES for mode in ("train", "eval")
-    }
+    numbers: dict[str, Any] = {}
+    for place in PLACES:
+        numbers |= {f"{place}_in_{mode}": int(by_mode[place][mode]) for mode in ("train", "eval")}
     numbers |= {"linear_calls": linear_calls(log["num_layers"], learn)}
     numbers |= {"linear_calls_if_alive": linear_calls(log["num_layers"], PLACES)}
     results = [Result("audit_adapters", numbers | {"linear_calls_published": log["linear_calls"]})]
@@ -368,9 +362,7 @@ def adapters(published: Published, by_mode: pd.DataFrame) -> Part:
 # a share of the samples the last item alone, instead of the last item in all), and the model is small.
 
 OBJECTIVES = ("seed_focal", "cloze")
-
 SHARES = (0.6, 0.1, 0.3)  # of the users that train, validate and test; the study's 0.8, 0.1, 0.1 leaves few
-
 FRESH = 1_000_000  # number of an epoch that no training reaches: its masks are drawn for looking only
 
 
@@ -460,10 +452,8 @@ def loss(run: Trained) -> Part:
     pairs = (("begins", before), ("ends", after))
     results = [Result("audit_loss", parts, {"training": moment}, seed=run.seed) for moment, parts in pairs]
     start, end = before["visible_loss_share"], after["visible_loss_share"]
-    evidence = (
-        f"{start:.0%} of it is about items that are shown when training begins, {end:.0%} when it ends; "
-    )
-    evidence += f"{after['visible_hit']:.0%} are copied by then"
+    evidence = f"{start:.0%} of it is about items that are shown when training begins, "
+    evidence += f"{end:.0%} when it ends; {after['visible_hit']:.0%} are copied by then"
     verdict = "contradicted" if start > 0.5 else "holds"
     return Part(results, [Check("the loss is masked-item prediction", verdict, evidence)])
 
@@ -482,9 +472,9 @@ def metric(p: Audit, runs: Sequence[Trained]) -> Part:
                 metrics.masked_positions(model, split.test, device, p.mask_prob, special_tokens=special)
                 for special in (True, False)
             )
-            kept, removed = (metrics.under_split(scores, split, remove_seen) for remove_seen in (False, True))
+            with_seen, without = (metrics.under_split(scores, split, remove) for remove in (False, True))
         outcomes = {"seed study's: all masked positions": theirs, "the same, real items only": items_only}
-        outcomes |= {"next item, seen kept": kept, "next item, seen removed": removed}
+        outcomes |= {"next item, seen kept": with_seen, "next item, seen removed": without}
         for name, outcome in outcomes.items():
             numbers = flat({m: metrics.interval(outcome, m, p.bootstrap_samples) for m in COMPARED})
             numbers["per_user"] = len(outcome.ranks) / len(set(outcome.users.tolist()))
@@ -513,9 +503,7 @@ def redrawn(p: Audit, run: Trained) -> Part:
 # -- the claims of this study --------------------------------------------------------------------------------
 
 TEXTS = ("README.md", "FINDINGS.md")
-
 DECIMAL = re.compile(r"(?<![\d.])([+-]?)(\d+\.\d+)(?!\.?\d)( %| million)?")  # no version such as 2.13.0
-
 UNITS = {" %": 0.01, " million": 1e6, None: 1}
 
 TAKE: dict[str, Callable[[list[float]], float]] = {

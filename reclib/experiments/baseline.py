@@ -59,9 +59,8 @@ class Trained:
     def curve(self) -> dict[str, list[float]]:
         """Return the columns of the learning curve, one value per evaluation."""
         rows = self.trainer.progress.history
-        curve = {
-            name: [row[name] for row in rows] for name in ("epoch", "train_loss", "tokens", "valid_loss")
-        }
+        names = ("epoch", "train_loss", "tokens", "valid_loss")
+        curve = {name: [row[name] for row in rows] for name in names}
         return curve | {f"valid_{SELECT}": [row[SELECT] for row in rows]}
 
     def best(self) -> dict[str, float]:
@@ -313,9 +312,8 @@ def other_split(
     If users were divided at random, a masked model is also evaluated by the seed study's metric.
     """
     with trainer.autocast():
-        outcomes = [
-            metrics.under_split(lambda part: metrics.model_scores(trainer.model, part, trainer.where), split)
-        ]
+        model, device = trainer.model, trainer.where
+        outcomes = [metrics.under_split(lambda part: metrics.model_scores(model, part, device), split)]
         if split.about.get("shares") and not trainer.model.config.causal:
             outcomes.append(metrics.masked_positions(trainer.model, split.test, trainer.where))
     return [_protocol(model, [outcome], samples, seed) for outcome in outcomes]
@@ -336,10 +334,8 @@ def everything(
     """Return all results; `samples` is the number of bootstrap resamples, `left_out` as in `comparisons`."""
     results = headline(models, samples) + comparisons(models, reference, left_out)
     for model in models:
-        results += [
-            _protocol(model.name, [run.outcomes[name] for run in model.runs], samples)
-            for name in model.runs[0].outcomes
-        ]
+        for name in model.runs[0].outcomes:
+            results.append(_protocol(model.name, [run.outcomes[name] for run in model.runs], samples))
     results += [_shuffle_control(model, samples) for model in models]
     results += [result for model in models for result in _groups(model, dataset, evaluation, samples)]
     return results + [_beyond_accuracy(model, dataset) for model in models]
@@ -394,9 +390,8 @@ def compared(comparison: statistics.Comparison, metric: str, name: str = "compar
         "reference_seeds": comparison.seeds[1],
         "degrees_of_freedom": comparison.degrees,
     }
-    return Result(
-        name, numbers, {"model": comparison.name, "against": comparison.reference, "metric": metric}
-    )
+    params = {"model": comparison.name, "against": comparison.reference, "metric": metric}
+    return Result(name, numbers, params)
 
 
 def _protocol(model: str, runs: Sequence[Outcome], samples: int, seed: int | None = None) -> Result:

@@ -39,7 +39,6 @@ from reclib.train.timing import EPOCHS
 from reclib.train.trainer import Trainer
 
 RULES = {"closed": "fp32", "open": "auto"}  # precision of a row
-
 ILORA = AdapterPlan(kind="ilora", rank=8, num_experts=4)
 
 # Changes of the training configuration without and with a technique; iLoRA: `ILORA` against all weights.
@@ -143,10 +142,8 @@ def measured(p: Hardware, device: Device) -> list[Row]:
 def _timed(p: Hardware, trainer: Trainer, params: dict[str, Any]) -> Row:
     measurement = timing.measure(trainer, p.steps, p.warmup_steps, gpu_energy=True)
     params |= {"basis": "measured", "precision": trainer.precision.name, "batch_size": p.batch_size}
-    params |= {
-        "status": measurement.status,
-        "threads": torch.get_num_threads() if trainer.where.type == "cpu" else None,
-    }
+    params["status"] = measurement.status
+    params["threads"] = torch.get_num_threads() if trainer.where.type == "cpu" else None
     timings: dict[str, Any] = measurement.timings() | {"epoch_seconds": None}
     if measurement.status == "ok":
         timings["epoch_seconds"] = seconds = p.epoch_users / measurement.sequences_per_second
@@ -300,16 +297,11 @@ def fits_which(p: Hardware) -> pd.DataFrame:
 # run in the chosen precision, does the clock wait for the device, and is the device usable after running out
 # of memory? GPU measurements are recorded only beside a passed check in `executed/<label>/selfcheck.json`.
 
-LIMIT = 1e-5  # of a gradient's norm, or of a thousandth of the global norm where that is larger
-
+LIMIT = 1e-5  # of a gradient's norm, or of a thousandth of the global norm if that is larger
 FILE = "selfcheck.json"
-
-MODEL = ModelConfig(
-    num_items=2000, hidden_dim=64, num_layers=2, num_heads=2, max_len=32, dropout=0.0, tied=False
-)
-
+_SHAPE: dict[str, Any] = {"hidden_dim": 64, "num_layers": 2, "num_heads": 2, "max_len": 32}
+MODEL = ModelConfig(num_items=2000, dropout=0.0, tied=False, **_SHAPE)
 FAST = TrainConfig(batch_size=64, epochs=1000, precision="fp32")
-
 PLAIN = {"layout": "padded", "head_rows": "all", "loss": "plain"}
 
 

@@ -112,7 +112,6 @@ def _folded(text: str) -> str:
 # -- the cost of a run ---------------------------------------------------------------------------------------
 
 PREFIX = "plan_"  # of the notebook's parameters
-
 ADAPTERS = ("none", "lora", "rslora", "gated", "ilora")
 
 # Sliders of fields of `Asked`: description, and stops beside the notebook's own value.
@@ -171,10 +170,10 @@ def cost_panel(run: Asked) -> Panel:
         precision.value = before if before in precision.options else "auto"
 
     def draw() -> list[Any]:
-        asked = Asked(**{name: control.value for name, control in controls.items()})
-        plan = planner.plan_of(asked)
-        every = speed_figures.by_device(planner.table(asked, planner.every_plan(asked)))
-        return [summary(asked, plan), speed_figures.parts(plan), every, _folded(plan_as_parameters(asked))]
+        choice = Asked(**{name: control.value for name, control in controls.items()})
+        plan = planner.plan_of(choice)
+        every = speed_figures.by_device(planner.table(choice, planner.every_plan(choice)))
+        return [summary(choice, plan), speed_figures.parts(plan), every, _folded(plan_as_parameters(choice))]
 
     follow = {controls["size"]: other_size, controls["device"]: other_device}
     return Panel(list(controls.values()), draw, follow)
@@ -204,7 +203,6 @@ def summary(run: Asked, plan: Plan) -> str:
 # -- any result against any other ----------------------------------------------------------------------------
 
 COLORS = ("model", "label", "dataset", "profile", "size", "precision", "compile_mode", "protocol", "seed")
-
 _LOG_FROM = 30  # ratio of the largest value to the smallest above which an axis is logarithmic
 
 
@@ -234,9 +232,8 @@ def frame(records: Sequence[Record], result: str) -> pd.DataFrame:
         raise InputError(
             f"no record of {result!r}{nearest(result, names)}; there are: {', '.join(names) or 'none'}"
         )
-    return pd.DataFrame(rows).sort_values(
-        "profile", key=lambda names: names.map(PROFILES.index), kind="stable"
-    )
+    order: dict[str, Any] = {"key": lambda names: names.map(PROFILES.index), "kind": "stable"}
+    return pd.DataFrame(rows).sort_values("profile", **order)
 
 
 def _row(record: Record) -> dict[str, Any]:
@@ -358,9 +355,8 @@ def results_panel(records: Sequence[Record], selection: Selection) -> Panel:
 
     scatter(records, selection)  # raises `InputError` for a value that no control offers
     show(selection)
-    return Panel(
-        [kind, x, y, color, labels], draw, {kind: lambda: show(first_selection(records, kind.value))}
-    )
+    follow = {kind: lambda: show(first_selection(records, kind.value))}
+    return Panel([kind, x, y, color, labels], draw, follow)
 
 
 # -- recommendations -----------------------------------------------------------------------------------------
@@ -369,9 +365,7 @@ def results_panel(records: Sequence[Record], selection: Selection) -> Panel:
 # (`splits.divide`) in seconds. LoRA and iLoRA are trained on top of it on the following period.
 
 ARMS = {"base": "base", "lora": "LoRA", "ilora": "iLoRA"}
-
 OFFERED = 5000  # titles offered by the control that adds one
-
 _LETTERS = 44  # of a title in a table
 
 

@@ -137,9 +137,8 @@ def read_grid(name: str) -> Grid:
         arms = [_arm(shared, arm, fields or {}) for arm, fields in content.pop("arms").items()]
         if "predicts" in content:
             content["predicts"] = validated(Predicts, content["predicts"])
-        grid = validated(
-            Grid, {**content, "name": name, "data": validated(DataConfig, content["data"]), "arms": arms}
-        )
+        data = validated(DataConfig, content["data"])
+        grid = validated(Grid, {**content, "name": name, "data": data, "arms": arms})
         for arm in arms:  # check all arms before the first is trained
             arm_configs(arm, num_items=10, seed=0)
             with naming(f"arm {arm.name!r}"):
@@ -356,10 +355,8 @@ def grid_status(work: Work, chosen: Sequence[tuple[Arm, int]]) -> list[str]:
     for arm, seed in chosen:
         state = "not begun"
         if row := work.curve(arm, seed):
-            best = row["metrics"]
-            state = (
-                f"trained: validation HR@10 {best['valid_hr@10']:.4f}, NDCG@10 {best['valid_ndcg@10']:.4f}"
-            )
+            hr, ndcg = (row["metrics"][f"valid_{name}"] for name in ("hr@10", "ndcg@10"))
+            state = f"trained: validation HR@10 {hr:.4f}, NDCG@10 {ndcg:.4f}"
         elif work.begun(arm, seed):
             state = "under way"
         elif work.barred(arm):
@@ -600,12 +597,6 @@ def command(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | No
     return wrapper
 
 
-def opened(parser: Parser, argv: list[str] | None) -> tuple[argparse.Namespace, Work]:
-    """Parse the options of a command on a grid; return them and the grid's work."""
-    options = placed(parser, argv)
-    return options, work_of(options)
-
-
 def work_of(options: argparse.Namespace) -> Work:
     """Return the grid named by the options of `placed`, on its dataset and device."""
     grid = read_grid(options.name)
@@ -644,7 +635,8 @@ def grid_main(argv: list[str] | None = None) -> int:
     parser.add_argument("action", choices=("run", "status"))
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="some arms only")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="some seeds only")
-    options, work = opened(parser, argv)
+    options = placed(parser, argv)
+    work = work_of(options)
     chosen = choose(work, options.arms, options.seeds)
     if options.action == "run":
         run_grid(work, chosen, Options(progress_bar=sys.stderr.isatty()))
@@ -659,10 +651,10 @@ def score_main(argv: list[str] | None = None) -> int:
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--validation", action="store_true", help="compare all arms with the first on it")
     instead.add_argument("--keep", action="store_true", help="keep what the runs so far show on test, unseen")
-    instead.add_argument(
-        "--from-ranks", action="store_true", help="from kept ranks: no weights, no other split"
-    )
-    options, work = opened(parser, argv)
+    text = "from kept ranks: no weights, no other split"
+    instead.add_argument("--from-ranks", action="store_true", help=text)
+    options = placed(parser, argv)
+    work = work_of(options)
     if options.keep:
         print("kept:", ", ".join(keep(work)) or "no run is trained yet")
         return 0

@@ -61,17 +61,14 @@ class Study:
 
     def record(self, *results: Result) -> Recorded:
         """Record results and show them in one table; return their records."""
-        new = Recorded(self._recorded(result) for result in results)
+        from IPython.utils.capture import capture_output
+
+        with capture_output(stdout=False, stderr=False):  # hide the line of each, which the table repeats
+            new = Recorded(self.run.result(**result._asdict()) for result in results)
         self.records = records.latest([*self.records, *new])  # a cell run again replaces its records
         if new:
             _display(new)
         return new
-
-    def _recorded(self, result: Result) -> Record:
-        from IPython.utils.capture import capture_output
-
-        with capture_output(stdout=False, stderr=False):  # hide its line, which the table repeats
-            return self.run.result(**result._asdict())
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """Return this run's records of a name."""
@@ -117,7 +114,7 @@ def open_notebook(
     stated = parameters.read(notebook, namespace)
     device = hardware.resolve(stated.gpu)
     p = parameters.fill(stated, device.label)
-    histories = (data or _dataset)(p)
+    histories = prepare(p.data_config()) if data is None else data(p)
     dataset = histories if isinstance(histories, Dataset) else None
     origin: Any = histories if dataset is None else {"name": dataset.name, "fingerprint": dataset.fingerprint}
     run = records.Run(notebook, p, hardware.device_card(device), origin)
@@ -138,10 +135,6 @@ def open_notebook(
         print(f"Data: {dataset.name}, {counts}, {dataset.num_interactions:,} interactions;", end=" ")
         print(f"fingerprint {dataset.fingerprint[:12]}.")
     return Study(notebook, p, device, dataset, run)
-
-
-def _dataset(p: Any) -> Dataset:
-    return prepare(p.data_config())
 
 
 def _display(new: Sequence[Record]) -> None:

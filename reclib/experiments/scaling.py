@@ -191,9 +191,8 @@ def predict_main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m reclib predict", description=description)
     parser.add_argument("--report", action="store_true", help="only compare with what came")
     parser.add_argument("--early", action="store_true", help="predict though seeds are missing")
-    parser.add_argument(
-        "--check", action="store_true", help="only say whether a commit is older than the run"
-    )
+    text = "only say whether a commit is older than the run"
+    parser.add_argument("--check", action="store_true", help=text)
     options = placed(parser, argv)
     if options.check:
         grids.read_grid(options.name)  # or there is no such grid
@@ -299,9 +298,8 @@ def read_tuning(name: str) -> TuningPlan:
         for field, space in plan.space.items():
             if set(space) not in SPACES:
                 raise InputError(f"space of {field!r}: expected low and high (and log), or choices")
-        plan.configs(
-            10, {f: space.get("low", space.get("choices", [0])[0]) for f, space in plan.space.items()}
-        )
+        lowest = {f: space.get("low", space.get("choices", [0])[0]) for f, space in plan.space.items()}
+        plan.configs(10, lowest)
     return plan
 
 
@@ -346,13 +344,16 @@ class Study:
 
     def open(self, number: int) -> optuna.Study:
         """Return the study with a sampler seeded by the number of the next trial, for reproducible draws."""
-        seed, startup = 1_000 * self.plan.seed + number, STARTUP
-        algorithms: dict[str, Any] = {
-            "sampler": optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, constant_liar=True),
-            "pruner": optuna.pruners.MedianPruner(n_startup_trials=startup, n_warmup_steps=1),
+        startup: dict[str, Any] = {"n_startup_trials": STARTUP}
+        seed = 1_000 * self.plan.seed + number
+        sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True, **startup)
+        pruner = optuna.pruners.MedianPruner(n_warmup_steps=1, **startup)
+        place: dict[str, Any] = {
+            "storage": self.storage,
+            "study_name": self.plan.name,
+            "load_if_exists": True,
         }
-        place: dict[str, Any] = {"storage": self.storage, "study_name": self.plan.name}
-        return optuna.create_study(**place, **algorithms, direction="maximize", load_if_exists=True)
+        return optuna.create_study(sampler=sampler, pruner=pruner, direction="maximize", **place)
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         """Return the trials in these states; without states, all trials."""

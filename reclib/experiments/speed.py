@@ -130,8 +130,8 @@ def model_of(p: AmpCompile, dataset: Dataset) -> ModelConfig:
 
 def train_of(p: AmpCompile, **changes: Any) -> TrainConfig:
     """Return the training configuration of a variant: fp32 and the first batch size, unless changed."""
-    given: dict[str, Any] = {"seed": p.seed, "epochs": EPOCHS, "precision": "fp32"}
-    return TrainConfig(**(given | {"batch_size": p.batch_sizes[0]} | changes))
+    values: dict[str, Any] = {"seed": p.seed, "epochs": EPOCHS, "precision": "fp32"}
+    return TrainConfig(**(values | {"batch_size": p.batch_sizes[0]} | changes))
 
 
 def trainer_of(model: ModelConfig, train: TrainConfig, dataset: Dataset, device: Device) -> Trainer:
