@@ -397,7 +397,7 @@ def groups(rows: pd.DataFrame) -> go.Figure:
     figure.update_layout(height=100 + 100 * len(titles) + 46 * height)
     leader = max(named, key=lambda name: means[name])
     part = rows[(rows["by"] == "popularity") & (rows["model"] == leader)]
-    findable = part[part["group"].map(_short) != "not in training"]  # no model can find what it never met
+    findable = part[part["group"].map(_short) != "not in training"]
     first, last = findable["hr@10"].iloc[0], findable["hr@10"].iloc[-1]
     title = f"{leader} finds {first:.0%} of the most popular targets, {last:.0%} of the rarest"
     return figure.update_layout(title_text=style.sentence(title))

@@ -314,7 +314,7 @@ PLOTLY = "plotly.min.js"
 FEW = 4  # most devices, or versions of the data, that a caption lists
 GENERATOR = Markup('<meta name="generator" content="reclib.figures">')
 
-# Every value is escaped, in HTML and in attributes: what a record says is data, whoever wrote it.
+# Every value is escaped, in HTML and in attributes: records are untrusted data.
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("reclib.report"),
     autoescape=True,
@@ -509,12 +509,12 @@ def _counted(texts: set[str], noun: str) -> str:
 def _most_work(rows: Sequence[Record]) -> tuple[int, bool, str]:
     """Return the rank of records: by the longest profile, then enough seeds for a claim, then the newest."""
     enough = len({r.get("seed") for r in rows} - {None}) >= statistics.MIN_SEEDS
-    return max((PROFILES.index(r["profile"]), enough or _may_claim(r), r["time"]) for r in rows)
 
+    def rank(row: Record) -> tuple[int, bool, str]:
+        seeds = (row["metrics"].get(name, 0) for name in ("seeds", "reference_seeds"))
+        return PROFILES.index(row["profile"]), enough or statistics.enough(seeds), row["time"]
 
-def _may_claim(row: Record) -> bool:
-    """Return whether a comparison has enough seeds for a claim."""
-    return statistics.enough(row["metrics"].get(name, 0) for name in ("seeds", "reference_seeds"))
+    return max(map(rank, rows))
 
 
 def _of_most_work(cards: Sequence[Card]) -> Card | None:

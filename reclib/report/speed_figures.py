@@ -38,6 +38,7 @@ _PUBLISHED = {"85 M": "85m", "130 M": "130m", "429 M": "430m"}  # sizes with epo
 _PARTS = ("weights", "16-bit weights", "gradients", "optimizer", "activations", "logits", planner.RUN)
 _COLORS = dict(zip(_PARTS, (*PALETTE, MUTED), strict=True))
 _NAMES = {"optimizer": "optimiser", planner.RUN: "no tensors"}  # interpreter and libraries, or CUDA's context
+_HATCH = {"shape": "/", "fillmode": "overlay", "fgcolor": "white", "fgopacity": 0.55, "solidity": 0.25}
 _LEGEND = style.BESIDE | {"traceorder": "normal"}
 
 
@@ -426,7 +427,7 @@ def parts(plan: Plan) -> go.Figure:
     figure = panels(rows=2, vertical=80 / (plot + 80), legend=True, row_heights=[share, 1 - share])
     for name, size in planner.memory_parts(plan).items():
         label, gib = _NAMES.get(name, name), size / GIB
-        look = {"name": f"{label} {gib:.2f}", "marker": _hatched(_COLORS[name])}
+        look = {"name": f"{label} {gib:.2f}", "marker": {"color": _COLORS[name], "pattern": _HATCH}}
         hover = f"{label}: {gib:.2f} GiB"
         figure.bars("predicted", [gib], ["memory"], _COLORS[name], hover, **look, **at(1, 1))
     if plan.memory_bytes is not None:
@@ -452,12 +453,6 @@ def parts(plan: Plan) -> go.Figure:
         margin={"t": 110, "l": 180},
         showlegend=True,
     )
-
-
-def _hatched(color: str) -> dict[str, Any]:
-    """Return the style of a part of a predicted bar: hatched, but visible for narrow parts."""
-    hatch = {"shape": "/", "fillmode": "overlay", "fgcolor": "white", "fgopacity": 0.55, "solidity": 0.25}
-    return {"color": color, "pattern": hatch}
 
 
 def by_device(rows: pd.DataFrame) -> go.Figure:
