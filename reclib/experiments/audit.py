@@ -62,7 +62,7 @@ class Check(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One part of the audit: what it records, and its verdicts."""
+    """One part of the audit: its results and its verdicts."""
 
     results: list[Result]
     checks: list[Check]

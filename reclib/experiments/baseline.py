@@ -312,8 +312,8 @@ def other_split(
     If users were divided at random, a masked model is also evaluated by the seed study's metric.
     """
     with trainer.autocast():
-        model, device = trainer.model, trainer.where
-        outcomes = [metrics.under_split(lambda part: metrics.model_scores(model, part, device), split)]
+        network, device = trainer.model, trainer.where
+        outcomes = [metrics.under_split(lambda part: metrics.model_scores(network, part, device), split)]
         if split.about.get("shares") and not trainer.model.config.causal:
             outcomes.append(metrics.masked_positions(trainer.model, split.test, trainer.where))
     return [_protocol(model, [outcome], samples, seed) for outcome in outcomes]

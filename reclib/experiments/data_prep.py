@@ -264,7 +264,7 @@ def date_text(dataset: Dataset, time: float) -> str:
 
 
 def example_users(dataset: Dataset, seed: int, count: int = 3) -> list[int]:
-    """Draw distinct users, in ascending order, of those that have targets unless there are none."""
+    """Draw distinct users with targets, or any users if none has; return them in ascending order."""
     users = evaluated_users(dataset)
     users = users if users.size else np.arange(dataset.num_users)
     drawn = np.random.default_rng(seed).choice(users, min(count, users.size), replace=False)

@@ -318,7 +318,7 @@ def save_ranks(file: Path, ranks: Mapping[str, np.ndarray]) -> None:
     """Write arrays of ranks by name, replacing the file."""
     small = {k: v.astype(np.int32) if v.dtype.kind == "i" else v for k, v in ranks.items()}
     with system.replacing(file) as fresh, fresh.open("wb") as out:
-        np.savez_compressed(out, **small)  # type: ignore[arg-type]  # numpy's stub knows no **arrays
+        np.savez_compressed(out, **small)  # type: ignore[arg-type]  # numpy's stub lacks **arrays
 
 
 def run_grid(work: Work, chosen: Sequence[tuple[Arm, int]], options: Options) -> int:

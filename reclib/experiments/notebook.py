@@ -55,7 +55,7 @@ class Study:
     notebook: str
     p: Any  # the notebook's dataclass of `parameters`, filled from the device file
     device: hardware.Device
-    dataset: Any  # a Dataset; None where the notebook has no data of its own
+    dataset: Any  # a Dataset; None for a notebook without one
     run: records.Run
     records: list[dict[str, Any]] = field(default_factory=list)  # of this run
 

@@ -211,7 +211,7 @@ def predict_main(argv: list[str] | None = None) -> int:
 
 
 class Tuned(NamedTuple):
-    """Chosen fields of the two configurations, and where they come from."""
+    """Chosen fields of the two configurations, and their origin."""
 
     model: dict[str, Any]
     train: dict[str, Any]
@@ -279,7 +279,7 @@ class TuningPlan:
         return grids.arm_configs(self.arm("trial", drawn), num_items, self.seed)
 
     def default(self) -> dict[str, Any]:
-        """Return the recipe's own values of the fields of the space; empty where the space leaves one out."""
+        """Return the recipe's values of the fields of the space; empty if the space does not contain them."""
         model, train = self.configs(10, {})
         values = {}
         for field, space in self.space.items():
@@ -526,7 +526,7 @@ def compare(study: Study, options: Options) -> list[Result]:
 
 @command
 def tune_main(argv: list[str] | None = None) -> int:
-    """Run a study, or compare what it chose with the default."""
+    """Run a study, or compare its chosen settings with the default."""
     parser = Parser(prog="python -m reclib tune", description="Search settings on validation.")
     parser.add_argument("action", choices=("run", "compare"))
     parser.add_argument("--trials", type=int, help="another budget than the file's, in trials")
