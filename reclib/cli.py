@@ -1,13 +1,13 @@
-"""The command line: run the notebooks, see what is done, rebuild the figures; train and plan models.
+"""The command line: run notebooks, show their state, rebuild the figures; train and plan models.
 
     reclib run 02 --profile quick       one notebook (without installation: python -m reclib ...)
     reclib run 05 -f params/adaptation-beauty.yaml    with the parameters of a file
     reclib run-all --gpus all           all of them on every visible GPU (or --gpus cpu1,cpu2)
     reclib params 02 --profile full     parameters as YAML, for `papermill -f`
 
-All input is checked before a kernel starts; what this checkout has finished is skipped. What you run is
-recorded in runs/executed/ and shown in runs/figures/ beside the records of the repository; git ignores both.
-With --commit it goes into the repository's executed/ and figures/.
+All input is checked before a kernel starts; runs that this checkout has finished are skipped. Records go to
+runs/executed/ and figures to runs/figures/, beside those of the repository; git ignores both. With --commit
+they go into the repository's executed/ and figures/.
 Exit codes: 0 done, 1 a notebook failed, 2 wrong input, 130 interrupted.
 """
 
@@ -38,25 +38,25 @@ from reclib.system import Parser, exit_code
 
 
 def present() -> list[str]:
-    """Return the names of the notebooks that are here and can run in batch, in order."""
+    """Return the names of the notebooks of this checkout, in order."""
     files = sorted(system.notebooks().glob("[0-9][0-9]_*.ipynb"))
     return [file.stem for file in files if file.stem in parameters.NOTEBOOKS]
 
 
-def find(given: str) -> str:
-    """Return the notebook that `given` names: `02`, `02_baseline` or the path of the file."""
-    here = present()
-    wanted = Path(given).name.removesuffix(".ipynb")
-    for name in here:
-        if wanted in (name, name.split("_")[0]):
+def find(name_or_path: str) -> str:
+    """Return the notebook named by `02`, `02_baseline` or the path of its file."""
+    notebooks = present()
+    stem = Path(name_or_path).name.removesuffix(".ipynb")
+    for name in notebooks:
+        if stem in (name, name.split("_")[0]):
             return name
-    near = nearest(wanted, here)
-    raise InputError(f"unknown notebook {given!r}{near}; here: {', '.join(here) or 'none'}")
+    near = nearest(stem, notebooks)
+    raise InputError(f"unknown notebook {name_or_path!r}{near}; here: {', '.join(notebooks) or 'none'}")
 
 
 def device_label(claimed: str) -> str:
-    """Return the label of the device that a run with the label `claimed` uses here."""
-    from reclib import hardware  # imports torch, which nothing else here needs
+    """Return the label of the device that a run under the label `claimed` uses here."""
+    from reclib import hardware  # imports torch, which most commands do not need
 
     device = hardware.find(claimed)
     if not device.is_claimed:
@@ -70,40 +70,40 @@ def device_label(claimed: str) -> str:
 # -- running notebooks ---------------------------------------------------------------------------------------
 
 
-def plan(notebook: str, profile: str, given: dict[str, Any], label: str | None = None) -> Job:
-    """Resolve and check all that one run depends on; raise `InputError` before anything is touched.
+def plan(notebook: str, profile: str, overrides: dict[str, Any], label: str | None = None) -> Job:
+    """Check the parameters and the notebook of a run and return its job; raise `InputError` for bad input.
 
-    `given` replaces parameters of the profile; `label` is that of the device, None: to be found.
+    `overrides` replace parameters of the profile; `label` is that of the device, None to find it.
     """
-    checked = parameters.build(notebook, parameters.profile(notebook, profile) | given)
+    checked = parameters.build(notebook, parameters.profile(notebook, profile) | overrides)
     runner.check_cell(system.notebooks() / f"{notebook}.ipynb", parameters.names(notebook))
     return Job(notebook, parameters.values(checked), label or device_label(checked.gpu))
 
 
-def _run_command(given: argparse.Namespace) -> int:
-    if given.gpu and given.gpus:
+def _run_command(options: argparse.Namespace) -> int:
+    if options.gpu and options.gpus:
         raise InputError("--gpu names one device and --gpus several: give one of them")
-    if given.command == "run":
-        names = [find(name) for name in given.notebook]
+    if options.command == "run":
+        names = [find(name) for name in options.notebook]
     else:
-        stated = parameters.stated(parameters.known_profile(given.profile))
+        stated = parameters.stated(parameters.known_profile(options.profile))
         names = [name for name in present() if name in stated]
     if not names:
         raise InputError(f"no notebooks in {system.notebooks()}")
-    overrides = {"gpu": given.gpu} if given.gpu else {}
-    overrides |= parameters.from_file(given.f) if given.f else {}
-    overrides |= {name: typed(value) for name, value in given.p or []}
-    if given.gpus:
-        only_cpus = set(given.gpus.split(",")) <= set(CPU_LABELS)
-        devices = runner.slots(given.gpus, [] if only_cpus else runner.visible_gpus())
+    overrides = {"gpu": options.gpu} if options.gpu else {}
+    overrides |= parameters.from_file(options.f) if options.f else {}
+    overrides |= {name: typed(value) for name, value in options.p or []}
+    if options.gpus:
+        only_cpus = set(options.gpus.split(",")) <= set(CPU_LABELS)
+        devices = runner.slots(options.gpus, [] if only_cpus else runner.visible_gpus())
         labels = dict.fromkeys(slot.label for slot in devices)
         claims = {label: {"gpu": label if label in GPU_LABELS else "auto"} for label in labels}
-        jobs = [plan(name, given.profile, claims[label], label) for label in labels for name in names]
+        jobs = [plan(name, options.profile, claims[label], label) for label in labels for name in names]
     else:
-        jobs = [plan(name, given.profile, overrides) for name in names]
+        jobs = [plan(name, options.profile, overrides) for name in names]
         devices = [Slot(label) for label in dict.fromkeys(job.label for job in jobs)]
-    for job in jobs if given.commit else []:
-        _demand_study_data({"params": job.values, "profile": given.profile})
+    for job in jobs if options.commit else []:
+        _demand_study_data({"params": job.values, "profile": options.profile})
     for job in jobs:
         _demand_dataset(job)
     failed: list[str] = []
@@ -111,29 +111,29 @@ def _run_command(given: argparse.Namespace) -> int:
     def work(job: Job, slot: Slot) -> None:
         name = f"[{jobs.index(job) + 1}/{len(jobs)}] {job.notebook} ({job.label})"
         try:
-            _run_job(name, job, slot, given)
-        except Exception as error:  # whatever it is, the others go on
+            _run_job(name, job, slot, options)
+        except Exception as error:  # the other jobs go on
             expected = isinstance(error, runner.NotebookFailed | InputError | OSError)
             failed.append(name)
             print(f"{name} {'' if expected else type(error).__name__ + ': '}{error}", file=sys.stderr)
-        if given.command == "run-all" and not given.commit:
+        if options.command == "run-all" and not options.commit:
             try:
                 _rebuild()
-            except Exception as error:  # the page is rebuilt again, and the study is worth more
+            except Exception as error:  # the page is rebuilt at the end; the other jobs go on
                 print(f"page not rebuilt: {type(error).__name__}: {error}", file=sys.stderr)
 
     runner.run_all(jobs, devices, work)
     if failed and len(jobs) > 1:
         print(f"{len(failed)} of {len(jobs)} failed: {', '.join(failed)}", file=sys.stderr)
-    if given.command == "run-all":
-        _collect_command(given)
+    if options.command == "run-all":
+        _collect_command(options)
     return 1 if failed else 0
 
 
-def _run_job(name: str, job: Job, slot: Slot, given: argparse.Namespace) -> None:
-    """Run a job; print a line as it begins, one as it ends, and what its records say.
+def _run_job(name: str, job: Job, slot: Slot, options: argparse.Namespace) -> None:
+    """Run a job; print a line at its start and end, and its answer.
 
-    On a terminal, in between, how far its training is: a line that the next one replaces.
+    On a terminal, a line with the progress of training is shown in between.
     """
     on_terminal = sys.stdout.isatty()
     clear = "\r\x1b[K" if on_terminal else ""
@@ -146,17 +146,17 @@ def _run_job(name: str, job: Job, slot: Slot, given: argparse.Namespace) -> None
 
     tell("...")
     began, since = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
-    cells = tell if given.verbose else lambda line: None
+    cells = tell if options.verbose else lambda line: None
     tells = (tell, cells, progress if on_terminal else None)
-    if not runner.run(job, slot.visible, *tells, force=given.force, cell_seconds=given.timeout):
+    if not runner.run(job, slot.visible, *tells, force=options.force, cell_seconds=options.timeout):
         tell("finished before, skipped; --force runs it again")
         return
-    done = f"{name} done in {time.perf_counter() - began:.0f} s"
-    print(clear + "\n".join([done, *_answer(job, since)]), flush=True)
+    summary = f"{name} done in {time.perf_counter() - began:.0f} s"
+    print(clear + "\n".join([summary, *_answer(job, since)]), flush=True)
 
 
 def _answer(job: Job, since: str) -> list[str]:
-    """Return what the records of a run that began at `since` answer, in two lines at most."""
+    """Return the first finding of a run that began at `since`, in two lines at most."""
     from reclib.report import findings
 
     rows = [
@@ -166,17 +166,14 @@ def _answer(job: Job, since: str) -> list[str]:
         if row["label"] == job.label or row["kind"] == "predicted"
     ]
     sentences: list[str] = []
-    with contextlib.suppress(Exception):  # a sentence that cannot be made of these costs the run nothing
+    with contextlib.suppress(Exception):  # a missing sentence must not fail the run
         sentences = findings.sentences(job.notebook, rows)
-    indent = " " * 6
-    wrap = textwrap.TextWrapper(
-        110, initial_indent=indent, subsequent_indent=indent, max_lines=2, placeholder=" ..."
-    )
-    return wrap.wrap(sentences[0]) if sentences else []
+    wrap = textwrap.TextWrapper(104, max_lines=2, placeholder=" ...")
+    return [" " * 6 + line for line in wrap.wrap(sentences[0])] if sentences else []
 
 
 def _demand_dataset(job: Job) -> None:
-    """Raise `InputError` where a run's data are unknown, not fetched, or a file that cannot be read."""
+    """Raise `InputError` if a run's data are unknown, not fetched, or a file that cannot be read."""
     from reclib.data import prepare  # imports pandas, which other commands do not need
 
     if "dataset" in job.values:
@@ -186,7 +183,7 @@ def _demand_dataset(job: Job) -> None:
 
 
 def _demand_study_data(record: Mapping[str, Any]) -> None:
-    """Refuse to put a record of somebody's own data among those of the repository."""
+    """Raise `InputError` for a record of a user's own data, which does not belong in the repository."""
     from reclib.report import tables
 
     if not tables.of_study(record):
@@ -194,12 +191,12 @@ def _demand_study_data(record: Mapping[str, Any]) -> None:
         raise InputError(f"--commit is for the study's datasets, not for {dataset!r}: leave it out")
 
 
-def _refresh_command(given: argparse.Namespace) -> int:
-    """Run notebooks with their defaults and store the outputs in them: what their tests compare with.
+def _refresh_command(options: argparse.Namespace) -> int:
+    """Run notebooks with their defaults and store their outputs, which the notebook tests compare with.
 
-    Records go to a temporary folder; a notebook that fails is left as it was.
+    Records go to a temporary folder; a notebook that fails is not changed.
     """
-    for name in [find(name) for name in given.notebook]:
+    for name in [find(name) for name in options.notebook]:
         file = system.notebooks() / f"{name}.ipynb"
         runner.check_cell(file, parameters.names(name))
         with tempfile.TemporaryDirectory() as folder:
@@ -215,71 +212,70 @@ def _refresh_command(given: argparse.Namespace) -> int:
     return 0
 
 
-# -- what is there -------------------------------------------------------------------------------------------
+# -- records and figures -------------------------------------------------------------------------------------
 
 
 def _rebuild() -> tuple[Path, int]:
-    """Rebuild the figures from the newest record of everything; return their folder and count.
+    """Rebuild the figures from the newest records; return their folder and the number of files.
 
-    Those of the repository's records go to figures/. Where this user has records, they stand beside those,
-    and all goes to runs/figures/.
+    Figures of the repository's records go to figures/; if the user has records, all go to runs/figures/.
     """
     from reclib.report import figures
 
-    own = system.executed() != system.committed() and records.files(system.executed())
     roots, folder = [system.committed()], system.figures()
-    if own:
+    if system.executed() != system.committed() and records.files(system.executed()):
         roots, folder = records.roots(), system.runs() / "figures"
     with system.lock("figures", print):
         return folder, len(figures.collect(roots, folder))
 
 
-def _collect_command(given: argparse.Namespace) -> int:
+def _collect_command(options: argparse.Namespace) -> int:
     folder, count = _rebuild()
-    shown = folder.relative_to(system.root()) if folder.is_relative_to(system.root()) else folder
-    print(f"{count} files in {shown}/, start with index.html")
+    place = folder.relative_to(system.root()) if folder.is_relative_to(system.root()) else folder
+    print(f"{count} files in {place}/, start with index.html")
     return 0
 
 
 def status() -> list[tuple[str, str, str, int]]:
-    """Return (notebook, label, state, number of records) for each notebook and device that has any.
+    """Return (notebook, label, state, number of records) for each notebook and device.
 
-    A device that notebooks ran on (cpu, where none did) has all of them, one that is only predicted for none.
+    Devices that notebooks ran on (cpu if there is none) have rows for all notebooks; other measured devices
+    have rows for the notebooks with measurements.
 
     States: running, done (by this checkout, with this code), stale (code or parameters files changed since),
-    recorded (an executed notebook that this checkout did not make), failed (or not through), missing.
+    recorded (executed by another checkout), failed (or incomplete), missing.
     """
     rows = records.read(records.roots())
     counts = Counter((row["notebook"], row["label"]) for row in rows)
     measured = {(row["notebook"], row["label"]) for row in rows if row["kind"] == "measured"}
-    ran = {file.parent.name for root in records.roots() for file in root.glob("*/*.ipynb")} or {"cpu"}
+    labels = {file.parent.name for root in records.roots() for file in root.glob("*/*.ipynb")} or {"cpu"}
     return [
         (notebook, label, Job.last(notebook, label).state(), counts[notebook, label])
         for notebook in present()
-        for label in sorted(ran | {label for _, label in measured})
-        if label in ran or (notebook, label) in measured
+        for label in sorted(labels | {label for _, label in measured})
+        if label in labels or (notebook, label) in measured
     ]
 
 
-def _status_command(given: argparse.Namespace) -> int:
+def _status_command(options: argparse.Namespace) -> int:
     print(f"{'notebook':<24}{'device':<8}{'state':<10}{'records':>7}")
     for notebook, label, state, count in status():
         print(f"{notebook:<24}{label:<8}{state:<10}{count:>7}")
     return 0
 
 
-def _merge_command(given: argparse.Namespace) -> int:
-    for folder in given.folder:
-        for row in records.read(folder, problems=[]) if given.commit else []:
+def _merge_command(options: argparse.Namespace) -> int:
+    for folder in options.folder:
+        for row in records.read(folder, problems=[]) if options.commit else []:
             _demand_study_data(row)
-        new, known, files = records.merge(folder, system.executed())
-        print(f"{folder.name}: {new} new records, {known} known before, {files} files copied")
+        new, present_before, files = records.merge(folder, system.executed())
+        print(f"{folder.name}: {new} new records, {present_before} known before, {files} files copied")
     return 0
 
 
-def _params_command(given: argparse.Namespace) -> int:
-    notebook = find(given.notebook)
-    values = parameters.profile(notebook, given.profile) | ({"gpu": given.gpu} if given.gpu else {})
+def _params_command(options: argparse.Namespace) -> int:
+    notebook = find(options.notebook)
+    values = parameters.profile(notebook, options.profile) | ({"gpu": options.gpu} if options.gpu else {})
     checked = parameters.build(notebook, values)
     if checked.gpu != "auto":  # auto is for the machine that runs it to decide
         checked = parameters.fill(checked, checked.gpu)
@@ -289,8 +285,8 @@ def _params_command(given: argparse.Namespace) -> int:
 
 # -- the commands --------------------------------------------------------------------------------------------
 
-# Commands of the library and of the long experiments: a function that takes the arguments, and what it does.
-# Imported when called, so that `python -m reclib status` needs no torch.
+# Commands of the library and of the long experiments: function and description.
+# They are imported when called, so that `python -m reclib status` needs no torch.
 COMMANDS = {
     "data": ("data.prepare:data_main", "fetch, prepare and describe datasets"),
     "fit": ("train.fit:fit_main", "train one model"),
@@ -331,7 +327,7 @@ def _parser() -> argparse.ArgumentParser:
     running.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="longest for a cell")
     running.add_argument("-v", "--verbose", action="store_true", help="a line for each cell")
     running.set_defaults(p=None, f=None, gpus=None)
-    for name, text, act, options in (
+    for name, text, act, parents in (
         ("run", "run notebooks", _run_command, [work, running, place]),
         ("run-all", "run all notebooks, then collect", _run_command, [work, running, place]),
         ("status", "where it stands", _status_command, [place]),
@@ -340,7 +336,7 @@ def _parser() -> argparse.ArgumentParser:
         ("params", "print parameters as YAML", _params_command, [work]),
         ("refresh", "store new outputs in a notebook", _refresh_command, []),
     ):
-        command = commands.add_parser(name, help=text, parents=options)
+        command = commands.add_parser(name, help=text, parents=parents)
         command.set_defaults(act=act)
         add = command.add_argument
         if name in ("run", "refresh"):
@@ -359,22 +355,22 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command of the study and return its exit code."""
-    given = _parser().parse_args(arguments)
-    if getattr(given, "commit", False):
+    options = _parser().parse_args(arguments)
+    if getattr(options, "commit", False):
         os.environ["RECLIB_RECORDS"] = str(system.committed())
-    return exit_code(lambda: given.act(given))
+    return exit_code(lambda: options.act(options))
 
 
 def entry(arguments: Sequence[str] | None = None) -> int:
     """Run `python -m reclib ARGUMENTS` and return its exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    name = given[0] if given else ""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    name = words[0] if words else ""
     if name not in COMMANDS or name == "data":
-        # Temporary files and kernels are cleaned up. Not for `fit`: a process of a group must die at once.
+        # Clean up temporary files and kernels. Not for `fit`: a process of a group must end at once.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         system.hold()
     if name not in COMMANDS:
-        return main(given)
+        return main(words)
     module, _, function = COMMANDS[name][0].partition(":")
     command = getattr(importlib.import_module(f"reclib.{module}"), function)
-    return exit_code(lambda: command(given[1:]))
+    return exit_code(lambda: command(words[1:]))

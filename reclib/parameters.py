@@ -1,9 +1,9 @@
-"""What each notebook may be asked: `Parameters` has every parameter once, with its type and what it means.
+"""Parameters of the notebooks: `Parameters` has every parameter once, with its type and meaning.
 
-Which of them a notebook has is what its section of `params/smoke.yaml` states, and so does the notebook's
-parameters cell, which papermill may override. The cell after it makes a frozen, validated value of them:
-`p = parameters.read("02_baseline", globals())`. The other profiles state only what differs from smoke.
-To add a notebook: a section in smoke.yaml, and what is new in it in `Parameters`.
+A notebook has the parameters of its section of `params/smoke.yaml`. Its parameters cell has the same names;
+papermill may override them. The cell after it makes a frozen, validated value of them:
+`p = parameters.read("02_baseline", globals())`. Other profiles contain only differences from smoke.
+To add a notebook, add a section to smoke.yaml and its new parameters to `Parameters`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from reclib.config import (
 T = TypeVar("T")
 
 
-def _known_size(name: str) -> str:
+def _valid_size(name: str) -> str:
     config.model_config(name)
     return name
 
@@ -61,7 +61,7 @@ def _pairs(text: str) -> str:
 
 Name = Annotated[str, Field(min_length=1)]
 Columns = Annotated[str, AfterValidator(_pairs)]  # written as on the command line
-Size = Annotated[str, AfterValidator(_known_size)]  # one of `config.SIZES`
+Size = Annotated[str, AfterValidator(_valid_size)]  # one of `config.SIZES`
 Distinct = Annotated[list[T], AfterValidator(_distinct)]
 Several = Annotated[list[T], Field(min_length=1), AfterValidator(_distinct)]
 MeanLength = Annotated[float, Field(ge=5.0)]
@@ -73,7 +73,7 @@ Tracker = Literal["none", "wandb-offline", "wandb-online", "tensorboard"]
 
 
 class Parameters:
-    """Every parameter of any notebook. The class of one notebook has those of its section in smoke.yaml."""
+    """All parameters of all notebooks. The class of a notebook has those of its section in smoke.yaml."""
 
     gpu: GpuLabel  # device label, a claim to be checked; auto: what is here
     # data
@@ -184,13 +184,13 @@ class Parameters:
     top_k: Positive  # recommendations of a list
 
     def data_config(self) -> DataConfig:
-        """Return which interactions are asked for, and how they are read and filtered."""
+        """Return the configuration of the data: which interactions, and how they are read and filtered."""
         names = [field.name for field in dataclasses.fields(DataConfig)]
-        given = {name: getattr(self, name) for name in names if hasattr(self, name)}
-        if "columns" in given:
-            pairs = (pair.split("=", 1) for pair in given["columns"].split(",") if pair)
-            given["columns"] = dict(pairs) or None
-        return validated(DataConfig, given)
+        values = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        if "columns" in values:
+            pairs = (pair.split("=", 1) for pair in values["columns"].split(",") if pair)
+            values["columns"] = dict(pairs) or None
+        return validated(DataConfig, values)
 
 
 # What the functions of a notebook take.
@@ -205,7 +205,7 @@ Audit: TypeAlias = Parameters
 
 @dataclass(frozen=True, kw_only=True, config=config.STRICT)
 class _Checked:
-    """What must hold between parameters, where a notebook has them."""
+    """Conditions between parameters, for notebooks that have them."""
 
     @model_validator(mode="after")
     def _go_together(self) -> _Checked:
@@ -224,7 +224,7 @@ class _Checked:
 
 # -- a notebook's parameters as a value ----------------------------------------------------------------------
 
-PROFILES = ("smoke", "quick", "lease", "full")  # the more work, the later
+PROFILES = ("smoke", "quick", "lease", "full")  # from least to most work
 
 NOTEBOOKS = (
     "01_data_prep",
@@ -237,12 +237,12 @@ NOTEBOOKS = (
     "08_audit",
 )
 
-# Who runs it, where and how often is not how much work one run is: a profile's name ignores these.
+# Parameters that do not change the work of one run: profiles are compared without them.
 _NOT_WORK = {"gpu", "seed", "seeds", "nproc", "tracker"}
 
 
 def names(notebook: str) -> list[str]:
-    """Return the names of a notebook's parameters, in order; `InputError` for an unknown notebook."""
+    """Return the names of a notebook's parameters, in order; raise `InputError` for an unknown notebook."""
     if notebook not in NOTEBOOKS:
         close = nearest(notebook, NOTEBOOKS)
         raise InputError(f"unknown notebook {notebook!r}{close}; known: {', '.join(NOTEBOOKS)}")
@@ -259,22 +259,22 @@ def _kind(names: tuple[str, ...]) -> type:
     if unknown := [name for name in names if name not in types]:
         raise InputError(f"params/smoke.yaml: unknown parameter {unknown[0]!r}{nearest(unknown[0], types)}")
     fields = {"__annotations__": {name: types[name] for name in names}, "__module__": __name__}
-    made = type("Parameters", (_Checked, Parameters), fields)
-    return dataclass(frozen=True, kw_only=True, config=config.STRICT)(made)
+    kind = type("Parameters", (_Checked, Parameters), fields)
+    return dataclass(frozen=True, kw_only=True, config=config.STRICT)(kind)
 
 
 def read(notebook: str, namespace: Mapping[str, Any]) -> Any:
     """Build a notebook's parameters from its global names: `read("02_baseline", globals())`.
 
-    A name that is no parameter, a wrong type and an impossible value are an `InputError`.
+    Raises `InputError` for a name that is no parameter, a wrong type or an invalid value.
     """
-    known = names(notebook)
-    given = {name: namespace[name] for name in known if name in namespace}
-    return build(notebook, given | _strangers(namespace, known))
+    expected = names(notebook)
+    cell = {name: namespace[name] for name in expected if name in namespace}
+    return build(notebook, cell | _strangers(namespace, expected))
 
 
 def build(notebook: str, values: Mapping[str, Any]) -> Any:
-    """Validate `values` into the notebook's parameters; undone misspellings are printed."""
+    """Validate `values` into the notebook's parameters; corrected misspellings are printed."""
     kind = _kind(tuple(names(notebook)))
     return validated(kind, respelt(kind, values))
 
@@ -285,25 +285,25 @@ def values(p: Any) -> dict[str, Any]:
 
 
 def fill(p: T, label: str) -> T:
-    """Return `p` with what is None filled from `params/gpu/<label>.yaml`, if there is one.
+    """Return `p` with None replaced by the value in `params/gpu/<label>.yaml`, if there is one.
 
-    `label` is that of the device that is really there. A value that was given is never replaced.
+    `label` is that of the device in use. Other values are never replaced.
     """
     file = system.params() / "gpu" / f"{label}.yaml"
     if not file.is_file():
         print(f"no device file for {label!r}: what depends on the device keeps its general default")
         return p
     device = from_file(file)
-    given = {name: device.get(name) if value is None else value for name, value in values(p).items()}
-    return validated(type(p), given)
+    filled = {name: device.get(name) if value is None else value for name, value in values(p).items()}
+    return validated(type(p), filled)
 
 
-def _strangers(namespace: Mapping[str, Any], known: list[str]) -> dict[str, Any]:
-    """Return the simple values in a notebook's globals that are none of the `known` parameters.
+def _strangers(namespace: Mapping[str, Any], expected: list[str]) -> dict[str, Any]:
+    """Return the simple values in a notebook's globals that are not `expected` parameters.
 
     Papermill injects a misspelt name like a right one. When a cell is run again in JupyterLab, later cells
-    have left names of their own; therefore, where there is a history, only names from cells of plain
-    assignments count: the parameters cell and papermill's injected one.
+    have assigned names too. Therefore, if there is a history, only names from cells of plain assignments
+    count: the parameters cell and the one that papermill injects.
     """
     history = [source for source in namespace.get("In", []) if source]
     assigned = {name for source in history for name in assigned_names(source)}
@@ -311,14 +311,14 @@ def _strangers(namespace: Mapping[str, Any], known: list[str]) -> dict[str, Any]
     return {
         name: value
         for name, value in namespace.items()
-        if not (name in known or name in ipython or name.startswith("_"))
+        if not (name in expected or name in ipython or name.startswith("_"))
         and isinstance(value, bool | int | float | str | list | tuple | dict | None)
         and (not history or name in assigned)
     }
 
 
 def assigned_names(source: str) -> list[str]:
-    """Return the names that a cell assigns if it does nothing but assign literals, else nothing."""
+    """Return the names that a cell assigns if it only assigns literals, else nothing."""
     result = []
     try:
         for statement in ast.parse(source).body:
@@ -338,22 +338,22 @@ def assigned_names(source: str) -> list[str]:
 
 
 def profile(notebook: str, name: str) -> dict[str, Any]:
-    """Return a notebook's parameters in a profile: smoke's, with the profile's own on top."""
+    """Return a notebook's parameters in a profile: those of smoke, updated by the profile."""
     names(notebook)
     return _section("smoke", notebook) | _section(known_profile(name), notebook)
 
 
 def profile_of(notebook: str, p: Any) -> str:
-    """Return the profile whose work `p` is, or "custom": found by comparing, so it cannot lie.
+    """Return the profile whose work equals that of `p`, or "custom".
 
-    Where profiles ask for the same work it is the largest of them: there is nothing left out to warn of. A
-    profile counts only for the notebooks that it has a section of.
-    Ignored are the device label, the seeds, the tracker, and what the device file decides.
+    If several profiles have this work, the largest of them is returned. A profile counts only for notebooks
+    that it has a section of. The device label, the seeds, the tracker and values of the device file are
+    ignored.
     """
-    given, from_device = values(p), device_names()
+    actual, from_device = values(p), device_names()
     for name in reversed(PROFILES):
         if notebook in stated(name) and all(
-            key in _NOT_WORK or given[key] == value or (value is None and key in from_device)
+            key in _NOT_WORK or actual[key] == value or (value is None and key in from_device)
             for key, value in profile(notebook, name).items()
         ):
             return name
@@ -361,19 +361,19 @@ def profile_of(notebook: str, p: Any) -> str:
 
 
 def known_profile(name: str) -> str:
-    """Return the name of a profile as it is; `InputError` for one that there is not."""
+    """Return the name of a profile unchanged; raise `InputError` for an unknown one."""
     if name not in PROFILES:
         raise InputError(f"unknown profile {name!r}{nearest(name, PROFILES)}; allowed: {', '.join(PROFILES)}")
     return name
 
 
 def stated(profile_name: str) -> list[str]:
-    """Return the notebooks that a profile has a section of; the others run in it as in smoke."""
+    """Return the notebooks that have a section in a profile; others run as in smoke."""
     return list(from_file(system.params() / f"{profile_name}.yaml"))
 
 
 def device_names() -> frozenset[str]:
-    """Return the names of the parameters that any `params/gpu/*.yaml` decides."""
+    """Return the names of the parameters in any `params/gpu/*.yaml`."""
     return frozenset(name for file in (system.params() / "gpu").glob("*.yaml") for name in from_file(file))
 
 
@@ -386,7 +386,7 @@ def _section(profile_name: str, notebook: str) -> dict[str, Any]:
 
 
 def from_file(file: Path) -> dict[str, Any]:
-    """Return the parameters that a YAML file states, such as `papermill -f` takes."""
+    """Return the parameters of a YAML file, as `papermill -f` takes them."""
     state = file.stat() if file.is_file() else None
     content = _parsed(file, state and (state.st_mtime_ns, state.st_size))
     if not isinstance(content, dict | None):
@@ -396,5 +396,5 @@ def from_file(file: Path) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=64)
 def _parsed(file: Path, state: tuple[int, int] | None) -> Any:
-    """Return what a YAML file holds, parsed once for each state that it was in; not to be changed."""
+    """Return the content of a YAML file, cached by its state; callers must not change it."""
     return system.read_yaml(file)

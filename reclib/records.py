@@ -1,9 +1,8 @@
-"""What a run found, kept so that figures can be built from it and nobody has to take it on trust.
+"""Records of results, from which figures and findings are built, with their provenance.
 
-`Run.result` does two things. It displays a small bundle with the deterministic part (what the notebook tests
-compare), and it appends one line with everything to `<label>/results.jsonl` in `system.executed()`: metrics
-in full, timings, parameters, device, versions, code and commit. The label is that of the device that was
-really there, whatever was claimed.
+`Run.result` displays a small bundle with the deterministic part, which the notebook tests compare, and
+appends a line to `<label>/results.jsonl` in `system.executed()`: metrics in full, timings, parameters,
+device, versions, code and commit. The label is that of the device in use, even if another was claimed.
 """
 
 from __future__ import annotations
@@ -33,46 +32,31 @@ from reclib.config import InputError
 from reclib.system import plain
 
 SCHEMA = 1
-
 MIME = "application/vnd.reclib.result+json"
-
 Kind = Literal["measured", "predicted"]
 
-# What a record keeps of a device's card; cpu_model tells generations of one name apart, None on a GPU.
-CARD = (
-    "name",
-    "cpu_model",
-    "type",
-    "capability",
-    "memory_bytes",
-    "torch",
-    "cuda",
-    "driver",
-    "threads",
-    "label",
-)
+# Fields of a device's card in a record; cpu_model identifies CPUs that share a name, None on a GPU.
+CARD: tuple[str, ...] = ("name", "cpu_model", "type", "capability", "memory_bytes", "torch", "cuda")
+CARD += ("driver", "threads", "label")
 
-# What makes two records results of the same thing.
+# Records with equal values of these fields are of the same result.
 _KEY = ("notebook", "kind", "label", "name", "params_hash", "seed")
 
-# Of a record's profile, the more it can be trusted the later: grids are long experiments.
+# Profiles of records, from least to most work; grids are long experiments.
 PROFILES = ("smoke", "custom", *parameters.PROFILES[1:], "grid")
-
 _RECORDS = ("*/results.jsonl", "*/grids/*.jsonl", "*/*/results.jsonl", "*/*/grids/*.jsonl")
-
 _UNFINISHED = "unfinished line"
 
-# Files of parameters that a result can depend on and does not record; profiles and grids are in the record.
+# Parameter files that results depend on and that are not in the record, unlike profiles and grids.
 _UNRECORDED = tuple(f"params/{name}.yaml" for name in ("calibration", "devices", "efficiency"))
-
 _COPIED = (".ipynb", ".npz", ".json")  # executed notebooks, ranks of a grid, self-checks
 
 
-# -- where a number comes from: code, commit, versions; and nothing about who ran it where -------------------
+# -- provenance: code, commit, versions; no users, hosts or paths --------------------------------------------
 
 
 def code_hash(notebook: str) -> str:
-    """Return 16 hexadecimal digits over the package, folders within it too, and a notebook's code cells."""
+    """Return a hash of 16 hexadecimal digits over all files of the package and a notebook's code cells."""
     files = {file.relative_to(system.PACKAGE).as_posix(): file for file in system.PACKAGE.rglob("*.py")}
     package = _package_digest({name: file.read_bytes() for name, file in files.items()})
     source = system.notebooks() / f"{notebook}.ipynb"
@@ -100,17 +84,16 @@ def _hash_with(package: Any, cells: bytes) -> str:
 def commits_of_code(
     notebooks: Iterable[str], commits: Sequence[str] | None = None
 ) -> dict[tuple[str, str], str]:
-    """Return the newest commit that has each (notebook, `code_hash`), of HEAD's history or of `commits`.
+    """Return the newest commit with each (notebook, `code_hash`), of HEAD's history or of `commits`.
 
-    Each state of the package and of a notebook is read and hashed once, by a handful of calls of git.
+    Each state of the package and of a notebook is read and hashed once, with a few calls of git.
     """
     names = sorted(set(notebooks))
     commits = commits if commits is not None else (_git("rev-list", "HEAD") or b"").decode().split()
     paths = ["reclib", *(f"notebooks/{name}.ipynb" for name in names)]
     places = "\n".join(f"{commit}:./{path}" for commit in commits for path in paths).encode()
-    objects = iter(
-        (_git("cat-file", "--batch-check=%(objectname)", stdin=places) or b"").decode().splitlines()
-    )
+    listed = _git("cat-file", "--batch-check=%(objectname)", stdin=places) or b""
+    objects = iter(listed.decode().splitlines())
     states: dict[tuple[str, str, str], str] = {}  # package's tree, notebook, its blob: commit
     for commit, (tree, *sources) in zip(commits, zip(*[objects] * len(paths), strict=True), strict=False):
         for name, source in zip(names, sources, strict=True):
@@ -133,14 +116,13 @@ def commits_of_code(
 def _python_files(trees: Iterable[str]) -> dict[str, dict[str, str]]:
     """Return the Python files of each tree of git, by path with their blobs."""
     files: dict[str, dict[str, str]] = {tree: {} for tree in trees}
-    level = {(tree, tree, "") for tree in files}  # the whole tree, a folder of it, where that lies
+    level = {(tree, tree, "") for tree in files}  # tree, folder in it, path of the folder
     while level:
         content, deeper = _objects({folder for _, folder, _ in level}), set()
         for tree, folder, path in level:
             # An entry is its mode, a space, its name, a zero byte, and the 20 bytes of its hash.
-            for mode, name, digest in re.findall(
-                rb"(\d+) ([^\0]+)\0(.{20})", content.get(folder, b""), re.DOTALL
-            ):
+            entries = re.findall(rb"(\d+) ([^\0]+)\0(.{20})", content.get(folder, b""), re.DOTALL)
+            for mode, name, digest in entries:
                 place = path + name.decode()
                 if mode == b"40000":
                     deeper.add((tree, digest.hex(), f"{place}/"))
@@ -151,7 +133,7 @@ def _python_files(trees: Iterable[str]) -> dict[str, dict[str, str]]:
 
 
 def _objects(names: Iterable[str]) -> dict[str, bytes]:
-    """Return what objects of git hold, of those that are there."""
+    """Return the content of those objects of git that exist."""
     output, place, content = _git("cat-file", "--batch", stdin="\n".join(names).encode()) or b"", 0, {}
     while place < len(output):
         start = output.index(b"\n", place) + 1
@@ -166,29 +148,29 @@ def _objects(names: Iterable[str]) -> dict[str, bytes]:
 def _git(*arguments: str, stdin: bytes = b"") -> bytes | None:
     command = ["git", "-C", str(system.CHECKOUT), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, input=stdin, timeout=300)
+        process = subprocess.run(command, capture_output=True, input=stdin, timeout=300)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout if done.returncode == 0 else None
+    return process.stdout if process.returncode == 0 else None
 
 
 def git_state(notebook: str = "") -> dict[str, Any] | None:
-    """Return the commit and whether what a result depends on differs from it; None outside a git checkout.
+    """Return the commit and whether the checkout differs from it; None outside a git checkout.
 
-    That is the code that `code_hash` covers, and the files of parameters whose values no record holds. A
-    checkout that was copied without its .git has the commit that `RECLIB_COMMIT` states, if it does.
+    Compared are the code of `code_hash` and the parameter files that are not in records. For a copy without
+    .git the commit is the value of `RECLIB_COMMIT`, if it is set.
     """
     if head := _git("rev-parse", "HEAD"):
         commit = head.decode().strip()
         changed = _git("status", "--porcelain", "--", *_UNRECORDED)
-        same = (notebook, code_hash(notebook)) in commits_of_code([notebook], [commit])
-        return {"commit": commit, "dirty": None if changed is None else bool(changed) or not same}
+        unchanged = (notebook, code_hash(notebook)) in commits_of_code([notebook], [commit])
+        return {"commit": commit, "dirty": None if changed is None else bool(changed) or not unchanged}
     stated = os.environ.get("RECLIB_COMMIT")
     return {"commit": stated, "dirty": None} if stated else None
 
 
 def code_in_git(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Say how many records have the code of a commit, and which code hashes no commit has."""
+    """Return a sentence on how many records have the code of a commit, and on the other code hashes."""
     commits = commits_of_code(row["notebook"] for row in rows)
     missing = Counter(key for row in rows if (key := (row["notebook"], row.get("code"))) not in commits)
     named = ", ".join(f"{count} of {name} {code}" for (name, code), count in sorted(missing.items()))
@@ -207,12 +189,12 @@ def versions() -> dict[str, str | None]:
 
 
 def params_hash(params: Mapping[str, Any]) -> str:
-    """Return 16 hexadecimal digits that identify a set of parameters, whatever their order."""
+    """Return a hash of 16 hexadecimal digits of parameters, independent of their order."""
     return _sha256(json.dumps(plain(params), sort_keys=True, separators=(",", ":"), allow_nan=False))[:16]
 
 
 def provenance(notebook: str) -> dict[str, Any]:
-    """Return what made a result: hashes of the code, the commit, and versions."""
+    """Return the provenance of a result: hash of the code, commit, and versions."""
     return {"code": code_hash(notebook), "git": git_state(notebook), "versions": versions()}
 
 
@@ -228,35 +210,29 @@ def row(
     made_by: Mapping[str, Any] | None = None,
     **fields: Any,
 ) -> dict[str, Any]:
-    """Return a record as it is appended, of the time that it is now.
+    """Return a record with the present time.
 
-    `card` is the device's, whose label is the record's; `made_by` is the `provenance`, None: of the code as
-    it is now. `fields` have `profile`, `params` (of the run), `own_params` (of this result), `params_hash`
-    and `data` (name and fingerprint), and may have whatever else `_Form` names.
+    `card` is that of the device; `made_by` is the `provenance`, by default of the present code. `fields` must
+    have `profile`, `params` (of the run), `own_params` (of this result), `params_hash` and `data` (name and
+    fingerprint), and may have other fields of `_Form`.
     """
-    optional: dict[str, Any] = {
-        "kind": "measured",
-        "claimed": None,
-        "seed": None,
-        "timings": {},
-        "series": {},
-        "earlier": 0,
-    }
+    optional: dict[str, Any] = {"kind": "measured", "claimed": None, "seed": None, "earlier": 0}
+    optional |= {"timings": {}, "series": {}}
     of_device = {"label": card["label"], "device": {key: card.get(key) for key in CARD}}
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    head = {"schema": SCHEMA, "notebook": notebook, "name": name, "metrics": metrics, "time": now}
+    timestamp = datetime.now(UTC).isoformat(timespec="seconds")
+    head = {"schema": SCHEMA, "notebook": notebook, "name": name, "metrics": metrics, "time": timestamp}
     return plain({**head, **of_device, **optional, **(made_by or provenance(notebook)), **fields})
 
 
 class Record(dict[str, Any]):
-    """One record. As the last value of a cell it shows nothing: its provenance is no output."""
+    """One record. As the last value of a cell it shows nothing, since its provenance is no output."""
 
     def _ipython_display_(self) -> None:
         pass
 
 
 class Run:
-    """One execution of one notebook on one device: `result` records what it finds."""
+    """One execution of one notebook on one device, whose results `result` records."""
 
     def __init__(
         self,
@@ -267,8 +243,8 @@ class Run:
     ) -> None:
         """Take the notebook's parameters, the device's card, the data's name and fingerprint.
 
-        `p` is the value from `parameters.read`; `device` has at least the keys that
-        `hardware.device_card` returns; `data` has `name` and `fingerprint`.
+        `p` is a value of `parameters.read`; `device` has at least the keys of `hardware.device_card`; `data`
+        has `name` and `fingerprint`.
         """
         if missing := [key for key in CARD if key not in device]:
             raise ValueError(f"device card lacks {', '.join(missing)}")
@@ -299,20 +275,20 @@ class Run:
     ) -> Record:
         """Display and append one result; return the record.
 
-        `metrics` must be the same in every run on one machine (the notebook tests compare them to
-        3 digits); what depends on the clock goes into `timings`. `params` are this result's own,
-        beside those of the run. Metrics and timings must be finite numbers or None (not measured);
-        a value of a series that is not finite (a loss that diverged) is stored as null. The record
-        counts the earlier ones of the same configuration: so often was the test split scored before.
+        `metrics` must be the same in every run on one machine (the notebook tests compare them to 3 digits);
+        numbers that depend on the clock go into `timings`. `params` are those of this result, beside those of
+        the run. Metrics and timings must be finite numbers or None (not measured); values of a series that
+        are not finite (a loss that diverged) are stored as null. The record counts earlier records of the
+        same configuration, as the number of earlier looks at the test split.
 
-        `device` is the card of one that is not here: only a prediction has one, and lies in its folder.
+        `device` is the card of another device, for predictions only; the record goes to its folder.
         """
         if kind not in ("measured", "predicted"):
             raise ValueError(f"kind of {name!r} must be measured or predicted, got {kind!r}")
         if device is not None and kind != "predicted":
             raise ValueError(f"{name!r} is {kind} on {device['label']}, which is not here")
-        own = plain(params or {})
-        # A result of one seed is the same result whichever other seeds the run had.
+        own_values = plain(params or {})
+        # The result of one seed does not depend on the other seeds of the run.
         identity = self._without("gpu", "tracker", *(("seed", "seeds") if seed is not None else ()))
         record = Record(
             row(
@@ -321,8 +297,8 @@ class Run:
                 _finite(name, metrics),
                 card=device or self._card,
                 params=self.params,
-                own_params=own,
-                params_hash=params_hash(identity | {"own": own}),
+                own_params=own_values,
+                params_hash=params_hash(identity | {"own": own_values}),
                 timings=_finite(name, timings or {}),
                 series={key: [_or_null(v) for v in values] for key, values in (series or {}).items()},
                 seed=seed,
@@ -333,27 +309,24 @@ class Run:
         record["earlier"] = _times_recorded(record)
         append(system.executed() / record["label"] / "results.jsonl", record)
         deterministic = self._without("gpu", "tracker", *parameters.device_names())
-        _display(self.notebook, name, deterministic | own, record["metrics"], seed)
+        _display(self.notebook, name, deterministic | own_values, record["metrics"], seed)
         return record
 
     def _without(self, *names: str) -> dict[str, Any]:
-        first = {
-            "nproc": 1,
-            "ties": "source",
-            "ties_seed": 0,
-        }  # as every result was before there was a choice
-        names += tuple(name for name, value in first.items() if self.params.get(name) == value)
+        # Parameters added later: their defaults are left out, so that hashes of older records stay valid.
+        defaults = {"nproc": 1, "ties": "source", "ties_seed": 0}
+        names += tuple(name for name, value in defaults.items() if self.params.get(name) == value)
         return {key: value for key, value in self.params.items() if key not in names}
 
 
 def _demand_self_check(device: Mapping[str, Any]) -> None:
-    """Refuse to record measurements of a GPU that has not passed its self-check with this torch."""
+    """Raise `InputError` for a GPU that has not passed its self-check with this torch."""
     for root in roots():
         file = root / str(device["label"]) / "selfcheck.json"
         if file.is_file():
             check = json.loads(file.read_text(encoding="utf-8"))
-            same = [check["device"].get(key) == plain(device[key]) for key in ("name", "torch", "cuda")]
-            if check["passed"] and all(same):
+            matches = [check["device"].get(key) == plain(device[key]) for key in ("name", "torch", "cuda")]
+            if check["passed"] and all(matches):
                 return
     raise InputError(
         f"no passed self-check of {device['name']} with torch {device['torch']} in "
@@ -362,7 +335,7 @@ def _demand_self_check(device: Mapping[str, Any]) -> None:
 
 
 def _times_recorded(record: Mapping[str, Any]) -> int:
-    """Count the records of the same result, with the same parameters, here and in the repository."""
+    """Count the records of the same result with the same parameters under all roots."""
     needle = f'"params_hash":"{record["params_hash"]}"'
     count = 0
     for root in roots():
@@ -376,7 +349,7 @@ def _times_recorded(record: Mapping[str, Any]) -> int:
 def _display(
     notebook: str, name: str, params: Mapping[str, Any], metrics: Mapping[str, Any], seed: int | None
 ) -> None:
-    """Show the deterministic part, where there is a notebook to show it in."""
+    """Show the deterministic part of a record in a notebook; do nothing elsewhere."""
     try:
         from IPython import get_ipython
         from IPython.display import display
@@ -394,20 +367,20 @@ def _display(
 
 
 def _finite(name: str, numbers: Mapping[str, Any]) -> dict[str, float | int | None]:
-    result = {key: plain(given) for key, given in numbers.items()}
+    result = {key: plain(number) for key, number in numbers.items()}
     for key, value in result.items():
         if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
             raise ValueError(f"{key} of result {name!r} is {numbers[key]!r}: not a finite number")
     return result
 
 
-def _or_null(given: Any) -> Any:
-    value = plain(given)
+def _or_null(number: Any) -> Any:
+    value = plain(number)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def append(file: Path, record: Mapping[str, Any]) -> None:
-    """Append one line in one write, whole or not at all."""
+    """Append one line atomically."""
     line = _text(record).encode() + b"\n"
     file.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
@@ -428,7 +401,7 @@ def append(file: Path, record: Mapping[str, Any]) -> None:
 
 
 def _end_of_records(descriptor: int) -> int:
-    """Cut off what a killed writer left after the last newline; return the file's length."""
+    """Remove an incomplete line after the last newline, left by a killed writer; return the file's length."""
     content = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
     end = content.rfind(b"\n") + 1
     if end == len(content):
@@ -438,7 +411,7 @@ def _end_of_records(descriptor: int) -> int:
     except ValueError:
         os.ftruncate(descriptor, end)
         return end
-    return len(content) + os.write(descriptor, b"\n")  # whole: only an editor dropped the newline
+    return len(content) + os.write(descriptor, b"\n")  # complete: an editor removed the newline
 
 
 def _text(record: Mapping[str, Any]) -> str:
@@ -453,7 +426,7 @@ def _sha256(text: str) -> str:
 
 
 class _Form(TypedDict):
-    """What every record has; see `row`."""
+    """Fields of every record; see `row`."""
 
     schema: Literal[1]
     notebook: str
@@ -474,17 +447,16 @@ class _Form(TypedDict):
 
 
 def roots() -> list[Path]:
-    """Return the roots of the records that there can be: the repository's, then this user's."""
+    """Return the roots of records: the repository's, then this user's."""
     return list(dict.fromkeys([system.committed(), system.executed()]))
 
 
 def read(root: Path | Sequence[Path], problems: list[str] | None = None) -> list[dict[str, Any]]:
-    """Return all records of the devices and grids of a root, or of several, each once, by folder and line.
+    """Return all records under one root or several, each once, by folder and line.
 
     They are in `<label>/results.jsonl` and `<label>/grids/*.jsonl`, and one folder deeper where another
-    machine's folder was copied into the label's. A record that is there twice counts once. A line that is no
-    record, or lies in another device's folder, is skipped: its fault is added to `problems`; without such
-    a list, standard error says how many and why.
+    machine's folder was copied into the label's. A line that is no record, or is in another device's folder,
+    is skipped and its fault is added to `problems`; without such a list, faults go to standard error.
     """
     rows: dict[str, dict[str, Any]] = {}
     for folder in [root] if isinstance(root, Path) else root:
@@ -506,25 +478,25 @@ def files(root: Path) -> list[Path]:
 
 
 def digest(record: Mapping[str, Any]) -> str:
-    """Return the hash by which a record is known wherever it is copied."""
+    """Return a hash that identifies a record and its copies."""
     return _sha256(_text(record))
 
 
 def read_file(file: Path, root: Path, problems: list[str]) -> list[dict[str, Any]]:
-    """Return the records of one file under `root`; the faults of lines that are none go to `problems`."""
+    """Return the records of one file under `root`; faults of other lines are added to `problems`."""
     rows, place = [], file.relative_to(root)
     lines = file.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
         try:
             rows += [_checked(line, place.parts[0])] if line.strip() else []
         except InputError as error:
-            # The last element is what follows the last newline: a killed run left it.
+            # The last element follows the last newline: it is left by a killed run.
             problems.append(f"{place}:{number}: {_UNFINISHED if number == len(lines) else error}")
     return rows
 
 
 def _checked(line: bytes, label: str) -> dict[str, Any]:
-    """Return the record of a line in the folder `label`; raise `InputError` that says why it is none."""
+    """Return the record of a line in the folder `label`; raise `InputError` if it is not valid."""
     try:
         record = msgspec.json.decode(line)  # no NaN, no infinity, UTF-8 alone
         msgspec.convert(record, _Form)
@@ -541,7 +513,7 @@ def _checked(line: bytes, label: str) -> dict[str, Any]:
 def latest(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the newest record of each notebook, kind, label, name, parameters, seed, and data or grid.
 
-    Two grids can hold one and the same run: each keeps its record, since each is drawn by itself.
+    If two grids have the same run, both records stay, since each grid has its own figures.
     """
     newest: dict[tuple[Any, ...], dict[str, Any]] = {}
     for record in records:
@@ -553,20 +525,20 @@ def latest(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def committed() -> list[dict[str, Any]]:
-    """Return the newest records of the grids that lie in the repository, wherever this run records."""
+    """Return the newest records of the grids in the repository."""
     return latest(row for row in read(system.committed()) if row["profile"] == "grid")
 
 
 def reference() -> dict[str, Any]:
-    """Return the seed study's published figures, with their sources and what is wrong in them."""
+    """Return the seed study's published figures, with their sources and errors."""
     return system.read_yaml(system.params() / "published" / "seed_study.yaml")
 
 
 def merge(source: Path, root: Path) -> tuple[int, int, int]:
-    """Add another machine's records to a root: append those that are not there, copy other files.
+    """Add another machine's records to a root: append new records, copy other files.
 
-    Nothing that is there changes. Returns the numbers of new records, of known ones, of files copied.
-    Raises `InputError` where `source` holds no records or a broken one, before anything is written.
+    Existing files and records do not change. Returns the numbers of new records, of known ones, of files
+    copied. Raises `InputError` if `source` has no records or a broken one, before anything is written.
     """
     faults: list[str] = []
     theirs = [(file, read_file(file, source, faults)) for file in files(source)]
@@ -575,19 +547,19 @@ def merge(source: Path, root: Path) -> tuple[int, int, int]:
     for fault in faults:
         if not fault.endswith(_UNFINISHED):
             raise InputError(fault)
-    known = {digest(record) for record in read(root)}
-    before, copied = len(known), 0
+    digests = {digest(record) for record in read(root)}
+    before, copied = len(digests), 0
     for file, rows in theirs:
         for record in rows:
-            if digest(record) not in known:
+            if digest(record) not in digests:
                 append(root / file.relative_to(source), record)
-                known.add(digest(record))
+                digests.add(digest(record))
     for file in sorted(source.glob("*/**/*")):
         target = root / file.relative_to(source)
-        wanted = file.suffix in _COPIED and not file.name.endswith(".failed.ipynb")
-        if wanted and file.is_file() and not target.exists():
+        is_copied = file.suffix in _COPIED and not file.name.endswith(".failed.ipynb")
+        if is_copied and file.is_file() and not target.exists():
             with system.replacing(target) as fresh:
                 shutil.copyfile(file, fresh)
             copied += 1
-    new = len(known) - before
+    new = len(digests) - before
     return new, sum(len(rows) for _, rows in theirs) - new, copied

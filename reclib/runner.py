@@ -1,12 +1,12 @@
-"""Running notebooks: one by papermill (`execute`), unless it is done already (`run`), or several (`run_all`).
+"""Running notebooks by papermill: one (`execute`), one unless it is finished (`run`), or several (`run_all`).
 
-While it runs, and if it fails, a notebook is `NN_name.failed.ipynb`; only a complete run takes the name
-`NN_name.ipynb`. What papermill and widgets leave in it (absolute paths, times, widget state) is dropped, so
-that a diff shows results.
+While it runs, and if it fails, a notebook is `NN_name.failed.ipynb`; only a complete run is named
+`NN_name.ipynb`. Metadata of papermill and widgets (absolute paths, times, widget state) are dropped, so that
+a diff shows results.
 
-A job that is done has a stamp, which git ignores: only work of this checkout is skipped, never because of a
-committed record or notebook. Every notebook has a kernel, a process of its own: a crash, a kill or a timeout
-costs that one alone, and the same command runs what is left.
+A finished job has a stamp, which git ignores: only work of this checkout is skipped, never because of a
+committed record or notebook. Every notebook has its own kernel process: after a crash, a kill or a timeout
+of one, the others go on, and the same command runs what is missing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from reclib.config import CPU_LABELS, GPU_LABELS, InputError
 from reclib.system import Tell
 
 _ERROR_MARKER = "papermill-error-cell-tag"  # of the banner cells that papermill inserts
-
 _WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
 
@@ -42,7 +41,7 @@ class NotebookFailed(Exception):
 
 
 def failed_path(output: Path) -> Path:
-    """Return where the notebook lies while it runs and after it failed."""
+    """Return the path of the notebook while it runs and after it failed."""
     return output.with_suffix(".failed.ipynb")
 
 
@@ -75,13 +74,12 @@ def execute(
     tell: Tell = print,
     tell_progress: Tell | None = None,
 ) -> None:
-    """Run `notebook` with the parameters `values` and leave it at `output`; tell of each code cell.
+    """Run `notebook` with the parameters `values` and write it to `output`.
 
-    `tell_progress` gets a line whenever a training run in the notebook reports how far it is.
-
-    `cell_seconds` is the longest that a cell may take; None: as long as it needs. `records` is where
-    results go instead of `system.executed()`, `gpu` what `CUDA_VISIBLE_DEVICES` is, None: as it is here.
-    Raises `NotebookFailed`; the kernel is gone when this returns, whichever way.
+    `tell` gets a line for each code cell, `tell_progress` one whenever a training run reports its progress.
+    `cell_seconds` is the time limit of a cell, None for no limit. `records` is the folder of the results in
+    place of `system.executed()`, `gpu` the value of `CUDA_VISIBLE_DEVICES`, None to inherit it. Raises
+    `NotebookFailed`. The kernel has always ended when this returns.
     """
     import papermill
     from nbclient.exceptions import DeadKernelError
@@ -89,7 +87,7 @@ def execute(
 
     working = failed_path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    # A short folder of its own: the sockets' path has room for about 100 characters.
+    # A folder with a short path: paths of sockets are limited to about 100 characters.
     runtime = tempfile.mkdtemp(prefix="reclib-", dir="/tmp" if os.path.isdir("/tmp") else None)
     environment = _environment() | {"RECLIB_RECORDS": str(records or system.executed())}
     environment |= {"WANDB_SILENT": "true"} | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
@@ -127,7 +125,7 @@ def execute(
         reason = f"[Errno {error.errno}] {error.strerror}, writing {working.name}"
         if not system.of_error(reason):
             raise
-        working.unlink(missing_ok=True)  # a part of one, that the disk had no room for, is of no use
+        working.unlink(missing_ok=True)  # incomplete, since the disk is full
     finally:
         kernel.end()
         ended.set()
@@ -137,17 +135,17 @@ def execute(
 
 
 def _watch(file: Path, tell: Tell, ended: threading.Event) -> None:
-    """Tell what a file says whenever that has changed, until the event is set."""
-    last = ""
+    """Tell the content of a file whenever it changes, until the event is set."""
+    previous = ""
     while not ended.wait(0.5):
         line = file.read_text(encoding="utf-8") if file.exists() else ""
-        if line not in ("", last):
+        if line not in ("", previous):
             tell(line)
-            last = line
+            previous = line
 
 
 def normalise(notebook: Path) -> None:
-    """Drop from a notebook what says nothing about its results, and write it whole or not at all."""
+    """Remove metadata and error banners of papermill and widgets from a notebook, and write it atomically."""
     import nbformat
 
     content = nbformat.read(notebook, as_version=4)
@@ -164,24 +162,23 @@ def normalise(notebook: Path) -> None:
     system.write_atomically(notebook, nbformat.writes(content).rstrip("\n") + "\n")
 
 
-_KERNELS: set[_Kernel] = set()  # those that run or start
-
-_STOPPING = threading.Event()  # no further kernel may run
+_KERNELS: set[_Kernel] = set()  # running or starting
+_STOPPING = threading.Event()  # set: no further kernel may run
 
 
 @dataclass(eq=False)
 class _Kernel:
-    """The process that runs a notebook, and how far it is."""
+    """The process that runs a notebook, and its progress."""
 
-    folder: Path  # where it starts
-    runtime: Path  # of its connection
+    folder: Path  # working directory
+    runtime: Path  # folder of its connection
     environment: dict[str, str]
     tell: Tell
-    cell: int = 0  # code cells begun
+    cell: int = 0  # number of code cells begun
     process: subprocess.Popen | None = None
 
     def end(self) -> int | None:
-        """End the kernel and what it started, if they are still there; return its exit code."""
+        """End the kernel and its child processes, if they still run; return its exit code."""
         if self.process is None:
             return None
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -190,7 +187,7 @@ class _Kernel:
 
 
 def _register_engine() -> None:
-    """Give papermill an engine that starts a kernel as a `_Kernel` says and counts its cells."""
+    """Register a papermill engine that starts a `_Kernel` and counts its cells."""
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import Engine, papermill_engines
     from traitlets.config import Config
@@ -242,7 +239,7 @@ def _register_engine() -> None:
 
 
 def _environment() -> dict[str, str]:
-    """Return an environment in which a child uses our root and our code, wherever it starts."""
+    """Return an environment in which a child process uses this root and this code."""
     inherited = os.environ.get("PYTHONPATH")
     return os.environ | {
         "RECLIB_ROOT": str(system.root()),
@@ -251,20 +248,20 @@ def _environment() -> dict[str, str]:
     }
 
 
-# -- a notebook unless it is done ----------------------------------------------------------------------------
+# -- one notebook unless it is finished ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Job:
-    """One notebook with its parameters, on the device that is here."""
+    """One notebook with its parameters and its device."""
 
     notebook: str
-    values: dict[str, Any]  # as given to the notebook; None: filled there from the device file
-    label: str  # of the device that is really here
+    values: dict[str, Any]  # parameters of the notebook; None: filled there from the device file
+    label: str  # of the device in use
 
     @classmethod
     def last(cls, notebook: str, label: str) -> Job:
-        """Return the job that this checkout finished last on a device (no values: none)."""
+        """Return the last finished job of this checkout on a device, with empty values if there is none."""
         return cls(notebook, cls(notebook, {}, label)._stamped().get("values", {}), label)
 
     @property
@@ -274,16 +271,16 @@ class Job:
 
     @property
     def output(self) -> Path:
-        """Where the executed notebook goes."""
+        """Path of the executed notebook."""
         return system.executed() / self.label / f"{self.notebook}.ipynb"
 
     @property
     def stamp(self) -> Path:
-        """The file that says that this checkout has finished this notebook on this device."""
+        """The file that marks this notebook as finished by this checkout on this device."""
         return system.stamps() / f"{self.lock}.json"
 
     def identity(self) -> str:
-        """Return a hash of what the outcome depends on: parameters, code, versions."""
+        """Return a hash of parameters, code and versions, on which the outcome depends."""
         filled = parameters.fill(parameters.build(self.notebook, self.values), self.label)
         parts = {
             "params": parameters.values(filled),
@@ -293,7 +290,7 @@ class Job:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def is_finished(self) -> bool:
-        """Whether this checkout finished it with this code, and what it wrote is still there."""
+        """Return whether this checkout finished it with this code, and its outputs are still there."""
         stamp = self._stamped()
         try:
             return (
@@ -302,7 +299,7 @@ class Job:
                 and stamp.get("output") == system.file_sha256(self.output)
                 and self.output.with_name("results.jsonl").is_file()
             )
-        except InputError:  # the parameters of then are not valid now
+        except InputError:  # its parameters are no longer valid
             return False
 
     def state(self) -> str:
@@ -336,27 +333,20 @@ def run(
 ) -> bool:
     """Execute a job unless this checkout has finished it; return whether it ran.
 
-    `gpu` and `cell_seconds` are those of `execute`; `tell` gets a line where another run is waited for,
-    `tell_cells` one for each cell, `tell_progress` as in `execute`.
+    `gpu`, `cell_seconds` and `tell_progress` are those of `execute`; `tell` gets a line while waiting for
+    another run, `tell_cells` one for each cell.
     """
     with system.lock(job.lock, tell):  # two runs of it would write the same files
         if not force and job.is_finished():
             return False
         with system.device_lock(job.label, tell, gpu):
-            identity = job.identity()  # before: what is edited during the run was not run
+            identity = job.identity()  # before the run, since code may be edited during it
             job.stamp.unlink(missing_ok=True)
-            if force:  # a finished training run would only be loaded
+            if force:  # else finished training runs would only be loaded
                 shutil.rmtree(system.runs() / job.notebook, ignore_errors=True)
             source = system.notebooks() / job.output.name
-            execute(
-                source,
-                job.output,
-                job.values,
-                cell_seconds=cell_seconds,
-                gpu=gpu,
-                tell=tell_cells,
-                tell_progress=tell_progress,
-            )
+            tells: dict[str, Any] = {"tell": tell_cells, "tell_progress": tell_progress}
+            execute(source, job.output, job.values, cell_seconds=cell_seconds, gpu=gpu, **tells)
             sha256 = system.file_sha256(job.output)
             system.write_json(job.stamp, {"identity": identity, "output": sha256, "values": job.values})
     return True
@@ -370,48 +360,49 @@ class Slot:
     """One device of this machine."""
 
     label: str
-    visible: str | None = None  # CUDA_VISIBLE_DEVICES of its kernels; empty: none, the CPU; None: as it is
+    visible: str | None = None  # CUDA_VISIBLE_DEVICES of its kernels; "": no GPU; None: inherited
 
 
 def slots(labels: str, gpus: Sequence[tuple[str, str]]) -> list[Slot]:
-    """Return the devices that `labels` names, separated by commas; "all": every visible GPU.
+    """Return the devices of `labels`, separated by commas; "all" stands for every visible GPU.
 
-    `gpus` is what `hardware.visible_gpus` returns. Raises `InputError` for a label that is none or not here.
+    `gpus` is the result of `hardware.visible_gpus`. Raises `InputError` for a label that is unknown or not
+    here.
     """
     result: list[Slot] = []
-    here = ", ".join([*dict.fromkeys(label for _, label in gpus), *CPU_LABELS])
-    for wanted in [part.strip() for part in labels.split(",")]:
-        if wanted == "auto" or wanted not in ("all", *GPU_LABELS):
-            raise InputError(f"--gpus is {labels!r}: {wanted!r} is no device label; here: {here}, or all")
-        devices = [Slot(label, visible) for visible, label in gpus if wanted in (label, "all")]
-        if wanted in CPU_LABELS:
-            devices = [Slot(wanted, "")]
+    available = ", ".join([*dict.fromkeys(label for _, label in gpus), *CPU_LABELS])
+    for name in [part.strip() for part in labels.split(",")]:
+        if name == "auto" or name not in ("all", *GPU_LABELS):
+            raise InputError(f"--gpus is {labels!r}: {name!r} is no device label; here: {available}, or all")
+        devices = [Slot(label, visible) for visible, label in gpus if name in (label, "all")]
+        if name in CPU_LABELS:
+            devices = [Slot(name, "")]
         if not devices:
-            raise InputError(f"--gpus is {labels!r}: there is no visible GPU for {wanted!r}; here: {here}")
+            raise InputError(f"--gpus is {labels!r}: there is no visible GPU for {name!r}; here: {available}")
         result += devices
     return list(dict.fromkeys(result))
 
 
 def visible_gpus() -> list[tuple[str, str]]:
-    """Ask a process of its own for `hardware.visible_gpus`, so that this one opens none of them."""
+    """Return `hardware.visible_gpus` of a child process, so that this process opens no GPU."""
     command = [sys.executable, "-m", "reclib", "device", "visible"]
-    done = subprocess.run(command, capture_output=True, text=True, env=_environment())
-    if done.returncode:
-        raise InputError(f"cannot list the GPUs: {done.stderr.strip().splitlines()[-1]}")
-    return [(visible, label) for visible, label in json.loads(done.stdout.splitlines()[-1])]
+    process = subprocess.run(command, capture_output=True, text=True, env=_environment())
+    if process.returncode:
+        raise InputError(f"cannot list the GPUs: {process.stderr.strip().splitlines()[-1]}")
+    return [(visible, label) for visible, label in json.loads(process.stdout.splitlines()[-1])]
 
 
 def run_all(jobs: Sequence[Job], devices: Sequence[Slot], work: Callable[[Job, Slot], object]) -> None:
     """Call `work` for each job on a device of its label, in a thread for each GPU.
 
-    GPUs of one label share its jobs. The CPU comes last, one label after another: its jobs are timed on the
-    cores that feed the GPUs. On an interrupt the kernels are ended, and it is raised again.
+    GPUs of one label share its jobs. CPU labels come last, one after another, since their jobs are timed on
+    the cores that feed the GPUs. On an interrupt the kernels are ended, and it is raised again.
     """
-    left = {slot.label: iter([job for job in jobs if job.label == slot.label]) for slot in devices}
+    queues = {slot.label: iter([job for job in jobs if job.label == slot.label]) for slot in devices}
 
     def lane(devices: Sequence[Slot]) -> None:
         for slot in devices:
-            for job in left[slot.label]:  # which other lanes take from as well
+            for job in queues[slot.label]:  # shared with other lanes
                 if _STOPPING.is_set():
                     return
                 work(job, slot)
@@ -421,7 +412,7 @@ def run_all(jobs: Sequence[Job], devices: Sequence[Slot], work: Callable[[Job, S
     lanes = [[slot] for slot in devices if slot not in on_cpu]
     try:
         for together in (lanes, [on_cpu]):
-            threads = [threading.Thread(target=lane, args=(each,), daemon=True) for each in together]
+            threads = [threading.Thread(target=lane, args=(slots,), daemon=True) for slots in together]
             for thread in threads:
                 thread.start()
             while any(thread.is_alive() for thread in threads):

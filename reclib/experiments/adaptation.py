@@ -1,20 +1,20 @@
-"""Adapting a base to what comes after it: the same steps by every arm, all choices on validation.
+"""Adapting a base model to later data: every arm takes the same steps, all choices are made on validation.
 
 A base is trained on the past (`splits.divide`) and then trained further on the next period, or on a segment
-of its users. The arms see the same batches, so their tokens are equal by construction:
+of its users. All arms see the same batches and the same number of tokens:
 
 - `none`: the base as it is; `full`: all its weights; `bias`: only its output bias, which can follow how
   popular items are and nothing else; `head`: plain LoRA of the output table alone;
 - `lora`, `ilora`, `gated`: the adapters of `lora` on all encoder matrices. `gated`, one learned scalar a
   layer, is what the seed study calls iLoRA; it does not look at the user;
-- `shuffled_user`, `noise`, `fixed_gate`, `static_gate`: `ilora` with something taken away (`ilora`). What
-  they reach as well cannot be owed to the user's instance.
+- `shuffled_user`, `noise`, `fixed_gate`, `static_gate`: controls, `ilora` without the user's instance. A gain
+  that they share is not due to that instance.
 
-Items that the past has not would stand where they were drawn, pushed away as wrong answers. Before any arm
-starts, each gets the mean of its known neighbours in the adaptation period (`start_new_items`).
+New items, absent from the past, have random embeddings. Before any arm starts, each gets the mean of its
+known neighbours in the adaptation period (`start_new_items`).
 
-In what is reported the unit is the user: a metric is averaged over a user's targets, then over seeds.
-Comparisons are paired by user and corrected for all arms of a task (Holm).
+Metrics are averaged over a user's targets, then over seeds. Comparisons are paired by user and corrected
+for all arms of a task (Holm).
 
 Shapes: S seeds, U users, K experts.
 """
@@ -62,27 +62,27 @@ NOTEBOOK = "05_ilora"
 
 
 class Task(NamedTuple):
-    """What a base is adapted to, and its users."""
+    """The histories and users that a base is adapted to."""
 
     name: str
     split: Split
-    known: np.ndarray  # bool (rows of the test,): whether the past has the target's item
+    known: np.ndarray  # bool (test rows,): whether the target's item is in the past
 
 
 class Run(NamedTuple):
-    """One arm of one seed at the learning rate that validation chose, ranked once on the test windows.
+    """One arm and seed at the learning rate chosen on validation, ranked once on the test windows.
 
-    A count without training has neither seed nor trainer.
+    Pairwise counts are not trained: they have neither seed nor trainer.
     """
 
     arm: str
     valid: float  # NDCG@10 on validation, over targets
     ranks: np.ndarray  # int64 (rows of the test,)
-    tokens: int = 0  # real items that were trained on, at the end of the schedule
+    tokens: int = 0  # real items trained on
     seed: int | None = None
-    learning_rate: float | None = None  # None: nothing was trained
-    trained: int = 0  # parameters
-    saved_bytes: int | None = 0  # of the file that holds them
+    learning_rate: float | None = None  # None: not trained
+    trained: int = 0  # number of trained parameters
+    saved_bytes: int | None = 0  # size of the file with the trained parameters
     trainer: Trainer | None = None
 
 
@@ -91,21 +91,21 @@ class Run(NamedTuple):
 
 def tasks_of(p: ILora, dataset: Dataset) -> tuple[Periods, list[Task]]:
     """Return the dataset in periods, and the tasks that the parameters ask for."""
-    whole = splits.divide(dataset, (p.past_share, p.adaptation_share, p.valid_share), p.targets_per_user)
+    periods = splits.divide(dataset, (p.past_share, p.adaptation_share, p.valid_share), p.targets_per_user)
     tasks = []
     for name in p.tasks:
         segment = name == "segment"
-        split = splits.segment(dataset, whole, p.segment_share) if segment else whole.adaptation
-        tasks.append(Task(name, split, splits.known_targets(whole, split.test)))
-    return whole, tasks
+        split = splits.segment(dataset, periods, p.segment_share) if segment else periods.adaptation
+        tasks.append(Task(name, split, splits.known_targets(periods, split.test)))
+    return periods, tasks
 
 
-def described(whole: Periods, tasks: Sequence[Task]) -> list[Result]:
+def described(periods: Periods, tasks: Sequence[Task]) -> list[Result]:
     """Return the sizes of the periods and of each task."""
-    sizes = {
-        f"{part}_{what}": n for what in ("interactions", "users") for part, n in whole.about[what].items()
-    }
-    sizes["items_not_in_the_past"] = whole.about["items_not_in_the_past"]
+    sizes: dict[str, Any] = {}
+    for unit in ("interactions", "users"):
+        sizes |= {f"{part}_{unit}": count for part, count in periods.about[unit].items()}
+    sizes["items_not_in_the_past"] = periods.about["items_not_in_the_past"]
     results = [Result("periods", sizes)]
     for task in tasks:
         numbers = {"histories": len(task.split.train.starts), "valid_targets": len(task.split.valid.targets)}
@@ -117,65 +117,63 @@ def described(whole: Periods, tasks: Sequence[Task]) -> list[Result]:
 def train_of(p: ILora, split: Split, seed: int, epochs: int, learning_rate: float) -> TrainConfig:
     """Return the configuration of a base or of an arm: they differ in length and rate only."""
     steps = -(-len(split.train.starts) // p.batch_size) * epochs
-    same = ("batch_size", "mask_prob", "last_item_share")
-    given = {name: getattr(p, name) for name in same} | {"window": "random", "precision": "fp32"}
-    given |= {"seed": seed, "epochs": epochs, "learning_rate": learning_rate}
-    given |= {"lr_warmup_steps": max(1, steps // 10), "eval_every": max(1, epochs // p.evaluations)}
-    return validated(TrainConfig, given)
+    shared = ("batch_size", "mask_prob", "last_item_share")
+    values = {name: getattr(p, name) for name in shared} | {"window": "random", "precision": "fp32"}
+    values |= {"seed": seed, "epochs": epochs, "learning_rate": learning_rate}
+    values |= {"lr_warmup_steps": max(1, steps // 10), "eval_every": max(1, epochs // p.evaluations)}
+    return validated(TrainConfig, values)
 
 
 def shape_of(p: ILora, dataset: Dataset, causal: bool = False) -> ModelConfig:
     """Return the base's configuration, or that of its causal twin."""
-    given: dict[str, Any] = {"max_len": p.max_len, "dropout": p.dropout, "causal": causal}
-    return model_config(p.size, num_items=dataset.num_items, **given)
+    sizes: dict[str, Any] = {"max_len": p.max_len, "num_items": dataset.num_items}
+    return model_config(p.size, dropout=p.dropout, causal=causal, **sizes)
 
 
 def train_base(
-    p: ILora, dataset: Dataset, whole: Periods, device: Device, seed: int, causal: bool = False
+    p: ILora, dataset: Dataset, periods: Periods, device: Device, seed: int, causal: bool = False
 ) -> Trainer:
-    """Train a base on the past, or load it; its items without a past start from their neighbours.
+    """Train or load a base on the past, then set new items to the mean of their neighbours.
 
-    With `causal` it is the base's twin, which predicts the next item: as large, trained as long on the same.
+    With `causal`, train its causal twin instead: same size, same data, same number of epochs.
     """
-    model, train = (
-        shape_of(p, dataset, causal),
-        train_of(p, whole.base, seed, p.base_epochs, p.base_learning_rate),
-    )
+    model = shape_of(p, dataset, causal)
+    train = train_of(p, periods.base, seed, p.base_epochs, p.base_learning_rate)
     train = changed(train, objective="next_item") if causal else train
-    folder = run_folder(NOTEBOOK, model, train, data_identity(dataset, whole.base))
-    trainer = fit(model, dataset, train, device, folder, split=whole.base)
-    start_new_items(trainer.model, whole)
+    folder = run_folder(NOTEBOOK, model, train, data_identity(dataset, periods.base))
+    trainer = fit(model, dataset, train, device, folder, split=periods.base)
+    start_new_items(trainer.model, periods)
     return trainer
 
 
-def train_reader(p: ILora, dataset: Dataset, whole: Periods, device: Device, seed: int) -> Bert4Rec | None:
+def train_reader(p: ILora, dataset: Dataset, periods: Periods, device: Device, seed: int) -> Bert4Rec | None:
     """Return the causal model that representation='causal_state' reads; None for the others."""
     if p.representation != "causal_state":
         return None
-    return train_base(p, dataset, whole, device, seed, causal=True).model
+    return train_base(p, dataset, periods, device, seed, causal=True).model
 
 
 @torch.no_grad()
-def start_new_items(model: Bert4Rec, whole: Periods) -> int:
-    """Set items that the past has not to the mean of their known neighbours; return how many were set.
+def start_new_items(model: Bert4Rec, periods: Periods) -> int:
+    """Set items absent from the past to the mean of their known neighbours; return how many were set.
 
-    Neighbours are those in the adaptation period (`splits.neighbours`). Output rows and biases follow. Items
-    that do not occur there stay where they were drawn.
+    Neighbours are taken from the adaptation period (`splits.neighbours`). Output rows and biases are set
+    likewise. Items without neighbours keep their random initial values.
     """
-    beside_of = splits.neighbours(whole.adaptation.train, whole.known)
+    neighbours = splits.neighbours(periods.adaptation.train, periods.known)
     tables = {id(t): t for t in (model.item_table.weight, model.output_weight, model.output_bias)}
-    for item, beside in beside_of.items():
-        index = torch.from_numpy(beside.astype(np.int64))
+    for item, known in neighbours.items():
+        index = torch.from_numpy(known.astype(np.int64))
         for table in tables.values():
             if table is not None:
                 table[item] = table[index.to(table.device)].mean(0)
-    return len(beside_of)
+    return len(neighbours)
 
 
 def arm_model(
     p: ILora, arm: str, base: Bert4Rec, seed: int, reader: Bert4Rec | None = None
 ) -> Bert4Rec | AdaptedModel:
-    """Return what an arm trains: a copy of the base, whole, in part, or frozen with a new adapter.
+    """Return an arm's model: a copy of the base, trained in full, in part, or frozen with a new adapter.
 
     `reader` is what `train_reader` returned.
     """
@@ -186,14 +184,14 @@ def arm_model(
             assert model.output_bias is not None
             model.output_bias.requires_grad_(True)
         return model
-    same = ("rank", "alpha", "num_experts", "gate_learning_rate", "representation", "temperature")
-    given: dict[str, Any] = {name: getattr(p, name) for name in same}
-    given |= {"kind": "lora" if arm == "head" else "ilora" if arm in CONTROLS else arm, "gate_seed": seed}
-    given |= {"dropout": p.adapter_dropout, "control": arm if arm in CONTROLS else "none"}
-    given |= {"targets": ("head",)} if arm == "head" else {}
+    shared = ("rank", "alpha", "num_experts", "gate_learning_rate", "representation", "temperature")
+    values: dict[str, Any] = {name: getattr(p, name) for name in shared}
+    values |= {"kind": "lora" if arm == "head" else "ilora" if arm in CONTROLS else arm, "gate_seed": seed}
+    values |= {"dropout": p.adapter_dropout, "control": arm if arm in CONTROLS else "none"}
+    values |= {"targets": ("head",)} if arm == "head" else {}
     adapted = AdaptedModel(model)
     torch.manual_seed(seed)  # of A, and of the gate
-    adapted.add(arm, validated(AdapterConfig, given), reader)
+    adapted.add(arm, validated(AdapterConfig, values), reader)
     return adapted
 
 
@@ -202,7 +200,7 @@ def counts(p: ILora, dataset: Dataset) -> Result:
     base = Bert4Rec(shape_of(p, dataset))
     reader = Bert4Rec(shape_of(p, dataset, True)) if p.representation == "causal_state" else None
     models = {arm: arm_model(p, arm, base, 0, reader) for arm in p.arms}
-    sizes = {arm: sum(q.numel() for q in one.parameters() if q.requires_grad) for arm, one in models.items()}
+    sizes = {arm: sum(q.numel() for q in m.parameters() if q.requires_grad) for arm, m in models.items()}
     return Result("trained_parameters", {"base": sum(q.numel() for q in base.parameters())} | sizes)
 
 
@@ -217,7 +215,7 @@ def train_arm(
     rate: float,
     reader: Bert4Rec | None = None,
 ) -> tuple[Trainer, Path]:
-    """Train one arm at one rate, or go on with it, or load it; return its trainer and its folder."""
+    """Train, resume or load one arm at one learning rate; return its trainer and its folder."""
     model = arm_model(p, arm, base, seed, reader)
     train = train_of(p, task.split, seed, p.epochs, rate)
     parts = [model.origin(), as_dict(model.config), as_dict(train), data_identity(dataset, task.split)]
@@ -234,10 +232,10 @@ def adapt(
     device: Device,
     readers: Mapping[int, Bert4Rec | None] | None = None,
 ) -> list[Run]:
-    """Adapt every seed's base by every arm, and rank the test windows once for each.
+    """Train every arm on every seed's base, and rank the test windows once for each run.
 
-    The first seed tries all learning rates of an arm, and its validation chooses one for all seeds. `readers`
-    holds by seed what `train_reader` returned.
+    The first seed tries all learning rates of an arm; the best on validation is used for all seeds. `readers`
+    maps seeds to the results of `train_reader`.
     """
     runs: list[Run] = []
     for arm in p.arms:
@@ -248,8 +246,8 @@ def adapt(
                 ranks = rank_targets(base, task.split.test, True).ranks
                 runs.append(Run(arm, valid, ranks, seed=seed, trainer=base))
                 continue
-            given = (base.model, dataset, task, device, seed)
-            tried = [train_arm(p, arm, *given, rate, (readers or {}).get(seed)) for rate in rates]
+            arguments = (base.model, dataset, task, device, seed)
+            tried = [train_arm(p, arm, *arguments, rate, (readers or {}).get(seed)) for rate in rates]
             trainer, folder = max(tried, key=lambda pair: pair[0].progress.best_value)
             rates = [trainer.config.learning_rate]
             run = Run(
@@ -267,14 +265,14 @@ def adapt(
     return runs
 
 
-def pairwise_counts(dataset: Dataset, whole: Periods, task: Task) -> Run:
-    """Count item pairs in past and adaptation period together, hyperparameters chosen on validation.
+def pairwise_counts(dataset: Dataset, periods: Periods, task: Task) -> Run:
+    """Score pairwise counts of the past and the adaptation period, hyperparameters chosen on validation.
 
-    It trains nothing: adapting has to beat it.
+    Nothing is trained: this is the baseline that adaptation has to beat.
     """
     assert dataset.times is not None
     starts = dataset.offsets[:-1]
-    before = np.add.reduceat(dataset.times < whole.about["points"][1], starts, dtype=np.int64)
+    before = np.add.reduceat(dataset.times < periods.about["points"][1], starts, dtype=np.int64)
     histories = Histories(dataset.items, starts, starts + before)
     family = baselines.families()["pairwise_counts"]
     choice = baselines.choose(family, histories, dataset.num_items, task.split.valid)
@@ -299,15 +297,18 @@ def per_user(dataset: Dataset, task: Task, runs: Sequence[Run], metric: str) -> 
 
 
 def accuracy(dataset: Dataset, task: Task, runs: Sequence[Run], samples: int) -> list[Result]:
-    """Return every arm's means over users with intervals, each seed's apart, and new items' targets apart."""
+    """Return every arm's mean metrics with intervals over users, and the means of each seed.
+
+    HR@10 is also given for targets that the past has and for new ones.
+    """
     values = {metric: per_user(dataset, task, runs, metric) for metric in COMPARED}
     base = next(_base_size(run.trainer) for run in runs if run.trainer is not None)
     results = []
     for arm in dict.fromkeys(run.arm for run in runs):
-        of_arm = [run for run in runs if run.arm == arm]
-        first = of_arm[0]
+        arm_runs = [run for run in runs if run.arm == arm]
+        first = arm_runs[0]
         intervals = {name: statistics.bootstrap(values[name][arm].mean(axis=0), samples) for name in COMPARED}
-        hits = np.mean([metrics.hit(run.ranks, 10) for run in of_arm], axis=0)
+        hits = np.mean([metrics.hit(run.ranks, 10) for run in arm_runs], axis=0)
         numbers: dict[str, Any] = flat(intervals) | {
             "hr@10_known": float(hits[task.known].mean()),
             "hr@10_new": float(hits[~task.known].mean()) if (~task.known).any() else None,
@@ -316,31 +317,35 @@ def accuracy(dataset: Dataset, task: Task, runs: Sequence[Run], samples: int) ->
             "trained_share": first.trained / base,
             "saved_bytes": first.saved_bytes,
             "tokens": first.tokens,
-            "seeds": sum(run.seed is not None for run in of_arm),
+            "seeds": sum(run.seed is not None for run in arm_runs),
         }
-        own: dict[str, Any] = {"task": task.name, "model": arm}
-        results.append(Result("adaptation", numbers, own | {"learning_rate": first.learning_rate}))
-        for row, run in enumerate(of_arm):
+        params: dict[str, Any] = {"task": task.name, "model": arm}
+        results.append(Result("adaptation", numbers, params | {"learning_rate": first.learning_rate}))
+        for row, run in enumerate(arm_runs):
             if run.seed is not None:
                 means = {name: float(values[name][arm][row].mean()) for name in COMPARED}
-                results.append(Result("adaptation", means | {"valid_ndcg@10": run.valid}, own, seed=run.seed))
+                means["valid_ndcg@10"] = run.valid
+                results.append(Result("adaptation", means, params, seed=run.seed))
     return results
 
 
 def _base_size(trainer: Trainer) -> int:
-    """Return how many parameters the base has, adapters and what a gate reads apart."""
+    """Return the number of parameters of the base, without adapters and gates."""
     model: Any = trainer.model
     base = model.twin if isinstance(model, AdaptedModel) else model
     return sum(parameter.numel() for parameter in base.parameters())
 
 
 def comparisons(dataset: Dataset, task: Task, runs: Sequence[Run], reference: str, name: str) -> list[Result]:
-    """Compare all arms with `reference` on both metrics, corrected for their number; records are `name`."""
+    """Compare all arms with `reference` on both metrics, corrected for their number.
+
+    `name` is that of the results.
+    """
     deterministic = {run.arm for run in runs if run.seed is None}
     results = []
     for metric in COMPARED:
         compared = statistics.compare(per_user(dataset, task, runs, metric), reference, deterministic)
-        named = (baseline.compared(one, metric, name) for one in compared)
+        named = (baseline.compared(comparison, metric, name) for comparison in compared)
         results += [result._replace(params={"task": task.name} | result.params) for result in named]
     return results
 
@@ -364,17 +369,17 @@ def expert_weights(trainer: Trainer, rows: Evaluation) -> np.ndarray:
     return np.concatenate(parts)[np.argsort(np.concatenate(places))]
 
 
-def gates(dataset: Dataset, whole: Periods, task: Task, runs: Sequence[Run]) -> list[Result]:
-    """Return iLoRA's gates of the first seed by user, and their correlations with features of the user.
+def gates(dataset: Dataset, periods: Periods, task: Task, runs: Sequence[Run]) -> list[Result]:
+    """Return iLoRA's gates by user for the first seed, and their correlations with features of the user.
 
-    Correlations are Spearman's, corrected (Holm); what is constant has none. A feature is the gain over LoRA.
+    Spearman's correlations, corrected by Holm; constants have none. One feature is the gain over LoRA.
     """
     from scipy import stats
 
     first = {run.arm: run for run in reversed(runs)}  # of each arm the first seed's
     run, lora, test = first["ilora"], first.get("lora"), task.split.test
     assert run.trainer is not None
-    ranks = splits.popularity_ranks(whole.base.train, dataset.num_items)
+    ranks = splits.popularity_ranks(periods.base.train, dataset.num_items)
     rows = {
         "items in the history": test.histories.lengths.astype(np.float64),
         "mean popularity rank of the history": splits.mean_rank(test.histories, ranks),
@@ -387,18 +392,18 @@ def gates(dataset: Dataset, whole: Periods, task: Task, runs: Sequence[Run]) -> 
     spread = {f"expert_{k}_sd": float(column.std()) for k, column in enumerate(weights, start=1)}
     columns = {f"expert {k}": column for k, column in enumerate(weights, start=1)} | features
     series = {name: column.tolist() for name, column in columns.items()}
-    own: dict[str, Any] = {"task": task.name}
-    results = [Result("gates", {"users": weights.shape[1]} | spread, own, series, run.seed)]
+    params: dict[str, Any] = {"task": task.name}
+    results = [Result("gates", {"users": weights.shape[1]} | spread, params, series, run.seed)]
     pairs = {
         f"{name}|{k}": stats.spearmanr(column, values)
         for name, values in features.items()
         for k, column in enumerate(weights, start=1)
     }
-    known = {key: pair for key, pair in pairs.items() if np.isfinite(pair.statistic)}
-    adjusted = statistics.holm({key: float(pair.pvalue) for key, pair in known.items()})
-    for key, pair in known.items():
+    defined = {key: pair for key, pair in pairs.items() if np.isfinite(pair.statistic)}
+    adjusted = statistics.holm({key: float(pair.pvalue) for key, pair in defined.items()})
+    for key, pair in defined.items():
         name, k = key.rsplit("|", 1)
         numbers = {"spearman": float(pair.statistic), "adjusted_p": adjusted[key]}
-        about = own | {"feature": name, "expert": int(k)}
-        results.append(Result("gate_correlation", numbers, about, seed=run.seed))
+        pair_params = params | {"feature": name, "expert": int(k)}
+        results.append(Result("gate_correlation", numbers, pair_params, seed=run.seed))
     return results

@@ -1,12 +1,11 @@
-"""The published figures of the study that this one started from, recomputed and judged; then this one's own.
+"""Audit of the published figures of the seed study, and of the claims of this one.
 
-Most parts are arithmetic on `params/published/seed_study.yaml`, which holds what was published with its
-sources. The others run torch's own modules with that study's adapter, or train a small model with its loss.
-Each part is a function that returns the results to record and a verdict on each claim. A verdict follows
-from numbers by the rules here and is never typed in. The claims of README and FINDINGS are resolved from
-`params/claims.yaml` and the committed records:
+Most parts are arithmetic on `params/published/seed_study.yaml`, the published figures with their sources. The
+others run torch's modules with that study's adapter, or train a small model with its loss. Each part is a
+function that returns results to record and a verdict on each claim, computed from numbers by the rules here.
+The claims of README and FINDINGS are resolved from `params/claims.yaml` and the committed records:
 
-    python -m reclib claims     # exits 1 where a number is not what its record says
+    python -m reclib claims     # exits 1 if a number differs from its record
 
 Shapes: N rows of an item table (items, PAD and MASK), D hidden_dim, L layers, r rank of an adapter,
 B sequences, T positions.
@@ -48,26 +47,22 @@ from reclib.train.fit import data_identity, fit
 from reclib.train.trainer import Trainer
 
 NOTEBOOK = "08_audit"
-
 Published = Mapping[str, Any]  # `records.reference()`
-
 TOLERANCE = 0.05  # within which a number is met: what this project allows its own clocks
-
 TENSOR_PEAK = 312e12  # FLOP/s, dense 16-bit peak of the A100 that the study names
-
 MASK_PROB = 0.15  # of the study's training
 
 
 class Check(NamedTuple):
-    """One claim and what became of it."""
+    """One claim with its verdict."""
 
     claim: str
     verdict: str  # holds, holds in part, contradicted or not supported
-    found: str  # what was recomputed or measured
+    found: str  # the recomputed or measured values
 
 
 class Part(NamedTuple):
-    """One part of the audit: what it records, and its verdicts."""
+    """One part of the audit: its results and its verdicts."""
 
     results: list[Result]
     checks: list[Check]
@@ -86,17 +81,16 @@ def tally(*parts: Part) -> Result:
 
 
 def near(value: float, claimed: float) -> bool:
-    """Return whether a number is what was claimed, within `TOLERANCE`."""
+    """Return whether a number equals the claimed one within `TOLERANCE`."""
     return abs(value / claimed - 1) <= TOLERANCE
 
 
 def _results(name: str, rows: Iterable[Mapping[str, Any]]) -> list[Result]:
-    return [
-        Result(name, {k: v for k, v in row.items() if k != "model"}, {"model": row["model"]}) for row in rows
-    ]
+    numbers = ((row["model"], {k: v for k, v in row.items() if k != "model"}) for row in rows)
+    return [Result(name, metrics, {"model": model}) for model, metrics in numbers]
 
 
-# -- what arithmetic tells -----------------------------------------------------------------------------------
+# -- arithmetic on published figures -------------------------------------------------------------------------
 
 
 def large(published: Published) -> dict[str, ModelConfig]:
@@ -105,7 +99,7 @@ def large(published: Published) -> dict[str, ModelConfig]:
 
 
 def mean_len(published: Published) -> float:
-    """Return the interactions of a user."""
+    """Return the mean number of interactions per user."""
     return published["dataset"]["interactions"] / published["dataset"]["users"]
 
 
@@ -116,9 +110,9 @@ def mean_targets(mask_prob: float, mean_len: float) -> float:
 
 def rows_within(millions: float, config: ModelConfig) -> range:
     """Return all table rows N whose parameters, in millions, are `millions` to two decimals."""
-    each = 2 * config.hidden_dim + 1  # parameters of a row: both tables and the output bias
-    fixed = count_parameters(config)["total"] - each * config.output_rows
-    low, high = ((1e6 * millions + end - fixed) / each for end in (-5e3, 5e3))
+    per_row = 2 * config.hidden_dim + 1  # parameters of a row: both tables and the output bias
+    fixed = count_parameters(config)["total"] - per_row * config.output_rows
+    low, high = ((1e6 * millions + end - fixed) / per_row for end in (-5e3, 5e3))
     return range(math.ceil(low), math.floor(high) + 1)
 
 
@@ -132,7 +126,7 @@ def addmm_flops(rows: int, hidden_dim: int, num_layers: int, tokens: int) -> int
 
 
 def catalogue(published: Published) -> Part:
-    """Solve for the catalogue from the rounded sizes; check it with a log's exact count and a profile's."""
+    """Infer the size of the catalogue from the rounded model sizes; check it against a log and a profile."""
     log, profile = published["adapters"]["log"], published["profile"]
     millions = {m["name"]: m.get("published_millions") for m in published["models"]}
     ranges = [rows_within(millions[name], config) for name, config in large(published).items()]
@@ -146,7 +140,7 @@ def catalogue(published: Published) -> Part:
 
 
 def sizes(published: Published) -> Part:
-    """Count the parameters of each published model, by where they are."""
+    """Count the parameters of each published model by component."""
     rows, checks = [], []
     for model in published["models"]:
         config = model_config(model["size"])
@@ -171,10 +165,10 @@ def padded_flops(config: ModelConfig) -> tuple[int, int]:
 
 
 def rates(published: Published) -> Part:
-    """Compare claimed rates with epoch times and the sequences that exist.
+    """Compare claimed rates with epoch times and numbers of sequences.
 
-    `ratio` is claimed rate times epoch time over sequences, 1 where they agree. Rates imply arithmetic: in
-    FLOP/s for the models whose work is known.
+    `ratio` is the claimed rate times the epoch time over the number of sequences: 1 if they agree. FLOP/s are
+    given for models whose FLOPs per sequence are known.
     """
     rows, checks = [], []
     work = {name: padded_flops(config)[0] for name, config in large(published).items()}
@@ -182,9 +176,9 @@ def rates(published: Published) -> Part:
         claimed, seconds = run["claimed_per_second"], run["epoch_seconds"]
         clock, ratio = run["sequences"] / seconds, claimed * seconds / run["sequences"]
         row = {"model": run["name"], "ratio": ratio, "by_clock_per_second": clock}
-        if each := work.get(run["name"].split(",")[0]):
-            row |= {"claimed_flops_per_second": claimed * each, "by_clock_flops_per_second": clock * each}
-            row |= {"claimed_share_of_peak": claimed * each / TENSOR_PEAK}
+        if flops := work.get(run["name"].split(",")[0]):
+            row |= {"claimed_flops_per_second": claimed * flops, "by_clock_flops_per_second": clock * flops}
+            row |= {"claimed_share_of_peak": claimed * flops / TENSOR_PEAK}
         rows.append(row)
         claim = f"{run['name']}: {claimed:,.0f}/s and {seconds / 60:.1f} min"
         evidence = f"together {ratio:.2f} times the sequences that exist; by the clock {clock:,.0f}/s"
@@ -193,9 +187,9 @@ def rates(published: Published) -> Part:
 
 
 def headroom(published: Published) -> Part:
-    """Return what a padded step of each large model computes and what its objective needs, per sequence.
+    """Return the FLOPs per sequence of a padded step of each large model, and those that its objective needs.
 
-    Needed are the layers for the mean length and the head for the mean number of targets. That is a lower
+    Needed are the layers at the mean length and the head at the mean number of targets. This is a lower
     bound, since attention grows with the square of the length.
     """
     rows, length = [], mean_len(published)
@@ -210,20 +204,20 @@ def headroom(published: Published) -> Part:
 
 
 def gains(published: Published) -> Part:
-    """Judge claimed factors and savings by the published figures that they should follow from.
+    """Judge claimed factors and savings by the published figures behind them.
 
-    A claim holds in part where its two figures are not what they are called (`but`).
+    A claim holds in part if one of its two figures does not measure what the claim says (`but`).
     """
     numbers, checks = {}, []
     for row in [*published["gains"], *published["cuts"]]:
         ratio = row["after"] / row["before"]
         value = {"more": ratio, "less": 1 / ratio, None: 1 - ratio}[row.get("better")]
         is_factor = "better" in row
-        met = near(value, row["claimed"]) if is_factor else abs(value - row["claimed"]) <= TOLERANCE
+        is_met = near(value, row["claimed"]) if is_factor else abs(value - row["claimed"]) <= TOLERANCE
         but = f"; read in its files: {row['but']}" if row.get("but") else ""
         evidence = f"{value:.2f} times" if is_factor else f"{value:.0%} less"
         evidence = f"{row['before']:g} and {row['after']:g} {row['unit']}: {evidence}{but}"
-        verdict = "contradicted" if not met else "holds in part" if but else "holds"
+        verdict = "contradicted" if not is_met else "holds in part" if but else "holds"
         checks.append(Check(f"{row['name']}: {row['claim']}", verdict, evidence))
         numbers[row["name"]] = value
     memory = published["memory"]
@@ -253,12 +247,12 @@ def separation(first: float, second: float, count: int) -> dict[str, float]:
 
 
 def accuracy(published: Published) -> Part:
-    """Judge that the largest model is better than the second: over its test sequences, over their targets."""
+    """Judge the claim that the largest model beats the second, over test sequences and over their targets."""
     scores = {(row["name"], row["source"]): row["hr_at_10"] for row in published["accuracy"]}
     smaller, larger = scores["130 M", "README and slides"], scores["429 M", "README"]
     results, checks = [], []
-    for each in (1, mean_targets(MASK_PROB, mean_len(published))):
-        count = round(published["log"]["test"] * each)
+    for targets in (1, mean_targets(MASK_PROB, mean_len(published))):
+        count = round(published["log"]["test"] * targets)
         test = separation(smaller, larger, count)
         results.append(Result("audit_separation", test, {"predictions": count}))
         evidence = f"{test['in_errors']:.2f} standard errors over {count:,} predictions, p {test['p']:.2f}; "
@@ -278,15 +272,14 @@ def accuracy(published: Published) -> Part:
 # What is never called has no gradient and no effect. PEFT's documentation of its attention layer says so.
 
 MODES = ("train", "eval", "eval, fast path off", "eval, CPU autocast")
-
 PLACES = ("out_proj", "linear1", "linear2")  # of a layer, where that study adapts it
 
 
 def calls(mode: str, num_layers: int = 2, hidden_dim: int = 64) -> dict[str, int]:
     """Return how often a pass of torch's frozen encoder calls the linear map at each place of its layers."""
     counted = dict.fromkeys(PLACES, 0)
-    given: dict[str, Any] = {"dropout": 0.0, "activation": "gelu", "batch_first": True}
-    layer = nn.TransformerEncoderLayer(hidden_dim, 4, 4 * hidden_dim, **given)
+    settings: dict[str, Any] = {"dropout": 0.0, "activation": "gelu", "batch_first": True}
+    layer = nn.TransformerEncoderLayer(hidden_dim, 4, 4 * hidden_dim, **settings)
     encoder = nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False).requires_grad_(False)
     place = {id(module): name.rpartition(".")[2] for name, module in encoder.named_modules()}
 
@@ -328,7 +321,7 @@ def adapter_count(rows: int, hidden_dim: int, num_layers: int, rank: int) -> dic
 
 
 def adapters(published: Published, by_mode: pd.DataFrame) -> Part:
-    """Judge that all adapters learn, that evaluation sees what was learned, and the shares that are trained.
+    """Judge the claims that all adapters learn, that they are evaluated, and what share is trained.
 
     `by_mode` has a row of `calls` for each of `MODES`.
     """
@@ -336,9 +329,9 @@ def adapters(published: Published, by_mode: pd.DataFrame) -> Part:
     learn = [place for place in PLACES if by_mode[place]["train"]]
     dead = [place for place in PLACES if place not in learn]
     dropped = [place for place in learn if not by_mode[place]["eval"]]
-    numbers = {
-        f"{place}_in_{mode}": int(by_mode[place][mode]) for place in PLACES for mode in ("train", "eval")
-    }
+    numbers: dict[str, Any] = {}
+    for place in PLACES:
+        numbers |= {f"{place}_in_{mode}": int(by_mode[place][mode]) for mode in ("train", "eval")}
     numbers |= {"linear_calls": linear_calls(log["num_layers"], learn)}
     numbers |= {"linear_calls_if_alive": linear_calls(log["num_layers"], PLACES)}
     results = [Result("audit_adapters", numbers | {"linear_calls_published": log["linear_calls"]})]
@@ -369,9 +362,7 @@ def adapters(published: Published, by_mode: pd.DataFrame) -> Part:
 # a share of the samples the last item alone, instead of the last item in all), and the model is small.
 
 OBJECTIVES = ("seed_focal", "cloze")
-
 SHARES = (0.6, 0.1, 0.3)  # of the users that train, validate and test; the study's 0.8, 0.1, 0.1 leaves few
-
 FRESH = 1_000_000  # number of an epoch that no training reaches: its masks are drawn for looking only
 
 
@@ -390,15 +381,15 @@ def configurations(p: Audit, dataset: Dataset, objective: str, seed: int) -> tup
     names = ("epochs", "batch_size", "learning_rate", "mask_prob", "last_item_share", "eval_every")
     train = validated(TrainConfig, {name: getattr(p, name) for name in names} | {"seed": seed})
     if objective == "seed_focal":
-        theirs = ("objective", "layout", "head_rows", "loss")
-        train = changed(train, **{name: SEED_TRAIN[name] for name in theirs})
+        fields = ("objective", "layout", "head_rows", "loss")
+        train = changed(train, **{name: SEED_TRAIN[name] for name in fields})
     return model_config(p.size, **shape, tied=False), train
 
 
 def train_both(p: Audit, dataset: Dataset, device: Device) -> list[Trained]:
-    """Train both objectives with each seed, or go on with runs of the same code and data.
+    """Train both objectives with each seed, or resume runs of the same code and data.
 
-    Users are divided at random, as that study does: whole histories train, others' last items are targets.
+    Users are divided at random, as in that study: some histories train, the last items of others are targets.
     """
     runs = []
     for seed in p.seeds:
@@ -412,26 +403,26 @@ def train_both(p: Audit, dataset: Dataset, device: Device) -> list[Trained]:
 
 
 def batches(histories: Histories, model: ModelConfig, config: TrainConfig) -> Iterator[Batch]:
-    """Yield the batches of an epoch that no training had."""
-    plan = Epoch(histories, model, config, FRESH)
-    for step in range(plan.num_steps):
-        yield from plan.step(step)
+    """Yield the batches of an epoch that no training reaches."""
+    epoch = Epoch(histories, model, config, FRESH)
+    for step in range(epoch.num_steps):
+        yield from epoch.step(step)
 
 
 @torch.no_grad()
 def loss_parts(
-    model: Bert4Rec, histories: Histories, config: TrainConfig, where: torch.device
+    model: Bert4Rec, histories: Histories, config: TrainConfig, device: torch.device
 ) -> dict[str, float]:
     """Divide the focal loss of a model over `histories` into visible and masked positions.
 
-    Returns the share of positions whose item the model is shown (`visible_share`), what of the loss comes
-    from them (`visible_loss_share`), and the shares of both kinds whose true item has the highest score.
+    Returns the share of visible positions (`visible_share`), their share of the loss (`visible_loss_share`),
+    and for both kinds the share of positions whose true item has the highest score.
     """
     was_training = model.training
     model.eval()
     columns = []
-    for given in batches(histories, model.config, config):
-        batch = given.to(where)
+    for host_batch in batches(histories, model.config, config):
+        batch = host_batch.to(device)
         items = batch.items.flatten()
         labels, hidden = items.clone(), batch.targets != IGNORE
         labels[batch.target_places[hidden]] = batch.targets[hidden].to(labels.dtype)
@@ -450,47 +441,45 @@ def loss_parts(
 
 
 def loss(run: Trained) -> Part:
-    """Judge that the loss asks for hidden items: its parts when a training begins and when it ends."""
+    """Judge the claim that the loss predicts masked items, from its parts before and after training."""
     trainer: Any = run.trainer
     torch.manual_seed(run.seed)
-    begun = Bert4Rec(trainer.model.config).to(trainer.where)  # what the training began with
+    initial = Bert4Rec(trainer.model.config).to(trainer.where)
     before, after = (
-        loss_parts(model, run.split.train, trainer.config, trainer.where) for model in (begun, trainer.model)
+        loss_parts(model, run.split.train, trainer.config, trainer.where)
+        for model in (initial, trainer.model)
     )
     pairs = (("begins", before), ("ends", after))
-    results = [Result("audit_loss", parts, {"training": when}, seed=run.seed) for when, parts in pairs]
-    evidence = (
-        f"{before['visible_loss_share']:.0%} of it is about items that are shown when training begins, "
-    )
-    evidence += (
-        f"{after['visible_loss_share']:.0%} when it ends; {after['visible_hit']:.0%} are copied by then"
-    )
-    verdict = "contradicted" if before["visible_loss_share"] > 0.5 else "holds"
+    results = [Result("audit_loss", parts, {"training": moment}, seed=run.seed) for moment, parts in pairs]
+    start, end = before["visible_loss_share"], after["visible_loss_share"]
+    evidence = f"{start:.0%} of it is about items that are shown when training begins, "
+    evidence += f"{end:.0%} when it ends; {after['visible_hit']:.0%} are copied by then"
+    verdict = "contradicted" if start > 0.5 else "holds"
     return Part(results, [Check("the loss is masked-item prediction", verdict, evidence)])
 
 
 def metric(p: Audit, runs: Sequence[Trained]) -> Part:
-    """Judge that HR@10 is about the next item: rank each run's test by the study's protocol and by others."""
+    """Judge the claim that HR@10 is about the next item, by ranking under the study's protocol and others."""
     results = []
     for run in runs:
-        model, where, split = run.trainer.model, run.trainer.where, run.split
+        model, device, split = run.trainer.model, run.trainer.where, run.split
 
-        def scores(rows: Evaluation, model: Any = model, where: torch.device = where) -> metrics.Scores:
-            return metrics.model_scores(model, rows, where)
+        def scores(rows: Evaluation, model: Any = model, device: torch.device = device) -> metrics.Scores:
+            return metrics.model_scores(model, rows, device)
 
         with run.trainer.autocast():
             theirs, items_only = (
-                metrics.masked_positions(model, split.test, where, p.mask_prob, special_tokens=special)
+                metrics.masked_positions(model, split.test, device, p.mask_prob, special_tokens=special)
                 for special in (True, False)
             )
-            kept, removed = (metrics.under_split(scores, split, remove_seen) for remove_seen in (False, True))
+            with_seen, without = (metrics.under_split(scores, split, remove) for remove in (False, True))
         outcomes = {"seed study's: all masked positions": theirs, "the same, real items only": items_only}
-        outcomes |= {"next item, seen kept": kept, "next item, seen removed": removed}
-        for name, one in outcomes.items():
-            numbers = flat({m: metrics.interval(one, m, p.bootstrap_samples) for m in COMPARED})
-            numbers["per_user"] = len(one.ranks) / len(set(one.users.tolist()))
-            own = {"objective": run.objective, "protocol": name, "label": one.label}
-            results.append(Result("audit_metric", numbers, own, seed=run.seed))
+        outcomes |= {"next item, seen kept": with_seen, "next item, seen removed": without}
+        for name, outcome in outcomes.items():
+            numbers = flat({m: metrics.interval(outcome, m, p.bootstrap_samples) for m in COMPARED})
+            numbers["per_user"] = len(outcome.ranks) / len(set(outcome.users.tolist()))
+            params = {"objective": run.objective, "protocol": name, "label": outcome.label}
+            results.append(Result("audit_metric", numbers, params, seed=run.seed))
     theirs_numbers, _, kept_numbers = (result.metrics for result in results[:3])
     per_user = theirs_numbers["per_user"]
     evidence = f"{per_user:.1f} positions a user are ranked: {theirs_numbers['hr@10']:.3f}, "
@@ -502,10 +491,11 @@ def metric(p: Audit, runs: Sequence[Trained]) -> Part:
 
 
 def redrawn(p: Audit, run: Trained) -> Part:
-    """Return the range of HR@10 by the study's metric of one model, with the masks drawn anew each time."""
-    given = run.trainer.model, run.split.test, run.trainer.where, p.mask_prob
+    """Return the range of one model's HR@10 by the study's metric over several draws of the masks."""
+    arguments = run.trainer.model, run.split.test, run.trainer.where, p.mask_prob
     with run.trainer.autocast():
-        values = [metrics.mean(metrics.masked_positions(*given, seed=draw)) for draw in range(p.mask_draws)]
+        draws = (metrics.masked_positions(*arguments, seed=draw) for draw in range(p.mask_draws))
+        values = [metrics.mean(draw) for draw in draws]
     spread = {"lowest": min(values), "highest": max(values), "draws": len(values)}
     return Part([Result("audit_redrawn", spread, seed=run.seed)], [])
 
@@ -513,9 +503,7 @@ def redrawn(p: Audit, run: Trained) -> Part:
 # -- the claims of this study --------------------------------------------------------------------------------
 
 TEXTS = ("README.md", "FINDINGS.md")
-
 DECIMAL = re.compile(r"(?<![\d.])([+-]?)(\d+\.\d+)(?!\.?\d)( %| million)?")  # no version such as 2.13.0
-
 UNITS = {" %": 0.01, " million": 1e6, None: 1}
 
 TAKE: dict[str, Callable[[list[float]], float]] = {
@@ -528,28 +516,28 @@ TAKE: dict[str, Callable[[list[float]], float]] = {
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Query:
-    """Where a number lies: rows of the committed records, a value of theirs, and what is taken of several.
+    """A query of the committed records for one number.
 
-    Rows have this `name` and these `own` parameters, where a list names several. Those of the best profile
-    count; of these the one over all seeds, or else the newest of each seed.
+    It matches rows with this `name` and these `own` parameters; a list allows several values. Of these count
+    the rows of the largest profile: the mean over seeds if there is one, else the newest of each seed.
     """
 
     name: str
-    value: str = ""  # a metric or a timing; of a claim's own record each number names it
-    grid: str | None = None  # None: the records of notebooks
-    data: str | None = None  # the dataset's name
+    value: str = ""  # a metric or a timing; the items of a claim's `numbers` name it
+    grid: str | None = None  # None: records of notebooks
+    data: str | None = None  # name of the dataset
     own: dict[str, Any] = field(default_factory=dict)
-    label: str | None = None  # of the device that it was recorded for, such as h200
-    day: str | None = None  # on which it was recorded, such as 2026-11-23; None: the newest
-    at: dict[str, float | str] = field(default_factory=dict)  # of a series: its value at a point of another
+    label: str | None = None  # of the device, such as h200
+    day: str | None = None  # of the record, such as 2026-11-23; None: the newest
+    at: dict[str, float | str] = field(default_factory=dict)  # a series and its value at the point to read
     take: Literal["mean", "lowest", "highest", "largest"] = "mean"
-    over: dict[str, Any] | None = None  # fields of the query whose number divides this one
-    minus: dict[str, Any] | None = None  # and of the one whose number is taken off
+    over: dict[str, Any] | None = None  # fields of the query whose number is the divisor
+    minus: dict[str, Any] | None = None  # fields of the query whose number is subtracted
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Claim:
-    """A sentence of the texts: a record with its values, or the section of the log that has its numbers."""
+    """A sentence of the texts, with its record or with the section of the log that has its numbers."""
 
     text: str
     record: Query | None = None
@@ -568,18 +556,18 @@ def texts() -> dict[str, str]:
 
 
 def read_claims() -> tuple[list[Claim], dict[str, str]]:
-    """Return the claims of `params/claims.yaml`, and the numbers that are none with their sources."""
+    """Return the claims of `params/claims.yaml`, and the numbers that are no claims with their sources."""
     file = "claims.yaml"
-    given = system.read_yaml(system.params() / file)
+    content = system.read_yaml(system.params() / file)
     claims = []
     with naming(file, (KeyError, TypeError)):
-        for row in given["claims"]:
+        for row in content["claims"]:
             with naming(repr(row.get("text"))):
                 if ("record" in row) == ("log" in row):
                     raise InputError("expected either `record` or `log`")
                 record = {"record": validated(Query, row["record"])} if "record" in row else {}
                 claims.append(validated(Claim, row | record))
-        return claims, given["no_claims"]
+        return claims, content["no_claims"]
 
 
 class Records:
@@ -591,18 +579,18 @@ class Records:
             self.rows.setdefault((row["name"], row["params"].get("grid")), []).append(row)
 
     def matching(self, query: Query) -> list[dict[str, Any]]:
-        """Return the rows that a query means; raise `InputError` where there is none."""
+        """Return the rows that a query matches; raise `InputError` if there is none."""
 
-        def meant(row: Mapping[str, Any]) -> bool:
-            own = row["own_params"]
+        def matches(row: Mapping[str, Any]) -> bool:
+            params = row["own_params"]
             return (
                 query.data in (None, (row["data"] or {}).get("name"))
                 and query.label in (None, row["label"])
                 and row["time"].startswith(query.day or "")
-                and all(own.get(k) in (v if isinstance(v, list) else [v]) for k, v in query.own.items())
+                and all(params.get(k) in (v if isinstance(v, list) else [v]) for k, v in query.own.items())
             )
 
-        rows = [row for row in self.rows.get((query.name, query.grid), []) if meant(row)]
+        rows = [row for row in self.rows.get((query.name, query.grid), []) if matches(row)]
         if not rows:
             raise InputError(f"no record {query.name!r} of {query.grid or 'a notebook'} with {query.own}")
         best = max(records.PROFILES.index(row["profile"]) for row in rows)
@@ -614,51 +602,48 @@ class Records:
         return over_seeds or list(newest.values())
 
     def number(self, query: Query) -> float:
-        """Return the number that a query means."""
-        found = []
+        """Return the number of a query."""
+        chosen = []
         for row in self.matching(query):
             numbers, series = row["metrics"] | row["timings"], row["series"]
             for name, point in query.at.items():
                 numbers = {key: values[series[name].index(point)] for key, values in series.items()}
-            found.append(numbers.get(query.value))
-        if None in found:
+            chosen.append(numbers.get(query.value))
+        if None in chosen:
             raise InputError(f"no value {query.value!r} in record {query.name!r} with {query.own}")
-        value = float(TAKE[query.take](found))
+        value = float(TAKE[query.take](chosen))
         if query.over:
             value /= self.number(_derived(query, query.over))
         return value - self.number(_derived(query, query.minus)) if query.minus else value
 
     def seeds(self, query: Query) -> list[int]:
-        """Return the numbers of seeds behind a record, of both sides of a comparison; [] of what has none."""
+        """Return the number of seeds of a record, or of both sides of a comparison; [] if it has none."""
         rows = self.matching(query)
         if "reference_seeds" in rows[0]["metrics"]:
             return [int(rows[0]["metrics"][name]) for name in ("seeds", "reference_seeds")]
         every = self.rows[query.name, query.grid]
         trained = {(str(row["own_params"]), row["seed"]) for row in every if row["seed"] is not None}
-        counts = [sum(own == str(row["own_params"]) for own, _ in trained) for row in rows]
+        counts = [sum(params == str(row["own_params"]) for params, _ in trained) for row in rows]
         return [min(counts)] if any(counts) else []
 
 
 def _derived(query: Query, fields: Mapping[str, Any]) -> Query:
-    own = {
-        name: getattr(query, name)
-        for name in ("name", "value", "grid", "data", "own", "label", "day", "at", "take")
-    }
-    return validated(Query, own | dict(fields))
+    names = ("name", "value", "grid", "data", "own", "label", "day", "at", "take")
+    return validated(Query, {name: getattr(query, name) for name in names} | dict(fields))
 
 
 def _queries(record: Query, number: str | Mapping[str, Any]) -> list[Query]:
-    """Return the queries of an item of `numbers`: a value of the record, or fields of a query of its grid."""
+    """Return the queries of an item of `numbers`: the name of a value, or fields of another query."""
     if isinstance(number, str):
         return [_derived(record, {"value": number})]
     value = number.get("value")
     values = value if isinstance(value, list) else [value]
     shared = {"grid": record.grid, "label": record.label}
-    return [validated(Query, shared | dict(number) | {"value": each}) for each in values]
+    return [validated(Query, shared | dict(number) | {"value": name}) for name in values]
 
 
 def agrees(stated: re.Match[str], value: float) -> bool:
-    """Return whether a value, rounded as in the text, is the stated number, or below a stated limit."""
+    """Return whether a value, rounded as in the text, equals the stated number or is below a stated limit."""
     sign, digits, unit = stated.groups()
     value /= UNITS[unit]
     if stated.string[: stated.start()].endswith("below "):
@@ -668,9 +653,9 @@ def agrees(stated: re.Match[str], value: float) -> bool:
 
 
 def judged(claim: Claim, stored: Records, log: str) -> dict[str, Any]:
-    """Return a claim's row of the table, its verdict computed from the record.
+    """Return a claim's row of the table, with the verdict computed from its record.
 
-    Verdicts: holds; not separated (adjusted p of 5 % or more); one seed, or two; not shown by git (of a
+    Verdicts: holds; not separated (adjusted p of 5 % or more); one seed; two seeds; not shown by git (for a
     prediction); no record (the log has the numbers); number differs (the text is wrong).
     """
     stated = list(DECIMAL.finditer(_plain(claim.text)))
@@ -709,20 +694,20 @@ def judged(claim: Claim, stored: Records, log: str) -> dict[str, Any]:
 def claims() -> pd.DataFrame:
     """Return every claim of README and FINDINGS with its record, test, corrected p, seeds and verdict.
 
-    A number of the texts that no claim covers has a row too, and so has a claim that no text makes.
+    Numbers of the texts that no claim covers have rows too, and so have claims that no text makes.
     """
-    left, (stated, no_claims), stored = texts(), read_claims(), Records()
+    uncovered, (stated, no_claims), stored = texts(), read_claims(), Records()
     log = (system.root() / "docs" / "log.md").read_text(encoding="utf-8")
     rows = []
     for claim in stated:
         with naming(f"claims.yaml: {claim.text!r}", (KeyError, ValueError, IndexError)):
             row = judged(claim, stored, log)
-        files = [name for name in TEXTS if row["statement"] in left[name]]
+        files = [name for name in TEXTS if row["statement"] in uncovered[name]]
         row["in"] = ", ".join(name.removesuffix(".md") for name in files)
         rows.append(row if files else row | {"verdict": "number differs: no text says so"})
     for snippet in sorted([*(row["statement"] for row in rows), *no_claims], key=len, reverse=True):
-        left = {name: text.replace(snippet, " ... ") for name, text in left.items()}
-    for name, text in left.items():
+        uncovered = {name: text.replace(snippet, " ... ") for name, text in uncovered.items()}
+    for name, text in uncovered.items():
         for match in DECIMAL.finditer(text):
             around = text[max(0, match.start() - 30) : match.end() + 20]
             rows.append({"statement": around, "in": name, "verdict": "number differs: no claim covers it"})
@@ -733,15 +718,15 @@ def claims() -> pd.DataFrame:
 
 @command
 def claims_main(argv: list[str] | None = None) -> int:
-    """Print the claims of README and FINDINGS; exit code 1 where a number is not what its record says."""
-    about = "Resolve every claim of README and FINDINGS from its record."
-    Parser(prog="python -m reclib claims", description=about).parse_args(argv)
-    made = claims()
-    for row in made.reset_index().to_dict("records"):
+    """Print the claims of README and FINDINGS; exit code 1 if a number differs from its record."""
+    description = "Resolve every claim of README and FINDINGS from its record."
+    Parser(prog="python -m reclib claims", description=description).parse_args(argv)
+    rows = claims()
+    for row in rows.reset_index().to_dict("records"):
         details = [row["record"], row["test"], f"p {row['p']}" if row["p"] else ""]
         details += [f"seeds {row['seeds']}" if row["seeds"] else ""]
         print(f"{row['verdict']}: {row['statement']}\n    {', '.join(text for text in details if text)}")
-    counts = made["verdict"].str.partition(":")[0].value_counts()
+    counts = rows["verdict"].str.partition(":")[0].value_counts()
     print("\n".join(f"{count:>4} {verdict}" for verdict, count in counts.items()))
     print(records.code_in_git(records.read(system.committed())))
-    return int(made["verdict"].str.startswith("number differs").any())
+    return int(rows["verdict"].str.startswith("number differs").any())

@@ -1,8 +1,8 @@
-"""Training runs of notebooks and grids, and what is said of models on the test split, from one look at it.
+"""Training runs of notebooks and grids, and results of models on the test split.
 
-`assess` asks a scorer for the ranks of the test targets in every way at once; the functions below it turn
-the ranks of several models into results. A model is trained several times (seeds) or is deterministic; its
-users' metrics are averaged over the seeds before anything else.
+`assess` ranks the test targets once under every protocol; the functions below it turn the ranks of several
+models into results. A model has several seeds or is deterministic; its users' metrics are averaged over the
+seeds first.
 
 Shapes: S seeds, U users, k recommendations.
 """
@@ -59,32 +59,30 @@ class Trained:
     def curve(self) -> dict[str, list[float]]:
         """Return the columns of the learning curve, one value per evaluation."""
         rows = self.trainer.progress.history
-        curve = {
-            name: [row[name] for row in rows] for name in ("epoch", "train_loss", "tokens", "valid_loss")
-        }
+        names = ("epoch", "train_loss", "tokens", "valid_loss")
+        curve = {name: [row[name] for row in rows] for name in names}
         return curve | {f"valid_{SELECT}": [row[SELECT] for row in rows]}
 
     def best(self) -> dict[str, float]:
-        """Return validation at the chosen epoch."""
+        """Return the validation metrics of the chosen epoch."""
         row = max(self.trainer.progress.history, key=lambda row: row[SELECT])
         return {f"valid_{name}": row[name] for name in COMPARED} | {"epoch": row["epoch"]}
 
     def losses(self) -> dict[str, float]:
-        """Return the lowest loss on validation and the last, in nats.
+        """Return the lowest and the last loss on validation, in nats.
 
-        The lowest is what a run stopped early would have: a law of size is about that one. `late_drop` is
-        what the last fifth of the training took off it: a run with much of it is undertrained.
+        The law of size is fitted to the lowest. `late_drop` is how much it fell in the last fifth of the
+        training: a run with a large one is undertrained.
         """
         values = self.curve()["valid_loss"]
         before, lowest = min(values[: max(1, len(values) * 4 // 5)]), min(values)
         return {"lowest_valid_loss": lowest, "last_valid_loss": values[-1], "late_drop": before - lowest}
 
     def counted(self) -> dict[str, float]:
-        """Return the run's parameters by kind, the tokens it saw, its training FLOPs and the head's share.
+        """Return the run's parameters by kind, its training tokens and FLOPs, and the head's share of FLOPs.
 
-        Item tables grow with the catalogue and hold most parameters: a size is told by the rest. FLOPs are
-        those of one epoch times the epochs done; windows and masks are drawn anew in each, which moves the
-        count by less than its third digit.
+        FLOPs are those of one epoch times the number of epochs. Windows and masks differ between epochs; that
+        changes the count by less than its third digit.
         """
         trainer, progress = self.trainer, self.trainer.progress
         parameters = count_parameters(trainer.model.config)
@@ -95,7 +93,7 @@ class Trained:
         return numbers | {"head_share": epoch.head / epoch.total}
 
     def timings(self) -> dict[str, float]:
-        """Return what the run took."""
+        """Return the run's seconds of training and evaluation, and its tokens per second."""
         progress = self.trainer.progress
         return {
             "train_seconds": progress.train_seconds,
@@ -104,44 +102,45 @@ class Trained:
         }
 
     def together(self) -> dict[str, Any]:
-        """Return how many processes trained it and what joined them; nothing where it was one."""
+        """Return the number of processes that trained it and their backend; empty for one process."""
         progress = self.trainer.progress
-        several = {"processes": progress.processes, "backend": progress.backend}
-        return several if progress.processes > 1 else {}
+        if progress.processes == 1:
+            return {}
+        return {"processes": progress.processes, "backend": progress.backend}
 
     def result(self, model: str) -> Result:
         """Return the run as a result: accuracy, losses, counts, and its curve."""
         numbers = self.best() | self.losses() | self.counted()
-        own = {"model": model} | self.together()
-        return Result("learning_curve", numbers, own, self.curve(), self.seed, self.timings())
+        params = {"model": model} | self.together()
+        return Result("learning_curve", numbers, params, self.curve(), self.seed, self.timings())
 
 
 def epoch_flops(model: ModelConfig, train: TrainConfig, histories: Histories) -> Flops:
-    """Return the FLOPs that the first pass over the users needs: real items and targets, no padding."""
+    """Return the FLOPs of the first epoch: real items and targets, no padding."""
     epoch = Epoch(histories, model, train, 0)
     return work.total([work.needed(model, b) for i in range(epoch.num_steps) for b in epoch.step(i)])
 
 
 def model_of(p: Any, dataset: Dataset, objective: str = "cloze") -> ModelConfig:
-    """Return the model that a notebook's parameters ask for, on the dataset's catalogue."""
-    own = {"num_items": dataset.num_items, "causal": objective == "next_item"}
-    return model_config(p.size, **_shared(ModelConfig, p), **own)
+    """Return the model configuration of a notebook's parameters, on the dataset's catalogue."""
+    fields_of_p, causal = _shared(ModelConfig, p), objective == "next_item"
+    return model_config(p.size, **fields_of_p, num_items=dataset.num_items, causal=causal)
 
 
-def train_of(p: Any, seed: int, objective: str = "cloze", **own: Any) -> TrainConfig:
-    """Return one seed's training configuration; `own` fields replace those of the parameters."""
-    given = _shared(TrainConfig, p) | {"seed": seed, "objective": objective} | own
+def train_of(p: Any, seed: int, objective: str = "cloze", **changes: Any) -> TrainConfig:
+    """Return one seed's training configuration; `changes` replace fields of the parameters."""
+    values = _shared(TrainConfig, p) | {"seed": seed, "objective": objective} | changes
     device = {"precision": p.precision or "auto", "compile_mode": p.compile_mode or "off"}
-    return validated(TrainConfig, given | device)
+    return validated(TrainConfig, values | device)
 
 
 def _shared(kind: type, p: Any) -> dict[str, Any]:
     """Return the parameters that are fields of a configuration."""
-    return {each.name: getattr(p, each.name) for each in fields(kind) if hasattr(p, each.name)}
+    return {item.name: getattr(p, item.name) for item in fields(kind) if hasattr(p, item.name)}
 
 
 def run_folder(notebook: str, model: ModelConfig, train: TrainConfig, data: str, nproc: int = 1) -> Path:
-    """Return the folder of a run's checkpoints; another configuration, data, code or `nproc` has another."""
+    """Return the folder of a run's checkpoints, named by its configuration, data, code and `nproc`."""
     parts: list[Any] = [as_dict(model), as_dict(train), data, records.code_hash(notebook)]
     parts += [nproc] if nproc > 1 else []
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
@@ -151,7 +150,7 @@ def run_folder(notebook: str, model: ModelConfig, train: TrainConfig, data: str,
 def train_seed(
     notebook: str, p: Any, dataset: Dataset, split: Split, device: Device, name: str, seed: int
 ) -> Trained:
-    """Train one seed of a model of `OBJECTIVES`, or go on with a run of the same code and data."""
+    """Train one seed of a model of `OBJECTIVES`, or resume a run of the same code and data."""
     objective = OBJECTIVES[name]
     model, train = model_of(p, dataset, objective), train_of(p, seed, objective)
     title = f"{notebook}-{device.label}-{name}-{split.name.split()[0]}-seed{seed}"
@@ -181,10 +180,10 @@ def train_model(
     train: TrainConfig,
     title: str,
 ) -> Trained:
-    """Train a model as a notebook's parameters say: here, or by `nproc` processes beside the notebook.
+    """Train a model with a notebook's parameters, in this process or in `nproc` separate processes.
 
-    Those leave a finished run in the folder of checkpoints, and that is read back. Raises `InputError` with
-    what they said where they failed. `title` is the run's name for a tracker.
+    Separate processes leave a finished run in the folder of checkpoints, which is loaded here. Raises
+    `InputError` with their error if they failed. `title` is the run's name for a tracker.
     """
     data = data_identity(dataset, split)
     folder = run_folder(notebook, model, train, data, p.nproc)
@@ -195,8 +194,8 @@ def train_model(
             words = ["--run", str(folder / "run.json"), "--out", str(folder)]
             distributed.apart([*words, "--gpu", p.gpu, "--tracker", p.tracker], p.nproc)
         return Trained(train.seed, fit.fit(model, dataset, train, device, folder, split=split))
-    about = {"model": as_dict(model), "train": asdict(train), "data": data}
-    with fit.start_tracker(p.tracker, notebook, title, about) as track:
+    settings = {"model": as_dict(model), "train": asdict(train), "data": data}
+    with fit.start_tracker(p.tracker, notebook, title, settings) as track:
         curves = Curves(track, device)
         options = Options(on_step=curves.step, on_evaluation=curves.evaluation)
         return Trained(train.seed, fit.fit(model, dataset, train, device, folder, options, split))
@@ -238,7 +237,7 @@ class Model:
 
 
 class Conditions(NamedTuple):
-    """A test split with all that protocols and controls need, drawn once for all models."""
+    """A test split with negatives and shuffled histories, drawn once for all models."""
 
     evaluation: Evaluation
     candidates: dict[str, np.ndarray]
@@ -249,16 +248,16 @@ class Conditions(NamedTuple):
 def draw(dataset: Dataset, evaluation: Evaluation, seed: int = 0) -> Conditions:
     """Draw negatives and random orders for an evaluation of the dataset."""
     count = min(NEGATIVES, dataset.num_items - int(dataset.lengths.max()))
-    drawn: dict[str, np.ndarray] = {}
+    candidates: dict[str, np.ndarray] = {}
     if count > TOP_K:  # a catalogue that a user has nearly all of leaves nothing to draw from
-        drawn["uniform"] = sample_candidates(dataset, evaluation, count, "uniform", seed)
-        drawn["popularity"] = sample_candidates(dataset, evaluation, count, "popularity", seed)
+        candidates["uniform"] = sample_candidates(dataset, evaluation, count, "uniform", seed)
+        candidates["popularity"] = sample_candidates(dataset, evaluation, count, "popularity", seed)
     orders = [statistics.shuffled(evaluation, seed, keep) for keep in (0, 1)]
-    return Conditions(evaluation, drawn, *orders)
+    return Conditions(evaluation, candidates, *orders)
 
 
 def assess(score: Scorer, test: Conditions) -> Assessed:
-    """Rank the test targets by a scorer in every way."""
+    """Rank the test targets by a scorer under every protocol and control."""
     outcomes = metrics.side_by_side(score, test.evaluation, test.candidates)
     ranking = metrics.rank(score(test.evaluation), test.evaluation, True, TOP_K)
     assert ranking.top is not None
@@ -276,9 +275,9 @@ def assess_trained(trainer: Trainer, test: Conditions) -> Assessed:
 def assess_baselines(
     split: Split, dataset: Dataset, test: Conditions, names: Sequence[str] = ()
 ) -> tuple[list[Model], dict[str, Any]]:
-    """Fit baselines, their hyperparameters chosen on validation; return them assessed, and the choices.
+    """Fit baselines with hyperparameters chosen on validation; return their assessments and the choices.
 
-    `names` says which; all of them without it.
+    `names` selects baselines; by default all are fitted.
     """
     models, chosen = [], {}
     families = baselines.families(dataset.times)
@@ -308,14 +307,13 @@ def under_other_splits(study: Study) -> list[Result]:
 def other_split(
     trainer: Trainer, split: Split, samples: int, model: str, seed: int | None = None
 ) -> list[Result]:
-    """Return HR@10 and NDCG@10 of a model that was trained under another split than leave-one-out.
+    """Return HR@10 and NDCG@10 of a model trained under another split than leave-one-out.
 
-    Where users were divided at random, a masked model is also evaluated as the seed study does.
+    If users were divided at random, a masked model is also evaluated by the seed study's metric.
     """
     with trainer.autocast():
-        outcomes = [
-            metrics.under_split(lambda part: metrics.model_scores(trainer.model, part, trainer.where), split)
-        ]
+        network, device = trainer.model, trainer.where
+        outcomes = [metrics.under_split(lambda part: metrics.model_scores(network, part, device), split)]
         if split.about.get("shares") and not trainer.model.config.causal:
             outcomes.append(metrics.masked_positions(trainer.model, split.test, trainer.where))
     return [_protocol(model, [outcome], samples, seed) for outcome in outcomes]
@@ -336,17 +334,15 @@ def everything(
     """Return all results; `samples` is the number of bootstrap resamples, `left_out` as in `comparisons`."""
     results = headline(models, samples) + comparisons(models, reference, left_out)
     for model in models:
-        results += [
-            _protocol(model.name, [run.outcomes[name] for run in model.runs], samples)
-            for name in model.runs[0].outcomes
-        ]
+        for name in model.runs[0].outcomes:
+            results.append(_protocol(model.name, [run.outcomes[name] for run in model.runs], samples))
     results += [_shuffle_control(model, samples) for model in models]
     results += [result for model in models for result in _groups(model, dataset, evaluation, samples)]
     return results + [_beyond_accuracy(model, dataset) for model in models]
 
 
 def headline(models: Sequence[Model], samples: int) -> list[Result]:
-    """Return every model's mean over users with its interval, and the mean of each seed apart."""
+    """Return every model's mean metrics with intervals over users, and the means of each seed."""
     results = []
     for model in models:
         values = {name: model.per_seed(name) for name in HEADLINE}
@@ -363,8 +359,8 @@ def comparisons(
 ) -> list[Result]:
     """Compare every model with the reference, paired by user and corrected for the number of comparisons.
 
-    What counts the validation items too is also compared with the reference that does, if there is one.
-    `left_out` names, by model, seeds that chose its recipe and so do not judge it.
+    Models that count the validation items are also compared with the reference that does, if there is one.
+    `left_out` maps models to seeds that chose their recipe; these are left out.
     """
     deterministic = [model.name for model in models if not model.seeds]
     results = []
@@ -376,12 +372,11 @@ def comparisons(
             if rows:
                 values[model.name] = model.per_seed(metric)[rows]
         renewed = {name: rows for name, rows in values.items() if name.endswith("_with_validation")}
-        for against, given in ((reference, values), (f"{reference}_with_validation", renewed)):
-            if against in given and len(given) > 1:
-                fixed = [name for name in deterministic if name in given]
-                results += [
-                    compared(comparison, metric) for comparison in statistics.compare(given, against, fixed)
-                ]
+        for against, compared_values in ((reference, values), (f"{reference}_with_validation", renewed)):
+            if against in compared_values and len(compared_values) > 1:
+                fixed = [name for name in deterministic if name in compared_values]
+                pairs = statistics.compare(compared_values, against, fixed)
+                results += [compared(comparison, metric) for comparison in pairs]
     return results
 
 
@@ -395,26 +390,25 @@ def compared(comparison: statistics.Comparison, metric: str, name: str = "compar
         "reference_seeds": comparison.seeds[1],
         "degrees_of_freedom": comparison.degrees,
     }
-    return Result(
-        name, numbers, {"model": comparison.name, "against": comparison.reference, "metric": metric}
-    )
+    params = {"model": comparison.name, "against": comparison.reference, "metric": metric}
+    return Result(name, numbers, params)
 
 
 def _protocol(model: str, runs: Sequence[Outcome], samples: int, seed: int | None = None) -> Result:
     """Return HR@10 and NDCG@10 under one protocol: means over seeds, with intervals over users.
 
-    Masked positions are the same for every seed, so values can be averaged place by place there too.
+    Masked positions are the same for every seed, so their values are averaged over seeds as well.
     """
     first = runs[0]
     values = [metrics.per_user(run.ranks) for run in runs]
     means = {metric: np.mean([of_run[metric] for of_run in values], axis=0) for metric in COMPARED}
     numbers = flat({m: metrics.interval_over_users(means[m], first.users, samples) for m in COMPARED})
-    about = {"protocol": first.protocol, "label": first.label, "comparable": first.comparable}
-    return Result("protocol", numbers, {"model": model} | about, seed=seed)
+    params = {"protocol": first.protocol, "label": first.label, "comparable": first.comparable}
+    return Result("protocol", numbers, {"model": model} | params, seed=seed)
 
 
 def _shuffle_control(model: Model, samples: int) -> Result:
-    """Return NDCG@10 in the true order and in random ones, and the paired loss with its interval."""
+    """Return NDCG@10 with histories in true and in random order, and the paired changes with intervals."""
     true = model.per_user("ndcg@10")
     numbers = {"ndcg@10": float(true.mean())}
     for name in ("shuffled", "shuffled_but_last"):
@@ -425,10 +419,10 @@ def _shuffle_control(model: Model, samples: int) -> Result:
 
 
 def _groups(model: Model, dataset: Dataset, evaluation: Evaluation, samples: int) -> Iterator[Result]:
-    """Yield HR@10 and NDCG@10 of users by history length, by how popular their target is, and by its time.
+    """Yield HR@10 and NDCG@10 of users by history length, by popularity of the target, and by its time.
 
-    By time where the dataset has times: a target at the same time stamp as the item before it (the same day,
-    where times are whole days) is often a part of one order, and its place in it may be the file's alone.
+    The groups by time need a dataset with times. A target with the timestamp of the item before it is often
+    part of the same order, and only the file may decide which comes first.
     """
     counts = metrics.popularity(train_histories(dataset), dataset.num_items)
     divisions = {
@@ -441,15 +435,16 @@ def _groups(model: Model, dataset: Dataset, evaluation: Evaluation, samples: int
         series: dict[str, list[Any]] = {}
         for metric in COMPARED:
             parts = statistics.in_groups(model.per_user(metric), division, samples)
-            held = [(part, flat({metric: part.interval})) for part in parts if part.interval]
-            series |= {"group": [part.label for part, _ in held], "users": [part.users for part, _ in held]}
+            intervals = [(part, flat({metric: part.interval})) for part in parts if part.interval]
+            series["group"] = [part.label for part, _ in intervals]
+            series["users"] = [part.users for part, _ in intervals]
             for name in (metric, f"{metric}_low", f"{metric}_high"):
-                series[name] = [numbers[name] for _, numbers in held]
+                series[name] = [numbers[name] for _, numbers in intervals]
         yield Result("groups", {"groups": len(series["group"])}, {"model": model.name, "by": by}, series)
 
 
 def _beyond_accuracy(model: Model, dataset: Dataset) -> Result:
-    """Return how much of the catalogue is recommended, how unequally, and how popular it is."""
+    """Return coverage of the catalogue, Gini coefficient and popularity of the recommended items."""
     counts = metrics.popularity(train_histories(dataset), dataset.num_items)
     tops = [run.top for run in model.runs]
     seeds = [statistics.concentration(top, counts) for top in tops]
@@ -460,7 +455,7 @@ def _beyond_accuracy(model: Model, dataset: Dataset) -> Result:
 
 
 def histogram(model: Model) -> Result:
-    """Return how the ranks of the test targets are distributed, of the first seed."""
+    """Return a histogram of the ranks of the test targets for the first seed."""
     ranks = model.runs[0].ranks
     numbers = {"median_rank": float(np.median(ranks))}
     return Result("rank_histogram", numbers, {"model": model.name}, tables.rank_bins(ranks))

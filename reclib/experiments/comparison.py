@@ -1,7 +1,7 @@
 """The same training step on many devices, measured here or predicted; and the self-check of a device.
 
-Nothing measured and nothing predicted share a row. A row is closed where all devices do the same (fp32,
-eager), open where each takes what suits it (its own precision).
+A row is either measured or predicted. Its rule is closed if all devices do the same (fp32, eager), and open
+if each device uses its own precision.
 """
 
 from __future__ import annotations
@@ -39,10 +39,9 @@ from reclib.train.timing import EPOCHS
 from reclib.train.trainer import Trainer
 
 RULES = {"closed": "fp32", "open": "auto"}  # precision of a row
-
 ILORA = AdapterPlan(kind="ilora", rank=8, num_experts=4)
 
-# Changes of the training without a technique and with it; iLoRA is `ILORA` against training all weights.
+# Changes of the training configuration without and with a technique; iLoRA: `ILORA` against all weights.
 TECHNIQUES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gather before the head": ({"layout": "padded", "head_rows": "all"}, {"layout": "padded"}),
     "packed rows": ({"layout": "padded"}, {}),
@@ -72,8 +71,8 @@ def model_of(p: Hardware, size: str) -> ModelConfig:
 
 def train_of(p: Hardware, precision: str, **changes: Any) -> TrainConfig:
     """Return the notebook's training configuration in a precision."""
-    given = {"seed": p.seed, "batch_size": p.batch_size, "epochs": EPOCHS, "precision": precision}
-    return validated(TrainConfig, given | changes)
+    values = {"seed": p.seed, "batch_size": p.batch_size, "epochs": EPOCHS, "precision": precision}
+    return validated(TrainConfig, values | changes)
 
 
 def data_of(p: Hardware) -> dict[str, str]:
@@ -95,9 +94,9 @@ def prices(p: Hardware) -> dict[str, float]:
 
 
 def price_of(p: Hardware, label: str) -> float | None:
-    """Return a device's price; a board's is its own or that of the label it belongs to."""
-    given = prices(p)
-    return given.get(label, given.get(label.partition("-")[0]))
+    """Return a device's price: that of the board, or else of its label."""
+    by_device = prices(p)
+    return by_device.get(label, by_device.get(label.partition("-")[0]))
 
 
 # -- measured ------------------------------------------------------------------------------------------------
@@ -105,7 +104,7 @@ def price_of(p: Hardware, label: str) -> float | None:
 
 @contextlib.contextmanager
 def threads(number: int) -> Iterator[None]:
-    """Let torch use so many threads: a CPU with one and one with two are two devices."""
+    """Set the number of torch's threads within a `with` block."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -114,10 +113,10 @@ def threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def here(device: Device) -> dict[str, int]:
+def local_devices(device: Device) -> dict[str, int]:
     """Return the threads of each device of this machine: a GPU, or the CPU with one and with two threads.
 
-    A run under the label of one of these two is of that one alone.
+    A run under the label of one of these CPU devices has that device only.
     """
     if device.label in CPU_THREADS:
         return {device.label: CPU_THREADS[device.label]}
@@ -127,12 +126,12 @@ def here(device: Device) -> dict[str, int]:
 
 
 def measured(p: Hardware, device: Device) -> list[Row]:
-    """Time a step of each size in `measured_sizes` on each device of this machine; a GPU closed and open."""
+    """Time a step of each size in `measured_sizes` on each device of this machine, on a GPU by both rules."""
     rows = []
     for size in p.measured_sizes:
         model = model_of(p, size)
         dataset = synthetic_dataset(p.users, model.num_items, min(p.mean_len, model.num_items / 4), p.seed)
-        for label, number in here(device).items():
+        for label, number in local_devices(device).items():
             with threads(number):
                 for rule in ["closed"] if device.torch_device.type == "cpu" else RULES:
                     trainer = speed.trainer_of(model, train_of(p, RULES[rule]), dataset, device)
@@ -140,19 +139,17 @@ def measured(p: Hardware, device: Device) -> list[Row]:
     return rows
 
 
-def _timed(p: Hardware, trainer: Trainer, own: dict[str, Any]) -> Row:
+def _timed(p: Hardware, trainer: Trainer, params: dict[str, Any]) -> Row:
     measurement = timing.measure(trainer, p.steps, p.warmup_steps, gpu_energy=True)
-    own |= {"basis": "measured", "precision": trainer.precision.name, "batch_size": p.batch_size}
-    own |= {
-        "status": measurement.status,
-        "threads": torch.get_num_threads() if trainer.where.type == "cpu" else None,
-    }
+    params |= {"basis": "measured", "precision": trainer.precision.name, "batch_size": p.batch_size}
+    params["status"] = measurement.status
+    params["threads"] = torch.get_num_threads() if trainer.where.type == "cpu" else None
     timings: dict[str, Any] = measurement.timings() | {"epoch_seconds": None}
     if measurement.status == "ok":
         timings["epoch_seconds"] = seconds = p.epoch_users / measurement.sequences_per_second
-        if (price := price_of(p, own["device"])) is not None:
+        if (price := price_of(p, params["device"])) is not None:
             timings["cost_per_epoch"] = seconds / 3600 * price
-    # Nothing measures the bytes that a step moves: they are the planner's count.
+    # The bytes moved by a step are not measured, but counted by the planner.
     model, train = trainer.model.config, trainer.config
     width = work.FP32 if trainer.precision.autocast_dtype is None else work.HALF
     shapes = work.mean_shapes(model, train, trainer.histories.lengths)
@@ -161,19 +158,19 @@ def _timed(p: Hardware, trainer: Trainer, own: dict[str, Any]) -> Row:
         "flops": timing.step_flops(trainer, p.warmup_steps + 1)[0].total,
         "bytes_moved": int(sum(part.bytes for part in work.step_parts(model, train, shapes, width))),
     }
-    return Row(own, counted, timings)
+    return Row(params, counted, timings)
 
 
 def side_by_side(p: Hardware, steps: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """Return measured steps (records) with rate, memory, epoch, cost and energy; blank: not known."""
+    """Tabulate measured steps (records): rate, memory, epoch, cost and energy; unknown cells are blank."""
     rows = []
     for record in steps:
-        own, took = record["own_params"], record["timings"]
-        rate, price = took.get("sequences_per_second"), price_of(p, own["device"])
+        params, timings = record["own_params"], record["timings"]
+        rate, price = timings.get("sequences_per_second"), price_of(p, params["device"])
         epoch = p.epoch_users / rate if rate else None
-        row = {key: own.get(key) for key in ("size", "device", "rule", "precision", "batch_size")}
-        row |= {"sequences/s": rate, "peak (MiB)": (took.get("peak_memory_bytes") or 0) / 2**20 or None}
-        row |= {"epoch (s)": epoch, "J per sequence": took.get("joules_per_sequence")}
+        row = {key: params.get(key) for key in ("size", "device", "rule", "precision", "batch_size")}
+        row |= {"sequences/s": rate, "peak (MiB)": (timings.get("peak_memory_bytes") or 0) / 2**20 or None}
+        row |= {"epoch (s)": epoch, "J per sequence": timings.get("joules_per_sequence")}
         row |= {"MFU": tables.mfu_of(record)}
         rows.append(row | {"cost of an epoch": epoch / 3600 * price if epoch and price is not None else None})
     return pd.DataFrame(rows).sort_values(["device", "size"]).round(4)
@@ -183,9 +180,9 @@ def side_by_side(p: Hardware, steps: Iterable[Mapping[str, Any]]) -> pd.DataFram
 
 
 def boards(label: str) -> Sequence[hardware.Board | planner.Cpu]:
-    """Return the devices that a label stands for: boards of the catalogue, and of cpu2 every CPU measured.
+    """Return the devices of a label: boards of the catalogue, or for cpu1 and cpu2 every measured CPU.
 
-    Which CPU is here makes no difference: plans are the same wherever a notebook runs.
+    The CPU of this machine makes no difference: plans are the same wherever a notebook runs.
     """
     if not label.startswith("cpu"):
         return hardware.boards(label)
@@ -218,18 +215,19 @@ def gains(p: Hardware) -> list[Row]:
     """Return how many times faster each technique makes a step of each size, predicted for each device."""
     rows = []
     for size, board in _cases(p):
-        for name, (without, with_it) in TECHNIQUES.items():
+        for name, (without, change) in TECHNIQUES.items():
             if name == "AMP" and isinstance(board, planner.Cpu):
                 continue
             before = _plan(p, size, board, **without)
-            after = _plan(p, size, board, **with_it, adapter=ILORA if name == "iLoRA" else None)
-            own = {"size": size, "device": board.label, "technique": name, "basis": after.basis}
-            rows.append(Row(own, {}, {"speedup": before.step.seconds / after.step.seconds}, card_of(after)))
+            after = _plan(p, size, board, **change, adapter=ILORA if name == "iLoRA" else None)
+            params = {"size": size, "device": board.label, "technique": name, "basis": after.basis}
+            speedup = before.step.seconds / after.step.seconds
+            rows.append(Row(params, {}, {"speedup": speedup}, card_of(after)))
     return rows
 
 
 def claimed(p: AmpCompile, dataset: Dataset) -> list[Row]:
-    """Return the plans of notebook 04's eager steps for the device that was asked for and is not here."""
+    """Return the plans of notebook 04's eager steps for a claimed device that is not here."""
     lengths, model, rows = train_histories(dataset).lengths, speed.model_of(p, dataset), []
     for board in hardware.boards(p.gpu):
         for precision in (name for name in p.precisions if name in ("auto", *board.peaks)):
@@ -244,16 +242,16 @@ def claimed(p: AmpCompile, dataset: Dataset) -> list[Row]:
 
 def row_of(plan: Plan, size: str, rule: str, batch_size: int) -> Row:
     """Return a plan as a row."""
-    own: dict[str, Any] = {"size": size, "device": plan.device, "rule": rule, "basis": plan.basis}
+    params: dict[str, Any] = {"size": size, "device": plan.device, "rule": rule, "basis": plan.basis}
     status = "does not fit" if plan.fits is False else "ok"
-    own |= {"precision": plan.precision, "batch_size": batch_size, "status": status}
+    params |= {"precision": plan.precision, "batch_size": batch_size, "status": status}
     counted = planner.counted(plan)
     timings = {name: value for name, value in plan.numbers().items() if name not in counted}
-    return Row(own, counted, timings, card_of(plan))
+    return Row(params, counted, timings, card_of(plan))
 
 
 def card_of(plan: Plan) -> dict[str, Any]:
-    """Return what a record says of a device that is not here."""
+    """Return the card of a planned device, for a record."""
     if plan.device.startswith("cpu"):
         number = planner.cpu(plan.device).threads
         return {"name": plan.name, "type": "cpu", "label": "cpu", "threads": number}
@@ -263,14 +261,14 @@ def card_of(plan: Plan) -> dict[str, Any]:
 
 
 def fits_which(p: Hardware) -> pd.DataFrame:
-    """Return the GPUs to take for each size: the smallest that holds it, the fastest, and the cheapest.
+    """Tabulate for each size the smallest GPU that holds it, the fastest and the cheapest.
 
-    A GPU that holds the state but not the batch counts as one that does not fit. The cheapest is named where
-    `prices` name two or more of those that fit.
+    A GPU that holds the state but not the batch does not fit. The cheapest is given if `prices` has two or
+    more of those that fit.
     """
     rows = []
     for size in p.sizes:
-        plans = [_plan(p, size, board) for which, board in _cases(p) if which == size]
+        plans = [_plan(p, size, board) for name_of_size, board in _cases(p) if name_of_size == size]
         gpus = [plan for plan in plans if plan.memory_bytes is not None]
         fitting = [plan for plan in gpus if plan.fits]
         priced = [plan for plan in fitting if plan.price is not None]
@@ -295,33 +293,27 @@ def fits_which(p: Hardware) -> pd.DataFrame:
 
 # -- the self-check ------------------------------------------------------------------------------------------
 #
-# `python -m reclib check` runs the real thing on the device: does the fast step equal the plain one, do
-# products run in the precision that was chosen, does the clock wait for the device, and does running out of
-# memory end in a row and leave the device usable? A row counts as measured on a GPU only beside a file
-# `executed/<label>/selfcheck.json` with every check passed.
+# `python -m reclib check` runs real steps on the device: does the fast step equal the plain one, do products
+# run in the chosen precision, does the clock wait for the device, and is the device usable after running out
+# of memory? GPU measurements are recorded only beside a passed check in `executed/<label>/selfcheck.json`.
 
-LIMIT = 1e-5  # of a gradient's norm, or of a thousandth of the global norm where that is larger
-
+LIMIT = 1e-5  # of a gradient's norm, or of a thousandth of the global norm if that is larger
 FILE = "selfcheck.json"
-
-MODEL = ModelConfig(
-    num_items=2000, hidden_dim=64, num_layers=2, num_heads=2, max_len=32, dropout=0.0, tied=False
-)
-
+_SHAPE: dict[str, Any] = {"hidden_dim": 64, "num_layers": 2, "num_heads": 2, "max_len": 32}
+MODEL = ModelConfig(num_items=2000, dropout=0.0, tied=False, **_SHAPE)
 FAST = TrainConfig(batch_size=64, epochs=1000, precision="fp32")
-
 PLAIN = {"layout": "padded", "head_rows": "all", "loss": "plain"}
 
 
 class Check(NamedTuple):
-    """One question's answer."""
+    """The outcome of one check."""
 
     name: str
     passed: bool
     found: str
 
 
-def some_histories() -> Histories:
+def random_histories() -> Histories:
     """Return 400 random histories of 3 to 60 interactions."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(3, 61, 400)
@@ -332,35 +324,35 @@ def some_histories() -> Histories:
 def make_trainer(device: Device, **changes: Any) -> Trainer:
     """Return a trainer of fresh weights."""
     torch.manual_seed(0)
-    return Trainer(Bert4Rec(MODEL), some_histories(), changed(FAST, **changes), device, "self-check")
+    return Trainer(Bert4Rec(MODEL), random_histories(), changed(FAST, **changes), device, "self-check")
 
 
 def gradients(device: Device, train: TrainConfig) -> tuple[float, dict[str, torch.Tensor]]:
     """Return loss and gradients of one step from the same weights."""
     torch.manual_seed(0)
     model = Bert4Rec(MODEL).to(device.torch_device)
-    (batch,) = Epoch(some_histories(), MODEL, train, 0).step(0)
+    (batch,) = Epoch(random_histories(), MODEL, train, 0).step(0)
     loss = batch_loss(model, batch.to(device.torch_device), train, batch.num_targets)
     loss.backward()
     return float(loss.detach()), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def exactness(device: Device) -> Check:
-    """Packed, gathered and fused against plain and padded, in full fp32, by every route of the loss."""
+    """Compare the gradients of fast steps with those of plain, padded ones, for every route of the loss."""
     hardware.set_matmul_precision(hardware.PrecisionChoice("fp32", "self-check"))
-    _, wanted = gradients(device, changed(FAST, **PLAIN))
-    least = 1e-3 * torch.stack([g.norm() for g in wanted.values()]).norm()
+    _, expected = gradients(device, changed(FAST, **PLAIN))
+    least = 1e-3 * torch.stack([g.norm() for g in expected.values()]).norm()
     worst = 0.0
     for route in ("plain", "chunked", "inplace"):
         _, grads = gradients(device, changed(FAST, loss=route))
-        gaps = [(grads[n] - right).norm() / torch.maximum(right.norm(), least) for n, right in wanted.items()]
-        worst = max(worst, float(max(gaps)))
+        for name, right in expected.items():
+            worst = max(worst, float((grads[name] - right).norm() / torch.maximum(right.norm(), least)))
     answer = f"largest difference of a gradient {worst:.1e}, limit {LIMIT:.0e}"
     return Check("exactness", worst <= LIMIT, answer)
 
 
 def precision(device: Device) -> Check:
-    """Each precision that the device has: what the head's product really ran in, and a finite loss."""
+    """Check for each precision of the device that the head's product runs in it and the loss is finite."""
     answers, passed = [], True
     for name in ("fp32", "tf32", "bf16", "fp16"):
         try:
@@ -376,7 +368,7 @@ def precision(device: Device) -> Check:
 
 
 def synchronisation(device: Device) -> Check:
-    """Products of known work: the rate by our clock may not exceed what waiting for each of them gives."""
+    """Check that timing many products together agrees with waiting for each of them."""
     size, count = (4096, 20) if device.torch_device.type == "cuda" else (512, 20)
     a = torch.randn(size, size, device=device.torch_device)
 
@@ -396,7 +388,7 @@ def synchronisation(device: Device) -> Check:
 
 
 def out_of_memory(device: Device) -> Check:
-    """A batch that cannot fit becomes a row, and the same device trains right after it."""
+    """Check that running out of memory is reported and that the device can train afterwards."""
 
     def too_much(*_: object) -> None:
         torch.empty(1 << 50, dtype=torch.uint8, device=device.torch_device)  # a pebibyte
@@ -413,15 +405,14 @@ CHECKS = (exactness, precision, synchronisation, out_of_memory)
 
 
 def check(device: Device) -> list[Check]:
-    """Run every check; one that raises has failed and says with what."""
+    """Run every check; one that raises has failed, with its error as the answer."""
     answers = []
-    for question in CHECKS:
+    for run in CHECKS:
         try:
-            answers.append(question(device))
-        except Exception as error:  # whatever breaks on a device is an answer
-            answers.append(
-                Check(question.__name__, False, f"{type(error).__name__}: {error}".splitlines()[0])
-            )
+            answers.append(run(device))
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            answers.append(Check(run.__name__, False, reason))
     return answers
 
 
@@ -441,12 +432,12 @@ def write(device: Device, answers: list[Check]) -> str:
 
 
 def check_main(argv: Sequence[str] | None = None) -> int:
-    """Check that a device computes what the study says; print the answers. Returns 0 if all passed."""
+    """Check that a device computes correctly; print the answers. Returns 0 if all passed."""
     parser = Parser(prog="python -m reclib check", description=(check_main.__doc__ or "").split(";")[0])
     parser.add_argument("gpu", nargs="?", default="auto", help="auto, cpu or a gpu label (auto)")
-    given = parser.parse_args(argv)
+    options = parser.parse_args(argv)
     try:
-        device = hardware.resolve(given.gpu)
+        device = hardware.resolve(options.gpu)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,7 +1,7 @@
-"""What a dataset is, for notebook 01: results that it records, and tables of how it was prepared.
+"""Statistics of a dataset for notebook 01: results to record, and tables of its preparation.
 
-Results are counted from the memory-mapped arrays in portions: beside these it takes a few bytes per
-interaction and some numbers per user and per item. Tables are made from the manifest of the preparation.
+Results are counted from the memory-mapped arrays in portions, with a few bytes of memory per interaction,
+user and item. Tables are made from the manifest of the preparation.
 """
 
 from __future__ import annotations
@@ -32,14 +32,8 @@ COUNTS = ("users", "items", "interactions")
 
 
 def described(dataset: Dataset, divided: Mapping[str, Split]) -> list[Result]:
-    """Return all results on a dataset and its splits; without times those about time are left out."""
-    results = [
-        steps(dataset),
-        lengths(dataset),
-        popularity(dataset),
-        repeats(dataset),
-        cold(dataset, divided),
-    ]
+    """Return all results on a dataset and its splits; those about time need a dataset with times."""
+    results = [count(dataset) for count in (steps, lengths, popularity, repeats)] + [cold(dataset, divided)]
     if dataset.times is not None:
         results += [over_time(dataset, divided), ties(dataset)]
         results += [last_items(dataset)] if evaluated_users(dataset).size else []
@@ -68,18 +62,18 @@ def lengths(dataset: Dataset) -> Result:
 
 
 def popularity(dataset: Dataset) -> Result:
-    """Count interactions of each item by popularity rank, and say how unequal they are.
+    """Count interactions of each item by popularity rank, and compute their Gini coefficient.
 
-    The Gini coefficient is 0 where all items are met equally often and near 1 where one has all. Of
-    a large catalogue the series keeps ranks at equal steps of their logarithm.
+    It is 0 if all items occur equally often and near 1 if one item has all interactions. The series has at
+    most `CURVE_POINTS` ranks, at equal steps of their logarithm.
     """
     counts = np.sort(_per_item(dataset))[::-1]
-    held = np.cumsum(counts) / counts.sum()  # share of interactions that the top items hold
-    area = (held.sum() - 0.5) / counts.size  # under that curve, by trapezoids: (1 + Gini) / 2
+    shares = np.cumsum(counts) / counts.sum()  # share of interactions that the top items hold
+    area = (shares.sum() - 0.5) / counts.size  # under that curve, by trapezoids: (1 + Gini) / 2
     ranks = np.unique(np.round(np.geomspace(1, counts.size, CURVE_POINTS))).astype(np.int64)
     metrics = {
         "gini": float(2 * area - 1),
-        "top_tenth_share": float(held[max(1, counts.size // 10) - 1]),
+        "top_tenth_share": float(shares[max(1, counts.size // 10) - 1]),
         "most_popular": int(counts[0]),
         "least_popular": int(counts[-1]),
     }
@@ -87,7 +81,7 @@ def popularity(dataset: Dataset) -> Result:
         "rank": ranks.tolist(),
         "interactions": counts[ranks - 1].tolist(),
         "item_share": (ranks / counts.size).tolist(),
-        "interaction_share": held[ranks - 1].tolist(),
+        "interaction_share": shares[ranks - 1].tolist(),
     }
     return Result("item_popularity", metrics, series=series)
 
@@ -95,8 +89,8 @@ def popularity(dataset: Dataset) -> Result:
 def repeats(dataset: Dataset) -> Result:
     """Return the share of interactions with an item that the user had before, and of such test targets.
 
-    An exact duplicate has the same user, item and time as an earlier row. What the rule `duplicates`
-    removed is not counted.
+    An exact duplicate has the same user, item and time as an earlier row. Duplicates that were removed by the
+    rule `duplicates` are not counted.
     """
     again = np.zeros(dataset.num_interactions, dtype=bool)
     exact = 0
@@ -109,52 +103,52 @@ def repeats(dataset: Dataset) -> Result:
     shares = {"repeat_share": ("interactions with an item that the user had before", again.mean())}
     shares["in_a_row_share"] = ("of the same item twice in a row", in_a_row.sum() / again.size)
     if dataset.times is not None:
-        what = "with the same timestamp too: exact duplicates"
-        shares["exact_duplicate_share"] = (what, exact / again.size)
-    of_targets = targets.mean() if targets.size else 0.0
-    shares["repeat_target_share"] = ("test targets that the user had before", of_targets)
+        label = "with the same timestamp too: exact duplicates"
+        shares["exact_duplicate_share"] = (label, exact / again.size)
+    target_share = targets.mean() if targets.size else 0.0
+    shares["repeat_target_share"] = ("test targets that the user had before", target_share)
     return _shares("repeats", shares)
 
 
 def ties(dataset: Dataset) -> Result:
-    """Return the share of what is ordered by the tie rule alone, since timestamps are equal.
+    """Return the shares of interactions and test targets that only the tie rule orders, for equal timestamps.
 
-    Without times it is unknown. How many neighbours ascend by item id shows then whether the order is one of
-    time at all: about half do where it is.
+    Without times they are unknown. The share of neighbours that ascend by item id tells if the order is one
+    of time: then it is about half.
     """
     tied = dataset.manifest["ties"]
     shares = {}
     if tied["interactions"] is not None:
-        what = "interactions with the timestamp of another of the same user"
-        shares["tied_interaction_share"] = (what, tied["interactions"] / dataset.num_interactions)
-        what = "test targets that could change places with the item before"
+        label = "interactions with the timestamp of another of the same user"
+        shares["tied_interaction_share"] = (label, tied["interactions"] / dataset.num_interactions)
+        label = "test targets that could change places with the item before"
         targets = tied["test_targets"] / max(evaluated_users(dataset).size, 1)
-        shares["tied_test_target_share"] = (what, targets)
+        shares["tied_test_target_share"] = (label, targets)
     for name in ("ascending_share", "tied_ascending_share"):
         if tied[name] is not None:
-            of = "neighbours" if name == "ascending_share" else "neighbours with equal timestamps"
-            shares[name] = (f"{of} in a history that ascend by item id", tied[name])
+            label_of = "neighbours" if name == "ascending_share" else "neighbours with equal timestamps"
+            shares[name] = (f"{label_of} in a history that ascend by item id", tied[name])
     return _shares("tied_timestamps", shares)
 
 
 def _shares(name: str, shares: Mapping[str, tuple[str, float]]) -> Result:
     metrics = {key: float(share) for key, (_, share) in shares.items()}
-    what = [what for what, _ in shares.values()]
-    return Result(name, metrics, series={"what": what, "share": [*metrics.values()]})
+    labels = [labels for labels, _ in shares.values()]
+    return Result(name, metrics, series={"what": labels, "share": [*metrics.values()]})
 
 
 def last_items(dataset: Dataset) -> Result:
-    """Count evaluated users by how many different items share the last timestamp of their history.
+    """Count evaluated users by the number of different items at the last timestamp of their history.
 
-    With one, the test target is certain; with more, the tie rule chooses it. Runs of more than
-    `LONG_RUN` are counted as `LONG_RUN`. Raises `InputError` for a dataset without times.
+    With one, the test target is certain; with several, the tie rule chooses it. Numbers above `LONG_RUN`
+    are counted as `LONG_RUN`. Raises `InputError` for a dataset without times.
     """
     times = _times(dataset)
     candidates = np.ones(dataset.num_users, dtype=np.int64)
     for _, frame in _portions(dataset):
         tied = frame[frame["time"] == times[dataset.offsets[frame["user"] + 1] - 1]]
-        found = tied.groupby("user")["item"].nunique()
-        candidates[found.index] = found
+        items = tied.groupby("user")["item"].nunique()
+        candidates[items.index] = items
     candidates = candidates[evaluated_users(dataset)]
     runs, users = np.unique(np.minimum(candidates, LONG_RUN), return_counts=True)
     metrics = {
@@ -165,10 +159,10 @@ def last_items(dataset: Dataset) -> Result:
 
 
 def over_time(dataset: Dataset, divided: Mapping[str, Split]) -> Result:
-    """Count interactions, and users and items met for the first time, in equal spans of time.
+    """Count interactions, new users and new items in equal spans of time.
 
-    Metrics hold the time points of the global split in seconds where `divided` has one. Raises
-    `InputError` for a dataset without times.
+    Metrics include the time points of the global split, in seconds, if `divided` has one. Raises `InputError`
+    for a dataset without times.
     """
     times = _times(dataset)
     joined = times[dataset.offsets[:-1]]
@@ -204,45 +198,46 @@ def divisions(dataset: Dataset, seed: int) -> dict[str, Split]:
 
 
 def cold(dataset: Dataset, divided: Mapping[str, Split]) -> Result:
-    """Return the share of rows of each split whose target, or whose user, training has never seen."""
+    """Return for each split the shares of rows whose target or whose user is not in training."""
     metrics: dict[str, float] = {}
     rows = []
     for name, split in divided.items():
-        known = _items_met(dataset, split.train)
-        trained = np.zeros(dataset.num_users, dtype=bool)
-        trained[splits.row_users(dataset, split.train)] = True
-        metrics[f"{name}_items_unseen_share"] = float(1 - known[1:].mean())
+        trained_items = _items_of(dataset, split.train)
+        trained_users = np.zeros(dataset.num_users, dtype=bool)
+        trained_users[splits.row_users(dataset, split.train)] = True
+        metrics[f"{name}_items_unseen_share"] = float(1 - trained_items[1:].mean())
         for part in ("valid", "test"):
-            of = getattr(split, part)
-            seen = known[of.targets], trained[splits.row_users(dataset, of.histories)]
-            shares = [float((~one).mean()) if one.size else 0.0 for one in seen]
-            rows.append((split.name, part, of.targets.size, *shares))
+            evaluation = getattr(split, part)
+            users = splits.row_users(dataset, evaluation.histories)
+            is_known = trained_items[evaluation.targets], trained_users[users]
+            shares = [float((~flags).mean()) if flags.size else 0.0 for flags in is_known]
+            rows.append((split.name, part, evaluation.targets.size, *shares))
         metrics[f"{name}_unseen_item_share"], metrics[f"{name}_unseen_user_share"] = shares  # of the test
     table = pd.DataFrame(rows, columns=["split", "part", "rows", "unseen_item_share", "unseen_user_share"])
     return Result("cold", metrics, series={str(name): table[name].tolist() for name in table})
 
 
 def _portions(dataset: Dataset) -> Iterator[tuple[slice, pd.DataFrame]]:
-    """Yield whole histories of about `PORTION` interactions: where they are, their user, item and time."""
-    first = 0
-    while first < dataset.num_users:
-        after = int(np.searchsorted(dataset.offsets, dataset.offsets[first] + PORTION, side="right")) - 1
-        after = max(first + 1, min(after, dataset.num_users))
-        part = slice(*dataset.offsets[[first, after]].tolist())
-        owner = np.repeat(np.arange(first, after), dataset.lengths[first:after])
+    """Yield whole histories in portions of about `PORTION` interactions: a slice; user, item and time."""
+    user = 0
+    while user < dataset.num_users:
+        after = int(np.searchsorted(dataset.offsets, dataset.offsets[user] + PORTION, side="right")) - 1
+        after = max(user + 1, min(after, dataset.num_users))
+        part = slice(*dataset.offsets[[user, after]].tolist())
+        owner = np.repeat(np.arange(user, after), dataset.lengths[user:after])
         columns = {"user": owner, "item": dataset.items[part]}
         yield part, pd.DataFrame(columns | ({} if dataset.times is None else {"time": dataset.times[part]}))
-        first = after
+        user = after
 
 
-def _items_met(dataset: Dataset, histories: Histories) -> np.ndarray:
+def _items_of(dataset: Dataset, histories: Histories) -> np.ndarray:
     """Return bool (num_items + 1,): whether an item is in any of the histories."""
-    known = np.zeros(dataset.num_items + 1, dtype=bool)
+    present = np.zeros(dataset.num_items + 1, dtype=bool)
     rows = max(1, PORTION >> 6)
     for begin in range(0, len(histories.starts), rows):
         starts, ends = (side[begin : begin + rows] for side in (histories.starts, histories.ends))
-        known[dataset.items[Histories(dataset.items, starts, ends).places()]] = True
-    return known
+        present[dataset.items[Histories(dataset.items, starts, ends).places()]] = True
+    return present
 
 
 def _per_item(dataset: Dataset) -> np.ndarray:
@@ -269,7 +264,7 @@ def date_text(dataset: Dataset, time: float) -> str:
 
 
 def example_users(dataset: Dataset, seed: int, count: int = 3) -> list[int]:
-    """Draw distinct users, in ascending order, of those that have targets unless there are none."""
+    """Draw distinct users with targets, or any users if none has; return them in ascending order."""
     users = evaluated_users(dataset)
     users = users if users.size else np.arange(dataset.num_users)
     drawn = np.random.default_rng(seed).choice(users, min(count, users.size), replace=False)
@@ -277,7 +272,7 @@ def example_users(dataset: Dataset, seed: int, count: int = 3) -> list[int]:
 
 
 def history(dataset: Dataset, user: int, last: int = 8) -> pd.DataFrame:
-    """Tabulate the last interactions of a user: position, item id, title and what each is for."""
+    """Tabulate the last interactions of a user: position, item id, title and use."""
     first, end = dataset.offsets[user : user + 2].tolist()
     start = max(first, end - last)
     items = dataset.items[start:end].tolist()
@@ -293,41 +288,41 @@ def history(dataset: Dataset, user: int, last: int = 8) -> pd.DataFrame:
 
 
 def reading(dataset: Dataset) -> pd.DataFrame:
-    """Tabulate what was read, how, and by which rules, as the manifest has it."""
+    """Tabulate the source, how it was read, and the rules of the preparation, from the manifest."""
     manifest = dataset.manifest
     core, rules, passes = manifest["core"], manifest["rules"], len(manifest["core"]["passes"])
-    shown = {name: value for name, value in manifest["source"].items() if name != "published_counts"}
-    shown |= {"lines": manifest["reading"]["lines"], "time unit": manifest["time_unit"]}
-    shown |= {"order": rules["order"], "duplicates": rules["duplicates"]}
-    shown["k-core"] = f"{core['min_user']} per user, {core['min_item']} per item, {core['rule']}"
-    shown["k-core passes"] = f"{passes}" if passes else "none: it was a k-core already"
-    shown["fingerprint"] = dataset.fingerprint
-    return pd.DataFrame({"": {name: _readable(value) for name, value in shown.items()}})
+    rows = {name: value for name, value in manifest["source"].items() if name != "published_counts"}
+    rows |= {"lines": manifest["reading"]["lines"], "time unit": manifest["time_unit"]}
+    rows |= {"order": rules["order"], "duplicates": rules["duplicates"]}
+    rows["k-core"] = f"{core['min_user']} per user, {core['min_item']} per item, {core['rule']}"
+    rows["k-core passes"] = f"{passes}" if passes else "none: it was a k-core already"
+    rows["fingerprint"] = dataset.fingerprint
+    return pd.DataFrame({"": {name: _readable(value) for name, value in rows.items()}})
 
 
 def rejected(dataset: Dataset) -> pd.DataFrame:
-    """Tabulate the lines that were no valid interactions, by reason; empty where all were valid."""
+    """Count the rejected lines by reason; empty if all lines were valid."""
     counts, lines = dataset.manifest["reading"]["rejected"], dataset.manifest["reading"]["lines"]
     rows = [(reason, count, f"{100 * count / lines:.2g}%") for reason, count in counts.items()]
     return pd.DataFrame(rows, columns=["rejected because", "lines", "share"]).set_index("rejected because")
 
 
 def rejected_examples(dataset: Dataset) -> pd.DataFrame:
-    """Tabulate the first rejected lines: number, what is wrong, how the line begins."""
+    """Tabulate the first rejected lines: number, reason, and beginning of the line."""
     examples = dataset.manifest["reading"]["rejected_examples"]
     return pd.DataFrame(examples, columns=["line", "reason", "text"]).set_index("line")
 
 
 def counts(dataset: Dataset) -> pd.DataFrame:
-    """Tabulate the counts after each step, with the published ones beside the source where known."""
+    """Tabulate the counts after each step, and the published counts of the source if known."""
     rows = list(dataset.manifest["steps"])
-    if known := published(dataset):
-        rows.insert(1, {"step": "published", **known})
+    if source_counts := published(dataset):
+        rows.insert(1, {"step": "published", **source_counts})
     return pd.DataFrame(rows).set_index("step").map(_readable)
 
 
 def published(dataset: Dataset) -> dict[str, int]:
-    """Return the published counts of a public dataset's source; none for a file of one's own."""
+    """Return the published counts of a public dataset's source; empty for a user's file."""
     source = dataset.manifest["source"]
     if source.get("origin") in ("file", "synthetic"):
         return {}
@@ -336,14 +331,14 @@ def published(dataset: Dataset) -> dict[str, int]:
 
 
 def cores(dataset: Dataset, config: DataConfig) -> pd.DataFrame:
-    """Tabulate what each rule of the k-core leaves: the fixed point, and the seed study's single pass.
+    """Tabulate the counts after each rule of the k-core: the fixed point, and the seed study's single pass.
 
-    The other rule means preparing the source again. That is left out for a prepared folder, which
-    has forgotten what it removed, and for a source of more than `CHEAP_INTERACTIONS`.
+    For the other rule the source is prepared again. That is skipped for a prepared folder, which lacks the
+    removed rows, and for a source of more than `CHEAP_INTERACTIONS`.
     """
-    made = dataset.manifest["core"]["rule"]
-    other = "single_pass" if made == "fixed_point" else "fixed_point"
-    rows = {made: _core(dataset)}
+    rule = dataset.manifest["core"]["rule"]
+    other = "single_pass" if rule == "fixed_point" else "fixed_point"
+    rows = {rule: _core(dataset)}
     if dataset.manifest["steps"][0]["interactions"] > CHEAP_INTERACTIONS:
         rows[other] = {"passes": "not computed: the source is large"}
     elif prepared_folder(config) is not None:
@@ -357,7 +352,7 @@ def cores(dataset: Dataset, config: DataConfig) -> pd.DataFrame:
 
 
 def about_splits(dataset: Dataset, divided: Mapping[str, Split]) -> pd.DataFrame:
-    """Tabulate what each split says of itself: counts, time points as dates, what was left out."""
+    """Tabulate the description of each split: counts, time points as dates, rows left out."""
     columns = {}
     for split in divided.values():
         rows: dict[str, Any] = {}
@@ -375,7 +370,7 @@ def downloads() -> pd.DataFrame:
     rows = []
     for entry in fetch.catalogue().values():
         row: dict[str, Any] = {"name": entry.name}
-        row |= {what: entry.counts.get(what) for what in ("interactions", "users", "items")}
+        row |= {unit: entry.counts.get(unit) for unit in ("interactions", "users", "items")}
         row["download, MB"] = entry.bytes and round(entry.bytes / 1e6, 1)
         rows.append(row | {"format": entry.format, "licence": entry.licence})
     return pd.DataFrame(rows).set_index("name").map(lambda value: _readable(value) or "unknown")
@@ -390,13 +385,13 @@ def _core(dataset: Dataset) -> dict[str, Any]:
     row = {name: value for name, value in _after_core(dataset).items() if name != "step"}
     row["users below min_user"] = int((dataset.lengths < core["min_user"]).sum())
     row["items below min_item"] = int((_per_item(dataset) < core["min_item"]).sum())
-    left = " → ".join(f"{count:,}" for count in core["passes"])
-    return row | {"passes": left or "none: it was a k-core already"}
+    passes = " → ".join(f"{count:,}" for count in core["passes"])
+    return row | {"passes": passes or "none: it was a k-core already"}
 
 
 def _readable(value: Any) -> Any:
-    """Return whole numbers with their thousands marked, what is missing as nothing."""
+    """Return whole numbers with thousands separators, and missing values as an empty string."""
     if value is None or value != value:
         return ""
-    whole = isinstance(value, int | np.integer) or (isinstance(value, float) and value.is_integer())
-    return f"{int(value):,}" if whole and not isinstance(value, bool) else value
+    is_whole = isinstance(value, int | np.integer) or (isinstance(value, float) and value.is_integer())
+    return f"{int(value):,}" if is_whole and not isinstance(value, bool) else value

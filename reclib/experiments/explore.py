@@ -1,8 +1,8 @@
-"""The panels of notebook 07: what a run would cost, any result against any other, and recommendations.
+"""The panels of notebook 07: the cost of a run, any result against any other, and recommendations.
 
-A panel is a set of controls over pure functions, drawn anew on each change. The notebook calls the same
-functions for the static outputs under each panel, so that a reader without a kernel sees them too. Every
-panel shows its state as YAML that the notebook takes as parameters.
+A panel is a set of controls over pure functions, redrawn on each change. The notebook calls the same
+functions for the static outputs under each panel, which are visible without a kernel. Every panel shows its
+state as YAML that the notebook accepts as parameters.
 
 Shapes: I real items, K experts of iLoRA, k recommendations.
 """
@@ -46,7 +46,7 @@ from reclib.train.trainer import Trainer
 
 
 class Panel(ipw.VBox):
-    """Controls above what they draw. `follow` maps a control to what else it sets before the drawing."""
+    """Controls above their outputs. `follow` maps a control to a function that updates other controls."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class Panel(ipw.VBox):
         draw: Callable[[], Sequence[Any]],
         follow: Mapping[ipw.Widget, Callable[[], None]],
     ) -> None:
-        self._draw, self._follow, self._held = draw, follow, False
+        self._draw, self._follow, self._updating = draw, follow, False
         self.shown = ipw.Output()
         for control in controls:
             control.observe(self._changed, "value")
@@ -65,35 +65,35 @@ class Panel(ipw.VBox):
         return "Controls: run this cell with a kernel, in JupyterLab. Below is what they show at first."
 
     def _changed(self, change: Mapping[str, Any]) -> None:
-        if self._held:
+        if self._updating:
             return
-        self._held = True
+        self._updating = True
         try:
             self._follow.get(change["owner"], lambda: None)()
         finally:
-            self._held = False
+            self._updating = False
         self._redraw()
 
     def _redraw(self) -> None:
         try:
-            things = self._draw()
-        except InputError as error:  # no choice is a crash
-            things = [f"<p><b>{escape(str(error))}</b></p>"]
-        # Set, not captured: nothing flickers, and it is the same from a callback and from a cell.
-        self.shown.outputs = tuple(_output(thing) for thing in things)
+            contents = self._draw()
+        except InputError as error:  # a wrong choice is shown, not raised
+            contents = [f"<p><b>{escape(str(error))}</b></p>"]
+        # Set instead of captured: that does not flicker, and works from callbacks and cells alike.
+        self.shown.outputs = tuple(_output(content) for content in contents)
 
 
-def _output(thing: go.Figure | str) -> dict[str, Any]:
+def _output(content: go.Figure | str) -> dict[str, Any]:
     """Return a figure, or a text of HTML, as an output of a notebook."""
-    data: dict[str, Any] = {"text/html": thing}
-    if not isinstance(thing, str):
-        data = {"application/vnd.plotly.v1+json": json.loads(thing.to_json())}
+    data: dict[str, Any] = {"text/html": content}
+    if not isinstance(content, str):
+        data = {"application/vnd.plotly.v1+json": json.loads(content.to_json())}
     return {"output_type": "display_data", "data": data, "metadata": {}}
 
 
-def _control(kind: type[ipw.Widget], description: str, **given: Any) -> Any:
+def _control(kind: type[ipw.Widget], description: str, **settings: Any) -> Any:
     layout = {"width": "27em", "max_width": "100%"}
-    return kind(description=description, style={"description_width": "8em"}, layout=layout, **given)
+    return kind(description=description, style={"description_width": "8em"}, layout=layout, **settings)
 
 
 def _stops(values: Sequence[float], value: float) -> list[tuple[str, float]]:
@@ -109,13 +109,12 @@ def _folded(text: str) -> str:
     return f"<details><summary>as parameters of this notebook</summary><pre>{escape(text)}</pre></details>"
 
 
-# -- what would it cost? -------------------------------------------------------------------------------------
+# -- the cost of a run ---------------------------------------------------------------------------------------
 
 PREFIX = "plan_"  # of the notebook's parameters
-
 ADAPTERS = ("none", "lora", "rslora", "gated", "ilora")
 
-# Fields of `Asked` with a slider: its description, and where it stops beside the notebook's own value.
+# Sliders of fields of `Asked`: description, and stops beside the notebook's own value.
 _SLIDERS: dict[str, tuple[str, Sequence[float]]] = {
     "items": ("catalogue", (1349, 3416, 10_000, 18_345, 50_000, 159_748, 500_000, 1_000_000, 5_000_000)),
     "mean_len": ("mean length", (5.0, 7.0, 9.25, 15.0, 30.0, 60.0, 100.0, 165.0, 300.0)),
@@ -127,12 +126,12 @@ _SLIDERS: dict[str, tuple[str, Sequence[float]]] = {
 
 
 def data_of(p: Explore) -> dict[str, str]:
-    """Return name and fingerprint of the histories that are planned for."""
+    """Return name and fingerprint of the planned histories."""
     return {"name": "synthetic", "fingerprint": params_hash({"mean_len": p.plan_mean_len})}
 
 
 def asked(p: Explore) -> Asked:
-    """Return the run that the notebook's parameters ask for."""
+    """Return the run of the notebook's parameters."""
     return Asked(**{name: getattr(p, PREFIX + name) for name in Asked.__dataclass_fields__})
 
 
@@ -143,7 +142,7 @@ def plan_as_parameters(run: Asked) -> str:
 
 def cost_panel(run: Asked) -> Panel:
     """Return menus and sliders for a training run and a device, over its predicted time and memory."""
-    first = asdict(run) | {"items": run.model().num_items, "price": run.price or 0.0}
+    initial = asdict(run) | {"items": run.model().num_items, "price": run.price or 0.0}
     menus = {
         "device": planner.device_labels(),
         "size": [name for name in SIZES if not name.startswith("w") or name == run.size],
@@ -151,19 +150,19 @@ def cost_panel(run: Asked) -> Panel:
         "adapter": ADAPTERS,
     }
     controls = {
-        name: _control(ipw.Dropdown, name, options=options, value=first[name])
+        name: _control(ipw.Dropdown, name, options=options, value=initial[name])
         for name, options in menus.items()
     }
     for name, (description, values) in _SLIDERS.items():
-        given = {"options": _stops(values, first[name]), "value": first[name], "continuous_update": False}
-        controls[name] = _control(ipw.SelectionSlider, description, **given)
-    controls["price"] = _control(ipw.BoundedFloatText, "price an hour", value=first["price"], max=1e6)
+        slider = {"options": _stops(values, initial[name]), "value": initial[name]}
+        controls[name] = _control(ipw.SelectionSlider, description, continuous_update=False, **slider)
+    controls["price"] = _control(ipw.BoundedFloatText, "price an hour", value=initial["price"], max=1e6)
     controls["tied"] = _control(ipw.Checkbox, "one item table (tied)", value=run.tied)
 
     def other_size() -> None:
-        own = SIZES[controls["size"].value]
-        controls["items"].options = _stops(_SLIDERS["items"][1], own["num_items"])
-        controls["items"].value, controls["tied"].value = own["num_items"], own["tied"]
+        size = SIZES[controls["size"].value]
+        controls["items"].options = _stops(_SLIDERS["items"][1], size["num_items"])
+        controls["items"].value, controls["tied"].value = size["num_items"], size["tied"]
 
     def other_device() -> None:
         precision = controls["precision"]
@@ -171,17 +170,17 @@ def cost_panel(run: Asked) -> Panel:
         precision.value = before if before in precision.options else "auto"
 
     def draw() -> list[Any]:
-        now = Asked(**{name: control.value for name, control in controls.items()})
-        plan = planner.plan_of(now)
-        everywhere = speed_figures.by_device(planner.table(now, planner.every_plan(now)))
-        return [summary(now, plan), speed_figures.parts(plan), everywhere, _folded(plan_as_parameters(now))]
+        choice = Asked(**{name: control.value for name, control in controls.items()})
+        plan = planner.plan_of(choice)
+        every = speed_figures.by_device(planner.table(choice, planner.every_plan(choice)))
+        return [summary(choice, plan), speed_figures.parts(plan), every, _folded(plan_as_parameters(choice))]
 
     follow = {controls["size"]: other_size, controls["device"]: other_device}
     return Panel(list(controls.values()), draw, follow)
 
 
 def plans(run: Asked) -> list[Result]:
-    """Return the plan of a run for every device as results."""
+    """Return the plans of a run for every device as results."""
     results = []
     for plan in planner.every_plan(run):
         counted = Result("plan", planner.counted(plan), planner.about(run, plan), planner.series(plan))
@@ -191,25 +190,24 @@ def plans(run: Asked) -> list[Result]:
 
 
 def summary(run: Asked, plan: Plan) -> str:
-    """Return a plan as HTML: how much is trained, then the lines of `planner.report`."""
+    """Return a plan as HTML: the number of parameters, then the lines of `planner.report`."""
     model, adapter = run.model(), run.narrow()
-    what = f"{si(sum(work.parameters(model).values()))} parameters"
+    count = f"{si(sum(work.parameters(model).values()))} parameters"
     if adapter is not None:
         trained = si(work.trained_parameters(model, adapter))
-        what = f"{trained} of {what} trained: {run.adapter}, rank {run.rank}"
-    lines = [f"{run.size}: {what}", *planner.report(plan)]
+        count = f"{trained} of {count} trained: {run.adapter}, rank {run.rank}"
+    lines = [f"{run.size}: {count}", *planner.report(plan)]
     return f"<pre>{escape(chr(10).join(lines))}</pre>"
 
 
 # -- any result against any other ----------------------------------------------------------------------------
 
 COLORS = ("model", "label", "dataset", "profile", "size", "precision", "compile_mode", "protocol", "seed")
-
-_LOG_FROM = 30  # ratio of the largest value to the smallest from which an axis is logarithmic
+_LOG_FROM = 30  # ratio of the largest value to the smallest above which an axis is logarithmic
 
 
 class Selection(NamedTuple):
-    """What to draw, as the notebook's parameters of the same names say it."""
+    """Axes, colour and devices of a figure; fields are parameters of the notebook."""
 
     result: str  # name of the records
     x: str
@@ -224,9 +222,9 @@ def results(records: Iterable[Record]) -> dict[str, int]:
 
 
 def frame(records: Sequence[Record], result: str) -> pd.DataFrame:
-    """Return a row for each record of a kind: its numbers, its settings and its origin; smoke runs first.
+    """Return a row for each record of a kind: its numbers, settings and origin; smoke runs first.
 
-    Series are left out: curves have figures of their own. Raises `InputError` where there is no record.
+    Series are left out. Raises `InputError` if there is no record.
     """
     rows = [_row(record) for record in records if record["name"] == result]
     if not rows:
@@ -234,29 +232,28 @@ def frame(records: Sequence[Record], result: str) -> pd.DataFrame:
         raise InputError(
             f"no record of {result!r}{nearest(result, names)}; there are: {', '.join(names) or 'none'}"
         )
-    return pd.DataFrame(rows).sort_values(
-        "profile", key=lambda names: names.map(PROFILES.index), kind="stable"
-    )
+    order: dict[str, Any] = {"key": lambda names: names.map(PROFILES.index), "kind": "stable"}
+    return pd.DataFrame(rows).sort_values("profile", **order)
 
 
 def _row(record: Record) -> dict[str, Any]:
     def part(name: str) -> Mapping[str, Any]:
         return record.get(name) or {}
 
-    run, own = part("configuration"), part("own_params")
+    run, params = part("configuration"), part("own_params")
     settings: dict[str, Any] = {}
-    for values in (part("params"), run.get("model") or {}, run.get("train") or {}, own):
+    for values in (part("params"), run.get("model") or {}, run.get("train") or {}, params):
         settings |= {key: value for key, value in values.items() if isinstance(value, str | int | float)}
     origin = {name: record.get(name) for name in ("notebook", "kind", "label", "profile", "seed")}
     origin |= {"device": part("device").get("name"), "torch": part("versions").get("torch")}
-    origin |= {"dataset": part("data").get("name"), "model": model_name(str(own.get("model", "bert4rec")))}
+    origin |= {"dataset": part("data").get("name"), "model": model_name(str(params.get("model", "bert4rec")))}
     origin |= {"commit": (part("git").get("commit") or "")[:10], "day": str(record.get("time") or "")[:10]}
     text = "<br>".join(f"{key}: {value}" for key, value in origin.items() if value not in (None, ""))
     return {**part("metrics"), **part("timings"), **settings, **origin, "origin": text}
 
 
 def numbers(rows: pd.DataFrame) -> list[str]:
-    """Return the columns that can be an axis: numbers with at least two values, ends of intervals apart."""
+    """Return the columns that can be an axis: numbers with several values, without ends of intervals."""
     return [
         str(name)
         for name, column in rows.items()
@@ -267,13 +264,13 @@ def numbers(rows: pd.DataFrame) -> list[str]:
 
 
 def colors(rows: pd.DataFrame) -> list[str]:
-    """Return the columns that colours can tell apart, those with several values first."""
+    """Return the columns that can be a colour, those with several values first."""
     present = [name for name in COLORS if name in rows and rows[name].notna().any()]
     return sorted(present, key=lambda name: rows[name].nunique() < 2)
 
 
 def first_selection(records: Sequence[Record], result: str) -> Selection:
-    """Return a choice of axes to begin with; raise `InputError` where a result has fewer than two numbers."""
+    """Return a default choice of axes; raise `InputError` if a result has fewer than two numbers."""
     rows = frame(records, result)
     axes = numbers(rows)
     if len(axes) < 2:
@@ -282,7 +279,7 @@ def first_selection(records: Sequence[Record], result: str) -> Selection:
 
 
 def scatter(records: Sequence[Record], selection: Selection) -> go.Figure:
-    """Return the selected numbers, a point for each record, hollow where predicted; hovering says its origin.
+    """Return a scatter plot with a point for each record, hollow if predicted; hovering shows its origin.
 
     Raises `InputError` for a result, an axis, a colour or a label that is not present.
     """
@@ -329,7 +326,7 @@ def scatter(records: Sequence[Record], selection: Selection) -> go.Figure:
 
 
 def _spoken(column: str) -> str:
-    """Return a column's name for people: `valid_hr@10` is "validation HR@10"."""
+    """Return a readable name of a column: "validation HR@10" for `valid_hr@10`."""
     words = (word.upper() if "@" in word or word == "mrr" else word for word in column.split("_"))
     return " ".join("validation" if word == "valid" else word for word in words)
 
@@ -345,108 +342,105 @@ def results_panel(records: Sequence[Record], selection: Selection) -> Panel:
     x, y, color = (_control(ipw.Dropdown, name) for name in ("across", "upwards", "colour"))
     labels = _control(ipw.SelectMultiple, "devices", rows=3)
 
-    def show(now: Selection) -> None:
-        rows = frame(records, now.result)
+    def show(selected: Selection) -> None:
+        rows = frame(records, selected.result)
         options = (numbers(rows), numbers(rows), colors(rows), sorted(set(rows["label"])))
-        for control, names, value in zip((x, y, color, labels), options, now[1:], strict=True):
+        for control, names, value in zip((x, y, color, labels), options, selected[1:], strict=True):
             control.options = names
             control.value = value
 
     def draw() -> list[Any]:
-        now = Selection(kind.value, x.value, y.value, color.value, list(labels.value))
-        return [scatter(records, now), _folded(_yaml(now._asdict()))]
+        selected = Selection(kind.value, x.value, y.value, color.value, list(labels.value))
+        return [scatter(records, selected), _folded(_yaml(selected._asdict()))]
 
-    scatter(records, selection)  # what is not there is an `InputError` here, before it is a control's value
+    scatter(records, selection)  # raises `InputError` for a value that no control offers
     show(selection)
-    return Panel(
-        [kind, x, y, color, labels], draw, {kind: lambda: show(first_selection(records, kind.value))}
-    )
+    follow = {kind: lambda: show(first_selection(records, kind.value))}
+    return Panel([kind, x, y, color, labels], draw, follow)
 
 
-# -- what would be recommended -------------------------------------------------------------------------------
+# -- recommendations -----------------------------------------------------------------------------------------
 #
-# A base that is kept under models/ is used where there is one of the dataset; else a small one is trained on
-# the past (`splits.divide`), in seconds. LoRA and iLoRA are trained on top of either on what came next.
+# The base is a model of the dataset under models/, if there is one; else a small one is trained on the past
+# (`splits.divide`) in seconds. LoRA and iLoRA are trained on top of it on the following period.
 
 ARMS = {"base": "base", "lora": "LoRA", "ilora": "iLoRA"}
-
-OFFERED = 5000  # titles that the control for adding one completes
-
+OFFERED = 5000  # titles offered by the control that adds one
 _LETTERS = 44  # of a title in a table
 
 
 class User(NamedTuple):
-    """One user of the last window, on which nothing was trained."""
+    """A user of the test window, which is not trained on."""
 
-    history: tuple[int, ...]  # item ids, oldest first: all before the target
-    target: int | None  # the item that came next; None: the base may have learnt from it
+    history: tuple[int, ...]  # item ids before the target, oldest first
+    target: int | None  # the next item; None: the base may have been trained on it
 
 
 @dataclass(frozen=True)
 class Lineup:
-    """A base and its adapters, the catalogue that they know, and users to try them on."""
+    """A base and its adapters, their catalogue, and users to try them on."""
 
     models: dict[str, Bert4Rec | AdaptedModel]  # by name of `ARMS`
-    gated: Trainer  # that of iLoRA
-    gates: np.ndarray  # float64 (histories, K) of the last window: what is usual
-    titles: list[str]  # by item id, each once; of PAD ""
-    keys: list[str]  # raw ids, likewise
-    counts: np.ndarray  # int64 (I + 1,): how often each item is in the data
+    gated: Trainer  # of iLoRA
+    gates: np.ndarray  # float64 (histories, K): gates of the test window, for comparison
+    titles: list[str]  # by item id, all different; "" for PAD
+    keys: list[str]  # raw ids by item id
+    counts: np.ndarray  # int64 (I + 1,): interactions of each item
     users: dict[str, User]  # by raw id
-    about: str  # what the models are, in a sentence or two
+    about: str  # a description of the models
 
 
 def lineup(p: Explore, dataset: Dataset, device: Device) -> Lineup:
     """Load or train the base, train both adapters on top of it, and return them with the users.
 
-    What was trained before with the same code, data and parameters is loaded. Raises `InputError` where the
-    data have no times.
+    Models trained before with the same code, data and parameters are loaded. Raises `InputError` if the data
+    have no times.
     """
     settings = _adaptation(p)
-    whole, (task,) = adaptation.tasks_of(settings, dataset)
+    periods, (task,) = adaptation.tasks_of(settings, dataset)
     name = kept_model(p.kept_model, dataset)
-    amounts = whole.about["interactions"]
+    amounts = periods.about["interactions"]
     if name is None:
-        base = adaptation.train_base(settings, dataset, whole, device, p.seed).model
-        about = (
+        base = adaptation.train_base(settings, dataset, periods, device, p.seed).model
+        source = (
             f"Base: size {p.size}, trained here for {p.epochs} epochs on the {amounts['past']:,} "
             "interactions of the past: small, and trained for seconds. A way to try things out, no result."
         )
     else:
         base = saving.load_model(name).model.to(device.torch_device)
-        about = f"Base: {name}, kept under models/. It may have learnt what its users did next."
-    given = (base, dataset, task, device, p.seed, p.adapter_learning_rate)
-    lora, ilora = (adaptation.train_arm(settings, arm, *given)[0] for arm in ("lora", "ilora"))
+        source = f"Base: {name}, kept under models/. It may have learnt what its users did next."
+    arguments = (base, dataset, task, device, p.seed, p.adapter_learning_rate)
+    lora, ilora = (adaptation.train_arm(settings, arm, *arguments)[0] for arm in ("lora", "ilora"))
     keys = dataset.item_keys.tolist()
     titles = ["", *(dataset.title(item) for item in range(1, dataset.num_items + 1))]
-    often = Counter(titles)
+    title_counts = Counter(titles)
     return Lineup(
         models={"base": base.eval(), "lora": lora.model.eval(), "ilora": ilora.model.eval()},
         gated=ilora,
         gates=adaptation.expert_weights(ilora, task.split.test),
-        titles=[t if often[t] == 1 else f"{t} [{key}]" for t, key in zip(titles, keys, strict=True)],
+        titles=[t if title_counts[t] == 1 else f"{t} [{key}]" for t, key in zip(titles, keys, strict=True)],
         keys=keys,
         counts=np.bincount(dataset.items, minlength=dataset.num_items + 1),
-        users=_users(dataset, task.split.test, known=name is None),
-        about=f"{about} LoRA and iLoRA (rank {p.rank}, {p.num_experts} experts) were trained on top of it "
+        users=_users(dataset, task.split.test, with_target=name is None),
+        about=f"{source} LoRA and iLoRA (rank {p.rank}, {p.num_experts} experts) were trained on top of it "
         f"for {lora.total_steps} steps on the {amounts['adaptation']:,} interactions that came next.",
     )
 
 
 def _adaptation(p: Explore) -> ILora:
-    """Return the parameters of notebook 05 for the same adapters; all others are of its smoke profile."""
-    same = ("gpu", "dataset", "min_user", "min_item", "size", "max_len", "dropout", "batch_size")
-    given = {name: getattr(p, name) for name in (*same, "rank", "num_experts")}
-    given |= {"base_epochs": p.epochs, "base_learning_rate": p.learning_rate, "epochs": p.adapter_epochs}
-    given |= {"learning_rates": [p.adapter_learning_rate], "seeds": [p.seed], "alpha": 2.0 * p.rank}
-    given |= {"tasks": ["next_period"], "arms": ["none", "lora", "ilora"], "evaluations": 1}
-    return parameters.build("05_ilora", parameters.profile("05_ilora", "smoke") | given)
+    """Return the parameters of notebook 05 for these adapters; all others are from its smoke profile."""
+    shared = ("gpu", "dataset", "min_user", "min_item", "size", "max_len", "dropout", "batch_size")
+    values = {name: getattr(p, name) for name in (*shared, "rank", "num_experts")}
+    values |= {"base_epochs": p.epochs, "base_learning_rate": p.learning_rate, "epochs": p.adapter_epochs}
+    values |= {"learning_rates": [p.adapter_learning_rate], "seeds": [p.seed], "alpha": 2.0 * p.rank}
+    values |= {"tasks": ["next_period"], "arms": ["none", "lora", "ilora"], "evaluations": 1}
+    return parameters.build("05_ilora", parameters.profile("05_ilora", "smoke") | values)
 
 
 def kept_model(name: str, dataset: Dataset) -> str | None:
-    """Return the kept model of that name; for `auto` the newest of the dataset; None for `none` or no model.
+    """Return the saved model of that name; for `auto` the newest of the dataset; None for `none` or no model.
 
-    A causal model is left out: it has no one gate for a history.
+    Causal models are left out: their gate differs between positions of a history.
     """
     files = sorted(system.models().glob(f"*/{saving.MANIFEST}"), key=lambda file: -file.stat().st_mtime)
     names = []
@@ -463,18 +457,18 @@ def kept_model(name: str, dataset: Dataset) -> str | None:
     return {"none": None, "auto": next(iter(names), None)}.get(name, name)
 
 
-def _users(dataset: Dataset, window: Evaluation, known: bool) -> dict[str, User]:
-    """Return the window's users with the first target of each; `known`: whether it may be shown."""
+def _users(dataset: Dataset, window: Evaluation, with_target: bool) -> dict[str, User]:
+    """Return the window's users with the first target of each; without `with_target` it is None."""
     rows, users = window.histories, dict[str, User]()
     for row, user in enumerate(splits.row_users(dataset, rows)):
         history = tuple(rows.items[rows.starts[row] : rows.ends[row]].tolist())
-        target = int(window.targets[row]) if known else None
+        target = int(window.targets[row]) if with_target else None
         users.setdefault(str(dataset.user_keys[int(user)]), User(history, target))
     return users
 
 
 def first_history(p: Explore, lineup: Lineup) -> tuple[str, tuple[int, ...]]:
-    """Return the user and the history to begin with: those asked for, else the first with enough items."""
+    """Return the initial user and history: those of the parameters, else the first user with enough items."""
     long = (key for key, user in lineup.users.items() if len(user.history) >= p.history_items)
     key = p.user or next(long, next(iter(lineup.users)))
     if key not in lineup.users:
@@ -495,22 +489,22 @@ def as_parameters(lineup: Lineup, user: str, history: Sequence[int]) -> str:
 
 
 def next_item(lineup: Lineup, user: str, history: Sequence[int]) -> int | None:
-    """Return what the user really took next, where `history` is the end of the user's own and it is known."""
-    own = lineup.users[user]
-    return own.target if history and own.history[-len(history) :] == tuple(history) else None
+    """Return the user's next item, if `history` is the end of the user's history and the item is known."""
+    profile = lineup.users[user]
+    return profile.target if history and profile.history[-len(history) :] == tuple(history) else None
 
 
 def search(lineup: Lineup, text: str, most: int = OFFERED) -> list[int]:
-    """Return items whose title has every word of `text`, the most frequent first; all for an empty text."""
+    """Return items whose titles contain every word of `text`, the most frequent first."""
     words = text.lower().split()
     hits = [i for i, title in enumerate(lineup.titles) if i and all(w in title.lower() for w in words)]
     return sorted(hits, key=lambda item: -lineup.counts[item])[:most]
 
 
 def written(lineup: Lineup, text: str) -> tuple[int, ...]:
-    """Return the history of a text, a title or words of one on each line; for words the most frequent item.
+    """Return the history of a text with a title, or words of one, on each line.
 
-    Raises `InputError` for a line whose words no title has.
+    Words stand for the most frequent item that has them. Raises `InputError` if no title has the words.
     """
     history = []
     for number, line in enumerate(text.splitlines(), start=1):
@@ -523,7 +517,7 @@ def written(lineup: Lineup, text: str) -> tuple[int, ...]:
 
 
 def ranks(lineup: Lineup, arm: str, history: Sequence[int]) -> np.ndarray:
-    """Return the rank of every item after a history, int64 (I + 1,) from 1; 0 for PAD and items seen."""
+    """Return the rank of every item after a history, int64 (I + 1,) from 1; 0 for PAD and items in it."""
     model: Any = lineup.models[arm]
     ((_, scores),) = metrics.model_scores(model, _after(history), lineup.gated.where)
     order = np.argsort(-scores[0].double().cpu().numpy(), kind="stable") + 1
@@ -558,13 +552,13 @@ def side_by_side(
     before: Sequence[int] | None = None,
     target: int | None = None,
 ) -> str:
-    """Return the k best items of every model as an HTML table, a column for each.
+    """Return the k best items of every model as an HTML table with a column for each model.
 
-    An adapter's item says where the base has it. Where `before` is another history, an item that was not in
-    the same list after that one is marked. `target` is the item that really came next, if it is known.
+    Items show their rank by the base if it differs. With another history `before`, items that were not in the
+    list of that history are marked as new. `target` is the item that came next, if it is known.
     """
     by_arm = {arm: ranks(lineup, arm, history) for arm in lineup.models}
-    lists = {arm: top(one, k) for arm, one in by_arm.items()}
+    lists = {arm: top(arm_ranks, k) for arm, arm_ranks in by_arm.items()}
     earlier = {arm: top(ranks(lineup, arm, before), k) for arm in by_arm} if before else lists
 
     def cell(arm: str, place: int) -> str:
@@ -572,31 +566,32 @@ def side_by_side(
             return ""
         item = lists[arm][place - 1]
         title, by_base = lineup.titles[item], by_arm["base"][item]
-        shown = escape(title if len(title) <= _LETTERS else title[: _LETTERS - 1] + "…")
-        shown = f"<b>{shown}</b>" if item == target else shown
+        cell_text = escape(title if len(title) <= _LETTERS else title[: _LETTERS - 1] + "…")
+        cell_text = f"<b>{cell_text}</b>" if item == target else cell_text
         marks = [f"base: {by_base}"] if by_base != place else []
         marks += ["<b>new</b>"] if item not in earlier[arm] else []
-        return shown + (f" <small>({', '.join(marks)})</small>" if marks else "")
+        return cell_text + (f" <small>({', '.join(marks)})</small>" if marks else "")
 
     rows = [["", *(f"<b>{ARMS[arm]}</b>" for arm in lists)]]
     rows += [[f"{place}", *(cell(arm, place) for arm in lists)] for place in range(1, k + 1)]
     if target is not None:
-        places = (f"rank {one[target]:,}" if one[target] else "in the history" for one in by_arm.values())
+        ranked = (int(arm_ranks[target]) for arm_ranks in by_arm.values())
+        places = (f"rank {rank:,}" if rank else "in the history" for rank in ranked)
         rows.append(["next", *(f"{escape(lineup.titles[target])}: {place}" for place in places)])
     lines = ("".join(f'<td style="text-align:left">{text}</td>' for text in row) for row in rows)
     return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
 def gate_figure(weights: np.ndarray, usual: np.ndarray) -> go.Figure:
-    """Return the weights (K,) of a history's experts, over those (N, K) of many: their middle 90 %."""
+    """Return the experts' weights (K,) for a history, with the middle 90 % of those of many (N, K)."""
     names = [f"expert {number}<br>{weight:.2f}" for number, weight in enumerate(weights, start=1)]
     low, middle, high = np.quantile(usual, (0.05, 0.5, 0.95), axis=0)
     ends = {"array": high - middle, "arrayminus": middle - low, "symmetric": False, "color": INK}
     line = {"symbol": "line-ew", "size": 22, "line": {"width": 2, "color": INK}}
     figure = go.Figure(layout={"template": TEMPLATE, "height": 320, "bargap": 0.5})
     figure.add_bar(x=names, y=weights.tolist(), marker={"color": BLUE}, name="this history")
-    about = f"{len(usual)} histories: median, middle 90 %"
-    figure.add_scatter(x=names, y=middle.tolist(), mode="markers", name=about, marker=line, error_y=ends)
+    legend = f"{len(usual)} histories: median, middle 90 %"
+    figure.add_scatter(x=names, y=middle.tolist(), mode="markers", name=legend, marker=line, error_y=ends)
     figure.add_hline(y=1 / len(weights), line={"color": MUTED, "width": 1, "dash": "dot"})
     figure.update_traces(hovertemplate="%{y:.3f}").update_yaxes(title_text="weight", range=[0, 1])
     best = int(np.argmax(weights))
@@ -606,36 +601,36 @@ def gate_figure(weights: np.ndarray, usual: np.ndarray) -> go.Figure:
 
 
 def recommend_panel(lineup: Lineup, user: str, history: Sequence[int], first: int, k: int) -> Panel:
-    """Return a menu of users and a history as text, a title a line, over the lists that follow from it.
+    """Return a menu of users and a history with a title on each line, over the recommendations.
 
-    Another user brings the `first` last items of its own history; a title that is added comes to the end.
+    Choosing a user shows the last `first` items of its history. Added titles are appended.
     """
 
     def text(items: Sequence[int]) -> str:
         return "\n".join(lineup.titles[item] for item in items)
 
-    users = [(f"user {key}, {len(one.history)} items", key) for key, one in lineup.users.items()]
+    users = [(f"user {key}, {len(profile.history)} items", key) for key, profile in lineup.users.items()]
     popular = [lineup.titles[item] for item in search(lineup, "")]
-    who = _control(ipw.Dropdown, "user", options=users, value=user)
+    person = _control(ipw.Dropdown, "user", options=users, value=user)
     add = _control(ipw.Combobox, "add a title", options=popular, continuous_update=False)
     lines = _control(ipw.Textarea, "history", rows=10, value=text(history), continuous_update=False)
-    last: list[Sequence[int] | None] = [None, history]  # what the last change was made to, and what it gave
+    changes: list[Sequence[int] | None] = [None, history]  # the histories before and after the last change
 
     def other_user() -> None:
-        own = lineup.users[who.value].history[-first:]
-        lines.value, last[:] = text(own), [None, own]
+        last_items = lineup.users[person.value].history[-first:]
+        lines.value, changes[:] = text(last_items), [None, last_items]
 
     def added() -> None:
         lines.value, add.value = f"{lines.value}\n{add.value}", ""
 
     def draw() -> list[Any]:
-        now = written(lineup, lines.value)
-        if now != tuple(last[1] or ()):
-            last[:] = [last[1], now]
-        table = side_by_side(lineup, now, k, last[0], next_item(lineup, who.value, now))
-        gates = gate_figure(gate(lineup, now), lineup.gates)
-        names = "; ".join(lineup.titles[item] for item in now)
-        asked_for = _folded(as_parameters(lineup, who.value, now))
-        return [f"<p>After {escape(names)}:</p>{table}", gates, asked_for]
+        items_now = written(lineup, lines.value)
+        if items_now != tuple(changes[1] or ()):
+            changes[:] = [changes[1], items_now]
+        table = side_by_side(lineup, items_now, k, changes[0], next_item(lineup, person.value, items_now))
+        gates = gate_figure(gate(lineup, items_now), lineup.gates)
+        names = "; ".join(lineup.titles[item] for item in items_now)
+        state = _folded(as_parameters(lineup, person.value, items_now))
+        return [f"<p>After {escape(names)}:</p>{table}", gates, state]
 
-    return Panel([who, add, lines], draw, {who: other_user, add: added})
+    return Panel([person, add, lines], draw, {person: other_user, add: added})

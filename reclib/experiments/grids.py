@@ -1,20 +1,20 @@
-"""Grids of training runs: arms times seeds of one experiment file, each trained once, whoever asks.
+"""Grids of training runs: arms times seeds of one experiment file, each trained once.
 
-    python -m reclib grid run ml-1m                 # train what is not trained yet
+    python -m reclib grid run ml-1m                 # train the runs without a record
     python -m reclib grid status ml-1m
     python -m reclib score ml-1m                    # final arms and baselines on the test split
-    python -m reclib score ml-1m --validation       # all arms against the first; test unseen
-    python -m reclib score ml-1m --keep             # keep what the runs so far show on test, show nothing
-    python -m reclib score ml-1m --from-ranks       # again without weights: with new baselines, say
+    python -m reclib score ml-1m --validation       # all arms against the first on validation
+    python -m reclib score ml-1m --keep             # store test ranks of the runs so far, show nothing
+    python -m reclib score ml-1m --from-ranks       # score stored ranks again, without weights
 
 An experiment is `params/grids/<name>.yaml`: a dataset, a recipe, and arms that change some fields of the
-model, the training or the data. A run is known by its configuration and data: a grid that is stopped loses
-at most one checkpoint interval, and the same command in several processes shares its runs: each takes one
-that nobody holds. That fills a large GPU that waits for the launches of one small model.
+model, the training or the data. A run is identified by its configuration and data. A stopped grid loses at
+most one checkpoint interval. The same command in several processes shares the runs, since each takes a run
+that no other holds; that fills a large GPU that waits for the launches of one small model.
 Records are lines of `executed/<label>/grids/<name>.jsonl`; the ranks of every user are beside them.
 
-Training looks at validation only. Scoring chooses nothing: final arms are named by the file, epochs and the
-baselines' hyperparameters chosen by validation. Every look at the test split is counted.
+Training uses validation only. Scoring chooses nothing: the file names the final arms, and epochs and the
+baselines' hyperparameters are chosen on validation. Every scoring of the test split is counted.
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ ARRAYS = {baseline.MAIN: "test", baseline.KEPT: "test kept"}
 CONTROLS = {"test shuffled": "shuffled", "test shuffled but last": "shuffled_but_last", "test top": "top"}
 
 # ------------------------------------------------------------------------------------------------
-# Experiment files, read and checked to the last arm before anything is trained.
+# Experiment files: all arms are checked before any is trained.
 
 Fields = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Predicts:
-    """Which arm may not start before it is predicted, and from which it is."""
+    """The arm that must be predicted before it starts, and the arms that it is predicted from."""
 
     of: str
     sources: list[str] = Field(alias="from")
@@ -95,51 +95,51 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Grid:
-    """An experiment file, read."""
+    """The content of an experiment file."""
 
     name: str
     about: str
-    notebook: str  # that draws it
+    notebook: str  # that shows its figures
     data: DataConfig
     arms: list[Arm] = Field(min_length=1)
     predicts: Predicts | None = None
 
 
-WRONG_FORM = (AttributeError, KeyError, TypeError)  # of what a YAML file holds, when it is taken apart
+WRONG_FORM = (AttributeError, KeyError, TypeError)  # raised by reading a YAML file of the wrong structure
 
 
 @contextlib.contextmanager
-def naming(what: str, form: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Put `what` in front of an `InputError`, and make one of errors of a wrong `form`."""
+def naming(place: str, form: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Put `place` in front of an `InputError`, and turn the exceptions of `form` into one."""
     try:
         yield
     except InputError as error:
-        raise InputError(f"{what}: {error}") from None
+        raise InputError(f"{place}: {error}") from None
     except form as error:
-        raise InputError(f"{what}: not of the form of such a file ({error})") from None
+        raise InputError(f"{place}: not of the form of such a file ({error})") from None
 
 
 def experiment_file(folder: str, name: str) -> tuple[str, Fields]:
-    """Return name and content of `params/<folder>/<name>.yaml`; raise `InputError` for an unknown one."""
+    """Return file name and content of `params/<folder>/<name>.yaml`; raise `InputError` if it is unknown."""
     file = system.params() / folder / f"{name}.yaml"
     if not file.is_file():
-        known = ", ".join(sorted(path.stem for path in file.parent.glob("*.yaml")))
-        raise InputError(f"unknown name {name!r} in params/{folder}; known: {known}")
+        names = ", ".join(sorted(path.stem for path in file.parent.glob("*.yaml")))
+        raise InputError(f"unknown name {name!r} in params/{folder}; known: {names}")
     return file.name, system.read_yaml(file)
 
 
 def read_grid(name: str) -> Grid:
     """Read `params/grids/<name>.yaml`; raise `InputError` that names file, arm and value."""
-    file, given = experiment_file("grids", name)
+    file, content = experiment_file("grids", name)
     with naming(file, WRONG_FORM):
-        shared: Fields = {key: given.pop(key) for key in ("size", "seeds", "model", "train") if key in given}
-        arms = [_arm(shared, arm, own or {}) for arm, own in given.pop("arms").items()]
-        if "predicts" in given:
-            given["predicts"] = validated(Predicts, given["predicts"])
-        grid = validated(
-            Grid, {**given, "name": name, "data": validated(DataConfig, given["data"]), "arms": arms}
-        )
-        for arm in arms:  # a mistake in the last arm is told before the first is trained
+        keys = {"size", "seeds", "model", "train"} & content.keys()
+        shared: Fields = {key: content.pop(key) for key in keys}
+        arms = [_arm(shared, arm, fields or {}) for arm, fields in content.pop("arms").items()]
+        if "predicts" in content:
+            content["predicts"] = validated(Predicts, content["predicts"])
+        data = validated(DataConfig, content["data"])
+        grid = validated(Grid, {**content, "name": name, "data": data, "arms": arms})
+        for arm in arms:  # check all arms before the first is trained
             arm_configs(arm, num_items=10, seed=0)
             with naming(f"arm {arm.name!r}"):
                 changed(grid.data, **arm.data)
@@ -151,10 +151,10 @@ def read_grid(name: str) -> Grid:
     return grid
 
 
-def _arm(shared: Fields, name: str, own: Fields) -> Arm:
+def _arm(shared: Fields, name: str, fields: Fields) -> Arm:
     with naming(f"arm {name!r}"):
-        parts = {part: {**shared[part], **own.get(part, {})} for part in ("model", "train")}
-        return validated(Arm, {**shared, **own, **parts, "name": name})
+        parts = {part: {**shared[part], **fields.get(part, {})} for part in ("model", "train")}
+        return validated(Arm, {**shared, **fields, **parts, "name": name})
 
 
 def arm_configs(arm: Arm, num_items: int, seed: int) -> tuple[ModelConfig, TrainConfig]:
@@ -170,7 +170,7 @@ def arm_configs(arm: Arm, num_items: int, seed: int) -> tuple[ModelConfig, Train
 
 
 class Work:
-    """A grid on its dataset and a device: its runs, and where they are."""
+    """A grid on its dataset and a device: its runs and their files."""
 
     def __init__(self, grid: Grid, dataset: Dataset, device: Device) -> None:
         self.grid, self.dataset, self.device = grid, dataset, device
@@ -190,7 +190,7 @@ class Work:
         return self._data[key]
 
     def split(self, arm: Arm) -> Split:
-        """Return how an arm's data are divided."""
+        """Return the split of an arm's data."""
         return SPLITS[arm.split](self.data_of(arm))
 
     def configs(self, arm: Arm, seed: int) -> tuple[ModelConfig, TrainConfig]:
@@ -198,7 +198,7 @@ class Work:
         return arm_configs(arm, self.data_of(arm).num_items, seed)
 
     def key(self, arm: Arm, seed: int) -> str:
-        """Return what identifies a run: its configuration and data, not its name or the code."""
+        """Return a hash that identifies a run by its configuration and data, not by its name or the code."""
         model, train = self.configs(arm, seed)
         data = data_identity(self.data_of(arm), self.split(arm))
         return records.params_hash({"model": model, "train": train, "data": data})
@@ -208,12 +208,12 @@ class Work:
         return system.runs() / "grids" / self.key(arm, seed)
 
     def files(self) -> list[Path]:
-        """Return the grid's files of all devices, this device's last: a run may be trained on any of them."""
+        """Return the grid's files of all devices, this device's last; a run may be trained on any of them."""
         files = system.executed().glob(f"*/grids/{self.grid.name}.jsonl")
         return [*sorted(file for file in files if file != self.file), self.file]
 
     def ranks_file(self, arm: Arm, seed: int, renewed: bool = False) -> Path:
-        """Return the file of every user's ranks; `renewed`: by a prior that counts validation items too."""
+        """Return the file of every user's ranks; `renewed`: with a prior that counts validation items too."""
         name = self.key(arm, seed) + ("-with-validation" if renewed else "")
         places = [file.with_suffix("") / f"{name}.npz" for file in self.files()[::-1]]
         return next((place for place in places if place.is_file()), places[0])
@@ -223,13 +223,13 @@ class Work:
         return [row for row in read_rows(self.file) if row["name"] == name]
 
     def curve(self, arm: Arm, seed: int) -> Fields | None:
-        """Return the newest record of a run's training, None before it is trained."""
+        """Return the newest record of a run's training, None if it is not trained."""
         key = self.key(arm, seed)
         rows = [row for file in self.files() for row in read_rows(file) if row["name"] == "learning_curve"]
         return next((row for row in rows[::-1] if row["params_hash"] == key), None)
 
     def begun(self, arm: Arm, seed: int) -> bool:
-        """Whether a run has a record or a checkpoint."""
+        """Return whether a run has a record or a checkpoint."""
         return self.curve(arm, seed) is not None or any(self.folder(arm, seed).glob("step-*"))
 
     def not_trained(self, arms: Sequence[Arm]) -> list[str]:
@@ -237,13 +237,13 @@ class Work:
         return [f"{arm.name} seed {seed}" for arm in arms for seed in arm.seeds if not self.curve(arm, seed)]
 
     def configuration(self, arm: Arm) -> Fields:
-        """Return what an arm is, whatever the seed, with the data's fingerprint."""
+        """Return the configurations of an arm without its seed, with the data's fingerprint."""
         model, train = self.configs(arm, 0)
-        without = {key: value for key, value in as_dict(train).items() if key != "seed"}
-        return {"model": as_dict(model), "train": without, "data": self.data_of(arm).fingerprint}
+        fields = {key: value for key, value in as_dict(train).items() if key != "seed"}
+        return {"model": as_dict(model), "train": fields, "data": self.data_of(arm).fingerprint}
 
     def prediction(self, arm: Arm) -> str | None:
-        """Return the hash of the newest prediction of an arm as it is configured now, None without one."""
+        """Return the hash of the newest prediction of an arm with its present configuration, or None."""
         configured = self.configuration(arm)
         for row in self.rows("prediction")[::-1]:
             if row["own_params"]["of"] == arm.name and row["configuration"]["target"] == configured:
@@ -251,25 +251,25 @@ class Work:
         return None
 
     def barred(self, arm: Arm) -> bool:
-        """Whether an arm may not start yet: the file wants it predicted, and it is not."""
+        """Return whether an arm must not start yet, because the file requires a prediction of it first."""
         predicts = self.grid.predicts
         return predicts is not None and arm.name == predicts.of and self.prediction(arm) is None
 
     def train(self, arm: Arm, seed: int, options: Options) -> Trainer:
-        """Train a run, or go on with it, or load it; return its trainer with the best weights."""
+        """Train, resume or load a run; return its trainer with the best weights."""
+        data, folder = self.data_of(arm), self.folder(arm, seed)
         model, train = self.configs(arm, seed)
-        where = self.folder(arm, seed)
-        return fit(model, self.data_of(arm), train, self.device, where, options, self.split(arm))
+        return fit(model, data, train, self.device, folder, options, self.split(arm))
 
     def parts(self, arms: Sequence[Arm]) -> list[tuple[Fields, Work]]:
-        """Return the arms by their own fields of the data, each part as a grid on its own dataset."""
+        """Divide arms by their fields of the data; return those fields and a grid for each dataset."""
         by_data: dict[str, list[Arm]] = {}
         for arm in arms:
             by_data.setdefault(_data_key(arm), []).append(arm)
         divided = []
-        for of in by_data.values():
-            grid = replace(self.grid, arms=[replace(arm, data={}) for arm in of])
-            divided.append((of[0].data, Work(grid, self.data_of(of[0]), self.device)))
+        for group in by_data.values():
+            grid = replace(self.grid, arms=[replace(arm, data={}) for arm in group])
+            divided.append((group[0].data, Work(grid, self.data_of(group[0]), self.device)))
         return divided
 
     def write(
@@ -280,10 +280,10 @@ class Work:
         timings: Mapping[str, float],
         dataset: Dataset | None = None,
     ) -> None:
-        """Append a record, in the form of `records.Run.result`, with the grid's name as that of its data."""
+        """Append a record in the form of `records.Run.result`; its data have the name of the grid."""
         data = dataset or self.dataset
-        about = {"name": self.grid.name, "fingerprint": data.fingerprint, "users": data.num_users}
-        about |= {"items": data.num_items, "interactions": data.num_interactions}
+        card = {"name": self.grid.name, "fingerprint": data.fingerprint, "users": data.num_users}
+        card |= {"items": data.num_items, "interactions": data.num_interactions}
         row = records.row(
             self.grid.notebook,
             result.name,
@@ -293,7 +293,7 @@ class Work:
             params={"grid": self.grid.name},
             own_params=result.params,
             params_hash=key,
-            data=about | {"test_targets_sha256": data.manifest["test_targets_sha256"]},
+            data=card | {"test_targets_sha256": data.manifest["test_targets_sha256"]},
             timings=timings,
             series=result.series,
             seed=result.seed,
@@ -309,41 +309,42 @@ def _data_key(arm: Arm) -> str:
 
 
 def read_rows(file: Path) -> list[Fields]:
-    """Return the records of one grid file; a last line that is not whole yet is left out."""
+    """Return the records of one grid file, without an incomplete last line."""
     lines = file.read_text(encoding="utf-8").split("\n") if file.is_file() else [""]
     return [json.loads(line) for line in lines[:-1] if line]
 
 
 def save_ranks(file: Path, ranks: Mapping[str, np.ndarray]) -> None:
-    """Write the ranks of every user, by name, in place of what an earlier run wrote."""
+    """Write arrays of ranks by name, replacing the file."""
     small = {k: v.astype(np.int32) if v.dtype.kind == "i" else v for k, v in ranks.items()}
     with system.replacing(file) as fresh, fresh.open("wb") as out:
-        np.savez_compressed(out, **small)  # type: ignore[arg-type]  # numpy's stub knows no **arrays
+        np.savez_compressed(out, **small)  # type: ignore[arg-type]  # numpy's stub lacks **arrays
 
 
 def run_grid(work: Work, chosen: Sequence[tuple[Arm, int]], options: Options) -> int:
     """Train the chosen runs that have no record; return how many were trained here.
 
-    A run that another process holds is passed over: whoever holds it finishes it.
+    Runs held by other processes are skipped.
     """
     trained = 0
     for arm, seed in chosen:
         if work.barred(arm):
             print(f"{work.grid.name}: {arm.name}, seed {seed}: barred until it is predicted", flush=True)
             continue
-        with system.locked(work.folder(arm, seed) / "lock") as held:
-            if not held or work.curve(arm, seed):
+        with system.locked(work.folder(arm, seed) / "lock") as is_free:
+            if not is_free or work.curve(arm, seed):
                 continue
             print(f"{work.grid.name}: {arm.name}, seed {seed}", flush=True)
             run = Trained(seed, work.train(arm, seed, options))
             valid = rank_targets(run.trainer, work.split(arm).valid, options.remove_seen)
             save_ranks(work.ranks_file(arm, seed), {"valid": valid.ranks})
             model, train = work.configs(arm, seed)
-            made: Fields = {"model": as_dict(model), "train": asdict(train), "split": arm.split}
+            configuration: Fields = {"model": as_dict(model), "train": asdict(train), "split": arm.split}
             optional = {"prediction": work.prediction(arm), "data": arm.data}
-            made |= {name: value for name, value in optional.items() if value}
-            work.write(work.key(arm, seed), run.result(arm.name), made, run.timings(), work.data_of(arm))
-            print(f"  {run.best()}, {run.timings()['train_seconds']:.0f} s", flush=True)
+            configuration |= {name: value for name, value in optional.items() if value}
+            result = run.result(arm.name)
+            work.write(work.key(arm, seed), result, configuration, result.timings, work.data_of(arm))
+            print(f"  {run.best()}, {result.timings['train_seconds']:.0f} s", flush=True)
             trained += 1
     return trained
 
@@ -354,10 +355,8 @@ def grid_status(work: Work, chosen: Sequence[tuple[Arm, int]]) -> list[str]:
     for arm, seed in chosen:
         state = "not begun"
         if row := work.curve(arm, seed):
-            best = row["metrics"]
-            state = (
-                f"trained: validation HR@10 {best['valid_hr@10']:.4f}, NDCG@10 {best['valid_ndcg@10']:.4f}"
-            )
+            hr, ndcg = (row["metrics"][f"valid_{name}"] for name in ("hr@10", "ndcg@10"))
+            state = f"trained: validation HR@10 {hr:.4f}, NDCG@10 {ndcg:.4f}"
         elif work.begun(arm, seed):
             state = "under way"
         elif work.barred(arm):
@@ -367,41 +366,41 @@ def grid_status(work: Work, chosen: Sequence[tuple[Arm, int]]) -> list[str]:
 
 
 def missing(rows: Sequence[Mapping[str, Any]], name: str) -> list[str]:
-    """Return the arms of a grid's file that lack seeds, each with how many are there: `arm (1 of 3)`.
+    """Return the arms of a grid's file that lack seeds, each with its count: `arm (1 of 3)`.
 
-    Empty where the file is not here.
+    Empty if there is no such file.
     """
     try:
         arms = read_grid(name).arms
     except InputError:
         return []
-    there = {(row["own_params"]["model"], row["seed"]) for row in rows}
-    counts = {arm.name: sum((arm.name, seed) in there for seed in arm.seeds) for arm in arms}
+    trained = {(row["own_params"]["model"], row["seed"]) for row in rows}
+    counts = {arm.name: sum((arm.name, seed) in trained for seed in arm.seeds) for arm in arms}
     return [f"{a.name} ({counts[a.name]} of {len(a.seeds)})" for a in arms if counts[a.name] < len(a.seeds)]
 
 
 # ------------------------------------------------------------------------------------------------
-# Scoring. What a run showed on the test split is kept beside its validation ranks: a run that is trained
-# later or elsewhere joins without the others' weights, and none looks at the test split twice.
+# Scoring. Test ranks of a run are stored beside its validation ranks. So a run that is trained later or
+# elsewhere needs no weights of the others, and no run is ranked on the test split twice.
 
 
 def final_arms(work: Work) -> list[Arm]:
-    """Return the arms to be scored; raise `InputError` where one of their runs is not trained yet."""
+    """Return the arms to be scored; raise `InputError` if one of their runs is not trained yet."""
     final = [arm for arm in work.grid.arms if arm.final]
-    left = work.not_trained(final)
-    if left or not final:
-        why = f"not trained yet: {', '.join(left)}" if left else "it has no final arm"
-        raise InputError(f"grid {work.grid.name!r} cannot be scored: {why}")
+    untrained = work.not_trained(final)
+    if untrained or not final:
+        reason = f"not trained yet: {', '.join(untrained)}" if untrained else "it has no final arm"
+        raise InputError(f"grid {work.grid.name!r} cannot be scored: {reason}")
     return final
 
 
 def counting(work: Work, arm: Arm) -> bool:
-    """Whether the models of an arm have a prior that counts."""
+    """Return whether the models of an arm have a prior of pairwise counts."""
     return work.configs(arm, arm.seeds[0])[1].prior == "counts"
 
 
-def kept_ranks(work: Work, arm: Arm, seed: int, renewed: bool = False) -> dict[str, np.ndarray]:
-    """Return the kept arrays of a run; nothing where it has not been ranked on the test split."""
+def stored_ranks(work: Work, arm: Arm, seed: int, renewed: bool = False) -> dict[str, np.ndarray]:
+    """Return the stored arrays of a run; empty if it has not been ranked on the test split."""
     file = work.ranks_file(arm, seed, renewed)
     arrays = dict(np.load(file)) if file.is_file() else {}
     return arrays if "test protocols" in arrays else {}
@@ -410,16 +409,16 @@ def kept_ranks(work: Work, arm: Arm, seed: int, renewed: bool = False) -> dict[s
 def assess_run(
     work: Work, arm: Arm, seed: int, test: Conditions, counts: PairwiseCounts | None = None
 ) -> Assessed:
-    """Return what a run showed on the test split: from its file, or by ranking the targets now.
+    """Return the assessment of a run on the test split, from stored ranks or by ranking the targets now.
 
-    With `counts` its prior counts anew, validation items included, as a system in use would; no training.
+    `counts` replaces its prior by one that counts validation items too, without training.
     """
-    if kept := kept_ranks(work, arm, seed, counts is not None):
+    if stored := stored_ranks(work, arm, seed, counts is not None):
         outcomes = {}
-        for name, label, comparable in kept["test protocols"]:
-            ranks = kept[ARRAYS.get(name, f"test {name}")]
+        for name, label, comparable in stored["test protocols"]:
+            ranks = stored[ARRAYS.get(name, f"test {name}")]
             outcomes[name] = Outcome(name, label, comparable == "1", ranks, np.arange(len(ranks)))
-        return Assessed(outcomes, **{field: kept[name] for name, field in CONTROLS.items()})
+        return Assessed(outcomes, **{field: stored[name] for name, field in CONTROLS.items()})
     print(f"  {arm.name}, seed {seed}", flush=True)
     trainer = work.train(arm, seed, Options())
     if counts is not None:
@@ -435,10 +434,10 @@ def assess_run(
 
 
 def keep(work: Work) -> list[str]:
-    """Keep what the trained runs of the final arms show on the test split, before all of them are trained.
+    """Store test ranks of the trained runs of final arms, before all runs are trained; return these runs.
 
-    For machines that go away, weights and all: nothing of it is shown or recorded until `score` has every
-    run, so no choice can rest on it. Returns the runs that are kept.
+    This is for machines that will be lost with their weights. Nothing is shown or recorded until `score` has
+    every run, so no choice can depend on it.
     """
     final = [arm for arm in work.grid.arms if arm.final and arm.split == MAIN_SPLIT]
     names = []
@@ -452,10 +451,10 @@ def keep(work: Work) -> list[str]:
 
 
 def score(work: Work, from_ranks: bool = False) -> list[Result]:
-    """Score and record the final arms and the baselines, on the data of each.
+    """Score and record the final arms and the baselines on each dataset.
 
-    Arms of leave-one-out are compared with the first of them; those of other splits are scored under theirs.
-    `from_ranks` takes the former from the kept ranks and leaves the latter as they are recorded.
+    Arms of leave-one-out are compared with the first of them; arms of other splits are scored under their
+    own. `from_ranks` scores the former from stored ranks and skips the latter.
     """
     final = [arm for arm in final_arms(work) if not from_ranks or arm.split == MAIN_SPLIT]
     return [result for data, part in work.parts(final) for result in _score(part, data, from_ranks)]
@@ -463,15 +462,15 @@ def score(work: Work, from_ranks: bool = False) -> list[Result]:
 
 def _score(work: Work, data: Fields, from_ranks: bool) -> list[Result]:
     main = [arm for arm in work.grid.arms if arm.split == MAIN_SPLIT]
-    lost = [
+    unranked = [
         f"{arm.name} seed {seed}"
         for arm in main
         for seed in arm.seeds
         for renewed in (False, True)[: 1 + counting(work, arm)]
-        if not kept_ranks(work, arm, seed, renewed)
+        if not stored_ranks(work, arm, seed, renewed)
     ]
-    if from_ranks and lost:
-        raise InputError(f"no ranks on the test split are kept of {', '.join(lost)}: leave --from-ranks")
+    if from_ranks and unranked:
+        raise InputError(f"no ranks on the test split are kept of {', '.join(unranked)}: leave --from-ranks")
     split = SPLITS[MAIN_SPLIT](work.dataset)
     test = baseline.draw(work.dataset, split.test)
     models, chosen = baseline.assess_baselines(split, work.dataset, test)
@@ -492,21 +491,21 @@ def _score(work: Work, data: Fields, from_ranks: bool) -> list[Result]:
             name = arm.name.split(" (")[0]  # "causal (global time)": the protocol says the rest
             results += baseline.other_split(trainer, work.split(arm), SAMPLES, name, seed)
     keys = {f"{arm.name} seed {seed}": work.key(arm, seed) for arm, seed in work.runs()}
-    arms = {arm.name: _about_arm(work, arm) for arm in work.grid.arms}
-    made = {"runs": keys, "baselines": chosen, "bootstrap_samples": SAMPLES, "arms": arms}
-    made |= {"looks": looks_before(work), "seeds_left_out": out} | ({"data": data} if data else {})
+    arms = {arm.name: _arm_configuration(work, arm) for arm in work.grid.arms}
+    configuration = {"runs": keys, "baselines": chosen, "bootstrap_samples": SAMPLES, "arms": arms}
+    configuration |= {"looks": looks_before(work), "seeds_left_out": out} | ({"data": data} if data else {})
     key = records.params_hash({"scored": keys, "data": work.dataset.fingerprint})
     for result in results:
-        own = records.params_hash({"of": key, "own": result.params, "seed": result.seed})
-        work.write(own, result, made, {})
+        result_key = records.params_hash({"of": key, "own": result.params, "seed": result.seed})
+        work.write(result_key, result, configuration, {})
     return results
 
 
 def score_ties(work: Work) -> list[Result]:
-    """Score the pairwise counts, and the arms that are trained, under each rule for ties.
+    """Score the pairwise counts and the trained arms under each rule for ties.
 
-    For grids whose arms differ in the order of ties. Each rule has test targets of its own, so nothing is
-    compared by user. An arm joins when all its seeds are trained; ` (...)` in its name is left out.
+    For grids whose arms differ in the order of ties. Test targets differ between rules, so nothing is paired
+    by user. Only arms with all seeds trained are scored, named without their ` (...)`.
     """
     results = []
     for data, part in work.parts(work.grid.arms):
@@ -516,27 +515,27 @@ def score_ties(work: Work) -> list[Result]:
         arms = {arm.name.split(" (")[0]: arm for arm in part.grid.arms if not part.not_trained([arm])}
         for name, arm in arms.items():
             models.append(Model(name, [assess_run(part, arm, seed, test) for seed in arm.seeds], arm.seeds))
-        made = {"baselines": chosen, "bootstrap_samples": SAMPLES, "data": data}
-        made["arms"] = {name: _about_arm(part, arm) for name, arm in arms.items()}
+        configuration = {"baselines": chosen, "bootstrap_samples": SAMPLES, "data": data}
+        configuration["arms"] = {name: _arm_configuration(part, arm) for name, arm in arms.items()}
         rule = {"ties": "source", "ties_seed": 0} | data
         for result in baseline.headline(models, SAMPLES):
             results.append(result._replace(name="tie_rule", params=result.params | rule))
             key = records.params_hash({"ties": results[-1].params, "data": part.dataset.fingerprint})
-            part.write(key, results[-1], made, {})
+            part.write(key, results[-1], configuration, {})
     return results
 
 
-def _about_arm(work: Work, arm: Arm) -> Fields:
-    """Return the configurations of an arm as a record of scoring has them."""
+def _arm_configuration(work: Work, arm: Arm) -> Fields:
+    """Return the configurations of an arm for a record of scoring."""
     model, train = work.configs(arm, arm.seeds[0])
     return {"model": as_dict(model), "train": asdict(train), "split": arm.split, "seeds": arm.seeds}
 
 
 def choosing_seeds(work: Work) -> dict[str, list[int]]:
-    """Return, by arm, the seeds whose very run a recipe was chosen from, as the committed records have it.
+    """Return by arm the seeds whose runs were used to choose a recipe, according to the committed records.
 
-    These are runs that a grid of trials, ablations or tuning has a learning curve of as well. They stay in
-    the means and are left out of the comparisons.
+    These runs have a learning curve in a grid of trials, ablations or tuning too. They stay in the means and
+    are left out of the comparisons.
     """
     curves = [row for row in records.committed() if row["name"] == "learning_curve"]
     others = [row for row in curves if row["data"]["name"] != work.grid.name]
@@ -546,7 +545,7 @@ def choosing_seeds(work: Work) -> dict[str, list[int]]:
 
 
 def looks_before(work: Work) -> dict[str, int]:
-    """Return, by family of the arms, how many of its configurations the records show on this test split."""
+    """Return by model family the number of configurations with records on this test split."""
     counts = tables.looks(records.read(system.committed()))
     models = [(as_dict(work.configs(arm, arm.seeds[0])[0]), arm.name) for arm in work.grid.arms]
     families = sorted({tables.family(*model) for model in models})
@@ -554,9 +553,9 @@ def looks_before(work: Work) -> dict[str, int]:
 
 
 def compare(work: Work) -> list[Result]:
-    """Compare every trained arm with the first on validation and record it: paired by user, corrected.
+    """Compare every trained arm with the first on validation, paired by user, corrected, and record it.
 
-    The band of seeds is the range of this arm's means, each minus the base's mean over its seeds.
+    The range over seeds is that of the arm's means minus the base's mean over its seeds.
     """
     results = []
     for _, part in work.parts(work.grid.arms):
@@ -585,31 +584,25 @@ def compare(work: Work) -> list[Result]:
 
 
 def command(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | None], int]:
-    """Make an `InputError` of a command one line on standard error, and its exit code 2."""
+    """Print an `InputError` of a command in one line on standard error, with exit code 2."""
 
     @functools.wraps(main)
-    def told(argv: list[str] | None = None) -> int:
+    def wrapper(argv: list[str] | None = None) -> int:
         try:
             return main(argv)
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
 
-    return told
+    return wrapper
 
 
-def opened(parser: Parser, argv: list[str] | None) -> tuple[argparse.Namespace, Work]:
-    """Parse a command's options with those that every command of a grid has; return them and its work."""
-    given = placed(parser, argv)
-    return given, work_of(given)
-
-
-def work_of(given: argparse.Namespace) -> Work:
-    """Return the work of the grid that the options of `placed` name."""
-    grid = read_grid(given.name)
-    if given.dataset:
-        grid = replace(grid, data=changed(grid.data, dataset=given.dataset))
-    return Work(grid, prepare(grid.data), resolve(given.gpu))
+def work_of(options: argparse.Namespace) -> Work:
+    """Return the grid named by the options of `placed`, on its dataset and device."""
+    grid = read_grid(options.name)
+    if options.dataset:
+        grid = replace(grid, data=changed(grid.data, dataset=options.dataset))
+    return Work(grid, prepare(grid.data), resolve(options.gpu))
 
 
 def placed(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
@@ -621,17 +614,17 @@ def placed(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
 
 
 def choose(work: Work, arms: Sequence[str] | None, seeds: Sequence[int] | None) -> list[tuple[Arm, int]]:
-    """Return the runs of the named arms and seeds; raise `InputError` for one that is not there."""
+    """Return the runs of the named arms and seeds; raise `InputError` for an unknown one."""
     names = [arm.name for arm in work.grid.arms]
     if unknown := [name for name in arms or () if name not in names]:
         raise InputError(f"unknown arm {unknown[0]!r} of grid {work.grid.name!r}; known: {', '.join(names)}")
     pairs = [(arm, seed) for arm, seed in work.runs() if arm.name in (arms or names)]
-    here = sorted({seed for _, seed in pairs})
-    if unknown_seeds := set(seeds or ()) - set(here):
+    available = sorted({seed for _, seed in pairs})
+    if unknown_seeds := set(seeds or ()) - set(available):
         raise InputError(
-            f"--seeds has {min(unknown_seeds)}; seeds of these arms: {', '.join(map(str, here))}"
+            f"--seeds has {min(unknown_seeds)}; seeds of these arms: {', '.join(map(str, available))}"
         )
-    return [(arm, seed) for arm, seed in pairs if seed in (seeds or here)]
+    return [(arm, seed) for arm, seed in pairs if seed in (seeds or available)]
 
 
 @command
@@ -642,9 +635,10 @@ def grid_main(argv: list[str] | None = None) -> int:
     parser.add_argument("action", choices=("run", "status"))
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="some arms only")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="some seeds only")
-    given, work = opened(parser, argv)
-    chosen = choose(work, given.arms, given.seeds)
-    if given.action == "run":
+    options = placed(parser, argv)
+    work = work_of(options)
+    chosen = choose(work, options.arms, options.seeds)
+    if options.action == "run":
         run_grid(work, chosen, Options(progress_bar=sys.stderr.isatty()))
     print("\n".join(grid_status(work, chosen)))
     return 0
@@ -657,17 +651,17 @@ def score_main(argv: list[str] | None = None) -> int:
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--validation", action="store_true", help="compare all arms with the first on it")
     instead.add_argument("--keep", action="store_true", help="keep what the runs so far show on test, unseen")
-    instead.add_argument(
-        "--from-ranks", action="store_true", help="from kept ranks: no weights, no other split"
-    )
-    given, work = opened(parser, argv)
-    if given.keep:
+    text = "from kept ranks: no weights, no other split"
+    instead.add_argument("--from-ranks", action="store_true", help=text)
+    options = placed(parser, argv)
+    work = work_of(options)
+    if options.keep:
         print("kept:", ", ".join(keep(work)) or "no run is trained yet")
         return 0
-    if given.name.startswith(tables.TIES):
+    if options.name.startswith(tables.TIES):
         results = score_ties(work)
     else:
-        results = compare(work) if given.validation else score(work, given.from_ranks)
+        results = compare(work) if options.validation else score(work, options.from_ranks)
     for result in results:
         if result.name in ("test_metrics", "tie_rule", "validation_difference"):
             numbers = "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())

@@ -1,9 +1,9 @@
-"""The opening of every notebook, and how it records, draws and sums up.
+"""Opening a notebook, recording its results, and showing its figures and findings.
 
 `study = open_notebook("02_baseline", globals())` checks the parameters and begins the notebook's records;
-`study.p`, `study.device` and `study.dataset` are what they ask for. `study.record(*results)` appends results
-to the records and shows one table, `study.show("protocols")` draws a figure of them, and `study.findings()`
-prints the sentences that they allow.
+`study.p`, `study.device` and `study.dataset` follow from them. `study.record(*results)` appends results to
+the records and shows one table, `study.show("protocols")` draws a figure of them, and `study.findings()`
+prints their findings.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from reclib.data.prepare import prepare
 from reclib.records import Record
 from reclib.report import findings
 
-if TYPE_CHECKING:  # what measures needs `Result` where no plotly is installed
+if TYPE_CHECKING:  # benchmarks use `Result` on machines without plotly
     import plotly.graph_objects as go
 
 _NONE: dict[str, Any] = {}  # a default, never changed
-MOST_ROWS = 30  # of the table of a call; results of several names are listed by name alone
+MOST_ROWS = 30  # of a table of results; longer tables have a row for each name
 
 
 class Result(NamedTuple):
@@ -36,9 +36,9 @@ class Result(NamedTuple):
     params: dict[str, Any] = _NONE
     series: dict[str, list[Any]] = _NONE
     seed: int | None = None
-    timings: dict[str, Any] = _NONE  # what depends on the clock
+    timings: dict[str, Any] = _NONE  # numbers that depend on the clock
     kind: records.Kind = "measured"
-    device: Mapping[str, Any] | None = None  # the card that a prediction is for
+    device: Mapping[str, Any] | None = None  # the card of a predicted device
 
 
 class Recorded(list[Record]):
@@ -55,23 +55,20 @@ class Study:
     notebook: str
     p: Any  # the notebook's dataclass of `parameters`, filled from the device file
     device: hardware.Device
-    dataset: Any  # a Dataset; None where the notebook has no data of its own
+    dataset: Any  # a Dataset; None for a notebook without one
     run: records.Run
     records: list[dict[str, Any]] = field(default_factory=list)  # of this run
 
     def record(self, *results: Result) -> Recorded:
         """Record results and show them in one table; return their records."""
-        new = Recorded(self._recorded(result) for result in results)
-        self.records = records.latest([*self.records, *new])  # a cell that is run again replaces its own
+        from IPython.utils.capture import capture_output
+
+        with capture_output(stdout=False, stderr=False):  # hide the line of each, which the table repeats
+            new = Recorded(self.run.result(**result._asdict()) for result in results)
+        self.records = records.latest([*self.records, *new])  # a cell run again replaces its records
         if new:
             _display(new)
         return new
-
-    def _recorded(self, result: Result) -> Record:
-        from IPython.utils.capture import capture_output
-
-        with capture_output(stdout=False, stderr=False):  # its own line: the table of the call has it
-            return self.run.result(**result._asdict())
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """Return this run's records of a name."""
@@ -82,24 +79,24 @@ class Study:
         return [row for row in records.committed() if row["data"]]
 
     def committed(self, name: str = "", grid: str = "") -> list[dict[str, Any]]:
-        """Return the newest committed records of grids; of one name, of one grid, where these are given."""
+        """Return the newest committed records of grids, optionally of one name or grid."""
         rows = [row for row in self._committed if name in ("", row["name"])]
         return [row for row in rows if grid in ("", row["data"]["name"])]
 
     def show(self, figure: str, rows: Iterable[Mapping[str, Any]] | None = None) -> go.Figure | str:
-        """Return a figure of `figures.FIGURES`, of these rows or of this run's; a sentence without rows."""
+        """Return a figure of `figures.FIGURES` for these rows or this run's; a sentence if there are none."""
         from reclib.report import figures
 
         needs = next(spec.needs for spec in figures.FIGURES if spec.name == figure)
-        drawn = [*(self.rows(needs) if rows is None else rows)]
-        return figures.show(figure, *drawn) if drawn else f"{figure}: nothing is recorded yet."
+        figure_rows = [*(self.rows(needs) if rows is None else rows)]
+        return figures.show(figure, *figure_rows) if figure_rows else f"{figure}: nothing is recorded yet."
 
     def findings(self, *lines: str) -> None:
-        """Print what this run's records say, and further lines as they are."""
+        """Print the findings of this run's records, then these lines."""
         if parameters.profile_of(self.notebook, self.p) == "smoke":
             print("Smoke run, not a result: it shows that everything works, and nothing else.")
-        own = (f"- {sentence}" for sentence in findings.sentences(self.notebook, self.records))
-        print(*own, *lines, sep="\n")
+        sentences = (f"- {sentence}" for sentence in findings.sentences(self.notebook, self.records))
+        print(*sentences, *lines, sep="\n")
 
 
 def open_notebook(
@@ -109,20 +106,18 @@ def open_notebook(
 ) -> Study:
     """Open a notebook: check its parameters, find the device, prepare the data, begin its records.
 
-    `namespace` is the notebook's `globals()`, right after its cell of parameters: a plain value that is
-    imported or assigned before counts as a parameter, and as a misspelt one. `data` makes the dataset of the
-    parameters, or returns the name and fingerprint of data that are no dataset; None: the parameters name
-    it. What is there and what was asked for is printed. Raises `InputError` for what cannot be.
+    `namespace` is the notebook's `globals()` right after its parameters cell: other plain values in it are
+    taken for misspelt parameters. `data` makes the dataset from the parameters, or returns name and
+    fingerprint of other data; by default the parameters name the dataset. Device, profile and data are
+    printed. Raises `InputError` for invalid parameters.
     """
-    given = parameters.read(notebook, namespace)
-    device = hardware.resolve(given.gpu)
-    p = parameters.fill(given, device.label)
-    histories = (data or _dataset)(p)
+    stated = parameters.read(notebook, namespace)
+    device = hardware.resolve(stated.gpu)
+    p = parameters.fill(stated, device.label)
+    histories = prepare(p.data_config()) if data is None else data(p)
     dataset = histories if isinstance(histories, Dataset) else None
-    about: Any = histories
-    if dataset is not None:
-        about = {"name": dataset.name, "fingerprint": dataset.fingerprint}
-    run = records.Run(notebook, p, hardware.device_card(device), about)
+    origin: Any = histories if dataset is None else {"name": dataset.name, "fingerprint": dataset.fingerprint}
+    run = records.Run(notebook, p, hardware.device_card(device), origin)
 
     pd.set_option("display.max_rows", None)  # a table is shown whole
     print(f"Device: {device.label}, {device.card.name}.", end=" ")
@@ -132,7 +127,7 @@ def open_notebook(
     print(f"Profile: {parameters.profile_of(notebook, p)}.")
     if not device.is_claimed:
         print(f"{p.gpu} was asked for and is not here: everything measured below is of {device.label}.")
-    before, after = parameters.values(given), parameters.values(p)
+    before, after = parameters.values(stated), parameters.values(p)
     if filled := [f"{name}={value!r}" for name, value in after.items() if before[name] != value]:
         print(f"From params/gpu/{device.label}.yaml: {', '.join(filled)}.")
     if dataset is not None:
@@ -142,27 +137,23 @@ def open_notebook(
     return Study(notebook, p, device, dataset, run)
 
 
-def _dataset(p: Any) -> Dataset:
-    return prepare(p.data_config())
-
-
 def _display(new: Sequence[Record]) -> None:
-    """Show records as one table; beside it, for the notebook tests, name and numbers of each."""
+    """Show records as one table, with the name and numbers of each for the notebook tests."""
     from IPython.display import display
 
     bundle = []
     for row in new:
         numbers = {key: _three_digits(value) for key, value in row["metrics"].items()}
-        own = {"name": row["name"], "params": row["own_params"], "metrics": numbers}
-        bundle.append(own | ({} if row["seed"] is None else {"seed": row["seed"]}))
+        entry = {"name": row["name"], "params": row["own_params"], "metrics": numbers}
+        bundle.append(entry | ({} if row["seed"] is None else {"seed": row["seed"]}))
     table = _table(bundle)
     with pd.option_context("display.max_colwidth", None):
-        shown = {"text/plain": table.to_string(), "text/html": table.to_html(border=0)}
-    display({records.MIME: bundle} | shown, raw=True)
+        outputs = {"text/plain": table.to_string(), "text/html": table.to_html(border=0)}
+    display({records.MIME: bundle} | outputs, raw=True)
 
 
 def _table(bundle: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Return a row for each result; for each name where there are several names or too many rows."""
+    """Return a row for each result, or for each name if there are several names or too many rows."""
     by_name: dict[str, list[Mapping[str, Any]]] = {}
     for row in bundle:
         by_name.setdefault(row["name"], []).append(row)
@@ -183,7 +174,7 @@ def _three_digits(value: Any) -> Any:
 
 
 def _text(value: Any) -> str:
-    """Return a number as a reader wants it: thousands marked, nothing for what is missing."""
+    """Return a number with thousands separators, "" for a missing value."""
     if value is None or value != value:
         return ""
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

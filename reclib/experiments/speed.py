@@ -1,7 +1,7 @@
 """Timed training steps: a ladder from the seed study's step, precisions and compile modes, and adapters.
 
-Variants take turns on the same batches. What a device cannot run, and what runs out of memory, is a row that
-says so.
+Variants take turns on the same batches. A variant that a device cannot run, or that runs out of memory, is a
+row with that status.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from reclib.train.trainer import Trainer, chosen_route
 
 @dataclass
 class Row:
-    """One variant: what was asked for, what ran, and what it took."""
+    """One variant: its settings, its measurement, and its counts."""
 
     asked: dict[str, Any]  # precision, compile_mode, batch_size; or the rung; or the arm
     found: Measurement
@@ -42,15 +42,15 @@ class Row:
 
     @property
     def ok(self) -> bool:
-        """Whether it ran."""
+        """Whether it was timed."""
         return self.found.status == "ok"
 
     def metrics(self) -> dict[str, int]:
-        """Return what is the same on every device."""
+        """Return the counts, which are the same on every device."""
         return self.counted | (self.found.counts() if self.ok else {})
 
     def own_params(self) -> dict[str, Any]:
-        """Return what the row is of, whether it ran, and why not."""
+        """Return the settings, the status, and its reason."""
         return self.asked | {"status": self.found.status, "reason": self.found.reason}
 
 
@@ -60,19 +60,18 @@ def results(name: str, rows: Iterable[Row]) -> list[Result]:
 
 
 def table(rows: Iterable[Row], *timings: str) -> pd.DataFrame:
-    """Return what rows are of, beside some of their timings."""
+    """Tabulate settings of rows and these timings."""
     return pd.DataFrame([row.own_params() | {key: row.timings.get(key) for key in timings} for row in rows])
 
 
 def reasons(rows: Iterable[Row]) -> None:
-    """Print why rows did not run, or ran otherwise than asked for, each reason once."""
+    """Print the distinct reasons of rows that did not run, or ran with other settings."""
     print(*(f"- {reason}" for reason in dict.fromkeys(row.found.reason for row in rows) if reason), sep="\n")
 
 
-# -- what is timed -------------------------------------------------------------------------------------------
+# -- variants ------------------------------------------------------------------------------------------------
 
-# The step of the study that this one started from. Which positions are masked is drawn as in ours; the cost
-# does not depend on it.
+# The step of the seed study. Masked positions are drawn as in ours; the cost does not depend on them.
 SEED_MODEL: dict[str, Any] = {"attention_dropout": 0.1}
 
 SEED_TRAIN: dict[str, Any] = {
@@ -85,7 +84,7 @@ SEED_TRAIN: dict[str, Any] = {
     "compile_mode": "off",
 }
 
-# Name, field and value of each change from there to ours. "auto" routes are resolved per device.
+# Name, field and value of each change from that step to ours. "auto" routes are resolved per device.
 CHANGES: tuple[tuple[str, str, Any], ...] = (
     ("masked positions only", "objective", "cloze"),
     ("no dropout on attention", "attention_dropout", 0.0),
@@ -98,7 +97,7 @@ CHANGES: tuple[tuple[str, str, Any], ...] = (
 
 @dataclass(frozen=True)
 class Rung:
-    """A step of the ladder: the configurations that it trains with, and what it changed."""
+    """A step of the ladder: its configurations, and its change to the step before."""
 
     name: str
     change: str  # "field=value"
@@ -106,11 +105,11 @@ class Rung:
     train: TrainConfig
 
 
-def ladder(model: ModelConfig, train: TrainConfig, more: Sequence[tuple[str, str, Any]] = ()) -> list[Rung]:
-    """Return the rungs, the seed study's step first; `more` changes follow the last (precision, compile)."""
+def ladder(model: ModelConfig, train: TrainConfig, extra: Sequence[tuple[str, str, Any]] = ()) -> list[Rung]:
+    """Return the rungs, the seed study's step first, `extra` changes last (precision, compiling)."""
     model, train = changed(model, **SEED_MODEL), changed(train, **SEED_TRAIN)
     rungs = [Rung("seed study's step", "", model, train)]
-    for name, key, value in (*CHANGES, *more):
+    for name, key, value in (*CHANGES, *extra):
         of_model, of_train = divided({key: value})
         model, train = changed(model, **of_model), changed(train, **of_train)
         rungs.append(Rung(name, f"{key}={value}", model, train))
@@ -118,33 +117,33 @@ def ladder(model: ModelConfig, train: TrainConfig, more: Sequence[tuple[str, str
 
 
 def dataset_of(p: AmpCompile) -> Dataset:
-    """Return the histories that the parameters ask for."""
+    """Return the dataset of the parameters."""
     if p.dataset == "synthetic":
         return synthetic_dataset(p.synthetic_users, p.synthetic_items, p.synthetic_mean_len, p.seed)
     return prepare(DataConfig(dataset=p.dataset))
 
 
 def model_of(p: AmpCompile, dataset: Dataset) -> ModelConfig:
-    """Return the model that the parameters ask for, on the dataset's catalogue."""
+    """Return the model configuration of the parameters, on the dataset's catalogue."""
     return model_config(p.size, num_items=dataset.num_items, max_len=p.max_len)
 
 
 def train_of(p: AmpCompile, **changes: Any) -> TrainConfig:
     """Return the training configuration of a variant: fp32 and the first batch size, unless changed."""
-    given: dict[str, Any] = {"seed": p.seed, "epochs": EPOCHS, "precision": "fp32"}
-    return TrainConfig(**(given | {"batch_size": p.batch_sizes[0]} | changes))
+    values: dict[str, Any] = {"seed": p.seed, "epochs": EPOCHS, "precision": "fp32"}
+    return TrainConfig(**(values | {"batch_size": p.batch_sizes[0]} | changes))
 
 
 def trainer_of(model: ModelConfig, train: TrainConfig, dataset: Dataset, device: Device) -> Trainer:
-    """Return a trainer of weights drawn on the device, the same for the same seed on the same device."""
+    """Return a trainer of weights drawn on the device from the seed."""
     torch.manual_seed(train.seed)
     with device.torch_device:  # drawing a large table on the host takes seconds
-        drawn = Bert4Rec(model)
-    return Trainer(drawn, train_histories(dataset), train, device, dataset.fingerprint)
+        network = Bert4Rec(model)
+    return Trainer(network, train_histories(dataset), train, device, dataset.fingerprint)
 
 
 def inapplicable(precision: str, compile_mode: str, device: Device) -> str:
-    """Return why a variant cannot run on the device, or nothing."""
+    """Return why a variant cannot run on the device, "" if it can."""
     try:
         hardware.choose_precision(precision, device.card)
     except InputError as error:
@@ -166,16 +165,16 @@ def _in_turns(
 ) -> list[Row]:
     """Time variants in turns; `turns` are the steps of a turn, warm-up and rounds of `timing.interleave`.
 
-    A variant with no room beside the others is a row with status "oom".
+    A variant without memory beside the others is a row with status "oom".
     """
     rows: list[Row] = []
     trainers: dict[str, Trainer] = {}  # by the row's number
-    for number, asked in enumerate(variants):
-        reason = inapplicable(asked["precision"], asked["compile_mode"], device)
-        rows.append(Row(dict(asked), Measurement("not applicable" if reason else "oom", reason)))
+    for number, variant in enumerate(variants):
+        reason = inapplicable(variant["precision"], variant["compile_mode"], device)
+        rows.append(Row(dict(variant), Measurement("not applicable" if reason else "oom", reason)))
         if not reason:
             with contextlib.suppress(torch.OutOfMemoryError):
-                trainers[str(number)] = trainer(asked)
+                trainers[str(number)] = trainer(variant)
     for key, measurement in timing.interleave(trainers, *turns, gpu_energy=gpu_energy).items():
         rows[int(key)].found = measurement
         if measurement.status == "ok":
@@ -184,12 +183,12 @@ def _in_turns(
 
 
 def _describe(row: Row, trainer: Trainer, step: int) -> None:
-    """Add to a timed row what is counted for it; `step` is one of the timed steps."""
-    done, needed = timing.step_flops(trainer, step)
+    """Add counts and timings to a timed row; `step` is one of the timed steps."""
+    computed, needed = timing.step_flops(trainer, step)
     row.counted = {
         "parameters": sum(parameter.numel() for parameter in trainer.parameters),
-        "encoder_flops": done.encoder,
-        "head_flops": done.head,
+        "encoder_flops": computed.encoder,
+        "head_flops": computed.head,
         "needed_flops": needed.total,
     }
     if not row.found.reason and trainer.compile_reason != "asked for":
@@ -198,15 +197,15 @@ def _describe(row: Row, trainer: Trainer, step: int) -> None:
     row.asked |= {"ran_precision": used, "ran_compile_mode": trainer.compile_mode}
     row.asked["head_dtype"] = timing.head_dtype(trainer)
     row.timings = row.found.timings() | {
-        "mfu": work.mfu(done.total, row.found.median_seconds, trainer.device.label, used),
+        "mfu": work.mfu(computed.total, row.found.median_seconds, trainer.device.label, used),
         "peak_tensor_bytes": timing.peak_tensor_bytes(trainer),
     }
 
 
-def _alone(
+def _time_alone(
     row: Row, p: AmpCompile, model: ModelConfig, train: TrainConfig, dataset: Dataset, device: Device
 ) -> Trainer | None:
-    """Time one variant with nothing else in memory; return its trainer, None where there is no room."""
+    """Time one variant with nothing else in memory; return its trainer, None if out of memory."""
     gc.collect()
     if device.torch_device.type == "cuda":
         torch.cuda.empty_cache()
@@ -225,8 +224,8 @@ def grid(p: AmpCompile, dataset: Dataset, device: Device) -> list[Row]:
     """Time every precision, compile mode and batch size, those of one batch size in turns."""
     model, rows = model_of(p, dataset), []
 
-    def trainer(asked: Mapping[str, Any]) -> Trainer:
-        return trainer_of(model, train_of(p, **asked), dataset, device)
+    def trainer(variant: Mapping[str, Any]) -> Trainer:
+        return trainer_of(model, train_of(p, **variant), dataset, device)
 
     def describe(row: Row, trainer: Trainer) -> None:
         _describe(row, trainer, p.warmup_steps + 1)
@@ -241,7 +240,7 @@ def grid(p: AmpCompile, dataset: Dataset, device: Device) -> list[Row]:
         timed = _in_turns(variants, trainer, describe, device, *turns, gpu_energy=True)
         for row in timed:
             if row.found.status == "oom" and (
-                alone := _alone(row, p, model, train_of(p, **row.asked), dataset, device)
+                alone := _time_alone(row, p, model, train_of(p, **row.asked), dataset, device)
             ):
                 describe(row, alone)
         eager = {row.asked["precision"]: row.found for row in timed if row.ok and not row.found.compiled}
@@ -254,15 +253,15 @@ def grid(p: AmpCompile, dataset: Dataset, device: Device) -> list[Row]:
 
 
 def rungs_of(p: AmpCompile, dataset: Dataset, device: Device) -> list[Rung]:
-    """Return the ladder at this size, with AMP and compile on top where they were asked for and apply.
+    """Return the ladder at this size, with rungs for AMP and compiling if requested and applicable.
 
-    A GPU with room for the logits has no rung for the route of the loss: there it stays `plain`.
+    A GPU with memory for the logits has no rung for the route of the loss, which stays `plain`.
     """
     amp = [x for x in ("bf16", "fp16") if x in p.precisions and not inapplicable(x, "off", device)]
     modes = [x for x in p.compile_modes if x != "off" and not inapplicable("fp32", x, device)]
-    more: list[tuple[str, str, Any]] = [("AMP", "precision", x) for x in amp[:1]]
-    more += [("torch.compile", "compile_mode", x) for x in modes[:1]]
-    rungs, histories = ladder(model_of(p, dataset), train_of(p), more), train_histories(dataset)
+    extra: list[tuple[str, str, Any]] = [("AMP", "precision", x) for x in amp[:1]]
+    extra += [("torch.compile", "compile_mode", x) for x in modes[:1]]
+    rungs, histories = ladder(model_of(p, dataset), train_of(p), extra), train_histories(dataset)
     routes = [chosen_route(r.train, r.model, histories, device.card, False) for r in rungs]
     return [
         rung
@@ -272,13 +271,13 @@ def rungs_of(p: AmpCompile, dataset: Dataset, device: Device) -> list[Rung]:
 
 
 def climb(p: AmpCompile, dataset: Dataset, device: Device) -> list[Row]:
-    """Time the ladder's rungs in turns, each alone in memory and built anew in every round."""
+    """Time the ladder's rungs in turns, each alone in memory and with a new trainer in every round."""
     rungs = rungs_of(p, dataset, device)
     rows = [Row({}, Measurement("oom")) for _ in rungs]
     rounds: list[list[Measurement]] = [[] for _ in rungs]
     for number in range(p.repeats):
         for rung, row, parts in zip(rungs, rows, rounds, strict=True):
-            trainer = _alone(row, p, rung.model, rung.train, dataset, device)
+            trainer = _time_alone(row, p, rung.model, rung.train, dataset, device)
             if trainer is not None and number == 0:
                 _describe(row, trainer, p.warmup_steps + 1)
             parts.append(row.found)
@@ -290,24 +289,24 @@ def climb(p: AmpCompile, dataset: Dataset, device: Device) -> list[Row]:
 
 
 def work_rows(p: AmpCompile, dataset: Dataset, device: Device) -> dict[str, int]:
-    """Return what the first step holds and costs, counted: sequences, real items, targets, FLOPs by part."""
+    """Return counts of the first step: sequences, real items, targets, FLOPs by part."""
     trainer = trainer_of(model_of(p, dataset), train_of(p), dataset, device)
     batches = timing.step_batches(trainer, 1)
-    done, needed = timing.step_flops(trainer, 1)
+    computed, needed = timing.step_flops(trainer, 1)
     return {
         "sequences": sum(batch.num_sequences for batch in batches),
         "tokens": sum(batch.num_tokens for batch in batches),
         "targets": sum(batch.num_targets for batch in batches),
         "row_tokens": sum(batch.items.numel() for batch in batches),
-        "encoder_flops": done.encoder,
-        "head_flops": done.head,
+        "encoder_flops": computed.encoder,
+        "head_flops": computed.head,
         "needed_encoder_flops": needed.encoder,
         "needed_head_flops": needed.head,
         "parameters": sum(parameter.numel() for parameter in trainer.parameters),
     }
 
 
-# -- what else notebook 04 asks ------------------------------------------------------------------------------
+# -- further results of notebook 04 --------------------------------------------------------------------------
 
 
 def losses(rows: Iterable[Row]) -> dict[str, list[float]]:
@@ -320,18 +319,17 @@ def losses(rows: Iterable[Row]) -> dict[str, list[float]]:
 
 
 def parity(rows: Iterable[Row]) -> list[Result]:
-    """Return the loss curve of each precision, with its largest relative distance from the first one's."""
+    """Return the loss curve of each precision, with its largest relative distance from the first curve."""
     curves = losses(rows)
     first = next(iter(curves.values()), [])
-    curve_results = []
+    results_by_curve = []
     for number, (name, values) in enumerate(curves.items()):
         gap = max(abs(a / b - 1) for a, b in zip(values, first, strict=True))
         series: dict[str, list[Any]] = {"step": list(range(1, len(values) + 1)), "loss": values}
-        own = {"precision": name, "number": number}
-        curve_results.append(
-            Result("loss_curve", {"steps": len(values)}, own, series, timings={"largest_gap": gap})
-        )
-    return curve_results
+        params = {"precision": name, "number": number}
+        timings = {"largest_gap": gap}
+        results_by_curve.append(Result("loss_curve", {"steps": len(values)}, params, series, timings=timings))
+    return results_by_curve
 
 
 def eager_rates(rows: Iterable[Row], batch_size: int) -> dict[str, float]:
@@ -342,7 +340,7 @@ def eager_rates(rows: Iterable[Row], batch_size: int) -> dict[str, float]:
 
 
 def breakdown(p: AmpCompile, dataset: Dataset, device: Device, top: int = 12) -> Result:
-    """Return where an eager step in the first precision spends its time, by operator."""
+    """Return the time of an eager step in the first precision by operator."""
     precision = p.precisions[0]
     trainer = trainer_of(model_of(p, dataset), train_of(p, precision=precision), dataset, device)
     rows = timing.operators(trainer, p.steps, top)
@@ -351,14 +349,14 @@ def breakdown(p: AmpCompile, dataset: Dataset, device: Device, top: int = 12) ->
 
 
 def whole_epoch(p: AmpCompile, dataset: Dataset, device: Device) -> timing.EpochClock:
-    """Time one epoch of the first variant by the wall clock, after an epoch that warms up."""
+    """Time one epoch of the first variant by the wall clock, after a warm-up epoch."""
     trainer = trainer_of(model_of(p, dataset), train_of(p, precision=p.precisions[0]), dataset, device)
     timing.epoch_clock(trainer)
     return timing.epoch_clock(trainer)
 
 
 def published(clock: timing.EpochClock, rows: Iterable[Row]) -> Result:
-    """Return the rates of single steps and of a whole epoch, and which of them is published."""
+    """Return the rates of single steps and of a whole epoch, and the published one of them."""
     steady = next(row.found.sequences_per_second for row in rows if row.ok)
     rate, _ = timing.published_rate(steady, clock.sequences_per_second)
     rates = {"steady": steady, "epoch": clock.sequences_per_second, "published": rate}
@@ -373,7 +371,7 @@ PLAIN = ("full", "lora", "gated", "head")  # timed beside ilora, where they are 
 
 
 def variants(p: ILora) -> list[dict[str, str]]:
-    """Return what is timed: the arms in the first precision and mode, and ilora in all."""
+    """Return the timed variants: the arms in the first precision and mode, ilora in all."""
     arms = [(arm, p.precisions[0], p.compile_modes[0]) for arm in PLAIN if arm in p.arms]
     arms += [("ilora", precision, mode) for precision in p.precisions for mode in p.compile_modes]
     return [dict(zip(("model", "precision", "compile_mode"), arm, strict=True)) for arm in arms]
@@ -384,22 +382,20 @@ def adapter_grid(
 ) -> list[Row]:
     """Time a step of each of `variants` from the same base on the same batches, in turns of one step.
 
-    `reader` is of `adaptation.train_reader`. Frozen matrices are held in the precision of the products, so
-    that no step casts them. Ratios are of paired steps.
+    `reader` is the model of `adaptation.train_reader`. Frozen matrices are stored in the precision of the
+    products, so that no step casts them. Ratios are of paired steps.
     """
     histories = Histories(dataset.items, dataset.offsets[:-1], dataset.offsets[1:])
 
-    def trainer(asked: Mapping[str, Any]) -> Trainer:
+    def trainer(variant: Mapping[str, Any]) -> Trainer:
         shared = ("batch_size", "mask_prob", "last_item_share")
-        given: dict[str, Any] = {name: getattr(p, name) for name in shared} | {
-            "learning_rate": p.learning_rates[0]
-        }
-        given |= {name: asked[name] for name in ("precision", "compile_mode")}
-        model = arm_model(p, asked["model"], base, p.seeds[0], reader)
-        dtype = hardware.choose_precision(asked["precision"], device.card).autocast_dtype
+        values: dict[str, Any] = {name: getattr(p, name) for name in shared}
+        values |= {name: variant[name] for name in ("precision", "compile_mode")}
+        model = arm_model(p, variant["model"], base, p.seeds[0], reader)
+        dtype = hardware.choose_precision(variant["precision"], device.card).autocast_dtype
         if isinstance(model, AdaptedModel) and dtype is not None:
             model.hold_frozen(dtype)
-        train = TrainConfig(seed=p.seeds[0], epochs=EPOCHS, **given)
+        train = TrainConfig(seed=p.seeds[0], epochs=EPOCHS, learning_rate=p.learning_rates[0], **values)
         return Trainer(model, histories, train, device, "timed")
 
     def describe(row: Row, trainer: Trainer) -> None:
@@ -415,9 +411,9 @@ def adapter_grid(
     timed = [row for row in rows if row.ok]
     first = {row.asked["model"]: row for row in reversed(timed)}  # of ilora the first precision and mode
     for row in timed:
-        for other in ("full", "lora", "ilora"):
-            if other in first and first[other] is not row:
-                ratio = timing.paired_ratio(row.found, first[other].found)
-                names = (f"over_{other}", f"over_{other}_low", f"over_{other}_high")
+        for reference in ("full", "lora", "ilora"):
+            if reference in first and first[reference] is not row:
+                ratio = timing.paired_ratio(row.found, first[reference].found)
+                names = (f"over_{reference}", f"over_{reference}_low", f"over_{reference}_high")
                 row.timings |= dict(zip(names, ratio, strict=True))
     return rows

@@ -15,10 +15,9 @@ from reclib.report import style
 from reclib.report.style import GREEN, INK, MUTED, ORANGE, PALETTE, at, interval, marker, panels, single
 from reclib.report.tables import ARM_NAMES, BASELINES, TASK_NAMES, model_name
 
-MOST_COLORS = 4  # lines of a figure that can be told apart; all others are grey
-FAR = 5  # medians of all differences, below which an arm stands at the edge of the axis
-DRAWN_USERS = 500  # in a figure of single users: more overlap, and make a notebook of megabytes
-
+MOST_COLORS = 4  # coloured lines of a figure; all others are grey
+FAR = 5  # an arm this many medians below zero is written at the edge of the axis
+DRAWN_USERS = 500  # sampled users in a figure of single users, to limit overlap and file size
 _ZERO = {"color": INK, "width": 1}  # the line of no difference
 _CLAIMED: dict[Any, str] = {"better": GREEN, "worse": ORANGE}  # colour of a claim; of all others: grey
 _TITLES = {"hr@10": "HR@10", "ndcg@10": "NDCG@10", "mrr": "MRR"}
@@ -29,10 +28,8 @@ _ORDERS = {  # symbol and name of each order of the histories, by metric
     "shuffled": ("x", "shuffled"),
 }
 _BEYOND = {"coverage": "coverage", "gini": "Gini", "popularity_percentile": "popularity"}
-_ARM_COLORS: dict[Any, str] = dict(
-    zip(("ilora", "full", "lora", "gated", "head", "bias"), PALETTE, strict=True)
-)
-_ARM_COLORS |= dict.fromkeys(CONTROLS, MUTED)
+_ARMS = ("ilora", "full", "lora", "gated", "head", "bias")
+_ARM_COLORS: dict[Any, str] = dict(zip(_ARMS, PALETTE, strict=True)) | dict.fromkeys(CONTROLS, MUTED)
 
 
 # -- models --------------------------------------------------------------------------------------------------
@@ -60,8 +57,8 @@ def learning_curves(rows: pd.DataFrame) -> go.Figure:
         seeds = rows.loc[rows["model"] == order[0], "seed"].nunique()
         mean = f", mean of {seeds} seeds" if seeds > 1 else ""
         title = style.sentence(f"{order[0]} is best on validation: NDCG@10 {best.max():.3f}{mean}")
-        known = rows.dropna(subset=["valid_ndcg@10"]).sort_values("epoch")
-        last = known.groupby(["model", "seed"], dropna=False).tail(1).groupby("model")["valid_ndcg@10"]
+        scored = rows.dropna(subset=["valid_ndcg@10"]).sort_values("epoch")
+        last = scored.groupby(["model", "seed"], dropna=False).tail(1).groupby("model")["valid_ndcg@10"]
         ends = last.mean().loc[order[:MOST_COLORS]]
         right = pd.Series(last_epoch, ends.index)
         figure.label_ends(right, ends, colors, rows["valid_ndcg@10"].max(), 2)
@@ -79,28 +76,28 @@ def learning_curves(rows: pd.DataFrame) -> go.Figure:
 
 
 def metric_comparison(rows: pd.DataFrame) -> go.Figure:
-    """HR@10, NDCG@10 and MRR by model: mean over users with its interval, and each seed apart."""
+    """HR@10, NDCG@10 and MRR by model: means over users with intervals, and each seed."""
     rows = style.named(rows)
-    shown = [key for key in _TITLES if key in rows and rows[key].notna().any()]
+    metrics = [key for key in _TITLES if key in rows and rows[key].notna().any()]
     means = rows[rows["seed"].isna()] if rows["seed"].isna().any() else rows
     models = list(means.groupby("model")["hr@10"].max().sort_values(ascending=False).index)
-    figure, colors = panels(len(shown), spacing=0.06, shared_yaxes=True), style.model_colors(models)
+    figure, colors = panels(len(metrics), spacing=0.06, shared_yaxes=True), style.model_colors(models)
     tick = {"symbol": "line-ns", "size": 14, "line": {"color": INK, "width": 1.5}}
-    for panel, metric in enumerate(shown, 1):
-        known = rows[rows[metric].notna()]
-        has_interval = style.column(known, f"{metric}_low").notna()
-        for (model, kind, whole), some in known.groupby(["model", "kind", has_interval]):
+    for panel, metric in enumerate(metrics, 1):
+        scored = rows[rows[metric].notna()]
+        has_interval = style.column(scored, f"{metric}_low").notna()
+        for (model, kind, with_interval), part in scored.groupby(["model", "kind", has_interval]):
             color = colors[model]
             figure.add_scatter(
-                **{"x": some[metric], "y": some["model"], "mode": "markers"},
-                marker=marker(kind, color) if whole or some["seed"].isna().all() else tick,
-                error_x=interval(some, metric, color) if whole else None,
+                **{"x": part[metric], "y": part["model"], "mode": "markers"},
+                marker=marker(kind, color) if with_interval or part["seed"].isna().all() else tick,
+                error_x=interval(part, metric, color) if with_interval else None,
                 hovertemplate="%{y}: %{x:.4f}<extra></extra>",
                 **at(1, panel),
             )
         figure.update_xaxes(title_text=_TITLES[metric], rangemode="tozero", nticks=4, **at(1, panel))
-    how = "means over users, full ranking; bar: 95 % interval, tick: one seed; grey: no gradient descent"
-    figure.note(how)
+    text = "means over users, full ranking; bar: 95 % interval, tick: one seed; grey: no gradient descent"
+    figure.note(text)
     figure.categories(models)
     best = style.extreme(means, "hr@10")
     title = f"{best['model']} has the target among its ten first for {best['hr@10']:.1%} of users"
@@ -108,13 +105,13 @@ def metric_comparison(rows: pd.DataFrame) -> go.Figure:
 
 
 def comparison(rows: pd.DataFrame) -> go.Figure:
-    """Every model's paired difference from the reference, with its interval, and what may be said of it."""
+    """Every model's difference from the reference, paired by user, with its interval and its claim."""
     rows = _with_claims(style.named(rows[rows["against"] == rows["against"].iloc[0]]))
-    shown = [metric for metric in _TITLES if (rows["metric"] == metric).any()]
-    first = rows[rows["metric"] == shown[0]]
+    metrics = [metric for metric in _TITLES if (rows["metric"] == metric).any()]
+    first = rows[rows["metric"] == metrics[0]]
     order = list(first.sort_values("difference", ascending=False)["model"])
-    figure = panels(rows=len(shown), vertical=0.2)
-    for panel, metric in enumerate(shown, 1):
+    figure = panels(rows=len(metrics), vertical=0.2)
+    for panel, metric in enumerate(metrics, 1):
         part, place = rows[rows["metric"] == metric], at(panel, 1)
         _claim_marks(figure, part, part["model"], place)
         # Claims stand on the right, clear of the intervals.
@@ -128,10 +125,12 @@ def comparison(rows: pd.DataFrame) -> go.Figure:
             figure.text(claim, high + 0.06 * room, name, color, xanchor="left", **place)
         figure.update_xaxes(title_text=f"difference in {_TITLES[metric]}", nticks=7, **place)
     figure.categories(order)
-    figure.update_layout(height=140 + len(shown) * (75 + 30 * len(order)))
-    how = "paired by user; bar: 95 % interval; words: p corrected for all rows (Holm); "
-    figure.note(how + "grey band: too small for these users to show (power 80 %)")
-    start = f"Against {model_name(rows['against'].iloc[0])}, {_TITLES[shown[0]]} of {len(first)} models"
+    figure.update_layout(height=140 + len(metrics) * (75 + 30 * len(order)))
+    figure.note(
+        "paired by user; bar: 95 % interval; words: p corrected for all rows (Holm); grey band: too small "
+        "for these users to show (power 80 %)"
+    )
+    start = f"Against {model_name(rows['against'].iloc[0])}, {_TITLES[metrics[0]]} of {len(first)} models"
     return figure.update_layout(title_text=f"{start}: {_counted(first['claim'])}")
 
 
@@ -148,23 +147,22 @@ def equal_time(rows: pd.DataFrame) -> go.Figure:
         figure.path(part, "minutes", "ndcg@10", color, hover, error_y=ends, **look)
     figure.label_ends(np.log10(last["minutes"]), last["ndcg@10"], colors, rows["ndcg@10"].max())
     first, end = np.log10([rows["minutes"].min(), rows["minutes"].max()])
-    figure.update_xaxes(  # ranged by hand: else the names at the ends widen it
-        **{"title_text": "minutes of training (log scale)", "range": [first - 0.08, end + 0.04]},
-        **style.log_axis(rows["minutes"], most=9),
-    )
+    axis: dict[str, Any] = {"range": [first - 0.08, end + 0.04]}  # else the names at the ends widen it
+    axis |= style.log_axis(rows["minutes"], most=9)
+    figure.update_xaxes(title_text="minutes of training (log scale)", **axis)
     figure.update_yaxes(title_text="NDCG@10 on validation, full ranking", rangemode="tozero")
     table = rows.pivot_table(index="minutes", columns="model", values="ndcg@10").dropna(thresh=2)
     if table.empty:
         return figure.update_layout(title_text=f"NDCG@10 of {last.index[0]}: {last['ndcg@10'].iloc[0]:.3f}")
     final = table.iloc[-1].dropna().sort_values(ascending=False)
     always = (table.idxmax(axis=1) == final.index[0]).all()
-    where = "at every time" if always else f"after {table.index[-1]:.3g} minutes"
-    title = f"{final.index[0]} leads {where}: in the end {final.iloc[0]:.3f} against {final.iloc[1]:.3f}"
+    when = "at every time" if always else f"after {table.index[-1]:.3g} minutes"
+    title = f"{final.index[0]} leads {when}: in the end {final.iloc[0]:.3f} against {final.iloc[1]:.3f}"
     return figure.update_layout(title_text=style.sentence(title))
 
 
 def ablation(rows: pd.DataFrame) -> go.Figure:
-    """What each change to the base arm does to NDCG@10 on validation, paired by user."""
+    """Change of NDCG@10 on validation by each change to the base arm, paired by user."""
     rows = style.named(rows).sort_values("difference", ascending=False)
     rows["model"] = rows["model"].map(lambda name: style.broken(name, 26))
     figure = single(showlegend=False)
@@ -177,18 +175,17 @@ def ablation(rows: pd.DataFrame) -> go.Figure:
     effect = np.select([helps, hurts], ["better", "worse"], "not separated")
     hover = "%{y}: %{x:+.4f}<br>NDCG@10 %{customdata[0]:.4f}, %{customdata[1]:.0f} seeds"
     hover += ", adjusted p %{customdata[2]:.3f}" if corrected else ""
-    for (_, claim), some in rows.groupby(["kind", effect]):
-        color, data = _CLAIMED.get(claim, MUTED), some.reindex(columns=["value", "seeds", "adjusted_p"])
-        ends = interval(some, "difference", color)
-        figure.dots(some, "difference", "model", color, hover, error_x=ends, customdata=data)
+    for (_, claim), part in rows.groupby(["kind", effect]):
+        color, data = _CLAIMED.get(claim, MUTED), part.reindex(columns=["value", "seeds", "adjusted_p"])
+        ends = interval(part, "difference", color)
+        figure.dots(part, "difference", "model", color, hover, error_x=ends, customdata=data)
     base = model_name(rows["against"].iloc[0])
     figure.update_xaxes(title_text="change of NDCG@10", tickformat="+.3~f", nticks=7)
     figure.add_vline(0, line=_ZERO)
     figure.categories(list(rows["model"]), 40)
     _far_off(figure, rows)
-    over = ", not corrected for the number of arms"
-    if corrected:
-        over = " and seeds; colour: p below .05 corrected for all arms (Holm)"
+    over = " and seeds; colour: p below .05 corrected for all arms (Holm)"
+    over = over if corrected else ", not corrected for the number of arms"
     figure.note(
         f"0: {base}, NDCG@10 {rows['base'].iloc[0]:.4f} on validation; bar: 95 % interval over users{over}; "
         f"band: range over seeds; grey: not separated, or fewer than {statistics.MIN_SEEDS} seeds"
@@ -200,7 +197,7 @@ def ablation(rows: pd.DataFrame) -> go.Figure:
 
 
 def _far_off(figure: style.Chart, rows: pd.DataFrame) -> None:
-    """Cut the axis where single arms would press all others together, and say their values at its edge."""
+    """Cut the axis at arms far below the others, and write their values at its edge."""
     far = rows["difference"] < -FAR * rows["difference"].abs().median()
     if not far.any():
         return
@@ -215,14 +212,14 @@ def _far_off(figure: style.Chart, rows: pd.DataFrame) -> None:
 
 
 def _with_claims(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows with what may be claimed of each."""
+    """Return the rows with their claims."""
     numbers = rows[["difference", "adjusted_p", "seeds", "reference_seeds"]].to_numpy()
     claims = [statistics.claim(difference, p, seeds) for difference, p, *seeds in numbers]
     return rows.assign(claim=claims)
 
 
 def _counted(claims: pd.Series) -> str:
-    """Return how many rows have which claim; where all have too few seeds, that nothing is claimed."""
+    """Return the number of rows by claim as a text; "no claim" if all have too few seeds."""
     counts = claims.value_counts()
     if set(counts.index) == {"too few seeds"}:
         return f"no claim, with fewer than {statistics.MIN_SEEDS} seeds"
@@ -232,15 +229,15 @@ def _counted(claims: pd.Series) -> str:
 
 
 def _claim_marks(figure: style.Chart, rows: pd.DataFrame, names: pd.Series, place: dict[str, Any]) -> None:
-    """Draw each row's difference with its interval, coloured by its claim, on what could not be shown."""
+    """Draw each row's difference with its interval, coloured by its claim, on a band of undetectable ones."""
     _behind(figure, -rows["detectable"], 2 * rows["detectable"], names, **place)
     hover = "%{y}: %{x:+.4f}, %{customdata[2]}<br>adjusted p %{customdata[0]:.3f}, "
     hover += "detectable %{customdata[1]:.4f}"
-    for (_, claim), some in rows.groupby(["kind", "claim"]):
+    for (_, claim), part in rows.groupby(["kind", "claim"]):
         color = _CLAIMED.get(claim, MUTED)
-        more: dict[str, Any] = {"error_x": interval(some, "difference", color)}
-        more |= {"customdata": some[["adjusted_p", "detectable", "claim"]]}
-        figure.dots(some, "difference", names[some.index], color, hover, **more, **place)
+        trace: dict[str, Any] = {"error_x": interval(part, "difference", color)}
+        trace |= {"customdata": part[["adjusted_p", "detectable", "claim"]]}
+        figure.dots(part, "difference", names[part.index], color, hover, **trace, **place)
 
 
 def _behind(figure: style.Chart, base: pd.Series, width: pd.Series, names: pd.Series, **place: Any) -> None:
@@ -249,7 +246,7 @@ def _behind(figure: style.Chart, base: pd.Series, width: pd.Series, names: pd.Se
     figure.add_bar(base=base, x=width, y=names, orientation="h", **look, **place)
 
 
-# -- what stands behind a table of accuracy: protocols, controls, whom a model serves, and with what ---------
+# -- behind the accuracy: protocols, controls, groups of users, recommended items ----------------------------
 
 
 def rank_histogram(rows: pd.DataFrame) -> go.Figure:
@@ -268,7 +265,7 @@ def rank_histogram(rows: pd.DataFrame) -> go.Figure:
 
 
 def protocols(rows: pd.DataFrame) -> go.Figure:
-    """HR@10 of every model under each protocol, and what the seed study published, as what it is."""
+    """HR@10 of every model under each protocol, and the published values of the seed study."""
     rows = _over_seeds(style.named(rows))
     order = list(dict.fromkeys(rows.sort_values("comparable", ascending=False, kind="stable")["protocol"]))
     models = sorted(rows["model"].unique(), key=lambda name: (name not in _BASELINES, name))
@@ -278,16 +275,16 @@ def protocols(rows: pd.DataFrame) -> go.Figure:
         places = part["protocol"].map(order.index) + shift[model]
         look: dict[str, Any] = {"size": 7 if model in _BASELINES else 10}
         look |= {} if comparable else {"symbol": "diamond-open"}
-        more: dict[str, Any] = {"marker": look, "error_x": interval(part, "hr@10", colors[model], width=0)}
-        more |= {"customdata": part["label"].map(lambda text: style.broken(text, 60))}
+        trace: dict[str, Any] = {"marker": look, "error_x": interval(part, "hr@10", colors[model], width=0)}
+        trace |= {"customdata": part["label"].map(lambda text: style.broken(text, 60))}
         hover = f"{model}: %{{x:.4f}}<br>%{{customdata}}"
-        figure.dots(part, "hr@10", places, colors[model], hover, **more)
+        figure.dots(part, "hr@10", places, colors[model], hover, **trace)
     published = pd.DataFrame(reference()["accuracy"])
     look = {"symbol": "square-open", "size": 10, "color": MUTED, "line": {"color": MUTED, "width": 1.5}}
-    about = published[["name", "data", "source"]].to_numpy().tolist()
+    origins = published[["name", "data", "source"]].to_numpy().tolist()
     hover = "%{customdata[0]} on %{customdata[1]}: %{x:.4f}<br>published in its %{customdata[2]}, "
     hover += "no artefact in its repository<extra></extra>"
-    marks = {"mode": "markers", "marker": look, "customdata": about, "hovertemplate": hover}
+    marks = {"mode": "markers", "marker": look, "customdata": origins, "hovertemplate": hover}
     places = [len(order)] * len(published)
     figure.add_scatter(x=list(published["hr_at_10"]), y=places, showlegend=False, **marks)
     trained = {name: colors[name] for name in models if name not in _BASELINES}
@@ -310,9 +307,9 @@ def protocols(rows: pd.DataFrame) -> go.Figure:
 
 
 def _over_seeds(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per model and protocol: those of a training of their own come one for each seed.
+    """Return one row per model and protocol, averaging the seeds of models trained for that protocol.
 
-    Ends of their intervals are averaged like the means, which is wider than the interval of the mean.
+    Ends of intervals are averaged too, which is wider than the interval of the mean.
     """
     parts = rows.groupby(["model", "protocol", "label", "comparable", "kind"], sort=False)
     other = parts["seed"].agg(lambda seeds: bool(seeds.notna().all()))
@@ -320,26 +317,26 @@ def _over_seeds(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _rows(figure: style.Chart, names: list[str], room: float, **place: Any) -> None:
-    """Name the rows 0, 1, ... of a numeric y axis, the first on top."""
+    """Label the rows 0, 1, ... of a numeric y axis, the first on top."""
     ticks = {"tickvals": list(range(len(names))), "ticktext": names}
     figure.update_yaxes(**ticks, range=[len(names) - 1 + room, -room], ticks="", **place)
 
 
 def _legend(figure: style.Chart, colors: dict[Any, str]) -> None:
-    """Name the colours under the figure."""
+    """Add a legend of colours under the figure."""
     figure.update_traces(showlegend=False)
     _below(figure, {name: {"color": color, "size": 9} for name, color in colors.items()})
 
 
 def _below(figure: style.Chart, looks: dict[Any, dict[str, Any]]) -> None:
-    """Write a legend of marks under the figure."""
+    """Add a legend of marks under the figure."""
     for name, look in looks.items():
         figure.add_scatter(x=[None], y=[None], mode="markers", marker=look, name=name)
     figure.update_layout(showlegend=True, legend=style.BELOW, margin={"b": 95})
 
 
 def shuffle_control(rows: pd.DataFrame) -> go.Figure:
-    """NDCG@10 with histories in their order, shuffled but for the last item, and shuffled."""
+    """NDCG@10 with histories in true order, shuffled except for the last item, and shuffled."""
     rows = style.named(rows).sort_values("ndcg@10", ascending=False)
     figure, colors = single(), style.model_colors(rows["model"])
     for row in rows.to_dict("records"):
@@ -347,8 +344,8 @@ def shuffle_control(rows: pd.DataFrame) -> go.Figure:
         symbols = [symbol + end for symbol, _ in _ORDERS.values()]
         changes = [[name, _change(row, key)] for key, (_, name) in _ORDERS.items()]
         look: dict[str, Any] = {"marker": marker(row["kind"], color) | {"symbol": symbols}}
-        look |= {"mode": "lines+markers"}
-        look |= {"line": {"width": 1.5}, "customdata": changes, "showlegend": False}
+        look |= {"mode": "lines+markers", "line": {"width": 1.5}}
+        look |= {"customdata": changes, "showlegend": False}
         values, names = [row[key] for key in _ORDERS], [row["model"]] * len(_ORDERS)
         hover = "%{y}, %{customdata[0]}: %{x:.4f}%{customdata[1]}"
         figure.path(row["kind"], values, names, color, hover, **look)
@@ -373,11 +370,11 @@ def _change(row: dict[Any, Any], order: str) -> str:
 
 
 def groups(rows: pd.DataFrame) -> go.Figure:
-    """HR@10 of users by history length, by how popular their target is and, with times, by its time."""
+    """HR@10 of users by history length, by popularity of the target and, with times, by its time."""
     rows = style.named(rows)
     means = rows.groupby("model")["hr@10"].mean()
     trained = [name for name in means.index if name not in _BASELINES]
-    shown = [*trained, *means.drop(trained).sort_values().index[-1:]]  # with the best baseline
+    named = [*trained, *means.drop(trained).sort_values().index[-1:]]  # with the best baseline
     colors = style.model_colors(means.index)
     titles = {"history": "by length of the history", "popularity": "by popularity of the target"}
     titles |= {"time": "by time of the target"} if (rows["by"] == "time").any() else {}
@@ -387,7 +384,7 @@ def groups(rows: pd.DataFrame) -> go.Figure:
         part = rows[rows["by"] == by]
         order = list(dict.fromkeys(part["group"]))
         height += len(order)
-        _group_lines(figure, part.assign(place=part["group"].map(order.index)), shown, colors, panel)
+        _group_lines(figure, part.assign(place=part["group"].map(order.index)), named, colors, panel)
         users = part.groupby("group")["users"].first()
         figure.update_xaxes(title_text=f"HR@10 {title}", rangemode="tozero", **at(panel, 1))
         names = [f"{_short(group)}<br>{users[group]:,} users" for group in order]
@@ -396,40 +393,40 @@ def groups(rows: pd.DataFrame) -> go.Figure:
         "history: interactions; popularity: shares of all interactions, most popular items first; bar: 95 % "
         "interval over users; thin grey lines: other baselines (names on hover)"
     )
-    _legend(figure, {name: colors[name] for name in shown})
+    _legend(figure, {name: colors[name] for name in named})
     figure.update_layout(height=100 + 100 * len(titles) + 46 * height)
-    leader = max(shown, key=lambda name: means[name])
+    leader = max(named, key=lambda name: means[name])
     part = rows[(rows["by"] == "popularity") & (rows["model"] == leader)]
-    met = part[part["group"].map(_short) != "not in training"]  # no model can find what it never met
-    first, last = met["hr@10"].iloc[0], met["hr@10"].iloc[-1]
+    findable = part[part["group"].map(_short) != "not in training"]
+    first, last = findable["hr@10"].iloc[0], findable["hr@10"].iloc[-1]
     title = f"{leader} finds {first:.0%} of the most popular targets, {last:.0%} of the rarest"
     return figure.update_layout(title_text=style.sentence(title))
 
 
 def _group_lines(
-    figure: style.Chart, rows: pd.DataFrame, shown: list[str], colors: dict[Any, str], panel: int
+    figure: style.Chart, rows: pd.DataFrame, named: list[str], colors: dict[Any, str], panel: int
 ) -> None:
-    """Draw a line of groups for each model, with intervals for those that are shown by name."""
-    for (name, kind), some in rows.groupby(["model", "kind"]):
+    """Draw a line over the groups for each model, with intervals for the `named` ones."""
+    for (name, kind), part in rows.groupby(["model", "kind"]):
         color, shift, ends = colors[name], 0.0, None
         look: dict[str, Any] = {"mode": "lines", "line": {"width": 1}, "opacity": 0.45}
-        if name in shown:
+        if name in named:
             look = {"mode": "lines+markers", "line": {"width": 1.5}, "opacity": 1}
-            shift = 0.12 * (shown.index(name) - (len(shown) - 1) / 2)
-            ends = interval(some, "hr@10", color, width=3)
-        look |= {"marker": marker(kind, color) | {"size": 7}, "customdata": some[["group", "users"]]}
+            shift = 0.12 * (named.index(name) - (len(named) - 1) / 2)
+            ends = interval(part, "hr@10", color, width=3)
+        look |= {"marker": marker(kind, color) | {"size": 7}, "customdata": part[["group", "users"]]}
         hover = f"{name}, %{{customdata[0]}} (%{{customdata[1]:,}} users): %{{x:.3f}}"
-        places = some["place"] + shift
-        figure.path(some, "hr@10", places, color, hover, error_x=ends, **look, **at(panel, 1))
+        places = part["place"] + shift
+        figure.path(part, "hr@10", places, color, hover, error_x=ends, **look, **at(panel, 1))
 
 
 def _short(group: str) -> str:
-    """Return a group's name without what its axis says."""
+    """Return a group's name without the words of its axis title."""
     return group.removeprefix("items with ").removesuffix(" of interactions").removeprefix("items ")
 
 
 def beyond_accuracy(rows: pd.DataFrame) -> go.Figure:
-    """How much of the catalogue is recommended, how unequally, and how popular it is."""
+    """Coverage of the catalogue, Gini coefficient and popularity of the recommended items."""
     rows = style.named(rows).sort_values("coverage", ascending=False)
     figure, colors = panels(len(_BEYOND), spacing=0.06, shared_yaxes=True), style.model_colors(rows["model"])
     for panel, (metric, title) in enumerate(_BEYOND.items(), 1):
@@ -442,21 +439,17 @@ def beyond_accuracy(rows: pd.DataFrame) -> go.Figure:
         "recommended to anybody; Gini: 0 all items alike, 1 all on few; popularity: mean percentile among "
         "the items"
     )
-    most, least = (
-        style.extreme(rows, "coverage"),
-        style.extreme(rows.assign(coverage=-rows["coverage"]), "coverage"),
-    )
+    most, least = rows.iloc[0], rows.iloc[-1]
     title = f"{most['model']} recommends {most['coverage']:.0%} of the catalogue, "
-    return figure.update_layout(
-        title_text=style.sentence(f"{title}{least['model']} {-least['coverage']:.0%}")
-    )
+    title += f"{least['model']} {least['coverage']:.0%}"
+    return figure.update_layout(title_text=style.sentence(title))
 
 
 def tie_rules(rows: pd.DataFrame) -> go.Figure:
     """NDCG@10 on the test split under each rule for the order of ties, a panel for each dataset.
 
-    `rows` are those of `tables.tie_rules`. Each rule has other test targets. Where variants of a product were
-    merged into one item, that is a row of its own.
+    `rows` are those of `tables.tie_rules`. Test targets differ between rules. Data with merged variants of a
+    product have a row of their own.
     """
     names = {"source": "order of the file", "item": "by item id", "shuffle": "shuffled"}
     rows = style.named(rows).assign(rule=rows["ties"].map(names))
@@ -467,18 +460,16 @@ def tie_rules(rows: pd.DataFrame) -> go.Figure:
     figure = panels(len(datasets), spacing=0.06, shared_yaxes=True, subplot_titles=datasets)
     for (dataset, model), part in rows.groupby(["dataset", "model"]):
         place, color = at(1, datasets.index(dataset) + 1), colors[model]
-        more = {"error_x": interval(part, "ndcg@10", color, width=0), "customdata": part[["model", "hr@10"]]}
+        trace = {"error_x": interval(part, "ndcg@10", color, width=0), "customdata": part[["model", "hr@10"]]}
         hover = "%{customdata[0]}, %{y}: %{x:.4f} (HR@10 %{customdata[1]:.4f})"
-        figure.dots(part, "ndcg@10", "rule", color, hover, **more, **place)
+        figure.dots(part, "ndcg@10", "rule", color, hover, **trace, **place)
     figure.update_xaxes(title_text="NDCG@10 on test", rangemode="tozero", nticks=5)
     _legend(figure, colors)
-    figure.categories(
-        [name for name in (*names.values(), "variants merged") if name in set(rows["rule"])], 56
-    )
+    rules = [name for name in (*names.values(), "variants merged") if name in set(rows["rule"])]
+    figure.categories(rules, 56)
     figure.update_layout(height=420, margin={"b": 110})
-    figure.note(
-        "Interactions at one time in each order; shuffled: a mark for each seed; bar: 95 % over users"
-    )
+    text = "Interactions at one time in each order; shuffled: a mark for each seed; bar: 95 % over users"
+    figure.note(text)
     counts = rows[(rows["model"] == model_name("pairwise_counts")) & (rows["rule"] != "variants merged")]
     span = counts.groupby("dataset")["ndcg@10"].agg(["min", "max"])
     text = ", ".join(f"{low:.3f} to {high:.3f} on {name}" for name, low, high in span.itertuples())
@@ -489,9 +480,9 @@ def tie_rules(rows: pd.DataFrame) -> go.Figure:
 
 
 def accuracy_by_share(rows: pd.DataFrame) -> go.Figure:
-    """NDCG@10 on the test windows against the share of the parameters that is trained, by task.
+    """NDCG@10 on the test windows against the share of trained parameters, by task.
 
-    Controls are left out: they stand where iLoRA stands, and `gate_comparison` is about them.
+    Controls are left out: they would overlap with iLoRA, and `gate_comparison` shows them.
     """
     means = _tasks(rows[rows["seed"].isna() & ~rows["model"].isin(CONTROLS)])
     means = means.sort_values("model", key=lambda names: names.map(list(ARM_NAMES).index), kind="stable")
@@ -500,15 +491,14 @@ def accuracy_by_share(rows: pd.DataFrame) -> go.Figure:
     for panel, task in enumerate(tasks, 1):
         part, place = means[means["task_name"] == task], at(1, panel)
         trained = part[~part["model"].isin(("none", "pairwise_counts"))]
-        for (_, model), some in trained.groupby(["kind", "model"], sort=False):
+        for (_, model), group in trained.groupby(["kind", "model"], sort=False):
             name, color = ARM_NAMES[model], _ARM_COLORS.get(model, INK)
-            more = {"name": name, "legendgroup": model, "showlegend": panel == 1}
-            more |= {"error_y": interval(some, "ndcg@10", color, thickness=1.2, width=3)}
-            more |= {"customdata": some[["trained", "saved_bytes"]]}
-            hover = (
-                f"{name}: %{{y:.4f}}<br>%{{customdata[0]:,.0f}} trained, %{{customdata[1]:,.0f}} bytes saved"
-            )
-            figure.dots(some, 100 * some["trained_share"], "ndcg@10", color, hover, **more, **place)
+            trace = {"name": name, "legendgroup": model, "showlegend": panel == 1}
+            trace |= {"error_y": interval(group, "ndcg@10", color, thickness=1.2, width=3)}
+            trace |= {"customdata": group[["trained", "saved_bytes"]]}
+            hover = f"{name}: %{{y:.4f}}<br>%{{customdata[0]:,.0f}} trained, "
+            hover += "%{customdata[1]:,.0f} bytes saved"
+            figure.dots(group, 100 * group["trained_share"], "ndcg@10", color, hover, **trace, **place)
         base = part[part["model"] == "none"].iloc[0]
         figure.add_hline(base["ndcg@10"], line=_ZERO | {"dash": "dot"}, **place)
         for value in part.loc[part["model"] == "pairwise_counts", "ndcg@10"]:  # trains nothing: no share
@@ -528,12 +518,12 @@ def accuracy_by_share(rows: pd.DataFrame) -> go.Figure:
 
 
 def adaptation_gain(rows: pd.DataFrame) -> go.Figure:
-    """Each arm's NDCG@10 minus that of the base as it is, paired by user."""
+    """Each arm's NDCG@10 minus that of the base without adaptation, paired by user."""
     return _differences(rows, "no adaptation")
 
 
 def gate_comparison(rows: pd.DataFrame) -> go.Figure:
-    """Each arm's NDCG@10 minus iLoRA's, paired by user: whether the user's gate is what helps."""
+    """Each arm's NDCG@10 minus that of iLoRA, paired by user."""
     return _differences(rows, "iLoRA")
 
 
@@ -561,26 +551,25 @@ def adapter_cost(rows: pd.DataFrame) -> go.Figure:
     rows = rows[rows["status"] != "not applicable"] if "status" in rows else rows
     order = {"model": list(ARM_NAMES), "precision": list(get_args(Precision))}
     order |= {"compile_mode": list(get_args(CompileMode))}
-    rows = rows.sort_values(
-        list(order), key=lambda values: values.map(order[str(values.name)].index), kind="stable"
-    )
+    rank = {name: values.index for name, values in order.items()}
+    rows = rows.sort_values(list(order), key=lambda values: values.map(rank[str(values.name)]), kind="stable")
     modes = rows["compile_mode"].replace("off", "eager")
     names = rows["model"].map(ARM_NAMES) + ", " + rows["precision"] + ", " + modes
     figure, hover = panels(3, spacing=0.05, shared_yaxes=True), "%{y}: %{x:,.4~g}"
     timed = style.column(rows, "step_seconds").notna()
-    for (_, model), some in rows[timed].groupby(["kind", "model"], sort=False):
-        color, label = _ARM_COLORS.get(model, INK), names[some.index]
-        ends, ms = interval(some, "step_seconds", color, 1e3), 1e3 * some["step_seconds"]
-        figure.dots(some, ms, label, color, "%{y}: %{x:.2f} ms", error_x=ends, **at(1, 1))
-        figure.bars(some, some["peak_tensor_bytes"] / 2**20, label, color, hover, **at(1, 2))
-        figure.dots(some, some["trained_bytes"] / 2**10, label, color, hover, **at(1, 3))
+    for (_, model), part in rows[timed].groupby(["kind", "model"], sort=False):
+        color, label = _ARM_COLORS.get(model, INK), names[part.index]
+        ends, ms = interval(part, "step_seconds", color, 1e3), 1e3 * part["step_seconds"]
+        figure.dots(part, ms, label, color, "%{y}: %{x:.2f} ms", error_x=ends, **at(1, 1))
+        figure.bars(part, part["peak_tensor_bytes"] / 2**20, label, color, hover, **at(1, 2))
+        figure.dots(part, part["trained_bytes"] / 2**10, label, color, hover, **at(1, 3))
     figure.words_beside(names[~timed], rows["status"][~timed].astype(str))
     figure.update_xaxes(title_text="median step, quartiles (ms)", rangemode="tozero", **at(1, 1))
     figure.update_xaxes(title_text="tensors at the peak (MiB)", rangemode="tozero", **at(1, 2))
     figure.update_xaxes(title_text="trained weights (KiB, log scale)", **at(1, 3))
     figure.update_xaxes(**style.log_axis(rows["trained_bytes"] / 2**10, most=4), **at(1, 3))
     figure.categories(list(dict.fromkeys(names)), 34)
-    # Eager, in the first precision: the one that is not compared with itself.
+    # The reference of `over_ilora` is eager, in the first precision: only this row has no such ratio.
     plain = rows[timed & (rows["model"] == "ilora") & style.column(rows, "over_ilora").isna()]
     title = "What a step with adapters costs"
     if len(plain) and pd.notna(plain.iloc[0].get("over_lora")):
@@ -593,12 +582,12 @@ def adapter_cost(rows: pd.DataFrame) -> go.Figure:
 
 
 def gate_by_user(rows: pd.DataFrame) -> go.Figure:
-    """Every user's expert weights against what is known of the user; a menu chooses what."""
+    """Every user's expert weights against a feature of the user, chosen by a menu."""
     task = rows["task"].iloc[0]
     rows = rows[rows["task"] == task]
     experts = [str(name) for name in rows if str(name).startswith("expert ")]
-    known = ("items in the history", "mean popularity", "last item", "NDCG@10 minus")
-    features = [str(name) for part in known for name in rows if part in str(name)]
+    feature_parts = ("items in the history", "mean popularity", "last item", "NDCG@10 minus")
+    features = [str(name) for part in feature_parts for name in rows if part in str(name)]
     spread = max(float(rows[expert].std()) for expert in experts)  # of all users, drawn or not
     users = len(rows)
     rows = rows.sample(min(users, DRAWN_USERS), random_state=0).sort_index()
@@ -614,8 +603,8 @@ def gate_by_user(rows: pd.DataFrame) -> go.Figure:
         buttons.append({"label": name, "method": "update", "args": changes})
     figure.update_xaxes(title_text=features[0])
     figure.update_yaxes(title_text="weight of the expert")
-    drawn = f"{len(rows):,} of {users:,} users drawn by chance, " if users > len(rows) else ""
-    figure.note(f"{drawn}a mark a user and expert, one seed; dotted: all experts alike, as plain LoRA")
+    sampled = f"{len(rows):,} of {users:,} users drawn by chance, " if users > len(rows) else ""
+    figure.note(f"{sampled}a mark a user and expert, one seed; dotted: all experts alike, as plain LoRA")
     spreads = f"Weights of an expert differ by {spread:.3f} (standard deviation) among users"
     menu = {"buttons": buttons, "x": 0, "xanchor": "left", "y": -0.16, "yanchor": "top"}
     figure.update_layout(height=480, showlegend=True, updatemenus=[menu], margin={"b": 110})
@@ -623,20 +612,16 @@ def gate_by_user(rows: pd.DataFrame) -> go.Figure:
 
 
 def gate_correlations(rows: pd.DataFrame) -> go.Figure:
-    """Spearman's correlation of each expert's weight with what is known of the user."""
+    """Spearman's correlation of each expert's weight with features of the user."""
     rows = rows[rows["task"] == rows["task"].iloc[0]]
     figure = single()
-    for number, ((kind, expert), some) in enumerate(rows.groupby(["kind", "expert"])):
-        stars = np.where(some["adjusted_p"] < statistics.ALPHA, "*", "")
-        more = {
-            "mode": "markers+text",
-            "text": stars,
-            "textposition": "top center",
-            "name": f"expert {expert}",
-        }
-        more |= {"marker": marker(kind, PALETTE[number % len(PALETTE)]), "customdata": some["adjusted_p"]}
+    for number, ((kind, expert), part) in enumerate(rows.groupby(["kind", "expert"])):
+        stars = np.where(part["adjusted_p"] < statistics.ALPHA, "*", "")
+        trace = {"mode": "markers+text", "text": stars, "textposition": "top center"}
+        trace |= {"marker": marker(kind, PALETTE[number % len(PALETTE)]), "customdata": part["adjusted_p"]}
+        trace["name"] = f"expert {expert}"
         hover = "%{y}: %{x:+.3f}, adjusted p %{customdata:.3f}"
-        figure.add_scatter(x=some["spearman"], y=some["feature"], hovertemplate=hover, **more)
+        figure.add_scatter(x=part["spearman"], y=part["feature"], hovertemplate=hover, **trace)
     figure.add_vline(0, line=_ZERO)
     figure.update_xaxes(title_text="Spearman's correlation over users", range=[-1.05, 1.05])
     figure.categories(sorted(set(rows["feature"])), 44)

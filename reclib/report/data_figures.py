@@ -1,7 +1,4 @@
-"""Figures of a prepared dataset: what was kept, lengths, popularity, repeats, ties, time, cold starts.
-
-Pure functions from a table of records to a `go.Figure`, as in `figures`.
-"""
+"""Figures of a prepared dataset: preparation, lengths, popularity, repeats, ties, time, cold starts."""
 
 from __future__ import annotations
 
@@ -28,15 +25,15 @@ def preparation(rows: pd.DataFrame) -> go.Figure:
         figure.update_xaxes(title_text=counted, rangemode="tozero", nticks=4, **at(1, column))
     figure.update_yaxes(autorange="reversed")
     first, core = (rows[rows["step"] == step].iloc[0] for step in ("source", "k-core"))
-    kept, lost = core["interactions"] / first["interactions"], first["items"] - core["items"]
-    title = f"The k-core keeps {kept:.1%} of interactions and drops {lost:,} of {first['items']:,} items"
-    if kept == 1:
+    share, dropped = core["interactions"] / first["interactions"], first["items"] - core["items"]
+    title = f"The k-core keeps {share:.1%} of interactions and drops {dropped:,} of {first['items']:,} items"
+    if share == 1:
         title = f"Nothing was removed: all {core['interactions']:,} interactions are in the k-core"
     return figure.update_layout(title_text=title)
 
 
 def sequence_lengths(rows: pd.DataFrame) -> go.Figure:
-    """How many users have how many interactions, on a logarithmic scale."""
+    """Histogram of users by their number of interactions, on a logarithmic scale."""
     low, high = rows["length"].min(), rows["length"].max()
     edges = np.unique(np.round(np.geomspace(low, high + 1, 25)).astype(int))
     counts, _ = np.histogram(rows["length"], edges, weights=rows["users"])
@@ -53,9 +50,8 @@ def sequence_lengths(rows: pd.DataFrame) -> go.Figure:
     figure.update_xaxes(title_text="interactions of a user (log scale)", **log_axis(edges, most=9))
     figure.update_yaxes(title_text="users")
     half, most = rows["median_length"].iloc[0], rows["max_length"].iloc[0]
-    return figure.update_layout(
-        title_text=f"Half of the users have at most {half:,.0f} interactions, one has {most:,}"
-    )
+    title = f"Half of the users have at most {half:,.0f} interactions, one has {most:,}"
+    return figure.update_layout(title_text=title)
 
 
 def item_popularity(rows: pd.DataFrame) -> go.Figure:
@@ -64,9 +60,9 @@ def item_popularity(rows: pd.DataFrame) -> go.Figure:
     left, right = at(1, 1), at(1, 2)
     hover = "rank %{x:,}: %{y:,} interactions"
     figure.path(rows, "rank", "interactions", BLUE, hover, **left)
-    items, held = ([0.0, *rows[f"{what}_share"]] for what in ("item", "interaction"))
+    items, shares = ([0.0, *rows[f"{unit}_share"]] for unit in ("item", "interaction"))
     hover, tint = "top %{x:.1%} of items: %{y:.1%}", "rgba(0,114,178,0.10)"
-    figure.path(rows, items, held, BLUE, hover, fill="tozeroy", fillcolor=tint, **right)
+    figure.path(rows, items, shares, BLUE, hover, fill="tozeroy", fillcolor=tint, **right)
     equal = {"color": MUTED, "width": 1, "dash": "dot"}
     figure.add_scatter(x=[0, 1], y=[0, 1], mode="lines", line=equal, hoverinfo="skip", **right)
     figure.text("all items equal", 0.62, 0.5, MUTED, **right)
@@ -79,13 +75,12 @@ def item_popularity(rows: pd.DataFrame) -> go.Figure:
         update(tickformat=".0%", range=[0, 1], **right)
         update(title_text=of_share, **right)
     tenth, gini = rows["top_tenth_share"].iloc[0], rows["gini"].iloc[0]
-    return figure.update_layout(
-        title_text=f"A tenth of the items holds {tenth:.0%} of the interactions (Gini {gini:.2f})"
-    )
+    title = f"A tenth of the items holds {tenth:.0%} of the interactions (Gini {gini:.2f})"
+    return figure.update_layout(title_text=title)
 
 
 def tied_timestamps(rows: pd.DataFrame) -> go.Figure:
-    """What is ordered by the tie rule alone."""
+    """Shares of interactions and test targets that only the tie rule orders."""
     if "tied_test_target_share" not in rows or rows["tied_test_target_share"].isna().all():
         return _shares(rows, "The source has an order and no times: whether any are equal is unknown")
     share = rows["tied_test_target_share"].iloc[0]
@@ -93,14 +88,14 @@ def tied_timestamps(rows: pd.DataFrame) -> go.Figure:
 
 
 def repeats(rows: pd.DataFrame) -> go.Figure:
-    """What users do again."""
+    """Shares of repeated interactions and repeated test targets."""
     share, targets = rows["repeat_share"].iloc[0], rows["repeat_target_share"].iloc[0]
     title = f"{share:.1%} of interactions and {targets:.1%} of test targets are repeats"
     return _shares(rows, title if share else "No user has an item twice")
 
 
 def _shares(rows: pd.DataFrame, title: str) -> go.Figure:
-    """Return a bar for each of a few shares of different things."""
+    """Return a bar for each share."""
     figure = single()
     names = rows["what"].map(lambda text: style.broken(text, 34))
     figure.bars(rows, "share", names, BLUE, "%{x:.2%}", **texts(rows["share"], "{:.1%}"))
@@ -110,7 +105,7 @@ def _shares(rows: pd.DataFrame, title: str) -> go.Figure:
 
 
 def last_items(rows: pd.DataFrame) -> go.Figure:
-    """How many items share the last timestamp of a user's history."""
+    """Users by the number of items at the last timestamp of their history."""
     most, share = rows["candidates"].max(), rows["users"] / rows["users"].sum()
     cut = rows["most_candidates"].iloc[0] > most
     names = [f"{n} or more" if cut and n == most else str(n) for n in rows["candidates"]]
@@ -126,15 +121,15 @@ def last_items(rows: pd.DataFrame) -> go.Figure:
 
 
 def interactions_over_time(rows: pd.DataFrame) -> go.Figure:
-    """When interactions happened, and when users and items came; where validation and test begin."""
+    """Interactions over time, first occurrences of users and items, and starts of validation and test."""
     figure = panels(rows=2, vertical=0.07, shared_xaxes=True, legend=True)
     above, below = at(1, 1), at(2, 1)
     counts, look = rows["interactions"], {"orientation": None, "showlegend": False}
     figure.bars(rows, "start", counts, BLUE, "from %{x}: %{y:,} interactions", **look, **above)
     for name, color in (("users", ORANGE), ("items", GREEN)):
-        met = rows[f"new_{name}"].cumsum() / rows[f"new_{name}"].sum()
+        share = rows[f"new_{name}"].cumsum() / rows[f"new_{name}"].sum()
         hover = f"by the end of the span from %{{x}}: %{{y:.1%}} of {name}"
-        figure.path(rows, "start", met, color, hover, name=f"{name} met so far", **below)
+        figure.path(rows, "start", share, color, hover, name=f"{name} met so far", **below)
     for part, name, side in (("valid", "validation", "right"), ("test", "test", "left")):
         if f"{part}_from" in rows:  # of the split by global time
             point = pd.Timestamp(rows[f"{part}_from"].iloc[0], unit="s")
@@ -154,12 +149,12 @@ def interactions_over_time(rows: pd.DataFrame) -> go.Figure:
 
 
 def cold_start(rows: pd.DataFrame) -> go.Figure:
-    """Share of test rows whose target item or user training never saw, by split."""
+    """Share of test rows whose target item or user is not in training, by split."""
     rows = rows[rows["part"] == "test"]
     splits = rows["split"].map(lambda text: style.broken(text, 20))
     figure = single()
-    for what, name, color in (("item", "target item", BLUE), ("user", "user", ORANGE)):
-        share, hover = rows[f"unseen_{what}_share"], "%{x:.2%} of %{customdata:,} test rows"
+    for unit, name, color in (("item", "target item", BLUE), ("user", "user", ORANGE)):
+        share, hover = rows[f"unseen_{unit}_share"], "%{x:.2%} of %{customdata:,} test rows"
         look = {"name": f"{name} never trained on", "customdata": rows["rows"]}
         figure.bars(rows, share, splits, color, hover, **look, **texts(share, "{:.1%}"))
     figure.update_xaxes(title_text="share of test rows", tickformat=".0%", range=[0, 1.08])

@@ -1,7 +1,7 @@
 """The figures of the study, the page that shows them, and pictures of the main ones.
 
-A figure is a pure function from a table of records to a `go.Figure`, so all are rebuilt offline and without
-torch. To add one: a function in the file of its room, and a line in `FIGURES`.
+A figure is a pure function from a table of records to a `go.Figure`: all are built offline and without torch.
+To add one, add a function to the file of its topic and a line to `FIGURES`.
 
     python -m reclib collect                figures/index.html and a file for each figure
     python -m reclib pictures               figures/readme.png and one for each notebook's main figure
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -22,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import unescape
@@ -46,15 +48,15 @@ from reclib.system import Parser
 
 @dataclass(frozen=True)
 class Spec:
-    """One figure of the study; its name, and that of its file, is that of its function."""
+    """One figure of the study. It is named after its function, and its file after it."""
 
     notebook: str
-    needs: str  # name of the records that it is made of
+    needs: str  # name of its records
     make: Callable[[pd.DataFrame], go.Figure]
-    across: bool = False  # one figure of all devices, instead of one for each
-    beside: str = ""  # name of further records that are drawn with those of the same data and device
-    enough: Callable[[Sequence[Record]], bool] | None = None  # whether such records show something
-    choose: Callable[[Sequence[Record]], list[Record]] | None = None  # what one figure of all data is made of
+    across: bool = False  # one figure of all devices instead of one for each
+    beside: str = ""  # name of further records of the same data and device
+    enough: Callable[[Sequence[Record]], bool] | None = None  # whether records are enough for the figure
+    choose: Callable[[Sequence[Record]], list[Record]] | None = None  # selects records of all data
 
     @property
     def name(self) -> str:
@@ -62,8 +64,8 @@ class Spec:
         return self.make.__name__
 
 
-def _of_sizes(records: Sequence[Record], least: int = 2) -> bool:
-    return len({record["metrics"].get("non_embedding") for record in records}) >= least
+def _of_sizes(records: Sequence[Record]) -> bool:
+    return len({record["metrics"].get("non_embedding") for record in records}) > 1
 
 
 def _of_compiled(records: Sequence[Record]) -> bool:
@@ -75,7 +77,7 @@ def _of_sweeps(records: Sequence[Record]) -> bool:
     return bool(sweeps - {"width", "tuned settings"})
 
 
-_SIZES: dict[str, Any] = {"beside": "prediction", "enough": _of_sizes}
+_LAW: dict[str, Any] = {"beside": "prediction"}
 _DEVICES: dict[str, Any] = {"across": True, "beside": "real_size_step"}
 
 FIGURES: list[Spec] = [
@@ -102,11 +104,9 @@ FIGURES: list[Spec] = [
     Spec(
         "03_scaling", "beyond_accuracy", scaling_figures.popularity_by_size, choose=tables.popularity_by_size
     ),
-    Spec("03_scaling", "learning_curve", scaling_figures.scaling_curve, **_SIZES),
-    Spec("03_scaling", "learning_curve", scaling_figures.scaling_accuracy, **_SIZES),
-    Spec(
-        "03_scaling", "learning_curve", scaling_figures.scaling_sweeps, beside="prediction", enough=_of_sweeps
-    ),
+    Spec("03_scaling", "learning_curve", scaling_figures.scaling_curve, enough=_of_sizes, **_LAW),
+    Spec("03_scaling", "learning_curve", scaling_figures.scaling_accuracy, enough=_of_sizes, **_LAW),
+    Spec("03_scaling", "learning_curve", scaling_figures.scaling_sweeps, enough=_of_sweeps, **_LAW),
     Spec("03_scaling", "trial", scaling_figures.tuning_history),
     Spec("03_scaling", "tuning", scaling_figures.tuning_importance),
     Spec("03_scaling", "trial", scaling_figures.tuning_parallel),
@@ -144,7 +144,7 @@ def show(name: str, *records: Record) -> go.Figure:
 
 
 class Drawing(NamedTuple):
-    """A figure that there are records for: of one dataset and device, or of all devices together."""
+    """A figure with its records: of one dataset and device, or of all devices together."""
 
     spec: Spec
     dataset: str
@@ -177,43 +177,43 @@ class Card(NamedTuple):
 def collect(root: Path | Sequence[Path], out_dir: Path) -> list[Path]:
     """Rebuild the page of the newest records and executed notebooks under one root or several; return files.
 
-    Of several roots the first is the repository's: what `figures/` shows of it already is taken from there.
-    A malformed record is never fatal: it is left out, told on standard error and listed on the page.
+    The first of several roots is the repository: its figures are copied from `figures/`. Malformed records
+    are left out, printed on standard error and listed on the page.
     """
     roots, problems = [root] if isinstance(root, Path) else list(root), list[str]()
     by_root = [records.read(folder, problems) for folder in roots]
-    rows = records.latest(row for some in by_root for row in some)
-    first = drawings(tables.distinct(records.latest(by_root[0]))) if len(roots) > 1 else ()
-    return build(rows, out_dir, problems, {drawing.file: drawing for drawing in first}, roots)
+    rows = records.latest(itertools.chain(*by_root))
+    existing = drawings(tables.distinct(records.latest(by_root[0]))) if len(roots) > 1 else ()
+    return build(rows, out_dir, problems, {drawing.file: drawing for drawing in existing}, roots)
 
 
-_DRAWN: dict[Path, Drawing] = {}  # what this process has drawn, and into which files
+_DRAWN: dict[Path, Drawing] = {}  # figures drawn by this process, by file
 
 
 def build(
     rows: Sequence[Record],
     out_dir: Path,
     problems: Sequence[str] = (),
-    there: Mapping[str, Drawing] = MappingProxyType({}),
+    existing: Mapping[str, Drawing] = MappingProxyType({}),
     roots: Sequence[Path] = (),
 ) -> list[Path]:
-    """Rebuild every figure that there are records for, and `index.html`; return the files.
+    """Rebuild all figures with records, and `index.html`; return the files.
 
-    `rows` are of the form that `records.read` checks. The page has a section for every notebook of the
-    project. Figures of an earlier build that these records do not give are removed. A record that breaks a
-    figure costs that figure alone and stands in the list of `problems` on the page.
+    `rows` are checked by `records.read`. The page has a section for every notebook of the project. Figures
+    of an earlier build without records are removed. If a record breaks a figure, only that figure is left out
+    and added to the `problems` on the page.
 
-    `there` is what the files of `figures/` were drawn of: they are copied, not drawn again, and so is nothing
-    that this process has drawn before. Executed notebooks under `roots` become pages of their own.
+    `existing` maps files of `figures/` to what they show: these are copied. Neither they nor figures that
+    this process has drawn before are drawn again. Executed notebooks under `roots` become pages.
     """
     problems, rows = list(problems), tables.distinct(rows)
     cards, files = [], []
     out_dir.mkdir(parents=True, exist_ok=True)
     for drawing in drawings(rows):
         file = out_dir / f"{drawing.file}.html"
-        with _left_out(f"figure {drawing.file}", problems):
+        with _noting_failures(f"figure {drawing.file}", problems):
             committed = system.figures() / file.name
-            if there.get(drawing.file) == drawing and committed.is_file():
+            if existing.get(drawing.file) == drawing and committed.is_file():
                 _replace(file, committed.read_text(encoding="utf-8"))
             elif _DRAWN.get(file) != drawing or not file.is_file():
                 write(show(drawing.spec.name, *drawing.records, *drawing.beside), drawing.file, out_dir)
@@ -223,7 +223,7 @@ def build(
     if files:
         _replace(out_dir / PLOTLY, get_plotlyjs())
     pages: dict[Path, str] = {}
-    with _left_out("executed notebooks", problems):
+    with _noting_failures("executed notebooks", problems):
         pages = notebook_pages(roots, out_dir)
     files += [page for page in pages if page.suffix == ".html"]
     addresses = {name: Path(os.path.relpath(page, out_dir)).as_posix() for page, name in pages.items()}
@@ -236,17 +236,12 @@ def build(
 
 
 def _card(drawing: Drawing, file: Path) -> Card:
-    """Return what the page says of a figure's file: its title and height."""
+    """Return the card of a figure, with title and height from its file."""
     html = file.read_text(encoding="utf-8")
-    title, height = re.search("<title>(.*?)</title>", html), re.search(r'style="height:(\d+)px', html)
-    of = [*drawing.records, *drawing.beside] if drawing.spec.across else drawing.records
-    return Card(
-        drawing.file,
-        unescape(title[1]) if title else drawing.file,
-        int(height[1]) if height else HEIGHT,
-        drawing.spec,
-        of,
-    )
+    match, height = re.search("<title>(.*?)</title>", html), re.search(r'style="height:(\d+)px', html)
+    rows = [*drawing.records, *drawing.beside] if drawing.spec.across else drawing.records
+    title = unescape(match[1]) if match else drawing.file
+    return Card(drawing.file, title, int(height[1]) if height else HEIGHT, drawing.spec, rows)
 
 
 def write(figure: go.Figure, name: str, out_dir: Path) -> Path:
@@ -264,67 +259,62 @@ def write(figure: go.Figure, name: str, out_dir: Path) -> Path:
 
 
 def _replace(path: Path, text: str) -> Path:
-    """Write whole or not at all, and only what differs."""
+    """Write a file atomically, unless it has this text already."""
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         system.write_atomically(path, text)
     return path
 
 
 @contextlib.contextmanager
-def _left_out(what: str, problems: list[str]) -> Iterator[None]:
-    """Note a failure of `what` instead of raising it.
+def _noting_failures(task: str, problems: list[str]) -> Iterator[None]:
+    """Add a failure of `task` to `problems` instead of raising it.
 
-    Records are data of whoever made them, and no check of their form rules out that a figure fails on one:
-    that must not take the page with it. The tests demand that the committed records give no such note.
+    A figure may fail on a record of valid form; the page must be built nevertheless. Tests check that the
+    committed records cause no failure.
     """
     try:
         yield
     except Exception as error:
         reason = str(error).splitlines()[0][:200] if str(error) else ""
-        problems.append(f"{what}: {type(error).__name__} {reason}".rstrip())
+        problems.append(f"{task}: {type(error).__name__} {reason}".rstrip())
         print(f"left out: {problems[-1]}", file=sys.stderr)
 
 
 def drawings(rows: Sequence[Record]) -> Iterator[Drawing]:
-    """Yield every figure that there are records for."""
+    """Yield every figure with records."""
     for spec in FIGURES:
         if spec.choose is not None:
             if chosen := spec.choose(rows):
                 yield Drawing(spec, "", "", chosen, [])
             continue
-        needed, further = (
+        main, further = (
             [r for r in rows if (r["notebook"], r["name"]) == (spec.notebook, name)]
             for name in (spec.needs, spec.beside)
         )
-        parts, besides = tables.groups(needed), dict[Any, Any](tables.groups(further))
-        if spec.across:  # with long measurements of whatever device, and the work that they did
-            whole = [tables.placed(tables.with_work(r)) for r in further]
-            whole.sort(key=lambda r: json.dumps(r["own_params"], sort_keys=True))
-            together: dict[str, dict[str, list[Record]]] = {}
-            for (dataset, label), some in parts.items():
-                together.setdefault(dataset, {})[label] = some
-            parts = {
-                (name, next(iter(of)) if len(of) == 1 else "devices"): [
-                    r for some in of.values() for r in some
-                ]
-                for name, of in together.items()
-            }
-            besides = dict.fromkeys(parts, whole)
-        for (dataset, label), some in parts.items():
-            # Runs that settings are chosen by are compared in figures of their own.
+        parts, besides = tables.groups(main), dict[Any, Any](tables.groups(further))
+        if spec.across:  # join the devices of a dataset, and add the long measurements of all devices
+            joined: dict[tuple[str, str], list[Record]] = {}
+            devices = Counter(dataset for dataset, _ in parts)
+            for (dataset, label), group in parts.items():
+                joined.setdefault((dataset, label if devices[dataset] == 1 else "devices"), []).extend(group)
+            placed = [tables.placed(tables.with_work(r)) for r in further]
+            placed.sort(key=lambda r: json.dumps(r["own_params"], sort_keys=True))
+            parts, besides = joined, dict.fromkeys(joined, placed)
+        for (dataset, label), group in parts.items():
+            # Runs that choose settings are compared in other figures.
             is_choice = spec.needs == "learning_curve" and tables.chooses(dataset)
-            shows_nothing = spec.enough is not None and not spec.enough(some)
+            shows_nothing = spec.enough is not None and not spec.enough(group)
             if not is_choice and not shows_nothing:
-                yield Drawing(spec, dataset, label, some, besides.get((dataset, label), []))
+                yield Drawing(spec, dataset, label, group, besides.get((dataset, label), []))
 
 
-# -- the page: each notebook's question, its answer from the records, and one figure; the rest unfolds -------
+# -- the page: each notebook's question, its answer from the records, and one figure; the others are folded --
 
 PLOTLY = "plotly.min.js"
-FEW = 4  # devices, or versions of the data, that a caption names
+FEW = 4  # most devices, or versions of the data, that a caption lists
 GENERATOR = Markup('<meta name="generator" content="reclib.figures">')
 
-# Every value is escaped, in HTML and in attributes: what a record says is data, whoever wrote it.
+# Every value is escaped, in HTML and in attributes: records are untrusted data.
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("reclib.report"),
     autoescape=True,
@@ -340,7 +330,7 @@ def _rendered(template: str, **values: Any) -> str:
 
 
 class Origin(NamedTuple):
-    """On what numbers were made: device, profile and data; the day; whether a smoke run is among them."""
+    """The origin of numbers: device, profile and data; the day; whether a smoke run is among them."""
 
     text: str
     day: str
@@ -348,14 +338,14 @@ class Origin(NamedTuple):
 
 
 class Question(NamedTuple):
-    """What a notebook asks: its first heading, without the number, and its first paragraph."""
+    """The question of a notebook: its first heading, without the number, and its first paragraph."""
 
     heading: str
     paragraph: Markup
 
 
 def questions(notebooks: Path) -> dict[str, Question]:
-    """Return what each notebook in a folder asks, by name, in reading order; empty where it has no text."""
+    """Return the questions of the notebooks in a folder, by name, in reading order."""
     by_notebook = {}
     for file in sorted(notebooks.glob("[0-9][0-9]_*.ipynb")):
         try:
@@ -363,50 +353,46 @@ def questions(notebooks: Path) -> dict[str, Question]:
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{file.name}: not a notebook (broken JSON, or no cells)") from None
         cell = next((cell for cell in cells if cell["cell_type"] == "markdown"), {"source": ""})
-        heading, _, rest = "".join(cell["source"]).strip().partition("\n")
-        paragraph = rest.strip().split("\n\n")[0]
-        shown = "" if paragraph.startswith(("|", "#", "-")) else " ".join(paragraph.split())
-        by_notebook[file.stem] = Question(re.sub(r"^#+\s*(\d\d\s+)?", "", heading), _inline(shown))
+        heading, _, body = "".join(cell["source"]).strip().partition("\n")
+        paragraph = body.strip().split("\n\n")[0]
+        text = "" if paragraph.startswith(("|", "#", "-")) else " ".join(paragraph.split())
+        by_notebook[file.stem] = Question(re.sub(r"^#+\s*(\d\d\s+)?", "", heading), _inline(text))
     return by_notebook
 
 
 def notebook_pages(roots: Sequence[Path], out_dir: Path) -> dict[Path, str]:
     """Write a page of each executed notebook under the roots; return its name and label by page.
 
-    Of a notebook and device that two roots have, the last counts. Without mistune, which JupyterLab brings
-    along, the notebooks themselves stand for their pages.
+    If two roots have a notebook of the same device, the last counts. Without mistune, a dependency of
+    JupyterLab, the notebooks are linked instead of pages.
     """
     files = [file for root in roots for file in sorted(root.glob("*/[0-9][0-9]_*.ipynb"))]
-    executed = {
-        (file.stem, file.parent.name): file for file in files if "." not in file.stem
-    }  # not failed ones
+    files = [file for file in files if "." not in file.stem]  # without failed ones
+    executed = {(file.stem, file.parent.name): file for file in files}
     try:
         import mistune
     except ModuleNotFoundError:
         return {file: " ".join(key) for key, file in executed.items()}
-    values: dict[str, Any] = {
-        "markdown": mistune.create_markdown(escape=False, plugins=["table"]),
-        "mime": PLOTLY_MIME,
-    }
-    values["records"] = records.MIME  # without a table of them: only the figures show these
+    values: dict[str, Any] = {"mime": PLOTLY_MIME, "records": records.MIME}
+    values["markdown"] = mistune.create_markdown(escape=False, plugins=["table"])
     empty = _rendered("notebook.html", name="", label="", cells=[], source="", **values)
     pages = {}
     for (name, label), file in executed.items():
         content, page = file.read_bytes(), out_dir / f"{name}_{label}.html"
         source = hashlib.sha256(content + empty.encode()).hexdigest()[:32]
-        for there in (page, system.figures() / page.name):
-            if there.is_file() and source in (html := there.read_text(encoding="utf-8")):
+        for candidate in (page, system.figures() / page.name):
+            if candidate.is_file() and source in (html := candidate.read_text(encoding="utf-8")):
                 break
         else:
-            about = {"name": name, "label": label, "cells": json.loads(content)["cells"], "source": source}
-            html = _rendered("notebook.html", **about, **values)
+            fields = {"name": name, "label": label, "cells": json.loads(content)["cells"], "source": source}
+            html = _rendered("notebook.html", **fields, **values)
             html = re.sub(r'href="(\d\d_\w+)\.ipynb', r'href="index.html#\1', html)
         pages[_replace(page, html)] = f"{name} {label}"
     return pages
 
 
 def _inline(markdown: str) -> Markup:
-    """Return a paragraph of Markdown as HTML: emphasis and code; of links the text alone."""
+    """Return a paragraph of Markdown as HTML, with emphasis and code, and links as text."""
     html = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", str(escape(markdown)))
     html = re.sub(r"`([^`]+)`", r"<code>\1</code>", html)
     html = re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", html)
@@ -420,45 +406,35 @@ def index(
     problems: list[str],
     pages: Mapping[str, str],
 ) -> str:
-    """Return the page as HTML: a section per notebook, in reading order, then one of a user's own data.
+    """Return the page as HTML: a section for each notebook in reading order, then one for a user's data.
 
-    `texts` is what `questions` returns, `pages` the addresses of executed notebooks, by name and label; a
-    notebook that is only in the records has its section too.
+    `texts` is the result of `questions`, `pages` the addresses of executed notebooks by name and label.
+    Notebooks that only records name have sections too.
     """
-    study, own = ([card for card in cards if tables.of_study(card.records[0]) == of] for of in (True, False))
-    known, others = ([row for row in rows if tables.of_study(row) == of] for of in (True, False))
-    opening = _of_most_work([card for card in study if card.spec.name == README])
-    rest = [card for card in study if card is not opening]
+    study_cards = [card for card in cards if tables.of_study(card.records[0])]
+    user_cards = [card for card in cards if not tables.of_study(card.records[0])]
+    study_rows, user_rows = ([r for r in rows if tables.of_study(r) == study] for study in (True, False))
+    opening = _of_most_work([card for card in study_cards if card.spec.name == README])
     sections = []
-    for name in sorted({*texts, *(card.spec.notebook for card in study)}):
+    for name in sorted({*texts, *(card.spec.notebook for card in study_cards)}):
         chapter, question = findings.CHAPTERS.get(name), texts.get(name) or Question("", Markup())
-        here = [card for card in rest if card.spec.notebook == name]
-        lead = _of_most_work([card for card in here if chapter and card.spec.name == chapter.lead])
+        notebook_cards = [c for c in study_cards if c.spec.notebook == name and c is not opening]
+        lead = _of_most_work([c for c in notebook_cards if chapter and c.spec.name == chapter.lead])
         title = question.heading or name[3:].replace("_", " ").capitalize()
-        about: dict[str, Any] = {
-            "id": name,
-            "number": name[:2],
-            "heading": title,
-            "paragraph": question.paragraph,
-        }
-        about["executed"] = [(page.split()[1], pages[page]) for page in pages if page.split()[0] == name]
-        some = [row for row in known if row["notebook"] == name]
-        sections.append(about | _section([name], some, here, lead, problems))
-    if others:
-        about = {"id": "own", "number": "", "heading": "Your own data", "paragraph": "", "executed": []}
-        notebooks = sorted({row["notebook"] for row in others})
-        sections.append(about | _section(notebooks, others, own, None, problems) | {"origin": origin(others)})
+        executed = [(page.split()[1], pages[page]) for page in pages if page.split()[0] == name]
+        head: dict[str, Any] = {"id": name, "number": name[:2], "heading": title, "executed": executed}
+        notebook_rows = [row for row in study_rows if row["notebook"] == name]
+        section = _section([name], notebook_rows, notebook_cards, lead, problems)
+        sections.append(head | {"paragraph": question.paragraph} | section)
+    if user_rows:
+        head = {"id": "own", "number": "", "heading": "Your own data", "paragraph": "", "executed": []}
+        section = _section(sorted({r["notebook"] for r in user_rows}), user_rows, user_cards, None, problems)
+        sections.append(head | section | {"origin": origin(user_rows)})
     summary: list[str] = []
-    with _left_out("the answer of the study", problems):
-        summary = findings.study(known)
-    return _rendered(
-        "index.html",
-        sections=sections,
-        opening=opening,
-        summary=summary,
-        problems=problems,
-        empty=not cards,
-    )
+    with _noting_failures("the answer of the study", problems):
+        summary = findings.study(study_rows)
+    values = {"sections": sections, "opening": opening, "summary": summary, "problems": problems}
+    return _rendered("index.html", empty=not cards, **values)
 
 
 def _section(
@@ -468,13 +444,13 @@ def _section(
     lead: Card | None,
     problems: list[str],
 ) -> dict[str, Any]:
-    """Return what the template shows of the records and figures of some notebooks; by default one leads."""
+    """Return the values of the template for the records and figures of notebooks; `lead` is shown first."""
     answers, details, work = [], [], []
     for name in notebooks:
         work = tables.best_work(row for row in rows if row["notebook"] == name)
-        first, more = _sentences(name, work, problems)
-        answers += first
-        details += more
+        notebook_answers, notebook_details = _sentences(name, work, problems)
+        answers += notebook_answers
+        details += notebook_details
     lead = lead or next(iter(cards), None)
     return {
         "answers": answers,
@@ -487,9 +463,9 @@ def _section(
 
 
 def _sentences(name: str, work: Sequence[Record], problems: list[str]) -> tuple[list[str], list[str]]:
-    """Return the answers of a notebook, one a dataset, and all further findings, each with its dataset.
+    """Return the answers of a notebook, one for each dataset, and its other findings with their dataset.
 
-    An answer of too few seeds is a finding where another dataset has one of enough.
+    Answers with too few seeds for a claim go to the findings if another dataset has a claim.
     """
     datasets: dict[str, list[Record]] = {}
     for row in work:
@@ -498,19 +474,19 @@ def _sentences(name: str, work: Sequence[Record], problems: list[str]) -> tuple[
     for dataset, rows in sorted(datasets.items(), key=lambda item: _most_work(item[1]), reverse=True):
         if tables.chooses(dataset):
             continue
-        with _left_out(f"findings of {name} on {dataset}", problems):
+        with _noting_failures(f"findings of {name} on {dataset}", problems):
             apart = name in findings.CHAPTERS and name not in ("06_hardware", "07_explore")
             for label in sorted({row["label"] for row in rows}) if apart else [""]:
-                some = [row for row in rows if not apart or row["label"] == label]
-                first, *more = findings.sentences(name, some) or [""]
+                part = [row for row in rows if not apart or row["label"] == label]
+                first, *others = findings.sentences(name, part) or [""]
                 answers += [first] if first else []
-                details += [f"{dataset}: {line}" if len(datasets) > 1 else line for line in more]
+                details += [f"{dataset}: {line}" if len(datasets) > 1 else line for line in others]
     claims = [answer for answer in answers if not answer.startswith(findings.TOO_FEW)]
     return claims or answers, [*(answer for answer in answers if claims and answer not in claims), *details]
 
 
 def origin(rows: Sequence[Record]) -> Origin:
-    """Return on what numbers were made: device, profile, data, day; a smoke run stands out."""
+    """Return the origin of records: device, profile, data, day, and whether it is a smoke run."""
     on: dict[str, set[str]] = {}
     versions: dict[str, set[str]] = {}
     for row in rows:
@@ -525,27 +501,27 @@ def origin(rows: Sequence[Record]) -> Origin:
     return Origin(text, max(row["time"] for row in rows)[:10], "smoke" in profiles)
 
 
-def _counted(texts: set[str], what: str) -> str:
-    """Return texts where they are few, else how many of `what` there are."""
-    return ", ".join(sorted(texts)) if len(texts) <= FEW else f"{len(texts)} {what}"
+def _counted(texts: set[str], noun: str) -> str:
+    """Return the texts, or their number with `noun` if there are more than `FEW`."""
+    return ", ".join(sorted(texts)) if len(texts) <= FEW else f"{len(texts)} {noun}"
 
 
 def _most_work(rows: Sequence[Record]) -> tuple[int, bool, str]:
-    """Return what ranks records: the longest profile, then seeds enough for a claim, then the newest."""
+    """Return the rank of records: by the longest profile, then enough seeds for a claim, then the newest."""
     enough = len({r.get("seed") for r in rows} - {None}) >= statistics.MIN_SEEDS
-    return max((PROFILES.index(r["profile"]), enough or _may_claim(r), r["time"]) for r in rows)
 
+    def rank(row: Record) -> tuple[int, bool, str]:
+        seeds = (row["metrics"].get(name, 0) for name in ("seeds", "reference_seeds"))
+        return PROFILES.index(row["profile"]), enough or statistics.enough(seeds), row["time"]
 
-def _may_claim(row: Record) -> bool:
-    """Whether a record that compares has seeds enough to say more than that it has too few."""
-    return statistics.enough(row["metrics"].get(name, 0) for name in ("seeds", "reference_seeds"))
+    return max(map(rank, rows))
 
 
 def _of_most_work(cards: Sequence[Card]) -> Card | None:
     return max(cards, key=lambda card: _most_work(card.records), default=None)
 
 
-# -- pictures of the main figures, for the README and for slides, drawn by a browser -------------------------
+# -- pictures of the main figures for the README and for slides, drawn by a browser --------------------------
 
 WIDTH = 1000  # pixels
 README = "size_and_counts"  # the figure at the top of the page and of the README, readme.png
@@ -554,9 +530,9 @@ _SECONDS = 60  # for one picture
 
 
 def browser() -> str:
-    """Return the browser that draws; `InputError` where there is none."""
-    given = os.environ.get("RECLIB_CHROMIUM")
-    names = [given] if given else BROWSERS
+    """Return the path of the browser; raise `InputError` if there is none."""
+    requested = os.environ.get("RECLIB_CHROMIUM")
+    names = [requested] if requested else BROWSERS
     if program := next(filter(None, map(shutil.which, names)), None):
         return program
     raise InputError(
@@ -566,10 +542,9 @@ def browser() -> str:
 
 
 def main_figures(rows: Sequence[Record]) -> dict[str, list[Record]]:
-    """Return the figure to draw for each notebook that has records: its name, and its records.
+    """Return the main figure of each notebook with records: its name and its records.
 
-    Of several datasets or devices it is the one of the most work: a long run before one at quick, then one
-    with seeds enough for a claim, then the most recent.
+    Of several datasets or devices the one with the most work is chosen, see `_most_work`.
     """
     best: dict[str, Drawing] = {}
     leads = {(notebook, chapter.lead) for notebook, chapter in findings.CHAPTERS.items()}
@@ -589,49 +564,49 @@ def file_name(figure: str) -> str:
 
 
 def draw(rows: Sequence[Record], out_dir: Path) -> list[Path]:
-    """Draw the main figure of each notebook that has records; return the files written."""
+    """Draw the main figure of each notebook with records; return the files."""
     program = browser()  # before anything is written
     out_dir.mkdir(parents=True, exist_ok=True)
     files = []
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / PLOTLY).write_text(get_plotlyjs(), encoding="utf-8")
-        for name, some in main_figures(rows).items():
-            figure = show(name, *some)
-            drawn = Path(folder) / f"{name}.png"
-            photograph(program, write(figure, name, Path(folder)), drawn, figure.layout.height or HEIGHT)
+        for name, group in main_figures(rows).items():
+            figure = show(name, *group)
+            picture = Path(folder) / f"{name}.png"
+            photograph(program, write(figure, name, Path(folder)), picture, figure.layout.height or HEIGHT)
             files.append(out_dir / file_name(name))
-            system.write_atomically(files[-1], drawn.read_bytes())
+            system.write_atomically(files[-1], picture.read_bytes())
     return files
 
 
 def photograph(program: str, html: Path, picture: Path, height: int, width: int = WIDTH) -> None:
-    """Write what a browser shows of a local page as a PNG of `width` by `height` pixels, in light colours.
+    """Write a screenshot of a local page as a PNG of `width` by `height` pixels, in light colours.
 
-    Raises `InputError` when the browser fails or takes too long.
+    Raises `InputError` if the browser fails or takes too long.
     """
     name = Path(program).name
-    with tempfile.TemporaryDirectory() as profile:  # nothing of a person's own browser
+    with tempfile.TemporaryDirectory() as profile:  # not the user's profile
         command = [program, "--headless", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
         command += [f"--user-data-dir={profile}", "--virtual-time-budget=10000", f"--screenshot={picture}"]
         command += ["--no-sandbox"] if os.geteuid() == 0 else []  # it refuses root otherwise
         command += [f"--window-size={width},{height}", html.resolve().as_uri()]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
+            process = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
         except subprocess.TimeoutExpired:
             raise InputError(f"{name} took over {_SECONDS} s to draw {html.name}") from None
-    if done.returncode or not picture.is_file():
-        reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    if process.returncode or not picture.is_file():
+        reason = (process.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise InputError(f"{name} could not draw {html.name}: {reason}")
 
 
 def pictures_main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 2 where there is no browser."""
+    """Run the command line and return its exit code: 2 without a browser."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="python -m reclib pictures", description=__doc__, formatter_class=raw)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (figures/)")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        files = draw(records.latest(records.read(system.committed())), given.out or system.figures())
+        files = draw(records.latest(records.read(system.committed())), options.out or system.figures())
     except InputError as error:
         print(error, file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""Findings: what the records of each notebook say, as sentences that the notebook and the page share.
+"""Findings: sentences on the records of each notebook, shown by the notebook and by the page.
 
 A chapter's function takes the records of one dataset and returns sentences, the answer to the notebook's
 question first. The page shows the answer and folds the others; the notebook prints all of them.
@@ -39,27 +39,27 @@ Results = Mapping[str, Sequence[Record]]  # the records of one dataset, by name
 
 
 class Chapter(NamedTuple):
-    """What a notebook's records say, and the figure that shows most of it."""
+    """The findings of a notebook's records, and its main figure."""
 
     findings: Callable[[Results], list[str]]
     lead: str = ""  # name of a figure; "" for the first
 
 
 def sentences(notebook: str, records: Iterable[Record]) -> list[str]:
-    """Return what the records of one notebook and dataset say, the answer first."""
+    """Return the findings of the records of one notebook and dataset, the answer first."""
     chapter = CHAPTERS.get(notebook)
     return chapter.findings(_by(records, lambda record: record["name"])) if chapter else []
 
 
 def _by(records: Iterable[Record], key: Callable[[Record], Any]) -> dict[str, list[Record]]:
-    """Return records by a name of theirs, in their order."""
-    named: dict[str, list[Record]] = {}
+    """Group records by a key, in their order."""
+    grouped: dict[str, list[Record]] = {}
     for record in records:
-        named.setdefault(str(key(record)), []).append(record)
-    return named
+        grouped.setdefault(str(key(record)), []).append(record)
+    return grouped
 
 
-TOO_FEW = "Too few seeds for a claim"  # how an answer begins that is none
+TOO_FEW = "Too few seeds for a claim"  # start of an answer without a claim
 COUNTS = tuple(name for name in BASELINES if not name.endswith("_with_validation"))
 
 
@@ -77,13 +77,13 @@ def _claim(metrics: Mapping[str, Any]) -> Claim:
 
 
 def _by_claim(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """Return comparisons by what may be claimed of them, the claims in their order."""
+    """Group comparisons by their claims, in the order of `Claim`."""
     by_claim = _by(records, lambda record: _claim(record["metrics"]))
     return {word: by_claim[word] for word in get_args(Claim) if word in by_claim}
 
 
 def _place(records: Sequence[Record]) -> str:
-    """Return the dataset and the device that records are of."""
+    """Return the dataset and the device of records."""
     return f"{(records[0].get('data') or {}).get('name')} ({records[0]['label']})"
 
 
@@ -94,7 +94,7 @@ def _seeds(count: float) -> str:
 # -- 01 ------------------------------------------------------------------------------------------------------
 
 
-# Names of records, and what is said of their metrics where all of them are there.
+# Names of records, and a sentence on their metrics, for datasets that have all of them.
 _DATA = {
     "preparation": "{interactions:,} of {source_interactions:,} interactions are left, of {users:,} users "
     "with {items:,} items.",
@@ -113,15 +113,14 @@ _DATA = {
 
 
 def _of_data(results: Results) -> list[str]:
-    """Say what is predicted of how many users, then what the data are like."""
+    """Describe the prediction task, then the data."""
     sentences = []
-    kept, ties = _first(results, "preparation"), _first(results, "last_items")
-    if {"users", "items"} <= kept.keys():
-        sentences.append(f"The last item of each of {kept['users']:,} users, among {kept['items']:,} items.")
+    counts, ties = _first(results, "preparation"), _first(results, "last_items")
+    if {"users", "items"} <= counts.keys():
+        answer = f"The last item of each of {counts['users']:,} users, among {counts['items']:,} items."
         if share := ties.get("last_item_by_tie_rule_share"):
-            sentences[0] += (
-                f" For {share:.0%} of them only the order of rows in the file says which item that is."
-            )
+            answer += f" For {share:.0%} of them only the order of rows in the file says which item that is."
+        sentences.append(answer)
     for names, text in _DATA.items():
         metrics: dict[str, Any] = {}
         for name in names.split():
@@ -135,7 +134,7 @@ def _of_data(results: Results) -> list[str]:
 
 
 def _of_baseline(results: Results) -> list[str]:
-    """Say whether the reference ranks better than counts, then HR@10 of all models, comparisons and seeds."""
+    """Compare the reference with counts, then list HR@10 of all models, comparisons and seeds."""
     scored = [r for r in results.get("test_metrics", []) if "hr@10" in r["metrics"]]
     models: dict[str, Mapping[str, Any]] = {}
     for record in sorted(scored, key=lambda r: r.get("seed") is None):  # the mean over seeds has none
@@ -143,16 +142,15 @@ def _of_baseline(results: Results) -> list[str]:
     if not models:
         return []
     best_first = sorted(models, key=lambda name: -models[name]["hr@10"])
-    listed = ", ".join(_with_interval(name, models[name]) for name in best_first)
+    listed = ", ".join(_with_interval(name, models[name], "hr@10") for name in best_first)
     sentences = [f"HR@10 on {_place(scored)}: {listed}."]
-    compared = [
-        r for r in results.get("comparison", []) if {_model(r), r["own_params"]["against"]} <= models.keys()
-    ]
+    compared = results.get("comparison", [])
+    compared = [r for r in compared if {_model(r), r["own_params"]["against"]} <= models.keys()]
     if ranked := [r for r in compared if r["own_params"]["metric"] == "ndcg@10"]:
         sentences.insert(0, _verdict(ranked, models))
-    for own, m in ((r["own_params"], r["metrics"]) for r in compared):
-        pair = f"{model_name(own['model'])} minus {model_name(own['against'])}"
-        sentences.append(f"{own['metric'].upper()}, {pair}: {interval_text(m)}: {_claim(m)}.")
+    for params, m in ((r["own_params"], r["metrics"]) for r in compared):
+        pair = f"{model_name(params['model'])} minus {model_name(params['against'])}"
+        sentences.append(f"{params['metric'].upper()}, {pair}: {interval_text(m)}: {_claim(m)}.")
     for name, runs in _by((r for r in scored if r.get("seed") is not None), _model).items():
         values = [r["metrics"]["hr@10"] for r in runs]
         span = f"{min(values):.3f} to {max(values):.3f}"
@@ -161,63 +159,60 @@ def _of_baseline(results: Results) -> list[str]:
 
 
 def _verdict(compared: Sequence[Record], models: Mapping[str, Mapping[str, Any]]) -> str:
-    """Say whether the model that the others are compared with ranks better than what counts, by NDCG@10.
+    """Say whether the reference ranks better than the counts, by NDCG@10.
 
-    Counts that had the validation item, which the model did not, do not decide.
+    Counts of validation items do not decide, since the model was not trained on these.
     """
     against, seeds = compared[0]["own_params"]["against"], compared[0]["metrics"]["reference_seeds"]
-    m, name, where = models[against], model_name(against), f"on {_place(compared)}"
-    own = f"{name} {m['ndcg@10']:.3f}"
-    if m.get("ndcg@10_low") is not None:
-        own += f" [{m['ndcg@10_low']:.3f}, {m['ndcg@10_high']:.3f}]"
+    name, place = model_name(against), f"on {_place(compared)}"
+    reference = _with_interval(against, models[against], "ndcg@10")
     rated = sorted(compared, key=lambda r: -models[_model(r)]["ndcg@10"])
     counts = [r for r in rated if _model(r) in COUNTS]
     if not statistics.enough([seeds]):
-        listed = ", ".join(
-            _ranked(r, models) for r in rated if _model(r) in COUNTS or _model(r) not in BASELINES
-        )
-        return f"{TOO_FEW} ({seeds:.0f}) {where}: NDCG@10 {own}; {listed}."
-    own += f", {_seeds(seeds)}"
+        decisive = (r for r in rated if _model(r) in COUNTS or _model(r) not in BASELINES)
+        listed = ", ".join(_ranked(r, models) for r in decisive)
+        return f"{TOO_FEW} ({seeds:.0f}) {place}: NDCG@10 {reference}; {listed}."
+    reference += f", {_seeds(seeds)}"
     by_word = _by(counts, lambda r: _claim(r["metrics"]))
     named = {word: ", ".join(_ranked(r, models) for r in rows) for word, rows in by_word.items()}
     beaten = f"; {name} beats {named['worse']}" if "worse" in named else ""
     if "better" in named:
         beat = "beats" if len(by_word["better"]) == 1 else "beat"
-        answer = f"No {where}: {named['better']} {beat} {own} (NDCG@10){beaten}"
+        answer = f"No {place}: {named['better']} {beat} {reference} (NDCG@10){beaten}"
     elif set(named) == {"worse"}:
-        answer = f"Yes {where}: {own} (NDCG@10), beats every count scored, the best of them "
+        answer = f"Yes {place}: {reference} (NDCG@10), beats every count scored, the best of them "
         answer += _ranked(by_word["worse"][0], models)
     elif named:
         unclear = "; ".join(f"{word}: {text}" for word, text in named.items() if word != "worse")
-        answer = f"Not shown {where}: {own} (NDCG@10), is not told apart from every count; {unclear}{beaten}"
+        answer = f"Not shown {place}: {reference} (NDCG@10), is not told apart from every count; {unclear}"
+        answer += beaten
     else:
-        answer = f"{where[:1].upper()}{where[1:]} {own} (NDCG@10); no count was compared"
-    others = [f"{_ranked(r, models)}: {_claim(r['metrics'])}" for r in rated if _model(r) not in BASELINES]
-    return answer + (f". {'; '.join(others)}" if others else "") + "."
+        answer = f"{place[:1].upper()}{place[1:]} {reference} (NDCG@10); no count was compared"
+    trained = [f"{_ranked(r, models)}: {_claim(r['metrics'])}" for r in rated if _model(r) not in BASELINES]
+    return answer + (f". {'; '.join(trained)}" if trained else "") + "."
 
 
 def _ranked(record: Record, models: Mapping[str, Mapping[str, Any]]) -> str:
     return f"{model_name(_model(record))} {models[_model(record)]['ndcg@10']:.3f}"
 
 
-def _with_interval(model: str, metrics: Mapping[str, Any]) -> str:
-    value = f"{model_name(model)} {metrics['hr@10']:.3f}"
-    if metrics.get("hr@10_low") is None:
+def _with_interval(model: str, metrics: Mapping[str, Any], name: str) -> str:
+    value = f"{model_name(model)} {metrics[name]:.3f}"
+    if metrics.get(f"{name}_low") is None:
         return value
-    return f"{value} [{metrics['hr@10_low']:.3f}, {metrics['hr@10_high']:.3f}]"
+    return f"{value} [{metrics[f'{name}_low']:.3f}, {metrics[f'{name}_high']:.3f}]"
 
 
 # -- 03 ------------------------------------------------------------------------------------------------------
 
 
 def _of_scaling(results: Results) -> list[str]:
-    """Say whether a larger model ranks better, then what the law predicted and what came."""
+    """Say whether a larger model ranks better, then compare the law's prediction with the measured loss."""
     curves, metric = results.get("learning_curve", []), "valid_ndcg@10"
     widths = _by((r for r in curves if sweep_of(_model(r)) == "width" and metric in r["metrics"]), _model)
-    sized = len({r["metrics"]["non_embedding"] for (r, *_) in widths.values()}) > 1
     sizes = sorted(widths, key=lambda name: (widths[name][0]["metrics"]["non_embedding"], name))
     sentences = []
-    if sized:
+    if len({r["metrics"]["non_embedding"] for (r, *_) in widths.values()}) > 1:
         small, large = ([r["metrics"][metric] for r in widths[name]] for name in (sizes[0], sizes[-1]))
         word = "No" if min(small) > max(large) else "Not told apart"
         word = "Yes" if max(small) < min(large) else word
@@ -235,12 +230,11 @@ def _of_scaling(results: Results) -> list[str]:
 
 
 def outcome(rows: Iterable[Mapping[str, Any]], name: str | None = None) -> dict[str, Any]:
-    """Return a grid's newest prediction beside what was measured, from its records alone.
+    """Return a grid's newest prediction and the measured loss, from its records alone.
 
-    Keys: `prediction` (the record or None), `measured` (mean loss over seeds or None), `seeds`, `first` (when
-    the first of them was recorded), `error` (predicted minus measured, nats), `relative_error`, and `naive`:
-    what the same points say without a law (`statistics.naive`). A run counts only if it carries the hash of
-    that prediction.
+    Keys: `prediction` (the record or None), `measured` (mean loss over seeds or None), `seeds`, `first` (time
+    of the first of their records), `error` (predicted minus measured, nats), `relative_error`, and `naive`
+    (predictions without a law, see `statistics.naive`). Only runs with the hash of the prediction count.
     """
     keys = ("prediction", "measured", "seeds", "first", "error", "relative_error", "naive")
     result: dict[str, Any] = dict.fromkeys(keys)
@@ -266,7 +260,7 @@ def outcome(rows: Iterable[Mapping[str, Any]], name: str | None = None) -> dict[
 def scaling_findings(
     rows: Sequence[Record], outcome: Mapping[str, Any], name: str, absent: Sequence[str] = ()
 ) -> list[str]:
-    """Return sentences on a grid: the law and its error, what does not scale, is undertrained or `absent`."""
+    """Return sentences on a grid: the law, its error, and runs that are undertrained or `absent`."""
     if not rows:
         return [f"- {name}: no run is committed yet."]
     table = tables.by_arm(rows)
@@ -296,20 +290,19 @@ def scaling_findings(
 
 
 def _of_the_law(outcome: Mapping[str, Any]) -> list[str]:
-    """Say what the law is, what it predicts, how sure of it, and what was measured."""
+    """Describe the law, its prediction with the band, and the measured loss."""
     if (prediction := outcome["prediction"]) is None:
         return ["No law yet: its sizes are not all trained, and nothing is predicted."]
-    m, own, measured = prediction["metrics"], prediction["own_params"], outcome["measured"]
+    m, params, measured = prediction["metrics"], prediction["own_params"], outcome["measured"]
     band = "no band, since no size had two seeds"
     if m["low"] is not None:
         band = f"{m['low']:.3f} to {m['high']:.3f} over resampled seeds"
-    target = f"{own['of']} ({own['size']:,} non-embedding parameters; {band})"
-    lines = [
-        f"No power of the size: the loss does not fall. {m['predicted']:.3f} nats predicted for {target}."
-    ]
+    target = f"{params['of']} ({params['size']:,} non-embedding parameters; {band})"
+    predicted = f"{m['predicted']:.3f} nats"
+    lines = [f"No power of the size: the loss does not fall. {predicted} predicted for {target}."]
     if m["factor"] >= 1e-9:
         formula = f"{m['floor']:.3f} + {m['factor']:.3g} N^-{m['exponent']:.3f}"
-        lines = [f"Law {formula}; it predicts {m['predicted']:.3f} nats for {target}."]
+        lines = [f"Law {formula}; it predicts {predicted} for {target}."]
         if m.get("exponent_low") is not None:
             lines.append(
                 f"The exponent itself is known to {m['exponent_low']:.2f} to {m['exponent_high']:.2f} "
@@ -322,7 +315,7 @@ def _of_the_law(outcome: Mapping[str, Any]) -> list[str]:
         )
     if measured is None:
         carried = f"its record will carry {prediction['params_hash']}"
-        return [*lines, f"{own['of']} is not measured yet; {carried}."]
+        return [*lines, f"{params['of']} is not measured yet; {carried}."]
     error = f"error {outcome['error']:+.3f} nats ({outcome['relative_error']:+.1%})"
     if m["low"] is not None:
         error += f", {'inside' if m['low'] <= measured <= m['high'] else 'outside'} the band"
@@ -337,7 +330,7 @@ def _of_the_law(outcome: Mapping[str, Any]) -> list[str]:
 
 
 def _of_accuracy_law(rows: Sequence[Record]) -> list[str]:
-    """Say what a law of NDCG@10 gives for the largest width, beside a line, and whether the two differ."""
+    """Compare a law of NDCG@10 with a straight line, for the largest width."""
     if (law := tables.law_of_accuracy(rows)) is None:
         return []
     band = "" if law.low is None else f" ({law.low:.4f} to {law.high:.4f} over resampled seeds)"
@@ -349,28 +342,28 @@ def _of_accuracy_law(rows: Sequence[Record]) -> list[str]:
 
 
 def _of_width(table: pd.DataFrame) -> list[str]:
-    """Say what each step in width took off the loss, and where the seeds' ranges do not part."""
+    """List the changes from each width to the next, and the steps at which ranges over seeds overlap."""
     arms = [str(arm) for arm in table.index if sweep_of(str(arm)) == "width"]
     if len(arms) < 2:
         return []
-    changes, same, against = [], [], []
+    changes, overlaps, against = [], [], []
     pairs = [(f"{a} and {b}", table.loc[a], table.loc[b]) for a, b in pairwise(arms)]
     for metric in (metric for metric in ("loss", "ndcg@10", "hr@10") if metric in table):
         name = metric.upper() if "@" in metric else f"{metric} (nats)"
         changes.append(f"{name} {', '.join(f'{b[metric] - a[metric]:+.4f}' for _, a, b in pairs)}")
-        overlap = [both for both, a, b in pairs if not _parted(a, b, metric)]
-        same.append(f"{name}: {', '.join(overlap) or 'none'}")
+        overlap = [pair for pair, a, b in pairs if not _parted(a, b, metric)]
+        overlaps.append(f"{name}: {', '.join(overlap) or 'none'}")
         if metric == "ndcg@10":
-            against = [both for both, a, b in pairs if (b["loss"] - a["loss"]) * (b[metric] - a[metric]) > 0]
+            against = [pair for pair, a, b in pairs if (b["loss"] - a["loss"]) * (b[metric] - a[metric]) > 0]
     return [
         f"Width, {' to '.join(arms)}, step by step: {'; '.join(changes)}.",
-        f"Neighbours whose seeds' ranges overlap, so that the step is not told apart: {'; '.join(same)}.",
+        f"Neighbours whose seeds' ranges overlap, so that the step is not told apart: {'; '.join(overlaps)}.",
         f"Neighbours of which the one with the lower loss ranks worse: {', '.join(against) or 'none'}.",
     ]
 
 
 def _of_depth_and_tables(table: pd.DataFrame) -> list[str]:
-    """Say what depth at fixed tables and a second table gave, against the arm that they vary."""
+    """Compare deeper models and untied tables with the arm that they vary."""
     lines = []
     for arm in map(str, table.index):
         kind = sweep_of(arm)
@@ -388,33 +381,33 @@ def _of_rates(rows: Sequence[Record]) -> list[str]:
     lines = []
     for arm, row in tables.rate_check(rows).iterrows():
         best = min(RATES, key=lambda name: row[name])
-        held = f"{best} of it is better by {row['lost']:.3f} nats"
-        held = "the rule's is the best of the three" if best == "rule" else held
+        verdict = f"{best} of it is better by {row['lost']:.3f} nats"
+        verdict = "the rule's is the best of the three" if best == "rule" else verdict
         losses = ", ".join(f"{name} {row[name]:.3f}" for name in RATES)
-        line = f"Learning rate at {arm}, {int(row['seeds'])} seed(s): {losses} nats; {held} "
+        line = f"Learning rate at {arm}, {int(row['seeds'])} seed(s): {losses} nats; {verdict} "
         line += f"(the rule's seeds lie {row['range']:.3f} apart)."
         ranked = {name: row[f"ndcg@10 {name}"] for name in RATES}
         if not any(map(math.isnan, ranked.values())):
             top = max(RATES, key=lambda name: ranked[name])
-            shown = ", ".join(f"{name} {value:.4f}" for name, value in ranked.items())
+            scores = ", ".join(f"{name} {value:.4f}" for name, value in ranked.items())
             agreed = "as the loss says" if top == best else f"the loss says {best}"
-            line += f" NDCG@10 {shown}: highest with {top}, {agreed}."
+            line += f" NDCG@10 {scores}: highest with {top}, {agreed}."
         lines.append(line)
     return lines
 
 
 def _of_purchase(table: pd.DataFrame) -> list[str]:
-    """Say which arm ranks best, which is the cheapest not told apart from it, and what FLOPs of width bought.
+    """Name the best arm, the cheapest one not told apart from it, and the gain of a doubling of FLOPs.
 
-    Arms with too few seeds for a claim, and those of other rates, are left out.
+    Arms with too few seeds for a claim, and those of other learning rates, are left out.
     """
     sweeps = table.index.map(lambda arm: sweep_of(str(arm)))
     enough = [statistics.enough([seeds]) for seeds in table["seeds"]]
-    kept = table[(sweeps != "other learning rate") & enough].sort_values("TFLOP", kind="stable")
-    if len(kept) < 2 or "ndcg@10" not in table:
+    eligible = table[(sweeps != "other learning rate") & enough].sort_values("TFLOP", kind="stable")
+    if len(eligible) < 2 or "ndcg@10" not in table:
         return []
-    best = kept.iloc[int(kept["ndcg@10"].argmax())]
-    cheap = next(row for _, row in kept.iterrows() if not _parted(row, best, "ndcg@10"))
+    best = eligible.iloc[int(eligible["ndcg@10"].argmax())]
+    cheap = next(row for _, row in eligible.iterrows() if not _parted(row, best, "ndcg@10"))
     line = f"What to buy, by NDCG@10 on validation, of those with {statistics.MIN_SEEDS} seeds: "
     line += f"{best.name} ranks best ({best['ndcg@10']:.4f}); "
     if cheap.name == best.name:
@@ -423,40 +416,39 @@ def _of_purchase(table: pd.DataFrame) -> list[str]:
         share = cheap["TFLOP"] / best["TFLOP"]
         line += f"the cheapest not told apart is {cheap.name} ({cheap['ndcg@10']:.4f}), "
         line += f"at {share:.0%} of its FLOPs."
-    widths = kept[[sweep_of(str(arm)) == "width" for arm in kept.index]]
+    widths = eligible[[sweep_of(str(arm)) == "width" for arm in eligible.index]]
     if len(widths) > 1:
-        first, last = widths.iloc[0], widths.iloc[-1]
-        gain = (last["ndcg@10"] - first["ndcg@10"]) / math.log2(last["TFLOP"] / first["TFLOP"])
-        line += f" From {first.name} to {last.name} a doubling of training FLOPs is worth {gain:+.4f}."
+        smallest, largest = widths.iloc[0], widths.iloc[-1]
+        gain = (largest["ndcg@10"] - smallest["ndcg@10"]) / math.log2(largest["TFLOP"] / smallest["TFLOP"])
+        line += f" From {smallest.name} to {largest.name} a doubling of training FLOPs is worth {gain:+.4f}."
     return [line]
 
 
 def _parted(a: Any, b: Any, metric: str) -> bool:
-    """Whether the ranges over seeds of two arms do not overlap; with one seed each a range is a point."""
+    """Return whether the ranges over seeds of two arms are disjoint."""
     low, high = f"{metric}_low", f"{metric}_high"
     return bool(a[high] < b[low] or b[high] < a[low])
 
 
 def size_findings(steps: pd.DataFrame, named: Collection[str]) -> list[str]:
-    """Return a sentence for each device of the table of `real_steps`, and on the sizes that it lacks."""
+    """Return a sentence for each device of the table of `real_steps`, with the sizes not measured on it."""
     if steps.empty:
         return [f"- Steps of the named sizes: not measured yet: {', '.join(named)}."]
     lines = []
     for device, part in steps.groupby("device"):
-        shown = [
+        sizes = [
             f"{size} {row['step s']:.2f} s, {row['peak GB']:.1f} GB at peak, {row[FLOOR]:.2f} times its floor"
             for size, row in part.iterrows()
         ]
         absent = [name for name in named if name not in part.index]
-        last = f" Not measured there: {', '.join(absent)}." if absent else ""
-        lines.append(
-            f"- Steps of the named sizes at their own catalogues, {device}: {'; '.join(shown)}.{last}"
-        )
+        missing = f" Not measured there: {', '.join(absent)}." if absent else ""
+        start = f"- Steps of the named sizes at their own catalogues, {device}"
+        lines.append(f"{start}: {'; '.join(sizes)}.{missing}")
     return lines
 
 
 def tuning_findings(records: Sequence[Record], study: str) -> list[str]:
-    """Return sentences on a study: its trials, what it chose, what mattered, what is left anew."""
+    """Return sentences on a study: trials, chosen settings, importance, and comparison with the default."""
     results = _by((r for r in records if r["data"]["name"] == study), lambda record: record["name"])
     trials = results.get("trial", [])
     if not trials:
@@ -465,13 +457,13 @@ def tuning_findings(records: Sequence[Record], study: str) -> list[str]:
     lines = [f"- {study}: {len(trials)} trials, {pruned} of them pruned."]
     if results.get("tuning"):
         newest = max(results["tuning"], key=lambda r: str(r["time"]))
-        own, value = newest["own_params"], newest["metrics"]["valid_ndcg@10"]
-        drawn = ", ".join(f"{k} {v:.3g}" for k, v in own.items() if k not in ("study", "trial"))
-        lines[0] += f" The best, trial {own['trial']}, has NDCG@10 {value:.4f} on validation: {drawn}."
+        params, value = newest["own_params"], newest["metrics"]["valid_ndcg@10"]
+        settings = ", ".join(f"{k} {v:.3g}" for k, v in params.items() if k not in ("study", "trial"))
+        lines[0] += f" The best, trial {params['trial']}, has NDCG@10 {value:.4f} on validation: {settings}."
         shares = dict(zip(*(newest["series"].get(k, ()) for k in ("field", "share")), strict=True))
         if shares:
-            first = max(shares, key=lambda name: shares[name])
-            lines.append(f"  What mattered most among the whole trials: {first} ({shares[first]:.0%}).")
+            field = max(shares, key=lambda name: shares[name])
+            lines.append(f"  What mattered most among the whole trials: {field} ({shares[field]:.0%}).")
     for m in (record["metrics"] for record in results.get("validation_difference", [])):
         lines.append(
             f"  Trained anew, {m['seeds']} seeds, NDCG@10 on validation: default {m['base']:.4f}, tuned "
@@ -491,9 +483,9 @@ def tuning_findings(records: Sequence[Record], study: str) -> list[str]:
 
 
 def beside_sizes(records: Sequence[Record], study: str) -> list[str]:
-    """Return a sentence that sets a study's tuned settings against the widths of a grid on the same data.
+    """Compare a study's tuned settings with the widths of a grid on the same data, in one sentence.
 
-    Both in mean NDCG@10 on validation over seeds. Empty where one of them is missing.
+    The metric is mean NDCG@10 on validation over seeds. Empty if one of them is missing.
     """
     tuned = [r for r in records if r["data"]["name"] == study and r["name"] == "validation_difference"]
     if not tuned:
@@ -507,44 +499,42 @@ def beside_sizes(records: Sequence[Record], study: str) -> list[str]:
         if " " not in name
     }
     above = [f"{name} ({mean:.4f})" for name, mean in means.items() if mean >= value]
-    line = (
-        f"  Of {len(means)} sizes trained by one recipe on the same data, those that rank validation as well "
-    )
-    return [f"{line}as the tuned settings do ({value:.4f}): {', '.join(above) or 'none'}."] if means else []
+    if not means:
+        return []
+    line = f"  Of {len(means)} sizes trained by one recipe on the same data, those that rank validation as "
+    return [f"{line}well as the tuned settings do ({value:.4f}): {', '.join(above) or 'none'}."]
 
 
-FASTER = 1.05  # times the rate of fp32 eager, below which a variant gives nothing
+FASTER = 1.05  # times the rate of fp32 eager: the least that counts as faster
 
 # -- 04 ------------------------------------------------------------------------------------------------------
 
 
 def _of_speed(results: Results) -> list[str]:
-    """Say what precision and compiling give against a plain step, then what less work gave."""
+    """Compare precisions and compile modes with a plain step, then list the rungs of the ladder."""
     timed = [r for r in results.get("ladder", []) if r["timings"].get("step_seconds")]
     rungs = sorted(timed, key=lambda r: r["own_params"]["rung"])
-    names, seconds = (
-        [r[of][key] for r in rungs] for of, key in (("own_params", "name"), ("timings", "step_seconds"))
-    )
+    names = [r["own_params"]["name"] for r in rungs]
+    seconds = [r["timings"]["step_seconds"] for r in rungs]
     steps = [r for r in results.get("step", []) if r["kind"] == "measured"]
     sentences = _speed_answer(steps)
     if len(rungs) > 1:
         best = int(np.argmin(seconds))
-        factor, where = seconds[0] / seconds[best], rungs[0]["label"]
-        sentences.append(
-            f"From the {names[0]} to “{names[best]}” a step is {factor:.1f} times faster ({where})."
-        )
+        factor, label = seconds[0] / seconds[best], rungs[0]["label"]
+        change = f"From the {names[0]} to “{names[best]}”"
+        sentences.append(f"{change} a step is {factor:.1f} times faster ({label}).")
     sentences += _rates(steps)
     for place in range(1, len(rungs)):
-        faster, whole = seconds[place - 1] / seconds[place], seconds[0] / seconds[place]
+        faster, total = seconds[place - 1] / seconds[place], seconds[0] / seconds[place]
         sentences.append(
-            f"{names[place]}: {faster:.2f} times the speed of the rung before, {whole:.1f} times that of the "
+            f"{names[place]}: {faster:.2f} times the speed of the rung before, {total:.1f} times that of the "
             f"{names[0]}."
         )
-    for own, took in ((r["own_params"], r["timings"]) for r in steps):
-        if own.get("ran_compile_mode", "off") != "off" and took.get("compile_seconds"):
+    for params, took in ((r["own_params"], r["timings"]) for r in steps):
+        if params.get("ran_compile_mode", "off") != "off" and took.get("compile_seconds"):
             paid = took.get("break_even_steps")
             pays = f"has paid after {paid:,} steps" if paid else "never pays"
-            start = f"{own['compile_mode']} in {own['precision']}: compiling took"
+            start = f"{params['compile_mode']} in {params['precision']}: compiling took"
             sentences.append(f"{start} {took['compile_seconds']:.1f} s and {pays}.")
     curves = [r for r in results.get("loss_curve", []) if r["timings"].get("largest_gap") is not None]
     gaps = {r["own_params"]["precision"]: r["timings"]["largest_gap"] for r in curves}
@@ -555,41 +545,38 @@ def _of_speed(results: Results) -> list[str]:
 
 
 def _speed_answer(steps: Sequence[Record]) -> list[str]:
-    """Say whether any precision or compile mode is faster than fp32, eager, at the largest batch."""
+    """Say whether any precision or compile mode is faster than eager fp32 at the largest batch."""
     if not (rates := _shares(steps)):
         return []
     batch, (_, shares) = max(rates.items())
     if not shares:
         return []
     name, best = max(shares.items(), key=lambda item: item[1])
-    where, listed = steps[0]["label"], ", ".join(f"{name} {share:.2f}" for name, share in shares.items())
-    start = f"{name} runs {best:.2f} times as fast as fp32 eager ({where}, batch {batch})"
+    label, listed = steps[0]["label"], ", ".join(f"{name} {share:.2f}" for name, share in shares.items())
+    start = f"{name} runs {best:.2f} times as fast as fp32 eager ({label}, batch {batch})"
     if best < FASTER:
-        start = (
-            f"Nothing on {where}: no variant is over {FASTER - 1:.0%} faster than fp32 eager, batch {batch}"
-        )
+        start = f"Nothing on {label}: no variant is over {FASTER - 1:.0%} faster than fp32 eager, "
+        start += f"batch {batch}"
     return [f"{start}; rates as multiples of it: {listed}."]
 
 
 def _shares(steps: Sequence[Record]) -> dict[int, tuple[float, dict[str, float]]]:
-    """Return, by batch size, the rate in fp32, eager, and every other variant's as a multiple of it."""
+    """Return by batch size the rate of eager fp32, and those of other variants as multiples of it."""
     batches: dict[int, dict[str, float]] = {}
-    for own, rate in ((r["own_params"], r["timings"].get("sequences_per_second")) for r in steps):
+    for params, rate in ((r["own_params"], r["timings"].get("sequences_per_second")) for r in steps):
         if rate:
-            mode = "" if own["compile_mode"] == "off" else f" compiled ({own['compile_mode']})"
-            batches.setdefault(own["batch_size"], {})[own["precision"] + mode] = rate
+            mode = "" if params["compile_mode"] == "off" else f" compiled ({params['compile_mode']})"
+            batches.setdefault(params["batch_size"], {})[params["precision"] + mode] = rate
     shares = {}
     for batch, rates in batches.items():
         if plain := rates.pop("fp32", None):
-            shares[batch] = (
-                plain,
-                {name: rates[name] / plain for name in sorted(rates, key=lambda n: -rates[n])},
-            )
+            fastest_first = sorted(rates, key=lambda name: -rates[name])
+            shares[batch] = plain, {name: rates[name] / plain for name in fastest_first}
     return shares
 
 
 def _rates(steps: Sequence[Record]) -> list[str]:
-    """Return the rate in fp32, eager, and every other variant's as a multiple of it, by batch size."""
+    """Return a sentence on the rates of all variants for each batch size."""
     sentences = []
     for batch, (plain, shares) in sorted(_shares(steps).items(), reverse=True):
         listed = ", ".join(f"{name} {share:.2f}" for name, share in shares.items())
@@ -602,7 +589,7 @@ def _rates(steps: Sequence[Record]) -> list[str]:
 
 
 def _of_adapters(results: Results) -> list[str]:
-    """Say whether the user's gate helps, then accuracy, every comparison and what a step costs."""
+    """Say whether the user's gate helps, then list step times, accuracy and comparisons."""
     compared = [r for r in results.get("gate_comparison", []) if r["own_params"]["metric"] == "ndcg@10"]
     means = [r for r in results.get("adaptation", []) if r.get("seed") is None]
     verdicts, details = [], []
@@ -610,22 +597,20 @@ def _of_adapters(results: Results) -> list[str]:
         rows = [r for r in compared if r["own_params"]["task"] == task]
         if rows:
             verdicts.append(_gate_verdict(rows, name))
-            claims = _by_claim(rows).items()
-            listed = "; ".join(
-                f"{word}: {', '.join(ARM_NAMES[_model(r)] for r in some)}" for word, some in claims
-            )
+            arms_by_claim = {w: [ARM_NAMES[_model(r)] for r in part] for w, part in _by_claim(rows).items()}
+            listed = "; ".join(f"{word}: {', '.join(names)}" for word, names in arms_by_claim.items())
             details.append(f"{name[:1].upper()}{name[1:]}, NDCG@10 against iLoRA, corrected: {listed}.")
         arms = {_model(r): r["metrics"] for r in means if r["own_params"]["task"] == task}
         if arms:
             best = max(arms, key=lambda arm: arms[arm]["ndcg@10"])
-            shown = {arm: f"{ARM_NAMES[arm]}, NDCG@10 {m['ndcg@10']:.4f}" for arm, m in arms.items()}
-            others = [shown[arm].replace(", NDCG@10", "") for arm in ("none", "ilora") if arm in arms]
-            details.append(f"{name}: best is {shown[best]}; {', '.join(others)}.")
+            labels = {arm: f"{ARM_NAMES[arm]}, NDCG@10 {m['ndcg@10']:.4f}" for arm, m in arms.items()}
+            references = [labels[arm].replace(", NDCG@10", "") for arm in ("none", "ilora") if arm in arms]
+            details.append(f"{name}: best is {labels[best]}; {', '.join(references)}.")
             new = [f"{ARM_NAMES[arm]} {m['hr@10_new']:.3f}" for arm, m in arms.items() if m.get("hr@10_new")]
             details.append(f"{name}: HR@10 on new items above 0: {', '.join(new) or 'no arm'}.")
-    for own, m in ((r["own_params"], r["metrics"]) for r in compared):
+    for params, m in ((r["own_params"], r["metrics"]) for r in compared):
         details.append(
-            f"{TASK_NAMES[own['task']]}, {ARM_NAMES[own['model']]} against iLoRA: {_claim(m)}, "
+            f"{TASK_NAMES[params['task']]}, {ARM_NAMES[params['model']]} against iLoRA: {_claim(m)}, "
             f"{interval_text(m)}; one comparison alone finds {m['detectable']:.4f} four times in five."
         )
     answer = [" ".join(verdicts)] if verdicts else []
@@ -633,7 +618,7 @@ def _of_adapters(results: Results) -> list[str]:
 
 
 def _gate_verdict(rows: Sequence[Record], task: str) -> str:
-    """Say whether iLoRA differs from LoRA and from its own controls, and what would have been seen."""
+    """Say whether iLoRA differs from LoRA and from its controls, and the detectable difference."""
     arms = {_model(r): r["metrics"] for r in rows}
     rivals = {arm: arms[arm] for arm in ("lora", *CONTROLS) if arm in arms}
     if not rivals:
@@ -647,28 +632,28 @@ def _gate_verdict(rows: Sequence[Record], task: str) -> str:
         return f"Not known, {task}: too few seeds to compare iLoRA with {names}."
     if not {"better", "worse"} & set(claims.values()):
         largest = max(abs(m["difference"]) for m in rivals.values())
-        seen = max(m["detectable"] for m in rivals.values())
+        detectable = max(m["detectable"] for m in rivals.values())
         return (
             f"No, {task}: {names} are within {largest:.4f} NDCG@10 of iLoRA, where a difference of "
-            f"{seen:.4f} would have been seen."
+            f"{detectable:.4f} would have been seen."
         )
     listed = ", ".join(f"{ARM_NAMES[arm]} {word}" for arm, word in claims.items())
     return f"Not shown, {task}: against iLoRA {listed}."
 
 
 def _adapter_steps(records: Sequence[Record]) -> list[str]:
-    """Say what a step of iLoRA takes, as multiples of the steps that it was paired with."""
+    """Return the time of a step of iLoRA as multiples of the steps that it was paired with."""
     sentences = []
-    for own, took in ((r["own_params"], r["timings"]) for r in records if _model(r) == "ilora"):
+    for params, timings in ((r["own_params"], r["timings"]) for r in records if _model(r) == "ilora"):
         parts = []
-        for other, name in (("lora", "LoRA"), ("full", "full fine-tuning"), ("ilora", "eager iLoRA")):
-            if ratio := took.get(f"over_{other}"):
-                low, high = (took.get(f"over_{other}_{end}") for end in ("low", "high"))
+        for arm, name in (("lora", "LoRA"), ("full", "full fine-tuning"), ("ilora", "eager iLoRA")):
+            if ratio := timings.get(f"over_{arm}"):
+                low, high = (timings.get(f"over_{arm}_{end}") for end in ("low", "high"))
                 spread = "" if low is None or high is None else f" ({low:.2f} to {high:.2f})"
                 parts.append(f"{ratio:.2f} times that of {name}{spread}")
         if parts:
-            mode = "eager" if own["compile_mode"] == "off" else f"compiled ({own['compile_mode']})"
-            sentences.append(f"A step of iLoRA in {own['precision']}, {mode}, takes {', '.join(parts)}.")
+            mode = "eager" if params["compile_mode"] == "off" else f"compiled ({params['compile_mode']})"
+            sentences.append(f"A step of iLoRA in {params['precision']}, {mode}, takes {', '.join(parts)}.")
     return sentences
 
 
@@ -676,7 +661,7 @@ def _adapter_steps(records: Sequence[Record]) -> list[str]:
 
 
 def of_devices(results: Results) -> list[str]:
-    """Say of each size where it fits, the fastest GPU for it, and what an epoch costs at a stated price."""
+    """Return a sentence on each size: where it fits, the fastest board, and the cheapest at given prices."""
     steps = [r for r in results.get("hardware_step", []) if r["kind"] == "predicted"]
     plans = [r for r in steps if {"rule": "open", "status": "ok"}.items() <= r["own_params"].items()]
     sentences = []
@@ -685,23 +670,23 @@ def of_devices(results: Results) -> list[str]:
         low, high = (best["timings"][f"epoch_seconds_{end}"] for end in ("low", "high"))
         rate = 0.99 * best["timings"]["sequences_per_second"]
         as_fast = {r["own_params"]["device"] for r in rows if r["timings"]["sequences_per_second"] >= rate}
-        where = best["own_params"]["device"]
+        fastest = best["own_params"]["device"]
         if len(as_fast) > 2:
-            where = f"{len(as_fast)} of them alike, whose step waits for the host"
+            fastest = f"{len(as_fast)} of them alike, whose step waits for the host"
         sentence = (
-            f"{size}: fits on {len({r['own_params']['device'] for r in rows})} boards; fastest {where}, an "
+            f"{size}: fits on {len({r['own_params']['device'] for r in rows})} boards; fastest {fastest}, an "
             f"epoch in {low:.0f} to {high:.0f} s (predicted)."
         )
         if priced := [r for r in rows if r["timings"].get("cost_per_epoch") is not None]:
             cheap = min(priced, key=lambda r: r["timings"]["cost_per_epoch"])
-            cost, where = cheap["timings"]["cost_per_epoch"], cheap["own_params"]["device"]
-            sentence += f" Cheapest at the stated prices: {where}, {cost:.3g} an epoch."
+            cost, device = cheap["timings"]["cost_per_epoch"], cheap["own_params"]["device"]
+            sentence += f" Cheapest at the stated prices: {device}, {cost:.3g} an epoch."
         sentences.append(sentence)
     return sentences
 
 
 def planner_errors() -> list[str]:
-    """Say how far plans were off on the devices where they were tried."""
+    """Return a sentence on the errors of plans for each device with measurements."""
     return [
         f"{label}: plans of {error['rows']} {error['of']} rows were off by {error['time_median']:.0%} in "
         f"time (median; at worst a factor of {1 + error['time_worst']:.2f}), by "
@@ -724,39 +709,36 @@ def _of_devices_and_plans(results: Results) -> list[str]:
 
 
 def measured_on_gpus(steps: Sequence[Record]) -> list[str]:
-    """Say how many sequences a second each GPU trained, by size, in its fastest precision."""
+    """Return the measured sequences/s of each GPU by size, in its fastest precision."""
     rates: dict[str, dict[str, tuple[float, str]]] = {}
     for r in steps:
         if r["kind"] == "measured" and tables.cpu_of(r) is None and r["timings"].get("sequences_per_second"):
-            own, rate = r["own_params"], r["timings"]["sequences_per_second"]
+            params, rate = r["own_params"], r["timings"]["sequences_per_second"]
             sizes = rates.setdefault(tables.device_of(r), {})
-            sizes[own["size"]] = max(sizes.get(own["size"], (0.0, "")), (rate, own["precision"]))
-    return [
-        f"{device}, measured: "
-        + ", ".join(
-            f"{size} {rate:,.0f} sequences/s ({precision})" for size, (rate, precision) in sizes.items()
-        )
-        + "."
-        for device, sizes in rates.items()
-    ]
+            sizes[params["size"]] = max(sizes.get(params["size"], (0.0, "")), (rate, params["precision"]))
+    sentences = []
+    for device, sizes in rates.items():
+        listed = [f"{size} {rate:,.0f} sequences/s ({name})" for size, (rate, name) in sizes.items()]
+        sentences.append(f"{device}, measured: {', '.join(listed)}.")
+    return sentences
 
 
 def _of_plans(results: Results) -> list[str]:
-    """Say where the run that was asked for fits, the fastest GPU for it, and what the plans rest on."""
+    """Say on which GPUs the planned run fits, which is the fastest, and how many plans are validated."""
     plans = results.get("plan", [])
     boards = [r for r in plans if r["metrics"].get("fits") is not None]
     if not boards:
         return []
-    fit, own = [r for r in boards if r["metrics"]["fits"]], boards[0]["own_params"]
-    run = f"{own['size']} at a batch of {own['batch_size']:,}"
+    fit, params = [r for r in boards if r["metrics"]["fits"]], boards[0]["own_params"]
+    run = f"{params['size']} at a batch of {params['batch_size']:,}"
     sentences = [f"{run} fits on {len(fit)} of {len(boards)} GPUs (predicted)."]
     for basis in ("validated", "unvalidated"):
         sentences.append(f"{sum(r['own_params']['basis'] == basis for r in plans)} plans are {basis}.")
     if fit:
         best = min(fit, key=lambda r: r["timings"]["epoch_seconds"])
         low, high = (best["timings"][f"epoch_seconds_{end}"] for end in ("low", "high"))
-        where = best["own_params"]["device"]
-        sentences.append(f"Fastest is {where}, an epoch in {low:,.3g} to {high:,.3g} s (predicted).")
+        device = best["own_params"]["device"]
+        sentences.append(f"Fastest is {device}, an epoch in {low:,.3g} to {high:,.3g} s (predicted).")
     return sentences
 
 
@@ -772,81 +754,69 @@ def _of_audit(results: Results) -> list[str]:
 
 
 def study(records: Sequence[Record]) -> list[str]:
-    """Return the study's answer: what size and counting give, how cheap a step is, what does not pay."""
+    """Return the study's answer: effects of size and counting, the cost of a step, and what does not pay."""
     datasets = _by(tables.by_size(records), lambda r: r["data"]["name"])
-    sentences = [*_of_sizes(datasets), *_of_counts(datasets)]
-    starts = {  # of a notebook's sentence, and of what the study says in its place
+    answer = [*_of_sizes(datasets), *_of_counts(datasets)]
+    starts = {  # start of a notebook's sentence, and its replacement here
         "04_amp_compile": ("From the", "How cheaply: from the"),
         "05_ilora": (f"No, {TASK_NAMES['next_period']}:", "What does not pay: a gate on the user's history."),
     }
-    for notebook, (start, own) in starts.items():
-        some = tables.best_work(r for r in records if r["notebook"] == notebook and tables.of_study(r))
+    for notebook, (start, opening) in starts.items():
+        chapter = tables.best_work(r for r in records if r["notebook"] == notebook and tables.of_study(r))
         lines = []
-        for of_one in _by(some, lambda r: _place([r])).values():
-            answers = (
-                line
-                for line in CHAPTERS[notebook].findings(_by(of_one, lambda r: r["name"]))
-                if line.startswith(start)
-            )
-            lines += [line.split(". ")[0].removesuffix(".") for line in answers][:1]
+        for rows in _by(chapter, lambda r: _place([r])).values():
+            matching = [line for line in sentences(notebook, rows) if line.startswith(start)]
+            lines += [line.split(". ")[0].removesuffix(".") for line in matching[:1]]
         if lines:
-            labels = "|".join({r["label"] for r in some})
-            first, *more = (re.sub(rf" \((?!{labels})[^)]*\)", "", line) for line in lines)
-            text = "; ".join(
-                [own + first.removeprefix(start), *(line[0].lower() + line[1:] for line in more)]
-            )
-            sentences.append(f"{text}.")
-    return sentences
+            labels = "|".join({r["label"] for r in chapter})
+            first, *others = (re.sub(rf" \((?!{labels})[^)]*\)", "", line) for line in lines)
+            others = [line[0].lower() + line[1:] for line in others]
+            answer.append(f"{'; '.join([opening + first.removeprefix(start), *others])}.")
+    return answer
 
 
 def _of_sizes(datasets: Mapping[str, Sequence[Record]]) -> list[str]:
-    """Say from what to what NDCG@10 on validation goes with width, on each dataset of `tables.by_size`."""
+    """Return NDCG@10 on validation of the smallest and the largest width, by dataset of `tables.by_size`."""
     parts, rises = [], []
     for name, rows in datasets.items():
         widths = _by((r for r in rows if "valid_ndcg@10" in r["metrics"]), _model)
-        own = [m for m in widths if sweep_of(m) == "width" and recipe_of(m) == "bert4rec"]
-        own.sort(key=lambda m: widths[m][0]["metrics"]["non_embedding"])
-        if len(own) > 1:
-            low, high = (
-                np.mean([r["metrics"]["valid_ndcg@10"] for r in widths[m]]) for m in (own[0], own[-1])
-            )
-            parts.append(f"on {name} from {low:.3f} ({own[0]}) to {high:.3f} ({own[-1]})")
+        arms = [m for m in widths if sweep_of(m) == "width" and recipe_of(m) == "bert4rec"]
+        arms.sort(key=lambda m: widths[m][0]["metrics"]["non_embedding"])
+        if len(arms) > 1:
+            ends = widths[arms[0]], widths[arms[-1]]
+            low, high = (np.mean([r["metrics"]["valid_ndcg@10"] for r in runs]) for runs in ends)
+            parts.append(f"on {name} from {low:.3f} ({arms[0]}) to {high:.3f} ({arms[-1]})")
             rises.append(high > low)
     if not parts:
         return []
-    start = (
-        "How far: wider models rank better" if all(rises) else "How far: not every wider model ranks better"
-    )
-    text = f"{start}. NDCG@10 on validation goes {', '.join(parts)}."
+    start = "wider models rank better" if all(rises) else "not every wider model ranks better"
+    text = f"How far: {start}. NDCG@10 on validation goes {', '.join(parts)}."
     for name, rows in datasets.items():
         tested = {_model(r): r["metrics"]["ndcg@10"] for r in rows if r["name"] == "test_metrics"}
         shapes = [value for m, value in tested.items() if sweep_of(m).startswith(tables.SHAPES)]
-        own = [v for m, v in tested.items() if recipe_of(m) == "bert4rec" and m not in BASELINES]
-        if shapes and own:
+        ours = [v for m, v in tested.items() if recipe_of(m) == "bert4rec" and m not in BASELINES]
+        if shapes and ours:
             text += f" On {name} {tables.SHAPES} have {min(shapes):.3f} to {max(shapes):.3f} on the test "
-            text += f"split, ours {min(own):.3f} to {max(own):.3f}."
+            text += f"split, ours {min(ours):.3f} to {max(ours):.3f}."
     return [text]
 
 
 def _of_counts(datasets: Mapping[str, Sequence[Record]]) -> list[str]:
-    """Say what the best count and the best model have on the test split, by dataset of `tables.by_size`."""
+    """Compare the best count with the best model on the test split, on each dataset of `tables.by_size`."""
     parts, behind = [], []
     for name, rows in datasets.items():
         tested = {_model(r): r["metrics"]["ndcg@10"] for r in rows if r["name"] == "test_metrics"}
         counts = [m for m in tested if m in COUNTS]
         if counts and (trained := [m for m in tested if m not in BASELINES]):
-            count, model = (max(some, key=lambda m: tested[m]) for some in (counts, trained))
-            parts.append(
-                f"on {name} {model_name(count)} {tested[count]:.3f}, {model_name(model)} {tested[model]:.3f}"
-            )
+            count, model = (max(group, key=lambda m: tested[m]) for group in (counts, trained))
+            scores = [f"{model_name(m)} {tested[m]:.3f}" for m in (count, model)]
+            parts.append(f"on {name} {', '.join(scores)}")
             behind += [name] if tested[count] > tested[model] else []
     if not parts:
         return []
-    ahead = (
-        f"is ahead of every trained model on {' and '.join(behind)}"
-        if behind
-        else "is behind a trained model everywhere"
-    )
+    ahead = "is behind a trained model everywhere"
+    if behind:
+        ahead = f"is ahead of every trained model on {' and '.join(behind)}"
     return [f"Counting, with nothing trained, {ahead}. Best NDCG@10 on the test split: {'; '.join(parts)}."]
 
 

@@ -1,7 +1,7 @@
 """Figures of scaling and of tuning: pure functions from a table of records to a `go.Figure`.
 
-Committed runs are circles, one for each seed; the notebook's own are diamonds. What a run's arm varies is in
-its name, as the files of `params/grids` give it.
+Committed runs are circles, one for each seed; runs of the notebook are diamonds. The sweep of an arm follows
+from its name in `params/grids`.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ SPREAD = {"coverage": "catalogue coverage", "gini": "Gini", "head_share": "share
 SPREAD |= {"popularity_percentile": "popularity"}
 LAST = {"head_share": "head items: the fewest that hold half of the training interactions"}
 LAST |= {"popularity_percentile": "popularity: mean percentile among the items"}
-MOST_COUNTS = 3  # lines of counts in a panel of `size_and_counts`: the best ones
-FACTORS = {"half": 0.5, "rule": 1.0, "twice": 2.0}  # of the rate that the rule gives
+MOST_COUNTS = 3  # number of the best counts shown in a panel of `size_and_counts`
+FACTORS = {"half": 0.5, "rule": 1.0, "twice": 2.0}  # multiples of the rule's learning rate
 
 
 def one_per_run(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return one row for each run, with its sweep and whether it is a notebook's `own`, of no committed grid.
+    """Return one row for each run, with its `sweep` and `own`: whether it is of a notebook, not of a grid.
 
-    Accuracy is that of the best epoch, by NDCG@10, as for the weights that a run keeps.
+    Accuracy is that of the best epoch by NDCG@10, whose weights a run keeps.
     """
     curves = rows[rows[LOSS].notna()] if LOSS in rows else rows.iloc[:0]
-    key = ["profile", "dataset", "model", "seed"]  # of a run that several devices trained, one of them
+    key = ["profile", "dataset", "model", "seed"]  # one row for a run that was trained on several devices
     parts = curves.groupby(key, dropna=False)
     best = {name: parts[name].transform("max") for name in ACCURACY if name in curves}
     runs = curves.assign(**best).drop_duplicates(key).copy()
@@ -62,16 +62,17 @@ def one_per_run(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def scaling_curve(rows: pd.DataFrame) -> go.Figure:
-    """Validation loss by width against parameters and FLOPs; the law, its band and what it predicted."""
+    """Validation loss by width against parameters and FLOPs, with the law, its band and its prediction."""
     runs = one_per_run(rows)
     figure = panels(2, spacing=0.06, shared_yaxes=True).update_layout(showlegend=True, height=HEIGHT + 80)
     laws = rows[rows["predicted"].notna()] if "predicted" in rows else rows.iloc[:0]
     law = laws.iloc[-1] if len(laws) else None
     if law is not None:
         _add_law(figure, law, runs)
-    shown = runs[(runs["sweep"] == "width") | (runs["own"] & runs["sweep"].isin(["depth", "tuned settings"]))]
+    from_notebook = runs["own"] & runs["sweep"].isin(["depth", "tuned settings"])
+    plotted = runs[(runs["sweep"] == "width") | from_notebook]
     for column, x in enumerate((SIZE, FLOPS), 1):
-        _add_runs(figure, shown, x, LOSS, 1, column)
+        _add_runs(figure, plotted, x, LOSS, 1, column)
     if law is not None:
         ends: dict[str, Any] = {}
         if pd.notna(law.get("low")):
@@ -79,29 +80,28 @@ def scaling_curve(rows: pd.DataFrame) -> go.Figure:
             ends = {"error_y": {"array": [up], "arrayminus": [down], "color": INK}}
         hover, name = "predicted %{y:.4f} nats", f"prediction of {law['of']}"
         figure.dots("predicted", [law["size"]], [law["predicted"]], INK, hover, name=name, **ends, **at(1, 1))
-    # The sizes' names under their lowest marks, of committed ones if there are any.
-    named = shown if shown["own"].all() else shown[~shown["own"]]
+    # Names of sizes are under their lowest marks, of committed runs if there are any.
+    named = plotted if plotted["own"].all() else plotted[~plotted["own"]]
     for row in named.sort_values(LOSS).drop_duplicates("model").to_dict("records"):
         place = {"yshift": -15, "font": {"size": 11, "color": MUTED}}
         figure.text(row["model"], np.log10(row[SIZE]), row[LOSS], **place, **at(1, 1))
-    _size_axes(figure, shown, 1)
+    _size_axes(figure, plotted, 1)
     figure.update_yaxes(title_text=TITLES[LOSS], **at(1, 1))
-    text = (
-        "" if runs["own"].all() else "Circles: committed runs, one for each seed; the line joins their means."
-    )
+    text = "Circles: committed runs, one for each seed; the line joins their means."
+    text = "" if runs["own"].all() else text
     text += " Diamonds: this notebook's own runs." if runs["own"].any() else ""
     if law is not None:
         text += " Dashed and hollow: the law of the smaller sizes and its prediction, recorded before."
         text += " Band: 95 % over resampled seeds."
-    figure.note(text.strip() + _fewer_seeds(shown))
+    figure.note(text.strip() + _fewer_seeds(plotted))
     return _legend_below(figure, _curve_title(law, runs))
 
 
 def size_and_counts(rows: pd.DataFrame) -> go.Figure:
-    """NDCG@10 by size on each dataset, with lines where models that only count have it.
+    """NDCG@10 by size on each dataset, with horizontal lines for counts.
 
-    `rows` are those of `tables.by_size`. A line of one recipe's sizes is of validation; marks with intervals
-    and the lines of counts are of the test split.
+    `rows` are those of `tables.by_size`. Lines of a recipe are of validation; marks with intervals and lines
+    of counts are of the test split.
     """
     counted = rows["model"].isin(BASELINES).groupby(rows["dataset"]).any()
     datasets = sorted(dict.fromkeys(rows["dataset"]), key=lambda name: not counted[name])
@@ -113,44 +113,43 @@ def size_and_counts(rows: pd.DataFrame) -> go.Figure:
     ranked, tested = style.column(rows, RANKED), style.column(rows, "ndcg@10")
     low, high = rows[SIZE].min() / 1.3, rows[SIZE].max() * 1.3
     for number, dataset in enumerate(datasets):
-        place, here = at(number // columns + 1, number % columns + 1), rows["dataset"] == dataset
-        counts = rows[here & tested.notna() & rows["model"].isin(BASELINES)].drop_duplicates("model")
+        place, in_dataset = at(number // columns + 1, number % columns + 1), rows["dataset"] == dataset
+        counts = rows[in_dataset & tested.notna() & rows["model"].isin(BASELINES)].drop_duplicates("model")
         counts = counts[~counts["model"].str.endswith("_with_validation")]
-        widths = rows[here & ranked.notna() & (rows["sweep"] == "width")]
+        widths = rows[in_dataset & ranked.notna() & (rows["sweep"] == "width")]
         for recipe, part in ((str(recipe), part) for recipe, part in widths.groupby("recipe")):
             means = part.groupby("model").agg({SIZE: "mean", RANKED: "mean"}).sort_values(SIZE)
             look = {"mode": "lines+markers", "marker": {"size": 6}, "opacity": 0.45}
-            more = look | {"customdata": means.index} | entry(f"{_named(recipe)}, validation")
+            trace = look | {"customdata": means.index} | entry(f"{_named(recipe)}, validation")
             hover = "%{customdata}: %{y:.4f} on validation"
-            figure.path(part, means[SIZE], means[RANKED], RECIPES[recipe], hover, **more, **place)
+            figure.path(part, means[SIZE], means[RANKED], RECIPES[recipe], hover, **trace, **place)
         if counts.empty:
             corner = {"xanchor": "left", "yanchor": "bottom"} | place
             figure.text("no count is scored on the test split yet", np.log10(low), 0, MUTED, **corner)
         else:
             best = counts.sort_values("ndcg@10", ascending=False).head(MOST_COUNTS)
-            top, above = float(max(tested[here].max(), ranked[here].max())), math.inf
+            top, above = float(max(tested[in_dataset].max(), ranked[in_dataset].max())), math.inf
             for count in best.to_dict("records"):
                 value, name = count["ndcg@10"], model_name(count["model"])
                 hover, kind = f"{name}: %{{y:.4f}} on test", str(count["kind"])
-                more = {"line": {"width": 1.5}} | entry("counts, nothing trained, test")
-                figure.path(kind, [low, high], [value] * 2, MUTED, hover, **more, **place)
-                close = above - value < 0.08 * top  # its name stands under the line, the other's above
+                trace = {"line": {"width": 1.5}} | entry("counts, nothing trained, test")
+                figure.path(kind, [low, high], [value] * 2, MUTED, hover, **trace, **place)
+                close = above - value < 0.08 * top  # its name is under the line, that of the other above
                 above = value
                 side = {"xanchor": "left", "yanchor": "top" if close else "bottom"}
                 figure.text(name, np.log10(low), value, MUTED, font_size=11, **side, **place)
-        marks = rows[here & tested.notna() & rows[SIZE].notna()]
+        marks = rows[in_dataset & tested.notna() & rows[SIZE].notna()]
         for recipe, part in ((str(recipe), part) for recipe, part in marks.groupby("recipe")):
             color, hover = RECIPES[recipe], "%{customdata}: %{y:.4f} on test"
-            more = {"customdata": part["model"].map(model_name)} | entry(f"{_named(recipe)}, test")
+            trace = {"customdata": part["model"].map(model_name)} | entry(f"{_named(recipe)}, test")
             if "ndcg@10_low" in part:
-                more["error_y"] = interval(part, "ndcg@10", color)
-            figure.dots(part, SIZE, "ndcg@10", color, hover, **more, **place)
-        own = marks[marks["recipe"] == "bert4rec"]["ndcg@10"]
-        if len(counts) and len(own):
-            ahead.append((dataset, float(own.max()) > counts["ndcg@10"].max()))
-        figure.update_xaxes(
-            **log_axis(rows[SIZE].dropna(), most=4), range=list(np.log10([low, high])), **place
-        )
+                trace["error_y"] = interval(part, "ndcg@10", color)
+            figure.dots(part, SIZE, "ndcg@10", color, hover, **trace, **place)
+        scores = marks[marks["recipe"] == "bert4rec"]["ndcg@10"]
+        if len(counts) and len(scores):
+            ahead.append((dataset, float(scores.max()) > counts["ndcg@10"].max()))
+        axis = log_axis(rows[SIZE].dropna(), most=4) | {"range": list(np.log10([low, high]))}
+        figure.update_xaxes(**axis, **place)
         figure.update_yaxes(rangemode="tozero", nticks=6, **place)
     figure.update_xaxes(title_text=TITLES[SIZE], row=lines)
     figure.update_yaxes(title_text="NDCG@10", col=1)
@@ -165,38 +164,37 @@ def size_and_counts(rows: pd.DataFrame) -> go.Figure:
 
 
 def popularity_by_size(rows: pd.DataFrame) -> go.Figure:
-    """What the ten recommended items are like, by size: coverage, Gini, and how popular they are.
+    """Coverage, Gini coefficient and popularity of the ten recommended items, by size.
 
-    `rows` are those of `tables.popularity_by_size`: a panel for each measure and dataset. The share of head
-    items stands in the last one where every model has it, else the mean percentile of popularity.
+    `rows` are those of `tables.popularity_by_size`: a panel for each measure and dataset. The last measure is
+    the share of head items if every model has it, else the mean percentile of popularity.
     """
     datasets, sized = list(dict.fromkeys(rows["dataset"])), rows[rows[SIZE].notna()]
-    last = "head_share" if style.column(sized, "head_share").notna().all() else "popularity_percentile"
-    measures = [*list(SPREAD)[:2], last]
+    third = "head_share" if style.column(sized, "head_share").notna().all() else "popularity_percentile"
+    measures = [*list(SPREAD)[:2], third]
     grid: dict[str, Any] = {"shared_xaxes": True, "subplot_titles": datasets}
     figure, entry = panels(len(datasets), len(measures), 0.06, **grid), _entries()
     for column, dataset in enumerate(datasets, 1):
-        own = sized[sized["dataset"] == dataset].assign(recipe=sized["model"].map(recipe_of))
-        own["sweep"] = own["model"].map(sweep_of)
+        models = sized[sized["dataset"] == dataset].assign(recipe=sized["model"].map(recipe_of))
+        models["sweep"] = models["model"].map(sweep_of)
         counts = rows[(rows["dataset"] == dataset) & (rows["model"] == "pairwise_counts")].head(1)
-        low, high = own[SIZE].min() / 1.3, own[SIZE].max() * 1.3
+        low, high = models[SIZE].min() / 1.3, models[SIZE].max() * 1.3
         for line, measure in enumerate(measures, 1):
             place = at(line, column)
-            for (recipe, *_), part in own.sort_values(SIZE).groupby(["recipe", "grid", "sweep"]):
+            for (recipe, *_), part in models.sort_values(SIZE).groupby(["recipe", "grid", "sweep"]):
                 look = {"mode": "lines+markers", "marker": {"size": 8}, "customdata": part["model"]}
                 look, color = look | entry(_named(recipe)), RECIPES[recipe]
                 figure.path(part, SIZE, measure, color, "%{customdata}: %{y:.3f}", **look, **place)
             for value in counts[measure]:
                 look = {"line": {"width": 1.5}} | entry("pairwise counts, nothing trained")
                 figure.path(counts, [low, high], [value] * 2, MUTED, "counts: %{y:.3f}", **look, **place)
-            figure.update_xaxes(**log_axis(own[SIZE], most=4), range=list(np.log10([low, high])), **place)
-            figure.update_yaxes(
-                range=[0, 1.02], nticks=5, title_text=SPREAD[measure] * (column == 1), **place
-            )
+            figure.update_xaxes(**log_axis(models[SIZE], most=4), range=list(np.log10([low, high])), **place)
+            title = SPREAD[measure] if column == 1 else ""
+            figure.update_yaxes(range=[0, 1.02], nticks=5, title_text=title, **place)
     figure.update_xaxes(title_text=TITLES[SIZE], row=len(measures))
     figure.note(
         "Of the ten items recommended to each test user. Coverage: share of the catalogue recommended to "
-        f"anybody; Gini: 0 all items alike, 1 all on few; {LAST[last]}."
+        f"anybody; Gini: 0 all items alike, 1 all on few; {LAST[third]}."
     )
     widths = sized[sized["model"].map(sweep_of) == "width"]
     parts = (part.sort_values(SIZE) for _, part in widths.groupby(["dataset", "grid"]) if len(part) > 1)
@@ -207,13 +205,13 @@ def popularity_by_size(rows: pd.DataFrame) -> go.Figure:
 
 
 def _entries() -> Callable[[str], dict[str, Any]]:
-    """Return a function that gives traces of one name one entry of the legend, that of the first."""
+    """Return a function that gives traces of one name a single entry of the legend."""
     names: set[str] = set()
 
     def entry(name: str) -> dict[str, Any]:
-        first = name not in names
+        is_new = name not in names
         names.add(name)
-        return {"name": name, "legendgroup": name, "showlegend": first}
+        return {"name": name, "legendgroup": name, "showlegend": is_new}
 
     return entry
 
@@ -221,8 +219,8 @@ def _entries() -> Callable[[str], dict[str, Any]]:
 def _named(recipe: str) -> str:
     if recipe == SHAPES:
         return recipe
-    kind, *more = recipe.split()
-    return " ".join([model_name(kind), *more])
+    kind, *suffix = recipe.split()
+    return " ".join([model_name(kind), *suffix])
 
 
 _WORDS = {"below a count on": False, "above every count on": True}
@@ -231,48 +229,47 @@ _WORDS = {"below a count on": False, "above every count on": True}
 def scaling_accuracy(rows: pd.DataFrame) -> go.Figure:
     """NDCG@10 and HR@10 on validation against parameters and FLOPs, by width and by depth."""
     runs = one_per_run(rows)
-    runs = runs[
-        runs["sweep"].isin(["width", "depth", "tuned settings"]) | runs["sweep"].str.startswith(SHAPES)
-    ]
-    there = [name for name in ACCURACY if name in runs and runs[name].notna().any()]
-    figure = panels(2, max(1, len(there)), 0.06, shared_yaxes=True, shared_xaxes=True)
-    for row, metric in enumerate(there, 1):
+    is_shape = runs["sweep"].str.startswith(SHAPES)
+    runs = runs[is_shape | runs["sweep"].isin(["width", "depth", "tuned settings"])]
+    metrics = [name for name in ACCURACY if name in runs and runs[name].notna().any()]
+    figure = panels(2, max(1, len(metrics)), 0.06, shared_yaxes=True, shared_xaxes=True)
+    for row, metric in enumerate(metrics, 1):
         for column, x in enumerate((SIZE, FLOPS), 1):
             _add_runs(figure, runs, x, metric, row, column)
         figure.update_yaxes(title_text=f"{ACCURACY[metric]} on validation", **at(row, 1))
-    _size_axes(figure, runs, max(1, len(there)))
+    _size_axes(figure, runs, max(1, len(metrics)))
     text = "Lines join the means over seeds of committed runs; at the epoch that has the best NDCG@10."
-    if RANKED in there:
+    if RANKED in metrics:
         text += _add_accuracy_law(figure, runs[(runs["sweep"] == "width") & ~runs["own"]])
     figure.note(text + _fewer_seeds(runs))
     title = "No run is recorded yet"
-    if there:
-        means = runs.groupby("model")[there[0]].mean()
-        title = f"{ACCURACY[there[0]]} on validation: {means.min():.3f} to {means.max():.3f}, "
+    if metrics:
+        means = runs.groupby("model")[metrics[0]].mean()
+        title = f"{ACCURACY[metrics[0]]} on validation: {means.min():.3f} to {means.max():.3f}, "
         title += f"best with {means.idxmax()}"
     return _legend_below(figure, title, showlegend=True, height=HEIGHT + 220)
 
 
 def scaling_sweeps(rows: pd.DataFrame) -> go.Figure:
-    """What else was varied: depth against width, a second table against none, the learning rate's rule.
+    """The other sweeps: depth against width, untied against tied tables, and the rule of the learning rate.
 
-    The lowest validation loss above, NDCG@10 below where runs have it: the two need not agree. There is a
-    panel for each sweep that has runs; the note names those that have none yet.
+    The lowest validation loss is above, NDCG@10 below if runs have it. There is a panel for each sweep with
+    runs; the note names the others.
     """
     runs = one_per_run(rows)
     runs = runs[~runs["own"]]
     kinds = {"depth": _sweep_lines, "untied tables": _untied_lines, "other learning rate": _rate_lines}
     absent = [kind for kind in kinds if not (runs["sweep"] == kind).any()]
-    there = ["depth", *(kind for kind in list(kinds)[1:] if kind not in absent)]
+    present = ["depth", *(kind for kind in list(kinds)[1:] if kind not in absent)]
     ranked = RANKED in runs and runs[RANKED].notna().any()
     measures = [LOSS, RANKED] if ranked else [LOSS]
-    figure = panels(len(there), len(measures), 0.09)
+    figure = panels(len(present), len(measures), 0.09)
     figure.update_layout(height=HEIGHT + 60 + 240 * (len(measures) - 1), showlegend=True)
     gains = {}
     for row, measure in enumerate(measures, 1):
         figure.update_yaxes(title_text=TITLES[measure], **at(row, 1))
-        drawn = [kinds[kind](figure, runs, Panel(row, col, measure)) for col, kind in enumerate(there, 1)]
-        gains[measure] = "; ".join(filter(None, drawn))
+        texts = [kinds[kind](figure, runs, Panel(row, col, measure)) for col, kind in enumerate(present, 1)]
+        gains[measure] = "; ".join(filter(None, texts))
     if ranked:
         figure.update_xaxes(title_text=None, row=1)  # the row below has the same
     text = "Means over seeds, bars to the lowest and the highest; rates over the seeds that all three have."
@@ -288,33 +285,34 @@ def scaling_sweeps(rows: pd.DataFrame) -> go.Figure:
 
 
 def _fewer_seeds(runs: pd.DataFrame) -> str:
-    """Return which committed sizes have fewer seeds than the others, as a sentence with a space before it."""
+    """Return a sentence, after a space, on the committed sizes with fewer seeds than others."""
     counts = runs[~runs["own"]].groupby("model", sort=False)["seed"].nunique()
     few = [f"{model} ({count})" for model, count in counts.items() if count < counts.max()]
     return f" Fewer seeds: {', '.join(few)}." if few else ""
 
 
 def _add_runs(figure: Chart, runs: pd.DataFrame, x: str, y: str, row: int, col: int) -> None:
-    """Draw one mark for each run, and a line through the committed means; the first panel has the legend."""
-    for (own, sweep), part in runs.groupby(["own", "sweep"], sort=False):
+    """Draw a mark for each run, and a line through the means of committed runs."""
+    for (is_notebook, sweep), part in runs.groupby(["own", "sweep"], sort=False):
         color, kind = COLORS[str(sweep)], part["kind"].iloc[0]
         millions = part["trained_tokens"].max() / 1e6
-        name = f"{sweep}, {'this run' if own else 'committed'} ({millions:.1f} M tokens)"
+        name = f"{sweep}, {'this run' if is_notebook else 'committed'} ({millions:.1f} M tokens)"
         group: dict[str, Any] = {"legendgroup": name, **at(row, col)}
         look: dict[str, Any] = {"size": 9, "opacity": 0.55}
-        if own:
+        if is_notebook:
             look = {"size": 11, "symbol": style.marker(kind, color)["symbol"].replace("circle", "diamond")}
         else:
             means = part.groupby("model").agg({x: "mean", y: "mean"}).sort_values(x)
             thin: dict[str, Any] = {"line": {"width": 1.5}, "showlegend": False}
             figure.path(kind, means[x], means[y], color, None, **thin, **group)
         hover = "%{customdata[0]}, seed %{customdata[1]}: %{y:.4f}"
-        more = {"name": name, "showlegend": row == col == 1, "marker": look}
-        figure.dots(part, x, y, color, hover, customdata=part[["model", "seed"]].astype(str), **more, **group)
+        trace = {"name": name, "showlegend": row == col == 1, "marker": look}
+        trace["customdata"] = part[["model", "seed"]].astype(str)
+        figure.dots(part, x, y, color, hover, **trace, **group)
 
 
 def _add_law(figure: Chart, law: pd.Series, runs: pd.DataFrame) -> None:
-    """Draw the law and, where seeds allow one, the band of what it was fitted to."""
+    """Draw the law and, if there are enough seeds, its band."""
     fitted = runs[(runs["sweep"] == "width") & ~runs["own"] & (runs["model"] != law["of"])]
     smallest = min(fitted[SIZE].min(), law["size"]) if len(fitted) else law["size"] / 100
     sizes = np.geomspace(smallest, law["size"], 60)
@@ -325,7 +323,7 @@ def _add_law(figure: Chart, law: pd.Series, runs: pd.DataFrame) -> None:
 
 
 def _add_accuracy_law(figure: Chart, runs: pd.DataFrame) -> str:
-    """Draw the law of NDCG@10 and a line in log N, fitted without the largest width; say what they give."""
+    """Draw the law of NDCG@10 and a line in log N, fitted without the largest width; return a note."""
     by_size: Any = runs.groupby(SIZE)[RANKED].agg(list).to_dict()
     if (law := statistics.accuracy_law(by_size)) is None:
         return ""
@@ -347,7 +345,7 @@ def _add_accuracy_law(figure: Chart, runs: pd.DataFrame) -> str:
 
 
 def _add_band(figure: Chart, ends: np.ndarray | None, sizes: np.ndarray, top: float = 0.0) -> None:
-    """Draw the band (2, S) of a law, or `top` minus it; nothing where it has none."""
+    """Draw the band (2, S) of a law, or `top` minus it; nothing if it is None."""
     if ends is not None:
         low, high = top - ends if top else ends
         around = {"x": [*sizes, *sizes[::-1]], "y": [*low, *high[::-1]], "fill": "toself"}
@@ -385,7 +383,7 @@ def _legend_below(figure: Chart, title: str, **layout: Any) -> go.Figure:
 
 
 class Panel(NamedTuple):
-    """A panel of the sweeps, and the measure that it shows."""
+    """A panel of the sweeps, and its measure."""
 
     row: int
     col: int
@@ -403,11 +401,11 @@ class Panel(NamedTuple):
         """Draw a line of means with bars to the lowest and the highest seed."""
         kind = str(table["kind"].iloc[0]) if len(table) else "measured"
         above, below = table["max"] - table["mean"], table["mean"] - table["min"]
-        more: dict[str, Any] = {"error_y": {"array": above, "arrayminus": below, "color": color, "width": 4}}
-        more |= {"mode": "lines+markers", "marker": style.marker(kind, color), "customdata": table.index}
-        more |= {"name": name, "legendgroup": name, "showlegend": self.row == 1}
+        trace: dict[str, Any] = {"error_y": {"array": above, "arrayminus": below, "color": color, "width": 4}}
+        trace |= {"mode": "lines+markers", "marker": style.marker(kind, color), "customdata": table.index}
+        trace |= {"name": name, "legendgroup": name, "showlegend": self.row == 1}
         hover = f"%{{customdata}}: %{{y:.4f}}{' nats' if self.measure == LOSS else ''}"
-        figure.path(kind, x, table["mean"], color, hover, **more, **at(self.row, self.col))
+        figure.path(kind, x, table["mean"], color, hover, **trace, **at(self.row, self.col))
 
 
 def _means(runs: pd.DataFrame, measure: str) -> pd.DataFrame:
@@ -418,7 +416,7 @@ def _means(runs: pd.DataFrame, measure: str) -> pd.DataFrame:
 
 
 def _sweep_lines(figure: Chart, runs: pd.DataFrame, panel: Panel) -> str:
-    """Draw width and depth; return what depth gave, empty where it is not varied."""
+    """Draw width and depth; return the change by depth, "" if it is not varied."""
     width = _means(runs[runs["sweep"] == "width"], panel.measure)
     deep = _means(runs[runs["sweep"] == "depth"], panel.measure)
     panel.draw(figure, width[SIZE], width, "width at two layers", COLORS["width"])
@@ -433,7 +431,7 @@ def _sweep_lines(figure: Chart, runs: pd.DataFrame, panel: Panel) -> str:
 
 
 def _untied_lines(figure: Chart, runs: pd.DataFrame, panel: Panel) -> str:
-    """Draw tied beside untied; return what a second table gave."""
+    """Draw tied and untied tables; return the change by a second table."""
     untied = _means(runs[runs["sweep"] == "untied tables"], panel.measure)
     names = [name.removesuffix(" untied") for name in untied.index]
     tied = _means(runs[runs["model"].isin(names)], panel.measure)
@@ -441,22 +439,22 @@ def _untied_lines(figure: Chart, runs: pd.DataFrame, panel: Panel) -> str:
     panel.draw(figure, list(tied.index), tied, "one table (tied)", COLORS["width"])
     panel.draw(figure, names, untied, "two tables (untied)", COLORS["untied tables"])
     change = (untied.set_axis(names)["mean"] - tied["mean"]).dropna()
-    return (
-        f"a second table at {' and '.join(change.index)}, {panel.gain(list(change))}" if len(change) else ""
-    )
+    if change.empty:
+        return ""
+    return f"a second table at {' and '.join(change.index)}, {panel.gain(list(change))}"
 
 
 def _rate_lines(figure: Chart, runs: pd.DataFrame, panel: Panel) -> str:
-    """Draw the measure at half the rule's rate, the rule's and twice."""
-    other = runs[runs["sweep"] == "other learning rate"]["model"]
-    bases = sorted({name.rsplit(" ", 2)[0] for name in other}, key=lambda name: int(name[1:].split("d")[0]))
+    """Draw the measure at half, once and twice the rule's rate."""
+    arms = runs[runs["sweep"] == "other learning rate"]["model"]
+    bases = sorted({name.rsplit(" ", 2)[0] for name in arms}, key=lambda name: int(name[1:].split("d")[0]))
     ticks = {"type": "log", "tickvals": list(FACTORS.values()), "ticktext": list(FACTORS)}
     panel.axis(figure, "learning rate over the rule's", **ticks)
     for place, base in enumerate(bases):
         names = {base + end: FACTORS[short] for short, end in RATES.items()}
-        some = runs[runs["model"].isin(names)]
-        shared = set.intersection(*(set(part["seed"]) for _, part in some.groupby("model")))
-        table = _means(some[some["seed"].isin(shared)], panel.measure)
+        group = runs[runs["model"].isin(names)]
+        shared = set.intersection(*(set(part["seed"]) for _, part in group.groupby("model")))
+        table = _means(group[group["seed"].isin(shared)], panel.measure)
         table = table.assign(factor=[names[name] for name in table.index]).sort_values("factor")
         panel.draw(figure, table["factor"], table, f"rates at {base}", (PURPLE, MUTED)[place % 2])
     return ""
@@ -464,44 +462,43 @@ def _rate_lines(figure: Chart, runs: pd.DataFrame, panel: Panel) -> str:
 
 # -- tuning --------------------------------------------------------------------------------------------------
 
-ON_LOG = ("learning_rate", "weight_decay")  # fields that are shown by their logarithm
-_NOT_DRAWN = {"trial", "state", "kind", "label", "profile", "seed", "dataset", "trial_seconds", "epoch"}
-_NOT_DRAWN |= {"tokens", "_"}
+ON_LOG = ("learning_rate", "weight_decay")  # fields shown on a logarithmic axis
+_NOT_FIELDS = {"trial", "state", "kind", "label", "profile", "seed", "dataset", "trial_seconds", "epoch"}
+_NOT_FIELDS |= {"tokens", "_"}
 
 
 def _trials(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return one row for each trial, by number; its value is that of its best epoch."""
+    """Return one row for each trial, by number, with the value of its best epoch."""
     best = rows.groupby("trial")[RANKED].transform("max")
     return rows.assign(**{RANKED: best}).drop_duplicates("trial").sort_values("trial")
 
 
 def tuning_history(rows: pd.DataFrame) -> go.Figure:
-    """Value of each trial, whole or pruned, and the best so far."""
+    """Value of each trial, complete or pruned, and the best value so far."""
     trials, kind = _trials(rows), str(rows["kind"].iloc[0])
     figure = style.single()
     for state, color in (("complete", BLUE), ("pruned", MUTED)):
         part = trials[trials["state"] == state]
-        figure.add_scatter(
-            x=part["trial"], y=part[RANKED], mode="markers", marker=style.marker(kind, color), name=state
-        )
-    whole = trials[trials["state"] == "complete"]
-    stairs = style.line(kind, ORANGE) | {"shape": "hv"}
-    figure.add_scatter(x=whole["trial"], y=whole[RANKED].cummax(), mode="lines", line=stairs, name="best")
+        mark = {"mode": "markers", "marker": style.marker(kind, color)}
+        figure.add_scatter(x=part["trial"], y=part[RANKED], name=state, **mark)
+    complete = trials[trials["state"] == "complete"]
+    best = {"x": complete["trial"], "y": complete[RANKED].cummax(), "name": "best"}
+    figure.add_scatter(mode="lines", line=style.line(kind, ORANGE) | {"shape": "hv"}, **best)
     figure.update_xaxes(title_text="trial")
     figure.update_yaxes(title_text="NDCG@10 on validation")
     title = f"{len(trials)} trials, {int((trials['state'] == 'pruned').sum())} pruned"
-    title += f"; the best has NDCG@10 {whole[RANKED].max():.4f}"
+    title += f"; the best has NDCG@10 {complete[RANKED].max():.4f}"
     return figure.update_layout(showlegend=True, title_text=title)
 
 
 def tuning_parallel(rows: pd.DataFrame) -> go.Figure:
-    """Parallel coordinates: what each whole trial drew, coloured by its value."""
+    """Parallel coordinates of the settings of each complete trial, coloured by its value."""
     trials = _trials(rows)
     trials = trials[trials["state"] == "complete"]
-    names = [str(name) for name in trials if name not in _NOT_DRAWN and trials[name].notna().all()]
-    drawn = [name for name in names if not name.startswith(("valid_", "train_"))]
+    names = [str(name) for name in trials if name not in _NOT_FIELDS and trials[name].notna().all()]
+    fields = [name for name in names if not name.startswith(("valid_", "train_"))]
     axes = []
-    for name in drawn:
+    for name in fields:
         label, values = name.removeprefix("model."), trials[name].to_numpy(float)
         if name in ON_LOG:
             label, values = f"log10 {label}", np.log10(values)
@@ -512,11 +509,10 @@ def tuning_parallel(rows: pd.DataFrame) -> go.Figure:
     figure = style.single()
     figure.add_parcoords(dimensions=axes, line=tint)
     best = trials.iloc[int(value.to_numpy().argmax())]
-    settings = ", ".join(f"{name.removeprefix('model.')} {best[name]:.3g}" for name in drawn)
+    settings = ", ".join(f"{name.removeprefix('model.')} {best[name]:.3g}" for name in fields)
     figure.note(f"NDCG@10 on validation. The best, {value.max():.4f}: {settings}")
-    return figure.update_layout(
-        title_text="What the trials drew; darker is better", margin={"t": 150, "r": 60}
-    )
+    title = "What the trials drew; darker is better"
+    return figure.update_layout(title_text=title, margin={"t": 150, "r": 60})
 
 
 def tuning_importance(rows: pd.DataFrame) -> go.Figure:

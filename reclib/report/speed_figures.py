@@ -30,14 +30,15 @@ from reclib.report.style import (
 )
 
 SIZES = ("nano", "tiny", "small", "medium", "5m", "85m", "130m", "430m")
-CLOSE = 1.05  # a claim is met within 5 %, as in `audit`
+CLOSE = 1.05  # a claim holds within 5 %, as in `audit`
 
-_DEVICE_ROW, _MEMORY_ROW = 26, 60  # pixels of a device, and of the bar of memory
-_LEAST = 0.01  # share of a step below which a part is no row of its own
-_PUBLISHED = {"85 M": "85m", "130 M": "130m", "429 M": "430m"}  # by its wall clock, from the slides
+_DEVICE_ROW, _MEMORY_ROW = 26, 60  # heights of the row of a device and of the memory bar, pixels
+_LEAST = 0.01  # share of a step below which parts share one row
+_PUBLISHED = {"85 M": "85m", "130 M": "130m", "429 M": "430m"}  # sizes with epoch times on the slides
 _PARTS = ("weights", "16-bit weights", "gradients", "optimizer", "activations", "logits", planner.RUN)
 _COLORS = dict(zip(_PARTS, (*PALETTE, MUTED), strict=True))
 _NAMES = {"optimizer": "optimiser", planner.RUN: "no tensors"}  # interpreter and libraries, or CUDA's context
+_HATCH = {"shape": "/", "fillmode": "overlay", "fgcolor": "white", "fgopacity": 0.55, "solidity": 0.25}
 _LEGEND = style.BESIDE | {"traceorder": "normal"}
 
 
@@ -76,7 +77,7 @@ def step_time(rows: pd.DataFrame) -> go.Figure:
 
 
 def step_ladder(rows: pd.DataFrame) -> go.Figure:
-    """What a step takes on each rung, from the seed study's down: a mark, and a line from the rung above."""
+    """Time of a step on each rung of the ladder: a mark, and a line from the time of the rung above."""
     rows = rows.sort_values("rung").reset_index(drop=True)
     timed = rows[style.column(rows, "step_seconds").notna()].reset_index(drop=True)
     figure = single()
@@ -89,12 +90,12 @@ def step_ladder(rows: pd.DataFrame) -> go.Figure:
         if not np.isnan(was):
             figure.path(kind, [was, ms], [name] * 2, color, None, line={"width": 4})
     hover = "%{y}: %{x:.3g} ms (%{customdata})"
-    for (kind, color), some in timed.groupby(["kind", colors]):
-        text = timed["change"].fillna("")[some.index]
-        figure.dots(kind, after[some.index], some["name"], str(color), hover, customdata=text)
+    for (kind, color), part in timed.groupby(["kind", colors]):
+        text = timed["change"].fillna("")[part.index]
+        figure.dots(kind, after[part.index], part["name"], str(color), hover, customdata=text)
     for name, ms, was in zip(timed["name"], after, before, strict=True):
         factor = "" if np.isnan(was) else f", {was / ms:.2f} times the speed"
-        right = np.log10(ms if np.isnan(was) else max(was, ms))  # on the left stand the names
+        right = np.log10(ms if np.isnan(was) else max(was, ms))
         figure.text(f"{ms:,.4g} ms{factor}", right, name, xanchor="left", xshift=10, align="left")
     start, end = float(after.min()) / 1.3, float(after.max()) * 3
     figure.update_xaxes(
@@ -109,7 +110,7 @@ def step_ladder(rows: pd.DataFrame) -> go.Figure:
 
 
 def operators(rows: pd.DataFrame) -> go.Figure:
-    """Own time of the operators of one eager step; of several steps that of the first."""
+    """Own time of the operators of one eager step; of several recorded steps the first is shown."""
     several = [name for name in ("precision", "batch_size") if name in rows and rows[name].nunique() > 1]
     step = {name: rows[name].iloc[0] for name in several}
     for name, value in step.items():
@@ -118,8 +119,8 @@ def operators(rows: pd.DataFrame) -> go.Figure:
     rows = rows.assign(operator=rows["operator"].map(_operator))
     parts = rows.groupby("operator", sort=False)[["seconds", "share", "calls"]].sum().reset_index()
     rows = parts.assign(kind=rows["kind"].iloc[0])
-    more = {"text": rows["share"].map("{:.0%}".format), "textposition": "auto", "customdata": rows["calls"]}
-    figure.bars(rows, rows["seconds"] * 1e3, "operator", BLUE, hover, **more)
+    trace = {"text": rows["share"].map("{:.0%}".format), "textposition": "auto", "customdata": rows["calls"]}
+    figure.bars(rows, rows["seconds"] * 1e3, "operator", BLUE, hover, **trace)
     figure.update_xaxes(title_text="own time per step (ms)")
     figure.categories(list(rows["operator"]))
     top = style.extreme(rows[rows["operator"] != "all others"], "seconds")
@@ -130,10 +131,9 @@ def operators(rows: pd.DataFrame) -> go.Figure:
 
 
 def _operator(name: str) -> str:
-    """Return an operator's name, of a CUDA kernel that of its function and of the functor that it applies."""
-    functor = re.search(
-        r"(\w+?)(?:Functor|_kernel_cuda|OptimizerTensorListMetadata)\b", name.partition("<")[2]
-    )
+    """Return the name of an operator; for a CUDA kernel, its function and its functor."""
+    suffix = r"(\w+?)(?:Functor|_kernel_cuda|OptimizerTensorListMetadata)\b"
+    functor = re.search(suffix, name.partition("<")[2])
     base = re.sub(r"\(anonymous namespace\)::", "", name.removeprefix("void "))
     if base.startswith("cutlass::Kernel2<"):
         base, functor = base.partition("<")[2], None
@@ -150,11 +150,13 @@ def compile_cost(rows: pd.DataFrame) -> go.Figure:
     if compiled.empty:
         return _nothing(figure, "Nothing was compiled on this device", rows["kind"].iloc[0])
     best = compiled.iloc[int(compiled["step_seconds"].argmin())]
-    same = timed[(timed["precision"] == best["precision"]) & (timed["batch_size"] == best["batch_size"])]
-    pays = style.column(same, "break_even_steps").dropna()
+    comparable = timed
+    for setting in ("precision", "batch_size"):
+        comparable = comparable[comparable[setting] == best[setting]]
+    pays = style.column(comparable, "break_even_steps").dropna()
     last = max(100.0, 2 * pays.max()) if len(pays) else 5 * best["compile_seconds"] / best["step_seconds"]
     steps = np.linspace(0, last, 50)
-    for number, row in enumerate(same.to_dict("records")):
+    for number, row in enumerate(comparable.to_dict("records")):
         seconds = row["compile_seconds"] + steps * row["step_seconds"]
         name = "eager" if row["ran_compile_mode"] == "off" else f"compiled, {row['compile_mode']}"
         color, hover = PALETTE[number % len(PALETTE)], "%{x:,.0f} steps: %{y:.1f} s"
@@ -167,7 +169,7 @@ def compile_cost(rows: pd.DataFrame) -> go.Figure:
 
 
 def loss_parity(rows: pd.DataFrame) -> go.Figure:
-    """Loss of the same steps in each precision, and its difference to the first."""
+    """Loss of the same steps in each precision, and its relative difference to the first precision."""
     figure = panels(2, legend=True)
     names = list(dict.fromkeys(rows.sort_values("number")["precision"]))
     first = rows[rows["precision"] == names[0]].set_index("step")["loss"]
@@ -190,7 +192,7 @@ def loss_parity(rows: pd.DataFrame) -> go.Figure:
 
 
 def claimed_rates(rows: pd.DataFrame) -> go.Figure:
-    """Each claimed rate beside what its own epoch time allows, and the factor between them."""
+    """Each claimed rate, the rate that its epoch time allows, and the factor between them."""
     rows = rows.assign(claimed=rows["ratio"] * rows["by_clock_per_second"])
     figure = single()
     for row in rows.itertuples():
@@ -207,23 +209,23 @@ def claimed_rates(rows: pd.DataFrame) -> go.Figure:
     wrong = int((rows["ratio"] > CLOSE).sum())
     title = f"{wrong} of {len(rows)} claimed rates are more than the epoch time allows"
     title += f", by up to {rows['ratio'].max():.1f} times" if wrong else ""
-    how = "arithmetic on published figures: the sequences of an epoch over its time; nothing was timed here"
-    figure.note(how)
+    text = "arithmetic on published figures: the sequences of an epoch over its time; nothing was timed here"
+    figure.note(text)
     return figure.update_layout(title_text=title, showlegend=True)
 
 
 def _variants(rows: pd.DataFrame) -> pd.Series:
-    """Return how each row's step was run: precision, compile mode and batch size."""
+    """Return a label of each row: precision, compile mode and batch size."""
     modes = rows["compile_mode"].replace("off", "eager")
     return rows["precision"] + ", " + modes + ", batch " + rows["batch_size"].astype(str)
 
 
-def _nothing(figure: style.Chart, why: str, kind: str = "measured") -> go.Figure:
-    """Return a figure that says why it is empty."""
+def _nothing(figure: style.Chart, title: str, kind: str = "measured") -> go.Figure:
+    """Return an empty figure with this title."""
     figure.add_scatter(x=[], y=[], line=style.line(kind, BLUE))
     figure.update_xaxes(title_text="steps")
     figure.update_yaxes(title_text="seconds")
-    return figure.update_layout(height=220, title_text=why, showlegend=False)
+    return figure.update_layout(height=220, title_text=title, showlegend=False)
 
 
 # -- devices side by side: measured solid, predicted hatched, published by others outlined -------------------
@@ -231,7 +233,7 @@ def _nothing(figure: style.Chart, why: str, kind: str = "measured") -> go.Figure
 
 def throughput(rows: pd.DataFrame) -> go.Figure:
     """Sequences/s of each size on each device, with the range of each prediction."""
-    rows = _one_each(_named(rows))
+    rows = _one_row_each(_named(rows))
     figure, sizes, order = _device_panels(rows, "sequences_per_second", 1, "sequences/s")
     look = {"symbol": "square-open", "size": 9, "color": ORANGE, "line": {"width": 2}}
     for run in reference()["throughput"]:  # sequences of an epoch over its time
@@ -249,23 +251,21 @@ def throughput(rows: pd.DataFrame) -> go.Figure:
 
 
 def memory_by_size(rows: pd.DataFrame) -> go.Figure:
-    """Peak memory of each size, and what each device has."""
-    rows = _one_each(_named(rows))
+    """Peak memory of each size, and the memory of each device."""
+    rows = _one_row_each(_named(rows))
     figure, sizes, order = _device_panels(rows, "peak_memory_bytes", GIB, "GiB")
     for column, _ in enumerate(sizes, 1):
-        _what_it_has(figure, order, {"size": 14, "line": {"width": 2, "color": ORANGE}}, **at(1, column))
+        _mark_memory(figure, order, {"size": 14, "line": {"width": 2, "color": ORANGE}}, **at(1, column))
     figure.update_xaxes(**log_axis([0.3, 150], most=4), range=list(np.log10([0.3, 200])))
     has = rows["device"].map({name: board.memory_bytes for name, board in hardware.catalogue().items()})
     over = rows[(style.column(rows, "peak_memory_bytes") > has) & rows["size"].isin(sizes)]
-    needs = ", ".join(
-        f"{size} on {device}" for size, device in zip(over["size"], over["device"], strict=True)
-    )
+    needs = ", ".join(over["size"] + " on " + over["device"])
     title = f"More than the device has, its orange line: {needs}" if needs else "Every size fits on every GPU"
     return _finish(figure, order, f"{title}, at these batches")
 
 
-def _what_it_has(figure: style.Chart, devices: list[str], look: dict[str, Any], **trace: Any) -> None:
-    """Mark the memory of the devices that are of the catalogue."""
+def _mark_memory(figure: style.Chart, devices: list[str], look: dict[str, Any], **trace: Any) -> None:
+    """Mark the memory of devices of the catalogue."""
     has = {name: board.memory_bytes / GIB for name, board in hardware.catalogue().items() if name in devices}
     names = [name for name in devices if name in has]
     figure.add_scatter(
@@ -289,11 +289,11 @@ def roofline(rows: pd.DataFrame) -> go.Figure:
             dash = ("dash", "dot", "dashdot", "longdash")[number // len(PALETTE) % 4]
             look = {"width": 1.5, "dash": "solid" if name in planner.cpus() else dash}
             figure.path("measured", x, np.minimum(roof[0], roof[1] * x), color, None, line=look, name=name)
-        for kind, some in part.groupby("kind"):
-            more = {"name": f"{name}, {kind}", "customdata": some["size"], "showlegend": roof is None}
+        for kind, steps in part.groupby("kind"):
+            trace = {"name": f"{name}, {kind}", "customdata": steps["size"], "showlegend": roof is None}
             hover = f"{name}, %{{customdata}}: %{{y:.2s}}FLOP/s, {kind}"
-            density, rate = some["flops"] / some["bytes_moved"], some["flops"] / some["step_seconds"]
-            figure.dots(some, density, rate, color, hover, **more)
+            density, rate = steps["flops"] / steps["bytes_moved"], steps["flops"] / steps["step_seconds"]
+            figure.dots(steps, density, rate, color, hover, **trace)
     rates = (rows["flops"] / rows["step_seconds"]).dropna()
     tops = [roof[0] for name in _devices(rows) if (roof := _roof(name)) is not None]
     figure.update_xaxes(title_text="FLOPs per byte moved through main memory", **log_axis([2, 2000]))
@@ -303,13 +303,13 @@ def roofline(rows: pd.DataFrame) -> go.Figure:
     boards = rows[rows["device"].isin(list(hardware.catalogue()))]
     if len(boards):
         roofs = np.array([_roof(name) for name in boards["device"]], dtype=float)
-        left = (boards["flops"] / boards["bytes_moved"] < roofs[:, 0] / roofs[:, 1]).sum()
-        title = f"{left} of {len(boards)} predicted steps lie left of the ridge: bandwidth limits them first"
+        bound = (boards["flops"] / boards["bytes_moved"] < roofs[:, 0] / roofs[:, 1]).sum()
+        title = f"{bound} of {len(boards)} predicted steps lie left of the ridge: bandwidth limits them first"
     return figure.update_layout(height=520, showlegend=True, legend=style.BESIDE, title_text=title)
 
 
 def _roof(name: str) -> tuple[float, float] | None:
-    """Return a device's FLOP/s at most and its bytes/s: by its data sheet, of a CPU as measured."""
+    """Return a device's peak FLOP/s and bytes/s, by its data sheet or, for a CPU, as measured."""
     if name in planner.cpus():
         rates = planner.cpus()[name].rates
         return max(rates["product fp32"].values()), rates["bandwidth"]
@@ -327,14 +327,12 @@ def technique_gains(rows: pd.DataFrame) -> go.Figure:
     for column, name in enumerate(names, 1):
         part, place = rows[rows["technique"] == name], at(1, column)
         for place_of_size, size in enumerate(sizes):
-            for kind, some in part[part["size"] == size].groupby("kind"):
+            for kind, marks in part[part["size"] == size].groupby("kind"):
                 new = all(trace.name != size for trace in figure.data)
-                more = {"name": size, "legendgroup": size, "showlegend": new}
-                color, hover = (
-                    PALETTE[place_of_size % len(PALETTE)],
-                    f"%{{y}}, {size}: %{{x:.2f}} times, {kind}",
-                )
-                figure.dots(some, "speedup", "device", color, hover, **more, **place)
+                settings = {"name": size, "legendgroup": size, "showlegend": new}
+                color = PALETTE[place_of_size % len(PALETTE)]
+                hover = f"%{{y}}, {size}: %{{x:.2f}} times, {kind}"
+                figure.dots(marks, "speedup", "device", color, hover, **settings, **place)
         figure.add_vline(x=1, line={"color": MUTED, "width": 1}, **place)
         figure.update_xaxes(range=[0, 1.1 * max(1.5, part["speedup"].max())], **place)
     figure.update_xaxes(title_text="times as fast")
@@ -349,13 +347,10 @@ def technique_gains(rows: pd.DataFrame) -> go.Figure:
 
 
 def _devices(rows: pd.DataFrame) -> list[str]:
-    """Return the devices that rows are of: CPUs first, then the catalogue's, as it lists them."""
-    known = list(hardware.catalogue())
-    rank = {name: 1 + place for place, name in enumerate(known)}
-    last = len(rank) + 1
-    return sorted(
-        set(rows["device"]), key=lambda n: (0 if str(n).startswith("cpu") else rank.get(n, last), n)
-    )
+    """Return the devices of rows: CPUs first, then boards in the order of the catalogue, then others."""
+    catalogue, names = list(hardware.catalogue()), set(rows["device"])
+    cpus = sorted(name for name in names if str(name).startswith("cpu"))
+    return [*cpus, *(n for n in catalogue if n in names), *sorted(names - {*cpus, *catalogue})]
 
 
 def _on_cpu(rows: pd.DataFrame) -> pd.Series:
@@ -363,17 +358,17 @@ def _on_cpu(rows: pd.DataFrame) -> pd.Series:
 
 
 def _named(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return rows whose CPUs have a name: cpu2 of one machine is not cpu2 of another."""
+    """Return rows in which the devices cpu1 and cpu2 include the name of their CPU."""
     device = rows["device"].astype(str)
-    bare = device.str.fullmatch(r"cpu\d*")
-    if "cpu" not in rows or not bare.any():
+    ambiguous = device.str.fullmatch(r"cpu\d*")
+    if "cpu" not in rows or not ambiguous.any():
         return rows
-    whole = device + " " + rows["cpu"].fillna("").astype(str)
-    return rows.assign(device=device.where(~bare, whole).str.strip())
+    full = device + " " + rows["cpu"].fillna("").astype(str)
+    return rows.assign(device=device.where(~ambiguous, full).str.strip())
 
 
-def _one_each(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per size, device and kind: each device with what suits it, CPUs in fp32."""
+def _one_row_each(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per size, device and kind: the open rule for boards, all rows for CPUs."""
     rule = rows["rule"] if "rule" in rows else pd.Series("closed", rows.index)
     chosen = rows[(rule.fillna("closed") == "open") | _on_cpu(rows)]
     return chosen.drop_duplicates(["size", "device", "kind"], keep="last")
@@ -386,30 +381,29 @@ def _sizes(rows: pd.DataFrame) -> list[str]:
 def _device_panels(
     rows: pd.DataFrame, metric: str, unit: float, title: str
 ) -> tuple[style.Chart, list[str], list[str]]:
-    """Draw a panel for each size with a mark for each device; return it, the sizes and the devices.
+    """Draw a panel for each size with a mark for each device; return the figure, the sizes and the devices.
 
-    Where sizes have plans, those that were measured on a CPU or two alone would be panels of empty rows: a
-    note names them.
+    If there are plans, sizes without a plan were measured on CPUs only: they are named in a note, not drawn.
     """
     planned = set(rows.loc[rows["kind"] == "predicted", "size"])
     sizes = [size for size in _sizes(rows) if not planned or size in planned]
-    alone = [size for size in _sizes(rows) if size not in sizes]
+    unplanned = [size for size in _sizes(rows) if size not in sizes]
     rows = rows[rows["size"].isin(sizes)]
     figure = panels(max(1, len(sizes)), spacing=0.03, shared_yaxes=True, subplot_titles=sizes)
     for column, size in enumerate(sizes, 1):
         for kind, part in rows[rows["size"] == size].groupby("kind"):
             color = BLUE if kind == "measured" else MUTED
             ranged = kind == "predicted" and f"{metric}_low" in part
-            more = {"marker": {"size": 8}, "customdata": part["precision"]}
-            more |= {"error_x": interval(part, metric, color, 1 / unit, width=3) if ranged else None}
+            trace = {"marker": {"size": 8}, "customdata": part["precision"]}
+            trace |= {"error_x": interval(part, metric, color, 1 / unit, width=3) if ranged else None}
             hover = f"%{{y}}: %{{x:,.3~g}} {title}, %{{customdata}}, {kind}"
-            figure.dots(part, part[metric] / unit, "device", color, hover, **more, **at(1, column))
+            figure.dots(part, part[metric] / unit, "device", color, hover, **trace, **at(1, column))
     values = rows[metric].dropna() / unit
     figure.update_xaxes(title_text=title, **log_axis(values, most=4))
     most = max(values.max(), style.column(rows, f"{metric}_high").max() / unit)
     figure.update_xaxes(range=[np.log10(values.min()) - 0.2, np.log10(most) + 0.3])
-    if alone:
-        figure.note(f"Measured on CPUs alone and not drawn: {', '.join(alone)}.")
+    if unplanned:
+        figure.note(f"Measured on CPUs alone and not drawn: {', '.join(unplanned)}.")
     return figure, sizes, _devices(rows)
 
 
@@ -418,32 +412,32 @@ def _finish(figure: style.Chart, order: list[str], title: str) -> go.Figure:
     return figure.update_layout(title_text=title, margin={"t": max(120, figure.layout.margin.t or 0)})
 
 
-# -- a plan: where its memory and its time go, and the same run on every device; all predicted ---------------
+# -- a plan: memory and time by part, and the same run on every device; all predicted ------------------------
 
 
 def parts(plan: Plan) -> go.Figure:
-    """Return the peak of memory by part against what the device has, and the step's time by part."""
-    whole = sum(plan.step.parts.values())
-    times = {name: seconds for name, seconds in plan.step.parts.items() if seconds > _LEAST * whole}
-    rest = whole - sum(times.values())
-    times |= {"all else": rest} if rest > 0 else {}
+    """Return peak memory by part with the memory of the device, and the step's time by part."""
+    total = sum(plan.step.parts.values())
+    times = {name: seconds for name, seconds in plan.step.parts.items() if seconds > _LEAST * total}
+    remainder = total - sum(times.values())
+    times |= {"all else": remainder} if remainder > 0 else {}
     longest = sum(seconds > _LEAST * plan.step.seconds for seconds in plan.step.parts.values()) + 1
     plot = _MEMORY_ROW + _DEVICE_ROW * longest
     share = _MEMORY_ROW / plot
     figure = panels(rows=2, vertical=80 / (plot + 80), legend=True, row_heights=[share, 1 - share])
     for name, size in planner.memory_parts(plan).items():
-        shown, gib = _NAMES.get(name, name), size / GIB
-        look = {"name": f"{shown} {gib:.2f}", "marker": _hatched(_COLORS[name])}
-        hover = f"{shown}: {gib:.2f} GiB"
+        label, gib = _NAMES.get(name, name), size / GIB
+        look = {"name": f"{label} {gib:.2f}", "marker": {"color": _COLORS[name], "pattern": _HATCH}}
+        hover = f"{label}: {gib:.2f} GiB"
         figure.bars("predicted", [gib], ["memory"], _COLORS[name], hover, **look, **at(1, 1))
     if plan.memory_bytes is not None:
         has = plan.memory_bytes / GIB
         figure.add_vline(x=has, line={"color": INK, "width": 2}, **at(1, 1))
         figure.text(f"it has {has:.0f} GiB", has, 1, yref="y domain", yanchor="bottom")
-    more: dict[str, Any] = {"text": [f"{s / whole:.0%}" for s in times.values()], "textposition": "outside"}
-    more |= {"cliponaxis": False, "showlegend": False}
+    trace: dict[str, Any] = {"text": [f"{s / total:.0%}" for s in times.values()], "textposition": "outside"}
+    trace |= {"cliponaxis": False, "showlegend": False}
     ms = [1e3 * s for s in times.values()]
-    figure.bars("predicted", ms, list(times), BLUE, "%{y}: %{x:.3g} ms", **more, **at(2, 1))
+    figure.bars("predicted", ms, list(times), BLUE, "%{y}: %{x:.3g} ms", **trace, **at(2, 1))
     figure.update_xaxes(title_text="GiB at the peak", rangemode="tozero", **at(1, 1))
     figure.update_xaxes(title_text="ms of a step", rangemode="tozero", **at(2, 1))
     figure.update_yaxes(ticks="", showticklabels=False, **at(1, 1))
@@ -461,14 +455,8 @@ def parts(plan: Plan) -> go.Figure:
     )
 
 
-def _hatched(color: str) -> dict[str, Any]:
-    """Return the style of a part of a predicted bar: hatched, yet full enough for narrow parts."""
-    hatch = {"shape": "/", "fillmode": "overlay", "fgcolor": "white", "fgopacity": 0.55, "solidity": 0.25}
-    return {"color": color, "pattern": hatch}
-
-
 def by_device(rows: pd.DataFrame) -> go.Figure:
-    """Return the same run on every device: memory against what each has, and an epoch's time.
+    """Return the same run on every device: memory used and available, and an epoch's time.
 
     `rows` are those of `planner.table`, or of the records: one for each device and part.
     """
@@ -481,14 +469,14 @@ def by_device(rows: pd.DataFrame) -> go.Figure:
     peaks = rows.groupby("device")["bytes"].sum().loc[devices["device"]] / GIB
     figure.dots(kind, list(peaks), devices["device"], GREEN, "%{y}: %{x:.3~g} GiB", name="peak", **at(1, 1))
     black = {"size": 16, "line": {"width": 2, "color": INK}}
-    _what_it_has(figure, order, black, name="what it has", **at(1, 1))
+    _mark_memory(figure, order, black, name="what it has", **at(1, 1))
     fits = devices["status"].eq("ok")
     for (basis, fit), part in devices.groupby(["basis", fits]):
         color = (BLUE if basis == "validated" else ORANGE) if fit else MUTED
-        more: dict[str, Any] = {"error_x": interval(part, "epoch_seconds", color, thickness=1.5)}
-        more |= {"name": f"epoch, {basis}" if fit else "epoch, if it fitted", "customdata": part["precision"]}
+        trace: dict[str, Any] = {"error_x": interval(part, "epoch_seconds", color, thickness=1.5)}
+        trace["customdata"], name = part["precision"], f"epoch, {basis}" if fit else "epoch, if it fitted"
         hover = "%{y}, %{customdata}: %{x:,.3g} s"
-        figure.dots(part, "epoch_seconds", "device", color, hover, **more, **at(1, 2))
+        figure.dots(part, "epoch_seconds", "device", color, hover, name=name, **trace, **at(1, 2))
     has = [hardware.catalogue()[name].memory_bytes / GIB for name in boards]
     figure.update_xaxes(title_text="GiB at the peak", **log_axis([*peaks, *has]), **at(1, 1))
     ticks = log_axis([*devices["epoch_seconds_low"], *devices["epoch_seconds_high"]])

@@ -1,8 +1,8 @@
-"""The look of every figure: colours, marks, panels, axes, notes and labels.
+"""The style of every figure: colours, marks, panels, axes, notes and labels.
 
-What is measured is filled and solid, what is predicted hollow, hatched or dashed. A trained model has one
-colour in all figures, baselines without gradient descent are grey. Colours are those of Okabe and Ito, which
-people with any colour vision can tell apart; the background is white whatever page a figure stands in.
+Measured values are filled and solid, predicted ones hollow, hatched or dashed. A trained model has one colour
+in all figures; baselines without gradient descent are grey. Colours are those of Okabe and Ito, which are
+distinct for all kinds of colour vision; the background is always white.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ PALETTE = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9")
 INK, MUTED, GRID = "#222222", "#5F6368", "#E6E8EB"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
-# In pixels: of a figure that states no other, of a row of a categorical axis, of a letter of a line's name.
+# In pixels: default height of a figure, height of a row of a categorical axis, width of a letter.
 HEIGHT, ROW_HEIGHT, LETTER = 400, 38, 7.5
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
-NOTE, NARROW = 100, 18  # letters of a line under the title, and of a name above its line's end
-GAP = 0.075  # between names at line ends, in shares of the highest value
-MOST_TICKS = 6  # of a logarithmic axis: more overlap in a panel of a third of the width
+NOTE, NARROW = 100, 18  # letters in a line under the title, and in a name above the end of its line
+GAP = 0.075  # between names at line ends, as a share of the highest value
+MOST_TICKS = 6  # of a logarithmic axis: more would overlap in a panel of a third of the width
 
 _AXIS = {
     "gridcolor": GRID,
@@ -61,48 +61,47 @@ TEMPLATE = {
 }
 BESIDE = {"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"}  # places of a legend
 BELOW = {"x": 0, "xanchor": "left", "yref": "container", "y": 0.005, "yanchor": "bottom"}
-
 _FIXED = {"BERT4Rec": BLUE, "BERT4Rec (ours)": BLUE, "causal twin": ORANGE}
 
 
-# -- looks ---------------------------------------------------------------------------------------------------
+# -- styles --------------------------------------------------------------------------------------------------
 
 
 def line(kind: Any, color: str) -> dict[str, Any]:
-    """Return the style of a line: solid where measured, dashed where predicted."""
+    """Return the style of a line: solid if measured, dashed if predicted."""
     return {"color": color, "width": 2, "dash": "solid" if kind == "measured" else "dash"}
 
 
 def marker(kind: Any, color: str) -> dict[str, Any]:
-    """Return the style of a marker: filled where measured, hollow where predicted."""
+    """Return the style of a marker: filled if measured, hollow if predicted."""
     symbol = "circle" if kind == "measured" else "circle-open"
     return {"color": color, "size": 10, "symbol": symbol, "line": {"color": color, "width": 2}}
 
 
 def bar(kind: Any, color: str) -> dict[str, Any]:
-    """Return the style of a bar: filled where measured, hatched where predicted."""
+    """Return the style of a bar: filled if measured, hatched if predicted."""
     shape = "" if kind == "measured" else "/"
     return {"color": color, "pattern": {"shape": shape, "fillmode": "replace", "solidity": 0.3}}
 
 
 def model_colors(models: Iterable[str]) -> dict[Any, str]:
-    """Return a colour for each model, grey for baselines; BERT4Rec and its twin keep theirs everywhere."""
+    """Return a colour for each model: fixed for BERT4Rec and its twin, grey for baselines."""
     grey = {model_name(name) for name in BASELINES}
-    left = [color for color in PALETTE if color not in _FIXED.values()]
+    available = [color for color in PALETTE if color not in _FIXED.values()]
     colors: dict[Any, str] = {}
     for name in sorted(set(models)):
-        free = [color for color in left if color not in colors.values()] or left
+        free = [color for color in available if color not in colors.values()] or available
         colors[name] = MUTED if name in grey else _FIXED.get(name, free[0])
     return colors
 
 
 def named(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows with models named for people; rows that name none are of BERT4Rec."""
+    """Return the rows with readable names of models; rows without a model are of BERT4Rec."""
     models = rows["model"] if "model" in rows else pd.Series("bert4rec", rows.index)
     return rows.assign(model=models.fillna("bert4rec").map(model_name))
 
 
-# -- figures and what is drawn in them -----------------------------------------------------------------------
+# -- figures and their marks ---------------------------------------------------------------------------------
 
 
 def single(**layout: Any) -> Chart:
@@ -118,9 +117,9 @@ def panels(
     legend: bool = False,
     **grid: Any,
 ) -> Chart:
-    """Return an empty figure of panels, with the spaces between columns and rows in shares of the figure.
+    """Return an empty figure of panels; spaces between columns and rows are shares of the figure.
 
-    `grid` is what plotly's `make_subplots` takes beside them.
+    `grid` are further arguments of plotly's `make_subplots`.
     """
     grid |= {"horizontal_spacing": spacing, "vertical_spacing": vertical, "figure": Chart()}
     figure = make_subplots(rows=rows, cols=columns, **grid).update_layout(template=TEMPLATE)
@@ -128,22 +127,22 @@ def panels(
 
 
 def at(row: int, col: int) -> dict[str, Any]:
-    """Return the place of a panel as plotly's functions take it, from 1."""
+    """Return the place of a panel as arguments of plotly's functions; rows and columns count from 1."""
     return {"row": row, "col": col}
 
 
 class Chart(go.Figure):
-    """A plotly figure that draws rows of records in the look of the study.
+    """A plotly figure that draws rows of records in the style of the study.
 
-    `dots`, `path` and `bars` take rows of one kind, or the kind alone; values as names of columns or as they
-    are; the text on hovering, which is plotly's own where it is empty and absent where it is None; further
-    settings of plotly's trace, of which `marker` and `line` change the look of the kind.
+    `dots`, `path` and `bars` take rows of one kind, or the kind itself; values as names of columns or as
+    arrays; the hover text ("": that of plotly, None: none); and further settings of plotly's trace, of which
+    `marker` and `line` update the style of the kind.
     """
 
-    _page = ""  # where else it is to be seen, for who opens an executed notebook
+    _page = ""  # where else the figure is shown, for readers of an executed notebook
 
     def _ipython_display_(self) -> None:
-        """Show the figure, and in its place, where nothing draws it, its title and where it is drawn."""
+        """Show the figure; viewers that cannot draw it show its title and where it is drawn."""
         from IPython.display import display
 
         bundle = self._repr_mimebundle_()
@@ -152,32 +151,32 @@ class Chart(go.Figure):
             return
         title = self.layout.title
         lines = [title.text, *(title.subtitle.text or "").split("<br>")]
-        head, *more = (escape(re.sub("<[^>]*>", "", line)) for line in lines if line)
-        where = f" and in {self._page}" if self._page else ""
-        text = f"<p><strong>{head}</strong><br>{'<br>'.join(more)}</p>"
-        text += f"<p><em>This figure is drawn in JupyterLab{where}.</em></p>"
+        head, *details = (escape(re.sub("<[^>]*>", "", line)) for line in lines if line)
+        place = f" and in {self._page}" if self._page else ""
+        text = f"<p><strong>{head}</strong><br>{'<br>'.join(details)}</p>"
+        text += f"<p><em>This figure is drawn in JupyterLab{place}.</em></p>"
         display({"text/html": text} | bundle, raw=True)
 
-    def _draw(self, add: Any, x: Any, y: Any, of: Any, hover: str | None, trace: dict[str, Any]) -> None:
-        values = {"x": of[x] if isinstance(x, str) else x, "y": of[y] if isinstance(y, str) else y}
+    def _draw(self, add: Any, x: Any, y: Any, rows: Any, hover: str | None, trace: dict[str, Any]) -> None:
+        values = {"x": rows[x] if isinstance(x, str) else x, "y": rows[y] if isinstance(y, str) else y}
         text = {"hoverinfo": "skip"} if hover is None else {}
         text |= {"hovertemplate": f"{hover}<extra></extra>"} if hover else {}
         add(**values | text | trace)
 
-    def dots(self, of: Any, x: Any, y: Any, color: str, hover: str, **trace: Any) -> None:
+    def dots(self, rows: Any, x: Any, y: Any, color: str, hover: str, **trace: Any) -> None:
         """Add a mark for each row."""
-        trace["marker"] = marker(_kind(of), color) | trace.get("marker", {})
-        self._draw(self.add_scatter, x, y, of, hover, {"mode": "markers"} | trace)
+        trace["marker"] = marker(_kind(rows), color) | trace.get("marker", {})
+        self._draw(self.add_scatter, x, y, rows, hover, {"mode": "markers"} | trace)
 
-    def path(self, of: Any, x: Any, y: Any, color: str, hover: str | None, **trace: Any) -> None:
+    def path(self, rows: Any, x: Any, y: Any, color: str, hover: str | None, **trace: Any) -> None:
         """Add a line through the rows, without marks unless `mode` and `marker` say otherwise."""
-        trace["line"] = line(_kind(of), color) | trace.get("line", {})
-        self._draw(self.add_scatter, x, y, of, hover, {"mode": "lines"} | trace)
+        trace["line"] = line(_kind(rows), color) | trace.get("line", {})
+        self._draw(self.add_scatter, x, y, rows, hover, {"mode": "lines"} | trace)
 
-    def bars(self, of: Any, x: Any, y: Any, color: str, hover: str, **trace: Any) -> None:
+    def bars(self, rows: Any, x: Any, y: Any, color: str, hover: str, **trace: Any) -> None:
         """Add a bar for each row, horizontal unless `orientation` says otherwise."""
-        trace["marker"] = bar(_kind(of), color) | trace.get("marker", {})
-        self._draw(self.add_bar, x, y, of, hover, {"orientation": "h"} | trace)
+        trace["marker"] = bar(_kind(rows), color) | trace.get("marker", {})
+        self._draw(self.add_bar, x, y, rows, hover, {"orientation": "h"} | trace)
 
     def text(self, text: str, x: Any, y: Any, color: str | None = None, **place: Any) -> None:
         """Write a text at a point of a panel."""
@@ -185,19 +184,19 @@ class Chart(go.Figure):
         self.add_annotation(**{"x": x, "y": y, "text": text, "showarrow": False} | font | place)
 
     def words_beside(self, names: Iterable[str], words: Iterable[str]) -> None:
-        """Write why a row has no mark at the start of its row."""
+        """Write a word at the start of each row without a mark."""
         for name, word in zip(names, words, strict=True):
             self.text(word, 0, name, MUTED, xanchor="left", **at(1, 1))
 
     def label_ends(
         self, x: pd.Series, y: pd.Series, colors: Mapping[Any, str], top: float, panel: int = 1
     ) -> None:
-        """Name the lines at their right ends, in their colours, names moved apart where ends are close.
+        """Write the names of lines at their right ends in their colours, moved apart if ends are close.
 
-        A line that ends before the others has its name above its end, where the lines beside it go on below.
+        The name of a line that ends before the others is above its end.
         """
         places, axis = y.sort_values(), "" if panel == 1 else panel
-        gap = GAP * top * (1 if panel == 1 else 1.3)  # a panel of two is lower than a figure of one
+        gap = GAP * top * (1 if panel == 1 else 1.3)  # one of two panels is lower than a single one
         for before, name in zip(places.index, places.index[1:], strict=False):
             places[name] = max(places[name], places[before] + gap)
         for name in places.index:
@@ -216,22 +215,22 @@ class Chart(go.Figure):
         self.update_layout(height=max(HEIGHT - 60, 190 + row_height * len(names)))
 
     def note(self, text: str) -> None:
-        """Say under the title how marks are to be read; the caption stands before it."""
+        """Write a note on the marks under the title."""
         lines = wrap(text, NOTE)
         self.update_layout(title_subtitle_text="<br>".join(lines), margin={"t": 95 + 15 * len(lines)})
 
 
-def _kind(of: Any) -> str:
-    return of if isinstance(of, str) else str(of["kind"].iloc[0])
+def _kind(rows: Any) -> str:
+    return rows if isinstance(rows, str) else str(rows["kind"].iloc[0])
 
 
-def texts(values: pd.Series, form: str, where: str = "outside") -> dict[str, Any]:
-    """Return what writes each value beside its bar."""
-    return {"text": values.map(form.format), "textposition": where, "cliponaxis": False}
+def texts(values: pd.Series, form: str, position: str = "outside") -> dict[str, Any]:
+    """Return the settings that write each value beside its bar."""
+    return {"text": values.map(form.format), "textposition": position, "cliponaxis": False}
 
 
 def interval(rows: pd.DataFrame, metric: str, color: str, factor: float = 1, **look: Any) -> dict[str, Any]:
-    """Return the style and lengths of bars from `<metric>_low` to `<metric>_high`, in units of 1 / factor."""
+    """Return error bars from `<metric>_low` to `<metric>_high`, multiplied by `factor`."""
     above = factor * (rows[f"{metric}_high"] - rows[metric])
     below = factor * (rows[metric] - rows[f"{metric}_low"])
     return {"array": above, "arrayminus": below, "symmetric": False, "color": color, "width": 6} | look
@@ -241,9 +240,9 @@ def interval(rows: pd.DataFrame, metric: str, color: str, factor: float = 1, **l
 
 
 def log_axis(values: Iterable[float], most: int = MOST_TICKS) -> dict[str, Any]:
-    """Return a logarithmic axis over the values, with whole numbers as ticks: 50k, 100k, 200k.
+    """Return a logarithmic axis over the values, with ticks such as 50k, 100k, 200k.
 
-    Ticks are at 1, 2 and 5 of each decade, at 1 alone, or at every second decade and so on, as many as fit.
+    Ticks are at 1, 2 and 5 of each decade, or fewer if these are more than `most`.
     """
     positive = [float(value) for value in values if value > 0]
     if not positive:
@@ -267,17 +266,17 @@ def si(value: float) -> str:
 
 
 def broken(text: str, letters: int) -> str:
-    """Return a text in lines of at most so many letters."""
+    """Return a text broken into lines of at most `letters` letters."""
     return "<br>".join(wrap(text, letters))
 
 
 def sentence(text: str) -> str:
-    """Return a title with a capital letter in front, as models' names do not have one."""
+    """Return a title with a capital first letter."""
     return text[:1].upper() + text[1:]
 
 
 def column(rows: pd.DataFrame, name: str) -> pd.Series:
-    """Return a column as numbers, not-a-number throughout where the rows have none of this name."""
+    """Return a column as numbers, NaN if the rows do not have it."""
     return pd.to_numeric(rows[name] if name in rows else pd.Series(math.nan, rows.index))
 
 
@@ -287,7 +286,7 @@ def extreme(rows: pd.DataFrame, metric: str) -> pd.Series:
 
 
 def duration(seconds: float) -> str:
-    """Return seconds with two or three digits and a unit that suits them."""
+    """Return seconds with two or three digits and a suitable unit."""
     for limit, unit, size in ((0.9995, "ms", 1e-3), (120, "s", 1), (7200, "min", 60), (2e5, "h", 3600)):
         if seconds < limit:
             return f"{seconds / size:.3g} {unit}"

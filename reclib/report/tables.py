@@ -1,4 +1,4 @@
-"""Records as tables, and which of many records belong into one figure. Nothing here measures or draws."""
+"""Records as tables, and the selection of records for figures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from reclib.records import PROFILES
 
 Record = Mapping[str, Any]
 
-# How models are called in figures; what is not here goes by its own name.
+# Names of models in figures; others keep their own names.
 MODEL_NAMES = {
     "bert4rec": "BERT4Rec",
     "causal": "causal twin",
@@ -39,7 +39,7 @@ MODEL_NAMES = {
 }
 BASELINES = tuple(MODEL_NAMES)[2:]  # deterministic, without gradient descent
 
-# Arms of notebook 05, and what a base is adapted to.
+# Arms and tasks of notebook 05.
 ARM_NAMES = {
     "none": "no adaptation",
     "full": "full fine-tuning",
@@ -56,21 +56,19 @@ ARM_NAMES = {
 }
 TASK_NAMES = {"next_period": "next period", "segment": "segment of users"}
 CONTROLS = ("shuffled_user", "noise", "fixed_gate", "static_gate")  # of iLoRA
-
 SHAPES = "the seed study's shapes"  # 85m, 130m, 430m
-RATES = {"half": " half rate", "rule": "", "twice": " twice rate"}  # how arms that check the rule end
-LATE = 0.01  # nats off the lowest loss in the last fifth of the training: above it a run is undertrained
+RATES = {"half": " half rate", "rule": "", "twice": " twice rate"}  # ends of arms that check the rule
+LATE = 0.01  # fall of the loss in the last fifth of the training, nats, above which a run is undertrained
 FLOOR = "held over 16 bytes per parameter"
-
 _STATE_BYTES = 16  # of a parameter: weight, gradient and AdamW's two moments in fp32
 _STEPS = ("hardware_step", "real_size_step")  # names of records of a step of one size on one device
-_CLIMBED = ("gather before the head", "packed rows")  # rungs of the ladder that a plan knows as techniques
-TIES = "ties-"  # how the names of grids begin whose arms differ in the order of ties
-_ABLATIONS = ("ablations-", "tuning-")  # how the data name of a grid begins whose arms are compared
-# Parameters of notebook 02 that make another configuration of a model.
+_CLIMBED = ("gather before the head", "packed rows")  # rungs of the ladder that are techniques of the planner
+TIES = "ties-"  # prefix of grids whose arms differ in the order of ties
+_ABLATIONS = ("ablations-", "tuning-")  # prefixes of grids whose arms are compared
+# Parameters of notebook 02 that define the configuration of a model.
 _RECIPE = ["size", "epochs", "batch_size", "learning_rate", "dropout", "mask_prob", "window"]
 _RECIPE += ["last_item_share", "max_len", "norm", "tied", "output_bias", "loss"]
-# Parameters that do not make it another run; wandb_mode is what tracker was called in older records.
+# Parameters that do not change the work of a run; wandb_mode is the name of tracker in older records.
 _NOT_WORK = ("gpu", "seed", "seeds", "tracker", "wandb_mode")
 
 
@@ -78,15 +76,15 @@ _NOT_WORK = ("gpu", "seed", "seeds", "tracker", "wandb_mode")
 
 
 def model_name(model: str) -> str:
-    """Return a model's name for people."""
+    """Return the name of a model in figures and texts."""
     return MODEL_NAMES.get(model) or model.replace("_with_validation", " + validation item").replace("_", " ")
 
 
 def sweep_of(arm: str) -> str:
-    """Return what an arm of a grid varies: width at two layers, depth, untied tables, rates, tuned settings.
+    """Return the sweep of an arm: width at two layers, depth, untied tables, rates, tuned settings.
 
-    The names are those of `params/grids`. A size outside of the family `w<width>d<depth>` counts as a width;
-    the seed study's shapes are of another architecture and stand apart.
+    Arms are named as in `params/grids`. A size outside of the family `w<width>d<depth>` counts as a width;
+    the seed study's shapes have another architecture and are a sweep of their own.
     """
     if match := re.fullmatch(r"\w+ shape( scaled)?", arm):
         return SHAPES + (", items scaled" if match[1] else "")
@@ -100,12 +98,12 @@ def sweep_of(arm: str) -> str:
 
 
 def profile(name: str) -> str:
-    """Say how much work a profile is; a grid has none of the notebooks' profiles."""
+    """Return a description of a profile; grids have none of the notebooks' profiles."""
     return "long runs, committed" if name == "grid" else f"profile {name}"
 
 
 def chooses(dataset: str) -> bool:
-    """Return whether records under this data name are of a grid that recipes are chosen from."""
+    """Return whether a data name is that of a grid from which recipes are chosen."""
     return dataset.startswith((*_ABLATIONS, "trials-")) or dataset.endswith("-rates")
 
 
@@ -115,7 +113,7 @@ def interval_text(m: Mapping[str, Any]) -> str:
 
 
 def cpu_of(record: Record) -> str | None:
-    """Return the CPU that a record is of, generations told apart where the record can; None for a GPU."""
+    """Return the CPU of a record, with its generation if it is recorded; None for a GPU."""
     device = record.get("device") or {}
     if device.get("type", "cpu") != "cpu":
         return None
@@ -124,7 +122,7 @@ def cpu_of(record: Record) -> str | None:
 
 
 def device_of(record: Record) -> str:
-    """Return the device of a record as plans name it: threads and CPU, or the board of the catalogue."""
+    """Return the device of a record as named by plans: threads and CPU, or a board of the catalogue."""
     device = record["device"]
     name = str((record.get("own_params") or {}).get("device") or record["label"])
     if device.get("type", "cpu") == "cpu":
@@ -138,31 +136,31 @@ def _data(record: Record, key: str = "name") -> str:
     return str((record.get("data") or {}).get(key))
 
 
-# -- which records belong together ---------------------------------------------------------------------------
+# -- selection of records ------------------------------------------------------------------------------------
 
 
 def table(records: Iterable[Record]) -> pd.DataFrame:
-    """Return one row per point of the records' series (one per record where there is none).
+    """Return one row per point of the records' series, or per record without series.
 
-    Columns: those of the series, every metric and timing, what the result's own parameters say (such
-    as `model`), and kind, label, profile, dataset and seed.
+    Columns are those of the series, metrics, timings, own parameters (such as `model`), and kind, label,
+    profile, dataset and seed.
     """
     parts = []
     for record in records:
-        own = record.get("own_params") or {}
-        about = {key: record.get(key) for key in ("kind", "label", "profile", "seed")}
-        about["dataset"] = (record.get("data") or {}).get("name")
-        if "device" in own:  # cpu2 of which CPU?
-            about["cpu"] = cpu_of(record)
-        columns = {**(record.get("timings") or {}), **own, **record["metrics"], **about}
-        series = {k: v for k, v in (record.get("series") or {}).items() if k not in about}
+        params = record.get("own_params") or {}
+        origin = {key: record.get(key) for key in ("kind", "label", "profile", "seed")}
+        origin["dataset"] = (record.get("data") or {}).get("name")
+        if "device" in params:  # cpu1 and cpu2 need the name of the CPU
+            origin["cpu"] = cpu_of(record)
+        columns = {**(record.get("timings") or {}), **params, **record["metrics"], **origin}
+        series = {k: v for k, v in (record.get("series") or {}).items() if k not in origin}
         rows = pd.DataFrame(series or {"_": [0]})
         parts.append(rows.assign(**{k: v for k, v in columns.items() if k not in rows}))
     return pd.concat(parts, ignore_index=True)
 
 
 def caption(records: Sequence[Record], with_data: bool = True) -> str:
-    """Say in one line what the numbers are, and that a smoke run is no result."""
+    """Return the origin of records in one line; a smoke run is marked as no result."""
     first = records[0]
     parts = [((first.get("data") or {}).get("name") or "") if with_data else ""]
     for kind in ("measured", "predicted"):
@@ -187,7 +185,7 @@ def _is_claim_unmet(record: Record) -> bool:
 
 @cache
 def _study_names() -> frozenset[str]:
-    """Return the datasets of the study: those that can be fetched, and those that its parameters name."""
+    """Return the datasets of the study: those that can be fetched, and those named by its parameters."""
     names = {"synthetic", *fetch.catalogue()}
     for file in system.params().glob("*.yaml"):
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -198,65 +196,65 @@ def _study_names() -> frozenset[str]:
 
 
 def of_study(record: Record) -> bool:
-    """Return whether a record is of the study's data and not of a file of the user's own."""
+    """Return whether a record is of the study's data and not of a user's file."""
     dataset = (record.get("params") or {}).get("dataset")
     return record["profile"] == "grid" or dataset is None or dataset in _study_names()
 
 
 def distinct(records: Iterable[Record]) -> list[Record]:
-    """Return records in which datasets that share a name are told apart by the start of their fingerprints.
+    """Return records in which names of different datasets are unique, by the start of their fingerprints.
 
-    Generated data stay `synthetic`: figures of devices set shapes of them side by side.
+    Generated data stay `synthetic`: figures of devices show several of them side by side.
     """
     records, prints = list(records), defaultdict(set)
     for record in records:
         prints[_data(record)].add(_data(record, "fingerprint"))
     shared = {name for name, of_name in prints.items() if len(of_name) > 1 and name != "synthetic"}
-    return [_with_print(record) if _data(record) in shared else record for record in records]
+    return [
+        _renamed(r, f"{_data(r)} ({_data(r, 'fingerprint')[:8]})") if _data(r) in shared else r
+        for r in records
+    ]
 
 
-def _with_print(record: Record) -> Record:
-    name = f"{_data(record)} ({_data(record, 'fingerprint')[:8]})"
+def _renamed(record: Record, name: str) -> Record:
+    """Return a record with another name of its data."""
     return dict(record) | {"data": dict(record.get("data") or {}) | {"name": name}}
 
 
 def groups(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
-    """Split into what one figure each is made of: (dataset, label) -> records of one run's work.
+    """Group records by dataset and label, each group with the records of one figure.
 
-    Where several are there, the profile with the most work counts, and in it the newest parameters;
-    all seeds of those stay together. Of a result that was recorded again the newest counts. What is measured
-    is chosen apart from what is predicted: no plan, of however much work, hides a measurement.
+    A group has the profile with the most work, and of it the newest parameters, with all seeds. Of repeated
+    results the newest counts. Measured and predicted records are selected separately, so that no plan hides
+    a measurement.
     """
     parts, labels = defaultdict(list), dict[str, str]()
     for record in sorted(distinct(records), key=lambda r: r["label"]):
         label = record["label"]
-        if record["profile"] == "grid":  # its runs may be trained on any device: all are one figure
+        if record["profile"] == "grid":  # runs of all devices are in one figure
             label = labels.setdefault(_data(record), label)
         parts[_data(record), label].append(record)
-    return {key: _shown(parts[key]) for key in sorted(parts)}
+    return {key: _preferred(parts[key]) for key in sorted(parts)}
 
 
-def _shown(records: list[Record]) -> list[Record]:
-    """Return the records of the best work, those measured first where plans are of another."""
-    whole = _one_work(records)
+def _preferred(records: list[Record]) -> list[Record]:
+    """Return the records of the best work; with plans of other work, also the measured ones."""
+    chosen = _one_work(records)
     measured = [r for r in records if r["kind"] == "measured"]
-    if not measured or any(r["kind"] == "measured" for r in whole):
-        return whole
-    return _one_work(measured) + whole
+    if not measured or any(r["kind"] == "measured" for r in chosen):
+        return chosen
+    return _one_work(measured) + chosen
 
 
 def _one_work(records: list[Record]) -> list[Record]:
-    """Return the records of one profile and set of parameters, of a result that came again the newest.
-
-    The mean over seeds, which has no seed, stands first.
-    """
+    """Return the newest records of the newest parameters of the largest profile, means over seeds first."""
     newest = max(records, key=lambda r: (PROFILES.index(r["profile"]), r["time"], _work(r)))
-    same = [r for r in records if _work(r) == _work(newest) and r["profile"] == newest["profile"]]
-    last = {}
-    for record in sorted(same, key=lambda r: (r["time"], json.dumps(r, sort_keys=True, default=str))):
-        seed = record.get("seed")
-        last[json.dumps(record.get("own_params"), sort_keys=True), -1 if seed is None else seed] = record
-    return [last[key] for key in sorted(last)]
+    matching = [r for r in records if _work(r) == _work(newest) and r["profile"] == newest["profile"]]
+    by_seed = {}
+    for record in sorted(matching, key=lambda r: (r["time"], json.dumps(r, sort_keys=True, default=str))):
+        seed = -1 if record.get("seed") is None else record["seed"]
+        by_seed[json.dumps(record.get("own_params"), sort_keys=True), seed] = record
+    return [by_seed[key] for key in sorted(by_seed)]
 
 
 def _work(record: Record) -> str:
@@ -265,32 +263,32 @@ def _work(record: Record) -> str:
 
 
 def best_work(records: Iterable[Record]) -> list[Record]:
-    """Return, of each result, dataset and label, the records that its figure shows."""
+    """Return the records shown by figures, for each result, dataset and label."""
     named = defaultdict(list)
     for record in records:
         named[record["name"]].append(record)
-    return [r for some in named.values() for group in groups(some).values() for r in group]
+    return [r for rows in named.values() for group in groups(rows).values() for r in group]
 
 
 def family(model: Mapping[str, Any], name: str) -> str:
-    """Return the family of a model by its configuration, or by its name where that says nothing."""
+    """Return the family of a model, causal or bert4rec, by its configuration or else its name."""
     causal = model["causal"] if "causal" in model else name.startswith("causal")
     return "causal" if causal else "bert4rec"
 
 
 def looks(records: Iterable[Record]) -> dict[tuple[str, str, str], int]:
-    """Count the configurations whose accuracy on a test split is recorded, by data, split and model family.
+    """Count the configurations with recorded accuracy on a test split, by (fingerprint, split, family).
 
-    The key is (fingerprint, split, family). A recipe that is changed counts again; its seeds, and scoring it
-    again, do not. Baselines are no family: validation chooses them anew each time.
+    Seeds of a configuration and repeated scoring count once. Baselines are left out, since validation chooses
+    their hyperparameters anew each time.
     """
-    seen = defaultdict(set)
+    recipes_by_key = defaultdict(set)
     for record in records:
-        own, model, split = record["own_params"], str(record["own_params"].get("model")), "leave-one-out"
+        params, model, split = record["own_params"], str(record["own_params"].get("model")), "leave-one-out"
         if record["name"] == "protocol":
-            split = own.get("protocol", "").split(",")[0]
+            split = params.get("protocol", "").split(",")[0]
             if split in ("leave-one-out", "seed study's") or record["seed"] is None:
-                continue  # another way to rank the same test
+                continue  # another protocol on the same test split
         elif record["name"] not in ("test_metrics", "tie_rule"):
             continue
         if model in BASELINES or record["notebook"] != "02_baseline":
@@ -298,21 +296,21 @@ def looks(records: Iterable[Record]) -> dict[tuple[str, str, str], int]:
         configuration = record.get("configuration") or {}
         arm = (configuration.get("arms") or {}).get(model)
         if arm is None and configuration:
-            continue  # another library's, or of an arm that stands under another name
-        if arm is None:  # of a notebook: what it ran with
+            continue  # of another library, or an arm with another name
+        if arm is None:  # of a notebook
             recipe = [model, {key: (record.get("params") or {}).get(key) for key in _RECIPE}]
         else:
             recipe = [arm["model"], {key: value for key, value in arm["train"].items() if key != "seed"}]
         key = (_data(record, "fingerprint"), split, family((arm or {}).get("model") or {}, model))
-        seen[key].add(json.dumps(recipe, sort_keys=True))
-    return {key: len(recipes) for key, recipes in seen.items()}
+        recipes_by_key[key].add(json.dumps(recipe, sort_keys=True))
+    return {key: len(recipes) for key, recipes in recipes_by_key.items()}
 
 
 # -- accuracy against size -----------------------------------------------------------------------------------
 
 
 def recipe_of(arm: str) -> str:
-    """Return what an arm trains: bert4rec, causal, either with counts, or the seed study's shapes."""
+    """Return the recipe of an arm: bert4rec, causal, either with counts, or the seed study's shapes."""
     if sweep_of(arm).startswith(SHAPES):
         return SHAPES
     kind = "causal" if "causal" in arm.split() else "bert4rec"
@@ -320,11 +318,10 @@ def recipe_of(arm: str) -> str:
 
 
 def by_size(records: Iterable[Record], result: str = "test_metrics") -> list[Record]:
-    """Return what sets a result against size: runs of the grids of sizes, results of models and baselines.
+    """Return the runs of grids of sizes, and results of models and baselines with the sizes of their runs.
 
-    Of committed grids alone, without those that choose a recipe or shuffle ties, and the newest of each.
-    Grids of one dataset get one name, results the size of their runs; series are left out. A dataset with
-    fewer than two sizes has no records here.
+    Only the newest records of committed grids count, without grids that choose a recipe or shuffle ties.
+    Grids of one dataset get one name; series are left out, and datasets with fewer than two sizes.
     """
     newest: dict[tuple[Any, ...], Record] = {}
     for r in sorted(records, key=lambda r: r["time"]):
@@ -341,46 +338,45 @@ def by_size(records: Iterable[Record], result: str = "test_metrics") -> list[Rec
         if of_sizes or (name == result and seed is None and (size or is_count)):
             added = {"metrics": dict(r["metrics"]) | {"non_embedding": size}, "series": {}}
             datasets[_data(r, "fingerprint")].append(dict(r) | added)
-    found: list[Record] = []
-    for some in datasets.values():
-        name = min((_data(r).removeprefix("scaling-").removeprefix("prior-") for r in some), key=len)
-        if len({size for r in some if (size := r["metrics"]["non_embedding"])}) > 1:
-            found += [r | {"data": dict(r["data"]) | {"name": name}} for r in some]
-    return sorted(found, key=lambda r: ((r["data"].get("interactions") or 0), _data(r), r["name"], r["time"]))
+    chosen: list[Record] = []
+    for rows in datasets.values():
+        name = min((_data(r).removeprefix("scaling-").removeprefix("prior-") for r in rows), key=len)
+        if len({size for r in rows if (size := r["metrics"]["non_embedding"])}) > 1:
+            chosen += [_renamed(r, name) for r in rows]
+    chosen.sort(key=lambda r: ((r["data"].get("interactions") or 0), _data(r), r["name"], r["time"]))
+    return chosen
 
 
 def popularity_by_size(records: Iterable[Record]) -> list[Record]:
-    """Return `by_size` of what models recommend, with their grids, on datasets where a grid has two sizes."""
+    """Return `by_size` of `beyond_accuracy`, on datasets where a grid has several sizes."""
     rows = [r for r in by_size(records, "beyond_accuracy") if r["name"] == "beyond_accuracy"]
-    rows = [dict(r) | {"own_params": dict(r["own_params"]) | {"grid": r["params"]["grid"]}} for r in rows]
+    rows = [_with_params(r, grid=r["params"]["grid"]) for r in rows]
     sizes: dict[tuple[str, str], set[Any]] = defaultdict(set)
     for r in rows:
         sizes[_data(r), r["params"]["grid"]].add(r["metrics"]["non_embedding"])
-    several = {data for (data, _), some in sizes.items() if len(some - {None}) > 1}
+    several = {data for (data, _), values in sizes.items() if len(values - {None}) > 1}
     return [r for r in rows if _data(r) in several]
 
 
 def tie_rules(records: Iterable[Record]) -> list[Record]:
-    """Return the means over seeds of what was scored under rules for ties, grids called by their data."""
+    """Return the means over seeds under each rule for ties, with grids named by their data."""
     rows = [r for r in records if r["name"] == "tie_rule" and r["seed"] is None]
-    named = [
-        dict(r) | {"data": dict(r["data"]) | {"name": r["params"]["grid"].removeprefix(TIES)}} for r in rows
-    ]
+    named = [_renamed(r, r["params"]["grid"].removeprefix(TIES)) for r in rows]
     return sorted(named, key=lambda r: (_data(r), json.dumps(r["own_params"], sort_keys=True)))
 
 
 def against(measured: Iterable[Record], predicted: Iterable[Record]) -> list[dict[str, Any]]:
-    """Return measured steps beside the closed plan of the same size, device and batch, where there is one."""
+    """Return measured steps with the closed plan of the same size, device and batch, if there is one."""
 
     def key(record: Record) -> tuple[Any, ...]:
         return tuple(record["own_params"].get(name) for name in ("size", "device", "batch_size"))
 
     plans = {key(r): r["timings"]["step_seconds"] for r in predicted if r["own_params"]["rule"] == "closed"}
-    taken = [(key(r), r["timings"].get("step_seconds")) for r in measured]
+    timed = [(key(r), r["timings"].get("step_seconds")) for r in measured]
     return [
         dict(zip(("size", "device", "batch"), place, strict=True))
         | {"measured (s)": seconds, "predicted (s)": plans[place], "error": plans[place] / seconds - 1}
-        for place, seconds in taken
+        for place, seconds in timed
         if seconds and place in plans
     ]
 
@@ -389,46 +385,50 @@ def against(measured: Iterable[Record], predicted: Iterable[Record]) -> list[dic
 
 
 def placed(record: Record) -> dict[str, Any]:
-    """Return a record whose own parameters say its device by `device_of`."""
-    return dict(record) | {"own_params": dict(record["own_params"]) | {"device": device_of(record)}}
+    """Return a record with its `device_of` among its own parameters."""
+    return _with_params(record, device=device_of(record))
+
+
+def _with_params(record: Record, **params: Any) -> dict[str, Any]:
+    return dict(record) | {"own_params": dict(record["own_params"]) | params}
 
 
 def with_work(record: Record) -> dict[str, Any]:
-    """Return a record of a step that has its FLOPs and the bytes that the planner says it moves."""
-    own, counted = record["own_params"], dict(record["metrics"])
-    if "bytes_moved" in counted or own.get("status", "ok") != "ok":
+    """Return a record of a step with its FLOPs and the planner's count of the bytes that it moves."""
+    params, metrics = record["own_params"], dict(record["metrics"])
+    if "bytes_moved" in metrics or params.get("status", "ok") != "ok":
         return dict(record)
-    run = record["params"] | own
-    model = model_config(own["size"], **({"max_len": run["max_len"]} | run.get("model", {})))
+    run = record["params"] | params
+    model = model_config(params["size"], **({"max_len": run["max_len"]} | run.get("model", {})))
     train = TrainConfig(batch_size=run["batch_size"])
     shapes = work.mean_shapes(model, train, planner.typical_lengths(run["mean_len"]))
-    width = work.HALF if own.get("precision") in ("bf16", "fp16") else work.FP32
-    flops = counted.get("flops") or counted.get("encoder_flops", 0) + counted.get("head_flops", 0)
+    width = work.HALF if params.get("precision") in ("bf16", "fp16") else work.FP32
+    flops = metrics.get("flops") or metrics.get("encoder_flops", 0) + metrics.get("head_flops", 0)
     moved = sum(part.bytes for part in work.step_parts(model, train, shapes, width))
-    return dict(record) | {"metrics": counted | {"flops": flops, "bytes_moved": moved}}
+    return dict(record) | {"metrics": metrics | {"flops": flops, "bytes_moved": moved}}
 
 
 def steps(fresh: Iterable[Record], recorded: Iterable[Record]) -> list[dict[str, Any]]:
-    """Return measured steps, each size on each device once: `fresh` ones, then those `recorded` elsewhere.
+    """Return one measured step for each size, device and rule: `fresh`, or else from `recorded`.
 
-    Recorded smoke runs are left out; of the others the longest profile counts, and in it the newest.
+    Recorded smoke runs are left out; of the others, the newest of the longest profile counts.
     """
     measured = [r for r in recorded if r["name"] in _STEPS and r["kind"] == "measured"]
     ranked = [r for r in measured if r["profile"] != "smoke"]
     ranked.sort(key=lambda r: (PROFILES.index(r["profile"]), str(r["time"])), reverse=True)
     best: dict[tuple[Any, ...], dict[str, Any]] = {}
     for record in [*fresh, *ranked]:
-        whole = placed(with_work(record))
-        own = whole["own_params"]
-        best.setdefault((own["size"], own["device"], own.get("rule", "closed")), whole)
+        step = placed(with_work(record))
+        params = step["own_params"]
+        best.setdefault((params["size"], params["device"], params.get("rule", "closed")), step)
     return list(best.values())
 
 
 def gains(recorded: Iterable[Record]) -> list[dict[str, Any]]:
-    """Return how many times faster each technique made a measured step, as records of the runs they are of.
+    """Return the measured speedup of a step by each technique, as records.
 
-    From notebook 04 the ladder's rungs, and AMP and compiling against eager fp32; from notebook 05 iLoRA
-    against training all weights. Smoke runs are left out.
+    These are rungs of the ladder, AMP and compiling against eager fp32 (notebook 04), and iLoRA against
+    training all weights (notebook 05). Smoke runs are left out.
     """
     runs = defaultdict(list)
     for record in recorded:
@@ -437,15 +437,15 @@ def gains(recorded: Iterable[Record]) -> list[dict[str, Any]]:
             params = json.dumps(record["params"], sort_keys=True)
             runs[record["notebook"], record["name"], record["label"], params].append(record)
     gained = []
-    for (notebook, name, *_), some in runs.items():
+    for (notebook, name, *_), group in runs.items():
         if (notebook, name) == ("04_amp_compile", "ladder"):
-            rungs = sorted(some, key=lambda r: r["own_params"]["rung"])
+            rungs = sorted(group, key=lambda r: r["own_params"]["rung"])
             pairs = [(before, after, after["own_params"]["name"]) for before, after in pairwise(rungs)]
             gained += [_gain(*pair) for pair in pairs if pair[2] in _CLIMBED]
         elif (notebook, name) == ("04_amp_compile", "step"):
-            gained += _against_eager(some)
+            gained += _against_eager(group)
         elif (notebook, name) == ("05_ilora", "adapter_step"):
-            for record in some:
+            for record in group:
                 if record["own_params"]["model"] == "ilora" and record["timings"].get("over_full"):
                     gained.append(_gain(None, record, "iLoRA", 1 / record["timings"]["over_full"]))
                     break
@@ -455,13 +455,13 @@ def gains(recorded: Iterable[Record]) -> list[dict[str, Any]]:
 def _against_eager(timed: Sequence[Record]) -> list[dict[str, Any]]:
     gained = []
     for batch in sorted({r["own_params"]["batch_size"] for r in timed}):
-        ran: dict[tuple[str, str], Record] = {}
+        by_mode: dict[tuple[str, str], Record] = {}
         for record in timed:
-            own = record["own_params"]
-            if own["batch_size"] == batch:
-                ran.setdefault((own["ran_precision"], own["ran_compile_mode"]), record)
-        eager, compiled = ran.get(("fp32", "off")), ran.get(("fp32", "default"))
-        mixed = ran.get(("bf16", "off"), ran.get(("fp16", "off")))
+            params = record["own_params"]
+            if params["batch_size"] == batch:
+                by_mode.setdefault((params["ran_precision"], params["ran_compile_mode"]), record)
+        eager, compiled = by_mode.get(("fp32", "off")), by_mode.get(("fp32", "default"))
+        mixed = by_mode.get(("bf16", "off"), by_mode.get(("fp16", "off")))
         for after, technique in ((mixed, "AMP"), (compiled, "torch.compile")):
             if eager and after:
                 gained.append(_gain(eager, after, technique))
@@ -471,17 +471,16 @@ def _against_eager(timed: Sequence[Record]) -> list[dict[str, Any]]:
 def _gain(before: Record | None, after: Record, technique: str, speedup: float = 0.0) -> dict[str, Any]:
     if before is not None:
         speedup = before["timings"]["step_seconds"] / after["timings"]["step_seconds"]
-    own = {"size": after["params"]["size"], "device": device_of(after), "technique": technique}
-    own |= {"basis": "measured", "dataset": (after.get("data") or {}).get("name")}
-    changes = {"name": "technique", "own_params": own, "timings": {"speedup": speedup}, "metrics": {}}
+    params = {"size": after["params"]["size"], "device": device_of(after), "technique": technique}
+    params |= {"basis": "measured", "dataset": (after.get("data") or {}).get("name")}
+    changes = {"name": "technique", "own_params": params, "timings": {"speedup": speedup}, "metrics": {}}
     return dict(after) | changes
 
 
 def points(recorded: Iterable[Record], prices: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Return, for each model that was trained and scored on one dataset, what a point of NDCG@10 took.
+    """Return the training time per point (0.01) of NDCG@10 on the test split, for each dataset and model.
 
-    Seconds are of the whole training, NDCG@10 is that of the test split, both as means over the seeds that
-    have both; a point is 0.01. `prices` are per hour by device.
+    Both are means over the seeds that have both. `prices` are per hour by device.
     """
     trained, scored, runs = {}, {}, defaultdict(list)
     for record in recorded:
@@ -501,14 +500,14 @@ def points(recorded: Iterable[Record], prices: Mapping[str, float]) -> list[dict
         accuracy = fmean(scored[key]["metrics"]["ndcg@10"] for key in keys)
         price = prices.get(device, prices.get(device.partition(" ")[0]))
         cost = None if price is None else seconds / 3600 * price / (100 * accuracy)
-        about = {"data": data, "model": model, "profile": name, "device": device, "seeds": len(keys)}
-        per = {"training (s)": seconds, "NDCG@10": accuracy, "s per 0.01": seconds / (100 * accuracy)}
-        rows.append(about | per | {"cost per 0.01": cost})
+        row = {"data": data, "model": model, "profile": name, "device": device, "seeds": len(keys)}
+        row |= {"training (s)": seconds, "NDCG@10": accuracy, "s per 0.01": seconds / (100 * accuracy)}
+        rows.append(row | {"cost per 0.01": cost})
     return rows
 
 
 def environments(records: Iterable[Record]) -> list[dict[str, Any]]:
-    """Return the builds that measured records were made with, and how many of each device."""
+    """Count measured records by device and versions of torch, CUDA and driver."""
     counts: Counter[tuple[Any, ...]] = Counter()
     for record in records:
         device = record["device"]
@@ -519,33 +518,34 @@ def environments(records: Iterable[Record]) -> list[dict[str, Any]]:
 
 
 def without_roof(records: Iterable[Record]) -> list[str]:
-    """Return the measured devices whose peak is not known, so that no MFU is said of them."""
+    """Return the measured devices without a known peak, which have no MFU."""
     labels = {device_of(r) for r in records if r["kind"] == "measured"}
     return sorted(labels - set(hardware.catalogue()))
 
 
 def mfu_of(record: Record) -> float | None:
-    """Return the share of a GPU's peak that a step reached; None on a CPU and on an unknown device."""
+    """Return the share of a GPU's peak that a step reached; None for a CPU and an unknown device."""
     board, seconds = hardware.catalogue().get(device_of(record)), record["timings"].get("step_seconds")
     peak = None if board is None else board.peaks.get(record["own_params"].get("precision", "fp32"))
     return float(np.divide(record["metrics"]["flops"], seconds * peak)) if peak and seconds else None
 
 
 def real_steps(records: Iterable[Record]) -> pd.DataFrame:
-    """Return one row for each named size at its true catalogue: step, rate, peak, and peak by its floor.
+    """Return one row for each named size at its true catalogue: step, rate, peak, and peak over floor.
 
     The floor is 16 bytes per parameter (weights, gradients and AdamW's two moments in fp32); the peak is
-    what the process holds beyond the interpreter and its libraries. Empty without records.
+    without the memory of the interpreter and its libraries. Empty without records.
     """
     rows = []
     for record in sorted(records, key=lambda record: record["metrics"]["parameters"]):
-        own, took, counted = record["own_params"], record["timings"], record["metrics"]
-        floor, held = _STATE_BYTES * counted["parameters"], took["peak_memory_bytes"] - took["process_bytes"]
-        row = {"size": own["size"], "parameters": counted["parameters"], "device": device_of(record)}
-        row |= {"batch": own["batch_size"], "steps": counted.get("timed_steps")}
-        row |= {"step s": round(took["step_seconds"], 3), "tokens/s": round(took["tokens_per_second"])}
-        row |= {"peak GB": round(took["peak_memory_bytes"] / 1e9, 2)}
-        row |= {"16 bytes per parameter, GB": round(floor / 1e9, 2), FLOOR: round(held / floor, 2)}
+        params, timings, metrics = record["own_params"], record["timings"], record["metrics"]
+        floor = _STATE_BYTES * metrics["parameters"]
+        used = timings["peak_memory_bytes"] - timings["process_bytes"]
+        row = {"size": params["size"], "parameters": metrics["parameters"], "device": device_of(record)}
+        row |= {"batch": params["batch_size"], "steps": metrics.get("timed_steps")}
+        row |= {"step s": round(timings["step_seconds"], 3), "tokens/s": round(timings["tokens_per_second"])}
+        row |= {"peak GB": round(timings["peak_memory_bytes"] / 1e9, 2)}
+        row |= {"16 bytes per parameter, GB": round(floor / 1e9, 2), FLOOR: round(used / floor, 2)}
         rows.append(row)
     return _indexed(rows, "size")
 
@@ -556,11 +556,11 @@ def real_steps(records: Iterable[Record]) -> pd.DataFrame:
 def by_arm(rows: Sequence[Record]) -> pd.DataFrame:
     """Return one row for each arm: its size, the seeds' mean loss and range, accuracy, tokens, TFLOP, hours.
 
-    `risen` is how far the loss lay above its lowest at the end, in nats. `state MiB` is what weights,
-    gradients and moments take; `hours` are wall-clock of all its seeds together.
+    `risen` is the last loss minus the lowest, in nats. `state MiB` is the memory of weights, gradients and
+    moments; `hours` are the wall-clock time of all its seeds together.
     """
-    about = [{"arm": r["own_params"]["model"], "seed": r["seed"], "state": _state_bytes(r)} for r in rows]
-    frame = pd.DataFrame([row | r["metrics"] | r["timings"] for row, r in zip(about, rows, strict=True)])
+    runs = [{"arm": r["own_params"]["model"], "seed": r["seed"], "state": _state_bytes(r)} for r in rows]
+    frame = pd.DataFrame([row | r["metrics"] | r["timings"] for row, r in zip(runs, rows, strict=True)])
     frame["risen"] = frame["last_valid_loss"] - frame["lowest_valid_loss"]
     parts = frame.groupby("arm", sort=False)
     table = parts[["item_tables", "non_embedding", "trained_tokens"]].mean().round().astype(int)
@@ -568,8 +568,8 @@ def by_arm(rows: Sequence[Record]) -> pd.DataFrame:
     table["TFLOP"] = parts["training_flops"].mean() / 1e12
     table["late_drop"], table["risen"] = parts["late_drop"].mean(), parts["risen"].mean()
     table["state MiB"] = (parts["state"].first() / 2**20).round(1)
-    took = ["train_seconds", "eval_seconds"]
-    table["hours"] = (parts[took].sum().sum(axis=1) / 3600).round(2) if {*took} <= {*frame} else None
+    seconds = ["train_seconds", "eval_seconds"]
+    table["hours"] = (parts[seconds].sum().sum(axis=1) / 3600).round(2) if {*seconds} <= {*frame} else None
     named = {"loss": "lowest_valid_loss"} | {metric: f"valid_{metric}" for metric in ("ndcg@10", "hr@10")}
     for name, column in named.items():
         if column in frame:
@@ -579,7 +579,7 @@ def by_arm(rows: Sequence[Record]) -> pd.DataFrame:
 
 
 def _state_bytes(row: Record) -> float | None:
-    """Return what weights, gradients and moments of a run's model take; None where its shape is not told."""
+    """Return the bytes of a run's weights, gradients and moments; None if its model is not recorded."""
     shape = row.get("configuration", {}).get("model")
     return _STATE_BYTES * sum(work.parameters(ModelConfig(**shape)).values()) if shape else None
 
@@ -587,8 +587,8 @@ def _state_bytes(row: Record) -> float | None:
 def rate_check(rows: Sequence[Record]) -> pd.DataFrame:
     """Return one row for each arm whose rule was checked: loss and NDCG@10 at half, once and twice the rate.
 
-    All are means over the seeds that all of them have; `range` is that of the rule's own seeds, and
-    `lost` what the rule gives away to the best of the three, in nats.
+    All are means over their common seeds; `range` is that of the seeds at the rule's rate, and `lost` the
+    loss at that rate minus the lowest of the three, in nats.
     """
     metrics = ("lowest_valid_loss", "valid_ndcg@10")
     values = [{"arm": r["own_params"]["model"], "seed": r["seed"]} | r["metrics"] for r in rows]
@@ -602,15 +602,15 @@ def rate_check(rows: Sequence[Record]) -> pd.DataFrame:
         )
         shared = losses.dropna()
         if len(shared):
-            means, own = shared.mean(), losses["rule"]
+            means, by_rule = shared.mean(), losses["rule"]
             row = {"arm": arm, "seeds": len(shared), **means, "lost": means["rule"] - means.min()}
             scores = ranked.loc[shared.index].mean(skipna=False).add_prefix("ndcg@10 ")
-            checked.append(row | {"range": own.max() - own.min(), **scores})
+            checked.append(row | {"range": by_rule.max() - by_rule.min(), **scores})
     return _indexed(checked, "arm")
 
 
 def predictions(outcomes: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    """Return one row for each grid with a prediction: what was said when, and what came, by which records."""
+    """Return one row for each grid with a prediction: predicted and measured loss, and their records."""
     table = {}
     for name, outcome in outcomes.items():
         if (prediction := outcome["prediction"]) is None:
@@ -629,7 +629,7 @@ def predictions(outcomes: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def law_of_accuracy(rows: Iterable[Record]) -> AccuracyLaw | None:
-    """Return the law of NDCG@10 on validation by width, from the runs of one grid; None for too few sizes."""
+    """Return the law of NDCG@10 on validation by width for the runs of a grid; None for too few sizes."""
     by_width: dict[float, list[float]] = defaultdict(list)
     for m in (r["metrics"] for r in rows if sweep_of(r["own_params"]["model"]) == "width"):
         if "valid_ndcg@10" in m:
@@ -640,7 +640,7 @@ def law_of_accuracy(rows: Iterable[Record]) -> AccuracyLaw | None:
 def accuracy_laws(runs: Mapping[str, Iterable[Record]]) -> pd.DataFrame:
     """Return one row for each grid: NDCG@10 of its largest width by a law, by a line, and measured.
 
-    Both are fitted to the other widths, when all runs were there; nothing was recorded before.
+    Both are fitted to the other widths after all runs were trained; these are no recorded predictions.
     """
     table = {}
     for name, law in ((name, law_of_accuracy(rows)) for name, rows in runs.items()):
@@ -654,21 +654,21 @@ def accuracy_laws(runs: Mapping[str, Iterable[Record]]) -> pd.DataFrame:
 def tuned_against_default(rows: Iterable[Record]) -> pd.DataFrame:
     """Return one row for each study, split and metric: tuned minus default, paired by user, over the seeds.
 
-    Rows of the test split carry what may be claimed after correction, and how often the split had been
-    scored with these settings before.
+    Rows of the test split have the claim after correction, and the number of earlier scorings with these
+    settings.
     """
     compared = []
     for record in rows:
-        own, m, test = record["own_params"], record["metrics"], record["name"] == "comparison"
-        if not (test or record["name"] == "validation_difference") or own["model"] != "tuned":
+        params, m, test = record["own_params"], record["metrics"], record["name"] == "comparison"
+        if not (test or record["name"] == "validation_difference") or params["model"] != "tuned":
             continue
         row = {"study": record["data"]["name"], "split": "test" if test else "validation"}
-        row |= {"metric": own["metric"].upper(), "tuned minus default": round(m["difference"], 4)}
+        row |= {"metric": params["metric"].upper(), "tuned minus default": round(m["difference"], 4)}
         row |= {"low": round(m["difference_low"], 4), "high": round(m["difference_high"], 4)}
         row["seeds"] = m["seeds"]
         if test:
-            what = claim(m["difference"], m["adjusted_p"], (m["seeds"], m["reference_seeds"]))
-            row |= _sureness(m) | {"claim": what, "scored before": record["earlier"]}
+            verdict = claim(m["difference"], m["adjusted_p"], (m["seeds"], m["reference_seeds"]))
+            row |= _sureness(m) | {"claim": verdict, "scored before": record["earlier"]}
         else:
             row["over seeds"] = f"{m['seed_low']:+.4f} to {m['seed_high']:+.4f}"
         compared.append(row)
@@ -681,9 +681,9 @@ def tuned_against_default(rows: Iterable[Record]) -> pd.DataFrame:
 def accuracy(records: Iterable[Record], all_records: Iterable[Record] | None = None) -> pd.DataFrame:
     """Return one row for each grid and model: test metrics with intervals, seeds, device and day.
 
-    *configurations scored* is how many of the model's family the records show on the same test split: a split
-    that was looked at often is a validation split. They are counted in `all_records`, notebooks among them,
-    where given. Of models that were scored again, with more seeds say, the newest scoring counts.
+    *configurations scored* counts those of the model's family with records on the same test split, since a
+    split that is used often becomes a validation split. They are counted in `all_records` if given. Of
+    repeated scorings the newest counts.
     """
     rows, records = [], list(records)
     looked = looks(records if all_records is None else all_records)
@@ -693,11 +693,10 @@ def accuracy(records: Iterable[Record], all_records: Iterable[Record] | None = N
             model, m = record["own_params"]["model"], record["metrics"]
             arm = ((record.get("configuration") or {}).get("arms") or {}).get(model)
             row = {"data": data, "model": model_name(model)}
-            row |= {"seeds": str(runs[model] or ""), "device": label}  # what is deterministic has none
-            of = family(arm["model"], model) if arm else ""
-            row["configurations scored"] = str(
-                looked.get((_data(record, "fingerprint"), "leave-one-out", of), "")
-            )
+            row |= {"seeds": str(runs[model] or ""), "device": label}  # no seeds: deterministic
+            kind = family(arm["model"], model) if arm else ""
+            key = _data(record, "fingerprint"), "leave-one-out", kind
+            row["configurations scored"] = str(looked.get(key, ""))
             for name in ("hr@10", "ndcg@10"):
                 row[name.upper()] = f"{m[name]:.4f} ({m[f'{name}_low']:.4f} to {m[f'{name}_high']:.4f})"
             rows.append(row | {"day": record["time"][:10]})
@@ -705,36 +704,36 @@ def accuracy(records: Iterable[Record], all_records: Iterable[Record] | None = N
 
 
 def differences(records: Iterable[Record], name: str) -> pd.DataFrame:
-    """Return one row for each model and metric of these comparisons: its difference, paired by user.
+    """Return one row for each model and metric of comparisons: the difference, paired by user.
 
     `name` is that of the records: `comparison` within a grid, `peer_comparison` with other libraries.
     """
     rows = []
     for (data, _), compared in groups(r for r in records if r["name"] == name).items():
-        for own, m in ((r["own_params"], r["metrics"]) for r in compared):
-            row = {"data": data, "model": model_name(own["model"]), "minus": model_name(own["against"])}
-            row |= {"metric": own["metric"].upper(), "difference": interval_text(m)}
+        for params, m in ((r["own_params"], r["metrics"]) for r in compared):
+            row = {"data": data, "model": model_name(params["model"]), "minus": model_name(params["against"])}
+            row |= {"metric": params["metric"].upper(), "difference": interval_text(m)}
             rows.append(row | {"seeds": f"{m['seeds'] or 'no'} and {m['reference_seeds']}"} | _sureness(m))
     return _indexed(rows, ["data", "model"])
 
 
 def equal_time(records: Iterable[Record]) -> pd.DataFrame:
-    """Return one row for each peer and time of training: its validation NDCG@10 minus ours by user."""
+    """Return one row for each peer and training time: its validation NDCG@10 minus ours, paired by user."""
     rows = []
     for record in (r for r in records if r["name"] == "equal_time_comparison"):
-        own, m = record["own_params"], record["metrics"]
-        row = {"data": record["data"]["name"], "model": own["model"], "minutes": own["minutes"]}
+        params, m = record["own_params"], record["metrics"]
+        row = {"data": record["data"]["name"], "model": params["model"], "minutes": params["minutes"]}
         rows.append(row | {"minus ours": interval_text(m)} | _sureness(m))
     return _indexed(rows, ["data", "model", "minutes"]).sort_index()
 
 
 def _sureness(m: Mapping[str, Any]) -> dict[str, float]:
-    """Return how sure a comparison is: its corrected p-value, and the difference that it could have seen."""
+    """Return the corrected p-value of a comparison and the difference that it could detect."""
     return {"adjusted p": round(m["adjusted_p"], 4), "could have seen": round(m["detectable"], 4)}
 
 
 def _indexed(rows: Sequence[Mapping[str, Any]], keys: str | list[str]) -> pd.DataFrame:
-    """Return rows as a table with these columns as its index, an empty one without rows."""
+    """Return rows as a table indexed by these columns; empty without rows."""
     return pd.DataFrame(rows).set_index(keys) if rows else pd.DataFrame()
 
 

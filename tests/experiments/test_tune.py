@@ -122,7 +122,7 @@ def test_sigkill_loses_and_doubles_no_trial(root):
     steps: list[int] = []
     again = study()
     assert again.key == one.key
-    assert again.one(Options(on_step=lambda stats: steps.append(stats.step)))
+    assert again.run_trial(Options(on_step=lambda stats: steps.append(stats.step)))
     assert steps[0] > 1, "it went on from the checkpoint"
     run(again)
     assert states(again)["FAIL"] == 1
@@ -141,10 +141,10 @@ def test_a_trial_that_somebody_holds_is_left_to_them_and_default_is_compared_wit
         scaling.compare(one, Options())
     _, trial = one.claim()
     with one.lock(trial.number):
-        assert one.one(Options())
+        assert one.run_trial(Options())
         assert states(one)["RUNNING"] == 1
-        assert not one.one(Options()), "one is done and one is somebody's: that is the budget"
-    assert one.one(Options())
+        assert not one.run_trial(Options()), "one is done and one is somebody's: that is the budget"
+    assert one.run_trial(Options())
     assert len(one.finished()) == 2
     one.choose()
     results = {r.name: r for r in scaling.compare(study(), Options()) if r.params["model"] == "tuned"}
@@ -155,8 +155,8 @@ def test_a_trial_that_somebody_holds_is_left_to_them_and_default_is_compared_wit
 def test_a_trial_that_diverges_counts_and_is_not_tried_again(root):
     write(trials=1, space={"learning_rate": {"choices": [1e30]}}, train=FILE["train"] | {"clip_norm": None})
     one = study()
-    assert one.one(Options())
-    assert not one.one(Options())
+    assert one.run_trial(Options())
+    assert not one.run_trial(Options())
     assert "diverged" in one.finished()[0].user_attrs
     with pytest.raises(InputError, match="no trial that ran to its end"):
         one.choose()
