@@ -44,7 +44,8 @@ from typing import Any
 
 from common import ROOT, AbsentError, Rows, first_line
 
-FORK = multiprocessing.get_context("fork")  # importing torch may touch CUDA: only what is forked imports it
+# What the stages import touches CUDA, which cannot start in a fork after that: the parent imports none of it.
+FORK = multiprocessing.get_context("fork")
 IMPORTS = 90  # seconds that they may take
 # The stages of `gpu_stages.py` in the order of worth, with their longest seconds on a GPU.
 LIMITS: dict[str, float] = {
@@ -152,11 +153,16 @@ def wheels(folder: Path, version: str) -> int:
     return 0
 
 
-def no_gpu() -> bool:
-    """Whether torch has no GPU here, looked up in a process of its own: it may spoil CUDA for later forks."""
+def look_for_gpu() -> None:
+    """End this process with 0 where torch has a GPU here."""
     import torch
 
-    look = FORK.Process(target=lambda: sys.exit(not torch.cuda.is_available()))
+    sys.exit(not torch.cuda.is_available())
+
+
+def no_gpu() -> bool:
+    """Whether torch has no GPU here, looked up in a process of its own: it may spoil CUDA for later forks."""
+    look = FORK.Process(target=look_for_gpu)
     look.start()
     look.join()
     return look.exitcode != 0
