@@ -441,27 +441,24 @@ def training(b: Bench) -> None:
 
 
 def grid(b: Bench, name: str) -> None:
-    """Runs of a grid, the first ones first, in processes that share the GPU; what they show on test is kept.
+    """Train runs of a grid in processes that share the GPU; keep what they show on the test split.
 
-    Their times measure nothing. More processes than these only make each of them slower. Ends before its
-    limit, so that what is trained by then is kept.
+    Their times are no measurements. Training ends before the stage's limit, so that finished runs are kept.
     """
-    words = [sys.executable, "-m", "reclib"]
-    of = [
-        name,
-        *(["--dataset", str(b.data)] if b.data else []),
-        *(["--gpu", "cpu"] if b.kind == "cpu" else []),
-    ]
-    started = {"cwd": ROOT, "env": system.start_with() | {"OMP_NUM_THREADS": "2"}}
-    runs = [subprocess.Popen([*words, "grid", "run", *of], **started) for _ in range(GRID_PROCESSES)]
+    command = [sys.executable, "-m", "reclib"]
+    arguments = [name, *(["--dataset", str(b.data)] if b.data else [])]
+    arguments += ["--gpu", "cpu"] if b.kind == "cpu" else []
+    options: dict[str, Any] = {"cwd": ROOT, "env": system.start_with() | {"OMP_NUM_THREADS": "2"}}
+    runs = [subprocess.Popen([*command, "grid", "run", *arguments], **options) for _ in range(GRID_PROCESSES)]
     end = time.monotonic() + (5 if b.tiny else GRID_SECONDS)
     while any(run.poll() is None for run in runs) and time.monotonic() < end:
         time.sleep(1)
     for run in runs:
         run.kill()
         run.wait()
-    kept = subprocess.run([*words, "score", *of, "--keep"], **started, capture_output=True, text=True)
-    b.add("grid", grid=name, kept=kept.stdout.strip(), rc=kept.returncode)
+    keep = [*command, "score", *arguments, "--keep"]
+    scored = subprocess.run(keep, **options, capture_output=True, text=True)
+    b.add("grid", grid=name, kept=scored.stdout.strip(), rc=scored.returncode)
 
 
 def adapters(b: Bench) -> None:
