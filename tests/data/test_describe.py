@@ -40,6 +40,13 @@ def dataset_of(given: list[list[tuple[int, int]]], unit: str = "s", names: int =
     return made
 
 
+def by_portions(describe, dataset: Dataset, portion: int):
+    """What is described, with the histories cut into portions."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_prep, "PORTION", portion)
+        return describe(dataset)
+
+
 def per_user(dataset: Dataset) -> list[list[tuple[int, int]]]:
     pairs = list(zip(dataset.times.tolist(), dataset.items.tolist(), strict=True))
     return [pairs[a:b] for a, b in zip(dataset.offsets[:-1], dataset.offsets[1:], strict=True)]
@@ -59,14 +66,12 @@ def test_repeats_are_those_of_a_loop(given_histories, portion):
                 targets.append(item in seen)
             seen.add(item)
         exact += sum(count - 1 for count in Counter(history).values())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data_prep, "PORTION", portion)  # however the histories are cut into portions
-        found = data_prep.repeats(dataset).metrics
     size = dataset.num_interactions
-    assert found["repeat_share"] == pytest.approx(again / size)
-    assert found["exact_duplicate_share"] == pytest.approx(exact / size)
-    assert found["in_a_row_share"] == pytest.approx(in_a_row / size)
-    assert found["repeat_target_share"] == pytest.approx(np.mean(targets) if targets else 0)
+    expected = {"repeat_share": again / size, "exact_duplicate_share": exact / size}
+    expected |= {"in_a_row_share": in_a_row / size}
+    expected |= {"repeat_target_share": np.mean(targets) if targets else 0}
+    found = by_portions(data_prep.repeats, dataset, portion).metrics
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
 
 
 @settings(deadline=None, max_examples=60)
@@ -78,9 +83,7 @@ def test_candidates_for_the_last_item_are_those_of_a_loop(given_histories, porti
         for history in per_user(dataset)
         if len(history) > 2
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data_prep, "PORTION", portion)
-        found = data_prep.last_items(dataset)
+    found = by_portions(data_prep.last_items, dataset, portion)
     assert dict(zip(found.series["candidates"], found.series["users"], strict=True)) == expected
     uncertain = sum(users for candidates, users in expected.items() if candidates > 1)
     share = uncertain / max(sum(expected.values()), 1)
@@ -90,12 +93,9 @@ def test_candidates_for_the_last_item_are_those_of_a_loop(given_histories, porti
 @pytest.mark.parametrize(("unit", "per_second"), [("s", 1), ("ms", 1000)])
 def test_interactions_over_time_are_all_counted_once(unit, per_second):
     start = 1_600_000_000
-    given_histories = [
-        [((start + 60 * n * (u + 1)) * per_second, 1 + n % 4) for n in range(9)] for u in range(5)
-    ]
-    dataset = dataset_of(given_histories, unit)
-    found = data_prep.divisions(dataset, seed=0)
-    made = data_prep.over_time(dataset, found)
+    times = [[(start + 60 * n * (u + 1)) * per_second for n in range(9)] for u in range(5)]
+    dataset = dataset_of([[(time, 1 + n % 4) for n, time in enumerate(row)] for row in times], unit)
+    made = data_prep.over_time(dataset, data_prep.divisions(dataset, seed=0))
     assert sum(made.series["interactions"]) == dataset.num_interactions
     assert (sum(made.series["new_users"]), sum(made.series["new_items"])) == (5, 4)
     assert made.series["start"][0] == "2020-09-13 12:26"  # of 1.6e9 seconds, in UTC

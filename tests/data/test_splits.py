@@ -62,10 +62,11 @@ def test_leave_one_out_trains_on_no_target_and_nothing_after_it(histories):
     split = splits.leave_one_out(dataset)
     check_rows(dataset, split)
     seen = trained(split)
-    for part in (split.valid, split.test):
-        for start, target in zip(part.histories.starts, part.histories.ends, strict=True):
-            user = int(np.searchsorted(dataset.offsets, start, side="right"))
-            assert not seen & set(range(target, dataset.offsets[user]))
+    for part, from_the_end in ((split.valid, 2), (split.test, 1)):
+        users = splits.row_users(dataset, part.histories)
+        assert np.array_equal(part.histories.ends, dataset.offsets[users + 1] - from_the_end)
+        for user, target in zip(users, part.histories.ends, strict=True):
+            assert not seen & set(range(target, dataset.offsets[user + 1]))
     assert split.about["train_interactions"] == len(seen)
     assert split.about["evaluated_users"] + split.about["left_out_short_histories"] == dataset.num_users
 
@@ -127,16 +128,18 @@ def test_time_points_among_equal_times():
 
 def test_impossible_divisions_are_told():
     dataset = made([[(1, 1), (2, 2)]] * 4)
+    for split, given_, options, problem in [
+        (splits.global_time, (), {"target": "next"}, "target is 'next'"),
+        *((splits.global_time, s, {}, "both above 0") for s in [(0.0, 0.1), (0.6, 0.4), (-0.1, 0.2)]),
+        *(
+            (splits.random_users, (s,), {}, "shares are")
+            for s in [(0.5, 0.5), (0.0, 0.5, 0.5), (1.2, -0.1, -0.1)]
+        ),
+    ]:
+        with pytest.raises(InputError, match=problem):
+            split(dataset, *given_, **options)
     with pytest.raises(InputError, match="no times"):
         splits.global_time(dataclasses.replace(dataset, times=None))
-    with pytest.raises(InputError, match="target is 'next'"):
-        splits.global_time(dataset, target="next")
-    for shares in [(0.0, 0.1), (0.6, 0.4), (-0.1, 0.2)]:
-        with pytest.raises(InputError, match="expected both above 0"):
-            splits.global_time(dataset, *shares)
-    for shares in [(0.5, 0.5), (0.5, 0.4, 0.2), (0.0, 0.5, 0.5), (1.2, -0.1, -0.1)]:
-        with pytest.raises(InputError, match="shares are"):
-            splits.random_users(dataset, shares)
 
 
 @settings(max_examples=40, deadline=None)
