@@ -82,19 +82,10 @@ def test_peft_and_we_read_each_others_files_and_give_the_same(tmp_path, recwarn)
         folder = save_adapter(adapted(kind, targets=targets), tmp_path / "own")
         with pytest.raises((KeyError, ValueError, TypeError), match="RECLIB_"):
             peft.PeftModel.from_pretrained(base(**UNTIED), folder)
-    for field, value in (("use_dora", True), ("init_lora_weights", "pissa"), ("init_lora_weights", "olora")):
-        config = peft.LoraConfig(r=4, target_modules=["blocks.0.ffn.up"], **{field: value})
-        peft.get_peft_model(base(**UNTIED), config).save_pretrained(tmp_path / "special")
-        with pytest.raises(InputError, match=rf"'{field}': {value!r}.* is not plain LoRA"):
-            load_adapter(base(**UNTIED), tmp_path / "special", any_base=True)
-    file = folder.parent / "their-lora" / ADAPTER_CONFIG
+    special = {"use_dora": True, "init_lora_weights": "pissa", "rank_pattern": {"qkv": 2}}
+    file = tmp_path / "their-lora" / ADAPTER_CONFIG
     about = json.loads(file.read_text())
-    for field, value in {
-        "init_lora_weights": "pissa_niter_4",
-        "rank_pattern": {"qkv": 2},
-        "modules_to_save": ["norm"],
-        "what_a_later_version_has": 1,
-    }.items():
+    for field, value in (special | {"modules_to_save": ["norm"], "what_a_later_version_has": 1}).items():
         file.write_text(json.dumps(about | {field: value}))
         with pytest.raises(InputError, match=f"'{field}': .* is not plain LoRA"):
             load_adapter(base(**UNTIED), file.parent, any_base=True)
@@ -124,9 +115,8 @@ def test_damaged_and_missing_files_are_named(folder):
             (folder / name).unlink()
             if share is not None:
                 (folder / name).write_bytes(whole[: int(share * len(whole))])
-            with pytest.raises(InputError, match=f"damaged adapter: .*{name}") as caught:
+            with pytest.raises(InputError, match=f"^damaged adapter: .*{name}.*$"):
                 load_adapter(base(**UNTIED), folder)
-            assert "\n" not in str(caught.value)
         (folder / name).write_bytes(whole)
 
 

@@ -15,7 +15,6 @@ from reclib.data.prepare import prepare, synthetic_dataset
 from reclib.data.splits import leave_one_out
 from reclib.evaluate import baselines, metrics
 from reclib.evaluate.prior import CountPrior
-from reclib.hardware import resolve
 from reclib.model.bert4rec import Bert4Rec
 from reclib.model.ilora import add_ilora
 from reclib.train import saving
@@ -106,22 +105,22 @@ def test_ranking_adds_the_prior_and_a_saved_model_keeps_it(tmp_path):
     data, config = histories(LENGTHS), small_model()
     model = Bert4Rec(config).eval()
     part = Evaluation(data, np.ones(len(LENGTHS), dtype=np.int32))
-    alone = torch.cat(
-        [scores.clone() for _, scores in metrics.model_scores(model, part, torch.device("cpu"))]
-    )
-    order = np.concatenate([users for users, _ in metrics.model_scores(model, part, torch.device("cpu"))])
+
+    def ranked(model: Bert4Rec) -> tuple[np.ndarray, torch.Tensor]:
+        pieces = [(users, s.clone()) for users, s in metrics.model_scores(model, part, torch.device("cpu"))]
+        return np.concatenate([users for users, _ in pieces]), torch.cat([s for _, s in pieces])
+
+    order, alone = ranked(model)
     model.prior = prior_of(data)
     model.prior.scale.data.fill_(0.6)
-    both = torch.cat([scores.clone() for _, scores in metrics.model_scores(model, part, torch.device("cpu"))])
+    _, both = ranked(model)
     rows, columns, values = model.prior.for_histories(data, order)
     alone[rows, columns] += 0.6 * torch.from_numpy(values)
     assert torch.allclose(both, alone, atol=1e-6)
     assert len(values) > 50
 
     saving.save_weights(model, tmp_path / "kept", {})
-    again = saving.load_weights(tmp_path / "kept")
-    scores = torch.cat([s.clone() for _, s in metrics.model_scores(again, part, torch.device("cpu"))])
-    assert torch.equal(scores, both)
+    assert torch.equal(ranked(saving.load_weights(tmp_path / "kept"))[1], both)
 
 
 def test_a_run_with_a_prior_resumes_to_the_same_bits_and_its_model_is_adapted_and_tuned(
@@ -147,9 +146,8 @@ def test_a_run_with_a_prior_resumes_to_the_same_bits_and_its_model_is_adapted_an
 
     place = keep(whole, data, tmp_path / "whole")
     loaded = saving.load_model(place)
-    assert loaded.recommend(loaded.keys[:3]) == Recommender.from_dataset(whole.model, data, {}).recommend(
-        loaded.keys[:3]
-    )
+    in_memory = Recommender.from_dataset(whole.model, data, {})
+    assert loaded.recommend(loaded.keys[:3]) == in_memory.recommend(loaded.keys[:3])
     more = changed(train, epochs=1)
     tuned = fine_tune(loaded.model, data, more, cpu)
     assert not torch.equal(tuned.model.prior.scale, kept["prior.scale"])
@@ -172,7 +170,7 @@ def test_the_scale_of_a_trained_prior_is_the_one_that_ranks_validation_best_and_
     dataset = prepare(DataConfig(dataset="synthetic", synthetic_users=60, synthetic_items=40))
     train = TrainConfig(prior="counts", epochs=2, batch_size=16, eval_every=1)
     model = model_config("nano", num_items=dataset.num_items, max_len=20)
-    trainer = fit(model, dataset, train, resolve("cpu"), tmp_path)
+    trainer = fit(model, dataset, train, hardware.resolve("cpu"), tmp_path)
     kept, _ = saving.load_checkpoint(tmp_path / "best")
     chosen, learned = float(trainer.model.prior.scale.detach()), float(kept["prior.scale"])
     assert chosen / learned == pytest.approx(round(chosen / learned * 2) / 2)
@@ -183,5 +181,5 @@ def test_the_scale_of_a_trained_prior_is_the_one_that_ranks_validation_best_and_
         ranks = rank_targets(trainer, valid, True).ranks
         values[weight] = metrics.summary(ranks)["ndcg@10"]
     assert values[round(chosen / learned * 2) / 2] == max(values.values())
-    again = fit(model, dataset, train, resolve("cpu"), tmp_path)  # finished: loaded, not trained
+    again = fit(model, dataset, train, hardware.resolve("cpu"), tmp_path)  # finished: loaded, not trained
     assert float(again.model.prior.scale.detach()) == chosen
