@@ -32,27 +32,22 @@ CONTENTS = {
 }
 
 
-def test_every_format_has_an_example_here():
-    assert set(CONTENTS) == set(formats.FORMATS)
-
-
 def test_what_is_not_clear_is_asked_for(tmp_path):
-    path = tmp_path / "file"
     whose = "does not show which column is the user's"
     both = CONTENTS["amazon-2014-csv"] + CONTENTS["amazon-2018-csv"]
-    for text, said in (
+    for text, problem in (
         ("1384719342,B00005N7P0,5.0,1365811200\n", "amazon-2014-csv .USER,ITEM,.*, amazon-2018-csv"),
         (both, whose),
         ("1 5\n2 6\n3 5\n", "every line has two fields and no user has two lines.*give format"),
         ("1 5 6\n1 7 8\n", "format was not recognised .line 1: '1 5 6'"),
         ("{'asin': '1'}\n", "line 1: .*a Python dictionary is none"),
+        ("1 1318896000 1318896000\n2 1318896000\n", "holds the times of Beauty_item_org_rank.txt"),
         ("1\t2\t1400457600\n", f"{whose}.*user=1,item=2,time=3"),
     ):
+        path = tmp_path / ("Beauty_time_org_rank.txt" if "times" in problem else "file")
         path.write_text(text)
-        with pytest.raises(InputError, match=said) as error:
+        with pytest.raises(InputError, match=f"^{path.name}.*{problem}.*$"):
             formats.detect(path)
-        assert "\n" not in str(error.value)
-        assert path.name in str(error.value)
 
 
 def test_a_named_format_is_taken_and_a_wrong_name_is_told(tmp_path):
@@ -66,27 +61,18 @@ def test_a_named_format_is_taken_and_a_wrong_name_is_told(tmp_path):
         formats.named("inter", path, {"user": "1"})
 
 
-def test_the_file_of_times_is_not_taken_for_items(tmp_path):
-    path = tmp_path / "Beauty_time_org_rank.txt"
-    path.write_text("1 1318896000 1318896000\n2 1318896000\n")
-    with pytest.raises(InputError, match=r"holds the times of Beauty_item_org_rank.txt"):
-        formats.detect(path)
-
-
 # ---- titles -------------------------------------------------------------------------------------------
 
 
 def test_where_titles_lie(tmp_path):
-    for number, (data, side) in enumerate(
-        (
-            ("u.data.gz", "u.item.gz"),
-            ("ratings.csv.gz", "movies.csv"),
-            ("own.inter", "own.item"),
-            ("reviews_Beauty_5.json.gz", "meta_Beauty.json.gz"),
-            ("All_Beauty.jsonl.gz", "meta_All_Beauty.jsonl.gz"),
-        )
+    for data, side in (
+        ("u.data.gz", "u.item.gz"),
+        ("ratings.csv.gz", "movies.csv"),
+        ("own.inter", "own.item"),
+        ("reviews_Beauty_5.json.gz", "meta_Beauty.json.gz"),
+        ("All_Beauty.jsonl.gz", "meta_All_Beauty.jsonl.gz"),
     ):
-        folder = tmp_path / str(number)
+        folder = tmp_path / side
         folder.mkdir()
         (folder / data).touch()
         (folder / "meta_Other.json").touch()

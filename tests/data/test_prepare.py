@@ -1,4 +1,3 @@
-import json
 import os
 import subprocess
 import sys
@@ -224,18 +223,6 @@ def test_full_disk_leaves_nothing(tmp_path, data_folder, monkeypatch):
     assert prepared(tmp_path / "out", rows).num_interactions == 50_000
 
 
-def printed(code: str, *arguments: object) -> str:
-    """Return what a process of its own prints."""
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": str(system.root())},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 LIKE_ELECTRONICS = """
 import json, resource, sys
 from pathlib import Path
@@ -264,39 +251,10 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
     peaks = []
     for rows in (50_000, 200_000):
         code = LIKE_ELECTRONICS.format(rows=rows, users=rows // 8, items=rows // 40, limit=128)
-        peaks.append(int(printed(code, tmp_path / str(rows))))
+        command = [sys.executable, "-c", code, str(tmp_path / str(rows))]
+        environment = os.environ | {"PYTHONPATH": str(system.root())}
+        peaks.append(int(subprocess.run(command, env=environment, capture_output=True, check=True).stdout))
     assert peaks[1] < peaks[0] + 128
-
-
-LOAD = """
-import sys
-from pathlib import Path
-from reclib.data.prepare import load
-
-def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
-
-before = resident()
-loaded = load(Path(sys.argv[1]))
-print(loaded.num_interactions, resident() - before)
-"""
-
-
-def test_loading_reads_no_array(tmp_path):
-    if not Path("/proc/self/statm").exists():
-        pytest.skip("needs /proc")
-    out = tmp_path / "out"
-    build(source([("u", i, 1, i) for i in range(5)]), DataConfig(min_item=1), out, "key")
-    big = 8 << 20  # interactions: 32 and 64 MB
-    system.write_array(out / "items.npy", np.int32, big, [np.ones(big, np.int32)])
-    system.write_array(out / "times.npy", np.int64, big, [np.arange(big)])
-    seal = json.loads((out / system.SEAL).read_text())
-    for name in ("items.npy", "times.npy"):
-        seal["files"][name]["bytes"] = (out / name).stat().st_size
-    system.write_json(out / system.SEAL, seal)
-    interactions, added = map(float, printed(LOAD, out).split())
-    assert interactions == big
-    assert added < 20  # MB, of 96 on disk
 
 
 def test_variants_of_a_product_become_one_item(tmp_path):

@@ -257,9 +257,7 @@ def test_names_and_folders_of_any_characters(tmp_path, monkeypatch):
     monkeypatch.setenv("RECLIB_DATA", str(home / "data"))
     path = written(home, f"{UIT}u,a,@\n", os.fsdecode(b"caf\xe9?.csv"))
     assert histories_in(path) == ("u: a", "")
-    command = [sys.executable, "-m", "reclib", "data", "prepare", path, "--min-user", "1", "--min-item", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert data_main(["prepare", str(path), "--min-user", "1", "--min-item", "1"]) == 0
 
 
 def test_an_interrupted_preparation_leaves_one_line_and_nothing_else(tmp_path):
@@ -474,6 +472,7 @@ HEADERS = ("movielens-csv", "amazon-2023-csv", "inter", "table")
 
 
 def test_each_format_is_read(tmp_path):
+    assert set(CONTENTS) == set(formats.FORMATS)
     for name, content in CONTENTS.items():
         columns = {"user": "customer", "item": "product", "time": "when"} if name == "table" else None
         for data in (content.encode(), gzip.compress(content.encode())):

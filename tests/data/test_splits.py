@@ -67,6 +67,7 @@ def test_leave_one_out_trains_on_no_target_and_nothing_after_it(histories):
         assert np.array_equal(part.histories.ends, dataset.offsets[users + 1] - from_the_end)
         for user, target in zip(users, part.histories.ends, strict=True):
             assert not seen & set(range(target, dataset.offsets[user + 1]))
+    assert len(seen) == dataset.num_interactions - 2 * len(split.test.targets)  # short histories train whole
     assert split.about["train_interactions"] == len(seen)
     assert split.about["evaluated_users"] + split.about["left_out_short_histories"] == dataset.num_users
 
