@@ -3,8 +3,6 @@
 `torchrun --standalone --nproc-per-node 2 tests/ranks.py FOLDER` runs all cases and leaves what each saw.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Plans of time, memory and price: by rates, by data sheets, on the command line and in notebook 07."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import re
@@ -220,20 +218,6 @@ def test_plans_of_the_notebook_are_for_every_device_in_its_precision_at_the_pric
     assert [own[name] for name in ("l4", "h100", "t4", "cpu2 AMD EPYC")] == ["tf32", "tf32", "fp16", "fp32"]
 
 
-def test_the_summary_says_what_it_is_and_whether_it_fits():
-    label = next(iter(planner.cpus()))
-    for one, parts in [
-        (asked(), ("predicted, unvalidated", "assumed efficiency", "NVIDIA L4", "bf16")),
-        (asked(device=label, price=None), ("predicted, validated", "worst error of")),
-        (asked(device="t4", size="430m", batch_size=65_536), ("DOES NOT FIT", "micro_batch_size")),
-        (asked(adapter="lora"), ("trained: lora, rank 8",)),
-    ]:
-        plan = planner.plan_of(one)
-        assert [part for part in parts if part not in explore.summary(one, plan)] == []
-        text = "\n".join(planner.report(plan))
-        assert [part for part in parts if part not in text and "lora" not in part] == []
-
-
 def test_a_table_of_plans_is_that_of_their_records(tmp_path, monkeypatch):
     monkeypatch.setenv("RECLIB_RECORDS", str(tmp_path))
     p = parameters.build("07_explore", SMOKE)
@@ -278,22 +262,6 @@ def title_of(row: dict) -> str:
 
 def hardware_params(**changes):
     return parameters.build("06_hardware", parameters.profile("06_hardware", "smoke") | changes)
-
-
-def test_predictions_lie_in_the_folder_of_their_device_and_are_never_measured(tmp_path, monkeypatch):
-    monkeypatch.setenv("RECLIB_RECORDS", str(tmp_path))
-    p = hardware_params(gpu="l4", devices=["l4", "v100"], sizes=["5m"])
-    card = dict.fromkeys(records.CARD) | {"label": "cpu", "type": "cpu", "name": "test"}
-    run = records.Run("06_hardware", p, card)
-    for row in comparison.predicted(p):
-        about = {"params": row.own_params, "timings": row.timings, "kind": "predicted", "device": row.card}
-        run.result("hardware_step", row.metrics, **about)
-    found = records.read(tmp_path)
-    assert {(r["label"], r["kind"]) for r in found} == {
-        (b, "predicted") for b in ("l4", "v100-16", "v100-32")
-    }
-    with pytest.raises(ValueError, match="not here"):
-        run.result("hardware_step", {}, device={"label": "l4"})
 
 
 def test_no_committed_record_of_a_gpu_without_a_self_check_is_measured():

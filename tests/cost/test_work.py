@@ -1,7 +1,5 @@
 """FLOPs, bytes and memory that are planned for, against what torch counts on real models."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

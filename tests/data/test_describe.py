@@ -1,6 +1,3 @@
-from __future__ import annotations
-
-import dataclasses
 from collections import Counter
 
 import numpy as np
@@ -9,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reclib.config import InputError
-from reclib.data import fetch
 from reclib.data.dataset import Dataset, Keys, ties
 from reclib.data.prepare import synthetic_dataset
 from reclib.experiments import data_prep
@@ -111,12 +107,3 @@ def test_without_times_nothing_is_said_about_time(capsys):
         with pytest.raises(InputError, match="no times"):
             ask(dataset)
     assert "exact_duplicate_share" not in data_prep.repeats(dataset).metrics
-
-
-def test_downloads_and_published_counts():
-    table = data_prep.downloads()
-    assert table.index.tolist() == list(fetch.catalogue())
-    assert table.loc["ml-20m", "interactions"] == "20,000,263"
-    dataset = dataclasses.replace(dataset_of([[(0, 1)]]), name="ml-100k")
-    dataset.manifest["source"] = {"origin": "RecBole"}
-    assert data_prep.published(dataset) == {"interactions": 100_000, "users": 943, "items": 1682}

@@ -1,7 +1,5 @@
 """Downloads against a server on this machine; every archive and every file is made here."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import http.server

@@ -1,7 +1,5 @@
 """What a newcomer calls: the names of `reclib`, the README's ten lines, `fit` from the shell."""
 
-from __future__ import annotations
-
 import os
 import random
 import re

@@ -1,7 +1,5 @@
 """Time in parts: nothing that trains is later than what judges, and rows are what they say."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 

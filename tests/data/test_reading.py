@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from test_formats import CONTENTS, ITEMS, SAMPLES, USERS
 
+from reclib import system
 from reclib.config import DataConfig, InputError
 from reclib.data import formats
 from reclib.data import prepare as prepare_module
@@ -284,25 +285,13 @@ def test_an_interrupted_preparation_leaves_one_line_and_nothing_else(tmp_path):
 def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
     path = written(tmp_path, f"{UIT}u,a,{T}\n")
     home = tmp_path / "data"
-    code = (
-        "import pathlib, sys, time\nfrom reclib import system\n"
-        f"with system.scratch(pathlib.Path({str(home)!r})) as folder:\n"
-        "    (folder / 'big').write_text('x')\n    print(folder, flush=True)\n    time.sleep(600)\n"
-    )
-    killed, alive = (
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)
-    )
-    try:
-        left, used = (Path(process.stdout.readline().strip()) for process in (killed, alive))
-        killed.kill()
-        killed.wait()
-        assert left.exists()
+    code = f"import os, pathlib, reclib.system as s\nwith s.scratch(pathlib.Path({str(home)!r})): os._exit(9)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 9
+    (left,) = home.iterdir()
+    with system.scratch(home) as used:
         prepare(DataConfig(dataset=str(path), min_user=1, min_item=1))
-        assert not left.exists()
-        assert (used / "big").exists()
-    finally:
-        alive.kill()
-        alive.wait()
+        assert used.exists()
+    assert not left.exists()
 
 
 # ---- against pandas -----------------------------------------------------------------------------------

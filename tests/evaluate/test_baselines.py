@@ -1,7 +1,5 @@
 """Each baseline against a brute-force or textbook computation on tiny data."""
 
-from __future__ import annotations
-
 import gzip
 import itertools
 

@@ -1,7 +1,5 @@
 """Ranks against a brute-force twin, metrics against an independent library, and what a protocol changes."""
 
-from __future__ import annotations
-
 import ir_measures
 import numpy as np
 import pytest
@@ -56,9 +54,6 @@ def side_by_side(score: metrics.Scorer, part: Evaluation, candidates: dict) -> d
     return {one.protocol.split()[-1]: one for one in metrics.side_by_side(score, part, candidates)}
 
 
-# -- ranks ---------------------------------------------------------------------------------------------------
-
-
 @settings(deadline=None, max_examples=50)
 @given(st.data(), st.integers(2, 30), st.integers(1, 5), st.booleans())
 def test_ranks_equal_brute_force(data, items, users, remove_seen):
@@ -106,9 +101,6 @@ def test_metrics_equal_ir_measures(ranks, k):
         assert values[name] == pytest.approx(wanted[measure])
 
 
-# -- scores of a model ---------------------------------------------------------------------------------------
-
-
 def test_model_scores_are_streamed_and_equal_one_user_at_a_time(monkeypatch):
     monkeypatch.setattr(metrics, "SCORE_BYTES", 3 * 4 * NUM_ITEMS)  # three users at a time
     part = evaluation_of([3, 30, 1, 11, 5, 5, 8])
@@ -147,9 +139,6 @@ def test_scores_in_16_bit_precision_are_not_rounded_into_ties(monkeypatch):
     found, wanted, low = ([len(row.unique()) for row in s] for s in (scores, exact, exact.bfloat16()))
     assert found == wanted
     assert max(low) < 2000  # what a product in bf16 would leave of 3000
-
-
-# -- protocols -----------------------------------------------------------------------------------------------
 
 
 def test_each_way_to_rank_equals_its_own_computation_and_says_what_it_is():

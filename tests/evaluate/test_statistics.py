@@ -1,7 +1,5 @@
 """Tests and intervals against enumeration, textbook values and simulation; what lies beside accuracy."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -33,9 +31,6 @@ def models(seeds: int, lift: float, users: int = 400) -> dict[str, np.ndarray]:
     base = rng.random((1, users)) < 0.3
     model = np.clip(base + (rng.random((seeds, users)) < lift), 0, 1)
     return {"popularity": base.astype(float), "model": model.astype(float)}
-
-
-# -- comparisons ---------------------------------------------------------------------------------------------
 
 
 @given(st.lists(SHARES, min_size=1, max_size=10), SHARES)
@@ -125,9 +120,6 @@ def test_bootstrap_interval_agrees_with_the_normal_one_and_is_reproducible():
     mean, half = values.mean(), 1.96 * values.std() / np.sqrt(len(values))
     assert interval == pytest.approx((mean, mean - half, mean + half), abs=0.15 * half)
     assert interval == statistics.bootstrap(values, samples=1000, seed=1)
-
-
-# -- beside accuracy -----------------------------------------------------------------------------------------
 
 
 def test_groups_by_history_length_and_item_popularity_and_results_in_them():

@@ -1,7 +1,5 @@
 """What the gate looks at: the visible prefix of its own segment and nothing else."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

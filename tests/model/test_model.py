@@ -1,7 +1,5 @@
 """Parameter counts, packing inside the encoder, and what must not leak."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from small_models import NUM_ITEMS, small_model
@@ -34,8 +32,6 @@ def test_parameter_counts_are_the_published_ones_and_those_of_the_closed_formula
         assert counted["total"] == sum(counted[k] for k in ("item_tables", "positions", "non_embedding"))
     assert {size: closed_formula(model_config(size)) for size in EXACT} == EXACT
 
-
-# -- one row with segments of 5 and 4 places and 3 unused ones -----------------------------------------------
 
 SEGMENTS = torch.tensor([[1] * 5 + [2] * 4 + [0] * 3])
 POSITIONS = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 0, 0]])

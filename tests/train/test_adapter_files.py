@@ -1,7 +1,5 @@
 """Adapter files: PEFT reads ours and we read PEFT's; what is not plain LoRA, PEFT refuses."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -89,9 +87,6 @@ def test_peft_and_we_read_each_others_files_and_give_the_same(tmp_path, recwarn)
         file.write_text(json.dumps(about | {field: value}))
         with pytest.raises(InputError, match=f"'{field}': .* is not plain LoRA"):
             load_adapter(base(**UNTIED), file.parent, any_base=True)
-
-
-# -- bad input -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -39,9 +37,6 @@ def stats(**counts: float) -> StepStats:
     return StepStats(1, 0, 1e-3, zero, None, **(base | {"fetch_seconds": 0.1} | counts))
 
 
-# -- what a measurement says --------------------------------------------------------------------------------
-
-
 def test_rates_are_what_the_median_step_does():
     found = Measurement(warmup_steps=2, warmup_seconds=7.0, compiled=True)
     for seconds in (1.0, 2.0, 9.0):
@@ -62,9 +57,6 @@ def test_published_rates_and_break_even():
         assert published_rate(steady, epoch) == expected
     for given, steps in (((10.0, 0.5, 0.25), 40), ((10.1, 0.5, 0.25), 41), ((10.0, 0.5, 0.5), None)):
         assert break_even_steps(*given) == steps
-
-
-# -- timing the loop ----------------------------------------------------------------------------------------
 
 
 def test_interleaved_variants_take_turns_and_the_same_steps_as_alone(monkeypatch):
@@ -126,9 +118,6 @@ def test_an_epoch_is_clocked_whole_and_requests_one_at_a_time():
     assert 0 < found.p50 <= found.p99
 
 
-# -- FLOPs --------------------------------------------------------------------------------------------------
-
-
 def test_needed_flops_leave_padding_out_and_mfu_is_of_the_peak():
     trainers = [a_trainer(**changes) for changes in ({}, {"layout": "padded"}, {"micro_batch_size": 2})]
     (done, needed), *others = (timing.step_flops(trainer, 1) for trainer in trainers)
@@ -138,9 +127,6 @@ def test_needed_flops_leave_padding_out_and_mfu_is_of_the_peak():
         assert needed.head <= executed.head
     peaks = {("a100", "bf16"): 0.5, ("cpu", "fp32"): None, ("other", "fp16"): None, ("t4", "bf16"): None}
     assert {pair: work.mfu(156e12, 1.0, *pair) for pair in peaks} == peaks  # known only where the peak is
-
-
-# -- profile, memory, bound ---------------------------------------------------------------------------------
 
 
 def test_the_heads_product_runs_in_the_chosen_precision(monkeypatch):
@@ -175,9 +161,6 @@ def test_the_bound_is_made_of_its_parts():
         assert moved["clear the input table's gradient"] == cleared
 
 
-# -- the ladder ---------------------------------------------------------------------------------------------
-
-
 def test_every_rung_changes_one_field_and_the_last_is_ours():
     model, train = small_model(tied=False), TrainConfig(batch_size=4, precision="fp32")
     rungs = ladder(model, train)
@@ -201,9 +184,6 @@ def test_rungs_of_one_objective_have_one_loss():
 def a_rung(rung) -> Trainer:
     torch.manual_seed(0)
     return Trainer(Bert4Rec(rung.model), histories(LENGTHS), rung.train, CPU, "test")
-
-
-# -- compiling ----------------------------------------------------------------------------------------------
 
 
 def test_without_a_compiler_it_is_eager_and_recorded_as_such(monkeypatch):
@@ -236,9 +216,6 @@ def test_compiled_equals_eager_and_nothing_is_compiled_again_over_a_ragged_epoch
     losses = warm.losses + benchmark_rest.losses
     np.testing.assert_allclose(losses, timing.measure(eager, 36, 0).losses, rtol=2e-4)
     assert warm.compile_seconds > 0
-
-
-# -- the notebook's experiment ------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -288,9 +265,6 @@ def test_a_claimed_gpu_that_is_not_there_is_told_and_never_recorded_as_measured(
     assert text.count("<b>l4 was asked for and is not here</b>") >= 5  # one in each figure
 
 
-# -- on a GPU ------------------------------------------------------------------------------------------------
-
-
 def test_steps_timed_by_events_are_all_launched_before_the_first_wait():
     launched, waited = [], []
 
@@ -303,7 +277,7 @@ def test_steps_timed_by_events_are_all_launched_before_the_first_wait():
         def synchronize(self) -> None:
             waited.append(self.place)
 
-        def elapsed_time(self, later: Event) -> float:
+        def elapsed_time(self, later) -> float:
             assert later.place <= max(waited)
             return 5.0 * (later.place - self.place)
 

@@ -1,7 +1,5 @@
 """Checkpoints are whole or not there."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Several processes that train one model: the same gradients, bits, decisions and files; and how they end."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json
@@ -28,15 +26,12 @@ from reclib.data.prepare import prepare
 from reclib.experiments import baseline
 from reclib.train import distributed, saving
 from reclib.train.distributed import Failure, Placement, Ranks, cause_of, placement
-from reclib.train.fit import data_identity, fit_setup, is_finished, rank_targets, read_setup, write_setup
+from reclib.train.fit import data_identity, fit_setup, is_finished, rank_targets
 from reclib.train.saving import unique_tensors
 from reclib.train.trainer import Trainer
 
 LIMIT = 150  # seconds that a process may take on a busy machine; nothing here waits for ever
 GNU = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-
-
-# -- decisions, with devices that are not there ------------------------------------------------------------
 
 
 def test_processes_are_joined_by_what_their_devices_have_and_divide_the_threads():
@@ -74,9 +69,6 @@ def test_what_ended_a_run_is_the_signal_then_the_error_and_never_the_contact_los
     assert "for memory" in cause_of([killed], 2, kills=1)
 
 
-# -- the parts of a step -----------------------------------------------------------------------------------
-
-
 def test_the_parts_of_all_processes_are_the_step_whatever_their_number():
     given = histories(ranks.LENGTHS)
     for count, micro, layout in itertools.product((1, 2, 4), (None, 2, 8), ("packed", "padded")):
@@ -110,18 +102,6 @@ def test_each_process_and_step_has_its_own_dropout_and_an_equal_part_of_the_batc
         state = torch.get_rng_state()
         Ranks().seed_step(7, 1)
         assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_a_run_file_gives_back_the_run_and_refuses_what_is_none(tmp_path):
-    file, setup = tmp_path / "run.json", ranks.setup()
-    write_setup(file, setup)
-    assert read_setup(file) == setup
-    file.write_text('{"data": {}}')
-    with pytest.raises(InputError, match=r"run\.json is no run file"):
-        read_setup(file)
-
-
-# -- two processes beside one ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -193,9 +173,6 @@ def test_validation_the_early_stop_and_each_users_rank_are_those_of_one_process(
     monkeypatch.setattr(Trainer, "steps", lambda self: pytest.fail("trained"))
     trainer = fit_setup(ranks.setup(), "cpu", two / "whole")
     assert (trainer.progress.processes, trainer.progress.backend) == (2, "gloo")
-
-
-# -- the command line: killed, interrupted, resumed --------------------------------------------------------
 
 
 def start(out: Path, cache: Path) -> subprocess.Popen:
@@ -288,9 +265,6 @@ def test_processes_end_with_a_launcher_that_is_killed(cache, tmp_path):
     process.kill()
     process.communicate()
     assert gone(list(pids.values()))
-
-
-# -- from a notebook's parameters --------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -1,7 +1,5 @@
 """Training a model that is there further: whole, in part, or by its adapter."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from small_models import Stop, stop_at

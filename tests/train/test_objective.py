@@ -1,7 +1,5 @@
 """The fast step equals the plain one, in loss and in every gradient."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import pytest

@@ -1,7 +1,5 @@
 """Losses over sampled items: against the full softmax, against their formulas, and what they touch."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

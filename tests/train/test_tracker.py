@@ -1,7 +1,5 @@
 """Curves of a run and the trackers that show them; no tracker names the machine or the user."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -18,7 +16,6 @@ from reclib.train.trainer import CHECK_EVERY
 
 CPU = hardware.resolve("cpu")
 
-# -- curves --------------------------------------------------------------------------------------------------
 
 EXPECTED = {  # what people look for in a tracker
     *("train/loss", "train/learning_rate", "train/gradient_norm", "train/tokens_per_second"),
@@ -73,8 +70,6 @@ def test_curves_say_what_the_loop_did_and_rates_what_this_process_saw(tmp_path):
     rates = {step: "train/tokens_per_second" in values for step, values in second.rows}
     assert rates == {40: False, 56: False, 60: False, 64: True}
 
-
-# -- trackers ------------------------------------------------------------------------------------------------
 
 _SCRIPT = """
 import socket

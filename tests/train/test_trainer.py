@@ -1,7 +1,5 @@
 """The loop: resume to the same bits, accumulation, precision, divergence, early stop."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os
