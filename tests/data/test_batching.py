@@ -30,13 +30,6 @@ def test_packing_keeps_every_sequence_inside_one_row_and_overlaps_none(lengths):
         assert used.sum() == lengths[step].sum()
 
 
-def test_packing_of_electronics_lengths_wastes_little():
-    lengths = np.minimum(5 + generator(0).geometric(1 / 5.4, (20, 128)) - 1, 50)
-    rows, _ = batches.first_fit_decreasing(lengths, 50)
-    used = lengths.sum() / (50 * (rows.max(axis=1) + 1).sum())
-    assert used > 0.95  # rounding up to whole rows of 50 alone costs 2 %
-
-
 @given(st.integers(1, 100_000), st.sampled_from([4, 16]))
 def test_buckets_waste_at_most_their_share_and_are_few(n, steps):
     assert n <= batches.bucket(n, steps) <= n * (1 + 2 / steps) + 1

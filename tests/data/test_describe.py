@@ -5,9 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reclib.config import InputError
 from reclib.data.dataset import Dataset, Keys, ties
-from reclib.data.prepare import synthetic_dataset
 from reclib.experiments import data_prep
 
 # Histories of (time, item); few items and times, so that repeats and ties are frequent.
@@ -97,13 +95,3 @@ def test_interactions_over_time_are_all_counted_once(unit, per_second):
     assert made.series["start"][0] == "2020-09-13 12:26"  # of 1.6e9 seconds, in UTC
     assert made.metrics["days"] == pytest.approx(60 * 8 * 5 / 86_400)
     assert start < made.metrics["valid_from"] < made.metrics["test_from"] < start + 60 * 8 * 5
-
-
-def test_without_times_nothing_is_said_about_time(capsys):
-    dataset = synthetic_dataset(30, 20, 6.0, seed=0)
-    assert list(data_prep.divisions(dataset, seed=0)) == ["leave_one_out", "random_users"]
-    assert "no global time split" in capsys.readouterr().out
-    for ask in (data_prep.last_items, lambda one: data_prep.over_time(one, {})):
-        with pytest.raises(InputError, match="no times"):
-            ask(dataset)
-    assert "exact_duplicate_share" not in data_prep.repeats(dataset).metrics

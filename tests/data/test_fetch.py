@@ -305,15 +305,6 @@ def test_members_that_are_refused(tmp_path):
     assert (tmp_path / "b").stat().st_size <= 100
 
 
-def test_a_broken_archive_leaves_nothing_of_its_content(raw, server, tmp_path):
-    broken = FILMS.replace(FILMS[60:70], b"\0" * 10)
-    server.files["/films.zip"] = broken
-    change_list(tmp_path, "films", checksum=sha256_of(broken))
-    with pytest.raises(InputError, match="films could not be fetched"):
-        fetch.fetch("films")
-    assert files_in(raw) == ["films.zip"]
-
-
 def test_a_full_disk_leaves_nothing(raw, server, monkeypatch):
     usage = fetch.shutil.disk_usage(Path.cwd())
     monkeypatch.setattr(fetch.shutil, "disk_usage", lambda _: usage._replace(free=10))

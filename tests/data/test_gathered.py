@@ -1,7 +1,5 @@
 import pytest
-from conftest import ROOT
 
-from reclib import records as reclib_records
 from reclib.report import tables
 
 XEON = {"name": "Intel(R) Xeon(R) Processor", "type": "cpu", "threads": 2}
@@ -82,10 +80,3 @@ def test_mfu_is_of_boards_of_the_catalogue_alone():
     on_l4, other = (step(device=name, seconds=0.01) | {"device": card} for name in ("l4", "other"))
     assert tables.mfu_of(on_l4) == pytest.approx(1e11 / 0.01 / 30.3e12)
     assert tables.mfu_of(other) is tables.mfu_of(step()) is None
-
-
-def test_committed_steps_are_gathered_with_the_cpus_they_are_of():
-    recorded = reclib_records.latest(reclib_records.read(ROOT / "executed"))
-    found = {(r["own_params"]["size"], r["own_params"]["device"]) for r in tables.steps([], recorded)}
-    assert {("5m", "cpu2 AMD EPYC"), ("85m", "cpu2 AMD EPYC"), ("130m", "cpu2 AMD EPYC")} <= found
-    assert {r["own_params"]["technique"] for r in tables.gains(recorded)} >= {"packed rows", "AMP"}

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from reclib import system
 from reclib.config import DataConfig, InputError
 from reclib.data import dataset
-from reclib.data import prepare as prepare_module
 from reclib.data.prepare import Source, build, prepare
 from reclib.data.read import Ingested
 
@@ -182,16 +181,6 @@ def test_impossible_ids_are_refused(tmp_path):
     for key in ("k" * 257, "nul\0inside"):
         with pytest.raises(InputError, match=r"^item id .* expected at most 256 bytes.*$"):
             prepared(tmp_path / "out", [("u", key, 1, 1)])
-
-
-def test_failure_in_the_middle_leaves_nothing(tmp_path, data_folder, monkeypatch):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(prepare_module, "_write_table", full)
-    with pytest.raises(OSError, match="No space left"):
-        prepared(tmp_path / "out", [("u", i, 1, i) for i in range(4)])
-    assert [path for path in tmp_path.rglob("*") if path != data_folder] == []
 
 
 def test_memory_limit_that_is_too_low_is_told(tmp_path):

@@ -166,16 +166,6 @@ def parquet(path: Path, select: str) -> Path:
     return path
 
 
-def test_a_parquet_path_is_a_name_and_neither_a_pattern_nor_a_partition(tmp_path):
-    names = ("user=me/x.parquet", "data1.parquet", "data[1].parquet", "*.parquet", "q?.parquet", "{a,b}.csv")
-    for name in names:
-        path = parquet(tmp_path / "plain.parquet", f"SELECT 'u' AS user, '{name}' AS item, {T} AS time")
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        path.rename(tmp_path / name)
-    for name in names:
-        assert histories_in(tmp_path / name) == (f"u: {name}", "")
-
-
 U, UA = "SELECT 'u' AS user, i AS item", "SELECT 1 AS user, 'a' AS item"
 PARQUET = [
     (
@@ -251,13 +241,17 @@ def test_files_that_are_refused(tmp_path):
             read(path, format, strict=True)
 
 
-def test_names_and_folders_of_any_characters(tmp_path, monkeypatch):
+def test_names_and_folders_of_any_characters(tmp_path):
+    for name in ("user=me/x", "data1", "data[1]", "*", "q?", "{a,b}.csv", os.fsdecode(b"caf\xe9")):
+        path = parquet(tmp_path / "plain.parquet", f"SELECT 'u' AS user, 'a' AS item, {T} AS time")
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        assert histories_in(path.rename(tmp_path / f"{name}.parquet")) == ("u: a", "")
     home = tmp_path / "a?[b]=c"
     home.mkdir()
-    monkeypatch.setenv("RECLIB_DATA", str(home / "data"))
-    path = written(home, f"{UIT}u,a,@\n", os.fsdecode(b"caf\xe9?.csv"))
-    assert histories_in(path) == ("u: a", "")
-    assert data_main(["prepare", str(path), "--min-user", "1", "--min-item", "1"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RECLIB_DATA", str(home / "data"))
+        path = written(home, f"{UIT}u,a,@\n", os.fsdecode(b"caf\xe9?.csv"))
+        assert data_main(["prepare", str(path), "--min-user", "1", "--min-item", "1"]) == 0
 
 
 def test_an_interrupted_preparation_leaves_one_line_and_nothing_else(tmp_path):

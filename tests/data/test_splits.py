@@ -134,18 +134,21 @@ def test_time_points_among_equal_times():
 
 def test_impossible_divisions_are_told():
     dataset = made([[(1, 1), (2, 2)]] * 4)
-    for split, given_, options, problem in [
-        (splits.global_time, (), {"target": "next"}, "target is 'next'"),
-        *((splits.global_time, s, {}, "both above 0") for s in [(0.0, 0.1), (0.6, 0.4), (-0.1, 0.2)]),
-        *(
-            (splits.random_users, (s,), {}, "shares are")
-            for s in [(0.5, 0.5), (0.0, 0.5, 0.5), (1.2, -0.1, -0.1)]
-        ),
+    for split, given_, problem in [
+        (splits.global_time, (0.1, 0.1, "next"), "target is 'next'"),
+        (splits.global_time, (0.0, 0.1), "both above 0"),
+        (splits.global_time, (0.6, 0.4), "both above 0"),
+        (splits.random_users, ((0.5, 0.5),), "shares are"),
+        (splits.random_users, ((1.2, -0.1, -0.1),), "shares are"),
+        (splits.divide, ((0.5, 0.3, 0.2), 4), "sum is below 1"),
+        (splits.divide, ((0.0, 0.3, 0.2), 4), "above 0"),
+        (splits.divide, ((0.0001, 0.3, 0.2), 4), "part empty"),
     ]:
         with pytest.raises(InputError, match=problem):
-            split(dataset, *given_, **options)
-    with pytest.raises(InputError, match="no times"):
-        splits.global_time(dataclasses.replace(dataset, times=None))
+            split(dataset, *given_)
+    for split, given_ in [(splits.global_time, ()), (splits.divide, (SHARES, 4))]:
+        with pytest.raises(InputError, match="no times"):
+            split(dataclasses.replace(dataset, times=None), *given_)
 
 
 @settings(max_examples=40, deadline=None)
@@ -305,15 +308,3 @@ def test_ranks_and_neighbours_by_hand():
     known = np.array([False, True, True, True, True, False, False])
     found = splits.neighbours(histories, known)
     assert {item: sorted(beside.tolist()) for item, beside in found.items()} == {5: [1, 1, 2], 6: [3]}
-
-
-def test_shares_that_leave_nothing_are_told(dataset):
-    for shares, said in [
-        ((0.5, 0.3, 0.2), "sum is below 1"),
-        ((0.0, 0.3, 0.2), "above 0"),
-        ((0.0001, 0.3, 0.2), "part empty"),
-    ]:
-        with pytest.raises(InputError, match=said):
-            splits.divide(dataset, shares, 4)
-    with pytest.raises(InputError, match="has no times"):
-        splits.divide(dataclasses.replace(dataset, times=None), SHARES, 4)

@@ -38,16 +38,6 @@ def trained_names(model: AdaptedModel) -> list[str]:
 # -- nothing is bypassed -------------------------------------------------------------------------------------
 
 
-def test_a_new_adapter_changes_nothing():
-    for kind in KINDS:
-        for shape in (UNTIED, {"norm": "post", "positions": "sinusoidal"}, {"table_dim": 12}):
-            model, one = base(**shape), batch()
-            before = scores(model, one)
-            found = AdaptedModel(model)
-            found.add("new", AdapterConfig(kind=kind, targets=EVERYTHING))
-            close(scores(found, one), before, rtol=0, atol=1e-6)
-
-
 def test_every_adapter_and_the_gate_have_a_gradient_and_nothing_else_has():
     for kind in KINDS:
         found, one = adapted(kind, targets=EVERYTHING), batch()
@@ -165,26 +155,6 @@ def test_compiled_is_eager():
 # -- frozen weights cost nothing -----------------------------------------------------------------------------
 
 
-def test_frozen_layers_have_no_weight_gradient_product():
-    """A product costs 1 forward, 1 for its input's gradient, 1 for its weight's: frozen, no third."""
-    shape = {"hidden_dim": 64, "num_layers": 3} | UNTIED
-    one = batch()
-
-    def products(model: torch.nn.Module, backward: bool) -> int:
-        with FlopCounterMode(display=False) as counter:
-            out = model.encode(*rows_of(one), one.query_index)
-            if backward:
-                out.square().sum().backward()
-        return counter.get_total_flops()
-
-    forward = products(base(**shape), False)
-    found = adapted("ilora", base(**shape), rank=4, num_experts=2)
-    adapters = products(found, False) - forward
-    assert 0 < adapters < 0.3 * forward
-    assert products(base(**shape).requires_grad_(True), True) > 2.8 * forward
-    assert products(found.train(), True) <= 2 * forward + 3 * adapters
-
-
 def test_an_adapted_output_table_has_no_product_for_the_frozen_part(monkeypatch):
     """And its gradients are those of autograd's own product, which knows nothing of frozen columns."""
     computed = AdaptedModel.frozen_columns
@@ -240,7 +210,7 @@ def test_several_adapters_on_one_base_chosen_per_batch():
     plain = scores(model, one)
     found = AdaptedModel(model)
     for seed, (name, kind) in enumerate({"june": "lora", "july": "ilora", "new": "lora"}.items()):
-        found.add(name, AdapterConfig(kind=kind, targets=EVERYTHING if name == "july" else ("qkv",)))
+        found.add(name, AdapterConfig(kind=kind, targets=("qkv",) if name == "june" else EVERYTHING))
         if name != "new":
             stir(found, seed)
     answers = {}

@@ -186,17 +186,6 @@ def a_rung(rung) -> Trainer:
     return Trainer(Bert4Rec(rung.model), histories(LENGTHS), rung.train, CPU, "test")
 
 
-def test_without_a_compiler_it_is_eager_and_recorded_as_such(monkeypatch):
-    monkeypatch.setattr(hardware, "has_compiler", lambda: False)
-    trainer = a_trainer(compile_mode="default")
-    found = timing.measure(trainer, 1, 1)
-    row = speed.Row({"precision": "fp32", "compile_mode": "default", "batch_size": 4}, found)
-    speed._describe(row, trainer, 2)
-    assert row.own_params()["ran_compile_mode"] == "off"
-    assert "no C++ compiler" in row.own_params()["reason"]
-    assert found.compile_seconds == 0.0
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not hardware.has_compiler(), reason="no C++ compiler")
 def test_compiled_equals_eager_and_nothing_is_compiled_again_over_a_ragged_epoch():
