@@ -15,7 +15,6 @@ from reclib.cost import planner, work
 from reclib.cost.planner import Asked
 from reclib.cost.work import AdapterPlan
 from reclib.experiments import comparison, explore, speed
-from reclib.report import findings, speed_figures, tables
 from reclib.train import timing
 
 LENGTHS = planner.typical_lengths()
@@ -207,25 +206,6 @@ def test_plans_of_the_notebook_are_for_every_device_in_its_precision_at_the_pric
         assert plan.numbers()["cost_per_epoch"] == (cost and pytest.approx(cost))
     own = {plan.device: plan.precision for plan in found}
     assert [own[name] for name in ("l4", "h100", "t4", "cpu2 AMD EPYC")] == ["tf32", "tf32", "fp16", "fp32"]
-
-
-def test_a_table_of_plans_is_that_of_their_records(tmp_path, monkeypatch):
-    monkeypatch.setenv("RECLIB_RECORDS", str(tmp_path))
-    p = parameters.build("07_explore", SMOKE)
-    run = records.Run("07_explore", p, dict.fromkeys(records.CARD) | {"label": "cpu", "type": "cpu"})
-    one, every = asked(), planner.every_plan(asked())
-    for plan in every:
-        own, card = planner.about(one, plan), comparison.card_of(plan)
-        numbers = {"timings": planner.timed(plan), "series": planner.series(plan)}
-        run.result("plan", planner.counted(plan), params=own, kind="predicted", device=card, **numbers)
-    written = records.read(tmp_path)
-    columns = ["device", "part", "bytes", "epoch_seconds", "status", "basis", "size"]
-    found, live = tables.table(written)[columns], planner.table(one, every)[columns]
-    assert sorted(found.to_numpy().tolist()) == sorted(live.to_numpy().tolist())
-    assert {r["kind"] for r in written} == {"predicted"}
-    assert "plans are unvalidated" in " ".join(findings.sentences("07_explore", written))
-    for figure in (speed_figures.parts(every[-1]), speed_figures.by_device(planner.table(one, every))):
-        assert "predicted" in f"{figure.layout.title.text} {figure.layout.title.subtitle.text}"
 
 
 # -- records -------------------------------------------------------------------------------------------------

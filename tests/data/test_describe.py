@@ -4,34 +4,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import dataset_of
 
-from reclib.data.dataset import Dataset, Keys, ties
+from reclib.data.dataset import Dataset
 from reclib.experiments import data_prep
 
-# Histories of (time, item); few items and times, so that repeats and ties are frequent.
+# Histories of (item, time); few items and times, so that repeats and ties are frequent.
 histories = st.lists(
-    st.lists(st.tuples(st.integers(0, 4), st.integers(1, 4)), min_size=1, max_size=9), min_size=1, max_size=8
+    st.lists(st.tuples(st.integers(1, 4), st.integers(0, 4)), min_size=1, max_size=9), min_size=1, max_size=8
 )
-
-
-def dataset_of(given: list[list[tuple[int, int]]], unit: str = "s", names: int = 4) -> Dataset:
-    """Return a dataset of histories; each is put in the order of time, ties as they are given."""
-    ordered = [sorted(one, key=lambda event: event[0]) for one in given]
-    events = [event for one in ordered for event in one]
-    offsets = np.cumsum([0, *map(len, ordered)])
-    manifest = {"time_unit": unit}
-    made = Dataset(
-        "own",
-        np.array([item for _, item in events], dtype=np.int32),
-        offsets,
-        Keys.encode(["", *map(str, range(1, names + 1))]),
-        Keys.encode(list(map(str, range(len(ordered))))),
-        {},
-        manifest,
-        times=np.array([time for time, _ in events], dtype=np.int64),
-    )
-    manifest["ties"] = ties(made)
-    return made
 
 
 def by_portions(describe, dataset: Dataset, portion: int):
@@ -42,7 +23,7 @@ def by_portions(describe, dataset: Dataset, portion: int):
 
 
 def per_user(dataset: Dataset) -> list[list[tuple[int, int]]]:
-    pairs = list(zip(dataset.times.tolist(), dataset.items.tolist(), strict=True))
+    pairs = list(zip(dataset.items.tolist(), dataset.times.tolist(), strict=True))
     return [pairs[a:b] for a, b in zip(dataset.offsets[:-1], dataset.offsets[1:], strict=True)]
 
 
@@ -53,9 +34,9 @@ def test_repeats_are_those_of_a_loop(given_histories, portion):
     again, exact, in_a_row, targets = 0, 0, 0, []
     for history in per_user(dataset):
         seen: set[int] = set()
-        for place, (_, item) in enumerate(history):
+        for place, (item, _) in enumerate(history):
             again += item in seen
-            in_a_row += place > 0 and history[place - 1][1] == item
+            in_a_row += place > 0 and history[place - 1][0] == item
             if place == len(history) - 1 and len(history) > 2:
                 targets.append(item in seen)
             seen.add(item)
@@ -73,7 +54,7 @@ def test_repeats_are_those_of_a_loop(given_histories, portion):
 def test_candidates_for_the_last_item_are_those_of_a_loop(given_histories, portion):
     dataset = dataset_of(given_histories)
     expected = Counter(
-        len({item for time, item in history if time == history[-1][0]})
+        len({item for item, time in history if time == history[-1][1]})
         for history in per_user(dataset)
         if len(history) > 2
     )
@@ -88,7 +69,7 @@ def test_candidates_for_the_last_item_are_those_of_a_loop(given_histories, porti
 def test_interactions_over_time_are_all_counted_once(unit, per_second):
     start = 1_600_000_000
     times = [[(start + 60 * n * (u + 1)) * per_second for n in range(9)] for u in range(5)]
-    dataset = dataset_of([[(time, 1 + n % 4) for n, time in enumerate(row)] for row in times], unit)
+    dataset = dataset_of([[(1 + n % 4, time) for n, time in enumerate(row)] for row in times], 4, unit)
     made = data_prep.over_time(dataset, data_prep.divisions(dataset, seed=0))
     assert sum(made.series["interactions"]) == dataset.num_interactions
     assert (sum(made.series["new_users"]), sum(made.series["new_items"])) == (5, 4)

@@ -3,38 +3,22 @@
 import dataclasses
 import itertools
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
+from small_models import dataset_of
 from spread import spread
 
 from reclib.config import InputError
 from reclib.data import splits
-from reclib.data.dataset import Dataset, Histories, Keys
+from reclib.data.dataset import Dataset, Histories
 from reclib.data.splits import row_users
 
 NUM_ITEMS = 12
-
-
-def made(histories: list[list[tuple[int, int]]], num_items: int = NUM_ITEMS) -> Dataset:
-    """A dataset of each user's (item, time) interactions."""
-    histories = [sorted(history, key=lambda event: event[1]) for history in histories]
-    flat = [event for history in histories for event in history]
-    items, times = (np.array([event[n] for event in flat]) for n in (0, 1))
-    return Dataset(
-        name="made",
-        items=items.astype(np.int32),
-        offsets=np.cumsum([0, *map(len, histories)]),
-        item_keys=Keys.encode(["", *map(str, range(1, num_items + 1))]),
-        user_keys=Keys.encode([f"u{n}" for n in range(len(histories))]),
-        titles={},
-        manifest={"fingerprint": "made", "time_unit": "s"},
-        times=times.astype(np.int64),
-    )
-
-
+made = partial(dataset_of, num_items=NUM_ITEMS)
 EVENT = st.tuples(st.integers(1, NUM_ITEMS), st.integers(0, 30))
 HISTORIES = st.lists(st.lists(EVENT, min_size=1, max_size=9), min_size=2, max_size=12)
 

@@ -125,17 +125,6 @@ def test_similarities_do_not_depend_on_their_blocks_nor_scores_on_theirs(monkeyp
             np.testing.assert_allclose(all_scores(fit(), histories), scores, rtol=1e-5, atol=1e-6)
 
 
-def test_nothing_is_fitted_to_the_items_after_training():
-    rows = [[1, 2, 3], [4, 5, 6], [2, 3, 4]]
-    whole = of_rows(rows)
-    training = whole._replace(ends=whole.ends - 1)
-    other = whole._replace(items=whole.items.copy())
-    other.items[whole.ends - 1] = 1
-    for name, family in baselines.families().items():
-        one, two = (family.fit(h, NUM_ITEMS) for h in (training, training._replace(items=other.items)))
-        assert (all_scores(one, training) == all_scores(two, training)).all(), name
-
-
 def test_validation_chooses_and_keeps_what_it_saw():
     rows = [[1, 2, 3]] * 6 + [[4, 5, 3]] * 2
     histories = of_rows(rows)

@@ -132,13 +132,15 @@ def test_two_processes_take_the_steps_of_one(two):
         alone, wanted = ranks.trained(case)
         first, second = (json.loads((two / f"{case}-{rank}.json").read_text()) for rank in (0, 1))
         halves = ("micro", "uneven-micro", "sinks")  # micro-batches of two divide the last three histories
-        assert (0 in second.pop("places")) == (case not in halves)  # otherwise a process had nothing to do
-        first.pop("places")
+        assert (0 in second.pop("row_tokens")) == (
+            case not in halves
+        )  # otherwise a process had nothing to do
+        first.pop("row_tokens")
         assert first == second
-        for key in ("targets", "sequences", "skipped", "sinks", "scale"):
+        for key in ("num_targets", "num_sequences", "skipped", "sinks", "scale"):
             assert first[key] == wanted[key]
         loose = case in ("bf16", "overflow")
-        for key in ("loss", "norm"):
+        for key in ("loss", "grad_norm"):
             found, expected = ([-1.0 if x is None else x for x in saw[key]] for saw in (first, wanted))
             for part, near in ((slice(4), 2e-5), (slice(4, None), 1e-3)):  # first epoch, and what grew of it
                 assert found[part] == pytest.approx(expected[part], rel=0.02 if loose else near, nan_ok=True)

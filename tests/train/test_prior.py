@@ -25,10 +25,12 @@ from reclib.train.saving import Recommender
 LENGTHS = [9, 4, 12, 7, 3, 8, 5, 6, 12, 2]
 
 
-def prior_of(data: Histories, **settings: object) -> CountPrior:
-    """A prior of all of `data`, whose row and column scales are 1: they are those of the whole counts."""
-    given = {"window": 3, "backward": 0.5, "row_power": 0.0, "column_power": 0.0, "decay": 0.7, "last": 4}
-    return CountPrior.from_counts(baselines.fit_pairwise_counts(data, NUM_ITEMS, **given | settings), 0.3)
+# Row and column scales are 1: in a prior they are those of the whole counts.
+COUNTS = {"window": 3, "backward": 0.5, "row_power": 0.0, "column_power": 0.0, "decay": 0.7, "last": 4}
+
+
+def prior_of(data: Histories) -> CountPrior:
+    return CountPrior.from_counts(baselines.fit_pairwise_counts(data, NUM_ITEMS, **COUNTS), 0.3)
 
 
 def test_the_prior_of_a_target_counts_every_history_but_its_own():
@@ -36,32 +38,24 @@ def test_the_prior_of_a_target_counts_every_history_but_its_own():
     prior = prior_of(data)
     for causal in (False, True):
         model = small_model(causal=causal)
-        train = TrainConfig(
-            batch_size=len(LENGTHS), mask_prob=0.4, objective="next_item" if causal else "cloze"
-        )
+        objective = "next_item" if causal else "cloze"
+        train = TrainConfig(batch_size=len(LENGTHS), mask_prob=0.4, objective=objective)
         epoch = Epoch(data, model, train, 0, prior=prior)
-        (batch,) = epoch.step(0)
+        (batch,), samples = epoch.step(0), epoch.samples(0)
         found = np.zeros((len(batch.targets), NUM_ITEMS))
         found[batch.prior_rows, batch.prior_columns] = batch.prior_values
         wanted = {}
-        users = epoch.users[: len(LENGTHS)]
-        samples = epoch.samples(0)
         starts = np.cumsum(samples.lengths) - samples.lengths
-        for number, user in enumerate(users):
+        for start, length, user in zip(starts, samples.lengths, epoch.users, strict=True):
             others = np.delete(np.arange(len(LENGTHS)), user)
             rest = Histories(data.items, data.starts[others], data.ends[others])
-            counts = baselines.fit_pairwise_counts(
-                rest, NUM_ITEMS, window=3, backward=0.5, row_power=0.0, column_power=0.0, decay=0.7, last=4
-            )
-            for place in range(samples.lengths[number]):
-                if samples.is_target[starts[number] + place]:
-                    end = data.starts[user] + place + int(causal)
-                    asked = Evaluation(
-                        Histories(data.items, data.starts[[user]], np.array([end])), np.ones(1, np.int32)
-                    )
-                    ((_, scores),) = counts.scores(asked)
-                    target = int(samples.labels[starts[number] + place])
-                    wanted.setdefault(target, []).append(np.log1p(scores[0].numpy() / 0.3))
+            counts = baselines.fit_pairwise_counts(rest, NUM_ITEMS, **COUNTS)
+            for place in np.flatnonzero(samples.is_target[start : start + length]):
+                end = data.starts[user] + place + int(causal)
+                past = Histories(data.items, data.starts[[user]], np.array([end]))
+                ((_, scores),) = counts.scores(Evaluation(past, np.ones(1, np.int32)))
+                target = int(samples.labels[start + place])
+                wanted.setdefault(target, []).append(np.log1p(scores[0].numpy() / 0.3))
         seen = 0
         for slot, target in enumerate(batch.targets.tolist()):
             if target > 0:  # the others fill the bucket
