@@ -528,13 +528,13 @@ def test_counts_of_real_files_are_the_published_ones():
             assert numbers == (0, REAL[name][0] - 1, REAL[name][0]), name
 
 
-def good_lines(count: int) -> list[str]:
-    return [f"{n}\t1\t4\t{SECOND}" for n in range(count)]
+def good_lines(count: int) -> str:
+    return "".join(f"{n}\t1\t4\t{SECOND}\n" for n in range(count))
 
 
 def test_too_many_bad_lines_stop_with_counts_and_examples(tmp_path):
-    lines = [*good_lines(97), "1\t2\tx\t3", "1\t2", "1\t3"]
-    path = written(tmp_path, "\n".join(lines) + "\n", "u.data")
+    bad = "1\t2\tx\t3\n1\t2\n1\t3\n"
+    path = written(tmp_path, good_lines(97) + bad, "u.data")
     assert len(read(path, max_rejected_share=0.03)[0]) == 97
     with pytest.raises(InputError) as error:
         read(path, max_rejected_share=0.029)
@@ -547,20 +547,19 @@ def test_too_many_bad_lines_stop_with_counts_and_examples(tmp_path):
 
 
 def test_a_gzip_file_that_is_cut_or_damaged_is_refused(tmp_path, monkeypatch):
-    damaged = bytearray(gzip.compress(("\n".join(good_lines(300)) + "\n").encode()))
+    damaged = bytearray(gzip.compress(good_lines(300).encode()))
     for end in (len(damaged) // 2, len(damaged) - 1):
         with pytest.raises(InputError, match=r"cut.gz is (cut short|damaged)"):
             read(written(tmp_path, bytes(damaged[:end]), "cut.gz"), ML)
     damaged[-6] ^= 1  # in the checksum
-    lines = [line + "\n" for line in good_lines(30)]
-    members = [gzip.compress("".join(part).encode()) for part in (lines[:10], lines[10:])]
+    members = [gzip.compress(part.encode()) for part in good_lines(30).partition("10\t")]
     monkeypatch.setattr(formats, "BLOCK_BYTES", 64)
     monkeypatch.setattr(formats, "PIECE_BYTES", 16)
     for unzipper in (formats._unzipper, zlib.decompressobj):  # isal's, where it is installed
         monkeypatch.setattr(formats, "_unzipper", unzipper)
         with pytest.raises(InputError, match="is damaged near byte"):
             read(written(tmp_path, bytes(damaged)), ML)
-        path = written(tmp_path, b"".join([members[0], b"\0" * 40, members[1], b"\0" * 512]))
+        path = written(tmp_path, members[0] + b"\0" * 40 + members[1] + members[2] + b"\0" * 512)
         assert [row[1] for row in read(path, ML)[0]] == [str(n) for n in range(30)]
 
 
