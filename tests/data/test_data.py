@@ -112,15 +112,11 @@ def test_ties_are_in_the_order_that_was_chosen_and_counted(cache, tmp_path):
     assert as_dict(config) == as_dict(changed(config, ties="source")) != as_dict(changed(config, ties="item"))
 
 
-def test_ties_are_of_one_user_and_unknown_without_times(cache, tmp_path):
+def test_ties_are_of_one_user(cache, tmp_path):
     rows = [("a", 1, 1, 1), ("a", 2, 1, 2), ("a", 3, 1, 3), ("b", 1, 1, 3), ("b", 2, 1, 4)]
     config = DataConfig(dataset=own_file(tmp_path, rows), min_user=1, min_item=1)
     ties = prepare(config).manifest["ties"]
     assert (ties["interactions"], ties["test_targets"], ties["tied_ascending_share"]) == (0, 0, None)
-    ordered = own_file(tmp_path, [("a", "1"), ("a", "3"), ("a", "2"), ("b", "1")], "pairs.txt")
-    dataset = prepare(DataConfig(dataset=ordered, min_user=1, min_item=1, ties="item"))
-    assert keys_of(dataset, 0) == ["1", "3", "2"]  # the file's order is known, so no rule changes it
-    assert dataset.manifest["ties"]["interactions"] is None
 
 
 def contents(dataset: Dataset):

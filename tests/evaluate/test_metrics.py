@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
 from small_models import NUM_ITEMS, histories, small_model
 
 from reclib.config import InputError, changed
@@ -162,26 +161,6 @@ def test_each_way_to_rank_equals_its_own_computation_and_says_what_it_is():
         "global time, full ranking, seen items kept",
         outcomes["kept"].ranks.tolist(),
     )
-
-
-def test_trap_sampled_metrics_inflate_as_the_closed_form_says():
-    """Of 400 items the full ranking finds few targets; among a few negatives the same scores find many."""
-    num_items, users = 400, 400
-    part = evaluation_of([8] * users, num_items)
-    scores = torch.randn(users, num_items, generator=torch.Generator().manual_seed(0))
-    scores[torch.arange(users), torch.from_numpy(part.targets.astype(np.int64)) - 1] += 1.0
-    pool = np.array([num_items - len({*history(part, u), int(t)}) for u, t in enumerate(part.targets)])
-    for count in (20, 100):
-        drawn = []
-        for seed in range(3):
-            negatives = {"uniform": uniform_negatives(part, num_items, count, seed)}
-            outcomes = side_by_side(fixed(scores), part, negatives)
-            drawn.append(metrics.mean(outcomes["uniform"]))
-        # Of the pool rank - 1 items stand before the target: the number of them drawn is hypergeometric.
-        expected = stats.hypergeom.cdf(9, pool, outcomes["removed"].ranks - 1, count)
-        noise = np.sqrt((expected * (1 - expected)).sum() / 3) / users
-        assert np.mean(drawn) == pytest.approx(expected.mean(), abs=4 * noise)
-        assert np.mean(drawn) > metrics.mean(outcomes["removed"]) * 1.8
 
 
 def test_trap_rank_ties_are_pessimistic_under_every_protocol():

@@ -14,15 +14,15 @@ from reclib.evaluate import baselines, metrics, statistics
 SHARES = st.floats(0, 1)
 
 
-def drawn(rng, seed_spread: float, lift: float = 0.0, seeds: int = 3, users: int = 200, arms: int = 2):
-    """Models of equal mean but for `lift` of the last; users, seeds and their interaction vary."""
-    user = rng.normal(0.2, 0.3, users)
+def drawn(rng, seed_spread: float) -> dict[str, np.ndarray]:
+    """Two models of equal mean: 3 seeds, 200 users; users, seeds and their interaction vary."""
+    user = rng.normal(0.2, 0.3, 200)
 
-    def one(add: float) -> np.ndarray:
-        own = user + rng.normal(0, 0.15, users)
-        return add + own + rng.normal(0, seed_spread, (seeds, 1)) + rng.normal(0, 0.25, (seeds, users))
+    def one() -> np.ndarray:
+        of_users, of_seeds = rng.normal(0, 0.15, 200), rng.normal(0, seed_spread, (3, 1))
+        return user + of_users + of_seeds + rng.normal(0, 0.25, (3, 200))
 
-    return {f"m{i}": one(lift if i == arms - 1 else 0.0) for i in range(arms)}
+    return {"m0": one(), "m1": one()}
 
 
 def models(seeds: int, lift: float, users: int = 400) -> dict[str, np.ndarray]:

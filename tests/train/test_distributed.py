@@ -177,10 +177,10 @@ def test_validation_the_early_stop_and_each_users_rank_are_those_of_one_process(
     assert (trainer.progress.processes, trainer.progress.backend) == (2, "gloo")
 
 
-def start(out: Path, cache: Path) -> subprocess.Popen:
+def start(out: Path, cache: Path, processes: int = 2) -> subprocess.Popen:
     words = ["fit", "--dataset", "synthetic", "--size", "nano", "--gpu", "cpu", "--out", str(out)]
     values = [word for name, value in ranks.COMMAND.items() for word in ("-p", name, str(value))]
-    command = [sys.executable, "-m", "reclib", *words, "--nproc", "2", *values]
+    command = [sys.executable, "-m", "reclib", *words, "--nproc", str(processes), *values]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=os.environ | GNU | {"RECLIB_DATA": str(cache)}, **pipes)
 
@@ -257,6 +257,26 @@ def test_a_killed_rank_ends_the_job_and_the_same_command_goes_on_to_the_same_bit
         one, _ = saving.load_checkpoint(two / "whole" / name)
         other, _ = saving.load_checkpoint(out / name)
         assert all(torch.equal(one[key], other[key]) for key in one if not key.startswith("random."))
+
+
+@pytest.mark.slow
+def test_a_process_alone_killed_by_sigkill_ends_with_the_same_bits(cache, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for step in (7, 30, 55):
+        process = start(parts, cache, processes=1)
+        wait_for_step(process, parts, step)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    printed = []
+    for out in (parts, whole):
+        process = start(out, cache, processes=1)
+        printed.append(process.communicate(timeout=LIMIT)[0])
+        assert process.returncode == 0
+    assert json.loads(printed[0]) == json.loads(printed[1])
+    for name in ("best", "step-76"):
+        one, other = (saving.load_checkpoint(out / name)[0] for out in (whole, parts))
+        assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 @pytest.mark.slow

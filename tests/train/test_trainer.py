@@ -1,14 +1,7 @@
 """The loop: resume to the same bits, accumulation, precision, divergence, early stop; training further."""
 
 import itertools
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -276,48 +269,6 @@ def test_a_checkpoint_of_another_run_is_refused(dataset, tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             fit(shape, dataset, config, CPU, tmp_path)
-
-
-COMMAND = [
-    sys.executable, "-m", "reclib", "fit", "--dataset", "synthetic", "--size", "nano", "--gpu", "cpu",
-    "-p", "epochs", "6", "-p", "batch_size", "16", "-p", "checkpoint_seconds", "0", "-p", "eval_every", "2",
-    "-p", "lr_warmup_steps", "5",
-]  # fmt: skip
-
-
-def start(out: Path, cache: Path) -> subprocess.Popen:
-    environment = os.environ | {"RECLIB_DATA": str(cache)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*COMMAND, "--out", str(out)], env=environment, **pipes)
-
-
-@pytest.mark.slow
-def test_a_run_killed_by_sigkill_ends_with_the_same_bits(tmp_path):
-    cache = tmp_path / "cache"
-    whole = start(tmp_path / "whole", cache)
-    out, err = whole.communicate(timeout=120)
-    assert whole.returncode == 0, err
-    assert json.loads(out)["step"] == 114
-
-    parts = tmp_path / "parts"
-    for target in (7, 40, 80):
-        process = start(parts, cache)
-        deadline = time.monotonic() + 120
-        while (found := saving.latest(parts)) is None or int(found.name[5:]) < target:
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-    last = start(parts, cache)
-    again, err = last.communicate(timeout=120)
-    assert last.returncode == 0, err
-    assert json.loads(again) == json.loads(out)
-    for name in ("best", "step-114"):
-        one, _ = saving.load_checkpoint(tmp_path / "whole" / name)
-        other, _ = saving.load_checkpoint(parts / name)
-        assert same(one, other)
 
 
 def test_command_line_names_what_is_wrong_and_writes_nothing(tmp_path, capsys):
