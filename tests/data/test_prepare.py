@@ -1,6 +1,15 @@
+"""Prepared datasets: equal to a plain preparation, cached, whole or not there; where ml-100k comes from."""
+
+import dataclasses
+import gzip
+import hashlib
+import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -12,21 +21,348 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from reclib import system
-from reclib.config import DataConfig, InputError
-from reclib.data import dataset
-from reclib.data.prepare import Source, build, prepare
+from reclib.config import DataConfig, InputError, as_dict, changed
+from reclib.data import dataset, fetch
+from reclib.data import prepare as prepare_module
+from reclib.data.dataset import ARRAYS, Dataset, load
+from reclib.data.prepare import Source, build, data_main, folder_of, prepare, synthetic_dataset
 from reclib.data.read import Ingested
+
+SHARED = system.root().parent / "shared" / "data"
+
+# the default dataset, pinned: a change here is a change of rules and needs another RULES_VERSION
+FINGERPRINT = "11351b1d3c74ba8a"
+START = 978_307_200  # 2001-01-01: readers refuse times before 1990
+TEST_TARGETS = "3729284302d521e8ab1021106a5ce349d4277fdfd1f77d9ad0f5a1a621976d7d"
+
+
+@pytest.fixture(scope="session")
+def raw_files():
+    """The real files, kept in the project's own cache so that they are fetched once."""
+    try:
+        return fetch.files()
+    except InputError as error:
+        pytest.skip(f"ml-100k is neither cached nor reachable: {error}")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty cache of its own."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("RECLIB_DATA", str(folder))
+    return folder
+
+
+@pytest.fixture
+def ml_100k(raw_files, cache):
+    """The real files in place in an empty cache."""
+    fetch.folder().mkdir(parents=True)
+    for path in raw_files[:2]:
+        (fetch.folder() / path.name).write_bytes(path.read_bytes())
+    return fetch.folder()
+
+
+def own_file(folder: Path, rows, name: str = "u.data") -> str:
+    """Write (user, item, rating, seconds since `START`) rows, or fields as they are."""
+    path = folder / name
+    rows = [(*row[:3], START + row[3]) if isinstance(row[-1], int) else row for row in rows]
+    path.write_text("".join("\t".join(map(str, row)) + "\n" for row in rows))
+    return str(path)
+
+
+def keys_of(dataset: Dataset, user: int) -> list[str]:
+    a, b = dataset.offsets[user : user + 2]
+    return dataset.item_keys[dataset.items[a:b]].tolist()
+
+
+def test_counts_and_splits_of_real_ml_100k(ml_100k):
+    dataset = prepare(DataConfig())
+    assert (dataset.num_users, dataset.num_items, dataset.num_interactions) == (943, 1349, 99_287)
+    steps = {step.pop("step"): tuple(step.values()) for step in dataset.manifest["steps"]}
+    assert steps["source"] == (943, 1682, 100_000)
+    assert sum(steps[part][2] for part in ("train", "valid", "test")) == 99_287
+    assert dataset.manifest["test_targets_sha256"] == TEST_TARGETS
+    assert dataset.fingerprint == FINGERPRINT
+    assert dataset.title(1) == "Toy Story (1995)"
+    assert all(key in dataset.titles for key in dataset.item_keys[1:].tolist())
+    assert (dataset.items.min(), dataset.items.max()) == (1, dataset.num_items)
+
+
+def test_official_files_give_the_same_dataset(ml_100k, monkeypatch, tmp_path):
+    folder = SHARED / "ml-100k"
+    if not folder.is_dir():
+        pytest.skip(f"no copy of the official files at {folder}")
+    from_recbole = prepare(DataConfig())
+    monkeypatch.setenv("RECLIB_DATA", str(tmp_path / "official"))
+    fetch.folder().mkdir(parents=True)
+    for name in fetch.OFFICIAL:
+        (fetch.folder() / name).write_bytes(gzip.decompress((folder / f"{name}.gz").read_bytes()))
+    official = prepare(DataConfig())
+    assert official.manifest["source"]["file"] == "u.data"
+    assert official.fingerprint == from_recbole.fingerprint
+    assert official.titles == from_recbole.titles
+
+
+def test_ties_are_in_the_order_that_was_chosen_and_counted(tmp_path):
+    rows = [("a", item, 1, 7) for item in (5, 3, 9, 1)] + [("a", 8, 1, 6), ("b", 1, 1, 8)]
+    config = DataConfig(dataset=own_file(tmp_path, rows), min_user=1, min_item=1)
+    source = prepare(config)
+    assert keys_of(source, 0) == ["8", "5", "3", "9", "1"]
+    shares = {"ascending_share": 0.25, "tied_ascending_share": pytest.approx(1 / 3)}
+    assert source.manifest["ties"] == {"interactions": 4, "test_targets": 1} | shares
+    by_item = prepare(changed(config, ties="item"))
+    assert keys_of(by_item, 0) == ["8", "1", "3", "5", "9"]
+    assert by_item.manifest["ties"]["tied_ascending_share"] == 1.0
+    assert by_item.manifest["rules"]["order"] == "user, timestamp, item, row"
+    shuffled = [prepare(changed(config, ties="shuffle", ties_seed=seed)) for seed in (0, 0, 1, 2)]
+    orders = [keys_of(dataset, 0) for dataset in shuffled]
+    assert orders[0] == orders[1] != orders[2] != orders[3]
+    assert all(order[0] == "8" and sorted(order) == ["1", "3", "5", "8", "9"] for order in orders)
+    assert shuffled[2].manifest["rules"]["order"] == "user, timestamp, shuffled by seed 1"
+    assert len({one.fingerprint for one in (source, by_item, *shuffled[1:])}) == 5
+    assert len({prepare(changed(config, ties_seed=seed)).fingerprint for seed in (0, 1)}) == 1
+    assert as_dict(config) == as_dict(changed(config, ties="source")) != as_dict(changed(config, ties="item"))
+
+
+def test_ties_are_of_one_user(tmp_path):
+    rows = [("a", 1, 1, 1), ("a", 2, 1, 2), ("a", 3, 1, 3), ("b", 1, 1, 3), ("b", 2, 1, 4)]
+    config = DataConfig(dataset=own_file(tmp_path, rows), min_user=1, min_item=1)
+    ties = prepare(config).manifest["ties"]
+    assert (ties["interactions"], ties["test_targets"], ties["tied_ascending_share"]) == (0, 0, None)
+
+
+def contents(dataset: Dataset):
+    arrays = [getattr(dataset, name).tolist() for name in ARRAYS]
+    return arrays, dict(dataset.titles), dataset.manifest, dataset.name
+
+
+SYNTHETIC = DataConfig(dataset="synthetic")
+
+
+def test_damaged_cache_is_rebuilt(cache):
+    fresh = contents(prepare(SYNTHETIC))
+    (folder,) = (cache / "prepared").iterdir()
+    items, manifest = folder / "items.npy", folder / "manifest.json"
+    for damage in (
+        lambda: items.write_bytes(items.read_bytes()[:-4]),
+        lambda: items.write_bytes(items.read_bytes()[:-1] + b"\1"),
+        lambda: manifest.write_text(manifest.read_text().replace("300", "301")),
+        lambda: (folder / "titles.json").unlink(),
+        lambda: (folder / "seal.json").write_text("{"),
+        lambda: [path.unlink() for path in folder.iterdir()],
+    ):
+        damage()
+        assert contents(prepare(SYNTHETIC)) == fresh
+        assert list((cache / "prepared").iterdir()) == [folder]
+        assert json.loads(manifest.read_text()) == fresh[2]
+
+
+INTER = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
+
+
+def test_records_name_no_folder(tmp_path, monkeypatch):
+    own_file(tmp_path, [("a", i, 1, i) for i in range(4)])
+    shutil.copytree(system.params(), tmp_path / "params")
+    monkeypatch.setenv("RECLIB_ROOT", str(tmp_path))
+    dataset = prepare(DataConfig(dataset="u.data", min_user=1, min_item=1))
+    assert dataset.manifest["source"]["file"] == "u.data"
+    assert str(tmp_path) not in json.dumps(dataset.manifest)
+
+
+def test_truncated_ml_100k_is_refused_even_when_prepared(ml_100k):
+    prepare(DataConfig())
+    path = next(p for p in ml_100k.iterdir() if p.name in ("ml-100k.inter", "u.data"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=rf"{path.name} is truncated or altered"):
+        prepare(DataConfig())
+    assert path.read_bytes() == whole[: len(whole) // 2]  # the user's file is left alone
+
+
+@pytest.fixture
+def small(monkeypatch, cache):
+    """Stand in for the real files with small ones: {name: content}, and the zip that holds them."""
+    contents = {
+        "u.data": b"".join(b"%d\t%d\t3\t%d\n" % (u, i, START + i) for u in range(6) for i in range(6)),
+        "u.item": "".join(f"{i}|Caf\u00e9 {i}|x\n" for i in range(6)).encode("latin-1"),
+    }
+    zipped = cache.parent / "served" / "ml-100k.zip"
+    zipped.parent.mkdir()
+    with zipfile.ZipFile(zipped, "w") as archive:
+        for name, content in contents.items():
+            archive.writestr(f"ml-100k/{name}", content)
+    for name, content in contents.items():
+        monkeypatch.setitem(fetch.SHA256, name, hashlib.sha256(content).hexdigest())
+    checksum = f"sha256:{hashlib.sha256(zipped.read_bytes()).hexdigest()}"
+    expected = dataclasses.replace(fetch.known("ml-100k"), checksum=checksum)
+    monkeypatch.setattr(fetch, "known", lambda name: expected)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")  # pip fails at once, without network
+    monkeypatch.setenv("PIP_FIND_LINKS", str(cache.parent / "served"))
+    return zipped
+
+
+def test_the_official_archive_is_downloaded_kept_and_may_be_put_there_by_hand(small, cache, monkeypatch):
+    monkeypatch.setenv("RECLIB_MIRROR", str(small.parent))
+    dataset = prepare(DataConfig())
+    assert (dataset.num_users, dataset.num_items, dataset.title(1)) == (6, 6, "Café 0")
+    assert dataset.manifest["source"]["origin"] == "GroupLens"
+    monkeypatch.setenv("RECLIB_OFFLINE", "1")
+    shutil.rmtree(fetch.folder())
+    assert fetch.files().interactions.exists()  # from the archive
+    assert sorted(p.name for p in (cache / "raw").iterdir()) == ["ml-100k", "ml-100k.zip"]
+    (fetch.folder() / "u.item").unlink()
+    with pytest.raises(InputError, match=r"u\.item is missing beside u\.data and u\.item"):
+        prepare(DataConfig())
+    shutil.rmtree(cache)
+    monkeypatch.delenv("RECLIB_MIRROR")
+    problem = f"RECLIB_OFFLINE is set.*put a whole ml-100k.zip at {re.escape(str(fetch.archive()))}"
+    with pytest.raises(InputError, match=problem):
+        prepare(DataConfig())
+
+
+@pytest.fixture
+def wheel(small, monkeypatch):
+    """A wheel of recbole 1.2.1 where pip finds it without network; yields what its files should be."""
+    contents = {
+        "ml-100k.inter": INTER.encode() + zipfile.ZipFile(small).read("ml-100k/u.data"),
+        "ml-100k.item": b"item_id:token\tmovie_title:token_seq\n0\tFrom the wheel\n",
+    }
+    about = {
+        "METADATA": "Metadata-Version: 2.1\nName: recbole\nVersion: 1.2.1\n",
+        "WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        "RECORD": "",
+    }
+    with zipfile.ZipFile(small.parent / "recbole-1.2.1-py3-none-any.whl", "w") as archive:
+        for name, text in about.items():
+            archive.writestr(f"recbole-1.2.1.dist-info/{name}", text)
+        for name, content in contents.items():
+            archive.writestr(f"recbole/dataset_example/ml-100k/{name}", content)
+    for name, content in contents.items():
+        monkeypatch.setitem(fetch.SHA256, name, hashlib.sha256(content).hexdigest())
+    monkeypatch.setenv("RECLIB_MIRROR", "http://127.0.0.1:9/nobody")
+    return contents
+
+
+def test_the_wheel_by_pip_whose_altered_files_are_never_put_in_place(wheel, cache, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(fetch.SHA256, "ml-100k.inter", "0" * 64)  # another file was expected
+        with pytest.raises(InputError, match=r"ml-100k\.inter is truncated or altered"):
+            prepare(DataConfig())
+    assert list((cache / "raw").iterdir()) == []
+    dataset = prepare(DataConfig())
+    assert (dataset.manifest["source"]["file"], dataset.title(1)) == ("ml-100k.inter", "From the wheel")
+    assert [path.name for path in (cache / "raw").iterdir()] == ["ml-100k"]
+
+
+def test_synthetic_histories_are_seeded_and_shaped():
+    first, again, other = (synthetic_dataset(200, 100, 12.0, seed=seed) for seed in (3, 3, 4))
+    assert contents(first) == contents(again)
+    assert first.fingerprint != other.fingerprint
+
+    dataset = synthetic_dataset(2000, 300, 20.0, seed=0)
+    assert (dataset.num_users, dataset.num_items, dataset.lengths.min()) == (2000, 300, 5)
+    assert dataset.lengths.mean() == pytest.approx(20.0, rel=0.05)
+    pairs = np.repeat(np.arange(2000), dataset.lengths) * 301 + dataset.items
+    assert np.unique(pairs).size == pairs.size  # no user meets an item twice
+    counts = np.sort(np.bincount(dataset.items, minlength=301)[1:])[::-1]
+    assert counts[:30].sum() > 0.4 * counts.sum()  # a tenth of the items has most of the interactions
+    with pytest.raises(InputError, match=r"mean length is 4\.0, expected at least 5"):
+        synthetic_dataset(10, 100, 4.0, seed=0)
+
+
+OWN = [(f"reader {u}", f"book {i}", 1, 10 * u + i) for u in range(4) for i in range(5) if (u + i) % 4]
+
+
+@pytest.fixture
+def out(cache, tmp_path):
+    """A prepared folder."""
+    config = DataConfig(dataset=own_file(tmp_path, OWN), min_user=1, min_item=1)
+    return folder_of(config, tmp_path / "out")
+
+
+def run(capsys, *arguments: object) -> tuple[int, str, str]:
+    code = data_main(list(map(str, arguments)))
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def test_command_prepares_a_file_of_ones_own(cache, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    table = "who,what,when\n" + "".join(f"{u},{i},{START + t}\n" for u, i, _, t in OWN)
+    (tmp_path / "own.csv").write_text(table)
+    options = ("--columns", "user=who,item=what,time=when", "--min-user", 1, "--min-item", 1)
+    code, out, errors = run(capsys, "prepare", "own.csv", "--out", "out", *options)
+    assert (code, out.splitlines()[-1], errors) == (0, str(tmp_path / "out/manifest.json"), "")
+    dataset = prepare(DataConfig(dataset=str(tmp_path / "out")))  # a prepared folder is a dataset
+    assert (dataset.num_users, dataset.num_items, dataset.num_interactions) == (4, 5, 15)
+    assert not cache.exists() or not any(cache.rglob("*"))
+
+
+def test_command_again_does_nothing_and_other_options_replace_the_folder(out, tmp_path, capsys, monkeypatch):
+    given = (tmp_path / "u.data", "--out", out, "--min-item", 1, "--min-user")
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "build", lambda *_: pytest.fail("prepared again"))
+        assert run(capsys, "prepare", *given, 1)[0] == 0
+    assert run(capsys, "prepare", *given, 4)[0] == 0
+    assert load(out).manifest["core"]["min_user"] == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "out", "u.data"]
+
+
+def test_show_prints_counts_and_verify_finds_one_altered_byte(out, capsys, monkeypatch):
+    code, printed, _ = run(capsys, "show", out)
+    assert code == 0
+    assert ["source", "4", "5", "15"] in [line.split() for line in printed.splitlines()]
+    assert "leave-one-out:" in printed
+    assert "global time:" in printed
+
+    monkeypatch.setattr(system, "HASHED_ALWAYS", 0)  # as if all files were large
+    assert run(capsys, "verify", out)[0] == 0
+    whole = (out / "times.npy").read_bytes()
+    (out / "times.npy").write_bytes(whole[:-1] + b"\1")
+    items = load(out).items.base  # sizes and the seal are as they were: this is what `verify` is for
+    assert isinstance(items, np.memmap)  # loading reads no array
+    code, _, error = run(capsys, "verify", out)
+    assert (code, error.count("\n")) == (2, 1)
+    assert "times.npy is altered: its sha256 differs" in error
+
+
+def test_what_is_wrong_is_one_line_and_no_other_folder_is_written(out, tmp_path, capsys):
+    other = tmp_path / "letters"
+    other.mkdir()
+    (other / "letters.txt").write_text("dear")
+    (out / "offsets.npy").unlink()
+    data = tmp_path / "u.data"
+    for arguments, problem in (
+        (["verify", other], "expected a folder that `prepare` wrote"),
+        (["prepare", data, "--out", other, "--min-item", 1], "give a new folder"),
+        (["show", out], "no whole prepared dataset (offsets.npy"),
+        (["prepare", out], "no whole prepared dataset (offsets.npy"),
+        (["show", "nowhere"], "no whole prepared dataset"),
+        (["prepare", "ml-10k"], "'ml-10k' (did you mean 'ml-100k'?): expected one of"),
+        (["prepare", "ml-100k", "--min-user", "0"], "'min_user' is 0"),
+        (["prepare", "x", "--columns", "who=a"], "expected NAME=COLUMN with a name of user, item"),
+        (["prepare", "x", "--core", "none"], "invalid choice"),
+        ([], "required: command"),
+    ):
+        try:
+            code, _, error = run(capsys, *arguments)
+        except SystemExit as ended:
+            code, error = ended.code, capsys.readouterr().err
+        assert (code, error.count("\n")) == (2, 1)
+        assert problem in error
+    assert [path.name for path in other.iterdir()] == ["letters.txt"]
+
+
+def test_fingerprint_is_that_of_the_committed_records():
+    records = system.root() / "executed" / "cpu" / "results.jsonl"
+    lines = map(json.loads, records.read_text().splitlines())
+    found = {line["data"]["fingerprint"] for line in lines if line["data"]["name"] == "ml-100k"}
+    assert found == {FINGERPRINT}
+
 
 COLUMNS = ("user", "item", "rating", "time")
 # lengths, character orders and code points beyond the first plane all decide the order of ids
 KEYS = st.text(alphabet="aZ9-_é\u4e00\U0001f600", min_size=1, max_size=3)
-
-
-@pytest.fixture(autouse=True)
-def data_folder(tmp_path, monkeypatch):
-    folder = tmp_path / "data"
-    monkeypatch.setenv("RECLIB_DATA", str(folder))
-    return folder
 
 
 def source(rows, time_unit="s", titles=None, name="made") -> Source:
@@ -55,7 +391,7 @@ def source(rows, time_unit="s", titles=None, name="made") -> Source:
     return Source(name, "made", fill)
 
 
-def prepared(folder: Path, rows, *, time_unit="s", titles=None, **config) -> dataset.Dataset:
+def prepared_from(folder: Path, rows, *, time_unit="s", titles=None, **config) -> dataset.Dataset:
     config = {"min_user": 1, "min_item": 1} | config
     build(source(rows, time_unit, titles), DataConfig(**config), folder, "key")
     return dataset.load(folder)
@@ -109,10 +445,10 @@ def test_preparation_equals_a_plain_one(tmp_path_factory, rows, minimum, rule, c
     config = {"min_user": minimum[0], "min_item": minimum[1], "duplicates": rule, "core": core}
     if not expected:
         with pytest.raises(InputError, match="nothing of dataset 'made' is left by the k-core"):
-            prepared(folder, rows, **config)
+            prepared_from(folder, rows, **config)
         assert not folder.exists()
         return
-    found = prepared(folder, rows, **config)
+    found = prepared_from(folder, rows, **config)
     order = lambda key: (len(key), key)  # noqa: E731
     users = sorted({row[0] for row in expected}, key=order)
     assert found.user_keys.tolist() == users
@@ -126,7 +462,6 @@ def test_preparation_equals_a_plain_one(tmp_path_factory, rows, minimum, rule, c
     assert table == [(*row, n) for rows in mine.values() for n, row in enumerate(rows)]
 
 
-SHARED = system.root().parent / "shared" / "data"
 PUBLISHED = {  # users, items, interactions of the 5-core sets, and what a 5-core leaves of MovieLens
     "amazon-beauty-2014-5core/Beauty_s3rec.txt.gz": (22_363, 12_101, 198_502),
     "amazon-toys-2014-5core/Toys_and_Games_s3rec.txt.gz": (19_412, 11_924, 167_597),
@@ -149,7 +484,7 @@ def test_counts_are_the_published_ones():
 
 def test_manifest_says_what_happened(tmp_path):
     rows = [("u", item, 3, time) for item, time in ((1, 5), (2, 6), (2, 6), (3, 6), (4, 7))]
-    found = prepared(tmp_path / "out", rows, duplicates="exact", titles={"2": "Two", "9": "Not here"})
+    found = prepared_from(tmp_path / "out", rows, duplicates="exact", titles={"2": "Two", "9": "Not here"})
     manifest = found.manifest
     assert [tuple(step.values()) for step in manifest["steps"]] == [
         ("source", 1, 4, 5),
@@ -169,7 +504,9 @@ def test_manifest_says_what_happened(tmp_path):
 
 def test_order_without_times(tmp_path):
     rows = [("u", 5, None, 0), ("u", 3, None, 1), ("v", 3, None, 0), ("u", 4, None, 2)]
-    found = prepared(tmp_path / "out", rows, time_unit="order", ties="item")  # no rule changes a known order
+    found = prepared_from(
+        tmp_path / "out", rows, time_unit="order", ties="item"
+    )  # no rule changes a known order
     assert histories_of(found) == {"u": ["5", "3", "4"], "v": ["3"]}
     assert found.times is found.manifest["ties"]["interactions"] is None
     assert not (tmp_path / "out" / "times.npy").exists()
@@ -180,18 +517,18 @@ def test_order_without_times(tmp_path):
 def test_impossible_ids_are_refused(tmp_path):
     for key in ("k" * 257, "nul\0inside"):
         with pytest.raises(InputError, match=r"^item id .* expected at most 256 bytes.*$"):
-            prepared(tmp_path / "out", [("u", key, 1, 1)])
+            prepared_from(tmp_path / "out", [("u", key, 1, 1)])
 
 
 def test_memory_limit_that_is_too_low_is_told(tmp_path):
     rows = [(f"user {n}", f"item {n}", 1, n) for n in range(60_000)]
     with pytest.raises(InputError, match="'memory_limit_mb' is 1, too low") as error:
-        prepared(tmp_path / "out", rows, memory_limit_mb=1)
+        prepared_from(tmp_path / "out", rows, memory_limit_mb=1)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
-def test_full_disk_leaves_nothing(tmp_path, data_folder, monkeypatch):
+def test_full_disk_leaves_nothing(tmp_path, cache, monkeypatch):
     """The database, its spilled rows and the output are all on a disk that is too small for them."""
     point = tmp_path / "disk"
     point.mkdir()
@@ -203,13 +540,13 @@ def test_full_disk_leaves_nothing(tmp_path, data_folder, monkeypatch):
         try:
             monkeypatch.setenv("RECLIB_DATA", str(point / "data"))
             with pytest.raises(OSError) as error:  # noqa: PT011  # the system's and the database's words
-                prepared(point / "data" / "prepared" / "out", rows)
+                prepared_from(point / "data" / "prepared" / "out", rows)
             assert "\n" not in str(error.value)
             assert [path for path in point.rglob("*") if path.is_file()] == []
         finally:
             subprocess.run(["umount", str(point)], check=True)
-    monkeypatch.setenv("RECLIB_DATA", str(data_folder))  # and with room the same command works
-    assert prepared(tmp_path / "out", rows).num_interactions == 50_000
+    monkeypatch.setenv("RECLIB_DATA", str(cache))  # and with room the same command works
+    assert prepared_from(tmp_path / "out", rows).num_interactions == 50_000
 
 
 LIKE_ELECTRONICS = """
@@ -255,10 +592,10 @@ def test_variants_of_a_product_become_one_item(tmp_path):
     }
     bought = {"ann": "12131", "bob": "3411"}
     rows = [(user, item, None, time) for user in bought for time, item in enumerate(bought[user])]
-    merged = prepared(tmp_path / "merged", rows, titles=titles, merge_variants=True)
+    merged = prepared_from(tmp_path / "merged", rows, titles=titles, merge_variants=True)
     assert histories_of(merged) == {"ann": ["1", "3", "1"], "bob": ["3", "4", "1"]}
     steps = {step["step"]: (step["items"], step["interactions"]) for step in merged.manifest["steps"]}
     assert (steps["source"], steps["variants merged"]) == ((4, 9), (3, 6))
-    assert prepared(tmp_path / "plain", rows, titles=titles).fingerprint != merged.fingerprint
+    assert prepared_from(tmp_path / "plain", rows, titles=titles).fingerprint != merged.fingerprint
     with pytest.raises(InputError, match="'merge_variants' is True: expected titles, and dataset 'made' has"):
-        prepared(tmp_path / "none", rows, merge_variants=True)
+        prepared_from(tmp_path / "none", rows, merge_variants=True)

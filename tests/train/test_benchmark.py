@@ -16,7 +16,6 @@ from reclib.cost import work
 from reclib.experiments import speed
 from reclib.experiments.speed import CHANGES, ladder
 from reclib.model.bert4rec import Bert4Rec
-from reclib.parameters import AmpCompile
 from reclib.train import losses, timing
 from reclib.train.timing import Measurement, break_even_steps, published_rate
 from reclib.train.trainer import StepStats, Trainer
@@ -207,15 +206,10 @@ def test_compiled_equals_eager_and_nothing_is_compiled_again_over_a_ragged_epoch
     assert warm.compile_seconds > 0
 
 
-@pytest.fixture
-def p() -> AmpCompile:
-    smoke = reclib_parameters.profile("04_amp_compile", "smoke")
-    small = {"dataset": "synthetic", "synthetic_users": 100, "synthetic_items": 60}
-    small |= {"steps": 2, "warmup_steps": 1, "max_len": 12}
-    return reclib_parameters.build("04_amp_compile", smoke | small)
-
-
-def test_what_does_not_apply_is_a_row_with_its_reason(p):
+def test_what_does_not_apply_is_a_row_with_its_reason():
+    small = {"dataset": "synthetic", "synthetic_users": 100, "synthetic_items": 60, "max_len": 12}
+    smoke = reclib_parameters.profile("04_amp_compile", "smoke") | small | {"steps": 2, "warmup_steps": 1}
+    p = reclib_parameters.build("04_amp_compile", smoke)
     rows = speed.grid(p, speed.dataset_of(p), CPU)
     status = {(row.asked["precision"], row.asked["compile_mode"]): row.found.status for row in rows}
     assert status == {
