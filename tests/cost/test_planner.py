@@ -43,9 +43,6 @@ def asked(**changes: object) -> Asked:
     return explore.asked(parameters.build("07_explore", SMOKE | given))
 
 
-# -- steps ---------------------------------------------------------------------------------------------------
-
-
 def test_rates_are_interpolated_and_shares_scale_their_group_and_no_other():
     rates = {50: 1e9, 200: 4e9}
     found = [planner.interpolated(rates, at) for at in (100, 10, 999)]  # beyond the shapes: held
@@ -110,9 +107,6 @@ def test_a_cpu_label_is_the_cpu_that_is_here_or_another_that_stands_in_and_it_is
     assert "not calibrated" in capsys.readouterr().out
 
 
-# -- plans ---------------------------------------------------------------------------------------------------
-
-
 def test_an_adapter_costs_less_than_training_everything_and_is_no_validated_plan():
     for label in ["l4", "cpu2 AMD EPYC"]:
         (full,) = planner.plans(label, MODEL, TRAIN, LENGTHS)
@@ -132,9 +126,6 @@ def test_what_cannot_be_planned_is_told():
     ]:
         with pytest.raises(InputError, match=message):
             planner.plans(label, MODEL, changed(TRAIN, precision=precision), LENGTHS)
-
-
-# -- command line --------------------------------------------------------------------------------------------
 
 
 def test_the_command_line_prints_a_prediction_that_fits_a_screen(capsys):
@@ -188,9 +179,6 @@ def test_the_command_line_says_what_does_not_fit_and_what_makes_no_sense(capsys)
         assert re.fullmatch("error: .*\n", capsys.readouterr().err), arguments
 
 
-# -- notebook 07 ---------------------------------------------------------------------------------------------
-
-
 def test_plans_of_the_notebook_are_for_every_device_in_its_precision_at_the_price_of_one():
     one = asked(device="a100-40", items=1000, batch_size=64, price=2.5)
     again = SMOKE | yaml.safe_load(explore.plan_as_parameters(one))
@@ -206,9 +194,6 @@ def test_plans_of_the_notebook_are_for_every_device_in_its_precision_at_the_pric
         assert plan.numbers()["cost_per_epoch"] == (cost and pytest.approx(cost))
     own = {plan.device: plan.precision for plan in found}
     assert [own[name] for name in ("l4", "h100", "t4", "cpu2 AMD EPYC")] == ["tf32", "tf32", "fp16", "fp32"]
-
-
-# -- records -------------------------------------------------------------------------------------------------
 
 
 def test_committed_predictions_are_older_than_their_measurements():

@@ -365,30 +365,24 @@ COLUMNS = ("user", "item", "rating", "time")
 KEYS = st.text(alphabet="aZ9-_é\u4e00\U0001f600", min_size=1, max_size=3)
 
 
-def source(rows, time_unit="s", titles=None, name="made") -> Source:
+def source(rows, time_unit="s", titles=None) -> Source:
     """A source whose `raw` is the given (user, item, rating, time) rows."""
 
     def fill(con: duckdb.DuckDBPyConnection, progress, work):
         progress(1, 2)
         assert work.is_dir()
-        frame = pd.DataFrame(rows, columns=list(COLUMNS))
-        frame.insert(0, "row", range(len(rows)))
-        con.register("frame", frame)
+        con.register("frame", pd.DataFrame(rows, columns=list(COLUMNS)).reset_index(names="row"))
         con.execute(
             'create table raw as select row::bigint as row, "user"::varchar as "user", '
             "item::varchar as item, rating::double as rating, time::bigint as time from frame"
         )
         con.unregister("frame")
-        return Ingested(
-            time_unit=time_unit,
-            provenance={"origin": "file", "file": "made.tsv", "sha256": "0" * 64},
-            lines_read=len(rows) + 1,
-            rejected={"field missing": 1},
-            rejected_examples=[{"line": 3, "reason": "field missing", "text": "x"}],
-            titles=lambda keys: {k: t for k, t in (titles or {}).items() if k in keys},
-        )
+        about = {"origin": "file", "file": "made.tsv", "sha256": "0" * 64}
+        example = {"line": 3, "reason": "field missing", "text": "x"}
+        of_items = lambda keys: {k: t for k, t in (titles or {}).items() if k in keys}  # noqa: E731
+        return Ingested(time_unit, about, len(rows) + 1, {"field missing": 1}, [example], of_items)
 
-    return Source(name, "made", fill)
+    return Source("made", "made", fill)
 
 
 def prepared_from(folder: Path, rows, *, time_unit="s", titles=None, **config) -> dataset.Dataset:

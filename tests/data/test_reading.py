@@ -440,6 +440,7 @@ REVIEW_2023 = (
 )
 USERS = ["A2IBPI20UZIR0U", "AKM1MP6P0OYPR", "A14VAT5EAX3D9S"]
 ITEMS = ["1384719342", "B00005N7P0", "013279304X"]
+PAIRS = list(zip(USERS, ITEMS, strict=True))
 
 CONTENTS = {
     "ml-100k": "196\t242\t3\t881250949\n186\t302\t3\t891717742\n",
@@ -448,8 +449,8 @@ CONTENTS = {
     "amazon-2014-json": REVIEW + ', "helpful": [0, 0]}\n',
     "amazon-2018-json": REVIEW + ', "verified": true}\n',
     "amazon-2023-json": REVIEW_2023 + "\n",
-    "amazon-2014-csv": "".join(f"{u},{i},5.0,1365811200\n" for u, i in zip(USERS, ITEMS, strict=True)),
-    "amazon-2018-csv": "".join(f"{i},{u},5.0,1365811200\n" for u, i in zip(USERS, ITEMS, strict=True)),
+    "amazon-2014-csv": "".join(f"{user},{item},5.0,1365811200\n" for user, item in PAIRS),
+    "amazon-2018-csv": "".join(f"{item},{user},5.0,1365811200\n" for user, item in PAIRS),
     "amazon-2023-csv": "user_id,parent_asin,rating,timestamp\nAE,B0,5.0,1547589356557\n",
     "inter": "user_id:token\titem_id:token\ttimestamp:float\n1\t2\t881250949\n",
     "user-per-line": "1 5 6 7\n2 5\n",
@@ -460,11 +461,11 @@ EXPECTED = {
     "ml-100k": [("196", "242", 3.0, 881250949), ("186", "302", 3.0, 891717742)],
     "ml-1m": [("1", "1193", 5.0, 978300760), ("1", "661", 3.0, 978302109)],
     "movielens-csv": [("1", "1", 4.0, 964982703)],
-    "amazon-2014-json": [("A2IBPI20UZIR0U", "1384719342", 5.0, 1393545600)],
-    "amazon-2018-json": [("A2IBPI20UZIR0U", "1384719342", 5.0, 1393545600)],
+    "amazon-2014-json": [(USERS[0], ITEMS[0], 5.0, 1393545600)],
+    "amazon-2018-json": [(USERS[0], ITEMS[0], 5.0, 1393545600)],
+    "amazon-2014-csv": [(*pair, 5.0, 1365811200) for pair in PAIRS],
+    "amazon-2018-csv": [(*pair, 5.0, 1365811200) for pair in PAIRS],
     "amazon-2023-json": [("AE", "B0", 5.0, 1602133857705)],
-    "amazon-2014-csv": [(user, item, 5.0, 1365811200) for user, item in zip(USERS, ITEMS, strict=True)],
-    "amazon-2018-csv": [(user, item, 5.0, 1365811200) for user, item in zip(USERS, ITEMS, strict=True)],
     "amazon-2023-csv": [("AE", "B0", 5.0, 1547589356557)],
     "inter": [("1", "2", None, 881250949)],
     "user-per-line": [("1", "5", None, 0), ("1", "6", None, 1), ("1", "7", None, 2), ("2", "5", None, 0)],

@@ -35,9 +35,6 @@ def trained_names(model: AdaptedModel) -> list[str]:
     return [name for name, p in model.named_parameters() if p.requires_grad]
 
 
-# -- nothing is bypassed -------------------------------------------------------------------------------------
-
-
 def test_every_adapter_and_the_gate_have_a_gradient_and_nothing_else_has():
     for kind in KINDS:
         found, one = adapted(kind, targets=EVERYTHING), batch()
@@ -49,9 +46,6 @@ def test_every_adapter_and_the_gate_have_a_gradient_and_nothing_else_has():
         for name, parameter in found.named_parameters():
             assert parameter.requires_grad == (parameter.grad is not None), name
             assert parameter.grad is None or float(parameter.grad.abs().max()) > 0, name
-
-
-# -- kinds are what they say ---------------------------------------------------------------------------------
 
 
 @given(rank=st.sampled_from([(4, 1), (4, 2), (8, 4), (6, 3), (8, 8)]), seed=st.integers(0, 99))
@@ -134,9 +128,6 @@ def test_a_gate_on_states_is_trained_while_they_stay_as_they_are():
         assert torch.equal(found.expert_weights(*rows_of(batch())), before)  # without dropout
 
 
-# -- compiled, in threads, by the trainer --------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_compiled_is_eager():
     """In one graph: the gate leaves no break in it."""
@@ -150,9 +141,6 @@ def test_compiled_is_eager():
     close(compiled(*rows), found.encode(*rows), **NEAR)
     for name, gradient in gradients[0].items():
         close(gradients[1][name], gradient, rtol=1e-3, atol=1e-4)
-
-
-# -- frozen weights cost nothing -----------------------------------------------------------------------------
 
 
 def test_an_adapted_output_table_has_no_product_for_the_frozen_part(monkeypatch):
@@ -202,9 +190,6 @@ def test_frozen_weights_can_be_held_in_the_precision_of_the_products():
     assert all(p.grad.dtype == torch.float32 for p in found.parameters() if p.requires_grad)
 
 
-# -- several, merged, taken away -----------------------------------------------------------------------------
-
-
 def test_several_adapters_on_one_base_chosen_per_batch():
     model, one = base(**UNTIED), batch()
     plain = scores(model, one)
@@ -251,9 +236,6 @@ def test_merging_is_exact_or_refused():
         with pytest.raises(InputError, match=why):
             found.merge_and_unload()
         assert base_hash(found.twin) == found.base_sha256 or found is rounded
-
-
-# -- bad input -----------------------------------------------------------------------------------------------
 
 
 def test_mistakes_are_named():
