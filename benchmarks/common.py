@@ -145,16 +145,20 @@ def clean_environment(threads: int) -> dict[str, str]:
     return variables | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
 
 
-def options(
-    doc: str | None, *, rounds: int = 1, quick: str = "few steps, one round"
-) -> argparse.ArgumentParser:
-    """Return a parser of the options that benchmarks share."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help=quick)
-    parser.add_argument("--rounds", type=int, default=rounds, help="(%(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="(%(default)s)")
+def parser_of(doc: str | None) -> argparse.ArgumentParser:
+    """Return a parser whose help is a script's docstring as it stands."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def options(doc: str | None, quick: str = "", **numbers: int) -> argparse.ArgumentParser:
+    """Return a parser of `--out`, of `--quick` if it is described, and of numbers with their defaults."""
+    parser = parser_of(doc)
     parser.add_argument("--out", type=Path, metavar="FILE", help="append each row to this file, too")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    if quick:
+        parser.add_argument("--quick", action="store_true", help=quick)
+    for name, default in numbers.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help="(%(default)s)")
     return parser
 
 
@@ -164,13 +168,13 @@ def start(
     child: Callable[..., Mapping[str, Any]] | None = None,
 ) -> int:
     """Run a benchmark, or its `child`, with the arguments of the command line; return the exit code."""
-    given = parser.parse_args()
-    if given.child is not None and child is not None:
-        print(json.dumps(finite(child(**given.child))))
+    args = parser.parse_args()
+    if args.child is not None and child is not None:
+        print(json.dumps(finite(child(**args.child))))
         return 0
-    rows = Rows(given.out)
-    about = {"quick": given.quick, "threads": given.threads, "rounds": given.rounds}
-    print(json.dumps(finite(about | run(given, rows))))
+    rows = Rows(args.out)
+    settings = {name: getattr(args, name) for name in ("quick", "threads", "rounds") if name in args}
+    print(json.dumps(finite(settings | run(args, rows))))
     return int(rows.failed)
 
 

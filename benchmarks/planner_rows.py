@@ -187,14 +187,14 @@ def measure(given: Row) -> Row:
 
 def measure_rates(threads: int) -> Row:
     """Return the rates of so many threads, and what a process holds before it has a model."""
-    import microbench
+    import bound
 
     from reclib import hardware
     from reclib.train import trainer  # noqa: F401  (what a training process has loaded)
 
     dataset(SETS["fitted"][0], 1000)
     device, before = started(threads)
-    rates = microbench.rates(device.torch_device) | {"process_bytes": before}
+    rates = bound.rates(device.torch_device) | {"process_bytes": before}
     return {"card": hardware.device_card(device), "data": None, "counts": {}, "timings": rates}
 
 
