@@ -10,31 +10,26 @@ import functools
 import json
 import os
 import resource
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, run_process
+from common import ROOT, Row, run_child
 
-from reclib import records
+from reclib import hardware, records
 from reclib.config import AdapterConfig, TrainConfig, model_config, validated
 from reclib.cost.work import AdapterPlan
 from reclib.data.dataset import train_histories
 from reclib.data.prepare import synthetic_dataset
-from reclib.hardware import cpu_model as here
 
-Row = dict[str, Any]
-
-COMMAND = Path(__file__).with_name("planner.py")
 DISTURBED = 0.04  # share of the cores beyond which a row is thrown away; the same command tries again
 SHORT, ML = {"mean_len": 9.4, "max_len": 50}, {"mean_len": 100.0, "max_len": 200, "users": 1000}
 REAL = ("5m", "85m", "130m", "430m")  # at their own catalogue and batch 128, two threads: `real_size_step`
 
 
-def row(size: str, threads: int, batch_size: int, shape: Row, **model: Any) -> Row:
+def row_of_cpu(size: str, threads: int, batch_size: int, shape: Row, **model: Any) -> Row:
     """Describe one row of a CPU, of 6000 users unless its shape says otherwise; `model` changes its size."""
     whole = {"size": size, "threads": threads, "batch_size": batch_size, "users": 6000} | shape
     return whole | {"model": model}
@@ -42,48 +37,48 @@ def row(size: str, threads: int, batch_size: int, shape: Row, **model: Any) -> R
 
 SETS: dict[str, list[Row]] = {
     "fitted": [
-        row("nano", 2, 64, ML),
-        row("tiny", 1, 64, ML),
-        row("tiny", 2, 64, ML),
-        row("small", 1, 32, ML),
-        row("medium", 1, 64, ML),
-        row("medium", 2, 64, ML),
-        row("tiny", 2, 128, SHORT, num_items=40_000),
-        row("small", 2, 64, SHORT, num_items=3000),
-        row("5m", 1, 128, SHORT),
-        row("5m", 2, 512, SHORT),
-        row("medium", 2, 256, {"mean_len": 30.0, "max_len": 100}, num_items=5000),
-        row("85m", 2, 128, SHORT),
-        row("85m", 1, 128, SHORT),
-        row("85m", 2, 512, SHORT),
-        row("130m", 1, 128, SHORT, num_items=20_000),
-        row("430m", 2, 64, SHORT, num_items=18_345, num_layers=4),
+        row_of_cpu("nano", 2, 64, ML),
+        row_of_cpu("tiny", 1, 64, ML),
+        row_of_cpu("tiny", 2, 64, ML),
+        row_of_cpu("small", 1, 32, ML),
+        row_of_cpu("medium", 1, 64, ML),
+        row_of_cpu("medium", 2, 64, ML),
+        row_of_cpu("tiny", 2, 128, SHORT, num_items=40_000),
+        row_of_cpu("small", 2, 64, SHORT, num_items=3000),
+        row_of_cpu("5m", 1, 128, SHORT),
+        row_of_cpu("5m", 2, 512, SHORT),
+        row_of_cpu("medium", 2, 256, {"mean_len": 30.0, "max_len": 100}, num_items=5000),
+        row_of_cpu("85m", 2, 128, SHORT),
+        row_of_cpu("85m", 1, 128, SHORT),
+        row_of_cpu("85m", 2, 512, SHORT),
+        row_of_cpu("130m", 1, 128, SHORT, num_items=20_000),
+        row_of_cpu("430m", 2, 64, SHORT, num_items=18_345, num_layers=4),
     ],
     "held-out": [
-        row("nano", 2, 256, SHORT, num_items=10_000),
-        row("tiny", 1, 128, {"mean_len": 60.0, "max_len": 100, "users": 2000}),
-        row("small", 2, 256, {"mean_len": 8.9, "max_len": 50}, num_items=12_101, num_layers=3),
-        row("small", 2, 16, ML, num_layers=4, hidden_dim=192),
-        row("medium", 2, 32, {"mean_len": 165.0, "max_len": 200, "users": 1000}, num_items=3416),
-        row("medium", 1, 128, SHORT, num_items=57_000, tied=False),
-        row("5m", 2, 128, SHORT),
-        row("5m", 1, 64, SHORT, num_layers=6),
-        row("5m", 1, 128, SHORT, num_items=60_000),
-        row("85m", 2, 256, SHORT, num_layers=6),
-        row("130m", 2, 128, SHORT),
-        row("130m", 1, 64, SHORT),
-        row("430m", 2, 128, SHORT),
-        row("430m", 1, 64, SHORT),
+        row_of_cpu("nano", 2, 256, SHORT, num_items=10_000),
+        row_of_cpu("tiny", 1, 128, {"mean_len": 60.0, "max_len": 100, "users": 2000}),
+        row_of_cpu("small", 2, 256, {"mean_len": 8.9, "max_len": 50}, num_items=12_101, num_layers=3),
+        row_of_cpu("small", 2, 16, ML, num_layers=4, hidden_dim=192),
+        row_of_cpu("medium", 2, 32, {"mean_len": 165.0, "max_len": 200, "users": 1000}, num_items=3416),
+        row_of_cpu("medium", 1, 128, SHORT, num_items=57_000, tied=False),
+        row_of_cpu("5m", 2, 128, SHORT),
+        row_of_cpu("5m", 1, 64, SHORT, num_layers=6),
+        row_of_cpu("5m", 1, 128, SHORT, num_items=60_000),
+        row_of_cpu("85m", 2, 256, SHORT, num_layers=6),
+        row_of_cpu("130m", 2, 128, SHORT),
+        row_of_cpu("130m", 1, 64, SHORT),
+        row_of_cpu("430m", 2, 128, SHORT),
+        row_of_cpu("430m", 1, 64, SHORT),
     ],
     "adapted": [
-        row("85m", 2, 128, SHORT) | {"adapter": "lora"},
-        row("85m", 2, 128, SHORT) | {"adapter": "ilora"},
-        row("85m", 1, 64, SHORT) | {"adapter": "ilora"},
-        row("medium", 2, 64, ML) | {"adapter": "ilora"},
+        row_of_cpu("85m", 2, 128, SHORT) | {"adapter": "lora"},
+        row_of_cpu("85m", 2, 128, SHORT) | {"adapter": "ilora"},
+        row_of_cpu("85m", 1, 64, SHORT) | {"adapter": "ilora"},
+        row_of_cpu("medium", 2, 64, ML) | {"adapter": "ilora"},
     ],
     "bf16": [
-        row("85m", 2, 128, SHORT) | {"precision": "bf16"},
-        row("medium", 1, 64, ML) | {"precision": "bf16"},
+        row_of_cpu("85m", 2, 128, SHORT) | {"precision": "bf16"},
+        row_of_cpu("medium", 1, 64, ML) | {"precision": "bf16"},
     ],
 }
 
@@ -91,84 +86,91 @@ SETS: dict[str, list[Row]] = {
 def described(stage: str, size: str, model: Any, train: Any, users: int) -> Row:
     """Return the row of a step on a GPU: what a size's model and the defaults of training differ in."""
     usual = (model_config(size, max_len=model.max_len), TrainConfig())
-    changes = [
-        {name: value for name, value in asdict(given).items() if value != getattr(default, name)}
-        for given, default in zip((model, train), usual, strict=True)
-    ]
-    own = {name: v for name, v in changes[1].items() if name not in ("batch_size", "epochs", "precision")}
+    of_model, of_train = (
+        {name: value for name, value in asdict(config).items() if value != getattr(default, name)}
+        for config, default in zip((model, train), usual, strict=True)
+    )
+    for name in ("batch_size", "epochs", "precision"):
+        of_train.pop(name, None)
     whole = {"stage": stage, "size": size, "batch_size": train.batch_size, "precision": train.precision}
     whole |= {"users": users, "mean_len": min(SHORT["mean_len"], model.num_items / 4)}
-    return whole | {"max_len": model.max_len, "model": changes[0], "train": own}
+    return whole | {"max_len": model.max_len, "model": of_model, "train": of_train}
 
 
-def configs(given: Row) -> tuple[Any, Any]:
+def configs(row: Row) -> tuple[Any, Any]:
     """Return the configurations of a row."""
-    model = model_config(given["size"], **({"max_len": given["max_len"]} | given["model"]))
-    train = {"batch_size": given["batch_size"], "precision": given.get("precision", "fp32")}
-    return model, validated(TrainConfig, train | {"epochs": 100_000} | given.get("train", {}))
+    model = model_config(row["size"], **({"max_len": row["max_len"]} | row["model"]))
+    train = {"batch_size": row["batch_size"], "precision": row.get("precision", "fp32"), "epochs": 100_000}
+    return model, validated(TrainConfig, train | row.get("train", {}))
 
 
-def adapter_of(given: Row) -> AdapterPlan | None:
+def adapter_of(row: Row) -> AdapterPlan | None:
     """Return the adapter of a row as the planner has it; None where the whole model is trained."""
-    return AdapterPlan(kind=given["adapter"]) if "adapter" in given else None
+    return AdapterPlan(kind=row["adapter"]) if "adapter" in row else None
 
 
 synthetic = functools.cache(synthetic_dataset)
 
 
-def dataset(given: Row, num_items: int) -> Any:
+def dataset(row: Row, num_items: int) -> Any:
     """Return the synthetic histories of a row."""
-    return synthetic(given["users"], num_items, given["mean_len"], 0)
+    return synthetic(row["users"], num_items, row["mean_len"], 0)
 
 
-def lengths_of(given: Row, num_items: int) -> Any:
+def lengths_of(row: Row, num_items: int) -> Any:
     """Return the lengths of the histories that a row trains on: all but the last two items, or whole ones."""
-    prepared = dataset(given, num_items)
-    if given.get("histories") == "whole":
-        return prepared.offsets[1:] - prepared.offsets[:-1]
-    histories = train_histories(prepared)
-    return histories.ends - histories.starts
+    prepared = dataset(row, num_items)
+    return (prepared if row.get("histories") == "whole" else train_histories(prepared)).lengths
 
 
-def key_of(given: Row) -> str:
+def key_of(row: Row) -> str:
     """Return what tells rows apart."""
-    return json.dumps(given, sort_keys=True)
+    return json.dumps(row, sort_keys=True)
 
 
-def title(given: Row) -> str:
+def title(row: Row) -> str:
     """Return a row in words."""
-    changes = sorted(given["model"].items()) + sorted(given.get("train", {}).items())
-    extra = "".join(f", {name} {value}" for name, value in changes)
-    extra += "".join(f", {given[name]}" for name in ("adapter", "precision") if name in given)
-    about = f"{given['size']}, batch {given['batch_size']}"
-    if "threads" in given:
-        return f"{about}, {given['threads']} thread(s){extra}"
-    return f"{given['stage']}: {about}{extra}"
+    changes = sorted(row["model"].items()) + sorted(row.get("train", {}).items())
+    extra = [f"{name} {value}" for name, value in changes]
+    extra += [row[name] for name in ("adapter", "precision") if name in row]
+    about = f"{row['size']}, batch {row['batch_size']}"
+    about = f"{about}, {row['threads']} thread(s)" if "threads" in row else f"{row['stage']}: {about}"
+    return ", ".join([about, *extra])
 
 
 # -- one row, in a process of its own ------------------------------------------------------------------------
 
 
-def measure(given: Row) -> Row:
+def started(threads: int) -> tuple[hardware.Device, int]:
+    """Return the CPU with so many threads, and what this process holds: the libraries' pools are there."""
+    import torch
+
+    torch.set_num_threads(threads)
+    device = hardware.resolve("cpu")
+    torch.randn(64, 64) @ torch.randn(64, 64)
+    hardware.reset_peak_memory(device.torch_device)
+    return device, hardware.peak_memory_bytes(device.torch_device)
+
+
+def measure(row: Row) -> Row:
     """Train some steps and return step time, memory, and what was counted."""
     import torch
 
-    from reclib import hardware
     from reclib.model.bert4rec import Bert4Rec
     from reclib.model.ilora import AdaptedModel
     from reclib.train import timing
     from reclib.train.trainer import Trainer
 
-    device, before = started(given["threads"])
-    model, train = configs(given)
-    prepared, plan = dataset(given, model.num_items), adapter_of(given)
+    device, before = started(row["threads"])
+    model, train = configs(row)
+    prepared, plan = dataset(row, model.num_items), adapter_of(row)
     torch.manual_seed(0)
-    trained: Any = Bert4Rec(model)
+    network: Any = Bert4Rec(model)
     if plan is not None:
-        trained = AdaptedModel(trained)
-        trained.add("planned", AdapterConfig(kind=plan.kind, rank=plan.rank, num_experts=plan.num_experts))
-    trainer = Trainer(trained, train_histories(prepared), train, device, prepared.fingerprint)
-    parameters = sum(p.numel() for p in trained.parameters())
+        network = AdaptedModel(network)
+        network.add("planned", AdapterConfig(kind=plan.kind, rank=plan.rank, num_experts=plan.num_experts))
+    trainer = Trainer(network, train_histories(prepared), train, device, prepared.fingerprint)
+    parameters = sum(p.numel() for p in network.parameters())
     steps = 24 if parameters < 3e6 else 12 if parameters < 50e6 else 5 if parameters < 200e6 else 3
     measured = timing.measure(trainer, steps, 3 if parameters < 50e6 else 2)
     counts = measured.counts() | {"parameters": parameters}
@@ -189,7 +191,6 @@ def measure_rates(threads: int) -> Row:
     """Return the rates of so many threads, and what a process holds before it has a model."""
     import bound
 
-    from reclib import hardware
     from reclib.train import trainer  # noqa: F401  (what a training process has loaded)
 
     dataset(SETS["fitted"][0], 1000)
@@ -198,17 +199,9 @@ def measure_rates(threads: int) -> Row:
     return {"card": hardware.device_card(device), "data": None, "counts": {}, "timings": rates}
 
 
-def started(threads: int) -> tuple[Any, int]:
-    """Return the CPU with so many threads, and what this process holds: the libraries' pools are there."""
-    import torch
-
-    from reclib import hardware
-
-    torch.set_num_threads(threads)
-    device = hardware.resolve("cpu")
-    torch.randn(64, 64) @ torch.randn(64, 64)
-    hardware.reset_peak_memory(device.torch_device)
-    return device, hardware.peak_memory_bytes(device.torch_device)
+def child(row: Row | None = None, threads: int = 0) -> Row:
+    """Measure a row, or the rates of so many threads."""
+    return measure(row) if row else measure_rates(threads)
 
 
 def busy_seconds() -> float:
@@ -217,20 +210,20 @@ def busy_seconds() -> float:
     return (user + nice + kernel) / os.sysconf("SC_CLK_TCK")
 
 
-def undisturbed(command: str, threads: int, payload: Any) -> Row | None:
-    """Run a command of `planner.py` in a process; None where others took too much of the cores."""
+def undisturbed(threads: int, **call: Any) -> Row | None:
+    """Call `child` in a process of so many threads; None where others took too much of the cores."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
     environment["GOMP_SPINCOUNT"] = "10000"  # as the Makefile has it: a neighbour costs time, not minutes
     before, spent = busy_seconds(), resource.getrusage(resource.RUSAGE_CHILDREN)
     began = time.monotonic()
-    result = run_process([sys.executable, COMMAND, command, "--payload", json.dumps(payload)], environment)
+    result = run_child(str(ROOT / "benchmarks" / "planner.py"), call, environment)
     wall, after = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
-    own = after.ru_utime + after.ru_stime - spent.ru_utime - spent.ru_stime
-    others = max(0.0, busy_seconds() - before - own) / (wall * (os.cpu_count() or 1))
+    ours = after.ru_utime + after.ru_stime - spent.ru_utime - spent.ru_stime
+    others = max(0.0, busy_seconds() - before - ours) / (wall * (os.cpu_count() or 1))
     result["timings"]["others_share"] = others
     if others <= DISTURBED:
         return result
-    print(f"  disturbed: others took {others:.0%} of the cores; not recorded: {payload}", flush=True)
+    print(f"  disturbed: others took {others:.0%} of the cores; not recorded: {call}", flush=True)
     return None
 
 
@@ -243,7 +236,7 @@ def file(label: str = "cpu", root: Path = ROOT / "executed") -> Path:
 
 
 def write(name: str, result: Mapping[str, Any], own: Row, root: Path = ROOT / "executed") -> None:
-    """Append a record of what was found, beside those of its device."""
+    """Append the record of a result, beside those of its device."""
     line = records.row(
         "06_hardware",
         name,
@@ -259,21 +252,19 @@ def write(name: str, result: Mapping[str, Any], own: Row, root: Path = ROOT / "e
     records.append(file(line["label"], root), line)
 
 
-def cpu_of(record: Row) -> str:
-    """Return the CPU that a record is of; the first rows say its name only."""
-    return record["own_params"].get("cpu", record["device"]["name"])
-
-
-def named(name: str, label: str = "cpu") -> list[Row]:
-    """Return the newest record of each row of this name on a device."""
+def recorded(name: str, device: str, kind: str = "") -> list[Row]:
+    """Return the newest record of each row of this name, on a GPU or a CPU; `kind` is the set of a CPU's."""
     from reclib.experiments.grids import read_rows  # heavy, and no part of a measured process
 
-    return list({r["params_hash"]: r for r in read_rows(file(label)) if r["name"] == name}.values())
-
-
-def measured(kind: str, cpu: str) -> list[Row]:
-    """Return the newest record of each row of a set on a CPU."""
-    return [r for r in named("planner_row") if r["own_params"]["set"] == kind and cpu_of(r) == cpu]
+    on_gpu = device in hardware.catalogue()
+    rows = {r["params_hash"]: r for r in read_rows(file(device if on_gpu else "cpu")) if r["name"] == name}
+    return [
+        row
+        for row in rows.values()
+        # The first rows of a CPU have its name only.
+        if (on_gpu or row["own_params"].get("cpu", row["device"]["name"]) == device)
+        and kind in ("", row["own_params"].get("set"))
+    ]
 
 
 def row_of(record: Row) -> Row:
@@ -281,28 +272,26 @@ def row_of(record: Row) -> Row:
     return {key: value for key, value in record["own_params"].items() if key not in ("set", "device", "cpu")}
 
 
-def run_rows(kind: str, minutes: float) -> None:
+def run_rows(kind: str, cpu: str, minutes: float) -> None:
     """Measure rows of a set that this CPU has no record of, until `minutes` have passed.
 
     A row that others disturb or that fails stays without a record; the same command tries it again.
     """
-    cpu, began = here(), time.monotonic()
-    done = [row_of(r) for r in measured(kind, cpu)]
-    for row_left in (row_left for row_left in SETS[kind] if row_left not in done):
+    began, done = time.monotonic(), [row_of(r) for r in recorded("planner_row", cpu, kind)]
+    for row in (row for row in SETS[kind] if row not in done):
         if time.monotonic() - began > 60 * minutes:
             print(f"{kind}: {minutes} minutes have passed; the same command goes on")
             return
         try:
-            result = undisturbed("measure", row_left["threads"], row_left)
+            result = undisturbed(row["threads"], row=row)
         except Exception as error:
-            print(f"{title(row_left):58} failed: {error}", flush=True)
+            print(f"{title(row):58} failed: {error}", flush=True)
             continue
         if result is None:
             continue
-        own = row_left | {"device": f"cpu{row_left['threads']}", "cpu": cpu}
+        own = row | {"device": f"cpu{row['threads']}", "cpu": cpu}
         write("planner_row", result, own | {"set": kind})
-        if row_left["size"] in REAL and row_left == row(row_left["size"], 2, 128, SHORT):
+        if row["size"] in REAL and row == row_of_cpu(row["size"], 2, 128, SHORT):
             write("real_size_step", result, own)
-        t = result["timings"]
-        size = t["peak_memory_bytes"] / 2**20
-        print(f"{title(row_left):58} {t['step_seconds']:9.4f} s {size:9.0f} MiB", flush=True)
+        seconds, peak = (result["timings"][name] for name in ("step_seconds", "peak_memory_bytes"))
+        print(f"{title(row):58} {seconds:9.4f} s {peak / 2**20:9.0f} MiB", flush=True)

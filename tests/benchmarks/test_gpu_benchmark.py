@@ -55,16 +55,16 @@ def test_a_stage_that_fails_hangs_or_is_killed_leaves_the_next_one_whole(tmp_pat
         "ok",
     ]
     records = reclib_records.read(tmp_path / "executed")  # checks each
-    assert {one["name"] for one in records} == {"hardware_step", "planner_row"}
+    assert {record["name"] for record in records} == {"hardware_step", "planner_row"}
     raw = [json.loads(line) for line in (tmp_path / "raw.jsonl").read_text().splitlines()]
     assert {"environment", "product", "copy", "row", "epoch"} <= {line["name"] for line in raw}
-    steps = [one for one in records if one["name"] == "planner_row"]
-    assert {one["own_params"]["set"] for one in steps} == {"sizes", "batches"}
-    for one in steps:
-        model, train = planner_rows.configs(planner_rows.row_of(one))
-        assert model.hidden_dim == 32
-        assert (train.batch_size, train.precision) == (one["own_params"]["batch_size"], "fp32")
-        assert one["timings"]["step_seconds"] > 0
+    steps = [record for record in records if record["name"] == "planner_row"]
+    assert {record["own_params"]["set"] for record in steps} == {"sizes", "batches"}
+    for record in steps:
+        model, train = planner_rows.configs(planner_rows.row_of(record))
+        assert (model.hidden_dim, train.precision) == (32, "fp32")
+        assert train.batch_size == record["own_params"]["batch_size"]
+        assert record["timings"]["step_seconds"] > 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -81,31 +81,21 @@ def test_every_step_that_a_gpu_will_time_has_a_committed_prediction():
         written = planner.predictions(label)
         missing = [row for row in planner.gpu_rows(label) if planner_rows.key_of(row) not in written]
         assert not missing, f"python benchmarks/planner.py predict {label}"
-        for one in written.values():
-            assert len(one["sha256_of_the_model"]) == 64
-            predicted = one["predicted"]
-            assert (
-                0
-                < predicted["step_seconds_low"]
-                <= predicted["step_seconds"]
-                <= predicted["step_seconds_high"]
-            )
-            assert predicted["peak_memory_bytes"] > 0
+        for row in written.values():
+            assert len(row["sha256_of_the_model"]) == 64
+            low, middle, high = (row["predicted"][f"step_seconds{end}"] for end in ("_low", "", "_high"))
+            assert 0 < low <= middle <= high
+            assert row["predicted"]["peak_memory_bytes"] > 0
 
 
 def test_a_gpu_is_judged_by_the_prediction_that_was_written_before():
-    measured = []
+    records = []
     for written in planner.predictions("h100").values():
         row = {key: value for key, value in written.items() if key not in planner.WRITTEN}
-        predicted = written["predicted"]
-        timings = {
-            "step_seconds": predicted["step_seconds"] / 2,
-            "peak_memory_bytes": predicted["peak_memory_bytes"],
-        }
-        own = row | {"set": row["stage"], "device": "h100"}
-        measured.append({"own_params": own, "timings": timings})
-    errors = planner.gpu_errors("h100", measured)
+        timings = written["predicted"] | {"step_seconds": written["predicted"]["step_seconds"] / 2}
+        records.append({"own_params": row | {"set": row["stage"], "device": "h100"}, "timings": timings})
+    errors = planner.errors("h100", records)
     assert {(error["time"], error["memory"], error["written"]) for error in errors} == {(2.0, 1.0, True)}
-    unknown = measured[0]["own_params"] | {"batch_size": 96}
-    (error,) = planner.gpu_errors("h100", [measured[0] | {"own_params": unknown}])
+    unknown = records[0]["own_params"] | {"batch_size": 96}
+    (error,) = planner.errors("h100", [records[0] | {"own_params": unknown}])
     assert not error["written"]
