@@ -1,12 +1,14 @@
-"""What peers reached, as records of a grid: compared with its own models, or curve with curve."""
+"""Results of peers as records of a grid: compared with its own models, or curve with curve."""
 
 from __future__ import annotations
 
+import json
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scoring import NAMES, OURS, Run, finished
+from scoring import NAMES, Arrays
 
 from reclib import records
 from reclib.config import InputError
@@ -15,10 +17,40 @@ from reclib.experiments import baseline, grids
 from reclib.experiments.baseline import Result
 from reclib.experiments.grids import Work
 
+OURS = "reclib"
+DISPLAY = {
+    ("rectools", "bert4rec"): "RecTools BERT4Rec",
+    ("rectools", "sasrec"): "RecTools SASRec",
+    ("rectools", "fast-sasrec"): "RecTools fast SASRec",
+    ("replay", "bert4rec"): "RePlay BERT4Rec",
+}
+Run = tuple[dict[str, Any], Arrays]  # the JSON of a run, and its values per user
 
-def stacked(runs: list[Run], name: str) -> np.ndarray:
-    """Return a value per seed and user, (S, U)."""
-    return np.stack([arrays[name] for _, arrays in runs])
+
+def finished(folder: Path, fingerprint: str, curves: bool) -> dict[str, list[Run]]:
+    """Return the finished runs or curves on this data, by a name of what was run."""
+    runs: dict[str, list[Run]] = defaultdict(list)
+    for path in sorted(folder.glob("*.json")):
+        about = json.loads(path.read_text())
+        identity = about["identity"]
+        if identity["fingerprint"] == fingerprint and bool(identity["marks"]) == curves:
+            runs[label(identity)].append((about, dict(np.load(path.with_suffix(".npz")))))
+    return runs
+
+
+def label(identity: dict[str, Any]) -> str:
+    """Return the name of a run: a peer's with its settings in place of its own defaults."""
+    peer, hidden, settings = identity["peer"], identity["hidden"], identity["settings"]
+    if "recipe" in identity:
+        owner = {"rectools": "RecTools'", "replay": "RePlay's"}[identity["recipe"]]
+        return f"our engine, {owner} settings (hidden {hidden})"
+    if peer == OURS:  # a curve is one with the published settings
+        return "BERT4Rec (ours)" if identity["marks"] else f"{OURS} {identity['model']} h{hidden}"
+    loss = f", {settings['negatives']} negatives" if settings.get("loss") == "sampled" else ""
+    return f"{DISPLAY[peer, identity['model']]} (hidden {hidden}{loss})"
+
+
+# -- curves over training time -------------------------------------------------------------------------------
 
 
 def curve_results(folder: Path, work: Work) -> list[Result]:
@@ -29,45 +61,42 @@ def curve_results(folder: Path, work: Work) -> list[Result]:
     engine alone. All differences are corrected together, for all curves and marks.
     """
     curves = finished(folder, work.dataset.fingerprint, curves=True)
-    results = [curve_result(name, runs) for name, runs in curves.items()]
-    compared, p_values = {}, {}
+    comparisons, results = [], [curve_result(name, runs) for name, runs in curves.items()]
     for reference, runs in curves.items():
-        identity, at_marks = runs[0][0]["identity"], by_minute(runs)
+        identity = identity_of(runs)
         if identity["peer"] != OURS:
             continue
-        kind, twin = "equal_time_comparison", None
+        kind, others = "equal_time_comparison", {n: by_minute(c) for n, c in curves.items() if n != reference}
         if "recipe" in identity:
             kind, twin = "equal_recipe_comparison", (identity["recipe"], "bert4rec", identity["hidden"])
-        others = {
-            name: by_minute(other)
-            for name, other in curves.items()
-            if name != reference and twin in (None, model_of(other[0][0]["identity"]))
-        }
-        for minute, ours in at_marks.items():
+            others = {name: marks for name, marks in others.items() if trained_by(curves[name]) == twin}
+        for minute, ours in by_minute(runs).items():
             values = {name: marks[minute] for name, marks in others.items() if minute in marks}
-            for row in statistics.compare({reference: ours} | values, reference) if values else ():
-                key = f"{row.name} minus {reference} after {minute:g}"
-                compared[key], p_values[key] = (row, kind, minute), row.p_value
-    adjusted = statistics.holm(p_values)
-    for key, (row, kind, minute) in compared.items():
-        result = baseline.compared(row._replace(adjusted_p=adjusted[key]), "ndcg@10", kind)
+            for row in statistics.compare({reference: ours} | values, reference):
+                comparisons.append((row, kind, minute))
+    adjusted = statistics.holm({str(place): row.p_value for place, (row, *_) in enumerate(comparisons)})
+    for (row, kind, minute), p in zip(comparisons, adjusted.values(), strict=True):
+        result = baseline.compared(row._replace(adjusted_p=p), "ndcg@10", kind)
         results.append(result._replace(params=result.params | {"minutes": minute}))
     return results
 
 
-def model_of(identity: dict[str, Any]) -> tuple[str, str, int]:
-    """Return what a peer trained."""
+def identity_of(runs: list[Run]) -> dict[str, Any]:
+    """Return the settings that the runs share, with the seed of the first."""
+    return runs[0][0]["identity"]
+
+
+def trained_by(runs: list[Run]) -> tuple[str, str, int]:
+    """Return peer, model and hidden size of runs."""
+    identity = identity_of(runs)
     return identity["peer"], identity["model"], identity["hidden"]
 
 
 def by_minute(runs: list[Run]) -> dict[float, np.ndarray]:
     """Return NDCG@10 per seed and user (S, U) at each mark that every seed reached."""
     marks = [dict(zip(a["mark_minutes"].tolist(), a["mark_ndcg@10"], strict=True)) for _, a in runs]
-    return {
-        minute: np.stack([values[minute] for values in marks])
-        for minute in marks[0]
-        if all(minute in values for values in marks)
-    }
+    common = [minute for minute in marks[0] if all(minute in values for values in marks)]
+    return {minute: np.stack([values[minute] for values in marks]) for minute in common}
 
 
 def curve_result(name: str, runs: list[Run]) -> Result:
@@ -82,47 +111,40 @@ def curve_result(name: str, runs: list[Run]) -> Result:
     return Result("equal_time", numbers, {"model": name, "run": settings_of(runs[0][0])}, series)
 
 
-def peer_results(folder: Path, work: Work) -> list[Result]:
+# -- the test split ------------------------------------------------------------------------------------------
+
+
+def peer_results(peers: dict[str, list[Run]], work: Work) -> list[Result]:
     """Return every peer's test metrics, and its differences from the grid's models, corrected."""
-    peers = peers_of(folder, work)
-    if not peers:
-        raise InputError(f"{folder}: no finished peer on this data (fingerprint {work.dataset.fingerprint})")
     scored, results = arms_of(work), []
+    values = {
+        name: {peer: np.stack([arrays[f"test_{name}"] for _, arrays in runs]) for peer, runs in peers.items()}
+        for name in NAMES
+    }
     for peer, runs in peers.items():
-        values = {name: stacked(runs, f"test_{name}") for name in NAMES}
-        means = {name: statistics.bootstrap(v.mean(axis=0), grids.SAMPLES) for name, v in values.items()}
-        results.append(Result("test_metrics", baseline.flat(means), {"model": peer}, {}))
+        means = {n: statistics.bootstrap(values[n][peer].mean(axis=0), grids.SAMPLES) for n in NAMES}
+        results.append(Result("test_metrics", baseline.flat(means), {"model": peer}))
         for place, (about, _) in enumerate(runs):
-            numbers = {name: float(rows[place].mean()) for name, rows in values.items()}
+            numbers = {name: float(values[name][peer][place].mean()) for name in NAMES}
             own = {"model": peer, "run": settings_of(about)}
-            results.append(Result("test_metrics", numbers, own, {}, about["identity"]["seed"]))
+            results.append(Result("test_metrics", numbers, own, seed=about["identity"]["seed"]))
     for name in NAMES:
-        theirs = {peer: stacked(runs, f"test_{name}") for peer, runs in peers.items()}
-        for arm, values in scored[name].items():
-            for row in statistics.compare(theirs | {arm: values}, arm):
-                results.append(baseline.compared(row, name, "peer_comparison"))
+        for arm, ranks in scored.items():
+            of_arm = np.stack([metrics.per_user(of_seed)[name] for of_seed in ranks])
+            rows = statistics.compare(values[name] | {arm: of_arm}, arm)
+            results += [baseline.compared(row, name, "peer_comparison") for row in rows]
     return results
 
 
-def peers_of(folder: Path, work: Work) -> dict[str, list[Run]]:
-    """Return the finished runs of peers alone: the grid's own models stand for ours."""
-    runs = finished(folder, work.dataset.fingerprint)
-    return {name: of for name, of in runs.items() if of[0][0]["identity"]["peer"] != OURS}
-
-
-def arms_of(work: Work) -> dict[str, dict[str, np.ndarray]]:
-    """Return the values per seed and user (S, U) of the grid's scored arms, by metric and arm."""
-    values: dict[str, dict[str, np.ndarray]] = {name: {} for name in NAMES}
-    for arm in work.grid.arms:
-        if not arm.final or arm.split != grids.MAIN_SPLIT:
-            continue
-        files = [work.ranks_file(arm, seed) for seed in arm.seeds]
-        ranks = [dict(np.load(file)).get("test") if file.is_file() else None for file in files]
-        if any(seed is None for seed in ranks):
+def arms_of(work: Work) -> dict[str, list[np.ndarray]]:
+    """Return the test ranks of the grid's final arms, an array per seed."""
+    ranks = {}
+    for arm in (arm for arm in work.grid.arms if arm.final and arm.split == grids.MAIN_SPLIT):
+        stored = [grids.stored_ranks(work, arm, seed) for seed in arm.seeds]
+        if not all(stored):
             raise InputError(f"{arm.name} is not scored yet: python -m reclib score {work.grid.name}")
-        for name in NAMES:
-            values[name][arm.name] = np.stack([metrics.per_user(seed)[name] for seed in ranks])
-    return values
+        ranks[arm.name] = [arrays["test"] for arrays in stored]
+    return ranks
 
 
 def settings_of(about: dict[str, Any]) -> dict[str, Any]:
@@ -138,9 +160,13 @@ def write(folder: Path, work: Work) -> list[Result]:
     Curves need no scored grid: they are of validation alone. A result takes the place of an earlier one of
     the same model, whatever the settings and the seconds of its run.
     """
+    runs = finished(folder, work.dataset.fingerprint, curves=False)
+    # The grid's own models stand for ours.
+    peers = {name: of_peer for name, of_peer in runs.items() if identity_of(of_peer)["peer"] != OURS}
     results = curve_results(folder, work)
-    if not results or peers_of(folder, work):
-        results += peer_results(folder, work)
+    if not results and not peers:
+        raise InputError(f"{folder}: no finished peer on this data (fingerprint {work.dataset.fingerprint})")
+    results += peer_results(peers, work) if peers else []
     for result in results:
         params = {name: value for name, value in result.params.items() if name != "run"}
         identity = {"peer": params, "seed": result.seed, "data": work.dataset.fingerprint}

@@ -8,7 +8,6 @@ import sys
 
 import harness
 import numpy as np
-import ours
 import peers
 import pytest
 import scoring
@@ -93,19 +92,19 @@ def test_a_list_of_ten_scores_as_the_scores_that_it_came_from(seed, users, items
 
 def test_lists_that_break_the_rules_are_refused():
     part = part_of([[1, 2], [3]], [4, 5])
-    for top, said in [
+    for top, message in [
         ([[4, 2, 6], [5, 1, 2]], "x: row 0 recommends item 2, seen by its user"),
         ([[4, 5, 6], [5, 1, 5]], "x: row 1 recommends an item twice"),
         ([[4, 5, 6], [5, 1, 51]], "x: item ids from 1 to 51, allowed: 0 to 50"),
         ([[4, 5, 6]], "x: 1 rows of recommendations for 2 users"),
     ]:
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             scoring.ranks_in(np.array(top), part, 50, "x")
     # A miss is a miss in a catalogue smaller than the list, too.
     top = np.array([[3, 5, 6, 0, 0, 0, 0, 0, 0, 0], [5] + 9 * [0]])
     assert metrics.hit(scoring.ranks_in(top, part, 6, "x"), 10).tolist() == [0, 1]
-    assert scoring.targets_seen(part) == 0
-    assert scoring.targets_seen(part_of([[4, 4, 2], [3]], [4, 5])) == 1
+    repeated = part_of([[4, 4, 2], [3]], [4, 5])
+    assert scoring.is_seen(repeated.targets[:, None], repeated, 50).tolist() == [[True], [False]]
 
 
 # Recommends the first users' targets, second in each list; counts its runs; has no luck with seed 13.
@@ -184,14 +183,14 @@ def test_a_peer_that_fails_is_a_row_and_the_next_seed_runs(run, tmp_path, capsys
 
 
 def test_what_a_peer_does_not_have_is_told_in_one_line(run, capsys):
-    for words, said in [
+    for words, message in [
         (["--peer", "replay"], "no replay environment in"),
         (["--peer", "replay", "--model", "sasrec"], "'model' is 'sasrec': replay has bert4rec"),
         (["--peer", "reclib", "-p", "learning_rat", "1"], "did you mean 'learning_rate'"),
     ]:
         assert run(*words) == 2
         err = capsys.readouterr().err
-        assert said in err
+        assert message in err
         assert err.count("\n") == 1
 
 
@@ -288,39 +287,43 @@ def train(monkeypatch):
             return top
 
         defaults = {"epochs": None, "minutes": None, "marks": None, "valid_every": 1, "patience": 0}
-        made = harness.Selection(argparse.Namespace(**defaults | options), data, recommend, lambda: weights)
-        made.start(steps_per_epoch=1)
+        module = argparse.Namespace(state_dict=lambda: weights)
+        peer = argparse.Namespace(data=data, recommend=recommend, module=module)
+        selection = harness.Selection(argparse.Namespace(**defaults | options), peer)
+        selection.start(steps_per_epoch=1)
         for epoch in range(1, most + 1):
             clock.now += seconds
             weights["w"] += 1
-            made.step_done()
-            made.epoch_done(epoch)
-            if made.stop:
+            selection.step_done()
+            selection.epoch_done(epoch)
+            if selection.stop:
                 break
-        made.finish()
-        return made, epoch
+        selection.finish()
+        return selection, epoch
 
     return run
 
 
 def test_the_best_epoch_is_kept_and_patience_ends_the_fit(train):
-    made, epochs = train([3, 1, 2, 2, 9], 9, patience=2)
-    assert (epochs, made.best_row["epoch"], made.best_row["ndcg@10"]) == (4, 2, pytest.approx(0.5))
-    assert made.best["w"].item() == 2  # a copy: training went on to 4
-    assert made.best_top[0, 0] == 5
-    made, _ = train([1, 2], 3, epochs=3, valid_every=2)  # a last epoch between looks is looked at
-    assert [row["epoch"] for row in made.rows] == [2, 3]
+    selection, epochs = train([3, 1, 2, 2, 9], 9, patience=2)
+    assert (epochs, selection.best_row["epoch"], selection.best_row["ndcg@10"]) == (4, 2, pytest.approx(0.5))
+    assert selection.best["w"].item() == 2  # a copy: training went on to 4
+    assert selection.best_top[0, 0] == 5
+    selection, _ = train([1, 2], 3, epochs=3, valid_every=2)  # a last epoch between looks is looked at
+    assert [row["epoch"] for row in selection.rows] == [2, 3]
 
 
 def test_looks_at_validation_are_off_the_clock_and_leave_chance_alone(train):
     np.random.seed(1)
     torch.manual_seed(1)
     before = np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    made, epochs = train([0, 0, 0], 9, minutes=3 / 60)
-    assert (epochs, made.seconds, made.eval_seconds) == (3, pytest.approx(3), pytest.approx(3000))
+    selection, epochs = train([0, 0, 0], 9, minutes=3 / 60)
+    assert (epochs, selection.seconds, selection.eval_seconds) == (3, pytest.approx(3), pytest.approx(3000))
     assert (np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
-    made, epochs = train([0, 2, 1], 99, seconds=40, marks=[1, 2.5, 3])  # each mark once; the last one ends it
-    columns = made.arrays()
+    selection, epochs = train(
+        [0, 2, 1], 99, seconds=40, marks=[1, 2.5, 3]
+    )  # each mark once; the last one ends it
+    columns = selection.arrays()
     assert epochs == 5
     assert columns["look_train_seconds"].tolist() == [80, 160, 200]
     assert columns["mark_top"].shape == (3, 2, 10)
@@ -340,14 +343,14 @@ def test_our_curve_does_not_change_training_and_ends_with_the_last_mark_or_the_s
     for _ in plain.steps():
         pass
     watched = new_trainer()
-    found = ours.curve(watched, valid, [0.0, 1e9])
-    assert found["mark_minutes"].tolist() == [0.0, 1e9]
-    first, last = found["look_train_seconds"]
+    values = peers.curve(watched, valid, [0.0, 1e9])
+    assert values["mark_minutes"].tolist() == [0.0, 1e9]
+    first, last = values["look_train_seconds"]
     assert first < last == watched.progress.train_seconds  # the schedule ended long before the second mark
     final = rank_targets(plain, valid, True).ranks
-    assert found["mark_ndcg@10"][1].tolist() == metrics.ndcg(final, 10).tolist()
-    for one, other in zip(plain.model.parameters(), watched.model.parameters(), strict=True):
-        assert torch.equal(one, other)
+    assert values["mark_ndcg@10"][1].tolist() == metrics.ndcg(final, 10).tolist()
+    for weight, other in zip(plain.model.parameters(), watched.model.parameters(), strict=True):
+        assert torch.equal(weight, other)
     cut = new_trainer()
-    ours.curve(cut, valid, [0.0])
+    peers.curve(cut, valid, [0.0])
     assert cut.progress.step == 1
