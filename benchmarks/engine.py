@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import functools
 import tempfile
-import time
 from pathlib import Path
 
 import bound
@@ -39,18 +38,17 @@ from common import (
 )
 
 from reclib import hardware
-from reclib.config import DataConfig, ModelConfig, TrainConfig, changed, model_config
+from reclib.config import DataConfig, ModelConfig, TrainConfig, model_config
 from reclib.data.batches import Epoch
-from reclib.data.dataset import Dataset, Histories, evaluation
+from reclib.data.dataset import Dataset, Histories
 from reclib.data.prepare import prepare, synthetic_dataset
 from reclib.experiments import speed
 from reclib.model.bert4rec import Bert4Rec
 from reclib.train import timing
-from reclib.train.fit import rank_targets
 from reclib.train.trainer import Trainer
 
 FLOOR = 16  # bytes per parameter of fp32 AdamW: weight, gradient, two moments
-DEFAULTS, BEST, OURS, COMPILED = "seed, glibc defaults", "seed, best allocator", "ours", "compiled"
+DEFAULTS, BEST, OURS = "seed, glibc defaults", "seed, best allocator", "ours"
 PEERS = (("rectools", "full"), ("replay", "full"), ("replay", "restricted"))  # with their losses
 STEPS = {"electronics": 8, "ml": 60}  # timed, of a variant in a round
 HUGE = ("seed", "rung 1", "rung 2")  # logits of every position: at glibc's defaults where not said otherwise
@@ -78,47 +76,38 @@ def whole_histories(dataset: Dataset) -> Histories:
 # -- one variant, in a process of its own --------------------------------------------------------------------
 
 
-def child(name: str, shape: str, threads: int, steps: int, warmup: int, evaluate: bool = False) -> Row:
+def child(name: str, shape: str, threads: int, steps: int, warmup: int) -> Row:
     """Time one variant, or measure the bound."""
     torch.set_num_threads(threads)
     if name.startswith(HUGE):
         hardware.keep_freed_memory = lambda: False  # kept, buffers of gigabytes fragment the heap
     dataset = dataset_of(shape)
-    if name == "bound":
-        return bound_of(shape, dataset, steps)
-    return variant(name, shape, dataset, steps, warmup, evaluate)
+    return (
+        bound_of(shape, dataset, steps) if name == "bound" else variant(name, shape, dataset, steps, warmup)
+    )
 
 
-def variant(name: str, shape: str, dataset: Dataset, steps: int, warmup: int, evaluate: bool) -> Row:
+def variant(name: str, shape: str, dataset: Dataset, steps: int, warmup: int) -> Row:
     """Time the steps of a rung of the ladder, by its number, or of ours; return what it took and held."""
     rungs = speed.ladder(*configs(shape, dataset.num_items))
-    number = 0 if name in (DEFAULTS, BEST) else int(name[5:]) if name.startswith("rung") else len(rungs) - 1
-    rung = rungs[number]
-    train = changed(rung.train, compile_mode="default") if name == COMPILED else rung.train
-    device = hardware.resolve("cpu")
+    number = 0 if name in (DEFAULTS, BEST) else -1 if name == OURS else int(name.removeprefix("rung "))
+    rung, device = rungs[number], hardware.resolve("cpu")
     torch.randn(64, 64) @ torch.randn(64, 64)  # the libraries' own pools are there before the count starts
     hardware.reset_peak_memory(device.torch_device)
     before = resident_bytes()
     torch.manual_seed(0)
-    trainer = Trainer(Bert4Rec(rung.model), whole_histories(dataset), train, device, dataset.fingerprint)
+    histories = whole_histories(dataset)
+    trainer = Trainer(Bert4Rec(rung.model), histories, rung.train, device, dataset.fingerprint)
     measured = timing.measure(trainer, steps, warmup)
     if measured.status != "ok":
         return {"rung": rung.name, "status": measured.status, "reason": measured.reason}
-    row = {
+    return {
         "rung": rung.name,
-        "reason": trainer.compile_reason,
         "sequences_per_step": measured.sequences / len(measured.step_seconds),
         "losses": measured.losses[-3:],
         "grown_bytes": (measured.peak_memory_bytes or 0) - before,
         "floor_bytes": FLOOR * sum(p.numel() for p in trainer.parameters),
     } | measured.timings()
-    if evaluate:
-        part = evaluation(dataset, "test")
-        for _ in range(2):  # the first one warms up
-            began = time.perf_counter()
-            rank_targets(trainer, part, True, 10)
-            row["users_per_second"] = len(part.targets) / (time.perf_counter() - began)
-    return row
 
 
 def bound_of(shape: str, dataset: Dataset, repeats: int) -> Row:
@@ -139,12 +128,11 @@ def rounds_of(shape: str, args: argparse.Namespace, rows: Rows) -> dict[str, lis
     """Run every variant and the bound in turns; return the rows of each."""
     names = [DEFAULTS, BEST, *(f"rung {n}" for n in range(1, len(speed.CHANGES))), OURS]
     actions = {}
-    for name in [*names, *([COMPILED] if shape == "ml" else []), "bound"]:
+    for name in [*names, "bound"]:
         slow = shape == "electronics" and name.startswith(HUGE)
         call = {"name": name, "shape": shape, "threads": args.threads}
         call |= {"steps": 2 if args.quick or slow else STEPS[shape]}
         call |= {"warmup": 1 if slow else 3 if args.quick else 5}
-        call |= {"evaluate": shape == "ml" and name == OURS}
         environment = clean_environment(args.threads) | (BEST_ALLOCATOR if name == BEST else {})
         actions[name] = functools.partial(run_child, __file__, call, environment)
     return rows.in_turns(actions, 1 if args.quick else args.rounds, shape=shape)
@@ -154,7 +142,7 @@ def ratios(results: dict[str, list[Row]]) -> Row:
     """Return our rates and the ratios that follow, NaN where a variant failed."""
     step = {name: middle(rows, "step_seconds") for name, rows in results.items()}
     ours, our_step = results[OURS], step[OURS]
-    result = {
+    return {
         "sequences_per_second": middle(ours, "sequences_per_step") / our_step,
         "step_seconds": our_step,
         "bound_seconds": step["bound"],
@@ -170,11 +158,6 @@ def ratios(results: dict[str, list[Row]]) -> Row:
             (row["grown_bytes"] / row["floor_bytes"] for row in ours), default=None
         ),
     }
-    if COMPILED in results:
-        result["compile_speedup"] = our_step / step[COMPILED]
-        result["compile_seconds"] = middle(results[COMPILED], "compile_seconds")
-        result["users_per_second"] = middle(ours, "users_per_second")
-    return result
 
 
 def peers(shape: str, args: argparse.Namespace, rows: Rows) -> list[Row]:
@@ -187,7 +170,7 @@ def peers(shape: str, args: argparse.Namespace, rows: Rows) -> list[Row]:
         for peer, loss in PEERS:
             command = [args.peers.absolute() / peer / "bin/python", ROOT / f"benchmarks/peers/{peer}_peer.py"]
             command += ["--shape", shape, "--data", file, "--loss", loss, "--threads", args.threads]
-            command += ["--steps", steps, "--warmup", 2, *(["--eval"] if shape == "ml" else [])]
+            command += ["--steps", steps, "--warmup", 2]
             for allocator, variables in (("glibc defaults", {}), ("best", BEST_ALLOCATOR)):
                 run = functools.partial(run_process, command, clean_environment(args.threads) | variables)
                 about = {"peer": f"{peer} {loss}", "allocator": allocator, "shape": shape}
@@ -200,12 +183,8 @@ def over_fastest(peer_rows: list[Row], ours: Row) -> Row:
     if not peer_rows:
         return {}
     fastest = max(peer_rows, key=lambda row: row["sequences_per_second"])
-    users = max(row.get("eval_users_per_second") or 0.0 for row in peer_rows)
     ratio = ours["sequences_per_second"] / fastest["sequences_per_second"]
-    result = {"fastest_peer": fastest["name"], "speedup_over_fastest_peer": ratio}
-    if users and "users_per_second" in ours:
-        result["users_speedup_over_fastest_peer"] = ours["users_per_second"] / users
-    return result
+    return {"fastest_peer": fastest["name"], "speedup_over_fastest_peer": ratio}
 
 
 def run(args: argparse.Namespace, rows: Rows) -> Row:

@@ -47,7 +47,6 @@ def parse_args(doc: str | None, losses: tuple[str, ...], models: tuple[str, ...]
     add("--threads", type=int, default=2, help="as OMP_NUM_THREADS is set")
     add("--steps", type=int, default=10, help="that are timed")
     add("--warmup", type=int, default=2, help="steps before")
-    add("--eval", action="store_true", help="time the ranking of all users too")
     add("--fit", action="store_true", help="train to the end and recommend, by the options below")
     add("--epochs", type=int, help="stop after so many")
     add("--minutes", type=float, help="stop after so much training time")
@@ -126,14 +125,12 @@ class StepClock:
         timed = self.rows[self.args.warmup :]
         full = [row for row in timed if row[1] == self.args.batch_size] or timed
         seconds, sequences = zip(*full, strict=True)
-        report = {"step_seconds": seconds, "step_seconds_median": median(seconds)}
-        report["sequences_per_second"] = fmean(sequences) / median(seconds)
-        if self.args.eval:
-            began = time.perf_counter()
-            self.peer.recommend(False)
-            took = time.perf_counter() - began
-            report |= {"eval_seconds": took, "eval_users_per_second": self.peer.data.num_users / took}
-        return report
+        rate = fmean(sequences) / median(seconds)
+        return {
+            "step_seconds": seconds,
+            "step_seconds_median": median(seconds),
+            "sequences_per_second": rate,
+        }
 
 
 class Selection:
@@ -323,6 +320,6 @@ def run(models: dict[str, Any], doc: str | None) -> None:
         name: getattr(args, name) for name in ("model", "shape", "loss", "dropout", "mask_prob", "batch_size")
     }
     about |= {"version": metadata.version(peer_class.package), "torch": torch.__version__}
-    about |= {"threads": torch.get_num_threads(), "eval_users_per_second": None}
+    about |= {"threads": torch.get_num_threads()}
     about |= {"parameters": sum(p.numel() for p in peer.module.parameters())}
     print(json.dumps(about | watch.outcome() | peer.fields()), flush=True)
