@@ -79,14 +79,15 @@ def copy_rate(device: torch.device, repeats: int) -> float:
     return 2 * COPY_BYTES / timed(lambda: target.copy_(source), device, repeats)
 
 
-def rates(device: torch.device, repeats: int = 7) -> dict[str, Any]:
+def rates(device: torch.device, repeats: int = 7) -> dict[str, float]:
     """Return FLOP/s of products by precision and width, elements/s of passes, seconds of one operator."""
-    measured: dict[str, Any] = {"bandwidth": copy_rate(device, repeats)}
+    measured = {"bandwidth": copy_rate(device, repeats)}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         kind: Any = {"dtype": dtype, "device": device, "repeats": repeats}
-        measured[f"product {name}"] = {D: mean_rate(map_rates(PLACES, D, 4 * D, **kind)) for D in WIDTHS}
-        measured[f"head {name}"] = {D: mean_rate(map_rates(TARGETS, D, ITEMS, **kind)) for D in WIDTHS}
-    measured["attention"] = {L: attention_rate(L, device, repeats) for L in LENGTHS}
+        for D in WIDTHS:
+            measured[f"product {name} {D}"] = mean_rate(map_rates(PLACES, D, 4 * D, **kind))
+            measured[f"head {name} {D}"] = mean_rate(map_rates(TARGETS, D, ITEMS, **kind))
+    measured |= {f"attention {L}": attention_rate(L, device, repeats) for L in LENGTHS}
     measured |= pass_rates(device, repeats) | table_rates(device, repeats)
     return measured | {"operator": operator_seconds(device, repeats)}
 

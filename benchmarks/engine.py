@@ -49,7 +49,11 @@ from reclib.train.trainer import Trainer
 
 FLOOR = 16  # bytes per parameter of fp32 AdamW: weight, gradient, two moments
 DEFAULTS, BEST, OURS = "seed, glibc defaults", "seed, best allocator", "ours"
-PEERS = (("rectools", "full"), ("replay", "full"), ("replay", "restricted"))  # with their losses
+# With their losses. RecTools holds the logits of every position: 4 GB, and their gradient, at `electronics`.
+PEERS = {
+    "electronics": (("replay", "full"), ("replay", "restricted")),
+    "ml": (("rectools", "full"), ("replay", "full"), ("replay", "restricted")),
+}
 STEPS = {"electronics": 8, "ml": 60}  # timed, of a variant in a round
 HUGE = ("seed", "rung 1", "rung 2")  # logits of every position: at glibc's defaults where not said otherwise
 
@@ -167,7 +171,7 @@ def peers(shape: str, args: argparse.Namespace, rows: Rows) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "data.npz"
         np.savez(file, items=dataset.items, offsets=dataset.offsets, num_items=dataset.num_items)
-        for peer, loss in PEERS:
+        for peer, loss in PEERS[shape]:
             command = [args.peers.absolute() / peer / "bin/python", ROOT / f"benchmarks/peers/{peer}_peer.py"]
             command += ["--shape", shape, "--data", file, "--loss", loss, "--threads", args.threads]
             command += ["--steps", steps, "--warmup", 2]

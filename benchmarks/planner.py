@@ -68,11 +68,7 @@ def rates(cpu: str) -> Row:
         label = f"cpu{threads}"
         if label in recorded_rates(cpu) or not (result := undisturbed(threads, threads=threads)):
             continue
-        nested, flat = result["timings"], {}
-        for name, values in nested.items():
-            by_shape = values if isinstance(values, dict) else {"": values}
-            flat |= {f"{name} {shape}".strip(): value for shape, value in by_shape.items()}
-        write("rates", result | {"timings": flat}, {"device": label, "threads": threads, "cpu": cpu})
+        write("rates", result, {"device": label, "threads": threads, "cpu": cpu})
     return recorded_rates(cpu)
 
 
@@ -167,12 +163,12 @@ def adopt(cpu: str, other: str) -> Row:
     return {"shares_of": other}
 
 
-def hold_out(cpu: str, kind: str, minutes: float) -> Row:
+def hold_out(cpu: str, kind: str) -> Row:
     """Measure the rows of a set; put the errors of those that no fit has seen into the calibration.
 
     Rows with an adapter and rows in bf16 have an error of their own.
     """
-    run_rows(kind, cpu, minutes)
+    run_rows(kind, cpu)
     devices = calibration()[cpu]
     adopted = any("shares_of" in device for device in devices.values())
     by_set = {name: errors(cpu, recorded("planner_row", cpu, name)) for name in SETS}
@@ -383,7 +379,7 @@ def run(args: argparse.Namespace, rows: Rows) -> Row:
     if known is not None and other not in known:
         parser.error(f"{command}: expected one of {', '.join(filter(None, known))}")
     if command in SETS:
-        return hold_out(cpu, command, args.minutes)
+        return hold_out(cpu, command)
     commands = {"tables": tables, "rates": lambda: rates(cpu), "fit": lambda: fit(cpu)}
     commands |= {"predict": lambda: predict(other or cpu), "adopt": lambda: adopt(cpu, other)}
     return (commands | {"fit-board": lambda: fit_board(other)})[command]()
@@ -395,5 +391,4 @@ if __name__ == "__main__":
     parser.add_argument("command", nargs="?", default="tables", choices=choices)
     about = "adopt: the CPU whose shares are taken; predict, fit-board: a GPU"
     parser.add_argument("other", nargs="?", help=about)
-    parser.add_argument("--minutes", type=float, default=600.0, help="no row is started after so many")
     raise SystemExit(start(parser, run, child))

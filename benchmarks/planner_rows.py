@@ -272,16 +272,13 @@ def row_of(record: Row) -> Row:
     return {key: value for key, value in record["own_params"].items() if key not in ("set", "device", "cpu")}
 
 
-def run_rows(kind: str, cpu: str, minutes: float) -> None:
-    """Measure rows of a set that this CPU has no record of, until `minutes` have passed.
+def run_rows(kind: str, cpu: str) -> None:
+    """Measure the rows of a set that this CPU has no record of.
 
     A row that others disturb or that fails stays without a record; the same command tries it again.
     """
-    began, done = time.monotonic(), [row_of(r) for r in recorded("planner_row", cpu, kind)]
+    done = [row_of(record) for record in recorded("planner_row", cpu, kind)]
     for row in (row for row in SETS[kind] if row not in done):
-        if time.monotonic() - began > 60 * minutes:
-            print(f"{kind}: {minutes} minutes have passed; the same command goes on")
-            return
         try:
             result = undisturbed(row["threads"], row=row)
         except Exception as error:

@@ -10,30 +10,10 @@ import torch
 from harness import EVAL_BATCH_SIZE, TOP_K, Data, lightning_callback, run, trainer_options
 from pytorch_lightning import Callback, LightningModule, Trainer, seed_everything
 from rectools import Columns
-from rectools.dataset import Dataset, Interactions
+from rectools.dataset import Dataset
 from rectools.fast_transformers import FlatSASRecNet, SequenceBatchDataset, build_sequences
 from rectools.models import BERT4RecModel, SASRecModel
-from rectools.models.nn.transformers.bert4rec import BERT4RecDataPreparator
 from torch.utils.data import DataLoader
-
-
-class WholeCatalogue(BERT4RecDataPreparator):
-    """Keeps items in the catalogue that no training sequence holds.
-
-    RecTools takes its catalogue from the interactions. Small files of a large catalogue therefore carry extra
-    users who hold the missing items; they are dropped here, once the catalogue is known: no batch has them.
-    """
-
-    def __init__(self, first_extra_user: int, **kwargs):
-        super().__init__(**kwargs)
-        self.first_extra_user = first_extra_user
-
-    def process_dataset_train(self, dataset: Dataset) -> None:
-        super().process_dataset_train(dataset)
-        full = self.train_dataset
-        external = full.user_id_map.convert_to_external(full.interactions.df[Columns.User])
-        kept = full.interactions.df[external < self.first_extra_user].reset_index(drop=True)
-        self.train_dataset = Dataset(full.user_id_map, full.item_id_map, Interactions(kept))
 
 
 def interactions(sequences: list[np.ndarray]) -> Dataset:
@@ -49,18 +29,10 @@ def interactions(sequences: list[np.ndarray]) -> Dataset:
     return Dataset.construct(pd.DataFrame(columns))
 
 
-def extra_users(args, data: Data) -> list[np.ndarray]:
-    """Sequences of the items that no user has, none shorter than RecTools' minimum of two."""
-    missing = np.setdiff1d(np.arange(1, data.num_items + 1), data.items)
-    rows = [missing[i : i + args.max_len] for i in range(0, len(missing), args.max_len)]
-    return [np.repeat(row, 2) if len(row) == 1 else row for row in rows]
-
-
 class RecTools:
     """The library's model under its own trainer, whose only addition is the callback that watches.
 
-    A timed model has the whole catalogue; a real fit is left as a user would run it: items that no training
-    sequence holds cannot be recommended.
+    Its catalogue is what the interactions hold: items that no training sequence has cannot be recommended.
     """
 
     package, losses = "rectools", ("full", "sampled")
@@ -84,14 +56,10 @@ class RecTools:
             "get_trainer_func": self.trainer,
         }
         self.callback = Callback()  # one that does nothing, until there is a model to watch
-        if args.model == "sasrec":
-            self.model = SASRecModel(**options)
-            return
-        if not args.fit:
-            self.histories[0] = interactions(data.sequences() + extra_users(args, data))
-            options["data_preparator_type"] = WholeCatalogue
-            options["data_preparator_kwargs"] = {"first_extra_user": data.num_users}
-        self.model = BERT4RecModel(mask_prob=args.mask_prob, **options)
+        bert4rec = args.model == "bert4rec"
+        self.model = (
+            BERT4RecModel(mask_prob=args.mask_prob, **options) if bert4rec else SASRecModel(**options)
+        )
 
     def trainer(self) -> Trainer:
         return Trainer(**trainer_options(self.args, self.callback))
