@@ -14,7 +14,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -99,17 +98,6 @@ class Rows:
                 else:
                     results[name].append(row)
         return results
-
-
-def seconds_of(action: Callable[[], object]) -> Callable[[], Row]:
-    """Return an action that times `action`: a row with its seconds."""
-
-    def timed() -> Row:
-        began = time.perf_counter()
-        action()
-        return {"seconds": time.perf_counter() - began}
-
-    return timed
 
 
 def middle(rows: Sequence[Mapping[str, Any]], name: str) -> float:

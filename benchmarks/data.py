@@ -41,17 +41,10 @@ MB = 1e6
 REVIEWS_PER_USER, REVIEWS_PER_ITEM = 9.25, 42.1  # of the real file: 6,739,590 / 728,719 / 160,052
 FIRST_DAY, DAYS = 11_000, 6_800  # since 1970: February 2000 to September 2018
 LINE = (
-    b'{"overall": %d.0, %b"verified": %b, "reviewTime": "%b", "reviewerID": "%b", "asin": "%b", %b'
-    b'"reviewerName": %b, "reviewText": %b, "summary": %b, "unixReviewTime": %d}\n'
+    b'{"overall": %d.0, "vote": "2", "verified": true, "reviewTime": "%b", "reviewerID": "A%013X", '
+    b'"asin": "B0%08X", "style": {"Color:": " Black"}, "reviewerName": "A. Reader", "reviewText": %b, '
+    b'"summary": %b, "unixReviewTime": %d}\n'
 )
-VOTES = [b""] * 17 + [b'"vote": "2", ', b'"vote": "14", ', b'"vote": "1,204", ']
-STYLES = [b"", b'"style": {"Color:": " Black"}, ', b'"style": {"Size:": " 7.0 oz", "Color:": " Red"}, ']
-
-
-def keys(count: int, prefix: str, digits: int) -> list[bytes]:
-    """Return distinct keys of a prefix and hexadecimal digits, such as A0C9D7A81F3B62, in no order."""
-    step = 0x9E3779B97F4A7C15  # odd: its multiples run through all numbers of so many digits
-    return [f"{prefix}{number * step % 16**digits:0{digits}X}".encode() for number in range(count)]
 
 
 def texts(rng: Any, count: int, mean_words: float) -> list[bytes]:
@@ -74,32 +67,27 @@ def generate(path: Path, reviews: int) -> None:
 
     rng = np.random.default_rng(reviews)
 
-    def members(groups: int) -> Any:
-        """Return the group of each review: long-tailed, none below five."""
+    def keys(reviews_per_group: float, digits: int) -> Any:
+        """Return the key of each review's group, in no order: long-tailed groups, none below five."""
+        groups = max(1, int(reviews / reviews_per_group))
         weight = 1 / (rng.permutation(groups) + groups / 50) ** 0.9
         counts = 5 + rng.multinomial(reviews - 5 * groups, weight / weight.sum())
-        return np.repeat(np.arange(groups), counts)
+        # Multiples of an odd number are distinct among numbers of so many hexadecimal digits.
+        numbers = np.arange(groups, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        return np.repeat(numbers % np.uint64(16**digits), counts)
 
-    users, items = (max(1, int(reviews / per)) for per in (REVIEWS_PER_USER, REVIEWS_PER_ITEM))
-    user_keys, item_keys = keys(users, "A", 13), keys(items, "B0", 8)
-    user, item = rng.permutation(members(users)), members(items)
+    users, items = rng.permutation(keys(REVIEWS_PER_USER, 13)), keys(REVIEWS_PER_ITEM, 8)
     fixed = np.random.default_rng(0)  # the same at every size: so is the work of a line
-    body, title, names = texts(fixed, 20_000, 48.0), texts(fixed, 5_000, 4.0), texts(fixed, 500, 2.0)
-    pools = (VOTES, (b"true", b"false"), STYLES, names, body, title)
-    days = [time.gmtime(86_400 * day) for day in range(FIRST_DAY, FIRST_DAY + DAYS)]
-    dates = [f"{d.tm_mon:02d} {d.tm_mday}, {d.tm_year}".encode() for d in days]
+    bodies, titles = np.array(texts(fixed, 20_000, 48.0), object), np.array(texts(fixed, 5_000, 4.0), object)
+    seconds = [86_400 * (FIRST_DAY + day) for day in range(DAYS)]
+    dates = np.array([time.strftime("%m %d, %Y", time.gmtime(s)).encode() for s in seconds])
     with gzip.open(path, "wb", compresslevel=4) as out:
         for first in range(0, reviews, 100_000):
-            of_users, of_items = user[first : first + 100_000], item[first : first + 100_000]
-            count = len(of_users)
-            day, stars = rng.integers(0, DAYS, count), rng.integers(1, 6, count).tolist()
-            vote, verified, style, *written = (
-                [pool[n] for n in rng.integers(0, len(pool), count).tolist()] for pool in pools
-            )
-            reviewer, asin = [user_keys[u] for u in of_users], [item_keys[i] for i in of_items]
-            date, seconds = [dates[d] for d in day], (86_400 * (FIRST_DAY + day)).tolist()
-            columns = (stars, vote, verified, date, reviewer, asin, style, *written, seconds)
-            out.write(b"".join(map(LINE.__mod__, zip(*columns, strict=True))))
+            user, item = users[first : first + 100_000], items[first : first + 100_000]
+            day, stars = rng.integers(0, DAYS, len(user)), rng.integers(1, 6, len(user))
+            body, title = rng.choice(bodies, len(user)), rng.choice(titles, len(user))
+            columns = (stars, dates[day], user, item, body, title, np.array(seconds)[day])
+            out.write(b"".join(map(LINE.__mod__, zip(*(c.tolist() for c in columns), strict=True))))
 
 
 # -- what is measured, each in a process of its own ----------------------------------------------------------

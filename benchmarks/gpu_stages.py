@@ -140,8 +140,9 @@ class Records:
     def rows(self, name: str, timed: Iterable[Any], rows: Iterable[Row | None]) -> None:
         """Write rows of `speed`, each as its notebook does and as the planner's."""
         for step, row in zip(timed, rows, strict=True):
-            self.result(name, step.metrics(), params=step.own_params(), timings=step.timings)
-            self.step(row, step.metrics(), step.timings, f"{step.found.status} {step.found.reason}".strip())
+            counts, settings = step.metrics(), step.own_params()
+            self.result(name, counts, params=settings, timings=step.timings)
+            self.step(row, counts, step.timings, f"{settings['status']} {settings['reason']}".strip())
 
 
 # -- what is timed, as parameters of notebooks and as rows that the planner predicts -------------------------

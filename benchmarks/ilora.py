@@ -48,8 +48,9 @@ def run(args: argparse.Namespace, rows: Rows) -> Row:
     p = parameters.build("05_ilora", values)
     result: Row = {"pairs": p.rounds}
     for step in speed.adapter_grid(p, base, dataset, device):
-        name = step.asked["model"] + ("" if step.asked["compile_mode"] == "off" else "_compiled")
-        rows.add(name, **step.own_params(), **step.metrics(), **step.timings)
+        settings = step.own_params()
+        name = settings["model"] + ("" if settings["compile_mode"] == "off" else "_compiled")
+        rows.add(name, **settings, **step.metrics(), **step.timings)
         for key, value in step.timings.items():
             if key.startswith("over_") or key in ("step_seconds", "peak_tensor_bytes"):
                 result[f"{name}_{key}"] = value

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import functools
+import time
 from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import Row, Rows, middle, options, seconds_of, start
+from common import Row, Rows, middle, options, start
 from engine import configs, dataset_of
 
 from reclib import hardware
@@ -41,9 +42,15 @@ def test_users(dataset: Dataset, users: int) -> Evaluation:
 
 def timed(rows: Rows, actions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Return the median seconds of each action, in turns, after a call of each that is not counted."""
+
+    def seconds_of(action: Callable[[], object]) -> Row:
+        began = time.perf_counter()
+        action()
+        return {"seconds": time.perf_counter() - began}
+
     for action in actions.values():
         action()
-    turns = {name: seconds_of(action) for name, action in actions.items()}
+    turns = {name: functools.partial(seconds_of, action) for name, action in actions.items()}
     return {name: middle(results, "seconds") for name, results in rows.in_turns(turns, rounds).items()}
 
 
