@@ -37,8 +37,7 @@ import torch
 import yaml
 from common import BEST_ALLOCATOR, FailedError, Rows, parser_of
 from harness import process_age
-from recorded import OURS, write
-from scoring import NAMES, Arrays, is_seen, save, score, values_of, write_sequences
+from scoring import NAMES, OURS, Arrays, is_seen, score, values_of, write, write_sequences
 
 from reclib import system
 from reclib.config import DataConfig, InputError, ModelConfig, TrainConfig, changed, model_config, validated
@@ -215,7 +214,7 @@ def run(task: Task, dataset: Dataset, environments: Path) -> dict[str, Any]:
         seen = is_seen(part.targets[:, None], part, dataset.num_items)
         record["targets_seen"][name] = int(seen.sum())
     record |= {"wall_seconds": time.perf_counter() - began, "reported": about}
-    save(task.path(".npz"), values)
+    grids.save_ranks(task.path(".npz"), values)
     system.write_json(task.path(".json"), record)  # last, so that a result that is there is whole
     return means
 

@@ -59,6 +59,13 @@ WRITTEN = ("predicted", "time", "sha256_of_the_model")  # what a written predict
 Devices = dict[str, dict[str, Any]]  # of a CPU in params/calibration.yaml: cpu1 and cpu2
 
 
+class WithoutAnchors(yaml.SafeDumper):
+    """A dumper that writes what devices share for each of them."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
 # -- rates and calibration of CPUs ---------------------------------------------------------------------------
 
 
@@ -95,14 +102,8 @@ def calibrate(cpu: str, devices: Devices) -> None:
     """Put a CPU's devices into the calibration, whose comment at the top stays."""
     text = CALIBRATION.read_text(encoding="utf-8")
     head = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
-    # Through JSON, so that devices which share a band do not become anchors.
-    whole = json.loads(json.dumps(calibration() | {cpu: devices}), object_hook=with_numbers)
-    CALIBRATION.write_text(head + yaml.safe_dump(whole, sort_keys=False), encoding="utf-8")
-
-
-def with_numbers(mapping: dict[str, Any]) -> dict[Any, Any]:
-    """Return a mapping whose keys are numbers where their text is one, as shapes after JSON are."""
-    return {int(key) if key.isdecimal() else key: value for key, value in mapping.items()}
+    whole = yaml.dump(calibration() | {cpu: devices}, Dumper=WithoutAnchors, sort_keys=False)
+    CALIBRATION.write_text(head + whole, encoding="utf-8")
 
 
 def parts_of(row: Row, board: hardware.Board | None = None) -> tuple[Any, Any]:

@@ -33,27 +33,25 @@ gpu_stages.STAGES |= {
 gpu.LIMITS |= {"raises": 9, "absent": 9, "hangs": 0.25, "killed": 9, "exits": 9}
 sys.exit(gpu.main(sys.argv[1:]))
 """
+ENDS = {
+    "env": "ok",
+    "raises": "failed: ValueError: what a stage says",
+    "absent": "absent: no such thing here",
+    "hangs": "out of time after 1 s",
+    "killed": "killed by SIGSEGV",
+    "exits": "ended with exit code 3",
+    "sizes": "ok",
+    "batches": "ok",
+}
 
 
 def test_a_stage_that_fails_hangs_or_is_killed_leaves_the_next_one_whole(tmp_path):
-    names = ["env", "raises", "absent", "hangs", "killed", "exits", "sizes", "batches"]
     command = [sys.executable, "-c", BAD_STAGES, "--device", "cpu", "--tiny", "--out", str(tmp_path)]
-    done = subprocess.run(
-        [*command, "--stages", ",".join(names)], cwd=ROOT / "benchmarks", capture_output=True, text=True
-    )
+    command += ["--stages", ",".join(ENDS)]
+    done = subprocess.run(command, cwd=ROOT / "benchmarks", capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "stages.jsonl").read_text().splitlines()]
-    assert [row["name"] for row in rows] == names
-    assert [row["status"] for row in rows] == [
-        "ok",
-        "failed: ValueError: what a stage says",
-        "absent: no such thing here",
-        "out of time after 1 s",
-        "killed by SIGSEGV",
-        "ended with exit code 3",
-        "ok",
-        "ok",
-    ]
+    assert {row["name"]: row["status"] for row in rows} == ENDS
     records = reclib_records.read(tmp_path / "executed")  # checks each
     assert {record["name"] for record in records} == {"hardware_step", "planner_row"}
     raw = [json.loads(line) for line in (tmp_path / "raw.jsonl").read_text().splitlines()]
@@ -76,26 +74,20 @@ def test_without_a_gpu_it_says_so_in_one_line(tmp_path):
     assert not (tmp_path / "row").exists()
 
 
-def test_every_step_that_a_gpu_will_time_has_a_committed_prediction():
+def test_every_step_that_a_gpu_will_time_has_a_committed_prediction_by_which_it_is_judged():
     for label in ("h100", "h200"):
-        written = planner.predictions(label)
+        written, records = planner.predictions(label), []
         missing = [row for row in planner.gpu_rows(label) if planner_rows.key_of(row) not in written]
         assert not missing, f"python benchmarks/planner.py predict {label}"
-        for row in written.values():
-            assert len(row["sha256_of_the_model"]) == 64
-            low, middle, high = (row["predicted"][f"step_seconds{end}"] for end in ("_low", "", "_high"))
+        for prediction in written.values():
+            assert len(prediction["sha256_of_the_model"]) == 64
+            timings = prediction["predicted"]
+            low, middle, high = (timings[f"step_seconds{end}"] for end in ("_low", "", "_high"))
             assert 0 < low <= middle <= high
-            assert row["predicted"]["peak_memory_bytes"] > 0
-
-
-def test_a_gpu_is_judged_by_the_prediction_that_was_written_before():
-    records = []
-    for written in planner.predictions("h100").values():
-        row = {key: value for key, value in written.items() if key not in planner.WRITTEN}
-        timings = written["predicted"] | {"step_seconds": written["predicted"]["step_seconds"] / 2}
-        records.append({"own_params": row | {"set": row["stage"], "device": "h100"}, "timings": timings})
-    errors = planner.errors("h100", records)
-    assert {(error["time"], error["memory"], error["written"]) for error in errors} == {(2.0, 1.0, True)}
-    unknown = records[0]["own_params"] | {"batch_size": 96}
-    (error,) = planner.errors("h100", [records[0] | {"own_params": unknown}])
+            assert timings["peak_memory_bytes"] > 0
+            own = {key: value for key, value in prediction.items() if key not in planner.WRITTEN}
+            records.append({"own_params": own, "timings": timings | {"step_seconds": middle / 2}})
+        errors = planner.errors(label, records)
+        assert {(e["time"], e["memory"], e["written"]) for e in errors} == {(2.0, 1.0, True)}
+    (error,) = planner.errors(label, [records[0] | {"own_params": records[0]["own_params"] | {"users": 96}}])
     assert not error["written"]
