@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch._dynamo
 from common import ROOT, AbsentError, Row, Rows, first_line
-from planner_rows import configs, dataset, described, write
+from planner import configs, dataset, described, write
 from torch.utils.benchmark import Timer
 
 from reclib import hardware, parameters, system

@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import planner
-import planner_rows
 import pytest
 import torch
 from conftest import ROOT
@@ -59,7 +58,7 @@ def test_a_stage_that_fails_hangs_or_is_killed_leaves_the_next_one_whole(tmp_pat
     steps = [record for record in records if record["name"] == "planner_row"]
     assert {record["own_params"]["set"] for record in steps} == {"sizes", "batches"}
     for record in steps:
-        model, train = planner_rows.configs(planner_rows.row_of(record))
+        model, train = planner.configs(planner.row_of(record))
         assert (model.hidden_dim, train.precision) == (32, "fp32")
         assert train.batch_size == record["own_params"]["batch_size"]
         assert record["timings"]["step_seconds"] > 0
@@ -77,7 +76,7 @@ def test_without_a_gpu_it_says_so_in_one_line(tmp_path):
 def test_every_step_that_a_gpu_will_time_has_a_committed_prediction_by_which_it_is_judged():
     for label in ("h100", "h200"):
         written, records = planner.predictions(label), []
-        missing = [row for row in planner.gpu_rows(label) if planner_rows.key_of(row) not in written]
+        missing = [row for row in planner.gpu_rows(label) if planner.key_of(row) not in written]
         assert not missing, f"python benchmarks/planner.py predict {label}"
         for prediction in written.values():
             assert len(prediction["sha256_of_the_model"]) == 64

@@ -228,61 +228,55 @@ def test_curves_tell_the_engine_from_its_settings_and_leave_the_test_alone(run, 
     assert work.rows("test_metrics") == []
 
 
-@pytest.fixture
-def train(monkeypatch):
-    """Trains epochs of one step; looks of 1000 s each find the first target at these places (0: nowhere)."""
+def fit(clock: Namespace, places: list[int], most: int, seconds: float = 1.0, **options):
+    """Train epochs of one step; looks of 1000 s each find the first target at these places (0: nowhere)."""
+    data = harness.Data(np.array([1, 2]), np.array([0, 1, 2]), 30, valid=np.array([5, 6]), test=None)
+    weights, looks = {"w": torch.zeros(1)}, iter(places)
+
+    def recommend(with_valid: bool) -> np.ndarray:
+        clock.now += 1000.0
+        np.random.rand()
+        torch.rand(1)
+        top = np.zeros((2, 10), dtype=np.int32)
+        if place := next(looks):
+            top[0, place - 1] = 5
+        return top
+
+    defaults = {"epochs": None, "minutes": None, "marks": None, "valid_every": 1, "patience": 0}
+    peer = Namespace(data=data, recommend=recommend, module=Namespace(state_dict=lambda: weights))
+    selection = harness.Selection(Namespace(**defaults | options), peer)
+    selection.start(steps_per_epoch=1)
+    for epoch in range(1, most + 1):
+        clock.now += seconds
+        weights["w"] += 1
+        selection.step_done()
+        selection.epoch_done(epoch)
+        if selection.stop:
+            break
+    selection.finish()
+    return selection, epoch
+
+
+def test_a_fit_keeps_its_best_epoch_and_looks_are_off_the_clock_and_leave_chance_alone(monkeypatch):
     clock = Namespace(**vars(harness.time), now=0.0)
     clock.perf_counter = lambda: clock.now
     monkeypatch.setattr(harness, "time", clock)
-    data = harness.Data(np.array([1, 2]), np.array([0, 1, 2]), 30, valid=np.array([5, 6]), test=None)
-
-    def run(places: list[int], most: int, seconds: float = 1.0, **options):
-        weights, looks = {"w": torch.zeros(1)}, iter(places)
-
-        def recommend(with_valid: bool) -> np.ndarray:
-            clock.now += 1000.0
-            np.random.rand()
-            torch.rand(1)
-            top = np.zeros((2, 10), dtype=np.int32)
-            if place := next(looks):
-                top[0, place - 1] = 5
-            return top
-
-        defaults = {"epochs": None, "minutes": None, "marks": None, "valid_every": 1, "patience": 0}
-        peer = Namespace(data=data, recommend=recommend, module=Namespace(state_dict=lambda: weights))
-        selection = harness.Selection(Namespace(**defaults | options), peer)
-        selection.start(steps_per_epoch=1)
-        for epoch in range(1, most + 1):
-            clock.now += seconds
-            weights["w"] += 1
-            selection.step_done()
-            selection.epoch_done(epoch)
-            if selection.stop:
-                break
-        selection.finish()
-        return selection, epoch
-
-    return run
-
-
-def test_the_best_epoch_is_kept_and_patience_ends_the_fit(train):
-    fit, epochs = train([3, 1, 2, 2, 9], 9, patience=2)
-    assert (epochs, fit.best_row["epoch"], fit.best_row["ndcg@10"]) == (4, 2, pytest.approx(0.5))
-    assert fit.best["w"].item() == 2  # a copy: training went on to 4
-    assert fit.best_top[0, 0] == 5
-    fit, _ = train([1, 2], 3, epochs=3, valid_every=2)  # a last epoch between looks is looked at
-    assert [row["epoch"] for row in fit.rows] == [2, 3]
-
-
-def test_looks_at_validation_are_off_the_clock_and_leave_chance_alone(train):
+    best, epochs = fit(clock, [3, 1, 2, 2, 9], 9, patience=2)
+    assert (epochs, best.best_row["epoch"], best.best_row["ndcg@10"]) == (4, 2, pytest.approx(0.5))
+    assert best.best["w"].item() == 2  # a copy: training went on to 4
+    assert best.best_top[0, 0] == 5
+    last, _ = fit(clock, [1, 2], 3, epochs=3, valid_every=2)  # a last epoch between looks is looked at
+    assert [row["epoch"] for row in last.rows] == [2, 3]
     np.random.seed(1)
     torch.manual_seed(1)
     before = np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    fit, epochs = train([0, 0, 0], 9, minutes=3 / 60)
-    assert (epochs, fit.seconds, fit.eval_seconds) == (3, pytest.approx(3), pytest.approx(3000))
+    limited, epochs = fit(clock, [0, 0, 0], 9, minutes=3 / 60)
+    assert (epochs, limited.seconds, limited.eval_seconds) == (3, pytest.approx(3), pytest.approx(3000))
     assert (np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
-    fit, epochs = train([0, 2, 1], 99, seconds=40, marks=[1, 2.5, 3])  # each mark once; the last one ends it
-    columns = fit.arrays()
+    curve, epochs = fit(
+        clock, [0, 2, 1], 99, seconds=40, marks=[1, 2.5, 3]
+    )  # each mark once; the last ends it
+    columns = curve.arrays()
     assert (epochs, columns["look_train_seconds"].tolist()) == (5, [80, 160, 200])
     assert columns["mark_top"].shape == (3, 2, 10)
     assert columns["mark_minutes"].tolist() == [1, 2.5, 3]
