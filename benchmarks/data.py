@@ -164,11 +164,10 @@ def child(action: str, path: str, argument: str) -> Row:
 def tree_bytes(pid: int) -> int:
     """Return the resident bytes of a process and its descendants; 0 for one that has ended."""
     try:
-        total = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return resident_bytes(pid) + sum(tree_bytes(int(child)) for child in children)
     except (OSError, IndexError):
         return 0
-    return total + sum(tree_bytes(int(child)) for child in children)
 
 
 def measure(action: str, path: Path, argument: object) -> Row:

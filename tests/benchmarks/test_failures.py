@@ -57,9 +57,9 @@ def test_a_peer_that_the_system_kills_does_not_lose_the_rows_of_the_others(tmp_p
     results = engine.peers("ml", argparse.Namespace(peers=tmp_path, threads=1, quick=True), rows)
     assert {row["peer"] for row in results} == {"replay full", "replay restricted"}
     assert engine.over_fastest(results, {"sequences_per_second": 20})["speedup_over_fastest_peer"] == 4
-    failed = [json.loads(line) for line in rows.file.read_text().splitlines() if '"failed"' in line]
-    assert {row["peer"] for row in failed} == {"rectools full"}
-    assert all(row["reason"].startswith("killed by SIGKILL") for row in failed)
+    failed = [line for line in rows.file.read_text().splitlines() if '"failed"' in line]
+    assert len(failed) == 2  # one for each setting of the allocator
+    assert all('"rectools full"' in line and "killed by SIGKILL" in line for line in failed)
 
 
 def test_the_engine_ends_with_its_ratios_whatever_variants_failed(monkeypatch):
