@@ -103,27 +103,24 @@ def curve(trainer: Trainer, valid: Evaluation, minutes: list[float]) -> Arrays:
     Training time is the trainer's own: steps with their batches, without the looks at validation. The model
     at the end of a schedule that ends before a mark stands for the marks that are left.
     """
-    ranks: list[np.ndarray] = []
-    looks: list[tuple[float, float]] = []
 
-    def look(count: int) -> None:
-        current = rank_targets(trainer, valid, True).ranks
+    def look() -> tuple[np.ndarray, float, float]:
+        ranks = rank_targets(trainer, valid, True).ranks
         trainer.model.train()
-        at = (trainer.progress.step / trainer.steps_per_epoch, trainer.progress.train_seconds)
-        ranks.extend([current] * count)
-        looks.extend([at] * count)
+        return ranks, trainer.progress.step / trainer.steps_per_epoch, trainer.progress.train_seconds
 
+    looks = []
     for _ in trainer.steps():
-        while len(ranks) < len(minutes) and trainer.progress.train_seconds >= 60 * minutes[len(ranks)]:
-            look(1)
-        if len(ranks) == len(minutes):
+        while len(looks) < len(minutes) and trainer.progress.train_seconds >= 60 * minutes[len(looks)]:
+            looks.append(look())
+        if len(looks) == len(minutes):
             break
-    if left := len(minutes) - len(ranks):
-        look(left)
-    values, (epochs, seconds) = values_of(np.array(ranks), "mark"), np.array(looks).T
-    means = {f"look_{name}": values[f"mark_{name}"].mean(axis=1) for name in NAMES}
-    about = {"mark_minutes": np.array(minutes), "look_epoch": epochs, "look_train_seconds": seconds}
-    return values | means | about
+    if left := len(minutes) - len(looks):
+        looks += [look()] * left
+    ranks, epochs, seconds = zip(*looks, strict=True)
+    values = values_of(np.array(ranks), "mark") | {"mark_minutes": np.array(minutes)}
+    values |= {"look_epoch": np.array(epochs), "look_train_seconds": np.array(seconds)}
+    return values | {f"look_{name}": values[f"mark_{name}"].mean(axis=1) for name in NAMES}
 
 
 def show(row: dict[str, float]) -> None:
