@@ -6,14 +6,10 @@ import zlib
 from pathlib import Path
 
 import pytest
-from figure_records import ends, of_sizes, record
+from figure_records import compared, of_sizes, record
 
 from reclib.config import InputError
 from reclib.report import figures
-
-needs_browser = pytest.mark.skipif(
-    not any(shutil.which(name) for name in figures.BROWSERS), reason="no Chromium or Chrome is installed"
-)
 
 
 def pixels(picture: Path) -> bytes:
@@ -27,7 +23,9 @@ def pixels(picture: Path) -> bytes:
     return zlib.decompress(found)
 
 
-@needs_browser
+@pytest.mark.skipif(
+    not any(shutil.which(name) for name in figures.BROWSERS), reason="no Chromium or Chrome is installed"
+)
 def test_the_first_figure_is_drawn_and_is_not_blank(tmp_path):
     file, *_ = figures.draw(of_sizes(), tmp_path / "out")
     assert file == tmp_path / "out" / "readme.png"
@@ -68,11 +66,9 @@ def test_of_several_runs_that_of_most_work_is_drawn_then_with_enough_seeds_then_
     assert figures.main_figures([]) == {}
     assert figures.main_figures([new, old]) == {"last_items": [new]}
     assert figures.main_figures([new, old, long]) == {"last_items": [long]}
-    numbers = ends("difference", 0.1, 0.05) | {"adjusted_p": 0.01}
-    own = {"model": "causal", "against": "bert4rec", "metric": "hr@10"}
-    runs = []
-    for label, day, seeds, reference in (("cpu", 1, 3, 3), ("l4", 2, 1, 1), ("t4", 3, 3, 2)):
-        counts = {"seeds": seeds, "reference_seeds": reference}
-        about = {"label": label, "time": f"2026-01-0{day}"}
-        runs.append(record("02_baseline", "comparison", own, numbers | counts, **about))
+    runs = [
+        compared("causal", 0.1, seeds=seeds, reference_seeds=reference)
+        | {"label": label, "time": f"2026-01-0{day}", "profile": "quick"}
+        for label, day, seeds, reference in (("cpu", 1, 3, 3), ("l4", 2, 1, 1), ("t4", 3, 3, 2))
+    ]
     assert figures.main_figures(runs[::-1]) == {"comparison": [runs[0]]}
