@@ -1,32 +1,8 @@
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 
-from reclib.config import (
-    SIZES,
-    DataConfig,
-    InputError,
-    ModelConfig,
-    TrainConfig,
-    changed,
-    model_config,
-    typed,
-    validated,
-)
-
-
-def test_every_named_size_is_valid_and_cannot_be_changed():
-    for size in SIZES:
-        config = model_config(size)
-        assert config.hidden_dim % config.num_heads == 0
-        assert config.mask_id == config.num_items + 1
-        assert config.vocab_size == config.num_items + 2
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        config.hidden_dim = 3  # type: ignore[misc]
-    with pytest.raises(InputError, match="did you mean 'tiny'"):
-        model_config("tinny")
+from reclib.config import DataConfig, InputError, ModelConfig, TrainConfig, changed, typed, validated
 
 
 def test_impossible_values_are_told_in_one_line():
