@@ -60,12 +60,9 @@ def test_precision_that_the_units_lack_is_refused():
 
 
 def test_tf32_sets_the_products_and_anything_else_resets_them():
-    try:
-        hardware.set_matmul_precision(hardware.choose_precision("tf32", cuda((8, 0))))
-        assert torch.get_float32_matmul_precision() == "high"
-    finally:
-        hardware.set_matmul_precision(hardware.choose_precision("fp32", CPU))
-    assert torch.get_float32_matmul_precision() == "highest"
+    for name, card, precision in (("tf32", cuda((8, 0)), "high"), ("fp32", CPU, "highest")):
+        hardware.set_matmul_precision(hardware.choose_precision(name, card))
+        assert torch.get_float32_matmul_precision() == precision
 
 
 def test_a_build_without_kernels_for_the_device_is_refused():
@@ -94,8 +91,7 @@ def test_a_claimed_device_that_is_not_there_is_no_claim():
     with pytest.raises(InputError, match="unknown gpu label 'l40'; allowed: auto, cpu, cpu1, cpu2, t4"):
         hardware.find("l40")
     assert hardware.cpu_card("cpu2", cores=1, threads=1).label == "cpu"
-    assert hardware.cpu_card("cpu2", cores=8, threads=8).threads == 2
-    assert hardware.cpu_card("cpu", cores=8, threads=8).threads == 8
+    assert [hardware.cpu_card(name, cores=8, threads=8).threads for name in ("cpu2", "cpu")] == [2, 8]
 
 
 def test_every_board_of_the_catalogue_can_be_claimed_and_is_told_by_its_memory():
