@@ -2,26 +2,11 @@
 
 
 def record(notebook, name, own=None, metrics=None, series=None, **changes):
-    made = {
-        "notebook": notebook,
-        "name": name,
-        "kind": "measured",
-        "profile": "quick",
-        "label": "cpu",
-        "metrics": metrics or {},
-        "timings": {},
-        "params": {"epochs": 10, "seed": 0},
-        "own_params": own or {},
-        "series": series or {},
-        "device": {"name": "A processor"},
-        "seed": None,
-        "data": {"name": "ml-100k", "fingerprint": "abcd"},
-        "time": "2026-01-02T03:04:05+00:00",
-        "claimed": "auto",
-        "params_hash": "1",
-        "configuration": {},
-        "earlier": 0,
-    }
+    made = {"notebook": notebook, "name": name, "kind": "measured", "profile": "quick", "label": "cpu"}
+    made |= {"own_params": own or {}, "metrics": metrics or {}, "timings": {}, "series": series or {}}
+    made |= {"params": {"epochs": 10, "seed": 0}, "device": {"name": "A processor"}, "seed": None}
+    made |= {"data": {"name": "ml-100k", "fingerprint": "abcd"}, "time": "2026-01-02T03:04:05+00:00"}
+    made |= {"claimed": "auto", "params_hash": "1", "configuration": {}, "earlier": 0}
     assert changes.keys() <= made.keys()
     return made | changes
 

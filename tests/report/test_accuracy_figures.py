@@ -1,13 +1,11 @@
 """Figures, tables and findings of accuracy and of adapters: what is drawn is what the records say."""
 
 from collections import defaultdict
-from typing import get_args
 
 import pytest
 from figure_records import compared, ends, of_grid, record
 
 from reclib.evaluate import statistics
-from reclib.parameters import Arms, Tasks
 from reclib.report import figures, findings, style, tables
 from reclib.report.tables import ARM_NAMES, CONTROLS
 
@@ -213,10 +211,3 @@ def test_the_findings_say_whether_the_gate_helps_and_what_it_costs():
     ):
         assert findings.sentences("05_ilora", rows)[0].startswith(start)
     assert findings.sentences("05_ilora", []) == []
-
-
-def test_every_arm_has_a_name():
-    arms = ARM_NAMES.keys() - {"pairwise_counts"}  # a count, which is no choice
-    for kind, names in ((Arms, arms), (Tasks, tables.TASK_NAMES)):
-        (choice,) = get_args(get_args(kind)[0])
-        assert set(get_args(choice)) == set(names)

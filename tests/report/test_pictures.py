@@ -2,25 +2,12 @@ from __future__ import annotations
 
 import shutil
 import struct
-import zlib
-from pathlib import Path
 
 import pytest
 from figure_records import compared, of_sizes, record
 
 from reclib.config import InputError
 from reclib.report import figures
-
-
-def pixels(picture: Path) -> bytes:
-    """The filtered scan lines of a PNG, unpacked."""
-    data, at, found = picture.read_bytes(), 8, b""
-    while at < len(data):
-        length = int.from_bytes(data[at : at + 4], "big")
-        if data[at + 4 : at + 8] == b"IDAT":
-            found += data[at + 8 : at + 8 + length]
-        at += 12 + length
-    return zlib.decompress(found)
 
 
 @pytest.mark.skipif(
@@ -32,7 +19,7 @@ def test_the_first_figure_is_drawn_and_is_not_blank(tmp_path):
     width, height = struct.unpack(">II", file.read_bytes()[16:24])
     assert width == figures.WIDTH
     assert height > 200
-    assert len(set(pixels(file))) > 50  # a blank page has a handful
+    assert file.stat().st_size > 15_000  # a blank page of this size has 5,000 bytes
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"readme.png", "03_scaling.png"}
 
 
