@@ -119,14 +119,6 @@ def test_on_cuda_attention_is_not_left_to_cudnn():
         torch.backends.cuda.enable_cudnn_sdp(before)
 
 
-def test_card_of_a_record_has_versions_and_no_host():
-    card = hardware.device_card(hardware.resolve("cpu"))
-    assert card["torch"] == torch.__version__
-    assert card["label"] == "cpu"
-    described = {"type", "name", "label", "capability", "memory_bytes", "threads"}
-    assert set(card) == described | {"claimed", "cpu_model", "torch", "cuda", "driver"}
-
-
 def test_compile_mode_that_does_not_apply_is_off_with_its_reason():
     for mode, card, compiler, used, reason in [
         ("off", CPU, True, "off", "asked for"),

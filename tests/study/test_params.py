@@ -8,7 +8,7 @@ import yaml
 from conftest import ROOT
 
 from reclib import parameters
-from reclib.config import GPU_LABELS, InputError
+from reclib.config import GPU_LABELS, DataConfig, InputError, ModelConfig, TrainConfig, typed, validated
 from reclib.parameters import Baseline, Parameters
 
 DEVICES = [label for label in GPU_LABELS if label != "auto" and "-" not in label]
@@ -70,6 +70,25 @@ def test_wrong_values_are_told_in_one_line_that_names_the_parameter():
         parameters.build("02_baseline", {k: v for k, v in SMOKE.items() if k != "epochs"})
     with pytest.raises(InputError, match="unknown profile 'fast'; allowed: smoke, quick, lease, full"):
         parameters.profile("02_baseline", "fast")
+
+
+def test_impossible_values_are_told_in_one_line():
+    odd = {"positions": "sinusoidal", "hidden_dim": 3, "num_heads": 1}
+    for kind, values, part in [
+        (ModelConfig, {"num_items": 0}, "'num_items' is 0"),
+        (ModelConfig, {"num_items": 5, "hidden_dim": 10, "num_heads": 3}, "divisible by num_heads=3"),
+        (ModelConfig, {"num_items": 5, "hiden_dim": 3}, "did you mean 'hidden_dim'?"),
+        (ModelConfig, {}, "'num_items' is missing"),
+        (ModelConfig, {"num_items": 5} | odd, "even hidden_dim"),
+        (DataConfig, {"min_user": "5"}, "'min_user' is '5'"),
+        (TrainConfig, {"batch_size": 10, "micro_batch_size": 3}, "multiple of micro_batch_size=3"),
+        (TrainConfig, {"learning_rate": float("nan")}, "'learning_rate' is nan"),
+        (TrainConfig, {"seed": 2**64}, "'seed' is 18446744073709551616"),
+    ]:
+        with pytest.raises(InputError) as error:
+            validated(kind, values)
+        assert part in str(error.value)
+        assert "\n" not in str(error.value)
 
 
 def test_known_misspellings_are_undone_and_told(capsys):
@@ -136,3 +155,11 @@ def test_a_broken_parameter_file_is_named_with_its_line(project: Path):
             parameters.profile("02_baseline", "quick")
     file.write_text(yaml.safe_dump({"02_baseline": {"epochs": 7}}))
     assert parameters.profile("02_baseline", "quick")["epochs"] == 7
+
+
+def test_values_of_the_command_line_are_read_as_papermill_reads_them():
+    from papermill.cli import _resolve_type
+
+    for text in ("5", "-4", "1e-3", "0.5", "True", "False", "None", "true", "tiny", "[1, 2]", "a=b", "1_000"):
+        assert typed(text) == _resolve_type(text), text
+        assert type(typed(text)) is type(_resolve_type(text)), text
