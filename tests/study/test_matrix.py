@@ -112,22 +112,17 @@ def test_two_devices_of_one_cpu_run_one_after_another_and_each_fails_for_itself(
 @pytest.mark.parametrize(
     ("moment", "number"),
     [
-        ("in a cell", signal.SIGINT),
-        pytest.param("early", signal.SIGTERM, marks=pytest.mark.slow),
-        pytest.param("kernel starts", signal.SIGINT, marks=pytest.mark.slow),
-        pytest.param("in a cell", signal.SIGKILL, marks=pytest.mark.slow),
+        ("begun", signal.SIGINT),  # in a cell
+        pytest.param(".stamps", signal.SIGTERM, marks=pytest.mark.slow),  # early
+        pytest.param("runs/executed/cpu1", signal.SIGINT, marks=pytest.mark.slow),  # as the kernel starts
+        pytest.param("begun", signal.SIGKILL, marks=pytest.mark.slow),
     ],
 )
 def test_stopped_at_any_time_it_leaves_no_process_and_goes_on(project, set_cells, start, moment, number):
     sleeper = "if not pathlib.Path('../mended').exists():\n    time.sleep(99)"
     set_cells("import pathlib, time\npathlib.Path('../begun').touch()", sleeper, RESULT)
     process = start("run-all", "--gpus", "cpu1")
-    reached = {
-        "early": project / ".stamps",
-        "kernel starts": project / "runs/executed/cpu1",
-        "in a cell": project / "begun",
-    }
-    until(reached[moment].exists, 60)
+    until((project / moment).exists, 60)
     process.send_signal(number)
     output, _ = process.communicate(timeout=45)
     if number != signal.SIGKILL:
@@ -143,22 +138,18 @@ def test_stopped_at_any_time_it_leaves_no_process_and_goes_on(project, set_cells
 
 @pytest.mark.slow
 def test_two_at_once_queue_and_the_second_finds_it_done(project, set_cells, start):
-    set_cells(
-        "import pathlib, time\npathlib.Path('../begun').touch()",
-        "while not pathlib.Path('../go').exists():\n    time.sleep(0.1)",
-        RESULT,
-    )
+    loop = "while not pathlib.Path('../go').exists():\n    time.sleep(0.1)"
+    set_cells("import pathlib, time\npathlib.Path('../begun').touch()", loop, RESULT)
     one = start("run-all")
     until((project / "begun").exists, 60)
     assert {row[2] for row in cli.status()} == {"running"}
     two = start("run", "02")
-    assert two.stdout is not None
-    lines = [two.stdout.readline(), two.stdout.readline()]
-    assert lines[1].endswith("waiting: another run of this checkout holds cpu-02_baseline\n")
+    waits = [two.stdout.readline() for _ in range(2)][1]
+    assert waits.endswith("waiting: another run of this checkout holds cpu-02_baseline\n")
     (project / "go").touch()
-    output = [process.communicate(timeout=120)[0] for process in (one, two)]
+    _, output = (process.communicate(timeout=120)[0] for process in (one, two))
     assert (one.returncode, two.returncode) == (0, 0), output
-    assert "finished before, skipped" in output[1]
+    assert "finished before, skipped" in output
     assert len(rows_of(project)) == 1
 
 

@@ -70,9 +70,7 @@ def test_a_record_holds_what_is_needed_to_believe_it(root, capsys):
 
 
 def test_the_number_of_processes_tells_results_apart_only_where_it_is_not_one(root):
-    for changes in ({}, {"nproc": 2}):
-        make_run(**changes).result("x", {"a": 1}, seed=0)
-    one, two = lines(root)
+    one, two = (make_run(**changes).result("x", {"a": 1}, seed=0) for changes in ({}, {"nproc": 2}))
     assert one["params_hash"] != two["params_hash"]
     assert (one["params"]["nproc"], two["params"]["nproc"], two["profile"]) == (1, 2, "smoke")
     later = ("gpu", "tracker", "seeds", "nproc", "ties", "ties_seed")

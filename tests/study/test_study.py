@@ -186,15 +186,6 @@ def test_wrong_input_is_told_in_one_line_before_a_kernel_starts(project: Path, c
         assert part in output.err
         assert output.err.count("\n") == 1
         assert output.out == ""
-    for arguments, part in [
-        (["walk"], "invalid choice: 'walk'"),
-        (["run", "02", "--timeout", "0"], "'0' is not a positive whole number"),
-    ]:
-        with pytest.raises(SystemExit, match="2"):
-            cli.main(arguments)
-        error = capsys.readouterr().err
-        assert part in error
-        assert error.count("\n") == 1
     assert written(project) == []
 
 
@@ -240,7 +231,6 @@ def test_refreshing_a_notebook_that_fails_leaves_it_as_it_was(project: Path, set
 
 def test_params_prints_yaml_that_papermill_takes(project: Path, capsys):
     assert cli.main(["params", "02", "--profile", "full", "--gpu", "h100"]) == 0
-    values = yaml.safe_load(capsys.readouterr().out)
-    p = parameters.build("02_baseline", values)
+    p = parameters.build("02_baseline", yaml.safe_load(capsys.readouterr().out))
     assert (p.gpu, p.compile_mode) == ("h100", "default")
     assert parameters.profile_of("02_baseline", p) == "full"
