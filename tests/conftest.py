@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -42,14 +43,11 @@ def make_notebook(file: Path, defaults: dict[str, object], cells: list[str]) -> 
     new = nbformat.v4
     lines = [f"{name} = {value!r}  # a parameter" for name, value in defaults.items()]
     parameters = new.new_code_cell("\n".join(lines), metadata={"tags": ["parameters"]})
-    title = new.new_markdown_cell("# A question")
-    notebook = new.new_notebook(
-        cells=[title, parameters, *(new.new_code_cell(cell) for cell in cells)],
-        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
-    )
-    for number, cell in enumerate(notebook.cells):
+    cells = [new.new_markdown_cell("# A question"), parameters, *map(new.new_code_cell, cells)]
+    for number, cell in enumerate(cells):
         cell["id"] = f"cell-{number}"
-    nbformat.write(notebook, file)
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(new.new_notebook(cells=cells, metadata={"kernelspec": kernel}), file)
 
 
 @pytest.fixture(autouse=True)
@@ -74,23 +72,21 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project root of its own: the real parameter files and a small `02_baseline`; it records in runs/."""
     shutil.copytree(ROOT / "params", tmp_path / "params")
     (tmp_path / "notebooks").mkdir()
-    defaults = yaml.safe_load((ROOT / "params/smoke.yaml").read_text())["02_baseline"]
-    make_notebook(tmp_path / "notebooks/02_baseline.ipynb", defaults, [_CODE, RESULT])
     monkeypatch.setenv("RECLIB_ROOT", str(tmp_path))
     monkeypatch.delenv("RECLIB_RECORDS")
+    _write_baseline(tmp_path, RESULT)
     return tmp_path
+
+
+def _write_baseline(root: Path, *cells: str) -> None:
+    defaults = yaml.safe_load((root / "params/smoke.yaml").read_text())["02_baseline"]
+    make_notebook(root / "notebooks/02_baseline.ipynb", defaults, [_CODE, *cells])
 
 
 @pytest.fixture
 def set_cells(project: Path) -> Callable[..., None]:
     """Replace the cells after the parameters and the set-up of the project's `02_baseline`."""
-
-    def replace(*cells: str) -> None:
-        file = project / "notebooks/02_baseline.ipynb"
-        defaults = yaml.safe_load((project / "params/smoke.yaml").read_text())["02_baseline"]
-        make_notebook(file, defaults, [_CODE, *cells])
-
-    return replace
+    return functools.partial(_write_baseline, project)
 
 
 @pytest.fixture
@@ -98,13 +94,7 @@ def study(project: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run `python -m reclib` as a user does, in a process of its own."""
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "reclib", *arguments],
-            cwd=project,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        command, env = [sys.executable, "-m", "reclib", *arguments], os.environ | {"PYTHONPATH": str(ROOT)}
+        return subprocess.run(command, cwd=project, env=env, capture_output=True, text=True, timeout=120)
 
     return run

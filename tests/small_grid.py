@@ -28,10 +28,7 @@ FILE = {
     "seeds": [0, 1],
     "model": {"max_len": 20},
     "train": {"epochs": 2, "batch_size": 8, "eval_every": 1},
-    "arms": {
-        "base": {"final": True},
-        "twin": {"train": {"objective": "next_item"}, "seeds": [0]},
-    },
+    "arms": {"base": {"final": True}, "twin": {"train": {"objective": "next_item"}, "seeds": [0]}},
 }
 
 

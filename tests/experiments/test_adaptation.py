@@ -49,10 +49,10 @@ def test_all_arms_see_the_same_batches_on_equal_tokens(experiment):
     assert len(set(tokens.values())) == 1
     assert tokens["lora"] > 0
     trainers = [run.trainer for run in every if run.arm != "none"]
-    first, *others = (Epoch(one.histories, one.model.config, one.config, 0).step(0)[0] for one in trainers)
-    for other in others:
-        assert torch.equal(first.items, other.items)
-        assert torch.equal(first.targets, other.targets)
+    batches = [Epoch(one.histories, one.model.config, one.config, 0).step(0)[0] for one in trainers]
+    for batch in batches:
+        assert torch.equal(batch.items, batches[0].items)
+        assert torch.equal(batch.targets, batches[0].targets)
 
 
 def test_arms_are_what_they_are_called_and_only_full_moves_the_base(experiment, dataset):  # noqa: F811
@@ -66,11 +66,9 @@ def test_arms_are_what_they_are_called_and_only_full_moves_the_base(experiment, 
         inner = model.twin if isinstance(model, AdaptedModel) else model
         moved = {name for name, q in inner.named_parameters() if not torch.equal(q, base[name])}
         assert moved == {"full": set(base), "bias": {"output_bias"}}.get(arm, set()), arm
-    for arm in CONTROLS:
-        config = of[arm].trainer.model.configs[arm]
-        assert (config.kind, config.control) == ("ilora", arm)
-    assert of["head"].trainer.model.configs["head"].targets == ("head",)
-    assert of["gated"].trainer.model.configs["gated"].kind == "gated"
+    configs = {arm: of[arm].trainer.model.configs[arm] for arm in (*CONTROLS, "head", "gated")}
+    assert all((configs[arm].kind, configs[arm].control) == ("ilora", arm) for arm in CONTROLS)
+    assert (configs["head"].targets, configs["gated"].kind) == (("head",), "gated")
     assert of["fixed_gate"].trained == of["lora"].trained < of["ilora"].trained
     assert of["none"].saved_bytes == 0 < of["lora"].saved_bytes < of["full"].saved_bytes
 
@@ -113,7 +111,7 @@ def test_results_average_over_targets_then_seeds(experiment, dataset):  # noqa: 
     assert mean["ndcg@10"] == pytest.approx(np.mean(seeds))
     assert mean["ndcg@10_low"] <= mean["ndcg@10"] <= mean["ndcg@10_high"]
     assert means["full"]["trained_share"] == 1
-    assert (means["pairwise_counts"]["seeds"], means["pairwise_counts"]["trained"]) == (0, 0)
+    assert means["pairwise_counts"]["seeds"] == means["pairwise_counts"]["trained"] == 0
     compared = adaptation.comparisons(dataset, tasks[0], [*runs, counts], "ilora", "gate_comparison")
     lora = next(r for r in compared if (r.params["model"], r.params["metric"]) == ("lora", "ndcg@10"))
     assert lora.metrics["difference"] == pytest.approx(means["lora"]["ndcg@10"] - mean["ndcg@10"])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 
 import numpy as np
 import pytest
 from conftest import ROOT
-from small_grid import FILE, light_scoring, work, write
+from small_grid import FILE, work, write
 from small_models import Stop, stop_at
 
 from reclib import records, system
@@ -18,9 +17,9 @@ from reclib.experiments import grids
 from reclib.train.fit import Options
 
 
-def run_all() -> int:
+def run_all(**options: object) -> int:
     here = work()
-    return grids.run_grid(here, here.runs(), Options())
+    return grids.run_grid(here, here.runs(), Options(**options))
 
 
 def names(rows: list[dict]) -> list[tuple[str, int]]:
@@ -47,13 +46,12 @@ def test_every_run_is_trained_once_and_recorded_with_what_it_was(root):
 
 def test_a_stopped_grid_goes_on_within_the_run(root):
     write(root, arms={"base": {"train": {"checkpoint_seconds": 0}}}, seeds=[0])
-
     with pytest.raises(Stop):
-        grids.run_grid(work(), work().runs(), stop_at(7))
+        run_all(on_step=stop_at(7).on_step)
     assert work().rows("learning_curve") == []
     assert "under way" in grids.grid_status(work(), work().runs())[0]
     steps: list[int] = []
-    assert grids.run_grid(work(), work().runs(), Options(on_step=lambda stats: steps.append(stats.step))) == 1
+    assert run_all(on_step=lambda stats: steps.append(stats.step)) == 1
     assert steps[0] == 7  # the seventh was not in a checkpoint yet
     assert "trained: validation HR@10" in grids.grid_status(work(), work().runs())[0]
 
@@ -70,29 +68,6 @@ def test_two_processes_share_a_grid(root):
         process.join(120)
     assert [process.exitcode for process in both] == [0, 0]
     assert names(work().rows("learning_curve")) == [("base", 0), ("base", 1), ("twin", 0)]
-
-
-def test_an_arm_may_change_the_data_and_is_scored_on_them(root, monkeypatch):
-    light_scoring(monkeypatch)
-    write(
-        root, seeds=[0], arms={"base": {"final": True}, "own": {"data": {"synthetic_seed": 1}, "final": True}}
-    )
-    assert run_all() == 2
-    here = work()
-    base, own = here.grid.arms
-    marks = {row["own_params"]["model"]: row["data"]["fingerprint"] for row in here.rows("learning_curve")}
-    assert marks == {"base": here.dataset.fingerprint, "own": here.data_of(own).fingerprint}
-    assert here.data_of(own).fingerprint != here.dataset.fingerprint
-    assert grids.keep(here) == ["base seed 0", "own seed 0"]
-    scored = grids.score(here)
-    assert {result.params["against"] for result in scored if result.name == "comparison"} == {"base", "own"}
-    rows = [row for row in here.rows("test_metrics") if row["seed"] is None]
-    of_models = {(row["own_params"]["model"], row["data"]["fingerprint"]) for row in rows}
-    assert {model for model, mark in of_models if mark == marks["base"]} >= {"base", "ease"}
-    assert {model for model, mark in of_models if mark == marks["own"]} >= {"own", "ease"}
-    assert ("own", marks["base"]) not in of_models
-    assert {json.dumps(row["configuration"].get("data")) for row in rows} == {"null", '{"synthetic_seed": 1}'}
-    assert here.key(base, 0) != here.key(own, 0)
 
 
 def test_what_a_file_may_not_say_is_told_before_anything_is_trained(root):
@@ -127,12 +102,9 @@ def test_the_command_names_unknown_grids_arms_and_seeds(root, capsys):
 
 
 def test_the_files_of_the_project_can_be_read():
-    files = [file.stem for file in (system.params() / "grids").glob("*.yaml")]
-    assert files
-    for name in files:
-        grid = grids.read_grid(name)
-        trials = name.startswith(("ablations", "trials")) or name.endswith("-rates")
-        assert trials or any(arm.final for arm in grid.arms)
+    for file in (system.params() / "grids").glob("*.yaml"):
+        trials = file.stem.startswith(("ablations", "trials")) or file.stem.endswith("-rates")
+        assert trials or any(arm.final for arm in grids.read_grid(file.stem).arms)
 
 
 def test_committed_runs_are_known_by_the_hash_of_their_configuration():

@@ -22,7 +22,7 @@ from typing import Any
 
 import nbformat
 import pytest
-from chromium import CHROMIUM, NO_CHROMIUM, started
+from chromium import needs_chromium, opened, started
 from conftest import ROOT
 
 NOTEBOOKS = [file.stem for file in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))]
@@ -31,7 +31,7 @@ LIMIT = 600  # seconds for one notebook on a loaded machine of two cores; an idl
 PLOTLY = "application/vnd.plotly.v1+json"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)]
+pytestmark = [pytest.mark.slow, needs_chromium]
 
 # The open notebook, asked of JupyterLab itself: cells out of sight are not in the page.
 STATE = """() => {
@@ -77,32 +77,39 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         for cell in notebook.cells:
             cell.update({"outputs": [], "execution_count": None} if cell.cell_type == "code" else {})
         nbformat.write(notebook, file)
-    own = {f"JUPYTER_{name}_DIR": str(place / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
-    own |= {f"RECLIB_{name}": str(place / name.lower()) for name in ("RECORDS", "RUNS")}
+    folders = (
+        "JUPYTER_CONFIG_DIR",
+        "JUPYTER_DATA_DIR",
+        "JUPYTER_RUNTIME_DIR",
+        "RECLIB_RECORDS",
+        "RECLIB_RUNS",
+    )
+    own = {name: str(place / name) for name in folders} | {"HOME": str(place)}
     own |= {"RECLIB_DATA": os.environ.get("RECLIB_DATA", str(ROOT / ".data"))}
-    own |= {"RECLIB_ROOT": str(ROOT), "PYTHONPATH": str(ROOT), "HOME": str(place)}
-    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--ip", "127.0.0.1", "--port", "0"]
-    command += ["--allow-root", "--expose-app-in-browser", "--LabApp.news_url=None", "notebooks"]
+    own |= {"RECLIB_ROOT": str(ROOT), "PYTHONPATH": str(ROOT)}
+    options = (
+        "--no-browser --ip 127.0.0.1 --port 0 --allow-root --expose-app-in-browser --LabApp.news_url=None"
+    )
+    command = [sys.executable, "-m", "jupyter", "lab", *options.split(), "notebooks"]
     with (place / "server.log").open("w") as log:
         server = subprocess.Popen(command, cwd=place, env=os.environ | own, stdout=log, stderr=log)
         try:
             yield _address(place, server)
         finally:
             server.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                server.wait(20)
-            server.kill()
+            server.wait(60)
 
 
 def _address(place: Path, server: subprocess.Popen) -> str:
     end = time.monotonic() + 120
     while time.monotonic() < end and server.poll() is None:
-        for file in (place / "runtime").glob("jpserver-*.json"):
+        for file in (place / "JUPYTER_RUNTIME_DIR").glob("jpserver-*.json"):
             with contextlib.suppress(json.JSONDecodeError):
-                said = json.loads(file.read_text())
-                assert said["hostname"] == "127.0.0.1"
-                assert len(said["token"]) >= 32
-                return f"{said['url']}lab/workspaces/{{name}}/tree/{{name}}.ipynb?reset&token={said['token']}"
+                server_info = json.loads(file.read_text())
+                assert server_info["hostname"] == "127.0.0.1"
+                token = server_info["token"]
+                assert len(token) >= 32
+                return f"{server_info['url']}lab/workspaces/{{name}}/tree/{{name}}.ipynb?reset&token={token}"
         time.sleep(0.2)
     raise AssertionError((place / "server.log").read_text()[-3000:])
 
@@ -137,30 +144,23 @@ def slider_moves_a_number(page: Any, index: int) -> bool:
 def test_every_notebook_shows_in_jupyterlab_what_it_should(lab: str):
     with started() as browser:
         for name in NOTEBOOKS:
-            context = browser.new_context(viewport={"width": 1280, "height": 1000})
-            page, console = context.new_page(), list[str]()
-            page.set_default_timeout(120_000)
-            page.on(
-                "console", lambda said, to=console: to.append(said.text) if said.type == "error" else None
-            )
-            page.on("pageerror", lambda error, to=console: to.append(str(error)))
-            page.goto(lab.format(name=name), wait_until="domcontentloaded")
-            page.wait_for_function(IDLE)
-            if name in RUN:
-                page.get_by_role("menuitem", name="Run", exact=True).click()
-                page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-                assert comes_true(page, ENDED, None, LIMIT), f"{name} did not end"
-            cells = page.evaluate(STATE)["cells"]
-            assert [error for cell in cells for error in cell["errors"]] == [], name
-            assert [i for i, cell in enumerate(cells) if not cell["done"]] == [], name
-            figures = [i for i, cell in enumerate(cells) if PLOTLY in cell["kinds"] and cell["marks"]]
-            assert figures, name
-            for i in figures:
-                shown(page, i)
-                assert comes_true(page, DRAWN, i, 60), f"{name}: cell {i} has a figure without a mark"
-            widgets = [i for i, cell in enumerate(cells) if WIDGET in cell["kinds"]]
-            assert bool(widgets) == (name == "07_explore"), name
-            for i in widgets:
-                assert slider_moves_a_number(page, i), f"{name}: a slider of cell {i} changes nothing"
-            assert console == [], name
-            context.close()
+            with opened(browser, viewport={"width": 1280, "height": 1000}) as (page, errors):
+                page.goto(lab.format(name=name), wait_until="domcontentloaded")
+                page.wait_for_function(IDLE)
+                if name in RUN:
+                    for item in ("Run", "Run All Cells"):
+                        page.get_by_role("menuitem", name=item, exact=True).click()
+                    assert comes_true(page, ENDED, None, LIMIT), f"{name} did not end"
+                cells = page.evaluate(STATE)["cells"]
+                assert [error for cell in cells for error in cell["errors"]] == [], name
+                assert all(cell["done"] for cell in cells), name
+                figures = [i for i, cell in enumerate(cells) if PLOTLY in cell["kinds"] and cell["marks"]]
+                assert figures, name
+                for i in figures:
+                    shown(page, i)
+                    assert comes_true(page, DRAWN, i, 60), f"{name}: cell {i} has a figure without a mark"
+                widgets = [i for i, cell in enumerate(cells) if WIDGET in cell["kinds"]]
+                assert bool(widgets) == (name == "07_explore"), name
+                for i in widgets:
+                    assert slider_moves_a_number(page, i), f"{name}: a slider of cell {i} changes nothing"
+                assert errors == [], name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 
@@ -24,6 +25,7 @@ ARMS = {
     "bert4rec (past)": {"split": "global_time", "final": True, "seeds": [0]},
     "bert4rec (users)": {"split": "random_users", "final": True, "seeds": [0]},
     "wide": {"model": {"hidden_dim": 64}, "seeds": [0]},
+    "other": {"data": {"synthetic_seed": 1}, "final": True, "seeds": [0]},
 }
 
 
@@ -67,21 +69,11 @@ def test_a_grid_is_scored_with_baselines_and_intervals(scored):
 
 def test_comparisons_are_paired_corrected_and_need_three_seeds(scored):
     rows = named(scored, "comparison")
-    assert {row.params["against"] for row in rows} == {"bert4rec"}
+    assert {row.params["against"] for row in rows} == {"bert4rec", "other"}
     assert all(row.metrics["adjusted_p"] >= row.metrics["p"] for row in rows)
     (twin,) = (row.metrics for row in named(rows, "comparison", model="twin", metric="hr@10"))
     assert (twin["seeds"], twin["reference_seeds"]) == (2, 2), "too few for a claim"
     assert twin["difference_low"] <= twin["difference"] <= twin["difference_high"]
-
-
-def test_protocols_are_labelled_and_sampled_ones_are_not_comparable(scored):
-    rows = {(row.params["model"], row.params["protocol"]): row.params for row in named(scored, "protocol")}
-    sampled = [params for params in rows.values() if "sampled, not comparable" in params["label"]]
-    assert sampled
-    assert not any(params["comparable"] for params in sampled)
-    assert rows["bert4rec", "global time, seen removed"]["comparable"]
-    assert not rows["bert4rec", "seed study's"]["comparable"]
-    assert ("bert4rec", "random users (the seed study's), seen removed") in rows
 
 
 def test_the_shuffle_control_moves_what_uses_order_and_nothing_else(scored):
@@ -95,52 +87,64 @@ def test_arms_are_compared_on_validation_by_user_over_the_seeds_both_have(scored
     rows = {result.params["model"]: result.metrics for result in grids.compare(work())}
     assert rows.keys() == {"twin", "wide"}  # another split is another question
     assert (rows["twin"]["seeds"], rows["wide"]["seeds"]) == (2, 1)
-    one = rows["twin"]
-    assert one["difference"] == pytest.approx(one["value"] - one["base"])
-    assert one["seed_low"] <= one["difference"] <= one["seed_high"]
-    assert one["difference_low"] <= one["difference"] <= one["difference_high"]
+    twin = rows["twin"]
+    assert twin["difference"] == pytest.approx(twin["value"] - twin["base"])
+    for name in ("seed", "difference"):
+        assert twin[f"{name}_low"] <= twin["difference"] <= twin[f"{name}_high"]
     assert all(row["p"] <= row["adjusted_p"] <= 1 for row in rows.values())  # Holm over the arms
 
 
-def test_kept_ranks_alone_give_the_same_again_and_count_as_the_same_configuration(scored, monkeypatch):
-    """Baselines join a grid whose weights are gone; a changed recipe is another look, a scoring is none."""
+def test_an_arm_of_other_data_is_scored_on_them(scored):
     here = work()
-    monkeypatch.setattr(grids.Work, "train", lambda *_: pytest.fail("asked for weights"))
-    again = grids.score(here, from_ranks=True)
-    assert means(again) == means(scored)
-    assert ("pairwise_counts_with_validation", None) in means(again)
-    rows = here.rows("test_metrics") + here.rows("protocol")
-    for place, row in enumerate(rows):  # every scoring is counted
-        assert row["earlier"] == sum(r["params_hash"] == row["params_hash"] for r in rows[:place])
-    counts = tables.looks(rows)
-    where = here.dataset.fingerprint
-    assert counts[where, "leave-one-out", "bert4rec"] == counts[where, "leave-one-out", "causal"] == 1
-    wider = json.loads(json.dumps(rows))
-    for row in wider:
-        arms = row["configuration"]["arms"]
-        named = {row["own_params"]["model"].removesuffix("_with_validation")}
-        assert {arm.split(" (")[0] for arm in arms} == named & {"bert4rec", "twin"}  # its own arms only
-        for arm in arms.values():
-            arm["model"]["hidden_dim"] *= 2
-    assert tables.looks(rows + wider)[where, "leave-one-out", "bert4rec"] == 2
-    file = here.ranks_file(here.grid.arms[0], 1)
-    kept = dict(np.load(file))
-    grids.save_ranks(file, {"valid": kept["valid"]})
-    with pytest.raises(InputError, match="no ranks on the test split are kept of bert4rec seed 1"):
-        grids.score(here, from_ranks=True)
-    grids.save_ranks(file, kept)
+    base, other = here.dataset.fingerprint, here.data_of(here.grid.arms[-1]).fingerprint
+    rows = [row for row in here.rows("test_metrics") if row["seed"] is None]
+    models: dict[str, set] = {mark: set() for mark in (base, other)}
+    for row in rows:
+        models[row["data"]["fingerprint"]].add(row["own_params"]["model"])
+    assert {"bert4rec", "twin", "ease"} <= models[base] - {"other"}
+    assert {"other", "ease"} <= models[other] - {"bert4rec", "twin"}
+    data = {json.dumps(row["configuration"].get("data")) for row in rows}
+    assert data == {"null", '{"synthetic_seed": 1}'}
 
 
-def test_a_seed_that_chose_the_recipe_does_not_judge_it(scored, monkeypatch):
+def test_kept_ranks_alone_give_the_same_again_and_a_seed_that_chose_the_recipe_does_not_judge_it(
+    scored, monkeypatch
+):
+    """Baselines join a grid whose weights are gone; a changed recipe is another look, a scoring is none."""
     here = work()
     arm = here.grid.arms[0]
     trial = {"name": "learning_curve", "params_hash": here.key(arm, 1), "data": {"name": "trials-x"}}
     other = {"name": "learning_curve", "params_hash": here.key(arm, 0), "data": {"name": "scaling-x"}}
     monkeypatch.setattr(records, "committed", lambda: [trial, other])
+    monkeypatch.setattr(grids.Work, "train", lambda *_: pytest.fail("asked for weights"))
     again = grids.score(here, from_ranks=True)
-    assert {row.metrics["reference_seeds"] for row in named(again, "comparison")} == {1}
-    assert here.rows("comparison")[-1]["configuration"]["seeds_left_out"] == {"bert4rec": [1]}
-    assert means(again) == means(scored), "it stays in the means"
+    assert means(again) == means(scored), "the seed that chose stays in the means"
+    assert {row.metrics["reference_seeds"] for row in named(again, "comparison", against="bert4rec")} == {1}
+    assert {"bert4rec": [1]} in [
+        row["configuration"].get("seeds_left_out") for row in here.rows("comparison")
+    ]
+    assert ("pairwise_counts_with_validation", None) in means(again)
+    rows = here.rows("test_metrics") + here.rows("protocol")
+    for place, row in enumerate(rows):  # every scoring is counted
+        assert row["earlier"] == sum(r["params_hash"] == row["params_hash"] for r in rows[:place])
+    counts, where = tables.looks(rows), here.dataset.fingerprint
+    assert counts[where, "leave-one-out", "bert4rec"] == counts[where, "leave-one-out", "causal"] == 1
+    wider = copy.deepcopy(rows)
+    for row in wider:
+        arms, model = (
+            row["configuration"]["arms"],
+            row["own_params"]["model"].removesuffix("_with_validation"),
+        )
+        assert {arm.split(" (")[0] for arm in arms} == {model} & {"bert4rec", "twin"}  # its own arms only
+        for arm_configuration in arms.values():
+            arm_configuration["model"]["hidden_dim"] *= 2
+    assert tables.looks(rows + wider)[where, "leave-one-out", "bert4rec"] == 2
+    file = here.ranks_file(arm, 1)
+    kept = dict(np.load(file))
+    grids.save_ranks(file, {"valid": kept["valid"]})
+    with pytest.raises(InputError, match="no ranks on the test split are kept of bert4rec seed 1"):
+        grids.score(here, from_ranks=True)
+    grids.save_ranks(file, kept)
 
 
 def test_what_a_run_showed_on_the_test_split_is_kept_and_read_again(scored, monkeypatch):
@@ -186,18 +190,15 @@ def test_runs_so_far_keep_what_they_show_and_a_later_scoring_needs_no_weights(ro
     assert not here.folder(arm, 0).exists()
 
 
-def test_ties_are_scored_by_rule_with_the_arms_that_are_trained(tmp_path, monkeypatch):
-    for name in PLACES:
-        monkeypatch.setenv(name, str(tmp_path / name.lower()))
+def test_ties_are_scored_by_rule_with_the_arms_that_are_trained(root, monkeypatch):
     light_scoring(monkeypatch)
     shuffled = {"ties": "shuffle", "ties_seed": 1}
-    write(tmp_path, arms={"bert4rec": {"seeds": [0]}, "causal": {}, "bert4rec (shuffle)": {"data": shuffled}})
+    write(root, arms={"bert4rec": {"seeds": [0]}, "causal": {}, "bert4rec (shuffle)": {"data": shuffled}})
     here = work()
     grids.run_grid(here, here.runs()[:1], Options())
     results = grids.score_ties(here)
-    overall = {
-        (r.params["model"], r.params["ties"], r.params["ties_seed"]) for r in named(results, "tie_rule")
-    }
+    keys = ("model", "ties", "ties_seed")
+    overall = {tuple(r.params[key] for key in keys) for r in named(results, "tie_rule")}
     counts = ("pairwise_counts", "pairwise_counts_with_validation")
     rules = {(model, *rule) for model in counts for rule in (("source", 0), ("shuffle", 1))}
     assert overall == rules | {("bert4rec", "source", 0)}

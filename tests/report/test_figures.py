@@ -1,152 +1,186 @@
-"""The figures of data, speed and devices, their files, and the page that shows them."""
+"""Figures, their files and the page that shows them, drawn of committed records."""
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
-import figure_records
 import numpy as np
 import pandas as pd
 import pytest
-from figure_records import record
+from conftest import ROOT
+from figure_records import compared, of_sizes, record
+from markupsafe import escape
 
-from reclib import system
-from reclib.config import DataConfig, InputError
-from reclib.data.prepare import prepare
-from reclib.experiments import data_prep
+from reclib import records
+from reclib.config import InputError
 from reclib.report import figures, findings, tables
 
-ELSEWHERE = ("popularity_by_size", "tie_rules")  # of several grids: tests of tables and scoring draw them
-STUDY = {"profile": "quick", "data": {"name": "ml-100k", "fingerprint": "abcd"}}
-CURVE = {"epoch": [1, 2, 3, 4], "train_loss": [7.0, 6.0, 5.5, 5.4]}
-CURVE |= {"valid_ndcg@10": [None, 0.05, None, 0.07]}
-DRAWN = [  # the others are of several sweeps and datasets
-    spec for spec in figures.FIGURES if spec.name != "scaling_sweeps" and spec.choose is None
-]
-SPEED = figure_records.speed()
-
-
-def described(dataset):
-    found = data_prep.divisions(dataset, seed=0)
-    return {
-        "preparation": data_prep.steps(dataset),
-        "repeats": data_prep.repeats(dataset),
-        "sequence_lengths": data_prep.lengths(dataset),
-        "item_popularity": data_prep.popularity(dataset),
-        "tied_timestamps": data_prep.ties(dataset),
-        "last_items": data_prep.last_items(dataset),
-        "over_time": data_prep.over_time(dataset, found),
-        "cold": data_prep.cold(dataset, found),
-    }
+# Data whose committed records give every figure and are soon drawn; of ml-1m, the race alone.
+SMALL = ["ml-100k", "Beauty_item_org_rank", "synthetic", "ablations-ml-1m", "scaling-beauty", "ties-ml-1m"]
+SMALL += ["tuning-tiny-ml-100k"]
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RECLIB_DATA", str(tmp_path_factory.mktemp("cache")))
-        return prepare(DataConfig(dataset="synthetic", synthetic_items=150, min_item=20))
+def rows() -> list[dict]:
+    """Committed records of the smaller datasets, of two devices."""
+    rows = [r for r in records.read(ROOT / "executed") if r["label"] in ("cpu", "l4")]
+    rows = [r for r in rows if (r["data"] or {}).get("name") in SMALL or r["name"] == "equal_time"]
+    return records.latest(rows)
 
 
 @pytest.fixture(scope="module")
-def records(dataset):
-    """What every figure of one dataset is made of."""
-    found = [
-        record("01_data_prep", name, metrics=made.metrics, series=made.series)
-        for name, made in described(dataset).items()
-    ]
-    found += [record("02_baseline", "learning_curve", series=CURVE, seed=seed) for seed in (0, 1)]
-    for model, hr in (("BERT4Rec", 0.2), ("popularity", 0.1)):
-        own, metrics = {"model": model}, figure_records.ends("hr@10", hr, 0.02, 0.01)
-        found.append(record("02_baseline", "test_metrics", own, metrics))
-        bins = tables.rank_bins(np.arange(1, 60))
-        found.append(record("02_baseline", "rank_histogram", own, series=bins))
-    found.append(record("02_baseline", "test_metrics", {"model": "BERT4Rec"}, {"hr@10": 0.25}, seed=0))
-    above = ("learning_curve", "test_metrics", "rank_histogram")
-    made = [one for make in figure_records.EVERY.values() for one in make()]
-    found += [one | STUDY for one in made if one["name"] not in above]
-    found += [*figure_records.adapters(), *SPEED, *figure_records.hardware(), *figure_records.scaling()]
-    found += figure_records.audit()
-    found[-1]["device"] = {"name": "<i>Odd & named</i>"}
-    return found
+def two(rows) -> list[dict]:
+    """The records of two figures."""
+    return [r for r in rows if r["name"] in ("preparation", "repeats")]
 
 
 @pytest.fixture(scope="module")
-def built(records, tmp_path_factory) -> Path:
+def drawings(rows) -> list[figures.Drawing]:
+    return list(figures.drawings(tables.distinct(rows)))
+
+
+@pytest.fixture(scope="module")
+def built(rows, drawings, tmp_path_factory) -> Path:
     """The folder of all figures, drawn once."""
     folder = tmp_path_factory.mktemp("figures")
-    files = figures.build(records, folder)
-    assert {*files} == {file for file in folder.iterdir() if file.name != "plotly.min.js"}
-    names = {f"{spec.name}_ml-100k_cpu.html" for spec in DRAWN}
-    assert {path.name for path in folder.iterdir()} == names | {"index.html", "plotly.min.js"}
+    files = figures.build(rows, folder)
+    assert {file.name for file in files} == {f"{one.file}.html" for one in drawings} | {"index.html"}
+    assert {*folder.iterdir()} == {*files, folder / "plotly.min.js"}
     return folder
 
 
-@pytest.fixture(scope="module")
-def shown(records):
-    """Every figure, measured and predicted."""
-    found = {}
-    for spec in figures.FIGURES:
-        mine = [r for r in records if (r["notebook"], r["name"]) == (spec.notebook, spec.needs)]
-        mine = spec.choose(figure_records.of_sizes()) if spec.choose else mine
-        if spec.name in ELSEWHERE:
-            continue
-        for kind in ("measured", "predicted"):
-            found[spec.name, kind] = figures.show(spec.name, *(one | {"kind": kind} for one in mine))
-    return found
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def title(figure):
-    return figure.layout.title.text
+def title(name, *records):
+    return figures.show(name, *records).layout.title.text
 
 
 def under(figure):
     return figure.layout.title.subtitle.text.replace("<br>", " ")
 
 
-# -- files and the page --------------------------------------------------------------------------------------
+# -- every figure --------------------------------------------------------------------------------------------
 
 
-def test_another_process_writes_the_same_bytes_from_records_in_another_order(records, built, tmp_path):
-    (tmp_path / "records.json").write_text(json.dumps(list(reversed(records))))
+def test_every_figure_tells_measured_from_predicted_titles_its_axes_and_leaves_records_alone(rows, drawings):
+    of_specs = {drawing.spec.name: drawing for drawing in drawings}
+    names = {(row["notebook"], row["name"]) for row in rows}
+    recorded = [spec.name for spec in figures.FIGURES if (spec.notebook, spec.needs) in names]
+    assert list(of_specs) == recorded
+    for name, drawing in of_specs.items():
+        before, looks = copy.deepcopy(drawing.records), []
+        for kind in ("measured", "predicted"):
+            figure = figures.show(name, *({**row, "kind": kind} for row in drawing.records))
+            assert f"{kind} on " in under(figure)
+            traces = [t for t in figure.to_plotly_json()["data"] if t["type"] != "parcoords"]
+            looks.append(str([(trace.get("marker"), trace.get("line")) for trace in traces]))
+        assert looks[0] != looks[1] or not traces, name  # parallel coordinates are of trials, all measured
+        axes = [*figure.select_xaxes(), *figure.select_yaxes()] if traces else []
+        titled = {axis.domain for axis in axes if axis.title.text}  # of a column, one axis says it for all
+        for axis in axes:
+            is_categories = axis.ticks == "" or axis.autorange == "reversed" or axis.matches
+            assert axis.domain in titled or is_categories, f"{name}: an axis without a title"
+        assert drawing.records == before, name
+
+
+def test_another_process_writes_the_same_bytes_from_records_in_another_order(rows, built, tmp_path):
+    newest_first = sorted(rows, key=lambda row: row["time"], reverse=True)
+    (tmp_path / "records.json").write_text(json.dumps(newest_first))
     code = (
         "import json, sys; from pathlib import Path; from reclib.report import figures; "
         "figures.build(json.loads(Path('records.json').read_text()), Path('there'));"
         "print('torch' in sys.modules)"
     )
-    env = os.environ | {"PYTHONPATH": str(system.root()), "PYTHONHASHSEED": "7"}
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
-    assert content(tmp_path / "there") == content(built)
+    there, here = ({p.name: p.read_bytes() for p in place.iterdir()} for place in (tmp_path / "there", built))
+    assert there == here
 
 
-def test_a_rebuild_touches_no_file_removes_old_figures_and_leaves_others_alone(records, built, tmp_path):
+def test_titles_state_what_the_records_say(drawings):
+    rows = {one.spec.name: one.records for one in drawings if one.label == "cpu"}
+    rungs = sorted(rows["step_ladder"], key=lambda row: row["own_params"]["rung"])
+    ladder = [row["timings"]["step_seconds"] for row in rungs if "step_seconds" in row["timings"]]
+    rates = [row["timings"].get("sequences_per_second") or 0 for row in rows["step_time"]]
+    means = [row["metrics"]["hr@10"] for row in rows["metric_comparison"] if row["seed"] is None]
+    ratios = [row["metrics"]["ratio"] for row in rows["claimed_rates"]]
+    fp32, other, *_ = rows["loss_parity"]
+    other = other | {"series": other["series"] | {"loss": [1.01 * loss for loss in fp32["series"]["loss"]]}}
+    rows["loss_parity"] = [fp32, other]
+    for name, said in {
+        "metric_comparison": f"has the target among its ten first for {max(means):.1%} of users",
+        "step_ladder": f"a step is {ladder[0] / min(ladder):,.1f} times faster",
+        "step_time": f"with {max(rates):,.0f} sequences/s",
+        "loss_parity": "differ by at most 1.00%",
+        "claimed_rates": f"more than the epoch time allows, by up to {max(ratios):.1f} times",
+    }.items():
+        assert said in title(name, *rows[name])
+
+
+def test_what_did_not_run_is_said_in_the_figure_and_has_no_mark():
+    def step(precision, status):
+        own = {"precision": precision, "compile_mode": "off", "batch_size": 64, "status": status}
+        return record("04_amp_compile", "step", own)
+
+    figure = figures.show("step_time", step("bf16", "oom"), step("tf32", "not applicable"))
+    assert figure.layout.title.text == "No variant could be timed"
+    assert [annotation.text for annotation in figure.layout.annotations] == ["out of memory"]
+    assert "not applicable on this device: tf32, eager, batch 64" in under(figure)
+    assert not [trace for trace in figure.data if trace.type == "scatter"]
+    assert title("compile_cost", step("bf16", "oom")) == "Nothing was compiled on this device"
+
+
+def test_open_marks_are_those_that_cannot_be_compared(drawings):
+    drawing = next(one for one in drawings if one.spec.name == "protocols")
+    comparable = {row["own_params"]["protocol"]: row["own_params"]["comparable"] for row in drawing.records}
+    figure = figures.show("protocols", *drawing.records)
+    names = [name.replace("<br>", " ") for name in figure.layout.yaxis.ticktext]
+    marks = [t for t in figure.data if t.customdata is not None and round(t.y[0]) < len(comparable)]
+    assert {trace.marker.symbol for trace in marks} > {"diamond-open"}
+    for trace in marks:
+        for y in trace.y:
+            assert (trace.marker.symbol == "diamond-open") != comparable[names[round(y)]]
+
+
+def test_rank_bins_count_every_rank():
+    ranks = np.array([1, 1, 2, 3, 5, 6, 10, 11, 1349])
+    bins = pd.DataFrame(tables.rank_bins(ranks))
+    assert bins["users"].sum() == ranks.size
+    assert bins.iloc[:4].values.tolist() == [[1, 1, 2], [2, 2, 1], [3, 5, 2], [6, 10, 2]]
+    assert bins.iloc[-1].tolist() == [1001, 2000, 1]
+    assert tables.rank_bins(np.array([1]))["users"] == [1]
+
+
+# -- files and the page --------------------------------------------------------------------------------------
+
+
+def test_a_rebuild_touches_no_file_removes_old_figures_and_leaves_others_alone(two, built, tmp_path):
     shutil.copytree(built, tmp_path, dirs_exist_ok=True)
     (tmp_path / "mine.html").write_text("<p>by hand</p>")
-    figures.build(records[:2], tmp_path)
+    figures.build(two, tmp_path)
     left = {"preparation_ml-100k_cpu.html", "repeats_ml-100k_cpu.html", "index.html", "plotly.min.js"}
     assert {path.name for path in tmp_path.iterdir()} == left | {"mine.html"}
     times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    figures.build(json.loads(json.dumps(records[:2])), tmp_path)
+    figures.build(json.loads(json.dumps(two)), tmp_path)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == times
 
 
-def test_an_executed_notebook_is_a_page_whose_outputs_run_no_script(records, tmp_path, monkeypatch):
-    shown, place = [], tmp_path / "executed/cpu"
+HOSTILE = '</script><script>alert(1)</script>"><img src=x onerror=alert(1)>{{ 7*7 }}'
+
+
+def test_an_executed_notebook_is_a_page_whose_outputs_run_no_script(two, tmp_path, monkeypatch):
+    shown, place, out = [], tmp_path / "executed/cpu", tmp_path / "out"
     monkeypatch.setattr("IPython.display.display", lambda data, raw: shown.append(data))
     monkeypatch.setattr("plotly.io.renderers.default", "plotly_mimetype")
-    figures.show("preparation", records[0])._ipython_display_()
+    figures.show("preparation", two[0])._ipython_display_()
     assert "The k-core" in shown[0]["text/html"]
     assert "figures/index.html, question 01" in shown[0]["text/html"]
     outputs = [{"output_type": "display_data", "data": data} for data in (*shown, {"text/html": HOSTILE})]
@@ -155,108 +189,64 @@ def test_an_executed_notebook_is_a_page_whose_outputs_run_no_script(records, tmp
     place.mkdir(parents=True)
     for name in ("01_data_prep", "01_data_prep.failed"):
         (place / f"{name}.ipynb").write_text(json.dumps({"cells": cells}))
-    figures.build(records[:1], tmp_path / "out", roots=[place.parent])
-    html = (tmp_path / "out/01_data_prep_cpu.html").read_text()
+    figures.build(two[:1], out, roots=[place.parent])
+    html = (out / "01_data_prep_cpu.html").read_text()
     (nonce,) = re.findall("script-src 'nonce-([0-9a-f]{32})'", html)
     assert html.count(f'<script nonce="{nonce}"') == 2  # plotly, and what draws
     for part in ("<pre>1 &lt; 2</pre>", "<h1>A title</h1>", "index.html#02_baseline", '"text": "The k-core'):
         assert part in html, part
-    page = (tmp_path / "out/index.html").read_text()
-    assert '<a href="01_data_prep_cpu.html">cpu</a>' in page
+    assert '<a href="01_data_prep_cpu.html">cpu</a>' in (out / "index.html").read_text()
     monkeypatch.setitem(sys.modules, "mistune", None)
-    figures.build(records[:1], tmp_path / "out", roots=[place.parent])
-    assert '<a href="../executed/cpu/01_data_prep.ipynb">cpu</a>' in (tmp_path / "out/index.html").read_text()
-    assert not (tmp_path / "out/01_data_prep_cpu.html").exists()
+    figures.build(two[:1], out, roots=[place.parent])
+    assert '<a href="../executed/cpu/01_data_prep.ipynb">cpu</a>' in (out / "index.html").read_text()
+    assert not (out / "01_data_prep_cpu.html").exists()
 
 
-class Addresses(HTMLParser):
-    """Every address that a page loads or links, and every tag that is left open."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.found, self.open = [], []
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs):
-        self.found += [value for name, value in attrs if name in ("src", "data-src", "href")]
-        if tag != "meta":
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.found += [value for name, value in attrs if name in ("src", "data-src", "href")]
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-
-def test_pages_are_whole_load_nothing_from_elsewhere_and_state_question_answer_and_origin(built):
+def test_pages_load_nothing_from_elsewhere_and_state_question_answer_and_origin(rows, two, built):
     for path in built.glob("*.html"):
-        parsed = Addresses(path.read_text(encoding="utf-8"))
-        assert parsed.open == [], path.name
-        for address in parsed.found:
+        for address in re.findall(r' (?:src|data-src|href)="([^"]*)"', path.read_text(encoding="utf-8")):
             assert address.startswith("#") or (built / address).is_file(), address
     page = (built / "index.html").read_text()
-    for text in (
-        "What exactly is being predicted?",
-        "HR@10 on ml-100k (cpu): BERT4Rec 0.200 [0.180, 0.210], popularity 0.100 [0.080, 0.110]",
-        "How cheaply: from the seed study&#39;s step to “packed” a step is 25.0 times faster (cpu).",
-        "which trains 3,200 sequences/s; rates as multiples of it: fp32 compiled ",
-        "Of 7 published claims that arithmetic can check 2 hold, 5 are contradicted.",
-        "Measured on A processor (cpu), profile quick, data ml-100k abcd,",
-        "<time>2026-01-02</time>",
-        "&lt;i&gt;Odd &amp; named&lt;/i&gt;",
-        "prefers-color-scheme: dark",
-    ):
-        assert text in page
+    audit = findings.sentences("08_audit", [row for row in rows if row["notebook"] == "08_audit"])
+    origin = figures.origin(two[:1])
+    study = findings.study(tables.distinct(rows))
+    assert study
+    for text in ("What exactly is being predicted?", audit[0], *study, origin.text):
+        assert str(escape(text)) in page
+    assert f"<time>{origin.day}</time>" in page
+    assert "prefers-color-scheme: dark" in page
     assert "smoke run" not in page
     assert "http" not in page
 
 
-def test_smoke_runs_are_called_that_everywhere(records, tmp_path):
-    smoke = [one | {"profile": "smoke"} for one in [*records[:3], *SPEED]]
-    files = figures.build(smoke, tmp_path)
-    for path in files:
+def test_smoke_runs_are_called_that_everywhere(rows, two, tmp_path):
+    smoke = [
+        r | {"profile": "smoke"} for r in rows if r["notebook"] == "04_amp_compile" and r["label"] == "cpu"
+    ]
+    *drawn, page = figures.build([*smoke, *({**row, "profile": "smoke"} for row in two)], tmp_path)
+    for path in drawn:
         assert "smoke run, not a result" in path.read_text(), path.name
     answers = 2  # beside the answer of each notebook too
-    assert (tmp_path / "index.html").read_text().count("smoke run, not a result") == len(files) - 1 + answers
-    assert "smoke run" in under(figures.show("preparation", smoke[0]))
-    assert "smoke run" not in under(figures.show("preparation", records[0]))
+    assert page.read_text().count("smoke run, not a result") == len(drawn) + answers
 
 
-def test_without_records_of_figures_there_is_still_a_page(tmp_path):
-    (file,) = figures.build([], tmp_path)
-    assert "no records yet" in file.read_text()
-    assert figures.build([record("06_hardware", "price", metrics={"usd": 1.0})], tmp_path) == [file]
-    assert {chapter.findings({}) == [] for chapter in findings.CHAPTERS.values()} == {True}
-
-
-def test_odd_dataset_names_make_plain_file_names(records, tmp_path):
-    odd = records[0] | {"data": {"name": 'a "b"/../c', "fingerprint": "0"}}
-    names = sorted(path.name for path in figures.build([odd], tmp_path / "out"))
-    assert names == ["index.html", "preparation_a-b-..-c_cpu.html"]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-HOSTILE = '</script><script>alert(1)</script>"><img src=x onerror=alert(1)>{{ 7*7 }}'
-
-
-def test_what_a_record_says_is_escaped(records, tmp_path):
+def test_what_a_record_says_is_escaped(rows, two, tmp_path):
     named = {"name": HOSTILE, "fingerprint": HOSTILE}
     changes = {"label": HOSTILE, "notebook": HOSTILE, "name": HOSTILE, "device": named, "data": named}
-    rows = [one | {key: value} for key, value in changes.items() for one in (records[0], records[-1])]
+    hostile = [one | {key: value} for key, value in changes.items() for one in two]
     own = {"own_params": {"model": HOSTILE}, "params": {"dataset": HOSTILE}}
-    rows += [one | own for one in records if one["name"] in ("test_metrics", "learning_curve")]
-    for path in figures.build(rows, tmp_path):
+    of_models = ("test_metrics", "learning_curve")
+    hostile += [r | own for r in rows if r["notebook"] == "02_baseline" and r["name"] in of_models]
+    files = figures.build(hostile, tmp_path)
+    assert len(files) > 2 * len(two)
+    for path in files:
         html = path.read_text(encoding="utf-8")
         assert "<script>alert" not in html
         assert "<img" not in html
         assert "49" not in re.findall(r"onerror=alert\(1\)(?:&gt;|>)(\S*)", html)
-    assert Addresses((tmp_path / "index.html").read_text()).open == []
 
 
-def test_a_malformed_record_and_one_that_breaks_a_figure_cost_nothing_but_themselves(
-    tmp_path, records, capsys
-):
+def test_a_malformed_record_and_one_that_breaks_a_figure_cost_nothing_but_themselves(tmp_path, two, capsys):
     file = tmp_path / "executed" / "cpu" / "results.jsonl"
     file.parent.mkdir(parents=True)
     good = record("08_audit", "audit_verdicts", metrics={"holds": 2}) | {"schema": 1}
@@ -267,16 +257,19 @@ def test_a_malformed_record_and_one_that_breaks_a_figure_cost_nothing_but_themse
     (page,) = figures.collect(tmp_path / "executed", tmp_path / "figures")
     assert f"{len(bad)} left out" in page.read_text(encoding="utf-8")
     assert "2 hold." in page.read_text(encoding="utf-8")
-    figures.build([records[0] | {"metrics": {}, "series": {}}, records[-1]], tmp_path / "unfit")
-    assert "figure preparation" in (tmp_path / "unfit" / "index.html").read_text(encoding="utf-8")
-    assert "left out: figure preparation" in capsys.readouterr().err
+    figures.build([two[0] | {"metrics": {}, "series": {}}, two[1]], tmp_path / "unfit")
+    assert len([*(tmp_path / "unfit").glob("*_ml-100k_cpu.html")]) == 1
+    assert "left out: figure " in capsys.readouterr().err
 
 
-def test_two_datasets_of_one_name_and_a_users_own_stand_apart(records, tmp_path):
-    rows, own = records[:2], {"params": {"dataset": "/home/me/ratings.csv"}}
+def test_two_datasets_of_one_name_and_a_users_own_stand_apart(two, tmp_path):
+    odd = two[0] | {"data": {"name": 'a "b"/../c', "fingerprint": "0"}}
+    names = sorted(path.name for path in figures.build([odd], tmp_path / "odd"))
+    assert names == ["index.html", "preparation_a-b-..-c_cpu.html"]
+    own = {"params": {"dataset": "/home/me/ratings.csv"}}
     prints = [{"data": {"name": "ratings", "fingerprint": print_}} for print_ in ("aaaa1111bb", "cccc")]
-    mine = [one | data | own for data in prints for one in rows]
-    names = {path.name for path in figures.build([*mine, *rows], tmp_path)}
+    mine = [one | data | own for data in prints for one in two]
+    names = {path.name for path in figures.build([*mine, *two], tmp_path)}
     assert {"preparation_ratings-aaaa1111-_cpu.html", "preparation_ratings-cccc-_cpu.html"} <= names
     assert "preparation_ml-100k_cpu.html" in names  # whose name nobody shares
     study, yours = (tmp_path / "index.html").read_text(encoding="utf-8").split('<section id="own">')
@@ -290,8 +283,7 @@ def test_two_datasets_of_one_name_and_a_users_own_stand_apart(records, tmp_path)
 def test_a_notebook_without_records_says_how_to_run_it(tmp_path, monkeypatch):
     folder = tmp_path / "notebooks"
     folder.mkdir()
-    text = "# 02 Is it <good>?\n\nA **bold** word."
-    cell = {"cell_type": "markdown", "source": text.splitlines(keepends=True)}
+    cell = {"cell_type": "markdown", "source": ["# 02 Is it <good>?\n", "\n", "A **bold** word."]}
     (folder / "02_baseline.ipynb").write_text(json.dumps({"cells": [cell]}))
     monkeypatch.setenv("RECLIB_ROOT", str(tmp_path))
     (file,) = figures.build([], tmp_path / "out")
@@ -299,7 +291,8 @@ def test_a_notebook_without_records_says_how_to_run_it(tmp_path, monkeypatch):
     assert "Is it &lt;good&gt;?</h2>" in html
     assert "A <strong>bold</strong> word.</p>" in html
     assert "<code>python -m reclib run 02 --profile quick</code>" in html
-    assert Addresses(html).open == []
+    assert "no records yet" in html
+    assert {chapter.findings({}) == [] for chapter in findings.CHAPTERS.values()} == {True}
     (folder / "02_baseline.ipynb").write_text('{"cells": ')
     with pytest.raises(InputError, match=r"^02_baseline\.ipynb: not a notebook"):
         figures.questions(folder)
@@ -334,66 +327,61 @@ def test_a_plan_of_more_work_does_not_hide_what_was_measured():
 
 
 def test_an_unmet_claim_stands_in_the_caption():
-    unmet = tables.caption([SPEED[0] | {"claimed": "l4"}])
-    assert "measured on cpu" in unmet
-    assert "l4 was asked for and is not here" in unmet
-    for claimed in ("auto", "cpu", None):
-        assert "asked for" not in tables.caption([SPEED[0] | {"claimed": claimed}])
+    for claimed, is_unmet in (("l4", True), ("auto", False), ("cpu", False), (None, False)):
+        caption = tables.caption([record("04_amp_compile", "step", claimed=claimed)])
+        assert "measured on cpu" in caption
+        assert ("l4 was asked for and is not here" in caption) == is_unmet
 
 
-# -- what figures show ---------------------------------------------------------------------------------------
+# -- pictures ------------------------------------------------------------------------------------------------
 
 
-def test_predictions_look_different_in_every_figure(shown):
-    for spec in DRAWN:
-        looks = []
-        for kind in ("measured", "predicted"):
-            drawn = shown[spec.name, kind]
-            traces = drawn.to_plotly_json()["data"]
-            looks.append(str([(trace.get("marker"), trace.get("line")) for trace in traces]))
-            assert f"{kind} on cpu" in under(drawn)
-        # Lines of trials are coloured by value; a trial is never a prediction.
-        assert looks[0] != looks[1] or spec.name == "tuning_parallel", spec.name
+@pytest.mark.skipif(
+    not any(shutil.which(name) for name in figures.BROWSERS), reason="no Chromium or Chrome is installed"
+)
+def test_the_first_figure_is_drawn_and_is_not_blank(tmp_path):
+    file, *_ = figures.draw(of_sizes(), tmp_path / "out")
+    assert file == tmp_path / "out" / "readme.png"
+    width, height = struct.unpack(">II", file.read_bytes()[16:24])
+    assert width == figures.WIDTH
+    assert height > 200
+    assert file.stat().st_size > 15_000  # a blank page has 3,000 bytes
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"readme.png", "03_scaling.png"}
 
 
-def test_titles_state_what_the_records_say(shown, dataset):
-    for spec in figures.FIGURES:
-        if spec.name in ELSEWHERE:
-            continue
-        figure = shown[spec.name, "measured"]
-        for axis in [*figure.select_xaxes(), *figure.select_yaxes()]:
-            is_categories = axis.ticks == "" or axis.autorange == "reversed" or axis.matches
-            is_categories = is_categories or figure.data[0].type == "parcoords"  # has axes of its own
-            assert axis.title.text or is_categories, f"{spec.name}: an axis without a title"
-    steps = dataset.manifest["steps"]
-    lost = steps[0]["items"] - steps[1]["items"]
-    assert lost > 0
-    for name, said in {
-        "preparation": f"drops {lost} of {steps[0]['items']} items",
-        "learning_curves": "NDCG@10 on validation is best after 4 epochs",
-        "metric_comparison": "BERT4Rec has the target among its ten first for 20.0% of users",  # by its mean
-        "step_ladder": "From the seed study's step to “packed” a step is 25.0 times faster",
-        "compile_cost": "Compiling costs 8 s and has paid after 2,000 steps",
-        "loss_parity": "Losses of fp32, bf16 differ by at most 1.00%",
-        "claimed_rates": "1 of 2 claimed rates are more than the epoch time allows, by up to 2.5 times",
-    }.items():
-        assert said in title(shown[name, "measured"])
+def test_without_a_browser_it_says_what_to_install_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("RECLIB_CHROMIUM", raising=False)
+    assert figures.pictures_main(["--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "no browser to draw pictures with" in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setenv("RECLIB_CHROMIUM", "a-browser")
+    with pytest.raises(InputError, match="none of a-browser is installed"):
+        figures.browser()
 
 
-def test_what_did_not_run_is_said_in_the_figure_and_has_no_mark(shown):
-    figure = shown["step_time", "measured"]
-    assert [annotation.text for annotation in figure.layout.annotations] == ["out of memory"]
-    assert "not applicable on this device: tf32, eager, batch 64" in under(figure)
-    assert sum(len(trace.x) for trace in figure.data if trace.type == "scatter") == 2
-    nothing = [one for one in SPEED if one["name"] == "step" and not one["timings"]]
-    assert title(figures.show("compile_cost", *nothing))
-    assert title(figures.show("step_time", *nothing)) == "No variant could be timed"
+def test_a_browser_that_fails_is_told_in_one_line(tmp_path):
+    browser = tmp_path / "broken"
+    browser.write_text("#!/bin/sh\necho first >&2\necho 'no display' >&2\nexit 1\n")
+    browser.chmod(0o755)
+    with pytest.raises(InputError, match=r"^broken could not draw page\.html: no display$"):
+        figures.photograph(str(browser), tmp_path / "page.html", tmp_path / "page.png", 100)
 
 
-def test_rank_bins_count_every_rank():
-    ranks = np.array([1, 1, 2, 3, 5, 6, 10, 11, 1349])
-    bins = pd.DataFrame(tables.rank_bins(ranks))
-    assert bins["users"].sum() == ranks.size
-    assert bins.iloc[:4].values.tolist() == [[1, 1, 2], [2, 2, 1], [3, 5, 2], [6, 10, 2]]
-    assert bins.iloc[-1].tolist() == [1001, 2000, 1]
-    assert tables.rank_bins(np.array([1]))["users"] == [1]
+def test_of_several_runs_that_of_most_work_is_drawn_then_with_enough_seeds_then_the_newest():
+    def last(**about):
+        return record("01_data_prep", "last_items", metrics={"last_item_by_tie_rule_share": 0.5}, **about)
+
+    old, new = last(label="l4", time="2026-01-01"), last(time="2026-01-02")
+    long = last(profile="grid", label="t4", time="2026-01-01")
+    assert figures.main_figures([]) == {}
+    assert figures.main_figures([new, old]) == {"last_items": [new]}
+    assert figures.main_figures([new, old, long]) == {"last_items": [long]}
+    runs = [
+        compared("causal", 0.1, seeds=seeds, reference_seeds=reference)
+        | {"label": label, "time": f"2026-01-0{day}", "profile": "quick"}
+        for label, day, seeds, reference in (("cpu", 1, 3, 3), ("l4", 2, 1, 1), ("t4", 3, 3, 2))
+    ]
+    assert figures.main_figures(runs[::-1]) == {"comparison": [runs[0]]}

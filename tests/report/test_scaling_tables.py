@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-import figure_records
 import pytest
-from figure_records import record
+from figure_records import of_grid, of_sizes, record
 
 from reclib.config import model_config
-from reclib.evaluate import statistics
 from reclib.experiments import grids, scaling
 from reclib.report import figures, findings, scaling_figures, tables
 
-SMALL = {"num_items": 30, "max_len": 20}
-SHAPE = asdict(model_config("w32d2", **SMALL))
+SHAPE = asdict(model_config("w32d2", num_items=30, max_len=20))
 WIDTHS = {32: 25_472, 64: 100_096, 96: 223_872, 128: 396_800}
 
 
@@ -22,12 +19,10 @@ def curve(model: str, seed: int, size: int, loss: float, prediction: str | None 
     metrics = {"non_embedding": size, "item_tables": 100, "training_flops": 6.0 * size, "trained_tokens": 10}
     metrics |= {"lowest_valid_loss": loss, "last_valid_loss": loss + (0.05 if model == "w64d8" else 0.0)}
     metrics |= {"late_drop": 0.02 if seed else 0.0, "valid_ndcg@10": 0.1 + size / 1e5, "valid_hr@10": 0.2}
-    series = {"epoch": [1, 2], "valid_ndcg@10": [0.05, metrics["valid_ndcg@10"]]}
-    made = record("03_scaling", "learning_curve", {"model": model}, metrics, series)
-    made |= {"data": {"name": "scaling-x"}, "profile": "grid", "seed": seed, "time": "2026-01-01"}
-    made |= {"timings": {"train_seconds": 1800.0, "eval_seconds": 0.0}}
-    law = {"prediction": prediction} if prediction else {}
-    return made | {"configuration": {"model": SHAPE} | law} | changes
+    about = {"data": {"name": "scaling-x"}, "profile": "grid", "seed": seed, "time": "2026-01-01"}
+    about |= {"timings": {"train_seconds": 1800.0, "eval_seconds": 0.0}}
+    about |= {"configuration": {"model": SHAPE} | ({"prediction": prediction} if prediction else {})}
+    return record("03_scaling", "learning_curve", {"model": model}, metrics, **about | changes)
 
 
 def prediction(**metrics) -> dict:
@@ -35,7 +30,7 @@ def prediction(**metrics) -> dict:
     numbers |= {"without_low": 5.4, "without_high": 5.6} | metrics
     own = {"of": "w384d2", "size": 4000, "seeds": 1}
     law = {"name": "prediction", "kind": "predicted", "metrics": numbers, "own_params": own}
-    return curve("none", 0, 1, 1.0, **law, params_hash="abc")
+    return curve("none", 0, 1, 1.0) | law | {"params_hash": "abc"}
 
 
 ROWS = [curve("w32d2", s, 1000, 6.0 + s / 10) for s in (0, 1)] + [curve("w64d4", 0, 2000, 5.8)]
@@ -46,36 +41,25 @@ def findings_of(rows: list[dict]) -> str:
     return "\n".join(findings.sentences("03_scaling", rows))
 
 
+FLAT = [curve("w32d2", s, 1000, 8.0) for s in (0, 1)] + [curve("w64d2", s, 4000, 8.1) for s in (0, 1)]
+
+
 def test_findings_read_right_with_nothing_with_few_and_with_all():
     assert findings_of([]) == ""
     assert findings_of(ROWS[:2]) == ""
     assert "w384d2 is not measured yet" in findings_of([*ROWS, prediction()])
     assert "error +0.500 nats (+10.0%)" in findings_of([*ROWS, LARGEST, prediction()])
+    flat = findings_of([*FLAT, prediction(factor=0.0, floor=8.05, predicted=8.05)])
+    assert "No power of the size: the loss does not fall. 8.050 nats predicted for w384d2" in flat
     stranger = curve("w384d2", 0, 4000, 5.0)  # without the prediction's hash it does not count
     assert scaling.outcome([*ROWS, stranger, prediction()], "scaling-x")["measured"] is None
 
 
-GRID = [
-    *(
-        curve(f"w{w}d2", s, n, float(statistics.Law(5, 30, 0.3)(n)) + s / 50)
-        for w, n in WIDTHS.items()
-        for s in (0, 1, 2)
-    ),
-    *(
-        curve(f"w64d{d}", s, n, loss + s / 100)
-        for d, n, loss in ((1, 5e4, 6.2), (8, 4e5, 6.3))
-        for s in (0, 1, 2)
-    ),
-    *(curve("w32d2 untied", s, 25_472, 6.5 + s / 100) for s in (0, 1, 2)),
-    curve("w32d2 half rate", 0, 25_472, 7.0),
-    curve("w32d2 twice rate", 0, 25_472, 6.4),
-]
-
-
 def test_accuracy_against_size_keeps_validation_and_test_apart_and_says_who_is_ahead():
-    rows = figure_records.of_sizes()
-    chosen = tables.by_size([*rows, *figure_records.scores(), *figure_records.arms()])
-    assert {r["data"]["name"] for r in chosen} == {"made-up"}
+    rows = of_sizes()
+    of_no_size = [of_grid("test_metrics", {"model": name}, {"ndcg@10": 0.2}) for name in ("bert4rec", "ease")]
+    chosen = tables.by_size([*rows, *of_no_size])
+    assert {r["data"]["fingerprint"] for r in chosen} == {rows[0]["data"]["fingerprint"]}
     figure = figures.show("size_and_counts", *chosen)
     assert figure.layout.title.text == "BERT4Rec ranks below a count on made-up"
     drawn = {trace.name: list(trace.y) for trace in figure.data}
@@ -111,9 +95,8 @@ def test_what_to_buy_is_the_cheapest_not_told_apart_from_the_best_of_those_with_
     said = bought(*small, *middle, *large, *few, *rate)
     assert "w96d2 ranks best (0.2600); the cheapest not told apart is w64d2 (0.2200), at 50% of its" in said
     assert "From w32d2 to w96d2 a doubling of training FLOPs is worth +0.0750" in said
-    assert "w64d2 ranks best (0.2200); no cheaper one has a seed that reaches its worst" in bought(
-        *small, *middle
-    )
+    alone = bought(*small, *middle)
+    assert "w64d2 ranks best (0.2200); no cheaper one has a seed that reaches its worst" in alone
     assert not bought(*small, *few), "one arm with enough seeds leaves nothing to choose"
 
 
@@ -131,35 +114,19 @@ def test_what_a_law_is_held_against_and_how_sure_its_exponent_is():
     assert table.loc["scaling-x", ["hash", "runs that carry the hash"]].tolist() == ["abc", 1]
 
 
-def test_a_loss_that_does_not_fall_with_size_is_no_law_though_ranking_may_improve():
-    flat = [curve("w32d2", s, 1000, 8.0) for s in (0, 1)] + [curve("w64d2", s, 4000, 8.1) for s in (0, 1)]
-    said = findings_of([*flat, prediction(factor=0.0, floor=8.05, predicted=8.05)])
-    assert "No power of the size: the loss does not fall. 8.050 nats predicted for w384d2" in said
-
-
 def test_what_a_committed_grid_lacks_is_named():
     there = [curve("w32d2", seed, 25_472, 6.0) for seed in (0, 1, 2)] + [curve("w64d2", 1, 100_096, 6.0)]
     absent = grids.missing(there, "scaling-ml-100k")
-    assert "w64d2 (1 of 3)" in absent
-    assert "w32d2 half rate (0 of 1)" in absent
-    assert not any(one.startswith("w32d2 (") for one in absent)
+    assert {"w64d2 (1 of 3)", "w32d2 half rate (0 of 1)"} <= set(absent)
+    assert not any(name.startswith("w32d2 (") for name in absent)
     assert grids.missing(there, "scaling-x") == []
-
-
-def marks_of(figure) -> dict:
-    first = [trace for trace in figure.data if trace.xaxis in (None, "x")]
-    return {trace.name: trace for trace in first if trace.mode == "markers"}
-
-
-def text_under(figure) -> str:
-    return figure.layout.title.subtitle.text.replace("<br>", " ")
 
 
 def test_the_curve_shows_every_seed_hollow_what_is_predicted_and_this_run_apart():
     own = curve("w32d2", 0, 1000, 6.5) | {"profile": "quick", "data": {"name": "x"}}
     figure = scaling_figures.scaling_curve(tables.table([*ROWS, LARGEST, own, prediction()]))
-    assert text_under(figure).endswith("Fewer seeds: w384d2 (1).")
-    marks = marks_of(figure)
+    assert figure.layout.title.subtitle.text.replace("<br>", " ").endswith("Fewer seeds: w384d2 (1).")
+    marks = {t.name: t for t in figure.data if t.xaxis in (None, "x") and t.mode == "markers"}
     assert sorted(marks["width, committed (0.0 M tokens)"].y) == [5.0, 6.0, 6.1]
     assert list(marks["width, this run (0.0 M tokens)"].y) == [6.5]
     assert marks["width, this run (0.0 M tokens)"].marker.symbol == "diamond"

@@ -21,14 +21,21 @@ def root(project: Path) -> Path:
     return project / "runs/executed"
 
 
-def make_run(label: str = "cpu", **changes: object) -> records.Run:
-    p = parameters.build("02_baseline", parameters.profile("02_baseline", "smoke") | changes)
+def parameters_of(**changes: object) -> parameters.Baseline:
+    return parameters.build("02_baseline", parameters.profile("02_baseline", "smoke") | changes)
+
+
+def make_run(**changes: object) -> records.Run:
     data = {"name": "ml-100k", "fingerprint": "f00"}
-    return records.Run("02_baseline", p, CARD | {"label": label}, data)
+    return records.Run("02_baseline", parameters_of(**changes), CARD, data)
 
 
-def lines(root: Path, label: str = "cpu") -> list[dict]:
-    return [json.loads(line) for line in (root / label / "results.jsonl").read_text().splitlines()]
+def lines(root: Path) -> list[dict]:
+    return [json.loads(line) for line in (root / "cpu/results.jsonl").read_text().splitlines()]
+
+
+def names(root: Path) -> list[str]:
+    return [row["name"] for row in records.read(root)]
 
 
 def test_a_record_holds_what_is_needed_to_believe_it(root, capsys):
@@ -42,16 +49,20 @@ def test_a_record_holds_what_is_needed_to_believe_it(root, capsys):
     )
     assert capsys.readouterr().out == ""  # there is no notebook to display it in
     (entry,) = lines(root)
-    assert entry["metrics"] == {"hr_10": 0.123456789, "users": 943, "half": 0.5, "none": None}
-    assert entry["timings"] == {"train_seconds": 3.5}
-    assert entry["series"] == {"loss": [2.0, None]}
-    assert (entry["kind"], entry["seed"], entry["profile"]) == ("measured", 7, "custom")
-    assert (entry["label"], entry["claimed"]) == ("cpu", "h100")  # whatever is claimed
-    assert not (root / "h100").exists()
+    assert entry == entry | {
+        "metrics": {"hr_10": 0.123456789, "users": 943, "half": 0.5, "none": None},
+        "timings": {"train_seconds": 3.5},
+        "series": {"loss": [2.0, None]},
+        "kind": "measured",
+        "seed": 7,
+        "profile": "custom",
+        "label": "cpu",  # whatever is claimed
+        "claimed": "h100",
+        "data": {"name": "ml-100k", "fingerprint": "f00"},
+        "own_params": {"head": "plain"},
+    }
     assert entry["device"]["name"] == "Some CPU"
-    assert entry["data"] == {"name": "ml-100k", "fingerprint": "f00"}
     assert (entry["params"]["epochs"], entry["params"]["dataset"]) == (2, "ratings.csv")
-    assert entry["own_params"] == {"head": "plain"}
     assert entry["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert len(entry["code"]) == len(entry["params_hash"]) == 16
     assert entry["time"].endswith("+00:00")
@@ -59,9 +70,7 @@ def test_a_record_holds_what_is_needed_to_believe_it(root, capsys):
 
 
 def test_the_number_of_processes_tells_results_apart_only_where_it_is_not_one(root):
-    for changes in ({}, {"nproc": 2}):
-        make_run(**changes).result("x", {"a": 1}, seed=0)
-    one, two = lines(root)
+    one, two = (make_run(**changes).result("x", {"a": 1}, seed=0) for changes in ({}, {"nproc": 2}))
     assert one["params_hash"] != two["params_hash"]
     assert (one["params"]["nproc"], two["params"]["nproc"], two["profile"]) == (1, 2, "smoke")
     later = ("gpu", "tracker", "seeds", "nproc", "ties", "ties_seed")
@@ -70,29 +79,31 @@ def test_the_number_of_processes_tells_results_apart_only_where_it_is_not_one(ro
 
 
 def test_what_cannot_be_recorded_is_refused_before_anything_is_written(root):
-    for bad in [float("nan"), float("inf"), np.float64("nan"), "0.5", [1.0]]:
-        with pytest.raises(ValueError, match="hr_10 of result 'x'"):
-            make_run().result("x", {"hr_10": bad})
-    with pytest.raises(ValueError, match="measured or predicted"):
-        make_run().result("x", {"a": 1}, kind="guessed")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="measured on l4, which is not here"):
-        make_run().result("x", {"a": 1}, device=CARD | {"label": "l4"})
-    p = parameters.build("02_baseline", parameters.profile("02_baseline", "smoke"))
+    bad = [float("nan"), float("inf"), np.float64("nan"), "0.5", [1.0]]
+    for metrics, options, part in [
+        *(({"hr_10": value}, {}, "hr_10 of result 'x'") for value in bad),
+        ({"a": 1}, {"kind": "guessed"}, "measured or predicted"),
+        ({"a": 1}, {"device": CARD | {"label": "l4"}}, "measured on l4, which is not here"),
+    ]:
+        with pytest.raises(ValueError, match=part):
+            make_run().result("x", metrics, **options)
     with pytest.raises(ValueError, match="device card lacks name"):
-        records.Run("02_baseline", p, {key: 0 for key in records.CARD if key != "name"})
+        records.Run("02_baseline", parameters_of(), {key: 0 for key in records.CARD if key != "name"})
     assert not root.exists()
 
 
 def test_a_gpu_that_has_not_passed_its_self_check_records_nothing(root, project):
+    def run(**changes: object) -> records.Run:
+        return records.Run("02_baseline", parameters_of(), CARD | {"type": "cuda"} | changes)
+
     with pytest.raises(InputError, match="no passed self-check of Some CPU"):
-        records.Run("02_baseline", None, CARD | {"type": "cuda"})
+        run()
     for place in (root, project / "executed"):
         (place / "cpu").mkdir(parents=True)
         (place / "cpu/selfcheck.json").write_text(json.dumps({"device": CARD, "passed": True}))
-        p = parameters.build("02_baseline", parameters.profile("02_baseline", "smoke"))
-        records.Run("02_baseline", p, CARD | {"type": "cuda"})
+        run()
         with pytest.raises(InputError, match="no passed self-check"):
-            records.Run("02_baseline", p, CARD | {"type": "cuda", "torch": "3"})
+            run(torch="3")
         (place / "cpu/selfcheck.json").unlink()
 
 
@@ -115,10 +126,10 @@ def test_an_unfinished_last_line_goes_and_a_whole_one_without_its_newline_stays(
     assert len(records.read(root)) == 1
     assert "cpu/results.jsonl:2: unfinished line: skipped" in capsys.readouterr().err
     make_run().result("y", {"a": 2})
-    assert [entry["name"] for entry in records.read(root)] == ["x", "y"]
+    assert names(root) == ["x", "y"]
     file.write_bytes(file.read_bytes().rstrip(b"\n"))
     make_run().result("z", {"a": 2})
-    assert [entry["name"] for entry in records.read(root)] == ["x", "y", "z"]
+    assert names(root) == ["x", "y", "z"]
 
 
 def test_a_line_that_is_no_record_is_skipped_and_counted_and_not_merged(root, capsys, tmp_path):
@@ -139,7 +150,7 @@ def test_a_line_that_is_no_record_is_skipped_and_counted_and_not_merged(root, ca
         (good.strip().replace('"x"', '"\udcff"'), "utf-8"),
     ]:
         file.write_text(good + line + "\n" + good + line + "\n", errors="surrogateescape")
-        assert [row["name"] for row in records.read(root)] == ["x"], line
+        assert names(root) == ["x"], line
         error = capsys.readouterr().err
         assert error.startswith("cpu/results.jsonl:2: ")
         assert part.lower() in error.lower(), error
@@ -177,34 +188,6 @@ def test_a_record_counts_the_earlier_ones_of_its_configuration_and_the_committed
     assert run.result("test_metrics", {"hr@10": 0.1}, seed=0)["earlier"] == 3
 
 
-def test_the_hash_of_parameters_ignores_their_order_and_nothing_else():
-    hashes = [records.params_hash(p) for p in ({"a": 1, "b": [2]}, {"b": [2], "a": 1}, {"a": 1}, {"b": 1})]
-    assert hashes[0] == hashes[1]
-    assert len(set(hashes)) == 3
-
-
-def test_the_hash_of_code_follows_code_cells_and_every_folder_of_the_package(project: Path, monkeypatch):
-    def edited(number: int, **values: object) -> str:
-        file = project / "notebooks/02_baseline.ipynb"
-        content = json.loads(file.read_text())
-        content["cells"][number] |= values
-        file.write_text(json.dumps(content))
-        return records.code_hash("02_baseline")
-
-    before = records.code_hash("02_baseline")
-    assert edited(0, source=["# Another title"]) == edited(1, execution_count=9) == before
-    assert edited(-1, source=["pass"]) != before
-    package = project / "package"
-    (package / "room").mkdir(parents=True)
-    monkeypatch.setattr(system, "PACKAGE", package)
-    hashes = []
-    for text in ("1", "2"):
-        (package / "room/inner.py").write_text(text)
-        hashes.append(records.code_hash("02_baseline"))
-    (package / "room/inner.py").rename(package / "inner.py")
-    assert len({*hashes, records.code_hash("02_baseline")}) == 3
-
-
 def test_a_result_is_dirty_where_what_it_depends_on_is_in_no_commit(tmp_path, monkeypatch):
     monkeypatch.setattr(system, "CHECKOUT", tmp_path)
     monkeypatch.setattr(system, "PACKAGE", tmp_path / "reclib")
@@ -226,17 +209,17 @@ def test_a_result_is_dirty_where_what_it_depends_on_is_in_no_commit(tmp_path, mo
     first = commit()
     clean = {"commit": first, "dirty": False}
     row = {"notebook": "one", "code": records.code_hash("one")}
+    code = '{"cells": [{"cell_type": "code", "source": ["2"]}]}'
+    text = code.replace('"code"', '"markdown"')
     for name in files:  # a grid and a profile stand in the record itself
-        if not name.endswith((".py", "one.ipynb")):
-            (tmp_path / name).write_text('{"cells": [{"cell_type": "code", "source": ["2"]}]}')
+        if not name.endswith(".py"):
+            (tmp_path / name).write_text(text if name.endswith("one.ipynb") else code)
             assert records.git_state("one") == clean, name
     for name in ("reclib/room/a.py", "reclib/room/new.py", "notebooks/one.ipynb", "params/efficiency.yaml"):
-        (tmp_path / name).write_text('{"cells": [{"cell_type": "code", "source": ["2"]}]}')
+        (tmp_path / name).write_text(code)
         assert records.git_state("one") == {"commit": first, "dirty": True}, name
-        if name in files:
-            (tmp_path / name).write_text(files[name])
-        else:
-            (tmp_path / name).unlink()
+        (tmp_path / name).unlink()
+        subprocess.run([*git, "checkout", "-q", "--", *{name} & files.keys()], check=True)
     (tmp_path / "reclib/room/a.py").rename(tmp_path / "reclib/a.py")
     rows = [row, {"notebook": "one", "code": records.code_hash("one")}]
     assert records.code_in_git(rows).endswith(f"no commit has the code of 1 of one {rows[1]['code']}")
@@ -245,29 +228,26 @@ def test_a_result_is_dirty_where_what_it_depends_on_is_in_no_commit(tmp_path, mo
     assert [commits[row["notebook"], row["code"]] for row in rows] == [first, second]
 
 
-_WRITER = """
+WRITER = """
 import resource, sys
 from pathlib import Path
 from reclib import records
-file, number, limit = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-if limit:
+if limit := int(sys.argv[2]):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-try:
-    for i in range(number):
-        records.append(file, {"series": [i] * 3000})
-except OSError as error:
-    sys.exit(f"could not write: {error}")
+for i in range(40):
+    records.append(Path(sys.argv[1]), {"series": [i] * 3000})
 """
 
 
-def _writer(file: Path, number: int, limit: int = 0) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", _WRITER, str(file), str(number), str(limit)]
+def start_writer(root: Path, limit: int = 0) -> subprocess.Popen[str]:
+    """Start a process that appends 40 lines of one number each, to a file of at most `limit` bytes."""
+    command = [sys.executable, "-c", WRITER, str(root / "cpu/results.jsonl"), str(limit)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 def test_writers_at_the_same_time_do_not_mix_their_lines(root):
-    writers = [_writer(root / "cpu/results.jsonl", 40) for _ in range(3)]
+    writers = [start_writer(root) for _ in range(3)]
     assert [writer.wait(60) for writer in writers] == [0, 0, 0]
     entries = lines(root)
     assert len(entries) == 120
@@ -275,8 +255,7 @@ def test_writers_at_the_same_time_do_not_mix_their_lines(root):
 
 
 def test_a_full_disk_leaves_whole_lines_only(root):
-    writer = _writer(root / "cpu/results.jsonl", 40, limit=50_000)
-    assert writer.wait(60) == 1
-    assert "could not write" in writer.communicate()[1]
+    _, error = start_writer(root, limit=50_000).communicate(timeout=60)
+    assert "No space left" in error
     assert (root / "cpu/results.jsonl").read_bytes().endswith(b"\n")
     assert 1 <= len(lines(root)) < 40
