@@ -70,11 +70,6 @@ def own_file(folder: Path, rows, name: str = "u.data") -> str:
     return str(path)
 
 
-def keys_of(dataset: Dataset, user: int) -> list[str]:
-    a, b = dataset.offsets[user : user + 2]
-    return dataset.item_keys[dataset.items[a:b]].tolist()
-
-
 def test_counts_and_splits_of_real_ml_100k(ml_100k):
     dataset = prepare(DataConfig())
     assert (dataset.num_users, dataset.num_items, dataset.num_interactions) == (943, 1349, 99_287)
@@ -107,15 +102,15 @@ def test_ties_are_in_the_order_that_was_chosen_and_counted(tmp_path):
     rows = [("a", item, 1, 7) for item in (5, 3, 9, 1)] + [("a", 8, 1, 6), ("b", 1, 1, 8)]
     config = DataConfig(dataset=own_file(tmp_path, rows), min_user=1, min_item=1)
     source = prepare(config)
-    assert keys_of(source, 0) == ["8", "5", "3", "9", "1"]
+    assert histories_of(source)["a"] == ["8", "5", "3", "9", "1"]
     shares = {"ascending_share": 0.25, "tied_ascending_share": pytest.approx(1 / 3)}
     assert source.manifest["ties"] == {"interactions": 4, "test_targets": 1} | shares
     by_item = prepare(changed(config, ties="item"))
-    assert keys_of(by_item, 0) == ["8", "1", "3", "5", "9"]
+    assert histories_of(by_item)["a"] == ["8", "1", "3", "5", "9"]
     assert by_item.manifest["ties"]["tied_ascending_share"] == 1.0
     assert by_item.manifest["rules"]["order"] == "user, timestamp, item, row"
     shuffled = [prepare(changed(config, ties="shuffle", ties_seed=seed)) for seed in (0, 0, 1, 2)]
-    orders = [keys_of(dataset, 0) for dataset in shuffled]
+    orders = [histories_of(dataset)["a"] for dataset in shuffled]
     assert orders[0] == orders[1] != orders[2] != orders[3]
     assert all(order[0] == "8" and sorted(order) == ["1", "3", "5", "8", "9"] for order in orders)
     assert shuffled[2].manifest["rules"]["order"] == "user, timestamp, shuffled by seed 1"
@@ -155,9 +150,6 @@ def test_damaged_cache_is_rebuilt(cache):
         assert contents(prepare(SYNTHETIC)) == fresh
         assert list((cache / "prepared").iterdir()) == [folder]
         assert json.loads(manifest.read_text()) == fresh[2]
-
-
-INTER = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
 
 
 def test_records_name_no_folder(tmp_path, monkeypatch):
@@ -222,9 +214,10 @@ def test_the_official_archive_is_downloaded_kept_and_may_be_put_there_by_hand(sm
 
 @pytest.fixture
 def wheel(small, monkeypatch):
-    """A wheel of recbole 1.2.1 where pip finds it without network; yields what its files should be."""
+    """A wheel of recbole 1.2.1 where pip finds it without network; returns what its files should be."""
+    header = b"user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
     contents = {
-        "ml-100k.inter": INTER.encode() + zipfile.ZipFile(small).read("ml-100k/u.data"),
+        "ml-100k.inter": header + zipfile.ZipFile(small).read("ml-100k/u.data"),
         "ml-100k.item": b"item_id:token\tmovie_title:token_seq\n0\tFrom the wheel\n",
     }
     about = {

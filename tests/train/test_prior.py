@@ -80,7 +80,7 @@ def test_every_route_has_the_plain_gradients_and_scale_zero_is_the_network_alone
         targets = sum(batch.num_targets for batch in micros)
         total = sum(batch_loss(model, batch, train, targets) for batch in micros)
         total.backward()
-        return float(total), {name: p.grad for name, p in model.named_parameters()}
+        return total.item(), {name: p.grad for name, p in model.named_parameters()}
 
     plain_loss, plain = gradients("plain", 0.8)
     assert plain["prior.scale"].abs() > 1e-3
