@@ -183,16 +183,10 @@ def races():
     return found
 
 
-def histograms():
-    series = {"rank_low": [1, 2, 3], "rank_high": [1, 2, 5], "users": [5, 3, 2]}
-    return [of_grid("rank_histogram", {"model": model}, {}, series) for model in TRAINED]
-
-
 EVERY = {
     "learning_curves": curves,
     "metric_comparison": scores,
     "comparison": comparisons,
-    "rank_histogram": histograms,
     "ablation": arms,
     "equal_time": races,
     "protocols": protocols,
@@ -319,18 +313,9 @@ def gates(task="next_period"):
     return [record("05_ilora", "gates", {"task": task}, {"users": 3}, series, seed=0)]
 
 
-def correlations():
-    found = []
-    for expert, (value, p) in enumerate(((-0.9, 0.01), (0.3, 0.2)), 1):
-        own = {"task": "next_period", "feature": "items in the history", "expert": expert}
-        numbers = {"spearman": value, "adjusted_p": p}
-        found.append(record("05_ilora", "gate_correlation", own, numbers, seed=0))
-    return found
-
-
 def adapters():
     compared = gate_comparisons("gate_comparison", "ilora") + gate_comparisons("adaptation_gain", "none")
-    return adapted() + compared + adapter_steps() + gates() + correlations()
+    return adapted() + compared + adapter_steps() + gates()
 
 
 # -- notebooks 06 to 08 ----------------------------------------------------------------------------------

@@ -462,10 +462,6 @@ def _rate_lines(figure: Chart, runs: pd.DataFrame, panel: Panel) -> str:
 
 # -- tuning --------------------------------------------------------------------------------------------------
 
-ON_LOG = ("learning_rate", "weight_decay")  # fields shown on a logarithmic axis
-_NOT_FIELDS = {"trial", "state", "kind", "label", "profile", "seed", "dataset", "trial_seconds", "epoch"}
-_NOT_FIELDS |= {"tokens", "_"}
-
 
 def _trials(rows: pd.DataFrame) -> pd.DataFrame:
     """Return one row for each trial, by number, with the value of its best epoch."""
@@ -489,30 +485,6 @@ def tuning_history(rows: pd.DataFrame) -> go.Figure:
     title = f"{len(trials)} trials, {int((trials['state'] == 'pruned').sum())} pruned"
     title += f"; the best has NDCG@10 {complete[RANKED].max():.4f}"
     return figure.update_layout(showlegend=True, title_text=title)
-
-
-def tuning_parallel(rows: pd.DataFrame) -> go.Figure:
-    """Parallel coordinates of the settings of each complete trial, coloured by its value."""
-    trials = _trials(rows)
-    trials = trials[trials["state"] == "complete"]
-    names = [str(name) for name in trials if name not in _NOT_FIELDS and trials[name].notna().all()]
-    fields = [name for name in names if not name.startswith(("valid_", "train_"))]
-    axes = []
-    for name in fields:
-        label, values = name.removeprefix("model."), trials[name].to_numpy(float)
-        if name in ON_LOG:
-            label, values = f"log10 {label}", np.log10(values)
-        axes.append({"label": label, "values": values})
-    value = trials[RANKED]
-    axes.append({"label": "NDCG@10", "values": value.astype(float)})
-    tint = {"color": value, "colorscale": [[0, "#C3D7E6"], [0.6, BLUE], [1, "#00304D"]], "showscale": False}
-    figure = style.single()
-    figure.add_parcoords(dimensions=axes, line=tint)
-    best = trials.iloc[int(value.to_numpy().argmax())]
-    settings = ", ".join(f"{name.removeprefix('model.')} {best[name]:.3g}" for name in fields)
-    figure.note(f"NDCG@10 on validation. The best, {value.max():.4f}: {settings}")
-    title = "What the trials drew; darker is better"
-    return figure.update_layout(title_text=title, margin={"t": 150, "r": 60})
 
 
 def tuning_importance(rows: pd.DataFrame) -> go.Figure:

@@ -735,13 +735,3 @@ def _sureness(m: Mapping[str, Any]) -> dict[str, float]:
 def _indexed(rows: Sequence[Mapping[str, Any]], keys: str | list[str]) -> pd.DataFrame:
     """Return rows as a table indexed by these columns; empty without rows."""
     return pd.DataFrame(rows).set_index(keys) if rows else pd.DataFrame()
-
-
-def rank_bins(ranks: np.ndarray) -> dict[str, list[int]]:
-    """Count ranks (from 1) in bins that end at 1, 2, 5, 10, 20, 50, ...: the series of a histogram."""
-    last = int(np.max(ranks))
-    ends = [d * 10**p for p in range(len(str(last)) + 1) for d in (1, 2, 5)]
-    ends = ends[: int(np.searchsorted(ends, last)) + 1]
-    lows = [1, *(end + 1 for end in ends[:-1])]
-    users, _ = np.histogram(ranks, [*lows, ends[-1] + 1])
-    return {"rank_low": lows, "rank_high": ends, "users": users.tolist()}

@@ -12,8 +12,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import figure_records
-import numpy as np
-import pandas as pd
 import pytest
 from figure_records import record
 
@@ -37,10 +35,8 @@ def described(dataset):
     found = data_prep.divisions(dataset, seed=0)
     return {
         "preparation": data_prep.steps(dataset),
-        "repeats": data_prep.repeats(dataset),
         "sequence_lengths": data_prep.lengths(dataset),
         "item_popularity": data_prep.popularity(dataset),
-        "tied_timestamps": data_prep.ties(dataset),
         "last_items": data_prep.last_items(dataset),
         "over_time": data_prep.over_time(dataset, found),
         "cold": data_prep.cold(dataset, found),
@@ -65,10 +61,8 @@ def records(dataset):
     for model, hr in (("BERT4Rec", 0.2), ("popularity", 0.1)):
         own, metrics = {"model": model}, figure_records.ends("hr@10", hr, 0.02, 0.01)
         found.append(record("02_baseline", "test_metrics", own, metrics))
-        bins = tables.rank_bins(np.arange(1, 60))
-        found.append(record("02_baseline", "rank_histogram", own, series=bins))
     found.append(record("02_baseline", "test_metrics", {"model": "BERT4Rec"}, {"hr@10": 0.25}, seed=0))
-    above = ("learning_curve", "test_metrics", "rank_histogram")
+    above = ("learning_curve", "test_metrics")
     made = [one for make in figure_records.EVERY.values() for one in make()]
     found += [one | STUDY for one in made if one["name"] not in above]
     found += [*figure_records.adapters(), *SPEED, *figure_records.hardware(), *figure_records.scaling()]
@@ -135,8 +129,8 @@ def test_a_rebuild_touches_no_file_removes_old_figures_and_leaves_others_alone(r
     shutil.copytree(built, tmp_path, dirs_exist_ok=True)
     (tmp_path / "mine.html").write_text("<p>by hand</p>")
     figures.build(records[:2], tmp_path)
-    left = {"preparation_ml-100k_cpu.html", "repeats_ml-100k_cpu.html", "index.html", "plotly.min.js"}
-    assert {path.name for path in tmp_path.iterdir()} == left | {"mine.html"}
+    left = {"preparation_ml-100k_cpu.html", "sequence_lengths_ml-100k_cpu.html", "mine.html"}
+    assert {path.name for path in tmp_path.iterdir()} == left | {"index.html", "plotly.min.js"}
     times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     figures.build(json.loads(json.dumps(records[:2])), tmp_path)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == times
@@ -352,8 +346,7 @@ def test_predictions_look_different_in_every_figure(shown):
             traces = drawn.to_plotly_json()["data"]
             looks.append(str([(trace.get("marker"), trace.get("line")) for trace in traces]))
             assert f"{kind} on cpu" in under(drawn)
-        # Lines of trials are coloured by value; a trial is never a prediction.
-        assert looks[0] != looks[1] or spec.name == "tuning_parallel", spec.name
+        assert looks[0] != looks[1], spec.name
 
 
 def test_titles_state_what_the_records_say(shown, dataset):
@@ -363,7 +356,6 @@ def test_titles_state_what_the_records_say(shown, dataset):
         figure = shown[spec.name, "measured"]
         for axis in [*figure.select_xaxes(), *figure.select_yaxes()]:
             is_categories = axis.ticks == "" or axis.autorange == "reversed" or axis.matches
-            is_categories = is_categories or figure.data[0].type == "parcoords"  # has axes of its own
             assert axis.title.text or is_categories, f"{spec.name}: an axis without a title"
     steps = dataset.manifest["steps"]
     lost = steps[0]["items"] - steps[1]["items"]
@@ -388,12 +380,3 @@ def test_what_did_not_run_is_said_in_the_figure_and_has_no_mark(shown):
     nothing = [one for one in SPEED if one["name"] == "step" and not one["timings"]]
     assert title(figures.show("compile_cost", *nothing))
     assert title(figures.show("step_time", *nothing)) == "No variant could be timed"
-
-
-def test_rank_bins_count_every_rank():
-    ranks = np.array([1, 1, 2, 3, 5, 6, 10, 11, 1349])
-    bins = pd.DataFrame(tables.rank_bins(ranks))
-    assert bins["users"].sum() == ranks.size
-    assert bins.iloc[:4].values.tolist() == [[1, 1, 2], [2, 2, 1], [3, 5, 2], [6, 10, 2]]
-    assert bins.iloc[-1].tolist() == [1001, 2000, 1]
-    assert tables.rank_bins(np.array([1]))["users"] == [1]
