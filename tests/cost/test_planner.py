@@ -7,13 +7,11 @@ import json
 
 import numpy as np
 import pytest
-import yaml
 from conftest import ROOT
 
 from reclib import hardware, parameters, records
 from reclib.config import InputError, TrainConfig, changed, model_config
 from reclib.cost import planner, work
-from reclib.cost.planner import Asked
 from reclib.cost.work import AdapterPlan
 from reclib.experiments import comparison, explore, speed
 from reclib.report import findings, speed_figures, tables
@@ -40,9 +38,10 @@ def a_cpu(**changes) -> planner.Cpu:
     return planner.Cpu(**(given | {"error": ERROR} | changes))
 
 
-def asked(**changes: object) -> Asked:
-    given = {f"plan_{name}": value for name, value in changes.items()}
-    return explore.asked(parameters.build("07_explore", SMOKE | given))
+def run(**changes: object) -> parameters.Explore:
+    """Return the parameters of notebook 07 with some of the planned run changed."""
+    values = {f"plan_{name}": value for name, value in changes.items()}
+    return parameters.build("07_explore", SMOKE | values)
 
 
 # -- steps ---------------------------------------------------------------------------------------------------
@@ -211,57 +210,45 @@ def test_the_command_line_says_what_does_not_fit_and_what_makes_no_sense(capsys)
 
 
 def test_plans_of_the_notebook_are_for_every_device_in_its_precision_at_the_price_of_one():
-    one = asked(device="a100-40", items=1000, batch_size=64, price=2.5)
-    again = SMOKE | yaml.safe_load(explore.plan_as_parameters(one))
-    assert explore.asked(parameters.build("07_explore", again)) == one
-    found = planner.every_plan(asked(device="l4", precision="tf32", price=3.6))
-    assert [plan.device for plan in found] == [*planner.cpus(), *hardware.catalogue()]
-    for plan in found:
-        parts = planner.memory_parts(plan)
-        assert sum(parts.values()) == plan.peak_bytes
-        assert min(parts.values()) > 0
-        assert parts[planner.RUN] == plan.process_bytes
-        cost = plan.epoch.seconds / 1000 if plan.device == "l4" else None
-        assert plan.numbers()["cost_per_epoch"] == (cost and pytest.approx(cost))
-    own = {plan.device: plan.precision for plan in found}
-    assert [own[name] for name in ("l4", "h100", "t4")] == ["tf32", "tf32", "fp16"]
-    assert own[next(iter(planner.cpus()))] == "fp32"
+    results = explore.plans(run(device="l4", precision="tf32", price=3.6))
+    by_device = {result.params["device"]: result for result in results}
+    assert [*by_device] == [*planner.cpus(), *hardware.catalogue()]
+    for device, result in by_device.items():
+        sizes = dict(zip(result.series["part"], result.series["bytes"], strict=True))
+        assert sum(sizes.values()) == result.metrics["peak_memory_bytes"]
+        assert min(sizes.values()) > 0
+        cost = result.timings["epoch_seconds"] / 1000 if device == "l4" else None
+        assert result.timings.get("cost_per_epoch") == (cost and pytest.approx(cost))
+    precision = {device: result.params["precision"] for device, result in by_device.items()}
+    assert [precision[name] for name in ("l4", "h100", "t4")] == ["tf32", "tf32", "fp16"]
+    assert precision[next(iter(planner.cpus()))] == "fp32"
     assert planner.precisions("t4") == ["auto", "fp32", "fp16"]
 
 
-def test_the_summary_says_what_it_is_and_whether_it_fits():
+def test_the_report_says_what_it_is_and_whether_it_fits():
     label = next(iter(planner.cpus()))
-    for one, parts in [
-        (asked(), ("predicted, unvalidated", "assumed efficiency", "NVIDIA L4", "bf16")),
-        (asked(device=label, price=None), ("predicted, validated", "worst error of")),
-        (asked(device="t4", size="430m", batch_size=65_536), ("DOES NOT FIT", "micro_batch_size")),
-        (asked(adapter="lora"), ("trained: lora, rank 8",)),
+    for p, parts in [
+        (run(), ("predicted, unvalidated", "assumed efficiency", "NVIDIA L4", "bf16")),
+        (run(device=label, price=None), ("predicted, validated", "worst error of")),
+        (run(device="t4", size="430m", batch_size=65_536), ("DOES NOT FIT", "micro_batch_size")),
+        (run(adapter="lora"), ("85,111,814 parameters, frozen",)),
     ]:
-        plan = planner.plan_of(one)
-        assert [part for part in parts if part not in explore.summary(one, plan)] == []
-        text = "\n".join(planner.report(plan))
-        assert [part for part in parts if part not in text and "lora" not in part] == []
+        report = "\n".join(planner.report(explore.plan(p)))
+        assert [part for part in parts if part not in report] == []
 
 
-def test_a_table_of_plans_is_that_of_their_records(tmp_path, monkeypatch):
+def test_plans_of_the_notebook_are_recorded_and_drawn_as_predictions(tmp_path, monkeypatch):
     monkeypatch.setenv("RECLIB_RECORDS", str(tmp_path))
-    p = parameters.build("07_explore", SMOKE)
-    run = records.Run("07_explore", p, dict.fromkeys(records.CARD) | {"label": "cpu", "type": "cpu"})
-    one, every = asked(), planner.every_plan(asked())
-    for plan in every:
-        own, card = planner.about(one, plan), comparison.card_of(plan)
-        numbers = {"timings": planner.timed(plan), "series": planner.series(plan)}
-        run.result("plan", planner.counted(plan), params=own, kind="predicted", device=card, **numbers)
+    card = dict.fromkeys(records.CARD) | {"label": "cpu", "type": "cpu"}
+    recorded = records.Run("07_explore", run(), card)
+    for result in explore.plans(run()):
+        recorded.result(**result._asdict())
     written = records.read(tmp_path)
-    found = tables.table(written).sort_values(["device", "part"], ignore_index=True)
-    live = planner.table(one, every).sort_values(["device", "part"], ignore_index=True)
-    for column in ("device", "part", "bytes", "epoch_seconds", "status", "basis", "size"):
-        assert found[column].tolist() == live[column].tolist()
     assert {r["kind"] for r in written} == {"predicted"}
-    said = " ".join(findings.sentences("07_explore", written))
-    assert "85m at a batch of 512 fits on 10 of 10 GPUs" in said
-    assert "plans are unvalidated" in said
-    for figure in (speed_figures.parts(every[-1]), speed_figures.by_device(live)):
+    sentences = " ".join(findings.sentences("07_explore", written))
+    assert "85m at a batch of 512 fits on 10 of 10 GPUs" in sentences
+    assert "plans are unvalidated" in sentences
+    for figure in (speed_figures.parts(explore.plan(run())), speed_figures.by_device(tables.table(written))):
         assert "predicted" in f"{figure.layout.title.text} {figure.layout.title.subtitle.text}"
 
 
