@@ -141,7 +141,9 @@ class Records:
         """Write rows of `speed`, each as its notebook does and as the planner's."""
         for step, row in zip(timed, rows, strict=True):
             self.result(name, step.metrics(), params=step.own_params(), timings=step.timings)
-            self.step(row, step.metrics(), step.timings, f"{step.found.status} {step.found.reason}".strip())
+            self.step(
+                row, step.metrics(), step.timings, f"{step.measured.status} {step.measured.reason}".strip()
+            )
 
 
 # -- what is timed, as parameters of notebooks and as rows that the planner predicts -------------------------

@@ -304,12 +304,7 @@ def mean(outcome: Outcome, metric: str = "hr@10") -> float:
 
 def interval(outcome: Outcome, metric: str = "hr@10", samples: int = 2000, seed: int = 0) -> Interval:
     """Return a metric's mean with its 95 % interval over resampled users."""
-    return interval_over_users(_values(outcome, metric), outcome.users, samples, seed)
-
-
-def interval_over_users(values: np.ndarray, users: np.ndarray, samples: int, seed: int = 0) -> Interval:
-    """Return the mean of `values` (rows,), which belong to `users` (rows,), with its 95 % interval."""
-    return statistics.bootstrap(values, samples, seed, users)
+    return statistics.bootstrap(_values(outcome, metric), samples, seed, outcome.users)
 
 
 def _values(outcome: Outcome, metric: str) -> np.ndarray:

@@ -401,7 +401,7 @@ def _protocol(model: str, runs: Sequence[Outcome], samples: int, seed: int | Non
     first = runs[0]
     values = [metrics.per_user(run.ranks) for run in runs]
     means = {metric: np.mean([of_run[metric] for of_run in values], axis=0) for metric in COMPARED}
-    numbers = flat({m: metrics.interval_over_users(means[m], first.users, samples) for m in COMPARED})
+    numbers = flat({m: statistics.bootstrap(means[m], samples, users=first.users) for m in COMPARED})
     params = {"protocol": first.protocol, "label": first.label, "comparable": first.comparable}
     return Result("protocol", numbers, {"model": model} | params, seed=seed)
 

@@ -546,7 +546,7 @@ def choosing_seeds(work: Work) -> dict[str, list[int]]:
 
 def looks_before(work: Work) -> dict[str, int]:
     """Return by model family the number of configurations with records on this test split."""
-    counts = tables.looks(records.read(system.committed()))
+    counts = tables.scored_configurations(records.read(system.committed()))
     models = [(as_dict(work.configs(arm, arm.seeds[0])[0]), arm.name) for arm in work.grid.arms]
     families = sorted({tables.family(*model) for model in models})
     return {kind: counts.get((work.dataset.fingerprint, "leave-one-out", kind), 0) for kind in families}

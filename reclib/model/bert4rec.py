@@ -519,19 +519,6 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
     return parts | {"non_embedding": total - item_tables - positions}
 
 
-def closed_formula(config: ModelConfig) -> int:
-    """Return the parameter count by arithmetic: tables, positions, layers, norms, head."""
-    D, E, f = config.hidden_dim, config.table_width, config.ffn_factor
-    layer = (4 * D * D + 4 * D) + (2 * f * D * D + f * D + D) + 4 * D
-    total = config.vocab_size * E + config.num_layers * layer
-    total += 0 if config.table_dim is None else 2 * D * E
-    total += config.max_len * D if config.positions == "learned" else 0
-    total += 2 * D * (int(config.embedding_norm) + int(config.final_norm))
-    total += (D * D + D + 2 * D) if config.head == "mlp" else 0
-    total += 0 if config.tied else config.output_rows * E
-    return total + (config.output_rows if config.output_bias else 0)
-
-
 def sizes_main(argv: list[str] | None = None) -> int:
     """Print every named size with its parameter counts."""
     parser = Parser(prog="python -m reclib sizes", description="Every named size, its parameters counted.")

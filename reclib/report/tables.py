@@ -276,7 +276,7 @@ def family(model: Mapping[str, Any], name: str) -> str:
     return "causal" if causal else "bert4rec"
 
 
-def looks(records: Iterable[Record]) -> dict[tuple[str, str, str], int]:
+def scored_configurations(records: Iterable[Record]) -> dict[tuple[str, str, str], int]:
     """Count the configurations with recorded accuracy on a test split, by (fingerprint, split, family).
 
     Seeds of a configuration and repeated scoring count once. Baselines are left out, since validation chooses
@@ -365,7 +365,7 @@ def tie_rules(records: Iterable[Record]) -> list[Record]:
     return sorted(named, key=lambda r: (_data(r), json.dumps(r["own_params"], sort_keys=True)))
 
 
-def against(measured: Iterable[Record], predicted: Iterable[Record]) -> list[dict[str, Any]]:
+def steps_and_plans(measured: Iterable[Record], predicted: Iterable[Record]) -> list[dict[str, Any]]:
     """Return measured steps with the closed plan of the same size, device and batch, if there is one."""
 
     def key(record: Record) -> tuple[Any, ...]:
@@ -686,7 +686,7 @@ def accuracy(records: Iterable[Record], all_records: Iterable[Record] | None = N
     repeated scorings the newest counts.
     """
     rows, records = [], list(records)
-    looked = looks(records if all_records is None else all_records)
+    configurations = scored_configurations(records if all_records is None else all_records)
     for (data, label), scored in groups(r for r in records if r["name"] == "test_metrics").items():
         runs = Counter(r["own_params"]["model"] for r in scored if r["seed"] is not None)
         for record in sorted((r for r in scored if r["seed"] is None), key=lambda r: -r["metrics"]["hr@10"]):
@@ -696,7 +696,7 @@ def accuracy(records: Iterable[Record], all_records: Iterable[Record] | None = N
             row |= {"seeds": str(runs[model] or ""), "device": label}  # no seeds: deterministic
             kind = family(arm["model"], model) if arm else ""
             key = _data(record, "fingerprint"), "leave-one-out", kind
-            row["configurations scored"] = str(looked.get(key, ""))
+            row["configurations scored"] = str(configurations.get(key, ""))
             for name in ("hr@10", "ndcg@10"):
                 row[name.upper()] = f"{m[name]:.4f} ({m[f'{name}_low']:.4f} to {m[f'{name}_high']:.4f})"
             rows.append(row | {"day": record["time"][:10]})

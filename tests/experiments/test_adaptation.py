@@ -156,4 +156,4 @@ def test_the_gate_may_read_a_causal_model_of_the_same_past(experiment, dataset):
     shares = {r.params["model"]: r.metrics["trained_share"] for r in results if r.seed is None}
     assert shares["ilora"] == pytest.approx(counted["ilora"] / counted["base"])  # the reader is no part of it
     rows = speed.adapter_grid(p, bases[1].model, dataset, CPU, readers[1])
-    assert {row.found.status for row in rows if row.asked["compile_mode"] == "off"} == {"ok"}
+    assert {row.measured.status for row in rows if row.settings["compile_mode"] == "off"} == {"ok"}

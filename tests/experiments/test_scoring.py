@@ -112,13 +112,13 @@ def test_kept_ranks_alone_give_the_same_again_and_count_as_the_same_configuratio
     rows = here.rows("test_metrics") + here.rows("protocol")
     for place, row in enumerate(rows):  # every scoring is counted
         assert row["earlier"] == sum(r["params_hash"] == row["params_hash"] for r in rows[:place])
-    counts = tables.looks(rows)
+    counts = tables.scored_configurations(rows)
     where = here.dataset.fingerprint
     assert counts[where, "leave-one-out", "bert4rec"] == counts[where, "leave-one-out", "causal"] == 1
     wider = json.loads(json.dumps(rows))
     for row in wider:
         row["configuration"]["arms"]["bert4rec"]["model"]["hidden_dim"] *= 2
-    assert tables.looks(rows + wider)[where, "leave-one-out", "bert4rec"] == 2
+    assert tables.scored_configurations(rows + wider)[where, "leave-one-out", "bert4rec"] == 2
     file = here.ranks_file(here.grid.arms[0], 1)
     kept = dict(np.load(file))
     grids.save_ranks(file, {"valid": kept["valid"]})
