@@ -21,7 +21,6 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import yaml
-from IPython.display import display
 
 from reclib import hardware, parameters, system
 from reclib.config import SIZES, InputError, Precision, changed, nearest, validated
@@ -59,23 +58,32 @@ def _panel(
     controls: Mapping[str, ipw.Widget],
     draw: Callable[..., Sequence[go.Figure | str]],
 ) -> Panel:
-    """Return a row of controls above what `draw` returns for the values of `controls`: figures and HTML."""
+    """Return a row of controls above what `draw` returns for the values of `controls`: figures and HTML.
 
-    def show(**values: Any) -> None:
+    The outputs are set, not captured as by `ipywidgets.interactive_output`: with several captured ones in a
+    notebook nbclient waits for messages that do not come.
+    """
+    shown = ipw.Output()
+
+    def show(_: Any = None) -> None:
         try:
-            contents = draw(**values)
+            contents = draw(**{name: control.value for name, control in controls.items()})
         except InputError as error:  # a wrong choice is shown, not raised
             contents = [f"<p><b>{escape(str(error))}</b></p>"]
-        display(*map(_bundle, contents), raw=True)
+        shown.outputs = tuple(_output(content) for content in contents)
 
-    box = ipw.Box(row, layout={"flex_flow": "row wrap"})
-    return Panel([box, ipw.interactive_output(show, controls)])
+    for control in controls.values():
+        control.observe(show, "value")
+    show()
+    return Panel([ipw.Box(row, layout={"flex_flow": "row wrap"}), shown])
 
 
-def _bundle(content: go.Figure | str) -> dict[str, Any]:
-    if isinstance(content, str):
-        return {"text/html": content}
-    return {PLOTLY_MIME: json.loads(content.to_json())}
+def _output(content: go.Figure | str) -> dict[str, Any]:
+    """Return a figure, or a text of HTML, as an output of a notebook."""
+    data = {"text/html": content}
+    if not isinstance(content, str):
+        data = {PLOTLY_MIME: json.loads(content.to_json())}
+    return {"output_type": "display_data", "data": data, "metadata": {}}
 
 
 def _control(kind: type[ipw.Widget], description: str, **settings: Any) -> Any:

@@ -349,7 +349,7 @@ class SequenceModel(Protocol):
     @property
     def output_sink(self) -> Sink | None: ...  # takes the gradient of `output_weight`
     @property
-    def prior(self) -> Any: ...  # an `evaluate.prior.CountPrior` that is added to the scores, or None
+    def prior(self) -> Any: ...  # an `evaluate.baselines.CountPrior` that is added to the scores, or None
 
     def encode(
         self, items: Tensor, segment_ids: Tensor, positions: Tensor, query_index: Tensor | None = None
@@ -399,7 +399,7 @@ class Bert4Rec(nn.Module):
         self.output_bias = nn.Parameter(torch.empty(config.output_rows)) if config.output_bias else None
         self.item_sink: Sink | None = None  # None: autograd keeps the item table's gradient
         self.output_sink: Sink | None = None  # the same sink if the tables are tied
-        self.prior: nn.Module | None = None  # an `evaluate.prior.CountPrior` that is added to the scores
+        self.prior: nn.Module | None = None  # an `evaluate.baselines.CountPrior` that is added to the scores
         self.reset_parameters()
 
     @torch.no_grad()

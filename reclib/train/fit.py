@@ -49,7 +49,7 @@ from reclib.data.dataset import Dataset, Evaluation
 from reclib.data.prepare import prepare
 from reclib.data.splits import SPLIT_TITLES, Split, leave_one_out
 from reclib.evaluate import metrics
-from reclib.evaluate.prior import CountPrior
+from reclib.evaluate.baselines import CountPrior
 from reclib.hardware import Device, resolve
 from reclib.model.bert4rec import Bert4Rec
 from reclib.system import Parser
