@@ -117,7 +117,11 @@ def test_kept_ranks_alone_give_the_same_again_and_count_as_the_same_configuratio
     assert counts[where, "leave-one-out", "bert4rec"] == counts[where, "leave-one-out", "causal"] == 1
     wider = json.loads(json.dumps(rows))
     for row in wider:
-        row["configuration"]["arms"]["bert4rec"]["model"]["hidden_dim"] *= 2
+        arms = row["configuration"]["arms"]
+        named = {row["own_params"]["model"].removesuffix("_with_validation")}
+        assert {arm.split(" (")[0] for arm in arms} == named & {"bert4rec", "twin"}  # its own arms only
+        for arm in arms.values():
+            arm["model"]["hidden_dim"] *= 2
     assert tables.scored_configurations(rows + wider)[where, "leave-one-out", "bert4rec"] == 2
     file = here.ranks_file(here.grid.arms[0], 1)
     kept = dict(np.load(file))

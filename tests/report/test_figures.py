@@ -194,7 +194,7 @@ def test_pages_are_whole_load_nothing_from_elsewhere_and_state_question_answer_a
         "What exactly is being predicted?",
         "HR@10 on ml-100k (cpu): BERT4Rec 0.200 [0.180, 0.210], popularity 0.100 [0.080, 0.110]",
         "How cheaply: from the seed study&#39;s step to “packed” a step is 25.0 times faster (cpu).",
-        "fp32 eager on ml-100k at batch 64: 3,200 sequences/s; as multiples of it: fp32 compiled ",
+        "which trains 3,200 sequences/s; rates as multiples of it: fp32 compiled ",
         "Of 7 published claims that arithmetic can check 2 hold, 5 are contradicted.",
         "Measured on A processor (cpu), profile quick, data ml-100k abcd,",
         "<time>2026-01-02</time>",

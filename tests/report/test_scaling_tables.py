@@ -42,18 +42,15 @@ ROWS = [curve("w32d2", s, 1000, 6.0 + s / 10) for s in (0, 1)] + [curve("w64d4",
 LARGEST = curve("w384d2", 0, 4000, 5.0, "abc")
 
 
-def said_of(rows: list[dict], predicted: list[dict] = ()) -> str:  # type: ignore[assignment]
-    """What is said of a grid with these runs and predictions."""
-    outcome = scaling.outcome([*rows, *predicted], "scaling-x")
-    return "\n".join(findings.scaling_findings(rows, outcome, "scaling-x"))
+def findings_of(rows: list[dict]) -> str:
+    return "\n".join(findings.sentences("03_scaling", rows))
 
 
 def test_findings_read_right_with_nothing_with_few_and_with_all():
-    assert said_of([]) == "- scaling-x: no run is committed yet."
-    assert "No law yet" in said_of(ROWS)
-    assert "Fewer than three seeds: w32d2 (2), w64d4 (1)" in said_of(ROWS)
-    assert "w384d2 is not measured yet" in said_of(ROWS, [prediction()])
-    assert "error +0.500 nats (+10.0%)" in said_of([*ROWS, LARGEST], [prediction()])
+    assert findings_of([]) == ""
+    assert findings_of(ROWS[:2]) == ""
+    assert "w384d2 is not measured yet" in findings_of([*ROWS, prediction()])
+    assert "error +0.500 nats (+10.0%)" in findings_of([*ROWS, LARGEST, prediction()])
     stranger = curve("w384d2", 0, 4000, 5.0)  # without the prediction's hash it does not count
     assert scaling.outcome([*ROWS, stranger, prediction()], "scaling-x")["measured"] is None
 
@@ -73,18 +70,6 @@ GRID = [
     curve("w32d2 half rate", 0, 25_472, 7.0),
     curve("w32d2 twice rate", 0, 25_472, 6.4),
 ]
-
-
-def test_findings_say_what_scales_what_does_not_and_whether_the_rule_held():
-    said = said_of(GRID)
-    assert "23 runs of 9 configurations" in said
-    assert "11.5 hours" in said
-    assert "Width, w32d2 to w64d2 to w96d2 to w128d2, step by step: loss (nats) -0.4815, -0.2035" in said
-    assert "not told apart: loss (nats): none; NDCG@10: none; HR@10: w32d2 and w64d2, w64d2 and w96d2" in said
-    assert "w64d8 against w64d2: +0.342 nats" in said
-    assert "twice of it is better by 0.030 nats (the rule's seeds lie 0.040 apart)" in said
-    assert "Loss risen again at the end, in nats above its lowest: w64d8 (+0.050)" in said
-    assert "Fewer than three seeds: none" in said, "rates are checked with one"
 
 
 def test_accuracy_against_size_keeps_validation_and_test_apart_and_says_who_is_ahead():
@@ -121,7 +106,7 @@ def test_what_to_buy_is_the_cheapest_not_told_apart_from_the_best_of_those_with_
     rate = ranked("w32d2 twice rate", 1e12, 0.8, 0.8, 0.8)
 
     def bought(*rows: dict) -> str:
-        return next((line for line in said_of(list(rows)).splitlines() if "What to buy" in line), "")
+        return next((line for line in findings_of(list(rows)).splitlines() if "What to buy" in line), "")
 
     said = bought(*small, *middle, *large, *few, *rate)
     assert "w96d2 ranks best (0.2600); the cheapest not told apart is w64d2 (0.2200), at 50% of its" in said
@@ -137,7 +122,7 @@ def test_what_a_law_is_held_against_and_how_sure_its_exponent_is():
     one["series"] = {"non_embedding": [1000, 2000], "loss": [6.0, 5.5]}
     found = scaling.outcome([LARGEST, one], "scaling-x")
     assert found["naive"] == pytest.approx({"last": 5.5, "line": 5.0})
-    said = said_of([LARGEST], [one])
+    said = findings_of([LARGEST, one])
     assert "misses by +0.500 nats, a straight line in log N by +0.000" in said
     assert "known to 0.10 to 0.90 only" in said
     assert "error +0.500 nats (+10.0%), inside the band" in said
@@ -148,9 +133,8 @@ def test_what_a_law_is_held_against_and_how_sure_its_exponent_is():
 
 def test_a_loss_that_does_not_fall_with_size_is_no_law_though_ranking_may_improve():
     flat = [curve("w32d2", s, 1000, 8.0) for s in (0, 1)] + [curve("w64d2", s, 4000, 8.1) for s in (0, 1)]
-    said = said_of(flat, [prediction(factor=0.0, floor=8.05, predicted=8.05)])
+    said = findings_of([*flat, prediction(factor=0.0, floor=8.05, predicted=8.05)])
     assert "No power of the size: the loss does not fall. 8.050 nats predicted for w384d2" in said
-    assert "the one with the lower loss ranks worse: w32d2 and w64d2" in said
 
 
 def test_what_a_committed_grid_lacks_is_named():
