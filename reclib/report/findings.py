@@ -25,6 +25,7 @@ from reclib.report.tables import (
     CONTROLS,
     TASK_NAMES,
     Record,
+    interval_text,
     model_name,
     recipe_of,
     sweep_of,
@@ -380,6 +381,13 @@ def _of_adapters(results: Results) -> list[str]:
             arms_by_claim = {w: [ARM_NAMES[_model(r)] for r in part] for w, part in _by_claim(rows).items()}
             listed = "; ".join(f"{word}: {', '.join(names)}" for word, names in arms_by_claim.items())
             details.append(f"{name[:1].upper()}{name[1:]}, NDCG@10 against iLoRA, corrected: {listed}.")
+    for share, rows in _by(results.get("implanted", []), lambda r: r["own_params"]["share"]).items():
+        listed = ", ".join(
+            f"{ARM_NAMES[_model(r)]} {_claim(r['metrics'])}, {interval_text(r['metrics'])}" for r in rows
+        )
+        details.append(
+            f"With a signal implanted in {float(share):.0%} of the later items, against iLoRA: {listed}."
+        )
     answer = [" ".join(verdicts)] if verdicts else []
     return [*answer, *_adapter_steps(results.get("adapter_step", [])), *details]
 
