@@ -58,7 +58,6 @@ TASK_NAMES = {"next_period": "next period", "segment": "segment of users"}
 CONTROLS = ("shuffled_user", "noise", "fixed_gate", "static_gate")  # of iLoRA
 SHAPES = "the seed study's shapes"  # 85m, 130m, 430m
 RATES = {"half": " half rate", "rule": "", "twice": " twice rate"}  # ends of arms that check the rule
-LATE = 0.01  # fall of the loss in the last fifth of the training, nats, above which a run is undertrained
 FLOOR = "held over 16 bytes per parameter"
 _STATE_BYTES = 16  # of a parameter: weight, gradient and AdamW's two moments in fp32
 _STEPS = ("hardware_step", "real_size_step")  # names of records of a step of one size on one device
