@@ -186,11 +186,7 @@ def score_product(hidden: Tensor, table: Tensor, out: Tensor) -> Tensor:
 
 @torch.no_grad()
 def model_scores(
-    model: Any,
-    evaluation: Evaluation,
-    device: torch.device,
-    batch_size: int | None = None,
-    encode: Callable[..., Tensor] | None = None,
+    model: Any, evaluation: Evaluation, device: torch.device, batch_size: int | None = None
 ) -> Scores:
     """Yield a model's scores of all real items after each history, with the model in eval mode.
 
@@ -221,7 +217,7 @@ def model_scores(
         for rows, batch in batches:
             moved = batch.to(device)
             inputs = (moved.items, moved.segment_ids, moved.positions, moved.query_index)
-            hidden = (encode or model.encode)(*inputs).flatten(0, 1)[moved.target_slots[: len(rows)]]
+            hidden = model.encode(*inputs).flatten(0, 1)[moved.target_slots[: len(rows)]]
             hidden = model.head_input(hidden)
             for first in range(0, len(rows), size):
                 part = hidden[first : first + size]
