@@ -23,7 +23,7 @@ import plotly.graph_objects as go
 import yaml
 
 from reclib import hardware, parameters, system
-from reclib.config import SIZES, InputError, Precision, changed, nearest, validated
+from reclib.config import SIZES, InputError, Kind, Precision, changed, nearest, validated
 from reclib.cost import planner
 from reclib.cost.planner import Plan
 from reclib.cost.work import AdapterPlan
@@ -36,7 +36,7 @@ from reclib.hardware import Device
 from reclib.model.bert4rec import Bert4Rec
 from reclib.model.ilora import AdaptedModel
 from reclib.parameters import Explore, ILora
-from reclib.records import PROFILES, params_hash
+from reclib.records import params_hash
 from reclib.report import speed_figures, style, tables
 from reclib.report.style import BLUE, INK, MUTED, PALETTE, PLOTLY_MIME, TEMPLATE
 from reclib.report.tables import Record, model_name
@@ -104,7 +104,7 @@ def _folded(text: str) -> str:
 
 PREFIX = "plan_"  # of the notebook's parameters
 OWN = "the size's own"  # the first stop of the slider of the catalogue
-_MENUS = {"precision": get_args(Precision), "adapter": ("none", "lora", "rslora", "gated", "ilora")}
+_MENUS = {"precision": get_args(Precision), "adapter": ("none", *get_args(Kind))}
 # Sliders: description, and stops beside the notebook's own value.
 _SLIDERS: dict[str, tuple[str, Sequence[float]]] = {
     "items": ("catalogue", (0, 1349, 3416, 10_000, 18_345, 50_000, 159_748, 500_000, 1_000_000, 5_000_000)),
@@ -204,9 +204,9 @@ class Selection(NamedTuple):
 
 
 def frame(records: Sequence[Record], result: str) -> pd.DataFrame:
-    """Return a row for each record of a kind: its numbers, settings and origin; smoke runs first.
+    """Return a row for each record of a kind: its numbers, settings and origin, without series.
 
-    Series are left out. Raises `InputError` if there is no record.
+    Raises `InputError` if there is no record.
     """
     rows = [_row(record) for record in records if record["name"] == result]
     if not rows:
@@ -214,8 +214,7 @@ def frame(records: Sequence[Record], result: str) -> pd.DataFrame:
         raise InputError(
             f"no record of {result!r}{nearest(result, names)}; there are: {', '.join(names) or 'none'}"
         )
-    order: dict[str, Any] = {"key": lambda names: names.map(PROFILES.index), "kind": "stable"}
-    return pd.DataFrame(rows).sort_values("profile", **order)
+    return pd.DataFrame(rows)
 
 
 def _row(record: Record) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 import pandas as pd
 
+from reclib.config import CONTROLS
 from reclib.cost import planner
 from reclib.evaluate import statistics
 from reclib.evaluate.statistics import Claim, claim
@@ -22,7 +23,6 @@ from reclib.report import tables
 from reclib.report.tables import (
     ARM_NAMES,
     BASELINES,
-    CONTROLS,
     TASK_NAMES,
     Record,
     interval_text,

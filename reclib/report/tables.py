@@ -55,7 +55,6 @@ ARM_NAMES = {
     "pairwise_counts": "pairwise counts",
 }
 TASK_NAMES = {"next_period": "next period", "segment": "segment of users"}
-CONTROLS = ("shuffled_user", "noise", "fixed_gate", "static_gate")  # of iLoRA
 SHAPES = "the seed study's shapes"  # 85m, 130m, 430m
 RATES = {"half": " half rate", "rule": "", "twice": " twice rate"}  # ends of arms that check the rule
 FLOOR = "held over 16 bytes per parameter"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from figure_records import adapted, adapter_steps, gate_comparisons
 
+from reclib.config import CONTROLS
 from reclib.report import figures, findings, style, tables
-from reclib.report.tables import ARM_NAMES, CONTROLS
+from reclib.report.tables import ARM_NAMES
 
 ARMS = list(ARM_NAMES)
 
