@@ -522,20 +522,15 @@ class Sized:
         return self.size if self.chosen_by is None else f"{self.size} (tuned)"
 
 
-def recipe(p: Scaling, size: str, seed: int) -> TrainConfig:
-    """Return a size's training configuration, its learning rate by the rule; nothing tuned."""
-    rate = learning_rate(model_config(size).hidden_dim, p.base_rate)
-    return train_of(p, seed, window="random", learning_rate=rate)
-
-
 def sized(p: Scaling, dataset: Dataset, size: str) -> Sized:
-    """Return a size's configurations: the recipe, updated by the settings tuned for these data.
+    """Return a size's configurations: the rule's learning rate, updated by the settings tuned for these data.
 
     Tokens and device stay those of the notebook, so that sizes can be compared. Raises `InputError` if the
     tuned settings are of other data.
     """
     shape: dict[str, Any] = {"max_len": p.max_len, "dropout": p.dropout}
-    train = recipe(p, size, p.seeds[0])
+    rate = learning_rate(model_config(size).hidden_dim, p.base_rate)
+    train = train_of(p, p.seeds[0], window="random", learning_rate=rate)
     chosen = read_tuned(size, dataset.name, dataset.fingerprint) if p.tuned else None
     if chosen is not None:
         fixed = {"epochs", "eval_every", "batch_size", "precision"}
