@@ -315,7 +315,12 @@ def gates(task="next_period"):
 
 def adapters():
     compared = gate_comparisons("gate_comparison", "ilora") + gate_comparisons("adaptation_gain", "none")
-    return adapted() + compared + adapter_steps() + gates()
+    implanted = [
+        one for one in gate_comparisons("implanted", "ilora") if one["own_params"]["model"] == "lora"
+    ]
+    for one in implanted:
+        one["own_params"] |= {"share": 0.5, "targets": "all matrices"}
+    return adapted() + compared + implanted + adapter_steps() + gates()
 
 
 # -- notebooks 06 to 08 ----------------------------------------------------------------------------------
