@@ -150,7 +150,7 @@ class TrainConfig:
     last_item_share: Share = 0.15  # share of samples whose only target is the last item
     prefix_share: Share = 0.0  # share of samples that end at a random place of the history
     window: Window = "last"  # which max_len items of a longer history
-    prior: Literal["none", "counts"] = "none"  # counts: pairwise counts in the logits; see `evaluate.prior`
+    prior: Literal["none", "counts"] = "none"  # counts: pairwise counts in the logits: `CountPrior`
     # batches
     batch_size: Positive = 64  # sequences per optimiser step
     micro_batch_size: Positive | None = None  # sequences per forward pass; None: batch_size

@@ -19,7 +19,7 @@ from reclib.config import TrainConfig, changed
 from reclib.data.dataset import Dataset, Evaluation, evaluation
 from reclib.data.prepare import synthetic_dataset
 from reclib.evaluate import baselines
-from reclib.evaluate.prior import CountPrior
+from reclib.evaluate.baselines import CountPrior
 from reclib.model import bert4rec
 from reclib.model.bert4rec import Bert4Rec
 from reclib.train import distributed

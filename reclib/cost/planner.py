@@ -16,7 +16,7 @@ import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -230,6 +230,8 @@ def on_board(parts: Sequence[Part], board: Board, precision: str, captured: bool
 ELECTRONICS = {"users": 582_942, "mean_len": 9.25}  # the seed study's training sequences; its dataset's mean
 ENOUGH = 4  # held-out rows of a kind of run from which its plans count as validated
 HELD_BACK = 2  # last interactions, for validation and test
+RUN = "run"  # part of the memory that is no tensor: interpreter and libraries, or CUDA's context
+_COUNTS = ("flops", "bytes_moved", "peak_memory_bytes", "largest_batch", "fits")
 
 
 @dataclass(frozen=True)
@@ -241,6 +243,8 @@ class Plan:
     precision: str
     basis: str  # "validated" on held-out rows, or "unvalidated"
     step: Estimate
+    parameters: int
+    trained_parameters: int  # those of the adapter, if there is one
     flops: float  # executed in a step
     bytes_moved: float  # in a step, through main memory
     footprint: Footprint
@@ -280,6 +284,20 @@ class Plan:
             "cost_per_epoch": self.cost(self.epoch.seconds),
         }
 
+    def counts(self) -> dict[str, Any]:
+        """Return the metrics of a record: counts and memory."""
+        return {k: v for k, v in self.numbers().items() if k in _COUNTS and v is not None}
+
+    def timings(self) -> dict[str, Any]:
+        """Return the timings of a record: seconds, rates and cost, with their ranges."""
+        return {k: v for k, v in self.numbers().items() if k not in _COUNTS and v is not None}
+
+    def memory_parts(self) -> dict[str, int]:
+        """Return the bytes of the peak by part; on a CPU `activations` are their resident bytes."""
+        parts = {name: size for name, size in self.footprint.parts.items() if size}
+        held = self.peak_bytes - self.process_bytes - sum(parts.values()) + parts.get("activations", 0)
+        return parts | {"activations": held, RUN: self.process_bytes}
+
 
 @functools.lru_cache(maxsize=64)
 def typical_lengths(mean_len: float = ELECTRONICS["mean_len"]) -> np.ndarray:
@@ -311,6 +329,7 @@ def plan(
     def memory(model: ModelConfig, train: TrainConfig) -> Footprint:
         return work.training_memory(model, train, lengths, precision, kind, adapter, room)
 
+    parameters = sum(work.parameters(model).values())
     footprint = memory(model, train)
     total, largest, fits, at_once, ways = footprint.total, None, None, None, ""
     if isinstance(device, Cpu):
@@ -333,6 +352,8 @@ def plan(
         precision=precision,
         basis=basis,
         step=step,
+        parameters=parameters,
+        trained_parameters=parameters if adapter is None else work.trained_parameters(model, adapter),
         flops=sum(part.flops for part in parts if part.flops),
         bytes_moved=sum(part.bytes for part in parts),
         footprint=footprint,
@@ -349,16 +370,21 @@ def plan(
     )
 
 
-def devices(label: str) -> Sequence[Board | Cpu]:
-    """Return the devices of a label: a measured CPU, or one or several boards; else raise `InputError`."""
-    return [cpu(label)] if label.startswith("cpu") else hardware.boards(label)
+def precisions(label: str) -> list[str]:
+    """Return the precisions of a device, `auto` first."""
+    board = hardware.catalogue().get(label)
+    return ["auto", *(board.peaks if board else ("fp32", "bf16"))]
 
 
 def plans(
     label: str, model: ModelConfig, train: TrainConfig, lengths: np.ndarray, *arguments: Any, **options: Any
 ) -> list[Plan]:
-    """Return the plan for each device of a label; the arguments are those of `plan`."""
-    return [plan(device, model, train, lengths, *arguments, **options) for device in devices(label)]
+    """Return the plan for each device of a label: a measured CPU, or one or several boards.
+
+    The arguments are those of `plan`. Raises `InputError` for an unknown label.
+    """
+    devices: Sequence[Board | Cpu] = [cpu(label)] if label.startswith("cpu") else hardware.boards(label)
+    return [plan(device, model, train, lengths, *arguments, **options) for device in devices]
 
 
 def priced(plans: Sequence[Plan], price: float | str | None) -> list[Plan]:
@@ -445,8 +471,10 @@ def report(
     if len(plans) == 1:
         (plan,) = plans
         parts = sorted(plan.step.parts.items(), key=lambda item: -item[1])
-        memory = memory_parts(plan).items()
-        lines += [f"{plan.name}, {plan.precision}: predicted, {plan.basis}", plan.ways]
+        memory, weights = plan.memory_parts().items(), f"{plan.parameters:,} parameters"
+        if plan.trained_parameters != plan.parameters:
+            weights += f", frozen; {plan.trained_parameters:,} of an adapter are trained"
+        lines += [weights, f"{plan.name}, {plan.precision}: predicted, {plan.basis}", plan.ways]
         lines += ["memory, GiB (run: no tensors):", *(f"{size / GIB:10.2f} {name}" for name, size in memory)]
         lines += ["step, ms:", *(f"{1e3 * seconds:10.2f} {name}" for name, seconds in parts if seconds > 0)]
         lines += [f"{plan.flops / 1e9:10,.1f} GFLOP and {plan.bytes_moved / 1e9:,.2f} GB moved"]
@@ -530,111 +558,3 @@ def plan_main(argv: Sequence[str] | None = None) -> int:
         row |= {"epochs": epochs, "run_seconds": run, "run_cost": plan.cost(run), "currency": currency}
         print(json.dumps(row))
     return 1 if any(plan.fits is False for plan in planned) else 0
-
-
-# -- plans and records of notebook 07 ------------------------------------------------------------------------
-
-RUN = "run"  # part of the memory that is no tensor: interpreter and libraries, or CUDA's context
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A training run and a device to plan for."""
-
-    device: str  # of the catalogue, or a CPU that was measured
-    size: str
-    items: int | None  # catalogue; None: the size's own
-    mean_len: float  # interactions of a user
-    max_len: int
-    batch_size: int
-    precision: str
-    adapter: str  # none: all weights are trained; else the kind of `AdapterPlan`, on a frozen model
-    rank: int  # of the adapter
-    tied: bool
-    users: int  # histories of an epoch
-    price: float | None  # of an hour of the device, in any currency
-
-    def model(self) -> ModelConfig:
-        """Return the model; raise `InputError` for an invalid one."""
-        items = {} if self.items is None else {"num_items": self.items}
-        return model_config(self.size, max_len=self.max_len, tied=self.tied, **items)
-
-    def narrow(self) -> AdapterPlan | None:
-        """Return the trained adapter, None if all weights are trained."""
-        options = {"kind": self.adapter, "rank": self.rank}
-        return None if self.adapter == "none" else validated(AdapterPlan, options)
-
-
-def device_labels() -> list[str]:
-    """Return the labels of all devices: measured CPUs, then the catalogue."""
-    return [*cpus(), *hardware.catalogue()]
-
-
-def precisions(device: str) -> list[str]:
-    """Return the precisions of a device, `auto` first."""
-    board = hardware.catalogue().get(device)
-    return ["auto", *(board.peaks if board else ("fp32", "bf16"))]
-
-
-def plan_of(run: Asked) -> Plan:
-    """Return the plan of a run; raise `InputError` for invalid values."""
-    train = validated(TrainConfig, {"batch_size": run.batch_size, "precision": run.precision})
-    lengths = typical_lengths(run.mean_len)
-    return plans(run.device, run.model(), train, lengths, run.users, run.price, run.narrow())[0]
-
-
-def every_plan(run: Asked) -> list[Plan]:
-    """Return the plan for every device, in the run's precision if supported, else in `auto`.
-
-    The price, and so the cost, applies to the run's device only.
-    """
-    results = []
-    for label in device_labels():
-        precision = run.precision if run.precision in precisions(label) else "auto"
-        price = run.price if label == run.device else None
-        results.append(plan_of(replace(run, device=label, precision=precision, price=price)))
-    return results
-
-
-def memory_parts(plan: Plan) -> dict[str, int]:
-    """Return the bytes of the peak by part; on a CPU `activations` are their resident bytes."""
-    parts = {name: size for name, size in plan.footprint.parts.items() if size}
-    held = plan.peak_bytes - plan.process_bytes - sum(parts.values()) + parts.get("activations", 0)
-    return parts | {"activations": held, RUN: plan.process_bytes}
-
-
-def about(run: Asked, plan: Plan) -> dict[str, Any]:
-    """Return the parameters of a record: those of the run, and its precision, basis and status."""
-    parameters = asdict(run) | {"items": run.model().num_items, "device": plan.device}
-    parameters |= {"precision": plan.precision, "basis": plan.basis}
-    del parameters["price"]
-    return parameters | {"status": "does not fit" if plan.fits is False else "ok"}
-
-
-_COUNTED = ("flops", "bytes_moved", "peak_memory_bytes", "largest_batch", "fits")
-
-
-def counted(plan: Plan) -> dict[str, Any]:
-    """Return the metrics of a record: counts and memory."""
-    numbers = plan.numbers()
-    return {name: numbers[name] for name in _COUNTED if numbers[name] is not None}
-
-
-def timed(plan: Plan) -> dict[str, Any]:
-    """Return the timings of a record: seconds, rates and cost, with their ranges."""
-    return {k: v for k, v in plan.numbers().items() if k not in _COUNTED and v is not None}
-
-
-def series(plan: Plan) -> dict[str, list[Any]]:
-    """Return a record's series: the peak by part."""
-    parts = memory_parts(plan)
-    return {"part": list(parts), "bytes": list(parts.values())}
-
-
-def table(run: Asked, plans: Sequence[Plan]) -> pd.DataFrame:
-    """Return plans as the table of their records: a row for each part of the peak."""
-    rows = []
-    for plan in plans:
-        columns = about(run, plan) | counted(plan) | timed(plan) | {"kind": "predicted"}
-        rows += [columns | {"part": part, "bytes": size} for part, size in memory_parts(plan).items()]
-    return pd.DataFrame(rows)

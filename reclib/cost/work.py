@@ -19,14 +19,14 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from pydantic import dataclasses as validated
 from pydantic import model_validator
 
 from reclib import hardware
-from reclib.config import STRICT, InputError, ModelConfig, Positive, TrainConfig, changed
+from reclib.config import STRICT, InputError, Kind, ModelConfig, Positive, TrainConfig, changed
 from reclib.data.batches import bucket, cut, first_fit_decreasing, mask_cloze, next_items
 from reclib.data.dataset import Histories
 from reclib.hardware import GIB, Device, choose_precision
@@ -42,7 +42,7 @@ FP32, HALF = 4, 2  # bytes of a number; HALF: bf16 and fp16
 class AdapterPlan:
     """An adapter on all encoder matrices of a frozen model."""
 
-    kind: Literal["lora", "rslora", "gated", "ilora"] = "lora"
+    kind: Kind = "lora"
     rank: Positive = 8  # r
     num_experts: Positive = 4  # K, of `ilora`
 

@@ -277,7 +277,7 @@ class Layout:
         return np.broadcast_to(np.arange(lengths.shape[1]), lengths.shape), np.zeros_like(lengths)
 
     def batch(self, samples: Samples, rows: np.ndarray, places: np.ndarray, prior: Any = None) -> Batch:
-        """Lay samples out in rows (B,) at places (B,); `prior` is an `evaluate.prior.CountPrior`."""
+        """Lay samples out in rows (B,) at places (B,); `prior` is an `evaluate.baselines.CountPrior`."""
         import torch
 
         tokens, lengths, is_target, labels = samples

@@ -186,11 +186,7 @@ def score_product(hidden: Tensor, table: Tensor, out: Tensor) -> Tensor:
 
 @torch.no_grad()
 def model_scores(
-    model: Any,
-    evaluation: Evaluation,
-    device: torch.device,
-    batch_size: int | None = None,
-    encode: Callable[..., Tensor] | None = None,
+    model: Any, evaluation: Evaluation, device: torch.device, batch_size: int | None = None
 ) -> Scores:
     """Yield a model's scores of all real items after each history, with the model in eval mode.
 
@@ -221,7 +217,7 @@ def model_scores(
         for rows, batch in batches:
             moved = batch.to(device)
             inputs = (moved.items, moved.segment_ids, moved.positions, moved.query_index)
-            hidden = (encode or model.encode)(*inputs).flatten(0, 1)[moved.target_slots[: len(rows)]]
+            hidden = model.encode(*inputs).flatten(0, 1)[moved.target_slots[: len(rows)]]
             hidden = model.head_input(hidden)
             for first in range(0, len(rows), size):
                 part = hidden[first : first + size]
@@ -304,12 +300,7 @@ def mean(outcome: Outcome, metric: str = "hr@10") -> float:
 
 def interval(outcome: Outcome, metric: str = "hr@10", samples: int = 2000, seed: int = 0) -> Interval:
     """Return a metric's mean with its 95 % interval over resampled users."""
-    return interval_over_users(_values(outcome, metric), outcome.users, samples, seed)
-
-
-def interval_over_users(values: np.ndarray, users: np.ndarray, samples: int, seed: int = 0) -> Interval:
-    """Return the mean of `values` (rows,), which belong to `users` (rows,), with its 95 % interval."""
-    return statistics.bootstrap(values, samples, seed, users)
+    return statistics.bootstrap(_values(outcome, metric), samples, seed, outcome.users)
 
 
 def _values(outcome: Outcome, metric: str) -> np.ndarray:

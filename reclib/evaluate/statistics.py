@@ -181,14 +181,14 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return {name: adjusted[name] for name in p_values}
 
 
-def detectable_difference(error: float, degrees: float, power: float = 0.8, alpha: float = ALPHA) -> float:
-    """Return the smallest true mean difference that would be found with the given power.
+def detectable_difference(error: float, degrees: float) -> float:
+    """Return the smallest true mean difference that would be found with a power of 80 %.
 
-    From its standard error and degrees of freedom, for one comparison: (t_(1 - alpha/2) + t_power) * error.
+    From its standard error and degrees of freedom, for one comparison: (t_(1 - ALPHA/2) + t_0.8) * error.
     """
     from scipy import stats
 
-    return float((stats.t.ppf(1 - alpha / 2, degrees) + stats.t.ppf(power, degrees)) * error)
+    return float((stats.t.ppf(1 - ALPHA / 2, degrees) + stats.t.ppf(0.8, degrees)) * error)
 
 
 # -- groups of users, coverage and concentration -------------------------------------------------------------
@@ -253,10 +253,10 @@ def by_time_before(histories: Histories, times: np.ndarray) -> Groups:
     return Groups(["same time as the item before", "later"], np.where(is_tied, 0, 1))
 
 
-def in_groups(values: np.ndarray, groups: Groups, samples: int = 2000, seed: int = 0) -> list[GroupResult]:
+def in_groups(values: np.ndarray, groups: Groups, samples: int = 2000) -> list[GroupResult]:
     """Return the mean of per-user values (U,) in each group, with its 95 % interval over users."""
     parts = [values[groups.member == place] for place in range(len(groups.labels))]
-    intervals = [bootstrap(part, samples, seed) if part.size else None for part in parts]
+    intervals = [bootstrap(part, samples) if part.size else None for part in parts]
     return [GroupResult(*row) for row in zip(groups.labels, map(len, parts), intervals, strict=True)]
 
 
@@ -272,18 +272,14 @@ def gini(top: np.ndarray, num_items: int) -> float:
     return float(((2 * place - num_items - 1) * counts).sum() / (num_items * counts.sum()))
 
 
-def head_share(top: np.ndarray, counts: np.ndarray, share: float = 0.5) -> float:
-    """Return the share of recommendations (U, k) that are head items.
-
-    The head is the fewest items that hold `share` of the training interactions `counts` (I,).
-    """
-    return float((_before(counts) < share * counts.sum())[top - 1].mean())
-
-
 def concentration(top: np.ndarray, counts: np.ndarray) -> dict[str, float]:
-    """Return coverage, Gini index and head share of recommendations (U, k), by training counts (I,)."""
+    """Return coverage, Gini index and head share of recommendations (U, k), by training counts (I,).
+
+    Head items are the fewest that hold half of the training interactions.
+    """
+    is_head = _before(counts) < 0.5 * counts.sum()
     spread = {"coverage": coverage(top, len(counts)), "gini": gini(top, len(counts))}
-    return spread | {"head_share": head_share(top, counts)}
+    return spread | {"head_share": float(is_head[top - 1].mean())}
 
 
 def popularity_percentile(top: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -369,16 +365,7 @@ def fit(sizes: Any, losses: Any) -> Law:
     return law if np.ndim(losses) == 2 else Law(*(float(part[0]) for part in law))
 
 
-def resampled(losses: Sequence[Sequence[float]], samples: int = SAMPLES, seed: int = 0) -> np.ndarray:
-    """Return means (B, S) of seeds drawn with replacement, for each size apart."""
-    rng = np.random.default_rng(seed)
-    drawn = [
-        np.asarray(seeds)[rng.integers(len(seeds), size=(samples, len(seeds)))].mean(1) for seeds in losses
-    ]
-    return np.stack(drawn, axis=1)
-
-
-def predict(by_size: Mapping[float, Sequence[float]], size: float, samples: int = SAMPLES) -> dict[str, Any]:
+def predict(by_size: Mapping[float, Sequence[float]], size: float) -> dict[str, Any]:
     """Fit the law to the losses of each size's seeds, and predict the loss at another size.
 
     `low` and `high` are the 95 % interval over resampled seeds, None if no size has two seeds. `without_low`
@@ -391,7 +378,7 @@ def predict(by_size: Mapping[float, Sequence[float]], size: float, samples: int 
     result: dict[str, Any] = {"floor": law.floor, "factor": law.factor, "exponent": law.exponent}
     result |= {"predicted": float(law(size)), "residual": float(np.abs(law(sizes) - means).max())}
     result |= dict.fromkeys(("low", "high", "without_low", "without_high", "exponent_low", "exponent_high"))
-    laws = _resampled_laws(by_size, samples)
+    laws = _resampled_laws(by_size)
     if laws is not None:
         result["low"], result["high"] = np.percentile(laws([size]), (2.5, 97.5)).tolist()
         result["exponent_low"], result["exponent_high"] = np.percentile(laws.exponent, (2.5, 97.5)).tolist()
@@ -401,18 +388,21 @@ def predict(by_size: Mapping[float, Sequence[float]], size: float, samples: int 
     return result
 
 
-def band(by_size: Mapping[float, Sequence[float]], sizes: Any, samples: int = SAMPLES) -> np.ndarray | None:
+def band(by_size: Mapping[float, Sequence[float]], sizes: Any) -> np.ndarray | None:
     """Return the 95 % band (2, S) of the law at `sizes`, as `low` and `high` of `predict`, or None."""
-    laws = _resampled_laws(by_size, samples) if len(by_size) >= MIN_SIZES else None
+    laws = _resampled_laws(by_size) if len(by_size) >= MIN_SIZES else None
     return None if laws is None else np.percentile(laws(sizes), (2.5, 97.5), axis=0)
 
 
-def _resampled_laws(by_size: Mapping[float, Sequence[float]], samples: int) -> Law | None:
-    """Return the laws through means of resampled seeds; None if no size has two."""
+def _resampled_laws(by_size: Mapping[float, Sequence[float]]) -> Law | None:
+    """Return the laws through means of seeds resampled within each size; None if no size has two."""
     sizes = sorted(by_size)
     if max(len(seeds) for seeds in by_size.values()) < 2:
         return None
-    return fit(sizes, resampled([by_size[size] for size in sizes], samples))
+    rng, means = np.random.default_rng(0), []
+    for losses in (np.asarray(by_size[size]) for size in sizes):
+        means.append(losses[rng.integers(len(losses), size=(SAMPLES, len(losses)))].mean(1))
+    return fit(sizes, np.stack(means, axis=1))
 
 
 def naive(sizes: Any, losses: Any, size: float) -> dict[str, float]:
@@ -441,7 +431,7 @@ class AccuracyLaw(NamedTuple):
         return self.low is not None and self.high is not None and not self.low <= self.line <= self.high
 
 
-def accuracy_law(by_size: Mapping[float, Sequence[float]], samples: int = SAMPLES) -> AccuracyLaw | None:
+def accuracy_law(by_size: Mapping[float, Sequence[float]]) -> AccuracyLaw | None:
     """Fit the law to 1 - accuracy of each size's seeds, the largest left out; None for too few sizes.
 
     `by_size` has values from 0 to 1, such as NDCG@10. The law and its interval are those of the loss.
@@ -450,7 +440,7 @@ def accuracy_law(by_size: Mapping[float, Sequence[float]], samples: int = SAMPLE
     if len(sizes) < MIN_SIZES:
         return None
     errors = {size: [1 - value for value in by_size[size]] for size in sizes}
-    result = predict(errors, largest, samples)
+    result = predict(errors, largest)
     law = Law(result["floor"], result["factor"], result["exponent"])
     low, high = (None if result[end] is None else 1 - result[end] for end in ("high", "low"))
     means = [float(np.mean(by_size[size])) for size in sizes]

@@ -446,13 +446,8 @@ def expert_weights(trainer: Trainer, rows: Evaluation) -> np.ndarray:
     return np.concatenate(parts)[np.argsort(np.concatenate(places))]
 
 
-def gates(dataset: Dataset, periods: Periods, task: Task, runs: Sequence[Run]) -> list[Result]:
-    """Return iLoRA's gates by user for the first seed, and their correlations with features of the user.
-
-    Spearman's correlations, corrected by Holm; constants have none. One feature is the gain over LoRA.
-    """
-    from scipy import stats
-
+def gates(dataset: Dataset, periods: Periods, task: Task, runs: Sequence[Run]) -> Result:
+    """Return iLoRA's gates by user for the first seed, with features of the user; one is the gain on LoRA."""
     first = {run.arm: run for run in reversed(runs)}  # of each arm the first seed's
     run, lora, test = first["ilora"], first.get("lora"), task.split.test
     assert run.trainer is not None
@@ -469,18 +464,4 @@ def gates(dataset: Dataset, periods: Periods, task: Task, runs: Sequence[Run]) -
     spread = {f"expert_{k}_sd": float(column.std()) for k, column in enumerate(weights, start=1)}
     columns = {f"expert {k}": column for k, column in enumerate(weights, start=1)} | features
     series = {name: column.tolist() for name, column in columns.items()}
-    params: dict[str, Any] = {"task": task.name}
-    results = [Result("gates", {"users": weights.shape[1]} | spread, params, series, run.seed)]
-    pairs = {
-        f"{name}|{k}": stats.spearmanr(column, values)
-        for name, values in features.items()
-        for k, column in enumerate(weights, start=1)
-    }
-    defined = {key: pair for key, pair in pairs.items() if np.isfinite(pair.statistic)}
-    adjusted = statistics.holm({key: float(pair.pvalue) for key, pair in defined.items()})
-    for key, pair in defined.items():
-        name, k = key.rsplit("|", 1)
-        numbers = {"spearman": float(pair.statistic), "adjusted_p": adjusted[key]}
-        pair_params = params | {"feature": name, "expert": int(k)}
-        results.append(Result("gate_correlation", numbers, pair_params, seed=run.seed))
-    return results
+    return Result("gates", {"users": weights.shape[1]} | spread, {"task": task.name}, series, run.seed)

@@ -58,7 +58,7 @@ class Check(NamedTuple):
 
     claim: str
     verdict: str  # holds, holds in part, contradicted or not supported
-    found: str  # the recomputed or measured values
+    evidence: str  # the recomputed or measured values
 
 
 class Part(NamedTuple):

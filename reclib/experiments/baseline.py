@@ -32,7 +32,6 @@ from reclib.evaluate.statistics import Interval
 from reclib.experiments.notebook import Result, Study
 from reclib.hardware import Device
 from reclib.model.bert4rec import count_parameters
-from reclib.report import tables
 from reclib.train import distributed, fit
 from reclib.train.fit import SELECT, Curves, Options, Setup, data_identity
 from reclib.train.trainer import Trainer
@@ -402,7 +401,7 @@ def _protocol(model: str, runs: Sequence[Outcome], samples: int, seed: int | Non
     first = runs[0]
     values = [metrics.per_user(run.ranks) for run in runs]
     means = {metric: np.mean([of_run[metric] for of_run in values], axis=0) for metric in COMPARED}
-    numbers = flat({m: metrics.interval_over_users(means[m], first.users, samples) for m in COMPARED})
+    numbers = flat({m: statistics.bootstrap(means[m], samples, users=first.users) for m in COMPARED})
     params = {"protocol": first.protocol, "label": first.label, "comparable": first.comparable}
     return Result("protocol", numbers, {"model": model} | params, seed=seed)
 
@@ -452,13 +451,6 @@ def _beyond_accuracy(model: Model, dataset: Dataset) -> Result:
     percentiles = [statistics.popularity_percentile(top, counts).mean() for top in tops]
     means["popularity_percentile"] = float(np.mean(percentiles))
     return Result("beyond_accuracy", means, {"model": model.name, "k": TOP_K})
-
-
-def histogram(model: Model) -> Result:
-    """Return a histogram of the ranks of the test targets for the first seed."""
-    ranks = model.runs[0].ranks
-    numbers = {"median_rank": float(np.median(ranks))}
-    return Result("rank_histogram", numbers, {"model": model.name}, tables.rank_bins(ranks))
 
 
 def recommended(

@@ -245,9 +245,7 @@ def row_of(plan: Plan, size: str, rule: str, batch_size: int) -> Row:
     params: dict[str, Any] = {"size": size, "device": plan.device, "rule": rule, "basis": plan.basis}
     status = "does not fit" if plan.fits is False else "ok"
     params |= {"precision": plan.precision, "batch_size": batch_size, "status": status}
-    counted = planner.counted(plan)
-    timings = {name: value for name, value in plan.numbers().items() if name not in counted}
-    return Row(params, counted, timings, card_of(plan))
+    return Row(params, plan.counts(), plan.timings(), card_of(plan))
 
 
 def card_of(plan: Plan) -> dict[str, Any]:

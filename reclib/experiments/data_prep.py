@@ -100,41 +100,28 @@ def repeats(dataset: Dataset) -> Result:
     in_a_row = np.diff(dataset.items) == 0
     in_a_row[dataset.offsets[1:-1] - 1] = False  # neighbours of two different users
     targets = again[dataset.offsets[evaluated_users(dataset) + 1] - 1]
-    shares = {"repeat_share": ("interactions with an item that the user had before", again.mean())}
-    shares["in_a_row_share"] = ("of the same item twice in a row", in_a_row.sum() / again.size)
+    shares = {"repeat_share": float(again.mean()), "in_a_row_share": float(in_a_row.sum() / again.size)}
     if dataset.times is not None:
-        label = "with the same timestamp too: exact duplicates"
-        shares["exact_duplicate_share"] = (label, exact / again.size)
-    target_share = targets.mean() if targets.size else 0.0
-    shares["repeat_target_share"] = ("test targets that the user had before", target_share)
-    return _shares("repeats", shares)
+        shares["exact_duplicate_share"] = exact / again.size
+    shares["repeat_target_share"] = float(targets.mean()) if targets.size else 0.0
+    return Result("repeats", shares)
 
 
 def ties(dataset: Dataset) -> Result:
     """Return the shares of interactions and test targets that only the tie rule orders, for equal timestamps.
 
-    Without times they are unknown. The share of neighbours that ascend by item id tells if the order is one
-    of time: then it is about half.
+    A tied test target could change places with the item before. Without times these shares are unknown. The
+    share of neighbours that ascend by item id tells if the order is one of time: then it is about half.
     """
     tied = dataset.manifest["ties"]
     shares = {}
     if tied["interactions"] is not None:
-        label = "interactions with the timestamp of another of the same user"
-        shares["tied_interaction_share"] = (label, tied["interactions"] / dataset.num_interactions)
-        label = "test targets that could change places with the item before"
-        targets = tied["test_targets"] / max(evaluated_users(dataset).size, 1)
-        shares["tied_test_target_share"] = (label, targets)
+        shares["tied_interaction_share"] = tied["interactions"] / dataset.num_interactions
+        shares["tied_test_target_share"] = tied["test_targets"] / max(evaluated_users(dataset).size, 1)
     for name in ("ascending_share", "tied_ascending_share"):
         if tied[name] is not None:
-            label_of = "neighbours" if name == "ascending_share" else "neighbours with equal timestamps"
-            shares[name] = (f"{label_of} in a history that ascend by item id", tied[name])
-    return _shares("tied_timestamps", shares)
-
-
-def _shares(name: str, shares: Mapping[str, tuple[str, float]]) -> Result:
-    metrics = {key: float(share) for key, (_, share) in shares.items()}
-    labels = [labels for labels, _ in shares.values()]
-    return Result(name, metrics, series={"what": labels, "share": [*metrics.values()]})
+            shares[name] = tied[name]
+    return Result("tied_timestamps", shares)
 
 
 def last_items(dataset: Dataset) -> Result:

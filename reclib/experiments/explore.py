@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import ipywidgets as ipw
 import numpy as np
@@ -22,10 +22,11 @@ import pandas as pd
 import plotly.graph_objects as go
 import yaml
 
-from reclib import parameters, system
-from reclib.config import SIZES, InputError, nearest
-from reclib.cost import planner, work
-from reclib.cost.planner import Asked, Plan
+from reclib import hardware, parameters, system
+from reclib.config import SIZES, InputError, Kind, Precision, changed, nearest, validated
+from reclib.cost import planner
+from reclib.cost.planner import Plan
+from reclib.cost.work import AdapterPlan
 from reclib.data import splits
 from reclib.data.dataset import Dataset, Evaluation, Histories
 from reclib.evaluate import metrics
@@ -35,9 +36,9 @@ from reclib.hardware import Device
 from reclib.model.bert4rec import Bert4Rec
 from reclib.model.ilora import AdaptedModel
 from reclib.parameters import Explore, ILora
-from reclib.records import PROFILES, params_hash
-from reclib.report import speed_figures, style
-from reclib.report.style import BLUE, INK, MUTED, PALETTE, TEMPLATE, si
+from reclib.records import params_hash
+from reclib.report import speed_figures, style, tables
+from reclib.report.style import BLUE, INK, MUTED, PALETTE, PLOTLY_MIME, TEMPLATE
 from reclib.report.tables import Record, model_name
 from reclib.train import saving
 from reclib.train.trainer import Trainer
@@ -46,48 +47,42 @@ from reclib.train.trainer import Trainer
 
 
 class Panel(ipw.VBox):
-    """Controls above their outputs. `follow` maps a control to a function that updates other controls."""
-
-    def __init__(
-        self,
-        controls: Sequence[ipw.Widget],
-        draw: Callable[[], Sequence[Any]],
-        follow: Mapping[ipw.Widget, Callable[[], None]],
-    ) -> None:
-        self._draw, self._follow, self._updating = draw, follow, False
-        self.shown = ipw.Output()
-        for control in controls:
-            control.observe(self._changed, "value")
-        super().__init__([ipw.Box(list(controls), layout={"flex_flow": "row wrap"}), self.shown])
-        self._redraw()
+    """Controls above their outputs."""
 
     def __repr__(self) -> str:
         return "Controls: run this cell with a kernel, in JupyterLab. Below is what they show at first."
 
-    def _changed(self, change: Mapping[str, Any]) -> None:
-        if self._updating:
-            return
-        self._updating = True
-        try:
-            self._follow.get(change["owner"], lambda: None)()
-        finally:
-            self._updating = False
-        self._redraw()
 
-    def _redraw(self) -> None:
+def _panel(
+    row: Sequence[ipw.Widget],
+    controls: Mapping[str, ipw.Widget],
+    draw: Callable[..., Sequence[go.Figure | str]],
+) -> Panel:
+    """Return a row of controls above what `draw` returns for the values of `controls`: figures and HTML.
+
+    The outputs are set, not captured as by `ipywidgets.interactive_output`: with several captured ones in a
+    notebook nbclient waits for messages that do not come.
+    """
+    shown = ipw.Output()
+
+    def show(_: Any = None) -> None:
         try:
-            contents = self._draw()
+            contents = draw(**{name: control.value for name, control in controls.items()})
         except InputError as error:  # a wrong choice is shown, not raised
             contents = [f"<p><b>{escape(str(error))}</b></p>"]
-        # Set instead of captured: that does not flicker, and works from callbacks and cells alike.
-        self.shown.outputs = tuple(_output(content) for content in contents)
+        shown.outputs = tuple(_output(content) for content in contents)
+
+    for control in controls.values():
+        control.observe(show, "value")
+    show()
+    return Panel([ipw.Box(row, layout={"flex_flow": "row wrap"}), shown])
 
 
 def _output(content: go.Figure | str) -> dict[str, Any]:
     """Return a figure, or a text of HTML, as an output of a notebook."""
-    data: dict[str, Any] = {"text/html": content}
+    data = {"text/html": content}
     if not isinstance(content, str):
-        data = {"application/vnd.plotly.v1+json": json.loads(content.to_json())}
+        data = {PLOTLY_MIME: json.loads(content.to_json())}
     return {"output_type": "display_data", "data": data, "metadata": {}}
 
 
@@ -96,12 +91,8 @@ def _control(kind: type[ipw.Widget], description: str, **settings: Any) -> Any:
     return kind(description=description, style={"description_width": "8em"}, layout=layout, **settings)
 
 
-def _stops(values: Sequence[float], value: float) -> list[tuple[str, float]]:
-    """Return the options of a slider: `values` with `value` among them, and their labels."""
-    return [(f"{stop:,.12g}", stop) for stop in sorted({*values, value})]
-
-
-def _yaml(values: Mapping[str, Any]) -> str:
+def as_yaml(values: Mapping[str, Any]) -> str:
+    """Return parameters as YAML, a parameter file of the notebook: `papermill ... -f FILE`."""
     return yaml.safe_dump(dict(values), sort_keys=False, default_flow_style=None).strip()
 
 
@@ -112,11 +103,11 @@ def _folded(text: str) -> str:
 # -- the cost of a run ---------------------------------------------------------------------------------------
 
 PREFIX = "plan_"  # of the notebook's parameters
-ADAPTERS = ("none", "lora", "rslora", "gated", "ilora")
-
-# Sliders of fields of `Asked`: description, and stops beside the notebook's own value.
+OWN = "the size's own"  # the first stop of the slider of the catalogue
+_MENUS = {"precision": get_args(Precision), "adapter": ("none", *get_args(Kind))}
+# Sliders: description, and stops beside the notebook's own value.
 _SLIDERS: dict[str, tuple[str, Sequence[float]]] = {
-    "items": ("catalogue", (1349, 3416, 10_000, 18_345, 50_000, 159_748, 500_000, 1_000_000, 5_000_000)),
+    "items": ("catalogue", (0, 1349, 3416, 10_000, 18_345, 50_000, 159_748, 500_000, 1_000_000, 5_000_000)),
     "mean_len": ("mean length", (5.0, 7.0, 9.25, 15.0, 30.0, 60.0, 100.0, 165.0, 300.0)),
     "max_len": ("max_len", (10, 20, 50, 100, 200, 500)),
     "batch_size": ("batch", [2**power for power in range(4, 17)]),
@@ -125,79 +116,75 @@ _SLIDERS: dict[str, tuple[str, Sequence[float]]] = {
 }
 
 
+def planned_run(p: Explore) -> dict[str, Any]:
+    """Return the parameters of the run to plan for, without their prefix."""
+    values = parameters.values(p).items()
+    return {name.removeprefix(PREFIX): value for name, value in values if name.startswith(PREFIX)}
+
+
+def plan(p: Explore) -> Plan:
+    """Return the plan of the run; raise `InputError` for invalid values."""
+    run = planned_run(p)
+    size, device, items, kind, rank = (run.pop(n) for n in ("size", "device", "items", "adapter", "rank"))
+    run |= {} if items is None else {"num_items": items}
+    run |= {} if kind == "none" else {"adapter": validated(AdapterPlan, {"kind": kind, "rank": rank})}
+    return planner.plan_size(size, device, **run)
+
+
+def plans(p: Explore) -> list[Result]:
+    """Return the plans of the run for every device as results, in its precision if supported, else in `auto`.
+
+    The price, and so the cost, applies to the run's own device only.
+    """
+    results = []
+    for label in (*planner.cpus(), *hardware.catalogue()):
+        precision = p.plan_precision if p.plan_precision in planner.precisions(label) else "auto"
+        price = p.plan_price if label == p.plan_device else None
+        planned = plan(changed(p, plan_device=label, plan_precision=precision, plan_price=price))
+        params = planned_run(p) | {"items": p.plan_items or SIZES[p.plan_size]["num_items"], "device": label}
+        params |= {"precision": planned.precision, "basis": planned.basis}
+        params["status"] = "does not fit" if planned.fits is False else "ok"
+        del params["price"]
+        parts = planned.memory_parts()
+        series: dict[str, list[Any]] = {"part": list(parts), "bytes": list(parts.values())}
+        result = Result("plan", planned.counts(), params, series, timings=planned.timings())
+        results.append(result._replace(kind="predicted", device=comparison.card_of(planned)))
+    return results
+
+
 def data_of(p: Explore) -> dict[str, str]:
     """Return name and fingerprint of the planned histories."""
     return {"name": "synthetic", "fingerprint": params_hash({"mean_len": p.plan_mean_len})}
 
 
-def asked(p: Explore) -> Asked:
-    """Return the run of the notebook's parameters."""
-    return Asked(**{name: getattr(p, PREFIX + name) for name in Asked.__dataclass_fields__})
-
-
-def plan_as_parameters(run: Asked) -> str:
-    """Return a run as YAML, a parameter file of the notebook: `papermill ... -f FILE`."""
-    return _yaml({PREFIX + name: value for name, value in asdict(run).items()})
-
-
-def cost_panel(run: Asked) -> Panel:
+def cost_panel(p: Explore) -> Panel:
     """Return menus and sliders for a training run and a device, over its predicted time and memory."""
-    initial = asdict(run) | {"items": run.model().num_items, "price": run.price or 0.0}
-    menus = {
-        "device": planner.device_labels(),
-        "size": [name for name in SIZES if not name.startswith("w") or name == run.size],
-        "precision": planner.precisions(run.device),
-        "adapter": ADAPTERS,
-    }
+    run = planned_run(p)
+    initial = run | {"items": run["items"] or 0, "price": run["price"] or 0.0}
+    menus = {"device": (*planner.cpus(), *hardware.catalogue())} | _MENUS
+    menus["size"] = tuple(name for name in SIZES if not name.startswith("w") or name == run["size"])
     controls = {
-        name: _control(ipw.Dropdown, name, options=options, value=initial[name])
+        name: _control(ipw.Dropdown, name, options=options, value=run[name])
         for name, options in menus.items()
     }
     for name, (description, values) in _SLIDERS.items():
-        slider = {"options": _stops(values, initial[name]), "value": initial[name]}
-        controls[name] = _control(ipw.SelectionSlider, description, continuous_update=False, **slider)
+        stops = [(f"{stop:,.12g}" if stop else OWN, stop) for stop in sorted({*values, initial[name]})]
+        slider = {"options": stops, "value": initial[name], "continuous_update": False}
+        controls[name] = _control(ipw.SelectionSlider, description, **slider)
     controls["price"] = _control(ipw.BoundedFloatText, "price an hour", value=initial["price"], max=1e6)
-    controls["tied"] = _control(ipw.Checkbox, "one item table (tied)", value=run.tied)
+    controls["tied"] = _control(ipw.Checkbox, "one item table (tied)", value=run["tied"])
 
-    def other_size() -> None:
-        size = SIZES[controls["size"].value]
-        controls["items"].options = _stops(_SLIDERS["items"][1], size["num_items"])
-        controls["items"].value, controls["tied"].value = size["num_items"], size["tied"]
+    def draw(**values: Any) -> list[go.Figure | str]:
+        values |= {"items": values["items"] or None, "price": values["price"] or None}
+        state = {PREFIX + name: value for name, value in values.items()}
+        chosen = changed(p, **state)
+        planned = plan(chosen)
+        report = "\n".join(planner.report(planned, chosen.plan_size))
+        results = [result._asdict() | {"own_params": result.params} for result in plans(chosen)]
+        every = speed_figures.by_device(tables.table(results))
+        return [f"<pre>{escape(report)}</pre>", speed_figures.parts(planned), every, _folded(as_yaml(state))]
 
-    def other_device() -> None:
-        precision = controls["precision"]
-        before, precision.options = precision.value, planner.precisions(controls["device"].value)
-        precision.value = before if before in precision.options else "auto"
-
-    def draw() -> list[Any]:
-        choice = Asked(**{name: control.value for name, control in controls.items()})
-        plan = planner.plan_of(choice)
-        every = speed_figures.by_device(planner.table(choice, planner.every_plan(choice)))
-        return [summary(choice, plan), speed_figures.parts(plan), every, _folded(plan_as_parameters(choice))]
-
-    follow = {controls["size"]: other_size, controls["device"]: other_device}
-    return Panel(list(controls.values()), draw, follow)
-
-
-def plans(run: Asked) -> list[Result]:
-    """Return the plans of a run for every device as results."""
-    results = []
-    for plan in planner.every_plan(run):
-        counted = Result("plan", planner.counted(plan), planner.about(run, plan), planner.series(plan))
-        card = comparison.card_of(plan)
-        results.append(counted._replace(timings=planner.timed(plan), kind="predicted", device=card))
-    return results
-
-
-def summary(run: Asked, plan: Plan) -> str:
-    """Return a plan as HTML: the number of parameters, then the lines of `planner.report`."""
-    model, adapter = run.model(), run.narrow()
-    count = f"{si(sum(work.parameters(model).values()))} parameters"
-    if adapter is not None:
-        trained = si(work.trained_parameters(model, adapter))
-        count = f"{trained} of {count} trained: {run.adapter}, rank {run.rank}"
-    lines = [f"{run.size}: {count}", *planner.report(plan)]
-    return f"<pre>{escape(chr(10).join(lines))}</pre>"
+    return _panel([*controls.values()], controls, draw)
 
 
 # -- any result against any other ----------------------------------------------------------------------------
@@ -216,24 +203,18 @@ class Selection(NamedTuple):
     labels: Sequence[str] = ()  # device labels; none: all
 
 
-def results(records: Iterable[Record]) -> dict[str, int]:
-    """Return the number of records of each kind of result, the most frequent first."""
-    return dict(Counter(sorted(record["name"] for record in records)).most_common())
-
-
 def frame(records: Sequence[Record], result: str) -> pd.DataFrame:
-    """Return a row for each record of a kind: its numbers, settings and origin; smoke runs first.
+    """Return a row for each record of a kind: its numbers, settings and origin, without series.
 
-    Series are left out. Raises `InputError` if there is no record.
+    Raises `InputError` if there is no record.
     """
     rows = [_row(record) for record in records if record["name"] == result]
     if not rows:
-        names = results(records)
+        names = sorted({record["name"] for record in records})
         raise InputError(
             f"no record of {result!r}{nearest(result, names)}; there are: {', '.join(names) or 'none'}"
         )
-    order: dict[str, Any] = {"key": lambda names: names.map(PROFILES.index), "kind": "stable"}
-    return pd.DataFrame(rows).sort_values("profile", **order)
+    return pd.DataFrame(rows)
 
 
 def _row(record: Record) -> dict[str, Any]:
@@ -252,30 +233,21 @@ def _row(record: Record) -> dict[str, Any]:
     return {**part("metrics"), **part("timings"), **settings, **origin, "origin": text}
 
 
-def numbers(rows: pd.DataFrame) -> list[str]:
-    """Return the columns that can be an axis: numbers with several values, without ends of intervals."""
-    return [
+def choices(rows: pd.DataFrame) -> dict[str, list[str]]:
+    """Return the allowed values of the fields `x`, `y`, `color` and `labels` of a selection.
+
+    An axis is a number with several values, and no end of an interval. Colours that differ come first.
+    """
+    axes = [
         str(name)
         for name, column in rows.items()
         if not str(name).endswith(("seed", "_low", "_high"))
         and not column.map(lambda value: isinstance(value, bool | str)).any()
         and pd.to_numeric(column, errors="coerce").nunique() > 1
     ]
-
-
-def colors(rows: pd.DataFrame) -> list[str]:
-    """Return the columns that can be a colour, those with several values first."""
-    present = [name for name in COLORS if name in rows and rows[name].notna().any()]
-    return sorted(present, key=lambda name: rows[name].nunique() < 2)
-
-
-def first_selection(records: Sequence[Record], result: str) -> Selection:
-    """Return a default choice of axes; raise `InputError` if a result has fewer than two numbers."""
-    rows = frame(records, result)
-    axes = numbers(rows)
-    if len(axes) < 2:
-        raise InputError(f"{result!r} has {len(axes)} numbers that differ between records: at least 2 needed")
-    return Selection(result, axes[1], axes[0], colors(rows)[0])
+    color = [name for name in COLORS if name in rows and rows[name].notna().any()]
+    color.sort(key=lambda name: rows[name].nunique() < 2)
+    return {"x": axes, "y": axes, "color": color, "labels": sorted(set(rows["label"]))}
 
 
 def scatter(records: Sequence[Record], selection: Selection) -> go.Figure:
@@ -287,19 +259,14 @@ def scatter(records: Sequence[Record], selection: Selection) -> go.Figure:
 
     result, x, y, color, labels = selection
     rows = frame(records, result)
-    axes, present = numbers(rows), sorted(set(rows["label"]))
-    allowed = {"x": (axes, [x]), "y": (axes, [y])}
-    allowed |= {"color": (colors(rows), [color]), "labels": (present, [*labels])}
-    for field, (names, values) in allowed.items():
-        for name in values:
+    for field, names in choices(rows).items():
+        value = getattr(selection, field)
+        for name in [value] if isinstance(value, str) else value:
             if name not in names:
                 listed = ", ".join(names)
                 raise InputError(f"{field}={name!r}{nearest(name, names)}; {result!r} has: {listed}")
-    rows = rows[rows["label"].isin(labels or present)].dropna(subset=[x, y])
+    rows = rows[rows["label"].isin(labels or set(rows["label"]))].dropna(subset=[x, y])
     rows = rows.assign(**{color: rows[color].astype(str)})
-    tints = style.model_colors(rows[color]) if color == "model" else {}
-    if {f"{y}_low", f"{y}_high"} <= set(rows):
-        rows = rows.assign(above=rows[f"{y}_high"] - rows[y], below=rows[y] - rows[f"{y}_low"])
     figure = px.scatter(
         rows,
         x=x,
@@ -307,28 +274,20 @@ def scatter(records: Sequence[Record], selection: Selection) -> go.Figure:
         color=color,
         symbol="kind",
         symbol_map={"measured": "circle", "predicted": "circle-open"},
-        color_discrete_map=tints,
+        color_discrete_map=style.model_colors(rows[color]) if color == "model" else {},
         color_discrete_sequence=PALETTE,
-        error_y="above" if "above" in rows else None,
-        error_y_minus="below" if "above" in rows else None,
         log_x=_is_wide(rows[x]),
         log_y=_is_wide(rows[y]),
-        labels={name: _spoken(name) for name in (x, y, color)},
+        labels={name: name.replace("_", " ") for name in (x, y, color)},
         hover_data=["origin"],
         template=TEMPLATE,
     )
     on = ", ".join(sorted(set(rows["label"])))
     return figure.update_traces(marker={"size": 10, "line_width": 2}).update_layout(
-        title_text=style.sentence(f"{_spoken(y)} against {_spoken(x)}"),
+        title_text=style.sentence(f"{y} against {x}".replace("_", " ")),
         title_subtitle_text=f"{result.replace('_', ' ')}: {len(rows)} records on {on}",
         legend={"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"},
     )
-
-
-def _spoken(column: str) -> str:
-    """Return a readable name of a column: "validation HR@10" for `valid_hr@10`."""
-    words = (word.upper() if "@" in word or word == "mrr" else word for word in column.split("_"))
-    return " ".join("validation" if word == "valid" else word for word in words)
 
 
 def _is_wide(values: pd.Series) -> bool:
@@ -337,26 +296,33 @@ def _is_wide(values: pd.Series) -> bool:
 
 def results_panel(records: Sequence[Record], selection: Selection) -> Panel:
     """Return menus for the kind of result, both axes, the colour and the devices, over the figure."""
-    drawable = [name for name in results(records) if len(numbers(frame(records, name))) > 1]
+    allowed = {name: choices(frame(records, name)) for name in sorted({record["name"] for record in records})}
+    drawable = [name for name, fields in allowed.items() if len(fields["x"]) > 1]
     kind = _control(ipw.Dropdown, "result", options=drawable, value=selection.result)
-    x, y, color = (_control(ipw.Dropdown, name) for name in ("across", "upwards", "colour"))
-    labels = _control(ipw.SelectMultiple, "devices", rows=3)
+    panel = Panel()
 
     def show(selected: Selection) -> None:
-        rows = frame(records, selected.result)
-        options = (numbers(rows), numbers(rows), colors(rows), sorted(set(rows["label"])))
-        for control, names, value in zip((x, y, color, labels), options, selected[1:], strict=True):
-            control.options = names
-            control.value = value
+        controls = {
+            name: _control(ipw.Dropdown, name, options=names, value=getattr(selected, name))
+            for name, names in allowed[selected.result].items()
+            if name != "labels"
+        }
+        devices = {"options": allowed[selected.result]["labels"], "value": selected.labels, "rows": 3}
+        controls["labels"] = _control(ipw.SelectMultiple, "devices", **devices)
 
-    def draw() -> list[Any]:
-        selected = Selection(kind.value, x.value, y.value, color.value, list(labels.value))
-        return [scatter(records, selected), _folded(_yaml(selected._asdict()))]
+        def draw(labels: Sequence[str], **axes: str) -> list[go.Figure | str]:
+            chosen = Selection(selected.result, labels=list(labels), **axes)
+            return [scatter(records, chosen), _folded(as_yaml(chosen._asdict()))]
 
-    scatter(records, selection)  # raises `InputError` for a value that no control offers
+        panel.children = [kind, _panel([*controls.values()], controls, draw)]
+
+    def other_kind(change: Mapping[str, Any]) -> None:
+        fields = allowed[change["new"]]
+        show(Selection(change["new"], fields["x"][1], fields["x"][0], fields["color"][0]))
+
+    kind.observe(other_kind, "value")
     show(selection)
-    follow = {kind: lambda: show(first_selection(records, kind.value))}
-    return Panel([kind, x, y, color, labels], draw, follow)
+    return panel
 
 
 # -- recommendations -----------------------------------------------------------------------------------------
@@ -387,7 +353,7 @@ class Lineup:
     keys: list[str]  # raw ids by item id
     counts: np.ndarray  # int64 (I + 1,): interactions of each item
     users: dict[str, User]  # by raw id
-    about: str  # a description of the models
+    description: str
 
 
 def lineup(p: Explore, dataset: Dataset, device: Device) -> Lineup:
@@ -422,8 +388,8 @@ def lineup(p: Explore, dataset: Dataset, device: Device) -> Lineup:
         keys=keys,
         counts=np.bincount(dataset.items, minlength=dataset.num_items + 1),
         users=_users(dataset, task.split.test, with_target=name is None),
-        about=f"{source} LoRA and iLoRA (rank {p.rank}, {p.num_experts} experts) were trained on top of it "
-        f"for {lora.total_steps} steps on the {amounts['adaptation']:,} interactions that came next.",
+        description=f"{source} LoRA and iLoRA (rank {p.rank}, {p.num_experts} experts) were trained on top "
+        f"of it for {lora.total_steps} steps on the {amounts['adaptation']:,} interactions that came next.",
     )
 
 
@@ -485,7 +451,7 @@ def first_history(p: Explore, lineup: Lineup) -> tuple[str, tuple[int, ...]]:
 
 def as_parameters(lineup: Lineup, user: str, history: Sequence[int]) -> str:
     """Return a user and a history as YAML, a parameter file of the notebook: `papermill ... -f FILE`."""
-    return _yaml({"user": user, "history": [lineup.keys[item] for item in history]})
+    return as_yaml({"user": user, "history": [lineup.keys[item] for item in history]})
 
 
 def next_item(lineup: Lineup, user: str, history: Sequence[int]) -> int | None:
@@ -616,21 +582,24 @@ def recommend_panel(lineup: Lineup, user: str, history: Sequence[int], first: in
     lines = _control(ipw.Textarea, "history", rows=10, value=text(history), continuous_update=False)
     changes: list[Sequence[int] | None] = [None, history]  # the histories before and after the last change
 
-    def other_user() -> None:
-        last_items = lineup.users[person.value].history[-first:]
-        lines.value, changes[:] = text(last_items), [None, last_items]
+    def other_user(change: Mapping[str, Any]) -> None:
+        last_items = lineup.users[change["new"]].history[-first:]
+        changes[:] = [None, last_items]
+        lines.value = text(last_items)
 
-    def added() -> None:
-        lines.value, add.value = f"{lines.value}\n{add.value}", ""
+    def added(change: Mapping[str, Any]) -> None:
+        if change["new"]:
+            lines.value, add.value = f"{lines.value}\n{change['new']}", ""
 
-    def draw() -> list[Any]:
-        items_now = written(lineup, lines.value)
-        if items_now != tuple(changes[1] or ()):
-            changes[:] = [changes[1], items_now]
-        table = side_by_side(lineup, items_now, k, changes[0], next_item(lineup, person.value, items_now))
-        gates = gate_figure(gate(lineup, items_now), lineup.gates)
-        names = "; ".join(lineup.titles[item] for item in items_now)
-        state = _folded(as_parameters(lineup, person.value, items_now))
-        return [f"<p>After {escape(names)}:</p>{table}", gates, state]
+    def draw(user: str, history: str) -> list[go.Figure | str]:
+        items = written(lineup, history)
+        if items != tuple(changes[1] or ()):
+            changes[:] = [changes[1], items]
+        table = side_by_side(lineup, items, k, changes[0], next_item(lineup, user, items))
+        names = "; ".join(lineup.titles[item] for item in items)
+        gates = gate_figure(gate(lineup, items), lineup.gates)
+        return [f"<p>After {escape(names)}:</p>{table}", gates, _folded(as_parameters(lineup, user, items))]
 
-    return Panel([person, add, lines], draw, {person: other_user, add: added})
+    person.observe(other_user, "value")
+    add.observe(added, "value")
+    return _panel([person, add, lines], {"user": person, "history": lines}, draw)

@@ -336,7 +336,7 @@ def run_grid(work: Work, chosen: Sequence[tuple[Arm, int]], options: Options) ->
                 continue
             print(f"{work.grid.name}: {arm.name}, seed {seed}", flush=True)
             run = Trained(seed, work.train(arm, seed, options))
-            valid = rank_targets(run.trainer, work.split(arm).valid, options.remove_seen)
+            valid = rank_targets(run.trainer, work.split(arm).valid, True)
             save_ranks(work.ranks_file(arm, seed), {"valid": valid.ranks})
             model, train = work.configs(arm, seed)
             configuration: Fields = {"model": as_dict(model), "train": asdict(train), "split": arm.split}
@@ -550,7 +550,7 @@ def choosing_seeds(work: Work) -> dict[str, list[int]]:
 
 def looks_before(work: Work) -> dict[str, int]:
     """Return by model family the number of configurations with records on this test split."""
-    counts = tables.looks(records.read(system.committed()))
+    counts = tables.scored_configurations(records.read(system.committed()))
     models = [(as_dict(work.configs(arm, arm.seeds[0])[0]), arm.name) for arm in work.grid.arms]
     families = sorted({tables.family(*model) for model in models})
     return {kind: counts.get((work.dataset.fingerprint, "leave-one-out", kind), 0) for kind in families}

@@ -16,7 +16,7 @@ than the run has it.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import subprocess
 import sys
 import time
@@ -63,7 +63,6 @@ from reclib.report.findings import outcome
 from reclib.system import Parser
 from reclib.train import saving
 from reclib.train.fit import SELECT, TRACKERS, Curves, Options, fit, start_tracker
-from reclib.train.trainer import StepStats
 
 NOTEBOOK = "03_scaling"
 BASE_WIDTH, BASE_RATE = 128, 1e-3  # the anchor of the rule; trials on ml-1m gave twice the rate
@@ -299,17 +298,15 @@ def read_tuning(name: str) -> TuningPlan:
 
 
 # ------------------------------------------------------------------------------------------------
-# Tuning: trials of one recipe on validation, in a study that several processes may share.
+# Tuning: trials of one recipe on validation.
 #
 # A trial is one run of `fit` with some fields drawn. Its value is the best NDCG@10 on validation; trials
 # below the median are pruned. The first trial is the recipe itself if the space contains it, so the chosen
 # settings are never worse on validation.
 #
-# A process that runs a trial holds a lock on its folder. A running trial without a lock belonged to a killed
-# process: it is marked as failed and enqueued again with the same settings, and resumes from its checkpoint.
-# Unlike a heartbeat this needs no waiting, and a suspended process keeps its trial.
+# One process at a time runs a study. A trial that a killed process left is resumed from its checkpoint.
 
-FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)  # FAIL: the training diverged
 STARTUP = 4  # trials that are drawn at random and never pruned
 
 
@@ -323,70 +320,36 @@ class Study:
         self.key = records.params_hash(identity)
         self.folder = system.runs() / "tune" / f"{plan.name}-{self.key}"
         self.folder.mkdir(parents=True, exist_ok=True)
+
+    @functools.cached_property
+    def optuna_study(self) -> optuna.Study:
+        """The study of Optuna, in a database in the folder."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        url = f"sqlite:///{self.folder / 'study.db'}"
-        with self.locked():  # two processes must not create the tables at once
-            self.storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
-            self.open(0)
-
-    def locked(self) -> contextlib.AbstractContextManager[bool]:
-        """Wait for the study's lock and hold it."""
-        return system.locked(self.folder / "study.lock", wait=True)
-
-    def lock(self, number: int) -> contextlib.AbstractContextManager[bool]:
-        """Hold the lock of a trial; False if another process holds it."""
-        return system.locked(self.folder / f"trial-{number}" / "lock")
-
-    def open(self, number: int) -> optuna.Study:
-        """Return the study with a sampler seeded by the number of the next trial, for reproducible draws."""
-        startup: dict[str, Any] = {"n_startup_trials": STARTUP}
-        seed = 1_000 * self.plan.seed + number
-        sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True, **startup)
-        pruner = optuna.pruners.MedianPruner(n_warmup_steps=1, **startup)
-        place: dict[str, Any] = {
-            "storage": self.storage,
-            "study_name": self.plan.name,
-            "load_if_exists": True,
-        }
-        return optuna.create_study(sampler=sampler, pruner=pruner, direction="maximize", **place)
+        place: dict[str, Any] = {"storage": f"sqlite:///{self.folder / 'study.db'}"}
+        place |= {"study_name": self.plan.name, "load_if_exists": True}
+        pruner = optuna.pruners.MedianPruner(n_startup_trials=STARTUP, n_warmup_steps=1)
+        return optuna.create_study(pruner=pruner, direction="maximize", **place)
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         """Return the trials in these states; without states, all trials."""
-        return self.open(0).get_trials(deepcopy=False, states=states or None)
-
-    def finished(self) -> list[FrozenTrial]:
-        """Return the trials that count against the budget: complete, pruned, or diverged."""
-        return [t for t in self.trials() if t.state in FINISHED or "diverged" in t.user_attrs]
+        return self.optuna_study.get_trials(deepcopy=False, states=states or None)
 
     def trial_folder(self, drawn: Mapping[str, Any]) -> Path:
         """Return the folder of a trial, named by its settings, so that it can be resumed."""
         return self.folder / records.params_hash(dict(drawn))
 
-    def claim(self) -> tuple[optuna.Study, Trial] | None:
-        """Take the next trial, those of killed processes first; None if the budget is used or taken.
-
-        Must be called under the study's lock.
-        """
-        number = len(self.trials())
-        for trial in self.trials(TrialState.RUNNING):
-            with self.lock(trial.number) as free:
-                if free:
-                    self._enqueue_again(trial)
-        if len(self.finished()) + len(self.trials(TrialState.RUNNING)) >= self.plan.trials:
+    def next_trial(self) -> Trial | None:
+        """Return the trial that a killed process left, or else a new one; None if the budget is used."""
+        if len(self.trials(*FINISHED)) >= self.plan.trials:
             return None
-        study = self.open(number)
+        number = len(self.trials())
+        seed = 1_000 * self.plan.seed + number  # for reproducible draws, also if the study was interrupted
+        self.optuna_study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP)
+        for trial in self.trials(TrialState.RUNNING):
+            return Trial(self.optuna_study, trial._trial_id)
         if number == 0 and (recipe := self.plan.default()):
-            study.enqueue_trial(recipe)
-        return study, study.ask()
-
-    def _enqueue_again(self, dead: FrozenTrial) -> None:
-        study = self.open(0)
-        if not any(t.user_attrs.get("again") == dead.number for t in self.trials()):
-            names = ("params", "distributions", "intermediate_values")
-            settings: dict[str, Any] = {name: getattr(dead, name) for name in names}
-            settings |= {"user_attrs": {"again": dead.number}, "system_attrs": {"fixed_params": dead.params}}
-            study.add_trial(optuna.trial.create_trial(state=TrialState.WAITING, **settings))
-        study.tell(dead.number, state=TrialState.FAIL)
+            self.optuna_study.enqueue_trial(recipe)
+        return self.optuna_study.ask()
 
     def draw(self, trial: Trial) -> dict[str, Any]:
         """Return the fields of the space, drawn."""
@@ -400,22 +363,15 @@ class Study:
 
     def run_trial(self, options: Options, tracker: str = "none") -> bool:
         """Run the next trial; return whether there was one."""
-        with contextlib.ExitStack() as stack:
-            with self.locked():
-                claimed = self.claim()
-                if claimed is None:
-                    return False
-                study, trial = claimed
-                assert stack.enter_context(self.lock(trial.number))
-            drawn = self.draw(trial)
-            title = f"{self.plan.name}-trial{trial.number}"
-            track = stack.enter_context(start_tracker(tracker, "tune", title, drawn))
-            self._run(study, trial, drawn, options, Curves(track, self.device))
+        if (trial := self.next_trial()) is None:
+            return False
+        drawn = self.draw(trial)
+        with start_tracker(tracker, "tune", f"{self.plan.name}-trial{trial.number}", drawn) as track:
+            self._train(trial, drawn, options, Curves(track, self.device))
         return True
 
-    def _run(
-        self, study: optuna.Study, trial: Trial, drawn: dict[str, Any], options: Options, curves: Curves
-    ) -> None:
+    def _train(self, trial: Trial, drawn: dict[str, Any], options: Options, curves: Curves) -> None:
+        """Train with the drawn fields, record the result and tell it to Optuna."""
         model, train = self.plan.configs(self.dataset.num_items, drawn)
         rows: list[Mapping[str, float]] = []
 
@@ -428,12 +384,7 @@ class Study:
             if trial.should_prune():
                 raise optuna.TrialPruned
 
-        def step(stats: StepStats) -> None:
-            curves.step(stats)
-            if options.on_step is not None:
-                options.on_step(stats)
-
-        watched = replace(options, on_step=step, on_evaluation=watch)
+        watched = replace(options, on_step=curves.step, on_evaluation=watch)
         began = time.perf_counter()
         try:
             trainer = fit(model, self.dataset, train, self.device, self.trial_folder(drawn), watched)
@@ -445,8 +396,8 @@ class Study:
         except InputError as error:
             if "diverged" not in str(error):
                 raise
-            trial.set_user_attr("diverged", str(error))
-            study.tell(trial, state=TrialState.FAIL)
+            print(f"trial {trial.number}: {error}")
+            self.optuna_study.tell(trial, state=TrialState.FAIL)
             return
         configuration = {"model": as_dict(model), "train": asdict(train), "drawn": drawn}
         params = {"trial": trial.number, "state": state.name.lower(), **drawn}
@@ -454,7 +405,7 @@ class Study:
         # The record first: after a kill in between it is written again, and readers take the newest.
         key = records.params_hash({"study": self.key, "drawn": drawn})
         self.work().write(key, result, configuration, {"trial_seconds": time.perf_counter() - began})
-        study.tell(trial, value if state == TrialState.COMPLETE else None, state=state)
+        self.optuna_study.tell(trial, value if state == TrialState.COMPLETE else None, state=state)
 
     def best(self) -> FrozenTrial:
         """Return the best complete trial; raise `InputError` if there is none."""
@@ -469,7 +420,7 @@ class Study:
         The record has each field's share of the value's variance (PED-ANOVA).
         """
         plan, best = self.plan, self.best()
-        counts = {"trials": len(self.finished()), "pruned": len(self.trials(TrialState.PRUNED))}
+        counts = {"trials": len(self.trials(*FINISHED)), "pruned": len(self.trials(TrialState.PRUNED))}
         params = {"study": plan.name, "trial": best.number}
         metrics = {f"valid_{SELECT}": best.value, **counts}
         origin = records.provenance(NOTEBOOK) | {"device": self.device.card.name}
@@ -480,7 +431,7 @@ class Study:
             evaluator = optuna.importance.PedAnovaImportanceEvaluator()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                shares = optuna.importance.get_param_importances(self.open(0), evaluator=evaluator)
+                shares = optuna.importance.get_param_importances(self.optuna_study, evaluator=evaluator)
             series = {"field": list(shares), "share": list(shares.values())}
         params |= best.params
         result = Result("tuning", metrics, params, series, plan.seed)
@@ -502,11 +453,17 @@ class Study:
 
 
 def run(study: Study, options: Options, tracker: str = "none") -> int:
-    """Run trials until the study's budget or this call's minutes are used; return how many ran here."""
-    began, count = time.monotonic(), 0
-    while time.monotonic() - began < 60 * study.plan.minutes and study.run_trial(options, tracker):
-        count += 1
-        print(f"{study.plan.name}: {len(study.finished())} of {study.plan.trials} trials", flush=True)
+    """Run trials until the study's budget or this call's minutes are used; return how many ran here.
+
+    Raises `InputError` if another process runs the study.
+    """
+    began, count, plan = time.monotonic(), 0, study.plan
+    with system.locked(study.folder / "study.lock") as held:
+        if not held:
+            raise InputError(f"tuning {plan.name!r}: another process is running this study")
+        while time.monotonic() - began < 60 * plan.minutes and study.run_trial(options, tracker):
+            count += 1
+            print(f"{plan.name}: {len(study.trials(*FINISHED))} of {plan.trials} trials", flush=True)
     return count
 
 
@@ -565,20 +522,15 @@ class Sized:
         return self.size if self.chosen_by is None else f"{self.size} (tuned)"
 
 
-def recipe(p: Scaling, size: str, seed: int) -> TrainConfig:
-    """Return a size's training configuration, its learning rate by the rule; nothing tuned."""
-    rate = learning_rate(model_config(size).hidden_dim, p.base_rate)
-    return train_of(p, seed, window="random", learning_rate=rate)
-
-
 def sized(p: Scaling, dataset: Dataset, size: str) -> Sized:
-    """Return a size's configurations: the recipe, updated by the settings tuned for these data.
+    """Return a size's configurations: the rule's learning rate, updated by the settings tuned for these data.
 
     Tokens and device stay those of the notebook, so that sizes can be compared. Raises `InputError` if the
     tuned settings are of other data.
     """
     shape: dict[str, Any] = {"max_len": p.max_len, "dropout": p.dropout}
-    train = recipe(p, size, p.seeds[0])
+    rate = learning_rate(model_config(size).hidden_dim, p.base_rate)
+    train = train_of(p, p.seeds[0], window="random", learning_rate=rate)
     chosen = read_tuned(size, dataset.name, dataset.fingerprint) if p.tuned else None
     if chosen is not None:
         fixed = {"epochs", "eval_every", "batch_size", "precision"}

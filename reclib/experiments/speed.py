@@ -35,23 +35,23 @@ from reclib.train.trainer import Trainer, chosen_route
 class Row:
     """One variant: its settings, its measurement, and its counts."""
 
-    asked: dict[str, Any]  # precision, compile_mode, batch_size; or the rung; or the arm
-    found: Measurement
+    settings: dict[str, Any]  # precision, compile_mode, batch_size; or the rung; or the arm
+    measured: Measurement
     counted: dict[str, int] = field(default_factory=dict)  # parameters and FLOPs of one step
     timings: dict[str, float | int | None] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
         """Whether it was timed."""
-        return self.found.status == "ok"
+        return self.measured.status == "ok"
 
     def metrics(self) -> dict[str, int]:
         """Return the counts, which are the same on every device."""
-        return self.counted | (self.found.counts() if self.ok else {})
+        return self.counted | (self.measured.counts() if self.ok else {})
 
     def own_params(self) -> dict[str, Any]:
         """Return the settings, the status, and its reason."""
-        return self.asked | {"status": self.found.status, "reason": self.found.reason}
+        return self.settings | {"status": self.measured.status, "reason": self.measured.reason}
 
 
 def results(name: str, rows: Iterable[Row]) -> list[Result]:
@@ -66,7 +66,9 @@ def table(rows: Iterable[Row], *timings: str) -> pd.DataFrame:
 
 def reasons(rows: Iterable[Row]) -> None:
     """Print the distinct reasons of rows that did not run, or ran with other settings."""
-    print(*(f"- {reason}" for reason in dict.fromkeys(row.found.reason for row in rows) if reason), sep="\n")
+    print(
+        *(f"- {reason}" for reason in dict.fromkeys(row.measured.reason for row in rows) if reason), sep="\n"
+    )
 
 
 # -- variants ------------------------------------------------------------------------------------------------
@@ -176,7 +178,7 @@ def _in_turns(
             with contextlib.suppress(torch.OutOfMemoryError):
                 trainers[str(number)] = trainer(variant)
     for key, measurement in timing.interleave(trainers, *turns, gpu_energy=gpu_energy).items():
-        rows[int(key)].found = measurement
+        rows[int(key)].measured = measurement
         if measurement.status == "ok":
             describe(rows[int(key)], trainers[key])
     return rows
@@ -191,13 +193,13 @@ def _describe(row: Row, trainer: Trainer, step: int) -> None:
         "head_flops": computed.head,
         "needed_flops": needed.total,
     }
-    if not row.found.reason and trainer.compile_reason != "asked for":
-        row.found.reason = trainer.compile_reason
+    if not row.measured.reason and trainer.compile_reason != "asked for":
+        row.measured.reason = trainer.compile_reason
     used = trainer.precision.name
-    row.asked |= {"ran_precision": used, "ran_compile_mode": trainer.compile_mode}
-    row.asked["head_dtype"] = timing.head_dtype(trainer)
-    row.timings = row.found.timings() | {
-        "mfu": work.mfu(computed.total, row.found.median_seconds, trainer.device.label, used),
+    row.settings |= {"ran_precision": used, "ran_compile_mode": trainer.compile_mode}
+    row.settings["head_dtype"] = timing.head_dtype(trainer)
+    row.timings = row.measured.timings() | {
+        "mfu": work.mfu(computed.total, row.measured.median_seconds, trainer.device.label, used),
         "peak_tensor_bytes": timing.peak_tensor_bytes(trainer),
     }
 
@@ -214,9 +216,9 @@ def _time_alone(
     except (RuntimeError, MemoryError) as error:
         if not timing.is_out_of_memory(error):
             raise
-        row.found = Measurement("oom", str(error).splitlines()[0])
+        row.measured = Measurement("oom", str(error).splitlines()[0])
         return None
-    row.found = timing.measure(trainer, p.steps, p.warmup_steps)
+    row.measured = timing.measure(trainer, p.steps, p.warmup_steps)
     return trainer if row.ok else None
 
 
@@ -239,14 +241,16 @@ def grid(p: AmpCompile, dataset: Dataset, device: Device) -> list[Row]:
         turns = (p.steps, p.warmup_steps, p.repeats)
         timed = _in_turns(variants, trainer, describe, device, *turns, gpu_energy=True)
         for row in timed:
-            if row.found.status == "oom" and (
-                alone := _time_alone(row, p, model, train_of(p, **row.asked), dataset, device)
+            if row.measured.status == "oom" and (
+                alone := _time_alone(row, p, model, train_of(p, **row.settings), dataset, device)
             ):
                 describe(row, alone)
-        eager = {row.asked["precision"]: row.found for row in timed if row.ok and not row.found.compiled}
+        eager = {
+            row.settings["precision"]: row.measured for row in timed if row.ok and not row.measured.compiled
+        }
         for row in timed:
-            if row.ok and row.found.compiled and (beside := eager.get(row.asked["precision"])):
-                took = row.found.compile_seconds, beside.median_seconds, row.found.median_seconds
+            if row.ok and row.measured.compiled and (beside := eager.get(row.settings["precision"])):
+                took = row.measured.compile_seconds, beside.median_seconds, row.measured.median_seconds
                 row.timings["break_even_steps"] = break_even_steps(*took)
         rows += timed
     return rows
@@ -280,11 +284,11 @@ def climb(p: AmpCompile, dataset: Dataset, device: Device) -> list[Row]:
             trainer = _time_alone(row, p, rung.model, rung.train, dataset, device)
             if trainer is not None and number == 0:
                 _describe(row, trainer, p.warmup_steps + 1)
-            parts.append(row.found)
+            parts.append(row.measured)
     for place, (rung, row, parts) in enumerate(zip(rungs, rows, rounds, strict=True)):
-        row.found = merged(parts)
-        row.asked |= {"rung": place, "name": rung.name, "change": rung.change}
-        row.timings |= row.found.timings()
+        row.measured = merged(parts)
+        row.settings |= {"rung": place, "name": rung.name, "change": rung.change}
+        row.timings |= row.measured.timings()
     return rows
 
 
@@ -313,8 +317,8 @@ def losses(rows: Iterable[Row]) -> dict[str, list[float]]:
     """Return the loss curve of each precision over the same steps, from the eager rows of one batch size."""
     curves: dict[str, list[float]] = {}
     for row in rows:
-        if row.ok and not row.found.compiled:
-            curves.setdefault(row.asked["precision"], row.found.losses)
+        if row.ok and not row.measured.compiled:
+            curves.setdefault(row.settings["precision"], row.measured.losses)
     return curves
 
 
@@ -334,9 +338,9 @@ def parity(rows: Iterable[Row]) -> list[Result]:
 
 def eager_rates(rows: Iterable[Row], batch_size: int) -> dict[str, float]:
     """Return sequences/s of each precision without compiling, at one batch size."""
-    eager = [row for row in rows if row.ok and not row.found.compiled]
-    of_size = [row for row in eager if row.asked["batch_size"] == batch_size]
-    return {row.asked["precision"]: row.found.sequences_per_second for row in of_size}
+    eager = [row for row in rows if row.ok and not row.measured.compiled]
+    of_size = [row for row in eager if row.settings["batch_size"] == batch_size]
+    return {row.settings["precision"]: row.measured.sequences_per_second for row in of_size}
 
 
 def breakdown(p: AmpCompile, dataset: Dataset, device: Device, top: int = 12) -> Result:
@@ -357,7 +361,7 @@ def whole_epoch(p: AmpCompile, dataset: Dataset, device: Device) -> timing.Epoch
 
 def published(clock: timing.EpochClock, rows: Iterable[Row]) -> Result:
     """Return the rates of single steps and of a whole epoch, and the published one of them."""
-    steady = next(row.found.sequences_per_second for row in rows if row.ok)
+    steady = next(row.measured.sequences_per_second for row in rows if row.ok)
     rate, _ = timing.published_rate(steady, clock.sequences_per_second)
     rates = {"steady": steady, "epoch": clock.sequences_per_second, "published": rate}
     timings = {f"{name}_sequences_per_second": value for name, value in rates.items()}
@@ -402,18 +406,18 @@ def adapter_grid(
         sizes = [(q.numel(), q.numel() * q.element_size()) for q in trainer.parameters]
         row.counted = dict(zip(("trained", "trained_bytes"), map(sum, zip(*sizes, strict=True)), strict=True))
         row.counted["base"] = sum(parameter.numel() for parameter in base.parameters())
-        row.asked |= {"ran_precision": trainer.precision.name, "ran_compile_mode": trainer.compile_mode}
-        row.timings = row.found.timings() | {"peak_tensor_bytes": timing.peak_tensor_bytes(trainer)}
+        row.settings |= {"ran_precision": trainer.precision.name, "ran_compile_mode": trainer.compile_mode}
+        row.timings = row.measured.timings() | {"peak_tensor_bytes": timing.peak_tensor_bytes(trainer)}
 
     # A GPU computes a step while the next is launched: there turns of one step would time the launches.
     turn = p.rounds if device.torch_device.type == "cuda" else 1
     rows = _in_turns(variants(p), trainer, describe, device, turn, p.warmup_steps, p.rounds // turn)
     timed = [row for row in rows if row.ok]
-    first = {row.asked["model"]: row for row in reversed(timed)}  # of ilora the first precision and mode
+    first = {row.settings["model"]: row for row in reversed(timed)}  # of ilora the first precision and mode
     for row in timed:
         for reference in ("full", "lora", "ilora"):
             if reference in first and first[reference] is not row:
-                ratio = timing.paired_ratio(row.found, first[reference].found)
+                ratio = timing.paired_ratio(row.measured, first[reference].measured)
                 names = (f"over_{reference}", f"over_{reference}_low", f"over_{reference}_high")
                 row.timings |= dict(zip(names, ratio, strict=True))
     return rows

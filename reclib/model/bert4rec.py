@@ -349,7 +349,7 @@ class SequenceModel(Protocol):
     @property
     def output_sink(self) -> Sink | None: ...  # takes the gradient of `output_weight`
     @property
-    def prior(self) -> Any: ...  # an `evaluate.prior.CountPrior` that is added to the scores, or None
+    def prior(self) -> Any: ...  # an `evaluate.baselines.CountPrior` that is added to the scores, or None
 
     def encode(
         self, items: Tensor, segment_ids: Tensor, positions: Tensor, query_index: Tensor | None = None
@@ -399,7 +399,7 @@ class Bert4Rec(nn.Module):
         self.output_bias = nn.Parameter(torch.empty(config.output_rows)) if config.output_bias else None
         self.item_sink: Sink | None = None  # None: autograd keeps the item table's gradient
         self.output_sink: Sink | None = None  # the same sink if the tables are tied
-        self.prior: nn.Module | None = None  # an `evaluate.prior.CountPrior` that is added to the scores
+        self.prior: nn.Module | None = None  # an `evaluate.baselines.CountPrior` that is added to the scores
         self.reset_parameters()
 
     @torch.no_grad()
@@ -517,19 +517,6 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
     positions = config.max_len * config.hidden_dim if config.positions == "learned" else 0
     parts = {"total": total, "item_tables": item_tables, "positions": positions}
     return parts | {"non_embedding": total - item_tables - positions}
-
-
-def closed_formula(config: ModelConfig) -> int:
-    """Return the parameter count by arithmetic: tables, positions, layers, norms, head."""
-    D, E, f = config.hidden_dim, config.table_width, config.ffn_factor
-    layer = (4 * D * D + 4 * D) + (2 * f * D * D + f * D + D) + 4 * D
-    total = config.vocab_size * E + config.num_layers * layer
-    total += 0 if config.table_dim is None else 2 * D * E
-    total += config.max_len * D if config.positions == "learned" else 0
-    total += 2 * D * (int(config.embedding_norm) + int(config.final_norm))
-    total += (D * D + D + 2 * D) if config.head == "mlp" else 0
-    total += 0 if config.tied else config.output_rows * E
-    return total + (config.output_rows if config.output_bias else 0)
 
 
 def sizes_main(argv: list[str] | None = None) -> int:

@@ -249,21 +249,6 @@ def _behind(figure: style.Chart, base: pd.Series, width: pd.Series, names: pd.Se
 # -- behind the accuracy: protocols, controls, groups of users, recommended items ----------------------------
 
 
-def rank_histogram(rows: pd.DataFrame) -> go.Figure:
-    """Share of users by the rank of their target, by model."""
-    rows = style.named(rows)
-    figure, colors = single(), style.model_colors(rows["model"].unique())
-    for (model, kind), part in rows.groupby(["model", "kind"], sort=False):
-        ends = zip(part["rank_low"], part["rank_high"], strict=True)
-        spans = [str(a) if a == b else f"{a}–{b}" for a, b in ends]
-        share, hover = part["users"] / part["users"].sum(), "rank %{x}: %{y:.1%} of users"
-        look = {"name": model if kind == "measured" else f"{model}, predicted", "orientation": None}
-        figure.bars(part, spans, share, colors[model], hover, **look)
-    figure.update_xaxes(title_text="rank of the target among all items", type="category")
-    figure.update_yaxes(title_text="share of users", tickformat=".0%")
-    return figure.update_layout(showlegend=True, title_text="Where do the models rank the target?")
-
-
 def protocols(rows: pd.DataFrame) -> go.Figure:
     """HR@10 of every model under each protocol, and the published values of the seed study."""
     rows = _over_seeds(style.named(rows))
@@ -635,26 +620,6 @@ def gate_by_user(rows: pd.DataFrame) -> go.Figure:
     menu = {"buttons": buttons, "x": 0, "xanchor": "left", "y": -0.16, "yanchor": "top"}
     figure.update_layout(height=480, showlegend=True, updatemenus=[menu], margin={"b": 110})
     return figure.update_layout(title_text=f"{spreads}, {TASK_NAMES[str(task)]}")
-
-
-def gate_correlations(rows: pd.DataFrame) -> go.Figure:
-    """Spearman's correlation of each expert's weight with features of the user."""
-    rows = rows[rows["task"] == rows["task"].iloc[0]]
-    figure = single()
-    for number, ((kind, expert), part) in enumerate(rows.groupby(["kind", "expert"])):
-        stars = np.where(part["adjusted_p"] < statistics.ALPHA, "*", "")
-        trace = {"mode": "markers+text", "text": stars, "textposition": "top center"}
-        trace |= {"marker": marker(kind, PALETTE[number % len(PALETTE)]), "customdata": part["adjusted_p"]}
-        trace["name"] = f"expert {expert}"
-        hover = "%{y}: %{x:+.3f}, adjusted p %{customdata:.3f}"
-        figure.add_scatter(x=part["spearman"], y=part["feature"], hovertemplate=hover, **trace)
-    figure.add_vline(0, line=_ZERO)
-    figure.update_xaxes(title_text="Spearman's correlation over users", range=[-1.05, 1.05])
-    figure.categories(sorted(set(rows["feature"])), 44)
-    figure.note("*: below 5 % after Holm's correction. That a gate follows something says not that it helps")
-    top = rows.iloc[int(rows["spearman"].abs().to_numpy().argmax())]
-    pair = f"the weight of expert {top['expert']} and {top['feature']}"
-    return figure.update_layout(showlegend=True, title_text=f"Strongest: {pair}, {top['spearman']:+.2f}")
 
 
 def _tasks(rows: pd.DataFrame) -> pd.DataFrame:

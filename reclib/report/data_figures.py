@@ -1,4 +1,4 @@
-"""Figures of a prepared dataset: preparation, lengths, popularity, repeats, ties, time, cold starts."""
+"""Figures of a prepared dataset: preparation, lengths, popularity, ties, time, cold starts."""
 
 from __future__ import annotations
 
@@ -77,31 +77,6 @@ def item_popularity(rows: pd.DataFrame) -> go.Figure:
     tenth, gini = rows["top_tenth_share"].iloc[0], rows["gini"].iloc[0]
     title = f"A tenth of the items holds {tenth:.0%} of the interactions (Gini {gini:.2f})"
     return figure.update_layout(title_text=title)
-
-
-def tied_timestamps(rows: pd.DataFrame) -> go.Figure:
-    """Shares of interactions and test targets that only the tie rule orders."""
-    if "tied_test_target_share" not in rows or rows["tied_test_target_share"].isna().all():
-        return _shares(rows, "The source has an order and no times: whether any are equal is unknown")
-    share = rows["tied_test_target_share"].iloc[0]
-    return _shares(rows, f"For {share:.0%} of the users the last two interactions have the same timestamp")
-
-
-def repeats(rows: pd.DataFrame) -> go.Figure:
-    """Shares of repeated interactions and repeated test targets."""
-    share, targets = rows["repeat_share"].iloc[0], rows["repeat_target_share"].iloc[0]
-    title = f"{share:.1%} of interactions and {targets:.1%} of test targets are repeats"
-    return _shares(rows, title if share else "No user has an item twice")
-
-
-def _shares(rows: pd.DataFrame, title: str) -> go.Figure:
-    """Return a bar for each share."""
-    figure = single()
-    names = rows["what"].map(lambda text: style.broken(text, 34))
-    figure.bars(rows, "share", names, BLUE, "%{x:.2%}", **texts(rows["share"], "{:.1%}"))
-    figure.update_xaxes(title_text="share", tickformat=".0%", range=[0, 1.1])
-    figure.update_yaxes(autorange="reversed", ticks="")
-    return figure.update_layout(height=180 + 50 * len(rows), title_text=title)
 
 
 def last_items(rows: pd.DataFrame) -> go.Figure:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 import pandas as pd
 
+from reclib.config import CONTROLS
 from reclib.cost import planner
 from reclib.evaluate import statistics
 from reclib.evaluate.statistics import Claim, claim
@@ -22,7 +23,6 @@ from reclib.report import tables
 from reclib.report.tables import (
     ARM_NAMES,
     BASELINES,
-    CONTROLS,
     TASK_NAMES,
     Record,
     interval_text,
@@ -70,12 +70,6 @@ def _first(results: Results, name: str) -> Mapping[str, Any]:
 
 def _claim(metrics: Mapping[str, Any]) -> Claim:
     return claim(metrics["difference"], metrics["adjusted_p"], (metrics["seeds"], metrics["reference_seeds"]))
-
-
-def _by_claim(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """Group comparisons by their claims, in the order of `Claim`."""
-    by_claim = _by(records, lambda record: _claim(record["metrics"]))
-    return {word: by_claim[word] for word in get_args(Claim) if word in by_claim}
 
 
 def _place(records: Sequence[Record]) -> str:
@@ -299,7 +293,8 @@ def _of_purchase(table: pd.DataFrame) -> list[str]:
     if len(eligible) < 2 or "ndcg@10" not in table:
         return []
     best = eligible.iloc[int(eligible["ndcg@10"].argmax())]
-    cheap = next(row for _, row in eligible.iterrows() if not _parted(row, best, "ndcg@10"))
+    reached = eligible[eligible["ndcg@10_high"] >= best["ndcg@10_low"]]  # ranges over seeds overlap
+    cheap = reached.iloc[0]
     line = f"What to buy, by NDCG@10 on validation, of those with {statistics.MIN_SEEDS} seeds: "
     line += f"{best.name} ranks best ({best['ndcg@10']:.4f}); "
     if cheap.name == best.name:
@@ -314,12 +309,6 @@ def _of_purchase(table: pd.DataFrame) -> list[str]:
         gain = (largest["ndcg@10"] - smallest["ndcg@10"]) / math.log2(largest["TFLOP"] / smallest["TFLOP"])
         line += f" From {smallest.name} to {largest.name} a doubling of training FLOPs is worth {gain:+.4f}."
     return [line]
-
-
-def _parted(a: Any, b: Any, metric: str) -> bool:
-    """Return whether the ranges over seeds of two arms are disjoint."""
-    low, high = f"{metric}_low", f"{metric}_high"
-    return bool(a[high] < b[low] or b[high] < a[low])
 
 
 # -- 04 ------------------------------------------------------------------------------------------------------
@@ -378,8 +367,9 @@ def _of_adapters(results: Results) -> list[str]:
     for task, name in TASK_NAMES.items():
         if rows := [r for r in compared if r["own_params"]["task"] == task]:
             verdicts.append(_gate_verdict(rows, name))
-            arms_by_claim = {w: [ARM_NAMES[_model(r)] for r in part] for w, part in _by_claim(rows).items()}
-            listed = "; ".join(f"{word}: {', '.join(names)}" for word, names in arms_by_claim.items())
+            by_claim = _by(rows, lambda r: _claim(r["metrics"]))
+            arms = {w: [ARM_NAMES[_model(r)] for r in by_claim.get(w, [])] for w in get_args(Claim)}
+            listed = "; ".join(f"{word}: {', '.join(names)}" for word, names in arms.items() if names)
             details.append(f"{name[:1].upper()}{name[1:]}, NDCG@10 against iLoRA, corrected: {listed}.")
     for share, rows in _by(results.get("implanted", []), lambda r: r["own_params"]["share"]).items():
         listed = ", ".join(

@@ -49,7 +49,7 @@ FACTORS = {"half": 0.5, "rule": 1.0, "twice": 2.0}  # multiples of the rule's le
 
 
 def one_per_run(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return one row for each run, with its `sweep` and `own`: whether it is of a notebook, not of a grid.
+    """Return one row for each run, with its `sweep`, and whether it is `of_notebook`, not of a grid.
 
     Accuracy is that of the best epoch by NDCG@10, whose weights a run keeps.
     """
@@ -58,7 +58,7 @@ def one_per_run(rows: pd.DataFrame) -> pd.DataFrame:
     parts = curves.groupby(key, dropna=False)
     best = {name: parts[name].transform("max") for name in ACCURACY if name in curves}
     runs = curves.assign(**best).drop_duplicates(key).copy()
-    return runs.assign(sweep=runs["model"].astype(str).map(sweep_of), own=runs["profile"] != "grid")
+    return runs.assign(sweep=runs["model"].astype(str).map(sweep_of), of_notebook=runs["profile"] != "grid")
 
 
 def scaling_curve(rows: pd.DataFrame) -> go.Figure:
@@ -69,7 +69,7 @@ def scaling_curve(rows: pd.DataFrame) -> go.Figure:
     law = laws.iloc[-1] if len(laws) else None
     if law is not None:
         _add_law(figure, law, runs)
-    from_notebook = runs["own"] & runs["sweep"].isin(["depth", "tuned settings"])
+    from_notebook = runs["of_notebook"] & runs["sweep"].isin(["depth", "tuned settings"])
     plotted = runs[(runs["sweep"] == "width") | from_notebook]
     for column, x in enumerate((SIZE, FLOPS), 1):
         _add_runs(figure, plotted, x, LOSS, 1, column)
@@ -81,15 +81,15 @@ def scaling_curve(rows: pd.DataFrame) -> go.Figure:
         hover, name = "predicted %{y:.4f} nats", f"prediction of {law['of']}"
         figure.dots("predicted", [law["size"]], [law["predicted"]], INK, hover, name=name, **ends, **at(1, 1))
     # Names of sizes are under their lowest marks, of committed runs if there are any.
-    named = plotted if plotted["own"].all() else plotted[~plotted["own"]]
+    named = plotted if plotted["of_notebook"].all() else plotted[~plotted["of_notebook"]]
     for row in named.sort_values(LOSS).drop_duplicates("model").to_dict("records"):
         place = {"yshift": -15, "font": {"size": 11, "color": MUTED}}
         figure.text(row["model"], np.log10(row[SIZE]), row[LOSS], **place, **at(1, 1))
     _size_axes(figure, plotted, 1)
     figure.update_yaxes(title_text=TITLES[LOSS], **at(1, 1))
     text = "Circles: committed runs, one for each seed; the line joins their means."
-    text = "" if runs["own"].all() else text
-    text += " Diamonds: this notebook's own runs." if runs["own"].any() else ""
+    text = "" if runs["of_notebook"].all() else text
+    text += " Diamonds: this notebook's own runs." if runs["of_notebook"].any() else ""
     if law is not None:
         text += " Dashed and hollow: the law of the smaller sizes and its prediction, recorded before."
         text += " Band: 95 % over resampled seeds."
@@ -157,8 +157,9 @@ def size_and_counts(rows: pd.DataFrame) -> go.Figure:
         "Marks and grey lines: test split; bar: 95 % interval over users. Pale lines: one recipe at every "
         "width, on validation, where the same model ranks higher than on test."
     )
-    parts = [(word, [name for name, is_ahead in ahead if is_ahead == over]) for word, over in _WORDS.items()]
-    text = "; ".join(f"{word} {', '.join(names)}" for word, names in parts if names)
+    words = {"below a count on": False, "above every count on": True}
+    parts = {word: [name for name, is_ahead in ahead if is_ahead == over] for word, over in words.items()}
+    text = "; ".join(f"{word} {', '.join(names)}" for word, names in parts.items() if names)
     title = f"BERT4Rec ranks {text}" if text else "NDCG@10 by size; no count was scored beside it"
     return _legend_below(figure, title, showlegend=True, height=240 + 280 * lines)
 
@@ -223,9 +224,6 @@ def _named(recipe: str) -> str:
     return " ".join([model_name(kind), *suffix])
 
 
-_WORDS = {"below a count on": False, "above every count on": True}
-
-
 def scaling_accuracy(rows: pd.DataFrame) -> go.Figure:
     """NDCG@10 and HR@10 on validation against parameters and FLOPs, by width and by depth."""
     runs = one_per_run(rows)
@@ -240,7 +238,7 @@ def scaling_accuracy(rows: pd.DataFrame) -> go.Figure:
     _size_axes(figure, runs, max(1, len(metrics)))
     text = "Lines join the means over seeds of committed runs; at the epoch that has the best NDCG@10."
     if RANKED in metrics:
-        text += _add_accuracy_law(figure, runs[(runs["sweep"] == "width") & ~runs["own"]])
+        text += _add_accuracy_law(figure, runs[(runs["sweep"] == "width") & ~runs["of_notebook"]])
     figure.note(text + _fewer_seeds(runs))
     title = "No run is recorded yet"
     if metrics:
@@ -257,7 +255,7 @@ def scaling_sweeps(rows: pd.DataFrame) -> go.Figure:
     runs; the note names the others.
     """
     runs = one_per_run(rows)
-    runs = runs[~runs["own"]]
+    runs = runs[~runs["of_notebook"]]
     kinds = {"depth": _sweep_lines, "untied tables": _untied_lines, "other learning rate": _rate_lines}
     absent = [kind for kind in kinds if not (runs["sweep"] == kind).any()]
     present = ["depth", *(kind for kind in list(kinds)[1:] if kind not in absent)]
@@ -286,14 +284,14 @@ def scaling_sweeps(rows: pd.DataFrame) -> go.Figure:
 
 def _fewer_seeds(runs: pd.DataFrame) -> str:
     """Return a sentence, after a space, on the committed sizes with fewer seeds than others."""
-    counts = runs[~runs["own"]].groupby("model", sort=False)["seed"].nunique()
+    counts = runs[~runs["of_notebook"]].groupby("model", sort=False)["seed"].nunique()
     few = [f"{model} ({count})" for model, count in counts.items() if count < counts.max()]
     return f" Fewer seeds: {', '.join(few)}." if few else ""
 
 
 def _add_runs(figure: Chart, runs: pd.DataFrame, x: str, y: str, row: int, col: int) -> None:
     """Draw a mark for each run, and a line through the means of committed runs."""
-    for (is_notebook, sweep), part in runs.groupby(["own", "sweep"], sort=False):
+    for (is_notebook, sweep), part in runs.groupby(["of_notebook", "sweep"], sort=False):
         color, kind = COLORS[str(sweep)], part["kind"].iloc[0]
         millions = part["trained_tokens"].max() / 1e6
         name = f"{sweep}, {'this run' if is_notebook else 'committed'} ({millions:.1f} M tokens)"
@@ -313,7 +311,7 @@ def _add_runs(figure: Chart, runs: pd.DataFrame, x: str, y: str, row: int, col: 
 
 def _add_law(figure: Chart, law: pd.Series, runs: pd.DataFrame) -> None:
     """Draw the law and, if there are enough seeds, its band."""
-    fitted = runs[(runs["sweep"] == "width") & ~runs["own"] & (runs["model"] != law["of"])]
+    fitted = runs[(runs["sweep"] == "width") & ~runs["of_notebook"] & (runs["model"] != law["of"])]
     smallest = min(fitted[SIZE].min(), law["size"]) if len(fitted) else law["size"] / 100
     sizes = np.geomspace(smallest, law["size"], 60)
     ends = statistics.band({float(size): list(part[LOSS]) for size, part in fitted.groupby(SIZE)}, sizes)
@@ -359,7 +357,7 @@ def _curve_title(law: pd.Series | None, runs: pd.DataFrame) -> str:
             return "No run is recorded yet"
         means = runs.groupby("model")[LOSS].mean()
         return f"Lowest validation loss: {means.min():.3f} nats, with {means.idxmin()}"
-    measured = runs[(runs["model"] == law["of"]) & ~runs["own"]][LOSS]
+    measured = runs[(runs["model"] == law["of"]) & ~runs["of_notebook"]][LOSS]
     if measured.empty:
         return f"The law predicts {law['predicted']:.3f} nats for {law['of']}, which is not measured yet"
     gap, inside = law["predicted"] / measured.mean() - 1, ""
@@ -462,10 +460,6 @@ def _rate_lines(figure: Chart, runs: pd.DataFrame, panel: Panel) -> str:
 
 # -- tuning --------------------------------------------------------------------------------------------------
 
-ON_LOG = ("learning_rate", "weight_decay")  # fields shown on a logarithmic axis
-_NOT_FIELDS = {"trial", "state", "kind", "label", "profile", "seed", "dataset", "trial_seconds", "epoch"}
-_NOT_FIELDS |= {"tokens", "_"}
-
 
 def _trials(rows: pd.DataFrame) -> pd.DataFrame:
     """Return one row for each trial, by number, with the value of its best epoch."""
@@ -489,30 +483,6 @@ def tuning_history(rows: pd.DataFrame) -> go.Figure:
     title = f"{len(trials)} trials, {int((trials['state'] == 'pruned').sum())} pruned"
     title += f"; the best has NDCG@10 {complete[RANKED].max():.4f}"
     return figure.update_layout(showlegend=True, title_text=title)
-
-
-def tuning_parallel(rows: pd.DataFrame) -> go.Figure:
-    """Parallel coordinates of the settings of each complete trial, coloured by its value."""
-    trials = _trials(rows)
-    trials = trials[trials["state"] == "complete"]
-    names = [str(name) for name in trials if name not in _NOT_FIELDS and trials[name].notna().all()]
-    fields = [name for name in names if not name.startswith(("valid_", "train_"))]
-    axes = []
-    for name in fields:
-        label, values = name.removeprefix("model."), trials[name].to_numpy(float)
-        if name in ON_LOG:
-            label, values = f"log10 {label}", np.log10(values)
-        axes.append({"label": label, "values": values})
-    value = trials[RANKED]
-    axes.append({"label": "NDCG@10", "values": value.astype(float)})
-    tint = {"color": value, "colorscale": [[0, "#C3D7E6"], [0.6, BLUE], [1, "#00304D"]], "showscale": False}
-    figure = style.single()
-    figure.add_parcoords(dimensions=axes, line=tint)
-    best = trials.iloc[int(value.to_numpy().argmax())]
-    settings = ", ".join(f"{name.removeprefix('model.')} {best[name]:.3g}" for name in fields)
-    figure.note(f"NDCG@10 on validation. The best, {value.max():.4f}: {settings}")
-    title = "What the trials drew; darker is better"
-    return figure.update_layout(title_text=title, margin={"t": 150, "r": 60})
 
 
 def tuning_importance(rows: pd.DataFrame) -> go.Figure:

@@ -425,7 +425,7 @@ def parts(plan: Plan) -> go.Figure:
     plot = _MEMORY_ROW + _DEVICE_ROW * longest
     share = _MEMORY_ROW / plot
     figure = panels(rows=2, vertical=80 / (plot + 80), legend=True, row_heights=[share, 1 - share])
-    for name, size in planner.memory_parts(plan).items():
+    for name, size in plan.memory_parts().items():
         label, gib = _NAMES.get(name, name), size / GIB
         look = {"name": f"{label} {gib:.2f}", "marker": {"color": _COLORS[name], "pattern": _HATCH}}
         hover = f"{label}: {gib:.2f} GiB"
@@ -458,7 +458,7 @@ def parts(plan: Plan) -> go.Figure:
 def by_device(rows: pd.DataFrame) -> go.Figure:
     """Return the same run on every device: memory used and available, and an epoch's time.
 
-    `rows` are those of `planner.table`, or of the records: one for each device and part.
+    `rows` are those of `tables.table`: one for each device and part.
     """
     rows = rows.sort_values(["device", "part"], kind="stable")
     devices = rows.drop_duplicates("device")

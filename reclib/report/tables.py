@@ -55,10 +55,8 @@ ARM_NAMES = {
     "pairwise_counts": "pairwise counts",
 }
 TASK_NAMES = {"next_period": "next period", "segment": "segment of users"}
-CONTROLS = ("shuffled_user", "noise", "fixed_gate", "static_gate")  # of iLoRA
 SHAPES = "the seed study's shapes"  # 85m, 130m, 430m
 RATES = {"half": " half rate", "rule": "", "twice": " twice rate"}  # ends of arms that check the rule
-LATE = 0.01  # fall of the loss in the last fifth of the training, nats, above which a run is undertrained
 FLOOR = "held over 16 bytes per parameter"
 _STATE_BYTES = 16  # of a parameter: weight, gradient and AdamW's two moments in fp32
 _STEPS = ("hardware_step", "real_size_step")  # names of records of a step of one size on one device
@@ -276,7 +274,7 @@ def family(model: Mapping[str, Any], name: str) -> str:
     return "causal" if causal else "bert4rec"
 
 
-def looks(records: Iterable[Record]) -> dict[tuple[str, str, str], int]:
+def scored_configurations(records: Iterable[Record]) -> dict[tuple[str, str, str], int]:
     """Count the configurations with recorded accuracy on a test split, by (fingerprint, split, family).
 
     Seeds of a configuration and repeated scoring count once. Baselines are left out, since validation chooses
@@ -365,7 +363,7 @@ def tie_rules(records: Iterable[Record]) -> list[Record]:
     return sorted(named, key=lambda r: (_data(r), json.dumps(r["own_params"], sort_keys=True)))
 
 
-def against(measured: Iterable[Record], predicted: Iterable[Record]) -> list[dict[str, Any]]:
+def steps_and_plans(measured: Iterable[Record], predicted: Iterable[Record]) -> list[dict[str, Any]]:
     """Return measured steps with the closed plan of the same size, device and batch, if there is one."""
 
     def key(record: Record) -> tuple[Any, ...]:
@@ -686,7 +684,7 @@ def accuracy(records: Iterable[Record], all_records: Iterable[Record] | None = N
     repeated scorings the newest counts.
     """
     rows, records = [], list(records)
-    looked = looks(records if all_records is None else all_records)
+    configurations = scored_configurations(records if all_records is None else all_records)
     for (data, label), scored in groups(r for r in records if r["name"] == "test_metrics").items():
         runs = Counter(r["own_params"]["model"] for r in scored if r["seed"] is not None)
         for record in sorted((r for r in scored if r["seed"] is None), key=lambda r: -r["metrics"]["hr@10"]):
@@ -696,7 +694,7 @@ def accuracy(records: Iterable[Record], all_records: Iterable[Record] | None = N
             row |= {"seeds": str(runs[model] or ""), "device": label}  # no seeds: deterministic
             kind = family(arm["model"], model) if arm else ""
             key = _data(record, "fingerprint"), "leave-one-out", kind
-            row["configurations scored"] = str(looked.get(key, ""))
+            row["configurations scored"] = str(configurations.get(key, ""))
             for name in ("hr@10", "ndcg@10"):
                 row[name.upper()] = f"{m[name]:.4f} ({m[f'{name}_low']:.4f} to {m[f'{name}_high']:.4f})"
             rows.append(row | {"day": record["time"][:10]})
@@ -735,13 +733,3 @@ def _sureness(m: Mapping[str, Any]) -> dict[str, float]:
 def _indexed(rows: Sequence[Mapping[str, Any]], keys: str | list[str]) -> pd.DataFrame:
     """Return rows as a table indexed by these columns; empty without rows."""
     return pd.DataFrame(rows).set_index(keys) if rows else pd.DataFrame()
-
-
-def rank_bins(ranks: np.ndarray) -> dict[str, list[int]]:
-    """Count ranks (from 1) in bins that end at 1, 2, 5, 10, 20, 50, ...: the series of a histogram."""
-    last = int(np.max(ranks))
-    ends = [d * 10**p for p in range(len(str(last)) + 1) for d in (1, 2, 5)]
-    ends = ends[: int(np.searchsorted(ends, last)) + 1]
-    lows = [1, *(end + 1 for end in ends[:-1])]
-    users, _ = np.histogram(ranks, [*lows, ends[-1] + 1])
-    return {"rank_low": lows, "rank_high": ends, "users": users.tolist()}

@@ -49,7 +49,7 @@ from reclib.data.dataset import Dataset, Evaluation
 from reclib.data.prepare import prepare
 from reclib.data.splits import SPLIT_TITLES, Split, leave_one_out
 from reclib.evaluate import metrics
-from reclib.evaluate.prior import CountPrior
+from reclib.evaluate.baselines import CountPrior
 from reclib.hardware import Device, resolve
 from reclib.model.bert4rec import Bert4Rec
 from reclib.system import Parser
@@ -66,7 +66,6 @@ SELECT = "ndcg@10"  # the metric on validation by which the best epoch is chosen
 class Options:
     """Options for monitoring a run; training steps do not depend on them."""
 
-    remove_seen: bool = True  # exclude seen items from the ranking on validation
     progress_bar: bool = False
     on_step: Callable[[StepStats], None] | None = None
     on_evaluation: Callable[[dict[str, float]], None] | None = None
@@ -165,11 +164,11 @@ def _run(trainer: Trainer[M], valid: Evaluation, folder: Path | None, options: O
             refuse_other(state["identity"], trainer.identity(), folder)
     load_unique(trainer.model, best)
     if trainer.model.prior is not None and trainer.model.prior.scale.requires_grad:
-        _weigh_prior(trainer, valid, options.remove_seen)
+        _weigh_prior(trainer, valid)
     return trainer
 
 
-def _weigh_prior(trainer: Trainer, valid: Evaluation, remove_seen: bool) -> None:
+def _weigh_prior(trainer: Trainer, valid: Evaluation) -> None:
     """Multiply the scale of the model's prior by the factor that ranks validation best.
 
     Training maximises the likelihood of all positions, which gives a smaller scale.
@@ -180,7 +179,7 @@ def _weigh_prior(trainer: Trainer, valid: Evaluation, remove_seen: bool) -> None
     for weight in PRIOR_WEIGHTS:
         with torch.no_grad():
             scale.fill_(learned * weight)
-        values[weight] = metrics.summary(rank_targets(trainer, valid, remove_seen).ranks)[SELECT]
+        values[weight] = metrics.summary(rank_targets(trainer, valid, True).ranks)[SELECT]
     with torch.no_grad():
         scale.fill_(learned * max(values, key=values.__getitem__))
 
@@ -314,7 +313,7 @@ def _evaluate(
     """Score validation and add a row to the history."""
     progress = trainer.progress
     started = time.perf_counter()
-    ranking = rank_targets(trainer, valid, options.remove_seen, with_losses=True)
+    ranking = rank_targets(trainer, valid, True, with_losses=True)
     assert ranking.losses is not None
     trainer.model.train()
     row = {
@@ -425,9 +424,7 @@ def fit_setup(setup: Setup, claimed: str, folder: Path, kind: str = "none") -> T
     first = distributed.ranks().first
     with start_tracker(kind if first else "none", setup.group, setup.title or folder.name, settings) as track:
         curves = Curves(track, device)
-        options = Options(True, sys.stderr.isatty(), curves.step, curves.evaluation)
-        if not first:
-            options = Options()
+        options = Options(sys.stderr.isatty(), curves.step, curves.evaluation) if first else Options()
         return fit(model, dataset, setup.train, device, folder, options, split)
 
 

@@ -28,7 +28,7 @@ from reclib import system
 from reclib.config import AdapterConfig, InputError, ModelConfig, TrainConfig, nearest, validated
 from reclib.data.dataset import Dataset, Evaluation, Histories
 from reclib.evaluate import metrics
-from reclib.evaluate.prior import CountPrior
+from reclib.evaluate.baselines import CountPrior
 from reclib.model.bert4rec import Bert4Rec, SequenceModel
 from reclib.model.ilora import OUTPUT, AdaptedModel, base_hash
 from reclib.system import plain

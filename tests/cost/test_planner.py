@@ -6,15 +6,14 @@ import re
 
 import numpy as np
 import pytest
-import yaml
 from conftest import ROOT
 
 from reclib import hardware, parameters, records
 from reclib.config import InputError, TrainConfig, changed, model_config
 from reclib.cost import planner, work
-from reclib.cost.planner import Asked
 from reclib.cost.work import AdapterPlan
 from reclib.experiments import comparison, explore, speed
+from reclib.report import findings, speed_figures, tables
 from reclib.train import timing
 
 LENGTHS = planner.typical_lengths()
@@ -38,9 +37,10 @@ def a_cpu(**changes) -> planner.Cpu:
     return planner.Cpu(**(given | {"error": ERROR} | changes))
 
 
-def asked(**changes: object) -> Asked:
-    given = {f"plan_{name}": value for name, value in changes.items()}
-    return explore.asked(parameters.build("07_explore", SMOKE | given))
+def run(**changes: object) -> parameters.Explore:
+    """Return the parameters of notebook 07 with some of the planned run changed."""
+    values = {f"plan_{name}": value for name, value in changes.items()}
+    return parameters.build("07_explore", SMOKE | values)
 
 
 def test_rates_are_interpolated_and_shares_scale_their_group_and_no_other():
@@ -180,20 +180,49 @@ def test_the_command_line_says_what_does_not_fit_and_what_makes_no_sense(capsys)
 
 
 def test_plans_of_the_notebook_are_for_every_device_in_its_precision_at_the_price_of_one():
-    one = asked(device="a100-40", items=1000, batch_size=64, price=2.5)
-    again = SMOKE | yaml.safe_load(explore.plan_as_parameters(one))
-    assert explore.asked(parameters.build("07_explore", again)) == one
-    found = planner.every_plan(asked(device="l4", precision="tf32", price=3.6))
-    assert [plan.device for plan in found] == [*planner.cpus(), *hardware.catalogue()]
-    for plan in found:
-        parts = planner.memory_parts(plan)
-        assert sum(parts.values()) == plan.peak_bytes
-        assert min(parts.values()) > 0
-        assert parts[planner.RUN] == plan.process_bytes
-        cost = plan.epoch.seconds / 1000 if plan.device == "l4" else None
-        assert plan.numbers()["cost_per_epoch"] == (cost and pytest.approx(cost))
-    own = {plan.device: plan.precision for plan in found}
-    assert [own[name] for name in ("l4", "h100", "t4", "cpu2 AMD EPYC")] == ["tf32", "tf32", "fp16", "fp32"]
+    results = explore.plans(run(device="l4", precision="tf32", price=3.6))
+    by_device = {result.params["device"]: result for result in results}
+    assert [*by_device] == [*planner.cpus(), *hardware.catalogue()]
+    for device, result in by_device.items():
+        sizes = dict(zip(result.series["part"], result.series["bytes"], strict=True))
+        assert sum(sizes.values()) == result.metrics["peak_memory_bytes"]
+        assert min(sizes.values()) > 0
+        cost = result.timings["epoch_seconds"] / 1000 if device == "l4" else None
+        assert result.timings.get("cost_per_epoch") == (cost and pytest.approx(cost))
+    precision = {device: result.params["precision"] for device, result in by_device.items()}
+    assert [precision[name] for name in ("l4", "h100", "t4")] == ["tf32", "tf32", "fp16"]
+    assert precision[next(iter(planner.cpus()))] == "fp32"
+    assert planner.precisions("t4") == ["auto", "fp32", "fp16"]
+
+
+def test_the_report_says_what_it_is_and_whether_it_fits():
+    label = next(iter(planner.cpus()))
+    for p, parts in [
+        (run(), ("predicted, unvalidated", "assumed efficiency", "NVIDIA L4", "bf16")),
+        (run(device=label, price=None), ("predicted, validated", "worst error of")),
+        (run(device="t4", size="430m", batch_size=65_536), ("DOES NOT FIT", "micro_batch_size")),
+        (run(adapter="lora"), ("85,111,814 parameters, frozen",)),
+    ]:
+        report = "\n".join(planner.report(explore.plan(p)))
+        assert [part for part in parts if part not in report] == []
+
+
+def test_plans_of_the_notebook_are_recorded_and_drawn_as_predictions(tmp_path, monkeypatch):
+    monkeypatch.setenv("RECLIB_RECORDS", str(tmp_path))
+    card = dict.fromkeys(records.CARD) | {"label": "cpu", "type": "cpu"}
+    recorded = records.Run("07_explore", run(), card)
+    for result in explore.plans(run()):
+        recorded.result(**result._asdict())
+    written = records.read(tmp_path)
+    assert {r["kind"] for r in written} == {"predicted"}
+    sentences = " ".join(findings.sentences("07_explore", written))
+    assert "85m at a batch of 512 fits on 10 of 10 GPUs" in sentences
+    assert "plans are unvalidated" in sentences
+    for figure in (speed_figures.parts(explore.plan(run())), speed_figures.by_device(tables.table(written))):
+        assert "predicted" in f"{figure.layout.title.text} {figure.layout.title.subtitle.text}"
+
+
+# -- records -------------------------------------------------------------------------------------------------
 
 
 def test_committed_predictions_are_older_than_their_measurements():

@@ -47,51 +47,59 @@ ROWS = [
 ]
 
 
-def shown(panel: explore.Panel) -> tuple[list[str], list[dict[str, Any]]]:
-    """Return the texts and the figures that a panel shows."""
-    data = [output["data"] for output in panel.shown.outputs]
-    return [d["text/html"] for d in data if "text/html" in d], [d[PLOTLY] for d in data if PLOTLY in d]
+def shown(panel: explore.Panel) -> list[dict[str, Any]]:
+    """Return what a panel shows, as outputs of a notebook."""
+    last = panel.children[-1]
+    return shown(last) if isinstance(last, explore.Panel) else [output["data"] for output in last.outputs]
+
+
+def texts(panel: explore.Panel) -> list[str]:
+    return [output["text/html"] for output in shown(panel) if "text/html" in output]
+
+
+def figures(panel: explore.Panel) -> list[dict[str, Any]]:
+    return [output[PLOTLY] for output in shown(panel) if PLOTLY in output]
 
 
 def controls(panel: Any) -> dict[str, Any]:
     """Return every control under a widget, by its description."""
-    found = {}
+    by_description = {}
     for child in getattr(panel, "children", ()):
         if getattr(child, "description", ""):
-            found[child.description] = child
-        found |= controls(child)
-    return found
+            by_description[child.description] = child
+        by_description |= controls(child)
+    return by_description
 
 
 def parameters(panel: explore.Panel) -> dict[str, Any]:
-    """Return the parameters that a panel says it stands for."""
-    text = html.unescape(shown(panel)[0][-1])
+    """Return the parameters that a panel shows as its state."""
+    text = html.unescape(texts(panel)[-1])
     return yaml.safe_load(text[text.index("<pre>") + 5 : text.index("</pre>")])
 
 
 # -- what would it cost? -------------------------------------------------------------------------------------
 
 
-def test_a_size_brings_its_catalogue_and_a_device_its_precisions():
-    panel = explore.cost_panel(explore.asked(asked()))
+def test_the_cost_panel_plans_what_its_controls_say():
+    panel = explore.cost_panel(asked())
     turned = controls(panel)
     assert len(turned) == 12
     assert "Controls" in repr(panel)
-    before = shown(panel)
+    before = texts(panel)
     turned["batch"].value = 65_536
-    after = shown(panel)
-    assert before[0][0] != after[0][0]
-    assert len(after[1]) == 2
+    assert before[0] != texts(panel)[0]
+    assert len(figures(panel)) == 2
     assert parameters(panel)["plan_batch_size"] == 65_536
+    assert asked(**parameters(panel)).plan_items is None  # the size's own
     turned["size"].value = "5m"
-    assert turned["catalogue"].value == 18_345
-    assert "5.12M parameters" in shown(panel)[0][0]
-    turned["precision"].value = "bf16"
+    assert "5,118,250 parameters" in texts(panel)[0]
+    turned["precision"].value = "tf32"
     turned["device"].value = "t4"
-    assert (turned["precision"].options, turned["precision"].value) == (("auto", "fp32", "fp16"), "auto")
-    assert "fp16" in shown(panel)[0][0]
+    assert texts(panel)[0].startswith("<p><b>")  # a wrong choice is shown
+    turned["precision"].value = "auto"
+    assert "fp16" in texts(panel)[0]
     turned["device"].value = next(iter(planner.cpus()))
-    assert "predicted, validated" in shown(panel)[0][0]
+    assert "predicted, validated" in texts(panel)[0]
 
 
 # -- any result against any other ----------------------------------------------------------------------------
@@ -128,6 +136,18 @@ def test_what_cannot_be_drawn_is_refused_with_what_can():
             explore.scatter(ROWS, selection)
 
 
+def test_a_kind_of_result_brings_its_axes():
+    rows = [*ROWS, *(row("ladder", rate, 0.1 * rate) for rate in (1.0, 2.0))]
+    panel = explore.results_panel(rows, Selection("step", "batch_size", "sequences_per_second", "precision"))
+    turned = controls(panel)
+    assert turned["result"].options == ("ladder", "step")  # test_metrics has one number
+    turned["x"].value = "step_seconds"
+    assert parameters(panel)["x"] == "step_seconds"
+    turned["result"].value = "ladder"
+    assert set(controls(panel)["x"].options) == {"sequences_per_second", "step_seconds"}
+    assert Selection(**parameters(panel)).result == "ladder"
+
+
 # -- what would be recommended -------------------------------------------------------------------------------
 
 
@@ -136,25 +156,25 @@ def lineup(dataset, tmp_path_factory):  # noqa: F811
     yield from trained(dataset, tmp_path_factory.getbasetemp() / "lineup")
 
 
-@pytest.fixture
-def panel(lineup):
-    key, history = explore.first_history(asked(), lineup)
-    return explore.recommend_panel(lineup, key, history, 6, 5)
-
-
-def test_a_history_is_written_added_to_and_put_in_another_order(panel, lineup):
+def test_a_history_is_written_added_to_and_put_in_another_order(lineup):
+    key, initial = explore.first_history(asked(), lineup)
+    panel = explore.recommend_panel(lineup, key, initial, 6, 5)
     turned = controls(panel)
     assert len(turned) == 3
-    history, seen = turned["history"], [shown(panel)]
+    history, seen = turned["history"], [(texts(panel)[0], figures(panel)[0]["data"][0]["y"])]
     first = history.value.splitlines()
-    assert "next" in shown(panel)[0][0]
+    assert "next" in texts(panel)[0]
     turned["add a title"].value = lineup.titles[3]
     assert history.value.splitlines() == [*first, lineup.titles[3]]
     assert turned["add a title"].value == ""
-    seen.append(shown(panel))
+    seen.append((texts(panel)[0], figures(panel)[0]["data"][0]["y"]))
     history.value = "\n".join([first[-1], lineup.titles[3], "", *first[:2]])
-    seen.append(shown(panel))
-    assert len({texts[0] for texts, _ in seen}) == len({tuple(g["data"][0]["y"]) for _, (g,) in seen}) == 3
+    seen.append((texts(panel)[0], figures(panel)[0]["data"][0]["y"]))
+    assert len({table for table, _ in seen}) == len({tuple(gate) for _, gate in seen}) == 3
     ids = [lineup.titles.index(title) for title in history.value.splitlines() if title]
     assert parameters(panel)["history"] == [lineup.keys[item] for item in ids]
     assert explore.written(lineup, history.value) == tuple(ids)
+    other = next(user for user in lineup.users if user != key)
+    turned["user"].value = other
+    ends = lineup.users[other].history[-6:]
+    assert parameters(panel) == {"user": other, "history": [lineup.keys[item] for item in ends]}

@@ -60,8 +60,8 @@ ENDED = f"""() => {{
 }}"""
 SCROLL = "index => window.jupyterapp.shell.currentWidget.content.scrollToItem(index, 'start')"
 CELL = "window.jupyterapp.shell.currentWidget.content.widgets[index].node"
-# Marks of a figure: of axes, of heat maps, and of parallel coordinates, which are no traces of an axis.
-MARKS = ", ".join(f".main-svg {mark}" for mark in (".trace", ".point", ".hm", ".parcoords .axis"))
+# Marks of a figure: of axes and of heat maps.
+MARKS = ", ".join(f".main-svg {mark}" for mark in (".trace", ".point", ".hm"))
 DRAWN = f"index => {CELL}.querySelectorAll('{MARKS}').length > 0"
 SAID = f"index => [...{CELL}.querySelectorAll('.widget-output')].map(one => one.innerText).join()"
 

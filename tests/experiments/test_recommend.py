@@ -73,7 +73,7 @@ def test_a_kept_model_is_used_where_there_is_one(lineup, dataset):  # noqa: F811
         assert explore.kept_model("auto", dataset) == "mine"
         assert explore.kept_model("none", dataset) is None
         found = explore.lineup(asked(), dataset, CPU)
-        assert "mine, kept under models/" in found.about
+        assert "mine, kept under models/" in found.description
         assert {user.target for user in found.users.values()} == {None}  # it may have learnt them
     finally:
         for file in folder.iterdir():

@@ -127,7 +127,7 @@ def test_kept_ranks_alone_give_the_same_again_and_a_seed_that_chose_the_recipe_d
     rows = here.rows("test_metrics") + here.rows("protocol")
     for place, row in enumerate(rows):  # every scoring is counted
         assert row["earlier"] == sum(r["params_hash"] == row["params_hash"] for r in rows[:place])
-    counts, where = tables.looks(rows), here.dataset.fingerprint
+    counts, where = tables.scored_configurations(rows), here.dataset.fingerprint
     assert counts[where, "leave-one-out", "bert4rec"] == counts[where, "leave-one-out", "causal"] == 1
     wider = copy.deepcopy(rows)
     for row in wider:
@@ -138,7 +138,7 @@ def test_kept_ranks_alone_give_the_same_again_and_a_seed_that_chose_the_recipe_d
         assert {arm.split(" (")[0] for arm in arms} == {model} & {"bert4rec", "twin", "other"}  # its own
         for arm_configuration in arms.values():
             arm_configuration["model"]["hidden_dim"] *= 2
-    assert tables.looks(rows + wider)[where, "leave-one-out", "bert4rec"] == 2
+    assert tables.scored_configurations(rows + wider)[where, "leave-one-out", "bert4rec"] == 2
     file = here.ranks_file(arm, 1)
     kept = dict(np.load(file))
     grids.save_ranks(file, {"valid": kept["valid"]})

@@ -1,4 +1,4 @@
-"""Tuning: a budget that is kept whoever dies, two processes on one study, settings kept to their data."""
+"""Tuning: a budget that is kept when a process is killed, and settings that are kept to their data."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 
 import pytest
 from conftest import ROOT
+from optuna.trial import TrialState
 from small_grid import FILE as GRID
 from small_grid import light_scoring, write_params
 
@@ -54,10 +54,6 @@ def run(one: scaling.Study) -> int:
     return scaling.run(one, Options(), "none")
 
 
-def states(one: scaling.Study) -> Counter[str]:
-    return Counter(trial.state.name for trial in one.trials())
-
-
 def records(one: scaling.Study) -> list[dict]:
     return reclib_records.latest(one.work().rows("trial"))
 
@@ -67,7 +63,7 @@ def test_a_study_runs_to_its_budget_once_and_its_choice_is_picked_up(root, capsy
     assert scaling.tune_main(["run", "trial", "--tracker", "none"]) == 0
     assert "written: nano-synthetic.yaml" in capsys.readouterr().out
     one = study()
-    assert len(one.finished()) == len(records(one)) == 7
+    assert len(one.trials(*scaling.FINISHED)) == len(records(one)) == 7
     assert run(one) == 0
     best = one.best()
     chosen = scaling.read_tuned("nano", one.dataset.name, one.dataset.fingerprint)
@@ -89,9 +85,9 @@ def test_a_trial_behind_the_median_is_pruned_and_counts(root):
     write(trials=5, space={"learning_rate": {"low": 1e-9, "high": 0.1, "log": True}})
     one = study()
     for rate in (0.02, 0.021, 0.022, 0.023, 1e-9):
-        one.open(0).enqueue_trial({"learning_rate": rate})
+        one.optuna_study.enqueue_trial({"learning_rate": rate})
     run(one)
-    assert states(one) == {"COMPLETE": 4, "PRUNED": 1}
+    assert len(one.trials(TrialState.COMPLETE)) == 4
     pruned = next(row for row in records(one) if row["own_params"]["state"] == "pruned")
     assert pruned["own_params"]["learning_rate"] == 1e-9
     assert len(pruned["series"]["epoch"]) < 3
@@ -103,61 +99,56 @@ def checkpoint_of(one: scaling.Study) -> int:
 
 
 @pytest.mark.slow
-def test_sigkill_loses_and_doubles_no_trial(root):
-    """The killed trial is told as failed, run again with its settings, and goes on from its checkpoint."""
+def test_sigkill_loses_and_doubles_no_trial(root, monkeypatch):
+    """The trial of the killed process goes on from its checkpoint."""
     long = FILE["train"] | {"epochs": 30, "eval_every": 2, "checkpoint_seconds": 0}
     write(trials=3, train=long)
     prepare(scaling.read_tuning("trial").data)
     command = [sys.executable, "-m", "reclib", "tune", "run", "trial", "--tracker", "none"]
     process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    one = study()
+    killed = study()
     deadline = time.monotonic() + 60
-    while checkpoint_of(one) < 2 and time.monotonic() < deadline:
+    while checkpoint_of(killed) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert states(one) == {"RUNNING": 1}
-    (dead,) = one.trials()
+    (left,) = killed.trials(TrialState.RUNNING)
     write(trials=3, train=long, about="the same study")
     steps: list[int] = []
+    monkeypatch.setattr(scaling.Curves, "step", lambda _, stats: steps.append(stats.step))
     again = study()
-    assert again.key == one.key
-    assert again.run_trial(Options(on_step=lambda stats: steps.append(stats.step)))
-    assert steps[0] > 1, "it went on from the checkpoint"
+    assert again.key == killed.key
     run(again)
-    assert states(again)["FAIL"] == 1
-    assert len(again.finished()) == len(records(again)) == 3
-    assert sum(states(again).values()) == 4, "the killed one, and three that count"
-    repeated = [t for t in again.trials() if t.user_attrs.get("again") == dead.number]
-    assert [t.params for t in repeated] == [dead.params]
+    assert steps[0] > 1, "it went on from the checkpoint"
+    assert again.trials()[0].params == left.params
+    assert len(again.trials()) == len(again.trials(*scaling.FINISHED)) == len(records(again)) == 3
 
 
 @pytest.mark.slow
-def test_a_trial_that_somebody_holds_is_left_to_them_and_default_is_compared_with_tuned(root, monkeypatch):
+def test_one_process_at_a_time_runs_a_study_and_default_is_compared_with_tuned(root, monkeypatch):
     light_scoring(monkeypatch)
     write(trials=2)
     one = study()
     with pytest.raises(InputError, match="nothing is tuned yet"):
         scaling.compare(one, Options())
-    _, trial = one.claim()
-    with one.lock(trial.number):
-        assert one.run_trial(Options())
-        assert states(one)["RUNNING"] == 1
-        assert not one.run_trial(Options()), "one is done and one is somebody's: that is the budget"
-    assert one.run_trial(Options())
-    assert len(one.finished()) == 2
+    with (
+        system.locked(one.folder / "study.lock"),
+        pytest.raises(InputError, match="another process is running"),
+    ):
+        run(study())
+    assert run(one) == 2
     one.choose()
     results = {r.name: r for r in scaling.compare(study(), Options()) if r.params["model"] == "tuned"}
     assert results["validation_difference"].metrics["seeds"] == 2
     assert results["comparison"].params["against"] == "default"
 
 
-def test_a_trial_that_diverges_counts_and_is_not_tried_again(root):
+def test_a_trial_that_diverges_counts_and_is_not_tried_again(root, capsys):
     write(trials=1, space={"learning_rate": {"choices": [1e30]}}, train=FILE["train"] | {"clip_norm": None})
     one = study()
-    assert one.run_trial(Options())
-    assert not one.run_trial(Options())
-    assert "diverged" in one.finished()[0].user_attrs
+    assert run(one) == 1
+    assert run(one) == 0
+    assert "diverged" in capsys.readouterr().out
     with pytest.raises(InputError, match="no trial that ran to its end"):
         one.choose()
 

@@ -12,8 +12,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 import pytest
 from conftest import ROOT
 from figure_records import compared, of_sizes, record
@@ -39,7 +37,7 @@ def rows() -> list[dict]:
 @pytest.fixture(scope="module")
 def two(rows) -> list[dict]:
     """The records of two figures."""
-    return [r for r in rows if r["name"] in ("preparation", "repeats")]
+    return [r for r in rows if r["name"] in ("preparation", "sequence_lengths")]
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +76,9 @@ def test_every_figure_tells_measured_from_predicted_titles_its_axes_and_leaves_r
         for kind in ("measured", "predicted"):
             figure = figures.show(name, *({**row, "kind": kind} for row in drawing.records))
             assert f"{kind} on " in under(figure)
-            traces = [t for t in figure.to_plotly_json()["data"] if t["type"] != "parcoords"]
+            traces = figure.to_plotly_json()["data"]
             looks.append(str([(trace.get("marker"), trace.get("line")) for trace in traces]))
-        assert looks[0] != looks[1] or not traces, name  # parallel coordinates are of trials, all measured
+        assert looks[0] != looks[1] or not traces, name
         axes = [*figure.select_xaxes(), *figure.select_yaxes()] if traces else []
         titled = {axis.domain for axis in axes if axis.title.text}  # of a column, one axis says it for all
         for axis in axes:
@@ -148,15 +146,6 @@ def test_open_marks_are_those_that_cannot_be_compared(drawings):
     for trace in marks:
         for y in trace.y:
             assert (trace.marker.symbol == "diamond-open") != comparable[names[round(y)]]
-
-
-def test_rank_bins_count_every_rank():
-    ranks = np.array([1, 1, 2, 3, 5, 6, 10, 11, 1349])
-    bins = pd.DataFrame(tables.rank_bins(ranks))
-    assert bins["users"].sum() == ranks.size
-    assert bins.iloc[:4].values.tolist() == [[1, 1, 2], [2, 2, 1], [3, 5, 2], [6, 10, 2]]
-    assert bins.iloc[-1].tolist() == [1001, 2000, 1]
-    assert tables.rank_bins(np.array([1]))["users"] == [1]
 
 
 # -- files and the page --------------------------------------------------------------------------------------

@@ -203,7 +203,7 @@ def test_what_does_not_apply_is_a_row_with_its_reason():
     smoke = reclib_parameters.profile("04_amp_compile", "smoke") | small | {"steps": 2, "warmup_steps": 1}
     p = reclib_parameters.build("04_amp_compile", smoke)
     rows = speed.grid(p, speed.dataset_of(p), CPU)
-    status = {(row.asked["precision"], row.asked["compile_mode"]): row.found.status for row in rows}
+    status = {(row.settings["precision"], row.settings["compile_mode"]): row.measured.status for row in rows}
     assert status == {
         ("fp32", "off"): "ok",
         ("bf16", "off"): "ok",
@@ -211,9 +211,9 @@ def test_what_does_not_apply_is_a_row_with_its_reason():
         **{(name, "reduce-overhead"): "not applicable" for name in p.precisions},
     }
     for row in rows:
-        assert bool(row.found.reason) == (row.found.status != "ok")
-        assert bool(row.timings) == (row.found.status == "ok")
-    assert {row.asked["head_dtype"] for row in rows if row.found.status == "ok"} == {"fp32", "bf16"}
+        assert bool(row.measured.reason) == (row.measured.status != "ok")
+        assert bool(row.timings) == (row.measured.status == "ok")
+    assert {row.settings["head_dtype"] for row in rows if row.measured.status == "ok"} == {"fp32", "bf16"}
     curves = speed.losses(rows)
     np.testing.assert_allclose(curves["bf16"], curves["fp32"], rtol=0.01)
 

@@ -14,7 +14,7 @@ from reclib.data.dataset import Evaluation, Histories
 from reclib.data.prepare import prepare, synthetic_dataset
 from reclib.data.splits import leave_one_out
 from reclib.evaluate import baselines, metrics
-from reclib.evaluate.prior import CountPrior
+from reclib.evaluate.baselines import CountPrior
 from reclib.model.bert4rec import Bert4Rec
 from reclib.model.ilora import add_ilora
 from reclib.train import saving
