@@ -146,6 +146,8 @@ class Parameters:
     rank: Positive  # r of every adapter
     alpha: PositiveFloat  # lora's factor is alpha / rank
     num_experts: Positive  # K of ilora; divides rank
+    targets: Several[Name]  # what has adapters: names of `ilora.TARGETS`
+    implanted: Distinct[Inside]  # shares of later items exchanged for a signal that a gate can read
     adapter_dropout: Probability  # on an adapter's input
     representation: config.RepresentationName  # what the gate looks at
     temperature: PositiveFloat  # of the gate's softmax

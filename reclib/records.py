@@ -28,7 +28,7 @@ from typing import Any, Literal, TypedDict
 import msgspec
 
 from reclib import parameters, system
-from reclib.config import InputError
+from reclib.config import ENCODER, InputError
 from reclib.system import plain
 
 SCHEMA = 1
@@ -314,7 +314,7 @@ class Run:
 
     def _without(self, *names: str) -> dict[str, Any]:
         # Parameters added later: their defaults are left out, so that hashes of older records stay valid.
-        defaults = {"nproc": 1, "ties": "source", "ties_seed": 0}
+        defaults = {"nproc": 1, "ties": "source", "ties_seed": 0, "implanted": [], "targets": [*ENCODER]}
         names += tuple(name for name, value in defaults.items() if self.params.get(name) == value)
         return {key: value for key, value in self.params.items() if key not in names}
 

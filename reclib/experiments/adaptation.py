@@ -25,6 +25,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,7 +45,7 @@ from reclib.config import (
 )
 from reclib.data import splits
 from reclib.data.batches import Layout, next_item_batches
-from reclib.data.dataset import Dataset, Evaluation, Histories
+from reclib.data.dataset import Dataset, Evaluation, Histories, content_hash
 from reclib.data.splits import Periods, Split
 from reclib.evaluate import baselines, metrics, statistics
 from reclib.experiments import baseline
@@ -188,7 +189,7 @@ def arm_model(
     values: dict[str, Any] = {name: getattr(p, name) for name in shared}
     values |= {"kind": "lora" if arm == "head" else "ilora" if arm in CONTROLS else arm, "gate_seed": seed}
     values |= {"dropout": p.adapter_dropout, "control": arm if arm in CONTROLS else "none"}
-    values |= {"targets": ("head",)} if arm == "head" else {}
+    values["targets"] = ("head",) if arm == "head" else tuple(p.targets)
     adapted = AdaptedModel(model)
     torch.manual_seed(seed)  # of A, and of the gate
     adapted.add(arm, validated(AdapterConfig, values), reader)
@@ -347,6 +348,82 @@ def comparisons(dataset: Dataset, task: Task, runs: Sequence[Run], reference: st
         compared = statistics.compare(per_user(dataset, task, runs, metric), reference, deterministic)
         named = (baseline.compared(comparison, metric, name) for comparison in compared)
         results += [result._replace(params={"task": task.name} | result.params) for result in named]
+    return results
+
+
+# -- an implanted signal -------------------------------------------------------------------------------------
+
+
+def implant(dataset: Dataset, periods: Periods, share: float, per_side: int = 10, seed: int = 0) -> Dataset:
+    """Exchange a `share` of the items after the past by a rule that combines the user and the item before.
+
+    The second and third singular vectors of the past's user-item matrix divide the items and the users in two
+    halves each. The new item is one of the `per_side` most frequent items of a half that the user never had:
+    of the half of the item before it for the users of one half, of the other half for the others. One adapter
+    for all users would need this product of user and item; a gate that reads the user's history chooses
+    between two adapters, each of rank one. Users without a past stay as they are.
+    """
+    from scipy.sparse import csr_matrix
+    from scipy.sparse.linalg import svds
+
+    assert dataset.times is not None
+    starts = dataset.offsets[:-1]
+    before = np.add.reduceat(dataset.times < periods.about["points"][0], starts, dtype=np.int64)
+    past = Histories(dataset.items, starts, starts + before)
+    shape = (dataset.num_users, dataset.num_items + 1)
+    ones = np.ones(int(before.sum()))
+    users = np.repeat(np.arange(dataset.num_users), before)
+    matrix = csr_matrix((ones, (users, dataset.items[past.places()])), shape=shape)
+    matrix.data[:] = 1  # repetitions count once
+    frequency = np.asarray(matrix.sum(axis=0)).ravel()
+    left, values, right = svds(matrix, k=3, v0=np.ones(min(shape)))
+    second, third = np.argsort(values)[[1, 0]]
+    items, people = (v * np.sign(v[np.abs(v).argmax()]) for v in (right[second], left[:, third]))
+    half = items > np.median(items[frequency > 0])
+    stays = people > np.median(people[before > 0])
+    frequent = [np.where(half == side, frequency, -1).argsort(kind="stable")[::-1] for side in (False, True)]
+    generator = np.random.default_rng(seed)
+    changed_items = dataset.items.copy()
+    for user in np.flatnonzero(before):
+        first, end = starts[user] + before[user], dataset.offsets[user + 1]
+        had = set(changed_items[starts[user] : end].tolist())
+        for place in range(first, end):
+            if generator.random() < share:
+                side = int(half[changed_items[place - 1]] == stays[user])
+                choices = [item for item in frequent[side][:per_side].tolist() if item not in had]
+                if choices:
+                    changed_items[place] = generator.choice(choices)
+                    had.add(int(changed_items[place]))
+    fingerprint = content_hash([changed_items.tobytes(), dataset.fingerprint.encode()])[:16]
+    return replace(dataset, items=changed_items, manifest=dataset.manifest | {"fingerprint": fingerprint})
+
+
+def implanted(
+    p: ILora,
+    bases: Mapping[int, Trainer],
+    dataset: Dataset,
+    periods: Periods,
+    device: Device,
+    readers: Mapping[int, Bert4Rec | None] | None = None,
+) -> list[Result]:
+    """Compare LoRA, and iLoRA with another user's gate, with iLoRA where a gate has something to say.
+
+    For each share of `p.implanted` the arms are trained from the same bases on the data of `implant`.
+    """
+    arms = [arm for arm in ("ilora", "lora", "shuffled_user") if arm in p.arms]
+    results = []
+    for share in p.implanted:
+        data = implant(dataset, periods, share)
+        at_share = changed(p, tasks=["next_period"], arms=["none", *arms])
+        _, (task,) = tasks_of(at_share, data)
+        runs = adapt(at_share, bases, data, task, device, readers)
+        means = {arm: values.mean() for arm, values in per_user(data, task, runs, "ndcg@10").items()}
+        own = {"share": share, "targets": "encoder, head" if "head" in p.targets else "encoder"}
+        for result in comparisons(data, task, runs, "ilora", "implanted"):
+            if result.params["metric"] == "ndcg@10":
+                levels = {"ndcg@10": means[result.params["model"]], "reference_ndcg@10": means["ilora"]}
+                metrics_of = {**result.metrics, **{name: float(value) for name, value in levels.items()}}
+                results.append(result._replace(metrics=metrics_of, params=own | result.params))
     return results
 
 

@@ -491,13 +491,17 @@ def _score(work: Work, data: Fields, from_ranks: bool) -> list[Result]:
             name = arm.name.split(" (")[0]  # "causal (global time)": the protocol says the rest
             results += baseline.other_split(trainer, work.split(arm), SAMPLES, name, seed)
     keys = {f"{arm.name} seed {seed}": work.key(arm, seed) for arm, seed in work.runs()}
-    arms = {arm.name: _arm_configuration(work, arm) for arm in work.grid.arms}
-    configuration = {"runs": keys, "baselines": chosen, "bootstrap_samples": SAMPLES, "arms": arms}
-    configuration |= {"looks": looks_before(work), "seeds_left_out": out} | ({"data": data} if data else {})
+    common = {"baselines": chosen, "bootstrap_samples": SAMPLES, "looks": looks_before(work)}
+    common |= {"seeds_left_out": out} | ({"data": data} if data else {})
     key = records.params_hash({"scored": keys, "data": work.dataset.fingerprint})
     for result in results:
+        compared = [str(result.params.get(name)) for name in ("model", "against")]
+        names = {name.removesuffix("_with_validation") for name in compared}
+        scored = [arm for arm in work.grid.arms if arm.name.split(" (")[0] in names]
+        arms = {arm.name: _arm_configuration(work, arm) for arm in scored}
+        own_keys = {run: keys[run] for run in (f"{arm.name} seed {s}" for arm in scored for s in arm.seeds)}
         result_key = records.params_hash({"of": key, "own": result.params, "seed": result.seed})
-        work.write(result_key, result, configuration, {})
+        work.write(result_key, result, common | {"runs": own_keys, "arms": arms}, {})
     return results
 
 

@@ -17,7 +17,6 @@ than the run has it.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import subprocess
 import sys
 import time
@@ -60,7 +59,7 @@ from reclib.hardware import Device, resolve
 from reclib.model.bert4rec import count_parameters
 from reclib.parameters import Scaling
 from reclib.report import findings
-from reclib.report.findings import outcome, scaling_findings
+from reclib.report.findings import outcome
 from reclib.system import Parser
 from reclib.train import saving
 from reclib.train.fit import SELECT, TRACKERS, Curves, Options, fit, start_tracker
@@ -84,11 +83,10 @@ def learning_rate(width: int, base: float = BASE_RATE) -> float:
 # The law and its prediction.
 
 
-def predict(work: Work, early: bool = False) -> Result:
+def predict(work: Work) -> Result:
     """Predict the barred arm's validation loss from the others, and record it.
 
-    `early` uses the seeds trained so far, at least one of each size; the record counts them. Raises
-    `InputError` if the file predicts nothing, a run is missing, or the predicted size has begun.
+    Raises `InputError` if the file predicts nothing, a run is missing, or the predicted size has begun.
     """
     with naming(f"grid {work.grid.name!r}"):
         predicts = work.grid.predicts
@@ -100,12 +98,9 @@ def predict(work: Work, early: bool = False) -> Result:
             raise InputError(
                 f"{target.name} has begun (seed {', '.join(begun)}): what is known cannot be predicted"
             )
-        rows = {arm.name: [row for s in arm.seeds if (row := work.curve(arm, s))] for arm in sources}
-        untrained = [name for name, curves in rows.items() if not curves]
-        if untrained_runs := untrained or ([] if early else work.not_trained(sources)):
-            advice = "" if untrained else "; --early predicts without them"
-            raise InputError(f"not trained yet: {', '.join(untrained_runs)}{advice}")
-        curves = [*itertools.chain(*rows.values())]
+        if untrained := work.not_trained(sources):
+            raise InputError(f"not trained yet: {', '.join(untrained)}")
+        curves = [row for arm in sources for seed in arm.seeds if (row := work.curve(arm, seed))]
         by_size = seeds_by_size(curves)
         size = count_parameters(work.configs(target, 0)[0])["non_embedding"]
         try:
@@ -133,10 +128,11 @@ def seeds_by_size(rows: Iterable[Mapping[str, Any]]) -> dict[float, list[float]]
 
 
 def report(work: Work) -> list[str]:
-    """Return lines on the prediction, the measured loss, and the error."""
-    curves, name = records.latest(work.rows("learning_curve")), work.grid.name
-    result = outcome([*curves, *work.rows("prediction")], name)
-    return scaling_findings(curves, result, name, grids.missing(curves, name))
+    """Return lines on the prediction, the measured loss, and the error, and the runs that are missing."""
+    curves = records.latest(work.rows("learning_curve"))
+    lines = findings.sentences(NOTEBOOK, [*curves, *work.rows("prediction")])
+    absent = grids.missing(curves, work.grid.name)
+    return [*lines, *([f"Not trained yet: {', '.join(absent)}."] if absent else [])]
 
 
 def committed_before(name: str) -> list[str]:
@@ -190,7 +186,6 @@ def predict_main(argv: list[str] | None = None) -> int:
     description = "Predict the loss of a grid's largest size from smaller ones."
     parser = Parser(prog="python -m reclib predict", description=description)
     parser.add_argument("--report", action="store_true", help="only compare with what came")
-    parser.add_argument("--early", action="store_true", help="predict though seeds are missing")
     text = "only say whether a commit is older than the run"
     parser.add_argument("--check", action="store_true", help=text)
     options = placed(parser, argv)
@@ -201,7 +196,7 @@ def predict_main(argv: list[str] | None = None) -> int:
         return 0
     work = grids.work_of(options)
     if not options.report:
-        predict(work, options.early)
+        predict(work)
     print("\n".join(report(work)))
     return 0
 
@@ -633,16 +628,6 @@ def keep_best(study: NotebookStudy, trained: Mapping[str, Sequence[Trained]]) ->
     name = f"{title.split()[0]}-{study.dataset.name}"
     origin = best.best() | {"git": records.git_state(), "versions": records.versions()}
     return saving.save_model(best.trainer.model, best.trainer.config, study.dataset, name, origin).name
-
-
-def sentences(study: NotebookStudy, sizes: Mapping[str, Committed], studies: Iterable[str]) -> list[str]:
-    """Return the findings of the committed grids of sizes and of tuning studies."""
-    lines, rows = [], study.committed()
-    for name, grid in sizes.items():
-        lines += scaling_findings(grid.runs, grid.law, name, grids.missing(grid.runs, name))
-    for name in studies:
-        lines += findings.tuning_findings(rows, name) + findings.beside_sizes(rows, name)
-    return lines
 
 
 def settings(sizes: Iterable[Sized]) -> pd.DataFrame:

@@ -546,6 +546,32 @@ def _differences(rows: pd.DataFrame, against: str) -> go.Figure:
     return figure.update_layout(title_text=title)
 
 
+def implanted(rows: pd.DataFrame) -> go.Figure:
+    """NDCG@10 of iLoRA minus that of arms without the user's gate, by the share of items with the signal."""
+    rows = _with_claims(rows).sort_values("share", kind="stable")
+    figure, arms = single(), list(dict.fromkeys(rows["model"]))
+    for arm, color in zip(arms, PALETTE, strict=False):
+        part = rows[rows["model"] == arm]
+        gain, name = -part["difference"], f"iLoRA minus {ARM_NAMES[str(arm)]}"
+        ends = {"array": gain + part["difference_high"], "arrayminus": -gain - part["difference_low"]}
+        hover = f"%{{x:.0%}}: %{{y:+.4f}} ({name}), detectable %{{customdata:.4f}}"
+        look = {"mode": "lines+markers", "error_y": {"color": color} | ends, "customdata": part["detectable"]}
+        figure.path(part, "share", gain, color, hover, name=name, **look)
+    blind = rows.groupby("share")["claim"].agg(lambda claims: set(claims) != {"worse"})  # than iLoRA
+    seen = [float(share) for share in blind.index[~blind]]
+    text = f"from {min(seen):.0%} of items on" if seen else f"not up to {rows['share'].max():.0%} of items"
+    if (rows["claim"] == "too few seeds").any():
+        text = f"no claim, with fewer than {statistics.MIN_SEEDS} seeds"
+    figure.update_xaxes(title_text="share of later items that follow the rule", tickformat=".0%")
+    figure.update_yaxes(title_text="difference in NDCG@10")
+    figure.add_hline(0, line=_ZERO)
+    figure.note(f"adapters on {rows['targets'].iloc[0]}; paired by user; bar: 95 % interval")
+    legend = {"orientation": "h", "x": 0, "y": -0.2}
+    return figure.update_layout(
+        showlegend=True, legend=legend, title_text=f"A gate that helps is seen: {text}"
+    )
+
+
 def adapter_cost(rows: pd.DataFrame) -> go.Figure:
     """Median step with quartiles, tensors at the peak, weights trained: by arm, precision, compile mode."""
     rows = rows[rows["status"] != "not applicable"] if "status" in rows else rows

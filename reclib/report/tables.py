@@ -291,7 +291,7 @@ def looks(records: Iterable[Record]) -> dict[tuple[str, str, str], int]:
                 continue  # another protocol on the same test split
         elif record["name"] not in ("test_metrics", "tie_rule"):
             continue
-        if model in BASELINES or record["notebook"] != "02_baseline":
+        if model in BASELINES:
             continue
         configuration = record.get("configuration") or {}
         arm = (configuration.get("arms") or {}).get(model)

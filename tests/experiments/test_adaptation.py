@@ -161,3 +161,27 @@ def test_the_gate_may_read_a_causal_model_of_the_same_past(experiment, dataset):
     assert shares["ilora"] == pytest.approx(counted["ilora"] / counted["base"])  # the reader is no part of it
     rows = speed.adapter_grid(p, bases[1].model, dataset, CPU, readers[1])
     assert {row.found.status for row in rows if row.asked["compile_mode"] == "off"} == {"ok"}
+
+
+def test_implanted_items_follow_the_rule_of_user_and_item_before(dataset):  # noqa: F811
+    p = asked(tasks=["next_period"])
+    periods, _ = adaptation.tasks_of(p, dataset)
+    changed = adaptation.implant(dataset, periods, 0.5, per_side=30)
+    later = dataset.times >= periods.about["points"][0]
+    differs = changed.items != dataset.items
+    assert not differs[~later].any()
+    assert differs.sum() > 100
+    assert changed.fingerprint != dataset.fingerprint
+    assert adaptation.implant(dataset, periods, 0.5, per_side=30).fingerprint == changed.fingerprint
+
+    user = np.repeat(np.arange(dataset.num_users), dataset.lengths)
+    past = np.zeros((dataset.num_users, dataset.num_items + 1))
+    past[user[~later], dataset.items[~later]] = 1
+    left, _, right = np.linalg.svd(past, full_matrices=False)
+    items = right[1] > np.median(right[1][past.any(axis=0)])
+    people = left[:, 2] > np.median(left[past.any(axis=1), 2])
+    assert not differs[~past.any(axis=1)[user]].any()  # nothing is known of users without a past
+    places = np.flatnonzero(differs)
+    combined = items[changed.items[places - 1]] ^ people[user[places]]
+    agree = items[changed.items[places]] == combined  # up to the signs of two singular vectors
+    assert agree.all() or not agree.any()

@@ -80,14 +80,12 @@ def test_a_law_that_is_there_is_found_and_extrapolated_and_many_fits_are_the_fit
 
 def test_the_largest_starts_only_after_its_prediction_and_carries_its_hash(root, capsys):
     write(root)
-    with pytest.raises(InputError, match="not trained yet: w32d1, w32d2, w32d4, w64d1"):
+    with pytest.raises(InputError, match="not trained yet: w32d1 seed 0, w32d1 seed 1, w32d2 seed 0"):
         scaling.predict(work())
     here = work()
     assert grids.run_grid(here, [pair for pair in here.runs() if pair[1] == 0], Options()) == 4
-    with pytest.raises(InputError, match=r"not trained yet: w32d1 seed 1.*--early predicts without them"):
+    with pytest.raises(InputError, match="not trained yet: w32d1 seed 1"):
         scaling.predict(work())
-    early = scaling.predict(work(), early=True)
-    assert early.params["seeds"] == 1
 
     # A prediction is of one configuration: the arm that is trained longer is barred again.
     write(root, arms=FILE["arms"] | {"largest": {"size": "w64d4", "seeds": [0], "train": {"epochs": 2}}})
