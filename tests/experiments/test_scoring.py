@@ -138,8 +138,8 @@ def test_kept_ranks_alone_give_the_same_again_and_a_seed_that_chose_the_recipe_d
         assert {arm.split(" (")[0] for arm in arms} == {model} & {"bert4rec", "twin", "other"}, (
             "its own arms only"
         )
-        for arm in arms.values():
-            arm["model"]["hidden_dim"] *= 2
+        for settings in arms.values():
+            settings["model"]["hidden_dim"] *= 2
     assert tables.looks(rows + wider)[where, "leave-one-out", "bert4rec"] == 2
     file = here.ranks_file(arm, 1)
     kept = dict(np.load(file))
