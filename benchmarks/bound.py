@@ -1,54 +1,41 @@
-"""The least that a step can take on this machine: its products, its optimiser, and the bytes it must move.
+"""What a device does in a second, and the least that a step can take on it.
 
-Every rate is measured here and now. The products are those that the masked-item objective needs for a batch,
-without padding; whatever a step takes beyond the bound is overhead that somebody could still remove.
+`rates` are what the planner multiplies by the work of a step: each is measured by the operation that training
+runs, forward and backward where it has both, at a few shapes that bracket those of the named sizes. About a
+minute on a CPU.
+
+`gemm_bound` adds up the products that the masked-item objective needs for a batch without padding, the
+optimiser, and the bytes that must be moved, all at rates that are measured now. Whatever a step takes beyond
+this bound is overhead that could still be removed.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from statistics import median
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from reclib import hardware
 from reclib.config import ModelConfig
-from reclib.cost.work import BACKWARD, Flops, layer_linear, needed
+from reclib.cost.work import BACKWARD, linear_forward, needed
 from reclib.data.batches import Batch
-from reclib.model.bert4rec import Bert4Rec
+from reclib.model.bert4rec import Bert4Rec, Dropout, attention_bias
+from reclib.train.losses import cross_entropy_sum
 
 COPY_BYTES = 256 * 2**20
+WIDTHS = (32, 64, 128, 256, 512, 1024)  # hidden_dim of the products
+LENGTHS = (50, 200)  # places of a row, for attention
+PLACES = 1280  # places of the rows of one batch
+TARGETS, ITEMS = 240, 40_000  # of the head's products: a table beyond the caches
+TABLE = 20_000_000  # parameters of the optimiser's pass
 
 
-@dataclass(frozen=True)
-class Component:
-    """One part of the bound."""
-
-    name: str
-    seconds: float
-    rate: float | None  # FLOP/s or bytes/s that it was computed from; None: measured as it is
-    unit: str
-
-
-@dataclass(frozen=True)
-class Bound:
-    """The parts, in order, and the products that they stand for."""
-
-    components: tuple[Component, ...]
-    flops: Flops
-
-    @property
-    def seconds(self) -> float:
-        """Least seconds of one step."""
-        return sum(part.seconds for part in self.components)
-
-    @property
-    def gemm_seconds(self) -> float:
-        """Seconds of the products alone."""
-        return sum(part.seconds for part in self.components if part.unit == "FLOP/s")
+# -- rates ---------------------------------------------------------------------------------------------------
 
 
 def timed(action: Callable[[], object], device: torch.device, repeats: int) -> float:
@@ -92,6 +79,116 @@ def copy_rate(device: torch.device, repeats: int) -> float:
     return 2 * COPY_BYTES / timed(lambda: target.copy_(source), device, repeats)
 
 
+def rates(device: torch.device, repeats: int = 7) -> dict[str, float]:
+    """Return FLOP/s of products by precision and width, elements/s of passes, seconds of one operator."""
+    measured = {"bandwidth": copy_rate(device, repeats)}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        kind: Any = {"dtype": dtype, "device": device, "repeats": repeats}
+        for D in WIDTHS:
+            measured[f"product {name} {D}"] = mean_rate(map_rates(PLACES, D, 4 * D, **kind))
+            measured[f"head {name} {D}"] = mean_rate(map_rates(TARGETS, D, ITEMS, **kind))
+    measured |= {f"attention {L}": attention_rate(L, device, repeats) for L in LENGTHS}
+    measured |= pass_rates(device, repeats) | table_rates(device, repeats)
+    return measured | {"operator": operator_seconds(device, repeats)}
+
+
+def attention_rate(L: int, device: torch.device, repeats: int) -> float:
+    """Return (places x L x D)/s of fused attention with a mask, forward and backward, heads of 32."""
+    rows, heads, width = max(1, PLACES // L), 4, 32
+    q, k, v = (torch.randn(rows, heads, L, width, device=device, requires_grad=True) for _ in range(3))
+    bias = attention_bias((torch.arange(L, device=device) // 10 + 1).expand(rows, L), q.dtype)
+
+    def both() -> None:
+        F.scaled_dot_product_attention(q, k, v, attn_mask=bias).sum().backward()
+
+    return rows * L * L * heads * width / timed(both, device, repeats)
+
+
+def pass_rates(device: torch.device, repeats: int) -> dict[str, float]:
+    """Return elements/s of what is no product, forward and backward together.
+
+    `softmax` is the loss over logits, its products taken to be free: width 1.
+    """
+    x = torch.randn(PLACES, 1024, device=device, requires_grad=True)
+    slope, scale = torch.ones_like(x), torch.ones(1024, device=device, requires_grad=True)
+    dropout = Dropout(0.1)
+    hidden = torch.randn(TARGETS, 1, device=device, requires_grad=True)
+    table = torch.randn(ITEMS + 2, 1, device=device)
+    targets = torch.randint(1, ITEMS, (TARGETS,), device=device)
+    route: Any = "inplace" if device.type == "cpu" else "plain"
+    passes = {
+        "gelu": lambda: F.gelu(x).backward(slope),
+        "dropout": lambda: dropout(x).backward(slope),
+        "norm": lambda: F.layer_norm(x, (1024,), scale, scale).backward(slope),
+        "add": lambda: (x + slope).backward(slope),
+        "softmax": lambda: cross_entropy_sum(hidden, table, None, targets, ITEMS, route).backward(),
+    }
+    elements = dict.fromkeys(passes, x.numel()) | {"softmax": TARGETS * ITEMS}
+    return {name: elements[name] / timed(action, device, repeats) for name, action in passes.items()}
+
+
+def table_rates(device: torch.device, repeats: int) -> dict[str, float]:
+    """Return elements/s of the passes over whole tables, and of looking rows up."""
+    weight = torch.nn.Parameter(torch.zeros(TABLE // 256, 256, device=device))
+    weight.grad = grad = torch.full_like(weight, 1e-3)
+    rows = torch.randint(0, len(weight), (PLACES,), device=device)
+    values = torch.ones(PLACES, 256, device=device)
+
+    def look_up() -> None:
+        F.embedding(rows, weight.detach())
+        grad.index_add_(0, rows, values)
+
+    passes = {
+        "update": torch.optim.AdamW([weight], fused=True).step,
+        "norm of gradients": lambda: torch.nn.utils.get_total_norm([grad]),
+        "clear": grad.zero_,
+        "lookup": look_up,
+    }
+    elements = dict.fromkeys(passes, weight.numel()) | {"lookup": values.numel()}
+    return {name: elements[name] / timed(action, device, repeats) for name, action in passes.items()}
+
+
+def operator_seconds(device: torch.device, repeats: int) -> float:
+    """Return the seconds of one operator on next to nothing, in a chain of forward and backward."""
+    x = torch.ones(8, device=device, requires_grad=True)
+
+    def chain() -> None:
+        y = x
+        for _ in range(100):
+            y = y * 1.0
+        y.sum().backward()
+
+    return timed(chain, device, repeats) / 200
+
+
+# -- the least time of a step --------------------------------------------------------------------------------
+
+
+class Component(NamedTuple):
+    """One part of the bound."""
+
+    name: str
+    seconds: float
+    rate: float | None  # FLOP/s or bytes/s that it was computed from; None: measured as it is
+    unit: str
+
+
+class Bound(NamedTuple):
+    """The parts of the least time of a step."""
+
+    components: list[Component]
+
+    @property
+    def seconds(self) -> float:
+        """Least seconds of one step."""
+        return sum(part.seconds for part in self.components)
+
+    @property
+    def gemm_seconds(self) -> float:
+        """Seconds of the products alone."""
+        return sum(part.seconds for part in self.components if part.unit == "FLOP/s")
+
+
 def bytes_moved(model: ModelConfig, targets: int, parameters: int, item_bytes: int) -> dict[str, int]:
     """Return what must be moved outside products and optimiser, by purpose.
 
@@ -105,42 +202,32 @@ def bytes_moved(model: ModelConfig, targets: int, parameters: int, item_bytes: i
     }
 
 
-def gemm_bound(
-    model: ModelConfig,
-    batch: Batch,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-    repeats: int = 5,
-) -> Bound:
-    """Measure the parts of the bound for one batch of a model that trains in `dtype`.
+def gemm_bound(model: ModelConfig, batch: Batch, device: torch.device, repeats: int = 5) -> Bound:
+    """Measure the parts of the bound for one batch of a model that trains in fp32.
 
     The encoder's products count at the rate of its widest map; attention, too, which flatters it, so that the
     sum stays a lower bound.
     """
     D, tokens, targets = model.hidden_dim, batch.num_tokens, batch.num_targets
-    kind = {"dtype": dtype, "device": device}
-    head = map_rates(targets, D, model.num_items, repeats, **kind)
-    names = ("scores", "gradient of hidden states", "gradient of the table")
-    work = 2 * targets * D * model.num_items
-    parts = [
-        Component(f"head: {name}", work / rate, rate, "FLOP/s")
-        for name, rate in zip(names, head, strict=True)
-    ]
-    rate = mean_rate(map_rates(tokens, D, model.ffn_factor * D, repeats, **kind))
-    layers = (model.num_layers - 1) * layer_linear(model, tokens, tokens) + layer_linear(
-        model, tokens, targets
-    )
-    linear, encoder = (1 + BACKWARD) * layers, needed(model, batch).encoder
-    parts.append(Component("encoder: linear maps", linear / rate, rate, "FLOP/s"))
-    parts.append(Component("encoder: attention", (encoder - linear) / rate, rate, "FLOP/s"))
+    head = map_rates(targets, D, model.num_items, repeats, device=device)
+    rate = mean_rate(map_rates(tokens, D, model.ffn_factor * D, repeats, device=device))
+    each, total = 2 * targets * D * model.num_items, needed(model, batch).encoder
+    linear = (1 + BACKWARD) * linear_forward(model, tokens, targets)
     with torch.device("meta"):
         shapes = [p.shape for p in Bert4Rec(model).parameters()]
     weights = [torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes]
     for weight in weights:
         weight.grad = torch.full_like(weight, 1e-3)
     update = timed(torch.optim.AdamW(weights, fused=True).step, device, repeats)
-    parts.append(Component("fused AdamW", update, None, "s"))
     bandwidth = copy_rate(device, repeats)
-    moved = bytes_moved(model, targets, sum(w.numel() for w in weights), dtype.itemsize)
-    parts += [Component(name, size / bandwidth, bandwidth, "B/s") for name, size in moved.items() if size]
-    return Bound(tuple(parts), needed(model, batch))
+    moved = bytes_moved(model, targets, sum(w.numel() for w in weights), 4)
+    parts = [
+        Component("head: scores", each / head[0], head[0], "FLOP/s"),
+        Component("head: gradient of hidden states", each / head[1], head[1], "FLOP/s"),
+        Component("head: gradient of the table", each / head[2], head[2], "FLOP/s"),
+        Component("encoder: linear maps", linear / rate, rate, "FLOP/s"),
+        Component("encoder: attention", (total - linear) / rate, rate, "FLOP/s"),
+        Component("fused AdamW", update, None, "s"),
+        *(Component(name, size / bandwidth, bandwidth, "B/s") for name, size in moved.items() if size),
+    ]
+    return Bound(parts)

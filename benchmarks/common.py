@@ -14,7 +14,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -101,17 +100,6 @@ class Rows:
         return results
 
 
-def seconds_of(action: Callable[[], object]) -> Callable[[], Row]:
-    """Return an action that times `action`: a row with its seconds."""
-
-    def timed() -> Row:
-        began = time.perf_counter()
-        action()
-        return {"seconds": time.perf_counter() - began}
-
-    return timed
-
-
 def middle(rows: Sequence[Mapping[str, Any]], name: str) -> float:
     """Return the median of a value over rows; NaN where no row has it."""
     return median([row[name] for row in rows if row.get(name) is not None] or [math.nan])
@@ -145,16 +133,20 @@ def clean_environment(threads: int) -> dict[str, str]:
     return variables | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
 
 
-def options(
-    doc: str | None, *, rounds: int = 1, quick: str = "few steps, one round"
-) -> argparse.ArgumentParser:
-    """Return a parser of the options that benchmarks share."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help=quick)
-    parser.add_argument("--rounds", type=int, default=rounds, help="(%(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="(%(default)s)")
+def parser_of(doc: str | None) -> argparse.ArgumentParser:
+    """Return a parser whose help is a script's docstring as it stands."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def options(doc: str | None, quick: str = "", **numbers: int) -> argparse.ArgumentParser:
+    """Return a parser of `--out`, of `--quick` if it is described, and of numbers with their defaults."""
+    parser = parser_of(doc)
     parser.add_argument("--out", type=Path, metavar="FILE", help="append each row to this file, too")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    if quick:
+        parser.add_argument("--quick", action="store_true", help=quick)
+    for name, default in numbers.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help="(%(default)s)")
     return parser
 
 
@@ -164,19 +156,17 @@ def start(
     child: Callable[..., Mapping[str, Any]] | None = None,
 ) -> int:
     """Run a benchmark, or its `child`, with the arguments of the command line; return the exit code."""
-    given = parser.parse_args()
-    if given.child is not None and child is not None:
-        print(json.dumps(finite(child(**given.child))))
+    args = parser.parse_args()
+    if args.child is not None and child is not None:
+        print(json.dumps(finite(child(**args.child))))
         return 0
-    rows = Rows(given.out)
-    about = {"quick": given.quick, "threads": given.threads, "rounds": given.rounds}
-    print(json.dumps(finite(about | run(given, rows))))
+    rows = Rows(args.out)
+    settings = {name: getattr(args, name) for name in ("quick", "threads", "rounds") if name in args}
+    print(json.dumps(finite(settings | run(args, rows))))
     return int(rows.failed)
 
 
-def resident_bytes(field: str = "VmRSS") -> int:
-    """Return the resident bytes of this process: now, or the peak so far (`VmHWM`). Linux only."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(field + ":"):
-            return 1024 * int(line.split()[1])
-    raise FailedError("the kernel does not say how much memory is resident")
+def resident_bytes(process: int | str = "self") -> int:
+    """Return the resident bytes of a process, by default of this one. Linux only."""
+    pages = int(Path(f"/proc/{process}/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")

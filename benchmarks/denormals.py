@@ -21,29 +21,28 @@ import torch
 from common import Row, Rows, options, start
 
 from reclib.config import DataConfig, TrainConfig, model_config
-from reclib.data.dataset import train_histories
 from reclib.data.prepare import prepare
+from reclib.experiments import speed
 from reclib.hardware import resolve
-from reclib.model.bert4rec import Bert4Rec
 from reclib.train.trainer import Trainer
 
 
-def trainer(factor: float) -> Trainer:
+def trainer_of(factor: float) -> Trainer:
     """Return a trainer of a new model whose weights of queries and keys are multiplied by `factor`."""
-    device, dataset = resolve("cpu"), prepare(DataConfig())
-    torch.manual_seed(0)
-    model = Bert4Rec(model_config("small", num_items=dataset.num_items, max_len=200, dropout=0.1))
-    with torch.no_grad():
-        for block in model.blocks:
-            block.attention.qkv.weight[: 2 * model.config.hidden_dim] *= factor
+    dataset = prepare(DataConfig())
+    model = model_config("small", num_items=dataset.num_items, max_len=200, dropout=0.1)
     # A rate so small that the model stays as sharp as it is.
     config = TrainConfig(batch_size=64, mask_prob=0.2, learning_rate=1e-9, epochs=100)
-    return Trainer(model, train_histories(dataset), config, device, dataset.fingerprint)
+    trainer = speed.trainer_of(model, config, dataset, resolve("cpu"))
+    with torch.no_grad():
+        for block in trainer.model.blocks:
+            block.attention.qkv.weight[: 2 * model.hidden_dim] *= factor
+    return trainer
 
 
 def measure(factor: float, pairs: int) -> Row:
     """Return the ratio of a step's time, kept over flushed, with its range over pairs of two steps each."""
-    steps = iter(trainer(factor).steps())
+    steps = iter(trainer_of(factor).steps())
 
     def step(flush: bool) -> float:
         torch.set_flush_denormal(flush)
@@ -60,18 +59,16 @@ def measure(factor: float, pairs: int) -> Row:
     return {"ratio": median(ratios), "low": min(ratios), "high": max(ratios)} | seconds
 
 
-def run(given: argparse.Namespace, rows: Rows) -> Row:
+def run(args: argparse.Namespace, rows: Rows) -> Row:
     torch.set_num_threads(1)
-    pairs = 2 if given.quick else given.pairs
-    names = {factor: f"queries and keys times {factor:g}" for factor in given.sharp}
     results = [
-        rows.attempt(name, functools.partial(measure, factor, pairs)) for factor, name in names.items()
+        rows.attempt(f"queries and keys times {factor:g}", functools.partial(measure, factor, args.pairs))
+        for factor in args.sharp
     ]
     return {"denormals_kept_over_flushed": [row for row in results if row]}
 
 
 if __name__ == "__main__":
-    arguments = options(__doc__, quick="two pairs")
-    arguments.add_argument("--sharp", type=float, nargs="+", default=[1.0, 16.0, 32.0, 64.0])
-    arguments.add_argument("--pairs", type=int, default=7)
-    raise SystemExit(start(arguments, run))
+    parser = options(__doc__, pairs=7)
+    parser.add_argument("--sharp", type=float, nargs="+", default=[1.0, 16.0, 32.0, 64.0])
+    raise SystemExit(start(parser, run))

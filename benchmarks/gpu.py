@@ -42,7 +42,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, AbsentError, Rows, first_line
+from common import ROOT, AbsentError, Rows, first_line, parser_of
 
 # What the stages import touches CUDA, which cannot start in a fork after that: the parent imports none of it.
 FORK = multiprocessing.get_context("fork")
@@ -76,17 +76,17 @@ LEFT_OUT = ("debugpy", "jedi", "numpy", "parso")
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64", "manylinux1_x86_64")
 
 
-def work(given: argparse.Namespace, names: Sequence[str], answer: Any) -> None:
-    """Carry out stages in this process, a group of its own, until one fails; answer with how each ended."""
+def work(args: argparse.Namespace, names: Sequence[str], sender: Any) -> None:
+    """Carry out stages in this process, a group of its own, until one fails; send how each ended."""
     os.setsid()  # compile workers are in it and end with it
-    with (given.out / "log.txt").open("ab") as log:
+    with (args.out / "log.txt").open("ab") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     from gpu_stages import STAGES, Bench  # here, since a process that imports torch may not fork for CUDA
 
-    b = Bench(given.out, tiny=given.tiny, kind=given.device, data=given.data)
+    b = Bench(args.out, tiny=args.tiny, kind=args.device, data=args.data)
     for name in names:
-        answer.send(name)
+        sender.send(name)
         b.stage, status = name, "ok"
         try:
             STAGES[name](b)
@@ -95,29 +95,29 @@ def work(given: argparse.Namespace, names: Sequence[str], answer: Any) -> None:
         except Exception as error:
             traceback.print_exc()
             status = f"failed: {first_line(error)}"
-        answer.send(status)
+        sender.send(status)
         if status.startswith("failed"):  # the next one has a process without its traces
             return
         b.free()
 
 
 def carry_out(
-    given: argparse.Namespace, names: Sequence[str], limit: Callable[[str], float]
+    args: argparse.Namespace, names: Sequence[str], limit: Callable[[str], float]
 ) -> Iterator[tuple[str, str, float]]:
     """Run stages, one process for as long as none fails; yield name, how it ended and its seconds."""
     while names:
-        heard, answer = FORK.Pipe(duplex=False)
-        process = FORK.Process(target=work, args=(given, names, answer))
+        receiver, sender = FORK.Pipe(duplex=False)
+        process = FORK.Process(target=work, args=(args, names, sender))
         process.start()
-        answer.close()
+        sender.close()
         while names:
             began, status = time.monotonic(), f"not ready after {IMPORTS} s"
             try:
-                if heard.poll(IMPORTS):  # the name comes once what it needs is imported
-                    heard.recv()
+                if receiver.poll(IMPORTS):  # the name comes once what it needs is imported
+                    receiver.recv()
                     began, allowed = time.monotonic(), limit(names[0])
-                    in_time = allowed > 0 and heard.poll(allowed)
-                    status = heard.recv() if in_time else f"out of time after {max(0, allowed):.0f} s"
+                    in_time = allowed > 0 and receiver.poll(allowed)
+                    status = receiver.recv() if in_time else f"out of time after {max(0, allowed):.0f} s"
             except EOFError:
                 process.join()
                 code = process.exitcode
@@ -135,14 +135,12 @@ def carry_out(
 def wheels(folder: Path, version: str) -> int:
     """Download what a machine with torch, numpy, pandas and scipy lacks; print how many and how large."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    stated = [*project["dependencies"], *project["optional-dependencies"]["study"]]
-    wanted = [
-        requirement for requirement in stated if requirement.replace("=", ">").partition(">")[0] in CARRIED
-    ]
+    requirements = [*project["dependencies"], *project["optional-dependencies"]["study"]]
+    carried = [line for line in requirements if line.replace("=", ">").partition(">")[0] in CARRIED]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:", f"--dest={folder}"]
     command += [f"--python-version={version}", "--implementation=cp"]
     command += [f"--platform={platform}" for platform in PLATFORMS]
-    done = subprocess.run([*command, *wanted], stderr=subprocess.PIPE, text=True)
+    done = subprocess.run([*command, *carried], stderr=subprocess.PIPE, text=True)
     if done.returncode:
         print(done.stderr, file=sys.stderr)
         return 1
@@ -169,9 +167,7 @@ def no_gpu() -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--out", type=Path, default=ROOT / "gpu-row", help="folder of the results (gpu-row)")
     add("--seconds", type=float, default=780, help="for everything (%(default)s)")
@@ -182,30 +178,30 @@ def main(argv: list[str] | None = None) -> int:
     add("--commit", help="of the checkout, where its .git is not there")
     add("--wheels", type=Path, metavar="DIR", help="only download what a bare machine lacks")
     add("--python", default="3.12", help="of that machine (%(default)s)")
-    given = parser.parse_args(argv)
-    if given.wheels:
-        return wheels(given.wheels, given.python)
-    if given.device == "auto" and no_gpu():
+    args = parser.parse_args(argv)
+    if args.wheels:
+        return wheels(args.wheels, args.python)
+    if args.device == "auto" and no_gpu():
         print("no GPU that torch can use is here; --device cpu --tiny tries the script", file=sys.stderr)
         return 2
-    names, began = given.stages.split(",") if given.stages else list(LIMITS), time.monotonic()
+    names, began = args.stages.split(",") if args.stages else list(LIMITS), time.monotonic()
     if unknown := [name for name in names if name not in LIMITS]:
         parser.error(f"unknown stages: {', '.join(unknown)}; there are: {', '.join(LIMITS)}")
-    given.out = given.out.resolve()
-    shutil.rmtree(given.out / "runs", ignore_errors=True)  # a finished training would only be loaded
-    os.environ |= {"RECLIB_RECORDS": str(given.out / "executed"), "RECLIB_RUNS": str(given.out / "runs")}
-    os.environ |= {"RECLIB_COMMIT": given.commit} if given.commit else {}
-    (given.out / "executed").mkdir(parents=True, exist_ok=True)
-    stages = Rows(given.out / "stages.jsonl")
+    args.out = args.out.resolve()
+    shutil.rmtree(args.out / "runs", ignore_errors=True)  # a finished training would only be loaded
+    os.environ |= {"RECLIB_RECORDS": str(args.out / "executed"), "RECLIB_RUNS": str(args.out / "runs")}
+    os.environ |= {"RECLIB_COMMIT": args.commit} if args.commit else {}
+    (args.out / "executed").mkdir(parents=True, exist_ok=True)
+    stages = Rows(args.out / "stages.jsonl")
 
     def limit(name: str) -> float:
-        left = given.seconds - (time.monotonic() - began)
-        return min(LIMITS[name] * (4 if given.device == "cpu" else 1), left)
+        left = args.seconds - (time.monotonic() - began)
+        return min(LIMITS[name] * (4 if args.device == "cpu" else 1), left)
 
-    for name, status, seconds in carry_out(given, names, limit):
+    for name, status, seconds in carry_out(args, names, limit):
         stages.add(name, status=status, seconds=round(seconds, 2))
-    shutil.rmtree(given.out / "runs", ignore_errors=True)
-    print(f"{time.monotonic() - began:.0f} s; the results are in {given.out.name}/")
+    shutil.rmtree(args.out / "runs", ignore_errors=True)
+    print(f"{time.monotonic() - began:.0f} s; the results are in {args.out.name}/")
     return int(stages.failed)
 
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 import torch._dynamo
-from common import ROOT, AbsentError, Rows, first_line
-from planner_rows import configs, dataset, described, write
+from common import ROOT, AbsentError, Row, Rows, first_line
+from planner import configs, dataset, described, write
 from torch.utils.benchmark import Timer
 
 from reclib import hardware, parameters, system
@@ -41,7 +41,7 @@ SMALL = {"synthetic_users": 300, "synthetic_items": 500, "synthetic_mean_len": 9
 LADDERS = {"85m": (10, 2), "430m": (5, 1), "130m": (8, 1)}  # timed steps, rounds
 PADDED = {"layout": "padded", "head_rows": "all", "loss": "plain", "precision": "fp32"}
 # Size, sequences of a step, changes of the training; in bf16 unless they say otherwise.
-BATCHES: list[tuple[str, int, dict[str, Any]]] = [
+BATCHES: list[tuple[str, int, Row]] = [
     *(("85m", batch, {}) for batch in (128, 512, 2048, 8192)),
     *(("85m", 512, {"precision": precision}) for precision in ("tf32", "fp32")),
     *(("430m", batch, {}) for batch in (512, 4096, 16_384)),
@@ -53,7 +53,7 @@ ENGINE = {"head_multiple": 64, "half_copies": True}
 GRID_PROCESSES, GRID_SECONDS = 4, 330
 GRAPH = {"compile_mode": "graph", "bucket_steps": 4}
 # Each is timed against the plain step, in turns. What this version does not have is a row that says so.
-VARIANTS: dict[str, dict[str, Any]] = {
+VARIANTS: dict[str, Row] = {
     "loss compiled": {"loss": "fused"},
     "rows of the head a multiple of 64": {"head_multiple": 64},
     "16-bit copies once a step": {"half_copies": True},
@@ -70,7 +70,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 class Bench(Rows):
-    """What a stage is given: where it runs, how large, and `raw.jsonl`, the file of its rows."""
+    """What a stage works with: where it runs, how large, and `raw.jsonl`, the file of its rows."""
 
     def __init__(self, out: Path, tiny: bool = False, kind: str = "auto", data: Path | None = None) -> None:
         super().__init__(out / "raw.jsonl")
@@ -89,7 +89,7 @@ class Bench(Rows):
     def precisions(self) -> tuple[str, ...]:
         return ("bf16", "fp32") if self.cuda else ("fp32",)
 
-    def add(self, name: str, /, **values: Any) -> dict[str, Any]:
+    def add(self, name: str, /, **values: Any) -> Row:
         """Write a row, whether or not it may be a record."""
         return super().add(name, stage=self.stage, **system.plain(values))
 
@@ -129,7 +129,7 @@ class Records:
         if self.run is not None:
             self.run.result(name, metrics, **rest)
 
-    def step(self, row: dict[str, Any] | None, counts: Any, timings: Any, status: str) -> None:
+    def step(self, row: Row | None, counts: Any, timings: Any, status: str) -> None:
         """Write a step that the planner has a row of; one that did not run is only a raw row."""
         self.b.add("row", row=row, status=status, counts=counts, timings=timings)
         if row is not None and timings and self.run is not None:
@@ -137,11 +137,12 @@ class Records:
             result = self.about | {"counts": counts, "timings": timings}
             write("planner_row", result, own, self.b.out / "executed")
 
-    def rows(self, name: str, timed: Iterable[Any], rows: Iterable[dict[str, Any] | None]) -> None:
+    def rows(self, name: str, timed: Iterable[Any], rows: Iterable[Row | None]) -> None:
         """Write rows of `speed`, each as its notebook does and as the planner's."""
         for step, row in zip(timed, rows, strict=True):
-            self.result(name, step.metrics(), params=step.own_params(), timings=step.timings)
-            self.step(row, step.metrics(), step.timings, f"{step.found.status} {step.found.reason}".strip())
+            counts, settings = step.metrics(), step.own_params()
+            self.result(name, counts, params=settings, timings=step.timings)
+            self.step(row, counts, step.timings, f"{settings['status']} {settings['reason']}".strip())
 
 
 # -- what is timed, as parameters of notebooks and as rows that the planner predicts -------------------------
@@ -153,32 +154,7 @@ def amp(b: Bench, size: str = "85m", **full: Any) -> Any:
     return b.params("04_amp_compile", small, dataset="synthetic", size=size, **(b.shape | full))
 
 
-def ladder_params(b: Bench, size: str) -> Any:
-    steps, repeats = LADDERS[size]
-    full = {"precisions": ["fp32", "bf16"], "compile_modes": ["off"], "batch_sizes": [128], "warmup_steps": 3}
-    return amp(b, size, steps=steps, repeats=repeats, **full)
-
-
-def precision_params(b: Bench) -> Any:
-    full = {"compile_modes": ["off"], "batch_sizes": [512], "steps": 25, "warmup_steps": 10, "repeats": 2}
-    return amp(b, precisions=["fp32", "tf32", "bf16", "fp16"] if b.cuda else ["fp32", "bf16"], **full)
-
-
-def size_params(b: Bench) -> Any:
-    full = {"measured_sizes": ["5m", "85m", "130m", "430m"], "users": 20_000, "steps": 30, "warmup_steps": 5}
-    return b.params("06_hardware", {"measured_sizes": ["nano"], "users": 300, "steps": 2}, **full)
-
-
-def adapter_params(b: Bench) -> Any:
-    small = {"size": "nano", "rounds": 2, "warmup_steps": 1, "batch_size": 16}
-    small |= {"compile_modes": ["off"], "precisions": ["fp32"]}
-    full = {"size": "85m", "dropout": 0.1, "arms": ["none", "full", "lora", "ilora", "gated", "head"]}
-    full |= {"precisions": ["bf16", "fp32"], "compile_modes": ["off"], "batch_size": 512}
-    full |= {"rounds": 30, "warmup_steps": 12, "learning_rates": [1e-4], "representation": "mean_embedding"}
-    return b.params("05_ilora", small, mask_prob=0.2, last_item_share=0.15, **full)
-
-
-def amp_row(b: Bench, p: Any, stage: str, users: int = 0, **train: Any) -> dict[str, Any]:
+def amp_row(b: Bench, p: Any, stage: str, users: int = 0, **train: Any) -> Row:
     """Return the row of a step with these changes of the training; `InputError` for what is not known."""
     model = speed.model_of(p, dataset({"users": 300, "mean_len": 9.4}, p.synthetic_items))
     default = {"batch_size": p.batch_sizes[0], "precision": b.precisions[0]}
@@ -186,34 +162,44 @@ def amp_row(b: Bench, p: Any, stage: str, users: int = 0, **train: Any) -> dict[
     return described(stage, p.size, model, train_config, users or p.synthetic_users)
 
 
-def size_rows(b: Bench) -> list[dict[str, Any]]:
-    p, described_rows = size_params(b), []
-    for size in p.measured_sizes:
-        for name in b.precisions:
-            model, train = comparison.model_of(p, size), comparison.train_of(p, name)
-            described_rows.append(described("sizes", size, model, train, p.users))
-    return described_rows
+def size_params(b: Bench) -> Any:
+    full = {"measured_sizes": ["5m", "85m", "130m", "430m"], "users": 20_000, "steps": 30, "warmup_steps": 5}
+    return b.params("06_hardware", {"measured_sizes": ["nano"], "users": 300, "steps": 2}, **full)
 
 
-def ladder_rows(b: Bench, size: str) -> list[dict[str, Any]]:
-    p = ladder_params(b, size)
-    rungs = speed.rungs_of(p, speed.dataset_of(p), b.device)
-    return [described(f"ladder {size}", p.size, rung.model, rung.train, p.synthetic_users) for rung in rungs]
+def size_rows(b: Bench) -> list[Row]:
+    p = size_params(b)
+    return [
+        described("sizes", size, comparison.model_of(p, size), comparison.train_of(p, name), p.users)
+        for size in p.measured_sizes
+        for name in b.precisions
+    ]
 
 
-def precision_rows(b: Bench) -> list[dict[str, Any]]:
-    p = precision_params(b)
-    return [amp_row(b, p, "precisions", precision=name) for name in p.precisions]
+def ladder_plan(b: Bench, size: str) -> tuple[Any, Any, list[Row]]:
+    """Return the parameters of a ladder, its histories, and the rows of its rungs."""
+    steps, repeats = LADDERS[size]
+    full = {"precisions": ["fp32", "bf16"], "compile_modes": ["off"], "batch_sizes": [128], "warmup_steps": 3}
+    p = amp(b, size, steps=steps, repeats=repeats, **full)
+    prepared = speed.dataset_of(p)
+    rungs = speed.rungs_of(p, prepared, b.device)
+    rows = [described(f"ladder {size}", p.size, rung.model, rung.train, p.synthetic_users) for rung in rungs]
+    return p, prepared, rows
 
 
-def batch_rows(b: Bench) -> Iterator[dict[str, Any]]:
+def precision_plan(b: Bench) -> tuple[Any, list[Row]]:
+    """Return the parameters of steps in each precision, and their rows."""
+    full = {"compile_modes": ["off"], "batch_sizes": [512], "steps": 25, "warmup_steps": 10, "repeats": 2}
+    p = amp(b, precisions=["fp32", "tf32", "bf16", "fp16"] if b.cuda else ["fp32", "bf16"], **full)
+    return p, [amp_row(b, p, "precisions", precision=name) for name in p.precisions]
+
+
+def batch_rows(b: Bench) -> Iterator[Row]:
     for size, batch, changes in [("85m", 16, {"precision": "fp32"})] if b.tiny else BATCHES:
         yield amp_row(b, amp(b, size), "batches", max(300, 12 * batch), batch_size=batch, **changes)
 
 
-def variant_rows(
-    b: Bench, sizes: tuple[int, ...] = (512, 128)
-) -> Iterator[tuple[str, dict[str, Any] | str, dict[str, Any]]]:
+def variant_rows(b: Bench, sizes: tuple[int, ...] = (512, 128)) -> Iterator[tuple[str, Row | str, Row]]:
     """Yield each variant's name, its row or why this version has none, and the plain step's row."""
     for batch in (16,) if b.tiny else sizes:
         plain = amp_row(b, amp(b), "variants", batch_size=batch)
@@ -224,30 +210,37 @@ def variant_rows(
                 yield name, f"not in this version: {error}", plain
 
 
-def adapter_rows(b: Bench) -> list[dict[str, Any] | None]:
-    """Return the rows of the adapters' stage in its order; None for what the planner has no plan of."""
-    p, users, items = adapter_params(b), b.shape["synthetic_users"], b.shape["synthetic_items"]
-    model = adaptation.shape_of(p, dataset({"users": 300, "mean_len": 9.4}, items))
+def adapter_plan(b: Bench) -> tuple[Any, list[Row | None]]:
+    """Return the parameters of steps with adapters, and their rows; None for what the planner cannot plan."""
+    small = {"size": "nano", "rounds": 2, "warmup_steps": 1, "batch_size": 16}
+    small |= {"compile_modes": ["off"], "precisions": ["fp32"]}
+    full = {"size": "85m", "dropout": 0.1, "arms": ["none", "full", "lora", "ilora", "gated", "head"]}
+    full |= {"precisions": ["bf16", "fp32"], "compile_modes": ["off"], "batch_size": 512}
+    full |= {"rounds": 30, "warmup_steps": 12, "learning_rates": [1e-4], "representation": "mean_embedding"}
+    p = b.params("05_ilora", small, mask_prob=0.2, last_item_share=0.15, **full)
+    users, items, mean_len = b.shape.values()
+    model = adaptation.shape_of(p, dataset({"users": 300, "mean_len": mean_len}, items))
     shared = {"batch_size": p.batch_size, "mask_prob": p.mask_prob, "last_item_share": p.last_item_share}
-    rows: list[dict[str, Any] | None] = []
+    rows: list[Row | None] = []
     for variant in speed.variants(p):
         train = TrainConfig(precision=variant["precision"], compile_mode=variant["compile_mode"], **shared)
         row = described("adapters", p.size, model, train, users) | {"histories": "whole"}
         row |= {} if variant["model"] == "full" else {"adapter": variant["model"]}
         rows.append(None if variant["model"] == "head" else row)
-    return rows
+    return p, rows
 
 
-def rows(device: Any) -> list[dict[str, Any]]:
+def rows(device: Any) -> list[Row]:
     """Return every row that the stages time on a device, which need not be here."""
     b = Bench(Path(os.devnull))
     b.device = device
-    every = [*size_rows(b), *(row for size in LADDERS for row in ladder_rows(b, size)), *precision_rows(b)]
-    every += [row for _, row, _ in variant_rows(b) if not isinstance(row, str)] + [*batch_rows(b)]
-    return every + [row for row in adapter_rows(b) if row is not None]
+    ladders = [row for size in LADDERS for row in ladder_plan(b, size)[-1]]
+    variants_planned = [row for _, row, _ in variant_rows(b) if not isinstance(row, str)]
+    every = [*size_rows(b), *ladders, *precision_plan(b)[-1], *variants_planned, *batch_rows(b)]
+    return every + [row for row in adapter_plan(b)[-1] if row is not None]
 
 
-def trainer_of(b: Bench, row: dict[str, Any]) -> Any:
+def trainer_of(b: Bench, row: Row) -> Any:
     model, train = configs(row)
     return speed.trainer_of(model, train, dataset(row, model.num_items), b.device)
 
@@ -303,38 +296,37 @@ def sizes(b: Bench) -> None:
     records = Records(b, "06_hardware", p, "synthetic", about)
     for size in p.measured_sizes:
         for step in comparison.measured(changed(p, measured_sizes=[size]), b.device):
-            own = step.own_params
-            records.result("hardware_step", step.metrics, params=own, timings=step.timings)
-            row = planned.get((size, own["precision"]))
-            records.step(row, step.metrics, step.timings, own["status"])
+            settings = step.own_params
+            records.result("hardware_step", step.metrics, params=settings, timings=step.timings)
+            row = planned.get((size, settings["precision"]))
+            records.step(row, step.metrics, step.timings, settings["status"])
         b.free()
 
 
 def ladder(b: Bench, size: str) -> None:
     """Notebook 04's ladder: from the seed study's step to ours, with mixed precision on top."""
-    p = ladder_params(b, size)
-    prepared = speed.dataset_of(p)
+    p, prepared, planned = ladder_plan(b, size)
     records = Records(b, "04_amp_compile", p, f"synthetic {p.size}", prepared.fingerprint)
     records.result("work", speed.work_rows(p, prepared, b.device))
-    records.rows("ladder", speed.climb(p, prepared, b.device), ladder_rows(b, size))
+    records.rows("ladder", speed.climb(p, prepared, b.device), planned)
 
 
 def precisions(b: Bench) -> None:
     """Notebook 04's eager steps in each precision, their losses, and the independent clock over an epoch."""
-    p = precision_params(b)
+    p, planned = precision_plan(b)
     prepared = speed.dataset_of(p)
     records = Records(b, "04_amp_compile", p, f"synthetic {p.size}", prepared.fingerprint)
     timed = speed.grid(p, prepared, b.device)
-    records.rows("step", timed, precision_rows(b))
+    records.rows("step", timed, planned)
     for number, (name, losses) in enumerate(speed.losses(timed).items()):
         series = {"step": list(range(1, len(losses) + 1)), "loss": losses}
-        own = {"precision": name, "number": number}
-        records.result("loss_curve", {"steps": len(losses)}, params=own, series=series)
+        settings = {"precision": name, "number": number}
+        records.result("loss_curve", {"steps": len(losses)}, params=settings, series=series)
     clock, steady = speed.whole_epoch(p, prepared, b.device), speed.eager_rates(timed, p.batch_sizes[0])
     timings = {"steady_sequences_per_second": steady[p.precisions[0]]}
     timings |= {"epoch_sequences_per_second": clock.sequences_per_second}
-    own = {"precision": p.precisions[0]}
-    records.result("epoch_clock", {"sequences": clock.sequences}, params=own, timings=timings)
+    settings = {"precision": p.precisions[0]}
+    records.result("epoch_clock", {"sequences": clock.sequences}, params=settings, timings=timings)
 
 
 def batches(b: Bench) -> None:
@@ -343,9 +335,8 @@ def batches(b: Bench) -> None:
     for row in batch_rows(b):
         short = row["batch_size"] > 8192 or row["size"] == "430m"
         try:
-            measured = timing.measure(
-                trainer_of(b, row), *((2, 1) if b.tiny else (5, 2) if short else (40, 10))
-            )
+            steps = (2, 1) if b.tiny else (5, 2) if short else (40, 10)
+            measured = timing.measure(trainer_of(b, row), *steps)
             records.step(row, measured.counts(), measured.timings(), measured.status)
             if not short:
                 trainer = trainer_of(b, row)
@@ -390,14 +381,12 @@ def trace(b: Bench) -> None:
         records = Records(b, "04_amp_compile", p, f"synthetic {p.size}", trainer.fingerprint)
         step = timing.measure(trainer, *((2, 1) if b.tiny else (30, 10))).median_seconds
         operators = timing.operators(trainer, p.steps, 16, b.out / f"trace-{precision}-{batch}.json.gz")
-        series = {
-            name: [getattr(operator, name) for operator in operators]
-            for name in ("calls", "seconds", "share")
-        }
-        series["operator"] = [operator.name[:160] for operator in operators]
-        own = {"precision": precision, "batch_size": batch}
-        records.result("operators", {}, params=own, series=series)
-        b.add("busy", **own, step_seconds=step, kernel_seconds=sum(series["seconds"]))
+        names, *columns = zip(*operators, strict=True)
+        series = dict(zip(("calls", "seconds", "share"), map(list, columns), strict=True))
+        series["operator"] = [name[:160] for name in names]
+        settings = {"precision": precision, "batch_size": batch}
+        records.result("operators", {}, params=settings, series=series)
+        b.add("busy", **settings, step_seconds=step, kernel_seconds=sum(series["seconds"]))
         b.free()
 
 
@@ -463,12 +452,12 @@ def grid(b: Bench, name: str) -> None:
 
 def adapters(b: Bench) -> None:
     """Notebook 05's steps: full fine-tuning, LoRA, gated LoRA, the head alone, iLoRA."""
-    p, (users, items, mean_len) = adapter_params(b), b.shape.values()
+    (p, planned), (users, items, mean_len) = adapter_plan(b), b.shape.values()
     prepared = dataset({"users": users, "mean_len": mean_len}, items)
     records = Records(b, "05_ilora", p, f"synthetic {p.size}", prepared.fingerprint)
     torch.manual_seed(0)
     base = Bert4Rec(adaptation.shape_of(p, prepared))
-    records.rows("adapter_step", speed.adapter_grid(p, base, prepared, b.device), adapter_rows(b))
+    records.rows("adapter_step", speed.adapter_grid(p, base, prepared, b.device), planned)
 
 
 def notebook(b: Bench, number: str) -> None:

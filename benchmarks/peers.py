@@ -26,24 +26,28 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
 
+import numpy as np
+import torch
 import yaml
-from common import BEST_ALLOCATOR, FailedError, Rows
-from ours import configs_of, run_ours
-from recorded import write
-from scoring import OURS, Arrays, save, score, targets_seen, write_sequences
+from common import BEST_ALLOCATOR, FailedError, Rows, parser_of
+from harness import process_age
+from scoring import NAMES, OURS, Arrays, is_seen, score, values_of, write, write_sequences
 
 from reclib import system
-from reclib.config import DataConfig, InputError, changed, validated
-from reclib.data.dataset import Dataset, evaluation
+from reclib.config import DataConfig, InputError, ModelConfig, TrainConfig, changed, model_config, validated
+from reclib.data.dataset import Dataset, Evaluation, evaluated_users, evaluation, train_histories
 from reclib.data.prepare import prepare
 from reclib.experiments import grids
 from reclib.hardware import resolve
+from reclib.model.bert4rec import Bert4Rec
+from reclib.train.fit import SELECT, Options, fit, rank_targets
+from reclib.train.trainer import Trainer
 
 SCRIPTS = Path(__file__).resolve().parent / "peers"
 # What each library's own model class or configuration file starts from, at the versions of peers/setup.sh.
@@ -56,6 +60,74 @@ DEFAULTS["replay"]["loss"] = "restricted"
 BATCH_SIZE, LENGTH = 128, 200  # sequences: RecTools' default; RePlay leaves it to the caller
 MODELS = {"rectools": ("bert4rec", "sasrec", "fast-sasrec"), "replay": ("bert4rec",)}
 MARKS = [1.0, 2.0, 5.0, 10.0, 20.0]  # minutes of training
+LOOKS = ("epoch", "train_seconds", *NAMES)
+
+
+# -- our side ------------------------------------------------------------------------------------------------
+
+
+def configs_of(identity: dict[str, Any], num_items: int) -> tuple[ModelConfig, TrainConfig]:
+    """Return the configurations of one run; raise `InputError` for a parameter that is not one."""
+    settings = identity["settings"]
+    model = model_config(settings["size"], **({"num_items": num_items} | settings["model"]))
+    return model, validated(TrainConfig, settings["train"] | {"seed": identity["seed"]})
+
+
+def run_ours(identity: dict[str, Any], dataset: Dataset, checkpoints: Path) -> tuple[Arrays, dict[str, Any]]:
+    """Train our model and return values per user and what the run took."""
+    torch.set_num_threads(identity["threads"])
+    model, train = configs_of(identity, dataset.num_items)
+    device, valid = resolve("cpu"), evaluation(dataset, "valid")
+    about: dict[str, Any] = {"torch": torch.__version__, "model": asdict(model), "train": asdict(train)}
+    values: Arrays = {"users": evaluated_users(dataset)}
+    if identity["marks"]:
+        torch.manual_seed(train.seed)
+        trainer = Trainer(Bert4Rec(model), train_histories(dataset), train, device, dataset.fingerprint)
+        about["startup_seconds"] = process_age()  # a second seed's counts the first seed's run too
+        values |= curve(trainer, valid, identity["marks"])
+    else:
+        trainer = fit(model, dataset, train, device, checkpoints, Options(on_evaluation=show))
+        history = trainer.progress.history
+        values |= {f"look_{name}": np.array([row[name] for row in history]) for name in LOOKS}
+        about["best"] = max(history, key=lambda row: row[SELECT])
+        for prefix, part in (("valid", valid), ("test", evaluation(dataset, "test"))):
+            values |= values_of(rank_targets(trainer, part, True).ranks, prefix)
+    progress = trainer.progress
+    about |= {"train_seconds": progress.train_seconds, "steps": progress.step}
+    return values, about | {"epochs": progress.step / trainer.steps_per_epoch}
+
+
+def curve(trainer: Trainer, valid: Evaluation, minutes: list[float]) -> Arrays:
+    """Train until the last mark, or to the end of the schedule, and rank validation at each mark.
+
+    Training time is the trainer's own: steps with their batches, without the looks at validation. The model
+    at the end of a schedule that ends before a mark stands for the marks that are left.
+    """
+
+    def look() -> tuple[np.ndarray, float, float]:
+        ranks = rank_targets(trainer, valid, True).ranks
+        trainer.model.train()
+        return ranks, trainer.progress.step / trainer.steps_per_epoch, trainer.progress.train_seconds
+
+    looks = []
+    for _ in trainer.steps():
+        while len(looks) < len(minutes) and trainer.progress.train_seconds >= 60 * minutes[len(looks)]:
+            looks.append(look())
+        if len(looks) == len(minutes):
+            break
+    if left := len(minutes) - len(looks):
+        looks += [look()] * left
+    ranks, epochs, seconds = zip(*looks, strict=True)
+    values = values_of(np.array(ranks), "mark") | {"mark_minutes": np.array(minutes)}
+    values |= {"look_epoch": np.array(epochs), "look_train_seconds": np.array(seconds)}
+    return values | {f"look_{name}": values[f"mark_{name}"].mean(axis=1) for name in NAMES}
+
+
+def show(row: dict[str, float]) -> None:
+    print("validation: " + "  ".join(f"{name} {row[name]:.4f}" for name in LOOKS), flush=True)
+
+
+# -- a run ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -90,30 +162,26 @@ class Task:
 
 def run_peer(task: Task, dataset: Dataset, environments: Path) -> tuple[Arrays, dict[str, Any]]:
     """Run a peer in its own environment; return values per user and what it reported."""
-    import numpy as np
-
     identity = task.identity
     data, out, log = task.path(".data.npz"), task.path(".raw.npz"), task.path(".log")
     write_sequences(dataset, data)
-    words: list[Any] = [python_of(identity["peer"], environments)]
-    words += [SCRIPTS / f"{identity['peer']}_peer.py"]
-    words += ["--fit", "--shape", "default", "--data", data, "--out", out]
-    for name, value in identity["settings"].items():
-        words += [f"--{name}", value]
-    for name in ("model", "seed", "threads", "hidden", "epochs", "minutes", "valid-every", "patience"):
-        words += [f"--{name}", identity[name]] if identity[name] is not None else []
-    words += ["--marks", *identity["marks"]] if identity["marks"] else []
+    command: list[Any] = [python_of(identity["peer"], environments), SCRIPTS / f"{identity['peer']}_peer.py"]
+    command += ["--fit", "--shape", "default", "--data", data, "--out", out]
+    names = ("model", "seed", "threads", "hidden", "epochs", "minutes", "valid-every", "patience")
+    for name, value in (identity["settings"] | {name: identity[name] for name in names}).items():
+        command += [f"--{name}", value] if value is not None else []
+    command += ["--marks", *identity["marks"]] if identity["marks"] else []
     threads = {name: str(identity["threads"]) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     # Ours sets the allocator itself; a peer gets it from here unless the caller's environment says otherwise.
     variables = BEST_ALLOCATOR | dict(os.environ) | threads
     with log.open("w") as file:  # to be watched while it runs
-        done = subprocess.run([str(word) for word in words], env=variables, stdout=file, stderr=file)
+        done = subprocess.run([str(word) for word in command], env=variables, stdout=file, stderr=file)
     lines = log.read_text().splitlines()
     if done.returncode or not out.is_file():
         tail = " / ".join(lines[-2:])
         raise FailedError(f"the peer ended with status {done.returncode}, see {log.name}: {tail}")
     with np.load(out) as file:
-        values = score({name: file[name] for name in file.files}, dataset, out.name)
+        values = score(file, dataset, out.name)
     for path in (data, out):
         path.unlink()
     return values, json.loads([line for line in lines if line.startswith("{")][-1])
@@ -137,77 +205,68 @@ def run(task: Task, dataset: Dataset, environments: Path) -> dict[str, Any]:
         values, about = run_peer(task, dataset, environments)
     scored = [name for name in values if name.startswith(("valid_", "test_", "mark_")) and "@" in name]
     means = {name: values[name].mean(axis=-1).tolist() for name in scored}
-    seen = {part: targets_seen(evaluation(dataset, part)) for part in ("valid", "test")}
-    record = {"identity": task.identity, "users": len(values["users"]), "targets_seen": seen, **means}
+    record = {"identity": task.identity, "users": len(values["users"]), "targets_seen": {}, **means}
+    for name in ("valid", "test"):  # targets that no list without seen items can hold
+        part = evaluation(dataset, name)
+        seen = is_seen(part.targets[:, None], part, dataset.num_items)
+        record["targets_seen"][name] = int(seen.sum())
     record |= {"wall_seconds": time.perf_counter() - began, "reported": about}
-    save(task.path(".npz"), values)
+    grids.save_ranks(task.path(".npz"), values)
     system.write_json(task.path(".json"), record)  # last, so that a result that is there is whole
     return means
 
 
-def tasks_of(given: argparse.Namespace, dataset: Dataset) -> list[Task]:
+# -- the command line ----------------------------------------------------------------------------------------
+
+
+def tasks_of(args: argparse.Namespace, dataset: Dataset) -> list[Task]:
     """Return one task for each seed; raise `InputError` for what the peer does not have."""
-    values = {name: yaml.safe_load(value) for name, value in given.p}
-    if given.peer == OURS:
-        recipe = recipe_of(given) if given.recipe else {"model": {}, "train": {}}
-        model = {k.removeprefix("model."): v for k, v in values.items() if k.startswith("model.")}
-        train = {k: v for k, v in values.items() if not k.startswith("model.")}
-        model, train = recipe["model"] | model, recipe["train"] | train
-        train |= {"eval_every": given.valid_every, "patience": given.patience}
-        train |= {"epochs": given.epochs} if given.epochs else {}
-        model |= {"max_len": given.max_len} if given.max_len else {}
-        settings: dict[str, Any] = {"size": given.size, "model": model, "train": train}
+    values = {name: yaml.safe_load(value) for name, value in args.p}
+    if args.peer == OURS:
+        model, train = recipe_of(args) if args.recipe else ({}, {})
+        model |= {k.removeprefix("model."): v for k, v in values.items() if k.startswith("model.")}
+        model |= {"max_len": args.max_len} if args.max_len else {}
+        train |= {k: v for k, v in values.items() if not k.startswith("model.")}
+        train |= {"eval_every": args.valid_every, "patience": args.patience}
+        train |= {"epochs": args.epochs} if args.epochs else {}
+        settings: dict[str, Any] = {"size": args.size, "model": model, "train": train}
         hidden = configs_of({"settings": settings, "seed": 0}, dataset.num_items)[0].hidden_dim
     else:
-        if given.model not in MODELS[given.peer]:
-            allowed = ", ".join(MODELS[given.peer])
-            raise InputError(f"parameter 'model' is {given.model!r}: {given.peer} has {allowed}")
-        python_of(given.peer, given.environments)
-        settings = (
-            DEFAULTS[given.peer] | {"batch-size": BATCH_SIZE, "max-len": given.max_len or LENGTH} | values
-        )
+        if args.model not in MODELS[args.peer]:
+            allowed = ", ".join(MODELS[args.peer])
+            raise InputError(f"parameter 'model' is {args.model!r}: {args.peer} has {allowed}")
+        python_of(args.peer, args.environments)
+        lengths = {"batch-size": BATCH_SIZE, "max-len": args.max_len or LENGTH}
+        settings = DEFAULTS[args.peer] | lengths | values
         default = settings.pop("hidden")
-        hidden = given.hidden or default
+        hidden = args.hidden or default
     limits = ("epochs", "minutes", "valid_every", "patience", "threads", "model", "peer")
-    identity = {name.replace("_", "-"): getattr(given, name) for name in limits}
-    identity |= {"dataset": dataset.name, "fingerprint": dataset.fingerprint, "marks": given.curve}
-    identity |= {"hidden": hidden, "settings": settings} | ({"recipe": given.recipe} if given.recipe else {})
-    return [Task(identity | {"seed": seed}, given.out.resolve()) for seed in given.seeds]
+    identity = {name.replace("_", "-"): getattr(args, name) for name in limits}
+    identity |= {"dataset": dataset.name, "fingerprint": dataset.fingerprint, "marks": args.curve}
+    identity |= {"hidden": hidden, "settings": settings} | ({"recipe": args.recipe} if args.recipe else {})
+    return [Task(identity | {"seed": seed}, args.out.resolve()) for seed in args.seeds]
 
 
-def recipe_of(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def recipe_of(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a peer's settings as ours: two heads at hidden 64, as the peer has there, a constant rate."""
-    peer = DEFAULTS[given.recipe]
-    model = {
-        "hidden_dim": given.hidden or 64,
-        "num_layers": peer["layers"],
-        "num_heads": 2,
-        "max_len": LENGTH,
-    }
-    train = {
-        "batch_size": BATCH_SIZE,
-        "mask_prob": peer["mask-prob"],
-        "last_item_share": 0.0,
-        "window": "last",
-    }
-    train |= {"learning_rate": 1e-3, "lr_warmup_steps": 0, "lr_final_share": 1.0, "weight_decay": 0.0}
-    train |= {"clip_norm": None, "epochs": 10_000, "precision": "fp32"}  # a curve ends with its last mark
-    return {"model": model | {"dropout": peer["dropout"]}, "train": train}
+    peer = DEFAULTS[args.recipe]
+    model = {"hidden_dim": args.hidden or 64, "num_layers": peer["layers"], "num_heads": 2}
+    model |= {"max_len": LENGTH, "dropout": peer["dropout"]}
+    train = {"batch_size": BATCH_SIZE, "mask_prob": peer["mask-prob"], "last_item_share": 0.0}
+    train |= {"window": "last", "learning_rate": 1e-3, "lr_warmup_steps": 0, "lr_final_share": 1.0}
+    train |= {"weight_decay": 0.0, "clip_norm": None, "epochs": 10_000}  # a curve ends with its last mark
+    return model, train | {"precision": "fp32"}
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--dataset", default="ml-100k", help="what reclib.data.prepare knows: a name or a file")
     add("--min-user", type=int, default=5)
     add("--min-item", type=int, default=5)
     add("--peer", choices=[*MODELS, OURS], default="rectools")
-    add(
-        "--model",
-        default="bert4rec",
-        help="rectools: bert4rec, sasrec, fast-sasrec; reclib: a label of your own",
-    )
+    add("--model", default="bert4rec", help="of RecTools also sasrec, fast-sasrec; reclib: a label")
     add("--epochs", type=int, help="at most so many")
     add("--minutes", type=float, help="peers: at most so much training time")
     add("--valid-every", type=int, default=5, help="epochs between looks at validation")
@@ -224,44 +283,40 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--environments", type=Path, default=system.root() / ".peers", help="folder that setup.sh filled")
     add("--out", type=Path, required=True, help="folder of results")
     add("--record", metavar="GRID", help="only compare what is there with a scored grid, and record it")
-    given = parser.parse_args(argv)
-    given.curve = given.curve or MARKS if given.curve is not None else None
-    if given.peer != OURS and not (given.epochs or given.minutes or given.curve or given.record):
+    args = parser.parse_args(argv)
+    args.curve = args.curve or MARKS if args.curve is not None else None
+    if args.peer != OURS and not (args.epochs or args.minutes or args.curve or args.record):
         parser.error("a peer needs --epochs, --minutes or --curve")
-    if given.recipe and (given.peer != OURS or not given.curve):
+    if args.recipe and (args.peer != OURS or not args.curve):
         parser.error("--recipe is one of --peer reclib --curve")
-    return given
+    return args
 
 
-def record(given: argparse.Namespace) -> None:
+def record(args: argparse.Namespace) -> None:
     """Record the folder's results beside a grid's, on the grid's data; print a line for each difference."""
-    grid = grids.read_grid(given.record)
-    elsewhere = given.dataset != grid.data.dataset and Path(given.dataset).exists()
-    data = changed(grid.data, dataset=given.dataset) if elsewhere else grid.data
-    for result in write(given.out, grids.Work(grid, prepare(data), resolve("cpu"))):
-        own, numbers = (
-            result.params,
-            "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items()),
-        )
-        after = f" after {own['minutes']:g} minutes" if "minutes" in own else ""
-        against = f" minus {own['against']}, {own['metric']}{after}" if "against" in own else ""
-        print(f"{own['model']}{against}: {numbers}")
+    grid = grids.read_grid(args.record)
+    elsewhere = args.dataset != grid.data.dataset and Path(args.dataset).exists()
+    data = changed(grid.data, dataset=args.dataset) if elsewhere else grid.data
+    for result in write(args.out, grids.Work(grid, prepare(data), resolve("cpu"))):
+        params = {name: value for name, value in result.params.items() if name != "run"}
+        numbers = "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
+        print(f"{', '.join(f'{name} {value}' for name, value in params.items())}: {numbers}")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run what is not there yet, or record."""
-    given, rows = arguments(argv), Rows()
-    data = {"dataset": given.dataset, "min_user": given.min_user, "min_item": given.min_item}
+    args, rows = arguments(argv), Rows()
+    data = {"dataset": args.dataset, "min_user": args.min_user, "min_item": args.min_item}
     try:
-        if given.record:
-            record(given)
+        if args.record:
+            record(args)
             return 0
         dataset = prepare(validated(DataConfig, data))
-        for task in tasks_of(given, dataset):
+        for task in tasks_of(args, dataset):
             if task.finished():
                 print(f"{task.name}: finished before, {task.path('.json').name}", flush=True)
             else:
-                rows.attempt(task.name, lambda task=task: run(task, dataset, given.environments))
+                rows.attempt(task.name, lambda task=task: run(task, dataset, args.environments))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -3,8 +3,6 @@
 `torchrun --standalone --nproc-per-node 2 tests/ranks.py FOLDER` runs all cases and leaves what each saw.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable
@@ -80,17 +78,9 @@ def trained(case: str) -> tuple[Trainer, dict[str, Any]]:
         stats = [one for one, _ in zip(trainer.steps(), range(STEPS), strict=False)]
     finally:
         bert4rec.SMALLEST_BYTES, distributed.ALONE_BYTES = kept
-    saw = {
-        "loss": [one.loss for one in stats],
-        "norm": [one.grad_norm for one in stats],
-        "skipped": [one.skipped for one in stats],
-        "targets": [one.num_targets for one in stats],
-        "sequences": [one.num_sequences for one in stats],
-        "places": [one.row_tokens for one in stats],
-        "sinks": len(trainer.sinks),
-        "scale": trainer.scaler.get_scale(),
-    }
-    return trainer, saw
+    names = ("loss", "grad_norm", "skipped", "num_targets", "num_sequences", "row_tokens")
+    saw = {name: [getattr(one, name) for one in stats] for name in names}
+    return trainer, saw | {"sinks": len(trainer.sinks), "scale": trainer.scaler.get_scale()}
 
 
 def overflowing(trainer: Trainer) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -1,13 +1,11 @@
 """Small histories and models that the engine's tests share."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 
 from reclib.config import ModelConfig, TrainConfig
 from reclib.data.batches import Epoch
-from reclib.data.dataset import Histories
+from reclib.data.dataset import Dataset, Histories, Keys, ties
 from reclib.model.bert4rec import Bert4Rec
 from reclib.train.fit import Options
 from reclib.train.losses import batch_loss
@@ -34,6 +32,25 @@ def histories(lengths: list[int], seed: int = 0, num_items: int = NUM_ITEMS) -> 
     ends = np.cumsum(lengths)
     items = np.random.default_rng(seed).integers(1, num_items + 1, int(ends[-1])).astype(np.int32)
     return Histories(items, ends - np.asarray(lengths), ends)
+
+
+def dataset_of(events: list[list[tuple[int, int]]], num_items: int = NUM_ITEMS, unit: str = "s") -> Dataset:
+    """A dataset of each user's (item, time) interactions, put in the order of time."""
+    ordered = [sorted(history, key=lambda event: event[1]) for history in events]
+    flat = [event for history in ordered for event in history]
+    items, times = (np.array([event[n] for event in flat]) for n in (0, 1))
+    made = Dataset(
+        name="made",
+        items=items.astype(np.int32),
+        offsets=np.cumsum([0, *map(len, ordered)]),
+        item_keys=Keys.encode(["", *map(str, range(1, num_items + 1))]),
+        user_keys=Keys.encode([f"u{n}" for n in range(len(ordered))]),
+        titles={},
+        manifest={"fingerprint": "made", "time_unit": unit},
+        times=times.astype(np.int64),
+    )
+    made.manifest["ties"] = ties(made)
+    return made
 
 
 def small_model(**changes: object) -> ModelConfig:

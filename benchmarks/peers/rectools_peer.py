@@ -7,33 +7,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from harness import LIGHTNING, Data, lightning_callback, run
+from harness import EVAL_BATCH_SIZE, TOP_K, Data, lightning_callback, run, trainer_options
 from pytorch_lightning import Callback, LightningModule, Trainer, seed_everything
 from rectools import Columns
-from rectools.dataset import Dataset, Interactions
+from rectools.dataset import Dataset
 from rectools.fast_transformers import FlatSASRecNet, SequenceBatchDataset, build_sequences
 from rectools.models import BERT4RecModel, SASRecModel
-from rectools.models.nn.transformers.bert4rec import BERT4RecDataPreparator
 from torch.utils.data import DataLoader
-
-
-class WholeCatalogue(BERT4RecDataPreparator):
-    """Keeps items in the catalogue that no training sequence holds.
-
-    RecTools takes its catalogue from the interactions. Small files of a large catalogue therefore carry extra
-    users who hold the missing items; they are dropped here, once the catalogue is known: no batch has them.
-    """
-
-    def __init__(self, first_extra_user: int, **kwargs):
-        super().__init__(**kwargs)
-        self.first_extra_user = first_extra_user
-
-    def process_dataset_train(self, dataset: Dataset) -> None:
-        super().process_dataset_train(dataset)
-        full = self.train_dataset
-        external = full.user_id_map.convert_to_external(full.interactions.df[Columns.User])
-        kept = full.interactions.df[external < self.first_extra_user].reset_index(drop=True)
-        self.train_dataset = Dataset(full.user_id_map, full.item_id_map, Interactions(kept))
 
 
 def interactions(sequences: list[np.ndarray]) -> Dataset:
@@ -49,58 +29,40 @@ def interactions(sequences: list[np.ndarray]) -> Dataset:
     return Dataset.construct(pd.DataFrame(columns))
 
 
-def extra_users(args, data: Data) -> list[np.ndarray]:
-    """Sequences of the items that no user has, none shorter than RecTools' minimum of two."""
-    missing = np.setdiff1d(np.arange(1, data.num_items + 1), data.items)
-    rows = [missing[i : i + args.max_len] for i in range(0, len(missing), args.max_len)]
-    return [np.repeat(row, 2) if len(row) == 1 else row for row in rows]
-
-
-def trainer_of(args, callbacks: list[Callback]) -> Trainer:
-    epochs = (args.epochs or -1) if args.fit else -1
-    return Trainer(callbacks=callbacks, max_epochs=epochs, **LIGHTNING)
-
-
 class RecTools:
     """The library's model under its own trainer, whose only addition is the callback that watches.
 
-    A timed model has the whole catalogue; a real fit is left as a user would run it: items that no training
-    sequence holds cannot be recommended.
+    Its catalogue is what the interactions hold: items that no training sequence has cannot be recommended.
     """
 
-    package = "rectools"
-    losses = ("full", "sampled")
+    package, losses = "rectools", ("full", "sampled")
 
     def __init__(self, args, data: Data) -> None:
         self.args, self.data = args, data
         seed_everything(args.seed)
         self.histories = [interactions(data.sequences(with_valid)) for with_valid in (False, True)]
-        self.callbacks: list[Callback] = []
-        given: dict[str, Any] = {
+        options: dict[str, Any] = {
             "n_blocks": args.layers,
             "n_heads": args.heads,
             "n_factors": args.hidden,
             "dropout_rate": args.dropout,
             "session_max_len": args.max_len,
             "batch_size": args.batch_size,
-            "recommend_batch_size": args.eval_batch_size,
+            "recommend_batch_size": EVAL_BATCH_SIZE,
             "loss": "softmax" if args.loss == "full" else "sampled_softmax",
             "n_negatives": args.negatives,
-            "lr": args.lr,
+            "lr": 1e-3,
             "recommend_torch_device": "cpu",
             "get_trainer_func": self.trainer,
         }
-        if args.model == "sasrec":
-            self.model = SASRecModel(**given)
-            return
-        if not args.fit:
-            self.histories[0] = interactions(data.sequences() + extra_users(args, data))
-            given["data_preparator_type"] = WholeCatalogue
-            given["data_preparator_kwargs"] = {"first_extra_user": data.num_users}
-        self.model = BERT4RecModel(mask_prob=args.mask_prob, **given)
+        self.callback = Callback()  # one that does nothing, until there is a model to watch
+        bert4rec = args.model == "bert4rec"
+        self.model = (
+            BERT4RecModel(mask_prob=args.mask_prob, **options) if bert4rec else SASRecModel(**options)
+        )
 
     def trainer(self) -> Trainer:
-        return trainer_of(self.args, self.callbacks)
+        return Trainer(**trainer_options(self.args, self.callback))
 
     @property
     def module(self):
@@ -111,19 +73,19 @@ class RecTools:
         return len(batch["x"])
 
     def train(self, watch) -> None:
-        self.callbacks.append(lightning_callback(Callback, watch))
+        self.callback = lightning_callback(Callback, watch)
         self.model._init_trainer()  # with the callback that needs the model
         self.model.fit(self.histories[0])
 
     def recommend(self, with_valid: bool) -> np.ndarray:
         """Top items of every user by the library's own call, int32 (users, k); 0 where it has none."""
-        users, k = np.arange(self.data.num_users), self.args.topk
+        users, history = np.arange(self.data.num_users), self.histories[with_valid]
         fitted, self.model.is_fitted = self.model.is_fitted, True  # it refuses before fit() has returned
         rows = self.model.recommend(
-            users, self.histories[with_valid], k=k, filter_viewed=True, on_unsupported_targets="ignore"
+            users, history, k=TOP_K, filter_viewed=True, on_unsupported_targets="ignore"
         )
         self.model.is_fitted = fitted
-        top = np.zeros((len(users), k), dtype=np.int32)
+        top = np.zeros((len(users), TOP_K), dtype=np.int32)
         top[rows[Columns.User].to_numpy(), rows[Columns.Rank].to_numpy() - 1] = rows[Columns.Item].to_numpy()
         return top
 
@@ -135,9 +97,9 @@ class RecTools:
 class FlatSASRec(LightningModule):
     """The library's flat network with the full softmax; it brings a trainer of text embeddings alone."""
 
-    def __init__(self, net: FlatSASRecNet, lr: float) -> None:
+    def __init__(self, net: FlatSASRecNet) -> None:
         super().__init__()
-        self.net, self.lr = net, lr
+        self.net = net
 
     def training_step(self, batch, index: int) -> torch.Tensor:
         logits = self.net(batch)  # (B, L, items), of items 1..N
@@ -145,13 +107,13 @@ class FlatSASRec(LightningModule):
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets, ignore_index=-1)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=self.lr)
+        return torch.optim.Adam(self.parameters(), lr=1e-3)
 
 
 class FastSASRec:
     """The fast path: sequences are built as tensors once, and a flat causal network trains on them."""
 
-    package, losses = "rectools", ("full",)
+    package, losses, count = "rectools", ("full",), RecTools.count
 
     def __init__(self, args, data: Data) -> None:
         self.args, self.data = args, data
@@ -160,38 +122,32 @@ class FastSASRec:
         items = torch.from_numpy(data.items.astype(np.int64))
         order = torch.arange(len(items))  # in the place of times
         self.x, self.y, self.items, _ = build_sequences(users, items, order, args.max_len)
-        net = FlatSASRecNet(
-            len(self.items), args.hidden, args.layers, args.heads, args.max_len, dropout=args.dropout
-        )
-        self.module = FlatSASRec(net, args.lr)
-
-    @staticmethod
-    def count(batch) -> int:
-        return len(batch["x"])
+        shape = (len(self.items), args.hidden, args.layers, args.heads, args.max_len)
+        self.module = FlatSASRec(FlatSASRecNet(*shape, dropout=args.dropout))
 
     def train(self, watch) -> None:
         rows = SequenceBatchDataset(self.x, self.y)
-        trainer = trainer_of(self.args, [lightning_callback(Callback, watch)])
+        trainer = Trainer(**trainer_options(self.args, lightning_callback(Callback, watch)))
         trainer.fit(self.module, DataLoader(rows, batch_size=self.args.batch_size, shuffle=True))
 
     @torch.no_grad()
     def recommend(self, with_valid: bool) -> np.ndarray:
         """Top items of every user, int32 (users, k): scores by the network, seen items removed here."""
-        net, length, k = self.module.net.eval(), self.args.max_len, self.args.topk
+        net, length = self.module.net.eval(), self.args.max_len
         number = np.zeros(self.data.num_items + 1, dtype=np.int64)  # 0: an item that no sequence has
         number[self.items.numpy()] = np.arange(1, len(self.items) + 1)
         histories = [number[row][number[row] > 0] for row in self.data.sequences(with_valid)]
-        top = np.zeros((len(histories), k), dtype=np.int32)
-        for first in range(0, len(histories), self.args.eval_batch_size):
-            block = histories[first : first + self.args.eval_batch_size]
+        blocks = []
+        for first in range(0, len(histories), EVAL_BATCH_SIZE):
+            block = histories[first : first + EVAL_BATCH_SIZE]
             x = torch.zeros(len(block), length, dtype=torch.long)
             for place, row in enumerate(block):
                 x[place, length - len(row[-length:]) :] = torch.from_numpy(row[-length:])
             scores = net.encode_last(x) @ net.all_item_embeddings().T
             for place, row in enumerate(block):
                 scores[place, row - 1] = -torch.inf
-            top[first : first + len(block)] = self.items[scores.topk(k).indices].numpy()
-        return top
+            blocks.append(self.items[scores.topk(TOP_K).indices].numpy())
+        return np.concatenate(blocks).astype(np.int32)
 
     def fields(self) -> dict[str, Any]:
         return {"peer": "RecTools fast_transformers", "tied": True, "catalogue": len(self.items)}

@@ -8,10 +8,9 @@ from typing import Any
 import lightning
 import numpy as np
 import pandas as pd
-from harness import LIGHTNING, Data, lightning_callback, run
+from harness import EVAL_BATCH_SIZE, LIGHTNING, TOP_K, Data, lightning_callback, run, trainer_options
 from replay.data import FeatureHint, FeatureSource, FeatureType
 from replay.data.nn import PandasSequentialDataset, TensorFeatureInfo, TensorFeatureSource, TensorSchema
-from replay.models.nn.optimizer_utils import FatOptimizerFactory
 from replay.models.nn.sequential import Bert4Rec
 from replay.models.nn.sequential.bert4rec import Bert4RecPredictionDataset, Bert4RecTrainingDataset
 from replay.models.nn.sequential.callbacks import PandasPredictionCallback
@@ -22,8 +21,7 @@ from torch.utils.data import DataLoader
 class RePlay:
     """The library's model under a Lightning trainer; its item ids are 0..num_items-1."""
 
-    package = "replay-rec"
-    losses = ("full", "restricted", "sampled")
+    package, losses = "replay-rec", ("full", "restricted", "sampled")
 
     def __init__(self, args, data: Data) -> None:
         self.args, self.data = args, data
@@ -50,8 +48,6 @@ class RePlay:
 
     def model(self) -> Bert4Rec:
         args = self.args
-        # The learning rate only where it is not the library's own default.
-        factory = {} if args.lr == 1e-3 else {"optimizer_factory": FatOptimizerFactory(learning_rate=args.lr)}
         return Bert4Rec(
             self.schema,
             block_count=args.layers,
@@ -61,7 +57,6 @@ class RePlay:
             dropout_rate=args.dropout,
             loss_type="CE_restricted" if args.loss == "restricted" else "CE",
             loss_sample_count=args.negatives if args.loss == "sampled" else None,
-            **factory,
         )
 
     @staticmethod
@@ -73,19 +68,17 @@ class RePlay:
         rows = Bert4RecTrainingDataset(
             self.histories[0], max_sequence_length=args.max_len, mask_prob=args.mask_prob
         )
-        epochs = (args.epochs or -1) if args.fit else -1
-        callback = lightning_callback(lightning.Callback, watch)
-        trainer = lightning.Trainer(callbacks=[callback], max_epochs=epochs, **LIGHTNING)
+        trainer = lightning.Trainer(**trainer_options(args, lightning_callback(lightning.Callback, watch)))
         trainer.fit(self.module, DataLoader(rows, batch_size=args.batch_size, shuffle=True))
 
     def recommend(self, with_valid: bool) -> np.ndarray:
         """Top items of every user by the library's own call, int32 (users, k)."""
-        history, k, model = self.histories[with_valid], self.args.topk, self.module
+        history, model = self.histories[with_valid], self.module
         if self.twin is not None:
             self.twin.load_state_dict(self.module.state_dict())
             model = self.twin
         predictions = PandasPredictionCallback(
-            top_k=k,
+            top_k=TOP_K,
             query_column="user_id",
             item_column="item_id",
             rating_column="score",
@@ -94,12 +87,12 @@ class RePlay:
         rows = Bert4RecPredictionDataset(history, max_sequence_length=self.args.max_len)
         # Or Lightning would keep the scores of every user over the whole catalogue.
         lightning.Trainer(callbacks=[predictions], **LIGHTNING).predict(
-            model, DataLoader(rows, batch_size=self.args.eval_batch_size), return_predictions=False
+            model, DataLoader(rows, batch_size=EVAL_BATCH_SIZE), return_predictions=False
         )
         table = predictions.get_result()
-        top = np.zeros((self.data.num_users, k), dtype=np.int32)
-        users = table["user_id"].to_numpy(dtype=np.int64).reshape(-1, k)[:, 0]
-        top[users] = table["item_id"].to_numpy(dtype=np.int64).reshape(-1, k) + 1
+        top = np.zeros((self.data.num_users, TOP_K), dtype=np.int32)
+        users = table["user_id"].to_numpy(dtype=np.int64).reshape(-1, TOP_K)[:, 0]
+        top[users] = table["item_id"].to_numpy(dtype=np.int64).reshape(-1, TOP_K) + 1
         return top
 
     def fields(self) -> dict[str, Any]:

@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import planner
-import planner_rows
 import pytest
 import torch
 from conftest import ROOT
@@ -33,38 +32,36 @@ gpu_stages.STAGES |= {
 gpu.LIMITS |= {"raises": 9, "absent": 9, "hangs": 0.25, "killed": 9, "exits": 9}
 sys.exit(gpu.main(sys.argv[1:]))
 """
+ENDS = {
+    "env": "ok",
+    "raises": "failed: ValueError: what a stage says",
+    "absent": "absent: no such thing here",
+    "hangs": "out of time after 1 s",
+    "killed": "killed by SIGSEGV",
+    "exits": "ended with exit code 3",
+    "sizes": "ok",
+    "batches": "ok",
+}
 
 
 def test_a_stage_that_fails_hangs_or_is_killed_leaves_the_next_one_whole(tmp_path):
-    names = ["env", "raises", "absent", "hangs", "killed", "exits", "sizes", "batches"]
     command = [sys.executable, "-c", BAD_STAGES, "--device", "cpu", "--tiny", "--out", str(tmp_path)]
-    done = subprocess.run(
-        [*command, "--stages", ",".join(names)], cwd=ROOT / "benchmarks", capture_output=True, text=True
-    )
+    command += ["--stages", ",".join(ENDS)]
+    done = subprocess.run(command, cwd=ROOT / "benchmarks", capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "stages.jsonl").read_text().splitlines()]
-    assert [row["name"] for row in rows] == names
-    assert [row["status"] for row in rows] == [
-        "ok",
-        "failed: ValueError: what a stage says",
-        "absent: no such thing here",
-        "out of time after 1 s",
-        "killed by SIGSEGV",
-        "ended with exit code 3",
-        "ok",
-        "ok",
-    ]
+    assert {row["name"]: row["status"] for row in rows} == ENDS
     records = reclib_records.read(tmp_path / "executed")  # checks each
-    assert {one["name"] for one in records} == {"hardware_step", "planner_row"}
+    assert {record["name"] for record in records} == {"hardware_step", "planner_row"}
     raw = [json.loads(line) for line in (tmp_path / "raw.jsonl").read_text().splitlines()]
     assert {"environment", "product", "copy", "row", "epoch"} <= {line["name"] for line in raw}
-    steps = [one for one in records if one["name"] == "planner_row"]
-    assert {one["own_params"]["set"] for one in steps} == {"sizes", "batches"}
-    for one in steps:
-        model, train = planner_rows.configs(planner_rows.row_of(one))
-        assert model.hidden_dim == 32
-        assert (train.batch_size, train.precision) == (one["own_params"]["batch_size"], "fp32")
-        assert one["timings"]["step_seconds"] > 0
+    steps = [record for record in records if record["name"] == "planner_row"]
+    assert {record["own_params"]["set"] for record in steps} == {"sizes", "batches"}
+    for record in steps:
+        model, train = planner.configs(planner.row_of(record))
+        assert (model.hidden_dim, train.precision) == (32, "fp32")
+        assert train.batch_size == record["own_params"]["batch_size"]
+        assert record["timings"]["step_seconds"] > 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -76,36 +73,20 @@ def test_without_a_gpu_it_says_so_in_one_line(tmp_path):
     assert not (tmp_path / "row").exists()
 
 
-def test_every_step_that_a_gpu_will_time_has_a_committed_prediction():
+def test_every_step_that_a_gpu_will_time_has_a_committed_prediction_by_which_it_is_judged():
     for label in ("h100", "h200"):
-        written = planner.predictions(label)
-        missing = [row for row in planner.gpu_rows(label) if planner_rows.key_of(row) not in written]
+        written, records = planner.predictions(label), []
+        missing = [row for row in planner.gpu_rows(label) if planner.key_of(row) not in written]
         assert not missing, f"python benchmarks/planner.py predict {label}"
-        for one in written.values():
-            assert len(one["sha256_of_the_model"]) == 64
-            predicted = one["predicted"]
-            assert (
-                0
-                < predicted["step_seconds_low"]
-                <= predicted["step_seconds"]
-                <= predicted["step_seconds_high"]
-            )
-            assert predicted["peak_memory_bytes"] > 0
-
-
-def test_a_gpu_is_judged_by_the_prediction_that_was_written_before():
-    measured = []
-    for written in planner.predictions("h100").values():
-        row = {key: value for key, value in written.items() if key not in planner.WRITTEN}
-        predicted = written["predicted"]
-        timings = {
-            "step_seconds": predicted["step_seconds"] / 2,
-            "peak_memory_bytes": predicted["peak_memory_bytes"],
-        }
-        own = row | {"set": row["stage"], "device": "h100"}
-        measured.append({"own_params": own, "timings": timings})
-    errors = planner.gpu_errors("h100", measured)
-    assert {(error["time"], error["memory"], error["written"]) for error in errors} == {(2.0, 1.0, True)}
-    unknown = measured[0]["own_params"] | {"batch_size": 96}
-    (error,) = planner.gpu_errors("h100", [measured[0] | {"own_params": unknown}])
+        for prediction in written.values():
+            assert len(prediction["sha256_of_the_model"]) == 64
+            timings = prediction["predicted"]
+            low, middle, high = (timings[f"step_seconds{end}"] for end in ("_low", "", "_high"))
+            assert 0 < low <= middle <= high
+            assert timings["peak_memory_bytes"] > 0
+            own = {key: value for key, value in prediction.items() if key not in planner.WRITTEN}
+            records.append({"own_params": own, "timings": timings | {"step_seconds": middle / 2}})
+        errors = planner.errors(label, records)
+        assert {(e["time"], e["memory"], e["written"]) for e in errors} == {(2.0, 1.0, True)}
+    (error,) = planner.errors(label, [records[0] | {"own_params": records[0]["own_params"] | {"users": 96}}])
     assert not error["written"]

@@ -1,9 +1,8 @@
 """Plans of time, memory and price: by rates, by data sheets, on the command line and in notebook 07."""
 
-from __future__ import annotations
-
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from reclib.cost import planner, work
 from reclib.cost.planner import Asked
 from reclib.cost.work import AdapterPlan
 from reclib.experiments import comparison, explore, speed
-from reclib.report import findings, speed_figures, tables
 from reclib.train import timing
 
 LENGTHS = planner.typical_lengths()
@@ -45,9 +43,6 @@ def asked(**changes: object) -> Asked:
     return explore.asked(parameters.build("07_explore", SMOKE | given))
 
 
-# -- steps ---------------------------------------------------------------------------------------------------
-
-
 def test_rates_are_interpolated_and_shares_scale_their_group_and_no_other():
     rates = {50: 1e9, 200: 4e9}
     found = [planner.interpolated(rates, at) for at in (100, 10, 999)]  # beyond the shapes: held
@@ -58,19 +53,18 @@ def test_rates_are_interpolated_and_shares_scale_their_group_and_no_other():
 
 
 def test_a_measured_cpu_has_the_band_of_held_out_rows_of_its_kind_of_run():
-    found = planner.plan(a_cpu(), MODEL, TRAIN, LENGTHS)
-    assert found.basis == "validated"
-    assert (found.step.low, found.step.high) == pytest.approx(
-        (found.step.seconds / 1.5, 1.5 * found.step.seconds)
-    )
     few, enough = {"rows": 2, "time_worst": 0.3}, {"rows": 4, "time_worst": 0.2}
     rates = {"product bf16": RATES["product fp32"], "head bf16": RATES["head fp32"], "bandwidth": 1e10}
     cpu = a_cpu(error=ERROR | {"adapted": enough, "bf16": few}, rates=RATES | rates)
-    adapted = planner.plan(cpu, MODEL, TRAIN, LENGTHS, adapter=AdapterPlan())
-    half = planner.plan(cpu, MODEL, changed(TRAIN, precision="bf16"), LENGTHS)
-    assert (adapted.basis, half.basis) == ("validated", "unvalidated")
-    assert adapted.step.high == pytest.approx(1.2 * adapted.step.seconds)
-    assert half.step.high == pytest.approx(1.3 * half.step.seconds)
+    for train, adapter, basis, band in (
+        (TRAIN, None, "validated", 1.5),
+        (TRAIN, AdapterPlan(), "validated", 1.2),
+        (changed(TRAIN, precision="bf16"), None, "unvalidated", 1.3),
+    ):
+        found = planner.plan(cpu, MODEL, train, LENGTHS, adapter=adapter)
+        assert found.basis == basis
+        assert found.step.high == pytest.approx(band * found.step.seconds)
+        assert found.step.low == pytest.approx(found.step.seconds / band)
 
 
 def test_a_gpu_has_a_range_is_validated_where_it_was_measured_and_no_faster_than_its_data_sheet():
@@ -109,23 +103,8 @@ def test_a_cpu_label_is_the_cpu_that_is_here_or_another_that_stands_in_and_it_is
     monkeypatch.setattr(hardware, "cpu_model", lambda: "Pentium 5/1")
     found = planner.plan(planner.cpu("cpu2"), MODEL, TRAIN, LENGTHS)
     assert (found.basis, "Pentium 5/1, which was not calibrated" in found.name) == ("unvalidated", True)
-    each = [planner.plan(one, MODEL, TRAIN, LENGTHS).step for one in planner.with_threads("cpu2")]
-    assert (found.step.low, found.step.high) == (min(s.low for s in each), max(s.high for s in each))
     assert planner.plan_main(["--size", "85m", "--gpu", "cpu2"]) == 0
     assert "not calibrated" in capsys.readouterr().out
-
-
-# -- plans ---------------------------------------------------------------------------------------------------
-
-
-def test_an_epoch_and_its_cost_follow_from_the_step():
-    (found,) = planner.plans("l4", MODEL, TRAIN, LENGTHS, users=51_200, price=3.6)
-    numbers = found.numbers()
-    assert numbers["epoch_seconds"] == pytest.approx(100 * numbers["step_seconds"])
-    assert numbers["cost_per_epoch"] == pytest.approx(numbers["epoch_seconds"] / 1000)
-    small, large = planner.plans("a100", MODEL, TRAIN, LENGTHS)
-    assert (small.device, large.device) == ("a100-40", "a100-80")
-    assert small.largest_batch < large.largest_batch
 
 
 def test_an_adapter_costs_less_than_training_everything_and_is_no_validated_plan():
@@ -149,25 +128,21 @@ def test_what_cannot_be_planned_is_told():
             planner.plans(label, MODEL, changed(TRAIN, precision=precision), LENGTHS)
 
 
-# -- command line --------------------------------------------------------------------------------------------
-
-
 def test_the_command_line_prints_a_prediction_that_fits_a_screen(capsys):
-    assert planner.plan_main(["--size", "430m", "--gpu", "l4", "--price", "0.7", "--epochs", "20"]) == 0
-    one = capsys.readouterr().out
-    prices = ["--price", "l4=0.7,a100=3", "--currency", "EUR"]
-    assert planner.plan_main(["--size", "430m", "--gpu", "all,cpu2", "--epochs", "20", *prices]) == 0
-    every = capsys.readouterr().out
-    for text in (one, every):
+    def printed(*arguments: str) -> str:
+        assert planner.plan_main(["--size", "430m", "--epochs", "20", *arguments]) == 0
+        return capsys.readouterr().out
+
+    one = printed("--gpu", "l4", "--price", "0.7")
+    every = printed("--gpu", "all,cpu2", "--price", "l4=0.7,a100=3", "--currency", "EUR")
+    for text, currency in ((one, "USD"), (every, "EUR")):
         lines = text.splitlines()
         assert len(lines) <= 40
         assert max(map(len, lines)) <= 110
-        assert "Predicted: 430m, batch 512, 20 epochs of 582,942 users" in text
-        assert "unvalidated" in text
-    assert "USD" in one
+        for part in ("Predicted: 430m, batch 512, 20 epochs of 582,942 users", "unvalidated", currency):
+            assert part in text
     rows = {line.split()[0]: line for line in every.splitlines()[3:]}
     assert set(rows) == {*hardware.catalogue(), "cpu2"}
-    assert "EUR" in every
     found = planner.plan_size("430m", "a100-80", price="a100=3", batch_size=512)
     assert f"{found.cost(20 * found.epoch.seconds):.3g} (" in rows["a100-80"]  # of all boards of that name
     assert rows["t4"].endswith("-")
@@ -183,6 +158,7 @@ def test_the_command_line_writes_json_for_adapters_other_catalogues_and_losses(c
     assert row["memory"]["weights"] == 4 * 429_153_286
     each = sum(row["memory"].values()) + work.CONTEXT_BYTES
     assert row["side_by_side"] == int(work.USABLE * 24 * 2**30) // each >= 1
+    assert row["epoch_seconds"] == pytest.approx(582_942 / 512 * row["step_seconds"], rel=1e-3)
     assert row["run_cost"] == pytest.approx(3 * row["epoch_seconds"] / 1000)
     small, large = plans("--size", "85m", "--gpu", "l4,h100", "--adapter", "ilora", "--rank", "8")
     assert (small["device"], large["device"], small["adapter"]) == ("l4", "h100", "ilora")
@@ -195,19 +171,12 @@ def test_the_command_line_writes_json_for_adapters_other_catalogues_and_losses(c
 
 def test_the_command_line_says_what_does_not_fit_and_what_makes_no_sense(capsys):
     assert planner.plan_main(["--size", "430m", "--gpu", "t4", "--batch-size", "65536"]) == 1
-    printed = capsys.readouterr().out
-    assert "DOES NOT FIT" in printed
-    assert "micro_batch_size=" in printed
+    assert "DOES NOT FIT" in capsys.readouterr().out
     wrong = ["--size 431m", "--mean-len 2", "--gpu gtx970", "--rank 8", "--epochs 0", "--users 0"]
     wrong += [f"--price {price}" for price in ("-1", "nan", "inf", "cheap", "l4=nan", "l4=", "h100=3")]
     for arguments in wrong:
         assert planner.plan_main(["--size", "85m", "--gpu", "l4", *arguments.split()]) == 2, arguments
-        printed = capsys.readouterr().err
-        assert printed.count("\n") == 1, arguments
-        assert printed.startswith("error: ")
-
-
-# -- notebook 07 ---------------------------------------------------------------------------------------------
+        assert re.fullmatch("error: .*\n", capsys.readouterr().err), arguments
 
 
 def test_plans_of_the_notebook_are_for_every_device_in_its_precision_at_the_price_of_one():
@@ -224,48 +193,7 @@ def test_plans_of_the_notebook_are_for_every_device_in_its_precision_at_the_pric
         cost = plan.epoch.seconds / 1000 if plan.device == "l4" else None
         assert plan.numbers()["cost_per_epoch"] == (cost and pytest.approx(cost))
     own = {plan.device: plan.precision for plan in found}
-    assert [own[name] for name in ("l4", "h100", "t4")] == ["tf32", "tf32", "fp16"]
-    assert own[next(iter(planner.cpus()))] == "fp32"
-    assert planner.precisions("t4") == ["auto", "fp32", "fp16"]
-
-
-def test_the_summary_says_what_it_is_and_whether_it_fits():
-    label = next(iter(planner.cpus()))
-    for one, parts in [
-        (asked(), ("predicted, unvalidated", "assumed efficiency", "NVIDIA L4", "bf16")),
-        (asked(device=label, price=None), ("predicted, validated", "worst error of")),
-        (asked(device="t4", size="430m", batch_size=65_536), ("DOES NOT FIT", "micro_batch_size")),
-        (asked(adapter="lora"), ("trained: lora, rank 8",)),
-    ]:
-        plan = planner.plan_of(one)
-        assert [part for part in parts if part not in explore.summary(one, plan)] == []
-        text = "\n".join(planner.report(plan))
-        assert [part for part in parts if part not in text and "lora" not in part] == []
-
-
-def test_a_table_of_plans_is_that_of_their_records(tmp_path, monkeypatch):
-    monkeypatch.setenv("RECLIB_RECORDS", str(tmp_path))
-    p = parameters.build("07_explore", SMOKE)
-    run = records.Run("07_explore", p, dict.fromkeys(records.CARD) | {"label": "cpu", "type": "cpu"})
-    one, every = asked(), planner.every_plan(asked())
-    for plan in every:
-        own, card = planner.about(one, plan), comparison.card_of(plan)
-        numbers = {"timings": planner.timed(plan), "series": planner.series(plan)}
-        run.result("plan", planner.counted(plan), params=own, kind="predicted", device=card, **numbers)
-    written = records.read(tmp_path)
-    found = tables.table(written).sort_values(["device", "part"], ignore_index=True)
-    live = planner.table(one, every).sort_values(["device", "part"], ignore_index=True)
-    for column in ("device", "part", "bytes", "epoch_seconds", "status", "basis", "size"):
-        assert found[column].tolist() == live[column].tolist()
-    assert {r["kind"] for r in written} == {"predicted"}
-    said = " ".join(findings.sentences("07_explore", written))
-    assert "85m at a batch of 512 fits on 10 of 10 GPUs" in said
-    assert "plans are unvalidated" in said
-    for figure in (speed_figures.parts(every[-1]), speed_figures.by_device(live)):
-        assert "predicted" in f"{figure.layout.title.text} {figure.layout.title.subtitle.text}"
-
-
-# -- records -------------------------------------------------------------------------------------------------
+    assert [own[name] for name in ("l4", "h100", "t4", "cpu2 AMD EPYC")] == ["tf32", "tf32", "fp16", "fp32"]
 
 
 def test_committed_predictions_are_older_than_their_measurements():
@@ -278,13 +206,9 @@ def test_committed_predictions_are_older_than_their_measurements():
         held_out = [r for r in rows if r["own_params"].get("cpu", r["device"]["name"]) == cpu]
         assert len(held_out) >= 10
         assert all(row["time"] > times[title_of(row["own_params"])] for row in held_out)
-        assert {"5m", "85m", "130m"} <= {row["own_params"]["size"] for row in held_out}
-        assert {row["own_params"]["threads"] for row in held_out} == {1, 2}
         for threads in (1, 2):
-            measured = planner.cpus()[f"cpu{threads} {cpu}"]
-            assert (measured.threads, measured.error["of"]) == (threads, "held-out")
-            assert measured.error["rows"] >= 10
-            assert set(measured.shares) == set(planner.GROUPS)
+            measured = planner.cpus()[f"cpu{threads} {cpu}"].error
+            assert (measured["of"], measured["rows"] >= 10) == ("held-out", True)
 
 
 def title_of(row: dict) -> str:
@@ -294,22 +218,6 @@ def title_of(row: dict) -> str:
 
 def hardware_params(**changes):
     return parameters.build("06_hardware", parameters.profile("06_hardware", "smoke") | changes)
-
-
-def test_predictions_lie_in_the_folder_of_their_device_and_are_never_measured(tmp_path, monkeypatch):
-    monkeypatch.setenv("RECLIB_RECORDS", str(tmp_path))
-    p = hardware_params(gpu="l4", devices=["l4", "v100"], sizes=["5m"])
-    card = dict.fromkeys(records.CARD) | {"label": "cpu", "type": "cpu", "name": "test"}
-    run = records.Run("06_hardware", p, card)
-    for row in comparison.predicted(p):
-        about = {"params": row.own_params, "timings": row.timings, "kind": "predicted", "device": row.card}
-        run.result("hardware_step", row.metrics, **about)
-    found = records.read(tmp_path)
-    assert {r["label"] for r in found} == {"l4", "v100-16", "v100-32"}
-    assert {r["kind"] for r in found} == {"predicted"}
-    assert all("data sheet" in r["device"]["name"] for r in found)
-    with pytest.raises(ValueError, match="not here"):
-        run.result("hardware_step", {}, device={"label": "l4"})
 
 
 def test_no_committed_record_of_a_gpu_without_a_self_check_is_measured():

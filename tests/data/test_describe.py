@@ -1,47 +1,29 @@
-from __future__ import annotations
-
-import dataclasses
 from collections import Counter
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import dataset_of
 
-from reclib.config import InputError
-from reclib.data import fetch
-from reclib.data.dataset import Dataset, Keys, ties
-from reclib.data.prepare import synthetic_dataset
+from reclib.data.dataset import Dataset
 from reclib.experiments import data_prep
 
-# Histories of (time, item); few items and times, so that repeats and ties are frequent.
+# Histories of (item, time); few items and times, so that repeats and ties are frequent.
 histories = st.lists(
-    st.lists(st.tuples(st.integers(0, 4), st.integers(1, 4)), min_size=1, max_size=9), min_size=1, max_size=8
+    st.lists(st.tuples(st.integers(1, 4), st.integers(0, 4)), min_size=1, max_size=9), min_size=1, max_size=8
 )
 
 
-def dataset_of(given: list[list[tuple[int, int]]], unit: str = "s", names: int = 4) -> Dataset:
-    """Return a dataset of histories; each is put in the order of time, ties as they are given."""
-    ordered = [sorted(one, key=lambda event: event[0]) for one in given]
-    events = [event for one in ordered for event in one]
-    offsets = np.cumsum([0, *map(len, ordered)])
-    manifest = {"time_unit": unit}
-    made = Dataset(
-        "own",
-        np.array([item for _, item in events], dtype=np.int32),
-        offsets,
-        Keys.encode(["", *map(str, range(1, names + 1))]),
-        Keys.encode(list(map(str, range(len(ordered))))),
-        {},
-        manifest,
-        times=np.array([time for time, _ in events], dtype=np.int64),
-    )
-    manifest["ties"] = ties(made)
-    return made
+def by_portions(describe, dataset: Dataset, portion: int):
+    """What is described, with the histories cut into portions."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_prep, "PORTION", portion)
+        return describe(dataset)
 
 
 def per_user(dataset: Dataset) -> list[list[tuple[int, int]]]:
-    pairs = list(zip(dataset.times.tolist(), dataset.items.tolist(), strict=True))
+    pairs = list(zip(dataset.items.tolist(), dataset.times.tolist(), strict=True))
     return [pairs[a:b] for a, b in zip(dataset.offsets[:-1], dataset.offsets[1:], strict=True)]
 
 
@@ -52,21 +34,19 @@ def test_repeats_are_those_of_a_loop(given_histories, portion):
     again, exact, in_a_row, targets = 0, 0, 0, []
     for history in per_user(dataset):
         seen: set[int] = set()
-        for place, (_, item) in enumerate(history):
+        for place, (item, _) in enumerate(history):
             again += item in seen
-            in_a_row += place > 0 and history[place - 1][1] == item
+            in_a_row += place > 0 and history[place - 1][0] == item
             if place == len(history) - 1 and len(history) > 2:
                 targets.append(item in seen)
             seen.add(item)
         exact += sum(count - 1 for count in Counter(history).values())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data_prep, "PORTION", portion)  # however the histories are cut into portions
-        found = data_prep.repeats(dataset).metrics
     size = dataset.num_interactions
-    assert found["repeat_share"] == pytest.approx(again / size)
-    assert found["exact_duplicate_share"] == pytest.approx(exact / size)
-    assert found["in_a_row_share"] == pytest.approx(in_a_row / size)
-    assert found["repeat_target_share"] == pytest.approx(np.mean(targets) if targets else 0)
+    expected = {"repeat_share": again / size, "exact_duplicate_share": exact / size}
+    expected |= {"in_a_row_share": in_a_row / size}
+    expected |= {"repeat_target_share": np.mean(targets) if targets else 0}
+    found = by_portions(data_prep.repeats, dataset, portion).metrics
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
 
 
 @settings(deadline=None, max_examples=60)
@@ -74,13 +54,11 @@ def test_repeats_are_those_of_a_loop(given_histories, portion):
 def test_candidates_for_the_last_item_are_those_of_a_loop(given_histories, portion):
     dataset = dataset_of(given_histories)
     expected = Counter(
-        len({item for time, item in history if time == history[-1][0]})
+        len({item for item, time in history if time == history[-1][1]})
         for history in per_user(dataset)
         if len(history) > 2
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data_prep, "PORTION", portion)
-        found = data_prep.last_items(dataset)
+    found = by_portions(data_prep.last_items, dataset, portion)
     assert dict(zip(found.series["candidates"], found.series["users"], strict=True)) == expected
     uncertain = sum(users for candidates, users in expected.items() if candidates > 1)
     share = uncertain / max(sum(expected.values()), 1)
@@ -90,33 +68,11 @@ def test_candidates_for_the_last_item_are_those_of_a_loop(given_histories, porti
 @pytest.mark.parametrize(("unit", "per_second"), [("s", 1), ("ms", 1000)])
 def test_interactions_over_time_are_all_counted_once(unit, per_second):
     start = 1_600_000_000
-    given_histories = [
-        [((start + 60 * n * (u + 1)) * per_second, 1 + n % 4) for n in range(9)] for u in range(5)
-    ]
-    dataset = dataset_of(given_histories, unit)
-    found = data_prep.divisions(dataset, seed=0)
-    made = data_prep.over_time(dataset, found)
+    times = [[(start + 60 * n * (u + 1)) * per_second for n in range(9)] for u in range(5)]
+    dataset = dataset_of([[(1 + n % 4, time) for n, time in enumerate(row)] for row in times], 4, unit)
+    made = data_prep.over_time(dataset, data_prep.divisions(dataset, seed=0))
     assert sum(made.series["interactions"]) == dataset.num_interactions
     assert (sum(made.series["new_users"]), sum(made.series["new_items"])) == (5, 4)
     assert made.series["start"][0] == "2020-09-13 12:26"  # of 1.6e9 seconds, in UTC
     assert made.metrics["days"] == pytest.approx(60 * 8 * 5 / 86_400)
     assert start < made.metrics["valid_from"] < made.metrics["test_from"] < start + 60 * 8 * 5
-
-
-def test_without_times_nothing_is_said_about_time(capsys):
-    dataset = synthetic_dataset(30, 20, 6.0, seed=0)
-    assert list(data_prep.divisions(dataset, seed=0)) == ["leave_one_out", "random_users"]
-    assert "no global time split" in capsys.readouterr().out
-    for ask in (data_prep.last_items, lambda one: data_prep.over_time(one, {})):
-        with pytest.raises(InputError, match="no times"):
-            ask(dataset)
-    assert "exact_duplicate_share" not in data_prep.repeats(dataset).metrics
-
-
-def test_downloads_and_published_counts():
-    table = data_prep.downloads()
-    assert table.index.tolist() == list(fetch.catalogue())
-    assert table.loc["ml-20m", "interactions"] == "20,000,263"
-    dataset = dataclasses.replace(dataset_of([[(0, 1)]]), name="ml-100k")
-    dataset.manifest["source"] = {"origin": "RecBole"}
-    assert data_prep.published(dataset) == {"interactions": 100_000, "users": 943, "items": 1682}

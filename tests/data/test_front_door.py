@@ -1,7 +1,5 @@
 """What a newcomer calls: the names of `reclib`, the README's ten lines, `fit` from the shell."""
 
-from __future__ import annotations
-
 import os
 import random
 import re
@@ -76,8 +74,6 @@ def test_histories_are_ids_numbers_or_titles_and_what_is_left_is_returned(model)
     twice = reclib.train.saving.Recommender(model.model, model.keys, ["Same"] * 12, {})
     for recommender, history, k, message in (
         (model, ["1"], 0, "k is 0"),
-        (model, ["1"], True, "k is True"),
-        (model, "123", 5, "expected a list"),
         (model, {"1", "2"}, 5, "expected a list of items, oldest first"),
         (model, [], 5, "the history is empty"),
         (model, ["nothing"], 5, "unknown item 'nothing'"),
@@ -104,18 +100,13 @@ def test_a_model_is_evaluated_adapted_and_planned(data, model):
     with pytest.raises(InputError, match=r"unknown setting 'epoch' \(did you mean 'epochs'"):
         fit(data, epoch=1)
     assert plan("5m", "l4", price=1.0).fits
-    for price in (float("nan"), float("inf"), -1.0):
-        with pytest.raises(InputError, match="price"):
-            plan("5m", "l4", price=price)
     with pytest.raises(InputError, match="stands for v100-16, v100-32"):
         plan("5m", "v100")
 
 
 def test_fit_leaves_a_model_that_recommends_from_the_shell(study, project):
     options = ["--dataset", "synthetic", "--size", "nano", "--gpu", "cpu", "--out", "runs/mine"]
-    done = study(
-        "fit", *options, "-p", "epochs", "1", "-p", "learning_rate", "1e-3", "-p", "clip_norm", "null"
-    )
+    done = study("fit", *options, "-p", "epochs", "1", "-p", "clip_norm", "null")
     assert done.returncode == 0, done.stderr
     command = done.stderr.splitlines()[-1].removeprefix("next: python -m reclib ").split()
     listed = study(*command, "-k", "3")

@@ -1,35 +1,24 @@
+"""Divisions of a dataset: nothing that trains is later than what judges, and rows are what they say."""
+
 import dataclasses
+import itertools
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
+from small_models import dataset_of
+from spread import spread
 
 from reclib.config import InputError
 from reclib.data import splits
-from reclib.data.dataset import Dataset, Keys
+from reclib.data.dataset import Dataset, Histories
+from reclib.data.splits import row_users
 
 NUM_ITEMS = 12
-
-
-def made(histories: list[list[tuple[int, int]]], num_items: int = NUM_ITEMS) -> Dataset:
-    """A dataset of each user's (item, time) interactions."""
-    histories = [sorted(history, key=lambda event: event[1]) for history in histories]
-    flat = [event for history in histories for event in history]
-    items, times = (np.array([event[n] for event in flat]) for n in (0, 1))
-    return Dataset(
-        name="made",
-        items=items.astype(np.int32),
-        offsets=np.cumsum([0, *map(len, histories)]),
-        item_keys=Keys.encode(["", *map(str, range(1, num_items + 1))]),
-        user_keys=Keys.encode([f"u{n}" for n in range(len(histories))]),
-        titles={},
-        manifest={"fingerprint": "made", "time_unit": "s"},
-        times=times.astype(np.int64),
-    )
-
-
+made = partial(dataset_of, num_items=NUM_ITEMS)
 EVENT = st.tuples(st.integers(1, NUM_ITEMS), st.integers(0, 30))
 HISTORIES = st.lists(st.lists(EVENT, min_size=1, max_size=9), min_size=2, max_size=12)
 
@@ -62,10 +51,12 @@ def test_leave_one_out_trains_on_no_target_and_nothing_after_it(histories):
     split = splits.leave_one_out(dataset)
     check_rows(dataset, split)
     seen = trained(split)
-    for part in (split.valid, split.test):
-        for start, target in zip(part.histories.starts, part.histories.ends, strict=True):
-            user = int(np.searchsorted(dataset.offsets, start, side="right"))
-            assert not seen & set(range(target, dataset.offsets[user]))
+    for part, from_the_end in ((split.valid, 2), (split.test, 1)):
+        users = splits.row_users(dataset, part.histories)
+        assert np.array_equal(part.histories.ends, dataset.offsets[users + 1] - from_the_end)
+        for user, target in zip(users, part.histories.ends, strict=True):
+            assert not seen & set(range(target, dataset.offsets[user + 1]))
+    assert len(seen) == dataset.num_interactions - 2 * len(split.test.targets)  # short histories train whole
     assert split.about["train_interactions"] == len(seen)
     assert split.about["evaluated_users"] + split.about["left_out_short_histories"] == dataset.num_users
 
@@ -127,16 +118,21 @@ def test_time_points_among_equal_times():
 
 def test_impossible_divisions_are_told():
     dataset = made([[(1, 1), (2, 2)]] * 4)
-    with pytest.raises(InputError, match="no times"):
-        splits.global_time(dataclasses.replace(dataset, times=None))
-    with pytest.raises(InputError, match="target is 'next'"):
-        splits.global_time(dataset, target="next")
-    for shares in [(0.0, 0.1), (0.6, 0.4), (-0.1, 0.2)]:
-        with pytest.raises(InputError, match="expected both above 0"):
-            splits.global_time(dataset, *shares)
-    for shares in [(0.5, 0.5), (0.5, 0.4, 0.2), (0.0, 0.5, 0.5), (1.2, -0.1, -0.1)]:
-        with pytest.raises(InputError, match="shares are"):
-            splits.random_users(dataset, shares)
+    for split, given_, problem in [
+        (splits.global_time, (0.1, 0.1, "next"), "target is 'next'"),
+        (splits.global_time, (0.0, 0.1), "both above 0"),
+        (splits.global_time, (0.6, 0.4), "both above 0"),
+        (splits.random_users, ((0.5, 0.5),), "shares are"),
+        (splits.random_users, ((1.2, -0.1, -0.1),), "shares are"),
+        (splits.divide, ((0.5, 0.3, 0.2), 4), "sum is below 1"),
+        (splits.divide, ((0.0, 0.3, 0.2), 4), "above 0"),
+        (splits.divide, ((0.0001, 0.3, 0.2), 4), "part empty"),
+    ]:
+        with pytest.raises(InputError, match=problem):
+            split(dataset, *given_)
+    for split, given_ in [(splits.global_time, ()), (splits.divide, (SHARES, 4))]:
+        with pytest.raises(InputError, match="no times"):
+            split(dataclasses.replace(dataset, times=None), *given_)
 
 
 @settings(max_examples=40, deadline=None)
@@ -200,3 +196,99 @@ def test_negatives_by_popularity(rounds, monkeypatch):
     drawn = splits.sample_candidates(dataset, rows, 1, "popularity", seed=3)
     found = np.bincount(drawn[:, 0], minlength=7) / size
     assert found[3:] == pytest.approx(np.arange(3, 7) / 18, abs=0.025)
+
+
+SHARES = (0.5, 0.25, 0.1)
+SEGMENT = 0.6  # few of these users live long enough to have a past and a test window
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return spread()
+
+
+@pytest.fixture(scope="module")
+def whole(dataset) -> splits.Periods:
+    return splits.divide(dataset, SHARES, 4)
+
+
+def test_nothing_that_trains_is_later_than_what_judges_and_parts_have_their_shares(dataset, whole):
+    first, second, third = whole.about["points"]
+    times = dataset.times
+    adaptation = whole.adaptation
+    assert times[whole.base.train.places()].max() < first
+    assert times[whole.base.valid.histories.ends].max() < first
+    valid, test = (times[rows.histories.ends] for rows in (adaptation.valid, adaptation.test))
+    parts = (times[adaptation.train.places()], first, second), (valid, second, third), (test, third, np.inf)
+    for part, begin, end in parts:
+        assert begin <= part.min() <= part.max() < end
+    counts = np.array(list(whole.about["interactions"].values()))
+    assert counts.sum() == dataset.num_interactions
+    np.testing.assert_allclose(counts / counts.sum(), [*SHARES, 0.15], atol=0.02)
+
+
+def test_a_target_follows_all_that_its_user_did_before(dataset, whole):
+    for rows in (whole.adaptation.valid, whole.adaptation.test):
+        users = row_users(dataset, rows.histories)
+        assert (rows.histories.starts == dataset.offsets[users]).all()
+        assert (rows.histories.ends < dataset.offsets[users + 1]).all()
+        assert (rows.targets == dataset.items[rows.histories.ends]).all()
+        assert (rows.histories.lengths > 0).all()
+        assert np.bincount(users).max() == 4
+        assert len(np.unique(rows.histories.ends)) == len(rows.targets)
+
+
+def test_targets_are_drawn_by_seed_and_all_can_be_drawn(dataset, whole):
+    again = splits.divide(dataset, SHARES, 4).adaptation.test
+    other = splits.divide(dataset, SHARES, 4, seed=1).adaptation.test
+    assert (again.histories.ends == whole.adaptation.test.histories.ends).all()
+    assert not np.array_equal(other.histories.ends, again.histories.ends)
+    every = splits.divide(dataset, SHARES, 10_000).adaptation.test
+    wanted = np.flatnonzero(dataset.times >= whole.about["points"][2])
+    wanted = wanted[~np.isin(wanted, dataset.offsets[:-1])]  # a first interaction has no history
+    np.testing.assert_array_equal(every.histories.ends, wanted)
+
+
+def test_a_metric_is_averaged_over_a_users_targets(dataset, whole):
+    rows = whole.adaptation.test
+    users = row_users(dataset, rows.histories)
+    values = np.random.default_rng(0).random((2, len(users)))
+    found = splits.by_user(dataset, rows, values)
+    for place, user in enumerate(np.unique(users)):
+        np.testing.assert_allclose(found[:, place], values[:, users == user].mean(axis=1))
+
+
+def test_the_segment_is_told_from_the_past_alone(dataset, whole):
+    found = splits.segment(dataset, whole, SEGMENT)
+    ranks = splits.popularity_ranks(whole.base.train, dataset.num_items)
+    distance = {}
+    for user, (start, end) in enumerate(itertools.pairwise(dataset.offsets)):
+        past = [
+            ranks[dataset.items[i]] for i in range(start, end) if dataset.times[i] < whole.about["points"][0]
+        ]
+        distance[user] = np.mean(past) if past else -1
+    threshold = found.about["threshold"]
+    for part, all_of_it in (
+        (found.train, whole.adaptation.train),
+        (found.valid.histories, whole.adaptation.valid.histories),
+        (found.test.histories, whole.adaptation.test.histories),
+    ):
+        users = row_users(dataset, all_of_it)
+        wanted = [end for user, end in zip(users, all_of_it.ends, strict=True) if distance[user] >= threshold]
+        assert part.ends.tolist() == wanted
+        assert 0 < len(wanted) < len(users)
+    have_a_past = sum(distance[user] >= 0 for user in row_users(dataset, whole.adaptation.train))
+    assert len(found.train.starts) == pytest.approx(SEGMENT * have_a_past, abs=1.5)
+
+
+def test_ranks_and_neighbours_by_hand():
+    histories = Histories(np.array([3, 3, 1, 3, 1, 2], dtype=np.int32), np.array([0, 3]), np.array([3, 6]))
+    np.testing.assert_allclose(splits.popularity_ranks(histories, 4), [0, 1 / 3, 2 / 3, 0, 1])
+    ranks = np.array([0, 0.5, 1.0, 0.0, 0.25])
+    np.testing.assert_allclose(splits.mean_rank(histories, ranks), [0.5 / 3, 1.5 / 3])
+
+    items = np.array([1, 5, 2, 5, 1, 6, 6, 3], dtype=np.int32)
+    histories = Histories(items, np.array([0, 3, 5]), np.array([3, 5, 8]))
+    known = np.array([False, True, True, True, True, False, False])
+    found = splits.neighbours(histories, known)
+    assert {item: sorted(beside.tolist()) for item, beside in found.items()} == {5: [1, 1, 2], 6: [3]}

@@ -1,7 +1,5 @@
 """Each baseline against a brute-force or textbook computation on tiny data."""
 
-from __future__ import annotations
-
 import gzip
 import itertools
 
@@ -127,23 +125,6 @@ def test_similarities_do_not_depend_on_their_blocks_nor_scores_on_theirs(monkeyp
             np.testing.assert_allclose(all_scores(fit(), histories), scores, rtol=1e-5, atol=1e-6)
 
 
-def test_ease_refuses_a_catalogue_beyond_its_memory():
-    histories = random_histories([4, 6])
-    with pytest.raises(InputError, match=r"160,000 items needs 286\.1 GiB.*'memory_bytes' allows 4\.0 GiB"):
-        baselines.fit_ease(histories, 160_000)
-
-
-def test_nothing_is_fitted_to_the_items_after_training():
-    rows = [[1, 2, 3], [4, 5, 6], [2, 3, 4]]
-    whole = of_rows(rows)
-    training = whole._replace(ends=whole.ends - 1)
-    other = whole._replace(items=whole.items.copy())
-    other.items[whole.ends - 1] = 1
-    for name, family in baselines.families().items():
-        one, two = (family.fit(h, NUM_ITEMS) for h in (training, training._replace(items=other.items)))
-        assert (all_scores(one, training) == all_scores(two, training)).all(), name
-
-
 def test_validation_chooses_and_keeps_what_it_saw():
     rows = [[1, 2, 3]] * 6 + [[4, 5, 3]] * 2
     histories = of_rows(rows)
@@ -151,7 +132,6 @@ def test_validation_chooses_and_keeps_what_it_saw():
     family = baselines.Family(baselines.fit_markov, {"smoothing": (1e6, 1.0, 2.0)})
     choice = baselines.choose(family, histories, NUM_ITEMS, valid)
     assert choice.chosen == {"smoothing": 1.0}  # as good as 2.0, and before it
-    assert [row["smoothing"] for row in choice.tried] == [1e6, 1.0, 2.0]
     assert choice.at_edge == ["smoothing"]
     best = metrics.summary(metrics.rank(choice.recommender.scores(valid), valid, True).ranks)
     assert best["ndcg@10"] == choice.tried[1]["ndcg@10"] > choice.tried[0]["ndcg@10"]
@@ -160,16 +140,16 @@ def test_validation_chooses_and_keeps_what_it_saw():
 
 
 def test_impossible_hyperparameters_are_refused_by_name():
-    for fit, values in [
-        (baselines.fit_recent, {"last": 0}),
-        (baselines.fit_markov, {"smoothing": 0.0}),
-        (baselines.fit_item_knn, {"shrink": -1.0}),
-        (baselines.fit_ease, {"regularisation": 0.0}),
-        (baselines.fit_pairwise_counts, {"decay": 1.5}),
+    for fit, items, values, message in [
+        (baselines.fit_recent, NUM_ITEMS, {"last": 0}, "'last' is 0"),
+        (baselines.fit_markov, NUM_ITEMS, {"smoothing": 0.0}, "'smoothing' is 0.0"),
+        (baselines.fit_item_knn, NUM_ITEMS, {"shrink": -1.0}, "'shrink' is -1.0"),
+        (baselines.fit_ease, NUM_ITEMS, {"regularisation": 0.0}, "'regularisation' is 0.0"),
+        (baselines.fit_pairwise_counts, NUM_ITEMS, {"decay": 1.5}, "'decay' is 1.5"),
+        (baselines.fit_ease, 160_000, {}, r"286\.1 GiB.*'memory_bytes' allows 4\.0 GiB"),
     ]:
-        ((name, value),) = values.items()
-        with pytest.raises(InputError, match=f"parameter '{name}' is {value}"):
-            fit(of_rows([[1, 2]]), NUM_ITEMS, **values)
+        with pytest.raises(InputError, match=message):
+            fit(of_rows([[1, 2]]), items, **values)
 
 
 @given(

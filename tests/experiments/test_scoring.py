@@ -135,11 +135,9 @@ def test_kept_ranks_alone_give_the_same_again_and_a_seed_that_chose_the_recipe_d
             row["configuration"]["arms"],
             row["own_params"]["model"].removesuffix("_with_validation"),
         )
-        assert {arm.split(" (")[0] for arm in arms} == {model} & {"bert4rec", "twin", "other"}, (
-            "its own arms only"
-        )
-        for settings in arms.values():
-            settings["model"]["hidden_dim"] *= 2
+        assert {arm.split(" (")[0] for arm in arms} == {model} & {"bert4rec", "twin", "other"}  # its own
+        for arm_configuration in arms.values():
+            arm_configuration["model"]["hidden_dim"] *= 2
     assert tables.looks(rows + wider)[where, "leave-one-out", "bert4rec"] == 2
     file = here.ranks_file(arm, 1)
     kept = dict(np.load(file))

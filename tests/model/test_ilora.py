@@ -1,20 +1,18 @@
-"""Adapters: nothing is bypassed, kinds are what they say, and frozen weights cost nothing."""
+"""Adapters: nothing is bypassed, kinds are what they say, frozen weights cost nothing; what a gate sees."""
 
-from __future__ import annotations
-
-import threading
-
+import numpy as np
 import pytest
 import torch
 from adapting import EVERYTHING, KINDS, UNTIED, adapted, base, batch, rows_of, scores, stir
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import NUM_ITEMS, histories, small_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from reclib.config import AdapterConfig, InputError, ModelConfig, TrainConfig, changed, validated
-from reclib.data.batches import Batch
+from reclib.config import PAD, AdapterConfig, InputError, ModelConfig, TrainConfig, changed, validated
+from reclib.data.batches import Batch, Epoch
 from reclib.model.bert4rec import Bert4Rec
-from reclib.model.ilora import AdaptedModel, base_hash
+from reclib.model.ilora import AdaptedModel, Representation, Rows, base_hash, visible_prefixes
 from reclib.model.lora import LowRank
 from reclib.train import losses
 from reclib.train.losses import batch_loss
@@ -37,56 +35,17 @@ def trained_names(model: AdaptedModel) -> list[str]:
     return [name for name, p in model.named_parameters() if p.requires_grad]
 
 
-# -- nothing is bypassed -------------------------------------------------------------------------------------
-
-
-def test_a_new_adapter_changes_nothing():
-    for kind in KINDS:
-        for shape in (UNTIED, {"norm": "post", "positions": "sinusoidal"}, {"table_dim": 12}):
-            model, one = base(**shape), batch()
-            before = scores(model, one)
-            found = AdaptedModel(model)
-            found.add("new", AdapterConfig(kind=kind, targets=EVERYTHING))
-            close(scores(found, one), before, rtol=0, atol=1e-6)
-
-
-@torch.no_grad()
-def test_every_adapter_changes_the_output_on_both_ways_through_the_model():
-    for kind in ("lora", "gated", "ilora"):
-        found, one = adapted(kind, targets=EVERYTHING), batch()
-        before, everywhere = scores(found, one), scores(found, one, everywhere=True)
-        close(before, everywhere, **NEAR)
-        assert torch.equal(scores(found.train(), one), before)
-        assert len(found.layers()) == 4 * 2 + 3
-        names = trained_names(found)
-        assert len(names) == 11 * 2 + {"gated": 11, "ilora": 1}.get(kind, 0)
-        for name in names:
-            parameter = found.get_parameter(name)
-            kept = parameter.clone()
-            parameter.add_(0.1 * torch.randn(kept.shape, generator=torch.Generator().manual_seed(3)))
-            assert gap(scores(found, one), before) > 1e-5, name
-            parameter.copy_(kept)
-    # Keys, queries and values of the last layer, each by its own rows of B.
-    found = adapted("lora", targets=("blocks.1.attention.qkv",))
-    before = scores(found, one)
-    B = found.get_parameter("base.blocks.1.attention.qkv.adapters.default.lora_B.weight")
-    for part in (slice(0, 16), slice(16, 32), slice(32, 48)):
-        kept = B.clone()
-        B[part] += 1.0
-        assert gap(scores(found, one), before) > 1e-5
-        B.copy_(kept)
-
-
 def test_every_adapter_and_the_gate_have_a_gradient_and_nothing_else_has():
     for kind in KINDS:
-        found = adapted(kind, targets=EVERYTHING).train()
-        loss_of(found, batch()).backward()
+        found, one = adapted(kind, targets=EVERYTHING), batch()
+        before = scores(found, one)
+        close(scores(found, one, everywhere=True), before, **NEAR)
+        assert torch.equal(scores(found.train(), one), before)
+        assert len(trained_names(found)) == 11 * 2 + {"gated": 11, "ilora": 1}.get(kind, 0)
+        loss_of(found, one).backward()
         for name, parameter in found.named_parameters():
             assert parameter.requires_grad == (parameter.grad is not None), name
             assert parameter.grad is None or float(parameter.grad.abs().max()) > 0, name
-
-
-# -- kinds are what they say ---------------------------------------------------------------------------------
 
 
 @given(rank=st.sampled_from([(4, 1), (4, 2), (8, 4), (6, 3), (8, 8)]), seed=st.integers(0, 99))
@@ -143,14 +102,10 @@ def test_packed_equals_padded():
 
 
 @torch.no_grad()
-def test_the_gate_is_the_segments_own_and_queries_are_not_taken_for_places():
+def test_experts_share_one_weight_and_queries_are_not_taken_for_places():
     found, one = adapted("ilora", targets=EVERYTHING), batch()
     weights = found.expert_weights(*rows_of(one))
     close(weights.sum(-1), torch.ones(weights.shape[:2]))
-    segments = [weights[one.segment_ids == s] for s in range(1, one.num_sequences + 1)]
-    for values in segments:
-        close(values, values[:1].expand_as(values))
-    assert float(torch.stack([values[0] for values in segments]).std(0).max()) > 1e-3
     R, L = one.items.shape  # as many queries as places
     states = found.encode(*rows_of(one), torch.arange(L - 1, -1, -1).expand(R, -1))
     assert states.shape[:2] == (R, L)
@@ -173,19 +128,6 @@ def test_a_gate_on_states_is_trained_while_they_stay_as_they_are():
         assert torch.equal(found.expert_weights(*rows_of(batch())), before)  # without dropout
 
 
-def test_controls_take_something_away():
-    one, model = batch(), adapted("ilora")
-    for control in ("shuffled_user", "noise", "static_gate"):
-        other = copied(model, adapted("ilora", control=control))
-        assert gap(scores(other, one), scores(model, one)) > 1e-4, control
-    fixed, again = (adapted("ilora", control="fixed_gate").gates["default"].linear.weight for _ in range(2))
-    assert not fixed.requires_grad
-    assert torch.equal(fixed, again)
-
-
-# -- compiled, in threads, by the trainer --------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_compiled_is_eager():
     """In one graph: the gate leaves no break in it."""
@@ -199,45 +141,6 @@ def test_compiled_is_eager():
     close(compiled(*rows), found.encode(*rows), **NEAR)
     for name, gradient in gradients[0].items():
         close(gradients[1][name], gradient, rtol=1e-3, atol=1e-4)
-
-
-def test_two_threads_do_not_see_each_others_gates():
-    found, batches = adapted("ilora"), (batch(), batch((5, 5, 12, 3, 8, 9, 2, 2)))
-    wrong: list[float] = []
-
-    def work(one: Batch, right: torch.Tensor) -> None:
-        wrong.extend(gap(scores(found, one), right) for _ in range(20))
-
-    threads = [threading.Thread(target=work, args=(one, scores(found, one))) for one in batches]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(wrong) == 40
-    assert max(wrong) < 1e-4
-
-
-# -- frozen weights cost nothing -----------------------------------------------------------------------------
-
-
-def test_frozen_layers_have_no_weight_gradient_product():
-    """A product costs 1 forward, 1 for its input's gradient, 1 for its weight's: frozen, no third."""
-    shape = {"hidden_dim": 64, "num_layers": 3} | UNTIED
-    one = batch()
-
-    def products(model: torch.nn.Module, backward: bool) -> int:
-        with FlopCounterMode(display=False) as counter:
-            out = model.encode(*rows_of(one), one.query_index)
-            if backward:
-                out.square().sum().backward()
-        return counter.get_total_flops()
-
-    forward = products(base(**shape), False)
-    found = adapted("ilora", base(**shape), rank=4, num_experts=2)
-    adapters = products(found, False) - forward
-    assert 0 < adapters < 0.3 * forward
-    assert products(base(**shape).requires_grad_(True), True) > 2.8 * forward
-    assert products(found.train(), True) <= 2 * forward + 3 * adapters
 
 
 def test_an_adapted_output_table_has_no_product_for_the_frozen_part(monkeypatch):
@@ -287,15 +190,12 @@ def test_frozen_weights_can_be_held_in_the_precision_of_the_products():
     assert all(p.grad.dtype == torch.float32 for p in found.parameters() if p.requires_grad)
 
 
-# -- several, merged, taken away -----------------------------------------------------------------------------
-
-
 def test_several_adapters_on_one_base_chosen_per_batch():
     model, one = base(**UNTIED), batch()
     plain = scores(model, one)
     found = AdaptedModel(model)
     for seed, (name, kind) in enumerate({"june": "lora", "july": "ilora", "new": "lora"}.items()):
-        found.add(name, AdapterConfig(kind=kind, targets=EVERYTHING if name == "july" else ("qkv",)))
+        found.add(name, AdapterConfig(kind=kind, targets=("qkv",) if name == "june" else EVERYTHING))
         if name != "new":
             stir(found, seed)
     answers = {}
@@ -303,17 +203,14 @@ def test_several_adapters_on_one_base_chosen_per_batch():
         found.use(name)
         answers.setdefault(name, scores(found, one))
         assert torch.equal(scores(found, one), answers[name])
-        trained = {
-            n.split(".adapters.")[1].split(".")[0] for n in trained_names(found) if n.startswith("base")
-        }
-        assert trained == ({name} if name else set())
+        adapters = {n.split(".adapters.")[1].split(".")[0] for n in trained_names(found) if "gates" not in n}
+        assert adapters == ({name} if name else set())
     for name in (None, "new"):
         close(answers[name], plain, rtol=0, atol=1e-6)
     assert gap(answers["june"], answers["july"]) > 1e-2
     found.delete("june")
     assert torch.equal(scores(found, one), answers["july"])
     found.delete("july")
-    assert found.active is None
     assert found.unload() is model
     assert torch.equal(scores(model, one), plain)
 
@@ -324,10 +221,8 @@ def test_merging_is_exact_or_refused():
         found = adapted(kind, targets=EVERYTHING, **changes)
         before = scores(found, one)
         plain = found.merge_and_unload()
-        assert type(plain) is Bert4Rec
         assert plain.state_dict().keys() == base(**UNTIED).state_dict().keys()
         assert all(p.requires_grad for p in plain.parameters())
-        assert base_hash(plain) != found.base_sha256
         close(scores(plain, one), before, rtol=1e-4, atol=1e-4)
     rounded, none = adapted("lora"), adapted("lora")
     rounded.hold_frozen(torch.bfloat16)
@@ -343,22 +238,20 @@ def test_merging_is_exact_or_refused():
         assert base_hash(found.twin) == found.base_sha256 or found is rounded
 
 
-# -- bad input -----------------------------------------------------------------------------------------------
-
-
 def test_mistakes_are_named():
-    for given_, message in (
-        ({"kind": "ilora", "rank": 6}, "rank=6 must be divisible by num_experts=4"),
-        ({"control": "noise"}, "control='noise' is one of kind='ilora', not of 'lora'"),
-    ):
-        with pytest.raises(InputError, match=message):
-            validated(AdapterConfig, given_)
-    with pytest.raises(InputError, match=r"target 'qvk' matches no module .*; allowed: qkv"):
-        AdaptedModel(base()).add("x", AdapterConfig(targets=("qvk",)))
     found = adapted("lora")
     causal = AdapterConfig(kind="ilora", representation="causal_state")
     small = Bert4Rec(ModelConfig(num_items=5, hidden_dim=16, causal=True))
     for call, message in (
+        (lambda: validated(AdapterConfig, {"kind": "ilora", "rank": 6}), "rank=6 must be .* num_experts=4"),
+        (
+            lambda: validated(AdapterConfig, {"control": "noise"}),
+            "'noise' is one of kind='ilora', not of 'lora'",
+        ),
+        (
+            lambda: found.add("x", AdapterConfig(targets=("qvk",))),
+            r"target 'qvk' matches no .*; allowed: qkv",
+        ),
         (lambda: found.add("default", AdapterConfig()), "adapter name 'default'.*in use: default"),
         (lambda: found.use("june"), "unknown adapter 'june'; there are: default"),
         (lambda: found.add("c", causal), "needs causal_model"),
@@ -367,3 +260,134 @@ def test_mistakes_are_named():
         with pytest.raises(InputError, match=message):
             call()
     assert list(found.configs) == ["default"]
+
+
+MASK = NUM_ITEMS + 1
+CAUSAL = base(seed=5, causal=True)
+
+
+def row(*segments: list[int], length: int = 12) -> Rows:
+    """One packed row of these segments."""
+    items, ids, positions = [], [], []
+    for number, segment in enumerate(segments, 1):
+        items += segment
+        ids += [number] * len(segment)
+        positions += range(len(segment))
+    spare = [0] * (length - len(items))
+    return Rows(*(torch.tensor([values + spare]) for values in (items, ids, positions)))
+
+
+def form(name: str = "mean_embedding", control: str = "none", of: Bert4Rec | None = None) -> Representation:
+    """What a gate reads; `of` is the base if it is no small model that sees both sides."""
+    config = AdapterConfig(kind="ilora", representation=name, control=control)
+    return Representation(config, small_model() if of is None else of.config, CAUSAL).eval()
+
+
+def forms(**more: object) -> list[Representation]:
+    return [form(**more), form("base_state", **more), form(control="noise", **more)]
+
+
+def test_the_target_cannot_reach_the_gate():
+    """Packed rows whose targets are other items, or whose one visible item is another."""
+    train = TrainConfig(batch_size=8, mask_prob=0.3)
+    plan = Epoch(histories([9, 4, 12, 7, 3, 8, 5, 6]), small_model(), train, 0)
+    samples = plan.samples(0)
+    a_visible_one = np.arange(len(samples.tokens)) == np.flatnonzero(~samples.is_target)[0]
+    rows = []
+    for other in (np.zeros_like(a_visible_one), samples.is_target, a_visible_one):
+        tokens = np.where(other, samples.tokens % NUM_ITEMS + 1, samples.tokens)
+        rows.append(Rows(*rows_of(plan.layout.batch(samples._replace(tokens=tokens), *plan.placed(0)))))
+    for one in (*forms(), form("causal_state"), form(control="shuffled_user")):
+        before, same, another = (one.train()(base(**UNTIED), given) for given in rows)
+        assert torch.equal(same, before)
+        assert not torch.equal(another, before)
+
+
+def test_a_segment_sees_itself_alone():
+    model = base(**UNTIED)
+    for one in forms():
+        before = one(model, row([3, MASK, 5], [7, 8, MASK, 9]))
+        after = one(model, row([3, MASK, 6], [7, 8, MASK, 9]))
+        assert torch.equal(before[0, 3:7], after[0, 3:7])
+        assert float((before[0, :3] - after[0, :3]).abs().max()) > 1e-3
+        assert torch.equal(before[0, :3], before[0, :1].expand(3, -1))  # one vector a segment
+        alone = one(model, row([7, 8, MASK, 9]))
+        torch.testing.assert_close(before[0, 3], alone[0, 0], rtol=1e-5, atol=1e-6)
+
+
+def test_in_a_causal_model_what_is_later_does_not_reach_a_place():
+    for one in forms(of=CAUSAL):
+        before, after = one(CAUSAL, row([3, 4, 5, 6])), one(CAUSAL, row([3, 4, 9, 6]))
+        torch.testing.assert_close(before[0, :2], after[0, :2])
+        assert float((before[0, 2:4] - after[0, 2:4]).abs().max()) > 1e-3
+    with pytest.raises(InputError, match="shuffled_user"):
+        form(control="shuffled_user", of=CAUSAL)
+
+
+def test_the_mean_is_that_of_the_visible_items_and_zero_without_any():
+    model = base()
+    z = form()(model, row([3, MASK, 5], [7], [MASK]))[0]
+    table = model.item_table.weight
+    torch.testing.assert_close(z[1], (table[3] + table[5]) / 2)
+    torch.testing.assert_close(z[3], table[7])
+    assert float(z[4:].abs().max()) == 0
+
+
+SEGMENT = st.lists(st.integers(1, NUM_ITEMS) | st.just(MASK), min_size=1, max_size=6)
+
+
+@given(st.lists(SEGMENT, min_size=1, max_size=2))
+@settings(max_examples=60, deadline=None)
+def test_visible_items_move_together_and_mask_follows(segments):
+    laid, read = visible_prefixes(row(*segments), CAUSAL, causal=False)
+    start = 0
+    for segment in segments:
+        wanted = [*(item for item in segment if item != MASK), MASK][: len(segment)]
+        found = laid.items[0, start : start + len(segment)].tolist()
+        assert found == wanted + [PAD] * (len(segment) - len(wanted))
+        assert read[0, start].item() == start + len(wanted) - 1
+        assert laid.positions[0, start : start + len(wanted)].tolist() == list(range(len(wanted)))
+        start += len(segment)
+
+
+def test_a_model_is_read_at_mask_after_the_visible_items_and_a_causal_one_at_the_last_of_them():
+    def state(model: Bert4Rec, items: list[int], positions: list[int]) -> torch.Tensor:
+        asked = torch.tensor([items])
+        return model.encode(asked, torch.ones_like(asked), torch.tensor([positions]))[0, -1]
+
+    near = {"rtol": 1e-5, "atol": 1e-6}
+    for origin, positions in (("first", [0, 1, 2, 3]), ("last", [3, 2, 1, 0])):
+        model = base(position_origin=origin)
+        z = form("base_state")(model, row([3, MASK, 5, 4, MASK], [7, MASK]))
+        torch.testing.assert_close(z[0, 0], state(model, [3, 5, 4, MASK], positions), **near)
+    z = form("causal_state")(base(), row([3, MASK, 5, MASK], [MASK]))
+    torch.testing.assert_close(z[0, 0], state(CAUSAL, [3, 5], [0, 1]), **near)
+    torch.testing.assert_close(z[0, 4], state(CAUSAL, [MASK], [0]), **near)
+
+
+def test_states_are_kept_where_the_same_rows_come_again(monkeypatch):
+    model, one, rows = base(), form("base_state"), row([3, MASK, 5], [7, 8, MASK])
+    first = one(model, rows)
+    monkeypatch.setattr(model, "encode", None)
+    assert torch.equal(one(model, rows), first)
+    for again, given_ in ((one, row([4, MASK, 5], [7, 8, MASK])), (one.train(), rows)):
+        with pytest.raises(TypeError):
+            again(model, given_)
+
+
+def test_controls_noise_can_be_repeated_and_segments_exchange_their_vectors():
+    model, noise = base(hidden_dim=64), form(control="noise")
+    rows = [row([i, MASK, i + 1], [i + 1, MASK]) for i in range(1, NUM_ITEMS)]
+    values = torch.stack([noise(model, one)[0, 0] for one in rows])
+    assert abs(float(values.mean())) < 0.1
+    assert float(values.std()) == pytest.approx(1.0, abs=0.1)
+    assert torch.equal(values[0], noise(model, rows[0])[0, 0])
+    assert abs(float(torch.corrcoef(values)[0, 1:].abs().max())) < 0.6
+    assert form(control="static_gate")(model, rows[0]).unique().tolist() == [1.0]
+    packed, model = Rows(*rows_of(batch())), base()
+    own, other = form()(model, packed), form(control="shuffled_user")(model, packed)
+    assert float((own - other)[packed.segment_ids > 0].norm(dim=-1).min()) > 1e-3  # nobody keeps its own
+    segments = [packed.segment_ids == s for s in packed.segment_ids.unique() if s > 0]
+    assert all(len(other[places].unique(dim=0)) == 1 for places in segments)
+    one_each = [torch.cat([z[places][:1] for places in segments]).sort(0).values for z in (own, other)]
+    torch.testing.assert_close(*one_each)  # a permutation of what there was

@@ -1,7 +1,5 @@
 """Parameter counts, packing inside the encoder, and what must not leak."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from small_models import NUM_ITEMS, small_model
@@ -10,7 +8,6 @@ from reclib.config import SIZES, model_config
 from reclib.model.bert4rec import (
     Bert4Rec,
     Dropout,
-    attention_bias,
     closed_formula,
     count_parameters,
 )
@@ -20,22 +17,21 @@ EXACT = {"5m": 5_118_250, "85m": 85_111_814, "130m": 130_095_750, "430m": 429_15
 
 def test_parameter_counts_are_the_published_ones_and_those_of_the_closed_formula():
     configs = [model_config(size) for size in SIZES]
-    for changes in (
-        {"tied": True, "output_bias": False},
-        {"tied": False, "output_bias": True},
-        {"head": "mlp"},
-        {"table_dim": 8},
-        {"table_dim": 48, "tied": False},
-    ):
-        configs.append(model_config("nano", **changes))
+    configs += [
+        model_config("nano", **changes)
+        for changes in (
+            {"output_bias": False},
+            {"head": "mlp"},
+            {"table_dim": 8},
+            {"table_dim": 48, "tied": False},
+        )
+    ]
     for config in configs:
         counted = count_parameters(config)
         assert closed_formula(config) == counted["total"]
         assert counted["total"] == sum(counted[k] for k in ("item_tables", "positions", "non_embedding"))
     assert {size: closed_formula(model_config(size)) for size in EXACT} == EXACT
 
-
-# -- one row with segments of 5 and 4 places and 3 unused ones -----------------------------------------------
 
 SEGMENTS = torch.tensor([[1] * 5 + [2] * 4 + [0] * 3])
 POSITIONS = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 0, 0]])
@@ -48,25 +44,15 @@ def drawn(**changes: object) -> tuple[Bert4Rec, torch.Tensor]:
 
 
 @torch.no_grad()
-def test_segments_and_padding_do_not_reach_each_other():
-    for norm, num_layers in (("pre", 1), ("pre", 2), ("post", 1), ("post", 2)):
-        model, items = drawn(norm=norm, num_layers=num_layers)
-        other = items.clone()
-        other[0, 5:] = 1 + other[0, 5:] % NUM_ITEMS
-        before, after = (model.encode(x, SEGMENTS, POSITIONS) for x in (items, other))
-        assert torch.equal(before[0, :5], after[0, :5])
-        assert not torch.allclose(before[0, 5:9], after[0, 5:9])
-        assert before.isfinite().all()
-
-
-@torch.no_grad()
 def test_a_packed_segment_has_the_states_it_has_alone_and_queries_those_of_the_whole_row():
     queries = torch.tensor([[7, 0, 3, 3]])
-    for norm in ("pre", "post"):
-        model, items = drawn(norm=norm)
+    for norm, causal in (("pre", False), ("post", False), ("pre", True)):
+        model, items = drawn(norm=norm, causal=causal)
         row = (items, SEGMENTS, POSITIONS)
         whole = model.double().encode(*row)
-        torch.testing.assert_close(whole[:, 5:9], model.encode(*(x[:, 5:9] for x in row)))
+        assert whole.isfinite().all()
+        for part in (slice(5), slice(5, 9)):
+            torch.testing.assert_close(whole[:, part], model.encode(*(x[:, part] for x in row)))
         torch.testing.assert_close(model.encode(*row, queries), whole[:, queries[0]])
 
 
@@ -81,41 +67,24 @@ def test_a_causal_model_does_not_see_what_is_later():
         assert changed.tolist() == [False] * 7 + [True] * 5  # itself and the later ones of its segment
 
 
-def test_the_attention_bias_is_zero_inside_a_segment_and_that_of_queries_is_part_of_the_whole():
-    bias = attention_bias(torch.tensor([[1, 1, 2, 0]]), torch.float32)[0, 0]
-    assert (bias == 0).int().tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
-    assert bias[bias != 0].isneginf().all()
-    segments, queries = torch.tensor([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 0, 0]]), torch.tensor([[4, 0], [3, 5]])
-    for causal in (False, True):
-        whole = attention_bias(segments, torch.float32, causal)
-        some = attention_bias(segments, torch.float32, causal, queries)
-        assert torch.equal(some, whole.gather(2, queries[:, None, :, None].expand(-1, -1, -1, 6)))
-
-
 @torch.no_grad()
 def test_item_vectors_of_their_own_width_are_tables_of_low_rank():
-    for tied, width, head in ((True, 4, "linear"), (False, 4, "mlp"), (True, 40, "linear")):
-        narrow, items = drawn(tied=tied, table_dim=width, head=head)
+    for tied, width, head, scaled in (
+        (True, 4, "linear", False),
+        (False, 4, "mlp", True),
+        (True, 40, "linear", False),
+    ):
+        narrow, items = drawn(tied=tied, table_dim=width, head=head, scale_items=scaled)
         plain, _ = drawn(tied=False, head=head)
         state = narrow.double().state_dict()
         into, out = state.pop("table_in"), state.pop("table_out")  # (D, E) and (E, D)
-        state["item_table.weight"] = state["item_table.weight"] @ into.T
+        scale = plain.config.hidden_dim**0.5 if scaled else 1.0
+        state["item_table.weight"] = scale * state["item_table.weight"] @ into.T
         state["output_weight"] = state["output_weight"] @ out
         plain.double().load_state_dict(state)
         row = (items, SEGMENTS, POSITIONS)
         torch.testing.assert_close(narrow.logits(narrow.encode(*row)), plain.logits(plain.encode(*row)))
         assert float(narrow.encode(*row).std()) > 0.1
-
-
-@torch.no_grad()
-def test_scaled_items_are_those_of_a_table_times_the_root_of_the_width():
-    scaled, items = drawn(tied=False, scale_items=True)
-    plain, _ = drawn(tied=False)
-    state = scaled.state_dict()
-    state["item_table.weight"] = state["item_table.weight"] * scaled.config.hidden_dim**0.5
-    plain.load_state_dict(state)
-    row = (items, SEGMENTS, POSITIONS)
-    torch.testing.assert_close(scaled.encode(*row), plain.encode(*row))
 
 
 def test_dropout_zeroes_its_share_keeps_the_expectation_and_is_decided_by_torchs_seed():

@@ -1,7 +1,4 @@
-from __future__ import annotations
-
 import json
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,8 +8,6 @@ import pytest
 import torch
 from conftest import ROOT
 from small_models import histories, small_model
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from reclib import hardware, records, runner
 from reclib import parameters as reclib_parameters
@@ -21,8 +16,7 @@ from reclib.cost import work
 from reclib.experiments import speed
 from reclib.experiments.speed import CHANGES, ladder
 from reclib.model.bert4rec import Bert4Rec
-from reclib.parameters import AmpCompile
-from reclib.train import losses, timing
+from reclib.train import timing
 from reclib.train.timing import Measurement, break_even_steps, published_rate
 from reclib.train.trainer import StepStats, Trainer
 
@@ -42,19 +36,14 @@ def stats(**counts: float) -> StepStats:
     return StepStats(1, 0, 1e-3, zero, None, **(base | {"fetch_seconds": 0.1} | counts))
 
 
-# -- what a measurement says --------------------------------------------------------------------------------
-
-
 def test_rates_are_what_the_median_step_does():
     found = Measurement(warmup_steps=2, warmup_seconds=7.0, compiled=True)
     for seconds in (1.0, 2.0, 9.0):
         found.add(stats(), seconds)
-    timings = found.timings()
-    assert timings["step_seconds"] == found.median_seconds == 2.0
-    assert [timings[f"{n}_per_second"] for n in ("sequences", "tokens", "targets")] == [2.0, 15.0, 3.0]
-    assert timings["fetch_share"] == pytest.approx(0.3 / 12)
+    rates = {"sequences_per_second": 2.0, "tokens_per_second": 15.0, "targets_per_second": 3.0}
+    assert (rates | {"step_seconds": 2.0}).items() <= found.timings().items()
+    assert found.timings()["fetch_share"] == pytest.approx(0.3 / 12)
     assert found.compile_seconds == 3.0  # 7 s of warm-up less two median steps
-    assert replace(found, compiled=False).compile_seconds == 0.0
     assert Measurement("oom", "no room").timings() == {}
 
 
@@ -63,14 +52,10 @@ def test_published_rates_and_break_even():
         (100.0, 96.0, (100.0, "steady")),
         (100.0, 95.0, (95.0, "epoch")),  # 5.3 % too high
         (100.0, 106.0, (106.0, "epoch")),  # and too low counts as well
-        (11_630.68, 2429.0, (2429.0, "epoch")),
     ]:
         assert published_rate(steady, epoch) == expected
     for given, steps in (((10.0, 0.5, 0.25), 40), ((10.1, 0.5, 0.25), 41), ((10.0, 0.5, 0.5), None)):
         assert break_even_steps(*given) == steps
-
-
-# -- timing the loop ----------------------------------------------------------------------------------------
 
 
 def test_interleaved_variants_take_turns_and_the_same_steps_as_alone(monkeypatch):
@@ -86,33 +71,30 @@ def test_interleaved_variants_take_turns_and_the_same_steps_as_alone(monkeypatch
     assert order == ["packed", "padded"] * 2
     alone = timing.measure(a_trainer(model), 6, 2)
     one, other = found["a"], found["b"]
-    assert one.losses == alone.losses
-    assert len(one.losses) == 8
-    assert one.counts() == alone.counts()
-    assert (one.warmup_steps, len(one.step_seconds), len(one.fetch_seconds)) == (2, 6, 6)
-    batches = [batch for step in range(3, 9) for batch in timing.step_batches(a_trainer(), step)]
-    assert one.sequences == sum(batch.num_sequences for batch in batches) == 22
-    assert one.targets == other.targets
+    assert (one.losses, one.counts()) == (alone.losses, alone.counts())
+    assert (len(one.losses), len(one.step_seconds), len(one.fetch_seconds)) == (8, 6, 6)
+    assert (one.sequences, one.targets) == (22, other.targets)  # two epochs of 11 histories
     assert one.row_tokens < other.row_tokens
     assert min(one.step_seconds) > 0
 
 
 def test_running_out_of_memory_is_a_row_and_any_other_error_is_an_error(monkeypatch):
+    broken = a_trainer()
+
+    def broken_by(error: Exception) -> dict[str, Measurement]:
+        monkeypatch.setattr(broken, "_step", lambda *_: (_ for _ in ()).throw(error))
+        return timing.interleave({"broken": broken, "whole": a_trainer()}, 2, 1, 1)
+
     for error in (
         torch.OutOfMemoryError("CUDA out of memory.\nmore"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you"),
         MemoryError("Unable to allocate"),
-        RuntimeError("shapes differ"),
     ):
-        broken = a_trainer()
-        monkeypatch.setattr(broken, "_step", lambda *_, error=error: (_ for _ in ()).throw(error))
-        if str(error) == "shapes differ":
-            with pytest.raises(RuntimeError, match="shapes differ"):
-                timing.measure(broken, 1, 1)
-            continue
-        found = timing.interleave({"broken": broken, "whole": a_trainer()}, 2, 1, 1)
+        found = broken_by(error)
         assert (found["broken"].status, found["broken"].reason) == ("oom", str(error).splitlines()[0])
         assert (found["whole"].status, len(found["whole"].step_seconds)) == ("ok", 2)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        broken_by(RuntimeError("shapes differ"))
     with pytest.raises((RuntimeError, MemoryError)) as caught:  # the allocator's own
         torch.empty(2**60, dtype=torch.uint8)
     assert timing.is_out_of_memory(caught.value)
@@ -135,50 +117,15 @@ def test_an_epoch_is_clocked_whole_and_requests_one_at_a_time():
     assert 0 < found.p50 <= found.p99
 
 
-# -- FLOPs --------------------------------------------------------------------------------------------------
-
-VARIANTS = [
-    {},
-    {"layout": "padded"},
-    {"layout": "padded", "head_rows": "all", "loss": "plain"},
-    {"layout": "padded", "head_rows": "all", "loss": "plain", "objective": "seed_focal"},
-    {"loss": "plain", "micro_batch_size": 2},
-]
-
-
-def test_flops_of_a_step_are_those_that_torch_counts():
-    for train in VARIANTS:
-        for shape in [{}, {"tied": False, "head": "mlp", "num_layers": 1}]:
-            trainer = a_trainer(small_model(**shape), **train)
-            counted, _ = timing.step_flops(trainer, 1)
-            loop = trainer.steps()
-            # The plain attention shows its products to the counter; the fused one for CPUs is unknown to it.
-            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-                next(loop)
-            loop.close()
-            assert counter.get_total_flops() == counted.total
-
-
 def test_needed_flops_leave_padding_out_and_mfu_is_of_the_peak():
-    packed, padded = a_trainer(), a_trainer(layout="padded")
-    assert timing.step_flops(packed, 1)[1] == timing.step_flops(padded, 1)[1]
-    for trainer in (packed, padded):
-        done, needed = timing.step_flops(trainer, 1)
-        assert needed.encoder < done.encoder
-        assert needed.head <= done.head
+    trainers = [a_trainer(**changes) for changes in ({}, {"layout": "padded"}, {"micro_batch_size": 2})]
+    (done, needed), *others = (timing.step_flops(trainer, 1) for trainer in trainers)
+    assert [other[1] for other in others] == [needed, needed]
+    for executed in (done, *(other[0] for other in others)):
+        assert needed.encoder < executed.encoder
+        assert needed.head <= executed.head
     peaks = {("a100", "bf16"): 0.5, ("cpu", "fp32"): None, ("other", "fp16"): None, ("t4", "bf16"): None}
     assert {pair: work.mfu(156e12, 1.0, *pair) for pair in peaks} == peaks  # known only where the peak is
-
-
-# -- profile, memory, bound ---------------------------------------------------------------------------------
-
-
-def test_the_heads_product_runs_in_the_chosen_precision(monkeypatch):
-    for loss in ["plain", "chunked", "inplace"]:
-        for precision in ["fp32", "bf16", "fp16"]:
-            assert timing.head_dtype(a_trainer(loss=loss, precision=precision)) == precision
-    monkeypatch.setattr(losses, "compute_dtype", lambda hidden: torch.float32)  # stays so under autocast
-    assert timing.head_dtype(a_trainer(loss="inplace", precision="bf16")) == "fp32"
 
 
 def test_operators_add_up_and_the_trace_is_written(tmp_path: Path, capfd):
@@ -200,12 +147,9 @@ def test_the_bound_is_made_of_its_parts():
     products = [part for part in found.components if part.unit == "FLOP/s"]
     flop = sum(part.seconds * (part.rate or 0.0) for part in products)
     assert flop == pytest.approx(work.needed(model, batch).total)
-    moved = bound.bytes_moved(model, batch.num_targets, 1000, 4)
-    assert moved["clear the input table's gradient"] == 4 * model.vocab_size * model.hidden_dim
-    assert bound.bytes_moved(changed(model, tied=True), 1, 1000, 4)["clear the input table's gradient"] == 0
-
-
-# -- the ladder ---------------------------------------------------------------------------------------------
+    for tied, cleared in ((False, 4 * model.vocab_size * model.hidden_dim), (True, 0)):
+        moved = bound.bytes_moved(changed(model, tied=tied), batch.num_targets, 1000, 4)
+        assert moved["clear the input table's gradient"] == cleared
 
 
 def test_every_rung_changes_one_field_and_the_last_is_ours():
@@ -233,21 +177,6 @@ def a_rung(rung) -> Trainer:
     return Trainer(Bert4Rec(rung.model), histories(LENGTHS), rung.train, CPU, "test")
 
 
-# -- compiling ----------------------------------------------------------------------------------------------
-
-
-def test_without_a_compiler_it_is_eager_and_recorded_as_such(monkeypatch):
-    monkeypatch.setattr(hardware, "has_compiler", lambda: False)
-    trainer = a_trainer(compile_mode="default")
-    assert trainer.compile_mode == "off"
-    found = timing.measure(trainer, 1, 1)
-    row = speed.Row({"precision": "fp32", "compile_mode": "default", "batch_size": 4}, found)
-    speed._describe(row, trainer, 2)
-    assert row.own_params()["ran_compile_mode"] == "off"
-    assert "no C++ compiler" in row.own_params()["reason"]
-    assert found.compile_seconds == 0.0
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not hardware.has_compiler(), reason="no C++ compiler")
 def test_compiled_equals_eager_and_nothing_is_compiled_again_over_a_ragged_epoch():
@@ -269,18 +198,10 @@ def test_compiled_equals_eager_and_nothing_is_compiled_again_over_a_ragged_epoch
     assert warm.compile_seconds > 0
 
 
-# -- the notebook's experiment ------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def p() -> AmpCompile:
-    smoke = reclib_parameters.profile("04_amp_compile", "smoke")
-    small = {"dataset": "synthetic", "synthetic_users": 100, "synthetic_items": 60}
-    small |= {"steps": 2, "warmup_steps": 1, "max_len": 12}
-    return reclib_parameters.build("04_amp_compile", smoke | small)
-
-
-def test_what_does_not_apply_is_a_row_with_its_reason(p):
+def test_what_does_not_apply_is_a_row_with_its_reason():
+    small = {"dataset": "synthetic", "synthetic_users": 100, "synthetic_items": 60, "max_len": 12}
+    smoke = reclib_parameters.profile("04_amp_compile", "smoke") | small | {"steps": 2, "warmup_steps": 1}
+    p = reclib_parameters.build("04_amp_compile", smoke)
     rows = speed.grid(p, speed.dataset_of(p), CPU)
     status = {(row.asked["precision"], row.asked["compile_mode"]): row.found.status for row in rows}
     assert status == {
@@ -312,18 +233,11 @@ def test_a_claimed_gpu_that_is_not_there_is_told_and_never_recorded_as_measured(
     assert {(e["label"], e["kind"]) for e in everything} == {(here, "measured"), ("l4", "predicted")}
     planned = [entry["own_params"] for entry in everything if entry["label"] == "l4"]
     assert {own["basis"] for own in planned} == {"unvalidated"}
-    assert {own["precision"] for own in planned} == {"fp32", "tf32", "bf16"}
-    found = [entry for entry in everything if entry["label"] == here]
-    assert {entry["device"]["label"] for entry in found} == {here}
-    assert {"work", "ladder", "step", "loss_curve", "operators", "epoch_clock"} == {e["name"] for e in found}
+    assert {entry["device"]["label"] for entry in everything if entry["label"] == here} == {here}
     text = output.read_text()
     assert f"Device: {here}" in text
     assert f"l4 was asked for and is not here: everything measured below is of {here}." in text
-    figures_shown = text.count("<b>l4 was asked for and is not here</b>")
-    assert figures_shown >= 5
-
-
-# -- on a GPU ------------------------------------------------------------------------------------------------
+    assert text.count("<b>l4 was asked for and is not here</b>") >= 5  # one in each figure
 
 
 def test_steps_timed_by_events_are_all_launched_before_the_first_wait():
@@ -338,7 +252,7 @@ def test_steps_timed_by_events_are_all_launched_before_the_first_wait():
         def synchronize(self) -> None:
             waited.append(self.place)
 
-        def elapsed_time(self, later: Event) -> float:
+        def elapsed_time(self, later) -> float:
             assert later.place <= max(waited)
             return 5.0 * (later.place - self.place)
 

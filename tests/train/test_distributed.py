@@ -1,7 +1,5 @@
 """Several processes that train one model: the same gradients, bits, decisions and files; and how they end."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json
@@ -28,15 +26,12 @@ from reclib.data.prepare import prepare
 from reclib.experiments import baseline
 from reclib.train import distributed, saving
 from reclib.train.distributed import Failure, Placement, Ranks, cause_of, placement
-from reclib.train.fit import data_identity, fit_setup, is_finished, rank_targets, read_setup, write_setup
+from reclib.train.fit import data_identity, fit_setup, is_finished, rank_targets
 from reclib.train.saving import unique_tensors
 from reclib.train.trainer import Trainer
 
 LIMIT = 150  # seconds that a process may take on a busy machine; nothing here waits for ever
 GNU = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-
-
-# -- decisions, with devices that are not there ------------------------------------------------------------
 
 
 def test_processes_are_joined_by_what_their_devices_have_and_divide_the_threads():
@@ -74,9 +69,6 @@ def test_what_ended_a_run_is_the_signal_then_the_error_and_never_the_contact_los
     assert "for memory" in cause_of([killed], 2, kills=1)
 
 
-# -- the parts of a step -----------------------------------------------------------------------------------
-
-
 def test_the_parts_of_all_processes_are_the_step_whatever_their_number():
     given = histories(ranks.LENGTHS)
     for count, micro, layout in itertools.product((1, 2, 4), (None, 2, 8), ("packed", "padded")):
@@ -112,18 +104,6 @@ def test_each_process_and_step_has_its_own_dropout_and_an_equal_part_of_the_batc
         assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_run_file_gives_back_the_run_and_refuses_what_is_none(tmp_path):
-    file, setup = tmp_path / "run.json", ranks.setup()
-    write_setup(file, setup)
-    assert read_setup(file) == setup
-    file.write_text('{"data": {}}')
-    with pytest.raises(InputError, match=r"run\.json is no run file"):
-        read_setup(file)
-
-
-# -- two processes beside one ------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cache")
@@ -152,13 +132,15 @@ def test_two_processes_take_the_steps_of_one(two):
         alone, wanted = ranks.trained(case)
         first, second = (json.loads((two / f"{case}-{rank}.json").read_text()) for rank in (0, 1))
         halves = ("micro", "uneven-micro", "sinks")  # micro-batches of two divide the last three histories
-        assert (0 in second.pop("places")) == (case not in halves)  # otherwise a process had nothing to do
-        first.pop("places")
+        assert (0 in second.pop("row_tokens")) == (
+            case not in halves
+        )  # otherwise a process had nothing to do
+        first.pop("row_tokens")
         assert first == second
-        for key in ("targets", "sequences", "skipped", "sinks", "scale"):
+        for key in ("num_targets", "num_sequences", "skipped", "sinks", "scale"):
             assert first[key] == wanted[key]
         loose = case in ("bf16", "overflow")
-        for key in ("loss", "norm"):
+        for key in ("loss", "grad_norm"):
             found, expected = ([-1.0 if x is None else x for x in saw[key]] for saw in (first, wanted))
             for part, near in ((slice(4), 2e-5), (slice(4, None), 1e-3)):  # first epoch, and what grew of it
                 assert found[part] == pytest.approx(expected[part], rel=0.02 if loose else near, nan_ok=True)
@@ -195,13 +177,10 @@ def test_validation_the_early_stop_and_each_users_rank_are_those_of_one_process(
     assert (trainer.progress.processes, trainer.progress.backend) == (2, "gloo")
 
 
-# -- the command line: killed, interrupted, resumed --------------------------------------------------------
-
-
-def start(out: Path, cache: Path) -> subprocess.Popen:
+def start(out: Path, cache: Path, processes: int = 2) -> subprocess.Popen:
     words = ["fit", "--dataset", "synthetic", "--size", "nano", "--gpu", "cpu", "--out", str(out)]
     values = [word for name, value in ranks.COMMAND.items() for word in ("-p", name, str(value))]
-    command = [sys.executable, "-m", "reclib", *words, "--nproc", "2", *values]
+    command = [sys.executable, "-m", "reclib", *words, "--nproc", str(processes), *values]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=os.environ | GNU | {"RECLIB_DATA": str(cache)}, **pipes)
 
@@ -281,6 +260,26 @@ def test_a_killed_rank_ends_the_job_and_the_same_command_goes_on_to_the_same_bit
 
 
 @pytest.mark.slow
+def test_a_process_alone_killed_by_sigkill_ends_with_the_same_bits(cache, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for step in (7, 30, 55):
+        process = start(parts, cache, processes=1)
+        wait_for_step(process, parts, step)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    printed = []
+    for out in (parts, whole):
+        process = start(out, cache, processes=1)
+        printed.append(process.communicate(timeout=LIMIT)[0])
+        assert process.returncode == 0
+    assert json.loads(printed[0]) == json.loads(printed[1])
+    for name in ("best", "step-76"):
+        one, other = (saving.load_checkpoint(out / name)[0] for out in (whole, parts))
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_processes_end_with_a_launcher_that_is_killed(cache, tmp_path):
     process = start(tmp_path / "run", cache)
@@ -288,9 +287,6 @@ def test_processes_end_with_a_launcher_that_is_killed(cache, tmp_path):
     process.kill()
     process.communicate()
     assert gone(list(pids.values()))
-
-
-# -- from a notebook's parameters --------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -15,7 +15,6 @@ from reclib.data.prepare import prepare, synthetic_dataset
 from reclib.data.splits import leave_one_out
 from reclib.evaluate import baselines, metrics
 from reclib.evaluate.prior import CountPrior
-from reclib.hardware import resolve
 from reclib.model.bert4rec import Bert4Rec
 from reclib.model.ilora import add_ilora
 from reclib.train import saving
@@ -26,10 +25,12 @@ from reclib.train.saving import Recommender
 LENGTHS = [9, 4, 12, 7, 3, 8, 5, 6, 12, 2]
 
 
-def prior_of(data: Histories, **settings: object) -> CountPrior:
-    """A prior of all of `data`, whose row and column scales are 1: they are those of the whole counts."""
-    given = {"window": 3, "backward": 0.5, "row_power": 0.0, "column_power": 0.0, "decay": 0.7, "last": 4}
-    return CountPrior.from_counts(baselines.fit_pairwise_counts(data, NUM_ITEMS, **given | settings), 0.3)
+# Row and column scales are 1: in a prior they are those of the whole counts.
+COUNTS = {"window": 3, "backward": 0.5, "row_power": 0.0, "column_power": 0.0, "decay": 0.7, "last": 4}
+
+
+def prior_of(data: Histories) -> CountPrior:
+    return CountPrior.from_counts(baselines.fit_pairwise_counts(data, NUM_ITEMS, **COUNTS), 0.3)
 
 
 def test_the_prior_of_a_target_counts_every_history_but_its_own():
@@ -37,32 +38,24 @@ def test_the_prior_of_a_target_counts_every_history_but_its_own():
     prior = prior_of(data)
     for causal in (False, True):
         model = small_model(causal=causal)
-        train = TrainConfig(
-            batch_size=len(LENGTHS), mask_prob=0.4, objective="next_item" if causal else "cloze"
-        )
+        objective = "next_item" if causal else "cloze"
+        train = TrainConfig(batch_size=len(LENGTHS), mask_prob=0.4, objective=objective)
         epoch = Epoch(data, model, train, 0, prior=prior)
-        (batch,) = epoch.step(0)
+        (batch,), samples = epoch.step(0), epoch.samples(0)
         found = np.zeros((len(batch.targets), NUM_ITEMS))
         found[batch.prior_rows, batch.prior_columns] = batch.prior_values
         wanted = {}
-        users = epoch.users[: len(LENGTHS)]
-        samples = epoch.samples(0)
         starts = np.cumsum(samples.lengths) - samples.lengths
-        for number, user in enumerate(users):
+        for start, length, user in zip(starts, samples.lengths, epoch.users, strict=True):
             others = np.delete(np.arange(len(LENGTHS)), user)
             rest = Histories(data.items, data.starts[others], data.ends[others])
-            counts = baselines.fit_pairwise_counts(
-                rest, NUM_ITEMS, window=3, backward=0.5, row_power=0.0, column_power=0.0, decay=0.7, last=4
-            )
-            for place in range(samples.lengths[number]):
-                if samples.is_target[starts[number] + place]:
-                    end = data.starts[user] + place + int(causal)
-                    asked = Evaluation(
-                        Histories(data.items, data.starts[[user]], np.array([end])), np.ones(1, np.int32)
-                    )
-                    ((_, scores),) = counts.scores(asked)
-                    target = int(samples.labels[starts[number] + place])
-                    wanted.setdefault(target, []).append(np.log1p(scores[0].numpy() / 0.3))
+            counts = baselines.fit_pairwise_counts(rest, NUM_ITEMS, **COUNTS)
+            for place in np.flatnonzero(samples.is_target[start : start + length]):
+                end = data.starts[user] + place + int(causal)
+                past = Histories(data.items, data.starts[[user]], np.array([end]))
+                ((_, scores),) = counts.scores(Evaluation(past, np.ones(1, np.int32)))
+                target = int(samples.labels[start + place])
+                wanted.setdefault(target, []).append(np.log1p(scores[0].numpy() / 0.3))
         seen = 0
         for slot, target in enumerate(batch.targets.tolist()):
             if target > 0:  # the others fill the bucket
@@ -87,7 +80,7 @@ def test_every_route_has_the_plain_gradients_and_scale_zero_is_the_network_alone
         targets = sum(batch.num_targets for batch in micros)
         total = sum(batch_loss(model, batch, train, targets) for batch in micros)
         total.backward()
-        return float(total), {name: p.grad for name, p in model.named_parameters()}
+        return total.item(), {name: p.grad for name, p in model.named_parameters()}
 
     plain_loss, plain = gradients("plain", 0.8)
     assert plain["prior.scale"].abs() > 1e-3
@@ -106,22 +99,22 @@ def test_ranking_adds_the_prior_and_a_saved_model_keeps_it(tmp_path):
     data, config = histories(LENGTHS), small_model()
     model = Bert4Rec(config).eval()
     part = Evaluation(data, np.ones(len(LENGTHS), dtype=np.int32))
-    alone = torch.cat(
-        [scores.clone() for _, scores in metrics.model_scores(model, part, torch.device("cpu"))]
-    )
-    order = np.concatenate([users for users, _ in metrics.model_scores(model, part, torch.device("cpu"))])
+
+    def ranked(model: Bert4Rec) -> tuple[np.ndarray, torch.Tensor]:
+        pieces = [(users, s.clone()) for users, s in metrics.model_scores(model, part, torch.device("cpu"))]
+        return np.concatenate([users for users, _ in pieces]), torch.cat([s for _, s in pieces])
+
+    order, alone = ranked(model)
     model.prior = prior_of(data)
     model.prior.scale.data.fill_(0.6)
-    both = torch.cat([scores.clone() for _, scores in metrics.model_scores(model, part, torch.device("cpu"))])
+    _, both = ranked(model)
     rows, columns, values = model.prior.for_histories(data, order)
     alone[rows, columns] += 0.6 * torch.from_numpy(values)
     assert torch.allclose(both, alone, atol=1e-6)
     assert len(values) > 50
 
     saving.save_weights(model, tmp_path / "kept", {})
-    again = saving.load_weights(tmp_path / "kept")
-    scores = torch.cat([s.clone() for _, s in metrics.model_scores(again, part, torch.device("cpu"))])
-    assert torch.equal(scores, both)
+    assert torch.equal(ranked(saving.load_weights(tmp_path / "kept"))[1], both)
 
 
 def test_a_run_with_a_prior_resumes_to_the_same_bits_and_its_model_is_adapted_and_tuned(
@@ -147,9 +140,8 @@ def test_a_run_with_a_prior_resumes_to_the_same_bits_and_its_model_is_adapted_an
 
     place = keep(whole, data, tmp_path / "whole")
     loaded = saving.load_model(place)
-    assert loaded.recommend(loaded.keys[:3]) == Recommender.from_dataset(whole.model, data, {}).recommend(
-        loaded.keys[:3]
-    )
+    in_memory = Recommender.from_dataset(whole.model, data, {})
+    assert loaded.recommend(loaded.keys[:3]) == in_memory.recommend(loaded.keys[:3])
     more = changed(train, epochs=1)
     tuned = fine_tune(loaded.model, data, more, cpu)
     assert not torch.equal(tuned.model.prior.scale, kept["prior.scale"])
@@ -172,7 +164,7 @@ def test_the_scale_of_a_trained_prior_is_the_one_that_ranks_validation_best_and_
     dataset = prepare(DataConfig(dataset="synthetic", synthetic_users=60, synthetic_items=40))
     train = TrainConfig(prior="counts", epochs=2, batch_size=16, eval_every=1)
     model = model_config("nano", num_items=dataset.num_items, max_len=20)
-    trainer = fit(model, dataset, train, resolve("cpu"), tmp_path)
+    trainer = fit(model, dataset, train, hardware.resolve("cpu"), tmp_path)
     kept, _ = saving.load_checkpoint(tmp_path / "best")
     chosen, learned = float(trainer.model.prior.scale.detach()), float(kept["prior.scale"])
     assert chosen / learned == pytest.approx(round(chosen / learned * 2) / 2)
@@ -183,5 +175,5 @@ def test_the_scale_of_a_trained_prior_is_the_one_that_ranks_validation_best_and_
         ranks = rank_targets(trainer, valid, True).ranks
         values[weight] = metrics.summary(ranks)["ndcg@10"]
     assert values[round(chosen / learned * 2) / 2] == max(values.values())
-    again = fit(model, dataset, train, resolve("cpu"), tmp_path)  # finished: loaded, not trained
+    again = fit(model, dataset, train, hardware.resolve("cpu"), tmp_path)  # finished: loaded, not trained
     assert float(again.model.prior.scale.detach()) == chosen

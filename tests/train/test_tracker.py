@@ -1,7 +1,5 @@
 """Curves of a run and the trackers that show them; no tracker names the machine or the user."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -13,12 +11,11 @@ from conftest import ROOT
 from reclib import hardware
 from reclib.config import InputError, ModelConfig, TrainConfig
 from reclib.data.prepare import synthetic_dataset
-from reclib.train.fit import Curves, Options, fit, start_tracker, used
+from reclib.train.fit import Curves, Options, Tracker, fit, start_tracker, used
 from reclib.train.trainer import CHECK_EVERY
 
 CPU = hardware.resolve("cpu")
 
-# -- curves --------------------------------------------------------------------------------------------------
 
 EXPECTED = {  # what people look for in a tracker
     *("train/loss", "train/learning_rate", "train/gradient_norm", "train/tokens_per_second"),
@@ -27,7 +24,7 @@ EXPECTED = {  # what people look for in a tracker
 }
 
 
-class Kept:
+class Kept(Tracker):
     """A tracker that can be looked at."""
 
     def __init__(self) -> None:
@@ -35,9 +32,6 @@ class Kept:
 
     def log(self, values, step):
         self.rows.append((step, dict(values)))
-
-    def close(self, failed):
-        pass
 
 
 def test_curves_say_what_the_loop_did_and_rates_what_this_process_saw(tmp_path):
@@ -76,8 +70,6 @@ def test_curves_say_what_the_loop_did_and_rates_what_this_process_saw(tmp_path):
     rates = {step: "train/tokens_per_second" in values for step, values in second.rows}
     assert rates == {40: False, 56: False, 60: False, 64: True}
 
-
-# -- trackers ------------------------------------------------------------------------------------------------
 
 _SCRIPT = """
 import socket
@@ -155,11 +147,8 @@ def test_a_run_that_goes_on_in_tensorboard_takes_the_place_of_what_was_killed(tm
     found = scalars(tmp_path / "tensorboard/02_baseline/seed-0")
     assert [step for step, _ in found["loss"]] == [1, 2, 3, 4]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with (
-        pytest.raises(InputError, match="pip install tensorboard"),
-        start_tracker("tensorboard", "x", "x", {}),
-    ):
-        pass
+    with pytest.raises(InputError, match="pip install tensorboard"):
+        start_tracker("tensorboard", "x", "x", {}).__enter__()
 
 
 def test_wandbs_variable_decides_for_those_who_asked_for_wandb(monkeypatch):

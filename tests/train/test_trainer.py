@@ -1,30 +1,22 @@
-"""The loop: resume to the same bits, accumulation, precision, divergence, early stop."""
-
-from __future__ import annotations
+"""The loop: resume to the same bits, accumulation, precision, divergence, early stop; training further."""
 
 import itertools
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from small_models import Stop, histories, small_model, stop_at
+from small_models import Stop, dataset_of, histories, small_model, stop_at
 
 from reclib import hardware
-from reclib.config import InputError, TrainConfig, changed, model_config
-from reclib.data.dataset import Dataset, Keys, evaluation
+from reclib.config import AdapterConfig, InputError, TrainConfig, changed, model_config
+from reclib.data.dataset import Dataset, evaluation
 from reclib.data.prepare import synthetic_dataset
 from reclib.evaluate import metrics
 from reclib.model.bert4rec import Bert4Rec
+from reclib.model.ilora import AdaptedModel, base_hash
 from reclib.train import saving
-from reclib.train.fit import Options, fit, fit_main
+from reclib.train.fit import Options, fine_tune, fit, fit_main
 from reclib.train.saving import unique_tensors
 from reclib.train.trainer import (
     StepGraphs,
@@ -70,24 +62,6 @@ def run_steps(config: TrainConfig, model=None, steps: int = 3) -> tuple[Trainer,
     return trainer, stats
 
 
-def test_one_batch_is_learnt_by_heart():
-    given = histories([6, 7, 8, 5])
-    config = TrainConfig(batch_size=4, epochs=150, learning_rate=1e-2, lr_warmup_steps=5, mask_prob=0.3)
-    torch.manual_seed(0)
-    trainer = Trainer(Bert4Rec(small_model(hidden_dim=32)), given, config, CPU, "x")
-    losses = [stats.loss for stats in trainer.steps()]
-    assert losses[0] > 3.0
-    assert np.mean(losses[-20:]) < 0.7
-
-
-def test_fused_and_looped_optimiser_agree():
-    fused, _ = run_steps(SHORT)
-    looped, _ = run_steps(changed(SHORT, optimizer="loop"))
-    for name, tensor in weights(fused).items():
-        # Adam divides rounding noise by itself where the true gradient is zero, as the key bias's is.
-        torch.testing.assert_close(weights(looped)[name], tensor, rtol=1e-4, atol=1e-4)
-
-
 def test_muon_moves_the_encoders_matrices_and_adamw_all_else():
     muon = changed(SHORT, optimizer="muon", clip_norm=None)
     (mixed, _), (adam, _) = (
@@ -106,43 +80,24 @@ def test_warm_up_rises_and_cosine_ends_at_its_share():
     assert all(a > b for a, b in itertools.pairwise(rates[3:]))
 
 
-@pytest.mark.parametrize("scale", [0.01, 100.0])
-def test_clipping_equals_torchs(scale):
+def test_clipping_is_torchs_whether_gradients_are_divided_now_or_by_the_fused_optimiser():
     torch.manual_seed(0)
-    parameters = [torch.nn.Parameter(torch.randn(5, 3)) for _ in range(2)]
-    for p in parameters:
-        p.grad = scale * torch.randn_like(p)
-    twins = [torch.nn.Parameter(p.detach().clone()) for p in parameters]
-    for twin, p in zip(twins, parameters, strict=True):
-        twin.grad = p.grad.clone()
-    norm = clip_gradients(parameters, 1.0)
-    assert norm == torch.nn.utils.clip_grad_norm_(twins, 1.0)
-    for twin, p in zip(twins, parameters, strict=True):
-        torch.testing.assert_close(p.grad, twin.grad)
-
-
-@pytest.mark.parametrize("max_norm", [0.01, 100.0])
-def test_a_fused_optimiser_that_divides_takes_the_step_of_clipped_gradients(max_norm):
-    torch.manual_seed(0)
-    results = []
     values, gradients = torch.randn(3, 40), torch.randn(3, 40)
-    for later in (True, False):
-        parameter = torch.nn.Parameter(values.clone())
+    results = []
+    for clip in (
+        lambda parameters, _: torch.nn.utils.clip_grad_norm_(parameters, 1.0),
+        lambda parameters, _: clip_gradients(parameters, 1.0),
+        lambda parameters, optimizer: clip_gradients(parameters, 1.0, optimizer),
+    ):
+        parameter, norms = torch.nn.Parameter(values.clone()), []
         optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=True)
-        for _ in range(3):
-            parameter.grad = gradients.clone()
-            clip_gradients([parameter], max_norm, optimizer if later else None)
+        for scale in (0.01, 100.0, 1.0):  # of equal ones Adam would undo any division
+            parameter.grad = scale * gradients
+            norms.append(clip([parameter], optimizer))
             optimizer.step()
-        results.append(parameter.detach())
-    torch.testing.assert_close(results[0], results[1])
-
-
-def test_bf16_follows_fp32():
-    _, full = run_steps(SHORT, steps=8)
-    trainer, low = run_steps(changed(SHORT, precision="bf16"), steps=8)
-    assert trainer.precision.name == "bf16"
-    assert [s.loss for s in low] == pytest.approx([s.loss for s in full], rel=0.02)
-    assert [s.loss for s in low] != [s.loss for s in full]
+        results.append([parameter.detach(), *norms])
+    torch.testing.assert_close(results[1], results[0])
+    torch.testing.assert_close(results[2], results[0])
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -158,10 +113,8 @@ def test_copies_of_the_weights_are_autocast(precision):
         for one, other in zip(copied.parameters, cast.parameters, strict=True):
             assert one.dtype == one.grad.dtype == torch.float32
             torch.testing.assert_close(one.grad, other.grad, rtol=0.05, atol=2e-3)
-        assert (
-            copied.model.blocks[0].ffn.up.weight
-            is dict(copied.model.named_parameters())["blocks.0.ffn.up.weight"]
-        )
+        names = dict(copied.model.named_parameters())
+        assert copied.model.blocks[0].ffn.up.weight is names["blocks.0.ffn.up.weight"]
     full, _ = run_steps(SHORT)
     inert, _ = run_steps(changed(SHORT, half_copies=True))  # fp32: nothing is cast
     assert same(weights(inert), weights(full))
@@ -232,13 +185,11 @@ def test_fp16_overflow_is_skipped_and_counted_then_training_goes_on():
     config = changed(SHORT, precision="fp16", epochs=6)
     trainer = Trainer(Bert4Rec(small_model()), histories([9] * 32), config, CPU, "x")
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)  # overflows until it has shrunk
-    before = weights(trainer)
-    steps = trainer.steps()
-    first = next(steps)
-    assert first.skipped
+    before, steps = weights(trainer), trainer.steps()
+    assert next(steps).skipped
     assert same(weights(trainer), before)
     rest = list(steps)
-    assert trainer.progress.skipped_steps == sum(s.skipped for s in (first, *rest))
+    assert trainer.progress.skipped_steps == 1 + sum(s.skipped for s in rest)
     assert not rest[-1].skipped
     assert not same(weights(trainer), before)
     assert all(v.isfinite().all() for v in weights(trainer).values())
@@ -288,25 +239,17 @@ def test_a_stopped_run_continues_to_the_same_bits(dataset, tmp_path, changes, st
         with pytest.raises(Stop):
             fit(model, dataset, config, CPU, tmp_path / "parts", stop_at(step))
     parts = fit(model, dataset, config, CPU, tmp_path / "parts")
-    assert same(weights(parts), weights(whole))
-    clock = {"train_seconds", "eval_seconds"}
-    rows = [
-        [{k: v for k, v in row.items() if k not in clock} for row in h]
-        for h in (history, parts.progress.history)
-    ]
-    assert rows[0] == rows[1]
+    never = Options(on_step=lambda stats: pytest.fail("trained"))
+    finished = fit(model, dataset, config, CPU, tmp_path / "parts", never)
+    for trainer in (parts, finished):
+        assert same(weights(trainer), weights(whole))
+    for one, other in zip(history, parts.progress.history, strict=True):
+        clocks = {"train_seconds": 0, "eval_seconds": 0}
+        assert one | clocks == other | clocks
 
 
 def test_data_in_which_nobody_has_three_interactions_are_refused(tmp_path):
-    two = Dataset(
-        "two",
-        np.array([1, 2, 2, 1]),
-        np.array([0, 2, 4]),
-        Keys.encode(["", "a", "b"]),
-        Keys.encode(["u", "v"]),
-        {},
-        {"fingerprint": "x"},
-    )
+    two = dataset_of([[(1, 0), (2, 1)], [(2, 0), (1, 1)]], num_items=2)
     for train in (SHORT, changed(SHORT, prior="counts")):
         with pytest.raises(InputError, match="leaves no validation targets"):
             fit(model_for(two), two, train, CPU, tmp_path / "run")
@@ -315,74 +258,22 @@ def test_data_in_which_nobody_has_three_interactions_are_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_finished_run_is_not_trained_again(dataset, tmp_path):
-    first = fit(model_for(dataset), dataset, SHORT, CPU, tmp_path)
-    again = fit(
-        model_for(dataset), dataset, SHORT, CPU, tmp_path, Options(on_step=lambda s: pytest.fail("trained"))
-    )
-    assert same(weights(first), weights(again))
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda m, t: (m, changed(t, seed=1)), "train.seed is 0 there and 1 here"),
-        (lambda m, t: (changed(m, num_layers=1), t), "model.num_layers is 2 there and 1 here"),
-    ],
-)
-def test_a_checkpoint_of_another_run_is_refused(dataset, tmp_path, change, said):
-    fit(model_for(dataset), dataset, changed(SHORT, epochs=1), CPU, tmp_path)
-    model, train = change(model_for(dataset), changed(SHORT, epochs=1))
-    with pytest.raises(InputError, match=said):
-        fit(model, dataset, train, CPU, tmp_path)
-
-
-COMMAND = [
-    sys.executable, "-m", "reclib", "fit", "--dataset", "synthetic", "--size", "nano", "--gpu", "cpu",
-    "-p", "epochs", "6", "-p", "batch_size", "16", "-p", "checkpoint_seconds", "0", "-p", "eval_every", "2",
-    "-p", "lr_warmup_steps", "5",
-]  # fmt: skip
-
-
-def start(out: Path, cache: Path) -> subprocess.Popen:
-    environment = os.environ | {"RECLIB_DATA": str(cache)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*COMMAND, "--out", str(out)], env=environment, **pipes)
-
-
-@pytest.mark.slow
-def test_a_run_killed_by_sigkill_ends_with_the_same_bits(tmp_path):
-    cache = tmp_path / "cache"
-    whole = start(tmp_path / "whole", cache)
-    out, err = whole.communicate(timeout=120)
-    assert whole.returncode == 0, err
-    assert json.loads(out)["step"] == 114
-
-    parts = tmp_path / "parts"
-    for target in (7, 40, 80):
-        process = start(parts, cache)
-        deadline = time.monotonic() + 120
-        while (found := saving.latest(parts)) is None or int(found.name[5:]) < target:
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-    last = start(parts, cache)
-    again, err = last.communicate(timeout=120)
-    assert last.returncode == 0, err
-    assert json.loads(again) == json.loads(out)
-    for name in ("best", "step-114"):
-        one, _ = saving.load_checkpoint(tmp_path / "whole" / name)
-        other, _ = saving.load_checkpoint(parts / name)
-        assert same(one, other)
+def test_a_checkpoint_of_another_run_is_refused(dataset, tmp_path):
+    model, train = model_for(dataset), changed(SHORT, epochs=1)
+    fit(model, dataset, train, CPU, tmp_path)
+    for shape, config, message in (
+        (model, changed(train, seed=1), "train.seed is 0 there and 1 here"),
+        (changed(model, num_layers=1), train, "model.num_layers is 2 there and 1 here"),
+        (changed(model, causal=True), train, "objective='cloze' does not go with causal=True"),
+        (model, changed(train, objective="next_item"), "objective='next_item' does not go with causal=False"),
+    ):
+        with pytest.raises(InputError, match=message):
+            fit(shape, dataset, config, CPU, tmp_path)
 
 
 def test_command_line_names_what_is_wrong_and_writes_nothing(tmp_path, capsys):
     assert fit_main(["--out", str(tmp_path / "x"), "-p", "batch_size", "-4"]) == 2
-    error = capsys.readouterr().err
-    assert error.strip() == "error: parameter 'batch_size' is -4: input should be greater than 0"
+    assert capsys.readouterr().err == "error: parameter 'batch_size' is -4: input should be greater than 0\n"
     assert not (tmp_path / "x").exists()
 
 
@@ -405,13 +296,6 @@ def test_sinks_give_the_gradients_of_autograd(tied, micro, monkeypatch):
             torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(("causal", "objective"), [(True, "cloze"), (False, "next_item")])
-def test_objective_and_attention_must_agree(dataset, causal, objective):
-    model = model_for(dataset, causal=causal)
-    with pytest.raises(InputError, match=f"objective='{objective}' does not go with causal={causal}"):
-        fit(model, dataset, changed(SHORT, objective=objective), CPU)
-
-
 def test_sinks_of_an_earlier_run_are_gone_in_the_next(monkeypatch):
     monkeypatch.setattr("reclib.model.bert4rec.SMALLEST_BYTES", 0)
     first, _ = run_steps(SHORT, steps=2)
@@ -429,3 +313,88 @@ def test_evaluation_does_not_reach_the_sinks(dataset, monkeypatch):
     without = fit(model_for(dataset), dataset, SHORT, CPU)
     for one, other in zip(with_sinks.progress.history, without.progress.history, strict=True):
         assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
+
+
+DATASET = synthetic_dataset(40, 30, 8.0, 0)
+TRAIN = TrainConfig(batch_size=16, epochs=4, eval_every=2, learning_rate=1e-2, lr_warmup_steps=1)
+SHAPE = model_config("nano", num_items=DATASET.num_items, max_len=12, dropout=0.1)
+
+
+def base(seed: int = 0) -> Bert4Rec:
+    torch.manual_seed(seed)
+    return Bert4Rec(SHAPE)
+
+
+def adapted(seed: int = 0, **changes: object) -> AdaptedModel:
+    found = AdaptedModel(base(seed))
+    torch.manual_seed(3)
+    found.add("x", AdapterConfig(**({"kind": "ilora", "rank": 4, "num_experts": 2} | changes)))
+    return found
+
+
+def test_checkpoints_hold_the_adapter_and_its_gate_and_fit_no_other_origin(tmp_path):
+    trainer = fine_tune(adapted(), DATASET, TRAIN, CPU, tmp_path)
+    trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all(".adapters." in name or name.startswith("gates.") for name in trained)
+    for name in ("best", f"step-{trainer.total_steps}"):
+        tensors, state = saving.load_checkpoint(tmp_path / name)
+        weights = {key for key in tensors if not key.startswith(("optimizer.", "random."))}
+        assert {key.removeprefix("model.") for key in weights} == trained
+        assert state["identity"]["origin"]["base_sha256"] == base_hash(base())
+    for other, message in (
+        (adapted(seed=1), "origin.base_sha256 is"),
+        (adapted(alpha=3.0), "origin.adapter is"),
+        (adapted(gate_learning_rate=0.3), "origin.adapter is"),
+        (base(), "origin.trained is"),
+    ):
+        with pytest.raises(InputError, match=f"of another run.*{message}"):
+            fine_tune(other, DATASET, TRAIN, CPU, tmp_path)
+    new = fit(SHAPE, DATASET, changed(TRAIN, max_steps=1), CPU, tmp_path / "new")
+    with pytest.raises(InputError, match=r"origin\.base_sha256 is None there"):
+        fine_tune(new.model, DATASET, new.config, CPU, tmp_path / "new")
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path):
+    for name, new in (
+        ("whole", base),
+        ("ilora", lambda: adapted(dropout=0.1)),
+        ("gated", lambda: adapted(kind="gated", dropout=0.1)),
+    ):
+        folder = tmp_path / name
+        reference = fine_tune(new(), DATASET, TRAIN, CPU)
+        with pytest.raises(Stop):
+            fine_tune(new(), DATASET, changed(TRAIN, checkpoint_seconds=0.0), CPU, folder, stop_at(5))
+        again, finished = (fine_tune(new(), DATASET, TRAIN, CPU, folder) for _ in range(2))
+        for found in (again, finished):
+            pairs = zip(reference.model.parameters(), found.model.parameters(), strict=True)
+            assert all(torch.equal(one, other) for one, other in pairs)
+        columns = ("train_loss", "ndcg@10", "mrr")
+        rows = [[row[c] for row in t.progress.history for c in columns] for t in (reference, again)]
+        assert rows[0] == rows[1]
+
+
+def test_the_gate_has_a_rate_of_its_own():
+    found = adapted(gate_learning_rate=0.25)
+    trainer = fine_tune(found, DATASET, changed(TRAIN, max_steps=1), CPU)
+    rates = {id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    trained = {name: p for name, p in found.named_parameters() if p.requires_grad}
+    assert len(rates) == len(trained)
+    for name, parameter in trained.items():
+        share = 0.25 if name.startswith("gates.") else 1.0
+        assert rates[id(parameter)] == pytest.approx(share * TRAIN.learning_rate), name
+
+
+def test_only_what_is_not_frozen_is_trained_and_something_must_be():
+    model = base().requires_grad_(False)
+    with pytest.raises(InputError, match="all parameters of the model are frozen"):
+        model.origin()
+    model.output_bias.requires_grad_(True)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer = fine_tune(model, DATASET, TRAIN, CPU)
+    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"output_bias"}
+    found = adapted()
+    found.use(None)
+    with pytest.raises(InputError, match="no active adapter"):
+        fine_tune(found, DATASET, TRAIN, CPU)
