@@ -155,7 +155,12 @@ def test_a_rebuild_touches_no_file_removes_old_figures_and_leaves_others_alone(t
     shutil.copytree(built, tmp_path, dirs_exist_ok=True)
     (tmp_path / "mine.html").write_text("<p>by hand</p>")
     figures.build(two, tmp_path)
-    left = {"preparation_ml-100k_cpu.html", "repeats_ml-100k_cpu.html", "index.html", "plotly.min.js"}
+    left = {
+        "preparation_ml-100k_cpu.html",
+        "sequence_lengths_ml-100k_cpu.html",
+        "index.html",
+        "plotly.min.js",
+    }
     assert {path.name for path in tmp_path.iterdir()} == left | {"mine.html"}
     times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     figures.build(json.loads(json.dumps(two)), tmp_path)

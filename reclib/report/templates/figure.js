@@ -25,8 +25,7 @@ function narrowed(plot) {
   const full = plot._fullLayout, layout = plot.layout, changes = {};
   const title = (layout.title || {}).text || "", under = ((layout.title || {}).subtitle || {}).text || "";
   const text = broken(title, plot.clientWidth / 8.5), subtitle = broken(unwrapped(under), plot.clientWidth / 6.8);
-  let top = full.margin.t + 20 * (lines(text) - lines(title)) + 15 * (lines(subtitle) - lines(under));
-  top += plot.data[0].type === "parcoords" ? 40 : 0;  // room for slanted names
+  const top = full.margin.t + 20 * (lines(text) - lines(title)) + 15 * (lines(subtitle) - lines(under));
   let bottom = full.margin.b, right = Math.min(full.margin.r, 24), left = full.margin.l;
   Object.assign(changes, {"title.text": text, "title.subtitle.text": subtitle, "title.font.size": 15});
 
@@ -123,8 +122,6 @@ function narrowed(plot) {
 
 function narrow(plot) {
   if (plot.clientWidth >= NARROW) return;
-  if (plot.data[0].type === "parcoords")
-    Plotly.restyle(plot, {labelangle: -30, "labelfont.size": 10, "tickfont.size": 8});
   const changes = narrowed(plot);
   Plotly.relayout(plot, changes).then(() => window.parent.postMessage({reclibHeight: changes.height}, "*"));
 }
