@@ -271,17 +271,16 @@ def pairwise_counts(dataset: Dataset, periods: Periods, task: Task) -> Run:
 
     Nothing is trained: this is the baseline that adaptation has to beat.
     """
-    assert dataset.times is not None
-    starts = dataset.offsets[:-1]
-    before = np.add.reduceat(dataset.times < periods.about["points"][1], starts, dtype=np.int64)
-    histories = Histories(dataset.items, starts, starts + before)
+    histories = Histories(
+        dataset.items, dataset.offsets[:-1], _ends_before(dataset, periods.about["points"][1])
+    )
     family = baselines.families()["pairwise_counts"]
     choice = baselines.choose(family, histories, dataset.num_items, task.split.valid)
     valid, test = (
         metrics.rank(choice.recommender.scores(part), part, True).ranks
         for part in (task.split.valid, task.split.test)
     )
-    tokens = int(before.sum())
+    tokens = int(histories.lengths.sum())
     return Run("pairwise_counts", float(metrics.ndcg(valid, 10).mean()), test, tokens, saved_bytes=None)
 
 
@@ -354,48 +353,87 @@ def comparisons(dataset: Dataset, task: Task, runs: Sequence[Run], reference: st
 # -- an implanted signal -------------------------------------------------------------------------------------
 
 
-def implant(dataset: Dataset, periods: Periods, share: float, per_side: int = 10, seed: int = 0) -> Dataset:
-    """Exchange a `share` of the items after the past by a rule that combines the user and the item before.
+class Rule(NamedTuple):
+    """What `implant` follows: the next item depends on the user and on the item before."""
 
-    The second and third singular vectors of the past's user-item matrix divide the items and the users in two
-    halves each. The new item is one of the `per_side` most frequent items of a half that the user never had:
-    of the half of the item before it for the users of one half, of the other half for the others. One adapter
-    for all users would need this product of user and item; a gate that reads the user's history chooses
-    between two adapters, each of rank one. Users without a past stay as they are.
+    half: np.ndarray  # bool (I + 1,): half of an item
+    stays: np.ndarray  # bool (users,): whether the next item is of the half of the one before
+    has_past: np.ndarray  # bool (users,): users without a past do not follow the rule
+    frequent: np.ndarray  # int64 (2, N): most frequent items of each half
+
+    def choices(self, user: int, before: int) -> np.ndarray:
+        """Return the items (N,) of which one follows the item `before`."""
+        return self.frequent[int(self.half[before] == self.stays[user])]
+
+
+def rule_of(dataset: Dataset, periods: Periods, per_side: int = 10) -> Rule:
+    """Return the rule for a dataset: halves by the past's user-item matrix.
+
+    The sign of its second singular vector less the median divides the items, the third the users.
     """
     from scipy.sparse import csr_matrix
     from scipy.sparse.linalg import svds
 
-    assert dataset.times is not None
-    starts = dataset.offsets[:-1]
-    before = np.add.reduceat(dataset.times < periods.about["points"][0], starts, dtype=np.int64)
-    past = Histories(dataset.items, starts, starts + before)
+    past = Histories(dataset.items, dataset.offsets[:-1], _ends_before(dataset, periods.about["points"][0]))
+    users = np.repeat(np.arange(dataset.num_users), past.lengths)
     shape = (dataset.num_users, dataset.num_items + 1)
-    ones = np.ones(int(before.sum()))
-    users = np.repeat(np.arange(dataset.num_users), before)
-    matrix = csr_matrix((ones, (users, dataset.items[past.places()])), shape=shape)
+    matrix = csr_matrix((np.ones(len(users)), (users, dataset.items[past.places()])), shape=shape)
     matrix.data[:] = 1  # repetitions count once
-    frequency = np.asarray(matrix.sum(axis=0)).ravel()
+    frequency, has_past = np.asarray(matrix.sum(axis=0)).ravel(), past.lengths > 0
     left, values, right = svds(matrix, k=3, v0=np.ones(min(shape)))
-    second, third = np.argsort(values)[[1, 0]]
+    third, second, _ = np.argsort(values)
     items, people = (v * np.sign(v[np.abs(v).argmax()]) for v in (right[second], left[:, third]))
     half = items > np.median(items[frequency > 0])
-    stays = people > np.median(people[before > 0])
-    frequent = [np.where(half == side, frequency, -1).argsort(kind="stable")[::-1] for side in (False, True)]
-    generator = np.random.default_rng(seed)
-    changed_items = dataset.items.copy()
-    for user in np.flatnonzero(before):
-        first, end = starts[user] + before[user], dataset.offsets[user + 1]
-        had = set(changed_items[starts[user] : end].tolist())
-        for place in range(first, end):
+    ranked = [np.where(half == side, frequency, -1).argsort(kind="stable")[::-1] for side in (False, True)]
+    stays = people > np.median(people[has_past])
+    return Rule(half, stays, has_past, np.stack(ranked)[:, :per_side])
+
+
+def _ends_before(dataset: Dataset, point: int) -> np.ndarray:
+    """Return int64 (users,): the index into `items` after each user's last interaction before a time."""
+    assert dataset.times is not None
+    starts = dataset.offsets[:-1]
+    return starts + np.add.reduceat(dataset.times < point, starts, dtype=np.int64)
+
+
+def implant(dataset: Dataset, periods: Periods, rule: Rule, share: float, seed: int = 0) -> Dataset:
+    """Exchange a `share` of the items after the past for items that the rule chooses and the user never had.
+
+    One adapter for all users would have to multiply user and item; a gate that reads the user's history
+    chooses between two adapters of rank one. Users without a past stay as they are.
+    """
+    generator, items = np.random.default_rng(seed), dataset.items.copy()
+    firsts = _ends_before(dataset, periods.about["points"][0])
+    for user in np.flatnonzero(rule.has_past):
+        start, end = dataset.offsets[user : user + 2]
+        had = set(items[start:end].tolist())
+        for place in range(firsts[user], end):
             if generator.random() < share:
-                side = int(half[changed_items[place - 1]] == stays[user])
-                choices = [item for item in frequent[side][:per_side].tolist() if item not in had]
-                if choices:
-                    changed_items[place] = generator.choice(choices)
-                    had.add(int(changed_items[place]))
-    fingerprint = content_hash([changed_items.tobytes(), dataset.fingerprint.encode()])[:16]
-    return replace(dataset, items=changed_items, manifest=dataset.manifest | {"fingerprint": fingerprint})
+                new = [item for item in rule.choices(int(user), items[place - 1]).tolist() if item not in had]
+                if new:
+                    items[place] = generator.choice(new)
+                    had.add(int(items[place]))
+    fingerprint = content_hash([items.tobytes(), dataset.fingerprint.encode()])[:16]
+    return replace(dataset, items=items, manifest=dataset.manifest | {"fingerprint": fingerprint})
+
+
+def ceiling(dataset: Dataset, task: Task, rule: Rule, share: float) -> Result:
+    """Rank the test windows by popularity, and by the rule before popularity: what there is to be learned."""
+    test, popularity = task.split.test, metrics.popularity(task.split.train, dataset.num_items)
+    users, last = splits.row_users(dataset, test.histories), test.histories.items[test.histories.ends - 1]
+
+    def known() -> metrics.Scores:
+        for rows, scores in metrics.constant_scores(popularity, test):
+            for row, at in zip(rows, scores, strict=True):
+                if rule.has_past[users[row]]:
+                    at[rule.choices(int(users[row]), int(last[row])) - 1] += float(popularity.max()) + 1
+            yield rows, scores
+
+    scorers = {"popularity": metrics.constant_scores(popularity, test), "the rule": known()}
+    ranks = {name: metrics.rank(scores, test, True).ranks for name, scores in scorers.items()}
+    values = {name: splits.by_user(dataset, test, metrics.ndcg(rank, 10)) for name, rank in ranks.items()}
+    means = {name: float(per_user.mean()) for name, per_user in values.items()}
+    return Result("implanted_ceiling", means, {"share": share, "metric": "ndcg@10"})
 
 
 def implanted(
@@ -411,11 +449,12 @@ def implanted(
     For each share of `p.implanted` the arms are trained from the same bases on the data of `implant`.
     """
     arms = [arm for arm in ("ilora", "lora", "shuffled_user") if arm in p.arms]
-    results = []
+    results, rule = [], rule_of(dataset, periods)
     for share in p.implanted:
-        data = implant(dataset, periods, share)
+        data = implant(dataset, periods, rule, share)
         at_share = changed(p, tasks=["next_period"], arms=["none", *arms])
         _, (task,) = tasks_of(at_share, data)
+        results.append(ceiling(data, task, rule, share))
         runs = adapt(at_share, bases, data, task, device, readers)
         means = {arm: values.mean() for arm, values in per_user(data, task, runs, "ndcg@10").items()}
         own = {"share": share, "targets": "encoder, head" if "head" in p.targets else "encoder"}

@@ -371,13 +371,14 @@ def _of_adapters(results: Results) -> list[str]:
             arms = {w: [ARM_NAMES[_model(r)] for r in by_claim.get(w, [])] for w in get_args(Claim)}
             listed = "; ".join(f"{word}: {', '.join(names)}" for word, names in arms.items() if names)
             details.append(f"{name[:1].upper()}{name[1:]}, NDCG@10 against iLoRA, corrected: {listed}.")
+    levels = {r["own_params"]["share"]: r["metrics"] for r in results.get("implanted_ceiling", [])}
     for share, rows in _by(results.get("implanted", []), lambda r: r["own_params"]["share"]).items():
-        listed = ", ".join(
+        parts = [f"iLoRA {rows[0]['metrics']['reference_ndcg@10']:.4f}"]
+        parts += [f"{name} {value:.4f}" for name, value in levels.get(float(share), {}).items()]
+        parts += [
             f"{ARM_NAMES[_model(r)]} {_claim(r['metrics'])}, {interval_text(r['metrics'])}" for r in rows
-        )
-        details.append(
-            f"With a signal implanted in {float(share):.0%} of the later items, against iLoRA: {listed}."
-        )
+        ]
+        details.append(f"A signal in {float(share):.0%} of later items, NDCG@10: {', '.join(parts)}.")
     answer = [" ".join(verdicts)] if verdicts else []
     return [*answer, *_adapter_steps(results.get("adapter_step", [])), *details]
 

@@ -160,13 +160,16 @@ def test_the_gate_may_read_a_causal_model_of_the_same_past(experiment, dataset):
 def test_implanted_items_follow_the_rule_of_user_and_item_before(dataset):  # noqa: F811
     p = asked(tasks=["next_period"])
     periods, _ = adaptation.tasks_of(p, dataset)
-    changed = adaptation.implant(dataset, periods, 0.5, per_side=30)
+    rule = adaptation.rule_of(dataset, periods, per_side=30)
+    changed = adaptation.implant(dataset, periods, rule, 0.5)
     later = dataset.times >= periods.about["points"][0]
     differs = changed.items != dataset.items
     assert not differs[~later].any()
     assert differs.sum() > 100
     assert changed.fingerprint != dataset.fingerprint
-    assert adaptation.implant(dataset, periods, 0.5, per_side=30).fingerprint == changed.fingerprint
+    assert adaptation.implant(dataset, periods, rule, 0.5).fingerprint == changed.fingerprint
+    known = adaptation.ceiling(changed, adaptation.tasks_of(p, changed)[1][0], rule, 0.5).metrics
+    assert known["the rule"] > known["popularity"]
 
     user = np.repeat(np.arange(dataset.num_users), dataset.lengths)
     past = np.zeros((dataset.num_users, dataset.num_items + 1))

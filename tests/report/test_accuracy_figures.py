@@ -5,9 +5,10 @@ from collections import defaultdict
 import pytest
 from figure_records import compared, ends, of_grid, record
 
+from reclib.config import CONTROLS
 from reclib.evaluate import statistics
 from reclib.report import figures, findings, style, tables
-from reclib.report.tables import ARM_NAMES, CONTROLS
+from reclib.report.tables import ARM_NAMES
 
 
 def title(name, records):
