@@ -532,29 +532,33 @@ def _differences(rows: pd.DataFrame, against: str) -> go.Figure:
 
 
 def implanted(rows: pd.DataFrame) -> go.Figure:
-    """NDCG@10 of iLoRA minus that of arms without the user's gate, by the share of items with the signal."""
-    rows = _with_claims(rows).sort_values("share", kind="stable")
-    figure, arms = single(), list(dict.fromkeys(rows["model"]))
-    for arm, color in zip(arms, PALETTE, strict=False):
-        part = rows[rows["model"] == arm]
-        gain, name = -part["difference"], f"iLoRA minus {ARM_NAMES[str(arm)]}"
-        ends = {"array": gain + part["difference_high"], "arrayminus": -gain - part["difference_low"]}
-        hover = f"%{{x:.0%}}: %{{y:+.4f}} ({name}), detectable %{{customdata:.4f}}"
-        look = {"mode": "lines+markers", "error_y": {"color": color} | ends, "customdata": part["detectable"]}
-        figure.path(part, "share", gain, color, hover, name=name, **look)
-    blind = rows.groupby("share")["claim"].agg(lambda claims: set(claims) != {"worse"})  # than iLoRA
-    seen = [float(share) for share in blind.index[~blind]]
-    text = f"from {min(seen):.0%} of items on" if seen else f"not up to {rows['share'].max():.0%} of items"
-    if (rows["claim"] == "too few seeds").any():
-        text = f"no claim, with fewer than {statistics.MIN_SEEDS} seeds"
-    figure.update_xaxes(title_text="share of later items that follow the rule", tickformat=".0%")
-    figure.update_yaxes(title_text="difference in NDCG@10")
-    figure.add_hline(0, line=_ZERO)
-    figure.note(f"adapters on {rows['targets'].iloc[0]}; paired by user; bar: 95 % interval")
-    legend = {"orientation": "h", "x": 0, "y": -0.2}
-    return figure.update_layout(
-        showlegend=True, legend=legend, title_text=f"A gate that helps is seen: {text}"
+    """NDCG@10 of each arm by the share of items with the signal, beside popularity and the rule itself."""
+    known = rows["model"].isna()  # of `implanted_ceiling`
+    arms, ceiling = _with_claims(rows[~known]).sort_values("share"), rows[known].sort_values("share")
+    ilora = arms.drop_duplicates("share")
+    lines = {"iLoRA": (ilora, "reference_ndcg@10", _ARM_COLORS["ilora"], "solid")}
+    for arm, color in (("lora", ORANGE), ("shuffled_user", GREEN), ("none", MUTED)):
+        lines[ARM_NAMES[arm]] = (arms[arms["model"] == arm], "ndcg@10", color, "solid")
+    for name, column, dash in (("the rule, known", "the rule", "dash"), ("popularity", "popularity", "dot")):
+        lines[name] = (ceiling, column, INK, dash)
+    figure = panels(legend=True)
+    for name, (part, column, color, dash) in lines.items():
+        if len(part):
+            look = {"name": name, "mode": "lines+markers", "line": {"dash": dash}}
+            figure.path(part, "share", column, color, f"{name}, %{{x:.0%}}: %{{y:.4f}}", **look)
+    told = (
+        arms[arms["model"] != "none"].groupby("share")["claim"].agg(lambda claims: set(claims) == {"worse"})
     )
+    seen = [float(share) for share in told.index[told]]
+    text = f"is seen from {min(seen):.0%} of items on" if seen else "is not seen"
+    if (arms["claim"] == "too few seeds").any():
+        text = f"would be seen or not: no claim, with fewer than {statistics.MIN_SEEDS} seeds"
+    figure.update_xaxes(title_text="share of later items that follow the rule", tickformat=".0%", nticks=6)
+    figure.update_yaxes(title_text="NDCG@10", rangemode="tozero")
+    figure.note(
+        f"adapters on {arms['targets'].iloc[0]}; seen: iLoRA above LoRA and above another user's gate"
+    )
+    return figure.update_layout(legend=style.BESIDE, title_text=f"A gate that could help {text}")
 
 
 def adapter_cost(rows: pd.DataFrame) -> go.Figure:

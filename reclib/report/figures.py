@@ -114,7 +114,7 @@ FIGURES: list[Spec] = [
     Spec("05_ilora", "adaptation", accuracy_figures.accuracy_by_share),
     Spec("05_ilora", "adaptation_gain", accuracy_figures.adaptation_gain),
     Spec("05_ilora", "gate_comparison", accuracy_figures.gate_comparison),
-    Spec("05_ilora", "implanted", accuracy_figures.implanted),
+    Spec("05_ilora", "implanted", accuracy_figures.implanted, beside="implanted_ceiling"),
     Spec("05_ilora", "adapter_step", accuracy_figures.adapter_cost),
     Spec("05_ilora", "gates", accuracy_figures.gate_by_user),
     Spec("06_hardware", "hardware_step", speed_figures.throughput, **_DEVICES),
