@@ -536,15 +536,18 @@ def implanted(rows: pd.DataFrame) -> go.Figure:
     known = rows["model"].isna()  # of `implanted_ceiling`
     arms, ceiling = _with_claims(rows[~known]).sort_values("share"), rows[known].sort_values("share")
     ilora = arms.drop_duplicates("share")
-    lines = {"iLoRA": (ilora, "reference_ndcg@10", _ARM_COLORS["ilora"], "solid")}
+    lines = {"iLoRA": (ilora, "reference_ndcg@10", _ARM_COLORS["ilora"], "circle")}
     for arm, color in (("lora", ORANGE), ("shuffled_user", GREEN), ("none", MUTED)):
-        lines[ARM_NAMES[arm]] = (arms[arms["model"] == arm], "ndcg@10", color, "solid")
-    for name, column, dash in (("the rule, known", "the rule", "dash"), ("popularity", "popularity", "dot")):
-        lines[name] = (ceiling, column, INK, dash)
+        lines[ARM_NAMES[arm]] = (arms[arms["model"] == arm], "ndcg@10", color, "circle")
+    for name, column, symbol in (
+        ("the rule, known", "the rule", "diamond"),
+        ("popularity", "popularity", "x"),
+    ):
+        lines[name] = (ceiling, column, INK, symbol)
     figure = panels(legend=True)
-    for name, (part, column, color, dash) in lines.items():
+    for name, (part, column, color, symbol) in lines.items():
         if len(part):
-            look = {"name": name, "mode": "lines+markers", "line": {"dash": dash}}
+            look = {"name": name, "mode": "lines+markers", "marker": {"symbol": symbol, "size": 8}}
             figure.path(part, "share", column, color, f"{name}, %{{x:.0%}}: %{{y:.4f}}", **look)
     told = (
         arms[arms["model"] != "none"].groupby("share")["claim"].agg(lambda claims: set(claims) == {"worse"})

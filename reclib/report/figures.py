@@ -507,8 +507,9 @@ def _most_work(rows: Sequence[Record]) -> tuple[int, bool, str]:
     enough = len({r.get("seed") for r in rows} - {None}) >= statistics.MIN_SEEDS
 
     def rank(row: Record) -> tuple[int, bool, str]:
-        seeds = (row["metrics"].get(name, 0) for name in ("seeds", "reference_seeds"))
-        return PROFILES.index(row["profile"]), enough or statistics.enough(seeds), row["time"]
+        seeds = [row["metrics"][name] for name in ("seeds", "reference_seeds") if name in row["metrics"]]
+        sure = enough or (bool(seeds) and statistics.enough(seeds))
+        return PROFILES.index(row["profile"]), sure, row["time"]
 
     return max(map(rank, rows))
 
