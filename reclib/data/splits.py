@@ -89,7 +89,7 @@ def global_time(
         )
     size = dataset.num_interactions
     points = _points(dataset, [int(size * (1 - valid_share - test_share)), int(size * (1 - test_share))])
-    start, valid_from, test_from, end = _borders(dataset, points)
+    start, valid_from, test_from, end = borders(dataset, points)
     trains = valid_from > start
     known = _known(dataset, points)
     generator = np.random.default_rng(seed)
@@ -187,7 +187,7 @@ def _points(dataset: Dataset, ranks: Sequence[int] | np.ndarray) -> np.ndarray:
     return points
 
 
-def _borders(dataset: Dataset, points: np.ndarray) -> list[np.ndarray]:
+def borders(dataset: Dataset, points: np.ndarray) -> list[np.ndarray]:
     """Return int64 (users,) arrays of indices into `items`: the start of each part, and the end."""
     starts = dataset.offsets[:-1]
     earlier = [np.add.reduceat(dataset.times < point, starts, dtype=np.int64) for point in points]
@@ -225,13 +225,13 @@ def divide(
     if min(shares) <= 0 or sum(shares) >= 1:
         raise InputError(f"shares are {shares}: expected three above 0 whose sum is below 1")
     points = _points(dataset, (np.cumsum(shares) * dataset.num_interactions).astype(np.int64))
-    borders = _borders(dataset, points)
-    lengths = np.diff(borders, axis=0)  # (4, users)
+    bounds = borders(dataset, points)
+    lengths = np.diff(bounds, axis=0)  # (4, users)
     known = _known(dataset, points)
     generator = np.random.default_rng(seed)
     valid, test = (
         _period_window(dataset, first, end, targets_per_user, generator)
-        for first, end in ((borders[2], borders[3]), (borders[3], borders[4]))
+        for first, end in ((bounds[2], bounds[3]), (bounds[3], bounds[4]))
     )
     metadata = {
         "points": points.tolist(),
@@ -241,10 +241,10 @@ def divide(
         "targets_per_user": targets_per_user,
         "seed": seed,
     }
-    train = Histories(dataset.items, borders[1], borders[2]).rows(lengths[1] > 1)
+    train = Histories(dataset.items, bounds[1], bounds[2]).rows(lengths[1] > 1)
     # the base: the last interaction of a past of three or more validates; there is no test
     users = np.flatnonzero(lengths[0] > 2)
-    last_items = Evaluation.from_places(dataset, users, borders[1][users] - 1)
+    last_items = Evaluation.from_places(dataset, users, bounds[1][users] - 1)
     no_test = last_items.rows(np.zeros(len(users), dtype=bool))
     base = Split("past", last_items.histories, last_items, no_test, metadata)
     return Periods(base, Split("next period", train, valid, test, metadata), known, metadata)
@@ -271,7 +271,7 @@ def segment(dataset: Dataset, periods: Periods, share: float = 1 / 3) -> Split:
     A user's distance is the mean popularity rank of the items in the past. `share` of the adaptation's users
     with a past lie above the threshold. Later interactions do not affect the choice.
     """
-    start, past_end, *_ = _borders(dataset, np.array(periods.about["points"]))
+    start, past_end, *_ = borders(dataset, np.array(periods.about["points"]))
     ranks = popularity_ranks(periods.base.train, dataset.num_items)
     distance = np.where(past_end > start, mean_rank(Histories(dataset.items, start, past_end), ranks), -1.0)
     adaptation = periods.adaptation

@@ -271,9 +271,8 @@ def pairwise_counts(dataset: Dataset, periods: Periods, task: Task) -> Run:
 
     Nothing is trained: this is the baseline that adaptation has to beat.
     """
-    histories = Histories(
-        dataset.items, dataset.offsets[:-1], _ends_before(dataset, periods.about["points"][1])
-    )
+    starts, _, adaptation_ends, *_ = splits.borders(dataset, np.array(periods.about["points"]))
+    histories = Histories(dataset.items, starts, adaptation_ends)
     family = baselines.families()["pairwise_counts"]
     choice = baselines.choose(family, histories, dataset.num_items, task.split.valid)
     valid, test = (
@@ -374,7 +373,8 @@ def rule_of(dataset: Dataset, periods: Periods, per_side: int = 10) -> Rule:
     from scipy.sparse import csr_matrix
     from scipy.sparse.linalg import svds
 
-    past = Histories(dataset.items, dataset.offsets[:-1], _ends_before(dataset, periods.about["points"][0]))
+    starts, past_ends, *_ = splits.borders(dataset, np.array(periods.about["points"]))
+    past = Histories(dataset.items, starts, past_ends)
     users = np.repeat(np.arange(dataset.num_users), past.lengths)
     shape = (dataset.num_users, dataset.num_items + 1)
     matrix = csr_matrix((np.ones(len(users)), (users, dataset.items[past.places()])), shape=shape)
@@ -389,13 +389,6 @@ def rule_of(dataset: Dataset, periods: Periods, per_side: int = 10) -> Rule:
     return Rule(half, stays, has_past, np.stack(ranked)[:, :per_side])
 
 
-def _ends_before(dataset: Dataset, point: int) -> np.ndarray:
-    """Return int64 (users,): the index into `items` after each user's last interaction before a time."""
-    assert dataset.times is not None
-    starts = dataset.offsets[:-1]
-    return starts + np.add.reduceat(dataset.times < point, starts, dtype=np.int64)
-
-
 def implant(dataset: Dataset, periods: Periods, rule: Rule, share: float, seed: int = 0) -> Dataset:
     """Exchange a `share` of the items after the past for items that the rule chooses and the user never had.
 
@@ -403,7 +396,7 @@ def implant(dataset: Dataset, periods: Periods, rule: Rule, share: float, seed: 
     chooses between two adapters of rank one. Users without a past stay as they are.
     """
     generator, items = np.random.default_rng(seed), dataset.items.copy()
-    firsts = _ends_before(dataset, periods.about["points"][0])
+    _, firsts, *_ = splits.borders(dataset, np.array(periods.about["points"]))
     for user in np.flatnonzero(rule.has_past):
         start, end = dataset.offsets[user : user + 2]
         had = set(items[start:end].tolist())
