@@ -49,7 +49,8 @@ from reclib.data.dataset import Dataset
 from reclib.data.prepare import prepare
 from reclib.data.splits import SPLITS, Split
 from reclib.evaluate import metrics, statistics
-from reclib.evaluate.baselines import PairwiseCounts, fit_pairwise_counts
+from reclib.evaluate.baselines import PairwiseCounts, families, fit_pairwise_counts
+from reclib.evaluate.baselines import choose as choose_baseline
 from reclib.evaluate.metrics import Outcome
 from reclib.experiments import baseline
 from reclib.experiments.baseline import Assessed, Conditions, Model, Result, Trained
@@ -399,6 +400,13 @@ def counting(work: Work, arm: Arm) -> bool:
     return work.configs(arm, arm.seeds[0])[1].prior == "counts"
 
 
+def newer_counts(work: Work, split: Split) -> PairwiseCounts:
+    """Return pairwise counts of all items before the test targets, with the settings that validation chooses."""
+    family, items = families()["pairwise_counts"], work.dataset.num_items
+    settings = choose_baseline(family, split.train, items, split.valid).chosen
+    return fit_pairwise_counts(split.test.histories, items, **settings)
+
+
 def stored_ranks(work: Work, arm: Arm, seed: int, renewed: bool = False) -> dict[str, np.ndarray]:
     """Return the stored arrays of a run; empty if it has not been ranked on the test split."""
     file = work.ranks_file(arm, seed, renewed)
@@ -442,10 +450,13 @@ def keep(work: Work) -> list[str]:
     final = [arm for arm in work.grid.arms if arm.final and arm.split == MAIN_SPLIT]
     names = []
     for _, part in work.parts(final):
-        test = baseline.draw(part.dataset, SPLITS[MAIN_SPLIT](part.dataset).test)
+        split = SPLITS[MAIN_SPLIT](part.dataset)
+        test = baseline.draw(part.dataset, split.test)
         for arm, seed in part.runs():
             if part.curve(arm, seed):
                 assess_run(part, arm, seed, test)
+                if counting(part, arm):
+                    assess_run(part, arm, seed, test, newer_counts(part, split))
                 names.append(f"{arm.name} seed {seed}")
     return names
 
@@ -477,8 +488,7 @@ def _score(work: Work, data: Fields, from_ranks: bool) -> list[Result]:
     for arm in main:
         models.append(Model(arm.name, [assess_run(work, arm, seed, test) for seed in arm.seeds], arm.seeds))
         if counting(work, arm):
-            settings = chosen["pairwise_counts"]
-            counts = fit_pairwise_counts(split.test.histories, work.dataset.num_items, **settings)
+            counts = newer_counts(work, split)
             runs = [assess_run(work, arm, seed, test, counts) for seed in arm.seeds]
             models.append(Model(f"{arm.name}_with_validation", runs, arm.seeds))
     out = choosing_seeds(work)

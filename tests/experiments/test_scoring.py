@@ -173,21 +173,22 @@ def test_what_is_not_trained_cannot_be_scored(root):
 
 def test_runs_so_far_keep_what_they_show_and_a_later_scoring_needs_no_weights(root, capsys, monkeypatch):
     light_scoring(monkeypatch)
-    write(root, arms={"base": {"final": True}})
+    write(root, arms={"base": {"final": True}, "counts": {"final": True, "train": {"prior": "counts"}}})
     here = work()
-    arm = here.grid.arms[0]
-    grids.run_grid(here, [(arm, 0)], Options())
+    arm, counts = here.grid.arms
+    grids.run_grid(here, [(arm, 0), (counts, 0), (counts, 1)], Options())
     capsys.readouterr()
     assert grids.score_main(["trial", "--keep"]) == 0
     said = capsys.readouterr().out
-    assert said.splitlines()[-1] == "kept: base seed 0"
+    assert said.splitlines()[-1] == "kept: base seed 0, counts seed 0, counts seed 1"
     assert "@10" not in said
     assert not here.rows("test_metrics")
 
-    shutil.rmtree(here.folder(arm, 0))  # the machine that trained seed 0 is gone
+    for run in ((arm, 0), (counts, 0), (counts, 1)):  # the machine that trained them is gone
+        shutil.rmtree(here.folder(*run))
     grids.run_grid(here, [(arm, 1)], Options())
     assert {seed for model, seed in means(grids.score(here)) if model == "base"} == {None, 0, 1}
-    assert not here.folder(arm, 0).exists()
+    assert not any(here.folder(*run).exists() for run in ((arm, 0), (counts, 0), (counts, 1)))
 
 
 def test_ties_are_scored_by_rule_with_the_arms_that_are_trained(root, monkeypatch):
