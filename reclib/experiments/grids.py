@@ -401,7 +401,7 @@ def counting(work: Work, arm: Arm) -> bool:
 
 
 def newer_counts(work: Work, split: Split) -> PairwiseCounts:
-    """Return pairwise counts of all items before the test targets, with the settings that validation chooses."""
+    """Return pairwise counts of all items before the test targets, with settings chosen on validation."""
     family, items = families()["pairwise_counts"], work.dataset.num_items
     settings = choose_baseline(family, split.train, items, split.valid).chosen
     return fit_pairwise_counts(split.test.histories, items, **settings)
