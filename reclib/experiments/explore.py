@@ -147,8 +147,8 @@ def plans(p: Explore) -> list[Result]:
         del params["price"]
         parts = planned.memory_parts()
         series: dict[str, list[Any]] = {"part": list(parts), "bytes": list(parts.values())}
-        result = Result("plan", planned.counts(), params, series, timings=planned.timings())
-        results.append(result._replace(kind="predicted", device=comparison.card_of(planned)))
+        counts, timings = planned.counts(), planned.timings()
+        results.append(comparison.of_plan("plan", planned, params, counts, timings, series))
     return results
 
 

@@ -40,7 +40,7 @@ from plotly.offline import get_plotlyjs
 from reclib import records, system
 from reclib.config import InputError
 from reclib.evaluate import statistics
-from reclib.report import accuracy_figures, data_figures, findings, scaling_figures, speed_figures, tables
+from reclib.report import accuracy_figures, findings, scaling_figures, speed_figures, tables
 from reclib.report.style import HEIGHT, PLOTLY_MIME, Chart
 from reclib.report.tables import PROFILES, Record
 from reclib.system import Parser
@@ -68,25 +68,24 @@ def _of_sizes(records: Sequence[Record]) -> bool:
     return len({record["metrics"].get("non_embedding") for record in records}) > 1
 
 
-def _of_compiled(records: Sequence[Record]) -> bool:
-    return any(record["own_params"].get("compile_mode", "off") != "off" for record in records)
+def _of_widths(records: Sequence[Record]) -> bool:
+    widths = [r for r in records if tables.sweep_of(str(r["own_params"].get("model"))).startswith("width")]
+    return _of_sizes(widths)
 
 
 def _of_sweeps(records: Sequence[Record]) -> bool:
     sweeps = {tables.sweep_of(str(record["own_params"].get("model"))) for record in records}
-    return bool(sweeps - {"width", "tuned settings"})
+    return bool(sweeps & {"depth", "untied tables", "other learning rate"})
 
 
 _LAW: dict[str, Any] = {"beside": "prediction"}
 _DEVICES: dict[str, Any] = {"across": True, "beside": "real_size_step"}
 
 FIGURES: list[Spec] = [
-    Spec("01_data_prep", "preparation", data_figures.preparation),
-    Spec("01_data_prep", "over_time", data_figures.interactions_over_time),
-    Spec("01_data_prep", "sequence_lengths", data_figures.sequence_lengths),
-    Spec("01_data_prep", "item_popularity", data_figures.item_popularity),
-    Spec("01_data_prep", "last_items", data_figures.last_items),
-    Spec("01_data_prep", "cold", data_figures.cold_start),
+    Spec("01_data_prep", "over_time", accuracy_figures.interactions_over_time),
+    Spec("01_data_prep", "sequence_lengths", accuracy_figures.sequence_lengths),
+    Spec("01_data_prep", "item_popularity", accuracy_figures.item_popularity),
+    Spec("01_data_prep", "last_items", accuracy_figures.last_items),
     Spec("02_baseline", "learning_curve", accuracy_figures.learning_curves),
     Spec("02_baseline", "test_metrics", accuracy_figures.metric_comparison),
     Spec("02_baseline", "comparison", accuracy_figures.comparison),
@@ -101,7 +100,7 @@ FIGURES: list[Spec] = [
     Spec(
         "03_scaling", "beyond_accuracy", scaling_figures.popularity_by_size, choose=tables.popularity_by_size
     ),
-    Spec("03_scaling", "learning_curve", scaling_figures.scaling_curve, enough=_of_sizes, **_LAW),
+    Spec("03_scaling", "learning_curve", scaling_figures.scaling_curve, enough=_of_widths, **_LAW),
     Spec("03_scaling", "learning_curve", scaling_figures.scaling_accuracy, enough=_of_sizes, **_LAW),
     Spec("03_scaling", "learning_curve", scaling_figures.scaling_sweeps, enough=_of_sweeps, **_LAW),
     Spec("03_scaling", "trial", scaling_figures.tuning_history),
@@ -109,16 +108,13 @@ FIGURES: list[Spec] = [
     Spec("04_amp_compile", "step", speed_figures.step_time),
     Spec("04_amp_compile", "ladder", speed_figures.step_ladder),
     Spec("04_amp_compile", "operators", speed_figures.operators),
-    Spec("04_amp_compile", "step", speed_figures.compile_cost, enough=_of_compiled),
     Spec("04_amp_compile", "loss_curve", speed_figures.loss_parity),
-    Spec("05_ilora", "adaptation", accuracy_figures.accuracy_by_share),
     Spec("05_ilora", "adaptation_gain", accuracy_figures.adaptation_gain),
     Spec("05_ilora", "gate_comparison", accuracy_figures.gate_comparison),
     Spec("05_ilora", "implanted", accuracy_figures.implanted, beside="implanted_ceiling"),
     Spec("05_ilora", "adapter_step", accuracy_figures.adapter_cost),
     Spec("05_ilora", "gates", accuracy_figures.gate_by_user),
     Spec("06_hardware", "hardware_step", speed_figures.throughput, **_DEVICES),
-    Spec("06_hardware", "hardware_step", speed_figures.memory_by_size, **_DEVICES),
     Spec("06_hardware", "hardware_step", speed_figures.roofline, **_DEVICES),
     Spec("06_hardware", "technique", speed_figures.technique_gains, across=True),
     Spec("07_explore", "plan", speed_figures.by_device, across=True),
@@ -217,7 +213,7 @@ def build(
             cards.append(_card(drawing, file))
             files.append(file)
     if files:
-        _replace(out_dir / PLOTLY, get_plotlyjs())
+        write_scripts(out_dir)
     pages: dict[Path, str] = {}
     with _noting_failures("executed notebooks", problems):
         pages = notebook_pages(roots, out_dir)
@@ -241,7 +237,7 @@ def _card(drawing: Drawing, file: Path) -> Card:
 
 
 def write(figure: go.Figure, name: str, out_dir: Path) -> Path:
-    """Write `<name>.html`, which needs `plotly.min.js` beside it; the same figure gives the same bytes."""
+    """Write `<name>.html`, which needs the files of `write_scripts`; the same figure gives the same bytes."""
     buttons = ["select2d", "lasso2d", "zoomIn2d", "zoomOut2d", "autoScale2d"]
     plot = figure.to_html(
         full_html=False,
@@ -252,6 +248,12 @@ def write(figure: go.Figure, name: str, out_dir: Path) -> Path:
     )
     title = figure.layout.title.text or name
     return _replace(out_dir / f"{name}.html", _rendered("figure.html", title=title, plot=Markup(plot)))
+
+
+def write_scripts(out_dir: Path) -> None:
+    """Write the scripts that pages of figures load from their own folder."""
+    _replace(out_dir / "plotly.min.js", get_plotlyjs())
+    _replace(out_dir / "figure.js", _rendered("figure.js"))
 
 
 def _replace(path: Path, text: str) -> Path:
@@ -306,7 +308,6 @@ def drawings(rows: Sequence[Record]) -> Iterator[Drawing]:
 
 # -- the page: each notebook's question, its answer from the records, and one figure; the others are folded --
 
-PLOTLY = "plotly.min.js"
 FEW = 4  # most devices, or versions of the data, that a caption lists
 GENERATOR = Markup('<meta name="generator" content="reclib.figures">')
 
@@ -322,7 +323,7 @@ _TEMPLATES = jinja2.Environment(
 
 
 def _rendered(template: str, **values: Any) -> str:
-    return _TEMPLATES.get_template(template).render(generator=GENERATOR, **values)
+    return _TEMPLATES.get_template(template).render(**{"generator": GENERATOR, "nonce": ""} | values)
 
 
 class Origin(NamedTuple):
@@ -566,7 +567,7 @@ def draw(rows: Sequence[Record], out_dir: Path) -> list[Path]:
     out_dir.mkdir(parents=True, exist_ok=True)
     files = []
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / PLOTLY).write_text(get_plotlyjs(), encoding="utf-8")
+        write_scripts(Path(folder))
         for name, group in main_figures(rows).items():
             figure = show(name, *group)
             picture = Path(folder) / f"{name}.png"

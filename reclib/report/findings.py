@@ -193,10 +193,14 @@ def _with_interval(model: str, metrics: Mapping[str, Any], name: str) -> str:
 def _of_scaling(results: Results) -> list[str]:
     """Say whether a larger model ranks better, what to buy, and how well the law predicted the loss."""
     curves, metric = results.get("learning_curve", []), "valid_ndcg@10"
-    widths = _by((r for r in curves if sweep_of(_model(r)) == "width" and metric in r["metrics"]), _model)
-    sizes = sorted(widths, key=lambda name: (widths[name][0]["metrics"]["non_embedding"], name))
     sentences = []
-    if len({r["metrics"]["non_embedding"] for (r, *_) in widths.values()}) > 1:
+    for sweep, runs in _by(
+        (r for r in curves if metric in r["metrics"]), lambda r: sweep_of(_model(r))
+    ).items():
+        widths = _by(sorted(runs, key=lambda r: (r["metrics"]["non_embedding"], _model(r))), _model)
+        sizes = list(widths)
+        if not sweep.startswith("width") or len({r["metrics"]["non_embedding"] for r in runs}) < 2:
+            continue
         small, large = ([r["metrics"][metric] for r in widths[name]] for name in (sizes[0], sizes[-1]))
         word = "No" if min(small) > max(large) else "Not told apart"
         word = "Yes" if max(small) < min(large) else word
@@ -303,8 +307,9 @@ def _of_purchase(table: pd.DataFrame) -> list[str]:
         share = cheap["TFLOP"] / best["TFLOP"]
         line += f"the cheapest not told apart is {cheap.name} ({cheap['ndcg@10']:.4f}), "
         line += f"at {share:.0%} of its FLOPs."
-    widths = eligible[[sweep_of(str(arm)) == "width" for arm in eligible.index]]
-    if len(widths) > 1:
+    for sweep, widths in eligible.groupby(eligible.index.map(lambda arm: sweep_of(str(arm)))):
+        if not str(sweep).startswith("width") or len(widths) < 2:
+            continue
         smallest, largest = widths.iloc[0], widths.iloc[-1]
         gain = (largest["ndcg@10"] - smallest["ndcg@10"]) / math.log2(largest["TFLOP"] / smallest["TFLOP"])
         line += f" From {smallest.name} to {largest.name} a doubling of training FLOPs is worth {gain:+.4f}."
@@ -546,7 +551,7 @@ def _of_sizes(datasets: Mapping[str, Sequence[Record]]) -> list[str]:
     parts, rises = [], []
     for name, rows in datasets.items():
         widths = _by((r for r in rows if "valid_ndcg@10" in r["metrics"]), _model)
-        arms = [m for m in widths if sweep_of(m) == "width" and recipe_of(m) == "bert4rec"]
+        arms = [m for m in widths if sweep_of(m) == "width"]
         arms.sort(key=lambda m: widths[m][0]["metrics"]["non_embedding"])
         if len(arms) > 1:
             ends = widths[arms[0]], widths[arms[-1]]
@@ -559,8 +564,8 @@ def _of_sizes(datasets: Mapping[str, Sequence[Record]]) -> list[str]:
     text = f"How far: {start}. NDCG@10 on validation goes {', '.join(parts)}."
     for name, rows in datasets.items():
         tested = {_model(r): r["metrics"]["ndcg@10"] for r in rows if r["name"] == "test_metrics"}
-        shapes = [value for m, value in tested.items() if sweep_of(m).startswith(tables.SHAPES)]
-        ours = [v for m, v in tested.items() if recipe_of(m) == "bert4rec" and m not in BASELINES]
+        shapes = [value for m, value in tested.items() if recipe_of(m) == tables.SHAPES]
+        ours = [v for m, v in tested.items() if recipe_of(m) == model_name("bert4rec") and m not in BASELINES]
         if shapes and ours:
             text += f" On {name} {tables.SHAPES} have {min(shapes):.3f} to {max(shapes):.3f} on the test "
             text += f"split, ours {min(ours):.3f} to {max(ours):.3f}."

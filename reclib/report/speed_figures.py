@@ -82,7 +82,7 @@ def step_ladder(rows: pd.DataFrame) -> go.Figure:
     timed = rows[style.column(rows, "step_seconds").notna()].reset_index(drop=True)
     figure = single()
     if timed.empty:
-        return _nothing(figure, "No rung could be timed")
+        return figure.update_layout(height=220, title_text="No rung could be timed")
     after = timed["step_seconds"] * 1e3
     before = after.shift(1)
     colors = np.where(before.isna(), MUTED, np.where(after <= before, GREEN, ORANGE))
@@ -142,32 +142,6 @@ def _operator(name: str) -> str:
     return base.removeprefix("aten::").replace("_", " ").strip()[:48]
 
 
-def compile_cost(rows: pd.DataFrame) -> go.Figure:
-    """Seconds by steps done, eager and compiled: where the lines cross, compiling has paid."""
-    figure = single()
-    timed = rows[style.column(rows, "step_seconds").notna()]
-    compiled = timed[timed["ran_compile_mode"] != "off"] if len(timed) else timed
-    if compiled.empty:
-        return _nothing(figure, "Nothing was compiled on this device", rows["kind"].iloc[0])
-    best = compiled.iloc[int(compiled["step_seconds"].argmin())]
-    comparable = timed
-    for setting in ("precision", "batch_size"):
-        comparable = comparable[comparable[setting] == best[setting]]
-    pays = style.column(comparable, "break_even_steps").dropna()
-    last = max(100.0, 2 * pays.max()) if len(pays) else 5 * best["compile_seconds"] / best["step_seconds"]
-    steps = np.linspace(0, last, 50)
-    for number, row in enumerate(comparable.to_dict("records")):
-        seconds = row["compile_seconds"] + steps * row["step_seconds"]
-        name = "eager" if row["ran_compile_mode"] == "off" else f"compiled, {row['compile_mode']}"
-        color, hover = PALETTE[number % len(PALETTE)], "%{x:,.0f} steps: %{y:.1f} s"
-        figure.path(row["kind"], steps, seconds, color, hover, name=name)
-    figure.update_xaxes(title_text="steps", rangemode="tozero")
-    figure.update_yaxes(title_text="seconds, compiling included", rangemode="tozero")
-    end = f"has paid after {pays.min():,.0f} steps" if len(pays) else "never pays here"
-    title = f"Compiling costs {best['compile_seconds']:.0f} s and {end}"
-    return figure.update_layout(showlegend=True, title_text=title)
-
-
 def loss_parity(rows: pd.DataFrame) -> go.Figure:
     """Loss of the same steps in each precision, and its relative difference to the first precision."""
     figure = panels(2, legend=True)
@@ -220,14 +194,6 @@ def _variants(rows: pd.DataFrame) -> pd.Series:
     return rows["precision"] + ", " + modes + ", batch " + rows["batch_size"].astype(str)
 
 
-def _nothing(figure: style.Chart, title: str, kind: str = "measured") -> go.Figure:
-    """Return an empty figure with this title."""
-    figure.add_scatter(x=[], y=[], line=style.line(kind, BLUE))
-    figure.update_xaxes(title_text="steps")
-    figure.update_yaxes(title_text="seconds")
-    return figure.update_layout(height=220, title_text=title, showlegend=False)
-
-
 # -- devices side by side: measured solid, predicted hatched, published by others outlined -------------------
 
 
@@ -248,20 +214,6 @@ def throughput(rows: pd.DataFrame) -> go.Figure:
     title = f"Measured on {' and '.join(named)}, predicted for everything else"
     title = title if measured else "Predicted rates by device: no size here was measured"
     return _finish(figure, [*order, "published"], title)
-
-
-def memory_by_size(rows: pd.DataFrame) -> go.Figure:
-    """Peak memory of each size, and the memory of each device."""
-    rows = _one_row_each(_named(rows))
-    figure, sizes, order = _device_panels(rows, "peak_memory_bytes", GIB, "GiB")
-    for column, _ in enumerate(sizes, 1):
-        _mark_memory(figure, order, {"size": 14, "line": {"width": 2, "color": ORANGE}}, **at(1, column))
-    figure.update_xaxes(**log_axis([0.3, 150], most=4), range=list(np.log10([0.3, 200])))
-    has = rows["device"].map({name: board.memory_bytes for name, board in hardware.catalogue().items()})
-    over = rows[(style.column(rows, "peak_memory_bytes") > has) & rows["size"].isin(sizes)]
-    needs = ", ".join(over["size"] + " on " + over["device"])
-    title = f"More than the device has, its orange line: {needs}" if needs else "Every size fits on every GPU"
-    return _finish(figure, order, f"{title}, at these batches")
 
 
 def _mark_memory(figure: style.Chart, devices: list[str], look: dict[str, Any], **trace: Any) -> None:

@@ -56,6 +56,8 @@ ARM_NAMES = {
 }
 TASK_NAMES = {"next_period": "next period", "segment": "segment of users"}
 SHAPES = "the seed study's shapes"  # 85m, 130m, 430m
+OWN_LOSS, TABLES = "the seed study's shape and loss", "item tables of another width"
+COUNTED = " with counts"  # end of arms that have pairwise counts in their logits
 RATES = {"half": " half rate", "rule": "", "twice": " twice rate"}  # ends of arms that check the rule
 FLOOR = "held over 16 bytes per parameter"
 _STATE_BYTES = 16  # of a parameter: weight, gradient and AdamW's two moments in fp32
@@ -78,21 +80,39 @@ def model_name(model: str) -> str:
     return MODEL_NAMES.get(model) or model.replace("_with_validation", " + validation item").replace("_", " ")
 
 
+def recipe_of(arm: str) -> str:
+    """Return the recipe of an arm, which all models on one line of sizes have in common.
+
+    Arms are named as in `params/grids`, where a test compares the names with the configurations.
+    """
+    counts = COUNTED if arm.endswith(COUNTED) else ""
+    if ", table " in arm:
+        return TABLES
+    if re.match(r"\w+ shape\b", arm):
+        return OWN_LOSS if arm.endswith(", its own loss") else SHAPES + counts
+    return model_name("causal" if "causal" in arm.split() else "bert4rec") + counts
+
+
 def sweep_of(arm: str) -> str:
     """Return the sweep of an arm: width at two layers, depth, untied tables, rates, tuned settings.
 
-    Arms are named as in `params/grids`. A size outside of the family `w<width>d<depth>` counts as a width;
-    the seed study's shapes have another architecture and are a sweep of their own.
+    Sweeps of recipes other than plain BERT4Rec have the recipe in their name, as `width, causal twin`; other
+    architectures are a sweep of their own. A size outside of the family `w<width>d<depth>` counts as a width.
     """
-    if match := re.fullmatch(r"\w+ shape( scaled)?", arm):
-        return SHAPES + (", items scaled" if match[1] else "")
+    recipe = recipe_of(arm)
+    if recipe == SHAPES and arm.endswith(" scaled"):
+        return f"{SHAPES}, items scaled"
+    if recipe in (TABLES, OWN_LOSS) or recipe.startswith(SHAPES):
+        return recipe
     if arm.endswith(" untied"):
         return "untied tables"
     if any(end and arm.endswith(end) for end in RATES.values()):
         return "other learning rate"
     if arm.endswith("(tuned)"):
         return "tuned settings"
-    return "depth" if re.fullmatch(r"w\d+d\d+", arm) and not arm.endswith("d2") else "width"
+    depth = re.fullmatch(r"w\d+d(\d+)", arm.removeprefix("causal ").removesuffix(COUNTED))
+    kind = "depth" if depth and depth[1] != "2" else "width"
+    return kind if recipe == model_name("bert4rec") else f"{kind}, {recipe}"
 
 
 def profile(name: str) -> str:
@@ -305,14 +325,6 @@ def scored_configurations(records: Iterable[Record]) -> dict[tuple[str, str, str
 
 
 # -- accuracy against size -----------------------------------------------------------------------------------
-
-
-def recipe_of(arm: str) -> str:
-    """Return the recipe of an arm: bert4rec, causal, either with counts, or the seed study's shapes."""
-    if sweep_of(arm).startswith(SHAPES):
-        return SHAPES
-    kind = "causal" if "causal" in arm.split() else "bert4rec"
-    return f"{kind} with counts" if arm.endswith(" with counts") else kind
 
 
 def by_size(records: Iterable[Record], result: str = "test_metrics") -> list[Record]:
