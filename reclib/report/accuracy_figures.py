@@ -13,21 +13,7 @@ from reclib.config import CONTROLS, CompileMode, Precision
 from reclib.evaluate import statistics
 from reclib.records import reference
 from reclib.report import style
-from reclib.report.style import (
-    BLUE,
-    GREEN,
-    INK,
-    MUTED,
-    ORANGE,
-    PALETTE,
-    at,
-    interval,
-    log_axis,
-    marker,
-    panels,
-    single,
-    texts,
-)
+from reclib.report.style import BLUE, GREEN, INK, MUTED, ORANGE, PALETTE, at, interval, marker, panels, single
 from reclib.report.tables import ARM_NAMES, BASELINES, TASK_NAMES, model_name
 
 MOST_COLORS = 4  # coloured lines of a figure; all others are grey
@@ -65,7 +51,7 @@ def sequence_lengths(rows: pd.DataFrame) -> go.Figure:
         figure.add_vline(value, line={"color": ORANGE, "width": 2, "dash": "dot"})
         place = {"yref": "paper", "xanchor": anchor, "xshift": shift}
         figure.text(f"{name} {value:,.0f}", np.log10(value), 1, ORANGE, **place)
-    figure.update_xaxes(title_text="interactions of a user (log scale)", **log_axis(edges, most=9))
+    figure.update_xaxes(title_text="interactions of a user (log scale)", **style.log_axis(edges, most=9))
     figure.update_yaxes(title_text="users")
     half, most = rows["median_length"].iloc[0], rows["max_length"].iloc[0]
     title = f"Half of the users have at most {half:,.0f} interactions, one has {most:,}"
@@ -88,7 +74,7 @@ def item_popularity(rows: pd.DataFrame) -> go.Figure:
         (figure.update_xaxes, "rank", "popularity rank", "share of items, most popular first"),
         (figure.update_yaxes, "interactions", "interactions", "share of interactions"),
     ):
-        update(**log_axis(rows[name]), **left)
+        update(**style.log_axis(rows[name]), **left)
         update(title_text=f"{of_rank} (log scale)", **left)
         update(tickformat=".0%", range=[0, 1], **right)
         update(title_text=of_share, **right)
@@ -106,7 +92,7 @@ def last_items(rows: pd.DataFrame) -> go.Figure:
     figure = single()
     look: dict[str, Any] = {"orientation": None, "marker": {"color": colors}, "customdata": rows["users"]}
     hover = "%{x} items: %{customdata:,} users (%{y:.2%})"
-    figure.bars(rows, names, share, BLUE, hover, **look, **texts(share, "{:.1%}"))
+    figure.bars(rows, names, share, BLUE, hover, **look, **style.texts(share, "{:.1%}"))
     figure.update_xaxes(title_text="items that share the last timestamp of a history", type="category")
     figure.update_yaxes(title_text="share of evaluated users", tickformat=".0%", rangemode="tozero")
     ruled = rows["last_item_by_tie_rule_share"].iloc[0]
@@ -257,7 +243,7 @@ def equal_time(rows: pd.DataFrame) -> go.Figure:
     figure.label_ends(np.log10(last["minutes"]), last["ndcg@10"], colors, rows["ndcg@10"].max())
     first, end = np.log10([rows["minutes"].min(), rows["minutes"].max()])
     axis: dict[str, Any] = {"range": [first - 0.08, end + 0.04]}  # else the names at the ends widen it
-    axis |= log_axis(rows["minutes"], most=9)
+    axis |= style.log_axis(rows["minutes"], most=9)
     figure.update_xaxes(title_text="minutes of training (log scale)", **axis)
     figure.update_yaxes(title_text="NDCG@10 on validation, full ranking", rangemode="tozero")
     table = rows.pivot_table(index="minutes", columns="model", values="ndcg@10").dropna(thresh=2)
@@ -656,7 +642,7 @@ def adapter_cost(rows: pd.DataFrame) -> go.Figure:
     figure.update_xaxes(title_text="median step, quartiles (ms)", rangemode="tozero", **at(1, 1))
     figure.update_xaxes(title_text="tensors at the peak (MiB)", rangemode="tozero", **at(1, 2))
     figure.update_xaxes(title_text="trained weights (KiB, log scale)", **at(1, 3))
-    figure.update_xaxes(**log_axis(rows["trained_bytes"] / 2**10, most=4), **at(1, 3))
+    figure.update_xaxes(**style.log_axis(rows["trained_bytes"] / 2**10, most=4), **at(1, 3))
     figure.categories(list(dict.fromkeys(names)), 34)
     # The reference of `over_ilora` is eager, in the first precision: only this row has no such ratio.
     plain = rows[timed & (rows["model"] == "ilora") & style.column(rows, "over_ilora").isna()]

@@ -16,21 +16,7 @@ import plotly.graph_objects as go
 
 from reclib.evaluate import statistics
 from reclib.report import style, tables
-from reclib.report.style import (
-    BLUE,
-    GREEN,
-    HEIGHT,
-    INK,
-    MUTED,
-    ORANGE,
-    PALETTE,
-    PURPLE,
-    Chart,
-    at,
-    interval,
-    log_axis,
-    panels,
-)
+from reclib.report.style import BLUE, GREEN, HEIGHT, INK, MUTED, ORANGE, PURPLE, Chart, at, log_axis, panels
 from reclib.report.tables import BASELINES, COUNTED, SHAPES, model_name, recipe_of, sweep_of
 
 LOSS, RANKED, SIZE, FLOPS = "lowest_valid_loss", "valid_ndcg@10", "non_embedding", "training_flops"
@@ -41,7 +27,12 @@ COLORS = {"width": BLUE, "depth": ORANGE, "untied tables": GREEN, "other learnin
 COLORS |= {"tuned settings": GREEN, SHAPES: PURPLE, f"{SHAPES}, items scaled": GREEN}
 OURS, TWIN = map(model_name, ("bert4rec", "causal"))
 RECIPES = {OURS: BLUE, TWIN: ORANGE, OURS + COUNTED: GREEN, TWIN + COUNTED: PURPLE}
-RECIPES |= {SHAPES: INK, SHAPES + COUNTED: INK, tables.OWN_LOSS: PALETTE[4], tables.TABLES: PALETTE[5]}
+RECIPES |= {
+    SHAPES: INK,
+    SHAPES + COUNTED: INK,
+    tables.OWN_LOSS: style.PALETTE[4],
+    tables.TABLES: style.PALETTE[5],
+}
 SPREAD = {"coverage": "catalogue coverage", "gini": "Gini", "head_share": "share of head items"}
 SPREAD |= {"popularity_percentile": "popularity"}
 LAST = {"head_share": "head items: the fewest that hold half of the training interactions"}
@@ -145,7 +136,7 @@ def size_and_counts(rows: pd.DataFrame) -> go.Figure:
             color, hover = RECIPES[recipe], "%{customdata}: %{y:.4f} on test"
             trace = {"customdata": part["model"].map(model_name)} | entry(f"{recipe}, test")
             if "ndcg@10_low" in part:
-                trace["error_y"] = interval(part, "ndcg@10", color)
+                trace["error_y"] = style.interval(part, "ndcg@10", color)
             figure.dots(part, SIZE, "ndcg@10", color, hover, **trace, **place)
         scores = marks[marks["recipe"] == OURS]["ndcg@10"]
         if len(counts) and len(scores):

@@ -15,19 +15,7 @@ from reclib.cost.planner import Plan
 from reclib.hardware import GIB
 from reclib.records import reference
 from reclib.report import style
-from reclib.report.style import (
-    BLUE,
-    GREEN,
-    INK,
-    MUTED,
-    ORANGE,
-    PALETTE,
-    at,
-    interval,
-    log_axis,
-    panels,
-    single,
-)
+from reclib.report.style import BLUE, GREEN, INK, MUTED, ORANGE, PALETTE, at, interval, log_axis, panels
 
 SIZES = ("nano", "tiny", "small", "medium", "5m", "85m", "130m", "430m")
 CLOSE = 1.05  # a claim holds within 5 %, as in `audit`
@@ -80,7 +68,7 @@ def step_ladder(rows: pd.DataFrame) -> go.Figure:
     """Time of a step on each rung of the ladder: a mark, and a line from the time of the rung above."""
     rows = rows.sort_values("rung").reset_index(drop=True)
     timed = rows[style.column(rows, "step_seconds").notna()].reset_index(drop=True)
-    figure = single()
+    figure = style.single()
     if timed.empty:
         return figure.update_layout(height=220, title_text="No rung could be timed")
     after = timed["step_seconds"] * 1e3
@@ -115,7 +103,7 @@ def operators(rows: pd.DataFrame) -> go.Figure:
     step = {name: rows[name].iloc[0] for name in several}
     for name, value in step.items():
         rows = rows[rows[name] == value]
-    figure, hover = single(), "%{y}: %{x:.3f} ms in %{customdata:.0f} calls"
+    figure, hover = style.single(), "%{y}: %{x:.3f} ms in %{customdata:.0f} calls"
     rows = rows.assign(operator=rows["operator"].map(_operator))
     parts = rows.groupby("operator", sort=False)[["seconds", "share", "calls"]].sum().reset_index()
     rows = parts.assign(kind=rows["kind"].iloc[0])
@@ -168,7 +156,7 @@ def loss_parity(rows: pd.DataFrame) -> go.Figure:
 def claimed_rates(rows: pd.DataFrame) -> go.Figure:
     """Each claimed rate, the rate that its epoch time allows, and the factor between them."""
     rows = rows.assign(claimed=rows["ratio"] * rows["by_clock_per_second"])
-    figure = single()
+    figure = style.single()
     for row in rows.itertuples():
         ends = [row.by_clock_per_second, row.claimed]
         figure.path(str(row.kind), ends, [row.model] * 2, MUTED, None, showlegend=False)
@@ -233,7 +221,7 @@ def roofline(rows: pd.DataFrame) -> go.Figure:
     rows = _named(rows)
     rows = rows[rows["rule"].fillna("closed").eq("open") | _on_cpu(rows)]
     rows = rows[style.column(rows, "bytes_moved").notna()]
-    figure = single()
+    figure = style.single()
     for number, name in enumerate(_devices(rows)):
         color, part = PALETTE[number % len(PALETTE)], rows[rows["device"] == name]
         if (roof := _roof(name)) is not None:

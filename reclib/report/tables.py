@@ -19,7 +19,6 @@ from reclib import hardware, system
 from reclib.config import ModelConfig, TrainConfig, model_config
 from reclib.cost import planner, work
 from reclib.data import fetch
-from reclib.evaluate.statistics import AccuracyLaw, accuracy_law, claim
 from reclib.records import PROFILES
 
 Record = Mapping[str, Any]
@@ -333,28 +332,39 @@ def by_size(records: Iterable[Record], result: str = "test_metrics") -> list[Rec
     Only the newest records of committed grids count, without grids that choose a recipe or shuffle ties.
     Grids of one dataset get one name; series are left out, and datasets with fewer than two sizes.
     """
-    newest: dict[tuple[Any, ...], Record] = {}
-    for r in sorted(records, key=lambda r: r["time"]):
-        is_run = r["name"] == "learning_curve" and r["metrics"].get("non_embedding")
-        apart = chooses(_data(r)) or _data(r).startswith(TIES)
-        if r["profile"] == "grid" and not apart and (is_run or r["name"] == result):
-            newest[_data(r), r["name"], r["own_params"].get("model"), r.get("seed")] = r
-    runs = {key: r for key, r in newest.items() if key[1] == "learning_curve"}
-    sizes = {(grid, model): r["metrics"]["non_embedding"] for (grid, _, model, _), r in runs.items()}
+    rows = newest(
+        r
+        for r in records
+        if r["profile"] == "grid"
+        and (r["name"] == result or (r["name"] == "learning_curve" and r["metrics"].get("non_embedding")))
+        and not (chooses(_data(r)) or _data(r).startswith(TIES))
+    )
+    runs = [r for r in rows if r["name"] == "learning_curve"]
+    sizes = {(_data(r), r["own_params"].get("model")): r["metrics"]["non_embedding"] for r in runs}
     datasets: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for (grid, name, model, seed), r in newest.items():
-        size, is_count = sizes.get((grid, model)), model in BASELINES
-        of_sizes = name == "learning_curve" and r["notebook"] == "03_scaling"
-        if of_sizes or (name == result and seed is None and (size or is_count)):
+    for r in rows:
+        model = r["own_params"].get("model")
+        size = sizes.get((_data(r), model))
+        is_result = r["name"] == result and r.get("seed") is None and (size or model in BASELINES)
+        if is_result or (r["name"] == "learning_curve" and r["notebook"] == "03_scaling"):
             added = {"metrics": dict(r["metrics"]) | {"non_embedding": size}, "series": {}}
             datasets[_data(r, "fingerprint")].append(dict(r) | added)
     chosen: list[Record] = []
-    for rows in datasets.values():
-        name = min((_data(r).removeprefix("scaling-").removeprefix("prior-") for r in rows), key=len)
-        if len({size for r in rows if (size := r["metrics"]["non_embedding"])}) > 1:
-            chosen += [_renamed(r, name) for r in rows]
+    for of_data in datasets.values():
+        name = min((_data(r).removeprefix("scaling-").removeprefix("prior-") for r in of_data), key=len)
+        if len({r["metrics"]["non_embedding"] for r in of_data} - {None}) > 1:
+            chosen += [_renamed(r, name) for r in of_data]
     chosen.sort(key=lambda r: ((r["data"].get("interactions") or 0), _data(r), r["name"], r["time"]))
     return chosen
+
+
+def newest(records: Iterable[Record]) -> list[Record]:
+    """Return the newest record of each dataset, name, model and seed."""
+    by_key = {
+        (_data(r), r["name"], r["own_params"].get("model"), r.get("seed")): r
+        for r in sorted(records, key=lambda r: r["time"])
+    }
+    return list(by_key.values())
 
 
 def popularity_by_size(records: Iterable[Record]) -> list[Record]:
@@ -448,39 +458,40 @@ def gains(recorded: Iterable[Record]) -> list[dict[str, Any]]:
             runs[record["notebook"], record["name"], record["label"], params].append(record)
     gained = []
     for (notebook, name, *_), group in runs.items():
+        pairs: list[tuple[Record, Record, str]] = []
         if (notebook, name) == ("04_amp_compile", "ladder"):
             rungs = sorted(group, key=lambda r: r["own_params"]["rung"])
             pairs = [(before, after, after["own_params"]["name"]) for before, after in pairwise(rungs)]
-            gained += [_gain(*pair) for pair in pairs if pair[2] in _CLIMBED]
+            pairs = [pair for pair in pairs if pair[2] in _CLIMBED]
         elif (notebook, name) == ("04_amp_compile", "step"):
-            gained += _against_eager(group)
+            pairs = _against_eager(group)
         elif (notebook, name) == ("05_ilora", "adapter_step"):
-            for record in group:
-                if record["own_params"]["model"] == "ilora" and record["timings"].get("over_full"):
-                    gained.append(_gain(None, record, "iLoRA", 1 / record["timings"]["over_full"]))
-                    break
+            adapted = [
+                r for r in group if r["own_params"]["model"] == "ilora" and r["timings"].get("over_full")
+            ]
+            gained += [_gain(r, "iLoRA", 1 / r["timings"]["over_full"]) for r in adapted[:1]]
+        for before, after, technique in pairs:
+            speedup = before["timings"]["step_seconds"] / after["timings"]["step_seconds"]
+            gained.append(_gain(after, technique, speedup))
     return gained
 
 
-def _against_eager(timed: Sequence[Record]) -> list[dict[str, Any]]:
-    gained = []
-    for batch in sorted({r["own_params"]["batch_size"] for r in timed}):
-        by_mode: dict[tuple[str, str], Record] = {}
-        for record in timed:
-            params = record["own_params"]
-            if params["batch_size"] == batch:
-                by_mode.setdefault((params["ran_precision"], params["ran_compile_mode"]), record)
+def _against_eager(timed: Sequence[Record]) -> list[tuple[Record, Record, str]]:
+    """Return the eager fp32 step of each batch size with its AMP step, and with its compiled one."""
+    steps: dict[int, dict[tuple[str, str], Record]] = defaultdict(dict)
+    for params, record in ((r["own_params"], r) for r in timed):
+        mode = params["ran_precision"], params["ran_compile_mode"]
+        steps[params["batch_size"]].setdefault(mode, record)
+    pairs = []
+    for _, by_mode in sorted(steps.items()):
         eager, compiled = by_mode.get(("fp32", "off")), by_mode.get(("fp32", "default"))
         mixed = by_mode.get(("bf16", "off"), by_mode.get(("fp16", "off")))
-        for after, technique in ((mixed, "AMP"), (compiled, "torch.compile")):
-            if eager and after:
-                gained.append(_gain(eager, after, technique))
-    return gained
+        candidates = ((mixed, "AMP"), (compiled, "torch.compile"))
+        pairs += [(eager, after, technique) for after, technique in candidates if eager and after]
+    return pairs
 
 
-def _gain(before: Record | None, after: Record, technique: str, speedup: float = 0.0) -> dict[str, Any]:
-    if before is not None:
-        speedup = before["timings"]["step_seconds"] / after["timings"]["step_seconds"]
+def _gain(after: Record, technique: str, speedup: float) -> dict[str, Any]:
     params = {"size": after["params"]["size"], "device": device_of(after), "technique": technique}
     params |= {"basis": "measured", "dataset": (after.get("data") or {}).get("name")}
     changes = {"name": "technique", "own_params": params, "timings": {"speedup": speedup}, "metrics": {}}
@@ -514,23 +525,6 @@ def points(recorded: Iterable[Record], prices: Mapping[str, float]) -> list[dict
         row |= {"training (s)": seconds, "NDCG@10": accuracy, "s per 0.01": seconds / (100 * accuracy)}
         rows.append(row | {"cost per 0.01": cost})
     return rows
-
-
-def environments(records: Iterable[Record]) -> list[dict[str, Any]]:
-    """Count measured records by device and versions of torch, CUDA and driver."""
-    counts: Counter[tuple[Any, ...]] = Counter()
-    for record in records:
-        device = record["device"]
-        name = cpu_of(record) if device.get("type") == "cpu" else device.get("name")
-        counts[name, device.get("torch"), device.get("cuda"), device.get("driver")] += 1
-    names = ("device", "torch", "CUDA", "driver", "records")
-    return [dict(zip(names, (*key, count), strict=True)) for key, count in sorted(counts.items(), key=str)]
-
-
-def without_roof(records: Iterable[Record]) -> list[str]:
-    """Return the measured devices without a known peak, which have no MFU."""
-    labels = {device_of(r) for r in records if r["kind"] == "measured"}
-    return sorted(labels - set(hardware.catalogue()))
 
 
 def mfu_of(record: Record) -> float | None:
@@ -638,53 +632,6 @@ def predictions(outcomes: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(table).T
 
 
-def law_of_accuracy(rows: Iterable[Record]) -> AccuracyLaw | None:
-    """Return the law of NDCG@10 on validation by width for the runs of a grid; None for too few sizes."""
-    by_width: dict[float, list[float]] = defaultdict(list)
-    for m in (r["metrics"] for r in rows if sweep_of(r["own_params"]["model"]) == "width"):
-        if "valid_ndcg@10" in m:
-            by_width[m["non_embedding"]].append(m["valid_ndcg@10"])
-    return accuracy_law(by_width)
-
-
-def accuracy_laws(runs: Mapping[str, Iterable[Record]]) -> pd.DataFrame:
-    """Return one row for each grid: NDCG@10 of its largest width by a law, by a line, and measured.
-
-    Both are fitted to the other widths after all runs were trained; these are no recorded predictions.
-    """
-    table = {}
-    for name, law in ((name, law_of_accuracy(rows)) for name, rows in runs.items()):
-        if law is not None:
-            band = "none: one seed" if law.low is None else f"{law.low:.4f} to {law.high:.4f}"
-            row = {"law": round(law.predicted, 4), "band": band, "line in log N": round(law.line, 4)}
-            table[name] = row | {"measured": round(law.measured, 4), "told apart": law.differs}
-    return pd.DataFrame(table).T
-
-
-def tuned_against_default(rows: Iterable[Record]) -> pd.DataFrame:
-    """Return one row for each study, split and metric: tuned minus default, paired by user, over the seeds.
-
-    Rows of the test split have the claim after correction, and the number of earlier scorings with these
-    settings.
-    """
-    compared = []
-    for record in rows:
-        params, m, test = record["own_params"], record["metrics"], record["name"] == "comparison"
-        if not (test or record["name"] == "validation_difference") or params["model"] != "tuned":
-            continue
-        row = {"study": record["data"]["name"], "split": "test" if test else "validation"}
-        row |= {"metric": params["metric"].upper(), "tuned minus default": round(m["difference"], 4)}
-        row |= {"low": round(m["difference_low"], 4), "high": round(m["difference_high"], 4)}
-        row["seeds"] = m["seeds"]
-        if test:
-            verdict = claim(m["difference"], m["adjusted_p"], (m["seeds"], m["reference_seeds"]))
-            row |= _sureness(m) | {"claim": verdict, "scored before": record["earlier"]}
-        else:
-            row["over seeds"] = f"{m['seed_low']:+.4f} to {m['seed_high']:+.4f}"
-        compared.append(row)
-    return _indexed(compared, "study").sort_values("split") if compared else pd.DataFrame()
-
-
 # -- accuracy ------------------------------------------------------------------------------------------------
 
 
@@ -714,32 +661,21 @@ def accuracy(records: Iterable[Record], all_records: Iterable[Record] | None = N
 
 
 def differences(records: Iterable[Record], name: str) -> pd.DataFrame:
-    """Return one row for each model and metric of comparisons: the difference, paired by user.
+    """Return one row for each difference between two models, paired by user.
 
-    `name` is that of the records: `comparison` within a grid, `peer_comparison` with other libraries.
+    `name` is that of the records: `comparison` within a grid, `peer_comparison` with other libraries,
+    `equal_time_comparison` after equal minutes, `validation_difference` on validation, which has no p-value.
     """
     rows = []
     for (data, _), compared in groups(r for r in records if r["name"] == name).items():
         for params, m in ((r["own_params"], r["metrics"]) for r in compared):
             row = {"data": data, "model": model_name(params["model"]), "minus": model_name(params["against"])}
+            row |= {"minutes": params["minutes"]} if "minutes" in params else {}
             row |= {"metric": params["metric"].upper(), "difference": interval_text(m)}
-            rows.append(row | {"seeds": f"{m['seeds'] or 'no'} and {m['reference_seeds']}"} | _sureness(m))
+            row["seeds"] = f"{m['seeds'] or 'no'} and {m.get('reference_seeds', m['seeds'])}"
+            sureness = {"adjusted p": m.get("adjusted_p"), "could have seen": m.get("detectable")}
+            rows.append(row | {column: value and round(value, 4) for column, value in sureness.items()})
     return _indexed(rows, ["data", "model"])
-
-
-def equal_time(records: Iterable[Record]) -> pd.DataFrame:
-    """Return one row for each peer and training time: its validation NDCG@10 minus ours, paired by user."""
-    rows = []
-    for record in (r for r in records if r["name"] == "equal_time_comparison"):
-        params, m = record["own_params"], record["metrics"]
-        row = {"data": record["data"]["name"], "model": params["model"], "minutes": params["minutes"]}
-        rows.append(row | {"minus ours": interval_text(m)} | _sureness(m))
-    return _indexed(rows, ["data", "model", "minutes"]).sort_index()
-
-
-def _sureness(m: Mapping[str, Any]) -> dict[str, float]:
-    """Return the corrected p-value of a comparison and the difference that it could detect."""
-    return {"adjusted p": round(m["adjusted_p"], 4), "could have seen": round(m["detectable"], 4)}
 
 
 def _indexed(rows: Sequence[Mapping[str, Any]], keys: str | list[str]) -> pd.DataFrame:
