@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from reclib import records, system
 from reclib.config import PAD, STRICT, InputError, ModelConfig, TrainConfig, changed, model_config, validated
-from reclib.cost.work import BACKWARD, encoder_forward, head_forward, layer_linear
+from reclib.cost.work import BACKWARD, encoder_forward, head_forward
 from reclib.data.batches import IGNORE, Batch, Epoch
 from reclib.data.dataset import Dataset, Evaluation, Histories
 from reclib.data.splits import Split, random_users
@@ -98,16 +98,6 @@ def large(published: Published) -> dict[str, ModelConfig]:
     return {m["name"]: model_config(m["size"]) for m in published["models"] if "published_millions" in m}
 
 
-def mean_len(published: Published) -> float:
-    """Return the mean number of interactions per user."""
-    return published["dataset"]["interactions"] / published["dataset"]["users"]
-
-
-def mean_targets(mask_prob: float, mean_len: float) -> float:
-    """Return the expected masked positions of a sequence: the last always, others with mask_prob."""
-    return 1 + mask_prob * (mean_len - 1)
-
-
 def rows_within(millions: float, config: ModelConfig) -> range:
     """Return all table rows N whose parameters, in millions, are `millions` to two decimals."""
     per_row = 2 * config.hidden_dim + 1  # parameters of a row: both tables and the output bias
@@ -158,10 +148,10 @@ def sizes(published: Published) -> Part:
     return Part(_results("audit_parameters", rows), checks)
 
 
-def padded_flops(config: ModelConfig) -> tuple[int, int]:
-    """Return training FLOPs per sequence, (all, those of the head): padded to max_len, head everywhere."""
-    head = (1 + BACKWARD) * head_forward(config, config.max_len, config.output_rows)
-    return (1 + BACKWARD) * encoder_forward(config, 1, None) + head, head
+def padded_flops(config: ModelConfig) -> int:
+    """Return training FLOPs per sequence, padded to max_len, with the head at every position."""
+    head = head_forward(config, config.max_len, config.output_rows)
+    return (1 + BACKWARD) * (encoder_forward(config, 1, None) + head)
 
 
 def rates(published: Published) -> Part:
@@ -171,7 +161,7 @@ def rates(published: Published) -> Part:
     given for models whose FLOPs per sequence are known.
     """
     rows, checks = [], []
-    work = {name: padded_flops(config)[0] for name, config in large(published).items()}
+    work = {name: padded_flops(config) for name, config in large(published).items()}
     for run in [*published["throughput"], published["throughput_t4"]]:
         claimed, seconds = run["claimed_per_second"], run["epoch_seconds"]
         clock, ratio = run["sequences"] / seconds, claimed * seconds / run["sequences"]
@@ -184,23 +174,6 @@ def rates(published: Published) -> Part:
         evidence = f"together {ratio:.2f} times the sequences that exist; by the clock {clock:,.0f}/s"
         checks.append(Check(claim, "holds" if near(ratio, 1) else "contradicted", evidence))
     return Part(_results("audit_rates", rows), checks)
-
-
-def headroom(published: Published) -> Part:
-    """Return the FLOPs per sequence of a padded step of each large model, and those that its objective needs.
-
-    Needed are the layers at the mean length and the head at the mean number of targets. This is a lower
-    bound, since attention grows with the square of the length.
-    """
-    rows, length = [], mean_len(published)
-    for name, config in large(published).items():
-        padded, head = padded_flops(config)
-        layer = layer_linear(config, 1, 1) * length + 4 * length**2 * config.hidden_dim
-        targets = mean_targets(MASK_PROB, length) * head_forward(config, 1, config.num_items)
-        needed = (1 + BACKWARD) * (config.num_layers * layer + targets)
-        row = {"model": name, "padded_flops": padded, "needed_flops": needed}
-        rows.append(row | {"factor": padded / needed, "head_share": head / padded})
-    return Part(_results("audit_headroom", rows), [])
 
 
 def gains(published: Published) -> Part:
@@ -250,8 +223,9 @@ def accuracy(published: Published) -> Part:
     """Judge the claim that the largest model beats the second, over test sequences and over their targets."""
     scores = {(row["name"], row["source"]): row["hr_at_10"] for row in published["accuracy"]}
     smaller, larger = scores["130 M", "README and slides"], scores["429 M", "README"]
+    mean_len = published["dataset"]["interactions"] / published["dataset"]["users"]
     results, checks = [], []
-    for targets in (1, mean_targets(MASK_PROB, mean_len(published))):
+    for targets in (1, 1 + MASK_PROB * (mean_len - 1)):  # the last item is always masked
         count = round(published["log"]["test"] * targets)
         test = separation(smaller, larger, count)
         results.append(Result("audit_separation", test, {"predictions": count}))
@@ -595,9 +569,9 @@ class Records:
             raise InputError(f"no record {query.name!r} of {query.grid or 'a notebook'} with {query.own}")
         best = max(records.PROFILES.index(row["profile"]) for row in rows)
         rows = [row for row in rows if records.PROFILES.index(row["profile"]) == best]
-        newest: dict[tuple[Any, ...], dict[str, Any]] = {}
-        for row in sorted(rows, key=lambda row: row["time"]):
-            newest[str(row["own_params"]), row["seed"]] = row
+        newest = {
+            (str(row["own_params"]), row["seed"]): row for row in sorted(rows, key=lambda row: row["time"])
+        }
         over_seeds = [row for (_, seed), row in newest.items() if seed is None]
         return over_seeds or list(newest.values())
 

@@ -170,35 +170,6 @@ def learning_curves(rows: pd.DataFrame) -> go.Figure:
     return figure.update_layout(title_text=title)
 
 
-def metric_comparison(rows: pd.DataFrame) -> go.Figure:
-    """HR@10, NDCG@10 and MRR by model: means over users with intervals, and each seed."""
-    rows = style.named(rows)
-    metrics = [key for key in _TITLES if key in rows and rows[key].notna().any()]
-    means = rows[rows["seed"].isna()] if rows["seed"].isna().any() else rows
-    models = list(means.groupby("model")["hr@10"].max().sort_values(ascending=False).index)
-    figure, colors = panels(len(metrics), spacing=0.06, shared_yaxes=True), style.model_colors(models)
-    tick = {"symbol": "line-ns", "size": 14, "line": {"color": INK, "width": 1.5}}
-    for panel, metric in enumerate(metrics, 1):
-        scored = rows[rows[metric].notna()]
-        has_interval = style.column(scored, f"{metric}_low").notna()
-        for (model, kind, with_interval), part in scored.groupby(["model", "kind", has_interval]):
-            color = colors[model]
-            figure.add_scatter(
-                **{"x": part[metric], "y": part["model"], "mode": "markers"},
-                marker=marker(kind, color) if with_interval or part["seed"].isna().all() else tick,
-                error_x=interval(part, metric, color) if with_interval else None,
-                hovertemplate="%{y}: %{x:.4f}<extra></extra>",
-                **at(1, panel),
-            )
-        figure.update_xaxes(title_text=_TITLES[metric], rangemode="tozero", nticks=4, **at(1, panel))
-    text = "means over users, full ranking; bar: 95 % interval, tick: one seed; grey: no gradient descent"
-    figure.note(text)
-    figure.categories(models)
-    best = style.extreme(means, "hr@10")
-    title = f"{best['model']} has the target among its ten first for {best['hr@10']:.1%} of users"
-    return figure.update_layout(title_text=style.sentence(title))
-
-
 def comparison(rows: pd.DataFrame) -> go.Figure:
     """Every model's difference from the reference, paired by user, with its interval and its claim."""
     rows = _with_claims(style.named(rows[rows["against"] == rows["against"].iloc[0]]))

@@ -87,7 +87,6 @@ FIGURES: list[Spec] = [
     Spec("01_data_prep", "item_popularity", accuracy_figures.item_popularity),
     Spec("01_data_prep", "last_items", accuracy_figures.last_items),
     Spec("02_baseline", "learning_curve", accuracy_figures.learning_curves),
-    Spec("02_baseline", "test_metrics", accuracy_figures.metric_comparison),
     Spec("02_baseline", "comparison", accuracy_figures.comparison),
     Spec("02_baseline", "validation_difference", accuracy_figures.ablation),
     Spec("02_baseline", "equal_time", accuracy_figures.equal_time),

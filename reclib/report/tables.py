@@ -588,31 +588,6 @@ def _state_bytes(row: Record) -> float | None:
     return _STATE_BYTES * sum(work.parameters(ModelConfig(**shape)).values()) if shape else None
 
 
-def rate_check(rows: Sequence[Record]) -> pd.DataFrame:
-    """Return one row for each arm whose rule was checked: loss and NDCG@10 at half, once and twice the rate.
-
-    All are means over their common seeds; `range` is that of the seeds at the rule's rate, and `lost` the
-    loss at that rate minus the lowest of the three, in nats.
-    """
-    metrics = ("lowest_valid_loss", "valid_ndcg@10")
-    values = [{"arm": r["own_params"]["model"], "seed": r["seed"]} | r["metrics"] for r in rows]
-    frame = pd.DataFrame(values, columns=["arm", "seed", *metrics])
-    by_seed: Any = frame.drop_duplicates(["arm", "seed"], keep="last").pivot(index="seed", columns="arm")
-    checked = []
-    for arm in frame["arm"].unique():
-        arms = [arm + end for end in RATES.values()]
-        losses, ranked = (
-            by_seed[metric].reindex(columns=arms).set_axis(list(RATES), axis=1) for metric in metrics
-        )
-        shared = losses.dropna()
-        if len(shared):
-            means, by_rule = shared.mean(), losses["rule"]
-            row = {"arm": arm, "seeds": len(shared), **means, "lost": means["rule"] - means.min()}
-            scores = ranked.loc[shared.index].mean(skipna=False).add_prefix("ndcg@10 ")
-            checked.append(row | {"range": by_rule.max() - by_rule.min(), **scores})
-    return _indexed(checked, "arm")
-
-
 def predictions(outcomes: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     """Return one row for each grid with a prediction: predicted and measured loss, and their records."""
     table = {}
