@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import field
 from typing import Any, Literal, NamedTuple
@@ -75,9 +76,9 @@ def table(*parts: Part) -> pd.DataFrame:
 
 
 def tally(*parts: Part) -> Result:
-    """Return how many claims of these parts have which verdict."""
-    counts = table(*parts)["verdict"].value_counts().sort_index()
-    return Result("audit_verdicts", {str(name): int(count) for name, count in counts.items()})
+    """Count the claims of these parts by verdict."""
+    counts = Counter(check.verdict for part in parts for check in part.checks)
+    return Result("audit_verdicts", dict(sorted(counts.items())))
 
 
 def near(value: float, claimed: float) -> bool:
@@ -135,12 +136,11 @@ def sizes(published: Published) -> Part:
     for model in published["models"]:
         config = model_config(model["size"])
         counted = count_parameters(config)
-        total, share = counted["total"], counted["non_embedding"] / counted["total"]
+        total = counted.pop("total")
+        share, tied = counted["non_embedding"] / total, total - config.output_rows * config.hidden_dim
         claimed = model.get("published_parameters") or round(1e6 * model["published_millions"])
         agrees = (total if "published_parameters" in model else round(total, -4)) == claimed
-        row = {"model": model["name"], "published": claimed, "counted": counted.pop("total")}
-        row["agrees"] = agrees
-        tied = total - config.output_rows * config.hidden_dim
+        row = {"model": model["name"], "published": claimed, "counted": total, "agrees": agrees}
         rows.append(row | counted | {"non_embedding_share": share, "if_tied": tied})
         evidence = f"{total:,}; {share:.1%} of them outside item tables and positions"
         verdict = "holds" if agrees else "contradicted"
@@ -261,13 +261,11 @@ def calls(mode: str, num_layers: int = 2, hidden_dim: int = 64) -> dict[str, int
         counted[place[id(module)]] += 1
         return F.linear(x, module.weight, module.bias)
 
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=mode == "eval, CPU autocast")
     before = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(mode != "eval, fast path off")
-        with (
-            patch.object(nn.Linear, "forward", forward),
-            torch.autocast("cpu", torch.bfloat16, enabled=mode == "eval, CPU autocast"),
-        ):
+        with patch.object(nn.Linear, "forward", forward), autocast:
             encoder.train(mode == "train")(torch.randn(4, 10, hidden_dim))
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
@@ -303,9 +301,7 @@ def adapters(published: Published, by_mode: pd.DataFrame) -> Part:
     learn = [place for place in PLACES if by_mode[place]["train"]]
     dead = [place for place in PLACES if place not in learn]
     dropped = [place for place in learn if not by_mode[place]["eval"]]
-    numbers: dict[str, Any] = {}
-    for place in PLACES:
-        numbers |= {f"{place}_in_{mode}": int(by_mode[place][mode]) for mode in ("train", "eval")}
+    numbers = {f"{p}_in_{mode}": int(by_mode[p][mode]) for p in PLACES for mode in ("train", "eval")}
     numbers |= {"linear_calls": linear_calls(log["num_layers"], learn)}
     numbers |= {"linear_calls_if_alive": linear_calls(log["num_layers"], PLACES)}
     results = [Result("audit_adapters", numbers | {"linear_calls_published": log["linear_calls"]})]
@@ -441,27 +437,24 @@ def metric(p: Audit, runs: Sequence[Trained]) -> Part:
         def scores(rows: Evaluation, model: Any = model, device: torch.device = device) -> metrics.Scores:
             return metrics.model_scores(model, rows, device)
 
+        masked = (model, split.test, device, p.mask_prob)
         with run.trainer.autocast():
-            theirs, items_only = (
-                metrics.masked_positions(model, split.test, device, p.mask_prob, special_tokens=special)
-                for special in (True, False)
-            )
-            with_seen, without = (metrics.under_split(scores, split, remove) for remove in (False, True))
-        outcomes = {"seed study's: all masked positions": theirs, "the same, real items only": items_only}
-        outcomes |= {"next item, seen kept": with_seen, "next item, seen removed": without}
+            outcomes = {
+                "seed study's: all masked positions": metrics.masked_positions(*masked),
+                "the same, real items only": metrics.masked_positions(*masked, special_tokens=False),
+                "next item, seen kept": metrics.under_split(scores, split, remove_seen=False),
+                "next item, seen removed": metrics.under_split(scores, split),
+            }
         for name, outcome in outcomes.items():
             numbers = flat({m: metrics.interval(outcome, m, p.bootstrap_samples) for m in COMPARED})
             numbers["per_user"] = len(outcome.ranks) / len(set(outcome.users.tolist()))
             params = {"objective": run.objective, "protocol": name, "label": outcome.label}
             results.append(Result("audit_metric", numbers, params, seed=run.seed))
-    theirs_numbers, _, kept_numbers = (result.metrics for result in results[:3])
-    per_user = theirs_numbers["per_user"]
-    evidence = f"{per_user:.1f} positions a user are ranked: {theirs_numbers['hr@10']:.3f}, "
-    evidence += f"{kept_numbers['hr@10']:.3f} for the next item alone, by the same weights"
-    return Part(
-        results,
-        [Check("HR@10 is about the next item", "holds" if per_user == 1 else "contradicted", evidence)],
-    )
+    theirs, _, kept = (result.metrics for result in results[:3])
+    verdict = "holds" if theirs["per_user"] == 1 else "contradicted"
+    evidence = f"{theirs['per_user']:.1f} positions a user are ranked: {theirs['hr@10']:.3f}, "
+    evidence += f"{kept['hr@10']:.3f} for the next item alone, by the same weights"
+    return Part(results, [Check("HR@10 is about the next item", verdict, evidence)])
 
 
 def redrawn(p: Audit, run: Trained) -> Part:
@@ -602,8 +595,7 @@ class Records:
 
 
 def _derived(query: Query, fields: Mapping[str, Any]) -> Query:
-    names = ("name", "value", "grid", "data", "own", "label", "day", "at", "take")
-    return validated(Query, {name: getattr(query, name) for name in names} | dict(fields))
+    return changed(query, **({"over": None, "minus": None} | dict(fields)))
 
 
 def _queries(record: Query, number: str | Mapping[str, Any]) -> list[Query]:

@@ -127,19 +127,15 @@ def _of_data(results: Results) -> list[str]:
 def _of_baseline(results: Results) -> list[str]:
     """Compare the reference with counts, then list HR@10 of all models."""
     scored = [r for r in results.get("test_metrics", []) if "hr@10" in r["metrics"]]
-    models: dict[str, Mapping[str, Any]] = {}
-    for record in sorted(scored, key=lambda r: r.get("seed") is None):  # the mean over seeds has none
-        models[(record.get("own_params") or {}).get("model") or "bert4rec"] = record["metrics"]
+    scored.sort(key=lambda r: r.get("seed") is None)  # the mean over seeds has none
+    models = {r["own_params"].get("model", "bert4rec"): r["metrics"] for r in scored}
     if not models:
         return []
     best_first = sorted(models, key=lambda name: -models[name]["hr@10"])
     listed = ", ".join(_with_interval(name, models[name], "hr@10") for name in best_first)
-    sentences = [f"HR@10 on {_place(scored)}: {listed}."]
-    compared = results.get("comparison", [])
-    compared = [r for r in compared if {_model(r), r["own_params"]["against"]} <= models.keys()]
-    if ranked := [r for r in compared if r["own_params"]["metric"] == "ndcg@10"]:
-        sentences.insert(0, _verdict(ranked, models))
-    return sentences
+    ranked = [r for r in results.get("comparison", []) if r["own_params"]["metric"] == "ndcg@10"]
+    ranked = [r for r in ranked if {_model(r), r["own_params"]["against"]} <= models.keys()]
+    return [*([_verdict(ranked, models)] if ranked else []), f"HR@10 on {_place(scored)}: {listed}."]
 
 
 def _verdict(compared: Sequence[Record], models: Mapping[str, Mapping[str, Any]]) -> str:
@@ -437,17 +433,15 @@ def of_devices(results: Results) -> list[str]:
     plans = [r for r in steps if {"rule": "open", "status": "ok"}.items() <= r["own_params"].items()]
     sentences = []
     for size, rows in _by(plans, lambda record: record["own_params"]["size"]).items():
+        rates = {r["own_params"]["device"]: r["timings"]["sequences_per_second"] for r in rows}
         best = max(rows, key=lambda r: r["timings"]["sequences_per_second"])
         low, high = (best["timings"][f"epoch_seconds_{end}"] for end in ("low", "high"))
-        rate = 0.99 * best["timings"]["sequences_per_second"]
-        as_fast = {r["own_params"]["device"] for r in rows if r["timings"]["sequences_per_second"] >= rate}
+        as_fast = [device for device, rate in rates.items() if rate >= 0.99 * max(rates.values())]
         fastest = best["own_params"]["device"]
         if len(as_fast) > 2:
             fastest = f"{len(as_fast)} of them alike, whose step waits for the host"
-        sentence = (
-            f"{size}: fits on {len({r['own_params']['device'] for r in rows})} boards; fastest {fastest}, an "
-            f"epoch in {low:.0f} to {high:.0f} s (predicted)."
-        )
+        sentence = f"{size}: fits on {len(rates)} boards; fastest {fastest}, an epoch in {low:.0f} to "
+        sentence += f"{high:.0f} s (predicted)."
         if priced := [r for r in rows if r["timings"].get("cost_per_epoch") is not None]:
             cheap = min(priced, key=lambda r: r["timings"]["cost_per_epoch"])
             cost, device = cheap["timings"]["cost_per_epoch"], cheap["own_params"]["device"]
@@ -472,14 +466,13 @@ def _of_devices_and_plans(results: Results) -> list[str]:
         return []
     timed = {tables.device_of(r) for r in steps if r["kind"] == "measured"}
     measured = f"Measured on {', '.join(sorted(timed)) or 'no device'}."
-    plans = of_devices(results)
-    start = measured_on_gpus(steps)
+    start, plans = _measured_on_gpus(steps), of_devices(results)
     if plans and not start:
         start = ["No GPU was measured in this run: all that follows is predicted."]
-    return [*([" ".join(start + plans)] if plans or start else []), measured, *planner_errors()]
+    return [*filter(None, [" ".join(start + plans)]), measured, *planner_errors()]
 
 
-def measured_on_gpus(steps: Sequence[Record]) -> list[str]:
+def _measured_on_gpus(steps: Sequence[Record]) -> list[str]:
     """Return the measured sequences/s of each GPU by size, in its fastest precision."""
     rates: dict[str, dict[str, tuple[float, str]]] = {}
     for r in steps:
@@ -487,11 +480,11 @@ def measured_on_gpus(steps: Sequence[Record]) -> list[str]:
             params, rate = r["own_params"], r["timings"]["sequences_per_second"]
             sizes = rates.setdefault(tables.device_of(r), {})
             sizes[params["size"]] = max(sizes.get(params["size"], (0.0, "")), (rate, params["precision"]))
-    sentences = []
-    for device, sizes in rates.items():
-        listed = [f"{size} {rate:,.0f} sequences/s ({name})" for size, (rate, name) in sizes.items()]
-        sentences.append(f"{device}, measured: {', '.join(listed)}.")
-    return sentences
+    texts = {
+        device: [f"{size} {rate:,.0f} sequences/s ({name})" for size, (rate, name) in sizes.items()]
+        for device, sizes in rates.items()
+    }
+    return [f"{device}, measured: {', '.join(listed)}." for device, listed in texts.items()]
 
 
 def _of_plans(results: Results) -> list[str]:
@@ -503,8 +496,8 @@ def _of_plans(results: Results) -> list[str]:
     fit, params = [r for r in boards if r["metrics"]["fits"]], boards[0]["own_params"]
     run = f"{params['size']} at a batch of {params['batch_size']:,}"
     sentences = [f"{run} fits on {len(fit)} of {len(boards)} GPUs (predicted)."]
-    for basis in ("validated", "unvalidated"):
-        sentences.append(f"{sum(r['own_params']['basis'] == basis for r in plans)} plans are {basis}.")
+    bases = [r["own_params"]["basis"] for r in plans]
+    sentences += [f"{bases.count(basis)} plans are {basis}." for basis in ("validated", "unvalidated")]
     if fit:
         best = min(fit, key=lambda r: r["timings"]["epoch_seconds"])
         low, high = (best["timings"][f"epoch_seconds_{end}"] for end in ("low", "high"))
