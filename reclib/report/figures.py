@@ -28,7 +28,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import unescape
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jinja2
@@ -173,19 +172,22 @@ def collect(root: Path | Sequence[Path], out_dir: Path) -> list[Path]:
     """
     roots, problems = [root] if isinstance(root, Path) else list(root), list[str]()
     by_root = [records.read(folder, problems) for folder in roots]
-    rows = records.latest(itertools.chain(*by_root))
-    existing = drawings(tables.distinct(records.latest(by_root[0]))) if len(roots) > 1 else ()
-    return build(rows, out_dir, problems, {drawing.file: drawing for drawing in existing}, roots)
+    if len(roots) > 1:
+        for drawing in drawings(tables.distinct(records.latest(by_root[0]))):
+            committed, file = (folder / f"{drawing.file}.html" for folder in (system.figures(), out_dir))
+            if committed.is_file() and file not in _DRAWN:
+                _replace(file, committed.read_text(encoding="utf-8"))
+                _DRAWN[file] = drawing
+    return build(records.latest(itertools.chain(*by_root)), out_dir, problems, roots)
 
 
-_DRAWN: dict[Path, Drawing] = {}  # figures drawn by this process, by file
+_DRAWN: dict[Path, Drawing] = {}  # figures drawn or copied by this process, by file
 
 
 def build(
     rows: Sequence[Record],
     out_dir: Path,
     problems: Sequence[str] = (),
-    existing: Mapping[str, Drawing] = MappingProxyType({}),
     roots: Sequence[Path] = (),
 ) -> list[Path]:
     """Rebuild all figures with records, and `index.html`; return the files.
@@ -194,8 +196,8 @@ def build(
     of an earlier build without records are removed. If a record breaks a figure, only that figure is left out
     and added to the `problems` on the page.
 
-    `existing` maps files of `figures/` to what they show: these are copied. Neither they nor figures that
-    this process has drawn before are drawn again. Executed notebooks under `roots` become pages.
+    Figures that this process has drawn or copied before are not drawn again. Executed notebooks under `roots`
+    become pages.
     """
     problems, rows = list(problems), tables.distinct(rows)
     cards, files = [], []
@@ -203,10 +205,7 @@ def build(
     for drawing in drawings(rows):
         file = out_dir / f"{drawing.file}.html"
         with _noting_failures(f"figure {drawing.file}", problems):
-            committed = system.figures() / file.name
-            if existing.get(drawing.file) == drawing and committed.is_file():
-                _replace(file, committed.read_text(encoding="utf-8"))
-            elif _DRAWN.get(file) != drawing or not file.is_file():
+            if _DRAWN.get(file) != drawing or not file.is_file():
                 write(show(drawing.spec.name, *drawing.records, *drawing.beside), drawing.file, out_dir)
                 _DRAWN[file] = drawing
             cards.append(_card(drawing, file))
@@ -293,7 +292,8 @@ def drawings(rows: Sequence[Record]) -> Iterator[Drawing]:
             joined: dict[tuple[str, str], list[Record]] = {}
             devices = Counter(dataset for dataset, _ in parts)
             for (dataset, label), group in parts.items():
-                joined.setdefault((dataset, label if devices[dataset] == 1 else "devices"), []).extend(group)
+                place = dataset, label if devices[dataset] == 1 else "devices"
+                joined.setdefault(place, []).extend(map(tables.placed, group))
             placed = [tables.placed(tables.with_work(r)) for r in further]
             placed.sort(key=lambda r: json.dumps(r["own_params"], sort_keys=True))
             parts, besides = joined, dict.fromkeys(joined, placed)

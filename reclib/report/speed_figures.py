@@ -187,7 +187,7 @@ def _variants(rows: pd.DataFrame) -> pd.Series:
 
 def throughput(rows: pd.DataFrame) -> go.Figure:
     """Sequences/s of each size on each device, with the range of each prediction."""
-    rows = _one_row_each(_named(rows))
+    rows = _one_row_each(rows)
     figure, sizes, order = _device_panels(rows, "sequences_per_second", 1, "sequences/s")
     look = {"symbol": "square-open", "size": 9, "color": ORANGE, "line": {"width": 2}}
     for run in reference()["throughput"]:  # sequences of an epoch over its time
@@ -218,7 +218,6 @@ def _mark_memory(figure: style.Chart, devices: list[str], look: dict[str, Any], 
 
 def roofline(rows: pd.DataFrame) -> go.Figure:
     """FLOP/s over FLOPs per byte moved: each device's roof, and the steps under it."""
-    rows = _named(rows)
     rows = rows[rows["rule"].fillna("closed").eq("open") | _on_cpu(rows)]
     rows = rows[style.column(rows, "bytes_moved").notna()]
     figure = style.single()
@@ -259,7 +258,6 @@ def _roof(name: str) -> tuple[float, float] | None:
 
 def technique_gains(rows: pd.DataFrame) -> go.Figure:
     """How many times faster each technique makes a step, by device and size, measured and predicted."""
-    rows = _named(rows)
     names = list(dict.fromkeys(rows["technique"]))
     rows = rows[rows["size"].isin(SIZES)]
     sizes = _sizes(rows)
@@ -295,16 +293,6 @@ def _devices(rows: pd.DataFrame) -> list[str]:
 
 def _on_cpu(rows: pd.DataFrame) -> pd.Series:
     return rows["device"].astype(str).str.startswith("cpu")
-
-
-def _named(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return rows in which the devices cpu1 and cpu2 include the name of their CPU."""
-    device = rows["device"].astype(str)
-    ambiguous = device.str.fullmatch(r"cpu\d*")
-    if "cpu" not in rows or not ambiguous.any():
-        return rows
-    full = device + " " + rows["cpu"].fillna("").astype(str)
-    return rows.assign(device=device.where(~ambiguous, full).str.strip())
 
 
 def _one_row_each(rows: pd.DataFrame) -> pd.DataFrame:

@@ -6,17 +6,15 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 
-from reclib import hardware, system
-from reclib.config import ModelConfig, TrainConfig, model_config
+from reclib import hardware
+from reclib.config import TrainConfig, model_config
 from reclib.cost import planner, work
 from reclib.data import fetch
 from reclib.records import PROFILES
@@ -37,6 +35,8 @@ MODEL_NAMES = {
     "pairwise_counts_with_validation": "pairwise counts + validation item",
 }
 BASELINES = tuple(MODEL_NAMES)[2:]  # deterministic, without gradient descent
+
+STUDY_DATA = ("synthetic", "amazon-beauty-2014-5core")  # beside those that can be fetched by name
 
 # Arms and tasks of notebook 05.
 ARM_NAMES = {
@@ -167,8 +167,6 @@ def table(records: Iterable[Record]) -> pd.DataFrame:
         params = record.get("own_params") or {}
         origin = {key: record.get(key) for key in ("kind", "label", "profile", "seed")}
         origin["dataset"] = (record.get("data") or {}).get("name")
-        if "device" in params:  # cpu1 and cpu2 need the name of the CPU
-            origin["cpu"] = cpu_of(record)
         columns = {**(record.get("timings") or {}), **params, **record["metrics"], **origin}
         series = {k: v for k, v in (record.get("series") or {}).items() if k not in origin}
         rows = pd.DataFrame(series or {"_": [0]})
@@ -200,22 +198,10 @@ def _is_claim_unmet(record: Record) -> bool:
     return "-" not in claimed or claimed != device_of(record)
 
 
-@cache
-def _study_names() -> frozenset[str]:
-    """Return the datasets of the study: those that can be fetched, and those named by its parameters."""
-    names = {"synthetic", *fetch.catalogue()}
-    for file in system.params().glob("*.yaml"):
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-        sections = [values, *values.values()] if isinstance(values, dict) else []
-        with_data = (section for section in sections if isinstance(section, dict) and "dataset" in section)
-        names |= {str(section["dataset"]) for section in with_data}
-    return frozenset(names)
-
-
 def of_study(record: Record) -> bool:
     """Return whether a record is of the study's data and not of a user's file."""
     dataset = (record.get("params") or {}).get("dataset")
-    return record["profile"] == "grid" or dataset is None or dataset in _study_names()
+    return record["profile"] == "grid" or dataset in (None, *STUDY_DATA, *fetch.catalogue())
 
 
 def distinct(records: Iterable[Record]) -> list[Record]:
@@ -560,32 +546,24 @@ def real_steps(records: Iterable[Record]) -> pd.DataFrame:
 def by_arm(rows: Sequence[Record]) -> pd.DataFrame:
     """Return one row for each arm: its size, the seeds' mean loss and range, accuracy, tokens, TFLOP, hours.
 
-    `risen` is the last loss minus the lowest, in nats. `state MiB` is the memory of weights, gradients and
-    moments; `hours` are the wall-clock time of all its seeds together.
+    `risen` is the last loss minus the lowest, in nats; `hours` are the wall-clock time of all seeds together.
     """
-    runs = [{"arm": r["own_params"]["model"], "seed": r["seed"], "state": _state_bytes(r)} for r in rows]
-    frame = pd.DataFrame([row | r["metrics"] | r["timings"] for row, r in zip(runs, rows, strict=True)])
+    named = ({"arm": r["own_params"]["model"], "seed": r["seed"]} | r["metrics"] | r["timings"] for r in rows)
+    frame = pd.DataFrame(named)
     frame["risen"] = frame["last_valid_loss"] - frame["lowest_valid_loss"]
     parts = frame.groupby("arm", sort=False)
     table = parts[["item_tables", "non_embedding", "trained_tokens"]].mean().round().astype(int)
     table.insert(0, "seeds", parts["seed"].nunique())
     table["TFLOP"] = parts["training_flops"].mean() / 1e12
     table["late_drop"], table["risen"] = parts["late_drop"].mean(), parts["risen"].mean()
-    table["state MiB"] = (parts["state"].first() / 2**20).round(1)
     seconds = ["train_seconds", "eval_seconds"]
     table["hours"] = (parts[seconds].sum().sum(axis=1) / 3600).round(2) if {*seconds} <= {*frame} else None
-    named = {"loss": "lowest_valid_loss"} | {metric: f"valid_{metric}" for metric in ("ndcg@10", "hr@10")}
-    for name, column in named.items():
+    measures = {"loss": "lowest_valid_loss", "ndcg@10": "valid_ndcg@10", "hr@10": "valid_hr@10"}
+    for name, column in measures.items():
         if column in frame:
             ends = parts[column].agg(["mean", "min", "max"])
             table[[name, f"{name}_low", f"{name}_high"]] = ends.to_numpy()
     return table.sort_values(["non_embedding", "item_tables"], kind="stable")
-
-
-def _state_bytes(row: Record) -> float | None:
-    """Return the bytes of a run's weights, gradients and moments; None if its model is not recorded."""
-    shape = row.get("configuration", {}).get("model")
-    return _STATE_BYTES * sum(work.parameters(ModelConfig(**shape)).values()) if shape else None
 
 
 def predictions(outcomes: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
