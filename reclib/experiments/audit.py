@@ -43,6 +43,7 @@ from reclib.experiments.speed import SEED_TRAIN
 from reclib.hardware import Device
 from reclib.model.bert4rec import Bert4Rec, count_parameters
 from reclib.parameters import Audit
+from reclib.report import tables
 from reclib.system import Parser
 from reclib.train.fit import data_identity, fit
 from reclib.train.trainer import Trainer
@@ -541,9 +542,8 @@ class Records:
     """The committed records, and the queries of claims on them."""
 
     def __init__(self) -> None:
-        self.rows: dict[tuple[str, str | None], list[dict[str, Any]]] = {}  # by name and grid
-        for row in records.read(system.committed()):
-            self.rows.setdefault((row["name"], row["params"].get("grid")), []).append(row)
+        committed = records.read(system.committed())
+        self.rows = tables.by(committed, lambda row: (row["name"], row["params"].get("grid")))
 
     def matching(self, query: Query) -> list[dict[str, Any]]:
         """Return the rows that a query matches; raise `InputError` if there is none."""
@@ -562,11 +562,8 @@ class Records:
             raise InputError(f"no record {query.name!r} of {query.grid or 'a notebook'} with {query.own}")
         best = max(records.PROFILES.index(row["profile"]) for row in rows)
         rows = [row for row in rows if records.PROFILES.index(row["profile"]) == best]
-        newest = {
-            (str(row["own_params"]), row["seed"]): row for row in sorted(rows, key=lambda row: row["time"])
-        }
-        over_seeds = [row for (_, seed), row in newest.items() if seed is None]
-        return over_seeds or list(newest.values())
+        rows = list(tables.newest(rows, lambda row: (str(row["own_params"]), row["seed"])).values())
+        return [row for row in rows if row["seed"] is None] or rows
 
     def number(self, query: Query) -> float:
         """Return the number of a query."""

@@ -463,9 +463,7 @@ def _sentences(name: str, work: Sequence[Record], problems: list[str]) -> tuple[
 
     Answers with too few seeds for a claim go to the findings if another dataset has a claim.
     """
-    datasets: dict[str, list[Record]] = {}
-    for row in work:
-        datasets.setdefault(str((row.get("data") or {}).get("name")), []).append(row)
+    datasets = tables.by(work, lambda row: str((row.get("data") or {}).get("name")))
     answers, details = [], []
     for dataset, rows in sorted(datasets.items(), key=lambda item: _most_work(item[1]), reverse=True):
         if tables.chooses(dataset):

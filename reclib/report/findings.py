@@ -25,6 +25,7 @@ from reclib.report.tables import (
     BASELINES,
     TASK_NAMES,
     Record,
+    by,
     interval_text,
     model_name,
     recipe_of,
@@ -44,15 +45,7 @@ class Chapter(NamedTuple):
 def sentences(notebook: str, records: Iterable[Record]) -> list[str]:
     """Return the findings of the records of one notebook and dataset, the answer first."""
     chapter = CHAPTERS.get(notebook)
-    return chapter.findings(_by(records, lambda record: record["name"])) if chapter else []
-
-
-def _by(records: Iterable[Record], key: Callable[[Record], Any]) -> dict[str, list[Record]]:
-    """Group records by a key, in their order."""
-    grouped: dict[str, list[Record]] = {}
-    for record in records:
-        grouped.setdefault(str(key(record)), []).append(record)
-    return grouped
+    return chapter.findings(by(records, lambda record: record["name"])) if chapter else []
 
 
 TOO_FEW = "Too few seeds for a claim"  # start of an answer without a claim
@@ -153,7 +146,7 @@ def _verdict(compared: Sequence[Record], models: Mapping[str, Mapping[str, Any]]
         listed = ", ".join(_ranked(r, models) for r in decisive)
         return f"{TOO_FEW} ({seeds:.0f}) {place}: NDCG@10 {reference}; {listed}."
     reference += f", {_seeds(seeds)}"
-    by_word = _by(counts, lambda r: _claim(r["metrics"]))
+    by_word = by(counts, lambda r: _claim(r["metrics"]))
     named = {word: ", ".join(_ranked(r, models) for r in rows) for word, rows in by_word.items()}
     beaten = f"; {name} beats {named['worse']}" if "worse" in named else ""
     if "better" in named:
@@ -190,12 +183,11 @@ def _of_scaling(results: Results) -> list[str]:
     """Say whether a larger model ranks better, what to buy, and how well the law predicted the loss."""
     curves, metric = results.get("learning_curve", []), "valid_ndcg@10"
     sentences = []
-    for sweep, runs in _by(
-        (r for r in curves if metric in r["metrics"]), lambda r: sweep_of(_model(r))
-    ).items():
-        widths = _by(sorted(runs, key=lambda r: (r["metrics"]["non_embedding"], _model(r))), _model)
+    sweeps = by((r for r in curves if metric in r["metrics"]), lambda r: sweep_of(_model(r)))
+    for runs in (runs for sweep, runs in sweeps.items() if sweep.startswith("width")):
+        widths = by(sorted(runs, key=lambda r: (r["metrics"]["non_embedding"], _model(r))), _model)
         sizes = list(widths)
-        if not sweep.startswith("width") or len({r["metrics"]["non_embedding"] for r in runs}) < 2:
+        if len({r["metrics"]["non_embedding"] for r in runs}) < 2:
             continue
         small, large = ([r["metrics"][metric] for r in widths[name]] for name in (sizes[0], sizes[-1]))
         word = "No" if min(small) > max(large) else "Not told apart"
@@ -225,7 +217,7 @@ def outcome(rows: Iterable[Mapping[str, Any]], name: str | None = None) -> dict[
     result: dict[str, Any] = dict.fromkeys(keys)
     rows = [row for row in rows if name is None or (row.get("data") or {}).get("name") == name]
     curves = [row for row in rows if row["name"] == "learning_curve"]
-    by_law = _by(curves, lambda row: (row.get("configuration") or {}).get("prediction"))
+    by_law = by(curves, lambda row: (row.get("configuration") or {}).get("prediction"))
     predictions = sorted((row for row in rows if row["name"] == "prediction"), key=lambda row: row["time"])
     if not predictions:
         return result
@@ -368,18 +360,18 @@ def _of_adapters(results: Results) -> list[str]:
     for task, name in TASK_NAMES.items():
         if rows := [r for r in compared if r["own_params"]["task"] == task]:
             verdicts.append(_gate_verdict(rows, name))
-            by_claim = _by(rows, lambda r: _claim(r["metrics"]))
+            by_claim = by(rows, lambda r: _claim(r["metrics"]))
             arms = {w: [ARM_NAMES[_model(r)] for r in by_claim.get(w, [])] for w in get_args(Claim)}
             listed = "; ".join(f"{word}: {', '.join(names)}" for word, names in arms.items() if names)
             details.append(f"{name[:1].upper()}{name[1:]}, NDCG@10 against iLoRA, corrected: {listed}.")
     levels = {r["own_params"]["share"]: r["metrics"] for r in results.get("implanted_ceiling", [])}
-    for share, rows in _by(results.get("implanted", []), lambda r: r["own_params"]["share"]).items():
+    for share, rows in by(results.get("implanted", []), lambda r: r["own_params"]["share"]).items():
         parts = [f"iLoRA {rows[0]['metrics']['reference_ndcg@10']:.4f}"]
-        parts += [f"{name} {value:.4f}" for name, value in levels.get(float(share), {}).items()]
+        parts += [f"{name} {value:.4f}" for name, value in levels.get(share, {}).items()]
         parts += [
             f"{ARM_NAMES[_model(r)]} {_claim(r['metrics'])}, {interval_text(r['metrics'])}" for r in rows
         ]
-        details.append(f"A signal in {float(share):.0%} of later items, NDCG@10: {', '.join(parts)}.")
+        details.append(f"A signal in {share:.0%} of later items, NDCG@10: {', '.join(parts)}.")
     answer = [" ".join(verdicts)] if verdicts else []
     return [*answer, *_adapter_steps(results.get("adapter_step", [])), *details]
 
@@ -432,7 +424,7 @@ def of_devices(results: Results) -> list[str]:
     steps = [r for r in results.get("hardware_step", []) if r["kind"] == "predicted"]
     plans = [r for r in steps if {"rule": "open", "status": "ok"}.items() <= r["own_params"].items()]
     sentences = []
-    for size, rows in _by(plans, lambda record: record["own_params"]["size"]).items():
+    for size, rows in by(plans, lambda record: record["own_params"]["size"]).items():
         rates = {r["own_params"]["device"]: r["timings"]["sequences_per_second"] for r in rows}
         best = max(rows, key=lambda r: r["timings"]["sequences_per_second"])
         low, high = (best["timings"][f"epoch_seconds_{end}"] for end in ("low", "high"))
@@ -519,7 +511,7 @@ def _of_audit(results: Results) -> list[str]:
 
 def study(records: Sequence[Record]) -> list[str]:
     """Return the study's answer: effects of size and counting, the cost of a step, and what does not pay."""
-    datasets = _by(tables.by_size(records), lambda r: r["data"]["name"])
+    datasets = by(tables.by_size(records), lambda r: r["data"]["name"])
     answer = [*_of_sizes(datasets), *_of_counts(datasets)]
     starts = {  # start of a notebook's sentence, and its replacement here
         "04_amp_compile": ("From the", "How cheaply: from the"),
@@ -528,7 +520,7 @@ def study(records: Sequence[Record]) -> list[str]:
     for notebook, (start, opening) in starts.items():
         chapter = tables.best_work(r for r in records if r["notebook"] == notebook and tables.of_study(r))
         lines = []
-        for rows in _by(chapter, lambda r: _place([r])).values():
+        for rows in by(chapter, lambda r: _place([r])).values():
             matching = [line for line in sentences(notebook, rows) if line.startswith(start)]
             lines += [line.split(". ")[0].removesuffix(".") for line in matching[:1]]
         if lines:
@@ -543,7 +535,7 @@ def _of_sizes(datasets: Mapping[str, Sequence[Record]]) -> list[str]:
     """Return NDCG@10 on validation of the smallest and the largest width, by dataset of `tables.by_size`."""
     parts, rises = [], []
     for name, rows in datasets.items():
-        widths = _by((r for r in rows if "valid_ndcg@10" in r["metrics"]), _model)
+        widths = by((r for r in rows if "valid_ndcg@10" in r["metrics"]), _model)
         arms = [m for m in widths if sweep_of(m) == "width"]
         arms.sort(key=lambda m: widths[m][0]["metrics"]["non_embedding"])
         if len(arms) > 1:

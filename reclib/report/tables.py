@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from statistics import fmean
 from typing import Any
@@ -156,6 +156,19 @@ def _data(record: Record, key: str = "name") -> str:
 # -- selection of records ------------------------------------------------------------------------------------
 
 
+def by(records: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
+    """Group records by a key, in their order."""
+    grouped: dict[Any, list[Any]] = {}
+    for record in records:
+        grouped.setdefault(key(record), []).append(record)
+    return grouped
+
+
+def newest(records: Iterable[Record], key: Callable[[Record], Any]) -> dict[Any, Record]:
+    """Return the newest record of each key, in the order of time."""
+    return {key(record): record for record in sorted(records, key=lambda r: r["time"])}
+
+
 def table(records: Iterable[Record]) -> pd.DataFrame:
     """Return one row per point of the records' series, or per record without series.
 
@@ -267,10 +280,8 @@ def _work(record: Record) -> str:
 
 def best_work(records: Iterable[Record]) -> list[Record]:
     """Return the records shown by figures, for each result, dataset and label."""
-    named = defaultdict(list)
-    for record in records:
-        named[record["name"]].append(record)
-    return [r for rows in named.values() for group in groups(rows).values() for r in group]
+    by_name = by(records, lambda r: r["name"])
+    return [r for rows in by_name.values() for group in groups(rows).values() for r in group]
 
 
 def family(model: Mapping[str, Any], name: str) -> str:
@@ -318,25 +329,20 @@ def by_size(records: Iterable[Record], result: str = "test_metrics") -> list[Rec
     Only the newest records of committed grids count, without grids that choose a recipe or shuffle ties.
     Grids of one dataset get one name; series are left out, and datasets with fewer than two sizes.
     """
-    rows = newest(
-        r
-        for r in records
-        if r["profile"] == "grid"
-        and (r["name"] == result or (r["name"] == "learning_curve" and r["metrics"].get("non_embedding")))
-        and not (chooses(_data(r)) or _data(r).startswith(TIES))
-    )
-    runs = [r for r in rows if r["name"] == "learning_curve"]
+    grids = [r for r in records if r["profile"] == "grid" and not chooses(_data(r))]
+    grids = [r for r in grids if not _data(r).startswith(TIES)]
+    runs = [r for r in grids if r["name"] == "learning_curve" and r["metrics"].get("non_embedding")]
+    results = [r for r in grids if r["name"] == result]
     sizes = {(_data(r), r["own_params"].get("model")): r["metrics"]["non_embedding"] for r in runs}
-    datasets: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for r in rows:
-        model = r["own_params"].get("model")
-        size = sizes.get((_data(r), model))
-        is_result = r["name"] == result and r.get("seed") is None and (size or model in BASELINES)
-        if is_result or (r["name"] == "learning_curve" and r["notebook"] == "03_scaling"):
+    sized = []
+    for (grid, name, model, seed), r in newest([*runs, *results], _run).items():
+        size = sizes.get((grid, model))
+        is_result = name == result and seed is None and (size or model in BASELINES)
+        if is_result or (name == "learning_curve" and r["notebook"] == "03_scaling"):
             added = {"metrics": dict(r["metrics"]) | {"non_embedding": size}, "series": {}}
-            datasets[_data(r, "fingerprint")].append(dict(r) | added)
+            sized.append(dict(r) | added)
     chosen: list[Record] = []
-    for of_data in datasets.values():
+    for of_data in by(sized, lambda r: _data(r, "fingerprint")).values():
         name = min((_data(r).removeprefix("scaling-").removeprefix("prior-") for r in of_data), key=len)
         if len({r["metrics"]["non_embedding"] for r in of_data} - {None}) > 1:
             chosen += [_renamed(r, name) for r in of_data]
@@ -344,13 +350,9 @@ def by_size(records: Iterable[Record], result: str = "test_metrics") -> list[Rec
     return chosen
 
 
-def newest(records: Iterable[Record]) -> list[Record]:
-    """Return the newest record of each dataset, name, model and seed."""
-    by_key = {
-        (_data(r), r["name"], r["own_params"].get("model"), r.get("seed")): r
-        for r in sorted(records, key=lambda r: r["time"])
-    }
-    return list(by_key.values())
+def _run(record: Record) -> tuple[str, str, Any, Any]:
+    """Return the dataset, the name, the model and the seed of a record."""
+    return _data(record), record["name"], record["own_params"].get("model"), record.get("seed")
 
 
 def popularity_by_size(records: Iterable[Record]) -> list[Record]:
@@ -436,14 +438,10 @@ def gains(recorded: Iterable[Record]) -> list[dict[str, Any]]:
     These are rungs of the ladder, AMP and compiling against eager fp32 (notebook 04), and iLoRA against
     training all weights (notebook 05). Smoke runs are left out.
     """
-    runs = defaultdict(list)
-    for record in recorded:
-        timed = (record.get("timings") or {}).get("step_seconds")
-        if timed and record["kind"] == "measured" and record["profile"] != "smoke":
-            params = json.dumps(record["params"], sort_keys=True)
-            runs[record["notebook"], record["name"], record["label"], params].append(record)
+    timed = [r for r in recorded if r["kind"] == "measured" and (r.get("timings") or {}).get("step_seconds")]
+    timed = [r for r in timed if r["profile"] != "smoke"]
     gained = []
-    for (notebook, name, *_), group in runs.items():
+    for (notebook, name, _), group in by(timed, lambda r: (r["notebook"], r["name"], _origin(r))).items():
         pairs: list[tuple[Record, Record, str]] = []
         if (notebook, name) == ("04_amp_compile", "ladder"):
             rungs = sorted(group, key=lambda r: r["own_params"]["rung"])
@@ -462,14 +460,18 @@ def gains(recorded: Iterable[Record]) -> list[dict[str, Any]]:
     return gained
 
 
+def _origin(record: Record) -> tuple[str, str]:
+    return record["label"], json.dumps(record["params"], sort_keys=True)
+
+
 def _against_eager(timed: Sequence[Record]) -> list[tuple[Record, Record, str]]:
     """Return the eager fp32 step of each batch size with its AMP step, and with its compiled one."""
-    steps: dict[int, dict[tuple[str, str], Record]] = defaultdict(dict)
-    for params, record in ((r["own_params"], r) for r in timed):
-        mode = params["ran_precision"], params["ran_compile_mode"]
-        steps[params["batch_size"]].setdefault(mode, record)
     pairs = []
-    for _, by_mode in sorted(steps.items()):
+    for _, of_batch in sorted(by(timed, lambda r: r["own_params"]["batch_size"]).items()):
+        modes = by(
+            of_batch, lambda r: (r["own_params"]["ran_precision"], r["own_params"]["ran_compile_mode"])
+        )
+        by_mode = {mode: rows[0] for mode, rows in modes.items()}
         eager, compiled = by_mode.get(("fp32", "off")), by_mode.get(("fp32", "default"))
         mixed = by_mode.get(("bf16", "off"), by_mode.get(("fp16", "off")))
         candidates = ((mixed, "AMP"), (compiled, "torch.compile"))
@@ -489,18 +491,15 @@ def points(recorded: Iterable[Record], prices: Mapping[str, float]) -> list[dict
 
     Both are means over the seeds that have both. `prices` are per hour by device.
     """
-    trained, scored, runs = {}, {}, defaultdict(list)
-    for record in recorded:
-        profile, seed = record["profile"], record.get("seed")
-        if record["notebook"] != "02_baseline" or seed is None or profile == "smoke":
-            continue
-        key = (record["data"]["name"], record["own_params"].get("model"), profile, seed)
+    trained, scored = {}, {}
+    for record in (r for r in recorded if r["notebook"] == "02_baseline" and r["profile"] != "smoke"):
+        key = (_data(record), record["own_params"].get("model"), record["profile"], record.get("seed"))
         if record["name"] == "learning_curve" and (record.get("timings") or {}).get("train_seconds"):
             trained[key] = record
         elif record["name"] == "test_metrics":
             scored[key] = record
-    for key in trained.keys() & scored.keys():
-        runs[(*key[:3], device_of(trained[key]))].append(key)
+    both = (key for key in trained if key in scored and key[-1] is not None)
+    runs = by(both, lambda key: (*key[:3], device_of(trained[key])))
     rows = []
     for (data, model, name, device), keys in sorted(runs.items()):
         seconds = fmean(trained[key]["timings"]["train_seconds"] for key in keys)
