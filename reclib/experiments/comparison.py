@@ -228,9 +228,7 @@ def claimed(p: AmpCompile, dataset: Dataset) -> list[Result]:
 
 def row_of(plan: Plan, size: str, rule: str, batch_size: int) -> Result:
     """Return a plan as the result of a step."""
-    params: dict[str, Any] = {"size": size, "device": plan.device, "rule": rule, "basis": plan.basis}
-    status = "does not fit" if plan.fits is False else "ok"
-    params |= {"precision": plan.precision, "batch_size": batch_size, "status": status}
+    params = {"size": size, "rule": rule, "batch_size": batch_size} | settings_of(plan)
     return of_plan("hardware_step", plan, params, plan.counts(), plan.timings())
 
 
@@ -238,6 +236,12 @@ def of_plan(name: str, plan: Plan, params: Any, metrics: Any, timings: Any, seri
     """Return a result that is predicted for the device of a plan."""
     card = card_of(plan)
     return Result(name, metrics, params, series or {}, timings=timings, kind="predicted", device=card)
+
+
+def settings_of(plan: Plan) -> dict[str, Any]:
+    """Return what a record says of a plan beside the run that it is of."""
+    status = "does not fit" if plan.fits is False else "ok"
+    return {"device": plan.device, "precision": plan.precision, "basis": plan.basis, "status": status}
 
 
 def card_of(plan: Plan) -> dict[str, Any]:

@@ -142,9 +142,8 @@ def plans(p: Explore) -> list[Result]:
         precision = p.plan_precision if p.plan_precision in planner.precisions(label) else "auto"
         price = p.plan_price if label == p.plan_device else None
         planned = plan(changed(p, plan_device=label, plan_precision=precision, plan_price=price))
-        params = planned_run(p) | {"items": p.plan_items or SIZES[p.plan_size]["num_items"], "device": label}
-        params |= {"precision": planned.precision, "basis": planned.basis}
-        params["status"] = "does not fit" if planned.fits is False else "ok"
+        params = planned_run(p) | {"items": p.plan_items or SIZES[p.plan_size]["num_items"]}
+        params |= comparison.settings_of(planned)
         del params["price"]
         parts = planned.memory_parts()
         series: dict[str, list[Any]] = {"part": list(parts), "bytes": list(parts.values())}

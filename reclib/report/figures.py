@@ -500,14 +500,18 @@ def _counted(texts: set[str], noun: str) -> str:
     return ", ".join(sorted(texts)) if len(texts) <= FEW else f"{len(texts)} {noun}"
 
 
-def _most_work(rows: Sequence[Record]) -> tuple[int, bool, str]:
-    """Return the rank of records: by the longest profile, then enough seeds for a claim, then the newest."""
-    enough = len({r.get("seed") for r in rows} - {None}) >= statistics.MIN_SEEDS
+def _most_work(rows: Sequence[Record]) -> tuple[int, bool, bool, str]:
+    """Return the rank of records: by the longest profile, then enough seeds for a claim, then the newest.
 
-    def rank(row: Record) -> tuple[int, bool, str]:
+    Records of several widths of plain BERT4Rec come before newer ones of other recipes.
+    """
+    enough = len({r.get("seed") for r in rows} - {None}) >= statistics.MIN_SEEDS
+    widths = _of_sizes([r for r in rows if tables.sweep_of(str(r["own_params"].get("model"))) == "width"])
+
+    def rank(row: Record) -> tuple[int, bool, bool, str]:
         seeds = [row["metrics"][name] for name in ("seeds", "reference_seeds") if name in row["metrics"]]
         sure = enough or (bool(seeds) and statistics.enough(seeds))
-        return PROFILES.index(row["profile"]), sure, row["time"]
+        return PROFILES.index(row["profile"]), sure, widths, row["time"]
 
     return max(map(rank, rows))
 
@@ -519,7 +523,9 @@ def _of_most_work(cards: Sequence[Card]) -> Card | None:
 # -- pictures of the main figures for the README and for slides, drawn by a browser --------------------------
 
 WIDTH = 1000  # pixels
-README = "size_and_counts"  # the figure at the top of the page and of the README, readme.png
+README = "size_and_counts"  # the figure at the top of the page and of the README
+# File names of main figures.
+PICTURES = {chapter.lead: name for name, chapter in findings.CHAPTERS.items()} | {README: "readme"}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 _SECONDS = 60  # for one picture
 
@@ -541,21 +547,13 @@ def main_figures(rows: Sequence[Record]) -> dict[str, list[Record]]:
 
     Of several datasets or devices the one with the most work is chosen, see `_most_work`.
     """
-    best: dict[str, Drawing] = {}
-    leads = {(notebook, chapter.lead) for notebook, chapter in findings.CHAPTERS.items()}
-    leads.add(("03_scaling", README))
-    for drawing in drawings(tables.distinct(row for row in rows if tables.of_study(row))):
-        name, rank = drawing.spec.name, _most_work(drawing.records)
-        leading = (drawing.spec.notebook, name) in leads
-        if leading and (name not in best or rank > _most_work(best[name].records)):
-            best[name] = drawing
+    drawn = drawings(tables.distinct(row for row in rows if tables.of_study(row)))
+    leading = (drawing for drawing in drawn if drawing.spec.name in PICTURES)
+    best = {
+        name: max(several, key=lambda drawing: _most_work(drawing.records))
+        for name, several in tables.by(leading, lambda drawing: drawing.spec.name).items()
+    }
     return {name: [*drawing.records, *drawing.beside] for name, drawing in best.items()}
-
-
-def file_name(figure: str) -> str:
-    """Return the name of a figure's picture: that of its notebook, or the README's."""
-    notebooks = {chapter.lead: name for name, chapter in findings.CHAPTERS.items()}
-    return "readme.png" if figure == README else f"{notebooks[figure]}.png"
 
 
 def draw(rows: Sequence[Record], out_dir: Path) -> list[Path]:
@@ -569,7 +567,7 @@ def draw(rows: Sequence[Record], out_dir: Path) -> list[Path]:
             figure = show(name, *group)
             picture = Path(folder) / f"{name}.png"
             photograph(program, write(figure, name, Path(folder)), picture, figure.layout.height or HEIGHT)
-            files.append(out_dir / file_name(name))
+            files.append(out_dir / f"{PICTURES[name]}.png")
             system.write_atomically(files[-1], picture.read_bytes())
     return files
 

@@ -129,6 +129,12 @@ def test_other_recipes_stand_on_no_line_of_plain_widths():
     assert [x for name, x in lines.items() if name.startswith("width, committed")] == [[25_000, 100_000]]
     assert len(lines) == 1 + len(sweeps)
     assert "ours 0.040 to 0.040" in findings.study([*plain, *others])[0]
+    about = {"data": {"name": "causal-made-up", "fingerprint": "efgh"}, "time": "2026-02-01"}
+    twins = [row | about | {"own_params": {"model": f"causal {row['own_params']['model']}"}} for row in plain]
+    main = figures.main_figures([*plain, *twins])["scaling_accuracy"]
+    assert {row["data"]["name"] for row in main} == {"scaling-made-up"}, (
+        "a newer grid of twins is not the main one"
+    )
 
 
 def ranked(model: str, flops: float, *scores: float) -> list[dict]:
