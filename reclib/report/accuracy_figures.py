@@ -91,8 +91,8 @@ def last_items(rows: pd.DataFrame) -> go.Figure:
     colors = [MUTED if n == 1 else BLUE for n in rows["candidates"]]
     figure = single()
     look: dict[str, Any] = {"orientation": None, "marker": {"color": colors}, "customdata": rows["users"]}
-    hover = "%{x} items: %{customdata:,} users (%{y:.2%})"
-    figure.bars(rows, names, share, BLUE, hover, **look, **style.texts(share, "{:.1%}"))
+    look |= {"text": share.map("{:.1%}".format), "textposition": "outside", "cliponaxis": False}
+    figure.bars(rows, names, share, BLUE, "%{x} items: %{customdata:,} users (%{y:.2%})", **look)
     figure.update_xaxes(title_text="items that share the last timestamp of a history", type="category")
     figure.update_yaxes(title_text="share of evaluated users", tickformat=".0%", rangemode="tozero")
     ruled = rows["last_item_by_tie_rule_share"].iloc[0]
@@ -541,7 +541,8 @@ def gate_comparison(rows: pd.DataFrame) -> go.Figure:
 
 
 def _differences(rows: pd.DataFrame, against: str) -> go.Figure:
-    rows = _with_claims(_tasks(rows[rows["metric"] == "ndcg@10"]))
+    rows = _with_claims(rows[rows["metric"] == "ndcg@10"])
+    rows = rows.assign(task_name=rows["task"].map(TASK_NAMES))
     tasks = list(dict.fromkeys(rows["task_name"]))
     figure = panels(len(tasks), spacing=0.06, shared_yaxes=True)
     for panel, task in enumerate(tasks, 1):
@@ -655,7 +656,3 @@ def gate_by_user(rows: pd.DataFrame) -> go.Figure:
     menu = {"buttons": buttons, "x": 0, "xanchor": "left", "y": -0.16, "yanchor": "top"}
     figure.update_layout(height=480, showlegend=True, updatemenus=[menu], margin={"b": 110})
     return figure.update_layout(title_text=f"{spreads}, {TASK_NAMES[str(task)]}")
-
-
-def _tasks(rows: pd.DataFrame) -> pd.DataFrame:
-    return rows.assign(task_name=rows["task"].map(TASK_NAMES))

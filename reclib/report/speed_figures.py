@@ -186,34 +186,44 @@ def _variants(rows: pd.DataFrame) -> pd.Series:
 
 
 def throughput(rows: pd.DataFrame) -> go.Figure:
-    """Sequences/s of each size on each device, with the range of each prediction."""
-    rows = _one_row_each(rows)
-    figure, sizes, order = _device_panels(rows, "sequences_per_second", 1, "sequences/s")
+    """Sequences/s of each size on each device, with the range of each prediction.
+
+    Boards have the open rule. If there are plans, sizes without a plan were measured on CPUs only: they are
+    named in a note, not drawn.
+    """
+    rule = rows["rule"] if "rule" in rows else pd.Series("closed", rows.index)
+    rows = rows[(rule.fillna("closed") == "open") | _on_cpu(rows)]
+    rows = rows.drop_duplicates(["size", "device", "kind"], keep="last")
+    planned = set(rows.loc[rows["kind"] == "predicted", "size"])
+    sizes = [size for size in _sizes(rows) if not planned or size in planned]
+    unplanned = [size for size in _sizes(rows) if size not in sizes]
+    rows, rate = rows[rows["size"].isin(sizes)], "sequences_per_second"
+    figure = panels(max(1, len(sizes)), spacing=0.03, shared_yaxes=True, subplot_titles=sizes)
+    for column, name in enumerate(sizes, 1):
+        for kind, part in rows[rows["size"] == name].groupby("kind"):
+            color = BLUE if kind == "measured" else MUTED
+            ranged = kind == "predicted" and f"{rate}_low" in part
+            trace = {"marker": {"size": 8}, "customdata": part["precision"]}
+            trace |= {"error_x": interval(part, rate, color, width=3) if ranged else None}
+            hover = f"%{{y}}: %{{x:,.3~g}} sequences/s, %{{customdata}}, {kind}"
+            figure.dots(part, rate, "device", color, hover, **trace, **at(1, column))
+    figure.update_xaxes(title_text="sequences/s", **log_axis(rows[rate].dropna(), most=4))
+    most = max(rows[rate].max(), style.column(rows, f"{rate}_high").max())
+    figure.update_xaxes(range=[np.log10(rows[rate].min()) - 0.2, np.log10(most) + 0.3])
+    if unplanned:
+        figure.note(f"Measured on CPUs alone and not drawn: {', '.join(unplanned)}.")
     look = {"symbol": "square-open", "size": 9, "color": ORANGE, "line": {"width": 2}}
     for run in reference()["throughput"]:  # sequences of an epoch over its time
         if run["source"] == "slides" and (size := _PUBLISHED.get(run["name"])) in sizes:
             hover = f"seed study, {run['name']}, A100, its wall clock: %{{x:,.0f}}/s<extra></extra>"
             values = {"x": [run["sequences"] / run["epoch_seconds"]], "y": ["published"], "mode": "markers"}
             figure.add_scatter(**values, marker=look, hovertemplate=hover, **at(1, sizes.index(size) + 1))
-    is_shown = (rows["kind"] == "measured") & rows["size"].isin(sizes)
-    measured = sorted(set(rows.loc[is_shown, "device"]))
+    measured = sorted(set(rows.loc[rows["kind"] == "measured", "device"]))
     named = [device for device in measured if device in hardware.catalogue()]
     named += ["CPUs"] if len(measured) > len(named) else []
     title = f"Measured on {' and '.join(named)}, predicted for everything else"
     title = title if measured else "Predicted rates by device: no size here was measured"
-    return _finish(figure, [*order, "published"], title)
-
-
-def _mark_memory(figure: style.Chart, devices: list[str], look: dict[str, Any], **trace: Any) -> None:
-    """Mark the memory of devices of the catalogue."""
-    has = {name: board.memory_bytes / GIB for name, board in hardware.catalogue().items() if name in devices}
-    names = [name for name in devices if name in has]
-    figure.add_scatter(
-        **{"x": [has[name] for name in names], "y": names, "mode": "markers"},
-        marker={"symbol": "line-ns"} | look,
-        hovertemplate="%{y} has %{x:.0f} GiB<extra></extra>",
-        **trace,
-    )
+    return _finish(figure, [*_devices(rows), "published"], title)
 
 
 def roofline(rows: pd.DataFrame) -> go.Figure:
@@ -295,44 +305,8 @@ def _on_cpu(rows: pd.DataFrame) -> pd.Series:
     return rows["device"].astype(str).str.startswith("cpu")
 
 
-def _one_row_each(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per size, device and kind: the open rule for boards, all rows for CPUs."""
-    rule = rows["rule"] if "rule" in rows else pd.Series("closed", rows.index)
-    chosen = rows[(rule.fillna("closed") == "open") | _on_cpu(rows)]
-    return chosen.drop_duplicates(["size", "device", "kind"], keep="last")
-
-
 def _sizes(rows: pd.DataFrame) -> list[str]:
     return [size for size in SIZES if size in set(rows["size"])]
-
-
-def _device_panels(
-    rows: pd.DataFrame, metric: str, unit: float, title: str
-) -> tuple[style.Chart, list[str], list[str]]:
-    """Draw a panel for each size with a mark for each device; return the figure, the sizes and the devices.
-
-    If there are plans, sizes without a plan were measured on CPUs only: they are named in a note, not drawn.
-    """
-    planned = set(rows.loc[rows["kind"] == "predicted", "size"])
-    sizes = [size for size in _sizes(rows) if not planned or size in planned]
-    unplanned = [size for size in _sizes(rows) if size not in sizes]
-    rows = rows[rows["size"].isin(sizes)]
-    figure = panels(max(1, len(sizes)), spacing=0.03, shared_yaxes=True, subplot_titles=sizes)
-    for column, size in enumerate(sizes, 1):
-        for kind, part in rows[rows["size"] == size].groupby("kind"):
-            color = BLUE if kind == "measured" else MUTED
-            ranged = kind == "predicted" and f"{metric}_low" in part
-            trace = {"marker": {"size": 8}, "customdata": part["precision"]}
-            trace |= {"error_x": interval(part, metric, color, 1 / unit, width=3) if ranged else None}
-            hover = f"%{{y}}: %{{x:,.3~g}} {title}, %{{customdata}}, {kind}"
-            figure.dots(part, part[metric] / unit, "device", color, hover, **trace, **at(1, column))
-    values = rows[metric].dropna() / unit
-    figure.update_xaxes(title_text=title, **log_axis(values, most=4))
-    most = max(values.max(), style.column(rows, f"{metric}_high").max() / unit)
-    figure.update_xaxes(range=[np.log10(values.min()) - 0.2, np.log10(most) + 0.3])
-    if unplanned:
-        figure.note(f"Measured on CPUs alone and not drawn: {', '.join(unplanned)}.")
-    return figure, sizes, _devices(rows)
 
 
 def _finish(figure: style.Chart, order: list[str], title: str) -> go.Figure:
@@ -396,16 +370,18 @@ def by_device(rows: pd.DataFrame) -> go.Figure:
     figure = panels(2, spacing=0.05, legend=True, shared_yaxes=True)
     peaks = rows.groupby("device")["bytes"].sum().loc[devices["device"]] / GIB
     figure.dots(kind, list(peaks), devices["device"], GREEN, "%{y}: %{x:.3~g} GiB", name="peak", **at(1, 1))
-    black = {"size": 16, "line": {"width": 2, "color": INK}}
-    _mark_memory(figure, order, black, name="what it has", **at(1, 1))
+    has = [hardware.catalogue()[name].memory_bytes / GIB for name in boards]
+    look = {"symbol": "line-ns", "size": 16, "line": {"width": 2, "color": INK}}
+    hover = "%{y} has %{x:.0f} GiB<extra></extra>"
+    trace = {"marker": look, "hovertemplate": hover, "name": "what it has"}
+    figure.add_scatter(x=has, y=boards, mode="markers", **trace, **at(1, 1))
     fits = devices["status"].eq("ok")
     for (basis, fit), part in devices.groupby(["basis", fits]):
         color = (BLUE if basis == "validated" else ORANGE) if fit else MUTED
-        trace: dict[str, Any] = {"error_x": interval(part, "epoch_seconds", color, thickness=1.5)}
-        trace["customdata"], name = part["precision"], f"epoch, {basis}" if fit else "epoch, if it fitted"
+        ends: dict[str, Any] = {"error_x": interval(part, "epoch_seconds", color, thickness=1.5)}
+        ends["customdata"], name = part["precision"], f"epoch, {basis}" if fit else "epoch, if it fitted"
         hover = "%{y}, %{customdata}: %{x:,.3g} s"
-        figure.dots(part, "epoch_seconds", "device", color, hover, name=name, **trace, **at(1, 2))
-    has = [hardware.catalogue()[name].memory_bytes / GIB for name in boards]
+        figure.dots(part, "epoch_seconds", "device", color, hover, name=name, **ends, **at(1, 2))
     figure.update_xaxes(title_text="GiB at the peak", **log_axis([*peaks, *has]), **at(1, 1))
     ticks = log_axis([*devices["epoch_seconds_low"], *devices["epoch_seconds_high"]])
     figure.update_xaxes(title_text="seconds of an epoch, with the range", **ticks, **at(1, 2))

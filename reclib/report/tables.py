@@ -627,7 +627,7 @@ def differences(records: Iterable[Record], name: str) -> pd.DataFrame:
             row["seeds"] = f"{m['seeds'] or 'no'} and {m.get('reference_seeds', m['seeds'])}"
             sureness = {"adjusted p": m.get("adjusted_p"), "could have seen": m.get("detectable")}
             rows.append(row | {column: value and round(value, 4) for column, value in sureness.items()})
-    return _indexed(rows, ["data", "model"])
+    return _indexed(rows, ["data", "model"]).dropna(axis=1, how="all")
 
 
 def _indexed(rows: Sequence[Mapping[str, Any]], keys: str | list[str]) -> pd.DataFrame:
