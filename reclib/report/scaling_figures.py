@@ -33,10 +33,7 @@ RECIPES |= {
     tables.OWN_LOSS: style.PALETTE[4],
     tables.TABLES: style.PALETTE[5],
 }
-SPREAD = {"coverage": "catalogue coverage", "gini": "Gini", "head_share": "share of head items"}
-SPREAD |= {"popularity_percentile": "popularity"}
-LAST = {"head_share": "head items: the fewest that hold half of the training interactions"}
-LAST |= {"popularity_percentile": "popularity: mean percentile among the items"}
+SPREAD = {"coverage": "catalogue coverage", "gini": "Gini", "popularity_percentile": "popularity"}
 MOST_COUNTS = 3  # number of the best counts shown in a panel of `size_and_counts`
 FACTORS = {"half": 0.5, "rule": 1.0, "twice": 2.0}  # multiples of the rule's learning rate
 
@@ -160,20 +157,17 @@ def size_and_counts(rows: pd.DataFrame) -> go.Figure:
 def popularity_by_size(rows: pd.DataFrame) -> go.Figure:
     """Coverage, Gini coefficient and popularity of the ten recommended items, by size.
 
-    `rows` are those of `tables.popularity_by_size`: a panel for each measure and dataset. The last measure is
-    the share of head items if every model has it, else the mean percentile of popularity.
+    `rows` are those of `tables.popularity_by_size`: a panel for each measure and dataset.
     """
     datasets, sized = list(dict.fromkeys(rows["dataset"])), rows[rows[SIZE].notna()]
-    third = "head_share" if style.column(sized, "head_share").notna().all() else "popularity_percentile"
-    measures = [*list(SPREAD)[:2], third]
     grid: dict[str, Any] = {"shared_xaxes": True, "subplot_titles": datasets}
-    figure, entry = panels(len(datasets), len(measures), 0.06, **grid), _entries()
+    figure, entry = panels(len(datasets), len(SPREAD), 0.06, **grid), _entries()
     for column, dataset in enumerate(datasets, 1):
         models = sized[sized["dataset"] == dataset].assign(recipe=sized["model"].map(recipe_of))
         models["sweep"] = models["model"].map(sweep_of)
         counts = rows[(rows["dataset"] == dataset) & (rows["model"] == "pairwise_counts")].head(1)
         low, high = models[SIZE].min() / 1.3, models[SIZE].max() * 1.3
-        for line, measure in enumerate(measures, 1):
+        for line, measure in enumerate(SPREAD, 1):
             place = at(line, column)
             for (recipe, *_), part in models.sort_values(SIZE).groupby(["recipe", "grid", "sweep"]):
                 look = {"mode": "lines+markers", "marker": {"size": 8}, "customdata": part["model"]}
@@ -185,17 +179,17 @@ def popularity_by_size(rows: pd.DataFrame) -> go.Figure:
             figure.update_xaxes(**log_axis(models[SIZE], most=4), range=list(np.log10([low, high])), **place)
             title = SPREAD[measure] if column == 1 else ""
             figure.update_yaxes(range=[0, 1.02], nticks=5, title_text=title, **place)
-    figure.update_xaxes(title_text=TITLES[SIZE], row=len(measures))
+    figure.update_xaxes(title_text=TITLES[SIZE], row=len(SPREAD))
     figure.note(
         "Of the ten items recommended to each test user. Coverage: share of the catalogue recommended to "
-        f"anybody; Gini: 0 all items alike, 1 all on few; {LAST[third]}."
+        "anybody; Gini: 0 all items alike, 1 all on few; popularity: mean percentile among the items."
     )
     widths = sized[sized["model"].map(sweep_of) == "width"]
     parts = (part.sort_values(SIZE) for _, part in widths.groupby(["dataset", "grid"]) if len(part) > 1)
     ends = {str(part["dataset"].iloc[0]): part["coverage"].iloc[[0, -1]] for part in parts}
     text = ", ".join(f"{name} {small:.0%} to {large:.0%}" for name, (small, large) in ends.items())
     title = f"Catalogue recommended, smallest to largest size: {text}"
-    return _legend_below(figure, title, showlegend=True, height=260 + 190 * len(measures))
+    return _legend_below(figure, title, showlegend=True, height=260 + 190 * len(SPREAD))
 
 
 def _entries() -> Callable[[str], dict[str, Any]]:
