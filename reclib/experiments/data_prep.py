@@ -242,11 +242,11 @@ def date_text(dataset: Dataset, time: float) -> str:
 # -- tables --------------------------------------------------------------------------------------------------
 
 
-def example_users(dataset: Dataset, seed: int, count: int = 3) -> list[int]:
-    """Draw distinct users with targets, or any users if none has; return them in ascending order."""
+def example_users(dataset: Dataset, seed: int) -> list[int]:
+    """Draw three users with targets, or any users if none has; return them in ascending order."""
     users = evaluated_users(dataset)
     users = users if users.size else np.arange(dataset.num_users)
-    drawn = np.random.default_rng(seed).choice(users, min(count, users.size), replace=False)
+    drawn = np.random.default_rng(seed).choice(users, min(3, users.size), replace=False)
     return sorted(drawn.tolist())
 
 
@@ -256,14 +256,10 @@ def history(dataset: Dataset, user: int, last: int = 8) -> pd.DataFrame:
     start = max(first, end - last)
     items = dataset.items[start:end].tolist()
     held_out = ["validation target", "test target"] if end - first > 2 else []
-    return pd.DataFrame(
-        {
-            "position": np.arange(start, end) - first + 1,
-            "item": items,
-            "title": [dataset.title(item) for item in items],
-            "used for": ["training"] * (len(items) - len(held_out)) + held_out,
-        }
-    )
+    columns = {"position": np.arange(start, end) - first + 1, "item": items}
+    columns |= {"title": [dataset.title(item) for item in items]}
+    columns |= {"used for": ["training"] * (len(items) - len(held_out)) + held_out}
+    return pd.DataFrame(columns)
 
 
 def reading(dataset: Dataset) -> pd.DataFrame:

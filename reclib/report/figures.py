@@ -67,14 +67,16 @@ def _of_sizes(records: Sequence[Record]) -> bool:
     return len({record["metrics"].get("non_embedding") for record in records}) > 1
 
 
+def _sweep(record: Record) -> str:
+    return tables.sweep_of(str(record["own_params"].get("model")))
+
+
 def _of_widths(records: Sequence[Record]) -> bool:
-    widths = [r for r in records if tables.sweep_of(str(r["own_params"].get("model"))).startswith("width")]
-    return _of_sizes(widths)
+    return _of_sizes([record for record in records if _sweep(record).startswith("width")])
 
 
 def _of_sweeps(records: Sequence[Record]) -> bool:
-    sweeps = {tables.sweep_of(str(record["own_params"].get("model"))) for record in records}
-    return bool(sweeps & {"depth", "untied tables", "other learning rate"})
+    return not {"depth", "untied tables", "other learning rate"}.isdisjoint(map(_sweep, records))
 
 
 _LAW: dict[str, Any] = {"beside": "prediction"}
@@ -506,7 +508,7 @@ def _most_work(rows: Sequence[Record]) -> tuple[int, bool, bool, str]:
     Records of several widths of plain BERT4Rec come before newer ones of other recipes.
     """
     enough = len({r.get("seed") for r in rows} - {None}) >= statistics.MIN_SEEDS
-    widths = _of_sizes([r for r in rows if tables.sweep_of(str(r["own_params"].get("model"))) == "width"])
+    widths = _of_sizes([row for row in rows if _sweep(row) == "width"])
 
     def rank(row: Record) -> tuple[int, bool, bool, str]:
         seeds = [row["metrics"][name] for name in ("seeds", "reference_seeds") if name in row["metrics"]]
@@ -572,8 +574,8 @@ def draw(rows: Sequence[Record], out_dir: Path) -> list[Path]:
     return files
 
 
-def photograph(program: str, html: Path, picture: Path, height: int, width: int = WIDTH) -> None:
-    """Write a screenshot of a local page as a PNG of `width` by `height` pixels, in light colours.
+def photograph(program: str, html: Path, picture: Path, height: int) -> None:
+    """Write a screenshot of a local page as a PNG of `WIDTH` by `height` pixels, in light colours.
 
     Raises `InputError` if the browser fails or takes too long.
     """
@@ -582,7 +584,7 @@ def photograph(program: str, html: Path, picture: Path, height: int, width: int 
         command = [program, "--headless", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
         command += [f"--user-data-dir={profile}", "--virtual-time-budget=10000", f"--screenshot={picture}"]
         command += ["--no-sandbox"] if os.geteuid() == 0 else []  # it refuses root otherwise
-        command += [f"--window-size={width},{height}", html.resolve().as_uri()]
+        command += [f"--window-size={WIDTH},{height}", html.resolve().as_uri()]
         try:
             process = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
         except subprocess.TimeoutExpired:

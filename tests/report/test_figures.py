@@ -152,13 +152,8 @@ def test_a_rebuild_touches_no_file_removes_old_figures_and_leaves_others_alone(t
     shutil.copytree(built, tmp_path, dirs_exist_ok=True)
     (tmp_path / "mine.html").write_text("<p>by hand</p>")
     figures.build(two, tmp_path)
-    left = {
-        "item_popularity_ml-100k_cpu.html",
-        "sequence_lengths_ml-100k_cpu.html",
-        "index.html",
-        "plotly.min.js",
-        "figure.js",
-    }
+    left = {f"{name}_ml-100k_cpu.html" for name in ("item_popularity", "sequence_lengths")}
+    left |= {"index.html", "plotly.min.js", "figure.js"}
     assert {path.name for path in tmp_path.iterdir()} == left | {"mine.html"}
     times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     figures.build(json.loads(json.dumps(two)), tmp_path)
@@ -208,6 +203,7 @@ def test_pages_load_nothing_from_elsewhere_and_state_question_answer_and_origin(
         assert str(escape(text)) in page
     assert f"<time>{origin.day}</time>" in page
     assert "prefers-color-scheme: dark" in page
+    assert "needs plotly.min.js and figure.js" in (built / "sequence_lengths_ml-100k_cpu.html").read_text()
     assert "smoke run" not in page
     assert "http" not in page
 
