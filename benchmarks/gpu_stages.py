@@ -296,7 +296,7 @@ def sizes(b: Bench) -> None:
     records = Records(b, "06_hardware", p, "synthetic", about)
     for size in p.measured_sizes:
         for step in comparison.measured(changed(p, measured_sizes=[size]), b.device):
-            settings = step.own_params
+            settings = step.params
             records.result("hardware_step", step.metrics, params=settings, timings=step.timings)
             row = planned.get((size, settings["precision"]))
             records.step(row, step.metrics, step.timings, settings["status"])

@@ -4,7 +4,6 @@ The names of `_NAMES` are imported when they are first used: `import reclib` its
 """
 
 import importlib
-import sys
 from typing import Any
 
 _NAMES = {
@@ -33,14 +32,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_NAMES})
-
-
-# Commands that had a module of their own: `python -m reclib.grid` prints what it is called now.
-_FORMER = {
-    "study": "", "data": "data", "fit": "fit", "grid": "grid", "scoring": "score", "scaling": "predict",
-    "tune": "tune", "planner": "plan", "hardware": "device", "model": "sizes", "pictures": "pictures",
-}  # fmt: skip
-if sys.argv[:1] == ["-m"]:  # while Python looks for the module to run
-    for _name in sys.orig_argv[1:4]:
-        if _name.startswith("reclib.") and _name[7:] in _FORMER:
-            sys.exit(f"{_name} is now: python -m reclib {_FORMER[_name[7:]]}".rstrip())

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import field
 from typing import Any, Literal, NamedTuple
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from reclib import records, system
 from reclib.config import PAD, STRICT, InputError, ModelConfig, TrainConfig, changed, model_config, validated
-from reclib.cost.work import BACKWARD, encoder_forward, head_forward, layer_linear
+from reclib.cost.work import BACKWARD, encoder_forward, head_forward
 from reclib.data.batches import IGNORE, Batch, Epoch
 from reclib.data.dataset import Dataset, Evaluation, Histories
 from reclib.data.splits import Split, random_users
@@ -42,6 +43,7 @@ from reclib.experiments.speed import SEED_TRAIN
 from reclib.hardware import Device
 from reclib.model.bert4rec import Bert4Rec, count_parameters
 from reclib.parameters import Audit
+from reclib.report import tables
 from reclib.system import Parser
 from reclib.train.fit import data_identity, fit
 from reclib.train.trainer import Trainer
@@ -75,9 +77,9 @@ def table(*parts: Part) -> pd.DataFrame:
 
 
 def tally(*parts: Part) -> Result:
-    """Return how many claims of these parts have which verdict."""
-    counts = table(*parts)["verdict"].value_counts().sort_index()
-    return Result("audit_verdicts", {str(name): int(count) for name, count in counts.items()})
+    """Count the claims of these parts by verdict."""
+    counts = Counter(check.verdict for part in parts for check in part.checks)
+    return Result("audit_verdicts", dict(sorted(counts.items())))
 
 
 def near(value: float, claimed: float) -> bool:
@@ -96,16 +98,6 @@ def _results(name: str, rows: Iterable[Mapping[str, Any]]) -> list[Result]:
 def large(published: Published) -> dict[str, ModelConfig]:
     """Return the models of Amazon Electronics, whose sizes were published in millions to two decimals."""
     return {m["name"]: model_config(m["size"]) for m in published["models"] if "published_millions" in m}
-
-
-def mean_len(published: Published) -> float:
-    """Return the mean number of interactions per user."""
-    return published["dataset"]["interactions"] / published["dataset"]["users"]
-
-
-def mean_targets(mask_prob: float, mean_len: float) -> float:
-    """Return the expected masked positions of a sequence: the last always, others with mask_prob."""
-    return 1 + mask_prob * (mean_len - 1)
 
 
 def rows_within(millions: float, config: ModelConfig) -> range:
@@ -145,12 +137,11 @@ def sizes(published: Published) -> Part:
     for model in published["models"]:
         config = model_config(model["size"])
         counted = count_parameters(config)
-        total, share = counted["total"], counted["non_embedding"] / counted["total"]
+        total = counted.pop("total")
+        share, tied = counted["non_embedding"] / total, total - config.output_rows * config.hidden_dim
         claimed = model.get("published_parameters") or round(1e6 * model["published_millions"])
         agrees = (total if "published_parameters" in model else round(total, -4)) == claimed
-        row = {"model": model["name"], "published": claimed, "counted": counted.pop("total")}
-        row["agrees"] = agrees
-        tied = total - config.output_rows * config.hidden_dim
+        row = {"model": model["name"], "published": claimed, "counted": total, "agrees": agrees}
         rows.append(row | counted | {"non_embedding_share": share, "if_tied": tied})
         evidence = f"{total:,}; {share:.1%} of them outside item tables and positions"
         verdict = "holds" if agrees else "contradicted"
@@ -158,10 +149,10 @@ def sizes(published: Published) -> Part:
     return Part(_results("audit_parameters", rows), checks)
 
 
-def padded_flops(config: ModelConfig) -> tuple[int, int]:
-    """Return training FLOPs per sequence, (all, those of the head): padded to max_len, head everywhere."""
-    head = (1 + BACKWARD) * head_forward(config, config.max_len, config.output_rows)
-    return (1 + BACKWARD) * encoder_forward(config, 1, None) + head, head
+def padded_flops(config: ModelConfig) -> int:
+    """Return training FLOPs per sequence, padded to max_len, with the head at every position."""
+    head = head_forward(config, config.max_len, config.output_rows)
+    return (1 + BACKWARD) * (encoder_forward(config, 1, None) + head)
 
 
 def rates(published: Published) -> Part:
@@ -171,7 +162,7 @@ def rates(published: Published) -> Part:
     given for models whose FLOPs per sequence are known.
     """
     rows, checks = [], []
-    work = {name: padded_flops(config)[0] for name, config in large(published).items()}
+    work = {name: padded_flops(config) for name, config in large(published).items()}
     for run in [*published["throughput"], published["throughput_t4"]]:
         claimed, seconds = run["claimed_per_second"], run["epoch_seconds"]
         clock, ratio = run["sequences"] / seconds, claimed * seconds / run["sequences"]
@@ -184,23 +175,6 @@ def rates(published: Published) -> Part:
         evidence = f"together {ratio:.2f} times the sequences that exist; by the clock {clock:,.0f}/s"
         checks.append(Check(claim, "holds" if near(ratio, 1) else "contradicted", evidence))
     return Part(_results("audit_rates", rows), checks)
-
-
-def headroom(published: Published) -> Part:
-    """Return the FLOPs per sequence of a padded step of each large model, and those that its objective needs.
-
-    Needed are the layers at the mean length and the head at the mean number of targets. This is a lower
-    bound, since attention grows with the square of the length.
-    """
-    rows, length = [], mean_len(published)
-    for name, config in large(published).items():
-        padded, head = padded_flops(config)
-        layer = layer_linear(config, 1, 1) * length + 4 * length**2 * config.hidden_dim
-        targets = mean_targets(MASK_PROB, length) * head_forward(config, 1, config.num_items)
-        needed = (1 + BACKWARD) * (config.num_layers * layer + targets)
-        row = {"model": name, "padded_flops": padded, "needed_flops": needed}
-        rows.append(row | {"factor": padded / needed, "head_share": head / padded})
-    return Part(_results("audit_headroom", rows), [])
 
 
 def gains(published: Published) -> Part:
@@ -250,8 +224,9 @@ def accuracy(published: Published) -> Part:
     """Judge the claim that the largest model beats the second, over test sequences and over their targets."""
     scores = {(row["name"], row["source"]): row["hr_at_10"] for row in published["accuracy"]}
     smaller, larger = scores["130 M", "README and slides"], scores["429 M", "README"]
+    mean_len = published["dataset"]["interactions"] / published["dataset"]["users"]
     results, checks = [], []
-    for targets in (1, mean_targets(MASK_PROB, mean_len(published))):
+    for targets in (1, 1 + MASK_PROB * (mean_len - 1)):  # the last item is always masked
         count = round(published["log"]["test"] * targets)
         test = separation(smaller, larger, count)
         results.append(Result("audit_separation", test, {"predictions": count}))
@@ -275,26 +250,23 @@ MODES = ("train", "eval", "eval, fast path off", "eval, CPU autocast")
 PLACES = ("out_proj", "linear1", "linear2")  # of a layer, where that study adapts it
 
 
-def calls(mode: str, num_layers: int = 2, hidden_dim: int = 64) -> dict[str, int]:
-    """Return how often a pass of torch's frozen encoder calls the linear map at each place of its layers."""
+def calls(mode: str) -> dict[str, int]:
+    """Return how often a pass of torch's frozen encoder of two layers calls the linear map at each place."""
     counted = dict.fromkeys(PLACES, 0)
-    settings: dict[str, Any] = {"dropout": 0.0, "activation": "gelu", "batch_first": True}
-    layer = nn.TransformerEncoderLayer(hidden_dim, 4, 4 * hidden_dim, **settings)
-    encoder = nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False).requires_grad_(False)
+    layer = nn.TransformerEncoderLayer(64, 4, 256, dropout=0.0, activation="gelu", batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).requires_grad_(False)
     place = {id(module): name.rpartition(".")[2] for name, module in encoder.named_modules()}
 
     def forward(module: nn.Linear, x: Tensor) -> Tensor:
         counted[place[id(module)]] += 1
         return F.linear(x, module.weight, module.bias)
 
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=mode == "eval, CPU autocast")
     before = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(mode != "eval, fast path off")
-        with (
-            patch.object(nn.Linear, "forward", forward),
-            torch.autocast("cpu", torch.bfloat16, enabled=mode == "eval, CPU autocast"),
-        ):
-            encoder.train(mode == "train")(torch.randn(4, 10, hidden_dim))
+        with patch.object(nn.Linear, "forward", forward), autocast:
+            encoder.train(mode == "train")(torch.randn(4, 10, 64))
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
     return counted
@@ -329,9 +301,7 @@ def adapters(published: Published, by_mode: pd.DataFrame) -> Part:
     learn = [place for place in PLACES if by_mode[place]["train"]]
     dead = [place for place in PLACES if place not in learn]
     dropped = [place for place in learn if not by_mode[place]["eval"]]
-    numbers: dict[str, Any] = {}
-    for place in PLACES:
-        numbers |= {f"{place}_in_{mode}": int(by_mode[place][mode]) for mode in ("train", "eval")}
+    numbers = {f"{p}_in_{mode}": int(by_mode[p][mode]) for p in PLACES for mode in ("train", "eval")}
     numbers |= {"linear_calls": linear_calls(log["num_layers"], learn)}
     numbers |= {"linear_calls_if_alive": linear_calls(log["num_layers"], PLACES)}
     results = [Result("audit_adapters", numbers | {"linear_calls_published": log["linear_calls"]})]
@@ -467,27 +437,24 @@ def metric(p: Audit, runs: Sequence[Trained]) -> Part:
         def scores(rows: Evaluation, model: Any = model, device: torch.device = device) -> metrics.Scores:
             return metrics.model_scores(model, rows, device)
 
+        masked = (model, split.test, device, p.mask_prob)
         with run.trainer.autocast():
-            theirs, items_only = (
-                metrics.masked_positions(model, split.test, device, p.mask_prob, special_tokens=special)
-                for special in (True, False)
-            )
-            with_seen, without = (metrics.under_split(scores, split, remove) for remove in (False, True))
-        outcomes = {"seed study's: all masked positions": theirs, "the same, real items only": items_only}
-        outcomes |= {"next item, seen kept": with_seen, "next item, seen removed": without}
+            outcomes = {
+                "seed study's: all masked positions": metrics.masked_positions(*masked),
+                "the same, real items only": metrics.masked_positions(*masked, special_tokens=False),
+                "next item, seen kept": metrics.under_split(scores, split, remove_seen=False),
+                "next item, seen removed": metrics.under_split(scores, split),
+            }
         for name, outcome in outcomes.items():
             numbers = flat({m: metrics.interval(outcome, m, p.bootstrap_samples) for m in COMPARED})
             numbers["per_user"] = len(outcome.ranks) / len(set(outcome.users.tolist()))
             params = {"objective": run.objective, "protocol": name, "label": outcome.label}
             results.append(Result("audit_metric", numbers, params, seed=run.seed))
-    theirs_numbers, _, kept_numbers = (result.metrics for result in results[:3])
-    per_user = theirs_numbers["per_user"]
-    evidence = f"{per_user:.1f} positions a user are ranked: {theirs_numbers['hr@10']:.3f}, "
-    evidence += f"{kept_numbers['hr@10']:.3f} for the next item alone, by the same weights"
-    return Part(
-        results,
-        [Check("HR@10 is about the next item", "holds" if per_user == 1 else "contradicted", evidence)],
-    )
+    theirs, _, kept = (result.metrics for result in results[:3])
+    verdict = "holds" if theirs["per_user"] == 1 else "contradicted"
+    evidence = f"{theirs['per_user']:.1f} positions a user are ranked: {theirs['hr@10']:.3f}, "
+    evidence += f"{kept['hr@10']:.3f} for the next item alone, by the same weights"
+    return Part(results, [Check("HR@10 is about the next item", verdict, evidence)])
 
 
 def redrawn(p: Audit, run: Trained) -> Part:
@@ -574,9 +541,8 @@ class Records:
     """The committed records, and the queries of claims on them."""
 
     def __init__(self) -> None:
-        self.rows: dict[tuple[str, str | None], list[dict[str, Any]]] = {}  # by name and grid
-        for row in records.read(system.committed()):
-            self.rows.setdefault((row["name"], row["params"].get("grid")), []).append(row)
+        committed = records.read(system.committed())
+        self.rows = tables.by(committed, lambda row: (row["name"], row["params"].get("grid")))
 
     def matching(self, query: Query) -> list[dict[str, Any]]:
         """Return the rows that a query matches; raise `InputError` if there is none."""
@@ -595,11 +561,8 @@ class Records:
             raise InputError(f"no record {query.name!r} of {query.grid or 'a notebook'} with {query.own}")
         best = max(records.PROFILES.index(row["profile"]) for row in rows)
         rows = [row for row in rows if records.PROFILES.index(row["profile"]) == best]
-        newest: dict[tuple[Any, ...], dict[str, Any]] = {}
-        for row in sorted(rows, key=lambda row: row["time"]):
-            newest[str(row["own_params"]), row["seed"]] = row
-        over_seeds = [row for (_, seed), row in newest.items() if seed is None]
-        return over_seeds or list(newest.values())
+        rows = list(tables.newest(rows, lambda row: (str(row["own_params"]), row["seed"])).values())
+        return [row for row in rows if row["seed"] is None] or rows
 
     def number(self, query: Query) -> float:
         """Return the number of a query."""
@@ -628,8 +591,7 @@ class Records:
 
 
 def _derived(query: Query, fields: Mapping[str, Any]) -> Query:
-    names = ("name", "value", "grid", "data", "own", "label", "day", "at", "take")
-    return validated(Query, {name: getattr(query, name) for name in names} | dict(fields))
+    return changed(query, **({"over": None, "minus": None} | dict(fields)))
 
 
 def _queries(record: Query, number: str | Mapping[str, Any]) -> list[Query]:

@@ -50,20 +50,6 @@ TECHNIQUES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-class Row(NamedTuple):
-    """One size on one device."""
-
-    own_params: dict[str, Any]  # size, device, precision, rule (closed or open), basis
-    metrics: dict[str, Any]  # what any run of it counts
-    timings: dict[str, Any]
-    card: dict[str, Any] | None = None  # of a device that is not here; None: measured
-
-    def result(self, name: str) -> Result:
-        """Return the row as a result of a name."""
-        kind: records.Kind = "measured" if self.card is None else "predicted"
-        return Result(name, self.metrics, self.own_params, timings=self.timings, kind=kind, device=self.card)
-
-
 def model_of(p: Hardware, size: str) -> ModelConfig:
     """Return a size on its own catalogue, with the notebook's rows."""
     return model_config(size, max_len=p.max_len)
@@ -125,7 +111,7 @@ def local_devices(device: Device) -> dict[str, int]:
     return {label: number for label, number in CPU_THREADS.items() if number <= usable_cores()}
 
 
-def measured(p: Hardware, device: Device) -> list[Row]:
+def measured(p: Hardware, device: Device) -> list[Result]:
     """Time a step of each size in `measured_sizes` on each device of this machine, on a GPU by both rules."""
     rows = []
     for size in p.measured_sizes:
@@ -139,7 +125,7 @@ def measured(p: Hardware, device: Device) -> list[Row]:
     return rows
 
 
-def _timed(p: Hardware, trainer: Trainer, params: dict[str, Any]) -> Row:
+def _timed(p: Hardware, trainer: Trainer, params: dict[str, Any]) -> Result:
     measurement = timing.measure(trainer, p.steps, p.warmup_steps, gpu_energy=True)
     params |= {"basis": "measured", "precision": trainer.precision.name, "batch_size": p.batch_size}
     params["status"] = measurement.status
@@ -158,7 +144,7 @@ def _timed(p: Hardware, trainer: Trainer, params: dict[str, Any]) -> Row:
         "flops": timing.step_flops(trainer, p.warmup_steps + 1)[0].total,
         "bytes_moved": int(sum(part.bytes for part in work.step_parts(model, train, shapes, width))),
     }
-    return Row(params, counted, timings)
+    return Result("hardware_step", counted, params, timings=timings)
 
 
 def side_by_side(p: Hardware, steps: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
@@ -201,7 +187,7 @@ def _plan(p: Hardware, size: str, board: hardware.Board | planner.Cpu, **changes
     return planner.plan(board, model_of(p, size), train, lengths, p.epoch_users, price, adapter)
 
 
-def predicted(p: Hardware) -> list[Row]:
+def predicted(p: Hardware) -> list[Result]:
     """Return the plan of each of `sizes` for each of `devices`, closed and open; a CPU's own is fp32."""
     return [
         row_of(_plan(p, size, board, precision=precision), size, rule, p.batch_size)
@@ -211,7 +197,7 @@ def predicted(p: Hardware) -> list[Row]:
     ]
 
 
-def gains(p: Hardware) -> list[Row]:
+def gains(p: Hardware) -> list[Result]:
     """Return how many times faster each technique makes a step of each size, predicted for each device."""
     rows = []
     for size, board in _cases(p):
@@ -222,11 +208,11 @@ def gains(p: Hardware) -> list[Row]:
             after = _plan(p, size, board, **change, adapter=ILORA if name == "iLoRA" else None)
             params = {"size": size, "device": board.label, "technique": name, "basis": after.basis}
             speedup = before.step.seconds / after.step.seconds
-            rows.append(Row(params, {}, {"speedup": speedup}, card_of(after)))
+            rows.append(of_plan("technique", after, params, {}, {"speedup": speedup}))
     return rows
 
 
-def claimed(p: AmpCompile, dataset: Dataset) -> list[Row]:
+def claimed(p: AmpCompile, dataset: Dataset) -> list[Result]:
     """Return the plans of notebook 04's eager steps for a claimed device that is not here."""
     lengths, model, rows = train_histories(dataset).lengths, speed.model_of(p, dataset), []
     for board in hardware.boards(p.gpu):
@@ -234,18 +220,28 @@ def claimed(p: AmpCompile, dataset: Dataset) -> list[Row]:
             for size in p.batch_sizes:
                 train = TrainConfig(seed=p.seed, batch_size=size, precision=precision)
                 row = row_of(planner.plan(board, model, train, lengths), p.size, "open", size)
-                row.own_params.update(precision=precision, ran_precision=precision)
-                row.own_params.update(compile_mode="off", ran_compile_mode="off")
-                rows.append(row)
+                modes: dict[str, Any] = {"precision": precision, "ran_precision": precision}
+                modes |= {"compile_mode": "off", "ran_compile_mode": "off"}
+                rows.append(row._replace(name="step", params=row.params | modes))
     return rows
 
 
-def row_of(plan: Plan, size: str, rule: str, batch_size: int) -> Row:
-    """Return a plan as a row."""
-    params: dict[str, Any] = {"size": size, "device": plan.device, "rule": rule, "basis": plan.basis}
+def row_of(plan: Plan, size: str, rule: str, batch_size: int) -> Result:
+    """Return a plan as the result of a step."""
+    params = {"size": size, "rule": rule, "batch_size": batch_size} | settings_of(plan)
+    return of_plan("hardware_step", plan, params, plan.counts(), plan.timings())
+
+
+def of_plan(name: str, plan: Plan, params: Any, metrics: Any, timings: Any, series: Any = None) -> Result:
+    """Return a result that is predicted for the device of a plan."""
+    card = card_of(plan)
+    return Result(name, metrics, params, series or {}, timings=timings, kind="predicted", device=card)
+
+
+def settings_of(plan: Plan) -> dict[str, Any]:
+    """Return what a record says of a plan beside the run that it is of."""
     status = "does not fit" if plan.fits is False else "ok"
-    params |= {"precision": plan.precision, "batch_size": batch_size, "status": status}
-    return Row(params, plan.counts(), plan.timings(), card_of(plan))
+    return {"device": plan.device, "precision": plan.precision, "basis": plan.basis, "status": status}
 
 
 def card_of(plan: Plan) -> dict[str, Any]:

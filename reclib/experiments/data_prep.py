@@ -27,8 +27,7 @@ LONG_RUN = 10  # tied interactions at the end of a history; longer runs are coun
 CHEAP_INTERACTIONS = 2_000_000  # up to which a source is prepared a second time for a comparison
 COUNTS = ("users", "items", "interactions")
 
-# ------------------------------------------------------------------------------------------------
-# Results.
+# -- results -------------------------------------------------------------------------------------------------
 
 
 def described(dataset: Dataset, divided: Mapping[str, Split]) -> list[Result]:
@@ -41,11 +40,10 @@ def described(dataset: Dataset, divided: Mapping[str, Split]) -> list[Result]:
 
 
 def steps(dataset: Dataset) -> Result:
-    """Count users, items and interactions after each step of the preparation."""
-    table = dataset.manifest["steps"]
-    metrics = {name: _after_core(dataset)[name] for name in COUNTS}
-    metrics |= {f"source_{name}": table[0][name] for name in COUNTS}
-    return Result("preparation", metrics, series={name: [row[name] for row in table] for name in table[0]})
+    """Count users, items and interactions in the source and after the k-core."""
+    source, core = dataset.manifest["steps"][0], _after_core(dataset)
+    metrics = {name: core[name] for name in COUNTS} | {f"source_{name}": source[name] for name in COUNTS}
+    return Result("preparation", metrics)
 
 
 def lengths(dataset: Dataset) -> Result:
@@ -185,23 +183,18 @@ def divisions(dataset: Dataset, seed: int) -> dict[str, Split]:
 
 
 def cold(dataset: Dataset, divided: Mapping[str, Split]) -> Result:
-    """Return for each split the shares of rows whose target or whose user is not in training."""
+    """Return for each split the shares of test rows whose target or whose user is not in training."""
     metrics: dict[str, float] = {}
-    rows = []
     for name, split in divided.items():
         trained_items = _items_of(dataset, split.train)
         trained_users = np.zeros(dataset.num_users, dtype=bool)
         trained_users[splits.row_users(dataset, split.train)] = True
         metrics[f"{name}_items_unseen_share"] = float(1 - trained_items[1:].mean())
-        for part in ("valid", "test"):
-            evaluation = getattr(split, part)
-            users = splits.row_users(dataset, evaluation.histories)
-            is_known = trained_items[evaluation.targets], trained_users[users]
-            shares = [float((~flags).mean()) if flags.size else 0.0 for flags in is_known]
-            rows.append((split.name, part, evaluation.targets.size, *shares))
-        metrics[f"{name}_unseen_item_share"], metrics[f"{name}_unseen_user_share"] = shares  # of the test
-    table = pd.DataFrame(rows, columns=["split", "part", "rows", "unseen_item_share", "unseen_user_share"])
-    return Result("cold", metrics, series={str(name): table[name].tolist() for name in table})
+        users = splits.row_users(dataset, split.test.histories)
+        known = {"item": trained_items[split.test.targets], "user": trained_users[users]}
+        for unit, flags in known.items():
+            metrics[f"{name}_unseen_{unit}_share"] = float((~flags).mean()) if flags.size else 0.0
+    return Result("cold", metrics)
 
 
 def _portions(dataset: Dataset) -> Iterator[tuple[slice, pd.DataFrame]]:
@@ -246,15 +239,14 @@ def date_text(dataset: Dataset, time: float) -> str:
     return datetime.fromtimestamp(float(time) / _per_second(dataset), UTC).strftime("%Y-%m-%d %H:%M")
 
 
-# ------------------------------------------------------------------------------------------------
-# Tables.
+# -- tables --------------------------------------------------------------------------------------------------
 
 
-def example_users(dataset: Dataset, seed: int, count: int = 3) -> list[int]:
-    """Draw distinct users with targets, or any users if none has; return them in ascending order."""
+def example_users(dataset: Dataset, seed: int) -> list[int]:
+    """Draw three users with targets, or any users if none has; return them in ascending order."""
     users = evaluated_users(dataset)
     users = users if users.size else np.arange(dataset.num_users)
-    drawn = np.random.default_rng(seed).choice(users, min(count, users.size), replace=False)
+    drawn = np.random.default_rng(seed).choice(users, min(3, users.size), replace=False)
     return sorted(drawn.tolist())
 
 
@@ -264,14 +256,10 @@ def history(dataset: Dataset, user: int, last: int = 8) -> pd.DataFrame:
     start = max(first, end - last)
     items = dataset.items[start:end].tolist()
     held_out = ["validation target", "test target"] if end - first > 2 else []
-    return pd.DataFrame(
-        {
-            "position": np.arange(start, end) - first + 1,
-            "item": items,
-            "title": [dataset.title(item) for item in items],
-            "used for": ["training"] * (len(items) - len(held_out)) + held_out,
-        }
-    )
+    columns = {"position": np.arange(start, end) - first + 1, "item": items}
+    columns |= {"title": [dataset.title(item) for item in items]}
+    columns |= {"used for": ["training"] * (len(items) - len(held_out)) + held_out}
+    return pd.DataFrame(columns)
 
 
 def reading(dataset: Dataset) -> pd.DataFrame:

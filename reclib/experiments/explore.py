@@ -91,12 +91,13 @@ def _control(kind: type[ipw.Widget], description: str, **settings: Any) -> Any:
     return kind(description=description, style={"description_width": "8em"}, layout=layout, **settings)
 
 
-def as_yaml(values: Mapping[str, Any]) -> str:
-    """Return parameters as YAML, a parameter file of the notebook: `papermill ... -f FILE`."""
-    return yaml.safe_dump(dict(values), sort_keys=False, default_flow_style=None).strip()
+def _menu(name: str, options: Sequence[Any], value: Any) -> Any:
+    return _control(ipw.Dropdown, name, options=options, value=value)
 
 
-def _folded(text: str) -> str:
+def _folded(values: Mapping[str, Any]) -> str:
+    """Return parameters as folded YAML, a parameter file of the notebook: `papermill ... -f FILE`."""
+    text = yaml.safe_dump(dict(values), sort_keys=False, default_flow_style=None).strip()
     return f"<details><summary>as parameters of this notebook</summary><pre>{escape(text)}</pre></details>"
 
 
@@ -141,14 +142,13 @@ def plans(p: Explore) -> list[Result]:
         precision = p.plan_precision if p.plan_precision in planner.precisions(label) else "auto"
         price = p.plan_price if label == p.plan_device else None
         planned = plan(changed(p, plan_device=label, plan_precision=precision, plan_price=price))
-        params = planned_run(p) | {"items": p.plan_items or SIZES[p.plan_size]["num_items"], "device": label}
-        params |= {"precision": planned.precision, "basis": planned.basis}
-        params["status"] = "does not fit" if planned.fits is False else "ok"
+        params = planned_run(p) | {"items": p.plan_items or SIZES[p.plan_size]["num_items"]}
+        params |= comparison.settings_of(planned)
         del params["price"]
         parts = planned.memory_parts()
         series: dict[str, list[Any]] = {"part": list(parts), "bytes": list(parts.values())}
-        result = Result("plan", planned.counts(), params, series, timings=planned.timings())
-        results.append(result._replace(kind="predicted", device=comparison.card_of(planned)))
+        counts, timings = planned.counts(), planned.timings()
+        results.append(comparison.of_plan("plan", planned, params, counts, timings, series))
     return results
 
 
@@ -163,10 +163,7 @@ def cost_panel(p: Explore) -> Panel:
     initial = run | {"items": run["items"] or 0, "price": run["price"] or 0.0}
     menus = {"device": (*planner.cpus(), *hardware.catalogue())} | _MENUS
     menus["size"] = tuple(name for name in SIZES if not name.startswith("w") or name == run["size"])
-    controls = {
-        name: _control(ipw.Dropdown, name, options=options, value=run[name])
-        for name, options in menus.items()
-    }
+    controls = {name: _menu(name, options, run[name]) for name, options in menus.items()}
     for name, (description, values) in _SLIDERS.items():
         stops = [(f"{stop:,.12g}" if stop else OWN, stop) for stop in sorted({*values, initial[name]})]
         slider = {"options": stops, "value": initial[name], "continuous_update": False}
@@ -182,7 +179,7 @@ def cost_panel(p: Explore) -> Panel:
         report = "\n".join(planner.report(planned, chosen.plan_size))
         results = [result._asdict() | {"own_params": result.params} for result in plans(chosen)]
         every = speed_figures.by_device(tables.table(results))
-        return [f"<pre>{escape(report)}</pre>", speed_figures.parts(planned), every, _folded(as_yaml(state))]
+        return [f"<pre>{escape(report)}</pre>", speed_figures.parts(planned), every, _folded(state)]
 
     return _panel([*controls.values()], controls, draw)
 
@@ -259,12 +256,12 @@ def scatter(records: Sequence[Record], selection: Selection) -> go.Figure:
 
     result, x, y, color, labels = selection
     rows = frame(records, result)
-    for field, names in choices(rows).items():
-        value = getattr(selection, field)
-        for name in [value] if isinstance(value, str) else value:
-            if name not in names:
-                listed = ", ".join(names)
-                raise InputError(f"{field}={name!r}{nearest(name, names)}; {result!r} has: {listed}")
+    chosen = [("x", x), ("y", y), ("color", color), *(("labels", label) for label in labels)]
+    allowed = choices(rows)
+    for field, name in chosen:
+        if name not in allowed[field]:
+            hint, listed = nearest(name, allowed[field]), ", ".join(allowed[field])
+            raise InputError(f"{field}={name!r}{hint}; {result!r} has: {listed}")
     rows = rows[rows["label"].isin(labels or set(rows["label"]))].dropna(subset=[x, y])
     rows = rows.assign(**{color: rows[color].astype(str)})
     figure = px.scatter(
@@ -286,7 +283,7 @@ def scatter(records: Sequence[Record], selection: Selection) -> go.Figure:
     return figure.update_traces(marker={"size": 10, "line_width": 2}).update_layout(
         title_text=style.sentence(f"{y} against {x}".replace("_", " ")),
         title_subtitle_text=f"{result.replace('_', ' ')}: {len(rows)} records on {on}",
-        legend={"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"},
+        legend=style.BESIDE,
     )
 
 
@@ -298,21 +295,18 @@ def results_panel(records: Sequence[Record], selection: Selection) -> Panel:
     """Return menus for the kind of result, both axes, the colour and the devices, over the figure."""
     allowed = {name: choices(frame(records, name)) for name in sorted({record["name"] for record in records})}
     drawable = [name for name, fields in allowed.items() if len(fields["x"]) > 1]
-    kind = _control(ipw.Dropdown, "result", options=drawable, value=selection.result)
+    kind = _menu("result", drawable, selection.result)
     panel = Panel()
 
     def show(selected: Selection) -> None:
-        controls = {
-            name: _control(ipw.Dropdown, name, options=names, value=getattr(selected, name))
-            for name, names in allowed[selected.result].items()
-            if name != "labels"
-        }
-        devices = {"options": allowed[selected.result]["labels"], "value": selected.labels, "rows": 3}
+        *axes, labels = allowed[selected.result].items()
+        controls = {name: _menu(name, names, getattr(selected, name)) for name, names in axes}
+        devices = {"options": labels[1], "value": selected.labels, "rows": 3}
         controls["labels"] = _control(ipw.SelectMultiple, "devices", **devices)
 
         def draw(labels: Sequence[str], **axes: str) -> list[go.Figure | str]:
             chosen = Selection(selected.result, labels=list(labels), **axes)
-            return [scatter(records, chosen), _folded(as_yaml(chosen._asdict()))]
+            return [scatter(records, chosen), _folded(chosen._asdict())]
 
         panel.children = [kind, _panel([*controls.values()], controls, draw)]
 
@@ -408,9 +402,8 @@ def kept_model(name: str, dataset: Dataset) -> str | None:
 
     Causal models are left out: their gate differs between positions of a history.
     """
-    files = sorted(system.models().glob(f"*/{saving.MANIFEST}"), key=lambda file: -file.stat().st_mtime)
     names = []
-    for file in files:
+    for file in sorted(system.models().glob(f"*/{saving.MANIFEST}"), key=lambda f: -f.stat().st_mtime):
         data = json.loads(file.read_text("utf-8")).get("data", {})
         model = json.loads((file.parent / saving.MODEL_CONFIG).read_text("utf-8"))
         if data.get("fingerprint") == dataset.fingerprint and not model["causal"]:
@@ -449,11 +442,6 @@ def first_history(p: Explore, lineup: Lineup) -> tuple[str, tuple[int, ...]]:
     return key, tuple(ids[raw] for raw in p.history) or lineup.users[key].history[-p.history_items :]
 
 
-def as_parameters(lineup: Lineup, user: str, history: Sequence[int]) -> str:
-    """Return a user and a history as YAML, a parameter file of the notebook: `papermill ... -f FILE`."""
-    return as_yaml({"user": user, "history": [lineup.keys[item] for item in history]})
-
-
 def next_item(lineup: Lineup, user: str, history: Sequence[int]) -> int | None:
     """Return the user's next item, if `history` is the end of the user's history and the item is known."""
     profile = lineup.users[user]
@@ -473,8 +461,8 @@ def written(lineup: Lineup, text: str) -> tuple[int, ...]:
     Words stand for the most frequent item that has them. Raises `InputError` if no title has the words.
     """
     history = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line := line.strip():
+    for number, line in enumerate(map(str.strip, text.splitlines()), start=1):
+        if line:
             hits = [lineup.titles.index(line)] if line in lineup.titles else search(lineup, line, most=1)
             if not hits:
                 raise InputError(f"history, line {number}: no title has the words {line!r}")
@@ -577,7 +565,7 @@ def recommend_panel(lineup: Lineup, user: str, history: Sequence[int], first: in
 
     users = [(f"user {key}, {len(profile.history)} items", key) for key, profile in lineup.users.items()]
     popular = [lineup.titles[item] for item in search(lineup, "")]
-    person = _control(ipw.Dropdown, "user", options=users, value=user)
+    person = _menu("user", users, user)
     add = _control(ipw.Combobox, "add a title", options=popular, continuous_update=False)
     lines = _control(ipw.Textarea, "history", rows=10, value=text(history), continuous_update=False)
     changes: list[Sequence[int] | None] = [None, history]  # the histories before and after the last change
@@ -598,7 +586,8 @@ def recommend_panel(lineup: Lineup, user: str, history: Sequence[int], first: in
         table = side_by_side(lineup, items, k, changes[0], next_item(lineup, user, items))
         names = "; ".join(lineup.titles[item] for item in items)
         gates = gate_figure(gate(lineup, items), lineup.gates)
-        return [f"<p>After {escape(names)}:</p>{table}", gates, _folded(as_parameters(lineup, user, items))]
+        state = {"user": user, "history": [lineup.keys[item] for item in items]}
+        return [f"<p>After {escape(names)}:</p>{table}", gates, _folded(state)]
 
     person.observe(other_user, "value")
     add.observe(added, "value")

@@ -343,11 +343,11 @@ def eager_rates(rows: Iterable[Row], batch_size: int) -> dict[str, float]:
     return {row.settings["precision"]: row.measured.sequences_per_second for row in of_size}
 
 
-def breakdown(p: AmpCompile, dataset: Dataset, device: Device, top: int = 12) -> Result:
+def breakdown(p: AmpCompile, dataset: Dataset, device: Device) -> Result:
     """Return the time of an eager step in the first precision by operator."""
     precision = p.precisions[0]
     trainer = trainer_of(model_of(p, dataset), train_of(p, precision=precision), dataset, device)
-    rows = timing.operators(trainer, p.steps, top)
+    rows = timing.operators(trainer, p.steps, 12)
     columns = zip(("operator", "calls", "seconds", "share"), zip(*rows, strict=True), strict=True)
     return Result("operators", {}, {"precision": precision}, {name: list(column) for name, column in columns})
 

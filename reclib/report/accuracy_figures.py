@@ -1,7 +1,8 @@
-"""Figures of accuracy and of adapters: pure functions from a table of records to a `go.Figure`."""
+"""Figures of data, of accuracy and of adapters: pure functions from a table of records to a `go.Figure`."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, get_args
 
 import numpy as np
@@ -12,7 +13,7 @@ from reclib.config import CONTROLS, CompileMode, Precision
 from reclib.evaluate import statistics
 from reclib.records import reference
 from reclib.report import style
-from reclib.report.style import GREEN, INK, MUTED, ORANGE, PALETTE, at, interval, marker, panels, single
+from reclib.report.style import BLUE, GREEN, INK, MUTED, ORANGE, PALETTE, at, interval, marker, panels, single
 from reclib.report.tables import ARM_NAMES, BASELINES, TASK_NAMES, model_name
 
 MOST_COLORS = 4  # coloured lines of a figure; all others are grey
@@ -30,6 +31,100 @@ _ORDERS = {  # symbol and name of each order of the histories, by metric
 _BEYOND = {"coverage": "coverage", "gini": "Gini", "popularity_percentile": "popularity"}
 _ARMS = ("ilora", "full", "lora", "gated", "head", "bias")
 _ARM_COLORS: dict[Any, str] = dict(zip(_ARMS, PALETTE, strict=True)) | dict.fromkeys(CONTROLS, MUTED)
+
+
+# -- data ----------------------------------------------------------------------------------------------------
+
+
+def sequence_lengths(rows: pd.DataFrame) -> go.Figure:
+    """Histogram of users by their number of interactions, on a logarithmic scale."""
+    low, high = rows["length"].min(), rows["length"].max()
+    edges = np.unique(np.round(np.geomspace(low, high + 1, 25)).astype(int))
+    counts, _ = np.histogram(rows["length"], edges, weights=rows["users"])
+    spans = [f"{a} to {b - 1}" for a, b in pairwise(edges)]
+    figure = single()
+    middle, hover = np.sqrt(edges[:-1] * edges[1:]), "%{customdata} interactions: %{y} users"
+    look: dict[str, Any] = {"orientation": None, "width": np.diff(edges) * 0.92, "customdata": spans}
+    figure.bars(rows, middle, counts, BLUE, hover, **look)
+    for name, anchor, shift in (("median", "right", -6), ("mean", "left", 6)):
+        value = rows[f"{name}_length"].iloc[0]
+        figure.add_vline(value, line={"color": ORANGE, "width": 2, "dash": "dot"})
+        place = {"yref": "paper", "xanchor": anchor, "xshift": shift}
+        figure.text(f"{name} {value:,.0f}", np.log10(value), 1, ORANGE, **place)
+    figure.update_xaxes(title_text="interactions of a user (log scale)", **style.log_axis(edges, most=9))
+    figure.update_yaxes(title_text="users")
+    half, most = rows["median_length"].iloc[0], rows["max_length"].iloc[0]
+    title = f"Half of the users have at most {half:,.0f} interactions, one has {most:,}"
+    return figure.update_layout(title_text=title)
+
+
+def item_popularity(rows: pd.DataFrame) -> go.Figure:
+    """Interactions by popularity rank, and the share that the most popular items hold."""
+    figure = panels(2)
+    left, right = at(1, 1), at(1, 2)
+    hover = "rank %{x:,}: %{y:,} interactions"
+    figure.path(rows, "rank", "interactions", BLUE, hover, **left)
+    items, shares = ([0.0, *rows[f"{unit}_share"]] for unit in ("item", "interaction"))
+    hover, tint = "top %{x:.1%} of items: %{y:.1%}", "rgba(0,114,178,0.10)"
+    figure.path(rows, items, shares, BLUE, hover, fill="tozeroy", fillcolor=tint, **right)
+    equal = {"color": MUTED, "width": 1, "dash": "dot"}
+    figure.add_scatter(x=[0, 1], y=[0, 1], mode="lines", line=equal, hoverinfo="skip", **right)
+    figure.text("all items equal", 0.62, 0.5, MUTED, **right)
+    for update, name, of_rank, of_share in (
+        (figure.update_xaxes, "rank", "popularity rank", "share of items, most popular first"),
+        (figure.update_yaxes, "interactions", "interactions", "share of interactions"),
+    ):
+        update(**style.log_axis(rows[name]), **left)
+        update(title_text=f"{of_rank} (log scale)", **left)
+        update(tickformat=".0%", range=[0, 1], **right)
+        update(title_text=of_share, **right)
+    tenth, gini = rows["top_tenth_share"].iloc[0], rows["gini"].iloc[0]
+    title = f"A tenth of the items holds {tenth:.0%} of the interactions (Gini {gini:.2f})"
+    return figure.update_layout(title_text=title)
+
+
+def last_items(rows: pd.DataFrame) -> go.Figure:
+    """Users by the number of items at the last timestamp of their history."""
+    most, share = rows["candidates"].max(), rows["users"] / rows["users"].sum()
+    cut = rows["most_candidates"].iloc[0] > most
+    names = [f"{n} or more" if cut and n == most else str(n) for n in rows["candidates"]]
+    colors = [MUTED if n == 1 else BLUE for n in rows["candidates"]]
+    figure = single()
+    look: dict[str, Any] = {"orientation": None, "marker": {"color": colors}, "customdata": rows["users"]}
+    look |= {"text": share.map("{:.1%}".format), "textposition": "outside", "cliponaxis": False}
+    figure.bars(rows, names, share, BLUE, "%{x} items: %{customdata:,} users (%{y:.2%})", **look)
+    figure.update_xaxes(title_text="items that share the last timestamp of a history", type="category")
+    figure.update_yaxes(title_text="share of evaluated users", tickformat=".0%", rangemode="tozero")
+    ruled = rows["last_item_by_tie_rule_share"].iloc[0]
+    return figure.update_layout(title_text=f"For {ruled:.1%} of the users the tie rule chooses the last item")
+
+
+def interactions_over_time(rows: pd.DataFrame) -> go.Figure:
+    """Interactions over time, first occurrences of users and items, and starts of validation and test."""
+    figure = panels(rows=2, vertical=0.07, shared_xaxes=True, legend=True)
+    above, below = at(1, 1), at(2, 1)
+    counts, look = rows["interactions"], {"orientation": None, "showlegend": False}
+    figure.bars(rows, "start", counts, BLUE, "from %{x}: %{y:,} interactions", **look, **above)
+    for name, color in (("users", ORANGE), ("items", GREEN)):
+        share = rows[f"new_{name}"].cumsum() / rows[f"new_{name}"].sum()
+        hover = f"by the end of the span from %{{x}}: %{{y:.1%}} of {name}"
+        figure.path(rows, "start", share, color, hover, name=f"{name} met so far", **below)
+    for part, name, side in (("valid", "validation", "right"), ("test", "test", "left")):
+        if f"{part}_from" in rows:  # of the split by global time
+            point = pd.Timestamp(rows[f"{part}_from"].iloc[0], unit="s")
+            for row in (above, below):
+                figure.add_vline(point, line={"color": INK, "width": 1, "dash": "dot"}, **row)
+            place: dict[str, Any] = {"yref": "y domain", "yanchor": "bottom", "xanchor": side}
+            figure.text(name, point, 1.0, font={"color": INK, "size": 12}, **place, **above)
+    figure.update_yaxes(title_text="interactions", **above)
+    figure.update_yaxes(title_text="share of all", tickformat=".0%", range=[0, 1.02], **below)
+    figure.update_xaxes(title_text="time (UTC)", nticks=5, tickangle=0, **below)
+    legend = {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.2, "yanchor": "top"}
+    days = rows["days"].iloc[0]
+    span = f"{days / 365.25:,.1f} years" if days > 730 else f"{days:,.0f} days"
+    span = f"{24 * days:,.1f} hours" if days < 2 else span
+    busiest = f"the busiest of {len(rows)} spans has {counts.max() / counts.sum():.1%} of them"
+    return figure.update_layout(height=520, legend=legend, title_text=f"{span} of interactions; {busiest}")
 
 
 # -- models --------------------------------------------------------------------------------------------------
@@ -73,35 +168,6 @@ def learning_curves(rows: pd.DataFrame) -> go.Figure:
     figure.update_yaxes(title_text="training loss (nats per target)", **at(1, 1))
     figure.update_yaxes(title_text="NDCG@10 on validation", rangemode="tozero", **at(2, 1))
     return figure.update_layout(title_text=title)
-
-
-def metric_comparison(rows: pd.DataFrame) -> go.Figure:
-    """HR@10, NDCG@10 and MRR by model: means over users with intervals, and each seed."""
-    rows = style.named(rows)
-    metrics = [key for key in _TITLES if key in rows and rows[key].notna().any()]
-    means = rows[rows["seed"].isna()] if rows["seed"].isna().any() else rows
-    models = list(means.groupby("model")["hr@10"].max().sort_values(ascending=False).index)
-    figure, colors = panels(len(metrics), spacing=0.06, shared_yaxes=True), style.model_colors(models)
-    tick = {"symbol": "line-ns", "size": 14, "line": {"color": INK, "width": 1.5}}
-    for panel, metric in enumerate(metrics, 1):
-        scored = rows[rows[metric].notna()]
-        has_interval = style.column(scored, f"{metric}_low").notna()
-        for (model, kind, with_interval), part in scored.groupby(["model", "kind", has_interval]):
-            color = colors[model]
-            figure.add_scatter(
-                **{"x": part[metric], "y": part["model"], "mode": "markers"},
-                marker=marker(kind, color) if with_interval or part["seed"].isna().all() else tick,
-                error_x=interval(part, metric, color) if with_interval else None,
-                hovertemplate="%{y}: %{x:.4f}<extra></extra>",
-                **at(1, panel),
-            )
-        figure.update_xaxes(title_text=_TITLES[metric], rangemode="tozero", nticks=4, **at(1, panel))
-    text = "means over users, full ranking; bar: 95 % interval, tick: one seed; grey: no gradient descent"
-    figure.note(text)
-    figure.categories(models)
-    best = style.extreme(means, "hr@10")
-    title = f"{best['model']} has the target among its ten first for {best['hr@10']:.1%} of users"
-    return figure.update_layout(title_text=style.sentence(title))
 
 
 def comparison(rows: pd.DataFrame) -> go.Figure:
@@ -464,44 +530,6 @@ def tie_rules(rows: pd.DataFrame) -> go.Figure:
 # -- adapters ------------------------------------------------------------------------------------------------
 
 
-def accuracy_by_share(rows: pd.DataFrame) -> go.Figure:
-    """NDCG@10 on the test windows against the share of trained parameters, by task.
-
-    Controls are left out: they would overlap with iLoRA, and `gate_comparison` shows them.
-    """
-    means = _tasks(rows[rows["seed"].isna() & ~rows["model"].isin(CONTROLS)])
-    means = means.sort_values("model", key=lambda names: names.map(list(ARM_NAMES).index), kind="stable")
-    tasks = list(dict.fromkeys(means["task_name"]))
-    figure = panels(len(tasks), spacing=0.1)
-    for panel, task in enumerate(tasks, 1):
-        part, place = means[means["task_name"] == task], at(1, panel)
-        trained = part[~part["model"].isin(("none", "pairwise_counts"))]
-        for (_, model), group in trained.groupby(["kind", "model"], sort=False):
-            name, color = ARM_NAMES[model], _ARM_COLORS.get(model, INK)
-            trace = {"name": name, "legendgroup": model, "showlegend": panel == 1}
-            trace |= {"error_y": interval(group, "ndcg@10", color, thickness=1.2, width=3)}
-            trace |= {"customdata": group[["trained", "saved_bytes"]]}
-            hover = f"{name}: %{{y:.4f}}<br>%{{customdata[0]:,.0f}} trained, "
-            hover += "%{customdata[1]:,.0f} bytes saved"
-            figure.dots(group, 100 * group["trained_share"], "ndcg@10", color, hover, **trace, **place)
-        base = part[part["model"] == "none"].iloc[0]
-        figure.add_hline(base["ndcg@10"], line=_ZERO | {"dash": "dot"}, **place)
-        for value in part.loc[part["model"] == "pairwise_counts", "ndcg@10"]:  # trains nothing: no share
-            figure.add_hline(value, line={"color": MUTED, "width": 1.5, "dash": "dash"}, **place)
-        title = f"{task}: trained share (%, log scale)"
-        ticks = style.log_axis(100 * trained["trained_share"], most=5)
-        figure.update_xaxes(title_text=title, **ticks, **place)
-        figure.update_yaxes(title_text="NDCG@10, full ranking", **place)
-    first = means[means["task_name"] == tasks[0]]
-    best, base = style.extreme(first, "ndcg@10"), first[first["model"] == "none"].iloc[0]
-    counted = "; dashed: pairwise counts" if (means["model"] == "pairwise_counts").any() else ""
-    figure.note(f"dotted: no adaptation{counted}; bar: 95 % interval over users, each the mean over seeds")
-    legend = {"x": 1.02, "y": 1, "xanchor": "left", "yanchor": "top", "orientation": "v"}
-    title = f"Highest on the {tasks[0]}: {ARM_NAMES[best['model']]}, NDCG@10 {best['ndcg@10']:.4f}; "
-    title += f"the base as it is {base['ndcg@10']:.4f}"
-    return figure.update_layout(showlegend=True, legend=legend, height=440, title_text=title)
-
-
 def adaptation_gain(rows: pd.DataFrame) -> go.Figure:
     """Each arm's NDCG@10 minus that of the base without adaptation, paired by user."""
     return _differences(rows, "no adaptation")
@@ -513,7 +541,8 @@ def gate_comparison(rows: pd.DataFrame) -> go.Figure:
 
 
 def _differences(rows: pd.DataFrame, against: str) -> go.Figure:
-    rows = _with_claims(_tasks(rows[rows["metric"] == "ndcg@10"]))
+    rows = _with_claims(rows[rows["metric"] == "ndcg@10"])
+    rows = rows.assign(task_name=rows["task"].map(TASK_NAMES))
     tasks = list(dict.fromkeys(rows["task_name"]))
     figure = panels(len(tasks), spacing=0.06, shared_yaxes=True)
     for panel, task in enumerate(tasks, 1):
@@ -627,7 +656,3 @@ def gate_by_user(rows: pd.DataFrame) -> go.Figure:
     menu = {"buttons": buttons, "x": 0, "xanchor": "left", "y": -0.16, "yanchor": "top"}
     figure.update_layout(height=480, showlegend=True, updatemenus=[menu], margin={"b": 110})
     return figure.update_layout(title_text=f"{spreads}, {TASK_NAMES[str(task)]}")
-
-
-def _tasks(rows: pd.DataFrame) -> pd.DataFrame:
-    return rows.assign(task_name=rows["task"].map(TASK_NAMES))

@@ -28,7 +28,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import unescape
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jinja2
@@ -40,7 +39,7 @@ from plotly.offline import get_plotlyjs
 from reclib import records, system
 from reclib.config import InputError
 from reclib.evaluate import statistics
-from reclib.report import accuracy_figures, data_figures, findings, scaling_figures, speed_figures, tables
+from reclib.report import accuracy_figures, findings, scaling_figures, speed_figures, tables
 from reclib.report.style import HEIGHT, PLOTLY_MIME, Chart
 from reclib.report.tables import PROFILES, Record
 from reclib.system import Parser
@@ -68,27 +67,27 @@ def _of_sizes(records: Sequence[Record]) -> bool:
     return len({record["metrics"].get("non_embedding") for record in records}) > 1
 
 
-def _of_compiled(records: Sequence[Record]) -> bool:
-    return any(record["own_params"].get("compile_mode", "off") != "off" for record in records)
+def _sweep(record: Record) -> str:
+    return tables.sweep_of(str(record["own_params"].get("model")))
+
+
+def _of_widths(records: Sequence[Record]) -> bool:
+    return _of_sizes([record for record in records if _sweep(record).startswith("width")])
 
 
 def _of_sweeps(records: Sequence[Record]) -> bool:
-    sweeps = {tables.sweep_of(str(record["own_params"].get("model"))) for record in records}
-    return bool(sweeps - {"width", "tuned settings"})
+    return not {"depth", "untied tables", "other learning rate"}.isdisjoint(map(_sweep, records))
 
 
 _LAW: dict[str, Any] = {"beside": "prediction"}
 _DEVICES: dict[str, Any] = {"across": True, "beside": "real_size_step"}
 
 FIGURES: list[Spec] = [
-    Spec("01_data_prep", "preparation", data_figures.preparation),
-    Spec("01_data_prep", "over_time", data_figures.interactions_over_time),
-    Spec("01_data_prep", "sequence_lengths", data_figures.sequence_lengths),
-    Spec("01_data_prep", "item_popularity", data_figures.item_popularity),
-    Spec("01_data_prep", "last_items", data_figures.last_items),
-    Spec("01_data_prep", "cold", data_figures.cold_start),
+    Spec("01_data_prep", "over_time", accuracy_figures.interactions_over_time),
+    Spec("01_data_prep", "sequence_lengths", accuracy_figures.sequence_lengths),
+    Spec("01_data_prep", "item_popularity", accuracy_figures.item_popularity),
+    Spec("01_data_prep", "last_items", accuracy_figures.last_items),
     Spec("02_baseline", "learning_curve", accuracy_figures.learning_curves),
-    Spec("02_baseline", "test_metrics", accuracy_figures.metric_comparison),
     Spec("02_baseline", "comparison", accuracy_figures.comparison),
     Spec("02_baseline", "validation_difference", accuracy_figures.ablation),
     Spec("02_baseline", "equal_time", accuracy_figures.equal_time),
@@ -101,7 +100,7 @@ FIGURES: list[Spec] = [
     Spec(
         "03_scaling", "beyond_accuracy", scaling_figures.popularity_by_size, choose=tables.popularity_by_size
     ),
-    Spec("03_scaling", "learning_curve", scaling_figures.scaling_curve, enough=_of_sizes, **_LAW),
+    Spec("03_scaling", "learning_curve", scaling_figures.scaling_curve, enough=_of_widths, **_LAW),
     Spec("03_scaling", "learning_curve", scaling_figures.scaling_accuracy, enough=_of_sizes, **_LAW),
     Spec("03_scaling", "learning_curve", scaling_figures.scaling_sweeps, enough=_of_sweeps, **_LAW),
     Spec("03_scaling", "trial", scaling_figures.tuning_history),
@@ -109,16 +108,13 @@ FIGURES: list[Spec] = [
     Spec("04_amp_compile", "step", speed_figures.step_time),
     Spec("04_amp_compile", "ladder", speed_figures.step_ladder),
     Spec("04_amp_compile", "operators", speed_figures.operators),
-    Spec("04_amp_compile", "step", speed_figures.compile_cost, enough=_of_compiled),
     Spec("04_amp_compile", "loss_curve", speed_figures.loss_parity),
-    Spec("05_ilora", "adaptation", accuracy_figures.accuracy_by_share),
     Spec("05_ilora", "adaptation_gain", accuracy_figures.adaptation_gain),
     Spec("05_ilora", "gate_comparison", accuracy_figures.gate_comparison),
     Spec("05_ilora", "implanted", accuracy_figures.implanted, beside="implanted_ceiling"),
     Spec("05_ilora", "adapter_step", accuracy_figures.adapter_cost),
     Spec("05_ilora", "gates", accuracy_figures.gate_by_user),
     Spec("06_hardware", "hardware_step", speed_figures.throughput, **_DEVICES),
-    Spec("06_hardware", "hardware_step", speed_figures.memory_by_size, **_DEVICES),
     Spec("06_hardware", "hardware_step", speed_figures.roofline, **_DEVICES),
     Spec("06_hardware", "technique", speed_figures.technique_gains, across=True),
     Spec("07_explore", "plan", speed_figures.by_device, across=True),
@@ -178,19 +174,22 @@ def collect(root: Path | Sequence[Path], out_dir: Path) -> list[Path]:
     """
     roots, problems = [root] if isinstance(root, Path) else list(root), list[str]()
     by_root = [records.read(folder, problems) for folder in roots]
-    rows = records.latest(itertools.chain(*by_root))
-    existing = drawings(tables.distinct(records.latest(by_root[0]))) if len(roots) > 1 else ()
-    return build(rows, out_dir, problems, {drawing.file: drawing for drawing in existing}, roots)
+    if len(roots) > 1:
+        for drawing in drawings(tables.distinct(records.latest(by_root[0]))):
+            committed, file = (folder / f"{drawing.file}.html" for folder in (system.figures(), out_dir))
+            if committed.is_file() and file not in _DRAWN:
+                _replace(file, committed.read_text(encoding="utf-8"))
+                _DRAWN[file] = drawing
+    return build(records.latest(itertools.chain(*by_root)), out_dir, problems, roots)
 
 
-_DRAWN: dict[Path, Drawing] = {}  # figures drawn by this process, by file
+_DRAWN: dict[Path, Drawing] = {}  # figures drawn or copied by this process, by file
 
 
 def build(
     rows: Sequence[Record],
     out_dir: Path,
     problems: Sequence[str] = (),
-    existing: Mapping[str, Drawing] = MappingProxyType({}),
     roots: Sequence[Path] = (),
 ) -> list[Path]:
     """Rebuild all figures with records, and `index.html`; return the files.
@@ -199,8 +198,8 @@ def build(
     of an earlier build without records are removed. If a record breaks a figure, only that figure is left out
     and added to the `problems` on the page.
 
-    `existing` maps files of `figures/` to what they show: these are copied. Neither they nor figures that
-    this process has drawn before are drawn again. Executed notebooks under `roots` become pages.
+    Figures that this process has drawn or copied before are not drawn again. Executed notebooks under `roots`
+    become pages.
     """
     problems, rows = list(problems), tables.distinct(rows)
     cards, files = [], []
@@ -208,16 +207,13 @@ def build(
     for drawing in drawings(rows):
         file = out_dir / f"{drawing.file}.html"
         with _noting_failures(f"figure {drawing.file}", problems):
-            committed = system.figures() / file.name
-            if existing.get(drawing.file) == drawing and committed.is_file():
-                _replace(file, committed.read_text(encoding="utf-8"))
-            elif _DRAWN.get(file) != drawing or not file.is_file():
+            if _DRAWN.get(file) != drawing or not file.is_file():
                 write(show(drawing.spec.name, *drawing.records, *drawing.beside), drawing.file, out_dir)
                 _DRAWN[file] = drawing
             cards.append(_card(drawing, file))
             files.append(file)
     if files:
-        _replace(out_dir / PLOTLY, get_plotlyjs())
+        write_scripts(out_dir)
     pages: dict[Path, str] = {}
     with _noting_failures("executed notebooks", problems):
         pages = notebook_pages(roots, out_dir)
@@ -241,7 +237,7 @@ def _card(drawing: Drawing, file: Path) -> Card:
 
 
 def write(figure: go.Figure, name: str, out_dir: Path) -> Path:
-    """Write `<name>.html`, which needs `plotly.min.js` beside it; the same figure gives the same bytes."""
+    """Write `<name>.html`, which needs the files of `write_scripts`; the same figure gives the same bytes."""
     buttons = ["select2d", "lasso2d", "zoomIn2d", "zoomOut2d", "autoScale2d"]
     plot = figure.to_html(
         full_html=False,
@@ -252,6 +248,12 @@ def write(figure: go.Figure, name: str, out_dir: Path) -> Path:
     )
     title = figure.layout.title.text or name
     return _replace(out_dir / f"{name}.html", _rendered("figure.html", title=title, plot=Markup(plot)))
+
+
+def write_scripts(out_dir: Path) -> None:
+    """Write the scripts that pages of figures load from their own folder."""
+    _replace(out_dir / "plotly.min.js", get_plotlyjs())
+    _replace(out_dir / "figure.js", _rendered("figure.js"))
 
 
 def _replace(path: Path, text: str) -> Path:
@@ -292,7 +294,8 @@ def drawings(rows: Sequence[Record]) -> Iterator[Drawing]:
             joined: dict[tuple[str, str], list[Record]] = {}
             devices = Counter(dataset for dataset, _ in parts)
             for (dataset, label), group in parts.items():
-                joined.setdefault((dataset, label if devices[dataset] == 1 else "devices"), []).extend(group)
+                place = dataset, label if devices[dataset] == 1 else "devices"
+                joined.setdefault(place, []).extend(map(tables.placed, group))
             placed = [tables.placed(tables.with_work(r)) for r in further]
             placed.sort(key=lambda r: json.dumps(r["own_params"], sort_keys=True))
             parts, besides = joined, dict.fromkeys(joined, placed)
@@ -306,7 +309,6 @@ def drawings(rows: Sequence[Record]) -> Iterator[Drawing]:
 
 # -- the page: each notebook's question, its answer from the records, and one figure; the others are folded --
 
-PLOTLY = "plotly.min.js"
 FEW = 4  # most devices, or versions of the data, that a caption lists
 GENERATOR = Markup('<meta name="generator" content="reclib.figures">')
 
@@ -322,7 +324,7 @@ _TEMPLATES = jinja2.Environment(
 
 
 def _rendered(template: str, **values: Any) -> str:
-    return _TEMPLATES.get_template(template).render(generator=GENERATOR, **values)
+    return _TEMPLATES.get_template(template).render(**{"generator": GENERATOR, "nonce": ""} | values)
 
 
 class Origin(NamedTuple):
@@ -463,9 +465,7 @@ def _sentences(name: str, work: Sequence[Record], problems: list[str]) -> tuple[
 
     Answers with too few seeds for a claim go to the findings if another dataset has a claim.
     """
-    datasets: dict[str, list[Record]] = {}
-    for row in work:
-        datasets.setdefault(str((row.get("data") or {}).get("name")), []).append(row)
+    datasets = tables.by(work, lambda row: str((row.get("data") or {}).get("name")))
     answers, details = [], []
     for dataset, rows in sorted(datasets.items(), key=lambda item: _most_work(item[1]), reverse=True):
         if tables.chooses(dataset):
@@ -502,14 +502,18 @@ def _counted(texts: set[str], noun: str) -> str:
     return ", ".join(sorted(texts)) if len(texts) <= FEW else f"{len(texts)} {noun}"
 
 
-def _most_work(rows: Sequence[Record]) -> tuple[int, bool, str]:
-    """Return the rank of records: by the longest profile, then enough seeds for a claim, then the newest."""
-    enough = len({r.get("seed") for r in rows} - {None}) >= statistics.MIN_SEEDS
+def _most_work(rows: Sequence[Record]) -> tuple[int, bool, bool, str]:
+    """Return the rank of records: by the longest profile, then enough seeds for a claim, then the newest.
 
-    def rank(row: Record) -> tuple[int, bool, str]:
+    Records of several widths of plain BERT4Rec come before newer ones of other recipes.
+    """
+    enough = len({r.get("seed") for r in rows} - {None}) >= statistics.MIN_SEEDS
+    widths = _of_sizes([row for row in rows if _sweep(row) == "width"])
+
+    def rank(row: Record) -> tuple[int, bool, bool, str]:
         seeds = [row["metrics"][name] for name in ("seeds", "reference_seeds") if name in row["metrics"]]
         sure = enough or (bool(seeds) and statistics.enough(seeds))
-        return PROFILES.index(row["profile"]), sure, row["time"]
+        return PROFILES.index(row["profile"]), sure, widths, row["time"]
 
     return max(map(rank, rows))
 
@@ -521,7 +525,9 @@ def _of_most_work(cards: Sequence[Card]) -> Card | None:
 # -- pictures of the main figures for the README and for slides, drawn by a browser --------------------------
 
 WIDTH = 1000  # pixels
-README = "size_and_counts"  # the figure at the top of the page and of the README, readme.png
+README = "size_and_counts"  # the figure at the top of the page and of the README
+# File names of main figures.
+PICTURES = {chapter.lead: name for name, chapter in findings.CHAPTERS.items()} | {README: "readme"}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 _SECONDS = 60  # for one picture
 
@@ -543,21 +549,13 @@ def main_figures(rows: Sequence[Record]) -> dict[str, list[Record]]:
 
     Of several datasets or devices the one with the most work is chosen, see `_most_work`.
     """
-    best: dict[str, Drawing] = {}
-    leads = {(notebook, chapter.lead) for notebook, chapter in findings.CHAPTERS.items()}
-    leads.add(("03_scaling", README))
-    for drawing in drawings(tables.distinct(row for row in rows if tables.of_study(row))):
-        name, rank = drawing.spec.name, _most_work(drawing.records)
-        leading = (drawing.spec.notebook, name) in leads
-        if leading and (name not in best or rank > _most_work(best[name].records)):
-            best[name] = drawing
+    drawn = drawings(tables.distinct(row for row in rows if tables.of_study(row)))
+    leading = (drawing for drawing in drawn if drawing.spec.name in PICTURES)
+    best = {
+        name: max(several, key=lambda drawing: _most_work(drawing.records))
+        for name, several in tables.by(leading, lambda drawing: drawing.spec.name).items()
+    }
     return {name: [*drawing.records, *drawing.beside] for name, drawing in best.items()}
-
-
-def file_name(figure: str) -> str:
-    """Return the name of a figure's picture: that of its notebook, or the README's."""
-    notebooks = {chapter.lead: name for name, chapter in findings.CHAPTERS.items()}
-    return "readme.png" if figure == README else f"{notebooks[figure]}.png"
 
 
 def draw(rows: Sequence[Record], out_dir: Path) -> list[Path]:
@@ -566,18 +564,18 @@ def draw(rows: Sequence[Record], out_dir: Path) -> list[Path]:
     out_dir.mkdir(parents=True, exist_ok=True)
     files = []
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / PLOTLY).write_text(get_plotlyjs(), encoding="utf-8")
+        write_scripts(Path(folder))
         for name, group in main_figures(rows).items():
             figure = show(name, *group)
             picture = Path(folder) / f"{name}.png"
             photograph(program, write(figure, name, Path(folder)), picture, figure.layout.height or HEIGHT)
-            files.append(out_dir / file_name(name))
+            files.append(out_dir / f"{PICTURES[name]}.png")
             system.write_atomically(files[-1], picture.read_bytes())
     return files
 
 
-def photograph(program: str, html: Path, picture: Path, height: int, width: int = WIDTH) -> None:
-    """Write a screenshot of a local page as a PNG of `width` by `height` pixels, in light colours.
+def photograph(program: str, html: Path, picture: Path, height: int) -> None:
+    """Write a screenshot of a local page as a PNG of `WIDTH` by `height` pixels, in light colours.
 
     Raises `InputError` if the browser fails or takes too long.
     """
@@ -586,7 +584,7 @@ def photograph(program: str, html: Path, picture: Path, height: int, width: int 
         command = [program, "--headless", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
         command += [f"--user-data-dir={profile}", "--virtual-time-budget=10000", f"--screenshot={picture}"]
         command += ["--no-sandbox"] if os.geteuid() == 0 else []  # it refuses root otherwise
-        command += [f"--window-size={width},{height}", html.resolve().as_uri()]
+        command += [f"--window-size={WIDTH},{height}", html.resolve().as_uri()]
         try:
             process = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
         except subprocess.TimeoutExpired:

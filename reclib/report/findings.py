@@ -25,6 +25,7 @@ from reclib.report.tables import (
     BASELINES,
     TASK_NAMES,
     Record,
+    by,
     interval_text,
     model_name,
     recipe_of,
@@ -44,15 +45,7 @@ class Chapter(NamedTuple):
 def sentences(notebook: str, records: Iterable[Record]) -> list[str]:
     """Return the findings of the records of one notebook and dataset, the answer first."""
     chapter = CHAPTERS.get(notebook)
-    return chapter.findings(_by(records, lambda record: record["name"])) if chapter else []
-
-
-def _by(records: Iterable[Record], key: Callable[[Record], Any]) -> dict[str, list[Record]]:
-    """Group records by a key, in their order."""
-    grouped: dict[str, list[Record]] = {}
-    for record in records:
-        grouped.setdefault(str(key(record)), []).append(record)
-    return grouped
+    return chapter.findings(by(records, lambda record: record["name"])) if chapter else []
 
 
 TOO_FEW = "Too few seeds for a claim"  # start of an answer without a claim
@@ -127,19 +120,15 @@ def _of_data(results: Results) -> list[str]:
 def _of_baseline(results: Results) -> list[str]:
     """Compare the reference with counts, then list HR@10 of all models."""
     scored = [r for r in results.get("test_metrics", []) if "hr@10" in r["metrics"]]
-    models: dict[str, Mapping[str, Any]] = {}
-    for record in sorted(scored, key=lambda r: r.get("seed") is None):  # the mean over seeds has none
-        models[(record.get("own_params") or {}).get("model") or "bert4rec"] = record["metrics"]
+    scored.sort(key=lambda r: r.get("seed") is None)  # the mean over seeds has none
+    models = {r["own_params"].get("model", "bert4rec"): r["metrics"] for r in scored}
     if not models:
         return []
     best_first = sorted(models, key=lambda name: -models[name]["hr@10"])
     listed = ", ".join(_with_interval(name, models[name], "hr@10") for name in best_first)
-    sentences = [f"HR@10 on {_place(scored)}: {listed}."]
-    compared = results.get("comparison", [])
-    compared = [r for r in compared if {_model(r), r["own_params"]["against"]} <= models.keys()]
-    if ranked := [r for r in compared if r["own_params"]["metric"] == "ndcg@10"]:
-        sentences.insert(0, _verdict(ranked, models))
-    return sentences
+    ranked = [r for r in results.get("comparison", []) if r["own_params"]["metric"] == "ndcg@10"]
+    ranked = [r for r in ranked if {_model(r), r["own_params"]["against"]} <= models.keys()]
+    return [*([_verdict(ranked, models)] if ranked else []), f"HR@10 on {_place(scored)}: {listed}."]
 
 
 def _verdict(compared: Sequence[Record], models: Mapping[str, Mapping[str, Any]]) -> str:
@@ -157,7 +146,7 @@ def _verdict(compared: Sequence[Record], models: Mapping[str, Mapping[str, Any]]
         listed = ", ".join(_ranked(r, models) for r in decisive)
         return f"{TOO_FEW} ({seeds:.0f}) {place}: NDCG@10 {reference}; {listed}."
     reference += f", {_seeds(seeds)}"
-    by_word = _by(counts, lambda r: _claim(r["metrics"]))
+    by_word = by(counts, lambda r: _claim(r["metrics"]))
     named = {word: ", ".join(_ranked(r, models) for r in rows) for word, rows in by_word.items()}
     beaten = f"; {name} beats {named['worse']}" if "worse" in named else ""
     if "better" in named:
@@ -193,10 +182,13 @@ def _with_interval(model: str, metrics: Mapping[str, Any], name: str) -> str:
 def _of_scaling(results: Results) -> list[str]:
     """Say whether a larger model ranks better, what to buy, and how well the law predicted the loss."""
     curves, metric = results.get("learning_curve", []), "valid_ndcg@10"
-    widths = _by((r for r in curves if sweep_of(_model(r)) == "width" and metric in r["metrics"]), _model)
-    sizes = sorted(widths, key=lambda name: (widths[name][0]["metrics"]["non_embedding"], name))
     sentences = []
-    if len({r["metrics"]["non_embedding"] for (r, *_) in widths.values()}) > 1:
+    sweeps = by((r for r in curves if metric in r["metrics"]), lambda r: sweep_of(_model(r)))
+    for runs in (runs for sweep, runs in sweeps.items() if sweep.startswith("width")):
+        widths = by(sorted(runs, key=lambda r: (r["metrics"]["non_embedding"], _model(r))), _model)
+        sizes = list(widths)
+        if len({r["metrics"]["non_embedding"] for r in runs}) < 2:
+            continue
         small, large = ([r["metrics"][metric] for r in widths[name]] for name in (sizes[0], sizes[-1]))
         word = "No" if min(small) > max(large) else "Not told apart"
         word = "Yes" if max(small) < min(large) else word
@@ -225,7 +217,7 @@ def outcome(rows: Iterable[Mapping[str, Any]], name: str | None = None) -> dict[
     result: dict[str, Any] = dict.fromkeys(keys)
     rows = [row for row in rows if name is None or (row.get("data") or {}).get("name") == name]
     curves = [row for row in rows if row["name"] == "learning_curve"]
-    by_law = _by(curves, lambda row: (row.get("configuration") or {}).get("prediction"))
+    by_law = by(curves, lambda row: (row.get("configuration") or {}).get("prediction"))
     predictions = sorted((row for row in rows if row["name"] == "prediction"), key=lambda row: row["time"])
     if not predictions:
         return result
@@ -303,8 +295,9 @@ def _of_purchase(table: pd.DataFrame) -> list[str]:
         share = cheap["TFLOP"] / best["TFLOP"]
         line += f"the cheapest not told apart is {cheap.name} ({cheap['ndcg@10']:.4f}), "
         line += f"at {share:.0%} of its FLOPs."
-    widths = eligible[[sweep_of(str(arm)) == "width" for arm in eligible.index]]
-    if len(widths) > 1:
+    for sweep, widths in eligible.groupby(eligible.index.map(lambda arm: sweep_of(str(arm)))):
+        if not str(sweep).startswith("width") or len(widths) < 2:
+            continue
         smallest, largest = widths.iloc[0], widths.iloc[-1]
         gain = (largest["ndcg@10"] - smallest["ndcg@10"]) / math.log2(largest["TFLOP"] / smallest["TFLOP"])
         line += f" From {smallest.name} to {largest.name} a doubling of training FLOPs is worth {gain:+.4f}."
@@ -367,18 +360,18 @@ def _of_adapters(results: Results) -> list[str]:
     for task, name in TASK_NAMES.items():
         if rows := [r for r in compared if r["own_params"]["task"] == task]:
             verdicts.append(_gate_verdict(rows, name))
-            by_claim = _by(rows, lambda r: _claim(r["metrics"]))
+            by_claim = by(rows, lambda r: _claim(r["metrics"]))
             arms = {w: [ARM_NAMES[_model(r)] for r in by_claim.get(w, [])] for w in get_args(Claim)}
             listed = "; ".join(f"{word}: {', '.join(names)}" for word, names in arms.items() if names)
             details.append(f"{name[:1].upper()}{name[1:]}, NDCG@10 against iLoRA, corrected: {listed}.")
     levels = {r["own_params"]["share"]: r["metrics"] for r in results.get("implanted_ceiling", [])}
-    for share, rows in _by(results.get("implanted", []), lambda r: r["own_params"]["share"]).items():
+    for share, rows in by(results.get("implanted", []), lambda r: r["own_params"]["share"]).items():
         parts = [f"iLoRA {rows[0]['metrics']['reference_ndcg@10']:.4f}"]
-        parts += [f"{name} {value:.4f}" for name, value in levels.get(float(share), {}).items()]
+        parts += [f"{name} {value:.4f}" for name, value in levels.get(share, {}).items()]
         parts += [
             f"{ARM_NAMES[_model(r)]} {_claim(r['metrics'])}, {interval_text(r['metrics'])}" for r in rows
         ]
-        details.append(f"A signal in {float(share):.0%} of later items, NDCG@10: {', '.join(parts)}.")
+        details.append(f"A signal in {share:.0%} of later items, NDCG@10: {', '.join(parts)}.")
     answer = [" ".join(verdicts)] if verdicts else []
     return [*answer, *_adapter_steps(results.get("adapter_step", [])), *details]
 
@@ -431,18 +424,16 @@ def of_devices(results: Results) -> list[str]:
     steps = [r for r in results.get("hardware_step", []) if r["kind"] == "predicted"]
     plans = [r for r in steps if {"rule": "open", "status": "ok"}.items() <= r["own_params"].items()]
     sentences = []
-    for size, rows in _by(plans, lambda record: record["own_params"]["size"]).items():
+    for size, rows in by(plans, lambda record: record["own_params"]["size"]).items():
+        rates = {r["own_params"]["device"]: r["timings"]["sequences_per_second"] for r in rows}
         best = max(rows, key=lambda r: r["timings"]["sequences_per_second"])
         low, high = (best["timings"][f"epoch_seconds_{end}"] for end in ("low", "high"))
-        rate = 0.99 * best["timings"]["sequences_per_second"]
-        as_fast = {r["own_params"]["device"] for r in rows if r["timings"]["sequences_per_second"] >= rate}
+        as_fast = [device for device, rate in rates.items() if rate >= 0.99 * max(rates.values())]
         fastest = best["own_params"]["device"]
         if len(as_fast) > 2:
             fastest = f"{len(as_fast)} of them alike, whose step waits for the host"
-        sentence = (
-            f"{size}: fits on {len({r['own_params']['device'] for r in rows})} boards; fastest {fastest}, an "
-            f"epoch in {low:.0f} to {high:.0f} s (predicted)."
-        )
+        sentence = f"{size}: fits on {len(rates)} boards; fastest {fastest}, an epoch in {low:.0f} to "
+        sentence += f"{high:.0f} s (predicted)."
         if priced := [r for r in rows if r["timings"].get("cost_per_epoch") is not None]:
             cheap = min(priced, key=lambda r: r["timings"]["cost_per_epoch"])
             cost, device = cheap["timings"]["cost_per_epoch"], cheap["own_params"]["device"]
@@ -467,14 +458,13 @@ def _of_devices_and_plans(results: Results) -> list[str]:
         return []
     timed = {tables.device_of(r) for r in steps if r["kind"] == "measured"}
     measured = f"Measured on {', '.join(sorted(timed)) or 'no device'}."
-    plans = of_devices(results)
-    start = measured_on_gpus(steps)
+    start, plans = _measured_on_gpus(steps), of_devices(results)
     if plans and not start:
         start = ["No GPU was measured in this run: all that follows is predicted."]
-    return [*([" ".join(start + plans)] if plans or start else []), measured, *planner_errors()]
+    return [*filter(None, [" ".join(start + plans)]), measured, *planner_errors()]
 
 
-def measured_on_gpus(steps: Sequence[Record]) -> list[str]:
+def _measured_on_gpus(steps: Sequence[Record]) -> list[str]:
     """Return the measured sequences/s of each GPU by size, in its fastest precision."""
     rates: dict[str, dict[str, tuple[float, str]]] = {}
     for r in steps:
@@ -482,11 +472,11 @@ def measured_on_gpus(steps: Sequence[Record]) -> list[str]:
             params, rate = r["own_params"], r["timings"]["sequences_per_second"]
             sizes = rates.setdefault(tables.device_of(r), {})
             sizes[params["size"]] = max(sizes.get(params["size"], (0.0, "")), (rate, params["precision"]))
-    sentences = []
-    for device, sizes in rates.items():
-        listed = [f"{size} {rate:,.0f} sequences/s ({name})" for size, (rate, name) in sizes.items()]
-        sentences.append(f"{device}, measured: {', '.join(listed)}.")
-    return sentences
+    texts = {
+        device: [f"{size} {rate:,.0f} sequences/s ({name})" for size, (rate, name) in sizes.items()]
+        for device, sizes in rates.items()
+    }
+    return [f"{device}, measured: {', '.join(listed)}." for device, listed in texts.items()]
 
 
 def _of_plans(results: Results) -> list[str]:
@@ -498,8 +488,8 @@ def _of_plans(results: Results) -> list[str]:
     fit, params = [r for r in boards if r["metrics"]["fits"]], boards[0]["own_params"]
     run = f"{params['size']} at a batch of {params['batch_size']:,}"
     sentences = [f"{run} fits on {len(fit)} of {len(boards)} GPUs (predicted)."]
-    for basis in ("validated", "unvalidated"):
-        sentences.append(f"{sum(r['own_params']['basis'] == basis for r in plans)} plans are {basis}.")
+    bases = [r["own_params"]["basis"] for r in plans]
+    sentences += [f"{bases.count(basis)} plans are {basis}." for basis in ("validated", "unvalidated")]
     if fit:
         best = min(fit, key=lambda r: r["timings"]["epoch_seconds"])
         low, high = (best["timings"][f"epoch_seconds_{end}"] for end in ("low", "high"))
@@ -521,7 +511,7 @@ def _of_audit(results: Results) -> list[str]:
 
 def study(records: Sequence[Record]) -> list[str]:
     """Return the study's answer: effects of size and counting, the cost of a step, and what does not pay."""
-    datasets = _by(tables.by_size(records), lambda r: r["data"]["name"])
+    datasets = by(tables.by_size(records), lambda r: r["data"]["name"])
     answer = [*_of_sizes(datasets), *_of_counts(datasets)]
     starts = {  # start of a notebook's sentence, and its replacement here
         "04_amp_compile": ("From the", "How cheaply: from the"),
@@ -530,7 +520,7 @@ def study(records: Sequence[Record]) -> list[str]:
     for notebook, (start, opening) in starts.items():
         chapter = tables.best_work(r for r in records if r["notebook"] == notebook and tables.of_study(r))
         lines = []
-        for rows in _by(chapter, lambda r: _place([r])).values():
+        for rows in by(chapter, lambda r: _place([r])).values():
             matching = [line for line in sentences(notebook, rows) if line.startswith(start)]
             lines += [line.split(". ")[0].removesuffix(".") for line in matching[:1]]
         if lines:
@@ -545,8 +535,8 @@ def _of_sizes(datasets: Mapping[str, Sequence[Record]]) -> list[str]:
     """Return NDCG@10 on validation of the smallest and the largest width, by dataset of `tables.by_size`."""
     parts, rises = [], []
     for name, rows in datasets.items():
-        widths = _by((r for r in rows if "valid_ndcg@10" in r["metrics"]), _model)
-        arms = [m for m in widths if sweep_of(m) == "width" and recipe_of(m) == "bert4rec"]
+        widths = by((r for r in rows if "valid_ndcg@10" in r["metrics"]), _model)
+        arms = [m for m in widths if sweep_of(m) == "width"]
         arms.sort(key=lambda m: widths[m][0]["metrics"]["non_embedding"])
         if len(arms) > 1:
             ends = widths[arms[0]], widths[arms[-1]]
@@ -559,8 +549,8 @@ def _of_sizes(datasets: Mapping[str, Sequence[Record]]) -> list[str]:
     text = f"How far: {start}. NDCG@10 on validation goes {', '.join(parts)}."
     for name, rows in datasets.items():
         tested = {_model(r): r["metrics"]["ndcg@10"] for r in rows if r["name"] == "test_metrics"}
-        shapes = [value for m, value in tested.items() if sweep_of(m).startswith(tables.SHAPES)]
-        ours = [v for m, v in tested.items() if recipe_of(m) == "bert4rec" and m not in BASELINES]
+        shapes = [value for m, value in tested.items() if recipe_of(m) == tables.SHAPES]
+        ours = [v for m, v in tested.items() if recipe_of(m) == model_name("bert4rec") and m not in BASELINES]
         if shapes and ours:
             text += f" On {name} {tables.SHAPES} have {min(shapes):.3f} to {max(shapes):.3f} on the test "
             text += f"split, ours {min(ours):.3f} to {max(ours):.3f}."

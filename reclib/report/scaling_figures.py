@@ -15,22 +15,9 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from reclib.evaluate import statistics
-from reclib.report import style
-from reclib.report.style import (
-    BLUE,
-    GREEN,
-    HEIGHT,
-    INK,
-    MUTED,
-    ORANGE,
-    PURPLE,
-    Chart,
-    at,
-    interval,
-    log_axis,
-    panels,
-)
-from reclib.report.tables import BASELINES, RATES, SHAPES, model_name, recipe_of, sweep_of
+from reclib.report import style, tables
+from reclib.report.style import BLUE, GREEN, HEIGHT, INK, MUTED, ORANGE, PURPLE, Chart, at, log_axis, panels
+from reclib.report.tables import BASELINES, COUNTED, SHAPES, model_name, recipe_of, sweep_of
 
 LOSS, RANKED, SIZE, FLOPS = "lowest_valid_loss", "valid_ndcg@10", "non_embedding", "training_flops"
 ACCURACY = {RANKED: "NDCG@10", "valid_hr@10": "HR@10"}
@@ -38,12 +25,15 @@ TITLES = {LOSS: "lowest validation loss (nats)", RANKED: "NDCG@10 on validation"
 TITLES |= {SIZE: "non-embedding parameters", FLOPS: "training FLOPs"}
 COLORS = {"width": BLUE, "depth": ORANGE, "untied tables": GREEN, "other learning rate": PURPLE}
 COLORS |= {"tuned settings": GREEN, SHAPES: PURPLE, f"{SHAPES}, items scaled": GREEN}
-RECIPES = {"bert4rec": BLUE, "causal": ORANGE, "bert4rec with counts": GREEN, "causal with counts": PURPLE}
-RECIPES |= {SHAPES: INK}
-SPREAD = {"coverage": "catalogue coverage", "gini": "Gini", "head_share": "share of head items"}
-SPREAD |= {"popularity_percentile": "popularity"}
-LAST = {"head_share": "head items: the fewest that hold half of the training interactions"}
-LAST |= {"popularity_percentile": "popularity: mean percentile among the items"}
+OURS, TWIN = map(model_name, ("bert4rec", "causal"))
+RECIPES = {OURS: BLUE, TWIN: ORANGE, OURS + COUNTED: GREEN, TWIN + COUNTED: PURPLE}
+RECIPES |= {
+    SHAPES: INK,
+    SHAPES + COUNTED: INK,
+    tables.OWN_LOSS: style.PALETTE[4],
+    tables.TABLES: style.PALETTE[5],
+}
+SPREAD = {"coverage": "catalogue coverage", "gini": "Gini", "popularity_percentile": "popularity"}
 MOST_COUNTS = 3  # number of the best counts shown in a panel of `size_and_counts`
 FACTORS = {"half": 0.5, "rule": 1.0, "twice": 2.0}  # multiples of the rule's learning rate
 
@@ -70,7 +60,7 @@ def scaling_curve(rows: pd.DataFrame) -> go.Figure:
     if law is not None:
         _add_law(figure, law, runs)
     from_notebook = runs["of_notebook"] & runs["sweep"].isin(["depth", "tuned settings"])
-    plotted = runs[(runs["sweep"] == "width") | from_notebook]
+    plotted = runs[runs["sweep"].str.startswith("width") | from_notebook]
     for column, x in enumerate((SIZE, FLOPS), 1):
         _add_runs(figure, plotted, x, LOSS, 1, column)
     if law is not None:
@@ -116,11 +106,11 @@ def size_and_counts(rows: pd.DataFrame) -> go.Figure:
         place, in_dataset = at(number // columns + 1, number % columns + 1), rows["dataset"] == dataset
         counts = rows[in_dataset & tested.notna() & rows["model"].isin(BASELINES)].drop_duplicates("model")
         counts = counts[~counts["model"].str.endswith("_with_validation")]
-        widths = rows[in_dataset & ranked.notna() & (rows["sweep"] == "width")]
+        widths = rows[in_dataset & ranked.notna() & rows["sweep"].str.startswith("width")]
         for recipe, part in ((str(recipe), part) for recipe, part in widths.groupby("recipe")):
             means = part.groupby("model").agg({SIZE: "mean", RANKED: "mean"}).sort_values(SIZE)
             look = {"mode": "lines+markers", "marker": {"size": 6}, "opacity": 0.45}
-            trace = look | {"customdata": means.index} | entry(f"{_named(recipe)}, validation")
+            trace = look | {"customdata": means.index} | entry(f"{recipe}, validation")
             hover = "%{customdata}: %{y:.4f} on validation"
             figure.path(part, means[SIZE], means[RANKED], RECIPES[recipe], hover, **trace, **place)
         if counts.empty:
@@ -141,11 +131,11 @@ def size_and_counts(rows: pd.DataFrame) -> go.Figure:
         marks = rows[in_dataset & tested.notna() & rows[SIZE].notna()]
         for recipe, part in ((str(recipe), part) for recipe, part in marks.groupby("recipe")):
             color, hover = RECIPES[recipe], "%{customdata}: %{y:.4f} on test"
-            trace = {"customdata": part["model"].map(model_name)} | entry(f"{_named(recipe)}, test")
+            trace = {"customdata": part["model"].map(model_name)} | entry(f"{recipe}, test")
             if "ndcg@10_low" in part:
-                trace["error_y"] = interval(part, "ndcg@10", color)
+                trace["error_y"] = style.interval(part, "ndcg@10", color)
             figure.dots(part, SIZE, "ndcg@10", color, hover, **trace, **place)
-        scores = marks[marks["recipe"] == "bert4rec"]["ndcg@10"]
+        scores = marks[marks["recipe"] == OURS]["ndcg@10"]
         if len(counts) and len(scores):
             ahead.append((dataset, float(scores.max()) > counts["ndcg@10"].max()))
         axis = log_axis(rows[SIZE].dropna(), most=4) | {"range": list(np.log10([low, high]))}
@@ -167,24 +157,21 @@ def size_and_counts(rows: pd.DataFrame) -> go.Figure:
 def popularity_by_size(rows: pd.DataFrame) -> go.Figure:
     """Coverage, Gini coefficient and popularity of the ten recommended items, by size.
 
-    `rows` are those of `tables.popularity_by_size`: a panel for each measure and dataset. The last measure is
-    the share of head items if every model has it, else the mean percentile of popularity.
+    `rows` are those of `tables.popularity_by_size`: a panel for each measure and dataset.
     """
     datasets, sized = list(dict.fromkeys(rows["dataset"])), rows[rows[SIZE].notna()]
-    third = "head_share" if style.column(sized, "head_share").notna().all() else "popularity_percentile"
-    measures = [*list(SPREAD)[:2], third]
     grid: dict[str, Any] = {"shared_xaxes": True, "subplot_titles": datasets}
-    figure, entry = panels(len(datasets), len(measures), 0.06, **grid), _entries()
+    figure, entry = panels(len(datasets), len(SPREAD), 0.06, **grid), _entries()
     for column, dataset in enumerate(datasets, 1):
         models = sized[sized["dataset"] == dataset].assign(recipe=sized["model"].map(recipe_of))
         models["sweep"] = models["model"].map(sweep_of)
         counts = rows[(rows["dataset"] == dataset) & (rows["model"] == "pairwise_counts")].head(1)
         low, high = models[SIZE].min() / 1.3, models[SIZE].max() * 1.3
-        for line, measure in enumerate(measures, 1):
+        for line, measure in enumerate(SPREAD, 1):
             place = at(line, column)
             for (recipe, *_), part in models.sort_values(SIZE).groupby(["recipe", "grid", "sweep"]):
                 look = {"mode": "lines+markers", "marker": {"size": 8}, "customdata": part["model"]}
-                look, color = look | entry(_named(recipe)), RECIPES[recipe]
+                look, color = look | entry(recipe), RECIPES[recipe]
                 figure.path(part, SIZE, measure, color, "%{customdata}: %{y:.3f}", **look, **place)
             for value in counts[measure]:
                 look = {"line": {"width": 1.5}} | entry("pairwise counts, nothing trained")
@@ -192,17 +179,17 @@ def popularity_by_size(rows: pd.DataFrame) -> go.Figure:
             figure.update_xaxes(**log_axis(models[SIZE], most=4), range=list(np.log10([low, high])), **place)
             title = SPREAD[measure] if column == 1 else ""
             figure.update_yaxes(range=[0, 1.02], nticks=5, title_text=title, **place)
-    figure.update_xaxes(title_text=TITLES[SIZE], row=len(measures))
+    figure.update_xaxes(title_text=TITLES[SIZE], row=len(SPREAD))
     figure.note(
         "Of the ten items recommended to each test user. Coverage: share of the catalogue recommended to "
-        f"anybody; Gini: 0 all items alike, 1 all on few; {LAST[third]}."
+        "anybody; Gini: 0 all items alike, 1 all on few; popularity: mean percentile among the items."
     )
     widths = sized[sized["model"].map(sweep_of) == "width"]
     parts = (part.sort_values(SIZE) for _, part in widths.groupby(["dataset", "grid"]) if len(part) > 1)
     ends = {str(part["dataset"].iloc[0]): part["coverage"].iloc[[0, -1]] for part in parts}
     text = ", ".join(f"{name} {small:.0%} to {large:.0%}" for name, (small, large) in ends.items())
     title = f"Catalogue recommended, smallest to largest size: {text}"
-    return _legend_below(figure, title, showlegend=True, height=260 + 190 * len(measures))
+    return _legend_below(figure, title, showlegend=True, height=260 + 190 * len(SPREAD))
 
 
 def _entries() -> Callable[[str], dict[str, Any]]:
@@ -217,18 +204,10 @@ def _entries() -> Callable[[str], dict[str, Any]]:
     return entry
 
 
-def _named(recipe: str) -> str:
-    if recipe == SHAPES:
-        return recipe
-    kind, *suffix = recipe.split()
-    return " ".join([model_name(kind), *suffix])
-
-
 def scaling_accuracy(rows: pd.DataFrame) -> go.Figure:
     """NDCG@10 and HR@10 on validation against parameters and FLOPs, by width and by depth."""
     runs = one_per_run(rows)
-    is_shape = runs["sweep"].str.startswith(SHAPES)
-    runs = runs[is_shape | runs["sweep"].isin(["width", "depth", "tuned settings"])]
+    runs = runs[~runs["sweep"].isin(["untied tables", "other learning rate"])]
     metrics = [name for name in ACCURACY if name in runs and runs[name].notna().any()]
     figure = panels(2, max(1, len(metrics)), 0.06, shared_yaxes=True, shared_xaxes=True)
     for row, metric in enumerate(metrics, 1):
@@ -292,7 +271,8 @@ def _fewer_seeds(runs: pd.DataFrame) -> str:
 def _add_runs(figure: Chart, runs: pd.DataFrame, x: str, y: str, row: int, col: int) -> None:
     """Draw a mark for each run, and a line through the means of committed runs."""
     for (is_notebook, sweep), part in runs.groupby(["of_notebook", "sweep"], sort=False):
-        color, kind = COLORS[str(sweep)], part["kind"].iloc[0]
+        color = COLORS.get(str(sweep)) or RECIPES[recipe_of(part["model"].iloc[0])]
+        kind = part["kind"].iloc[0]
         millions = part["trained_tokens"].max() / 1e6
         name = f"{sweep}, {'this run' if is_notebook else 'committed'} ({millions:.1f} M tokens)"
         group: dict[str, Any] = {"legendgroup": name, **at(row, col)}
@@ -449,7 +429,7 @@ def _rate_lines(figure: Chart, runs: pd.DataFrame, panel: Panel) -> str:
     ticks = {"type": "log", "tickvals": list(FACTORS.values()), "ticktext": list(FACTORS)}
     panel.axis(figure, "learning rate over the rule's", **ticks)
     for place, base in enumerate(bases):
-        names = {base + end: FACTORS[short] for short, end in RATES.items()}
+        names = {base + end: FACTORS[short] for short, end in tables.RATES.items()}
         group = runs[runs["model"].isin(names)]
         shared = set.intersection(*(set(part["seed"]) for _, part in group.groupby("model")))
         table = _means(group[group["seed"].isin(shared)], panel.measure)

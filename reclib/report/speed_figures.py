@@ -15,19 +15,7 @@ from reclib.cost.planner import Plan
 from reclib.hardware import GIB
 from reclib.records import reference
 from reclib.report import style
-from reclib.report.style import (
-    BLUE,
-    GREEN,
-    INK,
-    MUTED,
-    ORANGE,
-    PALETTE,
-    at,
-    interval,
-    log_axis,
-    panels,
-    single,
-)
+from reclib.report.style import BLUE, GREEN, INK, MUTED, ORANGE, PALETTE, at, interval, log_axis, panels
 
 SIZES = ("nano", "tiny", "small", "medium", "5m", "85m", "130m", "430m")
 CLOSE = 1.05  # a claim holds within 5 %, as in `audit`
@@ -80,9 +68,9 @@ def step_ladder(rows: pd.DataFrame) -> go.Figure:
     """Time of a step on each rung of the ladder: a mark, and a line from the time of the rung above."""
     rows = rows.sort_values("rung").reset_index(drop=True)
     timed = rows[style.column(rows, "step_seconds").notna()].reset_index(drop=True)
-    figure = single()
+    figure = style.single()
     if timed.empty:
-        return _nothing(figure, "No rung could be timed")
+        return figure.update_layout(height=220, title_text="No rung could be timed")
     after = timed["step_seconds"] * 1e3
     before = after.shift(1)
     colors = np.where(before.isna(), MUTED, np.where(after <= before, GREEN, ORANGE))
@@ -115,7 +103,7 @@ def operators(rows: pd.DataFrame) -> go.Figure:
     step = {name: rows[name].iloc[0] for name in several}
     for name, value in step.items():
         rows = rows[rows[name] == value]
-    figure, hover = single(), "%{y}: %{x:.3f} ms in %{customdata:.0f} calls"
+    figure, hover = style.single(), "%{y}: %{x:.3f} ms in %{customdata:.0f} calls"
     rows = rows.assign(operator=rows["operator"].map(_operator))
     parts = rows.groupby("operator", sort=False)[["seconds", "share", "calls"]].sum().reset_index()
     rows = parts.assign(kind=rows["kind"].iloc[0])
@@ -140,32 +128,6 @@ def _operator(name: str) -> str:
     base = re.split(r"[<(]", base)[0].rpartition("::")[2] or base
     base = f"{base} ({functor[1]})" if functor else base
     return base.removeprefix("aten::").replace("_", " ").strip()[:48]
-
-
-def compile_cost(rows: pd.DataFrame) -> go.Figure:
-    """Seconds by steps done, eager and compiled: where the lines cross, compiling has paid."""
-    figure = single()
-    timed = rows[style.column(rows, "step_seconds").notna()]
-    compiled = timed[timed["ran_compile_mode"] != "off"] if len(timed) else timed
-    if compiled.empty:
-        return _nothing(figure, "Nothing was compiled on this device", rows["kind"].iloc[0])
-    best = compiled.iloc[int(compiled["step_seconds"].argmin())]
-    comparable = timed
-    for setting in ("precision", "batch_size"):
-        comparable = comparable[comparable[setting] == best[setting]]
-    pays = style.column(comparable, "break_even_steps").dropna()
-    last = max(100.0, 2 * pays.max()) if len(pays) else 5 * best["compile_seconds"] / best["step_seconds"]
-    steps = np.linspace(0, last, 50)
-    for number, row in enumerate(comparable.to_dict("records")):
-        seconds = row["compile_seconds"] + steps * row["step_seconds"]
-        name = "eager" if row["ran_compile_mode"] == "off" else f"compiled, {row['compile_mode']}"
-        color, hover = PALETTE[number % len(PALETTE)], "%{x:,.0f} steps: %{y:.1f} s"
-        figure.path(row["kind"], steps, seconds, color, hover, name=name)
-    figure.update_xaxes(title_text="steps", rangemode="tozero")
-    figure.update_yaxes(title_text="seconds, compiling included", rangemode="tozero")
-    end = f"has paid after {pays.min():,.0f} steps" if len(pays) else "never pays here"
-    title = f"Compiling costs {best['compile_seconds']:.0f} s and {end}"
-    return figure.update_layout(showlegend=True, title_text=title)
 
 
 def loss_parity(rows: pd.DataFrame) -> go.Figure:
@@ -194,7 +156,7 @@ def loss_parity(rows: pd.DataFrame) -> go.Figure:
 def claimed_rates(rows: pd.DataFrame) -> go.Figure:
     """Each claimed rate, the rate that its epoch time allows, and the factor between them."""
     rows = rows.assign(claimed=rows["ratio"] * rows["by_clock_per_second"])
-    figure = single()
+    figure = style.single()
     for row in rows.itertuples():
         ends = [row.by_clock_per_second, row.claimed]
         figure.path(str(row.kind), ends, [row.model] * 2, MUTED, None, showlegend=False)
@@ -220,68 +182,55 @@ def _variants(rows: pd.DataFrame) -> pd.Series:
     return rows["precision"] + ", " + modes + ", batch " + rows["batch_size"].astype(str)
 
 
-def _nothing(figure: style.Chart, title: str, kind: str = "measured") -> go.Figure:
-    """Return an empty figure with this title."""
-    figure.add_scatter(x=[], y=[], line=style.line(kind, BLUE))
-    figure.update_xaxes(title_text="steps")
-    figure.update_yaxes(title_text="seconds")
-    return figure.update_layout(height=220, title_text=title, showlegend=False)
-
-
 # -- devices side by side: measured solid, predicted hatched, published by others outlined -------------------
 
 
 def throughput(rows: pd.DataFrame) -> go.Figure:
-    """Sequences/s of each size on each device, with the range of each prediction."""
-    rows = _one_row_each(_named(rows))
-    figure, sizes, order = _device_panels(rows, "sequences_per_second", 1, "sequences/s")
+    """Sequences/s of each size on each device, with the range of each prediction.
+
+    Boards have the open rule. If there are plans, sizes without a plan were measured on CPUs only: they are
+    named in a note, not drawn.
+    """
+    rule = rows["rule"] if "rule" in rows else pd.Series("closed", rows.index)
+    rows = rows[(rule.fillna("closed") == "open") | _on_cpu(rows)]
+    rows = rows.drop_duplicates(["size", "device", "kind"], keep="last")
+    planned = set(rows.loc[rows["kind"] == "predicted", "size"])
+    sizes = [size for size in _sizes(rows) if not planned or size in planned]
+    unplanned = [size for size in _sizes(rows) if size not in sizes]
+    rows, rate = rows[rows["size"].isin(sizes)], "sequences_per_second"
+    figure = panels(max(1, len(sizes)), spacing=0.03, shared_yaxes=True, subplot_titles=sizes)
+    for column, name in enumerate(sizes, 1):
+        for kind, part in rows[rows["size"] == name].groupby("kind"):
+            color = BLUE if kind == "measured" else MUTED
+            ranged = kind == "predicted" and f"{rate}_low" in part
+            trace = {"marker": {"size": 8}, "customdata": part["precision"]}
+            trace |= {"error_x": interval(part, rate, color, width=3) if ranged else None}
+            hover = f"%{{y}}: %{{x:,.3~g}} sequences/s, %{{customdata}}, {kind}"
+            figure.dots(part, rate, "device", color, hover, **trace, **at(1, column))
+    figure.update_xaxes(title_text="sequences/s", **log_axis(rows[rate].dropna(), most=4))
+    most = max(rows[rate].max(), style.column(rows, f"{rate}_high").max())
+    figure.update_xaxes(range=[np.log10(rows[rate].min()) - 0.2, np.log10(most) + 0.3])
+    if unplanned:
+        figure.note(f"Measured on CPUs alone and not drawn: {', '.join(unplanned)}.")
     look = {"symbol": "square-open", "size": 9, "color": ORANGE, "line": {"width": 2}}
     for run in reference()["throughput"]:  # sequences of an epoch over its time
         if run["source"] == "slides" and (size := _PUBLISHED.get(run["name"])) in sizes:
             hover = f"seed study, {run['name']}, A100, its wall clock: %{{x:,.0f}}/s<extra></extra>"
             values = {"x": [run["sequences"] / run["epoch_seconds"]], "y": ["published"], "mode": "markers"}
             figure.add_scatter(**values, marker=look, hovertemplate=hover, **at(1, sizes.index(size) + 1))
-    is_shown = (rows["kind"] == "measured") & rows["size"].isin(sizes)
-    measured = sorted(set(rows.loc[is_shown, "device"]))
+    measured = sorted(set(rows.loc[rows["kind"] == "measured", "device"]))
     named = [device for device in measured if device in hardware.catalogue()]
     named += ["CPUs"] if len(measured) > len(named) else []
     title = f"Measured on {' and '.join(named)}, predicted for everything else"
     title = title if measured else "Predicted rates by device: no size here was measured"
-    return _finish(figure, [*order, "published"], title)
-
-
-def memory_by_size(rows: pd.DataFrame) -> go.Figure:
-    """Peak memory of each size, and the memory of each device."""
-    rows = _one_row_each(_named(rows))
-    figure, sizes, order = _device_panels(rows, "peak_memory_bytes", GIB, "GiB")
-    for column, _ in enumerate(sizes, 1):
-        _mark_memory(figure, order, {"size": 14, "line": {"width": 2, "color": ORANGE}}, **at(1, column))
-    figure.update_xaxes(**log_axis([0.3, 150], most=4), range=list(np.log10([0.3, 200])))
-    has = rows["device"].map({name: board.memory_bytes for name, board in hardware.catalogue().items()})
-    over = rows[(style.column(rows, "peak_memory_bytes") > has) & rows["size"].isin(sizes)]
-    needs = ", ".join(over["size"] + " on " + over["device"])
-    title = f"More than the device has, its orange line: {needs}" if needs else "Every size fits on every GPU"
-    return _finish(figure, order, f"{title}, at these batches")
-
-
-def _mark_memory(figure: style.Chart, devices: list[str], look: dict[str, Any], **trace: Any) -> None:
-    """Mark the memory of devices of the catalogue."""
-    has = {name: board.memory_bytes / GIB for name, board in hardware.catalogue().items() if name in devices}
-    names = [name for name in devices if name in has]
-    figure.add_scatter(
-        **{"x": [has[name] for name in names], "y": names, "mode": "markers"},
-        marker={"symbol": "line-ns"} | look,
-        hovertemplate="%{y} has %{x:.0f} GiB<extra></extra>",
-        **trace,
-    )
+    return _finish(figure, [*_devices(rows), "published"], title)
 
 
 def roofline(rows: pd.DataFrame) -> go.Figure:
     """FLOP/s over FLOPs per byte moved: each device's roof, and the steps under it."""
-    rows = _named(rows)
     rows = rows[rows["rule"].fillna("closed").eq("open") | _on_cpu(rows)]
     rows = rows[style.column(rows, "bytes_moved").notna()]
-    figure = single()
+    figure = style.single()
     for number, name in enumerate(_devices(rows)):
         color, part = PALETTE[number % len(PALETTE)], rows[rows["device"] == name]
         if (roof := _roof(name)) is not None:
@@ -319,7 +268,6 @@ def _roof(name: str) -> tuple[float, float] | None:
 
 def technique_gains(rows: pd.DataFrame) -> go.Figure:
     """How many times faster each technique makes a step, by device and size, measured and predicted."""
-    rows = _named(rows)
     names = list(dict.fromkeys(rows["technique"]))
     rows = rows[rows["size"].isin(SIZES)]
     sizes = _sizes(rows)
@@ -357,54 +305,8 @@ def _on_cpu(rows: pd.DataFrame) -> pd.Series:
     return rows["device"].astype(str).str.startswith("cpu")
 
 
-def _named(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return rows in which the devices cpu1 and cpu2 include the name of their CPU."""
-    device = rows["device"].astype(str)
-    ambiguous = device.str.fullmatch(r"cpu\d*")
-    if "cpu" not in rows or not ambiguous.any():
-        return rows
-    full = device + " " + rows["cpu"].fillna("").astype(str)
-    return rows.assign(device=device.where(~ambiguous, full).str.strip())
-
-
-def _one_row_each(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per size, device and kind: the open rule for boards, all rows for CPUs."""
-    rule = rows["rule"] if "rule" in rows else pd.Series("closed", rows.index)
-    chosen = rows[(rule.fillna("closed") == "open") | _on_cpu(rows)]
-    return chosen.drop_duplicates(["size", "device", "kind"], keep="last")
-
-
 def _sizes(rows: pd.DataFrame) -> list[str]:
     return [size for size in SIZES if size in set(rows["size"])]
-
-
-def _device_panels(
-    rows: pd.DataFrame, metric: str, unit: float, title: str
-) -> tuple[style.Chart, list[str], list[str]]:
-    """Draw a panel for each size with a mark for each device; return the figure, the sizes and the devices.
-
-    If there are plans, sizes without a plan were measured on CPUs only: they are named in a note, not drawn.
-    """
-    planned = set(rows.loc[rows["kind"] == "predicted", "size"])
-    sizes = [size for size in _sizes(rows) if not planned or size in planned]
-    unplanned = [size for size in _sizes(rows) if size not in sizes]
-    rows = rows[rows["size"].isin(sizes)]
-    figure = panels(max(1, len(sizes)), spacing=0.03, shared_yaxes=True, subplot_titles=sizes)
-    for column, size in enumerate(sizes, 1):
-        for kind, part in rows[rows["size"] == size].groupby("kind"):
-            color = BLUE if kind == "measured" else MUTED
-            ranged = kind == "predicted" and f"{metric}_low" in part
-            trace = {"marker": {"size": 8}, "customdata": part["precision"]}
-            trace |= {"error_x": interval(part, metric, color, 1 / unit, width=3) if ranged else None}
-            hover = f"%{{y}}: %{{x:,.3~g}} {title}, %{{customdata}}, {kind}"
-            figure.dots(part, part[metric] / unit, "device", color, hover, **trace, **at(1, column))
-    values = rows[metric].dropna() / unit
-    figure.update_xaxes(title_text=title, **log_axis(values, most=4))
-    most = max(values.max(), style.column(rows, f"{metric}_high").max() / unit)
-    figure.update_xaxes(range=[np.log10(values.min()) - 0.2, np.log10(most) + 0.3])
-    if unplanned:
-        figure.note(f"Measured on CPUs alone and not drawn: {', '.join(unplanned)}.")
-    return figure, sizes, _devices(rows)
 
 
 def _finish(figure: style.Chart, order: list[str], title: str) -> go.Figure:
@@ -468,16 +370,18 @@ def by_device(rows: pd.DataFrame) -> go.Figure:
     figure = panels(2, spacing=0.05, legend=True, shared_yaxes=True)
     peaks = rows.groupby("device")["bytes"].sum().loc[devices["device"]] / GIB
     figure.dots(kind, list(peaks), devices["device"], GREEN, "%{y}: %{x:.3~g} GiB", name="peak", **at(1, 1))
-    black = {"size": 16, "line": {"width": 2, "color": INK}}
-    _mark_memory(figure, order, black, name="what it has", **at(1, 1))
+    has = [hardware.catalogue()[name].memory_bytes / GIB for name in boards]
+    look = {"symbol": "line-ns", "size": 16, "line": {"width": 2, "color": INK}}
+    hover = "%{y} has %{x:.0f} GiB<extra></extra>"
+    trace = {"marker": look, "hovertemplate": hover, "name": "what it has"}
+    figure.add_scatter(x=has, y=boards, mode="markers", **trace, **at(1, 1))
     fits = devices["status"].eq("ok")
     for (basis, fit), part in devices.groupby(["basis", fits]):
         color = (BLUE if basis == "validated" else ORANGE) if fit else MUTED
-        trace: dict[str, Any] = {"error_x": interval(part, "epoch_seconds", color, thickness=1.5)}
-        trace["customdata"], name = part["precision"], f"epoch, {basis}" if fit else "epoch, if it fitted"
+        ends: dict[str, Any] = {"error_x": interval(part, "epoch_seconds", color, thickness=1.5)}
+        ends["customdata"], name = part["precision"], f"epoch, {basis}" if fit else "epoch, if it fitted"
         hover = "%{y}, %{customdata}: %{x:,.3g} s"
-        figure.dots(part, "epoch_seconds", "device", color, hover, name=name, **trace, **at(1, 2))
-    has = [hardware.catalogue()[name].memory_bytes / GIB for name in boards]
+        figure.dots(part, "epoch_seconds", "device", color, hover, name=name, **ends, **at(1, 2))
     figure.update_xaxes(title_text="GiB at the peak", **log_axis([*peaks, *has]), **at(1, 1))
     ticks = log_axis([*devices["epoch_seconds_low"], *devices["epoch_seconds_high"]])
     figure.update_xaxes(title_text="seconds of an epoch, with the range", **ticks, **at(1, 2))

@@ -224,11 +224,6 @@ def _kind(rows: Any) -> str:
     return rows if isinstance(rows, str) else str(rows["kind"].iloc[0])
 
 
-def texts(values: pd.Series, form: str, position: str = "outside") -> dict[str, Any]:
-    """Return the settings that write each value beside its bar."""
-    return {"text": values.map(form.format), "textposition": position, "cliponaxis": False}
-
-
 def interval(rows: pd.DataFrame, metric: str, color: str, factor: float = 1, **look: Any) -> dict[str, Any]:
     """Return error bars from `<metric>_low` to `<metric>_high`, multiplied by `factor`."""
     above = factor * (rows[f"{metric}_high"] - rows[metric])

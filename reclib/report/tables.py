@@ -5,21 +5,18 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 
-from reclib import hardware, system
-from reclib.config import ModelConfig, TrainConfig, model_config
+from reclib import hardware
+from reclib.config import TrainConfig, model_config
 from reclib.cost import planner, work
 from reclib.data import fetch
-from reclib.evaluate.statistics import AccuracyLaw, accuracy_law, claim
 from reclib.records import PROFILES
 
 Record = Mapping[str, Any]
@@ -39,6 +36,8 @@ MODEL_NAMES = {
 }
 BASELINES = tuple(MODEL_NAMES)[2:]  # deterministic, without gradient descent
 
+STUDY_DATA = ("synthetic", "amazon-beauty-2014-5core")  # beside those that can be fetched by name
+
 # Arms and tasks of notebook 05.
 ARM_NAMES = {
     "none": "no adaptation",
@@ -56,6 +55,8 @@ ARM_NAMES = {
 }
 TASK_NAMES = {"next_period": "next period", "segment": "segment of users"}
 SHAPES = "the seed study's shapes"  # 85m, 130m, 430m
+OWN_LOSS, TABLES = "the seed study's shape and loss", "item tables of another width"
+COUNTED = " with counts"  # end of arms that have pairwise counts in their logits
 RATES = {"half": " half rate", "rule": "", "twice": " twice rate"}  # ends of arms that check the rule
 FLOOR = "held over 16 bytes per parameter"
 _STATE_BYTES = 16  # of a parameter: weight, gradient and AdamW's two moments in fp32
@@ -78,21 +79,39 @@ def model_name(model: str) -> str:
     return MODEL_NAMES.get(model) or model.replace("_with_validation", " + validation item").replace("_", " ")
 
 
+def recipe_of(arm: str) -> str:
+    """Return the recipe of an arm, which all models on one line of sizes have in common.
+
+    Arms are named as in `params/grids`, where a test compares the names with the configurations.
+    """
+    counts = COUNTED if arm.endswith(COUNTED) else ""
+    if ", table " in arm:
+        return TABLES
+    if re.match(r"\w+ shape\b", arm):
+        return OWN_LOSS if arm.endswith(", its own loss") else SHAPES + counts
+    return model_name("causal" if "causal" in arm.split() else "bert4rec") + counts
+
+
 def sweep_of(arm: str) -> str:
     """Return the sweep of an arm: width at two layers, depth, untied tables, rates, tuned settings.
 
-    Arms are named as in `params/grids`. A size outside of the family `w<width>d<depth>` counts as a width;
-    the seed study's shapes have another architecture and are a sweep of their own.
+    Sweeps of recipes other than plain BERT4Rec have the recipe in their name, as `width, causal twin`; other
+    architectures are a sweep of their own. A size outside of the family `w<width>d<depth>` counts as a width.
     """
-    if match := re.fullmatch(r"\w+ shape( scaled)?", arm):
-        return SHAPES + (", items scaled" if match[1] else "")
+    recipe = recipe_of(arm)
+    if recipe == SHAPES and arm.endswith(" scaled"):
+        return f"{SHAPES}, items scaled"
+    if recipe in (TABLES, OWN_LOSS) or recipe.startswith(SHAPES):
+        return recipe
     if arm.endswith(" untied"):
         return "untied tables"
     if any(end and arm.endswith(end) for end in RATES.values()):
         return "other learning rate"
     if arm.endswith("(tuned)"):
         return "tuned settings"
-    return "depth" if re.fullmatch(r"w\d+d\d+", arm) and not arm.endswith("d2") else "width"
+    depth = re.fullmatch(r"w\d+d(\d+)", arm.removeprefix("causal ").removesuffix(COUNTED))
+    kind = "depth" if depth and depth[1] != "2" else "width"
+    return kind if recipe == model_name("bert4rec") else f"{kind}, {recipe}"
 
 
 def profile(name: str) -> str:
@@ -137,6 +156,19 @@ def _data(record: Record, key: str = "name") -> str:
 # -- selection of records ------------------------------------------------------------------------------------
 
 
+def by(records: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
+    """Group records by a key, in their order."""
+    grouped: dict[Any, list[Any]] = {}
+    for record in records:
+        grouped.setdefault(key(record), []).append(record)
+    return grouped
+
+
+def newest(records: Iterable[Record], key: Callable[[Record], Any]) -> dict[Any, Record]:
+    """Return the newest record of each key, in the order of time."""
+    return {key(record): record for record in sorted(records, key=lambda r: r["time"])}
+
+
 def table(records: Iterable[Record]) -> pd.DataFrame:
     """Return one row per point of the records' series, or per record without series.
 
@@ -148,8 +180,6 @@ def table(records: Iterable[Record]) -> pd.DataFrame:
         params = record.get("own_params") or {}
         origin = {key: record.get(key) for key in ("kind", "label", "profile", "seed")}
         origin["dataset"] = (record.get("data") or {}).get("name")
-        if "device" in params:  # cpu1 and cpu2 need the name of the CPU
-            origin["cpu"] = cpu_of(record)
         columns = {**(record.get("timings") or {}), **params, **record["metrics"], **origin}
         series = {k: v for k, v in (record.get("series") or {}).items() if k not in origin}
         rows = pd.DataFrame(series or {"_": [0]})
@@ -181,22 +211,10 @@ def _is_claim_unmet(record: Record) -> bool:
     return "-" not in claimed or claimed != device_of(record)
 
 
-@cache
-def _study_names() -> frozenset[str]:
-    """Return the datasets of the study: those that can be fetched, and those named by its parameters."""
-    names = {"synthetic", *fetch.catalogue()}
-    for file in system.params().glob("*.yaml"):
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-        sections = [values, *values.values()] if isinstance(values, dict) else []
-        with_data = (section for section in sections if isinstance(section, dict) and "dataset" in section)
-        names |= {str(section["dataset"]) for section in with_data}
-    return frozenset(names)
-
-
 def of_study(record: Record) -> bool:
     """Return whether a record is of the study's data and not of a user's file."""
     dataset = (record.get("params") or {}).get("dataset")
-    return record["profile"] == "grid" or dataset is None or dataset in _study_names()
+    return record["profile"] == "grid" or dataset in (None, *STUDY_DATA, *fetch.catalogue())
 
 
 def distinct(records: Iterable[Record]) -> list[Record]:
@@ -262,10 +280,8 @@ def _work(record: Record) -> str:
 
 def best_work(records: Iterable[Record]) -> list[Record]:
     """Return the records shown by figures, for each result, dataset and label."""
-    named = defaultdict(list)
-    for record in records:
-        named[record["name"]].append(record)
-    return [r for rows in named.values() for group in groups(rows).values() for r in group]
+    by_name = by(records, lambda r: r["name"])
+    return [r for rows in by_name.values() for group in groups(rows).values() for r in group]
 
 
 def family(model: Mapping[str, Any], name: str) -> str:
@@ -307,42 +323,36 @@ def scored_configurations(records: Iterable[Record]) -> dict[tuple[str, str, str
 # -- accuracy against size -----------------------------------------------------------------------------------
 
 
-def recipe_of(arm: str) -> str:
-    """Return the recipe of an arm: bert4rec, causal, either with counts, or the seed study's shapes."""
-    if sweep_of(arm).startswith(SHAPES):
-        return SHAPES
-    kind = "causal" if "causal" in arm.split() else "bert4rec"
-    return f"{kind} with counts" if arm.endswith(" with counts") else kind
-
-
 def by_size(records: Iterable[Record], result: str = "test_metrics") -> list[Record]:
     """Return the runs of grids of sizes, and results of models and baselines with the sizes of their runs.
 
     Only the newest records of committed grids count, without grids that choose a recipe or shuffle ties.
     Grids of one dataset get one name; series are left out, and datasets with fewer than two sizes.
     """
-    newest: dict[tuple[Any, ...], Record] = {}
-    for r in sorted(records, key=lambda r: r["time"]):
-        is_run = r["name"] == "learning_curve" and r["metrics"].get("non_embedding")
-        apart = chooses(_data(r)) or _data(r).startswith(TIES)
-        if r["profile"] == "grid" and not apart and (is_run or r["name"] == result):
-            newest[_data(r), r["name"], r["own_params"].get("model"), r.get("seed")] = r
-    runs = {key: r for key, r in newest.items() if key[1] == "learning_curve"}
-    sizes = {(grid, model): r["metrics"]["non_embedding"] for (grid, _, model, _), r in runs.items()}
-    datasets: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for (grid, name, model, seed), r in newest.items():
-        size, is_count = sizes.get((grid, model)), model in BASELINES
-        of_sizes = name == "learning_curve" and r["notebook"] == "03_scaling"
-        if of_sizes or (name == result and seed is None and (size or is_count)):
+    grids = [r for r in records if r["profile"] == "grid" and not chooses(_data(r))]
+    grids = [r for r in grids if not _data(r).startswith(TIES)]
+    runs = [r for r in grids if r["name"] == "learning_curve" and r["metrics"].get("non_embedding")]
+    results = [r for r in grids if r["name"] == result]
+    sizes = {(_data(r), r["own_params"].get("model")): r["metrics"]["non_embedding"] for r in runs}
+    sized = []
+    for (grid, name, model, seed), r in newest([*runs, *results], _run).items():
+        size = sizes.get((grid, model))
+        is_result = name == result and seed is None and (size or model in BASELINES)
+        if is_result or (name == "learning_curve" and r["notebook"] == "03_scaling"):
             added = {"metrics": dict(r["metrics"]) | {"non_embedding": size}, "series": {}}
-            datasets[_data(r, "fingerprint")].append(dict(r) | added)
+            sized.append(dict(r) | added)
     chosen: list[Record] = []
-    for rows in datasets.values():
-        name = min((_data(r).removeprefix("scaling-").removeprefix("prior-") for r in rows), key=len)
-        if len({size for r in rows if (size := r["metrics"]["non_embedding"])}) > 1:
-            chosen += [_renamed(r, name) for r in rows]
+    for of_data in by(sized, lambda r: _data(r, "fingerprint")).values():
+        name = min((_data(r).removeprefix("scaling-").removeprefix("prior-") for r in of_data), key=len)
+        if len({r["metrics"]["non_embedding"] for r in of_data} - {None}) > 1:
+            chosen += [_renamed(r, name) for r in of_data]
     chosen.sort(key=lambda r: ((r["data"].get("interactions") or 0), _data(r), r["name"], r["time"]))
     return chosen
+
+
+def _run(record: Record) -> tuple[str, str, Any, Any]:
+    """Return the dataset, the name, the model and the seed of a record."""
+    return _data(record), record["name"], record["own_params"].get("model"), record.get("seed")
 
 
 def popularity_by_size(records: Iterable[Record]) -> list[Record]:
@@ -428,47 +438,48 @@ def gains(recorded: Iterable[Record]) -> list[dict[str, Any]]:
     These are rungs of the ladder, AMP and compiling against eager fp32 (notebook 04), and iLoRA against
     training all weights (notebook 05). Smoke runs are left out.
     """
-    runs = defaultdict(list)
-    for record in recorded:
-        timed = (record.get("timings") or {}).get("step_seconds")
-        if timed and record["kind"] == "measured" and record["profile"] != "smoke":
-            params = json.dumps(record["params"], sort_keys=True)
-            runs[record["notebook"], record["name"], record["label"], params].append(record)
+    timed = [r for r in recorded if r["kind"] == "measured" and (r.get("timings") or {}).get("step_seconds")]
+    timed = [r for r in timed if r["profile"] != "smoke"]
     gained = []
-    for (notebook, name, *_), group in runs.items():
+    for (notebook, name, _), group in by(timed, lambda r: (r["notebook"], r["name"], _origin(r))).items():
+        pairs: list[tuple[Record, Record, str]] = []
         if (notebook, name) == ("04_amp_compile", "ladder"):
             rungs = sorted(group, key=lambda r: r["own_params"]["rung"])
             pairs = [(before, after, after["own_params"]["name"]) for before, after in pairwise(rungs)]
-            gained += [_gain(*pair) for pair in pairs if pair[2] in _CLIMBED]
+            pairs = [pair for pair in pairs if pair[2] in _CLIMBED]
         elif (notebook, name) == ("04_amp_compile", "step"):
-            gained += _against_eager(group)
+            pairs = _against_eager(group)
         elif (notebook, name) == ("05_ilora", "adapter_step"):
-            for record in group:
-                if record["own_params"]["model"] == "ilora" and record["timings"].get("over_full"):
-                    gained.append(_gain(None, record, "iLoRA", 1 / record["timings"]["over_full"]))
-                    break
+            adapted = [
+                r for r in group if r["own_params"]["model"] == "ilora" and r["timings"].get("over_full")
+            ]
+            gained += [_gain(r, "iLoRA", 1 / r["timings"]["over_full"]) for r in adapted[:1]]
+        for before, after, technique in pairs:
+            speedup = before["timings"]["step_seconds"] / after["timings"]["step_seconds"]
+            gained.append(_gain(after, technique, speedup))
     return gained
 
 
-def _against_eager(timed: Sequence[Record]) -> list[dict[str, Any]]:
-    gained = []
-    for batch in sorted({r["own_params"]["batch_size"] for r in timed}):
-        by_mode: dict[tuple[str, str], Record] = {}
-        for record in timed:
-            params = record["own_params"]
-            if params["batch_size"] == batch:
-                by_mode.setdefault((params["ran_precision"], params["ran_compile_mode"]), record)
+def _origin(record: Record) -> tuple[str, str]:
+    return record["label"], json.dumps(record["params"], sort_keys=True)
+
+
+def _against_eager(timed: Sequence[Record]) -> list[tuple[Record, Record, str]]:
+    """Return the eager fp32 step of each batch size with its AMP step, and with its compiled one."""
+    pairs = []
+    for _, of_batch in sorted(by(timed, lambda r: r["own_params"]["batch_size"]).items()):
+        modes = by(
+            of_batch, lambda r: (r["own_params"]["ran_precision"], r["own_params"]["ran_compile_mode"])
+        )
+        by_mode = {mode: rows[0] for mode, rows in modes.items()}
         eager, compiled = by_mode.get(("fp32", "off")), by_mode.get(("fp32", "default"))
         mixed = by_mode.get(("bf16", "off"), by_mode.get(("fp16", "off")))
-        for after, technique in ((mixed, "AMP"), (compiled, "torch.compile")):
-            if eager and after:
-                gained.append(_gain(eager, after, technique))
-    return gained
+        candidates = ((mixed, "AMP"), (compiled, "torch.compile"))
+        pairs += [(eager, after, technique) for after, technique in candidates if eager and after]
+    return pairs
 
 
-def _gain(before: Record | None, after: Record, technique: str, speedup: float = 0.0) -> dict[str, Any]:
-    if before is not None:
-        speedup = before["timings"]["step_seconds"] / after["timings"]["step_seconds"]
+def _gain(after: Record, technique: str, speedup: float) -> dict[str, Any]:
     params = {"size": after["params"]["size"], "device": device_of(after), "technique": technique}
     params |= {"basis": "measured", "dataset": (after.get("data") or {}).get("name")}
     changes = {"name": "technique", "own_params": params, "timings": {"speedup": speedup}, "metrics": {}}
@@ -480,18 +491,15 @@ def points(recorded: Iterable[Record], prices: Mapping[str, float]) -> list[dict
 
     Both are means over the seeds that have both. `prices` are per hour by device.
     """
-    trained, scored, runs = {}, {}, defaultdict(list)
-    for record in recorded:
-        profile, seed = record["profile"], record.get("seed")
-        if record["notebook"] != "02_baseline" or seed is None or profile == "smoke":
-            continue
-        key = (record["data"]["name"], record["own_params"].get("model"), profile, seed)
+    trained, scored = {}, {}
+    for record in (r for r in recorded if r["notebook"] == "02_baseline" and r["profile"] != "smoke"):
+        key = (_data(record), record["own_params"].get("model"), record["profile"], record.get("seed"))
         if record["name"] == "learning_curve" and (record.get("timings") or {}).get("train_seconds"):
             trained[key] = record
         elif record["name"] == "test_metrics":
             scored[key] = record
-    for key in trained.keys() & scored.keys():
-        runs[(*key[:3], device_of(trained[key]))].append(key)
+    both = (key for key in trained if key in scored and key[-1] is not None)
+    runs = by(both, lambda key: (*key[:3], device_of(trained[key])))
     rows = []
     for (data, model, name, device), keys in sorted(runs.items()):
         seconds = fmean(trained[key]["timings"]["train_seconds"] for key in keys)
@@ -502,23 +510,6 @@ def points(recorded: Iterable[Record], prices: Mapping[str, float]) -> list[dict
         row |= {"training (s)": seconds, "NDCG@10": accuracy, "s per 0.01": seconds / (100 * accuracy)}
         rows.append(row | {"cost per 0.01": cost})
     return rows
-
-
-def environments(records: Iterable[Record]) -> list[dict[str, Any]]:
-    """Count measured records by device and versions of torch, CUDA and driver."""
-    counts: Counter[tuple[Any, ...]] = Counter()
-    for record in records:
-        device = record["device"]
-        name = cpu_of(record) if device.get("type") == "cpu" else device.get("name")
-        counts[name, device.get("torch"), device.get("cuda"), device.get("driver")] += 1
-    names = ("device", "torch", "CUDA", "driver", "records")
-    return [dict(zip(names, (*key, count), strict=True)) for key, count in sorted(counts.items(), key=str)]
-
-
-def without_roof(records: Iterable[Record]) -> list[str]:
-    """Return the measured devices without a known peak, which have no MFU."""
-    labels = {device_of(r) for r in records if r["kind"] == "measured"}
-    return sorted(labels - set(hardware.catalogue()))
 
 
 def mfu_of(record: Record) -> float | None:
@@ -554,57 +545,24 @@ def real_steps(records: Iterable[Record]) -> pd.DataFrame:
 def by_arm(rows: Sequence[Record]) -> pd.DataFrame:
     """Return one row for each arm: its size, the seeds' mean loss and range, accuracy, tokens, TFLOP, hours.
 
-    `risen` is the last loss minus the lowest, in nats. `state MiB` is the memory of weights, gradients and
-    moments; `hours` are the wall-clock time of all its seeds together.
+    `risen` is the last loss minus the lowest, in nats; `hours` are the wall-clock time of all seeds together.
     """
-    runs = [{"arm": r["own_params"]["model"], "seed": r["seed"], "state": _state_bytes(r)} for r in rows]
-    frame = pd.DataFrame([row | r["metrics"] | r["timings"] for row, r in zip(runs, rows, strict=True)])
+    named = ({"arm": r["own_params"]["model"], "seed": r["seed"]} | r["metrics"] | r["timings"] for r in rows)
+    frame = pd.DataFrame(named)
     frame["risen"] = frame["last_valid_loss"] - frame["lowest_valid_loss"]
     parts = frame.groupby("arm", sort=False)
     table = parts[["item_tables", "non_embedding", "trained_tokens"]].mean().round().astype(int)
     table.insert(0, "seeds", parts["seed"].nunique())
     table["TFLOP"] = parts["training_flops"].mean() / 1e12
     table["late_drop"], table["risen"] = parts["late_drop"].mean(), parts["risen"].mean()
-    table["state MiB"] = (parts["state"].first() / 2**20).round(1)
     seconds = ["train_seconds", "eval_seconds"]
     table["hours"] = (parts[seconds].sum().sum(axis=1) / 3600).round(2) if {*seconds} <= {*frame} else None
-    named = {"loss": "lowest_valid_loss"} | {metric: f"valid_{metric}" for metric in ("ndcg@10", "hr@10")}
-    for name, column in named.items():
+    measures = {"loss": "lowest_valid_loss", "ndcg@10": "valid_ndcg@10", "hr@10": "valid_hr@10"}
+    for name, column in measures.items():
         if column in frame:
             ends = parts[column].agg(["mean", "min", "max"])
             table[[name, f"{name}_low", f"{name}_high"]] = ends.to_numpy()
     return table.sort_values(["non_embedding", "item_tables"], kind="stable")
-
-
-def _state_bytes(row: Record) -> float | None:
-    """Return the bytes of a run's weights, gradients and moments; None if its model is not recorded."""
-    shape = row.get("configuration", {}).get("model")
-    return _STATE_BYTES * sum(work.parameters(ModelConfig(**shape)).values()) if shape else None
-
-
-def rate_check(rows: Sequence[Record]) -> pd.DataFrame:
-    """Return one row for each arm whose rule was checked: loss and NDCG@10 at half, once and twice the rate.
-
-    All are means over their common seeds; `range` is that of the seeds at the rule's rate, and `lost` the
-    loss at that rate minus the lowest of the three, in nats.
-    """
-    metrics = ("lowest_valid_loss", "valid_ndcg@10")
-    values = [{"arm": r["own_params"]["model"], "seed": r["seed"]} | r["metrics"] for r in rows]
-    frame = pd.DataFrame(values, columns=["arm", "seed", *metrics])
-    by_seed: Any = frame.drop_duplicates(["arm", "seed"], keep="last").pivot(index="seed", columns="arm")
-    checked = []
-    for arm in frame["arm"].unique():
-        arms = [arm + end for end in RATES.values()]
-        losses, ranked = (
-            by_seed[metric].reindex(columns=arms).set_axis(list(RATES), axis=1) for metric in metrics
-        )
-        shared = losses.dropna()
-        if len(shared):
-            means, by_rule = shared.mean(), losses["rule"]
-            row = {"arm": arm, "seeds": len(shared), **means, "lost": means["rule"] - means.min()}
-            scores = ranked.loc[shared.index].mean(skipna=False).add_prefix("ndcg@10 ")
-            checked.append(row | {"range": by_rule.max() - by_rule.min(), **scores})
-    return _indexed(checked, "arm")
 
 
 def predictions(outcomes: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
@@ -624,53 +582,6 @@ def predictions(outcomes: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
             row["error"] = f"{outcome['error']:+.4f} ({outcome['relative_error']:+.2%})"
         table[name] = row
     return pd.DataFrame(table).T
-
-
-def law_of_accuracy(rows: Iterable[Record]) -> AccuracyLaw | None:
-    """Return the law of NDCG@10 on validation by width for the runs of a grid; None for too few sizes."""
-    by_width: dict[float, list[float]] = defaultdict(list)
-    for m in (r["metrics"] for r in rows if sweep_of(r["own_params"]["model"]) == "width"):
-        if "valid_ndcg@10" in m:
-            by_width[m["non_embedding"]].append(m["valid_ndcg@10"])
-    return accuracy_law(by_width)
-
-
-def accuracy_laws(runs: Mapping[str, Iterable[Record]]) -> pd.DataFrame:
-    """Return one row for each grid: NDCG@10 of its largest width by a law, by a line, and measured.
-
-    Both are fitted to the other widths after all runs were trained; these are no recorded predictions.
-    """
-    table = {}
-    for name, law in ((name, law_of_accuracy(rows)) for name, rows in runs.items()):
-        if law is not None:
-            band = "none: one seed" if law.low is None else f"{law.low:.4f} to {law.high:.4f}"
-            row = {"law": round(law.predicted, 4), "band": band, "line in log N": round(law.line, 4)}
-            table[name] = row | {"measured": round(law.measured, 4), "told apart": law.differs}
-    return pd.DataFrame(table).T
-
-
-def tuned_against_default(rows: Iterable[Record]) -> pd.DataFrame:
-    """Return one row for each study, split and metric: tuned minus default, paired by user, over the seeds.
-
-    Rows of the test split have the claim after correction, and the number of earlier scorings with these
-    settings.
-    """
-    compared = []
-    for record in rows:
-        params, m, test = record["own_params"], record["metrics"], record["name"] == "comparison"
-        if not (test or record["name"] == "validation_difference") or params["model"] != "tuned":
-            continue
-        row = {"study": record["data"]["name"], "split": "test" if test else "validation"}
-        row |= {"metric": params["metric"].upper(), "tuned minus default": round(m["difference"], 4)}
-        row |= {"low": round(m["difference_low"], 4), "high": round(m["difference_high"], 4)}
-        row["seeds"] = m["seeds"]
-        if test:
-            verdict = claim(m["difference"], m["adjusted_p"], (m["seeds"], m["reference_seeds"]))
-            row |= _sureness(m) | {"claim": verdict, "scored before": record["earlier"]}
-        else:
-            row["over seeds"] = f"{m['seed_low']:+.4f} to {m['seed_high']:+.4f}"
-        compared.append(row)
-    return _indexed(compared, "study").sort_values("split") if compared else pd.DataFrame()
 
 
 # -- accuracy ------------------------------------------------------------------------------------------------
@@ -702,32 +613,21 @@ def accuracy(records: Iterable[Record], all_records: Iterable[Record] | None = N
 
 
 def differences(records: Iterable[Record], name: str) -> pd.DataFrame:
-    """Return one row for each model and metric of comparisons: the difference, paired by user.
+    """Return one row for each difference between two models, paired by user.
 
-    `name` is that of the records: `comparison` within a grid, `peer_comparison` with other libraries.
+    `name` is that of the records: `comparison` within a grid, `peer_comparison` with other libraries,
+    `equal_time_comparison` after equal minutes, `validation_difference` on validation, which has no p-value.
     """
     rows = []
     for (data, _), compared in groups(r for r in records if r["name"] == name).items():
         for params, m in ((r["own_params"], r["metrics"]) for r in compared):
             row = {"data": data, "model": model_name(params["model"]), "minus": model_name(params["against"])}
+            row |= {"minutes": params["minutes"]} if "minutes" in params else {}
             row |= {"metric": params["metric"].upper(), "difference": interval_text(m)}
-            rows.append(row | {"seeds": f"{m['seeds'] or 'no'} and {m['reference_seeds']}"} | _sureness(m))
-    return _indexed(rows, ["data", "model"])
-
-
-def equal_time(records: Iterable[Record]) -> pd.DataFrame:
-    """Return one row for each peer and training time: its validation NDCG@10 minus ours, paired by user."""
-    rows = []
-    for record in (r for r in records if r["name"] == "equal_time_comparison"):
-        params, m = record["own_params"], record["metrics"]
-        row = {"data": record["data"]["name"], "model": params["model"], "minutes": params["minutes"]}
-        rows.append(row | {"minus ours": interval_text(m)} | _sureness(m))
-    return _indexed(rows, ["data", "model", "minutes"]).sort_index()
-
-
-def _sureness(m: Mapping[str, Any]) -> dict[str, float]:
-    """Return the corrected p-value of a comparison and the difference that it could detect."""
-    return {"adjusted p": round(m["adjusted_p"], 4), "could have seen": round(m["detectable"], 4)}
+            row["seeds"] = f"{m['seeds'] or 'no'} and {m.get('reference_seeds', m['seeds'])}"
+            sureness = {"adjusted p": m.get("adjusted_p"), "could have seen": m.get("detectable")}
+            rows.append(row | {column: value and round(value, 4) for column, value in sureness.items()})
+    return _indexed(rows, ["data", "model"]).dropna(axis=1, how="all")
 
 
 def _indexed(rows: Sequence[Mapping[str, Any]], keys: str | list[str]) -> pd.DataFrame:

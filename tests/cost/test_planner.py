@@ -259,7 +259,7 @@ def test_no_committed_record_of_a_gpu_without_a_self_check_is_measured():
 
 def test_gains_are_ratios_of_two_plans_and_prices_pairs_of_device_and_number():
     p = hardware_params(devices=["l4"], sizes=["85m"], prices=["l4=0.7", "a100-80=3"])
-    found = {row.own_params["technique"]: row.timings["speedup"] for row in comparison.gains(p)}
+    found = {row.params["technique"]: row.timings["speedup"] for row in comparison.gains(p)}
     assert set(found) == set(comparison.TECHNIQUES)
     assert found["gather before the head"] > found["packed rows"] > 1
     assert np.isfinite(list(found.values())).all()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+from figure_records import record
 from lineups import asked, trained
 from spread import dataset  # noqa: F401  # a fixture
 
@@ -19,23 +20,11 @@ PLOTLY = "application/vnd.plotly.v1+json"
 
 
 def row(name: str = "step", rate: float = 900.0, seconds: float = 0.07, **changes: object) -> dict:
-    return {
-        "notebook": "04_amp_compile",
-        "name": name,
-        "kind": "measured",
-        "label": "cpu",
-        "profile": "quick",
-        "seed": None,
-        "device": {"name": "a processor"},
-        "data": {"name": "ml-100k"},
-        "metrics": {"sequences_per_second": rate, "step_seconds": seconds},
-        "timings": {},
-        "params": {"size": "tiny", "precisions": ["fp32"]},
-        "own_params": {"precision": "fp32", "batch_size": 32},
-        "git": {"commit": "0123456789abcdef"},
-        "versions": {"torch": "2.13.0"},
-        "time": "2026-11-24T10:00:00+00:00",
-    } | changes
+    numbers = {"sequences_per_second": rate, "step_seconds": seconds}
+    made = record("04_amp_compile", name, {"precision": "fp32", "batch_size": 32}, numbers)
+    made |= {"device": {"name": "a processor"}, "params": {"size": "tiny", "precisions": ["fp32"]}}
+    made |= {"git": {"commit": "0123456789abcdef"}, "versions": {"torch": "2.13.0"}}
+    return made | changes
 
 
 HALF = {"precision": "bf16", "batch_size": 64}

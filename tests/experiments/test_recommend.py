@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-import yaml
 from lineups import CPU, asked, trained
 from spread import dataset  # noqa: F401  # a fixture
 
@@ -52,7 +51,7 @@ def test_the_gate_is_of_the_history(lineup, history):
 
 def test_a_history_is_handed_on_and_read_back(lineup, history):
     key = list(lineup.users)[1]
-    given = yaml.safe_load(explore.as_parameters(lineup, key, history[:3]))
+    given = {"user": key, "history": [lineup.keys[item] for item in history[:3]]}
     assert explore.first_history(asked(**given), lineup) == (key, history[:3])
     for wrong, said in (
         ({"user": "nobody"}, "not in the last window"),

@@ -2,10 +2,8 @@
 
 from collections import defaultdict
 
-import pytest
 from figure_records import compared, ends, of_grid, record
 
-from reclib.config import CONTROLS
 from reclib.evaluate import statistics
 from reclib.report import figures, findings, style, tables
 from reclib.report.tables import ARM_NAMES
@@ -150,22 +148,6 @@ def test_the_answer_of_a_comparison_says_no_more_than_its_claims():
 
 
 # -- adapters ------------------------------------------------------------------------------------------------
-
-
-def test_every_arm_but_the_controls_has_its_mark_and_the_base_is_a_line():
-    arms, rows = list(ARM_NAMES), []
-    for place, arm in enumerate(arms):
-        metrics = ends("ndcg@10", 0.05 + 0.001 * place, 0.01) | {"saved_bytes": 99}
-        metrics |= {"trained_share": 0.01 * place, "trained": 10 * place}
-        rows.append(record("05_ilora", "adaptation", {"task": "segment", "model": arm}, metrics))
-    figure = figures.show("accuracy_by_share", *rows)
-    marks = {t.name: (t.x[0], t.y[0]) for t in figure.data if t.showlegend}
-    others = {*CONTROLS, "none", "pairwise_counts"}  # no arms, and lines
-    assert list(marks) == [ARM_NAMES[arm] for arm in arms if arm not in others]
-    place = arms.index("bias")
-    assert marks[ARM_NAMES["bias"]] == pytest.approx((place, 0.05 + 0.001 * place))  # in percent
-    assert [shape.y0 for shape in figure.layout.shapes] == pytest.approx([0.05, 0.061])  # base and counts
-    assert ARM_NAMES["pairwise_counts"] in figure.layout.title.text  # highest of these made-up records
 
 
 def gate(model, difference, p=0.001, seeds=3):

@@ -37,7 +37,7 @@ def rows() -> list[dict]:
 @pytest.fixture(scope="module")
 def two(rows) -> list[dict]:
     """The records of two figures."""
-    return [r for r in rows if r["name"] in ("preparation", "sequence_lengths")]
+    return [r for r in rows if r["name"] in ("item_popularity", "sequence_lengths")]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def built(rows, drawings, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("figures")
     files = figures.build(rows, folder)
     assert {file.name for file in files} == {f"{one.file}.html" for one in drawings} | {"index.html"}
-    assert {*folder.iterdir()} == {*files, folder / "plotly.min.js"}
+    assert {*folder.iterdir()} == {*files, folder / "plotly.min.js", folder / "figure.js"}
     return folder
 
 
@@ -108,13 +108,11 @@ def test_titles_state_what_the_records_say(drawings):
     rungs = sorted(rows["step_ladder"], key=lambda row: row["own_params"]["rung"])
     ladder = [row["timings"]["step_seconds"] for row in rungs if "step_seconds" in row["timings"]]
     rates = [row["timings"].get("sequences_per_second") or 0 for row in rows["step_time"]]
-    means = [row["metrics"]["hr@10"] for row in rows["metric_comparison"] if row["seed"] is None]
     ratios = [row["metrics"]["ratio"] for row in rows["claimed_rates"]]
     fp32, other, *_ = rows["loss_parity"]
     other = other | {"series": other["series"] | {"loss": [1.01 * loss for loss in fp32["series"]["loss"]]}}
     rows["loss_parity"] = [fp32, other]
     for name, said in {
-        "metric_comparison": f"has the target among its ten first for {max(means):.1%} of users",
         "step_ladder": f"a step is {ladder[0] / min(ladder):,.1f} times faster",
         "step_time": f"with {max(rates):,.0f} sequences/s",
         "loss_parity": "differ by at most 1.00%",
@@ -133,7 +131,6 @@ def test_what_did_not_run_is_said_in_the_figure_and_has_no_mark():
     assert [annotation.text for annotation in figure.layout.annotations] == ["out of memory"]
     assert "not applicable on this device: tf32, eager, batch 64" in under(figure)
     assert not [trace for trace in figure.data if trace.type == "scatter"]
-    assert title("compile_cost", step("bf16", "oom")) == "Nothing was compiled on this device"
 
 
 def test_open_marks_are_those_that_cannot_be_compared(drawings):
@@ -155,12 +152,8 @@ def test_a_rebuild_touches_no_file_removes_old_figures_and_leaves_others_alone(t
     shutil.copytree(built, tmp_path, dirs_exist_ok=True)
     (tmp_path / "mine.html").write_text("<p>by hand</p>")
     figures.build(two, tmp_path)
-    left = {
-        "preparation_ml-100k_cpu.html",
-        "sequence_lengths_ml-100k_cpu.html",
-        "index.html",
-        "plotly.min.js",
-    }
+    left = {f"{name}_ml-100k_cpu.html" for name in ("item_popularity", "sequence_lengths")}
+    left |= {"index.html", "plotly.min.js", "figure.js"}
     assert {path.name for path in tmp_path.iterdir()} == left | {"mine.html"}
     times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     figures.build(json.loads(json.dumps(two)), tmp_path)
@@ -174,8 +167,9 @@ def test_an_executed_notebook_is_a_page_whose_outputs_run_no_script(two, tmp_pat
     shown, place, out = [], tmp_path / "executed/cpu", tmp_path / "out"
     monkeypatch.setattr("IPython.display.display", lambda data, raw: shown.append(data))
     monkeypatch.setattr("plotly.io.renderers.default", "plotly_mimetype")
-    figures.show("preparation", two[0])._ipython_display_()
-    assert "The k-core" in shown[0]["text/html"]
+    popularity = next(row for row in two if row["name"] == "item_popularity")
+    figures.show("item_popularity", popularity)._ipython_display_()
+    assert "A tenth of the items" in shown[0]["text/html"]
     assert "figures/index.html, question 01" in shown[0]["text/html"]
     outputs = [{"output_type": "display_data", "data": data} for data in (*shown, {"text/html": HOSTILE})]
     cells = [{"cell_type": "code", "source": ["1 < 2"], "outputs": outputs}]
@@ -186,8 +180,8 @@ def test_an_executed_notebook_is_a_page_whose_outputs_run_no_script(two, tmp_pat
     figures.build(two[:1], out, roots=[place.parent])
     html = (out / "01_data_prep_cpu.html").read_text()
     (nonce,) = re.findall("script-src 'nonce-([0-9a-f]{32})'", html)
-    assert html.count(f'<script nonce="{nonce}"') == 2  # plotly, and what draws
-    for part in ("<pre>1 &lt; 2</pre>", "<h1>A title</h1>", "index.html#02_baseline", '"text": "The k-core'):
+    assert html.count(f'<script nonce="{nonce}"') == 4  # plotly, figure.js, a check of both, and what draws
+    for part in ("<pre>1 &lt; 2</pre>", "<h1>A title</h1>", "index.html#02_baseline", '"text": "A tenth of'):
         assert part in html, part
     assert '<a href="01_data_prep_cpu.html">cpu</a>' in (out / "index.html").read_text()
     monkeypatch.setitem(sys.modules, "mistune", None)
@@ -209,6 +203,7 @@ def test_pages_load_nothing_from_elsewhere_and_state_question_answer_and_origin(
         assert str(escape(text)) in page
     assert f"<time>{origin.day}</time>" in page
     assert "prefers-color-scheme: dark" in page
+    assert "needs plotly.min.js and figure.js" in (built / "sequence_lengths_ml-100k_cpu.html").read_text()
     assert "smoke run" not in page
     assert "http" not in page
 
@@ -259,13 +254,14 @@ def test_a_malformed_record_and_one_that_breaks_a_figure_cost_nothing_but_themse
 def test_two_datasets_of_one_name_and_a_users_own_stand_apart(two, tmp_path):
     odd = two[0] | {"data": {"name": 'a "b"/../c', "fingerprint": "0"}}
     names = sorted(path.name for path in figures.build([odd], tmp_path / "odd"))
-    assert names == ["index.html", "preparation_a-b-..-c_cpu.html"]
+    assert names == ["index.html", f"{two[0]['name']}_a-b-..-c_cpu.html"]
     own = {"params": {"dataset": "/home/me/ratings.csv"}}
     prints = [{"data": {"name": "ratings", "fingerprint": print_}} for print_ in ("aaaa1111bb", "cccc")]
     mine = [one | data | own for data in prints for one in two]
     names = {path.name for path in figures.build([*mine, *two], tmp_path)}
-    assert {"preparation_ratings-aaaa1111-_cpu.html", "preparation_ratings-cccc-_cpu.html"} <= names
-    assert "preparation_ml-100k_cpu.html" in names  # whose name nobody shares
+    shared = {f"item_popularity_ratings-{start}-_cpu.html" for start in ("aaaa1111", "cccc")}
+    assert shared <= names
+    assert "item_popularity_ml-100k_cpu.html" in names  # whose name nobody shares
     study, yours = (tmp_path / "index.html").read_text(encoding="utf-8").split('<section id="own">')
     assert "ratings" not in study[study.index("<main>") :]
     assert "ratings (aaaa1111)" in yours

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 
 import pytest
+import yaml
+from conftest import ROOT
 from figure_records import of_grid, of_sizes, record
 
 from reclib.config import model_config
@@ -74,6 +76,65 @@ def test_accuracy_against_size_keeps_validation_and_test_apart_and_says_who_is_a
     assert said[1].startswith("Counting, with nothing trained, is ahead of every trained model on made-up.")
     assert tables.by_size(rows[:2]) == [], "one size is no comparison of sizes"
     assert findings.study([]) == []
+
+
+def test_names_of_arms_tell_the_recipe_of_their_configuration():
+    checked = 0
+    for file in (ROOT / "params/grids").glob("*.yaml"):
+        grid = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if grid["notebook"] != "03_scaling" or tables.chooses(file.stem):
+            continue
+        for arm, fields in grid["arms"].items():
+            model, train = (grid.get(part, {}) | fields.get(part, {}) for part in ("model", "train"))
+            recipe, checked = tables.recipe_of(arm), checked + 1
+            assert (recipe == tables.OWN_LOSS) == (train.get("objective") == "seed_focal"), arm
+            assert (recipe == tables.TABLES) == ("table_dim" in model), arm
+            assert recipe.endswith(tables.COUNTED) == (train.get("prior") == "counts"), arm
+            assert recipe.startswith("causal twin") == (train.get("objective") == "next_item"), arm
+            assert ("shape" in recipe) == (fields["size"] in ("85m", "130m", "430m")), arm
+            if recipe != "BERT4Rec":
+                assert tables.sweep_of(arm) not in ("width", "depth"), arm
+    assert checked > 30
+
+
+def test_other_recipes_stand_on_no_line_of_plain_widths():
+    sweeps = {
+        "causal w64d2": "width, causal twin",
+        "causal w256d4 with counts": "depth, causal twin with counts",
+        "w256d2 with counts": "width, BERT4Rec with counts",
+        "encoder 64, table 256": "item tables of another width",
+        "85m shape, its own loss": "the seed study's shape and loss",
+        "85m shape scaled with counts": "the seed study's shapes with counts",
+        "430m shape": "the seed study's shapes",
+        "w1024d8": "depth",
+    }
+    assert {arm: tables.sweep_of(arm) for arm in sweeps} == sweeps
+    plain, others = of_sizes(), []
+    for number, arm in enumerate(sweeps, start=1):
+        run, test = plain[0], next(row for row in plain if row["name"] == "test_metrics")
+        metrics = run["metrics"] | {"non_embedding": number}
+        others += [{**run, "metrics": metrics, "own_params": {"model": arm}}]
+        others += [{**test, "own_params": {"model": arm}}]
+    rows = tables.by_size([*plain, *others])
+    traces = figures.show("size_and_counts", *rows).data
+    drawn = {trace.name: list(trace.x) for trace in traces if not trace.name.startswith("counts")}
+    assert drawn["BERT4Rec, validation"] == [25_000, 100_000]
+    assert drawn["BERT4Rec, test"] == [100_000, 8], "and the deep model, which is no other recipe"
+    for arm, number in (("430m shape", 7), ("encoder 64, table 256", 4), ("85m shape, its own loss", 5)):
+        assert drawn[f"{tables.recipe_of(arm)}, test"] == [number]
+    curves = [row for row in rows if row["name"] == "learning_curve"]
+    figure = figures.show("scaling_accuracy", *curves)
+    left = [trace for trace in figure.data if trace.mode == "lines" and trace.xaxis == "x"]
+    lines = {trace.legendgroup: list(trace.x) for trace in left}
+    assert [x for name, x in lines.items() if name.startswith("width, committed")] == [[25_000, 100_000]]
+    assert len(lines) == 1 + len(sweeps)
+    assert "ours 0.040 to 0.040" in findings.study([*plain, *others])[0]
+    about = {"data": {"name": "causal-made-up", "fingerprint": "efgh"}, "time": "2026-02-01"}
+    twins = [row | about | {"own_params": {"model": f"causal {row['own_params']['model']}"}} for row in plain]
+    main = figures.main_figures([*plain, *twins])["scaling_accuracy"]
+    assert {row["data"]["name"] for row in main} == {"scaling-made-up"}, (
+        "a newer grid of twins is not the main one"
+    )
 
 
 def ranked(model: str, flops: float, *scores: float) -> list[dict]:

@@ -30,10 +30,7 @@ def test_every_command_has_help_and_help_names_every_command(capsys):
         assert re.search(rf"^ +{name} ", text, re.MULTILINE), name
 
 
-def test_a_former_spelling_prints_the_new_one_and_a_wrong_option_one_line():
-    done = shell("reclib.planner --size 5m")
-    assert done.returncode != 0
-    assert done.stderr == "reclib.planner is now: python -m reclib plan\n"
+def test_a_wrong_option_is_an_error_of_one_line():
     done = shell("reclib plan --sise 5m")
     assert done.returncode == 2
     assert re.fullmatch(".*--help.*\n", done.stderr)
