@@ -26,10 +26,6 @@ BEST_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD
 Row = dict[str, Any]
 
 
-class AbsentError(Exception):
-    """What a benchmark needs is not here."""
-
-
 class FailedError(Exception):
     """A process of a benchmark did not end well."""
 

@@ -17,25 +17,19 @@ pytestmark = pytest.mark.slow
 BAD_STAGES = """
 import os, signal, sys
 import gpu, gpu_stages
-from common import AbsentError
-
 def raises(b):
     raise ValueError("what a stage says")
 
-def absent(b):
-    raise AbsentError("no such thing here")
-
 gpu_stages.STAGES |= {
-    "raises": raises, "absent": absent, "hangs": lambda b: signal.pause(),
+    "raises": raises, "hangs": lambda b: signal.pause(),
     "killed": lambda b: os.kill(os.getpid(), signal.SIGSEGV), "exits": lambda b: os._exit(3),
 }
-gpu.LIMITS |= {"raises": 9, "absent": 9, "hangs": 0.25, "killed": 9, "exits": 9}
+gpu.LIMITS |= {"raises": 9, "hangs": 0.25, "killed": 9, "exits": 9}
 sys.exit(gpu.main(sys.argv[1:]))
 """
 ENDS = {
     "env": "ok",
     "raises": "failed: ValueError: what a stage says",
-    "absent": "absent: no such thing here",
     "hangs": "out of time after 1 s",
     "killed": "killed by SIGSEGV",
     "exits": "ended with exit code 3",
