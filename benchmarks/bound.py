@@ -167,9 +167,7 @@ def operator_seconds(device: torch.device, repeats: int) -> float:
 Seconds = dict[str, float]
 
 
-def gemm_bound(
-    model: ModelConfig, batch: Batch, device: torch.device, repeats: int = 5
-) -> tuple[Seconds, Seconds]:
+def gemm_bound(model: ModelConfig, batch: Batch, device: torch.device, repeats: int = 5) -> list[Seconds]:
     """Return the seconds of the products, and of the rest, for one batch of a model that trains in fp32.
 
     The encoder's products count at the rate of its widest map; attention, too, which flatters it, so that the
@@ -199,4 +197,4 @@ def gemm_bound(
     rest = {"fused AdamW": update, "softmax over the logits": 8 * targets * model.num_items / bandwidth}
     if not model.tied:
         rest["clear the input table's gradient"] = 4 * model.vocab_size * model.hidden_dim / bandwidth
-    return products, rest | {"global norm": 4 * sum(w.numel() for w in weights) / bandwidth}
+    return [products, rest | {"global norm": 4 * sum(w.numel() for w in weights) / bandwidth}]

@@ -159,9 +159,7 @@ def ratios(results: dict[str, list[Row]]) -> Row:
         "speedup_over_seed_step": step[DEFAULTS] / our_step,
         "speedup_over_seed_step_best_allocator": step[BEST] / our_step,
         "speedup_same_objective": step["rung 2"] / our_step,
-        "peak_memory_over_floor": max(
-            (row["grown_bytes"] / row["floor_bytes"] for row in ours), default=None
-        ),
+        "peak_memory_over_floor": max((r["grown_bytes"] / r["floor_bytes"] for r in ours), default=None),
     }
 
 

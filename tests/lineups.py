@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import smoke
 
-from reclib import hardware, parameters
+from reclib import hardware
 from reclib.data.dataset import Dataset
 from reclib.experiments import explore
 from reclib.experiments.explore import Lineup
@@ -18,7 +19,7 @@ SMALL = {"max_len": 16, "batch_size": 32, "epochs": 6, "adapter_epochs": 4, "his
 
 
 def asked(**changes: object) -> Explore:
-    return parameters.build("07_explore", parameters.profile("07_explore", "smoke") | SMALL | changes)
+    return smoke("07_explore", **(SMALL | changes))
 
 
 def trained(dataset: Dataset, folder: Path) -> Iterator[Lineup]:

@@ -90,9 +90,8 @@ class Data(NamedTuple):
 def load(path: Path) -> Data:
     """Read the file that every side of the comparison reads."""
     with np.load(path) as file:
-        return Data(
-            file["items"], file["offsets"], int(file["num_items"]), file.get("valid"), file.get("test")
-        )
+        held_out = file.get("valid"), file.get("test")
+        return Data(file["items"], file["offsets"], int(file["num_items"]), *held_out)
 
 
 class StepClock:
@@ -316,9 +315,8 @@ def run(models: dict[str, Any], doc: str | None) -> None:
     peer = peer_class(args, load(args.data))
     watch = (Selection if args.fit else StepClock)(args, peer)
     peer.train(watch)
-    about = {
-        name: getattr(args, name) for name in ("model", "shape", "loss", "dropout", "mask_prob", "batch_size")
-    }
+    names = ("model", "shape", "loss", "dropout", "mask_prob", "batch_size")
+    about = {name: getattr(args, name) for name in names}
     about |= {"version": metadata.version(peer_class.package), "torch": torch.__version__}
     about |= {"threads": torch.get_num_threads()}
     about |= {"parameters": sum(p.numel() for p in peer.module.parameters())}

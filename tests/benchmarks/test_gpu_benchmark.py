@@ -1,13 +1,11 @@
 """`benchmarks/gpu.py`: stages that cannot harm each other, valid records, committed predictions."""
 
 import json
-import subprocess
-import sys
 
 import planner
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, python
 
 from reclib import records as reclib_records
 
@@ -39,9 +37,8 @@ ENDS = {
 
 
 def test_a_stage_that_fails_hangs_or_is_killed_leaves_the_next_one_whole(tmp_path):
-    command = [sys.executable, "-c", BAD_STAGES, "--device", "cpu", "--tiny", "--out", str(tmp_path)]
-    command += ["--stages", ",".join(ENDS)]
-    done = subprocess.run(command, cwd=ROOT / "benchmarks", capture_output=True, text=True)
+    words = ["--device", "cpu", "--tiny", "--out", tmp_path, "--stages", ",".join(ENDS)]
+    done = python("-c", BAD_STAGES, *words, cwd=ROOT / "benchmarks")
     assert done.returncode == 1, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "stages.jsonl").read_text().splitlines()]
     assert {row["name"]: row["status"] for row in rows} == ENDS
@@ -60,8 +57,7 @@ def test_a_stage_that_fails_hangs_or_is_killed_leaves_the_next_one_whole(tmp_pat
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so_in_one_line(tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--out", str(tmp_path / "row")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = python(ROOT / "benchmarks" / "gpu.py", "--out", tmp_path / "row")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("no GPU that torch can use is here")
     assert not (tmp_path / "row").exists()

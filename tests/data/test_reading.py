@@ -134,16 +134,8 @@ FAULTS = [
     ("blank lines", f"{UIT}\nu,a,@\n\r\nu,b,@\n\n", "u: a b"),
     ("bytes that are not UTF-8", f"{UIT}u,\udcff,@\nu,b,@\n", "u: b", "1 not UTF-8"),
     # what is not clear
-    (
-        "Amazon's CSV of one line",
-        "1384719342,B00005N7P0,5,1365811200\n",
-        "! amazon-2014-csv .USER,.* amazon-2018-csv",
-    ),
-    (
-        "two fields a line",
-        "1 5\n2 6\n3 5\n",
-        "! every line has two fields and no user has two lines.*give format",
-    ),
+    ("an Amazon CSV", "1384719342,B00005N7P0,5,1365811200\n", "! amazon-2014-csv .*, amazon-2018-csv"),
+    ("two fields a line", "1 5\n2 6\n3 5\n", "! two fields and no user has two lines.*give format"),
     ("histories of one user", "1 5 6\n1 7 8\n", "! format was not recognised .line 1: '1 5 6'"),
     ("Python dictionaries", "{'asin': '1'}\n", "! line 1: .*a Python dictionary is none"),
     ("no header above a time", "1\t2\t1400457600\n", f"! column is the user's.*{POSITIONS}"),
@@ -216,7 +208,7 @@ PARQUET = [
 def test_one_reading_in_blocks_of_any_size(tmp_path, monkeypatch, content, expected, rejected, columns):
     is_query = str(content).startswith("SELECT")
     path = parquet(tmp_path / "x.parquet", content) if is_query else written(tmp_path, content)
-    for size in (1 << 20, 97, 7):
+    for size in (1 << 20, 7):
         monkeypatch.setattr(formats, "PIECE_BYTES", size)
         monkeypatch.setattr(formats, "BLOCK_BYTES", size)
         if expected.startswith("! "):
@@ -241,18 +233,8 @@ def test_files_that_are_refused(tmp_path):
         ("none.txt", b"", "auto", "none.txt is empty"),
         ("none.txt", b"\n \n", ML, "none.txt is empty"),
         ("none.txt", gzip.compress(b""), "user-per-line", "none.txt is empty"),
-        (
-            "u.data",
-            f"1\t2\t3\t{SECOND}\n1\t2\t3\t8812509",
-            "auto",
-            r"u\.data, line 2: the file stops without a",
-        ),
-        (
-            "both.csv",
-            "".join(CONTENTS[f"amazon-{year}-csv"] for year in (2014, 2018)),
-            "auto",
-            "is the user's",
-        ),
+        ("u.data", f"1\t2\t3\t{SECOND}\n1\t2\t3\t8812509", "auto", r"u\.data, line 2: the file stops"),
+        ("both", "".join(CONTENTS[f"amazon-{year}-csv"] for year in (2014, 2018)), "auto", "is the user's"),
         ("X_time_org_rank.txt", "1 13188\n", "auto", "holds the times of X_item_org_rank.txt"),
         ("file", "1 5\n2 6\n", "ml-10m", "'ml-10m', expected auto or one of ml-100k, ml-1m"),
         ("x.inter", "1\t2\t3\t4\n", "auto", r"x.inter, line 1: header is '1\\t2\\t3\\t4', expected TAB-sep"),
@@ -379,12 +361,10 @@ def by_pandas(table: pd.DataFrame) -> pd.DataFrame:
 
 
 # What fails is shown as it is: making it smaller takes minutes.
-@settings(
-    max_examples=40,
-    deadline=None,
-    phases=[Phase.reuse, Phase.generate],
-    suppress_health_check=list(HealthCheck),
-)
+QUICK = {"phases": [Phase.reuse, Phase.generate], "suppress_health_check": list(HealthCheck)}
+
+
+@settings(max_examples=40, deadline=None, **QUICK)
 @given(**TABLES)
 def test_random_tables_give_what_pandas_reads(tmp_path_factory, rows, kind, piece, missing, packed, **text):
     table = pd.DataFrame([row[:4] for row in rows], columns=["user", "item", "note", "rating"], dtype=str)
@@ -459,9 +439,7 @@ def test_damaged_files_give_an_error_of_ours_or_counted_lines(tmp_path):
 
 SAMPLES = system.root().parent / "shared" / "data"
 REVIEW = '{"reviewerID": "A2IBPI20UZIR0U", "asin": "1384719342", "overall": 5.0, "unixReviewTime": 1393545600'
-REVIEW_2023 = (
-    '{"user_id": "AE", "parent_asin": "B0", "asin": "B1", "rating": 5.0, "timestamp": 1602133857705}'
-)
+REVIEW_2023 = '{"user_id": "AE", "parent_asin": "B0", "asin": "B1", "rating": 5, "timestamp": 1602133857705}'
 USERS = ["A2IBPI20UZIR0U", "AKM1MP6P0OYPR", "A14VAT5EAX3D9S"]
 ITEMS = ["1384719342", "B00005N7P0", "013279304X"]
 PAIRS = list(zip(USERS, ITEMS, strict=True))
@@ -563,12 +541,8 @@ def test_too_many_bad_lines_stop_with_counts_and_examples(tmp_path):
     assert len(read(path, max_rejected_share=0.03)[0]) == 97
     with pytest.raises(InputError) as error:
         read(path, max_rejected_share=0.029)
-    for part in (
-        "3 of 100 lines rejected, allowed is a share of 0.029",
-        "2 number of fields, 1 rating not a number",
-        "u.data, line 98: rating is 'x', expected a number",
-    ):
-        assert part in str(error.value)
+    counts = "3 of 100 lines rejected, allowed is a share of 0.029.*2 number of fields, 1 rating not a number"
+    assert re.search(f"{counts}.*u.data, line 98: rating is 'x', expected a number", str(error.value))
 
 
 def test_a_gzip_file_that_is_cut_or_damaged_is_refused(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from conftest import smoke
 from spread import dataset  # noqa: F401  # a fixture
 
 from reclib import hardware, parameters
@@ -24,7 +25,7 @@ SMALL = {"arms": FEW, "past_share": 0.5, "size": "nano", "max_len": 16, "batch_s
 
 
 def asked(**changes: object) -> ILora:
-    return parameters.build("05_ilora", parameters.profile("05_ilora", "smoke") | SMALL | changes)
+    return smoke("05_ilora", **(SMALL | changes))
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from lineups import CPU, asked, trained
+from small_models import scores_after
 from spread import dataset  # noqa: F401  # a fixture
 
 from reclib import system
@@ -31,13 +32,7 @@ def test_a_list_is_that_of_the_models_scores_without_what_was_seen(lineup, histo
     assert not set(best) & set(history)
     assert found[best].tolist() == [1, 2, 3, 4, 5]
     assert not found[list(history)].any()
-    # by the model's own forward pass: the history, and MASK at the end
-    model = lineup.models["base"]
-    items = torch.tensor([[*history, model.config.mask_id]])
-    places = torch.arange(len(history) + 1)[None]
-    with torch.no_grad():
-        hidden = model.encode(items, torch.ones_like(items), places)[0, -1:]
-        scores = model.logits(hidden)[0, 1 : model.config.num_items + 1]
+    scores = scores_after(lineup.models["base"], history)
     scores[torch.tensor(history) - 1] = -torch.inf
     assert best == (scores.topk(5).indices + 1).tolist()
 
@@ -54,10 +49,7 @@ def test_a_history_is_handed_on_and_read_back(lineup, history):
     key = list(lineup.users)[1]
     given = yaml.safe_load(explore.as_parameters(lineup, key, history[:3]))
     assert explore.first_history(asked(**given), lineup) == (key, history[:3])
-    for wrong, said in (
-        ({"user": "nobody"}, "not in the last window"),
-        ({"history": ["x"]}, "unknown item 'x'"),
-    ):
+    for wrong, said in [({"user": "nobody"}, "not in the last"), ({"history": ["x"]}, "unknown item 'x'")]:
         with pytest.raises(InputError, match=said):
             explore.first_history(asked(**wrong), lineup)
 

@@ -107,9 +107,7 @@ def test_an_arm_of_other_data_is_scored_on_them(scored):
     assert data == {"null", '{"synthetic_seed": 1}'}
 
 
-def test_kept_ranks_alone_give_the_same_again_and_a_seed_that_chose_the_recipe_does_not_judge_it(
-    scored, monkeypatch
-):
+def test_kept_ranks_give_the_same_and_a_seed_that_chose_the_recipe_does_not_judge_it(scored, monkeypatch):
     """Baselines join a grid whose weights are gone; a changed recipe is another look, a scoring is none."""
     here = work()
     arm = here.grid.arms[0]
@@ -120,9 +118,8 @@ def test_kept_ranks_alone_give_the_same_again_and_a_seed_that_chose_the_recipe_d
     again = grids.score(here, from_ranks=True)
     assert means(again) == means(scored), "the seed that chose stays in the means"
     assert {row.metrics["reference_seeds"] for row in named(again, "comparison", against="bert4rec")} == {1}
-    assert {"bert4rec": [1]} in [
-        row["configuration"].get("seeds_left_out") for row in here.rows("comparison")
-    ]
+    left_out = [row["configuration"].get("seeds_left_out") for row in here.rows("comparison")]
+    assert {"bert4rec": [1]} in left_out
     assert ("pairwise_counts_with_validation", None) in means(again)
     rows = here.rows("test_metrics") + here.rows("protocol")
     for place, row in enumerate(rows):  # every scoring is counted
@@ -131,10 +128,8 @@ def test_kept_ranks_alone_give_the_same_again_and_a_seed_that_chose_the_recipe_d
     assert counts[where, "leave-one-out", "bert4rec"] == counts[where, "leave-one-out", "causal"] == 1
     wider = copy.deepcopy(rows)
     for row in wider:
-        arms, model = (
-            row["configuration"]["arms"],
-            row["own_params"]["model"].removesuffix("_with_validation"),
-        )
+        arms = row["configuration"]["arms"]
+        model = row["own_params"]["model"].removesuffix("_with_validation")
         assert {arm.split(" (")[0] for arm in arms} == {model} & {"bert4rec", "twin", "other"}  # its own
         for arm_configuration in arms.values():
             arm_configuration["model"]["hidden_dim"] *= 2

@@ -74,6 +74,8 @@ def test_wrong_values_are_told_in_one_line_that_names_the_parameter():
 
 def test_impossible_values_are_told_in_one_line():
     odd = {"positions": "sinusoidal", "hidden_dim": 3, "num_heads": 1}
+    focal = {"objective": "seed_focal", "layout": "padded", "loss": "sampled_softmax"}
+    few_logits = ({"loss": "gbce"}, {"compile_mode": "graph"}, {"head_rows": "all"}, {"loss": "fused"})
     for kind, values, part in [
         (ModelConfig, {"num_items": 0}, "'num_items' is 0"),
         (ModelConfig, {"num_items": 5, "hidden_dim": 10, "num_heads": 3}, "divisible by num_heads=3"),
@@ -84,6 +86,9 @@ def test_impossible_values_are_told_in_one_line():
         (TrainConfig, {"batch_size": 10, "micro_batch_size": 3}, "multiple of micro_batch_size=3"),
         (TrainConfig, {"learning_rate": float("nan")}, "'learning_rate' is nan"),
         (TrainConfig, {"seed": 2**64}, "'seed' is 18446744073709551616"),
+        (TrainConfig, {"loss": "gbce", "head_rows": "all"}, "needs loss='plain', not 'gbce'"),
+        (TrainConfig, focal, "knows no loss='sampled_softmax'"),
+        *((TrainConfig, {"prior": "counts"} | one, "prior='counts' needs the logits") for one in few_logits),
     ]:
         with pytest.raises(InputError) as error:
             validated(kind, values)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 import yaml
-from conftest import RESULT, ROOT
+from conftest import RESULT, ROOT, python
 
 from reclib import cli, parameters
 from reclib import records as reclib_records
@@ -158,9 +156,7 @@ def test_plain_papermill_works_and_refuses_a_misspelt_parameter(project: Path):
 
     def papermill(folder: str, up: str, *given: str) -> subprocess.CompletedProcess[str]:
         files = (f"{up}notebooks/02_baseline.ipynb", f"{up}executed/cpu/02_baseline.ipynb")
-        command = [sys.executable, "-m", "papermill", *files, "-p", "gpu", "cpu", "-p", *given]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        return subprocess.run(command, cwd=project / folder, env=environment, capture_output=True, text=True)
+        return python("-m", "papermill", *files, "-p", "gpu", "cpu", "-p", *given, cwd=project / folder)
 
     done = papermill(".", "", "tied", "false")
     assert done.returncode == 0, done.stderr

@@ -6,11 +6,10 @@ import bound
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, smoke
 from small_models import histories, small_model
 
 from reclib import hardware, records, runner
-from reclib import parameters as reclib_parameters
 from reclib.config import TrainConfig
 from reclib.cost import work
 from reclib.experiments import speed
@@ -201,8 +200,7 @@ def test_compiled_equals_eager_and_nothing_is_compiled_again_over_a_ragged_epoch
 
 def test_what_does_not_apply_is_a_row_with_its_reason():
     small = {"dataset": "synthetic", "synthetic_users": 100, "synthetic_items": 60, "max_len": 12}
-    smoke = reclib_parameters.profile("04_amp_compile", "smoke") | small | {"steps": 2, "warmup_steps": 1}
-    p = reclib_parameters.build("04_amp_compile", smoke)
+    p = smoke("04_amp_compile", **small, steps=2, warmup_steps=1)
     rows = speed.grid(p, speed.dataset_of(p), CPU)
     status = {(row.settings["precision"], row.settings["compile_mode"]): row.measured.status for row in rows}
     assert status == {
