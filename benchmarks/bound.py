@@ -9,8 +9,6 @@ optimiser, and the bytes that must be moved, all at rates that are measured now.
 this bound is overhead that could still be removed.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from statistics import median

@@ -5,8 +5,6 @@ exception, by the system, by taking too long) is a row with `status` and `reason
 line is one JSON object with the summary. Exit codes: 0 all went well, 1 a row failed, 2 wrong arguments.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -13,8 +13,6 @@ untied tables; `ml` is MovieLens 100K, hidden 64, 2 layers, max_len 200, batch 6
 probability 0.2, dropout 0.1, fp32, cloze targets drawn anew for each step.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import tempfile

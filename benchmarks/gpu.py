@@ -26,8 +26,6 @@ self-check and the records of the first call stay valid. Where few files come ba
 Exit codes: 0 every stage ended well, 1 one did not, 2 wrong input or no GPU.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import multiprocessing

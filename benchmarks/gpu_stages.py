@@ -4,8 +4,6 @@ Parameters and rows are functions of the device alone, which need not be here: `
 them before a GPU's first run, and a stage that times a row writes a record of it.
 """
 
-from __future__ import annotations
-
 import functools
 import gc
 import os

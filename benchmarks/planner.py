@@ -16,8 +16,6 @@ belongs to a process; what is recorded is the median step. A row during which ot
 to `executed/cpu/grids/planner.jsonl` and say which CPU they are of; those of a GPU lie in its own folder.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import functools

@@ -1,7 +1,5 @@
 """A grid that trains in seconds: its file, and the work of it on the CPU."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Three rules of the layout: imports run downwards, in no circle, and what needs no torch imports none."""
 
-from __future__ import annotations
-
 import ast
 import functools
 from graphlib import TopologicalSorter

@@ -4,8 +4,6 @@ Runs inside each peer's own environment: it imports numpy, torch and the standar
 project. A script has a class of what `run` needs.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import json
@@ -262,7 +260,7 @@ def lightning_callback(base: type, watch: StepClock | Selection) -> Any:
     """A Lightning callback that drives a clock or a selection; `base` is the Callback class in use."""
 
     class Callback(base):
-        def __deepcopy__(self, memo: dict) -> Callback:
+        def __deepcopy__(self, memo: dict) -> Any:
             return self  # RecTools copies its trainer; what watches must stay the one
 
         def on_train_start(self, trainer: Any, module: Any) -> None:

@@ -1,7 +1,5 @@
 """RecTools: BERT4RecModel, SASRecModel, and the network of `fast_transformers` (0.19), on the shared data."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

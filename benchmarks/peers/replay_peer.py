@@ -1,7 +1,5 @@
 """RePlay Bert4Rec: its training step, its prediction with seen items removed, and its fit."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Other libraries beside ours: the same data, lists that keep the rules, failures as rows, fair clocks."""
 
-from __future__ import annotations
-
 import json
 import sys
 from argparse import Namespace

@@ -1,7 +1,5 @@
 """Arms start from the same base, see the same batches, and are what they are called."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Every number of the audit against the one worked out by hand from the study's files."""
 
-from __future__ import annotations
-
 import copy
 import shutil
 

@@ -7,8 +7,6 @@ A server of the project's environment on loopback with its token, on a copy of t
 there is no Chromium.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -3,8 +3,6 @@
 The only place that knows nbval.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

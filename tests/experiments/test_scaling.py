@@ -1,7 +1,5 @@
 """The law, its prediction before the run, and notebook 03's runs: what fits, what was tuned, what is kept."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

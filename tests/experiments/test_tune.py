@@ -1,7 +1,5 @@
 """Tuning: a budget that is kept when a process is killed, and settings that are kept to their data."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

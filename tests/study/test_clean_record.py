@@ -1,7 +1,5 @@
 """What is published says nothing about who ran it where, and nothing that comes from outside is unpickled."""
 
-from __future__ import annotations
-
 import getpass
 import json
 import os

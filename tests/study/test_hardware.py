@@ -1,7 +1,5 @@
 """Device decisions, driven with devices that are not there."""
 
-from __future__ import annotations
-
 import contextlib
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Notebooks on several devices: what a crash, a kill, a timeout or an interrupt leaves."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import itertools

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import typing
 from pathlib import Path
 
@@ -133,16 +131,6 @@ def test_the_device_file_fills_only_what_was_not_given(capsys):
     assert parameters.fill(build(), "t4").compile_mode == "default"
     assert parameters.fill(build(), "other") == build()
     assert "'other'" in capsys.readouterr().out
-
-
-def test_the_name_of_a_profile_is_found_by_comparing():
-    for changes, name in [
-        ({"gpu": "h100", "seeds": [4, 5], "tracker": "tensorboard"}, "smoke"),
-        ({"precision": "bf16", "compile_mode": "default"}, "smoke"),
-        ({"epochs": 5}, "custom"),
-        ({"dataset": "synthetic"}, "custom"),
-    ]:
-        assert parameters.profile_of("02_baseline", build(**changes)) == name
 
 
 def test_a_broken_parameter_file_is_named_with_its_line(project: Path):

@@ -1,7 +1,5 @@
 """The command line on a small study of its own: what a run leaves, skips, refuses and tells."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess
