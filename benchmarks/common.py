@@ -121,12 +121,6 @@ def run_child(script: str, call: Mapping[str, Any], environment: Mapping[str, st
     return run_process([sys.executable, script, "--child", json.dumps(call)], environment)
 
 
-def clean_environment(threads: int) -> dict[str, str]:
-    """Return this process's environment with a thread count and the allocator's defaults."""
-    variables = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
-    return variables | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-
-
 def parser_of(doc: str | None) -> argparse.ArgumentParser:
     """Return a parser whose help is a script's docstring as it stands."""
     return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -15,25 +15,14 @@ probability 0.2, dropout 0.1, fp32, cloze targets drawn anew for each step.
 
 import argparse
 import functools
+import os
 import tempfile
 from pathlib import Path
 
 import bound
 import numpy as np
 import torch
-from common import (
-    BEST_ALLOCATOR,
-    ROOT,
-    Row,
-    Rows,
-    clean_environment,
-    middle,
-    options,
-    resident_bytes,
-    run_child,
-    run_process,
-    start,
-)
+from common import BEST_ALLOCATOR, Row, Rows, middle, options, resident_bytes, run_child, run_process, start
 
 from reclib import hardware
 from reclib.config import DataConfig, ModelConfig, TrainConfig, model_config
@@ -127,6 +116,12 @@ def bound_of(shape: str, dataset: Dataset, repeats: int) -> Row:
 # -- all of them ---------------------------------------------------------------------------------------------
 
 
+def clean_environment(threads: int) -> dict[str, str]:
+    """Return this process's environment with a thread count and the allocator's defaults."""
+    variables = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+    return variables | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+
+
 def rounds_of(shape: str, args: argparse.Namespace, rows: Rows) -> dict[str, list[Row]]:
     """Run every variant and the bound in turns; return the rows of each."""
     names = [DEFAULTS, BEST, *(f"rung {n}" for n in range(1, len(speed.CHANGES))), OURS]
@@ -169,7 +164,8 @@ def peers(shape: str, args: argparse.Namespace, rows: Rows) -> list[Row]:
         file = Path(folder) / "data.npz"
         np.savez(file, items=dataset.items, offsets=dataset.offsets, num_items=dataset.num_items)
         for peer, loss in PEERS[shape]:
-            command = [args.peers.absolute() / peer / "bin/python", ROOT / f"benchmarks/peers/{peer}_peer.py"]
+            script = Path(__file__).resolve().parent / f"peers/{peer}_peer.py"
+            command = [args.peers.absolute() / peer / "bin/python", script]
             command += ["--shape", shape, "--data", file, "--loss", loss, "--threads", args.threads]
             command += ["--steps", steps, "--warmup", 2]
             for allocator, variables in (("glibc defaults", {}), ("best", BEST_ALLOCATOR)):

@@ -266,18 +266,10 @@ def file(label: str = "cpu", root: Path = ROOT / "executed") -> Path:
 
 def write(name: str, result: Mapping[str, Any], own: Row, root: Path = ROOT / "executed") -> None:
     """Append the record of a result, beside those of its device."""
-    line = records.row(
-        "06_hardware",
-        name,
-        result["counts"],
-        card=result["card"],
-        profile="grid",
-        params={"grid": "planner"},
-        own_params=own,
-        params_hash=records.params_hash(own | {"name": name}),
-        data=result["data"],
-        timings=result["timings"],
-    )
+    about = {"profile": "grid", "params": {"grid": "planner"}, "own_params": own}
+    about |= {part: result[part] for part in ("card", "data", "timings")}
+    key = records.params_hash(own | {"name": name})
+    line = records.row("06_hardware", name, result["counts"], **about, params_hash=key)
     records.append(file(line["label"], root), line)
 
 
