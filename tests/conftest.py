@@ -30,7 +30,7 @@ os.environ["PYTHONPATH"] = str(ROOT)  # every process that a test starts runs th
 
 import torch  # noqa: E402  # reads GOMP_SPINCOUNT as it is loaded
 
-from reclib import parameters  # noqa: E402
+from reclib import parameters, records  # noqa: E402
 
 # A whole notebook in the form that the study's own have, small enough to run in a second or two.
 _CODE = """from reclib import parameters
@@ -57,6 +57,11 @@ def make_notebook(file: Path, defaults: dict[str, object], cells: list[str]) -> 
 def smoke(notebook: str, **changes: object) -> Any:
     """Return the parameters of a notebook at its smallest profile, with these changes."""
     return parameters.build(notebook, parameters.profile(notebook, "smoke") | changes)
+
+
+def rows_of(project: Path) -> list[dict[str, Any]]:
+    """Return the records of a project's own runs."""
+    return records.read(project / "runs/executed")
 
 
 def python(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:

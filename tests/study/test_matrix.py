@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import RESULT, make_notebook, until
+from conftest import RESULT, make_notebook, rows_of, until
 
 from reclib import cli, hardware, records, runner, system
 from reclib.config import InputError
@@ -53,10 +53,6 @@ def descendants(project: Path) -> list[str]:
             of_project = f"RECLIB_ROOT={project}\0".encode() in (folder / "environ").read_bytes()
             found += [folder.name] if state != "Z" and of_project and folder.name != str(os.getpid()) else []
     return found
-
-
-def rows_of(project: Path) -> list[dict]:
-    return records.read(project / "runs/executed")
 
 
 @pytest.mark.slow

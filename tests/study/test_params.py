@@ -1,20 +1,18 @@
+import functools
 import typing
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, smoke
 
 from reclib import parameters
 from reclib.config import GPU_LABELS, DataConfig, InputError, ModelConfig, TrainConfig, typed, validated
-from reclib.parameters import Baseline, Parameters
+from reclib.parameters import Parameters
 
 DEVICES = [label for label in GPU_LABELS if label != "auto" and "-" not in label]
 SMOKE = parameters.profile("02_baseline", "smoke")
-
-
-def build(**changes: object) -> Baseline:
-    return parameters.build("02_baseline", SMOKE | changes)
+build = functools.partial(smoke, "02_baseline")
 
 
 def test_every_profile_on_every_device_is_valid():

@@ -23,10 +23,10 @@ LENGTHS = [3, 9, 12, 5, 7, 2, 30, 11, 4, 6, 8]  # 11 users: steps of 4 leave a r
 CPU = hardware.resolve("cpu")
 
 
-def a_trainer(model=None, lengths=LENGTHS, **changes) -> Trainer:
+def a_trainer(model=None, lengths=LENGTHS, train=None, **changes) -> Trainer:
     torch.manual_seed(0)
-    config = TrainConfig(**({"batch_size": 4, "epochs": 50} | changes))
-    return Trainer(Bert4Rec(model or small_model()), histories(lengths), config, CPU, "test")
+    train = train or TrainConfig(**({"batch_size": 4, "epochs": 50} | changes))
+    return Trainer(Bert4Rec(model or small_model()), histories(lengths), train, CPU, "test")
 
 
 def stats(**counts: float) -> StepStats:
@@ -166,15 +166,10 @@ def test_every_rung_changes_one_field_and_the_last_is_ours():
 
 def test_rungs_of_one_objective_have_one_loss():
     rungs = ladder(small_model(tied=False), TrainConfig(batch_size=4, epochs=50))
-    curves = [timing.measure(a_rung(rung), 2, 1).losses for rung in rungs]
+    curves = [timing.measure(a_trainer(rung.model, train=rung.train), 2, 1).losses for rung in rungs]
     for curve in curves[3:]:  # from the first without dropout on attention
         np.testing.assert_allclose(curve, curves[2], rtol=1e-4)
     assert abs(curves[0][0] / curves[1][0] - 1) > 1e-3  # another objective
-
-
-def a_rung(rung) -> Trainer:
-    torch.manual_seed(0)
-    return Trainer(Bert4Rec(rung.model), histories(LENGTHS), rung.train, CPU, "test")
 
 
 @pytest.mark.slow
