@@ -9,12 +9,10 @@ optimiser, and the bytes that must be moved, all at rates that are measured now.
 this bound is overhead that could still be removed.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -164,49 +162,16 @@ def operator_seconds(device: torch.device, repeats: int) -> float:
 # -- the least time of a step --------------------------------------------------------------------------------
 
 
-class Component(NamedTuple):
-    """One part of the bound."""
-
-    name: str
-    seconds: float
-    rate: float | None  # FLOP/s or bytes/s that it was computed from; None: measured as it is
-    unit: str
+Seconds = dict[str, float]
 
 
-class Bound(NamedTuple):
-    """The parts of the least time of a step."""
-
-    components: list[Component]
-
-    @property
-    def seconds(self) -> float:
-        """Least seconds of one step."""
-        return sum(part.seconds for part in self.components)
-
-    @property
-    def gemm_seconds(self) -> float:
-        """Seconds of the products alone."""
-        return sum(part.seconds for part in self.components if part.unit == "FLOP/s")
-
-
-def bytes_moved(model: ModelConfig, targets: int, parameters: int, item_bytes: int) -> dict[str, int]:
-    """Return what must be moved outside products and optimiser, by purpose.
-
-    The logits are read and written once more to become a gradient; the dense gradient of the input table is
-    cleared where it is not the output table's; the global norm reads every gradient.
-    """
-    return {
-        "softmax over the logits": 2 * targets * model.num_items * item_bytes,
-        "clear the input table's gradient": 0 if model.tied else 4 * model.vocab_size * model.hidden_dim,
-        "global norm": 4 * parameters,
-    }
-
-
-def gemm_bound(model: ModelConfig, batch: Batch, device: torch.device, repeats: int = 5) -> Bound:
-    """Measure the parts of the bound for one batch of a model that trains in fp32.
+def gemm_bound(model: ModelConfig, batch: Batch, device: torch.device, repeats: int = 5) -> list[Seconds]:
+    """Return the seconds of the products, and of the rest, for one batch of a model that trains in fp32.
 
     The encoder's products count at the rate of its widest map; attention, too, which flatters it, so that the
-    sum stays a lower bound.
+    sum stays a lower bound. Moved outside products and optimiser: the logits are read and written once more
+    to become a gradient; the dense gradient of the input table is cleared where it is not the output table's;
+    the global norm reads every gradient.
     """
     D, tokens, targets = model.hidden_dim, batch.num_tokens, batch.num_targets
     head = map_rates(targets, D, model.num_items, repeats, device=device)
@@ -220,14 +185,14 @@ def gemm_bound(model: ModelConfig, batch: Batch, device: torch.device, repeats: 
         weight.grad = torch.full_like(weight, 1e-3)
     update = timed(torch.optim.AdamW(weights, fused=True).step, device, repeats)
     bandwidth = copy_rate(device, repeats)
-    moved = bytes_moved(model, targets, sum(w.numel() for w in weights), 4)
-    parts = [
-        Component("head: scores", each / head[0], head[0], "FLOP/s"),
-        Component("head: gradient of hidden states", each / head[1], head[1], "FLOP/s"),
-        Component("head: gradient of the table", each / head[2], head[2], "FLOP/s"),
-        Component("encoder: linear maps", linear / rate, rate, "FLOP/s"),
-        Component("encoder: attention", (total - linear) / rate, rate, "FLOP/s"),
-        Component("fused AdamW", update, None, "s"),
-        *(Component(name, size / bandwidth, bandwidth, "B/s") for name, size in moved.items() if size),
-    ]
-    return Bound(parts)
+    products = {
+        "head: scores": each / head[0],
+        "head: gradient of hidden states": each / head[1],
+        "head: gradient of the table": each / head[2],
+        "encoder: linear maps": linear / rate,
+        "encoder: attention": (total - linear) / rate,
+    }
+    rest = {"fused AdamW": update, "softmax over the logits": 8 * targets * model.num_items / bandwidth}
+    if not model.tied:
+        rest["clear the input table's gradient"] = 4 * model.vocab_size * model.hidden_dim / bandwidth
+    return [products, rest | {"global norm": 4 * sum(w.numel() for w in weights) / bandwidth}]

@@ -5,8 +5,6 @@ exception, by the system, by taking too long) is a row with `status` and `reason
 line is one JSON object with the summary. Exit codes: 0 all went well, 1 a row failed, 2 wrong arguments.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math
@@ -24,10 +22,6 @@ sys.path.insert(0, str(ROOT))
 # glibc gives large blocks back at once by default, which slows steps with all logits by tens of percent.
 BEST_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 Row = dict[str, Any]
-
-
-class AbsentError(Exception):
-    """What a benchmark needs is not here."""
 
 
 class FailedError(Exception):
@@ -125,12 +119,6 @@ def run_process(command: Sequence[object], environment: Mapping[str, str] | None
 def run_child(script: str, call: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> Row:
     """Call the `child` of a benchmark's script in a process of its own; return what it returns."""
     return run_process([sys.executable, script, "--child", json.dumps(call)], environment)
-
-
-def clean_environment(threads: int) -> dict[str, str]:
-    """Return this process's environment with a thread count and the allocator's defaults."""
-    variables = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
-    return variables | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
 
 
 def parser_of(doc: str | None) -> argparse.ArgumentParser:

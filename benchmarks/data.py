@@ -13,8 +13,6 @@ The summary has medians by size and action: whole seconds, those without startin
 what loading added. Linux only: it reads /proc.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import functools

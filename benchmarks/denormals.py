@@ -10,8 +10,6 @@ on one thread, since the setting belongs to a thread. Processor time; medians; t
 MovieLens 100K, hidden 128, 2 layers, max_len 200, batch 64.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import time

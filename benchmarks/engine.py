@@ -13,29 +13,16 @@ untied tables; `ml` is MovieLens 100K, hidden 64, 2 layers, max_len 200, batch 6
 probability 0.2, dropout 0.1, fp32, cloze targets drawn anew for each step.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
+import os
 import tempfile
 from pathlib import Path
 
 import bound
 import numpy as np
 import torch
-from common import (
-    BEST_ALLOCATOR,
-    ROOT,
-    Row,
-    Rows,
-    clean_environment,
-    middle,
-    options,
-    resident_bytes,
-    run_child,
-    run_process,
-    start,
-)
+from common import BEST_ALLOCATOR, Row, Rows, middle, options, resident_bytes, run_child, run_process, start
 
 from reclib import hardware
 from reclib.config import DataConfig, ModelConfig, TrainConfig, model_config
@@ -86,9 +73,9 @@ def child(name: str, shape: str, threads: int, steps: int, warmup: int) -> Row:
     if name.startswith(HUGE):
         hardware.keep_freed_memory = lambda: False  # kept, buffers of gigabytes fragment the heap
     dataset = dataset_of(shape)
-    return (
-        bound_of(shape, dataset, steps) if name == "bound" else variant(name, shape, dataset, steps, warmup)
-    )
+    if name == "bound":
+        return bound_of(shape, dataset, steps)
+    return variant(name, shape, dataset, steps, warmup)
 
 
 def variant(name: str, shape: str, dataset: Dataset, steps: int, warmup: int) -> Row:
@@ -120,12 +107,19 @@ def bound_of(shape: str, dataset: Dataset, repeats: int) -> Row:
     model, train = configs(shape, dataset.num_items)
     plan = Epoch(whole_histories(dataset), model, train, 0)
     batches = sorted((plan.step(i)[0] for i in range(min(plan.num_steps, 12))), key=lambda b: b.num_targets)
-    least = bound.gemm_bound(model, batches[len(batches) // 2], torch.device("cpu"), repeats=max(3, repeats))
-    parts = {part.name: part.seconds for part in least.components}
-    return {"step_seconds": least.seconds, "gemm_seconds": least.gemm_seconds, "parts": parts}
+    typical = batches[len(batches) // 2]
+    products, rest = bound.gemm_bound(model, typical, torch.device("cpu"), repeats=max(3, repeats))
+    parts, gemm_seconds = products | rest, sum(products.values())
+    return {"step_seconds": sum(parts.values()), "gemm_seconds": gemm_seconds, "parts": parts}
 
 
 # -- all of them ---------------------------------------------------------------------------------------------
+
+
+def clean_environment(threads: int) -> dict[str, str]:
+    """Return this process's environment with a thread count and the allocator's defaults."""
+    variables = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+    return variables | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
 
 
 def rounds_of(shape: str, args: argparse.Namespace, rows: Rows) -> dict[str, list[Row]]:
@@ -158,9 +152,7 @@ def ratios(results: dict[str, list[Row]]) -> Row:
         "speedup_over_seed_step": step[DEFAULTS] / our_step,
         "speedup_over_seed_step_best_allocator": step[BEST] / our_step,
         "speedup_same_objective": step["rung 2"] / our_step,
-        "peak_memory_over_floor": max(
-            (row["grown_bytes"] / row["floor_bytes"] for row in ours), default=None
-        ),
+        "peak_memory_over_floor": max((r["grown_bytes"] / r["floor_bytes"] for r in ours), default=None),
     }
 
 
@@ -172,7 +164,8 @@ def peers(shape: str, args: argparse.Namespace, rows: Rows) -> list[Row]:
         file = Path(folder) / "data.npz"
         np.savez(file, items=dataset.items, offsets=dataset.offsets, num_items=dataset.num_items)
         for peer, loss in PEERS[shape]:
-            command = [args.peers.absolute() / peer / "bin/python", ROOT / f"benchmarks/peers/{peer}_peer.py"]
+            script = Path(__file__).resolve().parent / f"peers/{peer}_peer.py"
+            command = [args.peers.absolute() / peer / "bin/python", script]
             command += ["--shape", shape, "--data", file, "--loss", loss, "--threads", args.threads]
             command += ["--steps", steps, "--warmup", 2]
             for allocator, variables in (("glibc defaults", {}), ("best", BEST_ALLOCATOR)):

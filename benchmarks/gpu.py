@@ -14,18 +14,17 @@ them with the predictions made before.
 A GPU machine without network (Python 3.12 with torch, pandas and scipy): the first command is for a machine
 with network. The checkout then goes over with `.wheels` in it, and the other two commands are for the GPU's.
 
-    python benchmarks/gpu.py --wheels .wheels --python 3.12
+    pip download -d .wheels --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \\
+        --platform manylinux2014_x86_64 isal msgspec 'plotly>=7' pydantic pyyaml safetensors tqdm
     python3 -m pip install --no-index --no-deps --target .site .wheels/*.whl
     PYTHONPATH=$PWD/.site python3 benchmarks/gpu.py --commit HASH
 
 Where a command may take some minutes only, run it again with the same `--out` and other `--stages`: the
 self-check and the records of the first call stay valid. Where few files come back, pack the folder:
-`tar czf row.tgz --exclude=runs gpu-row`.
+`tar czf row.tgz --exclude=runs gpu-row`. Notebooks run on a GPU by `python -m reclib run 06 --profile lease`.
 
 Exit codes: 0 every stage ended well, 1 one did not, 2 wrong input or no GPU.
 """
-
-from __future__ import annotations
 
 import argparse
 import contextlib
@@ -33,16 +32,14 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
-import tomllib
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, AbsentError, Rows, first_line, parser_of
+from common import ROOT, Rows, first_line, parser_of
 
 # What the stages import touches CUDA, which cannot start in a fork after that: the parent imports none of it.
 FORK = multiprocessing.get_context("fork")
@@ -54,26 +51,16 @@ LIMITS: dict[str, float] = {
     "sizes": 90,
     "ladder85": 80,
     "variants": 170,
-    "variants128": 90,
+    "variants128": 150,
     "batches": 90,
     "trace": 45,
     "precisions": 60,
     "ranking": 45,
     "adapters": 100,
     "training": 130,
-    "electronics": 390,
     "ladder430": 80,
     "ladder130": 60,
-    "notebook06": 200,
-    "notebook04": 200,
-    "notebook05": 200,
 }
-# What the core and the notebooks import beside torch, numpy, pandas and scipy; of what those need in turn a
-# kernel without a debugger needs neither of the large ones.
-CARRIED = ("isal", "msgspec", "plotly", "pydantic", "pyyaml", "safetensors", "tqdm")
-CARRIED += ("ipykernel", "nbformat", "papermill")
-LEFT_OUT = ("debugpy", "jedi", "numpy", "parso")
-PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64", "manylinux1_x86_64")
 
 
 def work(args: argparse.Namespace, names: Sequence[str], sender: Any) -> None:
@@ -90,8 +77,6 @@ def work(args: argparse.Namespace, names: Sequence[str], sender: Any) -> None:
         b.stage, status = name, "ok"
         try:
             STAGES[name](b)
-        except AbsentError as error:
-            status = f"absent: {error}"
         except Exception as error:
             traceback.print_exc()
             status = f"failed: {first_line(error)}"
@@ -125,30 +110,11 @@ def carry_out(
                 status = f"killed by {signal.Signals(-code).name}" if code < 0 else status
             yield names[0], status, time.monotonic() - began
             names = names[1:]
-            if status != "ok" and not status.startswith("absent"):
+            if status != "ok":
                 break
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.join()
-
-
-def wheels(folder: Path, version: str) -> int:
-    """Download what a machine with torch, numpy, pandas and scipy lacks; print how many and how large."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    requirements = [*project["dependencies"], *project["optional-dependencies"]["study"]]
-    carried = [line for line in requirements if line.replace("=", ">").partition(">")[0] in CARRIED]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:", f"--dest={folder}"]
-    command += [f"--python-version={version}", "--implementation=cp"]
-    command += [f"--platform={platform}" for platform in PLATFORMS]
-    done = subprocess.run([*command, *carried], stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        print(done.stderr, file=sys.stderr)
-        return 1
-    for file in [file for name in LEFT_OUT for file in folder.glob(f"{name}-*.whl")]:
-        file.unlink()
-    sizes = [file.stat().st_size for file in folder.glob("*.whl")]
-    print(f"{len(sizes)} wheels, {sum(sizes) / 1e6:.1f} MB, in {folder}")
-    return 0
 
 
 def look_for_gpu() -> None:
@@ -174,13 +140,9 @@ def main(argv: list[str] | None = None) -> int:
     add("--stages", help="names with commas between them (all of gpu_stages.py)")
     add("--device", default="auto", choices=("auto", "cpu"))
     add("--tiny", action="store_true", help="sizes of no interest, to try the script")
-    add("--data", type=Path, help="a prepared folder, for training and electronics")
+    add("--data", type=Path, help="a prepared folder, for training")
     add("--commit", help="of the checkout, where its .git is not there")
-    add("--wheels", type=Path, metavar="DIR", help="only download what a bare machine lacks")
-    add("--python", default="3.12", help="of that machine (%(default)s)")
     args = parser.parse_args(argv)
-    if args.wheels:
-        return wheels(args.wheels, args.python)
     if args.device == "auto" and no_gpu():
         print("no GPU that torch can use is here; --device cpu --tiny tries the script", file=sys.stderr)
         return 2

@@ -4,23 +4,19 @@ Parameters and rows are functions of the device alone, which need not be here: `
 them before a GPU's first run, and a stage that times a row writes a record of it.
 """
 
-from __future__ import annotations
-
 import functools
 import gc
-import importlib.util
 import os
 import shutil
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch._dynamo
-from common import ROOT, AbsentError, Row, Rows, first_line
+from common import Row, Rows, first_line
 from planner import configs, dataset, described, write
 from torch.utils.benchmark import Timer
 
@@ -50,22 +46,21 @@ BATCHES: list[tuple[str, int, Row]] = [
     ("430m", 32_768, {}),
 ]
 ENGINE = {"head_multiple": 64, "half_copies": True}
-GRID_PROCESSES, GRID_SECONDS = 4, 330
 GRAPH = {"compile_mode": "graph", "bucket_steps": 4}
-# Each is timed against the plain step, in turns. What this version does not have is a row that says so.
+# Each is timed against the plain step, in turns: first the graphs, which matter most, last what takes tens of
+# seconds to compile and may run into the stage's limit.
 VARIANTS: dict[str, Row] = {
-    "loss compiled": {"loss": "fused"},
+    "one CUDA graph a step": GRAPH,
+    "CUDA graph, copies and rows": ENGINE | GRAPH,
     "rows of the head a multiple of 64": {"head_multiple": 64},
     "16-bit copies once a step": {"half_copies": True},
     "loss plain": {"loss": "plain"},
     "loss chunked": {"loss": "chunked"},
     "buckets of 4 steps": {"bucket_steps": 4},
     "no clipping": {"clip_norm": None},
+    "loss compiled": {"loss": "fused"},
     "encoder compiled": {"compile_mode": "default"},
     "encoder compiled, CUDA graphs": {"compile_mode": "reduce-overhead"},
-    # A capture that fails spoils the process, so these come last.
-    "one CUDA graph a step": GRAPH,
-    "CUDA graph, copies and rows": ENGINE | GRAPH,
 }
 
 
@@ -155,7 +150,7 @@ def amp(b: Bench, size: str = "85m", **full: Any) -> Any:
 
 
 def amp_row(b: Bench, p: Any, stage: str, users: int = 0, **train: Any) -> Row:
-    """Return the row of a step with these changes of the training; `InputError` for what is not known."""
+    """Return the row of a step with these changes of the training."""
     model = speed.model_of(p, dataset({"users": 300, "mean_len": 9.4}, p.synthetic_items))
     default = {"batch_size": p.batch_sizes[0], "precision": b.precisions[0]}
     train_config = validated(TrainConfig, default | train)
@@ -194,20 +189,17 @@ def precision_plan(b: Bench) -> tuple[Any, list[Row]]:
     return p, [amp_row(b, p, "precisions", precision=name) for name in p.precisions]
 
 
-def batch_rows(b: Bench) -> Iterator[Row]:
-    for size, batch, changes in [("85m", 16, {"precision": "fp32"})] if b.tiny else BATCHES:
-        yield amp_row(b, amp(b, size), "batches", max(300, 12 * batch), batch_size=batch, **changes)
+def batch_rows(b: Bench) -> list[Row]:
+    return [
+        amp_row(b, amp(b, size), "batches", max(300, 12 * batch), batch_size=batch, **changes)
+        for size, batch, changes in ([("85m", 16, {"precision": "fp32"})] if b.tiny else BATCHES)
+    ]
 
 
-def variant_rows(b: Bench, sizes: tuple[int, ...] = (512, 128)) -> Iterator[tuple[str, Row | str, Row]]:
-    """Yield each variant's name, its row or why this version has none, and the plain step's row."""
-    for batch in (16,) if b.tiny else sizes:
-        plain = amp_row(b, amp(b), "variants", batch_size=batch)
-        for name, changes in ({"plain": {}} | VARIANTS).items():
-            try:
-                yield name, amp_row(b, amp(b), "variants", batch_size=batch, **changes), plain
-            except InputError as error:
-                yield name, f"not in this version: {error}", plain
+def variant_rows(b: Bench, batch: int) -> dict[str, Row]:
+    """Return the rows of the plain step and of its variants."""
+    every = {"plain": {}} | VARIANTS
+    return {n: amp_row(b, amp(b), "variants", batch_size=batch, **changes) for n, changes in every.items()}
 
 
 def adapter_plan(b: Bench) -> tuple[Any, list[Row | None]]:
@@ -235,9 +227,9 @@ def rows(device: Any) -> list[Row]:
     b = Bench(Path(os.devnull))
     b.device = device
     ladders = [row for size in LADDERS for row in ladder_plan(b, size)[-1]]
-    variants_planned = [row for _, row, _ in variant_rows(b) if not isinstance(row, str)]
-    every = [*size_rows(b), *ladders, *precision_plan(b)[-1], *variants_planned, *batch_rows(b)]
-    return every + [row for row in adapter_plan(b)[-1] if row is not None]
+    variants = [row for batch in (512, 128) for row in variant_rows(b, batch).values()]
+    every = [*size_rows(b), *ladders, *precision_plan(b)[-1], *variants, *batch_rows(b), *adapter_plan(b)[-1]]
+    return [row for row in every if row is not None]
 
 
 def trainer_of(b: Bench, row: Row) -> Any:
@@ -350,16 +342,14 @@ def batches(b: Bench) -> None:
         b.free()
 
 
-def variants(b: Bench, *sizes: int) -> None:
+def variants(b: Bench, batch: int) -> None:
     """Each change of the engine beside the plain step, in turns on the same batches."""
     records = Records(b, "06_hardware", size_params(b), "synthetic", "by row")
-    for name, row, plain in variant_rows(b, sizes):
-        about = {"variant": name, "batch_size": plain["batch_size"]}
-        trainers = {}
+    planned = variant_rows(b, 16 if b.tiny else batch)
+    for name, row in planned.items():
+        about, trainers = {"variant": name, "batch_size": row["batch_size"]}, {}
         try:
-            if isinstance(row, str):
-                raise InputError(row)
-            trainers |= {"plain": trainer_of(b, plain), name: trainer_of(b, row)}
+            trainers |= {"plain": trainer_of(b, planned["plain"]), name: trainer_of(b, row)}
             # Captures of graphs fall into a warm-up of 60 steps, which meets most shapes.
             measured = timing.interleave(trainers, *((1, 1, 2) if b.tiny else (20, 60, 3)))
             records.step(row, measured[name].counts(), measured[name].timings(), measured[name].status)
@@ -429,27 +419,6 @@ def training(b: Bench) -> None:
             b.add("ranked", trained_in=precision, ranked_in=name, ndcg=ndcg)
 
 
-def grid(b: Bench, name: str) -> None:
-    """Train runs of a grid in processes that share the GPU; keep what they show on the test split.
-
-    Their times are no measurements. Training ends before the stage's limit, so that finished runs are kept.
-    """
-    command = [sys.executable, "-m", "reclib"]
-    arguments = [name, *(["--dataset", str(b.data)] if b.data else [])]
-    arguments += ["--gpu", "cpu"] if b.kind == "cpu" else []
-    options: dict[str, Any] = {"cwd": ROOT, "env": system.start_with() | {"OMP_NUM_THREADS": "2"}}
-    runs = [subprocess.Popen([*command, "grid", "run", *arguments], **options) for _ in range(GRID_PROCESSES)]
-    end = time.monotonic() + (5 if b.tiny else GRID_SECONDS)
-    while any(run.poll() is None for run in runs) and time.monotonic() < end:
-        time.sleep(1)
-    for run in runs:
-        run.kill()
-        run.wait()
-    keep = [*command, "score", *arguments, "--keep"]
-    scored = subprocess.run(keep, **options, capture_output=True, text=True)
-    b.add("grid", grid=name, kept=scored.stdout.strip(), rc=scored.returncode)
-
-
 def adapters(b: Bench) -> None:
     """Notebook 05's steps: full fine-tuning, LoRA, gated LoRA, the head alone, iLoRA."""
     (p, planned), (users, items, mean_len) = adapter_plan(b), b.shape.values()
@@ -458,20 +427,6 @@ def adapters(b: Bench) -> None:
     torch.manual_seed(0)
     base = Bert4Rec(adaptation.shape_of(p, prepared))
     records.rows("adapter_step", speed.adapter_grid(p, base, prepared, b.device), planned)
-
-
-def notebook(b: Bench, number: str) -> None:
-    """A notebook at the profile for a lent GPU, through papermill."""
-    for name in ("papermill", "ipykernel"):
-        if importlib.util.find_spec(name) is None:
-            raise AbsentError(f"{name} is not installed: no notebook can run")
-    words = ["run", number, "--force", "--profile", "smoke" if b.tiny else "lease"]
-    words += ["--gpu", "cpu"] if b.kind == "cpu" else []
-    command = [sys.executable, "-m", "reclib", *words]
-    done = subprocess.run(command, cwd=ROOT, env=system.start_with(), capture_output=True, text=True)
-    print(done.stdout, done.stderr, flush=True)
-    if done.returncode:
-        raise RuntimeError((done.stderr.strip() or done.stdout.strip()).splitlines()[-1][:300])
 
 
 STAGES: dict[str, Callable[[Bench], None]] = {
@@ -487,10 +442,6 @@ STAGES: dict[str, Callable[[Bench], None]] = {
     "ranking": ranking,
     "adapters": adapters,
     "training": training,
-    "electronics": lambda b: grid(b, "electronics-2018-sample"),
     "ladder430": lambda b: ladder(b, "430m"),
     "ladder130": lambda b: ladder(b, "130m"),
-    "notebook06": lambda b: notebook(b, "06"),
-    "notebook04": lambda b: notebook(b, "04"),
-    "notebook05": lambda b: notebook(b, "05"),
 }

@@ -10,8 +10,6 @@ compiler. Steps are timed in turns in one process, on the same batches, as noteb
 the geometric mean over pairs of steps with its 95 % bootstrap interval.
 """
 
-from __future__ import annotations
-
 import argparse
 
 import torch

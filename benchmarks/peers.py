@@ -18,8 +18,6 @@ again. A run that fails is a row with its reason, and the next one starts. Exit 
 run failed, 2 wrong input.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

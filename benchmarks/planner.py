@@ -16,9 +16,8 @@ belongs to a process; what is recorded is the median step. A row during which ot
 to `executed/cpu/grids/planner.jsonl` and say which CPU they are of; those of a GPU lie in its own folder.
 """
 
-from __future__ import annotations
-
 import argparse
+import copy
 import functools
 import hashlib
 import json
@@ -267,18 +266,10 @@ def file(label: str = "cpu", root: Path = ROOT / "executed") -> Path:
 
 def write(name: str, result: Mapping[str, Any], own: Row, root: Path = ROOT / "executed") -> None:
     """Append the record of a result, beside those of its device."""
-    line = records.row(
-        "06_hardware",
-        name,
-        result["counts"],
-        card=result["card"],
-        profile="grid",
-        params={"grid": "planner"},
-        own_params=own,
-        params_hash=records.params_hash(own | {"name": name}),
-        data=result["data"],
-        timings=result["timings"],
-    )
+    about = {"profile": "grid", "params": {"grid": "planner"}, "own_params": own}
+    about |= {part: result[part] for part in ("card", "data", "timings")}
+    key = records.params_hash(own | {"name": name})
+    line = records.row("06_hardware", name, result["counts"], **about, params_hash=key)
     records.append(file(line["label"], root), line)
 
 
@@ -324,13 +315,6 @@ def run_rows(kind: str, cpu: str) -> None:
         print(f"{title(row):58} {seconds:9.4f} s {peak / 2**20:9.0f} MiB", flush=True)
 
 
-class WithoutAnchors(yaml.SafeDumper):
-    """A dumper that writes what devices share for each of them."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
 # -- rates and calibration of CPUs ---------------------------------------------------------------------------
 
 
@@ -363,12 +347,15 @@ def calibration() -> dict[str, Devices]:
     return system.read_yaml(CALIBRATION, any_keys=True)
 
 
-def calibrate(cpu: str, devices: Devices) -> None:
-    """Put a CPU's devices into the calibration, whose comment at the top stays."""
+def calibrate(cpu: str, devices: Devices, **about: Any) -> Row:
+    """Put a CPU's devices, each with `about`, into the calibration, whose comment stays; return `about`."""
     text = CALIBRATION.read_text(encoding="utf-8")
     head = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
-    whole = yaml.dump(calibration() | {cpu: devices}, Dumper=WithoutAnchors, sort_keys=False)
+    # Copies, since YAML would write what devices share as an anchor.
+    devices = {name: copy.deepcopy(device | about) for name, device in devices.items()}
+    whole = yaml.safe_dump(calibration() | {cpu: devices}, sort_keys=False)
     CALIBRATION.write_text(head + whole, encoding="utf-8")
+    return about
 
 
 def parts_of(row: Row, board: hardware.Board | None = None) -> tuple[Any, Any]:
@@ -415,8 +402,7 @@ def fit(cpu: str) -> Row:
     """Fit the shares of this CPU and put them into the calibration with the error of its fitted rows."""
     devices = fitted_devices(cpu)
     band = error_of(errors(cpu, recorded("planner_row", cpu, "fitted"), devices), "fitted")
-    calibrate(cpu, {name: device | {"error": band} for name, device in devices.items()})
-    return {"shares": devices["cpu2"]["shares"], "error": band}
+    return {"shares": devices["cpu2"]["shares"]} | calibrate(cpu, devices, error=band)
 
 
 def adopt(cpu: str, other: str) -> Row:
@@ -424,25 +410,25 @@ def adopt(cpu: str, other: str) -> Row:
     devices = recorded_rates(cpu)
     for name, device in devices.items():
         fitted = calibration()[other][name]
-        device |= {key: fitted[key] for key in ("heap", "shares", "error")} | {"shares_of": other}
-    calibrate(cpu, devices)
-    return {"shares_of": other}
+        device |= {key: fitted[key] for key in ("heap", "shares", "error")}
+    return calibrate(cpu, devices, shares_of=other)
 
 
 def hold_out(cpu: str, kind: str) -> Row:
-    """Measure the rows of a set; put the errors of those that no fit has seen into the calibration.
+    """Measure the rows of a set; put the errors of those that no fit has seen into the calibration, if any.
 
     Rows with an adapter and rows in bf16 have an error of their own.
     """
     run_rows(kind, cpu)
-    devices = calibration()[cpu]
+    devices = calibration().get(cpu, {})
+    if not devices:  # fitted rows come before the fit
+        return {}
     adopted = any("shares_of" in device for device in devices.values())
     by_set = {name: errors(cpu, recorded("planner_row", cpu, name)) for name in SETS}
     unseen = by_set["held-out"] + (by_set["fitted"] if adopted else [])
     band = error_of(unseen, "held-out") if unseen else next(iter(devices.values()))["error"]
     band |= {name: error_of(by_set[name], "held-out") for name in ("adapted", "bf16") if by_set[name]}
-    calibrate(cpu, {name: device | {"error": band} for name, device in devices.items()})
-    return {"error": band}
+    return calibrate(cpu, devices, error=band)
 
 
 # -- shares of a GPU -----------------------------------------------------------------------------------------
@@ -571,9 +557,8 @@ def errors(device: str, measured: Iterable[Row], refitted: Devices | None = None
     A prediction is the one that was written before the row was run, else the present one; with `refitted`,
     a CPU's devices or {} for a GPU, it is always the present one.
     """
-    before, devices = ({}, refitted) if refitted is not None else (predictions(device), None)
-    if devices is None:
-        devices = calibration().get(device, {})
+    before = predictions(device) if refitted is None else {}
+    devices = calibration().get(device, {}) if refitted is None else refitted
     rows = []
     for record in measured:
         row, timings = row_of(record), record["timings"]
@@ -616,20 +601,15 @@ def tables() -> Row:
     for cpu, devices in calibration().items():
         other = devices["cpu2"].get("shares_of")
         print(f"\n== {cpu}: rates of its own, shares {f'of {other}' if other else 'fitted on its rows'}")
-        for kind in SETS:
+        measured = {kind: recorded("planner_row", cpu, kind) for kind in SETS}
+        for kind, of_kind in measured.items():
             unseen = "predicted before they were run" if other or kind != "fitted" else "the fit saw them"
-            show(f"{cpu}: {kind} rows, {unseen}", cpu, recorded("planner_row", cpu, kind))
-        fitted = recorded("planner_row", cpu, "fitted")
-        if other and len(fitted) > len(planner.GROUPS):
+            show(f"{cpu}: {kind} rows, {unseen}", cpu, of_kind)
+        if other and len(measured["fitted"]) > len(planner.GROUPS):
             refitted = fitted_devices(cpu)
             print(f"\n{cpu}, shares refitted on its own fitted rows: {refitted['cpu2']['shares']}")
-            show(f"{cpu}: fitted rows, the refit saw them", cpu, fitted, refitted)
-            show(
-                f"{cpu}: held-out rows, not in the refit",
-                cpu,
-                recorded("planner_row", cpu, "held-out"),
-                refitted,
-            )
+            show(f"{cpu}: fitted rows, the refit saw them", cpu, measured["fitted"], refitted)
+            show(f"{cpu}: held-out rows, not in the refit", cpu, measured["held-out"], refitted)
     for label in (label for label in hardware.catalogue() if recorded("planner_row", label)):
         show(f"{label}: as predicted before it was run", label, recorded("planner_row", label))
         if label in planner.efficiency()["measured"]:
@@ -639,16 +619,14 @@ def tables() -> Row:
 
 
 def run(args: argparse.Namespace, rows: Rows) -> Row:
-    cpu, command, other = hardware.cpu_model(), args.command, args.other
-    boards = [*hardware.catalogue()]
-    known = {"predict": [None, *boards], "adopt": list(calibration()), "fit-board": boards}.get(command)
-    if known is not None and other not in known:
-        parser.error(f"{command}: expected one of {', '.join(filter(None, known))}")
-    if command in SETS:
-        return hold_out(cpu, command)
+    cpu, other, boards = hardware.cpu_model(), args.other, [*hardware.catalogue()]
+    known = {"predict": [None, *boards], "adopt": list(calibration()), "fit-board": boards}
+    if other not in known.get(args.command, [other]):
+        parser.error(f"{args.command}: expected one of {', '.join(filter(None, known[args.command]))}")
     commands = {"tables": tables, "rates": lambda: rates(cpu), "fit": lambda: fit(cpu)}
     commands |= {"predict": lambda: predict(other or cpu), "adopt": lambda: adopt(cpu, other)}
-    return (commands | {"fit-board": lambda: fit_board(other)})[command]()
+    commands |= {"fit-board": lambda: fit_board(other)}
+    return hold_out(cpu, args.command) if args.command in SETS else commands[args.command]()
 
 
 if __name__ == "__main__":

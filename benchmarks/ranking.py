@@ -7,8 +7,6 @@ the product of the same rows, in turns: 160,000 items, hidden 256. Then whole ev
 ranks, and single requests, at the shapes of `engine.py`. The last line is one JSON object.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import time

@@ -1,7 +1,5 @@
 """Adapted small models that the tests of adapters share."""
 
-from __future__ import annotations
-
 import torch
 from small_models import histories, small_model
 

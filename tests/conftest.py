@@ -1,13 +1,14 @@
-from __future__ import annotations
-
+import contextlib
 import functools
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
@@ -25,8 +26,11 @@ for _name, _value in {
     "GOMP_SPINCOUNT": "10000",
 }.items():
     os.environ.setdefault(_name, _value)
+os.environ["PYTHONPATH"] = str(ROOT)  # every process that a test starts runs this checkout
 
 import torch  # noqa: E402  # reads GOMP_SPINCOUNT as it is loaded
+
+from reclib import parameters, records  # noqa: E402
 
 # A whole notebook in the form that the study's own have, small enough to run in a second or two.
 _CODE = """from reclib import parameters
@@ -48,6 +52,43 @@ def make_notebook(file: Path, defaults: dict[str, object], cells: list[str]) -> 
         cell["id"] = f"cell-{number}"
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(new.new_notebook(cells=cells, metadata={"kernelspec": kernel}), file)
+
+
+def smoke(notebook: str, **changes: object) -> Any:
+    """Return the parameters of a notebook at its smallest profile, with these changes."""
+    return parameters.build(notebook, parameters.profile(notebook, "smoke") | changes)
+
+
+def rows_of(project: Path) -> list[dict[str, Any]]:
+    """Return the records of a project's own runs."""
+    return records.read(project / "runs/executed")
+
+
+def python(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run Python with these words in a process of its own, and wait for its end."""
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, **({"capture_output": True, "text": True, "timeout": 300} | options))
+
+
+def until(condition: Callable[[], object], seconds: float) -> None:
+    """Wait until a condition holds; fail if it does not within these seconds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def disk_of(megabytes: int, place: Path) -> Iterator[Path]:
+    """Have a file system of this size at a folder; the test is skipped where none can be mounted."""
+    place.mkdir(exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(place)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root on Linux")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
 
 
 @pytest.fixture(autouse=True)
@@ -92,9 +133,4 @@ def set_cells(project: Path) -> Callable[..., None]:
 @pytest.fixture
 def study(project: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run `python -m reclib` as a user does, in a process of its own."""
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command, env = [sys.executable, "-m", "reclib", *arguments], os.environ | {"PYTHONPATH": str(ROOT)}
-        return subprocess.run(command, cwd=project, env=env, capture_output=True, text=True, timeout=120)
-
-    return run
+    return functools.partial(python, "-m", "reclib", cwd=project)

@@ -1,7 +1,5 @@
 """A grid that trains in seconds: its file, and the work of it on the CPU."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 
@@ -14,16 +12,12 @@ from reclib.evaluate import baselines
 from reclib.experiments import grids
 from reclib.hardware import resolve
 
+DATA = {"dataset": "synthetic", "synthetic_users": 40, "synthetic_items": 30}
+DATA |= {"min_user": 1, "min_item": 1}
 FILE = {
     "about": "a test",
     "notebook": "02_baseline",
-    "data": {
-        "dataset": "synthetic",
-        "synthetic_users": 40,
-        "synthetic_items": 30,
-        "min_user": 1,
-        "min_item": 1,
-    },
+    "data": DATA,
     "size": "nano",
     "seeds": [0, 1],
     "model": {"max_len": 20},

@@ -59,6 +59,14 @@ def small_model(**changes: object) -> ModelConfig:
     return ModelConfig(num_items=NUM_ITEMS, **(base | changes))
 
 
+@torch.no_grad()
+def scores_after(model: Bert4Rec, items: list[int]) -> torch.Tensor:
+    """Scores of all items after one history, by a forward pass of its own: the items, and MASK at the end."""
+    row = torch.tensor([[*items, model.config.mask_id]])
+    state = model.encode(row, torch.ones_like(row), torch.arange(row.shape[1])[None])[0, -1:]
+    return model.logits(state)[0, 1 : model.config.num_items + 1]
+
+
 def loss_and_gradients(
     model: ModelConfig, train: TrainConfig, data: Histories, dtype: torch.dtype = torch.float32
 ) -> tuple[float, dict[str, torch.Tensor]]:
@@ -85,6 +93,5 @@ def worst_difference(found: dict[str, torch.Tensor], wanted: dict[str, torch.Ten
     """
     assert found.keys() == wanted.keys()
     whole = torch.stack([g.norm() for g in wanted.values()]).norm()
-    return max(
-        float((found[name] - g).norm() / torch.maximum(g.norm(), 1e-3 * whole)) for name, g in wanted.items()
-    )
+    norms = {name: torch.maximum(g.norm(), 1e-3 * whole) for name, g in wanted.items()}
+    return max(float((found[name] - g).norm() / norms[name]) for name, g in wanted.items())

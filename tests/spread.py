@@ -1,7 +1,5 @@
 """A fixture for tests of what is divided by time: synthetic histories whose times are spread."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np

@@ -1,14 +1,10 @@
 """Three rules of the layout: imports run downwards, in no circle, and what needs no torch imports none."""
 
-from __future__ import annotations
-
 import ast
 import functools
-import subprocess
-import sys
 from graphlib import TopologicalSorter
 
-from conftest import ROOT
+from conftest import ROOT, python
 
 # From the ground up. A room imports only rooms before it; the library ends with `train`.
 ROOMS = ["config", "system", "hardware", "data", "model", "evaluate", "cost", "train"]
@@ -55,5 +51,5 @@ def test_imports_run_in_no_circle():
 def test_figures_and_plans_need_no_torch():
     modules = [f"reclib.{m}" for m in FILES if room(m) in WITHOUT_TORCH]
     code = f"import sys, {', '.join(modules)}; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = python("-c", code, check=True)
     assert done.stdout == "False\n"

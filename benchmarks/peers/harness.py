@@ -4,8 +4,6 @@ Runs inside each peer's own environment: it imports numpy, torch and the standar
 project. A script has a class of what `run` needs.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import json
@@ -90,9 +88,8 @@ class Data(NamedTuple):
 def load(path: Path) -> Data:
     """Read the file that every side of the comparison reads."""
     with np.load(path) as file:
-        return Data(
-            file["items"], file["offsets"], int(file["num_items"]), file.get("valid"), file.get("test")
-        )
+        held_out = file.get("valid"), file.get("test")
+        return Data(file["items"], file["offsets"], int(file["num_items"]), *held_out)
 
 
 class StepClock:
@@ -263,7 +260,7 @@ def lightning_callback(base: type, watch: StepClock | Selection) -> Any:
     """A Lightning callback that drives a clock or a selection; `base` is the Callback class in use."""
 
     class Callback(base):
-        def __deepcopy__(self, memo: dict) -> Callback:
+        def __deepcopy__(self, memo: dict) -> Any:
             return self  # RecTools copies its trainer; what watches must stay the one
 
         def on_train_start(self, trainer: Any, module: Any) -> None:
@@ -316,9 +313,8 @@ def run(models: dict[str, Any], doc: str | None) -> None:
     peer = peer_class(args, load(args.data))
     watch = (Selection if args.fit else StepClock)(args, peer)
     peer.train(watch)
-    about = {
-        name: getattr(args, name) for name in ("model", "shape", "loss", "dropout", "mask_prob", "batch_size")
-    }
+    names = ("model", "shape", "loss", "dropout", "mask_prob", "batch_size")
+    about = {name: getattr(args, name) for name in names}
     about |= {"version": metadata.version(peer_class.package), "torch": torch.__version__}
     about |= {"threads": torch.get_num_threads()}
     about |= {"parameters": sum(p.numel() for p in peer.module.parameters())}

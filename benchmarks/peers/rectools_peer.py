@@ -1,7 +1,5 @@
 """RecTools: BERT4RecModel, SASRecModel, and the network of `fast_transformers` (0.19), on the shared data."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -57,9 +55,8 @@ class RecTools:
         }
         self.callback = Callback()  # one that does nothing, until there is a model to watch
         bert4rec = args.model == "bert4rec"
-        self.model = (
-            BERT4RecModel(mask_prob=args.mask_prob, **options) if bert4rec else SASRecModel(**options)
-        )
+        masked = {"mask_prob": args.mask_prob}
+        self.model = BERT4RecModel(**masked, **options) if bert4rec else SASRecModel(**options)
 
     def trainer(self) -> Trainer:
         return Trainer(**trainer_options(self.args, self.callback))
@@ -81,9 +78,8 @@ class RecTools:
         """Top items of every user by the library's own call, int32 (users, k); 0 where it has none."""
         users, history = np.arange(self.data.num_users), self.histories[with_valid]
         fitted, self.model.is_fitted = self.model.is_fitted, True  # it refuses before fit() has returned
-        rows = self.model.recommend(
-            users, history, k=TOP_K, filter_viewed=True, on_unsupported_targets="ignore"
-        )
+        options = {"filter_viewed": True, "on_unsupported_targets": "ignore"}
+        rows = self.model.recommend(users, history, k=TOP_K, **options)
         self.model.is_fitted = fitted
         top = np.zeros((len(users), TOP_K), dtype=np.int32)
         top[rows[Columns.User].to_numpy(), rows[Columns.Rank].to_numpy() - 1] = rows[Columns.Item].to_numpy()

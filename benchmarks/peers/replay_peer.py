@@ -1,7 +1,5 @@
 """RePlay Bert4Rec: its training step, its prediction with seen items removed, and its fit."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 
@@ -65,9 +63,8 @@ class RePlay:
 
     def train(self, watch) -> None:
         args = self.args
-        rows = Bert4RecTrainingDataset(
-            self.histories[0], max_sequence_length=args.max_len, mask_prob=args.mask_prob
-        )
+        limits = {"max_sequence_length": args.max_len, "mask_prob": args.mask_prob}
+        rows = Bert4RecTrainingDataset(self.histories[0], **limits)
         trainer = lightning.Trainer(**trainer_options(args, lightning_callback(lightning.Callback, watch)))
         trainer.fit(self.module, DataLoader(rows, batch_size=args.batch_size, shuffle=True))
 

@@ -3,8 +3,6 @@
 Runs in this project's own environment.
 """
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from collections.abc import Mapping

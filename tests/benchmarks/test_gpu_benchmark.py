@@ -1,13 +1,11 @@
 """`benchmarks/gpu.py`: stages that cannot harm each other, valid records, committed predictions."""
 
 import json
-import subprocess
-import sys
 
 import planner
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, python
 
 from reclib import records as reclib_records
 
@@ -17,25 +15,19 @@ pytestmark = pytest.mark.slow
 BAD_STAGES = """
 import os, signal, sys
 import gpu, gpu_stages
-from common import AbsentError
-
 def raises(b):
     raise ValueError("what a stage says")
 
-def absent(b):
-    raise AbsentError("no such thing here")
-
 gpu_stages.STAGES |= {
-    "raises": raises, "absent": absent, "hangs": lambda b: signal.pause(),
+    "raises": raises, "hangs": lambda b: signal.pause(),
     "killed": lambda b: os.kill(os.getpid(), signal.SIGSEGV), "exits": lambda b: os._exit(3),
 }
-gpu.LIMITS |= {"raises": 9, "absent": 9, "hangs": 0.25, "killed": 9, "exits": 9}
+gpu.LIMITS |= {"raises": 9, "hangs": 0.25, "killed": 9, "exits": 9}
 sys.exit(gpu.main(sys.argv[1:]))
 """
 ENDS = {
     "env": "ok",
     "raises": "failed: ValueError: what a stage says",
-    "absent": "absent: no such thing here",
     "hangs": "out of time after 1 s",
     "killed": "killed by SIGSEGV",
     "exits": "ended with exit code 3",
@@ -45,9 +37,8 @@ ENDS = {
 
 
 def test_a_stage_that_fails_hangs_or_is_killed_leaves_the_next_one_whole(tmp_path):
-    command = [sys.executable, "-c", BAD_STAGES, "--device", "cpu", "--tiny", "--out", str(tmp_path)]
-    command += ["--stages", ",".join(ENDS)]
-    done = subprocess.run(command, cwd=ROOT / "benchmarks", capture_output=True, text=True)
+    words = ["--device", "cpu", "--tiny", "--out", tmp_path, "--stages", ",".join(ENDS)]
+    done = python("-c", BAD_STAGES, *words, cwd=ROOT / "benchmarks")
     assert done.returncode == 1, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "stages.jsonl").read_text().splitlines()]
     assert {row["name"]: row["status"] for row in rows} == ENDS
@@ -66,8 +57,7 @@ def test_a_stage_that_fails_hangs_or_is_killed_leaves_the_next_one_whole(tmp_pat
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so_in_one_line(tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--out", str(tmp_path / "row")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = python(ROOT / "benchmarks" / "gpu.py", "--out", tmp_path / "row")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("no GPU that torch can use is here")
     assert not (tmp_path / "row").exists()

@@ -1,7 +1,5 @@
 """Other libraries beside ours: the same data, lists that keep the rules, failures as rows, fair clocks."""
 
-from __future__ import annotations
-
 import json
 import sys
 from argparse import Namespace
@@ -12,6 +10,7 @@ import peers
 import pytest
 import scoring
 import torch
+from small_grid import work, write
 
 from reclib.config import InputError, TrainConfig, model_config
 from reclib.data.dataset import Evaluation, Histories, evaluated_users, evaluation, train_histories
@@ -22,17 +21,6 @@ from reclib.hardware import resolve
 from reclib.model.bert4rec import Bert4Rec
 from reclib.train.fit import Options, rank_targets
 from reclib.train.trainer import Trainer
-
-GRID = """
-about: a test
-notebook: 02_baseline
-data: {dataset: synthetic, synthetic_users: 40, synthetic_items: 30, min_user: 1, min_item: 1}
-size: nano
-seeds: [0, 1]
-model: {max_len: 20}
-train: {epochs: 2, batch_size: 8, eval_every: 1, checkpoint_seconds: 0}
-arms: {bert4rec: {final: true}}
-"""
 
 
 def part_of(histories: list[list[int]], targets: list[int]) -> Evaluation:
@@ -128,9 +116,8 @@ def run(root, tmp_path, monkeypatch):
     python.parent.mkdir(parents=True)
     python.write_text(f"#!{sys.executable}\n{FAKE_PEER}")
     python.chmod(0o755)
-    (root / "reclib_root/params/grids").mkdir(parents=True)
-    (root / "reclib_root/params/grids/trial.yaml").write_text(GRID)
-    dataset = peers.prepare(grids.read_grid("trial").data)
+    write(root, arms={"bert4rec": {"final": True}})
+    dataset = work().dataset
     monkeypatch.setattr(peers, "prepare", lambda _: dataset)
     words = ["--environments", str(tmp_path / "environments"), "--out", str(tmp_path / "out")]
     return lambda *more: peers.main(["--dataset", "synthetic", "--epochs", "2", *words, *more])
@@ -174,20 +161,20 @@ def test_a_peer_is_run_scored_per_user_and_not_run_again(run, tmp_path, capsys):
 def test_peers_join_the_records_of_a_grid_user_by_user(run, tmp_path, capsys):
     assert run("--seeds", "0") == run(*OUR_RUN) == 0
     theirs = np.load(tmp_path / "out" / "synthetic-rectools-bert4rec-h256-seed0.npz")
-    work = grids.Work(grids.read_grid("trial"), peers.prepare(None), resolve("cpu"))
-    grids.run_grid(work, work.runs(), Options())
+    here = work()
+    grids.run_grid(here, here.runs(), Options())
     assert run("--record", "trial") == 2
     assert "bert4rec is not scored yet: python -m reclib score" in capsys.readouterr().err
-    grids.score(work)
+    grids.score(here)
     assert run("--record", "trial") == 0
-    rows = {row["own_params"]["metric"]: row for row in work.rows("peer_comparison")}
+    rows = {row["own_params"]["metric"]: row for row in here.rows("peer_comparison")}
     assert set(rows) == {"hr@10", "ndcg@10"}
-    files = [work.ranks_file(work.grid.arms[0], seed) for seed in (0, 1)]
+    files = [here.ranks_file(here.grid.arms[0], seed) for seed in (0, 1)]
     hits = np.mean([metrics.hit(np.load(file)["test"], 10) for file in files], axis=0)
     numbers = rows["hr@10"]["metrics"]
     assert numbers["difference"] == pytest.approx((theirs["test_hr@10"] - hits).mean())
     assert (numbers["seeds"], numbers["reference_seeds"]) == (1, 2)
-    assert "RecTools BERT4Rec (hidden 256)" in {r["own_params"]["model"] for r in work.rows("test_metrics")}
+    assert "RecTools BERT4Rec (hidden 256)" in {r["own_params"]["model"] for r in here.rows("test_metrics")}
 
 
 def test_curves_tell_the_engine_from_its_settings_and_leave_the_test_alone(run, tmp_path):
@@ -203,8 +190,8 @@ def test_curves_tell_the_engine_from_its_settings_and_leave_the_test_alone(run, 
     assert theirs["mark_hr@10"].sum(axis=1).tolist() == [3, 9]
     assert not [name for name in theirs.files if name.startswith("test")]
 
-    work = grids.Work(grids.read_grid("trial"), peers.prepare(None), resolve("cpu"))
-    curves = {row["own_params"]["model"]: row for row in work.rows("equal_time")}
+    here = work()
+    curves = {row["own_params"]["model"]: row for row in here.rows("equal_time")}
     peer, published = "RecTools BERT4Rec (hidden 8, 8 negatives)", "BERT4Rec (ours)"
     with_recipe = "our engine, RecTools' settings (hidden 8)"
     assert set(curves) == {peer, published, with_recipe}
@@ -213,14 +200,14 @@ def test_curves_tell_the_engine_from_its_settings_and_leave_the_test_alone(run, 
     assert min(row["metrics"]["startup_seconds"] for row in curves.values()) > 0
     train = curves[with_recipe]["own_params"]["run"]["settings"]["train"]
     assert (train["batch_size"], train["mask_prob"], train["last_item_share"]) == (128, 0.15, 0.0)
-    (alone,) = work.rows("equal_recipe_comparison")
+    (alone,) = here.rows("equal_recipe_comparison")
     assert (alone["own_params"]["model"], alone["own_params"]["against"]) == (peer, with_recipe)
-    both = {row["own_params"]["model"]: row for row in work.rows("equal_time_comparison")}
+    both = {row["own_params"]["model"]: row for row in here.rows("equal_time_comparison")}
     assert set(both) == {peer, with_recipe}
     assert both[peer]["own_params"]["minutes"] == 0.00002
     gap = (theirs["mark_ndcg@10"][0] - ours["mark_ndcg@10"][1]).mean()
     assert both[peer]["metrics"]["difference"] == pytest.approx(gap)
-    assert work.rows("test_metrics") == []
+    assert here.rows("test_metrics") == []
 
 
 def fit(clock: Namespace, places: list[int], most: int, seconds: float = 1.0, **options):
@@ -268,9 +255,8 @@ def test_a_fit_keeps_its_best_epoch_and_looks_are_off_the_clock_and_leave_chance
     limited, epochs = fit(clock, [0, 0, 0], 9, minutes=3 / 60)
     assert (epochs, limited.seconds, limited.eval_seconds) == (3, pytest.approx(3), pytest.approx(3000))
     assert (np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
-    curve, epochs = fit(
-        clock, [0, 2, 1], 99, seconds=40, marks=[1, 2.5, 3]
-    )  # each mark once; the last ends it
+    # Each mark is looked at once; the last ends the fit.
+    curve, epochs = fit(clock, [0, 2, 1], 99, seconds=40, marks=[1, 2.5, 3])
     columns = curve.arrays()
     assert (epochs, columns["look_train_seconds"].tolist()) == (5, [80, 160, 200])
     assert columns["mark_top"].shape == (3, 2, 10)

@@ -34,9 +34,7 @@ CASES: list[tuple[dict, dict, list[AdapterPlan | None]]] = [
 ]
 
 
-def trainer_of(
-    model: ModelConfig, train: TrainConfig, lengths, adapter: AdapterPlan | None = None
-) -> Trainer:
+def trainer_of(model: ModelConfig, train: TrainConfig, lengths, adapter: AdapterPlan | None = None):
     torch.manual_seed(0)
     module = Bert4Rec(model)
     if adapter is not None:

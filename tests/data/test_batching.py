@@ -121,9 +121,8 @@ def test_a_batch_goes_to_a_device_in_one_copy_and_is_the_same_there():
     for train in (TrainConfig(batch_size=6), sampled):
         (batch,) = Epoch(histories([3, 12, 5, 20, 2, 7]), small_model(), train, 0).step(0)
         parts = list(batch._tensors().values())
-        for one, other in zip(
-            parts, batches.unstage(batches.stage(parts, torch.device("cpu")), parts), strict=True
-        ):
+        unstaged = batches.unstage(batches.stage(parts, torch.device("cpu")), parts)
+        for one, other in zip(parts, unstaged, strict=True):
             assert one.dtype == other.dtype
             assert torch.equal(one, other)
             assert other.storage_offset() * other.element_size() % 16 == 0

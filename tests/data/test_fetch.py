@@ -5,21 +5,20 @@ import hashlib
 import http.server
 import io
 import json
-import os
 import pickle
 import shutil
 import stat
 import subprocess
-import sys
 import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import python
 
 from reclib.config import DataConfig, InputError
 from reclib.data import fetch, formats
@@ -336,11 +335,10 @@ def test_two_processes_at_once(raw, server):
         server.whole(handler)
 
     server.reply = together
-    command = [sys.executable, "-c", "from reclib.data import fetch; print(fetch.fetch('films'))"]
-    about = {"env": os.environ | {"PYTHONPATH": str(ROOT)}, "text": True, "stdout": subprocess.PIPE}
-    processes = [subprocess.Popen(command, **about) for _ in range(2)]
-    results = [process.communicate(timeout=60)[0].strip() for process in processes]
-    assert results == [str(raw / "films" / "ratings.dat")] * 2
+    code = "from reclib.data import fetch; print(fetch.fetch('films'))"
+    with ThreadPoolExecutor() as pool:
+        done = list(pool.map(python, ["-c"] * 2, [code] * 2))
+    assert [one.stdout.strip() for one in done] == [str(raw / "films" / "ratings.dat")] * 2
     assert files_in(raw) == UNPACKED
     assert fetch.fetch("films").read_bytes() == RATINGS
 

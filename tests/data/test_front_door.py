@@ -1,29 +1,17 @@
 """What a newcomer calls: the names of `reclib`, the README's ten lines, `fit` from the shell."""
 
-import os
 import random
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, python
 
 import reclib
 from reclib import Bert4Rec, ModelConfig, add_ilora, evaluate, fit, load, plan
 from reclib.config import InputError
 from reclib.data.prepare import synthetic_dataset
 from reclib.model.ilora import AdaptedModel
-
-
-def python(code: str, folder=None, root=None) -> str:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | ({"RECLIB_ROOT": str(root)} if root else {})
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +26,8 @@ def model(data):
 
 def test_importing_the_package_loads_nothing_and_its_names_are_listed():
     code = "import sys, reclib; print([m for m in sys.modules if m == 'torch' or m.startswith('reclib.')])"
-    assert python(code + "; reclib.ModelConfig, reclib.plan; print('torch' in sys.modules)") == "[]\nFalse\n"
+    code += "; reclib.ModelConfig, reclib.plan; print('torch' in sys.modules)"
+    assert python("-c", code).stdout == "[]\nFalse\n"
     for name in reclib.__all__:
         assert name in dir(reclib)
         assert callable(getattr(reclib, name)), name
@@ -54,7 +43,9 @@ def test_the_ten_lines_of_the_readme_run(project):
     draw = random.Random(0)
     rows = [f"u{u},i{draw.randrange(20)},{1577836800 + t}" for u in range(60) for t in range(8)]
     (project / "ratings.csv").write_text("user,item,time\n" + "\n".join(rows) + "\n")
-    first, *items = python(code, project, project).splitlines()
+    done = python("-c", code, cwd=project)  # whose root the fixture has set
+    assert done.returncode == 0, done.stderr
+    first, *items = done.stdout.splitlines()
     assert re.fullmatch(r"HR@10 0\.\d{3}, NDCG@10 0\.\d{3}, MRR 0\.\d{3}", first)
     assert len(items) == 5
     assert all(re.fullmatch(r"i\d+ i\d+", line) for line in items)

@@ -133,6 +133,12 @@ FAULTS = [
     ("a NUL in an id", f"{UIT}u,a\0,@\nu,b,@\n", "u: b", "1 item with a line break or TAB"),
     ("blank lines", f"{UIT}\nu,a,@\n\r\nu,b,@\n\n", "u: a b"),
     ("bytes that are not UTF-8", f"{UIT}u,\udcff,@\nu,b,@\n", "u: b", "1 not UTF-8"),
+    # what is not clear
+    ("an Amazon CSV", "1384719342,B00005N7P0,5,1365811200\n", "! amazon-2014-csv .*, amazon-2018-csv"),
+    ("two fields a line", "1 5\n2 6\n3 5\n", "! two fields and no user has two lines.*give format"),
+    ("histories of one user", "1 5 6\n1 7 8\n", "! format was not recognised .line 1: '1 5 6'"),
+    ("Python dictionaries", "{'asin': '1'}\n", "! line 1: .*a Python dictionary is none"),
+    ("no header above a time", "1\t2\t1400457600\n", f"! column is the user's.*{POSITIONS}"),
     # what cannot be read
     ("a JSON array", '[{"user": "u", "item": "a"}]\n', "! a JSON array, expected one JSON object a line"),
     ("JSON over lines", '{\n "user": "u"\n}\n', "! expected one whole JSON object a line"),
@@ -202,7 +208,7 @@ PARQUET = [
 def test_one_reading_in_blocks_of_any_size(tmp_path, monkeypatch, content, expected, rejected, columns):
     is_query = str(content).startswith("SELECT")
     path = parquet(tmp_path / "x.parquet", content) if is_query else written(tmp_path, content)
-    for size in (1 << 20, 97, 7):
+    for size in (1 << 20, 7):
         monkeypatch.setattr(formats, "PIECE_BYTES", size)
         monkeypatch.setattr(formats, "BLOCK_BYTES", size)
         if expected.startswith("! "):
@@ -227,18 +233,18 @@ def test_files_that_are_refused(tmp_path):
         ("none.txt", b"", "auto", "none.txt is empty"),
         ("none.txt", b"\n \n", ML, "none.txt is empty"),
         ("none.txt", gzip.compress(b""), "user-per-line", "none.txt is empty"),
-        (
-            "u.data",
-            f"1\t2\t3\t{SECOND}\n1\t2\t3\t8812509",
-            "auto",
-            r"u\.data, line 2: the file stops without a",
-        ),
+        ("u.data", f"1\t2\t3\t{SECOND}\n1\t2\t3\t8812509", "auto", r"u\.data, line 2: the file stops"),
+        ("both", "".join(CONTENTS[f"amazon-{year}-csv"] for year in (2014, 2018)), "auto", "is the user's"),
+        ("X_time_org_rank.txt", "1 13188\n", "auto", "holds the times of X_item_org_rank.txt"),
+        ("file", "1 5\n2 6\n", "ml-10m", "'ml-10m', expected auto or one of ml-100k, ml-1m"),
         ("x.inter", "1\t2\t3\t4\n", "auto", r"x.inter, line 1: header is '1\\t2\\t3\\t4', expected TAB-sep"),
         ("users", "1 5 6\n1 7 8\n", "user-per-line", r"line 2: user '1' has a second line.*pair-per-line"),
     ):
         path = tmp_path / name if content is None else written(tmp_path, content, name)
         with pytest.raises(InputError, match=problem):
             read(path, format, strict=True)
+    with pytest.raises(InputError, match="'columns' is for format='table', and format is 'inter'"):
+        read(path, "inter", {"user": "1"})
 
 
 def test_names_and_folders_of_any_characters(tmp_path):
@@ -355,12 +361,10 @@ def by_pandas(table: pd.DataFrame) -> pd.DataFrame:
 
 
 # What fails is shown as it is: making it smaller takes minutes.
-@settings(
-    max_examples=40,
-    deadline=None,
-    phases=[Phase.reuse, Phase.generate],
-    suppress_health_check=list(HealthCheck),
-)
+QUICK = {"phases": [Phase.reuse, Phase.generate], "suppress_health_check": list(HealthCheck)}
+
+
+@settings(max_examples=40, deadline=None, **QUICK)
 @given(**TABLES)
 def test_random_tables_give_what_pandas_reads(tmp_path_factory, rows, kind, piece, missing, packed, **text):
     table = pd.DataFrame([row[:4] for row in rows], columns=["user", "item", "note", "rating"], dtype=str)
@@ -435,9 +439,7 @@ def test_damaged_files_give_an_error_of_ours_or_counted_lines(tmp_path):
 
 SAMPLES = system.root().parent / "shared" / "data"
 REVIEW = '{"reviewerID": "A2IBPI20UZIR0U", "asin": "1384719342", "overall": 5.0, "unixReviewTime": 1393545600'
-REVIEW_2023 = (
-    '{"user_id": "AE", "parent_asin": "B0", "asin": "B1", "rating": 5.0, "timestamp": 1602133857705}'
-)
+REVIEW_2023 = '{"user_id": "AE", "parent_asin": "B0", "asin": "B1", "rating": 5, "timestamp": 1602133857705}'
 USERS = ["A2IBPI20UZIR0U", "AKM1MP6P0OYPR", "A14VAT5EAX3D9S"]
 ITEMS = ["1384719342", "B00005N7P0", "013279304X"]
 PAIRS = list(zip(USERS, ITEMS, strict=True))
@@ -539,12 +541,8 @@ def test_too_many_bad_lines_stop_with_counts_and_examples(tmp_path):
     assert len(read(path, max_rejected_share=0.03)[0]) == 97
     with pytest.raises(InputError) as error:
         read(path, max_rejected_share=0.029)
-    for part in (
-        "3 of 100 lines rejected, allowed is a share of 0.029",
-        "2 number of fields, 1 rating not a number",
-        "u.data, line 98: rating is 'x', expected a number",
-    ):
-        assert part in str(error.value)
+    counts = "3 of 100 lines rejected, allowed is a share of 0.029.*2 number of fields, 1 rating not a number"
+    assert re.search(f"{counts}.*u.data, line 98: rating is 'x', expected a number", str(error.value))
 
 
 def test_a_gzip_file_that_is_cut_or_damaged_is_refused(tmp_path, monkeypatch):
@@ -597,7 +595,7 @@ def test_the_twin_file_of_times(tmp_path):
     assert (got.time_unit, got.provenance["time_file"]) == ("s", "X_time_org_rank.txt.gz")
 
 
-def test_a_source_is_known_by_its_content_and_by_how_it_is_read(tmp_path):
+def test_a_source_is_known_by_its_content_and_by_how_it_is_read(tmp_path, monkeypatch):
     path = written(tmp_path, CONTENTS["pair-per-line"])
     config = DataConfig(dataset=str(path))
     first = source(config)
@@ -608,45 +606,12 @@ def test_a_source_is_known_by_its_content_and_by_how_it_is_read(tmp_path):
     assert source(config).identity != first.identity
     with pytest.raises(InputError, match="changed while it was read"):
         first.fill(duckdb.connect(), None)
-
-
-def test_the_hash_of_a_large_file_is_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_module, "HASH_CACHED_BYTES", 10)
-    path = written(tmp_path, CONTENTS[ML], "u.data")
-    identity = source(DataConfig(dataset=str(path))).identity
+    monkeypatch.setattr(prepare_module, "HASH_CACHED_BYTES", 10)  # the hash of a large file is kept
+    identity = source(config).identity
     (kept,) = (tmp_path / "data" / "hashes").iterdir()
     monkeypatch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("hashed again"))
-    assert source(DataConfig(dataset=str(path))).identity == identity
+    assert source(config).identity == identity
     assert kept.read_text() in identity
-
-
-def test_what_is_not_clear_is_asked_for(tmp_path):
-    whose = "does not show which column is the user's"
-    both = CONTENTS["amazon-2014-csv"] + CONTENTS["amazon-2018-csv"]
-    for text, problem in (
-        ("1384719342,B00005N7P0,5.0,1365811200\n", "amazon-2014-csv .USER,ITEM,.*, amazon-2018-csv"),
-        (both, whose),
-        ("1 5\n2 6\n3 5\n", "every line has two fields and no user has two lines.*give format"),
-        ("1 5 6\n1 7 8\n", "format was not recognised .line 1: '1 5 6'"),
-        ("{'asin': '1'}\n", "line 1: .*a Python dictionary is none"),
-        ("1 1318896000 1318896000\n2 1318896000\n", "holds the times of Beauty_item_org_rank.txt"),
-        ("1\t2\t1400457600\n", f"{whose}.*user=1,item=2,time=3"),
-    ):
-        path = tmp_path / ("Beauty_time_org_rank.txt" if "times" in problem else "file")
-        path.write_text(text)
-        with pytest.raises(InputError, match=f"^{path.name}.*{problem}.*$"):
-            formats.detect(path)
-
-
-def test_a_named_format_is_taken_and_a_wrong_name_is_told(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("1 5\n2 6\n")
-    assert formats.named("pair-per-line", path).name == "pair-per-line"
-    assert formats.named("auto", path, {"user": "1"}).name == "table"
-    with pytest.raises(InputError, match="'ml-10m', expected auto or one of ml-100k, ml-1m"):
-        formats.named("ml-10m", path)
-    with pytest.raises(InputError, match="'columns' is for format='table', and format is 'inter'"):
-        formats.named("inter", path, {"user": "1"})
 
 
 # ---- titles -------------------------------------------------------------------------------------------

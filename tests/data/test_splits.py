@@ -91,9 +91,8 @@ def test_global_time_trains_only_before_the_point(histories, shares, target):
             mine = np.flatnonzero(inside[dataset.offsets[user] : dataset.offsets[user + 1]])
             first, last = mine[[0, -1]] + dataset.offsets[user]
             assert {"first": at == first, "last": at == last, "random": first <= at <= last}[target]
-        active = {
-            user for user in range(dataset.num_users) if inside[slice(*dataset.offsets[user:][:2])].any()
-        }
+        of_user = [inside[a:b] for a, b in itertools.pairwise(dataset.offsets)]
+        active = [user for user, own in enumerate(of_user) if own.any()]
         assert told["left_out_without_history"] == len(active) - users.size
         trains = {int(user) for user in splits.row_users(dataset, split.train)}
         assert told["rows_of_unseen_users"] == sum(user not in trains for user in users.tolist())
@@ -263,10 +262,9 @@ def test_the_segment_is_told_from_the_past_alone(dataset, whole):
     ranks = splits.popularity_ranks(whole.base.train, dataset.num_items)
     distance = {}
     for user, (start, end) in enumerate(itertools.pairwise(dataset.offsets)):
-        past = [
-            ranks[dataset.items[i]] for i in range(start, end) if dataset.times[i] < whole.about["points"][0]
-        ]
-        distance[user] = np.mean(past) if past else -1
+        own = slice(start, end)
+        past = ranks[dataset.items[own][dataset.times[own] < whole.about["points"][0]]]
+        distance[user] = past.mean() if past.size else -1
     threshold = found.about["threshold"]
     for part, all_of_it in (
         (found.train, whole.adaptation.train),

@@ -2,6 +2,7 @@
 
 import gzip
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -113,10 +114,8 @@ def test_ease_reaches_the_minimum_column_by_column():
 def test_similarities_do_not_depend_on_their_blocks_nor_scores_on_theirs(monkeypatch):
     histories = random_histories([12, 30, 7, 25, 18], num_items=20)
     X = baselines.interaction_matrix(histories, 20).toarray()
-    fits = (
-        lambda: baselines.fit_item_knn(histories, 20, 3, 2.0),
-        lambda: baselines.fit_ease(histories, 20, 2.0),
-    )
+    knn = partial(baselines.fit_item_knn, histories, 20, 3, 2.0)
+    fits = [knn, partial(baselines.fit_ease, histories, 20, 2.0)]
     wanted = [X @ fit().weights for fit in fits]
     monkeypatch.setattr(metrics, "SCORE_BYTES", 2 * 4 * 20)  # two users at a time
     for block_bytes in (1, 300, 2**20):
@@ -196,9 +195,8 @@ def test_pairwise_counts_reach_the_figures_of_an_independent_program_on_beauty()
         parts = []  # that program gives a target the middle of its ties; the project the last place
         for users, scores in fitted.scores(test):
             targets = torch.from_numpy(test.targets[users].astype(np.int64))
-            last, _ = metrics.rank_scores(
-                scores, targets, metrics.seen_items(test.histories, users, torch.device("cpu"))
-            )
+            seen = metrics.seen_items(test.histories, users, torch.device("cpu"))
+            last, _ = metrics.rank_scores(scores, targets, seen)
             own = scores.gather(1, (targets - 1)[:, None])
             parts.append((last + (scores > own).sum(1) + 1).numpy() / 2)
         ranks = np.concatenate(parts)

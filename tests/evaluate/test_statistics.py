@@ -133,17 +133,12 @@ def test_groups_by_history_length_and_item_popularity_and_results_in_them():
     values = np.array([0.0, 1.0, 1.0, 0.0, 1.0, 1.0])
     groups = statistics.Groups(["few", "many", "none"], np.array([0, 0, 1, 1, 1, 1]))
     found = statistics.in_groups(values, groups, samples=500)
-    assert [(one.users, one.interval and one.interval.mean) for one in found] == [
-        (2, 0.5),
-        (4, 0.75),
-        (0, None),
-    ]
+    means = [(one.users, one.interval and one.interval.mean) for one in found]
+    assert means == [(2, 0.5), (4, 0.75), (0, None)]
     assert found[1].interval == statistics.bootstrap(values[2:], 500)
 
 
-@given(
-    st.lists(st.integers(1, 6), min_size=1, max_size=30), st.lists(st.integers(0, 9), min_size=6, max_size=6)
-)
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=30), st.tuples(*[st.integers(0, 9)] * 6))
 @settings(deadline=None, max_examples=50)
 def test_concentration_equals_brute_force(items, counts):
     top, counts = np.array(items)[:, None], np.array(counts)

@@ -1,10 +1,9 @@
 """Arms start from the same base, see the same batches, and are what they are called."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
+from conftest import smoke
 from spread import dataset  # noqa: F401  # a fixture
 
 from reclib import hardware, parameters
@@ -23,8 +22,8 @@ FEW = ["none", "full", "lora", "ilora", "head"]
 SMALL = {"arms": FEW, "past_share": 0.5, "size": "nano", "max_len": 16, "batch_size": 32, "epochs": 1}
 
 
-def asked(**changes: object) -> ILora:
-    return parameters.build("05_ilora", parameters.profile("05_ilora", "smoke") | SMALL | changes)
+def small(**changes: object) -> ILora:
+    return smoke("05_ilora", **(SMALL | changes))
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +32,11 @@ def experiment(dataset, tmp_path_factory):  # noqa: F811
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RECLIB_RUNS", str(tmp_path_factory.mktemp("runs")))
         rates = {"seeds": [0, 1], "learning_rates": [3e-3, 1e-2]}
-        p = asked(**rates, tasks=["next_period", "segment"], segment_share=0.6)
+        p = small(**rates, tasks=["next_period", "segment"], segment_share=0.6)
         whole, tasks = adaptation.tasks_of(p, dataset)
         bases = {seed: adaptation.train_base(p, dataset, whole, CPU, seed) for seed in p.seeds}
         runs = adaptation.adapt(p, bases, dataset, tasks[0], CPU)
-        every = adaptation.adapt(asked(arms=ARMS), {0: bases[0]}, dataset, tasks[0], CPU)
+        every = adaptation.adapt(small(arms=ARMS), {0: bases[0]}, dataset, tasks[0], CPU)
         yield p, whole, tasks, bases, runs, every
 
 
@@ -58,7 +57,7 @@ def test_all_arms_see_the_same_batches_on_equal_tokens(experiment):
 def test_arms_are_what_they_are_called_and_only_full_moves_the_base(experiment, dataset):  # noqa: F811
     bases, every = experiment[3], experiment[-1]
     of = {run.arm: run for run in every}
-    counted = adaptation.counts(asked(arms=ARMS), dataset).metrics
+    counted = adaptation.counts(small(arms=ARMS), dataset).metrics
     assert {arm: run.trained for arm, run in of.items()} == {arm: counted[arm] for arm in ARMS}
     base = dict(bases[0].model.named_parameters())
     for arm in set(ARMS) - {"none"}:
@@ -139,10 +138,10 @@ def test_gates_are_those_that_the_ranking_uses(experiment, dataset):  # noqa: F8
 
 def test_the_gate_may_read_a_causal_model_of_the_same_past(experiment, dataset):  # noqa: F811
     _, whole, tasks, bases, _, _ = experiment
-    p = asked(representation="causal_state", arms=["none", "lora", "ilora", "static_gate"], seeds=[1])
+    p = small(representation="causal_state", arms=["none", "lora", "ilora", "static_gate"], seeds=[1])
     readers = {1: adaptation.train_reader(p, dataset, whole, CPU, 1)}
     assert readers[1].config.causal
-    assert adaptation.train_reader(asked(), dataset, whole, CPU, 1) is None
+    assert adaptation.train_reader(small(), dataset, whole, CPU, 1) is None
     counted = adaptation.counts(p, dataset).metrics
     runs = adaptation.adapt(p, {1: bases[1]}, dataset, tasks[0], CPU, readers)
     of = {run.arm: run for run in runs}
@@ -158,7 +157,7 @@ def test_the_gate_may_read_a_causal_model_of_the_same_past(experiment, dataset):
 
 
 def test_implanted_items_follow_the_rule_of_user_and_item_before(dataset):  # noqa: F811
-    p = asked(tasks=["next_period"])
+    p = small(tasks=["next_period"])
     periods, _ = adaptation.tasks_of(p, dataset)
     rule = adaptation.rule_of(dataset, periods, per_side=30)
     changed = adaptation.implant(dataset, periods, rule, 0.5)

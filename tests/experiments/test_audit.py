@@ -1,7 +1,5 @@
 """Every number of the audit against the one worked out by hand from the study's files."""
 
-from __future__ import annotations
-
 import copy
 import shutil
 
@@ -9,10 +7,10 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, smoke
 from torch import nn
 
-from reclib import parameters, records, system
+from reclib import records, system
 from reclib.config import DataConfig, InputError
 from reclib.data.batches import IGNORE
 from reclib.data.prepare import prepare
@@ -124,11 +122,9 @@ def test_torch_never_calls_the_attentions_output_and_in_eval_no_map_at_all():
 @pytest.fixture
 def small(root):
     (root / "reclib_root/notebooks").mkdir(parents=True)
-    (root / "reclib_root/params").symlink_to(parameters.system.CHECKOUT / "params")
+    (root / "reclib_root/params").symlink_to(ROOT / "params")
     dataset = prepare(DataConfig(dataset="synthetic", synthetic_users=60, synthetic_items=40))
-    few = {"max_len": 20, "epochs": 1, "mask_draws": 3, "bootstrap_samples": 50}
-    p = parameters.build("08_audit", parameters.profile("08_audit", "smoke") | few)
-    return p, dataset
+    return smoke("08_audit", max_len=20, epochs=1, mask_draws=3, bootstrap_samples=50), dataset
 
 
 def test_parts_of_the_loss_are_parts_of_the_loss_that_trains(small):

@@ -1,22 +1,32 @@
-"""The panels of notebook 07, turned from Python as the browser would, and the functions under them."""
-
-from __future__ import annotations
+"""The panels of notebook 07, turned from Python as the browser would; lists and histories under them."""
 
 import html
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
+from conftest import smoke
 from figure_records import record
-from lineups import asked, trained
+from small_models import scores_after
 from spread import dataset  # noqa: F401  # a fixture
 
-from reclib.config import InputError
+from reclib import hardware, system
+from reclib.config import InputError, TrainConfig
 from reclib.cost import planner
 from reclib.experiments import explore
 from reclib.experiments.explore import Selection
+from reclib.parameters import Explore
+from reclib.train import saving
 
+CPU = hardware.resolve("cpu")
 PLOTLY = "application/vnd.plotly.v1+json"
+SMALL = {"max_len": 16, "batch_size": 32, "epochs": 6, "adapter_epochs": 4, "history_items": 6, "top_k": 5}
+
+
+def small(**changes: object) -> Explore:
+    return smoke("07_explore", **(SMALL | changes))
 
 
 def row(name: str = "step", rate: float = 900.0, seconds: float = 0.07, **changes: object) -> dict:
@@ -70,7 +80,7 @@ def parameters(panel: explore.Panel) -> dict[str, Any]:
 
 
 def test_the_cost_panel_plans_what_its_controls_say():
-    panel = explore.cost_panel(asked())
+    panel = explore.cost_panel(small())
     turned = controls(panel)
     assert len(turned) == 12
     assert "Controls" in repr(panel)
@@ -79,7 +89,7 @@ def test_the_cost_panel_plans_what_its_controls_say():
     assert before[0] != texts(panel)[0]
     assert len(figures(panel)) == 2
     assert parameters(panel)["plan_batch_size"] == 65_536
-    assert asked(**parameters(panel)).plan_items is None  # the size's own
+    assert small(**parameters(panel)).plan_items is None  # the size's own
     turned["size"].value = "5m"
     assert "5,118,250 parameters" in texts(panel)[0]
     turned["precision"].value = "tf32"
@@ -142,11 +152,16 @@ def test_a_kind_of_result_brings_its_axes():
 
 @pytest.fixture(scope="module")
 def lineup(dataset, tmp_path_factory):  # noqa: F811
-    yield from trained(dataset, tmp_path_factory.getbasetemp() / "lineup")
+    """A small base with its adapters, trained once."""
+    folder = tmp_path_factory.mktemp("lineup")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RECLIB_RUNS", str(folder / "runs"))
+        patch.setenv("RECLIB_MODELS", str(folder / "models"))
+        yield explore.lineup(small(), dataset, CPU)
 
 
 def test_a_history_is_written_added_to_and_put_in_another_order(lineup):
-    key, initial = explore.first_history(asked(), lineup)
+    key, initial = explore.first_history(small(), lineup)
     panel = explore.recommend_panel(lineup, key, initial, 6, 5)
     turned = controls(panel)
     assert len(turned) == 3
@@ -167,3 +182,57 @@ def test_a_history_is_written_added_to_and_put_in_another_order(lineup):
     turned["user"].value = other
     ends = lineup.users[other].history[-6:]
     assert parameters(panel) == {"user": other, "history": [lineup.keys[item] for item in ends]}
+
+
+@pytest.fixture
+def history(lineup):
+    return explore.first_history(small(), lineup)[1]
+
+
+def test_a_list_is_that_of_the_models_scores_without_what_was_seen(lineup, history):
+    found = explore.ranks(lineup, "base", history)
+    best = explore.top(found, 5)
+    assert not set(best) & set(history)
+    assert found[best].tolist() == [1, 2, 3, 4, 5]
+    assert not found[list(history)].any()
+    scores = scores_after(lineup.models["base"], history)
+    scores[torch.tensor(history) - 1] = -torch.inf
+    assert best == (scores.topk(5).indices + 1).tolist()
+    with pytest.raises(InputError, match="the history is empty"):
+        explore.ranks(lineup, "base", ())
+
+
+def test_the_gate_is_of_the_history(lineup, history):
+    weights = explore.gate(lineup, history)
+    assert weights.sum() == pytest.approx(1)
+    assert weights.shape == (4,)
+    assert not np.allclose(weights, explore.gate(lineup, history[:2]), atol=1e-6)
+    assert lineup.gates.shape[1] == 4
+
+
+def test_a_history_is_handed_on_and_read_back(lineup, history):
+    key = list(lineup.users)[1]
+    given = {"user": key, "history": [lineup.keys[item] for item in history[:3]]}
+    assert explore.first_history(small(**given), lineup) == (key, history[:3])
+    for wrong, said in [({"user": "nobody"}, "not in the last"), ({"history": ["x"]}, "unknown item 'x'")]:
+        with pytest.raises(InputError, match=said):
+            explore.first_history(small(**wrong), lineup)
+
+
+def test_a_kept_model_is_used_where_there_is_one(lineup, dataset):  # noqa: F811
+    assert explore.kept_model("auto", dataset) is None
+    with pytest.raises(InputError, match="kept_model='mine': no masked model"):
+        explore.kept_model("mine", dataset)
+    base = lineup.models["base"]
+    folder = saving.save_model(base, TrainConfig(), dataset, "mine", {})
+    try:
+        assert folder.parent == system.models()
+        assert explore.kept_model("auto", dataset) == "mine"
+        assert explore.kept_model("none", dataset) is None
+        found = explore.lineup(small(), dataset, CPU)
+        assert "mine, kept under models/" in found.description
+        assert {user.target for user in found.users.values()} == {None}  # it may have learnt them
+    finally:
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()

@@ -1,19 +1,23 @@
-"""Grids: what an experiment file may say, each run once, stop and go on, two processes on one grid."""
+"""Grids: what a file may say, each run once, stop and go on, two processes on one; how a grid is scored."""
 
-from __future__ import annotations
-
+import copy
+import json
 import multiprocessing
+import shutil
 
 import numpy as np
 import pytest
-from conftest import ROOT
-from small_grid import FILE, work, write
+from conftest import PLACES, ROOT
+from small_grid import FILE, light_scoring, work, write
 from small_models import Stop, stop_at
 
 from reclib import records, system
 from reclib.config import InputError, ModelConfig, TrainConfig
 from reclib.data.prepare import prepare
-from reclib.experiments import grids
+from reclib.evaluate import metrics
+from reclib.experiments import baseline, grids
+from reclib.experiments.notebook import Result
+from reclib.report import figures, tables
 from reclib.train.fit import Options
 
 
@@ -119,3 +123,189 @@ def test_committed_runs_are_known_by_the_hash_of_their_configuration():
                 assert records.params_hash(identity) == row["params_hash"], (file.name, row["own_params"])
                 checked += 1
     assert checked > 20
+
+
+# -- scoring -------------------------------------------------------------------------------------------------
+
+ARMS = {
+    "bert4rec": {"final": True},
+    "twin": {"train": {"objective": "next_item", "prior": "counts"}, "final": True},
+    "bert4rec (past)": {"split": "global_time", "final": True, "seeds": [0]},
+    "bert4rec (users)": {"split": "random_users", "final": True, "seeds": [0]},
+    "wide": {"model": {"hidden_dim": 64}, "seeds": [0]},
+    "other": {"data": {"synthetic_seed": 1}, "final": True, "seeds": [0]},
+}
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scored")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in PLACES:
+            patch.setenv(name, str(folder / name.lower()))
+        light_scoring(patch)
+        write(folder, arms=ARMS)
+        here = work()
+        grids.run_grid(here, here.runs(), Options())
+        yield grids.score(here)
+
+
+def named(results: list[Result], name: str, **params: object) -> list[Result]:
+    return [r for r in results if r.name == name and params.items() <= r.params.items()]
+
+
+def means(results: list[Result]) -> dict[tuple[str, int | None], dict]:
+    return {(r.params["model"], r.seed): r.metrics for r in named(results, "test_metrics")}
+
+
+def test_a_grid_is_scored_with_baselines_and_intervals(scored):
+    here = work()
+    rows = here.rows("test_metrics")
+    assert [row["metrics"] for row in rows] == [r.metrics for r in named(scored, "test_metrics")]
+    overall = {model: numbers for (model, seed), numbers in means(scored).items() if seed is None}
+    assert {"bert4rec", "twin", "popularity", "markov", "item_knn", "ease"} <= overall.keys()
+    assert "wide" not in overall
+    assert overall["twin_with_validation"] != overall["twin"]  # its counts alone are newer
+    assert "bert4rec_with_validation" not in overall
+    assert all(one["ndcg@10_low"] <= one["ndcg@10"] <= one["ndcg@10_high"] for one in overall.values())
+    arm = here.grid.arms[0]
+    files = [np.load(here.ranks_file(arm, seed)) for seed in arm.seeds]
+    hits = np.mean([metrics.hit(file["test"], 10) for file in files], axis=0)
+    assert overall["bert4rec"]["hr@10"] == pytest.approx(hits.mean())
+    assert {seed for model, seed in means(scored) if model == "bert4rec"} == {None, 0, 1}
+
+
+def test_comparisons_are_paired_corrected_and_need_three_seeds(scored):
+    rows = named(scored, "comparison")
+    assert {row.params["against"] for row in rows} == {"bert4rec", "other"}
+    assert all(row.metrics["adjusted_p"] >= row.metrics["p"] for row in rows)
+    (twin,) = (row.metrics for row in named(rows, "comparison", model="twin", metric="hr@10"))
+    assert (twin["seeds"], twin["reference_seeds"]) == (2, 2), "too few for a claim"
+    assert twin["difference_low"] <= twin["difference"] <= twin["difference_high"]
+
+
+def test_the_shuffle_control_moves_what_uses_order_and_nothing_else(scored):
+    rows = {row.params["model"]: row.metrics for row in named(scored, "shuffle_control")}
+    assert rows["ease"]["shuffled"] == rows["ease"]["ndcg@10"]  # blind to order
+    assert rows["markov"]["shuffled"] != rows["markov"]["ndcg@10"]
+    assert rows["markov"]["shuffled_but_last"] == rows["markov"]["ndcg@10"]  # looks at the last item only
+
+
+def test_arms_are_compared_on_validation_by_user_over_the_seeds_both_have(scored):
+    rows = {result.params["model"]: result.metrics for result in grids.compare(work())}
+    assert rows.keys() == {"twin", "wide"}  # another split is another question
+    assert (rows["twin"]["seeds"], rows["wide"]["seeds"]) == (2, 1)
+    twin = rows["twin"]
+    assert twin["difference"] == pytest.approx(twin["value"] - twin["base"])
+    for name in ("seed", "difference"):
+        assert twin[f"{name}_low"] <= twin["difference"] <= twin[f"{name}_high"]
+    assert all(row["p"] <= row["adjusted_p"] <= 1 for row in rows.values())  # Holm over the arms
+
+
+def test_an_arm_of_other_data_is_scored_on_them(scored):
+    here = work()
+    base, other = here.dataset.fingerprint, here.data_of(here.grid.arms[-1]).fingerprint
+    rows = [row for row in here.rows("test_metrics") if row["seed"] is None]
+    models: dict[str, set] = {mark: set() for mark in (base, other)}
+    for row in rows:
+        models[row["data"]["fingerprint"]].add(row["own_params"]["model"])
+    assert {"bert4rec", "twin", "ease"} <= models[base] - {"other"}
+    assert {"other", "ease"} <= models[other] - {"bert4rec", "twin"}
+    data = {json.dumps(row["configuration"].get("data")) for row in rows}
+    assert data == {"null", '{"synthetic_seed": 1}'}
+
+
+def test_kept_ranks_give_the_same_and_a_seed_that_chose_the_recipe_does_not_judge_it(scored, monkeypatch):
+    """Baselines join a grid whose weights are gone; a changed recipe is another look, a scoring is none."""
+    here = work()
+    arm = here.grid.arms[0]
+    trial = {"name": "learning_curve", "params_hash": here.key(arm, 1), "data": {"name": "trials-x"}}
+    other = {"name": "learning_curve", "params_hash": here.key(arm, 0), "data": {"name": "scaling-x"}}
+    monkeypatch.setattr(records, "committed", lambda: [trial, other])
+    monkeypatch.setattr(grids.Work, "train", lambda *_: pytest.fail("asked for weights"))
+    again = grids.score(here, from_ranks=True)
+    assert means(again) == means(scored), "the seed that chose stays in the means"
+    assert {row.metrics["reference_seeds"] for row in named(again, "comparison", against="bert4rec")} == {1}
+    left_out = [row["configuration"].get("seeds_left_out") for row in here.rows("comparison")]
+    assert {"bert4rec": [1]} in left_out
+    assert ("pairwise_counts_with_validation", None) in means(again)
+    rows = here.rows("test_metrics") + here.rows("protocol")
+    for place, row in enumerate(rows):  # every scoring is counted
+        assert row["earlier"] == sum(r["params_hash"] == row["params_hash"] for r in rows[:place])
+    counts, where = tables.scored_configurations(rows), here.dataset.fingerprint
+    assert counts[where, "leave-one-out", "bert4rec"] == counts[where, "leave-one-out", "causal"] == 1
+    wider = copy.deepcopy(rows)
+    for row in wider:
+        arms = row["configuration"]["arms"]
+        model = row["own_params"]["model"].removesuffix("_with_validation")
+        assert {arm.split(" (")[0] for arm in arms} == {model} & {"bert4rec", "twin", "other"}  # its own
+        for arm_configuration in arms.values():
+            arm_configuration["model"]["hidden_dim"] *= 2
+    assert tables.scored_configurations(rows + wider)[where, "leave-one-out", "bert4rec"] == 2
+    file = here.ranks_file(arm, 1)
+    kept = dict(np.load(file))
+    grids.save_ranks(file, {"valid": kept["valid"]})
+    with pytest.raises(InputError, match="no ranks on the test split are kept of bert4rec seed 1"):
+        grids.score(here, from_ranks=True)
+    grids.save_ranks(file, kept)
+
+
+def test_what_a_run_showed_on_the_test_split_is_kept_and_read_again(scored, monkeypatch):
+    here = work()
+    arm = here.grid.arms[0]
+    test = baseline.draw(here.dataset, here.split(arm).test)
+    fresh = baseline.assess_trained(here.train(arm, 0, Options()), test)
+    monkeypatch.setattr(baseline, "assess_trained", lambda *_: pytest.fail("looked at the test split again"))
+    kept = grids.assess_run(here, arm, 0, test)
+    assert kept.outcomes.keys() == fresh.outcomes.keys()
+    for name, outcome in fresh.outcomes.items():
+        assert kept.outcomes[name][:3] == outcome[:3]
+        assert np.array_equal(kept.outcomes[name].ranks, outcome.ranks)
+    for field in ("shuffled", "shuffled_but_last", "top"):
+        assert np.array_equal(getattr(kept, field), getattr(fresh, field))
+
+
+def test_what_is_not_trained_cannot_be_scored(root):
+    write(root, arms=ARMS)
+    with pytest.raises(InputError, match="not trained yet: bert4rec seed 0, bert4rec seed 1, twin seed 0"):
+        grids.score(work())
+    write(root, arms={"bert4rec": {}})
+    with pytest.raises(InputError, match="it has no final arm"):
+        grids.score(work())
+
+
+def test_runs_so_far_keep_what_they_show_and_a_later_scoring_needs_no_weights(root, capsys, monkeypatch):
+    light_scoring(monkeypatch)
+    write(root, arms={"base": {"final": True}, "counts": {"final": True, "train": {"prior": "counts"}}})
+    here = work()
+    arm, counts = here.grid.arms
+    grids.run_grid(here, [(arm, 0), (counts, 0), (counts, 1)], Options())
+    capsys.readouterr()
+    assert grids.score_main(["trial", "--keep"]) == 0
+    said = capsys.readouterr().out
+    assert said.splitlines()[-1] == "kept: base seed 0, counts seed 0, counts seed 1"
+    assert "@10" not in said
+    assert not here.rows("test_metrics")
+
+    for run in ((arm, 0), (counts, 0), (counts, 1)):  # the machine that trained them is gone
+        shutil.rmtree(here.folder(*run))
+    grids.run_grid(here, [(arm, 1)], Options())
+    assert {seed for model, seed in means(grids.score(here)) if model == "base"} == {None, 0, 1}
+    assert not any(here.folder(*run).exists() for run in ((arm, 0), (counts, 0), (counts, 1)))
+
+
+def test_ties_are_scored_by_rule_with_the_arms_that_are_trained(root, monkeypatch):
+    light_scoring(monkeypatch)
+    shuffled = {"ties": "shuffle", "ties_seed": 1}
+    write(root, arms={"bert4rec": {"seeds": [0]}, "causal": {}, "bert4rec (shuffle)": {"data": shuffled}})
+    here = work()
+    grids.run_grid(here, here.runs()[:1], Options())
+    results = grids.score_ties(here)
+    keys = ("model", "ties", "ties_seed")
+    overall = {tuple(r.params[key] for key in keys) for r in named(results, "tie_rule")}
+    counts = ("pairwise_counts", "pairwise_counts_with_validation")
+    rules = {(model, *rule) for model in counts for rule in (("source", 0), ("shuffle", 1))}
+    assert overall == rules | {("bert4rec", "source", 0)}
+    rows = tables.tie_rules(here.rows("tie_rule"))
+    assert len(rows) == len(overall)  # means over seeds alone
+    assert figures.show("tie_rules", *rows).layout.title.text.startswith("The order of ties moves NDCG@10")

@@ -7,8 +7,6 @@ A server of the project's environment on loopback with its token, on a copy of t
 there is no Chromium.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -77,19 +75,13 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         for cell in notebook.cells:
             cell.update({"outputs": [], "execution_count": None} if cell.cell_type == "code" else {})
         nbformat.write(notebook, file)
-    folders = (
-        "JUPYTER_CONFIG_DIR",
-        "JUPYTER_DATA_DIR",
-        "JUPYTER_RUNTIME_DIR",
-        "RECLIB_RECORDS",
-        "RECLIB_RUNS",
-    )
+    folders = [f"JUPYTER_{kind}_DIR" for kind in ("CONFIG", "DATA", "RUNTIME")]
+    folders += ["RECLIB_RECORDS", "RECLIB_RUNS"]
     own = {name: str(place / name) for name in folders} | {"HOME": str(place)}
     own |= {"RECLIB_DATA": os.environ.get("RECLIB_DATA", str(ROOT / ".data"))}
-    own |= {"RECLIB_ROOT": str(ROOT), "PYTHONPATH": str(ROOT)}
-    options = (
-        "--no-browser --ip 127.0.0.1 --port 0 --allow-root --expose-app-in-browser --LabApp.news_url=None"
-    )
+    own |= {"RECLIB_ROOT": str(ROOT)}
+    options = "--no-browser --ip 127.0.0.1 --port 0 --allow-root --LabApp.news_url=None"
+    options += " --expose-app-in-browser"
     command = [sys.executable, "-m", "jupyter", "lab", *options.split(), "notebooks"]
     with (place / "server.log").open("w") as log:
         server = subprocess.Popen(command, cwd=place, env=os.environ | own, stdout=log, stderr=log)

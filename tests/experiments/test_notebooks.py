@@ -3,8 +3,6 @@
 The only place that knows nbval.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -15,7 +13,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, python
 
 from reclib import parameters
 from reclib import records as reclib_records
@@ -47,11 +45,10 @@ def bundles(cells: Iterable[nbformat.NotebookNode]) -> list[dict]:
 def lane(file: Path, records: Path) -> subprocess.CompletedProcess[str]:
     """Run a notebook with nbval against the outputs that are stored in it."""
     environment = os.environ | OTHER_CPU | {"RECLIB_RECORDS": str(records), "RECLIB_ROOT": str(ROOT)}
-    environment |= {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    environment |= {"PYTHONWARNINGS": "ignore"}
     options = f"-q -p no:cacheprovider -c {os.devnull} --rootdir={file.parent} --nbval --nbval-current-env"
     options += f" --nbval-cell-timeout 300 --nbval-sanitize-with {SANITISER}"
-    command = [sys.executable, "-m", "pytest", *options.split(), str(file)]
-    return subprocess.run(command, cwd=file.parent, env=environment, capture_output=True, text=True)
+    return python("-m", "pytest", *options.split(), file, cwd=file.parent, env=environment, timeout=None)
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
@@ -108,9 +105,7 @@ def executed(project: Path) -> Path:
     return file
 
 
-def test_the_lane_is_green_on_its_own_outputs_and_red_on_others_and_on_a_cell_that_fails(
-    executed: Path, tmp_path: Path
-):
+def test_the_lane_is_green_on_its_own_outputs_and_red_on_others_and_on_a_failing_cell(executed, tmp_path):
     done = lane(executed, tmp_path / "records")
     assert done.returncode == 0, done.stdout
     assert len(reclib_records.read(tmp_path / "records")) == 1

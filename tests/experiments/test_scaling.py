@@ -1,7 +1,5 @@
 """The law, its prediction before the run, and notebook 03's runs: what fits, what was tuned, what is kept."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -11,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import smoke
 from small_grid import work
 from small_grid import write as write_grid
+from small_models import scores_after
 
-from reclib import parameters, system
+from reclib import system
 from reclib.config import InputError, model_config
 from reclib.cost.work import demand_room
 from reclib.data.splits import leave_one_out
@@ -148,8 +148,7 @@ def p(monkeypatch):
     """Small smoke parameters, read before the project root is another."""
     with monkeypatch.context() as patch:
         patch.delenv("RECLIB_ROOT", raising=False)
-        small = {"sizes": ["w32d1"], "epochs": 1, "batch_size": 8, "max_len": 20, "tuned": False}
-        return parameters.build("03_scaling", parameters.profile("03_scaling", "smoke") | small)
+        return smoke("03_scaling", sizes=["w32d1"], epochs=1, batch_size=8, max_len=20, tuned=False)
 
 
 @pytest.fixture
@@ -195,14 +194,11 @@ def test_a_kept_model_recommends_what_the_trained_one_does(p, dataset):
     size, split = scaling.sized(p, dataset, "w32d1"), leave_one_out(dataset)
     given = ("03_scaling", p, dataset, split, resolve("cpu"), size.model, size.train, "a title")
     run = baseline.train_model(*given)
-    trained, config = run.trainer.model.eval(), run.trainer.model.config
+    trained = run.trainer.model.eval()
     folder = saving.save_model(trained, run.trainer.config, dataset, "m", run.best())
     model = saving.load_model("m")
     recommended = [item.key for item in model.recommend(model.keys[:3], k=5)]
-    with torch.no_grad():
-        rows = torch.tensor([[1, 2, 3, config.mask_id]])
-        hidden = trained.encode(rows, torch.ones_like(rows), torch.arange(4)[None])
-        scores = trained.logits(hidden[0, -1:])[0, 1 : config.num_items + 1]
+    scores = scores_after(trained, [1, 2, 3])
     scores[:3] = -torch.inf
     assert recommended == [model.keys[int(i)] for i in scores.topk(5).indices]
 

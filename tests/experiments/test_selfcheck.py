@@ -1,7 +1,5 @@
 """The self-check passes here, and fails where something is wrong."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

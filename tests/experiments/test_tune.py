@@ -1,15 +1,10 @@
 """Tuning: a budget that is kept when a process is killed, and settings that are kept to their data."""
 
-from __future__ import annotations
-
-import os
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
-from conftest import ROOT
+from conftest import until
 from optuna.trial import TrialState
 from small_grid import FILE as GRID
 from small_grid import light_scoring, write_params
@@ -105,12 +100,10 @@ def test_sigkill_loses_and_doubles_no_trial(root, monkeypatch):
     write(trials=3, train=long)
     prepare(scaling.read_tuning("trial").data)
     command = [sys.executable, "-m", "reclib", "tune", "run", "trial", "--tracker", "none"]
-    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    process = subprocess.Popen(command)
     killed = study()
-    deadline = time.monotonic() + 60
-    while checkpoint_of(killed) < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
+    until(lambda: checkpoint_of(killed) >= 2, 60)
+    process.kill()
     process.wait()
     (left,) = killed.trials(TrialState.RUNNING)
     write(trials=3, train=long, about="the same study")
@@ -131,10 +124,8 @@ def test_one_process_at_a_time_runs_a_study_and_default_is_compared_with_tuned(r
     one = study()
     with pytest.raises(InputError, match="nothing is tuned yet"):
         scaling.compare(one, Options())
-    with (
-        system.locked(one.folder / "study.lock"),
-        pytest.raises(InputError, match="another process is running"),
-    ):
+    busy = pytest.raises(InputError, match="another process is running")
+    with system.locked(one.folder / "study.lock"), busy:
         run(study())
     assert run(one) == 2
     one.choose()

@@ -12,17 +12,8 @@ EXACT = {"5m": 5_118_250, "85m": 85_111_814, "130m": 130_095_750, "430m": 429_15
 
 
 def test_parameter_counts_are_the_published_ones_and_those_of_the_planner():
-    configs = [model_config(size) for size in SIZES]
-    configs += [
-        model_config("nano", **changes)
-        for changes in (
-            {"output_bias": False},
-            {"head": "mlp"},
-            {"table_dim": 8},
-            {"table_dim": 48, "tied": False},
-        )
-    ]
-    for config in configs:
+    changes = [{"output_bias": False}, {"head": "mlp"}, {"table_dim": 8}, {"table_dim": 48, "tied": False}]
+    for config in [*map(model_config, SIZES), *(model_config("nano", **one) for one in changes)]:
         counted = count_parameters(config)
         assert sum(work.parameters(config).values()) == counted["total"]
         assert counted["total"] == sum(counted[k] for k in ("item_tables", "positions", "non_embedding"))
@@ -65,12 +56,8 @@ def test_a_causal_model_does_not_see_what_is_later():
 
 @torch.no_grad()
 def test_item_vectors_of_their_own_width_are_tables_of_low_rank():
-    for tied, width, head, scaled in (
-        (True, 4, "linear", False),
-        (False, 4, "mlp", True),
-        (True, 40, "linear", False),
-    ):
-        narrow, items = drawn(tied=tied, table_dim=width, head=head, scale_items=scaled)
+    for tied, width, head, scaled in [(True, 4, "linear", 0), (False, 4, "mlp", 1), (True, 40, "linear", 0)]:
+        narrow, items = drawn(tied=tied, table_dim=width, head=head, scale_items=bool(scaled))
         plain, _ = drawn(tied=False, head=head)
         state = narrow.double().state_dict()
         into, out = state.pop("table_in"), state.pop("table_out")  # (D, E) and (E, D)

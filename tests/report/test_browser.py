@@ -3,8 +3,6 @@
 Skipped where there is no Chromium: RECLIB_CHROMIUM names one, else it is looked for on PATH.
 """
 
-from __future__ import annotations
-
 import functools
 import threading
 from collections.abc import Iterator

@@ -1,20 +1,17 @@
 """What is published says nothing about who ran it where, and nothing that comes from outside is unpickled."""
 
-from __future__ import annotations
-
 import getpass
 import json
 import os
 import re
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, python
 
 FOLDERS = ("notebooks", "executed", "figures", "params")
 # Folders of people and of machines, wherever a path begins; addresses of pages are none.
@@ -23,9 +20,7 @@ SECRETS = re.compile(
     r"\b(?:ghp|gho|github_pat|hf|glpat|xox[bp])[_-][A-Za-z0-9_-]{20,}|\bsk-[A-Za-z0-9_-]{20,}|\bAKIA[0-9A-Z]{16}\b"
     r"|(?i:api[_-]?key|access[_-]?token|password)[\"']?\s*[:=]\s*[\"'][^\"']{8,}|[?&]token=[0-9a-f]{16,}"
 )
-ENVIRONMENT = re.compile(
-    r"\b(?:LS_COLORS|SSH_CONNECTION|XDG_[A-Z_]+|OLDPWD|HOSTNAME|LOGNAME|WANDB_API_KEY)\b"
-)
+ENVIRONMENT = re.compile(r"\b(?:LS_COLORS|SSH_CONNECTION|XDG_\w+|OLDPWD|HOSTNAME|LOGNAME|WANDB_API_KEY)\b")
 PLANTED = {  # what may be in somebody's environment and must stay there
     "WANDB_API_KEY": "c0ffee" * 6 + "feed",
     "HF_TOKEN": "hf_" + "PlantedTokenOfNobody" * 2,
@@ -68,9 +63,7 @@ def text_of(file: Path) -> str:
     if file.suffix != ".npz":
         return file.read_bytes().decode("utf-8", errors="replace")
     with np.load(file) as archive:
-        return str(
-            {name: a.tolist() if (a := archive[name]).dtype.kind not in "iufb" else "" for name in archive}
-        )
+        return str({n: a.tolist() if (a := archive[n]).dtype.kind not in "iufb" else "" for n in archive})
 
 
 def findings(text: str, private: list[str]) -> list[str]:
@@ -99,9 +92,7 @@ def test_the_search_finds_what_it_is_for_and_nothing_else():
         "ran on some-host-name today",
     ]:
         assert findings(text, ["some-host-name"]), text
-    good = (
-        "see https://github.com/home/x, notebooks/02_baseline.ipynb, 1/2, a commit 0123456789abcdef, </div>"
-    )
+    good = "see https://github.com/home/x, notebooks/02_baseline.ipynb, 1/2, a commit 0123456789abcde, </div>"
     good += " /hfFUDFHabZFEIVQDTm0WwAJhVAA7j77"  # base64 from a figure: a token has a separator
     assert findings(good, []) == []
 
@@ -115,10 +106,8 @@ def test_what_a_run_writes_holds_no_secret_and_tells_nothing_about_who_wrote_it(
     environment = kept | PLANTED | {
         "RECLIB_ROOT": str(folder / "root"),
         "RECLIB_RECORDS": str(folder / "records"),
-        "PYTHONPATH": str(ROOT),
     }  # fmt: skip
-    command = [sys.executable, "-c", WRITER, str(folder / "out")]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
+    done = python("-c", WRITER, folder / "out", cwd=folder, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     files = [file for file in folder.rglob("*") if file.is_file() and "params" not in file.parts]
     assert {".safetensors", ".json", ".jsonl", ".wandb"} <= {file.suffix for file in files}
@@ -146,8 +135,7 @@ UNSAFE = re.compile(
 def test_nothing_unpickles_a_file():
     rules = "S102,S301,S302,S307,S403,S506"  # exec, pickle, marshal, eval, imports of pickle, yaml.load
     options = ["--isolated", "--preview", "--no-cache", "--output-format", "concise", "--select", rules]
-    command = [sys.executable, "-m", "ruff", "check", *options, "reclib", "benchmarks"]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    found = python("-m", "ruff", "check", *options, "reclib", "benchmarks", cwd=ROOT).stdout
     # `fetch` reads pinned tables by an unpickler that knows a fixed list of names; test_fetch attacks it.
     assert {line.partition(":")[0] for line in found.splitlines()[:-1]} == {"reclib/data/fetch.py"}, found
     for bad in ("torch.load(f)", "torch.load(f, weights_only=False)", "np.load(f, allow_pickle=True)"):

@@ -1,12 +1,8 @@
-from __future__ import annotations
-
-import os
 import re
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
 
 from reclib import cli, system
 
@@ -14,8 +10,7 @@ from reclib import cli, system
 def shell(line: str) -> subprocess.CompletedProcess[str]:
     """Run a line of bash, in which `reclib` is the command."""
     command = ["bash", "-c", f"set -o pipefail; {sys.executable} -m {line}"]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 def test_every_command_has_help_and_help_names_every_command(capsys):

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -11,7 +9,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, python
 
 from reclib.config import GPU_LABELS
 from reclib.parameters import PROFILES
@@ -75,22 +73,12 @@ from reclib.cost import planner
 from reclib.experiments import comparison, speed
 from reclib.train import fit, timing
 print(json.dumps(list(sys.modules)))"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    modules = set(json.loads(done.stdout))
+    modules = set(json.loads(python("-c", code, check=True).stdout))
     assert not modules & {"torch._dynamo", "scipy.stats", "duckdb"}, "slow to import"
     # Where torch, numpy, pandas and PyYAML are installed, wheels of 3 MB make it complete.
     allowed = {"isal", "msgspec", "pydantic", "pydantic_core", "annotated_types", "typing_inspection"}
-    allowed |= {
-        "typing_extensions",
-        "torch",
-        "torchgen",
-        "numpy",
-        "pandas",
-        "dateutil",
-        "safetensors",
-        "tqdm",
-    }
-    allowed |= {"yaml", "reclib", "cython_runtime"} | sys.stdlib_module_names
+    allowed |= {"typing_extensions", "torch", "torchgen", "numpy", "pandas", "dateutil", "safetensors"}
+    allowed |= {"tqdm", "yaml", "reclib", "cython_runtime"} | sys.stdlib_module_names
     packages = {name.partition(".")[0] for name in modules} - allowed
     assert {name for name in packages if not name.startswith("_")} == set()
 

@@ -1,14 +1,11 @@
 """Device decisions, driven with devices that are not there."""
 
-from __future__ import annotations
-
 import contextlib
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from conftest import python
 
 from reclib import hardware
 from reclib.config import GPU_LABELS, InputError
@@ -147,9 +144,6 @@ if torch.backends.mkl.is_available():
     with torch.backends.mkl.verbose(torch.backends.mkl.VERBOSE_ON):
         square @ square
 """
-    bare, resolved = (
-        subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True, check=True).stdout
-        for how in ("bare", "resolved")
-    )
+    bare, resolved = (python("-c", code, how, check=True).stdout for how in ("bare", "resolved"))
     assert "denormals: 0\n" in resolved
     assert "Dyn:1" not in bare or "Dyn:0" in resolved  # where MKL tells, and may choose the number of threads

@@ -1,7 +1,5 @@
 """Notebooks on several devices: what a crash, a kill, a timeout or an interrupt leaves."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import itertools
@@ -15,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import RESULT, ROOT, make_notebook
+from conftest import RESULT, make_notebook, rows_of, until
 
 from reclib import cli, hardware, records, runner, system
 from reclib.config import InputError
@@ -32,7 +30,6 @@ def start(project: Path) -> Iterator[Callable[..., subprocess.Popen]]:
     def begin(*arguments: str) -> subprocess.Popen:
         process = subprocess.Popen(
             [sys.executable, "-m", "reclib", *arguments, "--profile", "smoke"],
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -56,17 +53,6 @@ def descendants(project: Path) -> list[str]:
             of_project = f"RECLIB_ROOT={project}\0".encode() in (folder / "environ").read_bytes()
             found += [folder.name] if state != "Z" and of_project and folder.name != str(os.getpid()) else []
     return found
-
-
-def until(condition: Callable[[], object], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
-
-
-def rows_of(project: Path) -> list[dict]:
-    return records.read(project / "runs/executed")
 
 
 @pytest.mark.slow

@@ -1,22 +1,18 @@
-from __future__ import annotations
-
+import functools
 import typing
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, smoke
 
 from reclib import parameters
 from reclib.config import GPU_LABELS, DataConfig, InputError, ModelConfig, TrainConfig, typed, validated
-from reclib.parameters import Baseline, Parameters
+from reclib.parameters import Parameters
 
 DEVICES = [label for label in GPU_LABELS if label != "auto" and "-" not in label]
 SMOKE = parameters.profile("02_baseline", "smoke")
-
-
-def build(**changes: object) -> Baseline:
-    return parameters.build("02_baseline", SMOKE | changes)
+build = functools.partial(smoke, "02_baseline")
 
 
 def test_every_profile_on_every_device_is_valid():
@@ -74,6 +70,8 @@ def test_wrong_values_are_told_in_one_line_that_names_the_parameter():
 
 def test_impossible_values_are_told_in_one_line():
     odd = {"positions": "sinusoidal", "hidden_dim": 3, "num_heads": 1}
+    focal = {"objective": "seed_focal", "layout": "padded", "loss": "sampled_softmax"}
+    few_logits = ({"loss": "gbce"}, {"compile_mode": "graph"}, {"head_rows": "all"}, {"loss": "fused"})
     for kind, values, part in [
         (ModelConfig, {"num_items": 0}, "'num_items' is 0"),
         (ModelConfig, {"num_items": 5, "hidden_dim": 10, "num_heads": 3}, "divisible by num_heads=3"),
@@ -84,6 +82,9 @@ def test_impossible_values_are_told_in_one_line():
         (TrainConfig, {"batch_size": 10, "micro_batch_size": 3}, "multiple of micro_batch_size=3"),
         (TrainConfig, {"learning_rate": float("nan")}, "'learning_rate' is nan"),
         (TrainConfig, {"seed": 2**64}, "'seed' is 18446744073709551616"),
+        (TrainConfig, {"loss": "gbce", "head_rows": "all"}, "needs loss='plain', not 'gbce'"),
+        (TrainConfig, focal, "knows no loss='sampled_softmax'"),
+        *((TrainConfig, {"prior": "counts"} | one, "prior='counts' needs the logits") for one in few_logits),
     ]:
         with pytest.raises(InputError) as error:
             validated(kind, values)
@@ -128,16 +129,6 @@ def test_the_device_file_fills_only_what_was_not_given(capsys):
     assert parameters.fill(build(), "t4").compile_mode == "default"
     assert parameters.fill(build(), "other") == build()
     assert "'other'" in capsys.readouterr().out
-
-
-def test_the_name_of_a_profile_is_found_by_comparing():
-    for changes, name in [
-        ({"gpu": "h100", "seeds": [4, 5], "tracker": "tensorboard"}, "smoke"),
-        ({"precision": "bf16", "compile_mode": "default"}, "smoke"),
-        ({"epochs": 5}, "custom"),
-        ({"dataset": "synthetic"}, "custom"),
-    ]:
-        assert parameters.profile_of("02_baseline", build(**changes)) == name
 
 
 def test_a_broken_parameter_file_is_named_with_its_line(project: Path):

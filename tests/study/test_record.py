@@ -1,16 +1,13 @@
-from __future__ import annotations
-
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import smoke
 
-from reclib import parameters, records, system
+from reclib import records, system
 from reclib.config import InputError
 
 CARD = dict.fromkeys(records.CARD) | {"label": "cpu", "name": "Some CPU", "threads": 2}
@@ -21,13 +18,9 @@ def root(project: Path) -> Path:
     return project / "runs/executed"
 
 
-def parameters_of(**changes: object) -> parameters.Baseline:
-    return parameters.build("02_baseline", parameters.profile("02_baseline", "smoke") | changes)
-
-
 def make_run(**changes: object) -> records.Run:
     data = {"name": "ml-100k", "fingerprint": "f00"}
-    return records.Run("02_baseline", parameters_of(**changes), CARD, data)
+    return records.Run("02_baseline", smoke("02_baseline", **changes), CARD, data)
 
 
 def lines(root: Path) -> list[dict]:
@@ -88,13 +81,13 @@ def test_what_cannot_be_recorded_is_refused_before_anything_is_written(root):
         with pytest.raises(ValueError, match=part):
             make_run().result("x", metrics, **options)
     with pytest.raises(ValueError, match="device card lacks name"):
-        records.Run("02_baseline", parameters_of(), {key: 0 for key in records.CARD if key != "name"})
+        records.Run("02_baseline", smoke("02_baseline"), {key: 0 for key in records.CARD if key != "name"})
     assert not root.exists()
 
 
 def test_a_gpu_that_has_not_passed_its_self_check_records_nothing(root, project):
     def run(**changes: object) -> records.Run:
-        return records.Run("02_baseline", parameters_of(), CARD | {"type": "cuda"} | changes)
+        return records.Run("02_baseline", smoke("02_baseline"), CARD | {"type": "cuda"} | changes)
 
     with pytest.raises(InputError, match="no passed self-check of Some CPU"):
         run()
@@ -242,8 +235,7 @@ for i in range(40):
 def start_writer(root: Path, limit: int = 0) -> subprocess.Popen[str]:
     """Start a process that appends 40 lines of one number each, to a file of at most `limit` bytes."""
     command = [sys.executable, "-c", WRITER, str(root / "cpu/results.jsonl"), str(limit)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
 def test_writers_at_the_same_time_do_not_mix_their_lines(root):

@@ -1,18 +1,14 @@
 """The command line on a small study of its own: what a run leaves, skips, refuses and tells."""
 
-from __future__ import annotations
-
 import json
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 import yaml
-from conftest import RESULT, ROOT
+from conftest import RESULT, ROOT, python, rows_of
 
 from reclib import cli, parameters
 from reclib import records as reclib_records
@@ -37,10 +33,6 @@ def written(project: Path) -> list[str]:
     return sorted(str(name) for name in names if name.parts[0] not in ("params", "notebooks"))
 
 
-def records_of(project: Path) -> list[dict]:
-    return reclib_records.read(project / "runs/executed")
-
-
 def test_a_run_leaves_notebook_record_and_stamp_and_no_tracked_file(project: Path, capsys, monkeypatch):
     monkeypatch.setattr(findings, "sentences", lambda notebook, rows: [f"{len(rows)} record. " * 20])
     file = project / "params/mine.yaml"
@@ -53,7 +45,7 @@ def test_a_run_leaves_notebook_record_and_stamp_and_no_tracked_file(project: Pat
     assert re.fullmatch(r"\[1/1\] 02_baseline \(cpu\) done in \d+ s", lines[-3])
     assert all(line.startswith("      ") and len(line) <= 110 for line in lines[-2:])
     assert len(re.findall(r"cell \d/4 +\d+\.\d s  A question", "\n".join(lines))) == 4
-    (entry,) = records_of(project)
+    (entry,) = rows_of(project)
     assert entry["metrics"]["hr_10"] == pytest.approx(5.123456)
     assert (entry["profile"], entry["label"]) == ("custom", "cpu")
     smoke = parameters.profile("02_baseline", "smoke")
@@ -158,9 +150,7 @@ def test_plain_papermill_works_and_refuses_a_misspelt_parameter(project: Path):
 
     def papermill(folder: str, up: str, *given: str) -> subprocess.CompletedProcess[str]:
         files = (f"{up}notebooks/02_baseline.ipynb", f"{up}executed/cpu/02_baseline.ipynb")
-        command = [sys.executable, "-m", "papermill", *files, "-p", "gpu", "cpu", "-p", *given]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        return subprocess.run(command, cwd=project / folder, env=environment, capture_output=True, text=True)
+        return python("-m", "papermill", *files, "-p", "gpu", "cpu", "-p", *given, cwd=project / folder)
 
     done = papermill(".", "", "tied", "false")
     assert done.returncode == 0, done.stderr
@@ -168,7 +158,7 @@ def test_plain_papermill_works_and_refuses_a_misspelt_parameter(project: Path):
     wrong = papermill("notebooks", "../", "epcohs", "4")
     assert wrong.returncode != 0
     assert "unknown parameter 'epcohs' (did you mean 'epochs'?)" in wrong.stderr
-    assert [entry["params"]["tied"] for entry in records_of(project)] == [False]
+    assert [entry["params"]["tied"] for entry in rows_of(project)] == [False]
 
 
 def test_wrong_input_is_told_in_one_line_before_a_kernel_starts(project: Path, capsys):

@@ -7,14 +7,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import ranks
 import torch
-from conftest import ROOT
+from conftest import ROOT, python, smoke, until
 from safetensors.torch import load_file
 from small_models import histories, small_model
 
@@ -31,7 +31,7 @@ from reclib.train.saving import unique_tensors
 from reclib.train.trainer import Trainer
 
 LIMIT = 150  # seconds that a process may take on a busy machine; nothing here waits for ever
-GNU = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+GNU = {"OMP_NUM_THREADS": "1"}
 
 
 def test_processes_are_joined_by_what_their_devices_have_and_divide_the_threads():
@@ -113,15 +113,9 @@ def cache(tmp_path_factory) -> Path:
 def two(tmp_path_factory, cache) -> Path:
     """The folder in which two processes, started by torchrun itself, left what they saw."""
     folder = tmp_path_factory.mktemp("two")
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "tests/ranks.py"]
-    done = subprocess.run(
-        [sys.executable, *command, str(folder)],
-        cwd=ROOT,
-        env=os.environ | GNU | {"RECLIB_DATA": str(cache)},
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-    )
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    environment = os.environ | GNU | {"RECLIB_DATA": str(cache)}
+    done = python(*launcher, ROOT / "tests/ranks.py", folder, env=environment, timeout=LIMIT)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -132,9 +126,8 @@ def test_two_processes_take_the_steps_of_one(two):
         alone, wanted = ranks.trained(case)
         first, second = (json.loads((two / f"{case}-{rank}.json").read_text()) for rank in (0, 1))
         halves = ("micro", "uneven-micro", "sinks")  # micro-batches of two divide the last three histories
-        assert (0 in second.pop("row_tokens")) == (
-            case not in halves
-        )  # otherwise a process had nothing to do
+        # Otherwise a process had nothing to do.
+        assert (0 in second.pop("row_tokens")) == (case not in halves)
         first.pop("row_tokens")
         assert first == second
         for key in ("num_targets", "num_sequences", "skipped", "sinks", "scale"):
@@ -191,32 +184,24 @@ def workers(process: subprocess.Popen) -> dict[int, int]:
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, ValueError, IndexError):
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            environment = dict(
-                pair.split("=", 1) for pair in (folder / "environ").read_text().split("\0") if "=" in pair
-            )
+            pairs = (folder / "environ").read_text().split("\0")
+            environment = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
             if parent == process.pid and "RANK" in environment:
                 found[int(environment["RANK"])] = int(folder.name)
     return found
 
 
 def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> dict[int, int]:
-    deadline = time.monotonic() + LIMIT
-    while (found := saving.latest(out)) is None or int(found.name[5:]) < step:
+    def reached() -> bool:
         assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+        return (found := saving.latest(out)) is not None and int(found.name[5:]) >= step
+
+    until(reached, LIMIT)
     return workers(process)
 
 
-def gone(pids: list[int]) -> bool:
-    """Whether the processes end within some seconds."""
-    deadline = time.monotonic() + 30
-    while alive := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
-        if time.monotonic() > deadline:
-            print("alive:", alive)
-            return False
-        time.sleep(0.05)
-    return True
+def wait_for_the_end(pids: Iterable[int]) -> None:
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 30)
 
 
 @pytest.mark.slow
@@ -232,7 +217,7 @@ def test_a_killed_rank_ends_the_job_and_the_same_command_goes_on_to_the_same_bit
     assert len(lines) == 1
     assert lines[0].startswith("error: rank 1 of 2 was killed")
     assert lines[0].endswith("the same command goes on from the last checkpoint")
-    assert gone(list(pids.values()))
+    wait_for_the_end(pids.values())
     reached = int(saving.latest(out).name[5:])
     assert reached < 76
     with pytest.MonkeyPatch.context() as patch:
@@ -246,7 +231,7 @@ def test_a_killed_rank_ends_the_job_and_the_same_command_goes_on_to_the_same_bit
     _, told = process.communicate(timeout=LIMIT)
     assert process.returncode == 128 + signal.SIGINT
     assert told.replace("\r", "\n").splitlines()[-1].startswith("SIGINT: all 2 processes ended")
-    assert gone(list(pids.values()))
+    wait_for_the_end(pids.values())
     assert not is_finished(out)
 
     process = start(out, cache)
@@ -286,7 +271,7 @@ def test_processes_end_with_a_launcher_that_is_killed(cache, tmp_path):
     pids = wait_for_step(process, tmp_path / "run", 2)
     process.kill()
     process.communicate()
-    assert gone(list(pids.values()))
+    wait_for_the_end(pids.values())
 
 
 @pytest.mark.slow
@@ -299,7 +284,7 @@ def test_a_notebook_lets_processes_beside_it_train_and_reads_the_result_back(tmp
     (tmp_path / "params").symlink_to(ROOT / "params")
     changes = {"dataset": "synthetic", "size": "nano", "epochs": 1, "nproc": 2, "gpu": "cpu", "dropout": 0.0}
     changes |= {"precision": "fp32", "compile_mode": "off", "max_len": 50}
-    p = parameters.build("02_baseline", parameters.profile("02_baseline", "smoke") | changes)
+    p = smoke("02_baseline", **changes)
     dataset = prepare(DataConfig(dataset="synthetic", min_user=p.min_user, min_item=p.min_item))
     split = splits.random_users(dataset)
     given = ("02_baseline", p, dataset, split, hardware.resolve("cpu"), "bert4rec", 0)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import NUM_ITEMS, histories, loss_and_gradients, small_model, worst_difference
 
-from reclib.config import InputError, TrainConfig, changed, validated
+from reclib.config import TrainConfig, changed
 from reclib.data.batches import IGNORE, Epoch
 from reclib.model.bert4rec import Bert4Rec
 from reclib.train import losses
@@ -218,13 +218,3 @@ def test_micro_batches_share_a_steps_negatives():
     assert first.negatives.tolist() == second.negatives.tolist()
     assert len(first.negatives) == 16
     assert 1 <= int(first.negatives.min()) <= int(first.negatives.max()) <= NUM_ITEMS
-
-
-def test_a_sampled_loss_does_not_go_with_what_needs_all_scores():
-    focal = {"objective": "seed_focal", "layout": "padded", "loss": "sampled_softmax"}
-    for given_, message in (
-        ({"loss": "gbce", "head_rows": "all"}, "needs loss='plain', not 'gbce'"),
-        (focal, "knows no loss='sampled_softmax'"),
-    ):
-        with pytest.raises(InputError, match=message):
-            validated(TrainConfig, given_)

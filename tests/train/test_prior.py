@@ -8,7 +8,7 @@ import torch
 from small_models import NUM_ITEMS, Stop, histories, small_model, stop_at, worst_difference
 
 from reclib import hardware
-from reclib.config import DataConfig, InputError, TrainConfig, changed, model_config, validated
+from reclib.config import DataConfig, InputError, TrainConfig, changed, model_config
 from reclib.data.batches import Epoch
 from reclib.data.dataset import Evaluation, Histories
 from reclib.data.prepare import prepare, synthetic_dataset
@@ -117,9 +117,7 @@ def test_ranking_adds_the_prior_and_a_saved_model_keeps_it(tmp_path):
     assert torch.equal(ranked(saving.load_weights(tmp_path / "kept"))[1], both)
 
 
-def test_a_run_with_a_prior_resumes_to_the_same_bits_and_its_model_is_adapted_and_tuned(
-    tmp_path, monkeypatch
-):
+def test_a_run_with_a_prior_resumes_to_the_same_bits_and_is_adapted_and_tuned(tmp_path, monkeypatch):
     data = synthetic_dataset(num_users=61, num_items=NUM_ITEMS, mean_len=9.0, seed=0)
     train = TrainConfig(prior="counts", epochs=3, batch_size=16, eval_every=1, checkpoint_seconds=0.0)
     config, cpu = changed(small_model(), dropout=0.1), hardware.resolve("cpu")
@@ -152,12 +150,6 @@ def test_a_run_with_a_prior_resumes_to_the_same_bits_and_its_model_is_adapted_an
     again = saving.load_adapter(saving.load_model(place).model, folder)
     ranking = [metrics.evaluate(model, data) for model in (trained.model, again)]
     assert ranking[0] == ranking[1]
-
-
-def test_a_prior_is_refused_where_there_are_no_full_logits_to_add_it_to():
-    for settings in ({"loss": "gbce"}, {"compile_mode": "graph"}, {"head_rows": "all"}, {"loss": "fused"}):
-        with pytest.raises(InputError, match="prior='counts' needs the logits"):
-            validated(TrainConfig, {"prior": "counts"} | settings)
 
 
 def test_the_scale_of_a_trained_prior_is_the_one_that_ranks_validation_best_and_is_found_again(tmp_path):

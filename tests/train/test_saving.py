@@ -1,13 +1,12 @@
 """Files of adapters, which PEFT reads as well, and checkpoints: whole or not there."""
 
 import json
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from adapting import EVERYTHING, KINDS, UNTIED, adapted, base, batch, scores, stir
+from conftest import disk_of
 from safetensors.torch import load_file, save_file
 
 from reclib.config import ENCODER, AdapterConfig, InputError
@@ -189,22 +188,11 @@ def test_damage_is_named_with_what_to_do(tmp_path):
             saving.load_checkpoint(path)
 
 
-@pytest.fixture
-def tiny_disk(tmp_path: Path):
-    """A file system of one megabyte."""
-    point = tmp_path / "disk"
-    point.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(point)]
-    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs needs root on Linux")
-    yield point
-    subprocess.run(["umount", str(point)], check=True)
-
-
-def test_full_disk_is_one_clear_error_and_keeps_the_last_good_checkpoint(tiny_disk):
+def test_full_disk_is_one_clear_error_and_keeps_the_last_good_checkpoint(tmp_path):
     small = {"a": torch.zeros(50_000)}
-    saving.save_checkpoint(tiny_disk, "step-1", small, {"step": 1})
-    with pytest.raises(InputError, match=r"^cannot write .*step-2: .*last good one is step-1.*$"):
-        saving.save_checkpoint(tiny_disk, "step-2", {"a": torch.zeros(300_000)}, {"step": 2})
-    assert names(tiny_disk) == ["step-1"]
-    assert torch.equal(saving.load_checkpoint(tiny_disk / "step-1")[0]["a"], small["a"])
+    with disk_of(1, tmp_path / "disk") as disk:
+        saving.save_checkpoint(disk, "step-1", small, {"step": 1})
+        with pytest.raises(InputError, match=r"^cannot write .*step-2: .*last good one is step-1.*$"):
+            saving.save_checkpoint(disk, "step-2", {"a": torch.zeros(300_000)}, {"step": 2})
+        assert names(disk) == ["step-1"]
+        assert torch.equal(saving.load_checkpoint(disk / "step-1")[0]["a"], small["a"])

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import python
 
 from reclib import hardware
 from reclib.config import InputError, ModelConfig, TrainConfig
@@ -93,10 +93,8 @@ def script(tmp_path: Path, *trackers: str) -> str:
     """Return what a process without a login and in no known home prints."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
     environment |= {"USER": "somebody", "LOGNAME": "somebody", "HOME": str(tmp_path)}
-    environment |= {"PYTHONPATH": str(ROOT), "RECLIB_RUNS": str(tmp_path / "runs")}
-    command = [sys.executable, "-c", _SCRIPT, *trackers]
-    pipes = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
-    done = subprocess.run(command, env=environment, cwd=tmp_path, timeout=120, **pipes)
+    environment["RECLIB_RUNS"] = str(tmp_path / "runs")
+    done = python("-c", _SCRIPT, *trackers, env=environment, cwd=tmp_path, stdin=subprocess.DEVNULL)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 

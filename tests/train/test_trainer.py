@@ -16,21 +16,14 @@ from reclib.evaluate import metrics
 from reclib.model.bert4rec import Bert4Rec
 from reclib.model.ilora import AdaptedModel, base_hash
 from reclib.train import saving
+from reclib.train import trainer as trainer_module
 from reclib.train.fit import Options, fine_tune, fit, fit_main
 from reclib.train.saving import unique_tensors
-from reclib.train.trainer import (
-    StepGraphs,
-    Trainer,
-    chosen_route,
-    clip_gradients,
-    learning_rate,
-    refuse_graphs,
-)
+from reclib.train.trainer import StepGraphs, Trainer, chosen_route, clip_gradients, refuse_graphs
 
 CPU = hardware.resolve("cpu")
-SHORT = TrainConfig(
-    epochs=4, batch_size=8, eval_every=2, lr_warmup_steps=2, checkpoint_seconds=0.0, learning_rate=1e-2
-)
+RECIPE = {"epochs": 4, "batch_size": 8, "eval_every": 2, "lr_warmup_steps": 2, "checkpoint_seconds": 0.0}
+SHORT = TrainConfig(**RECIPE, learning_rate=1e-2)
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +57,8 @@ def run_steps(config: TrainConfig, model=None, steps: int = 3) -> tuple[Trainer,
 
 def test_muon_moves_the_encoders_matrices_and_adamw_all_else():
     muon = changed(SHORT, optimizer="muon", clip_norm=None)
-    (mixed, _), (adam, _) = (
-        run_steps(config, steps=1) for config in (muon, changed(muon, optimizer="fused"))
-    )
+    adamw = changed(muon, optimizer="fused")
+    (mixed, _), (adam, _) = (run_steps(config, steps=1) for config in (muon, adamw))
     for name, tensor in weights(mixed).items():
         is_matrix = name.startswith("blocks.") and tensor.dim() == 2
         assert torch.equal(tensor, weights(adam)[name]) != is_matrix, name
@@ -74,7 +66,7 @@ def test_muon_moves_the_encoders_matrices_and_adamw_all_else():
 
 def test_warm_up_rises_and_cosine_ends_at_its_share():
     config = TrainConfig(learning_rate=0.1, lr_warmup_steps=4, lr_final_share=0.1)
-    rates = [learning_rate(step, 20, config) for step in range(1, 21)]
+    rates = [trainer_module.learning_rate(step, 20, config) for step in range(1, 21)]
     assert rates[:4] == pytest.approx([0.025, 0.05, 0.075, 0.1])
     assert rates[-1] == pytest.approx(0.01)
     assert all(a > b for a, b in itertools.pairwise(rates[3:]))
