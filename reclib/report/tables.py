@@ -55,7 +55,7 @@ ARM_NAMES = {
 }
 TASK_NAMES = {"next_period": "next period", "segment": "segment of users"}
 SHAPES = "the seed study's shapes"  # 85m, 130m, 430m
-OWN_LOSS, TABLES = "the seed study's shape and loss", "item tables of another width"
+OWN_LOSS, TABLES = "the seed study's loss", "item tables of another width"
 COUNTED = " with counts"  # end of arms that have pairwise counts in their logits
 RATES = {"half": " half rate", "rule": "", "twice": " twice rate"}  # ends of arms that check the rule
 FLOOR = "held over 16 bytes per parameter"
@@ -87,8 +87,10 @@ def recipe_of(arm: str) -> str:
     counts = COUNTED if arm.endswith(COUNTED) else ""
     if ", table " in arm:
         return TABLES
+    if arm.endswith(" loss"):
+        return OWN_LOSS
     if re.match(r"\w+ shape\b", arm):
-        return OWN_LOSS if arm.endswith(", its own loss") else SHAPES + counts
+        return SHAPES + counts
     return model_name("causal" if "causal" in arm.split() else "bert4rec") + counts
 
 
