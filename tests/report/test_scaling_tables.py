@@ -104,7 +104,7 @@ def test_other_recipes_stand_on_no_line_of_plain_widths():
         "causal w256d4 with counts": "depth, causal twin with counts",
         "w256d2 with counts": "width, BERT4Rec with counts",
         "encoder 64, table 256": "item tables of another width",
-        "85m shape, its own loss": "the seed study's shape and loss",
+        "85m shape, its own loss": "the seed study's loss",
         "85m shape scaled with counts": "the seed study's shapes with counts",
         "430m shape": "the seed study's shapes",
         "w1024d8": "depth",
