@@ -553,7 +553,9 @@ def _of_sizes(datasets: Mapping[str, Sequence[Record]]) -> list[str]:
         ours = [v for m, v in tested.items() if recipe_of(m) == model_name("bert4rec") and m not in BASELINES]
         if shapes and ours:
             text += f" On {name} {tables.SHAPES} have {min(shapes):.3f} to {max(shapes):.3f} on the test "
-            text += f"split, ours {min(ours):.3f} to {max(ours):.3f}."
+            text += f"split, ours {min(ours):.3f} to {max(ours):.3f}"
+            own = [value for m, value in tested.items() if recipe_of(m) == tables.OWN_LOSS]
+            text += f"; with {tables.OWN_LOSS} {max(own):.3f}." if own else "."
     return [text]
 
 
@@ -563,16 +565,17 @@ def _of_counts(datasets: Mapping[str, Sequence[Record]]) -> list[str]:
     for name, rows in datasets.items():
         tested = {_model(r): r["metrics"]["ndcg@10"] for r in rows if r["name"] == "test_metrics"}
         counts = [m for m in tested if m in COUNTS]
-        if counts and (trained := [m for m in tested if m not in BASELINES]):
-            count, model = (max(group, key=lambda m: tested[m]) for group in (counts, trained))
-            scores = [f"{model_name(m)} {tested[m]:.3f}" for m in (count, model)]
+        alone = [m for m in tested if m not in BASELINES and tables.COUNTED not in m]
+        if counts and alone:
+            count, model = (max(group, key=lambda m: tested[m]) for group in (counts, alone))
+            scores = [f"{model_name(m)} {tested[m]:.4f}" for m in (count, model)]
             parts.append(f"on {name} {', '.join(scores)}")
             behind += [name] if tested[count] > tested[model] else []
     if not parts:
         return []
-    ahead = "is behind a trained model everywhere"
+    ahead = "is behind a network everywhere"
     if behind:
-        ahead = f"is ahead of every trained model on {' and '.join(behind)}"
+        ahead = f"is ahead of every network on its own on {' and '.join(behind)}"
     return [f"Counting, with nothing trained, {ahead}. Best NDCG@10 on the test split: {'; '.join(parts)}."]
 
 
