@@ -192,7 +192,7 @@ def _of_scaling(results: Results) -> list[str]:
         small, large = ([r["metrics"][metric] for r in widths[name]] for name in (sizes[0], sizes[-1]))
         word = "No" if min(small) > max(large) else "Not told apart"
         word = "Yes" if max(small) < min(large) else word
-        seeds = min(len(small), len(large))
+        seeds = min(len({r["seed"] for r in widths[name]}) for name in (sizes[0], sizes[-1]))
         count = f", {_seeds(seeds)}"
         if seeds < statistics.MIN_SEEDS:
             word, count = f"{TOO_FEW} ({seeds})", ""
@@ -560,8 +560,8 @@ def _of_sizes(datasets: Mapping[str, Sequence[Record]]) -> list[str]:
 
 
 def _of_counts(datasets: Mapping[str, Sequence[Record]]) -> list[str]:
-    """Compare the best count with the best model on the test split, on each dataset of `tables.by_size`."""
-    parts, behind = [], []
+    """Compare the best count with the best network on the test split, on each dataset of `tables.by_size`."""
+    parts, behind, joined = [], [], []
     for name, rows in datasets.items():
         tested = {_model(r): r["metrics"]["ndcg@10"] for r in rows if r["name"] == "test_metrics"}
         counts = [m for m in tested if m in COUNTS]
@@ -571,12 +571,16 @@ def _of_counts(datasets: Mapping[str, Sequence[Record]]) -> list[str]:
             scores = [f"{model_name(m)} {tested[m]:.4f}" for m in (count, model)]
             parts.append(f"on {name} {', '.join(scores)}")
             behind += [name] if tested[count] > tested[model] else []
+        if together := [m for m in tested if m.endswith(tables.COUNTED)]:
+            model = max(together, key=lambda m: tested[m])
+            joined.append(f"on {name} {model_name(model)} {tested[model]:.4f}")
     if not parts:
         return []
     ahead = "is behind a network everywhere"
     if behind:
         ahead = f"is ahead of every network on its own on {' and '.join(behind)}"
-    return [f"Counting, with nothing trained, {ahead}. Best NDCG@10 on the test split: {'; '.join(parts)}."]
+    text = f"Counting, with nothing trained, {ahead}. Best NDCG@10 on the test split: {'; '.join(parts)}."
+    return [text + (f" Trained with counts in their scores: {'; '.join(joined)}." if joined else "")]
 
 
 CHAPTERS: dict[str, Chapter] = {
