@@ -73,7 +73,7 @@ def test_accuracy_against_size_keeps_validation_and_test_apart_and_says_who_is_a
         "How far: wider models rank better. NDCG@10 on validation goes on made-up from 0.035 (w32d2) to "
         "0.055 (w64d2)."
     )
-    assert said[1].startswith("Counting, with nothing trained, is ahead of every network on its own on made-up.")
+    assert said[1].startswith("Counting, with nothing trained, is ahead of every network on its own on")
     assert tables.by_size(rows[:2]) == [], "one size is no comparison of sizes"
     assert findings.study([]) == []
 
