@@ -400,13 +400,6 @@ def counting(work: Work, arm: Arm) -> bool:
     return work.configs(arm, arm.seeds[0])[1].prior == "counts"
 
 
-def newer_counts(work: Work, split: Split) -> PairwiseCounts:
-    """Return pairwise counts of all items before the test targets, with settings chosen on validation."""
-    family, items = families()["pairwise_counts"], work.dataset.num_items
-    settings = choose_baseline(family, split.train, items, split.valid).chosen
-    return fit_pairwise_counts(split.test.histories, items, **settings)
-
-
 def stored_ranks(work: Work, arm: Arm, seed: int, renewed: bool = False) -> dict[str, np.ndarray]:
     """Return the stored arrays of a run; empty if it has not been ranked on the test split."""
     file = work.ranks_file(arm, seed, renewed)
@@ -451,12 +444,15 @@ def keep(work: Work) -> list[str]:
     names = []
     for _, part in work.parts(final):
         split = SPLITS[MAIN_SPLIT](part.dataset)
-        test = baseline.draw(part.dataset, split.test)
+        test, items, counts = baseline.draw(part.dataset, split.test), part.dataset.num_items, None
+        if any(counting(part, arm) for arm in part.grid.arms):
+            settings = choose_baseline(families()["pairwise_counts"], split.train, items, split.valid).chosen
+            counts = fit_pairwise_counts(split.test.histories, items, **settings)
         for arm, seed in part.runs():
             if part.curve(arm, seed):
                 assess_run(part, arm, seed, test)
                 if counting(part, arm):
-                    assess_run(part, arm, seed, test, newer_counts(part, split))
+                    assess_run(part, arm, seed, test, counts)
                 names.append(f"{arm.name} seed {seed}")
     return names
 
@@ -488,7 +484,8 @@ def _score(work: Work, data: Fields, from_ranks: bool) -> list[Result]:
     for arm in main:
         models.append(Model(arm.name, [assess_run(work, arm, seed, test) for seed in arm.seeds], arm.seeds))
         if counting(work, arm):
-            counts = newer_counts(work, split)
+            settings = chosen["pairwise_counts"]
+            counts = fit_pairwise_counts(split.test.histories, work.dataset.num_items, **settings)
             runs = [assess_run(work, arm, seed, test, counts) for seed in arm.seeds]
             models.append(Model(f"{arm.name}_with_validation", runs, arm.seeds))
     out = choosing_seeds(work)

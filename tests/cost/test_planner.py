@@ -117,6 +117,7 @@ def test_an_adapter_costs_less_than_training_everything_and_is_no_validated_plan
 
 def test_what_cannot_be_planned_is_told():
     for label, precision, message in [
+        ("gtx970", "auto", "unknown device"),
         ("t4", "bf16", "no units"),
         ("cpu77", "auto", "no rates of"),
         ("cpu2 AMD EPYC", "fp16", "not calibrated"),
@@ -190,6 +191,18 @@ def test_plans_of_the_notebook_are_for_every_device_in_its_precision_at_the_pric
     assert [precision[name] for name in ("l4", "h100", "t4")] == ["tf32", "tf32", "fp16"]
     assert precision[next(iter(planner.cpus()))] == "fp32"
     assert planner.precisions("t4") == ["auto", "fp32", "fp16"]
+
+
+def test_the_report_says_what_it_is_and_whether_it_fits():
+    label = next(iter(planner.cpus()))
+    for p, parts in [
+        (run(), ("predicted, unvalidated", "assumed efficiency", "NVIDIA L4", "bf16")),
+        (run(device=label, price=None), ("predicted, validated", "worst error of")),
+        (run(device="t4", size="430m", batch_size=65_536), ("DOES NOT FIT", "micro_batch_size")),
+        (run(adapter="lora"), ("85,111,814 parameters, frozen",)),
+    ]:
+        report = "\n".join(planner.report(explore.plan(p)))
+        assert [part for part in parts if part not in report] == []
 
 
 def test_plans_of_the_notebook_are_recorded_and_drawn_as_predictions(tmp_path, monkeypatch):

@@ -118,6 +118,13 @@ def test_ties_are_in_the_order_that_was_chosen_and_counted(tmp_path):
     assert as_dict(config) == as_dict(changed(config, ties="source")) != as_dict(changed(config, ties="item"))
 
 
+def test_ties_are_of_one_user(tmp_path):
+    rows = [("a", 1, 1, 1), ("a", 2, 1, 2), ("a", 3, 1, 3), ("b", 1, 1, 3), ("b", 2, 1, 4)]
+    config = DataConfig(dataset=own_file(tmp_path, rows), min_user=1, min_item=1)
+    ties = prepare(config).manifest["ties"]
+    assert (ties["interactions"], ties["test_targets"], ties["tied_ascending_share"]) == (0, 0, None)
+
+
 def contents(dataset: Dataset):
     arrays = [getattr(dataset, name).tolist() for name in ARRAYS]
     return arrays, dict(dataset.titles), dataset.manifest, dataset.name

@@ -208,7 +208,7 @@ PARQUET = [
 def test_one_reading_in_blocks_of_any_size(tmp_path, monkeypatch, content, expected, rejected, columns):
     is_query = str(content).startswith("SELECT")
     path = parquet(tmp_path / "x.parquet", content) if is_query else written(tmp_path, content)
-    for size in (1 << 20, 7):
+    for size in (1 << 20, 97, 7):
         monkeypatch.setattr(formats, "PIECE_BYTES", size)
         monkeypatch.setattr(formats, "BLOCK_BYTES", size)
         if expected.startswith("! "):

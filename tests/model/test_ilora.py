@@ -244,7 +244,7 @@ def test_mistakes_are_named():
     small = Bert4Rec(ModelConfig(num_items=5, hidden_dim=16, causal=True))
     for call, message in (
         (lambda: validated(AdapterConfig, {"kind": "ilora", "rank": 6}), "rank=6 must be .* num_experts=4"),
-        (lambda: validated(AdapterConfig, {"control": "noise"}), "'noise' is one of kind='ilora', not of"),
+        (lambda: validated(AdapterConfig, {"control": "noise"}), "is one of kind='ilora', not of 'lora'"),
         (lambda: found.add("x", AdapterConfig(targets=("qvk",))), "target 'qvk' matches no .*; allowed: qkv"),
         (lambda: found.add("default", AdapterConfig()), "adapter name 'default'.*in use: default"),
         (lambda: found.use("june"), "unknown adapter 'june'; there are: default"),

@@ -15,6 +15,16 @@ SMOKE = parameters.profile("02_baseline", "smoke")
 build = functools.partial(smoke, "02_baseline")
 
 
+def test_the_name_of_a_profile_is_found_by_comparing():
+    for changes, name in [
+        ({"gpu": "h100", "seeds": [4, 5], "tracker": "tensorboard"}, "smoke"),
+        ({"precision": "bf16", "compile_mode": "default"}, "smoke"),
+        ({"epochs": 5}, "custom"),
+        ({"dataset": "synthetic"}, "custom"),
+    ]:
+        assert parameters.profile_of("02_baseline", build(**changes)) == name
+
+
 def test_every_profile_on_every_device_is_valid():
     for notebook in parameters.NOTEBOOKS:
         profiles = {name: parameters.profile(notebook, name) for name in parameters.PROFILES}
