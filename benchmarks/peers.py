@@ -82,7 +82,7 @@ def run_ours(identity: dict[str, Any], dataset: Dataset, checkpoints: Path) -> t
         torch.manual_seed(train.seed)
         trainer = Trainer(Bert4Rec(model), train_histories(dataset), train, device, dataset.fingerprint)
         about["startup_seconds"] = process_age()  # a second seed's counts the first seed's run too
-        values |= curve(trainer, valid, identity["marks"])
+        values |= curve(trainer, valid, identity["marks"], identity["threads"])
     else:
         trainer = fit(model, dataset, train, device, checkpoints, Options(on_evaluation=show))
         history = trainer.progress.history
@@ -95,21 +95,27 @@ def run_ours(identity: dict[str, Any], dataset: Dataset, checkpoints: Path) -> t
     return values, about | {"epochs": progress.step / trainer.steps_per_epoch}
 
 
-def curve(trainer: Trainer, valid: Evaluation, minutes: list[float]) -> Arrays:
+def curve(trainer: Trainer, valid: Evaluation, minutes: list[float], threads: int = 1) -> Arrays:
     """Train until the last mark, or to the end of the schedule, and rank validation at each mark.
 
-    Training time is the trainer's own: steps with their batches, without the looks at validation. The model
-    at the end of a schedule that ends before a mark stands for the marks that are left.
+    Training time is processor time per thread, without the looks at validation. The model at the end of a
+    schedule that ends before a mark stands for the marks that are left.
     """
+    looks, looking, began = [], 0.0, time.process_time()
+
+    def spent() -> float:
+        return (time.process_time() - began - looking) / threads
 
     def look() -> tuple[np.ndarray, float, float]:
+        nonlocal looking
+        seconds, start = spent(), time.process_time()
         ranks = rank_targets(trainer, valid, True).ranks
         trainer.model.train()
-        return ranks, trainer.progress.step / trainer.steps_per_epoch, trainer.progress.train_seconds
+        looking += time.process_time() - start
+        return ranks, trainer.progress.step / trainer.steps_per_epoch, seconds
 
-    looks = []
     for _ in trainer.steps():
-        while len(looks) < len(minutes) and trainer.progress.train_seconds >= 60 * minutes[len(looks)]:
+        while len(looks) < len(minutes) and spent() >= 60 * minutes[len(looks)]:
             looks.append(look())
         if len(looks) == len(minutes):
             break

@@ -133,8 +133,9 @@ class StepClock:
 class Selection:
     """Looks at validation every `valid_every` epochs, or when training time passes one of `marks`.
 
-    Training time runs from the first step to the present, what the library does between its steps included;
-    start-up and every look at validation are left out of it.
+    Training time is processor time per thread, from the first step to the present, what the library does
+    between its steps included; start-up and every look at validation are left out of it. Other programs on the
+    machine then cost a run no epochs.
     """
 
     def __init__(self, args: argparse.Namespace, peer: Any) -> None:
@@ -146,9 +147,9 @@ class Selection:
         self.best_top: np.ndarray | None = None
         self.rows: list[dict[str, float]] = []
         self.mark_tops: list[np.ndarray] = []
-        self.eval_seconds = self.cpu_seconds = self._spent = 0.0
+        self.eval_seconds = self._spent = 0.0
         self.startup_seconds: float | None = None
-        self._since: tuple[float, float] | None = None  # wall and processor time; None: the clock stands
+        self._since: float | None = None  # None: the clock stands
         self._stale = self._steps = self._steps_per_epoch = 0
         self._steps_seen = -1  # at the latest look at validation
 
@@ -160,16 +161,15 @@ class Selection:
     @property
     def seconds(self) -> float:
         """Training time so far."""
-        return self._spent + (time.perf_counter() - self._since[0] if self._since else 0.0)
+        running = 0.0 if self._since is None else time.process_time() - self._since
+        return self._spent + running / self.args.threads
 
     def _go_on(self) -> None:
-        self._since = time.perf_counter(), time.process_time()
+        self._since = time.process_time()
 
     def finish(self) -> None:
         """Stop the clock."""
-        if self._since is not None:
-            self.cpu_seconds += time.process_time() - self._since[1]
-            self._spent, self._since = self.seconds, None
+        self._spent, self._since = self.seconds, None
 
     def step_done(self, batch: Any = None) -> bool:
         """Look at validation if a mark has been passed; return whether it was looked at."""
@@ -209,7 +209,7 @@ class Selection:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
         row = {"epoch": self._steps / self._steps_per_epoch, "train_seconds": self._spent}
-        self.rows.append(row | {"cpu_seconds": self.cpu_seconds} | accuracy(top, self.peer.data.valid))
+        self.rows.append(row | accuracy(top, self.peer.data.valid))
         print("validation: " + "  ".join(f"{k} {v:.4f}" for k, v in self.rows[-1].items()), flush=True)
         self._steps_seen = self._steps
         self.eval_seconds += time.perf_counter() - began
@@ -242,7 +242,6 @@ class Selection:
             "epochs": self._steps / self._steps_per_epoch,
             "steps": self._steps,
             "train_seconds": self.seconds,
-            "cpu_seconds": self.cpu_seconds,
             "startup_seconds": self.startup_seconds,
             "validation_seconds": self.eval_seconds,
             "best": self.best_row,
