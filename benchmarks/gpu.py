@@ -55,9 +55,7 @@ LIMITS: dict[str, float] = {
     "batches": 90,
     "trace": 45,
     "precisions": 60,
-    "ranking": 45,
     "adapters": 100,
-    "training": 130,
     "ladder430": 80,
     "ladder130": 60,
 }
@@ -71,7 +69,7 @@ def work(args: argparse.Namespace, names: Sequence[str], sender: Any) -> None:
         os.dup2(log.fileno(), 2)
     from gpu_stages import STAGES, Bench  # here, since a process that imports torch may not fork for CUDA
 
-    b = Bench(args.out, tiny=args.tiny, kind=args.device, data=args.data)
+    b = Bench(args.out, tiny=args.tiny, kind=args.device)
     for name in names:
         sender.send(name)
         b.stage, status = name, "ok"
@@ -140,7 +138,6 @@ def main(argv: list[str] | None = None) -> int:
     add("--stages", help="names with commas between them (all of gpu_stages.py)")
     add("--device", default="auto", choices=("auto", "cpu"))
     add("--tiny", action="store_true", help="sizes of no interest, to try the script")
-    add("--data", type=Path, help="a prepared folder, for training")
     add("--commit", help="of the checkout, where its .git is not there")
     args = parser.parse_args(argv)
     if args.device == "auto" and no_gpu():

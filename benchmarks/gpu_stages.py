@@ -9,7 +9,6 @@ import gc
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,15 +21,10 @@ from torch.utils.benchmark import Timer
 
 from reclib import hardware, parameters, system
 from reclib import records as reclib_records
-from reclib.config import DataConfig, InputError, TrainConfig, changed, validated
-from reclib.data.dataset import evaluation
-from reclib.data.prepare import prepare, synthetic_dataset
-from reclib.data.splits import leave_one_out
-from reclib.evaluate.metrics import summary
-from reclib.experiments import adaptation, baseline, comparison, speed
+from reclib.config import InputError, TrainConfig, changed, validated
+from reclib.experiments import adaptation, comparison, speed
 from reclib.model.bert4rec import Bert4Rec
 from reclib.train import timing
-from reclib.train.fit import rank_targets
 
 ELECTRONICS = {"synthetic_users": 20_000, "synthetic_items": 159_748, "synthetic_mean_len": 9.4}
 SMALL = {"synthetic_users": 300, "synthetic_items": 500, "synthetic_mean_len": 9.4}
@@ -67,9 +61,9 @@ VARIANTS: dict[str, Row] = {
 class Bench(Rows):
     """What a stage works with: where it runs, how large, and `raw.jsonl`, the file of its rows."""
 
-    def __init__(self, out: Path, tiny: bool = False, kind: str = "auto", data: Path | None = None) -> None:
+    def __init__(self, out: Path, tiny: bool = False, kind: str = "auto") -> None:
         super().__init__(out / "raw.jsonl")
-        self.out, self.tiny, self.kind, self.data, self.stage = out, tiny, kind, data, ""
+        self.out, self.tiny, self.kind, self.stage = out, tiny, kind, ""
         self.shape = SMALL if tiny else ELECTRONICS
 
     @functools.cached_property
@@ -380,45 +374,6 @@ def trace(b: Bench) -> None:
         b.free()
 
 
-def ranking(b: Bench) -> None:
-    """Users/s ranked over the whole catalogue, and one request at a time."""
-    for precision in b.precisions:
-        row = amp_row(b, amp(b, batch_sizes=[512]), "ranking", precision=precision)
-        trainer = trainer_of(b, row)
-        part = evaluation(dataset(row, trainer.model.config.num_items), "test")
-        for _ in range(2):  # the first one warms up
-            began = time.perf_counter()
-            rank_targets(trainer, part, True, 10)  # ends with ranks on the host
-            rate = len(part.targets) / (time.perf_counter() - began)
-        request = timing.latency(trainer, part.histories, 5 if b.tiny else 200)
-        b.add("ranking", precision=precision, users_per_second=rate, **request._asdict())
-
-
-def training(b: Bench) -> None:
-    """A training by the recipe of params/grids/beauty.yaml, on `--data` or synthetic histories."""
-    full = {"models": ["bert4rec"], "other_splits": [], "size": "w192d2", "seeds": [0], "epochs": 60}
-    full |= {"batch_size": 128, "dropout": 0.4, "max_len": 50, "mask_prob": 0.4, "last_item_share": 0.25}
-    full |= {"eval_every": 5, "patience": 0, "learning_rate": 1e-3, "tracker": "none"}
-    if b.data:
-        prepared = prepare(DataConfig(dataset=str(b.data)))
-    else:
-        prepared = synthetic_dataset(*((300, 500) if b.tiny else (22_363, 12_101)), 8.9, 0)
-    split = leave_one_out(prepared)
-    for precision in b.precisions:
-        small = {"size": "nano", "epochs": 2, "eval_every": 1}
-        p = b.params("02_baseline", small, dataset=prepared.name, precision=precision, **full)
-        records = Records(b, "02_baseline", p, prepared.name, prepared.fingerprint)
-        run = baseline.train_seed("02_baseline", p, prepared, split, b.device, "bert4rec", 0)
-        about = {"series": run.curve(), "timings": run.timings(), "seed": 0}
-        records.result("learning_curve", run.best(), params={"model": "bert4rec"}, **about)
-        for name in ("fp32", "bf16"):  # rounded scores tie, and ties count against the target
-            run.trainer.autocast = functools.partial(
-                torch.autocast, run.trainer.where.type, dtype=torch.bfloat16, enabled=name == "bf16"
-            )
-            ndcg = summary(rank_targets(run.trainer, split.valid, True, 10).ranks)["ndcg@10"]
-            b.add("ranked", trained_in=precision, ranked_in=name, ndcg=ndcg)
-
-
 def adapters(b: Bench) -> None:
     """Notebook 05's steps: full fine-tuning, LoRA, gated LoRA, the head alone, iLoRA."""
     (p, planned), (users, items, mean_len) = adapter_plan(b), b.shape.values()
@@ -439,9 +394,7 @@ STAGES: dict[str, Callable[[Bench], None]] = {
     "batches": batches,
     "trace": trace,
     "precisions": precisions,
-    "ranking": ranking,
     "adapters": adapters,
-    "training": training,
     "ladder430": lambda b: ladder(b, "430m"),
     "ladder130": lambda b: ladder(b, "130m"),
 }

@@ -134,8 +134,8 @@ class Selection:
     """Looks at validation every `valid_every` epochs, or when training time passes one of `marks`.
 
     Training time is processor time per thread, from the first step to the present, what the library does
-    between its steps included; start-up and every look at validation are left out of it. Other programs on the
-    machine then cost a run no epochs.
+    between its steps included; start-up and every look at validation are left out of it. Other programs on
+    the machine then cost a run no epochs.
     """
 
     def __init__(self, args: argparse.Namespace, peer: Any) -> None:
