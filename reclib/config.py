@@ -147,7 +147,8 @@ class TrainConfig:
     # objective
     objective: Objective = "cloze"  # next_item: the causal twin's; seed_focal: the seed study's
     mask_prob: Inside = 0.2  # share of positions that are targets
-    last_item_share: Share = 0.15  # share of samples whose only target is the last item
+    last_item_share: Share = 0.15  # share of samples whose only masked item is the last
+    visible_targets: bool = False  # cloze: the items that are not masked are targets too
     prefix_share: Share = 0.0  # share of samples that end at a random place of the history
     window: Window = "last"  # which max_len items of a longer history
     prior: Literal["none", "counts"] = "none"  # counts: pairwise counts in the logits: `CountPrior`
@@ -203,6 +204,8 @@ class TrainConfig:
                 "cloze or next_item, head_rows='targets', loss auto, plain, chunked or inplace, and no "
                 "compile_mode='graph'"
             )
+        if self.visible_targets and self.objective != "cloze":
+            raise ValueError(f"visible_targets is for objective='cloze', and objective is {self.objective!r}")
         if self.layout == "packed" and self.objective == "seed_focal":
             raise ValueError("objective='seed_focal' scores padded rows: it needs layout='padded'")
         return self
@@ -315,7 +318,7 @@ def changed(config: T, **values: Any) -> T:
 
 # Fields that were added after the first records.
 LATER = {"head_multiple", "half_copies", "max_line_mb", "prior", "ties", "ties_seed", "table_dim"}
-LATER |= {"scale_items", "merge_variants"}
+LATER |= {"scale_items", "merge_variants", "visible_targets"}
 
 
 def as_dict(config: Any) -> dict[str, Any]:

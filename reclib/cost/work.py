@@ -83,6 +83,11 @@ def everywhere(train: TrainConfig) -> bool:
     return train.objective == "seed_focal" or train.head_rows == "all"
 
 
+def whole_rows(model: ModelConfig, train: TrainConfig) -> bool:
+    """Whether the last layer computes all places of the rows, since nearly every one is a target."""
+    return everywhere(train) or model.causal or train.visible_targets
+
+
 # -- FLOPs ---------------------------------------------------------------------------------------------------
 # Without norms, softmax, embeddings and the optimiser, as usual.
 
@@ -135,7 +140,7 @@ def head_forward(model: ModelConfig, slots: int, table_rows: int) -> int:
 def executed(model: ModelConfig, train: TrainConfig, batch: Batch) -> Flops:
     """Count one training pass over `batch` as it is laid out, padding included."""
     rows, L = batch.items.shape
-    queries = None if everywhere(train) or model.causal else int(batch.query_index.shape[1])
+    queries = None if whole_rows(model, train) else int(batch.query_index.shape[1])
     slots = rows * L if everywhere(train) else len(batch.targets)
     table_rows = model.output_rows if train.objective == "seed_focal" else model.num_items
     if train.sampled:
@@ -211,8 +216,9 @@ def _draws(model: ModelConfig, train: TrainConfig, lengths: np.ndarray) -> np.nd
         raise InputError("history lengths: expected one or more, each of at least 1 (2 for a causal model)")
     micro = train.micro_batch_size or train.batch_size
     count = min(micro, LARGEST)
-    packing = (train.layout, train.bucket_steps, train.mask_prob, train.last_item_share)
-    key = (model.max_len, model.causal, packing, count, hash(lengths.tobytes()))
+    packing = (train.layout, train.bucket_steps)
+    masking = (train.mask_prob, train.last_item_share, train.visible_targets)
+    key = (model.max_len, model.causal, packing, masking, count, hash(lengths.tobytes()))
     if key not in _drawn:
         _drawn[key] = _lay_out(model, train, lengths, count)
     times = micro / count
@@ -227,8 +233,11 @@ def _lay_out(model: ModelConfig, train: TrainConfig, lengths: np.ndarray, count:
         ends = np.cumsum(drawn)
         histories = Histories(np.ones(int(ends[-1]), dtype=np.int32), ends - drawn, ends)
         samples = cut(histories, np.arange(count), L + int(model.causal), None)
-        marked = (train.mask_prob, train.last_item_share, rng)
-        batches.append(next_items(samples) if model.causal else mask_cloze(samples, *marked))
+        if model.causal:
+            batches.append(next_items(samples))
+        else:
+            marked = mask_cloze(samples, train.mask_prob, train.last_item_share, rng)
+            batches.append(marked.masked(model.mask_id, train.visible_targets))
     packed = train.layout == "packed"
     spans = np.stack(
         [samples.lengths for samples in batches]
@@ -247,7 +256,7 @@ def _lay_out(model: ModelConfig, train: TrainConfig, lengths: np.ndarray, count:
 
 def _last_places(model: ModelConfig, train: TrainConfig, shapes: Shapes) -> float:
     """Return G, the number of queries in the last layer."""
-    return shapes.rows * (model.max_len if everywhere(train) or model.causal else shapes.queries)
+    return shapes.rows * (model.max_len if whole_rows(model, train) else shapes.queries)
 
 
 # -- parts of a step -----------------------------------------------------------------------------------------

@@ -43,10 +43,15 @@ T = TypeVar("T")
 class Samples(NamedTuple):
     """Sequences cut to at most L items, one after another, with their targets marked."""
 
-    tokens: np.ndarray  # int32 (T,) item ids
+    tokens: np.ndarray  # int32 (T,) ids that the network reads: items, or MASK
     lengths: np.ndarray  # int64 (B,)
     is_target: np.ndarray  # bool (T,) whether a place is predicted
     labels: np.ndarray  # int32 (T,) the item to predict: the one at the place (cloze) or the next one
+
+    def masked(self, mask_id: int, visible_targets: bool = False) -> Samples:
+        """Put MASK at the targets; with `visible_targets` the other places become targets, too."""
+        tokens = np.where(self.is_target, mask_id, self.tokens)
+        return self._replace(tokens=tokens, is_target=self.is_target | visible_targets)
 
 
 def cut(histories: Histories, users: np.ndarray, max_len: int, offset: np.ndarray | None) -> Samples:
@@ -108,7 +113,7 @@ def whole_sequences(samples: Samples, causal: bool) -> tuple[np.ndarray, np.ndar
 
     Returns tokens (T,), lengths (B,), each target's sequence (M,) and its number of preceding items (M,).
     """
-    tokens, lengths = samples.tokens, samples.lengths
+    tokens, lengths = samples.tokens if causal else samples.labels, samples.lengths
     sequence = np.repeat(np.arange(len(lengths)), lengths)
     known = np.arange(len(tokens)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     if causal:  # the target of a place is the next item; append the last target to its sequence
@@ -261,7 +266,7 @@ class Layout:
     position_origin: str  # "first" or "last"
     packed: bool
     bucket_steps: int
-    causal: bool = False  # targets are the next items, so no place is masked
+    causal: bool = False  # targets are the next items
 
     @classmethod
     def from_config(cls, model: ModelConfig, train: TrainConfig) -> Layout:
@@ -291,7 +296,7 @@ class Layout:
         items = np.full(num_rows * L, PAD, dtype=np.int64)
         segments = np.zeros(num_rows * L, dtype=np.int32)
         positions = np.zeros(num_rows * L, dtype=np.int64)
-        items[flat] = tokens if self.causal else np.where(is_target, self.mask_id, tokens)
+        items[flat] = tokens
         segments[flat] = sequence + 1
         positions[flat] = lengths[sequence] - 1 - order if self.position_origin == "last" else order
 
@@ -364,7 +369,8 @@ class Epoch:
         chosen = cut(self.histories, users, self.model.max_len + self.extra, offset)
         if self.model.causal:
             return next_items(chosen)
-        return mask_cloze(chosen, train.mask_prob, train.last_item_share, rng)
+        marked = mask_cloze(chosen, train.mask_prob, train.last_item_share, rng)
+        return marked.masked(self.model.mask_id, train.visible_targets)
 
     def negatives(self, step: int) -> dict[str, Any]:
         """Draw the negatives of a sampled loss, shared by all targets of a step, with their probabilities."""

@@ -401,7 +401,9 @@ def masked_positions(
     bias = None if model.output_bias is None else model.output_bias[table_rows]
     size = max(1, SCORE_BYTES // (4 * len(weight)))
     ranks, users = [], []
-    for window_users, samples in _windows(evaluation, config.max_len, mask_prob, seed, batch_size):
+    for window_users, samples in _windows(
+        evaluation, config.max_len, config.mask_id, mask_prob, seed, batch_size
+    ):
         rows, places = layout.place(samples.lengths[None])
         batch = layout.batch(samples, rows[0], places[0]).to(device)
         states = model.encode(batch.items, batch.segment_ids, batch.positions, batch.query_index)
@@ -419,7 +421,7 @@ def masked_positions(
 
 
 def _windows(
-    evaluation: Evaluation, max_len: int, mask_prob: float, seed: int, batch_size: int
+    evaluation: Evaluation, max_len: int, mask_id: int, mask_prob: float, seed: int, batch_size: int
 ) -> Iterator[tuple[np.ndarray, Samples]]:
     """Yield (users, samples) of masked windows that end with the target."""
     histories = evaluation.histories
@@ -431,7 +433,7 @@ def _windows(
         users = np.arange(first, min(first + batch_size, len(ends)))
         samples = cut(joined, users, max_len, None)
         masked = rng.random(len(samples.tokens)) < seed_mask_probability(samples.lengths, mask_prob)
-        yield users, samples._replace(is_target=masked)
+        yield users, samples._replace(is_target=masked).masked(mask_id)
 
 
 def seed_mask_probability(lengths: np.ndarray, mask_prob: float) -> np.ndarray:

@@ -56,6 +56,7 @@ ARM_NAMES = {
 TASK_NAMES = {"next_period": "next period", "segment": "segment of users"}
 SHAPES = "the seed study's shapes"  # 85m, 130m, 430m
 OWN_LOSS, TABLES = "the seed study's loss", "item tables of another width"
+VISIBLE = "visible items too"  # are targets
 COUNTED = " with counts"  # end of arms that have pairwise counts in their logits
 RATES = {"half": " half rate", "rule": "", "twice": " twice rate"}  # ends of arms that check the rule
 FLOOR = "held over 16 bytes per parameter"
@@ -89,6 +90,8 @@ def recipe_of(arm: str) -> str:
         return TABLES
     if arm.endswith(" loss"):
         return OWN_LOSS
+    if arm.endswith(VISIBLE):
+        return VISIBLE
     if re.match(r"\w+ shape\b", arm):
         return SHAPES + counts
     return model_name("causal" if "causal" in arm.split() else "bert4rec") + counts
@@ -103,7 +106,7 @@ def sweep_of(arm: str) -> str:
     recipe = recipe_of(arm)
     if recipe == SHAPES and arm.endswith(" scaled"):
         return f"{SHAPES}, items scaled"
-    if recipe in (TABLES, OWN_LOSS) or recipe.startswith(SHAPES):
+    if recipe in (TABLES, OWN_LOSS, VISIBLE) or recipe.startswith(SHAPES):
         return recipe
     if arm.endswith(" untied"):
         return "untied tables"

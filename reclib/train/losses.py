@@ -491,7 +491,7 @@ def batch_loss(
         everywhere = model.head_input(encode(*rows).flatten(0, 1))  # (R * L, D)
         chosen = plain_logits(everywhere, weight, bias, num_items, frozen)[batch.target_places]  # (M, I)
         return _sum_over_targets(chosen, batch.targets) / denominator
-    if model.config.causal:  # nearly every place is a target
+    if model.config.causal or config.visible_targets:  # nearly every place is a target
         states = F.embedding(batch.target_places, encode(*rows).flatten(0, 1))
     else:
         states = F.embedding(batch.target_slots, encode(*rows, batch.query_index).flatten(0, 1))

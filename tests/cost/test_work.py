@@ -31,6 +31,7 @@ CASES: list[tuple[dict, dict, list[AdapterPlan | None]]] = [
     ({"head": "mlp", "num_layers": 1}, {"optimizer": "muon"}, [None]),
     (POST | {"table_dim": 20, "head": "mlp"}, EVERYWHERE, [None, ILORA]),
     ({}, EVERYWHERE, [None, ILORA]),
+    ({}, {"visible_targets": True}, [None]),
 ]
 
 

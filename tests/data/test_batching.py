@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import histories, small_model
 
-from reclib.config import PAD, TrainConfig
+from reclib.config import PAD, TrainConfig, changed
 from reclib.data import batches
 from reclib.data.batches import IGNORE, Epoch, Layout, cut, generator, mask_cloze, next_item_batches
 from reclib.data.dataset import Histories
@@ -82,7 +82,7 @@ def test_a_batch_holds_its_samples_and_nothing_else(origin, layout):
     ends = np.cumsum(samples.lengths)
     for number, (end, length) in enumerate(zip(ends, samples.lengths, strict=True), start=1):
         places = (segments == number).nonzero().flatten()
-        assert (restored[places].numpy() == samples.tokens[end - length : end]).all()
+        assert (restored[places].numpy() == samples.labels[end - length : end]).all()
         assert len({int(p) // model.max_len for p in places}) == 1
         counted = batch.positions.flatten()[places].tolist()
         assert counted == list(range(length)) if origin == "first" else list(range(length))[::-1]
@@ -91,6 +91,22 @@ def test_a_batch_holds_its_samples_and_nothing_else(origin, layout):
     assert batch.num_targets == int(real.sum()) == int(samples.is_target.sum())
     by_query = batch.query_index + torch.arange(len(batch.items))[:, None] * model.max_len
     assert (by_query.flatten()[batch.target_slots[real]] == batch.target_places[real]).all()
+
+
+def test_visible_targets_change_what_is_predicted_and_not_what_is_read():
+    data, model = histories([3, 12, 5, 20, 2, 7]), small_model()
+    for layout in ("packed", "padded"):
+        train = TrainConfig(batch_size=6, layout=layout)
+        (masked,) = Epoch(data, model, train, 0).step(0)
+        (every,) = Epoch(data, model, changed(train, visible_targets=True), 0).step(0)
+        for name in ("items", "segment_ids", "positions"):
+            assert torch.equal(getattr(every, name), getattr(masked, name))
+        assert every.num_targets == every.num_tokens > masked.num_targets
+        labels = masked.items.flatten().clone()
+        real = masked.targets != IGNORE
+        labels[masked.target_places[real]] = masked.targets[real]
+        assert torch.equal(every.targets[: every.num_targets], labels[labels != PAD])
+        assert torch.equal(every.target_places[: every.num_targets], (labels != PAD).nonzero().flatten())
 
 
 def test_an_epoch_holds_every_sequence():

@@ -289,8 +289,9 @@ def test_the_target_cannot_reach_the_gate():
     a_visible_one = np.arange(len(samples.tokens)) == np.flatnonzero(~samples.is_target)[0]
     rows = []
     for other in (np.zeros_like(a_visible_one), samples.is_target, a_visible_one):
-        tokens = np.where(other, samples.tokens % NUM_ITEMS + 1, samples.tokens)
-        rows.append(Rows(*rows_of(plan.layout.batch(samples._replace(tokens=tokens), *plan.placed(0)))))
+        items = np.where(other, samples.labels % NUM_ITEMS + 1, samples.labels)
+        changed_samples = samples._replace(tokens=items, labels=items).masked(MASK)
+        rows.append(Rows(*rows_of(plan.layout.batch(changed_samples, *plan.placed(0)))))
     for one in (*forms(), form("causal_state"), form(control="shuffled_user")):
         before, same, another = (one.train()(base(**UNTIED), given) for given in rows)
         assert torch.equal(same, before)

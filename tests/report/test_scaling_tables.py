@@ -89,9 +89,10 @@ def test_names_of_arms_tell_the_recipe_of_their_configuration():
             recipe, checked = tables.recipe_of(arm), checked + 1
             assert (recipe == tables.OWN_LOSS) == (train.get("objective") == "seed_focal"), arm
             assert (recipe == tables.TABLES) == ("table_dim" in model), arm
+            assert (recipe == tables.VISIBLE) == train.get("visible_targets", False), arm
             assert recipe.endswith(tables.COUNTED) == (train.get("prior") == "counts"), arm
             assert recipe.startswith("causal twin") == (train.get("objective") == "next_item"), arm
-            if recipe != tables.OWN_LOSS:
+            if recipe not in (tables.OWN_LOSS, tables.VISIBLE):
                 assert ("shape" in recipe) == (fields["size"] in ("85m", "130m", "430m")), arm
             if recipe != "BERT4Rec":
                 assert tables.sweep_of(arm) not in ("width", "depth"), arm

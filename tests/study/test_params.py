@@ -94,6 +94,7 @@ def test_impossible_values_are_told_in_one_line():
         (TrainConfig, {"seed": 2**64}, "'seed' is 18446744073709551616"),
         (TrainConfig, {"loss": "gbce", "head_rows": "all"}, "needs loss='plain', not 'gbce'"),
         (TrainConfig, focal, "knows no loss='sampled_softmax'"),
+        (TrainConfig, {"objective": "next_item", "visible_targets": True}, "objective is 'next_item'"),
         *((TrainConfig, {"prior": "counts"} | one, "prior='counts' needs the logits") for one in few_logits),
     ]:
         with pytest.raises(InputError) as error:

@@ -24,6 +24,7 @@ LIMIT = {torch.float32: 1e-5, torch.float64: 1e-10}
 @given(
     lengths=st.lists(st.integers(1, 20), min_size=1, max_size=12),
     mask_prob=st.floats(0.05, 0.9),
+    visible=st.booleans(),
     seed=st.integers(0, 1000),
     shape=st.fixed_dictionaries(
         {
@@ -47,10 +48,11 @@ LIMIT = {torch.float32: 1e-5, torch.float64: 1e-10}
     ),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
-def test_packed_gathered_chunked_equals_plain_padded(lengths, mask_prob, seed, shape, fast, dtype):
+def test_packed_gathered_chunked_equals_plain_padded(lengths, mask_prob, visible, seed, shape, fast, dtype):
     model, data = small_model(**shape), histories([*lengths, 2], seed)  # one history has a next item
     objective = "next_item" if model.causal else "cloze"
-    plain = TrainConfig(batch_size=12, mask_prob=mask_prob, seed=seed, objective=objective, **PLAIN)
+    targets = {"mask_prob": mask_prob, "visible_targets": visible and not model.causal}
+    plain = TrainConfig(batch_size=12, seed=seed, objective=objective, **targets, **PLAIN)
     wanted, wanted_gradients = loss_and_gradients(model, plain, data, dtype)
     train = changed(plain, layout="packed", head_rows="targets", **fast)
     found, found_gradients = loss_and_gradients(model, train, data, dtype)
@@ -145,7 +147,7 @@ def test_seed_objective_is_focal_over_every_real_position():
         samples = epoch.samples(0)
         logits = module.logits(module.encode(batch.items, batch.segment_ids, batch.positions))
         real = batch.segment_ids > 0
-        chance = logits[real].softmax(-1).gather(1, torch.as_tensor(samples.tokens).long()[:, None])
+        chance = logits[real].softmax(-1).gather(1, torch.as_tensor(samples.labels).long()[:, None])
     wanted = (-(1 - chance) * chance.log()).mean()
     torch.testing.assert_close(found, wanted)
 
