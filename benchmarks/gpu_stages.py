@@ -388,7 +388,7 @@ def ranking(b: Bench) -> None:
         part = evaluation(dataset(row, trainer.model.config.num_items), "test")
         for _ in range(2):  # the first one warms up
             began = time.perf_counter()
-            rank_targets(trainer, part, True, 10)  # ends with ranks on the host
+            rank_targets(trainer, part, top_k=10)  # ends with ranks on the host
             rate = len(part.targets) / (time.perf_counter() - began)
         request = timing.latency(trainer, part.histories, 5 if b.tiny else 200)
         b.add("ranking", precision=precision, users_per_second=rate, **request._asdict())
@@ -415,7 +415,7 @@ def training(b: Bench) -> None:
             run.trainer.autocast = functools.partial(
                 torch.autocast, run.trainer.where.type, dtype=torch.bfloat16, enabled=name == "bf16"
             )
-            ndcg = summary(rank_targets(run.trainer, split.valid, True, 10).ranks)["ndcg@10"]
+            ndcg = summary(rank_targets(run.trainer, split.valid, top_k=10).ranks)["ndcg@10"]
             b.add("ranked", trained_in=precision, ranked_in=name, ndcg=ndcg)
 
 

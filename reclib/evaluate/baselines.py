@@ -379,7 +379,7 @@ def choose(family: Family, histories: Histories, num_items: int, valid: Evaluati
             )
             if scoring:
                 fits.setdefault(key, fitted)
-            scored = metrics.summary(metrics.rank(fitted.scores(valid), valid, True).ranks)
+            scored = metrics.summary(metrics.rank(fitted.scores(valid), valid, remove_seen=True).ranks)
             tried.append(settings | scored)
             if scored["ndcg@10"] > highest:
                 highest, chosen, best = scored["ndcg@10"], settings, fitted

@@ -47,10 +47,11 @@ class Ranking(NamedTuple):
 
 
 def rank(
-    scores: Scores, evaluation: Evaluation, remove_seen: bool, top_k: int = 0, with_losses: bool = False
+    scores: Scores, evaluation: Evaluation, *, remove_seen: bool, top_k: int = 0, with_losses: bool = False
 ) -> Ranking:
     """Rank every user's target among the scores that `scores` yields.
 
+    With `remove_seen` the items of a user's history are no candidates; `top_k` best items are returned.
     `with_losses` adds each target's cross-entropy in nats, with the softmax over all items, seen ones
     included; the scores must be logits. Raises `InputError` without targets.
     """
@@ -271,7 +272,7 @@ def evaluate(
     if not len(held_out.targets):
         raise InputError(f"{dataset.name}: no user has three interactions, so nothing is held out")
     scores = model_scores(model, held_out, model.output_weight.device)
-    return summary(rank(scores, held_out, remove_seen).ranks)
+    return summary(rank(scores, held_out, remove_seen=remove_seen).ranks)
 
 
 # -- protocols -----------------------------------------------------------------------------------------------
@@ -367,7 +368,7 @@ def _check(negatives: np.ndarray, targets: np.ndarray, sampling: str) -> None:
 
 def under_split(score: Scorer, split: Split, remove_seen: bool = True) -> Outcome:
     """Rank the test targets of a split fully; `score` is of a model trained under that split."""
-    ranks = rank(score(split.test), split.test, remove_seen).ranks
+    ranks = rank(score(split.test), split.test, remove_seen=remove_seen).ranks
     return _outcome(split.name, "removed" if remove_seen else "kept", ranks)
 
 

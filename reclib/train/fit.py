@@ -138,14 +138,17 @@ def data_identity(dataset: Dataset, split: Split) -> str:
 
 
 def rank_targets(
-    trainer: Trainer, part: Evaluation, remove_seen: bool, top_k: int = 0, with_losses: bool = False
+    trainer: Trainer, part: Evaluation, *, top_k: int = 0, with_losses: bool = False
 ) -> metrics.Ranking:
-    """Rank the targets of `part` with the trainer's model in its precision, users divided over processes."""
+    """Rank the targets of `part`, seen items removed, with the trainer's model in its precision.
+
+    Users are divided over processes.
+    """
 
     def rank(part: Evaluation) -> metrics.Ranking:
         with trainer.autocast():
             scores = metrics.model_scores(trainer.model, part, trainer.where)
-            return metrics.rank(scores, part, remove_seen, top_k, with_losses)
+            return metrics.rank(scores, part, remove_seen=True, top_k=top_k, with_losses=with_losses)
 
     return trainer.ranks.ranking(part, rank)
 
@@ -179,7 +182,7 @@ def _weigh_prior(trainer: Trainer, valid: Evaluation) -> None:
     for weight in PRIOR_WEIGHTS:
         with torch.no_grad():
             scale.fill_(learned * weight)
-        values[weight] = metrics.summary(rank_targets(trainer, valid, True).ranks)[SELECT]
+        values[weight] = metrics.summary(rank_targets(trainer, valid).ranks)[SELECT]
     with torch.no_grad():
         scale.fill_(learned * max(values, key=values.__getitem__))
 
@@ -313,7 +316,7 @@ def _evaluate(
     """Score validation and add a row to the history."""
     progress = trainer.progress
     started = time.perf_counter()
-    ranking = rank_targets(trainer, valid, True, with_losses=True)
+    ranking = rank_targets(trainer, valid, with_losses=True)
     assert ranking.losses is not None
     trainer.model.train()
     row = {

@@ -164,7 +164,7 @@ def test_the_scale_of_a_trained_prior_is_the_one_that_ranks_validation_best_and_
     values = {}
     for weight in PRIOR_WEIGHTS:
         trainer.model.prior.scale.data.fill_(learned * weight)
-        ranks = rank_targets(trainer, valid, True).ranks
+        ranks = rank_targets(trainer, valid).ranks
         values[weight] = metrics.summary(ranks)["ndcg@10"]
     assert values[round(chosen / learned * 2) / 2] == max(values.values())
     again = fit(model, dataset, train, hardware.resolve("cpu"), tmp_path)  # finished: loaded, not trained
