@@ -16,16 +16,25 @@ import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from reclib import hardware, system
-from reclib.config import SIZES, InputError, ModelConfig, TrainConfig, divided, model_config, validated
+from reclib.config import (
+    SIZES,
+    AdapterConfig,
+    InputError,
+    ModelConfig,
+    TrainConfig,
+    divided,
+    model_config,
+    validated,
+)
 from reclib.cost import work
-from reclib.cost.work import AdapterPlan, Footprint, Part
+from reclib.cost.work import Footprint, Part
 from reclib.data import dataset
 from reclib.hardware import GIB, Board
 from reclib.system import Parser
@@ -313,7 +322,7 @@ def plan(
     lengths: np.ndarray,
     users: int | None = None,
     price: float | None = None,
-    adapter: AdapterPlan | None = None,
+    adapter: AdapterConfig | None = None,
 ) -> Plan:
     """Return the plan of one training run on one device.
 
@@ -413,7 +422,7 @@ def plan_sizes(
     users: int = int(ELECTRONICS["users"]),
     mean_len: float = ELECTRONICS["mean_len"],
     price: float | str | None = None,
-    adapter: AdapterPlan | None = None,
+    adapter: AdapterConfig | None = None,
     **settings: Any,
 ) -> list[Plan]:
     """Return the plans of training a named size on `gpu`: labels with commas between them, or `all`.
@@ -535,14 +544,13 @@ def plan_main(argv: Sequence[str] | None = None) -> int:
     """Print the plan; the exit code is 1 if it does not fit, 2 for wrong input."""
     options = vars(_parser().parse_args(argv))
     as_json, epochs, currency = options.pop("json"), options.pop("epochs"), options.pop("currency")
-    names = [field.name for field in fields(AdapterPlan) if field.name in options]
-    narrow = {name: options.pop(name) for name in names}
+    narrow = {name: options.pop(name) for name in ("kind", "rank", "num_experts") if name in options}
     try:
         if narrow and "kind" not in narrow:
             raise InputError("--rank and --experts are of an adapter: give --adapter as well")
         if epochs < 1:
             raise InputError(f"--epochs {epochs}: expected 1 or more")
-        planned = plan_sizes(**options, adapter=validated(AdapterPlan, narrow) if narrow else None)
+        planned = plan_sizes(**options, adapter=validated(AdapterConfig, narrow) if narrow else None)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
