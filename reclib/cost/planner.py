@@ -544,7 +544,9 @@ def plan_main(argv: Sequence[str] | None = None) -> int:
     """Print the plan; the exit code is 1 if it does not fit, 2 for wrong input."""
     options = vars(_parser().parse_args(argv))
     as_json, epochs, currency = options.pop("json"), options.pop("epochs"), options.pop("currency")
-    narrow = {name: options.pop(name) for name in ("kind", "rank", "num_experts") if name in options}
+    narrow: dict[str, Any] = {
+        name: options.pop(name) for name in ("kind", "rank", "num_experts") if name in options
+    }
     try:
         if narrow and "kind" not in narrow:
             raise InputError("--rank and --experts are of an adapter: give --adapter as well")
