@@ -27,19 +27,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 import msgspec
+from isal import isal_zlib
 
 from reclib.config import InputError
 from reclib.data.batches import prefetch
 
-_unzipper: Callable[[int], Any] = zlib.decompressobj  # window -> reader of one gzip member
-
-_DAMAGED: tuple[type[Exception], ...] = (zlib.error,)
-
-with contextlib.suppress(ImportError):  # unzips faster, with the same interface and the same result
-    from isal import isal_zlib
-
-    _unzipper = isal_zlib.decompressobj
-    _DAMAGED = (zlib.error, isal_zlib.error)  # type: ignore[assignment]
+# Window -> reader of one gzip member. Faster than zlib's, with the same interface and the same result.
+_unzipper: Callable[[int], Any] = isal_zlib.decompressobj
 
 GZIP_MAGIC, PARQUET_MAGIC = b"\x1f\x8b", b"PAR1"
 
@@ -153,7 +147,7 @@ class RawFile:
                         break
                 try:
                     text = member.decompress(piece, PIECE_BYTES)
-                except _DAMAGED as error:
+                except (zlib.error, isal_zlib.error) as error:  # type: ignore[misc]
                     raise InputError(
                         f"{self.path.name} is damaged near byte {self.bytes_read:,}: {error}; fetch it again"
                     ) from None
