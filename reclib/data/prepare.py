@@ -30,7 +30,6 @@ import hashlib
 import itertools
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,6 +45,7 @@ from reclib.data import dataset, fetch, splits
 from reclib.data.dataset import MIN_LEN, Dataset, Keys, content_hash, described, lengths, load, within
 from reclib.data.formats import FORMATS, checked, named, product_of, titles_beside
 from reclib.data.read import RAW_COLUMNS, READING_VERSION, Ingested, Progress, ingest, printable, twin
+from reclib.hardware import usable_cores
 from reclib.system import Parser
 
 if TYPE_CHECKING:
@@ -440,10 +440,9 @@ def _database(work: Path, config: DataConfig) -> Iterator[duckdb.DuckDBPyConnect
     """Yield a database in the folder `work`; its errors become `InputError` or `OSError`."""
     import duckdb  # lazy: training on prepared data needs no database
 
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     settings: dict[str, Any] = {
         "memory_limit": f"{min(config.memory_limit_mb, MAX_MB)}MB",
-        "threads": max(1, min(available, config.memory_limit_mb // MB_PER_THREAD)),
+        "threads": max(1, min(usable_cores(), config.memory_limit_mb // MB_PER_THREAD)),
         "temp_directory": str(work / "spilled"),
         "autoinstall_known_extensions": False,  # reading a file never asks the network
     }
@@ -751,13 +750,4 @@ def _report(dataset: Dataset) -> list[str]:
 def data_main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     options = _parser().parse_args(arguments)
-    try:
-        return options.act(options)
-    except BrokenPipeError:
-        raise
-    except (InputError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return system.exit_code(lambda: options.act(options))
