@@ -150,11 +150,15 @@ def seen_items(histories: Histories, users: np.ndarray, device: torch.device) ->
 def constant_scores(values: np.ndarray, evaluation: Evaluation) -> Scores:
     """Yield the same scores (I,) for every user, for example popularity."""
     row = torch.from_numpy(np.asarray(values, dtype=np.float32))
-    users = np.arange(len(evaluation.targets))
-    size = max(1, SCORE_BYTES // (4 * len(values)))
-    for first in range(0, len(users), size):
-        block = users[first : first + size]
-        yield block, row.expand(len(block), -1).clone()
+    for users in blocks(len(evaluation.targets), len(values)):
+        yield users, row.expand(len(users), -1).clone()
+
+
+def blocks(rows: int, columns: int, limit_bytes: int | None = None) -> Iterator[np.ndarray]:
+    """Yield blocks of row numbers; fp32 rows of a block stay within the limit, by default `SCORE_BYTES`."""
+    size = max(1, (limit_bytes or SCORE_BYTES) // (4 * columns))
+    for first in range(0, rows, size):
+        yield np.arange(first, min(first + size, rows))
 
 
 def popularity(histories: Histories, num_items: int) -> np.ndarray:
@@ -198,7 +202,7 @@ def model_scores(
     was_training = model.training
     model.eval()
     config: ModelConfig = model.config
-    layout = Layout(config.max_len, config.mask_id, config.position_origin, True, 16, config.causal)
+    layout = Layout(config)
     weight = model.output_weight[1 : config.num_items + 1]
     bias = None if model.output_bias is None else model.output_bias[1 : config.num_items + 1]
     cuda = device.type == "cuda"
@@ -396,7 +400,7 @@ def masked_positions(
         raise InputError("every-masked-position needs a model that reads both sides; this one is causal")
     was_training = model.training
     model.eval()
-    layout = Layout(config.max_len, config.mask_id, config.position_origin, True, 16)
+    layout = Layout(config)
     table_rows = slice(None) if special_tokens else slice(1, config.num_items + 1)
     weight = model.output_weight[table_rows]
     bias = None if model.output_bias is None else model.output_bias[table_rows]

@@ -97,7 +97,7 @@ def tasks_of(p: ILora, dataset: Dataset) -> tuple[Periods, list[Task]]:
     for name in p.tasks:
         segment = name == "segment"
         split = splits.segment(dataset, periods, p.segment_share) if segment else periods.adaptation
-        tasks.append(Task(name, split, splits.known_targets(periods, split.test)))
+        tasks.append(Task(name, split, periods.known[split.test.targets]))
     return periods, tasks
 
 
@@ -467,7 +467,7 @@ def expert_weights(trainer: Trainer, rows: Evaluation) -> np.ndarray:
     """Return the gate of each row of an evaluation, float64 (rows, K), as the ranking computes it."""
     model: Any = trainer.model
     config = model.config
-    layout = Layout(config.max_len, config.mask_id, config.position_origin, True, 16, config.causal)
+    layout = Layout(config)
     model.eval()
     parts, places = [], []
     for chosen, batch in next_item_batches(rows.histories, layout, np.arange(len(rows.targets)), 256):

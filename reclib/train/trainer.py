@@ -28,7 +28,8 @@ from reclib.cost import work
 from reclib.data.batches import Batch, Epoch, Totals, prefetch
 from reclib.data.dataset import Histories
 from reclib.hardware import Device
-from reclib.model.bert4rec import SequenceModel, Sink
+from reclib.model.bert4rec import Sink
+from reclib.model.ilora import SequenceModel
 from reclib.train import distributed, losses, saving
 from reclib.train.losses import Route, batch_loss
 from reclib.train.saving import load_unique, refuse_other, unique_tensors
@@ -278,8 +279,7 @@ class StepGraphs:
     def run(self, batch: Batch, targets: float) -> tuple[Tensor, Tensor | None]:
         """Run the step of a batch on the host; return loss and norm."""
         batch = batch.to(self.where)
-        inputs = [value for value in batch if isinstance(value, Tensor)]
-        inputs.append(torch.full((), float(targets), device=self.where))
+        inputs = [*batch.tensors().values(), torch.full((), float(targets), device=self.where)]
         key = tuple(value.shape for value in inputs)
         if key not in self.graphs:
             if len(self.graphs) < MOST_GRAPHS:
@@ -295,8 +295,7 @@ class StepGraphs:
 
     def _recorded(self, batch: Batch, inputs: list[Tensor]) -> tuple[list[Tensor], Callable[[], Any]]:
         buffers = [value.clone() for value in inputs]
-        names = [name for name, value in batch._asdict().items() if isinstance(value, Tensor)]
-        tensors: dict[str, Any] = dict(zip(names, buffers, strict=False))  # the last one is no part of it
+        tensors: dict[str, Any] = dict(zip(batch.tensors(), buffers, strict=False))  # the last one is no part
         fixed = batch._replace(**tensors)
         return buffers, self.capture(lambda: self.compute(fixed, buffers[-1]), self.pool)
 
@@ -375,7 +374,8 @@ class Trainer(Generic[M]):
         self.where = device.torch_device
         self.precision = hardware.choose_precision(config.precision, device.card)
         hardware.set_matmul_precision(self.precision)
-        self.kept_memory = self.where.type == "cpu" and hardware.keep_freed_memory()
+        if self.where.type == "cpu":
+            hardware.keep_freed_memory()
         self.compile_mode, self.compile_reason = hardware.compile_choice(
             config.compile_mode, device.card, hardware.has_compiler()
         )
