@@ -49,7 +49,7 @@ from reclib.hardware import usable_cores
 from reclib.system import Parser
 
 if TYPE_CHECKING:
-    import duckdb
+    from duckdb import DuckDBPyConnection as Connection
 
 RULES_VERSION = 2
 MANIFEST_VERSION = 2  # raise whenever the manifest of the same dataset changes
@@ -271,9 +271,7 @@ def file_source(path: Path, config: DataConfig) -> Source:
     # without `strict` and the limits, which decide about errors only
     identity = json.dumps([format.name, sorted((config.columns or {}).items()), hashes])
 
-    def fill(
-        con: duckdb.DuckDBPyConnection, progress: Progress | None = None, work: Path | None = None
-    ) -> Ingested:
+    def fill(con: Connection, progress: Progress | None = None, work: Path | None = None) -> Ingested:
         ingested = ingest(con, path, format, config, progress=progress, sha256=hashes[0], work=work)
         if _state(path) != state:
             raise InputError(f"{path.name} changed while it was read; prepare it again")
@@ -306,9 +304,7 @@ def ml_100k_source(config: DataConfig) -> Source:
     """Return MovieLens 100K as a source; existing files are verified now, missing ones fetched on reading."""
     fetch.present()
 
-    def fill(
-        con: duckdb.DuckDBPyConnection, progress: Progress | None = None, work: Path | None = None
-    ) -> Ingested:
+    def fill(con: Connection, progress: Progress | None = None, work: Path | None = None) -> Ingested:
         files = fetch.files()
         format = FORMATS["inter" if files.interactions.suffix == ".inter" else "ml-100k"]
         strict = changed(config, strict=True)
@@ -324,7 +320,7 @@ def synthetic_source(config: DataConfig) -> Source:
     names = ("users", "items", "mean_len", "seed")
     arguments = {name: getattr(config, f"synthetic_{name}") for name in names}
 
-    def fill(con: duckdb.DuckDBPyConnection, *_: Any) -> Ingested:
+    def fill(con: Connection, *_: Any) -> Ingested:
         items, offsets = generate(**arguments)
         length = np.diff(offsets)
         users = np.repeat(np.arange(length.size), length)
@@ -414,7 +410,7 @@ def build(source: Source, config: DataConfig, folder: Path, key: str) -> None:
             system.write_json(fresh / MANIFEST, described(prepared, metadata))
 
 
-def _k_core(con: duckdb.DuckDBPyConnection, config: DataConfig) -> list[int]:
+def _k_core(con: Connection, config: DataConfig) -> list[int]:
     """Create `pairs`, the (user, item) codes of the (min_user, min_item)-core of `events`.
 
     Returns the remaining interactions after each pass that removed something.
@@ -436,7 +432,7 @@ def _k_core(con: duckdb.DuckDBPyConnection, config: DataConfig) -> list[int]:
 
 
 @contextlib.contextmanager
-def _database(work: Path, config: DataConfig) -> Iterator[duckdb.DuckDBPyConnection]:
+def _database(work: Path, config: DataConfig) -> Iterator[Connection]:
     """Yield a database in the folder `work`; its errors become `InputError` or `OSError`."""
     import duckdb  # lazy: training on prepared data needs no database
 
@@ -471,7 +467,7 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n", 1)[0]
 
 
-def _encode(con: duckdb.DuckDBPyConnection) -> dict[str, Any]:
+def _encode(con: Connection) -> dict[str, Any]:
     """Turn `raw` into `events`, with arbitrary integer codes for users and items."""
     for role in ("user", "item"):
         con.execute(
@@ -495,7 +491,7 @@ def _encode(con: duckdb.DuckDBPyConnection) -> dict[str, Any]:
     return _counted(con, "source", "users", "items", "events")
 
 
-def _deduplicate(con: duckdb.DuckDBPyConnection, rule: str) -> dict[str, Any]:
+def _deduplicate(con: Connection, rule: str) -> dict[str, Any]:
     con.execute(
         f"create table kept as select * from events qualify row_number() over ({_GROUPS[rule]}) = 1;"
         "drop table events; alter table kept rename to events"
@@ -503,7 +499,7 @@ def _deduplicate(con: duckdb.DuckDBPyConnection, rule: str) -> dict[str, Any]:
     return _counted(con, "de-duplicated", "users", "items", "events")
 
 
-def _merge_variants(con: duckdb.DuckDBPyConnection, ingested: Ingested, name: str) -> dict[str, Any]:
+def _merge_variants(con: Connection, ingested: Ingested, name: str) -> dict[str, Any]:
     """Give variants of a product one code in `events`; drop a user's consecutive repeats of a product."""
     items = con.execute("select code, key from items order by length(key), key").fetchall()
     titles = ingested.titles(frozenset(key for _, key in items))
@@ -523,16 +519,16 @@ def _merge_variants(con: duckdb.DuckDBPyConnection, ingested: Ingested, name: st
     return _counted(con, "variants merged", "users", "items", "events")
 
 
-def _counted(con: duckdb.DuckDBPyConnection, name: str, *tables: str) -> dict[str, Any]:
+def _counted(con: Connection, name: str, *tables: str) -> dict[str, Any]:
     return dataset.step(name, *(_count(con, table) for table in tables))
 
 
-def _count(con: duckdb.DuckDBPyConnection, table: str) -> int:
+def _count(con: Connection, table: str) -> int:
     row = con.execute(f"select count(*) from {table}").fetchone()
     return row[0] if row else 0
 
 
-def _order(con: duckdb.DuckDBPyConnection, config: DataConfig) -> dict[str, Any]:
+def _order(con: Connection, config: DataConfig) -> dict[str, Any]:
     """Create `histories`, the ordered events of the core; row ids are positions in the arrays.
 
     Users and items of the core get dense ids, `user_ids` from 0 and `item_ids` from 1.
@@ -586,7 +582,7 @@ def _metadata(
     }
 
 
-def _write(con: duckdb.DuckDBPyConnection, fresh: Path, size: int, ingested: Ingested) -> None:
+def _write(con: Connection, fresh: Path, size: int, ingested: Ingested) -> None:
     """Write all files of a prepared folder but the manifest: arrays, keys, titles and a Parquet table."""
     timed = ingested.time_unit != "order"
     for file, column, dtype in (("items", "item", np.int32), ("times", "time", np.int64))[: 1 + timed]:
@@ -603,14 +599,14 @@ def _write(con: duckdb.DuckDBPyConnection, fresh: Path, size: int, ingested: Ing
     system.write_json(fresh / "titles.json", {key: titles[key] for key in item_keys if key in titles})
 
 
-def _chunks(con: duckdb.DuckDBPyConnection, query: str) -> Iterator[pd.DataFrame]:
+def _chunks(con: Connection, query: str) -> Iterator[pd.DataFrame]:
     """Yield the rows of a query in chunks; tables yield them in the order of their row ids."""
     result = con.execute(query)
     while len(chunk := result.fetch_df_chunk(VECTORS)):
         yield chunk
 
 
-def _write_keys(con: duckdb.DuckDBPyConnection, table: str, path: Path, before: list[bytes]) -> None:
+def _write_keys(con: Connection, table: str, path: Path, before: list[bytes]) -> None:
     width, count = con.execute(f"select max(strlen(key)), count(*) from {table}_ids").fetchone() or (1, 0)
     chunks = _chunks(con, f"select key from {table}_ids order by id")
     pieces = itertools.chain([before], ([key.encode() for key in chunk["key"]] for chunk in chunks))
@@ -618,7 +614,7 @@ def _write_keys(con: duckdb.DuckDBPyConnection, table: str, path: Path, before: 
     system.write_array(path, dtype, count + len(before), (np.array(piece, dtype) for piece in pieces))
 
 
-def _write_table(con: duckdb.DuckDBPyConnection, path: Path, time: str) -> None:
+def _write_table(con: Connection, path: Path, time: str) -> None:
     con.execute('create table firsts as select "user", min(rowid) as first from histories group by "user"')
     con.execute(
         f'copy (select user_ids.key as "user", item_ids.key as item, rating, {time} as time, '

@@ -376,7 +376,7 @@ def _draw(
     if available.size and available.min() < count:
         key = dataset.user_keys[int(users[available.argmin()])]
         raise InputError(
-            f"user {key!r} has not had {available.min():,} items, fewer than the {count} negatives asked"
+            f"user {key!r} has not had {available.min():,} items, fewer than the {count} negatives requested"
         )
     cumulative = np.cumsum(weights)
     drawn = np.zeros((users.size, count), dtype=np.int32)
