@@ -11,7 +11,7 @@ Shapes: B users at a time, I real items, k recommendations, N candidates, P mask
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -65,7 +65,7 @@ def rank(
         if with_losses:  # before the scores are overwritten
             target_scores = values.gather(1, (targets - 1)[:, None]).squeeze(1)
             losses.append(values.logsumexp(1) - target_scores)
-        row_ranks, top = rank_scores(values, targets, (seen[0], seen[1]) if remove_seen else None, top_k)
+        row_ranks, top = rank_scores(values, targets, seen or None, top_k)
         users.append(rows)
         ranks.append(row_ranks)
         tops.append(top)
@@ -76,7 +76,7 @@ def rank(
 
 
 def rank_scores(
-    scores: Tensor, targets: Tensor, seen: tuple[Tensor, Tensor] | None, top_k: int = 0
+    scores: Tensor, targets: Tensor, seen: Sequence[Tensor] | None, top_k: int = 0
 ) -> tuple[Tensor, Tensor | None]:
     """Rank targets (B,) among the columns of `scores` (B, I), which is overwritten.
 
@@ -135,13 +135,12 @@ def best(scores: Tensor, k: int) -> Tensor:
     return columns.gather(1, values.topk(k).indices)
 
 
-def seen_items(histories: Histories, users: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+def seen_items(histories: Histories, users: np.ndarray, device: torch.device) -> list[Tensor]:
     """Return (row, item id) of all items in the histories of `users`; row i is users[i]."""
     part = histories.rows(users)
     items = histories.items[part.places()].astype(np.int64)
     rows = np.repeat(np.arange(len(users)), part.lengths)
-    tensors = send((torch.from_numpy(rows), torch.from_numpy(items)), device)
-    return tensors[0], tensors[1]
+    return send((torch.from_numpy(rows), torch.from_numpy(items)), device)
 
 
 # -- scores --------------------------------------------------------------------------------------------------

@@ -210,7 +210,7 @@ def fit_recommender(
         trainer = fit(setup.model(dataset.num_items), dataset, setup.train, device, place, options)
     else:
         if shape:
-            raise InputError(f"the model is there: {', '.join(shape)} cannot be set")
+            raise InputError(f"{', '.join(shape)} cannot be set: the model that is trained further has them")
         module: Any = model.model if isinstance(model, Recommender) else model
         trainer = fine_tune(module, dataset, validated(TrainConfig, train), device, place, options)
     if place is not None and isinstance(trainer.model, Bert4Rec):
@@ -383,13 +383,12 @@ class Setup:
 
 def of_options(dataset: str, size: str, values: Mapping[str, Any]) -> Setup:
     """Return the setup of the command line: fields of TrainConfig, and `model.<field of ModelConfig>`."""
-    train = {name: value for name, value in values.items() if "." not in name}
-    shape_values = {name: value for name, value in values.items() if name.startswith("model.")}
-    if strange := [name for name in values if "." in name and name not in shape_values]:
-        raise InputError(
-            f"unknown parameter {strange[0]!r}: expected a field of TrainConfig or model.<field>"
-        )
-    shape = {name.removeprefix("model."): value for name, value in shape_values.items()}
+    train, shape = dict[str, Any](), dict[str, Any]()
+    for name, value in values.items():
+        prefix, _, field = name.rpartition(".")
+        if prefix not in ("", "model"):
+            raise InputError(f"unknown parameter {name!r}: expected a field of TrainConfig or model.<field>")
+        (shape if prefix else train)[field] = value
     config = validated(TrainConfig, respelt(TrainConfig, train))
     return Setup(validated(DataConfig, {"dataset": dataset}), config, size, respelt(ModelConfig, shape))
 

@@ -404,12 +404,9 @@ class Recommender:
         If fewer than k items remain, all are returned, with a warning. Raises `InputError` for a history that
         is empty or no list, an unknown item, a title of several items and a k below 1.
         """
-        try:
-            entries = None if isinstance(history, str | bytes | Set | Mapping) else list(history)
-        except TypeError:
-            entries = None
-        if entries is None:
+        if isinstance(history, str | bytes | Set | Mapping) or not isinstance(history, Iterable):
             raise InputError(f"the history is {history!r}: expected a list of items, oldest first")
+        entries = list(history)
         if not entries:
             raise InputError("the history is empty: expected at least one item id")
         if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:

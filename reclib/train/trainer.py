@@ -313,7 +313,7 @@ def refuse_graphs(config: TrainConfig, precision: str, processes: int, adapted: 
         "an adapted model": adapted,
     }
     if refused := " and no ".join(name for name, applies in wrong.items() if applies):
-        raise InputError(f"compile_mode='graph' captures a whole step, and knows no {refused}")
+        raise InputError(f"compile_mode='graph' captures a whole step, which allows no {refused}")
 
 
 def chosen_route(
@@ -594,15 +594,15 @@ class Trainer(Generic[M]):
         saving.save_checkpoint(folder, f"step-{self.progress.step}", tensors, state)
         saving.prune(folder)
 
-    def resume(self, folder: Path) -> bool:
-        """Resume from the newest checkpoint in `folder`; return whether there was one.
+    def resume(self, folder: Path) -> None:
+        """Resume from the newest checkpoint in `folder`, if there is one.
 
         Raises `InputError` if it is damaged or of another configuration, dataset or, for an unfinished run,
         number of processes, with which sums of gradients and dropout would differ.
         """
         newest = saving.latest(folder)
         if newest is None:
-            return False
+            return
         with saving.whole_checkpoint(newest):
             tensors, state = saving.load_checkpoint(newest)
             refuse_other(state["identity"], self.identity(), folder)
@@ -625,4 +625,3 @@ class Trainer(Generic[M]):
             torch.set_rng_state(tensors["random.cpu"])
             if "random.cuda" in tensors and self.where.type == "cuda":
                 torch.cuda.set_rng_state(tensors["random.cuda"], self.where)
-        return True
