@@ -264,7 +264,7 @@ def prepared_folder(config: DataConfig) -> Path | None:
 
 def file_source(path: Path, config: DataConfig) -> Source:
     """Return a user's file as a source, identified by its content, format and columns."""
-    format = named(config.format, checked(path), config.columns, config.max_line_mb)
+    format = named(config, checked(path))
     state = _state(path)
     beside = [other for other in (twin(path), titles_beside(path)) if other is not None]
     hashes = [_sha256(file) for file in (path, *beside)]
@@ -272,7 +272,7 @@ def file_source(path: Path, config: DataConfig) -> Source:
     identity = json.dumps([format.name, sorted((config.columns or {}).items()), hashes])
 
     def fill(con: Connection, progress: Progress | None = None, work: Path | None = None) -> Ingested:
-        ingested = ingest(con, path, format, config, progress=progress, sha256=hashes[0], work=work)
+        ingested = ingest(con, path, format, config=config, progress=progress, sha256=hashes[0], work=work)
         if _state(path) != state:
             raise InputError(f"{path.name} changed while it was read; prepare it again")
         ingested.provenance["origin"] = "file"
@@ -288,9 +288,8 @@ def fetched_source(name: str, config: DataConfig) -> Source:
     if path is None:
         raise fetch.not_fetched(name)
     entry = fetch.known(name)
-    file = file_source(
-        path, changed(config, format=entry.format if config.format == "auto" else config.format)
-    )
+    config = changed(config, format=entry.format) if config.format == "auto" else config
+    file = file_source(path, config)
 
     def fill(*arguments: Any) -> Ingested:
         ingested = file.fill(*arguments)
@@ -308,7 +307,7 @@ def ml_100k_source(config: DataConfig) -> Source:
         files = fetch.files()
         format = FORMATS["inter" if files.interactions.suffix == ".inter" else "ml-100k"]
         strict = changed(config, strict=True)
-        ingested = ingest(con, files.interactions, format, strict, progress=progress, work=work)
+        ingested = ingest(con, files.interactions, format, config=strict, progress=progress, work=work)
         ingested.provenance["origin"] = files.origin
         return ingested
 

@@ -99,8 +99,8 @@ def ingest(
     con: Connection,
     path: Path,
     format: Format | None = None,
-    config: DataConfig | None = None,
     *,
+    config: DataConfig,
     progress: Progress | None = None,
     sha256: str | None = None,
     work: Path | None = None,
@@ -112,8 +112,7 @@ def ingest(
     options are used. `sha256` is the file's hash if known. `work` is a folder for temporary files. Raises
     `InputError` for unreadable files; the table must not be used then.
     """
-    config = config or DataConfig()
-    format = format or named(config.format, path, config.columns, config.max_line_mb)
+    format = format or named(config, path)
     # temporary: not logged, and spilled to disk beyond the memory limit
     con.execute(f"CREATE OR REPLACE TEMP TABLE raw({RAW_COLUMNS})")
     file = RawFile(path, sha256=sha256, max_line_mb=config.max_line_mb)
