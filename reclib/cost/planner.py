@@ -24,7 +24,7 @@ import pandas as pd
 
 from reclib import hardware, system
 from reclib.config import (
-    SIZES,
+    SIZE_NAMES,
     AdapterConfig,
     InputError,
     ModelConfig,
@@ -510,11 +510,10 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 26, 110),
         argument_default=argparse.SUPPRESS,
     )
-    sizes = ", ".join(name for name in SIZES if not re.fullmatch(r"w\d+d\d+", name))
     boards = f"{', '.join(hardware.catalogue())}; cpu1 and cpu2 are one and two threads of this machine"
     users, mean_len = ELECTRONICS.values()
     group = parser.add_argument_group("what is trained")
-    group.add_argument("--size", required=True, help=f"{sizes}, or by width and depth: w64d2")
+    group.add_argument("--size", required=True, help=f"one of {SIZE_NAMES}")
     group.add_argument("--items", type=int, dest="num_items", help="catalogue (default: the size's own)")
     group.add_argument("--tied", action="store_const", const=True, help="one table for input and output")
     group.add_argument("--untied", action="store_const", const=False, dest="tied", help="two of them")
