@@ -89,7 +89,7 @@ def run_ours(identity: dict[str, Any], dataset: Dataset, checkpoints: Path) -> t
         values |= {f"look_{name}": np.array([row[name] for row in history]) for name in LOOKS}
         about["best"] = max(history, key=lambda row: row[SELECT])
         for prefix, part in (("valid", valid), ("test", evaluation(dataset, "test"))):
-            values |= values_of(rank_targets(trainer, part, True).ranks, prefix)
+            values |= values_of(rank_targets(trainer, part).ranks, prefix)
     progress = trainer.progress
     about |= {"train_seconds": progress.train_seconds, "steps": progress.step}
     return values, about | {"epochs": progress.step / trainer.steps_per_epoch}
@@ -109,7 +109,7 @@ def curve(trainer: Trainer, valid: Evaluation, minutes: list[float], threads: in
     def look() -> tuple[np.ndarray, float, float]:
         nonlocal looking
         seconds, start = spent(), time.process_time()
-        ranks = rank_targets(trainer, valid, True).ranks
+        ranks = rank_targets(trainer, valid).ranks
         trainer.model.train()
         looking += time.process_time() - start
         return ranks, trainer.progress.step / trainer.steps_per_epoch, seconds

@@ -39,7 +39,6 @@ from common import ROOT, Row, Rows, options, run_child, start
 from reclib import hardware, records, system
 from reclib.config import AdapterConfig, TrainConfig, model_config, validated
 from reclib.cost import planner, work
-from reclib.cost.work import AdapterPlan
 from reclib.data.dataset import train_histories
 from reclib.data.prepare import synthetic_dataset
 
@@ -133,9 +132,9 @@ def configs(row: Row) -> tuple[Any, Any]:
     return model, validated(TrainConfig, train | row.get("train", {}))
 
 
-def adapter_of(row: Row) -> AdapterPlan | None:
+def adapter_of(row: Row) -> AdapterConfig | None:
     """Return the adapter of a row as the planner has it; None where the whole model is trained."""
-    return AdapterPlan(kind=row["adapter"]) if "adapter" in row else None
+    return AdapterConfig(kind=row["adapter"]) if "adapter" in row else None
 
 
 synthetic = functools.cache(synthetic_dataset)
@@ -197,7 +196,7 @@ def measure(row: Row) -> Row:
     network: Any = Bert4Rec(model)
     if plan is not None:
         network = AdaptedModel(network)
-        network.add("planned", AdapterConfig(kind=plan.kind, rank=plan.rank, num_experts=plan.num_experts))
+        network.add("planned", plan)
     trainer = Trainer(network, train_histories(prepared), train, device, prepared.fingerprint)
     parameters = sum(p.numel() for p in network.parameters())
     steps = 24 if parameters < 3e6 else 12 if parameters < 50e6 else 5 if parameters < 200e6 else 3

@@ -31,7 +31,7 @@ from typing import Any
 
 import yaml
 
-from reclib import parameters, records, runner, system
+from reclib import hardware, parameters, records, runner, system
 from reclib.config import CPU_LABELS, GPU_LABELS, InputError, nearest, typed
 from reclib.runner import Job, Slot
 from reclib.system import Parser, exit_code
@@ -56,8 +56,6 @@ def find(name_or_path: str) -> str:
 
 def device_label(claimed: str) -> str:
     """Return the label of the device that a run under the label `claimed` uses here."""
-    from reclib import hardware  # imports torch, which most commands do not need
-
     device = hardware.find(claimed)
     if not device.is_claimed:
         print(

@@ -324,14 +324,17 @@ def assigned_names(source: str) -> list[str]:
     result = []
     try:
         for statement in ast.parse(source).body:
-            assert isinstance(statement, ast.Assign | ast.AnnAssign)
-            assert statement.value is not None
-            (target,) = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-            assert isinstance(target, ast.Name)
-            if ast.unparse(statement.value) not in ("float('nan')", "float('inf')", "float('-inf')"):
-                ast.literal_eval(statement.value)
-            result.append(target.id)
-    except (AssertionError, SyntaxError, ValueError):  # a call, an import, a magic
+            match statement:
+                case ast.Assign([ast.Name(name)], value):
+                    pass
+                case ast.AnnAssign(ast.Name(name), _, ast.expr() as value):
+                    pass
+                case _:  # an import, several targets, no value
+                    return []
+            if ast.unparse(value) not in ("float('nan')", "float('inf')", "float('-inf')"):
+                ast.literal_eval(value)
+            result.append(name)
+    except (SyntaxError, ValueError):  # a call, a magic
         return []
     return result
 

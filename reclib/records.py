@@ -86,50 +86,31 @@ def commits_of_code(
 ) -> dict[tuple[str, str], str]:
     """Return the newest commit with each (notebook, `code_hash`), of HEAD's history or of `commits`.
 
-    Each state of the package and of a notebook is read and hashed once, with a few calls of git.
+    Each state of the package and of a notebook is read and hashed once.
     """
     names = sorted(set(notebooks))
     commits = commits if commits is not None else (_git("rev-list", "HEAD") or b"").decode().split()
-    paths = ["reclib", *(f"notebooks/{name}.ipynb" for name in names)]
-    places = "\n".join(f"{commit}:./{path}" for commit in commits for path in paths).encode()
-    listed = _git("cat-file", "--batch-check=%(objectname)", stdin=places) or b""
-    objects = iter(listed.decode().splitlines())
-    states: dict[tuple[str, str, str], str] = {}  # package's tree, notebook, its blob: commit
-    for commit, (tree, *sources) in zip(commits, zip(*[objects] * len(paths), strict=True), strict=False):
-        for name, source in zip(names, sources, strict=True):
-            if not tree.endswith(" missing"):
-                states.setdefault((tree, name, source), commit)
-    files = _python_files({tree for tree, _, _ in states})
-    written = {source for _, _, source in states if not source.endswith(" missing")}
-    content = _objects({blob for blobs in files.values() for blob in blobs.values()} | written)
-    packages = {
-        tree: _package_digest({name: content.get(blob, b"") for name, blob in blobs.items()})
-        for tree, blobs in files.items()
+    states: dict[
+        tuple[tuple[tuple[str, str], ...], str, str], str
+    ] = {}  # package, notebook, its blob: commit
+    for commit in commits:
+        listed = (_git("ls-tree", "-rz", commit, "reclib", "notebooks") or b"").decode()
+        blobs = {path: blob for blob, path in re.findall(r" blob (\w+)\t([^\0]+)\0", listed)}
+        code = [path for path in blobs if path.startswith("reclib/") and path.endswith(".py")]
+        package = tuple((path.removeprefix("reclib/"), blobs[path]) for path in code)
+        for name in names if package else ():
+            states.setdefault((package, name, blobs.get(f"notebooks/{name}.ipynb", "")), commit)
+    packages, sources = {package for package, _, _ in states}, {source for _, _, source in states if source}
+    content = _objects(sources | {blob for package in packages for _, blob in package})
+    digests = {
+        package: _package_digest({path: content.get(blob, b"") for path, blob in package})
+        for package in packages
     }
-    cells = {source: _code_cells(content[source]) for source in written & content.keys()}
+    cells = {source: _code_cells(content[source]) for source in sources & content.keys()}
     result: dict[tuple[str, str], str] = {}
-    for (tree, name, source), commit in states.items():
-        result.setdefault((name, _hash_with(packages[tree], cells.get(source, b""))), commit)
+    for (package, name, source), commit in states.items():
+        result.setdefault((name, _hash_with(digests[package], cells.get(source, b""))), commit)
     return result
-
-
-def _python_files(trees: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Return the Python files of each tree of git, by path with their blobs."""
-    files: dict[str, dict[str, str]] = {tree: {} for tree in trees}
-    level = {(tree, tree, "") for tree in files}  # tree, folder in it, path of the folder
-    while level:
-        content, deeper = _objects({folder for _, folder, _ in level}), set()
-        for tree, folder, path in level:
-            # An entry is its mode, a space, its name, a zero byte, and the 20 bytes of its hash.
-            entries = re.findall(rb"(\d+) ([^\0]+)\0(.{20})", content.get(folder, b""), re.DOTALL)
-            for mode, name, digest in entries:
-                place = path + name.decode()
-                if mode == b"40000":
-                    deeper.add((tree, digest.hex(), f"{place}/"))
-                elif place.endswith(".py"):
-                    files[tree][place] = digest.hex()
-        level = deeper
-    return files
 
 
 def _objects(names: Iterable[str]) -> dict[str, bytes]:

@@ -319,26 +319,23 @@ def flock(handle: Any, *, shared: bool = False, wait: bool = False) -> bool:
 
 
 @contextlib.contextmanager
-def locked(
-    file: Path, *, wait: bool = False, shared: bool = False, tell: Tell | None = None
-) -> Iterator[bool]:
+def locked(file: Path, *, shared: bool = False, tell: Tell | None = None) -> Iterator[bool]:
     """Hold a lock file; yield whether it is held, False where another process holds it.
 
-    With `wait` it waits for the lock, after calling `tell` with a line about it.
+    With `tell` it waits for the lock, after calling `tell` with a line about it.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as handle:  # closed in children, so that a kernel does not hold it on
         free = flock(handle, shared=shared)
-        if wait and not free:
-            if tell is not None:
-                tell(f"waiting: another run of this checkout holds {file.stem}")
+        if tell is not None and not free:
+            tell(f"waiting: another run of this checkout holds {file.stem}")
             free = flock(handle, shared=shared, wait=True)
         yield free
 
 
 def lock(name: str, tell: Tell, shared: bool = False) -> contextlib.AbstractContextManager[bool]:
     """Hold a named lock of this checkout, waiting for other runs."""
-    return locked(_lock_file(name), wait=True, shared=shared, tell=tell)
+    return locked(_lock_file(name), shared=shared, tell=tell)
 
 
 @contextlib.contextmanager

@@ -115,11 +115,11 @@ def main(folder: Path) -> None:
         trainer = validated(folder / "validated")
         (folder / f"history-{rank}.json").write_text(json.dumps(trainer.progress.history))
         part = evaluation(dataset(), "valid")
-        found = rank_targets(trainer, part, True, with_losses=True)
+        found = rank_targets(trainer, part, with_losses=True)
         arrays = {"ranks": torch.from_numpy(found.ranks), "losses": torch.from_numpy(found.losses)}
         save_file(arrays, folder / f"ranking-{rank}.safetensors")
         few = part.histories._replace(starts=part.histories.starts[:1], ends=part.histories.ends[:1])
-        one = rank_targets(trainer, Evaluation(few, part.targets[:1]), True)
+        one = rank_targets(trainer, Evaluation(few, part.targets[:1]))
         assert one.ranks.tolist() == found.ranks[:1].tolist()  # the other process has no user of its own
         fit_setup(setup(), "cpu", folder / "whole")
 

@@ -16,16 +16,25 @@ import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from reclib import hardware, system
-from reclib.config import SIZES, InputError, ModelConfig, TrainConfig, divided, model_config, validated
+from reclib.config import (
+    SIZE_NAMES,
+    AdapterConfig,
+    InputError,
+    ModelConfig,
+    TrainConfig,
+    divided,
+    model_config,
+    validated,
+)
 from reclib.cost import work
-from reclib.cost.work import AdapterPlan, Footprint, Part
+from reclib.cost.work import Footprint, Part
 from reclib.data import dataset
 from reclib.hardware import GIB, Board
 from reclib.system import Parser
@@ -313,7 +322,7 @@ def plan(
     lengths: np.ndarray,
     users: int | None = None,
     price: float | None = None,
-    adapter: AdapterPlan | None = None,
+    adapter: AdapterConfig | None = None,
 ) -> Plan:
     """Return the plan of one training run on one device.
 
@@ -413,7 +422,7 @@ def plan_sizes(
     users: int = int(ELECTRONICS["users"]),
     mean_len: float = ELECTRONICS["mean_len"],
     price: float | str | None = None,
-    adapter: AdapterPlan | None = None,
+    adapter: AdapterConfig | None = None,
     **settings: Any,
 ) -> list[Plan]:
     """Return the plans of training a named size on `gpu`: labels with commas between them, or `all`.
@@ -501,11 +510,10 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 26, 110),
         argument_default=argparse.SUPPRESS,
     )
-    sizes = ", ".join(name for name in SIZES if not re.fullmatch(r"w\d+d\d+", name))
     boards = f"{', '.join(hardware.catalogue())}; cpu1 and cpu2 are one and two threads of this machine"
     users, mean_len = ELECTRONICS.values()
     group = parser.add_argument_group("what is trained")
-    group.add_argument("--size", required=True, help=f"{sizes}, or by width and depth: w64d2")
+    group.add_argument("--size", required=True, help=f"one of {SIZE_NAMES}")
     group.add_argument("--items", type=int, dest="num_items", help="catalogue (default: the size's own)")
     group.add_argument("--tied", action="store_const", const=True, help="one table for input and output")
     group.add_argument("--untied", action="store_const", const=False, dest="tied", help="two of them")
@@ -535,14 +543,15 @@ def plan_main(argv: Sequence[str] | None = None) -> int:
     """Print the plan; the exit code is 1 if it does not fit, 2 for wrong input."""
     options = vars(_parser().parse_args(argv))
     as_json, epochs, currency = options.pop("json"), options.pop("epochs"), options.pop("currency")
-    names = [field.name for field in fields(AdapterPlan) if field.name in options]
-    narrow = {name: options.pop(name) for name in names}
+    narrow: dict[str, Any] = {
+        name: options.pop(name) for name in ("kind", "rank", "num_experts") if name in options
+    }
     try:
         if narrow and "kind" not in narrow:
             raise InputError("--rank and --experts are of an adapter: give --adapter as well")
         if epochs < 1:
             raise InputError(f"--epochs {epochs}: expected 1 or more")
-        planned = plan_sizes(**options, adapter=validated(AdapterPlan, narrow) if narrow else None)
+        planned = plan_sizes(**options, adapter=validated(AdapterConfig, narrow) if narrow else None)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

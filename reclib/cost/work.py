@@ -6,7 +6,7 @@ profiler (`tests/cost`); memory on CUDA is unvalidated.
 
 A product of (m, k) and (k, n) is 2 m k n FLOPs, and its backward pass twice that, one for each gradient. A
 frozen model with adapters has no gradients of weights, and none below the keys, queries and values of its
-first layer.
+first layer. Adapters are counted on all matrices of the encoder, whatever `AdapterConfig.targets`.
 
 Shapes: R rows of L positions, T = R L places, G places that are queries in the last layer (Q per row), M
 places in the head, I real items, D hidden_dim, E width of the item vectors, F inner width, N layers, r rank
@@ -16,17 +16,15 @@ and K experts of an adapter.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from pydantic import dataclasses as validated
-from pydantic import model_validator
 
 from reclib import hardware
-from reclib.config import STRICT, InputError, Kind, ModelConfig, Positive, TrainConfig, changed
+from reclib.config import AdapterConfig, InputError, ModelConfig, TrainConfig, changed
 from reclib.data.batches import bucket, cut, first_fit_decreasing, mask_cloze, next_items
 from reclib.data.dataset import Histories
 from reclib.hardware import GIB, Device, choose_precision
@@ -36,21 +34,6 @@ if TYPE_CHECKING:
 
 BACKWARD = 2  # times the forward pass
 FP32, HALF = 4, 2  # bytes of a number; HALF: bf16 and fp16
-
-
-@validated.dataclass(frozen=True, kw_only=True, config=STRICT)
-class AdapterPlan:
-    """An adapter on all encoder matrices of a frozen model."""
-
-    kind: Kind = "lora"
-    rank: Positive = 8  # r
-    num_experts: Positive = 4  # K, of `ilora`
-
-    @model_validator(mode="after")
-    def _experts_divide(self) -> AdapterPlan:
-        if self.kind == "ilora" and self.rank % self.num_experts:
-            raise ValueError(f"rank={self.rank} must be divisible by num_experts={self.num_experts}")
-        return self
 
 
 def number_bytes(precision: str) -> int:
@@ -70,7 +53,7 @@ def parameters(model: ModelConfig) -> dict[str, int]:
     return {"input_table": model.vocab_size * E, "output_table": output, "rest": others}
 
 
-def trained_parameters(model: ModelConfig, adapter: AdapterPlan) -> int:
+def trained_parameters(model: ModelConfig, adapter: AdapterConfig) -> int:
     """Count the trained parameters of an adapter: A and B of each layer's four matrices, and the gate."""
     D, F = model.hidden_dim, model.ffn_factor * model.hidden_dim
     layer = adapter.rank * (8 * D + 2 * F) + (4 if adapter.kind == "gated" else 0)
@@ -280,7 +263,7 @@ def step_parts(
     train: TrainConfig,
     shapes: Shapes,
     width: int = FP32,
-    adapter: AdapterPlan | None = None,
+    adapter: AdapterConfig | None = None,
 ) -> list[Part]:
     """Return the parts of an optimiser step whose micro-batches have these `shapes`.
 
@@ -322,7 +305,7 @@ def _muon_part(model: ModelConfig) -> Part:
 
 
 def _pass_parts(
-    model: ModelConfig, train: TrainConfig, shapes: Shapes, width: int, adapter: AdapterPlan | None
+    model: ModelConfig, train: TrainConfig, shapes: Shapes, width: int, adapter: AdapterConfig | None
 ) -> list[Part]:
     """Return the parts of one micro-batch, forward and backward."""
     D, F, L, N = model.hidden_dim, model.ffn_factor * model.hidden_dim, model.max_len, model.num_layers
@@ -371,7 +354,7 @@ def _pass_parts(
     ]  # fmt: skip
 
 
-def _adapter_parts(model: ModelConfig, adapter: AdapterPlan, T: float, G: float, width: int) -> list[Part]:
+def _adapter_parts(model: ModelConfig, adapter: AdapterConfig, T: float, G: float, width: int) -> list[Part]:
     """Return A and B of every matrix, and the gate of `ilora`; memory passes dominate.
 
     If the last layer has fewer queries than places, queries and keys are adapted separately there.
@@ -425,7 +408,7 @@ def training_memory(
     lengths: np.ndarray | Shapes,
     precision: str = "fp32",
     device_type: str = "cuda",
-    adapter: AdapterPlan | None = None,
+    adapter: AdapterConfig | None = None,
     memory_bytes: int | None = None,
 ) -> Footprint:
     """Return the bytes of tensors at the peak of a step, without interpreter and libraries.
@@ -539,20 +522,6 @@ def machine_bytes() -> int:
 def usable(memory_bytes: int, device_type: str) -> int:
     """Return the bytes of a device's memory that are available for tensors."""
     return int(USABLE * memory_bytes) - (CONTEXT_BYTES if device_type == "cuda" else 0)
-
-
-def side_by_side(totals: Iterable[int], memory_bytes: int, device_type: str) -> int:
-    """Return how many trainings, in the order of their `totals` of bytes, fit on a device at once.
-
-    Each is a separate process, on CUDA with its own context.
-    """
-    room, count = int(USABLE * memory_bytes), 0
-    for size in totals:
-        room -= size + (CONTEXT_BYTES if device_type == "cuda" else 0)
-        if room < 0:
-            break
-        count += 1
-    return count
 
 
 def largest_batch(

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from reclib.config import PAD, ModelConfig, TrainConfig
+from reclib.config import PAD, ModelConfig, TrainConfig, changed
 from reclib.data.dataset import Histories, within
 
 if TYPE_CHECKING:
@@ -190,18 +190,18 @@ class Batch(NamedTuple):
         """Return the batch with a staging buffer for `device`; called by the prefetching thread."""
         if device.type == "cpu":
             return self
-        return self._replace(buffer=stage(list(self._tensors().values()), device))
+        return self._replace(buffer=stage(list(self.tensors().values()), device))
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on `device`, moved by one asynchronous copy."""
         if device.type == "cpu":
             return self
-        tensors = self._tensors()
+        tensors = self.tensors()
         moved = send(list(tensors.values()), device, self.buffer)
         fields: dict[str, Any] = dict(zip(tensors, moved, strict=True))
         return self._replace(**fields, buffer=None)
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name, without the buffer."""
         from torch import Tensor
 
@@ -261,24 +261,14 @@ def generator(*key: int) -> np.random.Generator:
 class Layout:
     """How samples are laid out as a batch."""
 
-    max_len: int
-    mask_id: int
-    position_origin: str  # "first" or "last"
-    packed: bool
-    bucket_steps: int
-    causal: bool = False  # targets are the next items
-
-    @classmethod
-    def from_config(cls, model: ModelConfig, train: TrainConfig) -> Layout:
-        """Return the layout of a model and a training configuration."""
-        packed = train.layout == "packed"
-        shape = (model.max_len, model.mask_id, model.position_origin, packed, train.bucket_steps)
-        return cls(*shape, causal=model.causal)
+    model: ModelConfig
+    packed: bool = True  # several sequences in a row
+    bucket_steps: int = 16  # as in TrainConfig
 
     def place(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return row and place (S, B) of every sequence; unpacked, each has a row of its own."""
         if self.packed:
-            return first_fit_decreasing(lengths, self.max_len)
+            return first_fit_decreasing(lengths, self.model.max_len)
         return np.broadcast_to(np.arange(lengths.shape[1]), lengths.shape), np.zeros_like(lengths)
 
     def batch(self, samples: Samples, rows: np.ndarray, places: np.ndarray, prior: Any = None) -> Batch:
@@ -286,7 +276,7 @@ class Layout:
         import torch
 
         tokens, lengths, is_target, labels = samples
-        L = self.max_len
+        L = self.model.max_len
         num_rows = int(rows.max(initial=0)) + 1
         num_rows = bucket(num_rows, self.bucket_steps) if self.packed else num_rows
         sequence = np.repeat(np.arange(len(lengths)), lengths)
@@ -298,7 +288,8 @@ class Layout:
         positions = np.zeros(num_rows * L, dtype=np.int64)
         items[flat] = tokens
         segments[flat] = sequence + 1
-        positions[flat] = lengths[sequence] - 1 - order if self.position_origin == "last" else order
+        from_last = self.model.position_origin == "last"
+        positions[flat] = lengths[sequence] - 1 - order if from_last else order
 
         arrays = [array.reshape(num_rows, L) for array in (items, segments, positions)]
         targets = flat[is_target]
@@ -308,20 +299,20 @@ class Layout:
         if prior is None:
             return batch
         order = np.argsort(targets, kind="stable")  # as in `_queries`
-        entries = prior.for_samples(samples, self.causal, order)
+        entries = prior.for_samples(samples, self.model.causal, order)
         added: Any = {f"prior_{name}": torch.from_numpy(array) for name, array in entries._asdict().items()}
         return batch._replace(**added)
 
     def _queries(self, places: np.ndarray, targets: np.ndarray, num_rows: int) -> list[np.ndarray]:
         """Sort targets by place and give each row the same number Q of query slots."""
-        order = np.argsort(places, kind="stable")
+        order, L = np.argsort(places, kind="stable"), self.model.max_len
         places, targets = places[order], targets[order]
-        row = places // self.max_len
+        row = places // L
         per_row = np.bincount(row, minlength=num_rows)
-        Q = min(bucket(int(per_row.max(initial=1)), self.bucket_steps), self.max_len)
+        Q = min(bucket(int(per_row.max(initial=1)), self.bucket_steps), L)
         rank = within(per_row)
         query_index = np.zeros((num_rows, Q), dtype=np.int64)
-        query_index[row, rank] = places % self.max_len
+        query_index[row, rank] = places % L
         fill = (0, bucket(len(places), self.bucket_steps) - len(places))
         slots, places = np.pad(row * Q + rank, fill), np.pad(places, fill)
         return [query_index, slots, places, np.pad(targets, fill, constant_values=IGNORE)]
@@ -348,7 +339,7 @@ class Epoch:
         if train.prefix_share:
             histories = prefixes(histories, train.prefix_share, generator(train.seed, PREFIX, epoch))
         self.histories = histories
-        self.layout = Layout.from_config(model, train)
+        self.layout = Layout(model, train.layout == "packed", train.bucket_steps)
         self.extra = int(model.causal)  # items of a window beyond its inputs: the last target
         users = np.flatnonzero(histories.lengths > self.extra)
         self.users = generator(train.seed, ORDER, epoch).permutation(users)
@@ -429,22 +420,24 @@ def next_item_batches(
     A causal model predicts at the last of L items, or at MASK for an empty history. Users are sorted by
     length; rows are as long as the longest of a batch. Target slots follow the order of the yielded users.
     """
-    longest = layout.max_len - int(not layout.causal)
+    model = layout.model
+    longest = model.max_len - int(not model.causal)
     spans = np.minimum(histories.lengths[users], longest)
     users = users[np.argsort(-spans, kind="stable")]
     for first in range(0, len(users), batch_size):
         chosen = users[first : first + batch_size]
         windows = cut(histories, chosen, longest, None)
-        lengths = np.maximum(windows.lengths, 1) if layout.causal else windows.lengths + 1
+        lengths = np.maximum(windows.lengths, 1) if model.causal else windows.lengths + 1
         ends = np.cumsum(lengths)
-        tokens = np.full(ends[-1], layout.mask_id, dtype=np.int64)
+        tokens = np.full(ends[-1], model.mask_id, dtype=np.int64)
         is_target = np.zeros(ends[-1], dtype=bool)
         is_target[ends - 1] = True
         tokens[within(lengths) < np.repeat(windows.lengths, lengths)] = windows.tokens
-        fitting = replace(layout, max_len=min(-(-int(lengths[0]) // 16) * 16, layout.max_len))
+        width = min(-(-int(lengths[0]) // 16) * 16, model.max_len)
+        fitting = replace(layout, model=changed(model, max_len=width))
         rows, places = fitting.place(lengths[None])
         batch = fitting.batch(Samples(tokens, lengths, is_target, tokens), rows[0], places[0])
-        by_place = np.argsort(rows[0] * fitting.max_len + places[0], kind="stable")
+        by_place = np.argsort(rows[0] * width + places[0], kind="stable")
         yield chosen[by_place], batch
 
 

@@ -42,13 +42,8 @@ class Keys:
         """Encode keys."""
         return cls(np.array([key.encode() for key in keys]))
 
-    @property
-    def size(self) -> int:
-        """Number of keys."""
-        return self._encoded.size
-
     def __len__(self) -> int:
-        return self.size
+        return self._encoded.size
 
     def __getitem__(self, index: Any) -> Any:
         """Return a str for an integer index, an array of str for a slice or an array."""
@@ -56,7 +51,7 @@ class Keys:
         return keys.decode() if isinstance(keys, bytes) else np.char.decode(keys, "utf-8")
 
     def __iter__(self) -> Iterator[str]:
-        for start in range(0, self.size, CHUNK):
+        for start in range(0, len(self), CHUNK):
             yield from self[start : start + CHUNK].tolist()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -100,12 +95,12 @@ class Dataset:
     @property
     def num_users(self) -> int:
         """Users after the k-core."""
-        return self.user_keys.size
+        return len(self.user_keys)
 
     @property
     def num_items(self) -> int:
         """Catalogue size after the k-core, without PAD and MASK."""
-        return self.item_keys.size - 1
+        return len(self.item_keys) - 1
 
     @property
     def num_interactions(self) -> int:

@@ -30,7 +30,6 @@ import hashlib
 import itertools
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,10 +45,11 @@ from reclib.data import dataset, fetch, splits
 from reclib.data.dataset import MIN_LEN, Dataset, Keys, content_hash, described, lengths, load, within
 from reclib.data.formats import FORMATS, checked, named, product_of, titles_beside
 from reclib.data.read import RAW_COLUMNS, READING_VERSION, Ingested, Progress, ingest, printable, twin
+from reclib.hardware import usable_cores
 from reclib.system import Parser
 
 if TYPE_CHECKING:
-    import duckdb
+    from duckdb import DuckDBPyConnection as Connection
 
 RULES_VERSION = 2
 MANIFEST_VERSION = 2  # raise whenever the manifest of the same dataset changes
@@ -264,17 +264,15 @@ def prepared_folder(config: DataConfig) -> Path | None:
 
 def file_source(path: Path, config: DataConfig) -> Source:
     """Return a user's file as a source, identified by its content, format and columns."""
-    format = named(config.format, checked(path), config.columns, config.max_line_mb)
+    format = named(config, checked(path))
     state = _state(path)
     beside = [other for other in (twin(path), titles_beside(path)) if other is not None]
     hashes = [_sha256(file) for file in (path, *beside)]
     # without `strict` and the limits, which decide about errors only
     identity = json.dumps([format.name, sorted((config.columns or {}).items()), hashes])
 
-    def fill(
-        con: duckdb.DuckDBPyConnection, progress: Progress | None = None, work: Path | None = None
-    ) -> Ingested:
-        ingested = ingest(con, path, format, config, progress=progress, sha256=hashes[0], work=work)
+    def fill(con: Connection, progress: Progress | None = None, work: Path | None = None) -> Ingested:
+        ingested = ingest(con, path, format, config=config, progress=progress, sha256=hashes[0], work=work)
         if _state(path) != state:
             raise InputError(f"{path.name} changed while it was read; prepare it again")
         ingested.provenance["origin"] = "file"
@@ -290,9 +288,8 @@ def fetched_source(name: str, config: DataConfig) -> Source:
     if path is None:
         raise fetch.not_fetched(name)
     entry = fetch.known(name)
-    file = file_source(
-        path, changed(config, format=entry.format if config.format == "auto" else config.format)
-    )
+    config = changed(config, format=entry.format) if config.format == "auto" else config
+    file = file_source(path, config)
 
     def fill(*arguments: Any) -> Ingested:
         ingested = file.fill(*arguments)
@@ -306,13 +303,11 @@ def ml_100k_source(config: DataConfig) -> Source:
     """Return MovieLens 100K as a source; existing files are verified now, missing ones fetched on reading."""
     fetch.present()
 
-    def fill(
-        con: duckdb.DuckDBPyConnection, progress: Progress | None = None, work: Path | None = None
-    ) -> Ingested:
+    def fill(con: Connection, progress: Progress | None = None, work: Path | None = None) -> Ingested:
         files = fetch.files()
         format = FORMATS["inter" if files.interactions.suffix == ".inter" else "ml-100k"]
         strict = changed(config, strict=True)
-        ingested = ingest(con, files.interactions, format, strict, progress=progress, work=work)
+        ingested = ingest(con, files.interactions, format, config=strict, progress=progress, work=work)
         ingested.provenance["origin"] = files.origin
         return ingested
 
@@ -324,7 +319,7 @@ def synthetic_source(config: DataConfig) -> Source:
     names = ("users", "items", "mean_len", "seed")
     arguments = {name: getattr(config, f"synthetic_{name}") for name in names}
 
-    def fill(con: duckdb.DuckDBPyConnection, *_: Any) -> Ingested:
+    def fill(con: Connection, *_: Any) -> Ingested:
         items, offsets = generate(**arguments)
         length = np.diff(offsets)
         users = np.repeat(np.arange(length.size), length)
@@ -414,7 +409,7 @@ def build(source: Source, config: DataConfig, folder: Path, key: str) -> None:
             system.write_json(fresh / MANIFEST, described(prepared, metadata))
 
 
-def _k_core(con: duckdb.DuckDBPyConnection, config: DataConfig) -> list[int]:
+def _k_core(con: Connection, config: DataConfig) -> list[int]:
     """Create `pairs`, the (user, item) codes of the (min_user, min_item)-core of `events`.
 
     Returns the remaining interactions after each pass that removed something.
@@ -436,14 +431,13 @@ def _k_core(con: duckdb.DuckDBPyConnection, config: DataConfig) -> list[int]:
 
 
 @contextlib.contextmanager
-def _database(work: Path, config: DataConfig) -> Iterator[duckdb.DuckDBPyConnection]:
+def _database(work: Path, config: DataConfig) -> Iterator[Connection]:
     """Yield a database in the folder `work`; its errors become `InputError` or `OSError`."""
     import duckdb  # lazy: training on prepared data needs no database
 
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     settings: dict[str, Any] = {
         "memory_limit": f"{min(config.memory_limit_mb, MAX_MB)}MB",
-        "threads": max(1, min(available, config.memory_limit_mb // MB_PER_THREAD)),
+        "threads": max(1, min(usable_cores(), config.memory_limit_mb // MB_PER_THREAD)),
         "temp_directory": str(work / "spilled"),
         "autoinstall_known_extensions": False,  # reading a file never asks the network
     }
@@ -472,7 +466,7 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n", 1)[0]
 
 
-def _encode(con: duckdb.DuckDBPyConnection) -> dict[str, Any]:
+def _encode(con: Connection) -> dict[str, Any]:
     """Turn `raw` into `events`, with arbitrary integer codes for users and items."""
     for role in ("user", "item"):
         con.execute(
@@ -496,7 +490,7 @@ def _encode(con: duckdb.DuckDBPyConnection) -> dict[str, Any]:
     return _counted(con, "source", "users", "items", "events")
 
 
-def _deduplicate(con: duckdb.DuckDBPyConnection, rule: str) -> dict[str, Any]:
+def _deduplicate(con: Connection, rule: str) -> dict[str, Any]:
     con.execute(
         f"create table kept as select * from events qualify row_number() over ({_GROUPS[rule]}) = 1;"
         "drop table events; alter table kept rename to events"
@@ -504,7 +498,7 @@ def _deduplicate(con: duckdb.DuckDBPyConnection, rule: str) -> dict[str, Any]:
     return _counted(con, "de-duplicated", "users", "items", "events")
 
 
-def _merge_variants(con: duckdb.DuckDBPyConnection, ingested: Ingested, name: str) -> dict[str, Any]:
+def _merge_variants(con: Connection, ingested: Ingested, name: str) -> dict[str, Any]:
     """Give variants of a product one code in `events`; drop a user's consecutive repeats of a product."""
     items = con.execute("select code, key from items order by length(key), key").fetchall()
     titles = ingested.titles(frozenset(key for _, key in items))
@@ -524,16 +518,16 @@ def _merge_variants(con: duckdb.DuckDBPyConnection, ingested: Ingested, name: st
     return _counted(con, "variants merged", "users", "items", "events")
 
 
-def _counted(con: duckdb.DuckDBPyConnection, name: str, *tables: str) -> dict[str, Any]:
+def _counted(con: Connection, name: str, *tables: str) -> dict[str, Any]:
     return dataset.step(name, *(_count(con, table) for table in tables))
 
 
-def _count(con: duckdb.DuckDBPyConnection, table: str) -> int:
+def _count(con: Connection, table: str) -> int:
     row = con.execute(f"select count(*) from {table}").fetchone()
     return row[0] if row else 0
 
 
-def _order(con: duckdb.DuckDBPyConnection, config: DataConfig) -> dict[str, Any]:
+def _order(con: Connection, config: DataConfig) -> dict[str, Any]:
     """Create `histories`, the ordered events of the core; row ids are positions in the arrays.
 
     Users and items of the core get dense ids, `user_ids` from 0 and `item_ids` from 1.
@@ -587,7 +581,7 @@ def _metadata(
     }
 
 
-def _write(con: duckdb.DuckDBPyConnection, fresh: Path, size: int, ingested: Ingested) -> None:
+def _write(con: Connection, fresh: Path, size: int, ingested: Ingested) -> None:
     """Write all files of a prepared folder but the manifest: arrays, keys, titles and a Parquet table."""
     timed = ingested.time_unit != "order"
     for file, column, dtype in (("items", "item", np.int32), ("times", "time", np.int64))[: 1 + timed]:
@@ -604,14 +598,14 @@ def _write(con: duckdb.DuckDBPyConnection, fresh: Path, size: int, ingested: Ing
     system.write_json(fresh / "titles.json", {key: titles[key] for key in item_keys if key in titles})
 
 
-def _chunks(con: duckdb.DuckDBPyConnection, query: str) -> Iterator[pd.DataFrame]:
+def _chunks(con: Connection, query: str) -> Iterator[pd.DataFrame]:
     """Yield the rows of a query in chunks; tables yield them in the order of their row ids."""
     result = con.execute(query)
     while len(chunk := result.fetch_df_chunk(VECTORS)):
         yield chunk
 
 
-def _write_keys(con: duckdb.DuckDBPyConnection, table: str, path: Path, before: list[bytes]) -> None:
+def _write_keys(con: Connection, table: str, path: Path, before: list[bytes]) -> None:
     width, count = con.execute(f"select max(strlen(key)), count(*) from {table}_ids").fetchone() or (1, 0)
     chunks = _chunks(con, f"select key from {table}_ids order by id")
     pieces = itertools.chain([before], ([key.encode() for key in chunk["key"]] for chunk in chunks))
@@ -619,7 +613,7 @@ def _write_keys(con: duckdb.DuckDBPyConnection, table: str, path: Path, before: 
     system.write_array(path, dtype, count + len(before), (np.array(piece, dtype) for piece in pieces))
 
 
-def _write_table(con: duckdb.DuckDBPyConnection, path: Path, time: str) -> None:
+def _write_table(con: Connection, path: Path, time: str) -> None:
     con.execute('create table firsts as select "user", min(rowid) as first from histories group by "user"')
     con.execute(
         f'copy (select user_ids.key as "user", item_ids.key as item, rating, {time} as time, '
@@ -751,13 +745,4 @@ def _report(dataset: Dataset) -> list[str]:
 def data_main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     options = _parser().parse_args(arguments)
-    try:
-        return options.act(options)
-    except BrokenPipeError:
-        raise
-    except (InputError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return system.exit_code(lambda: options.act(options))

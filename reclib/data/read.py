@@ -32,7 +32,7 @@ from reclib.data import formats
 from reclib.data.formats import FOUR, OBVIOUS, Block, Format, RawFile, named, separator_of
 
 if TYPE_CHECKING:
-    import duckdb
+    from duckdb import DuckDBPyConnection as Connection
 
 RAW_COLUMNS = 'row BIGINT, "user" VARCHAR, item VARCHAR, rating DOUBLE, time BIGINT'
 
@@ -96,11 +96,11 @@ class Ingested:
 
 
 def ingest(
-    con: duckdb.DuckDBPyConnection,
+    con: Connection,
     path: Path,
     format: Format | None = None,
-    config: DataConfig | None = None,
     *,
+    config: DataConfig,
     progress: Progress | None = None,
     sha256: str | None = None,
     work: Path | None = None,
@@ -112,8 +112,7 @@ def ingest(
     options are used. `sha256` is the file's hash if known. `work` is a folder for temporary files. Raises
     `InputError` for unreadable files; the table must not be used then.
     """
-    config = config or DataConfig()
-    format = format or named(config.format, path, config.columns, config.max_line_mb)
+    format = format or named(config, path)
     # temporary: not logged, and spilled to disk beyond the memory limit
     con.execute(f"CREATE OR REPLACE TEMP TABLE raw({RAW_COLUMNS})")
     file = RawFile(path, sha256=sha256, max_line_mb=config.max_line_mb)
@@ -149,7 +148,7 @@ def printable(name: str) -> str:
     return re.sub("[\udc80-\udcff]", "_", name)
 
 
-def _coarsest_unit(con: duckdb.DuckDBPyConnection) -> str:
+def _coarsest_unit(con: Connection) -> str:
     """Convert microseconds to the coarsest unit without loss, and return it."""
     divisible = ", ".join(f"bool_and(time % {size} = 0)" for size in MICROSECONDS.values())
     row = con.execute(f"SELECT {divisible} FROM raw").fetchone() or ()
@@ -159,7 +158,7 @@ def _coarsest_unit(con: duckdb.DuckDBPyConnection) -> str:
     return unit
 
 
-def _number_positions(con: duckdb.DuckDBPyConnection) -> str:
+def _number_positions(con: Connection) -> str:
     """Set time to the position in the user's history, from 0."""
     con.execute("""CREATE OR REPLACE TEMP TABLE raw AS SELECT row, "user", item, rating,
         row_number() OVER (PARTITION BY "user" ORDER BY row) - 1 AS time FROM raw ORDER BY row""")
@@ -192,7 +191,7 @@ class Batch:
 class _Table:
     """Appends the valid rows of batches to `raw`, counts bad lines, and raises at too many of them."""
 
-    def __init__(self, con: duckdb.DuckDBPyConnection, name: str, config: DataConfig) -> None:
+    def __init__(self, con: Connection, name: str, config: DataConfig) -> None:
         self.con, self.name, self.config = con, name, config
         self.order = False  # whether there are no times, only an order
         self.layout: Layout | None = None  # of separated fields

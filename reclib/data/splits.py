@@ -316,11 +316,6 @@ def by_user(dataset: Dataset, rows: Evaluation, values: np.ndarray) -> np.ndarra
     return means.reshape(*np.shape(values)[:-1], len(counts))
 
 
-def known_targets(periods: Periods, rows: Evaluation) -> np.ndarray:
-    """Return bool (rows,): whether the past has the target's item."""
-    return periods.known[rows.targets]
-
-
 def neighbours(histories: Histories, known: np.ndarray) -> dict[int, np.ndarray]:
     """Return, for each item of the histories that is not `known`, its known neighbours with repetition.
 
@@ -381,7 +376,7 @@ def _draw(
     if available.size and available.min() < count:
         key = dataset.user_keys[int(users[available.argmin()])]
         raise InputError(
-            f"user {key!r} has not had {available.min():,} items, fewer than the {count} negatives asked"
+            f"user {key!r} has not had {available.min():,} items, fewer than the {count} negatives requested"
         )
     cumulative = np.cumsum(weights)
     drawn = np.zeros((users.size, count), dtype=np.int32)

@@ -12,9 +12,9 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -33,14 +33,6 @@ if TYPE_CHECKING:  # scipy is imported in functions: the import takes longer tha
 BLOCK_BYTES = 16 * 2**20  # of similarities computed at a time
 EASE_BYTES = 4 * 2**30  # default memory limit of EASE
 PAIRS = 2**22  # of items counted at a time
-
-
-class Recommender(Protocol):
-    """A fitted recommender that scores every item."""
-
-    def scores(self, evaluation: Evaluation) -> Scores:
-        """Yield (users, scores (B, I)) for all rows of the evaluation."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -68,7 +60,7 @@ class Markov:
         filled = ends > starts
         last = np.where(filled, items[np.maximum(ends, 1) - 1], 1) - 1
         totals = self.transitions.sum(axis=1)
-        for users in _blocks(len(ends), len(self.popularity)):
+        for users in metrics.blocks(len(ends), len(self.popularity)):
             known = filled[users][:, None]
             counts = self.transitions[last[users]].toarray() * known
             total = totals[last[users]][:, None] * known
@@ -85,7 +77,7 @@ class Linear:
     def scores(self, evaluation: Evaluation) -> Scores:
         """Yield (users, scores (B, I)); an empty history scores 0 everywhere."""
         num_items = self.weights.shape[0]
-        for users in _blocks(len(evaluation.targets), num_items):
+        for users in metrics.blocks(len(evaluation.targets), num_items):
             product = interaction_matrix(evaluation.histories, num_items, users) @ self.weights
             dense = product if isinstance(product, np.ndarray) else product.toarray()
             yield users, torch.from_numpy(np.ascontiguousarray(dense, dtype=np.float32))
@@ -130,13 +122,16 @@ class PairwiseCounts:
 
         items, starts, ends = evaluation.histories
         num_items = self.forward.shape[0]
-        for users in _blocks(len(evaluation.targets), num_items):
+        for users in metrics.blocks(len(evaluation.targets), num_items):
             recent = Histories(items, np.maximum(starts[users], ends[users] - self.last), ends[users])
             indptr = np.concatenate(([0], np.cumsum(recent.lengths)))
             age = np.repeat(indptr[1:], recent.lengths) - 1 - np.arange(indptr[-1])
             entries = ((self.decay**age).astype(np.float32), items[recent.places()] - 1, indptr)
             product = sparse.csr_array(entries, shape=(len(users), num_items)) @ self.weights
             yield users, torch.from_numpy(product.toarray())
+
+
+Recommender: TypeAlias = Constant | Markov | Linear | PairwiseCounts  # their `scores` are of all items
 
 
 def fit_popularity(histories: Histories, num_items: int) -> Constant:
@@ -203,7 +198,7 @@ def fit_item_knn(histories: Histories, num_items: int, neighbours: int = 100, sh
     by_item = users.T.tocsr()
     norms = np.sqrt(np.diff(by_item.indptr).astype(np.float64))
     matrices = []
-    for block in _blocks(num_items, num_items, BLOCK_BYTES):
+    for block in metrics.blocks(num_items, num_items, BLOCK_BYTES):
         common = (by_item[block] @ users).tocsr()
         common.sort_indices()
         row, column = np.repeat(block, np.diff(common.indptr)), common.indices
@@ -246,7 +241,7 @@ def fit_ease(
     users = interaction_matrix(histories, num_items)
     by_item = users.T.tocsr()
     gram = np.empty((num_items, num_items))
-    for block in _blocks(num_items, num_items, BLOCK_BYTES):
+    for block in metrics.blocks(num_items, num_items, BLOCK_BYTES):
         gram[block] = (by_item[block] @ users).toarray()
     gram[np.diag_indices(num_items)] += regularisation
     # The transpose is the same symmetric matrix in the order that LAPACK can overwrite.
@@ -379,7 +374,7 @@ def choose(family: Family, histories: Histories, num_items: int, valid: Evaluati
             )
             if scoring:
                 fits.setdefault(key, fitted)
-            scored = metrics.summary(metrics.rank(fitted.scores(valid), valid, True).ranks)
+            scored = metrics.summary(metrics.rank(fitted.scores(valid), valid, remove_seen=True).ranks)
             tried.append(settings | scored)
             if scored["ndcg@10"] > highest:
                 highest, chosen, best = scored["ndcg@10"], settings, fitted
@@ -401,13 +396,6 @@ def interaction_matrix(
     matrix.sum_duplicates()
     matrix.data[:] = 1.0
     return matrix
-
-
-def _blocks(rows: int, columns: int, limit_bytes: int | None = None) -> Iterator[np.ndarray]:
-    """Yield blocks of row numbers; the single-precision rows of a block stay within the limit."""
-    size = max(1, (limit_bytes or metrics.SCORE_BYTES) // (4 * columns))
-    for first in range(0, rows, size):
-        yield np.arange(first, min(first + size, rows))
 
 
 def _require(name: str, value: float, valid: bool, allowed: str) -> None:

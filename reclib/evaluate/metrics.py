@@ -11,7 +11,7 @@ Shapes: B users at a time, I real items, k recommendations, N candidates, P mask
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -47,10 +47,11 @@ class Ranking(NamedTuple):
 
 
 def rank(
-    scores: Scores, evaluation: Evaluation, remove_seen: bool, top_k: int = 0, with_losses: bool = False
+    scores: Scores, evaluation: Evaluation, *, remove_seen: bool, top_k: int = 0, with_losses: bool = False
 ) -> Ranking:
     """Rank every user's target among the scores that `scores` yields.
 
+    With `remove_seen` the items of a user's history are no candidates; `top_k` best items are returned.
     `with_losses` adds each target's cross-entropy in nats, with the softmax over all items, seen ones
     included; the scores must be logits. Raises `InputError` without targets.
     """
@@ -64,7 +65,7 @@ def rank(
         if with_losses:  # before the scores are overwritten
             target_scores = values.gather(1, (targets - 1)[:, None]).squeeze(1)
             losses.append(values.logsumexp(1) - target_scores)
-        row_ranks, top = rank_scores(values, targets, (seen[0], seen[1]) if remove_seen else None, top_k)
+        row_ranks, top = rank_scores(values, targets, seen or None, top_k)
         users.append(rows)
         ranks.append(row_ranks)
         tops.append(top)
@@ -75,7 +76,7 @@ def rank(
 
 
 def rank_scores(
-    scores: Tensor, targets: Tensor, seen: tuple[Tensor, Tensor] | None, top_k: int = 0
+    scores: Tensor, targets: Tensor, seen: Sequence[Tensor] | None, top_k: int = 0
 ) -> tuple[Tensor, Tensor | None]:
     """Rank targets (B,) among the columns of `scores` (B, I), which is overwritten.
 
@@ -134,13 +135,12 @@ def best(scores: Tensor, k: int) -> Tensor:
     return columns.gather(1, values.topk(k).indices)
 
 
-def seen_items(histories: Histories, users: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+def seen_items(histories: Histories, users: np.ndarray, device: torch.device) -> list[Tensor]:
     """Return (row, item id) of all items in the histories of `users`; row i is users[i]."""
     part = histories.rows(users)
     items = histories.items[part.places()].astype(np.int64)
     rows = np.repeat(np.arange(len(users)), part.lengths)
-    tensors = send((torch.from_numpy(rows), torch.from_numpy(items)), device)
-    return tensors[0], tensors[1]
+    return send((torch.from_numpy(rows), torch.from_numpy(items)), device)
 
 
 # -- scores --------------------------------------------------------------------------------------------------
@@ -149,11 +149,15 @@ def seen_items(histories: Histories, users: np.ndarray, device: torch.device) ->
 def constant_scores(values: np.ndarray, evaluation: Evaluation) -> Scores:
     """Yield the same scores (I,) for every user, for example popularity."""
     row = torch.from_numpy(np.asarray(values, dtype=np.float32))
-    users = np.arange(len(evaluation.targets))
-    size = max(1, SCORE_BYTES // (4 * len(values)))
-    for first in range(0, len(users), size):
-        block = users[first : first + size]
-        yield block, row.expand(len(block), -1).clone()
+    for users in blocks(len(evaluation.targets), len(values)):
+        yield users, row.expand(len(users), -1).clone()
+
+
+def blocks(rows: int, columns: int, limit_bytes: int | None = None) -> Iterator[np.ndarray]:
+    """Yield blocks of row numbers; fp32 rows of a block stay within the limit, by default `SCORE_BYTES`."""
+    size = max(1, (limit_bytes or SCORE_BYTES) // (4 * columns))
+    for first in range(0, rows, size):
+        yield np.arange(first, min(first + size, rows))
 
 
 def popularity(histories: Histories, num_items: int) -> np.ndarray:
@@ -197,7 +201,7 @@ def model_scores(
     was_training = model.training
     model.eval()
     config: ModelConfig = model.config
-    layout = Layout(config.max_len, config.mask_id, config.position_origin, True, 16, config.causal)
+    layout = Layout(config)
     weight = model.output_weight[1 : config.num_items + 1]
     bias = None if model.output_bias is None else model.output_bias[1 : config.num_items + 1]
     cuda = device.type == "cuda"
@@ -271,7 +275,7 @@ def evaluate(
     if not len(held_out.targets):
         raise InputError(f"{dataset.name}: no user has three interactions, so nothing is held out")
     scores = model_scores(model, held_out, model.output_weight.device)
-    return summary(rank(scores, held_out, remove_seen).ranks)
+    return summary(rank(scores, held_out, remove_seen=remove_seen).ranks)
 
 
 # -- protocols -----------------------------------------------------------------------------------------------
@@ -367,7 +371,7 @@ def _check(negatives: np.ndarray, targets: np.ndarray, sampling: str) -> None:
 
 def under_split(score: Scorer, split: Split, remove_seen: bool = True) -> Outcome:
     """Rank the test targets of a split fully; `score` is of a model trained under that split."""
-    ranks = rank(score(split.test), split.test, remove_seen).ranks
+    ranks = rank(score(split.test), split.test, remove_seen=remove_seen).ranks
     return _outcome(split.name, "removed" if remove_seen else "kept", ranks)
 
 
@@ -395,15 +399,13 @@ def masked_positions(
         raise InputError("every-masked-position needs a model that reads both sides; this one is causal")
     was_training = model.training
     model.eval()
-    layout = Layout(config.max_len, config.mask_id, config.position_origin, True, 16)
+    layout = Layout(config)
     table_rows = slice(None) if special_tokens else slice(1, config.num_items + 1)
     weight = model.output_weight[table_rows]
     bias = None if model.output_bias is None else model.output_bias[table_rows]
     size = max(1, SCORE_BYTES // (4 * len(weight)))
     ranks, users = [], []
-    for window_users, samples in _windows(
-        evaluation, config.max_len, config.mask_id, mask_prob, seed, batch_size
-    ):
+    for window_users, samples in _windows(evaluation, config, mask_prob, seed, batch_size):
         rows, places = layout.place(samples.lengths[None])
         batch = layout.batch(samples, rows[0], places[0]).to(device)
         states = model.encode(batch.items, batch.segment_ids, batch.positions, batch.query_index)
@@ -421,7 +423,7 @@ def masked_positions(
 
 
 def _windows(
-    evaluation: Evaluation, max_len: int, mask_id: int, mask_prob: float, seed: int, batch_size: int
+    evaluation: Evaluation, config: ModelConfig, mask_prob: float, seed: int, batch_size: int
 ) -> Iterator[tuple[np.ndarray, Samples]]:
     """Yield (users, samples) of masked windows that end with the target."""
     histories = evaluation.histories
@@ -431,9 +433,9 @@ def _windows(
     rng = np.random.default_rng(seed)
     for first in range(0, len(ends), batch_size):
         users = np.arange(first, min(first + batch_size, len(ends)))
-        samples = cut(joined, users, max_len, None)
+        samples = cut(joined, users, config.max_len, None)
         masked = rng.random(len(samples.tokens)) < seed_mask_probability(samples.lengths, mask_prob)
-        yield users, samples._replace(is_target=masked).masked(mask_id)
+        yield users, samples._replace(is_target=masked).masked(config.mask_id)
 
 
 def seed_mask_probability(lengths: np.ndarray, mask_prob: float) -> np.ndarray:

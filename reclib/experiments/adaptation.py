@@ -97,7 +97,7 @@ def tasks_of(p: ILora, dataset: Dataset) -> tuple[Periods, list[Task]]:
     for name in p.tasks:
         segment = name == "segment"
         split = splits.segment(dataset, periods, p.segment_share) if segment else periods.adaptation
-        tasks.append(Task(name, split, splits.known_targets(periods, split.test)))
+        tasks.append(Task(name, split, periods.known[split.test.targets]))
     return periods, tasks
 
 
@@ -243,8 +243,8 @@ def adapt(
         rates: Sequence[float] = p.learning_rates
         for seed, base in bases.items():
             if arm == "none":
-                valid = metrics.summary(rank_targets(base, task.split.valid, True).ranks)["ndcg@10"]
-                ranks = rank_targets(base, task.split.test, True).ranks
+                valid = metrics.summary(rank_targets(base, task.split.valid).ranks)["ndcg@10"]
+                ranks = rank_targets(base, task.split.test).ranks
                 runs.append(Run(arm, valid, ranks, seed=seed, trainer=base))
                 continue
             arguments = (base.model, dataset, task, device, seed)
@@ -254,7 +254,7 @@ def adapt(
             run = Run(
                 arm,
                 trainer.progress.best_value,
-                rank_targets(trainer, task.split.test, True).ranks,
+                rank_targets(trainer, task.split.test).ranks,
                 tokens=trainer.progress.tokens,
                 seed=seed,
                 learning_rate=trainer.config.learning_rate,
@@ -276,7 +276,7 @@ def pairwise_counts(dataset: Dataset, periods: Periods, task: Task) -> Run:
     family = baselines.families()["pairwise_counts"]
     choice = baselines.choose(family, histories, dataset.num_items, task.split.valid)
     valid, test = (
-        metrics.rank(choice.recommender.scores(part), part, True).ranks
+        metrics.rank(choice.recommender.scores(part), part, remove_seen=True).ranks
         for part in (task.split.valid, task.split.test)
     )
     tokens = int(histories.lengths.sum())
@@ -423,7 +423,7 @@ def ceiling(dataset: Dataset, task: Task, rule: Rule, share: float) -> Result:
             yield rows, scores
 
     scorers = {"popularity": metrics.constant_scores(popularity, test), "the rule": known()}
-    ranks = {name: metrics.rank(scores, test, True).ranks for name, scores in scorers.items()}
+    ranks = {name: metrics.rank(scores, test, remove_seen=True).ranks for name, scores in scorers.items()}
     values = {name: splits.by_user(dataset, test, metrics.ndcg(rank, 10)) for name, rank in ranks.items()}
     means = {name: float(per_user.mean()) for name, per_user in values.items()}
     return Result("implanted_ceiling", means, {"share": share, "metric": "ndcg@10"})
@@ -467,7 +467,7 @@ def expert_weights(trainer: Trainer, rows: Evaluation) -> np.ndarray:
     """Return the gate of each row of an evaluation, float64 (rows, K), as the ranking computes it."""
     model: Any = trainer.model
     config = model.config
-    layout = Layout(config.max_len, config.mask_id, config.position_origin, True, 16, config.causal)
+    layout = Layout(config)
     model.eval()
     parts, places = [], []
     for chosen, batch in next_item_batches(rows.histories, layout, np.arange(len(rows.targets)), 256):

@@ -258,10 +258,10 @@ def draw(dataset: Dataset, evaluation: Evaluation, seed: int = 0) -> Conditions:
 def assess(score: Scorer, test: Conditions) -> Assessed:
     """Rank the test targets by a scorer under every protocol and control."""
     outcomes = metrics.side_by_side(score, test.evaluation, test.candidates)
-    ranking = metrics.rank(score(test.evaluation), test.evaluation, True, TOP_K)
+    ranking = metrics.rank(score(test.evaluation), test.evaluation, remove_seen=True, top_k=TOP_K)
     assert ranking.top is not None
     orders = (test.shuffled, test.shuffled_but_last)
-    shuffled, but_last = (metrics.rank(score(order), order, True).ranks for order in orders)
+    shuffled, but_last = (metrics.rank(score(order), order, remove_seen=True).ranks for order in orders)
     return Assessed({outcome.protocol: outcome for outcome in outcomes}, shuffled, but_last, ranking.top)
 
 

@@ -19,10 +19,17 @@ import pandas as pd
 import torch
 
 from reclib import hardware, records, system
-from reclib.config import InputError, ModelConfig, TrainConfig, changed, model_config, validated
+from reclib.config import (
+    AdapterConfig,
+    InputError,
+    ModelConfig,
+    TrainConfig,
+    changed,
+    model_config,
+    validated,
+)
 from reclib.cost import planner, work
 from reclib.cost.planner import Plan
-from reclib.cost.work import AdapterPlan
 from reclib.data.batches import Epoch
 from reclib.data.dataset import Dataset, Histories, train_histories
 from reclib.data.prepare import synthetic_dataset
@@ -39,7 +46,7 @@ from reclib.train.timing import EPOCHS
 from reclib.train.trainer import Trainer
 
 RULES = {"closed": "fp32", "open": "auto"}  # precision of a row
-ILORA = AdapterPlan(kind="ilora", rank=8, num_experts=4)
+ILORA = AdapterConfig(kind="ilora", rank=8, num_experts=4)
 
 # Changes of the training configuration without and with a technique; iLoRA: `ILORA` against all weights.
 TECHNIQUES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

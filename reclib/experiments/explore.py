@@ -23,10 +23,9 @@ import plotly.graph_objects as go
 import yaml
 
 from reclib import hardware, parameters, system
-from reclib.config import SIZES, InputError, Kind, Precision, changed, nearest, validated
+from reclib.config import SIZES, AdapterConfig, InputError, Kind, Precision, changed, nearest, validated
 from reclib.cost import planner
 from reclib.cost.planner import Plan
-from reclib.cost.work import AdapterPlan
 from reclib.data import splits
 from reclib.data.dataset import Dataset, Evaluation, Histories
 from reclib.evaluate import metrics
@@ -128,7 +127,7 @@ def plan(p: Explore) -> Plan:
     run = planned_run(p)
     size, device, items, kind, rank = (run.pop(n) for n in ("size", "device", "items", "adapter", "rank"))
     run |= {} if items is None else {"num_items": items}
-    run |= {} if kind == "none" else {"adapter": validated(AdapterPlan, {"kind": kind, "rank": rank})}
+    run |= {} if kind == "none" else {"adapter": validated(AdapterConfig, {"kind": kind, "rank": rank})}
     return planner.plan_size(size, device, **run)
 
 

@@ -337,7 +337,7 @@ def run_grid(work: Work, chosen: Sequence[tuple[Arm, int]], options: Options) ->
                 continue
             print(f"{work.grid.name}: {arm.name}, seed {seed}", flush=True)
             run = Trained(seed, work.train(arm, seed, options))
-            valid = rank_targets(run.trainer, work.split(arm).valid, True)
+            valid = rank_targets(run.trainer, work.split(arm).valid)
             save_ranks(work.ranks_file(arm, seed), {"valid": valid.ranks})
             model, train = work.configs(arm, seed)
             configuration: Fields = {"model": as_dict(model), "train": asdict(train), "split": arm.split}

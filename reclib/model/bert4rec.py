@@ -25,8 +25,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -332,45 +331,6 @@ class HeadTransform(nn.Module):
         return self.dropout(self.norm(F.gelu(apply_linear(self.linear, x, factors))))
 
 
-# ruff: disable[D102]
-class SequenceModel(Protocol):
-    """The interface that losses and trainer use: `Bert4Rec` or `ilora.AdaptedModel`, both an `nn.Module`."""
-
-    @property
-    def config(self) -> ModelConfig: ...
-    @property
-    def plain(self) -> bool: ...  # weights can be copied to 16 bits, and steps captured as CUDA graphs
-    @property
-    def output_weight(self) -> Tensor: ...  # (V, E)
-    @property
-    def output_bias(self) -> Tensor | None: ...  # (V,)
-    @property
-    def frozen_columns(self) -> int: ...  # number of first columns of `output_weight` without gradient
-    @property
-    def output_sink(self) -> Sink | None: ...  # takes the gradient of `output_weight`
-    @property
-    def prior(self) -> Any: ...  # an `evaluate.baselines.CountPrior` that is added to the scores, or None
-
-    def encode(
-        self, items: Tensor, segment_ids: Tensor, positions: Tensor, query_index: Tensor | None = None
-    ) -> Tensor: ...
-    def head_input(self, hidden: Tensor) -> Tensor: ...
-    def logits(self, hidden: Tensor) -> Tensor: ...
-    def use_sinks(self, enabled: bool) -> dict[nn.Parameter, Sink]: ...
-    def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]: ...
-    def origin(self) -> dict[str, Any]: ...
-
-    def train(self, mode: bool = True) -> Any: ...
-    def to(self, device: torch.device, /) -> Any: ...
-    def modules(self) -> Iterator[nn.Module]: ...
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-    def buffers(self) -> Iterator[Tensor]: ...
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
-
-
-# ruff: enable[D102]
-
-
 class Bert4Rec(nn.Module):
     """The masked-item transformer. Item ids: PAD 0, items 1..num_items, MASK num_items + 1."""
 
@@ -399,7 +359,7 @@ class Bert4Rec(nn.Module):
         self.output_bias = nn.Parameter(torch.empty(config.output_rows)) if config.output_bias else None
         self.item_sink: Sink | None = None  # None: autograd keeps the item table's gradient
         self.output_sink: Sink | None = None  # the same sink if the tables are tied
-        self.prior: nn.Module | None = None  # an `evaluate.baselines.CountPrior` that is added to the scores
+        self.prior: Any = None  # an `evaluate.baselines.CountPrior` that is added to the scores
         self.reset_parameters()
 
     @torch.no_grad()

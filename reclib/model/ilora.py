@@ -24,7 +24,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -278,7 +278,9 @@ def matched(model: Bert4Rec, targets: tuple[str, ...]) -> list[str]:
 
 
 class AdaptedModel(nn.Module):
-    """A frozen `Bert4Rec` with named adapters, at most one of them active; a `SequenceModel`.
+    """A frozen `Bert4Rec` with named adapters, at most one of them active.
+
+    Losses and trainer use it as they use a `Bert4Rec`.
 
     Frozen weights have no gradients, no gradient sinks and no optimiser state. Adapted layers wrap the
     original ones.
@@ -534,6 +536,9 @@ class AdaptedModel(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the scores (M, V) of every row of the output table for hidden states."""
         return F.linear(self.head_input(hidden), self.output_weight, self.output_bias)
+
+
+SequenceModel: TypeAlias = Bert4Rec | AdaptedModel  # what losses and trainer work with
 
 
 def add_ilora(model: Any, rank: int = 8, experts: int = 4, **settings: Any) -> AdaptedModel:

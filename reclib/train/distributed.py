@@ -40,7 +40,8 @@ from reclib import hardware, system
 from reclib.config import InputError, TrainConfig
 from reclib.data.dataset import Evaluation
 from reclib.evaluate.metrics import Ranking
-from reclib.model.bert4rec import SequenceModel, Sink
+from reclib.model.bert4rec import Sink
+from reclib.model.ilora import SequenceModel
 
 ALONE_BYTES = 2**20  # gradients of at least this size are summed in place, smaller ones in one buffer
 

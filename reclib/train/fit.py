@@ -138,14 +138,17 @@ def data_identity(dataset: Dataset, split: Split) -> str:
 
 
 def rank_targets(
-    trainer: Trainer, part: Evaluation, remove_seen: bool, top_k: int = 0, with_losses: bool = False
+    trainer: Trainer, part: Evaluation, *, top_k: int = 0, with_losses: bool = False
 ) -> metrics.Ranking:
-    """Rank the targets of `part` with the trainer's model in its precision, users divided over processes."""
+    """Rank the targets of `part`, seen items removed, with the trainer's model in its precision.
+
+    Users are divided over processes.
+    """
 
     def rank(part: Evaluation) -> metrics.Ranking:
         with trainer.autocast():
             scores = metrics.model_scores(trainer.model, part, trainer.where)
-            return metrics.rank(scores, part, remove_seen, top_k, with_losses)
+            return metrics.rank(scores, part, remove_seen=True, top_k=top_k, with_losses=with_losses)
 
     return trainer.ranks.ranking(part, rank)
 
@@ -179,7 +182,7 @@ def _weigh_prior(trainer: Trainer, valid: Evaluation) -> None:
     for weight in PRIOR_WEIGHTS:
         with torch.no_grad():
             scale.fill_(learned * weight)
-        values[weight] = metrics.summary(rank_targets(trainer, valid, True).ranks)[SELECT]
+        values[weight] = metrics.summary(rank_targets(trainer, valid).ranks)[SELECT]
     with torch.no_grad():
         scale.fill_(learned * max(values, key=values.__getitem__))
 
@@ -207,7 +210,7 @@ def fit_recommender(
         trainer = fit(setup.model(dataset.num_items), dataset, setup.train, device, place, options)
     else:
         if shape:
-            raise InputError(f"the model is there: {', '.join(shape)} cannot be set")
+            raise InputError(f"{', '.join(shape)} cannot be set: the model that is trained further has them")
         module: Any = model.model if isinstance(model, Recommender) else model
         trainer = fine_tune(module, dataset, validated(TrainConfig, train), device, place, options)
     if place is not None and isinstance(trainer.model, Bert4Rec):
@@ -313,7 +316,7 @@ def _evaluate(
     """Score validation and add a row to the history."""
     progress = trainer.progress
     started = time.perf_counter()
-    ranking = rank_targets(trainer, valid, True, with_losses=True)
+    ranking = rank_targets(trainer, valid, with_losses=True)
     assert ranking.losses is not None
     trainer.model.train()
     row = {
@@ -380,13 +383,12 @@ class Setup:
 
 def of_options(dataset: str, size: str, values: Mapping[str, Any]) -> Setup:
     """Return the setup of the command line: fields of TrainConfig, and `model.<field of ModelConfig>`."""
-    train = {name: value for name, value in values.items() if "." not in name}
-    shape_values = {name: value for name, value in values.items() if name.startswith("model.")}
-    if strange := [name for name in values if "." in name and name not in shape_values]:
-        raise InputError(
-            f"unknown parameter {strange[0]!r}: expected a field of TrainConfig or model.<field>"
-        )
-    shape = {name.removeprefix("model."): value for name, value in shape_values.items()}
+    train, shape = dict[str, Any](), dict[str, Any]()
+    for name, value in values.items():
+        prefix, _, field = name.rpartition(".")
+        if prefix not in ("", "model"):
+            raise InputError(f"unknown parameter {name!r}: expected a field of TrainConfig or model.<field>")
+        (shape if prefix else train)[field] = value
     config = validated(TrainConfig, respelt(TrainConfig, train))
     return Setup(validated(DataConfig, {"dataset": dataset}), config, size, respelt(ModelConfig, shape))
 

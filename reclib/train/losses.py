@@ -34,7 +34,8 @@ from torch import Tensor
 from reclib.config import PAD, TrainConfig
 from reclib.cost.work import LARGE_LOGITS_BYTES, logits_limit
 from reclib.data.batches import IGNORE, Batch
-from reclib.model.bert4rec import SequenceModel, Sink
+from reclib.model.bert4rec import Sink
+from reclib.model.ilora import SequenceModel
 
 # -- losses over sampled items -------------------------------------------------------------------------------
 #

@@ -29,8 +29,8 @@ from reclib.config import AdapterConfig, InputError, ModelConfig, TrainConfig, n
 from reclib.data.dataset import Dataset, Evaluation, Histories
 from reclib.evaluate import metrics
 from reclib.evaluate.baselines import CountPrior
-from reclib.model.bert4rec import Bert4Rec, SequenceModel
-from reclib.model.ilora import OUTPUT, AdaptedModel, base_hash
+from reclib.model.bert4rec import Bert4Rec
+from reclib.model.ilora import OUTPUT, AdaptedModel, SequenceModel, base_hash
 from reclib.system import plain
 
 
@@ -139,9 +139,9 @@ def latest(folder: Path) -> Path | None:
     return next(reversed(_by_step(folder)), None)
 
 
-def prune(folder: Path, keep: int = 2) -> None:
-    """Delete all but the newest `keep` checkpoints, and partial ones of killed runs."""
-    for path in [*_by_step(folder)[:-keep], *folder.glob("*.partial"), *folder.glob("*.old")]:
+def prune(folder: Path) -> None:
+    """Delete all but the newest two checkpoints, and partial ones of killed runs."""
+    for path in [*_by_step(folder)[:-2], *folder.glob("*.partial")]:
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -171,22 +171,6 @@ def load_unique(model: SequenceModel, tensors: dict[str, Tensor]) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or name in tensors:
             parameter.copy_(tensors[name])
-
-
-def save_weights(model: SequenceModel, folder: Path, metadata: Mapping[str, Any]) -> Path:
-    """Write weights and configuration under `folder`, for `load_weights`."""
-    state = {"model": asdict(model.config), **metadata}
-    return save_checkpoint(folder.parent, folder.name, unique_tensors(model), state)
-
-
-def load_weights(folder: Path) -> Bert4Rec:
-    """Read a model that `save_weights` wrote; raise `InputError` if it is damaged."""
-    tensors, state = load_checkpoint(folder)
-    if "model" not in state:
-        raise InputError(f"{folder.name} holds a training state, not a saved model")
-    model = Bert4Rec(ModelConfig(**state["model"]))
-    load_unique(model, tensors)
-    return model.eval()
 
 
 def refuse_other(saved: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
@@ -420,12 +404,9 @@ class Recommender:
         If fewer than k items remain, all are returned, with a warning. Raises `InputError` for a history that
         is empty or no list, an unknown item, a title of several items and a k below 1.
         """
-        try:
-            entries = None if isinstance(history, str | bytes | Set | Mapping) else list(history)
-        except TypeError:
-            entries = None
-        if entries is None:
+        if isinstance(history, str | bytes | Set | Mapping) or not isinstance(history, Iterable):
             raise InputError(f"the history is {history!r}: expected a list of items, oldest first")
+        entries = list(history)
         if not entries:
             raise InputError("the history is empty: expected at least one item id")
         if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
@@ -513,12 +494,8 @@ def recommend_main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("history", nargs="+", metavar="ITEM", help="raw ids or titles, oldest first")
     parser.add_argument("-k", type=int, default=10, help="how many (10)")
     options = parser.parse_args(argv)
-    try:
-        with warnings.catch_warnings(record=True) as notes:
-            items = load_model(options.model).recommend(options.history, options.k)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
+    with warnings.catch_warnings(record=True) as notes:
+        items = load_model(options.model).recommend(options.history, options.k)
     for item in items:
         print(f"{item.key}\t{item.title}")
     for note in notes:

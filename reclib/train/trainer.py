@@ -28,7 +28,8 @@ from reclib.cost import work
 from reclib.data.batches import Batch, Epoch, Totals, prefetch
 from reclib.data.dataset import Histories
 from reclib.hardware import Device
-from reclib.model.bert4rec import SequenceModel, Sink
+from reclib.model.bert4rec import Sink
+from reclib.model.ilora import SequenceModel
 from reclib.train import distributed, losses, saving
 from reclib.train.losses import Route, batch_loss
 from reclib.train.saving import load_unique, refuse_other, unique_tensors
@@ -278,8 +279,7 @@ class StepGraphs:
     def run(self, batch: Batch, targets: float) -> tuple[Tensor, Tensor | None]:
         """Run the step of a batch on the host; return loss and norm."""
         batch = batch.to(self.where)
-        inputs = [value for value in batch if isinstance(value, Tensor)]
-        inputs.append(torch.full((), float(targets), device=self.where))
+        inputs = [*batch.tensors().values(), torch.full((), float(targets), device=self.where)]
         key = tuple(value.shape for value in inputs)
         if key not in self.graphs:
             if len(self.graphs) < MOST_GRAPHS:
@@ -295,8 +295,7 @@ class StepGraphs:
 
     def _recorded(self, batch: Batch, inputs: list[Tensor]) -> tuple[list[Tensor], Callable[[], Any]]:
         buffers = [value.clone() for value in inputs]
-        names = [name for name, value in batch._asdict().items() if isinstance(value, Tensor)]
-        tensors: dict[str, Any] = dict(zip(names, buffers, strict=False))  # the last one is no part of it
+        tensors: dict[str, Any] = dict(zip(batch.tensors(), buffers, strict=False))  # the last one is no part
         fixed = batch._replace(**tensors)
         return buffers, self.capture(lambda: self.compute(fixed, buffers[-1]), self.pool)
 
@@ -314,7 +313,7 @@ def refuse_graphs(config: TrainConfig, precision: str, processes: int, adapted: 
         "an adapted model": adapted,
     }
     if refused := " and no ".join(name for name, applies in wrong.items() if applies):
-        raise InputError(f"compile_mode='graph' captures a whole step, and knows no {refused}")
+        raise InputError(f"compile_mode='graph' captures a whole step, which allows no {refused}")
 
 
 def chosen_route(
@@ -375,7 +374,8 @@ class Trainer(Generic[M]):
         self.where = device.torch_device
         self.precision = hardware.choose_precision(config.precision, device.card)
         hardware.set_matmul_precision(self.precision)
-        self.kept_memory = self.where.type == "cpu" and hardware.keep_freed_memory()
+        if self.where.type == "cpu":
+            hardware.keep_freed_memory()
         self.compile_mode, self.compile_reason = hardware.compile_choice(
             config.compile_mode, device.card, hardware.has_compiler()
         )
@@ -594,15 +594,15 @@ class Trainer(Generic[M]):
         saving.save_checkpoint(folder, f"step-{self.progress.step}", tensors, state)
         saving.prune(folder)
 
-    def resume(self, folder: Path) -> bool:
-        """Resume from the newest checkpoint in `folder`; return whether there was one.
+    def resume(self, folder: Path) -> None:
+        """Resume from the newest checkpoint in `folder`, if there is one.
 
         Raises `InputError` if it is damaged or of another configuration, dataset or, for an unfinished run,
         number of processes, with which sums of gradients and dropout would differ.
         """
         newest = saving.latest(folder)
         if newest is None:
-            return False
+            return
         with saving.whole_checkpoint(newest):
             tensors, state = saving.load_checkpoint(newest)
             refuse_other(state["identity"], self.identity(), folder)
@@ -625,4 +625,3 @@ class Trainer(Generic[M]):
             torch.set_rng_state(tensors["random.cpu"])
             if "random.cuda" in tensors and self.where.type == "cuda":
                 torch.cuda.set_rng_state(tensors["random.cuda"], self.where)
-        return True

@@ -63,7 +63,7 @@ def test_a_list_of_ten_scores_as_the_scores_that_it_came_from():
         part = part_of([row[:3] for row in drawn], [row[3] for row in drawn])
         scores = rng.permuted(np.arange(users * items).reshape(users, items), axis=1)  # no ties
         block = (np.arange(users), torch.tensor(scores, dtype=torch.float32))
-        by_scores = metrics.rank(iter([block]), part, True, 10)
+        by_scores = metrics.rank(iter([block]), part, remove_seen=True, top_k=10)
         ranks = scoring.ranks_in(by_scores.top, part, items, "x")
         assert metrics.ndcg(ranks, 10).tolist() == metrics.ndcg(by_scores.ranks, 10).tolist()
 
@@ -280,7 +280,7 @@ def test_our_curve_does_not_change_training_and_ends_with_the_last_mark_or_the_s
     assert values["mark_minutes"].tolist() == [0.0, 1e9]
     first, last = values["look_train_seconds"]
     assert 0 < first < last < time.process_time()  # the schedule ended long before the second mark
-    final = rank_targets(plain, valid, True).ranks
+    final = rank_targets(plain, valid).ranks
     assert values["mark_ndcg@10"][1].tolist() == metrics.ndcg(final, 10).tolist()
     for weight, other in zip(plain.model.parameters(), watched.model.parameters(), strict=True):
         assert torch.equal(weight, other)

@@ -9,9 +9,8 @@ import pytest
 from conftest import ROOT, smoke
 
 from reclib import hardware, parameters, records
-from reclib.config import InputError, TrainConfig, changed, model_config
+from reclib.config import AdapterConfig, InputError, TrainConfig, changed, model_config
 from reclib.cost import planner, work
-from reclib.cost.work import AdapterPlan
 from reclib.experiments import comparison, explore, speed
 from reclib.report import findings, speed_figures, tables
 from reclib.train import timing
@@ -56,7 +55,7 @@ def test_a_measured_cpu_has_the_band_of_held_out_rows_of_its_kind_of_run():
     cpu = a_cpu(error=ERROR | {"adapted": enough, "bf16": few}, rates=RATES | rates)
     for train, adapter, basis, band in (
         (TRAIN, None, "validated", 1.5),
-        (TRAIN, AdapterPlan(), "validated", 1.2),
+        (TRAIN, AdapterConfig(), "validated", 1.2),
         (changed(TRAIN, precision="bf16"), None, "unvalidated", 1.3),
     ):
         found = planner.plan(cpu, MODEL, train, LENGTHS, adapter=adapter)
@@ -108,7 +107,7 @@ def test_a_cpu_label_is_the_cpu_that_is_here_or_another_that_stands_in_and_it_is
 def test_an_adapter_costs_less_than_training_everything_and_is_no_validated_plan():
     for label in ["l4", "cpu2 AMD EPYC"]:
         (full,) = planner.plans(label, MODEL, TRAIN, LENGTHS)
-        (narrow,) = planner.plans(label, MODEL, TRAIN, LENGTHS, adapter=AdapterPlan(kind="ilora", rank=8))
+        (narrow,) = planner.plans(label, MODEL, TRAIN, LENGTHS, adapter=AdapterConfig(kind="ilora", rank=8))
         assert narrow.step.seconds < full.step.seconds
         assert narrow.peak_bytes < full.peak_bytes
         assert narrow.footprint.parts["optimizer"] == 8 * 132_096

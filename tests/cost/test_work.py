@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from reclib import hardware
 from reclib.config import AdapterConfig, InputError, ModelConfig, TrainConfig, changed, model_config
 from reclib.cost import work
-from reclib.cost.work import AdapterPlan, Shapes
+from reclib.cost.work import Shapes
 from reclib.model.bert4rec import Bert4Rec
 from reclib.model.ilora import AdaptedModel
 from reclib.train import timing
@@ -18,11 +18,11 @@ from reclib.train.trainer import Trainer
 
 CPU = hardware.resolve("cpu")
 ELECTRONICS = np.full(1000, 8)
-LORA, GATED = AdapterPlan(kind="lora", rank=8), AdapterPlan(kind="gated", rank=3)
-ILORA = AdapterPlan(kind="ilora", rank=6, num_experts=3)
+LORA, GATED = AdapterConfig(kind="lora", rank=8), AdapterConfig(kind="gated", rank=3)
+ILORA = AdapterConfig(kind="ilora", rank=6, num_experts=3)
 POST = {"tied": False, "norm": "post", "embedding_norm": True, "num_layers": 3}
 EVERYWHERE = {"layout": "padded", "head_rows": "all"}
-CASES: list[tuple[dict, dict, list[AdapterPlan | None]]] = [
+CASES: list[tuple[dict, dict, list[AdapterConfig | None]]] = [
     ({}, {}, [None, LORA, GATED, ILORA]),
     ({"num_layers": 1}, {}, [None, ILORA]),
     (POST | {"head": "mlp", "dropout": 0.25}, {}, [None, GATED]),
@@ -35,13 +35,12 @@ CASES: list[tuple[dict, dict, list[AdapterPlan | None]]] = [
 ]
 
 
-def trainer_of(model: ModelConfig, train: TrainConfig, lengths, adapter: AdapterPlan | None = None):
+def trainer_of(model: ModelConfig, train: TrainConfig, lengths, adapter: AdapterConfig | None = None):
     torch.manual_seed(0)
     module = Bert4Rec(model)
     if adapter is not None:
         module = AdaptedModel(module)
-        config = {"kind": adapter.kind, "rank": adapter.rank, "num_experts": adapter.num_experts}
-        module.add("a", AdapterConfig(**config))
+        module.add("a", adapter)
     some = histories(list(lengths), num_items=model.num_items)
     return Trainer(module, some, train, CPU, "test")
 
@@ -78,7 +77,7 @@ def test_flops_of_the_parts_are_those_that_torch_counts_and_the_step_executes():
 def test_micro_batches_sampled_losses_and_adapters_change_their_parts_alone():
     model, train, one = small_model(), TrainConfig(batch_size=64), Shapes(4, 6, 20, 19, 40)
 
-    def parts(train: TrainConfig, adapter: AdapterPlan | None = None) -> dict[str, work.Part]:
+    def parts(train: TrainConfig, adapter: AdapterConfig | None = None) -> dict[str, work.Part]:
         return {part.name: part for part in work.step_parts(model, train, one, adapter=adapter)}
 
     whole, split = parts(train), parts(changed(train, micro_batch_size=32))

@@ -128,7 +128,7 @@ def test_steps_packed_in_blocks_have_the_bits_of_an_epoch_packed_at_once(monkeyp
         blocks = Epoch(data, small_model(), train, 0)
         for i in (7, 0, 1, 2, 3, 6, 5, 4):  # the last step is not full, nor is its block
             for one, other in zip(blocks.step(i), wanted[i], strict=True):
-                for name, value in one._tensors().items():
+                for name, value in one.tensors().items():
                     assert torch.equal(value, getattr(other, name)), (i, name)
 
 
@@ -136,7 +136,7 @@ def test_a_batch_goes_to_a_device_in_one_copy_and_is_the_same_there():
     sampled = TrainConfig(batch_size=6, loss="sampled_softmax", num_negatives=5)
     for train in (TrainConfig(batch_size=6), sampled):
         (batch,) = Epoch(histories([3, 12, 5, 20, 2, 7]), small_model(), train, 0).step(0)
-        parts = list(batch._tensors().values())
+        parts = list(batch.tensors().values())
         unstaged = batches.unstage(batches.stage(parts, torch.device("cpu")), parts)
         for one, other in zip(parts, unstaged, strict=True):
             assert one.dtype == other.dtype
@@ -144,7 +144,7 @@ def test_a_batch_goes_to_a_device_in_one_copy_and_is_the_same_there():
             assert other.storage_offset() * other.element_size() % 16 == 0
         for ready in (batch, batch.staged(torch.device("meta"))):
             moved = ready.to(torch.device("meta"))
-            for name, value in batch._tensors().items():
+            for name, value in batch.tensors().items():
                 there = getattr(moved, name)
                 assert (there.shape, there.dtype, there.device.type) == (value.shape, value.dtype, "meta")
     assert batch.staged(torch.device("cpu")) is batch.to(torch.device("cpu")) is batch
@@ -182,7 +182,7 @@ def test_prediction_batches_of_the_causal_twin_ask_at_the_last_item():
     model = small_model(causal=True)
     data = histories([5, 30, 1], seed=5)
     empty = Histories(data.items, np.append(data.starts, 3), np.append(data.ends, 3))
-    ((users, batch),) = next_item_batches(empty, Layout.from_config(model, CAUSAL), np.arange(4), 8)
+    ((users, batch),) = next_item_batches(empty, Layout(model), np.arange(4), 8)
     asked = batch.items.flatten()[batch.target_places[: batch.num_targets]]
     wanted = {u: int(data.items[data.ends[u] - 1]) for u in range(3)} | {3: model.mask_id}
     assert dict(zip(users.tolist(), asked.tolist(), strict=True)) == wanted

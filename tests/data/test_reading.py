@@ -554,7 +554,7 @@ def test_a_gzip_file_that_is_cut_or_damaged_is_refused(tmp_path, monkeypatch):
     members = [gzip.compress(part.encode()) for part in good_lines(30).partition("10\t")]
     monkeypatch.setattr(formats, "BLOCK_BYTES", 64)
     monkeypatch.setattr(formats, "PIECE_BYTES", 16)
-    for unzipper in (formats._unzipper, zlib.decompressobj):  # isal's, where it is installed
+    for unzipper in (formats._unzipper, zlib.decompressobj):
         monkeypatch.setattr(formats, "_unzipper", unzipper)
         with pytest.raises(InputError, match="is damaged near byte"):
             read(written(tmp_path, bytes(damaged)), ML)

@@ -132,7 +132,7 @@ def test_validation_chooses_and_keeps_what_it_saw():
     choice = baselines.choose(family, histories, NUM_ITEMS, valid)
     assert choice.chosen == {"smoothing": 1.0}  # as good as 2.0, and before it
     assert [row["smoothing"] for row in choice.tried] == [1e6, 1.0, 2.0]
-    best = metrics.summary(metrics.rank(choice.recommender.scores(valid), valid, True).ranks)
+    best = metrics.summary(metrics.rank(choice.recommender.scores(valid), valid, remove_seen=True).ranks)
     assert best["ndcg@10"] == choice.tried[1]["ndcg@10"] > choice.tried[0]["ndcg@10"]
 
 

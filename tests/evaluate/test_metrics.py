@@ -142,7 +142,7 @@ def test_each_way_to_rank_equals_its_own_computation_and_says_what_it_is():
     negatives = uniform_negatives(part, NUM_ITEMS, 8, 0)
     outcomes = side_by_side(fixed(scores), part, {"uniform": negatives, "popularity": negatives})
     for remove_seen, name in ((True, "removed"), (False, "kept")):
-        wanted = metrics.rank(fixed(scores)(part), part, remove_seen).ranks
+        wanted = metrics.rank(fixed(scores)(part), part, remove_seen=remove_seen).ranks
         assert outcomes[name].ranks.tolist() == wanted.tolist()
     for user, target in enumerate(part.targets):
         rivals = [float(scores[user, item - 1]) for item in negatives[user]]

@@ -182,7 +182,7 @@ def test_trap_weak_order_shows_in_the_shuffle_control():
     """On a cycle order decides all; on independent draws it decides nothing."""
 
     def hit_rate(part: Evaluation) -> float:
-        return float(metrics.hit(metrics.rank(model.scores(part), part, False).ranks, 1).mean())
+        return float(metrics.hit(metrics.rank(model.scores(part), part, remove_seen=False).ranks, 1).mean())
 
     rng = np.random.default_rng(0)
     cycle = (rng.integers(0, 20, 300)[:, None] + np.arange(12)) % 20 + 1

@@ -47,7 +47,7 @@ def test_the_loss_on_validation_is_the_cross_entropy_over_all_items(root):
     here = work()
     trainer = here.train(here.grid.arms[0], 0, Options())
     valid = leave_one_out(here.dataset).valid
-    losses = rank_targets(trainer, valid, True, with_losses=True).losses
+    losses = rank_targets(trainer, valid, with_losses=True).losses
     wanted = np.empty(len(valid.targets))
     for users, scores in metrics.model_scores(trainer.model, valid, trainer.where):
         shares = scores.double().softmax(1).numpy()

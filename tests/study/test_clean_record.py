@@ -33,7 +33,7 @@ from pathlib import Path
 from reclib import parameters, records
 from reclib.config import ModelConfig, TrainConfig
 from reclib.train.fit import Curves, Options, fit, start_tracker
-from reclib.train.saving import save_weights
+from reclib.train.saving import save_model
 from reclib.data.prepare import synthetic_dataset
 from reclib.hardware import device_card, resolve
 
@@ -45,7 +45,7 @@ for name in ("wandb-offline", "tensorboard"):
         curves = Curves(track, device)
         options = Options(on_step=curves.step, on_evaluation=curves.evaluation)
         trainer = fit(model, dataset, config, device, out / name, options)
-save_weights(trainer.model, out / "weights", {"data": "synthetic"})
+save_model(trainer.model, config, dataset, out / "weights", {})
 smoke = parameters.profile("02_baseline", "smoke")
 p = parameters.build("02_baseline", smoke | {"dataset": str(out / "mine.csv")})
 run = records.Run("02_baseline", p, device_card(device), {"name": "mine", "fingerprint": "0"})

@@ -159,7 +159,7 @@ def test_validation_the_early_stop_and_each_users_rank_are_those_of_one_process(
     found = [load_file(two / f"ranking-{rank}.safetensors") for rank in (0, 1)]
     trainer = ranks.validated(two / "validated")  # finished: loads the best weights
     part = splits.leave_one_out(ranks.dataset()).valid
-    ranking = rank_targets(trainer, part, True, with_losses=True)
+    ranking = rank_targets(trainer, part, with_losses=True)
     for one in found:
         assert np.array_equal(one["ranks"].numpy(), ranking.ranks)
         np.testing.assert_allclose(one["losses"].numpy(), ranking.losses, rtol=1e-5)
