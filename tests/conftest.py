@@ -97,6 +97,14 @@ def denormals() -> None:
     torch.set_flush_denormal(False)
 
 
+@pytest.fixture(scope="module")
+def dataset() -> Any:
+    """Synthetic histories whose users live in different parts of the time."""
+    from spread import spread  # with pandas, which most tests do not need
+
+    return spread()
+
+
 PLACES = ("RECLIB_ROOT", "RECLIB_DATA", "RECLIB_RUNS", "RECLIB_RECORDS")
 
 

@@ -10,7 +10,6 @@ import yaml
 from conftest import smoke
 from figure_records import record
 from small_models import scores_after
-from spread import dataset  # noqa: F401  # a fixture
 
 from reclib import hardware, system
 from reclib.config import InputError, TrainConfig
@@ -151,7 +150,7 @@ def test_a_kind_of_result_brings_its_axes():
 
 
 @pytest.fixture(scope="module")
-def lineup(dataset, tmp_path_factory):  # noqa: F811
+def lineup(dataset, tmp_path_factory):
     """A small base with its adapters, trained once."""
     folder = tmp_path_factory.mktemp("lineup")
     with pytest.MonkeyPatch.context() as patch:
@@ -219,7 +218,7 @@ def test_a_history_is_handed_on_and_read_back(lineup, history):
             explore.first_history(small(**wrong), lineup)
 
 
-def test_a_kept_model_is_used_where_there_is_one(lineup, dataset):  # noqa: F811
+def test_a_kept_model_is_used_where_there_is_one(lineup, dataset):
     assert explore.kept_model("auto", dataset) is None
     with pytest.raises(InputError, match="kept_model='mine': no masked model"):
         explore.kept_model("mine", dataset)
