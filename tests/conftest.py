@@ -31,6 +31,7 @@ os.environ["PYTHONPATH"] = str(ROOT)  # every process that a test starts runs th
 import torch  # noqa: E402  # reads GOMP_SPINCOUNT as it is loaded
 
 from reclib import parameters, records  # noqa: E402
+from reclib.config import InputError  # noqa: E402
 
 # A whole notebook in the form that the study's own have, small enough to run in a second or two.
 _CODE = """from reclib import parameters
@@ -64,10 +65,26 @@ def rows_of(project: Path) -> list[dict[str, Any]]:
     return records.read(project / "runs/executed")
 
 
+def refusal(call: Callable[..., object], *arguments: object) -> str:
+    """Return the message of the InputError that a call raises, a single line."""
+    with pytest.raises(InputError) as error:
+        call(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
 def python(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run Python with these words in a process of its own, and wait for its end."""
     command = [sys.executable, *map(str, words)]
     return subprocess.run(command, **({"capture_output": True, "text": True, "timeout": 300} | options))
+
+
+def commit(folder: Path, **variables: str) -> str:
+    """Commit all files of a folder with git; return the commit."""
+    git = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init"], ["add", "."], ["commit", "-m", "a"]):
+        subprocess.run([*git, *words], env=os.environ | variables, capture_output=True, check=True)
+    return subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
 
 
 def until(condition: Callable[[], object], seconds: float) -> None:
@@ -95,6 +112,14 @@ def disk_of(megabytes: int, place: Path) -> Iterator[Path]:
 def denormals() -> None:
     """Start with denormal numbers: what resolved a CPU before flushes them in this thread from there on."""
     torch.set_flush_denormal(False)
+
+
+@pytest.fixture(scope="module")
+def dataset() -> Any:
+    """Synthetic histories whose users live in different parts of the time."""
+    from spread import spread  # with pandas, which most tests do not need
+
+    return spread()
 
 
 PLACES = ("RECLIB_ROOT", "RECLIB_DATA", "RECLIB_RUNS", "RECLIB_RECORDS")

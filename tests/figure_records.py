@@ -1,14 +1,16 @@
 """Made-up records for tests of figures and findings: no number here was measured."""
 
+from reclib.report import figures
+
 
 def record(notebook, name, own=None, metrics=None, series=None, **changes):
-    made = {"notebook": notebook, "name": name, "kind": "measured", "profile": "quick", "label": "cpu"}
-    made |= {"own_params": own or {}, "metrics": metrics or {}, "timings": {}, "series": series or {}}
-    made |= {"params": {"epochs": 10, "seed": 0}, "device": {"name": "A processor"}, "seed": None}
-    made |= {"data": {"name": "ml-100k", "fingerprint": "abcd"}, "time": "2026-01-02T03:04:05+00:00"}
-    made |= {"claimed": "auto", "params_hash": "1", "configuration": {}, "earlier": 0}
-    assert changes.keys() <= made.keys()
-    return made | changes
+    row = {"notebook": notebook, "name": name, "kind": "measured", "profile": "quick", "label": "cpu"}
+    row |= {"own_params": own or {}, "metrics": metrics or {}, "timings": {}, "series": series or {}}
+    row |= {"params": {"epochs": 10, "seed": 0}, "device": {"name": "A processor"}, "seed": None}
+    row |= {"data": {"name": "ml-100k", "fingerprint": "abcd"}, "time": "2026-01-02T03:04:05+00:00"}
+    row |= {"claimed": "auto", "params_hash": "1", "configuration": {}, "earlier": 0}
+    assert changes.keys() <= row.keys()
+    return row | changes
 
 
 def of_grid(name, own, metrics, series=None, seed=None, **changes):
@@ -27,6 +29,10 @@ def compared(model, difference, p=0.001, seeds=3, name="comparison", reference_s
     own = {"model": model, "against": "bert4rec", "metric": "ndcg@10"} | own
     numbers = ends("difference", difference, 0.01) | {"p": p, "adjusted_p": p, "detectable": 0.02}
     return of_grid(name, own, numbers | {"seeds": seeds, "reference_seeds": reference_seeds})
+
+
+def title(name, *records):
+    return figures.show(name, *records).layout.title.text
 
 
 def of_sizes():

@@ -1,6 +1,6 @@
 """What several processes do together in the tests, and one alone for comparison.
 
-`torchrun --standalone --nproc-per-node 2 tests/ranks.py FOLDER` runs all cases and leaves what each saw.
+`torchrun --standalone --nproc-per-node 2 tests/ranks.py FOLDER` runs all cases and writes their numbers.
 """
 
 import json
@@ -60,14 +60,14 @@ def dataset() -> Dataset:
 
 
 def trained(case: str) -> tuple[Trainer, dict[str, Any]]:
-    """Train the steps of a case; return the trainer and what was seen."""
+    """Train the steps of a case; return the trainer and the numbers of each step."""
     train, shape = CASES[case]
     torch.manual_seed(0)
     model = adapted() if case == "adapter" else Bert4Rec(small_model(**shape))
     if case == "prior":
         counts = baselines.fit_pairwise_counts(histories(LENGTHS), model.config.num_items, window=3)
         model.prior = CountPrior.from_counts(counts, 0.3)
-    kept = bert4rec.SMALLEST_BYTES, distributed.ALONE_BYTES
+    limits = bert4rec.SMALLEST_BYTES, distributed.ALONE_BYTES
     if case.startswith("sinks"):
         bert4rec.SMALLEST_BYTES, distributed.ALONE_BYTES = 0, 0
     try:
@@ -75,12 +75,12 @@ def trained(case: str) -> tuple[Trainer, dict[str, Any]]:
         if case == "overflow":
             trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
             model.final_norm.weight.register_hook(overflowing(trainer))
-        stats = [one for one, _ in zip(trainer.steps(), range(STEPS), strict=False)]
+        steps = list(trainer.steps())
     finally:
-        bert4rec.SMALLEST_BYTES, distributed.ALONE_BYTES = kept
+        bert4rec.SMALLEST_BYTES, distributed.ALONE_BYTES = limits
     names = ("loss", "grad_norm", "skipped", "num_targets", "num_sequences", "row_tokens")
-    saw = {name: [getattr(one, name) for one in stats] for name in names}
-    return trainer, saw | {"sinks": len(trainer.sinks), "scale": trainer.scaler.get_scale()}
+    numbers = {name: [getattr(stats, name) for stats in steps] for name in names}
+    return trainer, numbers | {"sinks": len(trainer.sinks), "scale": trainer.scaler.get_scale()}
 
 
 def overflowing(trainer: Trainer) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -109,18 +109,18 @@ def main(folder: Path) -> None:
     with distributed.joined("cpu"):
         rank = distributed.ranks().rank
         for case in CASES:
-            trainer, saw = trained(case)
-            (folder / f"{case}-{rank}.json").write_text(json.dumps(saw))
+            trainer, numbers = trained(case)
+            (folder / f"{case}-{rank}.json").write_text(json.dumps(numbers))
             save_file(unique_tensors(trainer.model), folder / f"{case}-{rank}.safetensors")
         trainer = validated(folder / "validated")
         (folder / f"history-{rank}.json").write_text(json.dumps(trainer.progress.history))
         part = evaluation(dataset(), "valid")
-        found = rank_targets(trainer, part, with_losses=True)
-        arrays = {"ranks": torch.from_numpy(found.ranks), "losses": torch.from_numpy(found.losses)}
+        ranking = rank_targets(trainer, part, with_losses=True)
+        arrays = {"ranks": torch.from_numpy(ranking.ranks), "losses": torch.from_numpy(ranking.losses)}
         save_file(arrays, folder / f"ranking-{rank}.safetensors")
-        few = part.histories._replace(starts=part.histories.starts[:1], ends=part.histories.ends[:1])
-        one = rank_targets(trainer, Evaluation(few, part.targets[:1]))
-        assert one.ranks.tolist() == found.ranks[:1].tolist()  # the other process has no user of its own
+        first = part.histories._replace(starts=part.histories.starts[:1], ends=part.histories.ends[:1])
+        alone = rank_targets(trainer, Evaluation(first, part.targets[:1]))
+        assert alone.ranks.tolist() == ranking.ranks[:1].tolist()  # the other process has no user of its own
         fit_setup(setup(), "cpu", folder / "whole")
 
 

@@ -49,8 +49,8 @@ def light_scoring(patch: pytest.MonkeyPatch) -> None:
     every = baselines.families
 
     def few(times: np.ndarray | None = None) -> dict[str, baselines.Family]:
-        found = every(times).items()
-        return {name: f._replace(grid={k: v[:1] for k, v in f.grid.items()}) for name, f in found}
+        families = every(times).items()
+        return {name: f._replace(grid={k: v[:1] for k, v in f.grid.items()}) for name, f in families}
 
     patch.setattr(baselines, "families", few)
     patch.setattr(grids, "SAMPLES", 100)

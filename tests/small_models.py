@@ -39,7 +39,7 @@ def dataset_of(events: list[list[tuple[int, int]]], num_items: int = NUM_ITEMS, 
     ordered = [sorted(history, key=lambda event: event[1]) for history in events]
     flat = [event for history in ordered for event in history]
     items, times = (np.array([event[n] for event in flat]) for n in (0, 1))
-    made = Dataset(
+    dataset = Dataset(
         name="made",
         items=items.astype(np.int32),
         offsets=np.cumsum([0, *map(len, ordered)]),
@@ -49,8 +49,8 @@ def dataset_of(events: list[list[tuple[int, int]]], num_items: int = NUM_ITEMS, 
         manifest={"fingerprint": "made", "time_unit": unit},
         times=times.astype(np.int64),
     )
-    made.manifest["ties"] = ties(made)
-    return made
+    dataset.manifest["ties"] = ties(dataset)
+    return dataset
 
 
 def small_model(**changes: object) -> ModelConfig:
@@ -86,12 +86,12 @@ def loss_and_gradients(
     return total, {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
 
 
-def worst_difference(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+def worst_difference(computed: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
     """Largest norm of a difference, per tensor, over max(its norm, 1e-3 of the global norm).
 
     The key bias has a zero gradient in theory, hence the floor.
     """
-    assert found.keys() == wanted.keys()
+    assert computed.keys() == wanted.keys()
     whole = torch.stack([g.norm() for g in wanted.values()]).norm()
     norms = {name: torch.maximum(g.norm(), 1e-3 * whole) for name, g in wanted.items()}
-    return max(float((found[name] - g).norm() / norms[name]) for name, g in wanted.items())
+    return max(float((computed[name] - g).norm() / norms[name]) for name, g in wanted.items())

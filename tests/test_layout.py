@@ -22,14 +22,14 @@ FILES = {
 @functools.cache
 def imported(module: str) -> set[str]:
     """Return the modules of reclib that a module imports."""
-    found: set[str] = set()
+    modules: set[str] = set()
     for node in ast.walk(ast.parse(FILES[module].read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module}: relative import in line {node.lineno}"
             for alias in node.names:
                 names = [f"{node.module}.{alias.name}", str(node.module)]
-                found |= {n[7:] for n in names if n.startswith("reclib.") and n[7:] in FILES}
-    return found
+                modules |= {n[7:] for n in names if n.startswith("reclib.") and n[7:] in FILES}
+    return modules
 
 
 def room(module: str) -> str:
@@ -51,5 +51,4 @@ def test_imports_run_in_no_circle():
 def test_figures_and_plans_need_no_torch():
     modules = [f"reclib.{m}" for m in FILES if room(m) in WITHOUT_TORCH]
     code = f"import sys, {', '.join(modules)}; print('torch' in sys.modules)"
-    done = python("-c", code, check=True)
-    assert done.stdout == "False\n"
+    assert python("-c", code, check=True).stdout == "False\n"

@@ -17,32 +17,29 @@ def test_a_variant_that_fails_is_a_row_and_the_others_go_on(tmp_path, capsys):
     def process(code: str):
         return lambda: common.run_process([sys.executable, "-c", code])
 
-    actions = {
-        "fine": process("print('a line before'); print('{\"seconds\": 2.0, \"loss\": NaN}')"),
-        "killed": process("import os; os.kill(os.getpid(), 9)"),
-        "raises": process("raise ValueError('what it says')"),
-        "silent": process("print('no object')"),
-        "here": lambda: 1 / 0,
-        "oom": lambda: {"status": "oom", "reason": "too large"},
+    result = "print('a line before'); print('{\"seconds\": 2.0, \"loss\": NaN}')"
+    kill = "import os; os.kill(os.getpid(), 9)"
+    cases = {  # an action and the reason of its failure
+        "fine": (process(result), None),
+        "killed": (process(kill), "killed by SIGKILL: memory may have run out"),
+        "raises": (process("raise ValueError('why')"), "exit code 1: ValueError: why"),
+        "silent": (process("print('no object')"), "its last line is no JSON object"),
+        "here": (lambda: 1 / 0, "ZeroDivisionError: division by zero"),
+        "oom": (lambda: {"status": "oom", "reason": "too large"}, "too large"),
     }
-    rows = common.Rows(tmp_path / "out" / "rows.jsonl")
-    results = rows.in_turns(actions, 2)
-    assert {name: len(of) for name, of in results.items()} == dict.fromkeys(actions, 0) | {"fine": 2}
+    log = common.Rows(tmp_path / "out" / "rows.jsonl")
+    results = log.in_turns({name: action for name, (action, _) in cases.items()}, 2)
+    assert {name: len(rows) for name, rows in results.items()} == dict.fromkeys(cases, 0) | {"fine": 2}
     assert common.middle(results["fine"], "seconds") == 2.0
     assert np.isnan(common.middle(results["killed"], "seconds"))
     lines = (tmp_path / "out" / "rows.jsonl").read_text()
     assert lines == capsys.readouterr().out  # both as they come
     written = [json.loads(line) for line in lines.splitlines()]
-    assert [row["name"] for row in written] == [*actions, "fine"]
+    assert [row["name"] for row in written] == [*cases, "fine"]
     assert written[0]["loss"] is None
-    assert {row["name"]: row["reason"] for row in written if row["status"] != "ok"} == {
-        "killed": "killed by SIGKILL: memory may have run out",
-        "raises": "exit code 1: ValueError: what it says",
-        "silent": "its last line is no JSON object",
-        "here": "ZeroDivisionError: division by zero",
-        "oom": "too large",
-    }
-    assert rows.failed
+    reasons = {row["name"]: row["reason"] if row["status"] != "ok" else None for row in written}
+    assert reasons == {name: reason for name, (_, reason) in cases.items()}
+    assert log.failed
 
 
 def test_a_peer_that_the_system_kills_does_not_lose_the_rows_of_the_others(tmp_path, monkeypatch):

@@ -38,8 +38,8 @@ ENDS = {
 
 def test_a_stage_that_fails_hangs_or_is_killed_leaves_the_next_one_whole(tmp_path):
     words = ["--device", "cpu", "--tiny", "--out", tmp_path, "--stages", ",".join(ENDS)]
-    done = python("-c", BAD_STAGES, *words, cwd=ROOT / "benchmarks")
-    assert done.returncode == 1, done.stderr
+    process = python("-c", BAD_STAGES, *words, cwd=ROOT / "benchmarks")
+    assert process.returncode == 1, process.stderr
     rows = [json.loads(line) for line in (tmp_path / "stages.jsonl").read_text().splitlines()]
     assert {row["name"]: row["status"] for row in rows} == ENDS
     records = reclib_records.read(tmp_path / "executed")  # checks each
@@ -57,9 +57,9 @@ def test_a_stage_that_fails_hangs_or_is_killed_leaves_the_next_one_whole(tmp_pat
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so_in_one_line(tmp_path):
-    done = python(ROOT / "benchmarks" / "gpu.py", "--out", tmp_path / "row")
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert done.stderr.startswith("no GPU that torch can use is here")
+    process = python(ROOT / "benchmarks" / "gpu.py", "--out", tmp_path / "row")
+    assert (process.returncode, process.stdout, process.stderr.count("\n")) == (2, "", 1)
+    assert process.stderr.startswith("no GPU that torch can use is here")
     assert not (tmp_path / "row").exists()
 
 

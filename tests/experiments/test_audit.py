@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import ROOT, smoke
+from conftest import ROOT, refusal, smoke
 from torch import nn
 
 from reclib import records, system
@@ -25,8 +25,8 @@ ROWS = 159_750
 CPU = resolve("cpu")
 
 
-def numbers(part, key="model"):
-    return {result.params.get(key): result.metrics for result in part.results}
+def numbers(part):
+    return {result.params.get("model"): result.metrics for result in part.results}
 
 
 def verdicts(part):
@@ -39,24 +39,25 @@ def changed(part, **values):
 
 
 def test_one_catalogue_gives_all_three_rounded_counts():
-    (found,) = numbers(audit.catalogue(PUBLISHED)).values()
-    assert (found["rows"], found["solutions"]) == (ROWS, 1)
+    (catalogue,) = numbers(audit.catalogue(PUBLISHED)).values()
+    assert (catalogue["rows"], catalogue["solutions"]) == (ROWS, 1)
     millions = {m["name"]: m.get("published_millions") for m in PUBLISHED["models"]}
-    single = [audit.rows_within(millions[name], one) for name, one in audit.large(PUBLISHED).items()]
+    single = [audit.rows_within(millions[name], model) for name, model in audit.large(PUBLISHED).items()]
     assert [len(rows) for rows in single] == [20, 13, 5]  # none of the three would have been enough
-    assert found["log_total"] == numbers(audit.sizes(PUBLISHED))["429 M"]["counted"]  # to the last parameter
-    assert found["addmm_mflop"] == pytest.approx(PUBLISHED["profile"]["addmm_mflop"], abs=5e-4)
+    counted = numbers(audit.sizes(PUBLISHED))["429 M"]["counted"]
+    assert catalogue["log_total"] == counted  # to the last parameter
+    assert catalogue["addmm_mflop"] == pytest.approx(PUBLISHED["profile"]["addmm_mflop"], abs=5e-4)
 
 
 def test_parameters_and_where_they_are():
-    found = numbers(audit.sizes(PUBLISHED))
+    sizes = numbers(audit.sizes(PUBLISHED))
     for name, total, tables, encoder, share, tied_millions in [
         ("5 M", 5_118_250, 4_715_050, 396_800, 0.078, 2.77),
         ("85 M", 85_111_814, 81_951_750, 3_160_064, 0.037, 44.2),
         ("130 M", 130_095_750, 122_847_750, 7_248_000, 0.056, 68.8),
         ("429 M", 429_153_286, 327_327_750, 101_825_536, 0.237, 265.6),
     ]:
-        row = found[name]
+        row = sizes[name]
         assert row["agrees"]
         assert (row["counted"], row["item_tables"], row["non_embedding"]) == (total, tables, encoder)
         assert row["non_embedding_share"] == pytest.approx(share, abs=5e-4)
@@ -64,33 +65,33 @@ def test_parameters_and_where_they_are():
 
 
 def test_rates_against_epoch_times():
-    found = numbers(audit.rates(PUBLISHED))
+    rates = numbers(audit.rates(PUBLISHED))
     for name, ratio, by_clock, share_of_peak in [
         ("85 M", 5.06, 3886, 0.83),
         ("130 M, AMP, compile", 9.31, 1429, 0.88),
         ("5 M", 0.19, 17511, None),
     ]:
-        row = found[name]
+        row = rates[name]
         assert row["ratio"] == pytest.approx(ratio, abs=0.005)
         assert row["by_clock_per_second"] == pytest.approx(by_clock, abs=0.6)
         assert row.get("claimed_share_of_peak") == (share_of_peak and pytest.approx(share_of_peak, abs=0.006))
 
 
 def test_the_weight_of_three_in_ten_thousand():
-    found = audit.separation(0.0855, 0.0858, 72_869)
-    assert found["error"] == pytest.approx(0.0010, abs=5e-5)
-    assert found["in_errors"] < 0.5
-    assert found["p"] > 0.7
-    enough = audit.separation(0.0855, 0.0858, found["needed"])
+    test = audit.separation(0.0855, 0.0858, 72_869)
+    assert test["error"] == pytest.approx(0.0010, abs=5e-5)
+    assert test["in_errors"] < 0.5
+    assert test["p"] > 0.7
+    enough = audit.separation(0.0855, 0.0858, test["needed"])
     assert enough["z"] == pytest.approx(1.96 + 0.84, abs=0.01)
     assert audit.separation(0.05, 0.09, 72_869)["p"] < 1e-6
     for wrong in ((0.0, 0.1, 10), (0.1, 0.1, 10), (0.1, 0.2, 1)):
-        with pytest.raises(InputError, match="inside"):
-            audit.separation(*wrong)
+        assert "inside" in refusal(audit.separation, *wrong)
 
 
 def test_trainable_parameters_of_the_adapters():
-    counts = [audit.adapter_count(ROWS, *of) for of in ((1024, 8, 8), (384, 4, 4), (1024, 8, 16))]
+    shapes = ((1024, 8, 8), (384, 4, 4), (1024, 8, 16))
+    counts = [audit.adapter_count(ROWS, *shape) for shape in shapes]
     profiled, small, _ = counts
     totals = [count["encoder"] + count["output_ffn"] + count["head"] for count in counts]
     assert (totals[0], profiled["gates"], profiled["dead"]) == (2_089_008, 26, 131_072)
@@ -188,8 +189,8 @@ def test_verdicts_follow_from_numbers():
 def test_verdicts_on_adapters_would_clear_adapters_that_work():
     works = pd.DataFrame(1, index=list(audit.MODES), columns=list(audit.PLACES))
     assert set(verdicts(audit.adapters(PUBLISHED, works))) == {"holds"}
-    found = pd.DataFrame({mode: audit.calls(mode) for mode in audit.MODES}).T
-    judged = verdicts(audit.adapters(PUBLISHED, found))
+    calls = pd.DataFrame({mode: audit.calls(mode) for mode in audit.MODES}).T
+    judged = verdicts(audit.adapters(PUBLISHED, calls))
     assert judged == ["holds in part", "contradicted", "holds", "holds"]
 
 
@@ -215,19 +216,14 @@ def test_a_wrong_number_fails_the_command_and_a_wrong_claim_is_named(root, capsy
     readme.write_text(text.replace(claim["text"], wrong["text"]))
 
     def write(*claims):
-        kept = [one for one in content["claims"] if one != claim and "record" in one][:20]
+        kept = [other for other in content["claims"] if other != claim and "record" in other][:20]
         file.write_text(yaml.safe_dump(content | {"claims": [*kept, *claims]}))
 
     write(wrong)
-    made = audit.claims()
-    compared = made[made["p"] != ""]
-    above = pd.to_numeric(compared["p"].replace("below 0.001", "0")) >= 0.05
-    assert "holds" not in set(compared["verdict"][above])
-    assert "not separated" not in set(compared["verdict"][~above])
     assert audit.claims_main([]) == 1
-    shown = capsys.readouterr().out
-    assert "number differs: 9.87 is " in shown
-    assert "no claim covers it" in shown  # the claims that are left out
+    output = capsys.readouterr().out
+    assert "number differs: 9.87 is " in output
+    assert "no claim covers it" in output  # the claims that are left out
     for changes, part in (({"numbers": []}, "0 under `numbers`"), ({"log": "x"}, "expected either `record`")):
         write(wrong | changes)
         with pytest.raises(InputError, match=rf"claims.yaml: .*{part}"):

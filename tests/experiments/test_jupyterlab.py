@@ -42,11 +42,11 @@ STATE = """() => {
     for (let i = 0; i < count; i++) outputs.push(model.outputs.get(i).toJSON());
     return {
       done: model.type !== "code" || (model.executionCount > 0 && model.executionState !== "running"),
-      kinds: outputs.flatMap(one => Object.keys(one.data || {})),
+      kinds: outputs.flatMap(output => Object.keys(output.data || {})),
       // A figure of nothing says so in its title and has no mark.
-      marks: outputs.flatMap(one => ((one.data || {})["application/vnd.plotly.v1+json"] || {data: []}).data)
+      marks: outputs.flatMap(({data}) => ((data || {})["application/vnd.plotly.v1+json"] || {data: []}).data)
         .some(trace => !trace.x || (trace.x.bdata || trace.x).length > 0),
-      errors: outputs.filter(one => one.output_type === "error").map(one => one.ename + ": " + one.evalue),
+      errors: outputs.filter(({output_type}) => output_type === "error").map(e => e.ename + ": " + e.evalue),
     };
   });
   return {idle: Boolean(session && session.kernel && session.kernel.status === "idle"), cells};
@@ -61,15 +61,14 @@ CELL = "window.jupyterapp.shell.currentWidget.content.widgets[index].node"
 # Marks of a figure: of axes and of heat maps.
 MARKS = ", ".join(f".main-svg {mark}" for mark in (".trace", ".point", ".hm"))
 DRAWN = f"index => {CELL}.querySelectorAll('{MARKS}').length > 0"
-SAID = f"index => [...{CELL}.querySelectorAll('.widget-output')].map(one => one.innerText).join()"
+TEXT = f"index => [...{CELL}.querySelectorAll('.widget-output')].map(output => output.innerText).join()"
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A JupyterLab on a copy of the notebooks; yields its address, with the token."""
     place = tmp_path_factory.mktemp("lab")
-    ignore = shutil.ignore_patterns(".ipynb_checkpoints")
-    shutil.copytree(ROOT / "notebooks", place / "notebooks", ignore=ignore)
+    shutil.copytree(ROOT / "notebooks", place / "notebooks", ignore=shutil.ignore_patterns(".ipynb_*"))
     for file in (place / f"notebooks/{name}.ipynb" for name in RUN):
         notebook = nbformat.read(file, 4)
         for cell in notebook.cells:
@@ -77,9 +76,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         nbformat.write(notebook, file)
     folders = [f"JUPYTER_{kind}_DIR" for kind in ("CONFIG", "DATA", "RUNTIME")]
     folders += ["RECLIB_RECORDS", "RECLIB_RUNS"]
-    own = {name: str(place / name) for name in folders} | {"HOME": str(place)}
+    own = {name: str(place / name) for name in folders} | {"HOME": str(place), "RECLIB_ROOT": str(ROOT)}
     own |= {"RECLIB_DATA": os.environ.get("RECLIB_DATA", str(ROOT / ".data"))}
-    own |= {"RECLIB_ROOT": str(ROOT)}
     options = "--no-browser --ip 127.0.0.1 --port 0 --allow-root --LabApp.news_url=None"
     options += " --expose-app-in-browser"
     command = [sys.executable, "-m", "jupyter", "lab", *options.split(), "notebooks"]
@@ -123,9 +121,9 @@ def slider_moves_a_number(page: Any, index: int) -> bool:
     slider = shown(page, index).locator("[role=slider]").first
     if not slider.count():
         return True
-    before = page.evaluate(SAID, index)
+    before = page.evaluate(TEXT, index)
     slider.focus()
-    changed = f"([index, before]) => ({SAID})(index) !== before"
+    changed = f"([index, before]) => ({TEXT})(index) !== before"
     for key in ("ArrowRight", "ArrowLeft", "ArrowLeft"):  # one of them is not at the end of the scale
         page.keyboard.press(key)
         if comes_true(page, changed, [index, before], 30):

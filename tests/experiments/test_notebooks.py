@@ -38,8 +38,8 @@ def tags(cell: nbformat.NotebookNode) -> list[str]:
 
 def bundles(cells: Iterable[nbformat.NotebookNode]) -> list[dict]:
     """Return the results that cells display: a table of several, or one."""
-    shown = [output.get("data", {}).get(reclib_records.MIME, []) for cell in cells for output in cell.outputs]
-    return [bundle for one in shown for bundle in (one if isinstance(one, list) else [one])]
+    contents = [out.get("data", {}).get(reclib_records.MIME, []) for cell in cells for out in cell.outputs]
+    return [bundle for c in contents for bundle in (c if isinstance(c, list) else [c])]
 
 
 def lane(file: Path, records: Path) -> subprocess.CompletedProcess[str]:
@@ -68,20 +68,20 @@ def test_the_form_of_a_notebook_and_its_outputs_of_one_clean_run(file: Path):
     assert any(any(bundle["metrics"].values()) for bundle in compared), "a change would be unseen"
 
 
-def told_apart(result: dict) -> str:
-    """What tells the results of a notebook of several devices apart; those of one device keep their order."""
+def device_key(result: dict) -> str:
+    """Key that tells the results of several devices apart; those of one device keep their order."""
     own = result.get("own_params") or result["params"]
-    several = ("device", "rule", "technique")
-    return json.dumps([result["name"], own.get("size"), *map(own.get, several)]) if own.get("device") else ""
+    values = map(own.get, ("size", "device", "rule", "technique"))
+    return json.dumps([result["name"], *values]) if own.get("device") else ""
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
 def test_a_notebook_gives_again_what_is_stored_in_it(file: Path, tmp_path: Path):
-    done = lane(file, tmp_path)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    process = lane(file, tmp_path)
+    assert process.returncode == 0, process.stdout[-6000:] + process.stderr[-2000:]
     # Records are in the folders of their devices, so they are read in another order than they are shown in.
-    stored = sorted(bundles(code_cells(file)), key=told_apart)
-    fresh = sorted(reclib_records.read(tmp_path), key=told_apart)
+    stored = sorted(bundles(code_cells(file)), key=device_key)
+    fresh = sorted(reclib_records.read(tmp_path), key=device_key)
     smoke = parameters.profile_of(file.stem, parameters.build(file.stem, SMOKE[file.stem]))
     assert stored, "the notebook displays no result"
     assert [bundle["name"] for bundle in stored] == [entry["name"] for entry in fresh]
@@ -106,19 +106,19 @@ def executed(project: Path) -> Path:
 
 
 def test_the_lane_is_green_on_its_own_outputs_and_red_on_others_and_on_a_failing_cell(executed, tmp_path):
-    done = lane(executed, tmp_path / "records")
-    assert done.returncode == 0, done.stdout
+    process = lane(executed, tmp_path / "records")
+    assert process.returncode == 0, process.stdout
     assert len(reclib_records.read(tmp_path / "records")) == 1
     notebook = nbformat.read(executed, 4)
     bundle = notebook.cells[-1].outputs[0].data[reclib_records.MIME]
     bundle["metrics"]["hr_10"] *= 1.5
     notebook.cells.append(nbformat.v4.new_code_cell("1 / 0"))
     nbformat.write(notebook, executed)
-    done = lane(executed, tmp_path / "others")
-    assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-2000:]
+    process = lane(executed, tmp_path / "others")
+    assert process.returncode == 1, process.stdout[-3000:] + process.stderr[-2000:]
     for part in (reclib_records.MIME, repr(bundle["metrics"]["hr_10"]), "ZeroDivisionError"):
-        assert part in done.stdout
-    assert "2 failed" in done.stdout.splitlines()[-1]  # these and no others
+        assert part in process.stdout
+    assert "2 failed" in process.stdout.splitlines()[-1]  # these and no others
 
 
 def test_the_runners_and_the_hooks_normaliser_agree(executed: Path, tmp_path: Path):

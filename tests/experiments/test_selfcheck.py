@@ -2,10 +2,9 @@
 
 import json
 
-import pytest
 import torch
 
-from reclib import hardware
+from reclib import hardware, system
 from reclib.experiments import comparison
 from reclib.train import losses as reclib_losses
 from reclib.train import timing
@@ -13,15 +12,9 @@ from reclib.train import timing
 CPU = hardware.resolve("cpu")
 
 
-@pytest.fixture
-def root(tmp_path, monkeypatch):
-    monkeypatch.setenv("RECLIB_RECORDS", str(tmp_path))
-    return tmp_path
-
-
 def test_every_check_passes_on_this_cpu_and_is_written(root, capsys):
     assert comparison.check_main(["cpu"]) == 0
-    written = json.loads((root / "cpu" / comparison.FILE).read_text())
+    written = json.loads((system.executed() / "cpu" / comparison.FILE).read_text())
     assert written["passed"] is True
     names = ["exactness", "precision", "synchronisation", "out of memory"]
     assert [check["name"] for check in written["checks"]] == names

@@ -1,24 +1,20 @@
 """Figures, their files and the page that shows them, drawn of committed records."""
 
-from __future__ import annotations
-
 import copy
 import json
 import os
 import re
 import shutil
 import struct
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from figure_records import compared, of_sizes, record
+from conftest import ROOT, python, refusal
+from figure_records import compared, of_sizes, record, title
 from markupsafe import escape
 
 from reclib import records
-from reclib.config import InputError
 from reclib.report import figures, findings, tables
 
 # Data whose committed records give every figure and are soon drawn; of ml-1m, the race alone.
@@ -50,13 +46,9 @@ def built(rows, drawings, tmp_path_factory) -> Path:
     """The folder of all figures, drawn once."""
     folder = tmp_path_factory.mktemp("figures")
     files = figures.build(rows, folder)
-    assert {file.name for file in files} == {f"{one.file}.html" for one in drawings} | {"index.html"}
+    assert {file.name for file in files} == {f"{drawing.file}.html" for drawing in drawings} | {"index.html"}
     assert {*folder.iterdir()} == {*files, folder / "plotly.min.js", folder / "figure.js"}
     return folder
-
-
-def title(name, *records):
-    return figures.show(name, *records).layout.title.text
 
 
 def under(figure):
@@ -90,21 +82,20 @@ def test_every_figure_tells_measured_from_predicted_titles_its_axes_and_leaves_r
 def test_another_process_writes_the_same_bytes_from_records_in_another_order(rows, built, tmp_path):
     newest_first = sorted(rows, key=lambda row: row["time"], reverse=True)
     (tmp_path / "records.json").write_text(json.dumps(newest_first))
-    code = (
-        "import json, sys; from pathlib import Path; from reclib.report import figures; "
-        "figures.build(json.loads(Path('records.json').read_text()), Path('there'));"
-        "print('torch' in sys.modules)"
+    code = """import json, pathlib, sys
+from reclib.report import figures
+figures.build(json.load(open("records.json")), pathlib.Path("built"))
+print("torch" in sys.modules)"""
+    process = python("-c", code, cwd=tmp_path, env=os.environ | {"PYTHONHASHSEED": "7"}, check=True)
+    assert process.stdout == "False\n"
+    other, own = (
+        {p.name: p.read_bytes() for p in folder.iterdir()} for folder in (tmp_path / "built", built)
     )
-    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
-    there, here = ({p.name: p.read_bytes() for p in place.iterdir()} for place in (tmp_path / "there", built))
-    assert there == here
+    assert other == own
 
 
 def test_titles_state_what_the_records_say(drawings):
-    rows = {one.spec.name: one.records for one in drawings if one.label == "cpu"}
+    rows = {drawing.spec.name: drawing.records for drawing in drawings if drawing.label == "cpu"}
     rungs = sorted(rows["step_ladder"], key=lambda row: row["own_params"]["rung"])
     ladder = [row["timings"]["step_seconds"] for row in rungs if "step_seconds" in row["timings"]]
     rates = [row["timings"].get("sequences_per_second") or 0 for row in rows["step_time"]]
@@ -112,13 +103,13 @@ def test_titles_state_what_the_records_say(drawings):
     fp32, other, *_ = rows["loss_parity"]
     other = other | {"series": other["series"] | {"loss": [1.01 * loss for loss in fp32["series"]["loss"]]}}
     rows["loss_parity"] = [fp32, other]
-    for name, said in {
+    for name, part in {
         "step_ladder": f"a step is {ladder[0] / min(ladder):,.1f} times faster",
         "step_time": f"with {max(rates):,.0f} sequences/s",
         "loss_parity": "differ by at most 1.00%",
         "claimed_rates": f"more than the epoch time allows, by up to {max(ratios):.1f} times",
     }.items():
-        assert said in title(name, *rows[name])
+        assert part in title(name, *rows[name])
 
 
 def test_what_did_not_run_is_said_in_the_figure_and_has_no_mark():
@@ -134,7 +125,7 @@ def test_what_did_not_run_is_said_in_the_figure_and_has_no_mark():
 
 
 def test_open_marks_are_those_that_cannot_be_compared(drawings):
-    drawing = next(one for one in drawings if one.spec.name == "protocols")
+    drawing = next(drawing for drawing in drawings if drawing.spec.name == "protocols")
     comparable = {row["own_params"]["protocol"]: row["own_params"]["comparable"] for row in drawing.records}
     figure = figures.show("protocols", *drawing.records)
     names = [name.replace("<br>", " ") for name in figure.layout.yaxis.ticktext]
@@ -209,10 +200,8 @@ def test_pages_load_nothing_from_elsewhere_and_state_question_answer_and_origin(
 
 
 def test_smoke_runs_are_called_that_everywhere(rows, two, tmp_path):
-    smoke = [
-        r | {"profile": "smoke"} for r in rows if r["notebook"] == "04_amp_compile" and r["label"] == "cpu"
-    ]
-    *drawn, page = figures.build([*smoke, *({**row, "profile": "smoke"} for row in two)], tmp_path)
+    speed = [row for row in rows if (row["notebook"], row["label"]) == ("04_amp_compile", "cpu")]
+    *drawn, page = figures.build([row | {"profile": "smoke"} for row in (*speed, *two)], tmp_path)
     for path in drawn:
         assert "smoke run, not a result" in path.read_text(), path.name
     answers = 2  # beside the answer of each notebook too
@@ -222,7 +211,7 @@ def test_smoke_runs_are_called_that_everywhere(rows, two, tmp_path):
 def test_what_a_record_says_is_escaped(rows, two, tmp_path):
     named = {"name": HOSTILE, "fingerprint": HOSTILE}
     changes = {"label": HOSTILE, "notebook": HOSTILE, "name": HOSTILE, "device": named, "data": named}
-    hostile = [one | {key: value} for key, value in changes.items() for one in two]
+    hostile = [row | {key: value} for key, value in changes.items() for row in two]
     own = {"own_params": {"model": HOSTILE}, "params": {"dataset": HOSTILE}}
     of_models = ("test_metrics", "learning_curve")
     hostile += [r | own for r in rows if r["notebook"] == "02_baseline" and r["name"] in of_models]
@@ -257,17 +246,16 @@ def test_two_datasets_of_one_name_and_a_users_own_stand_apart(two, tmp_path):
     assert names == ["index.html", f"{two[0]['name']}_a-b-..-c_cpu.html"]
     own = {"params": {"dataset": "/home/me/ratings.csv"}}
     prints = [{"data": {"name": "ratings", "fingerprint": print_}} for print_ in ("aaaa1111bb", "cccc")]
-    mine = [one | data | own for data in prints for one in two]
-    names = {path.name for path in figures.build([*mine, *two], tmp_path)}
+    users = [row | data | own for data in prints for row in two]
+    names = {path.name for path in figures.build([*users, *two], tmp_path)}
     shared = {f"item_popularity_ratings-{start}-_cpu.html" for start in ("aaaa1111", "cccc")}
-    assert shared <= names
-    assert "item_popularity_ml-100k_cpu.html" in names  # whose name nobody shares
-    study, yours = (tmp_path / "index.html").read_text(encoding="utf-8").split('<section id="own">')
-    assert "ratings" not in study[study.index("<main>") :]
-    assert "ratings (aaaa1111)" in yours
-    assert "ratings (cccc)" in yours
-    assert "ml-100k" not in yours
-    assert figures.main_figures(mine) == {}
+    assert shared | {"item_popularity_ml-100k_cpu.html"} <= names  # whose name nobody shares
+    study_html, own_html = (tmp_path / "index.html").read_text(encoding="utf-8").split('<section id="own">')
+    assert "ratings" not in study_html[study_html.index("<main>") :]
+    assert "ratings (aaaa1111)" in own_html
+    assert "ratings (cccc)" in own_html
+    assert "ml-100k" not in own_html
+    assert figures.main_figures(users) == {}
 
 
 def test_a_notebook_without_records_says_how_to_run_it(tmp_path, monkeypatch):
@@ -284,8 +272,7 @@ def test_a_notebook_without_records_says_how_to_run_it(tmp_path, monkeypatch):
     assert "no records yet" in html
     assert {chapter.findings({}) == [] for chapter in findings.CHAPTERS.values()} == {True}
     (folder / "02_baseline.ipynb").write_text('{"cells": ')
-    with pytest.raises(InputError, match=r"^02_baseline\.ipynb: not a notebook"):
-        figures.questions(folder)
+    assert refusal(figures.questions, folder).startswith("02_baseline.ipynb: not a notebook")
 
 
 # -- which records are shown ---------------------------------------------------------------------------------
@@ -326,9 +313,7 @@ def test_an_unmet_claim_stands_in_the_caption():
 # -- pictures ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(
-    not any(shutil.which(name) for name in figures.BROWSERS), reason="no Chromium or Chrome is installed"
-)
+@pytest.mark.skipif(not any(map(shutil.which, figures.BROWSERS)), reason="no Chromium or Chrome is installed")
 def test_the_first_figure_is_drawn_and_is_not_blank(tmp_path):
     file, *_ = figures.draw(of_sizes(), tmp_path / "out")
     assert file == tmp_path / "out" / "readme.png"
@@ -343,21 +328,19 @@ def test_without_a_browser_it_says_what_to_install_and_writes_nothing(tmp_path, 
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("RECLIB_CHROMIUM", raising=False)
     assert figures.pictures_main(["--out", str(tmp_path / "out")]) == 2
-    said = capsys.readouterr().err
-    assert "no browser to draw pictures with" in said
-    assert said.count("\n") == 1
+    assert re.fullmatch("no browser to draw pictures with.*\n", capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
     monkeypatch.setenv("RECLIB_CHROMIUM", "a-browser")
-    with pytest.raises(InputError, match="none of a-browser is installed"):
-        figures.browser()
+    assert "none of a-browser is installed" in refusal(figures.browser)
 
 
 def test_a_browser_that_fails_is_told_in_one_line(tmp_path):
     browser = tmp_path / "broken"
     browser.write_text("#!/bin/sh\necho first >&2\necho 'no display' >&2\nexit 1\n")
     browser.chmod(0o755)
-    with pytest.raises(InputError, match=r"^broken could not draw page\.html: no display$"):
-        figures.photograph(str(browser), tmp_path / "page.html", tmp_path / "page.png", 100)
+    files = (tmp_path / "page.html", tmp_path / "page.png")
+    message = refusal(figures.photograph, str(browser), *files, 100)
+    assert message == "broken could not draw page.html: no display"
 
 
 def test_of_several_runs_that_of_most_work_is_drawn_then_with_enough_seeds_then_the_newest():

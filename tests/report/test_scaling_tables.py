@@ -1,7 +1,5 @@
 """What is said and drawn of a scaling grid and a tuning: with nothing, with few runs, and with all."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 
 import pytest
@@ -68,12 +66,10 @@ def test_accuracy_against_size_keeps_validation_and_test_apart_and_says_who_is_a
     assert drawn["BERT4Rec, test"] == [0.04]
     lines = [trace.y[0] for trace in figure.data if trace.name.startswith("counts")]
     assert 0.09 not in lines, "a count that had the validation item is no rival"
-    said = findings.study(rows)
-    assert said[0] == (
-        "How far: wider models rank better. NDCG@10 on validation goes on made-up from 0.035 (w32d2) to "
-        "0.055 (w64d2)."
-    )
-    assert said[1].startswith("Counting, with nothing trained, is ahead of every network on its own on")
+    sizes, counts = findings.study(rows)
+    expected = "How far: wider models rank better. NDCG@10 on validation goes on made-up from"
+    assert sizes == f"{expected} 0.035 (w32d2) to 0.055 (w64d2)."
+    assert counts.startswith("Counting, with nothing trained, is ahead of every network on its own on")
     assert tables.by_size(rows[:2]) == [], "one size is no comparison of sizes"
     assert findings.study([]) == []
 
@@ -112,11 +108,10 @@ def test_other_recipes_stand_on_no_line_of_plain_widths():
     }
     assert {arm: tables.sweep_of(arm) for arm in sweeps} == sweeps
     plain, others = of_sizes(), []
+    run, test = (next(r for r in plain if r["name"] == name) for name in ("learning_curve", "test_metrics"))
     for number, arm in enumerate(sweeps, start=1):
-        run, test = plain[0], next(row for row in plain if row["name"] == "test_metrics")
-        metrics = run["metrics"] | {"non_embedding": number}
-        others += [{**run, "metrics": metrics, "own_params": {"model": arm}}]
-        others += [{**test, "own_params": {"model": arm}}]
+        own = {"own_params": {"model": arm}}
+        others += [run | own | {"metrics": run["metrics"] | {"non_embedding": number}}, test | own]
     rows = tables.by_size([*plain, *others])
     traces = figures.show("size_and_counts", *rows).data
     drawn = {trace.name: list(trace.x) for trace in traces if not trace.name.startswith("counts")}
@@ -134,9 +129,8 @@ def test_other_recipes_stand_on_no_line_of_plain_widths():
     about = {"data": {"name": "causal-made-up", "fingerprint": "efgh"}, "time": "2026-02-01"}
     twins = [row | about | {"own_params": {"model": f"causal {row['own_params']['model']}"}} for row in plain]
     main = figures.main_figures([*plain, *twins])["scaling_accuracy"]
-    assert {row["data"]["name"] for row in main} == {"scaling-made-up"}, (
-        "a newer grid of twins is not the main one"
-    )
+    names = {row["data"]["name"] for row in main}
+    assert names == {"scaling-made-up"}, "a newer grid of twins is not the main one"
 
 
 def ranked(model: str, flops: float, *scores: float) -> list[dict]:
@@ -154,24 +148,27 @@ def test_what_to_buy_is_the_cheapest_not_told_apart_from_the_best_of_those_with_
     def bought(*rows: dict) -> str:
         return next((line for line in findings_of(list(rows)).splitlines() if "What to buy" in line), "")
 
-    said = bought(*small, *middle, *large, *few, *rate)
-    assert "w96d2 ranks best (0.2600); the cheapest not told apart is w64d2 (0.2200), at 50% of its" in said
-    assert "From w32d2 to w96d2 a doubling of training FLOPs is worth +0.0750" in said
-    alone = bought(*small, *middle)
-    assert "w64d2 ranks best (0.2200); no cheaper one has a seed that reaches its worst" in alone
+    line = bought(*small, *middle, *large, *few, *rate)
+    assert "w96d2 ranks best (0.2600); the cheapest not told apart is w64d2 (0.2200), at 50% of its" in line
+    assert "From w32d2 to w96d2 a doubling of training FLOPs is worth +0.0750" in line
+    line = bought(*small, *middle)
+    assert "w64d2 ranks best (0.2200); no cheaper one has a seed that reaches its worst" in line
     assert not bought(*small, *few), "one arm with enough seeds leaves nothing to choose"
 
 
 def test_what_a_law_is_held_against_and_how_sure_its_exponent_is():
-    one = prediction(low=4.9, high=5.6, exponent_low=0.1, exponent_high=0.9)
-    one["series"] = {"non_embedding": [1000, 2000], "loss": [6.0, 5.5]}
-    found = scaling.outcome([LARGEST, one], "scaling-x")
-    assert found["naive"] == pytest.approx({"last": 5.5, "line": 5.0})
-    said = findings_of([LARGEST, one])
-    assert "misses by +0.500 nats, a straight line in log N by +0.000" in said
-    assert "known to 0.10 to 0.90 only" in said
-    assert "error +0.500 nats (+10.0%), inside the band" in said
-    table = tables.predictions({"scaling-x": found, "scaling-y": scaling.outcome([], "scaling-y")})
+    law = prediction(low=4.9, high=5.6, exponent_low=0.1, exponent_high=0.9)
+    law["series"] = {"non_embedding": [1000, 2000], "loss": [6.0, 5.5]}
+    outcome = scaling.outcome([LARGEST, law], "scaling-x")
+    assert outcome["naive"] == pytest.approx({"last": 5.5, "line": 5.0})
+    text = findings_of([LARGEST, law])
+    for part in (
+        "misses by +0.500 nats, a straight line in log N by +0.000",
+        "known to 0.10 to 0.90 only",
+        "error +0.500 nats (+10.0%), inside the band",
+    ):
+        assert part in text
+    table = tables.predictions({"scaling-x": outcome, "scaling-y": scaling.outcome([], "scaling-y")})
     assert list(table.index) == ["scaling-x"]
     assert table.loc["scaling-x", ["hash", "runs that carry the hash"]].tolist() == ["abc", 1]
 
@@ -189,11 +186,10 @@ def test_the_curve_shows_every_seed_hollow_what_is_predicted_and_this_run_apart(
     figure = scaling_figures.scaling_curve(tables.table([*ROWS, LARGEST, own, prediction()]))
     assert figure.layout.title.subtitle.text.replace("<br>", " ").endswith("Fewer seeds: w384d2 (1).")
     marks = {t.name: t for t in figure.data if t.xaxis in (None, "x") and t.mode == "markers"}
-    assert sorted(marks["width, committed (0.0 M tokens)"].y) == [5.0, 6.0, 6.1]
-    assert list(marks["width, this run (0.0 M tokens)"].y) == [6.5]
-    assert marks["width, this run (0.0 M tokens)"].marker.symbol == "diamond"
+    committed, this_run = (marks[f"width, {runs} (0.0 M tokens)"] for runs in ("committed", "this run"))
+    assert sorted(committed.y) == [5.0, 6.0, 6.1]
+    assert (list(this_run.y), this_run.marker.symbol) == ([6.5], "diamond")
     assert not any("depth" in name for name in marks), "depth has a figure of its own"
     assert marks["prediction of w384d2"].marker.symbol == "circle-open"
     assert "+10.0%" in figure.layout.title.text
-    dashed = next(trace for trace in figure.data if trace.name == "law")
-    assert dashed.line.dash == "dash"
+    assert next(trace for trace in figure.data if trace.name == "law").line.dash == "dash"

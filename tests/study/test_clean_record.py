@@ -13,7 +13,6 @@ import pytest
 import yaml
 from conftest import ROOT, python
 
-FOLDERS = ("notebooks", "executed", "figures", "params")
 # Folders of people and of machines, wherever a path begins; addresses of pages are none.
 PLACES = re.compile(r"(?<![\w.:/<\\-])/(?:home|root|Users|tmp|work|mnt|content|var|private)/[\w.-]+")
 SECRETS = re.compile(
@@ -74,7 +73,7 @@ def findings(text: str, private: list[str]) -> list[str]:
 
 
 def test_committed_notebooks_records_and_figures_tell_nothing_about_who_ran_them():
-    command = ["git", "ls-files", "-z", *FOLDERS]
+    command = ["git", "ls-files", "-z", "notebooks", "executed", "figures", "params"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     files = [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
     assert len(files) > 30
@@ -102,13 +101,11 @@ def test_what_a_run_writes_holds_no_secret_and_tells_nothing_about_who_wrote_it(
     folder = tmp_path / "private-place"
     (folder / "root" / "notebooks").mkdir(parents=True)
     (folder / "root" / "params").symlink_to(ROOT / "params")
-    kept = {k: v for k, v in os.environ.items() if k != "WANDB_MODE"}
-    environment = kept | PLANTED | {
-        "RECLIB_ROOT": str(folder / "root"),
-        "RECLIB_RECORDS": str(folder / "records"),
-    }  # fmt: skip
-    done = python("-c", WRITER, folder / "out", cwd=folder, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    places = {"RECLIB_ROOT": str(folder / "root"), "RECLIB_RECORDS": str(folder / "records")}
+    environment = os.environ | PLANTED | places
+    del environment["WANDB_MODE"]
+    process = python("-c", WRITER, folder / "out", cwd=folder, env=environment)
+    assert process.returncode == 0, process.stderr[-3000:]
     files = [file for file in folder.rglob("*") if file.is_file() and "params" not in file.parts]
     assert {".safetensors", ".json", ".jsonl", ".wandb"} <= {file.suffix for file in files}
     assert [file for file in files if file.name.startswith("events.out.tfevents")]
@@ -135,9 +132,9 @@ UNSAFE = re.compile(
 def test_nothing_unpickles_a_file():
     rules = "S102,S301,S302,S307,S403,S506"  # exec, pickle, marshal, eval, imports of pickle, yaml.load
     options = ["--isolated", "--preview", "--no-cache", "--output-format", "concise", "--select", rules]
-    found = python("-m", "ruff", "check", *options, "reclib", "benchmarks", cwd=ROOT).stdout
+    output = python("-m", "ruff", "check", *options, "reclib", "benchmarks", cwd=ROOT).stdout
     # `fetch` reads pinned tables by an unpickler that knows a fixed list of names; test_fetch attacks it.
-    assert {line.partition(":")[0] for line in found.splitlines()[:-1]} == {"reclib/data/fetch.py"}, found
+    assert {line.partition(":")[0] for line in output.splitlines()[:-1]} == {"reclib/data/fetch.py"}, output
     for bad in ("torch.load(f)", "torch.load(f, weights_only=False)", "np.load(f, allow_pickle=True)"):
         assert UNSAFE.search(bad)
     for file in (file for folder in ("reclib", "benchmarks") for file in (ROOT / folder).rglob("*.py")):
@@ -149,9 +146,9 @@ def test_nothing_unpickles_a_file():
 
 
 def test_jupyterlab_is_started_on_loopback_and_keeps_its_token():
-    said = (ROOT / "Makefile").read_text() + (ROOT / "README.md").read_text()
-    started = [line for line in said.splitlines() if re.search(r"jupyter[ -](?:lab|notebook)\b", line)]
+    text = (ROOT / "Makefile").read_text() + (ROOT / "README.md").read_text()
+    started = [line for line in text.splitlines() if re.search(r"jupyter[ -](?:lab|notebook)\b", line)]
     assert any("--ip 127.0.0.1" in line for line in started)
     exposed = r"0\.0\.0\.0|--(?:ip|ServerApp\.ip)[ =]\*|token *= *['\"]{2}|disable_check_xsrf"
     exposed += r"|(?:IdentityProvider|ServerApp|NotebookApp)\.(?:token|password) *="
-    assert not re.findall(exposed, said)
+    assert not re.findall(exposed, text)

@@ -26,14 +26,14 @@ def test_every_command_has_help_and_help_names_every_command(capsys):
 
 
 def test_a_wrong_option_is_an_error_of_one_line():
-    done = shell("reclib plan --sise 5m")
-    assert done.returncode == 2
-    assert re.fullmatch(".*--help.*\n", done.stderr)
+    process = shell("reclib plan --sise 5m")
+    assert process.returncode == 2
+    assert re.fullmatch(".*--help.*\n", process.stderr)
 
 
 def test_a_reader_that_goes_away_is_no_error():
-    gone = shell("reclib plan --size 5m --gpu l4 | true")
-    assert (gone.returncode, gone.stderr) == (141, "")
+    process = shell("reclib plan --size 5m --gpu l4 | true")
+    assert (process.returncode, process.stderr) == (141, "")
 
 
 def test_a_failing_system_is_an_error_of_one_line(capsys):

@@ -17,12 +17,13 @@ from reclib.parameters import PROFILES
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
-def make(target: str, folder: Path = ROOT, *given: str) -> list[str]:
+def make(target: str, folder: Path = ROOT, *variables: str) -> list[str]:
     """Return the commands that make would carry out."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE") and k != "MFLAGS"}
-    command = ["make", "--always-make" if folder == ROOT else "--no-print-directory", "-n", target, *given]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
-    return [line.strip() for line in done.stdout.splitlines()]
+    option = "--always-make" if folder == ROOT else "--no-print-directory"
+    command = ["make", option, "-n", target, *variables]
+    output = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    return [line.strip() for line in output.stdout.splitlines()]
 
 
 def test_the_environment_installs_the_project_and_names_nothing_else():
@@ -50,9 +51,9 @@ def test_the_makefile_loses_no_time_once_it_is_installed_and_tells_an_old_python
     for name in ("Makefile", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path / name)
     command = ["make", "install", "PYTHON=false"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "reclib needs Python 3.11 or later" in done.stderr
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode != 0
+    assert "reclib needs Python 3.11 or later" in process.stderr
     assert not (tmp_path / ".venv").exists()
     stamp = next(line for line in make("install", tmp_path) if line.startswith("touch")).split()[1]
     (tmp_path / ".venv").mkdir()

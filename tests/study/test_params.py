@@ -2,12 +2,11 @@ import functools
 import typing
 from pathlib import Path
 
-import pytest
 import yaml
-from conftest import ROOT, smoke
+from conftest import ROOT, refusal, smoke
 
 from reclib import parameters
-from reclib.config import GPU_LABELS, DataConfig, InputError, ModelConfig, TrainConfig, typed, validated
+from reclib.config import GPU_LABELS, DataConfig, ModelConfig, TrainConfig, typed, validated
 from reclib.parameters import Parameters
 
 DEVICES = [label for label in GPU_LABELS if label != "auto" and "-" not in label]
@@ -28,10 +27,7 @@ def test_the_name_of_a_profile_is_found_by_comparing():
 def test_every_profile_on_every_device_is_valid():
     for notebook in parameters.NOTEBOOKS:
         profiles = {name: parameters.profile(notebook, name) for name in parameters.PROFILES}
-        work = {
-            name: {key: values[key] for key in values if key not in ("tracker", "seeds")}
-            for name, values in profiles.items()
-        }
+        work = {name: values | {"tracker": None, "seeds": None} for name, values in profiles.items()}
         for profile, values in profiles.items():
             built = parameters.build(notebook, values)
             assert list(parameters.values(built)) == parameters.names(notebook)
@@ -55,27 +51,23 @@ def test_wrong_values_are_told_in_one_line_that_names_the_parameter():
     adaptation = parameters.profile("05_ilora", "smoke")
     data = parameters.profile("01_data_prep", "smoke")
     for notebook, values, part in [
-        ("02_baseline", {"batch_szie": 4}, "unknown parameter 'batch_szie' (did you mean 'batch_size'?)"),
-        ("02_baseline", {"batch_size": -4}, "parameter 'batch_size' is -4"),
-        ("02_baseline", {"batch_size": True}, "parameter 'batch_size' is True"),
-        ("02_baseline", {"gpu": "rtx"}, "'h200' or 'rtx4090'"),
-        ("02_baseline", {"tied": "no"}, "parameter 'tied' is 'no'"),
-        ("02_baseline", {"size": "tinny"}, "did you mean 'tiny'?"),
-        ("02_baseline", {"seeds": [3, 3]}, "listed twice"),
+        ("02_baseline", SMOKE | {"epcohs": 4}, "unknown parameter 'epcohs' (did you mean 'epochs'?)"),
+        ("02_baseline", SMOKE | {"batch_size": -4}, "parameter 'batch_size' is -4"),
+        ("02_baseline", SMOKE | {"batch_size": True}, "parameter 'batch_size' is True"),
+        ("02_baseline", SMOKE | {"gpu": "rtx"}, "'h200' or 'rtx4090'"),
+        ("02_baseline", SMOKE | {"tied": "no"}, "parameter 'tied' is 'no'"),
+        ("02_baseline", SMOKE | {"size": "tinny"}, "did you mean 'tiny'?"),
+        ("02_baseline", SMOKE | {"seeds": [3, 3]}, "listed twice"),
+        ("02_baseline", {k: v for k, v in SMOKE.items() if k != "epochs"}, "'epochs' is missing"),
         ("01_data_prep", data | {"columns": "user"}, "expected pairs"),
         ("05_ilora", adaptation | {"num_experts": 3}, "divisible by num_experts=3"),
         ("05_ilora", adaptation | {"arms": ["none", "lora"]}, "arms lacks ilora"),
         ("05_ilora", adaptation | {"past_share": 0.8}, "nothing for the test"),
         ("02_baselin", {}, "did you mean '02_baseline'"),
     ]:
-        with pytest.raises(InputError) as error:
-            parameters.build(notebook, (SMOKE | values) if notebook == "02_baseline" else values)
-        assert part in str(error.value)
-        assert "\n" not in str(error.value)
-    with pytest.raises(InputError, match="'epochs' is missing"):
-        parameters.build("02_baseline", {k: v for k, v in SMOKE.items() if k != "epochs"})
-    with pytest.raises(InputError, match="unknown profile 'fast'; allowed: smoke, quick, lease, full"):
-        parameters.profile("02_baseline", "fast")
+        assert part in refusal(parameters.build, notebook, values)
+    unknown = "unknown profile 'fast'; allowed: smoke, quick, lease, full"
+    assert unknown in refusal(parameters.profile, "02_baseline", "fast")
 
 
 def test_impossible_values_are_told_in_one_line():
@@ -95,12 +87,9 @@ def test_impossible_values_are_told_in_one_line():
         (TrainConfig, {"loss": "gbce", "head_rows": "all"}, "needs loss='plain', not 'gbce'"),
         (TrainConfig, focal, "knows no loss='sampled_softmax'"),
         (TrainConfig, {"objective": "next_item", "visible_targets": True}, "objective is 'next_item'"),
-        *((TrainConfig, {"prior": "counts"} | one, "prior='counts' needs the logits") for one in few_logits),
+        *((TrainConfig, {"prior": "counts"} | f, "prior='counts' needs the logits") for f in few_logits),
     ]:
-        with pytest.raises(InputError) as error:
-            validated(kind, values)
-        assert part in str(error.value)
-        assert "\n" not in str(error.value)
+        assert part in refusal(validated, kind, values)
 
 
 def test_known_misspellings_are_undone_and_told(capsys):
@@ -125,10 +114,9 @@ def test_a_name_that_is_no_parameter_is_told_from_what_later_cells_left():
     namespace = {**SMOKE, "In": cells, "Out": {}, "best": 2, "folder": "x", "_private": 1, "open": open}
     assert parameters.read("02_baseline", namespace) == build()
     slip = namespace | {"In": [*cells, "# Parameters\nepcohs = 5\nepochs = float('nan')"]}
-    with pytest.raises(InputError, match=r"'epcohs' \(did you mean 'epochs'\?\)"):
-        parameters.read("02_baseline", slip | {"epcohs": 5})
-    with pytest.raises(InputError, match="unknown parameter 'epcohs'"):  # without a history
-        parameters.read("02_baseline", {**SMOKE, "epcohs": 2})
+    message = "unknown parameter 'epcohs' (did you mean 'epochs'?)"
+    for names in (slip | {"epcohs": 5}, SMOKE | {"epcohs": 2}):  # the second without a history
+        assert message in refusal(parameters.read, "02_baseline", names)
     assert parameters.assigned_names("a = 1\nb: int = -2\nc = [0, 'x']\n# end") == ["a", "b", "c"]
     for source in ("a = f()", "import os\na = 1", "%matplotlib inline", "a.b = 1", "a = b = 1"):
         assert parameters.assigned_names(source) == []
@@ -145,16 +133,15 @@ def test_the_device_file_fills_only_what_was_not_given(capsys):
 def test_a_broken_parameter_file_is_named_with_its_line(project: Path):
     file = project / "params/quick.yaml"
     for text, part in [
-        ("02_baseline:\n  epochs: [1\n  x: 2\n", r"quick\.yaml, line 3: not valid YAML"),
-        ("- 1\n", r"quick\.yaml: must be a mapping"),
+        ("02_baseline:\n  epochs: [1\n  x: 2\n", "quick.yaml, line 3: not valid YAML"),
+        ("- 1\n", "quick.yaml: must be a mapping"),
         ("02_baseline: 3\n", "section '02_baseline' must be a mapping"),
         ("02_baseline:\n  epochs: 1\n  epochs: 2\n", "line 3: 'epochs' stands twice"),
         ("02_baseline:\n  off: 1\n", "line 2: False as a key is no text"),
         ("a: 2026-13-45\n", "quick.yaml: "),
     ]:
         file.write_text(text)
-        with pytest.raises(InputError, match=part):
-            parameters.profile("02_baseline", "quick")
+        assert part in refusal(parameters.profile, "02_baseline", "quick")
     file.write_text(yaml.safe_dump({"02_baseline": {"epochs": 7}}))
     assert parameters.profile("02_baseline", "quick")["epochs"] == 7
 

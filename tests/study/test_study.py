@@ -3,12 +3,13 @@
 import json
 import re
 import subprocess
+import unittest.mock
 from pathlib import Path
 
 import nbformat
 import pytest
 import yaml
-from conftest import RESULT, ROOT, python, rows_of
+from conftest import RESULT, ROOT, python, rows_of, smoke
 
 from reclib import cli, parameters
 from reclib import records as reclib_records
@@ -48,9 +49,8 @@ def test_a_run_leaves_notebook_record_and_stamp_and_no_tracked_file(project: Pat
     (entry,) = rows_of(project)
     assert entry["metrics"]["hr_10"] == pytest.approx(5.123456)
     assert (entry["profile"], entry["label"]) == ("custom", "cpu")
-    smoke = parameters.profile("02_baseline", "smoke")
     values = [entry["params"][name] for name in ("epochs", "batch_size", "size")]
-    assert values == [5, 32, smoke["size"]]
+    assert values == [5, 32, smoke("02_baseline").size]
     text = (project / NOTEBOOK).read_text()
     for private in (str(project), str(ROOT), str(Path.home()) + "/", '"papermill":', '"widgets":'):
         assert private not in text
@@ -66,13 +66,13 @@ def test_finished_work_is_skipped_until_something_changes(project: Path, set_cel
         ((_, _, state, _),) = cli.status()
         return state
 
-    kept = project / "runs/02_baseline/key/step-9"
-    kept.mkdir(parents=True)
+    checkpoint = project / "runs/02_baseline/key/step-9"
+    checkpoint.mkdir(parents=True)
     (project / "runs/01_data_prep").mkdir()
     assert state() == "missing"
     assert run() == run() == 0
     assert state() == "done"
-    assert kept.is_dir()
+    assert checkpoint.is_dir()
     assert "skipped" in capsys.readouterr().out
     job = Job.last("02_baseline", "cpu")
     assert not Job(job.notebook, job.values | {"epochs": 4}, "cpu").is_finished()
@@ -90,7 +90,7 @@ def test_finished_work_is_skipped_until_something_changes(project: Path, set_cel
     assert state() == "recorded"
     (project / "stamp").rename(project / STAMP)
     assert run("--force") == 0  # trains again instead of loading what was trained
-    assert not kept.exists()
+    assert not checkpoint.exists()
     assert (project / "runs/01_data_prep").is_dir()
     good = (project / NOTEBOOK).read_bytes()
     capsys.readouterr()
@@ -112,14 +112,8 @@ def test_finished_work_is_skipped_until_something_changes(project: Path, set_cel
 def test_a_users_records_stand_beside_the_committed_ones_which_only_commit_changes(
     project: Path, set_cells, monkeypatch, capsys
 ):
-    collected: list = []
-
-    def collect(roots, folder):
-        collected.append((roots, folder))
-        if len(collected) == 2:
-            raise RuntimeError("a page that cannot be built")
-        return []
-
+    fault = RuntimeError("a page that cannot be built")
+    collect = unittest.mock.Mock(side_effect=[[], fault, *[[]] * 4])
     monkeypatch.setattr(figures, "collect", collect)
     committed, own = project / "executed", project / "runs/executed"
     assert cli.main(["collect"]) == 0
@@ -138,7 +132,8 @@ def test_a_users_records_stand_beside_the_committed_ones_which_only_commit_chang
     assert cli.main(["collect", "--commit"]) == 0
     beside = ([committed, own], project / "runs/figures")
     alone = ([committed], project / "figures")
-    assert collected == [alone, *[beside] * 4, alone]  # after each notebook, and at the end
+    calls = [call.args for call in collect.call_args_list]
+    assert calls == [alone, *[beside] * 4, alone]  # after each notebook, and at the end
     reclib_records.append(own / "cpu/grids/x.jsonl", json.loads(before) | {"params": {"dataset": "mine.csv"}})
     for arguments in (["merge", str(own)], ["run", "02", "-p", "dataset", "mine.csv"]):
         assert cli.main([*arguments, "--commit"]) == 2
@@ -148,12 +143,12 @@ def test_a_users_records_stand_beside_the_committed_ones_which_only_commit_chang
 def test_plain_papermill_works_and_refuses_a_misspelt_parameter(project: Path):
     (project / "executed/cpu").mkdir(parents=True)
 
-    def papermill(folder: str, up: str, *given: str) -> subprocess.CompletedProcess[str]:
+    def papermill(folder: str, up: str, name: str, value: str) -> subprocess.CompletedProcess[str]:
         files = (f"{up}notebooks/02_baseline.ipynb", f"{up}executed/cpu/02_baseline.ipynb")
-        return python("-m", "papermill", *files, "-p", "gpu", "cpu", "-p", *given, cwd=project / folder)
+        return python("-m", "papermill", *files, "-p", "gpu", "cpu", "-p", name, value, cwd=project / folder)
 
-    done = papermill(".", "", "tied", "false")
-    assert done.returncode == 0, done.stderr
+    right = papermill(".", "", "tied", "false")
+    assert right.returncode == 0, right.stderr
     assert "converted: tied='false' -> False" in (project / "executed/cpu/02_baseline.ipynb").read_text()
     wrong = papermill("notebooks", "../", "epcohs", "4")
     assert wrong.returncode != 0
