@@ -463,16 +463,3 @@ def tuning_history(rows: pd.DataFrame) -> go.Figure:
     title = f"{len(trials)} trials, {int((trials['state'] == 'pruned').sum())} pruned"
     title += f"; the best has NDCG@10 {complete[RANKED].max():.4f}"
     return figure.update_layout(showlegend=True, title_text=title)
-
-
-def tuning_importance(rows: pd.DataFrame) -> go.Figure:
-    """Share of the value's variance that each field explains among the trials (PED-ANOVA)."""
-    rows = rows[rows["share"].notna()].sort_values("share") if "share" in rows else rows.iloc[:0]
-    figure = style.single()
-    if rows.empty:
-        return figure.update_layout(title_text="Too few whole trials to say what mattered", height=220)
-    figure.bars(rows, "share", "field", BLUE, "")
-    figure.update_xaxes(title_text="importance (share)", rangemode="tozero")
-    figure.update_yaxes(title_text="field")
-    top = rows.iloc[-1]
-    return figure.update_layout(title_text=f"{top['field']} has {top['share']:.0%} of the importance")

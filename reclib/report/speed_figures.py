@@ -130,29 +130,6 @@ def _operator(name: str) -> str:
     return base.removeprefix("aten::").replace("_", " ").strip()[:48]
 
 
-def loss_parity(rows: pd.DataFrame) -> go.Figure:
-    """Loss of the same steps in each precision, and its relative difference to the first precision."""
-    figure = panels(2, legend=True)
-    names = list(dict.fromkeys(rows.sort_values("number")["precision"]))
-    first = rows[rows["precision"] == names[0]].set_index("step")["loss"]
-    worst = 0.0
-    for number, name in enumerate(names):
-        part, color = rows[rows["precision"] == name], PALETTE[number % len(PALETTE)]
-        gap = part["loss"].to_numpy() / first[part["step"]].to_numpy() - 1
-        worst = max(worst, float(np.abs(gap).max()))
-        for column, y in enumerate((part["loss"], gap), 1):
-            look: dict[str, Any] = {"mode": "lines+markers", "marker": {"size": 5}, "name": name}
-            look |= {"legendgroup": name, "showlegend": column == 1}
-            figure.path(part, "step", y, color, "step %{x}: %{y:.5g}", **look, **at(1, column))
-    figure.update_xaxes(title_text="optimiser step")
-    figure.update_yaxes(title_text="cross-entropy per target (nats)", **at(1, 1))
-    figure.update_yaxes(title_text=f"relative difference to {names[0]}", tickformat=".1~e", **at(1, 2))
-    size = f"{worst:.2%}" if worst >= 1e-4 else f"{worst:.1e} of their size"
-    title = f"Losses of {', '.join(names)} differ by at most {size}"
-    title = title if len(names) > 1 else f"Loss in {names[0]}"
-    return figure.update_layout(showlegend=True, title_text=title)
-
-
 def claimed_rates(rows: pd.DataFrame) -> go.Figure:
     """Each claimed rate, the rate that its epoch time allows, and the factor between them."""
     rows = rows.assign(claimed=rows["ratio"] * rows["by_clock_per_second"])
@@ -264,34 +241,6 @@ def _roof(name: str) -> tuple[float, float] | None:
         return max(rates["product fp32"].values()), rates["bandwidth"]
     board = hardware.catalogue().get(name)
     return None if board is None else (board.peaks[board.precision()], board.bandwidth)
-
-
-def technique_gains(rows: pd.DataFrame) -> go.Figure:
-    """How many times faster each technique makes a step, by device and size, measured and predicted."""
-    names = list(dict.fromkeys(rows["technique"]))
-    rows = rows[rows["size"].isin(SIZES)]
-    sizes = _sizes(rows)
-    figure = panels(len(names), spacing=0.04, legend=True, shared_yaxes=True, subplot_titles=names)
-    for column, name in enumerate(names, 1):
-        part, place = rows[rows["technique"] == name], at(1, column)
-        for place_of_size, size in enumerate(sizes):
-            for kind, marks in part[part["size"] == size].groupby("kind"):
-                new = all(trace.name != size for trace in figure.data)
-                settings = {"name": size, "legendgroup": size, "showlegend": new}
-                color = PALETTE[place_of_size % len(PALETTE)]
-                hover = f"%{{y}}, {size}: %{{x:.2f}} times, {kind}"
-                figure.dots(marks, "speedup", "device", color, hover, **settings, **place)
-        figure.add_vline(x=1, line={"color": MUTED, "width": 1}, **place)
-        figure.update_xaxes(range=[0, 1.1 * max(1.5, part["speedup"].max())], **place)
-    figure.update_xaxes(title_text="times as fast")
-    best = [part.iloc[int(part["speedup"].argmax())] for _, part in rows.groupby("kind")]
-    title = "; ".join(
-        f"{row['kind']}: up to {row['speedup']:.1f} times the speed, by {row['technique']} ({row['device']})"
-        for row in best
-    )
-    _finish(figure, _devices(rows), style.sentence(title))
-    legend = {"y": -0.3, "yanchor": "top", "traceorder": "normal"}
-    return figure.update_layout(showlegend=True, legend=legend, margin={"b": 120})
 
 
 def _devices(rows: pd.DataFrame) -> list[str]:

@@ -6,7 +6,6 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
@@ -61,7 +60,6 @@ RATES = {"half": " half rate", "rule": "", "twice": " twice rate"}  # ends of ar
 FLOOR = "held over 16 bytes per parameter"
 _STATE_BYTES = 16  # of a parameter: weight, gradient and AdamW's two moments in fp32
 _STEPS = ("hardware_step", "real_size_step")  # names of records of a step of one size on one device
-_CLIMBED = ("gather before the head", "packed rows")  # rungs of the ladder that are techniques of the planner
 TIES = "ties-"  # prefix of grids whose arms differ in the order of ties
 _ABLATIONS = ("ablations-", "tuning-")  # prefixes of grids whose arms are compared
 # Parameters of notebook 02 that define the configuration of a model.
@@ -432,60 +430,6 @@ def steps(fresh: Iterable[Record], recorded: Iterable[Record]) -> list[dict[str,
         params = step["own_params"]
         best.setdefault((params["size"], params["device"], params.get("rule", "closed")), step)
     return list(best.values())
-
-
-def gains(recorded: Iterable[Record]) -> list[dict[str, Any]]:
-    """Return the measured speedup of a step by each technique, as records.
-
-    These are rungs of the ladder, AMP and compiling against eager fp32 (notebook 04), and iLoRA against
-    training all weights (notebook 05). Smoke runs are left out.
-    """
-    timed = [r for r in recorded if r["kind"] == "measured" and (r.get("timings") or {}).get("step_seconds")]
-    timed = [r for r in timed if r["profile"] != "smoke"]
-    gained = []
-    for (notebook, name, _), group in by(timed, lambda r: (r["notebook"], r["name"], _origin(r))).items():
-        pairs: list[tuple[Record, Record, str]] = []
-        if (notebook, name) == ("04_amp_compile", "ladder"):
-            rungs = sorted(group, key=lambda r: r["own_params"]["rung"])
-            pairs = [(before, after, after["own_params"]["name"]) for before, after in pairwise(rungs)]
-            pairs = [pair for pair in pairs if pair[2] in _CLIMBED]
-        elif (notebook, name) == ("04_amp_compile", "step"):
-            pairs = _against_eager(group)
-        elif (notebook, name) == ("05_ilora", "adapter_step"):
-            adapted = [
-                r for r in group if r["own_params"]["model"] == "ilora" and r["timings"].get("over_full")
-            ]
-            gained += [_gain(r, "iLoRA", 1 / r["timings"]["over_full"]) for r in adapted[:1]]
-        for before, after, technique in pairs:
-            speedup = before["timings"]["step_seconds"] / after["timings"]["step_seconds"]
-            gained.append(_gain(after, technique, speedup))
-    return gained
-
-
-def _origin(record: Record) -> tuple[str, str]:
-    return record["label"], json.dumps(record["params"], sort_keys=True)
-
-
-def _against_eager(timed: Sequence[Record]) -> list[tuple[Record, Record, str]]:
-    """Return the eager fp32 step of each batch size with its AMP step, and with its compiled one."""
-    pairs = []
-    for _, of_batch in sorted(by(timed, lambda r: r["own_params"]["batch_size"]).items()):
-        modes = by(
-            of_batch, lambda r: (r["own_params"]["ran_precision"], r["own_params"]["ran_compile_mode"])
-        )
-        by_mode = {mode: rows[0] for mode, rows in modes.items()}
-        eager, compiled = by_mode.get(("fp32", "off")), by_mode.get(("fp32", "default"))
-        mixed = by_mode.get(("bf16", "off"), by_mode.get(("fp16", "off")))
-        candidates = ((mixed, "AMP"), (compiled, "torch.compile"))
-        pairs += [(eager, after, technique) for after, technique in candidates if eager and after]
-    return pairs
-
-
-def _gain(after: Record, technique: str, speedup: float) -> dict[str, Any]:
-    params = {"size": after["params"]["size"], "device": device_of(after), "technique": technique}
-    params |= {"basis": "measured", "dataset": (after.get("data") or {}).get("name")}
-    changes = {"name": "technique", "own_params": params, "timings": {"speedup": speedup}, "metrics": {}}
-    return dict(after) | changes
 
 
 def points(recorded: Iterable[Record], prices: Mapping[str, float]) -> list[dict[str, Any]]:
