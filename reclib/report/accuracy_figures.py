@@ -567,20 +567,15 @@ def implanted(rows: pd.DataFrame) -> go.Figure:
     lines = {"iLoRA": (ilora, "reference_ndcg@10", _ARM_COLORS["ilora"], "circle")}
     for arm, color in (("lora", ORANGE), ("shuffled_user", GREEN), ("none", MUTED)):
         lines[ARM_NAMES[arm]] = (arms[arms["model"] == arm], "ndcg@10", color, "circle")
-    for name, column, symbol in (
-        ("the rule, known", "the rule", "diamond"),
-        ("popularity", "popularity", "x"),
-    ):
-        lines[name] = (ceiling, column, INK, symbol)
+    lines["the rule, known"] = (ceiling, "the rule", INK, "diamond")
+    lines["popularity"] = (ceiling, "popularity", INK, "x")
     figure = panels(legend=True)
     for name, (part, column, color, symbol) in lines.items():
         if len(part):
             look = {"name": name, "mode": "lines+markers", "marker": {"symbol": symbol, "size": 8}}
             figure.path(part, "share", column, color, f"{name}, %{{x:.0%}}: %{{y:.4f}}", **look)
-    told = (
-        arms[arms["model"] != "none"].groupby("share")["claim"].agg(lambda claims: set(claims) == {"worse"})
-    )
-    seen = [float(share) for share in told.index[told]]
+    rivals = arms[arms["model"] != "none"].groupby("share")["claim"]
+    seen = [float(share) for share, claims in rivals if set(claims) == {"worse"}]
     text = f"is seen from {min(seen):.0%} of items on" if seen else "is not seen"
     if (arms["claim"] == "too few seeds").any():
         text = f"would be seen or not: no claim, with fewer than {statistics.MIN_SEEDS} seeds"
@@ -594,7 +589,7 @@ def implanted(rows: pd.DataFrame) -> go.Figure:
 
 def adapter_cost(rows: pd.DataFrame) -> go.Figure:
     """Median step with quartiles, tensors at the peak, weights trained: by arm, precision, compile mode."""
-    rows = rows[rows["status"] != "not applicable"] if "status" in rows else rows
+    rows = rows[rows["status"] != "not applicable"]
     order = {"model": list(ARM_NAMES), "precision": list(get_args(Precision))}
     order |= {"compile_mode": list(get_args(CompileMode))}
     rank = {name: values.index for name, values in order.items()}

@@ -36,7 +36,8 @@ _LEGEND = style.BESIDE | {"traceorder": "normal"}
 def step_time(rows: pd.DataFrame) -> go.Figure:
     """Median step with quartiles, and peak memory, by precision, compile mode and batch size."""
     rows = rows.sort_values(["batch_size", "precision", "compile_mode"], kind="stable")
-    names = _variants(rows)
+    modes = rows["compile_mode"].replace("off", "eager")
+    names = rows["precision"] + ", " + modes + ", batch " + rows["batch_size"].astype(str)
     applies = rows["status"] != "not applicable"
     absent, names, rows = names[~applies], names[applies], rows[applies]
     figure = panels(2, spacing=0.06, shared_yaxes=True)
@@ -75,16 +76,16 @@ def step_ladder(rows: pd.DataFrame) -> go.Figure:
     before = after.shift(1)
     colors = np.where(before.isna(), MUTED, np.where(after <= before, GREEN, ORANGE))
     for name, kind, was, ms, color in zip(timed["name"], timed["kind"], before, after, colors, strict=True):
+        factor, right = "", ms
         if not np.isnan(was):
             figure.path(kind, [was, ms], [name] * 2, color, None, line={"width": 4})
+            factor, right = f", {was / ms:.2f} times the speed", max(was, ms)
+        place = {"xanchor": "left", "xshift": 10, "align": "left"}
+        figure.text(f"{ms:,.4g} ms{factor}", np.log10(right), name, **place)
     hover = "%{y}: %{x:.3g} ms (%{customdata})"
     for (kind, color), part in timed.groupby(["kind", colors]):
         text = timed["change"].fillna("")[part.index]
         figure.dots(kind, after[part.index], part["name"], str(color), hover, customdata=text)
-    for name, ms, was in zip(timed["name"], after, before, strict=True):
-        factor = "" if np.isnan(was) else f", {was / ms:.2f} times the speed"
-        right = np.log10(ms if np.isnan(was) else max(was, ms))
-        figure.text(f"{ms:,.4g} ms{factor}", right, name, xanchor="left", xshift=10, align="left")
     start, end = float(after.min()) / 1.3, float(after.max()) * 3
     figure.update_xaxes(
         title_text="median step (ms, log scale); green: shorter, orange: longer than the rung above",
@@ -153,12 +154,6 @@ def claimed_rates(rows: pd.DataFrame) -> go.Figure:
     return figure.update_layout(title_text=title, showlegend=True)
 
 
-def _variants(rows: pd.DataFrame) -> pd.Series:
-    """Return a label of each row: precision, compile mode and batch size."""
-    modes = rows["compile_mode"].replace("off", "eager")
-    return rows["precision"] + ", " + modes + ", batch " + rows["batch_size"].astype(str)
-
-
 # -- devices side by side: measured solid, predicted hatched, published by others outlined -------------------
 
 
@@ -168,12 +163,11 @@ def throughput(rows: pd.DataFrame) -> go.Figure:
     Boards have the open rule. If there are plans, sizes without a plan were measured on CPUs only: they are
     named in a note, not drawn.
     """
-    rule = rows["rule"] if "rule" in rows else pd.Series("closed", rows.index)
-    rows = rows[(rule.fillna("closed") == "open") | _on_cpu(rows)]
-    rows = rows.drop_duplicates(["size", "device", "kind"], keep="last")
+    rows = _open(rows).drop_duplicates(["size", "device", "kind"], keep="last")
     planned = set(rows.loc[rows["kind"] == "predicted", "size"])
-    sizes = [size for size in _sizes(rows) if not planned or size in planned]
-    unplanned = [size for size in _sizes(rows) if size not in sizes]
+    recorded = [size for size in SIZES if size in set(rows["size"])]
+    sizes = [size for size in recorded if not planned or size in planned]
+    unplanned = [size for size in recorded if size not in sizes]
     rows, rate = rows[rows["size"].isin(sizes)], "sequences_per_second"
     figure = panels(max(1, len(sizes)), spacing=0.03, shared_yaxes=True, subplot_titles=sizes)
     for column, name in enumerate(sizes, 1):
@@ -200,12 +194,13 @@ def throughput(rows: pd.DataFrame) -> go.Figure:
     named += ["CPUs"] if len(measured) > len(named) else []
     title = f"Measured on {' and '.join(named)}, predicted for everything else"
     title = title if measured else "Predicted rates by device: no size here was measured"
-    return _finish(figure, [*_devices(rows), "published"], title)
+    figure.categories([*_devices(rows), "published"], _DEVICE_ROW)
+    return figure.update_layout(title_text=title, margin={"t": max(120, figure.layout.margin.t or 0)})
 
 
 def roofline(rows: pd.DataFrame) -> go.Figure:
     """FLOP/s over FLOPs per byte moved: each device's roof, and the steps under it."""
-    rows = rows[rows["rule"].fillna("closed").eq("open") | _on_cpu(rows)]
+    rows = _open(rows)
     rows = rows[style.column(rows, "bytes_moved").notna()]
     figure = style.single()
     for number, name in enumerate(_devices(rows)):
@@ -246,21 +241,13 @@ def _roof(name: str) -> tuple[float, float] | None:
 def _devices(rows: pd.DataFrame) -> list[str]:
     """Return the devices of rows: CPUs first, then boards in the order of the catalogue, then others."""
     catalogue, names = list(hardware.catalogue()), set(rows["device"])
-    cpus = sorted(name for name in names if str(name).startswith("cpu"))
+    cpus = sorted(name for name in names if name.startswith("cpu"))
     return [*cpus, *(n for n in catalogue if n in names), *sorted(names - {*cpus, *catalogue})]
 
 
-def _on_cpu(rows: pd.DataFrame) -> pd.Series:
-    return rows["device"].astype(str).str.startswith("cpu")
-
-
-def _sizes(rows: pd.DataFrame) -> list[str]:
-    return [size for size in SIZES if size in set(rows["size"])]
-
-
-def _finish(figure: style.Chart, order: list[str], title: str) -> go.Figure:
-    figure.categories(order, _DEVICE_ROW)
-    return figure.update_layout(title_text=title, margin={"t": max(120, figure.layout.margin.t or 0)})
+def _open(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of boards by the open rule, and all rows of CPUs."""
+    return rows[rows["rule"].eq("open") | rows["device"].str.startswith("cpu")]
 
 
 # -- a plan: memory and time by part, and the same run on every device; all predicted ------------------------

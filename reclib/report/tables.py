@@ -131,17 +131,17 @@ def interval_text(m: Mapping[str, Any]) -> str:
 
 def cpu_of(record: Record) -> str | None:
     """Return the CPU of a record, with its generation if it is recorded; None for a GPU."""
-    device = record.get("device") or {}
+    device = record["device"]
     if device.get("type", "cpu") != "cpu":
         return None
-    cpu = (record.get("own_params") or {}).get("cpu") or device.get("cpu_model")
+    cpu = record["own_params"].get("cpu") or device.get("cpu_model")
     return cpu or hardware.short_cpu(str(device.get("name") or ""))
 
 
 def device_of(record: Record) -> str:
     """Return the device of a record as named by plans: threads and CPU, or a board of the catalogue."""
     device = record["device"]
-    name = str((record.get("own_params") or {}).get("device") or record["label"])
+    name = str(record["own_params"].get("device") or record["label"])
     if device.get("type", "cpu") == "cpu":
         threads = name if name[3:].isdecimal() else f"cpu{device.get('threads') or ''}"
         return name if " " in name else f"{threads} {cpu_of(record)}"
@@ -177,11 +177,10 @@ def table(records: Iterable[Record]) -> pd.DataFrame:
     """
     parts = []
     for record in records:
-        params = record.get("own_params") or {}
         origin = {key: record.get(key) for key in ("kind", "label", "profile", "seed")}
         origin["dataset"] = (record.get("data") or {}).get("name")
-        columns = {**(record.get("timings") or {}), **params, **record["metrics"], **origin}
-        series = {k: v for k, v in (record.get("series") or {}).items() if k not in origin}
+        columns = {**record["timings"], **record["own_params"], **record["metrics"], **origin}
+        series = {k: v for k, v in record["series"].items() if k not in origin}
         rows = pd.DataFrame(series or {"_": [0]})
         parts.append(rows.assign(**{k: v for k, v in columns.items() if k not in rows}))
     return pd.concat(parts, ignore_index=True)
@@ -501,13 +500,11 @@ def by_arm(rows: Sequence[Record]) -> pd.DataFrame:
     table.insert(0, "seeds", parts["seed"].nunique())
     table["TFLOP"] = parts["training_flops"].mean() / 1e12
     table["late_drop"], table["risen"] = parts["late_drop"].mean(), parts["risen"].mean()
-    seconds = ["train_seconds", "eval_seconds"]
-    table["hours"] = (parts[seconds].sum().sum(axis=1) / 3600).round(2) if {*seconds} <= {*frame} else None
+    table["hours"] = (parts[["train_seconds", "eval_seconds"]].sum().sum(axis=1) / 3600).round(2)
     measures = {"loss": "lowest_valid_loss", "ndcg@10": "valid_ndcg@10", "hr@10": "valid_hr@10"}
     for name, column in measures.items():
-        if column in frame:
-            ends = parts[column].agg(["mean", "min", "max"])
-            table[[name, f"{name}_low", f"{name}_high"]] = ends.to_numpy()
+        ends = parts[column].agg(["mean", "min", "max"])
+        table[[name, f"{name}_low", f"{name}_high"]] = ends.to_numpy()
     return table.sort_values(["non_embedding", "item_tables"], kind="stable")
 
 
