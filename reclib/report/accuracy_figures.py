@@ -574,9 +574,9 @@ def implanted(rows: pd.DataFrame) -> go.Figure:
         if len(part):
             look = {"name": name, "mode": "lines+markers", "marker": {"symbol": symbol, "size": 8}}
             figure.path(part, "share", column, color, f"{name}, %{{x:.0%}}: %{{y:.4f}}", **look)
-    rivals = arms[arms["model"] != "none"].groupby("share")["claim"]
-    seen = [float(share) for share, claims in rivals if set(claims) == {"worse"}]
-    text = f"is seen from {min(seen):.0%} of items on" if seen else "is not seen"
+    claims_by_share = arms[arms["model"] != "none"].groupby("share")["claim"]
+    seen = claims_by_share.agg(lambda claims: set(claims) == {"worse"})
+    text = f"is seen from {seen.idxmax():.0%} of items on" if seen.any() else "is not seen"
     if (arms["claim"] == "too few seeds").any():
         text = f"would be seen or not: no claim, with fewer than {statistics.MIN_SEEDS} seeds"
     figure.update_xaxes(title_text="share of later items that follow the rule", tickformat=".0%", nticks=6)

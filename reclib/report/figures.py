@@ -80,7 +80,6 @@ def _of_sweeps(records: Sequence[Record]) -> bool:
 
 
 _LAW: dict[str, Any] = {"beside": "prediction"}
-_DEVICES: dict[str, Any] = {"across": True, "beside": "real_size_step"}
 
 FIGURES: list[Spec] = [
     Spec("01_data_prep", "over_time", accuracy_figures.interactions_over_time),
@@ -111,8 +110,7 @@ FIGURES: list[Spec] = [
     Spec("05_ilora", "gate_comparison", accuracy_figures.gate_comparison),
     Spec("05_ilora", "implanted", accuracy_figures.implanted, beside="implanted_ceiling"),
     Spec("05_ilora", "adapter_step", accuracy_figures.adapter_cost),
-    Spec("06_hardware", "hardware_step", speed_figures.throughput, **_DEVICES),
-    Spec("06_hardware", "hardware_step", speed_figures.roofline, **_DEVICES),
+    Spec("06_hardware", "hardware_step", speed_figures.throughput, across=True, beside="real_size_step"),
     Spec("07_explore", "plan", speed_figures.by_device, across=True),
     Spec("08_audit", "audit_rates", speed_figures.claimed_rates),
 ]
@@ -292,7 +290,7 @@ def drawings(rows: Sequence[Record]) -> Iterator[Drawing]:
             for (dataset, label), group in parts.items():
                 place = dataset, label if devices[dataset] == 1 else "devices"
                 joined.setdefault(place, []).extend(map(tables.placed, group))
-            placed = [tables.placed(tables.with_work(r)) for r in further]
+            placed = list(map(tables.placed, further))
             placed.sort(key=lambda r: json.dumps(r["own_params"], sort_keys=True))
             parts, besides = joined, dict.fromkeys(joined, placed)
         for (dataset, label), group in parts.items():

@@ -80,7 +80,7 @@ def step_ladder(rows: pd.DataFrame) -> go.Figure:
         if not np.isnan(was):
             figure.path(kind, [was, ms], [name] * 2, color, None, line={"width": 4})
             factor, right = f", {was / ms:.2f} times the speed", max(was, ms)
-        place = {"xanchor": "left", "xshift": 10, "align": "left"}
+        place: dict[str, Any] = {"xanchor": "left", "xshift": 10, "align": "left"}
         figure.text(f"{ms:,.4g} ms{factor}", np.log10(right), name, **place)
     hover = "%{y}: %{x:.3g} ms (%{customdata})"
     for (kind, color), part in timed.groupby(["kind", colors]):
@@ -163,7 +163,8 @@ def throughput(rows: pd.DataFrame) -> go.Figure:
     Boards have the open rule. If there are plans, sizes without a plan were measured on CPUs only: they are
     named in a note, not drawn.
     """
-    rows = _open(rows).drop_duplicates(["size", "device", "kind"], keep="last")
+    rows = rows[rows["rule"].eq("open") | rows["device"].str.startswith("cpu")]
+    rows = rows.drop_duplicates(["size", "device", "kind"], keep="last")
     planned = set(rows.loc[rows["kind"] == "predicted", "size"])
     recorded = [size for size in SIZES if size in set(rows["size"])]
     sizes = [size for size in recorded if not planned or size in planned]
@@ -194,60 +195,12 @@ def throughput(rows: pd.DataFrame) -> go.Figure:
     named += ["CPUs"] if len(measured) > len(named) else []
     title = f"Measured on {' and '.join(named)}, predicted for everything else"
     title = title if measured else "Predicted rates by device: no size here was measured"
-    figure.categories([*_devices(rows), "published"], _DEVICE_ROW)
+    # CPUs, then boards in the order of the catalogue, then others.
+    devices, boards = set(rows["device"]), list(hardware.catalogue())
+    cpus = sorted(name for name in devices if name.startswith("cpu"))
+    order = [*cpus, *(name for name in boards if name in devices), *sorted(devices - {*cpus, *boards})]
+    figure.categories([*order, "published"], _DEVICE_ROW)
     return figure.update_layout(title_text=title, margin={"t": max(120, figure.layout.margin.t or 0)})
-
-
-def roofline(rows: pd.DataFrame) -> go.Figure:
-    """FLOP/s over FLOPs per byte moved: each device's roof, and the steps under it."""
-    rows = _open(rows)
-    rows = rows[style.column(rows, "bytes_moved").notna()]
-    figure = style.single()
-    for number, name in enumerate(_devices(rows)):
-        color, part = PALETTE[number % len(PALETTE)], rows[rows["device"] == name]
-        if (roof := _roof(name)) is not None:
-            x = np.logspace(0, 4, 60)
-            dash = ("dash", "dot", "dashdot", "longdash")[number // len(PALETTE) % 4]
-            look = {"width": 1.5, "dash": "solid" if name in planner.cpus() else dash}
-            figure.path("measured", x, np.minimum(roof[0], roof[1] * x), color, None, line=look, name=name)
-        for kind, steps in part.groupby("kind"):
-            trace = {"name": f"{name}, {kind}", "customdata": steps["size"], "showlegend": roof is None}
-            hover = f"{name}, %{{customdata}}: %{{y:.2s}}FLOP/s, {kind}"
-            density, rate = steps["flops"] / steps["bytes_moved"], steps["flops"] / steps["step_seconds"]
-            figure.dots(steps, density, rate, color, hover, **trace)
-    rates = (rows["flops"] / rows["step_seconds"]).dropna()
-    tops = [roof[0] for name in _devices(rows) if (roof := _roof(name)) is not None]
-    figure.update_xaxes(title_text="FLOPs per byte moved through main memory", **log_axis([2, 2000]))
-    figure.update_xaxes(range=[0.3, 3.3])
-    figure.update_yaxes(title_text="FLOP/s (roof: data sheet; of CPUs measured)", **log_axis([*rates, *tops]))
-    title = "Steps measured here, under no roof: no device of the catalogue is among them"
-    boards = rows[rows["device"].isin(list(hardware.catalogue()))]
-    if len(boards):
-        roofs = np.array([_roof(name) for name in boards["device"]], dtype=float)
-        bound = (boards["flops"] / boards["bytes_moved"] < roofs[:, 0] / roofs[:, 1]).sum()
-        title = f"{bound} of {len(boards)} predicted steps lie left of the ridge: bandwidth limits them first"
-    return figure.update_layout(height=520, showlegend=True, legend=style.BESIDE, title_text=title)
-
-
-def _roof(name: str) -> tuple[float, float] | None:
-    """Return a device's peak FLOP/s and bytes/s, by its data sheet or, for a CPU, as measured."""
-    if name in planner.cpus():
-        rates = planner.cpus()[name].rates
-        return max(rates["product fp32"].values()), rates["bandwidth"]
-    board = hardware.catalogue().get(name)
-    return None if board is None else (board.peaks[board.precision()], board.bandwidth)
-
-
-def _devices(rows: pd.DataFrame) -> list[str]:
-    """Return the devices of rows: CPUs first, then boards in the order of the catalogue, then others."""
-    catalogue, names = list(hardware.catalogue()), set(rows["device"])
-    cpus = sorted(name for name in names if name.startswith("cpu"))
-    return [*cpus, *(n for n in catalogue if n in names), *sorted(names - {*cpus, *catalogue})]
-
-
-def _open(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of boards by the open rule, and all rows of CPUs."""
-    return rows[rows["rule"].eq("open") | rows["device"].str.startswith("cpu")]
 
 
 # -- a plan: memory and time by part, and the same run on every device; all predicted ------------------------

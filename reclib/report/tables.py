@@ -9,12 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from reclib import hardware
-from reclib.config import TrainConfig, model_config
-from reclib.cost import planner, work
 from reclib.data import fetch
 from reclib.records import PROFILES
 
@@ -400,21 +397,6 @@ def _with_params(record: Record, **params: Any) -> dict[str, Any]:
     return dict(record) | {"own_params": dict(record["own_params"]) | params}
 
 
-def with_work(record: Record) -> dict[str, Any]:
-    """Return a record of a step with its FLOPs and the planner's count of the bytes that it moves."""
-    params, metrics = record["own_params"], dict(record["metrics"])
-    if "bytes_moved" in metrics or params.get("status", "ok") != "ok":
-        return dict(record)
-    run = record["params"] | params
-    model = model_config(params["size"], **({"max_len": run["max_len"]} | run.get("model", {})))
-    train = TrainConfig(batch_size=run["batch_size"])
-    shapes = work.mean_shapes(model, train, planner.typical_lengths(run["mean_len"]))
-    width = work.HALF if params.get("precision") in ("bf16", "fp16") else work.FP32
-    flops = metrics.get("flops") or metrics.get("encoder_flops", 0) + metrics.get("head_flops", 0)
-    moved = sum(part.bytes for part in work.step_parts(model, train, shapes, width))
-    return dict(record) | {"metrics": metrics | {"flops": flops, "bytes_moved": moved}}
-
-
 def steps(fresh: Iterable[Record], recorded: Iterable[Record]) -> list[dict[str, Any]]:
     """Return one measured step for each size, device and rule: `fresh`, or else from `recorded`.
 
@@ -425,7 +407,7 @@ def steps(fresh: Iterable[Record], recorded: Iterable[Record]) -> list[dict[str,
     ranked.sort(key=lambda r: (PROFILES.index(r["profile"]), str(r["time"])), reverse=True)
     best: dict[tuple[Any, ...], dict[str, Any]] = {}
     for record in [*fresh, *ranked]:
-        step = placed(with_work(record))
+        step = placed(record)
         params = step["own_params"]
         best.setdefault((params["size"], params["device"], params.get("rule", "closed")), step)
     return list(best.values())
@@ -461,7 +443,9 @@ def mfu_of(record: Record) -> float | None:
     """Return the share of a GPU's peak that a step reached; None for a CPU and an unknown device."""
     board, seconds = hardware.catalogue().get(device_of(record)), record["timings"].get("step_seconds")
     peak = None if board is None else board.peaks.get(record["own_params"].get("precision", "fp32"))
-    return float(np.divide(record["metrics"]["flops"], seconds * peak)) if peak and seconds else None
+    metrics = record["metrics"]
+    flops = metrics.get("flops") or metrics.get("encoder_flops", 0) + metrics.get("head_flops", 0)
+    return flops / (seconds * peak) if peak and seconds else None
 
 
 def real_steps(records: Iterable[Record]) -> pd.DataFrame:
