@@ -43,7 +43,7 @@ def one_per_run(rows: pd.DataFrame) -> pd.DataFrame:
 
     Accuracy is that of the best epoch by NDCG@10, whose weights a run keeps.
     """
-    curves = rows[rows[LOSS].notna()] if LOSS in rows else rows.iloc[:0]
+    curves = rows[rows[LOSS].notna()]
     key = ["profile", "dataset", "model", "seed"]  # one row for a run that was trained on several devices
     parts = curves.groupby(key, dropna=False)
     best = {name: parts[name].transform("max") for name in ACCURACY if name in curves}
@@ -55,7 +55,7 @@ def scaling_curve(rows: pd.DataFrame) -> go.Figure:
     """Validation loss by width against parameters and FLOPs, with the law, its band and its prediction."""
     runs = one_per_run(rows)
     figure = panels(2, spacing=0.06, shared_yaxes=True).update_layout(showlegend=True, height=HEIGHT + 80)
-    laws = rows[rows["predicted"].notna()] if "predicted" in rows else rows.iloc[:0]
+    laws = rows[style.column(rows, "predicted").notna()]
     law = laws.iloc[-1] if len(laws) else None
     if law is not None:
         _add_law(figure, law, runs)
