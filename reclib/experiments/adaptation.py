@@ -52,7 +52,7 @@ from reclib.experiments import baseline
 from reclib.experiments.baseline import COMPARED, flat, run_folder
 from reclib.experiments.notebook import Result
 from reclib.hardware import Device
-from reclib.model.bert4rec import Bert4Rec
+from reclib.model.bert4rec import Bert4Rec, count_parameters
 from reclib.model.ilora import AdaptedModel
 from reclib.parameters import ILora
 from reclib.train import saving
@@ -301,7 +301,8 @@ def accuracy(dataset: Dataset, task: Task, runs: Sequence[Run], samples: int) ->
     HR@10 is also given for targets that the past has and for new ones.
     """
     values = {metric: per_user(dataset, task, runs, metric) for metric in COMPARED}
-    base = next(_base_size(run.trainer) for run in runs if run.trainer is not None)
+    trainer = next(run.trainer for run in runs if run.trainer is not None)
+    base = count_parameters(trainer.model.config)["total"]
     results = []
     for arm in dict.fromkeys(run.arm for run in runs):
         arm_runs = [run for run in runs if run.arm == arm]
@@ -326,13 +327,6 @@ def accuracy(dataset: Dataset, task: Task, runs: Sequence[Run], samples: int) ->
                 means["valid_ndcg@10"] = run.valid
                 results.append(Result("adaptation", means, params, seed=run.seed))
     return results
-
-
-def _base_size(trainer: Trainer) -> int:
-    """Return the number of parameters of the base, without adapters and gates."""
-    model: Any = trainer.model
-    base = model.twin if isinstance(model, AdaptedModel) else model
-    return sum(parameter.numel() for parameter in base.parameters())
 
 
 def comparisons(dataset: Dataset, task: Task, runs: Sequence[Run], reference: str, name: str) -> list[Result]:

@@ -22,9 +22,8 @@ import pandas as pd
 from reclib import records, system
 from reclib.config import ModelConfig, TrainConfig, as_dict, model_config, validated
 from reclib.cost import work
-from reclib.cost.work import Flops
 from reclib.data.batches import Epoch
-from reclib.data.dataset import Dataset, Evaluation, Histories, train_histories
+from reclib.data.dataset import Dataset, Evaluation, train_histories
 from reclib.data.splits import SPLITS, Split, sample_candidates
 from reclib.evaluate import baselines, metrics, statistics
 from reclib.evaluate.metrics import Outcome, Scorer
@@ -80,16 +79,17 @@ class Trained:
     def counted(self) -> dict[str, float]:
         """Return the run's parameters by kind, its training tokens and FLOPs, and the head's share of FLOPs.
 
-        FLOPs are those of one epoch times the number of epochs. Windows and masks differ between epochs; that
-        changes the count by less than its third digit.
+        FLOPs are those of the first epoch (real items and targets, no padding) times the number of epochs.
+        Windows and masks differ between epochs; that changes the count by less than its third digit.
         """
         trainer, progress = self.trainer, self.trainer.progress
-        parameters = count_parameters(trainer.model.config)
-        epoch = epoch_flops(trainer.model.config, trainer.config, trainer.histories)
-        flops = epoch.total * progress.step / trainer.steps_per_epoch
+        model = trainer.model.config
+        parameters, epoch = count_parameters(model), Epoch(trainer.histories, model, trainer.config, 0)
+        flops = work.total([work.needed(model, b) for i in range(epoch.num_steps) for b in epoch.step(i)])
         numbers: dict[str, float] = {name: parameters[name] for name in ("item_tables", "non_embedding")}
-        numbers |= {"trained_tokens": progress.tokens, "training_flops": flops}
-        return numbers | {"head_share": epoch.head / epoch.total}
+        numbers["trained_tokens"] = progress.tokens
+        numbers["training_flops"] = flops.total * progress.step / trainer.steps_per_epoch
+        return numbers | {"head_share": flops.head / flops.total}
 
     def timings(self) -> dict[str, float]:
         """Return the run's seconds of training and evaluation, and its tokens per second."""
@@ -112,12 +112,6 @@ class Trained:
         numbers = self.best() | self.losses() | self.counted()
         params = {"model": model} | self.together()
         return Result("learning_curve", numbers, params, self.curve(), self.seed, self.timings())
-
-
-def epoch_flops(model: ModelConfig, train: TrainConfig, histories: Histories) -> Flops:
-    """Return the FLOPs of the first epoch: real items and targets, no padding."""
-    epoch = Epoch(histories, model, train, 0)
-    return work.total([work.needed(model, b) for i in range(epoch.num_steps) for b in epoch.step(i)])
 
 
 def model_of(p: Any, dataset: Dataset, objective: str = "cloze") -> ModelConfig:

@@ -28,7 +28,7 @@ from reclib.config import (
     model_config,
     validated,
 )
-from reclib.cost import planner, work
+from reclib.cost import planner
 from reclib.cost.planner import Plan
 from reclib.data.batches import Epoch
 from reclib.data.dataset import Dataset, Histories, train_histories
@@ -142,14 +142,9 @@ def _timed(p: Hardware, trainer: Trainer, params: dict[str, Any]) -> Result:
         timings["epoch_seconds"] = seconds = p.epoch_users / measurement.sequences_per_second
         if (price := price_of(p, params["device"])) is not None:
             timings["cost_per_epoch"] = seconds / 3600 * price
-    # The bytes moved by a step are not measured, but counted by the planner.
-    model, train = trainer.model.config, trainer.config
-    width = work.FP32 if trainer.precision.autocast_dtype is None else work.HALF
-    shapes = work.mean_shapes(model, train, trainer.histories.lengths)
     counted = {
         "parameters": sum(parameter.numel() for parameter in trainer.parameters),
         "flops": timing.step_flops(trainer, p.warmup_steps + 1)[0].total,
-        "bytes_moved": int(sum(part.bytes for part in work.step_parts(model, train, shapes, width))),
     }
     return Result("hardware_step", counted, params, timings=timings)
 

@@ -214,19 +214,17 @@ def frame(records: Sequence[Record], result: str) -> pd.DataFrame:
 
 
 def _row(record: Record) -> dict[str, Any]:
-    def part(name: str) -> Mapping[str, Any]:
-        return record.get(name) or {}
-
-    run, params = part("configuration"), part("own_params")
+    run, params = record.get("configuration") or {}, record["own_params"]
     settings: dict[str, Any] = {}
-    for values in (part("params"), run.get("model") or {}, run.get("train") or {}, params):
+    for values in (record["params"], run.get("model") or {}, run.get("train") or {}, params):
         settings |= {key: value for key, value in values.items() if isinstance(value, str | int | float)}
-    origin = {name: record.get(name) for name in ("notebook", "kind", "label", "profile", "seed")}
-    origin |= {"device": part("device").get("name"), "torch": part("versions").get("torch")}
-    origin |= {"dataset": part("data").get("name"), "model": model_name(str(params.get("model", "bert4rec")))}
-    origin |= {"commit": (part("git").get("commit") or "")[:10], "day": str(record.get("time") or "")[:10]}
+    origin = {name: record[name] for name in ("notebook", "kind", "label", "profile", "seed")}
+    origin |= {"device": record["device"].get("name"), "torch": record["versions"].get("torch")}
+    origin["dataset"] = (record["data"] or {}).get("name")
+    origin["model"] = model_name(str(params.get("model", "bert4rec")))
+    origin |= {"commit": (record["git"].get("commit") or "")[:10], "day": record["time"][:10]}
     text = "<br>".join(f"{key}: {value}" for key, value in origin.items() if value not in (None, ""))
-    return {**part("metrics"), **part("timings"), **settings, **origin, "origin": text}
+    return {**record["metrics"], **record["timings"], **settings, **origin, "origin": text}
 
 
 def choices(rows: pd.DataFrame) -> dict[str, list[str]]:

@@ -264,11 +264,8 @@ class Work:
 
     def parts(self, arms: Sequence[Arm]) -> list[tuple[Fields, Work]]:
         """Divide arms by their fields of the data; return those fields and a grid for each dataset."""
-        by_data: dict[str, list[Arm]] = {}
-        for arm in arms:
-            by_data.setdefault(_data_key(arm), []).append(arm)
         divided = []
-        for group in by_data.values():
+        for group in tables.by(arms, _data_key).values():
             grid = replace(self.grid, arms=[replace(arm, data={}) for arm in group])
             divided.append((group[0].data, Work(grid, self.data_of(group[0]), self.device)))
         return divided

@@ -20,6 +20,7 @@ from reclib.data.dataset import Dataset
 from reclib.data.prepare import prepare
 from reclib.records import Record
 from reclib.report import findings
+from reclib.report.tables import by
 
 if TYPE_CHECKING:  # benchmarks use `Result` on machines without plotly
     import plotly.graph_objects as go
@@ -143,7 +144,7 @@ def _display(new: Sequence[Record]) -> None:
 
     bundle = []
     for row in new:
-        numbers = {key: _three_digits(value) for key, value in row["metrics"].items()}
+        numbers = {k: float(f"{v:.3g}") if isinstance(v, float) else v for k, v in row["metrics"].items()}
         entry = {"name": row["name"], "params": row["own_params"], "metrics": numbers}
         bundle.append(entry | ({} if row["seed"] is None else {"seed": row["seed"]}))
     table = _table(bundle)
@@ -154,9 +155,7 @@ def _display(new: Sequence[Record]) -> None:
 
 def _table(bundle: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Return a row for each result, or for each name if there are several names or too many rows."""
-    by_name: dict[str, list[Mapping[str, Any]]] = {}
-    for row in bundle:
-        by_name.setdefault(row["name"], []).append(row)
+    by_name = by(bundle, lambda row: row["name"])
     if len(by_name) > 1 or len(bundle) > MOST_ROWS:
         lines = {}
         for name, rows in by_name.items():
@@ -167,10 +166,6 @@ def _table(bundle: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     table = pd.DataFrame(rows, index=[row["name"] for row in bundle], dtype=object).dropna(axis=1, how="all")
     table = table.map(_text)
     return table.T if len(bundle) == 1 else table
-
-
-def _three_digits(value: Any) -> Any:
-    return float(f"{value:.3g}") if isinstance(value, float) else value
 
 
 def _text(value: Any) -> str:

@@ -21,7 +21,6 @@ import subprocess
 import sys
 import time
 import warnings
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -58,7 +57,7 @@ from reclib.experiments.notebook import Study as NotebookStudy
 from reclib.hardware import Device, resolve
 from reclib.model.bert4rec import count_parameters
 from reclib.parameters import Scaling
-from reclib.report import findings
+from reclib.report import findings, tables
 from reclib.report.findings import outcome
 from reclib.system import Parser
 from reclib.train import saving
@@ -100,7 +99,8 @@ def predict(work: Work) -> Result:
         if untrained := work.not_trained(sources):
             raise InputError(f"not trained yet: {', '.join(untrained)}")
         curves = [row for arm in sources for seed in arm.seeds if (row := work.curve(arm, seed))]
-        by_size = seeds_by_size(curves)
+        runs = tables.by((row["metrics"] for row in curves), lambda run: float(run["non_embedding"]))
+        by_size = {size: [run["lowest_valid_loss"] for run in runs[size]] for size in sorted(runs)}
         size = count_parameters(work.configs(target, 0)[0])["non_embedding"]
         try:
             numbers = statistics.predict(by_size, size)
@@ -116,14 +116,6 @@ def predict(work: Work) -> Result:
     key = records.params_hash({"law": numbers, "of": params, "series": series, **configuration})
     work.write(key, result, configuration, {})
     return result
-
-
-def seeds_by_size(rows: Iterable[Mapping[str, Any]]) -> dict[float, list[float]]:
-    """Return the lowest validation losses of the seeds of each size, smallest size first."""
-    losses: dict[float, list[float]] = defaultdict(list)
-    for row in rows:
-        losses[float(row["metrics"]["non_embedding"])].append(row["metrics"]["lowest_valid_loss"])
-    return dict(sorted(losses.items()))
 
 
 def report(work: Work) -> list[str]:

@@ -18,7 +18,6 @@ from reclib.report.tables import ARM_NAMES, BASELINES, TASK_NAMES, model_name
 
 MOST_COLORS = 4  # coloured lines of a figure; all others are grey
 FAR = 5  # an arm this many medians below zero is written at the edge of the axis
-DRAWN_USERS = 500  # sampled users in a figure of single users, to limit overlap and file size
 _ZERO = {"color": INK, "width": 1}  # the line of no difference
 _CLAIMED: dict[Any, str] = {"better": GREEN, "worse": ORANGE}  # colour of a claim; of all others: grey
 _TITLES = {"hr@10": "HR@10", "ndcg@10": "NDCG@10", "mrr": "MRR"}
@@ -568,21 +567,16 @@ def implanted(rows: pd.DataFrame) -> go.Figure:
     lines = {"iLoRA": (ilora, "reference_ndcg@10", _ARM_COLORS["ilora"], "circle")}
     for arm, color in (("lora", ORANGE), ("shuffled_user", GREEN), ("none", MUTED)):
         lines[ARM_NAMES[arm]] = (arms[arms["model"] == arm], "ndcg@10", color, "circle")
-    for name, column, symbol in (
-        ("the rule, known", "the rule", "diamond"),
-        ("popularity", "popularity", "x"),
-    ):
-        lines[name] = (ceiling, column, INK, symbol)
+    lines["the rule, known"] = (ceiling, "the rule", INK, "diamond")
+    lines["popularity"] = (ceiling, "popularity", INK, "x")
     figure = panels(legend=True)
     for name, (part, column, color, symbol) in lines.items():
         if len(part):
             look = {"name": name, "mode": "lines+markers", "marker": {"symbol": symbol, "size": 8}}
             figure.path(part, "share", column, color, f"{name}, %{{x:.0%}}: %{{y:.4f}}", **look)
-    told = (
-        arms[arms["model"] != "none"].groupby("share")["claim"].agg(lambda claims: set(claims) == {"worse"})
-    )
-    seen = [float(share) for share in told.index[told]]
-    text = f"is seen from {min(seen):.0%} of items on" if seen else "is not seen"
+    claims_by_share = arms[arms["model"] != "none"].groupby("share")["claim"]
+    seen = claims_by_share.agg(lambda claims: set(claims) == {"worse"})
+    text = f"is seen from {seen.idxmax():.0%} of items on" if seen.any() else "is not seen"
     if (arms["claim"] == "too few seeds").any():
         text = f"would be seen or not: no claim, with fewer than {statistics.MIN_SEEDS} seeds"
     figure.update_xaxes(title_text="share of later items that follow the rule", tickformat=".0%", nticks=6)
@@ -595,7 +589,7 @@ def implanted(rows: pd.DataFrame) -> go.Figure:
 
 def adapter_cost(rows: pd.DataFrame) -> go.Figure:
     """Median step with quartiles, tensors at the peak, weights trained: by arm, precision, compile mode."""
-    rows = rows[rows["status"] != "not applicable"] if "status" in rows else rows
+    rows = rows[rows["status"] != "not applicable"]
     order = {"model": list(ARM_NAMES), "precision": list(get_args(Precision))}
     order |= {"compile_mode": list(get_args(CompileMode))}
     rank = {name: values.index for name, values in order.items()}
@@ -626,33 +620,3 @@ def adapter_cost(rows: pd.DataFrame) -> go.Figure:
         if pd.notna(row.get("over_full")):
             title += f", {row['over_full']:.2f} times full fine-tuning's"
     return figure.update_layout(title_text=title)
-
-
-def gate_by_user(rows: pd.DataFrame) -> go.Figure:
-    """Every user's expert weights against a feature of the user, chosen by a menu."""
-    task = rows["task"].iloc[0]
-    rows = rows[rows["task"] == task]
-    experts = [str(name) for name in rows if str(name).startswith("expert ")]
-    feature_parts = ("items in the history", "mean popularity", "last item", "NDCG@10 minus")
-    features = [str(name) for part in feature_parts for name in rows if part in str(name)]
-    spread = max(float(rows[expert].std()) for expert in experts)  # of all users, drawn or not
-    users = len(rows)
-    rows = rows.sample(min(users, DRAWN_USERS), random_state=0).sort_index()
-    figure = single()
-    for number, expert in enumerate(experts):
-        hover, color = f"{expert}: %{{y:.3f}} at %{{x:.3g}}", PALETTE[number % len(PALETTE)]
-        look = {"marker": {"size": 6}, "opacity": 0.65, "name": expert}
-        figure.dots(rows, features[0], expert, color, hover, **look)
-    figure.add_hline(1 / len(experts), line={"color": MUTED, "width": 1, "dash": "dot"})
-    buttons = []
-    for name in features:
-        changes = [{"x": [rows[name].tolist()] * len(experts)}, {"xaxis.title.text": name}]
-        buttons.append({"label": name, "method": "update", "args": changes})
-    figure.update_xaxes(title_text=features[0])
-    figure.update_yaxes(title_text="weight of the expert")
-    sampled = f"{len(rows):,} of {users:,} users drawn by chance, " if users > len(rows) else ""
-    figure.note(f"{sampled}a mark a user and expert, one seed; dotted: all experts alike, as plain LoRA")
-    spreads = f"Weights of an expert differ by {spread:.3f} (standard deviation) among users"
-    menu = {"buttons": buttons, "x": 0, "xanchor": "left", "y": -0.16, "yanchor": "top"}
-    figure.update_layout(height=480, showlegend=True, updatemenus=[menu], margin={"b": 110})
-    return figure.update_layout(title_text=f"{spreads}, {TASK_NAMES[str(task)]}")

@@ -80,7 +80,6 @@ def _of_sweeps(records: Sequence[Record]) -> bool:
 
 
 _LAW: dict[str, Any] = {"beside": "prediction"}
-_DEVICES: dict[str, Any] = {"across": True, "beside": "real_size_step"}
 
 FIGURES: list[Spec] = [
     Spec("01_data_prep", "over_time", accuracy_figures.interactions_over_time),
@@ -104,19 +103,14 @@ FIGURES: list[Spec] = [
     Spec("03_scaling", "learning_curve", scaling_figures.scaling_accuracy, enough=_of_sizes, **_LAW),
     Spec("03_scaling", "learning_curve", scaling_figures.scaling_sweeps, enough=_of_sweeps, **_LAW),
     Spec("03_scaling", "trial", scaling_figures.tuning_history),
-    Spec("03_scaling", "tuning", scaling_figures.tuning_importance),
     Spec("04_amp_compile", "step", speed_figures.step_time),
     Spec("04_amp_compile", "ladder", speed_figures.step_ladder),
     Spec("04_amp_compile", "operators", speed_figures.operators),
-    Spec("04_amp_compile", "loss_curve", speed_figures.loss_parity),
     Spec("05_ilora", "adaptation_gain", accuracy_figures.adaptation_gain),
     Spec("05_ilora", "gate_comparison", accuracy_figures.gate_comparison),
     Spec("05_ilora", "implanted", accuracy_figures.implanted, beside="implanted_ceiling"),
     Spec("05_ilora", "adapter_step", accuracy_figures.adapter_cost),
-    Spec("05_ilora", "gates", accuracy_figures.gate_by_user),
-    Spec("06_hardware", "hardware_step", speed_figures.throughput, **_DEVICES),
-    Spec("06_hardware", "hardware_step", speed_figures.roofline, **_DEVICES),
-    Spec("06_hardware", "technique", speed_figures.technique_gains, across=True),
+    Spec("06_hardware", "hardware_step", speed_figures.throughput, across=True, beside="real_size_step"),
     Spec("07_explore", "plan", speed_figures.by_device, across=True),
     Spec("08_audit", "audit_rates", speed_figures.claimed_rates),
 ]
@@ -296,7 +290,7 @@ def drawings(rows: Sequence[Record]) -> Iterator[Drawing]:
             for (dataset, label), group in parts.items():
                 place = dataset, label if devices[dataset] == 1 else "devices"
                 joined.setdefault(place, []).extend(map(tables.placed, group))
-            placed = [tables.placed(tables.with_work(r)) for r in further]
+            placed = list(map(tables.placed, further))
             placed.sort(key=lambda r: json.dumps(r["own_params"], sort_keys=True))
             parts, besides = joined, dict.fromkeys(joined, placed)
         for (dataset, label), group in parts.items():

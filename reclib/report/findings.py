@@ -119,9 +119,8 @@ def _of_data(results: Results) -> list[str]:
 
 def _of_baseline(results: Results) -> list[str]:
     """Compare the reference with counts, then list HR@10 of all models."""
-    scored = [r for r in results.get("test_metrics", []) if "hr@10" in r["metrics"]]
-    scored.sort(key=lambda r: r.get("seed") is None)  # the mean over seeds has none
-    models = {r["own_params"].get("model", "bert4rec"): r["metrics"] for r in scored}
+    scored = sorted(results.get("test_metrics", []), key=lambda r: r["seed"] is None)  # means come last
+    models = {_model(r): r["metrics"] for r in scored}
     if not models:
         return []
     best_first = sorted(models, key=lambda name: -models[name]["hr@10"])
@@ -183,7 +182,7 @@ def _of_scaling(results: Results) -> list[str]:
     """Say whether a larger model ranks better, what to buy, and how well the law predicted the loss."""
     curves, metric = results.get("learning_curve", []), "valid_ndcg@10"
     sentences = []
-    sweeps = by((r for r in curves if metric in r["metrics"]), lambda r: sweep_of(_model(r)))
+    sweeps = by(curves, lambda r: sweep_of(_model(r)))
     for runs in (runs for sweep, runs in sweeps.items() if sweep.startswith("width")):
         widths = by(sorted(runs, key=lambda r: (r["metrics"]["non_embedding"], _model(r))), _model)
         sizes = list(widths)

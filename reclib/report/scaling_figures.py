@@ -43,7 +43,7 @@ def one_per_run(rows: pd.DataFrame) -> pd.DataFrame:
 
     Accuracy is that of the best epoch by NDCG@10, whose weights a run keeps.
     """
-    curves = rows[rows[LOSS].notna()] if LOSS in rows else rows.iloc[:0]
+    curves = rows[rows[LOSS].notna()]
     key = ["profile", "dataset", "model", "seed"]  # one row for a run that was trained on several devices
     parts = curves.groupby(key, dropna=False)
     best = {name: parts[name].transform("max") for name in ACCURACY if name in curves}
@@ -55,7 +55,7 @@ def scaling_curve(rows: pd.DataFrame) -> go.Figure:
     """Validation loss by width against parameters and FLOPs, with the law, its band and its prediction."""
     runs = one_per_run(rows)
     figure = panels(2, spacing=0.06, shared_yaxes=True).update_layout(showlegend=True, height=HEIGHT + 80)
-    laws = rows[rows["predicted"].notna()] if "predicted" in rows else rows.iloc[:0]
+    laws = rows[style.column(rows, "predicted").notna()]
     law = laws.iloc[-1] if len(laws) else None
     if law is not None:
         _add_law(figure, law, runs)
@@ -208,54 +208,44 @@ def scaling_accuracy(rows: pd.DataFrame) -> go.Figure:
     """NDCG@10 and HR@10 on validation against parameters and FLOPs, by width and by depth."""
     runs = one_per_run(rows)
     runs = runs[~runs["sweep"].isin(["untied tables", "other learning rate"])]
-    metrics = [name for name in ACCURACY if name in runs and runs[name].notna().any()]
-    figure = panels(2, max(1, len(metrics)), 0.06, shared_yaxes=True, shared_xaxes=True)
+    metrics = [name for name in ACCURACY if name in runs]
+    figure = panels(2, len(metrics), 0.06, shared_yaxes=True, shared_xaxes=True)
     for row, metric in enumerate(metrics, 1):
         for column, x in enumerate((SIZE, FLOPS), 1):
             _add_runs(figure, runs, x, metric, row, column)
         figure.update_yaxes(title_text=f"{ACCURACY[metric]} on validation", **at(row, 1))
-    _size_axes(figure, runs, max(1, len(metrics)))
+    _size_axes(figure, runs, len(metrics))
     text = "Lines join the means over seeds of committed runs; at the epoch that has the best NDCG@10."
-    if RANKED in metrics:
-        text += _add_accuracy_law(figure, runs[(runs["sweep"] == "width") & ~runs["of_notebook"]])
+    text += _add_accuracy_law(figure, runs[(runs["sweep"] == "width") & ~runs["of_notebook"]])
     figure.note(text + _fewer_seeds(runs))
-    title = "No run is recorded yet"
-    if metrics:
-        means = runs.groupby("model")[metrics[0]].mean()
-        title = f"{ACCURACY[metrics[0]]} on validation: {means.min():.3f} to {means.max():.3f}, "
-        title += f"best with {means.idxmax()}"
+    means = runs.groupby("model")[RANKED].mean()
+    title = f"NDCG@10 on validation: {means.min():.3f} to {means.max():.3f}, best with {means.idxmax()}"
     return _legend_below(figure, title, showlegend=True, height=HEIGHT + 220)
 
 
 def scaling_sweeps(rows: pd.DataFrame) -> go.Figure:
     """The other sweeps: depth against width, untied against tied tables, and the rule of the learning rate.
 
-    The lowest validation loss is above, NDCG@10 below if runs have it. There is a panel for each sweep with
-    runs; the note names the others.
+    The lowest validation loss is above, NDCG@10 below. There is a panel for each sweep with runs; the note
+    names the others.
     """
     runs = one_per_run(rows)
     runs = runs[~runs["of_notebook"]]
     kinds = {"depth": _sweep_lines, "untied tables": _untied_lines, "other learning rate": _rate_lines}
     absent = [kind for kind in kinds if not (runs["sweep"] == kind).any()]
     present = ["depth", *(kind for kind in list(kinds)[1:] if kind not in absent)]
-    ranked = RANKED in runs and runs[RANKED].notna().any()
-    measures = [LOSS, RANKED] if ranked else [LOSS]
-    figure = panels(len(present), len(measures), 0.09)
-    figure.update_layout(height=HEIGHT + 60 + 240 * (len(measures) - 1), showlegend=True)
+    figure = panels(len(present), 2, 0.09).update_layout(height=HEIGHT + 300, showlegend=True)
     gains = {}
-    for row, measure in enumerate(measures, 1):
+    for row, measure in enumerate((LOSS, RANKED), 1):
         figure.update_yaxes(title_text=TITLES[measure], **at(row, 1))
         texts = [kinds[kind](figure, runs, Panel(row, col, measure)) for col, kind in enumerate(present, 1)]
         gains[measure] = "; ".join(filter(None, texts))
-    if ranked:
-        figure.update_xaxes(title_text=None, row=1)  # the row below has the same
-    text = "Means over seeds, bars to the lowest and the highest; rates over the seeds that all three have."
-    if ranked and gains[LOSS]:
-        text = f"Loss above, in nats: {gains[LOSS]}. {text}"
+    figure.update_xaxes(title_text=None, row=1)  # the row below has the same
+    text = f"Loss above, in nats: {gains[LOSS]}. " if gains[LOSS] else ""
+    text += "Means over seeds, bars to the lowest and the highest; rates over the seeds that all three have."
     figure.note(text + (f" Not trained yet: {', '.join(absent)}." if absent else ""))
-    gain = gains[measures[-1]]
-    title = f"{'NDCG@10' if ranked else 'Loss (nats)'}: {gain}" if gain else "Only the width is varied so far"
-    return _legend_below(figure, title)
+    gain = gains[RANKED]
+    return _legend_below(figure, f"NDCG@10: {gain}" if gain else "Only the width is varied so far")
 
 
 # -- parts ---------------------------------------------------------------------------------------------------
@@ -333,8 +323,6 @@ def _add_band(figure: Chart, ends: np.ndarray | None, sizes: np.ndarray, top: fl
 
 def _curve_title(law: pd.Series | None, runs: pd.DataFrame) -> str:
     if law is None:
-        if runs.empty:
-            return "No run is recorded yet"
         means = runs.groupby("model")[LOSS].mean()
         return f"Lowest validation loss: {means.min():.3f} nats, with {means.idxmin()}"
     measured = runs[(runs["model"] == law["of"]) & ~runs["of_notebook"]][LOSS]
@@ -441,15 +429,10 @@ def _rate_lines(figure: Chart, runs: pd.DataFrame, panel: Panel) -> str:
 # -- tuning --------------------------------------------------------------------------------------------------
 
 
-def _trials(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return one row for each trial, by number, with the value of its best epoch."""
-    best = rows.groupby("trial")[RANKED].transform("max")
-    return rows.assign(**{RANKED: best}).drop_duplicates("trial").sort_values("trial")
-
-
 def tuning_history(rows: pd.DataFrame) -> go.Figure:
-    """Value of each trial, complete or pruned, and the best value so far."""
-    trials, kind = _trials(rows), str(rows["kind"].iloc[0])
+    """Value of each trial's best epoch, complete or pruned, and the best value so far."""
+    values, kind = rows.groupby("trial")[RANKED].transform("max"), str(rows["kind"].iloc[0])
+    trials = rows.assign(**{RANKED: values}).drop_duplicates("trial").sort_values("trial")
     figure = style.single()
     for state, color in (("complete", BLUE), ("pruned", MUTED)):
         part = trials[trials["state"] == state]
@@ -463,16 +446,3 @@ def tuning_history(rows: pd.DataFrame) -> go.Figure:
     title = f"{len(trials)} trials, {int((trials['state'] == 'pruned').sum())} pruned"
     title += f"; the best has NDCG@10 {complete[RANKED].max():.4f}"
     return figure.update_layout(showlegend=True, title_text=title)
-
-
-def tuning_importance(rows: pd.DataFrame) -> go.Figure:
-    """Share of the value's variance that each field explains among the trials (PED-ANOVA)."""
-    rows = rows[rows["share"].notna()].sort_values("share") if "share" in rows else rows.iloc[:0]
-    figure = style.single()
-    if rows.empty:
-        return figure.update_layout(title_text="Too few whole trials to say what mattered", height=220)
-    figure.bars(rows, "share", "field", BLUE, "")
-    figure.update_xaxes(title_text="importance (share)", rangemode="tozero")
-    figure.update_yaxes(title_text="field")
-    top = rows.iloc[-1]
-    return figure.update_layout(title_text=f"{top['field']} has {top['share']:.0%} of the importance")

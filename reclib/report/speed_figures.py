@@ -36,7 +36,8 @@ _LEGEND = style.BESIDE | {"traceorder": "normal"}
 def step_time(rows: pd.DataFrame) -> go.Figure:
     """Median step with quartiles, and peak memory, by precision, compile mode and batch size."""
     rows = rows.sort_values(["batch_size", "precision", "compile_mode"], kind="stable")
-    names = _variants(rows)
+    modes = rows["compile_mode"].replace("off", "eager")
+    names = rows["precision"] + ", " + modes + ", batch " + rows["batch_size"].astype(str)
     applies = rows["status"] != "not applicable"
     absent, names, rows = names[~applies], names[applies], rows[applies]
     figure = panels(2, spacing=0.06, shared_yaxes=True)
@@ -75,16 +76,16 @@ def step_ladder(rows: pd.DataFrame) -> go.Figure:
     before = after.shift(1)
     colors = np.where(before.isna(), MUTED, np.where(after <= before, GREEN, ORANGE))
     for name, kind, was, ms, color in zip(timed["name"], timed["kind"], before, after, colors, strict=True):
+        factor, right = "", ms
         if not np.isnan(was):
             figure.path(kind, [was, ms], [name] * 2, color, None, line={"width": 4})
+            factor, right = f", {was / ms:.2f} times the speed", max(was, ms)
+        place: dict[str, Any] = {"xanchor": "left", "xshift": 10, "align": "left"}
+        figure.text(f"{ms:,.4g} ms{factor}", np.log10(right), name, **place)
     hover = "%{y}: %{x:.3g} ms (%{customdata})"
     for (kind, color), part in timed.groupby(["kind", colors]):
         text = timed["change"].fillna("")[part.index]
         figure.dots(kind, after[part.index], part["name"], str(color), hover, customdata=text)
-    for name, ms, was in zip(timed["name"], after, before, strict=True):
-        factor = "" if np.isnan(was) else f", {was / ms:.2f} times the speed"
-        right = np.log10(ms if np.isnan(was) else max(was, ms))
-        figure.text(f"{ms:,.4g} ms{factor}", right, name, xanchor="left", xshift=10, align="left")
     start, end = float(after.min()) / 1.3, float(after.max()) * 3
     figure.update_xaxes(
         title_text="median step (ms, log scale); green: shorter, orange: longer than the rung above",
@@ -130,29 +131,6 @@ def _operator(name: str) -> str:
     return base.removeprefix("aten::").replace("_", " ").strip()[:48]
 
 
-def loss_parity(rows: pd.DataFrame) -> go.Figure:
-    """Loss of the same steps in each precision, and its relative difference to the first precision."""
-    figure = panels(2, legend=True)
-    names = list(dict.fromkeys(rows.sort_values("number")["precision"]))
-    first = rows[rows["precision"] == names[0]].set_index("step")["loss"]
-    worst = 0.0
-    for number, name in enumerate(names):
-        part, color = rows[rows["precision"] == name], PALETTE[number % len(PALETTE)]
-        gap = part["loss"].to_numpy() / first[part["step"]].to_numpy() - 1
-        worst = max(worst, float(np.abs(gap).max()))
-        for column, y in enumerate((part["loss"], gap), 1):
-            look: dict[str, Any] = {"mode": "lines+markers", "marker": {"size": 5}, "name": name}
-            look |= {"legendgroup": name, "showlegend": column == 1}
-            figure.path(part, "step", y, color, "step %{x}: %{y:.5g}", **look, **at(1, column))
-    figure.update_xaxes(title_text="optimiser step")
-    figure.update_yaxes(title_text="cross-entropy per target (nats)", **at(1, 1))
-    figure.update_yaxes(title_text=f"relative difference to {names[0]}", tickformat=".1~e", **at(1, 2))
-    size = f"{worst:.2%}" if worst >= 1e-4 else f"{worst:.1e} of their size"
-    title = f"Losses of {', '.join(names)} differ by at most {size}"
-    title = title if len(names) > 1 else f"Loss in {names[0]}"
-    return figure.update_layout(showlegend=True, title_text=title)
-
-
 def claimed_rates(rows: pd.DataFrame) -> go.Figure:
     """Each claimed rate, the rate that its epoch time allows, and the factor between them."""
     rows = rows.assign(claimed=rows["ratio"] * rows["by_clock_per_second"])
@@ -176,12 +154,6 @@ def claimed_rates(rows: pd.DataFrame) -> go.Figure:
     return figure.update_layout(title_text=title, showlegend=True)
 
 
-def _variants(rows: pd.DataFrame) -> pd.Series:
-    """Return a label of each row: precision, compile mode and batch size."""
-    modes = rows["compile_mode"].replace("off", "eager")
-    return rows["precision"] + ", " + modes + ", batch " + rows["batch_size"].astype(str)
-
-
 # -- devices side by side: measured solid, predicted hatched, published by others outlined -------------------
 
 
@@ -191,12 +163,12 @@ def throughput(rows: pd.DataFrame) -> go.Figure:
     Boards have the open rule. If there are plans, sizes without a plan were measured on CPUs only: they are
     named in a note, not drawn.
     """
-    rule = rows["rule"] if "rule" in rows else pd.Series("closed", rows.index)
-    rows = rows[(rule.fillna("closed") == "open") | _on_cpu(rows)]
+    rows = rows[rows["rule"].eq("open") | rows["device"].str.startswith("cpu")]
     rows = rows.drop_duplicates(["size", "device", "kind"], keep="last")
     planned = set(rows.loc[rows["kind"] == "predicted", "size"])
-    sizes = [size for size in _sizes(rows) if not planned or size in planned]
-    unplanned = [size for size in _sizes(rows) if size not in sizes]
+    recorded = [size for size in SIZES if size in set(rows["size"])]
+    sizes = [size for size in recorded if not planned or size in planned]
+    unplanned = [size for size in recorded if size not in sizes]
     rows, rate = rows[rows["size"].isin(sizes)], "sequences_per_second"
     figure = panels(max(1, len(sizes)), spacing=0.03, shared_yaxes=True, subplot_titles=sizes)
     for column, name in enumerate(sizes, 1):
@@ -223,94 +195,11 @@ def throughput(rows: pd.DataFrame) -> go.Figure:
     named += ["CPUs"] if len(measured) > len(named) else []
     title = f"Measured on {' and '.join(named)}, predicted for everything else"
     title = title if measured else "Predicted rates by device: no size here was measured"
-    return _finish(figure, [*_devices(rows), "published"], title)
-
-
-def roofline(rows: pd.DataFrame) -> go.Figure:
-    """FLOP/s over FLOPs per byte moved: each device's roof, and the steps under it."""
-    rows = rows[rows["rule"].fillna("closed").eq("open") | _on_cpu(rows)]
-    rows = rows[style.column(rows, "bytes_moved").notna()]
-    figure = style.single()
-    for number, name in enumerate(_devices(rows)):
-        color, part = PALETTE[number % len(PALETTE)], rows[rows["device"] == name]
-        if (roof := _roof(name)) is not None:
-            x = np.logspace(0, 4, 60)
-            dash = ("dash", "dot", "dashdot", "longdash")[number // len(PALETTE) % 4]
-            look = {"width": 1.5, "dash": "solid" if name in planner.cpus() else dash}
-            figure.path("measured", x, np.minimum(roof[0], roof[1] * x), color, None, line=look, name=name)
-        for kind, steps in part.groupby("kind"):
-            trace = {"name": f"{name}, {kind}", "customdata": steps["size"], "showlegend": roof is None}
-            hover = f"{name}, %{{customdata}}: %{{y:.2s}}FLOP/s, {kind}"
-            density, rate = steps["flops"] / steps["bytes_moved"], steps["flops"] / steps["step_seconds"]
-            figure.dots(steps, density, rate, color, hover, **trace)
-    rates = (rows["flops"] / rows["step_seconds"]).dropna()
-    tops = [roof[0] for name in _devices(rows) if (roof := _roof(name)) is not None]
-    figure.update_xaxes(title_text="FLOPs per byte moved through main memory", **log_axis([2, 2000]))
-    figure.update_xaxes(range=[0.3, 3.3])
-    figure.update_yaxes(title_text="FLOP/s (roof: data sheet; of CPUs measured)", **log_axis([*rates, *tops]))
-    title = "Steps measured here, under no roof: no device of the catalogue is among them"
-    boards = rows[rows["device"].isin(list(hardware.catalogue()))]
-    if len(boards):
-        roofs = np.array([_roof(name) for name in boards["device"]], dtype=float)
-        bound = (boards["flops"] / boards["bytes_moved"] < roofs[:, 0] / roofs[:, 1]).sum()
-        title = f"{bound} of {len(boards)} predicted steps lie left of the ridge: bandwidth limits them first"
-    return figure.update_layout(height=520, showlegend=True, legend=style.BESIDE, title_text=title)
-
-
-def _roof(name: str) -> tuple[float, float] | None:
-    """Return a device's peak FLOP/s and bytes/s, by its data sheet or, for a CPU, as measured."""
-    if name in planner.cpus():
-        rates = planner.cpus()[name].rates
-        return max(rates["product fp32"].values()), rates["bandwidth"]
-    board = hardware.catalogue().get(name)
-    return None if board is None else (board.peaks[board.precision()], board.bandwidth)
-
-
-def technique_gains(rows: pd.DataFrame) -> go.Figure:
-    """How many times faster each technique makes a step, by device and size, measured and predicted."""
-    names = list(dict.fromkeys(rows["technique"]))
-    rows = rows[rows["size"].isin(SIZES)]
-    sizes = _sizes(rows)
-    figure = panels(len(names), spacing=0.04, legend=True, shared_yaxes=True, subplot_titles=names)
-    for column, name in enumerate(names, 1):
-        part, place = rows[rows["technique"] == name], at(1, column)
-        for place_of_size, size in enumerate(sizes):
-            for kind, marks in part[part["size"] == size].groupby("kind"):
-                new = all(trace.name != size for trace in figure.data)
-                settings = {"name": size, "legendgroup": size, "showlegend": new}
-                color = PALETTE[place_of_size % len(PALETTE)]
-                hover = f"%{{y}}, {size}: %{{x:.2f}} times, {kind}"
-                figure.dots(marks, "speedup", "device", color, hover, **settings, **place)
-        figure.add_vline(x=1, line={"color": MUTED, "width": 1}, **place)
-        figure.update_xaxes(range=[0, 1.1 * max(1.5, part["speedup"].max())], **place)
-    figure.update_xaxes(title_text="times as fast")
-    best = [part.iloc[int(part["speedup"].argmax())] for _, part in rows.groupby("kind")]
-    title = "; ".join(
-        f"{row['kind']}: up to {row['speedup']:.1f} times the speed, by {row['technique']} ({row['device']})"
-        for row in best
-    )
-    _finish(figure, _devices(rows), style.sentence(title))
-    legend = {"y": -0.3, "yanchor": "top", "traceorder": "normal"}
-    return figure.update_layout(showlegend=True, legend=legend, margin={"b": 120})
-
-
-def _devices(rows: pd.DataFrame) -> list[str]:
-    """Return the devices of rows: CPUs first, then boards in the order of the catalogue, then others."""
-    catalogue, names = list(hardware.catalogue()), set(rows["device"])
-    cpus = sorted(name for name in names if str(name).startswith("cpu"))
-    return [*cpus, *(n for n in catalogue if n in names), *sorted(names - {*cpus, *catalogue})]
-
-
-def _on_cpu(rows: pd.DataFrame) -> pd.Series:
-    return rows["device"].astype(str).str.startswith("cpu")
-
-
-def _sizes(rows: pd.DataFrame) -> list[str]:
-    return [size for size in SIZES if size in set(rows["size"])]
-
-
-def _finish(figure: style.Chart, order: list[str], title: str) -> go.Figure:
-    figure.categories(order, _DEVICE_ROW)
+    # CPUs, then boards in the order of the catalogue, then others.
+    devices, boards = set(rows["device"]), list(hardware.catalogue())
+    cpus = sorted(name for name in devices if name.startswith("cpu"))
+    order = [*cpus, *(name for name in boards if name in devices), *sorted(devices - {*cpus, *boards})]
+    figure.categories([*order, "published"], _DEVICE_ROW)
     return figure.update_layout(title_text=title, margin={"t": max(120, figure.layout.margin.t or 0)})
 
 

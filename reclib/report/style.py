@@ -96,9 +96,8 @@ def model_colors(models: Iterable[str]) -> dict[Any, str]:
 
 
 def named(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows with readable names of models; rows without a model are of BERT4Rec."""
-    models = rows["model"] if "model" in rows else pd.Series("bert4rec", rows.index)
-    return rows.assign(model=models.fillna("bert4rec").map(model_name))
+    """Return the rows with readable names of models."""
+    return rows.assign(model=rows["model"].map(model_name))
 
 
 # -- figures and their marks ---------------------------------------------------------------------------------

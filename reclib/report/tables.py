@@ -6,16 +6,12 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from reclib import hardware
-from reclib.config import TrainConfig, model_config
-from reclib.cost import planner, work
 from reclib.data import fetch
 from reclib.records import PROFILES
 
@@ -62,7 +58,6 @@ RATES = {"half": " half rate", "rule": "", "twice": " twice rate"}  # ends of ar
 FLOOR = "held over 16 bytes per parameter"
 _STATE_BYTES = 16  # of a parameter: weight, gradient and AdamW's two moments in fp32
 _STEPS = ("hardware_step", "real_size_step")  # names of records of a step of one size on one device
-_CLIMBED = ("gather before the head", "packed rows")  # rungs of the ladder that are techniques of the planner
 TIES = "ties-"  # prefix of grids whose arms differ in the order of ties
 _ABLATIONS = ("ablations-", "tuning-")  # prefixes of grids whose arms are compared
 # Parameters of notebook 02 that define the configuration of a model.
@@ -136,17 +131,17 @@ def interval_text(m: Mapping[str, Any]) -> str:
 
 def cpu_of(record: Record) -> str | None:
     """Return the CPU of a record, with its generation if it is recorded; None for a GPU."""
-    device = record.get("device") or {}
+    device = record["device"]
     if device.get("type", "cpu") != "cpu":
         return None
-    cpu = (record.get("own_params") or {}).get("cpu") or device.get("cpu_model")
+    cpu = record["own_params"].get("cpu") or device.get("cpu_model")
     return cpu or hardware.short_cpu(str(device.get("name") or ""))
 
 
 def device_of(record: Record) -> str:
     """Return the device of a record as named by plans: threads and CPU, or a board of the catalogue."""
     device = record["device"]
-    name = str((record.get("own_params") or {}).get("device") or record["label"])
+    name = str(record["own_params"].get("device") or record["label"])
     if device.get("type", "cpu") == "cpu":
         threads = name if name[3:].isdecimal() else f"cpu{device.get('threads') or ''}"
         return name if " " in name else f"{threads} {cpu_of(record)}"
@@ -182,11 +177,10 @@ def table(records: Iterable[Record]) -> pd.DataFrame:
     """
     parts = []
     for record in records:
-        params = record.get("own_params") or {}
         origin = {key: record.get(key) for key in ("kind", "label", "profile", "seed")}
         origin["dataset"] = (record.get("data") or {}).get("name")
-        columns = {**(record.get("timings") or {}), **params, **record["metrics"], **origin}
-        series = {k: v for k, v in (record.get("series") or {}).items() if k not in origin}
+        columns = {**record["timings"], **record["own_params"], **record["metrics"], **origin}
+        series = {k: v for k, v in record["series"].items() if k not in origin}
         rows = pd.DataFrame(series or {"_": [0]})
         parts.append(rows.assign(**{k: v for k, v in columns.items() if k not in rows}))
     return pd.concat(parts, ignore_index=True)
@@ -406,21 +400,6 @@ def _with_params(record: Record, **params: Any) -> dict[str, Any]:
     return dict(record) | {"own_params": dict(record["own_params"]) | params}
 
 
-def with_work(record: Record) -> dict[str, Any]:
-    """Return a record of a step with its FLOPs and the planner's count of the bytes that it moves."""
-    params, metrics = record["own_params"], dict(record["metrics"])
-    if "bytes_moved" in metrics or params.get("status", "ok") != "ok":
-        return dict(record)
-    run = record["params"] | params
-    model = model_config(params["size"], **({"max_len": run["max_len"]} | run.get("model", {})))
-    train = TrainConfig(batch_size=run["batch_size"])
-    shapes = work.mean_shapes(model, train, planner.typical_lengths(run["mean_len"]))
-    width = work.HALF if params.get("precision") in ("bf16", "fp16") else work.FP32
-    flops = metrics.get("flops") or metrics.get("encoder_flops", 0) + metrics.get("head_flops", 0)
-    moved = sum(part.bytes for part in work.step_parts(model, train, shapes, width))
-    return dict(record) | {"metrics": metrics | {"flops": flops, "bytes_moved": moved}}
-
-
 def steps(fresh: Iterable[Record], recorded: Iterable[Record]) -> list[dict[str, Any]]:
     """Return one measured step for each size, device and rule: `fresh`, or else from `recorded`.
 
@@ -431,64 +410,10 @@ def steps(fresh: Iterable[Record], recorded: Iterable[Record]) -> list[dict[str,
     ranked.sort(key=lambda r: (PROFILES.index(r["profile"]), str(r["time"])), reverse=True)
     best: dict[tuple[Any, ...], dict[str, Any]] = {}
     for record in [*fresh, *ranked]:
-        step = placed(with_work(record))
+        step = placed(record)
         params = step["own_params"]
         best.setdefault((params["size"], params["device"], params.get("rule", "closed")), step)
     return list(best.values())
-
-
-def gains(recorded: Iterable[Record]) -> list[dict[str, Any]]:
-    """Return the measured speedup of a step by each technique, as records.
-
-    These are rungs of the ladder, AMP and compiling against eager fp32 (notebook 04), and iLoRA against
-    training all weights (notebook 05). Smoke runs are left out.
-    """
-    timed = [r for r in recorded if r["kind"] == "measured" and (r.get("timings") or {}).get("step_seconds")]
-    timed = [r for r in timed if r["profile"] != "smoke"]
-    gained = []
-    for (notebook, name, _), group in by(timed, lambda r: (r["notebook"], r["name"], _origin(r))).items():
-        pairs: list[tuple[Record, Record, str]] = []
-        if (notebook, name) == ("04_amp_compile", "ladder"):
-            rungs = sorted(group, key=lambda r: r["own_params"]["rung"])
-            pairs = [(before, after, after["own_params"]["name"]) for before, after in pairwise(rungs)]
-            pairs = [pair for pair in pairs if pair[2] in _CLIMBED]
-        elif (notebook, name) == ("04_amp_compile", "step"):
-            pairs = _against_eager(group)
-        elif (notebook, name) == ("05_ilora", "adapter_step"):
-            adapted = [
-                r for r in group if r["own_params"]["model"] == "ilora" and r["timings"].get("over_full")
-            ]
-            gained += [_gain(r, "iLoRA", 1 / r["timings"]["over_full"]) for r in adapted[:1]]
-        for before, after, technique in pairs:
-            speedup = before["timings"]["step_seconds"] / after["timings"]["step_seconds"]
-            gained.append(_gain(after, technique, speedup))
-    return gained
-
-
-def _origin(record: Record) -> tuple[str, str]:
-    return record["label"], json.dumps(record["params"], sort_keys=True)
-
-
-def _against_eager(timed: Sequence[Record]) -> list[tuple[Record, Record, str]]:
-    """Return the eager fp32 step of each batch size with its AMP step, and with its compiled one."""
-    pairs = []
-    for _, of_batch in sorted(by(timed, lambda r: r["own_params"]["batch_size"]).items()):
-        modes = by(
-            of_batch, lambda r: (r["own_params"]["ran_precision"], r["own_params"]["ran_compile_mode"])
-        )
-        by_mode = {mode: rows[0] for mode, rows in modes.items()}
-        eager, compiled = by_mode.get(("fp32", "off")), by_mode.get(("fp32", "default"))
-        mixed = by_mode.get(("bf16", "off"), by_mode.get(("fp16", "off")))
-        candidates = ((mixed, "AMP"), (compiled, "torch.compile"))
-        pairs += [(eager, after, technique) for after, technique in candidates if eager and after]
-    return pairs
-
-
-def _gain(after: Record, technique: str, speedup: float) -> dict[str, Any]:
-    params = {"size": after["params"]["size"], "device": device_of(after), "technique": technique}
-    params |= {"basis": "measured", "dataset": (after.get("data") or {}).get("name")}
-    changes = {"name": "technique", "own_params": params, "timings": {"speedup": speedup}, "metrics": {}}
-    return dict(after) | changes
 
 
 def points(recorded: Iterable[Record], prices: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -521,7 +446,9 @@ def mfu_of(record: Record) -> float | None:
     """Return the share of a GPU's peak that a step reached; None for a CPU and an unknown device."""
     board, seconds = hardware.catalogue().get(device_of(record)), record["timings"].get("step_seconds")
     peak = None if board is None else board.peaks.get(record["own_params"].get("precision", "fp32"))
-    return float(np.divide(record["metrics"]["flops"], seconds * peak)) if peak and seconds else None
+    metrics = record["metrics"]
+    flops = metrics.get("flops") or metrics.get("encoder_flops", 0) + metrics.get("head_flops", 0)
+    return flops / (seconds * peak) if peak and seconds else None
 
 
 def real_steps(records: Iterable[Record]) -> pd.DataFrame:
@@ -560,13 +487,11 @@ def by_arm(rows: Sequence[Record]) -> pd.DataFrame:
     table.insert(0, "seeds", parts["seed"].nunique())
     table["TFLOP"] = parts["training_flops"].mean() / 1e12
     table["late_drop"], table["risen"] = parts["late_drop"].mean(), parts["risen"].mean()
-    seconds = ["train_seconds", "eval_seconds"]
-    table["hours"] = (parts[seconds].sum().sum(axis=1) / 3600).round(2) if {*seconds} <= {*frame} else None
+    table["hours"] = (parts[["train_seconds", "eval_seconds"]].sum().sum(axis=1) / 3600).round(2)
     measures = {"loss": "lowest_valid_loss", "ndcg@10": "valid_ndcg@10", "hr@10": "valid_hr@10"}
     for name, column in measures.items():
-        if column in frame:
-            ends = parts[column].agg(["mean", "min", "max"])
-            table[[name, f"{name}_low", f"{name}_high"]] = ends.to_numpy()
+        ends = parts[column].agg(["mean", "min", "max"])
+        table[[name, f"{name}_low", f"{name}_high"]] = ends.to_numpy()
     return table.sort_values(["non_embedding", "item_tables"], kind="stable")
 
 

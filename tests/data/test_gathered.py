@@ -43,25 +43,6 @@ def test_fresh_steps_come_before_recorded_ones_and_smoke_runs_do_not_come():
     assert found == {"85m": 0.1, "130m": 0.6}
 
 
-def test_measured_gains_are_ratios_within_one_run():
-    def of(what, seconds, **own):
-        return step(seconds=seconds, notebook="04_amp_compile", name=what, own_params=own)
-
-    rungs = [("masked", 4.0), ("gather before the head", 2.0), ("packed rows", 1.0), ("fused AdamW", 0.9)]
-    records = [of("ladder", s, rung=number, name=name) for number, (name, s) in enumerate(rungs)]
-    for precision, mode, seconds in (("fp32", "off", 1.0), ("bf16", "off", 2.0), ("fp32", "default", 0.8)):
-        own = {"ran_precision": precision, "ran_compile_mode": mode, "batch_size": 64}
-        records.append(of("step", seconds, **own))
-    iloras = step(notebook="05_ilora", name="adapter_step", own_params={"model": "ilora"})
-    iloras["timings"] = {"step_seconds": 1.0, "over_full": 0.8}
-    found = tables.gains([*records, iloras, step(profile="smoke", name="ladder")])
-    speedups = {r["own_params"]["technique"]: r["timings"]["speedup"] for r in found}
-    assert speedups == pytest.approx(
-        {"gather before the head": 2, "packed rows": 2, "AMP": 0.5, "torch.compile": 1.25, "iLoRA": 1.25}
-    )
-    assert {r["own_params"]["device"] for r in found} == {"cpu2 Intel Xeon"}
-
-
 def test_a_point_of_accuracy_is_told_only_of_what_was_trained_and_scored():
     def of(name, seed, model="bert4rec", **changes):
         return step(notebook="02_baseline", name=name, own_params={"model": model}) | {"seed": seed} | changes
