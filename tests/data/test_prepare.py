@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 
 from reclib import system
 from reclib.config import DataConfig, InputError, as_dict, changed
-from reclib.data import dataset, fetch
+from reclib.data import fetch
 from reclib.data import prepare as prepare_module
 from reclib.data.dataset import ARRAYS, Dataset, load
 from reclib.data.prepare import Source, build, data_main, folder_of, prepare, synthetic_dataset
@@ -60,11 +61,10 @@ def ml_100k(raw_files, cache):
     return fetch.folder()
 
 
-def own_file(folder: Path, rows, name: str = "u.data") -> str:
-    """Write (user, item, rating, seconds since `START`) rows, or fields as they are."""
-    path = folder / name
-    rows = [(*row[:3], START + row[3]) if isinstance(row[-1], int) else row for row in rows]
-    path.write_text("".join("\t".join(map(str, row)) + "\n" for row in rows))
+def own_file(folder: Path, rows) -> str:
+    """Write (user, item, rating, seconds since `START`) rows as `u.data`."""
+    path = folder / "u.data"
+    path.write_text("".join(f"{user}\t{item}\t{rating}\t{START + t}\n" for user, item, rating, t in rows))
     return str(path)
 
 
@@ -113,16 +113,9 @@ def test_ties_are_in_the_order_that_was_chosen_and_counted(tmp_path):
     assert orders[0] == orders[1] != orders[2] != orders[3]
     assert all(order[0] == "8" and sorted(order) == ["1", "3", "5", "8", "9"] for order in orders)
     assert shuffled[2].manifest["rules"]["order"] == "user, timestamp, shuffled by seed 1"
-    assert len({one.fingerprint for one in (source, by_item, *shuffled[1:])}) == 5
+    assert len({dataset.fingerprint for dataset in (source, by_item, *shuffled[1:])}) == 5
     assert len({prepare(changed(config, ties_seed=seed)).fingerprint for seed in (0, 1)}) == 1
     assert as_dict(config) == as_dict(changed(config, ties="source")) != as_dict(changed(config, ties="item"))
-
-
-def test_ties_are_of_one_user(tmp_path):
-    rows = [("a", 1, 1, 1), ("a", 2, 1, 2), ("a", 3, 1, 3), ("b", 1, 1, 3), ("b", 2, 1, 4)]
-    config = DataConfig(dataset=own_file(tmp_path, rows), min_user=1, min_item=1)
-    ties = prepare(config).manifest["ties"]
-    assert (ties["interactions"], ties["test_targets"], ties["tied_ascending_share"]) == (0, 0, None)
 
 
 def contents(dataset: Dataset):
@@ -153,21 +146,11 @@ def test_damaged_cache_is_rebuilt(cache):
 
 def test_records_name_no_folder(tmp_path, monkeypatch):
     own_file(tmp_path, [("a", i, 1, i) for i in range(4)])
-    shutil.copytree(system.params(), tmp_path / "params")
-    monkeypatch.setenv("RECLIB_ROOT", str(tmp_path))
-    dataset = prepare(DataConfig(dataset="u.data", min_user=1, min_item=1))
-    assert dataset.manifest["source"]["file"] == "u.data"
-    assert str(tmp_path) not in json.dumps(dataset.manifest)
-
-
-def test_truncated_ml_100k_is_refused_even_when_prepared(ml_100k):
-    prepare(DataConfig())
-    path = next(p for p in ml_100k.iterdir() if p.name in ("ml-100k.inter", "u.data"))
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match=rf"{path.name} is truncated or altered"):
-        prepare(DataConfig())
-    assert path.read_bytes() == whole[: len(whole) // 2]  # the user's file is left alone
+    monkeypatch.setenv("RECLIB_ROOT", str(tmp_path))  # a relative path starts there
+    manifest = prepare(DataConfig(dataset="u.data", min_user=1, min_item=1)).manifest
+    assert manifest["source"]["file"] == "u.data"
+    assert str(tmp_path) not in json.dumps(manifest)
+    assert manifest["ties"]["tied_ascending_share"] is None  # there are none
 
 
 @pytest.fixture
@@ -197,6 +180,10 @@ def test_the_official_archive_is_downloaded_kept_and_may_be_put_there_by_hand(sm
     dataset = prepare(DataConfig())
     assert (dataset.num_users, dataset.num_items, dataset.title(1)) == (6, 6, "Café 0")
     assert dataset.manifest["source"]["origin"] == "GroupLens"
+    (fetch.folder() / "u.data").write_bytes(b"1\t1\t3\t978307200\n")
+    with pytest.raises(InputError, match=r"u\.data is truncated or altered"):
+        prepare(DataConfig())  # though it is prepared already
+    assert (fetch.folder() / "u.data").stat().st_size == 16  # the user's file is left alone
     monkeypatch.setenv("RECLIB_OFFLINE", "1")
     shutil.rmtree(fetch.folder())
     assert fetch.files().interactions.exists()  # from the archive
@@ -348,8 +335,8 @@ def test_what_is_wrong_is_one_line_and_no_other_folder_is_written(out, tmp_path,
 def test_fingerprint_is_that_of_the_committed_records():
     records = system.root() / "executed" / "cpu" / "results.jsonl"
     lines = map(json.loads, records.read_text().splitlines())
-    found = {line["data"]["fingerprint"] for line in lines if line["data"]["name"] == "ml-100k"}
-    assert found == {FINGERPRINT}
+    fingerprints = {line["data"]["fingerprint"] for line in lines if line["data"]["name"] == "ml-100k"}
+    assert fingerprints == {FINGERPRINT}
 
 
 COLUMNS = ("user", "item", "rating", "time")
@@ -378,18 +365,16 @@ def source(rows, time_unit="s", titles=None) -> Source:
     return Source("made", "made", fill)
 
 
-def prepared_from(folder: Path, rows, *, time_unit="s", titles=None, **config) -> dataset.Dataset:
+def prepared_from(folder: Path, rows, *, time_unit="s", titles=None, **config) -> Dataset:
     config = {"min_user": 1, "min_item": 1} | config
     build(source(rows, time_unit, titles), DataConfig(**config), folder, "key")
-    return dataset.load(folder)
+    return load(folder)
 
 
-def histories_of(found: dataset.Dataset) -> dict[str, list[str]]:
-    bounds = zip(found.offsets[:-1], found.offsets[1:], strict=True)
-    return {
-        user: found.item_keys[found.items[a:b]].tolist()
-        for user, (a, b) in zip(found.user_keys, bounds, strict=True)
-    }
+def histories_of(prepared: Dataset) -> dict[str, list[str]]:
+    keys = prepared.item_keys[prepared.items].tolist()
+    bounds = itertools.pairwise(prepared.offsets)
+    return {user: keys[a:b] for user, (a, b) in zip(prepared.user_keys, bounds, strict=True)}
 
 
 def deduplicated(rows, rule):
@@ -433,61 +418,54 @@ def test_preparation_equals_a_plain_one(tmp_path_factory, rows, minimum, rule, c
             prepared_from(folder, rows, **config)
         assert not folder.exists()
         return
-    found = prepared_from(folder, rows, **config)
-    order = lambda key: (len(key), key)  # noqa: E731
-    users = sorted({row[0] for row in expected}, key=order)
-    assert found.user_keys.tolist() == users
-    assert found.item_keys.tolist() == ["", *sorted({row[1] for row in expected}, key=order)]
-    assert found.items.dtype == np.int32
-    mine = {u: sorted((r for r in expected if r[0] == u), key=lambda r: r[3]) for u in users}  # stable
-    assert histories_of(found) == {user: [row[1] for row in rows] for user, rows in mine.items()}
-    times = [row[3] for rows in mine.values() for row in rows]
-    assert found.times.tolist() == times
+    prepared = prepared_from(folder, rows, **config)
+    users, items = (sorted({row[n] for row in expected}, key=lambda key: (len(key), key)) for n in (0, 1))
+    assert prepared.user_keys.tolist() == users
+    assert prepared.item_keys.tolist() == ["", *items]
+    assert prepared.items.dtype == np.int32
+    by_user = {u: sorted((r for r in expected if r[0] == u), key=lambda r: r[3]) for u in users}  # stable
+    assert histories_of(prepared) == {user: [row[1] for row in rows] for user, rows in by_user.items()}
+    assert prepared.times.tolist() == [row[3] for rows in by_user.values() for row in rows]
     table = duckdb.sql(f"select * from '{folder}/interactions.parquet'").fetchall()
-    assert table == [(*row, n) for rows in mine.values() for n, row in enumerate(rows)]
+    assert table == [(*row, n) for rows in by_user.values() for n, row in enumerate(rows)]
 
 
-PUBLISHED = {  # users, items, interactions of the 5-core sets, and what a 5-core leaves of MovieLens
-    "amazon-beauty-2014-5core/Beauty_s3rec.txt.gz": (22_363, 12_101, 198_502),
-    "amazon-toys-2014-5core/Toys_and_Games_s3rec.txt.gz": (19_412, 11_924, 167_597),
-    "ml-100k/u.data.gz": (943, 1_682, 100_000),
-}
-
-
-def test_counts_are_the_published_ones():
-    for name, counts in PUBLISHED.items():
+def test_counts_of_5_core_sets_are_the_published_ones():
+    for name, *counts in (
+        ("amazon-beauty-2014-5core/Beauty_s3rec.txt.gz", 22_363, 12_101, 198_502),
+        ("amazon-toys-2014-5core/Toys_and_Games_s3rec.txt.gz", 19_412, 11_924, 167_597),
+    ):
         if not (SHARED / name).is_file():
             pytest.skip(f"no copy of {name}")
-        found = prepare(DataConfig(dataset=str(SHARED / name)))
-        assert tuple(found.manifest["steps"][0].values()) == ("source", *counts)
-        if "5core" in name:
-            assert found.manifest["core"]["passes"] == []  # a fixed point
-            assert (found.num_users, found.num_items, found.num_interactions) == counts
-        assert np.bincount(found.items)[1:].min() >= 5
-        assert found.lengths.min() >= 5
+        prepared = prepare(DataConfig(dataset=str(SHARED / name)))
+        assert list(prepared.manifest["steps"][0].values()) == ["source", *counts]
+        assert prepared.manifest["core"]["passes"] == []  # a fixed point
+        assert [prepared.num_users, prepared.num_items, prepared.num_interactions] == counts
+        assert np.bincount(prepared.items)[1:].min() >= 5
+        assert prepared.lengths.min() >= 5
 
 
 def test_manifest_says_what_happened(tmp_path):
     rows = [("u", item, 3, time) for item, time in ((1, 5), (2, 6), (2, 6), (3, 6), (4, 7))]
-    found = prepared_from(tmp_path / "out", rows, duplicates="exact", titles={"2": "Two", "9": "Not here"})
-    manifest = found.manifest
+    titles = {"2": "Two", "9": "Not here"}
+    prepared = prepared_from(tmp_path / "out", rows, duplicates="exact", titles=titles)
+    manifest = prepared.manifest
     steps = {step["step"]: step["interactions"] for step in manifest["steps"]}
     assert steps == {"source": 5, "de-duplicated": 4, "k-core": 4, "train": 2, "valid": 1, "test": 1}
     assert {(step["users"], step["items"]) for step in manifest["steps"]} == {(1, 4)}
     assert manifest["source"] == {"origin": "file", "file": "made.tsv", "sha256": "0" * 64}
-    reading = {"lines": 6, "rejected": {"field missing": 1}}
-    assert reading.items() <= manifest["reading"].items()
+    assert {"lines": 6, "rejected": {"field missing": 1}}.items() <= manifest["reading"].items()
     assert manifest["reading"]["rejected_examples"][0]["line"] == 3
     assert (manifest["ties"]["interactions"], manifest["ties"]["test_targets"]) == (2, 0)
-    assert (dict(found.titles), found.title(2), found.title(1)) == ({"2": "Two"}, "Two", "1")
+    assert (dict(prepared.titles), prepared.title(2), prepared.title(1)) == ({"2": "Two"}, "Two", "1")
 
 
 def test_order_without_times(tmp_path):
     rows = [("u", 5, None, 0), ("u", 3, None, 1), ("v", 3, None, 0), ("u", 4, None, 2)]
     # No rule changes a known order.
-    found = prepared_from(tmp_path / "out", rows, time_unit="order", ties="item")
-    assert histories_of(found) == {"u": ["5", "3", "4"], "v": ["3"]}
-    assert found.times is found.manifest["ties"]["interactions"] is None
+    prepared = prepared_from(tmp_path / "out", rows, time_unit="order", ties="item")
+    assert histories_of(prepared) == {"u": ["5", "3", "4"], "v": ["3"]}
+    assert prepared.times is prepared.manifest["ties"]["interactions"] is None
     assert not (tmp_path / "out" / "times.npy").exists()
     times = duckdb.sql(f"select distinct time from '{tmp_path}/out/interactions.parquet'").fetchall()
     assert times == [(None,)]
@@ -499,7 +477,7 @@ def test_impossible_ids_are_refused(tmp_path):
             prepared_from(tmp_path / "out", [("u", key, 1, 1)])
 
 
-def test_memory_limit_that_is_too_low_is_told(tmp_path):
+def test_a_memory_limit_that_is_too_low_is_refused(tmp_path):
     rows = [(f"user {n}", f"item {n}", 1, n) for n in range(60_000)]
     with pytest.raises(InputError, match="'memory_limit_mb' is 1, too low") as error:
         prepared_from(tmp_path / "out", rows, memory_limit_mb=1)
