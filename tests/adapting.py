@@ -35,23 +35,24 @@ def stir(adapted: AdaptedModel, seed: int = 1) -> AdaptedModel:
 
 def adapted(kind: str = "ilora", model: Bert4Rec | None = None, **changes: object) -> AdaptedModel:
     """A small model with a stirred adapter."""
-    found = AdaptedModel(base(**UNTIED) if model is None else model)
-    found.add("default", AdapterConfig(kind=kind, **({"rank": 8, "alpha": 16.0} | changes)))
-    return stir(found).eval()
+    adapted = AdaptedModel(base(**UNTIED) if model is None else model)
+    adapted.add("default", AdapterConfig(kind=kind, **({"rank": 8, "alpha": 16.0} | changes)))
+    return stir(adapted).eval()
 
 
-def batch(lengths: tuple[int, ...] = (9, 4, 12, 7, 3, 8, 5, 6), **changes: object) -> Batch:
+def first_batch(lengths: tuple[int, ...] = (9, 4, 12, 7, 3, 8, 5, 6), **changes: object) -> Batch:
     """The first batch of some histories."""
     train = TrainConfig(batch_size=len(lengths), **({"mask_prob": 0.3} | changes))
     return Epoch(histories(list(lengths)), small_model(), train, 0).step(0)[0]
 
 
-def rows_of(one: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return one.items, one.segment_ids, one.positions
+def rows_of(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return batch.items, batch.segment_ids, batch.positions
 
 
 @torch.no_grad()
-def scores(model: Bert4Rec | AdaptedModel, one: Batch, everywhere: bool = False) -> torch.Tensor:
+def scores(model: Bert4Rec | AdaptedModel, batch: Batch, everywhere: bool = False) -> torch.Tensor:
     """Scores (M, V) at the targets, by way of the queries as in training, or of the states `everywhere`."""
-    states = model.encode(*rows_of(one), None if everywhere else one.query_index).flatten(0, 1)
-    return model.logits(states[(one.target_places if everywhere else one.target_slots)[: one.num_targets]])
+    states = model.encode(*rows_of(batch), None if everywhere else batch.query_index).flatten(0, 1)
+    places = batch.target_places if everywhere else batch.target_slots
+    return model.logits(states[places[: batch.num_targets]])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapting import EVERYTHING, KINDS, UNTIED, adapted, base, batch, scores, stir
+from adapting import EVERYTHING, KINDS, UNTIED, adapted, base, first_batch, scores, stir
 from conftest import disk_of
 from safetensors.torch import load_file, save_file
 
@@ -20,22 +20,22 @@ PLAIN = (*ENCODER, "transform.linear", "item_table")  # what PEFT can adapt: mod
 def test_an_adapter_comes_back_to_the_same_bits(tmp_path):
     for kind in KINDS:
         for shape in (UNTIED, {}):
-            one, written = batch(), adapted(kind, base(**shape), targets=EVERYTHING, dropout=0.25)
+            batch, written = first_batch(), adapted(kind, base(**shape), targets=EVERYTHING, dropout=0.25)
             folder = save_adapter(written, tmp_path / "a")
             read = load_adapter(base(**shape), folder, "again").eval()
             assert read.configs["again"] == written.configs["default"] or kind in ("lora", "rslora")
-            assert torch.equal(scores(read, one), scores(written, one))
+            assert torch.equal(scores(read, batch), scores(written, batch))
             size = sum(t.numel() for t in load_file(folder / ADAPTER_TENSORS).values())
             assert size == sum(p.numel() for p in written.parameters() if p.requires_grad)  # none of the base
 
 
 def test_a_causal_reader_is_not_in_the_file_but_its_hash(tmp_path):
     reader, other = (base(seed=seed, causal=True) for seed in (7, 8))
-    written, one = AdaptedModel(base(**UNTIED)), batch()
+    written, batch = AdaptedModel(base(**UNTIED)), first_batch()
     written.add("x", AdapterConfig(kind="ilora", representation="causal_state"), reader)
     folder = save_adapter(stir(written).eval(), tmp_path / "a")
     read = load_adapter(base(**UNTIED), folder, causal_model=reader).eval()
-    assert torch.equal(scores(read, one), scores(written, one))
+    assert torch.equal(scores(read, batch), scores(written, batch))
     for given, message in ((other, "the causal model that the gate reads"), (None, "needs causal_model")):
         with pytest.raises(InputError, match=message):
             load_adapter(base(**UNTIED), folder, causal_model=given)
@@ -43,11 +43,11 @@ def test_a_causal_reader_is_not_in_the_file_but_its_hash(tmp_path):
 
 def test_peft_and_we_read_each_others_files_and_give_the_same(tmp_path, recwarn):
     peft = pytest.importorskip("peft", reason="PEFT is not installed: it is in the extra 'test'")
-    one, near = batch(), {"rtol": 1e-5, "atol": 1e-5}
-    plain = scores(base(**UNTIED), one)
+    batch, near = first_batch(), {"rtol": 1e-5, "atol": 1e-5}
+    plain = scores(base(**UNTIED), batch)
 
     def peft_scores(model) -> torch.Tensor:
-        return scores(model.base_model.model.eval(), one)
+        return scores(model.base_model.model.eval(), batch)
 
     for kind in ("lora", "rslora"):
         written = adapted(kind, targets=PLAIN)
@@ -56,10 +56,10 @@ def test_peft_and_we_read_each_others_files_and_give_the_same(tmp_path, recwarn)
         assert not [w for w in recwarn if "missing" in str(w.message) or "nexpected" in str(w.message)]
         config = theirs.peft_config["default"]
         assert (config.r, config.lora_alpha, config.use_rslora) == (8, 16.0, kind == "rslora")
-        torch.testing.assert_close(peft_scores(theirs), scores(written, one), **near)
-        assert float((scores(written, one) - plain).abs().max()) > 1e-2
-        merged = scores(theirs.merge_and_unload(), one)
-        torch.testing.assert_close(merged, scores(written, one), rtol=1e-4, atol=1e-4)
+        expected = scores(written, batch)
+        torch.testing.assert_close(peft_scores(theirs), expected, **near)
+        assert float((expected - plain).abs().max()) > 1e-2
+        torch.testing.assert_close(scores(theirs.merge_and_unload(), batch), expected, rtol=1e-4, atol=1e-4)
 
         paths = ["blocks.0.attention.qkv", "blocks.1.ffn.down", "blocks.1.attention.qkv", "item_table"]
         config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=paths, use_rslora=kind == "rslora")
@@ -76,7 +76,7 @@ def test_peft_and_we_read_each_others_files_and_give_the_same(tmp_path, recwarn)
         read = load_adapter(base(**UNTIED), folder, any_base=True).eval()
         assert sorted(read.layers()) == sorted(paths)
         assert read.configs["default"].kind == kind
-        torch.testing.assert_close(scores(read, one), peft_scores(theirs), **near)
+        torch.testing.assert_close(scores(read, batch), peft_scores(theirs), **near)
 
     for kind, targets in (("ilora", ENCODER), ("gated", ENCODER), ("lora", EVERYTHING)):
         folder = save_adapter(adapted(kind, targets=targets), tmp_path / "own")
@@ -189,10 +189,9 @@ def test_damage_is_named_with_what_to_do(tmp_path):
 
 
 def test_full_disk_is_one_clear_error_and_keeps_the_last_good_checkpoint(tmp_path):
-    small = {"a": torch.zeros(50_000)}
     with disk_of(1, tmp_path / "disk") as disk:
-        saving.save_checkpoint(disk, "step-1", small, {"step": 1})
+        saving.save_checkpoint(disk, "step-1", TENSORS, {"step": 1})
         with pytest.raises(InputError, match=r"^cannot write .*step-2: .*last good one is step-1.*$"):
             saving.save_checkpoint(disk, "step-2", {"a": torch.zeros(300_000)}, {"step": 2})
         assert names(disk) == ["step-1"]
-        assert torch.equal(saving.load_checkpoint(disk / "step-1")[0]["a"], small["a"])
+        assert torch.equal(saving.load_checkpoint(disk / "step-1")[0]["a"], TENSORS["a"])
