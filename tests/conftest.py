@@ -78,6 +78,14 @@ def until(condition: Callable[[], object], seconds: float) -> None:
         time.sleep(0.01)
 
 
+def sample(name: str) -> Path:
+    """Return a real file of `shared/data`; the test is skipped where there is no copy of it."""
+    for folder in (ROOT, ROOT.parent):
+        if (folder / "shared/data" / name).is_file():
+            return folder / "shared/data" / name
+    pytest.skip(f"no shared/data/{name} in the project or beside it: nothing was compared with it")
+
+
 @contextlib.contextmanager
 def disk_of(megabytes: int, place: Path) -> Iterator[Path]:
     """Have a file system of this size at a folder; the test is skipped where none can be mounted."""

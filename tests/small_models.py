@@ -5,7 +5,7 @@ import torch
 
 from reclib.config import ModelConfig, TrainConfig
 from reclib.data.batches import Epoch
-from reclib.data.dataset import Dataset, Histories, Keys, ties
+from reclib.data.dataset import Dataset, Evaluation, Histories, Keys, ties
 from reclib.model.bert4rec import Bert4Rec
 from reclib.train.fit import Options
 from reclib.train.losses import batch_loss
@@ -32,6 +32,10 @@ def histories(lengths: list[int], seed: int = 0, num_items: int = NUM_ITEMS) -> 
     ends = np.cumsum(lengths)
     items = np.random.default_rng(seed).integers(1, num_items + 1, int(ends[-1])).astype(np.int32)
     return Histories(items, ends - np.asarray(lengths), ends)
+
+
+def history_of(part: Evaluation, user: int) -> list[int]:
+    return part.histories.items[part.histories.starts[user] : part.histories.ends[user]].tolist()
 
 
 def dataset_of(events: list[list[tuple[int, int]]], num_items: int = NUM_ITEMS, unit: str = "s") -> Dataset:

@@ -42,17 +42,17 @@ UNPACKED = ["films.zip", "films/movies.dat", "films/ratings.dat", "films/receive
 
 
 class Server:
-    """A server whose answer a test replaces; it counts what it was asked for."""
+    """A server whose answer a test replaces; it keeps the paths of its requests."""
 
     def __init__(self) -> None:
         self.files = {"/films.zip": FILMS, "/Gadgets_5.json.gz": REVIEWS}
-        self.asked: list[str] = []
+        self.paths: list[str] = []
         self.reply = self.whole
         server = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                server.asked.append(self.path)
+                server.paths.append(self.path)
                 server.reply(self)
 
             def log_message(self, *_: object) -> None:
@@ -96,13 +96,14 @@ def raw(server, tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setenv("RECLIB_ROOT", str(tmp_path))
     monkeypatch.setenv("RECLIB_DATA", str(tmp_path / "data"))
-    terms = {"licence": "For research; do not pass it on.", "citation": "A. Nobody, 2020", "format": "ml-1m"}
-    films = {"checksum": sha256_of(FILMS), "bytes": len(FILMS), "counts": {"interactions": 500}}
-    films |= {"members": ["films/ratings.dat", "films/movies.dat"]}
-    gadgets = {"checksum": None, "bytes": None, "counts": {"interactions": 400}}
-    films["address"], gadgets["address"] = f"{server.base}/films.zip", f"{server.base}/Gadgets_5.json.gz"
     (tmp_path / "params").mkdir()
-    write_list(tmp_path, {"films": films | terms, "gadgets": gadgets | terms})
+    terms = {"licence": "For research; do not pass it on.", "citation": "A. Nobody, 2020", "format": "ml-1m"}
+    terms |= {"checksum": None, "bytes": None}
+    change_list(tmp_path, "films", **terms, address=f"{server.base}/films.zip", counts={"interactions": 500})
+    members = ["films/ratings.dat", "films/movies.dat"]
+    change_list(tmp_path, "films", checksum=sha256_of(FILMS), bytes=len(FILMS), members=members)
+    address = f"{server.base}/Gadgets_5.json.gz"
+    change_list(tmp_path, "gadgets", **terms, address=address, counts={"interactions": 400})
     return tmp_path / "data" / "raw"
 
 
@@ -110,15 +111,12 @@ def sha256_of(content: bytes) -> str:
     return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
-def write_list(root: Path, entries: dict[str, dict]) -> None:
-    (root / "params" / "datasets.yaml").write_text(yaml.safe_dump(entries, sort_keys=False))
-
-
 def change_list(root: Path, name: str, **values: object) -> None:
+    """Add an entry to the list of datasets, or change it."""
     file = root / "params" / "datasets.yaml"
-    entries = yaml.safe_load(file.read_text())
-    entries[name] |= values
-    write_list(root, entries)
+    entries = yaml.safe_load(file.read_text()) if file.is_file() else {}
+    entries[name] = entries.get(name, {}) | values
+    file.write_text(yaml.safe_dump(entries, sort_keys=False))
 
 
 def files_in(folder: Path) -> list[str]:
@@ -130,7 +128,7 @@ def refused(name: str, problem: str) -> None:
         fetch.fetch(name)
 
 
-def test_a_zip_is_unpacked_and_its_terms_are_told(raw, server, capsys):
+def test_a_zip_is_unpacked_its_terms_are_printed_and_it_is_not_fetched_again(raw, server, capsys):
     path = fetch.fetch("films")
     assert path == raw / "films" / "ratings.dat"
     assert path.read_bytes() == RATINGS
@@ -139,14 +137,13 @@ def test_a_zip_is_unpacked_and_its_terms_are_told(raw, server, capsys):
     assert printed.out == ""
     for text, is_there in (("do not pass it on", True), ("A. Nobody", True), ("it/s", False), ("B/s", False)):
         assert (text in printed.err) == is_there  # no progress bar where there is no terminal
-
-
-def test_what_is_there_is_recorded_and_not_fetched_again(raw, server):
-    first = fetch.fetch("films")
-    assert fetch.fetch("films") == first
-    first.unlink()
+    assert fetch.fetch("films") == path
+    path.unlink()
     assert fetch.fetch("films").read_bytes() == RATINGS  # from the archive that was kept
-    assert server.asked == ["/films.zip"]
+    assert server.paths == ["/films.zip"]
+
+
+def test_a_received_file_is_recorded(raw, server):
     path = fetch.fetch("gadgets")
     assert path.read_bytes() == REVIEWS
     digest = hashlib.sha256(REVIEWS).hexdigest()
@@ -157,17 +154,17 @@ def test_what_is_there_is_recorded_and_not_fetched_again(raw, server):
     assert path.stat().st_mode & stat.S_IRGRP  # a data folder may be shared
 
 
-def test_a_file_that_changed_since_is_told_and_kept(raw, server):
+def test_a_file_that_changed_since_is_refused_and_kept(raw, server):
     path = fetch.fetch("gadgets")
     path.write_bytes(REVIEWS[:-1] + b"x")  # same length
     assert fetch.fetched("gadgets") == path  # size alone: no content is read
     refused("gadgets", r"Gadgets_5\.json\.gz is truncated or altered")
     path.write_bytes(REVIEWS[:-9])
-    for ask in (fetch.fetched, fetch.fetch):
+    for call in (fetch.fetched, fetch.fetch):
         with pytest.raises(InputError, match=f"has {len(REVIEWS) - 9:,} bytes, {len(REVIEWS):,} were rec"):
-            ask("gadgets")
+            call("gadgets")
     assert path.read_bytes() == REVIEWS[:-9]
-    assert len(server.asked) == 1
+    assert len(server.paths) == 1
 
 
 def test_a_file_put_there_by_hand_is_taken(raw, server):
@@ -177,7 +174,7 @@ def test_a_file_put_there_by_hand_is_taken(raw, server):
     assert fetch.fetch("gadgets") == fetch.fetched("gadgets") == by_hand
     (raw / "films.zip").write_bytes(FILMS)
     assert fetch.fetch("films").read_bytes() == RATINGS
-    assert server.asked == []
+    assert server.paths == []
     shutil.rmtree(raw / "films")
     (raw / "films.zip").write_bytes(zip_of({"films/ratings.dat": b"other", "films/movies.dat": b""}))
     refused("films", r"films\.zip is truncated or altered")
@@ -185,7 +182,7 @@ def test_a_file_put_there_by_hand_is_taken(raw, server):
 
 
 def test_a_failed_download_is_one_clear_error_and_leaves_nothing(raw, server):
-    for name, content, length, said in (
+    for name, content, length, problem in (
         ("films", FILMS[: len(FILMS) // 2], 5 * len(FILMS), "the connection broke off"),
         ("gadgets", REVIEWS[: len(REVIEWS) // 2], None, "ended before"),  # of no stated length
         ("films", FILMS[:60] + b"??" + FILMS[62:], len(FILMS), "is truncated or altered"),
@@ -193,7 +190,7 @@ def test_a_failed_download_is_one_clear_error_and_leaves_nothing(raw, server):
         ("films", b"", 0, "truncated or altered"),
     ):
         server.reply = partial(server.send, content=content, length=length)
-        with pytest.raises(InputError, match=said) as error:
+        with pytest.raises(InputError, match=problem) as error:
             fetch.fetch(name)
         message, entry = str(error.value), fetch.known(name)
         target = raw / ("films.zip" if name == "films" else "gadgets/Gadgets_5.json.gz")
@@ -233,7 +230,7 @@ def test_servers_that_redirect_or_call_gz_an_encoding(raw, server):
 
     server.reply = redirect
     assert fetch.fetch("gadgets").read_bytes() == REVIEWS
-    assert server.asked == ["/Gadgets_5.json.gz", "/elsewhere/Gadgets_5.json.gz"]
+    assert server.paths == ["/Gadgets_5.json.gz", "/elsewhere/Gadgets_5.json.gz"]
 
 
 def test_no_server_and_no_connection(raw, server, tmp_path, monkeypatch):
@@ -242,14 +239,14 @@ def test_no_server_and_no_connection(raw, server, tmp_path, monkeypatch):
     assert files_in(raw) == []
     monkeypatch.setenv("RECLIB_OFFLINE", "1")
     refused("gadgets", "RECLIB_OFFLINE is set")
-    assert server.asked == []
+    assert server.paths == []
 
 
 def test_a_mirror_may_be_an_address_or_a_folder(raw, server, tmp_path, monkeypatch):
     server.files = {f"/mirror{path}": content for path, content in server.files.items()}
     monkeypatch.setenv("RECLIB_MIRROR", f"{server.base}/mirror/")
     assert fetch.fetch("gadgets").read_bytes() == REVIEWS
-    assert server.asked == ["/mirror/Gadgets_5.json.gz"]
+    assert server.paths == ["/mirror/Gadgets_5.json.gz"]
     (tmp_path / "disk").mkdir()
     (tmp_path / "disk" / "films.zip").write_bytes(FILMS)
     monkeypatch.setenv("RECLIB_MIRROR", str(tmp_path / "disk"))
@@ -297,7 +294,7 @@ def test_a_full_disk_leaves_nothing(raw, server, monkeypatch):
     usage = fetch.shutil.disk_usage(Path.cwd())
     monkeypatch.setattr(fetch.shutil, "disk_usage", lambda _: usage._replace(free=10))
     refused("films", r"it needs 0\.0 MB, .* has 0\.0 MB free")
-    assert server.asked == []
+    assert server.paths == []
     assert files_in(raw) == []
 
 
@@ -318,8 +315,8 @@ def test_a_pickled_table_becomes_csv_and_nothing_in_it_is_run(raw, server, tmp_p
     serve({name: pickle.dumps(table) for name, table in tables.items()})
     path = fetch.fetch("films")
     assert path.read_text() == f"UserID,ItemID,Timestamp\n7,2,{T}\n7,1,{T + 1}\n"
-    files = ["films/item2title.csv", "films/received.json", "films/user2item.csv", "sample.zip"]
-    assert files_in(raw) == files
+    tables_as_csv = ["films/item2title.csv", "films/received.json", "films/user2item.csv"]
+    assert files_in(raw) == [*tables_as_csv, "sample.zip"]
     dataset = prepare(DataConfig(dataset="films", min_user=1, min_item=1))
     assert (dataset.items.tolist(), dataset.title(1), dataset.title(2)) == ([2, 1], "One, first", "Two")
     shutil.rmtree(raw)
@@ -331,22 +328,22 @@ def test_two_processes_at_once(raw, server):
     both = threading.Barrier(2, timeout=30)
 
     def together(handler):
-        both.wait()  # neither is answered before both have asked
+        both.wait()  # neither is answered before both requests are there
         server.whole(handler)
 
     server.reply = together
     code = "from reclib.data import fetch; print(fetch.fetch('films'))"
     with ThreadPoolExecutor() as pool:
         done = list(pool.map(python, ["-c"] * 2, [code] * 2))
-    assert [one.stdout.strip() for one in done] == [str(raw / "films" / "ratings.dat")] * 2
+    assert [process.stdout.strip() for process in done] == [str(raw / "films" / "ratings.dat")] * 2
     assert files_in(raw) == UNPACKED
     assert fetch.fetch("films").read_bytes() == RATINGS
 
 
-def test_unknown_names_and_wrong_entries_are_told(raw, tmp_path):
-    for ask in (fetch.fetch, fetch.fetched, fetch.not_fetched):
+def test_unknown_names_and_wrong_entries_are_refused(raw, tmp_path):
+    for call in (fetch.fetch, fetch.fetched, fetch.not_fetched):
         with pytest.raises(InputError, match=r"'film' \(did you mean 'films'\?\); there are films, gadgets"):
-            ask("film")
+            call("film")
     change_list(tmp_path, "films", sha256="x")
     with pytest.raises(InputError, match="unknown parameter 'sha256'"):
         fetch.catalogue()

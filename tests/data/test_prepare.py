@@ -15,7 +15,7 @@ import duckdb
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import disk_of, python
+from conftest import disk_of, python, sample
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -26,8 +26,6 @@ from reclib.data import prepare as prepare_module
 from reclib.data.dataset import ARRAYS, Dataset, load
 from reclib.data.prepare import Source, build, data_main, folder_of, prepare, synthetic_dataset
 from reclib.data.read import Ingested
-
-SHARED = system.root().parent / "shared" / "data"
 
 # the default dataset, pinned: a change here is a change of rules and needs another RULES_VERSION
 FINGERPRINT = "11351b1d3c74ba8a"
@@ -82,14 +80,12 @@ def test_counts_and_splits_of_real_ml_100k(ml_100k):
 
 
 def test_official_files_give_the_same_dataset(ml_100k, monkeypatch, tmp_path):
-    folder = SHARED / "ml-100k"
-    if not folder.is_dir():
-        pytest.skip(f"no copy of the official files at {folder}")
     from_recbole = prepare(DataConfig())
     monkeypatch.setenv("RECLIB_DATA", str(tmp_path / "official"))
     fetch.folder().mkdir(parents=True)
     for name in fetch.OFFICIAL:
-        (fetch.folder() / name).write_bytes(gzip.decompress((folder / f"{name}.gz").read_bytes()))
+        content = gzip.decompress(sample(f"ml-100k/{name}.gz").read_bytes())
+        (fetch.folder() / name).write_bytes(content)
     official = prepare(DataConfig())
     assert official.manifest["source"]["file"] == "u.data"
     assert official.fingerprint == from_recbole.fingerprint
@@ -435,9 +431,7 @@ def test_counts_of_5_core_sets_are_the_published_ones():
         ("amazon-beauty-2014-5core/Beauty_s3rec.txt.gz", 22_363, 12_101, 198_502),
         ("amazon-toys-2014-5core/Toys_and_Games_s3rec.txt.gz", 19_412, 11_924, 167_597),
     ):
-        if not (SHARED / name).is_file():
-            pytest.skip(f"no copy of {name}")
-        prepared = prepare(DataConfig(dataset=str(SHARED / name)))
+        prepared = prepare(DataConfig(dataset=str(sample(name))))
         assert list(prepared.manifest["steps"][0].values()) == ["source", *counts]
         assert prepared.manifest["core"]["passes"] == []  # a fixed point
         assert [prepared.num_users, prepared.num_items, prepared.num_interactions] == counts

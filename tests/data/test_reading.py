@@ -17,6 +17,7 @@ from pathlib import Path
 import duckdb
 import pandas as pd
 import pytest
+from conftest import sample
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -30,6 +31,7 @@ from reclib.data.prepare import _sha256, data_main, hashlib, prepare, source
 T = 1577836800  # 2020-01-01; @3 in a content is T + 3
 SECOND = 964_982_703  # in the year 2000
 ML = "ml-100k"
+ONE = ("--min-user", "1", "--min-item", "1")  # a core that leaves out nothing
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +60,7 @@ def histories_in(path: Path, columns=None, **options) -> tuple[str, str]:
 def written(folder: Path, content: str | bytes, name: str = "own.csv") -> Path:
     path = folder / name
     if isinstance(content, str):
-        content = re.sub(r"@(\d?)", lambda found: str(T + int(found[1] or 0)), content)
+        content = re.sub(r"@(\d?)", lambda match: str(T + int(match[1] or 0)), content)
     path.write_bytes(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
     return path
 
@@ -160,15 +162,13 @@ def test_the_longest_line_is_a_parameter_and_named_where_it_is_longer(tmp_path, 
             with pytest.raises(InputError, match=rf"{path.name}, {line} \(max_line_mb\)"):
                 histories_in(path, max_line_mb=2)
     wide = written(tmp_path, f"{UITX}u,a,@,{'x' * (3 << 20)}\nu,b,@1,\n")
-    options = ["prepare", str(wide), "--min-user", "1", "--min-item", "1", "--max-line-mb"]
-    assert [data_main([*options, size]) for size in ("2", "4", "2", "0")] == [2, 0, 2, 2]
+    command = ["prepare", str(wide), *ONE, "--max-line-mb"]
+    assert [data_main([*command, size]) for size in ("2", "4", "2", "0")] == [2, 0, 2, 2]
     assert "own.csv, line 2: longer than 2 MB" in capsys.readouterr().err
 
 
 def parquet(path: Path, select: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = duckdb.connect().execute(f"CREATE TABLE t AS {select}")
-    rows.execute(f"COPY t TO '{path}' (FORMAT parquet)")
+    duckdb.connect().execute(f"COPY ({select}) TO '{path}' (FORMAT parquet)")
     return path
 
 
@@ -257,7 +257,7 @@ def test_names_and_folders_of_any_characters(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RECLIB_DATA", str(home / "data"))
         path = written(home, f"{UIT}u,a,@\n", os.fsdecode(b"caf\xe9?.csv"))
-        assert data_main(["prepare", str(path), "--min-user", "1", "--min-item", "1"]) == 0
+        assert data_main(["prepare", str(path), *ONE]) == 0
 
 
 def test_an_interrupted_preparation_leaves_one_line_and_nothing_else(tmp_path):
@@ -392,9 +392,9 @@ def test_random_tables_give_what_pandas_reads(tmp_path_factory, rows, kind, piec
             with pytest.raises(InputError, match="lines rejected"):
                 read(path, columns=COLUMNS, max_rejected_share=1.0)
             return
-        found, got = read(path, columns=COLUMNS, max_rejected_share=1.0)
+        records, got = read(path, columns=COLUMNS, max_rejected_share=1.0)
     size = {"s": 10**6, "ms": 1000, "us": 1}[got.time_unit]
-    in_time = sorted(found, key=lambda row: (row[4], row[0]))
+    in_time = sorted(records, key=lambda row: (row[4], row[0]))
     assert [(user, item, stars, time * size) for _, user, item, stars, time in in_time] == [
         (row.user, row.item, float(row.rating) if row.rating else None, row.us)
         for row in expected.itertuples()
@@ -437,7 +437,6 @@ def test_damaged_files_give_an_error_of_ours_or_counted_lines(tmp_path):
 # ---- each format, and real files ------------------------------------------------------------------------
 
 
-SAMPLES = system.root().parent / "shared" / "data"
 REVIEW = '{"reviewerID": "A2IBPI20UZIR0U", "asin": "1384719342", "overall": 5.0, "unixReviewTime": 1393545600'
 REVIEW_2023 = '{"user_id": "AE", "parent_asin": "B0", "asin": "B1", "rating": 5, "timestamp": 1602133857705}'
 USERS = ["A2IBPI20UZIR0U", "AKM1MP6P0OYPR", "A14VAT5EAX3D9S"]
@@ -513,22 +512,16 @@ REAL = {
 }
 
 
-def sample(name: str) -> Path:
-    if not (SAMPLES / name).is_file():
-        pytest.skip(f"no sample of a real file at {SAMPLES / name}")
-    return SAMPLES / name
-
-
-COUNTS = 'SELECT count(*), count(DISTINCT "user"), count(DISTINCT item) FROM raw'
+COUNTS = """SELECT count(*), count(DISTINCT "user"), count(DISTINCT item), min(row), max(row),
+count(DISTINCT row) FROM raw"""
 
 
 def test_counts_of_real_files_are_the_published_ones():
-    for name in REAL:
+    for name, (rows, users, items, unit) in REAL.items():
         with duckdb.connect() as con:
             got = reclib_read.ingest(con, sample(name), config=DataConfig(strict=True))
-            assert (*con.execute(COUNTS).fetchone(), got.time_unit) == REAL[name], name
-            numbers = con.execute("SELECT min(row), max(row), count(DISTINCT row) FROM raw").fetchone()
-            assert numbers == (0, REAL[name][0] - 1, REAL[name][0]), name
+            assert con.execute(COUNTS).fetchone() == (rows, users, items, 0, rows - 1, rows), name
+            assert got.time_unit == unit, name
 
 
 def good_lines(count: int) -> str:
@@ -558,7 +551,7 @@ def test_a_gzip_file_that_is_cut_or_damaged_is_refused(tmp_path, monkeypatch):
         monkeypatch.setattr(formats, "_unzipper", unzipper)
         with pytest.raises(InputError, match="is damaged near byte"):
             read(written(tmp_path, bytes(damaged)), ML)
-        path = written(tmp_path, members[0] + b"\0" * 40 + members[1] + members[2] + b"\0" * 512)
+        path = written(tmp_path, members[0] + bytes(40) + members[1] + members[2] + bytes(512))
         assert [row[1] for row in read(path, ML)[0]] == [str(n) for n in range(30)]
 
 
