@@ -31,6 +31,7 @@ os.environ["PYTHONPATH"] = str(ROOT)  # every process that a test starts runs th
 import torch  # noqa: E402  # reads GOMP_SPINCOUNT as it is loaded
 
 from reclib import parameters, records  # noqa: E402
+from reclib.config import InputError  # noqa: E402
 
 # A whole notebook in the form that the study's own have, small enough to run in a second or two.
 _CODE = """from reclib import parameters
@@ -68,6 +69,14 @@ def python(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run Python with these words in a process of its own, and wait for its end."""
     command = [sys.executable, *map(str, words)]
     return subprocess.run(command, **({"capture_output": True, "text": True, "timeout": 300} | options))
+
+
+def refused(problem: str, call: Callable[..., object], *arguments: Any, **options: Any) -> str:
+    """Check that a call raises an InputError of one line that matches `problem`; return its message."""
+    with pytest.raises(InputError, match=problem) as error:
+        call(*arguments, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
 def until(condition: Callable[[], object], seconds: float) -> None:

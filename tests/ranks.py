@@ -29,7 +29,7 @@ from reclib.train.trainer import Trainer
 
 # 27 histories in steps of 8: the last step holds 3, so that of two processes the second has nothing to do.
 LENGTHS = [9, 4, 12, 7, 3, 8, 5, 6, 2] * 3
-STEPS = 8  # two epochs
+STEPS = 8  # at most, in two epochs
 TRAIN = TrainConfig(batch_size=8, epochs=2, lr_warmup_steps=2, learning_rate=1e-2, last_item_share=0.5)
 PADDED = {"layout": "padded", "objective": "seed_focal", "loss": "plain"}
 
@@ -75,12 +75,12 @@ def trained(case: str) -> tuple[Trainer, dict[str, Any]]:
         if case == "overflow":
             trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
             model.final_norm.weight.register_hook(overflowing(trainer))
-        stats = [one for one, _ in zip(trainer.steps(), range(STEPS), strict=False)]
+        stats = list(trainer.steps())
     finally:
         bert4rec.SMALLEST_BYTES, distributed.ALONE_BYTES = kept
     names = ("loss", "grad_norm", "skipped", "num_targets", "num_sequences", "row_tokens")
-    saw = {name: [getattr(one, name) for one in stats] for name in names}
-    return trainer, saw | {"sinks": len(trainer.sinks), "scale": trainer.scaler.get_scale()}
+    seen = {name: [getattr(step, name) for step in stats] for name in names}
+    return trainer, seen | {"sinks": len(trainer.sinks), "scale": trainer.scaler.get_scale()}
 
 
 def overflowing(trainer: Trainer) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -109,18 +109,18 @@ def main(folder: Path) -> None:
     with distributed.joined("cpu"):
         rank = distributed.ranks().rank
         for case in CASES:
-            trainer, saw = trained(case)
-            (folder / f"{case}-{rank}.json").write_text(json.dumps(saw))
+            trainer, seen = trained(case)
+            (folder / f"{case}-{rank}.json").write_text(json.dumps(seen))
             save_file(unique_tensors(trainer.model), folder / f"{case}-{rank}.safetensors")
         trainer = validated(folder / "validated")
         (folder / f"history-{rank}.json").write_text(json.dumps(trainer.progress.history))
         part = evaluation(dataset(), "valid")
-        found = rank_targets(trainer, part, True, with_losses=True)
-        arrays = {"ranks": torch.from_numpy(found.ranks), "losses": torch.from_numpy(found.losses)}
+        ranking = rank_targets(trainer, part, True, with_losses=True)
+        arrays = {"ranks": torch.from_numpy(ranking.ranks), "losses": torch.from_numpy(ranking.losses)}
         save_file(arrays, folder / f"ranking-{rank}.safetensors")
         few = part.histories._replace(starts=part.histories.starts[:1], ends=part.histories.ends[:1])
-        one = rank_targets(trainer, Evaluation(few, part.targets[:1]), True)
-        assert one.ranks.tolist() == found.ranks[:1].tolist()  # the other process has no user of its own
+        first = rank_targets(trainer, Evaluation(few, part.targets[:1]), True)
+        assert first.ranks.tolist() == ranking.ranks[:1].tolist()  # the other process has no user of its own
         fit_setup(setup(), "cpu", folder / "whole")
 
 

@@ -90,12 +90,12 @@ def loss_and_gradients(
     return total, {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
 
 
-def worst_difference(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+def worst_difference(gradients: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
     """Largest norm of a difference, per tensor, over max(its norm, 1e-3 of the global norm).
 
     The key bias has a zero gradient in theory, hence the floor.
     """
-    assert found.keys() == wanted.keys()
+    assert gradients.keys() == wanted.keys()
     whole = torch.stack([g.norm() for g in wanted.values()]).norm()
     norms = {name: torch.maximum(g.norm(), 1e-3 * whole) for name, g in wanted.items()}
-    return max(float((found[name] - g).norm() / norms[name]) for name, g in wanted.items())
+    return max(float((gradients[name] - g).norm() / norms[name]) for name, g in wanted.items())

@@ -39,8 +39,8 @@ def test_fresh_steps_come_before_recorded_ones_and_smoke_runs_do_not_come():
         step(size="130m", seconds=0.6, time="2026-01-02"),
         step(size="430m", kind="predicted"),
     ]
-    found = {r["own_params"]["size"]: r["timings"]["step_seconds"] for r in tables.steps(fresh, recorded)}
-    assert found == {"85m": 0.1, "130m": 0.6}
+    steps = {r["own_params"]["size"]: r["timings"]["step_seconds"] for r in tables.steps(fresh, recorded)}
+    assert steps == {"85m": 0.1, "130m": 0.6}
 
 
 def test_measured_gains_are_ratios_within_one_run():
@@ -54,15 +54,15 @@ def test_measured_gains_are_ratios_within_one_run():
         records.append(of("step", seconds, **own))
     iloras = step(notebook="05_ilora", name="adapter_step", own_params={"model": "ilora"})
     iloras["timings"] = {"step_seconds": 1.0, "over_full": 0.8}
-    found = tables.gains([*records, iloras, step(profile="smoke", name="ladder")])
-    speedups = {r["own_params"]["technique"]: r["timings"]["speedup"] for r in found}
+    gains = tables.gains([*records, iloras, step(profile="smoke", name="ladder")])
+    speedups = {r["own_params"]["technique"]: r["timings"]["speedup"] for r in gains}
     assert speedups == pytest.approx(
         {"gather before the head": 2, "packed rows": 2, "AMP": 0.5, "torch.compile": 1.25, "iLoRA": 1.25}
     )
-    assert {r["own_params"]["device"] for r in found} == {"cpu2 Intel Xeon"}
+    assert {r["own_params"]["device"] for r in gains} == {"cpu2 Intel Xeon"}
 
 
-def test_a_point_of_accuracy_is_told_only_of_what_was_trained_and_scored():
+def test_a_point_of_accuracy_is_only_of_what_was_trained_and_scored():
     def of(name, seed, model="bert4rec", **changes):
         return step(notebook="02_baseline", name=name, own_params={"model": model}) | {"seed": seed} | changes
 

@@ -7,12 +7,11 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import sample
+from conftest import refused, sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import histories as random_histories
 
-from reclib.config import InputError
 from reclib.data.dataset import Evaluation, Histories
 from reclib.evaluate import baselines, metrics
 
@@ -56,8 +55,7 @@ def test_popularity_in_time_counts_the_last_share_of_the_time_range():
     times = np.array([0, 90, 89, 100, 500])  # the last belongs to no training history
     counts = baselines.fit_recent_in_time(histories, NUM_ITEMS, times, share=0.1).values
     assert counts.tolist() == [0, 2, 0, 0, 0, 0]
-    with pytest.raises(InputError, match="needs timestamps"):
-        baselines.fit_recent_in_time(histories, NUM_ITEMS, None)
+    refused("needs timestamps", baselines.fit_recent_in_time, histories, NUM_ITEMS, None)
 
 
 @given(rows=ROWS, smoothing=st.sampled_from([0.5, 1.0, 10.0]))
@@ -141,8 +139,7 @@ def test_impossible_hyperparameters_are_refused_by_name():
         (baselines.fit_pairwise_counts, NUM_ITEMS, {"decay": 1.5}, "'decay' is 1.5"),
         (baselines.fit_ease, 160_000, {}, r"286\.1 GiB.*'memory_bytes' allows 4\.0 GiB"),
     ]:
-        with pytest.raises(InputError, match=message):
-            fit(of_rows([[1, 2]]), items, **values)
+        refused(message, fit, of_rows([[1, 2]]), items, **values)
 
 
 @given(

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import ranks
 import torch
-from conftest import ROOT, python, smoke, until
+from conftest import ROOT, python, refused, smoke, until
 from safetensors.torch import load_file
 from small_models import histories, small_model
 
@@ -44,8 +44,7 @@ def test_processes_are_joined_by_what_their_devices_have_and_divide_the_threads(
         ((2, "cpu1", 0, 1), "nproc=2, but cpu1 states the CPU's threads: 1; use gpu=cpu"),
         ((0, "cpu", 0, 2), "nproc=0: at least one process trains"),
     ]:
-        with pytest.raises(InputError, match=problem):
-            placement(*request)
+        refused(problem, placement, *request)
 
 
 def test_what_ended_a_run_is_the_signal_then_the_error_and_never_the_contact_lost_by_it():
@@ -130,7 +129,7 @@ def test_two_processes_take_the_steps_of_one(two):
             assert first[key] == wanted[key]
         loose = case in ("bf16", "overflow")
         for key in ("loss", "grad_norm"):
-            values, expected = ([-1.0 if x is None else x for x in saw[key]] for saw in (first, wanted))
+            values, expected = ([-1.0 if x is None else x for x in seen[key]] for seen in (first, wanted))
             for part, near in ((slice(4), 2e-5), (slice(4, None), 1e-3)):  # first epoch, and what grew of it
                 assert values[part] == pytest.approx(expected[part], rel=0.02 if loose else near, nan_ok=True)
         weights = [load_file(two / f"{case}-{rank}.safetensors") for rank in (0, 1)]

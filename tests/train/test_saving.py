@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from adapting import EVERYTHING, KINDS, UNTIED, adapted, base, first_batch, scores, stir
-from conftest import disk_of
+from conftest import disk_of, refused
 from safetensors.torch import load_file, save_file
 
 from reclib.config import ENCODER, AdapterConfig, InputError
@@ -36,9 +36,8 @@ def test_a_causal_reader_is_not_in_the_file_but_its_hash(tmp_path):
     folder = save_adapter(stir(written).eval(), tmp_path / "a")
     read = load_adapter(base(**UNTIED), folder, causal_model=reader).eval()
     assert torch.equal(scores(read, batch), scores(written, batch))
-    for given, message in ((other, "the causal model that the gate reads"), (None, "needs causal_model")):
-        with pytest.raises(InputError, match=message):
-            load_adapter(base(**UNTIED), folder, causal_model=given)
+    refused("the causal model that the gate reads", load_adapter, base(**UNTIED), folder, causal_model=other)
+    refused("needs causal_model", load_adapter, base(**UNTIED), folder)
 
 
 def test_peft_and_we_read_each_others_files_and_give_the_same(tmp_path, recwarn):
@@ -71,8 +70,7 @@ def test_peft_and_we_read_each_others_files_and_give_the_same(tmp_path, recwarn)
                     parameter.add_(0.3 * torch.randn_like(parameter))
         folder = tmp_path / f"their-{kind}"
         theirs.save_pretrained(folder)
-        with pytest.raises(InputError, match="does not say which base"):
-            load_adapter(base(**UNTIED), folder)
+        refused("does not say which base", load_adapter, base(**UNTIED), folder)
         read = load_adapter(base(**UNTIED), folder, any_base=True).eval()
         assert sorted(read.layers()) == sorted(paths)
         assert read.configs["default"].kind == kind
@@ -87,8 +85,7 @@ def test_peft_and_we_read_each_others_files_and_give_the_same(tmp_path, recwarn)
     about = json.loads(file.read_text())
     for field, value in (special | {"modules_to_save": ["norm"], "what_a_later_version_has": 1}).items():
         file.write_text(json.dumps(about | {field: value}))
-        with pytest.raises(InputError, match=f"'{field}': .* is not plain LoRA"):
-            load_adapter(base(**UNTIED), file.parent, any_base=True)
+        refused(f"'{field}': .* is not plain LoRA", load_adapter, base(**UNTIED), file.parent, any_base=True)
 
 
 @pytest.fixture
@@ -98,10 +95,8 @@ def folder(tmp_path: Path) -> Path:
 
 def test_another_base_is_refused_and_the_model_is_as_it_was(folder):
     other = base(seed=1, **UNTIED)
-    with pytest.raises(InputError, match=r"of another model: the base has sha256 \w{12}, expected \w{12}"):
-        load_adapter(other, folder)
-    with pytest.raises(InputError, match="of another model: the base"):
-        load_adapter(base(), folder, any_base=True)
+    refused(r"of another model: the base has sha256 \w{12}, expected \w{12}", load_adapter, other, folder)
+    refused("of another model: the base", load_adapter, base(), folder, any_base=True)
     assert all(p.requires_grad for p in other.parameters())
 
 
@@ -112,8 +107,7 @@ def test_damaged_and_missing_files_are_named(folder):
             (folder / name).unlink()
             if share is not None:
                 (folder / name).write_bytes(whole[: int(share * len(whole))])
-            with pytest.raises(InputError, match=f"^damaged adapter: .*{name}.*$"):
-                load_adapter(base(**UNTIED), folder)
+            refused(f"^damaged adapter: .*{name}.*$", load_adapter, base(**UNTIED), folder)
         (folder / name).write_bytes(whole)
 
 
@@ -134,17 +128,14 @@ def test_other_tensors_and_settings_are_named_and_nothing_is_added(folder):
         save_file(tensors if is_body else change, folder / ADAPTER_TENSORS)
         (folder / ADAPTER_CONFIG).write_text(json.dumps(body | (change if is_body else {})))
         model = AdaptedModel(base(**UNTIED))
-        with pytest.raises(InputError, match=message):
-            load_adapter(model, folder)
+        refused(message, load_adapter, model, folder)
         assert (model.configs, model.active) == ({}, None)
 
 
 def test_what_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot write adapter"):
-        save_adapter(adapted("lora"), tmp_path / "file" / "a")
-    with pytest.raises(InputError, match="unknown adapter 'june'"):
-        save_adapter(adapted("lora"), tmp_path / "a", "june")
+    refused("cannot write adapter", save_adapter, adapted("lora"), tmp_path / "file" / "a")
+    refused("unknown adapter 'june'", save_adapter, adapted("lora"), tmp_path / "a", "june")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
 
 
@@ -184,8 +175,7 @@ def test_damage_is_named_with_what_to_do(tmp_path):
         (path / file).unlink()
         if damaged is not None:
             (path / file).write_bytes(damaged(content))
-        with pytest.raises(InputError, match=r"damaged checkpoint: .*step-7.*delete"):
-            saving.load_checkpoint(path)
+        refused(r"damaged checkpoint: .*step-7.*delete", saving.load_checkpoint, path)
 
 
 def test_full_disk_is_one_clear_error_and_keeps_the_last_good_checkpoint(tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from adapting import UNTIED, adapted, base
+from conftest import refused
 from small_models import NUM_ITEMS, Stop, dataset_of, histories, small_model, stop_at
 
 from reclib import hardware
@@ -136,8 +137,7 @@ def test_what_cannot_be_captured_is_refused_and_on_a_cpu_graphs_are_off():
         ({"micro_batch_size": 4}, "bf16", 2, False, "no micro-batches and no 2 processes"),
         ({}, "bf16", 1, True, "no an adapted model"),
     ):
-        with pytest.raises(InputError, match=message):
-            refuse_graphs(changed(config, **changes), precision, processes, is_adapted)
+        refused(message, refuse_graphs, changed(config, **changes), precision, processes, is_adapted)
     trainer, _ = run_steps(config, steps=1)
     assert (trainer.compile_mode, trainer.graphs) == ("off", None)
     assert trainer.compile_reason.startswith("not applicable: graph")
@@ -230,10 +230,9 @@ def test_a_stopped_run_continues_to_the_same_bits(tmp_path, changes, stops):
 def test_data_in_which_nobody_has_three_interactions_are_refused(tmp_path):
     two = dataset_of([[(1, 0), (2, 1)], [(2, 0), (1, 1)]], num_items=2)
     for train in (SHORT, changed(SHORT, prior="counts")):
-        with pytest.raises(InputError, match="leaves no validation targets"):
-            fit(changed(MODEL, num_items=2), two, train, CPU, tmp_path / "run")
-    with pytest.raises(InputError, match="no targets to rank"):
-        metrics.rank(iter(()), evaluation(two, "test"), remove_seen=True)
+        model = changed(MODEL, num_items=2)
+        refused("leaves no validation targets", fit, model, two, train, CPU, tmp_path / "run")
+    refused("no targets to rank", metrics.rank, iter(()), evaluation(two, "test"), remove_seen=True)
     assert not (tmp_path / "run").exists()
 
 
@@ -246,8 +245,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         ({"causal": True}, {}, "objective='cloze' does not go with causal=True"),
         ({}, {"objective": "next_item"}, "objective='next_item' does not go with causal=False"),
     ):
-        with pytest.raises(InputError, match=message):
-            fit(changed(MODEL, **shape), DATASET, changed(train, **recipe), CPU, tmp_path)
+        refused(message, fit, changed(MODEL, **shape), DATASET, changed(train, **recipe), CPU, tmp_path)
 
 
 def test_command_line_names_what_is_wrong_and_writes_nothing(tmp_path, capsys):
@@ -308,11 +306,10 @@ def test_checkpoints_hold_the_adapter_and_its_gate_and_fit_no_other_origin(tmp_p
         (adapted(gate_learning_rate=0.3), "origin.adapter is"),
         (base(**UNTIED), "origin.trained is"),
     ):
-        with pytest.raises(InputError, match=f"of another run.*{message}"):
-            fine_tune(other, DATASET, SHORT, CPU, tmp_path)
-    new = fit(MODEL, DATASET, changed(SHORT, max_steps=1), CPU, tmp_path / "new")
-    with pytest.raises(InputError, match=r"origin\.base_sha256 is None there"):
-        fine_tune(new.model, DATASET, new.config, CPU, tmp_path / "new")
+        refused(f"of another run.*{message}", fine_tune, other, DATASET, SHORT, CPU, tmp_path)
+    folder = tmp_path / "new"
+    new = fit(MODEL, DATASET, changed(SHORT, max_steps=1), CPU, folder)
+    refused(r"origin\.base_sha256 is None there", fine_tune, new.model, DATASET, new.config, CPU, folder)
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path):
@@ -349,8 +346,7 @@ def test_the_gate_has_a_rate_of_its_own():
 
 def test_only_what_is_not_frozen_is_trained_and_something_must_be():
     model = base().requires_grad_(False)
-    with pytest.raises(InputError, match="all parameters of the model are frozen"):
-        model.origin()
+    refused("all parameters of the model are frozen", model.origin)
     model.output_bias.requires_grad_(True)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer = fine_tune(model, DATASET, SHORT, CPU)
@@ -358,5 +354,4 @@ def test_only_what_is_not_frozen_is_trained_and_something_must_be():
     assert moved == {"output_bias"}
     without_adapter = adapted()
     without_adapter.use(None)
-    with pytest.raises(InputError, match="no active adapter"):
-        fine_tune(without_adapter, DATASET, SHORT, CPU)
+    refused("no active adapter", fine_tune, without_adapter, DATASET, SHORT, CPU)
