@@ -91,6 +91,14 @@ def test_a_batch_holds_its_samples_and_nothing_else(origin, layout):
     assert (by_query.flatten()[batch.target_slots[real]] == batch.target_places[real]).all()
 
 
+def test_an_epoch_holds_every_sequence():
+    epoch = Epoch(histories([4, 9, 1, 30, 6, 2, 12]), small_model(), TrainConfig(batch_size=3), 4)
+    parts = [batch for step in range(epoch.num_steps) for batch in epoch.step(step)]
+    assert len(parts) == 3
+    assert sum(batch.num_sequences for batch in parts) == 7
+    assert sum(batch.num_tokens for batch in parts) == 4 + 9 + 1 + 12 + 6 + 2 + 12
+
+
 def test_steps_packed_in_blocks_have_the_bits_of_an_epoch_packed_at_once(monkeypatch):
     data = histories([*range(1, 31), *range(30, 0, -1)])
     for train in (TrainConfig(batch_size=8), TrainConfig(batch_size=8, micro_batch_size=2, layout="padded")):

@@ -62,15 +62,12 @@ def test_histories_are_ids_numbers_or_titles_and_what_is_left_is_returned(model)
     with pytest.warns(UserWarning, match="0 items"):
         assert model.recommend(model.keys, k=5) == []
     twice = reclib.train.saving.Recommender(model.model, model.keys, ["Same"] * 12, {})
-    for recommender, history, k, message in (
-        (model, ["1"], 0, "k is 0"),
-        (model, {"1", "2"}, 5, "expected a list of items, oldest first"),
-        (model, [], 5, "the history is empty"),
-        (model, ["nothing"], 5, "unknown item 'nothing'"),
-        (named, ["film 1l"], 5, "did you mean 'Film 1"),
-        (twice, ["same"], 5, "that of 12 items: give an id, such as 1, 2"),
-    ):
-        refused(re.escape(message), recommender.recommend, history, k)
+    refused("k is 0", model.recommend, ["1"], 0)
+    refused("expected a list of items, oldest first", model.recommend, {"1", "2"}, 5)
+    refused("the history is empty", model.recommend, [], 5)
+    refused("unknown item 'nothing'", model.recommend, ["nothing"], 5)
+    refused("did you mean 'Film 1", named.recommend, ["film 1l"], 5)
+    refused("that of 12 items: give an id, such as 1, 2", twice.recommend, ["same"], 5)
 
 
 def test_a_model_is_evaluated_adapted_and_planned(data, model):

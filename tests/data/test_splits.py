@@ -119,17 +119,14 @@ def test_time_points_among_equal_times():
 
 def test_impossible_divisions_are_refused():
     dataset = made([[(1, 1), (2, 2)]] * 4)
-    for split, arguments, problem in [
-        (splits.global_time, (0.1, 0.1, "next"), "target is 'next'"),
-        (splits.global_time, (0.0, 0.1), "both above 0"),
-        (splits.global_time, (0.6, 0.4), "both above 0"),
-        (splits.random_users, ((0.5, 0.5),), "shares are"),
-        (splits.random_users, ((1.2, -0.1, -0.1),), "shares are"),
-        (splits.divide, ((0.5, 0.3, 0.2), 4), "sum is below 1"),
-        (splits.divide, ((0.0, 0.3, 0.2), 4), "above 0"),
-        (splits.divide, ((0.0001, 0.3, 0.2), 4), "part empty"),
-    ]:
-        refused(problem, split, dataset, *arguments)
+    refused("target is 'next'", splits.global_time, dataset, 0.1, 0.1, "next")
+    refused("both above 0", splits.global_time, dataset, 0.0, 0.1)
+    refused("both above 0", splits.global_time, dataset, 0.6, 0.4)
+    refused("shares are", splits.random_users, dataset, (0.5, 0.5))
+    refused("shares are", splits.random_users, dataset, (1.2, -0.1, -0.1))
+    refused("sum is below 1", splits.divide, dataset, (0.5, 0.3, 0.2), 4)
+    refused("above 0", splits.divide, dataset, (0.0, 0.3, 0.2), 4)
+    refused("part empty", splits.divide, dataset, (0.0001, 0.3, 0.2), 4)
     without_times = dataclasses.replace(dataset, times=None)
     refused("no times", splits.global_time, without_times)
     refused("no times", splits.divide, without_times, SHARES, 4)

@@ -131,15 +131,13 @@ def test_validation_chooses_and_keeps_what_it_saw():
 
 
 def test_impossible_hyperparameters_are_refused_by_name():
-    for fit, items, values, message in [
-        (baselines.fit_recent, NUM_ITEMS, {"last": 0}, "'last' is 0"),
-        (baselines.fit_markov, NUM_ITEMS, {"smoothing": 0.0}, "'smoothing' is 0.0"),
-        (baselines.fit_item_knn, NUM_ITEMS, {"shrink": -1.0}, "'shrink' is -1.0"),
-        (baselines.fit_ease, NUM_ITEMS, {"regularisation": 0.0}, "'regularisation' is 0.0"),
-        (baselines.fit_pairwise_counts, NUM_ITEMS, {"decay": 1.5}, "'decay' is 1.5"),
-        (baselines.fit_ease, 160_000, {}, r"286\.1 GiB.*'memory_bytes' allows 4\.0 GiB"),
-    ]:
-        refused(message, fit, of_rows([[1, 2]]), items, **values)
+    rows = of_rows([[1, 2]])
+    refused("'last' is 0", baselines.fit_recent, rows, NUM_ITEMS, last=0)
+    refused("'smoothing' is 0.0", baselines.fit_markov, rows, NUM_ITEMS, smoothing=0.0)
+    refused("'shrink' is -1.0", baselines.fit_item_knn, rows, NUM_ITEMS, shrink=-1.0)
+    refused("'regularisation' is 0.0", baselines.fit_ease, rows, NUM_ITEMS, regularisation=0.0)
+    refused("'decay' is 1.5", baselines.fit_pairwise_counts, rows, NUM_ITEMS, decay=1.5)
+    refused(r"286\.1 GiB.*'memory_bytes' allows 4\.0 GiB", baselines.fit_ease, rows, 160_000)
 
 
 @given(

@@ -39,12 +39,9 @@ def test_processes_are_joined_by_what_their_devices_have_and_divide_the_threads(
     assert placement(2, "cpu", 0, 8) == placement(2, "cpu", 4, 8) == Placement("gloo", 4)
     assert placement(4, "gpu", 4, 16) == Placement("nccl", 4)
     assert placement(1, "gpu", 1, 16) == Placement("nccl", 16)
-    for request, problem in [
-        ((4, "gpu", 2, 16), "nproc=4, but visible GPUs: 2; each process needs one of its own"),
-        ((2, "cpu1", 0, 1), "nproc=2, but cpu1 states the CPU's threads: 1; use gpu=cpu"),
-        ((0, "cpu", 0, 2), "nproc=0: at least one process trains"),
-    ]:
-        refused(problem, placement, *request)
+    refused("nproc=4, but visible GPUs: 2; each process needs one of its own", placement, 4, "gpu", 2, 16)
+    refused("nproc=2, but cpu1 states the CPU's threads: 1; use gpu=cpu", placement, 2, "cpu1", 0, 1)
+    refused("nproc=0: at least one process trains", placement, 0, "cpu", 0, 2)
 
 
 def test_what_ended_a_run_is_the_signal_then_the_error_and_never_the_contact_lost_by_it():

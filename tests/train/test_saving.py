@@ -115,14 +115,13 @@ def test_other_tensors_and_settings_are_named_and_nothing_is_added(folder):
     tensors = load_file(folder / ADAPTER_TENSORS)
     body = json.loads((folder / ADAPTER_CONFIG).read_text())
     first, more = min(tensors), "base_model.model.more.lora_A.weight"
-    own = {"kind": "ilora", "rank": 6}
     for change, message in (
         ({k: v for k, v in tensors.items() if k != first}, "is None, expected torch.Size"),
         (tensors | {more: torch.zeros(1)}, r"'more.lora_A.weight' is torch.Size\(\[1\]\), expected None"),
         (tensors | {first: torch.zeros(3, 3)}, r"is torch.Size\(\[3, 3\]\), expected torch.Size"),
         ({"peft_type": "IA3"}, "peft_type 'IA3'; allowed: LORA"),
         ({"reclib": None}, "damaged adapter"),
-        ({"reclib": {"config": own}}, "rank=6 must be divisible"),
+        ({"reclib": {"config": {"kind": "ilora", "rank": 6}}}, "rank=6 must be divisible"),
     ):
         is_body = bool(change.keys() & body.keys())
         save_file(tensors if is_body else change, folder / ADAPTER_TENSORS)

@@ -130,14 +130,12 @@ def test_steps_as_graphs_are_the_same_steps(monkeypatch):
 def test_what_cannot_be_captured_is_refused_and_on_a_cpu_graphs_are_off():
     config = changed(SHORT, compile_mode="graph")
     refuse_graphs(config, "bf16", 1, False)
-    for changes, precision, processes, is_adapted, message in (
-        ({}, "fp16", 1, False, "no precision=fp16"),
-        ({"optimizer": "loop"}, "bf16", 1, False, "no optimizer='loop'"),
-        ({"loss": "fused"}, "bf16", 1, False, "no loss='fused'"),
-        ({"micro_batch_size": 4}, "bf16", 2, False, "no micro-batches and no 2 processes"),
-        ({}, "bf16", 1, True, "no an adapted model"),
-    ):
-        refused(message, refuse_graphs, changed(config, **changes), precision, processes, is_adapted)
+    refused("no precision=fp16", refuse_graphs, config, "fp16", 1, False)
+    refused("no optimizer='loop'", refuse_graphs, changed(config, optimizer="loop"), "bf16", 1, False)
+    refused("no loss='fused'", refuse_graphs, changed(config, loss="fused"), "bf16", 1, False)
+    micro = changed(config, micro_batch_size=4)
+    refused("no micro-batches and no 2 processes", refuse_graphs, micro, "bf16", 2, False)
+    refused("no an adapted model", refuse_graphs, config, "bf16", 1, True)
     trainer, _ = run_steps(config, steps=1)
     assert (trainer.compile_mode, trainer.graphs) == ("off", None)
     assert trainer.compile_reason.startswith("not applicable: graph")
