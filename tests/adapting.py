@@ -35,12 +35,12 @@ def stir(adapted: AdaptedModel, seed: int = 1) -> AdaptedModel:
 
 def adapted(kind: str = "ilora", model: Bert4Rec | None = None, **changes: object) -> AdaptedModel:
     """A small model with a stirred adapter."""
-    model = AdaptedModel(base(**UNTIED) if model is None else model)
-    model.add("default", AdapterConfig(kind=kind, **({"rank": 8, "alpha": 16.0} | changes)))
-    return stir(model).eval()
+    adapted = AdaptedModel(base(**UNTIED) if model is None else model)
+    adapted.add("default", AdapterConfig(kind=kind, **({"rank": 8, "alpha": 16.0} | changes)))
+    return stir(adapted).eval()
 
 
-def batch(lengths: tuple[int, ...] = (9, 4, 12, 7, 3, 8, 5, 6), **changes: object) -> Batch:
+def first_batch(lengths: tuple[int, ...] = (9, 4, 12, 7, 3, 8, 5, 6), **changes: object) -> Batch:
     """The first batch of some histories."""
     train = TrainConfig(batch_size=len(lengths), **({"mask_prob": 0.3} | changes))
     return Epoch(histories(list(lengths)), small_model(), train, 0).step(0)[0]

@@ -65,14 +65,6 @@ def rows_of(project: Path) -> list[dict[str, Any]]:
     return records.read(project / "runs/executed")
 
 
-def refusal(call: Callable[..., object], *arguments: object) -> str:
-    """Return the message of the InputError that a call raises, a single line."""
-    with pytest.raises(InputError) as error:
-        call(*arguments)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
 def python(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run Python with these words in a process of its own, and wait for its end."""
     command = [sys.executable, *map(str, words)]
@@ -87,12 +79,28 @@ def commit(folder: Path, **variables: str) -> str:
     return subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
 
 
+def refused(problem: str, call: Callable[..., object], *arguments: Any, **options: Any) -> str:
+    """Check that a call raises an InputError of one line that matches `problem`; return its message."""
+    with pytest.raises(InputError, match=problem) as error:
+        call(*arguments, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
 def until(condition: Callable[[], object], seconds: float) -> None:
     """Wait until a condition holds; fail if it does not within these seconds."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)
+
+
+def sample(name: str) -> Path:
+    """Return a real file of `shared/data`; the test is skipped where there is no copy of it."""
+    for folder in (ROOT, ROOT.parent):
+        if (folder / "shared/data" / name).is_file():
+            return folder / "shared/data" / name
+    pytest.skip(f"no shared/data/{name} in the project or beside it: nothing was compared with it")
 
 
 @contextlib.contextmanager

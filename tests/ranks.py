@@ -29,7 +29,7 @@ from reclib.train.trainer import Trainer
 
 # 27 histories in steps of 8: the last step holds 3, so that of two processes the second has nothing to do.
 LENGTHS = [9, 4, 12, 7, 3, 8, 5, 6, 2] * 3
-STEPS = 8  # two epochs
+STEPS = 8  # at most, in two epochs
 TRAIN = TrainConfig(batch_size=8, epochs=2, lr_warmup_steps=2, learning_rate=1e-2, last_item_share=0.5)
 PADDED = {"layout": "padded", "objective": "seed_focal", "loss": "plain"}
 
@@ -75,12 +75,12 @@ def trained(case: str) -> tuple[Trainer, dict[str, Any]]:
         if case == "overflow":
             trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
             model.final_norm.weight.register_hook(overflowing(trainer))
-        steps = list(trainer.steps())
+        stats = list(trainer.steps())
     finally:
         bert4rec.SMALLEST_BYTES, distributed.ALONE_BYTES = limits
     names = ("loss", "grad_norm", "skipped", "num_targets", "num_sequences", "row_tokens")
-    numbers = {name: [getattr(stats, name) for stats in steps] for name in names}
-    return trainer, numbers | {"sinks": len(trainer.sinks), "scale": trainer.scaler.get_scale()}
+    seen = {name: [getattr(step, name) for step in stats] for name in names}
+    return trainer, seen | {"sinks": len(trainer.sinks), "scale": trainer.scaler.get_scale()}
 
 
 def overflowing(trainer: Trainer) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -109,8 +109,8 @@ def main(folder: Path) -> None:
     with distributed.joined("cpu"):
         rank = distributed.ranks().rank
         for case in CASES:
-            trainer, numbers = trained(case)
-            (folder / f"{case}-{rank}.json").write_text(json.dumps(numbers))
+            trainer, seen = trained(case)
+            (folder / f"{case}-{rank}.json").write_text(json.dumps(seen))
             save_file(unique_tensors(trainer.model), folder / f"{case}-{rank}.safetensors")
         trainer = validated(folder / "validated")
         (folder / f"history-{rank}.json").write_text(json.dumps(trainer.progress.history))

@@ -5,7 +5,7 @@ import torch
 
 from reclib.config import ModelConfig, TrainConfig
 from reclib.data.batches import Epoch
-from reclib.data.dataset import Dataset, Histories, Keys, ties
+from reclib.data.dataset import Dataset, Evaluation, Histories, Keys, ties
 from reclib.model.bert4rec import Bert4Rec
 from reclib.train.fit import Options
 from reclib.train.losses import batch_loss
@@ -32,6 +32,10 @@ def histories(lengths: list[int], seed: int = 0, num_items: int = NUM_ITEMS) -> 
     ends = np.cumsum(lengths)
     items = np.random.default_rng(seed).integers(1, num_items + 1, int(ends[-1])).astype(np.int32)
     return Histories(items, ends - np.asarray(lengths), ends)
+
+
+def history_of(part: Evaluation, user: int) -> list[int]:
+    return part.histories.items[part.histories.starts[user] : part.histories.ends[user]].tolist()
 
 
 def dataset_of(events: list[list[tuple[int, int]]], num_items: int = NUM_ITEMS, unit: str = "s") -> Dataset:
@@ -86,12 +90,12 @@ def loss_and_gradients(
     return total, {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
 
 
-def worst_difference(computed: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+def worst_difference(gradients: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
     """Largest norm of a difference, per tensor, over max(its norm, 1e-3 of the global norm).
 
     The key bias has a zero gradient in theory, hence the floor.
     """
-    assert computed.keys() == wanted.keys()
+    assert gradients.keys() == wanted.keys()
     whole = torch.stack([g.norm() for g in wanted.values()]).norm()
     norms = {name: torch.maximum(g.norm(), 1e-3 * whole) for name, g in wanted.items()}
-    return max(float((computed[name] - g).norm() / norms[name]) for name, g in wanted.items())
+    return max(float((gradients[name] - g).norm() / norms[name]) for name, g in wanted.items())

@@ -10,10 +10,10 @@ from reclib.data.prepare import synthetic_dataset
 
 def spread() -> Dataset:
     """Return a dataset whose users live in different parts of the time."""
-    dataset, generator = synthetic_dataset(120, 60, 20.0, 0), np.random.default_rng(1)
-    times = np.empty(dataset.num_interactions, dtype=np.int64)
-    for user in range(dataset.num_users):
-        part = slice(dataset.offsets[user], dataset.offsets[user + 1])
+    dataset = synthetic_dataset(120, 60, 20.0, 0)
+    generator = np.random.default_rng(1)
+    times = []
+    for count in dataset.lengths:
         start, length = generator.integers(0, 900), generator.integers(50, 600)
-        times[part] = np.sort(start + generator.integers(0, length, part.stop - part.start))
-    return dataclasses.replace(dataset, times=times)
+        times.append(np.sort(start + generator.integers(0, length, count)))
+    return dataclasses.replace(dataset, times=np.concatenate(times))

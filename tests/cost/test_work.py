@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 from small_models import histories, small_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from reclib import hardware
-from reclib.config import AdapterConfig, InputError, ModelConfig, TrainConfig, changed, model_config
+from reclib.config import AdapterConfig, ModelConfig, TrainConfig, changed, model_config
 from reclib.cost import work
 from reclib.cost.work import Shapes
 from reclib.model.bert4rec import Bert4Rec
@@ -41,8 +42,7 @@ def trainer_of(model: ModelConfig, train: TrainConfig, lengths, adapter: Adapter
     if adapter is not None:
         module = AdaptedModel(module)
         module.add("a", adapter)
-    some = histories(list(lengths), num_items=model.num_items)
-    return Trainer(module, some, train, CPU, "test")
+    return Trainer(module, histories(list(lengths), num_items=model.num_items), train, CPU, "test")
 
 
 def shapes_of(trainer: Trainer, step: int) -> Shapes:
@@ -75,10 +75,10 @@ def test_flops_of_the_parts_are_those_that_torch_counts_and_the_step_executes():
 
 
 def test_micro_batches_sampled_losses_and_adapters_change_their_parts_alone():
-    model, train, one = small_model(), TrainConfig(batch_size=64), Shapes(4, 6, 20, 19, 40)
+    model, train, shapes = small_model(), TrainConfig(batch_size=64), Shapes(4, 6, 20, 19, 40)
 
     def parts(train: TrainConfig, adapter: AdapterConfig | None = None) -> dict[str, work.Part]:
-        return {part.name: part for part in work.step_parts(model, train, one, adapter=adapter)}
+        return {part.name: part for part in work.step_parts(model, train, shapes, adapter=adapter)}
 
     whole, split = parts(train), parts(changed(train, micro_batch_size=32))
     assert split["GELU"].elements == 2 * whole["GELU"].elements
@@ -100,8 +100,7 @@ def test_drawn_shapes_are_those_of_the_loop():
         real = np.mean([shapes_of(trainer, step) for step in range(1, 25)], axis=0)
         assert work.mean_shapes(model, train, lengths) == pytest.approx(tuple(real), rel=0.06)
     for lengths in [[], [0, 5]]:
-        with pytest.raises(InputError, match="history lengths"):
-            work.training_memory(model, train, np.array(lengths, dtype=int))
+        refused("history lengths", work.training_memory, model, train, np.array(lengths, dtype=int))
 
 
 def test_memory_is_what_the_profiler_counts():
@@ -131,13 +130,11 @@ def test_memory_is_what_the_profiler_counts():
 def test_memory_grows_with_the_batch_of_one_pass_alone():
     model, train = model_config("85m"), TrainConfig(batch_size=128)
     more = changed(train, batch_size=1024)
-    small, large, again = (
-        work.training_memory(model, one, ELECTRONICS, "bf16")
-        for one in (train, more, changed(more, micro_batch_size=128))
-    )
+    recipes = (train, more, changed(more, micro_batch_size=128))
+    small, large, split = (work.training_memory(model, recipe, ELECTRONICS, "bf16") for recipe in recipes)
     assert large.parts["activations"] > 5 * small.parts["activations"]
     assert large.parts["optimizer"] == small.parts["optimizer"]
-    assert again.total == small.total
+    assert split.total == small.total
 
 
 def test_the_largest_batch_fits_and_twice_as_much_does_not():
@@ -148,23 +145,21 @@ def test_the_largest_batch_fits_and_twice_as_much_does_not():
 
     size = work.largest_batch(total, train, work.usable(l4, "cuda"))
     work.require_fit(model, changed(train, batch_size=size), ELECTRONICS, l4, "bf16")
-    with pytest.raises(InputError, match="does not fit"):
-        work.require_fit(model, changed(train, batch_size=2 * size), ELECTRONICS, l4, "bf16")
+    twice = changed(train, batch_size=2 * size)
+    refused("does not fit", work.require_fit, model, twice, ELECTRONICS, l4, "bf16")
 
 
 def test_a_refusal_names_changes_of_which_each_makes_it_fit_or_says_that_none_does():
     model, train, room = model_config("430m"), TrainConfig(batch_size=4096, precision="fp32"), 16 * 2**30
-    with pytest.raises(InputError, match="micro_batch_size=") as refused:
-        work.require_fit(model, train, ELECTRONICS, room)
-    ways = str(refused.value).partition("makes it fit: ")[2].split(", ")
+    message = refused("micro_batch_size=", work.require_fit, model, train, ELECTRONICS, room)
+    ways = message.partition("makes it fit: ")[2].split(", ")
     assert len(ways) > 1
     for name, value in (way.split("=") for way in ways):
         fields = {name: True if name == "tied" else value if name == "loss" else int(value)}
         smaller = changed(model, **fields) if name in ("tied", "hidden_dim") else model
         recipe = train if smaller is not model else changed(train, **fields)
         work.require_fit(smaller, recipe, ELECTRONICS, room)
-    with pytest.raises(InputError, match="take a smaller size"):
-        work.require_fit(model, TrainConfig(), ELECTRONICS, 2 * 2**30)
+    refused("take a smaller size", work.require_fit, model, TrainConfig(), ELECTRONICS, 2 * 2**30)
 
 
 def test_logits_are_held_whole_up_to_a_share_of_the_cards_memory():
@@ -173,8 +168,8 @@ def test_logits_are_held_whole_up_to_a_share_of_the_cards_memory():
     model, train = model_config("85m"), TrainConfig(batch_size=2048)
 
     def logits(loss: str, memory: int | None) -> int:
-        one = changed(train, loss=loss)
-        return work.training_memory(model, one, ELECTRONICS, "bf16", memory_bytes=memory).parts["logits"]
+        recipe = changed(train, loss=loss)
+        return work.training_memory(model, recipe, ELECTRONICS, "bf16", memory_bytes=memory).parts["logits"]
 
     for memory, route in ((None, "chunked"), (16 << 30, "chunked"), (80 << 30, "plain")):
         assert logits("auto", memory) == logits(route, memory)

@@ -41,12 +41,10 @@ def test_buckets_waste_at_most_their_share_and_are_few(n, steps):
 def test_every_sequence_has_a_target_and_last_only_samples_have_just_the_last(lengths, share, seed):
     samples = cut(histories(lengths), np.arange(len(lengths)), 12, None)
     marked = mask_cloze(samples, 0.3, share, generator(seed)).is_target
-    per_sequence = np.split(marked, np.cumsum(samples.lengths)[:-1])
-    assert all(part.any() for part in per_sequence)
+    ends = np.cumsum(samples.lengths)
+    assert all(part.any() for part in np.split(marked, ends[:-1]))
     only_last = mask_cloze(samples, 0.3, 1.0, generator(seed)).is_target
-    for part in np.split(only_last, np.cumsum(samples.lengths)[:-1]):
-        assert part.sum() == 1
-        assert part[-1]
+    assert np.flatnonzero(only_last).tolist() == (ends - 1).tolist()
 
 
 def test_masked_share_in_the_limit():
@@ -110,12 +108,11 @@ def test_visible_targets_change_what_is_predicted_and_not_what_is_read():
 
 
 def test_an_epoch_holds_every_sequence():
-    data = histories([4, 9, 1, 30, 6, 2, 12])
-    epoch = Epoch(data, small_model(), TrainConfig(batch_size=3), 4)
-    assert epoch.num_steps == 3
-    batches = [batch for i in range(3) for batch in epoch.step(i)]
-    assert sum(b.num_sequences for b in batches) == 7
-    assert sum(b.num_tokens for b in batches) == 4 + 9 + 1 + 12 + 6 + 2 + 12
+    epoch = Epoch(histories([4, 9, 1, 30, 6, 2, 12]), small_model(), TrainConfig(batch_size=3), 4)
+    parts = [batch for step in range(epoch.num_steps) for batch in epoch.step(step)]
+    assert len(parts) == 3
+    assert sum(batch.num_sequences for batch in parts) == 7
+    assert sum(batch.num_tokens for batch in parts) == 4 + 9 + 1 + 12 + 6 + 2 + 12
 
 
 def test_steps_packed_in_blocks_have_the_bits_of_an_epoch_packed_at_once(monkeypatch):
@@ -127,9 +124,9 @@ def test_steps_packed_in_blocks_have_the_bits_of_an_epoch_packed_at_once(monkeyp
         monkeypatch.setattr(batches, "STEPS_PACKED", 3)
         blocks = Epoch(data, small_model(), train, 0)
         for i in (7, 0, 1, 2, 3, 6, 5, 4):  # the last step is not full, nor is its block
-            for one, other in zip(blocks.step(i), wanted[i], strict=True):
-                for name, value in one.tensors().items():
-                    assert torch.equal(value, getattr(other, name)), (i, name)
+            for batch, expected in zip(blocks.step(i), wanted[i], strict=True):
+                for name, value in batch.tensors().items():
+                    assert torch.equal(value, getattr(expected, name)), (i, name)
 
 
 def test_a_batch_goes_to_a_device_in_one_copy_and_is_the_same_there():
@@ -138,10 +135,8 @@ def test_a_batch_goes_to_a_device_in_one_copy_and_is_the_same_there():
         (batch,) = Epoch(histories([3, 12, 5, 20, 2, 7]), small_model(), train, 0).step(0)
         parts = list(batch.tensors().values())
         unstaged = batches.unstage(batches.stage(parts, torch.device("cpu")), parts)
-        for one, other in zip(parts, unstaged, strict=True):
-            assert one.dtype == other.dtype
-            assert torch.equal(one, other)
-            assert other.storage_offset() * other.element_size() % 16 == 0
+        torch.testing.assert_close(unstaged, parts, rtol=0, atol=0)  # and of the same types
+        assert all(part.storage_offset() * part.element_size() % 16 == 0 for part in unstaged)
         for ready in (batch, batch.staged(torch.device("meta"))):
             moved = ready.to(torch.device("meta"))
             for name, value in batch.tensors().items():
@@ -183,9 +178,9 @@ def test_prediction_batches_of_the_causal_twin_ask_at_the_last_item():
     data = histories([5, 30, 1], seed=5)
     empty = Histories(data.items, np.append(data.starts, 3), np.append(data.ends, 3))
     ((users, batch),) = next_item_batches(empty, Layout(model), np.arange(4), 8)
-    asked = batch.items.flatten()[batch.target_places[: batch.num_targets]]
+    last = batch.items.flatten()[batch.target_places[: batch.num_targets]]
     wanted = {u: int(data.items[data.ends[u] - 1]) for u in range(3)} | {3: model.mask_id}
-    assert dict(zip(users.tolist(), asked.tolist(), strict=True)) == wanted
+    assert dict(zip(users.tolist(), last.tolist(), strict=True)) == wanted
     longest = int(batch.segment_ids.flatten().bincount()[1:].max())
     assert longest == model.max_len  # a masked model has one place less
 
@@ -207,9 +202,9 @@ def test_negatives_follow_the_shares_and_repeat_with_the_step():
 def test_prefixes_of_histories():
     data = histories([1, 2, 3, 40] * 500)
     lengths = data.ends - data.starts
-    found = batches.prefixes(data, 0.5, generator(0))
-    kept = found.ends - found.starts
-    assert (found.starts == data.starts).all()
+    cut_short = batches.prefixes(data, 0.5, generator(0))
+    kept = cut_short.ends - cut_short.starts
+    assert (cut_short.starts == data.starts).all()
     assert (kept[lengths <= 2] == lengths[lengths <= 2]).all()
     long = kept[lengths == 40]
     assert (long.min(), long.max()) == (2, 40)

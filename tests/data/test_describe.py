@@ -41,12 +41,11 @@ def test_repeats_are_those_of_a_loop(given_histories, portion):
                 targets.append(item in seen)
             seen.add(item)
         exact += sum(count - 1 for count in Counter(history).values())
-    size = dataset.num_interactions
-    expected = {"repeat_share": again / size, "exact_duplicate_share": exact / size}
-    expected |= {"in_a_row_share": in_a_row / size}
+    counts = {"repeat_share": again, "exact_duplicate_share": exact, "in_a_row_share": in_a_row}
+    expected = {name: count / dataset.num_interactions for name, count in counts.items()}
     expected |= {"repeat_target_share": np.mean(targets) if targets else 0}
-    found = by_portions(data_prep.repeats, dataset, portion).metrics
-    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    metrics = by_portions(data_prep.repeats, dataset, portion).metrics
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
 
 
 @settings(deadline=None, max_examples=60)
@@ -58,11 +57,11 @@ def test_candidates_for_the_last_item_are_those_of_a_loop(given_histories, porti
         for history in per_user(dataset)
         if len(history) > 2
     )
-    found = by_portions(data_prep.last_items, dataset, portion)
-    assert dict(zip(found.series["candidates"], found.series["users"], strict=True)) == expected
+    result = by_portions(data_prep.last_items, dataset, portion)
+    assert dict(zip(result.series["candidates"], result.series["users"], strict=True)) == expected
     uncertain = sum(users for candidates, users in expected.items() if candidates > 1)
     share = uncertain / max(sum(expected.values()), 1)
-    assert found.metrics["last_item_by_tie_rule_share"] == pytest.approx(share)
+    assert result.metrics["last_item_by_tie_rule_share"] == pytest.approx(share)
 
 
 @pytest.mark.parametrize(("unit", "per_second"), [("s", 1), ("ms", 1000)])

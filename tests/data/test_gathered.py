@@ -39,11 +39,11 @@ def test_fresh_steps_come_before_recorded_ones_and_smoke_runs_do_not_come():
         step(size="130m", seconds=0.6, time="2026-01-02"),
         step(size="430m", kind="predicted"),
     ]
-    found = {r["own_params"]["size"]: r["timings"]["step_seconds"] for r in tables.steps(fresh, recorded)}
-    assert found == {"85m": 0.1, "130m": 0.6}
+    steps = {r["own_params"]["size"]: r["timings"]["step_seconds"] for r in tables.steps(fresh, recorded)}
+    assert steps == {"85m": 0.1, "130m": 0.6}
 
 
-def test_a_point_of_accuracy_is_told_only_of_what_was_trained_and_scored():
+def test_a_point_of_accuracy_is_only_of_what_was_trained_and_scored():
     def of(name, seed, model="bert4rec", **changes):
         return step(notebook="02_baseline", name=name, own_params={"model": model}) | {"seed": seed} | changes
 

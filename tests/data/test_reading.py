@@ -1,6 +1,7 @@
 """Files of all kinds: their formats, what is kept, in which order, what is rejected and counted; titles."""
 
 import csv
+import functools
 import gzip
 import io
 import json
@@ -17,6 +18,7 @@ from pathlib import Path
 import duckdb
 import pandas as pd
 import pytest
+from conftest import refused, sample
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -30,6 +32,7 @@ from reclib.data.prepare import _sha256, data_main, hashlib, prepare, source
 T = 1577836800  # 2020-01-01; @3 in a content is T + 3
 SECOND = 964_982_703  # in the year 2000
 ML = "ml-100k"
+ONE = ("--min-user", "1", "--min-item", "1")  # a core that leaves out nothing
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +61,7 @@ def histories_in(path: Path, columns=None, **options) -> tuple[str, str]:
 def written(folder: Path, content: str | bytes, name: str = "own.csv") -> Path:
     path = folder / name
     if isinstance(content, str):
-        content = re.sub(r"@(\d?)", lambda found: str(T + int(found[1] or 0)), content)
+        content = re.sub(r"@(\d?)", lambda match: str(T + int(match[1] or 0)), content)
     path.write_bytes(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
     return path
 
@@ -157,18 +160,15 @@ def test_the_longest_line_is_a_parameter_and_named_where_it_is_longer(tmp_path, 
         (f'{UIT}u,a,"'.encode() + b"123456789\n" * 300_000, "line 2: a quotation mark .* within 2 MB"),
     ):
         for path in (written(tmp_path, content), written(tmp_path, gzip.compress(content, 1), "own.csv.gz")):
-            with pytest.raises(InputError, match=rf"{path.name}, {line} \(max_line_mb\)"):
-                histories_in(path, max_line_mb=2)
+            refused(rf"{path.name}, {line} \(max_line_mb\)", histories_in, path, max_line_mb=2)
     wide = written(tmp_path, f"{UITX}u,a,@,{'x' * (3 << 20)}\nu,b,@1,\n")
-    options = ["prepare", str(wide), "--min-user", "1", "--min-item", "1", "--max-line-mb"]
-    assert [data_main([*options, size]) for size in ("2", "4", "2", "0")] == [2, 0, 2, 2]
+    command = ["prepare", str(wide), *ONE, "--max-line-mb"]
+    assert [data_main([*command, size]) for size in ("2", "4", "2", "0")] == [2, 0, 2, 2]
     assert "own.csv, line 2: longer than 2 MB" in capsys.readouterr().err
 
 
 def parquet(path: Path, select: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = duckdb.connect().execute(f"CREATE TABLE t AS {select}")
-    rows.execute(f"COPY t TO '{path}' (FORMAT parquet)")
+    duckdb.connect().execute(f"COPY ({select}) TO '{path}' (FORMAT parquet)")
     return path
 
 
@@ -212,9 +212,7 @@ def test_one_reading_in_blocks_of_any_size(tmp_path, monkeypatch, content, expec
         monkeypatch.setattr(formats, "PIECE_BYTES", size)
         monkeypatch.setattr(formats, "BLOCK_BYTES", size)
         if expected.startswith("! "):
-            with pytest.raises(InputError, match=expected[2:]) as error:
-                histories_in(path, columns_of(columns))
-            assert "\n" not in str(error.value)
+            refused(expected[2:], histories_in, path, columns_of(columns))
         else:
             assert histories_in(path, columns_of(columns)) == (expected, rejected)
 
@@ -241,10 +239,8 @@ def test_files_that_are_refused(tmp_path):
         ("users", "1 5 6\n1 7 8\n", "user-per-line", r"line 2: user '1' has a second line.*pair-per-line"),
     ):
         path = tmp_path / name if content is None else written(tmp_path, content, name)
-        with pytest.raises(InputError, match=problem):
-            read(path, format, strict=True)
-    with pytest.raises(InputError, match="'columns' is for format='table', and format is 'inter'"):
-        read(path, "inter", {"user": "1"})
+        refused(problem, read, path, format, strict=True)
+    refused("'columns' is for format='table', and format is 'inter'", read, path, "inter", {"user": "1"})
 
 
 def test_names_and_folders_of_any_characters(tmp_path):
@@ -257,7 +253,7 @@ def test_names_and_folders_of_any_characters(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RECLIB_DATA", str(home / "data"))
         path = written(home, f"{UIT}u,a,@\n", os.fsdecode(b"caf\xe9?.csv"))
-        assert data_main(["prepare", str(path), "--min-user", "1", "--min-item", "1"]) == 0
+        assert data_main(["prepare", str(path), *ONE]) == 0
 
 
 def test_an_interrupted_preparation_leaves_one_line_and_nothing_else(tmp_path):
@@ -266,14 +262,10 @@ def test_an_interrupted_preparation_leaves_one_line_and_nothing_else(tmp_path):
     command = [sys.executable, "-m", "reclib", "data", "prepare", str(path)]
     home = tmp_path / "data"
     for number in (signal.SIGINT, signal.SIGTERM):
-        process = subprocess.Popen(
-            command,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=tmp_path,
-            # A shell's background job ignores SIGINT, and so would its children.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
+        options = {"stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
+        # A shell's background job ignores SIGINT, and so would its children.
+        default = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        process = subprocess.Popen(command, preexec_fn=default, **options)
         while not list(home.glob("scratch.*.partial/rows.duckdb")):  # it is at work
             assert process.poll() is None
         process.send_signal(number)
@@ -389,12 +381,11 @@ def test_random_tables_give_what_pandas_reads(tmp_path_factory, rows, kind, piec
         patch.setattr(formats, "PIECE_BYTES", piece)
         patch.setattr(formats, "BLOCK_BYTES", 1)
         if expected.empty:
-            with pytest.raises(InputError, match="lines rejected"):
-                read(path, columns=COLUMNS, max_rejected_share=1.0)
+            refused("lines rejected", read, path, columns=COLUMNS, max_rejected_share=1.0)
             return
-        found, got = read(path, columns=COLUMNS, max_rejected_share=1.0)
+        records, got = read(path, columns=COLUMNS, max_rejected_share=1.0)
     size = {"s": 10**6, "ms": 1000, "us": 1}[got.time_unit]
-    in_time = sorted(found, key=lambda row: (row[4], row[0]))
+    in_time = sorted(records, key=lambda row: (row[4], row[0]))
     assert [(user, item, stars, time * size) for _, user, item, stars, time in in_time] == [
         (row.user, row.item, float(row.rating) if row.rating else None, row.us)
         for row in expected.itertuples()
@@ -437,43 +428,32 @@ def test_damaged_files_give_an_error_of_ours_or_counted_lines(tmp_path):
 # ---- each format, and real files ------------------------------------------------------------------------
 
 
-SAMPLES = system.root().parent / "shared" / "data"
-REVIEW = '{"reviewerID": "A2IBPI20UZIR0U", "asin": "1384719342", "overall": 5.0, "unixReviewTime": 1393545600'
-REVIEW_2023 = '{"user_id": "AE", "parent_asin": "B0", "asin": "B1", "rating": 5, "timestamp": 1602133857705}'
-USERS = ["A2IBPI20UZIR0U", "AKM1MP6P0OYPR", "A14VAT5EAX3D9S"]
-ITEMS = ["1384719342", "B00005N7P0", "013279304X"]
-PAIRS = list(zip(USERS, ITEMS, strict=True))
-
+# The same interaction in the files of most formats.
+ROW = ("196", "242", 3.0, 881250949)
+REVIEW = '{"reviewerID": "196", "asin": "242", "overall": 3.0, "unixReviewTime": 881250949'
+REVIEW_2023 = '{"user_id": "196", "parent_asin": "242", "asin": "B1", "rating": 3, "timestamp": 881250949123}'
+PAIRS = [("A2IBPI20UZIR0U", "1384719342"), ("AKM1MP6P0OYPR", "B00005N7P0"), ("A14VAT5EAX3D9S", "013279304X")]
 CONTENTS = {
-    "ml-100k": "196\t242\t3\t881250949\n186\t302\t3\t891717742\n",
-    "ml-1m": "1::1193::5::978300760\n1::661::3::978302109\n",
-    "movielens-csv": "userId,movieId,rating,timestamp\r\n1,1,4.0,964982703\r\n",
+    "ml-100k": "196\t242\t3\t881250949\n",
+    "ml-1m": "196::242::3::881250949\n",
+    "movielens-csv": "userId,movieId,rating,timestamp\r\n196,242,3.0,881250949\r\n",
     "amazon-2014-json": REVIEW + ', "helpful": [0, 0]}\n',
     "amazon-2018-json": REVIEW + ', "verified": true}\n',
     "amazon-2023-json": REVIEW_2023 + "\n",
-    "amazon-2014-csv": "".join(f"{user},{item},5.0,1365811200\n" for user, item in PAIRS),
-    "amazon-2018-csv": "".join(f"{item},{user},5.0,1365811200\n" for user, item in PAIRS),
-    "amazon-2023-csv": "user_id,parent_asin,rating,timestamp\nAE,B0,5.0,1547589356557\n",
-    "inter": "user_id:token\titem_id:token\ttimestamp:float\n1\t2\t881250949\n",
-    "user-per-line": "1 5 6 7\n2 5\n",
+    "amazon-2014-csv": "".join(f"{user},{item},3.0,881250949\n" for user, item in PAIRS),
+    "amazon-2018-csv": "".join(f"{item},{user},3.0,881250949\n" for user, item in PAIRS),
+    "amazon-2023-csv": "user_id,parent_asin,rating,timestamp\n196,242,3.0,881250949123\n",
+    "inter": "user_id:token\titem_id:token\ttimestamp:float\n196\t242\t881250949\n",
+    "user-per-line": "1 5 6\n2 5\n",
     "pair-per-line": "1 5\n1 6\n2 5\n",
-    "table": "customer;product;when\nme;it;964982703\n",
+    "table": "customer;product;when\n196;242;881250949\n",
 }
-EXPECTED = {
-    "ml-100k": [("196", "242", 3.0, 881250949), ("186", "302", 3.0, 891717742)],
-    "ml-1m": [("1", "1193", 5.0, 978300760), ("1", "661", 3.0, 978302109)],
-    "movielens-csv": [("1", "1", 4.0, 964982703)],
-    "amazon-2014-json": [(USERS[0], ITEMS[0], 5.0, 1393545600)],
-    "amazon-2018-json": [(USERS[0], ITEMS[0], 5.0, 1393545600)],
-    "amazon-2014-csv": [(*pair, 5.0, 1365811200) for pair in PAIRS],
-    "amazon-2018-csv": [(*pair, 5.0, 1365811200) for pair in PAIRS],
-    "amazon-2023-json": [("AE", "B0", 5.0, 1602133857705)],
-    "amazon-2023-csv": [("AE", "B0", 5.0, 1547589356557)],
-    "inter": [("1", "2", None, 881250949)],
-    "user-per-line": [("1", "5", None, 0), ("1", "6", None, 1), ("1", "7", None, 2), ("2", "5", None, 0)],
-    "pair-per-line": [("1", "5", None, 0), ("1", "6", None, 1), ("2", "5", None, 0)],
-    "table": [("me", "it", None, 964982703)],
-}
+ORDERED = (("1", "5", None, 0), ("1", "6", None, 1), ("2", "5", None, 0))
+EXPECTED = dict.fromkeys(CONTENTS, (ROW,))
+EXPECTED |= dict.fromkeys(("amazon-2014-csv", "amazon-2018-csv"), tuple((*pair, *ROW[2:]) for pair in PAIRS))
+EXPECTED |= dict.fromkeys(("amazon-2023-json", "amazon-2023-csv"), ((*ROW[:3], 881250949123),))
+EXPECTED |= dict.fromkeys(("inter", "table"), (("196", "242", None, 881250949),))
+EXPECTED |= dict.fromkeys(("user-per-line", "pair-per-line"), ORDERED)
 UNITS = dict.fromkeys(("amazon-2023-json", "amazon-2023-csv"), "ms")
 UNITS |= dict.fromkeys(("user-per-line", "pair-per-line"), "order")
 HEADERS = ("movielens-csv", "amazon-2023-csv", "inter", "table")
@@ -513,22 +493,16 @@ REAL = {
 }
 
 
-def sample(name: str) -> Path:
-    if not (SAMPLES / name).is_file():
-        pytest.skip(f"no sample of a real file at {SAMPLES / name}")
-    return SAMPLES / name
-
-
-COUNTS = 'SELECT count(*), count(DISTINCT "user"), count(DISTINCT item) FROM raw'
+COUNTS = """SELECT count(*), count(DISTINCT "user"), count(DISTINCT item), min(row), max(row),
+count(DISTINCT row) FROM raw"""
 
 
 def test_counts_of_real_files_are_the_published_ones():
-    for name in REAL:
+    for name, (rows, users, items, unit) in REAL.items():
         with duckdb.connect() as con:
             got = reclib_read.ingest(con, sample(name), config=DataConfig(strict=True))
-            assert (*con.execute(COUNTS).fetchone(), got.time_unit) == REAL[name], name
-            numbers = con.execute("SELECT min(row), max(row), count(DISTINCT row) FROM raw").fetchone()
-            assert numbers == (0, REAL[name][0] - 1, REAL[name][0]), name
+            assert con.execute(COUNTS).fetchone() == (rows, users, items, 0, rows - 1, rows), name
+            assert got.time_unit == unit, name
 
 
 def good_lines(count: int) -> str:
@@ -539,26 +513,23 @@ def test_too_many_bad_lines_stop_with_counts_and_examples(tmp_path):
     bad = "1\t2\tx\t3\n1\t2\n1\t3\n"
     path = written(tmp_path, good_lines(97) + bad, "u.data")
     assert len(read(path, max_rejected_share=0.03)[0]) == 97
-    with pytest.raises(InputError) as error:
-        read(path, max_rejected_share=0.029)
     counts = "3 of 100 lines rejected, allowed is a share of 0.029.*2 number of fields, 1 rating not a number"
-    assert re.search(f"{counts}.*u.data, line 98: rating is 'x', expected a number", str(error.value))
+    example = "u.data, line 98: rating is 'x', expected a number"
+    refused(f"{counts}.*{example}", read, path, max_rejected_share=0.029)
 
 
 def test_a_gzip_file_that_is_cut_or_damaged_is_refused(tmp_path, monkeypatch):
     damaged = bytearray(gzip.compress(good_lines(300).encode()))
     for end in (len(damaged) // 2, len(damaged) - 1):
-        with pytest.raises(InputError, match=r"cut.gz is (cut short|damaged)"):
-            read(written(tmp_path, bytes(damaged[:end]), "cut.gz"), ML)
+        refused(r"cut.gz is (cut short|damaged)", read, written(tmp_path, bytes(damaged[:end]), "cut.gz"), ML)
     damaged[-6] ^= 1  # in the checksum
     members = [gzip.compress(part.encode()) for part in good_lines(30).partition("10\t")]
     monkeypatch.setattr(formats, "BLOCK_BYTES", 64)
     monkeypatch.setattr(formats, "PIECE_BYTES", 16)
     for unzipper in (formats._unzipper, zlib.decompressobj):
         monkeypatch.setattr(formats, "_unzipper", unzipper)
-        with pytest.raises(InputError, match="is damaged near byte"):
-            read(written(tmp_path, bytes(damaged)), ML)
-        path = written(tmp_path, members[0] + b"\0" * 40 + members[1] + members[2] + b"\0" * 512)
+        refused("is damaged near byte", read, written(tmp_path, bytes(damaged)), ML)
+        path = written(tmp_path, members[0] + bytes(40) + members[1] + members[2] + bytes(512))
         assert [row[1] for row in read(path, ML)[0]] == [str(n) for n in range(30)]
 
 
@@ -571,8 +542,7 @@ def test_odd_parts_of_published_formats(tmp_path):
     ):
         assert read(written(tmp_path, content, name), strict=True)[0] == [(0, *row)]
     path = written(tmp_path, f'{UITX}me,a,{SECOND},"one\ntwo"\nme,,{SECOND},x\n')
-    with pytest.raises(InputError, match="line 4: item is ''"):
-        read(path, strict=True)
+    refused("line 4: item is ''", read, path, strict=True)
 
 
 def test_the_twin_file_of_times(tmp_path):
@@ -583,13 +553,10 @@ def test_the_twin_file_of_times(tmp_path):
         written(tmp_path, gzip.compress(content.encode()), "X_time_org_rank.txt.gz")
         return read(path)
 
-    for content, problem in (
-        (times.replace(f" {SECOND + 5}", ""), "line 1: user '1' with 1 times, expected user '1' with 2"),
-        (times.split("\n")[0] + "\n", "ends before line 2"),
-        (times + f"3 {SECOND}\n", "has more lines than X_item_org_rank.txt"),
-    ):
-        with pytest.raises(InputError, match=problem):
-            with_times(content)
+    shorter = times.replace(f" {SECOND + 5}", "")
+    refused("line 1: user '1' with 1 times, expected user '1' with 2", with_times, shorter)
+    refused("ends before line 2", with_times, times.split("\n")[0] + "\n")
+    refused("has more lines than X_item_org_rank.txt", with_times, times + f"3 {SECOND}\n")
     rows, got = with_times(times)
     assert [row[4] for row in rows] == [SECOND, SECOND + 5, SECOND]
     assert (got.time_unit, got.provenance["time_file"]) == ("s", "X_time_org_rank.txt.gz")
@@ -604,8 +571,7 @@ def test_a_source_is_known_by_its_content_and_by_how_it_is_read(tmp_path, monkey
     assert source(DataConfig(dataset=str(path), format="user-per-line")).identity != first.identity
     written(tmp_path, CONTENTS["pair-per-line"] + "2 9\n")
     assert source(config).identity != first.identity
-    with pytest.raises(InputError, match="changed while it was read"):
-        first.fill(duckdb.connect(), None)
+    refused("changed while it was read", first.fill, duckdb.connect(), None)
     monkeypatch.setattr(prepare_module, "HASH_CACHED_BYTES", 10)  # the hash of a large file is kept
     identity = source(config).identity
     (kept,) = (tmp_path / "data" / "hashes").iterdir()
@@ -657,8 +623,7 @@ def test_titles_of_the_wanted_items(tmp_path):
 def test_odd_lines_of_titles(tmp_path):
     path = tmp_path / "u.item"
     path.write_text("1|Toy Story|x\n2|Golden\n")
-    with pytest.raises(InputError, match=r"u\.item, line 2: expected '\|'-separated item, title"):
-        formats.read_titles(path, ["1"])
+    refused(r"u\.item, line 2: expected '\|'-separated item, title", formats.read_titles, path, ["1"])
     path = tmp_path / "ml-100k.item"  # RecBole's spelling of unknown, and the year in a column apart
     path.write_text(
         "item_id:token\tmovie_title:token_seq\trelease_year:token\n"
@@ -667,8 +632,7 @@ def test_odd_lines_of_titles(tmp_path):
     expected = {"1": "Toy Story (1995)", "267": "unknown", "1412": "Land (1995) (V)"}
     assert formats.read_titles(path, set(expected)) == expected
     path.write_text("item_id:token\ttitle:token_seq\n1\n")
-    with pytest.raises(InputError, match=r"ml-100k\.item, line 2: 1 fields, expected 2"):
-        formats.read_titles(path, ["1"])
+    refused(r"ml-100k\.item, line 2: 1 fields, expected 2", formats.read_titles, path, ["1"])
 
 
 def test_titles_of_variants_share_their_words():

@@ -7,10 +7,10 @@ from functools import partial
 
 import numpy as np
 import pytest
+from conftest import refused
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from small_models import dataset_of
-from spread import spread
 
 from reclib.config import InputError
 from reclib.data import splits
@@ -32,14 +32,16 @@ def trained(split: splits.Split) -> set[int]:
     return {position for span in spans(split.train) for position in span}
 
 
-def check_rows(dataset: Dataset, split: splits.Split) -> None:
+def check_rows(dataset: Dataset, split: splits.Split, per_user: int = 1) -> None:
     """What holds for every split: histories begin where a user begins and end right before the target."""
     for part in (split.valid, split.test):
-        users = splits.row_users(dataset, part.histories)
+        users = row_users(dataset, part.histories)
         assert np.array_equal(part.histories.starts, dataset.offsets[users])
         assert (part.histories.ends < dataset.offsets[users + 1]).all()
         assert np.array_equal(part.targets, dataset.items[part.histories.ends])
-        assert np.unique(users).size == users.size  # one row per user
+        assert (part.histories.lengths > 0).all()
+        assert np.unique(part.histories.ends).size == users.size
+        assert np.bincount(users).max(initial=0) <= per_user
     assert len({*spans(split.train)}) == len(split.train.starts)
     assert json.loads(json.dumps(split.about)) == split.about
 
@@ -52,7 +54,7 @@ def test_leave_one_out_trains_on_no_target_and_nothing_after_it(histories):
     check_rows(dataset, split)
     seen = trained(split)
     for part, from_the_end in ((split.valid, 2), (split.test, 1)):
-        users = splits.row_users(dataset, part.histories)
+        users = row_users(dataset, part.histories)
         assert np.array_equal(part.histories.ends, dataset.offsets[users + 1] - from_the_end)
         for user, target in zip(users, part.histories.ends, strict=True):
             assert not seen & set(range(target, dataset.offsets[user + 1]))
@@ -71,7 +73,7 @@ def test_global_time_trains_only_before_the_point(histories, shares, target):
     dataset = made(histories)
     try:
         split = splits.global_time(dataset, *shares, target=target)
-    except InputError:  # told apart in the next test
+    except InputError:  # see the next test
         reject()
     check_rows(dataset, split)
     points = split.about["time_points"]
@@ -82,29 +84,28 @@ def test_global_time_trains_only_before_the_point(histories, shares, target):
     windows = {"valid": (points["valid"], points["test"]), "test": (points["test"], 31)}
     for name, (begin, end) in windows.items():
         rows = getattr(split, name)
-        users = splits.row_users(dataset, rows.histories)
-        told = split.about[name]
+        users = row_users(dataset, rows.histories)
+        counts = split.about[name]
         inside = (dataset.times >= begin) & (dataset.times < end)
-        assert told["interactions"] == inside.sum()
+        assert counts["interactions"] == inside.sum()
         for user, at in zip(users, rows.histories.ends, strict=True):
             assert inside[at]
-            mine = np.flatnonzero(inside[dataset.offsets[user] : dataset.offsets[user + 1]])
-            first, last = mine[[0, -1]] + dataset.offsets[user]
+            places = np.flatnonzero(inside[dataset.offsets[user] : dataset.offsets[user + 1]])
+            first, last = places[[0, -1]] + dataset.offsets[user]
             assert {"first": at == first, "last": at == last, "random": first <= at <= last}[target]
-        of_user = [inside[a:b] for a, b in itertools.pairwise(dataset.offsets)]
-        active = [user for user, own in enumerate(of_user) if own.any()]
-        assert told["left_out_without_history"] == len(active) - users.size
-        trains = {int(user) for user in splits.row_users(dataset, split.train)}
-        assert told["rows_of_unseen_users"] == sum(user not in trains for user in users.tolist())
-        assert told["rows_with_unseen_target"] == sum(item not in known for item in rows.targets.tolist())
+        active = sum(inside[a:b].any() for a, b in itertools.pairwise(dataset.offsets))
+        assert counts["left_out_without_history"] == active - users.size
+        trains = set(row_users(dataset, split.train).tolist())
+        assert counts["rows_of_unseen_users"] == sum(user not in trains for user in users.tolist())
+        assert counts["rows_with_unseen_target"] == sum(item not in known for item in rows.targets.tolist())
     assert split.about["items_unseen_in_training"] == NUM_ITEMS - len(known)
     assert split.about["users_unseen_in_training"] == dataset.num_users - len(split.train.starts)
 
 
 def test_time_points_among_equal_times():
     for times in [[5] * 20, [5] * 19 + [6], [1] + [5] * 19]:
-        with pytest.raises(InputError, match="leave a part empty"):
-            splits.global_time(made([[(1 + n % 5, time) for n, time in enumerate(times)]]))
+        dataset = made([[(1 + n % 5, time) for n, time in enumerate(times)]])
+        refused("leave a part empty", splits.global_time, dataset)
 
     # of 13 interactions the validation point falls on the second of the three at time 7
     times = [1, 2, 3, 4, 5, 6, 7, 7, 7, 9]
@@ -115,23 +116,19 @@ def test_time_points_among_equal_times():
     assert split.valid.histories.ends.tolist() == [6]
 
 
-def test_impossible_divisions_are_told():
+def test_impossible_divisions_are_refused():
     dataset = made([[(1, 1), (2, 2)]] * 4)
-    for split, given_, problem in [
-        (splits.global_time, (0.1, 0.1, "next"), "target is 'next'"),
-        (splits.global_time, (0.0, 0.1), "both above 0"),
-        (splits.global_time, (0.6, 0.4), "both above 0"),
-        (splits.random_users, ((0.5, 0.5),), "shares are"),
-        (splits.random_users, ((1.2, -0.1, -0.1),), "shares are"),
-        (splits.divide, ((0.5, 0.3, 0.2), 4), "sum is below 1"),
-        (splits.divide, ((0.0, 0.3, 0.2), 4), "above 0"),
-        (splits.divide, ((0.0001, 0.3, 0.2), 4), "part empty"),
-    ]:
-        with pytest.raises(InputError, match=problem):
-            split(dataset, *given_)
-    for split, given_ in [(splits.global_time, ()), (splits.divide, (SHARES, 4))]:
-        with pytest.raises(InputError, match="no times"):
-            split(dataclasses.replace(dataset, times=None), *given_)
+    refused("target is 'next'", splits.global_time, dataset, 0.1, 0.1, "next")
+    refused("both above 0", splits.global_time, dataset, 0.0, 0.1)
+    refused("both above 0", splits.global_time, dataset, 0.6, 0.4)
+    refused("shares are", splits.random_users, dataset, (0.5, 0.5))
+    refused("shares are", splits.random_users, dataset, (1.2, -0.1, -0.1))
+    refused("sum is below 1", splits.divide, dataset, (0.5, 0.3, 0.2), 4)
+    refused("above 0", splits.divide, dataset, (0.0, 0.3, 0.2), 4)
+    refused("part empty", splits.divide, dataset, (0.0001, 0.3, 0.2), 4)
+    without_times = dataclasses.replace(dataset, times=None)
+    refused("no times", splits.global_time, without_times)
+    refused("no times", splits.divide, without_times, SHARES, 4)
 
 
 @settings(max_examples=40, deadline=None)
@@ -140,7 +137,7 @@ def test_random_users_are_disjoint(histories, seed):
     dataset = made(histories)
     split = splits.random_users(dataset, (0.5, 0.25, 0.25), seed)
     check_rows(dataset, split)
-    groups = [splits.row_users(dataset, rows) for rows in (split.train, split.valid[0], split.test[0])]
+    groups = [row_users(dataset, rows) for rows in (split.train, split.valid[0], split.test[0])]
     assert np.unique(np.concatenate(groups)).size == sum(group.size for group in groups)
     assert np.array_equal(split.train.ends, dataset.offsets[groups[0] + 1])  # whole histories
     for part, users in zip((split.valid, split.test), groups[1:], strict=True):
@@ -169,19 +166,17 @@ def test_negatives_were_never_had(histories, how, count):
     dataset = made(histories)
     rows = splits.random_users(dataset, (0.4, 0.3, 0.3)).test
     met = set(dataset.items.tolist()) if how == "popularity" else set(range(1, NUM_ITEMS + 1))
-    users = splits.row_users(dataset, rows.histories)
+    users = row_users(dataset, rows.histories)
     had = [set(dataset.items[dataset.offsets[u] : dataset.offsets[u + 1]].tolist()) for u in users]
-    if any(len(met - mine) < count for mine in had):
-        with pytest.raises(InputError, match="fewer than the"):
-            splits.sample_candidates(dataset, rows, count, how)
+    if any(len(met - items) < count for items in had):
+        refused("fewer than the", splits.sample_candidates, dataset, rows, count, how)
         return
     drawn = splits.sample_candidates(dataset, rows, count, how, seed=1)
     assert drawn.shape == (len(rows.targets), count)
     assert drawn.dtype == np.int32
-    for negatives, mine, target in zip(drawn.tolist(), had, rows.targets, strict=True):
+    for negatives, items in zip(drawn.tolist(), had, strict=True):  # the target is one of the user's items
         assert len(set(negatives)) == count
-        assert set(negatives) <= met - mine
-        assert target not in negatives
+        assert set(negatives) <= met - items
 
 
 @pytest.mark.parametrize("rounds", [30, 1], ids=["rejection", "over the catalogue"])
@@ -190,20 +185,15 @@ def test_negatives_by_popularity(rounds, monkeypatch):
     size = 5000
     popular = [[(item, time) for time in range(item)] for item in range(3, 7)]  # item n is met n times
     dataset = made([[(1, 1), (2, 2)]] * size + popular, num_items=6)
-    histories = splits.Histories(dataset.items, dataset.offsets[:size], dataset.offsets[1 : size + 1] - 1)
+    histories = Histories(dataset.items, dataset.offsets[:size], dataset.offsets[1 : size + 1] - 1)
     rows = splits.Evaluation(histories, np.full(size, 2, np.int32))
     drawn = splits.sample_candidates(dataset, rows, 1, "popularity", seed=3)
-    found = np.bincount(drawn[:, 0], minlength=7) / size
-    assert found[3:] == pytest.approx(np.arange(3, 7) / 18, abs=0.025)
+    shares = np.bincount(drawn[:, 0], minlength=7) / size
+    assert shares[3:] == pytest.approx(np.arange(3, 7) / 18, abs=0.025)
 
 
 SHARES = (0.5, 0.25, 0.1)
 SEGMENT = 0.6  # few of these users live long enough to have a past and a test window
-
-
-@pytest.fixture(scope="module")
-def dataset():
-    return spread()
 
 
 @pytest.fixture(scope="module")
@@ -213,8 +203,7 @@ def whole(dataset) -> splits.Periods:
 
 def test_nothing_that_trains_is_later_than_what_judges_and_parts_have_their_shares(dataset, whole):
     first, second, third = whole.about["points"]
-    times = dataset.times
-    adaptation = whole.adaptation
+    times, adaptation = dataset.times, whole.adaptation
     assert times[whole.base.train.places()].max() < first
     assert times[whole.base.valid.histories.ends].max() < first
     valid, test = (times[rows.histories.ends] for rows in (adaptation.valid, adaptation.test))
@@ -224,17 +213,9 @@ def test_nothing_that_trains_is_later_than_what_judges_and_parts_have_their_shar
     counts = np.array(list(whole.about["interactions"].values()))
     assert counts.sum() == dataset.num_interactions
     np.testing.assert_allclose(counts / counts.sum(), [*SHARES, 0.15], atol=0.02)
-
-
-def test_a_target_follows_all_that_its_user_did_before(dataset, whole):
-    for rows in (whole.adaptation.valid, whole.adaptation.test):
-        users = row_users(dataset, rows.histories)
-        assert (rows.histories.starts == dataset.offsets[users]).all()
-        assert (rows.histories.ends < dataset.offsets[users + 1]).all()
-        assert (rows.targets == dataset.items[rows.histories.ends]).all()
-        assert (rows.histories.lengths > 0).all()
-        assert np.bincount(users).max() == 4
-        assert len(np.unique(rows.histories.ends)) == len(rows.targets)
+    check_rows(dataset, adaptation, per_user=4)
+    for rows in (adaptation.valid, adaptation.test):
+        assert np.bincount(row_users(dataset, rows.histories)).max() == 4
 
 
 def test_targets_are_drawn_by_seed_and_all_can_be_drawn(dataset, whole):
@@ -252,31 +233,28 @@ def test_a_metric_is_averaged_over_a_users_targets(dataset, whole):
     rows = whole.adaptation.test
     users = row_users(dataset, rows.histories)
     values = np.random.default_rng(0).random((2, len(users)))
-    found = splits.by_user(dataset, rows, values)
+    means = splits.by_user(dataset, rows, values)
     for place, user in enumerate(np.unique(users)):
-        np.testing.assert_allclose(found[:, place], values[:, users == user].mean(axis=1))
+        np.testing.assert_allclose(means[:, place], values[:, users == user].mean(axis=1))
 
 
 def test_the_segment_is_told_from_the_past_alone(dataset, whole):
-    found = splits.segment(dataset, whole, SEGMENT)
+    segment, adaptation = splits.segment(dataset, whole, SEGMENT), whole.adaptation
     ranks = splits.popularity_ranks(whole.base.train, dataset.num_items)
     distance = {}
     for user, (start, end) in enumerate(itertools.pairwise(dataset.offsets)):
-        own = slice(start, end)
-        past = ranks[dataset.items[own][dataset.times[own] < whole.about["points"][0]]]
+        past = ranks[dataset.items[start:end][dataset.times[start:end] < whole.about["points"][0]]]
         distance[user] = past.mean() if past.size else -1
-    threshold = found.about["threshold"]
-    for part, all_of_it in (
-        (found.train, whole.adaptation.train),
-        (found.valid.histories, whole.adaptation.valid.histories),
-        (found.test.histories, whole.adaptation.test.histories),
+    for part, every in (
+        (segment.train, adaptation.train),
+        (segment.valid.histories, adaptation.valid.histories),
+        (segment.test.histories, adaptation.test.histories),
     ):
-        users = row_users(dataset, all_of_it)
-        wanted = [end for user, end in zip(users, all_of_it.ends, strict=True) if distance[user] >= threshold]
-        assert part.ends.tolist() == wanted
-        assert 0 < len(wanted) < len(users)
-    have_a_past = sum(distance[user] >= 0 for user in row_users(dataset, whole.adaptation.train))
-    assert len(found.train.starts) == pytest.approx(SEGMENT * have_a_past, abs=1.5)
+        inside = [distance[user] >= segment.about["threshold"] for user in row_users(dataset, every)]
+        assert part.ends.tolist() == every.ends[inside].tolist()
+        assert 0 < sum(inside) < len(inside)
+    have_a_past = sum(distance[user] >= 0 for user in row_users(dataset, adaptation.train))
+    assert len(segment.train.starts) == pytest.approx(SEGMENT * have_a_past, abs=1.5)
 
 
 def test_ranks_and_neighbours_by_hand():
@@ -288,5 +266,5 @@ def test_ranks_and_neighbours_by_hand():
     items = np.array([1, 5, 2, 5, 1, 6, 6, 3], dtype=np.int32)
     histories = Histories(items, np.array([0, 3, 5]), np.array([3, 5, 8]))
     known = np.array([False, True, True, True, True, False, False])
-    found = splits.neighbours(histories, known)
-    assert {item: sorted(beside.tolist()) for item, beside in found.items()} == {5: [1, 1, 2], 6: [3]}
+    neighbours = splits.neighbours(histories, known).items()
+    assert {item: sorted(beside.tolist()) for item, beside in neighbours} == {5: [1, 1, 2], 6: [3]}

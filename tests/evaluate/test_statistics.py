@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
+from conftest import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from small_models import histories
+from small_models import histories, history_of
 
-from reclib.config import InputError
 from reclib.data.dataset import Evaluation, Histories
 from reclib.evaluate import baselines, metrics, statistics
 
@@ -18,11 +18,11 @@ def drawn(rng, seed_spread: float) -> dict[str, np.ndarray]:
     """Two models of equal mean: 3 seeds, 200 users; users, seeds and their interaction vary."""
     user = rng.normal(0.2, 0.3, 200)
 
-    def one() -> np.ndarray:
+    def model() -> np.ndarray:
         of_users, of_seeds = rng.normal(0, 0.15, 200), rng.normal(0, seed_spread, (3, 1))
         return user + of_users + of_seeds + rng.normal(0, 0.25, (3, 200))
 
-    return {"m0": one(), "m1": one()}
+    return {"m0": model(), "m1": model()}
 
 
 def models(seeds: int, lift: float, users: int = 400) -> dict[str, np.ndarray]:
@@ -66,52 +66,49 @@ def test_three_seeds_reject_a_true_null_as_often_as_the_level_and_cover_the_trut
             mean = values["m1"].mean(0) - values["m0"].mean(0)
             over_users_alone.append(abs(mean.mean()) / mean.std(ddof=1) * np.sqrt(mean.size) > 1.97)
         assert np.mean(rejected) == pytest.approx(0.05, abs=0.045)
-        assert covered == [not one for one in rejected]
+        assert covered == np.logical_not(rejected).tolist()
         if spread:
             assert np.mean(over_users_alone) > np.mean(rejected) + 0.05
 
 
 def test_without_seeds_a_comparison_is_the_paired_t_test():
     values = {"a": np.random.default_rng(0).random((1, 50)), "b": np.random.default_rng(1).random((1, 50))}
-    (one,) = statistics.compare(values, "a", ["a", "b"])
+    (comparison,) = statistics.compare(values, "a", ["a", "b"])
     wanted = stats.ttest_rel(values["b"][0], values["a"][0])
-    assert (one.p_value, one.degrees) == pytest.approx((wanted.pvalue, 49))
-    assert one.difference[1:] == pytest.approx(tuple(wanted.confidence_interval(0.95)))
+    assert (comparison.p_value, comparison.degrees) == pytest.approx((wanted.pvalue, 49))
+    assert comparison.difference[1:] == pytest.approx(tuple(wanted.confidence_interval(0.95)))
     (same,) = statistics.compare({"a": values["a"], "b": values["a"]}, "a", ["a", "b"])
     assert (same.p_value, same.claim) == (1.0, "not separated")
 
 
 def test_a_comparison_is_of_means_over_seeds_and_users_and_says_what_may_be_said():
     values = models(3, 0.2)
-    (one,) = statistics.compare(values, "popularity", ["popularity"])
+    (lifted,) = statistics.compare(values, "popularity", ["popularity"])
     difference = values["model"].mean(0) - values["popularity"][0]
-    assert one.difference.mean == pytest.approx(difference.mean())
-    assert one.seed_range == (values["model"].mean(1).min(), values["model"].mean(1).max())
-    assert one.detectable > 2.8016 * 0.99 * difference.std(ddof=1) / np.sqrt(400)
+    assert lifted.difference.mean == pytest.approx(difference.mean())
+    assert lifted.seed_range == (values["model"].mean(1).min(), values["model"].mean(1).max())
+    assert lifted.detectable > 2.8016 * 0.99 * difference.std(ddof=1) / np.sqrt(400)
     three = {name: np.tile(rows, (3, 1))[:3] for name, rows in values.items()}
-    claims = {one.name: one.claim for one in statistics.compare(three | {"twin": three["model"]}, "model")}
-    assert claims == {"popularity": "worse", "twin": "not separated"}
+    comparisons = statistics.compare(three | {"twin": three["model"]}, "model")
+    assert {each.name: each.claim for each in comparisons} == {"popularity": "worse", "twin": "not separated"}
 
 
 def test_trap_single_seed_carries_no_claim():
     for seeds, claim in ((1, "too few seeds"), (2, "too few seeds"), (3, "better")):
-        (one,) = statistics.compare(models(seeds, 0.2), "popularity", ["popularity"])
-        assert (one.seeds, one.claim) == ((seeds, 0), claim)
-        assert one.difference.mean > 0.1  # it is the seeds that are missing, not the difference
+        (lifted,) = statistics.compare(models(seeds, 0.2), "popularity", ["popularity"])
+        assert (lifted.seeds, lifted.claim) == ((seeds, 0), claim)
+        assert lifted.difference.mean > 0.1  # it is the seeds that are missing, not the difference
 
 
 def test_what_cannot_be_paired_or_divided_is_refused():
-    one, two, counts = np.zeros((1, 3)), np.zeros((2, 3)), np.array([1, 2])
+    a, two_seeds, four_users = np.zeros((1, 3)), np.zeros((2, 3)), np.zeros((1, 4))
     part = Evaluation(histories([3]), np.ones(1, dtype=np.int32))
-    for call, message in [
-        (lambda: statistics.compare({"a": one}, "b"), "no model 'b': expected one of a"),
-        (lambda: statistics.compare({"a": one, "b": np.zeros((1, 4))}, "a"), r"expected \(seeds, 3 users\)"),
-        (lambda: statistics.compare({"a": two, "b": one}, "b", ["a"]), r"'a' .* expected \(1, 3 users\)"),
-        (lambda: statistics.by_item_popularity(counts, counts, (0.5, 1.5)), "'shares'"),
-        (lambda: statistics.shuffled(part, 0, -1), "'keep_last' is -1"),
-    ]:
-        with pytest.raises(InputError, match=message):
-            call()
+    refused("no model 'b': expected one of a", statistics.compare, {"a": a}, "b")
+    refused(r"expected \(seeds, 3 users\)", statistics.compare, {"a": a, "b": four_users}, "a")
+    refused(r"'b' .* expected \(1, 3 users\)", statistics.compare, {"a": a, "b": two_seeds}, "a", ["b"])
+    counts = np.array([1, 2])
+    refused("'shares'", statistics.by_item_popularity, counts, counts, (0.5, 1.5))
+    refused("'keep_last' is -1", statistics.shuffled, part, 0, -1)
 
 
 def test_bootstrap_interval_agrees_with_the_normal_one_and_is_reproducible():
@@ -132,26 +129,26 @@ def test_groups_by_history_length_and_item_popularity_and_results_in_them():
     assert groups.member.tolist() == [3, 0, 2, 1, 2]
     values = np.array([0.0, 1.0, 1.0, 0.0, 1.0, 1.0])
     groups = statistics.Groups(["few", "many", "none"], np.array([0, 0, 1, 1, 1, 1]))
-    found = statistics.in_groups(values, groups, samples=500)
-    means = [(one.users, one.interval and one.interval.mean) for one in found]
+    results = statistics.in_groups(values, groups, samples=500)
+    means = [(result.users, result.interval and result.interval.mean) for result in results]
     assert means == [(2, 0.5), (4, 0.75), (0, None)]
-    assert found[1].interval == statistics.bootstrap(values[2:], 500)
+    assert results[1].interval == statistics.bootstrap(values[2:], 500)
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=30), st.tuples(*[st.integers(0, 9)] * 6))
 @settings(deadline=None, max_examples=50)
 def test_concentration_equals_brute_force(items, counts):
     top, counts = np.array(items)[:, None], np.array(counts)
-    found = statistics.concentration(top, counts)
+    shares = statistics.concentration(top, counts)
     given_out = [items.count(item) for item in range(1, 7)]
     gaps = np.abs(np.subtract.outer(given_out, given_out)).mean()
-    assert found["gini"] == pytest.approx(gaps / (2 * np.mean(given_out)))
-    assert found["coverage"] == len(set(items)) / 6
-    head: set[int] = set()
+    assert shares["gini"] == pytest.approx(gaps / (2 * np.mean(given_out)))
+    assert shares["coverage"] == len(set(items)) / 6
+    head: list[int] = []
     for item in sorted(range(1, 7), key=lambda item: -counts[item - 1]):
-        if sum(counts[one - 1] for one in head) < counts.sum() / 2:
-            head.add(item)
-    assert found["head_share"] == pytest.approx(np.mean([item in head for item in items]))
+        if counts[[item - 1 for item in head]].sum() < counts.sum() / 2:
+            head.append(item)
+    assert shares["head_share"] == pytest.approx(np.mean([item in head for item in items]))
 
 
 def test_popularity_percentile_by_hand():
@@ -169,11 +166,8 @@ def test_shuffled_histories_hold_the_same_items_and_keep_the_last(lengths, keep,
     shuffled = statistics.shuffled(part, seed, keep)
     assert (shuffled.targets == part.targets).all()
     assert (whole.items == before).all()
-    for u, length in enumerate(lengths):
-        old, new = (
-            each.histories.items[each.histories.starts[u] : each.histories.ends[u]].tolist()
-            for each in (part, shuffled)
-        )
+    for user, length in enumerate(lengths):
+        old, new = (history_of(each, user) for each in (part, shuffled))
         assert sorted(new) == sorted(old)
         assert new[max(0, length - keep) :] == old[max(0, length - keep) :]
 

@@ -13,7 +13,7 @@ EXACT = {"5m": 5_118_250, "85m": 85_111_814, "130m": 130_095_750, "430m": 429_15
 
 def test_parameter_counts_are_the_published_ones_and_those_of_the_planner():
     changes = [{"output_bias": False}, {"head": "mlp"}, {"table_dim": 8}, {"table_dim": 48, "tied": False}]
-    for config in [*map(model_config, SIZES), *(model_config("nano", **one) for one in changes)]:
+    for config in [*map(model_config, SIZES), *(model_config("nano", **change) for change in changes)]:
         counted = count_parameters(config)
         assert sum(work.parameters(config).values()) == counted["total"]
         assert counted["total"] == sum(counted[k] for k in ("item_tables", "positions", "non_embedding"))
@@ -80,10 +80,10 @@ def test_dropout_zeroes_its_share_keeps_the_expectation_and_is_decided_by_torchs
     assert float(columns.std()) == pytest.approx((0.1 * 0.9 / 1000) ** 0.5, rel=0.1)  # no pattern in it
     x, drop = torch.ones(7, 5, requires_grad=True), Dropout(0.4)
     torch.manual_seed(3)
-    one, two = drop(x), drop(x)
+    first, second = drop(x), drop(x)
     torch.manual_seed(3)
-    assert torch.equal(one, drop(x))
-    assert not torch.equal(one, two)
-    (gradient,) = torch.autograd.grad(one.sum(), x)
-    assert torch.equal(gradient, one.detach())
+    assert torch.equal(first, drop(x))
+    assert not torch.equal(first, second)
+    (gradient,) = torch.autograd.grad(first.sum(), x)
+    assert torch.equal(gradient, first.detach())
     assert drop.eval()(x) is x

@@ -36,25 +36,23 @@ def stats(**counts: float) -> StepStats:
 
 
 def test_rates_are_what_the_median_step_does():
-    found = Measurement(warmup_steps=2, warmup_seconds=7.0, compiled=True)
+    measured = Measurement(warmup_steps=2, warmup_seconds=7.0, compiled=True)
     for seconds in (1.0, 2.0, 9.0):
-        found.add(stats(), seconds)
+        measured.add(stats(), seconds)
     rates = {"sequences_per_second": 2.0, "tokens_per_second": 15.0, "targets_per_second": 3.0}
-    assert (rates | {"step_seconds": 2.0}).items() <= found.timings().items()
-    assert found.timings()["fetch_share"] == pytest.approx(0.3 / 12)
-    assert found.compile_seconds == 3.0  # 7 s of warm-up less two median steps
+    assert (rates | {"step_seconds": 2.0}).items() <= measured.timings().items()
+    assert measured.timings()["fetch_share"] == pytest.approx(0.3 / 12)
+    assert measured.compile_seconds == 3.0  # 7 s of warm-up less two median steps
     assert Measurement("oom", "no room").timings() == {}
 
 
 def test_published_rates_and_break_even():
-    for steady, epoch, expected in [
-        (100.0, 96.0, (100.0, "steady")),
-        (100.0, 95.0, (95.0, "epoch")),  # 5.3 % too high
-        (100.0, 106.0, (106.0, "epoch")),  # and too low counts as well
-    ]:
-        assert published_rate(steady, epoch) == expected
-    for given, steps in (((10.0, 0.5, 0.25), 40), ((10.1, 0.5, 0.25), 41), ((10.0, 0.5, 0.5), None)):
-        assert break_even_steps(*given) == steps
+    assert published_rate(100.0, 96.0) == (100.0, "steady")
+    assert published_rate(100.0, 95.0) == (95.0, "epoch")  # 5.3 % too high
+    assert published_rate(100.0, 106.0) == (106.0, "epoch")  # and too low counts as well
+    assert break_even_steps(10.0, 0.5, 0.25) == 40
+    assert break_even_steps(10.1, 0.5, 0.25) == 41
+    assert break_even_steps(10.0, 0.5, 0.5) is None
 
 
 def test_interleaved_variants_take_turns_and_the_same_steps_as_alone(monkeypatch):
@@ -66,15 +64,15 @@ def test_interleaved_variants_take_turns_and_the_same_steps_as_alone(monkeypatch
 
     monkeypatch.setattr(timing._Clock, "round", noted)
     model = small_model(dropout=0.3)  # whose masks must not depend on who else takes turns
-    found = timing.interleave({"a": a_trainer(model), "b": a_trainer(model, layout="padded")}, 3, 2, 2)
+    trainers = {"packed": a_trainer(model), "padded": a_trainer(model, layout="padded")}
+    packed, padded = timing.interleave(trainers, 3, 2, 2).values()
     assert order == ["packed", "padded"] * 2
     alone = timing.measure(a_trainer(model), 6, 2)
-    one, other = found["a"], found["b"]
-    assert (one.losses, one.counts()) == (alone.losses, alone.counts())
-    assert (len(one.losses), len(one.step_seconds), len(one.fetch_seconds)) == (8, 6, 6)
-    assert (one.sequences, one.targets) == (22, other.targets)  # two epochs of 11 histories
-    assert one.row_tokens < other.row_tokens
-    assert min(one.step_seconds) > 0
+    assert (packed.losses, packed.counts()) == (alone.losses, alone.counts())
+    assert (len(packed.losses), len(packed.step_seconds), len(packed.fetch_seconds)) == (8, 6, 6)
+    assert (packed.sequences, packed.targets) == (22, padded.targets)  # two epochs of 11 histories
+    assert packed.row_tokens < padded.row_tokens
+    assert min(packed.step_seconds) > 0
 
 
 def test_running_out_of_memory_is_a_row_and_any_other_error_is_an_error(monkeypatch):
@@ -89,9 +87,9 @@ def test_running_out_of_memory_is_a_row_and_any_other_error_is_an_error(monkeypa
         RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you"),
         MemoryError("Unable to allocate"),
     ):
-        found = broken_by(error)
-        assert (found["broken"].status, found["broken"].reason) == ("oom", str(error).splitlines()[0])
-        assert (found["whole"].status, len(found["whole"].step_seconds)) == ("ok", 2)
+        stopped, whole = broken_by(error).values()
+        assert (stopped.status, stopped.reason) == ("oom", str(error).splitlines()[0])
+        assert (whole.status, len(whole.step_seconds)) == ("ok", 2)
     with pytest.raises(RuntimeError, match="shapes differ"):
         broken_by(RuntimeError("shapes differ"))
     with pytest.raises((RuntimeError, MemoryError)) as caught:  # the allocator's own
@@ -111,16 +109,16 @@ def test_an_epoch_is_clocked_whole_and_requests_one_at_a_time():
         timing.epoch_clock(trainer)
     with pytest.raises(ValueError, match="raise epochs"):
         timing.measure(a_trainer(epochs=1), 5, 1)
-    found = timing.latency(trainer, histories(LENGTHS), requests=5, warmup=1)
-    assert found.requests == 5
-    assert 0 < found.p50 <= found.p99
+    latency = timing.latency(trainer, histories(LENGTHS), requests=5, warmup=1)
+    assert latency.requests == 5
+    assert 0 < latency.p50 <= latency.p99
 
 
 def test_needed_flops_leave_padding_out_and_mfu_is_of_the_peak():
     trainers = [a_trainer(**changes) for changes in ({}, {"layout": "padded"}, {"micro_batch_size": 2})]
-    (done, needed), *others = (timing.step_flops(trainer, 1) for trainer in trainers)
-    assert [other[1] for other in others] == [needed, needed]
-    for executed in (done, *(other[0] for other in others)):
+    flops = [timing.step_flops(trainer, 1) for trainer in trainers]
+    for executed, needed in flops:
+        assert needed == flops[0][1]
         assert needed.encoder < executed.encoder
         assert needed.head <= executed.head
     peaks = {("a100", "bf16"): 0.5, ("cpu", "fp32"): None, ("other", "fp16"): None, ("t4", "bf16"): None}
@@ -157,8 +155,8 @@ def test_every_rung_changes_one_field_and_the_last_is_ours():
     rungs = ladder(model, train)
     assert len(rungs) == len(CHANGES) + 1
     for below, above in pairwise(rungs):
-        one, other = vars(below.model) | vars(below.train), vars(above.model) | vars(above.train)
-        differs = [key for key in one if not key.startswith("_") and one[key] != other[key]]
+        before, after = (vars(rung.model) | vars(rung.train) for rung in (below, above))
+        differs = [key for key in before if not key.startswith("_") and before[key] != after[key]]
         assert differs == [above.change.split("=")[0]]
     assert rungs[-1].model == model
     assert rungs[-1].train == train
@@ -186,9 +184,9 @@ def test_compiled_equals_eager_and_nothing_is_compiled_again_over_a_ragged_epoch
     warm = timing.measure(compiled, 6, 6)
     graphs = counters["stats"]["unique_graphs"]
     assert graphs > 0
-    benchmark_rest = timing.measure(compiled, 12 * 2, 0)  # two more epochs, each with its ragged last step
+    rest = timing.measure(compiled, 12 * 2, 0)  # two more epochs, each with its ragged last step
     assert counters["stats"]["unique_graphs"] == graphs, counters["recompiles"]
-    losses = warm.losses + benchmark_rest.losses
+    losses = warm.losses + rest.losses
     np.testing.assert_allclose(losses, timing.measure(eager, 36, 0).losses, rtol=2e-4)
     assert warm.compile_seconds > 0
 
@@ -205,29 +203,27 @@ def test_what_does_not_apply_is_a_row_with_its_reason():
         **{(name, "reduce-overhead"): "not applicable" for name in p.precisions},
     }
     for row in rows:
-        assert bool(row.measured.reason) == (row.measured.status != "ok")
-        assert bool(row.timings) == (row.measured.status == "ok")
+        assert bool(row.timings) == (not row.measured.reason) == (row.measured.status == "ok")
     assert {row.settings["head_dtype"] for row in rows if row.measured.status == "ok"} == {"fp32", "bf16"}
     curves = speed.losses(rows)
     np.testing.assert_allclose(curves["bf16"], curves["fp32"], rtol=0.01)
 
 
 @pytest.mark.slow
-def test_a_claimed_gpu_that_is_not_there_is_told_and_never_recorded_as_measured(tmp_path, monkeypatch):
+def test_a_claimed_gpu_that_is_not_there_is_stated_and_never_recorded_as_measured(tmp_path, monkeypatch):
     """The whole notebook, as papermill runs it with `-p gpu l4`, at less than smoke size."""
     if hardware.probe().label == "l4":
         pytest.skip("this machine has an L4")
     monkeypatch.setenv("RECLIB_RECORDS", str(tmp_path / "executed"))
-    given = {"gpu": "l4", "dataset": "synthetic", "steps": 1, "warmup_steps": 1, "repeats": 1}
-    given |= {"synthetic_users": 100, "synthetic_items": 60}
+    p = {"gpu": "l4", "dataset": "synthetic", "steps": 1, "warmup_steps": 1, "repeats": 1}
+    p |= {"synthetic_users": 100, "synthetic_items": 60}
     output, here = tmp_path / "04.ipynb", hardware.probe().label
-    runner.execute(ROOT / "notebooks/04_amp_compile.ipynb", output, given, records=tmp_path / "executed")
-    everything = records.read(tmp_path / "executed")
-    assert {entry["claimed"] for entry in everything} == {"l4"}
-    assert {(e["label"], e["kind"]) for e in everything} == {(here, "measured"), ("l4", "predicted")}
-    planned = [entry["own_params"] for entry in everything if entry["label"] == "l4"]
-    assert {own["basis"] for own in planned} == {"unvalidated"}
-    assert {entry["device"]["label"] for entry in everything if entry["label"] == here} == {here}
+    runner.execute(ROOT / "notebooks/04_amp_compile.ipynb", output, p, records=tmp_path / "executed")
+    rows = records.read(tmp_path / "executed")
+    assert {row["claimed"] for row in rows} == {"l4"}
+    assert {(row["label"], row["kind"]) for row in rows} == {(here, "measured"), ("l4", "predicted")}
+    assert {row["own_params"]["basis"] for row in rows if row["label"] == "l4"} == {"unvalidated"}
+    assert {row["device"]["label"] for row in rows if row["label"] == here} == {here}
     text = output.read_text()
     assert f"Device: {here}" in text
     assert f"l4 was asked for and is not here: everything measured below is of {here}." in text

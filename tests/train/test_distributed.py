@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,11 +15,11 @@ import numpy as np
 import pytest
 import ranks
 import torch
-from conftest import ROOT, python, smoke, until
+from conftest import ROOT, python, refused, smoke, until
 from safetensors.torch import load_file
 from small_models import histories, small_model
 
-from reclib import hardware, parameters
+from reclib import hardware
 from reclib.config import DataConfig, InputError, TrainConfig, changed
 from reclib.data import splits
 from reclib.data.batches import Epoch
@@ -35,20 +36,12 @@ GNU = {"OMP_NUM_THREADS": "1"}
 
 
 def test_processes_are_joined_by_what_their_devices_have_and_divide_the_threads():
-    for given, wanted in [
-        ((2, "cpu", 0, 8), Placement("gloo", 4)),
-        ((2, "cpu", 4, 8), Placement("gloo", 4)),  # the CPU was asked for
-        ((4, "gpu", 4, 16), Placement("nccl", 4)),
-        ((1, "gpu", 1, 16), Placement("nccl", 16)),
-        ((4, "gpu", 2, 16), "nproc=4, but visible GPUs: 2; each process needs one of its own"),
-        ((2, "cpu1", 0, 1), "nproc=2, but cpu1 states the CPU's threads: 1; use gpu=cpu"),
-        ((0, "cpu", 0, 2), "nproc=0: at least one process trains"),
-    ]:
-        if isinstance(wanted, str):
-            with pytest.raises(InputError, match=wanted):
-                placement(*given)
-        else:
-            assert placement(*given) == wanted
+    assert placement(2, "cpu", 0, 8) == placement(2, "cpu", 4, 8) == Placement("gloo", 4)
+    assert placement(4, "gpu", 4, 16) == Placement("nccl", 4)
+    assert placement(1, "gpu", 1, 16) == Placement("nccl", 16)
+    refused("nproc=4, but visible GPUs: 2; each process needs one of its own", placement, 4, "gpu", 2, 16)
+    refused("nproc=2, but cpu1 states the CPU's threads: 1; use gpu=cpu", placement, 2, "cpu1", 0, 1)
+    refused("nproc=0: at least one process trains", placement, 0, "cpu", 0, 2)
 
 
 def test_what_ended_a_run_is_the_signal_then_the_error_and_never_the_contact_lost_by_it():
@@ -77,13 +70,12 @@ def test_the_parts_of_all_processes_are_the_step_whatever_their_number():
         parts = [Epoch(given, small_model(), train, 0, rank, count) for rank in range(count)]
         for step in range(whole.num_steps):
             (batch,) = whole.step(step)
-            found = [part.counted(step) for part in parts]
-            micros = [one for batches, _ in found for one in batches]
-            targets = torch.cat([one.targets[: one.num_targets] for one in micros])
+            batches, totals = zip(*(part.counted(step) for part in parts), strict=True)
+            micros = list(itertools.chain(*batches))
+            targets = torch.cat([each.targets[: each.num_targets] for each in micros])
             assert sorted(targets.tolist()) == sorted(batch.targets[: batch.num_targets].tolist())
-            totals = {totals for _, totals in found}
-            assert totals == {(batch.num_targets, batch.num_tokens, batch.num_sequences)}
-            assert max(one.num_sequences for one in micros) <= min(micro or 8, 8 // count)
+            assert {*totals} == {(batch.num_targets, batch.num_tokens, batch.num_sequences)}
+            assert max(each.num_sequences for each in micros) <= min(micro or 8, 8 // count)
         if count == 2:  # three sequences are left
             assert len(parts[1].step(3)) == {None: 0, 2: 1, 8: 0}[micro]
 
@@ -134,9 +126,9 @@ def test_two_processes_take_the_steps_of_one(two):
             assert first[key] == wanted[key]
         loose = case in ("bf16", "overflow")
         for key in ("loss", "grad_norm"):
-            found, expected = ([-1.0 if x is None else x for x in saw[key]] for saw in (first, wanted))
+            values, expected = ([-1.0 if x is None else x for x in seen[key]] for seen in (first, wanted))
             for part, near in ((slice(4), 2e-5), (slice(4, None), 1e-3)):  # first epoch, and what grew of it
-                assert found[part] == pytest.approx(expected[part], rel=0.02 if loose else near, nan_ok=True)
+                assert values[part] == pytest.approx(expected[part], rel=0.02 if loose else near, nan_ok=True)
         weights = [load_file(two / f"{case}-{rank}.safetensors") for rank in (0, 1)]
         for name, tensor in unique_tensors(alone.model).items():
             assert torch.equal(weights[0][name], weights[1][name]), name
@@ -152,17 +144,16 @@ def test_validation_the_early_stop_and_each_users_rank_are_those_of_one_process(
     first, second = (json.loads((two / f"history-{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     assert len(first) == len(alone) < 30
-    for one, other in zip(first, alone, strict=True):
-        assert one.keys() == other.keys()
-        for name in one.keys() - {"train_seconds", "eval_seconds"}:
-            assert one[name] == pytest.approx(other[name], rel=1e-3), name
-    found = [load_file(two / f"ranking-{rank}.safetensors") for rank in (0, 1)]
+    clocks = {"train_seconds": 0, "eval_seconds": 0}
+    for row, expected in zip(first, alone, strict=True):
+        assert row | clocks == pytest.approx(expected | clocks, rel=1e-3)
     trainer = ranks.validated(two / "validated")  # finished: loads the best weights
     part = splits.leave_one_out(ranks.dataset()).valid
     ranking = rank_targets(trainer, part, with_losses=True)
-    for one in found:
-        assert np.array_equal(one["ranks"].numpy(), ranking.ranks)
-        np.testing.assert_allclose(one["losses"].numpy(), ranking.losses, rtol=1e-5)
+    for rank in (0, 1):
+        tensors = load_file(two / f"ranking-{rank}.safetensors")
+        assert np.array_equal(tensors["ranks"].numpy(), ranking.ranks)
+        np.testing.assert_allclose(tensors["losses"].numpy(), ranking.losses, rtol=1e-5)
     # A finished run of two processes is read by one.
     monkeypatch.setenv("RECLIB_DATA", str(cache))
     monkeypatch.setattr(Trainer, "steps", lambda self: pytest.fail("trained"))
@@ -180,24 +171,32 @@ def start(out: Path, cache: Path, processes: int = 2) -> subprocess.Popen:
 
 def workers(process: subprocess.Popen) -> dict[int, int]:
     """Return the pid of each rank that a launcher has started."""
-    found = {}
+    pids = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, ValueError, IndexError):
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
             pairs = (folder / "environ").read_text().split("\0")
             environment = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
             if parent == process.pid and "RANK" in environment:
-                found[int(environment["RANK"])] = int(folder.name)
-    return found
+                pids[int(environment["RANK"])] = int(folder.name)
+    return pids
 
 
 def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> dict[int, int]:
     def reached() -> bool:
         assert process.poll() is None, process.communicate()[1]
-        return (found := saving.latest(out)) is not None and int(found.name[5:]) >= step
+        return (latest := saving.latest(out)) is not None and int(latest.name[5:]) >= step
 
     until(reached, LIMIT)
     return workers(process)
+
+
+def assert_same_bits(whole: Path, parts: Path, but: str = "none") -> None:
+    """Compare the checkpoints of two runs but for the tensors whose names begin so."""
+    for name in ("best", "step-76"):
+        wanted, tensors = (saving.load_checkpoint(out / name)[0] for out in (whole, parts))
+        assert wanted.keys() == tensors.keys()
+        assert all(torch.equal(wanted[key], tensors[key]) for key in wanted if not key.startswith(but))
 
 
 def wait_for_the_end(pids: Iterable[int]) -> None:
@@ -206,42 +205,38 @@ def wait_for_the_end(pids: Iterable[int]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-def test_a_killed_rank_ends_the_job_and_the_same_command_goes_on_to_the_same_bits(two, cache, tmp_path):
+def test_a_killed_rank_ends_the_job_which_goes_on_to_the_same_bits(two, cache, tmp_path, monkeypatch):
     out = tmp_path / "run"
     process = start(out, cache)
     pids = wait_for_step(process, out, 5)
     os.kill(pids[1], signal.SIGKILL)
-    _, told = process.communicate(timeout=LIMIT)
+    _, errors = process.communicate(timeout=LIMIT)
     assert process.returncode == 2
-    lines = [line for line in told.replace("\r", "\n").splitlines() if "step/s" not in line and line.strip()]
+    lines = [line for line in re.split("[\r\n]", errors) if "step/s" not in line and line.strip()]
     assert len(lines) == 1
-    assert lines[0].startswith("error: rank 1 of 2 was killed")
-    assert lines[0].endswith("the same command goes on from the last checkpoint")
+    pattern = "error: rank 1 of 2 was killed.*the same command goes on from the last checkpoint"
+    assert re.fullmatch(pattern, lines[0])
     wait_for_the_end(pids.values())
     reached = int(saving.latest(out).name[5:])
     assert reached < 76
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RECLIB_DATA", str(cache))
-        with pytest.raises(InputError, match="begun with nproc=2, and here nproc is 1: go on with nproc=2"):
-            fit_setup(ranks.setup(), "cpu", out)
+    monkeypatch.setenv("RECLIB_DATA", str(cache))
+    with pytest.raises(InputError, match="begun with nproc=2, and here nproc is 1: go on with nproc=2"):
+        fit_setup(ranks.setup(), "cpu", out)
 
     process = start(out, cache)
     pids = wait_for_step(process, out, reached + 10)
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=LIMIT)
+    _, errors = process.communicate(timeout=LIMIT)
     assert process.returncode == 128 + signal.SIGINT
-    assert told.replace("\r", "\n").splitlines()[-1].startswith("SIGINT: all 2 processes ended")
+    assert errors.replace("\r", "\n").splitlines()[-1].startswith("SIGINT: all 2 processes ended")
     wait_for_the_end(pids.values())
     assert not is_finished(out)
 
     process = start(out, cache)
-    printed, told = process.communicate(timeout=LIMIT)
-    assert process.returncode == 0, told
+    printed, errors = process.communicate(timeout=LIMIT)
+    assert process.returncode == 0, errors
     assert json.loads(printed)["step"] == 76
-    for name in ("best", "step-76"):
-        one, _ = saving.load_checkpoint(two / "whole" / name)
-        other, _ = saving.load_checkpoint(out / name)
-        assert all(torch.equal(one[key], other[key]) for key in one if not key.startswith("random."))
+    assert_same_bits(two / "whole", out, but="random.")
 
 
 @pytest.mark.slow
@@ -259,9 +254,7 @@ def test_a_process_alone_killed_by_sigkill_ends_with_the_same_bits(cache, tmp_pa
         printed.append(process.communicate(timeout=LIMIT)[0])
         assert process.returncode == 0
     assert json.loads(printed[0]) == json.loads(printed[1])
-    for name in ("best", "step-76"):
-        one, other = (saving.load_checkpoint(out / name)[0] for out in (whole, parts))
-        assert all(torch.equal(one[key], other[key]) for key in one)
+    assert_same_bits(whole, parts)
 
 
 @pytest.mark.slow
@@ -278,8 +271,7 @@ def test_processes_end_with_a_launcher_that_is_killed(cache, tmp_path):
 def test_a_notebook_lets_processes_beside_it_train_and_reads_the_result_back(tmp_path, monkeypatch, cache):
     monkeypatch.setenv("RECLIB_ROOT", str(tmp_path))
     monkeypatch.setenv("RECLIB_DATA", str(cache))
-    for name, value in GNU.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "params").symlink_to(ROOT / "params")
     changes = {"dataset": "synthetic", "size": "nano", "epochs": 1, "nproc": 2, "gpu": "cpu", "dropout": 0.0}
@@ -288,13 +280,11 @@ def test_a_notebook_lets_processes_beside_it_train_and_reads_the_result_back(tmp
     dataset = prepare(DataConfig(dataset="synthetic", min_user=p.min_user, min_item=p.min_item))
     split = splits.random_users(dataset)
     given = ("02_baseline", p, dataset, split, hardware.resolve("cpu"), "bert4rec", 0)
-    one = baseline.train_seed(*given)
-    assert one.together() == {"processes": 2, "backend": "gloo"}
-    assert one.trainer.identity()["data"] == data_identity(dataset, split)
+    together = baseline.train_seed(*given)
+    assert together.together() == {"processes": 2, "backend": "gloo"}
+    assert together.trainer.identity()["data"] == data_identity(dataset, split)
     monkeypatch.setattr(distributed, "apart", lambda *_: pytest.fail("started again"))
-    again = baseline.train_seed(*given)
-    assert again.best() == one.best()
-    single = (given[0], parameters.build("02_baseline", parameters.values(p) | {"nproc": 1}), *given[2:])
-    alone = baseline.train_seed(*single)
+    assert baseline.train_seed(*given).best() == together.best()
+    alone = baseline.train_seed(given[0], smoke("02_baseline", **changes | {"nproc": 1}), *given[2:])
     assert alone.together() == {}
-    assert one.curve()["train_loss"] == pytest.approx(alone.curve()["train_loss"], rel=1e-4)
+    assert together.curve()["train_loss"] == pytest.approx(alone.curve()["train_loss"], rel=1e-4)

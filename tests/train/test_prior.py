@@ -5,10 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 from small_models import NUM_ITEMS, Stop, histories, small_model, stop_at, worst_difference
 
 from reclib import hardware
-from reclib.config import DataConfig, InputError, TrainConfig, changed, model_config
+from reclib.config import DataConfig, TrainConfig, changed, model_config
 from reclib.data.batches import Epoch
 from reclib.data.dataset import Evaluation, Histories
 from reclib.data.prepare import prepare, synthetic_dataset
@@ -23,8 +24,6 @@ from reclib.train.losses import batch_loss
 from reclib.train.saving import Recommender
 
 LENGTHS = [9, 4, 12, 7, 3, 8, 5, 6, 12, 2]
-
-
 # Row and column scales are 1: in a prior they are those of the whole counts.
 COUNTS = {"window": 3, "backward": 0.5, "row_power": 0.0, "column_power": 0.0, "decay": 0.7, "last": 4}
 
@@ -42,8 +41,8 @@ def test_the_prior_of_a_target_counts_every_history_but_its_own():
         train = TrainConfig(batch_size=len(LENGTHS), mask_prob=0.4, objective=objective)
         epoch = Epoch(data, model, train, 0, prior=prior)
         (batch,), samples = epoch.step(0), epoch.samples(0)
-        found = np.zeros((len(batch.targets), NUM_ITEMS))
-        found[batch.prior_rows, batch.prior_columns] = batch.prior_values
+        priors = np.zeros((len(batch.targets), NUM_ITEMS))
+        priors[batch.prior_rows, batch.prior_columns] = batch.prior_values
         wanted = {}
         starts = np.cumsum(samples.lengths) - samples.lengths
         for start, length, user in zip(starts, samples.lengths, epoch.users, strict=True):
@@ -59,20 +58,20 @@ def test_the_prior_of_a_target_counts_every_history_but_its_own():
         seen = 0
         for slot, target in enumerate(batch.targets.tolist()):
             if target > 0:  # the others fill the bucket
-                assert min(np.abs(found[slot] - row).max() for row in wanted[target]) < 2e-4
-                seen += int((found[slot] > 0).sum())
+                assert min(np.abs(priors[slot] - row).max() for row in wanted[target]) < 2e-4
+                seen += int((priors[slot] > 0).sum())
         assert seen > 100
-        assert not found[batch.num_targets :].any()
+        assert not priors[batch.num_targets :].any()
 
 
 def test_every_route_has_the_plain_gradients_and_scale_zero_is_the_network_alone():
     data, config = histories(LENGTHS), small_model()
     prior = prior_of(data)
 
-    def gradients(loss: str, scale: float | None, micro: int | None = None) -> tuple[float, dict]:
+    def gradients(route: str, scale: float | None, micro: int | None = None) -> tuple[float, dict]:
         torch.manual_seed(1)
         model = Bert4Rec(config).double()
-        train = TrainConfig(batch_size=len(LENGTHS), mask_prob=0.4, loss=loss, micro_batch_size=micro)
+        train = TrainConfig(batch_size=len(LENGTHS), mask_prob=0.4, loss=route, micro_batch_size=micro)
         if scale is not None:
             model.prior = CountPrior(prior.state_dict())
             model.prior.scale.data = torch.tensor(scale, dtype=torch.float64)
@@ -84,15 +83,13 @@ def test_every_route_has_the_plain_gradients_and_scale_zero_is_the_network_alone
 
     plain_loss, plain = gradients("plain", 0.8)
     assert plain["prior.scale"].abs() > 1e-3
-    for loss, micro in (("inplace", None), ("chunked", None), ("inplace", 2), ("chunked", 5)):
-        value, found = gradients(loss, 0.8, micro)
-        assert math.isclose(value, plain_loss, rel_tol=1e-7)
-        assert worst_difference(found, plain) < 1e-6
-    alone_loss, alone = gradients("inplace", None)
-    value, found = gradients("inplace", 0.0)
-    assert value == alone_loss
-    found.pop("prior.scale")
-    assert all(torch.equal(found[name], grad) for name, grad in alone.items())
+    for route, micro in (("inplace", None), ("chunked", None), ("inplace", 2), ("chunked", 5)):
+        loss, other = gradients(route, 0.8, micro)
+        assert math.isclose(loss, plain_loss, rel_tol=1e-7)
+        assert worst_difference(other, plain) < 1e-6
+    (alone_loss, alone), (loss, other) = gradients("inplace", None), gradients("inplace", 0.0)
+    assert loss == alone_loss
+    assert all(torch.equal(other[name], gradient) for name, gradient in alone.items())
 
 
 def test_ranking_adds_the_prior_and_a_saved_model_keeps_it(tmp_path):
@@ -129,8 +126,7 @@ def test_a_run_with_a_prior_resumes_to_the_same_bits_and_is_adapted_and_tuned(tm
         fit(config, data, train, cpu, tmp_path / "parts", stop_at(6))
     assert saving.latest(tmp_path / "parts").name == "step-5"
     for other in (changed(config, hidden_dim=64), changed(config, num_items=NUM_ITEMS + 1)):
-        with pytest.raises(InputError, match="is of another run: model"):
-            fit(other, data, train, cpu, tmp_path / "parts")
+        refused("is of another run: model", fit, other, data, train, cpu, tmp_path / "parts")
     with monkeypatch.context() as patch:
         patch.setattr(CountPrior, "chosen", lambda *_: pytest.fail("it is in the checkpoint"))
         parts = fit(config, data, train, cpu, tmp_path / "parts")
@@ -138,20 +134,17 @@ def test_a_run_with_a_prior_resumes_to_the_same_bits_and_is_adapted_and_tuned(tm
     assert any(name.startswith(saving.PRIOR) for name in kept)
     assert all(torch.equal(value, kept[name]) for name, value in saving.unique_tensors(parts.model).items())
 
-    place = keep(whole, data, tmp_path / "whole")
-    loaded = saving.load_model(place)
-    in_memory = Recommender.from_dataset(whole.model, data, {})
+    folder = keep(whole, data, tmp_path / "whole")
+    loaded, in_memory = saving.load_model(folder), Recommender.from_dataset(whole.model, data, {})
     assert loaded.recommend(loaded.keys[:3]) == in_memory.recommend(loaded.keys[:3])
     more = changed(train, epochs=1)
     tuned = fine_tune(loaded.model, data, more, cpu)
     assert not torch.equal(tuned.model.prior.scale, kept["prior.scale"])
-    adapted = add_ilora(saving.load_model(place))
-    trained = fine_tune(adapted, data, more, cpu)
+    trained = fine_tune(add_ilora(saving.load_model(folder)), data, more, cpu)
     assert torch.equal(trained.model.prior.scale, kept["prior.scale"])
-    folder = saving.save_adapter(trained.model, tmp_path / "adapter")
-    again = saving.load_adapter(saving.load_model(place).model, folder)
-    ranking = [metrics.evaluate(model, data) for model in (trained.model, again)]
-    assert ranking[0] == ranking[1]
+    adapter = saving.save_adapter(trained.model, tmp_path / "adapter")
+    again = saving.load_adapter(saving.load_model(folder).model, adapter)
+    assert metrics.evaluate(trained.model, data) == metrics.evaluate(again, data)
 
 
 def test_the_scale_of_a_trained_prior_is_the_one_that_ranks_validation_best_and_is_found_again(tmp_path):
@@ -161,13 +154,12 @@ def test_the_scale_of_a_trained_prior_is_the_one_that_ranks_validation_best_and_
     trainer = fit(model, dataset, train, hardware.resolve("cpu"), tmp_path)
     kept, _ = saving.load_checkpoint(tmp_path / "best")
     chosen, learned = float(trainer.model.prior.scale.detach()), float(kept["prior.scale"])
-    assert chosen / learned == pytest.approx(round(chosen / learned * 2) / 2)
-    valid = leave_one_out(dataset).valid
-    values = {}
+    chosen_weight = round(chosen / learned * 2) / 2
+    assert chosen / learned == pytest.approx(chosen_weight)
+    valid, values = leave_one_out(dataset).valid, {}
     for weight in PRIOR_WEIGHTS:
         trainer.model.prior.scale.data.fill_(learned * weight)
-        ranks = rank_targets(trainer, valid).ranks
-        values[weight] = metrics.summary(ranks)["ndcg@10"]
-    assert values[round(chosen / learned * 2) / 2] == max(values.values())
+        values[weight] = metrics.summary(rank_targets(trainer, valid).ranks)["ndcg@10"]
+    assert values[chosen_weight] == max(values.values())
     again = fit(model, dataset, train, hardware.resolve("cpu"), tmp_path)  # finished: loaded, not trained
     assert float(again.model.prior.scale.detach()) == chosen

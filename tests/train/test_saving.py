@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapting import EVERYTHING, KINDS, UNTIED, adapted, base, batch, scores, stir
-from conftest import disk_of
+from adapting import EVERYTHING, KINDS, UNTIED, adapted, base, first_batch, scores, stir
+from conftest import disk_of, refused
 from safetensors.torch import load_file, save_file
 
 from reclib.config import ENCODER, AdapterConfig, InputError
@@ -20,34 +20,33 @@ PLAIN = (*ENCODER, "transform.linear", "item_table")  # what PEFT can adapt: mod
 def test_an_adapter_comes_back_to_the_same_bits(tmp_path):
     for kind in KINDS:
         for shape in (UNTIED, {}):
-            one, written = batch(), adapted(kind, base(**shape), targets=EVERYTHING, dropout=0.25)
+            batch, written = first_batch(), adapted(kind, base(**shape), targets=EVERYTHING, dropout=0.25)
             folder = save_adapter(written, tmp_path / "a")
             read = load_adapter(base(**shape), folder, "again").eval()
             assert read.configs["again"] == written.configs["default"] or kind in ("lora", "rslora")
-            assert torch.equal(scores(read, one), scores(written, one))
+            assert torch.equal(scores(read, batch), scores(written, batch))
             size = sum(t.numel() for t in load_file(folder / ADAPTER_TENSORS).values())
             assert size == sum(p.numel() for p in written.parameters() if p.requires_grad)  # none of the base
 
 
 def test_a_causal_reader_is_not_in_the_file_but_its_hash(tmp_path):
     reader, other = (base(seed=seed, causal=True) for seed in (7, 8))
-    written, one = AdaptedModel(base(**UNTIED)), batch()
+    written, batch = AdaptedModel(base(**UNTIED)), first_batch()
     written.add("x", AdapterConfig(kind="ilora", representation="causal_state"), reader)
     folder = save_adapter(stir(written).eval(), tmp_path / "a")
     read = load_adapter(base(**UNTIED), folder, causal_model=reader).eval()
-    assert torch.equal(scores(read, one), scores(written, one))
-    for given, message in ((other, "the causal model that the gate reads"), (None, "needs causal_model")):
-        with pytest.raises(InputError, match=message):
-            load_adapter(base(**UNTIED), folder, causal_model=given)
+    assert torch.equal(scores(read, batch), scores(written, batch))
+    refused("the causal model that the gate reads", load_adapter, base(**UNTIED), folder, causal_model=other)
+    refused("needs causal_model", load_adapter, base(**UNTIED), folder)
 
 
 def test_peft_and_we_read_each_others_files_and_give_the_same(tmp_path, recwarn):
     peft = pytest.importorskip("peft", reason="PEFT is not installed: it is in the extra 'test'")
-    one, near = batch(), {"rtol": 1e-5, "atol": 1e-5}
-    plain = scores(base(**UNTIED), one)
+    batch, near = first_batch(), {"rtol": 1e-5, "atol": 1e-5}
+    plain = scores(base(**UNTIED), batch)
 
     def peft_scores(model) -> torch.Tensor:
-        return scores(model.base_model.model.eval(), one)
+        return scores(model.base_model.model.eval(), batch)
 
     for kind in ("lora", "rslora"):
         written = adapted(kind, targets=PLAIN)
@@ -56,10 +55,10 @@ def test_peft_and_we_read_each_others_files_and_give_the_same(tmp_path, recwarn)
         assert not [w for w in recwarn if "missing" in str(w.message) or "nexpected" in str(w.message)]
         config = theirs.peft_config["default"]
         assert (config.r, config.lora_alpha, config.use_rslora) == (8, 16.0, kind == "rslora")
-        torch.testing.assert_close(peft_scores(theirs), scores(written, one), **near)
-        assert float((scores(written, one) - plain).abs().max()) > 1e-2
-        merged = scores(theirs.merge_and_unload(), one)
-        torch.testing.assert_close(merged, scores(written, one), rtol=1e-4, atol=1e-4)
+        expected = scores(written, batch)
+        torch.testing.assert_close(peft_scores(theirs), expected, **near)
+        assert float((expected - plain).abs().max()) > 1e-2
+        torch.testing.assert_close(scores(theirs.merge_and_unload(), batch), expected, rtol=1e-4, atol=1e-4)
 
         paths = ["blocks.0.attention.qkv", "blocks.1.ffn.down", "blocks.1.attention.qkv", "item_table"]
         config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=paths, use_rslora=kind == "rslora")
@@ -71,12 +70,11 @@ def test_peft_and_we_read_each_others_files_and_give_the_same(tmp_path, recwarn)
                     parameter.add_(0.3 * torch.randn_like(parameter))
         folder = tmp_path / f"their-{kind}"
         theirs.save_pretrained(folder)
-        with pytest.raises(InputError, match="does not say which base"):
-            load_adapter(base(**UNTIED), folder)
+        refused("does not say which base", load_adapter, base(**UNTIED), folder)
         read = load_adapter(base(**UNTIED), folder, any_base=True).eval()
         assert sorted(read.layers()) == sorted(paths)
         assert read.configs["default"].kind == kind
-        torch.testing.assert_close(scores(read, one), peft_scores(theirs), **near)
+        torch.testing.assert_close(scores(read, batch), peft_scores(theirs), **near)
 
     for kind, targets in (("ilora", ENCODER), ("gated", ENCODER), ("lora", EVERYTHING)):
         folder = save_adapter(adapted(kind, targets=targets), tmp_path / "own")
@@ -87,8 +85,7 @@ def test_peft_and_we_read_each_others_files_and_give_the_same(tmp_path, recwarn)
     about = json.loads(file.read_text())
     for field, value in (special | {"modules_to_save": ["norm"], "what_a_later_version_has": 1}).items():
         file.write_text(json.dumps(about | {field: value}))
-        with pytest.raises(InputError, match=f"'{field}': .* is not plain LoRA"):
-            load_adapter(base(**UNTIED), file.parent, any_base=True)
+        refused(f"'{field}': .* is not plain LoRA", load_adapter, base(**UNTIED), file.parent, any_base=True)
 
 
 @pytest.fixture
@@ -98,10 +95,8 @@ def folder(tmp_path: Path) -> Path:
 
 def test_another_base_is_refused_and_the_model_is_as_it_was(folder):
     other = base(seed=1, **UNTIED)
-    with pytest.raises(InputError, match=r"of another model: the base has sha256 \w{12}, expected \w{12}"):
-        load_adapter(other, folder)
-    with pytest.raises(InputError, match="of another model: the base"):
-        load_adapter(base(), folder, any_base=True)
+    refused(r"of another model: the base has sha256 \w{12}, expected \w{12}", load_adapter, other, folder)
+    refused("of another model: the base", load_adapter, base(), folder, any_base=True)
     assert all(p.requires_grad for p in other.parameters())
 
 
@@ -112,8 +107,7 @@ def test_damaged_and_missing_files_are_named(folder):
             (folder / name).unlink()
             if share is not None:
                 (folder / name).write_bytes(whole[: int(share * len(whole))])
-            with pytest.raises(InputError, match=f"^damaged adapter: .*{name}.*$"):
-                load_adapter(base(**UNTIED), folder)
+            refused(f"^damaged adapter: .*{name}.*$", load_adapter, base(**UNTIED), folder)
         (folder / name).write_bytes(whole)
 
 
@@ -121,30 +115,26 @@ def test_other_tensors_and_settings_are_named_and_nothing_is_added(folder):
     tensors = load_file(folder / ADAPTER_TENSORS)
     body = json.loads((folder / ADAPTER_CONFIG).read_text())
     first, more = min(tensors), "base_model.model.more.lora_A.weight"
-    own = {"kind": "ilora", "rank": 6}
     for change, message in (
         ({k: v for k, v in tensors.items() if k != first}, "is None, expected torch.Size"),
         (tensors | {more: torch.zeros(1)}, r"'more.lora_A.weight' is torch.Size\(\[1\]\), expected None"),
         (tensors | {first: torch.zeros(3, 3)}, r"is torch.Size\(\[3, 3\]\), expected torch.Size"),
         ({"peft_type": "IA3"}, "peft_type 'IA3'; allowed: LORA"),
         ({"reclib": None}, "damaged adapter"),
-        ({"reclib": {"config": own}}, "rank=6 must be divisible"),
+        ({"reclib": {"config": {"kind": "ilora", "rank": 6}}}, "rank=6 must be divisible"),
     ):
         is_body = bool(change.keys() & body.keys())
         save_file(tensors if is_body else change, folder / ADAPTER_TENSORS)
         (folder / ADAPTER_CONFIG).write_text(json.dumps(body | (change if is_body else {})))
         model = AdaptedModel(base(**UNTIED))
-        with pytest.raises(InputError, match=message):
-            load_adapter(model, folder)
+        refused(message, load_adapter, model, folder)
         assert (model.configs, model.active) == ({}, None)
 
 
 def test_what_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot write adapter"):
-        save_adapter(adapted("lora"), tmp_path / "file" / "a")
-    with pytest.raises(InputError, match="unknown adapter 'june'"):
-        save_adapter(adapted("lora"), tmp_path / "a", "june")
+    refused("cannot write adapter", save_adapter, adapted("lora"), tmp_path / "file" / "a")
+    refused("unknown adapter 'june'", save_adapter, adapted("lora"), tmp_path / "a", "june")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
 
 
@@ -184,15 +174,13 @@ def test_damage_is_named_with_what_to_do(tmp_path):
         (path / file).unlink()
         if damaged is not None:
             (path / file).write_bytes(damaged(content))
-        with pytest.raises(InputError, match=r"damaged checkpoint: .*step-7.*delete"):
-            saving.load_checkpoint(path)
+        refused(r"damaged checkpoint: .*step-7.*delete", saving.load_checkpoint, path)
 
 
 def test_full_disk_is_one_clear_error_and_keeps_the_last_good_checkpoint(tmp_path):
-    small = {"a": torch.zeros(50_000)}
     with disk_of(1, tmp_path / "disk") as disk:
-        saving.save_checkpoint(disk, "step-1", small, {"step": 1})
+        saving.save_checkpoint(disk, "step-1", TENSORS, {"step": 1})
         with pytest.raises(InputError, match=r"^cannot write .*step-2: .*last good one is step-1.*$"):
             saving.save_checkpoint(disk, "step-2", {"a": torch.zeros(300_000)}, {"step": 2})
         assert names(disk) == ["step-1"]
-        assert torch.equal(saving.load_checkpoint(disk / "step-1")[0]["a"], small["a"])
+        assert torch.equal(saving.load_checkpoint(disk / "step-1")[0]["a"], TENSORS["a"])

@@ -6,15 +6,17 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from small_models import Stop, dataset_of, histories, small_model, stop_at
+from adapting import UNTIED, adapted, base
+from conftest import refused
+from small_models import NUM_ITEMS, Stop, dataset_of, histories, small_model, stop_at
 
 from reclib import hardware
-from reclib.config import AdapterConfig, InputError, TrainConfig, changed, model_config
-from reclib.data.dataset import Dataset, evaluation
+from reclib.config import InputError, TrainConfig, changed, model_config
+from reclib.data.dataset import evaluation
 from reclib.data.prepare import synthetic_dataset
 from reclib.evaluate import metrics
 from reclib.model.bert4rec import Bert4Rec
-from reclib.model.ilora import AdaptedModel, base_hash
+from reclib.model.ilora import base_hash
 from reclib.train import saving
 from reclib.train import trainer as trainer_module
 from reclib.train.fit import Options, fine_tune, fit, fit_main
@@ -24,35 +26,23 @@ from reclib.train.trainer import StepGraphs, Trainer, chosen_route, clip_gradien
 CPU = hardware.resolve("cpu")
 RECIPE = {"epochs": 4, "batch_size": 8, "eval_every": 2, "lr_warmup_steps": 2, "checkpoint_seconds": 0.0}
 SHORT = TrainConfig(**RECIPE, learning_rate=1e-2)
-
-
-@pytest.fixture(scope="module")
-def dataset() -> Dataset:
-    return synthetic_dataset(num_users=60, num_items=40, mean_len=9.0, seed=0)
-
-
-def model_for(dataset: Dataset, **changes: object):
-    return changed(small_model(dropout=0.2), num_items=dataset.num_items, **changes)
+DATASET = synthetic_dataset(num_users=60, num_items=NUM_ITEMS, mean_len=9.0, seed=0)
+MODEL = small_model(dropout=0.2)
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {k: v.clone() for k, v in unique_tensors(trainer.model).items()}
 
 
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(one[name], other[name]) for name in one)
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(first[name], second[name]) for name in first)
 
 
 def run_steps(config: TrainConfig, model=None, steps: int = 3) -> tuple[Trainer, list]:
     torch.manual_seed(0)
     given = histories([9, 4, 12, 7, 3, 8, 5, 6] * 4)
     trainer = Trainer(Bert4Rec(model or small_model()), given, config, CPU, "x")
-    stats = []
-    for step in trainer.steps():
-        stats.append(step)
-        if step.step == steps:
-            break
-    return trainer, stats
+    return trainer, list(itertools.islice(trainer.steps(), steps))
 
 
 def test_muon_moves_the_encoders_matrices_and_adamw_all_else():
@@ -95,16 +85,16 @@ def test_clipping_is_torchs_whether_gradients_are_divided_now_or_by_the_fused_op
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_copies_of_the_weights_are_autocast(precision):
     """The same losses to the bit and the same weights but for the rounding of summed gradients."""
-    for shape in ({}, {"tied": False, "head": "mlp"}):
+    for shape in ({}, UNTIED):
         config = changed(SHORT, precision=precision, micro_batch_size=4)
         cast, wanted = run_steps(config, small_model(**shape))
-        copied, found = run_steps(changed(config, half_copies=True), small_model(**shape))
-        assert [s.loss for s in found] == pytest.approx([s.loss for s in wanted], rel=1e-4)
-        assert found[0].loss == wanted[0].loss
-        assert [s.grad_norm for s in found] == pytest.approx([s.grad_norm for s in wanted], rel=2e-3)
-        for one, other in zip(copied.parameters, cast.parameters, strict=True):
-            assert one.dtype == one.grad.dtype == torch.float32
-            torch.testing.assert_close(one.grad, other.grad, rtol=0.05, atol=2e-3)
+        copied, stats = run_steps(changed(config, half_copies=True), small_model(**shape))
+        assert [s.loss for s in stats] == pytest.approx([s.loss for s in wanted], rel=1e-4)
+        assert stats[0].loss == wanted[0].loss
+        assert [s.grad_norm for s in stats] == pytest.approx([s.grad_norm for s in wanted], rel=2e-3)
+        assert {tensor.dtype for p in copied.parameters for tensor in (p, p.grad)} == {torch.float32}
+        gradients = ([p.grad for p in trainer.parameters] for trainer in (copied, cast))
+        torch.testing.assert_close(*gradients, rtol=0.05, atol=2e-3)
         names = dict(copied.model.named_parameters())
         assert copied.model.blocks[0].ffn.up.weight is names["blocks.0.ffn.up.weight"]
     full, _ = run_steps(SHORT)
@@ -129,28 +119,24 @@ def test_steps_as_graphs_are_the_same_steps(monkeypatch):
     config = changed(SHORT, epochs=8, bucket_steps=1)
     plain, wanted = run_steps(config, steps=24)
     monkeypatch.setattr("reclib.train.trainer.StepGraphs", partial(StepGraphs, capture=capture))
-    graph, found = run_steps(changed(config, compile_mode="graph"), steps=24)
-    assert [s.loss for s in found] == pytest.approx([s.loss for s in wanted], rel=1e-4)
-    assert [s.grad_norm for s in found] == pytest.approx([s.grad_norm for s in wanted], rel=1e-3)
+    graph, stats = run_steps(changed(config, compile_mode="graph"), steps=24)
+    assert [s.loss for s in stats] == pytest.approx([s.loss for s in wanted], rel=1e-4)
+    assert [s.grad_norm for s in stats] == pytest.approx([s.grad_norm for s in wanted], rel=1e-3)
     assert 0 < len(captures) < len(replays) < 24
-    assert len({s.loss for s in found}) == 24  # kept apart from what the next replay writes
-    for name, tensor in weights(plain).items():
-        torch.testing.assert_close(weights(graph)[name], tensor, rtol=1e-3, atol=1e-3)
+    assert len({s.loss for s in stats}) == 24  # kept apart from what the next replay writes
+    torch.testing.assert_close(weights(graph), weights(plain), rtol=1e-3, atol=1e-3)
 
 
 def test_what_cannot_be_captured_is_refused_and_on_a_cpu_graphs_are_off():
-    ours = changed(SHORT, compile_mode="graph")
-    refuse_graphs(ours, "bf16", 1, False)
-    for config, precision, processes, adapted, said in (
-        (ours, "fp16", 1, False, "no precision=fp16"),
-        (changed(ours, optimizer="loop"), "bf16", 1, False, "no optimizer='loop'"),
-        (changed(ours, loss="fused"), "bf16", 1, False, "no loss='fused'"),
-        (changed(ours, micro_batch_size=4), "bf16", 2, False, "no micro-batches and no 2 processes"),
-        (ours, "bf16", 1, True, "no an adapted model"),
-    ):
-        with pytest.raises(InputError, match=said):
-            refuse_graphs(config, precision, processes, adapted)
-    trainer, _ = run_steps(ours, steps=1)
+    config = changed(SHORT, compile_mode="graph")
+    refuse_graphs(config, "bf16", 1, False)
+    refused("no precision=fp16", refuse_graphs, config, "fp16", 1, False)
+    refused("no optimizer='loop'", refuse_graphs, changed(config, optimizer="loop"), "bf16", 1, False)
+    refused("no loss='fused'", refuse_graphs, changed(config, loss="fused"), "bf16", 1, False)
+    micro = changed(config, micro_batch_size=4)
+    refused("no micro-batches and no 2 processes", refuse_graphs, micro, "bf16", 2, False)
+    refused("no an adapted model", refuse_graphs, config, "bf16", 1, True)
+    trainer, _ = run_steps(config, steps=1)
     assert (trainer.compile_mode, trainer.graphs) == ("off", None)
     assert trainer.compile_reason.startswith("not applicable: graph")
 
@@ -168,8 +154,8 @@ def test_a_run_has_one_route_by_its_largest_batch_and_the_card():
         (CPU.card, 512, True, "inplace"),
     ):
         assert chosen_route(TrainConfig(batch_size=size), model, long, card, compiled) == wanted
-    asked = TrainConfig(batch_size=5120, loss="plain")
-    assert chosen_route(asked, model, long, h100, True) == "plain"  # what is asked for is not fused either
+    plain = TrainConfig(batch_size=5120, loss="plain")
+    assert chosen_route(plain, model, long, h100, True) == "plain"  # a route that was chosen is not fused
 
 
 def test_fp16_overflow_is_skipped_and_counted_then_training_goes_on():
@@ -188,7 +174,7 @@ def test_fp16_overflow_is_skipped_and_counted_then_training_goes_on():
 
 
 @pytest.mark.parametrize("looked", [True, False])
-def test_divergence_stops_with_a_clear_error_and_is_not_saved(dataset, tmp_path, monkeypatch, looked):
+def test_divergence_stops_with_a_clear_error_and_is_not_saved(tmp_path, monkeypatch, looked):
     """Where the loop looks at the loss it stops before a save; between looks, as on CUDA, the save does."""
     trainers: list[Trainer] = []
     steps = Trainer.steps
@@ -202,13 +188,13 @@ def test_divergence_stops_with_a_clear_error_and_is_not_saved(dataset, tmp_path,
     if not looked:
         monkeypatch.setattr(Trainer, "_check_finite", lambda *_: None)
     with pytest.raises(InputError, match=r"diverged at step 6: loss nan.* in fp32"):
-        fit(model_for(dataset), dataset, SHORT, CPU, tmp_path, Options(on_step=poison))
+        fit(MODEL, DATASET, SHORT, CPU, tmp_path, Options(on_step=poison))
     assert saving.latest(tmp_path).name == "step-5"
 
 
-def test_the_best_weights_on_validation_are_returned_and_early_stop_counts(dataset):
+def test_the_best_weights_on_validation_are_returned_and_early_stop_counts():
     config = changed(SHORT, epochs=40, eval_every=1, patience=3, learning_rate=0.05)
-    trainer = fit(model_for(dataset), dataset, config, CPU)
+    trainer = fit(MODEL, DATASET, config, CPU)
     values = [row["ndcg@10"] for row in trainer.progress.history]
     best = int(np.argmax(values))
     assert trainer.progress.best_epoch == best
@@ -220,47 +206,44 @@ def test_the_best_weights_on_validation_are_returned_and_early_stop_counts(datas
     ("changes", "stops"),
     [({}, (3, 11, 17, 25)), ({"objective": "next_item"}, (5,)), ({"optimizer": "muon"}, (5, 17))],
 )
-def test_a_stopped_run_continues_to_the_same_bits(dataset, tmp_path, changes, stops):
+def test_a_stopped_run_continues_to_the_same_bits(tmp_path, changes, stops):
     """Stops lie inside epochs, right before and after evaluations."""
     config = changed(SHORT, **changes)
-    model = model_for(dataset, causal=config.objective == "next_item")
-    whole = fit(model, dataset, config, CPU, tmp_path / "whole")
+    model = changed(MODEL, causal=config.objective == "next_item")
+    whole = fit(model, DATASET, config, CPU, tmp_path / "whole")
     history = whole.progress.history
     assert history[-1]["train_loss"] < history[0]["train_loss"]
     for step in stops:
         with pytest.raises(Stop):
-            fit(model, dataset, config, CPU, tmp_path / "parts", stop_at(step))
-    parts = fit(model, dataset, config, CPU, tmp_path / "parts")
+            fit(model, DATASET, config, CPU, tmp_path / "parts", stop_at(step))
+    parts = fit(model, DATASET, config, CPU, tmp_path / "parts")
     never = Options(on_step=lambda stats: pytest.fail("trained"))
-    finished = fit(model, dataset, config, CPU, tmp_path / "parts", never)
+    finished = fit(model, DATASET, config, CPU, tmp_path / "parts", never)
     for trainer in (parts, finished):
         assert same(weights(trainer), weights(whole))
-    for one, other in zip(history, parts.progress.history, strict=True):
-        clocks = {"train_seconds": 0, "eval_seconds": 0}
-        assert one | clocks == other | clocks
+    clocks = {"train_seconds": 0, "eval_seconds": 0}
+    assert [row | clocks for row in parts.progress.history] == [row | clocks for row in history]
 
 
 def test_data_in_which_nobody_has_three_interactions_are_refused(tmp_path):
     two = dataset_of([[(1, 0), (2, 1)], [(2, 0), (1, 1)]], num_items=2)
     for train in (SHORT, changed(SHORT, prior="counts")):
-        with pytest.raises(InputError, match="leaves no validation targets"):
-            fit(model_for(two), two, train, CPU, tmp_path / "run")
-    with pytest.raises(InputError, match="no targets to rank"):
-        metrics.rank(iter(()), evaluation(two, "test"), remove_seen=True)
+        model = changed(MODEL, num_items=2)
+        refused("leaves no validation targets", fit, model, two, train, CPU, tmp_path / "run")
+    refused("no targets to rank", metrics.rank, iter(()), evaluation(two, "test"), remove_seen=True)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_checkpoint_of_another_run_is_refused(dataset, tmp_path):
-    model, train = model_for(dataset), changed(SHORT, epochs=1)
-    fit(model, dataset, train, CPU, tmp_path)
-    for shape, config, message in (
-        (model, changed(train, seed=1), "train.seed is 0 there and 1 here"),
-        (changed(model, num_layers=1), train, "model.num_layers is 2 there and 1 here"),
-        (changed(model, causal=True), train, "objective='cloze' does not go with causal=True"),
-        (model, changed(train, objective="next_item"), "objective='next_item' does not go with causal=False"),
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    train = changed(SHORT, epochs=1)
+    fit(MODEL, DATASET, train, CPU, tmp_path)
+    for shape, recipe, message in (
+        ({}, {"seed": 1}, "train.seed is 0 there and 1 here"),
+        ({"num_layers": 1}, {}, "model.num_layers is 2 there and 1 here"),
+        ({"causal": True}, {}, "objective='cloze' does not go with causal=True"),
+        ({}, {"objective": "next_item"}, "objective='next_item' does not go with causal=False"),
     ):
-        with pytest.raises(InputError, match=message):
-            fit(shape, dataset, config, CPU, tmp_path)
+        refused(message, fit, changed(MODEL, **shape), DATASET, changed(train, **recipe), CPU, tmp_path)
 
 
 def test_command_line_names_what_is_wrong_and_writes_nothing(tmp_path, capsys):
@@ -277,15 +260,14 @@ def test_sinks_give_the_gradients_of_autograd(tied, micro, monkeypatch):
     _, plain = run_steps(config, model, steps=1)
     reference, wanted = run_steps(config, model, steps=6)
     monkeypatch.setattr("reclib.model.bert4rec.SMALLEST_BYTES", 0)
-    trainer, found = run_steps(config, model, steps=6)
+    trainer, stats = run_steps(config, model, steps=6)
     assert len(trainer.sinks) == (1 if tied else 2)
     assert not reference.sinks
-    assert [s.loss for s in found] == pytest.approx([s.loss for s in wanted], rel=1e-5)
-    assert [s.grad_norm for s in found] == pytest.approx([s.grad_norm for s in wanted], rel=1e-5)
+    assert [s.loss for s in stats] == pytest.approx([s.loss for s in wanted], rel=1e-5)
+    assert [s.grad_norm for s in stats] == pytest.approx([s.grad_norm for s in wanted], rel=1e-5)
     assert plain[0].loss == wanted[0].loss
-    for one, other in zip(trainer.parameters, reference.parameters, strict=True):
-        if one.dim() > 1:
-            torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-5)
+    gradients = ([p.grad for p in each.parameters if p.dim() > 1] for each in (trainer, reference))
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
 
 
 def test_sinks_of_an_earlier_run_are_gone_in_the_next(monkeypatch):
@@ -298,34 +280,16 @@ def test_sinks_of_an_earlier_run_are_gone_in_the_next(monkeypatch):
     assert first.model.item_table.weight.grad.abs().sum() > 0
 
 
-def test_evaluation_does_not_reach_the_sinks(dataset, monkeypatch):
-    monkeypatch.setattr("reclib.model.bert4rec.SMALLEST_BYTES", 0)
-    with_sinks = fit(model_for(dataset), dataset, SHORT, CPU)
-    monkeypatch.setattr("reclib.model.bert4rec.SMALLEST_BYTES", 2**40)
-    without = fit(model_for(dataset), dataset, SHORT, CPU)
-    for one, other in zip(with_sinks.progress.history, without.progress.history, strict=True):
-        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
-
-
-DATASET = synthetic_dataset(40, 30, 8.0, 0)
-TRAIN = TrainConfig(batch_size=16, epochs=4, eval_every=2, learning_rate=1e-2, lr_warmup_steps=1)
-SHAPE = model_config("nano", num_items=DATASET.num_items, max_len=12, dropout=0.1)
-
-
-def base(seed: int = 0) -> Bert4Rec:
-    torch.manual_seed(seed)
-    return Bert4Rec(SHAPE)
-
-
-def adapted(seed: int = 0, **changes: object) -> AdaptedModel:
-    found = AdaptedModel(base(seed))
-    torch.manual_seed(3)
-    found.add("x", AdapterConfig(**({"kind": "ilora", "rank": 4, "num_experts": 2} | changes)))
-    return found
+def test_evaluation_does_not_reach_the_sinks(monkeypatch):
+    losses = []
+    for smallest in (0, 2**40):  # with sinks and without
+        monkeypatch.setattr("reclib.model.bert4rec.SMALLEST_BYTES", smallest)
+        losses.append([row["train_loss"] for row in fit(MODEL, DATASET, SHORT, CPU).progress.history])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_checkpoints_hold_the_adapter_and_its_gate_and_fit_no_other_origin(tmp_path):
-    trainer = fine_tune(adapted(), DATASET, TRAIN, CPU, tmp_path)
+    trainer = fine_tune(adapted(), DATASET, SHORT, CPU, tmp_path)
     trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert trained
     assert all(".adapters." in name or name.startswith("gates.") for name in trained)
@@ -333,60 +297,59 @@ def test_checkpoints_hold_the_adapter_and_its_gate_and_fit_no_other_origin(tmp_p
         tensors, state = saving.load_checkpoint(tmp_path / name)
         weights = {key for key in tensors if not key.startswith(("optimizer.", "random."))}
         assert {key.removeprefix("model.") for key in weights} == trained
-        assert state["identity"]["origin"]["base_sha256"] == base_hash(base())
+        assert state["identity"]["origin"]["base_sha256"] == base_hash(base(**UNTIED))
     for other, message in (
-        (adapted(seed=1), "origin.base_sha256 is"),
+        (adapted(model=base(seed=1, **UNTIED)), "origin.base_sha256 is"),
         (adapted(alpha=3.0), "origin.adapter is"),
         (adapted(gate_learning_rate=0.3), "origin.adapter is"),
-        (base(), "origin.trained is"),
+        (base(**UNTIED), "origin.trained is"),
     ):
-        with pytest.raises(InputError, match=f"of another run.*{message}"):
-            fine_tune(other, DATASET, TRAIN, CPU, tmp_path)
-    new = fit(SHAPE, DATASET, changed(TRAIN, max_steps=1), CPU, tmp_path / "new")
-    with pytest.raises(InputError, match=r"origin\.base_sha256 is None there"):
-        fine_tune(new.model, DATASET, new.config, CPU, tmp_path / "new")
+        refused(f"of another run.*{message}", fine_tune, other, DATASET, SHORT, CPU, tmp_path)
+    folder = tmp_path / "new"
+    new = fit(MODEL, DATASET, changed(SHORT, max_steps=1), CPU, folder)
+    refused(r"origin\.base_sha256 is None there", fine_tune, new.model, DATASET, new.config, CPU, folder)
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path):
-    for name, new in (
-        ("whole", base),
-        ("ilora", lambda: adapted(dropout=0.1)),
-        ("gated", lambda: adapted(kind="gated", dropout=0.1)),
-    ):
-        folder = tmp_path / name
-        reference = fine_tune(new(), DATASET, TRAIN, CPU)
+    config = changed(SHORT, batch_size=16, checkpoint_seconds=600.0)  # 4 steps an epoch
+    for kind in ("whole", "ilora", "gated"):
+
+        def tuned(folder=None, options=None, kind=kind, **changes: object) -> Trainer:
+            model = base(dropout=0.1, **UNTIED)
+            model = model if kind == "whole" else adapted(kind, model, dropout=0.1)
+            return fine_tune(model, DATASET, changed(config, **changes), CPU, folder, options)
+
+        reference = tuned()
         with pytest.raises(Stop):
-            fine_tune(new(), DATASET, changed(TRAIN, checkpoint_seconds=0.0), CPU, folder, stop_at(5))
-        again, finished = (fine_tune(new(), DATASET, TRAIN, CPU, folder) for _ in range(2))
-        for found in (again, finished):
-            pairs = zip(reference.model.parameters(), found.model.parameters(), strict=True)
-            assert all(torch.equal(one, other) for one, other in pairs)
+            tuned(tmp_path / kind, stop_at(10), checkpoint_seconds=0.0)
+        resumed, finished = (tuned(tmp_path / kind) for _ in range(2))
+        for trainer in (resumed, finished):
+            pairs = zip(reference.model.parameters(), trainer.model.parameters(), strict=True)
+            assert all(torch.equal(expected, parameter) for expected, parameter in pairs)
         columns = ("train_loss", "ndcg@10", "mrr")
-        rows = [[row[c] for row in t.progress.history for c in columns] for t in (reference, again)]
+        rows = [[row[c] for row in t.progress.history for c in columns] for t in (reference, resumed)]
         assert rows[0] == rows[1]
 
 
 def test_the_gate_has_a_rate_of_its_own():
-    found = adapted(gate_learning_rate=0.25)
-    trainer = fine_tune(found, DATASET, changed(TRAIN, max_steps=1), CPU)
+    model = adapted(gate_learning_rate=0.25)
+    trainer = fine_tune(model, DATASET, changed(SHORT, max_steps=1, lr_warmup_steps=1), CPU)
     rates = {id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
-    trained = {name: p for name, p in found.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert len(rates) == len(trained)
     for name, parameter in trained.items():
         share = 0.25 if name.startswith("gates.") else 1.0
-        assert rates[id(parameter)] == pytest.approx(share * TRAIN.learning_rate), name
+        assert rates[id(parameter)] == pytest.approx(share * SHORT.learning_rate), name
 
 
 def test_only_what_is_not_frozen_is_trained_and_something_must_be():
     model = base().requires_grad_(False)
-    with pytest.raises(InputError, match="all parameters of the model are frozen"):
-        model.origin()
+    refused("all parameters of the model are frozen", model.origin)
     model.output_bias.requires_grad_(True)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    trainer = fine_tune(model, DATASET, TRAIN, CPU)
+    trainer = fine_tune(model, DATASET, SHORT, CPU)
     moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {"output_bias"}
-    found = adapted()
-    found.use(None)
-    with pytest.raises(InputError, match="no active adapter"):
-        fine_tune(found, DATASET, TRAIN, CPU)
+    without_adapter = adapted()
+    without_adapter.use(None)
+    refused("no active adapter", fine_tune, without_adapter, DATASET, SHORT, CPU)
