@@ -200,7 +200,7 @@ def comparison(rows: pd.DataFrame) -> go.Figure:
 
 
 def equal_time(rows: pd.DataFrame) -> go.Figure:
-    """Validation NDCG@10 against minutes of training, one line per model, with intervals over users."""
+    """Validation NDCG@10 against minutes of processor time, one line per model, with intervals over users."""
     rows = style.named(rows).sort_values("minutes", kind="stable")
     last = rows.groupby("model").tail(1).set_index("model").sort_values("ndcg@10", ascending=False)
     colors = style.model_colors(last.index)
@@ -214,7 +214,7 @@ def equal_time(rows: pd.DataFrame) -> go.Figure:
     first, end = np.log10([rows["minutes"].min(), rows["minutes"].max()])
     axis: dict[str, Any] = {"range": [first - 0.08, end + 0.04]}  # else the names at the ends widen it
     axis |= style.log_axis(rows["minutes"], most=9)
-    figure.update_xaxes(title_text="minutes of training (log scale)", **axis)
+    figure.update_xaxes(title_text="minutes of processor time per thread (log scale)", **axis)
     figure.update_yaxes(title_text="NDCG@10 on validation, full ranking", rangemode="tozero")
     table = rows.pivot_table(index="minutes", columns="model", values="ndcg@10").dropna(thresh=2)
     if table.empty:
