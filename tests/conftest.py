@@ -79,8 +79,8 @@ def commit(folder: Path, **variables: str) -> str:
     return subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
 
 
-def refused(problem: str, call: Callable[..., object], *arguments: Any, **options: Any) -> str:
-    """Check that a call raises an InputError of one line that matches `problem`; return its message."""
+def refused(problem: str | None, call: Callable[..., object], *arguments: Any, **options: Any) -> str:
+    """Check that a call raises an InputError of one line, which matches `problem` if given; return it."""
     with pytest.raises(InputError, match=problem) as error:
         call(*arguments, **options)
     assert "\n" not in str(error.value)

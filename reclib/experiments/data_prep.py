@@ -108,14 +108,18 @@ def repeats(dataset: Dataset) -> Result:
 def ties(dataset: Dataset) -> Result:
     """Return the shares of interactions and test targets that only the tie rule orders, for equal timestamps.
 
-    A tied test target could change places with the item before. The share of neighbours that ascend by item
-    id tells if the order is one of time: then it is about half. The dataset must have times.
+    A tied test target could change places with the item before. Without times these shares are unknown. The
+    share of neighbours that ascend by item id tells if the order is one of time: then it is about half.
     """
     tied = dataset.manifest["ties"]
-    shares = {name: tied[name] for name in ("ascending_share", "tied_ascending_share")}
-    shares["tied_interaction_share"] = tied["interactions"] / dataset.num_interactions
-    shares["tied_test_target_share"] = tied["test_targets"] / max(evaluated_users(dataset).size, 1)
-    return Result("tied_timestamps", {name: share for name, share in shares.items() if share is not None})
+    shares = {}
+    if tied["interactions"] is not None:
+        shares["tied_interaction_share"] = tied["interactions"] / dataset.num_interactions
+        shares["tied_test_target_share"] = tied["test_targets"] / max(evaluated_users(dataset).size, 1)
+    for name in ("ascending_share", "tied_ascending_share"):
+        if tied[name] is not None:
+            shares[name] = tied[name]
+    return Result("tied_timestamps", shares)
 
 
 def last_items(dataset: Dataset) -> Result:

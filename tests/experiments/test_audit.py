@@ -86,7 +86,7 @@ def test_the_weight_of_three_in_ten_thousand():
     assert enough["z"] == pytest.approx(1.96 + 0.84, abs=0.01)
     assert audit.separation(0.05, 0.09, 72_869)["p"] < 1e-6
     for wrong in ((0.0, 0.1, 10), (0.1, 0.1, 10), (0.1, 0.2, 1)):
-        assert "inside" in refused("", audit.separation, *wrong)
+        assert "inside" in refused(None, audit.separation, *wrong)
 
 
 def test_trainable_parameters_of_the_adapters():

@@ -129,7 +129,7 @@ def test_what_cannot_be_drawn_is_refused_with_what_can():
         (Selection("step", "batch_size", "step_seconds", "day"), "color='day'"),
         (Selection("step", "batch_size", "step_seconds", "label", ["a100"]), "'a100'; 'step' has: cpu, l4"),
     ]:
-        assert message in refused("", explore.scatter, ROWS, selection)
+        assert message in refused(None, explore.scatter, ROWS, selection)
 
 
 def test_a_kind_of_result_brings_its_axes():
@@ -198,7 +198,7 @@ def test_a_list_is_that_of_the_models_scores_without_what_was_seen(lineup, histo
     scores = scores_after(lineup.models["base"], history)
     scores[torch.tensor(history) - 1] = -torch.inf
     assert best == (scores.topk(5).indices + 1).tolist()
-    assert "the history is empty" in refused("", explore.ranks, lineup, "base", ())
+    assert "the history is empty" in refused(None, explore.ranks, lineup, "base", ())
 
 
 def test_a_history_is_handed_on_and_read_back(lineup, history):
@@ -206,13 +206,13 @@ def test_a_history_is_handed_on_and_read_back(lineup, history):
     p = small(user=key, history=[lineup.keys[item] for item in history[:3]])
     assert explore.first_history(p, lineup) == (key, history[:3])
     for wrong, part in [({"user": "nobody"}, "not in the last"), ({"history": ["x"]}, "unknown item 'x'")]:
-        assert part in refused("", explore.first_history, small(**wrong), lineup)
+        assert part in refused(None, explore.first_history, small(**wrong), lineup)
 
 
 def test_a_kept_model_is_used_where_there_is_one(lineup, dataset, tmp_path, monkeypatch):
     monkeypatch.setenv("RECLIB_MODELS", str(tmp_path))
     assert explore.kept_model("auto", dataset) is None
-    assert "kept_model='mine': no masked model" in refused("", explore.kept_model, "mine", dataset)
+    assert "kept_model='mine': no masked model" in refused(None, explore.kept_model, "mine", dataset)
     folder = saving.save_model(lineup.models["base"], TrainConfig(), dataset, "mine", {})
     assert folder.parent == system.models()
     assert explore.kept_model("auto", dataset) == "mine"

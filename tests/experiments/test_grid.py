@@ -83,7 +83,7 @@ def test_what_a_file_may_not_say_is_told_before_anything_is_trained(root):
         ({"predicts": {"of": "base", "from": ["base"]}}, "predicts 'base' from itself"),
     ]:
         write(root, **changes)
-        error = refused("", grids.read_grid, "trial")
+        error = refused(None, grids.read_grid, "trial")
         assert error.startswith("trial.yaml: ")
         assert message in error
 
@@ -248,7 +248,7 @@ def test_kept_ranks_give_the_same_and_a_seed_that_chose_the_recipe_does_not_judg
     file = here.ranks_file(arm, 1)
     ranks = dict(np.load(file))
     grids.save_ranks(file, {"valid": ranks["valid"]})
-    message = refused("", grids.score, here, True)
+    message = refused(None, grids.score, here, True)
     assert message.startswith("no ranks on the test split are kept of bert4rec seed 1")
     grids.save_ranks(file, ranks)
 
@@ -256,9 +256,9 @@ def test_kept_ranks_give_the_same_and_a_seed_that_chose_the_recipe_does_not_judg
 def test_what_is_not_trained_cannot_be_scored(root):
     write(root, arms=ARMS)
     untrained = "not trained yet: bert4rec seed 0, bert4rec seed 1, twin seed 0"
-    assert untrained in refused("", grids.score, work())
+    assert untrained in refused(None, grids.score, work())
     write(root, arms={"bert4rec": {}})
-    assert "it has no final arm" in refused("", grids.score, work())
+    assert "it has no final arm" in refused(None, grids.score, work())
 
 
 def test_runs_so_far_keep_what_they_show_and_a_later_scoring_needs_no_weights(root, capsys, monkeypatch):

@@ -78,10 +78,10 @@ def test_a_law_that_is_there_is_found_and_extrapolated_and_many_fits_are_the_fit
 def test_the_largest_starts_only_after_its_prediction_and_carries_its_hash(root, capsys):
     write(root)
     untrained = "not trained yet: w32d1 seed 0, w32d1 seed 1, w32d2 seed 0"
-    assert untrained in refused("", scaling.predict, work())
+    assert untrained in refused(None, scaling.predict, work())
     here = work()
     assert grids.run_grid(here, [pair for pair in here.runs() if pair[1] == 0], Options()) == 4
-    assert "not trained yet: w32d1 seed 1" in refused("", scaling.predict, work())
+    assert "not trained yet: w32d1 seed 1" in refused(None, scaling.predict, work())
 
     # A prediction is of one configuration: the arm that is trained longer is barred again.
     write(root, arms=FILE["arms"] | {"largest": {"size": "w64d4", "seeds": [0], "train": {"epochs": 2}}})
@@ -100,7 +100,7 @@ def test_the_largest_starts_only_after_its_prediction_and_carries_its_hash(root,
     rows = work().rows("learning_curve") + work().rows("prediction")
     error = scaling.outcome(rows, "trial")["error"]
     assert error == pytest.approx(result.metrics["predicted"] - row["metrics"]["lowest_valid_loss"])
-    assert "has begun (seed 0): what is known cannot be predicted" in refused("", scaling.predict, work())
+    assert "has begun (seed 0): what is known cannot be predicted" in refused(None, scaling.predict, work())
     assert scaling.predict_main(["trial", "--report"]) == 0
     assert "easured" in capsys.readouterr().out
 
@@ -179,7 +179,7 @@ def test_tuned_settings_are_taken_for_their_size_and_data_only(p, dataset):
 
 
 def test_a_kept_model_recommends_what_the_trained_one_does(p, dataset):
-    assert "no model 'm' is kept; here: none" in refused("", saving.load_model, "m")
+    assert "no model 'm' is kept; here: none" in refused(None, saving.load_model, "m")
     size, split = scaling.sized(p, dataset, "w32d1"), leave_one_out(dataset)
     about = (p, dataset, split, resolve("cpu"), size.model, size.train, "a title")
     run = baseline.train_model("03_scaling", *about)
@@ -193,4 +193,4 @@ def test_a_kept_model_recommends_what_the_trained_one_does(p, dataset):
 
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"sha256": "0"}))
-    assert "damaged model m" in refused("", saving.load_model, "m")
+    assert "damaged model m" in refused(None, saving.load_model, "m")

@@ -121,9 +121,9 @@ def test_one_process_at_a_time_runs_a_study_and_default_is_compared_with_tuned(r
     light_scoring(monkeypatch)
     write(trials=2)
     study = read_study()
-    assert "nothing is tuned yet" in refused("", scaling.compare, study, Options())
+    assert "nothing is tuned yet" in refused(None, scaling.compare, study, Options())
     with system.locked(study.folder / "study.lock"):
-        assert "another process is running" in refused("", run, read_study())
+        assert "another process is running" in refused(None, run, read_study())
     assert run(study) == 2
     study.choose()
     results = {r.name: r for r in scaling.compare(read_study(), Options()) if r.params["model"] == "tuned"}
@@ -137,7 +137,7 @@ def test_a_trial_that_diverges_counts_and_is_not_tried_again(root, capsys):
     assert run(study) == 1
     assert run(study) == 0
     assert "diverged" in capsys.readouterr().out
-    assert "no trial that ran to its end" in refused("", study.choose)
+    assert "no trial that ran to its end" in refused(None, study.choose)
 
 
 def test_what_a_tuning_file_may_not_say(root):
@@ -147,7 +147,7 @@ def test_what_a_tuning_file_may_not_say(root):
         ({"space": {"learnin_rate": {"low": 1.0, "high": 2.0}}}, "unknown parameter 'learnin_rate'"),
     ]:
         write(**changes)
-        error = refused("", scaling.read_tuning, "trial")
+        error = refused(None, scaling.read_tuning, "trial")
         assert error.startswith("trial.yaml: ")
         assert message in error
 

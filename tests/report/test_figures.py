@@ -268,7 +268,7 @@ def test_a_notebook_without_records_says_how_to_run_it(tmp_path, monkeypatch):
     assert "no records yet" in html
     assert {chapter.findings({}) == [] for chapter in findings.CHAPTERS.values()} == {True}
     (folder / "02_baseline.ipynb").write_text('{"cells": ')
-    assert refused("", figures.questions, folder).startswith("02_baseline.ipynb: not a notebook")
+    assert refused(None, figures.questions, folder).startswith("02_baseline.ipynb: not a notebook")
 
 
 # -- which records are shown ---------------------------------------------------------------------------------
@@ -327,7 +327,7 @@ def test_without_a_browser_it_says_what_to_install_and_writes_nothing(tmp_path, 
     assert re.fullmatch("no browser to draw pictures with.*\n", capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
     monkeypatch.setenv("RECLIB_CHROMIUM", "a-browser")
-    assert "none of a-browser is installed" in refused("", figures.browser)
+    assert "none of a-browser is installed" in refused(None, figures.browser)
 
 
 def test_a_browser_that_fails_is_told_in_one_line(tmp_path):
@@ -335,7 +335,7 @@ def test_a_browser_that_fails_is_told_in_one_line(tmp_path):
     browser.write_text("#!/bin/sh\necho first >&2\necho 'no display' >&2\nexit 1\n")
     browser.chmod(0o755)
     files = (tmp_path / "page.html", tmp_path / "page.png")
-    message = refused("", figures.photograph, str(browser), *files, 100)
+    message = refused(None, figures.photograph, str(browser), *files, 100)
     assert message == "broken could not draw page.html: no display"
 
 

@@ -45,8 +45,8 @@ def test_auto_precision_goes_by_capability_and_gives_its_reason():
 
 def test_precision_that_the_units_lack_is_refused():
     for precision in ("bf16", "tf32"):
-        assert "needs capability 8.0" in refused("", hardware.choose_precision, precision, cuda((7, 0)))
-    assert "not on a CPU" in refused("", hardware.choose_precision, "tf32", CPU)
+        assert "needs capability 8.0" in refused(None, hardware.choose_precision, precision, cuda((7, 0)))
+    assert "not on a CPU" in refused(None, hardware.choose_precision, "tf32", CPU)
     assert hardware.choose_precision("bf16", CPU).autocast_dtype == torch.bfloat16
 
 
@@ -79,7 +79,9 @@ def test_a_claimed_device_that_is_not_there_is_no_claim():
     ]:
         device = hardware.find(claimed, card)
         assert (device.label, device.is_claimed) == (label, is_claimed)
-    assert "unknown gpu label 'l40'; allowed: auto, cpu, cpu1, cpu2, t4" in refused("", hardware.find, "l40")
+    assert "unknown gpu label 'l40'; allowed: auto, cpu, cpu1, cpu2, t4" in refused(
+        None, hardware.find, "l40"
+    )
     assert hardware.cpu_card("cpu2", cores=1, threads=1).label == "cpu"
     assert [hardware.cpu_card(name, cores=8, threads=8).threads for name in ("cpu2", "cpu")] == [2, 8]
 

@@ -151,7 +151,7 @@ def test_devices_by_label():
     assert [slot.visible for slot in runner.slots("a100,cpu2", GPUS)] == ["0", "1", ""]
     assert runner.slots("cpu1,cpu1", []) == [Slot("cpu1", "")]
     for labels, part in (("v100", "no visible GPU"), ("rtx", "no device label"), ("auto", "no device label")):
-        assert part in refused("", runner.slots, labels, GPUS)
+        assert part in refused(None, runner.slots, labels, GPUS)
 
 
 def test_gpus_of_one_label_share_its_notebooks_and_a_device_has_one_at_a_time():
@@ -224,4 +224,4 @@ def test_records_of_several_machines_merge_by_copying_folders(tmp_path, capsys):
         assert records.merge(there, here) == counts
         assert (here / "cpu/results.jsonl").read_text().startswith(before)
         assert values() == [1, 2, 3, 4]
-    assert "no records there" in refused("", records.merge, tmp_path / "nowhere", here)
+    assert "no records there" in refused(None, records.merge, tmp_path / "nowhere", here)

@@ -65,9 +65,9 @@ def test_wrong_values_are_told_in_one_line_that_names_the_parameter():
         ("05_ilora", adaptation | {"past_share": 0.8}, "nothing for the test"),
         ("02_baselin", {}, "did you mean '02_baseline'"),
     ]:
-        assert part in refused("", parameters.build, notebook, values)
+        assert part in refused(None, parameters.build, notebook, values)
     unknown = "unknown profile 'fast'; allowed: smoke, quick, lease, full"
-    assert unknown in refused("", parameters.profile, "02_baseline", "fast")
+    assert unknown in refused(None, parameters.profile, "02_baseline", "fast")
 
 
 def test_impossible_values_are_told_in_one_line():
@@ -89,7 +89,7 @@ def test_impossible_values_are_told_in_one_line():
         (TrainConfig, {"objective": "next_item", "visible_targets": True}, "objective is 'next_item'"),
         *((TrainConfig, {"prior": "counts"} | f, "prior='counts' needs the logits") for f in few_logits),
     ]:
-        assert part in refused("", validated, kind, values)
+        assert part in refused(None, validated, kind, values)
 
 
 def test_known_misspellings_are_undone_and_told(capsys):
@@ -116,7 +116,7 @@ def test_a_name_that_is_no_parameter_is_told_from_what_later_cells_left():
     slip = namespace | {"In": [*cells, "# Parameters\nepcohs = 5\nepochs = float('nan')"]}
     message = "unknown parameter 'epcohs' (did you mean 'epochs'?)"
     for names in (slip | {"epcohs": 5}, SMOKE | {"epcohs": 2}):  # the second without a history
-        assert message in refused("", parameters.read, "02_baseline", names)
+        assert message in refused(None, parameters.read, "02_baseline", names)
     assert parameters.assigned_names("a = 1\nb: int = -2\nc = [0, 'x']\n# end") == ["a", "b", "c"]
     for source in ("a = f()", "import os\na = 1", "%matplotlib inline", "a.b = 1", "a = b = 1"):
         assert parameters.assigned_names(source) == []
@@ -141,7 +141,7 @@ def test_a_broken_parameter_file_is_named_with_its_line(project: Path):
         ("a: 2026-13-45\n", "quick.yaml: "),
     ]:
         file.write_text(text)
-        assert part in refused("", parameters.profile, "02_baseline", "quick")
+        assert part in refused(None, parameters.profile, "02_baseline", "quick")
     file.write_text(yaml.safe_dump({"02_baseline": {"epochs": 7}}))
     assert parameters.profile("02_baseline", "quick")["epochs"] == 7
 

@@ -88,12 +88,12 @@ def test_a_gpu_that_has_not_passed_its_self_check_records_nothing(root, project)
     def run(**changes: object) -> records.Run:
         return records.Run("02_baseline", smoke("02_baseline"), CARD | {"type": "cuda"} | changes)
 
-    assert "no passed self-check of Some CPU" in refused("", run)
+    assert "no passed self-check of Some CPU" in refused(None, run)
     for place in (root, project / "executed"):
         (place / "cpu").mkdir(parents=True)
         (place / "cpu/selfcheck.json").write_text(json.dumps({"device": CARD, "passed": True}))
         run()
-        assert "no passed self-check" in refused("", lambda: run(torch="3"))
+        assert "no passed self-check" in refused(None, lambda: run(torch="3"))
         (place / "cpu/selfcheck.json").unlink()
 
 
@@ -145,7 +145,7 @@ def test_a_line_that_is_no_record_is_skipped_and_counted_and_not_merged(root, ca
         assert error.startswith("cpu/results.jsonl:2: ")
         assert part.lower() in error.lower(), error
         assert error.endswith(", and 1 more: skipped\n")
-        assert refused("", records.merge, root, tmp_path / "other").startswith("cpu/results.jsonl:2: ")
+        assert refused(None, records.merge, root, tmp_path / "other").startswith("cpu/results.jsonl:2: ")
 
 
 def test_latest_keeps_the_newest_of_each(root):
