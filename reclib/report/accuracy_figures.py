@@ -216,13 +216,18 @@ def equal_time(rows: pd.DataFrame) -> go.Figure:
     axis |= style.log_axis(rows["minutes"], most=9)
     figure.update_xaxes(title_text="minutes of processor time per thread (log scale)", **axis)
     figure.update_yaxes(title_text="NDCG@10 on validation, full ranking", rangemode="tozero")
-    table = rows.pivot_table(index="minutes", columns="model", values="ndcg@10").dropna(thresh=2)
-    if table.empty:
+    values, low, high = (
+        rows.pivot_table(index="minutes", columns="model", values=f"ndcg@10{end}").dropna(thresh=2)
+        for end in ("", "_low", "_high")
+    )
+    if values.empty:
         return figure.update_layout(title_text=f"NDCG@10 of {last.index[0]}: {last['ndcg@10'].iloc[0]:.3f}")
-    final = table.iloc[-1].dropna().sort_values(ascending=False)
-    always = (table.idxmax(axis=1) == final.index[0]).all()
-    when = "at every time" if always else f"after {table.index[-1]:.3g} minutes"
-    title = f"{final.index[0]} leads {when}: in the end {final.iloc[0]:.3f} against {final.iloc[1]:.3f}"
+    final = values.iloc[-1].dropna().sort_values(ascending=False)
+    first, second = final.index[:2]
+    apart = low[first] > high.drop(columns=first).max(axis=1)  # by the intervals of all others
+    when = "at every time" if apart.all() else f"after {values.index[-1]:.3g} minutes"
+    verb = "leads" if apart.iloc[-1] else f"is not told apart from {second}"
+    title = f"{first} {verb} {when}: in the end {final.iloc[0]:.3f} against {final.iloc[1]:.3f}"
     return figure.update_layout(title_text=style.sentence(title))
 
 

@@ -27,12 +27,8 @@ COLORS = {"width": BLUE, "depth": ORANGE, "untied tables": GREEN, "other learnin
 COLORS |= {"tuned settings": GREEN, SHAPES: PURPLE, f"{SHAPES}, items scaled": GREEN}
 OURS, TWIN = map(model_name, ("bert4rec", "causal"))
 RECIPES = {OURS: BLUE, TWIN: ORANGE, OURS + COUNTED: GREEN, TWIN + COUNTED: PURPLE}
-RECIPES |= {
-    SHAPES: INK,
-    SHAPES + COUNTED: INK,
-    tables.OWN_LOSS: style.PALETTE[4],
-    tables.TABLES: style.PALETTE[5],
-}
+RECIPES |= {SHAPES: INK, SHAPES + COUNTED: INK, tables.VISIBLE: style.MUTED}
+RECIPES |= dict(zip((tables.OWN_LOSS, tables.TABLES), style.PALETTE[4:], strict=True))
 SPREAD = {"coverage": "catalogue coverage", "gini": "Gini", "popularity_percentile": "popularity"}
 MOST_COUNTS = 3  # number of the best counts shown in a panel of `size_and_counts`
 FACTORS = {"half": 0.5, "rule": 1.0, "twice": 2.0}  # multiples of the rule's learning rate

@@ -87,9 +87,11 @@ def bar(kind: Any, color: str) -> dict[str, Any]:
 def model_colors(models: Iterable[str]) -> dict[Any, str]:
     """Return a colour for each model: fixed for BERT4Rec and its twin, grey for baselines."""
     grey = {model_name(name) for name in BASELINES}
+    names = sorted(set(models))
     available = [color for color in PALETTE if color not in _FIXED.values()]
+    available += [color for name, color in _FIXED.items() if name not in names]
     colors: dict[Any, str] = {}
-    for name in sorted(set(models)):
+    for name in names:
         free = [color for color in available if color not in colors.values()] or available
         colors[name] = MUTED if name in grey else _FIXED.get(name, free[0])
     return colors

@@ -85,16 +85,19 @@ def test_arms_are_sorted_and_coloured_by_their_interval_and_few_seeds_carry_no_c
 
 
 def test_the_fastest_learner_is_said_to_lead_only_where_it_does():
-    def races(*first):
+    def races(*first, spread=0.0):
         rows = []
         for model, values in (("BERT4Rec (ours)", first), ("BERT4Rec (RecTools)", (0.05, 0.13))):
             series = {"minutes": [1, 20], "ndcg@10": list(values)}
-            series |= {f"ndcg@10_{end}": list(values) for end in ("low", "high")}
+            for end, sign in (("low", -1), ("high", 1)):
+                series[f"ndcg@10_{end}"] = [value + sign * spread for value in values]
             rows.append(of_grid("equal_time", {"model": model}, {}, series))
         return title("equal_time", *rows)
 
     assert races(0.06, 0.16) == "BERT4Rec (ours) leads at every time: in the end 0.160 against 0.130"
     assert races(0.0, 0.16).startswith("BERT4Rec (ours) leads after 20 minutes:")
+    unclear = races(0.0, 0.16, spread=0.02)
+    assert unclear.startswith("BERT4Rec (ours) is not told apart from BERT4Rec (RecTools) after 20 minutes:")
 
 
 def test_the_table_shows_the_newest_scoring_with_its_seeds():
