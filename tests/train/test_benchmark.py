@@ -228,7 +228,7 @@ def test_a_claimed_gpu_that_is_not_there_is_stated_and_never_recorded_as_measure
     assert f"Device: {here}" in text
     assert f"l4 was asked for and is not here: everything measured below is of {here}." in text
     figures = text.count('"application/vnd.plotly.v1+json"')
-    assert figures > 3
+    assert figures >= 3
     assert text.count("<b>l4 was asked for and is not here</b>") == figures
 
 
