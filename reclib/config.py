@@ -146,7 +146,7 @@ class TrainConfig:
     seed: NonNegative = 0
     # objective
     objective: Objective = "cloze"  # next_item: the causal twin's; seed_focal: the seed study's
-    mask_prob: Inside = 0.2  # share of positions that are targets
+    mask_prob: Inside = 0.2  # share of positions that are masked
     last_item_share: Share = 0.15  # share of samples whose only masked item is the last
     visible_targets: bool = False  # cloze: the items that are not masked are targets too
     prefix_share: Share = 0.0  # share of samples that end at a random place of the history
