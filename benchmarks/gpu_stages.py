@@ -39,15 +39,11 @@ BATCHES: list[tuple[str, int, Row]] = [
     ("85m", 512, PADDED),
     ("430m", 32_768, {}),
 ]
-ENGINE = {"head_multiple": 64, "half_copies": True}
 GRAPH = {"compile_mode": "graph", "bucket_steps": 4}
 # Each is timed against the plain step, in turns: first the graphs, which matter most, last what takes tens of
 # seconds to compile and may run into the stage's limit.
 VARIANTS: dict[str, Row] = {
     "one CUDA graph a step": GRAPH,
-    "CUDA graph, copies and rows": ENGINE | GRAPH,
-    "rows of the head a multiple of 64": {"head_multiple": 64},
-    "16-bit copies once a step": {"half_copies": True},
     "loss plain": {"loss": "plain"},
     "loss chunked": {"loss": "chunked"},
     "buckets of 4 steps": {"bucket_steps": 4},

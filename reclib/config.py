@@ -162,7 +162,6 @@ class TrainConfig:
     negatives: Literal["uniform", "popularity"] = "uniform"  # distribution of negatives
     logq: bool = True  # sampled_softmax: correct each negative for how likely it was drawn
     gbce_t: Share = 0.75  # gbce: calibration; 0 is plain binary cross-entropy
-    head_multiple: Positive = 1  # scored rows of the output table are filled up to a multiple of this
     bucket_steps: Positive = 16  # sizes per octave of rows and targets; fewer (4) for compile_mode=graph
     # optimiser
     optimizer: Literal["fused", "loop", "muon"] = "fused"  # AdamW, AdamW without fusing, Muon; see `trainer`
@@ -179,7 +178,6 @@ class TrainConfig:
     checkpoint_seconds: NonNegativeFloat = 60.0  # between checkpoints; 0: after every step
     # device
     precision: Precision = "auto"
-    half_copies: bool = False  # in bf16 and fp16, cast all weights by one call a step; no effect elsewhere
     compile_mode: CompileMode = "off"  # graph: whole steps as CUDA graphs, off CUDA no effect; see `trainer`
 
     @model_validator(mode="after")
@@ -317,7 +315,7 @@ def changed(config: T, **values: Any) -> T:
 
 
 # Fields that were added after the first records.
-LATER = {"head_multiple", "half_copies", "max_line_mb", "prior", "ties", "ties_seed", "table_dim"}
+LATER = {"max_line_mb", "prior", "ties", "ties_seed", "table_dim"}
 LATER |= {"scale_items", "merge_variants", "visible_targets"}
 
 

@@ -429,21 +429,6 @@ def _compiled_sum() -> Any:
     return torch.compile(_plain_sum)
 
 
-def filled_up(
-    weight: Tensor, bias: Tensor | None, num_items: int, multiple: int
-) -> tuple[Tensor, Tensor, int]:
-    """Return the output table and bias with item rows padded to a multiple, and the number of these rows.
-
-    On tensor cores, 16-bit products whose sizes are no multiples of 8 use slower kernels. Padding rows score
-    -inf and so get no probability and no gradient; they are in no checkpoint.
-    """
-    rows = -(-num_items // multiple) * multiple
-    spare = rows - num_items
-    table = weight[1 : num_items + 1].to(compute_dtype(weight))
-    shift = weight.new_zeros(num_items) if bias is None else bias[1 : num_items + 1]
-    return F.pad(table, (0, 0, 1, spare)), F.pad(F.pad(shift, (0, spare), value=-torch.inf), (1, 0)), rows
-
-
 def _sum_over_targets(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the sum of the cross-entropies of logits (M, I) at targets (M,), fillers left out."""
     labels = torch.where(targets == IGNORE, IGNORE, targets - 1)
@@ -500,8 +485,6 @@ def batch_loss(
     if config.sampled:
         return sampled_sum(hidden, weight, bias, batch, num_items, config) / denominator
     how = how or route(config.loss, hidden.device.type, len(batch.targets), num_items)
-    if config.head_multiple > 1 and not frozen:
-        weight, bias, num_items = filled_up(weight, bias, num_items, config.head_multiple)
     added = None
     if model.prior is not None:
         entries: Any = (batch.prior_rows, batch.prior_columns, batch.prior_values, model.prior.scale)

@@ -1,9 +1,8 @@
 """The training loop, used by notebooks, benchmarks and tuning.
 
 `Trainer.steps()` yields one `StepStats` per optimiser step; `fit` drives it. Precision, compilation and data
-parallelism (`distributed`) are handled here, outside of the model. So are two ways to launch fewer operators
-on a GPU: 16-bit copies of the weights (`HalfCopies`), and whole steps as CUDA graphs (`StepGraphs`). Their
-results are tested for equality on a CPU.
+parallelism (`distributed`) are handled here, outside of the model. So are whole steps as CUDA graphs
+(`StepGraphs`), which launch fewer operators on a GPU.
 
 A killed run resumes from its last checkpoint with the same bits on a CPU: batches depend on (seed, epoch,
 step) alone, and a checkpoint holds weights, optimiser, scaler and the state of the random generator.
@@ -195,59 +194,6 @@ def clip_gradients(
     return norm
 
 
-class HalfCopies:
-    """16-bit copies of the weights of products, all made by one call at the start of a step.
-
-    Autocast casts each weight separately, forward and backward: many small operators on a GPU, which take
-    longer to launch than to run. The copies replace the weights while a loss is computed. Their gradients are
-    added to those of the fp32 weights. Embeddings, positions, norms and the output bias stay in fp32. The
-    values equal those of autocast.
-    """
-
-    def __init__(self, model: SequenceModel, dtype: torch.dtype) -> None:
-        layers = [layer for layer in model.modules() if type(layer) is torch.nn.Linear]
-        names: list[tuple[Any, str]] = [(model, "output_weight")]
-        names += [(layer, name) for layer in layers for name in ("weight", "bias")]
-        self.places = [place for place in names if getattr(*place).requires_grad]
-        self.weights: list[Tensor] = [getattr(*place) for place in self.places]
-        self.copies: list[Tensor] = [
-            torch.nn.Parameter(torch.empty_like(w, dtype=dtype)) for w in self.weights
-        ]
-
-    @torch.no_grad()
-    def make(self) -> None:
-        """Update the copies from the weights."""
-        torch._foreach_copy_(self.copies, self.weights)
-
-    @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Put the copies into the model for the duration of the context."""
-        self._put(self.copies)
-        try:
-            yield
-        finally:
-            self._put(self.weights)
-
-    @torch.no_grad()
-    def give_gradients(self) -> None:
-        """Add the gradients of the copies to those of the weights, and clear the former."""
-        pairs = [(w, c.grad) for w, c in zip(self.weights, self.copies, strict=True) if c.grad is not None]
-        fresh = [(w, grad) for w, grad in pairs if w.grad is None]
-        for weight, grad in pairs:
-            if weight.grad is not None:  # from the lookup in a tied table, or from an earlier micro-batch
-                weight.grad += grad
-        for weight, _ in fresh:
-            weight.grad = torch.empty_like(weight)
-        if fresh:
-            torch._foreach_copy_([w.grad for w, _ in fresh], [grad for _, grad in fresh])  # type: ignore[misc]
-        for copy in self.copies:
-            copy.grad = None
-
-    def _put(self, tensors: Sequence[Tensor]) -> None:
-        for (layer, name), tensor in zip(self.places, tensors, strict=True):
-            layer._parameters[name] = tensor
-
-
 def captured(compute: Callable[[], Any], pool: Any) -> Callable[[], Any]:
     """Capture `compute` as a CUDA graph; return a function that replays it and returns its results."""
     graph = torch.cuda.CUDAGraph()
@@ -386,8 +332,6 @@ class Trainer(Generic[M]):
         graph, compiled = self.compile_mode == "graph", self.compile_mode not in ("off", "graph")
         if graph:
             refuse_graphs(config, self.precision.name, self.ranks.count, not model.plain)
-        if config.half_copies and not model.plain:
-            raise InputError("half_copies=True is for a model that is trained whole, not for an adapted one")
         self.encode: Callable[..., Tensor] = model.encode
         if compiled:
             self.encode = compiled_encode(model.encode, self.compile_mode)
@@ -396,8 +340,6 @@ class Trainer(Generic[M]):
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.sinks = model.use_sinks(self._can_sink())  # replaces those of an earlier run
         self.optimizer = make_optimizer(model, config)
-        dtype = self.precision.autocast_dtype
-        self.copies = HalfCopies(model, dtype) if config.half_copies and dtype else None
         self.graphs = StepGraphs(self._captured_step, self.where) if graph else None
         for group in self.optimizer.param_groups if graph else ():
             group["lr"] = torch.tensor(config.learning_rate, device=self.where)  # read by the graph
@@ -493,15 +435,11 @@ class Trainer(Generic[M]):
             parameter.grad = None
         for sink in self.sinks.values():
             sink.start()
-        if self.copies:
-            self.copies.make()
         for batch in batches:
-            with self.autocast(), self.copies.in_place() if self.copies else contextlib.nullcontext():
+            with self.autocast():
                 loss = batch_loss(self.model, batch, config, denominator, self.encode, self.route, held)
             self.scaler.scale(loss).backward()
             held.clear()
-            if self.copies:
-                self.copies.give_gradients()
             total += loss.detach()  # stays on the device
 
         for parameter, sink in self.sinks.items():

@@ -23,7 +23,7 @@ LIMIT = {torch.float32: 1e-5, torch.float64: 1e-10}
 SHAPES: dict[str, tuple] = {"num_layers": (1, 2, 3), "norm": ("pre", "post"), "head": ("linear", "mlp")}
 SHAPES |= {"position_origin": ("first", "last"), "table_dim": (None, 4, 16)}
 SHAPES |= dict.fromkeys(("tied", "output_bias", "causal", "scale_items"), (False, True))
-FAST = {"loss": ("chunked", "inplace", "plain"), "micro_batch_size": (None, 4), "head_multiple": (1, 64)}
+FAST = {"loss": ("chunked", "inplace", "plain"), "micro_batch_size": (None, 4)}
 
 
 def any_of(options: dict[str, tuple]) -> st.SearchStrategy[dict]:
@@ -92,7 +92,7 @@ def test_the_fused_route_is_the_plain_one_compiled(monkeypatch):
     for lengths in ([9, 5, 12, 7], [3, 4], [12, 11, 12, 12]):
         data = histories(lengths)
         wanted, plain = loss_and_gradients(model, train, data)
-        loss, fused = loss_and_gradients(model, changed(train, loss="fused", head_multiple=64), data)
+        loss, fused = loss_and_gradients(model, changed(train, loss="fused"), data)
         assert loss == pytest.approx(wanted, rel=1e-5)
         assert worst_difference(fused, plain) < 1e-5
     losses._compiled_sum.cache_clear()
@@ -114,8 +114,8 @@ def test_no_loss_waits_for_the_device(monkeypatch):
         (real,) = Epoch(histories([9, 5, 12, 7, 3, 8, 4, 6]), model, changed(base, loss=loss), 0).step(0)
         assert (real.targets == IGNORE).any()
         there = {k: v.to("meta") for k, v in real._asdict().items() if isinstance(v, torch.Tensor)}
-        for dtype, multiple in ((torch.float32, 1), (torch.bfloat16, 64)):
-            train = changed(base, loss=loss, head_multiple=multiple)
+        train = changed(base, loss=loss)
+        for dtype in (torch.float32, torch.bfloat16):
             with torch.device("meta"):
                 module = Bert4Rec(model).to(dtype)
                 parameters = list(module.parameters())

@@ -82,26 +82,6 @@ def test_clipping_is_torchs_whether_gradients_are_divided_now_or_by_the_fused_op
     torch.testing.assert_close(results[2], results[0])
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_copies_of_the_weights_are_autocast(precision):
-    """The same losses to the bit and the same weights but for the rounding of summed gradients."""
-    for shape in ({}, UNTIED):
-        config = changed(SHORT, precision=precision, micro_batch_size=4)
-        cast, wanted = run_steps(config, small_model(**shape))
-        copied, stats = run_steps(changed(config, half_copies=True), small_model(**shape))
-        assert [s.loss for s in stats] == pytest.approx([s.loss for s in wanted], rel=1e-4)
-        assert stats[0].loss == wanted[0].loss
-        assert [s.grad_norm for s in stats] == pytest.approx([s.grad_norm for s in wanted], rel=2e-3)
-        assert {tensor.dtype for p in copied.parameters for tensor in (p, p.grad)} == {torch.float32}
-        gradients = ([p.grad for p in trainer.parameters] for trainer in (copied, cast))
-        torch.testing.assert_close(*gradients, rtol=0.05, atol=2e-3)
-        names = dict(copied.model.named_parameters())
-        assert copied.model.blocks[0].ffn.up.weight is names["blocks.0.ffn.up.weight"]
-    full, _ = run_steps(SHORT)
-    inert, _ = run_steps(changed(SHORT, half_copies=True))  # fp32: nothing is cast
-    assert same(weights(inert), weights(full))
-
-
 def test_steps_as_graphs_are_the_same_steps(monkeypatch):
     """A graph reads where the first batch of its shape lay, and is given the next one there."""
     captures, replays = [], []
