@@ -131,7 +131,7 @@ def size_and_counts(rows: pd.DataFrame) -> go.Figure:
             if "ndcg@10_low" in part:
                 trace["error_y"] = style.interval(part, "ndcg@10", color)
             figure.dots(part, SIZE, "ndcg@10", color, hover, **trace, **place)
-        scores = marks[marks["recipe"] == OURS]["ndcg@10"]
+        scores = tested[marks.index[marks["recipe"] == OURS]]
         if len(counts) and len(scores):
             ahead.append((dataset, float(scores.max()) > counts["ndcg@10"].max()))
         axis = log_axis(rows[SIZE].dropna(), most=4) | {"range": list(np.log10([low, high]))}

@@ -66,6 +66,8 @@ def test_accuracy_against_size_keeps_validation_and_test_apart_and_says_who_is_a
     assert drawn["BERT4Rec, test"] == [0.04]
     lines = [trace.y[0] for trace in figure.data if trace.name.startswith("counts")]
     assert 0.09 not in lines, "a count that had the validation item is no rival"
+    trained = tables.by_size([row for row in rows if row["name"] == "learning_curve"])
+    assert "no count was scored" in figures.show("size_and_counts", *trained).layout.title.text
     sizes, counts = findings.study(rows)
     expected = "How far: wider models rank better. NDCG@10 on validation goes on made-up from"
     assert sizes == f"{expected} 0.035 (w32d2) to 0.055 (w64d2)."
