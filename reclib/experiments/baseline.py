@@ -326,6 +326,11 @@ def everything(
 ) -> list[Result]:
     """Return all results; `samples` is the number of bootstrap resamples, `left_out` as in `comparisons`."""
     results = headline(models, samples) + comparisons(models, reference, left_out)
+    if dataset.times is not None:
+        # Only the file may decide the order of targets at one time: the others are compared apart.
+        later = np.flatnonzero(statistics.by_time_before(evaluation.histories, dataset.times).member)
+        if len(later) > 1:
+            results += comparisons(models, reference, left_out, later, "later")
     for model in models:
         for name in model.runs[0].outcomes:
             results.append(_protocol(model.name, [run.outcomes[name] for run in model.runs], samples))
@@ -348,13 +353,19 @@ def headline(models: Sequence[Model], samples: int) -> list[Result]:
 
 
 def comparisons(
-    models: Sequence[Model], reference: str, left_out: Mapping[str, Sequence[int]] | None = None
+    models: Sequence[Model],
+    reference: str,
+    left_out: Mapping[str, Sequence[int]] | None = None,
+    users: np.ndarray | None = None,
+    group: str | None = None,
 ) -> list[Result]:
     """Compare every model with the reference, paired by user and corrected for the number of comparisons.
 
     Models that count the validation items are also compared with the reference that does, if there is one.
-    `left_out` maps models to seeds that chose their recipe; these are left out.
+    `left_out` maps models to seeds that chose their recipe; these are left out. `users` (places of the
+    evaluation) restricts the comparison to a `group`, whose results are named `group_comparison`.
     """
+    name, about = ("comparison", {}) if group is None else ("group_comparison", {"group": group})
     deterministic = [model.name for model in models if not model.seeds]
     results = []
     for metric in COMPARED:
@@ -364,12 +375,15 @@ def comparisons(
             rows = [place for place, seed in enumerate(model.seeds or [-1]) if seed not in out]
             if rows:
                 values[model.name] = model.per_seed(metric)[rows]
-        renewed = {name: rows for name, rows in values.items() if name.endswith("_with_validation")}
+                if users is not None:
+                    values[model.name] = values[model.name][:, users]
+        renewed = {model: rows for model, rows in values.items() if model.endswith("_with_validation")}
         for against, compared_values in ((reference, values), (f"{reference}_with_validation", renewed)):
             if against in compared_values and len(compared_values) > 1:
-                fixed = [name for name in deterministic if name in compared_values]
+                fixed = [model for model in deterministic if model in compared_values]
                 pairs = statistics.compare(compared_values, against, fixed)
-                results += [compared(comparison, metric) for comparison in pairs]
+                for result in (compared(comparison, metric, name) for comparison in pairs):
+                    results.append(result._replace(params=result.params | about))
     return results
 
 

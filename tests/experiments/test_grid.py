@@ -5,6 +5,8 @@ import json
 import multiprocessing
 import shutil
 from concurrent.futures import ProcessPoolExecutor
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from reclib import records, system
 from reclib.config import ModelConfig, TrainConfig
 from reclib.data.prepare import prepare
 from reclib.evaluate import metrics
-from reclib.experiments import grids
+from reclib.experiments import baseline, grids
 from reclib.experiments.notebook import Result
 from reclib.report import figures, tables
 from reclib.train.fit import Options
@@ -153,7 +155,8 @@ def named(results: list[Result], name: str, **params: object) -> list[Result]:
 
 def but_comparisons(results: list[Result]) -> list[Result]:
     """Return the results of the main split without the comparisons."""
-    return [r for r in results if r.name != "comparison" and (r.name != "protocol" or r.seed is None)]
+    made = ("comparison", "group_comparison")
+    return [r for r in results if r.name not in made and (r.name != "protocol" or r.seed is None)]
 
 
 def means(results: list[Result]) -> dict[tuple[str, int | None], dict]:
@@ -184,6 +187,20 @@ def test_comparisons_are_paired_corrected_and_need_three_seeds(scored):
     (twin,) = (row.metrics for row in named(rows, "comparison", model="twin", metric="hr@10"))
     assert (twin["seeds"], twin["reference_seeds"]) == (2, 2), "too few for a claim"
     assert twin["difference_low"] <= twin["difference"] <= twin["difference_high"]
+    assert len(named(scored, "group_comparison", group="later")) == len(rows)  # no two items have one time
+
+
+def test_a_group_is_compared_by_its_users_alone():
+    values = np.random.default_rng(0).random((2, 3, 5))  # models, seeds, users
+    models: Any = [
+        SimpleNamespace(name=name, seeds=[0, 1, 2], per_seed=lambda metric, rows=rows: rows)
+        for name, rows in zip(("base", "other"), values, strict=True)
+    ]
+    users = np.array([1, 3, 4])
+    for row in baseline.comparisons(models, "base", users=users, group="later"):
+        assert (row.name, row.params["group"]) == ("group_comparison", "later")
+        expected = values[1][:, users].mean() - values[0][:, users].mean()
+        assert row.metrics["difference"] == pytest.approx(expected)
 
 
 def test_the_shuffle_control_moves_what_uses_order_and_nothing_else(scored):
