@@ -130,7 +130,10 @@ def size_and_counts(rows: pd.DataFrame) -> go.Figure:
             trace = {"customdata": part["model"].map(model_name)} | entry(f"{recipe}, test")
             if "ndcg@10_low" in part:
                 trace["error_y"] = style.interval(part, "ndcg@10", color)
-            figure.dots(part, SIZE, "ndcg@10", color, hover, **trace, **place)
+            of_lines = set(widths["grid"][widths["recipe"] == recipe])
+            look = {"symbol": np.where(part["grid"].isin(of_lines or part["grid"]), "circle", "square")}
+            look |= {"size": np.where(part["seeds"] < statistics.MIN_SEEDS, 6, 10), "opacity": 1}
+            figure.dots(part, SIZE, "ndcg@10", color, hover, marker=look, **trace, **place)
         scores = tested[marks.index[marks["recipe"] == OURS]]
         if len(counts) and len(scores):
             ahead.append((dataset, float(scores.max()) > counts["ndcg@10"].max()))
@@ -141,7 +144,8 @@ def size_and_counts(rows: pd.DataFrame) -> go.Figure:
     figure.update_yaxes(title_text="NDCG@10", col=1)
     figure.note(
         "Marks and grey lines: test split; bar: 95 % interval over users. Pale lines: one recipe at every "
-        "width, on validation, where the same model ranks higher than on test."
+        "width, on validation, where the same model ranks higher than on test. Squares: another recipe than "
+        "the line's. Small marks: fewer than three seeds."
     )
     words = {"below a count on": False, "above every count on": True}
     parts = {word: [name for name, is_ahead in ahead if is_ahead == over] for word, over in words.items()}

@@ -325,21 +325,24 @@ def scored_configurations(records: Iterable[Record]) -> dict[tuple[str, str, str
 def by_size(records: Iterable[Record], result: str = "test_metrics") -> list[Record]:
     """Return the runs of grids of sizes, and results of models and baselines with the sizes of their runs.
 
-    Only the newest records of committed grids count, without grids that choose a recipe or shuffle ties.
-    Grids of one dataset get one name; series are left out, and datasets with fewer than two sizes.
+    Their own parameters have `grid` and, for results, `seeds`, the number of seeds that were ranked. Only the
+    newest records of committed grids count, without grids that choose a recipe or shuffle ties. Grids of one
+    dataset get one name; series are left out, and datasets with fewer than two sizes.
     """
     grids = [r for r in records if r["profile"] == "grid" and not chooses(_data(r))]
     grids = [r for r in grids if not _data(r).startswith(TIES)]
     runs = [r for r in grids if r["name"] == "learning_curve" and r["metrics"].get("non_embedding")]
     results = [r for r in grids if r["name"] == result]
     sizes = {(_data(r), r["own_params"].get("model")): r["metrics"]["non_embedding"] for r in runs}
-    sized = []
-    for (grid, name, model, seed), r in newest([*runs, *results], _run).items():
+    sized, rows = [], newest([*runs, *results], _run)
+    seeds = Counter((grid, model) for grid, name, model, seed in rows if name == result and seed is not None)
+    for (grid, name, model, seed), r in rows.items():
         size = sizes.get((grid, model))
         is_result = name == result and seed is None and (size or model in BASELINES)
         if is_result or (name == "learning_curve" and r["notebook"] == "03_scaling"):
             added = {"metrics": dict(r["metrics"]) | {"non_embedding": size}, "series": {}}
-            sized.append(dict(r) | added)
+            about = {"grid": grid} | ({"seeds": seeds[grid, model]} if is_result else {})
+            sized.append(_with_params(r, **about) | added)
     chosen: list[Record] = []
     for of_data in by(sized, lambda r: _data(r, "fingerprint")).values():
         name = min((_data(r).removeprefix("scaling-").removeprefix("prior-") for r in of_data), key=len)

@@ -64,6 +64,15 @@ def test_accuracy_against_size_keeps_validation_and_test_apart_and_says_who_is_a
     drawn = {trace.name: list(trace.y) for trace in figure.data}
     assert drawn["BERT4Rec, validation"] == pytest.approx([0.035, 0.055])
     assert drawn["BERT4Rec, test"] == [0.04]
+    (marks,) = (trace.marker for trace in figure.data if trace.name == "BERT4Rec, test")
+    assert (list(marks.symbol), list(marks.size)) == (["circle"], [6]), "the line's recipe, no three seeds"
+    seeds = [of_grid("test_metrics", {"model": "w64d2"}, {"ndcg@10": 0.04}, None, seed) for seed in range(3)]
+    elsewhere = {"notebook": "02_baseline", "data": rows[0]["data"] | {"name": "made-up"}}
+    ranked = [r for r in rows if r["name"] == "test_metrics"] + seeds
+    moved = [r | elsewhere for r in [rows[2], *ranked]]
+    figure = figures.show("size_and_counts", *tables.by_size([*rows[:4], *moved]))
+    (marks,) = (trace.marker for trace in figure.data if trace.name == "BERT4Rec, test")
+    assert (list(marks.symbol), list(marks.size)) == (["square"], [10])
     lines = [trace.y[0] for trace in figure.data if trace.name.startswith("counts")]
     assert 0.09 not in lines, "a count that had the validation item is no rival"
     trained = tables.by_size([row for row in rows if row["name"] == "learning_curve"])
