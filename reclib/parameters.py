@@ -109,8 +109,8 @@ class Parameters:
     batch_size: Positive  # sequences per optimiser step
     micro_batch_size: Positive | None  # sequences per forward pass; None: from the device file
     learning_rate: PositiveFloat  # peak of the schedule
-    base_rate: PositiveFloat  # peak learning rate at a width of 128; others by the rule of `scaling`
-    tuned: bool  # take what `scaling` chose for a size on this dataset, where it did
+    base_rate: PositiveFloat  # peak learning rate at a width of 128; others by the square root of the width
+    tuned: bool  # take what `reclib tune` chose for a size on this dataset, where it did
     mask_prob: Inside  # share of positions that are cloze targets
     last_item_share: Share  # share of samples whose only target is the last item
     window: config.Window  # which max_len items of a longer history train

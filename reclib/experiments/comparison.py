@@ -275,7 +275,9 @@ def fits_which(p: Hardware) -> pd.DataFrame:
         }
         for name, (candidates, order) in orders.items():
             for plan in sorted(candidates, key=order)[:1]:
-                row = {"size": size, "which": name, "device": plan.device}
+                alike = sum(other.step.seconds < 1.01 * plan.step.seconds for other in fitting) - 1
+                device = f"{plan.device} and {alike} alike" if name == "fastest" and alike else plan.device
+                row = {"size": size, "which": name, "device": device}
                 row["epoch (s)"] = f"{plan.epoch.low:,.0f} to {plan.epoch.high:,.0f}"
                 row["GiB"] = f"{plan.peak_bytes / GIB:.1f} of {(plan.memory_bytes or 0) / GIB:.0f}"
                 row["largest batch"] = f"{plan.largest_batch:,}"

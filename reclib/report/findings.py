@@ -197,7 +197,8 @@ def _of_scaling(results: Results) -> list[str]:
             word, count = f"{TOO_FEW} ({seeds})", ""
         sentences.append(
             f"{word} on {_place(curves).removeprefix('scaling-')}: NDCG@10 on validation is "
-            f"{np.mean(small):.3f} for {sizes[0]}, {np.mean(large):.3f} for {sizes[-1]}, the largest{count}."
+            f"{np.mean(small):.3f} for {sizes[0]}, {np.mean(large):.3f} for {sizes[-1]}, the widest "
+            f"there{count}."
         )
     sentences += _of_purchase(tables.by_arm(curves)) if curves else []
     if results.get("prediction"):
@@ -430,7 +431,7 @@ def of_devices(results: Results) -> list[str]:
         as_fast = [device for device, rate in rates.items() if rate >= 0.99 * max(rates.values())]
         fastest = best["own_params"]["device"]
         if len(as_fast) > 2:
-            fastest = f"{len(as_fast)} of them alike, whose step waits for the host"
+            fastest = f"{len(as_fast)} of them alike"
         sentence = f"{size}: fits on {len(rates)} boards; fastest {fastest}, an epoch in {low:.0f} to "
         sentence += f"{high:.0f} s (predicted)."
         if priced := [r for r in rows if r["timings"].get("cost_per_epoch") is not None]:

@@ -40,7 +40,7 @@ ARM_NAMES = {
     "full": "full fine-tuning",
     "lora": "LoRA",
     "ilora": "iLoRA",
-    "gated": "gated LoRA (the seed's)",
+    "gated": "gated LoRA (the seed study's)",
     "head": "head only (LoRA)",
     "bias": "output bias only",
     "shuffled_user": "iLoRA, another user's gate",
@@ -376,16 +376,20 @@ def tie_rules(records: Iterable[Record]) -> list[Record]:
 
 
 def steps_and_plans(measured: Iterable[Record], predicted: Iterable[Record]) -> list[dict[str, Any]]:
-    """Return measured steps with the closed plan of the same size, device and batch, if there is one."""
+    """Return measured steps with the plan of the same size, device, batch and rule, if there is one.
+
+    A measured step that names no rule is one in fp32, as the closed plan.
+    """
 
     def key(record: Record) -> tuple[Any, ...]:
-        return tuple(record["own_params"].get(name) for name in ("size", "device", "batch_size"))
+        own = record["own_params"]
+        return own.get("size"), own.get("device"), own.get("batch_size"), own.get("rule", "closed")
 
-    plans = {key(r): r["timings"]["step_seconds"] for r in predicted if r["own_params"]["rule"] == "closed"}
+    plans = {key(r): (r["own_params"]["precision"], r["timings"]["step_seconds"]) for r in predicted}
     timed = [(key(r), r["timings"].get("step_seconds")) for r in measured]
     return [
-        dict(zip(("size", "device", "batch"), place, strict=True))
-        | {"measured (s)": seconds, "predicted (s)": plans[place], "error": plans[place] / seconds - 1}
+        dict(zip(("size", "device", "batch", "precision"), (*place[:3], plans[place][0]), strict=True))
+        | {"measured (s)": seconds, "predicted (s)": plans[place][1], "error": plans[place][1] / seconds - 1}
         for place, seconds in timed
         if seconds and place in plans
     ]
