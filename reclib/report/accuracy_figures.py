@@ -226,8 +226,9 @@ def equal_time(rows: pd.DataFrame) -> go.Figure:
     first, second = final.index[:2]
     apart = low[first] > high.drop(columns=first).max(axis=1)  # by the intervals of all others
     when = "at every time" if apart.all() else f"after {values.index[-1]:.3g} minutes"
-    verb = "leads" if apart.iloc[-1] else f"is not told apart from {second}"
-    title = f"{first} {verb} {when}: in the end {final.iloc[0]:.3f} against {final.iloc[1]:.3f}"
+    title = f"{first} leads {when}: in the end {final.iloc[0]:.3f} against {final.iloc[1]:.3f}"
+    if not apart.iloc[-1]:
+        title = f"{first} is not told apart from {second} {when}"
     return figure.update_layout(title_text=style.sentence(title))
 
 
@@ -511,7 +512,7 @@ def tie_rules(rows: pd.DataFrame) -> go.Figure:
     if "merge_variants" in rows:
         rows.loc[rows["merge_variants"].eq(True), "rule"] = "variants merged"
     datasets, colors = list(dict.fromkeys(rows["dataset"])), style.model_colors(rows["model"])
-    colors |= dict(zip(sorted(_BASELINES & {*colors}), (GREEN, INK), strict=False))
+    colors |= dict(zip(sorted(_BASELINES & {*colors}), (MUTED, INK), strict=False))
     figure = panels(len(datasets), spacing=0.06, shared_yaxes=True, subplot_titles=datasets)
     for (dataset, model), part in rows.groupby(["dataset", "model"]):
         place, color = at(1, datasets.index(dataset) + 1), colors[model]
@@ -527,8 +528,8 @@ def tie_rules(rows: pd.DataFrame) -> go.Figure:
     figure.note(text)
     counts = rows[(rows["model"] == model_name("pairwise_counts")) & (rows["rule"] != "variants merged")]
     span = counts.groupby("dataset")["ndcg@10"].agg(["min", "max"])
-    text = ", ".join(f"{low:.3f} to {high:.3f} on {name}" for name, low, high in span.itertuples())
-    return figure.update_layout(title_text=f"The order of ties moves NDCG@10 of pairwise counts: {text}")
+    text = ", ".join(f"{high / low - 1:.0%} on {name}" for name, low, high in span.itertuples())
+    return figure.update_layout(title_text=f"The order of ties moves NDCG@10 of pairwise counts by {text}")
 
 
 # -- adapters ------------------------------------------------------------------------------------------------
