@@ -71,6 +71,19 @@ def test_three_seeds_reject_a_true_null_as_often_as_the_level_and_cover_the_trut
             assert np.mean(over_users_alone) > np.mean(rejected) + 0.05
 
 
+def test_with_seeds_alone_a_comparison_is_welch_s_and_other_models_do_not_change_it():
+    rng = np.random.default_rng(3)
+    means = {"a": rng.normal(0.0, 0.1, 3), "b": rng.normal(0.1, 0.02, 4)}
+    values = {name: np.tile(of_seeds[:, None], 50) for name, of_seeds in means.items()}
+    (comparison,) = statistics.compare(values, "a")
+    wanted = stats.ttest_ind(means["b"], means["a"], equal_var=False)
+    assert (comparison.p_value, comparison.degrees) == pytest.approx((wanted.pvalue, wanted.df))
+    values = drawn(rng, 0.02)
+    (alone,) = statistics.compare(values, "m0")
+    among, _ = statistics.compare(values | {"unstable": drawn(rng, 0.5)["m1"]}, "m0")
+    assert among._replace(adjusted_p=among.p_value) == alone
+
+
 def test_without_seeds_a_comparison_is_the_paired_t_test():
     values = {"a": np.random.default_rng(0).random((1, 50)), "b": np.random.default_rng(1).random((1, 50))}
     (comparison,) = statistics.compare(values, "a", ["a", "b"])
