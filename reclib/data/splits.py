@@ -52,6 +52,24 @@ class Split(NamedTuple):
     test: Evaluation
     about: dict[str, Any]  # plain JSON: counts, points in time, numbers of users and rows left out
 
+    def before_test(self) -> Histories:
+        """Return the training users' histories up to their test targets, for leave-one-out."""
+        histories = self.test.histories
+        return histories.rows(np.isin(histories.starts, self.train.starts))
+
+    def with_fewer_users(self, share: float, seed: int = 0) -> Split:
+        """Return the split with a share of the training histories, drawn by `seed`; the targets stay.
+
+        A smaller share is a part of a larger one with the same seed.
+        """
+        users = len(self.train.starts)
+        drawn = np.random.default_rng(seed).permutation(users)[: max(1, round(share * users))]
+        train = self.train.rows(np.sort(drawn))
+        metadata = {"share_of_users": share, "seed": seed, "train_users": len(drawn)}
+        metadata["train_interactions"] = int(train.lengths.sum())
+        name = f"{self.name}, {share:.0%} of the users train"
+        return self._replace(name=name, train=train, about=self.about | metadata)
+
 
 def leave_one_out(dataset: Dataset) -> Split:
     """Return the last interaction of each user as test target, the one before as validation target."""

@@ -282,7 +282,7 @@ def assess_baselines(
         models.append(Model(name, [assess(choice.recommender.scores, test)]))
         chosen[name] = choice.chosen
         if family.refitted:  # the same hyperparameters, and every item before the test target
-            again = family.fit(split.test.histories, dataset.num_items, **choice.chosen)
+            again = family.fit(split.before_test(), dataset.num_items, **choice.chosen)
             models.append(Model(f"{name}_with_validation", [assess(again.scores, test)]))
     return models, chosen
 

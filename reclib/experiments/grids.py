@@ -39,6 +39,7 @@ from reclib.config import (
     DataConfig,
     InputError,
     ModelConfig,
+    Share,
     TrainConfig,
     as_dict,
     changed,
@@ -91,6 +92,7 @@ class Arm:
     train: Fields  # of TrainConfig, the seed apart
     data: Fields = field(default_factory=dict)  # of DataConfig, where they differ from the grid's
     split: Literal["leave_one_out", "global_time", "random_users"] = "leave_one_out"
+    users: Share = 1.0  # share of the users whose histories train; all are evaluated
     final: bool = False  # scored on the test split
 
 
@@ -192,7 +194,8 @@ class Work:
 
     def split(self, arm: Arm) -> Split:
         """Return the split of an arm's data."""
-        return SPLITS[arm.split](self.data_of(arm))
+        split = SPLITS[arm.split](self.data_of(arm))
+        return split if arm.users == 1 else split.with_fewer_users(arm.users)
 
     def configs(self, arm: Arm, seed: int) -> tuple[ModelConfig, TrainConfig]:
         """Return the configurations of a run."""
@@ -263,11 +266,12 @@ class Work:
         return fit(model, data, train, self.device, folder, options, self.split(arm))
 
     def parts(self, arms: Sequence[Arm]) -> list[tuple[Fields, Work]]:
-        """Divide arms by their fields of the data; return those fields and a grid for each dataset."""
+        """Divide arms by what they train on; return its fields and a grid for each."""
         divided = []
-        for group in tables.by(arms, _data_key).values():
+        for (_, users), group in tables.by(arms, lambda arm: (_data_key(arm), arm.users)).items():
             grid = replace(self.grid, arms=[replace(arm, data={}) for arm in group])
-            divided.append((group[0].data, Work(grid, self.data_of(group[0]), self.device)))
+            fields = group[0].data | ({"users": users} if users != 1 else {})
+            divided.append((fields, Work(grid, self.data_of(group[0]), self.device)))
         return divided
 
     def write(
@@ -338,7 +342,8 @@ def run_grid(work: Work, chosen: Sequence[tuple[Arm, int]], options: Options) ->
             save_ranks(work.ranks_file(arm, seed), {"valid": valid.ranks})
             model, train = work.configs(arm, seed)
             configuration: Fields = {"model": as_dict(model), "train": asdict(train), "split": arm.split}
-            optional = {"prediction": work.prediction(arm), "data": arm.data}
+            optional: Fields = {"prediction": work.prediction(arm), "data": arm.data}
+            optional["users"] = arm.users if arm.users != 1 else None
             configuration |= {name: value for name, value in optional.items() if value}
             result = run.result(arm.name)
             work.write(work.key(arm, seed), result, configuration, result.timings, work.data_of(arm))
@@ -440,11 +445,11 @@ def keep(work: Work) -> list[str]:
     final = [arm for arm in work.grid.arms if arm.final and arm.split == MAIN_SPLIT]
     names = []
     for _, part in work.parts(final):
-        split = SPLITS[MAIN_SPLIT](part.dataset)
+        split = part.split(part.grid.arms[0])
         test, items, counts = baseline.draw(part.dataset, split.test), part.dataset.num_items, None
         if any(counting(part, arm) for arm in part.grid.arms):
             settings = choose_baseline(families()["pairwise_counts"], split.train, items, split.valid).chosen
-            counts = fit_pairwise_counts(split.test.histories, items, **settings)
+            counts = fit_pairwise_counts(split.before_test(), items, **settings)
         for arm, seed in part.runs():
             if part.curve(arm, seed):
                 assess_run(part, arm, seed, test)
@@ -475,14 +480,14 @@ def _score(work: Work, data: Fields, from_ranks: bool) -> list[Result]:
     ]
     if from_ranks and unranked:
         raise InputError(f"no ranks on the test split are kept of {', '.join(unranked)}: leave --from-ranks")
-    split = SPLITS[MAIN_SPLIT](work.dataset)
+    split = work.split(main[0])
     test = baseline.draw(work.dataset, split.test)
     models, chosen = baseline.assess_baselines(split, work.dataset, test)
     for arm in main:
         models.append(Model(arm.name, [assess_run(work, arm, seed, test) for seed in arm.seeds], arm.seeds))
         if counting(work, arm):
             settings = chosen["pairwise_counts"]
-            counts = fit_pairwise_counts(split.test.histories, work.dataset.num_items, **settings)
+            counts = fit_pairwise_counts(split.before_test(), work.dataset.num_items, **settings)
             runs = [assess_run(work, arm, seed, test, counts) for seed in arm.seeds]
             models.append(Model(f"{arm.name}_with_validation", runs, arm.seeds))
     out = choosing_seeds(work)
@@ -509,15 +514,19 @@ def _score(work: Work, data: Fields, from_ranks: bool) -> list[Result]:
     return results
 
 
-def score_ties(work: Work) -> list[Result]:
-    """Score the pairwise counts and the trained arms under each rule for ties.
+def score_apart(work: Work) -> list[Result]:
+    """Score the pairwise counts and the trained arms under each rule for ties, or at each share of the users.
 
-    For grids whose arms differ in the order of ties. Test targets differ between rules, so nothing is paired
-    by user. Only arms with all seeds trained are scored, named without their ` (...)`.
+    For grids whose arms differ in what they train on. Nothing is paired by user: test targets differ between
+    rules for ties. Only arms with all seeds trained are scored, named without their ` (...)`.
+    `later_ndcg@10` is that of users whose target is later than the item before it.
     """
     results = []
+    kind, defaults = "tie_rule", {"ties": "source", "ties_seed": 0}
+    if any(arm.users != 1 for arm in work.grid.arms):
+        kind, defaults = "user_share", {"users": 1.0}
     for data, part in work.parts(work.grid.arms):
-        split = SPLITS[MAIN_SPLIT](part.dataset)
+        split = part.split(part.grid.arms[0])
         test = baseline.draw(part.dataset, split.test)
         models, chosen = baseline.assess_baselines(split, part.dataset, test, ["pairwise_counts"])
         arms = {arm.name.split(" (")[0]: arm for arm in part.grid.arms if not part.not_trained([arm])}
@@ -525,9 +534,17 @@ def score_ties(work: Work) -> list[Result]:
             models.append(Model(name, [assess_run(part, arm, seed, test) for seed in arm.seeds], arm.seeds))
         configuration = {"baselines": chosen, "bootstrap_samples": SAMPLES, "data": data}
         configuration["arms"] = {name: _arm_configuration(part, arm) for name, arm in arms.items()}
-        rule = {"ties": "source", "ties_seed": 0} | data
+        later, of_seeds = None, {model.name: model for model in models}
+        if part.dataset.times is not None:
+            groups = statistics.by_time_before(split.test.histories, part.dataset.times)
+            later = groups.member == 1
         for result in baseline.headline(models, SAMPLES):
-            results.append(result._replace(name="tie_rule", params=result.params | rule))
+            if later is not None and later.any():
+                model = of_seeds[result.params["model"]]
+                values = model.per_seed("ndcg@10")[:, later]
+                rows = slice(None) if result.seed is None else model.seeds.index(result.seed)
+                result.metrics["later_ndcg@10"] = float(values[rows].mean())
+            results.append(result._replace(name=kind, params=result.params | defaults | data))
             key = records.params_hash({"ties": results[-1].params, "data": part.dataset.fingerprint})
             part.write(key, results[-1], configuration, {})
     return results
@@ -666,12 +683,12 @@ def score_main(argv: list[str] | None = None) -> int:
     if options.keep:
         print("kept:", ", ".join(keep(work)) or "no run is trained yet")
         return 0
-    if options.name.startswith(tables.TIES):
-        results = score_ties(work)
+    if options.name.startswith(tables.APART):
+        results = score_apart(work)
     else:
         results = compare(work) if options.validation else score(work, options.from_ranks)
     for result in results:
-        if result.name in ("test_metrics", "tie_rule", "validation_difference"):
+        if result.name in ("test_metrics", "tie_rule", "user_share", "validation_difference"):
             numbers = "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
             seed = "" if result.seed is None else f" seed {result.seed}"
             rule = ", ".join(f"{key} {value}" for key, value in result.params.items() if key != "model")

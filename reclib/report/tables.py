@@ -59,6 +59,7 @@ FLOOR = "held over 16 bytes per parameter"
 _STATE_BYTES = 16  # of a parameter: weight, gradient and AdamW's two moments in fp32
 _STEPS = ("hardware_step", "real_size_step")  # names of records of a step of one size on one device
 TIES = "ties-"  # prefix of grids whose arms differ in the order of ties
+APART = (TIES, "users-")  # of grids whose arms differ in what they train on: see `grids.score_apart`
 _ABLATIONS = ("ablations-", "tuning-")  # prefixes of grids whose arms are compared
 # Parameters of notebook 02 that define the configuration of a model.
 _RECIPE = ["size", "epochs", "batch_size", "learning_rate", "dropout", "mask_prob", "window"]
@@ -302,7 +303,7 @@ def scored_configurations(records: Iterable[Record]) -> dict[tuple[str, str, str
             split = params.get("protocol", "").split(",")[0]
             if split in ("leave-one-out", "seed study's") or record["seed"] is None:
                 continue  # another protocol on the same test split
-        elif record["name"] not in ("test_metrics", "tie_rule"):
+        elif record["name"] not in ("test_metrics", "tie_rule", "user_share"):
             continue
         if model in BASELINES:
             continue
@@ -326,11 +327,11 @@ def by_size(records: Iterable[Record], result: str = "test_metrics") -> list[Rec
     """Return the runs of grids of sizes, and results of models and baselines with the sizes of their runs.
 
     Their own parameters have `grid` and, for results, `seeds`, the number of seeds that were ranked. Only the
-    newest records of committed grids count, without grids that choose a recipe or shuffle ties. Grids of one
-    dataset get one name; series are left out, and datasets with fewer than two sizes.
+    newest records of committed grids count, without grids that choose a recipe or change what trains. Grids
+    of one dataset get one name; series are left out, and datasets with fewer than two sizes.
     """
     grids = [r for r in records if r["profile"] == "grid" and not chooses(_data(r))]
-    grids = [r for r in grids if not _data(r).startswith(TIES)]
+    grids = [r for r in grids if not _data(r).startswith(APART)]
     runs = [r for r in grids if r["name"] == "learning_curve" and r["metrics"].get("non_embedding")]
     results = [r for r in grids if r["name"] == result]
     sizes = {(_data(r), r["own_params"].get("model")): r["metrics"]["non_embedding"] for r in runs}

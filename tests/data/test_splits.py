@@ -64,6 +64,21 @@ def test_leave_one_out_trains_on_no_target_and_nothing_after_it(histories):
 
 
 @settings(max_examples=40, deadline=None)
+@given(histories=HISTORIES, shares=st.tuples(*[st.floats(0.05, 1)] * 2))
+def test_fewer_users_train_and_the_targets_stay(histories, shares):
+    dataset = made(histories)
+    split = splits.leave_one_out(dataset)
+    assert spans(split.before_test()) == spans(split.test.histories)
+    fewer, more = (split.with_fewer_users(share) for share in sorted(shares))
+    assert {*spans(fewer.train)} <= {*spans(more.train)} <= {*spans(split.train)}
+    assert len(more.train.starts) == max(1, round(max(shares) * dataset.num_users))
+    assert more.test is split.test and more.valid is split.valid
+    users = {*row_users(dataset, more.train)} & {*row_users(dataset, split.test.histories)}
+    assert {*row_users(dataset, more.before_test())} == users
+    check_rows(dataset, more)
+
+
+@settings(max_examples=40, deadline=None)
 @given(
     histories=HISTORIES,
     shares=st.tuples(st.floats(0.05, 0.45), st.floats(0.05, 0.45)),

@@ -304,7 +304,7 @@ def test_ties_are_scored_by_rule_with_the_arms_that_are_trained(root, monkeypatc
     write(root, arms={"bert4rec": {"seeds": [0]}, "causal": {}, "bert4rec (shuffle)": {"data": shuffled}})
     here = work()
     grids.run_grid(here, here.runs()[:1], Options())
-    results = grids.score_ties(here)
+    results = grids.score_apart(here)
     keys = ("model", "ties", "ties_seed")
     overall = {tuple(r.params[key] for key in keys) for r in named(results, "tie_rule")}
     counts = ("pairwise_counts", "pairwise_counts_with_validation")
@@ -313,3 +313,20 @@ def test_ties_are_scored_by_rule_with_the_arms_that_are_trained(root, monkeypatc
     rows = tables.tie_rules(here.rows("tie_rule"))
     assert len(rows) == len(overall)  # means over seeds alone
     assert figures.show("tie_rules", *rows).layout.title.text.startswith("The order of ties moves NDCG@10")
+
+
+def test_fewer_users_train_and_all_are_evaluated(root, monkeypatch):
+    light_scoring(monkeypatch)
+    arms = {"bert4rec": {}, "bert4rec (half)": {"users": 0.5}, "bert4rec (quarter)": {"users": 0.25}}
+    write(root, seeds=[0], arms=arms)
+    here = work()
+    runs = [here.train(arm, 0, Options()) for arm in here.grid.arms]
+    assert len({here.key(arm, 0) for arm in here.grid.arms}) == 3
+    users = [set(run.histories.starts.tolist()) for run in runs]
+    assert users[0] > users[1] > users[2]
+    assert [len(part) / len(users[0]) for part in users] == pytest.approx([1, 0.5, 0.25], abs=0.01)
+    grids.run_grid(here, here.runs(), Options())
+    counts = [r for r in grids.score_apart(here) if r.params["model"] == "pairwise_counts"]
+    assert [result.params["users"] for result in counts] == [1, 0.5, 0.25]
+    whole, half, _ = (result.metrics["ndcg@10"] for result in counts)
+    assert whole != half
