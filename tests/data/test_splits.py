@@ -72,7 +72,8 @@ def test_fewer_users_train_and_the_targets_stay(histories, shares):
     fewer, more = (split.with_fewer_users(share) for share in sorted(shares))
     assert {*spans(fewer.train)} <= {*spans(more.train)} <= {*spans(split.train)}
     assert len(more.train.starts) == max(1, round(max(shares) * dataset.num_users))
-    assert more.test is split.test and more.valid is split.valid
+    assert more.test is split.test
+    assert more.valid is split.valid
     users = {*row_users(dataset, more.train)} & {*row_users(dataset, split.test.histories)}
     assert {*row_users(dataset, more.before_test())} == users
     check_rows(dataset, more)
