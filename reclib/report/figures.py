@@ -295,7 +295,7 @@ def drawings(rows: Sequence[Record]) -> Iterator[Drawing]:
             parts, besides = joined, dict.fromkeys(joined, placed)
         for (dataset, label), group in parts.items():
             # Runs that choose settings are compared in other figures.
-            is_choice = spec.needs == "learning_curve" and tables.chooses(dataset)
+            is_choice = spec.needs == "learning_curve" and tables.shown_elsewhere(dataset)
             shows_nothing = spec.enough is not None and not spec.enough(group)
             if not is_choice and not shows_nothing:
                 yield Drawing(spec, dataset, label, group, besides.get((dataset, label), []))
@@ -462,7 +462,7 @@ def _sentences(name: str, work: Sequence[Record], problems: list[str]) -> tuple[
     datasets = tables.by(work, lambda row: str((row.get("data") or {}).get("name")))
     answers, details = [], []
     for dataset, rows in sorted(datasets.items(), key=lambda item: _most_work(item[1]), reverse=True):
-        if tables.chooses(dataset):
+        if tables.shown_elsewhere(dataset):
             continue
         with _noting_failures(f"findings of {name} on {dataset}", problems):
             apart = name in findings.CHAPTERS and name not in ("06_hardware", "07_explore")

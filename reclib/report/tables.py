@@ -59,7 +59,8 @@ FLOOR = "held over 16 bytes per parameter"
 _STATE_BYTES = 16  # of a parameter: weight, gradient and AdamW's two moments in fp32
 _STEPS = ("hardware_step", "real_size_step")  # names of records of a step of one size on one device
 TIES = "ties-"  # prefix of grids whose arms differ in the order of ties
-APART = (TIES, "users-")  # of grids whose arms differ in what they train on: see `grids.score_apart`
+USERS = "users-"  # prefix of grids whose arms differ in the share of the users that train
+APART = (TIES, USERS)  # their arms differ in what they train on: see `grids.score_apart`
 _ABLATIONS = ("ablations-", "tuning-")  # prefixes of grids whose arms are compared
 # Parameters of notebook 02 that define the configuration of a model.
 _RECIPE = ["size", "epochs", "batch_size", "learning_rate", "dropout", "mask_prob", "window"]
@@ -123,6 +124,11 @@ def profile(name: str) -> str:
 def chooses(dataset: str) -> bool:
     """Return whether a data name is that of a grid from which recipes are chosen."""
     return dataset.startswith((*_ABLATIONS, "trials-")) or dataset.endswith("-rates")
+
+
+def shown_elsewhere(dataset: str) -> bool:
+    """Return whether training curves of a data name have no figures of their own."""
+    return chooses(dataset) or dataset.startswith(USERS)
 
 
 def interval_text(m: Mapping[str, Any]) -> str:
@@ -374,6 +380,34 @@ def tie_rules(records: Iterable[Record]) -> list[Record]:
     rows = [r for r in records if r["name"] == "tie_rule" and r["seed"] is None]
     named = [_renamed(r, r["params"]["grid"].removeprefix(TIES)) for r in rows]
     return sorted(named, key=lambda r: (_data(r), json.dumps(r["own_params"], sort_keys=True)))
+
+
+def user_shares(records: Iterable[Record]) -> pd.DataFrame:
+    """Return test metrics by model and share of the users that train, with those of the same data on all.
+
+    *later* is NDCG@10 of users whose target is later than the item before it. Empty without grids of shares.
+    """
+    results = [r for r in records if r["profile"] == "grid" and r["seed"] is None]
+    shares = [r for r in results if r["name"] == "user_share"]
+    models = {(_data(r, "fingerprint"), r["own_params"]["model"]) for r in shares}
+    results = [r for r in results if (_data(r, "fingerprint"), r["own_params"].get("model")) in models]
+    whole = [r for r in results if r["name"] in ("test_metrics", "groups") and not _data(r).startswith(APART)]
+    later = {
+        model: dict(zip(r["series"]["group"], r["series"]["ndcg@10"], strict=True)).get("later")
+        for model, r in newest(whole, lambda r: (r["own_params"]["model"], r["own_params"].get("by"))).items()
+        if model[1] == "time"
+    }
+    whole = [r for r in whole if r["name"] == "test_metrics"]
+    rows = []
+    for (model, share), r in newest([*shares, *whole], _share).items():
+        row = {"model": model_name(model), "share of users": share, "HR@10": r["metrics"]["hr@10"]}
+        row |= {name.upper(): r["metrics"][name] for name in ("ndcg@10", "ndcg@10_low", "ndcg@10_high")}
+        rows.append(row | {"later": r["metrics"].get("later_ndcg@10", later.get((model, "time")))})
+    return _indexed(sorted(rows, key=lambda row: list(row.values())[:2]), ["model", "share of users"])
+
+
+def _share(record: Record) -> tuple[str, float]:
+    return record["own_params"]["model"], record["own_params"].get("users", 1.0)
 
 
 def steps_and_plans(measured: Iterable[Record], predicted: Iterable[Record]) -> list[dict[str, Any]]:

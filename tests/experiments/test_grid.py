@@ -330,3 +330,14 @@ def test_fewer_users_train_and_all_are_evaluated(root, monkeypatch):
     assert [result.params["users"] for result in counts] == [1, 0.5, 0.25]
     whole, half, _ = (result.metrics["ndcg@10"] for result in counts)
     assert whole != half
+    fewer = [row for row in here.rows("user_share") if row["own_params"]["users"] < 1]
+    table = tables.user_shares(fewer)
+    assert list(table.loc["BERT4Rec"].index) == [0.25, 0.5]
+    numbers = {name: value for name, value in fewer[0]["metrics"].items() if name != "later_ndcg@10"}
+    elsewhere = {"data": fewer[0]["data"] | {"name": "all-users"}, "name": "test_metrics"}
+    on_all = fewer[0] | elsewhere | {"own_params": {"model": "bert4rec"}, "metrics": numbers}
+    series = {"group": ["later"], "ndcg@10": [0.5]}
+    by_time = on_all | {"name": "groups", "own_params": {"model": "bert4rec", "by": "time"}, "series": series}
+    table = tables.user_shares([*fewer, on_all, by_time])
+    assert table.loc["BERT4Rec"]["later"].iloc[-1] == 0.5
+    assert list(table.loc["BERT4Rec"].index) == [0.25, 0.5, 1.0]
