@@ -1,8 +1,10 @@
 """What the benchmarks share: options, processes that may fail, turns, and rows that are written as they come.
 
 A row is one line of JSON, printed as soon as it is known and appended to the file `--out`. What fails (by an
-exception, by the system, by taking too long) is a row with `status` and `reason`; the others go on. The last
-line is one JSON object with the summary. Exit codes: 0 all went well, 1 a row failed, 2 wrong arguments.
+exception, by the system, by taking too long) is a row with `status` and `reason`; the others go on. The first
+row is the `environment`, the last the `summary`. Rows that README or FINDINGS rest on are committed in
+`executed/<label>/benchmarks/`, where `python -m reclib claims` reads them. Exit codes: 0 all went well, 1 a row
+failed, 2 wrong arguments.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -150,8 +153,18 @@ def start(
         return 0
     rows = Rows(args.out)
     settings = {name: getattr(args, name) for name in ("quick", "threads", "rounds") if name in args}
-    print(json.dumps(finite(settings | run(args, rows))))
+    rows.add("environment", benchmark=Path(sys.argv[0]).stem, **settings, **environment())
+    rows.add("summary", **run(args, rows))
     return int(rows.failed)
+
+
+def environment() -> Row:
+    """Return the time, this machine's CPU, the versions and the commit."""
+    from reclib import hardware, records  # here: the children that are timed do not need them
+
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    git = records.git_state()
+    return {"time": now, "cpu": hardware.cpu_model(), "versions": records.versions(), "git": git}
 
 
 def resident_bytes(process: int | str = "self") -> int:

@@ -13,11 +13,14 @@ B sequences, T positions.
 
 from __future__ import annotations
 
+import gzip
+import json
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import field
+from statistics import median
 from typing import Any, Literal, NamedTuple
 from unittest.mock import patch
 
@@ -477,6 +480,7 @@ TAKE: dict[str, Callable[[list[float]], float]] = {
     "mean": lambda values: sum(values) / len(values),
     "lowest": min,
     "highest": max,
+    "median": median,
     "largest": lambda values: max(map(abs, values)),
 }
 
@@ -486,7 +490,9 @@ class Query:
     """A query of the committed records for one number.
 
     It matches rows with this `name` and these `own` parameters; a list allows several values. Of these count
-    the rows of the largest profile: the mean over seeds if there is one, else the newest of each seed.
+    the rows of the largest profile: the mean over seeds if there is one, else the newest of each seed. The
+    grid `benchmarks/<file>` is that of the rows of a benchmark, in `executed/<label>/benchmarks/`; nested
+    values have names with dots.
     """
 
     name: str
@@ -497,7 +503,9 @@ class Query:
     label: str | None = None  # of the device, such as h200
     day: str | None = None  # of the record, such as 2026-11-23; None: the newest
     at: dict[str, float | str] = field(default_factory=dict)  # a series and its value at the point to read
-    take: Literal["mean", "lowest", "highest", "largest"] = "mean"
+    seeds: list[int] = field(default_factory=list)  # these rows instead of the mean over all seeds
+    take: Literal["mean", "lowest", "highest", "largest", "median"] = "mean"
+    scale: float = 1.0  # 1000: the text has milliseconds
     over: dict[str, Any] | None = None  # fields of the query whose number is the divisor
     minus: dict[str, Any] | None = None  # fields of the query whose number is subtracted
 
@@ -537,11 +545,32 @@ def read_claims() -> tuple[list[Claim], dict[str, str]]:
         return claims, content["no_claims"]
 
 
+def benchmark_rows() -> Iterator[dict[str, Any]]:
+    """Yield the committed rows of benchmarks, in the form of records."""
+    for file in sorted(system.committed().glob("*/benchmarks/*.jsonl*")):
+        grid = f"benchmarks/{file.name.partition('.')[0]}"
+        shared = {"notebook": "", "params": {"grid": grid}, "data": None, "label": file.parts[-3]}
+        shared |= {"profile": "grid", "seed": None, "timings": {}, "series": {}}
+        text = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        for number, line in enumerate(text.decode().splitlines()):
+            values = _dotted(json.loads(line))
+            own = {"own_params": values, "metrics": values, "time": f"{number:06}"}
+            yield shared | own | {"name": values["name"]}
+
+
+def _dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested values by names with dots."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _dotted(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
+
+
 class Records:
     """The committed records, and the queries of claims on them."""
 
     def __init__(self) -> None:
-        committed = records.read(system.committed())
+        committed = [*records.read(system.committed()), *benchmark_rows()]
         self.rows = tables.by(committed, lambda row: (row["name"], row["params"].get("grid")))
 
     def matching(self, query: Query) -> list[dict[str, Any]]:
@@ -562,6 +591,8 @@ class Records:
         best = max(records.PROFILES.index(row["profile"]) for row in rows)
         rows = [row for row in rows if records.PROFILES.index(row["profile"]) == best]
         rows = list(tables.newest(rows, lambda row: (str(row["own_params"]), row["seed"])).values())
+        if query.seeds:
+            return [row for row in rows if row["seed"] in query.seeds]
         return [row for row in rows if row["seed"] is None] or rows
 
     def number(self, query: Query) -> float:
@@ -577,7 +608,9 @@ class Records:
         value = float(TAKE[query.take](chosen))
         if query.over:
             value /= self.number(_derived(query, query.over))
-        return value - self.number(_derived(query, query.minus)) if query.minus else value
+        if query.minus:
+            value -= self.number(_derived(query, query.minus))
+        return query.scale * value
 
     def seeds(self, query: Query) -> list[int]:
         """Return the number of seeds of a record, or of both sides of a comparison; [] if it has none."""
@@ -591,13 +624,13 @@ class Records:
 
 
 def _derived(query: Query, fields: Mapping[str, Any]) -> Query:
-    return changed(query, **({"over": None, "minus": None} | dict(fields)))
+    return changed(query, **({"over": None, "minus": None, "scale": 1.0} | dict(fields)))
 
 
 def _queries(record: Query, number: str | Mapping[str, Any]) -> list[Query]:
     """Return the queries of an item of `numbers`: the name of a value, or fields of another query."""
     if isinstance(number, str):
-        return [_derived(record, {"value": number})]
+        return [changed(record, value=number, over=None, minus=None)]
     value = number.get("value")
     values = value if isinstance(value, list) else [value]
     shared = {"grid": record.grid, "label": record.label}
