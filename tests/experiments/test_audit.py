@@ -1,6 +1,8 @@
 """Every number of the audit against the one worked out by hand from the study's files."""
 
 import copy
+import gzip
+import json
 import shutil
 
 import pandas as pd
@@ -11,7 +13,7 @@ from conftest import ROOT, refused, smoke
 from torch import nn
 
 from reclib import records, system
-from reclib.config import DataConfig, InputError
+from reclib.config import DataConfig, InputError, validated
 from reclib.data.batches import IGNORE
 from reclib.data.prepare import prepare
 from reclib.data.splits import random_users
@@ -228,3 +230,24 @@ def test_a_wrong_number_fails_the_command_and_a_wrong_claim_is_named(root, capsy
         write(wrong | changes)
         with pytest.raises(InputError, match=rf"claims.yaml: .*{part}"):
             audit.claims()
+
+
+def test_a_query_reads_rows_of_benchmarks_and_single_seeds(root):
+    rows = [
+        {"name": "row", "row": {"size": "85m", "batch": b}, "timings": {"s": b / 1000}} for b in (1, 2, 6)
+    ]
+    file = system.committed() / "h200/benchmarks/gpu-trial.jsonl.gz"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    stored = audit.Records()
+    shared = {"grid": "benchmarks/gpu-trial", "name": "row", "own": {"row.size": "85m"}, "value": "timings.s"}
+    median = validated(audit.Query, shared | {"take": "median", "scale": 1000})
+    assert stored.number(median) == pytest.approx(2)
+    one = shared | {"own": {"row.batch": 6}, "over": {"own": {"row.batch": 2}}}
+    assert stored.number(validated(audit.Query, one)) == pytest.approx(3)
+    about = {"own_params": {}, "data": None, "label": "cpu", "time": "1", "profile": "grid", "series": {}}
+    seeds = [about | {"seed": s, "metrics": {"x": s}, "timings": {}} for s in (1, 2, 4)]
+    stored.rows["test_metrics", "g"] = [*seeds, about | {"seed": None, "metrics": {"x": 0}, "timings": {}}]
+    query = {"grid": "g", "name": "test_metrics", "value": "x"}
+    assert stored.number(validated(audit.Query, query)) == 0
+    assert stored.number(validated(audit.Query, query | {"seeds": [1, 2]})) == 1.5
