@@ -58,7 +58,7 @@ from reclib.experiments.baseline import Assessed, Conditions, Model, Result, Tra
 from reclib.hardware import Device, device_card, resolve
 from reclib.report import tables
 from reclib.system import Parser
-from reclib.train.fit import Options, data_identity, fit, rank_targets
+from reclib.train.fit import Options, data_identity, fit, is_finished, rank_targets
 from reclib.train.trainer import Trainer
 
 SAMPLES = 2000  # bootstrap resamples of the users
@@ -451,7 +451,13 @@ def keep(work: Work) -> list[str]:
             settings = choose_baseline(families()["pairwise_counts"], split.train, items, split.valid).chosen
             counts = fit_pairwise_counts(split.before_test(), items, **settings)
         for arm, seed in part.runs():
-            if part.curve(arm, seed):
+            variants = (False, True)[: 1 + counting(part, arm)]
+            ranked = all(stored_ranks(part, arm, seed, renewed) for renewed in variants)
+            if not part.curve(arm, seed):
+                continue
+            if not ranked and not is_finished(part.folder(arm, seed)):
+                print(f"{arm.name} seed {seed} has a record and no weights here: left out", flush=True)
+            else:
                 assess_run(part, arm, seed, test)
                 if counting(part, arm):
                     assess_run(part, arm, seed, test, counts)

@@ -294,6 +294,12 @@ def test_runs_so_far_keep_what_they_show_and_a_later_scoring_needs_no_weights(ro
     for run in ((arm, 0), (counts, 0), (counts, 1)):  # the machine that trained them is gone
         shutil.rmtree(here.folder(*run))
     grids.run_grid(here, [(arm, 1)], Options())
+    shutil.move(here.folder(arm, 1), root / "elsewhere")
+    assert grids.score_main(["trial", "--keep"]) == 0
+    output = capsys.readouterr().out
+    assert "base seed 1 has a record and no weights here" in output
+    assert output.splitlines()[-1] == "kept: base seed 0, counts seed 0, counts seed 1"
+    shutil.move(root / "elsewhere", here.folder(arm, 1))
     assert {seed for model, seed in means(grids.score(here)) if model == "base"} == {None, 0, 1}
     assert not any(here.folder(*run).exists() for run in ((arm, 0), (counts, 0), (counts, 1)))
 
