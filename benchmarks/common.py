@@ -3,8 +3,8 @@
 A row is one line of JSON, printed as soon as it is known and appended to the file `--out`. What fails (by an
 exception, by the system, by taking too long) is a row with `status` and `reason`; the others go on. The first
 row is the `environment`, the last the `summary`. Rows that README or FINDINGS rest on are committed in
-`executed/<label>/benchmarks/`, where `python -m reclib claims` reads them. Exit codes: 0 all went well, 1 a row
-failed, 2 wrong arguments.
+`executed/<label>/benchmarks/`, where `python -m reclib claims` reads them. Exit codes: 0 all went well, 1 a
+row failed, 2 wrong arguments.
 """
 
 import argparse
@@ -65,18 +65,14 @@ class Rows:
 
     def attempt(self, name: str, action: Callable[[], Mapping[str, Any]], /, **about: Any) -> Row | None:
         """Write what `action` returns as a row; write its error and return None if it raises."""
-        values = self.section(name, action, **about)
-        row = None if values is None else self.add(name, **about, **values)
-        return row if row and row["status"] == "ok" else None
-
-    def section(self, name: str, action: Callable[[], Mapping[str, Any]], /, **about: Any) -> Mapping | None:
-        """Return what `action` returns, unwritten; write its error as a row and return None if it raises."""
         try:
-            return action()
+            values = action()
         except Exception as error:
             reason = str(error) if isinstance(error, FailedError) else first_line(error)
             self.add(name, **about, status="failed", reason=reason)
             return None
+        row = self.add(name, **about, **values)
+        return row if row["status"] == "ok" else None
 
     def in_turns(
         self, actions: Mapping[str, Callable[[], Mapping[str, Any]]], rounds: int, **about: Any

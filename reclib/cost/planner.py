@@ -10,11 +10,11 @@ of the catalogue it is a range of assumed efficiency (`unvalidated`). Needs no t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import math
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -400,19 +400,32 @@ def priced(plans: Sequence[Plan], price: float | str | None) -> list[Plan]:
     """Return the plans with prices per hour: a number for all, or "l4=0.7,a100=3" for some devices."""
     if price is None:
         return list(plans)
-    pairs = [pair.strip().rpartition("=")[::2] for pair in str(price).split(",")]
-    try:
-        by_label = {label: float(number) for label, number in pairs}
-    except ValueError:
-        by_label = {"": math.nan}
-    if not all(0 <= number < math.inf for number in by_label.values()):
-        raise InputError(f"price {price}: expected a number of at least 0, or one a device: l4=0.7,h100=3")
-    names = [(plan.device, re.split("[- ]", plan.device)[0], "") for plan in plans]
-    if unused := set(by_label) - {label for labels in names for label in labels}:
+    prices = hourly(str(price).split(","))
+    if unused := set(prices) - {name for plan in plans for name in _names(plan.device)}:
         planned = ", ".join(plan.device for plan in plans)
         raise InputError(f"price of {', '.join(unused)}: no such device is planned for; planned: {planned}")
-    amounts = (next((by_label[name] for name in labels if name in by_label), None) for labels in names)
-    return [replace(plan, price=number) for plan, number in zip(plans, amounts, strict=True)]
+    return [replace(plan, price=price_of(prices, plan.device)) for plan in plans]
+
+
+def hourly(pairs: Sequence[str]) -> dict[str, float]:
+    """Return prices per hour from "l4=0.7"; a number alone is that of every device, under ""."""
+    prices = {}
+    for pair in pairs:
+        label, _, number = pair.strip().rpartition("=")
+        with contextlib.suppress(ValueError):
+            prices[label] = float(number)
+        if not 0 <= prices.get(label, -1) < math.inf:
+            raise InputError(f"price {pair}: expected a number of at least 0, or one a device: l4=0.7,h100=3")
+    return prices
+
+
+def price_of(prices: Mapping[str, float], device: str) -> float | None:
+    """Return a device's price: its own, or that of its label, as a100 of a100-80, or of every device."""
+    return next((prices[name] for name in _names(device) if name in prices), None)
+
+
+def _names(device: str) -> tuple[str, str, str]:
+    return device, re.split("[- ]", device)[0], ""
 
 
 def plan_sizes(
@@ -540,21 +553,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def plan_main(argv: Sequence[str] | None = None) -> int:
-    """Print the plan; the exit code is 1 if it does not fit, 2 for wrong input."""
+    """Print the plan; the exit code is 1 if it does not fit."""
     options = vars(_parser().parse_args(argv))
     as_json, epochs, currency = options.pop("json"), options.pop("epochs"), options.pop("currency")
     narrow: dict[str, Any] = {
         name: options.pop(name) for name in ("kind", "rank", "num_experts") if name in options
     }
-    try:
-        if narrow and "kind" not in narrow:
-            raise InputError("--rank and --experts are of an adapter: give --adapter as well")
-        if epochs < 1:
-            raise InputError(f"--epochs {epochs}: expected 1 or more")
-        planned = plan_sizes(**options, adapter=validated(AdapterConfig, narrow) if narrow else None)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if narrow and "kind" not in narrow:
+        raise InputError("--rank and --experts are of an adapter: give --adapter as well")
+    if epochs < 1:
+        raise InputError(f"--epochs {epochs}: expected 1 or more")
+    planned = plan_sizes(**options, adapter=validated(AdapterConfig, narrow) if narrow else None)
     if not as_json:
         title = f"{options['size']}, batch {options['batch_size']:,}"
         print("\n".join(report(planned, title, epochs, currency)))

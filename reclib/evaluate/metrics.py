@@ -318,17 +318,19 @@ def side_by_side(
     score: Scorer,
     evaluation: Evaluation,
     candidates: Mapping[str, np.ndarray] | None = None,
-    split: str = "leave-one-out",
-) -> list[Outcome]:
+    top_k: int = 0,
+) -> tuple[list[Outcome], np.ndarray | None]:
     """Rank the same scores under each protocol: fully, seen items removed and kept, and among candidates.
 
     `candidates` maps the sampling, "uniform" or "popularity", to the negatives (rows, N) of
-    `splits.sample_candidates`. Scores are computed once.
+    `splits.sample_candidates`. Also returned are the `top_k` best items (rows, k) without seen ones, if any.
+    Scores are computed once, for leave-one-out.
     """
     candidates = dict(candidates or {})
     for sampling, negatives in candidates.items():
         _check(negatives, evaluation.targets, sampling)
     users: list[np.ndarray] = []
+    tops: list[Any] = []
     ranks: dict[str, list[Tensor]] = {name: [] for name in ("removed", "kept", *candidates)}
     for rows, scores in score(evaluation):
         users.append(rows)
@@ -338,13 +340,16 @@ def side_by_side(
             ranks[sampling].append(rank_among(scores, targets, drawn))
         ranks["kept"].append(rank_scores(scores, targets, None)[0])
         seen = seen_items(evaluation.histories, rows, scores.device)
-        ranks["removed"].append(rank_scores(scores, targets, seen)[0])  # last: it overwrites scores
+        removed, top = rank_scores(scores, targets, seen, top_k)  # last: it overwrites scores
+        ranks["removed"].append(removed)
+        tops.append(top)
     order = np.argsort(np.concatenate(users), kind="stable")
     counts = {name: negatives.shape[1] for name, negatives in candidates.items()}
-    return [
-        _outcome(split, name, torch.cat(parts).cpu().numpy()[order], counts.get(name))
+    outcomes = [
+        _outcome("leave-one-out", name, torch.cat(parts).cpu().numpy()[order], counts.get(name))
         for name, parts in ranks.items()
     ]
+    return outcomes, torch.cat(tops).cpu().numpy()[order] if top_k else None
 
 
 def _outcome(split: str, name: str, ranks: np.ndarray, candidates: int | None = None) -> Outcome:

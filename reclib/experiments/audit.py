@@ -39,7 +39,7 @@ from reclib.data.splits import Split, random_users
 from reclib.evaluate import metrics
 from reclib.evaluate.statistics import ALPHA, MIN_SEEDS
 from reclib.experiments.baseline import COMPARED, flat, run_folder
-from reclib.experiments.grids import command, naming
+from reclib.experiments.grids import naming
 from reclib.experiments.notebook import Result
 from reclib.experiments.scaling import committed_before
 from reclib.experiments.speed import SEED_TRAIN
@@ -553,17 +553,9 @@ def benchmark_rows() -> Iterator[dict[str, Any]]:
         shared |= {"profile": "grid", "seed": None, "timings": {}, "series": {}}
         text = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
         for number, line in enumerate(text.decode().splitlines()):
-            values = _dotted(json.loads(line))
+            values = pd.json_normalize(json.loads(line)).to_dict("records")[0]
             own = {"own_params": values, "metrics": values, "time": f"{number:06}"}
             yield shared | own | {"name": values["name"]}
-
-
-def _dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested values by names with dots."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _dotted(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat
 
 
 class Records:
@@ -711,7 +703,6 @@ def claims() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).fillna("").set_index("statement")
 
 
-@command
 def claims_main(argv: list[str] | None = None) -> int:
     """Print the claims of README and FINDINGS; exit code 1 if a number differs from its record."""
     description = "Resolve every claim of README and FINDINGS from its record."

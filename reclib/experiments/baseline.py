@@ -251,12 +251,11 @@ def draw(dataset: Dataset, evaluation: Evaluation, seed: int = 0) -> Conditions:
 
 def assess(score: Scorer, test: Conditions) -> Assessed:
     """Rank the test targets by a scorer under every protocol and control."""
-    outcomes = metrics.side_by_side(score, test.evaluation, test.candidates)
-    ranking = metrics.rank(score(test.evaluation), test.evaluation, remove_seen=True, top_k=TOP_K)
-    assert ranking.top is not None
+    outcomes, top = metrics.side_by_side(score, test.evaluation, test.candidates, TOP_K)
+    assert top is not None
     orders = (test.shuffled, test.shuffled_but_last)
     shuffled, but_last = (metrics.rank(score(order), order, remove_seen=True).ranks for order in orders)
-    return Assessed({outcome.protocol: outcome for outcome in outcomes}, shuffled, but_last, ranking.top)
+    return Assessed({outcome.protocol: outcome for outcome in outcomes}, shuffled, but_last, top)
 
 
 def assess_trained(trainer: Trainer, test: Conditions) -> Assessed:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -75,21 +74,8 @@ def data_of(p: Hardware) -> dict[str, str]:
 
 
 def prices(p: Hardware) -> dict[str, float]:
-    """Return the price per hour by device, from "device=price"; raise `InputError` for anything else."""
-    by_device = {}
-    for pair in p.prices:
-        label, _, price = pair.partition("=")
-        with contextlib.suppress(ValueError):
-            by_device[label] = float(price)
-        if not by_device.get(label, -1) >= 0:
-            raise InputError(f"prices: {pair!r} is no device=price with a price of at least 0, as l4=0.7")
-    return by_device
-
-
-def price_of(p: Hardware, label: str) -> float | None:
-    """Return a device's price: that of the board, or else of its label."""
-    by_device = prices(p)
-    return by_device.get(label, by_device.get(label.partition("-")[0]))
+    """Return the price per hour by device."""
+    return planner.hourly(p.prices)
 
 
 # -- measured ------------------------------------------------------------------------------------------------
@@ -140,7 +126,7 @@ def _timed(p: Hardware, trainer: Trainer, params: dict[str, Any]) -> Result:
     timings: dict[str, Any] = measurement.timings() | {"epoch_seconds": None}
     if measurement.status == "ok":
         timings["epoch_seconds"] = seconds = p.epoch_users / measurement.sequences_per_second
-        if (price := price_of(p, params["device"])) is not None:
+        if (price := planner.price_of(prices(p), params["device"])) is not None:
             timings["cost_per_epoch"] = seconds / 3600 * price
     counted = {
         "parameters": sum(parameter.numel() for parameter in trainer.parameters),
@@ -154,7 +140,7 @@ def side_by_side(p: Hardware, steps: Iterable[Mapping[str, Any]]) -> pd.DataFram
     rows = []
     for record in steps:
         params, timings = record["own_params"], record["timings"]
-        rate, price = timings.get("sequences_per_second"), price_of(p, params["device"])
+        rate, price = timings.get("sequences_per_second"), planner.price_of(prices(p), params["device"])
         epoch = p.epoch_users / rate if rate else None
         row = {key: params.get(key) for key in ("size", "device", "rule", "precision", "batch_size")}
         row |= {"sequences/s": rate, "peak (MiB)": (timings.get("peak_memory_bytes") or 0) / 2**20 or None}
@@ -185,7 +171,7 @@ def _plan(p: Hardware, size: str, board: hardware.Board | planner.Cpu, **changes
     """Return the plan of a size in the board's own precision, unless changed."""
     adapter = changes.pop("adapter", None)
     train = train_of(p, changes.pop("precision", "auto"), **changes)
-    lengths, price = planner.typical_lengths(p.mean_len), price_of(p, board.label)
+    lengths, price = planner.typical_lengths(p.mean_len), planner.price_of(prices(p), board.label)
     return planner.plan(board, model_of(p, size), train, lengths, p.epoch_users, price, adapter)
 
 
@@ -434,11 +420,7 @@ def check_main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m reclib check", description=(check_main.__doc__ or "").split(";")[0])
     parser.add_argument("gpu", nargs="?", default="auto", help="auto, cpu or a gpu label (auto)")
     options = parser.parse_args(argv)
-    try:
-        device = hardware.resolve(options.gpu)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    device = hardware.resolve(options.gpu)
     print(f"{device.label}: {device.card.name}, torch {torch.__version__}")
     answers = check(device)
     for answer in answers:

@@ -126,9 +126,9 @@ def last_items(dataset: Dataset) -> Result:
     """Count evaluated users by the number of different items at the last timestamp of their history.
 
     With one, the test target is certain; with several, the tie rule chooses it. Numbers above `LONG_RUN`
-    are counted as `LONG_RUN`. Raises `InputError` for a dataset without times.
+    are counted as `LONG_RUN`.
     """
-    times = _times(dataset)
+    times: Any = dataset.times  # callers know that it has them
     candidates = np.ones(dataset.num_users, dtype=np.int64)
     for _, frame in _portions(dataset):
         tied = frame[frame["time"] == times[dataset.offsets[frame["user"] + 1] - 1]]
@@ -146,10 +146,9 @@ def last_items(dataset: Dataset) -> Result:
 def over_time(dataset: Dataset, divided: Mapping[str, Split]) -> Result:
     """Count interactions, new users and new items in equal spans of time.
 
-    Metrics include the time points of the global split, in seconds, if `divided` has one. Raises `InputError`
-    for a dataset without times.
+    Metrics include the time points of the global split, in seconds, if `divided` has one.
     """
-    times = _times(dataset)
+    times: Any = dataset.times
     joined = times[dataset.offsets[:-1]]
     edges = np.linspace(joined.min(), times[dataset.offsets[1:] - 1].max(), TIME_BINS + 1)
     first_met = np.full(dataset.num_items + 1, np.iinfo(np.int64).max)
@@ -222,12 +221,6 @@ def _items_of(dataset: Dataset, histories: Histories) -> np.ndarray:
 
 def _per_item(dataset: Dataset) -> np.ndarray:
     return np.bincount(dataset.items, minlength=dataset.num_items + 1)[1:]
-
-
-def _times(dataset: Dataset) -> np.ndarray:
-    if dataset.times is None:
-        raise InputError(f"dataset {dataset.name!r} has the order of interactions but no times")
-    return dataset.times
 
 
 def _per_second(dataset: Dataset) -> int:

@@ -21,10 +21,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -409,6 +408,11 @@ def stored_ranks(work: Work, arm: Arm, seed: int, renewed: bool = False) -> dict
     return arrays if "test protocols" in arrays else {}
 
 
+def is_ranked(work: Work, arm: Arm, seed: int) -> bool:
+    """Return whether a run's ranks on the test split are stored, with each of its priors."""
+    return all(stored_ranks(work, arm, seed, renewed) for renewed in (False, True)[: 1 + counting(work, arm)])
+
+
 def assess_run(
     work: Work, arm: Arm, seed: int, test: Conditions, counts: PairwiseCounts | None = None
 ) -> Assessed:
@@ -451,11 +455,9 @@ def keep(work: Work) -> list[str]:
             settings = choose_baseline(families()["pairwise_counts"], split.train, items, split.valid).chosen
             counts = fit_pairwise_counts(split.before_test(), items, **settings)
         for arm, seed in part.runs():
-            variants = (False, True)[: 1 + counting(part, arm)]
-            ranked = all(stored_ranks(part, arm, seed, renewed) for renewed in variants)
             if not part.curve(arm, seed):
                 continue
-            if not ranked and not is_finished(part.folder(arm, seed)):
+            if not is_ranked(part, arm, seed) and not is_finished(part.folder(arm, seed)):
                 print(f"{arm.name} seed {seed} has a record and no weights here: left out", flush=True)
             else:
                 assess_run(part, arm, seed, test)
@@ -477,13 +479,8 @@ def score(work: Work, from_ranks: bool = False) -> list[Result]:
 
 def _score(work: Work, data: Fields, from_ranks: bool) -> list[Result]:
     main = [arm for arm in work.grid.arms if arm.split == MAIN_SPLIT]
-    unranked = [
-        f"{arm.name} seed {seed}"
-        for arm in main
-        for seed in arm.seeds
-        for renewed in (False, True)[: 1 + counting(work, arm)]
-        if not stored_ranks(work, arm, seed, renewed)
-    ]
+    pairs = [(arm, seed) for arm in main for seed in arm.seeds]
+    unranked = [f"{arm.name} seed {seed}" for arm, seed in pairs if not is_ranked(work, arm, seed)]
     if from_ranks and unranked:
         raise InputError(f"no ranks on the test split are kept of {', '.join(unranked)}: leave --from-ranks")
     split = work.split(main[0])
@@ -614,20 +611,6 @@ def compare(work: Work) -> list[Result]:
 # Commands.
 
 
-def command(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | None], int]:
-    """Print an `InputError` of a command in one line on standard error, with exit code 2."""
-
-    @functools.wraps(main)
-    def wrapper(argv: list[str] | None = None) -> int:
-        try:
-            return main(argv)
-        except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-
-    return wrapper
-
-
 def work_of(options: argparse.Namespace) -> Work:
     """Return the grid named by the options of `placed`, on its dataset and device."""
     grid = read_grid(options.name)
@@ -658,7 +641,6 @@ def choose(work: Work, arms: Sequence[str] | None, seeds: Sequence[int] | None) 
     return [(arm, seed) for arm, seed in pairs if seed in (seeds or available)]
 
 
-@command
 def grid_main(argv: list[str] | None = None) -> int:
     """Run or describe a grid."""
     system.hold()
@@ -675,7 +657,6 @@ def grid_main(argv: list[str] | None = None) -> int:
     return 0
 
 
-@command
 def score_main(argv: list[str] | None = None) -> int:
     """Score a grid and print its table."""
     parser = Parser(prog="python -m reclib score", description="Score a grid's final runs on the test split.")

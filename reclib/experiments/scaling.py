@@ -52,7 +52,7 @@ from reclib.data.splits import Split
 from reclib.evaluate import statistics
 from reclib.experiments import grids
 from reclib.experiments.baseline import Result, Trained, train_model, train_of
-from reclib.experiments.grids import WRONG_FORM, Arm, Grid, Work, command, experiment_file, naming, placed
+from reclib.experiments.grids import WRONG_FORM, Arm, Grid, Work, experiment_file, naming, placed
 from reclib.experiments.notebook import Study as NotebookStudy
 from reclib.hardware import Device, resolve
 from reclib.model.bert4rec import count_parameters
@@ -171,7 +171,6 @@ def first_commit(file: Path, text: str) -> tuple[bool, datetime | None]:
     return process.returncode == 0, committed
 
 
-@command
 def predict_main(argv: list[str] | None = None) -> int:
     """Predict a grid's largest size, or compare the prediction with the measured loss."""
     description = "Predict the loss of a grid's largest size from smaller ones."
@@ -468,7 +467,6 @@ def compare(study: Study, options: Options) -> list[Result]:
     return [*grids.compare(work), *grids.score(work)]
 
 
-@command
 def tune_main(argv: list[str] | None = None) -> int:
     """Run a study, or compare its chosen settings with the default."""
     parser = Parser(prog="python -m reclib tune", description="Search settings on validation.")

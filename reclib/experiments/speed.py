@@ -362,7 +362,7 @@ def whole_epoch(p: AmpCompile, dataset: Dataset, device: Device) -> timing.Epoch
 def published(clock: timing.EpochClock, rows: Iterable[Row]) -> Result:
     """Return the rates of single steps and of a whole epoch, and the published one of them."""
     steady = next(row.measured.sequences_per_second for row in rows if row.ok)
-    rate, _ = timing.published_rate(steady, clock.sequences_per_second)
+    rate = timing.published_rate(steady, clock.sequences_per_second)
     rates = {"steady": steady, "epoch": clock.sequences_per_second, "published": rate}
     timings = {f"{name}_sequences_per_second": value for name, value in rates.items()}
     timings["epoch_seconds"] = clock.seconds

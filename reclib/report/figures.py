@@ -589,15 +589,11 @@ def photograph(program: str, html: Path, picture: Path, height: int) -> None:
 
 
 def pictures_main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 2 without a browser."""
+    """Run the command line and return its exit code; raise `InputError` without a browser."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="python -m reclib pictures", description=__doc__, formatter_class=raw)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (figures/)")
     options = parser.parse_args(arguments)
-    try:
-        files = draw(records.latest(records.read(system.committed())), options.out or system.figures())
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
+    files = draw(records.latest(records.read(system.committed())), options.out or system.figures())
     print(", ".join(file.name for file in files) or "no picture: there are no records, run `make study`")
     return 0

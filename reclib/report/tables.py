@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from reclib import hardware
+from reclib.cost import planner
 from reclib.data import fetch
 from reclib.records import PROFILES
 
@@ -476,7 +477,7 @@ def points(recorded: Iterable[Record], prices: Mapping[str, float]) -> list[dict
     for (data, model, name, device), keys in sorted(runs.items()):
         seconds = fmean(trained[key]["timings"]["train_seconds"] for key in keys)
         accuracy = fmean(scored[key]["metrics"]["ndcg@10"] for key in keys)
-        price = prices.get(device, prices.get(device.partition(" ")[0]))
+        price = planner.price_of(prices, device)
         cost = None if price is None else seconds / 3600 * price / (100 * accuracy)
         row = {"data": data, "model": model, "profile": name, "device": device, "seeds": len(keys)}
         row |= {"training (s)": seconds, "NDCG@10": accuracy, "s per 0.01": seconds / (100 * accuracy)}

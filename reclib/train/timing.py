@@ -34,8 +34,7 @@ from reclib import hardware
 from reclib.cost import work
 from reclib.cost.work import Flops
 from reclib.data.batches import Batch, Epoch
-from reclib.data.dataset import Evaluation, Histories
-from reclib.evaluate import metrics, statistics
+from reclib.evaluate import statistics
 from reclib.evaluate.statistics import Interval
 from reclib.train.losses import batch_loss
 from reclib.train.trainer import StepStats, Trainer
@@ -150,11 +149,6 @@ class Measurement:
         """Median step, seconds."""
         return self.quartiles[1]
 
-    @property
-    def fill(self) -> float:
-        """Share of places in the rows with a real item."""
-        return self.tokens / self.row_tokens
-
     def per_second(self, counted: int) -> float:
         """Return a rate: the mean count per step over the median step time."""
         return counted / len(self.step_seconds) / self.median_seconds
@@ -216,9 +210,9 @@ def merged(parts: list[Measurement]) -> Measurement:
     )
 
 
-def published_rate(steady: float, epoch: float) -> tuple[float, Literal["steady", "epoch"]]:
-    """Return the rate to publish and its kind: the epoch's if the two differ by more than `DISAGREEMENT`."""
-    return (epoch, "epoch") if abs(steady - epoch) > DISAGREEMENT * epoch else (steady, "steady")
+def published_rate(steady: float, epoch: float) -> float:
+    """Return the rate to publish: the epoch's if the two differ by more than `DISAGREEMENT`."""
+    return epoch if abs(steady - epoch) > DISAGREEMENT * epoch else steady
 
 
 def break_even_steps(compile_seconds: float, eager_step: float, compiled_step: float) -> int | None:
@@ -454,30 +448,6 @@ def step_flops(trainer: Trainer, step: int) -> tuple[Flops, Flops]:
     model, batches = trainer.model.config, step_batches(trainer, step)
     executed = work.total([work.executed(model, trainer.config, batch) for batch in batches])
     return executed, work.total([work.needed(model, batch) for batch in batches])
-
-
-class Latency(NamedTuple):
-    """Time of one request, seconds."""
-
-    p50: float
-    p99: float
-    requests: int
-
-
-def latency(trainer: Trainer, histories: Histories, requests: int, warmup: int = 3) -> Latency:
-    """Time single requests: from a history to the ten best items that are not in it."""
-    seconds = []
-    for number in range(warmup + requests):
-        history = histories.rows(np.array([number % len(histories.starts)]))
-        request = Evaluation(history, histories.items[history.starts])  # the target adds no measurable time
-        hardware.synchronize(trainer.where)
-        began = time.perf_counter()
-        with trainer.autocast():
-            scores = metrics.model_scores(trainer.model, request, trainer.where)
-            metrics.rank(scores, request, remove_seen=True, top_k=10)
-        seconds.append(time.perf_counter() - began)
-    low, high = np.percentile(seconds[warmup:], [50, 99])
-    return Latency(float(low), float(high), requests)
 
 
 # -- profiles: time by operator, type of products, and peak memory -------------------------------------------

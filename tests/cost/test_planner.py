@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, refused, smoke
 
-from reclib import hardware, parameters, records
+from reclib import cli, hardware, parameters, records
 from reclib.config import AdapterConfig, TrainConfig, changed, model_config
 from reclib.cost import planner, work
 from reclib.experiments import comparison, explore, speed
@@ -169,7 +169,7 @@ def test_the_command_line_says_what_does_not_fit_and_what_makes_no_sense(capsys)
     wrong = ["--size 431m", "--mean-len 2", "--gpu gtx970", "--rank 8", "--epochs 0", "--users 0"]
     wrong += [f"--price {price}" for price in ("-1", "nan", "inf", "cheap", "l4=nan", "l4=", "h100=3")]
     for arguments in wrong:
-        assert planner.plan_main(["--size", "85m", "--gpu", "l4", *arguments.split()]) == 2, arguments
+        assert cli.entry(["plan", "--size", "85m", "--gpu", "l4", *arguments.split()]) == 2, arguments
         assert re.fullmatch("error: .*\n", capsys.readouterr().err), arguments
 
 
@@ -253,8 +253,9 @@ def test_gains_are_ratios_of_two_plans_and_prices_pairs_of_device_and_number():
     assert set(gains) == set(comparison.TECHNIQUES)
     assert gains["gather before the head"] > gains["packed rows"] > 1
     assert np.isfinite(list(gains.values())).all()
-    assert [comparison.price_of(p, label) for label in ("l4", "a100-40")] == [0.7, None]
-    refused("no device=price", comparison.prices, smoke("06_hardware", prices=["l4"]))
+    assert [planner.price_of(comparison.prices(p), label) for label in ("l4", "a100-40")] == [0.7, None]
+    assert planner.price_of({"cpu2": 0.1}, "cpu2 AMD EPYC 25/17") == 0.1
+    refused("price l4: expected a number", comparison.prices, smoke("06_hardware", prices=["l4"]))
 
 
 def test_each_notebook_of_the_lease_ends_in_three_minutes_on_an_h100_by_its_slowest_plan():

@@ -46,7 +46,8 @@ def uniform_negatives(part: Evaluation, num_items: int, count: int, seed: int) -
 
 def side_by_side(score: metrics.Scorer, part: Evaluation, candidates: dict) -> dict[str, Outcome]:
     """Outcomes by the end of their protocol's name: `removed`, `kept`, `uniform`."""
-    outcomes = metrics.side_by_side(score, part, candidates)
+    outcomes, top = metrics.side_by_side(score, part, candidates, top_k=3)
+    np.testing.assert_array_equal(top, metrics.rank(score(part), part, remove_seen=True, top_k=3).top)
     return {outcome.protocol.split()[-1]: outcome for outcome in outcomes}
 
 

@@ -14,7 +14,7 @@ from conftest import PLACES, ROOT, refused
 from small_grid import FILE, light_scoring, work, write
 from small_models import Stop, stop_at
 
-from reclib import records, system
+from reclib import cli, records, system
 from reclib.config import ModelConfig, TrainConfig
 from reclib.data.prepare import prepare
 from reclib.evaluate import metrics
@@ -97,7 +97,7 @@ def test_the_command_names_unknown_grids_arms_and_seeds(root, capsys):
         (["status", "trial", "--arms", "bse"], "unknown arm 'bse' of grid 'trial'; known: base, twin"),
         (["status", "trial", "--seeds", "5"], "--seeds has 5; seeds of these arms: 0, 1"),
     ]:
-        assert grids.grid_main(arguments) == 2
+        assert cli.entry(["grid", *arguments]) == 2
         assert message in capsys.readouterr().err
     command = ["status", "trial", "--arms", "gBCE, 128 negatives", "base", "--seeds", "1"]
     assert grids.grid_main(command) == 0

@@ -14,7 +14,7 @@ from conftest import ROOT, python, refused
 from figure_records import compared, of_sizes, record, title
 from markupsafe import escape
 
-from reclib import records
+from reclib import cli, records
 from reclib.report import figures, findings, tables
 
 # Data whose committed records give every figure and are soon drawn; of ml-1m, the race alone.
@@ -323,8 +323,8 @@ def test_the_first_figure_is_drawn_and_is_not_blank(tmp_path):
 def test_without_a_browser_it_says_what_to_install_and_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("RECLIB_CHROMIUM", raising=False)
-    assert figures.pictures_main(["--out", str(tmp_path / "out")]) == 2
-    assert re.fullmatch("no browser to draw pictures with.*\n", capsys.readouterr().err)
+    assert cli.entry(["pictures", "--out", str(tmp_path / "out")]) == 2
+    assert re.fullmatch("error: no browser to draw pictures with.*\n", capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
     monkeypatch.setenv("RECLIB_CHROMIUM", "a-browser")
     assert "none of a-browser is installed" in refused(None, figures.browser)
