@@ -388,22 +388,23 @@ def user_shares(records: Iterable[Record]) -> pd.DataFrame:
 
     *later* is NDCG@10 of users whose target is later than the item before it. Empty without grids of shares.
     """
-    results = [r for r in records if r["profile"] == "grid" and r["seed"] is None]
+    names = ("user_share", "test_metrics", "groups")
+    results = [r for r in records if r["name"] in names and r["profile"] == "grid" and r["seed"] is None]
     shares = [r for r in results if r["name"] == "user_share"]
     models = {(_data(r, "fingerprint"), r["own_params"]["model"]) for r in shares}
-    results = [r for r in results if (_data(r, "fingerprint"), r["own_params"].get("model")) in models]
-    whole = [r for r in results if r["name"] in ("test_metrics", "groups") and not _data(r).startswith(APART)]
+    results = [r for r in results if (_data(r, "fingerprint"), r["own_params"]["model"]) in models]
+    results = [r for r in results if not _data(r).startswith(APART)]
+    whole = [r for r in results if r["name"] == "test_metrics"]
+    by_time = [r for r in results if r["own_params"].get("by") == "time"]
     later = {
         model: dict(zip(r["series"]["group"], r["series"]["ndcg@10"], strict=True)).get("later")
-        for model, r in newest(whole, lambda r: (r["own_params"]["model"], r["own_params"].get("by"))).items()
-        if model[1] == "time"
+        for model, r in newest(by_time, lambda r: r["own_params"]["model"]).items()
     }
-    whole = [r for r in whole if r["name"] == "test_metrics"]
     rows = []
     for (model, share), r in newest([*shares, *whole], _share).items():
         row = {"model": model_name(model), "share of users": share, "HR@10": r["metrics"]["hr@10"]}
         row |= {name.upper(): r["metrics"][name] for name in ("ndcg@10", "ndcg@10_low", "ndcg@10_high")}
-        rows.append(row | {"later": r["metrics"].get("later_ndcg@10", later.get((model, "time")))})
+        rows.append(row | {"later": r["metrics"].get("later_ndcg@10", later.get(model))})
     return _indexed(sorted(rows, key=lambda row: list(row.values())[:2]), ["model", "share of users"])
 
 
