@@ -8,7 +8,7 @@
     python -m reclib score ml-1m --from-ranks       # score stored ranks again, without weights
 
 An experiment is `params/grids/<name>.yaml`: a dataset, a recipe, and arms that change some fields of the
-model, the training or the data. A run is identified by its configuration and data. A stopped grid loses at
+model, the training or the data, or the share of the users that train. A run is identified by its configuration and data. A stopped grid loses at
 most one checkpoint interval. The same command in several processes shares the runs, since each takes a run
 that no other holds; that fills a large GPU that waits for the launches of one small model.
 Records are lines of `executed/<label>/grids/<name>.jsonl`; the ranks of every user are beside them.
@@ -548,6 +548,7 @@ def score_apart(work: Work) -> list[Result]:
                 rows = slice(None) if result.seed is None else model.seeds.index(result.seed)
                 result.metrics["later_ndcg@10"] = float(values[rows].mean())
             results.append(result._replace(name=kind, params=result.params | defaults | data))
+            # "ties" is the name of both kinds: earlier records have it in their hash
             key = records.params_hash({"ties": results[-1].params, "data": part.dataset.fingerprint})
             part.write(key, results[-1], configuration, {})
     return results
