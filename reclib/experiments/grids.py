@@ -8,9 +8,10 @@
     python -m reclib score ml-1m --from-ranks       # score stored ranks again, without weights
 
 An experiment is `params/grids/<name>.yaml`: a dataset, a recipe, and arms that change some fields of the
-model, the training or the data, or the share of the users that train. A run is identified by its configuration and data. A stopped grid loses at
-most one checkpoint interval. The same command in several processes shares the runs, since each takes a run
-that no other holds; that fills a large GPU that waits for the launches of one small model.
+model, the training or the data, or the share of the users that train. A run is identified by its
+configuration and data. A stopped grid loses at most one checkpoint interval. The same command in several
+processes shares the runs, since each takes a run that no other holds; that fills a large GPU that waits for
+the launches of one small model.
 Records are lines of `executed/<label>/grids/<name>.jsonl`; the ranks of every user are beside them.
 
 Training uses validation only. Scoring chooses nothing: the file names the final arms, and epochs and the
