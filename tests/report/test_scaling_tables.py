@@ -100,7 +100,7 @@ def test_names_of_arms_tell_the_recipe_of_their_configuration():
             assert recipe.endswith(tables.COUNTED) == (train.get("prior") == "counts"), arm
             assert recipe.startswith("causal twin") == (train.get("objective") == "next_item"), arm
             if recipe not in (tables.OWN_LOSS, tables.VISIBLE):
-                assert ("shape" in recipe) == (fields["size"] in ("85m", "130m", "430m")), arm
+                assert ("shape" in recipe) == ((grid | fields)["size"] in ("85m", "130m", "430m")), arm
             if recipe != "BERT4Rec":
                 assert tables.sweep_of(arm) not in ("width", "depth"), arm
     assert checked > 30
