@@ -10,7 +10,6 @@ of the catalogue it is a range of assumed efficiency (`unvalidated`). Needs no t
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import json
 import math
@@ -412,9 +411,11 @@ def hourly(pairs: Sequence[str]) -> dict[str, float]:
     prices = {}
     for pair in pairs:
         label, _, number = pair.strip().rpartition("=")
-        with contextlib.suppress(ValueError):
+        try:
             prices[label] = float(number)
-        if not 0 <= prices.get(label, -1) < math.inf:
+        except ValueError:
+            prices[label] = math.nan
+        if not 0 <= prices[label] < math.inf:
             raise InputError(f"price {pair}: expected a number of at least 0, or one a device: l4=0.7,h100=3")
     return prices
 

@@ -294,10 +294,10 @@ def drawings(rows: Sequence[Record]) -> Iterator[Drawing]:
             placed.sort(key=lambda r: json.dumps(r["own_params"], sort_keys=True))
             parts, besides = joined, dict.fromkeys(joined, placed)
         for (dataset, label), group in parts.items():
-            # Runs that choose settings are compared in other figures.
-            is_choice = spec.needs == "learning_curve" and tables.shown_elsewhere(dataset)
+            # Runs that choose settings, or train on a share of the users, are compared elsewhere.
+            is_elsewhere = spec.needs == "learning_curve" and tables.shown_elsewhere(dataset)
             shows_nothing = spec.enough is not None and not spec.enough(group)
-            if not is_choice and not shows_nothing:
+            if not is_elsewhere and not shows_nothing:
                 yield Drawing(spec, dataset, label, group, besides.get((dataset, label), []))
 
 

@@ -402,9 +402,10 @@ def user_shares(records: Iterable[Record]) -> pd.DataFrame:
     }
     rows = []
     for (model, share), r in newest([*shares, *whole], _share).items():
-        row = {"model": model_name(model), "share of users": share, "HR@10": r["metrics"]["hr@10"]}
-        row |= {name.upper(): r["metrics"][name] for name in ("ndcg@10", "ndcg@10_low", "ndcg@10_high")}
-        rows.append(row | {"later": r["metrics"].get("later_ndcg@10", later.get(model))})
+        m = r["metrics"]
+        row = {"model": model_name(model), "share of users": share, "HR@10": m["hr@10"]}
+        row["NDCG@10"] = f"{m['ndcg@10']:.4f} ({m['ndcg@10_low']:.4f} to {m['ndcg@10_high']:.4f})"
+        rows.append(row | {"later": m.get("later_ndcg@10", later.get(model))})
     return _indexed(sorted(rows, key=lambda row: list(row.values())[:2]), ["model", "share of users"])
 
 

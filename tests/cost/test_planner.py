@@ -167,7 +167,8 @@ def test_the_command_line_says_what_does_not_fit_and_what_makes_no_sense(capsys)
     assert planner.plan_main(["--size", "430m", "--gpu", "t4", "--batch-size", "65536"]) == 1
     assert "DOES NOT FIT" in capsys.readouterr().out
     wrong = ["--size 431m", "--mean-len 2", "--gpu gtx970", "--rank 8", "--epochs 0", "--users 0"]
-    wrong += [f"--price {price}" for price in ("-1", "nan", "inf", "cheap", "l4=nan", "l4=", "h100=3")]
+    prices = ("-1", "nan", "inf", "cheap", "l4=nan", "l4=", "h100=3", "l4=1,l4=x")
+    wrong += [f"--price {price}" for price in prices]
     for arguments in wrong:
         assert cli.entry(["plan", "--size", "85m", "--gpu", "l4", *arguments.split()]) == 2, arguments
         assert re.fullmatch("error: .*\n", capsys.readouterr().err), arguments
