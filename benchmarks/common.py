@@ -71,7 +71,7 @@ class Rows:
             reason = str(error) if isinstance(error, FailedError) else first_line(error)
             self.add(name, **about, status="failed", reason=reason)
             return None
-        row = self.add(name, **about, **values)
+        row = self.add(name, **{**about, **values})  # a peer tells its own shape
         return row if row["status"] == "ok" else None
 
     def in_turns(
