@@ -121,7 +121,7 @@ class DataConfig:
 
     dataset: str = "ml-100k"  # a name, a file, or a prepared folder: see `prepare.source`
     format: str = "auto"  # a name of `formats.FORMATS`; auto: detected, or an error that names the choices
-    columns: dict[str, str] | None = None  # own CSV or Parquet: user, item, time, rating -> column name
+    columns: dict[str, str] | None = None  # own CSV or Parquet: user, item, time -> column name
     min_user: Positive = 5  # k-core: interactions that a user must have
     min_item: Positive = 5  # k-core: interactions that an item must have
     core: Core = "fixed_point"  # single_pass: the seed study's filter
@@ -364,6 +364,14 @@ def _accepts(annotation: Any, value: Any) -> bool:
     except ValidationError:
         return False
     return True
+
+
+def columns_of(text: str) -> dict[str, str] | None:
+    """Return `DataConfig.columns` as written on a command line: user=A,item=B,time=C; None if empty."""
+    pairs = [pair.partition("=") for pair in text.split(",") if pair]
+    if wrong := [role for role, _, column in pairs if role not in ("user", "item", "time") or not column]:
+        raise InputError(f"columns {text!r}: {wrong[0]!r} is wrong, expected user=NAME,item=NAME,time=NAME")
+    return {role: column for role, _, column in pairs} or None
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

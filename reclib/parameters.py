@@ -53,14 +53,13 @@ def _distinct(values: list[T]) -> list[T]:
     return values
 
 
-def _pairs(text: str) -> str:
-    if text and any(len(pair.split("=")) != 2 for pair in text.split(",")):
-        raise ValueError("expected pairs of name and column: user=A,item=B,time=C")
+def _valid_columns(text: str) -> str:
+    config.columns_of(text)
     return text
 
 
 Name = Annotated[str, Field(min_length=1)]
-Columns = Annotated[str, AfterValidator(_pairs)]  # written as on the command line
+Columns = Annotated[str, AfterValidator(_valid_columns)]  # written as on the command line
 Size = Annotated[str, AfterValidator(_valid_size)]  # one of `config.SIZES`
 Distinct = Annotated[list[T], AfterValidator(_distinct)]
 Several = Annotated[list[T], Field(min_length=1), AfterValidator(_distinct)]
@@ -190,8 +189,7 @@ class Parameters:
         names = [field.name for field in dataclasses.fields(DataConfig)]
         values = {name: getattr(self, name) for name in names if hasattr(self, name)}
         if "columns" in values:
-            pairs = (pair.split("=", 1) for pair in values["columns"].split(",") if pair)
-            values["columns"] = dict(pairs) or None
+            values["columns"] = config.columns_of(values["columns"])
         return validated(DataConfig, values)
 
 

@@ -26,7 +26,6 @@ from reclib import system
 from reclib.config import InputError
 
 HELD_OUT = 2  # interactions at the end of a history that are targets
-ARRAYS = ("items", "offsets", "item_keys", "user_keys")
 CHUNK = 1 << 16  # keys decoded at a time
 MIN_LEN = 5  # fewest interactions of a synthetic user
 
@@ -53,9 +52,6 @@ class Keys:
     def __iter__(self) -> Iterator[str]:
         for start in range(0, len(self), CHUNK):
             yield from self[start : start + CHUNK].tolist()
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self[:], dtype)
 
     def tolist(self) -> list[str]:
         """Return all keys."""

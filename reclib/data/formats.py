@@ -16,24 +16,19 @@ import csv
 import hashlib
 import html
 import io
-import itertools
 import re
 import stat
-import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from collections.abc import Collection, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
-from isal import isal_zlib
+from isal import igzip, isal_zlib  # faster than gzip and zlib, with the same interface
 
 from reclib.config import DataConfig, InputError
 from reclib.data.batches import prefetch
-
-# Window -> reader of one gzip member. Faster than zlib's, with the same interface and the same result.
-_unzipper: Callable[[int], Any] = isal_zlib.decompressobj
 
 GZIP_MAGIC, PARQUET_MAGIC = b"\x1f\x8b", b"PAR1"
 
@@ -46,8 +41,6 @@ PACKED = {  # first bytes -> kind of file
     b"BZh": "a bzip2 file",
     b"7z\xbc\xaf\x27\x1c": "a 7z archive",
 }
-
-GZIP_WINDOW = 31  # of `decompressobj`: gzip with its header and checksum
 
 BLOCK_BYTES = 4 << 20  # of text in one block
 BLOCKS_AHEAD = 6  # read ahead of the consumer
@@ -116,51 +109,40 @@ class RawFile:
 
     def text(self) -> Generator[bytes, None, None]:
         """Yield the bytes of the text, unzipped, without a byte-order mark."""
-        with self.path.open("rb") as file:
-            pieces = self._pieces(file)
-            first = next(pieces, b"")
-            pieces = itertools.chain([first], pieces)
-            if first.startswith(GZIP_MAGIC):
-                pieces = (text for text in self._unzipped(pieces) if text)
+        is_gzip = _start(self.path).startswith(GZIP_MAGIC)
+        with io.BufferedReader(_OnDisk(self), PIECE_BYTES) as file:
+            source: io.BufferedIOBase = igzip.IGzipFile(fileobj=file) if is_gzip else file
+            pieces = iter(lambda: self._read(source), b"")
             start = b""
             while len(start) < len(BYTE_ORDER_MARK) and (piece := next(pieces, b"")):
                 start += piece
             yield start.removeprefix(BYTE_ORDER_MARK)
             yield from pieces
 
-    def _pieces(self, file: BinaryIO) -> Iterator[bytes]:
-        while piece := file.read(PIECE_BYTES):
-            if self._known is None:
-                self._digest.update(piece)
-            self.bytes_read += len(piece)
-            yield piece
+    def _read(self, source: io.BufferedIOBase) -> bytes:
+        """Read a piece; each member of a gzip file has its own checksum, which the library compares."""
+        try:
+            return source.read(PIECE_BYTES)
+        except EOFError:
+            problem = f"is cut short: its gzip stream has no end after {self.bytes_read:,} bytes"
+        except (igzip.BadGzipFile, isal_zlib.error) as error:  # type: ignore[misc]
+            problem = f"is damaged near byte {self.bytes_read:,}: {error}"
+        raise InputError(f"{self.path.name} {problem}; fetch it again")
 
-    def _unzipped(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
-        """Unzip all members of the file; each has its own checksum, which zlib compares."""
-        member = _unzipper(GZIP_WINDOW)
-        fresh, pending = True, False  # the member has read nothing yet; it may have more text
-        for piece in pieces:
-            while piece or pending:
-                if fresh:
-                    piece = piece.lstrip(b"\0")  # padding between members or after the last
-                    if not piece:
-                        break
-                try:
-                    text = member.decompress(piece, PIECE_BYTES)
-                except (zlib.error, isal_zlib.error) as error:  # type: ignore[misc]
-                    raise InputError(
-                        f"{self.path.name} is damaged near byte {self.bytes_read:,}: {error}; fetch it again"
-                    ) from None
-                yield text
-                fresh, piece = member.eof, member.unused_data if member.eof else member.unconsumed_tail
-                pending = not fresh and len(text) == PIECE_BYTES
-                if fresh:
-                    member = _unzipper(GZIP_WINDOW)
-        if not fresh:
-            raise InputError(
-                f"{self.path.name} is cut short: its gzip stream has no end after {self.bytes_read:,} bytes; "
-                "fetch it again"
-            )
+
+class _OnDisk(io.FileIO):
+    """The bytes of a raw file, which are counted and hashed as they are read."""
+
+    def __init__(self, of: RawFile) -> None:
+        super().__init__(of.path)
+        self._of = of
+
+    def readinto(self, buffer: Any) -> int:
+        size = super().readinto(buffer)
+        if self._of._known is None:
+            self._of._digest.update(memoryview(buffer)[:size])
+        self._of.bytes_read += size
+        return size
 
 
 def checked(path: Path) -> Path:
@@ -225,15 +207,13 @@ def sample(path: Path, max_line_mb: int) -> list[str]:
 
 # ---- formats ------------------------------------------------------------------------------------------
 
-FOUR = ("user", "item", "rating", "time")
-
 # Role -> obvious names of its column, compared without case, "_", "-", spaces and RecBole's ":type".
 OBVIOUS = {
     "user": ("user", "userid", "reviewerid"),
     "item": ("item", "itemid", "movieid", "parentasin", "asin", "productid", "prodid"),
     "time": ("timestamp", "time", "unixreviewtime", "date", "datetime"),
-    "rating": ("rating", "overall"),
 }
+ROLES = tuple(OBVIOUS)
 
 
 @dataclass(frozen=True)
@@ -244,29 +224,29 @@ class Format:
     kind: Literal["fields", "json", "sequences", "table"]
     separator: str = ""  # between fields; "": detected in the first line
     fields: tuple[str, ...] = ()  # without a header: the role of each field
-    names: tuple[str, ...] = ()  # with a header, or JSON: the names of `FOUR` in the file
-    order: bool = False  # whether the lines are in time order, without times
+    names: tuple[str, ...] = ()  # with a header, or JSON: the names of `ROLES` in the file
     line_end: bool = True  # whether a last line without a line end means a truncated file
 
 
-_MOVIELENS = ("userId", "movieId", "rating", "timestamp")
-_AMAZON = ("reviewerID", "asin", "overall", "unixReviewTime")
-_AMAZON_2023 = ("user_id", "parent_asin", "rating", "timestamp")
-_RECBOLE = ("user_id", "item_id", "rating", "timestamp")
+_RATED = ("user", "item", "rating", "time")
+_MOVIELENS = ("userId", "movieId", "timestamp")
+_AMAZON = ("reviewerID", "asin", "unixReviewTime")
+_AMAZON_2023 = ("user_id", "parent_asin", "timestamp")
+_RECBOLE = ("user_id", "item_id", "timestamp")
 
 _ALL = [
-    Format("ml-100k", "fields", "\t", FOUR),  # u.data
-    Format("ml-1m", "fields", "::", FOUR),  # ratings.dat
+    Format("ml-100k", "fields", "\t", _RATED),  # u.data
+    Format("ml-1m", "fields", "::", _RATED),  # ratings.dat
     Format("movielens-csv", "fields", ",", names=_MOVIELENS),  # ratings.csv of 20M and later
     Format("amazon-2014-json", "json", names=_AMAZON, line_end=False),  # reviews_X.json
     Format("amazon-2018-json", "json", names=_AMAZON, line_end=False),  # X.json, X_5.json
     Format("amazon-2023-json", "json", names=_AMAZON_2023, line_end=False),  # X.jsonl
-    Format("amazon-2014-csv", "fields", ",", FOUR),  # ratings_X.csv
+    Format("amazon-2014-csv", "fields", ",", _RATED),  # ratings_X.csv
     Format("amazon-2018-csv", "fields", ",", ("item", "user", "rating", "time")),  # X.csv
     Format("amazon-2023-csv", "fields", ",", names=_AMAZON_2023),  # X.csv with a header
     Format("inter", "fields", "\t", names=_RECBOLE),  # RecBole's X.inter, whose names are name:type
-    Format("user-per-line", "sequences", order=True),  # user item item ..., in time order
-    Format("pair-per-line", "fields", fields=("user", "item"), order=True),  # in time order
+    Format("user-per-line", "sequences"),  # user item item ..., in time order
+    Format("pair-per-line", "fields", fields=("user", "item")),  # in time order
     Format("table", "table", line_end=False),  # one's own CSV, TSV, JSON lines or Parquet, by `columns`
 ]
 
@@ -338,7 +318,7 @@ _USER, _ASIN = r"A[0-9A-Z]{10,}", r"([0-9]{9}[0-9X]|B[0-9A-Z]{9})"  # Amazon's i
 def _separated(path: Path, lines: list[str], separator: str) -> Format:
     header = [field.strip('"') for field in lines[0].split(separator)]
     for name in ("movielens-csv", "amazon-2023-csv"):
-        if separator == "," and tuple(header[:4]) == FORMATS[name].names:
+        if separator == "," and set(FORMATS[name].names) <= set(header):
             return FORMATS[name]
     if not any(map(is_number, header)) or is_header(header):
         return FORMATS["table"]

@@ -40,7 +40,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from reclib import system
-from reclib.config import DataConfig, InputError, changed, nearest, validated
+from reclib.config import DataConfig, InputError, changed, columns_of, nearest, validated
 from reclib.data import dataset, fetch, splits
 from reclib.data.dataset import MIN_LEN, Dataset, Keys, content_hash, described, lengths, load, within
 from reclib.data.formats import FORMATS, checked, named, product_of, titles_beside
@@ -326,7 +326,7 @@ def synthetic_source(config: DataConfig) -> Source:
         con.execute(f"CREATE OR REPLACE TABLE raw({RAW_COLUMNS})")
         con.register("generated", pd.DataFrame({"user": users, "item": items, "time": 60 * within(length)}))
         con.execute("""INSERT INTO raw
-            SELECT row_number() OVER () - 1, CAST("user" AS VARCHAR), CAST(item AS VARCHAR), NULL, time
+            SELECT row_number() OVER () - 1, CAST("user" AS VARCHAR), CAST(item AS VARCHAR), time
             FROM generated""")
         con.unregister("generated")
         return Ingested("s", {"origin": "synthetic", **arguments}, items.size, {}, [], lambda _: {})
@@ -483,7 +483,7 @@ def _encode(con: Connection) -> dict[str, Any]:
             )
     con.execute(
         'create table events as select raw.row, users.code::integer as "user", items.code::integer as item, '
-        'raw.rating, raw.time from raw join users on users.key = raw."user" '
+        'raw.time from raw join users on users.key = raw."user" '
         "join items on items.key = raw.item"
     )
     con.execute("drop table raw")
@@ -540,7 +540,7 @@ def _order(con: Connection, config: DataConfig) -> dict[str, Any]:
         )
     ties = ORDERS[config.ties][1].format(seed=config.ties_seed)
     con.execute(
-        'create table histories as select user_ids.id as "user", item_ids.id as item, rating, time '
+        'create table histories as select user_ids.id as "user", item_ids.id as item, time '
         'from events join user_ids on user_ids.code = events."user" '
         f"join item_ids on item_ids.code = events.item order by user_ids.id, time, {ties}"
     )
@@ -582,7 +582,7 @@ def _metadata(
 
 
 def _write(con: Connection, fresh: Path, size: int, ingested: Ingested) -> None:
-    """Write all files of a prepared folder but the manifest: arrays, keys, titles and a Parquet table."""
+    """Write all files of a prepared folder but the manifest: arrays, keys and titles."""
     timed = ingested.time_unit != "order"
     for file, column, dtype in (("items", "item", np.int32), ("times", "time", np.int64))[: 1 + timed]:
         pieces = (chunk[column].to_numpy() for chunk in _chunks(con, f"select {column} from histories"))
@@ -592,7 +592,6 @@ def _write(con: Connection, fresh: Path, size: int, ingested: Ingested) -> None:
     system.write_array(fresh / "offsets.npy", np.int64, offsets.size, [offsets])
     _write_keys(con, "user", fresh / "user_keys.npy", [])
     _write_keys(con, "item", fresh / "item_keys.npy", [b""])
-    _write_table(con, fresh / "interactions.parquet", "time" if timed else "null::bigint")
     item_keys = Keys(np.load(fresh / "item_keys.npy", mmap_mode="r"))
     titles = ingested.titles(frozenset(item_keys))
     system.write_json(fresh / "titles.json", {key: titles[key] for key in item_keys if key in titles})
@@ -613,21 +612,7 @@ def _write_keys(con: Connection, table: str, path: Path, before: list[bytes]) ->
     system.write_array(path, dtype, count + len(before), (np.array(piece, dtype) for piece in pieces))
 
 
-def _write_table(con: Connection, path: Path, time: str) -> None:
-    con.execute('create table firsts as select "user", min(rowid) as first from histories group by "user"')
-    con.execute(
-        f'copy (select user_ids.key as "user", item_ids.key as item, rating, {time} as time, '
-        "histories.rowid - firsts.first as position from histories "
-        'join user_ids on user_ids.id = histories."user" join item_ids on item_ids.id = histories.item '
-        'join firsts on firsts."user" = histories."user" order by histories.rowid) '
-        "to ? (format parquet, compression zstd)",
-        [str(path)],
-    )
-
-
 # ---- the command ----------------------------------------------------------------------------------------
-
-COLUMNS = ("user", "item", "time", "rating")
 
 # Field of `DataConfig` -> help text of its option
 _OPTIONS = {
@@ -659,7 +644,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in _OPTIONS.items():
         option = "--memory-mb" if name == "memory_limit_mb" else f"--{name.replace('_', '-')}"
         default = getattr(DataConfig(), name)
-        settings: dict[str, Any] = {"type": _columns if name == "columns" else type(default)}
+        settings: dict[str, Any] = {"type": str if name == "columns" else type(default)}
         if default is False:
             settings = {"action": "store_true"}
         elif get_origin(kinds[name]) is Literal:
@@ -678,21 +663,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _columns(text: str) -> dict[str, str]:
-    pairs = dict(part.partition("=")[::2] for part in text.split(","))
-    wrong = [name for name, column in pairs.items() if name not in COLUMNS or not column]
-    if wrong:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: expected NAME=COLUMN with a name of {', '.join(COLUMNS)}"
-        )
-    return pairs
-
-
 def _prepare_command(options: argparse.Namespace) -> int:
     path = Path(options.source)
     # a file as the shell sees it: a relative name in a configuration counts from the project's root
     values = {"dataset": str(path.resolve()) if path.exists() else options.source}
-    config = validated(DataConfig, values | {name: getattr(options, name) for name in _OPTIONS})
+    values |= {name: getattr(options, name) for name in _OPTIONS}
+    config = validated(DataConfig, values | {"columns": columns_of(options.columns or "")})
     folder = folder_of(config, options.out and options.out.resolve())
     print("\n".join(_report(load(folder))))
     print(folder / MANIFEST)

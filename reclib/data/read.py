@@ -1,6 +1,6 @@
 """Reads a file of any format into the table `raw` of a DuckDB connection, out of core; bad lines are counted.
 
-A reader cuts its file into user, item, rating and time: `_fields` for separated fields, `_json` for JSON
+A reader cuts its file into user, item and time: `_fields` for separated fields, `_json` for JSON
 lines, `_histories` for one user a line, `_parquet` for columns. One query (`_checked`) then validates rows
 and converts times, so that all formats follow the same rules.
 
@@ -29,21 +29,20 @@ import numpy as np
 from reclib import system
 from reclib.config import DataConfig, InputError
 from reclib.data import formats
-from reclib.data.formats import FOUR, OBVIOUS, Block, Format, RawFile, named, separator_of
+from reclib.data.formats import ROLES, Block, Format, RawFile, named, separator_of
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection as Connection
 
-RAW_COLUMNS = 'row BIGINT, "user" VARCHAR, item VARCHAR, rating DOUBLE, time BIGINT'
+RAW_COLUMNS = 'row BIGINT, "user" VARCHAR, item VARCHAR, time BIGINT'
 
-READING_VERSION = 4  # raise whenever the same file would give other interactions or another order
+READING_VERSION = 5  # raise whenever the same file would give other interactions or another order
 
 ROW_ORDER = "#row"  # as the column of time: the rows are in time order
-NO_RATING = "#none"  # as the column of ratings: leave it out
 
 ROWS_HELD = 100_000  # rows collected before they are appended
 
-SOURCE = (*FOUR, "width", "text")  # columns of a query of rows beside row and line: see `_checked`
+SOURCE = (*ROLES, "width", "text")  # columns of a query of rows beside row and line: see `_checked`
 BLANK = "blank line"  # not counted as a bad line
 
 EXAMPLES, TEXT_LENGTH = 5, 120  # bad lines in the manifest, and characters of each
@@ -64,7 +63,7 @@ _DATE = (
 
 _PARTS = ["y", "mo", "d", "h", "mi", "s", "f", "half", "sign", "zh", "zm"]
 
-# Types of Parquet columns that can hold a rating or a time, and with UUID an id.
+# Types of Parquet columns that can hold a time, and with UUID an id.
 _NUMBER = r"U?(TINY|SMALL|BIG|HUGE)INT|U?INTEGER|FLOAT|DOUBLE|DECIMAL\(.*\)|VARCHAR|ENUM\(.*\)"
 
 # Reason for which `_checked` rejects a row -> the wrong field, and the expected value.
@@ -73,7 +72,6 @@ _EXPECTED = {
     "item empty": ("item", "an id"),
     "user with a line break or TAB": ("user", "an id in one line"),
     "item with a line break or TAB": ("item", "an id in one line"),
-    "rating not a number": ("rating", f"a number (columns rating={NO_RATING} leaves the column out)"),
     "timestamp missing": ("time", "a time"),
     "timestamp not a number or date": ("time", "a number or a date like 2019-03-04 12:00:00+01:00"),
     "timestamp out of range": ("time", "a time between 1990-01-01 and 2100-01-01"),
@@ -105,12 +103,12 @@ def ingest(
     sha256: str | None = None,
     work: Path | None = None,
 ) -> Ingested:
-    """Create the table raw(row, "user", item, rating, time) from a file.
+    """Create the table raw(row, "user", item, time) from a file.
 
-    `row` increases in the file's order; `rating` is NULL where unknown; `time` is in the coarsest unit that
-    represents all times (`Ingested.time_unit`). `format` defaults to that of `config`, of which the reading
-    options are used. `sha256` is the file's hash if known. `work` is a folder for temporary files. Raises
-    `InputError` for unreadable files; the table must not be used then.
+    `row` increases in the file's order; `time` is in the coarsest unit that represents all times
+    (`Ingested.time_unit`). `format` defaults to that of `config`, of which the reading options are used.
+    `sha256` is the file's hash if known. `work` is a folder for temporary files. Raises `InputError` for
+    unreadable files; the table must not be used then.
     """
     format = format or named(config, path)
     # temporary: not logged, and spilled to disk beyond the memory limit
@@ -160,7 +158,7 @@ def _coarsest_unit(con: Connection) -> str:
 
 def _number_positions(con: Connection) -> str:
     """Set time to the position in the user's history, from 0."""
-    con.execute("""CREATE OR REPLACE TEMP TABLE raw AS SELECT row, "user", item, rating,
+    con.execute("""CREATE OR REPLACE TEMP TABLE raw AS SELECT row, "user", item,
         row_number() OVER (PARTITION BY "user" ORDER BY row) - 1 AS time FROM raw ORDER BY row""")
     return "order"
 
@@ -240,7 +238,7 @@ class _Table:
         self.flush()
         cut = f"string_split(text, {_literal(layout.separator)})"
         fields = {role: f"cut[{place + 1}]" for role, place in layout.position.items()}
-        columns = ", ".join(f'{fields.get(role, "NULL")} AS "{role}"' for role in FOUR)
+        columns = ", ".join(f'{fields.get(role, "NULL")} AS "{role}"' for role in ROLES)
         source = f"""SELECT line - {self.base} AS row, line, {columns}, len(cut) AS width, text, {self.us}
             FROM (SELECT *, {cut} AS cut FROM (SELECT unnest(lines) AS text,
                 generate_subscripts(lines, 1) + {first - 1} AS line
@@ -253,7 +251,7 @@ class _Table:
         Raises `InputError` at the first bad line if strict, and after many bad lines without a valid one.
         """
         query = _checked(source, self.order, self.layout)
-        insert = f'INSERT INTO raw SELECT row, "user", item, stars, us FROM ({query}) WHERE reason IS NULL'
+        insert = f'INSERT INTO raw SELECT row, "user", item, us FROM ({query}) WHERE reason IS NULL'
         (inserted,) = (self.con.execute(insert, values).fetchone() if size else None) or (0,)
         if inserted < size:
             counts = f"""SELECT reason, sum(coalesce(len(string_split(text, chr(10))), 1)), min(line),
@@ -292,10 +290,10 @@ class _Table:
 
 
 def _checked(source: str, order: bool, layout: Layout | None) -> str:
-    """Return a query that adds stars, us and reason to the columns of `source`; reason is NULL if valid.
+    """Return a query that adds us and reason to the columns of `source`; reason is NULL if valid.
 
-    `source` has row, line, the columns of `SOURCE` and us. "user" and item are text, rating and time text or
-    numbers. For separated fields, width is their number and text the line where that is wrong. us is the time
+    `source` has row, line, the columns of `SOURCE` and us. "user" and item are text, time text or a
+    number. For separated fields, width is their number and text the line where that is wrong. us is the time
     in microseconds where known.
     """
     factors = ("* 1e6", "* 1e3", "", "/ 1e3")  # to microseconds
@@ -331,16 +329,13 @@ def _checked(source: str, order: bool, layout: Layout | None) -> str:
             {repeated_header}
             WHEN regexp_matches("user", {broken}) THEN 'user with a line break or TAB'
             WHEN regexp_matches(item, {broken}) THEN 'item with a line break or TAB'
-            WHEN (stars IS NULL OR NOT isfinite(stars)) AND trim(CAST(rating AS VARCHAR)) <> ''
-            THEN 'rating not a number'
             {"" if order else bad_time} END AS reason
         FROM (SELECT * EXCLUDE (us, p), CASE
                 WHEN us IS NOT NULL THEN us WHEN p IS NULL THEN CASE {numbers} END
                 WHEN p.y <> '' THEN {date} END AS us
             FROM (SELECT *, CASE WHEN us IS NULL AND number IS NULL THEN
                     regexp_extract(CAST(time AS VARCHAR), {_literal(_DATE)}, {_PARTS}) END AS p
-                FROM (SELECT *, try_cast(time AS DOUBLE) AS number, try_cast(rating AS DOUBLE) AS stars
-                    FROM ({source}))))"""
+                FROM (SELECT *, try_cast(time AS DOUBLE) AS number FROM ({source}))))"""
 
 
 def is_time(text: str) -> bool:
@@ -352,7 +347,7 @@ def is_time(text: str) -> bool:
 
 def _explained(line: int, reason: str, row: dict[str, Any], lines: int, layout: Layout | None) -> Bad:
     """Return the report on rows that `_checked` rejected for one reason, of which `row` is the first."""
-    text = row.get("text") or ",".join(str(row[name]) for name in FOUR if row.get(name) is not None)
+    text = row.get("text") or ",".join(str(row[name]) for name in ROLES if row.get(name) is not None)
     if reason == "number of fields" and layout is not None:
         detail = (
             f"{row['width']} fields, expected {len(layout.names)} separated by "
@@ -391,7 +386,7 @@ class Layout:
 
     separator: str
     names: tuple[str, ...]  # of all columns, in the file's order
-    position: dict[str, int]  # user, item, time, rating -> column
+    position: dict[str, int]  # user, item, time -> column
     header: tuple[str, ...] | None  # fields of the first line where that is a header
     quoted: bool  # whether a quotation mark at the start of a field opens it
 
@@ -407,13 +402,13 @@ def _layout(path: Path, format: Format, columns: dict[str, str] | None, lines: l
         return Layout(separator, format.fields, position, None, separator == ",")
     header = [name.strip('"') for name in first.split(separator)]
     names = [name.split(":")[0] for name in header]
-    expected = dict(zip(FOUR, format.names, strict=True))
-    if missing := [name for role, name in expected.items() if name not in names and role != "rating"]:
+    expected = dict(zip(ROLES, format.names, strict=True))
+    if missing := [name for name in expected.values() if name not in names]:
         raise InputError(
             f"{path.name}, line 1: header is {first[:80]!r}, expected {_separator_name(separator)}-separated "
             f"columns that include {', '.join(missing)}"
         )
-    position = {role: names.index(name) for role, name in expected.items() if name in names}
+    position = {role: names.index(name) for role, name in expected.items()}
     return Layout(separator, tuple(names), position, tuple(header), separator == ",")
 
 
@@ -430,7 +425,7 @@ def _table_layout(path: Path, columns: dict[str, str] | None, lines: list[str]) 
     names = [str(n + 1) for n in range(len(first))] if by_position else first
     rows = [[field.strip('"') for field in line.split(separator)] for line in lines[1:]]
     values = {name: [row[n] for row in rows if len(row) == len(names)] for n, name in enumerate(names)}
-    chosen = choose_columns(path, names, columns, values)
+    chosen = choose_columns(path, names, columns)
     position = {role: names.index(name) for role, name in chosen.items() if not name.startswith("#")}
     headed = not by_position or formats.is_header(first)
     if by_position:  # a header has no number as an id, and no time (or number) where all rows have one
@@ -442,36 +437,26 @@ def _table_layout(path: Path, columns: dict[str, str] | None, lines: list[str]) 
     return Layout(separator, tuple(names), position, tuple(first) if headed else None, quoted=True)
 
 
-def choose_columns(
-    path: Path, names: list[str], columns: dict[str, str] | None, values: dict[str, list[str]] | None = None
-) -> dict[str, str]:
-    """Return role -> column, from the user's `columns`, else by obvious names; `InputError` if unclear.
-
-    Ratings are optional. An obvious column of ratings is left out if none of its first `values` is a number.
-    """
+def choose_columns(path: Path, names: list[str], columns: dict[str, str] | None) -> dict[str, str]:
+    """Return role -> column, from the user's `columns`, else by obvious names; `InputError` if unclear."""
     option = f"give columns user=NAME,item=NAME,time=NAME (time={ROW_ORDER}: the rows are in time order)"
     listed = f"columns found: {', '.join(names)[:300]}"
     chosen = dict(columns or {})
-    if unknown := sorted(set(chosen) - set(OBVIOUS)):
-        raise InputError(f"parameter 'columns' has {', '.join(unknown)}, expected {', '.join(OBVIOUS)}")
+    if unknown := sorted(set(chosen) - set(ROLES)):
+        raise InputError(f"parameter 'columns' has {', '.join(unknown)}, expected {', '.join(ROLES)}")
     for role, column in chosen.items():
-        if column not in names and (role, column) not in (("time", ROW_ORDER), ("rating", NO_RATING)):
+        if column not in names and (role, column) != ("time", ROW_ORDER):
             raise InputError(f"{path.name}: no column {column!r} for {role}; {listed}")
         if names.count(column) > 1:
             raise InputError(f"{path.name}: {names.count(column)} columns are called {column!r}; {listed}")
         if list(chosen.values()).count(column) > 1:
             raise InputError(f"parameter 'columns' names {column!r} twice, expected one column for each")
-    for role in (role for role in OBVIOUS if role not in chosen):
+    for role in (role for role in ROLES if role not in chosen):
         fits = formats.obvious(role, names)
-        if role == "rating":
-            samples = [value for value in (values or {}).get(fits[0] if fits else "", []) if value.strip()]
-            if len(fits) == 1 and (not samples or any(map(formats.is_number, samples))):
-                chosen[role] = fits[0]
-        elif len(fits) == 1:
-            chosen[role] = fits[0]
-        else:
+        if len(fits) != 1:
             problem = f"{role} may be {' or '.join(fits)}" if fits else f"no column is clearly the {role}"
             raise InputError(f"{path.name}: {problem}; {option}; {listed}")
+        chosen[role] = fits[0]
     return chosen
 
 
@@ -486,7 +471,7 @@ def _text(
     lines = formats.sample(file.path, config.max_line_mb)
     blocks = _complete_blocks(file, format, progress)
     if format.kind == "json" or (format.kind == "table" and lines[0].lstrip().startswith("{")):
-        names = dict(zip(FOUR, format.names, strict=False))
+        names = dict(zip(ROLES, format.names, strict=False))
         names = names or _json_columns(file.path, config.columns, lines)
         table.order = names.get("time") == ROW_ORDER
         _json(table, blocks, names)
@@ -644,22 +629,15 @@ def _is_interaction(line: str, layout: Layout) -> bool:
 
 def _json_columns(path: Path, columns: dict[str, str] | None, lines: list[str]) -> dict[str, str]:
     """Return role -> key for the user's own JSON lines."""
-    values: dict[str, list[str]] = {}
-    for row in formats.json_objects(lines):
-        for key, value in row.items():
-            values.setdefault(key, []).append("" if value is None else str(value))
-    return choose_columns(path, list(values), columns, values)
+    keys = dict.fromkeys(itertools.chain.from_iterable(formats.json_objects(lines)))
+    return choose_columns(path, list(keys), columns)
 
 
 def _json(table: _Table, blocks: Iterator[Block], names: dict[str, str]) -> None:
-    """Append JSON lines, decoding the four fields only."""
-    number, rating = int | float | str | None, float | str | None
-    kinds: dict[str, Any] = {"user": str | int, "item": str | int, "time": number, "rating": rating}
-    used = [role for role in kinds if role in names and not names[role].startswith("#")]
-    fields: list[Any] = []
-    for role in used:
-        options = {"default": None} if role == "rating" else {}
-        fields.append((role, kinds[role], msgspec.field(name=names[role], **options)))
+    """Append JSON lines, decoding the three fields only."""
+    kinds: dict[str, Any] = {"user": str | int, "item": str | int, "time": int | float | str | None}
+    used = [role for role in kinds if names[role] != ROW_ORDER]
+    fields: list[Any] = [(role, kinds[role], msgspec.field(name=names[role])) for role in used]
     decoder = msgspec.json.Decoder(msgspec.defstruct("Line", fields, gc=False))
     for block in blocks:
         batch, objects = Batch(), list[Any]()
@@ -798,19 +776,15 @@ def _parquet(table: _Table, path: Path, columns: dict[str, str] | None, folder: 
     try:
         kinds = [row[1] for row in table.con.execute(f"DESCRIBE SELECT * FROM {source}").fetchall()]
         schema = table.con.execute(f"SELECT name, num_children FROM parquet_schema({place})").fetchall()
-        names = _top_level(schema)
+        names = _top_level(schema)  # DESCRIBE renames a column that is like another but for case
         renamed = f"(SELECT * FROM {source}) AS t({', '.join(f'c{n}' for n in range(len(names)))})"
-        ratings: dict[str, list[str]] = {}  # first values of obvious columns of ratings
-        for name in formats.obvious("rating", names):
-            query = f"SELECT coalesce(CAST(c{names.index(name)} AS VARCHAR), '') FROM {renamed} LIMIT 1000"
-            ratings[name] = [text for (text,) in table.con.execute(query).fetchall()]
-        chosen = choose_columns(path, names, columns, ratings)
+        chosen = choose_columns(path, names, columns)
         table.order = chosen["time"] == ROW_ORDER
         values = []
-        for role in FOUR:
-            number = names.index(chosen[role]) if chosen.get(role, "#")[0] != "#" else None
+        for role, column in chosen.items():
+            number = names.index(column) if column != ROW_ORDER else None
             kind = "" if number is None else kinds[number]
-            values.append(_parquet_value(path, role, chosen.get(role, ""), number, kind))
+            values.append(_parquet_value(path, role, column, number, kind))
         stamped = "" if any(value.endswith("AS us") for value in values) else f", {table.us}"
         numbered = f"""SELECT row_number() OVER () AS line, {", ".join(values)}{stamped},
             NULL AS width, CAST(NULL AS VARCHAR) AS text FROM {renamed}"""

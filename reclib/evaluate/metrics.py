@@ -23,8 +23,6 @@ from reclib.config import InputError, ModelConfig
 from reclib.data.batches import Batch, Layout, Samples, cut, item_counts, next_item_batches, prefetch, send
 from reclib.data.dataset import Dataset, Evaluation, Histories, evaluation
 from reclib.data.splits import Split
-from reclib.evaluate import statistics
-from reclib.evaluate.statistics import Interval
 from reclib.model.bert4rec import Bert4Rec
 
 USERS, SCORE_BYTES = 256, 64 * 2**20  # users encoded, and bytes of scores computed at a time on a CPU
@@ -295,23 +293,6 @@ class Outcome(NamedTuple):
     comparable: bool  # whether it is comparable with other studies under the same label
     ranks: np.ndarray  # int64 (rows,): 1 is best
     users: np.ndarray  # int64 (rows,): the evaluation's row of each rank
-
-
-def mean(outcome: Outcome, metric: str = "hr@10") -> float:
-    """Return a metric's mean over the outcome's ranks: users, or masked positions."""
-    return float(_values(outcome, metric).mean())
-
-
-def interval(outcome: Outcome, metric: str = "hr@10", samples: int = 2000, seed: int = 0) -> Interval:
-    """Return a metric's mean with its 95 % interval over resampled users."""
-    return statistics.bootstrap(_values(outcome, metric), samples, seed, outcome.users)
-
-
-def _values(outcome: Outcome, metric: str) -> np.ndarray:
-    values = per_user(outcome.ranks)
-    if metric not in values:
-        raise InputError(f"parameter 'metric' is {metric!r}: expected one of {', '.join(values)}")
-    return values[metric]
 
 
 def side_by_side(

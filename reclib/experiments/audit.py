@@ -37,7 +37,7 @@ from reclib.data.batches import IGNORE, Batch, Epoch
 from reclib.data.dataset import Dataset, Evaluation, Histories
 from reclib.data.splits import Split, random_users
 from reclib.evaluate import metrics
-from reclib.evaluate.statistics import ALPHA, MIN_SEEDS
+from reclib.evaluate.statistics import ALPHA, MIN_SEEDS, bootstrap
 from reclib.experiments.baseline import COMPARED, flat, run_folder
 from reclib.experiments.grids import naming
 from reclib.experiments.notebook import Result
@@ -449,7 +449,9 @@ def metric(p: Audit, runs: Sequence[Trained]) -> Part:
                 "next item, seen removed": metrics.under_split(scores, split),
             }
         for name, outcome in outcomes.items():
-            numbers = flat({m: metrics.interval(outcome, m, p.bootstrap_samples) for m in COMPARED})
+            values = metrics.per_user(outcome.ranks)
+            intervals = {m: bootstrap(values[m], p.bootstrap_samples, users=outcome.users) for m in COMPARED}
+            numbers = flat(intervals)
             numbers["per_user"] = len(outcome.ranks) / len(set(outcome.users.tolist()))
             params = {"objective": run.objective, "protocol": name, "label": outcome.label}
             results.append(Result("audit_metric", numbers, params, seed=run.seed))
@@ -465,7 +467,7 @@ def redrawn(p: Audit, run: Trained) -> Part:
     arguments = run.trainer.model, run.split.test, run.trainer.where, p.mask_prob
     with run.trainer.autocast():
         draws = (metrics.masked_positions(*arguments, seed=draw) for draw in range(p.mask_draws))
-        values = [metrics.mean(draw) for draw in draws]
+        values = [float(metrics.per_user(draw.ranks)["hr@10"].mean()) for draw in draws]
     spread = {"lowest": min(values), "highest": max(values), "draws": len(values)}
     return Part([Result("audit_redrawn", spread, seed=run.seed)], [])
 

@@ -183,7 +183,7 @@ def train_model(
     if p.nproc > 1:
         if not fit.is_finished(folder):
             setup = Setup(p.data_config(), train, None, as_dict(model), split.name, data, notebook, title)
-            fit.write_setup(folder / "run.json", setup)
+            system.write_json(folder / "run.json", asdict(setup))
             words = ["--run", str(folder / "run.json"), "--out", str(folder)]
             distributed.apart([*words, "--gpu", p.gpu, "--tracker", p.tracker], p.nproc)
         return Trained(train.seed, fit.fit(model, dataset, train, device, folder, split=split))

@@ -137,9 +137,7 @@ def data_identity(dataset: Dataset, split: Split) -> str:
     return f"{dataset.fingerprint} {split.name} {rule}"
 
 
-def rank_targets(
-    trainer: Trainer, part: Evaluation, *, top_k: int = 0, with_losses: bool = False
-) -> metrics.Ranking:
+def rank_targets(trainer: Trainer, part: Evaluation, *, with_losses: bool = False) -> metrics.Ranking:
     """Rank the targets of `part`, seen items removed, with the trainer's model in its precision.
 
     Users are divided over processes.
@@ -148,7 +146,7 @@ def rank_targets(
     def rank(part: Evaluation) -> metrics.Ranking:
         with trainer.autocast():
             scores = metrics.model_scores(trainer.model, part, trainer.where)
-            return metrics.rank(scores, part, remove_seen=True, top_k=top_k, with_losses=with_losses)
+            return metrics.rank(scores, part, remove_seen=True, with_losses=with_losses)
 
     return trainer.ranks.ranking(part, rank)
 
@@ -391,11 +389,6 @@ def of_options(dataset: str, size: str, values: Mapping[str, Any]) -> Setup:
         (shape if prefix else train)[field] = value
     config = validated(TrainConfig, respelt(TrainConfig, train))
     return Setup(validated(DataConfig, {"dataset": dataset}), config, size, respelt(ModelConfig, shape))
-
-
-def write_setup(file: Path, setup: Setup) -> None:
-    """Write or replace the file of a setup."""
-    system.write_json(file, asdict(setup))
 
 
 def read_setup(file: Path) -> Setup:

@@ -43,7 +43,7 @@ def test_a_variant_that_fails_is_a_row_and_the_others_go_on(tmp_path, capsys):
 
 
 def test_a_peer_that_the_system_kills_does_not_lose_the_rows_of_the_others(tmp_path, monkeypatch):
-    answer = "echo '{\"shape\": \"ml\", \"loss\": \"full\", \"sequences_per_second\": 5}'"
+    answer = 'echo \'{"shape": "ml", "loss": "full", "sequences_per_second": 5}\''
     for name, script in (("rectools", "kill -9 $$"), ("replay", answer)):
         python = tmp_path / name / "bin" / "python"
         python.parent.mkdir(parents=True)

@@ -23,7 +23,7 @@ from reclib import system
 from reclib.config import DataConfig, InputError, as_dict, changed
 from reclib.data import fetch
 from reclib.data import prepare as prepare_module
-from reclib.data.dataset import ARRAYS, Dataset, load
+from reclib.data.dataset import Dataset, load
 from reclib.data.prepare import Source, build, data_main, folder_of, prepare, synthetic_dataset
 from reclib.data.read import Ingested
 
@@ -115,7 +115,7 @@ def test_ties_are_in_the_order_that_was_chosen_and_counted(tmp_path):
 
 
 def contents(dataset: Dataset):
-    arrays = [getattr(dataset, name).tolist() for name in ARRAYS]
+    arrays = [getattr(dataset, name).tolist() for name in ("items", "offsets", "item_keys", "user_keys")]
     return arrays, dict(dataset.titles), dataset.manifest, dataset.name
 
 
@@ -310,7 +310,7 @@ def test_what_is_wrong_is_one_line_and_no_other_folder_is_written(out, tmp_path,
         (["show", "nowhere"], "no whole prepared dataset"),
         (["prepare", "ml-10k"], "'ml-10k' (did you mean 'ml-100k'?): expected one of"),
         (["prepare", "ml-100k", "--min-user", "0"], "'min_user' is 0"),
-        (["prepare", "x", "--columns", "who=a"], "expected NAME=COLUMN with a name of user, item"),
+        (["prepare", "x", "--columns", "who=a"], "expected user=NAME,item=NAME,time=NAME"),
         (["prepare", "x", "--core", "none"], "invalid choice"),
         ([], "required: command"),
     ):
@@ -330,14 +330,13 @@ def test_fingerprint_is_that_of_the_committed_records():
     assert fingerprints == {FINGERPRINT}
 
 
-COLUMNS = ("user", "item", "rating", "time")
-STARS = st.sampled_from([None, 3.5])
+COLUMNS = ("user", "item", "time")
 # lengths, character orders and code points beyond the first plane all decide the order of ids
 KEYS = st.text(alphabet="aZ9-_é\u4e00\U0001f600", min_size=1, max_size=3)
 
 
 def source(rows, time_unit="s", titles=None) -> Source:
-    """A source whose `raw` is the given (user, item, rating, time) rows."""
+    """A source whose `raw` is the given (user, item, time) rows."""
 
     def fill(con: duckdb.DuckDBPyConnection, progress, work):
         progress(1, 2)
@@ -345,7 +344,7 @@ def source(rows, time_unit="s", titles=None) -> Source:
         con.register("frame", pd.DataFrame(rows, columns=list(COLUMNS)).reset_index(names="row"))
         con.execute(
             'create table raw as select row::bigint as row, "user"::varchar as "user", '
-            "item::varchar as item, rating::double as rating, time::bigint as time from frame"
+            "item::varchar as item, time::bigint as time from frame"
         )
         con.unregister("frame")
         about = {"origin": "file", "file": "made.tsv", "sha256": "0" * 64}
@@ -369,14 +368,14 @@ def histories_of(prepared: Dataset) -> dict[str, list[str]]:
 
 
 def deduplicated(rows, rule):
-    """Plainly: rows are (user, item, rating, time) in the source's order."""
+    """Plainly: rows are (user, item, time) in the source's order."""
     if rule == "keep":
         return list(rows)
     groups: dict[tuple, list[int]] = {}
-    for number, (user, item, _, time) in enumerate(rows):
+    for number, (user, item, time) in enumerate(rows):
         groups.setdefault((user, item, time) if rule == "exact" else (user, item), []).append(number)
     pick = max if rule == "last" else min
-    stay = {pick(group, key=lambda n: (rows[n][3], n)) for group in groups.values()}
+    stay = {pick(group, key=lambda n: (rows[n][2], n)) for group in groups.values()}
     return [row for number, row in enumerate(rows) if number in stay]
 
 
@@ -392,14 +391,14 @@ def core_of(rows, min_user, min_item, passes=1000):
 
 @settings(max_examples=25, deadline=None)
 @given(
-    rows=st.lists(st.tuples(KEYS, KEYS, STARS, st.integers(0, 4)), min_size=1, max_size=40),
+    rows=st.lists(st.tuples(KEYS, KEYS, st.integers(0, 4)), min_size=1, max_size=40),
     minimum=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     rule=st.sampled_from(["keep", "exact", "first", "last"]),
     core=st.sampled_from(["fixed_point", "single_pass"]),
 )
 # user b falls below 2 only when item 3 is gone: the single pass keeps what it leaves of b
-@example([(*pair, 1, 1) for pair in ("a1", "a2", "b1", "b3", "c2", "c1")], (2, 2), "keep", "single_pass")
-@example([(*pair, 1, 1) for pair in ("a1", "a2", "b1", "b3", "c2", "c1")], (2, 2), "keep", "fixed_point")
+@example([(*pair, 1) for pair in ("a1", "a2", "b1", "b3", "c2", "c1")], (2, 2), "keep", "single_pass")
+@example([(*pair, 1) for pair in ("a1", "a2", "b1", "b3", "c2", "c1")], (2, 2), "keep", "fixed_point")
 def test_preparation_equals_a_plain_one(tmp_path_factory, rows, minimum, rule, core):
     folder = tmp_path_factory.mktemp("plain") / "out"
     expected = core_of(deduplicated(rows, rule), *minimum, passes=1 if core == "single_pass" else 1000)
@@ -413,11 +412,9 @@ def test_preparation_equals_a_plain_one(tmp_path_factory, rows, minimum, rule, c
     assert prepared.user_keys.tolist() == users
     assert prepared.item_keys.tolist() == ["", *items]
     assert prepared.items.dtype == np.int32
-    by_user = {u: sorted((r for r in expected if r[0] == u), key=lambda r: r[3]) for u in users}  # stable
+    by_user = {u: sorted((r for r in expected if r[0] == u), key=lambda r: r[2]) for u in users}  # stable
     assert histories_of(prepared) == {user: [row[1] for row in rows] for user, rows in by_user.items()}
-    assert prepared.times.tolist() == [row[3] for rows in by_user.values() for row in rows]
-    table = duckdb.sql(f"select * from '{folder}/interactions.parquet'").fetchall()
-    assert table == [(*row, n) for rows in by_user.values() for n, row in enumerate(rows)]
+    assert prepared.times.tolist() == [row[2] for rows in by_user.values() for row in rows]
 
 
 def test_counts_of_5_core_sets_are_the_published_ones():
@@ -434,7 +431,7 @@ def test_counts_of_5_core_sets_are_the_published_ones():
 
 
 def test_manifest_says_what_happened(tmp_path):
-    rows = [("u", item, 3, time) for item, time in ((1, 5), (2, 6), (2, 6), (3, 6), (4, 7))]
+    rows = [("u", item, time) for item, time in ((1, 5), (2, 6), (2, 6), (3, 6), (4, 7))]
     titles = {"2": "Two", "9": "Not here"}
     prepared = prepared_from(tmp_path / "out", rows, duplicates="exact", titles=titles)
     manifest = prepared.manifest
@@ -449,31 +446,29 @@ def test_manifest_says_what_happened(tmp_path):
 
 
 def test_order_without_times(tmp_path):
-    rows = [("u", 5, None, 0), ("u", 3, None, 1), ("v", 3, None, 0), ("u", 4, None, 2)]
+    rows = [("u", 5, 0), ("u", 3, 1), ("v", 3, 0), ("u", 4, 2)]
     # No rule changes a known order.
     prepared = prepared_from(tmp_path / "out", rows, time_unit="order", ties="item")
     assert histories_of(prepared) == {"u": ["5", "3", "4"], "v": ["3"]}
     assert prepared.times is prepared.manifest["ties"]["interactions"] is None
     assert not (tmp_path / "out" / "times.npy").exists()
-    times = duckdb.sql(f"select distinct time from '{tmp_path}/out/interactions.parquet'").fetchall()
-    assert times == [(None,)]
 
 
 def test_impossible_ids_are_refused(tmp_path):
     for key in ("k" * 257, "nul\0inside"):
-        rows = [("u", key, 1, 1)]
+        rows = [("u", key, 1)]
         refused("^item id .* expected at most 256 bytes", prepared_from, tmp_path / "out", rows)
 
 
 def test_a_memory_limit_that_is_too_low_is_refused(tmp_path):
-    rows = [(f"user {n}", f"item {n}", 1, n) for n in range(60_000)]
+    rows = [(f"user {n}", f"item {n}", n) for n in range(60_000)]
     refused("'memory_limit_mb' is 1, too low", prepared_from, tmp_path / "out", rows, memory_limit_mb=1)
     assert not (tmp_path / "out").exists()
 
 
 def test_full_disk_leaves_nothing(tmp_path, cache, monkeypatch):
     """The database, its spilled rows and the output are all on a disk that is too small for them."""
-    rows = [(f"user {n // 5}", f"item {n % 7000} {n % 11}", 1, n) for n in range(50_000)]
+    rows = [(f"user {n // 5}", f"item {n % 7000} {n % 11}", n) for n in range(50_000)]
     for megabytes in (1, 4):
         with disk_of(megabytes, tmp_path / "disk") as disk:
             monkeypatch.setenv("RECLIB_DATA", str(disk / "data"))
@@ -496,7 +491,7 @@ from reclib.data.read import Ingested
 def fill(con, progress, work):
     con.execute(
         "create table raw as select range as row, 'A' || md5('u' || range % {users}) as \\"user\\", "
-        "'B' || hash(range * 31) % {items} as item, 5.0 as rating, "
+        "'B' || hash(range * 31) % {items} as item, "
         "(946684800 + hash(range) % 500000000)::bigint as time from range({rows})"
     )
     return Ingested("s", dict(), {rows}, dict(), [], lambda keys: dict())
@@ -521,7 +516,7 @@ def test_variants_of_a_product_become_one_item(tmp_path):
     cables = ["Acme HDMI Cable (6 Feet), Black", "ACME HDMI cable (10 feet) - Red, 2-Pack"]
     titles = dict(zip("1234", [*cables, "Acme HDMI Switch, Black", "Acme HDMI Switch Pro"], strict=True))
     bought = {"ann": "12131", "bob": "3411"}
-    rows = [(user, item, None, time) for user in bought for time, item in enumerate(bought[user])]
+    rows = [(user, item, time) for user in bought for time, item in enumerate(bought[user])]
     merged = prepared_from(tmp_path / "merged", rows, titles=titles, merge_variants=True)
     assert histories_of(merged) == {"ann": ["1", "3", "1"], "bob": ["3", "4", "1"]}
     steps = {step["step"]: (step["items"], step["interactions"]) for step in merged.manifest["steps"]}
