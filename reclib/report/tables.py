@@ -55,6 +55,7 @@ SHAPES = "the seed study's shapes"  # 85m, 130m, 430m
 OWN_LOSS, TABLES = "the seed study's loss", "item tables of another width"
 VISIBLE = "visible items too"  # are targets
 COUNTED = " with counts"  # end of arms that have pairwise counts in their logits
+MUON = " with Muon"  # end of arms whose hidden matrices Muon trains
 RATES = {"half": " half rate", "rule": "", "twice": " twice rate"}  # ends of arms that check the rule
 FLOOR = "held over 16 bytes per parameter"
 _STATE_BYTES = 16  # of a parameter: weight, gradient and AdamW's two moments in fp32
@@ -83,7 +84,7 @@ def recipe_of(arm: str) -> str:
 
     Arms are named as in `params/grids`, where a test compares the names with the configurations.
     """
-    counts = COUNTED if arm.endswith(COUNTED) else ""
+    counts = next((end for end in (COUNTED, MUON) if arm.endswith(end)), "")
     if ", table " in arm:
         return TABLES
     if arm.endswith(" loss"):
@@ -112,7 +113,7 @@ def sweep_of(arm: str) -> str:
         return "other learning rate"
     if arm.endswith("(tuned)"):
         return "tuned settings"
-    depth = re.fullmatch(r"w\d+d(\d+)", arm.removeprefix("causal ").removesuffix(COUNTED))
+    depth = re.fullmatch(r"w\d+d(\d+)", arm.removeprefix("causal ").removesuffix(COUNTED).removesuffix(MUON))
     kind = "depth" if depth and depth[1] != "2" else "width"
     return kind if recipe == model_name("bert4rec") else f"{kind}, {recipe}"
 

@@ -98,6 +98,7 @@ def test_names_of_arms_tell_the_recipe_of_their_configuration():
             assert (recipe == tables.TABLES) == ("table_dim" in model), arm
             assert (recipe == tables.VISIBLE) == train.get("visible_targets", False), arm
             assert recipe.endswith(tables.COUNTED) == (train.get("prior") == "counts"), arm
+            assert recipe.endswith(tables.MUON) == (train.get("optimizer") == "muon"), arm
             assert recipe.startswith("causal twin") == (train.get("objective") == "next_item"), arm
             if recipe not in (tables.OWN_LOSS, tables.VISIBLE):
                 assert ("shape" in recipe) == ((grid | fields)["size"] in ("85m", "130m", "430m")), arm
@@ -111,6 +112,7 @@ def test_other_recipes_stand_on_no_line_of_plain_widths():
         "causal w64d2": "width, causal twin",
         "causal w256d4 with counts": "depth, causal twin with counts",
         "w256d2 with counts": "width, BERT4Rec with counts",
+        "w64d2 with Muon": "width, BERT4Rec with Muon",
         "encoder 64, table 256": "item tables of another width",
         "85m shape, its own loss": "the seed study's loss",
         "85m shape scaled with counts": "the seed study's shapes with counts",
@@ -127,8 +129,8 @@ def test_other_recipes_stand_on_no_line_of_plain_widths():
     traces = figures.show("size_and_counts", *rows).data
     drawn = {trace.name: list(trace.x) for trace in traces if not trace.name.startswith("counts")}
     assert drawn["BERT4Rec, validation"] == [25_000, 100_000]
-    assert drawn["BERT4Rec, test"] == [100_000, 8], "and the deep model, which is no other recipe"
-    for arm, number in (("430m shape", 7), ("encoder 64, table 256", 4), ("85m shape, its own loss", 5)):
+    assert drawn["BERT4Rec, test"] == [100_000, 9], "and the deep model, which is no other recipe"
+    for arm, number in (("430m shape", 8), ("encoder 64, table 256", 5), ("85m shape, its own loss", 6)):
         assert drawn[f"{tables.recipe_of(arm)}, test"] == [number]
     curves = [row for row in rows if row["name"] == "learning_curve"]
     figure = figures.show("scaling_accuracy", *curves)
