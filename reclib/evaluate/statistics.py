@@ -254,6 +254,18 @@ def by_time_before(histories: Histories, times: np.ndarray) -> Groups:
     return Groups(["same time as the item before", "later"], np.where(is_tied, 0, 1))
 
 
+def by_source(keys: np.ndarray) -> Groups | None:
+    """Divide users by what precedes ":" in the raw id of the target; None if not every id has it.
+
+    Catalogues made of several files have such ids (docs/data.md).
+    """
+    names, colon, _ = np.char.partition(keys, ":").T
+    if not (colon == ":").all():
+        return None
+    labels, member = np.unique(names, return_inverse=True)
+    return Groups(labels.tolist(), member)
+
+
 def in_groups(values: np.ndarray, groups: Groups, samples: int = 2000) -> list[GroupResult]:
     """Return the mean of per-user values (U,) in each group, with its 95 % interval over users."""
     parts = [values[groups.member == place] for place in range(len(groups.labels))]

@@ -425,7 +425,7 @@ def _shuffle_control(model: Model, samples: int) -> Result:
 
 
 def _groups(model: Model, dataset: Dataset, evaluation: Evaluation, samples: int) -> Iterator[Result]:
-    """Yield HR@10 and NDCG@10 of users by history length, by popularity of the target, and by its time.
+    """Yield HR@10 and NDCG@10 of users by history length, and by popularity, time and source of the target.
 
     The groups by time need a dataset with times. A target with the timestamp of the item before it is often
     part of the same order, and only the file may decide which comes first.
@@ -437,6 +437,8 @@ def _groups(model: Model, dataset: Dataset, evaluation: Evaluation, samples: int
     }
     if dataset.times is not None:
         divisions["time"] = statistics.by_time_before(evaluation.histories, dataset.times)
+    if (sources := statistics.by_source(dataset.item_keys[evaluation.targets])) is not None:
+        divisions["source"] = sources
     for by, division in divisions.items():
         series: dict[str, list[Any]] = {}
         for metric in COMPARED:

@@ -106,6 +106,7 @@ class Grid:
     data: DataConfig
     arms: list[Arm] = Field(min_length=1)
     predicts: Predicts | None = None
+    baselines: Literal["all", "fast"] = "all"  # fast: popularity and pairwise counts, for large catalogues
 
 
 WRONG_FORM = (AttributeError, KeyError, TypeError)  # raised by reading a YAML file of the wrong structure
@@ -486,7 +487,8 @@ def _score(work: Work, data: Fields, from_ranks: bool) -> list[Result]:
         raise InputError(f"no ranks on the test split are kept of {', '.join(unranked)}: leave --from-ranks")
     split = work.split(main[0])
     test = baseline.draw(work.dataset, split.test)
-    models, chosen = baseline.assess_baselines(split, work.dataset, test)
+    fitted = ("popularity", "pairwise_counts") if work.grid.baselines == "fast" else ()
+    models, chosen = baseline.assess_baselines(split, work.dataset, test, fitted)
     for arm in main:
         models.append(Model(arm.name, [assess_run(work, arm, seed, test) for seed in arm.seeds], arm.seeds))
         if counting(work, arm):

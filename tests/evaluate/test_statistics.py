@@ -132,6 +132,13 @@ def test_bootstrap_interval_agrees_with_the_normal_one_and_is_reproducible():
     assert interval == statistics.bootstrap(values, samples=1000, seed=1)
 
 
+def test_groups_by_source_need_it_in_every_id():
+    groups = statistics.by_source(np.array(["books:1", "toys:a:b", "books:2"]))
+    assert groups.labels == ["books", "toys"]
+    assert groups.member.tolist() == [0, 1, 0]
+    assert statistics.by_source(np.array(["books:1", "2"])) is None
+
+
 def test_groups_by_history_length_and_item_popularity_and_results_in_them():
     groups = statistics.by_history_length(histories([1, 9, 10, 19, 20, 50]), edges=(10, 20))
     assert groups.labels == ["below 10", "10 to 19", "20 or more"]

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import shutil
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -77,6 +78,7 @@ def test_what_a_file_may_not_say_is_told_before_anything_is_trained(root):
     for changes, message in [
         ({"arms": {"base": {"split": "random"}}}, "arm 'base': parameter 'split' is 'random'"),
         ({"extra": 1}, "unknown parameter 'extra'"),
+        ({"baselines": "ease"}, "parameter 'baselines' is 'ease'"),
         ({"arms": ["base"]}, "not of the form of such a file"),
         ({"arms": {"base": {"train": {"epoch": 1}}}}, "arm 'base': unknown parameter 'epoch'"),
         ({"arms": {"base": {"data": {"min_usr": 1}}}}, "arm 'base': unknown parameter 'min_usr'"),
@@ -250,6 +252,14 @@ def test_kept_ranks_give_the_same_and_a_seed_that_chose_the_recipe_does_not_judg
     left_out = [row["configuration"].get("seeds_left_out") for row in here.rows("comparison")]
     assert {"bert4rec": [1]} in left_out
     assert ("pairwise_counts_with_validation", None) in means(again)
+    fast = grids.Work(replace(here.grid, baselines="fast"), here.dataset, here.device)
+    left = {model for model, _ in means(grids.score(fast, from_ranks=True))} & {
+        "popularity",
+        "markov",
+        "ease",
+        "item_knn",
+    }
+    assert left == {"popularity"}
     rows = here.rows("test_metrics") + here.rows("protocol")
     for place, row in enumerate(rows):  # every scoring is counted
         assert row["earlier"] == sum(r["params_hash"] == row["params_hash"] for r in rows[:place])

@@ -2,14 +2,17 @@
 
 import random
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT, python, refused
 
 import reclib
-from reclib import Bert4Rec, ModelConfig, add_ilora, evaluate, fit, load, plan
+from reclib import Bert4Rec, DataConfig, ModelConfig, add_ilora, evaluate, fit, load, plan, prepare
+from reclib.data.dataset import evaluation
 from reclib.data.prepare import synthetic_dataset
+from reclib.evaluate import statistics
 from reclib.model.ilora import AdaptedModel
 
 
@@ -34,15 +37,36 @@ def test_importing_the_package_loads_nothing_and_its_names_are_listed():
         _ = reclib.fitt
 
 
-def test_the_ten_lines_of_the_readme_run(project):
-    text = (ROOT / "README.md").read_text()
-    block = re.search(r"## From a CSV[^\n]*\n\n((?:    .*\n|\n)+)", text)
+def code_below(line: str, file: str) -> str:
+    """Return the indented block below a line of a document."""
+    block = re.search(rf"^{line}[^\n]*\n\n((?:    .*\n|\n)+)", (ROOT / file).read_text(), flags=re.MULTILINE)
     assert block is not None
-    code = re.sub(r"^    ", "", block[1], flags=re.MULTILINE)
+    return re.sub(r"^    ", "", block[1], flags=re.MULTILINE)
+
+
+def write_ratings(file: Path) -> None:
     draw = random.Random(0)
     rows = [f"u{u},i{draw.randrange(20)},{1577836800 + t}" for u in range(60) for t in range(8)]
-    (project / "ratings.csv").write_text("user,item,time\n" + "\n".join(rows) + "\n")
-    done = python("-c", code, cwd=project)  # whose root the fixture has set
+    file.write_text("user,item,time\n" + "\n".join(rows) + "\n")
+
+
+def test_several_files_become_one_catalogue(project):
+    write_ratings(project / "beauty.csv")
+    write_ratings(project / "books.csv")
+    code = code_below("Several files become one catalogue", "docs/data.md")
+    done = python("-c", code, cwd=project)
+    assert done.returncode == 0, done.stderr
+    alone, both = (prepare(DataConfig(dataset=str(project / name))) for name in ("books.csv", "union.txt"))
+    assert (both.num_users, both.num_items) == (2 * alone.num_users, 2 * alone.num_items)
+    part = evaluation(both, "test")
+    assert statistics.by_source(both.item_keys[part.targets]).labels == ["beauty", "books"]
+
+
+def test_the_ten_lines_of_the_readme_run(project):
+    write_ratings(project / "ratings.csv")
+    done = python(
+        "-c", code_below("## From a CSV", "README.md"), cwd=project
+    )  # whose root the fixture has set
     assert done.returncode == 0, done.stderr
     first, *items = done.stdout.splitlines()
     assert re.fullmatch(r"HR@10 0\.\d{3}, NDCG@10 0\.\d{3}, MRR 0\.\d{3}", first)
