@@ -28,7 +28,7 @@ COLORS |= {"tuned settings": GREEN, SHAPES: PURPLE, f"{SHAPES}, items scaled": G
 OURS, TWIN = map(model_name, ("bert4rec", "causal"))
 RECIPES = {OURS: BLUE, TWIN: ORANGE, OURS + COUNTED: GREEN, TWIN + COUNTED: PURPLE}
 RECIPES |= {SHAPES: INK, SHAPES + COUNTED: INK, tables.VISIBLE: style.MUTED}
-RECIPES |= {OURS + tables.MUON: "#CC79A7", TWIN + tables.MUON: "#8C6D31"}
+RECIPES |= {OURS + tables.MUON: "#8C510A", TWIN + tables.MUON: "#7CAE00"}
 RECIPES |= dict(zip((tables.OWN_LOSS, tables.TABLES), style.PALETTE[4:], strict=True))
 SPREAD = {"coverage": "catalogue coverage", "gini": "Gini", "popularity_percentile": "popularity"}
 MOST_COUNTS = 3  # number of the best counts shown in a panel of `size_and_counts`
