@@ -370,7 +370,7 @@ def columns_of(text: str) -> dict[str, str] | None:
     """Return `DataConfig.columns` as written on a command line: user=A,item=B,time=C; None if empty."""
     pairs = [pair.partition("=") for pair in text.split(",") if pair]
     if wrong := [role for role, _, column in pairs if role not in ("user", "item", "time") or not column]:
-        raise InputError(f"columns {text!r}: {wrong[0]!r} is wrong, expected user=NAME,item=NAME,time=NAME")
+        raise InputError(f"expected pairs user=NAME,item=NAME,time=NAME in columns, not {wrong[0]!r}")
     return {role: column for role, _, column in pairs} or None
 
 

@@ -310,7 +310,10 @@ def test_what_is_wrong_is_one_line_and_no_other_folder_is_written(out, tmp_path,
         (["show", "nowhere"], "no whole prepared dataset"),
         (["prepare", "ml-10k"], "'ml-10k' (did you mean 'ml-100k'?): expected one of"),
         (["prepare", "ml-100k", "--min-user", "0"], "'min_user' is 0"),
-        (["prepare", "x", "--columns", "who=a"], "expected user=NAME,item=NAME,time=NAME"),
+        (
+            ["prepare", "x", "--columns", "who=a"],
+            "expected pairs user=NAME,item=NAME,time=NAME in columns, not 'who'",
+        ),
         (["prepare", "x", "--core", "none"], "invalid choice"),
         ([], "required: command"),
     ):
