@@ -64,9 +64,8 @@ def test_several_files_become_one_catalogue(project):
 
 def test_the_ten_lines_of_the_readme_run(project):
     write_ratings(project / "ratings.csv")
-    done = python(
-        "-c", code_below("## From a CSV", "README.md"), cwd=project
-    )  # whose root the fixture has set
+    code = code_below("## From a CSV", "README.md")
+    done = python("-c", code, cwd=project)  # whose root the fixture has set
     assert done.returncode == 0, done.stderr
     first, *items = done.stdout.splitlines()
     assert re.fullmatch(r"HR@10 0\.\d{3}, NDCG@10 0\.\d{3}, MRR 0\.\d{3}", first)
